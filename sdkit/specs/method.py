@@ -1,0 +1,427 @@
+"""What makes a method: who samples, what the teacher is and sees, how far apart, how averaged."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from attrs import frozen
+
+from sdkit.specs.fields import (
+    AT_LEAST_ONE,
+    INSIDE_SHARE,
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    TOP_P,
+    Schedule,
+    Table,
+    spec_field,
+)
+
+# ── rollouts ──────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen(kw_only=True)
+class StudentSamples:
+    """The student answers its own prompt."""
+
+    kind: ClassVar[str] = "student"
+
+
+@frozen(kw_only=True)
+class TeacherSamples:
+    """The teacher's weights, its prompt, or both, do the sampling."""
+
+    kind: ClassVar[str] = "teacher"
+    weights: Literal["student", "teacher"] = spec_field("whose weights sample", default="teacher")
+    prompt: Literal["student", "teacher"] = spec_field("whose prompt they see", default="teacher")
+
+
+@frozen(kw_only=True)
+class DatasetSamples:
+    """The completions stand in the data set."""
+
+    kind: ClassVar[str] = "dataset"
+    column: str = spec_field("which column holds the completion", default="demonstration")
+
+
+SampledBy = StudentSamples | TeacherSamples | DatasetSamples
+
+
+@frozen(kw_only=True)
+class AutoBackend:
+    """vLLM where it is installed, transformers elsewhere; `sdkit plan` says which and why."""
+
+    kind: ClassVar[str] = "auto"
+
+
+@frozen(kw_only=True)
+class TransformersBackend:
+    """`generate` on the training weights."""
+
+    kind: ClassVar[str] = "transformers"
+    batch_rows: int = spec_field("rows generated at once", default=64, range=AT_LEAST_ONE)
+
+
+@frozen(kw_only=True)
+class VllmBackend:
+    """vLLM in the trainer's process."""
+
+    kind: ClassVar[str] = "vllm"
+    dtype: Literal["float32", "bfloat16"] | None = spec_field(
+        "precision of the engine (default: the model's)", default=None
+    )
+    max_rows: int = spec_field("sequences decoded at once", default=64, range=AT_LEAST_ONE)
+    cache_gib: float = spec_field("key-value cache on CPU, GiB", default=1.0, range=POSITIVE)
+    gpu_share: float = spec_field(
+        "share of GPU memory for the engine", default=0.4, range=INSIDE_SHARE
+    )
+    canary_bound: float | None = spec_field(
+        "largest mean difference of log-probabilities after a weight sync (default: 1e-3 in float32, 0.25 in bfloat16)",
+        default=None,
+        range=POSITIVE,
+    )
+
+
+@frozen(kw_only=True)
+class ReplayBackend:
+    """The recorded rollouts of an earlier run; no sampling."""
+
+    kind: ClassVar[str] = "replay"
+    run: str = spec_field("run directory, relative to the spec", range=NOT_EMPTY)
+
+
+Backend = AutoBackend | TransformersBackend | VllmBackend | ReplayBackend
+
+
+@frozen(kw_only=True)
+class RolloutSpec:
+    """Who samples, how, and on which engine."""
+
+    sampled_by: SampledBy = spec_field("who samples", default=StudentSamples())
+    completions_per_prompt: int = spec_field("size of a group", default=1, range=AT_LEAST_ONE)
+    temperature: float = spec_field("sampling temperature", default=1.0, range=POSITIVE)
+    top_p: float = spec_field("nucleus sampling", default=1.0, range=TOP_P)
+    top_k: int = spec_field(
+        "keep the k likeliest tokens; 0 keeps all", default=0, range=NOT_NEGATIVE
+    )
+    max_new_tokens: int = spec_field("longest completion, tokens", default=256, range=AT_LEAST_ONE)
+    max_prompt_tokens: int | None = spec_field(
+        "longest student prompt, tokens; a longer one is an error", default=None, range=AT_LEAST_ONE
+    )
+    stop: tuple[str, ...] = spec_field("texts that end a completion", default=())
+    backend: Backend = spec_field("what generates", default=AutoBackend())
+
+
+# ── teacher ───────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen(kw_only=True)
+class StudentWeights:
+    """The live student itself."""
+
+    kind: ClassVar[str] = "student"
+
+
+@frozen(kw_only=True)
+class FrozenWeights:
+    """The weights the run started from."""
+
+    kind: ClassVar[str] = "frozen"
+
+
+@frozen(kw_only=True)
+class EmaWeights:
+    """A running average of the student, kept in float32: teacher += update_rate × (student − teacher)."""
+
+    kind: ClassVar[str] = "ema"
+    update_rate: float | Schedule = spec_field("share of the student mixed in", range=SHARE)
+    every: Literal["optimizer_step", "rollout_batch"] = spec_field(
+        "what an update follows", default="optimizer_step"
+    )
+
+
+@frozen(kw_only=True)
+class CopyWeights:
+    """A copy of the student, renewed now and then."""
+
+    kind: ClassVar[str] = "copy"
+    every: int = spec_field("optimizer steps between copies", range=AT_LEAST_ONE)
+
+
+TeacherWeights = StudentWeights | FrozenWeights | EmaWeights | CopyWeights
+
+
+@frozen(kw_only=True)
+class ColumnSlot:
+    """A column of the row."""
+
+    kind: ClassVar[str] = "column"
+    name: str = spec_field("sdkit's name of the column", range=NOT_EMPTY)
+
+
+@frozen(kw_only=True)
+class TextSlot:
+    """The same text for every row."""
+
+    kind: ClassVar[str] = "text"
+    text: str = spec_field("the text", range=NOT_EMPTY)
+
+
+Slot = ColumnSlot | TextSlot
+
+
+@frozen(kw_only=True)
+class Turn:
+    """One exchange: what the user says and what the assistant answers."""
+
+    user: str = spec_field("template of the user's message", range=NOT_EMPTY)
+    assistant: str = spec_field("template of the answer", range=NOT_EMPTY)
+
+
+@frozen(kw_only=True)
+class Context:
+    """What every kind of teacher context has."""
+
+    slots: Table[Slot] = spec_field("what fills the template", default=Table())
+    requires: Literal["all", "any"] = spec_field(
+        "which slots must be filled, or else the row has no teacher", default="all"
+    )
+    max_prompt_tokens: int | None = spec_field(
+        "longest teacher prompt; longer context is cut", default=None, range=AT_LEAST_ONE
+    )
+    cut: Literal["start", "end"] = spec_field(
+        "the end of the context that a cut removes; the prompt always stays whole", default="end"
+    )
+
+
+@frozen(kw_only=True)
+class UserTurn(Context):
+    """The template takes the place of the last user message."""
+
+    kind: ClassVar[str] = "user_turn"
+    template: str = spec_field("text with {prompt} and the slots", range=NOT_EMPTY)
+
+
+@frozen(kw_only=True)
+class SystemMessage(Context):
+    """The template becomes the system message (after the row's own, where it has one)."""
+
+    kind: ClassVar[str] = "system_message"
+    template: str = spec_field("text with the slots", range=NOT_EMPTY)
+
+
+@frozen(kw_only=True)
+class EarlierTurns(Context):
+    """Exchanges that stand before the prompt, as if the chat had begun with them."""
+
+    kind: ClassVar[str] = "earlier_turns"
+    turns: tuple[Turn, ...] = spec_field("the exchanges, first to last", range=NOT_EMPTY)
+
+
+Sees = UserTurn | SystemMessage | EarlierTurns
+
+
+@frozen(kw_only=True)
+class TeacherSpec:
+    """What the teacher is (weights) and what it sees (context)."""
+
+    weights: TeacherWeights = spec_field("which weights")
+    sees: Sees | None = spec_field(
+        "extra context; without it the teacher sees the student's prompt", default=None
+    )
+
+
+# ── losses ────────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen(kw_only=True)
+class ForwardKl:
+    """KL(teacher‖student): covers all the teacher does."""
+
+    kind: ClassVar[str] = "forward_kl"
+
+
+@frozen(kw_only=True)
+class ReverseKl:
+    """KL(student‖teacher): seeks what the teacher does most."""
+
+    kind: ClassVar[str] = "reverse_kl"
+
+
+@frozen(kw_only=True)
+class Jsd:
+    """Generalised Jensen-Shannon divergence around M = (1−s)·student + s·teacher, s = teacher_share."""
+
+    kind: ClassVar[str] = "jsd"
+    teacher_share: float = spec_field(
+        "the teacher's share of the mixture", default=0.5, range=INSIDE_SHARE
+    )
+
+
+@frozen(kw_only=True)
+class LinearMix:
+    """forward_share × forward KL + (1 − forward_share) × reverse KL."""
+
+    kind: ClassVar[str] = "linear_mix"
+    forward_share: float = spec_field("weight of the forward KL", default=0.5, range=SHARE)
+
+
+Divergence = ForwardKl | ReverseKl | Jsd | LinearMix
+
+
+@frozen(kw_only=True)
+class VocabularySupport:
+    """Every token of the vocabulary."""
+
+    kind: ClassVar[str] = "vocabulary"
+
+
+@frozen(kw_only=True)
+class TopKSupport:
+    """The k likeliest tokens; `remainder` says what becomes of the rest."""
+
+    kind: ClassVar[str] = "top_k"
+    k: int = spec_field("how many tokens", range=AT_LEAST_ONE)
+    chosen_by: Literal["student", "teacher", "union"] = spec_field("whose likeliest tokens")
+    remainder: Literal["tail_bucket", "renormalize", "renormalize_teacher", "drop"] = spec_field(
+        "the probability outside the k tokens"
+    )
+
+
+@frozen(kw_only=True)
+class SampledTokenSupport:
+    """The sampled token alone: an estimate of the reverse KL's gradient."""
+
+    kind: ClassVar[str] = "sampled_token"
+
+
+Support = VocabularySupport | TopKSupport | SampledTokenSupport
+
+
+@frozen(kw_only=True)
+class MaskSpec:
+    """Which completion tokens count; tokens left out stay in the attention."""
+
+    skip_first: int = spec_field(
+        "leave out the first so many tokens", default=0, range=NOT_NEGATIVE
+    )
+    prefix: int | None = spec_field(
+        "only the first so many tokens", default=None, range=AT_LEAST_ONE
+    )
+
+
+@frozen(kw_only=True)
+class OldPolicyRatio:
+    """Ratio of the student now to the student when the batch was sampled, token by token."""
+
+    cap: float = spec_field("upper bound", range=POSITIVE)
+
+
+@frozen(kw_only=True)
+class SamplerRatio:
+    """Ratio of the trainer's log-probabilities to the sampling engine's."""
+
+    cap: float = spec_field("upper bound", range=POSITIVE)
+    level: Literal["token", "sequence_mean"] = spec_field(
+        "one ratio per token, or their mean per sequence"
+    )
+
+
+@frozen(kw_only=True)
+class ImportanceSpec:
+    """Corrections for tokens that other weights, or another engine, sampled."""
+
+    old_policy: OldPolicyRatio | None = spec_field("to the weights before this batch", default=None)
+    sampler: SamplerRatio | None = spec_field("to the sampling engine", default=None)
+
+
+@frozen(kw_only=True)
+class PerToken:
+    """Mean over all loss tokens of the global batch."""
+
+    kind: ClassVar[str] = "per_token"
+
+
+@frozen(kw_only=True)
+class PerSequence:
+    """Mean over each sequence's loss tokens, then over sequences."""
+
+    kind: ClassVar[str] = "per_sequence"
+    empty_rows: Literal["count", "skip"] = spec_field(
+        "whether a sequence without loss tokens counts as a zero", default="skip"
+    )
+
+
+@frozen(kw_only=True)
+class SequenceSum:
+    """Sum over each sequence, then mean over sequences."""
+
+    kind: ClassVar[str] = "sequence_sum"
+
+
+@frozen(kw_only=True)
+class Constant:
+    """Sum over everything, divided by sequences × a constant length."""
+
+    kind: ClassVar[str] = "constant"
+    length: float = spec_field("the constant, tokens", range=POSITIVE)
+
+
+@frozen(kw_only=True)
+class Sum:
+    """Plain sum; the learning rate then depends on batch size and length."""
+
+    kind: ClassVar[str] = "sum"
+
+
+Average = PerToken | PerSequence | SequenceSum | Constant | Sum
+
+
+@frozen(kw_only=True)
+class Distillation:
+    """Pull the student's distribution towards the teacher's."""
+
+    kind: ClassVar[str] = "distillation"
+    divergence: Divergence = spec_field("how far apart")
+    support: Support = spec_field("over which tokens of the vocabulary")
+    temperature: float | None = spec_field(
+        "divides both sides' logits (default: the sampling temperature)",
+        default=None,
+        range=POSITIVE,
+    )
+    mask: MaskSpec = spec_field("which positions", default=MaskSpec())
+    importance: ImportanceSpec = spec_field("how corrected", default=ImportanceSpec())
+    average: Average = spec_field("how averaged", default=PerToken())
+    coefficient: float | Schedule = spec_field(
+        "weight of this term", default=1.0, range=NOT_NEGATIVE
+    )
+
+
+@frozen(kw_only=True)
+class CrossEntropy:
+    """Raise the log-probability of the completion's tokens."""
+
+    kind: ClassVar[str] = "cross_entropy"
+    mask: MaskSpec = spec_field("which positions", default=MaskSpec())
+    average: Average = spec_field("how averaged", default=PerToken())
+    coefficient: float | Schedule = spec_field(
+        "weight of this term", default=1.0, range=NOT_NEGATIVE
+    )
+
+
+LossTerm = Distillation | CrossEntropy
+
+
+@frozen(kw_only=True)
+class MethodSpec:
+    """A method page: the questions that make a method, and nothing of the run."""
+
+    rollout: RolloutSpec = spec_field("who samples, and how", default=RolloutSpec())
+    teacher: TeacherSpec | None = spec_field("what the teacher is and sees", default=None)
+    losses: Table[LossTerm] = spec_field("named terms of the objective", range=NOT_EMPTY)
+
+
+DEFAULT_KIND: dict[Any, type] = {Sees: UserTurn}
+"""Unions whose `kind` may be left out, and what it then is."""
