@@ -1,0 +1,221 @@
+"""The nouns that flow through a step: rows, rollouts, micro-batches, teacher scores.
+
+Everything here is frozen and compared by identity.  Rollouts are ragged tuples of token ids; padding happens when a
+micro-batch is built and nowhere else.  Letters for shapes: N sequences, S padded length, M completion tokens that some
+loss term counts (all sequences of a micro-batch, one after the other), H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+Message = Mapping[str, str]
+"""One chat message: {"role": "system" | "user" | "assistant", "content": text}."""
+
+
+@frozen(eq=False, kw_only=True)
+class Row:
+    """One row of a data set, with sdkit's names for its columns."""
+
+    index: int
+    messages: tuple[Message, ...]  # the student's prompt, as chat
+    columns: Mapping[str, Any]  # every mapped column
+    raw: Mapping[str, Any]  # the row as it was read
+
+    @property
+    def prompt_text(self) -> str:
+        """The last user message."""
+        return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+
+
+@frozen(kw_only=True)
+class Sampling:
+    """How to sample; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+
+
+@frozen(kw_only=True)
+class Request:
+    """One completion asked of a backend."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@frozen(eq=False, kw_only=True)
+class Completion:
+    """What a backend returns: ids up to and including the end token."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None  # under the temperature and truncation used
+    finished: bool  # False where the length limit cut it
+
+
+@frozen(eq=False, kw_only=True)
+class Rollout:
+    """One prompt with one completion."""
+
+    row: Row
+    group: int  # rollouts of one group answer the same prompt
+    prompt_ids: tuple[int, ...]  # what the student sees in training
+    teacher_prompt_ids: tuple[int, ...] | None  # None: no teacher for this rollout
+    completion_ids: tuple[int, ...]
+    sampler_logprobs: tuple[float, ...] | None
+    old_logprobs: tuple[float, ...] | None = (
+        None  # trainer's, before the first update on this batch
+    )
+    policy_version: int  # optimizer steps behind the weights that sampled
+    finished: bool
+
+
+@frozen(eq=False, kw_only=True)
+class RolloutBatch:
+    """All rollouts of one step on this rank; groups stand together."""
+
+    rollouts: tuple[Rollout, ...]
+
+    def __iter__(self) -> Iterator[Rollout]:
+        return iter(self.rollouts)
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    def check(self) -> None:
+        """Raise ValueError where a rollout contradicts itself or a group is torn."""
+        seen: list[int] = []
+        for r in self.rollouts:
+            for name in ("sampler_logprobs", "old_logprobs"):
+                values = getattr(r, name)
+                if values is not None and len(values) != len(r.completion_ids):
+                    raise ValueError(f"{len(values)} {name} for {len(r.completion_ids)} tokens")
+            if not r.prompt_ids:
+                raise ValueError(f"rollout of row {r.row.index} has no prompt")
+            if r.group in seen[:-1]:
+                raise ValueError(f"group {r.group} does not stand together")
+            if not seen or seen[-1] != r.group:
+                seen.append(r.group)
+
+    def split(self, parts: int) -> tuple[RolloutBatch, ...]:
+        """Whole groups dealt into `parts` batches, in order."""
+        groups: dict[int, list[Rollout]] = {}
+        for r in self.rollouts:
+            groups.setdefault(r.group, []).append(r)
+        held = list(groups.values())
+        edges = [round(i * len(held) / parts) for i in range(parts + 1)]
+        return tuple(
+            RolloutBatch(rollouts=tuple(r for g in held[a:b] for r in g))
+            for a, b in zip(edges, edges[1:], strict=False)
+        )
+
+    def with_old_logprobs(self, values: Sequence[tuple[float, ...]]) -> RolloutBatch:
+        """The same rollouts with the trainer's log-probabilities."""
+        pairs = zip(self.rollouts, values, strict=True)
+        return RolloutBatch(rollouts=tuple(evolve(r, old_logprobs=v) for r, v in pairs))
+
+
+@frozen(eq=False, kw_only=True)
+class Sequences:
+    """Padded token ids for one forward pass, and where the M counted tokens are predicted."""
+
+    input_ids: Tensor  # [N, S] long
+    attention_mask: Tensor  # [N, S] long; 1 on tokens, padding on the right
+    predicts: (
+        Tensor  # [M] long; index into the flattened [N * S] of the state that predicts a token
+    )
+
+
+@frozen(eq=False, kw_only=True)
+class Tokens:
+    """The M counted tokens and all that the losses know of each."""
+
+    token: Tensor  # [M] long; the sampled id
+    row: Tensor  # [M] long; sequence in the micro-batch, 0..N-1, ascending
+    weights: Mapping[
+        str, Tensor
+    ]  # per loss term: [M] float32; 0 where the term does not count the token
+    sampler_logprobs: Tensor | None  # [M] float32
+    old_logprobs: Tensor | None  # [M] float32; None: the log-probabilities now, detached
+    ratio: Tensor | None = None  # [M] float32; sampler correction where it needs whole sequences
+
+    def __len__(self) -> int:
+        return self.token.numel()
+
+    def slice(self, start: int, end: int) -> Tokens:
+        """Tokens start..end; views, no copies."""
+        return self._each(lambda x: x[start:end])
+
+    def to(self, device: torch.device) -> Tokens:
+        """The same tokens on another device."""
+        return self._each(lambda x: x.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        def optional(x: Tensor | None) -> Tensor | None:
+            return None if x is None else change(x)
+
+        return Tokens(
+            token=change(self.token),
+            row=change(self.row),
+            weights={name: change(w) for name, w in self.weights.items()},
+            sampler_logprobs=optional(self.sampler_logprobs),
+            old_logprobs=optional(self.old_logprobs),
+            ratio=optional(self.ratio),
+        )
+
+
+@frozen(eq=False, kw_only=True)
+class MicroBatch:
+    """What one forward and backward pass needs.  May hold no rows at all (a rank that ran short)."""
+
+    student: Sequences
+    teacher: Sequences | None
+    tokens: Tokens
+    rows: int  # N
+
+
+@frozen(kw_only=True)
+class Counts:
+    """Sizes of the global batch (all micro-batches, all ranks) as one loss term sees it."""
+
+    rows: int
+    filled_rows: int  # rows with at least one counted token
+    tokens: int
+
+
+@frozen(eq=False, kw_only=True)
+class HiddenScores:
+    """A local teacher's answer: hidden states, projected chunk by chunk beside the student's."""
+
+    hidden: Tensor  # [M, H]
+    head: Tensor  # [V, H]; no gradient
+
+
+TeacherScores = HiddenScores
+"""What a teacher says of the counted tokens; served and blended teachers add members."""
+
+
+class RolloutBackend(Protocol):
+    """Token ids in, token ids out."""
+
+    name: str
+
+    def load(self, weights: Any, version: int) -> Mapping[str, float]:
+        """Take these weights; returns figures of the transfer (seconds, canary difference)."""
+        ...
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in order; equal requests give equal completions."""
+        ...
+
+    def close(self) -> None:
+        """Free what the backend holds."""
+        ...

@@ -1,0 +1,257 @@
+"""The door: arguments, exit codes, printing.  Heavy imports stand inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+# Before torch is imported: threads of two libraries that spin at barriers slow each other to a crawl.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+
+from sdkit import __version__
+from sdkit.problems import SdkitError
+
+if TYPE_CHECKING:
+    from sdkit.language import Checked
+
+app = typer.Typer(
+    name="sdkit",
+    help="Self-distillation and on-policy distillation of language models: a method is a page of YAML.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+EXIT_CODES = """\b
+Exit codes: 0 fine, 1 problems found or the run failed, 2 usage or unreadable input, 3 bad data,
+4 environment, 5 out of memory, 6 a process died or a deadline passed, 7 stopped and resumable, 8 numerics guard."""
+
+SpecPath = Annotated[Path, typer.Argument(help="A run file or a method page.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="`key.path=value` overrides, applied last.", show_default=False),
+]
+Format = Annotated[str, typer.Option("--format", help="text, json or github.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sdkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=EXIT_CODES)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: `sdkit validate specs/*.yaml`")
+def validate(
+    specs: Annotated[
+        list[Path], typer.Argument(help="Run files or method pages.", show_default=False)
+    ],
+    format: Format = "text",
+) -> None:
+    """Check specs: every problem at once, with its place.  Loads nothing heavy."""
+    from sdkit.language import load_spec
+
+    failed = False
+    for path in specs:
+        checked = load_spec(path)
+        _print_problems(checked, format)
+        failed |= not checked.ok
+        if checked.ok and format == "text":
+            typer.echo(f"{path}: fine ({'run file' if checked.kind == 'run' else 'method page'})")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `sdkit show specs/sdft.yaml optimizer.lr=1e-5`")
+def show(spec: SpecPath, overrides: Overrides = None) -> None:
+    """Print the resolved spec, each value with the place it comes from."""
+    from sdkit.show import annotated
+
+    typer.echo(annotated(_checked(spec, overrides)))
+
+
+@app.command(epilog="Examples: `sdkit plan specs/sdft.yaml`, `sdkit plan specs/sdft.yaml --data 2`")
+def plan(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    data: Annotated[
+        int,
+        typer.Option(
+            "--data", help="Render this many rows: student and teacher prompt side by side.", min=0
+        ),
+    ] = 0,
+) -> None:
+    """Print what a run would do: roles, batches, memory, every derived value.  Loads no weights."""
+    from sdkit.machine import machine_for, shape_of
+    from sdkit.plan import make_plan
+    from sdkit.plan_text import render_plan
+
+    checked = _checked(spec, overrides, run_file=True)
+    run = checked.spec
+    made = make_plan(run, machine_for(run), shape_of(run, spec.parent))
+    typer.echo(render_plan(run, made))
+    if data:
+        from sdkit.engine.preview import preview
+
+        preview(run, spec.parent, data, _console())
+
+
+@app.command(
+    epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke specs/methods/sdft.yaml --steps 20`"
+)
+def smoke(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 2,
+) -> None:
+    """Two real optimizer steps on a tiny random model: the real code path, in seconds."""
+    checked = _checked(spec, overrides)
+    _smoke(checked, steps)
+
+
+@app.command(
+    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`"
+)
+def train(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Run directory (default: runs/NAME of the spec).", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue from the newest checkpoint of the run directory.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the run in the run directory.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate, plan and smoke; train nothing.")
+    ] = False,
+) -> None:
+    """Run a spec: evaluate, train, evaluate, and leave a run directory."""
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    if dry_run:
+        plan(spec, overrides)
+        return _smoke(_checked(spec, overrides), 2)
+    checked = _checked(spec, overrides, run_file=True)
+    from sdkit.engine.run import train as run_spec
+    from sdkit.show import annotated
+
+    folder = to or Path(checked.spec.output.folder) / spec.stem
+    run_spec(
+        checked.spec,
+        spec.resolve().parent,
+        folder,
+        _console(),
+        written=spec.read_text(encoding="utf-8"),
+        resolved=annotated(checked) + "\n",
+        resume=resume,
+        overwrite=overwrite,
+    )
+    return None
+
+
+@app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
+def evaluate(
+    spec: Annotated[
+        Path, typer.Argument(help="A run file, or a run directory.", show_default=False)
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Run a run file's evaluation on its start model, or on the model of a finished run."""
+    from sdkit.engine.run import evaluate_only
+
+    path, extra, base = _evaluation_target(spec)
+    checked = _checked(path, [*extra, *(overrides or [])], run_file=True)
+    evaluate_only(checked.spec, base, _console())
+
+
+def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
+    if not path.is_dir():
+        return path, [], path.resolve().parent
+    import json
+
+    from sdkit.problems import UnreadableInput
+
+    resolved, model = path / "resolved.yaml", path / "model"
+    if not resolved.is_file():
+        raise UnreadableInput(f"{path} is not a run directory: it has no resolved.yaml")
+    if not model.is_dir():
+        raise UnreadableInput(f"{path} has no model/ yet", hint="it appears when the run is done")
+    base = Path(json.loads((path / "provenance.json").read_text(encoding="utf-8"))["base"])
+    return resolved, [f"model.path={model.resolve()}", "model.lora=null"], base
+
+
+def _smoke(checked: Checked, steps: int) -> None:
+    from sdkit.engine.smoke import smoke as run_smoke
+
+    lines = run_smoke(checked.spec, _console(), steps)
+    norms = ", ".join(f"{line['grad_norm']:.3g}" for line in lines if "grad_norm" in line)
+    typer.echo(f"{checked.loaded.name}: smoke run fine, gradient norms {norms}")
+
+
+def _checked(path: Path, overrides: list[str] | None, run_file: bool = False) -> Any:
+    from sdkit.language import load_spec
+    from sdkit.problems import UnreadableInput
+
+    checked = load_spec(path, overrides or ())
+    _print_problems(checked, "text")
+    if not checked.ok:
+        raise typer.Exit(1)
+    if run_file and checked.kind != "run":
+        raise UnreadableInput(
+            f"{path} is a method page",
+            hint="a run file names it: `method: methods/NAME.yaml`, model, data, …",
+        )
+    return checked
+
+
+def _print_problems(checked: Any, format: str) -> None:
+    from sdkit import problems
+
+    if format not in ("text", "json", "github"):
+        raise typer.BadParameter("--format takes text, json or github")
+    if format == "json":
+        typer.echo(problems.as_json(checked.problems))
+    elif format == "github" and checked.problems:
+        typer.echo(problems.as_github(checked.problems))
+    elif checked.problems:
+        typer.echo(problems.render(checked.problems, checked.texts), err=True)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one message and its exit code."""
+    try:
+        app()
+    except SdkitError as error:
+        place = (
+            f"{error.place.file}:{error.place.line}:{error.place.column}: " if error.place else ""
+        )
+        typer.echo(f"error: {place}{error}", err=True)
+        if error.hint:
+            typer.echo(f"  = {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("error: interrupted", err=True)
+        sys.exit(1)

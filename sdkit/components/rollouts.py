@@ -1,0 +1,187 @@
+"""Sampling without a server: `generate` on the training weights, and replay of recorded rollouts.
+
+Knows token ids; knows nothing of chat templates, rewards or teachers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdkit.batches import Completion, Request, Sampling
+from sdkit.problems import BadData
+from sdkit.weights import Weights
+
+
+class TransformersRollouts:
+    """`generate` on whatever weights were loaded last.  Nothing is copied, so `load` is free."""
+
+    name = "transformers"
+
+    def __init__(self, tokenizer: Any, batch_rows: int, end_ids: tuple[int, ...]) -> None:
+        self.tokenizer = tokenizer
+        self.batch_rows = batch_rows
+        self.end_ids = end_ids
+        self.weights: Weights | None = None
+
+    def load(self, weights: Weights, version: int) -> Mapping[str, float]:
+        self.weights = weights
+        return {}
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        assert self.weights is not None, "sample before load"
+        # Equal lengths share a batch: less padding, and a row's result leans less on its neighbours.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        done: dict[int, Completion] = {}
+        with self.weights.active() as model:
+            was_training = model.training
+            model.eval()
+            for start in range(0, len(order), self.batch_rows):
+                chosen = order[start : start + self.batch_rows]
+                batch = self._generate(model, [requests[i] for i in chosen], sampling)
+                done.update(zip(chosen, batch, strict=True))
+            model.train(was_training)
+        return [done[i] for i in range(len(requests))]
+
+    def _generate(
+        self, model: Any, requests: list[Request], sampling: Sampling
+    ) -> list[Completion]:
+        width = max(len(r.prompt_ids) for r in requests)
+        pad = self.end_ids[0]
+        ids = torch.tensor(
+            [[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests]
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests]
+        )
+        device = next(model.parameters()).device
+        sampler = SeededSampler(requests, sampling)
+        out = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            logits_processor=[sampler],
+            eos_token_id=list(self.end_ids),
+            pad_token_id=pad,
+            stop_strings=list(sampling.stop) or None,
+            tokenizer=self.tokenizer if sampling.stop else None,
+        )
+        rows = out[:, width:].tolist()
+        return [self._completion(row, i, sampler, sampling) for i, row in enumerate(rows)]
+
+    def _completion(
+        self, row: list[int], index: int, sampler: SeededSampler, sampling: Sampling
+    ) -> Completion:
+        length = next((i + 1 for i, token in enumerate(row) if token in self.end_ids), len(row))
+        stopped = length < len(row) or row[length - 1] in self.end_ids
+        if sampling.stop and not stopped:
+            length, stopped = self._cut_at_stop(row, sampling)
+        logprobs = tuple(step[index] for step in sampler.logprobs[:length])
+        return Completion(ids=tuple(row[:length]), logprobs=logprobs, finished=stopped)
+
+    def _cut_at_stop(self, row: list[int], sampling: Sampling) -> tuple[int, bool]:
+        for length in range(1, len(row) + 1):
+            text = self.tokenizer.decode(row[:length])
+            if any(stop in text for stop in sampling.stop):
+                return length, True
+        return len(row), False
+
+    def close(self) -> None:
+        self.weights = None
+
+
+class SeededSampler:
+    """A logits processor that draws each row's token from that row's own generator and records its log-probability.
+
+    `generate` then takes the arg max of what is returned, which is the drawn token: sampling without the global
+    generator, and with exact log-probabilities under temperature, top_k and top_p.
+    """
+
+    def __init__(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
+        self.logprobs: list[list[float]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = scores.float()
+        if self.sampling.temperature == 0:
+            chosen = logits.argmax(-1, keepdim=True)
+            logprobs = logits.log_softmax(-1)
+        else:
+            logprobs = self._truncated(logits / self.sampling.temperature).log_softmax(-1)
+            draws = torch.cat(
+                [torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators]
+            )
+            cumulative = logprobs.double().exp().cumsum(-1)
+            target = draws.to(cumulative.device)[:, None] * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, target, right=True).clamp(
+                max=logits.shape[-1] - 1
+            )
+        self.logprobs.append(logprobs.gather(-1, chosen)[:, 0].tolist())
+        return torch.full_like(logits, float("-inf")).scatter(-1, chosen, 0.0)
+
+    def _truncated(self, logits: Tensor) -> Tensor:
+        if self.sampling.top_k:
+            kth = logits.topk(min(self.sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, float("-inf"))
+        if self.sampling.top_p < 1:
+            ordered, ids = logits.sort(dim=-1, descending=True)
+            mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            dropped = (mass_before >= self.sampling.top_p).scatter(
+                -1, ids, mass_before >= self.sampling.top_p
+            )
+            logits = logits.masked_fill(dropped, float("-inf"))
+        return logits
+
+
+class ReplayRollouts:
+    """The recorded completions of an earlier run, found by prompt and seed; nothing is sampled."""
+
+    name = "replay"
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.recorded: dict[tuple[tuple[int, ...], int], Completion] = {}
+        for path in sorted((run / "rollouts").glob("step_*.jsonl")):
+            for record in _records(path):
+                self.recorded[tuple(record["sampled_from_ids"]), record["seed"]] = Completion(
+                    ids=tuple(record["completion_ids"]),
+                    logprobs=_floats(record["sampler_logprobs"]),
+                    finished=record["finished"],
+                )
+        if not self.recorded:
+            raise BadData(f"{run} holds no recorded rollouts", hint="name the directory of an earlier run")
+
+    def load(self, weights: Weights, version: int) -> Mapping[str, float]:
+        return {}
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        try:
+            return [self.recorded[r.prompt_ids, r.seed] for r in requests]
+        except KeyError:
+            raise BadData(
+                f"{self.run} did not record a completion for one of this step's prompts",
+                hint="replay needs the same data, seed, batch sizes and no more steps than were recorded",
+            ) from None
+
+    def close(self) -> None:
+        self.recorded.clear()
+
+
+def _floats(values: list[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise BadData(f"{path}:{number}: not a JSON object: {error}") from None

@@ -1,0 +1,177 @@
+"""What the teacher is: live, frozen, averaged or copied weights.  Knows nothing of prompts or losses.
+
+Open the teacher before DeepSpeed wraps the student: copies and adapters must exist by then.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor
+
+from sdkit.specs import (
+    CopyWeights,
+    EmaWeights,
+    FrozenWeights,
+    Schedule,
+    StudentWeights,
+    TeacherWeights,
+)
+from sdkit.weights import STUDENT_ADAPTER, TEACHER_ADAPTER, Weights
+
+Masters = Callable[[], Iterator[tuple[str, Tensor]]]
+"""Names and float32 master values of the student's trained parameters."""
+
+
+class Teacher:
+    """Weights that do not move: live (they are the student's own) or frozen."""
+
+    moves = False
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+
+    def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
+        """Follow the student after its optimizer step number `updates`; True where the teacher moved."""
+        return False
+
+    def after_rollout_batch(self, masters: Masters, scalar: Callable[[Any], float]) -> bool:
+        """Follow the student after all updates on a rollout batch; True where the teacher moved."""
+        return False
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside the student: float32 tensors by name."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state back.  Raises KeyError where a tensor is missing."""
+
+
+class MovingTeacher(Teacher):
+    """Weights that follow the student: shadow += rate × (master − shadow), in float32.
+
+    bfloat16 cannot hold a slow average (at rate 0.01 nine in ten updates round to nothing), so the average lives in
+    a float32 shadow and the forward pass sees a cast of it.
+    """
+
+    moves = True
+
+    def __init__(
+        self, weights: Weights, spec: EmaWeights | CopyWeights, pairs: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(weights)
+        self.spec = spec
+        self.live = dict(pairs)  # student's parameter name → the teacher's own tensor
+        for tensor in self.live.values():
+            tensor.requires_grad_(False)
+        self.shadow = {name: t.detach().float().clone() for name, t in self.live.items()}
+        self.distance = 0.0  # |teacher - student| / |student| at the last move
+
+    def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
+        match self.spec:
+            case EmaWeights(every="optimizer_step", update_rate=rate):
+                return self._follow(masters, scalar(rate))
+            case CopyWeights(every=every) if updates % every == 0:
+                return self._follow(masters, 1.0)
+        return False
+
+    def after_rollout_batch(self, masters: Masters, scalar: Callable[[Any], float]) -> bool:
+        match self.spec:
+            case EmaWeights(every="rollout_batch", update_rate=rate):
+                return self._follow(masters, scalar(rate))
+        return False
+
+    @torch.no_grad()
+    def _follow(self, masters: Masters, rate: float) -> bool:
+        apart = size = 0.0
+        followed = 0
+        for name, master in masters():
+            shadow = self.shadow[name]
+            shadow.lerp_(master, rate)
+            self.live[name].copy_(shadow)
+            apart += (shadow - master).square().sum().item()
+            size += master.square().sum().item()
+            followed += 1
+        if followed != len(self.shadow):
+            raise RuntimeError(
+                f"{followed} of {len(self.shadow)} teacher tensors followed the student"
+            )
+        self.distance = (apart / max(size, 1e-30)) ** 0.5
+        return True
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(self.shadow)
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, shadow in self.shadow.items():
+            shadow.copy_(state[name])
+            self.live[name].copy_(shadow)
+
+
+def open_teacher(spec: TeacherWeights, student: Weights) -> Teacher:
+    """The teacher that `spec` asks for, starting from the student's weights as they are now."""
+    adapters = hasattr(student.model, "peft_config")
+    match spec:
+        case StudentWeights():
+            return Teacher(student)
+        case FrozenWeights():
+            return Teacher(Weights(student.model, None) if adapters else _copy(student))
+        case EmaWeights() | CopyWeights() if adapters:
+            return MovingTeacher(
+                Weights(student.model, TEACHER_ADAPTER), spec, _second_adapter(student)
+            )
+        case EmaWeights() | CopyWeights():
+            weights = _copy(student)
+            own = dict(weights.model.named_parameters())
+            trained = [n for n, p in student.model.named_parameters() if p.requires_grad]
+            return MovingTeacher(weights, spec, {name: own[name] for name in trained})
+        case _:
+            assert_never(spec)
+
+
+def _copy(student: Weights) -> Weights:
+    trained = [p for p in student.model.parameters() if p.requires_grad]
+    weights = Weights(copy.deepcopy(student.model).requires_grad_(False))
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    weights.model.eval()
+    return weights
+
+
+def _second_adapter(student: Weights) -> dict[str, Tensor]:
+    """Add the teacher's adapter as a copy of the student's; student's name → the teacher's tensor.
+
+    The average is of the factors A and B, which is not the average of their product.
+    """
+    model: Any = student.model
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.add_adapter(
+        TEACHER_ADAPTER, model.peft_config[STUDENT_ADAPTER], autocast_adapter_dtype=False
+    )
+    parameters = dict(model.named_parameters())
+    pairs = {
+        n: parameters[n.replace(f".{STUDENT_ADAPTER}.", f".{TEACHER_ADAPTER}.")] for n in trained
+    }
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in pairs)
+    with torch.no_grad():
+        for name, tensor in pairs.items():
+            tensor.copy_(parameters[name])
+    model.set_adapter(STUDENT_ADAPTER)
+    return pairs
+
+
+def scalar_at(value: float | Schedule, step: int) -> float:
+    """The value of a scalar that may move, after `step` optimizer steps."""
+    if not isinstance(value, Schedule):
+        return float(value)
+    import math
+
+    share = min(step / value.steps, 1.0)
+    if value.shape == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return value.start + (value.to - value.start) * share

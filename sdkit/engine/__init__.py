@@ -1,0 +1,1 @@
+"""The engine: questions and their order, never methods."""

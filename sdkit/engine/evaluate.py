@@ -1,0 +1,194 @@
+"""Held-out measurement: scores with intervals, the teacher's lift, the objective on held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+
+from sdkit.batches import Request, Row, Sampling
+from sdkit.components.intervals import Interval, mean_interval, paired_difference
+from sdkit.engine.gather import completion_text, gather
+from sdkit.engine.step import measure
+from sdkit.seeds import derive
+from sdkit.specs import Decoding, Suite
+from sdkit.weights import Weights
+
+if TYPE_CHECKING:
+    from sdkit.engine.world import World
+
+View = Callable[[Row], tuple[int, ...] | None]
+Key = tuple[str, str, str]
+"""Suite, decoding, reward."""
+
+
+@frozen(eq=False, kw_only=True)
+class Evaluated:
+    """Scores of one evaluation, prompt by prompt, so that two evaluations can be compared in pairs."""
+
+    scores: Mapping[
+        Key, tuple[float, ...]
+    ]  # a prompt's mean over its samples, in the suite's order
+    records: Sequence[Mapping[str, Any]]
+    tokens: int  # generated
+    lengths: Mapping[tuple[str, str], float]  # mean completion length
+
+    def interval(self, key: Key) -> Interval:
+        return mean_interval(self.scores[key])
+
+    def difference(self, before: Evaluated, key: Key) -> Interval:
+        """The paired change since `before`, with its bootstrap interval over prompts."""
+        return paired_difference(before.scores[key], self.scores[key])
+
+    def metrics(self, headline: Key) -> dict[str, float]:
+        """Keys under eval/: the headline's score with interval and n, and every score by name."""
+        found: dict[str, float] = {}
+        for key in self.scores:
+            interval = self.interval(key)
+            names = ["eval/" + "/".join(key)] + (["eval/score"] if key == headline else [])
+            for name in names:
+                found |= {
+                    name: interval.mean,
+                    f"{name}_low": interval.low,
+                    f"{name}_high": interval.high,
+                }
+                found[f"{name}_n"] = interval.n
+        for (suite, decoding), length in self.lengths.items():
+            found[f"eval/{suite}/{decoding}/completion_tokens"] = length
+        return found
+
+
+def headline(world: World) -> Key:
+    """The score that stands for the run: the first suite's first decoding."""
+    assert world.spec.evaluation is not None
+    name, suite = next(iter(world.spec.evaluation.suites.items()))
+    return name, next(iter(suite.decoding)), suite.score
+
+
+def evaluate(world: World) -> Evaluated:
+    """Every suite from the student's own prompt."""
+    assert world.spec.evaluation is not None
+    parts = [
+        _suite(world, name, suite, world.data.suites[name], world.student, world.data.student_ids)
+        for name, suite in world.spec.evaluation.suites.items()
+    ]
+    return _joined(parts)
+
+
+def teacher_lift(world: World, before: Evaluated) -> dict[Key, Interval]:
+    """Score under the teacher's view minus score under the student's, on the first prompts of each suite.
+
+    Measured before training: where it is not above zero there is nothing to distil.  Empty where the teacher has
+    no view of its own.
+    """
+    evaluation, teacher = world.spec.evaluation, world.spec.teacher
+    if evaluation is None or teacher is None or teacher.sees is None or not evaluation.teacher_lift:
+        return {}
+    lift: dict[Key, Interval] = {}
+    for name, suite in evaluation.suites.items():
+        rows = world.data.suites[name][: evaluation.teacher_lift]
+        seen = [i for i, row in enumerate(rows) if world.data.teacher_ids(row) is not None]
+        if not seen:
+            continue
+        chosen = [rows[i] for i in seen]
+        under = _suite(world, name, suite, chosen, world.teacher_weights, world.data.teacher_ids)
+        for key, scores in under.scores.items():
+            own = [before.scores[key][i] for i in seen]
+            lift[key] = paired_difference(own, scores)
+    return lift
+
+
+def held_out_loss(world: World) -> dict[str, float]:
+    """Every training metric of the objective on held-out prompts, under eval/."""
+    assert world.spec.evaluation is not None
+    found: dict[str, float] = {}
+    for position, (name, suite) in enumerate(world.spec.evaluation.suites.items()):
+        rows = world.data.suites[name][: suite.loss_prompts]
+        if not rows:
+            continue
+        gathered = gather(world, rows, ("held out", name), evaluation=True)
+        prefix = "eval/" if position == 0 else f"eval/{name}/"
+        found |= {prefix + key: value for key, value in measure(world, gathered.batch).items()}
+    return found
+
+
+def _suite(
+    world: World, name: str, suite: Suite, rows: Sequence[Row], weights: Weights, view: View
+) -> Evaluated:
+    backend, _ = world.backend(weights, evaluation=True)
+    limit = suite.max_new_tokens or world.spec.rollout.max_new_tokens
+    parts = []
+    for decoding, how in suite.decoding.items():
+        jobs = [(i, copy) for i in range(len(rows)) for copy in range(how.samples)]
+        requests = [
+            Request(
+                prompt_ids=view(rows[i]) or (),
+                seed=derive(world.spec.training.seed, "evaluation", name, decoding, i, copy),
+            )
+            for i, copy in jobs
+        ]
+        done = backend.sample(requests, _sampling(how, limit, world.spec.rollout.stop))
+        texts = [completion_text(world, c.ids) for c in done]
+        owners = [i for i, _ in jobs]
+        parts.append(
+            _scored(world, (name, decoding), rows, owners, texts, [len(c.ids) for c in done])
+        )
+    return _joined(parts)
+
+
+def _sampling(how: Decoding, limit: int, stop: tuple[str, ...]) -> Sampling:
+    return Sampling(
+        temperature=how.temperature,
+        top_p=how.top_p,
+        top_k=how.top_k,
+        max_new_tokens=limit,
+        stop=stop,
+    )
+
+
+def _scored(
+    world: World,
+    where: tuple[str, str],
+    rows: Sequence[Row],
+    owners: Sequence[int],
+    texts: Sequence[str],
+    lengths: Sequence[int],
+) -> Evaluated:
+    each = {
+        reward: [scorer(text, rows[i]) for text, i in zip(texts, owners, strict=True)]
+        for reward, scorer in world.data.rewards[where[0]].items()
+    }
+    scores = {
+        (*where, reward): _per_prompt(values, owners, len(rows)) for reward, values in each.items()
+    }
+    records = [
+        {
+            "suite": where[0],
+            "decoding": where[1],
+            "row": rows[i].index,
+            "prompt": rows[i].prompt_text,
+            "completion": text,
+            "scores": {reward: values[j] for reward, values in each.items()},
+        }
+        for j, (text, i) in enumerate(zip(texts, owners, strict=True))
+    ]
+    mean = {where: sum(lengths) / max(len(lengths), 1)}
+    return Evaluated(scores=scores, records=records, tokens=sum(lengths), lengths=mean)
+
+
+def _per_prompt(values: Sequence[float], owners: Sequence[int], prompts: int) -> tuple[float, ...]:
+    sums, counts = [0.0] * prompts, [0] * prompts
+    for value, owner in zip(values, owners, strict=True):
+        sums[owner] += value
+        counts[owner] += 1
+    return tuple(s / c for s, c in zip(sums, counts, strict=True))
+
+
+def _joined(parts: Sequence[Evaluated]) -> Evaluated:
+    return Evaluated(
+        scores={key: scores for part in parts for key, scores in part.scores.items()},
+        records=[record for part in parts for record in part.records],
+        tokens=sum(part.tokens for part in parts),
+        lengths={key: length for part in parts for key, length in part.lengths.items()},
+    )

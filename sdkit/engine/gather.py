@@ -1,0 +1,163 @@
+"""Prompts → rollouts: who samples, from which prompt, under which weights; what the teacher will see."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, assert_never
+
+from attrs import frozen
+
+from sdkit.batches import Completion, Request, Rollout, RolloutBatch, Row, Sampling
+from sdkit.seeds import derive
+from sdkit.specs import DatasetSamples, StudentSamples, TeacherSamples
+
+if TYPE_CHECKING:
+    from sdkit.engine.world import World
+
+
+@frozen(eq=False, kw_only=True)
+class Gathered:
+    """Rollouts with what it took to get them."""
+
+    batch: RolloutBatch
+    requests: tuple[Request, ...]  # as sampled; the data set's own completions have requests too
+    seconds: Mapping[str, float]
+    figures: Mapping[str, float]  # of the weight transfer
+
+
+def training_sampling(world: World) -> Sampling:
+    """The sampling settings of rollouts."""
+    r = world.spec.rollout
+    return Sampling(
+        temperature=r.temperature,
+        top_p=r.top_p,
+        top_k=r.top_k,
+        max_new_tokens=r.max_new_tokens,
+        stop=r.stop,
+    )
+
+
+def gather(
+    world: World, rows: Sequence[Row], stream: Sequence[str | int], *, evaluation: bool = False
+) -> Gathered:
+    """One group of rollouts per row; `stream` names the seeds (such as "rollout" and the step)."""
+    started = time.perf_counter()
+    size = world.spec.rollout.completions_per_prompt
+    jobs = [(group, row, copy) for group, row in enumerate(rows) for copy in range(size)]
+    prompt = _sampling_prompt(world)
+    requests = tuple(
+        Request(prompt_ids=prompt(row), seed=derive(world.spec.training.seed, *stream, group, copy))
+        for group, row, copy in jobs
+    )
+    completions, figures = _complete(world, rows, size, requests, evaluation)
+    sync = figures.pop("sync_seconds", 0.0)
+    rollouts = [
+        _rollout(world, row, group, completion)
+        for (group, row, _), completion in zip(jobs, completions, strict=True)
+    ]
+    batch = RolloutBatch(rollouts=tuple(rollouts))
+    batch.check()
+    seconds = {"rollout": time.perf_counter() - started - sync, "sync": sync}
+    return Gathered(batch=batch, requests=requests, seconds=seconds, figures=figures)
+
+
+def _complete(
+    world: World, rows: Sequence[Row], size: int, requests: Sequence[Request], evaluation: bool
+) -> tuple[list[Completion], dict[str, float]]:
+    sampled_by = world.spec.rollout.sampled_by
+    match sampled_by:
+        case DatasetSamples(column=column):
+            return [own_completion(world, row, column) for row in rows for _ in range(size)], {}
+        case TeacherSamples(weights="teacher"):
+            weights = world.teacher_weights
+        case StudentSamples() | TeacherSamples():
+            weights = world.student
+        case _:
+            assert_never(sampled_by)
+    backend, figures = world.backend(weights, evaluation=evaluation)
+    return backend.sample(requests, training_sampling(world)), figures
+
+
+def own_completion(world: World, row: Row, column: str) -> Completion:
+    """The data set's completion as token ids, end token included; cut at the longest completion."""
+    ids = world.data.tokenizer(str(row.columns[column]), add_special_tokens=False)["input_ids"]
+    limit = world.spec.rollout.max_new_tokens
+    whole = (*ids, world.end_ids[0])
+    return Completion(ids=whole[:limit], logprobs=None, finished=len(whole) <= limit)
+
+
+def _sampling_prompt(world: World) -> Any:
+    sampled_by = world.spec.rollout.sampled_by
+    if isinstance(sampled_by, TeacherSamples) and sampled_by.prompt == "teacher":
+        return lambda row: world.data.teacher_ids(row) or world.data.student_ids(row)
+    return world.data.student_ids
+
+
+def _rollout(world: World, row: Row, group: int, completion: Completion) -> Rollout:
+    return Rollout(
+        row=row,
+        group=group,
+        prompt_ids=world.data.student_ids(row),
+        teacher_prompt_ids=world.data.teacher_ids(row),
+        completion_ids=completion.ids,
+        sampler_logprobs=completion.logprobs,
+        policy_version=world.updates,
+        finished=completion.finished,
+    )
+
+
+def records(gathered: Gathered) -> list[dict[str, Any]]:
+    """What the run directory keeps of each rollout: enough to train on it again."""
+    return [
+        {
+            "row": r.row.index,
+            "group": r.group,
+            "seed": request.seed,
+            "policy_version": r.policy_version,
+            "sampled_from_ids": request.prompt_ids,
+            "prompt_ids": r.prompt_ids,
+            "teacher_prompt_ids": r.teacher_prompt_ids,
+            "completion_ids": r.completion_ids,
+            "sampler_logprobs": r.sampler_logprobs,
+            "finished": r.finished,
+        }
+        for r, request in zip(gathered.batch, gathered.requests, strict=True)
+    ]
+
+
+def rewards(world: World, batch: RolloutBatch) -> dict[str, list[float]]:
+    """Every reward that applies to training rows, per rollout."""
+    scorers = world.data.train_rewards
+    if not scorers:
+        return {}
+    texts = [completion_text(world, r.completion_ids) for r in batch]
+    return {
+        name: [scorer(text, r.row) for text, r in zip(texts, batch, strict=True)]
+        for name, scorer in scorers.items()
+    }
+
+
+def completion_text(world: World, ids: Sequence[int]) -> str:
+    """A completion as a verifier reads it: without special tokens."""
+    return world.data.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def samples(
+    world: World, batch: RolloutBatch, scored: Mapping[str, Sequence[float]], count: int
+) -> list[dict[str, Any]]:
+    """A few rollouts as text: prompt, teacher prompt, completion, rewards."""
+    decode = world.data.tokenizer.decode
+    return [
+        {
+            "row": r.row.index,
+            "prompt": decode(r.prompt_ids),
+            "teacher_prompt": None
+            if r.teacher_prompt_ids is None
+            else decode(r.teacher_prompt_ids),
+            "completion": decode(r.completion_ids),
+            "finished": r.finished,
+            "rewards": {name: values[i] for name, values in scored.items()},
+        }
+        for i, r in enumerate(list(batch)[:count])
+    ]

@@ -1,0 +1,162 @@
+"""The run: rollouts, updates, the teacher, evaluation, in this order, until the last step."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from sdkit.batches import RolloutBatch
+from sdkit.engine import checkpoint
+from sdkit.engine.evaluate import evaluate, held_out_loss, teacher_lift
+from sdkit.engine.gather import Gathered, completion_text, gather, rewards
+from sdkit.engine.step import Measured, train_step, with_old_logprobs
+from sdkit.problems import NumericsGuard, Stopped
+
+if TYPE_CHECKING:
+    from sdkit.engine.report import Report
+    from sdkit.engine.world import World
+
+SKIPS_ALLOWED = 3
+HEDGES = ("wait", "hmm", "actually", "maybe", "perhaps")
+
+
+def run(world: World, report: Report) -> None:
+    """Train from the world's step to the last; evaluates at both ends and in between.
+
+    Raises Stopped after a checkpoint where SIGINT or SIGTERM asked for it, and NumericsGuard where several optimizer
+    steps in a row had no finite gradient.
+    """
+    assert world.plan.steps is not None
+    if world.step == 0:
+        before = _evaluate(world, report)
+        if before is not None:
+            report.lift(teacher_lift(world, before))
+    with _stop_requests() as stop:
+        for step in range(world.step, world.plan.steps):
+            _one_step(world, report, step)
+            if stop["asked"] and world.step < world.plan.steps:
+                saved = checkpoint.save(world, report.run.path)
+                raise Stopped(
+                    f"stopped after step {world.step}, saved {saved}", hint="continue with --resume"
+                )
+            every = world.spec.output.checkpoint_every
+            if every and world.step % every == 0 and world.step < world.plan.steps:
+                checkpoint.save(world, report.run.path)
+            if _evaluation_due(world):
+                _evaluate(world, report)
+
+
+def _one_step(world: World, report: Report, step: int) -> None:
+    started = time.perf_counter()
+    gathered = gather(world, world.data.take(step), ("rollout", step))
+    scored = rewards(world, gathered.batch)
+    batch = gathered.batch
+    if world.plan.needs_old_logprobs:
+        batch = with_old_logprobs(world, batch)
+    measured = [
+        _update(world, part) for part in batch.split(world.plan.updates_per_step) if len(part)
+    ]
+    moved = world.teacher and world.teacher.after_rollout_batch(world.masters, world.scalar)
+    world.step = step + 1
+    metrics = _metrics(world, gathered, scored, measured, time.perf_counter() - started)
+    if moved and world.teacher:
+        metrics["teacher_distance"] = world.teacher.distance
+    report.step(world, gathered, scored, metrics)
+
+
+def _update(world: World, part: RolloutBatch) -> Measured:
+    measured = train_step(world, part)
+    world.skipped = 0 if measured.applied else world.skipped + 1
+    if world.skipped >= SKIPS_ALLOWED:
+        raise NumericsGuard(
+            f"{SKIPS_ALLOWED} optimizer steps in a row had a gradient that is not finite; the last one after step "
+            f"{world.step}",
+            hint="lower optimizer.lr, or set model.dtype: float32",
+        )
+    return measured
+
+
+def _evaluation_due(world: World) -> bool:
+    evaluation = world.spec.evaluation
+    if evaluation is None:
+        return False
+    last = world.step == world.plan.steps
+    return last or bool(evaluation.every and world.step % evaluation.every == 0)
+
+
+def _evaluate(world: World, report: Report) -> Any:
+    if world.spec.evaluation is None:
+        return None
+    started = time.perf_counter()
+    found = evaluate(world)
+    losses = held_out_loss(world)
+    report.evaluated(world, found, losses, time.perf_counter() - started)
+    return found
+
+
+def _metrics(
+    world: World,
+    gathered: Gathered,
+    scored: dict[str, list[float]],
+    measured: list[Measured],
+    seconds: float,
+) -> dict[str, float]:
+    rollouts = list(gathered.batch)
+    lengths = [len(r.completion_ids) for r in rollouts]
+    metrics: dict[str, float] = {}
+    for part in measured:
+        for name, value in part.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value / len(measured)
+    metrics |= {f"reward/{name}": _mean(values) for name, values in scored.items()}
+    metrics |= {
+        "skipped_steps": float(sum(not part.applied for part in measured)),
+        "policy_version": float(world.updates),
+        "rollout/tokens": float(sum(lengths)),
+        "rollout/completion_tokens": _mean(lengths),
+        "rollout/finished": _mean([r.finished for r in rollouts]),
+        "rollout/with_teacher": _mean([r.teacher_prompt_ids is not None for r in rollouts]),
+        "rollout/hedging": _hedging(world, gathered),
+        **{f"rollout/{name}": value for name, value in gathered.figures.items()},
+    }
+    times = dict(gathered.seconds)
+    for part in measured:
+        for name, value in part.seconds.items():
+            times[name] = times.get(name, 0.0) + value
+    metrics |= {f"time/{name}": value for name, value in times.items()}
+    metrics["time/step"] = seconds
+    if gathered.seconds["rollout"] > 0:
+        metrics["time/tokens_per_second"] = sum(lengths) / gathered.seconds["rollout"]
+    return metrics
+
+
+def _hedging(world: World, gathered: Gathered) -> float:
+    """Hedging words per hundred words (2603.24472 ties their loss to worse reasoning elsewhere)."""
+    texts = [completion_text(world, r.completion_ids) for r in gathered.batch]
+    words = [w.strip(".,!?:;").lower() for text in texts for w in text.split()]
+    return 100 * sum(w in HEDGES for w in words) / max(len(words), 1)
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return float(sum(values)) / len(values) if values else 0.0
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[dict[str, bool]]:
+    """Note SIGINT and SIGTERM instead of dying from them; a second SIGINT interrupts at once."""
+    stop = {"asked": False}
+
+    def ask(number: int, _frame: Any) -> None:
+        if stop["asked"] and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop["asked"] = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,158 @@
+"""Load the model and the tokenizer that a spec names; attach adapters; convert the bundled model once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdkit.bundled import BUNDLED, PREFIX
+from sdkit.problems import BadData, BadEnvironment
+from sdkit.specs import LoraSpec, ModelSpec
+from sdkit.weights import STUDENT_ADAPTER
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $SDKIT_CACHE, or sdkit/ in the user's cache folder."""
+    named = os.environ.get("SDKIT_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else base / "sdkit"
+
+
+def locate(path: str, base: Path) -> str:
+    """A folder, or a hub id, that `from_pretrained` and vLLM both take."""
+    if path.startswith(PREFIX):
+        return str(_bundled(path.removeprefix(PREFIX)))
+    local = (base / path).resolve()
+    return str(local) if local.is_dir() else path
+
+
+def load_tokenizer(spec: ModelSpec, located: str) -> Any:
+    """The tokenizer, without any code of the model's own."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            located, revision=spec.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise BadData(f"no tokenizer in {located}: {_first_line(error)}") from None
+
+
+def load_model(spec: ModelSpec, located: str) -> nn.Module:
+    """The causal language model in the spec's precision, with adapters where it asks for them.
+
+    Raises BadData where the weights cannot be read (pickled weights are refused) or where the model does something
+    to its logits that the losses would not know of.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            located,
+            revision=spec.revision,
+            dtype=DTYPES[spec.dtype],
+            attn_implementation=spec.attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise BadData(f"cannot load {located}: {_first_line(error)}") from None
+    _refuse_changed_logits(model, located)
+    if spec.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if spec.lora:
+        model = _with_adapter(model, spec.lora)
+        if spec.activation_checkpointing:
+            model.enable_input_require_grads()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _refuse_changed_logits(model: Any, located: str) -> None:
+    if model.get_output_embeddings() is None or model.get_output_embeddings().bias is not None:
+        raise BadData(f"{located} has no plain output projection (none, or one with a bias)")
+    config = model.config
+    if getattr(config, "final_logit_softcapping", None):
+        raise BadData(f"{located} soft-caps its logits, which the losses do not apply")
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise BadData(f"{located} scales its logits ({name}), which the losses do not apply")
+
+
+def _with_adapter(model: Any, lora: LoraSpec) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = "all-linear" if lora.targets == "all_linear" else list(lora.targets)
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0
+    )  # type: ignore[arg-type]
+    try:
+        return get_peft_model(
+            model, config, adapter_name=STUDENT_ADAPTER, autocast_adapter_dtype=False
+        )
+    except ValueError as error:
+        raise BadData(f"model.lora.targets: {_first_line(error)}") from None
+
+
+def _bundled(name: str) -> Path:
+    """The folder of a bundled model, converted from its package the first time."""
+    entry = BUNDLED[name]
+    target = cache_folder() / f"{name}-{entry.revision}"
+    if (target / "config.json").is_file():
+        return target
+    found = importlib.util.find_spec(entry.package)
+    if found is None or not found.submodule_search_locations:
+        raise BadEnvironment(
+            f"the package {entry.package} is not installed", hint=f"install the extra {entry.extra}"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        _convert(Path(found.submodule_search_locations[0]), entry.file, partial)
+        partial.chmod(0o755)
+        partial.rename(target)
+    except OSError:
+        if not (target / "config.json").is_file():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _convert(package: Path, file: str, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(package, gguf_file=file)
+    model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
+    # The dequantised weights are plain tensors; what marks them as quantised must not reach the folder.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that end a completion: the tokenizer's, and those of the model's generation settings."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    ids = [i for i in [tokenizer.eos_token_id, *listed] if i is not None]
+    if not ids:
+        raise BadData("neither the tokenizer nor the model names an end token")
+    return tuple(dict.fromkeys(ids))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

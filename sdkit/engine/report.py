@@ -1,0 +1,220 @@
+"""What a person sees of a run, and what the run directory keeps of it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sdkit.components.intervals import Interval
+from sdkit.engine.evaluate import Evaluated, Key, headline
+from sdkit.engine.gather import Gathered, records, samples
+from sdkit.engine.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from sdkit.engine.world import World
+
+
+class Report:
+    """Screen and run directory of one run."""
+
+    def __init__(self, run: RunDirectory, console: Console, steps: int) -> None:
+        self.run = run
+        self.console = console
+        self.first: Evaluated | None = None
+        self.last: Evaluated | None = None
+        self.generated = 0.0  # tokens of training rollouts so far
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=steps)
+
+    def step(
+        self,
+        world: World,
+        gathered: Gathered,
+        scored: Mapping[str, list[float]],
+        metrics: dict[str, float],
+    ) -> None:
+        """One training step: a line on screen, a line of metrics, all rollouts, now and then a sample."""
+        self.generated += metrics["rollout/tokens"]
+        metrics["tokens_generated"] = self.generated
+        metrics["memory/peak_gib"] = peak_gib()
+        self.run.metrics(world.step, metrics)
+        self.run.lines("rollouts", world.step - 1, records(gathered))
+        self.console.print(_step_line(world, metrics), highlight=False)
+        output = world.spec.output
+        if (world.step - 1) % output.samples_every == 0:
+            shown = samples(world, gathered.batch, scored, output.samples)
+            self.run.lines("samples", world.step, shown)
+            self.console.print(
+                f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False
+            )
+        self.bar.update(self.task, completed=world.step)
+
+    def evaluated(
+        self, world: World, found: Evaluated, losses: Mapping[str, float], seconds: float
+    ) -> None:
+        """One evaluation: scores with intervals on screen, every completion in evaluations/."""
+        self.first = self.first or found
+        self.last = found
+        key = headline(world)
+        metrics = found.metrics(key) | dict(losses)
+        self.run.metrics(world.step, metrics | {"time/evaluation": seconds})
+        self.run.lines("evaluations", world.step, found.records)
+        parts = [
+            f"{'/'.join(k[1:])} {_share(found.interval(k).mean)}"
+            for k in found.scores
+            if k[0] == key[0]
+        ]
+        self.console.print(
+            f"[cyan]evaluation after step {world.step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]",
+            highlight=False,
+        )
+
+    def lift(self, lift: Mapping[Key, Interval]) -> None:
+        """The teacher's lift, before anything is trained."""
+        if not lift:
+            return
+        table = Table(
+            title="teacher lift: score under the teacher's view minus the student's, before training"
+        )
+        for column in ("suite", "decoding", "score", "lift", "95 % interval", "prompts"):
+            table.add_column(column)
+        for (suite, decoding, reward), interval in lift.items():
+            table.add_row(suite, decoding, reward, *_signed(interval), str(interval.n))
+        self.console.print(table)
+        if all(interval.low <= 0 for interval in lift.values()):
+            self.console.print(
+                "[yellow]warning[/]: the teacher's view lifts no score clearly above the student's; "
+                "there may be nothing to distil"
+            )
+        named = {"lift/" + "/".join(key): interval.mean for key, interval in lift.items()}
+        self.run.metrics(0, named)
+
+    def finished(self, world: World) -> None:
+        """The table of before and after."""
+        if self.first is None or self.last is None or self.first is self.last:
+            return
+        table = comparison(self.first, self.last, headline(world))
+        self.console.print(table)
+
+
+def comparison(before: Evaluated, after: Evaluated, first: Key) -> Table:
+    """Every score before and after, with the paired bootstrap interval of the change."""
+    table = Table(title="held-out prompts, from the student's own prompt")
+    for column in ("suite", "decoding", "score", "before", "after", "change", "95 % interval", "n"):
+        table.add_column(
+            column, justify="left" if column in ("suite", "decoding", "score") else "right"
+        )
+    for key in before.scores:
+        change = after.difference(before, key)
+        values = [
+            _with_interval(before.interval(key)),
+            _with_interval(after.interval(key)),
+            *_signed(change),
+        ]
+        style = "bold" if key[0] == first[0] and key[2] == first[2] else None
+        table.add_row(*key, *values, str(change.n), style=style)
+    return table
+
+
+def scores(found: Evaluated) -> Table:
+    """Every score with its interval."""
+    table = Table(title="held-out prompts, from the model's own prompt")
+    for column in ("suite", "decoding", "score", "mean [95 % interval]", "n"):
+        table.add_column(column)
+    for key in found.scores:
+        interval = found.interval(key)
+        table.add_row(*key, _with_interval(interval), str(interval.n))
+    return table
+
+
+def plain_comparison(before: Evaluated, after: Evaluated) -> list[dict[str, object]]:
+    """The same table as data, for result.json."""
+    rows: list[dict[str, object]] = []
+    for key in before.scores:
+        change, b, a = after.difference(before, key), before.interval(key), after.interval(key)
+        rows.append(
+            {
+                "suite": key[0],
+                "decoding": key[1],
+                "score": key[2],
+                "before": [b.mean, b.low, b.high],
+                "after": [a.mean, a.low, a.high],
+                "change": [change.mean, change.low, change.high],
+                "n": change.n,
+            }
+        )
+    return rows
+
+
+def opening(console: Console, world: World, run: RunDirectory) -> None:
+    """The objective card: what will be trained, in words."""
+    plan = world.plan
+    lines = [f"[bold]{escape(line)}[/]" for line in plan.objective]
+    lines += [escape(line) for line in plan.roles]
+    lines += [f"[dim]derived: {escape(line)}[/]" for line in plan.derived]
+    if world.data.dropped:
+        lines.append(
+            f"[dim]derived: {world.data.dropped} training rows dropped, their prompts are held out[/]"
+        )
+    lines.append(
+        f"{plan.steps} steps × {world.spec.training.prompts_per_step} prompts × "
+        f"{world.spec.rollout.completions_per_prompt} completions, {len(world.data.train)} training rows"
+    )
+    console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
+
+
+def peak_gib() -> float:
+    """Peak resident memory of this process, GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
+
+
+def _step_line(world: World, metrics: Mapping[str, float]) -> str:
+    rewards = [
+        f"{k.removeprefix('reward/')} {v:.2f}"
+        for k, v in metrics.items()
+        if k.startswith("reward/")
+    ]
+    names = {"rollout": "rollout", "teacher": "teacher", "update": "update", "sync": "sync"}
+    times = " ".join(
+        f"{short} {metrics.get('time/' + name, 0):.1f}" for name, short in names.items()
+    )
+    skipped = " [red]skipped[/]" if metrics["skipped_steps"] else ""
+    return (
+        f"step [bold]{world.step}[/]/{world.plan.steps}  loss {metrics['loss']:.4f}  "
+        f"grad {metrics['grad_norm']:.2f}  length {metrics['rollout/completion_tokens']:.1f}  "
+        f"{'  '.join(rewards)}  [dim]{metrics['time/step']:.1f} s ({times})[/]{skipped}"
+    )
+
+
+def _one_line(text: str) -> str:
+    flat = " ⏎ ".join(text.splitlines())
+    return flat if len(flat) <= 160 else flat[:157] + "…"
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _with_interval(interval: Interval) -> str:
+    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _signed(interval: Interval) -> tuple[str, str]:
+    return f"{interval.mean:+.3f}", f"[{interval.low:+.3f}, {interval.high:+.3f}]"

@@ -1,0 +1,131 @@
+"""`train` and `eval` from a checked spec to a finished run directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sdkit.engine import checkpoint, loop, report, rundir, zero
+from sdkit.engine.evaluate import evaluate, headline
+from sdkit.engine.models import load_tokenizer, locate
+from sdkit.engine.plot import plot
+from sdkit.engine.prepare import Data
+from sdkit.engine.provenance import provenance
+from sdkit.engine.world import World
+from sdkit.machine import machine_for
+from sdkit.plan import make_plan
+from sdkit.problems import OutOfMemory, SdkitError
+from sdkit.specs import ExperimentSpec
+
+
+def open_world(spec: ExperimentSpec, base: Path) -> World:
+    """Data first (bad rows are found before a weight is loaded), then DeepSpeed, model, teacher."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    located = locate(spec.model.path, base)
+    data = Data(spec, base, load_tokenizer(spec.model, located))
+    zero.start()
+    plan = make_plan(spec, machine_for(spec, zero.world_size()), None, rows=len(data.train))
+    assert plan.steps is not None
+    longest = data.check(plan.steps)
+    return World(spec, plan, base, data, located, longest)
+
+
+def train(
+    spec: ExperimentSpec,
+    base: Path,
+    folder: Path,
+    console: Console,
+    *,
+    written: str,
+    resolved: str,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Run a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after."""
+    rundir.claim(folder, resume=resume, overwrite=overwrite)
+    last = checkpoint.newest(folder) if resume else None
+    world = open_world(spec, base)
+    if last:
+        run = rundir.RunDirectory(folder, spec.output.tensorboard)
+        checkpoint.load(world, last)
+        run.forget_after(world.step)
+    else:
+        run = rundir.create(folder, tensorboard=spec.output.tensorboard)
+        run.write_text("spec.yaml", written)
+        run.write_text("resolved.yaml", resolved)
+        run.write_json("provenance.json", _provenance(world, base))
+    report.opening(console, world, run)
+    try:
+        run.status("running", step=world.step)
+        _train(world, run, console)
+        run.status("done", step=world.step)
+    except BaseException as error:
+        state = "stopped" if isinstance(error, SdkitError) and error.exit_code == 7 else "failed"
+        run.status(state, step=world.step, reason=str(error) or type(error).__name__)
+        raise _explained(error) from None if isinstance(error, SdkitError) else error
+    finally:
+        run.close()
+        world.close()
+        zero.stop()
+    return folder
+
+
+def _train(world: World, run: rundir.RunDirectory, console: Console) -> None:
+    assert world.plan.steps is not None
+    screen = report.Report(run, console, world.plan.steps)
+    with screen.bar:
+        loop.run(world, screen)
+    checkpoint.save_model(world, run.path)
+    plot(run.history(), run.path / "plot.png", run.path.name)
+    screen.finished(world)
+    if screen.first and screen.last and screen.first is not screen.last:
+        run.write_json("result.json", report.plain_comparison(screen.first, screen.last))
+    console.print(f"run directory: {run.path}", highlight=False)
+
+
+def evaluate_only(spec: ExperimentSpec, base: Path, console: Console) -> dict[str, float]:
+    """The spec's evaluation on its start model; returns the metrics."""
+    world = open_world(spec, base)
+    try:
+        found = evaluate(world)
+        metrics = found.metrics(headline(world))
+        console.print(report.scores(found))
+        return metrics
+    finally:
+        world.close()
+        zero.stop()
+
+
+def _provenance(world: World, base: Path) -> dict[str, Any]:
+    model = {
+        "path": world.spec.model.path,
+        "revision": world.spec.model.revision,
+        "located": world.located,
+    }
+    config = world.student.causal.config
+    model["commit"] = getattr(config, "_commit_hash", None)
+    return provenance(
+        base,
+        base=str(base),
+        data=world.data.fingerprints(),
+        model=model,
+        seed=world.spec.training.seed,
+    )
+
+
+def _explained(error: BaseException) -> BaseException:
+    """Out of memory has many faces; give them one message."""
+    text = str(error)
+    if (
+        isinstance(error, MemoryError)
+        or "can't allocate memory" in text
+        or "out of memory" in text.lower()
+    ):
+        return OutOfMemory(
+            "out of memory",
+            hint="lower training.micro_batch_tokens, set model.activation_checkpointing: true, or train LoRA adapters",
+        )
+    return error

@@ -1,0 +1,144 @@
+"""The run directory: what was asked, what ran, every metric, every rollout.
+
+spec.yaml         the run file as written         metrics.jsonl   one object a line, with `step`
+resolved.yaml     every value of the spec         rollouts/       every rollout of every step
+provenance.json   versions, git, data, argv       samples/        a few, with prompts as text
+status.json       running, done, failed, stopped  evaluations/    each held-out completion and its scores
+plot.png          loss, score, length             tensorboard/    events
+model/            the trained model               checkpoints/    what --resume continues from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdkit.problems import SdkitError, UnreadableInput
+
+MARK = "resolved.yaml"
+
+
+class RunDirectory:
+    """One run's folder; knows names and formats, nothing of training."""
+
+    def __init__(self, path: Path, tensorboard: bool) -> None:
+        self.path = path
+        self._events: Any = None
+        self._tensorboard = tensorboard
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a small file whole or not at all."""
+        write_whole(self.path / name, json.dumps(value, indent=2, default=str) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        write_whole(self.path / name, text)
+
+    def status(self, state: str, **facts: Any) -> None:
+        """Where the run stands: running, done, stopped or failed."""
+        self.write_json("status.json", {"state": state, "pid": os.getpid(), **facts})
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, and the same figures to TensorBoard."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._writer().add_scalar(name, value, step)
+            self._writer().flush()
+
+    def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """All records of one step, one object a line."""
+        target = self.path / folder
+        target.mkdir(exist_ok=True)
+        text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
+        write_whole(target / f"step_{step:06d}.jsonl", text)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics later than `step`: a resumed run writes them again."""
+        kept = [line for line in self.history() if line["step"] <= step]
+        write_whole(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        for folder in ("rollouts", "samples", "evaluations"):
+            for path in (self.path / folder).glob("step_*.jsonl"):
+                if int(path.stem.removeprefix("step_")) > step:
+                    path.unlink()
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+    def _writer(self) -> Any:
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.path / "tensorboard"))
+        return self._events
+
+
+def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make sure that a run may write to `path`; touches nothing.
+
+    Raises UnreadableInput where the folder is in use, is not a run's, or has nothing to resume.
+    """
+    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if resume:
+        if not (path / MARK).is_file():
+            raise UnreadableInput(f"{path} holds no run to resume")
+        return
+    if not taken:
+        return
+    if not overwrite:
+        raise UnreadableInput(
+            f"{path} exists",
+            hint="continue it with --resume, replace it with --overwrite, or name another with --to",
+        )
+    if not (path / MARK).is_file():
+        raise UnreadableInput(f"{path} is not a run directory, so --overwrite leaves it alone")
+
+
+def create(path: Path, *, tensorboard: bool) -> RunDirectory:
+    """A fresh folder at `path`; an older run there is removed (see `claim`)."""
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise UnreadableInput(f"cannot write to {path}: {error.strerror}") from None
+    return RunDirectory(path, tensorboard)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write through a temporary name, so that no reader ever sees half a file.  Raises SdkitError on a full disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SdkitError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON Lines; a torn last line (a killed run) is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            kept.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise UnreadableInput(f"{path}:{number}: not a JSON object") from None
+    return kept

@@ -1,0 +1,195 @@
+"""Two real optimizer steps of any run file or method page, on a tiny random model.
+
+The code path is the real one; what a laptop cannot have is replaced by the smallest stand-in: the model, the rows,
+the rewards (scripted, with both outcomes).  The gradient must not be zero.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+from attrs import evolve
+from rich.console import Console
+
+from sdkit.batches import Row
+from sdkit.engine import checkpoint, loop, report, rundir, tiny, zero
+from sdkit.engine.run import open_world
+from sdkit.engine.world import World
+from sdkit.problems import NumericsGuard
+from sdkit.specs import (
+    AutoBackend,
+    Context,
+    DataSpec,
+    DatasetSamples,
+    Distillation,
+    ExperimentSpec,
+    InlineSource,
+    LoraSpec,
+    LossTerm,
+    MethodSpec,
+    ModelSpec,
+    OptimizerSpec,
+    OutputSpec,
+    ReplayBackend,
+    RolloutSpec,
+    Schedule,
+    Suite,
+    Table,
+    TopKSupport,
+    TrainingSpec,
+    TransformersBackend,
+    ColumnSlot,
+)
+
+STEPS = 2
+ROWS = 8
+VOCABULARY = 512
+
+
+def smoke(spec: MethodSpec, console: Console, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Run `steps` steps of the spec in miniature; returns the lines of metrics.jsonl.
+
+    Raises NumericsGuard where a step had no gradient, or one that is not finite.
+    """
+    with tempfile.TemporaryDirectory(prefix="sdkit-smoke-") as folder:
+        base = Path(folder)
+        tiny.build(base / "model", vocabulary=VOCABULARY)
+        small = miniature(spec, steps)
+        world = open_world(small, base)
+        world.data.rewards = {
+            name: dict.fromkeys(r, _scripted) for name, r in world.data.rewards.items()
+        }
+        world.data.train_rewards = dict.fromkeys(world.data.train_rewards, _scripted)
+        run = rundir.create(base / "run", tensorboard=False)
+        try:
+            report.opening(console, world, run)
+            loop.run(world, report.Report(run, console, steps))
+            checkpoint.save_model(world, run.path)
+            return _checked(world, run.history())
+        finally:
+            run.close()
+            world.close()
+            zero.stop()
+
+
+def _checked(world: World, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    trained = [line for line in lines if "grad_norm" in line]
+    for line in trained:
+        if not 0 < line["grad_norm"] < float("inf"):
+            raise NumericsGuard(
+                f"step {line['step']} has a gradient of norm {line['grad_norm']}",
+                hint="a teacher that sees and is what the student is leaves nothing to learn",
+            )
+    assert len(trained) == world.plan.steps
+    return lines
+
+
+def _scripted(completion: str, row: Row) -> float:
+    """Right or wrong by a checksum of the text: both outcomes, and the same ones every time."""
+    return float(zlib.crc32(f"{row.index}{completion}".encode()) % 2)
+
+
+def miniature(spec: MethodSpec, steps: int) -> ExperimentSpec:
+    """The spec with a tiny model, a few rows and short completions; everything a method says is kept."""
+    full = spec if isinstance(spec, ExperimentSpec) else None
+    rows = _data(spec)
+    return ExperimentSpec(
+        rollout=_rollout(spec.rollout),
+        teacher=spec.teacher and evolve(spec.teacher, sees=_roomy(spec.teacher.sees)),
+        losses=Table({name: _term(term) for name, term in spec.losses.items()}),
+        model=_model(full.model if full else ModelSpec(path="model")),
+        data=rows,
+        rewards=full.rewards if full else Table(),
+        evaluation=full
+        and full.evaluation
+        and evolve(
+            full.evaluation,
+            suites=Table({n: _suite(s, rows) for n, s in full.evaluation.suites.items()}),
+            every=None,
+            teacher_lift=2,
+        ),
+        optimizer=evolve(full.optimizer, warmup_steps=0) if full else OptimizerSpec(lr=1e-3),
+        training=_training(full.training if full else None, steps),
+        output=OutputSpec(samples_every=1, samples=1, tensorboard=False),
+    )
+
+
+def _model(model: ModelSpec) -> ModelSpec:
+    lora = model.lora and LoraSpec(rank=min(model.lora.rank, 4), alpha=model.lora.alpha)
+    return ModelSpec(path="model", dtype=model.dtype, lora=lora, attention="sdpa")
+
+
+def _rollout(rollout: RolloutSpec) -> RolloutSpec:
+    backend = rollout.backend
+    if isinstance(backend, AutoBackend | ReplayBackend):
+        backend = TransformersBackend()
+    return evolve(
+        rollout,
+        backend=backend,
+        max_new_tokens=min(rollout.max_new_tokens, 16),
+        max_prompt_tokens=None,
+        top_k=min(rollout.top_k, 64),
+    )
+
+
+def _roomy(sees: Any) -> Any:
+    return sees and evolve(sees, max_prompt_tokens=None)
+
+
+def _term(term: LossTerm) -> LossTerm:
+    if isinstance(term.coefficient, Schedule) and term.coefficient.start == 0:
+        term = evolve(term, coefficient=evolve(term.coefficient, steps=1))
+    mask = evolve(term.mask, skip_first=min(term.mask.skip_first, 8))
+    if isinstance(term, Distillation) and isinstance(term.support, TopKSupport):
+        return evolve(
+            term, mask=mask, support=evolve(term.support, k=min(term.support.k, VOCABULARY // 4))
+        )
+    return evolve(term, mask=mask)
+
+
+def _training(training: TrainingSpec | None, steps: int) -> TrainingSpec:
+    base = training or TrainingSpec(steps=steps, prompts_per_step=2)
+    updates = min(base.updates_per_rollout, 2)
+    return evolve(
+        base,
+        steps=steps,
+        epochs=None,
+        prompts_per_step=2,
+        updates_per_rollout=updates,
+        micro_batch_tokens=2048,
+    )
+
+
+def _data(spec: MethodSpec) -> DataSpec:
+    names = {"prompt", "answer", "demonstration"}
+    if isinstance(spec, ExperimentSpec):
+        names |= set(spec.data.columns or ())
+    if isinstance(spec.rollout.sampled_by, DatasetSamples):
+        names.add(spec.rollout.sampled_by.column)
+    if spec.teacher and isinstance(spec.teacher.sees, Context):
+        slots = spec.teacher.sees.slots.values()
+        names |= {slot.name for slot in slots if isinstance(slot, ColumnSlot)}
+    names -= {"system"}
+    rows = tuple(
+        Table({name: f"{name} {i}: {i} + {i} = {2 * i}" for name in sorted(names)})
+        for i in range(ROWS)
+    )
+    return DataSpec(
+        source=InlineSource(rows=rows), columns=Table({name: name for name in sorted(names)})
+    )
+
+
+def _suite(suite: Suite, data: DataSpec) -> Suite:
+    assert isinstance(data.source, InlineSource)
+    held_out = tuple(
+        Table({k: f"held out {v}" for k, v in row.items()}) for row in data.source.rows
+    )
+    return evolve(
+        suite,
+        data=DataSpec(source=InlineSource(rows=held_out), columns=data.columns),
+        max_new_tokens=8,
+        loss_prompts=min(suite.loss_prompts, 2),
+    )

@@ -1,0 +1,204 @@
+"""One optimizer step: the order of events from a rollout batch to new weights.
+
+A reader of this file needs `collate.py` (rollouts → micro-batches) and `losses/objective.py` (the mathematics), no more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor, nn
+
+from sdkit.batches import HiddenScores, MicroBatch, RolloutBatch, TeacherScores
+from sdkit.components.teachers import Teacher, scalar_at
+from sdkit.engine import zero
+from sdkit.engine.collate import Collated, collate
+from sdkit.losses.chunks import projected_loss, token_logprobs
+from sdkit.losses.objective import Objective, sampler_ratio
+from sdkit.specs import CrossEntropy, LossTerm, OptimizerSpec, Table
+from sdkit.weights import Weights
+
+if TYPE_CHECKING:
+    from sdkit.engine.world import World
+
+
+@frozen(kw_only=True)
+class Measured:
+    """What one optimizer step, or one evaluation of the objective, measured."""
+
+    metrics: Mapping[str, float]
+    seconds: Mapping[str, float]
+    applied: bool
+
+
+class Student(nn.Module):
+    """The student with its objective: a forward pass returns the loss, so logits never leave it."""
+
+    def __init__(
+        self, weights: Weights, losses: Table[LossTerm], temperature: float, chunk_tokens: int
+    ) -> None:
+        super().__init__()
+        self.model = weights.model
+        self.weights = weights
+        self.losses = losses
+        self.temperature = temperature
+        self.chunk_tokens = chunk_tokens
+        self.objective = Objective(losses, temperature)
+
+    def forward(
+        self, batch: MicroBatch, scores: TeacherScores | None, coefficients: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.weights.hidden(batch.student)
+        tokens = batch.tokens
+        if self.objective.needs_sequence_ratio and tokens.sampler_logprobs is not None:
+            then = tokens.old_logprobs
+            now = self._logprobs(hidden.detach(), tokens.token) if then is None else then
+            tokens = evolve(tokens, ratio=sampler_ratio(self.losses, now, tokens, batch.rows))
+        return projected_loss(
+            hidden,
+            self.weights.head,
+            scores,
+            tokens,
+            self.objective,
+            coefficients,
+            self.chunk_tokens,
+        )
+
+    def _logprobs(self, hidden: Tensor, token: Tensor) -> Tensor:
+        return token_logprobs(hidden, self.weights.head, token, self.temperature, self.chunk_tokens)
+
+    @torch.no_grad()
+    def logprobs(self, batch: MicroBatch) -> Tensor:
+        """Log-probabilities of the counted tokens under the sampling temperature.  -> [M] float32"""
+        return self._logprobs(self.weights.hidden(batch.student), batch.tokens.token)
+
+
+@torch.no_grad()
+def score(teacher: Teacher | None, batch: MicroBatch) -> TeacherScores | None:
+    """What the teacher says of the counted tokens under its own prompt."""
+    if teacher is None or batch.teacher is None:
+        return None
+    weights = teacher.weights
+    return HiddenScores(hidden=weights.hidden(batch.teacher), head=weights.head.detach())
+
+
+def train_step(world: World, rollouts: RolloutBatch) -> Measured:
+    """Gradients of all micro-batches, one optimizer step, the teacher follows."""
+    collated = _collate(world, rollouts)
+    coefficients = coefficients_at(world.spec.losses, world.updates)
+    sums: dict[str, Tensor] = {}
+    seconds = {"teacher": 0.0, "update": 0.0}
+    for batch in collated.micro_batches:
+        started = time.perf_counter()
+        scores = score(world.teacher, batch)
+        scored = time.perf_counter()
+        loss, stats = world.zero.forward(batch, scores, coefficients)
+        world.zero.backward(loss)
+        _add(sums, stats)
+        seconds["teacher"] += scored - started
+        seconds["update"] += time.perf_counter() - scored
+    started = time.perf_counter()
+    lr = learning_rate(world.spec.optimizer, world.updates, world.total_updates)
+    stepped = world.zero.step(lr)
+    seconds["update"] += time.perf_counter() - started
+    metrics = averaged(sums, collated) | {"grad_norm": stepped.grad_norm, "lr": lr}
+    if stepped.applied:
+        world.updates += 1
+        metrics |= _follow(world)
+    padding = 1 - _real_tokens(collated) / max(collated.padded_tokens, 1)
+    return Measured(
+        metrics=metrics | {"padding": padding}, seconds=seconds, applied=stepped.applied
+    )
+
+
+@torch.no_grad()
+def measure(world: World, rollouts: RolloutBatch) -> dict[str, float]:
+    """Every metric of the objective on these rollouts, without a step."""
+    collated = _collate(world, rollouts)
+    coefficients = coefficients_at(world.spec.losses, world.updates)
+    sums: dict[str, Tensor] = {}
+    for batch in collated.micro_batches:
+        _add(sums, world.module(batch, score(world.teacher, batch), coefficients)[1])
+    return averaged(sums, collated)
+
+
+@torch.no_grad()
+def with_old_logprobs(world: World, rollouts: RolloutBatch) -> RolloutBatch:
+    """The rollouts with the trainer's log-probabilities before the first of several updates."""
+    every_token: Table[LossTerm] = Table({"all": CrossEntropy()})
+    budget = world.spec.training.micro_batch_tokens
+    collated = collate(list(rollouts), every_token, budget, zero.total, world.device)
+    flat = [x for b in collated.micro_batches for x in world.module.logprobs(b).tolist()]
+    found: dict[int, tuple[float, ...]] = {}
+    for rollout in collated.order:
+        length = len(rollout.completion_ids)
+        found[id(rollout)], flat = tuple(flat[:length]), flat[length:]
+    return rollouts.with_old_logprobs([found[id(r)] for r in rollouts])
+
+
+def _collate(world: World, rollouts: RolloutBatch) -> Collated:
+    return collate(
+        list(rollouts),
+        world.spec.losses,
+        world.spec.training.micro_batch_tokens,
+        zero.total,
+        world.device,
+    )
+
+
+def coefficients_at(losses: Table[LossTerm], updates: int) -> dict[str, float]:
+    """Each term's coefficient after so many optimizer steps."""
+    return {name: scalar_at(term.coefficient, updates) for name, term in losses.items()}
+
+
+def learning_rate(spec: OptimizerSpec, update: int, total: int) -> float:
+    """The learning rate of optimizer step number `update` (from 0) of `total`."""
+    import math
+
+    if update < spec.warmup_steps:
+        return spec.lr * (update + 1) / spec.warmup_steps
+    share = min((update - spec.warmup_steps) / max(total - spec.warmup_steps, 1), 1.0)
+    left = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
+    if spec.schedule == "constant":
+        return spec.lr
+    return spec.lr * (spec.final_share + (1 - spec.final_share) * left[spec.schedule])
+
+
+def averaged(sums: Mapping[str, Tensor], collated: Collated) -> dict[str, float]:
+    """Sums over tokens → means over each term's tokens; losses are weighted already.  One transfer from the device."""
+    if not sums:
+        return {}
+    values = dict(
+        zip(sums, zero.total(torch.stack(list(sums.values())).double()).tolist(), strict=True)
+    )
+    metrics = {"loss": sum(v for k, v in values.items() if k.startswith("loss/"))}
+    for key, value in values.items():
+        name, _, figure = key.partition("/")
+        if name == "loss":
+            metrics[key] = value
+        elif figure != "tokens":
+            metrics[key] = value / max(collated.counts[name].tokens, 1)
+    for name, counts in collated.counts.items():
+        metrics[f"{name}/tokens"] = counts.tokens
+        metrics[f"{name}/empty_rows"] = 1 - counts.filled_rows / max(counts.rows, 1)
+    return metrics
+
+
+def _follow(world: World) -> dict[str, float]:
+    teacher = world.teacher
+    if teacher is None or not teacher.after_update(world.masters, world.updates, world.scalar):
+        return {}
+    return {"teacher_distance": teacher.distance}
+
+
+def _add(sums: dict[str, Tensor], stats: Mapping[str, Tensor]) -> None:
+    for key, value in stats.items():
+        sums[key] = value if key not in sums else sums[key] + value
+
+
+def _real_tokens(collated: Collated) -> int:
+    return sum(int(b.student.attention_mask.sum()) for b in collated.micro_batches)

@@ -1,0 +1,109 @@
+"""What a run *is* at a step: the one mutable object.  Everything that flows through a step is frozen.
+
+Weights, teacher, optimizer, data position and versions stand here and nowhere else, so a checkpoint is this object
+written down.  Random numbers need no state: every draw has a seed derived from (run, step, row).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, assert_never
+
+import torch
+
+from sdkit.batches import RolloutBackend
+from sdkit.components.rollouts import ReplayRollouts, TransformersRollouts
+from sdkit.components.teachers import Teacher, open_teacher, scalar_at
+from sdkit.components.vllm import VllmRollouts
+from sdkit.engine import zero
+from sdkit.engine.models import end_ids, load_model
+from sdkit.engine.prepare import Data
+from sdkit.engine.step import Student
+from sdkit.plan import Plan
+from sdkit.specs import ExperimentSpec, ReplayBackend, TransformersBackend, VllmBackend
+from sdkit.weights import Weights
+
+
+class World:
+    """A run's state.  Opening it loads the model, the teacher and DeepSpeed; backends open when first used."""
+
+    def __init__(
+        self, spec: ExperimentSpec, plan: Plan, base: Path, data: Data, located: str, longest: int
+    ) -> None:
+        self.spec = spec
+        self.plan = plan
+        self.base = base
+        self.data = data
+        self.located = located
+        self.longest = longest  # tokens of the longest sequence, completion included
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.step = 0  # rollout batches done
+        self.updates = 0  # optimizer steps applied; the policy version
+        self.skipped = 0  # optimizer steps in a row that were skipped
+        model: Any = load_model(spec.model, located)
+        self.student = Weights(model.to(self.device))
+        self.end_ids = end_ids(self.student.causal, data.tokenizer)
+        self.teacher: Teacher | None = None
+        if spec.teacher:
+            self.teacher = open_teacher(spec.teacher.weights, self.student)
+        chunk = spec.training.chunk_tokens
+        self.module = Student(self.student, spec.losses, spec.rollout.temperature, chunk)
+        bf16 = spec.model.dtype == "bfloat16"
+        self.zero = zero.Zero(self.module, spec.optimizer, plan.zero_stage, bf16)
+        self._backends: dict[str, RolloutBackend] = {}
+        self._loaded: dict[str, tuple[int, int]] = {}
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        assert self.plan.total_updates is not None, "steps are known once the data are loaded"
+        return self.plan.total_updates
+
+    @property
+    def teacher_weights(self) -> Weights:
+        """The teacher's weights; the student's where there is no teacher."""
+        return self.teacher.weights if self.teacher else self.student
+
+    def scalar(self, value: Any) -> float:
+        """A scalar that may move, at the current optimizer step."""
+        return scalar_at(value, self.updates)
+
+    def masters(self) -> Any:
+        """Names (as the model has them) and float32 masters of the trained parameters."""
+        for name, value in self.zero.masters():
+            yield name.removeprefix("model."), value
+
+    def backend(
+        self, weights: Weights, *, evaluation: bool = False
+    ) -> tuple[RolloutBackend, dict[str, float]]:
+        """The backend with these weights loaded, and the figures of the transfer (none where nothing moved)."""
+        chosen = self.plan.evaluation_backend if evaluation else self.plan.backend
+        if chosen.kind not in self._backends:
+            self._backends[chosen.kind] = self._open(chosen)
+        backend = self._backends[chosen.kind]
+        wanted = (id(weights), self.updates)
+        if self._loaded.get(chosen.kind) == wanted:
+            return backend, {}
+        measured = dict(backend.load(weights, self.updates))
+        self._loaded[chosen.kind] = wanted
+        return backend, measured
+
+    def _open(self, spec: TransformersBackend | VllmBackend | ReplayBackend) -> RolloutBackend:
+        match spec:
+            case TransformersBackend():
+                return TransformersRollouts(self.data.tokenizer, spec.batch_rows, self.end_ids)
+            case VllmBackend():
+                with zero.quiet():
+                    return VllmRollouts(
+                        spec, self.located, self.spec.model.dtype, self.longest, self.end_ids
+                    )
+            case ReplayBackend():
+                return ReplayRollouts((self.base / spec.run).resolve())
+            case _:
+                assert_never(spec)
+
+    def close(self) -> None:
+        """Free backends and DeepSpeed's engine."""
+        for backend in self._backends.values():
+            backend.close()
+        self.zero.close()

@@ -1,0 +1,205 @@
+"""All that is said to DeepSpeed: open, accumulate, step, masters, save.  Knows no teacher and no loss."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from sdkit.specs import OptimizerSpec
+
+DEADLINE = timedelta(seconds=600)
+
+
+@frozen(kw_only=True)
+class Stepped:
+    """What an optimizer step did."""
+
+    applied: bool  # False where a gradient was not finite and the step was skipped
+    grad_norm: float
+
+
+def start() -> None:
+    """Join the process group, or make one of a single process.  Call before vLLM starts."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    with quiet():
+        import deepspeed
+        import deepspeed.ops
+
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR)
+    for handler in log.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    # Else its shared-memory collective is compiled at every start (33 s measured) for nothing.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        for name, value in _alone().items():
+            os.environ.setdefault(name, value)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        with quiet():
+            deepspeed.init_distributed(backend, verbose=False, timeout=DEADLINE)
+    launched = int(os.environ["WORLD_SIZE"])
+    if world_size() != launched:
+        raise RuntimeError(f"{launched} processes were launched, but {world_size()} joined")
+
+
+def _alone() -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    return alone | {"MASTER_PORT": str(port)}
+
+
+def stop() -> None:
+    """Leave the process group; without it gloo may abort at exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size()
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all ranks.  Any shape; returns a new tensor."""
+    summed = values.clone()
+    if world_size() > 1:
+        torch.distributed.all_reduce(summed)
+    return summed
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Send what libraries print on standard output to standard error: stdout is sdkit's own."""
+    with contextlib.redirect_stdout(sys.stderr if os.environ.get("SDKIT_DEBUG") else _Nowhere()):
+        yield
+
+
+class _Nowhere:
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None: ...
+
+
+class Zero:
+    """A DeepSpeed engine around a module whose forward pass returns (loss, anything).
+
+    The loss must already be divided by global counts.  DeepSpeed averages gradients over ranks, so `backward`
+    multiplies by their number; accumulation is unmanaged, so nothing is divided by the number of micro-batches,
+    which may differ from step to step.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: OptimizerSpec, stage: int, bf16: bool) -> None:
+        import deepspeed
+
+        if bf16 and stage == 0:
+            raise ValueError("stage 0 in bfloat16 runs as stage 1; the plan says so")
+        self.stage = stage
+        self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        with quiet():
+            self.engine: Any = deepspeed.initialize(
+                model=module,
+                model_parameters=[p for _, p in self.named],
+                config=_config(optimizer, stage, bf16),
+            )[0]
+        self.skipped = self.engine.skipped_steps
+
+    def forward(self, *args: Any) -> Any:
+        return self.engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * world_size())
+
+    def step(self, lr: float) -> Stepped:
+        """One optimizer step on what was accumulated; skipped where a gradient is not finite."""
+        for group in self.engine.basic_optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            return self._plain_step()
+        self.engine.step()
+        skipped, self.skipped = self.engine.skipped_steps > self.skipped, self.engine.skipped_steps
+        norm = self.engine.get_global_grad_norm()
+        return Stepped(applied=not skipped, grad_norm=float("inf") if norm is None else float(norm))
+
+    def _plain_step(self) -> Stepped:
+        # Stage 0 in float32 is plain AdamW: DeepSpeed neither skips a bad step nor tells the norm.
+        norm = _norm(p.grad for _, p in self.named)
+        if not torch.isfinite(norm):
+            self.engine.zero_grad()
+            return Stepped(applied=False, grad_norm=float("inf"))
+        self.engine.step()
+        return Stepped(applied=True, grad_norm=norm.item())
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and full float32 value of every trained parameter, one at a time.  Collective under stages 1-2."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.named:
+            full = None if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            value = parameter.detach() if full is None else full
+            if value.dtype != torch.float32:
+                raise RuntimeError(f"{name} has no float32 master")
+            yield name, value
+
+    def save(self, folder: Path, tag: str) -> None:
+        with quiet():
+            self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Take back a checkpoint of this very run.  DeepSpeed's files are pickles: never load foreign ones."""
+        with quiet():
+            path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
+        self.skipped = self.engine.skipped_steps
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def _norm(gradients: Iterable[Tensor | None]) -> Tensor:
+    squares = [g.detach().float().square().sum() for g in gradients if g is not None]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def _config(optimizer: OptimizerSpec, stage: int, bf16: bool) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": optimizer.clip,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": bf16},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optimizer.lr,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "steps_per_print": 10**9,
+    }
+    if bf16:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

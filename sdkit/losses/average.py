@@ -1,0 +1,50 @@
+"""How token losses are averaged, as one weight per row: loss = Σ_j weight[row_j] · ℓ_j.
+
+Weights come from the counts of the *global* batch, so that the sum over micro-batches and ranks is the same however
+the rows are dealt.  `lengths` [N] long holds each row's number of counted tokens; a row without any gets 0, and so
+does every row where the global count is zero.  Every function: [N] long -> [N] float32.  reference/methods.md §5.6.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdkit.batches import Counts
+
+
+def per_token(lengths: Tensor, counts: Counts) -> Tensor:
+    """Σ s_i / Σ n_i.  Yu 2025, arXiv 2503.14476."""
+    return _one_over(torch.full_like(lengths, counts.tokens), lengths)
+
+
+def per_sequence_count(lengths: Tensor, counts: Counts) -> Tensor:
+    """mean_i s_i / n_i, where a row without tokens counts as a zero.  Shao 2024, as TRL computes it."""
+    return _one_over(lengths * counts.rows, lengths)
+
+
+def per_sequence_skip(lengths: Tensor, counts: Counts) -> Tensor:
+    """mean_i s_i / n_i over the rows that have tokens.  Shao 2024, as verl computes it."""
+    return _one_over(lengths * counts.filled_rows, lengths)
+
+
+def sequence_sum(lengths: Tensor, counts: Counts) -> Tensor:
+    """mean_i s_i over the rows that have tokens.  verl, seq-mean-token-sum."""
+    return _one_over(torch.full_like(lengths, counts.filled_rows), lengths)
+
+
+def constant(lengths: Tensor, counts: Counts, length: float) -> Tensor:
+    """Σ s_i / (rows · length), every row counted.  Liu 2025, arXiv 2503.20783, as TRL computes it."""
+    return _one_over(torch.full_like(lengths, counts.rows) * float(length), lengths)
+
+
+def total(lengths: Tensor) -> Tensor:
+    """Σ s_i.  Tinker's `sum`."""
+    return _one_over(torch.ones_like(lengths), lengths)
+
+
+def _one_over(divisor: Tensor, lengths: Tensor) -> Tensor:
+    """1 / divisor where the row has tokens and the divisor is not 0; else 0.  [N], [N] long -> [N] float32."""
+    usable = (lengths > 0) & (divisor > 0)
+    safe = divisor.to(torch.float32).masked_fill(~usable, 1.0)
+    return usable / safe

@@ -1,0 +1,103 @@
+"""The loss straight from hidden states, a chunk of tokens at a time: no [M, V] tensor ever exists.
+
+The gradient of each chunk is formed while its logits are at hand, so the backward pass only scales what is stored:
+[M, H] for the hidden states and, where the head is trained, [V, H] in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sdkit.batches import HiddenScores, Tokens
+from sdkit.losses.objective import Objective
+from sdkit.losses.support import sampled_token
+
+
+def projected_loss(
+    hidden: Tensor,
+    head: Tensor,
+    teacher: HiddenScores | None,
+    tokens: Tokens,
+    objective: Objective,
+    coefficients: Mapping[str, float],
+    chunk_tokens: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """hidden [M, H], head [V, H], both of the model's dtype -> scalar loss with a graph, sums over all M tokens.
+
+    Logits are multiplied in the model's dtype and widened afterwards (objective.py).  Without grad mode, or where
+    nothing needs a gradient, only values are computed.  M = 0 gives a zero loss that can still be differentiated.
+    """
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    grad_hidden = torch.zeros_like(hidden) if wanted else None
+    grad_head = _accumulator(head) if wanted and head.requires_grad else None
+    losses: list[Tensor] = []
+    stats: dict[str, Tensor] = {}
+    for start in range(0, max(len(tokens), 1), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        with torch.no_grad():
+            logits = hidden[part] @ head.T
+            scores = None if teacher is None else teacher.hidden[part] @ teacher.head.T
+        logits.requires_grad_(wanted)
+        chunk = tokens.slice(part.start, part.stop)
+        loss, sums = objective(logits, scores, chunk, coefficients)
+        losses.append(loss.detach())
+        stats = {name: value + stats.get(name, 0.0) for name, value in sums.items()}
+        if grad_hidden is not None:
+            (grad,) = torch.autograd.grad(loss, logits)
+            grad_hidden[part] = grad @ head.detach()
+            if grad_head is not None:
+                grad_head += grad.T @ hidden.detach()[part]
+    value = torch.stack(losses).sum()
+    if grad_hidden is None:
+        return value, stats
+    return _WithGradients.apply(value, hidden, head, grad_hidden, grad_head), stats
+
+
+@torch.no_grad()
+def token_logprobs(
+    hidden: Tensor, head: Tensor, token: Tensor, temperature: float, chunk_tokens: int
+) -> Tensor:
+    """Log-probability of each given token.  hidden [M, H], head [V, H], token [M] long -> [M] float32."""
+    parts: list[Tensor] = []
+    for start in range(0, max(token.numel(), 1), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        logits = (hidden[part] @ head.T).float()
+        parts.append(sampled_token((logits / temperature).log_softmax(-1), token[part]))
+    return torch.cat(parts)
+
+
+def _accumulator(head: Tensor) -> Tensor:
+    """Zeros [V, H], float32 at least: chunks' gradients are summed here."""
+    return torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
+
+
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients were formed together with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        hidden: Tensor,
+        head: Tensor,
+        grad_hidden: Tensor,
+        grad_head: Tensor | None,
+    ) -> Tensor:
+        ctx.head_dtype = head.dtype
+        ctx.save_for_backward(grad_hidden, grad_head)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: once_differentiable's type
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        grad_hidden, grad_head = ctx.saved_tensors
+        scaled_head = None if grad_head is None else (grad_head * scale).to(ctx.head_dtype)
+        return None, grad_hidden * scale, scaled_head, None, None

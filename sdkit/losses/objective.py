@@ -1,0 +1,265 @@
+"""From the loss terms of a spec to one function of a chunk's logits.  The only file of `losses/` that reads specs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from sdkit.batches import Counts, Tokens
+from sdkit.losses import average as averages
+from sdkit.losses.distributions import Distributions
+from sdkit.losses.divergence import forward_kl, jsd, linear_mix, reverse_kl
+from sdkit.losses.policy import (
+    cap_binds,
+    importance_ratio,
+    k1,
+    sampled_token_surrogate,
+    sequence_mean,
+)
+from sdkit.losses.support import mass, on_support, overlap, sampled_token, top_k_ids, union_ids
+from sdkit.specs.fields import Table
+from sdkit.specs.method import (
+    Average,
+    Constant,
+    CrossEntropy,
+    Distillation,
+    Divergence,
+    ForwardKl,
+    ImportanceSpec,
+    Jsd,
+    LinearMix,
+    LossTerm,
+    MaskSpec,
+    PerSequence,
+    PerToken,
+    ReverseKl,
+    SampledTokenSupport,
+    SequenceSum,
+    Sum,
+    TopKSupport,
+    VocabularySupport,
+)
+
+Measures = dict[str, Tensor]
+"""Figures per token, detached: name -> [C]."""
+
+
+def counted(mask: MaskSpec, length: int) -> range:
+    """Positions of a completion of `length` tokens that a term counts; both bounds are taken from its start."""
+    end = length if mask.prefix is None else min(length, mask.prefix)
+    return range(min(mask.skip_first, end), end)
+
+
+def row_weights(average: Average, lengths: Tensor, counts: Counts) -> Tensor:
+    """Weight of every counted token of a row.  lengths [N] long, global counts -> [N] float32."""
+    match average:
+        case PerToken():
+            return averages.per_token(lengths, counts)
+        case PerSequence(empty_rows="count"):
+            return averages.per_sequence_count(lengths, counts)
+        case PerSequence():
+            return averages.per_sequence_skip(lengths, counts)
+        case SequenceSum():
+            return averages.sequence_sum(lengths, counts)
+        case Constant(length=length):
+            return averages.constant(lengths, counts, length)
+        case Sum():
+            return averages.total(lengths)
+        case _:
+            assert_never(average)
+
+
+class Objective:
+    """Σ_terms coefficient · Σ_j weight_j · correction_j · ℓ_j over the tokens j of a chunk.
+
+    `temperature` is the sampling temperature: that of a term which sets none, and of the importance ratios always
+    (both of their sides are probabilities of having sampled the token).  Raises ValueError for a sampled token with
+    a divergence other than the reverse KL, and for more than one term whose sampler ratio is a sequence mean.
+    """
+
+    def __init__(self, losses: Table[LossTerm], temperature: float) -> None:
+        for name, term in losses.items():
+            if isinstance(term, Distillation) and isinstance(term.support, SampledTokenSupport):
+                if not isinstance(term.divergence, ReverseKl):
+                    raise ValueError(f"{name}: one sampled token can only estimate reverse_kl")
+        if len(_sequence_mean_terms(losses)) > 1:
+            raise ValueError("only one term can have a sampler ratio of level sequence_mean")
+        self._losses = losses
+        self._temperature = temperature
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(isinstance(term, Distillation) for term in self._losses.values())
+
+    @property
+    def needs_sequence_ratio(self) -> bool:
+        """Whether `Tokens.ratio` must be filled (`sampler_ratio`) before the first chunk."""
+        return bool(_sequence_mean_terms(self._losses))
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        tokens: Tokens,
+        coefficients: Mapping[str, float],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [C, V] of any float dtype, C tokens (may be 0) -> scalar loss, sums over the chunk's tokens.
+
+        The sums are detached scalars: `loss/NAME` is the term's share of the loss, `NAME/tokens` the number of
+        tokens it counts (weight above 0), any other `NAME/x` the sum of x over those tokens, unweighted.
+        """
+        sides = Distributions(student_logits, teacher_logits)
+        parts: list[Tensor] = []
+        stats: dict[str, Tensor] = {}
+        for name, term in self._losses.items():
+            token_loss, correction, measures = self._term(term, sides, tokens)
+            weights = tokens.weights[name]
+            counts = weights > 0
+            weighted = weights * correction * token_loss.masked_fill(~counts, 0.0)
+            parts.append(coefficients[name] * weighted.sum())
+            stats[f"loss/{name}"] = parts[-1].detach()
+            measures = {"tokens": torch.ones_like(token_loss), "token_loss": token_loss, **measures}
+            for key, values in measures.items():
+                stats[f"{name}/{key}"] = values.detach().masked_fill(~counts, 0.0).sum()
+        return torch.stack(parts).sum(), stats
+
+    def _term(
+        self, term: LossTerm, sides: Distributions, tokens: Tokens
+    ) -> tuple[Tensor, Tensor | float, Measures]:
+        """One term's ℓ [C], its correction [C] (or 1) and its measures."""
+        match term:
+            case CrossEntropy():
+                token_loss = -sampled_token(sides.student(1.0), tokens.token)
+                return token_loss, 1.0, sides.entropies(1.0, "student")
+            case Distillation(importance=importance):
+                temperature = self._temperature if term.temperature is None else term.temperature
+                token_loss, measures = _distil(term, sides, tokens.token, temperature)
+                if importance == ImportanceSpec():
+                    return token_loss, 1.0, measures
+                now = sampled_token(sides.student(self._temperature), tokens.token).detach()
+                correction, ratios = _correction(importance, now, tokens)
+                return token_loss, correction, measures | ratios
+            case _:
+                assert_never(term)
+
+
+def sampler_ratio(
+    losses: Table[LossTerm], student_logprobs: Tensor, tokens: Tokens, rows: int
+) -> Tensor:
+    """What `Tokens.ratio` holds: the sampler ratio, capped per token, then averaged over each sequence.
+
+    For the one term with `sampler.level: sequence_mean` (ValueError where none is); the mean is over the tokens that
+    this term counts, so whole sequences are needed.  student_logprobs [M]: of the sampled tokens, now, at the sampling
+    temperature; used where `old_logprobs` are missing.  -> [M]; 1 at tokens the term does not count, and everywhere
+    where the sampler gave no log-probabilities.  Shenfeld 2026 (code), reference/methods.md §5.5.
+    """
+    names = _sequence_mean_terms(losses)
+    if not names:
+        raise ValueError("no term has a sampler ratio of level sequence_mean")
+    ((name, cap),) = names.items()
+    ratio = torch.ones_like(student_logprobs)
+    if tokens.sampler_logprobs is None:
+        return ratio
+    old = student_logprobs if tokens.old_logprobs is None else tokens.old_logprobs
+    counts = tokens.weights[name] > 0
+    capped = importance_ratio(old, tokens.sampler_logprobs, cap)[counts]
+    return ratio.masked_scatter(counts, sequence_mean(capped, tokens.row[counts], rows))
+
+
+def _sequence_mean_terms(losses: Table[LossTerm]) -> dict[str, float]:
+    """Name and cap of each term whose sampler ratio is averaged per sequence."""
+    samplers = {n: t.importance.sampler for n, t in losses.items() if isinstance(t, Distillation)}
+    return {n: s.cap for n, s in samplers.items() if s and s.level == "sequence_mean"}
+
+
+def _distil(
+    term: Distillation, sides: Distributions, token: Tensor, temperature: float
+) -> tuple[Tensor, Measures]:
+    """ℓ [C] of a distillation term, and its measures."""
+    student, teacher = sides.student(temperature), sides.teacher(temperature)
+    estimate = k1(sampled_token(student, token), sampled_token(teacher, token)).detach()
+    measures = {"k1": estimate, **sides.entropies(temperature, "student", "teacher")}
+    match term.support:
+        case SampledTokenSupport():
+            pair = sampled_token(student, token), sampled_token(teacher, token)
+            return sampled_token_surrogate(*pair), measures
+        case VocabularySupport():
+            pair = student, teacher
+        case TopKSupport(remainder=remainder) as support:
+            ids, duplicate, shares = _top_k(support, student.detach(), teacher)
+            pair = on_support(student, teacher, ids, duplicate, remainder)
+            measures |= shares
+        case _:
+            assert_never(term.support)
+    token_loss = _divergence(term.divergence, *pair)
+    return token_loss, measures | _both_kls(term.divergence, token_loss.detach(), *pair)
+
+
+def _top_k(
+    support: TopKSupport, student: Tensor, teacher: Tensor
+) -> tuple[Tensor, Tensor, Measures]:
+    """ids [C, K] long, duplicate [C, K] bool, and what share of each side they hold."""
+    of_student, of_teacher = top_k_ids(student, support.k), top_k_ids(teacher, support.k)
+    match support.chosen_by:
+        case "student":
+            ids, duplicate = of_student, torch.zeros_like(of_student, dtype=torch.bool)
+        case "teacher":
+            ids, duplicate = of_teacher, torch.zeros_like(of_teacher, dtype=torch.bool)
+        case "union":
+            ids, duplicate = union_ids(of_student, of_teacher)
+        case _:
+            assert_never(support.chosen_by)
+    shares = {
+        "student_mass": mass(student, ids, duplicate),
+        "teacher_mass": mass(teacher, ids, duplicate),
+        "overlap": overlap(of_student, of_teacher),
+    }
+    return ids, duplicate, shares
+
+
+def _divergence(spec: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
+    """[C, K], [C, K] -> [C]."""
+    match spec:
+        case ForwardKl():
+            return forward_kl(student, teacher)
+        case ReverseKl():
+            return reverse_kl(student, teacher)
+        case Jsd(teacher_share=share):
+            return jsd(student, teacher, share)
+        case LinearMix(forward_share=share):
+            return linear_mix(student, teacher, share)
+        case _:
+            assert_never(spec)
+
+
+@torch.no_grad()
+def _both_kls(spec: Divergence, token_loss: Tensor, student: Tensor, teacher: Tensor) -> Measures:
+    """Both directions on the support; the one that is the loss itself is not computed again."""
+    forward = token_loss if isinstance(spec, ForwardKl) else forward_kl(student, teacher)
+    reverse = token_loss if isinstance(spec, ReverseKl) else reverse_kl(student, teacher)
+    return {"forward_kl": forward, "reverse_kl": reverse}
+
+
+def _correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tensor, Measures]:
+    """Product of the ratios that `spec` asks for, [C], and each of them.  now [C]: detached log-probabilities."""
+    old = now if tokens.old_logprobs is None else tokens.old_logprobs
+    correction, capped = torch.ones_like(now), torch.zeros_like(now, dtype=torch.bool)
+    measures: Measures = {}
+    if spec.old_policy:
+        ratio = importance_ratio(now, old, spec.old_policy.cap)
+        correction, measures["old_ratio"] = correction * ratio, ratio
+        capped = capped | cap_binds(now, old, spec.old_policy.cap)
+    if spec.sampler:
+        ratio = torch.ones_like(now)
+        if (sampler := tokens.sampler_logprobs) is not None:
+            capped = capped | cap_binds(old, sampler, spec.sampler.cap)
+            ratio = importance_ratio(old, sampler, spec.sampler.cap)
+            if spec.sampler.level == "sequence_mean":
+                if tokens.ratio is None:
+                    raise ValueError("a sampler ratio of level sequence_mean needs Tokens.ratio")
+                ratio = tokens.ratio
+        correction, measures["sampler_ratio"] = correction * ratio, ratio
+    return correction, measures | {"ratio_capped": capped.to(now.dtype)}

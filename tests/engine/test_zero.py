@@ -1,0 +1,111 @@
+"""DeepSpeed against one plain torch loop: accumulation, clipping, masters, the guard against bad gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from sdkit.specs import OptimizerSpec
+
+OPTIMIZER = OptimizerSpec(lr=1e-2, clip=0.5)
+
+
+class Net(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).to(dtype)
+
+    def forward(self, x, y, share):
+        return ((self.layers(x) - y).float().square().sum() * share, {})
+
+
+def batches(dtype, steps=3):
+    draw = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(12, 8, generator=draw).to(dtype), torch.randn(12, 4, generator=draw).to(dtype))
+        for _ in range(steps)
+    ]
+
+
+def trained(stage, dtype, pieces):
+    """Masters after three steps, each step cut into pieces of these sizes."""
+    from sdkit.engine.zero import Zero
+
+    engine = Zero(Net(dtype), OPTIMIZER, stage, dtype == torch.bfloat16)
+    norms = []
+    for x, y in batches(dtype):
+        for a, b in zip(x.split(pieces), y.split(pieces), strict=True):
+            loss, _ = engine.forward(a, b, 1 / 48)
+            engine.backward(loss)
+        norms.append(engine.step(OPTIMIZER.lr).grad_norm)
+    masters = torch.cat([value.flatten().clone() for _, value in engine.masters()])
+    engine.close()
+    return masters, norms
+
+
+def plain():
+    net = Net(torch.float32)
+    adam = torch.optim.AdamW(
+        net.parameters(), lr=OPTIMIZER.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    )
+    norms = []
+    for x, y in batches(torch.float32):
+        net(x, y, 1 / 48)[0].backward()
+        norms.append(nn.utils.clip_grad_norm_(net.parameters(), OPTIMIZER.clip).item())
+        adam.step()
+        adam.zero_grad()
+    return torch.cat([p.detach().flatten() for p in net.parameters()]), norms
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("pieces", [[12], [3, 4, 5], [1, 11]])
+def test_any_number_of_micro_batches_gives_the_same_weights_as_plain_torch(
+    process_group, stage, pieces
+):
+    masters, norms = trained(stage, torch.float32, pieces)
+    expected, expected_norms = plain()
+    torch.testing.assert_close(masters, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(norms), torch.tensor(expected_norms), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bfloat16_keeps_float32_masters_and_accumulates_in_float32(process_group, stage):
+    whole, _ = trained(stage, torch.bfloat16, [12])
+    pieces, _ = trained(stage, torch.bfloat16, [3, 4, 5])
+    assert whole.dtype == torch.float32
+    assert (whole - pieces).abs().mean() < 1e-3
+    assert (whole != whole.bfloat16().float()).any(), "masters are finer than bfloat16"
+
+
+def test_stage_0_in_bfloat16_is_refused(process_group):
+    from sdkit.engine.zero import Zero
+
+    with pytest.raises(ValueError, match="runs as stage 1"):
+        Zero(Net(torch.bfloat16), OPTIMIZER, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [(0, torch.float32), (1, torch.float32), (1, torch.bfloat16), (2, torch.bfloat16)],
+)
+def test_a_bad_gradient_skips_the_step_and_the_next_one_works(process_group, stage, dtype):
+    from sdkit.engine.zero import Zero
+
+    engine = Zero(Net(dtype), OPTIMIZER, stage, dtype == torch.bfloat16)
+    before = torch.cat([value.flatten().clone() for _, value in engine.masters()])
+    x, y = batches(dtype, 1)[0]
+    loss, _ = engine.forward(x, y, float("nan"))
+    engine.backward(loss)
+    assert not engine.step(1e-2).applied
+    after = torch.cat([value.flatten().clone() for _, value in engine.masters()])
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
+    loss, _ = engine.forward(x, y, 1 / 48)
+    engine.backward(loss)
+    stepped = engine.step(1e-2)
+    assert stepped.applied
+    assert stepped.grad_norm > 0
+    moved = torch.cat([value.flatten().clone() for _, value in engine.masters()])
+    assert (moved != before).any()
+    engine.close()

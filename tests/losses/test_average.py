@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sdkit.batches import Counts
+from sdkit.losses import average
+from sdkit.losses.objective import row_weights
+from sdkit.specs.method import Constant, PerSequence, PerToken, SequenceSum, Sum
+
+ROWS = [[1.0, 2.0, 3.0, 4.0], [10.0, 20.0], [5.0], []]
+
+GOLDEN = [
+    (PerToken(), 6.428571),
+    (PerSequence(empty_rows="skip"), 7.5),
+    (PerSequence(empty_rows="count"), 5.625),
+    (SequenceSum(), 15.0),
+    (Constant(length=4.0), 2.8125),
+    (Sum(), 45.0),
+]
+
+
+def counts_of(rows):
+    lengths = [len(r) for r in rows]
+    return Counts(rows=len(rows), filled_rows=sum(n > 0 for n in lengths), tokens=sum(lengths))
+
+
+def loss_of(spec, rows, counts):
+    lengths = torch.tensor([len(r) for r in rows], dtype=torch.long)
+    weights = row_weights(spec, lengths, counts)
+    assert weights.dtype == torch.float32
+    assert lengths._version == 0
+    return sum(w * sum(r) for w, r in zip(weights.tolist(), rows, strict=True))
+
+
+@pytest.mark.parametrize(("spec", "golden"), GOLDEN)
+def test_golden_values(spec, golden):
+    assert loss_of(spec, ROWS, counts_of(ROWS)) == pytest.approx(golden, abs=1e-6)
+
+
+@pytest.mark.parametrize(("spec", "golden"), GOLDEN)
+@pytest.mark.parametrize("parts", [[(0, 1), (1, 4)], [(0, 2), (2, 3), (3, 4)], [(0, 4), (4, 4)]])
+def test_micro_batches_add_up_to_the_whole(spec, golden, parts):
+    counts = counts_of(ROWS)
+    halves = sum(loss_of(spec, ROWS[a:b], counts) for a, b in parts)
+    assert halves == pytest.approx(golden, abs=1e-6)
+
+
+@pytest.mark.parametrize(("spec", "golden"), GOLDEN)
+def test_the_order_of_rows_does_not_matter(spec, golden):
+    assert loss_of(spec, ROWS[::-1], counts_of(ROWS)) == pytest.approx(golden, abs=1e-6)
+
+
+@pytest.mark.parametrize("spec", [spec for spec, _ in GOLDEN])
+def test_nothing_to_count_weighs_nothing(spec):
+    empty = torch.zeros(3, dtype=torch.long)
+    none = Counts(rows=0, filled_rows=0, tokens=0)
+    for counts in (none, Counts(rows=3, filled_rows=0, tokens=0)):
+        assert row_weights(spec, empty, counts).tolist() == [0.0, 0.0, 0.0]
+    assert row_weights(spec, empty[:0], none).shape == (0,)
+
+
+@pytest.mark.parametrize("spec", [spec for spec, _ in GOLDEN if spec != Sum()])
+def test_zero_global_counts_give_zero_never_nan(spec):
+    none = Counts(rows=0, filled_rows=0, tokens=0)
+    assert row_weights(spec, torch.tensor([2, 0]), none).tolist() == [0.0, 0.0]
+
+
+def test_constant_keeps_a_fractional_length():
+    weights = average.constant(torch.tensor([3]), Counts(rows=2, filled_rows=1, tokens=3), 2.5)
+    assert_close(weights, torch.tensor([0.2]))

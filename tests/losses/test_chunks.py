@@ -1,0 +1,327 @@
+import pytest
+import torch
+from attrs import evolve
+from torch.overrides import TorchFunctionMode
+from torch.testing import assert_close
+
+from sdkit.batches import HiddenScores, Tokens
+from sdkit.losses.chunks import projected_loss, token_logprobs
+from sdkit.losses.objective import Objective, row_weights, sampler_ratio
+from sdkit.specs.fields import Table
+from sdkit.specs.method import (
+    Constant,
+    CrossEntropy,
+    Distillation,
+    ForwardKl,
+    ImportanceSpec,
+    Jsd,
+    OldPolicyRatio,
+    PerSequence,
+    PerToken,
+    ReverseKl,
+    SampledTokenSupport,
+    SamplerRatio,
+    SequenceSum,
+    Sum,
+    TopKSupport,
+    VocabularySupport,
+)
+
+AVERAGES = [
+    PerToken(),
+    PerSequence(empty_rows="skip"),
+    PerSequence(empty_rows="count"),
+    SequenceSum(),
+    Constant(length=4.0),
+    Sum(),
+]
+LENGTHS = [4, 2, 1, 0, 3, 1, 5, 2]
+
+
+def terms_of(average):
+    return Table(
+        {
+            "distil": Distillation(
+                divergence=Jsd(),
+                support=TopKSupport(k=4, chosen_by="union", remainder="tail_bucket"),
+                temperature=0.8,
+                importance=ImportanceSpec(
+                    old_policy=OldPolicyRatio(cap=1.5),
+                    sampler=SamplerRatio(cap=2.0, level="sequence_mean"),
+                ),
+                average=average,
+            ),
+            "cover": Distillation(
+                divergence=ForwardKl(), support=VocabularySupport(), average=average
+            ),
+            "seek": Distillation(
+                divergence=ReverseKl(), support=SampledTokenSupport(), average=average
+            ),
+            "imitate": CrossEntropy(average=average),
+        }
+    )
+
+
+COEFFICIENTS = {"distil": 1.0, "cover": 0.5, "seek": 0.3, "imitate": 0.2}
+
+
+def run(problem, rows=None, average=None, chunk=100):
+    """Loss, gradients of the chosen rows' hidden states and of the head, sums; counts stay global."""
+    losses = terms_of(average or PerSequence(empty_rows="count"))
+    rows = list(range(len(problem.lengths))) if rows is None else rows
+    pick = torch.cat([torch.nonzero(problem.row == r).flatten() for r in rows])
+    lengths = problem.lengths[rows]
+    row = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+    hidden = problem.hidden.detach()[pick].requires_grad_(problem.hidden.requires_grad)
+    head = problem.head.detach().clone().requires_grad_(problem.head.requires_grad)
+    tokens = Tokens(
+        token=problem.token[pick],
+        row=row,
+        weights={
+            n: row_weights(t.average, lengths, problem.counts)[row] for n, t in losses.items()
+        },
+        sampler_logprobs=problem.sampler_logprobs[pick],
+        old_logprobs=problem.old_logprobs[pick],
+    )
+    unread = torch.full((len(tokens),), torch.nan)  # old_logprobs are given
+    tokens = evolve(tokens, ratio=sampler_ratio(losses, unread, tokens, len(rows)))
+    teacher = HiddenScores(hidden=problem.teacher.hidden[pick], head=problem.teacher.head)
+    objective = Objective(losses, 1.0)
+    loss, stats = projected_loss(hidden, head, teacher, tokens, objective, COEFFICIENTS, chunk)
+    if loss.requires_grad:
+        loss.backward()
+    return loss.detach(), hidden.grad, head.grad, stats
+
+
+def dense(problem, losses):
+    """The same loss with plain autograd through [M, V]."""
+    hidden = problem.hidden.detach().clone().requires_grad_()
+    head = problem.head.detach().clone().requires_grad_()
+    weights = {
+        n: row_weights(t.average, problem.lengths, problem.counts)[problem.row]
+        for n, t in losses.items()
+    }
+    fields = {
+        "token": problem.token,
+        "row": problem.row,
+        "weights": weights,
+        "sampler_logprobs": problem.sampler_logprobs,
+        "old_logprobs": problem.old_logprobs,
+    }
+    ratio = sampler_ratio(losses, problem.old_logprobs, Tokens(**fields), len(problem.lengths))
+    scores = problem.teacher.hidden @ problem.teacher.head.T
+    loss, stats = Objective(losses, 1.0)(
+        hidden @ head.T, scores, Tokens(**fields, ratio=ratio), COEFFICIENTS
+    )
+    loss.backward()
+    return loss.detach(), hidden.grad, head.grad, stats
+
+
+def same(left, right, **close):
+    for a, b in zip(left, right, strict=True):
+        assert_close(a, b, **close)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 18, 1000])
+def test_every_chunk_size_gives_what_plain_autograd_gives(problem_of, chunk):
+    problem = problem_of(LENGTHS)
+    same(run(problem, chunk=chunk), dense(problem, terms_of(PerSequence(empty_rows="count"))))
+
+
+@pytest.mark.parametrize("average", AVERAGES, ids=lambda a: a.kind)
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4], [5, 6, 7]], [[r] for r in range(8)]])
+def test_micro_batches_and_ranks_add_up_to_one_batch(problem_of, average, parts):
+    """5 + 3 rows, and one row at a time (one of them empty), against all 8."""
+    problem = problem_of(LENGTHS)
+    loss, grad_hidden, grad_head, stats = run(problem, average=average)
+    shares = [run(problem, rows, average, chunk=2) for rows in parts]
+    assert_close(sum(s[0] for s in shares), loss)
+    assert_close(torch.cat([s[1] for s in shares]), grad_hidden)
+    assert_close(sum(s[2] for s in shares), grad_head)
+    for name, total in stats.items():
+        assert_close(sum(s[3][name] for s in shares), total)
+
+
+@pytest.mark.parametrize("average", AVERAGES, ids=lambda a: a.kind)
+def test_the_order_of_rows_does_not_matter(problem_of, average):
+    problem = problem_of(LENGTHS)
+    loss, _, grad_head, _ = run(problem, average=average)
+    mixed, _, mixed_head, _ = run(problem, rows=[6, 1, 0, 7, 3, 5, 2, 4], average=average)
+    assert_close(mixed, loss)
+    assert_close(mixed_head, grad_head)
+
+
+def test_no_tokens_give_a_zero_loss_with_a_graph(problem_of):
+    loss, grad_hidden, grad_head, stats = run(problem_of(LENGTHS), rows=[3])  # an empty row
+    assert loss == 0
+    assert grad_hidden.shape == (0, 5)
+    assert_close(grad_head, torch.zeros_like(grad_head))
+    assert stats.keys() == run(problem_of(LENGTHS))[3].keys()
+    assert all(x == 0 for x in stats.values())
+
+
+def test_no_rows_at_all_give_a_zero_loss_with_a_graph(problem_of):
+    problem = problem_of([2])
+    hidden = problem.hidden.detach()[:0].requires_grad_()
+    none = torch.zeros(0)
+    tokens = Tokens(
+        token=problem.token[:0],
+        row=problem.row[:0],
+        weights=dict.fromkeys(COEFFICIENTS, none),
+        sampler_logprobs=none,
+        old_logprobs=none,
+        ratio=none,
+    )
+    teacher = HiddenScores(hidden=problem.teacher.hidden[:0], head=problem.teacher.head)
+    objective = Objective(terms_of(PerToken()), 1.0)
+    loss, _ = projected_loss(hidden, problem.head, teacher, tokens, objective, COEFFICIENTS, 8)
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad.shape == (0, 5)
+    assert_close(problem.head.grad, torch.zeros_like(problem.head))
+
+
+def test_backward_scales_with_what_comes_from_above(problem_of):
+    problem = problem_of([3, 2])
+    losses = Table({"imitate": CrossEntropy(average=Sum())})
+    tokens = Tokens(
+        token=problem.token,
+        row=problem.row,
+        weights={"imitate": torch.ones(5)},
+        sampler_logprobs=None,
+        old_logprobs=None,
+    )
+    objective = Objective(losses, 1.0)
+
+    def grads(scale):
+        loss, _ = projected_loss(
+            problem.hidden, problem.head, None, tokens, objective, {"imitate": 1.0}, 2
+        )
+        return torch.autograd.grad(scale * loss, [problem.hidden, problem.head])
+
+    same(grads(4.0), [4 * g for g in grads(1.0)])
+
+
+def test_without_grad_mode_only_values(problem_of):
+    problem = problem_of(LENGTHS)
+    with torch.no_grad():
+        loss, *_, stats = run(problem)
+    expected = run(problem)
+    assert_close(loss, expected[0])
+    assert_close(stats, expected[3])
+    problem.hidden.requires_grad_(False)
+    problem.head.requires_grad_(False)
+    assert_close(run(problem)[0], loss)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_one_frozen_side_leaves_the_others_gradient(problem_of, frozen):
+    problem = problem_of(LENGTHS)
+    expected = run(problem, chunk=3)
+    getattr(problem, frozen).requires_grad_(False)
+    loss, grad_hidden, grad_head, _ = run(problem, chunk=3)
+    assert_close(loss, expected[0])
+    if frozen == "hidden":
+        assert grad_hidden is None
+        assert_close(grad_head, expected[2])
+    else:
+        assert grad_head is None
+        assert_close(grad_hidden, expected[1])
+
+
+def test_bfloat16_logits_are_projected_in_bfloat16_and_widened(problem_of):
+    problem = problem_of(LENGTHS, torch.bfloat16)
+    loss, grad_hidden, grad_head, _ = run(problem)
+    expected = dense(problem, terms_of(PerSequence(empty_rows="count")))
+    assert (loss.dtype, grad_hidden.dtype, grad_head.dtype) == (
+        torch.float32,
+        torch.bfloat16,
+        torch.bfloat16,
+    )
+    same((loss, grad_hidden, grad_head), expected[:3])
+
+
+def test_the_heads_gradient_is_summed_in_float32():
+    """300 tokens pull by ½ each: 150.  In bfloat16 the sum would stand still at 128."""
+    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.ones(300, 1, dtype=torch.bfloat16)
+    tokens = Tokens(
+        token=torch.zeros(300, dtype=torch.long),
+        row=torch.zeros(300, dtype=torch.long),
+        weights={"imitate": torch.ones(300)},
+        sampler_logprobs=None,
+        old_logprobs=None,
+    )
+    objective = Objective(Table({"imitate": CrossEntropy()}), 1.0)
+    loss, _ = projected_loss(hidden, head, None, tokens, objective, {"imitate": 1.0}, 1)
+    loss.backward()
+    assert head.grad.flatten().tolist() == [-150.0, 150.0]
+
+
+class Sizes(TorchFunctionMode):
+    """Notes how large every tensor is that a call makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+@pytest.mark.parametrize(("chunk", "fits"), [(3, True), (1000, False)])
+def test_no_tensor_holds_all_tokens_and_the_vocabulary(problem_of, chunk, fits):
+    problem = problem_of(LENGTHS)
+    with Sizes() as seen:
+        run(problem, chunk=chunk)
+    assert (seen.largest < 18 * 13) == fits
+
+
+def test_no_argument_changes(problem_of):
+    problem = problem_of(LENGTHS)
+    held = [
+        problem.hidden,
+        problem.head,
+        problem.teacher.hidden,
+        problem.teacher.head,
+        problem.token,
+        problem.old_logprobs,
+        problem.sampler_logprobs,
+    ]
+    weights = torch.ones(18)
+    tokens = Tokens(
+        token=problem.token,
+        row=problem.row,
+        weights=dict.fromkeys(COEFFICIENTS, weights),
+        sampler_logprobs=problem.sampler_logprobs,
+        old_logprobs=problem.old_logprobs,
+        ratio=torch.ones(18),
+    )
+    versions = [x._version for x in [*held, weights]]
+    objective = Objective(terms_of(Sum()), 1.0)
+    loss, _ = projected_loss(
+        problem.hidden, problem.head, problem.teacher, tokens, objective, COEFFICIENTS, 4
+    )
+    loss.backward()
+    assert [x._version for x in [*held, weights]] == versions
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_token_logprobs(problem_of, chunk):
+    problem = problem_of([3, 4])
+    values = token_logprobs(problem.hidden, problem.head, problem.token, 0.7, chunk)
+    full = (problem.hidden @ problem.head.T / 0.7).log_softmax(-1)
+    expected = torch.stack([full[j, y] for j, y in enumerate(problem.token.tolist())])
+    assert_close(values, expected.float())
+    assert values.dtype == torch.float32
+    assert not values.requires_grad
+
+
+def test_token_logprobs_of_nothing(problem_of):
+    problem = problem_of([2])
+    empty = token_logprobs(problem.hidden[:0], problem.head, problem.token[:0], 1.0, 8)
+    assert empty.shape == (0,)

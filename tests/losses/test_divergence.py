@@ -1,0 +1,178 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sdkit.losses.divergence import entropy, forward_kl, jsd, linear_mix, reverse_kl
+
+NEVER = -torch.inf
+
+FORMS = {
+    "forward_kl": (0.0, forward_kl),
+    "reverse_kl": (0.0, reverse_kl),
+    "jsd": (0.3, lambda s, t: jsd(s, t, 0.3)),
+    "linear_mix": (0.2, lambda s, t: linear_mix(s, t, 0.2)),
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    return request.param, *FORMS[request.param]
+
+
+@pytest.mark.parametrize(
+    ("function", "golden"),
+    [
+        (forward_kl, 0.3798454),
+        (reverse_kl, 0.3845426),
+        (lambda s, t: jsd(s, t, 0.3), 0.0775161),
+        (lambda s, t: jsd(s, t, 0.5), 0.0919640),
+        (lambda s, t: jsd(s, t, 0.7), 0.0778729),
+    ],
+)
+def test_golden_values(pair, function, golden):
+    value = function(pair.student.log_softmax(-1), pair.teacher.log_softmax(-1))
+    assert value.item() == pytest.approx(golden, abs=1e-6)
+
+
+def test_golden_gradients(pair):
+    s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
+    (grad,) = torch.autograd.grad(forward_kl(s, t), pair.student, retain_graph=True)
+    assert_close(grad, s.exp() - t.exp())
+    (grad,) = torch.autograd.grad(reverse_kl(s, t), pair.student)
+    golden = [0.349377, -0.281491, 0.015784, -0.065845, -0.024223, 0.006399]
+    assert_close(grad, torch.tensor(golden, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_value_and_gradient_by_loops(logits, naive, form):
+    name, share, function = form
+    values = function(logits.student.log_softmax(-1), logits.teacher.log_softmax(-1))
+    (grads,) = torch.autograd.grad(values.sum(), logits.student)
+    for value, grad, z, q in zip(
+        values, grads, logits.student.tolist(), logits.teacher.tolist(), strict=True
+    ):
+
+        def loss(z, q=q):
+            return naive.diverge(name, share, naive.softmax(z), naive.softmax(q))
+
+        assert value.item() == pytest.approx(loss(z), abs=1e-12)
+        assert grad.tolist() == pytest.approx(naive.slope(loss, z), abs=1e-8)
+
+
+def test_gradcheck_on_unnormalised_entries(logits, form):
+    teacher = logits.teacher - 4
+    assert torch.autograd.gradcheck(lambda s: form[2](s - 3, teacher), logits.student)
+
+
+def test_equal_distributions_are_at_zero_with_zero_gradient(logits, form):
+    value = form[2](logits.student.log_softmax(-1), logits.student.log_softmax(-1))
+    (grad,) = torch.autograd.grad(value.sum(), logits.student)
+    assert_close(value, torch.zeros_like(value), atol=1e-14, rtol=0)
+    assert_close(grad, torch.zeros_like(grad), atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("share", "scale", "golden"), [(0.001, 0.001, 0.37941), (0.999, 0.001, 0.38409)]
+)
+def test_jsd_over_its_small_share_nears_the_kls(pair, share, scale, golden):
+    value = jsd(pair.student.log_softmax(-1), pair.teacher.log_softmax(-1), share)
+    assert value.item() / scale == pytest.approx(golden, abs=1e-5)
+
+
+def test_jsd_of_disjoint_distributions_is_log_2():
+    s, t = torch.tensor([0.0, NEVER]), torch.tensor([NEVER, 0.0])
+    assert jsd(s, t, 0.5).item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_jsd_has_no_ends(pair, share):
+    with pytest.raises(ValueError, match=r"math domain|expected a positive"):
+        jsd(pair.student, pair.teacher, share)
+
+
+def test_linear_mix_ends_are_the_two_kls_even_where_the_other_is_infinite():
+    half, all_first = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, NEVER])
+    assert linear_mix(half, all_first, 1.0).item() == pytest.approx(math.log(2))
+    assert linear_mix(all_first, half, 0.0).item() == pytest.approx(math.log(2))
+    assert linear_mix(half, all_first, 0.0).item() == math.inf
+
+
+def test_an_entry_that_nobody_has_changes_nothing(logits, form):
+    never = torch.full((5, 1), NEVER, dtype=torch.float64)
+    s, t = logits.student.log_softmax(-1), logits.teacher.log_softmax(-1)
+    plain = form[2](s, t)
+    value = form[2](torch.cat([s, never], -1), torch.cat([t, never], -1))
+    assert_close(value, plain)
+    (grad,) = torch.autograd.grad(value.sum(), logits.student, retain_graph=True)
+    assert_close(grad, *torch.autograd.grad(plain.sum(), logits.student))
+
+
+def test_an_entry_that_the_weighting_side_lacks_is_zero_with_a_finite_gradient():
+    some = torch.tensor([0.5, 0.3, 0.2]).log().requires_grad_()
+    lacking = torch.tensor([0.6, 0.4, 0.0]).log()
+    by_hand = 0.6 * math.log(0.6 / 0.5) + 0.4 * math.log(0.4 / 0.3)
+
+    value = forward_kl(some, lacking)
+    value.backward()
+    assert value.item() == pytest.approx(by_hand, abs=1e-6)
+    assert_close(some.grad, torch.tensor([-0.6, -0.4, 0.0]))
+
+    student = lacking.clone().requires_grad_()
+    value = reverse_kl(student, some)
+    value.backward()
+    assert value.item() == pytest.approx(by_hand, abs=1e-6)
+    assert student.grad is not None
+    assert_close(student.grad[:2], student.exp()[:2] * (student - some + 1)[:2])
+    assert student.grad[2] == 0
+
+
+def test_jsd_is_finite_whoever_lacks_an_entry():
+    for s, t in [([0.6, 0.4, 0.0], [0.5, 0.3, 0.2]), ([0.5, 0.3, 0.2], [0.6, 0.4, 0.0])]:
+        student = torch.tensor(s).log().requires_grad_()
+        value = jsd(student, torch.tensor(t).log(), 0.5)
+        value.backward()
+        by_hand = sum(
+            0.5 * p * math.log(p / ((a + b) / 2))
+            for a, b in zip(s, t, strict=True)
+            for p in (a, b)
+            if p > 0
+        )
+        assert value.item() == pytest.approx(by_hand, abs=1e-6)
+        assert torch.isfinite(student.grad).all()
+
+
+def test_a_position_where_nobody_has_anything_is_zero(form):
+    student = torch.full((2, 4), NEVER, requires_grad=True)
+    value = form[2](student, torch.full((2, 4), NEVER))
+    value.sum().backward()
+    assert_close(value, torch.zeros(2))
+    assert_close(student.grad, torch.zeros(2, 4))
+
+
+def test_probabilities_below_float32_weigh_nothing(form):
+    s = torch.tensor([0.0, -200.0, NEVER, -300.0], requires_grad=True)
+    value = form[2](s, torch.tensor([0.0, NEVER, -200.0, -400.0]))
+    value.backward()
+    assert value.item() == pytest.approx(0.0, abs=6e-8)  # jsd: half an ulp of the mixture's log
+    assert torch.isfinite(s.grad).all()
+
+
+def test_nothing_flows_to_the_teacher_and_no_argument_changes(logits, form):
+    s, t = logits.student.log_softmax(-1), logits.teacher.requires_grad_().log_softmax(-1)
+    versions = s._version, t._version
+    form[2](s, t).sum().backward()
+    assert logits.teacher.grad is None
+    assert (s._version, t._version) == versions
+
+
+def test_dtype_and_leading_shape_stay(form):
+    s = torch.randn(2, 3, 4).log_softmax(-1)
+    value = form[2](s, s.flip(-1))
+    assert value.shape == (2, 3)
+    assert value.dtype == torch.float32
+
+
+def test_entropy():
+    assert entropy(torch.tensor([0.5, 0.5, 0.0]).log()).item() == pytest.approx(math.log(2))
+    assert entropy(torch.tensor([0.0, NEVER])).item() == 0

@@ -1,0 +1,472 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sdkit.losses.objective import Objective, counted, sampler_ratio
+from sdkit.losses.policy import importance_ratio
+from sdkit.specs.fields import Table
+from sdkit.specs.method import (
+    CrossEntropy,
+    Distillation,
+    ForwardKl,
+    ImportanceSpec,
+    Jsd,
+    LinearMix,
+    MaskSpec,
+    OldPolicyRatio,
+    ReverseKl,
+    SampledTokenSupport,
+    SamplerRatio,
+    TopKSupport,
+    VocabularySupport,
+)
+
+DIVERGENCES = [ForwardKl(), ReverseKl(), Jsd(teacher_share=0.3), LinearMix(forward_share=0.2)]
+SHARE = {"jsd": 0.3, "linear_mix": 0.2}
+WEIGHTS = torch.tensor([0.5, 0.0, 0.25, 1.0, 2.0])
+TOKEN = [3, 0, 6, 2, 2]
+
+
+def name_of(spec):
+    return spec.kind if hasattr(spec, "kind") else str(spec)
+
+
+def distil(divergence=None, support=None, **given):
+    return Distillation(
+        divergence=divergence or ForwardKl(), support=support or VocabularySupport(), **given
+    )
+
+
+def objective_of(*terms, temperature=1.0, **named):
+    table = Table({**({"distil": terms[0]} if terms else {}), **named})
+    return Objective(table, temperature)
+
+
+def figures(objective, logits, tokens, **coefficients):
+    names = coefficients or {"distil": 1.0}
+    loss, stats = objective(logits.student, logits.teacher, tokens, names)
+    (grad,) = torch.autograd.grad(loss, logits.student)
+    return loss.detach(), grad, stats
+
+
+# ── value and gradient against loops ──────────────────────────────────────────────────────────
+
+
+def by_loops(naive, logits, token_loss):
+    """Σ_j weight_j ℓ_j and its gradient, position by position; token_loss(j, student, teacher)."""
+    loss, grads = 0.0, []
+    for j, (z, q) in enumerate(zip(logits.student.tolist(), logits.teacher.tolist(), strict=True)):
+
+        def one(z, j=j, q=q):
+            return WEIGHTS[j].item() * token_loss(j, z, q)
+
+        loss += one(z)
+        grads.append(naive.slope(one, z))
+    return loss, torch.tensor(grads, dtype=torch.float64)
+
+
+def agree(naive, logits, tokens, objective, token_loss):
+    loss, grad, _ = figures(objective, logits, tokens)
+    expected, slopes = by_loops(naive, logits, token_loss)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    assert_close(grad, slopes, atol=1e-8, rtol=0)
+
+
+@pytest.fixture
+def tokens(tokens_of):
+    return tokens_of(TOKEN, weights={"distil": WEIGHTS})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+def test_vocabulary(naive, logits, tokens, divergence, temperature):
+    def token_loss(_j, z, q):
+        s, t = naive.softmax(z, temperature), naive.softmax(q, temperature)
+        return naive.diverge(divergence.kind, SHARE.get(divergence.kind, 0), s, t)
+
+    objective = objective_of(distil(divergence), temperature=temperature)
+    agree(naive, logits, tokens, objective, token_loss)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize("chosen_by", ["student", "teacher", "union"])
+@pytest.mark.parametrize("remainder", ["tail_bucket", "renormalize", "renormalize_teacher", "drop"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+def test_top_k(naive, logits, tokens, divergence, remainder, chosen_by, k):
+    def token_loss(_j, z, q):
+        s, t = naive.softmax(z), naive.softmax(q)
+        pair = naive.cut(s, t, naive.chosen(s, t, k, chosen_by), remainder)
+        return naive.diverge(divergence.kind, SHARE.get(divergence.kind, 0), *pair)
+
+    support = TopKSupport(k=k, chosen_by=chosen_by, remainder=remainder)
+    agree(naive, logits, tokens, objective_of(distil(divergence, support)), token_loss)
+
+
+def test_sampled_token(naive, logits, tokens):
+    held = [naive.softmax(z) for z in logits.student.tolist()]  # what the stop-gradient holds
+
+    def token_loss(j, z, q):
+        y = TOKEN[j]
+        weight = math.log(held[j][y]) - math.log(naive.softmax(q)[y])
+        return weight * math.log(naive.softmax(z)[y])
+
+    objective = objective_of(distil(ReverseKl(), SampledTokenSupport()))
+    agree(naive, logits, tokens, objective, token_loss)
+
+
+def test_expected_sampled_token_gradient_is_that_of_the_reverse_kl(logits, tokens_of):
+    """Enumerates the vocabulary: weight S_y for every y of one position."""
+    student, teacher = logits.student[:1], logits.teacher[:1]
+    weights = {"distil": student.softmax(-1).detach()[0]}
+    tokens = tokens_of(range(7), weights=weights)
+    surrogate = objective_of(distil(ReverseKl(), SampledTokenSupport()))
+    loss, _ = surrogate(student.expand(7, 7), teacher.expand(7, 7), tokens, {"distil": 1.0})
+    (grad,) = torch.autograd.grad(loss, logits.student, retain_graph=True)
+    exact, _ = objective_of(distil(ReverseKl()))(student, teacher, tokens_of([0]), {"distil": 1.0})
+    assert_close(grad, *torch.autograd.grad(exact, logits.student))
+
+
+def test_cross_entropy_is_at_temperature_one(naive, logits, tokens):
+    def token_loss(j, z, _q):
+        return -math.log(naive.softmax(z)[TOKEN[j]])
+
+    agree(naive, logits, tokens, objective_of(CrossEntropy(), temperature=0.5), token_loss)
+
+
+def test_a_terms_own_temperature_goes_before_the_sampling_temperature(logits, tokens):
+    own = figures(objective_of(distil(temperature=2.0), temperature=0.5), logits, tokens)
+    inherited = figures(objective_of(distil(), temperature=2.0), logits, tokens)
+    assert own[0] == inherited[0]
+    assert_close(own[1], inherited[1])
+
+
+def test_terms_add_up_with_their_coefficients(logits, tokens_of):
+    weights = {"distil": WEIGHTS, "imitate": WEIGHTS.flip(0)}
+    tokens = tokens_of(TOKEN, weights=weights)
+    pull, imitate = distil(Jsd()), CrossEntropy()
+    both = objective_of(pull, imitate=imitate)
+    loss, grad, stats = figures(both, logits, tokens, distil=2.0, imitate=0.5)
+    one = figures(objective_of(pull), logits, tokens)
+    other = figures(objective_of(imitate=imitate), logits, tokens, imitate=1.0)
+    assert_close(loss, 2 * one[0] + 0.5 * other[0])
+    assert_close(grad, 2 * one[1] + 0.5 * other[1])
+    assert_close(stats["loss/distil"], 2 * one[0])
+    assert_close(stats["loss/imitate"], 0.5 * other[0])
+
+
+# ── invariances ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+def test_uncounted_rows_and_the_order_change_nothing(logits, tokens_of, divergence):
+    objective = objective_of(distil(divergence, importance=BOTH))
+    extra = torch.tensor([[50.0, -1e30, 0, 0, 0, 0, -torch.inf]], dtype=torch.float64)
+    ratios = {"old_logprobs": OLD, "sampler_logprobs": SAMPLER}
+    tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, **ratios)
+    plain, grad, _ = figures(objective, logits, tokens)
+
+    student = torch.cat([logits.student.detach(), extra]).requires_grad_()
+    teacher = torch.cat([logits.teacher, extra])
+    order = torch.tensor([5, 2, 0, 4, 1, 3])
+    one = torch.zeros(1)
+    tokens = tokens_of(
+        torch.tensor([*TOKEN, 0])[order],
+        weights={"distil": torch.cat([WEIGHTS, one])[order]},
+        **{name: torch.cat([x, one])[order] for name, x in ratios.items()},
+    )
+    loss, _ = objective(student[order], teacher[order], tokens, {"distil": 1.0})
+    (padded,) = torch.autograd.grad(loss, student)
+    assert_close(loss.detach(), plain)
+    assert_close(padded[:5], grad)
+    assert_close(padded[5], torch.zeros(7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+def test_a_token_that_both_sides_forbid_changes_nothing(logits, tokens, divergence):
+    objective = objective_of(distil(divergence))
+    plain, grad, _ = figures(objective, logits, tokens)
+    never = torch.full((5, 1), -torch.inf, dtype=torch.float64)
+    student = torch.cat([logits.student.detach(), never], -1).requires_grad_()
+    loss, stats = objective(student, torch.cat([logits.teacher, never], -1), tokens, {"distil": 1})
+    (wider,) = torch.autograd.grad(loss, student)
+    assert_close(loss.detach(), plain)
+    assert_close(wider[:, :7], grad)
+    assert_close(wider[:, 7], torch.zeros(5, dtype=torch.float64))
+    assert all(torch.isfinite(x) for x in stats.values())
+
+
+def test_equal_sides_are_at_zero(logits, tokens):
+    for support in (None, TopKSupport(k=3, chosen_by="union", remainder="tail_bucket")):
+        for divergence in DIVERGENCES:
+            objective = objective_of(distil(divergence, support))
+            same = logits.student.detach()
+            loss, _ = objective(logits.student, same, tokens, {"distil": 1.0})
+            (grad,) = torch.autograd.grad(loss, logits.student)
+            assert abs(loss.item()) < 1e-12
+            assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
+
+
+def test_a_chunk_without_tokens_has_a_graph_and_every_figure(logits, tokens_of):
+    terms = {
+        "a": distil(importance=BOTH),
+        "b": distil(ReverseKl(), TopKSupport(k=3, chosen_by="union", remainder="tail_bucket")),
+        "c": distil(ReverseKl(), SampledTokenSupport()),
+        "d": CrossEntropy(),
+    }
+    objective = objective_of(**terms)
+    ones = dict.fromkeys(terms, 1.0)
+    full = tokens_of(TOKEN, weights=dict.fromkeys(terms, WEIGHTS))
+    loss, stats = objective(logits.student[:0], logits.teacher[:0], full.slice(0, 0), ones)
+    (grad,) = torch.autograd.grad(loss, logits.student)
+    assert loss.item() == 0
+    assert grad.abs().sum() == 0
+    assert all(x == 0 for x in stats.values())
+    assert stats.keys() == objective(logits.student, logits.teacher, full, ones)[1].keys()
+
+
+def test_low_precision_is_widened_and_no_argument_changes(logits, tokens_of):
+    student = logits.student.detach().bfloat16().requires_grad_()
+    teacher = logits.teacher.bfloat16()
+    tokens = tokens_of(
+        TOKEN, weights={"distil": WEIGHTS}, old_logprobs=OLD, sampler_logprobs=SAMPLER
+    )
+    held = (student, teacher, tokens.token, WEIGHTS, OLD, SAMPLER)
+    versions = [x._version for x in held]
+    objective = objective_of(distil(Jsd(), importance=BOTH), temperature=0.9)
+    loss, _ = objective(student, teacher, tokens, {"distil": 1.0})
+    loss.backward()
+    wide, _ = objective(student.float(), teacher.float(), tokens, {"distil": 1.0})
+    assert loss.dtype == torch.float32
+    assert loss == wide
+    assert student.grad.dtype == torch.bfloat16
+    assert [x._version for x in held] == versions
+
+
+# ── importance ────────────────────────────────────────────────────────────────────────────────
+
+OLD = torch.tensor([-1.0, -2.0, -3.0, -0.5, -1.5])
+SAMPLER = torch.tensor([-1.2, -2.5, -2.9, -0.5, -2.4])
+BOTH = ImportanceSpec(
+    old_policy=OldPolicyRatio(cap=1.5), sampler=SamplerRatio(cap=1.3, level="token")
+)
+PER_SEQUENCE = ImportanceSpec(sampler=SamplerRatio(cap=1.3, level="sequence_mean"))
+
+
+def at_tokens(p):
+    return p.gather(-1, torch.tensor(TOKEN)[:, None]).squeeze(-1)
+
+
+def test_both_ratios_multiply_the_token_loss_as_constants(logits, tokens_of):
+    tokens = tokens_of(
+        TOKEN, weights={"distil": WEIGHTS}, old_logprobs=OLD, sampler_logprobs=SAMPLER
+    )
+    loss, grad, stats = figures(objective_of(distil(importance=BOTH)), logits, tokens)
+    now = at_tokens(logits.student.detach().log_softmax(-1))
+    first = (now - OLD).exp().clamp(max=1.5)
+    second = (OLD - SAMPLER).exp().clamp(max=1.3)
+    by_hand = tokens_of(TOKEN, weights={"distil": WEIGHTS * first * second})
+    expected = figures(objective_of(distil()), logits, by_hand)
+    assert_close(loss, expected[0])
+    assert_close(grad, expected[1])
+    counts = WEIGHTS > 0
+    capped = ((now - OLD).exp() > 1.5) | ((OLD - SAMPLER).exp() > 1.3)
+    assert_close(stats["distil/old_ratio"], first[counts].sum())
+    assert_close(stats["distil/sampler_ratio"], second[counts].sum())
+    assert stats["distil/ratio_capped"] == capped[counts].sum()
+    assert 0 < stats["distil/ratio_capped"] < 4
+
+
+def test_without_old_logprobs_the_old_ratio_is_one_and_the_sampler_is_met_now(logits, tokens_of):
+    tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, sampler_logprobs=SAMPLER)
+    loss, grad, _ = figures(objective_of(distil(importance=BOTH)), logits, tokens)
+    ratio = importance_ratio(at_tokens(logits.student.log_softmax(-1)), SAMPLER, 1.3)
+    by_hand = tokens_of(TOKEN, weights={"distil": WEIGHTS * ratio})
+    expected = figures(objective_of(distil()), logits, by_hand)
+    assert_close(loss, expected[0])
+    assert_close(grad, expected[1])
+
+
+def test_ratios_are_taken_at_the_sampling_temperature(logits, tokens_of):
+    tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, sampler_logprobs=SAMPLER)
+    importance = ImportanceSpec(sampler=SamplerRatio(cap=1.3, level="token"))
+    term = distil(importance=importance, temperature=2.0)
+    loss, _, _ = figures(objective_of(term, temperature=0.5), logits, tokens)
+    ratio = importance_ratio(at_tokens((logits.student / 0.5).log_softmax(-1)), SAMPLER, 1.3)
+    by_hand = tokens_of(TOKEN, weights={"distil": WEIGHTS * ratio})
+    expected = figures(objective_of(distil(temperature=2.0)), logits, by_hand)
+    assert_close(loss, expected[0])
+
+
+@pytest.mark.parametrize("importance", [BOTH, PER_SEQUENCE])
+def test_a_sampler_without_logprobs_corrects_nothing(logits, tokens, importance):
+    loss, grad, stats = figures(objective_of(distil(importance=importance)), logits, tokens)
+    expected = figures(objective_of(distil()), logits, tokens)
+    assert_close(loss, expected[0])
+    assert_close(grad, expected[1])
+    assert stats["distil/sampler_ratio"] == 4
+    assert stats["distil/ratio_capped"] == 0
+
+
+def test_golden_sequence_mean(tokens_of):
+    old, sampler = torch.tensor([0.55, 0.9, 0.7]).log(), torch.tensor([0.5, 0.4, 0.2]).log()
+    importance = ImportanceSpec(sampler=SamplerRatio(cap=2.0, level="sequence_mean"))
+    tokens = tokens_of([0, 0, 0], sampler_logprobs=sampler)
+    ratio = sampler_ratio(Table({"distil": distil(importance=importance)}), old, tokens, 1)
+    assert_close(ratio, torch.full((3,), 1.7))
+
+
+def test_sequence_mean_is_over_the_tokens_that_the_term_counts(tokens_of):
+    losses = Table({"distil": distil(importance=PER_SEQUENCE), "other": CrossEntropy()})
+    weights = {"distil": torch.tensor([0.0, 1, 1, 0, 1]), "other": torch.ones(5)}
+    tokens = tokens_of(
+        TOKEN,
+        row=torch.tensor([0, 0, 0, 1, 3]),
+        weights=weights,
+        sampler_logprobs=torch.zeros(5),
+        old_logprobs=torch.tensor([9.0, 0.5, 1.1, 9.0, 1.2]).log(),
+    )
+    ratio = sampler_ratio(losses, torch.zeros(5), tokens, 4)
+    assert_close(ratio, torch.tensor([1.0, 0.8, 0.8, 1.0, 1.2]))
+    assert ratio.dtype == torch.float32
+    assert sampler_ratio(losses, torch.zeros(0), tokens.slice(0, 0), 0).shape == (0,)
+
+
+def test_a_given_sequence_ratio_multiplies_the_token_loss(logits, tokens_of):
+    ratio = torch.tensor([0.5, 0.5, 2.0, 2.0, 3.0])
+    tokens = tokens_of(
+        TOKEN, weights={"distil": WEIGHTS}, sampler_logprobs=SAMPLER, old_logprobs=OLD, ratio=ratio
+    )
+    objective = objective_of(distil(importance=PER_SEQUENCE))
+    assert objective.needs_sequence_ratio
+    loss, grad, _ = figures(objective, logits, tokens)
+    by_hand = tokens_of(TOKEN, weights={"distil": WEIGHTS * ratio})
+    expected = figures(objective_of(distil()), logits, by_hand)
+    assert_close(loss, expected[0])
+    assert_close(grad, expected[1])
+
+
+def test_a_missing_sequence_ratio_is_an_error(logits, tokens_of):
+    tokens = tokens_of(TOKEN, sampler_logprobs=SAMPLER)
+    with pytest.raises(ValueError, match=r"needs Tokens\.ratio"):
+        figures(objective_of(distil(importance=PER_SEQUENCE)), logits, tokens)
+
+
+# ── what is measured ──────────────────────────────────────────────────────────────────────────
+
+
+def test_figures_of_a_top_k_term(naive, logits, tokens):
+    support = TopKSupport(k=3, chosen_by="student", remainder="renormalize")
+    objective = objective_of(distil(Jsd(teacher_share=0.5), support))
+    loss, _, stats = figures(objective, logits, tokens, distil=2.0)
+    sums = dict.fromkeys(
+        "token_loss forward_kl reverse_kl k1 student_entropy teacher_entropy student_mass "
+        "teacher_mass overlap".split(),
+        0.0,
+    )
+    for j in (0, 2, 3, 4):
+        s = naive.softmax(logits.student[j].tolist())
+        t = naive.softmax(logits.teacher[j].tolist())
+        ids = naive.top(s, 3)
+        a, b = naive.cut(s, t, ids, "renormalize")
+        sums["token_loss"] += naive.diverge("jsd", 0.5, a, b)
+        sums["forward_kl"] += naive.kl(b, a)
+        sums["reverse_kl"] += naive.kl(a, b)
+        sums["k1"] += math.log(s[TOKEN[j]] / t[TOKEN[j]])
+        sums["student_entropy"] -= sum(p * math.log(p) for p in s)
+        sums["teacher_entropy"] -= sum(p * math.log(p) for p in t)
+        sums["student_mass"] += sum(s[v] for v in ids)
+        sums["teacher_mass"] += sum(t[v] for v in ids)
+        sums["overlap"] += len(set(ids) & set(naive.top(t, 3))) / 3
+    expected = {f"distil/{key}": value for key, value in sums.items()}
+    expected |= {"distil/tokens": 4.0, "loss/distil": loss.item()}
+    assert {key: x.item() for key, x in stats.items()} == pytest.approx(expected, abs=1e-6)
+    assert all(x.shape == () and x.is_floating_point() for x in stats.values())
+    assert not any(x.requires_grad for x in stats.values())
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+def test_both_kls_are_measured_whichever_is_the_loss(logits, tokens, divergence):
+    stats = figures(objective_of(distil(divergence)), logits, tokens)[2]
+    counts = WEIGHTS > 0
+    s, t = logits.student.detach().log_softmax(-1), logits.teacher.log_softmax(-1)
+    forward, reverse = (t.exp() * (t - s)).sum(-1), (s.exp() * (s - t)).sum(-1)
+    assert_close(stats["distil/forward_kl"], forward[counts].sum())
+    assert_close(stats["distil/reverse_kl"], reverse[counts].sum())
+
+
+def test_which_figures_a_term_has(logits, tokens):
+    def keys(term):
+        stats = figures(objective_of(term), logits, tokens)[2]
+        return {key.removeprefix("distil/") for key in stats} - {"loss/distil"}
+
+    common = {"tokens", "token_loss", "student_entropy"}
+    assert keys(CrossEntropy()) == common
+    sampled = common | {"teacher_entropy", "k1"}
+    assert keys(distil(ReverseKl(), SampledTokenSupport())) == sampled
+    vocabulary = sampled | {"forward_kl", "reverse_kl"}
+    assert keys(distil()) == vocabulary
+    ratios = {"old_ratio", "sampler_ratio", "ratio_capped"}
+    assert keys(distil(importance=BOTH)) == vocabulary | ratios
+
+
+def test_no_distribution_is_computed_twice(monkeypatch, logits, tokens_of):
+    calls = []
+    softmax = torch.Tensor.log_softmax
+    monkeypatch.setattr(
+        torch.Tensor, "log_softmax", lambda x, *a: calls.append(x) or softmax(x, *a)
+    )
+    weights = dict.fromkeys(["distil", "again", "hot", "imitate"], WEIGHTS)
+    terms = {"again": distil(Jsd()), "hot": distil(temperature=2.0), "imitate": CrossEntropy()}
+    objective = objective_of(distil(importance=BOTH), **terms)
+    tokens = tokens_of(TOKEN, weights=weights)
+    objective(logits.student, logits.teacher, tokens, dict.fromkeys(weights, 1.0))
+    assert len(calls) == 4  # two sides, two temperatures
+
+
+# ── reading the spec ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("mask", "length", "expected"),
+    [
+        (MaskSpec(), 3, [0, 1, 2]),
+        (MaskSpec(skip_first=2), 5, [2, 3, 4]),
+        (MaskSpec(skip_first=2), 1, []),
+        (MaskSpec(prefix=2), 5, [0, 1]),
+        (MaskSpec(prefix=9), 2, [0, 1]),
+        (MaskSpec(skip_first=1, prefix=3), 5, [1, 2]),
+        (MaskSpec(skip_first=3, prefix=2), 5, []),
+        (MaskSpec(), 0, []),
+    ],
+)
+def test_counted(mask, length, expected):
+    assert list(counted(mask, length)) == expected
+
+
+def test_what_an_objective_needs():
+    assert objective_of(distil()).needs_teacher
+    assert not objective_of(CrossEntropy()).needs_teacher
+    assert not objective_of(distil(importance=BOTH)).needs_sequence_ratio
+
+
+@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != ReverseKl()], ids=name_of)
+def test_a_sampled_token_estimates_only_the_reverse_kl(divergence):
+    with pytest.raises(ValueError, match="distil: one sampled token can only estimate reverse_kl"):
+        objective_of(distil(divergence, SampledTokenSupport()))
+
+
+def test_one_term_at_most_has_a_sequence_ratio(tokens_of):
+    term = distil(importance=PER_SEQUENCE)
+    with pytest.raises(ValueError, match="only one term"):
+        objective_of(term, again=term)
+    with pytest.raises(ValueError, match="no term"):
+        sampler_ratio(Table({"distil": distil()}), torch.zeros(1), tokens_of([0]), 1)
+
+
+def test_a_missing_or_misshapen_teacher_is_an_error(logits, tokens):
+    with pytest.raises(ValueError, match="needs the teacher's logits"):
+        objective_of(distil())(logits.student, None, tokens, {"distil": 1.0})
+    with pytest.raises(ValueError, match=r"differ in shape: \(5, 7\) and \(5, 6\)"):
+        objective_of(distil())(logits.student, logits.teacher[:, :6], tokens, {"distil": 1.0})
