@@ -7,6 +7,7 @@ loss term counts (all sequences of a micro-batch, one after the other), H hidden
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -114,7 +115,7 @@ class RolloutBatch:
         edges = [round(i * len(held) / parts) for i in range(parts + 1)]
         return tuple(
             RolloutBatch(rollouts=tuple(r for g in held[a:b] for r in g))
-            for a, b in zip(edges, edges[1:], strict=False)
+            for a, b in itertools.pairwise(edges)
         )
 
     def with_old_logprobs(self, values: Sequence[tuple[float, ...]]) -> RolloutBatch:

@@ -132,6 +132,17 @@ def listed(words: Iterable[object], last: str = ", ") -> str:
     return last.join(filter(None, [", ".join(shown[:-1]), shown[-1] if shown else ""]))
 
 
+def outside(choices: Iterable[object]) -> str:
+    """`is not one of 'a', 'b'`, or `is not 'a'` where there is no choice."""
+    known = list(choices)
+    return f"is not {'one of ' if len(known) > 1 else ''}{listed(known) or 'there'}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def shorten(value: object, limit: int = 60) -> str:
     """A scalar as YAML writes it, text in quotes, on one line and not too long."""
     if isinstance(value, bool):

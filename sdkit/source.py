@@ -161,9 +161,9 @@ class _Reader:
         if isinstance(event, yaml.ScalarEvent):
             node = Node(self._scalar(event, path), place, key)
         elif isinstance(event, yaml.SequenceStartEvent):
-            node = self._list(event, path, place, key)
+            node = self._list(path, place, key)
         else:
-            node = self._map(event, path, place, key)
+            node = self._map(path, place, key)
         if event.anchor:
             self._anchors[event.anchor] = node
         return node
@@ -191,13 +191,13 @@ class _Reader:
             self.problems.append(self._problem(path, str(error), event, "number"))
             return event.value
 
-    def _list(self, start: Any, path: Path, place: Place, key: Place | None) -> Node:
+    def _list(self, path: Path, place: Place, key: Place | None) -> Node:
         items: list[Node] = []
         while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
             items.append(self._node(event, (*path, len(items)), None))
-        return Node(items, self._collection_place(start, event, place, key), key)
+        return Node(items, key or evolve(place, length=1), key)
 
-    def _map(self, start: Any, path: Path, place: Place, key: Place | None) -> Node:
+    def _map(self, path: Path, place: Place, key: Place | None) -> Node:
         items: dict[str, Node] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             name = self._key(event, path)
@@ -209,7 +209,7 @@ class _Reader:
                 self.problems.append(self._problem((*path, name), message, event, "duplicate_key"))
             elif name is not None:
                 items[name] = child
-        return Node(items, self._collection_place(start, event, place, key), key)
+        return Node(items, key or evolve(place, length=1), key)
 
     def _key(self, event: Any, path: Path) -> str | None:
         """The key's text; None, and a problem, for what cannot be a key."""
@@ -242,12 +242,6 @@ class _Reader:
         length = max(1, end.column - start.column) if end.line == start.line else 10_000
         return Place(self.name, start.line + 1, start.column + 1, length)
 
-    def _collection_place(self, start: Any, end: Any, place: Place, key: Place | None) -> Place:
-        """A flow collection on one line is marked whole; any other by its key, where it has one."""
-        if start.flow_style and end.end_mark.line == start.start_mark.line:
-            return evolve(place, length=end.end_mark.column - start.start_mark.column)
-        return key or evolve(place, length=1)
-
     def _problem(
         self, path: Path, message: str, event: Any, code: str = "yaml", hint: str | None = None
     ) -> Problem:
@@ -267,9 +261,25 @@ def _syntax_problem(error: yaml.MarkedYAMLError, name: str, text: str) -> Proble
         hint = 'check the indentation, and put text that holds ": " in quotes'
     elif rest[:1] in ("@", "`", "%"):
         message, hint = f"text cannot start with {rest[0]}", "put it in quotes"
-    elif error.context and "did not find expected" in message:
-        message = f"{message.removeprefix('did not find ')} is missing {error.context}"
+    elif error.context and error.context_mark:
+        message, hint = _unfinished(error.context, error.context_mark.line + 1, message)
     # An error at the end of the text is shown on its last line.
     if line >= len(lines) and lines:
         line, column = len(lines) - 1, max(0, len(lines[-1]) - 1)
     return Problem((), message, "yaml", hint, Place(name, line + 1, column + 1))
+
+
+def _unfinished(context: str, line: int, message: str) -> tuple[str, str | None]:
+    """What is wrong with a collection or a quoted text that began in `line`."""
+    for words, pair in (("flow mapping", "{}"), ("flow sequence", "[]")):
+        if words in context:
+            return (
+                f"',' or '{pair[1]}' is missing: the '{pair[0]}' of line {line} is still open",
+                None,
+            )
+    if "quoted scalar" in context:
+        return f"the quoted text of line {line} is still open", None
+    if "block" in context:
+        kind = "map" if "mapping" in context else "list"
+        return f"this does not fit the {kind} that began in line {line}", "check the indentation"
+    return message, None

@@ -157,7 +157,9 @@ class ReplayRollouts:
                     finished=record["finished"],
                 )
         if not self.recorded:
-            raise BadData(f"{run} holds no recorded rollouts", hint="name the directory of an earlier run")
+            raise BadData(
+                f"{run} holds no recorded rollouts", hint="name the directory of an earlier run"
+            )
 
     def load(self, weights: Weights, version: int) -> Mapping[str, float]:
         return {}

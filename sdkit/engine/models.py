@@ -54,7 +54,9 @@ def load_model(spec: ModelSpec, located: str) -> nn.Module:
     to its logits that the losses would not know of.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             located,
@@ -94,9 +96,8 @@ def _with_adapter(model: Any, lora: LoraSpec) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = "all-linear" if lora.targets == "all_linear" else list(lora.targets)
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0
-    )  # type: ignore[arg-type]
+    options: Any = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0}
+    config = LoraConfig(target_modules=targets, **options)
     try:
         return get_peft_model(
             model, config, adapter_name=STUDENT_ADAPTER, autocast_adapter_dtype=False

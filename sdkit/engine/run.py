@@ -108,11 +108,7 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
     config = world.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
     return provenance(
-        base,
-        base=str(base),
-        data=world.data.fingerprints(),
-        model=model,
-        seed=world.spec.training.seed,
+        base, data=world.data.fingerprints(), model=model, seed=world.spec.training.seed
     )
 
 

@@ -21,9 +21,10 @@ from sdkit.engine.world import World
 from sdkit.problems import NumericsGuard
 from sdkit.specs import (
     AutoBackend,
+    ColumnSlot,
     Context,
-    DataSpec,
     DatasetSamples,
+    DataSpec,
     Distillation,
     ExperimentSpec,
     InlineSource,
@@ -41,7 +42,6 @@ from sdkit.specs import (
     TopKSupport,
     TrainingSpec,
     TransformersBackend,
-    ColumnSlot,
 )
 
 STEPS = 2

@@ -175,7 +175,7 @@ def averaged(sums: Mapping[str, Tensor], collated: Collated) -> dict[str, float]
     values = dict(
         zip(sums, zero.total(torch.stack(list(sums.values())).double()).tolist(), strict=True)
     )
-    metrics = {"loss": sum(v for k, v in values.items() if k.startswith("loss/"))}
+    metrics: dict[str, float] = {"loss": sum(v for k, v in values.items() if k.startswith("loss/"))}
     for key, value in values.items():
         name, _, figure = key.partition("/")
         if name == "loss":

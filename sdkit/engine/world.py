@@ -103,7 +103,7 @@ class World:
                 assert_never(spec)
 
     def close(self) -> None:
-        """Free backends and DeepSpeed's engine."""
+        """Free DeepSpeed's engine and then the backends: vLLM takes the process group with it."""
+        self.zero.close()
         for backend in self._backends.values():
             backend.close()
-        self.zero.close()

@@ -115,9 +115,10 @@ class Zero:
         self.stage = stage
         self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         with quiet():
+            trained: Any = [p for _, p in self.named]
             self.engine: Any = deepspeed.initialize(
                 model=module,
-                model_parameters=[p for _, p in self.named],
+                model_parameters=trained,
                 config=_config(optimizer, stage, bf16),
             )[0]
         self.skipped = self.engine.skipped_steps
@@ -173,6 +174,7 @@ class Zero:
 
     def close(self) -> None:
         self.engine.destroy()
+        torch.distributed.barrier()
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> Tensor:

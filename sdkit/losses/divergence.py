@@ -36,9 +36,9 @@ def jsd(student: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:
     """
     teacher = teacher.detach()
     # logaddexp(-inf, -inf) has a NaN gradient; such entries weigh nothing below.
-    absent = (student.detach().exp() == 0) & (teacher.exp() == 0)
+    absent = (student == -torch.inf) & (teacher == -torch.inf)
     mixture = torch.logaddexp(
-        student.masked_fill(absent, 0.0) + math.log(1 - teacher_share),
+        student + math.log(1 - teacher_share),
         teacher.masked_fill(absent, 0.0) + math.log(teacher_share),
     )
     return (1 - teacher_share) * _kl(student, mixture) + teacher_share * _kl(teacher, mixture)

@@ -20,7 +20,6 @@ from sdkit.losses.policy import (
     sequence_mean,
 )
 from sdkit.losses.support import mass, on_support, overlap, sampled_token, top_k_ids, union_ids
-from sdkit.specs.fields import Table
 from sdkit.specs.method import (
     Average,
     Constant,
@@ -78,9 +77,10 @@ class Objective:
     `temperature` is the sampling temperature: that of a term which sets none, and of the importance ratios always
     (both of their sides are probabilities of having sampled the token).  Raises ValueError for a sampled token with
     a divergence other than the reverse KL, and for more than one term whose sampler ratio is a sequence mean.
+    Logits must be finite or -inf, also at tokens of weight 0, which add nothing even where their ℓ is inf.
     """
 
-    def __init__(self, losses: Table[LossTerm], temperature: float) -> None:
+    def __init__(self, losses: Mapping[str, LossTerm], temperature: float) -> None:
         for name, term in losses.items():
             if isinstance(term, Distillation) and isinstance(term.support, SampledTokenSupport):
                 if not isinstance(term.divergence, ReverseKl):
@@ -147,7 +147,7 @@ class Objective:
 
 
 def sampler_ratio(
-    losses: Table[LossTerm], student_logprobs: Tensor, tokens: Tokens, rows: int
+    losses: Mapping[str, LossTerm], student_logprobs: Tensor, tokens: Tokens, rows: int
 ) -> Tensor:
     """What `Tokens.ratio` holds: the sampler ratio, capped per token, then averaged over each sequence.
 
@@ -169,7 +169,7 @@ def sampler_ratio(
     return ratio.masked_scatter(counts, sequence_mean(capped, tokens.row[counts], rows))
 
 
-def _sequence_mean_terms(losses: Table[LossTerm]) -> dict[str, float]:
+def _sequence_mean_terms(losses: Mapping[str, LossTerm]) -> dict[str, float]:
     """Name and cap of each term whose sampler ratio is averaged per sequence."""
     samplers = {n: t.importance.sampler for n, t in losses.items() if isinstance(t, Distillation)}
     return {n: s.cap for n, s in samplers.items() if s and s.level == "sequence_mean"}

@@ -66,5 +66,5 @@ def test_zero_global_counts_give_zero_never_nan(spec):
 
 
 def test_constant_keeps_a_fractional_length():
-    weights = average.constant(torch.tensor([3]), Counts(rows=2, filled_rows=1, tokens=3), 2.5)
-    assert_close(weights, torch.tensor([0.2]))
+    weights = average.constant(torch.tensor([3]), Counts(rows=3, filled_rows=1, tokens=3), 2.5)
+    assert_close(weights, torch.tensor([1 / 7.5]))

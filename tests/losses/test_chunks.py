@@ -255,6 +255,7 @@ def test_the_heads_gradient_is_summed_in_float32():
     objective = Objective(Table({"imitate": CrossEntropy()}), 1.0)
     loss, _ = projected_loss(hidden, head, None, tokens, objective, {"imitate": 1.0}, 1)
     loss.backward()
+    assert head.grad is not None
     assert head.grad.flatten().tolist() == [-150.0, 150.0]
 
 

@@ -139,6 +139,7 @@ def test_jsd_is_finite_whoever_lacks_an_entry():
             if p > 0
         )
         assert value.item() == pytest.approx(by_hand, abs=1e-6)
+        assert student.grad is not None
         assert torch.isfinite(student.grad).all()
 
 
@@ -155,6 +156,7 @@ def test_probabilities_below_float32_weigh_nothing(form):
     value = form[2](s, torch.tensor([0.0, NEVER, -200.0, -400.0]))
     value.backward()
     assert value.item() == pytest.approx(0.0, abs=6e-8)  # jsd: half an ulp of the mixture's log
+    assert s.grad is not None
     assert torch.isfinite(s.grad).all()
 
 

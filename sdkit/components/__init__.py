@@ -1,0 +1,1 @@
+"""The parts of a run, each built from one spec and none knowing another."""

@@ -1,0 +1,283 @@
+"""Prompts as token ids: the chat template, and what the teacher sees.  Knows nothing of completions or weights.
+
+A completion's ids are appended to either prompt as they were sampled, so both prompts must end at the same place: the
+generation prompt.  Nothing here ever cuts it, the prompt, or a template's own text; only what fills the slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, assert_never
+
+from attrs import evolve, frozen
+
+from sdkit.batches import Message, Row
+from sdkit.problems import BadData, listed, nearest
+from sdkit.specs import ColumnSlot, EarlierTurns, Sees, SystemMessage, TextSlot, UserTurn
+from sdkit.templates import Field, fill, parse
+
+SHOWN = 20  # faults named before "… and N more"
+
+Ids = tuple[int, ...]
+_parsed = lru_cache(maxsize=256)(parse)
+
+
+@frozen(kw_only=True)
+class TeacherPrompt:
+    """What the teacher sees before a completion."""
+
+    ids: Ids
+    messages: tuple[Message, ...]
+    cut_tokens: int  # by how much the slots were shortened to fit
+
+
+@frozen(kw_only=True)
+class SideBySide:
+    """Both prompts of a row for display; a completion is spliced in at the end of each."""
+
+    student: str
+    teacher: str | None  # None: the row has no teacher
+    student_tokens: int  # the completion's first place in the student's sequence
+    teacher_tokens: int | None
+    cut_tokens: int
+    generation_prompt: str  # what stands just before the splice
+
+
+class Prompter:
+    """Rows to token ids with one tokenizer and one set of chat-template options.
+
+    A tokenizer without a chat template gets the contents of the messages, joined by blank lines.  Raises BadData
+    where an option is one that the chat template never reads.
+    """
+
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self.options = dict(options)
+        template = tokenizer.chat_template
+        for name in self.options:
+            if template is None:
+                raise BadData(f"the tokenizer has no chat template to take the option '{name}'")
+            if name not in str(template):
+                raise BadData(f"the chat template never reads the option '{name}'")
+
+    def ids(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> Ids:
+        """The messages as token ids.  Raises BadData naming the row where the chat template refuses them."""
+        if self.tokenizer.chat_template is None:
+            return tuple(self.tokenizer("\n\n".join(m["content"] for m in messages))["input_ids"])
+        from jinja2 import TemplateError
+
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                add_generation_prompt=generation_prompt,
+                tokenize=True,
+                return_dict=True,
+                **self.options,
+            )
+        except TemplateError as error:
+            roles = listed(m["role"] for m in messages)
+            raise BadData(
+                f"row {row.index}: the chat template refuses messages of the roles {roles}: {error}"
+            ) from error
+        return tuple(encoded["input_ids"])
+
+    def student_ids(self, row: Row) -> Ids:
+        """The student's prompt, generation prompt included.  Raises BadData as `ids` does."""
+        return self.ids(row, row.messages)
+
+    def generation_prompt(self, row: Row, messages: Sequence[Message]) -> Ids:
+        """The ids at the end of the prompt that invite the assistant; none without a chat template."""
+        if self.tokenizer.chat_template is None:
+            return ()
+        whole = self.ids(row, messages)
+        bare = self.ids(row, messages, generation_prompt=False)
+        pairs = zip(whole, bare, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(bare)))
+        return whole[shared:]
+
+    def teacher_ids(self, row: Row, sees: Sees | None) -> TeacherPrompt | None:
+        """The teacher's prompt, shortened to `max_prompt_tokens`; None where a required slot is unfilled.
+
+        Raises BadData naming the row where even empty slots leave the prompt too long.
+        """
+        if sees is None:
+            return TeacherPrompt(ids=self.student_ids(row), messages=row.messages, cut_tokens=0)
+        values = slot_values(row, sees)
+        if values is None:
+            return None
+        whole = self._render(row, sees, values)
+        if sees.max_prompt_tokens is None or len(whole.ids) <= sees.max_prompt_tokens:
+            return whole
+        shortened = self._shortened(row, sees, values)
+        return evolve(shortened, cut_tokens=len(whole.ids) - len(shortened.ids))
+
+    def _render(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
+        messages = tuple(teacher_messages(row, sees, values))
+        return TeacherPrompt(ids=self.ids(row, messages), messages=messages, cut_tokens=0)
+
+    def _shortened(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
+        """The column slots cut to a common number of tokens, the largest that fits: the longest give first."""
+        limit = sees.max_prompt_tokens or 0
+        columns = (name for name, slot in sees.slots.items() if isinstance(slot, ColumnSlot))
+        starts = {name: self._token_starts(values[name]) for name in columns}
+
+        def keeping(count: int) -> TeacherPrompt:
+            kept = {n: _kept(values[n], at, count, sees.cut) for n, at in starts.items()}
+            return self._render(row, sees, {**values, **kept})
+
+        best = keeping(0)
+        if len(best.ids) > limit:
+            raise BadData(
+                f"row {row.index}: the teacher's prompt has {len(best.ids)} tokens with every slot empty, "
+                f"more than {limit}",
+                hint="raise teacher.sees.max_prompt_tokens, or drop the row",
+            )
+        low, high = 0, max(map(len, starts.values()), default=0)
+        while high - low > 1:  # `low` fits, `high` does not
+            middle = (low + high) // 2
+            tried = keeping(middle)
+            if len(tried.ids) <= limit:
+                low, best = middle, tried
+            else:
+                high = middle
+        return best
+
+    def _token_starts(self, text: str) -> list[int]:
+        """Where the tokens of a text begin; for a tokenizer that cannot say, where its characters do."""
+        if not self.tokenizer.is_fast:
+            return list(range(len(text)))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [start for start, _ in encoded["offset_mapping"]]
+
+
+def _kept(text: str, starts: Sequence[int], count: int, cut: str) -> str:
+    """The first or the last `count` tokens of a text."""
+    if count >= len(starts):
+        return text
+    if cut == "end":
+        return text[: starts[count]]
+    return text[starts[len(starts) - count] :] if count else ""
+
+
+# ── what the teacher sees ─────────────────────────────────────────────────────────────────────
+
+
+def slot_values(row: Row, sees: Sees) -> dict[str, str] | None:
+    """The text of every slot, "" where a column has none; None where `requires` is not met.
+
+    Only columns can be unfilled, so `requires: any` asks for one of the columns; a fixed text does not count.
+    """
+    values: dict[str, str] = {}
+    filled: list[bool] = []
+    for name, slot in sees.slots.items():
+        match slot:
+            case ColumnSlot():
+                value = row.columns.get(slot.name)
+                values[name] = "" if value is None else str(value)
+                filled.append(values[name] != "")
+            case TextSlot():
+                values[name] = slot.text
+            case _:
+                assert_never(slot)
+    met = all(filled) if sees.requires == "all" else any(filled) or not filled
+    return values if met else None
+
+
+def teacher_messages(row: Row, sees: Sees, values: Mapping[str, str]) -> list[Message]:
+    """The row's chat with the context in place; texts of rows and slots are inserted, never interpreted.
+
+    Raises BadData where a template names what is neither a slot nor the prompt.
+    """
+    lookup = _lookup({**values, "prompt": row.prompt_text})
+    system = [m for m in row.messages[:1] if m["role"] == "system"]
+    rest = list(row.messages[len(system) :])
+    match sees:
+        case UserTurn():
+            last = max(i for i, m in enumerate(rest) if m["role"] == "user")
+            rest[last] = {"role": "user", "content": fill(_parsed(sees.template), lookup)}
+        case SystemMessage():
+            own = [m["content"] for m in system]
+            content = "\n\n".join([*own, fill(_parsed(sees.template), lookup)])
+            system = [{"role": "system", "content": content}]
+        case EarlierTurns():
+            for position, turn in enumerate(sees.turns):
+                rest[2 * position : 2 * position] = [
+                    {"role": "user", "content": fill(_parsed(turn.user), lookup)},
+                    {"role": "assistant", "content": fill(_parsed(turn.assistant), lookup)},
+                ]
+        case _:
+            assert_never(sees)
+    return [*system, *rest]
+
+
+def _lookup(values: Mapping[str, str]) -> Callable[[Field], str]:
+    def look_up(field: Field) -> str:
+        if str(field) not in values:
+            like = nearest(str(field), values)
+            raise BadData(
+                f"a template of teacher.sees names {{{field}}}, which is not a slot",
+                hint=f"did you mean {{{like}}}?" if like else None,
+            )
+        return values[str(field)]
+
+    return look_up
+
+
+# ── checks and display ────────────────────────────────────────────────────────────────────────
+
+
+def check_generation_prompt(prompter: Prompter, row: Row, teacher: TeacherPrompt) -> None:
+    """Raise BadData unless both prompts of a row end with the same generation prompt.
+
+    Chat templates can switch the thinking mode by what a message says; then the teacher would score the completion
+    as the continuation of another turn.
+    """
+    own = prompter.generation_prompt(row, row.messages)
+    other = prompter.generation_prompt(row, teacher.messages)
+    if own != other:
+        decode = prompter.tokenizer.decode
+        raise BadData(
+            f"row {row.index}: before the completion the student's prompt ends with {decode(own)!r} and the "
+            f"teacher's with {decode(other)!r}, so the teacher would score a completion of another turn",
+            hint="give both the same thinking mode: see the text of teacher.sees",
+        )
+
+
+def check_prompts(
+    prompter: Prompter,
+    rows: Iterable[Row],
+    sees: Sees | None = None,
+    max_prompt_tokens: int | None = None,
+) -> None:
+    """Build both prompts of every row.  Raises BadData naming each row that has a fault and what it is."""
+    faults: list[str] = []
+    for row in rows:
+        try:
+            length = len(prompter.student_ids(row))
+            if max_prompt_tokens is not None and length > max_prompt_tokens:
+                faults.append(
+                    f"row {row.index}: prompt of {length} tokens, more than {max_prompt_tokens}"
+                )
+            teacher = prompter.teacher_ids(row, sees)
+            if teacher is not None and sees is not None:
+                check_generation_prompt(prompter, row, teacher)
+        except BadData as error:
+            faults.append(error.message)
+    if faults:
+        more = [f"… and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        raise BadData("\n".join([*faults[:SHOWN], *more]))
+
+
+def side_by_side(prompter: Prompter, row: Row, sees: Sees | None) -> SideBySide:
+    """What student and teacher see of a row, exactly as the tokens say it.  Raises BadData as `teacher_ids` does."""
+    decode = prompter.tokenizer.decode
+    student, teacher = prompter.student_ids(row), prompter.teacher_ids(row, sees)
+    return SideBySide(
+        student=decode(student),
+        teacher=None if teacher is None else decode(teacher.ids),
+        student_tokens=len(student),
+        teacher_tokens=None if teacher is None else len(teacher.ids),
+        cut_tokens=0 if teacher is None else teacher.cut_tokens,
+        generation_prompt=decode(prompter.generation_prompt(row, row.messages)),
+    )

@@ -1,0 +1,32 @@
+"""A spec as plain data, every default written out, and the name that this data gives it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from sdkit.specs import MethodSpec
+from sdkit.surface import keys_of
+
+
+def resolved(spec: Any) -> Any:
+    """The spec as maps, lists and scalars; structures back to an equal spec."""
+    if attrs.has(type(spec)):
+        kind = {"kind": spec.kind} if hasattr(spec, "kind") else {}
+        fields = keys_of(type(spec)).values()
+        return kind | {key.name: resolved(getattr(spec, key.field)) for key in fields}
+    if isinstance(spec, Mapping):
+        return {name: resolved(value) for name, value in spec.items()}
+    if isinstance(spec, tuple | list):
+        return [resolved(value) for value in spec]
+    return spec
+
+
+def canonical_hash(spec: MethodSpec) -> str:
+    """SHA-256 of the resolved spec's canonical JSON: the same in every process and on every machine."""
+    text = json.dumps(resolved(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,30 @@
+"""Every incompatibility in the toolkit: checks across fields, one function per rule."""
+
+from __future__ import annotations
+
+from sdkit.overlay import Loaded
+from sdkit.problems import Problem
+from sdkit.rules import data, losses, prompts, rollouts, scores, training
+from sdkit.rules.base import Context, Rule
+from sdkit.specs import ExperimentSpec, MethodSpec
+
+RULES: tuple[Rule, ...] = (
+    *losses.RULES,
+    *rollouts.RULES,
+    *prompts.RULES,
+    *data.RULES,
+    *scores.RULES,
+    *training.RULES,
+)
+
+
+def check(spec: MethodSpec | ExperimentSpec, loaded: Loaded) -> list[Problem]:
+    """All rules over one spec."""
+    context = Context(loaded)
+    is_run = isinstance(spec, ExperimentSpec)
+    return [
+        Problem(path, message, rule.code, hint, loaded.place(path), rule.severity)
+        for rule in RULES
+        if is_run or not rule.runs_only
+        for path, message, hint in rule.check(spec, context)
+    ]

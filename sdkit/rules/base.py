@@ -1,0 +1,110 @@
+"""What a rule is: a function from a spec to what is wrong with it, with a name, a summary and a reason."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+from attrs import frozen
+
+from sdkit.bundled import BUNDLED, PREFIX
+from sdkit.overlay import Loaded
+from sdkit.problems import Path, nearest, shorten
+from sdkit.specs import DataSpec, Distillation, ExperimentSpec, MethodSpec, ShapeSpec
+
+Finding = tuple[Path, str, str | None]
+"""The path of a key, the message, and perhaps a hint."""
+
+
+@frozen(eq=False)
+class Context:
+    """What a rule may know besides the spec: which keys were written, and which files exist."""
+
+    loaded: Loaded
+
+    def stated(self, path: Path, value: Any, name: str | None = None) -> str:
+        """`top_p is 0.9`, with `by default` where the user did not write it."""
+        default = "" if self.loaded.written(path) else " by default"
+        return f"{name or path[-1]} is {shorten(value)}{default}"
+
+    def file(self, path: str) -> str:
+        """A path of the spec as one that can be opened."""
+        return os.path.join(self.loaded.folder, path)
+
+
+@frozen(eq=False)
+class Rule:
+    """One check across fields."""
+
+    code: str
+    summary: str
+    severity: Literal["error", "warning"]
+    check: Callable[[Any, Context], Iterator[Finding]]
+    runs_only: bool
+
+    @property
+    def reason(self) -> str:
+        """Why the rule is there."""
+        return inspect.cleandoc(self.check.__doc__ or "")
+
+
+MethodCheck = Callable[[MethodSpec, Context], Iterator[Finding]]
+RunCheck = Callable[[ExperimentSpec, Context], Iterator[Finding]]
+
+
+def method_rule(
+    summary: str, severity: Literal["error", "warning"] = "error"
+) -> Callable[[MethodCheck], Rule]:
+    """Make a rule of a function over methods; its name is the code, its docstring the reason."""
+    return lambda check: Rule(check.__name__, summary, severity, check, False)
+
+
+def run_rule(
+    summary: str, severity: Literal["error", "warning"] = "error"
+) -> Callable[[RunCheck], Rule]:
+    """Make a rule of a function over run files, which a method page alone cannot break."""
+    return lambda check: Rule(check.__name__, summary, severity, check, True)
+
+
+# ── what several rules ask ────────────────────────────────────────────────────────────────────
+
+
+def distillations(spec: MethodSpec) -> Iterator[tuple[Path, Distillation]]:
+    """The distillation terms, each with its path."""
+    for name, term in spec.losses.items():
+        if isinstance(term, Distillation):
+            yield ("losses", name), term
+
+
+def data_of(spec: ExperimentSpec) -> Iterator[tuple[Path, DataSpec]]:
+    """Training rows and the rows of every suite, each with its path."""
+    yield ("data",), spec.data
+    for name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
+        yield ("evaluation", "suites", name, "data"), suite.data
+
+
+def columns_of(spec: ExperimentSpec, data: DataSpec) -> Mapping[str, Any]:
+    """The columns of some rows; evaluation rows take the training rows' where they name none."""
+    return data.columns or spec.data.columns or {}
+
+
+def total_updates(spec: ExperimentSpec) -> int | None:
+    """Optimizer steps of the run, where the spec says so."""
+    steps = spec.training.steps
+    return steps and steps * spec.training.updates_per_rollout
+
+
+def shape_of(spec: ExperimentSpec) -> ShapeSpec | None:
+    """The model's shape, where it is stated or bundled."""
+    bundled = BUNDLED.get(spec.model.path.removeprefix(PREFIX))
+    if spec.model.shape or not spec.model.path.startswith(PREFIX):
+        return spec.model.shape
+    return bundled and bundled.shape
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
+    """A hint that names the nearest choice."""
+    close = nearest(word, choices)
+    return f'did you mean "{close}"?' if close else None

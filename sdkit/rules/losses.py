@@ -1,0 +1,258 @@
+"""Rules on the terms of the objective and on the teacher they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdkit.problems import Path, shorten
+from sdkit.rules.base import (
+    Context,
+    Finding,
+    distillations,
+    method_rule,
+    run_rule,
+    shape_of,
+    total_updates,
+)
+from sdkit.specs import (
+    CrossEntropy,
+    DatasetSamples,
+    Distillation,
+    EmaWeights,
+    ExperimentSpec,
+    ForwardKl,
+    MethodSpec,
+    ReverseKl,
+    SampledTokenSupport,
+    Schedule,
+    StudentSamples,
+    StudentWeights,
+    TeacherSamples,
+    TopKSupport,
+)
+
+
+@method_rule("what needs a teacher has one")
+def no_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A distillation term compares the student with a teacher, and a teacher that samples must exist."""
+    if spec.teacher:
+        return
+    hint = "add teacher: {weights: …, sees: …}"
+    for path, _ in distillations(spec):
+        yield path, f"term {shorten(path[-1])} distils, but there is no teacher", hint
+    if isinstance(spec.rollout.sampled_by, TeacherSamples):
+        yield ("rollout", "sampled_by"), "the teacher samples, but there is no teacher", hint
+
+
+@method_rule("a teacher is used")
+def unused_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A teacher that neither samples nor enters a term costs memory and changes nothing: a term is missing."""
+    samples = isinstance(spec.rollout.sampled_by, TeacherSamples)
+    if spec.teacher and not samples and not any(distillations(spec)):
+        message = "no term distils from the teacher, and it does not sample"
+        yield ("teacher",), message, "remove teacher, or add a term of kind distillation"
+
+
+@method_rule("one sampled token estimates the reverse KL only")
+def sampled_token_divergence(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """With y drawn from the student, the surrogate's expected gradient is that of KL(student‖teacher); no other divergence has such an estimate from one token."""
+    for path, term in distillations(spec):
+        if isinstance(term.support, SampledTokenSupport) and not isinstance(
+            term.divergence, ReverseKl
+        ):
+            message = f"sampled_token estimates reverse_kl, not {term.divergence.kind}"
+            yield (*path, "divergence"), message, "use divergence: reverse_kl, or a top_k support"
+
+
+@method_rule("renormalize_teacher belongs to the forward KL")
+def renormalized_teacher_divergence(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Only the teacher sums to one then; the forward KL is a cross-entropy up to a constant, the others are no divergences at all."""
+    for path, term in distillations(spec):
+        support = term.support
+        if isinstance(support, TopKSupport) and support.remainder == "renormalize_teacher":
+            if not isinstance(term.divergence, ForwardKl):
+                message = f"renormalize_teacher needs forward_kl, not {term.divergence.kind}"
+                yield (*path, "support", "remainder"), message, "use remainder: renormalize"
+
+
+@method_rule("a live teacher sees more than the student")
+def zero_signal(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The live student compared with itself under the same prompt is equal to itself: the loss and its gradient are zero."""
+    if spec.teacher and isinstance(spec.teacher.weights, StudentWeights) and not spec.teacher.sees:
+        for path, _ in distillations(spec):
+            message = f"term {shorten(path[-1])} compares the live student with itself: always zero"
+            yield ("teacher", "weights"), message, "give the teacher sees: …, or other weights"
+            return
+
+
+@method_rule("a teacher without context differs from the student at the start", "warning")
+def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Frozen, averaged and copied weights all start as the student; without context nothing moves it away, unless another term does."""
+    teacher = spec.teacher
+    if not teacher or teacher.sees or isinstance(teacher.weights, StudentWeights):
+        return
+    if all(isinstance(term, Distillation) for term in spec.losses.values()):
+        message = "the teacher starts as the student and sees the same: nothing to learn from"
+        yield ("teacher",), message, "give the teacher sees: …"
+
+
+@method_rule("some term has weight")
+def no_objective(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """With every coefficient 0 a run trains nothing and still ends well."""
+    if all(term.coefficient == 0 for term in spec.losses.values()):
+        path = ("losses", next(iter(spec.losses)), "coefficient")
+        yield path, "every term has coefficient 0: there is nothing to train on", None
+
+
+@method_rule("importance ratios need samples of the whole distribution")
+def truncated_sampling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Log-probabilities are those of the whole softmax; nucleus or top-k sampling draws from another distribution, so the ratio corrects by the wrong factor."""
+    cut = _truncation(spec, context)
+    ratios = [
+        name
+        for _, term in distillations(spec)
+        for name in ("old_policy", "sampler")
+        if getattr(term.importance, name)
+    ]
+    if cut and ratios:
+        path, said = cut
+        message = f"{said}, but importance.{ratios[0]} needs samples of the whole distribution"
+        yield path, message, "use top_p: 1 and top_k: 0, or drop the ratio"
+
+
+@method_rule("a sampled token is drawn from the whole distribution", "warning")
+def biased_estimate(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The sampled-token surrogate is unbiased for tokens drawn from the student's whole distribution."""
+    cut = _truncation(spec, context)
+    if cut and any(isinstance(t.support, SampledTokenSupport) for _, t in distillations(spec)):
+        yield cut[0], f"{cut[1]}, so the sampled_token estimate is biased", None
+
+
+def _truncation(spec: MethodSpec, context: Context) -> tuple[Path, str] | None:
+    rollout = spec.rollout
+    for name, whole in (("top_p", 1.0), ("top_k", 0)):
+        value = getattr(rollout, name)
+        if value != whole and not isinstance(rollout.sampled_by, DatasetSamples):
+            return ("rollout", name), context.stated(("rollout", name), value)
+    return None
+
+
+@method_rule("the loss has the sampling temperature", "warning")
+def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Tokens drawn at one temperature and distributions compared at another: legitimate, and more often an oversight."""
+    if isinstance(spec.rollout.sampled_by, DatasetSamples):
+        return
+    sampled = spec.rollout.temperature
+    for path, term in distillations(spec):
+        if term.temperature is not None and term.temperature != sampled:
+            said = context.stated(("rollout", "temperature"), sampled, "rollout.temperature")
+            message = f"the loss has temperature {term.temperature}, but {said}"
+            yield (*path, "temperature"), message, None
+
+
+@run_rule("a ratio to the old policy has something to correct", "warning")
+def ratio_is_one(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """With one update a batch the weights are still those that sampled: the ratio is 1 everywhere and costs a forward pass."""
+    path = ("training", "updates_per_rollout")
+    if spec.training.updates_per_rollout > 1:
+        return
+    for term_path, term in distillations(spec):
+        if term.importance.old_policy:
+            message = f"{context.stated(path, 1)}, so the ratio to the old policy is always 1"
+            yield (*term_path, "importance", "old_policy"), message, None
+
+
+@method_rule("terms share one cap of the sequence ratio")
+def caps_differ(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The ratio averaged over a sequence is one number per sequence, computed once with one cap."""
+    capped = [
+        ((*path, "importance", "sampler", "cap"), term.importance.sampler.cap)
+        for path, term in distillations(spec)
+        if term.importance.sampler and term.importance.sampler.level == "sequence_mean"
+    ]
+    for path, cap in capped[1:]:
+        if cap != capped[0][1]:
+            first = shorten(capped[0][0][1])
+            message = f"cap {cap} differs from cap {capped[0][1]} of term {first}"
+            yield path, message, "give both the same cap"
+
+
+@method_rule("some completion tokens are left after skip_first")
+def empty_rows(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Where every token is skipped, every row is empty and the loss is zero."""
+    longest = spec.rollout.max_new_tokens
+    for name, term in spec.losses.items():
+        if term.mask.skip_first >= longest:
+            said = context.stated(("rollout", "max_new_tokens"), longest)
+            message = f"skip_first is {term.mask.skip_first}, but {said}: no token is left"
+            yield ("losses", name, "mask", "skip_first"), message, None
+
+
+@method_rule("prefix reaches beyond skip_first")
+def prefix_before_skip(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The two together leave out every token."""
+    for name, term in spec.losses.items():
+        prefix, skip = term.mask.prefix, term.mask.skip_first
+        if prefix is not None and prefix <= skip:
+            message = f"prefix is {prefix} and skip_first {skip}: no token is left"
+            yield ("losses", name, "mask", "prefix"), message, None
+
+
+@method_rule("cross-entropy is on completions worth imitating", "warning")
+def own_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Cross-entropy on the student's own unfiltered samples has no direction: in expectation its gradient is zero."""
+    imitates = all(isinstance(term, CrossEntropy) for term in spec.losses.values())
+    if imitates and isinstance(spec.rollout.sampled_by, StudentSamples):
+        path = ("rollout", "sampled_by")
+        message = f"{context.stated(path, 'student')}: it trains on its own samples, unfiltered"
+        yield path, message, "use sampled_by: dataset or teacher"
+
+
+@run_rule("schedules end within the run", "warning")
+def schedule_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A schedule longer than the run never reaches its end value."""
+    total = total_updates(spec)
+    for path, schedule in _schedules(spec):
+        if total and schedule.steps > total:
+            message = f"the schedule takes {schedule.steps} optimizer steps, the run {total}"
+            yield (*path, "steps"), message, None
+
+
+def _schedules(spec: MethodSpec) -> Iterator[tuple[Path, Schedule]]:
+    for name, term in spec.losses.items():
+        if isinstance(term.coefficient, Schedule):
+            yield ("losses", name, "coefficient"), term.coefficient
+    weights = spec.teacher.weights if spec.teacher else None
+    if isinstance(weights, EmaWeights) and isinstance(weights.update_rate, Schedule):
+        yield ("teacher", "weights", "update_rate"), weights.update_rate
+
+
+@run_rule("a support is no larger than the vocabulary")
+def support_size(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """More tokens than the vocabulary has cannot be chosen."""
+    shape = shape_of(spec)
+    for path, term in distillations(spec):
+        if shape and isinstance(term.support, TopKSupport) and term.support.k > shape.vocabulary:
+            message = f"k is {term.support.k}, but the vocabulary has {shape.vocabulary} tokens"
+            yield (*path, "support", "k"), message, "use support: vocabulary"
+
+
+RULES = (
+    no_teacher,
+    unused_teacher,
+    sampled_token_divergence,
+    renormalized_teacher_divergence,
+    zero_signal,
+    same_at_start,
+    no_objective,
+    truncated_sampling,
+    biased_estimate,
+    temperature_mismatch,
+    ratio_is_one,
+    caps_differ,
+    empty_rows,
+    prefix_before_skip,
+    own_samples,
+    schedule_length,
+    support_size,
+)

@@ -1,0 +1,53 @@
+"""The resolved spec as YAML, each value with the place it comes from as a comment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from sdkit.language import Checked
+from sdkit.overlay import Loaded
+from sdkit.problems import Path
+from sdkit.resolved import resolved
+
+
+def annotated(checked: Checked) -> str:
+    """Every value of the spec, defaults included, with `# file:line` or `# default`; reads back as the same spec."""
+    lines = list(_lines(resolved(checked.spec), (), checked.loaded))
+    width = min(max((len(text) for text, _ in lines), default=0), 72)
+    return "\n".join(
+        f"{text.ljust(width)}  # {origin}" if origin else text for text, origin in lines
+    )
+
+
+def _lines(value: Any, path: Path, loaded: Loaded) -> Iterator[tuple[str, str]]:
+    indent = "  " * len(path)
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, child in items:
+        here = (*path, name)
+        head = f"{indent}{_key(name)}:" if isinstance(name, str) else f"{indent}-"
+        if isinstance(child, dict | list) and child and not _flat(child):
+            yield head, ""
+            yield from _lines(child, here, loaded)
+        else:
+            yield f"{head} {json.dumps(child, ensure_ascii=False)}", _origin(here, child, loaded)
+
+
+def _key(name: str) -> str:
+    return name if name.replace("_", "a").isalnum() and not name[0].isdigit() else json.dumps(name)
+
+
+def _flat(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
+
+
+def _origin(path: Path, value: Any, loaded: Loaded) -> str:
+    if loaded.written(path):
+        place = loaded.values[path]
+        return f"{place.file}:{place.line}"
+    # `kind` written as a bare word stands at the place of the map itself.
+    if path[-1] == "kind" and loaded.written(path[:-1]) and not loaded.has_keys(path[:-1]):
+        place = loaded.values[path[:-1]]
+        return f"{place.file}:{place.line}"
+    return "default"

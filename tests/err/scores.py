@@ -1,0 +1,2 @@
+def brevity(completion):
+    return 1 / len(completion)

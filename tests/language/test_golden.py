@@ -1,0 +1,71 @@
+"""Every code has a bad example with its exact text; every rule a good one that is clean."""
+
+from pathlib import Path
+
+import pytest
+from golden import BAD, GOOD, printed
+
+from sdkit.language import load_spec
+from sdkit.rules import RULES
+from sdkit.structure import SHAPE_CODES
+
+SEVERAL = {"seven"}
+"""Files with more than one problem."""
+
+
+def _code(path: Path) -> str:
+    return path.stem.split("-")[0]
+
+
+@pytest.mark.parametrize("path", BAD, ids=lambda p: p.stem)
+def test_a_bad_spec_prints_its_golden_text(path):
+    assert printed(path) == path.with_suffix(".out").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", [p for p in BAD if p.stem not in SEVERAL], ids=lambda p: p.stem)
+def test_a_bad_spec_shows_its_one_code(path):
+    checked = load_spec(path)
+    assert {p.code for p in checked.problems} == {_code(path)}
+    severities = {rule.code: rule.severity for rule in RULES}
+    assert {p.severity for p in checked.problems} == {severities.get(_code(path), "error")}
+    assert checked.ok == all(p.severity == "warning" for p in checked.problems)
+
+
+@pytest.mark.parametrize("path", GOOD, ids=lambda p: p.stem)
+def test_a_good_spec_is_clean(path):
+    checked = load_spec(path)
+    assert checked.ok
+    assert checked.spec is not None
+    assert bool(checked.problems) == path.stem.endswith("_warns"), printed(path)
+
+
+def test_every_rule_has_a_bad_and_a_good_example_and_a_reason():
+    codes = {rule.code for rule in RULES}
+    assert codes <= {_code(path) for path in BAD}
+    assert codes <= {_code(path) for path in GOOD}
+    assert [rule.code for rule in RULES if not rule.reason or not rule.summary] == []
+    assert len(codes) == len(RULES)
+
+
+def test_every_code_of_reading_and_structuring_has_a_bad_example():
+    # What an override can do wrong has no file of its own: see test_overlay.py.
+    assert set(SHAPE_CODES) - {"override"} <= {_code(path) for path in BAD}
+    assert not set(SHAPE_CODES) & {rule.code for rule in RULES}
+
+
+def test_messages_keep_the_house_style():
+    for path in BAD:
+        for problem in load_spec(path).problems:
+            text = problem.message
+            assert "\n" not in text
+            assert not text.endswith(".")
+            assert text[0] in "'.*{" or not text[0].isupper(), text
+            assert not any(word in text for word in ("NoneType", "Traceback", "<class", "dict"))
+            assert problem.place is not None
+            assert problem.place.line > 0
+
+
+def test_seven_problems_of_one_file_are_shown_at_once():
+    text = next(path for path in BAD if path.stem == "seven").with_suffix(".out").read_text()
+    codes = [line.rsplit("[", 1)[1].rstrip("]") for line in text.splitlines() if line[-1] == "]"]
+    assert codes == ["unknown_key", "kind", "type", "choice", "type", "type", "duplicate_key"]

@@ -1,0 +1,196 @@
+"""A run file over its method page, and overrides over both."""
+
+import pytest
+
+from sdkit.language import load_spec
+from sdkit.overlay import is_run_file, load
+
+PAGE = """
+rollout: {temperature: 0.5, stop: [a, b]}
+teacher: {weights: frozen}
+losses:
+  distil:
+    kind: distillation
+    divergence: forward_kl
+    support: {kind: top_k, k: 5, chosen_by: student, remainder: drop}
+"""
+
+
+@pytest.fixture
+def laid(tmp_path):
+    """load() of a run file, written from text, beside the method page."""
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods/page.yaml").write_text(PAGE)
+
+    def loaded(text="", *overrides):
+        path = tmp_path / "run.yaml"
+        path.write_text("method: methods/page.yaml\n" + text)
+        return load(path, overrides)
+
+    return loaded
+
+
+def distil(loaded):
+    return loaded.data["losses"]["distil"]
+
+
+def test_maps_merge_and_the_rest_is_replaced(laid):
+    loaded = laid("rollout: {stop: [c], top_k: 5}\nteacher: null\n")
+    assert loaded.data["rollout"] == {"temperature": 0.5, "stop": ["c"], "top_k": 5}
+    assert loaded.data["teacher"] is None
+    assert "method" not in loaded.data
+
+
+def test_a_map_whose_kind_stays_merges(laid):
+    support = distil(laid("losses: {distil: {support: {k: 9}}}"))["support"]
+    assert support == {"kind": "top_k", "k": 9, "chosen_by": "student", "remainder": "drop"}
+
+
+@pytest.mark.parametrize("kind", ["vocabulary", {"kind": "vocabulary"}])
+def test_a_map_whose_kind_changes_is_replaced(laid, kind):
+    written = kind if isinstance(kind, str) else "{kind: vocabulary}"
+    assert distil(laid(f"losses: {{distil: {{support: {written}}}}}"))["support"] == kind
+
+
+def test_a_bare_kind_is_short_for_a_map(laid):
+    assert distil(laid("losses: {distil: {divergence: reverse_kl}}"))["divergence"] == "reverse_kl"
+    jsd = distil(laid("losses: {distil: {divergence: {kind: jsd, teacher_share: 0.1}}}"))
+    assert jsd["divergence"] == {"kind": "jsd", "teacher_share": 0.1}
+    merged = distil(laid("losses: {distil: {divergence: {x: 1}}}"))
+    assert merged["divergence"] == {"kind": "forward_kl", "x": 1}
+    same = distil(laid("losses: {distil: {support: top_k}}"))
+    assert same["support"]["k"] == 5
+
+
+def test_every_value_knows_where_it_was_written(laid):
+    loaded = laid("rollout: {top_k: 5}\n", "losses.distil.support.k=20", "rollout.top_p=0.9")
+    files = {path: place.file.rsplit("/", 1)[-1] for path, place in loaded.values.items()}
+    assert files["rollout", "temperature"] == "page.yaml"
+    assert files["rollout", "top_k"] == "run.yaml"
+    assert files["losses", "distil", "support", "k"] == "<command line>"
+    assert files["losses", "distil", "support", "chosen_by"] == "page.yaml"
+    assert loaded.values["rollout", "top_p"].line == 2
+    assert loaded.values["rollout", "top_p"].column == 15
+    assert loaded.texts["<command line>"].splitlines()[1] == "rollout.top_p=0.9"
+
+
+def test_a_run_file_stands_alone_too(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(PAGE + "model: {path: x}\n")
+    loaded = load(path)
+    assert (loaded.kind, loaded.method) == ("run", None)
+    path.write_text(PAGE)
+    assert load(path).kind == "method"
+
+
+def test_what_makes_a_run_file():
+    assert is_run_file({"model": 1})
+    assert is_run_file({"method": 1})
+    assert not is_run_file({"losses": {}})
+    assert not is_run_file([])
+
+
+# ── overrides ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-6", 1e-6),
+        ("off", "off"),
+        ("'8'", "8"),
+        ("", None),
+        ("[1, x]", [1, "x"]),
+        ("a=b", "a=b"),
+    ],
+)
+def test_override_values_are_yaml(laid, text, value):
+    assert laid("", f"rollout.temperature={text}").data["rollout"]["temperature"] == value
+
+
+def test_overrides_lead_into_lists_and_new_maps(laid):
+    data = laid("", "rollout.stop.1=z", "model.lora.rank=4").data
+    assert data["rollout"]["stop"] == ["a", "z"]
+    assert data["model"] == {"lora": {"rank": 4}}
+
+
+def test_an_override_of_a_kind_replaces_the_map(laid):
+    assert distil(laid("", "losses.distil.support.kind=vocabulary"))["support"] == {
+        "kind": "vocabulary"
+    }
+    assert distil(laid("", "losses.distil.support.kind=top_k"))["support"]["k"] == 5
+
+
+def test_a_later_override_wins(laid):
+    assert laid("", "rollout.top_k=1", "rollout.top_k=2").data["rollout"]["top_k"] == 2
+
+
+def test_the_method_itself_can_be_overridden(tmp_path, laid):
+    (tmp_path / "methods/other.yaml").write_text("rollout: {temperature: 2}\n")
+    loaded = laid("", "method=methods/other.yaml")
+    assert loaded.data == {"rollout": {"temperature": 2}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lr",
+        "=1",
+        "a..b=1",
+        ".a=1",
+        "rollout.temperature.x=1",
+        "rollout.stop.7=1",
+        "rollout.stop.x=1",
+        "model.path='x",
+        "model.path=!x y",
+        "training.steps=.inf",
+    ],
+)
+def test_a_bad_override_is_a_problem(laid, text):
+    problems = laid("", text).problems
+    assert [p.code for p in problems] == ["override"]
+    assert problems[0].place
+    assert problems[0].place.file == "<command line>"
+
+
+# ── method pages ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("value", ["3", "null", "''", "[a]", "missing.yaml", ".", "methods"])
+def test_a_method_that_cannot_be_read_is_a_problem_at_its_place(tmp_path, value):
+    (tmp_path / "methods").mkdir()
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{path: x}}\nmethod: {value}\n")
+    loaded = load(path)
+    assert [p.code for p in loaded.problems] == ["method_file"]
+    assert loaded.problems[0].place
+    assert loaded.problems[0].place.line == 2
+    assert not loaded.whole
+
+
+def test_a_broken_method_page_is_shown_in_its_own_file(tmp_path):
+    (tmp_path / "page.yaml").write_text("rollout: {a: [}\n")
+    path = tmp_path / "run.yaml"
+    path.write_text("method: page.yaml\n")
+    loaded = load(path)
+    assert loaded.problems[0].place
+    assert loaded.problems[0].place.file.endswith("page.yaml")
+    assert loaded.kind == "run"
+
+
+def test_an_empty_method_page_leaves_its_keys_missing(tmp_path):
+    (tmp_path / "page.yaml").write_text("# nothing\n")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "method: page.yaml\nmodel: {path: x}\ndata: {source: {kind: hub, path: x}}\n"
+        "optimizer: {lr: 1}\ntraining: {prompts_per_step: 1}\n"
+    )
+    assert [p.code for p in load_spec(path).problems] == ["missing_key"]
+
+
+def test_a_linked_run_file_finds_its_method_page(tmp_path, laid):
+    laid()
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere/link.yaml"
+    link.symlink_to(tmp_path / "run.yaml")
+    assert load(link).problems == ()

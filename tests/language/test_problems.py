@@ -1,0 +1,87 @@
+"""How problems are printed."""
+
+import json
+
+from sdkit.problems import (
+    EXIT_CODES,
+    Place,
+    Problem,
+    SdkitError,
+    as_github,
+    as_json,
+    nearest,
+    render,
+    shorten,
+)
+
+TEXT = "losses:\n  divergence: revers_kl\n"
+PROBLEM = Problem(
+    ("losses", "divergence"),
+    "'revers_kl' is not 'reverse_kl'",
+    "choice",
+    'did you mean "reverse_kl"?',
+    Place("a.yaml", 2, 15, 9),
+)
+
+
+def test_a_problem_is_shown_with_its_line():
+    assert render([PROBLEM], {"a.yaml": TEXT}) == (
+        "a.yaml:2:15: 'revers_kl' is not 'reverse_kl' [choice]\n"
+        "2 |   divergence: revers_kl\n"
+        "  |               ^^^^^^^^^\n"
+        '  = did you mean "reverse_kl"?'
+    )
+
+
+def test_problems_are_sorted_by_file_and_position():
+    places = [Place("b", 1, 1), Place("a", 2, 1), Place("a", 1, 9), Place("a", 1, 2)]
+    problems = [Problem((), "x", "c", None, place, "warning") for place in places]
+    lines = render(problems, {}).splitlines()
+    assert lines == [f"{p}: warning: x [c]" for p in sorted(map(str, places))]
+
+
+def test_a_long_line_is_shown_around_the_marker():
+    line = "x" * 500 + "HERE" + "y" * 500
+    shown = render([Problem((), "m", "c", None, Place("a", 1, 501, 4))], {"a": line}).splitlines()
+    start = shown[2].index("^")
+    assert shown[1][start : start + 4] == "HERE"
+    assert max(map(len, shown)) < 180
+
+
+def test_tabs_before_the_marker_stay_tabs():
+    shown = render([Problem((), "m", "c", None, Place("a", 1, 3, 1))], {"a": "\t\tx"})
+    assert shown.splitlines()[2] == "  | \t\t^"
+
+
+def test_a_place_outside_the_text_needs_no_line():
+    assert render([Problem((), "m", "c", None, Place("a", 9, 1))], {"a": "x"}) == "a:9:1: m [c]"
+
+
+def test_json_holds_everything():
+    (entry,) = json.loads(as_json([PROBLEM]))
+    assert entry["path"] == ["losses", "divergence"]
+    assert (entry["file"], entry["line"], entry["column"]) == ("a.yaml", 2, 15)
+    assert json.loads(as_json([])) == []
+
+
+def test_github_lines_escape_what_would_end_them():
+    problem = Problem((), "50% a\nb", "c", None, Place("a,b:c.yaml", 1, 2, 3))
+    assert (
+        as_github([problem])
+        == "::error file=a%2Cb%3Ac.yaml,line=1,col=2,endColumn=5,title=c::50%25 a%0Ab"
+    )
+
+
+def test_nearest_is_silent_when_nothing_is_near():
+    assert nearest("revers_kl", ["reverse_kl", "jsd"]) == "reverse_kl"
+    assert nearest("zebra", ["reverse_kl", "jsd"]) is None
+
+
+def test_values_are_shown_as_yaml_writes_them():
+    assert [shorten(v) for v in (True, None, 3, "a\nb\x00")] == ["true", "null", "3", r"'a\nb\x00'"]
+    assert len(shorten("x" * 500)) < 70
+
+
+def test_every_error_has_an_exit_code_of_the_table():
+    codes = {cls.exit_code for cls in SdkitError.__subclasses__()}
+    assert codes == set(EXIT_CODES) - {0}

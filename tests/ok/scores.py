@@ -1,0 +1,2 @@
+def brevity(completion, row):
+    return 1 / len(completion)

@@ -1,0 +1,68 @@
+"""No method's name is an identifier of sdkit, or a string that its code could compare: a method is a page of YAML."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted((ROOT / "sdkit").rglob("*.py"))
+
+FIXED = {
+    *("sdft", "sdpo", "opsd", "opcd", "opd", "grpo", "drgrpo", "gspo", "dapo", "srpo", "rlsd"),
+    *(
+        "crisp",
+        "gkd",
+        "minillm",
+        "eopd",
+        "pwopsd",
+        "reopold",
+        "cispo",
+        "ppo",
+        "dpo",
+        "sft",
+        "seqkd",
+    ),
+}
+NAMES = FIXED | {path.stem for path in (ROOT / "specs/methods").glob("*.yaml")}
+
+
+def _words(identifier: str) -> set[str]:
+    """The identifier and its parts: `open_sdft` and `OpenSdft` hold sdft."""
+    split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", identifier).lower()
+    return {identifier.lower(), *split.split("_")}
+
+
+def _docstrings(tree: ast.AST) -> set[int]:
+    """Strings that stand as statements: docstrings of modules, classes, functions and constants."""
+    expressions = (node for node in ast.walk(tree) if isinstance(node, ast.Expr))
+    return {id(e.value) for e in expressions if isinstance(e.value, ast.Constant)}
+
+
+def _mentions(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    skipped = _docstrings(tree)
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if id(node) not in skipped and node.value.strip().lower() in NAMES:
+                yield line, node.value
+            continue
+        for field in ("id", "attr", "name", "arg", "asname", "module"):
+            value = getattr(node, field, None)
+            if isinstance(value, str) and _words(value.replace(".", "_")) & NAMES:
+                yield line, value
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "sdkit")))
+def test_no_method_is_named_in_code(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert list(_mentions(tree)) == []
+
+
+def test_the_test_would_notice():
+    for code in ("open_sdft()", "x = 'SDPO'", "class GrpoLoss: pass", "import x.dapo", "f(gkd=1)"):
+        assert list(_mentions(ast.parse(code))), code
+    for code in ("'''sdft'''", "x = 'specs/sdft.yaml'", "x = 'on-policy, as SDFT does'"):
+        assert not list(_mentions(ast.parse(code))), code

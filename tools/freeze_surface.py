@@ -1,0 +1,92 @@
+"""The surface of the language: every key of every spec class, with type, default and range.
+
+`python tools/freeze_surface.py` writes tests/spec_surface.txt; `--check` only compares.  A change of that file is a
+change of what users rely on, to be seen as such in review.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+
+from sdkit.resolved import resolved
+from sdkit.specs import ExperimentSpec, Table
+from sdkit.surface import Key, is_spec, keys_of, members
+
+FROZEN = Path(__file__).resolve().parent.parent / "tests" / "spec_surface.txt"
+
+
+def surface() -> str:
+    """The whole surface as text, class by class in the order in which the language reaches them."""
+    blocks = []
+    for cls in _reached(ExperimentSpec):
+        kind = f" (kind: {cls.kind})" if hasattr(cls, "kind") else ""
+        lines = [f"{cls.__name__}{kind}"]
+        lines += [f"  {_line(key)}" for key in keys_of(cls).values()]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _reached(root: type) -> list[Any]:
+    found: dict[type, None] = {}
+
+    def visit(tp: Any) -> None:
+        if is_spec(tp):
+            if tp not in found:
+                found[tp] = None
+                for key in keys_of(tp).values():
+                    visit(key.type)
+        else:
+            for part in typing.get_args(tp):
+                visit(part)
+
+    visit(root)
+    return list(found)
+
+
+def _line(key: Key) -> str:
+    default = "required" if key.default is attrs.NOTHING else f"= {_shown(key.default)}"
+    bounds = f"; {key.range.text}" if key.range else ""
+    return f"{key.name}: {_type(key.type)} {default}{bounds}"
+
+
+def _shown(value: Any) -> str:
+    if is_spec(type(value)) and value == type(value)():
+        return getattr(value, "kind", "its own defaults")
+    return repr(resolved(value))
+
+
+def _type(tp: Any) -> str:
+    words = {int: "int", float: "float", str: "text", bool: "bool", types.NoneType: "null"}
+    if len(members(tp)) > 1:
+        return " | ".join(_type(part) for part in members(tp))
+    origin, args = typing.get_origin(tp), typing.get_args(tp)
+    if origin is Literal:
+        return " | ".join(repr(arg) for arg in args)
+    if origin is tuple:
+        return (
+            f"list of {_type(args[0])}" if args[-1] is ... else f"[{', '.join(map(_type, args))}]"
+        )
+    if origin is Table:
+        return f"table of {_type(args[0])}"
+    return words.get(tp) or getattr(tp, "__name__", str(tp))
+
+
+def main() -> int:
+    """Write the surface, or check it; the exit code."""
+    if "--check" not in sys.argv[1:]:
+        FROZEN.write_text(surface(), encoding="utf-8")
+        return 0
+    if FROZEN.read_text(encoding="utf-8") == surface():
+        return 0
+    print("the surface of the language has changed: run tools/freeze_surface.py and read the diff")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
