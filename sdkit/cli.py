@@ -177,7 +177,7 @@ def evaluate(
     from sdkit.engine.run import evaluate_only
 
     path, extra, base = _evaluation_target(spec)
-    checked = _checked(path, [*extra, *(overrides or [])], run_file=True)
+    checked = _checked(path, [*extra, *(overrides or [])], run_file=True, base=base)
     evaluate_only(checked.spec, base, _console())
 
 
@@ -205,11 +205,13 @@ def _smoke(checked: Checked, steps: int) -> None:
     typer.echo(f"{checked.loaded.name}: smoke run fine, gradient norms {norms}")
 
 
-def _checked(path: Path, overrides: list[str] | None, run_file: bool = False) -> Any:
+def _checked(
+    path: Path, overrides: list[str] | None, run_file: bool = False, base: Path | None = None
+) -> Any:
     from sdkit.language import load_spec
     from sdkit.problems import UnreadableInput
 
-    checked = load_spec(path, overrides or ())
+    checked = load_spec(path, overrides or (), base=base)
     _print_problems(checked, "text")
     if not checked.ok:
         raise typer.Exit(1)

@@ -31,7 +31,9 @@ PAGE_FORBIDS = ("method", *RUN_KEYS, "rewards", "machine")
 
 @frozen(eq=False)
 class Loaded:
-    """A spec as written: data of run file, method page and overrides together, and where each value stands."""
+    """A spec as written: data of run file, method page and overrides together, and where each
+    value stands.
+    """
 
     name: str
     kind: Literal["run", "method"]

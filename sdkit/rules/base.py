@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -47,7 +46,7 @@ class Rule:
     @property
     def reason(self) -> str:
         """Why the rule is there."""
-        return inspect.cleandoc(self.check.__doc__ or "")
+        return " ".join((self.check.__doc__ or "").split())
 
 
 MethodCheck = Callable[[MethodSpec, Context], Iterator[Finding]]

@@ -59,7 +59,9 @@ def dataset_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 @run_rule("columns exist in the source")
 def source_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Where the source's columns are known before it is read, a wrong name need not wait for the reader."""
+    """Where the source's columns are known before it is read, a wrong name need not wait for the
+    reader.
+    """
     for path, data in data_of(spec):
         known = _source_columns(data)
         if known is None:

@@ -34,7 +34,9 @@ from sdkit.specs import (
 
 @method_rule("what needs a teacher has one")
 def no_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A distillation term compares the student with a teacher, and a teacher that samples must exist."""
+    """A distillation term compares the student with a teacher, and a teacher that samples must
+    exist.
+    """
     if spec.teacher:
         return
     hint = "add teacher: {weights: …, sees: …}"
@@ -46,7 +48,9 @@ def no_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("a teacher is used")
 def unused_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A teacher that neither samples nor enters a term costs memory and changes nothing: a term is missing."""
+    """A teacher that neither samples nor enters a term costs memory and changes nothing: a term is
+    missing.
+    """
     samples = isinstance(spec.rollout.sampled_by, TeacherSamples)
     if spec.teacher and not samples and not any(distillations(spec)):
         message = "no term distils from the teacher, and it does not sample"
@@ -55,7 +59,9 @@ def unused_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("one sampled token estimates the reverse KL only")
 def sampled_token_divergence(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """With y drawn from the student, the surrogate's expected gradient is that of KL(student‖teacher); no other divergence has such an estimate from one token."""
+    """With y drawn from the student, the surrogate's expected gradient is that of
+    KL(student‖teacher); no other divergence has such an estimate from one token.
+    """
     for path, term in distillations(spec):
         if isinstance(term.support, SampledTokenSupport) and not isinstance(
             term.divergence, ReverseKl
@@ -66,7 +72,9 @@ def sampled_token_divergence(spec: MethodSpec, context: Context) -> Iterator[Fin
 
 @method_rule("renormalize_teacher belongs to the forward KL")
 def renormalized_teacher_divergence(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Only the teacher sums to one then; the forward KL is a cross-entropy up to a constant, the others are no divergences at all."""
+    """Only the teacher sums to one then; the forward KL is a cross-entropy up to a constant, the
+    others are no divergences at all.
+    """
     for path, term in distillations(spec):
         support = term.support
         if isinstance(support, TopKSupport) and support.remainder == "renormalize_teacher":
@@ -77,7 +85,9 @@ def renormalized_teacher_divergence(spec: MethodSpec, context: Context) -> Itera
 
 @method_rule("a live teacher sees more than the student")
 def zero_signal(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The live student compared with itself under the same prompt is equal to itself: the loss and its gradient are zero."""
+    """The live student compared with itself under the same prompt is equal to itself: the loss and
+    its gradient are zero.
+    """
     if spec.teacher and isinstance(spec.teacher.weights, StudentWeights) and not spec.teacher.sees:
         for path, _ in distillations(spec):
             message = f"term {shorten(path[-1])} compares the live student with itself: always zero"
@@ -87,7 +97,9 @@ def zero_signal(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("a teacher without context differs from the student at the start", "warning")
 def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Frozen, averaged and copied weights all start as the student; without context nothing moves it away, unless another term does."""
+    """Frozen, averaged and copied weights all start as the student; without context nothing moves
+    it away, unless another term does.
+    """
     teacher = spec.teacher
     if not teacher or teacher.sees or isinstance(teacher.weights, StudentWeights):
         return
@@ -106,7 +118,9 @@ def no_objective(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("importance ratios need samples of the whole distribution")
 def truncated_sampling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Log-probabilities are those of the whole softmax; nucleus or top-k sampling draws from another distribution, so the ratio corrects by the wrong factor."""
+    """Log-probabilities are those of the whole softmax; nucleus or top-k sampling draws from
+    another distribution, so the ratio corrects by the wrong factor.
+    """
     cut = _truncation(spec, context)
     ratios = [
         name
@@ -122,7 +136,9 @@ def truncated_sampling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("a sampled token is drawn from the whole distribution", "warning")
 def biased_estimate(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The sampled-token surrogate is unbiased for tokens drawn from the student's whole distribution."""
+    """The sampled-token surrogate is unbiased for tokens drawn from the student's whole
+    distribution.
+    """
     cut = _truncation(spec, context)
     if cut and any(isinstance(t.support, SampledTokenSupport) for _, t in distillations(spec)):
         yield cut[0], f"{cut[1]}, so the sampled_token estimate is biased", None
@@ -139,7 +155,9 @@ def _truncation(spec: MethodSpec, context: Context) -> tuple[Path, str] | None:
 
 @method_rule("the loss has the sampling temperature", "warning")
 def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Tokens drawn at one temperature and distributions compared at another: legitimate, and more often an oversight."""
+    """Tokens drawn at one temperature and distributions compared at another: legitimate, and more
+    often an oversight.
+    """
     if isinstance(spec.rollout.sampled_by, DatasetSamples):
         return
     sampled = spec.rollout.temperature
@@ -152,7 +170,9 @@ def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding
 
 @run_rule("a ratio to the old policy has something to correct", "warning")
 def ratio_is_one(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """With one update a batch the weights are still those that sampled: the ratio is 1 everywhere and costs a forward pass."""
+    """With one update a batch the weights are still those that sampled: the ratio is 1 everywhere
+    and costs a forward pass.
+    """
     path = ("training", "updates_per_rollout")
     if spec.training.updates_per_rollout > 1:
         return
@@ -200,7 +220,9 @@ def prefix_before_skip(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("cross-entropy is on completions worth imitating", "warning")
 def own_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Cross-entropy on the student's own unfiltered samples has no direction: in expectation its gradient is zero."""
+    """Cross-entropy on the student's own unfiltered samples has no direction: in expectation its
+    gradient is zero.
+    """
     imitates = all(isinstance(term, CrossEntropy) for term in spec.losses.values())
     if imitates and isinstance(spec.rollout.sampled_by, StudentSamples):
         path = ("rollout", "sampled_by")

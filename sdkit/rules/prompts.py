@@ -52,7 +52,9 @@ def _syntax(path: Path, text: str, allow_keys: bool) -> Iterator[Finding]:
 
 @method_rule("templates can be read")
 def template_syntax(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """`{name}` is filled in, `{{` and `}}` are braces; nothing else is special, so nothing else may look so."""
+    """`{name}` is filled in, `{{` and `}}` are braces; nothing else is special, so nothing else
+    may look so.
+    """
     if spec.teacher and spec.teacher.sees:
         for path, text in _templates(spec.teacher.sees):
             yield from _syntax(path, text, allow_keys=False)
@@ -94,7 +96,9 @@ def unused_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("a user turn holds the prompt")
 def prompt_missing(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The template takes the place of the user's message; without {prompt} the teacher answers another question."""
+    """The template takes the place of the user's message; without {prompt} the teacher answers
+    another question.
+    """
     sees = spec.teacher.sees if spec.teacher else None
     if not isinstance(sees, UserTurn) or any(_syntax((), sees.template, True)):
         return

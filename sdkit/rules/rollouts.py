@@ -20,7 +20,9 @@ from sdkit.specs import (
 
 @method_rule("what needs the student's own samples has them")
 def off_policy_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The sampled-token estimate and both importance ratios are about tokens that the student drew; completions of a data set or of a teacher follow another distribution."""
+    """The sampled-token estimate and both importance ratios are about tokens that the student
+    drew; completions of a data set or of a teacher follow another distribution.
+    """
     kind = spec.rollout.sampled_by.kind
     if isinstance(spec.rollout.sampled_by, StudentSamples):
         return
@@ -46,7 +48,9 @@ def dataset_group(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("a teacher that samples differs from the student")
 def teacher_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Sampling under the teacher's prompt needs such a prompt; with the student's weights and prompt it is the student who samples."""
+    """Sampling under the teacher's prompt needs such a prompt; with the student's weights and
+    prompt it is the student who samples.
+    """
     by = spec.rollout.sampled_by
     if not isinstance(by, TeacherSamples) or not spec.teacher:
         return
@@ -61,7 +65,9 @@ def teacher_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @run_rule("several updates on a batch are corrected for", "warning")
 def stale_rollouts(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """From the second update on, the samples come from weights that are gone; the ratio to the old policy corrects for it."""
+    """From the second update on, the samples come from weights that are gone; the ratio to the old
+    policy corrects for it.
+    """
     updates = spec.training.updates_per_rollout
     if updates == 1 or not isinstance(spec.rollout.sampled_by, StudentSamples):
         return

@@ -85,7 +85,9 @@ def pattern(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 @run_rule("the user's reward functions are there")
 def reward_file(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """The file is read and parsed, never run: it must define the function at its top level, to be called with a completion and a row."""
+    """The file is read and parsed, never run: it must define the function at its top level, to be
+    called with a completion and a row.
+    """
     for name, reward in spec.rewards.items():
         if isinstance(reward, FileReward):
             yield from _check_file(name, reward, context)

@@ -1,0 +1,5 @@
+"""`python -m sdkit` is `sdkit`."""
+
+from sdkit.cli import main
+
+main()
