@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 # Before torch is imported: threads of two libraries that spin at barriers slow each other to a crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if not os.environ.get("SDKIT_DEBUG"):
+    # What libraries think of each other's interfaces is no news to a user.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore")
 
 import typer
 
 from sdkit import __version__
 from sdkit.problems import SdkitError
-
-if TYPE_CHECKING:
-    from sdkit.language import Checked
 
 app = typer.Typer(
     name="sdkit",
@@ -197,7 +199,7 @@ def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
     return resolved, [f"model.path={model.resolve()}", "model.lora=null"], base
 
 
-def _smoke(checked: Checked, steps: int) -> None:
+def _smoke(checked: Any, steps: int) -> None:
     from sdkit.engine.smoke import smoke as run_smoke
 
     lines = run_smoke(checked.spec, _console(), steps)

@@ -116,6 +116,13 @@ EXIT_CODES: Mapping[int, str] = {
     8: "a numerics guard tripped",
 }
 
+
+def first_of(faults: Sequence[str], shown: int = 20) -> str:
+    """The first faults, one a line, and how many more there are."""
+    more = [f"… and {len(faults) - shown} more"] if len(faults) > shown else []
+    return "\n".join([*faults[:shown], *more])
+
+
 # ── words ─────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, assert_never
 
 from sdkit.batches import Message, Row
-from sdkit.problems import BadData, BadEnvironment, listed, nearest, shorten
+from sdkit.problems import BadData, BadEnvironment, first_of, listed, nearest, shorten
 from sdkit.seeds import derive
 from sdkit.specs import (
     ColumnTemplate,
@@ -34,8 +34,6 @@ from sdkit.specs import (
     Table,
 )
 from sdkit.templates import Field, Template, TemplateError, fields, fill, parse
-
-SHOWN = 20  # faults named before "… and N more"
 
 Columns = Mapping[str, str | ColumnTemplate]
 Raw = Mapping[str, Any]
@@ -102,8 +100,7 @@ def _row(
 
 
 def _give_up(faults: Sequence[str]) -> NoReturn:
-    more = [f"… and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-    raise BadData("\n".join([*faults[:SHOWN], *more]))
+    raise BadData(first_of(faults))
 
 
 def fingerprint(rows: Iterable[Row]) -> str:

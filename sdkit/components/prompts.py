@@ -13,11 +13,9 @@ from typing import Any, assert_never
 from attrs import evolve, frozen
 
 from sdkit.batches import Message, Row
-from sdkit.problems import BadData, listed, nearest
+from sdkit.problems import BadData, first_of, listed, nearest
 from sdkit.specs import ColumnSlot, EarlierTurns, Sees, SystemMessage, TextSlot, UserTurn
 from sdkit.templates import Field, fill, parse
-
-SHOWN = 20  # faults named before "… and N more"
 
 Ids = tuple[int, ...]
 _parsed = lru_cache(maxsize=256)(parse)
@@ -249,24 +247,26 @@ def check_prompts(
     rows: Iterable[Row],
     sees: Sees | None = None,
     max_prompt_tokens: int | None = None,
-) -> None:
-    """Build both prompts of every row.  Raises BadData naming each row that has a fault and what it is."""
+) -> list[tuple[Ids, TeacherPrompt | None]]:
+    """Both prompts of every row.  Raises BadData naming each row that has a fault and what it is."""
     faults: list[str] = []
+    prompts: list[tuple[Ids, TeacherPrompt | None]] = []
     for row in rows:
         try:
-            length = len(prompter.student_ids(row))
-            if max_prompt_tokens is not None and length > max_prompt_tokens:
+            student = prompter.student_ids(row)
+            if max_prompt_tokens is not None and len(student) > max_prompt_tokens:
                 faults.append(
-                    f"row {row.index}: prompt of {length} tokens, more than {max_prompt_tokens}"
+                    f"row {row.index}: prompt of {len(student)} tokens, more than {max_prompt_tokens}"
                 )
             teacher = prompter.teacher_ids(row, sees)
             if teacher is not None and sees is not None:
                 check_generation_prompt(prompter, row, teacher)
+            prompts.append((student, teacher))
         except BadData as error:
             faults.append(error.message)
     if faults:
-        more = [f"… and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        raise BadData("\n".join([*faults[:SHOWN], *more]))
+        raise BadData(first_of(faults))
+    return prompts
 
 
 def side_by_side(prompter: Prompter, row: Row, sees: Sees | None) -> SideBySide:

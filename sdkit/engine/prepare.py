@@ -8,9 +8,9 @@ from typing import Any
 
 from sdkit.batches import Row
 from sdkit.components.data import drop_overlap, fingerprint, load_rows, positions
-from sdkit.components.prompts import Prompter
+from sdkit.components.prompts import Prompter, check_prompts
 from sdkit.components.rewards import open_reward
-from sdkit.problems import BadData
+from sdkit.problems import BadData, first_of
 from sdkit.specs import (
     DatasetSamples,
     ExperimentSpec,
@@ -106,34 +106,29 @@ class Data:
         visited = self.train
         if steps * training.prompts_per_step < len(visited):
             visited = [row for step in range(steps) for row in self.take(step)]
-        longest = max(self._longest(visited, "training"), 1)
+        longest = self._longest(visited)
         room = [self.spec.rollout.max_new_tokens]
         if self.spec.evaluation:
             for name, suite in self.spec.evaluation.suites.items():
-                longest = max(longest, self._longest(self.suites[name], f"suite {name}"))
+                longest = max(longest, self._longest(self.suites[name]))
                 room.append(suite.max_new_tokens or 0)
         return longest + max(room)
 
-    def _longest(self, rows: list[Row], what: str) -> int:
-        limit = self.spec.rollout.max_prompt_tokens
-        sampled_by = self.spec.rollout.sampled_by
-        teacher_samples = isinstance(sampled_by, TeacherSamples) and sampled_by.prompt == "teacher"
-        longest, bad = 0, []
-        for row in rows:
-            own, others = self.student_ids(row), self.teacher_ids(row)
-            longest = max(longest, len(own), len(others or ()))
-            if limit is not None and len(own) > limit:
-                bad.append(
-                    f"{what} row {row.index}: prompt of {len(own)} tokens, more than {limit}"
+    def _longest(self, rows: list[Row]) -> int:
+        """Render the rows' prompts and keep them; the longest in tokens."""
+        spec = self.spec
+        sees = spec.teacher.sees if spec.teacher else None
+        prompts = check_prompts(self.prompter, rows, sees, spec.rollout.max_prompt_tokens)
+        for row, (student, teacher) in zip(rows, prompts, strict=True):
+            self._student[id(row)] = student
+            self._teacher[id(row)] = teacher.ids if teacher and spec.teacher else None
+        sampled_by = spec.rollout.sampled_by
+        if isinstance(sampled_by, TeacherSamples) and sampled_by.prompt == "teacher":
+            bad = [
+                f"row {row.index}: a slot is empty" for row in rows if self.teacher_ids(row) is None
+            ]
+            if bad:
+                raise BadData(
+                    first_of(bad), hint="the teacher samples, so every row needs its context"
                 )
-            if teacher_samples and others is None:
-                bad.append(
-                    f"{what} row {row.index}: no teacher prompt to sample from (a slot is empty)"
-                )
-        if bad:
-            shown = bad[:20] + ([f"… and {len(bad) - 20} more"] if len(bad) > 20 else [])
-            raise BadData(
-                "\n".join(shown),
-                hint="shorten or drop these rows, or raise rollout.max_prompt_tokens",
-            )
-        return longest
+        return max(max(len(s), len(t.ids) if t else 0) for s, t in prompts)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdkit.components.data import load_rows
-from sdkit.components.prompts import Prompter
+from sdkit.components.prompts import Prompter, side_by_side
 from sdkit.engine.models import load_tokenizer, locate
 from sdkit.specs import DatasetSamples, ExperimentSpec
 
@@ -22,29 +22,23 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
     tokenizer = load_tokenizer(spec.model, locate(spec.model.path, base))
     prompter = Prompter(tokenizer, dict(spec.model.chat_template_options))
     for row in load_rows(spec.data, base)[:count]:
-        student = prompter.student_ids(row)
-        views = [_panel("student", tokenizer.decode(student), len(student))]
-        if spec.teacher:
-            prompt = prompter.teacher_ids(row, spec.teacher.sees)
-            if prompt is None:
-                views.append(
-                    Panel(
-                        Text("no teacher: a slot that the context requires is empty"),
-                        title="teacher",
-                    )
-                )
-            else:
-                cut = f", {prompt.cut_tokens} context tokens cut" if prompt.cut_tokens else ""
-                views.append(_panel("teacher", tokenizer.decode(prompt.ids), len(prompt.ids), cut))
+        found = side_by_side(prompter, row, spec.teacher.sees if spec.teacher else None)
+        views = [_panel("student", found.student, found.student_tokens)]
+        if spec.teacher and found.teacher is None:
+            empty = Text("no teacher: a slot that the context requires is empty")
+            views.append(Panel(empty, title="teacher"))
+        elif spec.teacher and found.teacher is not None:
+            cut = f", {found.cut_tokens} context tokens cut" if found.cut_tokens else ""
+            views.append(_panel("teacher", found.teacher, found.teacher_tokens or 0, cut))
         if isinstance(spec.rollout.sampled_by, DatasetSamples):
             own = str(row.columns[spec.rollout.sampled_by.column])
             views.append(Panel(Text(own), title="completion, from the data set"))
-        console.rule(f"row {row.index}")
-        side_by_side = Table.grid(expand=True)
+        table = Table.grid(expand=True)
         for _ in views:
-            side_by_side.add_column(ratio=1)
-        side_by_side.add_row(*views)
-        console.print(side_by_side)
+            table.add_column(ratio=1)
+        table.add_row(*views)
+        console.rule(f"row {row.index}")
+        console.print(table)
 
 
 def _panel(who: str, text: str, tokens: int, note: str = "") -> Panel:

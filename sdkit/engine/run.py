@@ -24,6 +24,7 @@ from sdkit.specs import ExperimentSpec
 def open_world(spec: ExperimentSpec, base: Path) -> World:
     """Data first (bad rows are found before a weight is loaded), then DeepSpeed, model, teacher."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    zero.prepare()
     located = locate(spec.model.path, base)
     data = Data(spec, base, load_tokenizer(spec.model, located))
     zero.start()

@@ -34,6 +34,7 @@ from sdkit.specs import (
     ModelSpec,
     OptimizerSpec,
     OutputSpec,
+    RegexReward,
     ReplayBackend,
     RolloutSpec,
     Schedule,
@@ -102,7 +103,7 @@ def miniature(spec: MethodSpec, steps: int) -> ExperimentSpec:
         losses=Table({name: _term(term) for name, term in spec.losses.items()}),
         model=_model(full.model if full else ModelSpec(path="model")),
         data=rows,
-        rewards=full.rewards if full else Table(),
+        rewards=Table({name: RegexReward(pattern=".") for name in full.rewards} if full else {}),
         evaluation=full
         and full.evaluation
         and evolve(

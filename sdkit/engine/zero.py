@@ -29,9 +29,14 @@ class Stepped:
     grad_norm: float
 
 
+def prepare() -> None:
+    """Settings that DeepSpeed reads when it is first imported, by whichever library that may be."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def start() -> None:
     """Join the process group, or make one of a single process.  Call before vLLM starts."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    prepare()
     with quiet():
         import deepspeed
         import deepspeed.ops
@@ -39,7 +44,7 @@ def start() -> None:
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.ERROR)
     for handler in log.handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:  # subclasses write to files of their own
             handler.setStream(sys.stderr)
     # Else its shared-memory collective is compiled at every start (33 s measured) for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -65,8 +70,10 @@ def _alone() -> dict[str, str]:
 def stop() -> None:
     """Leave the process group; without it gloo may abort at exit."""
     if torch.distributed.is_initialized():
+        from deepspeed import comm
+
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        comm.destroy_process_group()  # torch's own leaves DeepSpeed with a dead group, and no second run
 
 
 def world_size() -> int:
