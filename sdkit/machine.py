@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +20,6 @@ def machine_for(spec: ExperimentSpec, ranks: int = 1) -> Machine:
     return Machine(
         ranks=stated.ranks if stated else ranks,
         memory_gib=stated.memory_gib if stated and stated.memory_gib else memory,
-        gpu=shutil.which("nvidia-smi") is not None,
         vllm=vllm_version(),
     )
 

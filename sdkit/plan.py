@@ -34,7 +34,6 @@ class Machine:
 
     ranks: int = 1
     memory_gib: float | None = None
-    gpu: bool = False
     vllm: str | None = None  # version, where installed
 
 
@@ -65,6 +64,7 @@ class Plan:
     roles: tuple[str, ...]
     syncs: str
     memory: tuple[Share, ...]
+    memory_gib: float | None  # of the machine, per rank
     derived: tuple[str, ...] = field(factory=tuple)
 
     @property
@@ -121,6 +121,7 @@ def make_plan(
         roles=tuple(_roles(spec)),
         syncs=_syncs(spec, backend),
         memory=tuple(_memory(spec, backend, shape)) if shape else (),
+        memory_gib=machine.memory_gib,
         derived=tuple(derived),
     )
 

@@ -50,4 +50,11 @@ def _memory(plan: Plan) -> list[str]:
     if not plan.memory:
         return ["unknown: the model's shape is not at hand; state it as model.shape"]
     lines = [f"{share.gib:8.2f} GiB  {share.what}" for share in plan.memory]
-    return [*lines, f"{plan.peak_gib:8.2f} GiB  all together"]
+    lines.append(f"{plan.peak_gib:8.2f} GiB  all together")
+    if plan.memory_gib:
+        lines.append(f"{plan.memory_gib:8.2f} GiB  there are")
+        if plan.peak_gib > plan.memory_gib:
+            lines.append(
+                "more than there is: train LoRA adapters, or lower training.micro_batch_tokens"
+            )
+    return lines

@@ -59,6 +59,20 @@ class Evaluated:
         return found
 
 
+def read_back(records: Sequence[Mapping[str, Any]]) -> Evaluated:
+    """An evaluation from what the run directory keeps of it (a resumed run compares with its own beginning)."""
+    found: dict[Key, dict[int, list[float]]] = {}
+    for record in records:
+        for reward, value in record["scores"].items():
+            prompts = found.setdefault((record["suite"], record["decoding"], reward), {})
+            prompts.setdefault(record["row"], []).append(value)
+    scores = {
+        key: tuple(sum(values) / len(values) for values in prompts.values())
+        for key, prompts in found.items()
+    }
+    return Evaluated(scores=scores, records=records, tokens=0, lengths={})
+
+
 def headline(world: World) -> Key:
     """The score that stands for the run: the first suite's first decoding."""
     assert world.spec.evaluation is not None

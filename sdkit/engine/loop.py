@@ -34,6 +34,8 @@ def run(world: World, report: Report) -> None:
         before = _evaluate(world, report)
         if before is not None:
             report.lift(teacher_lift(world, before))
+    elif _evaluation_due(world) and world.step not in report.evaluated_at:
+        _evaluate(world, report)  # the run was stopped between a step and its evaluation
     with _stop_requests() as stop:
         for step in range(world.step, world.plan.steps):
             _one_step(world, report, step)
@@ -42,11 +44,11 @@ def run(world: World, report: Report) -> None:
                 raise Stopped(
                     f"stopped after step {world.step}, saved {saved}", hint="continue with --resume"
                 )
+            if _evaluation_due(world):
+                _evaluate(world, report)
             every = world.spec.output.checkpoint_every
             if every and world.step % every == 0 and world.step < world.plan.steps:
                 checkpoint.save(world, report.run.path)
-            if _evaluation_due(world):
-                _evaluate(world, report)
 
 
 def _one_step(world: World, report: Report, step: int) -> None:

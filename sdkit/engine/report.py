@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sdkit.components.intervals import Interval
-from sdkit.engine.evaluate import Evaluated, Key, headline
+from sdkit.engine.evaluate import Evaluated, Key, headline, read_back
 from sdkit.engine.gather import Gathered, records, samples
 from sdkit.engine.rundir import RunDirectory
 
@@ -28,9 +28,13 @@ class Report:
     def __init__(self, run: RunDirectory, console: Console, steps: int) -> None:
         self.run = run
         self.console = console
-        self.first: Evaluated | None = None
+        begun = run.records("evaluations", 0)
+        self.first: Evaluated | None = read_back(begun) if begun else None
         self.last: Evaluated | None = None
-        self.generated = 0.0  # tokens of training rollouts so far
+        history = run.history()
+        self.evaluated_at = {line["step"] for line in history if "eval/score" in line}
+        # Tokens of training rollouts so far.
+        self.generated = max((line.get("tokens_generated", 0.0) for line in history), default=0.0)
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -71,6 +75,7 @@ class Report:
         """One evaluation: scores with intervals on screen, every completion in evaluations/."""
         self.first = self.first or found
         self.last = found
+        self.evaluated_at.add(world.step)
         key = headline(world)
         metrics = found.metrics(key) | dict(losses)
         self.run.metrics(world.step, metrics | {"time/evaluation": seconds})

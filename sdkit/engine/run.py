@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,18 @@ from sdkit.engine.provenance import provenance
 from sdkit.engine.world import World
 from sdkit.machine import machine_for
 from sdkit.plan import make_plan
-from sdkit.problems import OutOfMemory, SdkitError
+from sdkit.problems import (
+    OutOfMemory,
+    RunFailed,
+    SdkitError,
+    Stopped,
+    UnreadableInput,
+    first_of,
+    shorten,
+    spelled,
+)
+from sdkit.problems import Path as SpecPath
+from sdkit.source import read, read_text
 from sdkit.specs import ExperimentSpec
 
 
@@ -48,6 +61,8 @@ def train(
     """Run a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after."""
     rundir.claim(folder, resume=resume, overwrite=overwrite)
     last = checkpoint.newest(folder) if resume else None
+    if last:
+        _same_spec(folder, resolved)
     world = open_world(spec, base)
     if last:
         run = rundir.RunDirectory(folder, spec.output.tensorboard)
@@ -64,9 +79,10 @@ def train(
         _train(world, run, console)
         run.status("done", step=world.step)
     except BaseException as error:
-        state = "stopped" if isinstance(error, SdkitError) and error.exit_code == 7 else "failed"
-        run.status(state, step=world.step, reason=str(error) or type(error).__name__)
-        raise _explained(error) from None if isinstance(error, SdkitError) else error
+        explained = _explained(error, run)
+        state = "stopped" if isinstance(explained, Stopped) else "failed"
+        run.status(state, step=world.step, reason=str(explained) or type(error).__name__)
+        raise explained from error
     finally:
         run.close()
         world.close()
@@ -113,16 +129,45 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
     )
 
 
-def _explained(error: BaseException) -> BaseException:
-    """Out of memory has many faces; give them one message."""
-    text = str(error)
-    if (
-        isinstance(error, MemoryError)
-        or "can't allocate memory" in text
-        or "out of memory" in text.lower()
-    ):
+def _same_spec(folder: Path, resolved: str) -> None:
+    """A run continues under the spec it began with; only its length and its output may change."""
+    free = {("training", "steps"), ("training", "epochs")}
+    before = dict(_leaves(read(folder / rundir.MARK).data))
+    now = dict(_leaves(read_text(resolved, "the spec").data))
+    changed = [
+        f"{spelled(path)}: {shorten(before.get(path))} then, {shorten(now.get(path))} now"
+        for path in sorted(before.keys() | now.keys(), key=str)
+        if before.get(path) != now.get(path) and path not in free and path[0] != "output"
+    ]
+    if changed:
+        raise UnreadableInput(
+            "the spec is not the one that this run began with:\n" + first_of(changed),
+            hint="resume with the values of the run's resolved.yaml, or start another run with --to",
+        )
+
+
+def _leaves(data: Any, path: SpecPath = ()) -> Iterator[tuple[SpecPath, Any]]:
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    for name, value in items:
+        if isinstance(value, dict | list) and value:
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _explained(error: BaseException, run: rundir.RunDirectory) -> BaseException:
+    """Out of memory has many faces; give them one message.  What nobody expected keeps its traceback in a file."""
+    if isinstance(error, SdkitError) or not isinstance(error, Exception):
+        return error
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return OutOfMemory(
             "out of memory",
             hint="lower training.micro_batch_tokens, set model.activation_checkpointing: true, or train LoRA adapters",
         )
-    return error
+    run.write_text("error.txt", "".join(traceback.format_exception(error)))
+    first = str(error).strip().splitlines()
+    return RunFailed(
+        f"{type(error).__name__}: {first[0] if first else 'no message'}",
+        hint=f"the traceback stands in {run.path / 'error.txt'}",
+    )

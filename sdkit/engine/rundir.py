@@ -58,6 +58,10 @@ class RunDirectory:
         text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
         write_whole(target / f"step_{step:06d}.jsonl", text)
 
+    def records(self, folder: str, step: int) -> list[dict[str, Any]]:
+        """What `lines` wrote at one step; empty where it did not."""
+        return read_lines(self.path / folder / f"step_{step:06d}.jsonl")
+
     def history(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""
         return read_lines(self.path / "metrics.jsonl")

@@ -20,7 +20,15 @@ from sdkit.engine.models import end_ids, load_model
 from sdkit.engine.prepare import Data
 from sdkit.engine.step import Student
 from sdkit.plan import Plan
-from sdkit.specs import ExperimentSpec, ReplayBackend, TransformersBackend, VllmBackend
+from sdkit.problems import BadData
+from sdkit.specs import (
+    Distillation,
+    ExperimentSpec,
+    ReplayBackend,
+    TopKSupport,
+    TransformersBackend,
+    VllmBackend,
+)
 from sdkit.weights import Weights
 
 
@@ -43,6 +51,7 @@ class World:
         model: Any = load_model(spec.model, located)
         self.student = Weights(model.to(self.device))
         self.end_ids = end_ids(self.student.causal, data.tokenizer)
+        self._check_model()
         self.teacher: Teacher | None = None
         if spec.teacher:
             self.teacher = open_teacher(spec.teacher.weights, self.student)
@@ -52,6 +61,22 @@ class World:
         self.zero = zero.Zero(self.module, spec.optimizer, plan.zero_stage, bf16)
         self._backends: dict[str, RolloutBackend] = {}
         self._loaded: dict[str, tuple[int, int]] = {}
+
+    def _check_model(self) -> None:
+        """What only the loaded model can say.  Raises BadData naming the key to change."""
+        vocabulary = self.student.head.shape[0]
+        for name, term in self.spec.losses.items():
+            if isinstance(term, Distillation) and isinstance(term.support, TopKSupport):
+                if term.support.k > vocabulary:
+                    raise BadData(
+                        f"losses.{name}.support.k is {term.support.k}, the model's vocabulary {vocabulary}"
+                    )
+        context = getattr(self.student.causal.config, "max_position_embeddings", None)
+        if context and self.longest > context:
+            raise BadData(
+                f"the longest prompt and completion have {self.longest} tokens, the model takes {context}",
+                hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
+            )
 
     @property
     def total_updates(self) -> int:

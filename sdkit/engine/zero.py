@@ -80,10 +80,6 @@ def world_size() -> int:
     return torch.distributed.get_world_size()
 
 
-def rank() -> int:
-    return torch.distributed.get_rank()
-
-
 def total(values: Tensor) -> Tensor:
     """The sum over all ranks.  Any shape; returns a new tensor."""
     summed = values.clone()
