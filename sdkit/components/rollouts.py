@@ -79,19 +79,18 @@ class TransformersRollouts:
     def _completion(
         self, row: list[int], index: int, sampler: SeededSampler, sampling: Sampling
     ) -> Completion:
-        length = next((i + 1 for i, token in enumerate(row) if token in self.end_ids), len(row))
-        stopped = length < len(row) or row[length - 1] in self.end_ids
-        if sampling.stop and not stopped:
-            length, stopped = self._cut_at_stop(row, sampling)
-        logprobs = tuple(step[index] for step in sampler.logprobs[:length])
-        return Completion(ids=tuple(row[:length]), logprobs=logprobs, finished=stopped)
+        end = next((i + 1 for i, token in enumerate(row) if token in self.end_ids), None)
+        # A row that a stop text has ended is padded with an end token that nobody sampled: look for the text first.
+        cut = self._stop_length(row[:end], sampling.stop)
+        ids = row[: cut or end]
+        logprobs = tuple(step[index] for step in sampler.logprobs[: len(ids)])
+        return Completion(ids=tuple(ids), logprobs=logprobs, finished=bool(cut or end))
 
-    def _cut_at_stop(self, row: list[int], sampling: Sampling) -> tuple[int, bool]:
-        for length in range(1, len(row) + 1):
-            text = self.tokenizer.decode(row[:length])
-            if any(stop in text for stop in sampling.stop):
-                return length, True
-        return len(row), False
+    def _stop_length(self, row: list[int], stop: tuple[str, ...]) -> int | None:
+        """Tokens up to and including the one that completes a stop text."""
+        lengths = range(1, len(row) + 1) if stop else ()
+        texts = ((n, self.tokenizer.decode(row[:n])) for n in lengths)
+        return next((n for n, text in texts if any(word in text for word in stop)), None)
 
     def close(self) -> None:
         self.weights = None

@@ -14,6 +14,7 @@ from torch import nn
 
 from sdkit.bundled import BUNDLED, PREFIX
 from sdkit.problems import BadData, BadEnvironment
+from sdkit.seeds import derive
 from sdkit.specs import LoraSpec, ModelSpec
 from sdkit.weights import STUDENT_ADAPTER
 
@@ -47,8 +48,8 @@ def load_tokenizer(spec: ModelSpec, located: str) -> Any:
         raise BadData(f"no tokenizer in {located}: {_first_line(error)}") from None
 
 
-def load_model(spec: ModelSpec, located: str) -> nn.Module:
-    """The causal language model in the spec's precision, with adapters where it asks for them.
+def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
+    """The causal language model in the spec's precision, with adapters (drawn from `seed`) where it asks for them.
 
     Raises BadData where the weights cannot be read (pickled weights are refused) or where the model does something
     to its logits that the losses would not know of.
@@ -72,7 +73,7 @@ def load_model(spec: ModelSpec, located: str) -> nn.Module:
     if spec.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if spec.lora:
-        model = _with_adapter(model, spec.lora)
+        model = _with_adapter(model, spec.lora, seed)
         if spec.activation_checkpointing:
             model.enable_input_require_grads()
     for module in model.modules():
@@ -92,16 +93,18 @@ def _refuse_changed_logits(model: Any, located: str) -> None:
             raise BadData(f"{located} scales its logits ({name}), which the losses do not apply")
 
 
-def _with_adapter(model: Any, lora: LoraSpec) -> Any:
+def _with_adapter(model: Any, lora: LoraSpec, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = "all-linear" if lora.targets == "all_linear" else list(lora.targets)
     options: Any = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0}
     config = LoraConfig(target_modules=targets, **options)
     try:
-        return get_peft_model(
-            model, config, adapter_name=STUDENT_ADAPTER, autocast_adapter_dtype=False
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "adapter"))
+            return get_peft_model(
+                model, config, adapter_name=STUDENT_ADAPTER, autocast_adapter_dtype=False
+            )
     except ValueError as error:
         raise BadData(f"model.lora.targets: {_first_line(error)}") from None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.batches import Row
-from sdkit.components.data import drop_overlap, fingerprint, load_rows, positions
+from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
 from sdkit.components.prompts import Prompter, check_prompts
 from sdkit.components.rewards import open_reward
 from sdkit.problems import BadData, first_of
@@ -33,9 +33,13 @@ class Data:
         suites = spec.evaluation.suites if spec.evaluation else {}
         sampled_by = spec.rollout.sampled_by
         needed = (sampled_by.column,) if isinstance(sampled_by, DatasetSamples) else ()
-        self.suites: dict[str, list[Row]] = {
-            name: load_rows(suite.data, base, spec.data.columns) for name, suite in suites.items()
-        }
+        self.suites: dict[str, list[Row]] = {}
+        self.repeats: dict[
+            str, int
+        ] = {}  # held-out rows dropped, their prompt stands in the suite already
+        for name, suite in suites.items():
+            found = load_rows(suite.data, base, spec.data.columns)
+            self.suites[name], self.repeats[name] = drop_repeats(found)
         rows = load_rows(spec.data, base, needed=needed)
         held_out = [row for rows_of in self.suites.values() for row in rows_of]
         self.train, self.dropped = drop_overlap(rows, held_out)

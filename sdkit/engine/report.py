@@ -177,6 +177,12 @@ def opening(console: Console, world: World, run: RunDirectory) -> None:
         lines.append(
             f"[dim]derived: {world.data.dropped} training rows dropped, their prompts are held out[/]"
         )
+    for name, repeats in world.data.repeats.items():
+        if repeats:
+            kept = len(world.data.suites[name])
+            lines.append(
+                f"[dim]derived: suite {name} has {kept} different prompts, {repeats} repeats dropped[/]"
+            )
     lines.append(
         f"{plan.steps} steps × {world.spec.training.prompts_per_step} prompts × "
         f"{world.spec.rollout.completions_per_prompt} completions, {len(world.data.train)} training rows"

@@ -48,7 +48,7 @@ class World:
         self.step = 0  # rollout batches done
         self.updates = 0  # optimizer steps applied; the policy version
         self.skipped = 0  # optimizer steps in a row that were skipped
-        model: Any = load_model(spec.model, located)
+        model: Any = load_model(spec.model, located, spec.training.seed)
         self.student = Weights(model.to(self.device))
         self.end_ids = end_ids(self.student.causal, data.tokenizer)
         self._check_model()

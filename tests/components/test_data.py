@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sdkit.components.data import drop_overlap, fingerprint, load_rows, positions
+from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
 from sdkit.problems import BadData, BadEnvironment
 from sdkit.specs import (
     ColumnTemplate,
@@ -326,6 +326,13 @@ def test_overlap_is_found_through_case_and_space(make_row):
     kept, dropped = drop_overlap(train, [make_row(" what is 2?\n"), make_row("What is 3?")])
     assert kept == [train[2]]
     assert dropped == 2
+
+
+def test_repeats_keep_the_first_of_each_prompt(make_row):
+    rows = [make_row("a"), make_row("b"), make_row(" A "), make_row("b")]
+    kept, dropped = drop_repeats(rows)
+    assert [row is first for row, first in zip(kept, rows, strict=False)] == [True, True]
+    assert (len(kept), dropped) == (2, 2)
 
 
 def test_fingerprint_sees_content_and_order(make_row):

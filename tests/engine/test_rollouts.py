@@ -46,8 +46,7 @@ def prompts(tokenizer, count=12):
 @pytest.fixture(scope="module")
 def requests(tiny_tokenizer):
     return [
-        Request(prompt_ids=ids, seed=derive(7, i))
-        for i, ids in enumerate(prompts(tiny_tokenizer))
+        Request(prompt_ids=ids, seed=derive(7, i)) for i, ids in enumerate(prompts(tiny_tokenizer))
     ]
 
 
@@ -99,14 +98,16 @@ def test_the_global_generator_is_left_alone(sampled, requests):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_logprobs_are_the_trainers_under_the_temperature(sampled, weights, requests, temperature):
-    for request, completion in zip(requests, sampled(requests, temperature=temperature)):
+    for request, completion in zip(
+        requests, sampled(requests, temperature=temperature), strict=True
+    ):
         expected = (logits_of(weights, request, completion) / temperature).log_softmax(-1)
         found = torch.tensor(completion.logprobs)
         torch.testing.assert_close(found, chosen(expected, completion.ids), atol=1e-4, rtol=0)
 
 
 def test_temperature_0_takes_the_likeliest_token(sampled, weights, requests):
-    for request, completion in zip(requests, sampled(requests, temperature=0.0)):
+    for request, completion in zip(requests, sampled(requests, temperature=0.0), strict=True):
         logprobs = logits_of(weights, request, completion).log_softmax(-1)
         assert list(completion.ids) == logprobs.argmax(-1).tolist()
         found = torch.tensor(completion.logprobs)
@@ -115,7 +116,9 @@ def test_temperature_0_takes_the_likeliest_token(sampled, weights, requests):
 
 @pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.5}])
 def test_truncation_keeps_to_its_set_and_renormalises(sampled, weights, requests, settings):
-    for request, completion in zip(requests, sampled(requests, temperature=1.2, **settings)):
+    for request, completion in zip(
+        requests, sampled(requests, temperature=1.2, **settings), strict=True
+    ):
         for logits, token, logprob in zip(
             logits_of(weights, request, completion) / 1.2,
             completion.ids,
@@ -179,15 +182,15 @@ def test_a_completion_that_ends_at_the_limit_is_finished(sampled, requests):
     assert sampled(one, end_ids=(ids[-1],), max_new_tokens=4)[0].finished
 
 
-def test_stop_texts_end_a_completion_in_a_batch_of_others(sampled, tiny_tokenizer, requests, end):
+def test_stop_texts_end_a_completion_in_a_batch_of_others(sampled, tiny_tokenizer, requests):
     plain = sampled(requests, max_new_tokens=16)
-    text = tiny_tokenizer.decode(plain[0].ids[4:6])  # what one of them says on the way
-    cut = sampled(requests, max_new_tokens=16, stop=(text,))
-    assert len(cut[0].ids) <= 6
-    assert cut[0].finished
-    for whole, completion in zip(plain, cut, strict=True):
-        said = [tiny_tokenizer.decode(whole.ids[:n]) for n in range(1, len(whole.ids) + 1)]
-        stops = [n for n, so_far in enumerate(said, start=1) if text in so_far]
+    said = [[tiny_tokenizer.decode(c.ids[:n]) for n in range(1, 17)] for c in plain]
+    words = {tiny_tokenizer.decode(c.ids[n]) for c in plain[:3] for n in (5, 6, 7, 8)}
+    stop = tuple(word for word in words if word.isascii() and word.isprintable())
+    cut = sampled(requests, max_new_tokens=16, stop=stop)
+    assert {c.finished for c in cut} == {True, False}
+    for whole, so_far, completion in zip(plain, said, cut, strict=True):
+        stops = [n for n, text in enumerate(so_far, 1) if any(word in text for word in stop)]
         assert completion.ids == whole.ids[: stops[0] if stops else None]
         assert completion.finished == (bool(stops) or whole.finished)
         assert len(completion.logprobs) == len(completion.ids)
@@ -204,7 +207,9 @@ def recorded(tiny_folder, tmp_path_factory):
 
 def replayed(tiny_folder, recorded, **changes):
     backend = ReplayBackend(run=str(recorded))
-    return make_spec(tiny_folder, rollout=rollout(completions_per_prompt=2, backend=backend), **changes)
+    return make_spec(
+        tiny_folder, rollout=rollout(completions_per_prompt=2, backend=backend), **changes
+    )
 
 
 def test_a_replayed_run_is_the_run(tiny_folder, recorded, tmp_path):

@@ -6,7 +6,6 @@ from tinyruns import (
     LORA,
     PRECISIONS,
     advance,
-    make_spec,
     masters,
     model,
     rollouts_of,
@@ -309,5 +308,12 @@ def test_a_plain_model_streams_its_own_tensors(open_tiny):
     assert not streamed
 
 
-def test_the_small_run_is_the_default(tiny_folder):
-    assert make_spec(tiny_folder).teacher == teacher(FrozenWeights())
+@pytest.mark.parametrize("seed", [0, 1])
+def test_adapters_are_drawn_from_the_runs_seed(world_with, seed):
+    torch.manual_seed(5)
+    first, *others = (
+        world_with(FrozenWeights(), lora=LORA, seed=s) for s in (seed, seed, seed + 1)
+    )
+    assert torch.initial_seed() == 5
+    torch.testing.assert_close(masters(others[0]), masters(first), atol=0, rtol=0)
+    assert any(moved(value, masters(first)[name]) for name, value in masters(others[1]).items())
