@@ -1,7 +1,7 @@
-"""The surface of the language: every key of every spec class, with type, default and range.
+"""The surface of the language: every key of every spec class, with type, default, range and help.
 
-`python tools/freeze_surface.py` writes tests/spec_surface.txt; `--check` only compares.  A change of that file is a
-change of what users rely on, to be seen as such in review.
+`python tools/freeze_surface.py` writes tests/spec_surface.txt and docs/language.md; `--check` only compares.  A change
+of the first is a change of what users rely on, to be seen as such in review.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from sdkit.resolved import resolved
 from sdkit.specs import ExperimentSpec, Table
 from sdkit.surface import Key, is_spec, keys_of, members
 
-FROZEN = Path(__file__).resolve().parent.parent / "tests" / "spec_surface.txt"
+ROOT = Path(__file__).resolve().parent.parent
+INTRODUCTION = """# The language, key by key
+
+Written by `tools/freeze_surface.py` from the spec classes.  A run file has the keys of `ExperimentSpec`; a method page
+has `rollout`, `teacher` and `losses`.  Where a type has a `kind`, the key takes `{kind: …, …}`, or the bare kind where
+all its keys have defaults.
+"""
 
 
 def surface() -> str:
@@ -30,6 +36,33 @@ def surface() -> str:
         lines += [f"  {_line(key)}" for key in keys_of(cls).values()]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
+
+
+def reference() -> str:
+    """The same for a reader: a section a class, a table row a key."""
+    sections = [INTRODUCTION]
+    for cls in _reached(ExperimentSpec):
+        kind = f" · `kind: {cls.kind}`" if hasattr(cls, "kind") else ""
+        section = f"## {cls.__name__}{kind}\n\n{cls.__doc__.strip()}\n"
+        rows = [_row(key) for key in keys_of(cls).values()]
+        if rows:
+            section += (
+                "\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+            )
+        sections.append(section)
+    return "\n".join(sections)
+
+
+def _row(key: Key) -> str:
+    default = "**required**" if key.default is attrs.NOTHING else f"`{_shown(key.default)}`"
+    meaning = key.help + (f" ({key.range.text})" if key.range else "")
+    return (
+        "| "
+        + " | ".join(
+            x.replace("|", "\\|") for x in (f"`{key.name}`", _type(key.type), default, meaning)
+        )
+        + " |"
+    )
 
 
 def _reached(root: type) -> list[Any]:
@@ -78,11 +111,18 @@ def _type(tp: Any) -> str:
 
 
 def main() -> int:
-    """Write the surface, or check it; the exit code."""
+    """Write both files, or check them; the exit code."""
+    files = {
+        ROOT / "tests" / "spec_surface.txt": surface(),
+        ROOT / "docs" / "language.md": reference(),
+    }
     if "--check" not in sys.argv[1:]:
-        FROZEN.write_text(surface(), encoding="utf-8")
+        for path, text in files.items():
+            path.write_text(text, encoding="utf-8")
         return 0
-    if FROZEN.read_text(encoding="utf-8") == surface():
+    if all(
+        path.is_file() and path.read_text(encoding="utf-8") == text for path, text in files.items()
+    ):
         return 0
     print("the surface of the language has changed: run tools/freeze_surface.py and read the diff")
     return 1
