@@ -20,7 +20,7 @@ from sdkit.losses.policy import (
     sequence_mean,
 )
 from sdkit.losses.support import mass, on_support, overlap, sampled_token, top_k_ids, union_ids
-from sdkit.specs.method import (
+from sdkit.specs import (
     Average,
     Constant,
     CrossEntropy,

@@ -1,5 +1,11 @@
-"""Every spec class of the language, in three rooms: `fields` (how a class is declared), `method`, `run`."""
+"""Every spec class of the language.
 
+Rooms: `fields` (how a class is declared), `losses` and `method` (what makes a method), `data`, `scores` and `run`.
+"""
+
+from sdkit.specs.data import *  # noqa: F403
 from sdkit.specs.fields import *  # noqa: F403
+from sdkit.specs.losses import *  # noqa: F403
 from sdkit.specs.method import *  # noqa: F403
 from sdkit.specs.run import *  # noqa: F403
+from sdkit.specs.scores import *  # noqa: F403

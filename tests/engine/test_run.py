@@ -26,7 +26,7 @@ from tinyruns import (
 )
 
 from sdkit.engine.report import Report
-from sdkit.problems import NumericsGuard, Stopped, UnreadableInput
+from sdkit.problems import BadData, NumericsGuard, RunFailed, Stopped, UnreadableInput
 from sdkit.specs import (
     CrossEntropy,
     DatasetSamples,
@@ -239,7 +239,7 @@ def test_a_folder_that_is_not_a_run_is_left_alone(full_spec, tmp_path):
 
 def test_bad_data_leave_no_folder(tiny_folder, tmp_path):
     spec = make_spec(tiny_folder, rollout=rollout(max_prompt_tokens=3))
-    with pytest.raises(Exception, match="more than 3"):
+    with pytest.raises(BadData, match="more than 3"):
         train(spec, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -297,16 +297,17 @@ def straight(request, tiny_folder, tmp_path_factory):
     [
         (2, terminated, Stopped, "stopped"),
         (3, terminated, Stopped, "stopped"),
-        (3, crashed, Exception, "failed"),
+        (3, crashed, RunFailed, "failed"),
     ],
     ids=["asked after 2", "asked after 3", "crashed after 3"],
 )
 def test_a_resumed_run_is_the_run(straight, tmp_path, monkeypatch, step, how, error, state):
     spec, whole = straight
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(error) as caught:
+    with monkeypatch.context() as patch:
         stop_after(patch, step, how)
-        train(spec, folder)
+        with pytest.raises(error) as caught:
+            train(spec, folder)
     assert status(folder)["state"] == state
     if error is Stopped:
         assert caught.value.exit_code == 7

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from attrs import evolve
-from tinyruns import LORA, advance, make_spec, model, rollout, rows, teacher
+from tinyruns import LORA, advance, make_spec, model, rollout, teacher
 
 from sdkit.batches import Request
 from sdkit.components.teachers import open_teacher
@@ -92,8 +92,23 @@ def sampling(world, backend):
         == [c.ids for c in done],
         "another batch, same tokens": [c.ids for c in few] == [c.ids for c in done[2:5]],
         "other seeds, other tokens": done[0].ids != done[len(ids)].ids,
-        "lengths": [len(c.ids) for c in done],
+        "stop texts": stop_texts(world, backend, requests, settings, done),
     }
+
+
+def stop_texts(world, backend, requests, settings, done):
+    """Whether a stop text ends each completion at the token that completes it."""
+    decode = world.data.tokenizer.decode
+    said = [[decode(c.ids[:n]) for n in range(1, len(c.ids) + 1)] for c in done]
+    words = {decode(c.ids[n]) for c in done for n in range(2, len(c.ids))}
+    stop = sorted(word for word in words if word.isascii() and word.isprintable())[:3]
+    cut = backend.sample(requests, evolve(settings, stop=tuple(stop)))
+    expected = []
+    for completion, texts in zip(done, said, strict=True):
+        ends = [n for n, text in enumerate(texts, 1) if any(word in text for word in stop)]
+        expected.append((completion.ids[: ends[0] if ends else None], bool(ends)))
+    same = [(c.ids, c.finished) for c in cut] == expected
+    return {"stopped": sum(end for _, end in expected), "of": len(cut), "same": same}
 
 
 def logits(world, request, completion):
@@ -141,5 +156,4 @@ def adapters(world, backend, folder):
 
 
 if __name__ == "__main__":
-    assert rows(1)
     print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]))))

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 from sdkit.batches import Counts
 from sdkit.losses import average
 from sdkit.losses.objective import row_weights
-from sdkit.specs.method import Constant, PerSequence, PerToken, SequenceSum, Sum
+from sdkit.specs import Constant, PerSequence, PerToken, SequenceSum, Sum
 
 ROWS = [[1.0, 2.0, 3.0, 4.0], [10.0, 20.0], [5.0], []]
 

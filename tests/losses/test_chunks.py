@@ -7,8 +7,7 @@ from torch.testing import assert_close
 from sdkit.batches import HiddenScores, Tokens
 from sdkit.losses.chunks import projected_loss, token_logprobs
 from sdkit.losses.objective import Objective, row_weights, sampler_ratio
-from sdkit.specs.fields import Table
-from sdkit.specs.method import (
+from sdkit.specs import (
     Constant,
     CrossEntropy,
     Distillation,
@@ -23,6 +22,7 @@ from sdkit.specs.method import (
     SamplerRatio,
     SequenceSum,
     Sum,
+    Table,
     TopKSupport,
     VocabularySupport,
 )

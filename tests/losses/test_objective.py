@@ -7,8 +7,7 @@ from torch.testing import assert_close
 
 from sdkit.losses.objective import Objective, counted, sampler_ratio
 from sdkit.losses.policy import importance_ratio
-from sdkit.specs.fields import Table
-from sdkit.specs.method import (
+from sdkit.specs import (
     CrossEntropy,
     Distillation,
     ForwardKl,
@@ -20,6 +19,7 @@ from sdkit.specs.method import (
     ReverseKl,
     SampledTokenSupport,
     SamplerRatio,
+    Table,
     TopKSupport,
     VocabularySupport,
 )

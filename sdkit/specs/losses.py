@@ -1,0 +1,195 @@
+"""The terms of the objective: how far apart, over which tokens, how corrected, how averaged."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from attrs import frozen
+
+from sdkit.specs.fields import (
+    AT_LEAST_ONE,
+    INSIDE_SHARE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Schedule,
+    spec_field,
+)
+
+
+@frozen(kw_only=True)
+class ForwardKl:
+    """KL(teacher‖student): covers all the teacher does."""
+
+    kind: ClassVar[str] = "forward_kl"
+
+
+@frozen(kw_only=True)
+class ReverseKl:
+    """KL(student‖teacher): seeks what the teacher does most."""
+
+    kind: ClassVar[str] = "reverse_kl"
+
+
+@frozen(kw_only=True)
+class Jsd:
+    """Generalised Jensen-Shannon divergence around M = (1−s)·student + s·teacher, s = teacher_share."""
+
+    kind: ClassVar[str] = "jsd"
+    teacher_share: float = spec_field(
+        "the teacher's share of the mixture", default=0.5, range=INSIDE_SHARE
+    )
+
+
+@frozen(kw_only=True)
+class LinearMix:
+    """forward_share × forward KL + (1 − forward_share) × reverse KL."""
+
+    kind: ClassVar[str] = "linear_mix"
+    forward_share: float = spec_field("weight of the forward KL", default=0.5, range=SHARE)
+
+
+Divergence = ForwardKl | ReverseKl | Jsd | LinearMix
+
+
+@frozen(kw_only=True)
+class VocabularySupport:
+    """Every token of the vocabulary."""
+
+    kind: ClassVar[str] = "vocabulary"
+
+
+@frozen(kw_only=True)
+class TopKSupport:
+    """The k likeliest tokens; `remainder` says what becomes of the rest."""
+
+    kind: ClassVar[str] = "top_k"
+    k: int = spec_field("how many tokens", range=AT_LEAST_ONE)
+    chosen_by: Literal["student", "teacher", "union"] = spec_field("whose likeliest tokens")
+    remainder: Literal["tail_bucket", "renormalize", "renormalize_teacher", "drop"] = spec_field(
+        "the probability outside the k tokens"
+    )
+
+
+@frozen(kw_only=True)
+class SampledTokenSupport:
+    """The sampled token alone: an estimate of the reverse KL's gradient."""
+
+    kind: ClassVar[str] = "sampled_token"
+
+
+Support = VocabularySupport | TopKSupport | SampledTokenSupport
+
+
+@frozen(kw_only=True)
+class MaskSpec:
+    """Which completion tokens count; tokens left out stay in the attention."""
+
+    skip_first: int = spec_field(
+        "leave out the first so many tokens", default=0, range=NOT_NEGATIVE
+    )
+    prefix: int | None = spec_field(
+        "only the first so many tokens", default=None, range=AT_LEAST_ONE
+    )
+
+
+@frozen(kw_only=True)
+class OldPolicyRatio:
+    """Ratio of the student now to the student when the batch was sampled, token by token."""
+
+    cap: float = spec_field("upper bound", range=POSITIVE)
+
+
+@frozen(kw_only=True)
+class SamplerRatio:
+    """Ratio of the trainer's log-probabilities to the sampling engine's."""
+
+    cap: float = spec_field("upper bound", range=POSITIVE)
+    level: Literal["token", "sequence_mean"] = spec_field(
+        "one ratio per token, or their mean per sequence"
+    )
+
+
+@frozen(kw_only=True)
+class ImportanceSpec:
+    """Corrections for tokens that other weights, or another engine, sampled."""
+
+    old_policy: OldPolicyRatio | None = spec_field("to the weights before this batch", default=None)
+    sampler: SamplerRatio | None = spec_field("to the sampling engine", default=None)
+
+
+@frozen(kw_only=True)
+class PerToken:
+    """Mean over all loss tokens of the global batch."""
+
+    kind: ClassVar[str] = "per_token"
+
+
+@frozen(kw_only=True)
+class PerSequence:
+    """Mean over each sequence's loss tokens, then over sequences."""
+
+    kind: ClassVar[str] = "per_sequence"
+    empty_rows: Literal["count", "skip"] = spec_field(
+        "whether a sequence without loss tokens counts as a zero", default="skip"
+    )
+
+
+@frozen(kw_only=True)
+class SequenceSum:
+    """Sum over each sequence, then mean over sequences."""
+
+    kind: ClassVar[str] = "sequence_sum"
+
+
+@frozen(kw_only=True)
+class Constant:
+    """Sum over everything, divided by sequences × a constant length."""
+
+    kind: ClassVar[str] = "constant"
+    length: float = spec_field("the constant, tokens", range=POSITIVE)
+
+
+@frozen(kw_only=True)
+class Sum:
+    """Plain sum; the learning rate then depends on batch size and length."""
+
+    kind: ClassVar[str] = "sum"
+
+
+Average = PerToken | PerSequence | SequenceSum | Constant | Sum
+
+
+@frozen(kw_only=True)
+class Distillation:
+    """Pull the student's distribution towards the teacher's."""
+
+    kind: ClassVar[str] = "distillation"
+    divergence: Divergence = spec_field("how far apart")
+    support: Support = spec_field("over which tokens of the vocabulary")
+    temperature: float | None = spec_field(
+        "divides both sides' logits (default: the sampling temperature)",
+        default=None,
+        range=POSITIVE,
+    )
+    mask: MaskSpec = spec_field("which positions", default=MaskSpec())
+    importance: ImportanceSpec = spec_field("how corrected", default=ImportanceSpec())
+    average: Average = spec_field("how averaged", default=PerToken())
+    coefficient: float | Schedule = spec_field(
+        "weight of this term", default=1.0, range=NOT_NEGATIVE
+    )
+
+
+@frozen(kw_only=True)
+class CrossEntropy:
+    """Raise the log-probability of the completion's tokens."""
+
+    kind: ClassVar[str] = "cross_entropy"
+    mask: MaskSpec = spec_field("which positions", default=MaskSpec())
+    average: Average = spec_field("how averaged", default=PerToken())
+    coefficient: float | Schedule = spec_field(
+        "weight of this term", default=1.0, range=NOT_NEGATIVE
+    )
+
+
+LossTerm = Distillation | CrossEntropy

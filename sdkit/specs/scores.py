@@ -1,0 +1,160 @@
+"""What a completion is worth, and what is measured on held-out prompts."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from attrs import frozen
+
+from sdkit.specs.data import DataSpec
+from sdkit.specs.fields import AT_LEAST_ONE, NOT_EMPTY, NOT_NEGATIVE, TOP_P, Table, spec_field
+
+
+@frozen(kw_only=True)
+class WholeText:
+    """The whole completion, stripped of white space at both ends."""
+
+    kind: ClassVar[str] = "whole"
+
+
+@frozen(kw_only=True)
+class Tagged:
+    """What stands between the last <tag> and </tag>."""
+
+    kind: ClassVar[str] = "tagged"
+    tag: str = spec_field("name of the tag", default="answer", range=NOT_EMPTY)
+
+
+@frozen(kw_only=True)
+class LastNumber:
+    """The last number in the completion."""
+
+    kind: ClassVar[str] = "last_number"
+
+
+@frozen(kw_only=True)
+class LastChoice:
+    """The last capital letter that stands alone."""
+
+    kind: ClassVar[str] = "last_choice"
+
+
+Extract = WholeText | Tagged | LastNumber | LastChoice
+
+
+@frozen(kw_only=True)
+class ReasoningGymReward:
+    """The task's own scorer (needs data of kind reasoning_gym)."""
+
+    kind: ClassVar[str] = "reasoning_gym"
+    extract: Extract = spec_field("which part of the completion is the answer", default=WholeText())
+    full_marks_only: bool = spec_field("count partial credit as 0", default=True)
+
+
+@frozen(kw_only=True)
+class ExactReward:
+    """1 where the answer equals the column, else 0."""
+
+    kind: ClassVar[str] = "exact"
+    answer: str = spec_field("column with the right answer", default="answer")
+    extract: Extract = spec_field("which part of the completion is the answer", default=WholeText())
+    ignore_case: bool = spec_field("compare without regard to case", default=False)
+
+
+@frozen(kw_only=True)
+class NumberReward:
+    """1 where the answer is the column's number, else 0."""
+
+    kind: ClassVar[str] = "number"
+    answer: str = spec_field("column with the right answer", default="answer")
+    extract: Extract = spec_field(
+        "which part of the completion is the answer", default=LastNumber()
+    )
+    tolerance: float = spec_field("largest difference", default=1e-6, range=NOT_NEGATIVE)
+
+
+@frozen(kw_only=True)
+class ChoiceReward:
+    """1 where the answer is the column's letter, else 0."""
+
+    kind: ClassVar[str] = "choice"
+    answer: str = spec_field("column with the right letter", default="answer")
+    extract: Extract = spec_field(
+        "which part of the completion is the answer", default=LastChoice()
+    )
+
+
+@frozen(kw_only=True)
+class RegexReward:
+    """1 where the pattern matches somewhere in the completion, else 0."""
+
+    kind: ClassVar[str] = "regex"
+    pattern: str = spec_field(
+        "Python regular expression; `^` and `$` are the ends of the text", range=NOT_EMPTY
+    )
+
+
+@frozen(kw_only=True)
+class FileReward:
+    """A function of the user's own: (completion: str, row: dict) → number."""
+
+    kind: ClassVar[str] = "file"
+    file: str = spec_field("Python file, relative to the spec", range=NOT_EMPTY)
+    function: str = spec_field("name of the function in it", range=NOT_EMPTY)
+
+
+Reward = ReasoningGymReward | ExactReward | NumberReward | ChoiceReward | RegexReward | FileReward
+
+
+@frozen(kw_only=True)
+class Decoding:
+    """How evaluation samples."""
+
+    temperature: float = spec_field("0 is greedy", range=NOT_NEGATIVE)
+    top_p: float = spec_field("nucleus sampling", default=1.0, range=TOP_P)
+    top_k: int = spec_field(
+        "keep the k likeliest tokens; 0 keeps all", default=0, range=NOT_NEGATIVE
+    )
+    samples: int = spec_field("completions per prompt", default=1, range=AT_LEAST_ONE)
+
+
+GREEDY_AND_SAMPLED: Table[Decoding] = Table(
+    {"greedy": Decoding(temperature=0.0), "sampled": Decoding(temperature=1.0)}
+)
+
+
+@frozen(kw_only=True)
+class Suite:
+    """One named set of held-out prompts."""
+
+    data: DataSpec = spec_field("held-out rows; training rows with the same prompt are dropped")
+    score: str = spec_field("the reward that is the headline", range=NOT_EMPTY)
+    also: tuple[str, ...] = spec_field("further rewards to report", default=())
+    decoding: Table[Decoding] = spec_field(
+        "named ways to sample", default=GREEDY_AND_SAMPLED, range=NOT_EMPTY
+    )
+    max_new_tokens: int | None = spec_field(
+        "longest completion, tokens (default: the rollout's)", default=None, range=AT_LEAST_ONE
+    )
+    loss_prompts: int = spec_field(
+        "held-out prompts on which every training metric is computed too",
+        default=64,
+        range=NOT_NEGATIVE,
+    )
+
+
+@frozen(kw_only=True)
+class EvaluationSpec:
+    """What is measured on held-out prompts, and when."""
+
+    suites: Table[Suite] = spec_field(
+        "named sets of prompts; the first is the headline", range=NOT_EMPTY
+    )
+    every: int | None = spec_field(
+        "steps between evaluations; first and last always", default=None, range=AT_LEAST_ONE
+    )
+    teacher_lift: int = spec_field(
+        "held-out prompts on which the score under the teacher's view is measured before training; 0 skips",
+        default=100,
+        range=NOT_NEGATIVE,
+    )
