@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 # Before torch is imported: threads of two libraries that spin at barriers slow each other to a crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -38,7 +39,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="`key.path=value` overrides, applied last.", show_default=False),
 ]
-Format = Annotated[str, typer.Option("--format", help="text, json or github.")]
+Format = Annotated[
+    Literal["text", "json", "github"],
+    typer.Option("--format", help="For people, for programs, or for GitHub Actions."),
+]
 
 
 def _version(asked: bool) -> None:
@@ -66,14 +70,12 @@ def validate(
     """Check specs: every problem at once, with its place.  Loads nothing heavy."""
     from sdkit.language import load_spec
 
-    failed = False
-    for path in specs:
-        checked = load_spec(path)
-        _print_problems(checked, format)
-        failed |= not checked.ok
+    found = {path: load_spec(path) for path in specs}
+    _print_problems(list(found.values()), format)
+    for path, checked in found.items():
         if checked.ok and format == "text":
             typer.echo(f"{path}: fine ({'run file' if checked.kind == 'run' else 'method page'})")
-    if failed:
+    if not all(checked.ok for checked in found.values()):
         raise typer.Exit(1)
 
 
@@ -214,7 +216,7 @@ def _checked(
     from sdkit.problems import UnreadableInput
 
     checked = load_spec(path, overrides or (), base=base)
-    _print_problems(checked, "text")
+    _print_problems([checked], "text")
     if not checked.ok:
         raise typer.Exit(1)
     if run_file and checked.kind != "run":
@@ -225,17 +227,18 @@ def _checked(
     return checked
 
 
-def _print_problems(checked: Any, format: str) -> None:
+def _print_problems(found: Sequence[Any], format: str) -> None:
     from sdkit import problems
 
-    if format not in ("text", "json", "github"):
-        raise typer.BadParameter("--format takes text, json or github")
+    # Run files that share a method page share its problems.
+    every = list(dict.fromkeys(p for checked in found for p in checked.problems))
     if format == "json":
-        typer.echo(problems.as_json(checked.problems))
-    elif format == "github" and checked.problems:
-        typer.echo(problems.as_github(checked.problems))
-    elif checked.problems:
-        typer.echo(problems.render(checked.problems, checked.texts), err=True)
+        typer.echo(problems.as_json(every))
+    elif every and format == "github":
+        typer.echo(problems.as_github(every))
+    elif every:
+        texts = {name: text for checked in found for name, text in checked.texts.items()}
+        typer.echo(problems.render(every, texts), err=True)
 
 
 def _console() -> Any:

@@ -31,11 +31,19 @@ def _lines(value: Any, path: Path, loaded: Loaded) -> Iterator[tuple[str, str]]:
             yield head, ""
             yield from _lines(child, here, loaded)
         else:
-            yield f"{head} {json.dumps(child, ensure_ascii=False)}", _origin(here, child, loaded)
+            yield f"{head} {_text(child)}", _origin(here, child, loaded)
 
 
 def _key(name: str) -> str:
     return name if name.replace("_", "a").isalnum() and not name[0].isdigit() else json.dumps(name)
+
+
+def _text(value: Any) -> str:
+    """A value as JSON, which is YAML too; 1e-06 as 1.0e-06, or readers of YAML 1.1 take it for text."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    text = json.dumps(value, ensure_ascii=False)
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
 
 
 def _flat(value: Any) -> bool:

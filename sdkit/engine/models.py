@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sdkit.bundled import BUNDLED, PREFIX
+from sdkit.engine import zero
 from sdkit.problems import BadData, BadEnvironment
 from sdkit.seeds import derive
 from sdkit.specs import LoraSpec, ModelSpec
@@ -123,7 +124,8 @@ def _bundled(name: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:
-        _convert(Path(found.submodule_search_locations[0]), entry.file, partial)
+        with zero.quiet():  # the first to import DeepSpeed, which speaks on stdout
+            _convert(Path(found.submodule_search_locations[0]), entry.file, partial)
         partial.chmod(0o755)
         partial.rename(target)
     except OSError:
@@ -136,7 +138,9 @@ def _bundled(name: str) -> Path:
 
 def _convert(package: Path, file: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(package, gguf_file=file)
     model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
     # The dequantised weights are plain tensors; what marks them as quantised must not reach the folder.

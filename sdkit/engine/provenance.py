@@ -31,6 +31,7 @@ def provenance(base: Path, **facts: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "base": str(base.resolve()),
         "git": _git(base),
         **facts,
     }

@@ -58,6 +58,7 @@ class Report:
         metrics["tokens_generated"] = self.generated
         metrics["memory/peak_gib"] = peak_gib()
         self.run.metrics(world.step, metrics)
+        self.run.status("running", step=world.step)
         self.run.lines("rollouts", world.step - 1, records(gathered))
         self.console.print(_step_line(world, metrics), highlight=False)
         output = world.spec.output

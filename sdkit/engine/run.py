@@ -41,10 +41,14 @@ def open_world(spec: ExperimentSpec, base: Path) -> World:
     located = locate(spec.model.path, base)
     data = Data(spec, base, load_tokenizer(spec.model, located))
     zero.start()
-    plan = make_plan(spec, machine_for(spec, zero.world_size()), None, rows=len(data.train))
-    assert plan.steps is not None
-    longest = data.check(plan.steps)
-    return World(spec, plan, base, data, located, longest)
+    try:
+        plan = make_plan(spec, machine_for(spec, zero.world_size()), None, rows=len(data.train))
+        assert plan.steps is not None
+        longest = data.check(plan.steps)
+        return World(spec, plan, base, data, located, longest)
+    except BaseException:
+        zero.stop()
+        raise
 
 
 def train(

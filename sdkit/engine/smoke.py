@@ -57,7 +57,8 @@ def smoke(spec: MethodSpec, console: Console, steps: int = STEPS) -> list[dict[s
     """
     with tempfile.TemporaryDirectory(prefix="sdkit-smoke-") as folder:
         base = Path(folder)
-        tiny.build(base / "model", vocabulary=VOCABULARY)
+        with zero.quiet():  # the first to import DeepSpeed, which speaks on stdout
+            tiny.build(base / "model", vocabulary=VOCABULARY)
         small = miniature(spec, steps)
         world = open_world(small, base)
         world.data.rewards = {

@@ -20,7 +20,9 @@ def build(folder: Path, seed: int = 0, vocabulary: int = 512) -> Path:
     """Write model and tokenizer to `folder` in Hugging Face format; the same seed gives the same weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = _tokenizer(vocabulary)
     state = torch.get_rng_state()
     torch.manual_seed(seed)

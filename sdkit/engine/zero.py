@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from sdkit.specs import OptimizerSpec
 
 DEADLINE = timedelta(seconds=600)
+_own: dict[str, str] = {}
+"""What `start` put into the environment for a process group of one."""
 
 
 @frozen(kw_only=True)
@@ -43,14 +45,14 @@ def start() -> None:
 
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.ERROR)
-    for handler in log.handlers:
-        if type(handler) is logging.StreamHandler:  # subclasses write to files of their own
-            handler.setStream(sys.stderr)
+    log.handlers.clear()  # its own writes to stdout; Python's last resort writes to stderr
+    log.propagate = True
     # Else its shared-memory collective is compiled at every start (33 s measured) for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
-        for name, value in _alone().items():
-            os.environ.setdefault(name, value)
+        if "WORLD_SIZE" not in os.environ:
+            _own.update(_alone())
+            os.environ.update(_own)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         with quiet():
             deepspeed.init_distributed(backend, verbose=False, timeout=DEADLINE)
@@ -74,6 +76,8 @@ def stop() -> None:
 
         torch.distributed.barrier()
         comm.destroy_process_group()  # torch's own leaves DeepSpeed with a dead group, and no second run
+    while _own:  # else a child process would take them for a launcher's
+        os.environ.pop(_own.popitem()[0], None)
 
 
 def world_size() -> int:

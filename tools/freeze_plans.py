@@ -1,0 +1,60 @@
+"""The plan of every shipped run file, as text, on a fixed machine: what a change of the code does to each is a diff.
+
+`python tools/freeze_plans.py` writes tests/plans/; `--check` only compares.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from sdkit.language import load_spec
+from sdkit.machine import shape_of
+from sdkit.plan import Machine, make_plan
+from sdkit.plan_text import render_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECS = ROOT / "specs"
+FROZEN = ROOT / "tests" / "plans"
+
+
+def plans() -> dict[str, str]:
+    """Name of the golden file → the plan of a run file."""
+    paths = sorted([*SPECS.glob("*.yaml"), *(SPECS / "papers").glob("*.yaml")])
+    return {f"{path.stem}.txt": plan_of(path) for path in paths}
+
+
+def plan_of(path: Path) -> str:
+    """The plan's text on the fixed machine, or with the ranks and the memory that the file states."""
+    run: Any = load_spec(path).spec
+    stated = run.machine
+    machine = Machine(
+        ranks=stated.ranks if stated else 1,
+        memory_gib=stated.memory_gib if stated and stated.memory_gib else 24.0,
+        vllm="0.32.0",
+    )
+    return render_plan(run, make_plan(run, machine, shape_of(run, path.parent))) + "\n"
+
+
+def main() -> int:
+    """Write the plans, or check them; the exit code."""
+    now = plans()
+    then = {path.name: path.read_text(encoding="utf-8") for path in FROZEN.glob("*.txt")}
+    if "--check" in sys.argv[1:]:
+        changed = sorted(
+            name for name in now.keys() | then.keys() if now.get(name) != then.get(name)
+        )
+        for name in changed:
+            print(f"tests/plans/{name} has changed: run tools/freeze_plans.py and read the diff")
+        return 1 if changed else 0
+    FROZEN.mkdir(exist_ok=True)
+    for name in then.keys() - now.keys():
+        (FROZEN / name).unlink()
+    for name, text in now.items():
+        (FROZEN / name).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
