@@ -139,9 +139,12 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Continue from the newest checkpoint of the run directory.")
+        bool,
+        typer.Option("--resume", help="Continue from the newest checkpoint of the run directory."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace the run in the run directory.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in the run directory.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, plan and smoke; train nothing.")
     ] = False,
