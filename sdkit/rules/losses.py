@@ -182,19 +182,19 @@ def ratio_is_one(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield (*term_path, "importance", "old_policy"), message, None
 
 
-@method_rule("terms share one cap of the sequence ratio")
-def caps_differ(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The ratio averaged over a sequence is one number per sequence, computed once with one cap."""
-    capped = [
-        ((*path, "importance", "sampler", "cap"), term.importance.sampler.cap)
+@method_rule("one term has a ratio averaged over sequences")
+def second_sequence_mean(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The ratio averaged over a sequence is one number per sequence, computed once, over the tokens
+    that one term counts.
+    """
+    levels = [
+        (*path, "importance", "sampler", "level")
         for path, term in distillations(spec)
         if term.importance.sampler and term.importance.sampler.level == "sequence_mean"
     ]
-    for path, cap in capped[1:]:
-        if cap != capped[0][1]:
-            first = shorten(capped[0][0][1])
-            message = f"cap {cap} differs from cap {capped[0][1]} of term {first}"
-            yield path, message, "give both the same cap"
+    for path in levels[1:]:
+        message = f"only one term can have level sequence_mean, and {shorten(levels[0][1])} has it"
+        yield path, message, "use level: token here"
 
 
 @method_rule("some completion tokens are left after skip_first")
@@ -271,7 +271,7 @@ RULES = (
     biased_estimate,
     temperature_mismatch,
     ratio_is_one,
-    caps_differ,
+    second_sequence_mean,
     empty_rows,
     prefix_before_skip,
     own_samples,
