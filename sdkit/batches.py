@@ -34,6 +34,24 @@ class Row:
         return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
 
 
+@frozen(eq=False, kw_only=True)
+class Attempt:
+    """A rollout's completion as text, and what the reward made of it."""
+
+    text: str
+    reward: float
+    feedback: str | None = None
+
+
+@frozen(eq=False, kw_only=True)
+class Evidence:
+    """What is known of a rollout once its group has been judged."""
+
+    group: Sequence[Attempt]  # all rollouts of the prompt, in order
+    own: int  # this one's place in the group
+    seed: int  # for a random pick
+
+
 @frozen(kw_only=True)
 class Sampling:
     """How to sample; temperature 0 is greedy."""
