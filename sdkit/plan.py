@@ -15,6 +15,7 @@ from sdkit.specs import (
     EmaWeights,
     ExperimentSpec,
     FrozenWeights,
+    PolicyGradient,
     ReplayBackend,
     ShapeSpec,
     StudentWeights,
@@ -102,7 +103,8 @@ def make_plan(
         derived.append(f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps")
     updates = spec.training.updates_per_rollout
     corrected = any(
-        isinstance(t, Distillation) and (t.importance.old_policy or t.importance.sampler)
+        isinstance(t, PolicyGradient)
+        or (isinstance(t, Distillation) and (t.importance.old_policy or t.importance.sampler))
         for t in spec.losses.values()
     )
     return Plan(

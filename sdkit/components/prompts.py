@@ -42,6 +42,7 @@ class TeacherPrompt:
     ids: Ids
     messages: tuple[Message, ...]
     cut_tokens: int  # by how much the slots were shortened to fit
+    filled: tuple[str, ...] = ()  # names of the slots that had something to say
 
 
 @frozen(kw_only=True)
@@ -129,7 +130,9 @@ class Prompter:
 
     def _render(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
         messages = tuple(teacher_messages(row, sees, values))
-        return TeacherPrompt(ids=self.ids(row, messages), messages=messages, cut_tokens=0)
+        filled = tuple(name for name, value in values.items() if value)
+        ids = self.ids(row, messages)
+        return TeacherPrompt(ids=ids, messages=messages, cut_tokens=0, filled=filled)
 
     def _shortened(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
         """The column slots cut to a common number of tokens, the largest that fits: the longest give first."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import tempfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import evolve
 from rich.console import Console
 
-from sdkit.batches import Row
+from sdkit.components.rewards_judged import Judged, Pair, Scorer
 from sdkit.engine import checkpoint, loop, report, rundir, tiny, zero
 from sdkit.engine.run import open_world
 from sdkit.engine.world import World
@@ -62,9 +63,9 @@ def smoke(spec: MethodSpec, console: Console, steps: int = STEPS) -> list[dict[s
         small = miniature(spec, steps)
         world = open_world(small, base)
         world.data.rewards = {
-            name: dict.fromkeys(r, _scripted) for name, r in world.data.rewards.items()
+            name: dict.fromkeys(r, SCRIPTED) for name, r in world.data.rewards.items()
         }
-        world.data.train_rewards = dict.fromkeys(world.data.train_rewards, _scripted)
+        world.data.train_rewards = dict.fromkeys(world.data.train_rewards, SCRIPTED)
         run = rundir.create(base / "run", tensorboard=False)
         try:
             report.opening(console, world, run)
@@ -89,9 +90,13 @@ def _checked(world: World, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def _scripted(completion: str, row: Row) -> float:
+def _scripted(pairs: Sequence[Pair]) -> list[Judged]:
     """Right or wrong by a checksum of the text: both outcomes, and the same ones every time."""
-    return float(zlib.crc32(f"{row.index}{completion}".encode()) % 2)
+    right = [zlib.crc32(f"{row.index}{text}".encode()) % 2 for text, row in pairs]
+    return [Judged(reward=float(r), feedback=None if r else "This is not right.") for r in right]
+
+
+SCRIPTED = Scorer(_scripted)
 
 
 def miniature(spec: MethodSpec, steps: int) -> ExperimentSpec:

@@ -211,6 +211,8 @@ class OwnAttempt:
 
 
 Slot = ColumnSlot | TextSlot | SuccessfulSibling | Feedback | OwnAttempt
+OfRollouts = SuccessfulSibling | Feedback | OwnAttempt
+"""Slots that can be filled only once a group has been sampled and judged."""
 
 
 @frozen(kw_only=True)
