@@ -13,12 +13,12 @@ from sdkit.plan import Machine
 from sdkit.specs import ExperimentSpec, ShapeSpec
 
 
-def machine_for(spec: ExperimentSpec, ranks: int = 1) -> Machine:
-    """What the plan needs to know of this machine; the spec's `machine` overrides it."""
+def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
+    """What the plan needs to know of this machine; the spec's `machine` overrides it, but not a running world's ranks."""
     stated = spec.machine
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Machine(
-        ranks=stated.ranks if stated else ranks,
+        ranks=ranks or (stated.ranks if stated else 1),
         memory_gib=stated.memory_gib if stated and stated.memory_gib else memory,
         vllm=vllm_version(),
     )

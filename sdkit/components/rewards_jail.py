@@ -254,8 +254,9 @@ def become_program(job):
             os.setresuid(NOBODY, NOBODY, NOBODY)
         call("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
         call("prctl", DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
-        os.set_inheritable(job["report"], False)
-        os.dup2(job["report"], REPORT)
+        if job["report"] != REPORT:
+            os.dup2(job["report"], REPORT)
+            os.close(job["report"])
         for name, value in job["limits"].items():
             if name == "NPROC" and not job["isolated"]:
                 value += tasks_of(os.geteuid())  # the limit counts all of the user's

@@ -132,10 +132,9 @@ class SeededSampler:
             logits = logits.masked_fill(logits < kth, float("-inf"))
         if self.sampling.top_p < 1:
             ordered, ids = logits.sort(dim=-1, descending=True)
-            mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-            dropped = (mass_before >= self.sampling.top_p).scatter(
-                -1, ids, mass_before >= self.sampling.top_p
-            )
+            shares = ordered.softmax(-1)
+            beyond = shares.cumsum(-1) - shares >= self.sampling.top_p
+            dropped = beyond.scatter(-1, ids, beyond)  # back in the vocabulary's order
             logits = logits.masked_fill(dropped, float("-inf"))
         return logits
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -19,8 +18,6 @@ from torch import Tensor, nn
 from sdkit.specs import OptimizerSpec
 
 DEADLINE = timedelta(seconds=600)
-_own: dict[str, str] = {}
-"""What `start` put into the environment for a process group of one."""
 
 
 @frozen(kw_only=True)
@@ -49,24 +46,18 @@ def start() -> None:
     log.propagate = True
     # Else its shared-memory collective is compiled at every start (33 s measured) for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if not torch.distributed.is_initialized():
-        if "WORLD_SIZE" not in os.environ:
-            _own.update(_alone())
-            os.environ.update(_own)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if "WORLD_SIZE" not in os.environ:  # no launcher: a group of one needs no port
+            os.environ.setdefault("LOCAL_RANK", "0")
+            torch.distributed.init_process_group(
+                backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=DEADLINE
+            )
         with quiet():
             deepspeed.init_distributed(backend, verbose=False, timeout=DEADLINE)
-    launched = int(os.environ["WORLD_SIZE"])
     if world_size() != launched:
         raise RuntimeError(f"{launched} processes were launched, but {world_size()} joined")
-
-
-def _alone() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    return alone | {"MASTER_PORT": str(port)}
 
 
 def stop() -> None:
@@ -76,8 +67,6 @@ def stop() -> None:
 
         torch.distributed.barrier()
         comm.destroy_process_group()  # torch's own leaves DeepSpeed with a dead group, and no second run
-    while _own:  # else a child process would take them for a launcher's
-        os.environ.pop(_own.popitem()[0], None)
 
 
 def world_size() -> int:

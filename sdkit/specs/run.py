@@ -135,7 +135,7 @@ class OutputSpec:
     )
     samples: int = spec_field("rollouts written each time", default=4, range=AT_LEAST_ONE)
     checkpoint_every: int | None = spec_field(
-        "steps between checkpoints; a checkpoint at the end is always written",
+        "steps between checkpoints to resume from; the trained model is written in any case",
         default=None,
         range=AT_LEAST_ONE,
     )

@@ -145,20 +145,22 @@ def kept_tokens(logits, top_k=0, top_p=1.0):
 
 
 def test_draws_follow_the_probabilities(sampled, weights, requests):
-    draws = 2000
+    draws = 10_000
     many = [Request(prompt_ids=requests[0].prompt_ids, seed=derive(1, i)) for i in range(draws)]
-    first = [c.ids[0] for c in sampled(many, batch_rows=500, max_new_tokens=1)]
+    first = [c.ids[0] for c in sampled(many, batch_rows=1000, max_new_tokens=1)]
     ids = torch.tensor([requests[0].prompt_ids])
     with torch.no_grad():
         shares = weights.model(input_ids=ids).logits[0, -1].double().softmax(-1)
     expected, seen = shares * draws, torch.bincount(torch.tensor(first), minlength=len(shares))
+    kolmogorov_smirnov = (seen.cumsum(0) - expected.cumsum(0)).abs().max() / draws
+    assert kolmogorov_smirnov < 1.63 / draws**0.5
     rare = expected < 5
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
     seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
     freedom = len(expected) - 1
     assert freedom > 20
     chi_square = ((seen - expected).square() / expected).sum()
-    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+    assert chi_square < freedom + 3 * (2 * freedom) ** 0.5
 
 
 # ── ends ──────────────────────────────────────────────────────────────────────────────────────
