@@ -51,8 +51,9 @@ def start() -> None:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "WORLD_SIZE" not in os.environ:  # no launcher: a group of one needs no port
             os.environ.setdefault("LOCAL_RANK", "0")
+            store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             torch.distributed.init_process_group(
-                backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=DEADLINE
+                backend, store=store, rank=0, world_size=1, timeout=DEADLINE
             )
         with quiet():
             deepspeed.init_distributed(backend, verbose=False, timeout=DEADLINE)
