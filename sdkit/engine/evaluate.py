@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -108,11 +109,15 @@ def teacher_lift(world: World, before: Evaluated) -> dict[Key, Interval]:
         if not seen:
             continue
         chosen = [rows[i] for i in seen]
-        under = _suite(world, name, suite, chosen, world.teacher_weights, lambda row: view[id(row)])
+        under = _suite(world, name, suite, chosen, world.teacher_weights, partial(_look_up, view))
         for key, scores in under.scores.items():
             own = [before.scores[key][i] for i in seen]
             lift[key] = paired_difference(own, scores)
     return lift
+
+
+def _look_up(prompts: Mapping[int, tuple[int, ...]], row: Row) -> tuple[int, ...]:
+    return prompts[id(row)]
 
 
 def _teacher_view(world: World, name: str, rows: Sequence[Row]) -> dict[int, tuple[int, ...]]:

@@ -108,7 +108,9 @@ def miniature(spec: MethodSpec, steps: int) -> ExperimentSpec:
         losses=Table({name: _term(term) for name, term in spec.losses.items()}),
         model=_model(full.model if full else ModelSpec(path="model")),
         data=rows,
-        rewards=Table(dict.fromkeys(full.rewards if full else ("reward",), RegexReward(pattern="."))),
+        rewards=Table(
+            dict.fromkeys(full.rewards if full else ("reward",), RegexReward(pattern="."))
+        ),
         reward=full and full.reward,
         evaluation=full
         and full.evaluation

@@ -203,11 +203,11 @@ def _counted_logprobs(logprobs: Tensor, tokens: Tokens, name: str) -> Tensor:
 def correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tensor, Measures]:
     """Product of the ratios that `spec` asks for, [C], and each of them.  now [C]: detached log-probabilities."""
     old = now if tokens.old_logprobs is None else tokens.old_logprobs
-    correction, capped = torch.ones_like(now), torch.zeros_like(now, dtype=torch.bool)
+    product, capped = torch.ones_like(now), torch.zeros_like(now, dtype=torch.bool)
     measures: Measures = {}
     if spec.old_policy:
         ratio = importance_ratio(now, old, spec.old_policy.cap)
-        correction, measures["old_ratio"] = correction * ratio, ratio
+        product, measures["old_ratio"] = product * ratio, ratio
         capped = capped | cap_binds(now, old, spec.old_policy.cap)
     if spec.sampler:
         ratio = torch.ones_like(now)
@@ -218,5 +218,5 @@ def correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tenso
                 if tokens.ratio is None:
                     raise ValueError("a sampler ratio of level sequence_mean needs Tokens.ratio")
                 ratio = tokens.ratio
-        correction, measures["sampler_ratio"] = correction * ratio, ratio
-    return correction, measures | {"ratio_capped": capped.to(now.dtype)}
+        product, measures["sampler_ratio"] = product * ratio, ratio
+    return product, measures | {"ratio_capped": capped.to(now.dtype)}

@@ -132,7 +132,9 @@ def context_before_rollouts(spec: MethodSpec, context: Context) -> Iterator[Find
     by = spec.rollout.sampled_by
     if isinstance(by, TeacherSamples) and by.prompt == "teacher":
         for path, slot in _slots(spec):
-            message = f"{slot.kind} is known after sampling, but the teacher's prompt is sampled from"
+            message = (
+                f"{slot.kind} is known after sampling, but the teacher's prompt is sampled from"
+            )
             yield path, message, "use sampled_by: student"
 
 
@@ -146,7 +148,11 @@ def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
     if needed and spec.reward is None and len(spec.rewards) != 1:
         count = "there are none" if not spec.rewards else f"there are {len(spec.rewards)}"
         message = f"this needs the reward that training uses, and {count}"
-        hint = f"add reward: {next(iter(spec.rewards))}" if spec.rewards else "declare one under rewards"
+        hint = (
+            f"add reward: {next(iter(spec.rewards))}"
+            if spec.rewards
+            else "declare one under rewards"
+        )
         yield needed, message, hint
 
 
