@@ -156,20 +156,20 @@ def _advantages(
     then: Tensor,
     temperature: float,
 ) -> Tensor:
-    """[C], detached; 0 at tokens that the term does not count."""
+    """[C], detached; anything at tokens that the term does not count."""
     match term.advantage:
         case GroupRelative():
             if tokens.advantages is None:
                 raise ValueError(f"{name}: a group_relative advantage needs Tokens.advantages")
-            advantages = tokens.advantages.to(then.dtype)
+            return tokens.advantages.to(then.dtype)
         case LogRatio(center=center) as spec:
             teacher = sampled_token(sides.teacher(temperature), tokens.token)
             advantages = _floored(spec, teacher - then)
             if center == "sequence":
                 advantages = advantages - _sequence_mean(tokens, f"{name}/advantage")
+            return advantages
         case _:
             assert_never(term.advantage)
-    return advantages.masked_fill(tokens.weights[name] <= 0, 0.0)
 
 
 def reference_kl(
