@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 Message = Mapping[str, str]
@@ -32,6 +32,24 @@ class Row:
     def prompt_text(self) -> str:
         """The last user message."""
         return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+
+
+@frozen(eq=False, kw_only=True)
+class Attempt:
+    """A rollout's completion as text, and what the reward made of it."""
+
+    text: str
+    reward: float
+    feedback: str | None = None
+
+
+@frozen(eq=False, kw_only=True)
+class Evidence:
+    """What is known of a rollout once its group has been judged."""
+
+    group: Sequence[Attempt]  # all rollouts of the prompt, in order
+    own: int  # this one's place in the group
+    seed: int  # for a random pick
 
 
 @frozen(kw_only=True)
@@ -77,6 +95,9 @@ class Rollout:
     )
     policy_version: int  # optimizer steps behind the weights that sampled
     finished: bool
+    reward: float | None = None  # of the reward that training uses
+    filled: tuple[str, ...] = ()  # slots of the teacher's context that had something to say
+    advantage: float | None = None  # the reward against its group
 
 
 @frozen(eq=False, kw_only=True)
@@ -147,6 +168,10 @@ class Tokens:
     sampler_logprobs: Tensor | None  # [M] float32
     old_logprobs: Tensor | None  # [M] float32; None: the log-probabilities now, detached
     ratio: Tensor | None = None  # [M] float32; sampler correction where it needs whole sequences
+    advantages: Tensor | None = None  # [M] float32; from the reward of the token's rollout
+    sequence_means: Mapping[str, Tensor] = field(
+        factory=dict
+    )  # [M] float32 each, of what a term needs the mean over whole sequences of (objective.py)
 
     def __len__(self) -> int:
         return self.token.numel()
@@ -170,6 +195,8 @@ class Tokens:
             sampler_logprobs=optional(self.sampler_logprobs),
             old_logprobs=optional(self.old_logprobs),
             ratio=optional(self.ratio),
+            advantages=optional(self.advantages),
+            sequence_means={name: change(x) for name, x in self.sequence_means.items()},
         )
 
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import assert_never
 
 from sdkit.specs import (
+    Advantage,
     Average,
+    ClipSpec,
     Constant,
     CopyWeights,
     CrossEntropy,
@@ -17,13 +19,19 @@ from sdkit.specs import (
     EmaWeights,
     ForwardKl,
     FrozenWeights,
+    GroupRelative,
     Jsd,
     LinearMix,
+    LogRatio,
+    LossTerm,
     MethodSpec,
     PerSequence,
     PerToken,
+    PolicyGradient,
+    ReferenceKl,
     ReverseKl,
     SampledTokenSupport,
+    SamplerRatio,
     Schedule,
     SequenceSum,
     StudentSamples,
@@ -47,6 +55,17 @@ def describe_losses(spec: MethodSpec) -> Iterator[str]:
             case CrossEntropy():
                 text = f"cross entropy of the completion's tokens{_mask(term)}, {_average(term.average)}"
                 yield f"{name}: {_scaled(term.coefficient)}{text}"
+            case PolicyGradient():
+                yield f"{name}: {_policy_gradient(term)}"
+            case ReferenceKl(estimator=estimator):
+                over = {
+                    "k2": "estimated from the sampled token (k2)",
+                    "vocabulary": "over the whole vocabulary",
+                }
+                text = (
+                    f"{_scaled(term.coefficient)}reverse KL(student‖start model) {over[estimator]}"
+                )
+                yield f"{name}: {text}, {_average(term.average)}{_mask(term)}"
             case _:
                 assert_never(term)
 
@@ -108,9 +127,46 @@ def _distillation(term: Distillation, temperature: float) -> str:
     if importance.old_policy:
         parts.append(f"ratio to the old policy capped at {importance.old_policy.cap:g}")
     if importance.sampler:
-        level = importance.sampler.level.replace("_", " ")
-        parts.append(f"ratio to the sampler ({level}) capped at {importance.sampler.cap:g}")
+        parts.append(_sampler(importance.sampler))
     return ", ".join(parts)
+
+
+def _sampler(ratio: SamplerRatio) -> str:
+    level = ratio.level.replace("_", " ")
+    return f"ratio to the sampler ({level}) capped at {ratio.cap:g}"
+
+
+def _policy_gradient(term: PolicyGradient) -> str:
+    parts = [
+        f"{_scaled(term.coefficient)}policy gradient, advantage {_advantage(term.advantage)}",
+        f"ratio per {term.ratio}{_clip(term.clip)}",
+        _average(term.average) + _mask(term),
+    ]
+    if sampler := term.importance.sampler:
+        parts.append(_sampler(sampler))
+    return ", ".join(parts)
+
+
+def _advantage(advantage: Advantage) -> str:
+    match advantage:
+        case GroupRelative(baseline=baseline, scale=scale, eps=eps):
+            left = "reward − group mean" if baseline == "group_mean" else "reward"
+            if scale == "none":
+                return left
+            return f"({left}) / ({scale.replace('_', ' ')} + {eps:g})"
+        case LogRatio(center=center, floor=floor):
+            low = "" if floor is None else f" (at least {floor:g})"
+            mean = " − its mean over the sequence" if center == "sequence" else ""
+            return f"log teacher − log student{low}{mean}"
+        case _:
+            assert_never(advantage)
+
+
+def _clip(clip: ClipSpec | None) -> str:
+    if clip is None:
+        return ""
+    dual = f" (dual {clip.dual:g})" if clip.dual is not None else ""
+    return f" clipped to {1 - clip.low:g} … {1 + clip.high:g}{dual}"
 
 
 def _divergence(divergence: Divergence) -> str:
@@ -156,7 +212,7 @@ def _average(average: Average) -> str:
             assert_never(average)
 
 
-def _mask(term: Distillation | CrossEntropy) -> str:
+def _mask(term: LossTerm) -> str:
     skipped = f", first {term.mask.skip_first} tokens left out" if term.mask.skip_first else ""
     return skipped + (f", only the first {term.mask.prefix} tokens" if term.mask.prefix else "")
 

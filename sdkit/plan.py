@@ -15,6 +15,8 @@ from sdkit.specs import (
     EmaWeights,
     ExperimentSpec,
     FrozenWeights,
+    PolicyGradient,
+    ReferenceKl,
     ReplayBackend,
     ShapeSpec,
     StudentWeights,
@@ -102,7 +104,8 @@ def make_plan(
         derived.append(f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps")
     updates = spec.training.updates_per_rollout
     corrected = any(
-        isinstance(t, Distillation) and (t.importance.old_policy or t.importance.sampler)
+        isinstance(t, PolicyGradient)
+        or (isinstance(t, Distillation) and (t.importance.old_policy or t.importance.sampler))
         for t in spec.losses.values()
     )
     return Plan(
@@ -154,11 +157,20 @@ def copies_of_model(spec: ExperimentSpec) -> bool:
     return not isinstance(spec.teacher.weights, StudentWeights)
 
 
+def pulls_to_reference(spec: ExperimentSpec) -> bool:
+    """Whether a term holds the student near the frozen start model."""
+    return any(isinstance(term, ReferenceKl) for term in spec.losses.values())
+
+
 def _roles(spec: ExperimentSpec) -> list[str]:
     trained = f"LoRA rank {spec.model.lora.rank}" if spec.model.lora else "all weights"
     roles = [f"student: {spec.model.path}, {trained}, {spec.model.dtype}, float32 masters"]
     if spec.teacher:
         roles.append(f"teacher: {describe_teacher(spec)}{_where(spec, spec.teacher.weights)}")
+    if pulls_to_reference(spec):
+        own = "the student with its adapter off" if spec.model.lora else "a copy of the model"
+        shared = spec.teacher and isinstance(spec.teacher.weights, FrozenWeights)
+        roles.append(f"reference: the frozen start model ({'the teacher' if shared else own})")
     roles.append(f"sampler: {describe_sampling(spec)}")
     return roles
 
@@ -217,6 +229,9 @@ def _memory(spec: ExperimentSpec, backend: object, shape: ShapeSpec) -> list[Sha
             spec.teacher.weights, EmaWeights | CopyWeights
         )
         shares.append(Share(what="teacher weights", gib=count * (per + 4 * moving) / GIB))
+    frozen_teacher = spec.teacher and isinstance(spec.teacher.weights, FrozenWeights)
+    if pulls_to_reference(spec) and not spec.model.lora and not frozen_teacher:
+        shares.append(Share(what="reference weights", gib=count * per / GIB))
     if isinstance(backend, VllmBackend):
         own = BYTES[backend.dtype or spec.model.dtype]
         shares.append(

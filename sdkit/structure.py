@@ -242,9 +242,11 @@ class _Walk:
         return self.report(path, message, "type", hint or _repair(data, scalars))
 
     def _not_among(self, choices: Any, data: Any, path: Path, code: str) -> Any:
+        from sdkit.wording import refusal
+
         words = [c for c in choices if isinstance(c, str)]
         close = nearest(data, words) if isinstance(data, str) else None
-        hint = f'did you mean "{close}"?' if close else None
+        hint = refusal(path[-1], data) or (f'did you mean "{close}"?' if close else None)
         if isinstance(data, str) and _unquoted(data) in choices:
             hint = "remove the quotes"
         shown = "this" if isinstance(data, dict | list) else shorten(data)

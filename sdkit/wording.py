@@ -1,6 +1,7 @@
-"""What to say of a key that the language does not know: the nearest key, sdkit's word for it, or where it belongs.
+"""What to say of a key that the language does not know: the nearest key, sdkit's word for it, or where it belongs;
+and of a value that it refuses for a reason.
 
-Read only when there is such a key.
+Read only when there is such a key or value.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from sdkit.surface import is_spec, keys_of, members
 
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "alpha": ("update_rate", "teacher_share"),
-    "beta": ("teacher_share", "update_rate"),
+    "beta": ("teacher_share", "update_rate", "coefficient"),
+    "kl_coef": ("coefficient",),
+    "scale_rewards": ("scale",),
+    "epsilon": ("low",),
+    "epsilon_high": ("high",),
+    "clip_ratio_low": ("low",),
+    "clip_ratio_high": ("high",),
+    "importance_sampling_level": ("ratio",),
     "tau": ("update_rate", "temperature"),
     "decay": ("update_rate",),
     "ema_decay": ("update_rate",),
@@ -68,6 +76,17 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "type": ("kind",),
 }
 """Words of other toolkits → sdkit's keys, likeliest first."""
+
+REFUSED: Mapping[tuple[str, str], str] = {
+    ("estimator", "k1"): "use k2 or vocabulary: the expected gradient of k1 is 0",
+    ("estimator", "k3"): "use k2 or vocabulary: the gradient of k3 is that of the forward KL",
+}
+"""(key, value) → what to write instead, and why the language does not have it.  reference/methods.md §5.4."""
+
+
+def refusal(key: str | int, value: object) -> str | None:
+    """What to say of a value that other toolkits accept and sdkit does not."""
+    return next((why for (k, v), why in REFUSED.items() if (k, v) == (key, value)), None)
 
 
 def advice(name: str, cls: type) -> str | None:

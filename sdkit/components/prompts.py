@@ -6,19 +6,33 @@ generation prompt.  Nothing here ever cuts it, the prompt, or a template's own t
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, assert_never
 
 from attrs import evolve, frozen
 
-from sdkit.batches import Message, Row
+from sdkit.batches import Attempt, Evidence, Message, Row
 from sdkit.problems import BadData, first_of, listed, nearest
-from sdkit.specs import ColumnSlot, EarlierTurns, Sees, SystemMessage, TextSlot, UserTurn
+from sdkit.specs import (
+    ColumnSlot,
+    EarlierTurns,
+    Feedback,
+    OwnAttempt,
+    Sees,
+    Slot,
+    SuccessfulSibling,
+    SystemMessage,
+    TextSlot,
+    UserTurn,
+)
 from sdkit.templates import Field, fill, parse
 
 Ids = tuple[int, ...]
 _parsed = lru_cache(maxsize=256)(parse)
+THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 @frozen(kw_only=True)
@@ -28,6 +42,7 @@ class TeacherPrompt:
     ids: Ids
     messages: tuple[Message, ...]
     cut_tokens: int  # by how much the slots were shortened to fit
+    filled: tuple[str, ...] = ()  # names of the slots that had something to say
 
 
 @frozen(kw_only=True)
@@ -94,14 +109,17 @@ class Prompter:
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(bare)))
         return whole[shared:]
 
-    def teacher_ids(self, row: Row, sees: Sees | None) -> TeacherPrompt | None:
+    def teacher_ids(
+        self, row: Row, sees: Sees | None, evidence: Evidence | None = None
+    ) -> TeacherPrompt | None:
         """The teacher's prompt, shortened to `max_prompt_tokens`; None where a required slot is unfilled.
 
-        Raises BadData naming the row where even empty slots leave the prompt too long.
+        `evidence` fills the slots that speak of rollouts.  Raises BadData naming the row where even empty slots leave
+        the prompt too long.
         """
         if sees is None:
             return TeacherPrompt(ids=self.student_ids(row), messages=row.messages, cut_tokens=0)
-        values = slot_values(row, sees)
+        values = slot_values(row, sees, evidence)
         if values is None:
             return None
         whole = self._render(row, sees, values)
@@ -112,13 +130,15 @@ class Prompter:
 
     def _render(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
         messages = tuple(teacher_messages(row, sees, values))
-        return TeacherPrompt(ids=self.ids(row, messages), messages=messages, cut_tokens=0)
+        filled = tuple(name for name, value in values.items() if value)
+        ids = self.ids(row, messages)
+        return TeacherPrompt(ids=ids, messages=messages, cut_tokens=0, filled=filled)
 
     def _shortened(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
         """The column slots cut to a common number of tokens, the largest that fits: the longest give first."""
         limit = sees.max_prompt_tokens or 0
-        columns = (name for name, slot in sees.slots.items() if isinstance(slot, ColumnSlot))
-        starts = {name: self._token_starts(values[name]) for name in columns}
+        cut = (name for name, slot in sees.slots.items() if not isinstance(slot, TextSlot))
+        starts = {name: self._token_starts(values[name]) for name in cut}
 
         def keeping(count: int) -> TeacherPrompt:
             kept = {n: _kept(values[n], at, count, sees.cut) for n, at in starts.items()}
@@ -161,25 +181,74 @@ def _kept(text: str, starts: Sequence[int], count: int, cut: str) -> str:
 # ── what the teacher sees ─────────────────────────────────────────────────────────────────────
 
 
-def slot_values(row: Row, sees: Sees) -> dict[str, str] | None:
-    """The text of every slot, "" where a column has none; None where `requires` is not met.
+def slot_values(row: Row, sees: Sees, evidence: Evidence | None = None) -> dict[str, str] | None:
+    """The text of every slot, "" where there is none; None where `requires` is not met.
 
-    Only columns can be unfilled, so `requires: any` asks for one of the columns; a fixed text does not count.
+    A fixed text is always there, so `requires: any` asks for one of the others.
     """
-    values: dict[str, str] = {}
-    filled: list[bool] = []
+    found = {name: _slot_value(slot, row, evidence) for name, slot in sees.slots.items()}
+    solved = any(
+        found[name] for name, slot in sees.slots.items() if isinstance(slot, SuccessfulSibling)
+    )
     for name, slot in sees.slots.items():
-        match slot:
-            case ColumnSlot():
-                value = row.columns.get(slot.name)
-                values[name] = "" if value is None else str(value)
-                filled.append(values[name] != "")
-            case TextSlot():
-                values[name] = slot.text
-            case _:
-                assert_never(slot)
+        if isinstance(slot, Feedback) and slot.when == "no_solution" and solved:
+            found[name] = ""
+    filled = [found[n] != "" for n, slot in sees.slots.items() if not isinstance(slot, TextSlot)]
     met = all(filled) if sees.requires == "all" else any(filled) or not filled
-    return values if met else None
+    if not met:
+        return None
+    return {name: _wrapped(slot, found[name]) for name, slot in sees.slots.items()}
+
+
+def _slot_value(slot: Slot, row: Row, evidence: Evidence | None) -> str:
+    match slot:
+        case ColumnSlot():
+            value = row.columns.get(slot.name)
+            return "" if value is None else str(value)
+        case TextSlot():
+            return slot.text
+        case SuccessfulSibling():
+            return _sibling(slot, evidence) if evidence else ""
+        case Feedback():
+            return (evidence.group[evidence.own].feedback or "").strip() if evidence else ""
+        case OwnAttempt():
+            return _shown(evidence.group[evidence.own], slot.strip_thinking) if evidence else ""
+        case _:
+            assert_never(slot)
+
+
+def _sibling(slot: SuccessfulSibling, evidence: Evidence) -> str:
+    """The successful completion that the teacher is shown (Hübotter 2026, §2: the first of the group)."""
+    successes = [
+        attempt
+        for place, attempt in enumerate(evidence.group)
+        if attempt.reward >= slot.threshold and not (slot.exclude_self and place == evidence.own)
+    ]
+    if not successes:
+        return ""
+    match slot.pick:
+        case "first":
+            chosen = successes[0]
+        case "best":
+            chosen = max(successes, key=lambda attempt: attempt.reward)
+        case "random":
+            chosen = random.Random(evidence.seed).choice(successes)
+        case _:
+            assert_never(slot.pick)
+    return _shown(chosen, slot.strip_thinking)
+
+
+def _shown(attempt: Attempt, strip_thinking: bool) -> str:
+    text = THINKING.sub("", attempt.text) if strip_thinking else attempt.text
+    return text.strip()
+
+
+def _wrapped(slot: Slot, value: str) -> str:
+    if isinstance(slot, TextSlot) or value == "":
+        return value
+    return fill(
+        _parsed(slot.wrap), lambda field: value if str(field) == "value" else f"{{{field}}}"
+    )
 
 
 def teacher_messages(row: Row, sees: Sees, values: Mapping[str, str]) -> list[Message]:

@@ -1,272 +1,169 @@
-"""Rewards: a completion as text, and its row, to a number.  Knows nothing of tokens, groups or advantages."""
+"""Rewards: a completion as text, and its row, to a number and perhaps a text.  Knows nothing of tokens or groups.
+
+Answers are compared in `rewards_answers` and `rewards_math`, models asked in `rewards_model`, users' functions called
+in `rewards_file`.
+"""
 
 from __future__ import annotations
 
-import decimal
-import importlib.util
-import math
-import numbers
-import re
-import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, assert_never
+from typing import assert_never
+
+from attrs import frozen
 
 from sdkit.batches import Row
-from sdkit.problems import BadData, BadEnvironment, Place, nearest, shorten
+from sdkit.components import rewards_answers as answers
+from sdkit.components.rewards_file import user_function
+from sdkit.components.rewards_judged import Judged, Pair, Scorer
+from sdkit.components.rewards_math import math_verify
+from sdkit.components.rewards_model import reward_model
+from sdkit.problems import SdkitError
 from sdkit.specs import (
     ChoiceReward,
     ExactReward,
-    Extract,
     FileReward,
-    LastChoice,
-    LastNumber,
+    MathVerifyReward,
     NumberReward,
     ReasoningGymReward,
     ReasoningGymSource,
     RegexReward,
     Reward,
-    Tagged,
-    WholeText,
+    RewardModel,
+    WeightedReward,
 )
 
-Scorer = Callable[[str, Row], float]
-
-# A sign belongs to the number only where nothing stands right before it: 10-20 ends in 20, not in -20.
-_UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])[-+−])?(?<![\w.])(?:{_UNSIGNED})(?:[eE][-+]?[0-9]+)?")
-# The pronoun in "I think" is not a choice.
-_CHOICE = re.compile(r"(?<![\w'’])(?!I [a-z])[A-Z](?![\w'’])")
-# Exact to 60 digits, and never an exception, whatever exponent a model writes.
-_EXACT = decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])
+Judgements = Mapping[str, Sequence[Judged]]
+"""Per reward: what it made of each completion."""
 
 
-def open_reward(reward: Reward, base: Path, source: ReasoningGymSource | None) -> Scorer:
-    """The function that scores a completion; a completion without an answer scores 0.
+def open_reward(
+    reward: Reward,
+    base: Path,
+    source: ReasoningGymSource | None,
+    opened: Mapping[str, Scorer] | None = None,
+) -> Scorer:
+    """The scorer of one reward; a completion without an answer scores 0.
 
-    `base` is the folder that relative paths start from; `source` is where the rows come from, if reasoning-gym.
-    Raises BadData where the reward cannot be opened; the function raises it where a row lacks the right answer, or
-    a user's function fails or returns no finite number.
+    `base` is the folder that relative paths start from; `source` is where the rows come from, if reasoning-gym;
+    `opened` are the rewards that a weighted sum names.  Raises BadData where the reward cannot be opened and
+    BadEnvironment where the machine lacks what it needs; the scorer raises BadData where a row lacks the right answer,
+    or a user's function is late, fails or returns no finite number.
     """
     match reward:
         case ReasoningGymReward():
-            return _reasoning_gym(reward, source)
+            return answers.own_scorer(reward, source)
         case ExactReward():
-            return _exact(reward)
+            return answers.exact(reward)
         case NumberReward():
-            return _number(reward)
+            return answers.number(reward)
         case ChoiceReward():
-            return _choice(reward)
+            return answers.choice(reward)
         case RegexReward():
-            return _regex(reward)
+            return answers.regex(reward)
+        case MathVerifyReward():
+            return math_verify(reward)
+        case RewardModel():
+            return reward_model(reward, base)
         case FileReward():
-            return _from_file(reward, base)
+            return user_function(reward, base)
+        case WeightedReward():
+            return _sum(
+                {name: (weight, (opened or {})[name]) for name, weight in reward.parts.items()}
+            )
         case _:
             assert_never(reward)
 
 
+def open_rewards(
+    rewards: Mapping[str, Reward],
+    names: Iterable[str],
+    base: Path,
+    source: ReasoningGymSource | None,
+) -> dict[str, Scorer]:
+    """The named rewards of a spec, each opened once.  Raises as `open_reward` does, saying which reward it was."""
+    opened: dict[str, Scorer] = {}
+
+    def open_one(name: str) -> Scorer:
+        if name not in opened:
+            reward = rewards[name]
+            for part in reward.parts if isinstance(reward, WeightedReward) else ():
+                open_one(part)
+            try:
+                opened[name] = open_reward(reward, base, source, opened)
+            except SdkitError as error:
+                message = f"rewards.{name}: {error.message}"
+                raise type(error)(message, hint=error.hint, place=error.place) from error
+        return opened[name]
+
+    return {name: open_one(name) for name in names}
+
+
 def score(
     rewards: Mapping[str, Scorer], completions: Sequence[str], rows: Sequence[Row]
-) -> dict[str, list[float]]:
-    """Every reward of every completion; `rows` go with the completions.  Raises BadData as the rewards do."""
+) -> dict[str, list[Judged]]:
+    """Every reward of every completion; `rows` go with the completions.  Raises BadData as the rewards do.
+
+    What is both a reward and a part of another is asked once.
+    """
     pairs = list(zip(completions, rows, strict=True))
-    return {name: [scorer(text, row) for text, row in pairs] for name, scorer in rewards.items()}
+    known: dict[int, list[Judged]] = {}
+
+    def judged(scorer: Scorer) -> list[Judged]:
+        if id(scorer) not in known:
+            if isinstance(scorer, Sum):
+                found = scorer.combine({n: judged(part) for n, (_, part) in scorer.parts.items()})
+            else:
+                found = scorer.many(pairs)
+            known[id(scorer)] = found
+        return known[id(scorer)]
+
+    return {name: judged(scorer) for name, scorer in rewards.items()}
 
 
-# ── which part of a completion is the answer ──────────────────────────────────────────────────
+def figures(judged: Judgements) -> dict[str, list[float]]:
+    """The numbers alone, those of a sum's parts as SUM/PART."""
+    found: dict[str, list[float]] = {}
+    for name, values in judged.items():
+        found[name] = [j.reward for j in values]
+        for part in values[0].parts if values else ():
+            found[f"{name}/{part}"] = [j.parts[part] for j in values]
+    return found
 
 
-def extract(how: Extract, completion: str) -> str | None:
-    """The answer in a completion; None where there is none."""
-    match how:
-        case WholeText():
-            return completion.strip()
-        case Tagged():
-            _, opened, rest = completion.rpartition(f"<{how.tag}>")
-            answer, closed, _ = rest.partition(f"</{how.tag}>")
-            return answer.strip() if opened and closed else None
-        case LastNumber():
-            return _last(_NUMBER, completion)
-        case LastChoice():
-            return _last(_CHOICE, completion)
-        case _:
-            assert_never(how)
+# ── weighted sums ─────────────────────────────────────────────────────────────────────────────
 
 
-def _last(pattern: re.Pattern[str], text: str) -> str | None:
-    found = pattern.findall(text)
-    return found[-1] if found else None
+@frozen(eq=False)
+class Sum(Scorer):
+    """A weighted sum of other scorers."""
 
+    parts: Mapping[str, tuple[float, Scorer]]
 
-# ── comparisons ───────────────────────────────────────────────────────────────────────────────
+    def combine(self, judged: Judgements) -> list[Judged]:
+        """The sums, from what each part gave; the texts of the parts follow each other."""
+        return [
+            self._one({name: values[i] for name, values in judged.items()})
+            for i in range(_length(judged))
+        ]
 
-
-def _answer(row: Row, column: str) -> Any:
-    value = row.columns.get(column)
-    if value is None:
-        raise BadData(f"row {row.index} has no right answer in the column '{column}'")
-    return value
-
-
-def _exact(reward: ExactReward) -> Scorer:
-    def scored(completion: str, row: Row) -> float:
-        right = str(_answer(row, reward.answer)).strip()
-        answer = extract(reward.extract, completion)
-        if answer is not None and reward.ignore_case:
-            right, answer = right.casefold(), answer.casefold()
-        return float(answer == right)
-
-    return scored
-
-
-def _number(reward: NumberReward) -> Scorer:
-    tolerance = Decimal(repr(reward.tolerance))
-
-    def scored(completion: str, row: Row) -> float:
-        right = _read_number(str(_answer(row, reward.answer)))
-        if right is None:
-            raise BadData(
-                f"row {row.index}: {shorten(row.columns[reward.answer])} in the column '{reward.answer}' "
-                "is not a number"
-            )
-        answer = _read_number(extract(reward.extract, completion) or "")
-        if answer is None:
-            return 0.0
-        apart = _EXACT.abs(_EXACT.subtract(answer, right))
-        return float(apart.is_finite() and apart <= tolerance)
-
-    return scored
-
-
-def _read_number(text: str) -> Decimal | None:
-    found = _NUMBER.fullmatch(text.strip())
-    if found is None:
-        return None
-    value = _EXACT.create_decimal(found[0].replace(",", "").replace("−", "-"))
-    return value if value.is_finite() else None
-
-
-def _choice(reward: ChoiceReward) -> Scorer:
-    def scored(completion: str, row: Row) -> float:
-        right = _letter(str(_answer(row, reward.answer)))
-        if not re.fullmatch("[A-Z]", right):
-            raise BadData(
-                f"row {row.index}: {shorten(row.columns[reward.answer])} in the column '{reward.answer}' "
-                "is not a capital letter"
-            )
-        return float(_letter(extract(reward.extract, completion) or "") == right)
-
-    return scored
-
-
-def _letter(text: str) -> str:
-    """A choice without what is written around it: (B), B., **B**."""
-    return text.strip(" \t\n()[].:*")
-
-
-def _regex(reward: RegexReward) -> Scorer:
-    try:
-        pattern = re.compile(reward.pattern)
-    except re.error as error:
-        raise BadData(f"the pattern {shorten(reward.pattern)} cannot be read: {error}") from error
-    return lambda completion, row: float(pattern.search(completion.strip()) is not None)
-
-
-# ── scorers of others ─────────────────────────────────────────────────────────────────────────
-
-
-def _reasoning_gym(reward: ReasoningGymReward, source: ReasoningGymSource | None) -> Scorer:
-    if source is None:
-        raise BadData("a reward of kind reasoning_gym needs data of kind reasoning_gym")
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise BadEnvironment(
-            "rewards of kind reasoning_gym need a package that is missing: "
-            f"{error.name or 'reasoning_gym'}",
-            hint="pip install reasoning-gym",
-        ) from error
-    task = reasoning_gym.create_dataset(
-        source.task, size=source.size, seed=source.seed, **source.options
-    )
-
-    def scored(completion: str, row: Row) -> float:
-        answer = extract(reward.extract, completion)
-        if answer is None:
-            return 0.0
-        value = _task_score(task, answer, row)
-        return float(value >= 1.0) if reward.full_marks_only else value
-
-    return scored
-
-
-def _task_score(task: Any, answer: str, row: Row) -> float:
-    """The task's score.  An answer on which a scorer breaks is wrong, unless it breaks on the right answer too."""
-    try:
-        return float(task.score_answer(answer, row.raw))
-    except Exception as error:
-        try:
-            task.score_answer(str(row.raw.get("answer")), row.raw)
-        except Exception:
-            raise BadData(f"row {row.index} cannot be scored by its task: {error!r}") from error
-        return 0.0
-
-
-def _from_file(reward: FileReward, base: Path) -> Scorer:
-    path = (base / reward.file).resolve()
-    function = _load(path, reward)
-
-    def scored(completion: str, row: Row) -> float:
-        try:
-            value = function(completion, dict(row.columns))
-        except Exception as error:
-            sample = f"row {row.index}, completion {shorten(completion)}"
-            raise _failure(f"{reward.function} failed on {sample}", path, reward, error) from error
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise BadData(
-                f"{reward.function} in {reward.file} returned {value!r} for row {row.index}, "
-                f"completion {shorten(completion)}; it must return a finite number"
-            )
-        return float(value)
-
-    return scored
-
-
-def _load(path: Path, reward: FileReward) -> Callable[[str, dict[str, Any]], Any]:
-    """The function, from this file and no other; the file is run once."""
-    if not path.is_file():
-        raise BadData(f"there is no file {reward.file}")
-    name = f"sdkit reward {path}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise BadData(f"{reward.file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while it runs
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise _failure(f"{reward.file} cannot be loaded", path, reward, error) from error
-    function = getattr(module, reward.function, None)
-    if not callable(function):
-        like = nearest(reward.function, [n for n, v in vars(module).items() if callable(v)])
-        raise BadData(
-            f"{reward.file} has no function '{reward.function}'",
-            hint=f"did you mean '{like}'?" if like else None,
+    def _one(self, judged: Mapping[str, Judged]) -> Judged:
+        texts = [j.feedback for j in judged.values() if j.feedback]
+        return Judged(
+            reward=sum(weight * judged[name].reward for name, (weight, _) in self.parts.items()),
+            feedback="\n\n".join(texts) or None,
+            parts={name: j.reward for name, j in judged.items()},
         )
-    return function
 
 
-def _failure(what: str, path: Path, reward: FileReward, error: Exception) -> BadData:
-    """An error of the user's code, with the last line of it that was reached."""
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == str(path) and frame.lineno
-    ]
-    if isinstance(error, SyntaxError) and error.lineno:
-        lines.append(error.lineno)
-    place = Place(reward.file, lines[-1], 1) if lines else None
-    return BadData(f"{what}: {type(error).__name__}: {error}", place=place)
+def _length(judged: Judgements) -> int:
+    return len(next(iter(judged.values())))
+
+
+def _sum(parts: Mapping[str, tuple[float, Scorer]]) -> Sum:
+    def many(pairs: Sequence[Pair]) -> list[Judged]:
+        found = score({"": total}, [text for text, _ in pairs], [row for _, row in pairs])
+        return found[""]
+
+    total = Sum(many, parts)
+    return total

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdkit.batches import Counts, MicroBatch, Rollout, Sequences, Tokens
 from sdkit.losses.objective import counted, row_weights
-from sdkit.specs import Distillation, LossTerm, Table
+from sdkit.specs import LossTerm, Table, needs_teacher
 
 
 @frozen(eq=False, kw_only=True)
@@ -64,7 +64,7 @@ def _width(rollout: Rollout) -> int:
 
 
 def _positions(term: LossTerm, rollout: Rollout) -> range:
-    if isinstance(term, Distillation) and rollout.teacher_prompt_ids is None:
+    if needs_teacher(term) and rollout.teacher_prompt_ids is None:
         return range(0)
     return counted(term.mask, len(rollout.completion_ids))
 
@@ -98,7 +98,7 @@ def _micro_batch(
     device: torch.device,
 ) -> MicroBatch:
     kept = [sorted({p for t in losses.values() for p in _positions(t, r)}) for r in rollouts]
-    teacher = any(isinstance(term, Distillation) for term in losses.values())
+    teacher = any(needs_teacher(term) for term in losses.values())
     tokens = Tokens(
         token=_flat(
             [[r.completion_ids[p] for p in ps] for r, ps in zip(rollouts, kept, strict=True)]
@@ -109,6 +109,7 @@ def _micro_batch(
         },
         sampler_logprobs=_flat_floats([r.sampler_logprobs for r in rollouts], kept),
         old_logprobs=_flat_floats([r.old_logprobs for r in rollouts], kept),
+        advantages=_per_rollout([r.advantage for r in rollouts], kept),
     )
     return MicroBatch(
         student=_sequences([r.prompt_ids for r in rollouts], rollouts, kept, device),
@@ -166,6 +167,13 @@ def _sequences(
 
 def _flat(rows: list[list[int]]) -> Tensor:
     return torch.tensor([x for row in rows for x in row], dtype=torch.long)
+
+
+def _per_rollout(values: list[float | None], kept: list[list[int]]) -> Tensor | None:
+    if any(value is None for value in values):
+        return None
+    each = [v for v, ps in zip(values, kept, strict=True) for _ in ps]
+    return torch.tensor(each, dtype=torch.float32)
 
 
 def _flat_floats(rows: list[tuple[float, ...] | None], kept: list[list[int]]) -> Tensor | None:

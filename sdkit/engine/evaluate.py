@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
 from sdkit.batches import Request, Row, Sampling
 from sdkit.components.intervals import Interval, mean_interval, paired_difference
+from sdkit.components.rewards import figures, score
 from sdkit.engine.gather import completion_text, gather
 from sdkit.engine.step import measure
 from sdkit.seeds import derive
@@ -102,15 +104,32 @@ def teacher_lift(world: World, before: Evaluated) -> dict[Key, Interval]:
     lift: dict[Key, Interval] = {}
     for name, suite in evaluation.suites.items():
         rows = world.data.suites[name][: evaluation.teacher_lift]
-        seen = [i for i, row in enumerate(rows) if world.data.teacher_ids(row) is not None]
+        view = _teacher_view(world, name, rows)
+        seen = [i for i, row in enumerate(rows) if id(row) in view]
         if not seen:
             continue
         chosen = [rows[i] for i in seen]
-        under = _suite(world, name, suite, chosen, world.teacher_weights, world.data.teacher_ids)
+        under = _suite(world, name, suite, chosen, world.teacher_weights, partial(_look_up, view))
         for key, scores in under.scores.items():
             own = [before.scores[key][i] for i in seen]
             lift[key] = paired_difference(own, scores)
     return lift
+
+
+def _look_up(prompts: Mapping[int, tuple[int, ...]], row: Row) -> tuple[int, ...]:
+    return prompts[id(row)]
+
+
+def _teacher_view(world: World, name: str, rows: Sequence[Row]) -> dict[int, tuple[int, ...]]:
+    """The teacher's prompt of each row that has one; where the context waits for rollouts, that of the first rollout."""
+    data = world.data
+    if not data.waits_for_rollouts:
+        return {id(row): ids for row in rows if (ids := data.teacher_ids(row)) is not None}
+    found: dict[int, tuple[int, ...]] = {}
+    for rollout in gather(world, rows, ("lift", name), suite=name).batch:
+        if rollout.teacher_prompt_ids is not None:
+            found.setdefault(id(rollout.row), rollout.teacher_prompt_ids)
+    return found
 
 
 def held_out_loss(world: World) -> dict[str, float]:
@@ -121,7 +140,7 @@ def held_out_loss(world: World) -> dict[str, float]:
         rows = world.data.suites[name][: suite.loss_prompts]
         if not rows:
             continue
-        gathered = gather(world, rows, ("held out", name), evaluation=True)
+        gathered = gather(world, rows, ("held out", name), suite=name)
         prefix = "eval/" if position == 0 else f"eval/{name}/"
         found |= {prefix + key: value for key, value in measure(world, gathered.batch).items()}
     return found
@@ -169,10 +188,8 @@ def _scored(
     texts: Sequence[str],
     lengths: Sequence[int],
 ) -> Evaluated:
-    each = {
-        reward: [scorer(text, rows[i]) for text, i in zip(texts, owners, strict=True)]
-        for reward, scorer in world.data.rewards[where[0]].items()
-    }
+    judged = score(world.data.rewards[where[0]], texts, [rows[i] for i in owners])
+    each = figures(judged)
     scores = {
         (*where, reward): _per_prompt(values, owners, len(rows)) for reward, values in each.items()
     }
@@ -184,6 +201,11 @@ def _scored(
             "prompt": rows[i].prompt_text,
             "completion": text,
             "scores": {reward: values[j] for reward, values in each.items()},
+            "feedback": {
+                reward: values[j].feedback
+                for reward, values in judged.items()
+                if values[j].feedback
+            },
         }
         for j, (text, i) in enumerate(zip(texts, owners, strict=True))
     ]

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from attrs import frozen
 
-from sdkit.batches import Completion, Request, Rollout, RolloutBatch, Row, Sampling
+from sdkit.batches import Completion, Evidence, Request, Rollout, RolloutBatch, Row, Sampling
+from sdkit.components.rewards import figures, score
+from sdkit.engine.judge import evidence, with_advantages
 from sdkit.seeds import derive
 from sdkit.specs import DatasetSamples, StudentSamples, TeacherSamples
 
@@ -22,6 +24,7 @@ class Gathered:
 
     batch: RolloutBatch
     requests: tuple[Request, ...]  # as sampled; the data set's own completions have requests too
+    scores: Mapping[str, Sequence[float]]  # per reward: one number a rollout
     seconds: Mapping[str, float]
     figures: Mapping[str, float]  # of the weight transfer
 
@@ -39,9 +42,12 @@ def training_sampling(world: World) -> Sampling:
 
 
 def gather(
-    world: World, rows: Sequence[Row], stream: Sequence[str | int], *, evaluation: bool = False
+    world: World, rows: Sequence[Row], stream: Sequence[str | int], *, suite: str | None = None
 ) -> Gathered:
-    """One group of rollouts per row; `stream` names the seeds (such as "rollout" and the step)."""
+    """One group of rollouts per row, judged, with what the teacher will see of each.
+
+    `stream` names the seeds (such as "rollout" and the step); `suite` is given where the rows are held out.
+    """
     started = time.perf_counter()
     size = world.spec.rollout.completions_per_prompt
     jobs = [(group, row, copy) for group, row in enumerate(rows) for copy in range(size)]
@@ -50,16 +56,30 @@ def gather(
         Request(prompt_ids=prompt(row), seed=derive(world.spec.training.seed, *stream, group, copy))
         for group, row, copy in jobs
     )
-    completions, figures = _complete(world, rows, size, requests, evaluation)
-    sync = figures.pop("sync_seconds", 0.0)
+    completions, transfer = _complete(world, rows, size, requests, suite is not None)
+    sync = transfer.pop("sync_seconds", 0.0)
+    sampled = time.perf_counter()
+    scorers = world.data.train_rewards if suite is None else world.data.rewards[suite]
+    texts = [completion_text(world, c.ids) for c in completions]
+    judged = score(scorers, texts, [row for _, row, _ in jobs])
+    known = evidence(judged.get(world.data.reward or ""), texts, size, [r.seed for r in requests])
     rollouts = [
-        _rollout(world, row, group, completion)
-        for (group, row, _), completion in zip(jobs, completions, strict=True)
+        _rollout(world, row, group, completion, seen)
+        for (group, row, _), completion, seen in zip(jobs, completions, known, strict=True)
     ]
-    batch = RolloutBatch(rollouts=tuple(rollouts))
+    batch = with_advantages(world.spec.losses, RolloutBatch(rollouts=tuple(rollouts)))
     batch.check()
-    seconds = {"rollout": time.perf_counter() - started - sync, "sync": sync}
-    return Gathered(batch=batch, requests=requests, seconds=seconds, figures=figures)
+    return Gathered(
+        batch=batch,
+        requests=requests,
+        scores=figures(judged),
+        seconds={
+            "rollout": sampled - started - sync,
+            "sync": sync,
+            "judge": time.perf_counter() - sampled,
+        },
+        figures=transfer,
+    )
 
 
 def _complete(
@@ -94,16 +114,25 @@ def _sampling_prompt(world: World) -> Any:
     return world.data.student_ids
 
 
-def _rollout(world: World, row: Row, group: int, completion: Completion) -> Rollout:
+def _rollout(
+    world: World, row: Row, group: int, completion: Completion, seen: Evidence | None
+) -> Rollout:
+    if world.data.waits_for_rollouts:
+        prompt = world.data.teacher_prompt(row, seen)
+        teacher_ids, filled = (prompt.ids, prompt.filled) if prompt else (None, ())
+    else:
+        teacher_ids, filled = world.data.teacher_ids(row), ()
     return Rollout(
         row=row,
         group=group,
         prompt_ids=world.data.student_ids(row),
-        teacher_prompt_ids=world.data.teacher_ids(row),
+        teacher_prompt_ids=teacher_ids,
         completion_ids=completion.ids,
         sampler_logprobs=completion.logprobs,
         policy_version=world.updates,
         finished=completion.finished,
+        reward=None if seen is None else seen.group[seen.own].reward,
+        filled=filled,
     )
 
 
@@ -121,21 +150,10 @@ def records(gathered: Gathered) -> list[dict[str, Any]]:
             "completion_ids": r.completion_ids,
             "sampler_logprobs": r.sampler_logprobs,
             "finished": r.finished,
+            "reward": r.reward,
         }
         for r, request in zip(gathered.batch, gathered.requests, strict=True)
     ]
-
-
-def rewards(world: World, batch: RolloutBatch) -> dict[str, list[float]]:
-    """Every reward that applies to training rows, per rollout."""
-    scorers = world.data.train_rewards
-    if not scorers:
-        return {}
-    texts = [completion_text(world, r.completion_ids) for r in batch]
-    return {
-        name: [scorer(text, r.row) for text, r in zip(texts, batch, strict=True)]
-        for name, scorer in scorers.items()
-    }
 
 
 def completion_text(world: World, ids: Sequence[int]) -> str:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from sdkit.batches import RolloutBatch
+from sdkit.batches import Rollout, RolloutBatch
 from sdkit.engine import checkpoint
 from sdkit.engine.evaluate import evaluate, held_out_loss, teacher_lift
-from sdkit.engine.gather import Gathered, completion_text, gather, rewards
+from sdkit.engine.gather import Gathered, completion_text, gather
 from sdkit.engine.step import Measured, train_step, with_old_logprobs
 from sdkit.problems import NumericsGuard, Stopped
+from sdkit.specs import OfRollouts, SuccessfulSibling
 
 if TYPE_CHECKING:
     from sdkit.engine.report import Report
@@ -54,7 +55,6 @@ def run(world: World, report: Report) -> None:
 def _one_step(world: World, report: Report, step: int) -> None:
     started = time.perf_counter()
     gathered = gather(world, world.data.take(step), ("rollout", step))
-    scored = rewards(world, gathered.batch)
     batch = gathered.batch
     if world.plan.needs_old_logprobs:
         batch = with_old_logprobs(world, batch)
@@ -63,10 +63,10 @@ def _one_step(world: World, report: Report, step: int) -> None:
     ]
     moved = world.teacher and world.teacher.after_rollout_batch(world.masters, world.scalar)
     world.step = step + 1
-    metrics = _metrics(world, gathered, scored, measured, time.perf_counter() - started)
+    metrics = _metrics(world, gathered, measured, time.perf_counter() - started)
     if moved and world.teacher:
         metrics["teacher_distance"] = world.teacher.distance
-    report.step(world, gathered, scored, metrics)
+    report.step(world, gathered, metrics)
 
 
 def _update(world: World, part: RolloutBatch) -> Measured:
@@ -102,7 +102,6 @@ def _evaluate(world: World, report: Report) -> Any:
 def _metrics(
     world: World,
     gathered: Gathered,
-    scored: dict[str, list[float]],
     measured: list[Measured],
     seconds: float,
 ) -> dict[str, float]:
@@ -112,7 +111,7 @@ def _metrics(
     for part in measured:
         for name, value in part.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + value / len(measured)
-    metrics |= {f"reward/{name}": _mean(values) for name, values in scored.items()}
+    metrics |= {f"reward/{name}": _mean(values) for name, values in gathered.scores.items()}
     metrics |= {
         "skipped_steps": float(sum(not part.applied for part in measured)),
         "policy_version": float(world.updates),
@@ -120,6 +119,7 @@ def _metrics(
         "rollout/completion_tokens": _mean(lengths),
         "rollout/finished": _mean([r.finished for r in rollouts]),
         "rollout/with_teacher": _mean([r.teacher_prompt_ids is not None for r in rollouts]),
+        **_context_shares(world, rollouts),
         "rollout/hedging": _hedging(world, gathered),
         **{f"rollout/{name}": value for name, value in gathered.figures.items()},
     }
@@ -132,6 +132,23 @@ def _metrics(
     if gathered.seconds["rollout"] > 0:
         metrics["time/tokens_per_second"] = sum(lengths) / gathered.seconds["rollout"]
     return metrics
+
+
+def _context_shares(world: World, rollouts: list[Rollout]) -> dict[str, float]:
+    """Share of rollouts whose teacher was shown each slot, and of groups with a success in them."""
+    teacher = world.spec.teacher
+    slots = teacher.sees.slots if teacher and teacher.sees else {}
+    shares: dict[str, float] = {}
+    for name, slot in slots.items():
+        if isinstance(slot, OfRollouts):
+            shares[f"teacher/{name}_used"] = _mean([name in r.filled for r in rollouts])
+        if isinstance(slot, SuccessfulSibling):
+            groups: dict[int, bool] = {}
+            for r in rollouts:
+                won = r.reward is not None and r.reward >= slot.threshold
+                groups[r.group] = groups.get(r.group, False) or won
+            shares["teacher/success_groups"] = _mean(groups.values())
+    return shares
 
 
 def _hedging(world: World, gathered: Gathered) -> float:

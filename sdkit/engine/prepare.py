@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdkit.batches import Row
+from sdkit.batches import Evidence, Row
 from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
-from sdkit.components.prompts import Prompter, check_prompts
-from sdkit.components.rewards import open_reward
+from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts
+from sdkit.components.rewards import Scorer, open_rewards
 from sdkit.problems import BadData, first_of
 from sdkit.specs import (
     DatasetSamples,
     ExperimentSpec,
+    OfRollouts,
     ReasoningGymReward,
     ReasoningGymSource,
     Suite,
     TeacherSamples,
+    WeightedReward,
+    column_of,
 )
 
-Scorer = Callable[[str, Row], float]
+CONTEXT_TEXT = 128
+"""Tokens allowed for a template's own words where the context is not known before rollouts are."""
 
 
 class Data:
@@ -45,6 +48,12 @@ class Data:
         self.train, self.dropped = drop_overlap(rows, held_out)
         if not self.train:
             raise BadData("every training row is held out too, so nothing is left to train on")
+        only = next(iter(spec.rewards)) if len(spec.rewards) == 1 else None
+        self.reward = spec.reward or only  # the name of the reward that training uses
+        sees = spec.teacher.sees if spec.teacher else None
+        self.waits_for_rollouts = any(
+            isinstance(slot, OfRollouts) for slot in (sees.slots.values() if sees else ())
+        )
         self.rewards: dict[str, dict[str, Scorer]] = {
             name: self._rewards(suite, base) for name, suite in suites.items()
         }
@@ -55,22 +64,23 @@ class Data:
     def _rewards(self, suite: Suite, base: Path) -> dict[str, Scorer]:
         source = suite.data.source
         task = source if isinstance(source, ReasoningGymSource) else None
-        return {
-            name: open_reward(self.spec.rewards[name], base, task)
-            for name in (suite.score, *suite.also)
-        }
+        names = dict.fromkeys((suite.score, *suite.also, *filter(None, [self.reward])))
+        return open_rewards(self.spec.rewards, names, base, task)
 
     def _applicable(self, base: Path) -> dict[str, Scorer]:
         """The rewards that training rows can be scored with too: for the curves, not for the gradient."""
         source = self.spec.data.source
         task = source if isinstance(source, ReasoningGymSource) else None
-        columns = self.spec.data.columns or {}
-        return {
-            name: open_reward(reward, base, task)
-            for name, reward in self.spec.rewards.items()
-            if getattr(reward, "answer", None) in (None, *columns)
-            and (task is not None or not isinstance(reward, ReasoningGymReward))
-        }
+        names = [name for name in self.spec.rewards if self._applies(name)]
+        return open_rewards(self.spec.rewards, names, base, task)
+
+    def _applies(self, name: str) -> bool:
+        reward, data = self.spec.rewards[name], self.spec.data
+        if isinstance(reward, WeightedReward):
+            return all(map(self._applies, reward.parts))
+        if isinstance(reward, ReasoningGymReward):
+            return isinstance(data.source, ReasoningGymSource)
+        return column_of(reward) in (None, *(data.columns or {}))
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the training rows and of each suite."""
@@ -100,6 +110,11 @@ class Data:
             prompt = self.prompter.teacher_ids(row, self.spec.teacher.sees)
             self._teacher[id(row)] = None if prompt is None else prompt.ids
         return self._teacher[id(row)]
+
+    def teacher_prompt(self, row: Row, evidence: Evidence | None) -> TeacherPrompt | None:
+        """The teacher's prompt of one rollout, with what is known of it."""
+        teacher = self.spec.teacher
+        return teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
 
     def check(self, steps: int) -> int:
         """Render every prompt that the run will use; returns the longest sequence, completion included, in tokens.
@@ -135,4 +150,9 @@ class Data:
                 raise BadData(
                     first_of(bad), hint="the teacher samples, so every row needs its context"
                 )
-        return max(max(len(s), len(t.ids) if t else 0) for s, t in prompts)
+        longest = max(max(len(s), len(t.ids) if t else 0) for s, t in prompts)
+        if sees is None or not self.waits_for_rollouts:
+            return longest
+        slots = sum(isinstance(slot, OfRollouts) for slot in sees.slots.values())
+        most = longest + CONTEXT_TEXT + slots * spec.rollout.max_new_tokens
+        return max(longest, min(most, sees.max_prompt_tokens or most))

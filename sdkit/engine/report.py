@@ -50,7 +50,6 @@ class Report:
         self,
         world: World,
         gathered: Gathered,
-        scored: Mapping[str, list[float]],
         metrics: dict[str, float],
     ) -> None:
         """One training step: a line on screen, a line of metrics, all rollouts, now and then a sample."""
@@ -63,7 +62,7 @@ class Report:
         self.console.print(_step_line(world, metrics), highlight=False)
         output = world.spec.output
         if (world.step - 1) % output.samples_every == 0:
-            shown = samples(world, gathered.batch, scored, output.samples)
+            shown = samples(world, gathered.batch, gathered.scores, output.samples)
             self.run.lines("samples", world.step, shown)
             self.console.print(
                 f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False

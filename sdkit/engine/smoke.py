@@ -7,14 +7,14 @@ the rewards (scripted, with both outcomes).  The gradient must not be zero.
 from __future__ import annotations
 
 import tempfile
-import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import evolve
 from rich.console import Console
 
-from sdkit.batches import Row
+from sdkit.components.rewards_judged import Judged, Pair, Scorer
 from sdkit.engine import checkpoint, loop, report, rundir, tiny, zero
 from sdkit.engine.run import open_world
 from sdkit.engine.world import World
@@ -62,9 +62,9 @@ def smoke(spec: MethodSpec, console: Console, steps: int = STEPS) -> list[dict[s
         small = miniature(spec, steps)
         world = open_world(small, base)
         world.data.rewards = {
-            name: dict.fromkeys(r, _scripted) for name, r in world.data.rewards.items()
+            name: dict.fromkeys(r, SCRIPTED) for name, r in world.data.rewards.items()
         }
-        world.data.train_rewards = dict.fromkeys(world.data.train_rewards, _scripted)
+        world.data.train_rewards = dict.fromkeys(world.data.train_rewards, SCRIPTED)
         run = rundir.create(base / "run", tensorboard=False)
         try:
             report.opening(console, world, run)
@@ -89,9 +89,13 @@ def _checked(world: World, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def _scripted(completion: str, row: Row) -> float:
-    """Right or wrong by a checksum of the text: both outcomes, and the same ones every time."""
-    return float(zlib.crc32(f"{row.index}{completion}".encode()) % 2)
+def _scripted(pairs: Sequence[Pair]) -> list[Judged]:
+    """Wrong and right in turn: every group of two or more has both outcomes."""
+    right = [place % 2 for place in range(len(pairs))]
+    return [Judged(reward=float(r), feedback=None if r else "This is not right.") for r in right]
+
+
+SCRIPTED = Scorer(_scripted)
 
 
 def miniature(spec: MethodSpec, steps: int) -> ExperimentSpec:
@@ -104,7 +108,10 @@ def miniature(spec: MethodSpec, steps: int) -> ExperimentSpec:
         losses=Table({name: _term(term) for name, term in spec.losses.items()}),
         model=_model(full.model if full else ModelSpec(path="model")),
         data=rows,
-        rewards=Table({name: RegexReward(pattern=".") for name in full.rewards} if full else {}),
+        rewards=Table(
+            dict.fromkeys(full.rewards if full else ("reward",), RegexReward(pattern="."))
+        ),
+        reward=full and full.reward,
         evaluation=full
         and full.evaluation
         and evolve(

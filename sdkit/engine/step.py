@@ -13,12 +13,13 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
 
-from sdkit.batches import HiddenScores, MicroBatch, RolloutBatch, TeacherScores
+from sdkit.batches import HiddenScores, MicroBatch, RolloutBatch, TeacherScores, Tokens
 from sdkit.components.teachers import Teacher, scalar_at
 from sdkit.engine import zero
 from sdkit.engine.collate import Collated, collate
 from sdkit.losses.chunks import projected_loss, token_logprobs
 from sdkit.losses.objective import Objective, sampler_ratio
+from sdkit.losses.policy_terms import sequence_means
 from sdkit.specs import CrossEntropy, LossTerm, OptimizerSpec, Table
 from sdkit.weights import Weights
 
@@ -50,26 +51,50 @@ class Student(nn.Module):
         self.objective = Objective(losses, temperature)
 
     def forward(
-        self, batch: MicroBatch, scores: TeacherScores | None, coefficients: Mapping[str, float]
+        self,
+        batch: MicroBatch,
+        scores: TeacherScores | None,
+        reference: TeacherScores | None,
+        coefficients: Mapping[str, float],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         hidden = self.weights.hidden(batch.student)
-        tokens = batch.tokens
-        if self.objective.needs_sequence_ratio and tokens.sampler_logprobs is not None:
-            then = tokens.old_logprobs
-            now = self._logprobs(hidden.detach(), tokens.token) if then is None else then
-            tokens = evolve(tokens, ratio=sampler_ratio(self.losses, now, tokens, batch.rows))
         return projected_loss(
             hidden,
             self.weights.head,
             scores,
-            tokens,
+            self._first_pass(batch, hidden.detach(), scores),
             self.objective,
             coefficients,
             self.chunk_tokens,
+            reference,
         )
 
-    def _logprobs(self, hidden: Tensor, token: Tensor) -> Tensor:
-        return token_logprobs(hidden, self.weights.head, token, self.temperature, self.chunk_tokens)
+    @torch.no_grad()
+    def _first_pass(
+        self, batch: MicroBatch, hidden: Tensor, scores: TeacherScores | None
+    ) -> Tokens:
+        """The tokens with what takes whole sequences to know, where a term needs it."""
+        tokens, objective = batch.tokens, self.objective
+        ratio = objective.needs_sequence_ratio and tokens.sampler_logprobs is not None
+        if not ratio and not objective.needs_sequence_means:
+            return tokens
+        then = tokens.old_logprobs
+        if then is None or objective.needs_sequence_means:
+            now = self._logprobs(hidden, tokens.token)
+        else:
+            now = then
+        if ratio:
+            before = now if then is None else then
+            tokens = evolve(tokens, ratio=sampler_ratio(self.losses, before, tokens, batch.rows))
+        if objective.needs_sequence_means:
+            teacher = scores and self._logprobs(scores.hidden, tokens.token, scores.head)
+            means = sequence_means(self.losses, now, teacher, tokens, batch.rows)
+            tokens = evolve(tokens, sequence_means=means)
+        return tokens
+
+    def _logprobs(self, hidden: Tensor, token: Tensor, head: Tensor | None = None) -> Tensor:
+        head = self.weights.head if head is None else head
+        return token_logprobs(hidden, head, token, self.temperature, self.chunk_tokens)
 
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
@@ -86,6 +111,15 @@ def score(teacher: Teacher | None, batch: MicroBatch) -> TeacherScores | None:
     return HiddenScores(hidden=weights.hidden(batch.teacher), head=weights.head.detach())
 
 
+@torch.no_grad()
+def refer(world: World, batch: MicroBatch) -> TeacherScores | None:
+    """What the frozen start model says of the counted tokens under the student's own prompt."""
+    if world.reference is None:
+        return None
+    weights = world.reference.weights
+    return HiddenScores(hidden=weights.hidden(batch.student), head=weights.head.detach())
+
+
 def train_step(world: World, rollouts: RolloutBatch) -> Measured:
     """Gradients of all micro-batches, one optimizer step, the teacher follows."""
     collated = _collate(world, rollouts)
@@ -96,7 +130,7 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
         started = time.perf_counter()
         scores = score(world.teacher, batch)
         scored = time.perf_counter()
-        loss, stats = world.zero.forward(batch, scores, coefficients)
+        loss, stats = world.zero.forward(batch, scores, refer(world, batch), coefficients)
         world.zero.backward(loss)
         _add(sums, stats)
         seconds["teacher"] += scored - started
@@ -122,7 +156,8 @@ def measure(world: World, rollouts: RolloutBatch) -> dict[str, float]:
     coefficients = coefficients_at(world.spec.losses, world.updates)
     sums: dict[str, Tensor] = {}
     for batch in collated.micro_batches:
-        _add(sums, world.module(batch, score(world.teacher, batch), coefficients)[1])
+        asked = score(world.teacher, batch), refer(world, batch)
+        _add(sums, world.module(batch, *asked, coefficients)[1])
     return averaged(sums, collated)
 
 

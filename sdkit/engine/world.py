@@ -19,11 +19,12 @@ from sdkit.engine import zero
 from sdkit.engine.models import end_ids, load_model
 from sdkit.engine.prepare import Data
 from sdkit.engine.step import Student
-from sdkit.plan import Plan
+from sdkit.plan import Plan, pulls_to_reference
 from sdkit.problems import BadData
 from sdkit.specs import (
     Distillation,
     ExperimentSpec,
+    FrozenWeights,
     ReplayBackend,
     TopKSupport,
     TransformersBackend,
@@ -55,6 +56,7 @@ class World:
         self.teacher: Teacher | None = None
         if spec.teacher:
             self.teacher = open_teacher(spec.teacher.weights, self.student)
+        self.reference = self._open_reference()
         chunk = spec.training.chunk_tokens
         self.module = Student(self.student, spec.losses, spec.rollout.temperature, chunk)
         bf16 = spec.model.dtype == "bfloat16"
@@ -77,6 +79,14 @@ class World:
                 f"the longest prompt and completion have {self.longest} tokens, the model takes {context}",
                 hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
             )
+
+    def _open_reference(self) -> Teacher | None:
+        """The frozen start model, where a term pulls towards it; a frozen teacher serves as well."""
+        if not pulls_to_reference(self.spec):
+            return None
+        if self.spec.teacher and isinstance(self.spec.teacher.weights, FrozenWeights):
+            return self.teacher
+        return open_teacher(FrozenWeights(), self.student)
 
     @property
     def total_updates(self) -> int:

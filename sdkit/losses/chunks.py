@@ -26,6 +26,7 @@ def projected_loss(
     objective: Objective,
     coefficients: Mapping[str, float],
     chunk_tokens: int,
+    reference: HiddenScores | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """hidden [M, H], head [V, H], both of the model's dtype -> scalar loss with a graph, sums over all M tokens.
 
@@ -41,10 +42,10 @@ def projected_loss(
         part = slice(start, start + chunk_tokens)
         with torch.no_grad():
             logits = hidden[part] @ head.T
-            scores = None if teacher is None else teacher.hidden[part] @ teacher.head.T
+            others = [x and x.hidden[part] @ x.head.T for x in (teacher, reference)]
         logits.requires_grad_(wanted)
         chunk = tokens.slice(part.start, part.stop)
-        loss, sums = objective(logits, scores, chunk, coefficients)
+        loss, sums = objective(logits, others[0], chunk, coefficients, others[1])
         losses.append(loss.detach())
         stats = {name: value + stats.get(name, 0.0) for name, value in sums.items()}
         if grad_hidden is not None:

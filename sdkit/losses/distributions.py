@@ -1,4 +1,4 @@
-"""Both sides' log-probabilities over the vocabulary, for one chunk of tokens."""
+"""All sides' log-probabilities over the vocabulary, for one chunk of tokens."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from sdkit.losses.divergence import entropy
 
 
 class Distributions:
-    """Log-softmax and entropy of student and teacher, each computed once per temperature."""
+    """Log-softmax and entropy of student, teacher and reference, each computed once per temperature."""
 
-    def __init__(self, student_logits: Tensor, teacher_logits: Tensor | None) -> None:
-        if teacher_logits is not None and teacher_logits.shape != student_logits.shape:
-            sizes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
-            raise ValueError(f"logits of student and teacher differ in shape: {sizes}")
-        self._logits = {"student": student_logits, "teacher": teacher_logits}
+    def __init__(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        reference_logits: Tensor | None = None,
+    ) -> None:
+        self._logits = {"student": student_logits}
+        for side, logits in (("teacher", teacher_logits), ("reference", reference_logits)):
+            if logits is not None:
+                if logits.shape != student_logits.shape:
+                    sizes = f"{tuple(student_logits.shape)} and {tuple(logits.shape)}"
+                    raise ValueError(f"logits of student and {side} differ in shape: {sizes}")
+                self._logits[side] = logits
         self._logprobs: dict[tuple[str, float], Tensor] = {}
         self._entropy: dict[tuple[str, float], Tensor] = {}
 
@@ -27,6 +35,10 @@ class Distributions:
         """Log-probabilities [C, V], detached.  Raises ValueError where there is no teacher."""
         return self._at("teacher", temperature).detach()
 
+    def reference(self, temperature: float) -> Tensor:
+        """Log-probabilities [C, V], detached.  Raises ValueError where there is no reference."""
+        return self._at("reference", temperature).detach()
+
     def entropies(self, temperature: float, *sides: str) -> dict[str, Tensor]:
         """{side_entropy: [C]} over the full vocabulary, detached."""
         for side in sides:
@@ -37,9 +49,9 @@ class Distributions:
 
     def _at(self, side: str, temperature: float) -> Tensor:
         if (side, temperature) not in self._logprobs:
+            if side not in self._logits:
+                raise ValueError(f"this objective needs the {side}'s logits")
             logits = self._logits[side]
-            if logits is None:
-                raise ValueError("this objective needs the teacher's logits")
             wide = logits if logits.dtype == torch.float64 else logits.float()
             scaled = wide if temperature == 1 else wide / temperature
             self._logprobs[side, temperature] = scaled.log_softmax(-1)

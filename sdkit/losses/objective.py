@@ -1,4 +1,4 @@
-"""From the loss terms of a spec to one function of a chunk's logits.  The only file of `losses/` that reads specs."""
+"""From the loss terms of a spec to one function of a chunk's logits.  Only this file and `policy_terms.py` read specs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from sdkit.batches import Counts, Tokens
 from sdkit.losses import average as averages
 from sdkit.losses.distributions import Distributions
 from sdkit.losses.divergence import forward_kl, jsd, linear_mix, reverse_kl
-from sdkit.losses.policy import (
-    cap_binds,
-    importance_ratio,
-    k1,
-    sampled_token_surrogate,
-    sequence_mean,
+from sdkit.losses.policy import importance_ratio, k1, sampled_token_surrogate, sequence_mean
+from sdkit.losses.policy_terms import (
+    Measures,
+    correction,
+    group_relative,
+    needs_sequence_means,
+    policy_gradient,
+    reference_kl,
 )
 from sdkit.losses.support import mass, on_support, overlap, sampled_token, top_k_ids, union_ids
 from sdkit.specs import (
@@ -34,16 +36,16 @@ from sdkit.specs import (
     MaskSpec,
     PerSequence,
     PerToken,
+    PolicyGradient,
+    ReferenceKl,
     ReverseKl,
     SampledTokenSupport,
     SequenceSum,
     Sum,
     TopKSupport,
     VocabularySupport,
+    needs_teacher,
 )
-
-Measures = dict[str, Tensor]
-"""Figures per token, detached: name -> [C]."""
 
 
 def counted(mask: MaskSpec, length: int) -> range:
@@ -76,7 +78,8 @@ class Objective:
 
     `temperature` is the sampling temperature: that of a term which sets none, and of the importance ratios always
     (both of their sides are probabilities of having sampled the token).  Raises ValueError for a sampled token with
-    a divergence other than the reverse KL, and for more than one term whose sampler ratio is a sequence mean.
+    a divergence other than the reverse KL, for more than one term whose sampler ratio is a sequence mean, and for
+    terms that ask for different group_relative advantages.
     Logits must be finite or -inf, also at tokens of weight 0, which add nothing even where their ℓ is inf.
     """
 
@@ -87,17 +90,33 @@ class Objective:
                     raise ValueError(f"{name}: one sampled token can only estimate reverse_kl")
         if len(_sequence_mean_terms(losses)) > 1:
             raise ValueError("only one term can have a sampler ratio of level sequence_mean")
+        group_relative(losses)
         self._losses = losses
         self._temperature = temperature
 
     @property
     def needs_teacher(self) -> bool:
-        return any(isinstance(term, Distillation) for term in self._losses.values())
+        return any(needs_teacher(term) for term in self._losses.values())
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the frozen start model must score the tokens under the student's prompt."""
+        return any(isinstance(term, ReferenceKl) for term in self._losses.values())
+
+    @property
+    def needs_advantages(self) -> bool:
+        """Whether `Tokens.advantages` must be filled (`reward_advantages`)."""
+        return group_relative(self._losses) is not None
 
     @property
     def needs_sequence_ratio(self) -> bool:
         """Whether `Tokens.ratio` must be filled (`sampler_ratio`) before the first chunk."""
         return bool(_sequence_mean_terms(self._losses))
+
+    @property
+    def needs_sequence_means(self) -> bool:
+        """Whether `Tokens.sequence_means` must be filled (`sequence_means`) before the first chunk."""
+        return needs_sequence_means(self._losses)
 
     def __call__(
         self,
@@ -105,20 +124,21 @@ class Objective:
         teacher_logits: Tensor | None,
         tokens: Tokens,
         coefficients: Mapping[str, float],
+        reference_logits: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [C, V] of any float dtype, C tokens (may be 0) -> scalar loss, sums over the chunk's tokens.
 
         The sums are detached scalars: `loss/NAME` is the term's share of the loss, `NAME/tokens` the number of
         tokens it counts (weight above 0), any other `NAME/x` the sum of x over those tokens, unweighted.
         """
-        sides = Distributions(student_logits, teacher_logits)
+        sides = Distributions(student_logits, teacher_logits, reference_logits)
         parts: list[Tensor] = []
         stats: dict[str, Tensor] = {}
-        for name, term in self._losses.items():
-            token_loss, correction, measures = self._term(term, sides, tokens)
+        for name in self._losses:
+            token_loss, corrected, measures = self._term(name, sides, tokens)
             weights = tokens.weights[name]
             counts = weights > 0
-            weighted = weights * correction * token_loss.masked_fill(~counts, 0.0)
+            weighted = weights * corrected * token_loss.masked_fill(~counts, 0.0)
             parts.append(coefficients[name] * weighted.sum())
             stats[f"loss/{name}"] = parts[-1].detach()
             measures = {"tokens": torch.ones_like(token_loss), "token_loss": token_loss, **measures}
@@ -127,10 +147,10 @@ class Objective:
         return torch.stack(parts).sum(), stats
 
     def _term(
-        self, term: LossTerm, sides: Distributions, tokens: Tokens
+        self, name: str, sides: Distributions, tokens: Tokens
     ) -> tuple[Tensor, Tensor | float, Measures]:
         """One term's ℓ [C], its correction [C] (or 1) and its measures."""
-        match term:
+        match term := self._losses[name]:
             case CrossEntropy():
                 token_loss = -sampled_token(sides.student(1.0), tokens.token)
                 return token_loss, 1.0, sides.entropies(1.0, "student")
@@ -140,8 +160,13 @@ class Objective:
                 if importance == ImportanceSpec():
                     return token_loss, 1.0, measures
                 now = sampled_token(sides.student(self._temperature), tokens.token).detach()
-                correction, ratios = _correction(importance, now, tokens)
-                return token_loss, correction, measures | ratios
+                corrected, ratios = correction(importance, now, tokens)
+                return token_loss, corrected, measures | ratios
+            case PolicyGradient():
+                return policy_gradient(name, term, sides, tokens, self._temperature)
+            case ReferenceKl():
+                token_loss, measures = reference_kl(name, term, sides, tokens, self._temperature)
+                return token_loss, 1.0, measures
             case _:
                 assert_never(term)
 
@@ -171,7 +196,8 @@ def sampler_ratio(
 
 def _sequence_mean_terms(losses: Mapping[str, LossTerm]) -> dict[str, float]:
     """Name and cap of each term whose sampler ratio is averaged per sequence."""
-    samplers = {n: t.importance.sampler for n, t in losses.items() if isinstance(t, Distillation)}
+    corrected = {n: t for n, t in losses.items() if isinstance(t, Distillation | PolicyGradient)}
+    samplers = {n: t.importance.sampler for n, t in corrected.items()}
     return {n: s.cap for n, s in samplers.items() if s and s.level == "sequence_mean"}
 
 
@@ -241,25 +267,3 @@ def _both_kls(spec: Divergence, token_loss: Tensor, student: Tensor, teacher: Te
     forward = token_loss if isinstance(spec, ForwardKl) else forward_kl(student, teacher)
     reverse = token_loss if isinstance(spec, ReverseKl) else reverse_kl(student, teacher)
     return {"forward_kl": forward, "reverse_kl": reverse}
-
-
-def _correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tensor, Measures]:
-    """Product of the ratios that `spec` asks for, [C], and each of them.  now [C]: detached log-probabilities."""
-    old = now if tokens.old_logprobs is None else tokens.old_logprobs
-    correction, capped = torch.ones_like(now), torch.zeros_like(now, dtype=torch.bool)
-    measures: Measures = {}
-    if spec.old_policy:
-        ratio = importance_ratio(now, old, spec.old_policy.cap)
-        correction, measures["old_ratio"] = correction * ratio, ratio
-        capped = capped | cap_binds(now, old, spec.old_policy.cap)
-    if spec.sampler:
-        ratio = torch.ones_like(now)
-        if (sampler := tokens.sampler_logprobs) is not None:
-            capped = capped | cap_binds(old, sampler, spec.sampler.cap)
-            ratio = importance_ratio(old, sampler, spec.sampler.cap)
-            if spec.sampler.level == "sequence_mean":
-                if tokens.ratio is None:
-                    raise ValueError("a sampler ratio of level sequence_mean needs Tokens.ratio")
-                ratio = tokens.ratio
-        correction, measures["sampler_ratio"] = correction * ratio, ratio
-    return correction, measures | {"ratio_capped": capped.to(now.dtype)}

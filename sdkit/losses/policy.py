@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
+
+Baseline = Literal["group_mean", "none"]
+Scale = Literal["none", "group_std", "batch_std"]
 
 LARGEST_LOG_RATIO = 20.0
 """Log-ratios are clamped to ± this before exp (Hübotter 2026, core_algos.py)."""
@@ -64,3 +68,99 @@ def k3(student: Tensor, teacher: Tensor) -> Tensor:
     """
     log_ratio = teacher.detach() - student
     return torch.expm1(log_ratio) - log_ratio
+
+
+# ── advantages and the surrogate ──────────────────────────────────────────────────────────────
+
+
+def group_advantages(
+    rewards: Tensor, group: Tensor, baseline: Baseline, scale: Scale, eps: float
+) -> Tensor:
+    """A = (R − baseline) / (std + eps) of every rollout.  rewards [N], group [N] long (any ids) -> [N] of their dtype.
+
+    `rewards` are those of all ranks: a group may lie anywhere, and `batch_std` is over them all.  Standard deviations
+    are unbiased.  A group without spread (of one, of equal rewards) gets exactly 0 from its mean and from its std, a
+    batch without spread from its std.  Shao 2024 with TRL's constants; no scale: Liu 2025 (Dr. GRPO).  methods.md §5.7.
+    """
+    ids, place = torch.unique(group, return_inverse=True)
+    mean, std = _moments(rewards, place, ids.numel())
+    match baseline:
+        case "group_mean":
+            above = (rewards - mean).masked_fill(std == 0, 0.0)
+        case "none":
+            above = rewards
+        case _:
+            assert_never(baseline)
+    match scale:
+        case "none":
+            return above
+        case "group_std":
+            spread = std
+        case "batch_std":
+            spread = _moments(rewards, torch.zeros_like(place), 1)[1]
+        case _:
+            assert_never(scale)
+    return (above / (spread + eps)).masked_fill(spread == 0, 0.0)
+
+
+def _moments(values: Tensor, place: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of each value's group; 0 exactly where all are equal.  [N], [N] -> [N], [N]."""
+    mean = sequence_mean(values, place, groups)
+    size = torch.bincount(place, minlength=groups)[place]
+    variance = sequence_mean((values - mean).square(), place, groups) * size / (size - 1).clamp(1)
+    ends = [
+        values.new_zeros(groups).scatter_reduce(0, place, values, end, include_self=False)[place]
+        for end in ("amin", "amax")
+    ]
+    # The mean of equal numbers may differ from them in the last digit.
+    return mean, variance.sqrt().masked_fill(ends[0] == ends[1], 0.0)
+
+
+def sequence_log_ratio(now: Tensor, then: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Mean of now − then over each sequence's tokens.  Log-probabilities [M], [M], row [M] long -> [M].
+
+    The value is the sequence's, the gradient the token's own (`own_gradient`).  Zheng 2025, arXiv 2507.18071 (GSPO).
+    """
+    return own_gradient(sequence_mean((now - then).detach(), row, rows), now)
+
+
+def own_gradient(value: Tensor, now: Tensor) -> Tensor:
+    """`value` with the gradient of each token's own log-probability.  [...], [...] -> [...].
+
+    For the mean over a sequence of |y| tokens the true gradient is Σ_t ∇log S_t / |y| at each of |y| tokens: wherever
+    they share weight and factor, the sum over the sequence is the same, and no token needs another's graph, so that
+    sequences can be cut into chunks.  Where factors differ within a sequence, each token keeps its own: GSPO-token
+    (Zheng 2025, §4.3).
+    """
+    return value.detach() + (now - now.detach())
+
+
+def policy_ratio(log_ratio: Tensor) -> Tensor:
+    """ρ = exp(log_ratio), with its gradient.  [...] -> [...]."""
+    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
+
+
+def clipped_surrogate(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    low: float = math.inf,
+    high: float = math.inf,
+    dual: float | None = None,
+) -> Tensor:
+    """−min(ρA, clip(ρ, 1 − low, 1 + high) A), ρ = exp(log_ratio); for A < 0 at most −dual · A.  [...], [...] -> [...].
+
+    No gradient where the clip binds (`clip_binds`); at its very bounds it does not bind yet.  Schulman 2017, clip with
+    two sides: Yu 2025, dual: Ye 2020 (arXiv 1912.09729).  No gradient reaches the advantages.
+    """
+    advantages, ratio = advantages.detach(), policy_ratio(log_ratio)
+    below, above = clip_binds(ratio, advantages, low, high)
+    ratio = ratio.masked_fill(below, 1 - low).masked_fill(above, 1 + high)
+    if dual is not None:
+        ratio = torch.where(advantages < 0, ratio.clamp(max=dual), ratio)
+    return -ratio * advantages
+
+
+def clip_binds(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Where the ratio is cut at 1 − low (A < 0), and where at 1 + high (A > 0).  [...], [...] -> twice [...] bool."""
+    ratio = ratio.detach()
+    return (advantages < 0) & (ratio < 1 - low), (advantages > 0) & (ratio > 1 + high)

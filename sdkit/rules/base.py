@@ -11,7 +11,17 @@ from attrs import frozen
 from sdkit.bundled import BUNDLED, PREFIX
 from sdkit.overlay import Loaded
 from sdkit.problems import Path, nearest, shorten
-from sdkit.specs import DataSpec, Distillation, ExperimentSpec, MethodSpec, ShapeSpec
+from sdkit.specs import (
+    DataSpec,
+    Distillation,
+    ExperimentSpec,
+    LossTerm,
+    MethodSpec,
+    PolicyGradient,
+    ReferenceKl,
+    ShapeSpec,
+    needs_teacher,
+)
 
 Finding = tuple[Path, str, str | None]
 """The path of a key, the message, and perhaps a hint."""
@@ -74,6 +84,27 @@ def distillations(spec: MethodSpec) -> Iterator[tuple[Path, Distillation]]:
     """The distillation terms, each with its path."""
     for name, term in spec.losses.items():
         if isinstance(term, Distillation):
+            yield ("losses", name), term
+
+
+def policy_gradients(spec: MethodSpec) -> Iterator[tuple[Path, PolicyGradient]]:
+    """The policy gradient terms, each with its path."""
+    for name, term in spec.losses.items():
+        if isinstance(term, PolicyGradient):
+            yield ("losses", name), term
+
+
+def k2_terms(spec: MethodSpec) -> Iterator[Path]:
+    """Paths of the terms that estimate the KL to the reference from the sampled token."""
+    for name, term in spec.losses.items():
+        if isinstance(term, ReferenceKl) and term.estimator == "k2":
+            yield "losses", name
+
+
+def of_teacher(spec: MethodSpec) -> Iterator[tuple[Path, LossTerm]]:
+    """The terms that ask the teacher, each with its path."""
+    for name, term in spec.losses.items():
+        if needs_teacher(term):
             yield ("losses", name), term
 
 

@@ -9,7 +9,10 @@ from sdkit.rules.base import (
     Context,
     Finding,
     distillations,
+    k2_terms,
     method_rule,
+    of_teacher,
+    policy_gradients,
     run_rule,
     shape_of,
     total_updates,
@@ -22,6 +25,7 @@ from sdkit.specs import (
     ExperimentSpec,
     ForwardKl,
     MethodSpec,
+    ReferenceKl,
     ReverseKl,
     SampledTokenSupport,
     Schedule,
@@ -29,19 +33,24 @@ from sdkit.specs import (
     StudentWeights,
     TeacherSamples,
     TopKSupport,
+    needs_teacher,
 )
 
 
 @method_rule("what needs a teacher has one")
 def no_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A distillation term compares the student with a teacher, and a teacher that samples must
-    exist.
+    """A distillation term compares the student with a teacher, a log_ratio advantage asks it, and a
+    teacher that samples must exist.
     """
     if spec.teacher:
         return
     hint = "add teacher: {weights: …, sees: …}"
-    for path, _ in distillations(spec):
-        yield path, f"term {shorten(path[-1])} distils, but there is no teacher", hint
+    for path, term in of_teacher(spec):
+        if isinstance(term, Distillation):
+            yield path, f"term {shorten(path[-1])} distils, but there is no teacher", hint
+        else:
+            message = "a log_ratio advantage asks the teacher, but there is no teacher"
+            yield (*path, "advantage"), message, hint
     if isinstance(spec.rollout.sampled_by, TeacherSamples):
         yield ("rollout", "sampled_by"), "the teacher samples, but there is no teacher", hint
 
@@ -52,7 +61,7 @@ def unused_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     missing.
     """
     samples = isinstance(spec.rollout.sampled_by, TeacherSamples)
-    if spec.teacher and not samples and not any(distillations(spec)):
+    if spec.teacher and not samples and not any(of_teacher(spec)):
         message = "no term distils from the teacher, and it does not sample"
         yield ("teacher",), message, "remove teacher, or add a term of kind distillation"
 
@@ -89,7 +98,7 @@ def zero_signal(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     its gradient are zero.
     """
     if spec.teacher and isinstance(spec.teacher.weights, StudentWeights) and not spec.teacher.sees:
-        for path, _ in distillations(spec):
+        for path, _ in of_teacher(spec):
             message = f"term {shorten(path[-1])} compares the live student with itself: always zero"
             yield ("teacher", "weights"), message, "give the teacher sees: …, or other weights"
             return
@@ -103,7 +112,7 @@ def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     teacher = spec.teacher
     if not teacher or teacher.sees or isinstance(teacher.weights, StudentWeights):
         return
-    if all(isinstance(term, Distillation) for term in spec.losses.values()):
+    if all(needs_teacher(t) or isinstance(t, ReferenceKl) for t in spec.losses.values()):
         message = "the teacher starts as the student and sees the same: nothing to learn from"
         yield ("teacher",), message, "give the teacher sees: …"
 
@@ -124,9 +133,9 @@ def truncated_sampling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     cut = _truncation(spec, context)
     ratios = [
         name
-        for _, term in distillations(spec)
+        for _, term in (*distillations(spec), *policy_gradients(spec))
         for name in ("old_policy", "sampler")
-        if getattr(term.importance, name)
+        if getattr(term.importance, name, None)
     ]
     if cut and ratios:
         path, said = cut
@@ -136,12 +145,19 @@ def truncated_sampling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("a sampled token is drawn from the whole distribution", "warning")
 def biased_estimate(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The sampled-token surrogate is unbiased for tokens drawn from the student's whole
-    distribution.
+    """What is estimated from the sampled token (the sampled_token support, a policy gradient, the k2
+    estimator) is unbiased for tokens drawn from the student's whole distribution.
     """
     cut = _truncation(spec, context)
-    if cut and any(isinstance(t.support, SampledTokenSupport) for _, t in distillations(spec)):
-        yield cut[0], f"{cut[1]}, so the sampled_token estimate is biased", None
+    estimates = [
+        "sampled_token" for _, t in distillations(spec) if t.support == SampledTokenSupport()
+    ]
+    # With a ratio to the sampler it is an error: truncated_sampling.
+    plain = [t for _, t in policy_gradients(spec) if not t.importance.sampler]
+    estimates += ["policy_gradient" for _ in plain]
+    estimates += ["k2" for _ in k2_terms(spec)]
+    if cut and estimates:
+        yield cut[0], f"{cut[1]}, so the {estimates[0]} estimate is biased", None
 
 
 def _truncation(spec: MethodSpec, context: Context) -> tuple[Path, str] | None:
@@ -170,8 +186,8 @@ def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding
 
 @run_rule("a ratio to the old policy has something to correct", "warning")
 def ratio_is_one(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """With one update a batch the weights are still those that sampled: the ratio is 1 everywhere
-    and costs a forward pass.
+    """With one update a batch the weights are still those that sampled: the ratio is 1 everywhere,
+    costs a forward pass as a correction, and is never clipped.
     """
     path = ("training", "updates_per_rollout")
     if spec.training.updates_per_rollout > 1:
@@ -180,6 +196,10 @@ def ratio_is_one(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         if term.importance.old_policy:
             message = f"{context.stated(path, 1)}, so the ratio to the old policy is always 1"
             yield (*term_path, "importance", "old_policy"), message, None
+    for term_path, term in policy_gradients(spec):
+        if term.clip:
+            message = f"{context.stated(path, 1)}, so the ratio is always 1 and never clipped"
+            yield (*term_path, "clip"), message, None
 
 
 @method_rule("one term has a ratio averaged over sequences")
@@ -189,7 +209,7 @@ def second_sequence_mean(spec: MethodSpec, context: Context) -> Iterator[Finding
     """
     levels = [
         (*path, "importance", "sampler", "level")
-        for path, term in distillations(spec)
+        for path, term in (*distillations(spec), *policy_gradients(spec))
         if term.importance.sampler and term.importance.sampler.level == "sequence_mean"
     ]
     for path in levels[1:]:
@@ -223,7 +243,8 @@ def own_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Cross-entropy on the student's own unfiltered samples has no direction: in expectation its
     gradient is zero.
     """
-    imitates = all(isinstance(term, CrossEntropy) for term in spec.losses.values())
+    kinds = {type(term) for term in spec.losses.values()}
+    imitates = CrossEntropy in kinds and kinds <= {CrossEntropy, ReferenceKl}
     if imitates and isinstance(spec.rollout.sampled_by, StudentSamples):
         path = ("rollout", "sampled_by")
         message = f"{context.stated(path, 'student')}: it trains on its own samples, unfiltered"

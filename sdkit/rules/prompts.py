@@ -12,6 +12,7 @@ from sdkit.specs import (
     ExperimentSpec,
     MethodSpec,
     Sees,
+    TextSlot,
     UserTurn,
 )
 from sdkit.templates import Field, TemplateError, fields, parse
@@ -55,9 +56,28 @@ def template_syntax(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """`{name}` is filled in, `{{` and `}}` are braces; nothing else is special, so nothing else
     may look so.
     """
-    if spec.teacher and spec.teacher.sees:
-        for path, text in _templates(spec.teacher.sees):
-            yield from _syntax(path, text, allow_keys=False)
+    if not spec.teacher or not spec.teacher.sees:
+        return
+    for path, text in _templates(spec.teacher.sees):
+        yield from _syntax(path, text, allow_keys=False)
+    for name, slot in spec.teacher.sees.slots.items():
+        if not isinstance(slot, TextSlot):
+            where = ("teacher", "sees", "slots", name, "wrap")
+            yield from _syntax(where, slot.wrap, allow_keys=False)
+            yield from _value_only(where, slot.wrap)
+
+
+def _value_only(path: Path, wrap: str) -> Iterator[Finding]:
+    """`wrap` holds {value} and no other field."""
+    try:
+        named = [str(field) for field in fields(parse(wrap))]
+    except TemplateError:
+        return
+    for name in named:
+        if name != "value":
+            yield path, f"{{{name}}} is not '{{value}}', all that wrap knows", None
+    if not named:
+        yield path, "wrap has no {value}", "write {value} where the text belongs"
 
 
 @run_rule("templates of columns can be read")

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import chain
 
-from sdkit.problems import counted, shorten
-from sdkit.rules.base import Context, Finding, distillations, method_rule, run_rule
+from sdkit.problems import Path, counted, outside, shorten
+from sdkit.rules.base import (
+    Context,
+    Finding,
+    did_you_mean,
+    distillations,
+    method_rule,
+    policy_gradients,
+    run_rule,
+)
 from sdkit.specs import (
     DatasetSamples,
     ExperimentSpec,
+    GroupRelative,
     MethodSpec,
+    OfRollouts,
     ReplayBackend,
     SampledTokenSupport,
     StudentSamples,
+    SuccessfulSibling,
     TeacherSamples,
 )
 
@@ -98,6 +110,60 @@ def replay_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield ("rollout", "backend", "run"), f"run directory {backend.run} {what}", None
 
 
+def _slots(spec: MethodSpec) -> Iterator[tuple[Path, OfRollouts]]:
+    """Slots of the teacher's context that speak of rollouts, with their paths."""
+    sees = spec.teacher.sees if spec.teacher else None
+    for name, slot in sees.slots.items() if sees else ():
+        if isinstance(slot, OfRollouts):
+            yield ("teacher", "sees", "slots", name), slot
+
+
+@method_rule("siblings need a group")
+def lone_sibling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A successful sibling is another rollout of the same prompt; a group of one has none."""
+    count = spec.rollout.completions_per_prompt
+    for path, slot in _slots(spec):
+        if isinstance(slot, SuccessfulSibling) and slot.exclude_self and count == 1:
+            group = context.stated(("rollout", "completions_per_prompt"), 1)
+            message = f"there are no siblings: {group}"
+            yield path, message, "set rollout.completions_per_prompt to 2 or more"
+
+
+@method_rule("a context made of rollouts comes after them")
+def context_before_rollouts(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The teacher cannot sample from a prompt that shows what has been sampled."""
+    by = spec.rollout.sampled_by
+    if isinstance(by, TeacherSamples) and by.prompt == "teacher":
+        for path, slot in _slots(spec):
+            message = (
+                f"{slot.kind} is known after sampling, but the teacher's prompt is sampled from"
+            )
+            yield path, message, "use sampled_by: student"
+
+
+@run_rule("training knows its reward")
+def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Siblings succeed, and feedback is given, by one of the rewards; it must be plain which."""
+    if spec.reward is not None and spec.reward not in spec.rewards:
+        hint = did_you_mean(spec.reward, spec.rewards) or "declare it under rewards"
+        yield ("reward",), f"{shorten(spec.reward)} {outside(spec.rewards)}", hint
+    relative = (
+        (*path, "advantage")
+        for path, term in policy_gradients(spec)
+        if isinstance(term.advantage, GroupRelative)
+    )
+    needed = next(chain((path for path, _ in _slots(spec)), relative), None)
+    if needed and spec.reward is None and len(spec.rewards) != 1:
+        count = "there are none" if not spec.rewards else f"there are {len(spec.rewards)}"
+        message = f"this needs the reward that training uses, and {count}"
+        hint = (
+            f"add reward: {next(iter(spec.rewards))}"
+            if spec.rewards
+            else "declare one under rewards"
+        )
+        yield needed, message, hint
+
+
 RULES = (
     off_policy_samples,
     dataset_group,
@@ -105,4 +171,7 @@ RULES = (
     stale_rollouts,
     updates_exceed_prompts,
     replay_run,
+    lone_sibling,
+    context_before_rollouts,
+    training_reward,
 )

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from sdkit.problems import outside, shorten
 from sdkit.rules.base import Context, Finding, columns_of, did_you_mean, run_rule
 from sdkit.specs import (
-    ChoiceReward,
-    ExactReward,
     ExperimentSpec,
     FileReward,
-    NumberReward,
     ReasoningGymReward,
     ReasoningGymSource,
     RegexReward,
+    RewardModel,
     Suite,
+    WeightedReward,
+    column_of,
 )
 
 
@@ -42,9 +42,27 @@ def unknown_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 
 def _users(spec: ExperimentSpec, reward: str) -> Iterator[tuple[str, Suite]]:
+    """The suites that a reward scores, by itself or in a sum."""
+    sums = {name for name in spec.rewards if reward in _reached(spec, name)}
     for name, suite in _suites(spec):
-        if reward in (suite.score, *suite.also):
+        if sums & {suite.score, *suite.also}:
             yield name, suite
+
+
+def _reached(spec: ExperimentSpec, name: str) -> set[str]:
+    """A reward and all that it sums over, at any depth."""
+    found, pending = set(), [name]
+    while pending:
+        here = pending.pop()
+        if here not in found:
+            found.add(here)
+            pending += _parts(spec, here)
+    return found
+
+
+def _parts(spec: ExperimentSpec, name: str) -> Iterator[str]:
+    reward = spec.rewards.get(name)
+    yield from reward.parts if isinstance(reward, WeightedReward) else ()
 
 
 @run_rule("the task's own scorer scores the task's own rows")
@@ -63,13 +81,63 @@ def reasoning_gym_reward(spec: ExperimentSpec, context: Context) -> Iterator[Fin
 def answer_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A reward that compares with a column needs it in every suite that it scores."""
     for name, reward in spec.rewards.items():
-        if isinstance(reward, ExactReward | NumberReward | ChoiceReward):
-            for suite_name, suite in _users(spec, name):
-                known = columns_of(spec, suite.data)
-                if known and reward.answer not in known:
-                    said = context.stated(("rewards", name, "answer"), reward.answer)
-                    message = f"{said}, which {outside(known)}, the columns of suite {shorten(suite_name)}"
-                    yield ("rewards", name, "answer"), message, did_you_mean(reward.answer, known)
+        column = column_of(reward)
+        for suite_name, suite in _users(spec, name) if column else ():
+            known = columns_of(spec, suite.data)
+            if column and known and column not in known:
+                path = ("rewards", name, "answer")
+                said = context.stated(path, column)
+                message = (
+                    f"{said}, which {outside(known)}, the columns of suite {shorten(suite_name)}"
+                )
+                yield path, message, did_you_mean(column, known)
+
+
+@run_rule("a sum's parts are rewards")
+def unknown_part(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A weighted sum refers to other rewards by name."""
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, WeightedReward):
+            known = [other for other in spec.rewards if other != name]
+            for part in reward.parts:
+                if part not in spec.rewards:
+                    message = f"reward {shorten(part)} {outside(known)}"
+                    hint = did_you_mean(part, known) or f"add rewards.{part}"
+                    yield ("rewards", name, "parts", part), message, hint
+
+
+@run_rule("no reward is a part of itself")
+def part_of_itself(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A sum of sums must end in rewards that look at the completion."""
+    for name in spec.rewards:
+        for part in _parts(spec, name):
+            if name in _reached(spec, part):
+                through = "" if part == name else f" through {shorten(part)}"
+                message = f"reward {shorten(name)} is a part of itself{through}"
+                yield ("rewards", name, "parts", part), message, None
+
+
+@run_rule("a sum weighs something")
+def zero_weights(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """With all weights 0 every completion gets the same reward."""
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, WeightedReward) and not any(reward.parts.values()):
+            yield ("rewards", name, "parts"), f"all weights of {shorten(name)} are 0", None
+
+
+@run_rule("a reward model is a model on this machine")
+def reward_model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The folder has a config.json and weights as safetensors; other formats can run code when they are read."""
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, RewardModel):
+            path = ("rewards", name, "path")
+            folder = context.file(reward.path)
+            if not os.path.isdir(folder):
+                yield path, f"there is no folder {reward.path}", "paths start at the spec's folder"
+            elif not os.path.isfile(os.path.join(folder, "config.json")):
+                yield path, f"{reward.path} has no config.json", None
+            elif not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+                yield path, f"{reward.path} has no weights in safetensors files", None
 
 
 @run_rule("patterns can be read")
@@ -122,4 +190,14 @@ def _check_file(name: str, reward: FileReward, context: Context) -> Iterator[Fin
         yield function, message, None
 
 
-RULES = (unknown_reward, reasoning_gym_reward, answer_column, pattern, reward_file)
+RULES = (
+    unknown_reward,
+    reasoning_gym_reward,
+    answer_column,
+    unknown_part,
+    part_of_itself,
+    zero_weights,
+    reward_model_folder,
+    pattern,
+    reward_file,
+)

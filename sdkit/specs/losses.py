@@ -7,8 +7,10 @@ from typing import ClassVar, Literal
 from attrs import frozen
 
 from sdkit.specs.fields import (
+    ABOVE_ONE,
     AT_LEAST_ONE,
     INSIDE_SHARE,
+    NEGATIVE,
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
@@ -192,4 +194,98 @@ class CrossEntropy:
     )
 
 
-LossTerm = Distillation | CrossEntropy
+@frozen(kw_only=True)
+class GroupRelative:
+    """The rollout's reward against its group's, the same for all its tokens.
+
+    Standard deviations are the unbiased ones (over n − 1).  Where nothing varies, in a group of one or of equal rewards,
+    the advantage is 0.
+    """
+
+    kind: ClassVar[str] = "group_relative"
+    baseline: Literal["group_mean", "none"] = spec_field(
+        "what is taken off the reward", default="group_mean"
+    )
+    scale: Literal["none", "group_std", "batch_std"] = spec_field(
+        "the standard deviation that the rest is divided by", default="none"
+    )
+    eps: float = spec_field("added to the standard deviation", default=1e-4, range=POSITIVE)
+
+
+@frozen(kw_only=True)
+class LogRatio:
+    """log teacher − log student (before this batch's first update) at the sampled token, a constant of the gradient."""
+
+    kind: ClassVar[str] = "log_ratio"
+    center: Literal["none", "sequence"] = spec_field(
+        "take off the mean over the sequence, after the floor", default="none"
+    )
+    floor: float | None = spec_field("lower bound", default=None, range=NEGATIVE)
+
+
+Advantage = GroupRelative | LogRatio
+
+
+@frozen(kw_only=True)
+class ClipSpec:
+    """Loss −min(ρA, clip(ρ, 1 − low, 1 + high) A): no gradient where the ratio ρ has gone far enough A's way."""
+
+    low: float = spec_field("how far below 1 the ratio counts", range=SHARE)
+    high: float = spec_field("how far above 1 the ratio counts", range=NOT_NEGATIVE)
+    dual: float | None = spec_field(
+        "where the advantage is negative, the loss is at most so many times its size",
+        default=None,
+        range=ABOVE_ONE,
+    )
+
+
+@frozen(kw_only=True)
+class PolicyImportance:
+    """Correction for tokens that another engine sampled; the ratio to the old policy is ρ itself."""
+
+    sampler: SamplerRatio | None = spec_field("to the sampling engine", default=None)
+
+
+@frozen(kw_only=True)
+class PolicyGradient:
+    """Make tokens likelier by their advantage A: loss −ρA, ρ the ratio of the student now to before this batch."""
+
+    kind: ClassVar[str] = "policy_gradient"
+    advantage: Advantage = spec_field("what a token is worth")
+    ratio: Literal["token", "sequence"] = spec_field(
+        "of each token, or their geometric mean over the sequence", default="token"
+    )
+    clip: ClipSpec | None = spec_field("bounds of the ratio", default=None)
+    mask: MaskSpec = spec_field("which positions", default=MaskSpec())
+    importance: PolicyImportance = spec_field("how corrected", default=PolicyImportance())
+    average: Average = spec_field("how averaged", default=PerToken())
+    coefficient: float | Schedule = spec_field(
+        "weight of this term", default=1.0, range=NOT_NEGATIVE
+    )
+
+
+@frozen(kw_only=True)
+class ReferenceKl:
+    """Hold the student near the frozen start model, both under the student's own prompt: KL(student‖reference).
+
+    `k2` is ½ (log student − log reference)² of the sampled token: on the student's own samples its expected gradient is
+    that of the KL.  `vocabulary` is the KL itself.  Other estimates have the right value and the wrong gradient.
+    """
+
+    kind: ClassVar[str] = "reference_kl"
+    estimator: Literal["k2", "vocabulary"] = spec_field("from one token, or from all")
+    mask: MaskSpec = spec_field("which positions", default=MaskSpec())
+    average: Average = spec_field("how averaged", default=PerToken())
+    coefficient: float | Schedule = spec_field(
+        "weight of this term", default=1.0, range=NOT_NEGATIVE
+    )
+
+
+LossTerm = Distillation | CrossEntropy | PolicyGradient | ReferenceKl
+
+
+def needs_teacher(term: LossTerm) -> bool:
+    """Whether a term asks the teacher: it counts no token of a rollout without a teacher prompt."""
+    if isinstance(term, PolicyGradient):
+        return isinstance(term.advantage, LogRatio)
+    return isinstance(term, Distillation)

@@ -154,11 +154,17 @@ class CopyWeights:
 TeacherWeights = StudentWeights | FrozenWeights | EmaWeights | CopyWeights
 
 
+WRAP_HELP = (
+    "text around the value, which stands in it as {value}; nothing at all where there is none"
+)
+
+
 @frozen(kw_only=True)
 class ColumnSlot:
     """A column of the row."""
 
     kind: ClassVar[str] = "column"
+    wrap: str = spec_field(WRAP_HELP, default="{value}", range=NOT_EMPTY)
     name: str = spec_field("sdkit's name of the column", range=NOT_EMPTY)
 
 
@@ -170,7 +176,43 @@ class TextSlot:
     text: str = spec_field("the text", range=NOT_EMPTY)
 
 
-Slot = ColumnSlot | TextSlot
+@frozen(kw_only=True)
+class SuccessfulSibling:
+    """Another rollout's completion of the same prompt, where one was rewarded well enough."""
+
+    kind: ClassVar[str] = "successful_sibling"
+    threshold: float = spec_field("smallest reward that is a success", default=1.0)
+    pick: Literal["first", "best", "random"] = spec_field(
+        "which success, where there are several", default="first"
+    )
+    exclude_self: bool = spec_field("a rollout never sees its own completion", default=True)
+    strip_thinking: bool = spec_field("leave out <think>…</think>", default=True)
+    wrap: str = spec_field(WRAP_HELP, default="{value}", range=NOT_EMPTY)
+
+
+@frozen(kw_only=True)
+class Feedback:
+    """What the reward said of this rollout's own completion."""
+
+    kind: ClassVar[str] = "feedback"
+    when: Literal["always", "no_solution"] = spec_field(
+        "always, or only where no successful sibling is shown", default="always"
+    )
+    wrap: str = spec_field(WRAP_HELP, default="{value}", range=NOT_EMPTY)
+
+
+@frozen(kw_only=True)
+class OwnAttempt:
+    """This rollout's own completion."""
+
+    kind: ClassVar[str] = "own_attempt"
+    strip_thinking: bool = spec_field("leave out <think>…</think>", default=True)
+    wrap: str = spec_field(WRAP_HELP, default="{value}", range=NOT_EMPTY)
+
+
+Slot = ColumnSlot | TextSlot | SuccessfulSibling | Feedback | OwnAttempt
+OfRollouts = SuccessfulSibling | Feedback | OwnAttempt
+"""Slots that can be filled only once a group has been sampled and judged."""
 
 
 @frozen(kw_only=True)

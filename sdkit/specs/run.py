@@ -149,6 +149,10 @@ class ExperimentSpec(MethodSpec):
     model: ModelSpec = spec_field("the student")
     data: DataSpec = spec_field("training rows")
     rewards: Table[Reward] = spec_field("named scores of a completion", default=Table())
+    reward: str | None = spec_field(
+        "the reward that training uses, where the method needs one (default: the only one)",
+        default=None,
+    )
     evaluation: EvaluationSpec | None = spec_field("held-out measurement", default=None)
     optimizer: OptimizerSpec = spec_field("AdamW")
     training: TrainingSpec = spec_field("steps and batch sizes")

@@ -7,7 +7,15 @@ from typing import ClassVar
 from attrs import frozen
 
 from sdkit.specs.data import DataSpec
-from sdkit.specs.fields import AT_LEAST_ONE, NOT_EMPTY, NOT_NEGATIVE, TOP_P, Table, spec_field
+from sdkit.specs.fields import (
+    AT_LEAST_ONE,
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    TOP_P,
+    Table,
+    spec_field,
+)
 
 
 @frozen(kw_only=True)
@@ -95,15 +103,71 @@ class RegexReward:
 
 
 @frozen(kw_only=True)
+class MathVerifyReward:
+    """1 where math-verify finds the answer equal to the column, else 0 (needs the package math-verify)."""
+
+    kind: ClassVar[str] = "math_verify"
+    answer: str = spec_field("column with the right answer, plain or LaTeX", default="answer")
+    extract: Extract = spec_field(
+        "which part of the completion is searched for the answer", default=WholeText()
+    )
+    seconds: float = spec_field(
+        "longest time for one comparison; what takes longer scores 0", default=5.0, range=POSITIVE
+    )
+
+
+@frozen(kw_only=True)
+class RewardModel:
+    """The one output of a sequence-classification model that reads prompt and completion as a chat."""
+
+    kind: ClassVar[str] = "reward_model"
+    path: str = spec_field("local folder, relative to the spec; safetensors only", range=NOT_EMPTY)
+    batch_rows: int = spec_field("completions read at the same time", default=8, range=AT_LEAST_ONE)
+
+
+@frozen(kw_only=True)
 class FileReward:
-    """A function of the user's own: (completion: str, row: dict) → number."""
+    """A function of the user's own: (completion: str, row: dict) → number, or (number, feedback text)."""
 
     kind: ClassVar[str] = "file"
     file: str = spec_field("Python file, relative to the spec", range=NOT_EMPTY)
     function: str = spec_field("name of the function in it", range=NOT_EMPTY)
+    seconds: float = spec_field(
+        "longest time for one completion; the run ends where it takes longer",
+        default=60.0,
+        range=POSITIVE,
+    )
+    at_once: int = spec_field(
+        "calls at the same time; more than 1 needs a function that may run in several threads",
+        default=1,
+        range=AT_LEAST_ONE,
+    )
 
 
-Reward = ReasoningGymReward | ExactReward | NumberReward | ChoiceReward | RegexReward | FileReward
+@frozen(kw_only=True)
+class WeightedReward:
+    """The sum of other rewards, each times its weight; the parts are measured too."""
+
+    kind: ClassVar[str] = "weighted"
+    parts: Table[float] = spec_field("names of rewards and their weights", range=NOT_EMPTY)
+
+
+Reward = (
+    ReasoningGymReward
+    | ExactReward
+    | NumberReward
+    | ChoiceReward
+    | RegexReward
+    | MathVerifyReward
+    | RewardModel
+    | FileReward
+    | WeightedReward
+)
+
+
+def column_of(reward: Reward) -> str | None:
+    """The column that a reward compares with; None where it needs none."""
+    return getattr(reward, "answer", None) or getattr(reward, "tests", None)
 
 
 @frozen(kw_only=True)

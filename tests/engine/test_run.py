@@ -121,7 +121,8 @@ def test_every_completion_and_its_scores_are_kept(done):
     ]
     records = lines(done / "evaluations" / "step_000003.jsonl")
     assert len(records) == 4 * (1 + 2) + 3 * 2
-    assert {"suite", "decoding", "row", "prompt", "completion", "scores"} == records[0].keys()
+    keys = {"suite", "decoding", "row", "prompt", "completion", "scores", "feedback"}
+    assert keys == records[0].keys()
     kept = [
         r["scores"]["number"] for r in records if (r["suite"], r["decoding"]) == ("sums", "drawn")
     ]

@@ -121,7 +121,7 @@ def problem_of() -> Callable[..., SimpleNamespace]:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
 
-        return SimpleNamespace(
+        problem = SimpleNamespace(
             lengths=torch.tensor(lengths),
             row=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
             hidden=normal(count, width).requires_grad_(),
@@ -132,5 +132,10 @@ def problem_of() -> Callable[..., SimpleNamespace]:
             old_logprobs=-2 + 0.5 * normal(count).float(),
             counts=Counts(rows=len(lengths), filled_rows=sum(n > 0 for n in lengths), tokens=count),
         )
+        problem.reference = HiddenScores(
+            hidden=normal(count, width), head=normal(vocabulary, width)
+        )
+        problem.advantages = normal(len(lengths)).float()[problem.row]
+        return problem
 
     return build

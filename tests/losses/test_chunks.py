@@ -7,16 +7,23 @@ from torch.testing import assert_close
 from sdkit.batches import HiddenScores, Tokens
 from sdkit.losses.chunks import projected_loss, token_logprobs
 from sdkit.losses.objective import Objective, row_weights, sampler_ratio
+from sdkit.losses.policy_terms import sequence_means
 from sdkit.specs import (
+    ClipSpec,
     Constant,
     CrossEntropy,
     Distillation,
     ForwardKl,
+    GroupRelative,
     ImportanceSpec,
     Jsd,
+    LogRatio,
     OldPolicyRatio,
     PerSequence,
     PerToken,
+    PolicyGradient,
+    PolicyImportance,
+    ReferenceKl,
     ReverseKl,
     SampledTokenSupport,
     SamplerRatio,
@@ -58,11 +65,53 @@ def terms_of(average):
                 divergence=ReverseKl(), support=SampledTokenSupport(), average=average
             ),
             "imitate": CrossEntropy(average=average),
+            "pull": PolicyGradient(
+                advantage=GroupRelative(),
+                ratio="sequence",
+                clip=ClipSpec(low=0.5, high=2.0, dual=3.0),
+                average=average,
+            ),
+            "teach": PolicyGradient(
+                advantage=LogRatio(center="sequence", floor=-1.0),
+                clip=ClipSpec(low=0.2, high=0.3),
+                importance=PolicyImportance(sampler=SamplerRatio(cap=1.5, level="token")),
+                average=average,
+            ),
+            "stay": ReferenceKl(estimator="k2", average=average),
+            "near": ReferenceKl(estimator="vocabulary", average=average),
         }
     )
 
 
-COEFFICIENTS = {"distil": 1.0, "cover": 0.5, "seek": 0.3, "imitate": 0.2}
+COEFFICIENTS = {
+    "distil": 1.0,
+    "cover": 0.5,
+    "seek": 0.3,
+    "imitate": 0.2,
+    "pull": 0.7,
+    "teach": 0.4,
+    "stay": 0.1,
+    "near": 0.6,
+}
+
+
+def with_whole_sequences(losses, tokens, rows, student, teacher, chunk=100):
+    """The tokens with what a first pass adds; student and teacher are pairs of hidden states and head."""
+    now, theirs = (token_logprobs(*x, tokens.token, 1.0, chunk) for x in (student, teacher))
+    unread = torch.full_like(now, torch.nan)  # old_logprobs are given
+    return evolve(
+        tokens,
+        ratio=sampler_ratio(losses, unread, tokens, rows),
+        sequence_means=sequence_means(losses, now, theirs, tokens, rows),
+    )
+
+
+def sides(scores):
+    return scores.hidden, scores.head
+
+
+def picked(scores, pick):
+    return HiddenScores(hidden=scores.hidden[pick], head=scores.head)
 
 
 def run(problem, rows=None, average=None, chunk=100):
@@ -82,12 +131,14 @@ def run(problem, rows=None, average=None, chunk=100):
         },
         sampler_logprobs=problem.sampler_logprobs[pick],
         old_logprobs=problem.old_logprobs[pick],
+        advantages=problem.advantages[pick],
     )
-    unread = torch.full((len(tokens),), torch.nan)  # old_logprobs are given
-    tokens = evolve(tokens, ratio=sampler_ratio(losses, unread, tokens, len(rows)))
-    teacher = HiddenScores(hidden=problem.teacher.hidden[pick], head=problem.teacher.head)
+    teacher, reference = picked(problem.teacher, pick), picked(problem.reference, pick)
+    tokens = with_whole_sequences(losses, tokens, len(rows), (hidden, head), sides(teacher), chunk)
     objective = Objective(losses, 1.0)
-    loss, stats = projected_loss(hidden, head, teacher, tokens, objective, COEFFICIENTS, chunk)
+    loss, stats = projected_loss(
+        hidden, head, teacher, tokens, objective, COEFFICIENTS, chunk, reference
+    )
     if loss.requires_grad:
         loss.backward()
     return loss.detach(), hidden.grad, head.grad, stats
@@ -107,12 +158,13 @@ def dense(problem, losses):
         "weights": weights,
         "sampler_logprobs": problem.sampler_logprobs,
         "old_logprobs": problem.old_logprobs,
+        "advantages": problem.advantages,
     }
-    ratio = sampler_ratio(losses, problem.old_logprobs, Tokens(**fields), len(problem.lengths))
-    scores = problem.teacher.hidden @ problem.teacher.head.T
-    loss, stats = Objective(losses, 1.0)(
-        hidden @ head.T, scores, Tokens(**fields, ratio=ratio), COEFFICIENTS
+    tokens = with_whole_sequences(
+        losses, Tokens(**fields), len(problem.lengths), (hidden, head), sides(problem.teacher)
     )
+    scores, reference = (x.hidden @ x.head.T for x in (problem.teacher, problem.reference))
+    loss, stats = Objective(losses, 1.0)(hidden @ head.T, scores, tokens, COEFFICIENTS, reference)
     loss.backward()
     return loss.detach(), hidden.grad, head.grad, stats
 
@@ -170,11 +222,14 @@ def test_no_rows_at_all_give_a_zero_loss_with_a_graph(problem_of):
         weights=dict.fromkeys(COEFFICIENTS, none),
         sampler_logprobs=none,
         old_logprobs=none,
-        ratio=none,
+        advantages=none,
     )
-    teacher = HiddenScores(hidden=problem.teacher.hidden[:0], head=problem.teacher.head)
-    objective = Objective(terms_of(PerToken()), 1.0)
-    loss, _ = projected_loss(hidden, problem.head, teacher, tokens, objective, COEFFICIENTS, 8)
+    teacher, reference = (picked(x, slice(0)) for x in (problem.teacher, problem.reference))
+    losses = terms_of(PerToken())
+    tokens = with_whole_sequences(losses, tokens, 0, (hidden, problem.head), sides(teacher))
+    loss, _ = projected_loss(
+        hidden, problem.head, teacher, tokens, Objective(losses, 1.0), COEFFICIENTS, 8, reference
+    )
     loss.backward()
     assert loss == 0
     assert hidden.grad.shape == (0, 5)
@@ -289,9 +344,12 @@ def test_no_argument_changes(problem_of):
         problem.head,
         problem.teacher.hidden,
         problem.teacher.head,
+        problem.reference.hidden,
+        problem.reference.head,
         problem.token,
         problem.old_logprobs,
         problem.sampler_logprobs,
+        problem.advantages,
     ]
     weights = torch.ones(18)
     tokens = Tokens(
@@ -300,12 +358,21 @@ def test_no_argument_changes(problem_of):
         weights=dict.fromkeys(COEFFICIENTS, weights),
         sampler_logprobs=problem.sampler_logprobs,
         old_logprobs=problem.old_logprobs,
-        ratio=torch.ones(18),
+        advantages=problem.advantages,
     )
+    losses = terms_of(Sum())
+    tokens = with_whole_sequences(losses, tokens, 8, sides(problem), sides(problem.teacher))
+    held += [tokens.ratio, *tokens.sequence_means.values()]
     versions = [x._version for x in [*held, weights]]
-    objective = Objective(terms_of(Sum()), 1.0)
     loss, _ = projected_loss(
-        problem.hidden, problem.head, problem.teacher, tokens, objective, COEFFICIENTS, 4
+        problem.hidden,
+        problem.head,
+        problem.teacher,
+        tokens,
+        Objective(losses, 1.0),
+        COEFFICIENTS,
+        4,
+        problem.reference,
     )
     loss.backward()
     assert [x._version for x in [*held, weights]] == versions

@@ -1,0 +1,77 @@
+"""Rules on rewards as advantages, on whose samples a gradient may be estimated from, and on the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdkit.problems import shorten, spelled
+from sdkit.rules.base import Context, Finding, k2_terms, method_rule, policy_gradients
+from sdkit.specs import (
+    DatasetSamples,
+    GroupRelative,
+    MethodSpec,
+    ReferenceKl,
+    StudentSamples,
+    TeacherSamples,
+)
+
+
+@method_rule("rewards are compared within a group")
+def lone_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """In a group of one the reward is its own mean and has no spread: every advantage is zero."""
+    for path, term in policy_gradients(spec):
+        advantage = term.advantage
+        if not isinstance(advantage, GroupRelative) or spec.rollout.completions_per_prompt > 1:
+            continue
+        for key, value in (("baseline", "group_mean"), ("scale", "group_std")):
+            if getattr(advantage, key) == value:
+                group = context.stated(("rollout", "completions_per_prompt"), 1)
+                hint = "set rollout.completions_per_prompt to 2 or more"
+                yield (*path, "advantage", key), f"{group}, so every advantage is 0", hint
+                break
+
+
+@method_rule("terms share one advantage of the reward")
+def advantages_differ(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A rollout has one advantage, computed once from its group's rewards."""
+    asked = [
+        ((*path, "advantage"), term.advantage)
+        for path, term in policy_gradients(spec)
+        if isinstance(term.advantage, GroupRelative)
+    ]
+    for path, advantage in asked[1:]:
+        if advantage != asked[0][1]:
+            first = shorten(asked[0][0][1])
+            yield path, f"this advantage differs from that of term {first}", "give both the same"
+
+
+@method_rule("what is estimated from the student's samples has them")
+def off_policy_gradient(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A policy gradient and the k2 estimator speak of tokens that the student drew.  Where a teacher
+    drew them, the ratio to its log-probabilities (importance.sampler) makes the gradient right; a
+    data set has none.
+    """
+    by = spec.rollout.sampled_by
+    if isinstance(by, StudentSamples):
+        return
+    hint = "use sampled_by: student"
+    for path, term in policy_gradients(spec):
+        if isinstance(by, DatasetSamples) or not term.importance.sampler:
+            add = f", or add {spelled(path)}.importance.sampler"
+            more = add if isinstance(by, TeacherSamples) else ""
+            message = f"a policy gradient needs the student's samples, but sampled_by is {by.kind}"
+            yield (*path, "kind"), message, hint + more
+    for path in k2_terms(spec):
+        message = f"k2 needs the student's samples, but sampled_by is {by.kind}"
+        yield (*path, "estimator"), message, "use estimator: vocabulary"
+
+
+@method_rule("some term moves the student")
+def nothing_pulls(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The student starts as the reference, where the KL and its gradient are zero."""
+    if all(isinstance(term, ReferenceKl) for term in spec.losses.values()):
+        message = "reference_kl holds the student where it starts, and no other term pulls"
+        yield ("losses",), message, "add another term"
+
+
+RULES = (lone_advantage, advantages_differ, off_policy_gradient, nothing_pulls)

@@ -1,0 +1,165 @@
+"""Groups judged by a reward: what the teacher is shown, advantages, the pull to the reference."""
+
+import pytest
+import torch
+from attrs import evolve
+
+from sdkit.batches import RolloutBatch
+from sdkit.components.rewards_judged import Judged, Scorer
+from sdkit.engine.gather import gather
+from sdkit.engine.step import train_step
+from sdkit.specs import (
+    ClipSpec,
+    Distillation,
+    Feedback,
+    ForwardKl,
+    FrozenWeights,
+    GroupRelative,
+    PolicyGradient,
+    ReferenceKl,
+    RegexReward,
+    RolloutSpec,
+    SuccessfulSibling,
+    Table,
+    TeacherSpec,
+    TransformersBackend,
+    UserTurn,
+    VocabularySupport,
+)
+
+GROUP = 4
+ROLLOUT = RolloutSpec(max_new_tokens=8, completions_per_prompt=GROUP, backend=TransformersBackend())
+REWARDS = Table({"right": RegexReward(pattern=".")})
+TEACHER = TeacherSpec(
+    weights=FrozenWeights(),
+    sees=UserTurn(
+        template="{prompt}{solution}{feedback}",
+        slots=Table(
+            {
+                "solution": SuccessfulSibling(wrap="\nSolution: {value}"),
+                "feedback": Feedback(when="no_solution", wrap="\nFeedback: {value}"),
+            }
+        ),
+        requires="any",
+    ),
+)
+DISTIL = Table({"distil": Distillation(divergence=ForwardKl(), support=VocabularySupport())})
+
+
+def judged(*rewards, feedback=None):
+    """A scorer that gives these rewards to the rollouts of a step, in order."""
+    return Scorer(
+        lambda pairs: [
+            Judged(reward=float(rewards[i % len(rewards)]), feedback=feedback)
+            for i in range(len(pairs))
+        ]
+    )
+
+
+@pytest.fixture
+def group_world(open_tiny):
+    def opened(scorer, **changes):
+        world = open_tiny(**({"rollout": ROLLOUT, "rewards": REWARDS} | changes))
+        world.data.train_rewards = {"right": scorer}
+        return world
+
+    return opened
+
+
+def step(world):
+    return gather(world, world.data.take(0), ("rollout", 0))
+
+
+def test_the_teacher_sees_the_first_success_of_the_group_but_nobody_its_own(group_world):
+    world = group_world(judged(0, 1, 0, 1), teacher=TEACHER, losses=DISTIL)
+    decode = world.data.tokenizer.decode
+    batch = list(step(world).batch)
+    for start in range(0, len(batch), GROUP):
+        group = batch[start : start + GROUP]
+        texts = [decode(r.completion_ids, skip_special_tokens=True).strip() for r in group]
+        for place, rollout in enumerate(group):
+            shown = texts[3] if place == 1 else texts[1]
+            if shown:
+                assert f"Solution: {shown}" in decode(rollout.teacher_prompt_ids)
+            assert rollout.prompt_ids == world.data.student_ids(rollout.row)
+
+
+def test_without_success_and_feedback_there_is_no_teacher_and_no_gradient(group_world):
+    world = group_world(judged(0), teacher=TEACHER, losses=DISTIL)
+    gathered = step(world)
+    assert all(r.teacher_prompt_ids is None for r in gathered.batch)
+    measured = train_step(world, gathered.batch)
+    assert measured.metrics["grad_norm"] == 0
+    assert measured.metrics["distil/empty_rows"] == 1
+    assert measured.metrics["loss"] == 0
+
+
+def test_feedback_stands_in_where_nobody_succeeded(group_world):
+    world = group_world(judged(0, feedback="off by one"), teacher=TEACHER, losses=DISTIL)
+    decode = world.data.tokenizer.decode
+    for rollout in step(world).batch:
+        assert "Feedback: off by one" in decode(rollout.teacher_prompt_ids)
+        assert rollout.filled == ("feedback",)
+
+
+def test_advantages_are_rewards_against_their_group(group_world):
+    losses = Table({"policy": PolicyGradient(advantage=GroupRelative())})
+    world = group_world(judged(1, 0, 0, 1, 0, 0, 0, 0), teacher=None, losses=losses)
+    found = [r.advantage for r in step(world).batch]
+    assert found[:8] == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_rewarded_completions_become_likelier(group_world):
+    losses = Table(
+        {"policy": PolicyGradient(advantage=GroupRelative(), clip=ClipSpec(low=0.2, high=0.2))}
+    )
+    world = group_world(judged(1, 0, 0, 0), teacher=None, losses=losses)
+    batch = step(world).batch
+    best = [r for r in batch if (r.advantage or 0) > 0]
+    before = _logprob(world, best)
+    for _ in range(3):
+        train_step(world, batch)
+    assert _logprob(world, best) > before
+
+
+def test_equal_rewards_move_nothing(group_world):
+    losses = Table({"policy": PolicyGradient(advantage=GroupRelative())})
+    world = group_world(judged(1), teacher=None, losses=losses)
+    assert train_step(world, step(world).batch).metrics["grad_norm"] == 0
+
+
+def test_the_reference_pulls_back_to_the_start_model(group_world):
+    losses = Table(
+        {
+            "policy": PolicyGradient(advantage=GroupRelative()),
+            "anchor": ReferenceKl(estimator="vocabulary"),
+        }
+    )
+    world = group_world(judged(1, 0, 0, 0), teacher=None, losses=losses)
+    batch = step(world).batch
+    first = train_step(world, batch).metrics
+    assert first["loss/anchor"] == pytest.approx(0, abs=1e-6)
+    later = train_step(world, batch).metrics
+    assert later["loss/anchor"] > 1e-6
+    start = world.reference.weights.head.clone()
+    train_step(world, batch)
+    assert torch.equal(world.reference.weights.head, start)
+
+
+def test_micro_batches_change_no_gradient(group_world):
+    losses = Table({"policy": PolicyGradient(advantage=GroupRelative(), ratio="sequence")})
+    norms = []
+    for budget in (64, 8192):
+        world = group_world(judged(1, 0, 0, 1), teacher=None, losses=losses)
+        training = evolve(world.spec.training, micro_batch_tokens=budget)
+        world.spec = evolve(world.spec, training=training)
+        norms.append(train_step(world, step(world).batch).metrics["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert norms[0] > 0
+
+
+def _logprob(world, rollouts):
+    from sdkit.engine.step import with_old_logprobs
+
+    scored = with_old_logprobs(world, RolloutBatch(rollouts=tuple(rollouts)))
+    return sum(sum(r.old_logprobs or ()) for r in scored)

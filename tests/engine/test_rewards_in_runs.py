@@ -1,0 +1,42 @@
+"""Rewards of several parts in an evaluation, with what they said."""
+
+import pytest
+from attrs import evolve
+from tinyruns import evaluated, inline, make_spec
+
+from sdkit.specs import Decoding, FileReward, NumberReward, Suite, Table, WeightedReward
+
+OWN = "def length(completion, row):\n    return len(completion) / 100, 'say less'\n"
+
+
+def test_parts_are_measured_and_feedback_is_kept(tiny_folder, tmp_path):
+    from sdkit.engine import zero
+    from sdkit.engine.evaluate import evaluate, headline
+    from sdkit.engine.run import open_world
+
+    (tmp_path / "mine.py").write_text(OWN)
+    rewards = {
+        "total": WeightedReward(parts=Table({"runs": 2.0, "length": -1.0})),
+        "runs": NumberReward(),
+        "length": FileReward(file="mine.py", function="length"),
+    }
+    suite = Suite(
+        data=inline(3, 100), score="total", decoding=Table({"greedy": Decoding(temperature=0.0)})
+    )
+    spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
+    world = open_world(evolve(spec, rewards=Table(rewards)), tmp_path)
+    try:
+        found = evaluate(world)
+        metrics = found.metrics(headline(world))
+    finally:
+        world.close()
+        zero.stop()
+    names = ["total", "total/runs", "total/length"]
+    assert [key[2] for key in found.scores] == names
+    total, runs, length = (found.scores["sums", "greedy", name] for name in names)
+    assert total == pytest.approx([2 * r - n for r, n in zip(runs, length, strict=True)])
+    assert metrics["eval/score"] == metrics["eval/sums/greedy/total"]
+    assert "eval/sums/greedy/total/length_low" in metrics
+    for record in found.records:
+        assert set(record["scores"]) == set(names)
+        assert record["feedback"]["total"].endswith("say less")
