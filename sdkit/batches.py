@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 from torch import Tensor
 
 Message = Mapping[str, str]
@@ -81,6 +81,14 @@ class Completion:
 
 
 @frozen(eq=False, kw_only=True)
+class Counted:
+    """The tokens of a completion that one loss term counts, and what each of them weighs."""
+
+    positions: tuple[int, ...]  # ascending
+    weights: tuple[float, ...] | None = None  # one a position; None: 1 everywhere
+
+
+@frozen(eq=False, kw_only=True)
 class Rollout:
     """One prompt with one completion."""
 
@@ -98,6 +106,12 @@ class Rollout:
     reward: float | None = None  # of the reward that training uses
     filled: tuple[str, ...] = ()  # slots of the teacher's context that had something to say
     advantage: float | None = None  # the reward against its group
+    group_rewards: tuple[float, ...] = ()  # of all rollouts of the group, as sampled
+    measures: Mapping[str, tuple[float, ...]] = field(
+        factory=dict
+    )  # per token, before the first update on this batch (measures.py)
+    counted: Mapping[str, Counted] | None = None  # per loss term; None: not worked out yet
+    branch: Literal["then", "otherwise"] | None = None  # of the method's route, where it has one
 
 
 @frozen(eq=False, kw_only=True)
@@ -120,6 +134,9 @@ class RolloutBatch:
                 values = getattr(r, name)
                 if values is not None and len(values) != len(r.completion_ids):
                     raise ValueError(f"{len(values)} {name} for {len(r.completion_ids)} tokens")
+            for name, values in r.measures.items():
+                if len(values) != len(r.completion_ids):
+                    raise ValueError(f"{len(values)} {name} for {len(r.completion_ids)} tokens")
             if not r.prompt_ids:
                 raise ValueError(f"rollout of row {r.row.index} has no prompt")
             if r.group in seen[:-1]:
@@ -138,11 +155,6 @@ class RolloutBatch:
             RolloutBatch(rollouts=tuple(r for g in held[a:b] for r in g))
             for a, b in itertools.pairwise(edges)
         )
-
-    def with_old_logprobs(self, values: Sequence[tuple[float, ...]]) -> RolloutBatch:
-        """The same rollouts with the trainer's log-probabilities."""
-        pairs = zip(self.rollouts, values, strict=True)
-        return RolloutBatch(rollouts=tuple(evolve(r, old_logprobs=v) for r, v in pairs))
 
 
 @frozen(eq=False, kw_only=True)

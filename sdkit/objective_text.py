@@ -15,8 +15,10 @@ from sdkit.specs import (
     DatasetSamples,
     Distillation,
     Divergence,
+    DriftWeight,
     EarlierTurns,
     EmaWeights,
+    FileWeight,
     ForwardKl,
     FrozenWeights,
     GroupRelative,
@@ -25,9 +27,12 @@ from sdkit.specs import (
     LogRatio,
     LossTerm,
     MethodSpec,
+    PassRateWeight,
+    PerplexityWeight,
     PerSequence,
     PerToken,
     PolicyGradient,
+    PositionWeight,
     ReferenceKl,
     ReverseKl,
     SampledTokenSupport,
@@ -39,10 +44,12 @@ from sdkit.specs import (
     Sum,
     Support,
     SystemMessage,
+    TeacherEntropyWeight,
     TeacherSamples,
     TopKSupport,
     UserTurn,
     VocabularySupport,
+    Weight,
 )
 
 
@@ -54,7 +61,7 @@ def describe_losses(spec: MethodSpec) -> Iterator[str]:
                 yield f"{name}: {_distillation(term, spec.rollout.temperature)}"
             case CrossEntropy():
                 text = f"cross entropy of the completion's tokens{_mask(term)}, {_average(term.average)}"
-                yield f"{name}: {_scaled(term.coefficient)}{text}"
+                yield f"{name}: {_scaled(term.coefficient)}{text}{_weight(term.weight)}"
             case PolicyGradient():
                 yield f"{name}: {_policy_gradient(term)}"
             case ReferenceKl(estimator=estimator):
@@ -122,7 +129,7 @@ def _distillation(term: Distillation, temperature: float) -> str:
     parts = [
         f"{_scaled(term.coefficient)}{_divergence(term.divergence)} over {_support(term.support)}",
         f"temperature {term.temperature or temperature:g}",
-        _average(term.average) + _mask(term),
+        _average(term.average) + _mask(term) + _weight(term.weight),
     ]
     if importance.old_policy:
         parts.append(f"ratio to the old policy capped at {importance.old_policy.cap:g}")
@@ -140,7 +147,7 @@ def _policy_gradient(term: PolicyGradient) -> str:
     parts = [
         f"{_scaled(term.coefficient)}policy gradient, advantage {_advantage(term.advantage)}",
         f"ratio per {term.ratio}{_clip(term.clip)}",
-        _average(term.average) + _mask(term),
+        _average(term.average) + _mask(term) + _weight(term.weight),
     ]
     if sampler := term.importance.sampler:
         parts.append(_sampler(sampler))
@@ -154,8 +161,10 @@ def _advantage(advantage: Advantage) -> str:
             if scale == "none":
                 return left
             return f"({left}) / ({scale.replace('_', ' ')} + {eps:g})"
-        case LogRatio(center=center, floor=floor):
+        case LogRatio(center=center, floor=floor, below_floor=below):
             low = "" if floor is None else f" (at least {floor:g})"
+            if below == "leave_out":
+                low = f" (where it is at least {floor:g})"
             mean = " − its mean over the sequence" if center == "sequence" else ""
             return f"log teacher − log student{low}{mean}"
         case _:
@@ -198,6 +207,8 @@ def _support(support: Support) -> str:
 
 def _average(average: Average) -> str:
     match average:
+        case PerToken(denominator="joint"):
+            return "sum over tokens / tokens of all terms that say joint"
         case PerToken():
             return "mean over tokens"
         case PerSequence(empty_rows=rows):
@@ -213,8 +224,51 @@ def _average(average: Average) -> str:
 
 
 def _mask(term: LossTerm) -> str:
-    skipped = f", first {term.mask.skip_first} tokens left out" if term.mask.skip_first else ""
-    return skipped + (f", only the first {term.mask.prefix} tokens" if term.mask.prefix else "")
+    mask = term.mask
+    parts = [
+        f"first {mask.skip_first} tokens left out" * bool(mask.skip_first),
+        f"only the first {mask.prefix} tokens" * bool(mask.prefix),
+        "special tokens left out" * (mask.special_tokens == "leave_out"),
+    ]
+    if mask.teacher_entropy_above is not None:
+        parts.append(f"only where the teacher's entropy exceeds {mask.teacher_entropy_above:g}")
+    if mask.student_entropy_top is not None:
+        share = 100 * mask.student_entropy_top
+        parts.append(f"only the {share:g} % of tokens with the student's largest entropies")
+    return "".join(f", {part}" for part in parts if part)
+
+
+def _weight(weight: Weight | None) -> str:
+    match weight:
+        case None:
+            return ""
+        case PositionWeight(smallest=smallest, middle=middle, width=width):
+            text = f"rising from {smallest:g} to 1 around {middle:g} of the completion (width {width:g})"
+        case TeacherEntropyWeight(rate=rate):
+            text = f"exp(−{rate:g} × teacher's entropy) / its mean"
+        case DriftWeight(strength=strength):
+            text = f"1 + {strength:g} × (1 − share of |log teacher − log student| before the token)"
+        case PassRateWeight(power=power, threshold=threshold):
+            text = (
+                f"(p (1 − p))^{power:g}, p the group's share of rewards of at least {threshold:g}"
+            )
+        case PerplexityWeight(of=who, power=power):
+            text = f"the {who}'s perplexity^{power:g} / its mean in the group"
+        case FileWeight(file=file, function=function):
+            text = f"{function} in {file}"
+        case _:
+            assert_never(weight)
+    return f", weighted by {text}"
+
+
+def describe_route(spec: MethodSpec) -> Iterator[str]:
+    """Which terms count a rollout, where that depends on its outcome."""
+    route = spec.route
+    if route is None:
+        return
+    context = " and whose teacher has a prompt" * (route.when == "failed_with_context")
+    then, otherwise = (", ".join(names) or "no term" for names in (route.then, route.otherwise))
+    yield f"route: rollouts with a reward below {route.threshold:g}{context} go to {then}, others to {otherwise}"
 
 
 def _scaled(coefficient: float | Schedule) -> str:

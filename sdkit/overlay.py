@@ -24,7 +24,7 @@ from sdkit.problems import (
 )
 from sdkit.source import Node, Source, read, read_text
 
-METHOD_KEYS = ("rollout", "teacher", "losses")
+METHOD_KEYS = ("rollout", "teacher", "losses", "route")
 RUN_KEYS = ("model", "data", "optimizer", "training", "evaluation", "output")
 PAGE_FORBIDS = ("method", *RUN_KEYS, "rewards", "machine")
 
@@ -174,11 +174,11 @@ def _neighbours(path: str) -> str | None:
 def _method_keys(page: Node, name: str, problems: list[Problem]) -> Node:
     """The page without the keys that only a run file may have."""
     if not isinstance(page.value, dict):
-        message = "a method page is a map of rollout, teacher and losses"
+        message = "a method page is a map of rollout, teacher, losses and route"
         problems.append(Problem((), message, "method_page", None, Place(name, 1, 1)))
         return evolve(page, value={})
     for key in [k for k in page.value if k in PAGE_FORBIDS]:
-        message = f"a method page holds rollout, teacher and losses, no {shorten(key)}"
+        message = f"a method page holds rollout, teacher, losses and route, no {shorten(key)}"
         hint = "method pages stand alone" if key == "method" else f"move {key} to the run file"
         place = page.value[key].key
         problems.append(Problem((key,), message, "method_page", hint, place))

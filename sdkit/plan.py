@@ -6,7 +6,13 @@ from typing import assert_never
 
 from attrs import field, frozen
 
-from sdkit.objective_text import describe_losses, describe_sampling, describe_teacher
+from sdkit.measures import measured
+from sdkit.objective_text import (
+    describe_losses,
+    describe_route,
+    describe_sampling,
+    describe_teacher,
+)
 from sdkit.specs import (
     AutoBackend,
     CopyWeights,
@@ -62,6 +68,7 @@ class Plan:
     steps: int | None  # rollout batches; None: epochs of data not yet counted
     oldest_rollout: int  # optimizer steps between sampling and the last update on a batch
     needs_old_logprobs: bool
+    measures: tuple[str, ...]  # what the measuring pass measures, and why; none: it is not taken
     objective: tuple[str, ...]
     roles: tuple[str, ...]
     syncs: str
@@ -103,11 +110,6 @@ def make_plan(
         steps = max(1, round(spec.training.epochs * rows / spec.training.prompts_per_step))
         derived.append(f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps")
     updates = spec.training.updates_per_rollout
-    corrected = any(
-        isinstance(t, PolicyGradient)
-        or (isinstance(t, Distillation) and (t.importance.old_policy or t.importance.sampler))
-        for t in spec.losses.values()
-    )
     return Plan(
         backend=backend,
         evaluation_backend=TransformersBackend() if isinstance(backend, ReplayBackend) else backend,
@@ -119,13 +121,36 @@ def make_plan(
         updates_per_step=updates,
         steps=steps,
         oldest_rollout=updates - 1,
-        needs_old_logprobs=updates > 1 and corrected,
-        objective=tuple(describe_losses(spec)),
+        needs_old_logprobs=needs_old_logprobs(spec),
+        measures=_measures(spec),
+        objective=(*describe_losses(spec), *describe_route(spec)),
         roles=tuple(_roles(spec)),
         syncs=_syncs(spec, backend),
         memory=tuple(_memory(spec, backend, shape)) if shape else (),
         memory_gib=machine.memory_gib,
         derived=tuple(derived),
+    )
+
+
+def needs_old_logprobs(spec: ExperimentSpec) -> bool:
+    """Whether a term asks how likely its tokens were before the first of several updates on a batch."""
+    corrected = any(
+        isinstance(t, PolicyGradient)
+        or (isinstance(t, Distillation) and (t.importance.old_policy or t.importance.sampler))
+        for t in spec.losses.values()
+    )
+    return spec.training.updates_per_rollout > 1 and corrected
+
+
+def _measures(spec: ExperimentSpec) -> tuple[str, ...]:
+    """`student entropy for losses.distil.mask.student_entropy_top`, one line a measure."""
+    asked = dict(measured(spec.losses))
+    if needs_old_logprobs(spec):
+        whole = ("training.updates_per_rollout", *asked.get("student_logprobs", ()))
+        asked = {"student_logprobs": whole} | {**asked, "student_logprobs": whole}
+    return tuple(
+        f"{measure.replace('_logprobs', ' log-probabilities').replace('_', ' ')} for {', '.join(who)}"
+        for measure, who in asked.items()
     )
 
 

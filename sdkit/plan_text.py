@@ -24,6 +24,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
     sections = {
         "objective": list(plan.objective),
         "roles": list(plan.roles),
+        "measured before the first update on each batch": list(plan.measures),
         "batches": [
             f"rollout batches: {steps}",
             f"each: {batch}; {plan.prompts_per_rank} prompts on each of {plan.ranks} rank{'s' * (plan.ranks > 1)}",

@@ -27,7 +27,7 @@ SHAPE_CODES: Mapping[str, str] = {
     "merge_key": "YAML merge keys are not supported",
     "number": "numbers are finite",
     "method_file": "`method` names a readable method page",
-    "method_page": "a method page holds rollout, teacher and losses, and stands alone",
+    "method_page": "a method page holds rollout, teacher, losses and route, and stands alone",
     "override": "an override has the form key.path=value and leads to a place in the spec",
     "unknown_key": "only the keys of the language are accepted",
     "missing_key": "a key without a default must be written",

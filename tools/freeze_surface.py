@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INTRODUCTION = """# The language, key by key
 
 Written by `tools/freeze_surface.py` from the spec classes.  A run file has the keys of `ExperimentSpec`; a method page
-has `rollout`, `teacher` and `losses`.  Where a type has a `kind`, the key takes `{kind: …, …}`, or the bare kind where
+has `rollout`, `teacher`, `losses` and `route`.  Where a type has a `kind`, the key takes `{kind: …, …}`, or the bare kind where
 all its keys have defaults.
 """
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
-from sdkit.batches import Counts, MicroBatch, Rollout, Sequences, Tokens
-from sdkit.losses.objective import counted, row_weights
-from sdkit.specs import LossTerm, Table, needs_teacher
+from sdkit.batches import Counted, Counts, MicroBatch, Rollout, Sequences, Tokens
+from sdkit.losses.objective import row_weights
+from sdkit.specs import LossTerm, PerToken, Table, needs_teacher
 
 
 @frozen(eq=False, kw_only=True)
@@ -23,11 +23,6 @@ class Collated:
     padded_tokens: int  # student tokens of all micro-batches, padding included
 
 
-def term_lengths(term: LossTerm, rollouts: Sequence[Rollout]) -> list[int]:
-    """How many tokens of each rollout the term counts; 0 where it needs a teacher that is not there."""
-    return [len(_positions(term, r)) for r in rollouts]
-
-
 def collate(
     rollouts: Sequence[Rollout],
     losses: Table[LossTerm],
@@ -38,24 +33,40 @@ def collate(
     """Micro-batches of at most `budget` padded tokens, in an order that depends on lengths alone.
 
     `total` sums over ranks.  Every weight is a share of the global batch, so the split into micro-batches changes
-    no gradient.
+    no gradient.  Raises ValueError where a rollout's tokens have not been counted (`counting.py`).
     """
     order = sorted(rollouts, key=lambda r: (_width(r), r.group))
-    lengths = {name: term_lengths(term, order) for name, term in losses.items()}
+    lengths = {name: [len(_counted(r, name).positions) for r in order] for name in losses}
     counts = _global_counts(lengths, len(order), total)
+    divisors = _divisors(losses, counts)
     weights = {
-        name: row_weights(term.average, torch.tensor(lengths[name], dtype=torch.long), counts[name])
+        name: row_weights(
+            term.average, torch.tensor(lengths[name], dtype=torch.long), divisors[name]
+        )
         for name, term in losses.items()
     }
+    teacher = any(needs_teacher(term) for term in losses.values())
     batches, padded = [], 0
     for start, end in _cuts([_width(r) for r in order], budget):
         part = order[start:end]
         rows = {name: w[start:end] for name, w in weights.items()}
-        batches.append(_micro_batch(part, losses, rows, device))
+        kept = [sorted({p for name in losses for p in _counted(r, name).positions}) for r in part]
+        batches.append(_micro_batch(part, kept, rows, teacher, device))
         padded += batches[-1].student.input_ids.numel()
     return Collated(
         micro_batches=tuple(batches), order=tuple(order), counts=counts, padded_tokens=padded
     )
+
+
+def whole_completions(
+    rollouts: Sequence[Rollout], budget: int, device: torch.device, *, teacher: bool
+) -> Iterator[tuple[Sequence[Rollout], MicroBatch]]:
+    """All completion tokens, without weights: the rollouts of each micro-batch and the micro-batch."""
+    order = sorted(rollouts, key=lambda r: (_width(r), r.group))
+    for start, end in _cuts([_width(r) for r in order], budget):
+        part = order[start:end]
+        kept = [list(range(len(r.completion_ids))) for r in part]
+        yield part, _micro_batch(part, kept, {}, teacher, device)
 
 
 def _width(rollout: Rollout) -> int:
@@ -63,10 +74,17 @@ def _width(rollout: Rollout) -> int:
     return prompt + len(rollout.completion_ids)
 
 
-def _positions(term: LossTerm, rollout: Rollout) -> range:
-    if needs_teacher(term) and rollout.teacher_prompt_ids is None:
-        return range(0)
-    return counted(term.mask, len(rollout.completion_ids))
+def _counted(rollout: Rollout, name: str) -> Counted:
+    if rollout.counted is None or name not in rollout.counted:
+        raise ValueError(f"the tokens that {name} counts are not settled")
+    return rollout.counted[name]
+
+
+def _divisors(losses: Table[LossTerm], counts: dict[str, Counts]) -> dict[str, Counts]:
+    """The counts that each term's average divides by: terms that say joint share their sum of tokens."""
+    joint = [n for n, t in losses.items() if t.average == PerToken(denominator="joint")]
+    tokens = sum(counts[name].tokens for name in joint)
+    return {n: evolve(c, tokens=tokens) if n in joint else c for n, c in counts.items()}
 
 
 def _global_counts(
@@ -93,19 +111,19 @@ def _cuts(widths: list[int], budget: int) -> list[tuple[int, int]]:
 
 def _micro_batch(
     rollouts: Sequence[Rollout],
-    losses: Table[LossTerm],
-    row_weight: dict[str, Tensor],
+    kept: list[list[int]],
+    row_weights: dict[str, Tensor],
+    teacher: bool,
     device: torch.device,
 ) -> MicroBatch:
-    kept = [sorted({p for t in losses.values() for p in _positions(t, r)}) for r in rollouts]
-    teacher = any(needs_teacher(term) for term in losses.values())
+    """`kept` are the positions of each rollout that some term counts, ascending."""
     tokens = Tokens(
         token=_flat(
             [[r.completion_ids[p] for p in ps] for r, ps in zip(rollouts, kept, strict=True)]
         ),
         row=_flat([[i] * len(ps) for i, ps in enumerate(kept)]),
         weights={
-            name: _token_weights(t, rollouts, kept, row_weight[name]) for name, t in losses.items()
+            name: _token_weights(name, rollouts, kept, rows) for name, rows in row_weights.items()
         },
         sampler_logprobs=_flat_floats([r.sampler_logprobs for r in rollouts], kept),
         old_logprobs=_flat_floats([r.old_logprobs for r in rollouts], kept),
@@ -125,17 +143,16 @@ def _micro_batch(
 
 
 def _token_weights(
-    term: LossTerm, rollouts: Sequence[Rollout], kept: list[list[int]], rows: Tensor
+    name: str, rollouts: Sequence[Rollout], kept: list[list[int]], rows: Tensor
 ) -> Tensor:
-    own = [_positions(term, r) for r in rollouts]
-    return torch.tensor(
-        [
-            float(w) * (p in o)
-            for w, o, ps in zip(rows.tolist(), own, kept, strict=True)
-            for p in ps
-        ],
-        dtype=torch.float32,
-    )
+    """The row's weight × the token's own, 0 where the term does not count the token.  [M] float32."""
+    weights: list[float] = []
+    for row, rollout, positions in zip(rows.tolist(), rollouts, kept, strict=True):
+        counted = _counted(rollout, name)
+        own = counted.weights or (1.0,) * len(counted.positions)
+        worth = dict(zip(counted.positions, own, strict=True))
+        weights += [row * worth.get(p, 0.0) for p in positions]
+    return torch.tensor(weights, dtype=torch.float32)
 
 
 def _sequences(

@@ -12,6 +12,7 @@ from sdkit.batches import Request, Row, Sampling
 from sdkit.components.intervals import Interval, mean_interval, paired_difference
 from sdkit.components.rewards import figures, score
 from sdkit.engine.gather import completion_text, gather
+from sdkit.engine.measuring import ready
 from sdkit.engine.step import measure
 from sdkit.seeds import derive
 from sdkit.specs import Decoding, Suite
@@ -142,7 +143,8 @@ def held_out_loss(world: World) -> dict[str, float]:
             continue
         gathered = gather(world, rows, ("held out", name), suite=name)
         prefix = "eval/" if position == 0 else f"eval/{name}/"
-        found |= {prefix + key: value for key, value in measure(world, gathered.batch).items()}
+        batch = ready(world, gathered.batch, training=False)
+        found |= {prefix + key: value for key, value in measure(world, batch).items()}
     return found
 
 

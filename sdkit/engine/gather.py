@@ -10,6 +10,7 @@ from attrs import frozen
 
 from sdkit.batches import Completion, Evidence, Request, Rollout, RolloutBatch, Row, Sampling
 from sdkit.components.rewards import figures, score
+from sdkit.engine import zero
 from sdkit.engine.judge import evidence, with_advantages
 from sdkit.seeds import derive
 from sdkit.specs import DatasetSamples, StudentSamples, TeacherSamples
@@ -67,7 +68,8 @@ def gather(
         _rollout(world, row, group, completion, seen)
         for (group, row, _), completion, seen in zip(jobs, completions, known, strict=True)
     ]
-    batch = with_advantages(world.spec.losses, RolloutBatch(rollouts=tuple(rollouts)))
+    sampled_batch = RolloutBatch(rollouts=tuple(rollouts))
+    batch = with_advantages(world.spec.losses, sampled_batch, zero.everywhere)
     batch.check()
     return Gathered(
         batch=batch,
@@ -133,6 +135,7 @@ def _rollout(
         finished=completion.finished,
         reward=None if seen is None else seen.group[seen.own].reward,
         filled=filled,
+        group_rewards=() if seen is None else tuple(a.reward for a in seen.group),
     )
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import evolve
+from torch import Tensor
 
 from sdkit.batches import Attempt, Evidence, RolloutBatch
 from sdkit.components.rewards import Judged
-from sdkit.losses.policy_terms import reward_advantages
+from sdkit.engine.counting import Everywhere
+from sdkit.losses.policy_terms import group_relative, reward_advantages
 from sdkit.specs import LossTerm
 
 
@@ -27,14 +29,24 @@ def evidence(
     return [Evidence(group=group, own=i % size, seed=seeds[i]) for i, group in enumerate(groups)]
 
 
-def with_advantages(losses: Mapping[str, LossTerm], batch: RolloutBatch) -> RolloutBatch:
-    """The rollouts with their reward against their group, where a term asks for it."""
+def with_advantages(
+    losses: Mapping[str, LossTerm], batch: RolloutBatch, everywhere: Everywhere
+) -> RolloutBatch:
+    """The rollouts with their reward against their group, where a term asks for it; a batch's spread is all ranks'."""
     rewards = [r.reward for r in batch if r.reward is not None]
-    if len(rewards) != len(batch):
+    if group_relative(losses) is None or len(rewards) != len(batch):
         return batch
     groups = torch.tensor([r.group for r in batch], dtype=torch.long)
-    found = reward_advantages(losses, torch.tensor(rewards, dtype=torch.float32), groups)
-    if found is None:
-        return batch
-    pairs = zip(batch, found.tolist(), strict=True)
+    all_rewards, own = everywhere(torch.tensor(rewards, dtype=torch.float32))
+    all_groups, _ = everywhere(_apart(groups, everywhere))
+    found = reward_advantages(losses, all_rewards, all_groups)
+    assert found is not None
+    pairs = zip(batch, found[own].tolist(), strict=True)
     return RolloutBatch(rollouts=tuple(evolve(r, advantage=a) for r, a in pairs))
+
+
+def _apart(groups: Tensor, everywhere: Everywhere) -> Tensor:
+    """Group numbers that no other rank has: groups stay whole on a rank.  [N] long -> [N] long."""
+    ids, place = torch.unique(groups, return_inverse=True)
+    _, own = everywhere(ids)
+    return place + own.start

@@ -12,7 +12,8 @@ from sdkit.batches import Rollout, RolloutBatch
 from sdkit.engine import checkpoint
 from sdkit.engine.evaluate import evaluate, held_out_loss, teacher_lift
 from sdkit.engine.gather import Gathered, completion_text, gather
-from sdkit.engine.step import Measured, train_step, with_old_logprobs
+from sdkit.engine.measuring import ready
+from sdkit.engine.step import Measured, train_step
 from sdkit.problems import NumericsGuard, Stopped
 from sdkit.specs import OfRollouts, SuccessfulSibling
 
@@ -55,15 +56,16 @@ def run(world: World, report: Report) -> None:
 def _one_step(world: World, report: Report, step: int) -> None:
     started = time.perf_counter()
     gathered = gather(world, world.data.take(step), ("rollout", step))
-    batch = gathered.batch
-    if world.plan.needs_old_logprobs:
-        batch = with_old_logprobs(world, batch)
+    sampled = time.perf_counter()
+    batch = ready(world, gathered.batch)
+    counted = time.perf_counter()
     measured = [
         _update(world, part) for part in batch.split(world.plan.updates_per_step) if len(part)
     ]
     moved = world.teacher and world.teacher.after_rollout_batch(world.masters, world.scalar)
     world.step = step + 1
     metrics = _metrics(world, gathered, measured, time.perf_counter() - started)
+    metrics["time/measure"] = counted - sampled
     if moved and world.teacher:
         metrics["teacher_distance"] = world.teacher.distance
     report.step(world, gathered, metrics)

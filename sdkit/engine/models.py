@@ -162,5 +162,12 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
+def special_ids(tokenizer: Any, ends: tuple[int, ...]) -> frozenset[int]:
+    """Token ids that are marks of the chat's format and no text, end tokens among them."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = {i for i, token in added.items() if token.special}
+    return frozenset(tokenizer.all_special_ids) | marked | set(ends)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

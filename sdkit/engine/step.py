@@ -17,10 +17,10 @@ from sdkit.batches import HiddenScores, MicroBatch, RolloutBatch, TeacherScores,
 from sdkit.components.teachers import Teacher, scalar_at
 from sdkit.engine import zero
 from sdkit.engine.collate import Collated, collate
-from sdkit.losses.chunks import projected_loss, token_logprobs
+from sdkit.losses.chunks import projected_loss, token_logprobs, token_measures
 from sdkit.losses.objective import Objective, sampler_ratio
 from sdkit.losses.policy_terms import sequence_means
-from sdkit.specs import CrossEntropy, LossTerm, OptimizerSpec, Table
+from sdkit.specs import LossTerm, OptimizerSpec, Table
 from sdkit.weights import Weights
 
 if TYPE_CHECKING:
@@ -97,9 +97,10 @@ class Student(nn.Module):
         return token_logprobs(hidden, head, token, self.temperature, self.chunk_tokens)
 
     @torch.no_grad()
-    def logprobs(self, batch: MicroBatch) -> Tensor:
-        """Log-probabilities of the counted tokens under the sampling temperature.  -> [M] float32"""
-        return self._logprobs(self.weights.hidden(batch.student), batch.tokens.token)
+    def measures(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probability of each counted token, and entropy, at the sampling temperature.  -> twice [M] float32"""
+        hidden, token = self.weights.hidden(batch.student), batch.tokens.token
+        return token_measures(hidden, self.weights.head, token, self.temperature, self.chunk_tokens)
 
 
 @torch.no_grad()
@@ -121,7 +122,10 @@ def refer(world: World, batch: MicroBatch) -> TeacherScores | None:
 
 
 def train_step(world: World, rollouts: RolloutBatch) -> Measured:
-    """Gradients of all micro-batches, one optimizer step, the teacher follows."""
+    """Gradients of all micro-batches, one optimizer step, the teacher follows.
+
+    The rollouts are `ready` (measuring.py), and so in `measure`.
+    """
     collated = _collate(world, rollouts)
     coefficients = coefficients_at(world.spec.losses, world.updates)
     sums: dict[str, Tensor] = {}
@@ -159,20 +163,6 @@ def measure(world: World, rollouts: RolloutBatch) -> dict[str, float]:
         asked = score(world.teacher, batch), refer(world, batch)
         _add(sums, world.module(batch, *asked, coefficients)[1])
     return averaged(sums, collated)
-
-
-@torch.no_grad()
-def with_old_logprobs(world: World, rollouts: RolloutBatch) -> RolloutBatch:
-    """The rollouts with the trainer's log-probabilities before the first of several updates."""
-    every_token: Table[LossTerm] = Table({"all": CrossEntropy()})
-    budget = world.spec.training.micro_batch_tokens
-    collated = collate(list(rollouts), every_token, budget, zero.total, world.device)
-    flat = [x for b in collated.micro_batches for x in world.module.logprobs(b).tolist()]
-    found: dict[int, tuple[float, ...]] = {}
-    for rollout in collated.order:
-        length = len(rollout.completion_ids)
-        found[id(rollout)], flat = tuple(flat[:length]), flat[length:]
-    return rollouts.with_old_logprobs([found[id(r)] for r in rollouts])
 
 
 def _collate(world: World, rollouts: RolloutBatch) -> Collated:
@@ -216,11 +206,24 @@ def averaged(sums: Mapping[str, Tensor], collated: Collated) -> dict[str, float]
         if name == "loss":
             metrics[key] = value
         elif figure != "tokens":
-            metrics[key] = value / max(collated.counts[name].tokens, 1)
+            # Tokens of weight 0 have a place in the average, but no say in the figures.
+            metrics[key] = value / max(values[f"{name}/tokens"], 1)
+    metrics |= _route_shares(collated)
     for name, counts in collated.counts.items():
         metrics[f"{name}/tokens"] = counts.tokens
         metrics[f"{name}/empty_rows"] = 1 - counts.filled_rows / max(counts.rows, 1)
     return metrics
+
+
+def _route_shares(collated: Collated) -> dict[str, float]:
+    """Share of the rollouts on each branch of the route, where there is one."""
+    branches = ("then", "otherwise")
+    held = [[r.branch == branch for r in collated.order] for branch in branches]
+    sums = zero.total(torch.tensor([sum(each) for each in held])).tolist()
+    whole = sum(sums)
+    if not whole:
+        return {}
+    return {f"route/{name}": n / whole for name, n in zip(branches, sums, strict=True)}
 
 
 def _follow(world: World) -> dict[str, float]:

@@ -16,7 +16,7 @@ from sdkit.components.rollouts import ReplayRollouts, TransformersRollouts
 from sdkit.components.teachers import Teacher, open_teacher, scalar_at
 from sdkit.components.vllm import VllmRollouts
 from sdkit.engine import zero
-from sdkit.engine.models import end_ids, load_model
+from sdkit.engine.models import end_ids, load_model, special_ids
 from sdkit.engine.prepare import Data
 from sdkit.engine.step import Student
 from sdkit.plan import Plan, pulls_to_reference
@@ -52,6 +52,7 @@ class World:
         model: Any = load_model(spec.model, located, spec.training.seed)
         self.student = Weights(model.to(self.device))
         self.end_ids = end_ids(self.student.causal, data.tokenizer)
+        self.special_ids = special_ids(data.tokenizer, self.end_ids)
         self._check_model()
         self.teacher: Teacher | None = None
         if spec.teacher:

@@ -82,6 +82,24 @@ def total(values: Tensor) -> Tensor:
     return summed
 
 
+def everywhere(values: Tensor) -> tuple[Tensor, slice]:
+    """The values of all ranks, one rank after the other, and where this rank's stand.  [K] -> [sum of K], slice.
+
+    K may differ from rank to rank, and be 0; every rank must call.
+    """
+    size = values.numel()
+    if world_size() == 1:
+        return values, slice(0, size)
+    rank = torch.distributed.get_rank()
+    sizes = torch.zeros(world_size(), dtype=torch.long, device=values.device)
+    sizes[rank] = size
+    edges = [0, *total(sizes).cumsum(0).tolist()]
+    own = slice(edges[rank], edges[rank + 1])
+    joined = values.new_zeros(edges[-1])
+    joined[own] = values
+    return total(joined), own
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Send what libraries print on standard output to standard error: stdout is sdkit's own."""

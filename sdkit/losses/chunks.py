@@ -6,7 +6,7 @@ The gradient of each chunk is formed while its logits are at hand, so the backwa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdkit.batches import HiddenScores, Tokens
+from sdkit.losses.divergence import entropy
 from sdkit.losses.objective import Objective
 from sdkit.losses.support import sampled_token
 
@@ -59,17 +60,32 @@ def projected_loss(
     return _WithGradients.apply(value, hidden, head, grad_hidden, grad_head), stats
 
 
-@torch.no_grad()
 def token_logprobs(
     hidden: Tensor, head: Tensor, token: Tensor, temperature: float, chunk_tokens: int
 ) -> Tensor:
     """Log-probability of each given token.  hidden [M, H], head [V, H], token [M] long -> [M] float32."""
-    parts: list[Tensor] = []
-    for start in range(0, max(token.numel(), 1), chunk_tokens):
+    chunks = _logprobs(hidden, head, temperature, chunk_tokens)
+    return torch.cat([sampled_token(logprobs, token[part]) for part, logprobs in chunks])
+
+
+def token_measures(
+    hidden: Tensor, head: Tensor, token: Tensor, temperature: float, chunk_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each given token, and the entropy of the distribution it is from.  -> twice [M] float32."""
+    chunks = _logprobs(hidden, head, temperature, chunk_tokens)
+    pairs = [(sampled_token(logprobs, token[part]), entropy(logprobs)) for part, logprobs in chunks]
+    own, spread = zip(*pairs, strict=True)
+    return torch.cat(own), torch.cat(spread)
+
+
+@torch.no_grad()
+def _logprobs(
+    hidden: Tensor, head: Tensor, temperature: float, chunk_tokens: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Stretches of positions with their log-probabilities [C, V], float32; one empty stretch where M is 0."""
+    for start in range(0, max(len(hidden), 1), chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        logits = (hidden[part] @ head.T).float()
-        parts.append(sampled_token((logits / temperature).log_softmax(-1), token[part]))
-    return torch.cat(parts)
+        yield part, ((hidden[part] @ head.T).float() / temperature).log_softmax(-1)
 
 
 def _accumulator(head: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Every spec class of the language.
 
-Rooms: `fields` (how a class is declared), `losses` and `method` (what makes a method), `data`, `scores` and `run`.
+Rooms: `fields` (how a class is declared), `losses`, `token_weights` and `method` (what makes a method), `data`, `scores` and `run`.
 """
 
 from sdkit.specs.data import *  # noqa: F403
@@ -9,3 +9,4 @@ from sdkit.specs.losses import *  # noqa: F403
 from sdkit.specs.method import *  # noqa: F403
 from sdkit.specs.run import *  # noqa: F403
 from sdkit.specs.scores import *  # noqa: F403
+from sdkit.specs.token_weights import *  # noqa: F403

@@ -14,9 +14,11 @@ from sdkit.specs.fields import (
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
+    TOP_P,
     Schedule,
     spec_field,
 )
+from sdkit.specs.token_weights import Weight
 
 
 @frozen(kw_only=True)
@@ -93,6 +95,17 @@ class MaskSpec:
     prefix: int | None = spec_field(
         "only the first so many tokens", default=None, range=AT_LEAST_ONE
     )
+    special_tokens: Literal["count", "leave_out"] = spec_field(
+        "the tokenizer's special tokens, the end token among them", default="count"
+    )
+    teacher_entropy_above: float | None = spec_field(
+        "only where the teacher's entropy exceeds so many nats", default=None, range=NOT_NEGATIVE
+    )
+    student_entropy_top: float | None = spec_field(
+        "of the tokens left in the rollout batch, only the share with the student's largest entropies",
+        default=None,
+        range=TOP_P,
+    )
 
 
 @frozen(kw_only=True)
@@ -125,6 +138,9 @@ class PerToken:
     """Mean over all loss tokens of the global batch."""
 
     kind: ClassVar[str] = "per_token"
+    denominator: Literal["own", "joint"] = spec_field(
+        "number of this term's tokens, or of all terms' that say joint", default="own"
+    )
 
 
 @frozen(kw_only=True)
@@ -176,6 +192,9 @@ class Distillation:
     )
     mask: MaskSpec = spec_field("which positions", default=MaskSpec())
     importance: ImportanceSpec = spec_field("how corrected", default=ImportanceSpec())
+    weight: Weight | None = spec_field(
+        "what each token weighs (default: all the same)", default=None
+    )
     average: Average = spec_field("how averaged", default=PerToken())
     coefficient: float | Schedule = spec_field(
         "weight of this term", default=1.0, range=NOT_NEGATIVE
@@ -188,6 +207,9 @@ class CrossEntropy:
 
     kind: ClassVar[str] = "cross_entropy"
     mask: MaskSpec = spec_field("which positions", default=MaskSpec())
+    weight: Weight | None = spec_field(
+        "what each token weighs (default: all the same)", default=None
+    )
     average: Average = spec_field("how averaged", default=PerToken())
     coefficient: float | Schedule = spec_field(
         "weight of this term", default=1.0, range=NOT_NEGATIVE
@@ -221,6 +243,9 @@ class LogRatio:
         "take off the mean over the sequence, after the floor", default="none"
     )
     floor: float | None = spec_field("lower bound", default=None, range=NEGATIVE)
+    below_floor: Literal["clamp", "leave_out"] = spec_field(
+        "raise lower values to the floor, or do not count their tokens", default="clamp"
+    )
 
 
 Advantage = GroupRelative | LogRatio
@@ -258,6 +283,9 @@ class PolicyGradient:
     clip: ClipSpec | None = spec_field("bounds of the ratio", default=None)
     mask: MaskSpec = spec_field("which positions", default=MaskSpec())
     importance: PolicyImportance = spec_field("how corrected", default=PolicyImportance())
+    weight: Weight | None = spec_field(
+        "what each token weighs (default: all the same)", default=None
+    )
     average: Average = spec_field("how averaged", default=PerToken())
     coefficient: float | Schedule = spec_field(
         "weight of this term", default=1.0, range=NOT_NEGATIVE

@@ -19,6 +19,7 @@ from sdkit.specs.fields import (
     spec_field,
 )
 from sdkit.specs.losses import LossTerm
+from sdkit.specs.token_weights import RouteSpec
 
 # ── rollouts ──────────────────────────────────────────────────────────────────────────────────
 
@@ -283,6 +284,9 @@ class MethodSpec:
     rollout: RolloutSpec = spec_field("who samples, and how", default=RolloutSpec())
     teacher: TeacherSpec | None = spec_field("what the teacher is and sees", default=None)
     losses: Table[LossTerm] = spec_field("named terms of the objective", range=NOT_EMPTY)
+    route: RouteSpec | None = spec_field(
+        "which terms count a rollout, by its outcome (default: all)", default=None
+    )
 
 
 DEFAULT_KIND: dict[Any, type] = {Sees: UserTurn}

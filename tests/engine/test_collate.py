@@ -2,8 +2,9 @@
 
 import torch
 
-from sdkit.batches import Rollout, Row
-from sdkit.engine.collate import collate
+from sdkit.batches import Rollout, RolloutBatch, Row
+from sdkit.engine.collate import collate as collate_counted
+from sdkit.engine.counting import count_tokens
 from sdkit.specs import (
     CrossEntropy,
     Distillation,
@@ -37,6 +38,15 @@ def distil(**changes):
 
 def same(x):
     return x.clone()
+
+
+def alone(values):
+    return values, slice(0, len(values))
+
+
+def collate(rollouts, losses, *rest):
+    batch = RolloutBatch(rollouts=tuple(rollouts))
+    return collate_counted(list(count_tokens(batch, losses, everywhere=alone)), losses, *rest)
 
 
 def test_a_state_predicts_the_next_token_under_both_prompts():

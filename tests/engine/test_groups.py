@@ -7,6 +7,7 @@ from attrs import evolve
 from sdkit.batches import RolloutBatch
 from sdkit.components.rewards_judged import Judged, Scorer
 from sdkit.engine.gather import gather
+from sdkit.engine.measuring import ready, take_measures
 from sdkit.engine.step import train_step
 from sdkit.specs import (
     ClipSpec,
@@ -70,6 +71,10 @@ def step(world):
     return gather(world, world.data.take(0), ("rollout", 0))
 
 
+def batch_of(world):
+    return ready(world, step(world).batch)
+
+
 def test_the_teacher_sees_the_first_success_of_the_group_but_nobody_its_own(group_world):
     world = group_world(judged(0, 1, 0, 1), teacher=TEACHER, losses=DISTIL)
     decode = world.data.tokenizer.decode
@@ -88,7 +93,7 @@ def test_without_success_and_feedback_there_is_no_teacher_and_no_gradient(group_
     world = group_world(judged(0), teacher=TEACHER, losses=DISTIL)
     gathered = step(world)
     assert all(r.teacher_prompt_ids is None for r in gathered.batch)
-    measured = train_step(world, gathered.batch)
+    measured = train_step(world, ready(world, gathered.batch))
     assert measured.metrics["grad_norm"] == 0
     assert measured.metrics["distil/empty_rows"] == 1
     assert measured.metrics["loss"] == 0
@@ -114,7 +119,7 @@ def test_rewarded_completions_become_likelier(group_world):
         {"policy": PolicyGradient(advantage=GroupRelative(), clip=ClipSpec(low=0.2, high=0.2))}
     )
     world = group_world(judged(1, 0, 0, 0), teacher=None, losses=losses)
-    batch = step(world).batch
+    batch = batch_of(world)
     best = [r for r in batch if (r.advantage or 0) > 0]
     before = _logprob(world, best)
     for _ in range(3):
@@ -125,7 +130,7 @@ def test_rewarded_completions_become_likelier(group_world):
 def test_equal_rewards_move_nothing(group_world):
     losses = Table({"policy": PolicyGradient(advantage=GroupRelative())})
     world = group_world(judged(1), teacher=None, losses=losses)
-    assert train_step(world, step(world).batch).metrics["grad_norm"] == 0
+    assert train_step(world, batch_of(world)).metrics["grad_norm"] == 0
 
 
 def test_the_reference_pulls_back_to_the_start_model(group_world):
@@ -136,7 +141,7 @@ def test_the_reference_pulls_back_to_the_start_model(group_world):
         }
     )
     world = group_world(judged(1, 0, 0, 0), teacher=None, losses=losses)
-    batch = step(world).batch
+    batch = batch_of(world)
     first = train_step(world, batch).metrics
     assert first["loss/anchor"] == pytest.approx(0, abs=1e-6)
     later = train_step(world, batch).metrics
@@ -153,13 +158,12 @@ def test_micro_batches_change_no_gradient(group_world):
         world = group_world(judged(1, 0, 0, 1), teacher=None, losses=losses)
         training = evolve(world.spec.training, micro_batch_tokens=budget)
         world.spec = evolve(world.spec, training=training)
-        norms.append(train_step(world, step(world).batch).metrics["grad_norm"])
+        norms.append(train_step(world, batch_of(world)).metrics["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert norms[0] > 0
 
 
 def _logprob(world, rollouts):
-    from sdkit.engine.step import with_old_logprobs
-
-    scored = with_old_logprobs(world, RolloutBatch(rollouts=tuple(rollouts)))
-    return sum(sum(r.old_logprobs or ()) for r in scored)
+    asked = {"student_logprobs"}
+    scored = take_measures(world, RolloutBatch(rollouts=tuple(rollouts)), asked)
+    return sum(sum(r.measures["student_logprobs"]) for r in scored)

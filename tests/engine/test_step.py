@@ -24,7 +24,7 @@ from sdkit.engine import loop, rundir, zero
 from sdkit.engine.collate import collate
 from sdkit.engine.evaluate import held_out_loss
 from sdkit.engine.report import Report
-from sdkit.engine.step import learning_rate, measure, score, train_step, with_old_logprobs
+from sdkit.engine.step import learning_rate, measure, score, train_step
 from sdkit.specs import (
     ColumnSlot,
     CrossEntropy,
@@ -139,7 +139,7 @@ def test_old_logprobs_are_those_before_the_first_update(open_tiny, temperature, 
         rollout=rollout(temperature=temperature),
         training=training(micro_batch_tokens=budget, updates_per_rollout=2),
     )
-    batch = with_old_logprobs(world, rollouts_of(world))
+    batch = rollouts_of(world)
     for r in batch:
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
         with torch.no_grad():
@@ -158,7 +158,7 @@ def test_the_ratio_is_one_at_the_first_update_and_moves_after(open_tiny):
         training=training(updates_per_rollout=2, steps=1),
     )
     assert world.plan.needs_old_logprobs
-    first, second = with_old_logprobs(world, rollouts_of(world)).split(2)
+    first, second = rollouts_of(world).split(2)
     assert train_step(world, first).metrics["distil/old_ratio"] == pytest.approx(1.0, abs=1e-4)
     moved = train_step(world, second).metrics["distil/old_ratio"]
     assert abs(moved - 1) > 1e-2

@@ -118,8 +118,9 @@ def evaluated(spec, **changes):
 
 def rollouts_of(world, step=0):
     from sdkit.engine.gather import gather
+    from sdkit.engine.measuring import ready
 
-    return gather(world, world.data.take(step), ("rollout", step)).batch
+    return ready(world, gather(world, world.data.take(step), ("rollout", step)).batch)
 
 
 def advance(world, updates=3):

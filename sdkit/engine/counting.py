@@ -1,0 +1,210 @@
+"""Which tokens each loss term counts, and what they weigh: settled once per rollout batch, before its first update.
+
+Shares, means and pass rates are those of the whole batch on all ranks, also where it is then dealt into several
+updates: so a token's place in them depends neither on the dealing nor on micro-batches.  Scalars that move have their
+value at the batch's first update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, assert_never
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from sdkit.batches import Counted, Rollout, RolloutBatch
+from sdkit.losses import token_weights
+from sdkit.losses.objective import counted
+from sdkit.measures import Measure, consults_teacher, floor_that_leaves_out, weight_of
+from sdkit.specs import (
+    DriftWeight,
+    FileWeight,
+    LossTerm,
+    PassRateWeight,
+    PerplexityWeight,
+    PositionWeight,
+    RouteSpec,
+    TeacherEntropyWeight,
+    Weight,
+)
+
+Everywhere = Callable[[Tensor], tuple[Tensor, slice]]
+"""The values of all ranks, and where this rank's stand among them (`zero.everywhere`)."""
+
+
+def count_tokens(
+    batch: RolloutBatch,
+    losses: Mapping[str, LossTerm],
+    *,
+    everywhere: Everywhere,
+    route: RouteSpec | None = None,
+    special: Collection[int] = (),
+) -> RolloutBatch:
+    """The rollouts, each with the tokens that every term counts.
+
+    Raises ValueError where a term is made of a measure that was not taken, or of a reward that is not known.
+    """
+    rollouts = [evolve(r, branch=route and branch_of(route, r)) for r in batch]
+    found = {
+        name: _of_term(name, term, rollouts, everywhere, route, special)
+        for name, term in losses.items()
+    }
+    return RolloutBatch(
+        rollouts=tuple(
+            evolve(r, counted={name: tokens[i] for name, tokens in found.items()})
+            for i, r in enumerate(rollouts)
+        )
+    )
+
+
+def branch_of(route: RouteSpec, rollout: Rollout) -> Literal["then", "otherwise"]:
+    """Which terms of the route count the rollout."""
+    if rollout.reward is None:
+        raise ValueError("a route needs the rollouts' rewards")
+    failed = rollout.reward < route.threshold
+    with_context = rollout.teacher_prompt_ids is not None
+    match route.when:
+        case "failed":
+            return "then" if failed else "otherwise"
+        case "failed_with_context":
+            return "then" if failed and with_context else "otherwise"
+        case _:
+            assert_never(route.when)
+
+
+def _of_term(
+    name: str,
+    term: LossTerm,
+    rollouts: Sequence[Rollout],
+    everywhere: Everywhere,
+    route: RouteSpec | None,
+    special: Collection[int],
+) -> list[Counted]:
+    spans = [_span(name, term, r, route) for r in rollouts]
+    tokens = _masked(term, _Tokens.of(rollouts, spans), everywhere, special)
+    weight = weight_of(term)
+    weights = None if weight is None else _weights(weight, tokens, everywhere)
+    return tokens.dealt(weights)
+
+
+def _span(name: str, term: LossTerm, rollout: Rollout, route: RouteSpec | None) -> range:
+    """The stretch of the completion that the term's mask leaves; empty where the rollout is not the term's."""
+    elsewhere = {"then": "otherwise", "otherwise": "then"}
+    routed_away = route and rollout.branch and name in getattr(route, elsewhere[rollout.branch])
+    if routed_away or (consults_teacher(term) and rollout.teacher_prompt_ids is None):
+        return range(0)
+    return counted(term.mask, len(rollout.completion_ids))
+
+
+@frozen(eq=False)
+class _Tokens:
+    """The tokens of one term: rollout after rollout, each in order."""
+
+    rollouts: Sequence[Rollout]
+    row: Tensor  # [M] long; place of the rollout
+    place: Tensor  # [M] long; position in the completion
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout], spans: Sequence[range]) -> _Tokens:
+        sizes = torch.tensor([len(s) for s in spans], dtype=torch.long)
+        places = [torch.arange(s.start, s.stop) for s in spans]
+        return cls(
+            rollouts,
+            torch.arange(len(spans)).repeat_interleave(sizes),
+            torch.cat(places) if places else sizes,
+        )
+
+    def where(self, keep: Tensor) -> _Tokens:
+        return _Tokens(self.rollouts, self.row[keep], self.place[keep])
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each completion, [N] long."""
+        return torch.tensor([len(r.completion_ids) for r in self.rollouts], dtype=torch.long)
+
+    def ids(self) -> Tensor:
+        """The tokens themselves, [M] long."""
+        return self._picked([torch.tensor(r.completion_ids) for r in self.rollouts]).long()
+
+    def measure(self, name: Measure) -> Tensor:
+        """[M] float64.  Raises ValueError where it was not taken of a rollout with tokens here."""
+        present = set(self.row.unique().tolist())
+        if any(name not in self.rollouts[i].measures for i in present):
+            raise ValueError(f"{name} was not measured")
+        values = [
+            torch.tensor(r.measures[name] if i in present else [0.0] * len(r.completion_ids))
+            for i, r in enumerate(self.rollouts)
+        ]
+        return self._picked([v.double() for v in values])
+
+    def _picked(self, values: list[Tensor]) -> Tensor:
+        starts = self.lengths.cumsum(0) - self.lengths
+        flat = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+        return flat[starts[self.row] + self.place]
+
+    def dealt(self, weights: Tensor | None) -> list[Counted]:
+        """The tokens of each rollout, with their weights."""
+        sizes = torch.bincount(self.row, minlength=len(self.rollouts)).tolist()
+        places = self.place.split(sizes)
+        worth = [None] * len(sizes) if weights is None else weights.split(sizes)
+        return [
+            Counted(positions=tuple(p.tolist()), weights=None if w is None else tuple(w.tolist()))
+            for p, w in zip(places, worth, strict=True)
+        ]
+
+
+def _masked(
+    term: LossTerm, tokens: _Tokens, everywhere: Everywhere, special: Collection[int]
+) -> _Tokens:
+    """What else the mask leaves out; the share of largest entropies last, over the tokens that are left then."""
+    mask = term.mask
+    if mask.special_tokens == "leave_out":
+        tokens = tokens.where(~torch.isin(tokens.ids(), torch.tensor(sorted(special))))
+    if mask.teacher_entropy_above is not None:
+        tokens = tokens.where(tokens.measure("teacher_entropy") > mask.teacher_entropy_above)
+    floor = floor_that_leaves_out(term)
+    if floor is not None:
+        tokens = tokens.where(_log_ratio(tokens) >= floor)
+    if mask.student_entropy_top is not None:
+        values, own = everywhere(tokens.measure("student_entropy"))
+        tokens = tokens.where(token_weights.top_share(values, mask.student_entropy_top)[own])
+    return tokens
+
+
+def _weights(weight: Weight, tokens: _Tokens, everywhere: Everywhere) -> Tensor:
+    """[M] float64, at least 0."""
+    rows = len(tokens.rollouts)
+    match weight:
+        case PositionWeight(smallest=smallest, middle=middle, width=width):
+            place = (tokens.place + 1).double() / tokens.lengths[tokens.row]
+            return token_weights.rising(place, smallest, middle, width)
+        case TeacherEntropyWeight(rate=rate):
+            values, own = everywhere(tokens.measure("teacher_entropy"))
+            return token_weights.sureness(values, rate)[own]
+        case DriftWeight(strength=strength):
+            return token_weights.drift(_log_ratio(tokens), tokens.row, rows, strength)
+        case PassRateWeight(power=power, threshold=threshold):
+            rates = [_pass_rate(r, threshold) for r in tokens.rollouts]
+            each = torch.tensor(rates, dtype=torch.float64)
+            return token_weights.half_solved(each, power)[tokens.row]
+        case PerplexityWeight(of=who, power=power):
+            measure: Measure = "student_logprobs" if who == "student" else "teacher_logprobs"
+            group = torch.tensor([r.group for r in tokens.rollouts], dtype=torch.long)
+            return token_weights.perplexity(tokens.measure(measure), tokens.row, group, power)
+        case FileWeight():
+            raise NotImplementedError
+        case _:
+            assert_never(weight)
+
+
+def _log_ratio(tokens: _Tokens) -> Tensor:
+    return tokens.measure("teacher_logprobs") - tokens.measure("student_logprobs")
+
+
+def _pass_rate(rollout: Rollout, threshold: float) -> float:
+    rewards = rollout.group_rewards
+    if not rewards:
+        raise ValueError("a pass rate needs the group's rewards")
+    return sum(reward >= threshold for reward in rewards) / len(rewards)

@@ -1,0 +1,92 @@
+"""What is known of a rollout batch before its first update: the measuring pass, and which tokens count.
+
+The pass is taken only where something asks for it (`measures.py`), and once per batch; all updates on the batch see the
+same figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from sdkit.batches import MicroBatch, RolloutBatch
+from sdkit.engine import zero
+from sdkit.engine.collate import whole_completions
+from sdkit.engine.counting import count_tokens
+from sdkit.engine.step import score
+from sdkit.losses.chunks import token_measures
+from sdkit.measures import Measure, measured
+
+if TYPE_CHECKING:
+    from sdkit.engine.world import World
+
+
+def ready(world: World, rollouts: RolloutBatch, *, training: bool = True) -> RolloutBatch:
+    """The rollouts as `train_step` takes them, and `measure` (where `training` is False).
+
+    Call it on the whole batch, before it is dealt into several updates.
+    """
+    old = training and world.plan.needs_old_logprobs
+    asked = set(measured(world.spec.losses)) | ({"student_logprobs"} if old else set())
+    if asked:
+        rollouts = take_measures(world, rollouts, asked)
+    if old:
+        told = [evolve(r, old_logprobs=r.measures["student_logprobs"]) for r in rollouts]
+        rollouts = RolloutBatch(rollouts=tuple(told))
+    rollouts.check()
+    return count_tokens(
+        rollouts,
+        world.spec.losses,
+        everywhere=zero.everywhere,
+        route=world.spec.route,
+        special=world.special_ids,
+    )
+
+
+@torch.no_grad()
+def take_measures(world: World, rollouts: RolloutBatch, asked: Collection[Measure]) -> RolloutBatch:
+    """The rollouts with these figures of each completion token, at the sampling temperature.
+
+    The teacher's are missing where a rollout has no teacher prompt.
+    """
+    of_teacher = any(name.startswith("teacher") for name in asked)
+    budget = world.spec.training.micro_batch_tokens
+    found: dict[int, dict[str, tuple[float, ...]]] = {}
+    for part, batch in whole_completions(list(rollouts), budget, world.device, teacher=of_teacher):
+        sizes = [len(r.completion_ids) for r in part]
+        held = {
+            name: [tuple(x.tolist()) for x in values.split(sizes)]
+            for name, values in _figures(world, batch, asked)
+        }
+        for place, rollout in enumerate(part):
+            found[id(rollout)] = {
+                name: values[place]
+                for name, values in held.items()
+                if rollout.teacher_prompt_ids is not None or not name.startswith("teacher")
+            }
+    return RolloutBatch(rollouts=tuple(evolve(r, measures=found[id(r)]) for r in rollouts))
+
+
+def _figures(
+    world: World, batch: MicroBatch, asked: Collection[Measure]
+) -> Iterator[tuple[Measure, Tensor]]:
+    """Each figure that is asked for, [M]; the teacher's where the batch has its prompts."""
+    of_student: tuple[Measure, ...] = ("student_logprobs", "student_entropy")
+    of_teacher: tuple[Measure, ...] = ("teacher_logprobs", "teacher_entropy")
+    pairs: list[tuple[Measure, Tensor]] = []
+    if set(of_student) & set(asked):
+        pairs += zip(of_student, world.module.measures(batch), strict=True)
+    if scores := score(world.teacher, batch):
+        told = token_measures(
+            scores.hidden,
+            scores.head,
+            batch.tokens.token,
+            world.spec.rollout.temperature,
+            world.spec.training.chunk_tokens,
+        )
+        pairs += zip(of_teacher, told, strict=True)
+    yield from (pair for pair in pairs if pair[0] in asked)
