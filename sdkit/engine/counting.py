@@ -126,7 +126,7 @@ class _Tokens:
 
     def ids(self) -> Tensor:
         """The tokens themselves, [M] long."""
-        return self._picked([torch.tensor(r.completion_ids) for r in self.rollouts]).long()
+        return self._picked([r.completion_ids for r in self.rollouts], torch.long)
 
     def measure(self, name: Measure) -> Tensor:
         """[M] float64.  Raises ValueError where it was not taken of a rollout with tokens here."""
@@ -134,14 +134,14 @@ class _Tokens:
         if any(name not in self.rollouts[i].measures for i in present):
             raise ValueError(f"{name} was not measured")
         values = [
-            torch.tensor(r.measures[name] if i in present else [0.0] * len(r.completion_ids))
+            r.measures[name] if i in present else (0.0,) * len(r.completion_ids)
             for i, r in enumerate(self.rollouts)
         ]
-        return self._picked([v.double() for v in values])
+        return self._picked(values, torch.float64)
 
-    def _picked(self, values: list[Tensor]) -> Tensor:
+    def _picked(self, values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
         starts = self.lengths.cumsum(0) - self.lengths
-        flat = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64)
+        flat = torch.tensor([x for each in values for x in each], dtype=dtype)
         return flat[starts[self.row] + self.place]
 
     def dealt(self, weights: Tensor | None) -> list[Counted]:
@@ -161,7 +161,9 @@ def _masked(
     """What else the mask leaves out; the share of largest entropies last, over the tokens that are left then."""
     mask = term.mask
     if mask.special_tokens == "leave_out":
-        tokens = tokens.where(~torch.isin(tokens.ids(), torch.tensor(sorted(special))))
+        tokens = tokens.where(
+            ~torch.isin(tokens.ids(), torch.tensor(sorted(special), dtype=torch.long))
+        )
     if mask.teacher_entropy_above is not None:
         tokens = tokens.where(tokens.measure("teacher_entropy") > mask.teacher_entropy_above)
     floor = floor_that_leaves_out(term)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from sdkit.overlay import Loaded
 from sdkit.problems import Problem
-from sdkit.rules import data, losses, policy, prompts, rollouts, scores, training
+from sdkit.rules import data, losses, policy, prompts, rollouts, scores, tokens, training
 from sdkit.rules.base import Context, Rule
 from sdkit.specs import ExperimentSpec, MethodSpec
 
 RULES: tuple[Rule, ...] = (
     *losses.RULES,
     *policy.RULES,
+    *tokens.RULES,
     *rollouts.RULES,
     *prompts.RULES,
     *data.RULES,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from attrs import frozen
 
 from sdkit.bundled import BUNDLED, PREFIX
+from sdkit.measures import term_measures
 from sdkit.overlay import Loaded
 from sdkit.problems import Path, nearest, shorten
 from sdkit.specs import (
@@ -106,6 +107,16 @@ def of_teacher(spec: MethodSpec) -> Iterator[tuple[Path, LossTerm]]:
     for name, term in spec.losses.items():
         if needs_teacher(term):
             yield ("losses", name), term
+
+
+def consultations(spec: MethodSpec) -> Iterator[tuple[Path, str]]:
+    """Settings of terms that do not ask the teacher for their loss, but for a mask or a weight; and what they ask for."""
+    for name, term in spec.losses.items():
+        for measure, key in () if needs_teacher(term) else term_measures(term):
+            side, _, figure = measure.partition("_")
+            if side == "teacher":
+                told = figure.replace("logprobs", "log-probabilities")
+                yield ("losses", name, *key), f"teacher's {told}"
 
 
 def data_of(spec: ExperimentSpec) -> Iterator[tuple[Path, DataSpec]]:

@@ -8,6 +8,7 @@ from sdkit.problems import Path, shorten
 from sdkit.rules.base import (
     Context,
     Finding,
+    consultations,
     distillations,
     k2_terms,
     method_rule,
@@ -51,6 +52,9 @@ def no_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         else:
             message = "a log_ratio advantage asks the teacher, but there is no teacher"
             yield (*path, "advantage"), message, hint
+    for path, measure in consultations(spec):
+        message = f"this asks for the {measure}, but there is no teacher"
+        yield path, message, hint
     if isinstance(spec.rollout.sampled_by, TeacherSamples):
         yield ("rollout", "sampled_by"), "the teacher samples, but there is no teacher", hint
 
@@ -61,7 +65,8 @@ def unused_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     missing.
     """
     samples = isinstance(spec.rollout.sampled_by, TeacherSamples)
-    if spec.teacher and not samples and not any(of_teacher(spec)):
+    consulted = any(of_teacher(spec)) or any(consultations(spec))
+    if spec.teacher and not samples and not consulted:
         message = "no term distils from the teacher, and it does not sample"
         yield ("teacher",), message, "remove teacher, or add a term of kind distillation"
 
@@ -241,11 +246,11 @@ def prefix_before_skip(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @method_rule("cross-entropy is on completions worth imitating", "warning")
 def own_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Cross-entropy on the student's own unfiltered samples has no direction: in expectation its
-    gradient is zero.
+    gradient is zero.  A route filters by outcome.
     """
     kinds = {type(term) for term in spec.losses.values()}
     imitates = CrossEntropy in kinds and kinds <= {CrossEntropy, ReferenceKl}
-    if imitates and isinstance(spec.rollout.sampled_by, StudentSamples):
+    if imitates and not spec.route and isinstance(spec.rollout.sampled_by, StudentSamples):
         path = ("rollout", "sampled_by")
         message = f"{context.stated(path, 'student')}: it trains on its own samples, unfiltered"
         yield path, message, "use sampled_by: dataset or teacher"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from itertools import chain
 
+from sdkit.measures import uses_reward
 from sdkit.problems import Path, counted, outside, shorten
 from sdkit.rules.base import (
     Context,
@@ -143,7 +144,9 @@ def context_before_rollouts(spec: MethodSpec, context: Context) -> Iterator[Find
 
 @run_rule("training knows its reward")
 def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Siblings succeed, and feedback is given, by one of the rewards; it must be plain which."""
+    """Siblings succeed, feedback is given, rollouts are routed and prompts weighed by one of the
+    rewards; it must be plain which.
+    """
     if spec.reward is not None and spec.reward not in spec.rewards:
         hint = did_you_mean(spec.reward, spec.rewards) or "declare it under rewards"
         yield ("reward",), f"{shorten(spec.reward)} {outside(spec.rewards)}", hint
@@ -152,7 +155,11 @@ def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
         for path, term in policy_gradients(spec)
         if isinstance(term.advantage, GroupRelative)
     )
-    needed = next(chain((path for path, _ in _slots(spec)), relative), None)
+    weights = (
+        ("losses", name, *key) for name, term in spec.losses.items() if (key := uses_reward(term))
+    )
+    routed: list[Path] = [("route",)] if spec.route else []
+    needed = next(chain((path for path, _ in _slots(spec)), relative, weights, routed), None)
     if needed and spec.reward is None and len(spec.rewards) != 1:
         count = "there are none" if not spec.rewards else f"there are {len(spec.rewards)}"
         message = f"this needs the reward that training uses, and {count}"
