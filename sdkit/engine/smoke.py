@@ -106,6 +106,7 @@ def miniature(spec: MethodSpec, steps: int) -> ExperimentSpec:
         rollout=_rollout(spec.rollout),
         teacher=spec.teacher and evolve(spec.teacher, sees=_roomy(spec.teacher.sees)),
         losses=Table({name: _term(term) for name, term in spec.losses.items()}),
+        route=spec.route,
         model=_model(full.model if full else ModelSpec(path="model")),
         data=rows,
         rewards=Table(
@@ -151,7 +152,13 @@ def _roomy(sees: Any) -> Any:
 def _term(term: LossTerm) -> LossTerm:
     if isinstance(term.coefficient, Schedule) and term.coefficient.start == 0:
         term = evolve(term, coefficient=evolve(term.coefficient, steps=1))
-    mask = evolve(term.mask, skip_first=min(term.mask.skip_first, 8))
+    above = term.mask.teacher_entropy_above
+    mask = evolve(
+        term.mask,
+        skip_first=min(term.mask.skip_first, 8),
+        # The tiny model is as unsure as its small vocabulary lets it be.
+        teacher_entropy_above=None if above is None else min(above, 1.0),
+    )
     if isinstance(term, Distillation) and isinstance(term.support, TopKSupport):
         return evolve(
             term, mask=mask, support=evolve(term.support, k=min(term.support.k, VOCABULARY // 4))
