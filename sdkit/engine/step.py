@@ -143,7 +143,9 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
     if stepped.applied:
         world.updates += 1
         metrics |= _follow(world)
-    padding = 1 - _real_tokens(collated) / max(collated.padded_tokens, 1)
+    padding = 1 - sum(b.student.tokens for b in collated.micro_batches) / max(
+        collated.padded_tokens, 1
+    )
     return Measured(
         metrics=metrics | {"padding": padding}, seconds=seconds, applied=stepped.applied
     )
@@ -166,7 +168,9 @@ def with_old_logprobs(world: World, rollouts: RolloutBatch) -> RolloutBatch:
     """The rollouts with the trainer's log-probabilities before the first of several updates."""
     every_token: Table[LossTerm] = Table({"all": CrossEntropy()})
     budget = world.spec.training.micro_batch_tokens
-    collated = collate(list(rollouts), every_token, budget, zero.total, world.device)
+    collated = collate(
+        list(rollouts), every_token, budget, zero.total, world.device, world.longest_pack
+    )
     flat = [x for b in collated.micro_batches for x in world.module.logprobs(b).tolist()]
     found: dict[int, tuple[float, ...]] = {}
     for rollout in collated.order:
@@ -182,6 +186,7 @@ def _collate(world: World, rollouts: RolloutBatch) -> Collated:
         world.spec.training.micro_batch_tokens,
         zero.total,
         world.device,
+        world.longest_pack,
     )
 
 
@@ -233,7 +238,3 @@ def _follow(world: World) -> dict[str, float]:
 def _add(sums: dict[str, Tensor], stats: Mapping[str, Tensor]) -> None:
     for key, value in stats.items():
         sums[key] = value if key not in sums else sums[key] + value
-
-
-def _real_tokens(collated: Collated) -> int:
-    return sum(int(b.student.attention_mask.sum()) for b in collated.micro_batches)
