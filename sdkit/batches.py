@@ -161,10 +161,12 @@ class RolloutBatch:
 class Sequences:
     """Padded token ids for one forward pass, and where the M counted tokens are predicted."""
 
-    input_ids: Tensor  # [N, S] long
-    attention_mask: Tensor  # [N, S] long; 1 on tokens, padding on the right
+    input_ids: Tensor  # [R, S] long; R = N rows, or fewer where rollouts share their prompt
+    attention_mask: Tensor  # [R, S] long, 1 on tokens, padding on the right; [R, 1, S, S] bool where rows are shared
+    positions: Tensor | None  # [R, S] long where rows are shared
+    tokens: int  # without padding
     predicts: (
-        Tensor  # [M] long; index into the flattened [N * S] of the state that predicts a token
+        Tensor  # [M] long; index into the flattened [R * S] of the state that predicts a token
     )
 
 

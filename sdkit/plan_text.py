@@ -21,6 +21,8 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
         f"{training.prompts_per_step} prompts × {spec.rollout.completions_per_prompt} completions "
         f"= {plan.rollouts_per_step} rollouts"
     )
+    together = training.share_prompts and spec.rollout.completions_per_prompt > 1
+    shared = ", a group's prompt in them once" if together else ""
     sections = {
         "objective": list(plan.objective),
         "roles": list(plan.roles),
@@ -29,7 +31,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
             f"rollout batches: {steps}",
             f"each: {batch}; {plan.prompts_per_rank} prompts on each of {plan.ranks} rank{'s' * (plan.ranks > 1)}",
             f"optimizer steps: {updates} ({plan.updates_per_step} per rollout batch)",
-            f"micro-batches: up to {training.micro_batch_tokens} padded tokens, sorted by length",
+            f"micro-batches: up to {training.micro_batch_tokens} padded tokens, sorted by length{shared}",
             f"oldest rollout: {plan.oldest_rollout} optimizer steps behind",
         ],
         "weights": [

@@ -54,6 +54,7 @@ class Weights:
             out = causal.base_model(
                 input_ids=sequences.input_ids,
                 attention_mask=sequences.attention_mask,
+                position_ids=sequences.positions,
                 use_cache=False,
             )
         return out.last_hidden_state.flatten(0, 1)[sequences.predicts]

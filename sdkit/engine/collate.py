@@ -9,6 +9,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from sdkit.batches import Counted, Counts, MicroBatch, Rollout, Sequences, Tokens
+from sdkit.engine.packing import padded_tokens, sequences
 from sdkit.losses.objective import row_weights
 from sdkit.specs import LossTerm, PerToken, Table, needs_teacher
 
@@ -29,13 +30,15 @@ def collate(
     budget: int,
     total: Callable[[Tensor], Tensor],
     device: torch.device,
+    longest_pack: int = 0,
 ) -> Collated:
     """Micro-batches of at most `budget` padded tokens, in an order that depends on lengths alone.
 
-    `total` sums over ranks.  Every weight is a share of the global batch, so the split into micro-batches changes
-    no gradient.  Raises ValueError where a rollout's tokens have not been counted (`counting.py`).
+    `total` sums over ranks.  Rollouts of one prompt share rows of up to `longest_pack` tokens (packing.py).  Every
+    weight is a share of the global batch, so the split into micro-batches changes no gradient.  Raises ValueError
+    where a rollout's tokens have not been counted (counting.py).
     """
-    order = sorted(rollouts, key=lambda r: (_width(r), r.group))
+    order = _order(rollouts, together=longest_pack > 0)
     lengths = {name: [len(_counted(r, name).positions) for r in order] for name in losses}
     counts = _global_counts(lengths, len(order), total)
     divisors = _divisors(losses, counts)
@@ -47,11 +50,11 @@ def collate(
     }
     teacher = any(needs_teacher(term) for term in losses.values())
     batches, padded = [], 0
-    for start, end in _cuts([_width(r) for r in order], budget):
+    for start, end in _cuts(order, budget, longest_pack):
         part = order[start:end]
         rows = {name: w[start:end] for name, w in weights.items()}
         kept = [sorted({p for name in losses for p in _counted(r, name).positions}) for r in part]
-        batches.append(_micro_batch(part, kept, rows, teacher, device))
+        batches.append(_micro_batch(part, kept, rows, teacher, longest_pack, device))
         padded += batches[-1].student.input_ids.numel()
     return Collated(
         micro_batches=tuple(batches), order=tuple(order), counts=counts, padded_tokens=padded
@@ -59,14 +62,19 @@ def collate(
 
 
 def whole_completions(
-    rollouts: Sequence[Rollout], budget: int, device: torch.device, *, teacher: bool
+    rollouts: Sequence[Rollout],
+    budget: int,
+    device: torch.device,
+    longest_pack: int,
+    *,
+    teacher: bool,
 ) -> Iterator[tuple[Sequence[Rollout], MicroBatch]]:
-    """All completion tokens, without weights: the rollouts of each micro-batch and the micro-batch."""
-    order = sorted(rollouts, key=lambda r: (_width(r), r.group))
-    for start, end in _cuts([_width(r) for r in order], budget):
+    """All completion tokens, without weights: the rollouts of each micro-batch, and the micro-batch."""
+    order = _order(rollouts, together=longest_pack > 0)
+    for start, end in _cuts(order, budget, longest_pack):
         part = order[start:end]
         kept = [list(range(len(r.completion_ids))) for r in part]
-        yield part, _micro_batch(part, kept, {}, teacher, device)
+        yield part, _micro_batch(part, kept, {}, teacher, longest_pack, device)
 
 
 def _width(rollout: Rollout) -> int:
@@ -99,14 +107,41 @@ def _global_counts(
     }
 
 
-def _cuts(widths: list[int], budget: int) -> list[tuple[int, int]]:
-    """Where to cut rows of ascending width so that rows × widest stays within the budget; a lone row may exceed it."""
+def _order(rollouts: Sequence[Rollout], together: bool) -> list[Rollout]:
+    """By width; with `together` group by group, by the width of each group's widest."""
+    if not together:
+        return sorted(rollouts, key=lambda r: (_width(r), r.group))
+    widest: dict[int, int] = {}
+    for r in rollouts:
+        widest[r.group] = max(widest.get(r.group, 0), _width(r))
+    return sorted(rollouts, key=lambda r: (widest[r.group], r.group, _width(r)))
+
+
+def _cuts(order: Sequence[Rollout], budget: int, longest_pack: int) -> list[tuple[int, int]]:
+    """Where to cut so that the padded tokens of either side stay within the budget; a lone rollout may exceed it."""
+
+    def cost(part: Sequence[Rollout]) -> int:
+        completions = [r.completion_ids for r in part]
+        return max(
+            padded_tokens([prompt(r) for r in part], completions, longest_pack)
+            for prompt in (_student_prompt, _teacher_prompt)
+        )
+
     cuts, start = [], 0
-    for end in range(1, len(widths) + 1):
-        if end == len(widths) or (end + 1 - start) * widths[end] > budget:
+    for end in range(1, len(order) + 1):
+        if end == len(order) or cost(order[start : end + 1]) > budget:
             cuts.append((start, end))
             start = end
     return cuts
+
+
+def _student_prompt(rollout: Rollout) -> tuple[int, ...]:
+    return rollout.prompt_ids
+
+
+def _teacher_prompt(rollout: Rollout) -> tuple[int, ...]:
+    """A rollout without a teacher still has a place, so that rows line up; its weights are zero."""
+    return rollout.teacher_prompt_ids or rollout.prompt_ids
 
 
 def _micro_batch(
@@ -114,9 +149,10 @@ def _micro_batch(
     kept: list[list[int]],
     row_weights: dict[str, Tensor],
     teacher: bool,
+    longest_pack: int,
     device: torch.device,
 ) -> MicroBatch:
-    """`kept` are the positions of each rollout that some term counts, ascending."""
+    """`kept` are the positions of each completion that some term counts, ascending."""
     tokens = Tokens(
         token=_flat(
             [[r.completion_ids[p] for p in ps] for r, ps in zip(rollouts, kept, strict=True)]
@@ -129,14 +165,14 @@ def _micro_batch(
         old_logprobs=_flat_floats([r.old_logprobs for r in rollouts], kept),
         advantages=_per_rollout([r.advantage for r in rollouts], kept),
     )
+    completions = [r.completion_ids for r in rollouts]
+
+    def side(prompt: Callable[[Rollout], tuple[int, ...]]) -> Sequences:
+        return sequences([prompt(r) for r in rollouts], completions, kept, longest_pack, device)
+
     return MicroBatch(
-        student=_sequences([r.prompt_ids for r in rollouts], rollouts, kept, device),
-        # A row without a teacher still has a place, so that rows line up; its weights are zero.
-        teacher=_sequences(
-            [r.teacher_prompt_ids or r.prompt_ids for r in rollouts], rollouts, kept, device
-        )
-        if teacher
-        else None,
+        student=side(_student_prompt),
+        teacher=side(_teacher_prompt) if teacher else None,
         tokens=tokens.to(device),
         rows=len(rollouts),
     )
@@ -153,33 +189,6 @@ def _token_weights(
         worth = dict(zip(counted.positions, own, strict=True))
         weights += [row * worth.get(p, 0.0) for p in positions]
     return torch.tensor(weights, dtype=torch.float32)
-
-
-def _sequences(
-    prompts: Sequence[tuple[int, ...]],
-    rollouts: Sequence[Rollout],
-    kept: list[list[int]],
-    device: torch.device,
-) -> Sequences:
-    """Prompt ids and completion ids side by side: the completion is spliced, never encoded again."""
-    rows = [[*p, *r.completion_ids] for p, r in zip(prompts, rollouts, strict=True)]
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    # The state at position j predicts token j + 1.
-    predicts = [
-        i * width + len(prompt) + p - 1
-        for i, (prompt, ps) in enumerate(zip(prompts, kept, strict=True))
-        for p in ps
-    ]
-    return Sequences(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        predicts=torch.tensor(predicts, dtype=torch.long, device=device),
-    )
 
 
 def _flat(rows: list[list[int]]) -> Tensor:

@@ -56,7 +56,9 @@ def take_measures(world: World, rollouts: RolloutBatch, asked: Collection[Measur
     of_teacher = any(name.startswith("teacher") for name in asked)
     budget = world.spec.training.micro_batch_tokens
     found: dict[int, dict[str, tuple[float, ...]]] = {}
-    for part, batch in whole_completions(list(rollouts), budget, world.device, teacher=of_teacher):
+    for part, batch in whole_completions(
+        list(rollouts), budget, world.device, world.longest_pack, teacher=of_teacher
+    ):
         sizes = [len(r.completion_ids) for r in part]
         held = {
             name: [tuple(x.tolist()) for x in values.split(sizes)]

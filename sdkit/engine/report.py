@@ -183,6 +183,10 @@ def opening(console: Console, world: World, run: RunDirectory) -> None:
             lines.append(
                 f"[dim]derived: suite {name} has {kept} different prompts, {repeats} repeats dropped[/]"
             )
+    if world.spec.training.share_prompts and not world.longest_pack:
+        lines.append(
+            "[dim]derived: every completion repeats its prompt, as this model's attention takes no shared rows[/]"
+        )
     lines.append(
         f"{plan.steps} steps × {world.spec.training.prompts_per_step} prompts × "
         f"{world.spec.rollout.completions_per_prompt} completions, {len(world.data.train)} training rows"

@@ -147,7 +147,9 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
     if stepped.applied:
         world.updates += 1
         metrics |= _follow(world)
-    padding = 1 - _real_tokens(collated) / max(collated.padded_tokens, 1)
+    padding = 1 - sum(b.student.tokens for b in collated.micro_batches) / max(
+        collated.padded_tokens, 1
+    )
     return Measured(
         metrics=metrics | {"padding": padding}, seconds=seconds, applied=stepped.applied
     )
@@ -172,6 +174,7 @@ def _collate(world: World, rollouts: RolloutBatch) -> Collated:
         world.spec.training.micro_batch_tokens,
         zero.total,
         world.device,
+        world.longest_pack,
     )
 
 
@@ -236,7 +239,3 @@ def _follow(world: World) -> dict[str, float]:
 def _add(sums: dict[str, Tensor], stats: Mapping[str, Tensor]) -> None:
     for key, value in stats.items():
         sums[key] = value if key not in sums else sums[key] + value
-
-
-def _real_tokens(collated: Collated) -> int:
-    return sum(int(b.student.attention_mask.sum()) for b in collated.micro_batches)

@@ -17,6 +17,7 @@ from sdkit.components.teachers import Teacher, open_teacher, scalar_at
 from sdkit.components.vllm import VllmRollouts
 from sdkit.engine import zero
 from sdkit.engine.models import end_ids, load_model, special_ids
+from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
 from sdkit.engine.step import Student
 from sdkit.plan import Plan, pulls_to_reference
@@ -54,6 +55,8 @@ class World:
         self.end_ids = end_ids(self.student.causal, data.tokenizer)
         self.special_ids = special_ids(data.tokenizer, self.end_ids)
         self._check_model()
+        shared = spec.training.share_prompts and shares_rows(self.student, self.device)
+        self.longest_pack = LONGEST_PACK if shared else 0
         self.teacher: Teacher | None = None
         if spec.teacher:
             self.teacher = open_teacher(spec.teacher.weights, self.student)

@@ -111,6 +111,11 @@ class TrainingSpec:
     chunk_tokens: int = spec_field(
         "positions projected onto the vocabulary at once", default=256, range=AT_LEAST_ONE
     )
+    share_prompts: bool = spec_field(
+        "completions of one prompt share a row of the forward pass, up to 2048 tokens, so that the prompt is computed "
+        "once; left off by itself where the model's attention cannot",
+        default=True,
+    )
     zero_stage: Literal[0, 1, 2] = spec_field("DeepSpeed ZeRO stage", default=1)
     seed: int = spec_field("from which every other seed is derived", default=0, range=NOT_NEGATIVE)
 

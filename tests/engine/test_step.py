@@ -93,6 +93,8 @@ def test_how_a_step_is_cut_changes_nothing(open_tiny, tiny_folder, losses, lora)
         {"micro_batch_tokens": 100},
         {"chunk_tokens": 1},
         {"chunk_tokens": 7},
+        {"share_prompts": False},
+        {"share_prompts": False, "micro_batch_tokens": 100},
     ):
         other, measured = one_step(open_tiny, tiny_folder, losses, **(whole | cut))
         assert measured == pytest.approx(metrics, rel=1e-4, abs=1e-5)

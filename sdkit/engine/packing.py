@@ -1,0 +1,116 @@
+"""Prompts and completions side by side in one forward pass; rollouts of one prompt may share a row.
+
+A shared row holds the prompt once and every completion after it.  A completion's tokens attend to the prompt and to
+themselves, and count their positions from the prompt's end, so each sees exactly what it would see alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from sdkit.batches import Sequences
+from sdkit.weights import Weights
+
+LONGEST_PACK = 2048
+"""Tokens of the longest shared row: attention across completions is computed and masked, which must not cost more
+than the prompt that is saved."""
+
+Ids = tuple[int, ...]
+
+
+@frozen
+class Pack:
+    """Completions (by their place in the micro-batch) behind one prompt."""
+
+    prompt: Ids
+    members: tuple[int, ...]
+    width: int  # tokens
+
+
+def packs(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int) -> list[Pack]:
+    """Which completions share a row: those of equal prompts, up to `longest` tokens; 0 lets none share."""
+    open_packs: dict[Ids, int] = {}
+    found: list[Pack] = []
+    for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        at = open_packs.get(prompt)
+        if at is not None and found[at].width + len(completion) <= longest:
+            old = found[at]
+            found[at] = Pack(prompt, (*old.members, place), old.width + len(completion))
+        else:
+            open_packs[prompt] = len(found)
+            found.append(Pack(prompt, (place,), len(prompt) + len(completion)))
+    return found
+
+
+def padded_tokens(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int) -> int:
+    """Rows × widest row of one forward pass over these."""
+    rows = packs(prompts, completions, longest)
+    return len(rows) * max((pack.width for pack in rows), default=0)
+
+
+def sequences(
+    prompts: Sequence[Ids],
+    completions: Sequence[Ids],
+    kept: Sequence[Sequence[int]],
+    longest: int,
+    device: torch.device,
+) -> Sequences:
+    """One forward pass.  `kept`: positions of each completion whose states are wanted, in the order given.
+
+    Completions are spliced in as ids, never encoded again.
+    """
+    rows = packs(prompts, completions, longest)
+    width = max(pack.width for pack in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    # Which completion of its row a token belongs to: 0 the prompt, 1… the completions, -1 padding.
+    owner = torch.full((len(rows), width), -1)
+    positions = torch.zeros(len(rows), width, dtype=torch.long)
+    starts: dict[int, tuple[int, int]] = {}  # member → (of the prompt's last token, of its first)
+    for i, pack in enumerate(rows):
+        end = len(pack.prompt)
+        ids[i, :end] = torch.tensor(pack.prompt)
+        owner[i, :end], positions[i, :end] = 0, torch.arange(end)
+        for number, member in enumerate(pack.members, start=1):
+            start, end = end, end + len(completions[member])
+            starts[member] = i * width + len(pack.prompt) - 1, i * width + start
+            ids[i, start:end] = torch.tensor(completions[member], dtype=torch.long)
+            owner[i, start:end] = number
+            positions[i, start:end] = torch.arange(end - start) + len(pack.prompt)
+    # The state at position j predicts token j + 1.
+    predicts = [
+        starts[m][1] + p - 1 if p else starts[m][0] for m, ps in enumerate(kept) for p in ps
+    ]
+    shared = any(len(pack.members) > 1 for pack in rows)
+    return Sequences(
+        input_ids=ids.to(device),
+        attention_mask=(_own_and_prompt(owner) if shared else (owner >= 0).long()).to(device),
+        positions=positions.to(device) if shared else None,
+        tokens=sum(pack.width for pack in rows),
+        predicts=torch.tensor(predicts, dtype=torch.long, device=device),
+    )
+
+
+def _own_and_prompt(owner: Tensor) -> Tensor:
+    """Who attends to whom.  owner [N, S] -> [N, 1, S, S] bool; every token at least to itself."""
+    width = owner.shape[1]
+    query, key = owner[:, :, None], owner[:, None, :]
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    return (causal & ((key == query) | (key == 0)))[:, None]
+
+
+@torch.no_grad()
+def shares_rows(weights: Weights, device: torch.device) -> bool:
+    """Whether the model's attention takes shared rows: the same states together as alone."""
+    prompt, completions = (1, 2, 3, 4, 5), ((6, 7, 8), (9, 10, 11, 12))
+    kept = [range(len(c)) for c in completions]
+    prompts = [prompt] * len(completions)
+    try:
+        together = weights.hidden(sequences(prompts, completions, kept, LONGEST_PACK, device))
+    except (RuntimeError, TypeError, ValueError):  # an attention that wants another kind of mask
+        return False
+    alone = weights.hidden(sequences(prompts, completions, kept, 0, device))
+    return bool((together - alone).norm() < 0.05 * alone.norm())
