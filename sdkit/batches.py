@@ -183,6 +183,7 @@ class Tokens:
     old_logprobs: Tensor | None  # [M] float32; None: the log-probabilities now, detached
     ratio: Tensor | None = None  # [M] float32; sampler correction where it needs whole sequences
     advantages: Tensor | None = None  # [M] float32; from the reward of the token's rollout
+    taught: Tensor | None = None  # [M] bool; whether its rollout has a teacher prompt (None: all)
     sequence_means: Mapping[str, Tensor] = field(
         factory=dict
     )  # [M] float32 each, of what a term needs the mean over whole sequences of (objective.py)
@@ -210,6 +211,7 @@ class Tokens:
             old_logprobs=optional(self.old_logprobs),
             ratio=optional(self.ratio),
             advantages=optional(self.advantages),
+            taught=optional(self.taught),
             sequence_means={name: change(x) for name, x in self.sequence_means.items()},
         )
 

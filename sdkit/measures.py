@@ -14,16 +14,17 @@ from sdkit.specs import (
     Distillation,
     DriftWeight,
     FileWeight,
-    LogRatio,
     LossTerm,
     PassRateWeight,
     PerplexityWeight,
     PolicyGradient,
     PositionWeight,
     ReferenceKl,
+    Schedule,
     TeacherEntropyWeight,
     Weight,
-    needs_teacher,
+    nothing_without_teacher,
+    teacher_part,
 )
 
 Measure = Literal["student_logprobs", "student_entropy", "teacher_logprobs", "teacher_entropy"]
@@ -78,9 +79,9 @@ def measured(losses: Mapping[str, LossTerm]) -> dict[Measure, tuple[str, ...]]:
 
 
 def consults_teacher(term: LossTerm) -> bool:
-    """Whether the teacher has a say in the term: then it counts no token of a rollout without a teacher prompt."""
+    """Whether the term cannot do without the teacher: it counts no token of a rollout without a teacher prompt."""
     asked = (measure for measure, _ in term_measures(term))
-    return needs_teacher(term) or any(measure.startswith("teacher") for measure in asked)
+    return nothing_without_teacher(term) or any(measure.startswith("teacher") for measure in asked)
 
 
 def weight_of(term: LossTerm) -> Weight | None:
@@ -94,11 +95,10 @@ def weight_of(term: LossTerm) -> Weight | None:
             assert_never(term)
 
 
-def floor_that_leaves_out(term: LossTerm) -> float | None:
+def floor_that_leaves_out(term: LossTerm) -> float | Schedule | None:
     """The log-ratio below which the term does not count a token, where it has one."""
-    if isinstance(term, PolicyGradient) and isinstance(term.advantage, LogRatio):
-        return term.advantage.floor if term.advantage.below_floor == "leave_out" else None
-    return None
+    part = teacher_part(term.advantage) if isinstance(term, PolicyGradient) else None
+    return part.floor if part and part.below_floor == "leave_out" else None
 
 
 def uses_reward(term: LossTerm) -> Key | None:

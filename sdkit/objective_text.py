@@ -7,6 +7,8 @@ from typing import assert_never
 
 from sdkit.specs import (
     Advantage,
+    AdvantageAdd,
+    AdvantageScale,
     Average,
     ClipSpec,
     Constant,
@@ -15,9 +17,11 @@ from sdkit.specs import (
     DatasetSamples,
     Distillation,
     Divergence,
+    DivergenceClip,
     DriftWeight,
     EarlierTurns,
     EmaWeights,
+    FileDivergence,
     FileWeight,
     ForwardKl,
     FrozenWeights,
@@ -39,6 +43,8 @@ from sdkit.specs import (
     SamplerRatio,
     Schedule,
     SequenceSum,
+    SkewedForwardKl,
+    SkewedReverseKl,
     StudentSamples,
     StudentWeights,
     Sum,
@@ -127,12 +133,12 @@ def describe_sampling(spec: MethodSpec) -> str:
 def _distillation(term: Distillation, temperature: float) -> str:
     importance = term.importance
     parts = [
-        f"{_scaled(term.coefficient)}{_divergence(term.divergence)} over {_support(term.support)}",
-        f"temperature {term.temperature or temperature:g}",
+        f"{_scaled(term.coefficient)}{_divergence(term.divergence)} over {_support(term.support)}{_limits(term.clip)}",
+        f"temperature {_number(term.temperature or temperature)}",
         _average(term.average) + _mask(term) + _weight(term.weight),
     ]
     if importance.old_policy:
-        parts.append(f"ratio to the old policy capped at {importance.old_policy.cap:g}")
+        parts.append(f"ratio to the old policy capped at {_number(importance.old_policy.cap)}")
     if importance.sampler:
         parts.append(_sampler(importance.sampler))
     return ", ".join(parts)
@@ -140,7 +146,7 @@ def _distillation(term: Distillation, temperature: float) -> str:
 
 def _sampler(ratio: SamplerRatio) -> str:
     level = ratio.level.replace("_", " ")
-    return f"ratio to the sampler ({level}) capped at {ratio.cap:g}"
+    return f"ratio to the sampler ({level}) capped at {_number(ratio.cap)}"
 
 
 def _policy_gradient(term: PolicyGradient) -> str:
@@ -160,36 +166,69 @@ def _advantage(advantage: Advantage) -> str:
             left = "reward − group mean" if baseline == "group_mean" else "reward"
             if scale == "none":
                 return left
-            return f"({left}) / ({scale.replace('_', ' ')} + {eps:g})"
+            return f"({left}) / ({scale.replace('_', ' ')} + {_number(eps)})"
         case LogRatio(center=center, floor=floor, below_floor=below):
-            low = "" if floor is None else f" (at least {floor:g})"
-            if below == "leave_out":
-                low = f" (where it is at least {floor:g})"
+            low = ""
+            if floor is not None:
+                where = "where it is " if below == "leave_out" else ""
+                low = f" ({where}at least {_number(floor)})"
             mean = " − its mean over the sequence" if center == "sequence" else ""
             return f"log teacher − log student{low}{mean}"
+        case AdvantageAdd(group_weight=group, log_ratio_weight=teacher):
+            reward, ratio = _advantage(advantage.group_relative), _advantage(advantage.log_ratio)
+            return f"{_number(group)} × ({reward}) + {_number(teacher)} × ({ratio})"
+        case AdvantageScale(share=share, low=low, high=high):
+            reward, ratio = _advantage(advantage.group_relative), _advantage(advantage.log_ratio)
+            bounds = _bounds(low, high)
+            return f"({reward}) scaled by exp(± ({ratio})) within {bounds}, for a share of {_number(share)}"
         case _:
             assert_never(advantage)
+
+
+def _bounds(low: float | Schedule, high: float | Schedule) -> str:
+    if isinstance(low, Schedule) or isinstance(high, Schedule):
+        return f"1 − ({_number(low)}) … 1 + ({_number(high)})"
+    return f"{1 - low:g} … {1 + high:g}"
 
 
 def _clip(clip: ClipSpec | None) -> str:
     if clip is None:
         return ""
-    dual = f" (dual {clip.dual:g})" if clip.dual is not None else ""
-    return f" clipped to {1 - clip.low:g} … {1 + clip.high:g}{dual}"
+    dual = f" (dual {_number(clip.dual)})" if clip.dual is not None else ""
+    return f" clipped to {_bounds(clip.low, clip.high)}{dual}"
 
 
 def _divergence(divergence: Divergence) -> str:
     match divergence:
         case ForwardKl():
             return "forward KL(teacher‖student)"
-        case ReverseKl():
-            return "reverse KL(student‖teacher)"
+        case ReverseKl(detach_weights=detach):
+            return "reverse KL(student‖teacher)" + ", weights detached" * detach
         case Jsd(teacher_share=share):
-            return f"Jensen-Shannon divergence (teacher_share {share:g})"
+            return f"Jensen-Shannon divergence (teacher_share {_number(share)})"
         case LinearMix(forward_share=share):
+            if isinstance(share, Schedule):
+                return f"forward KL and reverse KL (forward_share {_number(share)})"
             return f"{share:g} × forward KL + {1 - share:g} × reverse KL"
+        case SkewedForwardKl(share=share):
+            return f"skewed forward KL(teacher‖mixture), {_number(share)} of it the teacher"
+        case SkewedReverseKl(share=share):
+            return f"skewed reverse KL(student‖mixture), {_number(share)} of it the student"
+        case FileDivergence(file=file, function=function):
+            return f"{function} in {file}"
         case _:
             assert_never(divergence)
+
+
+def _limits(clip: DivergenceClip) -> str:
+    parts: list[str] = []
+    if clip.log_ratio:
+        parts.append("log student − log teacher within {:g} … {:g}".format(*clip.log_ratio))
+    if clip.entry is not None:
+        parts.append(f"each entry at most {_number(clip.entry)}")
+    if clip.token is not None:
+        parts.append(f"each token at most {_number(clip.token)}")
+    return "".join(f", {part}" for part in parts)
 
 
 def _support(support: Support) -> str:
@@ -216,7 +255,7 @@ def _average(average: Average) -> str:
         case SequenceSum():
             return "sum over each sequence, mean over sequences"
         case Constant(length=length):
-            return f"sum over tokens / (sequences × {length:g})"
+            return f"sum over tokens / (sequences × {_number(length)})"
         case Sum():
             return "sum over tokens"
         case _:
@@ -231,10 +270,12 @@ def _mask(term: LossTerm) -> str:
         "special tokens left out" * (mask.special_tokens == "leave_out"),
     ]
     if mask.teacher_entropy_above is not None:
-        parts.append(f"only where the teacher's entropy exceeds {mask.teacher_entropy_above:g}")
+        parts.append(
+            f"only where the teacher's entropy exceeds {_number(mask.teacher_entropy_above)}"
+        )
     if mask.student_entropy_top is not None:
-        share = 100 * mask.student_entropy_top
-        parts.append(f"only the {share:g} % of tokens with the student's largest entropies")
+        share = _number(mask.student_entropy_top)
+        parts.append(f"only the share {share} of tokens with the student's largest entropies")
     return "".join(f", {part}" for part in parts if part)
 
 
@@ -243,17 +284,15 @@ def _weight(weight: Weight | None) -> str:
         case None:
             return ""
         case PositionWeight(smallest=smallest, middle=middle, width=width):
-            text = f"rising from {smallest:g} to 1 around {middle:g} of the completion (width {width:g})"
+            text = f"rising from {_number(smallest)} to 1 around {_number(middle)} of the completion (width {_number(width)})"
         case TeacherEntropyWeight(rate=rate):
-            text = f"exp(−{rate:g} × teacher's entropy) / its mean"
+            text = f"exp(−{_number(rate)} × teacher's entropy) / its mean"
         case DriftWeight(strength=strength):
-            text = f"1 + {strength:g} × (1 − share of |log teacher − log student| before the token)"
+            text = f"1 + {_number(strength)} × (1 − share of |log teacher − log student| before the token)"
         case PassRateWeight(power=power, threshold=threshold):
-            text = (
-                f"(p (1 − p))^{power:g}, p the group's share of rewards of at least {threshold:g}"
-            )
+            text = f"(p (1 − p))^{_number(power)}, p the group's share of rewards of at least {_number(threshold)}"
         case PerplexityWeight(of=who, power=power):
-            text = f"the {who}'s perplexity^{power:g} / its mean in the group"
+            text = f"the {who}'s perplexity^{_number(power)} / its mean in the group"
         case FileWeight(file=file, function=function):
             text = f"{function} in {file}"
         case _:

@@ -16,7 +16,6 @@ from sdkit.specs import (
     CopyWeights,
     EmaWeights,
     FrozenWeights,
-    Schedule,
     StudentWeights,
     TeacherWeights,
 )
@@ -163,15 +162,3 @@ def _second_adapter(student: Weights) -> dict[str, Tensor]:
             tensor.copy_(parameters[name])
     model.set_adapter(STUDENT_ADAPTER)
     return pairs
-
-
-def scalar_at(value: float | Schedule, step: int) -> float:
-    """The value of a scalar that may move, after `step` optimizer steps."""
-    if not isinstance(value, Schedule):
-        return float(value)
-    import math
-
-    share = min(step / value.steps, 1.0)
-    if value.shape == "cosine":
-        share = (1 - math.cos(math.pi * share)) / 2
-    return value.start + (value.to - value.start) * share

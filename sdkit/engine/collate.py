@@ -164,6 +164,7 @@ def _micro_batch(
         sampler_logprobs=_flat_floats([r.sampler_logprobs for r in rollouts], kept),
         old_logprobs=_flat_floats([r.old_logprobs for r in rollouts], kept),
         advantages=_per_rollout([r.advantage for r in rollouts], kept),
+        taught=_flat_bools([r.teacher_prompt_ids is not None for r in rollouts], kept),
     )
     completions = [r.completion_ids for r in rollouts]
 
@@ -193,6 +194,12 @@ def _token_weights(
 
 def _flat(rows: list[list[int]]) -> Tensor:
     return torch.tensor([x for row in rows for x in row], dtype=torch.long)
+
+
+def _flat_bools(values: list[bool], kept: list[list[int]]) -> Tensor | None:
+    if all(values):
+        return None
+    return torch.tensor([v for v, ps in zip(values, kept, strict=True) for _ in ps])
 
 
 def _per_rollout(values: list[float | None], kept: list[list[int]]) -> Tensor | None:

@@ -18,6 +18,7 @@ from sdkit.batches import Counted, Rollout, RolloutBatch
 from sdkit.losses import token_weights
 from sdkit.losses.objective import counted
 from sdkit.measures import Measure, consults_teacher, floor_that_leaves_out, weight_of
+from sdkit.schedules import plain
 from sdkit.specs import (
     DriftWeight,
     FileWeight,
@@ -165,13 +166,13 @@ def _masked(
             ~torch.isin(tokens.ids(), torch.tensor(sorted(special), dtype=torch.long))
         )
     if mask.teacher_entropy_above is not None:
-        tokens = tokens.where(tokens.measure("teacher_entropy") > mask.teacher_entropy_above)
+        tokens = tokens.where(tokens.measure("teacher_entropy") > plain(mask.teacher_entropy_above))
     floor = floor_that_leaves_out(term)
     if floor is not None:
-        tokens = tokens.where(_log_ratio(tokens) >= floor)
+        tokens = tokens.where(_log_ratio(tokens) >= plain(floor))
     if mask.student_entropy_top is not None:
         values, own = everywhere(tokens.measure("student_entropy"))
-        tokens = tokens.where(token_weights.top_share(values, mask.student_entropy_top)[own])
+        tokens = tokens.where(token_weights.top_share(values, plain(mask.student_entropy_top))[own])
     return tokens
 
 
@@ -181,20 +182,22 @@ def _weights(weight: Weight, tokens: _Tokens, everywhere: Everywhere) -> Tensor:
     match weight:
         case PositionWeight(smallest=smallest, middle=middle, width=width):
             place = (tokens.place + 1).double() / tokens.lengths[tokens.row]
-            return token_weights.rising(place, smallest, middle, width)
+            return token_weights.rising(place, plain(smallest), plain(middle), plain(width))
         case TeacherEntropyWeight(rate=rate):
             values, own = everywhere(tokens.measure("teacher_entropy"))
-            return token_weights.sureness(values, rate)[own]
+            return token_weights.sureness(values, plain(rate))[own]
         case DriftWeight(strength=strength):
-            return token_weights.drift(_log_ratio(tokens), tokens.row, rows, strength)
+            return token_weights.drift(_log_ratio(tokens), tokens.row, rows, plain(strength))
         case PassRateWeight(power=power, threshold=threshold):
             rates = [_pass_rate(r, threshold) for r in tokens.rollouts]
             each = torch.tensor(rates, dtype=torch.float64)
-            return token_weights.half_solved(each, power)[tokens.row]
+            return token_weights.half_solved(each, plain(power))[tokens.row]
         case PerplexityWeight(of=who, power=power):
             measure: Measure = "student_logprobs" if who == "student" else "teacher_logprobs"
             group = torch.tensor([r.group for r in tokens.rollouts], dtype=torch.long)
-            return token_weights.perplexity(tokens.measure(measure), tokens.row, group, power)
+            return token_weights.perplexity(
+                tokens.measure(measure), tokens.row, group, plain(power)
+            )
         case FileWeight():
             raise NotImplementedError
         case _:

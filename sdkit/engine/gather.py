@@ -69,7 +69,7 @@ def gather(
         for (group, row, _), completion, seen in zip(jobs, completions, known, strict=True)
     ]
     sampled_batch = RolloutBatch(rollouts=tuple(rollouts))
-    batch = with_advantages(world.spec.losses, sampled_batch, zero.everywhere)
+    batch = with_advantages(world.losses, sampled_batch, zero.everywhere)
     batch.check()
     return Gathered(
         batch=batch,

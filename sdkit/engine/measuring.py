@@ -40,7 +40,7 @@ def ready(world: World, rollouts: RolloutBatch, *, training: bool = True) -> Rol
     rollouts.check()
     return count_tokens(
         rollouts,
-        world.spec.losses,
+        world.losses,
         everywhere=zero.everywhere,
         route=world.spec.route,
         special=world.special_ids,

@@ -19,6 +19,7 @@ from sdkit.engine import checkpoint, loop, report, rundir, tiny, zero
 from sdkit.engine.run import open_world
 from sdkit.engine.world import World
 from sdkit.problems import NumericsGuard
+from sdkit.schedules import scalar_at
 from sdkit.specs import (
     AutoBackend,
     ColumnSlot,
@@ -157,7 +158,7 @@ def _term(term: LossTerm) -> LossTerm:
         term.mask,
         skip_first=min(term.mask.skip_first, 8),
         # The tiny model is as unsure as its small vocabulary lets it be.
-        teacher_entropy_above=None if above is None else min(above, 1.0),
+        teacher_entropy_above=None if above is None else min(scalar_at(above, 0), 1.0),
     )
     if isinstance(term, Distillation) and isinstance(term.support, TopKSupport):
         return evolve(

@@ -14,12 +14,13 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from sdkit.batches import HiddenScores, MicroBatch, RolloutBatch, TeacherScores, Tokens
-from sdkit.components.teachers import Teacher, scalar_at
+from sdkit.components.teachers import Teacher
 from sdkit.engine import zero
 from sdkit.engine.collate import Collated, collate
 from sdkit.losses.chunks import projected_loss, token_logprobs, token_measures
-from sdkit.losses.objective import Objective, sampler_ratio
+from sdkit.losses.objective import Objective, UserDivergence, sampler_ratio
 from sdkit.losses.policy_terms import sequence_means
+from sdkit.schedules import scalar_at, schedules
 from sdkit.specs import LossTerm, OptimizerSpec, Table
 from sdkit.weights import Weights
 
@@ -40,41 +41,48 @@ class Student(nn.Module):
     """The student with its objective: a forward pass returns the loss, so logits never leave it."""
 
     def __init__(
-        self, weights: Weights, losses: Table[LossTerm], temperature: float, chunk_tokens: int
+        self,
+        weights: Weights,
+        temperature: float,
+        chunk_tokens: int,
+        functions: Mapping[str, UserDivergence] | None = None,
     ) -> None:
         super().__init__()
         self.model = weights.model
         self.weights = weights
-        self.losses = losses
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
-        self.objective = Objective(losses, temperature)
+        self.functions = functions
 
     def forward(
         self,
         batch: MicroBatch,
         scores: TeacherScores | None,
         reference: TeacherScores | None,
-        coefficients: Mapping[str, float],
+        losses: Table[LossTerm],
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        objective = Objective(losses, self.temperature, self.functions)
         hidden = self.weights.hidden(batch.student)
         return projected_loss(
             hidden,
             self.weights.head,
             scores,
-            self._first_pass(batch, hidden.detach(), scores),
-            self.objective,
-            coefficients,
+            self._first_pass(batch, hidden.detach(), scores, objective),
+            objective,
             self.chunk_tokens,
             reference,
         )
 
     @torch.no_grad()
     def _first_pass(
-        self, batch: MicroBatch, hidden: Tensor, scores: TeacherScores | None
+        self,
+        batch: MicroBatch,
+        hidden: Tensor,
+        scores: TeacherScores | None,
+        objective: Objective,
     ) -> Tokens:
         """The tokens with what takes whole sequences to know, where a term needs it."""
-        tokens, objective = batch.tokens, self.objective
+        tokens, losses = batch.tokens, objective.losses
         ratio = objective.needs_sequence_ratio and tokens.sampler_logprobs is not None
         if not ratio and not objective.needs_sequence_means:
             return tokens
@@ -85,10 +93,10 @@ class Student(nn.Module):
             now = then
         if ratio:
             before = now if then is None else then
-            tokens = evolve(tokens, ratio=sampler_ratio(self.losses, before, tokens, batch.rows))
+            tokens = evolve(tokens, ratio=sampler_ratio(losses, before, tokens, batch.rows))
         if objective.needs_sequence_means:
             teacher = scores and self._logprobs(scores.hidden, tokens.token, scores.head)
-            means = sequence_means(self.losses, now, teacher, tokens, batch.rows)
+            means = sequence_means(losses, now, teacher, tokens, batch.rows)
             tokens = evolve(tokens, sequence_means=means)
         return tokens
 
@@ -126,15 +134,15 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
 
     The rollouts are `ready` (measuring.py), and so in `measure`.
     """
-    collated = _collate(world, rollouts)
-    coefficients = coefficients_at(world.spec.losses, world.updates)
+    losses = world.losses
+    collated = _collate(world, rollouts, losses)
     sums: dict[str, Tensor] = {}
     seconds = {"teacher": 0.0, "update": 0.0}
     for batch in collated.micro_batches:
         started = time.perf_counter()
         scores = score(world.teacher, batch)
         scored = time.perf_counter()
-        loss, stats = world.zero.forward(batch, scores, refer(world, batch), coefficients)
+        loss, stats = world.zero.forward(batch, scores, refer(world, batch), losses)
         world.zero.backward(loss)
         _add(sums, stats)
         seconds["teacher"] += scored - started
@@ -143,7 +151,7 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
     lr = learning_rate(world.spec.optimizer, world.updates, world.total_updates)
     stepped = world.zero.step(lr)
     seconds["update"] += time.perf_counter() - started
-    metrics = averaged(sums, collated) | {"grad_norm": stepped.grad_norm, "lr": lr}
+    metrics = averaged(sums, collated) | {"grad_norm": stepped.grad_norm, "lr": lr} | _moving(world)
     if stepped.applied:
         world.updates += 1
         metrics |= _follow(world)
@@ -158,19 +166,19 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
 @torch.no_grad()
 def measure(world: World, rollouts: RolloutBatch) -> dict[str, float]:
     """Every metric of the objective on these rollouts, without a step."""
-    collated = _collate(world, rollouts)
-    coefficients = coefficients_at(world.spec.losses, world.updates)
+    losses = world.losses
+    collated = _collate(world, rollouts, losses)
     sums: dict[str, Tensor] = {}
     for batch in collated.micro_batches:
         asked = score(world.teacher, batch), refer(world, batch)
-        _add(sums, world.module(batch, *asked, coefficients)[1])
+        _add(sums, world.module(batch, *asked, losses)[1])
     return averaged(sums, collated)
 
 
-def _collate(world: World, rollouts: RolloutBatch) -> Collated:
+def _collate(world: World, rollouts: RolloutBatch, losses: Table[LossTerm]) -> Collated:
     return collate(
         list(rollouts),
-        world.spec.losses,
+        losses,
         world.spec.training.micro_batch_tokens,
         zero.total,
         world.device,
@@ -178,9 +186,10 @@ def _collate(world: World, rollouts: RolloutBatch) -> Collated:
     )
 
 
-def coefficients_at(losses: Table[LossTerm], updates: int) -> dict[str, float]:
-    """Each term's coefficient after so many optimizer steps."""
-    return {name: scalar_at(term.coefficient, updates) for name, term in losses.items()}
+def _moving(world: World) -> dict[str, float]:
+    """Numbers of the objective that move over the run, as they are now."""
+    found = schedules(world.spec.losses)
+    return {"/".join(map(str, path)): scalar_at(value, world.updates) for path, value in found}
 
 
 def learning_rate(spec: OptimizerSpec, update: int, total: int) -> float:

@@ -13,7 +13,7 @@ import torch
 
 from sdkit.batches import RolloutBackend
 from sdkit.components.rollouts import ReplayRollouts, TransformersRollouts
-from sdkit.components.teachers import Teacher, open_teacher, scalar_at
+from sdkit.components.teachers import Teacher, open_teacher
 from sdkit.components.vllm import VllmRollouts
 from sdkit.engine import zero
 from sdkit.engine.models import end_ids, load_model, special_ids
@@ -22,11 +22,14 @@ from sdkit.engine.prepare import Data
 from sdkit.engine.step import Student
 from sdkit.plan import Plan, pulls_to_reference
 from sdkit.problems import BadData
+from sdkit.schedules import at_step, scalar_at
 from sdkit.specs import (
     Distillation,
     ExperimentSpec,
     FrozenWeights,
+    LossTerm,
     ReplayBackend,
+    Table,
     TopKSupport,
     TransformersBackend,
     VllmBackend,
@@ -62,7 +65,7 @@ class World:
             self.teacher = open_teacher(spec.teacher.weights, self.student)
         self.reference = self._open_reference()
         chunk = spec.training.chunk_tokens
-        self.module = Student(self.student, spec.losses, spec.rollout.temperature, chunk)
+        self.module = Student(self.student, spec.rollout.temperature, chunk)
         bf16 = spec.model.dtype == "bfloat16"
         self.zero = zero.Zero(self.module, spec.optimizer, plan.zero_stage, bf16)
         self._backends: dict[str, RolloutBackend] = {}
@@ -102,6 +105,11 @@ class World:
     def teacher_weights(self) -> Weights:
         """The teacher's weights; the student's where there is no teacher."""
         return self.teacher.weights if self.teacher else self.student
+
+    @property
+    def losses(self) -> Table[LossTerm]:
+        """The terms of the objective, every number as it is at the current optimizer step."""
+        return at_step(self.spec.losses, self.updates)
 
     def scalar(self, value: Any) -> float:
         """A scalar that may move, at the current optimizer step."""

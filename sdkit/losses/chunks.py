@@ -6,7 +6,7 @@ The gradient of each chunk is formed while its logits are at hand, so the backwa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ def projected_loss(
     teacher: HiddenScores | None,
     tokens: Tokens,
     objective: Objective,
-    coefficients: Mapping[str, float],
     chunk_tokens: int,
     reference: HiddenScores | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -46,7 +45,7 @@ def projected_loss(
             others = [x and x.hidden[part] @ x.head.T for x in (teacher, reference)]
         logits.requires_grad_(wanted)
         chunk = tokens.slice(part.start, part.stop)
-        loss, sums = objective(logits, others[0], chunk, coefficients, others[1])
+        loss, sums = objective(logits, others[0], chunk, others[1])
         losses.append(loss.detach())
         stats = {name: value + stats.get(name, 0.0) for name, value in sums.items()}
         if grad_hidden is not None:

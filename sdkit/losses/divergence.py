@@ -9,23 +9,51 @@ from __future__ import annotations
 import math
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 
-def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+@frozen(kw_only=True)
+class Bounds:
+    """What bounds the entries of a KL: log S − log T within [low, high], then each entry at most `entry`.
+
+    low < 0 < high, so that an entry without probability stays 0.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    entry: float = math.inf
+
+
+FREE = Bounds()
+
+
+def forward_kl(student: Tensor, teacher: Tensor, bounds: Bounds = FREE) -> Tensor:
     """KL(teacher‖student) = Σ T (log T − log S).  [..., K], [..., K] -> [...] of the same float dtype.
 
-    Gradient in the student's logits, full vocabulary: S − T.  Shenfeld 2026 (code); Agarwal 2023.
+    Gradient in the student's logits, full vocabulary: S − T.  Shenfeld 2026 (code); Agarwal 2023.  Entries bounded at
+    τ = 0.05: Zhao 2026 (OPSD code); the sum may then be negative.  A bound that binds takes the entry's gradient.
     """
-    return _kl(teacher.detach(), student)
+    return _kl(
+        teacher.detach(), student, Bounds(low=-bounds.high, high=-bounds.low, entry=bounds.entry)
+    )
 
 
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+def reverse_kl(
+    student: Tensor, teacher: Tensor, bounds: Bounds = FREE, *, detach_weights: bool = False
+) -> Tensor:
     """KL(student‖teacher) = Σ S (log S − log T).  [..., K], [..., K] -> [...] of the same float dtype.
 
     Gradient in logit v, full vocabulary: S_v [(log S_v − log T_v) − KL].  Hübotter 2026, Eq. 1; Gu 2023.
+    With `detach_weights` the same value with the gradient Σ S (log S − log T) ∇log S: over the full vocabulary the
+    same, over part of it without the spurious + 1 (arXiv 2605.11182; reference/methods.md §5.3).
     """
-    return _kl(student, teacher.detach())
+    if not detach_weights:
+        return _kl(student, teacher.detach(), bounds)
+    absent = student.detach().exp() == 0
+    now = student.masked_fill(absent, 0.0)
+    entries = _entries(student.detach(), teacher.detach(), bounds)
+    return (entries * (now - now.detach())).sum(-1) + entries.sum(-1)
 
 
 def jsd(student: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:
@@ -35,13 +63,24 @@ def jsd(student: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:
     Raises ValueError unless 0 < teacher_share < 1.
     """
     teacher = teacher.detach()
-    # logaddexp(-inf, -inf) has a NaN gradient; such entries weigh nothing below.
-    absent = (student == -torch.inf) & (teacher == -torch.inf)
-    mixture = torch.logaddexp(
-        student + math.log(1 - teacher_share),
-        teacher.masked_fill(absent, 0.0) + math.log(teacher_share),
-    )
+    mixture = _mixture(student, teacher, teacher_share)
     return (1 - teacher_share) * _kl(student, mixture) + teacher_share * _kl(teacher, mixture)
+
+
+def skewed_forward_kl(student: Tensor, teacher: Tensor, share: float) -> Tensor:
+    """KL(T‖s T + (1−s) S), s = share: finite wherever.  [..., K], [..., K] -> [...].  Ko 2024 (DistiLLM).
+
+    Raises ValueError unless 0 < share < 1.
+    """
+    return _kl(teacher.detach(), _mixture(student, teacher.detach(), share))
+
+
+def skewed_reverse_kl(student: Tensor, teacher: Tensor, share: float) -> Tensor:
+    """KL(S‖s S + (1−s) T), s = share: finite wherever.  [..., K], [..., K] -> [...].  Ko 2024 (DistiLLM).
+
+    Raises ValueError unless 0 < share < 1.
+    """
+    return _kl(student, _mixture(student, teacher.detach(), 1 - share))
 
 
 def linear_mix(student: Tensor, teacher: Tensor, forward_share: float) -> Tensor:
@@ -62,11 +101,32 @@ def entropy(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
 
 
-def _kl(first: Tensor, second: Tensor) -> Tensor:
-    """Σ p (log p − log q), p = exp(first), q = exp(second), over the entries with p > 0.  [..., K] -> [...].
+def _kl(first: Tensor, second: Tensor, bounds: Bounds = FREE) -> Tensor:
+    """Σ p (log p − log q), p = exp(first), q = exp(second), over the entries with p > 0.  [..., K] -> [...]."""
+    return _entries(first, second, bounds).sum(-1)
 
-    The others are replaced before the arithmetic: hiding a NaN afterwards would leave it in the gradient.
+
+def _entries(first: Tensor, second: Tensor, bounds: Bounds) -> Tensor:
+    """p (log p − log q) within the bounds, 0 where p is 0.  [..., K] -> [..., K].
+
+    Entries without p are replaced before the arithmetic: hiding a NaN afterwards would leave it in the gradient.
     """
     absent = first.detach().exp() == 0
     first, second = first.masked_fill(absent, 0.0), second.masked_fill(absent, 0.0)
-    return (first.exp() * (first - second)).sum(-1)
+    ratio = first - second
+    if bounds.low > -math.inf or bounds.high < math.inf:
+        ratio = ratio.clamp(bounds.low, bounds.high)
+    entries = first.exp() * ratio
+    if bounds.entry < math.inf:
+        entries = entries.clamp(max=bounds.entry)
+    return entries
+
+
+def _mixture(student: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:
+    """log((1−s) S + s T), s = teacher_share; finite gradients where both sides are −inf.  -> [..., K]."""
+    # logaddexp(-inf, -inf) has a NaN gradient; such entries weigh nothing in what follows.
+    absent = (student == -torch.inf) & (teacher == -torch.inf)
+    return torch.logaddexp(
+        student + math.log(1 - teacher_share),
+        teacher.masked_fill(absent, 0.0) + math.log(teacher_share),
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import assert_never
 
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor
 from sdkit.batches import Counts, Tokens
 from sdkit.losses import average as averages
 from sdkit.losses.distributions import Distributions
-from sdkit.losses.divergence import forward_kl, jsd, linear_mix, reverse_kl
+from sdkit.losses.divergence import (
+    Bounds,
+    forward_kl,
+    jsd,
+    linear_mix,
+    reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+)
 from sdkit.losses.policy import importance_ratio, k1, sampled_token_surrogate, sequence_mean
 from sdkit.losses.policy_terms import (
     Measures,
@@ -22,12 +31,14 @@ from sdkit.losses.policy_terms import (
     reference_kl,
 )
 from sdkit.losses.support import mass, on_support, overlap, sampled_token, top_k_ids, union_ids
+from sdkit.schedules import plain
 from sdkit.specs import (
     Average,
     Constant,
     CrossEntropy,
     Distillation,
-    Divergence,
+    DivergenceClip,
+    FileDivergence,
     ForwardKl,
     ImportanceSpec,
     Jsd,
@@ -41,11 +52,16 @@ from sdkit.specs import (
     ReverseKl,
     SampledTokenSupport,
     SequenceSum,
+    SkewedForwardKl,
+    SkewedReverseKl,
     Sum,
     TopKSupport,
     VocabularySupport,
     needs_teacher,
 )
+
+UserDivergence = Callable[[Tensor, Tensor], Tensor]
+"""A user's own: log-probabilities of student and teacher on the support, [C, K], [C, K] -> [C]."""
 
 
 def counted(mask: MaskSpec, length: int) -> range:
@@ -66,7 +82,7 @@ def row_weights(average: Average, lengths: Tensor, counts: Counts) -> Tensor:
         case SequenceSum():
             return averages.sequence_sum(lengths, counts)
         case Constant(length=length):
-            return averages.constant(lengths, counts, length)
+            return averages.constant(lengths, counts, plain(length))
         case Sum():
             return averages.total(lengths)
         case _:
@@ -77,13 +93,19 @@ class Objective:
     """Σ_terms coefficient · Σ_j weight_j · correction_j · ℓ_j over the tokens j of a chunk.
 
     `temperature` is the sampling temperature: that of a term which sets none, and of the importance ratios always
-    (both of their sides are probabilities of having sampled the token).  Raises ValueError for a sampled token with
+    (both of their sides are probabilities of having sampled the token).  Every number of the terms is a plain one
+    (`schedules.at_step`); `functions` holds the user's own divergences by term.  Raises ValueError for a sampled token with
     a divergence other than the reverse KL, for more than one term whose sampler ratio is a sequence mean, and for
     terms that ask for different group_relative advantages.
     Logits must be finite or -inf, also at tokens of weight 0, which add nothing even where their ℓ is inf.
     """
 
-    def __init__(self, losses: Mapping[str, LossTerm], temperature: float) -> None:
+    def __init__(
+        self,
+        losses: Mapping[str, LossTerm],
+        temperature: float,
+        functions: Mapping[str, UserDivergence] | None = None,
+    ) -> None:
         for name, term in losses.items():
             if isinstance(term, Distillation) and isinstance(term.support, SampledTokenSupport):
                 if not isinstance(term.divergence, ReverseKl):
@@ -91,39 +113,39 @@ class Objective:
         if len(_sequence_mean_terms(losses)) > 1:
             raise ValueError("only one term can have a sampler ratio of level sequence_mean")
         group_relative(losses)
-        self._losses = losses
+        self.losses = losses
+        self._functions = functions or {}
         self._temperature = temperature
 
     @property
     def needs_teacher(self) -> bool:
-        return any(needs_teacher(term) for term in self._losses.values())
+        return any(needs_teacher(term) for term in self.losses.values())
 
     @property
     def needs_reference(self) -> bool:
         """Whether the frozen start model must score the tokens under the student's prompt."""
-        return any(isinstance(term, ReferenceKl) for term in self._losses.values())
+        return any(isinstance(term, ReferenceKl) for term in self.losses.values())
 
     @property
     def needs_advantages(self) -> bool:
         """Whether `Tokens.advantages` must be filled (`reward_advantages`)."""
-        return group_relative(self._losses) is not None
+        return group_relative(self.losses) is not None
 
     @property
     def needs_sequence_ratio(self) -> bool:
         """Whether `Tokens.ratio` must be filled (`sampler_ratio`) before the first chunk."""
-        return bool(_sequence_mean_terms(self._losses))
+        return bool(_sequence_mean_terms(self.losses))
 
     @property
     def needs_sequence_means(self) -> bool:
         """Whether `Tokens.sequence_means` must be filled (`sequence_means`) before the first chunk."""
-        return needs_sequence_means(self._losses)
+        return needs_sequence_means(self.losses)
 
     def __call__(
         self,
         student_logits: Tensor,
         teacher_logits: Tensor | None,
         tokens: Tokens,
-        coefficients: Mapping[str, float],
         reference_logits: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [C, V] of any float dtype, C tokens (may be 0) -> scalar loss, sums over the chunk's tokens.
@@ -134,12 +156,12 @@ class Objective:
         sides = Distributions(student_logits, teacher_logits, reference_logits)
         parts: list[Tensor] = []
         stats: dict[str, Tensor] = {}
-        for name in self._losses:
+        for name, term in self.losses.items():
             token_loss, corrected, measures = self._term(name, sides, tokens)
             weights = tokens.weights[name]
             counts = weights > 0
             weighted = weights * corrected * token_loss.masked_fill(~counts, 0.0)
-            parts.append(coefficients[name] * weighted.sum())
+            parts.append(plain(term.coefficient) * weighted.sum())
             stats[f"loss/{name}"] = parts[-1].detach()
             measures = {"tokens": torch.ones_like(token_loss), "token_loss": token_loss, **measures}
             for key, values in measures.items():
@@ -150,13 +172,12 @@ class Objective:
         self, name: str, sides: Distributions, tokens: Tokens
     ) -> tuple[Tensor, Tensor | float, Measures]:
         """One term's ℓ [C], its correction [C] (or 1) and its measures."""
-        match term := self._losses[name]:
+        match term := self.losses[name]:
             case CrossEntropy():
                 token_loss = -sampled_token(sides.student(1.0), tokens.token)
                 return token_loss, 1.0, sides.entropies(1.0, "student")
             case Distillation(importance=importance):
-                temperature = self._temperature if term.temperature is None else term.temperature
-                token_loss, measures = _distil(term, sides, tokens.token, temperature)
+                token_loss, measures = self._distil(name, term, sides, tokens.token)
                 if importance == ImportanceSpec():
                     return token_loss, 1.0, measures
                 now = sampled_token(sides.student(self._temperature), tokens.token).detach()
@@ -169,6 +190,57 @@ class Objective:
                 return token_loss, 1.0, measures
             case _:
                 assert_never(term)
+
+    def _distil(
+        self, name: str, term: Distillation, sides: Distributions, token: Tensor
+    ) -> tuple[Tensor, Measures]:
+        """ℓ [C] of a distillation term, and its measures."""
+        temperature = self._temperature if term.temperature is None else plain(term.temperature)
+        student, teacher = sides.student(temperature), sides.teacher(temperature)
+        sampled = sampled_token(student, token), sampled_token(teacher, token)
+        measures = {
+            "k1": k1(*sampled).detach(),
+            **sides.entropies(temperature, "student", "teacher"),
+        }
+        match term.support:
+            case SampledTokenSupport():
+                return sampled_token_surrogate(*sampled, term.clip.log_ratio), measures
+            case VocabularySupport():
+                pair = student, teacher
+            case TopKSupport(remainder=remainder) as support:
+                ids, duplicate, shares = _top_k(support, student.detach(), teacher)
+                pair = on_support(student, teacher, ids, duplicate, remainder)
+                measures |= shares
+            case _:
+                assert_never(term.support)
+        token_loss = self._divergence(name, term, *pair)
+        if term.clip.token is not None:
+            limit = plain(term.clip.token)
+            measures["token_clipped"] = (token_loss.detach() > limit).to(token_loss.dtype)
+            token_loss = token_loss.clamp(max=limit)
+        return token_loss, measures | _both_kls(term, token_loss.detach(), *pair)
+
+    def _divergence(
+        self, name: str, term: Distillation, student: Tensor, teacher: Tensor
+    ) -> Tensor:
+        """[C, K], [C, K] -> [C]."""
+        match spec := term.divergence:
+            case ForwardKl():
+                return forward_kl(student, teacher, _bounds(term.clip))
+            case ReverseKl(detach_weights=detach):
+                return reverse_kl(student, teacher, _bounds(term.clip), detach_weights=detach)
+            case Jsd(teacher_share=share):
+                return jsd(student, teacher, plain(share))
+            case LinearMix(forward_share=share):
+                return linear_mix(student, teacher, plain(share))
+            case SkewedForwardKl(share=share):
+                return skewed_forward_kl(student, teacher, plain(share))
+            case SkewedReverseKl(share=share):
+                return skewed_reverse_kl(student, teacher, plain(share))
+            case FileDivergence():
+                return self._functions[name](student, teacher.detach())
+            case _:
+                assert_never(spec)
 
 
 def sampler_ratio(
@@ -198,30 +270,7 @@ def _sequence_mean_terms(losses: Mapping[str, LossTerm]) -> dict[str, float]:
     """Name and cap of each term whose sampler ratio is averaged per sequence."""
     corrected = {n: t for n, t in losses.items() if isinstance(t, Distillation | PolicyGradient)}
     samplers = {n: t.importance.sampler for n, t in corrected.items()}
-    return {n: s.cap for n, s in samplers.items() if s and s.level == "sequence_mean"}
-
-
-def _distil(
-    term: Distillation, sides: Distributions, token: Tensor, temperature: float
-) -> tuple[Tensor, Measures]:
-    """ℓ [C] of a distillation term, and its measures."""
-    student, teacher = sides.student(temperature), sides.teacher(temperature)
-    estimate = k1(sampled_token(student, token), sampled_token(teacher, token)).detach()
-    measures = {"k1": estimate, **sides.entropies(temperature, "student", "teacher")}
-    match term.support:
-        case SampledTokenSupport():
-            pair = sampled_token(student, token), sampled_token(teacher, token)
-            return sampled_token_surrogate(*pair), measures
-        case VocabularySupport():
-            pair = student, teacher
-        case TopKSupport(remainder=remainder) as support:
-            ids, duplicate, shares = _top_k(support, student.detach(), teacher)
-            pair = on_support(student, teacher, ids, duplicate, remainder)
-            measures |= shares
-        case _:
-            assert_never(term.support)
-    token_loss = _divergence(term.divergence, *pair)
-    return token_loss, measures | _both_kls(term.divergence, token_loss.detach(), *pair)
+    return {n: plain(s.cap) for n, s in samplers.items() if s and s.level == "sequence_mean"}
 
 
 def _top_k(
@@ -246,24 +295,17 @@ def _top_k(
     return ids, duplicate, shares
 
 
-def _divergence(spec: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
-    """[C, K], [C, K] -> [C]."""
-    match spec:
-        case ForwardKl():
-            return forward_kl(student, teacher)
-        case ReverseKl():
-            return reverse_kl(student, teacher)
-        case Jsd(teacher_share=share):
-            return jsd(student, teacher, share)
-        case LinearMix(forward_share=share):
-            return linear_mix(student, teacher, share)
-        case _:
-            assert_never(spec)
+def _bounds(clip: DivergenceClip) -> Bounds:
+    low, high = clip.log_ratio or (-math.inf, math.inf)
+    return Bounds(low=low, high=high, entry=math.inf if clip.entry is None else plain(clip.entry))
 
 
 @torch.no_grad()
-def _both_kls(spec: Divergence, token_loss: Tensor, student: Tensor, teacher: Tensor) -> Measures:
+def _both_kls(term: Distillation, token_loss: Tensor, student: Tensor, teacher: Tensor) -> Measures:
     """Both directions on the support; the one that is the loss itself is not computed again."""
-    forward = token_loss if isinstance(spec, ForwardKl) else forward_kl(student, teacher)
-    reverse = token_loss if isinstance(spec, ReverseKl) else reverse_kl(student, teacher)
+    whole = term.clip == DivergenceClip()
+    forward, reverse = (
+        token_loss if whole and isinstance(term.divergence, kind) else function(student, teacher)
+        for kind, function in ((ForwardKl, forward_kl), (ReverseKl, reverse_kl))
+    )
     return {"forward_kl": forward, "reverse_kl": reverse}

@@ -36,13 +36,17 @@ def sequence_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
     return (sums / sizes.clamp(min=1))[row]
 
 
-def sampled_token_surrogate(student: Tensor, teacher: Tensor) -> Tensor:
+def sampled_token_surrogate(
+    student: Tensor, teacher: Tensor, bounds: tuple[float, float] | None = None
+) -> Tensor:
     """sg(log S_y − log T_y) · log S_y for y ~ S.  Log-probabilities of y [...], [...] -> [...].
 
     Its expected gradient is that of KL(S‖T) at fixed prefixes; its value is not the KL (report `k1` for that).
-    Lu 2025 (Thinking Machines), as in reference/methods.md §5.4.
+    Lu 2025 (Thinking Machines), as in reference/methods.md §5.4.  `bounds` limit the log-ratio, and then the gradient
+    is that of no divergence (Hübotter 2026, Table 12, clips it at 5).
     """
-    return (student - teacher).detach() * student
+    weight = (student - teacher).detach()
+    return (weight if bounds is None else weight.clamp(*bounds)) * student
 
 
 def k1(student: Tensor, teacher: Tensor) -> Tensor:
@@ -164,3 +168,19 @@ def clip_binds(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tu
     """Where the ratio is cut at 1 − low (A < 0), and where at 1 + high (A > 0).  [...], [...] -> twice [...] bool."""
     ratio = ratio.detach()
     return (advantages < 0) & (ratio < 1 - low), (advantages > 0) & (ratio > 1 + high)
+
+
+# ── advantages of two parts ───────────────────────────────────────────────────────────────────
+
+
+def scaled_advantages(
+    advantages: Tensor, log_ratio: Tensor, share: float, low: float, high: float
+) -> Tensor:
+    """A [(1 − λ) + λ clip(exp(sign(A) δ), 1 − low, 1 + high)], λ = share, δ = log T − log S.  [...], [...] -> [...].
+
+    A token that the teacher finds likelier than the student did gets more of a good outcome and less of a bad one.
+    RLSD, arXiv 2604.03128 (reference/methods.md §5.9).
+    """
+    signed = (advantages.sign() * log_ratio).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    factor = signed.exp().clamp(1 - low, 1 + high)
+    return (advantages * ((1 - share) + share * factor)).detach()

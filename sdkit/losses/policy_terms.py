@@ -25,16 +25,22 @@ from sdkit.losses.policy import (
     k2,
     own_gradient,
     policy_ratio,
+    scaled_advantages,
     sequence_mean,
 )
 from sdkit.losses.support import sampled_token
+from sdkit.schedules import plain
 from sdkit.specs import (
+    AdvantageAdd,
+    AdvantageScale,
     GroupRelative,
     ImportanceSpec,
     LogRatio,
     LossTerm,
     PolicyGradient,
     ReferenceKl,
+    reward_part,
+    teacher_part,
 )
 
 Measures = dict[str, Tensor]
@@ -52,7 +58,7 @@ def policy_gradients(losses: Mapping[str, LossTerm]) -> dict[str, PolicyGradient
 def group_relative(losses: Mapping[str, LossTerm]) -> GroupRelative | None:
     """The advantage that `Tokens.advantages` holds.  Raises ValueError where two terms ask for different ones."""
     terms = policy_gradients(losses).values()
-    asked = {t.advantage for t in terms if isinstance(t.advantage, GroupRelative)}
+    asked = {part for t in terms if (part := reward_part(t.advantage))}
     if len(asked) > 1:
         raise ValueError("all terms must have the same group_relative advantage")
     return next(iter(asked), None)
@@ -68,7 +74,7 @@ def reward_advantages(
     spec = group_relative(losses)
     if spec is None:
         return None
-    return group_advantages(rewards, group, spec.baseline, spec.scale, spec.eps)
+    return group_advantages(rewards, group, spec.baseline, spec.scale, plain(spec.eps))
 
 
 def needs_sequence_means(losses: Mapping[str, LossTerm]) -> bool:
@@ -101,17 +107,21 @@ def sequence_means(
         if _centered(term):
             if teacher is None:
                 raise ValueError(f"{name}: center: sequence needs the teacher's log-probabilities")
-            means[f"{name}/advantage"] = mean(_floored(term.advantage, teacher - then))
+            spec = teacher_part(term.advantage)
+            means[f"{name}/advantage"] = mean(_teachers(spec, teacher - then, tokens))
     return means
 
 
 def _centered(term: PolicyGradient) -> bool:
-    return isinstance(term.advantage, LogRatio) and term.advantage.center == "sequence"
+    part = teacher_part(term.advantage)
+    return part is not None and part.center == "sequence"
 
 
-def _floored(spec: GroupRelative | LogRatio, log_ratio: Tensor) -> Tensor:
-    floor = spec.floor if isinstance(spec, LogRatio) else None
-    return log_ratio if floor is None else log_ratio.clamp(min=floor)
+def _teachers(spec: LogRatio | None, log_ratio: Tensor, tokens: Tokens) -> Tensor:
+    """The teacher's part before it is centred: bounded below, 0 where a rollout has no teacher prompt.  [M] -> [M]."""
+    if spec and spec.floor is not None:
+        log_ratio = log_ratio.clamp(min=plain(spec.floor))
+    return log_ratio if tokens.taught is None else log_ratio.masked_fill(~tokens.taught, 0.0)
 
 
 def _sequence_mean(tokens: Tokens, name: str) -> Tensor:
@@ -136,8 +146,10 @@ def policy_gradient(
     ratio = policy_ratio(log_ratio.detach())
     measures = {"ratio": ratio, "advantage": advantages, **sides.entropies(temperature, "student")}
     if clip := term.clip:
-        token_loss = clipped_surrogate(log_ratio, advantages, clip.low, clip.high, clip.dual)
-        below, above = clip_binds(ratio, advantages, clip.low, clip.high)
+        low, high = plain(clip.low), plain(clip.high)
+        dual = None if clip.dual is None else plain(clip.dual)
+        token_loss = clipped_surrogate(log_ratio, advantages, low, high, dual)
+        below, above = clip_binds(ratio, advantages, low, high)
         measures |= {"clip_low": below.to(ratio.dtype), "clip_high": above.to(ratio.dtype)}
     else:
         token_loss = clipped_surrogate(log_ratio, advantages)
@@ -157,19 +169,31 @@ def _advantages(
     temperature: float,
 ) -> Tensor:
     """[C], detached; anything at tokens that the term does not count."""
-    match term.advantage:
+
+    def of_reward() -> Tensor:
+        if tokens.advantages is None:
+            raise ValueError(f"{name}: a group_relative advantage needs Tokens.advantages")
+        return tokens.advantages.to(then.dtype)
+
+    def of_teacher(spec: LogRatio) -> Tensor:
+        teacher = sampled_token(sides.teacher(temperature), tokens.token)
+        advantages = _teachers(spec, teacher - then, tokens)
+        if spec.center == "sequence":
+            advantages = advantages - _sequence_mean(tokens, f"{name}/advantage")
+        return advantages
+
+    match spec := term.advantage:
         case GroupRelative():
-            if tokens.advantages is None:
-                raise ValueError(f"{name}: a group_relative advantage needs Tokens.advantages")
-            return tokens.advantages.to(then.dtype)
-        case LogRatio(center=center) as spec:
-            teacher = sampled_token(sides.teacher(temperature), tokens.token)
-            advantages = _floored(spec, teacher - then)
-            if center == "sequence":
-                advantages = advantages - _sequence_mean(tokens, f"{name}/advantage")
-            return advantages
+            return of_reward()
+        case LogRatio():
+            return of_teacher(spec)
+        case AdvantageAdd(group_weight=group, log_ratio_weight=teacher):
+            return plain(group) * of_reward() + plain(teacher) * of_teacher(spec.log_ratio)
+        case AdvantageScale(share=share, low=low, high=high):
+            parts = of_reward(), of_teacher(spec.log_ratio)
+            return scaled_advantages(*parts, plain(share), plain(low), plain(high))
         case _:
-            assert_never(term.advantage)
+            assert_never(spec)
 
 
 def reference_kl(
@@ -206,14 +230,14 @@ def correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tenso
     product, capped = torch.ones_like(now), torch.zeros_like(now, dtype=torch.bool)
     measures: Measures = {}
     if spec.old_policy:
-        ratio = importance_ratio(now, old, spec.old_policy.cap)
+        ratio = importance_ratio(now, old, plain(spec.old_policy.cap))
         product, measures["old_ratio"] = product * ratio, ratio
-        capped = capped | cap_binds(now, old, spec.old_policy.cap)
+        capped = capped | cap_binds(now, old, plain(spec.old_policy.cap))
     if spec.sampler:
         ratio = torch.ones_like(now)
         if (sampler := tokens.sampler_logprobs) is not None:
-            capped = capped | cap_binds(old, sampler, spec.sampler.cap)
-            ratio = importance_ratio(old, sampler, spec.sampler.cap)
+            capped = capped | cap_binds(old, sampler, plain(spec.sampler.cap))
+            ratio = importance_ratio(old, sampler, plain(spec.sampler.cap))
             if spec.sampler.level == "sequence_mean":
                 if tokens.ratio is None:
                     raise ValueError("a sampler ratio of level sequence_mean needs Tokens.ratio")

@@ -18,18 +18,17 @@ from sdkit.rules.base import (
     shape_of,
     total_updates,
 )
+from sdkit.schedules import schedules
 from sdkit.specs import (
     CrossEntropy,
     DatasetSamples,
     Distillation,
-    EmaWeights,
     ExperimentSpec,
     ForwardKl,
     MethodSpec,
     ReferenceKl,
     ReverseKl,
     SampledTokenSupport,
-    Schedule,
     StudentSamples,
     StudentWeights,
     TeacherSamples,
@@ -260,19 +259,10 @@ def own_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 def schedule_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A schedule longer than the run never reaches its end value."""
     total = total_updates(spec)
-    for path, schedule in _schedules(spec):
+    for path, schedule in schedules(spec):
         if total and schedule.steps > total:
             message = f"the schedule takes {schedule.steps} optimizer steps, the run {total}"
             yield (*path, "steps"), message, None
-
-
-def _schedules(spec: MethodSpec) -> Iterator[tuple[Path, Schedule]]:
-    for name, term in spec.losses.items():
-        if isinstance(term.coefficient, Schedule):
-            yield ("losses", name, "coefficient"), term.coefficient
-    weights = spec.teacher.weights if spec.teacher else None
-    if isinstance(weights, EmaWeights) and isinstance(weights.update_rate, Schedule):
-        yield ("teacher", "weights", "update_rate"), weights.update_rate
 
 
 @run_rule("a support is no larger than the vocabulary")

@@ -1,9 +1,10 @@
 """Every spec class of the language.
 
-Rooms: `fields` (how a class is declared), `losses`, `token_weights` and `method` (what makes a method), `data`, `scores` and `run`.
+Rooms: `fields` (how a class is declared), `losses`, `divergences`, `token_weights` and `method` (what makes a method), `data`, `scores` and `run`.
 """
 
 from sdkit.specs.data import *  # noqa: F403
+from sdkit.specs.divergences import *  # noqa: F403
 from sdkit.specs.fields import *  # noqa: F403
 from sdkit.specs.losses import *  # noqa: F403
 from sdkit.specs.method import *  # noqa: F403

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, assert_never
 
 from attrs import frozen
 
+from sdkit.specs.divergences import Divergence, DivergenceClip
 from sdkit.specs.fields import (
     ABOVE_ONE,
     AT_LEAST_ONE,
-    INSIDE_SHARE,
     NEGATIVE,
     NOT_NEGATIVE,
     POSITIVE,
@@ -19,41 +19,6 @@ from sdkit.specs.fields import (
     spec_field,
 )
 from sdkit.specs.token_weights import Weight
-
-
-@frozen(kw_only=True)
-class ForwardKl:
-    """KL(teacher‖student): covers all the teacher does."""
-
-    kind: ClassVar[str] = "forward_kl"
-
-
-@frozen(kw_only=True)
-class ReverseKl:
-    """KL(student‖teacher): seeks what the teacher does most."""
-
-    kind: ClassVar[str] = "reverse_kl"
-
-
-@frozen(kw_only=True)
-class Jsd:
-    """Generalised Jensen-Shannon divergence around M = (1−s)·student + s·teacher, s = teacher_share."""
-
-    kind: ClassVar[str] = "jsd"
-    teacher_share: float = spec_field(
-        "the teacher's share of the mixture", default=0.5, range=INSIDE_SHARE
-    )
-
-
-@frozen(kw_only=True)
-class LinearMix:
-    """forward_share × forward KL + (1 − forward_share) × reverse KL."""
-
-    kind: ClassVar[str] = "linear_mix"
-    forward_share: float = spec_field("weight of the forward KL", default=0.5, range=SHARE)
-
-
-Divergence = ForwardKl | ReverseKl | Jsd | LinearMix
 
 
 @frozen(kw_only=True)
@@ -98,10 +63,10 @@ class MaskSpec:
     special_tokens: Literal["count", "leave_out"] = spec_field(
         "the tokenizer's special tokens, the end token among them", default="count"
     )
-    teacher_entropy_above: float | None = spec_field(
+    teacher_entropy_above: float | Schedule | None = spec_field(
         "only where the teacher's entropy exceeds so many nats", default=None, range=NOT_NEGATIVE
     )
-    student_entropy_top: float | None = spec_field(
+    student_entropy_top: float | Schedule | None = spec_field(
         "of the tokens left in the rollout batch, only the share with the student's largest entropies",
         default=None,
         range=TOP_P,
@@ -112,14 +77,14 @@ class MaskSpec:
 class OldPolicyRatio:
     """Ratio of the student now to the student when the batch was sampled, token by token."""
 
-    cap: float = spec_field("upper bound", range=POSITIVE)
+    cap: float | Schedule = spec_field("upper bound", range=POSITIVE)
 
 
 @frozen(kw_only=True)
 class SamplerRatio:
     """Ratio of the trainer's log-probabilities to the sampling engine's."""
 
-    cap: float = spec_field("upper bound", range=POSITIVE)
+    cap: float | Schedule = spec_field("upper bound", range=POSITIVE)
     level: Literal["token", "sequence_mean"] = spec_field(
         "one ratio per token, or their mean per sequence"
     )
@@ -165,7 +130,7 @@ class Constant:
     """Sum over everything, divided by sequences × a constant length."""
 
     kind: ClassVar[str] = "constant"
-    length: float = spec_field("the constant, tokens", range=POSITIVE)
+    length: float | Schedule = spec_field("the constant, tokens", range=POSITIVE)
 
 
 @frozen(kw_only=True)
@@ -185,7 +150,8 @@ class Distillation:
     kind: ClassVar[str] = "distillation"
     divergence: Divergence = spec_field("how far apart")
     support: Support = spec_field("over which tokens of the vocabulary")
-    temperature: float | None = spec_field(
+    clip: DivergenceClip = spec_field("bounds", default=DivergenceClip())
+    temperature: float | Schedule | None = spec_field(
         "divides both sides' logits (default: the sampling temperature)",
         default=None,
         range=POSITIVE,
@@ -231,7 +197,9 @@ class GroupRelative:
     scale: Literal["none", "group_std", "batch_std"] = spec_field(
         "the standard deviation that the rest is divided by", default="none"
     )
-    eps: float = spec_field("added to the standard deviation", default=1e-4, range=POSITIVE)
+    eps: float | Schedule = spec_field(
+        "added to the standard deviation", default=1e-4, range=POSITIVE
+    )
 
 
 @frozen(kw_only=True)
@@ -242,22 +210,80 @@ class LogRatio:
     center: Literal["none", "sequence"] = spec_field(
         "take off the mean over the sequence, after the floor", default="none"
     )
-    floor: float | None = spec_field("lower bound", default=None, range=NEGATIVE)
+    floor: float | Schedule | None = spec_field("lower bound", default=None, range=NEGATIVE)
     below_floor: Literal["clamp", "leave_out"] = spec_field(
         "raise lower values to the floor, or do not count their tokens", default="clamp"
     )
 
 
-Advantage = GroupRelative | LogRatio
+@frozen(kw_only=True)
+class AdvantageAdd:
+    """group_weight × the reward's advantage + log_ratio_weight × the teacher's; without a teacher prompt its part is 0."""
+
+    kind: ClassVar[str] = "advantage_add"
+    group_relative: GroupRelative = spec_field("the reward's part", default=GroupRelative())
+    group_weight: float | Schedule = spec_field(
+        "weight of the reward's part", default=1.0, range=NOT_NEGATIVE
+    )
+    log_ratio: LogRatio = spec_field("the teacher's part", default=LogRatio())
+    log_ratio_weight: float | Schedule = spec_field(
+        "weight of the teacher's part", default=1.0, range=NOT_NEGATIVE
+    )
+
+
+@frozen(kw_only=True)
+class AdvantageScale:
+    """The reward's advantage A, each token's × (1 − share) + share × clip(exp(sign(A) δ), 1 − low, 1 + high).
+
+    δ = log teacher − log student; without a teacher prompt it is 0 and A stays as it is.
+    """
+
+    kind: ClassVar[str] = "advantage_scale"
+    group_relative: GroupRelative = spec_field("the reward's advantage", default=GroupRelative())
+    log_ratio: LogRatio = spec_field("the teacher's δ", default=LogRatio())
+    share: float | Schedule = spec_field("how far the teacher scales", default=0.5, range=SHARE)
+    low: float | Schedule = spec_field("how far below 1 it may scale", default=0.2, range=SHARE)
+    high: float | Schedule = spec_field(
+        "how far above 1 it may scale", default=0.2, range=NOT_NEGATIVE
+    )
+
+
+Advantage = GroupRelative | LogRatio | AdvantageAdd | AdvantageScale
+
+
+def reward_part(advantage: Advantage) -> GroupRelative | None:
+    """What an advantage takes from the reward."""
+    match advantage:
+        case GroupRelative():
+            return advantage
+        case LogRatio():
+            return None
+        case AdvantageAdd() | AdvantageScale():
+            return advantage.group_relative
+        case _:
+            assert_never(advantage)
+
+
+def teacher_part(advantage: Advantage) -> LogRatio | None:
+    """What an advantage takes from the teacher."""
+    match advantage:
+        case GroupRelative():
+            return None
+        case LogRatio():
+            return advantage
+        case AdvantageAdd() | AdvantageScale():
+            return advantage.log_ratio
+        case _:
+            assert_never(advantage)
 
 
 @frozen(kw_only=True)
 class ClipSpec:
     """Loss −min(ρA, clip(ρ, 1 − low, 1 + high) A): no gradient where the ratio ρ has gone far enough A's way."""
 
-    low: float = spec_field("how far below 1 the ratio counts", range=SHARE)
-    high: float = spec_field("how far above 1 the ratio counts", range=NOT_NEGATIVE)
-    dual: float | None = spec_field(
+    low: float | Schedule = spec_field("how far below 1 the ratio counts", range=SHARE)
+    high: float | Schedule = spec_field("how far above 1 the ratio counts", range=NOT_NEGATIVE)
+    dual: float | Schedule | None = spec_field(
         "where the advantage is negative, the loss is at most so many times its size",
         default=None,
         range=ABOVE_ONE,
@@ -313,7 +339,14 @@ LossTerm = Distillation | CrossEntropy | PolicyGradient | ReferenceKl
 
 
 def needs_teacher(term: LossTerm) -> bool:
-    """Whether a term asks the teacher: it counts no token of a rollout without a teacher prompt."""
+    """Whether a term asks the teacher."""
+    if isinstance(term, PolicyGradient):
+        return teacher_part(term.advantage) is not None
+    return isinstance(term, Distillation)
+
+
+def nothing_without_teacher(term: LossTerm) -> bool:
+    """Whether a term counts no token of a rollout without a teacher prompt."""
     if isinstance(term, PolicyGradient):
         return isinstance(term.advantage, LogRatio)
     return isinstance(term, Distillation)

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from attrs import frozen
 
-from sdkit.specs.fields import NOT_EMPTY, NOT_NEGATIVE, POSITIVE, SHARE, spec_field
+from sdkit.specs.fields import NOT_EMPTY, NOT_NEGATIVE, POSITIVE, SHARE, Schedule, spec_field
 
 
 @frozen(kw_only=True)
@@ -18,9 +18,13 @@ class PositionWeight:
     """smallest + (1 − smallest) · sigmoid((t / |y| − middle) / width) of token t = 1 … |y|: the end of the completion counts most."""
 
     kind: ClassVar[str] = "position"
-    smallest: float = spec_field("what the weight falls to at the start", range=SHARE)
-    middle: float = spec_field("share of the completion at which it is half-way", range=SHARE)
-    width: float = spec_field("how slowly it rises, share of the completion", range=POSITIVE)
+    smallest: float | Schedule = spec_field("what the weight falls to at the start", range=SHARE)
+    middle: float | Schedule = spec_field(
+        "share of the completion at which it is half-way", range=SHARE
+    )
+    width: float | Schedule = spec_field(
+        "how slowly it rises, share of the completion", range=POSITIVE
+    )
 
 
 @frozen(kw_only=True)
@@ -28,7 +32,9 @@ class TeacherEntropyWeight:
     """exp(−rate · the teacher's entropy), divided by its mean over the tokens that the term counts in the rollout batch."""
 
     kind: ClassVar[str] = "teacher_entropy"
-    rate: float = spec_field("how much less an unsure teacher counts, per nat", range=NOT_NEGATIVE)
+    rate: float | Schedule = spec_field(
+        "how much less an unsure teacher counts, per nat", range=NOT_NEGATIVE
+    )
 
 
 @frozen(kw_only=True)
@@ -39,7 +45,7 @@ class DriftWeight:
     """
 
     kind: ClassVar[str] = "drift"
-    strength: float = spec_field("weight above 1 of the first token", range=NOT_NEGATIVE)
+    strength: float | Schedule = spec_field("weight above 1 of the first token", range=NOT_NEGATIVE)
 
 
 @frozen(kw_only=True)
@@ -47,7 +53,7 @@ class PassRateWeight:
     """(p · (1 − p)) to the power, p the share of successes in the rollout's group as sampled: prompts half solved count most."""
 
     kind: ClassVar[str] = "pass_rate"
-    power: float = spec_field("exponent", default=0.5, range=POSITIVE)
+    power: float | Schedule = spec_field("exponent", default=0.5, range=POSITIVE)
     threshold: float = spec_field("smallest reward that is a success", default=1.0)
 
 
@@ -57,7 +63,9 @@ class PerplexityWeight:
 
     kind: ClassVar[str] = "perplexity"
     of: Literal["student", "teacher"] = spec_field("whose perplexity")
-    power: float = spec_field("exponent; below 0 the likely rollouts count most", default=1.0)
+    power: float | Schedule = spec_field(
+        "exponent; below 0 the likely rollouts count most", default=1.0
+    )
 
 
 Given = Literal[

@@ -16,7 +16,7 @@ from tinyruns import (
     training,
 )
 
-from sdkit.components.teachers import scalar_at
+from sdkit.schedules import scalar_at
 from sdkit.specs import (
     CopyWeights,
     EmaWeights,

@@ -1,0 +1,67 @@
+"""Numbers that move over a run: found anywhere in a spec, and put into plain numbers for one optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import attrs
+
+from sdkit.problems import Path
+from sdkit.specs import Schedule, Table
+from sdkit.surface import keys_of
+
+S = TypeVar("S")
+
+
+def scalar_at(value: float | Schedule, step: int) -> float:
+    """The value of a number that may move, after `step` optimizer steps."""
+    if not isinstance(value, Schedule):
+        return float(value)
+    share = min(step / value.steps, 1.0)
+    if value.shape == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return value.start + (value.to - value.start) * share
+
+
+def plain(value: float | Schedule) -> float:
+    """A number of a spec that went through `at_step`.  Raises TypeError for one that still moves."""
+    if isinstance(value, Schedule):
+        raise TypeError("a number that moves has no value without its step")
+    return value
+
+
+def schedules(value: Any, path: Path = ()) -> Iterator[tuple[Path, Schedule]]:
+    """Every schedule in a spec, with the path of its key below `path`."""
+    if isinstance(value, Schedule):
+        yield path, value
+    else:
+        for name, part in _parts(value):
+            yield from schedules(part, (*path, name))
+
+
+def at_step(spec: S, step: int) -> S:
+    """The same spec with every schedule as the number it is after `step` optimizer steps."""
+    value: Any = spec
+    if isinstance(value, Schedule):
+        return scalar_at(value, step)  # pyright: ignore[reportReturnType]: S is a scalar that may move
+    if isinstance(value, Table):
+        return Table({name: at_step(part, step) for name, part in value.items()})  # pyright: ignore[reportReturnType]
+    if isinstance(value, tuple):
+        return tuple(at_step(part, step) for part in value)  # pyright: ignore[reportReturnType]
+    if not attrs.has(type(value)) or not any(True for _ in schedules(value)):
+        return spec
+    fields = [field.name for field in attrs.fields(type(value))]
+    return attrs.evolve(value, **{name: at_step(getattr(value, name), step) for name in fields})
+
+
+def _parts(value: Any) -> Iterator[tuple[str | int, Any]]:
+    """What a map, a list or a spec holds, each under its key."""
+    if isinstance(value, Table):
+        yield from value.items()
+    elif isinstance(value, tuple):
+        yield from enumerate(value)
+    elif attrs.has(type(value)):
+        for name, key in keys_of(type(value)).items():
+            yield name, getattr(value, key.field)
