@@ -207,7 +207,7 @@ def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
 def _smoke(checked: Any, steps: int) -> None:
     from sdkit.engine.smoke import smoke as run_smoke
 
-    lines = run_smoke(checked.spec, _console(), steps)
+    lines = run_smoke(checked.spec, _console(), steps, Path(checked.loaded.folder))
     norms = ", ".join(f"{line['grad_norm']:.3g}" for line in lines if "grad_norm" in line)
     typer.echo(f"{checked.loaded.name}: smoke run fine, gradient norms {norms}")
 

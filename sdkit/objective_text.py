@@ -305,7 +305,7 @@ def describe_route(spec: MethodSpec) -> Iterator[str]:
     route = spec.route
     if route is None:
         return
-    context = " and whose teacher has a prompt" * (route.when == "failed_with_context")
+    context = " and a teacher prompt" * (route.when == "failed_with_context")
     then, otherwise = (", ".join(names) or "no term" for names in (route.then, route.otherwise))
     yield f"route: rollouts with a reward below {route.threshold:g}{context} go to {then}, others to {otherwise}"
 

@@ -159,7 +159,9 @@ class _Walk:
             return self.instance(kinds[data], {}, path, tagged=True)
         if not isinstance(data, dict):
             return self._wrong(data, f"one of {listed(kinds)}", path)
-        default = default_kind(frozenset(kinds.values()))
+        # A user's own function is plain from its file.
+        own = kinds.get("file") if "file" in data else None
+        default = own or default_kind(frozenset(kinds.values()))
         if "kind" not in data:
             if default:
                 return self.instance(default, data, path, tagged=True)

@@ -22,6 +22,7 @@ from sdkit.schedules import plain
 from sdkit.specs import (
     DriftWeight,
     FileWeight,
+    Given,
     LossTerm,
     PassRateWeight,
     PerplexityWeight,
@@ -33,6 +34,8 @@ from sdkit.specs import (
 
 Everywhere = Callable[[Tensor], tuple[Tensor, slice]]
 """The values of all ranks, and where this rank's stand among them (`zero.everywhere`)."""
+UserFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+"""Which tokens count [N, T] bool, and features by name -> weights [N, T] float64."""
 
 
 def count_tokens(
@@ -42,14 +45,17 @@ def count_tokens(
     everywhere: Everywhere,
     route: RouteSpec | None = None,
     special: Collection[int] = (),
+    functions: Mapping[str, UserFunction] | None = None,
 ) -> RolloutBatch:
     """The rollouts, each with the tokens that every term counts.
 
-    Raises ValueError where a term is made of a measure that was not taken, or of a reward that is not known.
+    `functions` are the users' own weights, by term.  Raises ValueError where a term is made of a measure that was not taken, or of a reward that is not known.
     """
     rollouts = [evolve(r, branch=route and branch_of(route, r)) for r in batch]
     found = {
-        name: _of_term(name, term, rollouts, everywhere, route, special)
+        name: _of_term(
+            name, term, rollouts, everywhere, route, special, (functions or {}).get(name)
+        )
         for name, term in losses.items()
     }
     return RolloutBatch(
@@ -82,11 +88,12 @@ def _of_term(
     everywhere: Everywhere,
     route: RouteSpec | None,
     special: Collection[int],
+    function: UserFunction | None,
 ) -> list[Counted]:
     spans = [_span(name, term, r, route) for r in rollouts]
     tokens = _masked(term, _Tokens.of(rollouts, spans), everywhere, special)
     weight = weight_of(term)
-    weights = None if weight is None else _weights(weight, tokens, everywhere)
+    weights = None if weight is None else _weights(weight, tokens, everywhere, function)
     return tokens.dealt(weights)
 
 
@@ -176,7 +183,9 @@ def _masked(
     return tokens
 
 
-def _weights(weight: Weight, tokens: _Tokens, everywhere: Everywhere) -> Tensor:
+def _weights(
+    weight: Weight, tokens: _Tokens, everywhere: Everywhere, function: UserFunction | None
+) -> Tensor:
     """[M] float64, at least 0."""
     rows = len(tokens.rollouts)
     match weight:
@@ -199,7 +208,8 @@ def _weights(weight: Weight, tokens: _Tokens, everywhere: Everywhere) -> Tensor:
                 tokens.measure(measure), tokens.row, group, plain(power)
             )
         case FileWeight():
-            raise NotImplementedError
+            assert function is not None
+            return _of_user(weight, tokens, function)
         case _:
             assert_never(weight)
 
@@ -213,3 +223,40 @@ def _pass_rate(rollout: Rollout, threshold: float) -> float:
     if not rewards:
         raise ValueError("a pass rate needs the group's rewards")
     return sum(reward >= threshold for reward in rewards) / len(rewards)
+
+
+def _of_user(weight: FileWeight, tokens: _Tokens, function: UserFunction) -> Tensor:
+    """The function's weights, called with all rollouts at once, or with one group after the other."""
+    row, place = tokens.row, tokens.place
+    shape = len(tokens.rollouts), int(tokens.lengths.max()) if tokens.rollouts else 0
+    counts = torch.zeros(shape, dtype=torch.bool).index_put((row, place), torch.tensor(True))
+    features = {name: _feature(name, tokens, shape) for name in weight.given}
+    weights = torch.zeros(shape, dtype=torch.float64)
+    for rows in _calls(weight, tokens.rollouts):
+        weights[rows] = function(counts[rows], {name: x[rows] for name, x in features.items()})
+    return weights[row, place]
+
+
+def _calls(weight: FileWeight, rollouts: Sequence[Rollout]) -> list[Tensor]:
+    """The places of the rollouts that are handed over together."""
+    if weight.rows == "rollout":
+        return [torch.arange(len(rollouts))] * bool(rollouts)
+    group = torch.tensor([r.group for r in rollouts], dtype=torch.long)
+    return [(group == number).nonzero()[:, 0] for number in group.unique()]
+
+
+def _feature(name: Given, tokens: _Tokens, shape: tuple[int, int]) -> Tensor:
+    """[N, T], 0 where the term does not count a token; [N] for what belongs to the rollout.  float64."""
+    match name:
+        case "length":
+            return tokens.lengths.double()
+        case "reward":
+            rewards = [r.reward for r in tokens.rollouts]
+            if None in rewards:
+                raise ValueError("the rollouts' rewards are not known")
+            return torch.tensor(rewards, dtype=torch.float64)
+        case "position":
+            values = tokens.place.double()
+        case _:
+            values = tokens.measure(name)
+    return torch.zeros(shape, dtype=torch.float64).index_put((tokens.row, tokens.place), values)

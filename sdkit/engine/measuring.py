@@ -44,6 +44,7 @@ def ready(world: World, rollouts: RolloutBatch, *, training: bool = True) -> Rol
         everywhere=zero.everywhere,
         route=world.spec.route,
         special=world.special_ids,
+        functions=world.data.user_weights,
     )
 
 

@@ -9,6 +9,7 @@ from sdkit.batches import Evidence, Row
 from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
 from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts
 from sdkit.components.rewards import Scorer, open_rewards
+from sdkit.components.token_weights import open_user_weights
 from sdkit.problems import BadData, first_of
 from sdkit.specs import (
     DatasetSamples,
@@ -58,6 +59,7 @@ class Data:
             name: self._rewards(suite, base) for name, suite in suites.items()
         }
         self.train_rewards = self._applicable(base)
+        self.user_weights = open_user_weights(spec.losses, base)  # by term
         self._student: dict[int, tuple[int, ...]] = {}
         self._teacher: dict[int, tuple[int, ...] | None] = {}
 

@@ -18,6 +18,7 @@ from sdkit.components.rewards_judged import Judged, Pair, Scorer
 from sdkit.engine import checkpoint, loop, report, rundir, tiny, zero
 from sdkit.engine.run import open_world
 from sdkit.engine.world import World
+from sdkit.measures import weight_of
 from sdkit.problems import NumericsGuard
 from sdkit.schedules import scalar_at
 from sdkit.specs import (
@@ -28,6 +29,7 @@ from sdkit.specs import (
     DataSpec,
     Distillation,
     ExperimentSpec,
+    FileWeight,
     InlineSource,
     LoraSpec,
     LossTerm,
@@ -51,16 +53,18 @@ ROWS = 8
 VOCABULARY = 512
 
 
-def smoke(spec: MethodSpec, console: Console, steps: int = STEPS) -> list[dict[str, Any]]:
+def smoke(
+    spec: MethodSpec, console: Console, steps: int = STEPS, home: Path | None = None
+) -> list[dict[str, Any]]:
     """Run `steps` steps of the spec in miniature; returns the lines of metrics.jsonl.
 
-    Raises NumericsGuard where a step had no gradient, or one that is not finite.
+    `home` is the folder that the spec's own files are named from (default: the current one).  Raises NumericsGuard where a step had no gradient, or one that is not finite.
     """
     with tempfile.TemporaryDirectory(prefix="sdkit-smoke-") as folder:
         base = Path(folder)
         with zero.quiet():  # the first to import DeepSpeed, which speaks on stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
-        small = miniature(spec, steps)
+        small = miniature(spec, steps, (home or Path()).resolve())
         world = open_world(small, base)
         world.data.rewards = {
             name: dict.fromkeys(r, SCRIPTED) for name, r in world.data.rewards.items()
@@ -99,14 +103,14 @@ def _scripted(pairs: Sequence[Pair]) -> list[Judged]:
 SCRIPTED = Scorer(_scripted)
 
 
-def miniature(spec: MethodSpec, steps: int) -> ExperimentSpec:
+def miniature(spec: MethodSpec, steps: int, home: Path) -> ExperimentSpec:
     """The spec with a tiny model, a few rows and short completions; everything a method says is kept."""
     full = spec if isinstance(spec, ExperimentSpec) else None
     rows = _data(spec)
     return ExperimentSpec(
         rollout=_rollout(spec.rollout),
         teacher=spec.teacher and evolve(spec.teacher, sees=_roomy(spec.teacher.sees)),
-        losses=Table({name: _term(term) for name, term in spec.losses.items()}),
+        losses=Table({name: _term(term, home) for name, term in spec.losses.items()}),
         route=spec.route,
         model=_model(full.model if full else ModelSpec(path="model")),
         data=rows,
@@ -150,7 +154,10 @@ def _roomy(sees: Any) -> Any:
     return sees and evolve(sees, max_prompt_tokens=None)
 
 
-def _term(term: LossTerm) -> LossTerm:
+def _term(term: LossTerm, home: Path) -> LossTerm:
+    weight = weight_of(term)
+    if isinstance(weight, FileWeight):
+        term = evolve(term, weight=evolve(weight, file=str(home / weight.file)))
     if isinstance(term.coefficient, Schedule) and term.coefficient.start == 0:
         term = evolve(term, coefficient=evolve(term.coefficient, steps=1))
     above = term.mask.teacher_entropy_above

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sdkit.functions import fault_of
 from sdkit.measures import weight_of
 from sdkit.problems import Path, outside, shorten
 from sdkit.rules.base import Context, Finding, did_you_mean, method_rule, policy_gradients
-from sdkit.specs import LogRatio, MethodSpec, PassRateWeight, PerplexityWeight, PerToken
+from sdkit.specs import FileWeight, LogRatio, MethodSpec, PassRateWeight, PerplexityWeight, PerToken
 
 
 @method_rule("what is left out below the floor has a floor")
@@ -74,4 +75,18 @@ def route_context(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield ("route", "when"), message, "use when: failed, or add a teacher"
 
 
-RULES = (no_floor, lone_weight, lone_joint, routed_terms, route_context)
+@method_rule("the user's weight functions are there")
+def weight_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The file is read and parsed, never run: it must define the function at its top level, to be
+    called with what it is given.
+    """
+    for name, term in spec.losses.items():
+        weight = weight_of(term)
+        if isinstance(weight, FileWeight):
+            found = fault_of(context.file(weight.file), weight.file, weight.function, weight.given)
+            if found:
+                key, message, hint = found
+                yield ("losses", name, "weight", key), message, hint
+
+
+RULES = (no_floor, lone_weight, lone_joint, routed_terms, route_context, weight_file)

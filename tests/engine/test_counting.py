@@ -16,6 +16,7 @@ from sdkit.specs import (
     CrossEntropy,
     Distillation,
     DriftWeight,
+    FileWeight,
     ForwardKl,
     GroupRelative,
     LogRatio,
@@ -209,6 +210,32 @@ def test_perplexity_is_of_the_rollouts_that_count_in_the_group(batch, who):
         peers = [w for j, w in worth.items() if list(batch)[j].group == list(batch)[i].group]
         wanted = worth[i] * len(peers) / sum(peers)
         assert found[i].weights == pytest.approx([wanted] * len(found[i].positions))
+
+
+@pytest.mark.parametrize("rows", ["rollout", "group"])
+def test_a_users_function_is_handed_rollouts_or_groups(batch, rows):
+    given = ("position", "length", "reward", "student_entropy")
+    weight = FileWeight(file="mine.py", function="weigh", given=given, rows=rows)
+    calls = []
+
+    def weigh(counts, features):
+        calls.append(counts)
+        for name in ("position", "student_entropy"):
+            assert not features[name][~counts].any()
+        return (
+            features["student_entropy"] + features["position"] + 100 * features["reward"][:, None]
+        )
+
+    term = imitate(MaskSpec(skip_first=1), weight=weight)
+    found = count(batch, term, functions={"term": weigh})
+    assert [len(c) for c in calls] == ([12] if rows == "rollout" else [3, 3, 3, 3])
+    held = list(batch)
+    wanted = [
+        held[i].measures["student_entropy"][p] + p + 100 * held[i].reward
+        for i, p in found_places(found)
+    ]
+    assert found_weights(found) == pytest.approx(wanted)
+    assert count(RolloutBatch(rollouts=()), term, functions={"term": weigh}) == []
 
 
 # ── routes ────────────────────────────────────────────────────────────────────────────────────

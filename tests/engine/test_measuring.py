@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from tinyruns import distil, evaluated, make_spec, masters, rollout, rollouts_of, teacher, training
+from tinyruns import (
+    distil,
+    evaluated,
+    make_spec,
+    masters,
+    rollout,
+    rollouts_of,
+    silent,
+    teacher,
+    training,
+)
 
 from sdkit.components.rewards_judged import Judged, Scorer
 from sdkit.engine.evaluate import held_out_loss
@@ -13,11 +23,13 @@ from sdkit.engine.measuring import ready, take_measures
 from sdkit.engine.smoke import smoke
 from sdkit.engine.step import measure, train_step
 from sdkit.measures import MEASURES
+from sdkit.problems import BadData
 from sdkit.specs import (
     CrossEntropy,
     DatasetSamples,
     Distillation,
     DriftWeight,
+    FileWeight,
     ForwardKl,
     FrozenWeights,
     GroupRelative,
@@ -343,8 +355,6 @@ def test_held_out_prompts_are_routed_and_measured_as_well(open_tiny, tiny_folder
 
 
 def test_a_miniature_takes_the_pass(tiny_folder):
-    from tinyruns import silent
-
     losses = Table(
         {
             "distil": Distillation(
@@ -365,3 +375,37 @@ def test_a_miniature_takes_the_pass(tiny_folder):
     trained = [line for line in lines if "grad_norm" in line]
     assert len(trained) == 2
     assert all(0 < line["route/then"] < 1 and line["time/measure"] > 0 for line in trained)
+
+
+TEACHERS_CHOICE = FileWeight(file="mine.py", function="bold", given=("teacher_logprobs", "length"))
+
+
+@pytest.fixture
+def bold(tmp_path):
+    body = "    return counts * teacher_logprobs.exp() * length[:, None]"
+    (tmp_path / "mine.py").write_text(f"def bold(counts, teacher_logprobs, length):\n{body}\n")
+
+
+def test_a_users_weight_trains(open_tiny, bold):
+    world = open_tiny(losses=distil(weight=TEACHERS_CHOICE), optimizer=MINUS_GRADIENT)
+    batch = rollouts_of(world)
+    loss = torch.zeros(())
+    for r in batch:
+        student = logprobs(world.student.causal, r.prompt_ids, r)
+        told = logprobs(world.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
+        kl = (told.exp() * (told - student)).sum(-1)
+        loss = loss + (picked(told, r).exp() * len(kl) * kl).sum()
+    check_step(world, batch, loss / sum(len(r.completion_ids) for r in batch))
+
+
+def test_a_miniature_finds_the_users_file(tiny_folder, bold, tmp_path):
+    lines = smoke(
+        make_spec(tiny_folder, losses=distil(weight=TEACHERS_CHOICE)), silent(), home=tmp_path
+    )
+    assert sum("grad_norm" in line for line in lines) == 2
+
+
+def test_a_users_weight_is_tried_out_before_a_weight_is_loaded(open_tiny, tmp_path):
+    (tmp_path / "mine.py").write_text("def bold(counts):\n    return -1.0 * counts\n")
+    with pytest.raises(BadData, match=r"bold in mine\.py returned -1"):
+        open_tiny(losses=distil(weight=FileWeight(file="mine.py", function="bold")))

@@ -1,5 +1,8 @@
 """DeepSpeed against one plain torch loop: accumulation, clipping, masters, the guard against bad gradients."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -109,3 +112,40 @@ def test_a_bad_gradient_skips_the_step_and_the_next_one_works(process_group, sta
     moved = torch.cat([value.flatten().clone() for _, value in engine.masters()])
     assert (moved != before).any()
     engine.close()
+
+
+# ── several ranks ─────────────────────────────────────────────────────────────────────────────
+
+RANK = """
+import sys, torch
+from sdkit.engine import zero
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+for sizes in ((2, 3), (0, 2), (2, 0), (0, 0)):
+    for dtype in (torch.long, torch.float64):
+        values = torch.arange(sizes[rank], dtype=dtype) + 10 * rank
+        found, own = zero.everywhere(values)
+        joined = [*range(sizes[0]), *range(10, 10 + sizes[1])]
+        assert found.tolist() == joined and found.dtype == dtype, found
+        assert torch.equal(found[own], values), own
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_values_of_all_ranks_stand_one_rank_after_the_other(tmp_path):
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)]) for rank in (0, 1)
+    ]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def test_one_rank_is_all_ranks(process_group):
+    from sdkit.engine import zero
+
+    values = torch.tensor([3.0, 1.0])
+    found, own = zero.everywhere(values)
+    assert found[own].tolist() == found.tolist() == [3.0, 1.0]

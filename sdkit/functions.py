@@ -1,0 +1,94 @@
+"""A function in a user's Python file: looked at without being run, then loaded.  Knows nothing of what it computes."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, Literal
+
+from sdkit.problems import BadData, Place, nearest, shorten
+
+Fault = tuple[Literal["file", "function"], str, str | None]
+"""Which key is wrong, what is wrong, and perhaps a hint."""
+
+
+def fault_of(path: str, shown: str, function: str, given: Collection[str]) -> Fault | None:
+    """What keeps `function` from being called with one value and the `given` names; None where nothing does.
+
+    The file is parsed, never run.  `path` can be opened, `shown` is what the spec says.
+    """
+    try:
+        with open(path, "rb") as handle:
+            tree = ast.parse(handle.read())
+    except OSError:
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        return "file", f"file {shown} {what}", "paths start at the spec's folder"
+    except SyntaxError as error:
+        return "file", f"{shown}:{error.lineno or 1}: {error.msg}", None
+    except (ValueError, RecursionError):
+        return "file", f"{shown} is not Python", None
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if function not in defined:
+        close = nearest(function, defined)
+        message = f"{shown} defines no function {shorten(function)} at its top level"
+        return "function", message, f'did you mean "{close}"?' if close else None
+    found = defined[function]
+    if _takes(found.args, given):
+        return None
+    call = ", ".join(["counts", *(f"{name}=…" for name in given)])
+    message = f"{shown}:{found.lineno}: {function} cannot be called as {function}({call})"
+    return "function", message, None
+
+
+def _takes(args: ast.arguments, given: Collection[str]) -> bool:
+    """Whether a call with one value and these names binds."""
+    places = [a.arg for a in (*args.posonlyargs, *args.args)]
+    optional = set(places[len(places) - len(args.defaults) :])
+    named_only = {
+        a.arg for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True) if d is None
+    }
+    if not places and not args.vararg:
+        return False
+    by_name = {a.arg for a in args.args} - set(places[:1])
+    known = by_name | {a.arg for a in args.kwonlyargs}
+    needed = (set(places[1:]) - optional) | named_only
+    return needed <= set(given) & known and (args.kwarg is not None or set(given) <= known)
+
+
+def load_function(path: Path, shown: str, function: str) -> Callable[..., Any]:
+    """The function, from this file and no other; the file is run once.  Raises BadData."""
+    if not path.is_file():
+        raise BadData(f"there is no file {shown}")
+    name = f"sdkit function {path}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise BadData(f"{shown} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it runs
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise failure(f"{shown} cannot be loaded", path, shown, error) from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise BadData(f"{shown} has no function {shorten(function)}")
+    return found
+
+
+def failure(what: str, path: Path, shown: str, error: BaseException) -> BadData:
+    """An error of the user's code, with the last line of it that was reached."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path) and frame.lineno
+    ]
+    if isinstance(error, SyntaxError) and error.lineno:
+        lines.append(error.lineno)
+    place = Place(shown, lines[-1], 1) if lines else None
+    return BadData(f"{what}: {type(error).__name__}: {error}", place=place)

@@ -1,0 +1,84 @@
+"""What `sdkit plan` says of masks, weights, denominators and routes."""
+
+from sdkit.objective_text import describe_losses, describe_route
+from sdkit.specs import (
+    CrossEntropy,
+    DriftWeight,
+    FileWeight,
+    LogRatio,
+    MaskSpec,
+    MethodSpec,
+    PassRateWeight,
+    PerplexityWeight,
+    PerToken,
+    PolicyGradient,
+    PositionWeight,
+    RouteSpec,
+    Table,
+    TeacherEntropyWeight,
+)
+
+WEIGHTS = {
+    "rising from 0.25 to 1 around 0.3 of the completion (width 0.1)": PositionWeight(
+        smallest=0.25, middle=0.3, width=0.1
+    ),
+    "exp(−1.5 × teacher's entropy) / its mean": TeacherEntropyWeight(rate=1.5),
+    "1 + 0.5 × (1 − share of |log teacher − log student| before the token)": DriftWeight(
+        strength=0.5
+    ),
+    "(p (1 − p))^0.5, p the group's share of rewards of at least 1": PassRateWeight(),
+    "the teacher's perplexity^-1 / its mean in the group": PerplexityWeight(of="teacher", power=-1),
+    "bold in mine.py": FileWeight(file="mine.py", function="bold"),
+}
+
+
+def said(term, **given):
+    (line,) = describe_losses(MethodSpec(losses=Table({"term": term}), **given))
+    return line
+
+
+def test_every_weight_is_said():
+    for text, weight in WEIGHTS.items():
+        assert said(CrossEntropy(weight=weight)).endswith(f", mean over tokens, weighted by {text}")
+
+
+def test_every_mask_is_said():
+    mask = MaskSpec(
+        skip_first=3,
+        prefix=100,
+        special_tokens="leave_out",
+        teacher_entropy_above=0.8,
+        student_entropy_top=0.2,
+    )
+    assert said(CrossEntropy(mask=mask)) == (
+        "term: cross entropy of the completion's tokens, first 3 tokens left out, only the first 100 tokens, "
+        "special tokens left out, only where the teacher's entropy exceeds 0.8, "
+        "only the 20 % of tokens with the student's largest entropies, mean over tokens"
+    )
+
+
+def test_a_joint_denominator_and_a_floor_that_leaves_out_are_said():
+    term = PolicyGradient(
+        advantage=LogRatio(floor=-2.5, below_floor="leave_out"),
+        average=PerToken(denominator="joint"),
+    )
+    line = said(term)
+    assert "advantage log teacher − log student (where it is at least -2.5)" in line
+    assert line.endswith("sum over tokens / tokens of all terms that say joint")
+
+
+def test_a_route_is_said():
+    losses = Table({"distil": CrossEntropy(), "policy": CrossEntropy()})
+    routes = {
+        RouteSpec(when="failed", then=("distil",)): (
+            "route: rollouts with a reward below 1 go to distil, others to no term"
+        ),
+        RouteSpec(
+            when="failed_with_context", threshold=0.5, then=("distil",), otherwise=("policy",)
+        ): (
+            "route: rollouts with a reward below 0.5 and a teacher prompt go to distil, others to policy"
+        ),
+    }
+    for route, text in routes.items():
+        assert list(describe_route(MethodSpec(losses=losses, route=route))) == [text]
+    assert list(describe_route(MethodSpec(losses=losses))) == []
