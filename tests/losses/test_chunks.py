@@ -59,40 +59,36 @@ def terms_of(average):
                 average=average,
             ),
             "cover": Distillation(
-                divergence=ForwardKl(), support=VocabularySupport(), average=average
+                divergence=ForwardKl(),
+                support=VocabularySupport(),
+                average=average,
+                coefficient=0.5,
             ),
             "seek": Distillation(
-                divergence=ReverseKl(), support=SampledTokenSupport(), average=average
+                divergence=ReverseKl(),
+                support=SampledTokenSupport(),
+                average=average,
+                coefficient=0.3,
             ),
-            "imitate": CrossEntropy(average=average),
+            "imitate": CrossEntropy(average=average, coefficient=0.2),
             "pull": PolicyGradient(
                 advantage=GroupRelative(),
                 ratio="sequence",
                 clip=ClipSpec(low=0.5, high=2.0, dual=3.0),
                 average=average,
+                coefficient=0.7,
             ),
             "teach": PolicyGradient(
                 advantage=LogRatio(center="sequence", floor=-1.0),
                 clip=ClipSpec(low=0.2, high=0.3),
                 importance=PolicyImportance(sampler=SamplerRatio(cap=1.5, level="token")),
                 average=average,
+                coefficient=0.4,
             ),
-            "stay": ReferenceKl(estimator="k2", average=average),
-            "near": ReferenceKl(estimator="vocabulary", average=average),
+            "stay": ReferenceKl(estimator="k2", average=average, coefficient=0.1),
+            "near": ReferenceKl(estimator="vocabulary", average=average, coefficient=0.6),
         }
     )
-
-
-COEFFICIENTS = {
-    "distil": 1.0,
-    "cover": 0.5,
-    "seek": 0.3,
-    "imitate": 0.2,
-    "pull": 0.7,
-    "teach": 0.4,
-    "stay": 0.1,
-    "near": 0.6,
-}
 
 
 def with_whole_sequences(losses, tokens, rows, student, teacher, chunk=100):
@@ -136,9 +132,7 @@ def run(problem, rows=None, average=None, chunk=100):
     teacher, reference = picked(problem.teacher, pick), picked(problem.reference, pick)
     tokens = with_whole_sequences(losses, tokens, len(rows), (hidden, head), sides(teacher), chunk)
     objective = Objective(losses, 1.0)
-    loss, stats = projected_loss(
-        hidden, head, teacher, tokens, objective, COEFFICIENTS, chunk, reference
-    )
+    loss, stats = projected_loss(hidden, head, teacher, tokens, objective, chunk, reference)
     if loss.requires_grad:
         loss.backward()
     return loss.detach(), hidden.grad, head.grad, stats
@@ -164,7 +158,7 @@ def dense(problem, losses):
         losses, Tokens(**fields), len(problem.lengths), (hidden, head), sides(problem.teacher)
     )
     scores, reference = (x.hidden @ x.head.T for x in (problem.teacher, problem.reference))
-    loss, stats = Objective(losses, 1.0)(hidden @ head.T, scores, tokens, COEFFICIENTS, reference)
+    loss, stats = Objective(losses, 1.0)(hidden @ head.T, scores, tokens, reference)
     loss.backward()
     return loss.detach(), hidden.grad, head.grad, stats
 
@@ -219,7 +213,7 @@ def test_no_rows_at_all_give_a_zero_loss_with_a_graph(problem_of):
     tokens = Tokens(
         token=problem.token[:0],
         row=problem.row[:0],
-        weights=dict.fromkeys(COEFFICIENTS, none),
+        weights=dict.fromkeys(terms_of(Sum()), none),
         sampler_logprobs=none,
         old_logprobs=none,
         advantages=none,
@@ -228,7 +222,7 @@ def test_no_rows_at_all_give_a_zero_loss_with_a_graph(problem_of):
     losses = terms_of(PerToken())
     tokens = with_whole_sequences(losses, tokens, 0, (hidden, problem.head), sides(teacher))
     loss, _ = projected_loss(
-        hidden, problem.head, teacher, tokens, Objective(losses, 1.0), COEFFICIENTS, 8, reference
+        hidden, problem.head, teacher, tokens, Objective(losses, 1.0), 8, reference
     )
     loss.backward()
     assert loss == 0
@@ -249,9 +243,7 @@ def test_backward_scales_with_what_comes_from_above(problem_of):
     objective = Objective(losses, 1.0)
 
     def grads(scale):
-        loss, _ = projected_loss(
-            problem.hidden, problem.head, None, tokens, objective, {"imitate": 1.0}, 2
-        )
+        loss, _ = projected_loss(problem.hidden, problem.head, None, tokens, objective, 2)
         return torch.autograd.grad(scale * loss, [problem.hidden, problem.head])
 
     same(grads(4.0), [4 * g for g in grads(1.0)])
@@ -308,7 +300,7 @@ def test_the_heads_gradient_is_summed_in_float32():
         old_logprobs=None,
     )
     objective = Objective(Table({"imitate": CrossEntropy()}), 1.0)
-    loss, _ = projected_loss(hidden, head, None, tokens, objective, {"imitate": 1.0}, 1)
+    loss, _ = projected_loss(hidden, head, None, tokens, objective, 1)
     loss.backward()
     assert head.grad is not None
     assert head.grad.flatten().tolist() == [-150.0, 150.0]
@@ -355,7 +347,7 @@ def test_no_argument_changes(problem_of):
     tokens = Tokens(
         token=problem.token,
         row=problem.row,
-        weights=dict.fromkeys(COEFFICIENTS, weights),
+        weights=dict.fromkeys(terms_of(Sum()), weights),
         sampler_logprobs=problem.sampler_logprobs,
         old_logprobs=problem.old_logprobs,
         advantages=problem.advantages,
@@ -370,7 +362,6 @@ def test_no_argument_changes(problem_of):
         problem.teacher,
         tokens,
         Objective(losses, 1.0),
-        COEFFICIENTS,
         4,
         problem.reference,
     )

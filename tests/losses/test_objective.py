@@ -3,6 +3,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from attrs import evolve
 from torch.testing import assert_close
 
 from sdkit.losses.objective import Objective, counted, sampler_ratio
@@ -45,9 +46,8 @@ def objective_of(*terms, temperature=1.0, **named):
     return Objective(table, temperature)
 
 
-def figures(objective, logits, tokens, **coefficients):
-    names = coefficients or {"distil": 1.0}
-    loss, stats = objective(logits.student, logits.teacher, tokens, names)
+def figures(objective, logits, tokens):
+    loss, stats = objective(logits.student, logits.teacher, tokens)
     (grad,) = torch.autograd.grad(loss, logits.student)
     return loss.detach(), grad, stats
 
@@ -123,9 +123,9 @@ def test_expected_sampled_token_gradient_is_that_of_the_reverse_kl(logits, token
     weights = {"distil": student.softmax(-1).detach()[0]}
     tokens = tokens_of(range(7), weights=weights)
     surrogate = objective_of(distil(ReverseKl(), SampledTokenSupport()))
-    loss, _ = surrogate(student.expand(7, 7), teacher.expand(7, 7), tokens, {"distil": 1.0})
+    loss, _ = surrogate(student.expand(7, 7), teacher.expand(7, 7), tokens)
     (grad,) = torch.autograd.grad(loss, logits.student, retain_graph=True)
-    exact, _ = objective_of(distil(ReverseKl()))(student, teacher, tokens_of([0]), {"distil": 1.0})
+    exact, _ = objective_of(distil(ReverseKl()))(student, teacher, tokens_of([0]))
     assert_close(grad, *torch.autograd.grad(exact, logits.student))
 
 
@@ -147,10 +147,10 @@ def test_terms_add_up_with_their_coefficients(logits, tokens_of):
     weights = {"distil": WEIGHTS, "imitate": WEIGHTS.flip(0)}
     tokens = tokens_of(TOKEN, weights=weights)
     pull, imitate = distil(Jsd()), CrossEntropy()
-    both = objective_of(pull, imitate=imitate)
-    loss, grad, stats = figures(both, logits, tokens, distil=2.0, imitate=0.5)
+    both = objective_of(evolve(pull, coefficient=2.0), imitate=evolve(imitate, coefficient=0.5))
+    loss, grad, stats = figures(both, logits, tokens)
     one = figures(objective_of(pull), logits, tokens)
-    other = figures(objective_of(imitate=imitate), logits, tokens, imitate=1.0)
+    other = figures(objective_of(imitate=imitate), logits, tokens)
     assert_close(loss, 2 * one[0] + 0.5 * other[0])
     assert_close(grad, 2 * one[1] + 0.5 * other[1])
     assert_close(stats["loss/distil"], 2 * one[0])
@@ -178,7 +178,7 @@ def test_uncounted_rows_and_the_order_change_nothing(logits, tokens_of, divergen
         weights={"distil": torch.cat([WEIGHTS, one])[order]},
         **{name: torch.cat([x, one])[order] for name, x in ratios.items()},
     )
-    loss, _ = objective(student[order], teacher[order], tokens, {"distil": 1.0})
+    loss, _ = objective(student[order], teacher[order], tokens)
     (padded,) = torch.autograd.grad(loss, student)
     assert_close(loss.detach(), plain)
     assert_close(padded[:5], grad)
@@ -191,7 +191,7 @@ def test_a_token_that_both_sides_forbid_changes_nothing(logits, tokens, divergen
     plain, grad, _ = figures(objective, logits, tokens)
     never = torch.full((5, 1), -torch.inf, dtype=torch.float64)
     student = torch.cat([logits.student.detach(), never], -1).requires_grad_()
-    loss, stats = objective(student, torch.cat([logits.teacher, never], -1), tokens, {"distil": 1})
+    loss, stats = objective(student, torch.cat([logits.teacher, never], -1), tokens)
     (wider,) = torch.autograd.grad(loss, student)
     assert_close(loss.detach(), plain)
     assert_close(wider[:, :7], grad)
@@ -204,7 +204,7 @@ def test_equal_sides_are_at_zero(logits, tokens):
         for divergence in DIVERGENCES:
             objective = objective_of(distil(divergence, support))
             same = logits.student.detach()
-            loss, _ = objective(logits.student, same, tokens, {"distil": 1.0})
+            loss, _ = objective(logits.student, same, tokens)
             (grad,) = torch.autograd.grad(loss, logits.student)
             assert abs(loss.item()) < 1e-12
             assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
@@ -218,14 +218,13 @@ def test_a_chunk_without_tokens_has_a_graph_and_every_figure(logits, tokens_of):
         "d": CrossEntropy(),
     }
     objective = objective_of(**terms)
-    ones = dict.fromkeys(terms, 1.0)
     full = tokens_of(TOKEN, weights=dict.fromkeys(terms, WEIGHTS))
-    loss, stats = objective(logits.student[:0], logits.teacher[:0], full.slice(0, 0), ones)
+    loss, stats = objective(logits.student[:0], logits.teacher[:0], full.slice(0, 0))
     (grad,) = torch.autograd.grad(loss, logits.student)
     assert loss.item() == 0
     assert grad.abs().sum() == 0
     assert all(x == 0 for x in stats.values())
-    assert stats.keys() == objective(logits.student, logits.teacher, full, ones)[1].keys()
+    assert stats.keys() == objective(logits.student, logits.teacher, full)[1].keys()
 
 
 def test_low_precision_is_widened_and_no_argument_changes(logits, tokens_of):
@@ -237,9 +236,9 @@ def test_low_precision_is_widened_and_no_argument_changes(logits, tokens_of):
     held = (student, teacher, tokens.token, WEIGHTS, OLD, SAMPLER)
     versions = [x._version for x in held]
     objective = objective_of(distil(Jsd(), importance=BOTH), temperature=0.9)
-    loss, _ = objective(student, teacher, tokens, {"distil": 1.0})
+    loss, _ = objective(student, teacher, tokens)
     loss.backward()
-    wide, _ = objective(student.float(), teacher.float(), tokens, {"distil": 1.0})
+    wide, _ = objective(student.float(), teacher.float(), tokens)
     assert loss.dtype == torch.float32
     assert loss == wide
     assert student.grad.dtype == torch.bfloat16
@@ -465,6 +464,6 @@ def test_one_term_at_most_has_a_sequence_ratio(tokens_of):
 
 def test_a_missing_or_misshapen_teacher_is_an_error(logits, tokens):
     with pytest.raises(ValueError, match="needs the teacher's logits"):
-        objective_of(distil())(logits.student, None, tokens, {"distil": 1.0})
+        objective_of(distil())(logits.student, None, tokens)
     with pytest.raises(ValueError, match=r"differ in shape: \(5, 7\) and \(5, 6\)"):
-        objective_of(distil())(logits.student, logits.teacher[:, :6], tokens, {"distil": 1.0})
+        objective_of(distil())(logits.student, logits.teacher[:, :6], tokens)

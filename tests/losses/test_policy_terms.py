@@ -68,14 +68,14 @@ def with_first_pass(losses, logits, tokens, temperature=1.0):
     return tokens
 
 
-def figures(term, logits, tokens, temperature=1.0, coefficient=1.0):
+def figures(term, logits, tokens, temperature=1.0):
     """Loss, gradient and sums, after the first pass that the term asks for."""
     losses = Table({"pull": term})
     objective = Objective(losses, temperature)
     tokens = with_first_pass(losses, logits, tokens, temperature)
     teacher = logits.teacher if objective.needs_teacher else None
     reference = logits.teacher if objective.needs_reference else None
-    loss, stats = objective(logits.student, teacher, tokens, {"pull": coefficient}, reference)
+    loss, stats = objective(logits.student, teacher, tokens, reference)
     (grad,) = torch.autograd.grad(loss, logits.student, retain_graph=True)
     return loss.detach(), grad, stats
 
@@ -234,11 +234,11 @@ def test_the_expected_gradient_is_that_of_the_reverse_kl(logits, tokens_of, term
     every = tokens_of(range(7), weights={"pull": student.softmax(-1).detach()[0]})
     objective = Objective(Table({"pull": term}), 1.0)
     spread = other.expand(7, 7)
-    loss, _ = objective(student.expand(7, 7), spread, every, {"pull": 1.0}, spread)
+    loss, _ = objective(student.expand(7, 7), spread, every, spread)
     (grad,) = torch.autograd.grad(loss, logits.student, retain_graph=True)
     near = Objective(Table({"pull": ReferenceKl(estimator="vocabulary")}), 1.0)
     one = tokens_of([0], weights={"pull": torch.ones(1)})
-    exact, _ = near(student, None, one, {"pull": 1.0}, other)
+    exact, _ = near(student, None, one, other)
     assert_close(grad, *torch.autograd.grad(exact, logits.student))
 
 
@@ -329,9 +329,7 @@ def test_a_chunk_without_tokens_has_a_graph_and_every_figure(logits, tokens, ter
     losses = Table({"pull": term})
     none = with_first_pass(losses, logits, tokens).slice(0, 0)
     empty = SimpleNamespace(student=logits.student[:0], teacher=logits.teacher[:0])
-    loss, stats = Objective(losses, 1.0)(
-        empty.student, empty.teacher, none, {"pull": 1.0}, empty.teacher
-    )
+    loss, stats = Objective(losses, 1.0)(empty.student, empty.teacher, none, empty.teacher)
     (grad,) = torch.autograd.grad(loss, logits.student)
     assert loss == 0
     assert not grad.any()
@@ -343,7 +341,7 @@ def test_a_chunk_without_tokens_has_a_graph_and_every_figure(logits, tokens, ter
 
 
 def test_figures_of_a_policy_gradient(logits, tokens):
-    _, _, stats = figures(pull(clip=CLIP), logits, tokens, coefficient=2.0)
+    _, _, stats = figures(pull(clip=CLIP, coefficient=2.0), logits, tokens)
     now = picked(logits.student.detach())
     ratio, worth = (now - tokens.old_logprobs).exp()[COUNTED], tokens.advantages[COUNTED]
     low, high = (worth < 0) & (ratio < 0.7), (worth > 0) & (ratio > 1.4)
@@ -424,9 +422,7 @@ def test_what_an_objective_needs(term, needs):
 )
 def test_what_is_missing_is_named(logits, tokens, term, missing, message):
     with pytest.raises(ValueError, match=message):
-        Objective(Table({"pull": term}), 1.0)(
-            logits.student, None, evolve(tokens, **missing), {"pull": 1.0}
-        )
+        Objective(Table({"pull": term}), 1.0)(logits.student, None, evolve(tokens, **missing))
 
 
 def test_centring_without_a_teacher_is_an_error(tokens):
@@ -438,7 +434,7 @@ def test_centring_without_a_teacher_is_an_error(tokens):
 def test_a_misshapen_reference_is_an_error(logits, tokens):
     with pytest.raises(ValueError, match=r"student and reference differ in shape: \(5, 7\) and"):
         Objective(Table({"pull": ReferenceKl(estimator="k2")}), 1.0)(
-            logits.student, None, tokens, {"pull": 1.0}, logits.teacher[:, :6]
+            logits.student, None, tokens, logits.teacher[:, :6]
         )
 
 
