@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,13 @@ Fault = tuple[Literal["file", "function"], str, str | None]
 """Which key is wrong, what is wrong, and perhaps a hint."""
 
 
-def fault_of(path: str, shown: str, function: str, given: Collection[str]) -> Fault | None:
-    """What keeps `function` from being called with one value and the `given` names; None where nothing does.
+def fault_of(
+    path: str, shown: str, function: str, values: Sequence[str], given: Collection[str] = ()
+) -> Fault | None:
+    """What keeps `function` from being called with these values and the `given` names; None where nothing does.
 
-    The file is parsed, never run.  `path` can be opened, `shown` is what the spec says.
+    The file is parsed, never run.  `path` can be opened, `shown` is what the spec says; `values` are called what the
+    documentation calls them, and handed over by position.
     """
     try:
         with open(path, "rb") as handle:
@@ -38,26 +42,37 @@ def fault_of(path: str, shown: str, function: str, given: Collection[str]) -> Fa
         message = f"{shown} defines no function {shorten(function)} at its top level"
         return "function", message, f'did you mean "{close}"?' if close else None
     found = defined[function]
-    if _takes(found.args, given):
-        return None
-    call = ", ".join(["counts", *(f"{name}=…" for name in given)])
-    message = f"{shown}:{found.lineno}: {function} cannot be called as {function}({call})"
-    return "function", message, None
+    try:
+        _signature(found.args).bind(*values, **dict.fromkeys(given))
+    except TypeError:
+        call = ", ".join([*values, *(f"{name}=…" for name in given)])
+        message = f"{shown}:{found.lineno}: {function} cannot be called as {function}({call})"
+        return "function", message, None
+    return None
 
 
-def _takes(args: ast.arguments, given: Collection[str]) -> bool:
-    """Whether a call with one value and these names binds."""
-    places = [a.arg for a in (*args.posonlyargs, *args.args)]
-    optional = set(places[len(places) - len(args.defaults) :])
-    named_only = {
-        a.arg for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True) if d is None
-    }
-    if not places and not args.vararg:
-        return False
-    by_name = {a.arg for a in args.args} - set(places[:1])
-    known = by_name | {a.arg for a in args.kwonlyargs}
-    needed = (set(places[1:]) - optional) | named_only
-    return needed <= set(given) & known and (args.kwarg is not None or set(given) <= known)
+def _signature(args: ast.arguments) -> inspect.Signature:
+    """The signature that a definition has once it is run; defaults are not looked at."""
+    places = [*args.posonlyargs, *args.args]
+    optional = len(places) - len(args.defaults)
+    parameters = [
+        _parameter(
+            a,
+            "POSITIONAL_ONLY" if i < len(args.posonlyargs) else "POSITIONAL_OR_KEYWORD",
+            i >= optional,
+        )
+        for i, a in enumerate(places)
+    ]
+    parameters += [_parameter(a, "VAR_POSITIONAL") for a in (args.vararg,) if a]
+    named = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+    parameters += [_parameter(a, "KEYWORD_ONLY", default is not None) for a, default in named]
+    parameters += [_parameter(a, "VAR_KEYWORD") for a in (args.kwarg,) if a]
+    return inspect.Signature(parameters)
+
+
+def _parameter(arg: ast.arg, kind: str, optional: bool = False) -> inspect.Parameter:
+    default = None if optional else inspect.Parameter.empty
+    return inspect.Parameter(arg.arg, getattr(inspect.Parameter, kind), default=default)
 
 
 def load_function(path: Path, shown: str, function: str) -> Callable[..., Any]:
@@ -77,7 +92,9 @@ def load_function(path: Path, shown: str, function: str) -> Callable[..., Any]:
         raise failure(f"{shown} cannot be loaded", path, shown, error) from error
     found = getattr(module, function, None)
     if not callable(found):
-        raise BadData(f"{shown} has no function {shorten(function)}")
+        close = nearest(function, [n for n, v in vars(module).items() if callable(v)])
+        hint = f'did you mean "{close}"?' if close else None
+        raise BadData(f"{shown} has no function {shorten(function)}", hint=hint)
     return found
 
 

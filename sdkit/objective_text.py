@@ -274,8 +274,9 @@ def _mask(term: LossTerm) -> str:
             f"only where the teacher's entropy exceeds {_number(mask.teacher_entropy_above)}"
         )
     if mask.student_entropy_top is not None:
-        share = _number(mask.student_entropy_top)
-        parts.append(f"only the share {share} of tokens with the student's largest entropies")
+        top = mask.student_entropy_top
+        share = f"share {_number(top)}" if isinstance(top, Schedule) else f"{100 * top:g} %"
+        parts.append(f"only the {share} of tokens with the student's largest entropies")
     return "".join(f", {part}" for part in parts if part)
 
 

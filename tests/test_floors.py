@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "sdkit").rglob("*.py"))
 LANGUAGE = {
     *("specs", "problems", "scalars", "source", "overlay", "surface", "structure", "wording"),
     *("resolved", "rules", "templates", "bundled", "language", "show", "seeds"),
-    *("plan", "plan_text", "objective_text", "machine", "measures", "functions"),
+    *("plan", "plan_text", "objective_text", "machine", "measures", "functions", "schedules"),
 }
 """Floor 0."""
 NOUNS = {"batches", "weights"}

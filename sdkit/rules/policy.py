@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sdkit.problems import shorten, spelled
+from sdkit.problems import Path, shorten, spelled
 from sdkit.rules.base import Context, Finding, k2_terms, method_rule, policy_gradients
 from sdkit.specs import (
     DatasetSamples,
     GroupRelative,
     MethodSpec,
+    PolicyGradient,
     ReferenceKl,
     StudentSamples,
     TeacherSamples,
+    reward_part,
 )
 
 
@@ -20,24 +22,34 @@ from sdkit.specs import (
 def lone_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """In a group of one the reward is its own mean and has no spread: every advantage is zero."""
     for path, term in policy_gradients(spec):
-        advantage = term.advantage
-        if not isinstance(advantage, GroupRelative) or spec.rollout.completions_per_prompt > 1:
+        part = reward_part(term.advantage)
+        if not part or spec.rollout.completions_per_prompt > 1:
             continue
         for key, value in (("baseline", "group_mean"), ("scale", "group_std")):
-            if getattr(advantage, key) == value:
+            if getattr(part, key) == value:
                 group = context.stated(("rollout", "completions_per_prompt"), 1)
                 hint = "set rollout.completions_per_prompt to 2 or more"
-                yield (*path, "advantage", key), f"{group}, so every advantage is 0", hint
+                yield (
+                    (*path, *_of_reward(term), key),
+                    f"{group}, so every advantage of the reward is 0",
+                    hint,
+                )
                 break
+
+
+def _of_reward(term: PolicyGradient) -> Path:
+    """The keys below a term where its advantage of the reward is written."""
+    whole = isinstance(term.advantage, GroupRelative)
+    return ("advantage",) if whole else ("advantage", "group_relative")
 
 
 @method_rule("terms share one advantage of the reward")
 def advantages_differ(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """A rollout has one advantage, computed once from its group's rewards."""
     asked = [
-        ((*path, "advantage"), term.advantage)
+        ((*path, *_of_reward(term)), part)
         for path, term in policy_gradients(spec)
-        if isinstance(term.advantage, GroupRelative)
+        if (part := reward_part(term.advantage))
     ]
     for path, advantage in asked[1:]:
         if advantage != asked[0][1]:

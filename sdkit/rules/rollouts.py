@@ -20,7 +20,6 @@ from sdkit.rules.base import (
 from sdkit.specs import (
     DatasetSamples,
     ExperimentSpec,
-    GroupRelative,
     MethodSpec,
     OfRollouts,
     ReplayBackend,
@@ -28,6 +27,7 @@ from sdkit.specs import (
     StudentSamples,
     SuccessfulSibling,
     TeacherSamples,
+    reward_part,
 )
 
 
@@ -151,9 +151,7 @@ def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
         hint = did_you_mean(spec.reward, spec.rewards) or "declare it under rewards"
         yield ("reward",), f"{shorten(spec.reward)} {outside(spec.rewards)}", hint
     relative = (
-        (*path, "advantage")
-        for path, term in policy_gradients(spec)
-        if isinstance(term.advantage, GroupRelative)
+        (*path, "advantage") for path, term in policy_gradients(spec) if reward_part(term.advantage)
     )
     weights = (
         ("losses", name, *key) for name, term in spec.losses.items() if (key := uses_reward(term))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 from collections.abc import Iterator
 
+from sdkit.functions import fault_of
 from sdkit.problems import outside, shorten
 from sdkit.rules.base import Context, Finding, columns_of, did_you_mean, run_rule
 from sdkit.specs import (
@@ -158,36 +158,11 @@ def reward_file(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """
     for name, reward in spec.rewards.items():
         if isinstance(reward, FileReward):
-            yield from _check_file(name, reward, context)
-
-
-def _check_file(name: str, reward: FileReward, context: Context) -> Iterator[Finding]:
-    file, function = ("rewards", name, "file"), ("rewards", name, "function")
-    try:
-        with open(context.file(reward.file), "rb") as handle:
-            tree = ast.parse(handle.read())
-    except OSError:
-        what = "is a folder" if os.path.isdir(context.file(reward.file)) else "does not exist"
-        yield file, f"file {reward.file} {what}", "paths start at the spec's folder"
-        return
-    except SyntaxError as error:
-        yield file, f"{reward.file}:{error.lineno or 1}: {error.msg}", None
-        return
-    except (ValueError, RecursionError):
-        yield file, f"{reward.file} is not Python", None
-        return
-    defined = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
-    if reward.function not in defined:
-        message = f"{reward.file} defines no function {shorten(reward.function)} at its top level"
-        yield function, message, did_you_mean(reward.function, defined)
-        return
-    found = defined[reward.function]
-    count = len(found.args.posonlyargs) + len(found.args.args)
-    required = count - len(found.args.defaults)
-    named_only = [d for d in found.args.kw_defaults if d is None]
-    if (count < 2 and not found.args.vararg) or required > 2 or named_only:
-        message = f"{reward.file}:{found.lineno}: {reward.function} must take (completion, row)"
-        yield function, message, None
+            path = context.file(reward.file)
+            found = fault_of(path, reward.file, reward.function, ("completion", "row"))
+            if found:
+                key, message, hint = found
+                yield ("rewards", name, key), message, hint
 
 
 RULES = (

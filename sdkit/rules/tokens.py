@@ -8,18 +8,26 @@ from sdkit.functions import fault_of
 from sdkit.measures import weight_of
 from sdkit.problems import Path, outside, shorten
 from sdkit.rules.base import Context, Finding, did_you_mean, method_rule, policy_gradients
-from sdkit.specs import FileWeight, LogRatio, MethodSpec, PassRateWeight, PerplexityWeight, PerToken
+from sdkit.specs import (
+    FileWeight,
+    MethodSpec,
+    PassRateWeight,
+    PerplexityWeight,
+    PerToken,
+    teacher_part,
+)
 
 
 @method_rule("what is left out below the floor has a floor")
 def no_floor(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Without a floor no token is below it."""
     for path, term in policy_gradients(spec):
-        advantage = term.advantage
-        if isinstance(advantage, LogRatio) and advantage.below_floor == "leave_out":
-            if advantage.floor is None:
-                message = "below_floor: leave_out needs a floor"
-                yield (*path, "advantage", "below_floor"), message, "add floor: a number below 0"
+        part = teacher_part(term.advantage)
+        if part and part.below_floor == "leave_out" and part.floor is None:
+            inner = () if part is term.advantage else ("log_ratio",)
+            message = "below_floor: leave_out needs a floor"
+            key = (*path, "advantage", *inner, "below_floor")
+            yield key, message, "add floor: a number below 0"
 
 
 @method_rule("what is weighed within a group has one")
@@ -83,7 +91,8 @@ def weight_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     for name, term in spec.losses.items():
         weight = weight_of(term)
         if isinstance(weight, FileWeight):
-            found = fault_of(context.file(weight.file), weight.file, weight.function, weight.given)
+            path = context.file(weight.file)
+            found = fault_of(path, weight.file, weight.function, ("counts",), weight.given)
             if found:
                 key, message, hint = found
                 yield ("losses", name, "weight", key), message, hint

@@ -82,6 +82,9 @@ class FileDivergence:
     zero_when_equal: bool = spec_field(
         "whether it is 0, with gradient 0, where student and teacher agree", default=True
     )
+    exact_gradient: bool = spec_field(
+        "whether its gradient is that of its value: no part of it is detached", default=True
+    )
 
 
 Divergence = (

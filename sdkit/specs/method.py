@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 
 from attrs import frozen
 
-from sdkit.specs.divergences import Divergence, FileDivergence
 from sdkit.specs.fields import (
     AT_LEAST_ONE,
     INSIDE_SHARE,
@@ -290,5 +289,5 @@ class MethodSpec:
     )
 
 
-DEFAULT_KIND: dict[Any, type] = {Sees: UserTurn, Divergence: FileDivergence}
+DEFAULT_KIND: dict[Any, type] = {Sees: UserTurn}
 """Unions whose `kind` may be left out, and what it then is."""

@@ -327,7 +327,7 @@ def test_a_function_must_return_a_finite_number(own, make_row, name, value):
 def test_files_that_cannot_be_opened(own, tmp_path):
     with pytest.raises(BadData, match="no function 'shar'") as caught:
         own("shar")
-    assert caught.value.hint == "did you mean 'share'?"
+    assert caught.value.hint == 'did you mean "share"?'
     with pytest.raises(BadData, match=r"there is no file none\.py"):
         opened(FileReward(file="none.py", function="f"), tmp_path)
     (tmp_path / "bad.py").write_text("x = 1\nimport nothing_of_this_name\n")

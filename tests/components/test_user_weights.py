@@ -133,7 +133,7 @@ SIGNATURES = [
 def test_a_signature_fits_where_python_could_call_it(tmp_path, signature, given, fits):
     path = tmp_path / "mine.py"
     path.write_text(f"def weigh({signature}): return 1\n")
-    assert (fault_of(str(path), "mine.py", "weigh", given) is None) == fits
+    assert (fault_of(str(path), "mine.py", "weigh", ("counts",), given) is None) == fits
     space = {}
     exec(path.read_text(), space)
     try:
@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_read_is_a_fault(tmp_path):
     (tmp_path / "broken.py").write_text("def weigh(:\n")
     (tmp_path / "null.py").write_bytes(b"\0")
     found = {
-        name: fault_of(str(tmp_path / name), name, "weigh", [])
+        name: fault_of(str(tmp_path / name), name, "weigh", ("counts",))
         for name in ("broken.py", "null.py", "gone.py", ".")
     }
     assert [fault[0] for fault in found.values()] == ["file"] * 4

@@ -359,8 +359,8 @@ def test_a_missing_sequence_ratio_is_an_error(logits, tokens_of):
 
 def test_figures_of_a_top_k_term(naive, logits, tokens):
     support = TopKSupport(k=3, chosen_by="student", remainder="renormalize")
-    objective = objective_of(distil(Jsd(teacher_share=0.5), support))
-    loss, _, stats = figures(objective, logits, tokens, distil=2.0)
+    objective = objective_of(distil(Jsd(teacher_share=0.5), support, coefficient=2.0))
+    loss, _, stats = figures(objective, logits, tokens)
     sums: defaultdict[str, float] = defaultdict(float)
     for j in (0, 2, 3, 4):
         s = naive.softmax(logits.student[j].tolist())
@@ -418,7 +418,7 @@ def test_no_distribution_is_computed_twice(monkeypatch, logits, tokens_of):
     terms = {"again": distil(Jsd()), "hot": distil(temperature=2.0), "imitate": CrossEntropy()}
     objective = objective_of(distil(importance=BOTH), **terms)
     tokens = tokens_of(TOKEN, weights=weights)
-    objective(logits.student, logits.teacher, tokens, dict.fromkeys(weights, 1.0))
+    objective(logits.student, logits.teacher, tokens)
     assert len(calls) == 4  # two sides, two temperatures
 
 
