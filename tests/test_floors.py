@@ -64,7 +64,7 @@ FLOORS = [
     # rooms, rooms that they may import, packages that they may import
     (LANGUAGE, LANGUAGE, LIGHT),
     (NOUNS, LANGUAGE | NOUNS, {"attrs", "torch", "peft"}),
-    ({"losses"}, {"losses", "specs", "batches"}, {"attrs", "torch"}),
+    ({"losses"}, {"losses", "specs", "batches", "schedules"}, {"attrs", "torch"}),
 ]
 
 

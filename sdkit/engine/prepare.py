@@ -7,6 +7,7 @@ from typing import Any
 
 from sdkit.batches import Evidence, Row
 from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
+from sdkit.components.divergences import open_user_divergences
 from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts
 from sdkit.components.rewards import Scorer, open_rewards
 from sdkit.components.token_weights import open_user_weights
@@ -60,6 +61,7 @@ class Data:
         }
         self.train_rewards = self._applicable(base)
         self.user_weights = open_user_weights(spec.losses, base)  # by term
+        self.user_divergences = open_user_divergences(spec.losses, base)  # by term
         self._student: dict[int, tuple[int, ...]] = {}
         self._teacher: dict[int, tuple[int, ...] | None] = {}
 

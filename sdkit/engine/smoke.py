@@ -29,6 +29,7 @@ from sdkit.specs import (
     DataSpec,
     Distillation,
     ExperimentSpec,
+    FileDivergence,
     FileWeight,
     InlineSource,
     LoraSpec,
@@ -158,6 +159,9 @@ def _term(term: LossTerm, home: Path) -> LossTerm:
     weight = weight_of(term)
     if isinstance(weight, FileWeight):
         term = evolve(term, weight=evolve(weight, file=str(home / weight.file)))
+    if isinstance(term, Distillation) and isinstance(term.divergence, FileDivergence):
+        path = str(home / term.divergence.file)
+        term = evolve(term, divergence=evolve(term.divergence, file=path))
     if isinstance(term.coefficient, Schedule) and term.coefficient.start == 0:
         term = evolve(term, coefficient=evolve(term.coefficient, steps=1))
     above = term.mask.teacher_entropy_above

@@ -65,7 +65,8 @@ class World:
             self.teacher = open_teacher(spec.teacher.weights, self.student)
         self.reference = self._open_reference()
         chunk = spec.training.chunk_tokens
-        self.module = Student(self.student, spec.rollout.temperature, chunk)
+        functions = data.user_divergences
+        self.module = Student(self.student, spec.rollout.temperature, chunk, functions)
         bf16 = spec.model.dtype == "bfloat16"
         self.zero = zero.Zero(self.module, spec.optimizer, plan.zero_stage, bf16)
         self._backends: dict[str, RolloutBackend] = {}

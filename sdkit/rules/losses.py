@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sdkit.functions import fault_of
 from sdkit.problems import Path, shorten
 from sdkit.rules.base import (
     Context,
@@ -24,6 +25,7 @@ from sdkit.specs import (
     DatasetSamples,
     Distillation,
     ExperimentSpec,
+    FileDivergence,
     ForwardKl,
     MethodSpec,
     ReferenceKl,
@@ -94,6 +96,52 @@ def renormalized_teacher_divergence(spec: MethodSpec, context: Context) -> Itera
             if not isinstance(term.divergence, ForwardKl):
                 message = f"renormalize_teacher needs forward_kl, not {term.divergence.kind}"
                 yield (*path, "support", "remainder"), message, "use remainder: renormalize"
+
+
+@method_rule("a bound has something to bound")
+def clip_without_effect(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """`entry` and `log_ratio` bound the entries of a KL, which a mixture or a user's function does not
+    have, nor, one by one, the sampled token; `token` bounds a divergence, and what the sampled token
+    gives is none.
+    """
+    for path, term in distillations(spec):
+        clip, sampled = term.clip, isinstance(term.support, SampledTokenSupport)
+        kl = isinstance(term.divergence, ForwardKl | ReverseKl)
+        if clip.entry is not None and (not kl or sampled):
+            over = "the sampled token" if sampled else term.divergence.kind
+            message = f"clip.entry bounds the entries of a KL, and {over} has none"
+            yield (*path, "clip", "entry"), message, "use divergence: forward_kl or reverse_kl"
+        if clip.log_ratio is not None and not kl:
+            message = f"clip.log_ratio bounds the log-ratios of a KL, not of {term.divergence.kind}"
+            yield (*path, "clip", "log_ratio"), message, "use divergence: forward_kl or reverse_kl"
+        if clip.token is not None and sampled:
+            message = "clip.token bounds a divergence; the sampled token gives a gradient, no value"
+            yield (*path, "clip", "token"), message, "use clip.log_ratio"
+
+
+@method_rule("bounds of a log-ratio lie on both sides of 0")
+def log_ratio_bounds(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Where student and teacher agree the log-ratio is 0: it must stay so."""
+    for path, term in distillations(spec):
+        bounds = term.clip.log_ratio
+        if bounds and not bounds[0] < 0 < bounds[1]:
+            message = f"log_ratio is [{bounds[0]:g}, {bounds[1]:g}], and 0 is not between them"
+            yield (*path, "clip", "log_ratio"), message, "write [-5, 5], say"
+
+
+@method_rule("the user's divergences are there")
+def divergence_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The file is read and parsed, never run: it must define the function at its top level, to be
+    called with the log-probabilities of student and teacher.
+    """
+    for path, term in distillations(spec):
+        own = term.divergence
+        if isinstance(own, FileDivergence):
+            file = context.file(own.file)
+            found = fault_of(file, own.file, own.function, ("student", "teacher"))
+            if found:
+                key, message, hint = found
+                yield (*path, "divergence", key), message, hint
 
 
 @method_rule("a live teacher sees more than the student")
@@ -280,6 +328,9 @@ RULES = (
     unused_teacher,
     sampled_token_divergence,
     renormalized_teacher_divergence,
+    clip_without_effect,
+    log_ratio_bounds,
+    divergence_file,
     zero_signal,
     same_at_start,
     no_objective,

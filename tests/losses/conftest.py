@@ -54,6 +54,14 @@ def diverge(name: str, share: float, student: Floats, teacher: Floats) -> float:
         return kl(student, teacher)
     if name == "linear_mix":
         return share * kl(teacher, student) + (1 - share) * kl(student, teacher)
+    if name == "skewed_forward_kl":
+        return kl(
+            teacher, [share * t + (1 - share) * s for s, t in zip(student, teacher, strict=True)]
+        )
+    if name == "skewed_reverse_kl":
+        return kl(
+            student, [share * s + (1 - share) * t for s, t in zip(student, teacher, strict=True)]
+        )
     middle = [(1 - share) * s + share * t for s, t in zip(student, teacher, strict=True)]
     return (1 - share) * kl(student, middle) + share * kl(teacher, middle)
 

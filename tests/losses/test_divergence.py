@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sdkit.losses.divergence import entropy, forward_kl, jsd, linear_mix, reverse_kl
+from sdkit.losses.divergence import (
+    Bounds,
+    entropy,
+    forward_kl,
+    jsd,
+    linear_mix,
+    reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+)
+from sdkit.losses.selftest import faults
 
 NEVER = -torch.inf
 
@@ -13,6 +23,8 @@ FORMS = {
     "reverse_kl": (0.0, reverse_kl),
     "jsd": (0.3, lambda s, t: jsd(s, t, 0.3)),
     "linear_mix": (0.2, lambda s, t: linear_mix(s, t, 0.2)),
+    "skewed_forward_kl": (0.1, lambda s, t: skewed_forward_kl(s, t, 0.1)),
+    "skewed_reverse_kl": (0.1, lambda s, t: skewed_reverse_kl(s, t, 0.1)),
 }
 
 
@@ -178,3 +190,112 @@ def test_dtype_and_leading_shape_stay(form):
 def test_entropy():
     assert entropy(torch.tensor([0.5, 0.5, 0.0]).log()).item() == pytest.approx(math.log(2))
     assert entropy(torch.tensor([0.0, NEVER])).item() == 0
+
+
+def test_every_built_in_divergence_passes_the_self_test(form):
+    assert list(faults(form[2])) == []
+
+
+@pytest.mark.parametrize("function", [skewed_forward_kl, skewed_reverse_kl])
+def test_a_skewed_kl_is_finite_where_the_kl_is_not(function):
+    """KL(T‖s T + (1 − s) S) is at most −log s, and the other way round."""
+    one, other = torch.tensor([0.0, NEVER]), torch.tensor([NEVER, 0.0])
+    assert function(one, other, 0.1).item() == pytest.approx(-math.log(0.1))
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"math domain|expected a positive"):
+            function(one, other, share)
+
+
+def test_skewed_kls_near_the_kls(pair):
+    s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
+    assert skewed_forward_kl(s, t, 1e-9).item() == pytest.approx(forward_kl(s, t).item(), abs=1e-7)
+    assert skewed_reverse_kl(s, t, 1e-9).item() == pytest.approx(reverse_kl(s, t).item(), abs=1e-7)
+
+
+# ── bounds ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_golden_entry_bound(pair):
+    """reference/methods.md §5.9: OPSD's clip at 0.05."""
+    s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
+    value = forward_kl(s, t, Bounds(entry=0.05))
+    assert value.item() == pytest.approx(-0.1247944, abs=1e-7)
+
+
+BOUNDS = [
+    Bounds(entry=0.05),
+    Bounds(low=-0.5, high=0.4),
+    Bounds(low=-0.5, high=0.4, entry=0.02),
+    Bounds(low=-1.0),
+    Bounds(high=0.1),
+]
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize("function", [forward_kl, reverse_kl])
+def test_bounds_by_loops(logits, naive, function, bounds):
+    """log S − log T is bounded for both, whichever way the KL goes; then each entry."""
+
+    def loss(z, q):
+        s, t = naive.softmax(z), naive.softmax(q)
+        total = 0.0
+        for a, b in zip(s, t, strict=True):
+            ratio = min(max(math.log(a) - math.log(b), bounds.low), bounds.high)
+            entry = -b * ratio if function is forward_kl else a * ratio
+            total += min(entry, bounds.entry)
+        return total
+
+    values = function(logits.student.log_softmax(-1), logits.teacher.log_softmax(-1), bounds)
+    (grads,) = torch.autograd.grad(values.sum(), logits.student)
+    free = function(logits.student.log_softmax(-1), logits.teacher.log_softmax(-1))
+    assert not torch.allclose(values, free)
+    for value, grad, z, q in zip(
+        values, grads, logits.student.tolist(), logits.teacher.tolist(), strict=True
+    ):
+        assert value.item() == pytest.approx(loss(z, q), abs=1e-12)
+        assert grad.tolist() == pytest.approx(naive.slope(lambda z, q=q: loss(z, q), z), abs=1e-7)
+
+
+def test_an_entry_that_is_cut_has_no_gradient_of_its_own():
+    student = torch.tensor([0.2, 0.8], dtype=torch.float64).log().requires_grad_()
+    teacher = torch.tensor([0.9, 0.1], dtype=torch.float64).log()
+    forward_kl(student, teacher, Bounds(entry=0.05)).backward()
+    assert student.grad is not None
+    assert_close(student.grad, torch.tensor([0.0, -0.1], dtype=torch.float64))
+
+
+# ── a weight without gradient ─────────────────────────────────────────────────────────────────
+
+
+def test_golden_gradients_over_part_of_the_vocabulary(pair):
+    """reference/methods.md §5.3: autograd has a + 1 too many, detached weights have not."""
+    s, t = pair.student.log_softmax(-1)[:3], pair.teacher.log_softmax(-1)[:3]
+    golden = {
+        False: [0.390223, -0.266465, 0.024898, -0.098893, -0.036381, -0.013384],
+        True: [0.327045, -0.289707, 0.010801, -0.032024, -0.011781, -0.004334],
+    }
+    for detach, expected in golden.items():
+        value = reverse_kl(s, t, detach_weights=detach)
+        assert value.item() == pytest.approx(0.4246162, abs=1e-7)
+        (grad,) = torch.autograd.grad(value, pair.student, retain_graph=True)
+        assert_close(grad, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_over_the_whole_vocabulary_detached_weights_change_nothing(logits):
+    s, t = logits.student.log_softmax(-1), logits.teacher.log_softmax(-1)
+    values = [reverse_kl(s, t, detach_weights=detach) for detach in (False, True)]
+    grads = [torch.autograd.grad(v.sum(), logits.student, retain_graph=True)[0] for v in values]
+    assert_close(*values)
+    assert_close(*grads)
+
+
+def test_detached_weights_are_bounded_too_and_leave_out_what_the_student_lacks():
+    student = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64).log().requires_grad_()
+    teacher = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64).log()
+    bounds = Bounds(high=0.5)
+    value = reverse_kl(student, teacher, bounds, detach_weights=True)
+    value.backward()
+    by_hand = [0.6 * 0.5, 0.4 * math.log(0.4 / 0.5), 0.0]
+    assert value.item() == pytest.approx(sum(by_hand))
+    assert student.grad is not None
+    assert student.grad.tolist() == pytest.approx(by_hand)
