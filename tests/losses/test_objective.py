@@ -11,6 +11,8 @@ from sdkit.losses.policy import importance_ratio
 from sdkit.specs import (
     CrossEntropy,
     Distillation,
+    DivergenceClip,
+    FileDivergence,
     ForwardKl,
     ImportanceSpec,
     Jsd,
@@ -20,13 +22,22 @@ from sdkit.specs import (
     ReverseKl,
     SampledTokenSupport,
     SamplerRatio,
+    SkewedForwardKl,
+    SkewedReverseKl,
     Table,
     TopKSupport,
     VocabularySupport,
 )
 
-DIVERGENCES = [ForwardKl(), ReverseKl(), Jsd(teacher_share=0.3), LinearMix(forward_share=0.2)]
-SHARE = {"jsd": 0.3, "linear_mix": 0.2}
+DIVERGENCES = [
+    ForwardKl(),
+    ReverseKl(),
+    Jsd(teacher_share=0.3),
+    LinearMix(forward_share=0.2),
+    SkewedForwardKl(share=0.1),
+    SkewedReverseKl(share=0.3),
+]
+SHARE = {"jsd": 0.3, "linear_mix": 0.2, "skewed_forward_kl": 0.1, "skewed_reverse_kl": 0.3}
 WEIGHTS = torch.tensor([0.5, 0.0, 0.25, 1.0, 2.0])
 TOKEN = [3, 0, 6, 2, 2]
 
@@ -115,6 +126,77 @@ def test_sampled_token(naive, logits, tokens):
 
     objective = objective_of(distil(ReverseKl(), SampledTokenSupport()))
     agree(naive, logits, tokens, objective, token_loss)
+
+
+def test_bounds_of_entries_and_log_ratios_reach_the_divergence(naive, logits, tokens):
+    def token_loss(_j, z, q):
+        total = 0.0
+        for a, b in zip(naive.softmax(z), naive.softmax(q), strict=True):
+            ratio = min(max(math.log(a) - math.log(b), -0.6), 0.5)
+            total += min(-b * ratio, 0.04)
+        return total
+
+    clip = DivergenceClip(entry=0.04, log_ratio=(-0.6, 0.5))
+    agree(naive, logits, tokens, objective_of(distil(ForwardKl(), clip=clip)), token_loss)
+
+
+def test_a_bound_of_the_token_takes_its_gradient_and_is_counted(naive, logits, tokens):
+    each = [
+        naive.kl(naive.softmax(q), naive.softmax(z))
+        for z, q in zip(logits.student.tolist(), logits.teacher.tolist(), strict=True)
+    ]
+    limit = sum(sorted(each)[2:4]) / 2
+
+    def token_loss(_j, z, q):
+        return min(naive.kl(naive.softmax(q), naive.softmax(z)), limit)
+
+    objective = objective_of(distil(ForwardKl(), clip=DivergenceClip(token=limit)))
+    agree(naive, logits, tokens, objective, token_loss)
+    stats = figures(objective, logits, tokens)[2]
+    over = sum(each[j] > limit for j in (0, 2, 3, 4))
+    assert stats["distil/token_clipped"].item() == over
+    assert stats["distil/forward_kl"].item() == pytest.approx(sum(each[j] for j in (0, 2, 3, 4)))
+
+
+def test_a_bound_of_the_sampled_tokens_log_ratio(naive, logits, tokens):
+    held = [naive.softmax(z) for z in logits.student.tolist()]
+
+    def token_loss(j, z, q):
+        y = TOKEN[j]
+        weight = math.log(held[j][y]) - math.log(naive.softmax(q)[y])
+        return min(max(weight, -0.3), 0.2) * math.log(naive.softmax(z)[y])
+
+    clip = DivergenceClip(log_ratio=(-0.3, 0.2))
+    objective = objective_of(distil(ReverseKl(), SampledTokenSupport(), clip=clip))
+    agree(naive, logits, tokens, objective, token_loss)
+
+
+def test_weights_without_gradient_over_part_of_the_vocabulary(naive, logits, tokens):
+    """The gradient of Σ_I sg(S (log S − log T)) log S."""
+    support = TopKSupport(k=3, chosen_by="teacher", remainder="drop")
+    objective = objective_of(distil(ReverseKl(detach_weights=True), support))
+    loss, grad, _ = figures(objective, logits, tokens)
+    s, t = logits.student.log_softmax(-1), logits.teacher.log_softmax(-1)
+    ids = t.topk(3).indices
+    s, t = s.gather(-1, ids), t.gather(-1, ids)
+    entries = (s.exp() * (s - t)).detach()
+    by_hand = (WEIGHTS * (entries * s).sum(-1)).sum()
+    assert_close(loss, (WEIGHTS * entries.sum(-1)).sum())
+    assert_close(grad, *torch.autograd.grad(by_hand, logits.student))
+
+
+def test_a_users_divergence_gets_both_sides_on_the_support(logits, tokens):
+    def symmetric(student, teacher):
+        absent = student.detach() == -torch.inf  # duplicates of the union, on both sides
+        s, t = student.masked_fill(absent, 0.0), teacher.masked_fill(absent, 0.0)
+        return ((s.exp() - t.exp()) * (s - t)).sum(-1) / 2
+
+    support = TopKSupport(k=3, chosen_by="union", remainder="tail_bucket")
+    own = Table({"distil": distil(FileDivergence(file="mine.py", function="f"), support)})
+    found = figures(Objective(own, 1.0, {"distil": symmetric}), logits, tokens)
+    expected = figures(objective_of(distil(LinearMix(forward_share=0.5), support)), logits, tokens)
+    assert_close(found[0], expected[0])
+    assert_close(found[1], expected[1])
 
 
 def test_expected_sampled_token_gradient_is_that_of_the_reverse_kl(logits, tokens_of):

@@ -64,6 +64,14 @@ def test_golden_surrogate(pair):
     assert_close(grad, torch.tensor(golden, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
+def test_a_bounded_surrogate_keeps_its_sign_and_its_tokens_gradient():
+    student = torch.tensor([-1.0, -2.0, -9.0], requires_grad=True)
+    value = sampled_token_surrogate(student, torch.tensor([-8.0, -2.5, -1.0]), (-5.0, 4.0))
+    (grad,) = torch.autograd.grad(value.sum(), student)
+    assert_close(grad, torch.tensor([4.0, 0.5, -5.0]))
+    assert_close(value, torch.tensor([-4.0, -1.0, 45.0]))
+
+
 def test_expected_values_are_the_reverse_kl(pair):
     s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
     for function in (k1, k3):

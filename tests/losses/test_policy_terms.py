@@ -11,6 +11,8 @@ from torch.testing import assert_close
 from sdkit.losses.objective import Objective, sampler_ratio
 from sdkit.losses.policy_terms import reward_advantages, sequence_means
 from sdkit.specs import (
+    AdvantageAdd,
+    AdvantageScale,
     ClipSpec,
     CrossEntropy,
     Distillation,
@@ -93,19 +95,34 @@ def sequence(values, j):
     return sum(own) / len(own)
 
 
-def policy_loss(naive, term, logits, temperature, old, weights=WEIGHTS):
-    """Σ_j w_j c_j L(ρ_j, A_j) as a function of the students' logits; `old`: OLD, or the student as it stands."""
-    teacher = logprobs(naive, logits.teacher.tolist(), temperature)
-    match term.advantage:
+def worth_of(advantage, deltas, taught):
+    """The advantage of every token; deltas: log teacher − log student."""
+    match advantage:
         case GroupRelative():
-            worth = WORTH
+            return WORTH
         case LogRatio(center=center, floor=floor):
-            raw = [t - o for t, o in zip(teacher, old, strict=True)]
-            raw = raw if floor is None else [max(x, floor) for x in raw]
-            worth = [
+            raw = deltas if floor is None else [max(x, floor) for x in deltas]
+            raw = [x if t else 0.0 for x, t in zip(raw, taught, strict=True)]
+            return [
                 x - (sequence(raw, j) if center == "sequence" else 0) if j in COUNTED else math.nan
                 for j, x in enumerate(raw)
             ]
+        case AdvantageAdd(log_ratio=spec, group_weight=first, log_ratio_weight=second):
+            teachers = worth_of(spec, deltas, taught)
+            return [first * a + second * b for a, b in zip(WORTH, teachers, strict=True)]
+        case AdvantageScale(log_ratio=spec, share=share, low=low, high=high):
+            factors = [
+                min(max(math.exp(math.copysign(1, a) * d), 1 - low), 1 + high)
+                for a, d in zip(WORTH, worth_of(spec, deltas, taught), strict=True)
+            ]
+            return [a * (1 - share + share * f) for a, f in zip(WORTH, factors, strict=True)]
+
+
+def policy_loss(naive, term, logits, temperature, old, weights=WEIGHTS, taught=(True,) * 5):
+    """Σ_j w_j c_j L(ρ_j, A_j) as a function of the students' logits; `old`: OLD, or the student as it stands."""
+    teacher = logprobs(naive, logits.teacher.tolist(), temperature)
+    deltas = [t - o for t, o in zip(teacher, old, strict=True)]
+    worth = worth_of(term.advantage, deltas, taught)
     sampler = [math.exp(o - s) for o, s in zip(old, SAMPLER, strict=True)]
 
     def loss(rows):
@@ -143,6 +160,10 @@ ADVANTAGES = [
     LogRatio(center="sequence"),
     LogRatio(floor=-0.5),
     LogRatio(center="sequence", floor=-0.5),
+    AdvantageAdd(group_weight=0.9, log_ratio_weight=0.1, log_ratio=LogRatio(floor=-0.5)),
+    AdvantageAdd(log_ratio_weight=2.0, log_ratio=LogRatio(center="sequence")),
+    AdvantageScale(),
+    AdvantageScale(share=0.9, low=0.7, high=1.5, log_ratio=LogRatio(center="sequence")),
 ]
 
 
@@ -154,6 +175,19 @@ def test_token_ratio(naive, logits, tokens, advantage, clip, importance, tempera
     term = pull(advantage, clip=clip, importance=importance)
     loss = policy_loss(naive, term, logits, temperature, OLD)
     agree(naive, logits, figures(term, logits, tokens, temperature), loss)
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES[5:], ids=str)
+def test_without_a_teacher_prompt_the_reward_alone_counts(naive, logits, tokens, advantage):
+    """Row 0 has one, row 2 has none: what the teacher says there is no matter."""
+    taught = [True, True, False, False, False]
+    tokens = evolve(tokens, taught=torch.tensor(taught))
+    other = SimpleNamespace(student=logits.student, teacher=logits.teacher.clone())
+    other.teacher[2:] = torch.linspace(-3, 3, 7)
+    term = pull(advantage, clip=CLIP)
+    loss = policy_loss(naive, term, logits, 1.0, OLD, taught=taught)
+    agree(naive, logits, figures(term, logits, tokens), loss)
+    assert_close(figures(term, other, tokens)[:2], figures(term, logits, tokens)[:2])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -396,6 +430,11 @@ def test_which_figures_a_term_has(logits, tokens):
         (pull(), {"advantages"}),
         (pull(ratio="sequence"), {"advantages", "sequence_means"}),
         (pull(LogRatio()), {"teacher"}),
+        (pull(AdvantageAdd()), {"advantages", "teacher"}),
+        (
+            pull(AdvantageScale(log_ratio=LogRatio(center="sequence"))),
+            {"advantages", "teacher", "sequence_means"},
+        ),
         (pull(LogRatio(center="sequence")), {"teacher", "sequence_means"}),
         (ReferenceKl(estimator="k2"), {"reference"}),
         (

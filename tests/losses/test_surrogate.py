@@ -17,6 +17,7 @@ from sdkit.losses.policy import (
     k3,
     own_gradient,
     policy_ratio,
+    scaled_advantages,
     sequence_log_ratio,
 )
 
@@ -101,6 +102,16 @@ def test_a_missing_reward_is_not_hidden():
     for scale in ("none", "group_std"):
         found = group_advantages(rewards, torch.tensor([0, 0, 1]), "group_mean", scale, 1e-4)
         assert found.isnan().tolist() == [True, True, False]
+
+
+def test_golden_scaled_advantages():
+    """reference/methods.md §5.9: RLSD at A = −1, share ½, clip 0.8 … 1.2."""
+    found = scaled_advantages(doubles(-1, -1, -1), doubles(0.5, -0.5, 2), 0.5, 0.2, 0.2)
+    assert_close(found, doubles(-0.9, -1.1, -0.9))
+    still = doubles(2.0, -3.0, 0.0)
+    assert_close(scaled_advantages(still, doubles(9, -9, 4), 0.0, 0.2, 0.2), still)
+    assert_close(scaled_advantages(still, doubles(0, 0, 0), 1.0, 0.2, 0.2), still)
+    assert_close(scaled_advantages(still, doubles(1, 1, 1), 1.0, 0.2, 0.2), doubles(2.4, -2.4, 0))
 
 
 def test_no_rewards_no_advantages():
