@@ -10,6 +10,7 @@ from sdkit.engine.gather import gather
 from sdkit.engine.measuring import ready, take_measures
 from sdkit.engine.step import train_step
 from sdkit.specs import (
+    AdvantageAdd,
     ClipSpec,
     Distillation,
     Feedback,
@@ -112,6 +113,23 @@ def test_advantages_are_rewards_against_their_group(group_world):
     world = group_world(judged(1, 0, 0, 1, 0, 0, 0, 0), teacher=None, losses=losses)
     found = [r.advantage for r in step(world).batch]
     assert found[:8] == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_an_advantage_of_two_parts_keeps_rollouts_without_a_teacher(group_world):
+    """Group 0 has a success, so its failures have a teacher; in group 1 nobody has."""
+    two = AdvantageAdd(group_relative=GroupRelative(baseline="none"), log_ratio_weight=0.5)
+    losses = Table({"policy": PolicyGradient(advantage=two)})
+    world = group_world(judged(1, 0, 0, 0, 0.5, 0, 0, 0), teacher=TEACHER, losses=losses)
+    batch = batch_of(world)
+    taught = [r.teacher_prompt_ids is not None for r in batch][:8]
+    assert taught == [False, True, True, True, False, False, False, False]
+    measured = train_step(world, batch)
+    assert measured.metrics["policy/empty_rows"] == 0
+    alone = Table({"policy": PolicyGradient(advantage=GroupRelative(baseline="none"))})
+    world = group_world(judged(1, 0, 0, 0, 0.5, 0, 0, 0), teacher=None, losses=alone)
+    without = train_step(world, batch_of(world))
+    assert without.metrics["policy/tokens"] == measured.metrics["policy/tokens"]
+    assert without.metrics["grad_norm"] != measured.metrics["grad_norm"]
 
 
 def test_rewarded_completions_become_likelier(group_world):
