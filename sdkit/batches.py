@@ -61,6 +61,7 @@ class Sampling:
     top_k: int
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    ids_below: int | None = None  # only ids below this are drawn; None: all that the model has
 
 
 @frozen(kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sdkit.bundled import BUNDLED, PREFIX
 from sdkit.plan import Machine
-from sdkit.specs import ExperimentSpec, ShapeSpec
+from sdkit.specs import ExperimentSpec, ShapeSpec, external_teachers
 
 
 def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
@@ -38,11 +38,19 @@ def vllm_version() -> str | None:
 
 def shape_of(spec: ExperimentSpec, base: Path) -> ShapeSpec | None:
     """The model's shape: as stated, as bundled, or from the config.json of a local folder."""
-    if spec.model.shape:
-        return spec.model.shape
-    if spec.model.path.startswith(PREFIX):
-        return BUNDLED[spec.model.path.removeprefix(PREFIX)].shape
-    config = base / spec.model.path / "config.json"
+    return spec.model.shape or _shape_at(spec.model.path, base)
+
+
+def teacher_shapes(spec: ExperimentSpec, base: Path) -> dict[str, ShapeSpec]:
+    """The shape of each external teacher that is bundled or a local folder, by its path."""
+    found = {weights.path: _shape_at(weights.path, base) for _, weights in external_teachers(spec)}
+    return {path: shape for path, shape in found.items() if shape}
+
+
+def _shape_at(path: str, base: Path) -> ShapeSpec | None:
+    if path.startswith(PREFIX):
+        return BUNDLED[path.removeprefix(PREFIX)].shape
+    config = base / path / "config.json"
     if not config.is_file():
         return None
     try:

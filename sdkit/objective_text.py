@@ -1,4 +1,4 @@
-"""A spec's objective, teacher and sampling as lines that a person reads."""
+"""A spec's objective and sampling as lines that a person reads."""
 
 from __future__ import annotations
 
@@ -12,19 +12,15 @@ from sdkit.specs import (
     Average,
     ClipSpec,
     Constant,
-    CopyWeights,
     CrossEntropy,
     DatasetSamples,
     Distillation,
     Divergence,
     DivergenceClip,
     DriftWeight,
-    EarlierTurns,
-    EmaWeights,
     FileDivergence,
     FileWeight,
     ForwardKl,
-    FrozenWeights,
     GroupRelative,
     Jsd,
     LinearMix,
@@ -46,14 +42,11 @@ from sdkit.specs import (
     SkewedForwardKl,
     SkewedReverseKl,
     StudentSamples,
-    StudentWeights,
     Sum,
     Support,
-    SystemMessage,
     TeacherEntropyWeight,
     TeacherSamples,
     TopKSupport,
-    UserTurn,
     VocabularySupport,
     Weight,
 )
@@ -83,35 +76,6 @@ def describe_losses(spec: MethodSpec) -> Iterator[str]:
                 assert_never(term)
 
 
-def describe_teacher(spec: MethodSpec) -> str:
-    """The teacher's weights and what it sees."""
-    if spec.teacher is None:
-        return "none"
-    match spec.teacher.weights:
-        case StudentWeights():
-            weights = "the live student"
-        case FrozenWeights():
-            weights = "the frozen start model"
-        case EmaWeights(update_rate=rate, every=every):
-            weights = f"average of the student (update_rate {_number(rate)} per {every.replace('_', ' ')})"
-        case CopyWeights(every=every):
-            weights = f"copy of the student, renewed every {every} optimizer steps"
-        case other:
-            assert_never(other)
-    match spec.teacher.sees:
-        case None:
-            return f"{weights}, sees the student's prompt"
-        case UserTurn(slots=slots):
-            place = "in the user turn"
-        case SystemMessage(slots=slots):
-            place = "in the system message"
-        case EarlierTurns(slots=slots, turns=turns):
-            place = f"as {len(turns)} earlier turn{'s' * (len(turns) != 1)}"
-        case other:
-            assert_never(other)
-    return f"{weights}, sees {', '.join(slots) or 'fixed text'} {place}"
-
-
 def describe_sampling(spec: MethodSpec) -> str:
     """Who samples, and how."""
     match spec.rollout.sampled_by:
@@ -134,11 +98,11 @@ def _distillation(term: Distillation, temperature: float) -> str:
     importance = term.importance
     parts = [
         f"{_scaled(term.coefficient)}{_divergence(term.divergence)} over {_support(term.support)}{_limits(term.clip)}",
-        f"temperature {_number(term.temperature or temperature)}",
+        f"temperature {number(term.temperature or temperature)}",
         _average(term.average) + _mask(term) + _weight(term.weight),
     ]
     if importance.old_policy:
-        parts.append(f"ratio to the old policy capped at {_number(importance.old_policy.cap)}")
+        parts.append(f"ratio to the old policy capped at {number(importance.old_policy.cap)}")
     if importance.sampler:
         parts.append(_sampler(importance.sampler))
     return ", ".join(parts)
@@ -146,7 +110,7 @@ def _distillation(term: Distillation, temperature: float) -> str:
 
 def _sampler(ratio: SamplerRatio) -> str:
     level = ratio.level.replace("_", " ")
-    return f"ratio to the sampler ({level}) capped at {_number(ratio.cap)}"
+    return f"ratio to the sampler ({level}) capped at {number(ratio.cap)}"
 
 
 def _policy_gradient(term: PolicyGradient) -> str:
@@ -166,35 +130,35 @@ def _advantage(advantage: Advantage) -> str:
             left = "reward − group mean" if baseline == "group_mean" else "reward"
             if scale == "none":
                 return left
-            return f"({left}) / ({scale.replace('_', ' ')} + {_number(eps)})"
+            return f"({left}) / ({scale.replace('_', ' ')} + {number(eps)})"
         case LogRatio(center=center, floor=floor, below_floor=below):
             low = ""
             if floor is not None:
                 where = "where it is " if below == "leave_out" else ""
-                low = f" ({where}at least {_number(floor)})"
+                low = f" ({where}at least {number(floor)})"
             mean = " − its mean over the sequence" if center == "sequence" else ""
             return f"log teacher − log student{low}{mean}"
         case AdvantageAdd(group_weight=group, log_ratio_weight=teacher):
             reward, ratio = _advantage(advantage.group_relative), _advantage(advantage.log_ratio)
-            return f"{_number(group)} × ({reward}) + {_number(teacher)} × ({ratio})"
+            return f"{number(group)} × ({reward}) + {number(teacher)} × ({ratio})"
         case AdvantageScale(share=share, low=low, high=high):
             reward, ratio = _advantage(advantage.group_relative), _advantage(advantage.log_ratio)
             bounds = _bounds(low, high)
-            return f"({reward}) scaled by exp(± ({ratio})) within {bounds}, for a share of {_number(share)}"
+            return f"({reward}) scaled by exp(± ({ratio})) within {bounds}, for a share of {number(share)}"
         case _:
             assert_never(advantage)
 
 
 def _bounds(low: float | Schedule, high: float | Schedule) -> str:
     if isinstance(low, Schedule) or isinstance(high, Schedule):
-        return f"1 − ({_number(low)}) … 1 + ({_number(high)})"
+        return f"1 − ({number(low)}) … 1 + ({number(high)})"
     return f"{1 - low:g} … {1 + high:g}"
 
 
 def _clip(clip: ClipSpec | None) -> str:
     if clip is None:
         return ""
-    dual = f" (dual {_number(clip.dual)})" if clip.dual is not None else ""
+    dual = f" (dual {number(clip.dual)})" if clip.dual is not None else ""
     return f" clipped to {_bounds(clip.low, clip.high)}{dual}"
 
 
@@ -205,15 +169,15 @@ def _divergence(divergence: Divergence) -> str:
         case ReverseKl(detach_weights=detach):
             return "reverse KL(student‖teacher)" + ", weights detached" * detach
         case Jsd(teacher_share=share):
-            return f"Jensen-Shannon divergence (teacher_share {_number(share)})"
+            return f"Jensen-Shannon divergence (teacher_share {number(share)})"
         case LinearMix(forward_share=share):
             if isinstance(share, Schedule):
-                return f"forward KL and reverse KL (forward_share {_number(share)})"
+                return f"forward KL and reverse KL (forward_share {number(share)})"
             return f"{share:g} × forward KL + {1 - share:g} × reverse KL"
         case SkewedForwardKl(share=share):
-            return f"skewed forward KL(teacher‖mixture), {_number(share)} of it the teacher"
+            return f"skewed forward KL(teacher‖mixture), {number(share)} of it the teacher"
         case SkewedReverseKl(share=share):
-            return f"skewed reverse KL(student‖mixture), {_number(share)} of it the student"
+            return f"skewed reverse KL(student‖mixture), {number(share)} of it the student"
         case FileDivergence(file=file, function=function):
             return f"{function} in {file}"
         case _:
@@ -225,9 +189,9 @@ def _limits(clip: DivergenceClip) -> str:
     if clip.log_ratio:
         parts.append("log student − log teacher within {:g} … {:g}".format(*clip.log_ratio))
     if clip.entry is not None:
-        parts.append(f"each entry at most {_number(clip.entry)}")
+        parts.append(f"each entry at most {number(clip.entry)}")
     if clip.token is not None:
-        parts.append(f"each token at most {_number(clip.token)}")
+        parts.append(f"each token at most {number(clip.token)}")
     return "".join(f", {part}" for part in parts)
 
 
@@ -255,7 +219,7 @@ def _average(average: Average) -> str:
         case SequenceSum():
             return "sum over each sequence, mean over sequences"
         case Constant(length=length):
-            return f"sum over tokens / (sequences × {_number(length)})"
+            return f"sum over tokens / (sequences × {number(length)})"
         case Sum():
             return "sum over tokens"
         case _:
@@ -271,11 +235,11 @@ def _mask(term: LossTerm) -> str:
     ]
     if mask.teacher_entropy_above is not None:
         parts.append(
-            f"only where the teacher's entropy exceeds {_number(mask.teacher_entropy_above)}"
+            f"only where the teacher's entropy exceeds {number(mask.teacher_entropy_above)}"
         )
     if mask.student_entropy_top is not None:
         top = mask.student_entropy_top
-        share = f"share {_number(top)}" if isinstance(top, Schedule) else f"{100 * top:g} %"
+        share = f"share {number(top)}" if isinstance(top, Schedule) else f"{100 * top:g} %"
         parts.append(f"only the {share} of tokens with the student's largest entropies")
     return "".join(f", {part}" for part in parts if part)
 
@@ -285,15 +249,15 @@ def _weight(weight: Weight | None) -> str:
         case None:
             return ""
         case PositionWeight(smallest=smallest, middle=middle, width=width):
-            text = f"rising from {_number(smallest)} to 1 around {_number(middle)} of the completion (width {_number(width)})"
+            text = f"rising from {number(smallest)} to 1 around {number(middle)} of the completion (width {number(width)})"
         case TeacherEntropyWeight(rate=rate):
-            text = f"exp(−{_number(rate)} × teacher's entropy) / its mean"
+            text = f"exp(−{number(rate)} × teacher's entropy) / its mean"
         case DriftWeight(strength=strength):
-            text = f"1 + {_number(strength)} × (1 − share of |log teacher − log student| before the token)"
+            text = f"1 + {number(strength)} × (1 − share of |log teacher − log student| before the token)"
         case PassRateWeight(power=power, threshold=threshold):
-            text = f"(p (1 − p))^{_number(power)}, p the group's share of rewards of at least {_number(threshold)}"
+            text = f"(p (1 − p))^{number(power)}, p the group's share of rewards of at least {number(threshold)}"
         case PerplexityWeight(of=who, power=power):
-            text = f"the {who}'s perplexity^{_number(power)} / its mean in the group"
+            text = f"the {who}'s perplexity^{number(power)} / its mean in the group"
         case FileWeight(file=file, function=function):
             text = f"{function} in {file}"
         case _:
@@ -312,10 +276,11 @@ def describe_route(spec: MethodSpec) -> Iterator[str]:
 
 
 def _scaled(coefficient: float | Schedule) -> str:
-    return "" if coefficient == 1 else f"{_number(coefficient)} × "
+    return "" if coefficient == 1 else f"{number(coefficient)} × "
 
 
-def _number(value: float | Schedule) -> str:
+def number(value: float | Schedule) -> str:
+    """A number that may move."""
     if isinstance(value, Schedule):
         return f"{value.start:g} → {value.to:g} over {value.steps} steps"
     return f"{value:g}"

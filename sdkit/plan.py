@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import assert_never
 
 from attrs import field, frozen
@@ -11,7 +12,6 @@ from sdkit.objective_text import (
     describe_losses,
     describe_route,
     describe_sampling,
-    describe_teacher,
 )
 from sdkit.specs import (
     AutoBackend,
@@ -20,6 +20,7 @@ from sdkit.specs import (
     Distillation,
     EmaWeights,
     ExperimentSpec,
+    ExternalWeights,
     FrozenWeights,
     PolicyGradient,
     ReferenceKl,
@@ -27,10 +28,11 @@ from sdkit.specs import (
     ShapeSpec,
     StudentWeights,
     TeacherSamples,
-    TeacherWeights,
     TransformersBackend,
     VllmBackend,
+    external_teachers,
 )
+from sdkit.teacher_text import describe_place, describe_teacher
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -87,9 +89,15 @@ class Plan:
 
 
 def make_plan(
-    spec: ExperimentSpec, machine: Machine, shape: ShapeSpec | None, rows: int | None = None
+    spec: ExperimentSpec,
+    machine: Machine,
+    shape: ShapeSpec | None,
+    rows: int | None = None,
+    teacher_shapes: Mapping[str, ShapeSpec] | None = None,
 ) -> Plan:
-    """Derive a run.  `rows` is the number of training rows, where known (for epochs)."""
+    """Derive a run.  `rows` is the number of training rows, where known (for epochs); `teacher_shapes` are those of
+    external teachers by path, where known.
+    """
     derived: list[str] = []
     stage: int = spec.training.zero_stage
     if stage == 0 and spec.model.dtype == "bfloat16":
@@ -109,6 +117,8 @@ def make_plan(
     if steps is None and rows is not None and spec.training.epochs is not None:
         steps = max(1, round(spec.training.epochs * rows / spec.training.prompts_per_step))
         derived.append(f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps")
+    if isinstance(backend, VllmBackend) and spec.evaluation and any(external_teachers(spec)):
+        derived.append("evaluation.teacher_lift samples the external teacher with transformers")
     updates = spec.training.updates_per_rollout
     return Plan(
         backend=backend,
@@ -126,7 +136,7 @@ def make_plan(
         objective=(*describe_losses(spec), *describe_route(spec)),
         roles=tuple(_roles(spec)),
         syncs=_syncs(spec, backend),
-        memory=tuple(_memory(spec, backend, shape)) if shape else (),
+        memory=tuple(_memory(spec, backend, shape, teacher_shapes or {})) if shape else (),
         memory_gib=machine.memory_gib,
         derived=tuple(derived),
     )
@@ -165,6 +175,8 @@ def _backend(
                 TransformersBackend(),
                 "the data set holds the completions, so nothing is sampled",
             )
+        case AutoBackend() if _foreign_sampler(spec):
+            return TransformersBackend(), "an external teacher samples, and vLLM holds the student"
         case AutoBackend():
             if machine.vllm:
                 return VllmBackend(), f"vLLM {machine.vllm} is installed"
@@ -175,11 +187,17 @@ def _backend(
             assert_never(other)
 
 
+def _foreign_sampler(spec: ExperimentSpec) -> bool:
+    by = spec.rollout.sampled_by
+    teaches = isinstance(by, TeacherSamples) and by.weights == "teacher"
+    return teaches and any(external_teachers(spec))
+
+
 def copies_of_model(spec: ExperimentSpec) -> bool:
     """Whether the teacher needs weights of its own beside the student's."""
     if spec.teacher is None or spec.model.lora:
         return False
-    return not isinstance(spec.teacher.weights, StudentWeights)
+    return not isinstance(spec.teacher.weights, StudentWeights | ExternalWeights)
 
 
 def pulls_to_reference(spec: ExperimentSpec) -> bool:
@@ -191,34 +209,15 @@ def _roles(spec: ExperimentSpec) -> list[str]:
     trained = f"LoRA rank {spec.model.lora.rank}" if spec.model.lora else "all weights"
     roles = [f"student: {spec.model.path}, {trained}, {spec.model.dtype}, float32 masters"]
     if spec.teacher:
-        roles.append(f"teacher: {describe_teacher(spec)}{_where(spec, spec.teacher.weights)}")
+        roles.append(
+            f"teacher: {describe_teacher(spec)}{describe_place(spec.teacher.weights, bool(spec.model.lora))}"
+        )
     if pulls_to_reference(spec):
         own = "the student with its adapter off" if spec.model.lora else "a copy of the model"
         shared = spec.teacher and isinstance(spec.teacher.weights, FrozenWeights)
         roles.append(f"reference: the frozen start model ({'the teacher' if shared else own})")
     roles.append(f"sampler: {describe_sampling(spec)}")
     return roles
-
-
-def _where(spec: ExperimentSpec, weights: TeacherWeights) -> str:
-    adapters = spec.model.lora is not None
-    match weights:
-        case StudentWeights():
-            return ""
-        case FrozenWeights():
-            return (
-                " (the student with its adapter off)"
-                if adapters
-                else " (a second copy of the model)"
-            )
-        case EmaWeights() | CopyWeights():
-            return (
-                " (a second adapter, float32 shadow)"
-                if adapters
-                else " (a second copy, float32 shadow)"
-            )
-        case _:
-            assert_never(weights)
 
 
 def _syncs(spec: ExperimentSpec, backend: object) -> str:
@@ -228,7 +227,8 @@ def _syncs(spec: ExperimentSpec, backend: object) -> str:
     if isinstance(backend, ReplayBackend):
         return "recorded rollouts; the sampler of evaluations shares the training weights"
     if not isinstance(backend, VllmBackend):
-        return "the sampler shares the training weights"
+        whose = "teacher's" if _foreign_sampler(spec) else "training"
+        return f"the sampler shares the {whose} weights"
     whose = (
         "teacher"
         if isinstance(sampled_by, TeacherSamples) and sampled_by.weights == "teacher"
@@ -238,7 +238,9 @@ def _syncs(spec: ExperimentSpec, backend: object) -> str:
     return f"vLLM gets the {whose}'s weights before each rollout batch{form}, checked by a canary sequence"
 
 
-def _memory(spec: ExperimentSpec, backend: object, shape: ShapeSpec) -> list[Share]:
+def _memory(
+    spec: ExperimentSpec, backend: object, shape: ShapeSpec, teachers: Mapping[str, ShapeSpec]
+) -> list[Share]:
     """Bytes on one rank of one machine without offload.  Optimizer: master, two moments and gradients in float32."""
     per = BYTES[spec.model.dtype]
     count = shape.parameters
@@ -254,6 +256,10 @@ def _memory(spec: ExperimentSpec, backend: object, shape: ShapeSpec) -> list[Sha
             spec.teacher.weights, EmaWeights | CopyWeights
         )
         shares.append(Share(what="teacher weights", gib=count * (per + 4 * moving) / GIB))
+    for _, weights in external_teachers(spec):
+        if held := teachers.get(weights.path):
+            size = held.parameters * BYTES[weights.dtype] / GIB
+            shares.append(Share(what=f"teacher {weights.path}", gib=size))
     frozen_teacher = spec.teacher and isinstance(spec.teacher.weights, FrozenWeights)
     if pulls_to_reference(spec) and not spec.model.lora and not frozen_teacher:
         shares.append(Share(what="reference weights", gib=count * per / GIB))

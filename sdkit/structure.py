@@ -99,7 +99,9 @@ class _Walk:
         if option is Any:
             return data
         if is_spec(option):
-            named = isinstance(data, dict) and "kind" in data  # where there is no choice, it may be said
+            named = (
+                isinstance(data, dict) and "kind" in data
+            )  # where there is no choice, it may be said
             tagged = named and data["kind"] == getattr(option, "kind", None)
             return self.instance(option, data, path, tagged=tagged)
         if origin is Literal:

@@ -20,11 +20,17 @@ TEACHER_ADAPTER = "teacher"
 
 
 class Weights:
-    """A causal language model with one adapter on, none (`adapter=None`), or simply its own weights."""
+    """A causal language model with one adapter on, none (`adapter=None`), or simply its own weights.
 
-    def __init__(self, model: nn.Module, adapter: str | None = STUDENT_ADAPTER) -> None:
+    `foreign` weights are those of another model than the student's: engines that hold the student cannot take them.
+    """
+
+    def __init__(
+        self, model: nn.Module, adapter: str | None = STUDENT_ADAPTER, *, foreign: bool = False
+    ) -> None:
         self.model = model
         self.adapter = adapter
+        self.foreign = foreign
         base: Any = model
         self.causal: Any = base.get_base_model() if hasattr(base, "peft_config") else base
 

@@ -110,6 +110,9 @@ class SeededSampler:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores.float()
+        if self.sampling.ids_below is not None:
+            ids = torch.arange(logits.shape[-1], device=logits.device)
+            logits = logits.masked_fill(ids >= self.sampling.ids_below, float("-inf"))
         if self.sampling.temperature == 0:
             chosen = logits.argmax(-1, keepdim=True)
             logprobs = logits.log_softmax(-1)

@@ -1,4 +1,4 @@
-"""What the teacher is: live, frozen, averaged or copied weights.  Knows nothing of prompts or losses.
+"""What the teacher is: live, frozen, averaged or copied weights, or another model.  Knows nothing of prompts or losses.
 
 Open the teacher before DeepSpeed wraps the student: copies and adapters must exist by then.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from sdkit.specs import (
     CopyWeights,
     EmaWeights,
+    ExternalWeights,
     FrozenWeights,
     StudentWeights,
     TeacherWeights,
@@ -25,8 +26,12 @@ Masters = Callable[[], Iterator[tuple[str, Tensor]]]
 """Names and float32 master values of the student's trained parameters."""
 
 
+Load = Callable[[ExternalWeights], torch.nn.Module]
+"""Opens another model, on the student's device."""
+
+
 class Teacher:
-    """Weights that do not move: live (they are the student's own) or frozen."""
+    """Weights that do not move: live (they are the student's own), frozen, or another model's."""
 
     moves = False
     distance = 0.0  # |teacher - student| / |student| at the last move
@@ -111,7 +116,7 @@ class MovingTeacher(Teacher):
             self.live[name].copy_(shadow)
 
 
-def open_teacher(spec: TeacherWeights, student: Weights) -> Teacher:
+def open_teacher(spec: TeacherWeights, student: Weights, load: Load) -> Teacher:
     """The teacher that `spec` asks for, starting from the student's weights as they are now."""
     adapters = hasattr(student.model, "peft_config")
     match spec:
@@ -128,6 +133,8 @@ def open_teacher(spec: TeacherWeights, student: Weights) -> Teacher:
             own = dict(weights.model.named_parameters())
             trained = [n for n, p in student.model.named_parameters() if p.requires_grad]
             return MovingTeacher(weights, spec, {name: own[name] for name in trained})
+        case ExternalWeights():
+            return Teacher(Weights(load(spec).requires_grad_(False).eval(), foreign=True))
         case _:
             assert_never(spec)
 

@@ -66,6 +66,7 @@ class VllmRollouts:
         from vllm import SamplingParams, TokensPrompt
 
         greedy = sampling.temperature == 0
+        allowed = None if sampling.ids_below is None else list(range(sampling.ids_below))
         params = [
             SamplingParams(
                 temperature=sampling.temperature,
@@ -77,6 +78,7 @@ class VllmRollouts:
                 seed=None if greedy else request.seed,
                 logprobs=0,
                 detokenize=bool(sampling.stop),
+                allowed_token_ids=allowed,
             )
             for request in requests
         ]

@@ -39,6 +39,7 @@ def training_sampling(world: World) -> Sampling:
         top_k=r.top_k,
         max_new_tokens=r.max_new_tokens,
         stop=r.stop,
+        ids_below=world.ids_below,
     )
 
 

@@ -83,7 +83,7 @@ def _figures(
     pairs: list[tuple[Measure, Tensor]] = []
     if set(of_student) & set(asked):
         pairs += zip(of_student, world.module.measures(batch), strict=True)
-    if scores := score(world.teacher, batch):
+    if scores := score(world, batch):
         told = token_measures(
             scores.hidden,
             scores.head,

@@ -16,7 +16,8 @@ from sdkit.bundled import BUNDLED, PREFIX
 from sdkit.engine import zero
 from sdkit.problems import BadData, BadEnvironment
 from sdkit.seeds import derive
-from sdkit.specs import LoraSpec, ModelSpec
+from sdkit.specs import ExternalWeights, LoraSpec, ModelSpec
+from sdkit.vocabulary import first_difference
 from sdkit.weights import STUDENT_ADAPTER
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,7 +38,7 @@ def locate(path: str, base: Path) -> str:
     return str(local) if local.is_dir() else path
 
 
-def load_tokenizer(spec: ModelSpec, located: str) -> Any:
+def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:
     """The tokenizer, without any code of the model's own."""
     from transformers import AutoTokenizer
 
@@ -47,6 +48,21 @@ def load_tokenizer(spec: ModelSpec, located: str) -> Any:
         )
     except (OSError, ValueError) as error:
         raise BadData(f"no tokenizer in {located}: {_first_line(error)}") from None
+
+
+def vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Every token with its id, added ones among them."""
+    return tokenizer.get_vocab()
+
+
+def check_vocabulary(student: Any, teacher: Any, path: str) -> None:
+    """Raise BadData where the teacher in `path` gives some token another id than the student."""
+    ours, theirs = vocabulary(student), vocabulary(teacher)
+    if difference := first_difference(ours, theirs):
+        raise BadData(
+            f"the teacher {path} has another vocabulary than the student: {difference}",
+            hint="distributions are compared id by id: take a teacher with the student's tokenizer",
+        )
 
 
 def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:

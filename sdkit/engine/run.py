@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sdkit.engine import checkpoint, loop, report, rundir, zero
 from sdkit.engine.evaluate import evaluate, headline
-from sdkit.engine.models import load_tokenizer, locate
+from sdkit.engine.models import check_vocabulary, load_tokenizer, locate
 from sdkit.engine.plot import plot
 from sdkit.engine.prepare import Data
 from sdkit.engine.provenance import provenance
@@ -31,7 +31,7 @@ from sdkit.problems import (
 )
 from sdkit.problems import Path as SpecPath
 from sdkit.source import read, read_text
-from sdkit.specs import ExperimentSpec
+from sdkit.specs import ExperimentSpec, external_teachers
 
 
 def open_world(spec: ExperimentSpec, base: Path) -> World:
@@ -39,7 +39,11 @@ def open_world(spec: ExperimentSpec, base: Path) -> World:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     zero.prepare()
     located = locate(spec.model.path, base)
-    data = Data(spec, base, load_tokenizer(spec.model, located))
+    tokenizer = load_tokenizer(spec.model, located)
+    for _, weights in external_teachers(spec):
+        theirs = load_tokenizer(weights, locate(weights.path, base))
+        check_vocabulary(tokenizer, theirs, weights.path)
+    data = Data(spec, base, tokenizer)
     zero.start()
     try:
         plan = make_plan(spec, machine_for(spec, zero.world_size()), None, rows=len(data.train))
@@ -128,8 +132,16 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
     }
     config = world.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
+    teachers = [
+        {"path": w.path, "revision": w.revision, "located": locate(w.path, base)}
+        for _, w in external_teachers(world.spec)
+    ]
     return provenance(
-        base, data=world.data.fingerprints(), model=model, seed=world.spec.training.seed
+        base,
+        data=world.data.fingerprints(),
+        model=model,
+        teachers=teachers,
+        seed=world.spec.training.seed,
     )
 
 

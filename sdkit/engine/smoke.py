@@ -29,6 +29,7 @@ from sdkit.specs import (
     DataSpec,
     Distillation,
     ExperimentSpec,
+    ExternalWeights,
     FileDivergence,
     FileWeight,
     InlineSource,
@@ -44,6 +45,8 @@ from sdkit.specs import (
     Schedule,
     Suite,
     Table,
+    TeacherSpec,
+    TeacherWeights,
     TopKSupport,
     TrainingSpec,
     TransformersBackend,
@@ -65,6 +68,7 @@ def smoke(
         base = Path(folder)
         with zero.quiet():  # the first to import DeepSpeed, which speaks on stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
+            tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)  # an external one
         small = miniature(spec, steps, (home or Path()).resolve())
         world = open_world(small, base)
         world.data.rewards = {
@@ -110,7 +114,7 @@ def miniature(spec: MethodSpec, steps: int, home: Path) -> ExperimentSpec:
     rows = _data(spec)
     return ExperimentSpec(
         rollout=_rollout(spec.rollout),
-        teacher=spec.teacher and evolve(spec.teacher, sees=_roomy(spec.teacher.sees)),
+        teacher=spec.teacher and _teacher(spec.teacher),
         losses=Table({name: _term(term, home) for name, term in spec.losses.items()}),
         route=spec.route,
         model=_model(full.model if full else ModelSpec(path="model")),
@@ -151,8 +155,15 @@ def _rollout(rollout: RolloutSpec) -> RolloutSpec:
     )
 
 
-def _roomy(sees: Any) -> Any:
-    return sees and evolve(sees, max_prompt_tokens=None)
+def _teacher(teacher: TeacherSpec) -> TeacherSpec:
+    sees = teacher.sees and evolve(teacher.sees, max_prompt_tokens=None)
+    return evolve(teacher, weights=_weights(teacher.weights), sees=sees)
+
+
+def _weights(weights: TeacherWeights) -> TeacherWeights:
+    if isinstance(weights, ExternalWeights):
+        return evolve(weights, path="teacher", revision=None)
+    return weights
 
 
 def _term(term: LossTerm, home: Path) -> LossTerm:

@@ -14,7 +14,6 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from sdkit.batches import HiddenScores, MicroBatch, RolloutBatch, TeacherScores, Tokens
-from sdkit.components.teachers import Teacher
 from sdkit.engine import zero
 from sdkit.engine.collate import Collated, collate
 from sdkit.losses.chunks import projected_loss, token_logprobs, token_measures
@@ -45,6 +44,7 @@ class Student(nn.Module):
         weights: Weights,
         temperature: float,
         chunk_tokens: int,
+        rows: int,
         functions: Mapping[str, UserDivergence] | None = None,
     ) -> None:
         super().__init__()
@@ -52,7 +52,13 @@ class Student(nn.Module):
         self.weights = weights
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
+        self.rows = rows  # ids that are compared
         self.functions = functions
+
+    @property
+    def head(self) -> Tensor:
+        """The output projection of the ids that are compared, [rows, H]."""
+        return self.weights.head[: self.rows]
 
     def forward(
         self,
@@ -65,7 +71,7 @@ class Student(nn.Module):
         hidden = self.weights.hidden(batch.student)
         return projected_loss(
             hidden,
-            self.weights.head,
+            self.head,
             scores,
             self._first_pass(batch, hidden.detach(), scores, objective),
             objective,
@@ -101,23 +107,24 @@ class Student(nn.Module):
         return tokens
 
     def _logprobs(self, hidden: Tensor, token: Tensor, head: Tensor | None = None) -> Tensor:
-        head = self.weights.head if head is None else head
+        head = self.head if head is None else head
         return token_logprobs(hidden, head, token, self.temperature, self.chunk_tokens)
 
     @torch.no_grad()
     def measures(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability of each counted token, and entropy, at the sampling temperature.  -> twice [M] float32"""
         hidden, token = self.weights.hidden(batch.student), batch.tokens.token
-        return token_measures(hidden, self.weights.head, token, self.temperature, self.chunk_tokens)
+        return token_measures(hidden, self.head, token, self.temperature, self.chunk_tokens)
 
 
 @torch.no_grad()
-def score(teacher: Teacher | None, batch: MicroBatch) -> TeacherScores | None:
+def score(world: World, batch: MicroBatch) -> TeacherScores | None:
     """What the teacher says of the counted tokens under its own prompt."""
-    if teacher is None or batch.teacher is None:
+    if world.teacher is None or batch.teacher is None:
         return None
-    weights = teacher.weights
-    return HiddenScores(hidden=weights.hidden(batch.teacher), head=weights.head.detach())
+    weights = world.teacher.weights
+    head = weights.head.detach()[: world.rows]
+    return HiddenScores(hidden=weights.hidden(batch.teacher), head=head)
 
 
 @torch.no_grad()
@@ -126,7 +133,8 @@ def refer(world: World, batch: MicroBatch) -> TeacherScores | None:
     if world.reference is None:
         return None
     weights = world.reference.weights
-    return HiddenScores(hidden=weights.hidden(batch.student), head=weights.head.detach())
+    head = weights.head.detach()[: world.rows]
+    return HiddenScores(hidden=weights.hidden(batch.student), head=head)
 
 
 def train_step(world: World, rollouts: RolloutBatch) -> Measured:
@@ -140,7 +148,7 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
     seconds = {"teacher": 0.0, "update": 0.0}
     for batch in collated.micro_batches:
         started = time.perf_counter()
-        scores = score(world.teacher, batch)
+        scores = score(world, batch)
         scored = time.perf_counter()
         loss, stats = world.zero.forward(batch, scores, refer(world, batch), losses)
         world.zero.backward(loss)
@@ -170,7 +178,7 @@ def measure(world: World, rollouts: RolloutBatch) -> dict[str, float]:
     collated = _collate(world, rollouts, losses)
     sums: dict[str, Tensor] = {}
     for batch in collated.micro_batches:
-        asked = score(world.teacher, batch), refer(world, batch)
+        asked = score(world, batch), refer(world, batch)
         _add(sums, world.module(batch, *asked, losses)[1])
     return averaged(sums, collated)
 

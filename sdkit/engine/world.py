@@ -16,7 +16,7 @@ from sdkit.components.rollouts import ReplayRollouts, TransformersRollouts
 from sdkit.components.teachers import Teacher, open_teacher
 from sdkit.components.vllm import VllmRollouts
 from sdkit.engine import zero
-from sdkit.engine.models import end_ids, load_model, special_ids
+from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabulary
 from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
 from sdkit.engine.step import Student
@@ -26,8 +26,10 @@ from sdkit.schedules import at_step, scalar_at
 from sdkit.specs import (
     Distillation,
     ExperimentSpec,
+    ExternalWeights,
     FrozenWeights,
     LossTerm,
+    ModelSpec,
     ReplayBackend,
     Table,
     TopKSupport,
@@ -57,36 +59,74 @@ class World:
         self.student = Weights(model.to(self.device))
         self.end_ids = end_ids(self.student.causal, data.tokenizer)
         self.special_ids = special_ids(data.tokenizer, self.end_ids)
-        self._check_model()
-        shared = spec.training.share_prompts and shares_rows(self.student, self.device)
-        self.longest_pack = LONGEST_PACK if shared else 0
         self.teacher: Teacher | None = None
         if spec.teacher:
-            self.teacher = open_teacher(spec.teacher.weights, self.student)
+            self.teacher = open_teacher(spec.teacher.weights, self.student, self._load_foreign)
         self.reference = self._open_reference()
+        self.rows, self.ids_below = self._vocabulary()
+        self._check_model()
+        shared = spec.training.share_prompts and all(
+            shares_rows(weights, self.device) for weights in (self.student, *self._foreign)
+        )
+        self.longest_pack = LONGEST_PACK if shared else 0
         chunk = spec.training.chunk_tokens
         functions = data.user_divergences
-        self.module = Student(self.student, spec.rollout.temperature, chunk, functions)
+        self.module = Student(self.student, spec.rollout.temperature, chunk, self.rows, functions)
         bf16 = spec.model.dtype == "bfloat16"
         self.zero = zero.Zero(self.module, spec.optimizer, plan.zero_stage, bf16)
         self._backends: dict[str, RolloutBackend] = {}
         self._loaded: dict[str, tuple[int, int]] = {}
 
+    def _load_foreign(self, weights: ExternalWeights) -> Any:
+        spec = ModelSpec(
+            path=weights.path,
+            revision=weights.revision,
+            dtype=weights.dtype,
+            attention=self.spec.model.attention,
+        )
+        model: Any = load_model(spec, locate(weights.path, self.base), self.spec.training.seed)
+        return model.to(self.device)
+
+    @property
+    def _foreign(self) -> list[Weights]:
+        """Weights of other models than the student's."""
+        weights = self.teacher_weights
+        return [weights] if weights.foreign else []
+
+    def _vocabulary(self) -> tuple[int, int | None]:
+        """How many ids are compared, and the bound of the ids that may be sampled, where there must be one.
+
+        Output projections may have more rows than the tokenizer has ids, and not every model equally many: then what
+        is beyond the tokenizer's ids is no token to either side.
+        """
+        own = self.student.head.shape[0]
+        if all(weights.head.shape[0] == own for weights in self._foreign):
+            return own, None
+        known = max(vocabulary(self.data.tokenizer).values()) + 1
+        for weights in (self.student, *self._foreign):
+            if weights.head.shape[0] < known:
+                who = "teacher" if weights.foreign else "student"
+                raise BadData(
+                    f"the {who} has {weights.head.shape[0]} output rows for {known} token ids"
+                )
+        return known, known
+
     def _check_model(self) -> None:
-        """What only the loaded model can say.  Raises BadData naming the key to change."""
-        vocabulary = self.student.head.shape[0]
+        """What only the loaded models can say.  Raises BadData naming the key to change."""
         for name, term in self.spec.losses.items():
             if isinstance(term, Distillation) and isinstance(term.support, TopKSupport):
-                if term.support.k > vocabulary:
+                if term.support.k > self.rows:
                     raise BadData(
-                        f"losses.{name}.support.k is {term.support.k}, the model's vocabulary {vocabulary}"
+                        f"losses.{name}.support.k is {term.support.k}, the model's vocabulary {self.rows}"
                     )
-        context = getattr(self.student.causal.config, "max_position_embeddings", None)
-        if context and self.longest > context:
-            raise BadData(
-                f"the longest prompt and completion have {self.longest} tokens, the model takes {context}",
-                hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
-            )
+        for weights in (self.student, *self._foreign):
+            context = getattr(weights.causal.config, "max_position_embeddings", None)
+            if context and self.longest > context:
+                who = "teacher" if weights.foreign else "model"
+                raise BadData(
+                    f"the longest prompt and completion have {self.longest} tokens, the {who} takes {context}",
+                    hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
+                )
 
     def _open_reference(self) -> Teacher | None:
         """The frozen start model, where a term pulls towards it; a frozen teacher serves as well."""
@@ -94,7 +134,7 @@ class World:
             return None
         if self.spec.teacher and isinstance(self.spec.teacher.weights, FrozenWeights):
             return self.teacher
-        return open_teacher(FrozenWeights(), self.student)
+        return open_teacher(FrozenWeights(), self.student, self._load_foreign)
 
     @property
     def total_updates(self) -> int:
@@ -126,6 +166,8 @@ class World:
     ) -> tuple[RolloutBackend, dict[str, float]]:
         """The backend with these weights loaded, and the figures of the transfer (none where nothing moved)."""
         chosen = self.plan.evaluation_backend if evaluation else self.plan.backend
+        if weights.foreign and isinstance(chosen, VllmBackend):
+            chosen = TransformersBackend()  # vLLM's engine has the student's architecture
         if chosen.kind not in self._backends:
             self._backends[chosen.kind] = self._open(chosen)
         backend = self._backends[chosen.kind]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sdkit.overlay import Loaded
 from sdkit.problems import Problem
-from sdkit.rules import data, losses, policy, prompts, rollouts, scores, tokens, training
+from sdkit.rules import data, losses, policy, prompts, rollouts, scores, teachers, tokens, training
 from sdkit.rules.base import Context, Rule
 from sdkit.specs import ExperimentSpec, MethodSpec
 
@@ -13,6 +13,7 @@ RULES: tuple[Rule, ...] = (
     *policy.RULES,
     *tokens.RULES,
     *rollouts.RULES,
+    *teachers.RULES,
     *prompts.RULES,
     *data.RULES,
     *scores.RULES,

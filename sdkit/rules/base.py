@@ -11,7 +11,7 @@ from attrs import frozen
 from sdkit.bundled import BUNDLED, PREFIX
 from sdkit.measures import term_measures
 from sdkit.overlay import Loaded
-from sdkit.problems import Path, nearest, shorten
+from sdkit.problems import Path, nearest, outside, shorten
 from sdkit.specs import (
     DataSpec,
     Distillation,
@@ -143,6 +143,25 @@ def shape_of(spec: ExperimentSpec) -> ShapeSpec | None:
     if spec.model.shape or not spec.model.path.startswith(PREFIX):
         return spec.model.shape
     return bundled and bundled.shape
+
+
+def unknown_bundled(where: Path, path: str) -> Iterator[Finding]:
+    """A `bundled:NAME` that is not in the list."""
+    if path.startswith(PREFIX) and path.removeprefix(PREFIX) not in BUNDLED:
+        names = [PREFIX + name for name in BUNDLED]
+        yield where, f"{shorten(path)} {outside(names)}", did_you_mean(path, names)
+
+
+def no_model(where: Path, path: str, context: Context) -> Iterator[Finding]:
+    """A local path that holds no model."""
+    folder = context.file(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if path.startswith(PREFIX) or not (looks_local or os.path.isdir(folder)):
+        return
+    if not os.path.isdir(folder):
+        yield where, f"there is no folder {path}", "paths start at the spec's folder"
+    elif not os.path.isfile(os.path.join(folder, "config.json")):
+        yield where, f"folder {path} has no config.json, so it is no model", None
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str | None:

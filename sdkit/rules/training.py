@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sdkit.bundled import BUNDLED, PREFIX
-from sdkit.problems import Path, outside, shorten
+from sdkit.problems import Path, shorten
 from sdkit.rules.base import (
     Context,
     Finding,
-    did_you_mean,
     method_rule,
+    no_model,
     run_rule,
     shape_of,
     total_updates,
+    unknown_bundled,
 )
 from sdkit.specs import CopyWeights, ExperimentSpec, MethodSpec
 
@@ -44,25 +43,13 @@ def plain_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @run_rule("a bundled model exists")
 def bundled_name(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Bundled models come as Python packages; the list is short."""
-    path = spec.model.path
-    if path.startswith(PREFIX) and path.removeprefix(PREFIX) not in BUNDLED:
-        names = [PREFIX + name for name in BUNDLED]
-        message = f"{shorten(path)} {outside(names)}"
-        yield ("model", "path"), message, did_you_mean(path, names)
+    yield from unknown_bundled(("model", "path"), spec.model.path)
 
 
 @run_rule("a local model is a model")
 def model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A local path is a Hugging Face folder, which has a config.json; what is no path is a hub id."""
-    path = spec.model.path
-    folder = context.file(path)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if path.startswith(PREFIX) or not (looks_local or os.path.isdir(folder)):
-        return
-    if not os.path.isdir(folder):
-        yield ("model", "path"), f"there is no folder {path}", "paths start at the spec's folder"
-    elif not os.path.isfile(os.path.join(folder, "config.json")):
-        yield ("model", "path"), f"folder {path} has no config.json, so it is no model", None
+    yield from no_model(("model", "path"), spec.model.path, context)
 
 
 @run_rule("a run has a length")

@@ -1,6 +1,7 @@
 """Every spec class of the language.
 
-Rooms: `fields` (how a class is declared), `losses`, `divergences`, `token_weights` and `method` (what makes a method), `data`, `scores` and `run`.
+Rooms: `fields` (how a class is declared), `losses`, `divergences`, `token_weights`, `teachers` and `method` (what makes a
+method), `data`, `scores` and `run`.
 """
 
 from sdkit.specs.data import *  # noqa: F403
@@ -10,4 +11,5 @@ from sdkit.specs.losses import *  # noqa: F403
 from sdkit.specs.method import *  # noqa: F403
 from sdkit.specs.run import *  # noqa: F403
 from sdkit.specs.scores import *  # noqa: F403
+from sdkit.specs.teachers import *  # noqa: F403
 from sdkit.specs.token_weights import *  # noqa: F403

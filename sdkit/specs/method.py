@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from attrs import frozen
@@ -12,13 +13,12 @@ from sdkit.specs.fields import (
     NOT_EMPTY,
     NOT_NEGATIVE,
     POSITIVE,
-    SHARE,
     TOP_P,
-    Schedule,
     Table,
     spec_field,
 )
 from sdkit.specs.losses import LossTerm
+from sdkit.specs.teachers import ExternalWeights, TeacherWeights
 from sdkit.specs.token_weights import RouteSpec
 
 # ── rollouts ──────────────────────────────────────────────────────────────────────────────────
@@ -117,42 +117,6 @@ class RolloutSpec:
 
 
 # ── teacher ───────────────────────────────────────────────────────────────────────────────────
-
-
-@frozen(kw_only=True)
-class StudentWeights:
-    """The live student itself."""
-
-    kind: ClassVar[str] = "student"
-
-
-@frozen(kw_only=True)
-class FrozenWeights:
-    """The weights the run started from."""
-
-    kind: ClassVar[str] = "frozen"
-
-
-@frozen(kw_only=True)
-class EmaWeights:
-    """A running average of the student, kept in float32: teacher += update_rate × (student − teacher)."""
-
-    kind: ClassVar[str] = "ema"
-    update_rate: float | Schedule = spec_field("share of the student mixed in", range=SHARE)
-    every: Literal["optimizer_step", "rollout_batch"] = spec_field(
-        "what an update follows", default="optimizer_step"
-    )
-
-
-@frozen(kw_only=True)
-class CopyWeights:
-    """A copy of the student, renewed now and then."""
-
-    kind: ClassVar[str] = "copy"
-    every: int = spec_field("optimizer steps between copies", range=AT_LEAST_ONE)
-
-
-TeacherWeights = StudentWeights | FrozenWeights | EmaWeights | CopyWeights
 
 
 WRAP_HELP = (
@@ -287,6 +251,19 @@ class MethodSpec:
     route: RouteSpec | None = spec_field(
         "which terms count a rollout, by its outcome (default: all)", default=None
     )
+
+
+def teachers_of(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], TeacherWeights]]:
+    """Each set of weights that teaches, with its key."""
+    if spec.teacher:
+        yield ("teacher", "weights"), spec.teacher.weights
+
+
+def external_teachers(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], ExternalWeights]]:
+    """The other models that teach, each with its key."""
+    for path, weights in teachers_of(spec):
+        if isinstance(weights, ExternalWeights):
+            yield path, weights
 
 
 DEFAULT_KIND: dict[Any, type] = {Sees: UserTurn}

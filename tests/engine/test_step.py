@@ -214,7 +214,7 @@ def test_another_teacher_prompt_changes_the_teacher_alone(open_tiny):
         torch.testing.assert_close(
             plain.student.hidden(one.student), poisoned.student.hidden(other.student)
         )
-    scores = score(plain.teacher, one), score(poisoned.teacher, other)
+    scores = score(plain, one), score(poisoned, other)
     assert (scores[0].hidden - scores[1].hidden).abs().mean() > 1e-2
 
 

@@ -1,0 +1,66 @@
+"""Rules on what the teacher is: other models, and what can be asked of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path as Folder
+
+from sdkit.rules.base import (
+    Context,
+    Finding,
+    method_rule,
+    no_model,
+    run_rule,
+    unknown_bundled,
+)
+from sdkit.specs import (
+    ExperimentSpec,
+    ExternalWeights,
+    MethodSpec,
+    TeacherSamples,
+    VllmBackend,
+    external_teachers,
+)
+from sdkit.vocabulary import first_difference, of_folder
+
+
+@run_rule("an external teacher is a model")
+def teacher_model(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A local path is a Hugging Face folder, which has a config.json; `bundled:NAME` is in a short
+    list; anything else is a hub id.
+    """
+    for path, weights in external_teachers(spec):
+        where = (*path, "path")
+        yield from unknown_bundled(where, weights.path)
+        yield from no_model(where, weights.path, context)
+
+
+@run_rule("an external teacher has the student's vocabulary")
+def teacher_vocabulary(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Distributions are compared id by id, so every token must have the same id on both sides.  Where
+    a folder cannot tell, the tokenizers are compared before any weights are loaded.
+    """
+    ours = of_folder(Folder(context.file(spec.model.path)))
+    for path, weights in external_teachers(spec):
+        theirs = of_folder(Folder(context.file(weights.path)))
+        if ours is None or theirs is None:
+            continue
+        if difference := first_difference(ours, theirs):
+            message = f"another vocabulary than the student's: {difference}"
+            yield (*path, "path"), message, "take a teacher with the student's tokenizer"
+
+
+@method_rule("vLLM samples under the student's architecture")
+def foreign_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The one engine in the trainer's process holds the student's model and takes weights of that
+    shape; another model samples by `generate`.
+    """
+    by, backend = spec.rollout.sampled_by, spec.rollout.backend
+    if not isinstance(by, TeacherSamples) or by.weights != "teacher" or not spec.teacher:
+        return
+    if isinstance(spec.teacher.weights, ExternalWeights) and isinstance(backend, VllmBackend):
+        message = "vLLM holds the student's model, so it cannot sample from an external teacher"
+        yield ("rollout", "backend"), message, "use backend: transformers"
+
+
+RULES = (teacher_model, teacher_vocabulary, foreign_sampler)

@@ -1,0 +1,75 @@
+"""What the teacher is, sees and costs, as lines that a person reads."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from sdkit.objective_text import number
+from sdkit.specs import (
+    CopyWeights,
+    EarlierTurns,
+    EmaWeights,
+    ExternalWeights,
+    FrozenWeights,
+    MethodSpec,
+    StudentWeights,
+    SystemMessage,
+    TeacherWeights,
+    UserTurn,
+)
+
+
+def describe_teacher(spec: MethodSpec) -> str:
+    """The teacher's weights and what it sees."""
+    if spec.teacher is None:
+        return "none"
+    match spec.teacher.weights:
+        case StudentWeights():
+            weights = "the live student"
+        case FrozenWeights():
+            weights = "the frozen start model"
+        case EmaWeights(update_rate=rate, every=every):
+            weights = (
+                f"average of the student (update_rate {number(rate)} per {every.replace('_', ' ')})"
+            )
+        case CopyWeights(every=every):
+            weights = f"copy of the student, renewed every {every} optimizer steps"
+        case ExternalWeights(path=path):
+            weights = f"the model {path}"
+        case other:
+            assert_never(other)
+    match spec.teacher.sees:
+        case None:
+            return f"{weights}, sees the student's prompt"
+        case UserTurn(slots=slots):
+            place = "in the user turn"
+        case SystemMessage(slots=slots):
+            place = "in the system message"
+        case EarlierTurns(slots=slots, turns=turns):
+            place = f"as {len(turns)} earlier turn{'s' * (len(turns) != 1)}"
+        case other:
+            assert_never(other)
+    return f"{weights}, sees {', '.join(slots) or 'fixed text'} {place}"
+
+
+def describe_place(weights: TeacherWeights, adapters: bool) -> str:
+    """Where the teacher's weights are held: what they cost beside the student's."""
+    match weights:
+        case StudentWeights():
+            return ""
+        case FrozenWeights():
+            return (
+                " (the student with its adapter off)"
+                if adapters
+                else " (a second copy of the model)"
+            )
+        case EmaWeights() | CopyWeights():
+            return (
+                " (a second adapter, float32 shadow)"
+                if adapters
+                else " (a second copy, float32 shadow)"
+            )
+        case ExternalWeights(dtype=dtype):
+            return f" (a second model, {dtype})"
+        case _:
+            assert_never(weights)
