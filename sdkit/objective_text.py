@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import assert_never
 
 from sdkit.specs import (
@@ -23,10 +23,14 @@ from sdkit.specs import (
     ForwardKl,
     GroupRelative,
     Jsd,
+    Keep,
     LinearMix,
     LogRatio,
     LossTerm,
     MethodSpec,
+    MixtureSamples,
+    NonConstantGroup,
+    NonEmpty,
     PassRateWeight,
     PerplexityWeight,
     PerSequence,
@@ -35,6 +39,7 @@ from sdkit.specs import (
     PositionWeight,
     ReferenceKl,
     ReverseKl,
+    RewardAtLeast,
     SampledTokenSupport,
     SamplerRatio,
     Schedule,
@@ -79,19 +84,43 @@ def describe_losses(spec: MethodSpec) -> Iterator[str]:
 def describe_sampling(spec: MethodSpec) -> str:
     """Who samples, and how."""
     match spec.rollout.sampled_by:
-        case DatasetSamples(column=column):
-            return f"the data set's own completions (column {column})"
+        case DatasetSamples(column=column, drawn_by=drawn_by):
+            whose = (
+                "the student's logged answers"
+                if drawn_by == "student"
+                else "the data set's own completions"
+            )
+            return f"{whose} (column {column})"
         case StudentSamples():
             who = "student on its own prompt"
         case TeacherSamples(weights=weights, prompt=prompt):
             who = f"{weights}'s weights on the {prompt}'s prompt"
+        case MixtureSamples(student_share=share, column=column):
+            other = f"otherwise the data set's completions (column {column})"
+            who = f"student on its own prompt, for {number(share)} of the batches, {other}"
         case other:
             assert_never(other)
     r = spec.rollout
+    kept = f", kept where {_keep(r.keep)}" if r.keep else ""
     cut = (f", top_p {r.top_p:g}" if r.top_p < 1 else "") + (
         f", top_k {r.top_k}" if r.top_k else ""
     )
-    return f"{who}, {r.completions_per_prompt} × {r.max_new_tokens} tokens at temperature {r.temperature:g}{cut}"
+    return f"{who}, {r.completions_per_prompt} × {r.max_new_tokens} tokens at temperature {r.temperature:g}{cut}{kept}"
+
+
+def _keep(keep: Sequence[Keep]) -> str:
+    said: list[str] = []
+    for each in keep:
+        match each:
+            case NonEmpty():
+                said.append("not empty")
+            case RewardAtLeast(threshold=threshold):
+                said.append(f"the reward is at least {threshold:g}")
+            case NonConstantGroup():
+                said.append("the group's rewards differ")
+            case _:
+                assert_never(each)
+    return " and ".join(said)
 
 
 def _distillation(term: Distillation, temperature: float) -> str:

@@ -6,6 +6,7 @@ from typing import assert_never
 
 from sdkit.objective_text import number
 from sdkit.specs import (
+    AnswerStart,
     CopyWeights,
     EarlierTurns,
     EmaWeights,
@@ -47,6 +48,8 @@ def describe_teacher(spec: MethodSpec) -> str:
             place = "in the system message"
         case EarlierTurns(slots=slots, turns=turns):
             place = f"as {len(turns)} earlier turn{'s' * (len(turns) != 1)}"
+        case AnswerStart(slots=slots):
+            place = "at the start of the answer"
         case other:
             assert_never(other)
     return f"{weights}, sees {', '.join(slots) or 'fixed text'} {place}"

@@ -17,6 +17,7 @@ from attrs import evolve, frozen
 from sdkit.batches import Attempt, Evidence, Message, Row
 from sdkit.problems import BadData, first_of, listed, nearest
 from sdkit.specs import (
+    AnswerStart,
     ColumnSlot,
     EarlierTurns,
     Feedback,
@@ -27,6 +28,8 @@ from sdkit.specs import (
     SystemMessage,
     TextSlot,
     UserTurn,
+    Verdict,
+    Wording,
 )
 from sdkit.templates import Field, fill, parse
 
@@ -132,12 +135,15 @@ class Prompter:
         messages = tuple(teacher_messages(row, sees, values))
         filled = tuple(name for name, value in values.items() if value)
         ids = self.ids(row, messages)
+        if isinstance(sees, AnswerStart):
+            text = fill(_parsed(sees.template), _lookup({**values, "prompt": row.prompt_text}))
+            ids += tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return TeacherPrompt(ids=ids, messages=messages, cut_tokens=0, filled=filled)
 
     def _shortened(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
         """The column slots cut to a common number of tokens, the largest that fits: the longest give first."""
         limit = sees.max_prompt_tokens or 0
-        cut = (name for name, slot in sees.slots.items() if not isinstance(slot, TextSlot))
+        cut = (name for name, slot in sees.slots.items() if not isinstance(slot, Wording))
         starts = {name: self._token_starts(values[name]) for name in cut}
 
         def keeping(count: int) -> TeacherPrompt:
@@ -184,7 +190,7 @@ def _kept(text: str, starts: Sequence[int], count: int, cut: str) -> str:
 def slot_values(row: Row, sees: Sees, evidence: Evidence | None = None) -> dict[str, str] | None:
     """The text of every slot, "" where there is none; None where `requires` is not met.
 
-    A fixed text is always there, so `requires: any` asks for one of the others.
+    A text of the spec is always there, so `requires: any` asks for one of the others.
     """
     found = {name: _slot_value(slot, row, evidence) for name, slot in sees.slots.items()}
     solved = any(
@@ -193,7 +199,7 @@ def slot_values(row: Row, sees: Sees, evidence: Evidence | None = None) -> dict[
     for name, slot in sees.slots.items():
         if isinstance(slot, Feedback) and slot.when == "no_solution" and solved:
             found[name] = ""
-    filled = [found[n] != "" for n, slot in sees.slots.items() if not isinstance(slot, TextSlot)]
+    filled = [found[n] != "" for n, slot in sees.slots.items() if not isinstance(slot, Wording)]
     met = all(filled) if sees.requires == "all" else any(filled) or not filled
     if not met:
         return None
@@ -213,6 +219,9 @@ def _slot_value(slot: Slot, row: Row, evidence: Evidence | None) -> str:
             return (evidence.group[evidence.own].feedback or "").strip() if evidence else ""
         case OwnAttempt():
             return _shown(evidence.group[evidence.own], slot.strip_thinking) if evidence else ""
+        case Verdict(threshold=threshold, success=success, failure=failure):
+            won = evidence and evidence.group[evidence.own].reward >= threshold
+            return success if won else failure
         case _:
             assert_never(slot)
 
@@ -244,7 +253,7 @@ def _shown(attempt: Attempt, strip_thinking: bool) -> str:
 
 
 def _wrapped(slot: Slot, value: str) -> str:
-    if isinstance(slot, TextSlot) or value == "":
+    if isinstance(slot, Wording) or value == "":
         return value
     return fill(
         _parsed(slot.wrap), lambda field: value if str(field) == "value" else f"{{{field}}}"
@@ -273,6 +282,8 @@ def teacher_messages(row: Row, sees: Sees, values: Mapping[str, str]) -> list[Me
                     {"role": "user", "content": fill(_parsed(turn.user), lookup)},
                     {"role": "assistant", "content": fill(_parsed(turn.assistant), lookup)},
                 ]
+        case AnswerStart():
+            pass  # the chat is the row's; what begins the answer comes after it
         case _:
             assert_never(sees)
     return [*system, *rest]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, assert_never
@@ -13,7 +14,7 @@ from sdkit.components.rewards import figures, score
 from sdkit.engine import zero
 from sdkit.engine.judge import evidence, with_advantages
 from sdkit.seeds import derive
-from sdkit.specs import DatasetSamples, StudentSamples, TeacherSamples
+from sdkit.specs import DatasetSamples, MixtureSamples, StudentSamples, TeacherSamples
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
@@ -27,7 +28,7 @@ class Gathered:
     requests: tuple[Request, ...]  # as sampled; the data set's own completions have requests too
     scores: Mapping[str, Sequence[float]]  # per reward: one number a rollout
     seconds: Mapping[str, float]
-    figures: Mapping[str, float]  # of the weight transfer
+    figures: Mapping[str, float]  # of the weight transfer, and of who sampled
 
 
 def training_sampling(world: World) -> Sampling:
@@ -58,7 +59,10 @@ def gather(
         Request(prompt_ids=prompt(row), seed=derive(world.spec.training.seed, *stream, group, copy))
         for group, row, copy in jobs
     )
-    completions, transfer = _complete(world, rows, size, requests, suite is not None)
+    by = who_samples(world, stream, suite)
+    completions, transfer = _complete(world, by, rows, requests, suite is not None)
+    if isinstance(world.spec.rollout.sampled_by, MixtureSamples):
+        transfer["by_student"] = float(isinstance(by, StudentSamples))
     sync = transfer.pop("sync_seconds", 0.0)
     sampled = time.perf_counter()
     scorers = world.data.train_rewards if suite is None else world.data.rewards[suite]
@@ -85,10 +89,27 @@ def gather(
     )
 
 
+def who_samples(
+    world: World, stream: Sequence[str | int], suite: str | None
+) -> StudentSamples | TeacherSamples | DatasetSamples:
+    """Who answers these prompts: of a mixture, what the batch's coin says; the student on held-out rows."""
+    by = world.spec.rollout.sampled_by
+    if not isinstance(by, MixtureSamples):
+        return by
+    coin = random.Random(derive(world.spec.training.seed, *stream, "coin")).random()
+    if suite is not None or coin < world.scalar(by.student_share):
+        return StudentSamples()
+    return DatasetSamples(column=by.column)
+
+
 def _complete(
-    world: World, rows: Sequence[Row], size: int, requests: Sequence[Request], evaluation: bool
+    world: World,
+    sampled_by: StudentSamples | TeacherSamples | DatasetSamples,
+    rows: Sequence[Row],
+    requests: Sequence[Request],
+    evaluation: bool,
 ) -> tuple[list[Completion], dict[str, float]]:
-    sampled_by = world.spec.rollout.sampled_by
+    size = world.spec.rollout.completions_per_prompt
     match sampled_by:
         case DatasetSamples(column=column):
             return [own_completion(world, row, column) for row in rows for _ in range(size)], {}

@@ -6,12 +6,14 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sdkit.batches import Rollout, RolloutBatch
 from sdkit.engine import checkpoint
 from sdkit.engine.evaluate import evaluate, held_out_loss, teacher_lift
 from sdkit.engine.gather import Gathered, completion_text, gather
+from sdkit.engine.keeping import kept
 from sdkit.engine.measuring import ready
 from sdkit.engine.step import Measured, train_step
 from sdkit.problems import NumericsGuard, Stopped
@@ -57,14 +59,21 @@ def _one_step(world: World, report: Report, step: int) -> None:
     started = time.perf_counter()
     gathered = gather(world, world.data.take(step), ("rollout", step))
     sampled = time.perf_counter()
-    batch = ready(world, gathered.batch)
+    keep, shares = kept(world.spec.rollout.keep, gathered.batch, partial(completion_text, world))
+    batch = ready(world, keep)
     counted = time.perf_counter()
     measured = [
         _update(world, part) for part in batch.split(world.plan.updates_per_step) if len(part)
     ]
-    moved = world.teacher and world.teacher.after_rollout_batch(world.masters, world.scalar)
+    moved = (
+        measured
+        and world.teacher
+        and world.teacher.after_rollout_batch(world.masters, world.scalar)
+    )
     world.step = step + 1
     metrics = _metrics(world, gathered, measured, time.perf_counter() - started)
+    metrics |= {f"keep/{name}": share for name, share in shares.items()}
+    metrics["rollout/kept"] = len(batch) / max(len(gathered.batch), 1)
     metrics["time/measure"] = counted - sampled
     if moved and world.teacher:
         metrics["teacher_distance"] = world.teacher.distance

@@ -13,7 +13,6 @@ from sdkit.components.rewards import Scorer, open_rewards
 from sdkit.components.token_weights import open_user_weights
 from sdkit.problems import BadData, first_of
 from sdkit.specs import (
-    DatasetSamples,
     ExperimentSpec,
     OfRollouts,
     ReasoningGymReward,
@@ -22,6 +21,7 @@ from sdkit.specs import (
     TeacherSamples,
     WeightedReward,
     column_of,
+    completion_column,
 )
 
 CONTEXT_TEXT = 128
@@ -36,8 +36,8 @@ class Data:
         self.tokenizer = tokenizer
         self.prompter = Prompter(tokenizer, dict(spec.model.chat_template_options))
         suites = spec.evaluation.suites if spec.evaluation else {}
-        sampled_by = spec.rollout.sampled_by
-        needed = (sampled_by.column,) if isinstance(sampled_by, DatasetSamples) else ()
+        column = completion_column(spec.rollout.sampled_by)
+        needed = (column,) if column else ()
         self.suites: dict[str, list[Row]] = {}
         self.repeats: dict[
             str, int

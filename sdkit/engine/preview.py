@@ -12,7 +12,7 @@ from rich.text import Text
 from sdkit.components.data import load_rows
 from sdkit.components.prompts import Prompter, side_by_side
 from sdkit.engine.models import load_tokenizer, locate
-from sdkit.specs import DatasetSamples, ExperimentSpec
+from sdkit.specs import ExperimentSpec, completion_column
 
 SPLICE = "▶ completion goes here"
 
@@ -30,8 +30,8 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
         elif spec.teacher and found.teacher is not None:
             cut = f", {found.cut_tokens} context tokens cut" if found.cut_tokens else ""
             views.append(_panel("teacher", found.teacher, found.teacher_tokens or 0, cut))
-        if isinstance(spec.rollout.sampled_by, DatasetSamples):
-            own = str(row.columns[spec.rollout.sampled_by.column])
+        if column := completion_column(spec.rollout.sampled_by):
+            own = str(row.columns[column])
             views.append(Panel(Text(own), title="completion, from the data set"))
         table = Table.grid(expand=True)
         for _ in views:

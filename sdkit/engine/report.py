@@ -211,9 +211,11 @@ def _step_line(world: World, metrics: Mapping[str, float]) -> str:
         f"{short} {metrics.get('time/' + name, 0):.1f}" for name, short in names.items()
     )
     skipped = " [red]skipped[/]" if metrics["skipped_steps"] else ""
+    trained = "[yellow]no rollout kept, no update[/]"
+    if "loss" in metrics:
+        trained = f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2f}"
     return (
-        f"step [bold]{world.step}[/]/{world.plan.steps}  loss {metrics['loss']:.4f}  "
-        f"grad {metrics['grad_norm']:.2f}  length {metrics['rollout/completion_tokens']:.1f}  "
+        f"step [bold]{world.step}[/]/{world.plan.steps}  {trained}  length {metrics['rollout/completion_tokens']:.1f}  "
         f"{'  '.join(rewards)}  [dim]{metrics['time/step']:.1f} s ({times})[/]{skipped}"
     )
 

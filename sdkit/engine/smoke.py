@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import evolve
 from rich.console import Console
@@ -25,7 +25,6 @@ from sdkit.specs import (
     AutoBackend,
     ColumnSlot,
     Context,
-    DatasetSamples,
     DataSpec,
     Distillation,
     ExperimentSpec,
@@ -43,6 +42,7 @@ from sdkit.specs import (
     ReplayBackend,
     RolloutSpec,
     Schedule,
+    Sees,
     Suite,
     Table,
     TeacherSpec,
@@ -50,7 +50,10 @@ from sdkit.specs import (
     TopKSupport,
     TrainingSpec,
     TransformersBackend,
+    completion_column,
 )
+
+P = TypeVar("P")
 
 STEPS = 2
 ROWS = 8
@@ -116,7 +119,7 @@ def miniature(spec: MethodSpec, steps: int, home: Path) -> ExperimentSpec:
         rollout=_rollout(spec.rollout),
         teacher=spec.teacher and _teacher(spec.teacher),
         losses=Table({name: _term(term, home) for name, term in spec.losses.items()}),
-        route=spec.route,
+        route=spec.route and _within_reach(spec.route),
         model=_model(full.model if full else ModelSpec(path="model")),
         data=rows,
         rewards=Table(
@@ -152,12 +155,25 @@ def _rollout(rollout: RolloutSpec) -> RolloutSpec:
         max_new_tokens=min(rollout.max_new_tokens, 16),
         max_prompt_tokens=None,
         top_k=min(rollout.top_k, 64),
+        keep=tuple(map(_within_reach, rollout.keep)),
     )
 
 
 def _teacher(teacher: TeacherSpec) -> TeacherSpec:
-    sees = teacher.sees and evolve(teacher.sees, max_prompt_tokens=None)
-    return evolve(teacher, weights=_weights(teacher.weights), sees=sees)
+    return evolve(
+        teacher, weights=_weights(teacher.weights), sees=teacher.sees and _sees(teacher.sees)
+    )
+
+
+def _sees(sees: Sees) -> Sees:
+    slots = Table({name: _within_reach(slot) for name, slot in sees.slots.items()})
+    return evolve(sees, max_prompt_tokens=None, slots=slots)
+
+
+def _within_reach(part: P) -> P:
+    """With a threshold that the scripted rewards can meet, where there is one."""
+    threshold = getattr(part, "threshold", None)
+    return part if threshold is None else evolve(part, threshold=min(threshold, 1.0))
 
 
 def _weights(weights: TeacherWeights) -> TeacherWeights:
@@ -206,8 +222,8 @@ def _data(spec: MethodSpec) -> DataSpec:
     names = {"prompt", "answer", "demonstration"}
     if isinstance(spec, ExperimentSpec):
         names |= set(spec.data.columns or ())
-    if isinstance(spec.rollout.sampled_by, DatasetSamples):
-        names.add(spec.rollout.sampled_by.column)
+    if column := completion_column(spec.rollout.sampled_by):
+        names.add(column)
     if spec.teacher and isinstance(spec.teacher.sees, Context):
         slots = spec.teacher.sees.slots.values()
         names |= {slot.name for slot in slots if isinstance(slot, ColumnSlot)}

@@ -10,7 +10,6 @@ from sdkit.rules.base import Context, Finding, columns_of, data_of, did_you_mean
 from sdkit.specs import (
     ColumnSlot,
     ColumnTemplate,
-    DatasetSamples,
     DataSpec,
     DiskSource,
     ExperimentSpec,
@@ -19,6 +18,7 @@ from sdkit.specs import (
     JsonSource,
     ParquetSource,
     ReasoningGymSource,
+    completion_column,
 )
 from sdkit.templates import TemplateError, fields, parse
 
@@ -50,11 +50,11 @@ def slot_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 @run_rule("completions of a data set are in its columns")
 def dataset_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """With `sampled_by: dataset` the completions stand in a column of the training rows."""
-    by, known = spec.rollout.sampled_by, columns_of(spec, spec.data)
-    if isinstance(by, DatasetSamples) and by.column not in known:
+    column, known = completion_column(spec.rollout.sampled_by), columns_of(spec, spec.data)
+    if column and column not in known:
         path = ("rollout", "sampled_by", "column")
-        message = f"{context.stated(path, by.column)}, which {outside(known)}"
-        yield path, message, did_you_mean(by.column, known) or f"add data.columns.{by.column}"
+        message = f"{context.stated(path, column)}, which {outside(known)}"
+        yield path, message, did_you_mean(column, known) or f"add data.columns.{column}"
 
 
 @run_rule("columns exist in the source")

@@ -30,11 +30,13 @@ from sdkit.specs import (
     MethodSpec,
     ReferenceKl,
     ReverseKl,
+    RewardAtLeast,
     SampledTokenSupport,
     StudentSamples,
     StudentWeights,
     TeacherSamples,
     TopKSupport,
+    drawn_by_student,
     needs_teacher,
 )
 
@@ -293,13 +295,20 @@ def prefix_before_skip(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @method_rule("cross-entropy is on completions worth imitating", "warning")
 def own_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Cross-entropy on the student's own unfiltered samples has no direction: in expectation its
-    gradient is zero.  A route filters by outcome.
+    gradient is zero.  A route and a reward filter by outcome; sampling at another temperature, or from
+    part of the distribution, sharpens.
     """
+    rollout = spec.rollout
+    if spec.route or any(isinstance(filter, RewardAtLeast) for filter in rollout.keep):
+        return
+    if isinstance(rollout.sampled_by, StudentSamples):
+        if rollout.temperature != 1 or _truncation(spec, context):
+            return
     kinds = {type(term) for term in spec.losses.values()}
     imitates = CrossEntropy in kinds and kinds <= {CrossEntropy, ReferenceKl}
-    if imitates and not spec.route and isinstance(spec.rollout.sampled_by, StudentSamples):
+    if imitates and drawn_by_student(rollout.sampled_by):
         path = ("rollout", "sampled_by")
-        message = f"{context.stated(path, 'student')}: it trains on its own samples, unfiltered"
+        message = f"{context.stated(path, rollout.sampled_by.kind)}: it trains on its own samples, unfiltered"
         yield path, message, "use sampled_by: dataset or teacher"
 
 

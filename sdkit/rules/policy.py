@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from sdkit.problems import Path, shorten, spelled
 from sdkit.rules.base import Context, Finding, k2_terms, method_rule, policy_gradients
 from sdkit.specs import (
-    DatasetSamples,
     GroupRelative,
     MethodSpec,
     PolicyGradient,
     ReferenceKl,
-    StudentSamples,
     TeacherSamples,
+    drawn_by_student,
     reward_part,
 )
 
@@ -64,11 +63,11 @@ def off_policy_gradient(spec: MethodSpec, context: Context) -> Iterator[Finding]
     data set has none.
     """
     by = spec.rollout.sampled_by
-    if isinstance(by, StudentSamples):
+    if drawn_by_student(by):
         return
     hint = "use sampled_by: student"
     for path, term in policy_gradients(spec):
-        if isinstance(by, DatasetSamples) or not term.importance.sampler:
+        if not isinstance(by, TeacherSamples) or not term.importance.sampler:
             add = f", or add {spelled(path)}.importance.sampler"
             more = add if isinstance(by, TeacherSamples) else ""
             message = f"a policy gradient needs the student's samples, but sampled_by is {by.kind}"

@@ -12,8 +12,8 @@ from sdkit.specs import (
     ExperimentSpec,
     MethodSpec,
     Sees,
-    TextSlot,
     UserTurn,
+    Wording,
 )
 from sdkit.templates import Field, TemplateError, fields, parse
 
@@ -61,7 +61,7 @@ def template_syntax(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     for path, text in _templates(spec.teacher.sees):
         yield from _syntax(path, text, allow_keys=False)
     for name, slot in spec.teacher.sees.slots.items():
-        if not isinstance(slot, TextSlot):
+        if not isinstance(slot, Wording):
             where = ("teacher", "sees", "slots", name, "wrap")
             yield from _syntax(where, slot.wrap, allow_keys=False)
             yield from _value_only(where, slot.wrap)

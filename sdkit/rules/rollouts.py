@@ -18,15 +18,18 @@ from sdkit.rules.base import (
     run_rule,
 )
 from sdkit.specs import (
-    DatasetSamples,
     ExperimentSpec,
     MethodSpec,
+    NonConstantGroup,
+    NonEmpty,
     OfRollouts,
     ReplayBackend,
     SampledTokenSupport,
     StudentSamples,
     SuccessfulSibling,
     TeacherSamples,
+    completion_column,
+    drawn_by_student,
     reward_part,
 )
 
@@ -34,10 +37,17 @@ from sdkit.specs import (
 @method_rule("what needs the student's own samples has them")
 def off_policy_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The sampled-token estimate and both importance ratios are about tokens that the student
-    drew; completions of a data set or of a teacher follow another distribution.
+    drew; completions of a data set or of a teacher follow another distribution.  A log of the
+    student's own answers has no log-probabilities of its sampler.
     """
     kind = spec.rollout.sampled_by.kind
     if isinstance(spec.rollout.sampled_by, StudentSamples):
+        return
+    if drawn_by_student(spec.rollout.sampled_by):
+        for path, term in (*distillations(spec), *policy_gradients(spec)):
+            if term.importance.sampler:
+                message = "a log of answers holds no log-probabilities of its sampler"
+                yield (*path, "importance", "sampler"), message, "set sampler: null"
         return
     for path, term in distillations(spec):
         hint = "use sampled_by: student"
@@ -54,7 +64,7 @@ def off_policy_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 def dataset_group(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """A row holds one completion; a group would repeat it."""
     count = spec.rollout.completions_per_prompt
-    if isinstance(spec.rollout.sampled_by, DatasetSamples) and count > 1:
+    if completion_column(spec.rollout.sampled_by) and count > 1:
         message = f"completions_per_prompt is {count}, but each row holds one completion"
         yield ("rollout", "completions_per_prompt"), message, "use completions_per_prompt: 1"
 
@@ -82,7 +92,7 @@ def stale_rollouts(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     policy corrects for it.
     """
     updates = spec.training.updates_per_rollout
-    if updates == 1 or not isinstance(spec.rollout.sampled_by, StudentSamples):
+    if updates == 1 or not drawn_by_student(spec.rollout.sampled_by):
         return
     for path, term in distillations(spec):
         if not term.importance.old_policy:
@@ -130,6 +140,17 @@ def lone_sibling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             yield path, message, "set rollout.completions_per_prompt to 2 or more"
 
 
+@method_rule("a group that may vary has several rollouts")
+def lone_group(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """In a group of one all rewards are the same, so the filter would keep nothing."""
+    for i, each in enumerate(spec.rollout.keep):
+        if isinstance(each, NonConstantGroup) and spec.rollout.completions_per_prompt == 1:
+            group = context.stated(("rollout", "completions_per_prompt"), 1)
+            message = f"{group}, so every group is constant and nothing is kept"
+            hint = "set rollout.completions_per_prompt to 2 or more"
+            yield ("rollout", "keep", i), message, hint
+
+
 @method_rule("a context made of rollouts comes after them")
 def context_before_rollouts(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The teacher cannot sample from a prompt that shows what has been sampled."""
@@ -144,8 +165,8 @@ def context_before_rollouts(spec: MethodSpec, context: Context) -> Iterator[Find
 
 @run_rule("training knows its reward")
 def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Siblings succeed, feedback is given, rollouts are routed and prompts weighed by one of the
-    rewards; it must be plain which.
+    """Siblings succeed, feedback is given, rollouts are routed and kept and prompts weighed by one of
+    the rewards; it must be plain which.
     """
     if spec.reward is not None and spec.reward not in spec.rewards:
         hint = did_you_mean(spec.reward, spec.rewards) or "declare it under rewards"
@@ -157,7 +178,13 @@ def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
         ("losses", name, *key) for name, term in spec.losses.items() if (key := uses_reward(term))
     )
     routed: list[Path] = [("route",)] if spec.route else []
-    needed = next(chain((path for path, _ in _slots(spec)), relative, weights, routed), None)
+    filters: list[Path] = [
+        ("rollout", "keep", i)
+        for i, each in enumerate(spec.rollout.keep)
+        if not isinstance(each, NonEmpty)
+    ]
+    asked = chain((path for path, _ in _slots(spec)), relative, weights, routed, filters)
+    needed = next(asked, None)
     if needed and spec.reward is None and len(spec.rewards) != 1:
         count = "there are none" if not spec.rewards else f"there are {len(spec.rewards)}"
         message = f"this needs the reward that training uses, and {count}"
@@ -177,6 +204,7 @@ RULES = (
     updates_exceed_prompts,
     replay_run,
     lone_sibling,
+    lone_group,
     context_before_rollouts,
     training_reward,
 )
