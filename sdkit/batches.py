@@ -105,6 +105,7 @@ class Rollout:
     policy_version: int  # optimizer steps behind the weights that sampled
     finished: bool
     reward: float | None = None  # of the reward that training uses
+    teacher_route: int = 0  # which of a routed teacher's routes is its teacher
     filled: tuple[str, ...] = ()  # slots of the teacher's context that had something to say
     advantage: float | None = None  # the reward against its group
     group_rewards: tuple[float, ...] = ()  # of all rollouts of the group, as sampled
@@ -159,6 +160,15 @@ class RolloutBatch:
 
 
 @frozen(eq=False, kw_only=True)
+class Text:
+    """One sequence without padding, and the positions of its completion whose tokens are among the M."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
+@frozen(eq=False, kw_only=True)
 class Sequences:
     """Padded token ids for one forward pass, and where the M counted tokens are predicted."""
 
@@ -169,6 +179,7 @@ class Sequences:
     predicts: (
         Tensor  # [M] long; index into the flattened [R * S] of the state that predicts a token
     )
+    texts: tuple[Text, ...]  # the N sequences one by one
 
 
 @frozen(eq=False, kw_only=True)
@@ -225,6 +236,7 @@ class MicroBatch:
     teacher: Sequences | None
     tokens: Tokens
     rows: int  # N
+    teacher_routes: tuple[int, ...]  # [N]; which of a routed teacher's routes scores a sequence
 
 
 @frozen(kw_only=True)
@@ -244,8 +256,18 @@ class HiddenScores:
     head: Tensor  # [V, H]; no gradient
 
 
-TeacherScores = HiddenScores
-"""What a teacher says of the counted tokens; served and blended teachers add members."""
+@frozen(eq=False, kw_only=True)
+class RoutedScores:
+    """Several teachers' answers: each token has one of them."""
+
+    parts: tuple[TeacherScores, ...]
+    part: Tensor  # [M] long; which part
+    place: Tensor  # [M] long; where in it
+    vocabulary: int
+
+
+TeacherScores = HiddenScores | RoutedScores
+"""What a teacher says of the counted tokens."""
 
 
 class RolloutBackend(Protocol):

@@ -22,15 +22,18 @@ from sdkit.specs import (
     ExperimentSpec,
     ExternalWeights,
     FrozenWeights,
+    OneTeacher,
     PolicyGradient,
     ReferenceKl,
     ReplayBackend,
+    RoutedWeights,
     ShapeSpec,
     StudentWeights,
     TeacherSamples,
     TransformersBackend,
     VllmBackend,
     external_teachers,
+    teachers_of,
 )
 from sdkit.teacher_text import describe_place, describe_teacher
 
@@ -119,6 +122,8 @@ def make_plan(
         derived.append(f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps")
     if isinstance(backend, VllmBackend) and spec.evaluation and any(external_teachers(spec)):
         derived.append("evaluation.teacher_lift samples the external teacher with transformers")
+    if spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
+        derived.append("evaluation.teacher_lift is not measured: a routed teacher does not sample")
     updates = spec.training.updates_per_rollout
     return Plan(
         backend=backend,
@@ -193,16 +198,21 @@ def _foreign_sampler(spec: ExperimentSpec) -> bool:
     return teaches and any(external_teachers(spec))
 
 
-def copies_of_model(spec: ExperimentSpec) -> bool:
-    """Whether the teacher needs weights of its own beside the student's."""
-    if spec.teacher is None or spec.model.lora:
-        return False
-    return not isinstance(spec.teacher.weights, StudentWeights | ExternalWeights)
+def copies_of_model(spec: ExperimentSpec) -> list[OneTeacher]:
+    """The teachers that need a copy of the model beside the student; routes of equal weights share one."""
+    if spec.model.lora:
+        return []
+    held = dict.fromkeys(weights for _, weights in teachers_of(spec))
+    return [w for w in held if not isinstance(w, StudentWeights | ExternalWeights)]
 
 
 def pulls_to_reference(spec: ExperimentSpec) -> bool:
     """Whether a term holds the student near the frozen start model."""
     return any(isinstance(term, ReferenceKl) for term in spec.losses.values())
+
+
+def _frozen_teacher(spec: ExperimentSpec) -> bool:
+    return any(isinstance(weights, FrozenWeights) for _, weights in teachers_of(spec))
 
 
 def _roles(spec: ExperimentSpec) -> list[str]:
@@ -214,8 +224,8 @@ def _roles(spec: ExperimentSpec) -> list[str]:
         )
     if pulls_to_reference(spec):
         own = "the student with its adapter off" if spec.model.lora else "a copy of the model"
-        shared = spec.teacher and isinstance(spec.teacher.weights, FrozenWeights)
-        roles.append(f"reference: the frozen start model ({'the teacher' if shared else own})")
+        shared = "the teacher" if _frozen_teacher(spec) else own
+        roles.append(f"reference: the frozen start model ({shared})")
     roles.append(f"sampler: {describe_sampling(spec)}")
     return roles
 
@@ -251,17 +261,14 @@ def _memory(
         Share(what="student weights", gib=count * per / GIB),
         Share(what="masters, moments, gradients", gib=trained * 16 / GIB),
     ]
-    if copies_of_model(spec):
-        moving = spec.teacher is not None and isinstance(
-            spec.teacher.weights, EmaWeights | CopyWeights
-        )
+    for weights in copies_of_model(spec):
+        moving = isinstance(weights, EmaWeights | CopyWeights)
         shares.append(Share(what="teacher weights", gib=count * (per + 4 * moving) / GIB))
-    for _, weights in external_teachers(spec):
+    for weights in dict.fromkeys(weights for _, weights in external_teachers(spec)):
         if held := teachers.get(weights.path):
             size = held.parameters * BYTES[weights.dtype] / GIB
             shares.append(Share(what=f"teacher {weights.path}", gib=size))
-    frozen_teacher = spec.teacher and isinstance(spec.teacher.weights, FrozenWeights)
-    if pulls_to_reference(spec) and not spec.model.lora and not frozen_teacher:
+    if pulls_to_reference(spec) and not spec.model.lora and not _frozen_teacher(spec):
         shares.append(Share(what="reference weights", gib=count * per / GIB))
     if isinstance(backend, VllmBackend):
         own = BYTES[backend.dtype or spec.model.dtype]

@@ -13,6 +13,7 @@ from sdkit.specs import (
     ExternalWeights,
     FrozenWeights,
     MethodSpec,
+    RoutedWeights,
     StudentWeights,
     SystemMessage,
     TeacherWeights,
@@ -24,21 +25,7 @@ def describe_teacher(spec: MethodSpec) -> str:
     """The teacher's weights and what it sees."""
     if spec.teacher is None:
         return "none"
-    match spec.teacher.weights:
-        case StudentWeights():
-            weights = "the live student"
-        case FrozenWeights():
-            weights = "the frozen start model"
-        case EmaWeights(update_rate=rate, every=every):
-            weights = (
-                f"average of the student (update_rate {number(rate)} per {every.replace('_', ' ')})"
-            )
-        case CopyWeights(every=every):
-            weights = f"copy of the student, renewed every {every} optimizer steps"
-        case ExternalWeights(path=path):
-            weights = f"the model {path}"
-        case other:
-            assert_never(other)
+    weights = _weights(spec.teacher.weights)
     match spec.teacher.sees:
         case None:
             return f"{weights}, sees the student's prompt"
@@ -53,6 +40,26 @@ def describe_teacher(spec: MethodSpec) -> str:
         case other:
             assert_never(other)
     return f"{weights}, sees {', '.join(slots) or 'fixed text'} {place}"
+
+
+def _weights(weights: TeacherWeights) -> str:
+    match weights:
+        case StudentWeights():
+            return "the live student"
+        case FrozenWeights():
+            return "the frozen start model"
+        case EmaWeights(update_rate=rate, every=every):
+            often = every.replace("_", " ")
+            return f"average of the student (update_rate {number(rate)} per {often})"
+        case CopyWeights(every=every):
+            return f"copy of the student, renewed every {every} optimizer steps"
+        case ExternalWeights(path=path):
+            return f"the model {path}"
+        case RoutedWeights(by=by, routes=routes):
+            each = "; ".join(f"{name}: {_weights(one)}" for name, one in routes.items())
+            return f"by column {by} ({each})"
+        case _:
+            assert_never(weights)
 
 
 def describe_place(weights: TeacherWeights, adapters: bool) -> str:
@@ -74,5 +81,8 @@ def describe_place(weights: TeacherWeights, adapters: bool) -> str:
             )
         case ExternalWeights(dtype=dtype):
             return f" (a second model, {dtype})"
+        case RoutedWeights(routes=routes):
+            count = len({one for one in routes.values() if not isinstance(one, StudentWeights)})
+            return f" ({count} set{'s' * (count != 1)} of weights beside the student's)"
         case _:
             assert_never(weights)

@@ -1,22 +1,25 @@
-"""What the teacher is: live, frozen, averaged or copied weights, or another model.  Knows nothing of prompts or losses.
+"""What the teacher is: live, frozen, averaged or copied weights, another model, or several of these by route.
 
-Open the teacher before DeepSpeed wraps the student: copies and adapters must exist by then.
+Knows nothing of prompts or losses.  Open the teacher before DeepSpeed wraps the student: copies and adapters must exist by then.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, assert_never
 
 import torch
 from torch import Tensor
 
+from sdkit.batches import HiddenScores, Sequences, TeacherScores
 from sdkit.specs import (
     CopyWeights,
     EmaWeights,
     ExternalWeights,
     FrozenWeights,
+    OneTeacher,
+    RoutedWeights,
     StudentWeights,
     TeacherWeights,
 )
@@ -38,6 +41,17 @@ class Teacher:
 
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
+
+    @property
+    def leaves(self) -> tuple[Teacher, ...]:
+        """The teachers that it is made of, one for each route."""
+        return (self,)
+
+    def ask(self, route: int, asked: Sequences, rows: int) -> TeacherScores:
+        """What the teacher of a route says of the counted tokens, over ids below `rows`."""
+        return HiddenScores(
+            hidden=self.weights.hidden(asked), head=self.weights.head.detach()[:rows]
+        )
 
     def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
         """Follow the student after its optimizer step number `updates`; True where the teacher moved."""
@@ -116,8 +130,55 @@ class MovingTeacher(Teacher):
             self.live[name].copy_(shadow)
 
 
+class RoutedTeacher(Teacher):
+    """Several teachers, one for each value of a column; routes of equal weights share one."""
+
+    def __init__(self, routes: Sequence[Teacher]) -> None:
+        super().__init__(routes[0].weights)
+        self.routes = tuple(routes)
+        self.parts = tuple(dict.fromkeys(routes))
+        self.moves = any(part.moves for part in self.parts)
+
+    @property
+    def leaves(self) -> tuple[Teacher, ...]:
+        return self.routes
+
+    def ask(self, route: int, asked: Sequences, rows: int) -> TeacherScores:
+        return self.routes[route].ask(0, asked, rows)
+
+    def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
+        return self._moved([p.after_update(masters, updates, scalar) for p in self.parts])
+
+    def after_rollout_batch(self, masters: Masters, scalar: Callable[[Any], float]) -> bool:
+        return self._moved([p.after_rollout_batch(masters, scalar) for p in self.parts])
+
+    def _moved(self, each: Sequence[bool]) -> bool:
+        self.distance = max(part.distance for part in self.parts)
+        return any(each)
+
+    def state(self) -> dict[str, Tensor]:
+        parts = enumerate(self.parts)
+        return {f"{i}/{name}": t for i, part in parts for name, t in part.state().items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for i, part in enumerate(self.parts):
+            mark = f"{i}/"
+            own = {name.removeprefix(mark): t for name, t in state.items() if name.startswith(mark)}
+            part.load_state(own)
+
+
 def open_teacher(spec: TeacherWeights, student: Weights, load: Load) -> Teacher:
     """The teacher that `spec` asks for, starting from the student's weights as they are now."""
+    if not isinstance(spec, RoutedWeights):
+        return _open(spec, student, load)
+    opened: dict[OneTeacher, Teacher] = {}
+    for one in spec.routes.values():
+        if one not in opened:
+            opened[one] = _open(one, student, load)
+    return RoutedTeacher([opened[one] for one in spec.routes.values()])
+
+
+def _open(spec: OneTeacher, student: Weights, load: Load) -> Teacher:
     adapters = hasattr(student.model, "peft_config")
     match spec:
         case StudentWeights():
@@ -125,9 +186,10 @@ def open_teacher(spec: TeacherWeights, student: Weights, load: Load) -> Teacher:
         case FrozenWeights():
             return Teacher(Weights(student.model, None) if adapters else _copy(student))
         case EmaWeights() | CopyWeights() if adapters:
-            return MovingTeacher(
-                Weights(student.model, TEACHER_ADAPTER), spec, _second_adapter(student)
-            )
+            taken: Any = student.model
+            name = TEACHER_ADAPTER + "_" * (len(taken.peft_config) - 1)
+            pairs = _further_adapter(student, name)
+            return MovingTeacher(Weights(student.model, name), spec, pairs)
         case EmaWeights() | CopyWeights():
             weights = _copy(student)
             own = dict(weights.model.named_parameters())
@@ -148,20 +210,16 @@ def _copy(student: Weights) -> Weights:
     return weights
 
 
-def _second_adapter(student: Weights) -> dict[str, Tensor]:
-    """Add the teacher's adapter as a copy of the student's; student's name → the teacher's tensor.
+def _further_adapter(student: Weights, adapter: str) -> dict[str, Tensor]:
+    """Add a teacher's adapter as a copy of the student's; student's name → the teacher's tensor.
 
     The average is of the factors A and B, which is not the average of their product.
     """
     model: Any = student.model
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    model.add_adapter(
-        TEACHER_ADAPTER, model.peft_config[STUDENT_ADAPTER], autocast_adapter_dtype=False
-    )
+    model.add_adapter(adapter, model.peft_config[STUDENT_ADAPTER], autocast_adapter_dtype=False)
     parameters = dict(model.named_parameters())
-    pairs = {
-        n: parameters[n.replace(f".{STUDENT_ADAPTER}.", f".{TEACHER_ADAPTER}.")] for n in trained
-    }
+    pairs = {n: parameters[n.replace(f".{STUDENT_ADAPTER}.", f".{adapter}.")] for n in trained}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in pairs)
     with torch.no_grad():

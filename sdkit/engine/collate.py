@@ -176,6 +176,7 @@ def _micro_batch(
         teacher=side(_teacher_prompt) if teacher else None,
         tokens=tokens.to(device),
         rows=len(rollouts),
+        teacher_routes=tuple(r.teacher_route for r in rollouts),
     )
 
 

@@ -15,7 +15,7 @@ from sdkit.engine.gather import completion_text, gather
 from sdkit.engine.measuring import ready
 from sdkit.engine.step import measure
 from sdkit.seeds import derive
-from sdkit.specs import Decoding, Suite
+from sdkit.specs import Decoding, RoutedWeights, Suite
 from sdkit.weights import Weights
 
 if TYPE_CHECKING:
@@ -97,10 +97,12 @@ def teacher_lift(world: World, before: Evaluated) -> dict[Key, Interval]:
     """Score under the teacher's view minus score under the student's, on the first prompts of each suite.
 
     Measured before training: where it is not above zero there is nothing to distil.  Empty where the teacher has
-    no view of its own.
+    no view of its own, or is no single model that could sample.
     """
     evaluation, teacher = world.spec.evaluation, world.spec.teacher
     if evaluation is None or teacher is None or teacher.sees is None or not evaluation.teacher_lift:
+        return {}
+    if isinstance(teacher.weights, RoutedWeights):
         return {}
     lift: dict[Key, Interval] = {}
     for name, suite in evaluation.suites.items():

@@ -151,6 +151,7 @@ def _rollout(
         group=group,
         prompt_ids=world.data.student_ids(row),
         teacher_prompt_ids=teacher_ids,
+        teacher_route=world.data.teacher_route(row),
         completion_ids=completion.ids,
         sampler_logprobs=completion.logprobs,
         policy_version=world.updates,

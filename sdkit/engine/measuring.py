@@ -17,7 +17,7 @@ from sdkit.batches import MicroBatch, RolloutBatch
 from sdkit.engine import zero
 from sdkit.engine.collate import whole_completions
 from sdkit.engine.counting import count_tokens
-from sdkit.engine.step import score
+from sdkit.engine.scoring import score
 from sdkit.losses.chunks import token_measures
 from sdkit.measures import Measure, measured
 
@@ -85,8 +85,7 @@ def _figures(
         pairs += zip(of_student, world.module.measures(batch), strict=True)
     if scores := score(world, batch):
         told = token_measures(
-            scores.hidden,
-            scores.head,
+            scores,
             batch.tokens.token,
             world.spec.rollout.temperature,
             world.spec.training.chunk_tokens,

@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from sdkit.batches import Sequences
+from sdkit.batches import Sequences, Text
 from sdkit.weights import Weights
 
 LONGEST_PACK = 2048
@@ -91,6 +91,10 @@ def sequences(
         positions=positions.to(device) if shared else None,
         tokens=sum(pack.width for pack in rows),
         predicts=torch.tensor(predicts, dtype=torch.long, device=device),
+        texts=tuple(
+            Text(prompt=p, completion=c, kept=tuple(k))
+            for p, c, k in zip(prompts, completions, kept, strict=True)
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from sdkit.components.divergences import open_user_divergences
 from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts
 from sdkit.components.rewards import Scorer, open_rewards
 from sdkit.components.token_weights import open_user_weights
-from sdkit.problems import BadData, first_of
+from sdkit.problems import BadData, first_of, outside, shorten
 from sdkit.specs import (
     ExperimentSpec,
     OfRollouts,
     ReasoningGymReward,
     ReasoningGymSource,
+    RoutedWeights,
     Suite,
     TeacherSamples,
     WeightedReward,
@@ -60,6 +62,9 @@ class Data:
             name: self._rewards(suite, base) for name, suite in suites.items()
         }
         self.train_rewards = self._applicable(base)
+        weights = spec.teacher and spec.teacher.weights
+        self.routed = weights if isinstance(weights, RoutedWeights) else None
+        self.routes = list(self.routed.routes) if self.routed else []
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
         self._student: dict[int, tuple[int, ...]] = {}
@@ -120,6 +125,23 @@ class Data:
         teacher = self.spec.teacher
         return teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
 
+    def teacher_route(self, row: Row) -> int:
+        """Which of a routed teacher's routes is the row's; 0 where the teacher is not routed."""
+        return self.routes.index(str(row.columns[self.routed.by])) if self.routed else 0
+
+    def _check_routes(self, rows: Iterable[Row]) -> None:
+        """Raise BadData naming the rows whose column holds no route."""
+        if self.routed is None:
+            return
+        by = self.routed.by
+        bad = [
+            f"row {row.index}: {by} is {shorten(value)}, which {outside(self.routes)}"
+            for row in rows
+            if str(value := row.columns.get(by)) not in self.routes
+        ]
+        if bad:
+            raise BadData(first_of(bad), hint="teacher.weights.routes must have every value")
+
     def check(self, steps: int) -> int:
         """Render every prompt that the run will use; returns the longest sequence, completion included, in tokens.
 
@@ -130,10 +152,12 @@ class Data:
         if steps * training.prompts_per_step < len(visited):
             visited = [row for step in range(steps) for row in self.take(step)]
         longest = self._longest(visited)
+        self._check_routes(visited)
         room = [self.spec.rollout.max_new_tokens]
         if self.spec.evaluation:
             for name, suite in self.spec.evaluation.suites.items():
                 longest = max(longest, self._longest(self.suites[name]))
+                self._check_routes(self.suites[name][: suite.loss_prompts])
                 room.append(suite.max_new_tokens or 0)
         return longest + max(room)
 

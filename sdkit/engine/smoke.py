@@ -41,20 +41,19 @@ from sdkit.specs import (
     RegexReward,
     ReplayBackend,
     RolloutSpec,
+    RoutedWeights,
     Schedule,
     Sees,
     Suite,
     Table,
     TeacherSpec,
-    TeacherWeights,
     TopKSupport,
     TrainingSpec,
     TransformersBackend,
     completion_column,
 )
 
-P = TypeVar("P")
-
+T = TypeVar("T")
 STEPS = 2
 ROWS = 8
 VOCABULARY = 512
@@ -170,15 +169,17 @@ def _sees(sees: Sees) -> Sees:
     return evolve(sees, max_prompt_tokens=None, slots=slots)
 
 
-def _within_reach(part: P) -> P:
+def _within_reach(part: T) -> T:
     """With a threshold that the scripted rewards can meet, where there is one."""
     threshold = getattr(part, "threshold", None)
     return part if threshold is None else evolve(part, threshold=min(threshold, 1.0))
 
 
-def _weights(weights: TeacherWeights) -> TeacherWeights:
+def _weights(weights: T) -> T:
     if isinstance(weights, ExternalWeights):
         return evolve(weights, path="teacher", revision=None)
+    if isinstance(weights, RoutedWeights):
+        return evolve(weights, routes=Table({n: _weights(w) for n, w in weights.routes.items()}))
     return weights
 
 
@@ -227,11 +228,17 @@ def _data(spec: MethodSpec) -> DataSpec:
     if spec.teacher and isinstance(spec.teacher.sees, Context):
         slots = spec.teacher.sees.slots.values()
         names |= {slot.name for slot in slots if isinstance(slot, ColumnSlot)}
+    routed = spec.teacher and spec.teacher.weights
+    routed = routed if isinstance(routed, RoutedWeights) else None
+    names |= {routed.by} if routed else set()
     names -= {"system"}
-    rows = tuple(
-        Table({name: f"{name} {i}: {i} + {i} = {2 * i}" for name in sorted(names)})
-        for i in range(ROWS)
-    )
+
+    def value(name: str, i: int) -> str:
+        if routed and name == routed.by:
+            return list(routed.routes)[i % len(routed.routes)]
+        return f"{name} {i}: {i} + {i} = {2 * i}"
+
+    rows = tuple(Table({name: value(name, i) for name in sorted(names)}) for i in range(ROWS))
     return DataSpec(
         source=InlineSource(rows=rows), columns=Table({name: name for name in sorted(names)})
     )
@@ -240,7 +247,8 @@ def _data(spec: MethodSpec) -> DataSpec:
 def _suite(suite: Suite, data: DataSpec) -> Suite:
     assert isinstance(data.source, InlineSource)
     held_out = tuple(
-        Table({k: f"held out {v}" for k, v in row.items()}) for row in data.source.rows
+        Table({k: f"held out {v}" if k == "prompt" else v for k, v in row.items()})
+        for row in data.source.rows
     )
     return evolve(
         suite,

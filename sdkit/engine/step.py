@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sdkit.batches import HiddenScores, MicroBatch, RolloutBatch, TeacherScores, Tokens
 from sdkit.engine import zero
 from sdkit.engine.collate import Collated, collate
-from sdkit.losses.chunks import projected_loss, token_logprobs, token_measures
+from sdkit.engine.scoring import refer, score
+from sdkit.losses.chunks import projected_loss, scored_logprobs, token_logprobs, token_measures
 from sdkit.losses.objective import Objective, UserDivergence, sampler_ratio
 from sdkit.losses.policy_terms import sequence_means
 from sdkit.schedules import scalar_at, schedules
@@ -101,40 +102,21 @@ class Student(nn.Module):
             before = now if then is None else then
             tokens = evolve(tokens, ratio=sampler_ratio(losses, before, tokens, batch.rows))
         if objective.needs_sequence_means:
-            teacher = scores and self._logprobs(scores.hidden, tokens.token, scores.head)
+            teacher = scores and scored_logprobs(
+                scores, tokens.token, self.temperature, self.chunk_tokens
+            )
             means = sequence_means(losses, now, teacher, tokens, batch.rows)
             tokens = evolve(tokens, sequence_means=means)
         return tokens
 
-    def _logprobs(self, hidden: Tensor, token: Tensor, head: Tensor | None = None) -> Tensor:
-        head = self.head if head is None else head
-        return token_logprobs(hidden, head, token, self.temperature, self.chunk_tokens)
+    def _logprobs(self, hidden: Tensor, token: Tensor) -> Tensor:
+        return token_logprobs(hidden, self.head, token, self.temperature, self.chunk_tokens)
 
     @torch.no_grad()
     def measures(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability of each counted token, and entropy, at the sampling temperature.  -> twice [M] float32"""
-        hidden, token = self.weights.hidden(batch.student), batch.tokens.token
-        return token_measures(hidden, self.head, token, self.temperature, self.chunk_tokens)
-
-
-@torch.no_grad()
-def score(world: World, batch: MicroBatch) -> TeacherScores | None:
-    """What the teacher says of the counted tokens under its own prompt."""
-    if world.teacher is None or batch.teacher is None:
-        return None
-    weights = world.teacher.weights
-    head = weights.head.detach()[: world.rows]
-    return HiddenScores(hidden=weights.hidden(batch.teacher), head=head)
-
-
-@torch.no_grad()
-def refer(world: World, batch: MicroBatch) -> TeacherScores | None:
-    """What the frozen start model says of the counted tokens under the student's own prompt."""
-    if world.reference is None:
-        return None
-    weights = world.reference.weights
-    head = weights.head.detach()[: world.rows]
-    return HiddenScores(hidden=weights.hidden(batch.student), head=head)
+        scores = HiddenScores(hidden=self.weights.hidden(batch.student), head=self.head)
+        return token_measures(scores, batch.tokens.token, self.temperature, self.chunk_tokens)
 
 
 def train_step(world: World, rollouts: RolloutBatch) -> Measured:

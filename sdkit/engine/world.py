@@ -35,6 +35,7 @@ from sdkit.specs import (
     TopKSupport,
     TransformersBackend,
     VllmBackend,
+    teachers_of,
 )
 from sdkit.weights import Weights
 
@@ -90,8 +91,8 @@ class World:
     @property
     def _foreign(self) -> list[Weights]:
         """Weights of other models than the student's."""
-        weights = self.teacher_weights
-        return [weights] if weights.foreign else []
+        leaves = self.teacher.leaves if self.teacher else ()
+        return [leaf.weights for leaf in leaves if leaf.weights.foreign]
 
     def _vocabulary(self) -> tuple[int, int | None]:
         """How many ids are compared, and the bound of the ids that may be sampled, where there must be one.
@@ -132,8 +133,10 @@ class World:
         """The frozen start model, where a term pulls towards it; a frozen teacher serves as well."""
         if not pulls_to_reference(self.spec):
             return None
-        if self.spec.teacher and isinstance(self.spec.teacher.weights, FrozenWeights):
-            return self.teacher
+        leaves = self.teacher.leaves if self.teacher else ()
+        for leaf, (_, weights) in zip(leaves, teachers_of(self.spec), strict=True):
+            if isinstance(weights, FrozenWeights):
+                return leaf
         return open_teacher(FrozenWeights(), self.student, self._load_foreign)
 
     @property

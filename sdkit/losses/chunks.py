@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdkit.batches import HiddenScores, Tokens
+from sdkit.batches import HiddenScores, TeacherScores, Tokens
 from sdkit.losses.divergence import entropy
 from sdkit.losses.objective import Objective
+from sdkit.losses.scores import logits as logits_of
 from sdkit.losses.support import sampled_token
 
 
 def projected_loss(
     hidden: Tensor,
     head: Tensor,
-    teacher: HiddenScores | None,
+    teacher: TeacherScores | None,
     tokens: Tokens,
     objective: Objective,
     chunk_tokens: int,
-    reference: HiddenScores | None = None,
+    reference: TeacherScores | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """hidden [M, H], head [V, H], both of the model's dtype -> scalar loss with a graph, sums over all M tokens.
 
@@ -42,7 +43,7 @@ def projected_loss(
         part = slice(start, start + chunk_tokens)
         with torch.no_grad():
             logits = hidden[part] @ head.T
-            others = [x and x.hidden[part] @ x.head.T for x in (teacher, reference)]
+            others = [x and logits_of(x, part) for x in (teacher, reference)]
         logits.requires_grad_(wanted)
         chunk = tokens.slice(part.start, part.stop)
         loss, sums = objective(logits, others[0], chunk, others[1])
@@ -63,15 +64,22 @@ def token_logprobs(
     hidden: Tensor, head: Tensor, token: Tensor, temperature: float, chunk_tokens: int
 ) -> Tensor:
     """Log-probability of each given token.  hidden [M, H], head [V, H], token [M] long -> [M] float32."""
-    chunks = _logprobs(hidden, head, temperature, chunk_tokens)
+    return scored_logprobs(HiddenScores(hidden=hidden, head=head), token, temperature, chunk_tokens)
+
+
+def scored_logprobs(
+    scores: TeacherScores, token: Tensor, temperature: float, chunk_tokens: int
+) -> Tensor:
+    """Log-probability of each given token under what was scored.  token [M] long -> [M] float32."""
+    chunks = _logprobs(scores, len(token), temperature, chunk_tokens)
     return torch.cat([sampled_token(logprobs, token[part]) for part, logprobs in chunks])
 
 
 def token_measures(
-    hidden: Tensor, head: Tensor, token: Tensor, temperature: float, chunk_tokens: int
+    scores: TeacherScores, token: Tensor, temperature: float, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each given token, and the entropy of the distribution it is from.  -> twice [M] float32."""
-    chunks = _logprobs(hidden, head, temperature, chunk_tokens)
+    chunks = _logprobs(scores, len(token), temperature, chunk_tokens)
     pairs = [(sampled_token(logprobs, token[part]), entropy(logprobs)) for part, logprobs in chunks]
     own, spread = zip(*pairs, strict=True)
     return torch.cat(own), torch.cat(spread)
@@ -79,12 +87,12 @@ def token_measures(
 
 @torch.no_grad()
 def _logprobs(
-    hidden: Tensor, head: Tensor, temperature: float, chunk_tokens: int
+    scores: TeacherScores, count: int, temperature: float, chunk_tokens: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Stretches of positions with their log-probabilities [C, V], float32; one empty stretch where M is 0."""
-    for start in range(0, max(len(hidden), 1), chunk_tokens):
+    for start in range(0, max(count, 1), chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        yield part, ((hidden[part] @ head.T).float() / temperature).log_softmax(-1)
+        yield part, (logits_of(scores, part).float() / temperature).log_softmax(-1)
 
 
 def _accumulator(head: Tensor) -> Tensor:

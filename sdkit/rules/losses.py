@@ -25,6 +25,7 @@ from sdkit.specs import (
     DatasetSamples,
     Distillation,
     ExperimentSpec,
+    ExternalWeights,
     FileDivergence,
     ForwardKl,
     MethodSpec,
@@ -38,6 +39,7 @@ from sdkit.specs import (
     TopKSupport,
     drawn_by_student,
     needs_teacher,
+    teachers_of,
 )
 
 
@@ -151,10 +153,12 @@ def zero_signal(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The live student compared with itself under the same prompt is equal to itself: the loss and
     its gradient are zero.
     """
-    if spec.teacher and isinstance(spec.teacher.weights, StudentWeights) and not spec.teacher.sees:
+    live = (w for w, weights in teachers_of(spec) if isinstance(weights, StudentWeights))
+    where = next(live, None)
+    if where and spec.teacher and not spec.teacher.sees:
         for path, _ in of_teacher(spec):
             message = f"term {shorten(path[-1])} compares the live student with itself: always zero"
-            yield ("teacher", "weights"), message, "give the teacher sees: …, or other weights"
+            yield where, message, "give the teacher sees: …, or other weights"
             return
 
 
@@ -164,7 +168,9 @@ def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     it away, unless another term does.
     """
     teacher = spec.teacher
-    if not teacher or teacher.sees or isinstance(teacher.weights, StudentWeights):
+    if not teacher or teacher.sees:
+        return
+    if any(isinstance(w, StudentWeights | ExternalWeights) for _, w in teachers_of(spec)):
         return
     if all(needs_teacher(t) or isinstance(t, ReferenceKl) for t in spec.losses.values()):
         message = "the teacher starts as the student and sees the same: nothing to learn from"

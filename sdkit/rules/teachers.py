@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path as Folder
 
+from sdkit.problems import outside, shorten, spelled
 from sdkit.rules.base import (
     Context,
     Finding,
+    columns_of,
+    data_of,
+    did_you_mean,
     method_rule,
     no_model,
     run_rule,
@@ -17,6 +21,7 @@ from sdkit.specs import (
     ExperimentSpec,
     ExternalWeights,
     MethodSpec,
+    RoutedWeights,
     TeacherSamples,
     VllmBackend,
     external_teachers,
@@ -63,4 +68,33 @@ def foreign_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield ("rollout", "backend"), message, "use backend: transformers"
 
 
-RULES = (teacher_model, teacher_vocabulary, foreign_sampler)
+@method_rule("the teacher that samples is one model")
+def no_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A completion is drawn token by token from one set of weights in this process."""
+    by = spec.rollout.sampled_by
+    if not isinstance(by, TeacherSamples) or by.weights != "teacher" or not spec.teacher:
+        return
+    if isinstance(spec.teacher.weights, RoutedWeights):
+        message = "a routed teacher is several models and does not sample"
+        yield ("rollout", "sampled_by"), message, "use sampled_by: student"
+
+
+@run_rule("a routed teacher's column is in the data")
+def route_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The rows say who teaches them, the training rows and those on which the loss is measured; their
+    values are compared with the routes when the data are read.
+    """
+    weights = spec.teacher and spec.teacher.weights
+    if not isinstance(weights, RoutedWeights):
+        return
+    for path, data in data_of(spec):
+        known = columns_of(spec, data)
+        if weights.by not in known:
+            where = "" if path == ("data",) else f" for {spelled(path)}"
+            message = f"column {shorten(weights.by)} {outside(known)}{where}"
+            hint = did_you_mean(weights.by, known) or f"add {spelled(path)}.columns.{weights.by}"
+            yield ("teacher", "weights", "by"), message, hint
+            return
+
+
+RULES = (teacher_model, teacher_vocabulary, foreign_sampler, no_sampler, route_column)

@@ -17,7 +17,7 @@ from sdkit.rules.base import (
     total_updates,
     unknown_bundled,
 )
-from sdkit.specs import CopyWeights, ExperimentSpec, MethodSpec
+from sdkit.specs import CopyWeights, ExperimentSpec, MethodSpec, teachers_of
 
 
 @method_rule("names are plain")
@@ -126,8 +126,9 @@ def beyond_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     ]
     if spec.evaluation:
         intervals.append((("evaluation", "every"), spec.evaluation.every, steps))
-    if spec.teacher and isinstance(spec.teacher.weights, CopyWeights):
-        intervals.append((("teacher", "weights", "every"), spec.teacher.weights.every, total))
+    for path, weights in teachers_of(spec):
+        if isinstance(weights, CopyWeights):
+            intervals.append(((*path, "every"), weights.every, total))
     for path, every, length in intervals:
         if every and every > length:
             yield path, f"{path[-1]} is {every}, but the run has {length} steps", None

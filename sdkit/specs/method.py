@@ -10,7 +10,7 @@ from sdkit.specs.contexts import Sees
 from sdkit.specs.fields import NOT_EMPTY, Table, spec_field
 from sdkit.specs.losses import LossTerm
 from sdkit.specs.rollouts import RolloutSpec
-from sdkit.specs.teachers import ExternalWeights, TeacherWeights
+from sdkit.specs.teachers import ExternalWeights, OneTeacher, RoutedWeights, TeacherWeights
 from sdkit.specs.token_weights import RouteSpec
 
 
@@ -36,10 +36,14 @@ class MethodSpec:
     )
 
 
-def teachers_of(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], TeacherWeights]]:
-    """Each set of weights that teaches, with its key."""
-    if spec.teacher:
-        yield ("teacher", "weights"), spec.teacher.weights
+def teachers_of(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], OneTeacher]]:
+    """Each set of weights that teaches, with its key; in the order of the routes."""
+    weights = spec.teacher and spec.teacher.weights
+    if isinstance(weights, RoutedWeights):
+        for name, one in weights.routes.items():
+            yield ("teacher", "weights", "routes", name), one
+    elif weights:
+        yield ("teacher", "weights"), weights
 
 
 def external_teachers(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], ExternalWeights]]:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from attrs import frozen
 
-from sdkit.specs.fields import AT_LEAST_ONE, NOT_EMPTY, SHARE, Schedule, spec_field
+from sdkit.specs.fields import AT_LEAST_ONE, NOT_EMPTY, SHARE, Schedule, Table, spec_field
 
 
 @frozen(kw_only=True)
@@ -54,4 +54,18 @@ class ExternalWeights:
     )
 
 
-TeacherWeights = StudentWeights | FrozenWeights | EmaWeights | CopyWeights | ExternalWeights
+OneTeacher = StudentWeights | FrozenWeights | EmaWeights | CopyWeights | ExternalWeights
+
+
+@frozen(kw_only=True)
+class RoutedWeights:
+    """Each row's teacher by a column of the data."""
+
+    kind: ClassVar[str] = "routed"
+    by: str = spec_field("the column, by sdkit's name", range=NOT_EMPTY)
+    routes: Table[OneTeacher] = spec_field(
+        "the weights for each value of the column", range=NOT_EMPTY
+    )
+
+
+TeacherWeights = OneTeacher | RoutedWeights

@@ -24,7 +24,8 @@ from sdkit.engine import loop, rundir, zero
 from sdkit.engine.collate import collate
 from sdkit.engine.evaluate import held_out_loss
 from sdkit.engine.report import Report
-from sdkit.engine.step import learning_rate, measure, score, train_step
+from sdkit.engine.scoring import score
+from sdkit.engine.step import learning_rate, measure, train_step
 from sdkit.specs import (
     ColumnSlot,
     CrossEntropy,

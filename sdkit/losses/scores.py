@@ -1,0 +1,34 @@
+"""What a teacher said, as logits over the vocabulary: the one place that tells the members of `TeacherScores` apart."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from sdkit.batches import HiddenScores, RoutedScores, TeacherScores
+
+
+def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
+    """Logits of the tokens at these places of the M, up to a constant per token.  -> [C, V], no gradient.
+
+    Of the model's dtype where one model answers, else float32 (float64 for float64).
+    """
+    match scores:
+        case HiddenScores(hidden=hidden, head=head):
+            return hidden[at] @ head.T
+        case RoutedScores(parts=parts, part=part, place=place, vocabulary=vocabulary):
+            which, where = part[at], place[at]
+            answers = [wide(logits(each, where[which == i])) for i, each in enumerate(parts)]
+            joined = answers[0].new_empty(len(which), vocabulary)
+            for i, answer in enumerate(answers):
+                joined[which == i] = answer
+            return joined
+        case _:
+            assert_never(scores)
+
+
+def wide(values: Tensor) -> Tensor:
+    """float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
