@@ -7,55 +7,29 @@ from typing import assert_never
 
 from attrs import field, frozen
 
-from sdkit.measures import measured
+from sdkit.accelerators import Machine
+from sdkit.measures import measured, needs_old_logprobs
 from sdkit.objective_text import (
     describe_losses,
     describe_route,
     describe_sampling,
 )
+from sdkit.plan_memory import Share, has_frozen_teacher, memory_of_rank, pulls_to_reference
+from sdkit.plan_time import StepTime, time_of_step
 from sdkit.specs import (
     AutoBackend,
-    CopyWeights,
     DatasetSamples,
     Distillation,
-    EmaWeights,
     ExperimentSpec,
-    ExternalWeights,
-    FrozenWeights,
-    OneTeacher,
-    PolicyGradient,
-    ReferenceKl,
     ReplayBackend,
     RoutedWeights,
     ShapeSpec,
-    StudentWeights,
     TeacherSamples,
     TransformersBackend,
     VllmBackend,
     external_teachers,
-    teachers_of,
 )
 from sdkit.teacher_text import describe_place, describe_teacher
-
-GIB = 2**30
-BYTES = {"float32": 4, "bfloat16": 2}
-
-
-@frozen(kw_only=True)
-class Machine:
-    """What a plan needs to know of the machine; the command fills it in, a test writes it down."""
-
-    ranks: int = 1
-    memory_gib: float | None = None
-    vllm: str | None = None  # version, where installed
-
-
-@frozen(kw_only=True)
-class Share:
-    """One part of the memory estimate."""
-
-    what: str
-    gib: float
 
 
 @frozen(kw_only=True)
@@ -79,6 +53,7 @@ class Plan:
     syncs: str
     memory: tuple[Share, ...]
     memory_gib: float | None  # of the machine, per rank
+    step_time: StepTime | None  # None: the accelerator is not stated
     derived: tuple[str, ...] = field(factory=tuple)
 
     @property
@@ -125,6 +100,7 @@ def make_plan(
     if spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
         derived.append("evaluation.teacher_lift is not measured: a routed teacher does not sample")
     updates = spec.training.updates_per_rollout
+    held = teacher_shapes or {}
     return Plan(
         backend=backend,
         evaluation_backend=TransformersBackend() if isinstance(backend, ReplayBackend) else backend,
@@ -141,20 +117,11 @@ def make_plan(
         objective=(*describe_losses(spec), *describe_route(spec)),
         roles=tuple(_roles(spec)),
         syncs=_syncs(spec, backend),
-        memory=tuple(_memory(spec, backend, shape, teacher_shapes or {})) if shape else (),
+        memory=memory_of_rank(spec, backend, stage, machine, shape, held) if shape else (),
         memory_gib=machine.memory_gib,
+        step_time=time_of_step(spec, backend, machine, shape, held),
         derived=tuple(derived),
     )
-
-
-def needs_old_logprobs(spec: ExperimentSpec) -> bool:
-    """Whether a term asks how likely its tokens were before the first of several updates on a batch."""
-    corrected = any(
-        isinstance(t, PolicyGradient)
-        or (isinstance(t, Distillation) and (t.importance.old_policy or t.importance.sampler))
-        for t in spec.losses.values()
-    )
-    return spec.training.updates_per_rollout > 1 and corrected
 
 
 def _measures(spec: ExperimentSpec) -> tuple[str, ...]:
@@ -198,23 +165,6 @@ def _foreign_sampler(spec: ExperimentSpec) -> bool:
     return teaches and any(external_teachers(spec))
 
 
-def copies_of_model(spec: ExperimentSpec) -> list[OneTeacher]:
-    """The teachers that need a copy of the model beside the student; routes of equal weights share one."""
-    if spec.model.lora:
-        return []
-    held = dict.fromkeys(weights for _, weights in teachers_of(spec))
-    return [w for w in held if not isinstance(w, StudentWeights | ExternalWeights)]
-
-
-def pulls_to_reference(spec: ExperimentSpec) -> bool:
-    """Whether a term holds the student near the frozen start model."""
-    return any(isinstance(term, ReferenceKl) for term in spec.losses.values())
-
-
-def _frozen_teacher(spec: ExperimentSpec) -> bool:
-    return any(isinstance(weights, FrozenWeights) for _, weights in teachers_of(spec))
-
-
 def _roles(spec: ExperimentSpec) -> list[str]:
     trained = f"LoRA rank {spec.model.lora.rank}" if spec.model.lora else "all weights"
     roles = [f"student: {spec.model.path}, {trained}, {spec.model.dtype}, float32 masters"]
@@ -224,7 +174,7 @@ def _roles(spec: ExperimentSpec) -> list[str]:
         )
     if pulls_to_reference(spec):
         own = "the student with its adapter off" if spec.model.lora else "a copy of the model"
-        shared = "the teacher" if _frozen_teacher(spec) else own
+        shared = "the teacher" if has_frozen_teacher(spec) else own
         roles.append(f"reference: the frozen start model ({shared})")
     roles.append(f"sampler: {describe_sampling(spec)}")
     return roles
@@ -246,43 +196,3 @@ def _syncs(spec: ExperimentSpec, backend: object) -> str:
     )
     form = " (adapters merged into a copy)" if spec.model.lora else ""
     return f"vLLM gets the {whose}'s weights before each rollout batch{form}, checked by a canary sequence"
-
-
-def _memory(
-    spec: ExperimentSpec, backend: object, shape: ShapeSpec, teachers: Mapping[str, ShapeSpec]
-) -> list[Share]:
-    """Bytes on one rank of one machine without offload.  Optimizer: master, two moments and gradients in float32."""
-    per = BYTES[spec.model.dtype]
-    count = shape.parameters
-    trained = count
-    if spec.model.lora:
-        trained = min(count, 2 * 7 * shape.layers * spec.model.lora.rank * 2 * shape.hidden)
-    shares = [
-        Share(what="student weights", gib=count * per / GIB),
-        Share(what="masters, moments, gradients", gib=trained * 16 / GIB),
-    ]
-    for weights in copies_of_model(spec):
-        moving = isinstance(weights, EmaWeights | CopyWeights)
-        shares.append(Share(what="teacher weights", gib=count * (per + 4 * moving) / GIB))
-    for weights in dict.fromkeys(weights for _, weights in external_teachers(spec)):
-        if held := teachers.get(weights.path):
-            size = held.parameters * BYTES[weights.dtype] / GIB
-            shares.append(Share(what=f"teacher {weights.path}", gib=size))
-    if pulls_to_reference(spec) and not spec.model.lora and not _frozen_teacher(spec):
-        shares.append(Share(what="reference weights", gib=count * per / GIB))
-    if isinstance(backend, VllmBackend):
-        own = BYTES[backend.dtype or spec.model.dtype]
-        shares.append(
-            Share(what="vLLM weights and cache", gib=count * own / GIB + backend.cache_gib)
-        )
-    tokens = spec.training.micro_batch_tokens
-    kept = 2 if spec.model.activation_checkpointing else 34
-    shares.append(
-        Share(
-            what="activations of a micro-batch",
-            gib=tokens * shape.hidden * shape.layers * kept * per / 2 / GIB,
-        )
-    )
-    chunk = spec.training.chunk_tokens * shape.vocabulary * 4
-    shares.append(Share(what="projection chunk (student, teacher, gradient)", gib=6 * chunk / GIB))
-    return shares
