@@ -35,4 +35,5 @@ class Machine:
     ranks: int = 1
     memory_gib: float | None = None
     vllm: str | None = None  # version, where installed
+    emulates_bfloat16: bool = False  # no unit of it multiplies bfloat16
     accelerator: AcceleratorName | None = None
