@@ -21,12 +21,10 @@ SETS = {
     "physics": "sciknoweval/physics-train.json",
     "tool_use": "tooluse/test.json",
 }
-SHOWN = (
-    "data.columns={system: system, prompt: prompt, answer: answer, demonstration: {template: '%s'}}"
-)
+SHOWN = "data.columns={system: system, prompt: prompt, answer: answer, demonstration: answer}"
 DEMONSTRATIONS = {
-    "science": ("sciknoweval/biology-test.json", SHOWN % "<answer>{answer}</answer>"),
-    "tool_use": ("tooluse/test.json", SHOWN % "Calls: {answer}"),
+    "science": ("sciknoweval/biology-test.json", SHOWN),
+    "tool_use": ("tooluse/test.json", SHOWN),
 }
 """Sets that are not the paper's own, whose rows have the same questions and no demonstrations: the answer is shown."""
 
