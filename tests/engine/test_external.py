@@ -213,7 +213,7 @@ def test_a_whole_run_with_evaluation_and_checkpoints(
         2,
         3,
     ]
-    told = json.loads((folder / "provenance.json").read_text())["teachers"]
+    told = json.loads((folder / "provenance.json").read_text())["other_models"]
     assert told == [{"path": str(other_folder), "revision": None, "located": str(other_folder)}]
 
 
