@@ -14,22 +14,24 @@ from sdkit.objective_text import (
     describe_route,
     describe_sampling,
 )
-from sdkit.plan_memory import Share, has_frozen_teacher, memory_of_rank, pulls_to_reference
+from sdkit.plan_memory import Share, has_frozen_teacher, memory_of_rank, needs_reference
 from sdkit.plan_time import StepTime, time_of_step
 from sdkit.specs import (
     AutoBackend,
     DatasetSamples,
     Distillation,
     ExperimentSpec,
+    ExternalWeights,
     ReplayBackend,
     RoutedWeights,
     ShapeSpec,
     TeacherSamples,
     TransformersBackend,
     VllmBackend,
+    blend_base,
     external_teachers,
 )
-from sdkit.teacher_text import describe_place, describe_teacher
+from sdkit.teacher_text import describe_blend, describe_place, describe_teacher, describe_weights
 
 
 @frozen(kw_only=True)
@@ -71,10 +73,10 @@ def make_plan(
     machine: Machine,
     shape: ShapeSpec | None,
     rows: int | None = None,
-    teacher_shapes: Mapping[str, ShapeSpec] | None = None,
+    other_shapes: Mapping[str, ShapeSpec] | None = None,
 ) -> Plan:
-    """Derive a run.  `rows` is the number of training rows, where known (for epochs); `teacher_shapes` are those of
-    external teachers by path, where known.
+    """Derive a run.  `rows` is the number of training rows, where known (for epochs); `other_shapes` are those of the
+    models beside the student's by path, where known.
     """
     derived: list[str] = []
     stage: int = spec.training.zero_stage
@@ -101,8 +103,10 @@ def make_plan(
         derived.append("evaluation.teacher_lift samples the external teacher with transformers")
     if spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
         derived.append("evaluation.teacher_lift is not measured: a routed teacher does not sample")
+    elif spec.evaluation and spec.teacher and spec.teacher.blend and spec.teacher.sees:
+        derived.append("evaluation.teacher_lift samples the teacher without its blend")
     updates = spec.training.updates_per_rollout
-    held = teacher_shapes or {}
+    others = other_shapes or {}
     return Plan(
         backend=backend,
         evaluation_backend=TransformersBackend() if isinstance(backend, ReplayBackend) else backend,
@@ -116,12 +120,12 @@ def make_plan(
         oldest_rollout=updates - 1,
         needs_old_logprobs=needs_old_logprobs(spec),
         measures=_measures(spec),
-        objective=(*describe_losses(spec), *describe_route(spec)),
+        objective=(*describe_losses(spec), *describe_blend(spec), *describe_route(spec)),
         roles=tuple(_roles(spec)),
         syncs=_syncs(spec, backend),
-        memory=memory_of_rank(spec, backend, stage, machine, shape, held) if shape else (),
+        memory=memory_of_rank(spec, backend, stage, machine, shape, others) if shape else (),
         memory_gib=machine.memory_gib,
-        step_time=time_of_step(spec, backend, machine, shape, held),
+        step_time=time_of_step(spec, backend, machine, shape, others),
         derived=tuple(derived),
     )
 
@@ -174,10 +178,13 @@ def _roles(spec: ExperimentSpec) -> list[str]:
         roles.append(
             f"teacher: {describe_teacher(spec)}{describe_place(spec.teacher.weights, bool(spec.model.lora))}"
         )
-    if pulls_to_reference(spec):
+    if needs_reference(spec):
         own = "the student with its adapter off" if spec.model.lora else "a copy of the model"
         shared = "the teacher" if has_frozen_teacher(spec) else own
         roles.append(f"reference: the frozen start model ({shared})")
+    if isinstance(base := blend_base(spec), ExternalWeights):
+        place = describe_place(base, bool(spec.model.lora))
+        roles.append(f"base of the blend: {describe_weights(base)}{place}")
     roles.append(f"sampler: {describe_sampling(spec)}")
     return roles
 

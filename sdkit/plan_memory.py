@@ -19,7 +19,8 @@ from sdkit.specs import (
     ShapeSpec,
     StudentWeights,
     VllmBackend,
-    external_teachers,
+    blend_base,
+    other_models,
     teachers_of,
 )
 
@@ -50,6 +51,11 @@ def pulls_to_reference(spec: ExperimentSpec) -> bool:
     return any(isinstance(term, ReferenceKl) for term in spec.losses.values())
 
 
+def needs_reference(spec: ExperimentSpec) -> bool:
+    """Whether the frozen start model is asked under the student's prompt: by a term, or to be blended with the teacher."""
+    return pulls_to_reference(spec) or isinstance(blend_base(spec), FrozenWeights)
+
+
 def has_frozen_teacher(spec: ExperimentSpec) -> bool:
     """Whether the start model teaches, which then is the reference too."""
     return any(isinstance(weights, FrozenWeights) for _, weights in teachers_of(spec))
@@ -61,7 +67,7 @@ def memory_of_rank(
     stage: int,
     machine: Machine,
     shape: ShapeSpec,
-    teachers: Mapping[str, ShapeSpec],
+    others: Mapping[str, ShapeSpec],
 ) -> tuple[Share, ...]:
     """Bytes on one rank without offload.
 
@@ -81,11 +87,11 @@ def memory_of_rank(
     for weights in copies_of_model(spec):
         moving = isinstance(weights, EmaWeights | CopyWeights)
         shares.append(Share(what="teacher weights", gib=held * (own + 4 * moving) / GIB))
-    for weights in dict.fromkeys(weights for _, weights in external_teachers(spec)):
-        if other := teachers.get(weights.path):
+    for weights in dict.fromkeys(weights for _, weights in other_models(spec)):
+        if other := others.get(weights.path):
             size = other.parameters * BYTES[weights.dtype] / GIB
-            shares.append(Share(what=f"teacher {weights.path}", gib=size))
-    if pulls_to_reference(spec) and not spec.model.lora and not has_frozen_teacher(spec):
+            shares.append(Share(what=f"model {weights.path}", gib=size))
+    if needs_reference(spec) and not spec.model.lora and not has_frozen_teacher(spec):
         shares.append(Share(what="reference weights", gib=held * own / GIB))
     if isinstance(backend, VllmBackend):
         size = engine_gib(spec, backend, machine, shape)
@@ -116,10 +122,11 @@ def _passing(spec: ExperimentSpec, shape: ShapeSpec) -> tuple[Share, ...]:
     kept = 2 if spec.model.activation_checkpointing else 34
     activations = spec.training.micro_batch_tokens * shape.hidden * shape.layers * kept
     chunk = spec.training.chunk_tokens * shape.vocabulary * 4
+    sides = 8 if spec.teacher and spec.teacher.blend else 6
     return (
         Share(
             what="activations of a micro-batch",
             gib=activations * BYTES[spec.model.dtype] / 2 / GIB,
         ),
-        Share(what="projection chunk (student, teacher, gradient)", gib=6 * chunk / GIB),
+        Share(what="projection chunk (student, teacher, gradient)", gib=sides * chunk / GIB),
     )

@@ -16,17 +16,21 @@ from attrs import frozen
 
 from sdkit.accelerators import ACCELERATORS, Accelerator, Machine
 from sdkit.measures import measured, needs_old_logprobs
-from sdkit.plan_memory import BYTES, GIB, engine_gib, pulls_to_reference
+from sdkit.plan_memory import BYTES, GIB, engine_gib, needs_reference
 from sdkit.specs import (
     Backend,
     DatasetSamples,
     ExperimentSpec,
+    ExternalWeights,
     ReplayBackend,
     ShapeSpec,
     TeacherSamples,
+    TrustRegionBlend,
     VllmBackend,
+    blend_base,
     external_teachers,
     needs_teacher,
+    other_models,
 )
 
 COMPUTE = 0.4
@@ -61,13 +65,13 @@ def time_of_step(
     backend: Backend,
     machine: Machine,
     shape: ShapeSpec | None,
-    teachers: Mapping[str, ShapeSpec],
+    others: Mapping[str, ShapeSpec],
 ) -> StepTime | None:
     """The longest that one rollout batch should take; None where the machine's accelerator is not stated."""
     if machine.accelerator is None:
         return None
     device = ACCELERATORS[machine.accelerator]
-    if missing := _missing(spec, backend, shape, teachers):
+    if missing := _missing(spec, backend, shape, others):
         return StepTime(why_not=missing)
     assert shape is not None
     rollouts = _rollouts_of_rank(spec, machine)
@@ -75,8 +79,7 @@ def time_of_step(
     training = _training_passes(spec) * _passes(shape, rollouts, prompt + new)
     phases = [_rollout(spec, backend, machine, device, shape)]
     if any(map(needs_teacher, spec.losses.values())):
-        other = max(teachers.values(), key=lambda held: held.parameters, default=shape)
-        scoring = _teacher_passes(spec) * _passes(other, rollouts, view + new)
+        scoring = _scoring(spec, shape, others, rollouts)
         what = f"teacher, {view} prompt and {new} new tokens"
         phases.append(Phase(what=what, seconds=_seconds(device, scoring)))
     what = f"update, {prompt} prompt and {new} new tokens"
@@ -95,15 +98,15 @@ def _missing(
     spec: ExperimentSpec,
     backend: Backend,
     shape: ShapeSpec | None,
-    teachers: Mapping[str, ShapeSpec],
+    others: Mapping[str, ShapeSpec],
 ) -> str | None:
     """What an estimate would have to guess."""
     sees = spec.teacher.sees if spec.teacher else None
     sampled = not isinstance(spec.rollout.sampled_by, DatasetSamples)
     if shape is None:
         return "the model's shape is not at hand; state it as model.shape"
-    if any(weights.path not in teachers for _, weights in external_teachers(spec)):
-        return "the external teacher's shape is not at hand"
+    if any(weights.path not in others for _, weights in other_models(spec)):
+        return "another model's shape is not at hand"
     if spec.model.dtype != "bfloat16":
         return f"the figures are bfloat16's, and model.dtype is {spec.model.dtype}"
     if sampled and not isinstance(backend, VllmBackend | ReplayBackend):
@@ -148,13 +151,25 @@ def _training_passes(spec: ExperimentSpec) -> int:
     return (
         forward_and_backward
         + spec.model.activation_checkpointing
-        + pulls_to_reference(spec)
+        + needs_reference(spec)
         + (asked or needs_old_logprobs(spec))
     )
 
 
-def _teacher_passes(spec: ExperimentSpec) -> int:
-    return 1 + any(measure.startswith("teacher") for measure in measured(spec.losses))
+def _scoring(
+    spec: ExperimentSpec, shape: ShapeSpec, others: Mapping[str, ShapeSpec], rollouts: int
+) -> float:
+    """Operations of the teachers' passes, the largest of them for all rows, and of what they are blended with."""
+    prompt, view, new = _lengths(spec)
+    held = [others[weights.path] for _, weights in external_teachers(spec)]
+    largest = max(held, key=lambda other: other.parameters, default=shape)
+    measuring = any(measure.startswith("teacher") for measure in measured(spec.losses))
+    operations = (1 + measuring) * _passes(largest, rollouts, view + new)
+    if spec.teacher and isinstance(spec.teacher.blend, TrustRegionBlend):
+        operations += _passes(shape, rollouts, view + new)
+    if isinstance(base := blend_base(spec), ExternalWeights):
+        operations += _passes(others[base.path], rollouts, prompt + new)
+    return operations
 
 
 def _seconds(device: Accelerator, operations: float) -> float:

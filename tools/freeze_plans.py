@@ -11,7 +11,7 @@ from typing import Any
 
 from sdkit.accelerators import Machine
 from sdkit.language import load_spec
-from sdkit.machine import shape_of, teacher_shapes
+from sdkit.machine import other_shapes, shape_of
 from sdkit.plan import make_plan
 from sdkit.plan_text import render_plan
 
@@ -36,8 +36,8 @@ def plan_of(path: Path) -> str:
         vllm="0.32.0",
         accelerator=stated.accelerator if stated else None,
     )
-    shape, teachers = shape_of(run, path.parent), teacher_shapes(run, path.parent)
-    return render_plan(run, make_plan(run, machine, shape, teacher_shapes=teachers)) + "\n"
+    shape, teachers = shape_of(run, path.parent), other_shapes(run, path.parent)
+    return render_plan(run, make_plan(run, machine, shape, other_shapes=teachers)) + "\n"
 
 
 def main() -> int:
