@@ -147,4 +147,4 @@ def test_a_step_on_real_prompts(real_data, open_tiny, tiny_folder, name, file, c
     world = open_tiny(small)
     world.data.train_rewards = dict.fromkeys(world.data.train_rewards, SCRIPTED)
     measured = advance(world, 1)[0]
-    assert 0 < measured["grad_norm"] < float("inf")
+    assert 0 < measured.metrics["grad_norm"] < float("inf")
