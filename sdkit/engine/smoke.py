@@ -51,6 +51,7 @@ from sdkit.specs import (
     TrainingSpec,
     TransformersBackend,
     completion_column,
+    external_teachers,
 )
 
 T = TypeVar("T")
@@ -70,7 +71,8 @@ def smoke(
         base = Path(folder)
         with zero.quiet():  # the first to import DeepSpeed, which speaks on stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
-            tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)  # an external one
+            if any(external_teachers(spec)):
+                tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)
         small = miniature(spec, steps, (home or Path()).resolve())
         world = open_world(small, base)
         world.data.rewards = {
