@@ -162,8 +162,9 @@ def test_validate_for_github(sdkit, broken):
         ("validate", DEMO, "--format", "xml"),
         ("validate",),
         ("plan", "nowhere.yaml"),
-        ("plan", METHOD),
+        ("plan", METHOD, "--data", "1"),
         ("train", METHOD),
+        ("train", METHOD, "--dry-run"),
         ("eval", METHOD),
         ("eval", ROOT / "specs"),
         ("train", DEMO, "--resume", "--overwrite"),
@@ -224,6 +225,17 @@ def test_plan_prints_the_objective(sdkit):
     assert code == 0
     for words in ("objective:", "forward KL(teacher‖student)", "rollout batches: 7", "GiB"):
         assert words in out
+
+
+@pytest.mark.parametrize("name", ["sdft", "srpo"])
+def test_plan_of_a_method_page_is_its_golden_text(sdkit, name):
+    golden = ROOT / "tests" / "plans" / "methods" / f"{name}.txt"
+    assert sdkit("plan", SPECS / "methods" / f"{name}.yaml") == (0, golden.read_text(), "")
+
+
+def test_plan_of_a_method_page_takes_overrides(sdkit):
+    _, out, _ = sdkit("plan", METHOD, "losses.distil.divergence=reverse_kl")
+    assert "reverse KL(student‖teacher)" in out
 
 
 def test_plan_shows_prompts_side_by_side(sdkit, run_file):

@@ -52,7 +52,9 @@ from sdkit.specs import (
     TopKSupport,
     TrainingSpec,
     TransformersBackend,
+    blend_base,
     completion_column,
+    external_teachers,
 )
 
 T = TypeVar("T")
@@ -72,8 +74,10 @@ def smoke(
         base = Path(folder)
         with zero.quiet():  # the first to import DeepSpeed, which speaks on stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
-            tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)  # an external one
-            tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)  # of a blend
+            if any(external_teachers(spec)):
+                tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)
+            if isinstance(blend_base(spec), ExternalWeights):
+                tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)
         small = miniature(spec, steps, (home or Path()).resolve())
         world = open_world(small, base)
         world.data.rewards = {

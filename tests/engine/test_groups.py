@@ -17,6 +17,7 @@ from sdkit.specs import (
     ForwardKl,
     FrozenWeights,
     GroupRelative,
+    OverlongPenalty,
     PolicyGradient,
     ReferenceKl,
     RegexReward,
@@ -113,6 +114,17 @@ def test_advantages_are_rewards_against_their_group(group_world):
     world = group_world(judged(1, 0, 0, 1, 0, 0, 0, 0), teacher=None, losses=losses)
     found = [r.advantage for r in step(world).batch]
     assert found[:8] == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_overlong_completions_lose_advantage_and_no_reward(group_world):
+    """Of 8 tokens the last 4 are punished, half a point for all of them; the reward itself stays 1."""
+    spec = GroupRelative(baseline="none", overlong=OverlongPenalty(stretch=4, amount=0.5))
+    losses = Table({"policy": PolicyGradient(advantage=spec)})
+    batch = step(group_world(judged(1), teacher=None, losses=losses)).batch
+    lost = [0.5 * max(0, len(r.completion_ids) - 4) / 4 for r in batch]
+    assert max(lost) == 0.5
+    assert [r.advantage for r in batch] == [1 - x for x in lost]
+    assert {r.reward for r in batch} == {1.0}
 
 
 def test_an_advantage_of_two_parts_keeps_rollouts_without_a_teacher(group_world):
