@@ -17,6 +17,7 @@ from sdkit.components.intervals import Interval
 from sdkit.engine.evaluate import Evaluated, Key, headline, read_back
 from sdkit.engine.gather import Gathered, records, samples
 from sdkit.engine.rundir import RunDirectory
+from sdkit.engine.tripwires import went_off
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
@@ -33,6 +34,7 @@ class Report:
         self.last: Evaluated | None = None
         history = run.history()
         self.evaluated_at = {line["step"] for line in history if "eval/score" in line}
+        self.trained = [line for line in history if "time/step" in line]  # for tripwires
         # Tokens of training rollouts so far.
         self.generated = max((line.get("tokens_generated", 0.0) for line in history), default=0.0)
         self.bar = Progress(
@@ -61,6 +63,7 @@ class Report:
         self.run.lines("rollouts", world.step - 1, records(gathered))
         self.console.print(_step_line(world, metrics), highlight=False)
         output = world.spec.output
+        self._warn(world.step, metrics, output.tripwire_steps)
         if (world.step - 1) % output.samples_every == 0:
             shown = samples(world, gathered.batch, gathered.scores, output.samples)
             self.run.lines("samples", world.step, shown)
@@ -68,6 +71,17 @@ class Report:
                 f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False
             )
         self.bar.update(self.task, completed=world.step)
+
+    def _warn(self, step: int, metrics: Mapping[str, float], patience: int | None) -> None:
+        """A yellow line, and one of warnings.jsonl, for each tripwire that goes off at this step."""
+        if patience is None:
+            return
+        self.trained = [*self.trained[-patience:], {"step": step, **metrics}]
+        for trip in went_off(self.trained, patience):
+            facts = {"since": trip.first, "wire": trip.wire, "cause": trip.cause}
+            self.run.warning(step, facts | {"look_at": trip.look_at})
+            self.console.print(f"[yellow]warning[/]: {escape(str(trip))}", highlight=False)
+            self.console.print(f"  = {escape(trip.look_at)}", highlight=False)
 
     def evaluated(
         self, world: World, found: Evaluated, losses: Mapping[str, float], seconds: float
