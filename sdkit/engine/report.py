@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sdkit.components.intervals import Interval
-from sdkit.engine.evaluate import Evaluated, Key, headline, read_back
+from sdkit.engine.evaluate import headline
+from sdkit.engine.evaluated import Evaluated, Key, read_back, signed, with_interval
 from sdkit.engine.gather import Gathered, records, samples
 from sdkit.engine.rundir import RunDirectory
 from sdkit.engine.tripwires import went_off
@@ -114,7 +115,7 @@ class Report:
         for column in ("suite", "decoding", "score", "lift", "95 % interval", "prompts"):
             table.add_column(column)
         for (suite, decoding, reward), interval in lift.items():
-            table.add_row(suite, decoding, reward, *_signed(interval), str(interval.n))
+            table.add_row(suite, decoding, reward, *signed(interval), str(interval.n))
         self.console.print(table)
         if all(interval.low <= 0 for interval in lift.values()):
             self.console.print(
@@ -142,9 +143,9 @@ def comparison(before: Evaluated, after: Evaluated, first: Key) -> Table:
     for key in before.scores:
         change = after.difference(before, key)
         values = [
-            _with_interval(before.interval(key)),
-            _with_interval(after.interval(key)),
-            *_signed(change),
+            with_interval(before.interval(key)),
+            with_interval(after.interval(key)),
+            *signed(change),
         ]
         style = "bold" if key[0] == first[0] and key[2] == first[2] else None
         table.add_row(*key, *values, str(change.n), style=style)
@@ -158,7 +159,7 @@ def scores(found: Evaluated) -> Table:
         table.add_column(column)
     for key in found.scores:
         interval = found.interval(key)
-        table.add_row(*key, _with_interval(interval), str(interval.n))
+        table.add_row(*key, with_interval(interval), str(interval.n))
     return table
 
 
@@ -241,11 +242,3 @@ def _one_line(text: str) -> str:
 
 def _share(value: float) -> str:
     return f"{value:.3f}"
-
-
-def _with_interval(interval: Interval) -> str:
-    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def _signed(interval: Interval) -> tuple[str, str]:
-    return f"{interval.mean:+.3f}", f"[{interval.low:+.3f}, {interval.high:+.3f}]"
