@@ -48,6 +48,7 @@ class Machine:
     ranks: int = 1
     memory_gib: float | None = None
     vllm: str | None = None  # version, where installed
+    emulates_bfloat16: bool = False  # no unit of it multiplies bfloat16
 
 
 @frozen(kw_only=True)
@@ -108,6 +109,8 @@ def make_plan(
         derived.append(
             "training.zero_stage 0 runs as 1: stage 0 has no float32 gradients in bfloat16"
         )
+    if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
+        derived.append("model.dtype bfloat16 is emulated here: float32 is several times faster")
     backend, why = _backend(spec, machine)
     if isinstance(spec.rollout.backend, AutoBackend):
         derived.append(f"rollout.backend auto is {backend.kind}: {why}")

@@ -119,7 +119,7 @@ def test_only_the_last_steps_matter():
 
 def test_one_wire_does_not_hide_another():
     cut = FINE | {"rollout/finished": 0.0}
-    both = FLAT | cut
+    both = cut | {"rollout/no_advantage": 1.0}
     assert wires(cut, cut, both, both) == ["flat_rewards"]
 
 
