@@ -213,6 +213,35 @@ def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
     return resolved, [f"model.path={model.resolve()}", "model.lora=null"], base
 
 
+@app.command(
+    epilog="Examples: `sdkit compare runs/sdft`, `sdkit compare runs/grpo runs/sdpo --x steps --to runs/both.png`"
+)
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)
+    ],
+    to: Annotated[Path, typer.Option("--to", help="The picture: .png, .pdf or .svg.")] = Path(
+        "compare.png"
+    ),
+    x: Annotated[
+        Literal["tokens", "steps", "time"],
+        typer.Option("--x", help="The budget at which runs are held against each other."),
+    ] = "tokens",
+    score: Annotated[
+        str | None,
+        typer.Option(
+            "--score",
+            help="Only this reward, or one SUITE/DECODING/REWARD: fewer comparisons, narrower intervals.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Print and plot runs against tokens, steps and time, with intervals; no winner inside the noise."""
+    from sdkit.engine.compare_text import compare as compare_runs
+
+    compare_runs(runs, _console(), to, x, score)
+
+
 def _smoke(checked: Any, steps: int) -> None:
     from sdkit.engine.smoke import smoke as run_smoke
 
