@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import queue
 import secrets
 import signal
 import subprocess
@@ -47,6 +48,7 @@ class Sandbox:
 
     def __init__(self, limits: PythonTests) -> None:
         self.limits = limits
+        self._idle: queue.LifoQueue[subprocess.Popen[bytes]] = queue.LifoQueue()
         if sys.platform != "linux" or platform.machine() not in MACHINES:
             raise BadEnvironment(
                 "rewards of kind python_tests need Linux on x86_64 or aarch64: "
@@ -60,29 +62,31 @@ class Sandbox:
 
     @contextlib.contextmanager
     def running(self, program: str, seconds: float) -> Iterator[Jail]:
-        """A jail for one program, ended with all that is in it; by itself shortly after so many seconds."""
-        process = subprocess.Popen(
-            # Not isolated mode (-I): the environment is ours, and says how texts are hashed.
-            [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", str(JAIL)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={"PYTHONHASHSEED": "0", "HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
-            cwd="/",
-            bufsize=0,
-            start_new_session=True,  # Ctrl-C is for the trainer; and a group to be ended at once
-        )
+        """A jail for one program, which is ended from here where it has not done so shortly after these seconds."""
+        process = self._process()
         watch = threading.Timer(seconds + GRACE, _end, (process,))
         watch.daemon = True
         watch.start()
         try:
-            yield Jail(process, self._job(program), self.limits)
+            jail = Jail(process, self._job(program), self.limits)
+            yield jail
+            jail.leave()
+        except BaseException:
+            _end(process)
+            raise
         finally:
             watch.cancel()
-            _end(process)
-            process.wait()
-            for pipe in filter(None, (process.stdin, process.stdout)):
-                pipe.close()
+        self._idle.put(process)
+
+    def _process(self) -> subprocess.Popen[bytes]:
+        """A process that opens jails; one that has ended is of no more use."""
+        while True:
+            try:
+                process = self._idle.get_nowait()
+            except queue.Empty:
+                return _start()
+            if process.poll() is None:
+                return process
 
     def _job(self, program: str) -> dict[str, Any]:
         limits = self.limits
@@ -97,11 +101,26 @@ class Sandbox:
         }
 
 
+def _start() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        # Not isolated mode (-I): the environment is ours, and says how texts are hashed.
+        [sys.executable, "-P", "-s", "-S", "-X", "utf8", str(JAIL)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={"PYTHONHASHSEED": "0", "HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+        cwd="/",
+        bufsize=0,
+        start_new_session=True,  # Ctrl-C is for the trainer; and a group to be ended at once
+    )
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the jail and, where no namespace does it, the program in it: neither can leave the group."""
-    if process.returncode is None:  # its id is still its own
+    """End the process, its jail and the program in that: none of them can leave the group."""
+    if process.poll() is None:  # its id is still its own
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class Jail:
@@ -112,6 +131,7 @@ class Jail:
     ) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
+        self.process = process
         self._to, self._from = process.stdin.fileno(), process.stdout.fileno()
         self._limits = limits
         try:
@@ -128,6 +148,11 @@ class Jail:
             )
         if failed:
             raise BadEnvironment(f"programs cannot be run behind a system call filter: {failed}")
+
+    def leave(self) -> None:
+        """Have it end; there is nothing to be ended where it has already."""
+        with contextlib.suppress(OSError):
+            send(self._to, None)
 
     def outcome(self, test: Test, seconds: float) -> Outcome:
         """What comes of one test within `seconds`."""

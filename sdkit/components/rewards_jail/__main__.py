@@ -1,8 +1,8 @@
 """Runs a program in a jail, case after case, for `rewards_sandbox`.  A folder that is run; of its files only `messages` is imported.
 
 It is told the inputs, never what should come out, and only says what did: what a program does to its own interpreter
-cannot make a wrong answer right.  Three processes with namespaces (this one, the first of the new ones, the case's),
-two without.
+cannot make a wrong answer right.  This process only forks, one jail for each program, which has everything imported
+already; in the jail each case is a process of its own.
 """
 
 import contextlib
@@ -22,9 +22,22 @@ KEPT_OF_ERRORS = 16_000
 
 
 def main():
-    walls.die_with_parent()
+    """A job and its cases, then the next job; ends when the input does, or when a jail did not end by itself."""
     sys.path.remove(os.path.dirname(__file__))
-    job = receive(ASKED)
+    with contextlib.suppress(EOFError):
+        while True:
+            job = receive(ASKED)
+            pid = os.fork()
+            if not pid:
+                _serve(job)
+                os._exit(0)
+            if os.waitpid(pid, 0)[1]:
+                return
+
+
+def _serve(job):
+    """Shut this process in, then run case after case, up to the one that is None."""
+    walls.die_with_parent()
     sys.path += job["paths"]
     try:
         walls.be_counted()
@@ -37,13 +50,10 @@ def main():
             threads += walls.threads_of_the_user()
         walls.be_private()
     except OSError as error:
-        return send(ANSWERED, {"failed": str(error)})
+        send(ANSWERED, {"failed": str(error)})
+        return
     send(ANSWERED, {"failed": None})
-    while True:
-        try:
-            case = receive(ASKED)
-        except EOFError:
-            return None
+    while case := receive(ASKED):
         send(ANSWERED, _answer(case, job, threads))
         if job["namespaces"]:
             walls.clean(job["file_bytes"])
@@ -72,11 +82,13 @@ def _answer(case, job, threads):
     out, err, says, hears = (os.pipe() for _ in range(4))
     pid = os.fork()
     if not pid:
-        _become((given, out[1], err[1], says[1], hears[0], tests))
-        walls.limit(job["memory_bytes"], job["file_bytes"], case["cpu_seconds"], threads)
-        forbid(files=not job["namespaces"])
-        run_case(case, job["program"])
-        sys.exit(0)
+        try:
+            _become((given, out[1], err[1], says[1], hears[0], tests))
+            walls.limit(job["memory_bytes"], job["file_bytes"], case["cpu_seconds"], threads)
+            forbid(files=not job["namespaces"])
+            run_case(case, job["program"])
+        finally:
+            os._exit(1)
     for mine in (given, out[1], err[1], says[1], hears[0]):
         os.close(mine)
     watched = Watched(pid, {"out": out[0], "err": err[0], "says": says[0]}, hears[1], tests)

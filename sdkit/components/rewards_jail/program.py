@@ -2,14 +2,23 @@
 
 import __future__
 
+import atexit
 import io
 import json
 import linecache
 import os
 import sys
+import threading
 import traceback
 import types
 import typing
+import unittest
+
+COMMON = (
+    "bisect collections datetime decimal fractions functools heapq itertools math random string"
+)
+for name in COMMON.split():  # what most programs import, once for all
+    __import__(name)
 
 PROGRAM, TESTS = "program.py", "tests.py"
 SAYS = 3
@@ -25,20 +34,40 @@ def run_case(case, program):
     """Run one case to its end, which ends the process."""
     sys.argv = [PROGRAM]
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0)), "utf-8", "replace")
+    code = 0
     try:
         if case["kind"] == "stdin":
-            _run(program, PROGRAM, _module("__main__"))
-            return  # as an interpreter ends: threads are waited for, output is flushed
-        _say(_called(case, program) if case["kind"] == "call" else _asserted(program))
+            code = _exit_code(lambda: _run(program, PROGRAM, _module("__main__")))
+            _end_as_interpreters_do()
+        else:
+            _say(_called(case, program) if case["kind"] == "call" else _asserted(program))
     except SystemExit as left:
-        if case["kind"] == "stdin":
-            raise
         _complain(f"SystemExit: {left.code}\nthe program ended before its tests did")
     except BaseException as error:
-        sys.stdout.flush()
         _complain(_trace(error))
-        os._exit(1)
-    os._exit(0)
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _exit_code(run):
+    """0, or what the program left with."""
+    try:
+        run()
+    except SystemExit as left:
+        if left.code is None or isinstance(left.code, int):
+            return (left.code or 0) & 0xFF
+        _complain(str(left.code))
+        return 1
+    return 0
+
+
+def _end_as_interpreters_do():
+    """Wait for threads, and do what was put off to the end; to take down all modules too would take its time."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
 
 
 def _module(name):
@@ -81,10 +110,7 @@ def _asserted(program):
     os.read(HEARS, 1)
     tests = os.pread(READS, os.fstat(READS).st_size, 0).decode()
     before = dict(module.__dict__)
-    if "unittest" in tests:
-        import unittest
-
-        unittest.main = lambda *_, **__: None  # the tests are found below
+    unittest.main = lambda *_, **__: None  # the tests are found below
     _run(tests, TESTS, module)
     _run_found({n: v for n, v in module.__dict__.items() if before.get(n) is not v})
     return os.read(HEARS, WORD_BYTES)
@@ -96,11 +122,6 @@ def _run_found(defined):
         is_test = name.startswith("test") and isinstance(value, types.FunctionType)
         if is_test and not value.__code__.co_argcount:
             value()
-    if "unittest" not in sys.modules:
-        return
-    import unittest
-
-    for value in defined.values():
         if isinstance(value, type) and issubclass(value, unittest.TestCase):
             result = unittest.TestResult()
             unittest.defaultTestLoader.loadTestsFromTestCase(value).run(result)
