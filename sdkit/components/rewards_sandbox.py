@@ -175,15 +175,20 @@ class Jail:
             found = receive(self._from)
         except (EOFError, OSError):
             return Outcome(ended="It was ended with its sandbox.")
-        return self._read(test, found, word, seconds, allowed)
+        return self._read(test, found, word, self._late(seconds), allowed)
+
+    def _late(self, seconds: float) -> str:
+        if seconds < self._limits.seconds:
+            return f"All tests together took more than {self._limits.total_seconds:g} s."
+        return f"It took more than {seconds:g} s."
 
     def _read(
-        self, test: Test, found: dict[str, Any], word: str, seconds: float, allowed: int
+        self, test: Test, found: dict[str, Any], word: str, late: str, allowed: int
     ) -> Outcome:
         errors = found["err"]
         match found["ended"]:
             case "time":
-                return Outcome(ended=f"It took more than {seconds:.3g} s.")
+                return Outcome(ended=late)
             case "output":
                 return Outcome(ended=f"It wrote more than {self._limits.output_kib} KiB.")
             case "signal" if found["cpu"] > allowed - 0.1:

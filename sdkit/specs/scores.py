@@ -160,7 +160,7 @@ class PythonTests:
         "address space of a program, the interpreter's included", default=1024, range=AT_LEAST_64
     )
     files_mib: int = spec_field(
-        "space in /tmp, emptied after each test; without namespaces nothing can be written",
+        "space in its working folder, emptied after each test; without namespaces nothing can be written",
         default=16,
         range=AT_LEAST_ONE,
     )

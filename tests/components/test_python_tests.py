@@ -150,7 +150,10 @@ def test_forms_of_tests(make_row):
         ([{"input": "1", "output": 2}], "the input and output of stdin tests must be text"),
         ([{"input": "1", "output": "1", "type": "x"}], "testtype 'x' is not one of 'stdin'"),
         ([{"input": "a", "output": "1", "fn_name": "f"}], "'a' is not JSON"),
-        ([{"input": "1", "output": "1", "type": "functional"}], "need its name as fn_name"),
+        (
+            [{"input": "1", "output": "1", "type": "functional"}],
+            "tests of a function need its name as fn_name",
+        ),
         ([{"input": "1", "output": "1", "time_limit": 0}], "time_limit 0 is no number above 0"),
     ],
 )
@@ -310,10 +313,8 @@ def test_endless_programs_are_ended(sandbox, program):
 
 def test_a_program_that_sleeps_is_ended(sandbox):
     started = time.monotonic()
-    assert (
-        run(sandbox, "import time\ntime.sleep(600)", seconds=0.4).ended
-        == "It took more than 0.4 s."
-    )
+    found = run(sandbox, "import time\ntime.sleep(600)", seconds=0.4)
+    assert found.ended.startswith("All tests together took more than")
     assert time.monotonic() - started < 10
 
 
@@ -387,7 +388,7 @@ def test_namespaces_show_no_file_of_the_users(sandboxes, tmp_path):
         found = run(sandbox, f"open({str(path)!r})")
         assert "FileNotFoundError" in found.errors
     seen = run(sandbox, "import os\nprint(os.getpid(), os.getcwd(), len(os.listdir('.')))")
-    assert seen.got == "2 /tmp 0\n"
+    assert seen.got == "2 /sandbox 0\n"
     interfaces = run(sandbox, "import socket\nprint([name for _, name in socket.if_nameindex()])")
     assert "PermissionError" in interfaces.errors
 
@@ -440,28 +441,22 @@ def test_values_are_compared_outside(judge, make_row):
 
 
 def test_a_source_of_tests_comes_after_the_program(judge, make_row):
-    program = (
-        "import os, gc\n"
-        "text = os.pread(5, 999, 0)\n"
-        "found = [f for o in gc.get_objects() if isinstance(o, dict) for f in list(o.values())"
-        " if isinstance(f, str) and 'sentinel' + '_word' in f and f is not None]\n"
-    )
-    tests = (
-        "assert text == b''\nassert len([f for f in found if 'gc' not in f]) == 0  # sentinel_word"
-    )
-    assert judge(program, make_row(tests=tests)).reward == 1
+    program = "import os\nfound = os.fstat(5).st_size"
+    assert judge(program, make_row(tests="assert found == 0")).reward == 1
 
 
 # ── time ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_all_tests_of_a_completion_share_a_time(reward, make_row):
-    tests = ["import time\ntime.sleep(60)"] + ["assert True"] * 3
-    judged = reward(seconds=0.5, total_seconds=0.6, credit="share")(
-        "pass", make_row(tests=[tests[0]] * 4)
-    )
-    assert judged.reward == 0
-    assert "It took more than 0.5 s." in judged.feedback
+    sleeps, quick = "import time\ntime.sleep(60)", "assert True"
+    shared = reward(seconds=20, total_seconds=1, credit="share")
+    judged = shared("pass", make_row(tests=[quick, sleeps, quick, quick]))
+    assert judged.reward == 0.25
+    assert judged.feedback.endswith("All tests together took more than 1 s.")
+    alone = reward(seconds=0.5, credit="share")("pass", make_row(tests=[sleeps, quick]))
+    assert alone.reward == 0.5
+    assert alone.feedback.endswith("It took more than 0.5 s.")
 
 
 def test_a_rows_own_time_limit(reward, make_row):
@@ -555,10 +550,3 @@ def test_other_machines_are_refused(monkeypatch):
         BadEnvironment, match="need Linux on x86_64 or aarch64: this is linux on riscv"
     ):
         Sandbox(PythonTests())
-
-
-def test_limits_too_tight_for_python_are_told():
-    with pytest.raises(BadEnvironment, match=r"not even print\(1\) can be run within the limits"):
-        Sandbox(
-            PythonTests(seconds=5, memory_mib=64, isolation="without_namespaces", cpu_seconds=1)
-        )

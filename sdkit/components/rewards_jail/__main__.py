@@ -50,7 +50,8 @@ def _serve(job):
             threads += walls.threads_of_the_user()
         walls.be_private()
     except OSError as error:
-        send(ANSWERED, {"failed": str(error)})
+        where = f": {error.filename}" if error.filename else ""
+        send(ANSWERED, {"failed": f"{error.strerror}{where}"})
         return
     send(ANSWERED, {"failed": None})
     while case := receive(ASKED):

@@ -14,7 +14,7 @@ READ_ONLY, NO_SETUID, NO_DEVICES, NO_EXEC = 1, 2, 4, 8
 REMOUNT, BIND, RECURSIVE, PRIVATE = 32, 4096, 16384, 1 << 18
 RELATIME, SHOWN_RELATIME = 1 << 21, 4096
 DETACHED = 2
-ROOT, SCRATCH = "/sys", "/tmp"
+ROOT, SCRATCH = "/sys", "/sandbox"
 """Where the new root is put together (nothing from there is kept), and where a program may write in it."""
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 DEVICES = ("null", "zero", "random", "urandom")
@@ -66,6 +66,8 @@ def shut(paths, scratch_bytes):
         with open(f"{ROOT}/dev/{name}", "w"):
             call("mount", f"/dev/{name}".encode(), f"{ROOT}/dev/{name}".encode(), None, BIND, None)
     os.mkdir(ROOT + SCRATCH)
+    if not os.path.exists(f"{ROOT}/tmp"):  # the interpreter itself may lie there
+        os.symlink(SCRATCH, f"{ROOT}/tmp")
     os.chdir(ROOT)
     call("pivot_root", b".", b".")
     call("umount2", b".", DETACHED)
