@@ -266,7 +266,22 @@ class RoutedScores:
     vocabulary: int
 
 
-TeacherScores = HiddenScores | RoutedScores
+@frozen(eq=False, kw_only=True)
+class ToldScores:
+    """What a teacher told of a few ids alone, at temperature 1: its k likeliest, and the sampled token."""
+
+    ids: Tensor  # [M, K] long, likeliest first; K may be 0
+    logprobs: Tensor  # [M, K] float32; -inf: no such token (the student has no such id)
+    sampled: Tensor  # [M] float32
+
+    def at(self, places: slice | Tensor) -> ToldScores:
+        """The same of some of the tokens."""
+        return ToldScores(
+            ids=self.ids[places], logprobs=self.logprobs[places], sampled=self.sampled[places]
+        )
+
+
+TeacherScores = HiddenScores | RoutedScores | ToldScores
 """What a teacher says of the counted tokens."""
 
 
