@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sdkit.batches import (
-    HiddenScores,
     MicroBatch,
     RoutedScores,
     Sequences,
@@ -37,9 +36,7 @@ def refer(world: World, batch: MicroBatch) -> TeacherScores | None:
     """What the frozen start model says of the counted tokens under the student's own prompt."""
     if world.reference is None:
         return None
-    weights = world.reference.weights
-    head = weights.head.detach()[: world.rows]
-    return HiddenScores(hidden=weights.hidden(batch.student), head=head)
+    return world.reference.ask(0, batch.student, world.rows)
 
 
 def _asked(world: World, teacher: Teacher, batch: MicroBatch, asked: Sequences) -> TeacherScores:

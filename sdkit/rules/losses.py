@@ -33,6 +33,7 @@ from sdkit.specs import (
     ReverseKl,
     RewardAtLeast,
     SampledTokenSupport,
+    ServedWeights,
     StudentSamples,
     StudentWeights,
     TeacherSamples,
@@ -170,7 +171,8 @@ def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     teacher = spec.teacher
     if not teacher or teacher.sees:
         return
-    if any(isinstance(w, StudentWeights | ExternalWeights) for _, w in teachers_of(spec)):
+    elsewhere = StudentWeights | ExternalWeights | ServedWeights
+    if any(isinstance(w, elsewhere) for _, w in teachers_of(spec)):
         return
     if all(needs_teacher(t) or isinstance(t, ReferenceKl) for t in spec.losses.values()):
         message = "the teacher starts as the student and sees the same: nothing to learn from"

@@ -22,9 +22,11 @@ from sdkit.specs import (
     ExternalWeights,
     MethodSpec,
     RoutedWeights,
+    ServedWeights,
     TeacherSamples,
     VllmBackend,
     external_teachers,
+    served_teachers,
 )
 from sdkit.vocabulary import first_difference, of_folder
 
@@ -38,6 +40,8 @@ def teacher_model(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         where = (*path, "path")
         yield from unknown_bundled(where, weights.path)
         yield from no_model(where, weights.path, context)
+    for path, weights in served_teachers(spec):
+        yield from unknown_bundled((*path, "tokenizer"), weights.tokenizer or "")
 
 
 @run_rule("an external teacher has the student's vocabulary")
@@ -46,13 +50,15 @@ def teacher_vocabulary(spec: ExperimentSpec, context: Context) -> Iterator[Findi
     a folder cannot tell, the tokenizers are compared before any weights are loaded.
     """
     ours = of_folder(Folder(context.file(spec.model.path)))
-    for path, weights in external_teachers(spec):
-        theirs = of_folder(Folder(context.file(weights.path)))
+    folders = [((*path, "path"), weights.path) for path, weights in external_teachers(spec)]
+    folders += [((*path, "tokenizer"), w.tokenizer or "") for path, w in served_teachers(spec)]
+    for where, folder in folders:
+        theirs = of_folder(Folder(context.file(folder))) if folder else None
         if ours is None or theirs is None:
             continue
         if difference := first_difference(ours, theirs):
             message = f"another vocabulary than the student's: {difference}"
-            yield (*path, "path"), message, "take a teacher with the student's tokenizer"
+            yield where, message, "take a teacher with the student's tokenizer"
 
 
 @method_rule("vLLM samples under the student's architecture")
@@ -74,9 +80,12 @@ def no_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     by = spec.rollout.sampled_by
     if not isinstance(by, TeacherSamples) or by.weights != "teacher" or not spec.teacher:
         return
-    if isinstance(spec.teacher.weights, RoutedWeights):
-        message = "a routed teacher is several models and does not sample"
-        yield ("rollout", "sampled_by"), message, "use sampled_by: student"
+    reasons = {
+        RoutedWeights: "a routed teacher is several models and does not sample",
+        ServedWeights: "a served teacher is asked about completions and does not sample",
+    }
+    if reason := reasons.get(type(spec.teacher.weights)):
+        yield ("rollout", "sampled_by"), reason, "use sampled_by: student"
 
 
 @run_rule("a routed teacher's column is in the data")

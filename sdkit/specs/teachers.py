@@ -92,7 +92,9 @@ class ServedWeights:
         "longest time for one request", default=120.0, range=POSITIVE
     )
     retries: int = spec_field(
-        "further attempts where a server cannot be reached or is busy", default=6, range=NOT_NEGATIVE
+        "further attempts where a server cannot be reached or is busy",
+        default=6,
+        range=NOT_NEGATIVE,
     )
     deadline_seconds: float = spec_field(
         "longest time for one sequence, further attempts included", default=600.0, range=POSITIVE
