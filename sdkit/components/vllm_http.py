@@ -160,7 +160,7 @@ def _reason(response: httpx.Response) -> str:
     """What an error says of itself, on one line."""
     try:
         said = response.json()
-        error = said.get("error", said)
+        error = said.get("error", said.get("detail", said))
         text = str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
         text = response.text
