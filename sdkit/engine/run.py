@@ -36,7 +36,7 @@ from sdkit.specs import (
     ExperimentSpec,
     ExternalWeights,
     ServedWeights,
-    external_teachers,
+    other_models,
     served_teachers,
     tokens_told,
 )
@@ -48,7 +48,7 @@ def open_world(spec: ExperimentSpec, base: Path) -> World:
     zero.prepare()
     located = locate(spec.model.path, base)
     tokenizer = load_tokenizer(spec.model, located)
-    for _, weights in external_teachers(spec):
+    for _, weights in other_models(spec):
         theirs = load_tokenizer(weights, locate(weights.path, base))
         check_vocabulary(tokenizer, theirs, weights.path)
     served = _reach(spec, base, tokenizer)
@@ -158,18 +158,19 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
     }
     config = world.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
-    teachers = [
+    others = [
         {"path": w.path, "revision": w.revision, "located": locate(w.path, base)}
-        for _, w in external_teachers(world.spec)
+        for _, w in other_models(world.spec)
     ]
-    teachers += [
+    served = [
         {"url": w.url, "model": w.model, "root": model.root} for w, model in world.served.items()
     ]
     return provenance(
         base,
         data=world.data.fingerprints(),
         model=model,
-        teachers=teachers,
+        other_models=others,
+        served_teachers=served,
         seed=world.spec.training.seed,
     )
 

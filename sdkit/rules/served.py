@@ -152,4 +152,23 @@ def served_entropy(spec: MethodSpec, context: Context) -> Iterator[Finding]:
                 yield ("losses", name, *key), message, "use another mask or weight"
 
 
-RULES = (server_url, server_key, served_support, served_temperature, served_entropy)
+@method_rule("a served teacher is not blended")
+def served_blend(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A blend multiplies whole distributions, token by token, and takes its top k afterwards; a server
+    tells of its own top k.
+    """
+    if tokens_told(spec) is not None and spec.teacher and spec.teacher.blend:
+        message = (
+            "a blend needs the teacher's whole distribution, and a server tells of a few tokens"
+        )
+        yield ("teacher", "blend"), message, "remove blend"
+
+
+RULES = (
+    server_url,
+    server_key,
+    served_support,
+    served_temperature,
+    served_entropy,
+    served_blend,
+)

@@ -221,7 +221,7 @@ def test_a_whole_run_with_evaluation(tiny_folder, served, tmp_path, process_grou
     steps = [line for line in lines(folder / "metrics.jsonl") if "grad_norm" in line]
     assert len(steps) == 3
     assert all("distil/teacher_mass" in line for line in steps)
-    told = json.loads((folder / "provenance.json").read_text())["teachers"]
+    told = json.loads((folder / "provenance.json").read_text())["served_teachers"]
     assert told == [{"url": server.url, "model": "big", "root": "big"}]
 
 
