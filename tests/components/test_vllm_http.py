@@ -116,7 +116,8 @@ def test_tried_no_more_often_than_asked(serve):
     with pytest.raises(Unanswered) as caught:
         client.get("/x")
     assert len(scripted.requests) == 4
-    assert str(caught.value) == f"{client.url}/x answered 503: still loading (4 attempts in 0 s)"
+    begins = f"{client.url}/x answered 503: still loading (4 attempts in "
+    assert str(caught.value).startswith(begins)
     with pytest.raises(Unanswered, match=r"answered 503: still loading$"):
         client.get("/x", retries=0)
     assert len(scripted.requests) == 5
