@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_external import swapped
 from test_routed import data, routed
 from tinyruns import (
     advance,
@@ -278,19 +279,6 @@ def test_sequences_that_are_too_long(refused, served, monkeypatch):
     monkeypatch.setattr("sdkit.engine.tiny_server.CONTEXT", 40)
     error = refused(served(), BadData, "the served teacher big takes 39")
     assert "--max-model-len" in error.hint
-
-
-def swapped(source, target):
-    """The folder with two tokens of its vocabulary exchanged."""
-    import shutil
-
-    shutil.copytree(source, target)
-    path = target / "tokenizer.json"
-    content = json.loads(path.read_text())
-    vocab = content["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    path.write_text(json.dumps(content))
-    return target
 
 
 def test_another_vocabulary(refused, served, other_folder, tmp_path):
