@@ -28,6 +28,7 @@ from sdkit.specs import (
     ReferenceKl,
     ReplayBackend,
     RoutedWeights,
+    ServedWeights,
     ShapeSpec,
     StudentWeights,
     TeacherSamples,
@@ -37,11 +38,13 @@ from sdkit.specs import (
     external_teachers,
     other_models,
     teachers_of,
+    tokens_told,
 )
 from sdkit.teacher_text import describe_blend, describe_place, describe_teacher, describe_weights
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
+SERVED_BY_DEFAULT = 20  # largest number of log-probabilities a vLLM server gives if nothing is said
 
 
 @frozen(kw_only=True)
@@ -149,8 +152,11 @@ def make_plan(
         derived.append("evaluation.teacher_lift samples the external teacher with transformers")
     if spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
         derived.append("evaluation.teacher_lift is not measured: a routed teacher does not sample")
+    elif spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, ServedWeights):
+        derived.append("evaluation.teacher_lift is not measured: a served teacher does not sample")
     elif spec.evaluation and spec.teacher and spec.teacher.blend and spec.teacher.sees:
         derived.append("evaluation.teacher_lift samples the teacher without its blend")
+    derived += _told(spec)
     updates = spec.training.updates_per_rollout
     return Plan(
         backend=backend,
@@ -172,6 +178,22 @@ def make_plan(
         memory_gib=machine.memory_gib,
         derived=tuple(derived),
     )
+
+
+def _told(spec: ExperimentSpec) -> list[str]:
+    """What a server must be started for, and what is then not known of the teacher."""
+    k = tokens_told(spec)
+    if k is None:
+        return []
+    text = f"each server is asked for the sampled token's log-probability and for the teacher's {k} likeliest tokens"
+    if k == 0:
+        text = "each server is asked for the sampled token's log-probability"
+    if k > SERVED_BY_DEFAULT:
+        text += f", so it must be started with --max-logprobs {k} or more"
+    told = [text, "the teacher's entropy is not measured: a server tells of its likeliest tokens"]
+    if any(w for _, w in teachers_of(spec) if not isinstance(w, ServedWeights)):
+        told.append(f"the other routes' teachers tell of their {k} likeliest tokens alone, too")
+    return told
 
 
 def needs_old_logprobs(spec: ExperimentSpec) -> bool:
@@ -238,7 +260,7 @@ def copies_of_model(spec: ExperimentSpec) -> list[OneTeacher]:
     if spec.model.lora:
         return []
     held = dict.fromkeys(weights for _, weights in teachers_of(spec))
-    return [w for w in held if not isinstance(w, StudentWeights | ExternalWeights)]
+    return [w for w in held if not isinstance(w, StudentWeights | ExternalWeights | ServedWeights)]
 
 
 def pulls_to_reference(spec: ExperimentSpec) -> bool:

@@ -14,7 +14,7 @@ from sdkit.engine.gather import completion_text, gather
 from sdkit.engine.measuring import ready
 from sdkit.engine.step import measure
 from sdkit.seeds import derive
-from sdkit.specs import Decoding, RoutedWeights, Suite
+from sdkit.specs import Decoding, RoutedWeights, ServedWeights, Suite
 from sdkit.weights import Weights
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def teacher_lift(world: World, before: Evaluated) -> dict[Key, Interval]:
     evaluation, teacher = world.spec.evaluation, world.spec.teacher
     if evaluation is None or teacher is None or teacher.sees is None or not evaluation.teacher_lift:
         return {}
-    if isinstance(teacher.weights, RoutedWeights):
+    if isinstance(teacher.weights, RoutedWeights | ServedWeights):
         return {}
     lift: dict[Key, Interval] = {}
     for name, suite in evaluation.suites.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from sdkit.components.vllm_scores import ServedModel
 from sdkit.engine import checkpoint, loop, report, rundir, zero
 from sdkit.engine.evaluate import evaluate, headline
 from sdkit.engine.models import check_vocabulary, load_tokenizer, locate
@@ -30,7 +31,14 @@ from sdkit.problems import (
 )
 from sdkit.resolved import leaves
 from sdkit.source import read, read_text
-from sdkit.specs import ExperimentSpec, other_models
+from sdkit.specs import (
+    ExperimentSpec,
+    ExternalWeights,
+    ServedWeights,
+    other_models,
+    served_teachers,
+    tokens_told,
+)
 
 
 def open_world(spec: ExperimentSpec, base: Path) -> World:
@@ -42,16 +50,34 @@ def open_world(spec: ExperimentSpec, base: Path) -> World:
     for _, weights in other_models(spec):
         theirs = load_tokenizer(weights, locate(weights.path, base))
         check_vocabulary(tokenizer, theirs, weights.path)
+    served = _reach(spec, base, tokenizer)
     data = Data(spec, base, tokenizer)
     zero.start()
     try:
         plan = make_plan(spec, machine_for(spec, zero.world_size()), None, rows=len(data.train))
         assert plan.steps is not None
         longest = data.check(plan.steps)
-        return World(spec, plan, base, data, located, longest)
+        for model in served.values():
+            model.check_length(longest)
+        return World(spec, plan, base, data, located, longest, served)
     except BaseException:
         zero.stop()
         raise
+
+
+def _reach(spec: ExperimentSpec, base: Path, tokenizer: Any) -> dict[ServedWeights, ServedModel]:
+    """Every served teacher, found fit to teach: before anything heavy is loaded."""
+    found: dict[ServedWeights, ServedModel] = {}
+    for _, weights in served_teachers(spec):
+        if weights in found:
+            continue
+        if weights.tokenizer:
+            theirs = ExternalWeights(path=weights.tokenizer)
+            told = load_tokenizer(theirs, locate(weights.tokenizer, base))
+            check_vocabulary(tokenizer, told, weights.tokenizer)
+        found[weights] = ServedModel(weights, tokens_told(spec) or 0, os.environ)
+        found[weights].check(tokenizer)
+    return found
 
 
 def train(
@@ -135,11 +161,15 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
         {"path": w.path, "revision": w.revision, "located": locate(w.path, base)}
         for _, w in other_models(world.spec)
     ]
+    served = [
+        {"url": w.url, "model": w.model, "root": model.root} for w, model in world.served.items()
+    ]
     return provenance(
         base,
         data=world.data.fingerprints(),
         model=model,
         other_models=others,
+        served_teachers=served,
         seed=world.spec.training.seed,
     )
 

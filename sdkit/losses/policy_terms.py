@@ -181,7 +181,7 @@ def _advantages(
         return tokens.advantages.to(then.dtype)
 
     def of_teacher(spec: LogRatio) -> Tensor:
-        teacher = sampled_token(sides.teacher(temperature), tokens.token)
+        teacher = sides.teacher_sampled(tokens.token, temperature)
         advantages = _teachers(spec, teacher - then, tokens)
         if spec.center == "sequence":
             advantages = advantages - _sequence_mean(tokens, f"{name}/advantage")

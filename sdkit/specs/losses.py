@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, assert_never
 
 from attrs import frozen
@@ -365,3 +366,9 @@ def nothing_without_teacher(term: LossTerm) -> bool:
     if isinstance(term, PolicyGradient):
         return isinstance(term.advantage, LogRatio)
     return isinstance(term, Distillation)
+
+
+def widest_top_k(losses: Mapping[str, LossTerm]) -> int:
+    """The largest k of the terms' supports; 0 where none is a top_k."""
+    supports = [t.support for t in losses.values() if isinstance(t, Distillation)]
+    return max((s.k for s in supports if isinstance(s, TopKSupport)), default=0)
