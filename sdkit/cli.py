@@ -104,7 +104,7 @@ def plan(
 
     Of a method page: its objective, teacher and sampler.
     """
-    from sdkit.machine import machine_for, shape_of, teacher_shapes
+    from sdkit.machine import machine_for, other_shapes, shape_of
     from sdkit.plan import make_plan, plan_method
     from sdkit.plan_text import render_method, render_plan
 
@@ -112,8 +112,8 @@ def plan(
     if checked.kind == "method":
         return typer.echo(render_method(plan_method(checked.spec)))
     run = checked.spec
-    shapes = teacher_shapes(run, spec.parent)
-    made = make_plan(run, machine_for(run), shape_of(run, spec.parent), teacher_shapes=shapes)
+    shapes = other_shapes(run, spec.parent)
+    made = make_plan(run, machine_for(run), shape_of(run, spec.parent), other_shapes=shapes)
     typer.echo(render_plan(run, made))
     if data:
         from sdkit.engine.preview import preview
@@ -211,6 +211,35 @@ def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
         raise UnreadableInput(f"{path} has no model/ yet", hint="it appears when the run is done")
     base = Path(json.loads((path / "provenance.json").read_text(encoding="utf-8"))["base"])
     return resolved, [f"model.path={model.resolve()}", "model.lora=null"], base
+
+
+@app.command(
+    epilog="Examples: `sdkit compare runs/sdft`, `sdkit compare runs/grpo runs/sdpo --x steps --to runs/both.png`"
+)
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)
+    ],
+    to: Annotated[Path, typer.Option("--to", help="The picture: .png, .pdf or .svg.")] = Path(
+        "compare.png"
+    ),
+    x: Annotated[
+        Literal["tokens", "steps", "time"],
+        typer.Option("--x", help="The budget at which runs are held against each other."),
+    ] = "tokens",
+    score: Annotated[
+        str | None,
+        typer.Option(
+            "--score",
+            help="Only this reward, or one SUITE/DECODING/REWARD: fewer comparisons, narrower intervals.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Print and plot runs against tokens, steps and time, with intervals; no winner inside the noise."""
+    from sdkit.engine.compare_text import compare as compare_runs
+
+    compare_runs(runs, _console(), to, x, score)
 
 
 def _smoke(checked: Any, steps: int) -> None:

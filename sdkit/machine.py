@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sdkit.bundled import BUNDLED, PREFIX
 from sdkit.plan import Machine
-from sdkit.specs import ExperimentSpec, ShapeSpec, external_teachers
+from sdkit.specs import ExperimentSpec, ShapeSpec, other_models
 
 
 def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
@@ -53,9 +53,9 @@ def shape_of(spec: ExperimentSpec, base: Path) -> ShapeSpec | None:
     return spec.model.shape or _shape_at(spec.model.path, base)
 
 
-def teacher_shapes(spec: ExperimentSpec, base: Path) -> dict[str, ShapeSpec]:
-    """The shape of each external teacher that is bundled or a local folder, by its path."""
-    found = {weights.path: _shape_at(weights.path, base) for _, weights in external_teachers(spec)}
+def other_shapes(spec: ExperimentSpec, base: Path) -> dict[str, ShapeSpec]:
+    """The shape of each model beside the student's that is bundled or a local folder, by its path."""
+    found = {weights.path: _shape_at(weights.path, base) for _, weights in other_models(spec)}
     return {path: shape for path, shape in found.items() if shape}
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
 DEMO = SPECS / "sdft.yaml"
 METHOD = SPECS / "methods" / "sdft.yaml"
-COMMANDS = ("validate", "show", "plan", "smoke", "train", "eval")
+COMMANDS = ("validate", "show", "plan", "smoke", "train", "eval", "compare")
 RUN = """
 model: {path: MODEL, dtype: float32}
 data:
@@ -281,6 +281,10 @@ def test_train_then_eval(sdkit, run_file, tmp_path):
     code, out, err = sdkit("eval", folder)
     assert code == 0, err
     assert "held_out" in out
+    code, out, err = sdkit("compare", folder, "--to", tmp_path / "run.png")
+    assert code == 0, err
+    assert "digit" in out
+    assert (tmp_path / "run.png").is_file()
     code, out, _ = sdkit("eval", run_file)
     assert code == 0
     code, _, err = sdkit("train", run_file, "--to", folder)

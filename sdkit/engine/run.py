@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ from sdkit.problems import (
     shorten,
     spelled,
 )
-from sdkit.problems import Path as SpecPath
+from sdkit.resolved import leaves
 from sdkit.source import read, read_text
-from sdkit.specs import ExperimentSpec, external_teachers
+from sdkit.specs import ExperimentSpec, other_models
 
 
 def open_world(spec: ExperimentSpec, base: Path) -> World:
@@ -40,7 +39,7 @@ def open_world(spec: ExperimentSpec, base: Path) -> World:
     zero.prepare()
     located = locate(spec.model.path, base)
     tokenizer = load_tokenizer(spec.model, located)
-    for _, weights in external_teachers(spec):
+    for _, weights in other_models(spec):
         theirs = load_tokenizer(weights, locate(weights.path, base))
         check_vocabulary(tokenizer, theirs, weights.path)
     data = Data(spec, base, tokenizer)
@@ -132,15 +131,15 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
     }
     config = world.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
-    teachers = [
+    others = [
         {"path": w.path, "revision": w.revision, "located": locate(w.path, base)}
-        for _, w in external_teachers(world.spec)
+        for _, w in other_models(world.spec)
     ]
     return provenance(
         base,
         data=world.data.fingerprints(),
         model=model,
-        teachers=teachers,
+        other_models=others,
         seed=world.spec.training.seed,
     )
 
@@ -148,8 +147,8 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
 def _same_spec(folder: Path, resolved: str) -> None:
     """A run continues under the spec it began with; only its length and its output may change."""
     free = {("training", "steps"), ("training", "epochs")}
-    before = dict(_leaves(read(folder / rundir.MARK).data))
-    now = dict(_leaves(read_text(resolved, "the spec").data))
+    before = dict(leaves(read(folder / rundir.MARK).data))
+    now = dict(leaves(read_text(resolved, "the spec").data))
     changed = [
         f"{spelled(path)}: {shorten(before.get(path))} then, {shorten(now.get(path))} now"
         for path in sorted(before.keys() | now.keys(), key=str)
@@ -160,15 +159,6 @@ def _same_spec(folder: Path, resolved: str) -> None:
             "the spec is not the one that this run began with:\n" + first_of(changed),
             hint="resume with the values of the run's resolved.yaml, or start another run with --to",
         )
-
-
-def _leaves(data: Any, path: SpecPath = ()) -> Iterator[tuple[SpecPath, Any]]:
-    items = data.items() if isinstance(data, dict) else enumerate(data)
-    for name, value in items:
-        if isinstance(value, dict | list) and value:
-            yield from _leaves(value, (*path, name))
-        else:
-            yield (*path, name), value
 
 
 def _explained(error: BaseException, run: rundir.RunDirectory) -> BaseException:

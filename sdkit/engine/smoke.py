@@ -23,12 +23,14 @@ from sdkit.problems import NumericsGuard
 from sdkit.schedules import scalar_at
 from sdkit.specs import (
     AutoBackend,
+    Blend,
     ColumnSlot,
     Context,
     DataSpec,
     Distillation,
     ExperimentSpec,
     ExternalWeights,
+    ExtrapolateBlend,
     FileDivergence,
     FileWeight,
     InlineSource,
@@ -50,6 +52,7 @@ from sdkit.specs import (
     TopKSupport,
     TrainingSpec,
     TransformersBackend,
+    blend_base,
     completion_column,
     external_teachers,
 )
@@ -73,6 +76,8 @@ def smoke(
             tiny.build(base / "model", vocabulary=VOCABULARY)
             if any(external_teachers(spec)):
                 tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)
+            if isinstance(blend_base(spec), ExternalWeights):
+                tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)
         small = miniature(spec, steps, (home or Path()).resolve())
         world = open_world(small, base)
         world.data.rewards = {
@@ -162,8 +167,17 @@ def _rollout(rollout: RolloutSpec) -> RolloutSpec:
 
 def _teacher(teacher: TeacherSpec) -> TeacherSpec:
     return evolve(
-        teacher, weights=_weights(teacher.weights), sees=teacher.sees and _sees(teacher.sees)
+        teacher,
+        weights=_weights(teacher.weights),
+        sees=teacher.sees and _sees(teacher.sees),
+        blend=_blend(teacher.blend),
     )
+
+
+def _blend(blend: Blend | None) -> Blend | None:
+    if isinstance(blend, ExtrapolateBlend) and isinstance(blend.base, ExternalWeights):
+        return evolve(blend, base=evolve(blend.base, path="base", revision=None))
+    return blend
 
 
 def _sees(sees: Sees) -> Sees:

@@ -1,5 +1,7 @@
 """Groups judged by a reward: what the teacher is shown, advantages, the pull to the reference."""
 
+import math
+
 import pytest
 import torch
 from attrs import evolve
@@ -17,6 +19,7 @@ from sdkit.specs import (
     ForwardKl,
     FrozenWeights,
     GroupRelative,
+    OptimizerSpec,
     OverlongPenalty,
     PolicyGradient,
     ReferenceKl,
@@ -25,6 +28,7 @@ from sdkit.specs import (
     SuccessfulSibling,
     Table,
     TeacherSpec,
+    TrainingSpec,
     TransformersBackend,
     UserTurn,
     VocabularySupport,
@@ -155,6 +159,33 @@ def test_rewarded_completions_become_likelier(group_world):
     for _ in range(3):
         train_step(world, batch)
     assert _logprob(world, best) > before
+
+
+def test_two_updates_share_the_log_probabilities_before_the_first(group_world):
+    """Whoever the sampler was, the ratio of a batch's later update is to the weights before its first."""
+    losses = Table({"policy": PolicyGradient(advantage=GroupRelative())})
+    world = group_world(
+        judged(1, 0, 0, 0),
+        teacher=None,
+        losses=losses,
+        optimizer=OptimizerSpec(lr=1e-2),
+        training=TrainingSpec(steps=1, prompts_per_step=2, updates_per_rollout=2, zero_stage=0),
+    )
+    first, second = batch_of(world).split(2)
+    measured = train_step(world, first).metrics
+    assert measured["policy/ratio"] == pytest.approx(1, abs=1e-4)
+    assert measured["policy/old_kl"] == pytest.approx(0, abs=1e-6)
+    now = take_measures(world, second, {"student_logprobs"})
+    ratios = [
+        math.exp(after - before)
+        for r, m in zip(second, now, strict=True)
+        for before, after in zip(r.old_logprobs, m.measures["student_logprobs"], strict=True)
+    ]
+    moved = train_step(world, second).metrics
+    assert abs(moved["policy/ratio"] - 1) > 1e-3
+    assert moved["policy/ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    kl = sum(ratio - 1 - math.log(ratio) for ratio in ratios) / len(ratios)
+    assert moved["policy/old_kl"] == pytest.approx(kl, rel=1e-3)
 
 
 def test_equal_rewards_move_nothing(group_world):
