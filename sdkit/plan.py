@@ -212,10 +212,10 @@ def _objective(spec: MethodSpec) -> tuple[str, ...]:
 
 def _measures(spec: ExperimentSpec) -> tuple[str, ...]:
     asked = measured(spec.losses)
-    if needs_old_logprobs(spec):
-        whole = ("training.updates_per_rollout", *asked.get("student_logprobs", ()))
-        asked = {"student_logprobs": whole} | {**asked, "student_logprobs": whole}
-    return _spelled(asked)
+    if not needs_old_logprobs(spec):
+        return _spelled(asked)
+    whole = ("training.updates_per_rollout", *asked.pop("student_logprobs", ()))
+    return _spelled({"student_logprobs": whole, **asked})
 
 
 def _spelled(asked: Mapping[Measure, tuple[str, ...]]) -> tuple[str, ...]:

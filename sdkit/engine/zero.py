@@ -41,9 +41,7 @@ def _set_imports_aside() -> None:
     """Once in a process: DeepSpeed collects garbage four times as it opens, and half a million imported objects are none."""
     gc.collect()
     gc.freeze()
-    atexit.register(
-        gc.unfreeze
-    )  # bindings that count their objects at the end would call them leaks
+    atexit.register(gc.unfreeze)  # bindings count their objects at the end
 
 
 def start() -> None:
