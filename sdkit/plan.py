@@ -8,7 +8,7 @@ from typing import assert_never
 from attrs import field, frozen
 
 from sdkit.accelerators import Machine
-from sdkit.measures import measured, needs_old_logprobs
+from sdkit.measures import Measure, measured, needs_old_logprobs
 from sdkit.objective_text import (
     describe_losses,
     describe_route,
@@ -22,16 +22,22 @@ from sdkit.specs import (
     Distillation,
     ExperimentSpec,
     ExternalWeights,
+    MethodSpec,
     ReplayBackend,
     RoutedWeights,
+    ServedWeights,
     ShapeSpec,
     TeacherSamples,
     TransformersBackend,
     VllmBackend,
     blend_base,
     external_teachers,
+    teachers_of,
+    tokens_told,
 )
 from sdkit.teacher_text import describe_blend, describe_place, describe_teacher, describe_weights
+
+SERVED_BY_DEFAULT = 20  # largest number of log-probabilities a vLLM server gives if nothing is said
 
 
 @frozen(kw_only=True)
@@ -66,6 +72,25 @@ class Plan:
     @property
     def peak_gib(self) -> float:
         return sum(share.gib for share in self.memory)
+
+
+@frozen(kw_only=True)
+class MethodPlan:
+    """What a method page says by itself: all of a plan that needs no model, data or machine."""
+
+    objective: tuple[str, ...]
+    roles: tuple[str, ...]
+    measures: tuple[str, ...]
+
+
+def plan_method(spec: MethodSpec) -> MethodPlan:
+    """Derive what can be said of a method before a run file names it."""
+    roles = [f"teacher: {describe_teacher(spec)}"] if spec.teacher else []
+    return MethodPlan(
+        objective=_objective(spec),
+        roles=(*roles, f"sampler: {describe_sampling(spec)}"),
+        measures=_spelled(measured(spec.losses)),
+    )
 
 
 def make_plan(
@@ -103,8 +128,11 @@ def make_plan(
         derived.append("evaluation.teacher_lift samples the external teacher with transformers")
     if spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
         derived.append("evaluation.teacher_lift is not measured: a routed teacher does not sample")
+    elif spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, ServedWeights):
+        derived.append("evaluation.teacher_lift is not measured: a served teacher does not sample")
     elif spec.evaluation and spec.teacher and spec.teacher.blend and spec.teacher.sees:
         derived.append("evaluation.teacher_lift samples the teacher without its blend")
+    derived += _told(spec)
     updates = spec.training.updates_per_rollout
     others = other_shapes or {}
     return Plan(
@@ -120,7 +148,7 @@ def make_plan(
         oldest_rollout=updates - 1,
         needs_old_logprobs=needs_old_logprobs(spec),
         measures=_measures(spec),
-        objective=(*describe_losses(spec), *describe_blend(spec), *describe_route(spec)),
+        objective=_objective(spec),
         roles=tuple(_roles(spec)),
         syncs=_syncs(spec, backend),
         memory=memory_of_rank(spec, backend, stage, machine, shape, others) if shape else (),
@@ -130,12 +158,36 @@ def make_plan(
     )
 
 
+def _told(spec: ExperimentSpec) -> list[str]:
+    """What a server must be started for, and what is then not known of the teacher."""
+    k = tokens_told(spec)
+    if k is None:
+        return []
+    text = f"each server is asked for the sampled token's log-probability and for the teacher's {k} likeliest tokens"
+    if k == 0:
+        text = "each server is asked for the sampled token's log-probability"
+    if k > SERVED_BY_DEFAULT:
+        text += f", so it must be started with --max-logprobs {k} or more"
+    told = [text, "the teacher's entropy is not measured: a server tells of its likeliest tokens"]
+    if any(w for _, w in teachers_of(spec) if not isinstance(w, ServedWeights)):
+        told.append(f"the other routes' teachers tell of their {k} likeliest tokens alone, too")
+    return told
+
+
+def _objective(spec: MethodSpec) -> tuple[str, ...]:
+    return (*describe_losses(spec), *describe_blend(spec), *describe_route(spec))
+
+
 def _measures(spec: ExperimentSpec) -> tuple[str, ...]:
+    asked = measured(spec.losses)
+    if not needs_old_logprobs(spec):
+        return _spelled(asked)
+    whole = ("training.updates_per_rollout", *asked.pop("student_logprobs", ()))
+    return _spelled({"student_logprobs": whole, **asked})
+
+
+def _spelled(asked: Mapping[Measure, tuple[str, ...]]) -> tuple[str, ...]:
     """`student entropy for losses.distil.mask.student_entropy_top`, one line a measure."""
-    asked = dict(measured(spec.losses))
-    if needs_old_logprobs(spec):
-        whole = ("training.updates_per_rollout", *asked.get("student_logprobs", ()))
-        asked = {"student_logprobs": whole} | {**asked, "student_logprobs": whole}
     return tuple(
         f"{measure.replace('_logprobs', ' log-probabilities').replace('_', ' ')} for {', '.join(who)}"
         for measure, who in asked.items()

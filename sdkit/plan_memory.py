@@ -16,6 +16,7 @@ from sdkit.specs import (
     FrozenWeights,
     OneTeacher,
     ReferenceKl,
+    ServedWeights,
     ShapeSpec,
     StudentWeights,
     VllmBackend,
@@ -43,7 +44,7 @@ def copies_of_model(spec: ExperimentSpec) -> list[OneTeacher]:
     if spec.model.lora:
         return []
     held = dict.fromkeys(weights for _, weights in teachers_of(spec))
-    return [w for w in held if not isinstance(w, StudentWeights | ExternalWeights)]
+    return [w for w in held if not isinstance(w, StudentWeights | ExternalWeights | ServedWeights)]
 
 
 def pulls_to_reference(spec: ExperimentSpec) -> bool:

@@ -23,6 +23,7 @@ from sdkit.specs import (
     ExperimentSpec,
     ExternalWeights,
     ReplayBackend,
+    ServedWeights,
     ShapeSpec,
     TeacherSamples,
     TrustRegionBlend,
@@ -31,6 +32,7 @@ from sdkit.specs import (
     external_teachers,
     needs_teacher,
     other_models,
+    teachers_of,
 )
 
 COMPUTE = 0.4
@@ -107,6 +109,8 @@ def _missing(
         return "the model's shape is not at hand; state it as model.shape"
     if any(weights.path not in others for _, weights in other_models(spec)):
         return "another model's shape is not at hand"
+    if any(isinstance(weights, ServedWeights) for _, weights in teachers_of(spec)):
+        return "how fast the teacher's server answers is not known"
     if spec.model.dtype != "bfloat16":
         return f"the figures are bfloat16's, and model.dtype is {spec.model.dtype}"
     if sampled and not isinstance(backend, VllmBackend | ReplayBackend):

@@ -1,4 +1,4 @@
-"""What the teacher is: live, frozen, averaged or copied weights, another model, or several of these by route.
+"""What the teacher is: live, frozen, averaged or copied weights, another model, one behind a server, or several by route.
 
 Knows nothing of prompts or losses.  Open the teacher before DeepSpeed wraps the student: copies and adapters must exist by then.
 """
@@ -12,7 +12,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
-from sdkit.batches import HiddenScores, Sequences, TeacherScores
+from sdkit.batches import HiddenScores, Sequences, TeacherScores, Text, ToldScores
 from sdkit.specs import (
     CopyWeights,
     EmaWeights,
@@ -20,6 +20,7 @@ from sdkit.specs import (
     FrozenWeights,
     OneTeacher,
     RoutedWeights,
+    ServedWeights,
     StudentWeights,
     TeacherWeights,
 )
@@ -32,6 +33,12 @@ Masters = Callable[[], Iterator[tuple[str, Tensor]]]
 Load = Callable[[ExternalWeights], torch.nn.Module]
 """Opens another model, on the student's device."""
 
+Tell = Callable[[Sequence[Text], int], ToldScores]
+"""What a served model thinks of the kept tokens of some texts, over ids below a bound."""
+
+Reach = Callable[[ServedWeights], Tell]
+"""Finds a served model."""
+
 
 class Teacher:
     """Weights that do not move: live (they are the student's own), frozen, or another model's."""
@@ -39,8 +46,8 @@ class Teacher:
     moves = False
     distance = 0.0  # |teacher - student| / |student| at the last move
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
+    def __init__(self, weights: Weights | None) -> None:
+        self.weights = weights  # None: not one set of weights in this process
 
     @property
     def leaves(self) -> tuple[Teacher, ...]:
@@ -49,6 +56,7 @@ class Teacher:
 
     def ask(self, route: int, asked: Sequences, rows: int) -> TeacherScores:
         """What the teacher of a route says of the counted tokens, over ids below `rows`."""
+        assert self.weights is not None
         return HiddenScores(
             hidden=self.weights.hidden(asked), head=self.weights.head.detach()[:rows]
         )
@@ -130,11 +138,27 @@ class MovingTeacher(Teacher):
             self.live[name].copy_(shadow)
 
 
+class ServedTeacher(Teacher):
+    """A model behind a server: it never moves, holds no weights here, and tells of a few ids alone."""
+
+    def __init__(self, tell: Tell) -> None:
+        super().__init__(None)
+        self.tell = tell
+
+    def ask(self, route: int, asked: Sequences, rows: int) -> ToldScores:
+        told, device = self.tell(asked.texts, rows), asked.input_ids.device
+        return ToldScores(
+            ids=told.ids.to(device),
+            logprobs=told.logprobs.to(device),
+            sampled=told.sampled.to(device),
+        )
+
+
 class RoutedTeacher(Teacher):
     """Several teachers, one for each value of a column; routes of equal weights share one."""
 
     def __init__(self, routes: Sequence[Teacher]) -> None:
-        super().__init__(routes[0].weights)
+        super().__init__(None)
         self.routes = tuple(routes)
         self.parts = tuple(dict.fromkeys(routes))
         self.moves = any(part.moves for part in self.parts)
@@ -167,18 +191,18 @@ class RoutedTeacher(Teacher):
             part.load_state(own)
 
 
-def open_teacher(spec: TeacherWeights, student: Weights, load: Load) -> Teacher:
+def open_teacher(spec: TeacherWeights, student: Weights, load: Load, reach: Reach) -> Teacher:
     """The teacher that `spec` asks for, starting from the student's weights as they are now."""
     if not isinstance(spec, RoutedWeights):
-        return _open(spec, student, load)
+        return _open(spec, student, load, reach)
     opened: dict[OneTeacher, Teacher] = {}
     for one in spec.routes.values():
         if one not in opened:
-            opened[one] = _open(one, student, load)
+            opened[one] = _open(one, student, load, reach)
     return RoutedTeacher([opened[one] for one in spec.routes.values()])
 
 
-def _open(spec: OneTeacher, student: Weights, load: Load) -> Teacher:
+def _open(spec: OneTeacher, student: Weights, load: Load, reach: Reach) -> Teacher:
     adapters = hasattr(student.model, "peft_config")
     match spec:
         case StudentWeights():
@@ -197,6 +221,8 @@ def _open(spec: OneTeacher, student: Weights, load: Load) -> Teacher:
             return MovingTeacher(weights, spec, {name: own[name] for name in trained})
         case ExternalWeights():
             return Teacher(Weights(load(spec).requires_grad_(False).eval(), foreign=True))
+        case ServedWeights():
+            return ServedTeacher(reach(spec))
         case _:
             assert_never(spec)
 
