@@ -7,7 +7,7 @@ from typing import assert_never
 
 from attrs import field, frozen
 
-from sdkit.measures import measured
+from sdkit.measures import Measure, measured
 from sdkit.objective_text import (
     describe_losses,
     describe_route,
@@ -22,6 +22,7 @@ from sdkit.specs import (
     ExperimentSpec,
     ExternalWeights,
     FrozenWeights,
+    MethodSpec,
     OneTeacher,
     PolicyGradient,
     ReferenceKl,
@@ -97,6 +98,25 @@ class Plan:
         return sum(share.gib for share in self.memory)
 
 
+@frozen(kw_only=True)
+class MethodPlan:
+    """What a method page says by itself: all of a plan that needs no model, data or machine."""
+
+    objective: tuple[str, ...]
+    roles: tuple[str, ...]
+    measures: tuple[str, ...]
+
+
+def plan_method(spec: MethodSpec) -> MethodPlan:
+    """Derive what can be said of a method before a run file names it."""
+    roles = [f"teacher: {describe_teacher(spec)}"] if spec.teacher else []
+    return MethodPlan(
+        objective=_objective(spec),
+        roles=(*roles, f"sampler: {describe_sampling(spec)}"),
+        measures=_spelled(measured(spec.losses)),
+    )
+
+
 def make_plan(
     spec: ExperimentSpec,
     machine: Machine,
@@ -151,7 +171,7 @@ def make_plan(
         oldest_rollout=updates - 1,
         needs_old_logprobs=needs_old_logprobs(spec),
         measures=_measures(spec),
-        objective=(*describe_losses(spec), *describe_blend(spec), *describe_route(spec)),
+        objective=_objective(spec),
         roles=tuple(_roles(spec)),
         syncs=_syncs(spec, backend),
         memory=tuple(_memory(spec, backend, shape, other_shapes or {})) if shape else (),
@@ -186,12 +206,20 @@ def needs_old_logprobs(spec: ExperimentSpec) -> bool:
     return spec.training.updates_per_rollout > 1 and corrected
 
 
+def _objective(spec: MethodSpec) -> tuple[str, ...]:
+    return (*describe_losses(spec), *describe_blend(spec), *describe_route(spec))
+
+
 def _measures(spec: ExperimentSpec) -> tuple[str, ...]:
-    """`student entropy for losses.distil.mask.student_entropy_top`, one line a measure."""
-    asked = dict(measured(spec.losses))
+    asked = measured(spec.losses)
     if needs_old_logprobs(spec):
         whole = ("training.updates_per_rollout", *asked.get("student_logprobs", ()))
         asked = {"student_logprobs": whole} | {**asked, "student_logprobs": whole}
+    return _spelled(asked)
+
+
+def _spelled(asked: Mapping[Measure, tuple[str, ...]]) -> tuple[str, ...]:
+    """`student entropy for losses.distil.mask.student_entropy_top`, one line a measure."""
     return tuple(
         f"{measure.replace('_logprobs', ' log-probabilities').replace('_', ' ')} for {', '.join(who)}"
         for measure, who in asked.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from sdkit.problems import (
     shorten,
     spelled,
 )
-from sdkit.problems import Path as SpecPath
+from sdkit.resolved import leaves
 from sdkit.source import read, read_text
 from sdkit.specs import (
     ExperimentSpec,
@@ -178,8 +177,8 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
 def _same_spec(folder: Path, resolved: str) -> None:
     """A run continues under the spec it began with; only its length and its output may change."""
     free = {("training", "steps"), ("training", "epochs")}
-    before = dict(_leaves(read(folder / rundir.MARK).data))
-    now = dict(_leaves(read_text(resolved, "the spec").data))
+    before = dict(leaves(read(folder / rundir.MARK).data))
+    now = dict(leaves(read_text(resolved, "the spec").data))
     changed = [
         f"{spelled(path)}: {shorten(before.get(path))} then, {shorten(now.get(path))} now"
         for path in sorted(before.keys() | now.keys(), key=str)
@@ -190,15 +189,6 @@ def _same_spec(folder: Path, resolved: str) -> None:
             "the spec is not the one that this run began with:\n" + first_of(changed),
             hint="resume with the values of the run's resolved.yaml, or start another run with --to",
         )
-
-
-def _leaves(data: Any, path: SpecPath = ()) -> Iterator[tuple[SpecPath, Any]]:
-    items = data.items() if isinstance(data, dict) else enumerate(data)
-    for name, value in items:
-        if isinstance(value, dict | list) and value:
-            yield from _leaves(value, (*path, name))
-        else:
-            yield (*path, name), value
 
 
 def _explained(error: BaseException, run: rundir.RunDirectory) -> BaseException:

@@ -55,7 +55,9 @@ from sdkit.specs import (
     TopKSupport,
     TrainingSpec,
     TransformersBackend,
+    blend_base,
     completion_column,
+    external_teachers,
     served_teachers,
 )
 
@@ -76,8 +78,10 @@ def smoke(
         base = Path(folder)
         with zero.quiet():  # the first to import DeepSpeed, which speaks on stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
-            tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)  # an external one
-            tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)  # of a blend
+            if any(external_teachers(spec)) or any(served_teachers(spec)):
+                tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)
+            if isinstance(blend_base(spec), ExternalWeights):
+                tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)
         with _served(spec, base / "teacher") as url:
             return _run(miniature(spec, steps, (home or Path()).resolve(), url), base, console)
 
