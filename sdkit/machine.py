@@ -8,20 +8,22 @@ import os
 from importlib import metadata
 from pathlib import Path
 
+from sdkit.accelerators import Machine
 from sdkit.bundled import BUNDLED, PREFIX
-from sdkit.plan import Machine
 from sdkit.specs import ExperimentSpec, ShapeSpec, other_models
 
 
 def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
     """What the plan needs to know of this machine; the spec's `machine` overrides it, but not a running world's ranks."""
     stated = spec.machine
+    accelerator = stated.accelerator if stated else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Machine(
         ranks=ranks or (stated.ranks if stated else 1),
         memory_gib=stated.memory_gib if stated and stated.memory_gib else memory,
         vllm=vllm_version(),
-        emulates_bfloat16=emulates_bfloat16(),
+        emulates_bfloat16=accelerator is None and emulates_bfloat16(),
+        accelerator=accelerator,
     )
 
 
@@ -78,8 +80,9 @@ def _shape(config: dict[str, int]) -> ShapeSpec:
         config["vocab_size"],
     )
     heads = config["num_attention_heads"]
-    kept = config.get("num_key_value_heads") or heads
-    attention = 2 * hidden * hidden + 2 * hidden * hidden * kept // heads
+    width = config.get("head_dim") or hidden // heads
+    keys = width * (config.get("num_key_value_heads") or heads)
+    attention = 2 * hidden * (heads * width + keys)
     feed_forward = 3 * hidden * config["intermediate_size"]
     embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
     return ShapeSpec(
@@ -88,4 +91,5 @@ def _shape(config: dict[str, int]) -> ShapeSpec:
         layers=layers,
         vocabulary=vocabulary,
         context=config["max_position_embeddings"],
+        kv_width=keys,
     )

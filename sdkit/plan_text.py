@@ -44,6 +44,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
             plan.syncs,
         ],
         "memory per rank (estimate)": _memory(plan),
+        "time of a step (estimate)": _time(plan),
         "derived": plan.derived,
     }
     return _listed(sections)
@@ -74,3 +75,17 @@ def _memory(plan: Plan) -> list[str]:
                 "more than there is: train LoRA adapters, or lower training.micro_batch_tokens"
             )
     return lines
+
+
+def _time(plan: Plan) -> list[str]:
+    time = plan.step_time
+    if time is None:
+        return []
+    if time.why_not:
+        return [f"unknown: {time.why_not}"]
+    lines = [f"{phase.seconds:8.1f} s  {phase.what}" for phase in time.phases]
+    lines.append(f"{time.seconds:8.1f} s  all together")
+    if plan.steps:
+        hours = time.seconds * plan.steps / 3600
+        lines.append(f"{hours:8.1f} h  for {plan.steps} of them, evaluation not counted")
+    return [*lines, f"assumed: {time.assumes}"]

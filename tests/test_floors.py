@@ -12,7 +12,18 @@ FILES = sorted((ROOT / "sdkit").rglob("*.py"))
 LANGUAGE = {
     *("specs", "problems", "scalars", "source", "overlay", "surface", "structure", "wording"),
     *("resolved", "rules", "templates", "bundled", "language", "show", "seeds"),
-    *("plan", "plan_text", "objective_text", "machine", "measures", "functions", "schedules"),
+    *(
+        "plan",
+        "plan_text",
+        "plan_memory",
+        "plan_time",
+        "accelerators",
+        "objective_text",
+        "machine",
+        "measures",
+        "functions",
+        "schedules",
+    ),
     *("vocabulary", "teacher_text"),
 }
 """Floor 0."""

@@ -48,7 +48,12 @@ class Data:
             found = load_rows(suite.data, base, spec.data.columns)
             self.suites[name], self.repeats[name] = drop_repeats(found)
         rows = load_rows(spec.data, base, needed=needed)
-        held_out = [row for rows_of in self.suites.values() for row in rows_of]
+        held_out = [
+            row
+            for name, suite in suites.items()
+            for row in self.suites[name]
+            if suite.same_prompts == "drop"
+        ]
         self.train, self.dropped = drop_overlap(rows, held_out)
         if not self.train:
             raise BadData("every training row is held out too, so nothing is left to train on")

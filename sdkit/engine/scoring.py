@@ -20,7 +20,7 @@ from sdkit.batches import (
 from sdkit.components.teachers import Teacher
 from sdkit.engine.packing import sequences
 from sdkit.losses.chunks import narrowed
-from sdkit.plan import pulls_to_reference
+from sdkit.plan_memory import pulls_to_reference
 from sdkit.schedules import plain
 from sdkit.specs import (
     Blend,

@@ -22,7 +22,8 @@ from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabu
 from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
 from sdkit.engine.step import Student
-from sdkit.plan import Plan, needs_reference
+from sdkit.plan import Plan
+from sdkit.plan_memory import needs_reference
 from sdkit.problems import BadData
 from sdkit.schedules import at_step, scalar_at
 from sdkit.specs import (
