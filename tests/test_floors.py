@@ -13,7 +13,7 @@ LANGUAGE = {
     *("specs", "problems", "scalars", "source", "overlay", "surface", "structure", "wording"),
     *("resolved", "rules", "templates", "bundled", "language", "show", "seeds"),
     *("plan", "plan_text", "objective_text", "machine", "measures", "functions", "schedules"),
-    *("vocabulary", "teacher_text"),
+    *("vocabulary", "teacher_text", "shapes"),
 }
 """Floor 0."""
 NOUNS = {"batches", "weights"}

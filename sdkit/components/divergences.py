@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdkit.functions import failure, load_function
 from sdkit.losses.selftest import faults
-from sdkit.problems import BadData
+from sdkit.problems import BadData, blaming
 from sdkit.specs import Distillation, FileDivergence, LossTerm
 
 
@@ -48,11 +48,10 @@ class UserDivergence:
 
 def open_user_divergences(losses: Mapping[str, LossTerm], base: Path) -> dict[str, UserDivergence]:
     """The users' functions among the terms' divergences, by term, each tried out."""
-    found = {
-        name: UserDivergence(term.divergence, base)
-        for name, term in losses.items()
-        if isinstance(term, Distillation) and isinstance(term.divergence, FileDivergence)
-    }
-    for divergence in found.values():
-        divergence.try_out()
+    found: dict[str, UserDivergence] = {}
+    for name, term in losses.items():
+        if isinstance(term, Distillation) and isinstance(term.divergence, FileDivergence):
+            with blaming("losses", name, "divergence"):
+                found[name] = UserDivergence(term.divergence, base)
+                found[name].try_out()
     return found

@@ -31,6 +31,7 @@ from sdkit.losses.policy_terms import (
     reference_kl,
 )
 from sdkit.losses.support import mass, on_support, overlap, sampled_token, top_k_ids, union_ids
+from sdkit.problems import blaming
 from sdkit.schedules import plain
 from sdkit.specs import (
     Average,
@@ -238,7 +239,8 @@ class Objective:
             case SkewedReverseKl(share=share):
                 return skewed_reverse_kl(student, teacher, plain(share))
             case FileDivergence():
-                return self._functions[name](student, teacher.detach())
+                with blaming("losses", name, "divergence"):
+                    return self._functions[name](student, teacher.detach())
             case _:
                 assert_never(spec)
 
