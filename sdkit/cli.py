@@ -242,7 +242,7 @@ def _placing(checked: Any) -> Iterator[None]:
     try:
         yield
     except SdkitError as error:
-        if error.path is not None:
+        if error.path:
             written = checked.loaded.place(error.path)
             if error.place is None:
                 error.place = written

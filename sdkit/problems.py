@@ -129,7 +129,7 @@ EXIT_CODES: Mapping[int, str] = {
 
 @contextlib.contextmanager
 def blaming(*path: str | int) -> Iterator[None]:
-    """Whatever ends the command in here blames this key of the spec, unless it blames one already."""
+    """An SdkitError from in here blames this key of the spec, unless it blames one already."""
     try:
         yield
     except SdkitError as error:

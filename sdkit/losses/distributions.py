@@ -35,9 +35,16 @@ class Distributions:
         """Log-probabilities [C, V], detached.  Raises ValueError where there is no teacher."""
         return self._at("teacher", temperature).detach()
 
-    def reference(self, temperature: float) -> Tensor:
-        """Log-probabilities [C, V], detached.  Raises ValueError where there is no reference."""
-        return self._at("reference", temperature).detach()
+    def against(self, side: str, temperature: float, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Student and the other side, twice [C, V]; counts [C] bool says which tokens matter.
+
+        Elsewhere the other side is the student itself: an infinite difference would make a NaN on the way back, even
+        under a weight of 0.
+        """
+        student, other = self.student(temperature), self._at(side, temperature).detach()
+        if not bool(counts.all()):
+            other = torch.where(counts[:, None], other, student.detach())
+        return student, other
 
     def entropies(self, temperature: float, *sides: str) -> dict[str, Tensor]:
         """{side_entropy: [C]} over the full vocabulary, detached."""

@@ -31,7 +31,6 @@ from sdkit.losses.policy_terms import (
     reference_kl,
 )
 from sdkit.losses.support import mass, on_support, overlap, sampled_token, top_k_ids, union_ids
-from sdkit.problems import blaming
 from sdkit.schedules import plain
 from sdkit.specs import (
     Average,
@@ -178,7 +177,7 @@ class Objective:
                 token_loss = -sampled_token(sides.student(1.0), tokens.token)
                 return token_loss, 1.0, sides.entropies(1.0, "student")
             case Distillation(importance=importance):
-                token_loss, measures = self._distil(name, term, sides, tokens.token)
+                token_loss, measures = self._distil(name, term, sides, tokens)
                 if importance == ImportanceSpec():
                     return token_loss, 1.0, measures
                 now = sampled_token(sides.student(self._temperature), tokens.token).detach()
@@ -193,12 +192,12 @@ class Objective:
                 assert_never(term)
 
     def _distil(
-        self, name: str, term: Distillation, sides: Distributions, token: Tensor
+        self, name: str, term: Distillation, sides: Distributions, tokens: Tokens
     ) -> tuple[Tensor, Measures]:
         """ℓ [C] of a distillation term, and its measures."""
         temperature = self._temperature if term.temperature is None else plain(term.temperature)
-        student, teacher = sides.student(temperature), sides.teacher(temperature)
-        sampled = sampled_token(student, token), sampled_token(teacher, token)
+        student, teacher = sides.against("teacher", temperature, tokens.weights[name] > 0)
+        sampled = sampled_token(student, tokens.token), sampled_token(teacher, tokens.token)
         measures = {
             "k1": k1(*sampled).detach(),
             **sides.entropies(temperature, "student", "teacher"),
@@ -239,8 +238,7 @@ class Objective:
             case SkewedReverseKl(share=share):
                 return skewed_reverse_kl(student, teacher, plain(share))
             case FileDivergence():
-                with blaming("losses", name, "divergence"):
-                    return self._functions[name](student, teacher.detach())
+                return self._functions[name](student, teacher.detach())
             case _:
                 assert_never(spec)
 
