@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -118,7 +119,8 @@ def plan(
     if data:
         from sdkit.engine.preview import preview
 
-        preview(run, spec.parent, data, _console())
+        with _placing(checked):
+            preview(run, spec.parent, data, _console())
     return None
 
 
@@ -169,16 +171,17 @@ def train(
     from sdkit.show import annotated
 
     folder = to or Path(checked.spec.output.folder) / spec.stem
-    run_spec(
-        checked.spec,
-        spec.resolve().parent,
-        folder,
-        _console(),
-        written=spec.read_text(encoding="utf-8"),
-        resolved=annotated(checked) + "\n",
-        resume=resume,
-        overwrite=overwrite,
-    )
+    with _placing(checked):
+        run_spec(
+            checked.spec,
+            spec.resolve().parent,
+            folder,
+            _console(),
+            written=spec.read_text(encoding="utf-8"),
+            resolved=annotated(checked) + "\n",
+            resume=resume,
+            overwrite=overwrite,
+        )
     return None
 
 
@@ -194,7 +197,8 @@ def evaluate(
 
     path, extra, base = _evaluation_target(spec)
     checked = _checked(path, [*extra, *(overrides or [])], run_file=True, base=base)
-    evaluate_only(checked.spec, base, _console())
+    with _placing(checked):
+        evaluate_only(checked.spec, base, _console())
 
 
 def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
@@ -245,7 +249,8 @@ def compare(
 def _smoke(checked: Any, steps: int) -> None:
     from sdkit.engine.smoke import smoke as run_smoke
 
-    lines = run_smoke(checked.spec, _console(), steps, Path(checked.loaded.folder))
+    with _placing(checked):
+        lines = run_smoke(checked.spec, _console(), steps, Path(checked.loaded.folder))
     norms = ", ".join(f"{line['grad_norm']:.3g}" for line in lines if "grad_norm" in line)
     typer.echo(f"{checked.loaded.name}: smoke run fine, gradient norms {norms}")
 
@@ -266,6 +271,21 @@ def _checked(
             hint="a run file names it: `method: methods/NAME.yaml`, model, data, …",
         )
     return checked
+
+
+@contextlib.contextmanager
+def _placing(checked: Any) -> Iterator[None]:
+    """What ends the command in here and blames a key of the spec says where that key is written."""
+    try:
+        yield
+    except SdkitError as error:
+        if error.path:
+            written = checked.loaded.place(error.path)
+            if error.place is None:
+                error.place = written
+            else:  # a line of the user's own code
+                error.hint = "\n  = ".join(filter(None, [error.hint, f"asked for at {written}"]))
+        raise
 
 
 def _print_problems(found: Sequence[Any], format: str) -> None:
@@ -293,9 +313,7 @@ def main() -> None:
     try:
         app()
     except SdkitError as error:
-        place = (
-            f"{error.place.file}:{error.place.line}:{error.place.column}: " if error.place else ""
-        )
+        place = f"{error.place}: " if error.place else ""
         typer.echo(f"error: {place}{error}", err=True)
         if error.hint:
             typer.echo(f"  = {error.hint}", err=True)

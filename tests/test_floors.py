@@ -24,7 +24,7 @@ LANGUAGE = {
         "functions",
         "schedules",
     ),
-    *("vocabulary", "teacher_text"),
+    *("vocabulary", "teacher_text", "shapes"),
 }
 """Floor 0."""
 NOUNS = {"batches", "weights"}

@@ -25,6 +25,7 @@ from sdkit.problems import (
     SdkitError,
     Stopped,
     UnreadableInput,
+    blaming,
     first_of,
     shorten,
     spelled,
@@ -45,11 +46,13 @@ def open_world(spec: ExperimentSpec, base: Path) -> World:
     """Data first (bad rows are found before a weight is loaded), then DeepSpeed, model, teacher."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     zero.prepare()
-    located = locate(spec.model.path, base)
-    tokenizer = load_tokenizer(spec.model, located)
-    for _, weights in other_models(spec):
-        theirs = load_tokenizer(weights, locate(weights.path, base))
-        check_vocabulary(tokenizer, theirs, weights.path)
+    with blaming("model", "path"):
+        located = locate(spec.model.path, base)
+        tokenizer = load_tokenizer(spec.model, located)
+    for path, weights in other_models(spec):
+        with blaming(*path, "path"):
+            theirs = load_tokenizer(weights, locate(weights.path, base))
+            check_vocabulary(tokenizer, theirs, weights.path)
     served = _reach(spec, base, tokenizer)
     data = Data(spec, base, tokenizer)
     zero.start()

@@ -24,7 +24,7 @@ from sdkit.engine.prepare import Data
 from sdkit.engine.step import Student
 from sdkit.plan import Plan
 from sdkit.plan_memory import needs_reference
-from sdkit.problems import BadData
+from sdkit.problems import BadData, blaming
 from sdkit.schedules import at_step, scalar_at
 from sdkit.specs import (
     Blend,
@@ -45,6 +45,7 @@ from sdkit.specs import (
     TransformersBackend,
     TrustRegionBlend,
     VllmBackend,
+    other_models,
     teachers_of,
 )
 from sdkit.weights import Weights
@@ -74,7 +75,8 @@ class World:
         self.step = 0  # rollout batches done
         self.updates = 0  # optimizer steps applied; the policy version
         self.skipped = 0  # optimizer steps in a row that were skipped
-        model: Any = load_model(spec.model, located, spec.training.seed)
+        with blaming("model", "path"):
+            model: Any = load_model(spec.model, located, spec.training.seed)
         self.student = Weights(model.to(self.device))
         self.end_ids = end_ids(self.student.causal, data.tokenizer)
         self.special_ids = special_ids(data.tokenizer, self.end_ids)
@@ -110,7 +112,9 @@ class World:
             dtype=weights.dtype,
             attention=self.spec.model.attention,
         )
-        model: Any = load_model(spec, locate(weights.path, self.base), self.spec.training.seed)
+        where = next(path for path, each in other_models(self.spec) if each == weights)
+        with blaming(*where, "path"):
+            model: Any = load_model(spec, locate(weights.path, self.base), self.spec.training.seed)
         return model.to(self.device)
 
     @property
@@ -138,7 +142,8 @@ class World:
         for who, weights in self._models:
             if weights.head.shape[0] < known:
                 raise BadData(
-                    f"the {who} has {weights.head.shape[0]} output rows for {known} token ids"
+                    f"the {who} has {weights.head.shape[0]} output rows for {known} token ids",
+                    path=("teacher", "weights") if weights.foreign else ("model", "path"),
                 )
         return known, known
 
@@ -148,7 +153,9 @@ class World:
             if isinstance(term, Distillation) and isinstance(term.support, TopKSupport):
                 if term.support.k > self.rows:
                     raise BadData(
-                        f"losses.{name}.support.k is {term.support.k}, the model's vocabulary {self.rows}"
+                        f"k is {term.support.k}, but the vocabulary has {self.rows} tokens",
+                        hint="use support: vocabulary",
+                        path=("losses", name, "support", "k"),
                     )
         for who, weights in self._models:
             context = getattr(weights.causal.config, "max_position_embeddings", None)
@@ -156,6 +163,7 @@ class World:
                 raise BadData(
                     f"the longest prompt and completion have {self.longest} tokens, the {who} takes {context}",
                     hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
+                    path=("rollout", "max_new_tokens"),
                 )
 
     def _open_beside(self) -> Teacher | None:
@@ -220,7 +228,8 @@ class World:
         if weights.foreign and isinstance(chosen, VllmBackend):
             chosen = TransformersBackend()  # vLLM's engine has the student's architecture
         if chosen.kind not in self._backends:
-            self._backends[chosen.kind] = self._open(chosen)
+            with blaming("rollout", "backend"):
+                self._backends[chosen.kind] = self._open(chosen)
         backend = self._backends[chosen.kind]
         wanted = (id(weights), self.updates)
         if self._loaded.get(chosen.kind) == wanted:

@@ -83,7 +83,7 @@ def betas(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 @run_rule("sequences fit the model")
 def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Prompt and completion together are one sequence, for the student and for the teacher."""
-    shape, rollout = shape_of(spec), spec.rollout
+    shape, rollout = shape_of(spec, context), spec.rollout
     if not shape:
         return
     new = rollout.max_new_tokens
