@@ -145,7 +145,7 @@ def answer(case, spec):
         )
         for i, r in enumerate(written)
     ]  # fmt: skip
-    batch = with_advantages(spec.losses, RolloutBatch(rollouts=tuple(rollouts)), _alone)
+    batch = with_advantages(spec.losses, RolloutBatch(rollouts=tuple(rollouts)), _alone, longest=64)
     batch = count_tokens(
         batch,
         spec.losses,
