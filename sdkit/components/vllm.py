@@ -130,6 +130,8 @@ def _open(spec: VllmBackend, model: str, dtype: str, max_tokens: int) -> Any:
         room["gpu_memory_utilization"] = spec.gpu_share
     else:
         room["kv_cache_memory_bytes"] = int(spec.cache_gib * 2**30)
+        # Prompts share whole blocks of the cache; the processor's default of 128 tokens is longer than most.
+        room["block_size"] = 32
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     engine = LLM(
         model=model,
