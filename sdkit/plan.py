@@ -13,6 +13,7 @@ from sdkit.objective_text import (
     describe_route,
     describe_sampling,
 )
+from sdkit.problems import UnreadableInput
 from sdkit.specs import (
     AutoBackend,
     CopyWeights,
@@ -131,7 +132,7 @@ def make_plan(
         why_backend=why,
         zero_stage=stage,
         ranks=machine.ranks,
-        prompts_per_rank=-(-spec.training.prompts_per_step // machine.ranks),
+        prompts_per_rank=deal(spec, machine.ranks),
         rollouts_per_step=spec.training.prompts_per_step * spec.rollout.completions_per_prompt,
         updates_per_step=updates,
         steps=steps,
@@ -145,6 +146,21 @@ def make_plan(
         memory_gib=machine.memory_gib,
         derived=tuple(derived),
     )
+
+
+def undealt(spec: ExperimentSpec, ranks: int) -> str | None:
+    """Why the prompts of a step cannot be dealt to so many ranks; None where they can."""
+    size = spec.training.prompts_per_step
+    if size % ranks == 0:
+        return None
+    return f"prompts_per_step is {size}, which {ranks} ranks cannot share equally"
+
+
+def deal(spec: ExperimentSpec, ranks: int) -> int:
+    """Prompts of a step on each rank.  Raises UnreadableInput where they are not equally many."""
+    if found := undealt(spec, ranks):
+        raise UnreadableInput(f"training.{found}", hint=f"use a multiple of {ranks}")
+    return spec.training.prompts_per_step // ranks
 
 
 def needs_old_logprobs(spec: ExperimentSpec) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
+from sdkit.engine import zero
 from sdkit.problems import SdkitError, UnreadableInput
 
 if TYPE_CHECKING:
@@ -29,22 +30,34 @@ def save(world: World, run: Path) -> Path:
     folder = run / "checkpoints"
     tag = f"step_{world.step:06d}"
     partial, final = folder / f".partial-{tag}", folder / tag
-    shutil.rmtree(partial, ignore_errors=True)
+    first = zero.rank() == 0
     try:
-        partial.mkdir(parents=True)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        zero.meet()
         world.zero.save(folder, partial.name)
-        if world.teacher and (state := world.teacher.state()):
-            save_file({name: t.contiguous() for name, t in state.items()}, str(partial / TEACHER))
-        facts = {"step": world.step, "updates": world.updates, "skipped": world.skipped}
-        (partial / WORLD).write_text(json.dumps(facts), encoding="utf-8")
-        _to_disk(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        if first:
+            _rest(world, partial)
+        zero.meet()
+        if first:
+            _to_disk(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _forget_older(folder, keep=final)
+        zero.meet()
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise SdkitError(f"cannot write {final}: {error.strerror or error}") from None
-    _forget_older(folder, keep=final)
     return final
+
+
+def _rest(world: World, partial: Path) -> None:
+    """What DeepSpeed does not keep."""
+    if world.teacher and (state := world.teacher.state()):
+        save_file({name: t.contiguous() for name, t in state.items()}, str(partial / TEACHER))
+    facts = {"step": world.step, "updates": world.updates, "skipped": world.skipped}
+    (partial / WORLD).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def load(world: World, checkpoint: Path) -> None:
@@ -68,9 +81,11 @@ def newest(run: Path) -> Path:
 
 
 def save_model(world: World, run: Path) -> Path:
-    """The trained model as a Hugging Face folder: model/, and adapter/ beside it with LoRA."""
+    """The trained model as a Hugging Face folder: model/, and adapter/ beside it with LoRA; the first rank writes."""
     causal: Any = world.student.causal
     target, partial = run / "model", run / ".partial-model"
+    if zero.rank():
+        return target
     shutil.rmtree(partial, ignore_errors=True)
     tensors = {name: t.contiguous().cpu() for name, t in world.student.tensors()}
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdkit.batches import MicroBatch, RolloutBatch
 from sdkit.engine import zero
-from sdkit.engine.collate import whole_completions
+from sdkit.engine.collate import whole_completions, without_rows
 from sdkit.engine.counting import count_tokens
 from sdkit.engine.scoring import score
 from sdkit.losses.chunks import token_measures
@@ -57,9 +57,14 @@ def take_measures(world: World, rollouts: RolloutBatch, asked: Collection[Measur
     of_teacher = any(name.startswith("teacher") for name in asked)
     budget = world.spec.training.micro_batch_tokens
     found: dict[int, dict[str, tuple[float, ...]]] = {}
-    for part, batch in whole_completions(
-        list(rollouts), budget, world.device, world.longest_pack, teacher=of_teacher
-    ):
+    batches = [
+        *whole_completions(
+            list(rollouts), budget, world.device, world.longest_pack, teacher=of_teacher
+        )
+    ]
+    empty = without_rows((), teacher=of_teacher, device=world.device)
+    batches += [((), empty)] * (zero.most(len(batches)) - len(batches))
+    for part, batch in batches:
         sizes = [len(r.completion_ids) for r in part]
         held = {
             name: [tuple(x.tolist()) for x in values.split(sizes)]

@@ -34,7 +34,7 @@ def refer(world: World, batch: MicroBatch) -> TeacherScores | None:
 
 def _asked(world: World, teacher: Teacher, batch: MicroBatch, asked: Sequences) -> TeacherScores:
     """Each sequence scored by the teacher of its route, all of one route together."""
-    routes = sorted(set(batch.teacher_routes))
+    routes = sorted(set(batch.teacher_routes)) or [0]
     if len(routes) == 1:
         return teacher.ask(routes[0], asked, world.rows)
     row = batch.tokens.row

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from sdkit.batches import HiddenScores, MicroBatch, RolloutBatch, TeacherScores, Tokens
 from sdkit.engine import zero
-from sdkit.engine.collate import Collated, collate
+from sdkit.engine.collate import Collated, collate, without_rows
 from sdkit.engine.scoring import refer, score
 from sdkit.losses.chunks import projected_loss, scored_logprobs, token_logprobs, token_measures
 from sdkit.losses.objective import Objective, UserDivergence, sampler_ratio
 from sdkit.losses.policy_terms import sequence_means
 from sdkit.schedules import scalar_at, schedules
-from sdkit.specs import LossTerm, OptimizerSpec, Table
+from sdkit.specs import LossTerm, OptimizerSpec, Table, needs_teacher
 from sdkit.weights import Weights
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
         scored = time.perf_counter()
         loss, stats = world.zero.forward(batch, scores, refer(world, batch), losses)
         world.zero.backward(loss)
-        _add(sums, stats)
+        _add(sums, stats, batch)
         seconds["teacher"] += scored - started
         seconds["update"] += time.perf_counter() - scored
     started = time.perf_counter()
@@ -145,12 +145,7 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
     if stepped.applied:
         world.updates += 1
         metrics |= _follow(world)
-    padding = 1 - sum(b.student.tokens for b in collated.micro_batches) / max(
-        collated.padded_tokens, 1
-    )
-    return Measured(
-        metrics=metrics | {"padding": padding}, seconds=seconds, applied=stepped.applied
-    )
+    return Measured(metrics=metrics, seconds=seconds, applied=stepped.applied)
 
 
 @torch.no_grad()
@@ -161,12 +156,13 @@ def measure(world: World, rollouts: RolloutBatch) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     for batch in collated.micro_batches:
         asked = score(world, batch), refer(world, batch)
-        _add(sums, world.module(batch, *asked, losses)[1])
+        _add(sums, world.module(batch, *asked, losses)[1], batch)
     return averaged(sums, collated)
 
 
 def _collate(world: World, rollouts: RolloutBatch, losses: Table[LossTerm]) -> Collated:
-    return collate(
+    """This rank's micro-batches, as many as any rank has."""
+    collated = collate(
         list(rollouts),
         losses,
         world.spec.training.micro_batch_tokens,
@@ -174,6 +170,10 @@ def _collate(world: World, rollouts: RolloutBatch, losses: Table[LossTerm]) -> C
         world.device,
         world.longest_pack,
     )
+    teacher = any(map(needs_teacher, losses.values()))
+    missing = zero.most(len(collated.micro_batches)) - len(collated.micro_batches)
+    more = [without_rows(losses, teacher=teacher, device=world.device)] * missing
+    return evolve(collated, micro_batches=(*collated.micro_batches, *more))
 
 
 def _moving(world: World) -> dict[str, float]:
@@ -197,11 +197,9 @@ def learning_rate(spec: OptimizerSpec, update: int, total: int) -> float:
 
 def averaged(sums: Mapping[str, Tensor], collated: Collated) -> dict[str, float]:
     """Sums over tokens → means over each term's tokens; losses are weighted already.  One transfer from the device."""
-    if not sums:
+    values = zero.summed(sums)
+    if not values:
         return {}
-    values = dict(
-        zip(sums, zero.total(torch.stack(list(sums.values())).double()).tolist(), strict=True)
-    )
     metrics: dict[str, float] = {"loss": sum(v for k, v in values.items() if k.startswith("loss/"))}
     for key, value in values.items():
         name, _, figure = key.partition("/")
@@ -211,6 +209,9 @@ def averaged(sums: Mapping[str, Tensor], collated: Collated) -> dict[str, float]
             # Tokens of weight 0 have a place in the average, but no say in the figures.
             metrics[key] = value / max(values[f"{name}/tokens"], 1)
     metrics |= _route_shares(collated)
+    tokens = sum(b.student.tokens for b in collated.micro_batches)
+    held, padded = zero.total(torch.tensor([tokens, collated.padded_tokens])).tolist()
+    metrics["padding"] = 1 - held / max(padded, 1)
     for name, counts in collated.counts.items():
         metrics[f"{name}/tokens"] = counts.tokens
         metrics[f"{name}/empty_rows"] = 1 - counts.filled_rows / max(counts.rows, 1)
@@ -235,6 +236,8 @@ def _follow(world: World) -> dict[str, float]:
     return {"teacher_distance": teacher.distance}
 
 
-def _add(sums: dict[str, Tensor], stats: Mapping[str, Tensor]) -> None:
+def _add(sums: dict[str, Tensor], stats: Mapping[str, Tensor], batch: MicroBatch) -> None:
+    if not batch.rows:
+        return
     for key, value in stats.items():
         sums[key] = value if key not in sums else sums[key] + value

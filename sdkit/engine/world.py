@@ -195,8 +195,10 @@ class World:
             case _:
                 assert_never(spec)
 
-    def close(self) -> None:
+    def close(self, *, together: bool = True) -> None:
         """Free DeepSpeed's engine and then the backends: vLLM takes the process group with it."""
         self.zero.close()
+        if together:
+            zero.meet()
         for backend in self._backends.values():
             backend.close()

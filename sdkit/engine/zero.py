@@ -6,10 +6,10 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from attrs import frozen
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sdkit.specs import OptimizerSpec
 
 DEADLINE = timedelta(seconds=600)
+T = TypeVar("T")
 
 
 @frozen(kw_only=True)
@@ -47,6 +48,8 @@ def start() -> None:
     # Else its shared-memory collective is compiled at every start (33 s measured) for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "WORLD_SIZE" not in os.environ:  # no launcher: a group of one needs no port
@@ -61,17 +64,87 @@ def start() -> None:
         raise RuntimeError(f"{launched} processes were launched, but {world_size()} joined")
 
 
-def stop() -> None:
-    """Leave the process group; without it gloo may abort at exit."""
+def stop(*, together: bool = True) -> None:
+    """Leave the process group; without it gloo may abort at exit.
+
+    `together`: once all ranks have come so far.  A rank that failed leaves alone, or it would wait for the others.
+    """
     if torch.distributed.is_initialized():
         from deepspeed import comm
 
-        torch.distributed.barrier()
+        if together:
+            meet()
         comm.destroy_process_group()  # torch's own leaves DeepSpeed with a dead group, and no second run
+
+
+# ── what ranks say to each other: every rank must call, in the same order ─────────────────────
 
 
 def world_size() -> int:
     return torch.distributed.get_world_size()
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def meet() -> None:
+    """Wait for all ranks."""
+    torch.distributed.barrier()
+
+
+def share(count: int) -> range:
+    """The places out of `count` that are this rank's: every so many-th, so that a part of the whole is dealt evenly."""
+    return range(rank(), count, world_size())
+
+
+def most(value: int) -> int:
+    """The largest value of all ranks."""
+    if world_size() == 1:
+        return value
+    held = torch.tensor(value, device=_device())
+    torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
+    return int(held.item())
+
+
+def everyones(value: T) -> list[T]:
+    """What each rank has, by rank; pickled, so for small things."""
+    found: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def at_first(value: T) -> list[T]:
+    """What each rank has, by rank, on the first; nothing on the others."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [value] * world_size()
+    torch.distributed.gather_object(value, found if rank() == 0 else None)
+    return found if rank() == 0 else []
+
+
+def of_first(value: T) -> T:
+    """What the first rank has."""
+    held: list[Any] = [value]
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list(held)
+    return held[0]
+
+
+def summed(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """The sums of named scalars over all ranks; a name may be missing where a rank had nothing to measure."""
+    names = list(dict.fromkeys(name for named in everyones(list(values)) for name in named))
+    if not names:
+        return {}
+    nothing = torch.zeros((), device=_device())
+    held = torch.stack([values.get(name, nothing).double() for name in names])
+    return dict(zip(names, total(held).tolist(), strict=True))
+
+
+def _device() -> torch.device:
+    """Where collectives take tensors from."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def total(values: Tensor) -> Tensor:
@@ -90,11 +163,10 @@ def everywhere(values: Tensor) -> tuple[Tensor, slice]:
     size = values.numel()
     if world_size() == 1:
         return values, slice(0, size)
-    rank = torch.distributed.get_rank()
     sizes = torch.zeros(world_size(), dtype=torch.long, device=values.device)
-    sizes[rank] = size
+    sizes[rank()] = size
     edges = [0, *total(sizes).cumsum(0).tolist()]
-    own = slice(edges[rank], edges[rank + 1])
+    own = slice(edges[rank()], edges[rank() + 1])
     joined = values.new_zeros(edges[-1])
     joined[own] = values
     return total(joined), own
@@ -136,6 +208,8 @@ class Zero:
                 model_parameters=trained,
                 config=_config(optimizer, stage, bf16),
             )[0]
+        # Stage 0 reduces in `_plain_step`, which needs the norm before the step.
+        self.engine.enable_backward_allreduce = stage > 0
         self.skipped = self.engine.skipped_steps
 
     def forward(self, *args: Any) -> Any:
@@ -157,6 +231,8 @@ class Zero:
 
     def _plain_step(self) -> Stepped:
         # Stage 0 in float32 is plain AdamW: DeepSpeed neither skips a bad step nor tells the norm.
+        if world_size() > 1:
+            self.engine.buffered_allreduce_fallback()
         norm = _norm(p.grad for _, p in self.named)
         if not torch.isfinite(norm):
             self.engine.zero_grad()
@@ -189,7 +265,6 @@ class Zero:
 
     def close(self) -> None:
         self.engine.destroy()
-        torch.distributed.barrier()
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> Tensor:
