@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
-from sdkit.engine import zero
+from sdkit.engine import ranks
 from sdkit.problems import SdkitError, UnreadableInput
 
 if TYPE_CHECKING:
@@ -30,22 +30,22 @@ def save(world: World, run: Path) -> Path:
     folder = run / "checkpoints"
     tag = f"step_{world.step:06d}"
     partial, final = folder / f".partial-{tag}", folder / tag
-    first = zero.rank() == 0
+    first = ranks.rank() == 0
     try:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        zero.meet()
+        ranks.meet()
         world.zero.save(folder, partial.name)
         if first:
             _rest(world, partial)
-        zero.meet()
+        ranks.meet()
         if first:
             _to_disk(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _forget_older(folder, keep=final)
-        zero.meet()
+        ranks.meet()
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise SdkitError(f"cannot write {final}: {error.strerror or error}") from None
@@ -84,7 +84,7 @@ def save_model(world: World, run: Path) -> Path:
     """The trained model as a Hugging Face folder: model/, and adapter/ beside it with LoRA; the first rank writes."""
     causal: Any = world.student.causal
     target, partial = run / "model", run / ".partial-model"
-    if zero.rank():
+    if ranks.rank():
         return target
     shutil.rmtree(partial, ignore_errors=True)
     tensors = {name: t.contiguous().cpu() for name, t in world.student.tensors()}

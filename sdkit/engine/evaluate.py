@@ -11,7 +11,7 @@ from attrs import frozen
 from sdkit.batches import Completion, Request, Row, Sampling
 from sdkit.components.intervals import Interval, mean_interval, paired_difference
 from sdkit.components.rewards import figures, score
-from sdkit.engine import zero
+from sdkit.engine import ranks
 from sdkit.engine.gather import completion_text, gather
 from sdkit.engine.measuring import ready
 from sdkit.engine.step import measure
@@ -133,7 +133,7 @@ def _teacher_view(world: World, name: str, rows: Sequence[Row]) -> dict[int, tup
     for rollout in gather(world, rows, ("lift", name), suite=name).batch:
         if rollout.teacher_prompt_ids is not None:
             found.setdefault(rollout.group, rollout.teacher_prompt_ids)
-    return {id(rows[i]): ids for part in zero.everyones(found) for i, ids in part.items()}
+    return {id(rows[i]): ids for part in ranks.everyones(found) for i, ids in part.items()}
 
 
 def held_out_loss(world: World) -> dict[str, float]:
@@ -158,7 +158,7 @@ def _suite(
     limit = suite.max_new_tokens or world.spec.rollout.max_new_tokens
     parts = []
     for decoding, how in suite.decoding.items():
-        jobs = [(i, copy) for i in zero.share(len(rows)) for copy in range(how.samples)]
+        jobs = [(i, copy) for i in ranks.share(len(rows)) for copy in range(how.samples)]
         requests = [
             Request(
                 prompt_ids=view(rows[i]) or (),
@@ -210,7 +210,7 @@ def _scored(
     ]
     found = [(i, record, len(c.ids)) for i, record, c in zip(owners, own, done, strict=True)]
     everyone = sorted(
-        (one for part in zero.everyones(found) for one in part), key=lambda one: one[0]
+        (one for part in ranks.everyones(found) for one in part), key=lambda one: one[0]
     )
     records = [record for _, record, _ in everyone]
     lengths = [length for _, _, length in everyone]

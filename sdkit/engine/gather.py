@@ -11,7 +11,7 @@ from attrs import frozen
 
 from sdkit.batches import Completion, Evidence, Request, Rollout, RolloutBatch, Row, Sampling
 from sdkit.components.rewards import figures, score
-from sdkit.engine import zero
+from sdkit.engine import ranks
 from sdkit.engine.judge import evidence, with_advantages
 from sdkit.seeds import derive
 from sdkit.specs import DatasetSamples, MixtureSamples, StudentSamples, TeacherSamples
@@ -53,7 +53,7 @@ def gather(
     """
     started = time.perf_counter()
     size = world.spec.rollout.completions_per_prompt
-    held = [(group, rows[group]) for group in zero.share(len(rows))]
+    held = [(group, rows[group]) for group in ranks.share(len(rows))]
     jobs = [(group, row, copy) for group, row in held for copy in range(size)]
     prompt = _sampling_prompt(world)
     requests = tuple(
@@ -76,7 +76,7 @@ def gather(
         for (group, row, _), completion, seen in zip(jobs, completions, known, strict=True)
     ]
     sampled_batch = RolloutBatch(rollouts=tuple(rollouts))
-    batch = with_advantages(world.losses, sampled_batch, zero.everywhere)
+    batch = with_advantages(world.losses, sampled_batch, ranks.everywhere)
     batch.check()
     return Gathered(
         batch=batch,

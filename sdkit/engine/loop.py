@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sdkit.batches import Rollout, RolloutBatch
-from sdkit.engine import checkpoint, zero
+from sdkit.engine import checkpoint, ranks
 from sdkit.engine.evaluate import evaluate, held_out_loss, teacher_lift
 from sdkit.engine.gather import Gathered, completion_text, gather
 from sdkit.engine.keeping import kept
@@ -43,7 +43,7 @@ def run(world: World, report: Report) -> None:
     with _stop_requests() as stop:
         for step in range(world.step, world.plan.steps):
             _one_step(world, report, step)
-            if zero.most(stop["asked"]) and world.step < world.plan.steps:
+            if ranks.most(stop["asked"]) and world.step < world.plan.steps:
                 saved = checkpoint.save(world, report.run.path)
                 raise Stopped(
                     f"stopped after step {world.step}, saved {saved}", hint="continue with --resume"
@@ -63,7 +63,7 @@ def _one_step(world: World, report: Report, step: int) -> None:
     batch = ready(world, keep)
     counted = time.perf_counter()
     parts = batch.split(world.plan.updates_per_step)
-    measured = [_update(world, part) for part in parts if zero.most(len(part))]
+    measured = [_update(world, part) for part in parts if ranks.most(len(part))]
     moved = (
         measured
         and world.teacher

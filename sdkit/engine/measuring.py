@@ -14,7 +14,7 @@ from attrs import evolve
 from torch import Tensor
 
 from sdkit.batches import MicroBatch, RolloutBatch
-from sdkit.engine import zero
+from sdkit.engine import ranks
 from sdkit.engine.collate import whole_completions, without_rows
 from sdkit.engine.counting import count_tokens
 from sdkit.engine.scoring import score
@@ -41,7 +41,7 @@ def ready(world: World, rollouts: RolloutBatch, *, training: bool = True) -> Rol
     return count_tokens(
         rollouts,
         world.losses,
-        everywhere=zero.everywhere,
+        everywhere=ranks.everywhere,
         route=world.spec.route,
         special=world.special_ids,
         functions=world.data.user_weights,
@@ -63,7 +63,7 @@ def take_measures(world: World, rollouts: RolloutBatch, asked: Collection[Measur
         )
     ]
     empty = without_rows((), teacher=of_teacher, device=world.device)
-    batches += [((), empty)] * (zero.most(len(batches)) - len(batches))
+    batches += [((), empty)] * (ranks.most(len(batches)) - len(batches))
     for part, batch in batches:
         sizes = [len(r.completion_ids) for r in part]
         held = {

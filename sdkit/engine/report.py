@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sdkit.components.intervals import Interval
-from sdkit.engine import zero
+from sdkit.engine import ranks
 from sdkit.engine.evaluate import Evaluated, Key, headline, read_back
 from sdkit.engine.gather import Gathered, in_order, records, samples
 from sdkit.engine.rundir import RunDirectory
@@ -34,7 +34,7 @@ class Report:
         self.last: Evaluated | None = None
         history = run.history()
         # All ranks go by what the first finds in the run directory.
-        self.evaluated_at = zero.of_first(
+        self.evaluated_at = ranks.of_first(
             {line["step"] for line in history if "eval/score" in line}
         )
         # Tokens of training rollouts so far.
@@ -62,7 +62,7 @@ class Report:
         metrics["memory/peak_gib"] = peak_gib()
         self.run.metrics(world.step, metrics)
         self.run.status("running", step=world.step)
-        own = zero.at_first(records(gathered))
+        own = ranks.at_first(records(gathered))
         self.run.lines("rollouts", world.step - 1, in_order(own))
         self.console.print(_step_line(world, metrics), highlight=False)
         output = world.spec.output

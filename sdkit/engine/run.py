@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sdkit.engine import checkpoint, loop, report, rundir, zero
+from sdkit.engine import checkpoint, loop, ranks, report, rundir, zero
 from sdkit.engine.evaluate import evaluate, headline
 from sdkit.engine.models import check_vocabulary, load_tokenizer, locate
 from sdkit.engine.plot import plot
@@ -50,7 +50,7 @@ def open_world(spec: ExperimentSpec, base: Path) -> World:
     data = Data(spec, base, tokenizer)
     zero.start()
     try:
-        plan = make_plan(spec, machine_for(spec, zero.world_size()), None, rows=len(data.train))
+        plan = make_plan(spec, machine_for(spec, ranks.world_size()), None, rows=len(data.train))
         assert plan.steps is not None
         longest = data.check(plan.steps)
         return World(spec, plan, base, data, located, longest)
@@ -102,7 +102,7 @@ def train(
 
 def _directory(folder: Path, *, resume: bool, tensorboard: bool) -> rundir.RunDirectory:
     """The run directory, which the first rank alone writes to."""
-    if zero.rank():
+    if ranks.rank():
         return rundir.ReadOnly(folder, tensorboard=False)
     if resume:
         return rundir.RunDirectory(folder, tensorboard)
@@ -121,7 +121,7 @@ def _train(world: World, run: rundir.RunDirectory, console: Console) -> None:
     with screen.bar:
         loop.run(world, screen)
     checkpoint.save_model(world, run.path)
-    if zero.rank() == 0:
+    if ranks.rank() == 0:
         plot(run.history(), run.path / "plot.png", run.path.name)
     screen.finished(world)
     if screen.first and screen.last and screen.first is not screen.last:
@@ -206,7 +206,7 @@ def _explained(error: BaseException, run: rundir.RunDirectory) -> BaseException:
             "out of memory",
             hint="lower training.micro_batch_tokens, set model.activation_checkpointing: true, or train LoRA adapters",
         )
-    told = run.path / (f"error_rank_{zero.rank()}.txt" if zero.rank() else "error.txt")
+    told = run.path / (f"error_rank_{ranks.rank()}.txt" if ranks.rank() else "error.txt")
     run.path.mkdir(parents=True, exist_ok=True)
     rundir.write_whole(told, "".join(traceback.format_exception(error)))
     return RunFailed(

@@ -28,13 +28,15 @@ def refer(world: World, batch: MicroBatch) -> TeacherScores | None:
     if world.reference is None:
         return None
     weights = world.reference.weights
-    head = weights.head.detach()[: world.rows]
-    return HiddenScores(hidden=weights.hidden(batch.student), head=head)
+    hidden = weights.hidden(batch.student)
+    return HiddenScores(hidden=hidden, head=weights.whole_head()[: world.rows])
 
 
 def _asked(world: World, teacher: Teacher, batch: MicroBatch, asked: Sequences) -> TeacherScores:
     """Each sequence scored by the teacher of its route, all of one route together."""
     routes = sorted(set(batch.teacher_routes)) or [0]
+    if world.plan.zero_stage == 3:
+        routes = list(range(len(teacher.leaves)))  # every rank runs every teacher
     if len(routes) == 1:
         return teacher.ask(routes[0], asked, world.rows)
     row = batch.tokens.row

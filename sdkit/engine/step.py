@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from sdkit.batches import HiddenScores, MicroBatch, RolloutBatch, TeacherScores, Tokens
-from sdkit.engine import zero
+from sdkit.engine import ranks
 from sdkit.engine.collate import Collated, collate, without_rows
 from sdkit.engine.scoring import refer, score
 from sdkit.losses.chunks import projected_loss, scored_logprobs, token_logprobs, token_measures
@@ -38,7 +38,10 @@ class Measured:
 
 
 class Student(nn.Module):
-    """The student with its objective: a forward pass returns the loss, so logits never leave it."""
+    """The student with its objective: a forward pass returns the loss, so logits never leave it.
+
+    To be called within a run of the weights' shards.
+    """
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class Student(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The output projection of the ids that are compared, [rows, H]."""
+        """The output projection of the ids that are compared, [rows, H]; within `Shards.with_head`."""
         return self.weights.head[: self.rows]
 
     def forward(
@@ -68,8 +71,19 @@ class Student(nn.Module):
         reference: TeacherScores | None,
         losses: Table[LossTerm],
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.weights.states(batch.student)
+        with_head = self.weights.shards.with_head
+        return with_head(self._projected, hidden, batch, scores, reference, losses)
+
+    def _projected(
+        self,
+        hidden: Tensor,
+        batch: MicroBatch,
+        scores: TeacherScores | None,
+        reference: TeacherScores | None,
+        losses: Table[LossTerm],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         objective = Objective(losses, self.temperature, self.functions)
-        hidden = self.weights.hidden(batch.student)
         return projected_loss(
             hidden,
             self.head,
@@ -115,7 +129,8 @@ class Student(nn.Module):
     @torch.no_grad()
     def measures(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability of each counted token, and entropy, at the sampling temperature.  -> twice [M] float32"""
-        scores = HiddenScores(hidden=self.weights.hidden(batch.student), head=self.head)
+        hidden = self.weights.hidden(batch.student)
+        scores = HiddenScores(hidden=hidden, head=self.weights.whole_head()[: self.rows])
         return token_measures(scores, batch.tokens.token, self.temperature, self.chunk_tokens)
 
 
@@ -132,7 +147,8 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
         started = time.perf_counter()
         scores = score(world, batch)
         scored = time.perf_counter()
-        loss, stats = world.zero.forward(batch, scores, refer(world, batch), losses)
+        reference = refer(world, batch)
+        loss, stats = world.zero.forward(world.module, batch, scores, reference, losses)
         world.zero.backward(loss)
         _add(sums, stats, batch)
         seconds["teacher"] += scored - started
@@ -156,7 +172,8 @@ def measure(world: World, rollouts: RolloutBatch) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     for batch in collated.micro_batches:
         asked = score(world, batch), refer(world, batch)
-        _add(sums, world.module(batch, *asked, losses)[1], batch)
+        run = world.student.shards.run
+        _add(sums, run(world.module, batch, *asked, losses)[1], batch)
     return averaged(sums, collated)
 
 
@@ -166,12 +183,12 @@ def _collate(world: World, rollouts: RolloutBatch, losses: Table[LossTerm]) -> C
         list(rollouts),
         losses,
         world.spec.training.micro_batch_tokens,
-        zero.total,
+        ranks.total,
         world.device,
         world.longest_pack,
     )
     teacher = any(map(needs_teacher, losses.values()))
-    missing = zero.most(len(collated.micro_batches)) - len(collated.micro_batches)
+    missing = ranks.most(len(collated.micro_batches)) - len(collated.micro_batches)
     more = [without_rows(losses, teacher=teacher, device=world.device)] * missing
     return evolve(collated, micro_batches=(*collated.micro_batches, *more))
 
@@ -197,7 +214,7 @@ def learning_rate(spec: OptimizerSpec, update: int, total: int) -> float:
 
 def averaged(sums: Mapping[str, Tensor], collated: Collated) -> dict[str, float]:
     """Sums over tokens → means over each term's tokens; losses are weighted already.  One transfer from the device."""
-    values = zero.summed(sums)
+    values = ranks.summed(sums)
     if not values:
         return {}
     metrics: dict[str, float] = {"loss": sum(v for k, v in values.items() if k.startswith("loss/"))}
@@ -210,7 +227,7 @@ def averaged(sums: Mapping[str, Tensor], collated: Collated) -> dict[str, float]
             metrics[key] = value / max(values[f"{name}/tokens"], 1)
     metrics |= _route_shares(collated)
     tokens = sum(b.student.tokens for b in collated.micro_batches)
-    held, padded = zero.total(torch.tensor([tokens, collated.padded_tokens])).tolist()
+    held, padded = ranks.total(torch.tensor([tokens, collated.padded_tokens])).tolist()
     metrics["padding"] = 1 - held / max(padded, 1)
     for name, counts in collated.counts.items():
         metrics[f"{name}/tokens"] = counts.tokens
@@ -222,7 +239,7 @@ def _route_shares(collated: Collated) -> dict[str, float]:
     """Share of the rollouts on each branch of the route, where there is one."""
     branches = ("then", "otherwise")
     held = [[r.branch == branch for r in collated.order] for branch in branches]
-    sums = zero.total(torch.tensor([sum(each) for each in held])).tolist()
+    sums = ranks.total(torch.tensor([sum(each) for each in held])).tolist()
     whole = sum(sums)
     if not whole:
         return {}

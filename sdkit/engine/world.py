@@ -15,7 +15,7 @@ from sdkit.batches import RolloutBackend
 from sdkit.components.rollouts import ReplayRollouts, TransformersRollouts
 from sdkit.components.teachers import Teacher, open_teacher
 from sdkit.components.vllm import VllmRollouts
-from sdkit.engine import zero
+from sdkit.engine import ranks, zero, zero_shards
 from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabulary
 from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
@@ -74,9 +74,28 @@ class World:
         functions = data.user_divergences
         self.module = Student(self.student, spec.rollout.temperature, chunk, self.rows, functions)
         bf16 = spec.model.dtype == "bfloat16"
-        self.zero = zero.Zero(self.module, spec.optimizer, plan.zero_stage, bf16)
+        root = zero_shards.Root(model)
+        head = self.student.head
+        self.zero = zero.Zero(root, spec.optimizer, plan.zero_stage, bf16, spec.training.offload)
+        self._also_sharded: list[Any] = []
+        if plan.zero_stage == 3:
+            self.student.shards = zero_shards.Sharded(root, head)
+            self._shard_others()
+        if self.teacher:
+            self.teacher.settle()
         self._backends: dict[str, RolloutBackend] = {}
         self._loaded: dict[str, tuple[int, int]] = {}
+
+    def _shard_others(self) -> None:
+        """Take apart every model beside the student's: teachers and the reference that have weights of their own."""
+        teachers = (*(self.teacher.leaves if self.teacher else ()), self.reference)
+        weights = [each.weights for each in teachers if each]
+        for one in dict.fromkeys(w for w in weights if w.model is not self.student.model):
+            root, head = zero_shards.Root(one.model), one.head
+            self._also_sharded.append(
+                zero_shards.open_forward_only(root, self.spec.training.offload)
+            )
+            one.shards = zero_shards.Sharded(root, head)
 
     def _load_foreign(self, weights: ExternalWeights) -> Any:
         spec = ModelSpec(
@@ -198,7 +217,9 @@ class World:
     def close(self, *, together: bool = True) -> None:
         """Free DeepSpeed's engine and then the backends: vLLM takes the process group with it."""
         self.zero.close()
+        for engine in self._also_sharded:
+            engine.destroy()
         if together:
-            zero.meet()
+            ranks.meet()
         for backend in self._backends.values():
             backend.close()

@@ -6,19 +6,20 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+from sdkit.engine import zero_shards
+from sdkit.engine.ranks import meet, world_size
 from sdkit.specs import OptimizerSpec
 
 DEADLINE = timedelta(seconds=600)
-T = TypeVar("T")
 
 
 @frozen(kw_only=True)
@@ -77,101 +78,6 @@ def stop(*, together: bool = True) -> None:
         comm.destroy_process_group()  # torch's own leaves DeepSpeed with a dead group, and no second run
 
 
-# ── what ranks say to each other: every rank must call, in the same order ─────────────────────
-
-
-def world_size() -> int:
-    return torch.distributed.get_world_size()
-
-
-def rank() -> int:
-    return torch.distributed.get_rank()
-
-
-def meet() -> None:
-    """Wait for all ranks."""
-    torch.distributed.barrier()
-
-
-def share(count: int) -> range:
-    """The places out of `count` that are this rank's: every so many-th, so that a part of the whole is dealt evenly."""
-    return range(rank(), count, world_size())
-
-
-def most(value: int) -> int:
-    """The largest value of all ranks."""
-    if world_size() == 1:
-        return value
-    held = torch.tensor(value, device=_device())
-    torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
-    return int(held.item())
-
-
-def everyones(value: T) -> list[T]:
-    """What each rank has, by rank; pickled, so for small things."""
-    found: list[Any] = [value] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(found, value)
-    return found
-
-
-def at_first(value: T) -> list[T]:
-    """What each rank has, by rank, on the first; nothing on the others."""
-    if world_size() == 1:
-        return [value]
-    found: list[Any] = [value] * world_size()
-    torch.distributed.gather_object(value, found if rank() == 0 else None)
-    return found if rank() == 0 else []
-
-
-def of_first(value: T) -> T:
-    """What the first rank has."""
-    held: list[Any] = [value]
-    if world_size() > 1:
-        torch.distributed.broadcast_object_list(held)
-    return held[0]
-
-
-def summed(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """The sums of named scalars over all ranks; a name may be missing where a rank had nothing to measure."""
-    names = list(dict.fromkeys(name for named in everyones(list(values)) for name in named))
-    if not names:
-        return {}
-    nothing = torch.zeros((), device=_device())
-    held = torch.stack([values.get(name, nothing).double() for name in names])
-    return dict(zip(names, total(held).tolist(), strict=True))
-
-
-def _device() -> torch.device:
-    """Where collectives take tensors from."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def total(values: Tensor) -> Tensor:
-    """The sum over all ranks.  Any shape; returns a new tensor."""
-    summed = values.clone()
-    if world_size() > 1:
-        torch.distributed.all_reduce(summed)
-    return summed
-
-
-def everywhere(values: Tensor) -> tuple[Tensor, slice]:
-    """The values of all ranks, one rank after the other, and where this rank's stand.  [K] -> [sum of K], slice.
-
-    K may differ from rank to rank, and be 0; every rank must call.
-    """
-    size = values.numel()
-    if world_size() == 1:
-        return values, slice(0, size)
-    sizes = torch.zeros(world_size(), dtype=torch.long, device=values.device)
-    sizes[rank()] = size
-    edges = [0, *total(sizes).cumsum(0).tolist()]
-    own = slice(edges[rank()], edges[rank() + 1])
-    joined = values.new_zeros(edges[-1])
-    joined[own] = values
-    return total(joined), own
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Send what libraries print on standard output to standard error: stdout is sdkit's own."""
@@ -194,7 +100,14 @@ class Zero:
     which may differ from step to step.
     """
 
-    def __init__(self, module: nn.Module, optimizer: OptimizerSpec, stage: int, bf16: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: OptimizerSpec,
+        stage: int,
+        bf16: bool,
+        offload: Sequence[str] = (),
+    ) -> None:
         import deepspeed
 
         if bf16 and stage == 0:
@@ -206,7 +119,7 @@ class Zero:
             self.engine: Any = deepspeed.initialize(
                 model=module,
                 model_parameters=trained,
-                config=_config(optimizer, stage, bf16),
+                config=_config(optimizer, stage, bf16, offload),
             )[0]
         # Stage 0 reduces in `_plain_step`, which needs the norm before the step.
         self.engine.enable_backward_allreduce = stage > 0
@@ -241,12 +154,19 @@ class Zero:
         return Stepped(applied=True, grad_norm=norm.item())
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and full float32 value of every trained parameter, one at a time.  Collective under stages 1-2."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        """Name and float32 value of every trained parameter, one at a time; under stage 3 this rank's piece of it, flat.
+
+        Collective under stages 1-2.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
         for name, parameter in self.named:
-            full = None if self.stage == 0 else safe_get_full_fp32_param(parameter)
-            value = parameter.detach() if full is None else full
+            value: Any = None
+            if self.stage == 3:
+                value = safe_get_local_fp32_param(parameter).flatten()
+            elif self.stage > 0:
+                value = safe_get_full_fp32_param(parameter)
+            value = parameter.detach() if value is None else value
             if value.dtype != torch.float32:
                 raise RuntimeError(f"{name} has no float32 master")
             yield name, value
@@ -272,13 +192,20 @@ def _norm(gradients: Iterable[Tensor | None]) -> Tensor:
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
-def _config(optimizer: OptimizerSpec, stage: int, bf16: bool) -> dict[str, Any]:
+def _config(
+    optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[str]
+) -> dict[str, Any]:
+    sharding = zero_shards.settings(offload) if stage == 3 else {"stage": stage}
+    if "optimizer" in offload:
+        sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": optimizer.clip,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": sharding,
+        # The same AdamW wherever the optimizer is: DeepSpeed's own for the CPU is compiled at its first start.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
         "optimizer": {
             "type": "AdamW",
