@@ -266,7 +266,19 @@ class RoutedScores:
     vocabulary: int
 
 
-TeacherScores = HiddenScores | RoutedScores
+@frozen(eq=False, kw_only=True)
+class BlendedScores:
+    """A product of powers of several answers, which is a sum of their logits: Q ∝ Π part^factor, at any temperature.
+
+    Not normalised.  As an advantage log Q − log S the logarithm of the normaliser is one number a state: a baseline,
+    without a part in the expected gradient of tokens drawn from the student (where no floor or clip binds).
+    """
+
+    parts: tuple[TeacherScores, ...]
+    factors: tuple[float, ...]  # one a part, as they are at this optimizer step; none of them 0
+
+
+TeacherScores = HiddenScores | RoutedScores | BlendedScores
 """What a teacher says of the counted tokens."""
 
 

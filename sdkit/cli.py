@@ -115,14 +115,14 @@ def plan(
     ] = 0,
 ) -> None:
     """Print what a run would do: roles, batches, memory, every derived value.  Loads no weights."""
-    from sdkit.machine import machine_for, shape_of, teacher_shapes
+    from sdkit.machine import machine_for, other_shapes, shape_of
     from sdkit.plan import make_plan
     from sdkit.plan_text import render_plan
 
     checked = _checked(spec, overrides, run_file=True)
     run = checked.spec
-    shapes = teacher_shapes(run, spec.parent)
-    made = make_plan(run, machine_for(run), shape_of(run, spec.parent), teacher_shapes=shapes)
+    shapes = other_shapes(run, spec.parent)
+    made = make_plan(run, machine_for(run), shape_of(run, spec.parent), other_shapes=shapes)
     typer.echo(render_plan(run, made))
     if data:
         from sdkit.engine.preview import preview

@@ -33,10 +33,12 @@ from sdkit.specs import (
     TeacherSamples,
     TransformersBackend,
     VllmBackend,
+    blend_base,
     external_teachers,
+    other_models,
     teachers_of,
 )
-from sdkit.teacher_text import describe_place, describe_teacher
+from sdkit.teacher_text import describe_blend, describe_place, describe_teacher, describe_weights
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -49,6 +51,7 @@ class Machine:
     ranks: int = 1
     memory_gib: float | None = None
     vllm: str | None = None  # version, where installed
+    emulates_bfloat16: bool = False  # no unit of it multiplies bfloat16
 
 
 @frozen(kw_only=True)
@@ -97,10 +100,10 @@ def make_plan(
     machine: Machine,
     shape: ShapeSpec | None,
     rows: int | None = None,
-    teacher_shapes: Mapping[str, ShapeSpec] | None = None,
+    other_shapes: Mapping[str, ShapeSpec] | None = None,
 ) -> Plan:
-    """Derive a run.  `rows` is the number of training rows, where known (for epochs); `teacher_shapes` are those of
-    external teachers by path, where known.
+    """Derive a run.  `rows` is the number of training rows, where known (for epochs); `other_shapes` are those of the
+    models beside the student's by path, where known.
     """
     derived: list[str] = []
     stage: int = spec.training.zero_stage
@@ -109,6 +112,8 @@ def make_plan(
         derived.append(
             "training.zero_stage 0 runs as 1: stage 0 has no float32 gradients in bfloat16"
         )
+    if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
+        derived.append("model.dtype bfloat16 is emulated here: float32 is several times faster")
     backend, why = _backend(spec, machine)
     if isinstance(spec.rollout.backend, AutoBackend):
         derived.append(f"rollout.backend auto is {backend.kind}: {why}")
@@ -125,6 +130,8 @@ def make_plan(
         derived.append("evaluation.teacher_lift samples the external teacher with transformers")
     if spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
         derived.append("evaluation.teacher_lift is not measured: a routed teacher does not sample")
+    elif spec.evaluation and spec.teacher and spec.teacher.blend and spec.teacher.sees:
+        derived.append("evaluation.teacher_lift samples the teacher without its blend")
     updates = spec.training.updates_per_rollout
     return Plan(
         backend=backend,
@@ -139,10 +146,10 @@ def make_plan(
         oldest_rollout=updates - 1,
         needs_old_logprobs=needs_old_logprobs(spec),
         measures=_measures(spec),
-        objective=(*describe_losses(spec), *describe_route(spec)),
+        objective=(*describe_losses(spec), *describe_blend(spec), *describe_route(spec)),
         roles=tuple(_roles(spec)),
         syncs=_syncs(spec, backend),
-        memory=tuple(_memory(spec, backend, shape, teacher_shapes or {})) if shape else (),
+        memory=tuple(_memory(spec, backend, shape, other_shapes or {})) if shape else (),
         memory_gib=machine.memory_gib,
         derived=tuple(derived),
     )
@@ -227,6 +234,11 @@ def pulls_to_reference(spec: ExperimentSpec) -> bool:
     return any(isinstance(term, ReferenceKl) for term in spec.losses.values())
 
 
+def needs_reference(spec: ExperimentSpec) -> bool:
+    """Whether the frozen start model is asked under the student's prompt: by a term, or to be blended with the teacher."""
+    return pulls_to_reference(spec) or isinstance(blend_base(spec), FrozenWeights)
+
+
 def _frozen_teacher(spec: ExperimentSpec) -> bool:
     return any(isinstance(weights, FrozenWeights) for _, weights in teachers_of(spec))
 
@@ -238,10 +250,13 @@ def _roles(spec: ExperimentSpec) -> list[str]:
         roles.append(
             f"teacher: {describe_teacher(spec)}{describe_place(spec.teacher.weights, bool(spec.model.lora))}"
         )
-    if pulls_to_reference(spec):
+    if needs_reference(spec):
         own = "the student with its adapter off" if spec.model.lora else "a copy of the model"
         shared = "the teacher" if _frozen_teacher(spec) else own
         roles.append(f"reference: the frozen start model ({shared})")
+    if isinstance(base := blend_base(spec), ExternalWeights):
+        place = describe_place(base, bool(spec.model.lora))
+        roles.append(f"base of the blend: {describe_weights(base)}{place}")
     roles.append(f"sampler: {describe_sampling(spec)}")
     return roles
 
@@ -265,7 +280,7 @@ def _syncs(spec: ExperimentSpec, backend: object) -> str:
 
 
 def _memory(
-    spec: ExperimentSpec, backend: object, shape: ShapeSpec, teachers: Mapping[str, ShapeSpec]
+    spec: ExperimentSpec, backend: object, shape: ShapeSpec, others: Mapping[str, ShapeSpec]
 ) -> list[Share]:
     """Bytes on one rank of one machine without offload.  Optimizer: master, two moments and gradients in float32."""
     per = BYTES[spec.model.dtype]
@@ -280,11 +295,11 @@ def _memory(
     for weights in copies_of_model(spec):
         moving = isinstance(weights, EmaWeights | CopyWeights)
         shares.append(Share(what="teacher weights", gib=count * (per + 4 * moving) / GIB))
-    for weights in dict.fromkeys(weights for _, weights in external_teachers(spec)):
-        if held := teachers.get(weights.path):
+    for weights in dict.fromkeys(weights for _, weights in other_models(spec)):
+        if held := others.get(weights.path):
             size = held.parameters * BYTES[weights.dtype] / GIB
-            shares.append(Share(what=f"teacher {weights.path}", gib=size))
-    if pulls_to_reference(spec) and not spec.model.lora and not _frozen_teacher(spec):
+            shares.append(Share(what=f"model {weights.path}", gib=size))
+    if needs_reference(spec) and not spec.model.lora and not _frozen_teacher(spec):
         shares.append(Share(what="reference weights", gib=count * per / GIB))
     if isinstance(backend, VllmBackend):
         own = BYTES[backend.dtype or spec.model.dtype]
@@ -300,5 +315,8 @@ def _memory(
         )
     )
     chunk = spec.training.chunk_tokens * shape.vocabulary * 4
-    shares.append(Share(what="projection chunk (student, teacher, gradient)", gib=6 * chunk / GIB))
+    sides = 8 if spec.teacher and spec.teacher.blend else 6
+    shares.append(
+        Share(what="projection chunk (student, teacher, gradient)", gib=sides * chunk / GIB)
+    )
     return shares

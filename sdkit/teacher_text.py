@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import assert_never
 
 from sdkit.objective_text import number
@@ -11,12 +12,16 @@ from sdkit.specs import (
     EarlierTurns,
     EmaWeights,
     ExternalWeights,
+    ExtrapolateBlend,
     FrozenWeights,
+    GeometricBlend,
     MethodSpec,
+    ProductBlend,
     RoutedWeights,
     StudentWeights,
     SystemMessage,
     TeacherWeights,
+    TrustRegionBlend,
     UserTurn,
 )
 
@@ -25,7 +30,7 @@ def describe_teacher(spec: MethodSpec) -> str:
     """The teacher's weights and what it sees."""
     if spec.teacher is None:
         return "none"
-    weights = _weights(spec.teacher.weights)
+    weights = describe_weights(spec.teacher.weights)
     match spec.teacher.sees:
         case None:
             return f"{weights}, sees the student's prompt"
@@ -42,7 +47,8 @@ def describe_teacher(spec: MethodSpec) -> str:
     return f"{weights}, sees {', '.join(slots) or 'fixed text'} {place}"
 
 
-def _weights(weights: TeacherWeights) -> str:
+def describe_weights(weights: TeacherWeights) -> str:
+    """Which weights these are."""
     match weights:
         case StudentWeights():
             return "the live student"
@@ -56,10 +62,29 @@ def _weights(weights: TeacherWeights) -> str:
         case ExternalWeights(path=path):
             return f"the model {path}"
         case RoutedWeights(by=by, routes=routes):
-            each = "; ".join(f"{name}: {_weights(one)}" for name, one in routes.items())
+            each = "; ".join(f"{name}: {describe_weights(one)}" for name, one in routes.items())
             return f"by column {by} ({each})"
         case _:
             assert_never(weights)
+
+
+def describe_blend(spec: MethodSpec) -> Iterator[str]:
+    """What the teacher's distribution is blended with, where it is: Q is what the terms then call the teacher."""
+    own = "under the student's prompt"
+    match spec.teacher and spec.teacher.blend:
+        case None:
+            return
+        case TrustRegionBlend(student_share=share):
+            power, of = "c", "T^(1 − c) × S^c, S the live student under the teacher's prompt"
+        case ProductBlend(student_power=share):
+            power, of = "b", f"T × S^b, S the live student {own}"
+        case GeometricBlend(teacher_share=share):
+            power, of = "w", f"B^(1 − w) × T^w, B the frozen start model {own}"
+        case ExtrapolateBlend(factor=share, base=base):
+            power, of = "f", f"T^f × B^(1 − f), B {describe_weights(base)} {own}"
+        case other:
+            assert_never(other)
+    yield f"blend: teacher Q ∝ {of}, {power} = {number(share)}"
 
 
 def describe_place(weights: TeacherWeights, adapters: bool) -> str:

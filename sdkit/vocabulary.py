@@ -11,14 +11,14 @@ from sdkit.problems import shorten
 
 
 def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
-    """How the teacher's table differs from the student's, by the first token in question; None where it does not."""
+    """How another model's table differs from the student's, by the first token in question; None where it does not."""
     if ours == theirs:
         return None
     odd = [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]
     token = min(odd, key=lambda t: (ours.get(t, theirs.get(t, 0)), t))
     ids = ["no id" if at is None else f"the id {at}" for at in (ours.get(token), theirs.get(token))]
     more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
-    return f"{shorten(token)} has {ids[0]} for the student, {ids[1]} for the teacher{more}"
+    return f"{shorten(token)} has {ids[0]} for the student, {ids[1]} for the other model{more}"
 
 
 def of_folder(folder: Path) -> dict[str, int] | None:

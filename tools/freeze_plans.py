@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.language import load_spec
-from sdkit.machine import shape_of, teacher_shapes
+from sdkit.machine import other_shapes, shape_of
 from sdkit.plan import Machine, make_plan
 from sdkit.plan_text import render_plan
 
@@ -34,8 +34,8 @@ def plan_of(path: Path) -> str:
         memory_gib=stated.memory_gib if stated and stated.memory_gib else 24.0,
         vllm="0.32.0",
     )
-    shape, teachers = shape_of(run, path.parent), teacher_shapes(run, path.parent)
-    return render_plan(run, make_plan(run, machine, shape, teacher_shapes=teachers)) + "\n"
+    shape, teachers = shape_of(run, path.parent), other_shapes(run, path.parent)
+    return render_plan(run, make_plan(run, machine, shape, other_shapes=teachers)) + "\n"
 
 
 def main() -> int:

@@ -97,8 +97,8 @@ def evaluate(world: World) -> Evaluated:
 def teacher_lift(world: World, before: Evaluated) -> dict[Key, Interval]:
     """Score under the teacher's view minus score under the student's, on the first prompts of each suite.
 
-    Measured before training: where it is not above zero there is nothing to distil.  Empty where the teacher has
-    no view of its own, or is no single model that could sample.
+    Measured before training: where it is not above zero there is nothing to distil.  Of the teacher's weights alone,
+    without a blend.  Empty where the teacher has no view of its own, or is no single model that could sample.
     """
     evaluation, teacher = world.spec.evaluation, world.spec.teacher
     if evaluation is None or teacher is None or teacher.sees is None or not evaluation.teacher_lift:

@@ -55,13 +55,13 @@ def vocabulary(tokenizer: Any) -> dict[str, int]:
     return tokenizer.get_vocab()
 
 
-def check_vocabulary(student: Any, teacher: Any, path: str) -> None:
-    """Raise BadData where the teacher in `path` gives some token another id than the student."""
-    ours, theirs = vocabulary(student), vocabulary(teacher)
+def check_vocabulary(student: Any, other: Any, path: str) -> None:
+    """Raise BadData where the model in `path` gives some token another id than the student."""
+    ours, theirs = vocabulary(student), vocabulary(other)
     if difference := first_difference(ours, theirs):
         raise BadData(
-            f"the teacher {path} has another vocabulary than the student: {difference}",
-            hint="distributions are compared id by id: take a teacher with the student's tokenizer",
+            f"the model {path} has another vocabulary than the student: {difference}",
+            hint="distributions are compared id by id: take a model with the student's tokenizer",
         )
 
 

@@ -109,8 +109,12 @@ def _own_and_prompt(owner: Tensor) -> Tensor:
 
 @torch.no_grad()
 def shares_rows(weights: Weights, device: torch.device) -> bool:
-    """Whether the model's attention takes shared rows: the same states together as alone."""
-    prompt, completions = (1, 2, 3, 4, 5), ((6, 7, 8), (9, 10, 11, 12))
+    """Whether the model's attention takes shared rows: the same states together as alone.
+
+    Compared by the median over each completion: in bfloat16 a single token can be far off by rounding alone.
+    """
+    ids = torch.linspace(1, weights.head.shape[0] - 1, 24).long().tolist()
+    prompt, completions = tuple(ids[:8]), (tuple(ids[8:16]), tuple(ids[16:]))
     kept = [range(len(c)) for c in completions]
     prompts = [prompt] * len(completions)
     try:
@@ -118,4 +122,5 @@ def shares_rows(weights: Weights, device: torch.device) -> bool:
     except (RuntimeError, TypeError, ValueError):  # an attention that wants another kind of mask
         return False
     alone = weights.hidden(sequences(prompts, completions, kept, 0, device))
-    return bool((together - alone).norm() < 0.05 * alone.norm())
+    apart = (together - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
+    return bool((apart.view(len(completions), -1).median(dim=-1).values < 0.05).all())

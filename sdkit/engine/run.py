@@ -32,7 +32,7 @@ from sdkit.problems import (
 )
 from sdkit.problems import Path as SpecPath
 from sdkit.source import read, read_text
-from sdkit.specs import ExperimentSpec, external_teachers
+from sdkit.specs import ExperimentSpec, other_models
 
 LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe")
 """What collectives say where another rank is gone, or silent for too long."""
@@ -44,7 +44,7 @@ def open_world(spec: ExperimentSpec, base: Path) -> World:
     zero.prepare()
     located = locate(spec.model.path, base)
     tokenizer = load_tokenizer(spec.model, located)
-    for _, weights in external_teachers(spec):
+    for _, weights in other_models(spec):
         theirs = load_tokenizer(weights, locate(weights.path, base))
         check_vocabulary(tokenizer, theirs, weights.path)
     data = Data(spec, base, tokenizer)
@@ -152,15 +152,15 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
     }
     config = world.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
-    teachers = [
+    others = [
         {"path": w.path, "revision": w.revision, "located": locate(w.path, base)}
-        for _, w in external_teachers(world.spec)
+        for _, w in other_models(world.spec)
     ]
     return provenance(
         base,
         data=world.data.fingerprints(),
         model=model,
-        teachers=teachers,
+        other_models=others,
         seed=world.spec.training.seed,
     )
 

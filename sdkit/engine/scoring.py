@@ -1,35 +1,75 @@
-"""What the teacher, and the reference, say of a micro-batch: before the student's forward pass, without gradients."""
+"""What the teacher, what it is blended with and the reference say of a micro-batch: before the student's forward pass,
+without gradients.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 
-from sdkit.batches import HiddenScores, MicroBatch, RoutedScores, Sequences, TeacherScores
+from sdkit.batches import BlendedScores, MicroBatch, RoutedScores, Sequences, TeacherScores
 from sdkit.components.teachers import Teacher
 from sdkit.engine.packing import sequences
+from sdkit.plan import pulls_to_reference
+from sdkit.schedules import plain
+from sdkit.specs import Blend, ExtrapolateBlend, GeometricBlend, ProductBlend, TrustRegionBlend
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
 
 
 @torch.no_grad()
-def score(world: World, batch: MicroBatch) -> TeacherScores | None:
-    """What the teacher says of the counted tokens under its own prompt."""
-    if world.teacher is None or batch.teacher is None:
+def refer(world: World, batch: MicroBatch) -> TeacherScores | None:
+    """What the frozen start model says of the counted tokens under the student's own prompt, where a term asks."""
+    if world.reference is None or not pulls_to_reference(world.spec):
         return None
-    return _asked(world, world.teacher, batch, batch.teacher)
+    return world.reference.ask(0, batch.student, world.rows)
 
 
 @torch.no_grad()
-def refer(world: World, batch: MicroBatch) -> TeacherScores | None:
-    """What the frozen start model says of the counted tokens under the student's own prompt."""
-    if world.reference is None:
+def score(
+    world: World, batch: MicroBatch, reference: TeacherScores | None = None
+) -> TeacherScores | None:
+    """What the teacher says of the counted tokens under its own prompt, with what it is blended with.
+
+    `reference` saves a second pass of the start model, where it was asked before (`refer`).
+    """
+    if world.teacher is None or batch.teacher is None:
         return None
-    weights = world.reference.weights
-    hidden = weights.hidden(batch.student)
-    return HiddenScores(hidden=hidden, head=weights.whole_head()[: world.rows])
+    blend = world.blend
+    own, other = (1.0, 0.0) if blend is None else _powers(blend)
+    if blend is None or other == 0:
+        return _asked(world, world.teacher, batch, batch.teacher)
+    prompt = batch.teacher if isinstance(blend, TrustRegionBlend) else batch.student
+    beside = _beside(world, prompt, reference)
+    if own == 0:  # what has no power is not asked
+        return beside
+    told = _asked(world, world.teacher, batch, batch.teacher)
+    return BlendedScores(parts=(told, beside), factors=(own, other))
+
+
+def _powers(blend: Blend) -> tuple[float, float]:
+    """Those of the teacher and of what it is blended with.  Where one of them is 0, the other is 1."""
+    match blend:
+        case TrustRegionBlend(student_share=share):
+            return 1 - plain(share), plain(share)
+        case ProductBlend(student_power=power):
+            return 1.0, plain(power)
+        case GeometricBlend(teacher_share=share):
+            return plain(share), 1 - plain(share)
+        case ExtrapolateBlend(factor=factor):
+            return plain(factor), 1 - plain(factor)
+        case _:
+            assert_never(blend)
+
+
+def _beside(world: World, prompt: Sequences, reference: TeacherScores | None) -> TeacherScores:
+    """What the weights say that the teacher is blended with."""
+    assert world.beside is not None
+    if reference and world.beside is world.reference:
+        return reference
+    return world.beside.ask(0, prompt, world.rows)
 
 
 def _asked(world: World, teacher: Teacher, batch: MicroBatch, asked: Sequences) -> TeacherScores:

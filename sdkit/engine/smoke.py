@@ -23,12 +23,14 @@ from sdkit.problems import NumericsGuard
 from sdkit.schedules import scalar_at
 from sdkit.specs import (
     AutoBackend,
+    Blend,
     ColumnSlot,
     Context,
     DataSpec,
     Distillation,
     ExperimentSpec,
     ExternalWeights,
+    ExtrapolateBlend,
     FileDivergence,
     FileWeight,
     InlineSource,
@@ -71,6 +73,7 @@ def smoke(
         with zero.quiet():  # the first to import DeepSpeed, which speaks on stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
             tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)  # an external one
+            tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)  # of a blend
         small = miniature(spec, steps, (home or Path()).resolve())
         world = open_world(small, base)
         world.data.rewards = {
@@ -160,8 +163,17 @@ def _rollout(rollout: RolloutSpec) -> RolloutSpec:
 
 def _teacher(teacher: TeacherSpec) -> TeacherSpec:
     return evolve(
-        teacher, weights=_weights(teacher.weights), sees=teacher.sees and _sees(teacher.sees)
+        teacher,
+        weights=_weights(teacher.weights),
+        sees=teacher.sees and _sees(teacher.sees),
+        blend=_blend(teacher.blend),
     )
+
+
+def _blend(blend: Blend | None) -> Blend | None:
+    if isinstance(blend, ExtrapolateBlend) and isinstance(blend.base, ExternalWeights):
+        return evolve(blend, base=evolve(blend.base, path="base", revision=None))
+    return blend
 
 
 def _sees(sees: Sees) -> Sees:

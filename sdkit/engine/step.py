@@ -145,9 +145,9 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
     seconds = {"teacher": 0.0, "update": 0.0}
     for batch in collated.micro_batches:
         started = time.perf_counter()
-        scores = score(world, batch)
-        scored = time.perf_counter()
         reference = refer(world, batch)
+        scores = score(world, batch, reference)
+        scored = time.perf_counter()
         loss, stats = world.zero.forward(world.module, batch, scores, reference, losses)
         world.zero.backward(loss)
         _add(sums, stats, batch)
@@ -171,9 +171,10 @@ def measure(world: World, rollouts: RolloutBatch) -> dict[str, float]:
     collated = _collate(world, rollouts, losses)
     sums: dict[str, Tensor] = {}
     for batch in collated.micro_batches:
-        asked = score(world, batch), refer(world, batch)
+        reference = refer(world, batch)
+        scores = score(world, batch, reference)
         run = world.student.shards.run
-        _add(sums, run(world.module, batch, *asked, losses)[1], batch)
+        _add(sums, run(world.module, batch, scores, reference, losses)[1], batch)
     return averaged(sums, collated)
 
 
@@ -194,8 +195,9 @@ def _collate(world: World, rollouts: RolloutBatch, losses: Table[LossTerm]) -> C
 
 
 def _moving(world: World) -> dict[str, float]:
-    """Numbers of the objective that move over the run, as they are now."""
-    found = schedules(world.spec.losses)
+    """Numbers of the objective and of the teacher that move over the run, as they are now."""
+    spec = world.spec
+    found = (*schedules(spec.losses), *schedules(spec.teacher, ("teacher",)))
     return {"/".join(map(str, path)): scalar_at(value, world.updates) for path, value in found}
 
 

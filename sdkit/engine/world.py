@@ -20,20 +20,25 @@ from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabu
 from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
 from sdkit.engine.step import Student
-from sdkit.plan import Plan, pulls_to_reference
+from sdkit.plan import Plan, needs_reference
 from sdkit.problems import BadData
 from sdkit.schedules import at_step, scalar_at
 from sdkit.specs import (
+    Blend,
     Distillation,
     ExperimentSpec,
     ExternalWeights,
+    ExtrapolateBlend,
     FrozenWeights,
+    GeometricBlend,
     LossTerm,
     ModelSpec,
+    ProductBlend,
     ReplayBackend,
     Table,
     TopKSupport,
     TransformersBackend,
+    TrustRegionBlend,
     VllmBackend,
     teachers_of,
 )
@@ -63,11 +68,13 @@ class World:
         self.teacher: Teacher | None = None
         if spec.teacher:
             self.teacher = open_teacher(spec.teacher.weights, self.student, self._load_foreign)
-        self.reference = self._open_reference()
+        start = FrozenWeights()
+        self.reference = self._unmoving(start) if needs_reference(spec) else None
+        self.beside = self._open_beside()
         self.rows, self.ids_below = self._vocabulary()
         self._check_model()
         shared = spec.training.share_prompts and all(
-            shares_rows(weights, self.device) for weights in (self.student, *self._foreign)
+            shares_rows(weights, self.device) for _, weights in self._models
         )
         self.longest_pack = LONGEST_PACK if shared else 0
         chunk = spec.training.chunk_tokens
@@ -87,8 +94,8 @@ class World:
         self._loaded: dict[str, tuple[int, int]] = {}
 
     def _shard_others(self) -> None:
-        """Take apart every model beside the student's: teachers and the reference that have weights of their own."""
-        teachers = (*(self.teacher.leaves if self.teacher else ()), self.reference)
+        """Take apart every model beside the student's: teachers, the reference, the base of a blend."""
+        teachers = (*(self.teacher.leaves if self.teacher else ()), self.reference, self.beside)
         weights = [each.weights for each in teachers if each]
         for one in dict.fromkeys(w for w in weights if w.model is not self.student.model):
             root, head = zero_shards.Root(one.model), one.head
@@ -108,10 +115,13 @@ class World:
         return model.to(self.device)
 
     @property
-    def _foreign(self) -> list[Weights]:
-        """Weights of other models than the student's."""
-        leaves = self.teacher.leaves if self.teacher else ()
-        return [leaf.weights for leaf in leaves if leaf.weights.foreign]
+    def _models(self) -> list[tuple[str, Weights]]:
+        """The student, and the weights of other models than it: by what they are here."""
+        told = [("teacher", leaf) for leaf in (self.teacher.leaves if self.teacher else ())]
+        if self.beside:
+            told.append(("base of the blend", self.beside))
+        others = [(who, each.weights) for who, each in told if each.weights.foreign]
+        return [("student", self.student), *others]
 
     def _vocabulary(self) -> tuple[int, int | None]:
         """How many ids are compared, and the bound of the ids that may be sampled, where there must be one.
@@ -120,12 +130,11 @@ class World:
         is beyond the tokenizer's ids is no token to either side.
         """
         own = self.student.head.shape[0]
-        if all(weights.head.shape[0] == own for weights in self._foreign):
+        if all(weights.head.shape[0] == own for _, weights in self._models):
             return own, None
         known = max(vocabulary(self.data.tokenizer).values()) + 1
-        for weights in (self.student, *self._foreign):
+        for who, weights in self._models:
             if weights.head.shape[0] < known:
-                who = "teacher" if weights.foreign else "student"
                 raise BadData(
                     f"the {who} has {weights.head.shape[0]} output rows for {known} token ids"
                 )
@@ -139,24 +148,35 @@ class World:
                     raise BadData(
                         f"losses.{name}.support.k is {term.support.k}, the model's vocabulary {self.rows}"
                     )
-        for weights in (self.student, *self._foreign):
+        for who, weights in self._models:
             context = getattr(weights.causal.config, "max_position_embeddings", None)
             if context and self.longest > context:
-                who = "teacher" if weights.foreign else "model"
                 raise BadData(
                     f"the longest prompt and completion have {self.longest} tokens, the {who} takes {context}",
                     hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
                 )
 
-    def _open_reference(self) -> Teacher | None:
-        """The frozen start model, where a term pulls towards it; a frozen teacher serves as well."""
-        if not pulls_to_reference(self.spec):
-            return None
+    def _open_beside(self) -> Teacher | None:
+        """What the teacher is blended with."""
+        match self.spec.teacher and self.spec.teacher.blend:
+            case None:
+                return None
+            case TrustRegionBlend() | ProductBlend():
+                return Teacher(self.student)
+            case GeometricBlend():
+                return self.reference
+            case ExtrapolateBlend(base=base):
+                return self.reference if isinstance(base, FrozenWeights) else self._unmoving(base)
+            case other:
+                assert_never(other)
+
+    def _unmoving(self, wanted: FrozenWeights | ExternalWeights) -> Teacher:
+        """These weights; where they are a teacher already, that one."""
         leaves = self.teacher.leaves if self.teacher else ()
         for leaf, (_, weights) in zip(leaves, teachers_of(self.spec), strict=True):
-            if isinstance(weights, FrozenWeights):
+            if weights == wanted:
                 return leaf
-        return open_teacher(FrozenWeights(), self.student, self._load_foreign)
+        return open_teacher(wanted, self.student, self._load_foreign)
 
     @property
     def total_updates(self) -> int:
@@ -168,6 +188,11 @@ class World:
     def teacher_weights(self) -> Weights:
         """The teacher's weights; the student's where there is no teacher."""
         return self.teacher.weights if self.teacher else self.student
+
+    @property
+    def blend(self) -> Blend | None:
+        """What the teacher is blended with, every number as it is at the current optimizer step."""
+        return self.spec.teacher and at_step(self.spec.teacher.blend, self.updates)
 
     @property
     def losses(self) -> Table[LossTerm]:

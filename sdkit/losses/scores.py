@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from sdkit.batches import HiddenScores, RoutedScores, TeacherScores
+from sdkit.batches import BlendedScores, HiddenScores, RoutedScores, TeacherScores
 
 
 def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
@@ -25,8 +26,23 @@ def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
             for i, answer in enumerate(answers):
                 joined[which == i] = answer
             return joined
+        case BlendedScores(parts=parts, factors=factors):
+            return _summed([wide(logits(part, at)) for part in parts], factors)
         case _:
             assert_never(scores)
+
+
+def _summed(parts: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    """Σ factor · part.  [C, V] each -> [C, V].
+
+    A token that one part rules out (-inf) stays ruled out whatever the factors: there is no inf − inf.
+    """
+    total = torch.zeros_like(parts[0])
+    ruled_out = torch.zeros_like(total, dtype=torch.bool)
+    for part, factor in zip(parts, factors, strict=True):
+        total.add_(part, alpha=factor)
+        ruled_out |= part == -torch.inf
+    return total.masked_fill_(ruled_out, -torch.inf)
 
 
 def wide(values: Tensor) -> Tensor:

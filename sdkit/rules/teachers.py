@@ -20,39 +20,45 @@ from sdkit.rules.base import (
 from sdkit.specs import (
     ExperimentSpec,
     ExternalWeights,
+    ExtrapolateBlend,
+    GeometricBlend,
     MethodSpec,
     RoutedWeights,
+    StudentWeights,
     TeacherSamples,
+    TrustRegionBlend,
     VllmBackend,
-    external_teachers,
+    blend_base,
+    other_models,
+    teachers_of,
 )
 from sdkit.vocabulary import first_difference, of_folder
 
 
-@run_rule("an external teacher is a model")
+@run_rule("an external teacher, or the base of a blend, is a model")
 def teacher_model(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A local path is a Hugging Face folder, which has a config.json; `bundled:NAME` is in a short
     list; anything else is a hub id.
     """
-    for path, weights in external_teachers(spec):
+    for path, weights in other_models(spec):
         where = (*path, "path")
         yield from unknown_bundled(where, weights.path)
         yield from no_model(where, weights.path, context)
 
 
-@run_rule("an external teacher has the student's vocabulary")
+@run_rule("an external teacher, or the base of a blend, has the student's vocabulary")
 def teacher_vocabulary(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Distributions are compared id by id, so every token must have the same id on both sides.  Where
     a folder cannot tell, the tokenizers are compared before any weights are loaded.
     """
     ours = of_folder(Folder(context.file(spec.model.path)))
-    for path, weights in external_teachers(spec):
+    for path, weights in other_models(spec):
         theirs = of_folder(Folder(context.file(weights.path)))
         if ours is None or theirs is None:
             continue
         if difference := first_difference(ours, theirs):
             message = f"another vocabulary than the student's: {difference}"
-            yield (*path, "path"), message, "take a teacher with the student's tokenizer"
+            yield (*path, "path"), message, "take a model with the student's tokenizer"
 
 
 @method_rule("vLLM samples under the student's architecture")
@@ -70,13 +76,35 @@ def foreign_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("the teacher that samples is one model")
 def no_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A completion is drawn token by token from one set of weights in this process."""
+    """A completion is drawn token by token from one set of weights in this process; a blend takes two
+    models, or two prompts, at each of them.
+    """
     by = spec.rollout.sampled_by
     if not isinstance(by, TeacherSamples) or by.weights != "teacher" or not spec.teacher:
         return
     if isinstance(spec.teacher.weights, RoutedWeights):
         message = "a routed teacher is several models and does not sample"
         yield ("rollout", "sampled_by"), message, "use sampled_by: student"
+    elif spec.teacher.blend:
+        message = "a blended teacher is a product of distributions and does not sample"
+        yield ("rollout", "sampled_by"), message, "use sampled_by: student, or remove the blend"
+
+
+@method_rule("a teacher is blended with something else than itself")
+def blend_with_itself(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The powers of all blends but a product sum to one: the same weights under the same prompt give
+    the same distribution again, and cost a forward pass.
+    """
+    teacher = spec.teacher
+    match teacher and teacher.blend:
+        case TrustRegionBlend():
+            same = StudentWeights()  # both under the teacher's prompt
+        case GeometricBlend() | ExtrapolateBlend() if teacher and not teacher.sees:
+            same = blend_base(spec)
+        case _:
+            return
+    if all(weights == same for _, weights in teachers_of(spec)):
+        yield ("teacher", "blend"), "the teacher is blended with itself", "remove blend"
 
 
 @run_rule("a routed teacher's column is in the data")
@@ -97,4 +125,11 @@ def route_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             return
 
 
-RULES = (teacher_model, teacher_vocabulary, foreign_sampler, no_sampler, route_column)
+RULES = (
+    teacher_model,
+    teacher_vocabulary,
+    foreign_sampler,
+    no_sampler,
+    blend_with_itself,
+    route_column,
+)

@@ -1,9 +1,10 @@
 """Every spec class of the language.
 
-Rooms: `fields` (how a class is declared), `rollouts`, `contexts`, `teachers`, `losses`, `divergences` and `token_weights`
-(what makes a `method`), `data`, `scores` and `run`.
+Rooms: `fields` (how a class is declared), `rollouts`, `contexts`, `teachers`, `blends`, `losses`, `divergences` and
+`token_weights` (what makes a `method`), `data`, `scores` and `run`.
 """
 
+from sdkit.specs.blends import *  # noqa: F403
 from sdkit.specs.contexts import *  # noqa: F403
 from sdkit.specs.data import *  # noqa: F403
 from sdkit.specs.divergences import *  # noqa: F403

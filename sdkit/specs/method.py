@@ -6,21 +6,31 @@ from collections.abc import Iterator
 
 from attrs import frozen
 
+from sdkit.specs.blends import Blend, ExtrapolateBlend, GeometricBlend
 from sdkit.specs.contexts import Sees
 from sdkit.specs.fields import NOT_EMPTY, Table, spec_field
 from sdkit.specs.losses import LossTerm
 from sdkit.specs.rollouts import RolloutSpec
-from sdkit.specs.teachers import ExternalWeights, OneTeacher, RoutedWeights, TeacherWeights
+from sdkit.specs.teachers import (
+    ExternalWeights,
+    FrozenWeights,
+    OneTeacher,
+    RoutedWeights,
+    TeacherWeights,
+)
 from sdkit.specs.token_weights import RouteSpec
 
 
 @frozen(kw_only=True)
 class TeacherSpec:
-    """What the teacher is (weights) and what it sees (context)."""
+    """What the teacher is (weights), what it sees (context), and what its distribution is blended with."""
 
     weights: TeacherWeights = spec_field("which weights")
     sees: Sees | None = spec_field(
         "extra context; without it the teacher sees the student's prompt", default=None
+    )
+    blend: Blend | None = spec_field(
+        "what its distribution is blended with, on each route alike", default=None
     )
 
 
@@ -51,3 +61,21 @@ def external_teachers(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], Exter
     for path, weights in teachers_of(spec):
         if isinstance(weights, ExternalWeights):
             yield path, weights
+
+
+def blend_base(spec: MethodSpec) -> FrozenWeights | ExternalWeights | None:
+    """The weights that do not move and that the teacher is blended with, under the student's prompt."""
+    match spec.teacher and spec.teacher.blend:
+        case GeometricBlend():
+            return FrozenWeights()
+        case ExtrapolateBlend(base=base):
+            return base
+    return None
+
+
+def other_models(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], ExternalWeights]]:
+    """Every model beside the student's that scores its tokens, each with its key."""
+    yield from external_teachers(spec)
+    base = blend_base(spec)
+    if isinstance(base, ExternalWeights):
+        yield ("teacher", "blend", "base"), base

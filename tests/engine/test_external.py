@@ -13,6 +13,7 @@ from tinyruns import (
     make_spec,
     masters,
     model,
+    resized,
     rollout,
     rollouts_of,
     same,
@@ -36,17 +37,6 @@ ROWS = 404
 """Token ids of the tiny tokenizer, and output rows of the tiny model."""
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
 MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, clip=1e9)
-
-
-def resized(source, target, rows):
-    """The model with another number of output rows; new ones are drawn as the others were."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    causal = AutoModelForCausalLM.from_pretrained(source)
-    causal.resize_token_embeddings(rows, mean_resizing=False)
-    causal.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +203,7 @@ def test_a_whole_run_with_evaluation_and_checkpoints(
         2,
         3,
     ]
-    told = json.loads((folder / "provenance.json").read_text())["teachers"]
+    told = json.loads((folder / "provenance.json").read_text())["other_models"]
     assert told == [{"path": str(other_folder), "revision": None, "located": str(other_folder)}]
 
 

@@ -182,3 +182,14 @@ def weights_of(folder):
     from safetensors.torch import load_file
 
     return load_file(str(folder / "model" / "model.safetensors"))
+
+
+def resized(source, target, rows):
+    """The model with another number of output rows; new ones are drawn as the others were."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    causal = AutoModelForCausalLM.from_pretrained(source)
+    causal.resize_token_embeddings(rows, mean_resizing=False)
+    causal.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    return target

@@ -1,22 +1,43 @@
-"""What `sdkit plan` says of masks, weights, denominators and routes."""
+"""What `sdkit plan` says of masks, weights, denominators, routes and blends."""
 
 from sdkit.objective_text import describe_losses, describe_route
+from sdkit.plan import Machine, make_plan
 from sdkit.specs import (
     CrossEntropy,
+    DataSpec,
+    Distillation,
     DriftWeight,
+    ExperimentSpec,
+    ExternalWeights,
+    ExtrapolateBlend,
     FileWeight,
+    ForwardKl,
+    FrozenWeights,
+    GeometricBlend,
+    InlineSource,
     LogRatio,
+    LoraSpec,
     MaskSpec,
     MethodSpec,
+    ModelSpec,
+    OptimizerSpec,
     PassRateWeight,
     PerplexityWeight,
     PerToken,
     PolicyGradient,
     PositionWeight,
+    ProductBlend,
     RouteSpec,
+    Schedule,
+    ShapeSpec,
     Table,
     TeacherEntropyWeight,
+    TeacherSpec,
+    TrainingSpec,
+    TrustRegionBlend,
+    VocabularySupport,
 )
+from sdkit.teacher_text import describe_blend
 
 WEIGHTS = {
     "rising from 0.25 to 1 around 0.3 of the completion (width 0.1)": PositionWeight(
@@ -82,3 +103,65 @@ def test_a_route_is_said():
     for route, text in routes.items():
         assert list(describe_route(MethodSpec(losses=losses, route=route))) == [text]
     assert list(describe_route(MethodSpec(losses=losses))) == []
+
+
+BASE = ExternalWeights(path="org/base")
+BLENDS = {
+    "T^(1 − c) × S^c, S the live student under the teacher's prompt, c = 0.01": TrustRegionBlend(
+        student_share=0.01
+    ),
+    "T × S^b, S the live student under the student's prompt, b = 0.8 → 0 over 9 steps": ProductBlend(
+        student_power=Schedule(start=0.8, to=0, steps=9)
+    ),
+    "B^(1 − w) × T^w, B the frozen start model under the student's prompt, w = 0.5": GeometricBlend(
+        teacher_share=0.5
+    ),
+    "T^f × B^(1 − f), B the frozen start model under the student's prompt, f = 1.25": (
+        ExtrapolateBlend(factor=1.25)
+    ),
+    "T^f × B^(1 − f), B the model org/base under the student's prompt, f = 1.25": ExtrapolateBlend(
+        factor=1.25, base=BASE
+    ),
+}
+
+
+def planned(blend, weights=None, lora=None):
+    distil = Distillation(divergence=ForwardKl(), support=VocabularySupport())
+    shape = ShapeSpec(parameters=2**30, hidden=8, layers=1, vocabulary=16, context=64)
+    spec = ExperimentSpec(
+        teacher=TeacherSpec(weights=weights or ExternalWeights(path="org/teacher"), blend=blend),
+        losses=Table({"distil": distil}),
+        model=ModelSpec(path="org/name", lora=lora),
+        data=DataSpec(source=InlineSource(rows=(Table({"prompt": "one"}),))),
+        optimizer=OptimizerSpec(lr=1),
+        training=TrainingSpec(steps=1, prompts_per_step=1),
+    )
+    return make_plan(spec, Machine(), shape, other_shapes={"org/base": shape})
+
+
+def test_every_blend_is_said():
+    for text, blend in BLENDS.items():
+        plan = planned(blend)
+        assert plan.objective[1:] == (f"blend: teacher Q ∝ {text}",)
+    assert list(describe_blend(MethodSpec(losses=Table({"term": CrossEntropy()})))) == []
+
+
+def test_a_blend_has_its_roles_and_its_memory():
+    def told(blend, **given):
+        plan = planned(blend, **given)
+        roles = [role for role in plan.roles if role.startswith(("reference", "base"))]
+        held = [share.what for share in plan.memory if share.what.startswith(("ref", "model"))]
+        return roles, held
+
+    start = "reference: the frozen start model"
+    lora = LoraSpec(rank=4, alpha=8.0)
+    assert told(TrustRegionBlend(student_share=0.1)) == ([], [])
+    assert told(ProductBlend(student_power=0.1)) == ([], [])
+    for blend in (GeometricBlend(teacher_share=0.5), ExtrapolateBlend(factor=1.25)):
+        assert told(blend) == ([f"{start} (a copy of the model)"], ["reference weights"])
+        assert told(blend, lora=lora) == ([f"{start} (the student with its adapter off)"], [])
+        assert told(blend, weights=FrozenWeights()) == ([f"{start} (the teacher)"], [])
+    assert told(ExtrapolateBlend(factor=1.25, base=BASE)) == (
+        ["base of the blend: the model org/base (a second model, bfloat16)"],
+        ["model org/base"],
+    )
