@@ -96,13 +96,13 @@ class World:
     def _shard_others(self) -> None:
         """Take apart every model beside the student's: teachers, the reference, the base of a blend."""
         teachers = (*(self.teacher.leaves if self.teacher else ()), self.reference, self.beside)
-        weights = [each.weights for each in teachers if each]
-        for one in dict.fromkeys(w for w in weights if w.model is not self.student.model):
-            root, head = zero_shards.Root(one.model), one.head
-            self._also_sharded.append(
-                zero_shards.open_forward_only(root, self.spec.training.offload)
-            )
-            one.shards = zero_shards.Sharded(root, head)
+        others = {each.weights.model: each.weights for each in teachers if each}
+        others.pop(self.student.model, None)
+        for model, weights in others.items():
+            root, head = zero_shards.Root(model), weights.head
+            engine = zero.open_forward_only(root, self.spec.training.offload)
+            self._also_sharded.append(engine)
+            weights.shards = zero_shards.Sharded(root, head)
 
     def _load_foreign(self, weights: ExternalWeights) -> Any:
         spec = ModelSpec(

@@ -187,6 +187,23 @@ class Zero:
         self.engine.destroy()
 
 
+def open_forward_only(root: zero_shards.Root, offload: Sequence[str]) -> Any:
+    """DeepSpeed's engine for a model that is not trained, taken apart like the student; nothing else has one."""
+    import deepspeed
+
+    bf16 = next(root.parameters()).dtype == torch.bfloat16
+    with quiet():
+        return deepspeed.initialize(
+            model=root,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": zero_shards.settings(offload),
+                "bf16": {"enabled": bf16},
+                "steps_per_print": 10**9,
+            },
+        )[0]
+
+
 def _norm(gradients: Iterable[Tensor | None]) -> Tensor:
     squares = [g.detach().float().square().sum() for g in gradients if g is not None]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())

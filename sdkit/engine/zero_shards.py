@@ -98,19 +98,3 @@ def settings(offload: Sequence[str]) -> dict[str, Any]:
     if "parameters" in offload:
         found["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return found
-
-
-def open_forward_only(root: Root, offload: Sequence[str]) -> Any:
-    """DeepSpeed's engine for a model that is not trained, taken apart like the student; nothing else has one."""
-    import deepspeed
-
-    bf16 = next(root.parameters()).dtype == torch.bfloat16
-    return deepspeed.initialize(
-        model=root,
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": settings(offload),
-            "bf16": {"enabled": bf16},
-            "steps_per_print": 10**9,
-        },
-    )[0]
