@@ -227,13 +227,13 @@ def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
 
 def _launch(spec: Any, processes: int | None) -> None:
     """Where more than one rank is asked for, run them in place of this process, which then ends."""
-    from sdkit.engine.launch import launch, must_launch
+    from sdkit.engine.launch import launch, must_launch, this_command
 
     if must_launch(processes):
         from sdkit.plan import deal
 
         deal(spec, processes or 1)
-        raise typer.Exit(launch(processes or 1))
+        raise typer.Exit(launch(processes or 1, this_command()))
 
 
 def _smoke(checked: Any, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""`--processes N`: this very command once for each rank, on this machine.  Knows processes; imports no torch.
+"""`--processes N`: one command once for each rank, on this machine.  Knows processes; imports no torch.
 
 Another launcher (`torchrun`, `deepspeed`) does the same with its own means: what makes a rank is the environment.
 """
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from attrs import field, frozen
@@ -43,8 +43,13 @@ def must_launch(processes: int | None) -> bool:
     return ranks is None and (processes or 1) > 1
 
 
-def launch(processes: int) -> int:
-    """Run this command as so many ranks and wait for all of them; returns the exit code.
+def this_command() -> list[str]:
+    """What started this process, to be started again."""
+    return [sys.executable, "-m", "sdkit", *sys.argv[1:]]
+
+
+def launch(processes: int, command: Sequence[str]) -> int:
+    """Run the command as so many ranks and wait for all of them; returns the exit code.
 
     The first rank has the console.  SIGINT and SIGTERM go to every rank.  Where a rank fails the others have a
     while to end, then they are killed; raises ProcessDied where a signal ended a rank.
@@ -55,10 +60,10 @@ def launch(processes: int) -> int:
         port = _free_port()
         for number in range(processes):
             said = stack.enter_context(tempfile.TemporaryFile()) if number else None
-            ranks.append(_Rank(number, _start(number, processes, port, said), said))
+            ranks.append(_Rank(number, _start(command, number, processes, port, said), said))
         with _forwarded(ranks):
             ended = _wait(ranks)
-    return _verdict(ended)
+        return _verdict(ended)
 
 
 @frozen(eq=False)
@@ -81,9 +86,8 @@ class _Rank:
 
 
 def _start(
-    number: int, processes: int, port: int, said: IO[bytes] | None
+    command: Sequence[str], number: int, processes: int, port: int, said: IO[bytes] | None
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "sdkit", *sys.argv[1:]]
     # A session of its own: the terminal's Ctrl-C reaches the launcher alone, which passes it on once.
     return subprocess.Popen(
         command,
