@@ -267,6 +267,21 @@ class RoutedScores:
 
 
 @frozen(eq=False, kw_only=True)
+class ToldScores:
+    """What a teacher told of a few ids alone, at temperature 1: its k likeliest, and the sampled token."""
+
+    ids: Tensor  # [M, K] long, likeliest first; K may be 0
+    logprobs: Tensor  # [M, K] float32; -inf: no such token (the student has no such id)
+    sampled: Tensor  # [M] float32
+
+    def at(self, places: slice | Tensor) -> ToldScores:
+        """The same of some of the tokens."""
+        return ToldScores(
+            ids=self.ids[places], logprobs=self.logprobs[places], sampled=self.sampled[places]
+        )
+
+
+@frozen(eq=False, kw_only=True)
 class BlendedScores:
     """A product of powers of several answers, which is a sum of their logits: Q ∝ Π part^factor, at any temperature.
 
@@ -278,7 +293,7 @@ class BlendedScores:
     factors: tuple[float, ...]  # one a part, as they are at this optimizer step; none of them 0
 
 
-TeacherScores = HiddenScores | RoutedScores | BlendedScores
+TeacherScores = HiddenScores | RoutedScores | ToldScores | BlendedScores
 """What a teacher says of the counted tokens."""
 
 

@@ -103,7 +103,9 @@ def show(spec: SpecPath, overrides: Overrides = None) -> None:
     typer.echo(annotated(_checked(spec, overrides)))
 
 
-@app.command(epilog="Examples: `sdkit plan specs/sdft.yaml`, `sdkit plan specs/sdft.yaml --data 2`")
+@app.command(
+    epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan specs/methods/sdpo.yaml`"
+)
 def plan(
     spec: SpecPath,
     overrides: Overrides = None,
@@ -114,12 +116,17 @@ def plan(
         ),
     ] = 0,
 ) -> None:
-    """Print what a run would do: roles, batches, memory, every derived value.  Loads no weights."""
-    from sdkit.machine import machine_for, other_shapes, shape_of
-    from sdkit.plan import make_plan
-    from sdkit.plan_text import render_plan
+    """Print what a run would do: roles, batches, memory, every derived value.  Loads no weights.
 
-    checked = _checked(spec, overrides, run_file=True)
+    Of a method page: its objective, teacher and sampler.
+    """
+    from sdkit.machine import machine_for, other_shapes, shape_of
+    from sdkit.plan import make_plan, plan_method
+    from sdkit.plan_text import render_method, render_plan
+
+    checked = _checked(spec, overrides, run_file=data > 0)
+    if checked.kind == "method":
+        return typer.echo(render_method(plan_method(checked.spec)))
     run = checked.spec
     shapes = other_shapes(run, spec.parent)
     made = make_plan(run, machine_for(run), shape_of(run, spec.parent), other_shapes=shapes)
@@ -128,6 +135,7 @@ def plan(
         from sdkit.engine.preview import preview
 
         preview(run, spec.parent, data, _console())
+    return None
 
 
 @app.command(
@@ -170,10 +178,10 @@ def train(
     """Run a spec: evaluate, train, evaluate, and leave a run directory."""
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
+    checked = _checked(spec, overrides, run_file=True)
     if dry_run:
         plan(spec, overrides)
-        return _smoke(_checked(spec, overrides), 2)
-    checked = _checked(spec, overrides, run_file=True)
+        return _smoke(checked, 2)
     _launch(checked.spec, processes)
     from sdkit.engine.run import train as run_spec
     from sdkit.show import annotated
@@ -234,6 +242,35 @@ def _launch(spec: Any, processes: int | None) -> None:
 
         deal(spec, processes or 1)
         raise typer.Exit(launch(processes or 1, this_command()))
+
+
+@app.command(
+    epilog="Examples: `sdkit compare runs/sdft`, `sdkit compare runs/grpo runs/sdpo --x steps --to runs/both.png`"
+)
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)
+    ],
+    to: Annotated[Path, typer.Option("--to", help="The picture: .png, .pdf or .svg.")] = Path(
+        "compare.png"
+    ),
+    x: Annotated[
+        Literal["tokens", "steps", "time"],
+        typer.Option("--x", help="The budget at which runs are held against each other."),
+    ] = "tokens",
+    score: Annotated[
+        str | None,
+        typer.Option(
+            "--score",
+            help="Only this reward, or one SUITE/DECODING/REWARD: fewer comparisons, narrower intervals.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Print and plot runs against tokens, steps and time, with intervals; no winner inside the noise."""
+    from sdkit.engine.compare_text import compare as compare_runs
+
+    compare_runs(runs, _console(), to, x, score)
 
 
 def _smoke(checked: Any, steps: int) -> None:

@@ -16,7 +16,6 @@ from sdkit.specs import (
     DatasetSamples,
     Distillation,
     Divergence,
-    DivergenceClip,
     DriftWeight,
     FileDivergence,
     FileWeight,
@@ -31,6 +30,7 @@ from sdkit.specs import (
     MixtureSamples,
     NonConstantGroup,
     NonEmpty,
+    OverlongPenalty,
     PassRateWeight,
     PerplexityWeight,
     PerSequence,
@@ -126,7 +126,7 @@ def _keep(keep: Sequence[Keep]) -> str:
 def _distillation(term: Distillation, temperature: float) -> str:
     importance = term.importance
     parts = [
-        f"{_scaled(term.coefficient)}{_divergence(term.divergence)} over {_support(term.support)}{_limits(term.clip)}",
+        f"{_scaled(term.coefficient)}{_divergence(term.divergence)} over {_support(term.support)}{_limits(term)}",
         f"temperature {number(term.temperature or temperature)}",
         _average(term.average) + _mask(term) + _weight(term.weight),
     ]
@@ -155,8 +155,9 @@ def _policy_gradient(term: PolicyGradient) -> str:
 
 def _advantage(advantage: Advantage) -> str:
     match advantage:
-        case GroupRelative(baseline=baseline, scale=scale, eps=eps):
-            left = "reward − group mean" if baseline == "group_mean" else "reward"
+        case GroupRelative(baseline=baseline, scale=scale, eps=eps, overlong=overlong):
+            left = "reward" if overlong is None else f"reward{_overlong(overlong)}"
+            left += " − group mean" if baseline == "group_mean" else ""
             if scale == "none":
                 return left
             return f"({left}) / ({scale.replace('_', ' ')} + {number(eps)})"
@@ -169,13 +170,17 @@ def _advantage(advantage: Advantage) -> str:
             return f"log teacher − log student{low}{mean}"
         case AdvantageAdd(group_weight=group, log_ratio_weight=teacher):
             reward, ratio = _advantage(advantage.group_relative), _advantage(advantage.log_ratio)
-            return f"{number(group)} × ({reward}) + {number(teacher)} × ({ratio})"
+            return f"{_scaled(group)}({reward}) + {_scaled(teacher)}({ratio})"
         case AdvantageScale(share=share, low=low, high=high):
             reward, ratio = _advantage(advantage.group_relative), _advantage(advantage.log_ratio)
             bounds = _bounds(low, high)
             return f"({reward}) scaled by exp(± ({ratio})) within {bounds}, for a share of {number(share)}"
         case _:
             assert_never(advantage)
+
+
+def _overlong(penalty: OverlongPenalty) -> str:
+    return f" ({number(penalty.amount)} off a full-length completion, less over its last {penalty.stretch} tokens)"
 
 
 def _bounds(low: float | Schedule, high: float | Schedule) -> str:
@@ -195,8 +200,8 @@ def _divergence(divergence: Divergence) -> str:
     match divergence:
         case ForwardKl():
             return "forward KL(teacher‖student)"
-        case ReverseKl(detach_weights=detach):
-            return "reverse KL(student‖teacher)" + ", weights detached" * detach
+        case ReverseKl():
+            return "reverse KL(student‖teacher)"
         case Jsd(teacher_share=share):
             return f"Jensen-Shannon divergence (teacher_share {number(share)})"
         case LinearMix(forward_share=share):
@@ -213,8 +218,10 @@ def _divergence(divergence: Divergence) -> str:
             assert_never(divergence)
 
 
-def _limits(clip: DivergenceClip) -> str:
-    parts: list[str] = []
+def _limits(term: Distillation) -> str:
+    clip, parts = term.clip, list[str]()
+    if isinstance(term.divergence, ReverseKl) and term.divergence.detach_weights:
+        parts.append("weights detached")
     if clip.log_ratio:
         parts.append("log student − log teacher within {:g} … {:g}".format(*clip.log_ratio))
     if clip.entry is not None:
@@ -241,6 +248,8 @@ def _average(average: Average) -> str:
     match average:
         case PerToken(denominator="joint"):
             return "sum over tokens / tokens of all terms that say joint"
+        case PerToken(denominator="completions"):
+            return "sum over tokens / tokens of all completions"
         case PerToken():
             return "mean over tokens"
         case PerSequence(empty_rows=rows):
@@ -305,7 +314,9 @@ def describe_route(spec: MethodSpec) -> Iterator[str]:
 
 
 def _scaled(coefficient: float | Schedule) -> str:
-    return "" if coefficient == 1 else f"{number(coefficient)} × "
+    if isinstance(coefficient, Schedule):
+        return f"({number(coefficient)}) × "
+    return "" if coefficient == 1 else f"{coefficient:g} × "
 
 
 def number(value: float | Schedule) -> str:

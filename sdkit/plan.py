@@ -7,7 +7,7 @@ from typing import assert_never
 
 from attrs import field, frozen
 
-from sdkit.measures import measured
+from sdkit.measures import Measure, measured
 from sdkit.objective_text import (
     describe_losses,
     describe_route,
@@ -23,11 +23,13 @@ from sdkit.specs import (
     ExperimentSpec,
     ExternalWeights,
     FrozenWeights,
+    MethodSpec,
     OneTeacher,
     PolicyGradient,
     ReferenceKl,
     ReplayBackend,
     RoutedWeights,
+    ServedWeights,
     ShapeSpec,
     StudentWeights,
     TeacherSamples,
@@ -37,11 +39,13 @@ from sdkit.specs import (
     external_teachers,
     other_models,
     teachers_of,
+    tokens_told,
 )
 from sdkit.teacher_text import describe_blend, describe_place, describe_teacher, describe_weights
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
+SERVED_BY_DEFAULT = 20  # largest number of log-probabilities a vLLM server gives if nothing is said
 
 
 @frozen(kw_only=True)
@@ -95,6 +99,25 @@ class Plan:
         return sum(share.gib for share in self.memory)
 
 
+@frozen(kw_only=True)
+class MethodPlan:
+    """What a method page says by itself: all of a plan that needs no model, data or machine."""
+
+    objective: tuple[str, ...]
+    roles: tuple[str, ...]
+    measures: tuple[str, ...]
+
+
+def plan_method(spec: MethodSpec) -> MethodPlan:
+    """Derive what can be said of a method before a run file names it."""
+    roles = [f"teacher: {describe_teacher(spec)}"] if spec.teacher else []
+    return MethodPlan(
+        objective=_objective(spec),
+        roles=(*roles, f"sampler: {describe_sampling(spec)}"),
+        measures=_spelled(measured(spec.losses)),
+    )
+
+
 def make_plan(
     spec: ExperimentSpec,
     machine: Machine,
@@ -115,6 +138,8 @@ def make_plan(
     if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
         derived.append("model.dtype bfloat16 is emulated here: float32 is several times faster")
     backend, why = _backend(spec, machine)
+    if stage == 3 and isinstance(backend, TransformersBackend) and not _foreign_sampler(spec):
+        derived.append("sampling puts every layer together for every token: vLLM takes them once")
     if isinstance(spec.rollout.backend, AutoBackend):
         derived.append(f"rollout.backend auto is {backend.kind}: {why}")
     for name, term in spec.losses.items():
@@ -130,8 +155,11 @@ def make_plan(
         derived.append("evaluation.teacher_lift samples the external teacher with transformers")
     if spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
         derived.append("evaluation.teacher_lift is not measured: a routed teacher does not sample")
+    elif spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, ServedWeights):
+        derived.append("evaluation.teacher_lift is not measured: a served teacher does not sample")
     elif spec.evaluation and spec.teacher and spec.teacher.blend and spec.teacher.sees:
         derived.append("evaluation.teacher_lift samples the teacher without its blend")
+    derived += _told(spec)
     updates = spec.training.updates_per_rollout
     return Plan(
         backend=backend,
@@ -146,7 +174,7 @@ def make_plan(
         oldest_rollout=updates - 1,
         needs_old_logprobs=needs_old_logprobs(spec),
         measures=_measures(spec),
-        objective=(*describe_losses(spec), *describe_blend(spec), *describe_route(spec)),
+        objective=_objective(spec),
         roles=tuple(_roles(spec)),
         syncs=_syncs(spec, backend),
         memory=tuple(_memory(spec, backend, shape, other_shapes or {})) if shape else (),
@@ -170,6 +198,22 @@ def deal(spec: ExperimentSpec, ranks: int) -> int:
     return spec.training.prompts_per_step // ranks
 
 
+def _told(spec: ExperimentSpec) -> list[str]:
+    """What a server must be started for, and what is then not known of the teacher."""
+    k = tokens_told(spec)
+    if k is None:
+        return []
+    text = f"each server is asked for the sampled token's log-probability and for the teacher's {k} likeliest tokens"
+    if k == 0:
+        text = "each server is asked for the sampled token's log-probability"
+    if k > SERVED_BY_DEFAULT:
+        text += f", so it must be started with --max-logprobs {k} or more"
+    told = [text, "the teacher's entropy is not measured: a server tells of its likeliest tokens"]
+    if any(w for _, w in teachers_of(spec) if not isinstance(w, ServedWeights)):
+        told.append(f"the other routes' teachers tell of their {k} likeliest tokens alone, too")
+    return told
+
+
 def needs_old_logprobs(spec: ExperimentSpec) -> bool:
     """Whether a term asks how likely its tokens were before the first of several updates on a batch."""
     corrected = any(
@@ -180,12 +224,20 @@ def needs_old_logprobs(spec: ExperimentSpec) -> bool:
     return spec.training.updates_per_rollout > 1 and corrected
 
 
+def _objective(spec: MethodSpec) -> tuple[str, ...]:
+    return (*describe_losses(spec), *describe_blend(spec), *describe_route(spec))
+
+
 def _measures(spec: ExperimentSpec) -> tuple[str, ...]:
+    asked = measured(spec.losses)
+    if not needs_old_logprobs(spec):
+        return _spelled(asked)
+    whole = ("training.updates_per_rollout", *asked.pop("student_logprobs", ()))
+    return _spelled({"student_logprobs": whole, **asked})
+
+
+def _spelled(asked: Mapping[Measure, tuple[str, ...]]) -> tuple[str, ...]:
     """`student entropy for losses.distil.mask.student_entropy_top`, one line a measure."""
-    asked = dict(measured(spec.losses))
-    if needs_old_logprobs(spec):
-        whole = ("training.updates_per_rollout", *asked.get("student_logprobs", ()))
-        asked = {"student_logprobs": whole} | {**asked, "student_logprobs": whole}
     return tuple(
         f"{measure.replace('_logprobs', ' log-probabilities').replace('_', ' ')} for {', '.join(who)}"
         for measure, who in asked.items()
@@ -226,7 +278,7 @@ def copies_of_model(spec: ExperimentSpec) -> list[OneTeacher]:
     if spec.model.lora:
         return []
     held = dict.fromkeys(weights for _, weights in teachers_of(spec))
-    return [w for w in held if not isinstance(w, StudentWeights | ExternalWeights)]
+    return [w for w in held if not isinstance(w, StudentWeights | ExternalWeights | ServedWeights)]
 
 
 def pulls_to_reference(spec: ExperimentSpec) -> bool:
@@ -276,6 +328,7 @@ def _syncs(spec: ExperimentSpec, backend: object) -> str:
         else "student"
     )
     form = " (adapters merged into a copy)" if spec.model.lora else ""
+    form += ", a block at a time" if spec.training.zero_stage == 3 else ""
     return f"vLLM gets the {whose}'s weights before each rollout batch{form}, checked by a canary sequence"
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from sdkit.plan import Plan
+from collections.abc import Mapping, Sequence
+
+from sdkit.plan import MethodPlan, Plan
 from sdkit.specs import ExperimentSpec
+
+MEASURED = "measured before the first update on each batch"
 
 
 def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
@@ -23,10 +27,10 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
     )
     together = training.share_prompts and spec.rollout.completions_per_prompt > 1
     shared = ", a group's prompt in them once" if together else ""
-    sections = {
-        "objective": list(plan.objective),
-        "roles": list(plan.roles),
-        "measured before the first update on each batch": list(plan.measures),
+    sections: dict[str, Sequence[str]] = {
+        "objective": plan.objective,
+        "roles": plan.roles,
+        MEASURED: plan.measures,
         "batches": [
             f"rollout batches: {steps}",
             f"each: {batch}; {plan.prompts_per_rank} prompts on each of {plan.ranks} rank{'s' * (plan.ranks > 1)}",
@@ -35,18 +39,34 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
             f"oldest rollout: {plan.oldest_rollout} optimizer steps behind",
         ],
         "weights": [
-            f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments",
+            f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments{_kept(spec, plan)}",
             f"backend: {plan.backend.kind} ({plan.why_backend})",
             plan.syncs,
         ],
         "memory per rank (estimate)": _memory(plan),
-        "derived": list(plan.derived),
+        "derived": plan.derived,
     }
+    return _listed(sections)
+
+
+def render_method(plan: MethodPlan) -> str:
+    """The same for a method page, which has the first three sections."""
+    return _listed({"objective": plan.objective, "roles": plan.roles, MEASURED: plan.measures})
+
+
+def _listed(sections: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(
         "\n".join([f"{title}:", *(f"  {line}" for line in lines)])
         for title, lines in sections.items()
         if lines
     )
+
+
+def _kept(spec: ExperimentSpec, plan: Plan) -> str:
+    """Where weights are, that are not whole and not on the accelerator."""
+    pieces = "; every model in pieces on the ranks" if plan.zero_stage == 3 else ""
+    away = " and ".join(spec.training.offload)
+    return pieces + (f"; {away} in the machine's memory" if away else "")
 
 
 def _memory(plan: Plan) -> list[str]:

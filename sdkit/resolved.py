@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
 
+from sdkit.problems import Path
 from sdkit.specs import MethodSpec
 from sdkit.surface import keys_of
 
@@ -30,3 +31,13 @@ def canonical_hash(spec: MethodSpec) -> str:
     """SHA-256 of the resolved spec's canonical JSON: the same in every process and on every machine."""
     text = json.dumps(resolved(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def leaves(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every scalar of a resolved spec with its path; an empty map or list is one too."""
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    for name, value in items:
+        if isinstance(value, dict | list) and value:
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name), value

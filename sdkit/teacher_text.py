@@ -18,6 +18,7 @@ from sdkit.specs import (
     MethodSpec,
     ProductBlend,
     RoutedWeights,
+    ServedWeights,
     StudentWeights,
     SystemMessage,
     TeacherWeights,
@@ -61,6 +62,8 @@ def describe_weights(weights: TeacherWeights) -> str:
             return f"copy of the student, renewed every {every} optimizer steps"
         case ExternalWeights(path=path):
             return f"the model {path}"
+        case ServedWeights(url=url, model=model):
+            return f"the model {model} served at {url}"
         case RoutedWeights(by=by, routes=routes):
             each = "; ".join(f"{name}: {describe_weights(one)}" for name, one in routes.items())
             return f"by column {by} ({each})"
@@ -106,8 +109,11 @@ def describe_place(weights: TeacherWeights, adapters: bool) -> str:
             )
         case ExternalWeights(dtype=dtype):
             return f" (a second model, {dtype})"
+        case ServedWeights(requests_at_once=count):
+            return f" (no weights here, {count} request{'s' * (count != 1)} at once)"
         case RoutedWeights(routes=routes):
-            count = len({one for one in routes.values() if not isinstance(one, StudentWeights)})
+            elsewhere = StudentWeights | ServedWeights
+            count = len({one for one in routes.values() if not isinstance(one, elsewhere)})
             return f" ({count} set{'s' * (count != 1)} of weights beside the student's)"
         case _:
             assert_never(weights)

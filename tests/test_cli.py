@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
 DEMO = SPECS / "sdft.yaml"
 METHOD = SPECS / "methods" / "sdft.yaml"
-COMMANDS = ("validate", "show", "plan", "smoke", "train", "eval")
+COMMANDS = ("validate", "show", "plan", "smoke", "train", "eval", "compare")
 RUN = """
 model: {path: MODEL, dtype: float32}
 data:
@@ -162,8 +162,9 @@ def test_validate_for_github(sdkit, broken):
         ("validate", DEMO, "--format", "xml"),
         ("validate",),
         ("plan", "nowhere.yaml"),
-        ("plan", METHOD),
+        ("plan", METHOD, "--data", "1"),
         ("train", METHOD),
+        ("train", METHOD, "--dry-run"),
         ("eval", METHOD),
         ("eval", ROOT / "specs"),
         ("train", DEMO, "--resume", "--overwrite"),
@@ -226,6 +227,17 @@ def test_plan_prints_the_objective(sdkit):
         assert words in out
 
 
+@pytest.mark.parametrize("name", ["sdft", "srpo"])
+def test_plan_of_a_method_page_is_its_golden_text(sdkit, name):
+    golden = ROOT / "tests" / "plans" / "methods" / f"{name}.txt"
+    assert sdkit("plan", SPECS / "methods" / f"{name}.yaml") == (0, golden.read_text(), "")
+
+
+def test_plan_of_a_method_page_takes_overrides(sdkit):
+    _, out, _ = sdkit("plan", METHOD, "losses.distil.divergence=reverse_kl")
+    assert "reverse KL(student‖teacher)" in out
+
+
 def test_plan_shows_prompts_side_by_side(sdkit, run_file):
     code, out, _ = sdkit("plan", run_file, "--data", 2)
     assert code == 0
@@ -269,6 +281,10 @@ def test_train_then_eval(sdkit, run_file, tmp_path):
     code, out, err = sdkit("eval", folder)
     assert code == 0, err
     assert "held_out" in out
+    code, out, err = sdkit("compare", folder, "--to", tmp_path / "run.png")
+    assert code == 0, err
+    assert "digit" in out
+    assert (tmp_path / "run.png").is_file()
     code, out, _ = sdkit("eval", run_file)
     assert code == 0
     code, _, err = sdkit("train", run_file, "--to", folder)

@@ -27,6 +27,33 @@ def test_no_two_run_files_share_a_name():
     assert len(names) == len(set(names))
 
 
+def test_a_page_whose_teacher_is_not_named_yet_says_so_in_a_run_file(tmp_path):
+    """Before anything is loaded, and at the place where the page has its stand-in."""
+    page = SPECS / "methods" / "gkd.yaml"
+    rest = "\n".join(
+        [
+            "data: {source: {kind: inline, rows: [{q: a, demonstration: b}]}, columns: {prompt: q, demonstration: demonstration}}",
+            "model: {path: bundled:smollm2-135m-instruct}",
+            "optimizer: {lr: 1.0e-5}",
+            "training: {steps: 1, prompts_per_step: 1}",
+        ]
+    )
+    run = tmp_path / "run.yaml"
+    run.write_text(f"method: {page}\n{rest}\n")
+    (problem,) = load_spec(run).problems
+    assert problem.code == "teacher_model"
+    assert problem.place.file == str(page)
+    assert "there is no folder ./name-it-in-the-run-file" in problem.message
+    named = load_spec(run, ["teacher.weights.path=bundled:smollm2-135m-instruct"])
+    assert named.ok, named.problems
+
+
+def test_every_method_page_stands_in_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = {f"specs/methods/{path.name}" for path in (SPECS / "methods").glob("*.yaml")}
+    assert {page for page in pages if f"({page})" not in text} == set()
+
+
 def test_plans_are_the_frozen_ones():
     tool = ROOT / "tools" / "freeze_plans.py"
     done = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True)

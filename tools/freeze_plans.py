@@ -1,4 +1,4 @@
-"""The plan of every shipped run file, as text, on a fixed machine: what a change of the code does to each is a diff.
+"""The plan of every shipped run file, on a fixed machine, and of every method page: what a change does to each is a diff.
 
 `python tools/freeze_plans.py` writes tests/plans/; `--check` only compares.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 from sdkit.language import load_spec
 from sdkit.machine import other_shapes, shape_of
-from sdkit.plan import Machine, make_plan
-from sdkit.plan_text import render_plan
+from sdkit.plan import Machine, make_plan, plan_method
+from sdkit.plan_text import render_method, render_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = ROOT / "specs"
@@ -20,9 +20,18 @@ FROZEN = ROOT / "tests" / "plans"
 
 
 def plans() -> dict[str, str]:
-    """Name of the golden file → the plan of a run file."""
+    """Path of the golden file below tests/plans → the plan of a run file or of a method page."""
     paths = sorted([*SPECS.glob("*.yaml"), *(SPECS / "papers").glob("*.yaml")])
-    return {f"{path.stem}.txt": plan_of(path) for path in paths}
+    pages = sorted((SPECS / "methods").glob("*.yaml"))
+    return {f"{path.stem}.txt": plan_of(path) for path in paths} | {
+        f"methods/{path.stem}.txt": plan_of_page(path) for path in pages
+    }
+
+
+def plan_of_page(path: Path) -> str:
+    """What `sdkit plan` prints for a method page."""
+    page: Any = load_spec(path).spec
+    return render_method(plan_method(page)) + "\n"
 
 
 def plan_of(path: Path) -> str:
@@ -41,7 +50,10 @@ def plan_of(path: Path) -> str:
 def main() -> int:
     """Write the plans, or check them; the exit code."""
     now = plans()
-    then = {path.name: path.read_text(encoding="utf-8") for path in FROZEN.glob("*.txt")}
+    then = {
+        path.relative_to(FROZEN).as_posix(): path.read_text(encoding="utf-8")
+        for path in FROZEN.rglob("*.txt")
+    }
     if "--check" in sys.argv[1:]:
         changed = sorted(
             name for name in now.keys() | then.keys() if now.get(name) != then.get(name)
@@ -49,7 +61,7 @@ def main() -> int:
         for name in changed:
             print(f"tests/plans/{name} has changed: run tools/freeze_plans.py and read the diff")
         return 1 if changed else 0
-    FROZEN.mkdir(exist_ok=True)
+    (FROZEN / "methods").mkdir(parents=True, exist_ok=True)
     for name in then.keys() - now.keys():
         (FROZEN / name).unlink()
     for name, text in now.items():

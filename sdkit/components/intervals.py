@@ -81,6 +81,63 @@ def paired_difference(
     return Interval(mean=float(each.mean()), low=low, high=high, n=each.size)
 
 
+def unpaired_difference(
+    before: Sequence[float],
+    after: Sequence[float],
+    seed: int = 0,
+    resamples: int = 10_000,
+    *,
+    level: float = 0.95,
+) -> Interval:
+    """The mean of `after` minus the mean of `before`, which are of different prompts: each side is drawn by itself.
+
+    `n` is the smaller side's.  Raises ValueError where a side is empty.
+    """
+    sides = [_filled(np.asarray(values, dtype=float)) for values in (before, after)]
+    means = [_means(each, seed + i, resamples) for i, each in enumerate(sides)]
+    low, high = _quantiles(means[1] - means[0], level)
+    return Interval(
+        mean=float(sides[1].mean() - sides[0].mean()),
+        low=low,
+        high=high,
+        n=min(each.size for each in sides),
+    )
+
+
+def chance_of_paired(
+    before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000
+) -> float:
+    """How often differences of random sign have a mean as far from 0 (sign-flip test, two-sided).
+
+    About 2^(1 − d) at the least where d prompts differ: a handful of prompts cannot tell anything.
+    """
+    each = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    # Only how many of each size point upwards matters.
+    sizes, counts = np.unique(np.abs(each[each != 0]), return_counts=True)
+    upwards = np.random.default_rng(seed).binomial(counts, 0.5, (resamples, counts.size))
+    return _as_far((2 * upwards - counts) @ sizes, each.sum())
+
+
+def chance_of_unpaired(
+    before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000
+) -> float:
+    """How often the prompts, dealt anew into two sides, have means as far apart (permutation test, two-sided)."""
+    sides = [np.asarray(values, dtype=float) for values in (before, after)]
+    values, counts = np.unique(np.concatenate(sides), return_counts=True)
+    whole, size = values @ counts, len(after)
+    dealt = np.random.default_rng(seed).multivariate_hypergeometric(
+        counts, size, resamples, method="marginals"
+    )
+    sums = dealt @ values
+    means = sums / size - (whole - sums) / len(before)
+    return _as_far(means, sides[1].mean() - sides[0].mean())
+
+
+def _as_far(draws: np.ndarray, found: float) -> float:
+    """The share of draws at least as far from 0 as what was found, which is itself one of them."""
+    return float(1 + (np.abs(draws) >= abs(found) - 1e-12).sum()) / (1 + draws.size)
+
+
 def _per_group(values: Sequence[float], groups: Sequence[Hashable] | None) -> np.ndarray:
     each = _filled(np.asarray(values, dtype=float))
     if groups is None:
@@ -99,11 +156,26 @@ def _filled(each: np.ndarray) -> np.ndarray:
 
 
 def _bootstrap(each: np.ndarray, seed: int, resamples: int, level: float) -> tuple[float, float]:
+    return _quantiles(_means(each, seed, resamples), level)
+
+
+def _means(each: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Means of the values drawn with replacement, [resamples]."""
     random = np.random.default_rng(seed)
-    block = max(1, DRAWS_AT_ONCE // each.size)
-    sizes = [min(block, resamples - done) for done in range(0, resamples, block)]
-    means = np.concatenate(
-        [each[random.integers(0, each.size, (size, each.size))].mean(axis=1) for size in sizes]
+    return np.concatenate(
+        [
+            each[random.integers(0, each.size, (size, each.size))].mean(axis=1)
+            for size in _blocks(each.size, resamples)
+        ]
     )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+
+
+def _blocks(values: int, resamples: int) -> list[int]:
+    """How many resamples are drawn at once, until all are."""
+    block = max(1, DRAWS_AT_ONCE // values)
+    return [min(block, resamples - done) for done in range(0, resamples, block)]
+
+
+def _quantiles(draws: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

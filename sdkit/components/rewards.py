@@ -1,7 +1,7 @@
 """Rewards: a completion as text, and its row, to a number and perhaps a text.  Knows nothing of tokens or groups.
 
-Answers are compared in `rewards_answers` and `rewards_math`, models asked in `rewards_model`, users' functions called
-in `rewards_file`.
+Answers are compared in `rewards_answers` and `rewards_math`, programs tested in `rewards_code`, models asked in
+`rewards_model`, users' functions called in `rewards_file`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from attrs import frozen
 
 from sdkit.batches import Row
 from sdkit.components import rewards_answers as answers
+from sdkit.components.rewards_code import python_tests
 from sdkit.components.rewards_file import user_function
 from sdkit.components.rewards_judged import Judged, Pair, Scorer
 from sdkit.components.rewards_math import math_verify
@@ -25,6 +26,7 @@ from sdkit.specs import (
     FileReward,
     MathVerifyReward,
     NumberReward,
+    PythonTests,
     ReasoningGymReward,
     ReasoningGymSource,
     RegexReward,
@@ -65,6 +67,8 @@ def open_reward(
             return math_verify(reward)
         case RewardModel():
             return reward_model(reward, base)
+        case PythonTests():
+            return python_tests(reward)
         case FileReward():
             return user_function(reward, base)
         case WeightedReward():
@@ -165,5 +169,9 @@ def _sum(parts: Mapping[str, tuple[float, Scorer]]) -> Sum:
         found = score({"": total}, [text for text, _ in pairs], [row for _, row in pairs])
         return found[""]
 
-    total = Sum(many, parts)
+    def check(row: Row) -> None:
+        for _, part in parts.values():
+            part.check(row)
+
+    total = Sum(many, parts, check=check)
     return total

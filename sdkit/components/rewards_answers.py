@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import re
+import textwrap
 from decimal import Decimal
 from typing import Any, assert_never
 
@@ -15,6 +16,7 @@ from sdkit.specs import (
     ExactReward,
     Extract,
     LastChoice,
+    LastCodeBlock,
     LastNumber,
     NumberReward,
     ReasoningGymReward,
@@ -29,6 +31,8 @@ _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+
 _NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])[-+−])?(?<![\w.])(?:{_UNSIGNED})(?:[eE][-+]?[0-9]+)?")
 # The pronoun in "I think" is not a choice.
 _CHOICE = re.compile(r"(?<![\w'’])(?!I [a-z])[A-Z](?![\w'’])")
+# A fence may be longer than three, to hold one; what opens a block is no end of the one before it.
+_BLOCK = re.compile(r"^[ \t]*(`{3,})[^`\n]*\n(.*?)^[ \t]*\1`*[ \t]*$", re.MULTILINE | re.DOTALL)
 # Exact to 60 digits, and never an exception, whatever exponent a model writes.
 _EXACT = decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])
 
@@ -49,6 +53,9 @@ def extract(how: Extract, completion: str) -> str | None:
             return _last(_NUMBER, completion)
         case LastChoice():
             return _last(_CHOICE, completion)
+        case LastCodeBlock():
+            blocks = _BLOCK.findall(completion)
+            return textwrap.dedent(blocks[-1][1]) if blocks else None
         case _:
             assert_never(how)
 
@@ -72,34 +79,41 @@ def right_answer(row: Row, column: str) -> Any:
 def exact(reward: ExactReward) -> Scorer:
     """Compares text; the scorer raises BadData where a row lacks the right answer, as all of this room do."""
 
+    def right_of(row: Row) -> str:
+        return str(right_answer(row, reward.answer)).strip()
+
     def scored(completion: str, row: Row) -> float:
-        right = str(right_answer(row, reward.answer)).strip()
+        right = right_of(row)
         answer = extract(reward.extract, completion)
         if answer is not None and reward.ignore_case:
             right, answer = right.casefold(), answer.casefold()
         return float(answer == right)
 
-    return one_by_one(scored)
+    return one_by_one(scored, right_of)
 
 
 def number(reward: NumberReward) -> Scorer:
     """Compares numbers, exactly but for the tolerance."""
     tolerance = Decimal(repr(reward.tolerance))
 
-    def scored(completion: str, row: Row) -> float:
+    def right_of(row: Row) -> Decimal:
         right = _read_number(str(right_answer(row, reward.answer)))
         if right is None:
             raise BadData(
                 f"row {row.index}: {shorten(row.columns[reward.answer])} in the column '{reward.answer}' "
                 "is not a number"
             )
+        return right
+
+    def scored(completion: str, row: Row) -> float:
+        right = right_of(row)
         answer = _read_number(extract(reward.extract, completion) or "")
         if answer is None:
             return 0.0
         apart = _EXACT.abs(_EXACT.subtract(answer, right))
         return float(apart.is_finite() and apart <= tolerance)
 
-    return one_by_one(scored)
+    return one_by_one(scored, right_of)
 
 
 def _read_number(text: str) -> Decimal | None:
@@ -113,16 +127,19 @@ def _read_number(text: str) -> Decimal | None:
 def choice(reward: ChoiceReward) -> Scorer:
     """Compares capital letters."""
 
-    def scored(completion: str, row: Row) -> float:
+    def right_of(row: Row) -> str:
         right = _letter(str(right_answer(row, reward.answer)))
         if not re.fullmatch("[A-Z]", right):
             raise BadData(
                 f"row {row.index}: {shorten(row.columns[reward.answer])} in the column '{reward.answer}' "
                 "is not a capital letter"
             )
-        return float(_letter(extract(reward.extract, completion) or "") == right)
+        return right
 
-    return one_by_one(scored)
+    def scored(completion: str, row: Row) -> float:
+        return float(_letter(extract(reward.extract, completion) or "") == right_of(row))
+
+    return one_by_one(scored, right_of)
 
 
 def _letter(text: str) -> str:

@@ -31,14 +31,20 @@ class Scorer:
     """One reward, opened.  Called with a completion and its row, or given many at once."""
 
     many: Callable[[Sequence[Pair]], list[Judged]]
+    check: Callable[[Row], object] = field(default=lambda row: None, kw_only=True)
+    """Raises BadData where the reward could judge no completion of this row."""
 
     def __call__(self, completion: str, row: Row) -> Judged:
         return self.many([(completion, row)])[0]
 
 
-def one_by_one(worth: Callable[[str, Row], float]) -> Scorer:
+def one_by_one(
+    worth: Callable[[str, Row], float], check: Callable[[Row], object] = lambda row: None
+) -> Scorer:
     """A scorer that only compares: in this thread, without feedback."""
-    return Scorer(lambda pairs: [Judged(reward=worth(text, row)) for text, row in pairs])
+    return Scorer(
+        lambda pairs: [Judged(reward=worth(text, row)) for text, row in pairs], check=check
+    )
 
 
 class Late(Exception):

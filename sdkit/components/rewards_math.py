@@ -52,7 +52,7 @@ def math_verify(reward: MathVerifyReward) -> Scorer:
     def many(pairs: Sequence[Pair]) -> list[Judged]:
         return in_threads(judge, pairs, threads=AT_ONCE, seconds=None)
 
-    return Scorer(many)
+    return Scorer(many, check=lambda row: right_answer(row, reward.answer))
 
 
 class Workers:

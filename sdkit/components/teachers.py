@@ -1,4 +1,4 @@
-"""What the teacher is: live, frozen, averaged or copied weights, another model, or several of these by route.
+"""What the teacher is: live, frozen, averaged or copied weights, another model, one behind a server, or several by route.
 
 Knows nothing of prompts or losses.  Open the teacher before DeepSpeed wraps the student: copies and adapters must exist by then.
 """
@@ -12,7 +12,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
-from sdkit.batches import HiddenScores, Sequences, TeacherScores
+from sdkit.batches import HiddenScores, Sequences, TeacherScores, Text, ToldScores
 from sdkit.specs import (
     CopyWeights,
     EmaWeights,
@@ -20,6 +20,7 @@ from sdkit.specs import (
     FrozenWeights,
     OneTeacher,
     RoutedWeights,
+    ServedWeights,
     StudentWeights,
     TeacherWeights,
 )
@@ -32,6 +33,12 @@ Masters = Callable[[], Iterator[tuple[str, Tensor]]]
 Load = Callable[[ExternalWeights], torch.nn.Module]
 """Opens another model, on the student's device."""
 
+Tell = Callable[[Sequence[Text], int], ToldScores]
+"""What a served model thinks of the kept tokens of some texts, over ids below a bound."""
+
+Reach = Callable[[ServedWeights], Tell]
+"""Finds a served model."""
+
 
 class Teacher:
     """Weights that do not move: live (they are the student's own), frozen, or another model's."""
@@ -39,8 +46,8 @@ class Teacher:
     moves = False
     distance = 0.0  # |teacher - student| / |student| at the last move
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
+    def __init__(self, weights: Weights | None) -> None:
+        self.weights = weights  # None: not one set of weights in this process
 
     @property
     def leaves(self) -> tuple[Teacher, ...]:
@@ -49,6 +56,7 @@ class Teacher:
 
     def ask(self, route: int, asked: Sequences, rows: int) -> TeacherScores:
         """What the teacher of a route says of the counted tokens, over ids below `rows`."""
+        assert self.weights is not None
         return HiddenScores(
             hidden=self.weights.hidden(asked), head=self.weights.whole_head()[:rows]
         )
@@ -85,6 +93,7 @@ class MovingTeacher(Teacher):
         self, weights: Weights, spec: EmaWeights | CopyWeights, pairs: Mapping[str, Tensor]
     ) -> None:
         super().__init__(weights)
+        self._shards = lambda: weights.shards
         self.spec = spec
         self.live = dict(pairs)  # student's parameter name → the teacher's own
         for parameter in self.live.values():
@@ -92,7 +101,7 @@ class MovingTeacher(Teacher):
         self.shadow: dict[str, Tensor] = {}  # of what this rank holds of each
 
     def settle(self) -> None:
-        held = self.weights.shards.held
+        held = self._shards().held
         self.shadow = {name: held(p).float().clone() for name, p in self.live.items()}
 
     def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
@@ -111,7 +120,7 @@ class MovingTeacher(Teacher):
 
     @torch.no_grad()
     def _follow(self, masters: Masters, rate: float) -> bool:
-        shards = self.weights.shards
+        shards = self._shards()
         squares = torch.zeros(2, dtype=torch.float64)
         followed = 0
         for name, master in masters():
@@ -137,14 +146,30 @@ class MovingTeacher(Teacher):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
-            self.weights.shards.held(self.live[name]).copy_(shadow)
+            self._shards().held(self.live[name]).copy_(shadow)
+
+
+class ServedTeacher(Teacher):
+    """A model behind a server: it never moves, holds no weights here, and tells of a few ids alone."""
+
+    def __init__(self, tell: Tell) -> None:
+        super().__init__(None)
+        self.tell = tell
+
+    def ask(self, route: int, asked: Sequences, rows: int) -> ToldScores:
+        told, device = self.tell(asked.texts, rows), asked.input_ids.device
+        return ToldScores(
+            ids=told.ids.to(device),
+            logprobs=told.logprobs.to(device),
+            sampled=told.sampled.to(device),
+        )
 
 
 class RoutedTeacher(Teacher):
     """Several teachers, one for each value of a column; routes of equal weights share one."""
 
     def __init__(self, routes: Sequence[Teacher]) -> None:
-        super().__init__(routes[0].weights)
+        super().__init__(None)
         self.routes = tuple(routes)
         self.parts = tuple(dict.fromkeys(routes))
         self.moves = any(part.moves for part in self.parts)
@@ -181,18 +206,18 @@ class RoutedTeacher(Teacher):
             part.load_state(own)
 
 
-def open_teacher(spec: TeacherWeights, student: Weights, load: Load) -> Teacher:
+def open_teacher(spec: TeacherWeights, student: Weights, load: Load, reach: Reach) -> Teacher:
     """The teacher that `spec` asks for, starting from the student's weights as they are now."""
     if not isinstance(spec, RoutedWeights):
-        return _open(spec, student, load)
+        return _open(spec, student, load, reach)
     opened: dict[OneTeacher, Teacher] = {}
     for one in spec.routes.values():
         if one not in opened:
-            opened[one] = _open(one, student, load)
+            opened[one] = _open(one, student, load, reach)
     return RoutedTeacher([opened[one] for one in spec.routes.values()])
 
 
-def _open(spec: OneTeacher, student: Weights, load: Load) -> Teacher:
+def _open(spec: OneTeacher, student: Weights, load: Load, reach: Reach) -> Teacher:
     adapters = hasattr(student.model, "peft_config")
     match spec:
         case StudentWeights():
@@ -211,6 +236,8 @@ def _open(spec: OneTeacher, student: Weights, load: Load) -> Teacher:
             return MovingTeacher(weights, spec, {name: own[name] for name in trained})
         case ExternalWeights():
             return Teacher(Weights(load(spec).requires_grad_(False).eval(), foreign=True))
+        case ServedWeights():
+            return ServedTeacher(reach(spec))
         case _:
             assert_never(spec)
 

@@ -40,8 +40,8 @@ def collate(
     """
     order = _order(rollouts, together=longest_pack > 0)
     lengths = {name: [len(_counted(r, name).positions) for r in order] for name in losses}
-    counts = _global_counts(lengths, len(order), total)
-    divisors = _divisors(losses, counts)
+    counts, completions = _global_counts(lengths, order, total)
+    divisors = _divisors(losses, counts, completions)
     weights = {
         name: row_weights(
             term.average, torch.tensor(lengths[name], dtype=torch.long), divisors[name]
@@ -93,23 +93,35 @@ def _counted(rollout: Rollout, name: str) -> Counted:
     return rollout.counted[name]
 
 
-def _divisors(losses: Table[LossTerm], counts: dict[str, Counts]) -> dict[str, Counts]:
-    """The counts that each term's average divides by: terms that say joint share their sum of tokens."""
+def _divisors(
+    losses: Table[LossTerm], counts: dict[str, Counts], completions: int
+) -> dict[str, Counts]:
+    """The counts that each term's average divides by: terms that say joint share their sum of tokens, those that say
+    completions divide by the tokens of all.
+    """
     joint = [n for n, t in losses.items() if t.average == PerToken(denominator="joint")]
-    tokens = sum(counts[name].tokens for name in joint)
-    return {n: evolve(c, tokens=tokens) if n in joint else c for n, c in counts.items()}
+    shared = dict.fromkeys(joint, sum(counts[name].tokens for name in joint)) | {
+        n: completions
+        for n, t in losses.items()
+        if t.average == PerToken(denominator="completions")
+    }
+    return {n: evolve(c, tokens=shared.get(n, c.tokens)) for n, c in counts.items()}
 
 
 def _global_counts(
-    lengths: dict[str, list[int]], rows: int, total: Callable[[Tensor], Tensor]
-) -> dict[str, Counts]:
+    lengths: dict[str, list[int]], rollouts: Sequence[Rollout], total: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Counts], int]:
+    """Of each term, and the tokens of all completions; on all ranks."""
+    rows = len(rollouts)
     flat = [n for ls in lengths.values() for n in (rows, sum(1 for x in ls if x), sum(ls))]
-    summed = total(torch.tensor(flat, dtype=torch.long)).tolist()
+    whole = sum(len(r.completion_ids) for r in rollouts)
+    *summed, completions = total(torch.tensor([*flat, whole], dtype=torch.long)).tolist()
     triples = zip(summed[::3], summed[1::3], summed[2::3], strict=True)
-    return {
+    counts = {
         name: Counts(rows=r, filled_rows=f, tokens=t)
         for name, (r, f, t) in zip(lengths, triples, strict=True)
     }
+    return counts, completions
 
 
 def _order(rollouts: Sequence[Rollout], together: bool) -> list[Rollout]:

@@ -6,75 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from attrs import frozen
-
 from sdkit.batches import Completion, Request, Row, Sampling
-from sdkit.components.intervals import Interval, mean_interval, paired_difference
+from sdkit.components.intervals import Interval, paired_difference
 from sdkit.components.rewards import figures, score
 from sdkit.engine import ranks
+from sdkit.engine.evaluated import Evaluated, Key
 from sdkit.engine.gather import completion_text, gather
 from sdkit.engine.measuring import ready
 from sdkit.engine.step import measure
 from sdkit.seeds import derive
-from sdkit.specs import Decoding, RoutedWeights, Suite
+from sdkit.specs import Decoding, RoutedWeights, ServedWeights, Suite
 from sdkit.weights import Weights
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
 
 View = Callable[[Row], tuple[int, ...] | None]
-Key = tuple[str, str, str]
-"""Suite, decoding, reward."""
-
-
-@frozen(eq=False, kw_only=True)
-class Evaluated:
-    """Scores of one evaluation, prompt by prompt, so that two evaluations can be compared in pairs."""
-
-    scores: Mapping[
-        Key, tuple[float, ...]
-    ]  # a prompt's mean over its samples, in the suite's order
-    records: Sequence[Mapping[str, Any]]
-    tokens: int  # generated
-    lengths: Mapping[tuple[str, str], float]  # mean completion length
-
-    def interval(self, key: Key) -> Interval:
-        return mean_interval(self.scores[key])
-
-    def difference(self, before: Evaluated, key: Key) -> Interval:
-        """The paired change since `before`, with its bootstrap interval over prompts."""
-        return paired_difference(before.scores[key], self.scores[key])
-
-    def metrics(self, headline: Key) -> dict[str, float]:
-        """Keys under eval/: the headline's score with interval and n, and every score by name."""
-        found: dict[str, float] = {}
-        for key in self.scores:
-            interval = self.interval(key)
-            names = ["eval/" + "/".join(key)] + (["eval/score"] if key == headline else [])
-            for name in names:
-                found |= {
-                    name: interval.mean,
-                    f"{name}_low": interval.low,
-                    f"{name}_high": interval.high,
-                }
-                found[f"{name}_n"] = interval.n
-        for (suite, decoding), length in self.lengths.items():
-            found[f"eval/{suite}/{decoding}/completion_tokens"] = length
-        return found
-
-
-def read_back(records: Sequence[Mapping[str, Any]]) -> Evaluated:
-    """An evaluation from what the run directory keeps of it (a resumed run compares with its own beginning)."""
-    found: dict[Key, dict[int, list[float]]] = {}
-    for record in records:
-        for reward, value in record["scores"].items():
-            prompts = found.setdefault((record["suite"], record["decoding"], reward), {})
-            prompts.setdefault(record["row"], []).append(value)
-    scores = {
-        key: tuple(sum(values) / len(values) for values in prompts.values())
-        for key, prompts in found.items()
-    }
-    return Evaluated(scores=scores, records=records, tokens=0, lengths={})
 
 
 def headline(world: World) -> Key:
@@ -103,7 +50,7 @@ def teacher_lift(world: World, before: Evaluated) -> dict[Key, Interval]:
     evaluation, teacher = world.spec.evaluation, world.spec.teacher
     if evaluation is None or teacher is None or teacher.sees is None or not evaluation.teacher_lift:
         return {}
-    if isinstance(teacher.weights, RoutedWeights):
+    if isinstance(teacher.weights, RoutedWeights | ServedWeights):
         return {}
     lift: dict[Key, Interval] = {}
     for name, suite in evaluation.suites.items():

@@ -76,7 +76,8 @@ def gather(
         for (group, row, _), completion, seen in zip(jobs, completions, known, strict=True)
     ]
     sampled_batch = RolloutBatch(rollouts=tuple(rollouts))
-    batch = with_advantages(world.losses, sampled_batch, ranks.everywhere)
+    longest = world.spec.rollout.max_new_tokens
+    batch = with_advantages(world.losses, sampled_batch, ranks.everywhere, longest)
     batch.check()
     return Gathered(
         batch=batch,

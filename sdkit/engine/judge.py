@@ -10,7 +10,9 @@ from attrs import evolve
 from sdkit.batches import Attempt, Evidence, RolloutBatch
 from sdkit.components.rewards import Judged
 from sdkit.engine.counting import Everywhere
+from sdkit.losses.policy import overlong_share
 from sdkit.losses.policy_terms import group_relative, reward_advantages
+from sdkit.schedules import plain
 from sdkit.specs import LossTerm
 
 
@@ -29,14 +31,22 @@ def evidence(
 
 
 def with_advantages(
-    losses: Mapping[str, LossTerm], batch: RolloutBatch, everywhere: Everywhere
+    losses: Mapping[str, LossTerm], batch: RolloutBatch, everywhere: Everywhere, longest: int
 ) -> RolloutBatch:
-    """The rollouts with their reward against their group, where a term asks for it; a batch's spread is all ranks'."""
-    rewards = [r.reward for r in batch if r.reward is not None]
-    if group_relative(losses) is None or len(rewards) != len(batch):
+    """The rollouts with their reward against their group, where a term asks for it; a batch's spread is all ranks'.
+
+    `longest` is the longest completion that could be, in tokens.
+    """
+    known = [r.reward for r in batch if r.reward is not None]
+    spec = group_relative(losses)
+    if spec is None or len(known) != len(batch):
         return batch
+    rewards = torch.tensor(known, dtype=torch.float32)
+    if penalty := spec.overlong:
+        lengths = torch.tensor([len(r.completion_ids) for r in batch], dtype=torch.long)
+        rewards -= plain(penalty.amount) * overlong_share(lengths, longest, penalty.stretch)
     groups = torch.tensor([r.group for r in batch], dtype=torch.long)
-    all_rewards, own = everywhere(torch.tensor(rewards, dtype=torch.float32))
+    all_rewards, own = everywhere(rewards)
     all_groups, _ = everywhere(groups)
     found = reward_advantages(losses, all_rewards, all_groups)
     assert found is not None

@@ -9,22 +9,21 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sdkit.batches import Rollout, RolloutBatch
+from sdkit.batches import RolloutBatch
 from sdkit.engine import checkpoint, ranks
 from sdkit.engine.evaluate import evaluate, held_out_loss, teacher_lift
-from sdkit.engine.gather import Gathered, completion_text, gather
+from sdkit.engine.gather import completion_text, gather
 from sdkit.engine.keeping import kept
 from sdkit.engine.measuring import ready
+from sdkit.engine.metrics import step_metrics
 from sdkit.engine.step import Measured, train_step
 from sdkit.problems import NumericsGuard, Stopped
-from sdkit.specs import OfRollouts, SuccessfulSibling
 
 if TYPE_CHECKING:
     from sdkit.engine.report import Report
     from sdkit.engine.world import World
 
 SKIPS_ALLOWED = 3
-HEDGES = ("wait", "hmm", "actually", "maybe", "perhaps")
 
 
 def run(world: World, report: Report) -> None:
@@ -70,9 +69,8 @@ def _one_step(world: World, report: Report, step: int) -> None:
         and world.teacher.after_rollout_batch(world.masters, world.scalar)
     )
     world.step = step + 1
-    metrics = _metrics(world, gathered, measured, time.perf_counter() - started)
-    metrics |= {f"keep/{name}": share for name, share in shares.items()}
-    metrics["rollout/kept"] = len(batch) / max(len(gathered.batch), 1)
+    seconds = time.perf_counter() - started
+    metrics = step_metrics(world, gathered, measured, shares, len(batch), seconds)
     metrics["time/measure"] = counted - sampled
     if moved and world.teacher:
         metrics["teacher_distance"] = world.teacher.distance
@@ -107,70 +105,6 @@ def _evaluate(world: World, report: Report) -> Any:
     losses = held_out_loss(world)
     report.evaluated(world, found, losses, time.perf_counter() - started)
     return found
-
-
-def _metrics(
-    world: World,
-    gathered: Gathered,
-    measured: list[Measured],
-    seconds: float,
-) -> dict[str, float]:
-    rollouts = list(gathered.batch)
-    lengths = [len(r.completion_ids) for r in rollouts]
-    metrics: dict[str, float] = {}
-    for part in measured:
-        for name, value in part.metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + value / len(measured)
-    metrics |= {f"reward/{name}": _mean(values) for name, values in gathered.scores.items()}
-    metrics |= {
-        "skipped_steps": float(sum(not part.applied for part in measured)),
-        "policy_version": float(world.updates),
-        "rollout/tokens": float(sum(lengths)),
-        "rollout/completion_tokens": _mean(lengths),
-        "rollout/finished": _mean([r.finished for r in rollouts]),
-        "rollout/with_teacher": _mean([r.teacher_prompt_ids is not None for r in rollouts]),
-        **_context_shares(world, rollouts),
-        "rollout/hedging": _hedging(world, gathered),
-        **{f"rollout/{name}": value for name, value in gathered.figures.items()},
-    }
-    times = dict(gathered.seconds)
-    for part in measured:
-        for name, value in part.seconds.items():
-            times[name] = times.get(name, 0.0) + value
-    metrics |= {f"time/{name}": value for name, value in times.items()}
-    metrics["time/step"] = seconds
-    if gathered.seconds["rollout"] > 0:
-        metrics["time/tokens_per_second"] = sum(lengths) / gathered.seconds["rollout"]
-    return metrics
-
-
-def _context_shares(world: World, rollouts: list[Rollout]) -> dict[str, float]:
-    """Share of rollouts whose teacher was shown each slot, and of groups with a success in them."""
-    teacher = world.spec.teacher
-    slots = teacher.sees.slots if teacher and teacher.sees else {}
-    shares: dict[str, float] = {}
-    for name, slot in slots.items():
-        if isinstance(slot, OfRollouts):
-            shares[f"teacher/{name}_used"] = _mean([name in r.filled for r in rollouts])
-        if isinstance(slot, SuccessfulSibling):
-            groups: dict[int, bool] = {}
-            for r in rollouts:
-                won = r.reward is not None and r.reward >= slot.threshold
-                groups[r.group] = groups.get(r.group, False) or won
-            shares["teacher/success_groups"] = _mean(groups.values())
-    return shares
-
-
-def _hedging(world: World, gathered: Gathered) -> float:
-    """Hedging words per hundred words (2603.24472 ties their loss to worse reasoning elsewhere)."""
-    texts = [completion_text(world, r.completion_ids) for r in gathered.batch]
-    words = [w.strip(".,!?:;").lower() for text in texts for w in text.split()]
-    return 100 * sum(w in HEDGES for w in words) / max(len(words), 1)
-
-
-def _mean(values: Any) -> float:
-    values = list(values)
-    return float(sum(values)) / len(values) if values else 0.0
 
 
 @contextlib.contextmanager

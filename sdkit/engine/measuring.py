@@ -13,12 +13,12 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from sdkit.batches import MicroBatch, RolloutBatch
+from sdkit.batches import MicroBatch, RolloutBatch, TeacherScores, ToldScores
 from sdkit.engine import ranks
 from sdkit.engine.collate import whole_completions, without_rows
 from sdkit.engine.counting import count_tokens
 from sdkit.engine.scoring import score
-from sdkit.losses.chunks import token_measures
+from sdkit.losses.chunks import scored_logprobs, token_measures
 from sdkit.measures import Measure, measured
 
 if TYPE_CHECKING:
@@ -84,16 +84,22 @@ def _figures(
 ) -> Iterator[tuple[Measure, Tensor]]:
     """Each figure that is asked for, [M]; the teacher's where the batch has its prompts."""
     of_student: tuple[Measure, ...] = ("student_logprobs", "student_entropy")
-    of_teacher: tuple[Measure, ...] = ("teacher_logprobs", "teacher_entropy")
     pairs: list[tuple[Measure, Tensor]] = []
     if set(of_student) & set(asked):
         pairs += zip(of_student, world.module.measures(batch), strict=True)
     if scores := score(world, batch):
-        told = token_measures(
-            scores,
-            batch.tokens.token,
-            world.spec.rollout.temperature,
-            world.spec.training.chunk_tokens,
-        )
-        pairs += zip(of_teacher, told, strict=True)
+        pairs += _of_teacher(world, scores, batch.tokens.token)
     yield from (pair for pair in pairs if pair[0] in asked)
+
+
+def _of_teacher(
+    world: World, scores: TeacherScores, token: Tensor
+) -> Iterator[tuple[Measure, Tensor]]:
+    """The teacher's figures; without its entropy where it told of a few ids alone."""
+    settings = world.spec.rollout.temperature, world.spec.training.chunk_tokens
+    if isinstance(scores, ToldScores):
+        yield "teacher_logprobs", scored_logprobs(scores, token, *settings)
+        return
+    own, spread = token_measures(scores, token, *settings)
+    yield "teacher_logprobs", own
+    yield "teacher_entropy", spread

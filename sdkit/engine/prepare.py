@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,12 @@ class Data:
             visited = [row for step in range(steps) for row in self.take(step)]
         longest = self._longest(visited)
         self._check_routes(visited)
+        _check_rewards(self.train_rewards, visited)
         room = [self.spec.rollout.max_new_tokens]
         if self.spec.evaluation:
             for name, suite in self.spec.evaluation.suites.items():
                 longest = max(longest, self._longest(self.suites[name]))
+                _check_rewards(self.rewards[name], self.suites[name])
                 self._check_routes(self.suites[name][: suite.loss_prompts])
                 room.append(suite.max_new_tokens or 0)
         return longest + max(room)
@@ -184,3 +186,16 @@ class Data:
         slots = sum(isinstance(slot, OfRollouts) for slot in sees.slots.values())
         most = longest + CONTEXT_TEXT + slots * spec.rollout.max_new_tokens
         return max(longest, min(most, sees.max_prompt_tokens or most))
+
+
+def _check_rewards(rewards: Mapping[str, Scorer], rows: Iterable[Row]) -> None:
+    """Raise BadData naming the rows without a right answer, or tests, that these rewards can read."""
+    bad: dict[str, None] = {}
+    for row in rows:
+        for scorer in rewards.values():
+            try:
+                scorer.check(row)
+            except BadData as error:
+                bad[error.message] = None
+    if bad:
+        raise BadData(first_of(list(bad)))

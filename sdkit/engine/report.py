@@ -15,9 +15,11 @@ from rich.table import Table
 
 from sdkit.components.intervals import Interval
 from sdkit.engine import ranks
-from sdkit.engine.evaluate import Evaluated, Key, headline, read_back
+from sdkit.engine.evaluate import headline
+from sdkit.engine.evaluated import Evaluated, Key, read_back, signed, with_interval
 from sdkit.engine.gather import Gathered, in_order, records, samples
 from sdkit.engine.rundir import RunDirectory
+from sdkit.engine.tripwires import went_off
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
@@ -37,6 +39,7 @@ class Report:
         self.evaluated_at = ranks.of_first(
             {line["step"] for line in history if "eval/score" in line}
         )
+        self.trained = [line for line in history if "time/step" in line]  # for tripwires
         # Tokens of training rollouts so far.
         self.generated = max((line.get("tokens_generated", 0.0) for line in history), default=0.0)
         self.bar = Progress(
@@ -66,6 +69,7 @@ class Report:
         self.run.lines("rollouts", world.step - 1, in_order(own))
         self.console.print(_step_line(world, metrics), highlight=False)
         output = world.spec.output
+        self._warn(world.step, metrics, output.tripwire_steps)
         if (world.step - 1) % output.samples_every == 0:
             shown = samples(world, gathered.batch, gathered.scores, output.samples)
             self.run.lines("samples", world.step, shown)
@@ -73,6 +77,17 @@ class Report:
                 f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False
             )
         self.bar.update(self.task, completed=world.step)
+
+    def _warn(self, step: int, metrics: Mapping[str, float], patience: int | None) -> None:
+        """A yellow line, and one of warnings.jsonl, for each tripwire that goes off at this step."""
+        if patience is None:
+            return
+        self.trained = [*self.trained[-patience:], {"step": step, **metrics}]
+        for trip in went_off(self.trained, patience):
+            facts = {"since": trip.first, "wire": trip.wire, "cause": trip.cause}
+            self.run.warning(step, facts | {"look_at": trip.look_at})
+            self.console.print(f"[yellow]warning[/]: {escape(str(trip))}", highlight=False)
+            self.console.print(f"  = {escape(trip.look_at)}", highlight=False)
 
     def evaluated(
         self, world: World, found: Evaluated, losses: Mapping[str, float], seconds: float
@@ -105,7 +120,7 @@ class Report:
         for column in ("suite", "decoding", "score", "lift", "95 % interval", "prompts"):
             table.add_column(column)
         for (suite, decoding, reward), interval in lift.items():
-            table.add_row(suite, decoding, reward, *_signed(interval), str(interval.n))
+            table.add_row(suite, decoding, reward, *signed(interval), str(interval.n))
         self.console.print(table)
         if all(interval.low <= 0 for interval in lift.values()):
             self.console.print(
@@ -133,9 +148,9 @@ def comparison(before: Evaluated, after: Evaluated, first: Key) -> Table:
     for key in before.scores:
         change = after.difference(before, key)
         values = [
-            _with_interval(before.interval(key)),
-            _with_interval(after.interval(key)),
-            *_signed(change),
+            with_interval(before.interval(key)),
+            with_interval(after.interval(key)),
+            *signed(change),
         ]
         style = "bold" if key[0] == first[0] and key[2] == first[2] else None
         table.add_row(*key, *values, str(change.n), style=style)
@@ -149,7 +164,7 @@ def scores(found: Evaluated) -> Table:
         table.add_column(column)
     for key in found.scores:
         interval = found.interval(key)
-        table.add_row(*key, _with_interval(interval), str(interval.n))
+        table.add_row(*key, with_interval(interval), str(interval.n))
     return table
 
 
@@ -232,11 +247,3 @@ def _one_line(text: str) -> str:
 
 def _share(value: float) -> str:
     return f"{value:.3f}"
-
-
-def _with_interval(interval: Interval) -> str:
-    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def _signed(interval: Interval) -> tuple[str, str]:
-    return f"{interval.mean:+.3f}", f"[{interval.low:+.3f}, {interval.high:+.3f}]"

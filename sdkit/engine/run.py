@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from sdkit.components.vllm_scores import ServedModel
 from sdkit.engine import checkpoint, loop, ranks, report, rundir, zero
 from sdkit.engine.evaluate import evaluate, headline
 from sdkit.engine.models import check_vocabulary, load_tokenizer, locate
@@ -30,9 +30,16 @@ from sdkit.problems import (
     shorten,
     spelled,
 )
-from sdkit.problems import Path as SpecPath
+from sdkit.resolved import leaves
 from sdkit.source import read, read_text
-from sdkit.specs import ExperimentSpec, other_models
+from sdkit.specs import (
+    ExperimentSpec,
+    ExternalWeights,
+    ServedWeights,
+    other_models,
+    served_teachers,
+    tokens_told,
+)
 
 LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe")
 """What collectives say where another rank is gone, or silent for too long."""
@@ -47,16 +54,34 @@ def open_world(spec: ExperimentSpec, base: Path) -> World:
     for _, weights in other_models(spec):
         theirs = load_tokenizer(weights, locate(weights.path, base))
         check_vocabulary(tokenizer, theirs, weights.path)
+    served = _reach(spec, base, tokenizer)
     data = Data(spec, base, tokenizer)
     zero.start()
     try:
         plan = make_plan(spec, machine_for(spec, ranks.world_size()), None, rows=len(data.train))
         assert plan.steps is not None
         longest = data.check(plan.steps)
-        return World(spec, plan, base, data, located, longest)
+        for model in served.values():
+            model.check_length(longest)
+        return World(spec, plan, base, data, located, longest, served)
     except BaseException:
         zero.stop(together=False)
         raise
+
+
+def _reach(spec: ExperimentSpec, base: Path, tokenizer: Any) -> dict[ServedWeights, ServedModel]:
+    """Every served teacher, found fit to teach: before anything heavy is loaded."""
+    found: dict[ServedWeights, ServedModel] = {}
+    for _, weights in served_teachers(spec):
+        if weights in found:
+            continue
+        if weights.tokenizer:
+            theirs = ExternalWeights(path=weights.tokenizer)
+            told = load_tokenizer(theirs, locate(weights.tokenizer, base))
+            check_vocabulary(tokenizer, told, weights.tokenizer)
+        found[weights] = ServedModel(weights, tokens_told(spec) or 0, os.environ)
+        found[weights].check(tokenizer)
+    return found
 
 
 def train(
@@ -156,11 +181,15 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
         {"path": w.path, "revision": w.revision, "located": locate(w.path, base)}
         for _, w in other_models(world.spec)
     ]
+    served = [
+        {"url": w.url, "model": w.model, "root": model.root} for w, model in world.served.items()
+    ]
     return provenance(
         base,
         data=world.data.fingerprints(),
         model=model,
         other_models=others,
+        served_teachers=served,
         seed=world.spec.training.seed,
     )
 
@@ -168,8 +197,8 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
 def _same_spec(folder: Path, resolved: str) -> None:
     """A run continues under the spec it began with; only its length and its output may change."""
     free = {("training", "steps"), ("training", "epochs")}
-    before = dict(_leaves(read(folder / rundir.MARK).data))
-    now = dict(_leaves(read_text(resolved, "the spec").data))
+    before = dict(leaves(read(folder / rundir.MARK).data))
+    now = dict(leaves(read_text(resolved, "the spec").data))
     changed = [
         f"{spelled(path)}: {shorten(before.get(path))} then, {shorten(now.get(path))} now"
         for path in sorted(before.keys() | now.keys(), key=str)
@@ -180,15 +209,6 @@ def _same_spec(folder: Path, resolved: str) -> None:
             "the spec is not the one that this run began with:\n" + first_of(changed),
             hint="resume with the values of the run's resolved.yaml, or start another run with --to",
         )
-
-
-def _leaves(data: Any, path: SpecPath = ()) -> Iterator[tuple[SpecPath, Any]]:
-    items = data.items() if isinstance(data, dict) else enumerate(data)
-    for name, value in items:
-        if isinstance(value, dict | list) and value:
-            yield from _leaves(value, (*path, name))
-        else:
-            yield (*path, name), value
 
 
 def _explained(error: BaseException, run: rundir.RunDirectory) -> BaseException:

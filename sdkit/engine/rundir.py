@@ -4,7 +4,8 @@ spec.yaml         the run file as written         metrics.jsonl   one object a l
 resolved.yaml     every value of the spec         rollouts/       every rollout of every step
 provenance.json   versions, git, data, argv       samples/        a few, with prompts as text
 status.json       running, done, failed, stopped  evaluations/    each held-out completion and its scores
-plot.png          loss, score, length             tensorboard/    events
+warnings.jsonl    tripwires that went off         tensorboard/    events
+plot.png          loss, score, length             error.txt       traceback of a failure nobody expected
 model/            the trained model               checkpoints/    what --resume continues from
 """
 
@@ -43,13 +44,20 @@ class RunDirectory:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same figures to TensorBoard."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._append("metrics.jsonl", {"step": step, **values})
         if self._tensorboard:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._writer().add_scalar(name, value, step)
             self._writer().flush()
+
+    def warning(self, step: int, facts: Mapping[str, Any]) -> None:
+        """One line of warnings.jsonl."""
+        self._append("warnings.jsonl", {"step": step, **facts})
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """All records of one step, one object a line."""
@@ -67,9 +75,12 @@ class RunDirectory:
         return read_lines(self.path / "metrics.jsonl")
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics later than `step`: a resumed run writes them again."""
-        kept = [line for line in self.history() if line["step"] <= step]
-        write_whole(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        """Drop what was written of steps later than `step`: a resumed run writes it again."""
+        for name in ("metrics.jsonl", "warnings.jsonl"):
+            path = self.path / name
+            if path.is_file():
+                kept = [line for line in read_lines(path) if line["step"] <= step]
+                write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         for folder in ("rollouts", "samples", "evaluations"):
             for path in (self.path / folder).glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > step:
@@ -97,6 +108,9 @@ class ReadOnly(RunDirectory):
         pass
 
     def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def warning(self, step: int, facts: Mapping[str, Any]) -> None:
         pass
 
     def forget_after(self, step: int) -> None:

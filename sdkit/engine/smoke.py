@@ -6,8 +6,9 @@ the rewards (scripted, with both outcomes).  The gradient must not be zero.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from sdkit.components.rewards_judged import Judged, Pair, Scorer
 from sdkit.engine import checkpoint, loop, report, rundir, tiny, zero
 from sdkit.engine.run import open_world
+from sdkit.engine.tiny_server import TinyServer
 from sdkit.engine.world import World
 from sdkit.measures import weight_of
 from sdkit.problems import NumericsGuard
@@ -46,13 +48,17 @@ from sdkit.specs import (
     RoutedWeights,
     Schedule,
     Sees,
+    ServedWeights,
     Suite,
     Table,
     TeacherSpec,
     TopKSupport,
     TrainingSpec,
     TransformersBackend,
+    blend_base,
     completion_column,
+    external_teachers,
+    served_teachers,
 )
 
 T = TypeVar("T")
@@ -72,24 +78,44 @@ def smoke(
         base = Path(folder)
         with zero.quiet():  # the first to import DeepSpeed, which speaks on stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
-            tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)  # an external one
-            tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)  # of a blend
-        small = miniature(spec, steps, (home or Path()).resolve())
-        world = open_world(small, base)
-        world.data.rewards = {
-            name: dict.fromkeys(r, SCRIPTED) for name, r in world.data.rewards.items()
-        }
-        world.data.train_rewards = dict.fromkeys(world.data.train_rewards, SCRIPTED)
-        run = rundir.create(base / "run", tensorboard=False)
-        try:
-            report.opening(console, world, run)
-            loop.run(world, report.Report(run, console, steps))
-            checkpoint.save_model(world, run.path)
-            return _checked(world, run.history())
-        finally:
-            run.close()
-            world.close()
-            zero.stop()
+            if any(external_teachers(spec)) or any(served_teachers(spec)):
+                tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)
+            if isinstance(blend_base(spec), ExternalWeights):
+                tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)
+        with _served(spec, base / "teacher") as url:
+            return _run(miniature(spec, steps, (home or Path()).resolve(), url), base, console)
+
+
+@contextlib.contextmanager
+def _served(spec: MethodSpec, folder: Path) -> Iterator[str]:
+    """The address of a server for the served teachers, where there are any."""
+    if not any(served_teachers(spec)):
+        yield ""
+        return
+    server = TinyServer(folder, "teacher")
+    try:
+        yield server.url
+    finally:
+        server.close()
+
+
+def _run(small: ExperimentSpec, base: Path, console: Console) -> list[dict[str, Any]]:
+    assert small.training.steps is not None
+    world = open_world(small, base)
+    world.data.rewards = {
+        name: dict.fromkeys(r, SCRIPTED) for name, r in world.data.rewards.items()
+    }
+    world.data.train_rewards = dict.fromkeys(world.data.train_rewards, SCRIPTED)
+    run = rundir.create(base / "run", tensorboard=False)
+    try:
+        report.opening(console, world, run)
+        loop.run(world, report.Report(run, console, small.training.steps))
+        checkpoint.save_model(world, run.path)
+        return _checked(world, run.history())
+    finally:
+        run.close()
+        world.close()
+        zero.stop()
 
 
 def _checked(world: World, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -113,13 +139,16 @@ def _scripted(pairs: Sequence[Pair]) -> list[Judged]:
 SCRIPTED = Scorer(_scripted)
 
 
-def miniature(spec: MethodSpec, steps: int, home: Path) -> ExperimentSpec:
-    """The spec with a tiny model, a few rows and short completions; everything a method says is kept."""
+def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> ExperimentSpec:
+    """The spec with a tiny model, a few rows and short completions; everything a method says is kept.
+
+    `url` is the address of the tiny server that stands in for every other.
+    """
     full = spec if isinstance(spec, ExperimentSpec) else None
     rows = _data(spec)
     return ExperimentSpec(
         rollout=_rollout(spec.rollout),
-        teacher=spec.teacher and _teacher(spec.teacher),
+        teacher=spec.teacher and _teacher(spec.teacher, url),
         losses=Table({name: _term(term, home) for name, term in spec.losses.items()}),
         route=spec.route and _within_reach(spec.route),
         model=_model(full.model if full else ModelSpec(path="model")),
@@ -161,10 +190,10 @@ def _rollout(rollout: RolloutSpec) -> RolloutSpec:
     )
 
 
-def _teacher(teacher: TeacherSpec) -> TeacherSpec:
+def _teacher(teacher: TeacherSpec, url: str) -> TeacherSpec:
     return evolve(
         teacher,
-        weights=_weights(teacher.weights),
+        weights=_weights(teacher.weights, url),
         sees=teacher.sees and _sees(teacher.sees),
         blend=_blend(teacher.blend),
     )
@@ -187,11 +216,14 @@ def _within_reach(part: T) -> T:
     return part if threshold is None else evolve(part, threshold=min(threshold, 1.0))
 
 
-def _weights(weights: T) -> T:
+def _weights(weights: T, url: str) -> T:
     if isinstance(weights, ExternalWeights):
         return evolve(weights, path="teacher", revision=None)
+    if isinstance(weights, ServedWeights):
+        return evolve(weights, url=url, model="teacher", tokenizer=None, key_from=None)
     if isinstance(weights, RoutedWeights):
-        return evolve(weights, routes=Table({n: _weights(w) for n, w in weights.routes.items()}))
+        routes = {name: _weights(one, url) for name, one in weights.routes.items()}
+        return evolve(weights, routes=Table(routes))
     return weights
 
 

@@ -6,6 +6,7 @@ written down.  Random numbers need no state: every draw has a seed derived from 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -15,6 +16,7 @@ from sdkit.batches import RolloutBackend
 from sdkit.components.rollouts import ReplayRollouts, TransformersRollouts
 from sdkit.components.teachers import Teacher, open_teacher
 from sdkit.components.vllm import VllmRollouts
+from sdkit.components.vllm_scores import ServedModel
 from sdkit.engine import ranks, zero, zero_shards
 from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabulary
 from sdkit.engine.packing import LONGEST_PACK, shares_rows
@@ -35,7 +37,9 @@ from sdkit.specs import (
     ModelSpec,
     ProductBlend,
     ReplayBackend,
+    ServedWeights,
     Table,
+    TeacherWeights,
     TopKSupport,
     TransformersBackend,
     TrustRegionBlend,
@@ -49,7 +53,14 @@ class World:
     """A run's state.  Opening it loads the model, the teacher and DeepSpeed; backends open when first used."""
 
     def __init__(
-        self, spec: ExperimentSpec, plan: Plan, base: Path, data: Data, located: str, longest: int
+        self,
+        spec: ExperimentSpec,
+        plan: Plan,
+        base: Path,
+        data: Data,
+        located: str,
+        longest: int,
+        served: Mapping[ServedWeights, ServedModel] | None = None,
     ) -> None:
         self.spec = spec
         self.plan = plan
@@ -57,6 +68,7 @@ class World:
         self.data = data
         self.located = located
         self.longest = longest  # tokens of the longest sequence, completion included
+        self.served = served or {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.step = 0  # rollout batches done
         self.updates = 0  # optimizer steps applied; the policy version
@@ -67,7 +79,7 @@ class World:
         self.special_ids = special_ids(data.tokenizer, self.end_ids)
         self.teacher: Teacher | None = None
         if spec.teacher:
-            self.teacher = open_teacher(spec.teacher.weights, self.student, self._load_foreign)
+            self.teacher = self._open_teacher(spec.teacher.weights)
         start = FrozenWeights()
         self.reference = self._unmoving(start) if needs_reference(spec) else None
         self.beside = self._open_beside()
@@ -96,13 +108,18 @@ class World:
     def _shard_others(self) -> None:
         """Take apart every model beside the student's: teachers, the reference, the base of a blend."""
         teachers = (*(self.teacher.leaves if self.teacher else ()), self.reference, self.beside)
-        others = {each.weights.model: each.weights for each in teachers if each}
+        others = {each.weights.model: each.weights for each in teachers if each and each.weights}
         others.pop(self.student.model, None)
         for model, weights in others.items():
             root, head = zero_shards.Root(model), weights.head
             engine = zero.open_forward_only(root, self.spec.training.offload)
             self._also_sharded.append(engine)
             weights.shards = zero_shards.Sharded(root, head)
+
+    def _open_teacher(self, weights: TeacherWeights) -> Teacher:
+        return open_teacher(
+            weights, self.student, self._load_foreign, lambda which: self.served[which].tell
+        )
 
     def _load_foreign(self, weights: ExternalWeights) -> Any:
         spec = ModelSpec(
@@ -120,19 +137,22 @@ class World:
         told = [("teacher", leaf) for leaf in (self.teacher.leaves if self.teacher else ())]
         if self.beside:
             told.append(("base of the blend", self.beside))
-        others = [(who, each.weights) for who, each in told if each.weights.foreign]
+        others = [
+            (who, each.weights) for who, each in told if each.weights and each.weights.foreign
+        ]
         return [("student", self.student), *others]
 
     def _vocabulary(self) -> tuple[int, int | None]:
         """How many ids are compared, and the bound of the ids that may be sampled, where there must be one.
 
         Output projections may have more rows than the tokenizer has ids, and not every model equally many: then what
-        is beyond the tokenizer's ids is no token to either side.
+        is beyond the tokenizer's ids is no token to either side.  How many a served model has is not known.
         """
         own = self.student.head.shape[0]
-        if all(weights.head.shape[0] == own for _, weights in self._models):
-            return own, None
         known = max(vocabulary(self.data.tokenizer).values()) + 1
+        same = all(weights.head.shape[0] == own for _, weights in self._models)
+        if same and (not self.served or own == known):
+            return own, None
         for who, weights in self._models:
             if weights.head.shape[0] < known:
                 raise BadData(
@@ -176,7 +196,7 @@ class World:
         for leaf, (_, weights) in zip(leaves, teachers_of(self.spec), strict=True):
             if weights == wanted:
                 return leaf
-        return open_teacher(wanted, self.student, self._load_foreign)
+        return self._open_teacher(wanted)
 
     @property
     def total_updates(self) -> int:
@@ -186,8 +206,10 @@ class World:
 
     @property
     def teacher_weights(self) -> Weights:
-        """The teacher's weights; the student's where there is no teacher."""
-        return self.teacher.weights if self.teacher else self.student
+        """The teacher's weights; the student's where there is no teacher.  It must be one model in this process."""
+        weights = self.teacher.weights if self.teacher else self.student
+        assert weights is not None, "a routed or served teacher does not sample"
+        return weights
 
     @property
     def blend(self) -> Blend | None:
@@ -241,6 +263,8 @@ class World:
 
     def close(self, *, together: bool = True) -> None:
         """Free DeepSpeed's engine and then the backends: vLLM takes the process group with it."""
+        for model in self.served.values():
+            model.close()
         self.zero.close()
         for engine in self._also_sharded:
             engine.destroy()

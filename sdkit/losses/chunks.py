@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdkit.batches import HiddenScores, TeacherScores, Tokens
+from sdkit.batches import HiddenScores, TeacherScores, Tokens, ToldScores
 from sdkit.losses.divergence import entropy
 from sdkit.losses.objective import Objective
+from sdkit.losses.scores import answer
 from sdkit.losses.scores import logits as logits_of
-from sdkit.losses.support import sampled_token
+from sdkit.losses.support import sampled_token, top_k_ids
 
 
 def projected_loss(
@@ -43,10 +44,11 @@ def projected_loss(
         part = slice(start, start + chunk_tokens)
         with torch.no_grad():
             logits = hidden[part] @ head.T
-            others = [x and logits_of(x, part) for x in (teacher, reference)]
+            of_teacher = teacher and answer(teacher, part)
+            of_reference = reference and logits_of(reference, part)
         logits.requires_grad_(wanted)
         chunk = tokens.slice(part.start, part.stop)
-        loss, sums = objective(logits, others[0], chunk, others[1])
+        loss, sums = objective(logits, of_teacher, chunk, of_reference)
         losses.append(loss.detach())
         stats = {name: value + stats.get(name, 0.0) for name, value in sums.items()}
         if grad_hidden is not None:
@@ -70,7 +72,14 @@ def token_logprobs(
 def scored_logprobs(
     scores: TeacherScores, token: Tensor, temperature: float, chunk_tokens: int
 ) -> Tensor:
-    """Log-probability of each given token under what was scored.  token [M] long -> [M] float32."""
+    """Log-probability of each given token under what was scored.  token [M] long -> [M] float32.
+
+    Of what a teacher told these are the sampled tokens; ValueError at another temperature than 1.
+    """
+    if isinstance(scores, ToldScores):
+        if temperature != 1:
+            raise ValueError(f"the teacher told of temperature 1, not of {temperature:g}")
+        return scores.sampled
     chunks = _logprobs(scores, len(token), temperature, chunk_tokens)
     return torch.cat([sampled_token(logprobs, token[part]) for part, logprobs in chunks])
 
@@ -83,6 +92,20 @@ def token_measures(
     pairs = [(sampled_token(logprobs, token[part]), entropy(logprobs)) for part, logprobs in chunks]
     own, spread = zip(*pairs, strict=True)
     return torch.cat(own), torch.cat(spread)
+
+
+def narrowed(scores: TeacherScores, token: Tensor, k: int, chunk_tokens: int) -> ToldScores:
+    """What a whole teacher would tell, were it asked as a served one is.  token [M] long: the sampled ids."""
+    parts: list[ToldScores] = []
+    for part, logprobs in _logprobs(scores, len(token), 1.0, chunk_tokens):
+        ids = top_k_ids(logprobs, k)
+        own = sampled_token(logprobs, token[part])
+        parts.append(ToldScores(ids=ids, logprobs=logprobs.gather(-1, ids), sampled=own))
+    return ToldScores(
+        ids=torch.cat([p.ids for p in parts]),
+        logprobs=torch.cat([p.logprobs for p in parts]),
+        sampled=torch.cat([p.sampled for p in parts]),
+    )
 
 
 @torch.no_grad()

@@ -5,20 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdkit.batches import ToldScores
 from sdkit.losses.divergence import entropy
+from sdkit.losses.support import sampled_token
 
 
 class Distributions:
-    """Log-softmax and entropy of student, teacher and reference, each computed once per temperature."""
+    """Log-softmax and entropy of student, teacher and reference, each computed once per temperature.
+
+    Of a teacher that told of a few ids (`told`) there is neither, only those ids and the sampled token.
+    """
 
     def __init__(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | None,
+        teacher: Tensor | ToldScores | None,
         reference_logits: Tensor | None = None,
     ) -> None:
         self._logits = {"student": student_logits}
-        for side, logits in (("teacher", teacher_logits), ("reference", reference_logits)):
+        self.told = teacher if isinstance(teacher, ToldScores) else None
+        whole = None if isinstance(teacher, ToldScores) else teacher
+        for side, logits in (("teacher", whole), ("reference", reference_logits)):
             if logits is not None:
                 if logits.shape != student_logits.shape:
                     sizes = f"{tuple(student_logits.shape)} and {tuple(logits.shape)}"
@@ -32,20 +39,36 @@ class Distributions:
         return self._at("student", temperature)
 
     def teacher(self, temperature: float) -> Tensor:
-        """Log-probabilities [C, V], detached.  Raises ValueError where there is no teacher."""
+        """Log-probabilities [C, V], detached.  Raises ValueError where there is no whole teacher."""
         return self._at("teacher", temperature).detach()
+
+    def knows_sampled(self, temperature: float) -> bool:
+        """Whether the teacher's log-probability of the sampled token is known at this temperature."""
+        return self.told is None or temperature == 1
+
+    def teacher_sampled(self, token: Tensor, temperature: float) -> Tensor:
+        """The teacher's log-probability of each token that was sampled.  [C] long -> [C], detached.
+
+        Raises ValueError where it is not known.
+        """
+        if self.told is None:
+            return sampled_token(self.teacher(temperature), token)
+        if temperature != 1:
+            raise ValueError(f"the teacher told of temperature 1, not of {temperature:g}")
+        return self.told.sampled
 
     def reference(self, temperature: float) -> Tensor:
         """Log-probabilities [C, V], detached.  Raises ValueError where there is no reference."""
         return self._at("reference", temperature).detach()
 
     def entropies(self, temperature: float, *sides: str) -> dict[str, Tensor]:
-        """{side_entropy: [C]} over the full vocabulary, detached."""
-        for side in sides:
+        """{side_entropy: [C]} over the full vocabulary, detached; without the teacher's where it told of a few ids."""
+        known = [side for side in sides if side != "teacher" or self.told is None]
+        for side in known:
             if (side, temperature) not in self._entropy:
                 held = entropy(self._at(side, temperature).detach())
                 self._entropy[side, temperature] = held
-        return {f"{side}_entropy": self._entropy[side, temperature] for side in sides}
+        return {f"{side}_entropy": self._entropy[side, temperature] for side in known}
 
     def _at(self, side: str, temperature: float) -> Tensor:
         if (side, temperature) not in self._logprobs:

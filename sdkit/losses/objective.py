@@ -9,7 +9,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from sdkit.batches import Counts, Tokens
+from sdkit.batches import Counts, Tokens, ToldScores
 from sdkit.losses import average as averages
 from sdkit.losses.distributions import Distributions
 from sdkit.losses.divergence import (
@@ -30,7 +30,15 @@ from sdkit.losses.policy_terms import (
     policy_gradient,
     reference_kl,
 )
-from sdkit.losses.support import mass, on_support, overlap, sampled_token, top_k_ids, union_ids
+from sdkit.losses.support import (
+    mass,
+    on_support,
+    on_told,
+    overlap,
+    sampled_token,
+    top_k_ids,
+    union_ids,
+)
 from sdkit.schedules import plain
 from sdkit.specs import (
     Average,
@@ -144,16 +152,18 @@ class Objective:
     def __call__(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | None,
+        teacher: Tensor | ToldScores | None,
         tokens: Tokens,
         reference_logits: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [C, V] of any float dtype, C tokens (may be 0) -> scalar loss, sums over the chunk's tokens.
 
+        Instead of its logits, what the teacher told of some ids will do for a top_k that it chose and for the sampled
+        token; figures of its whole distribution are then missing.  ValueError where a term needs more.
         The sums are detached scalars: `loss/NAME` is the term's share of the loss, `NAME/tokens` the number of
         tokens it counts (weight above 0), any other `NAME/x` the sum of x over those tokens, unweighted.
         """
-        sides = Distributions(student_logits, teacher_logits, reference_logits)
+        sides = Distributions(student_logits, teacher, reference_logits)
         parts: list[Tensor] = []
         stats: dict[str, Tensor] = {}
         for name, term in self.losses.items():
@@ -196,20 +206,20 @@ class Objective:
     ) -> tuple[Tensor, Measures]:
         """ℓ [C] of a distillation term, and its measures."""
         temperature = self._temperature if term.temperature is None else plain(term.temperature)
-        student, teacher = sides.student(temperature), sides.teacher(temperature)
-        sampled = sampled_token(student, token), sampled_token(teacher, token)
-        measures = {
-            "k1": k1(*sampled).detach(),
-            **sides.entropies(temperature, "student", "teacher"),
-        }
+        student = sides.student(temperature)
+        measures = sides.entropies(temperature, "student", "teacher")
+        own = sampled_token(student, token)
+        if sides.knows_sampled(temperature):
+            measures["k1"] = k1(own, sides.teacher_sampled(token, temperature)).detach()
         match term.support:
             case SampledTokenSupport():
-                return sampled_token_surrogate(*sampled, term.clip.log_ratio), measures
+                teachers = sides.teacher_sampled(token, temperature)
+                return sampled_token_surrogate(own, teachers, term.clip.log_ratio), measures
             case VocabularySupport():
-                pair = student, teacher
-            case TopKSupport(remainder=remainder) as support:
-                ids, duplicate, shares = _top_k(support, student.detach(), teacher)
-                pair = on_support(student, teacher, ids, duplicate, remainder)
+                pair = student, sides.teacher(temperature)
+            case TopKSupport() as support:
+                cut = _on_top_k if sides.told is None else _on_told
+                pair, shares = cut(support, sides, temperature)
                 measures |= shares
             case _:
                 assert_never(term.support)
@@ -293,6 +303,43 @@ def _top_k(
         "overlap": overlap(of_student, of_teacher),
     }
     return ids, duplicate, shares
+
+
+def _on_top_k(
+    support: TopKSupport, sides: Distributions, temperature: float
+) -> tuple[tuple[Tensor, Tensor], Measures]:
+    """Both sides on the support, and what share of each it holds."""
+    student, teacher = sides.student(temperature), sides.teacher(temperature)
+    ids, duplicate, shares = _top_k(support, student.detach(), teacher)
+    return on_support(student, teacher, ids, duplicate, support.remainder), shares
+
+
+def _on_told(
+    support: TopKSupport, sides: Distributions, temperature: float
+) -> tuple[tuple[Tensor, Tensor], Measures]:
+    """The same where the teacher told of its own top k, at temperature 1.
+
+    Rescaled to one they may be tempered, since log T / τ is then known up to a constant.  Raises ValueError for what
+    cannot be known: another's choice, more tokens, the mass outside them at another temperature.
+    """
+    told, student, k = sides.told, sides.student(temperature), support.k
+    assert told is not None
+    if support.chosen_by != "teacher" or k > told.ids.shape[-1]:
+        raise ValueError(
+            f"the teacher told of its own top {told.ids.shape[-1]}, not of the {support.chosen_by}'s top {k}"
+        )
+    if temperature != 1 and support.remainder in ("tail_bucket", "drop"):
+        raise ValueError(f"what the teacher told has no {support.remainder} at {temperature:g}")
+    ids, kept = told.ids[:, :k], told.logprobs[:, :k].to(student.dtype)
+    absent = kept == -math.inf
+    chosen = torch.where(absent, -1 - torch.arange(k, device=ids.device), ids)
+    shares = {
+        "student_mass": mass(student.detach(), ids, absent),
+        "overlap": overlap(top_k_ids(student, k), chosen),
+    }
+    if temperature == 1:
+        shares["teacher_mass"] = kept.exp().sum(-1)
+    return on_told(student, kept / temperature, ids, support.remainder), shares
 
 
 def _bounds(clip: DivergenceClip) -> Bounds:

@@ -107,6 +107,14 @@ def group_advantages(
     return (above / (spread + eps)).masked_fill(spread == 0, 0.0)
 
 
+def overlong_share(lengths: Tensor, longest: int, stretch: int) -> Tensor:
+    """How far completions reach into the last `stretch` of `longest` tokens, 0 … 1.  [N] long -> [N] float32.
+
+    Yu 2025 (arXiv 2503.14476), soft overlong punishment: −1 times this is added to the reward.
+    """
+    return ((lengths - (longest - stretch)) / stretch).clamp(0.0, 1.0)
+
+
 def _moments(values: Tensor, place: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of each value's group; 0 exactly where all are equal.  [N], [N] -> [N], [N]."""
     mean = sequence_mean(values, place, groups)

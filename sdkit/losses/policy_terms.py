@@ -23,6 +23,7 @@ from sdkit.losses.policy import (
     importance_ratio,
     k1,
     k2,
+    k3,
     own_gradient,
     policy_ratio,
     scaled_advantages,
@@ -145,12 +146,16 @@ def policy_gradient(
     advantages = _advantages(name, term, sides, tokens, then, temperature)
     ratio = policy_ratio(log_ratio.detach())
     measures = {"ratio": ratio, "advantage": advantages, **sides.entropies(temperature, "student")}
+    if tokens.old_logprobs is not None:
+        measures["old_kl"] = k3(then, now.detach())
     if clip := term.clip:
         low, high = plain(clip.low), plain(clip.high)
         dual = None if clip.dual is None else plain(clip.dual)
         token_loss = clipped_surrogate(log_ratio, advantages, low, high, dual)
         below, above = clip_binds(ratio, advantages, low, high)
         measures |= {"clip_low": below.to(ratio.dtype), "clip_high": above.to(ratio.dtype)}
+        if dual is not None:
+            measures["clip_dual"] = ((advantages < 0) & (ratio > dual)).to(ratio.dtype)
     else:
         token_loss = clipped_surrogate(log_ratio, advantages)
     if term.importance.sampler is None:
@@ -176,7 +181,7 @@ def _advantages(
         return tokens.advantages.to(then.dtype)
 
     def of_teacher(spec: LogRatio) -> Tensor:
-        teacher = sampled_token(sides.teacher(temperature), tokens.token)
+        teacher = sides.teacher_sampled(tokens.token, temperature)
         advantages = _teachers(spec, teacher - then, tokens)
         if spec.center == "sequence":
             advantages = advantages - _sequence_mean(tokens, f"{name}/advantage")

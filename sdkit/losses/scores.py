@@ -8,13 +8,19 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from sdkit.batches import BlendedScores, HiddenScores, RoutedScores, TeacherScores
+from sdkit.batches import BlendedScores, HiddenScores, RoutedScores, TeacherScores, ToldScores
+
+
+def answer(scores: TeacherScores, at: slice | Tensor) -> Tensor | ToldScores:
+    """Logits [C, V] of the tokens at these places of the M, or what was told of some ids."""
+    return scores.at(at) if isinstance(scores, ToldScores) else logits(scores, at)
 
 
 def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
     """Logits of the tokens at these places of the M, up to a constant per token.  -> [C, V], no gradient.
 
-    Of the model's dtype where one model answers, else float32 (float64 for float64).
+    Of the model's dtype where one model answers, else float32 (float64 for float64).  Raises ValueError where only some
+    ids were told of.
     """
     match scores:
         case HiddenScores(hidden=hidden, head=head):
@@ -26,6 +32,8 @@ def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
             for i, answer in enumerate(answers):
                 joined[which == i] = answer
             return joined
+        case ToldScores():
+            raise ValueError("a teacher that tells of a few ids has no logits of the vocabulary")
         case BlendedScores(parts=parts, factors=factors):
             return _summed([wide(logits(part, at)) for part in parts], factors)
         case _:

@@ -71,7 +71,26 @@ def on_support(
     Duplicates become -inf on both sides: no value, no gradient.  `renormalize_teacher` leaves the student as it is
     (arXiv 2603.07079; its minimum is −log ΣS, not 0); `drop` leaves both, and may be negative.
     """
-    student, teacher = _kept(student, ids, duplicate), _kept(teacher, ids, duplicate)
+    return _with_remainder(
+        _kept(student, ids, duplicate), _kept(teacher, ids, duplicate), remainder
+    )
+
+
+def on_told(
+    student: Tensor, told: Tensor, ids: Tensor, remainder: Remainder
+) -> tuple[Tensor, Tensor]:
+    """`on_support` where the teacher is known on the ids alone.  [..., V], [..., K], [..., K] long -> the same.
+
+    `told` may lack a constant per position where the remainder rescales it.  An id of which -inf was told is none: it is
+    left out on both sides.
+    """
+    return _with_remainder(_kept(student, ids, told == -torch.inf), told, remainder)
+
+
+def _with_remainder(
+    student: Tensor, teacher: Tensor, remainder: Remainder
+) -> tuple[Tensor, Tensor]:
+    """[..., K], [..., K] -> twice [..., K], or [..., K + 1]."""
     match remainder:
         case "tail_bucket":
             return tail_bucket(student), tail_bucket(teacher)

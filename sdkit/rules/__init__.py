@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from sdkit.overlay import Loaded
 from sdkit.problems import Problem
-from sdkit.rules import data, losses, policy, prompts, rollouts, scores, teachers, tokens, training
+from sdkit.rules import (
+    data,
+    losses,
+    policy,
+    prompts,
+    rollouts,
+    scores,
+    served,
+    teachers,
+    tokens,
+    training,
+)
 from sdkit.rules.base import Context, Rule
 from sdkit.specs import ExperimentSpec, MethodSpec
 
@@ -14,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     *tokens.RULES,
     *rollouts.RULES,
     *teachers.RULES,
+    *served.RULES,
     *prompts.RULES,
     *data.RULES,
     *scores.RULES,

@@ -37,6 +37,7 @@ from sdkit.specs import (
     ReverseKl,
     RewardAtLeast,
     SampledTokenSupport,
+    ServedWeights,
     StudentSamples,
     StudentWeights,
     TeacherSamples,
@@ -183,7 +184,8 @@ def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             return
     for _, weights in teachers_of(spec):
         # The live student itself, unblended, is an error: zero_signal.
-        if isinstance(weights, ExternalWeights) or (weights == StudentWeights() and not blend):
+        elsewhere = isinstance(weights, ExternalWeights | ServedWeights)
+        if elsewhere or (weights == StudentWeights() and not blend):
             return
     if all(needs_teacher(t) or isinstance(t, ReferenceKl) for t in spec.losses.values()):
         message = "the teacher starts as the student and sees the same: nothing to learn from"

@@ -85,4 +85,18 @@ def nothing_pulls(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield ("losses",), message, "add another term"
 
 
-RULES = (lone_advantage, advantages_differ, off_policy_gradient, nothing_pulls)
+@method_rule("an overlong completion is longer than others")
+def overlong_stretch(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The penalty grows over the last `stretch` tokens before the longest completion; where these are
+    all, every completion is punished, the short ones too.
+    """
+    longest = spec.rollout.max_new_tokens
+    for path, term in policy_gradients(spec):
+        part = reward_part(term.advantage)
+        if part and part.overlong and part.overlong.stretch >= longest:
+            said = context.stated(("rollout", "max_new_tokens"), longest)
+            message = f"stretch is {part.overlong.stretch}, but {said}: no completion goes free"
+            yield (*path, *_of_reward(term), "overlong", "stretch"), message, "lower stretch"
+
+
+RULES = (lone_advantage, advantages_differ, off_policy_gradient, nothing_pulls, overlong_stretch)

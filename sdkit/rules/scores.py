@@ -12,6 +12,7 @@ from sdkit.rules.base import Context, Finding, columns_of, did_you_mean, run_rul
 from sdkit.specs import (
     ExperimentSpec,
     FileReward,
+    PythonTests,
     ReasoningGymReward,
     ReasoningGymSource,
     RegexReward,
@@ -77,7 +78,7 @@ def reasoning_gym_reward(spec: ExperimentSpec, context: Context) -> Iterator[Fin
                     yield ("evaluation", "suites", suite_name, "score"), message, hint
 
 
-@run_rule("right answers are in the columns of the suites")
+@run_rule("right answers and tests are in the columns of the suites")
 def answer_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A reward that compares with a column needs it in every suite that it scores."""
     for name, reward in spec.rewards.items():
@@ -85,7 +86,7 @@ def answer_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         for suite_name, suite in _users(spec, name) if column else ():
             known = columns_of(spec, suite.data)
             if column and known and column not in known:
-                path = ("rewards", name, "answer")
+                path = ("rewards", name, "tests" if isinstance(reward, PythonTests) else "answer")
                 said = context.stated(path, column)
                 message = (
                     f"{said}, which {outside(known)}, the columns of suite {shorten(suite_name)}"
@@ -123,6 +124,18 @@ def zero_weights(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     for name, reward in spec.rewards.items():
         if isinstance(reward, WeightedReward) and not any(reward.parts.values()):
             yield ("rewards", name, "parts"), f"all weights of {shorten(name)} are 0", None
+
+
+@run_rule("one test has no more time than all together")
+def test_seconds(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A completion's tests share total_seconds, so no test could ever take as long as seconds says."""
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, PythonTests) and reward.seconds > reward.total_seconds:
+            path = ("rewards", name)
+            total = context.stated((*path, "total_seconds"), reward.total_seconds)
+            one = context.stated((*path, "seconds"), reward.seconds)
+            written = context.loaded.written((*path, "seconds"))
+            yield (*path, "seconds" if written else "total_seconds"), f"{one}, but {total}", None
 
 
 @run_rule("a reward model is a model on this machine")
@@ -172,6 +185,7 @@ RULES = (
     unknown_part,
     part_of_itself,
     zero_weights,
+    test_seconds,
     reward_model_folder,
     pattern,
     reward_file,

@@ -24,12 +24,14 @@ from sdkit.specs import (
     GeometricBlend,
     MethodSpec,
     RoutedWeights,
+    ServedWeights,
     StudentWeights,
     TeacherSamples,
     TrustRegionBlend,
     VllmBackend,
     blend_base,
     other_models,
+    served_teachers,
     teachers_of,
 )
 from sdkit.vocabulary import first_difference, of_folder
@@ -44,6 +46,8 @@ def teacher_model(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         where = (*path, "path")
         yield from unknown_bundled(where, weights.path)
         yield from no_model(where, weights.path, context)
+    for path, weights in served_teachers(spec):
+        yield from unknown_bundled((*path, "tokenizer"), weights.tokenizer or "")
 
 
 @run_rule("an external teacher, or the base of a blend, has the student's vocabulary")
@@ -52,13 +56,15 @@ def teacher_vocabulary(spec: ExperimentSpec, context: Context) -> Iterator[Findi
     a folder cannot tell, the tokenizers are compared before any weights are loaded.
     """
     ours = of_folder(Folder(context.file(spec.model.path)))
-    for path, weights in other_models(spec):
-        theirs = of_folder(Folder(context.file(weights.path)))
+    folders = [((*path, "path"), weights.path) for path, weights in other_models(spec)]
+    folders += [((*path, "tokenizer"), w.tokenizer or "") for path, w in served_teachers(spec)]
+    for where, folder in folders:
+        theirs = of_folder(Folder(context.file(folder))) if folder else None
         if ours is None or theirs is None:
             continue
         if difference := first_difference(ours, theirs):
             message = f"another vocabulary than the student's: {difference}"
-            yield (*path, "path"), message, "take a model with the student's tokenizer"
+            yield where, message, "take a model with the student's tokenizer"
 
 
 @method_rule("vLLM samples under the student's architecture")
@@ -82,9 +88,12 @@ def no_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     by = spec.rollout.sampled_by
     if not isinstance(by, TeacherSamples) or by.weights != "teacher" or not spec.teacher:
         return
-    if isinstance(spec.teacher.weights, RoutedWeights):
-        message = "a routed teacher is several models and does not sample"
-        yield ("rollout", "sampled_by"), message, "use sampled_by: student"
+    reasons = {
+        RoutedWeights: "a routed teacher is several models and does not sample",
+        ServedWeights: "a served teacher is asked about completions and does not sample",
+    }
+    if reason := reasons.get(type(spec.teacher.weights)):
+        yield ("rollout", "sampled_by"), reason, "use sampled_by: student"
     elif spec.teacher.blend:
         message = "a blended teacher is a product of distributions and does not sample"
         yield ("rollout", "sampled_by"), message, "use sampled_by: student, or remove the blend"

@@ -111,6 +111,19 @@ def equal_shares(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         yield ("training", "prompts_per_step"), found, f"use a multiple of {ranks}"
 
 
+@run_rule("what is offloaded is shared out")
+def offload_stage(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """DeepSpeed moves a rank's share: of masters and moments from stage 1 on, of parameters under stage 3."""
+    stage = spec.training.zero_stage
+    needed = {"optimizer": 1, "parameters": 3}
+    for place, what in enumerate(spec.training.offload):
+        if stage < needed[what]:
+            stated = context.stated(("training", "zero_stage"), stage)
+            message = f"{what} cannot be offloaded: {stated}"
+            hint = f"use zero_stage: {needed[what]}" + (" or more" if needed[what] < 3 else "")
+            yield ("training", "offload", place), message, hint
+
+
 @run_rule("the longest sequence fits one forward pass")
 def micro_batch(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A sequence is never split over forward passes."""
@@ -170,6 +183,7 @@ RULES = (
     betas,
     context_length,
     equal_shares,
+    offload_stage,
     micro_batch,
     beyond_run,
     unused_setting,

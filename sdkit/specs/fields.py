@@ -52,6 +52,7 @@ class Range:
 POSITIVE = Range("a number above 0", lambda v: v > 0)
 NOT_NEGATIVE = Range("a number of at least 0", lambda v: v >= 0)
 AT_LEAST_ONE = Range("a whole number of at least 1", lambda v: v >= 1)
+AT_LEAST_64 = Range("a whole number of at least 64", lambda v: v >= 64)
 SHARE = Range("a number from 0 to 1", lambda v: 0 <= v <= 1)
 NEGATIVE = Range("a number below 0", lambda v: v < 0)
 ABOVE_ONE = Range("a number above 1", lambda v: v > 1)

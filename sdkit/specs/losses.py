@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, assert_never
 
 from attrs import frozen
@@ -103,8 +104,9 @@ class PerToken:
     """Mean over all loss tokens of the global batch."""
 
     kind: ClassVar[str] = "per_token"
-    denominator: Literal["own", "joint"] = spec_field(
-        "number of this term's tokens, or of all terms' that say joint", default="own"
+    denominator: Literal["own", "joint", "completions"] = spec_field(
+        "number of this term's tokens, of all terms' that say joint, or of the completions', counted or not",
+        default="own",
     )
 
 
@@ -183,6 +185,19 @@ class CrossEntropy:
 
 
 @frozen(kw_only=True)
+class OverlongPenalty:
+    """Taken off the reward, for the advantage alone: amount × how far the completion reaches into its last tokens.
+
+    Nothing up to rollout.max_new_tokens − stretch, the whole amount at rollout.max_new_tokens.
+    """
+
+    stretch: int = spec_field("how many tokens are the last ones", range=AT_LEAST_ONE)
+    amount: float | Schedule = spec_field(
+        "what a completion of full length loses", default=1.0, range=POSITIVE
+    )
+
+
+@frozen(kw_only=True)
 class GroupRelative:
     """The rollout's reward against its group's, the same for all its tokens.
 
@@ -200,6 +215,7 @@ class GroupRelative:
     eps: float | Schedule = spec_field(
         "added to the standard deviation", default=1e-4, range=POSITIVE
     )
+    overlong: OverlongPenalty | None = spec_field("what long completions lose", default=None)
 
 
 @frozen(kw_only=True)
@@ -350,3 +366,9 @@ def nothing_without_teacher(term: LossTerm) -> bool:
     if isinstance(term, PolicyGradient):
         return isinstance(term.advantage, LogRatio)
     return isinstance(term, Distillation)
+
+
+def widest_top_k(losses: Mapping[str, LossTerm]) -> int:
+    """The largest k of the terms' supports; 0 where none is a top_k."""
+    supports = [t.support for t in losses.values() if isinstance(t, Distillation)]
+    return max((s.k for s in supports if isinstance(s, TopKSupport)), default=0)

@@ -9,13 +9,14 @@ from attrs import frozen
 from sdkit.specs.blends import Blend, ExtrapolateBlend, GeometricBlend
 from sdkit.specs.contexts import Sees
 from sdkit.specs.fields import NOT_EMPTY, Table, spec_field
-from sdkit.specs.losses import LossTerm
+from sdkit.specs.losses import LossTerm, widest_top_k
 from sdkit.specs.rollouts import RolloutSpec
 from sdkit.specs.teachers import (
     ExternalWeights,
     FrozenWeights,
     OneTeacher,
     RoutedWeights,
+    ServedWeights,
     TeacherWeights,
 )
 from sdkit.specs.token_weights import RouteSpec
@@ -61,6 +62,18 @@ def external_teachers(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], Exter
     for path, weights in teachers_of(spec):
         if isinstance(weights, ExternalWeights):
             yield path, weights
+
+
+def served_teachers(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], ServedWeights]]:
+    """The models behind servers that teach, each with its key."""
+    for path, weights in teachers_of(spec):
+        if isinstance(weights, ServedWeights):
+            yield path, weights
+
+
+def tokens_told(spec: MethodSpec) -> int | None:
+    """How many of its likeliest tokens each teacher tells of, where one of them is served; None: all are whole."""
+    return widest_top_k(spec.losses) if any(served_teachers(spec)) else None
 
 
 def blend_base(spec: MethodSpec) -> FrozenWeights | ExternalWeights | None:

@@ -153,6 +153,12 @@ class OutputSpec:
         range=AT_LEAST_ONE,
     )
     tensorboard: bool = spec_field("write TensorBoard events", default=True)
+    tripwire_steps: int | None = spec_field(
+        "steps in a row that teach nothing (flat rewards, no counted token, no divergence, no gradient, all completions "
+        "cut) before a warning says why; null: never",
+        default=5,
+        range=AT_LEAST_ONE,
+    )
 
 
 @frozen(kw_only=True)

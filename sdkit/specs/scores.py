@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from attrs import frozen
 
 from sdkit.specs.data import DataSpec
 from sdkit.specs.fields import (
+    AT_LEAST_64,
     AT_LEAST_ONE,
     NOT_EMPTY,
     NOT_NEGATIVE,
@@ -47,7 +48,14 @@ class LastChoice:
     kind: ClassVar[str] = "last_choice"
 
 
-Extract = WholeText | Tagged | LastNumber | LastChoice
+@frozen(kw_only=True)
+class LastCodeBlock:
+    """What stands in the last complete code block, between lines of three backticks."""
+
+    kind: ClassVar[str] = "code_block"
+
+
+Extract = WholeText | Tagged | LastNumber | LastChoice | LastCodeBlock
 
 
 @frozen(kw_only=True)
@@ -117,6 +125,64 @@ class MathVerifyReward:
 
 
 @frozen(kw_only=True)
+class PythonTests:
+    """What the completion's Python program does in the tests of its row, run in a sandbox.
+
+    A column of tests has Python source of asserts, `test_…` functions or unittest classes; or a list of such sources;
+    or LiveCodeBench's cases of standard input and output, or of a function's arguments and value: a list of
+    {input, output, testtype: stdin | functional, fn_name}, or {inputs: […], outputs: […], testtype, fn_name,
+    time_limit}; each as text or as JSON in a text.  What was printed or returned is compared outside of the sandbox.
+    Source runs in the program's own interpreter: to leave early passes no test, but a program that changes what
+    `==` or `assert` do to it can pass them.
+    """
+
+    kind: ClassVar[str] = "python_tests"
+    tests: str = spec_field("column with the tests", default="tests")
+    extract: Extract = spec_field(
+        "which part of the completion is the program", default=LastCodeBlock()
+    )
+    credit: Literal["all", "share"] = spec_field(
+        "`all`: 1 where every test is passed, else 0; `share`: the share that is passed",
+        default="all",
+    )
+    seconds: float = spec_field("longest time for one test", default=10.0, range=POSITIVE)
+    cpu_seconds: int = spec_field(
+        "longest processor time for one test; a row's own time_limit holds where it is smaller",
+        default=6,
+        range=AT_LEAST_ONE,
+    )
+    total_seconds: float = spec_field(
+        "longest time for all tests of a completion; tests not reached fail",
+        default=60.0,
+        range=POSITIVE,
+    )
+    memory_mib: int = spec_field(
+        "address space of a program, the interpreter's included", default=1024, range=AT_LEAST_64
+    )
+    files_mib: int = spec_field(
+        "space in its working folder, emptied after each test; without namespaces nothing can be written",
+        default=16,
+        range=AT_LEAST_ONE,
+    )
+    output_kib: int = spec_field(
+        "longest output of one test; more ends it", default=1024, range=AT_LEAST_ONE
+    )
+    packages: bool = spec_field(
+        "let programs import the packages installed beside sdkit, such as numpy", default=False
+    )
+    at_once: int = spec_field("programs at the same time", default=4, range=AT_LEAST_ONE)
+    isolation: Literal["namespaces", "without_namespaces"] = spec_field(
+        "`namespaces`: no network, no file but Python's own, refused where the machine allows no user "
+        "namespaces; `without_namespaces`: limits and a system call filter alone, so no network and "
+        "no writing either, but programs read what you can read",
+        default="namespaces",
+    )
+    feedback_characters: int = spec_field(
+        "longest text on the first test that failed", default=2000, range=AT_LEAST_ONE
+    )
+
+
+@frozen(kw_only=True)
 class RewardModel:
     """The one output of a sequence-classification model that reads prompt and completion as a chat."""
 
@@ -159,6 +225,7 @@ Reward = (
     | ChoiceReward
     | RegexReward
     | MathVerifyReward
+    | PythonTests
     | RewardModel
     | FileReward
     | WeightedReward

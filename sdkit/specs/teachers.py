@@ -6,7 +6,16 @@ from typing import ClassVar, Literal
 
 from attrs import frozen
 
-from sdkit.specs.fields import AT_LEAST_ONE, NOT_EMPTY, SHARE, Schedule, Table, spec_field
+from sdkit.specs.fields import (
+    AT_LEAST_ONE,
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Schedule,
+    Table,
+    spec_field,
+)
 
 
 @frozen(kw_only=True)
@@ -54,7 +63,47 @@ class ExternalWeights:
     )
 
 
-OneTeacher = StudentWeights | FrozenWeights | EmaWeights | CopyWeights | ExternalWeights
+@frozen(kw_only=True)
+class ServedWeights:
+    """A model behind vLLM's HTTP API, with the student's vocabulary.
+
+    It tells of its likeliest tokens and of the sampled one alone, at temperature 1, and reads the same token ids as the
+    student.  Start the server with `--max-logprobs` of at least the largest k.
+    """
+
+    kind: ClassVar[str] = "served"
+    url: str = spec_field("where the server listens, such as http://127.0.0.1:8000")
+    model: str = spec_field("the name that it serves the model under", range=NOT_EMPTY)
+    tokenizer: str | None = spec_field(
+        "`bundled:NAME`, a local folder, or a hub id, to be compared with the student's; how the server spells every id "
+        "is compared in any case",
+        default=None,
+        range=NOT_EMPTY,
+    )
+    key_from: str | None = spec_field(
+        "environment variable that holds the server's key; the key itself stands in no spec",
+        default=None,
+    )
+    allow_remote: bool = spec_field(
+        "let the server be another machine: prompts and completions are sent there", default=False
+    )
+    requests_at_once: int = spec_field("sequences in flight", default=8, range=AT_LEAST_ONE)
+    request_seconds: float = spec_field(
+        "longest time for one request", default=120.0, range=POSITIVE
+    )
+    retries: int = spec_field(
+        "further attempts where a server cannot be reached or is busy",
+        default=6,
+        range=NOT_NEGATIVE,
+    )
+    deadline_seconds: float = spec_field(
+        "longest time for one sequence, further attempts included", default=600.0, range=POSITIVE
+    )
+
+
+OneTeacher = (
+    StudentWeights | FrozenWeights | EmaWeights | CopyWeights | ExternalWeights | ServedWeights
+)
 
 
 @frozen(kw_only=True)

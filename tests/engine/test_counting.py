@@ -328,10 +328,12 @@ def test_ranks_count_as_one(batch, term, cut):
 @pytest.mark.parametrize("cut", [0, 3, 9])
 def test_advantages_take_the_spread_of_all_ranks(batch, scale, cut):
     losses = Table({"policy": PolicyGradient(advantage=GroupRelative(scale=scale))})
-    whole = [r.advantage for r in with_advantages(losses, batch, alone)]
+    whole = [r.advantage for r in with_advantages(losses, batch, alone, 12)]
     rollouts = tuple(batch)
     parts = [RolloutBatch(rollouts=part) for part in (rollouts[:cut], rollouts[cut:])]
-    out = Ranks(2).run(lambda rank, everywhere: with_advantages(losses, parts[rank], everywhere))
+    out = Ranks(2).run(
+        lambda rank, everywhere: with_advantages(losses, parts[rank], everywhere, 12)
+    )
     joined = [r.advantage for part in out for r in part]
     assert joined == pytest.approx(whole)
     assert len(set(joined)) > 1
@@ -364,6 +366,19 @@ def test_joint_terms_share_one_denominator(batch):
         weights = weights_of(found, name)
         counts = weights[weights > 0].tolist()
         assert counts == pytest.approx([1 / whole] * tokens[name])
+    assert weights_of(found, "own").sum() == pytest.approx(1)
+
+
+def test_a_term_may_divide_by_the_tokens_of_all_completions(batch):
+    """What a gate leaves out stays in the denominator: Σ over gated tokens / all 51 tokens, whoever has a teacher."""
+    whole = PerToken(denominator="completions")
+    gated = distil(MaskSpec(teacher_entropy_above=1.0))
+    losses = Table({"gated": evolve(gated, average=whole), "own": gated, "rest": imitate()})
+    found = collated(batch, losses)
+    tokens = found.counts["gated"].tokens
+    assert 0 < tokens == found.counts["own"].tokens < 51 == found.counts["rest"].tokens
+    assert weights_of(found, "gated").sum() == pytest.approx(tokens / 51)
+    assert weights_of(found, "gated").max() == pytest.approx(1 / 51)
     assert weights_of(found, "own").sum() == pytest.approx(1)
 
 

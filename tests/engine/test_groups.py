@@ -1,5 +1,7 @@
 """Groups judged by a reward: what the teacher is shown, advantages, the pull to the reference."""
 
+import math
+
 import pytest
 import torch
 from attrs import evolve
@@ -17,6 +19,8 @@ from sdkit.specs import (
     ForwardKl,
     FrozenWeights,
     GroupRelative,
+    OptimizerSpec,
+    OverlongPenalty,
     PolicyGradient,
     ReferenceKl,
     RegexReward,
@@ -24,6 +28,7 @@ from sdkit.specs import (
     SuccessfulSibling,
     Table,
     TeacherSpec,
+    TrainingSpec,
     TransformersBackend,
     UserTurn,
     VocabularySupport,
@@ -115,6 +120,17 @@ def test_advantages_are_rewards_against_their_group(group_world):
     assert found[:8] == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
 
 
+def test_overlong_completions_lose_advantage_and_no_reward(group_world):
+    """Of 8 tokens the last 4 are punished, half a point for all of them; the reward itself stays 1."""
+    spec = GroupRelative(baseline="none", overlong=OverlongPenalty(stretch=4, amount=0.5))
+    losses = Table({"policy": PolicyGradient(advantage=spec)})
+    batch = step(group_world(judged(1), teacher=None, losses=losses)).batch
+    lost = [0.5 * max(0, len(r.completion_ids) - 4) / 4 for r in batch]
+    assert max(lost) == 0.5
+    assert [r.advantage for r in batch] == [1 - x for x in lost]
+    assert {r.reward for r in batch} == {1.0}
+
+
 def test_an_advantage_of_two_parts_keeps_rollouts_without_a_teacher(group_world):
     """Group 0 has a success, so its failures have a teacher; in group 1 nobody has."""
     two = AdvantageAdd(group_relative=GroupRelative(baseline="none"), log_ratio_weight=0.5)
@@ -143,6 +159,33 @@ def test_rewarded_completions_become_likelier(group_world):
     for _ in range(3):
         train_step(world, batch)
     assert _logprob(world, best) > before
+
+
+def test_two_updates_share_the_log_probabilities_before_the_first(group_world):
+    """Whoever the sampler was, the ratio of a batch's later update is to the weights before its first."""
+    losses = Table({"policy": PolicyGradient(advantage=GroupRelative())})
+    world = group_world(
+        judged(1, 0, 0, 0),
+        teacher=None,
+        losses=losses,
+        optimizer=OptimizerSpec(lr=1e-2),
+        training=TrainingSpec(steps=1, prompts_per_step=2, updates_per_rollout=2, zero_stage=0),
+    )
+    first, second = batch_of(world).split(2)
+    measured = train_step(world, first).metrics
+    assert measured["policy/ratio"] == pytest.approx(1, abs=1e-4)
+    assert measured["policy/old_kl"] == pytest.approx(0, abs=1e-6)
+    now = take_measures(world, second, {"student_logprobs"})
+    ratios = [
+        math.exp(after - before)
+        for r, m in zip(second, now, strict=True)
+        for before, after in zip(r.old_logprobs, m.measures["student_logprobs"], strict=True)
+    ]
+    moved = train_step(world, second).metrics
+    assert abs(moved["policy/ratio"] - 1) > 1e-3
+    assert moved["policy/ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    kl = sum(ratio - 1 - math.log(ratio) for ratio in ratios) / len(ratios)
+    assert moved["policy/old_kl"] == pytest.approx(kl, rel=1e-3)
 
 
 def test_equal_rewards_move_nothing(group_world):

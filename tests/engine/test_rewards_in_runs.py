@@ -4,7 +4,17 @@ import pytest
 from attrs import evolve
 from tinyruns import evaluated, inline, make_spec
 
-from sdkit.specs import Decoding, FileReward, NumberReward, Suite, Table, WeightedReward
+from sdkit.specs import (
+    Decoding,
+    FileReward,
+    InlineSource,
+    NumberReward,
+    PythonTests,
+    Suite,
+    Table,
+    WeightedReward,
+    WholeText,
+)
 
 OWN = "def length(completion, row):\n    return len(completion) / 100, 'say less'\n"
 
@@ -40,3 +50,34 @@ def test_parts_are_measured_and_feedback_is_kept(tiny_folder, tmp_path):
     for record in found.records:
         assert set(record["scores"]) == set(names)
         assert record["feedback"]["total"].endswith("say less")
+
+
+def test_programs_are_tested_in_a_run(tiny_folder, tmp_path):
+    from sdkit.engine import zero
+    from sdkit.engine.evaluate import evaluate
+    from sdkit.engine.run import open_world
+    from sdkit.problems import BadData
+
+    reward = PythonTests(tests="answer", extract=WholeText(), isolation="without_namespaces")
+    suite = Suite(
+        data=inline(3, 100), score="passes", decoding=Table({"greedy": Decoding(temperature=0.0)})
+    )
+    spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
+    spec = evolve(spec, rewards=Table({"passes": reward}))
+    world = open_world(spec, tmp_path)
+    try:
+        found = evaluate(world)
+    finally:
+        world.close()
+        zero.stop()
+    # A model of random weights writes no Python: its programs fail, and say so.
+    assert found.scores["sums", "greedy", "passes"] == [0.0] * 3
+    assert all("Test 1 of 1 failed" in r["feedback"]["passes"] for r in found.records)
+
+    rows = tuple(Table({**row, "answer": "{}"}) for row in suite.data.source.rows)
+    bad = evolve(suite, data=evolve(suite.data, source=InlineSource(rows=rows)))
+    spec = evolve(spec, evaluation=evolve(spec.evaluation, suites=Table({"sums": bad})))
+    with pytest.raises(
+        BadData, match=r"row 0: tests in the column 'answer': a table needs.*\nrow 1"
+    ):
+        open_world(spec, tmp_path)

@@ -14,6 +14,7 @@ from sdkit.specs import (
     ForwardKl,
     FrozenWeights,
     GeometricBlend,
+    GroupRelative,
     InlineSource,
     LogRatio,
     LoraSpec,
@@ -21,18 +22,21 @@ from sdkit.specs import (
     MethodSpec,
     ModelSpec,
     OptimizerSpec,
+    OverlongPenalty,
     PassRateWeight,
     PerplexityWeight,
     PerToken,
     PolicyGradient,
     PositionWeight,
     ProductBlend,
+    ReverseKl,
     RouteSpec,
     Schedule,
     ShapeSpec,
     Table,
     TeacherEntropyWeight,
     TeacherSpec,
+    TopKSupport,
     TrainingSpec,
     TrustRegionBlend,
     VocabularySupport,
@@ -86,6 +90,32 @@ def test_a_joint_denominator_and_a_floor_that_leaves_out_are_said():
     line = said(term)
     assert "advantage log teacher − log student (where it is at least -2.5)" in line
     assert line.endswith("sum over tokens / tokens of all terms that say joint")
+
+
+def test_a_denominator_of_all_completions_is_said():
+    term = CrossEntropy(average=PerToken(denominator="completions"))
+    assert said(term).endswith("tokens, sum over tokens / tokens of all completions")
+
+
+def test_what_long_completions_lose_is_said():
+    penalty = OverlongPenalty(stretch=4096, amount=0.5)
+    line = said(PolicyGradient(advantage=GroupRelative(scale="group_std", overlong=penalty)))
+    reward = "reward (0.5 off a full-length completion, less over its last 4096 tokens)"
+    assert f"advantage ({reward} − group mean) / (group std + 0.0001)," in line
+
+
+def test_a_moving_coefficient_stands_in_brackets():
+    line = said(CrossEntropy(coefficient=Schedule(start=1, to=0, steps=5)))
+    assert line.startswith("term: (1 → 0 over 5 steps) × cross entropy")
+
+
+def test_detached_weights_are_said_behind_the_support():
+    term = Distillation(
+        divergence=ReverseKl(detach_weights=True),
+        support=TopKSupport(k=5, chosen_by="student", remainder="drop"),
+    )
+    text = "reverse KL(student‖teacher) over the student's top 5 tokens (drop), weights detached,"
+    assert text in said(term)
 
 
 def test_a_route_is_said():

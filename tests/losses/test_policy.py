@@ -11,6 +11,7 @@ from sdkit.losses.policy import (
     k1,
     k2,
     k3,
+    overlong_share,
     sampled_token_surrogate,
     sequence_mean,
 )
@@ -104,3 +105,9 @@ def test_nothing_flows_to_the_teacher_and_no_argument_changes(function):
     assert t.grad is None
     assert s.grad is not None
     assert (s._version, t._version) == (0, 0)
+
+
+def test_overlong_completions_lose_by_how_far_they_reach_into_the_last_tokens():
+    """Longest 20, the last 8 of them: free up to 12, then an eighth a token."""
+    lengths = torch.tensor([0, 12, 13, 16, 19, 20])
+    assert overlong_share(lengths, 20, 8).tolist() == [0, 0, 0.125, 0.5, 0.875, 1]

@@ -375,22 +375,27 @@ def test_a_chunk_without_tokens_has_a_graph_and_every_figure(logits, tokens, ter
 
 
 def test_figures_of_a_policy_gradient(logits, tokens):
-    _, _, stats = figures(pull(clip=CLIP, coefficient=2.0), logits, tokens)
+    clip = ClipSpec(low=0.3, high=0.4, dual=1.2)
+    _, _, stats = figures(pull(clip=clip, coefficient=2.0), logits, tokens)
     now = picked(logits.student.detach())
     ratio, worth = (now - tokens.old_logprobs).exp()[COUNTED], tokens.advantages[COUNTED]
     low, high = (worth < 0) & (ratio < 0.7), (worth > 0) & (ratio > 1.4)
+    dual = (worth < 0) & (ratio > 1.2)
     assert {k: v.item() for k, v in stats.items() if k != "pull/student_entropy"} == pytest.approx(
         {
-            "loss/pull": figures(pull(clip=CLIP), logits, tokens)[0].item() * 2,
+            "loss/pull": figures(pull(clip=clip), logits, tokens)[0].item() * 2,
             "pull/tokens": 4,
             "pull/token_loss": stats["pull/token_loss"].item(),
             "pull/ratio": ratio.sum().item(),
             "pull/advantage": worth.sum().item(),
             "pull/clip_low": low.sum().item(),
             "pull/clip_high": high.sum().item(),
+            "pull/clip_dual": dual.sum().item(),
+            "pull/old_kl": (ratio - 1 - ratio.log()).sum().item(),
         }
     )
     assert 0 < low.sum() + high.sum() < 4
+    assert 0 < dual.sum() < 4
 
 
 def test_figures_of_a_reference_kl(naive, logits, tokens):
@@ -412,9 +417,11 @@ def test_which_figures_a_term_has(logits, tokens):
         return {key.removeprefix("pull/") for key in stats} - {"loss/pull"}
 
     common = {"tokens", "token_loss", "student_entropy"}
-    plain = common | {"ratio", "advantage"}
+    plain = common | {"ratio", "advantage", "old_kl"}
     assert keys(pull()) == keys(pull(LogRatio())) == plain
-    assert keys(pull(clip=CLIP)) == plain | {"clip_low", "clip_high"}
+    two_sided = plain | {"clip_low", "clip_high"}
+    assert keys(pull(clip=ClipSpec(low=0.2, high=0.2))) == two_sided
+    assert keys(pull(clip=CLIP)) == two_sided | {"clip_dual"}
     assert keys(pull(importance=TOKEN_SAMPLER)) == plain | {"sampler_ratio", "ratio_capped"}
     assert keys(ReferenceKl(estimator="k2")) == common | {"k1", "reference_kl"}
 

@@ -1,0 +1,168 @@
+"""One vLLM server over HTTP: pooled connections, so many requests at once, further attempts within a deadline.
+
+Knows paths and JSON; knows nothing of teachers, rollouts or what stands in an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+
+PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Statuses of a server that may answer another time."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0
+"""Seconds before the second attempt, and at most; each pause is twice the one before."""
+
+ADVICE: Mapping[int, str] = {
+    401: "name the environment variable that holds its key: key_from",
+    403: "name the environment variable that holds its key: key_from",
+}
+
+Body = Mapping[str, Any]
+
+
+class Unanswered(Exception):
+    """What a server did instead of answering: one line, perhaps the status and what to do."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        hint: str | None = None,
+        passing: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.hint = hint
+        self.passing = passing  # it may be otherwise in a moment
+
+
+class Server:
+    """A server's address, and how patiently it is asked.
+
+    Environment variables for proxies count for remote servers alone: what is meant for this machine stays on it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str | None = None,
+        remote: bool = False,
+        at_once: int,
+        request_seconds: float,
+        deadline_seconds: float,
+        retries: int,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.at_once = at_once
+        self.request_seconds = request_seconds
+        self.deadline_seconds = deadline_seconds
+        self.retries = retries
+        self._client = httpx.AsyncClient(
+            base_url=self.url,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once),
+            timeout=None,  # the whole request has one, below
+            trust_env=remote,
+        )
+        self._loop = asyncio.Runner()  # kept, because connections belong to their loop
+
+    def get(self, path: str, *, retries: int | None = None) -> Any:
+        """The answer as JSON.  Raises Unanswered."""
+        return self._loop.run(self._all(path, [None], retries))[0]
+
+    def post(self, path: str, bodies: Sequence[Body], *, retries: int | None = None) -> list[Any]:
+        """One answer per body, in order, `at_once` of them in flight.
+
+        Raises Unanswered with the first that failed for good; the others are then given up.
+        """
+        return self._loop.run(self._all(path, bodies, retries))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._loop.run(self._client.aclose())
+        self._loop.close()
+
+    async def _all(
+        self, path: str, bodies: Sequence[Body | None], retries: int | None
+    ) -> list[Any]:
+        room = asyncio.Semaphore(self.at_once)
+        most = self.retries if retries is None else retries
+        tasks = [asyncio.create_task(self._answer(path, body, room, most)) for body in bodies]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _answer(
+        self, path: str, body: Body | None, room: asyncio.Semaphore, retries: int
+    ) -> Any:
+        async with room:
+            started, attempt = time.monotonic(), 0
+            while True:
+                left = self.deadline_seconds - (time.monotonic() - started)
+                try:
+                    return await self._once(path, body, min(self.request_seconds, left))
+                except Unanswered as fault:
+                    pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
+                    spent = time.monotonic() - started
+                    attempt += 1
+                    over = attempt > retries or spent + pause >= self.deadline_seconds
+                    if over or not fault.passing:
+                        tries = f" ({attempt} attempts in {spent:.0f} s)" if attempt > 1 else ""
+                        message = f"{fault}{tries}"
+                        raise Unanswered(message, status=fault.status, hint=fault.hint) from None
+                await asyncio.sleep(pause)
+
+    async def _once(self, path: str, body: Body | None, seconds: float) -> Any:
+        where = f"{self.url}{path}"
+        try:
+            async with asyncio.timeout(seconds):
+                method = "GET" if body is None else "POST"
+                response = await self._client.request(method, path, json=body)
+        except TimeoutError:
+            message = f"{where} did not answer within {seconds:.3g} s"
+            hint = "raise request_seconds and deadline_seconds, or lower requests_at_once"
+            raise Unanswered(message, hint=hint, passing=True) from None
+        except httpx.RequestError as error:
+            message = f"{where} cannot be reached: {_first_line(error)}"
+            raise Unanswered(
+                message, hint="start the server, or correct its url", passing=True
+            ) from None
+        status = response.status_code
+        if status != 200:
+            message = f"{where} answered {status}{_reason(response)}"
+            raise Unanswered(
+                message, status=status, hint=ADVICE.get(status), passing=status in PASSING
+            )
+        try:
+            return response.json()
+        except ValueError:
+            raise Unanswered(
+                f"{where} answered no JSON: is it a vLLM server?", status=status
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _reason(response: httpx.Response) -> str:
+    """What an error says of itself, on one line."""
+    try:
+        said = response.json()
+        error = said.get("error", said.get("detail", said))
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except (ValueError, AttributeError):
+        text = response.text
+    line = " ".join(text.split())
+    return f": {line[:300]}" if line else ""

@@ -1,0 +1,92 @@
+"""The part of vLLM's HTTP API that a served teacher is asked through, answered on loopback by a tiny model in this process.
+
+For smoke runs and tests: the client, its requests and what it makes of the answers are the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONTEXT = 8192
+MAX_LOGPROBS = 512
+
+
+class TinyServer:
+    """Serves the model in `folder` under `name` from a thread, at `url`, until it is closed."""
+
+    def __init__(self, folder: Path, name: str, max_logprobs: int = MAX_LOGPROBS) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.name = name
+        self.max_logprobs = max_logprobs
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.reply: Callable[[str, Any], tuple[int, Any]] = self.answer  # a test's own, to fail
+        self._one_at_a_time = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._send(*outer.reply(self.path, {}))
+
+            def do_POST(self) -> None:
+                length = int(self.headers.get("content-length", 0))
+                self._send(*outer.reply(self.path, json.loads(self.rfile.read(length))))
+
+            def _send(self, status: int, body: Any) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        self._thread = threading.Thread(target=self._http.serve_forever, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def answer(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """Status and body of an answer, as vLLM gives them."""
+        match path:
+            case "/v1/models":
+                return 200, {
+                    "data": [{"id": self.name, "max_model_len": CONTEXT, "root": self.name}]
+                }
+            case "/detokenize":
+                return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
+            case "/v1/completions" if body["prompt_logprobs"] > self.max_logprobs:
+                said = f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: "
+                return 400, {"error": {"message": said + str(self.max_logprobs)}}
+            case "/v1/completions":
+                told = self._prompt_logprobs(body["prompt"], body["prompt_logprobs"])
+                return 200, {"choices": [{"index": 0, "text": "", "prompt_logprobs": told}]}
+            case _:
+                return 404, {"error": {"message": "Not Found"}}
+
+    @torch.no_grad()
+    def _prompt_logprobs(self, ids: list[int], k: int) -> list[dict[str, Any] | None]:
+        with self._one_at_a_time:
+            logits = self.model(torch.tensor([ids]), use_cache=False).logits[0, :-1]
+        logprobs = logits.float().log_softmax(-1)
+        told: list[dict[str, Any] | None] = [None]
+        for place, token in zip(logprobs, ids[1:], strict=True):
+            chosen = [token, *place.topk(k).indices.tolist()]
+            told.append({str(i): {"logprob": max(place[i].item(), -9999.0)} for i in chosen})
+        return told
