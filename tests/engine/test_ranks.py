@@ -4,10 +4,12 @@ One rank, or one update, would hide a stale teacher; so two ranks (one pair of p
 updates, and this process makes the same ones alone, under stage 0.
 """
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ranks_scenario as scenario
@@ -192,3 +194,18 @@ def test_what_was_written_down_goes_on_the_same(found, case):
     for kind in ("masters", "shadow"):
         for name, value in kept["straight"][kind].items():
             torch.testing.assert_close(kept["again"][kind][name], value, atol=0, rtol=0)
+
+
+def test_vllm_takes_adapters_out_of_pieces(tiny_folder, tmp_path):
+    """An engine beside each of two ranks: both sides agree after every update, and no model is ever whole."""
+    pytest.importorskip("vllm")
+    script = Path(scenario.__file__).with_name("vllm_ranks_scenario.py")
+    run_ranks(2, [script, tiny_folder, tmp_path])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["ranks"] == 2
+    assert found["rollouts"] == 4
+    for syncs in found["syncs"]:
+        assert len(syncs) == 5
+        assert max(syncs) < 1e-4
+    assert 0 < found["most"] < 0.5
+    assert found["left whole"] == 0
