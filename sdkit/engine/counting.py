@@ -34,7 +34,7 @@ from sdkit.specs import (
 )
 
 Everywhere = Callable[[Tensor], tuple[Tensor, slice]]
-"""The values of all ranks, and where this rank's stand among them (`zero.everywhere`)."""
+"""The values of all ranks, and where this rank's stand among them (`ranks.everywhere`)."""
 UserFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """Which tokens count [N, T] bool, and features by name -> weights [N, T] float64."""
 

@@ -17,7 +17,7 @@ from sdkit.components.rollouts import ReplayRollouts, TransformersRollouts
 from sdkit.components.teachers import Teacher, open_teacher
 from sdkit.components.vllm import VllmRollouts
 from sdkit.components.vllm_scores import ServedModel
-from sdkit.engine import zero
+from sdkit.engine import ranks, zero, zero_shards
 from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabulary
 from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
@@ -96,9 +96,28 @@ class World:
         functions = data.user_divergences
         self.module = Student(self.student, spec.rollout.temperature, chunk, self.rows, functions)
         bf16 = spec.model.dtype == "bfloat16"
-        self.zero = zero.Zero(self.module, spec.optimizer, plan.zero_stage, bf16)
+        root = zero_shards.Root(model)
+        head = self.student.head
+        self.zero = zero.Zero(root, spec.optimizer, plan.zero_stage, bf16, spec.training.offload)
+        self._also_sharded: list[Any] = []
+        if plan.zero_stage == 3:
+            self.student.shards = zero_shards.Sharded(root, head)
+            self._shard_others()
+        if self.teacher:
+            self.teacher.settle()
         self._backends: dict[str, RolloutBackend] = {}
         self._loaded: dict[str, tuple[int, int]] = {}
+
+    def _shard_others(self) -> None:
+        """Take apart every model beside the student's: teachers, the reference, the base of a blend."""
+        teachers = (*(self.teacher.leaves if self.teacher else ()), self.reference, self.beside)
+        others = {each.weights.model: each.weights for each in teachers if each and each.weights}
+        others.pop(self.student.model, None)
+        for model, weights in others.items():
+            root, head = zero_shards.Root(model), weights.head
+            engine = zero.open_forward_only(root, self.spec.training.offload)
+            self._also_sharded.append(engine)
+            weights.shards = zero_shards.Sharded(root, head)
 
     def _open_teacher(self, weights: TeacherWeights) -> Teacher:
         return open_teacher(
@@ -252,10 +271,14 @@ class World:
             case _:
                 assert_never(spec)
 
-    def close(self) -> None:
+    def close(self, *, together: bool = True) -> None:
         """Free DeepSpeed's engine and then the backends: vLLM takes the process group with it."""
         for model in self.served.values():
             model.close()
         self.zero.close()
+        for engine in self._also_sharded:
+            engine.destroy()
+        if together:
+            ranks.meet()
         for backend in self._backends.values():
             backend.close()
