@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,9 @@ import typer
 
 from sdkit import __version__
 from sdkit.problems import SdkitError
+
+FIRST = os.environ.get("RANK", "0") == "0"
+"""Whether this process is the first rank, or the only one: it alone speaks of what is well."""
 
 app = typer.Typer(
     name="sdkit",
@@ -39,6 +43,15 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="`key.path=value` overrides, applied last.", show_default=False),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        help="Ranks to start on this machine; under `torchrun` or `deepspeed` leave it out.",
+        min=1,
+        show_default=False,
+    ),
+]
 Format = Annotated[
     Literal["text", "json", "github"],
     typer.Option("--format", help="For people, for programs, or for GitHub Actions."),
@@ -56,8 +69,12 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
+    ] = None,
 ) -> None:
-    pass
+    if local_rank is not None:  # what some launchers add to the command
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 
 @app.command(epilog="Example: `sdkit validate specs/*.yaml`")
@@ -118,7 +135,8 @@ def plan(
     if data:
         from sdkit.engine.preview import preview
 
-        preview(run, spec.parent, data, _console())
+        with _placing(checked):
+            preview(run, spec.parent, data, _console())
     return None
 
 
@@ -157,6 +175,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, plan and smoke; train nothing.")
     ] = False,
+    processes: Processes = None,
 ) -> None:
     """Run a spec: evaluate, train, evaluate, and leave a run directory."""
     if resume and overwrite:
@@ -165,20 +184,22 @@ def train(
     if dry_run:
         plan(spec, overrides)
         return _smoke(checked, 2)
+    _launch(checked.spec, processes)
     from sdkit.engine.run import train as run_spec
     from sdkit.show import annotated
 
     folder = to or Path(checked.spec.output.folder) / spec.stem
-    run_spec(
-        checked.spec,
-        spec.resolve().parent,
-        folder,
-        _console(),
-        written=spec.read_text(encoding="utf-8"),
-        resolved=annotated(checked) + "\n",
-        resume=resume,
-        overwrite=overwrite,
-    )
+    with _placing(checked):
+        run_spec(
+            checked.spec,
+            spec.resolve().parent,
+            folder,
+            _console(),
+            written=spec.read_text(encoding="utf-8"),
+            resolved=annotated(checked) + "\n",
+            resume=resume,
+            overwrite=overwrite,
+        )
     return None
 
 
@@ -188,13 +209,16 @@ def evaluate(
         Path, typer.Argument(help="A run file, or a run directory.", show_default=False)
     ],
     overrides: Overrides = None,
+    processes: Processes = None,
 ) -> None:
     """Run a run file's evaluation on its start model, or on the model of a finished run."""
-    from sdkit.engine.run import evaluate_only
-
     path, extra, base = _evaluation_target(spec)
     checked = _checked(path, [*extra, *(overrides or [])], run_file=True, base=base)
-    evaluate_only(checked.spec, base, _console())
+    _launch(checked.spec, processes)
+    from sdkit.engine.run import evaluate_only
+
+    with _placing(checked):
+        evaluate_only(checked.spec, base, _console())
 
 
 def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
@@ -211,6 +235,17 @@ def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
         raise UnreadableInput(f"{path} has no model/ yet", hint="it appears when the run is done")
     base = Path(json.loads((path / "provenance.json").read_text(encoding="utf-8"))["base"])
     return resolved, [f"model.path={model.resolve()}", "model.lora=null"], base
+
+
+def _launch(spec: Any, processes: int | None) -> None:
+    """Where more than one rank is asked for, run them in place of this process, which then ends."""
+    from sdkit.engine.launch import launch, must_launch, this_command
+
+    if must_launch(processes):
+        from sdkit.plan import deal
+
+        deal(spec, processes or 1)
+        raise typer.Exit(launch(processes or 1, this_command()))
 
 
 @app.command(
@@ -245,7 +280,8 @@ def compare(
 def _smoke(checked: Any, steps: int) -> None:
     from sdkit.engine.smoke import smoke as run_smoke
 
-    lines = run_smoke(checked.spec, _console(), steps, Path(checked.loaded.folder))
+    with _placing(checked):
+        lines = run_smoke(checked.spec, _console(), steps, Path(checked.loaded.folder))
     norms = ", ".join(f"{line['grad_norm']:.3g}" for line in lines if "grad_norm" in line)
     typer.echo(f"{checked.loaded.name}: smoke run fine, gradient norms {norms}")
 
@@ -257,7 +293,8 @@ def _checked(
     from sdkit.problems import UnreadableInput
 
     checked = load_spec(path, overrides or (), base=base)
-    _print_problems([checked], "text")
+    if not checked.ok or FIRST:
+        _print_problems([checked], "text")
     if not checked.ok:
         raise typer.Exit(1)
     if run_file and checked.kind != "run":
@@ -266,6 +303,21 @@ def _checked(
             hint="a run file names it: `method: methods/NAME.yaml`, model, data, …",
         )
     return checked
+
+
+@contextlib.contextmanager
+def _placing(checked: Any) -> Iterator[None]:
+    """What ends the command in here and blames a key of the spec says where that key is written."""
+    try:
+        yield
+    except SdkitError as error:
+        if error.path:
+            written = checked.loaded.place(error.path)
+            if error.place is None:
+                error.place = written
+            else:  # a line of the user's own code
+                error.hint = "\n  = ".join(filter(None, [error.hint, f"asked for at {written}"]))
+        raise
 
 
 def _print_problems(found: Sequence[Any], format: str) -> None:
@@ -285,7 +337,7 @@ def _print_problems(found: Sequence[Any], format: str) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 140, quiet=not FIRST)
 
 
 def main() -> None:
@@ -293,10 +345,9 @@ def main() -> None:
     try:
         app()
     except SdkitError as error:
-        place = (
-            f"{error.place.file}:{error.place.line}:{error.place.column}: " if error.place else ""
-        )
-        typer.echo(f"error: {place}{error}", err=True)
+        place = f"{error.place}: " if error.place else ""
+        who = "" if FIRST else f"rank {os.environ['RANK']}: "
+        typer.echo(f"{who}error: {place}{error}", err=True)
         if error.hint:
             typer.echo(f"  = {error.hint}", err=True)
         sys.exit(error.exit_code)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from importlib import metadata
 from pathlib import Path
 
 from sdkit.accelerators import Machine
-from sdkit.bundled import BUNDLED, PREFIX
+from sdkit.shapes import shape_at
 from sdkit.specs import ExperimentSpec, ShapeSpec, other_models
 
 
@@ -52,44 +51,10 @@ def vllm_version() -> str | None:
 
 def shape_of(spec: ExperimentSpec, base: Path) -> ShapeSpec | None:
     """The model's shape: as stated, as bundled, or from the config.json of a local folder."""
-    return spec.model.shape or _shape_at(spec.model.path, base)
+    return spec.model.shape or shape_at(spec.model.path, base)
 
 
 def other_shapes(spec: ExperimentSpec, base: Path) -> dict[str, ShapeSpec]:
     """The shape of each model beside the student's that is bundled or a local folder, by its path."""
-    found = {weights.path: _shape_at(weights.path, base) for _, weights in other_models(spec)}
+    found = {weights.path: shape_at(weights.path, base) for _, weights in other_models(spec)}
     return {path: shape for path, shape in found.items() if shape}
-
-
-def _shape_at(path: str, base: Path) -> ShapeSpec | None:
-    if path.startswith(PREFIX):
-        return BUNDLED[path.removeprefix(PREFIX)].shape
-    config = base / path / "config.json"
-    if not config.is_file():
-        return None
-    try:
-        return _shape(json.loads(config.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _shape(config: dict[str, int]) -> ShapeSpec:
-    hidden, layers, vocabulary = (
-        config["hidden_size"],
-        config["num_hidden_layers"],
-        config["vocab_size"],
-    )
-    heads = config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
-    keys = width * (config.get("num_key_value_heads") or heads)
-    attention = 2 * hidden * (heads * width + keys)
-    feed_forward = 3 * hidden * config["intermediate_size"]
-    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return ShapeSpec(
-        parameters=layers * (attention + feed_forward + 2 * hidden) + embeddings + hidden,
-        hidden=hidden,
-        layers=layers,
-        vocabulary=vocabulary,
-        context=config["max_position_embeddings"],
-        kv_width=keys,
-    )

@@ -16,6 +16,7 @@ from sdkit.objective_text import (
 )
 from sdkit.plan_memory import Share, has_frozen_teacher, memory_of_rank, needs_reference
 from sdkit.plan_time import StepTime, time_of_step
+from sdkit.problems import UnreadableInput
 from sdkit.specs import (
     AutoBackend,
     DatasetSamples,
@@ -113,6 +114,8 @@ def make_plan(
     if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
         derived.append("model.dtype bfloat16 is emulated here: float32 is several times faster")
     backend, why = _backend(spec, machine)
+    if stage == 3 and isinstance(backend, TransformersBackend) and not _foreign_sampler(spec):
+        derived.append("sampling puts every layer together for every token: vLLM takes them once")
     if isinstance(spec.rollout.backend, AutoBackend):
         derived.append(f"rollout.backend auto is {backend.kind}: {why}")
     for name, term in spec.losses.items():
@@ -141,7 +144,7 @@ def make_plan(
         why_backend=why,
         zero_stage=stage,
         ranks=machine.ranks,
-        prompts_per_rank=-(-spec.training.prompts_per_step // machine.ranks),
+        prompts_per_rank=deal(spec, machine.ranks),
         rollouts_per_step=spec.training.prompts_per_step * spec.rollout.completions_per_prompt,
         updates_per_step=updates,
         steps=steps,
@@ -156,6 +159,21 @@ def make_plan(
         step_time=time_of_step(spec, backend, machine, shape, others),
         derived=tuple(derived),
     )
+
+
+def undealt(spec: ExperimentSpec, ranks: int) -> str | None:
+    """Why the prompts of a step cannot be dealt to so many ranks; None where they can."""
+    size = spec.training.prompts_per_step
+    if size % ranks == 0:
+        return None
+    return f"prompts_per_step is {size}, which {ranks} ranks cannot share equally"
+
+
+def deal(spec: ExperimentSpec, ranks: int) -> int:
+    """Prompts of a step on each rank.  Raises UnreadableInput where they are not equally many."""
+    if found := undealt(spec, ranks):
+        raise UnreadableInput(f"training.{found}", hint=f"use a multiple of {ranks}")
+    return spec.training.prompts_per_step // ranks
 
 
 def _told(spec: ExperimentSpec) -> list[str]:
@@ -256,4 +274,5 @@ def _syncs(spec: ExperimentSpec, backend: object) -> str:
         else "student"
     )
     form = " (adapters merged into a copy)" if spec.model.lora else ""
+    form += ", a block at a time" if spec.training.zero_stage == 3 else ""
     return f"vLLM gets the {whose}'s weights before each rollout batch{form}, checked by a canary sequence"

@@ -39,7 +39,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
             f"oldest rollout: {plan.oldest_rollout} optimizer steps behind",
         ],
         "weights": [
-            f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments",
+            f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments{_kept(spec, plan)}",
             f"backend: {plan.backend.kind} ({plan.why_backend})",
             plan.syncs,
         ],
@@ -61,6 +61,13 @@ def _listed(sections: Mapping[str, Sequence[str]]) -> str:
         for title, lines in sections.items()
         if lines
     )
+
+
+def _kept(spec: ExperimentSpec, plan: Plan) -> str:
+    """Where weights are, that are not whole and not on the accelerator."""
+    pieces = "; every model in pieces on the ranks" if plan.zero_stage == 3 else ""
+    away = " and ".join(spec.training.offload)
+    return pieces + (f"; {away} in the machine's memory" if away else "")
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -22,6 +22,8 @@ from sdkit.specs import (
     DatasetSamples,
     ExperimentSpec,
     ExternalWeights,
+    FrozenWeights,
+    ProductBlend,
     ReplayBackend,
     ServedWeights,
     ShapeSpec,
@@ -168,12 +170,17 @@ def _scoring(
     held = [others[weights.path] for _, weights in external_teachers(spec)]
     largest = max(held, key=lambda other: other.parameters, default=shape)
     measuring = any(measure.startswith("teacher") for measure in measured(spec.losses))
-    operations = (1 + measuring) * _passes(largest, rollouts, view + new)
+    asked = _passes(largest, rollouts, view + new)
+    base = blend_base(spec)
     if spec.teacher and isinstance(spec.teacher.blend, TrustRegionBlend):
-        operations += _passes(shape, rollouts, view + new)
-    if isinstance(base := blend_base(spec), ExternalWeights):
-        operations += _passes(others[base.path], rollouts, prompt + new)
-    return operations
+        asked += _passes(shape, rollouts, view + new)
+    elif spec.teacher and isinstance(spec.teacher.blend, ProductBlend):
+        asked += _passes(shape, rollouts, prompt + new)
+    elif isinstance(base, ExternalWeights):
+        asked += _passes(others[base.path], rollouts, prompt + new)
+    # In the update the start model's pass is the reference's: see _training_passes.
+    start = _passes(shape, rollouts, prompt + new) if isinstance(base, FrozenWeights) else 0.0
+    return asked + measuring * (asked + start)
 
 
 def _seconds(device: Accelerator, operations: float) -> float:

@@ -24,7 +24,7 @@ LANGUAGE = {
         "functions",
         "schedules",
     ),
-    *("vocabulary", "teacher_text"),
+    *("vocabulary", "teacher_text", "shapes"),
 }
 """Floor 0."""
 NOUNS = {"batches", "weights"}
@@ -108,7 +108,7 @@ def test_components_know_neither_the_engine_nor_each_other(path):
 @pytest.mark.parametrize(
     ("package", "files"),
     [
-        ("deepspeed", {"sdkit.engine.zero"}),
+        ("deepspeed", {"sdkit.engine.zero", "sdkit.engine.zero_shards"}),
         ("vllm", {"sdkit.components.vllm", "sdkit.components.vllm_worker"}),
         ("typer", {"sdkit.cli"}),
     ],

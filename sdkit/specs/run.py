@@ -121,7 +121,15 @@ class TrainingSpec:
         "once; left off by itself where the model's attention cannot",
         default=True,
     )
-    zero_stage: Literal[0, 1, 2] = spec_field("DeepSpeed ZeRO stage", default=1)
+    zero_stage: Literal[0, 1, 2, 3] = spec_field(
+        "what ranks share out (DeepSpeed ZeRO): 0 nothing, 1 masters and moments, 2 gradients too, 3 weights too",
+        default=1,
+    )
+    offload: tuple[Literal["optimizer", "parameters"], ...] = spec_field(
+        "what lies in the machine's memory instead of the accelerator's: `optimizer` (masters and moments), under "
+        "stage 3 also `parameters`",
+        default=(),
+    )
     seed: int = spec_field("from which every other seed is derived", default=0, range=NOT_NEGATIVE)
 
 

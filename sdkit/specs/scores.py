@@ -193,7 +193,10 @@ class RewardModel:
 
 @frozen(kw_only=True)
 class FileReward:
-    """A function of the user's own: (completion: str, row: dict) → number, or (number, feedback text)."""
+    """A function of the user's own: (completion: str, row: dict) → number, or (number, feedback text).
+
+    It is called once before training, with an empty completion: students write such.
+    """
 
     kind: ClassVar[str] = "file"
     file: str = spec_field("Python file, relative to the spec", range=NOT_EMPTY)

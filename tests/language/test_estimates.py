@@ -15,11 +15,15 @@ from sdkit.specs import (
     Distillation,
     EmaWeights,
     ExperimentSpec,
+    ExtrapolateBlend,
     ForwardKl,
+    GeometricBlend,
     InlineSource,
     LoraSpec,
+    MaskSpec,
     ModelSpec,
     OptimizerSpec,
+    ProductBlend,
     ReferenceKl,
     RolloutSpec,
     ShapeSpec,
@@ -27,6 +31,7 @@ from sdkit.specs import (
     TeacherSpec,
     TrainingSpec,
     TransformersBackend,
+    TrustRegionBlend,
     UserTurn,
     VllmBackend,
     VocabularySupport,
@@ -110,6 +115,27 @@ def test_a_step_is_sampling_scoring_and_updating():
     assert rollout == pytest.approx(900 * 2**31 / READING + prompts, rel=1e-3)
     assert teacher == pytest.approx(4 * 1500 * PASS / SPEED, rel=1e-3)
     assert update == pytest.approx(3 * 4 * 1000 * PASS / SPEED, rel=1e-3)
+
+
+@pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec(teacher_entropy_above=0.5)])
+@pytest.mark.parametrize(
+    ("blend", "beside", "first"),
+    [
+        (TrustRegionBlend(student_share=0.01), 1500, 1500),
+        (ProductBlend(student_power=0.8), 1000, 1000),
+        (GeometricBlend(teacher_share=0.5), 0, 1000),  # in the update it is the reference's pass
+        (ExtrapolateBlend(factor=1.25), 0, 1000),
+    ],
+)
+def test_what_a_blend_costs_in_tokens_scored(mask, blend, beside, first):
+    """4 rollouts; 1500 tokens with the teacher's prompt, 1000 with the student's; a measuring pass asks once more."""
+    spec = distilled()
+    taught = evolve(spec.teacher, blend=blend)
+    spec = evolve(spec, teacher=taught, losses=Table({"distil": evolve(DISTIL, mask=mask)}))
+    tokens = 1500 + beside + (1500 + first) * (mask != MaskSpec())
+    _, teacher, update = phases(spec)
+    assert teacher == pytest.approx(4 * tokens * PASS / SPEED, rel=1e-3)
+    assert update == pytest.approx((3 + (beside == 0)) * 4 * 1000 * PASS / SPEED, rel=1e-3)
 
 
 def test_rows_beyond_the_engine_wait_for_another_wave():
