@@ -27,6 +27,7 @@ from sdkit.engine.step import Student
 from sdkit.language import load_spec
 from sdkit.losses.chunks import token_measures
 from sdkit.specs import divergences, losses, token_weights
+from sdkit.weights import Whole
 from sdkit.surface import is_spec, keys_of, members
 
 HERE = Path(__file__).resolve().parent
@@ -83,8 +84,12 @@ class Sheet:
         self.model = nn.ParameterDict({k: nn.Parameter(x) for k, x in sheets.items()})
         self.head = torch.eye(vocabulary, dtype=torch.float64)
 
+    shards = Whole()
+
     def hidden(self, sequences):
         return torch.cat([self.model[str(x.prompt[0])][list(x.kept)] for x in sequences.texts])
+
+    states = hidden
 
     def scores(self, sequences):
         return HiddenScores(hidden=self.hidden(sequences).detach(), head=self.head)
