@@ -27,8 +27,8 @@ from sdkit.engine.step import Student
 from sdkit.language import load_spec
 from sdkit.losses.chunks import token_measures
 from sdkit.specs import divergences, losses, token_weights
-from sdkit.weights import Whole
 from sdkit.surface import is_spec, keys_of, members
+from sdkit.weights import Whole
 
 HERE = Path(__file__).resolve().parent
 ROW = Row(index=0, messages=({"role": "user", "content": "x"},), columns={}, raw={})
