@@ -48,6 +48,7 @@ def _generator():
 
 
 GENERATOR = _generator()
+LONGEST = sys.modules["parity_batch"].LONGEST
 CASES = GENERATOR.cases()
 FIGURES = json.loads((HERE / "figures.json").read_text(encoding="utf-8"))
 every_case = pytest.mark.parametrize("name", CASES)
@@ -150,7 +151,7 @@ def answer(case, spec):
         )
         for i, r in enumerate(written)
     ]  # fmt: skip
-    batch = with_advantages(spec.losses, RolloutBatch(rollouts=tuple(rollouts)), _alone, longest=64)
+    batch = with_advantages(spec.losses, RolloutBatch(rollouts=tuple(rollouts)), _alone, LONGEST)
     batch = count_tokens(
         batch,
         spec.losses,
