@@ -163,7 +163,7 @@ def spec_file(tiny_folder, tmp_path_factory):
     (folder / "reward.py").write_text(
         "import os, signal\n"
         "def score(completion, row):\n"
-        "    if os.environ.get('KILL', '-') == os.environ.get('RANK'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if completion and os.environ.get('KILL', '-') == os.environ.get('RANK'): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return float(len(completion))\n"
     )
     columns = {"prompt": "q", "demonstration": "d"}
@@ -244,11 +244,13 @@ def assert_same_run(folder, one):
                     b.pop("sampler_logprobs", None), abs=1e-4
                 )
                 assert a == b
+    compared = []
     for a, b in zip(metrics(folder), metrics(one), strict=True):
         names = {"loss", "grad_norm", "eval/score", "eval/loss", "teacher_distance"} & b.keys()
-        assert len(names) >= 2
         for name in names:
             assert a[name] == pytest.approx(b[name], rel=1e-4)
+        compared += names
+    assert {"loss", "grad_norm", "eval/score", "teacher_distance"} <= set(compared)
     for name, value in weights_of(one).items():
         torch.testing.assert_close(weights_of(folder)[name], value, atol=1e-5, rtol=1e-4)
 
