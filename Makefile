@@ -11,7 +11,7 @@ BACKEND := $(if $(filter vllm,$(VLLM)),auto,cpu)
 .PHONY: help setup demo test lint bench clean
 
 help:
-	@echo "make demo   set up and train the demo (specs/sdft.yaml), about 10 minutes on two cores"
+	@echo "make demo   set up and train the demo (specs/sdft.yaml), 10 to 20 minutes on two cores"
 	@echo "make test   set up, lint, type-check and run the whole test suite"
 	@echo "make bench  start-up time of 'sdkit validate' against an empty interpreter"
 	@echo "make clean  remove the virtual environments"
@@ -26,9 +26,9 @@ $(UV):
 .venv/.ready: pyproject.toml | $(UV)
 	$(UV) venv -q --allow-existing --python 3.11 .venv
 ifneq ($(strip $(UV_FIND_LINKS)),)
-	$(UV) sync -q --extra $(VLLM) --extra demo --extra dev
+	$(UV) sync -q --compile-bytecode --extra $(VLLM) --extra demo --extra dev
 else
-	$(UV) pip install -q --python .venv --torch-backend=$(BACKEND) -e '.[$(VLLM),demo,dev]'
+	$(UV) pip install -q --compile-bytecode --python .venv --torch-backend=$(BACKEND) -e '.[$(VLLM),demo,dev]'
 endif
 	@touch $@
 
