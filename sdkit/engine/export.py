@@ -51,7 +51,7 @@ def export(spec: ExperimentSpec, base: Path, run: Path, to: Path, *, merge: bool
                 _write_adapter(spec.model, base, run, partial)
             else:
                 shutil.copytree(model, partial, dirs_exist_ok=True)
-            card = model_card.write(spec, run, adapter=adapter)
+            card = model_card.write(spec, base, run, adapter=adapter)
             (partial / "README.md").write_text(card, encoding="utf-8")
             _finish(partial, to)
         finally:
@@ -63,12 +63,6 @@ def export(spec: ExperimentSpec, base: Path, run: Path, to: Path, *, merge: bool
     return _told(spec, to, adapter)
 
 
-def base_of(spec: ModelSpec, base: Path) -> str:
-    """The model that an adapter belongs to, as the spec names it; a local folder with its whole path."""
-    local = (base / spec.path).resolve()
-    return str(local) if not spec.path.startswith(PREFIX) and local.is_dir() else spec.path
-
-
 def _write_adapter(spec: ModelSpec, base: Path, run: Path, folder: Path) -> None:
     """The adapter under its own base, and the tokenizer (whose chat template the run trained with)."""
     for name in ADAPTER:
@@ -76,7 +70,7 @@ def _write_adapter(spec: ModelSpec, base: Path, run: Path, folder: Path) -> None
             raise BadData(f"{run / 'adapter'} has no {name}")
     shutil.copy2(run / "adapter" / ADAPTER[1], folder)
     config: dict[str, Any] = json.loads((run / "adapter" / ADAPTER_CONFIG).read_text("utf-8"))
-    config |= {"base_model_name_or_path": base_of(spec, base), "revision": spec.revision}
+    config |= {"base_model_name_or_path": model_card.base_of(spec, base), "revision": spec.revision}
     text = json.dumps(config | {"inference_mode": True}, indent=2, sort_keys=True)
     (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
     skipped = shutil.ignore_patterns(*OF_THE_MODEL)

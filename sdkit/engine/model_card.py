@@ -11,53 +11,51 @@ import yaml
 
 from sdkit.bundled import PREFIX
 from sdkit.engine.rundir import origin
-from sdkit.plan import plan_method
+from sdkit.plan import MethodPlan, plan_method
 from sdkit.resolved import canonical_hash
 from sdkit.source import read
-from sdkit.specs import ExperimentSpec
+from sdkit.specs import ExperimentSpec, ModelSpec
 
 
-def write(spec: ExperimentSpec, run: Path, *, adapter: bool) -> str:
-    """The card's text.  Names no folder of this machine: a base is told by its hub id, or as the spec's path is."""
+def base_of(spec: ModelSpec, base: Path) -> str:
+    """The model that was trained, as the spec names it; a local folder with its whole path."""
+    local = (base / spec.path).resolve()
+    return str(local) if not spec.path.startswith(PREFIX) and local.is_dir() else spec.path
+
+
+def write(spec: ExperimentSpec, base: Path, run: Path, *, adapter: bool) -> str:
+    """The card's text.  Of a base in a local folder it tells the folder's name alone: a card is published."""
     facts, told = origin(run), plan_method(spec)
-    name = run.resolve().name
-    what = f"LoRA adapter for `{spec.model.path}`" if adapter else f"`{spec.model.path}`, trained"
+    path = base_of(spec.model, base)
+    local = Path(path).is_absolute()
+    start = Path(path).name if local else path
+    what = f"LoRA adapter for `{start}`" if adapter else f"`{start}`"
     sections = {
-        "Training": _listed(_training(spec, run, told.objective, told.roles)),
+        "Training": _listed(_training(spec, run, told)),
         "Held-out scores": _scores(run),
-        "Origin": _listed(_origin(spec, facts)),
+        "Origin": _listed(_origin(spec, facts, start)),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
-    return f"---\n{_front_matter(spec, adapter)}---\n\n# {name}\n\n{what} with sdkit.\n\n{body}\n"
+    on_hub = None if local or path.startswith(PREFIX) else path
+    head = _front_matter(on_hub, adapter)
+    return f"---\n{head}---\n\n# {run.resolve().name}\n\n{what}, trained with sdkit.\n\n{body}\n"
 
 
-def _front_matter(spec: ExperimentSpec, adapter: bool) -> str:
+def _front_matter(on_hub: str | None, adapter: bool) -> str:
     """What the hub reads of a card."""
     facts: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["sdkit", "lora"] if adapter else ["sdkit"],
     }
-    if _on_hub(spec.model.path):
-        facts["base_model"] = spec.model.path
-    return yaml.safe_dump(facts, sort_keys=False)
+    return yaml.safe_dump(facts | ({"base_model": on_hub} if on_hub else {}), sort_keys=False)
 
 
-def _on_hub(path: str) -> bool:
-    """Whether a model's path can only be a hub id, owner/name."""
-    owner, slash, name = path.partition("/")
-    plain = "/" not in name and not path.startswith((PREFIX, ".", "~"))
-    return bool(slash and owner and name) and plain
-
-
-def _training(
-    spec: ExperimentSpec, run: Path, objective: Sequence[str], roles: Sequence[str]
-) -> Iterator[str]:
-    page = _method_page(run)
-    if page:
+def _training(spec: ExperimentSpec, run: Path, told: MethodPlan) -> Iterator[str]:
+    if page := _method_page(run):
         yield f"method: `{page}`"
-    yield from (f"objective: {line}" for line in objective)
-    yield from roles
+    yield from (f"objective: {line}" for line in told.objective)
+    yield from told.roles
     lora = spec.model.lora
     if lora:
         yield f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}"
@@ -71,10 +69,7 @@ def _steps(run: Path) -> int:
 
 def _method_page(run: Path) -> str | None:
     """The page that the run file names; None where it brings its method along."""
-    try:
-        written = read(run / "spec.yaml").data
-    except OSError:
-        return None
+    written = read(run / "spec.yaml").data if (run / "spec.yaml").is_file() else None
     return written.get("method") if isinstance(written, Mapping) else None
 
 
@@ -100,10 +95,10 @@ def _figure(values: Sequence[float]) -> str:
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _origin(spec: ExperimentSpec, facts: Mapping[str, Any]) -> Iterator[str]:
+def _origin(spec: ExperimentSpec, facts: Mapping[str, Any], start: str) -> Iterator[str]:
     model = facts.get("model", {})
     pinned = model.get("commit") or model.get("revision")
-    yield f"start model: `{spec.model.path}`" + (f" at {pinned}" if pinned else "")
+    yield f"start model: `{start}`" + (f" at {pinned}" if pinned else "")
     for name, digest in facts.get("data", {}).items():
         yield f"data, {name}: SHA-256 `{digest}`"
     yield f"spec: SHA-256 `{canonical_hash(spec)}` of its resolved form"
