@@ -94,7 +94,7 @@ class Rollout:
     """One prompt with one completion."""
 
     row: Row
-    group: int  # rollouts of one group answer the same prompt
+    group: int  # rollouts of one group answer the same prompt; numbered over all ranks
     prompt_ids: tuple[int, ...]  # what the student sees in training
     teacher_prompt_ids: tuple[int, ...] | None  # None: no teacher for this rollout
     completion_ids: tuple[int, ...]

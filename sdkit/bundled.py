@@ -29,7 +29,12 @@ BUNDLED: Mapping[str, Bundled] = {
         extra="demo",
         revision="0.1.2",
         shape=ShapeSpec(
-            parameters=134_515_008, hidden=576, layers=30, vocabulary=49_152, context=8_192
+            parameters=134_515_008,
+            hidden=576,
+            layers=30,
+            vocabulary=49_152,
+            context=8_192,
+            kv_width=192,
         ),
     )
 }

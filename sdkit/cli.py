@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,9 @@ import typer
 
 from sdkit import __version__
 from sdkit.problems import SdkitError
+
+FIRST = os.environ.get("RANK", "0") == "0"
+"""Whether this process is the first rank, or the only one: it alone speaks of what is well."""
 
 app = typer.Typer(
     name="sdkit",
@@ -39,6 +43,21 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="`key.path=value` overrides, applied last.", show_default=False),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        help="Ranks to start on this machine; under `torchrun` or `deepspeed` leave it out.",
+        min=1,
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run directory.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run in the run directory.")
+]
 Format = Annotated[
     Literal["text", "json", "github"],
     typer.Option("--format", help="For people, for programs, or for GitHub Actions."),
@@ -56,8 +75,12 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    local_rank: Annotated[
+        int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
+    ] = None,
 ) -> None:
-    pass
+    if local_rank is not None:  # what some launchers add to the command
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 
 @app.command(epilog="Example: `sdkit validate specs/*.yaml`")
@@ -118,7 +141,8 @@ def plan(
     if data:
         from sdkit.engine.preview import preview
 
-        preview(run, spec.parent, data, _console())
+        with _placing(checked):
+            preview(run, spec.parent, data, _console())
     return None
 
 
@@ -147,16 +171,12 @@ def train(
             "--to", help="Run directory (default: runs/NAME of the spec).", show_default=False
         ),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue from the newest checkpoint of the run directory."),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in the run directory.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, plan and smoke; train nothing.")
     ] = False,
+    processes: Processes = None,
 ) -> None:
     """Run a spec: evaluate, train, evaluate, and leave a run directory."""
     if resume and overwrite:
@@ -165,20 +185,22 @@ def train(
     if dry_run:
         plan(spec, overrides)
         return _smoke(checked, 2)
+    _launch(checked.spec, processes)
     from sdkit.engine.run import train as run_spec
     from sdkit.show import annotated
 
     folder = to or Path(checked.spec.output.folder) / spec.stem
-    run_spec(
-        checked.spec,
-        spec.resolve().parent,
-        folder,
-        _console(),
-        written=spec.read_text(encoding="utf-8"),
-        resolved=annotated(checked) + "\n",
-        resume=resume,
-        overwrite=overwrite,
-    )
+    with _placing(checked):
+        run_spec(
+            checked.spec,
+            spec.resolve().parent,
+            folder,
+            _console(),
+            written=spec.read_text(encoding="utf-8"),
+            resolved=annotated(checked) + "\n",
+            resume=resume,
+            overwrite=overwrite,
+        )
     return None
 
 
@@ -188,13 +210,16 @@ def evaluate(
         Path, typer.Argument(help="A run file, or a run directory.", show_default=False)
     ],
     overrides: Overrides = None,
+    processes: Processes = None,
 ) -> None:
     """Run a run file's evaluation on its start model, or on the model of a finished run."""
-    from sdkit.engine.run import evaluate_only
-
     path, extra, base = _evaluation_target(spec)
     checked = _checked(path, [*extra, *(overrides or [])], run_file=True, base=base)
-    evaluate_only(checked.spec, base, _console())
+    _launch(checked.spec, processes)
+    from sdkit.engine.run import evaluate_only
+
+    with _placing(checked):
+        evaluate_only(checked.spec, base, _console())
 
 
 def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
@@ -234,13 +259,9 @@ def replay(
             help="Rollout batches (default: all that are recorded).", min=1, show_default=False
         ),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue from the newest checkpoint of the run directory."),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in the run directory.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    processes: Processes = None,
 ) -> None:
     """Train again on a run's recorded rollouts, with another loss, teacher, reward or optimizer on the same tokens.
 
@@ -251,26 +272,28 @@ def replay(
     from sdkit.engine import rundir
     from sdkit.engine.replay import open_recording
     from sdkit.show import annotated
+    from sdkit.source import read
 
     recording = open_recording(recorded, steps)
     run, base = recording.run, Path(recording.origin["base"])
     checked = _checked(run / rundir.MARK, overrides, run_file=True, base=base)
-    folder = to or run.with_name(f"{run.name}-replay")
-    recording.check_spec(checked.spec, folder)
+    _launch(checked.spec, processes)
     from sdkit.engine.run import train as run_spec
 
-    typer.echo(f"replay of {run}: rollout batches {recording.start} to {recording.end - 1}")
-    run_spec(
-        checked.spec,
-        base,
-        folder,
-        _console(),
-        written=(run / "spec.yaml").read_text(encoding="utf-8"),
-        resolved=annotated(checked) + "\n",
-        resume=resume,
-        overwrite=overwrite,
-        recording=recording,
-    )
+    console = _console()
+    console.print(f"replay: {recording}", markup=False, highlight=False)
+    with _placing(checked):
+        run_spec(
+            checked.spec,
+            base,
+            to or run.with_name(f"{run.name}-replay"),
+            console,
+            written=read(run / "spec.yaml").text,
+            resolved=annotated(checked) + "\n",
+            resume=resume,
+            overwrite=overwrite,
+            recording=recording,
+        )
 
 
 @app.command(
@@ -298,6 +321,17 @@ def export(
     base = Path(origin(run)["base"])
     checked = _checked(run / MARK, None, run_file=True, base=base)
     typer.echo(write(checked.spec, base, run, to, merge=merge_lora))
+
+
+def _launch(spec: Any, processes: int | None) -> None:
+    """Where more than one rank is asked for, run them in place of this process, which then ends."""
+    from sdkit.engine.launch import launch, must_launch, this_command
+
+    if must_launch(processes):
+        from sdkit.plan import deal
+
+        deal(spec, processes or 1)
+        raise typer.Exit(launch(processes or 1, this_command()))
 
 
 @app.command(
@@ -332,7 +366,8 @@ def compare(
 def _smoke(checked: Any, steps: int) -> None:
     from sdkit.engine.smoke import smoke as run_smoke
 
-    lines = run_smoke(checked.spec, _console(), steps, Path(checked.loaded.folder))
+    with _placing(checked):
+        lines = run_smoke(checked.spec, _console(), steps, Path(checked.loaded.folder))
     norms = ", ".join(f"{line['grad_norm']:.3g}" for line in lines if "grad_norm" in line)
     typer.echo(f"{checked.loaded.name}: smoke run fine, gradient norms {norms}")
 
@@ -344,7 +379,8 @@ def _checked(
     from sdkit.problems import UnreadableInput
 
     checked = load_spec(path, overrides or (), base=base)
-    _print_problems([checked], "text")
+    if not checked.ok or FIRST:
+        _print_problems([checked], "text")
     if not checked.ok:
         raise typer.Exit(1)
     if run_file and checked.kind != "run":
@@ -353,6 +389,21 @@ def _checked(
             hint="a run file names it: `method: methods/NAME.yaml`, model, data, …",
         )
     return checked
+
+
+@contextlib.contextmanager
+def _placing(checked: Any) -> Iterator[None]:
+    """What ends the command in here and blames a key of the spec says where that key is written."""
+    try:
+        yield
+    except SdkitError as error:
+        if error.path:
+            written = checked.loaded.place(error.path)
+            if error.place is None:
+                error.place = written
+            else:  # a line of the user's own code
+                error.hint = "\n  = ".join(filter(None, [error.hint, f"asked for at {written}"]))
+        raise
 
 
 def _print_problems(found: Sequence[Any], format: str) -> None:
@@ -372,7 +423,7 @@ def _print_problems(found: Sequence[Any], format: str) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 140, quiet=not FIRST)
 
 
 def main() -> None:
@@ -380,10 +431,9 @@ def main() -> None:
     try:
         app()
     except SdkitError as error:
-        place = (
-            f"{error.place.file}:{error.place.line}:{error.place.column}: " if error.place else ""
-        )
-        typer.echo(f"error: {place}{error}", err=True)
+        place = f"{error.place}: " if error.place else ""
+        who = "" if FIRST else f"rank {os.environ['RANK']}: "
+        typer.echo(f"{who}error: {place}{error}", err=True)
         if error.hint:
             typer.echo(f"  = {error.hint}", err=True)
         sys.exit(error.exit_code)

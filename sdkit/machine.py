@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from importlib import metadata
 from pathlib import Path
 
-from sdkit.bundled import BUNDLED, PREFIX
-from sdkit.plan import Machine
+from sdkit.accelerators import Machine
+from sdkit.shapes import shape_at
 from sdkit.specs import ExperimentSpec, ShapeSpec, other_models
 
 
 def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
     """What the plan needs to know of this machine; the spec's `machine` overrides it, but not a running world's ranks."""
     stated = spec.machine
+    accelerator = stated.accelerator if stated else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Machine(
         ranks=ranks or (stated.ranks if stated else 1),
         memory_gib=stated.memory_gib if stated and stated.memory_gib else memory,
         vllm=vllm_version(),
-        emulates_bfloat16=emulates_bfloat16(),
+        emulates_bfloat16=accelerator is None and emulates_bfloat16(),
+        accelerator=accelerator,
     )
 
 
@@ -50,42 +51,10 @@ def vllm_version() -> str | None:
 
 def shape_of(spec: ExperimentSpec, base: Path) -> ShapeSpec | None:
     """The model's shape: as stated, as bundled, or from the config.json of a local folder."""
-    return spec.model.shape or _shape_at(spec.model.path, base)
+    return spec.model.shape or shape_at(spec.model.path, base)
 
 
 def other_shapes(spec: ExperimentSpec, base: Path) -> dict[str, ShapeSpec]:
     """The shape of each model beside the student's that is bundled or a local folder, by its path."""
-    found = {weights.path: _shape_at(weights.path, base) for _, weights in other_models(spec)}
+    found = {weights.path: shape_at(weights.path, base) for _, weights in other_models(spec)}
     return {path: shape for path, shape in found.items() if shape}
-
-
-def _shape_at(path: str, base: Path) -> ShapeSpec | None:
-    if path.startswith(PREFIX):
-        return BUNDLED[path.removeprefix(PREFIX)].shape
-    config = base / path / "config.json"
-    if not config.is_file():
-        return None
-    try:
-        return _shape(json.loads(config.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _shape(config: dict[str, int]) -> ShapeSpec:
-    hidden, layers, vocabulary = (
-        config["hidden_size"],
-        config["num_hidden_layers"],
-        config["vocab_size"],
-    )
-    heads = config["num_attention_heads"]
-    kept = config.get("num_key_value_heads") or heads
-    attention = 2 * hidden * hidden + 2 * hidden * hidden * kept // heads
-    feed_forward = 3 * hidden * config["intermediate_size"]
-    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return ShapeSpec(
-        parameters=layers * (attention + feed_forward + 2 * hidden) + embeddings + hidden,
-        hidden=hidden,
-        layers=layers,
-        vocabulary=vocabulary,
-        context=config["max_position_embeddings"],
-    )

@@ -13,6 +13,7 @@ from sdkit.specs import (
     CrossEntropy,
     Distillation,
     DriftWeight,
+    ExperimentSpec,
     FileWeight,
     LossTerm,
     PassRateWeight,
@@ -76,6 +77,16 @@ def measured(losses: Mapping[str, LossTerm]) -> dict[Measure, tuple[str, ...]]:
         for measure, key in term_measures(term):
             found[measure].append(".".join(("losses", name, *key)))
     return {measure: tuple(who) for measure, who in found.items() if who}
+
+
+def needs_old_logprobs(spec: ExperimentSpec) -> bool:
+    """Whether a term asks how likely its tokens were before the first of several updates on a batch."""
+    corrected = any(
+        isinstance(t, PolicyGradient)
+        or (isinstance(t, Distillation) and (t.importance.old_policy or t.importance.sampler))
+        for t in spec.losses.values()
+    )
+    return spec.training.updates_per_rollout > 1 and corrected
 
 
 def consults_teacher(term: LossTerm) -> bool:

@@ -7,62 +7,38 @@ from typing import assert_never
 
 from attrs import field, frozen
 
-from sdkit.measures import Measure, measured
+from sdkit.accelerators import Machine
+from sdkit.measures import Measure, measured, needs_old_logprobs
 from sdkit.objective_text import (
     describe_losses,
     describe_route,
     describe_sampling,
 )
+from sdkit.plan_memory import Share, has_frozen_teacher, memory_of_rank, needs_reference
+from sdkit.plan_time import StepTime, time_of_step
+from sdkit.problems import UnreadableInput
 from sdkit.specs import (
     AutoBackend,
-    CopyWeights,
     DatasetSamples,
     Distillation,
-    EmaWeights,
     ExperimentSpec,
     ExternalWeights,
-    FrozenWeights,
     MethodSpec,
-    OneTeacher,
-    PolicyGradient,
-    ReferenceKl,
     ReplayBackend,
     RoutedWeights,
     ServedWeights,
     ShapeSpec,
-    StudentWeights,
     TeacherSamples,
     TransformersBackend,
     VllmBackend,
     blend_base,
     external_teachers,
-    other_models,
     teachers_of,
     tokens_told,
 )
 from sdkit.teacher_text import describe_blend, describe_place, describe_teacher, describe_weights
 
-GIB = 2**30
-BYTES = {"float32": 4, "bfloat16": 2}
 SERVED_BY_DEFAULT = 20  # largest number of log-probabilities a vLLM server gives if nothing is said
-
-
-@frozen(kw_only=True)
-class Machine:
-    """What a plan needs to know of the machine; the command fills it in, a test writes it down."""
-
-    ranks: int = 1
-    memory_gib: float | None = None
-    vllm: str | None = None  # version, where installed
-    emulates_bfloat16: bool = False  # no unit of it multiplies bfloat16
-
-
-@frozen(kw_only=True)
-class Share:
-    """One part of the memory estimate."""
-
-    what: str
-    gib: float
 
 
 @frozen(kw_only=True)
@@ -86,6 +62,7 @@ class Plan:
     syncs: str
     memory: tuple[Share, ...]
     memory_gib: float | None  # of the machine, per rank
+    step_time: StepTime | None  # None: the accelerator is not stated
     derived: tuple[str, ...] = field(factory=tuple)
 
     @property
@@ -137,6 +114,8 @@ def make_plan(
     if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
         derived.append("model.dtype bfloat16 is emulated here: float32 is several times faster")
     backend, why = _backend(spec, machine)
+    if stage == 3 and isinstance(backend, TransformersBackend) and not _foreign_sampler(spec):
+        derived.append("sampling puts every layer together for every token: vLLM takes them once")
     if isinstance(spec.rollout.backend, AutoBackend):
         derived.append(f"rollout.backend auto is {backend.kind}: {why}")
     for name, term in spec.losses.items():
@@ -158,13 +137,14 @@ def make_plan(
         derived.append("evaluation.teacher_lift samples the teacher without its blend")
     derived += _told(spec)
     updates = spec.training.updates_per_rollout
+    others = other_shapes or {}
     return Plan(
         backend=backend,
         evaluation_backend=TransformersBackend() if isinstance(backend, ReplayBackend) else backend,
         why_backend=why,
         zero_stage=stage,
         ranks=machine.ranks,
-        prompts_per_rank=-(-spec.training.prompts_per_step // machine.ranks),
+        prompts_per_rank=deal(spec, machine.ranks),
         rollouts_per_step=spec.training.prompts_per_step * spec.rollout.completions_per_prompt,
         updates_per_step=updates,
         steps=steps,
@@ -174,10 +154,26 @@ def make_plan(
         objective=_objective(spec),
         roles=tuple(_roles(spec)),
         syncs=_syncs(spec, backend),
-        memory=tuple(_memory(spec, backend, shape, other_shapes or {})) if shape else (),
+        memory=memory_of_rank(spec, backend, stage, machine, shape, others) if shape else (),
         memory_gib=machine.memory_gib,
+        step_time=time_of_step(spec, backend, machine, shape, others),
         derived=tuple(derived),
     )
+
+
+def undealt(spec: ExperimentSpec, ranks: int) -> str | None:
+    """Why the prompts of a step cannot be dealt to so many ranks; None where they can."""
+    size = spec.training.prompts_per_step
+    if size % ranks == 0:
+        return None
+    return f"prompts_per_step is {size}, which {ranks} ranks cannot share equally"
+
+
+def deal(spec: ExperimentSpec, ranks: int) -> int:
+    """Prompts of a step on each rank.  Raises UnreadableInput where they are not equally many."""
+    if found := undealt(spec, ranks):
+        raise UnreadableInput(f"training.{found}", hint=f"use a multiple of {ranks}")
+    return spec.training.prompts_per_step // ranks
 
 
 def _told(spec: ExperimentSpec) -> list[str]:
@@ -194,16 +190,6 @@ def _told(spec: ExperimentSpec) -> list[str]:
     if any(w for _, w in teachers_of(spec) if not isinstance(w, ServedWeights)):
         told.append(f"the other routes' teachers tell of their {k} likeliest tokens alone, too")
     return told
-
-
-def needs_old_logprobs(spec: ExperimentSpec) -> bool:
-    """Whether a term asks how likely its tokens were before the first of several updates on a batch."""
-    corrected = any(
-        isinstance(t, PolicyGradient)
-        or (isinstance(t, Distillation) and (t.importance.old_policy or t.importance.sampler))
-        for t in spec.losses.values()
-    )
-    return spec.training.updates_per_rollout > 1 and corrected
 
 
 def _objective(spec: MethodSpec) -> tuple[str, ...]:
@@ -255,28 +241,6 @@ def _foreign_sampler(spec: ExperimentSpec) -> bool:
     return teaches and any(external_teachers(spec))
 
 
-def copies_of_model(spec: ExperimentSpec) -> list[OneTeacher]:
-    """The teachers that need a copy of the model beside the student; routes of equal weights share one."""
-    if spec.model.lora:
-        return []
-    held = dict.fromkeys(weights for _, weights in teachers_of(spec))
-    return [w for w in held if not isinstance(w, StudentWeights | ExternalWeights | ServedWeights)]
-
-
-def pulls_to_reference(spec: ExperimentSpec) -> bool:
-    """Whether a term holds the student near the frozen start model."""
-    return any(isinstance(term, ReferenceKl) for term in spec.losses.values())
-
-
-def needs_reference(spec: ExperimentSpec) -> bool:
-    """Whether the frozen start model is asked under the student's prompt: by a term, or to be blended with the teacher."""
-    return pulls_to_reference(spec) or isinstance(blend_base(spec), FrozenWeights)
-
-
-def _frozen_teacher(spec: ExperimentSpec) -> bool:
-    return any(isinstance(weights, FrozenWeights) for _, weights in teachers_of(spec))
-
-
 def _roles(spec: ExperimentSpec) -> list[str]:
     trained = f"LoRA rank {spec.model.lora.rank}" if spec.model.lora else "all weights"
     roles = [f"student: {spec.model.path}, {trained}, {spec.model.dtype}, float32 masters"]
@@ -286,7 +250,7 @@ def _roles(spec: ExperimentSpec) -> list[str]:
         )
     if needs_reference(spec):
         own = "the student with its adapter off" if spec.model.lora else "a copy of the model"
-        shared = "the teacher" if _frozen_teacher(spec) else own
+        shared = "the teacher" if has_frozen_teacher(spec) else own
         roles.append(f"reference: the frozen start model ({shared})")
     if isinstance(base := blend_base(spec), ExternalWeights):
         place = describe_place(base, bool(spec.model.lora))
@@ -310,47 +274,5 @@ def _syncs(spec: ExperimentSpec, backend: object) -> str:
         else "student"
     )
     form = " (adapters merged into a copy)" if spec.model.lora else ""
+    form += ", a block at a time" if spec.training.zero_stage == 3 else ""
     return f"vLLM gets the {whose}'s weights before each rollout batch{form}, checked by a canary sequence"
-
-
-def _memory(
-    spec: ExperimentSpec, backend: object, shape: ShapeSpec, others: Mapping[str, ShapeSpec]
-) -> list[Share]:
-    """Bytes on one rank of one machine without offload.  Optimizer: master, two moments and gradients in float32."""
-    per = BYTES[spec.model.dtype]
-    count = shape.parameters
-    trained = count
-    if spec.model.lora:
-        trained = min(count, 2 * 7 * shape.layers * spec.model.lora.rank * 2 * shape.hidden)
-    shares = [
-        Share(what="student weights", gib=count * per / GIB),
-        Share(what="masters, moments, gradients", gib=trained * 16 / GIB),
-    ]
-    for weights in copies_of_model(spec):
-        moving = isinstance(weights, EmaWeights | CopyWeights)
-        shares.append(Share(what="teacher weights", gib=count * (per + 4 * moving) / GIB))
-    for weights in dict.fromkeys(weights for _, weights in other_models(spec)):
-        if held := others.get(weights.path):
-            size = held.parameters * BYTES[weights.dtype] / GIB
-            shares.append(Share(what=f"model {weights.path}", gib=size))
-    if needs_reference(spec) and not spec.model.lora and not _frozen_teacher(spec):
-        shares.append(Share(what="reference weights", gib=count * per / GIB))
-    if isinstance(backend, VllmBackend):
-        own = BYTES[backend.dtype or spec.model.dtype]
-        shares.append(
-            Share(what="vLLM weights and cache", gib=count * own / GIB + backend.cache_gib)
-        )
-    tokens = spec.training.micro_batch_tokens
-    kept = 2 if spec.model.activation_checkpointing else 34
-    shares.append(
-        Share(
-            what="activations of a micro-batch",
-            gib=tokens * shape.hidden * shape.layers * kept * per / 2 / GIB,
-        )
-    )
-    chunk = spec.training.chunk_tokens * shape.vocabulary * 4
-    sides = 8 if spec.teacher and spec.teacher.blend else 6
-    shares.append(
-        Share(what="projection chunk (student, teacher, gradient)", gib=sides * chunk / GIB)
-    )
-    return shares

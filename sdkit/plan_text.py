@@ -39,11 +39,12 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
             f"oldest rollout: {plan.oldest_rollout} optimizer steps behind",
         ],
         "weights": [
-            f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments",
+            f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments{_kept(spec, plan)}",
             f"backend: {plan.backend.kind} ({plan.why_backend})",
             plan.syncs,
         ],
         "memory per rank (estimate)": _memory(plan),
+        "time of a step (estimate)": _time(plan),
         "derived": plan.derived,
     }
     return _listed(sections)
@@ -62,6 +63,13 @@ def _listed(sections: Mapping[str, Sequence[str]]) -> str:
     )
 
 
+def _kept(spec: ExperimentSpec, plan: Plan) -> str:
+    """Where weights are, that are not whole and not on the accelerator."""
+    pieces = "; every model in pieces on the ranks" if plan.zero_stage == 3 else ""
+    away = " and ".join(spec.training.offload)
+    return pieces + (f"; {away} in the machine's memory" if away else "")
+
+
 def _memory(plan: Plan) -> list[str]:
     if not plan.memory:
         return ["unknown: the model's shape is not at hand; state it as model.shape"]
@@ -74,3 +82,17 @@ def _memory(plan: Plan) -> list[str]:
                 "more than there is: train LoRA adapters, or lower training.micro_batch_tokens"
             )
     return lines
+
+
+def _time(plan: Plan) -> list[str]:
+    time = plan.step_time
+    if time is None:
+        return []
+    if time.why_not:
+        return [f"unknown: {time.why_not}"]
+    lines = [f"{phase.seconds:8.1f} s  {phase.what}" for phase in time.phases]
+    lines.append(f"{time.seconds:8.1f} s  all together")
+    if plan.steps:
+        hours = time.seconds * plan.steps / 3600
+        lines.append(f"{hours:8.1f} h  for {plan.steps} of them, evaluation not counted")
+    return [*lines, f"assumed: {time.assumes}"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from attrs import frozen
@@ -43,17 +44,26 @@ class Problem:
 
 
 class SdkitError(Exception):
-    """What ends a command: one line for the user, an exit code, perhaps a hint and a place."""
+    """What ends a command: one line for the user, an exit code, perhaps a hint and a place.
+
+    `path` is the key of the spec that is to blame, where one is: the command line says where that is written.
+    """
 
     exit_code = 1
 
     def __init__(
-        self, message: str, *, hint: str | None = None, place: Place | None = None
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        place: Place | None = None,
+        path: Path | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.place = place
+        self.path = path
 
 
 class RunFailed(SdkitError):
@@ -115,6 +125,16 @@ EXIT_CODES: Mapping[int, str] = {
     7: "stopped on request; the run can be resumed",
     8: "a numerics guard tripped",
 }
+
+
+@contextlib.contextmanager
+def blaming(*path: str | int) -> Iterator[None]:
+    """An SdkitError from in here blames this key of the spec, unless it blames one already."""
+    try:
+        yield
+    except SdkitError as error:
+        error.path = error.path or path
+        raise
 
 
 def first_of(faults: Sequence[str], shown: int = 20) -> str:

@@ -7,16 +7,74 @@ adapter is on; nobody else toggles adapters.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from sdkit.batches import Sequences
 
+Result = TypeVar("Result")
+
 STUDENT_ADAPTER = "default"
 TEACHER_ADAPTER = "teacher"
+
+
+class Shards(Protocol):
+    """How a model's parameters lie on the ranks, and what it takes to read and to write them.  All ranks call, in step."""
+
+    def run(self, function: Callable[..., Result], *given: Any) -> Result:
+        """The function of these arguments, within a forward pass of the model."""
+        ...
+
+    def with_head(self, function: Callable[..., Result], hidden: Tensor, *given: Any) -> Result:
+        """The function of hidden states and more, within a run: the output projection can be read, and trained."""
+        ...
+
+    def gathered(self, parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Inside the block these parameters are whole, to be read; a tensor taken of them there stays."""
+        ...
+
+    def held(self, parameter: Tensor) -> Tensor:
+        """What this rank holds of a parameter, to be read and written; flat where it is a piece."""
+        ...
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a figure over what is held of the parameters, on all ranks where those are in pieces."""
+        ...
+
+    def most(self, value: int) -> int:
+        """The largest of all ranks' values, where ranks must run equally many forward passes; else the value."""
+        ...
+
+
+class Whole:
+    """Parameters that every rank holds whole."""
+
+    def run(self, function: Callable[..., Result], *given: Any) -> Result:
+        return function(*given)
+
+    def with_head(self, function: Callable[..., Result], hidden: Tensor, *given: Any) -> Result:
+        return function(hidden, *given)
+
+    def gathered(self, parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def held(self, parameter: Tensor) -> Tensor:
+        return parameter.detach()
+
+    def total(self, values: Tensor) -> Tensor:
+        return values
+
+    def most(self, value: int) -> int:
+        return value
+
+
+WHOLE = Whole()
+_SHARDS: WeakKeyDictionary[nn.Module, Shards] = WeakKeyDictionary()
 
 
 class Weights:
@@ -35,9 +93,23 @@ class Weights:
         self.causal: Any = base.get_base_model() if hasattr(base, "peft_config") else base
 
     @property
-    def head(self) -> Tensor:
-        """The output projection, [V, H]."""
+    def shards(self) -> Shards:
+        """How the parameters lie on the ranks; all weights that share the module share it."""
+        return _SHARDS.get(self.model, WHOLE)
+
+    @shards.setter
+    def shards(self, shards: Shards) -> None:
+        _SHARDS[self.model] = shards
+
+    @property
+    def head(self) -> nn.Parameter:
+        """The output projection, [V, H]; in pieces outside of `Shards.with_head`, where it is sharded."""
         return self.causal.get_output_embeddings().weight
+
+    def whole_head(self) -> Tensor:
+        """The output projection, [V, H], without gradient."""
+        with self.shards.gathered([self.head]):
+            return self.head.detach()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
@@ -56,6 +128,15 @@ class Weights:
 
     def hidden(self, sequences: Sequences) -> Tensor:
         """Hidden states that predict the counted tokens.  -> [M, H] in the model's dtype."""
+        return self.shards.run(self.states, sequences)
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Of whole sequences without padding.  [N, S] -> [N, S, V] in the model's dtype."""
+        with self.active() as causal:
+            return self.shards.run(partial(causal, use_cache=False), input_ids).logits
+
+    def states(self, sequences: Sequences) -> Tensor:
+        """`hidden`, within a run of the shards."""
         with self.active() as causal:
             out = causal.base_model(
                 input_ids=sequences.input_ids,
@@ -67,22 +148,39 @@ class Weights:
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under its Hugging Face name; adapters are merged into copies, never into the model."""
+        """Every tensor under its Hugging Face name; adapters are merged into copies, never into the model.
+
+        Sharded parameters are whole one block at a time, so projections that an engine fuses come together.  All ranks
+        go through to the end.
+        """
         merged = {id(layer.get_base_layer().weight): layer for layer in _adapter_layers(self.model)}
-        for name, parameter in self.causal.named_parameters():
-            if ".lora_" in name:
-                continue
-            layer = merged.get(id(parameter))
-            yield (
-                name.replace(".base_layer.", "."),
-                (parameter.detach() if layer is None else self._with_delta(layer, parameter)),
-            )
+        for block in _blocks(self.causal).values():
+            with self.shards.gathered(list(block.values())):
+                for name, parameter in block.items():
+                    if ".lora_" in name:
+                        continue
+                    layer = merged.get(id(parameter))
+                    yield (
+                        name.replace(".base_layer.", "."),
+                        parameter.detach() if layer is None else self._with_delta(layer, parameter),
+                    )
 
     def _with_delta(self, layer: Any, parameter: Tensor) -> Tensor:
         if self.adapter is None:
             return parameter.detach()
         delta = layer.get_delta_weight(self.adapter).float()
         return (parameter.detach().float() + delta).to(parameter.dtype)
+
+
+def _blocks(causal: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters by the repeated block that they belong to (`model.layers.0`); others stand alone."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in causal.named_parameters():
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        block = name if number is None else ".".join(parts[: number + 1])
+        found.setdefault(block, {})[name] = parameter
+    return found
 
 
 def _adapter_layers(model: nn.Module) -> Iterator[Any]:

@@ -82,9 +82,17 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 }
 """Words of other toolkits → sdkit's keys, likeliest first."""
 
+_NO_K1 = "use k2 or vocabulary: the expected gradient of k1 is 0"
+_NO_K3 = "use k2 or vocabulary: the gradient of k3 is that of the forward KL"
+_ONE_TOKEN = "use reverse_kl with support: sampled_token; differentiated, k1 teaches nothing and k3 pulls by the forward KL"
 REFUSED: Mapping[tuple[str, str], str] = {
-    ("estimator", "k1"): "use k2 or vocabulary: the expected gradient of k1 is 0",
-    ("estimator", "k3"): "use k2 or vocabulary: the gradient of k3 is that of the forward KL",
+    ("estimator", "k1"): _NO_K1,
+    ("estimator", "kl"): _NO_K1,
+    ("estimator", "k3"): _NO_K3,
+    ("estimator", "low_var_kl"): _NO_K3,
+    ("divergence", "k1"): _ONE_TOKEN,
+    ("divergence", "k2"): _ONE_TOKEN,
+    ("divergence", "k3"): _ONE_TOKEN,
 }
 """(key, value) → what to write instead, and why the language does not have it.  reference/methods.md §5.4."""
 

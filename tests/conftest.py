@@ -1,6 +1,7 @@
-"""Fixtures for every test: a tiny model on disk, and one process group."""
+"""Fixtures for every test: a tiny model on disk, and the folder of real data sets."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,3 +23,12 @@ def tiny_tokenizer(tiny_folder):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder with real data sets."""
+    folder = os.environ.get("SDKIT_TEST_DATA")
+    if not folder:
+        pytest.skip("SDKIT_TEST_DATA names no folder with sciknoweval/ and tooluse/")
+    return Path(folder)

@@ -12,8 +12,19 @@ FILES = sorted((ROOT / "sdkit").rglob("*.py"))
 LANGUAGE = {
     *("specs", "problems", "scalars", "source", "overlay", "surface", "structure", "wording"),
     *("resolved", "rules", "templates", "bundled", "language", "show", "seeds"),
-    *("plan", "plan_text", "objective_text", "machine", "measures", "functions", "schedules"),
-    *("vocabulary", "teacher_text"),
+    *(
+        "plan",
+        "plan_text",
+        "plan_memory",
+        "plan_time",
+        "accelerators",
+        "objective_text",
+        "machine",
+        "measures",
+        "functions",
+        "schedules",
+    ),
+    *("vocabulary", "teacher_text", "shapes"),
 }
 """Floor 0."""
 NOUNS = {"batches", "weights"}
@@ -97,7 +108,7 @@ def test_components_know_neither_the_engine_nor_each_other(path):
 @pytest.mark.parametrize(
     ("package", "files"),
     [
-        ("deepspeed", {"sdkit.engine.zero"}),
+        ("deepspeed", {"sdkit.engine.zero", "sdkit.engine.zero_shards"}),
         ("vllm", {"sdkit.components.vllm", "sdkit.components.vllm_worker"}),
         ("typer", {"sdkit.cli"}),
     ],

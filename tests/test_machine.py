@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from sdkit.accelerators import Machine
 from sdkit.language import load_spec
 from sdkit.machine import emulates_bfloat16
-from sdkit.plan import Machine, make_plan
+from sdkit.plan import make_plan
 
 DEMO = Path(__file__).resolve().parent.parent / "specs" / "sdft.yaml"
 

@@ -14,7 +14,12 @@ from sdkit.specs import (
     Schedule,
     Table,
     VocabularySupport,
+    divergences,
+    losses,
+    teachers,
+    token_weights,
 )
+from sdkit.surface import is_spec, keys_of, members
 
 MOVES = Schedule(start=0.2, to=0.6, steps=4)
 LOSSES = Table(
@@ -52,6 +57,20 @@ def test_each_becomes_the_number_of_its_step(step, value):
     assert list(schedules(now)) == []
     assert distil.clip == LOSSES["distil"].clip
     assert policy.clip is LOSSES["policy"].clip
+
+
+def test_every_number_of_terms_and_teachers_may_move():
+    """Save the counts, and the reward that is a success, which is the task's."""
+    modules = (losses, divergences, token_weights, teachers)
+    fixed = {
+        (cls.__name__, name)
+        for module in modules
+        for cls in vars(module).values()
+        if is_spec(cls) and cls.__module__ == module.__name__
+        for name, key in keys_of(cls).items()
+        if float in members(key.type) and Schedule not in members(key.type)
+    }
+    assert fixed == {("PassRateWeight", "threshold"), ("RouteSpec", "threshold")}
 
 
 def test_what_does_not_move_is_handed_back_itself():

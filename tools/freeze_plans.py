@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sdkit.accelerators import Machine
 from sdkit.language import load_spec
 from sdkit.machine import other_shapes, shape_of
-from sdkit.plan import Machine, make_plan, plan_method
+from sdkit.plan import make_plan, plan_method
 from sdkit.plan_text import render_method, render_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,7 @@ def plan_of(path: Path) -> str:
         ranks=stated.ranks if stated else 1,
         memory_gib=stated.memory_gib if stated and stated.memory_gib else 24.0,
         vllm="0.32.0",
+        accelerator=stated.accelerator if stated else None,
     )
     shape, teachers = shape_of(run, path.parent), other_shapes(run, path.parent)
     return render_plan(run, make_plan(run, machine, shape, other_shapes=teachers)) + "\n"

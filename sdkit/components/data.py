@@ -181,7 +181,13 @@ def _value(column: str | Template, raw: Raw) -> Any:
     values = {field: _walk(raw, field) for field in fields(column)}
     if None in values.values():
         return None
-    return fill(column, lambda field: str(values[field]))
+    return fill(column, lambda field: _text(values[field]))
+
+
+def _text(value: Any) -> str:
+    """A value inside a template: a list of texts as lines, anything else as Python prints it."""
+    texts = isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+    return "\n".join(value) if texts else str(value)
 
 
 def _walk(raw: Raw, field: Field) -> Any:

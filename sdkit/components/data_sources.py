@@ -15,6 +15,7 @@ from typing import Any, assert_never
 from sdkit.problems import BadData, BadEnvironment, listed, nearest, shorten
 from sdkit.specs import (
     DiskSource,
+    FileSource,
     HubSource,
     InlineSource,
     JsonLinesSource,
@@ -47,8 +48,10 @@ def source_name(source: Source) -> str:
 
 
 def read_source(source: Source, base: Path, limit: int | None) -> Found:
-    """The first `limit` rows of any source."""
+    """The first `limit` rows of any source.  Raises BadData, with a file's origin where that is known and it is missing."""
     name = source_name(source)
+    if isinstance(source, FileSource) and source.origin and not (base / source.path).exists():
+        raise BadData(f"there is no {name}", hint=f"take it from {source.origin}")
     match source:
         case JsonLinesSource():
             return _json_lines(_bytes(base / source.path, name), name, limit)

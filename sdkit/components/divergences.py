@@ -9,20 +9,27 @@ from torch import Tensor
 
 from sdkit.functions import failure, load_function
 from sdkit.losses.selftest import faults
-from sdkit.problems import BadData
+from sdkit.problems import BadData, blaming
+from sdkit.problems import Path as Blame
 from sdkit.specs import Distillation, FileDivergence, LossTerm
 
 
 class UserDivergence:
     """The function of one term.  Raises BadData where it cannot be loaded, fails, or returns what is no divergence."""
 
-    def __init__(self, spec: FileDivergence, base: Path) -> None:
+    def __init__(self, spec: FileDivergence, base: Path, blame: Blame = ()) -> None:
+        """`blame` is the key of the spec that names the function."""
         self.spec = spec
+        self.blame = blame
         self.path = (base / spec.file).resolve()
         self.function = load_function(self.path, spec.file, spec.function)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Log-probabilities [C, K], [C, K] -> [C]."""
+        with blaming(*self.blame):
+            return self._called(student, teacher)
+
+    def _called(self, student: Tensor, teacher: Tensor) -> Tensor:
         try:
             found = self.function(student, teacher)
         except (Exception, SystemExit) as error:
@@ -48,11 +55,11 @@ class UserDivergence:
 
 def open_user_divergences(losses: Mapping[str, LossTerm], base: Path) -> dict[str, UserDivergence]:
     """The users' functions among the terms' divergences, by term, each tried out."""
-    found = {
-        name: UserDivergence(term.divergence, base)
-        for name, term in losses.items()
-        if isinstance(term, Distillation) and isinstance(term.divergence, FileDivergence)
-    }
-    for divergence in found.values():
-        divergence.try_out()
+    found: dict[str, UserDivergence] = {}
+    for name, term in losses.items():
+        if isinstance(term, Distillation) and isinstance(term.divergence, FileDivergence):
+            blame = ("losses", name, "divergence")
+            with blaming(*blame):
+                found[name] = UserDivergence(term.divergence, base, blame)
+                found[name].try_out()
     return found

@@ -15,7 +15,7 @@ from typing import Any, assert_never
 from attrs import evolve, frozen
 
 from sdkit.batches import Attempt, Evidence, Message, Row
-from sdkit.problems import BadData, first_of, listed, nearest
+from sdkit.problems import BadData, blaming, first_of, listed, nearest
 from sdkit.specs import (
     AnswerStart,
     ColumnSlot,
@@ -329,23 +329,24 @@ def check_prompts(
     max_prompt_tokens: int | None = None,
 ) -> list[tuple[Ids, TeacherPrompt | None]]:
     """Both prompts of every row.  Raises BadData naming each row that has a fault and what it is."""
-    faults: list[str] = []
+    faults: list[BadData] = []
     prompts: list[tuple[Ids, TeacherPrompt | None]] = []
     for row in rows:
         try:
             student = prompter.student_ids(row)
             if max_prompt_tokens is not None and len(student) > max_prompt_tokens:
-                faults.append(
-                    f"row {row.index}: prompt of {len(student)} tokens, more than {max_prompt_tokens}"
-                )
-            teacher = prompter.teacher_ids(row, sees)
-            if teacher is not None and sees is not None:
-                check_generation_prompt(prompter, row, teacher)
+                message = f"row {row.index}: prompt of {len(student)} tokens, more than {max_prompt_tokens}"
+                faults.append(BadData(message, path=("rollout", "max_prompt_tokens")))
+            with blaming("teacher", "sees"):
+                teacher = prompter.teacher_ids(row, sees)
+                if teacher is not None and sees is not None:
+                    check_generation_prompt(prompter, row, teacher)
             prompts.append((student, teacher))
         except BadData as error:
-            faults.append(error.message)
+            faults.append(error)
     if faults:
-        raise BadData(first_of(faults))
+        said = first_of([fault.message for fault in faults])
+        raise BadData(said, hint=faults[0].hint, path=faults[0].path)
     return prompts
 
 

@@ -19,7 +19,7 @@ from sdkit.components.rewards_file import user_function
 from sdkit.components.rewards_judged import Judged, Pair, Scorer
 from sdkit.components.rewards_math import math_verify
 from sdkit.components.rewards_model import reward_model
-from sdkit.problems import SdkitError
+from sdkit.problems import SdkitError, blaming
 from sdkit.specs import (
     ChoiceReward,
     ExactReward,
@@ -94,10 +94,13 @@ def open_rewards(
             for part in reward.parts if isinstance(reward, WeightedReward) else ():
                 open_one(part)
             try:
-                opened[name] = open_reward(reward, base, source, opened)
+                with blaming("rewards", name):
+                    opened[name] = open_reward(reward, base, source, opened)
             except SdkitError as error:
                 message = f"rewards.{name}: {error.message}"
-                raise type(error)(message, hint=error.hint, place=error.place) from error
+                raise type(error)(
+                    message, hint=error.hint, place=error.place, path=error.path
+                ) from error
         return opened[name]
 
     return {name: open_one(name) for name in names}
@@ -113,16 +116,18 @@ def score(
     pairs = list(zip(completions, rows, strict=True))
     known: dict[int, list[Judged]] = {}
 
-    def judged(scorer: Scorer) -> list[Judged]:
+    def judged(name: str, scorer: Scorer) -> list[Judged]:
         if id(scorer) not in known:
             if isinstance(scorer, Sum):
-                found = scorer.combine({n: judged(part) for n, (_, part) in scorer.parts.items()})
+                parts = {name: judged(name, part) for name, (_, part) in scorer.parts.items()}
+                found = scorer.combine(parts)
             else:
-                found = scorer.many(pairs)
+                with blaming("rewards", name):
+                    found = scorer.many(pairs)
             known[id(scorer)] = found
         return known[id(scorer)]
 
-    return {name: judged(scorer) for name, scorer in rewards.items()}
+    return {name: judged(name, scorer) for name, scorer in rewards.items()}
 
 
 def figures(judged: Judgements) -> dict[str, list[float]]:

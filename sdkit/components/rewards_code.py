@@ -99,7 +99,10 @@ def _given(test: Test) -> str:
 
 
 def _shown(test: Test, value: Any) -> str:
-    return _cut(value.strip() if test.kind == "stdin" else json.dumps(value), SHOWN)
+    try:
+        return _cut(value.strip() if test.kind == "stdin" else json.dumps(value), SHOWN)
+    except RecursionError:
+        return "(nested too deeply to be shown)"
 
 
 def _titled(title: str, text: str) -> str:

@@ -37,7 +37,7 @@ class Test:
             case "stdin":
                 return _same_lines(str(got), str(self.expected))
             case "call":
-                return bool(got == self.expected)
+                return _equal(got, self.expected)
             case "asserts":
                 return bool(got)
             case _:
@@ -148,6 +148,14 @@ def _time(value: Any) -> float | None:
     if value is None or (isinstance(value, int | float) and value > 0):
         return value
     raise _Unreadable(f"time_limit {shorten(value)} is no number above 0")
+
+
+def _equal(got: Any, expected: Any) -> bool:
+    """Values as JSON has them; what is nested too deeply to be compared is wrong."""
+    try:
+        return bool(got == expected)
+    except RecursionError:
+        return False
 
 
 # ── printed lines ─────────────────────────────────────────────────────────────────────────────

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from sdkit.batches import Completion, Request, Sampling
 from sdkit.problems import BadData
-from sdkit.weights import Weights
+from sdkit.weights import WHOLE, Weights
+
+NOBODY = Request(prompt_ids=(0,), seed=0)
 
 
 class TransformersRollouts:
@@ -42,9 +45,15 @@ class TransformersRollouts:
         with self.weights.active() as model:
             was_training = model.training
             model.eval()
-            for start in range(0, len(order), self.batch_rows):
-                chosen = order[start : start + self.batch_rows]
-                batch = self._generate(model, [requests[i] for i in chosen], sampling)
+            cuts = range(0, len(order), self.batch_rows)
+            for number in range(self.weights.shards.most(len(cuts))):
+                chosen = order[number * self.batch_rows :][: self.batch_rows]
+                if not chosen:  # parameters are sharded, and other ranks have prompts left
+                    brief = evolve(sampling, max_new_tokens=1)
+                    self.weights.shards.run(self._generate, model, [NOBODY], brief)
+                    continue
+                rows = [requests[i] for i in chosen]
+                batch = self.weights.shards.run(self._generate, model, rows, sampling)
                 done.update(zip(chosen, batch, strict=True))
             model.train(was_training)
         return [done[i] for i in range(len(requests))]
@@ -72,6 +81,7 @@ class TransformersRollouts:
             pad_token_id=pad,
             stop_strings=list(sampling.stop) or None,
             tokenizer=self.tokenizer if sampling.stop else None,
+            synced_gpus=self.weights is not None and self.weights.shards is not WHOLE,
         )
         rows = out[:, width:].tolist()
         return [self._completion(row, i, sampler, sampling) for i, row in enumerate(rows)]

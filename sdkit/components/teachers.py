@@ -27,7 +27,7 @@ from sdkit.specs import (
 from sdkit.weights import STUDENT_ADAPTER, TEACHER_ADAPTER, Weights
 
 Masters = Callable[[], Iterator[tuple[str, Tensor]]]
-"""Names and float32 master values of the student's trained parameters."""
+"""Names and float32 master values of the student's trained parameters; of this rank's pieces where they are sharded."""
 
 
 Load = Callable[[ExternalWeights], torch.nn.Module]
@@ -58,8 +58,11 @@ class Teacher:
         """What the teacher of a route says of the counted tokens, over ids below `rows`."""
         assert self.weights is not None
         return HiddenScores(
-            hidden=self.weights.hidden(asked), head=self.weights.head.detach()[:rows]
+            hidden=self.weights.hidden(asked), head=self.weights.whole_head()[:rows]
         )
+
+    def settle(self) -> None:
+        """Take note of what this rank holds; once, when DeepSpeed has all weights and none has moved."""
 
     def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
         """Follow the student after its optimizer step number `updates`; True where the teacher moved."""
@@ -90,11 +93,16 @@ class MovingTeacher(Teacher):
         self, weights: Weights, spec: EmaWeights | CopyWeights, pairs: Mapping[str, Tensor]
     ) -> None:
         super().__init__(weights)
+        self._shards = lambda: weights.shards
         self.spec = spec
-        self.live = dict(pairs)  # student's parameter name → the teacher's own tensor
-        for tensor in self.live.values():
-            tensor.requires_grad_(False)
-        self.shadow = {name: t.detach().float().clone() for name, t in self.live.items()}
+        self.live = dict(pairs)  # student's parameter name → the teacher's own
+        for parameter in self.live.values():
+            parameter.requires_grad_(False)
+        self.shadow: dict[str, Tensor] = {}  # of what this rank holds of each
+
+    def settle(self) -> None:
+        held = self._shards().held
+        self.shadow = {name: held(p).float().clone() for name, p in self.live.items()}
 
     def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
         match self.spec:
@@ -112,19 +120,22 @@ class MovingTeacher(Teacher):
 
     @torch.no_grad()
     def _follow(self, masters: Masters, rate: float) -> bool:
-        apart = size = 0.0
+        shards = self._shards()
+        squares = torch.zeros(2, dtype=torch.float64)
         followed = 0
         for name, master in masters():
-            shadow = self.shadow[name]
-            shadow.lerp_(master, rate)
-            self.live[name].copy_(shadow)
-            apart += (shadow - master).square().sum().item()
-            size += master.square().sum().item()
+            shadow, own = self.shadow[name], master.to(self.shadow[name].device)
+            if own.shape != shadow.shape:
+                raise RuntimeError(f"{name} is cut otherwise on the teacher's side")
+            shadow.lerp_(own, rate)
+            shards.held(self.live[name]).copy_(shadow)
+            squares += torch.stack([(shadow - own).square().sum(), own.square().sum()]).cpu()
             followed += 1
         if followed != len(self.shadow):
             raise RuntimeError(
                 f"{followed} of {len(self.shadow)} teacher tensors followed the student"
             )
+        apart, size = shards.total(squares).tolist()
         self.distance = (apart / max(size, 1e-30)) ** 0.5
         return True
 
@@ -135,7 +146,7 @@ class MovingTeacher(Teacher):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
-            self.live[name].copy_(shadow)
+            self._shards().held(self.live[name]).copy_(shadow)
 
 
 class ServedTeacher(Teacher):
@@ -166,6 +177,10 @@ class RoutedTeacher(Teacher):
     @property
     def leaves(self) -> tuple[Teacher, ...]:
         return self.routes
+
+    def settle(self) -> None:
+        for part in self.parts:
+            part.settle()
 
     def ask(self, route: int, asked: Sequences, rows: int) -> TeacherScores:
         return self.routes[route].ask(0, asked, rows)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdkit.functions import failure, load_function
 from sdkit.measures import weight_of
-from sdkit.problems import BadData
+from sdkit.problems import BadData, blaming
 from sdkit.specs import FileWeight, LossTerm
 
 Features = Mapping[str, Tensor]
@@ -82,13 +82,12 @@ class UserWeight:
 
 def open_user_weights(losses: Mapping[str, LossTerm], base: Path) -> dict[str, UserWeight]:
     """The users' functions among the terms' weights, by term, each tried out."""
-    found = {
-        name: UserWeight(weight, base)
-        for name, term in losses.items()
-        if isinstance(weight := weight_of(term), FileWeight)
-    }
-    for weight in found.values():
-        weight.try_out()
+    found: dict[str, UserWeight] = {}
+    for name, term in losses.items():
+        if isinstance(weight := weight_of(term), FileWeight):
+            with blaming("losses", name, "weight"):
+                found[name] = UserWeight(weight, base)
+                found[name].try_out()
     return found
 
 

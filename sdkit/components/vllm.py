@@ -47,9 +47,7 @@ class VllmRollouts:
         Raises NumericsGuard where the two sides disagree by more than the bound.
         """
         started = time.perf_counter()
-        repacked = self.engine.collective_rpc(
-            "sync_weights", kwargs={"weights": list(weights.tensors())}
-        )
+        repacked = self.engine.collective_rpc("sync_weights", kwargs={"weights": weights.tensors()})
         self.engine.reset_prefix_cache()
         seconds = time.perf_counter() - started
         difference = (self._canary_here(weights) - self._canary_there()).abs()
@@ -99,9 +97,8 @@ class VllmRollouts:
 
     @torch.no_grad()
     def _canary_here(self, weights: Weights) -> torch.Tensor:
-        with weights.active() as model:
-            ids = torch.tensor([self.canary], device=next(model.parameters()).device)
-            logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        ids = torch.tensor([self.canary], device=weights.head.device)
+        logprobs = weights.logits(ids)[0, :-1].float().log_softmax(-1)
         return logprobs.gather(-1, ids[0, 1:, None])[:, 0].cpu()
 
     def close(self) -> None:
@@ -130,6 +127,8 @@ def _open(spec: VllmBackend, model: str, dtype: str, max_tokens: int) -> Any:
         room["gpu_memory_utilization"] = spec.gpu_share
     else:
         room["kv_cache_memory_bytes"] = int(spec.cache_gib * 2**30)
+        # Prompts share whole blocks of the cache; the processor's default of 128 tokens is longer than most.
+        room["block_size"] = 32
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     engine = LLM(
         model=model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -13,14 +13,16 @@ class SyncExtension:
 
     model_runner: Any
 
-    def sync_weights(self, weights: Sequence[tuple[str, Tensor]]) -> int:
+    def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> int:
         """Load Hugging Face tensors (whole models only: part of a fused group leaves rubbish).
+
+        They are taken one by one as they come; those of a fused group are held until it is complete.
 
         Returns the number of output projections repacked; 0 means that the head may be stale.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        self.model_runner.reload_weights(weights_iterator=iter(weights))
+        self.model_runner.reload_weights(weights_iterator=weights)
         heads = [
             m for m in self.model_runner.get_model().modules() if isinstance(m, ParallelLMHead)
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from attrs import evolve, frozen
@@ -75,6 +75,11 @@ def whole_completions(
         part = order[start:end]
         kept = [list(range(len(r.completion_ids))) for r in part]
         yield part, _micro_batch(part, kept, {}, teacher, longest_pack, device)
+
+
+def without_rows(losses: Iterable[str], *, teacher: bool, device: torch.device) -> MicroBatch:
+    """What a rank that has no more rollouts runs, so that all ranks go forward and backward equally often."""
+    return _micro_batch((), [], {name: torch.zeros(0) for name in losses}, teacher, 0, device)
 
 
 def _width(rollout: Rollout) -> int:

@@ -18,6 +18,7 @@ from sdkit.batches import Counted, Rollout, RolloutBatch
 from sdkit.losses import token_weights
 from sdkit.losses.objective import counted
 from sdkit.measures import Measure, consults_teacher, floor_that_leaves_out, weight_of
+from sdkit.problems import blaming
 from sdkit.schedules import plain
 from sdkit.specs import (
     DriftWeight,
@@ -33,7 +34,7 @@ from sdkit.specs import (
 )
 
 Everywhere = Callable[[Tensor], tuple[Tensor, slice]]
-"""The values of all ranks, and where this rank's stand among them (`zero.everywhere`)."""
+"""The values of all ranks, and where this rank's stand among them (`ranks.everywhere`)."""
 UserFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 """Which tokens count [N, T] bool, and features by name -> weights [N, T] float64."""
 
@@ -93,7 +94,8 @@ def _of_term(
     spans = [_span(name, term, r, route) for r in rollouts]
     tokens = _masked(term, _Tokens.of(rollouts, spans), everywhere, special)
     weight = weight_of(term)
-    weights = None if weight is None else _weights(weight, tokens, everywhere, function)
+    with blaming("losses", name, "weight"):
+        weights = None if weight is None else _weights(weight, tokens, everywhere, function)
     return tokens.dealt(weights)
 
 

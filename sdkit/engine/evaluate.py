@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sdkit.batches import Request, Row, Sampling
+from sdkit.batches import Completion, Request, Row, Sampling
 from sdkit.components.intervals import Interval, paired_difference
 from sdkit.components.rewards import figures, score
+from sdkit.engine import ranks
 from sdkit.engine.evaluated import Evaluated, Key
 from sdkit.engine.gather import completion_text, gather
 from sdkit.engine.measuring import ready
@@ -78,8 +79,8 @@ def _teacher_view(world: World, name: str, rows: Sequence[Row]) -> dict[int, tup
     found: dict[int, tuple[int, ...]] = {}
     for rollout in gather(world, rows, ("lift", name), suite=name).batch:
         if rollout.teacher_prompt_ids is not None:
-            found.setdefault(id(rollout.row), rollout.teacher_prompt_ids)
-    return found
+            found.setdefault(rollout.group, rollout.teacher_prompt_ids)
+    return {id(rows[i]): ids for part in ranks.everyones(found) for i, ids in part.items()}
 
 
 def held_out_loss(world: World) -> dict[str, float]:
@@ -104,7 +105,7 @@ def _suite(
     limit = suite.max_new_tokens or world.spec.rollout.max_new_tokens
     parts = []
     for decoding, how in suite.decoding.items():
-        jobs = [(i, copy) for i in range(len(rows)) for copy in range(how.samples)]
+        jobs = [(i, copy) for i in ranks.share(len(rows)) for copy in range(how.samples)]
         requests = [
             Request(
                 prompt_ids=view(rows[i]) or (),
@@ -113,11 +114,7 @@ def _suite(
             for i, copy in jobs
         ]
         done = backend.sample(requests, _sampling(how, limit, world.spec.rollout.stop))
-        texts = [completion_text(world, c.ids) for c in done]
-        owners = [i for i, _ in jobs]
-        parts.append(
-            _scored(world, (name, decoding), rows, owners, texts, [len(c.ids) for c in done])
-        )
+        parts.append(_scored(world, (name, decoding), rows, [i for i, _ in jobs], done))
     return _joined(parts)
 
 
@@ -136,15 +133,13 @@ def _scored(
     where: tuple[str, str],
     rows: Sequence[Row],
     owners: Sequence[int],
-    texts: Sequence[str],
-    lengths: Sequence[int],
+    done: Sequence[Completion],
 ) -> Evaluated:
+    """This rank's completions with their scores, joined with those of the other ranks in the order of the rows."""
+    texts = [completion_text(world, c.ids) for c in done]
     judged = score(world.data.rewards[where[0]], texts, [rows[i] for i in owners])
     each = figures(judged)
-    scores = {
-        (*where, reward): _per_prompt(values, owners, len(rows)) for reward, values in each.items()
-    }
-    records = [
+    own = [
         {
             "suite": where[0],
             "decoding": where[1],
@@ -160,16 +155,29 @@ def _scored(
         }
         for j, (text, i) in enumerate(zip(texts, owners, strict=True))
     ]
+    found = [(i, record, len(c.ids)) for i, record, c in zip(owners, own, done, strict=True)]
+    everyone = sorted(
+        (one for part in ranks.everyones(found) for one in part), key=lambda one: one[0]
+    )
+    records = [record for _, record, _ in everyone]
+    lengths = [length for _, _, length in everyone]
     mean = {where: sum(lengths) / max(len(lengths), 1)}
+    scores = {(*where, reward): values for reward, values in _per_prompt(everyone).items()}
     return Evaluated(scores=scores, records=records, tokens=sum(lengths), lengths=mean)
 
 
-def _per_prompt(values: Sequence[float], owners: Sequence[int], prompts: int) -> tuple[float, ...]:
-    sums, counts = [0.0] * prompts, [0] * prompts
-    for value, owner in zip(values, owners, strict=True):
-        sums[owner] += value
-        counts[owner] += 1
-    return tuple(s / c for s, c in zip(sums, counts, strict=True))
+def _per_prompt(
+    found: Sequence[tuple[int, Mapping[str, Any], int]],
+) -> dict[str, tuple[float, ...]]:
+    """Per reward: each prompt's mean over its completions.  Prompts stand in order."""
+    values: dict[str, dict[int, list[float]]] = {}
+    for prompt, record, _ in found:
+        for reward, value in record["scores"].items():
+            values.setdefault(reward, {}).setdefault(prompt, []).append(value)
+    return {
+        reward: tuple(sum(each) / len(each) for each in prompts.values())
+        for reward, prompts in values.items()
+    }
 
 
 def _joined(parts: Sequence[Evaluated]) -> Evaluated:

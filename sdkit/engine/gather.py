@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, assert_never
 
 from attrs import frozen
 
 from sdkit.batches import Completion, Evidence, Request, Rollout, RolloutBatch, Row, Sampling
 from sdkit.components.rewards import figures, score
-from sdkit.engine import zero
+from sdkit.engine import ranks
 from sdkit.engine.judge import evidence, with_advantages
 from sdkit.seeds import derive
 from sdkit.specs import (
@@ -53,20 +53,22 @@ def training_sampling(world: World) -> Sampling:
 def gather(
     world: World, rows: Sequence[Row], stream: Sequence[str | int], *, suite: str | None = None
 ) -> Gathered:
-    """One group of rollouts per row, judged, with what the teacher will see of each.
+    """One group of rollouts per row, judged, with what the teacher will see of each; this rank's share of the rows.
 
-    `stream` names the seeds (such as "rollout" and the step); `suite` is given where the rows are held out.
+    Groups are numbered by row over all ranks, and seeds follow the number, so more ranks sample the same.  `stream` names the seeds (such as "rollout" and the step); `suite` is given where the rows are held out.
     """
     started = time.perf_counter()
     size = world.spec.rollout.completions_per_prompt
-    jobs = [(group, row, copy) for group, row in enumerate(rows) for copy in range(size)]
+    held = [(group, rows[group]) for group in ranks.share(len(rows))]
+    jobs = [(group, row, copy) for group, row in held for copy in range(size)]
     prompt = _sampling_prompt(world)
     requests = tuple(
         Request(prompt_ids=prompt(row), seed=derive(world.spec.training.seed, *stream, group, copy))
         for group, row, copy in jobs
     )
     by = who_samples(world, stream, suite)
-    completions, transfer = _complete(world, by, rows, requests, suite is not None)
+    own = [row for _, row in held]
+    completions, transfer = _complete(world, by, own, requests, suite is not None)
     if isinstance(world.spec.rollout.sampled_by, MixtureSamples):
         transfer["by_student"] = float(isinstance(by, StudentSamples))
     sync = transfer.pop("sync_seconds", 0.0)
@@ -81,7 +83,7 @@ def gather(
     ]
     sampled_batch = RolloutBatch(rollouts=tuple(rollouts))
     longest = world.spec.rollout.max_new_tokens
-    batch = with_advantages(world.losses, sampled_batch, zero.everywhere, longest)
+    batch = with_advantages(world.losses, sampled_batch, ranks.everywhere, longest)
     batch.check()
     return Gathered(
         batch=batch,
@@ -190,6 +192,11 @@ def records(gathered: Gathered) -> list[dict[str, Any]]:
         }
         for r, request in zip(gathered.batch, gathered.requests, strict=True)
     ]
+
+
+def in_order(parts: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The records of all ranks as one rank would have them."""
+    return sorted((record for part in parts for record in part), key=lambda record: record["group"])
 
 
 def completion_text(world: World, ids: Sequence[int]) -> str:

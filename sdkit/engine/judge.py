@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import evolve
-from torch import Tensor
 
 from sdkit.batches import Attempt, Evidence, RolloutBatch
 from sdkit.components.rewards import Judged
@@ -48,15 +47,8 @@ def with_advantages(
         rewards -= plain(penalty.amount) * overlong_share(lengths, longest, penalty.stretch)
     groups = torch.tensor([r.group for r in batch], dtype=torch.long)
     all_rewards, own = everywhere(rewards)
-    all_groups, _ = everywhere(_apart(groups, everywhere))
+    all_groups, _ = everywhere(groups)
     found = reward_advantages(losses, all_rewards, all_groups)
     assert found is not None
     pairs = zip(batch, found[own].tolist(), strict=True)
     return RolloutBatch(rollouts=tuple(evolve(r, advantage=a) for r, a in pairs))
-
-
-def _apart(groups: Tensor, everywhere: Everywhere) -> Tensor:
-    """Group numbers that no other rank has: groups stay whole on a rank.  [N] long -> [N] long."""
-    ids, place = torch.unique(groups, return_inverse=True)
-    _, own = everywhere(ids)
-    return place + own.start

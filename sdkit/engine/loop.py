@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sdkit.batches import RolloutBatch
-from sdkit.engine import checkpoint
+from sdkit.engine import checkpoint, ranks
 from sdkit.engine.evaluate import evaluate, held_out_loss, teacher_lift
 from sdkit.engine.gather import completion_text, gather
 from sdkit.engine.keeping import kept
@@ -41,7 +41,7 @@ def run(world: World, report: Report) -> None:
     with _stop_requests() as stop:
         for step in range(world.step, world.end):
             _one_step(world, report, step)
-            if stop["asked"] and world.step < world.end:
+            if ranks.most(stop["asked"]) and world.step < world.end:
                 saved = checkpoint.save(world, report.run.path)
                 raise Stopped(
                     f"stopped after step {world.step}, saved {saved}", hint="continue with --resume"
@@ -60,9 +60,8 @@ def _one_step(world: World, report: Report, step: int) -> None:
     keep, shares = kept(world.spec.rollout.keep, gathered.batch, partial(completion_text, world))
     batch = ready(world, keep)
     counted = time.perf_counter()
-    measured = [
-        _update(world, part) for part in batch.split(world.plan.updates_per_step) if len(part)
-    ]
+    parts = batch.split(world.plan.updates_per_step)
+    measured = [_update(world, part) for part in parts if ranks.most(len(part))]
     moved = (
         measured
         and world.teacher

@@ -14,8 +14,8 @@ from attrs import evolve
 from torch import Tensor
 
 from sdkit.batches import MicroBatch, RolloutBatch, TeacherScores, ToldScores
-from sdkit.engine import zero
-from sdkit.engine.collate import whole_completions
+from sdkit.engine import ranks
+from sdkit.engine.collate import whole_completions, without_rows
 from sdkit.engine.counting import count_tokens
 from sdkit.engine.scoring import score
 from sdkit.losses.chunks import scored_logprobs, token_measures
@@ -41,7 +41,7 @@ def ready(world: World, rollouts: RolloutBatch, *, training: bool = True) -> Rol
     return count_tokens(
         rollouts,
         world.losses,
-        everywhere=zero.everywhere,
+        everywhere=ranks.everywhere,
         route=world.spec.route,
         special=world.special_ids,
         functions=world.data.user_weights,
@@ -57,9 +57,14 @@ def take_measures(world: World, rollouts: RolloutBatch, asked: Collection[Measur
     of_teacher = any(name.startswith("teacher") for name in asked)
     budget = world.spec.training.micro_batch_tokens
     found: dict[int, dict[str, tuple[float, ...]]] = {}
-    for part, batch in whole_completions(
-        list(rollouts), budget, world.device, world.longest_pack, teacher=of_teacher
-    ):
+    batches = [
+        *whole_completions(
+            list(rollouts), budget, world.device, world.longest_pack, teacher=of_teacher
+        )
+    ]
+    empty = without_rows((), teacher=of_teacher, device=world.device)
+    batches += [((), empty)] * (ranks.most(len(batches)) - len(batches))
+    for part, batch in batches:
         sizes = [len(r.completion_ids) for r in part]
         held = {
             name: [tuple(x.tolist()) for x in values.split(sizes)]

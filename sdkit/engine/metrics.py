@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sdkit.batches import Rollout
-from sdkit.engine import zero
+from sdkit.engine import ranks
 from sdkit.engine.gather import Gathered, completion_text
 from sdkit.engine.step import Measured
 from sdkit.losses.policy_terms import group_relative
@@ -68,7 +68,7 @@ def _averaged(measured: Sequence[Measured]) -> dict[str, float]:
 def _divided(world: World, sums: Sums) -> dict[str, float]:
     """Sums of all ranks over counts of all ranks; what has a count of 0 stays a sum.  Every rank has the same names."""
     pairs = torch.tensor(list(sums.values()), dtype=torch.float64, device=world.device)
-    totals = zip(sums, zero.total(pairs).tolist(), strict=True)
+    totals = zip(sums, ranks.total(pairs).tolist(), strict=True)
     return {name: total / max(count, 1.0) for name, (total, count) in totals}
 
 

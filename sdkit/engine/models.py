@@ -123,7 +123,9 @@ def _with_adapter(model: Any, lora: LoraSpec, seed: int) -> Any:
                 model, config, adapter_name=STUDENT_ADAPTER, autocast_adapter_dtype=False
             )
     except ValueError as error:
-        raise BadData(f"model.lora.targets: {_first_line(error)}") from None
+        raise BadData(
+            f"model.lora.targets: {_first_line(error)}", path=("model", "lora", "targets")
+        ) from None
 
 
 def _bundled(name: str) -> Path:

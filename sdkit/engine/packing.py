@@ -61,9 +61,10 @@ def sequences(
 ) -> Sequences:
     """One forward pass.  `kept`: positions of each completion whose states are wanted, in the order given.
 
-    Completions are spliced in as ids, never encoded again.
+    Completions are spliced in as ids, never encoded again.  No sequences at all make one row of one token, of which no
+    state is wanted: the pass is then run for the ranks that have some.
     """
-    rows = packs(prompts, completions, longest)
+    rows = packs(prompts, completions, longest) or [Pack((0,), (), 1)]
     width = max(pack.width for pack in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     # Which completion of its row a token belongs to: 0 the prompt, 1… the completions, -1 padding.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,20 @@ from sdkit.batches import Evidence, Row
 from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
 from sdkit.components.divergences import open_user_divergences
 from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts
-from sdkit.components.rewards import Scorer, open_rewards
+from sdkit.components.rewards import Scorer, open_rewards, score
 from sdkit.components.token_weights import open_user_weights
-from sdkit.problems import BadData, first_of, outside, shorten
+from sdkit.problems import BadData, blaming, first_of, outside, shorten
 from sdkit.specs import (
+    ChoiceReward,
+    ExactReward,
     ExperimentSpec,
+    NumberReward,
     OfRollouts,
     ReasoningGymReward,
     ReasoningGymSource,
+    RegexReward,
+    Reward,
+    RewardModel,
     RoutedWeights,
     Suite,
     TeacherSamples,
@@ -26,6 +32,8 @@ from sdkit.specs import (
     completion_column,
 )
 
+COMPARED = {ExactReward, NumberReward, ChoiceReward, RegexReward, ReasoningGymReward}
+"""Rewards that look at a completion and a row, and at nothing else."""
 CONTEXT_TEXT = 128
 """Tokens allowed for a template's own words where the context is not known before rollouts are."""
 
@@ -36,7 +44,8 @@ class Data:
     def __init__(self, spec: ExperimentSpec, base: Path, tokenizer: Any) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
-        self.prompter = Prompter(tokenizer, dict(spec.model.chat_template_options))
+        with blaming("model", "chat_template_options"):
+            self.prompter = Prompter(tokenizer, dict(spec.model.chat_template_options))
         suites = spec.evaluation.suites if spec.evaluation else {}
         column = completion_column(spec.rollout.sampled_by)
         needed = (column,) if column else ()
@@ -45,13 +54,22 @@ class Data:
             str, int
         ] = {}  # held-out rows dropped, their prompt stands in the suite already
         for name, suite in suites.items():
-            found = load_rows(suite.data, base, spec.data.columns)
+            with blaming("evaluation", "suites", name, "data"):
+                found = load_rows(suite.data, base, spec.data.columns)
             self.suites[name], self.repeats[name] = drop_repeats(found)
-        rows = load_rows(spec.data, base, needed=needed)
-        held_out = [row for rows_of in self.suites.values() for row in rows_of]
+        with blaming("data"):
+            rows = load_rows(spec.data, base, needed=needed)
+        held_out = [
+            row
+            for name, suite in suites.items()
+            for row in self.suites[name]
+            if suite.same_prompts == "drop"
+        ]
         self.train, self.dropped = drop_overlap(rows, held_out)
         if not self.train:
-            raise BadData("every training row is held out too, so nothing is left to train on")
+            raise BadData(
+                "every training row is held out too, so nothing is left to train on", path=("data",)
+            )
         only = next(iter(spec.rewards)) if len(spec.rewards) == 1 else None
         self.reward = spec.reward or only  # the name of the reward that training uses
         sees = spec.teacher.sees if spec.teacher else None
@@ -140,7 +158,11 @@ class Data:
             if str(value := row.columns.get(by)) not in self.routes
         ]
         if bad:
-            raise BadData(first_of(bad), hint="teacher.weights.routes must have every value")
+            raise BadData(
+                first_of(bad),
+                hint="teacher.weights.routes must have every value",
+                path=("teacher", "weights", "by"),
+            )
 
     def check(self, steps: int) -> int:
         """Render every prompt that the run will use; returns the longest sequence, completion included, in tokens.
@@ -151,17 +173,40 @@ class Data:
         visited = self.train
         if steps * training.prompts_per_step < len(visited):
             visited = [row for step in range(steps) for row in self.take(step)]
-        longest = self._longest(visited)
+        with blaming("data"):
+            longest = self._longest(visited)
         self._check_routes(visited)
         _check_rewards(self.train_rewards, visited)
+        self._try_out(self.train_rewards, visited)
         room = [self.spec.rollout.max_new_tokens]
         if self.spec.evaluation:
             for name, suite in self.spec.evaluation.suites.items():
-                longest = max(longest, self._longest(self.suites[name]))
+                with blaming("evaluation", "suites", name, "data"):
+                    longest = max(longest, self._longest(self.suites[name]))
                 _check_rewards(self.rewards[name], self.suites[name])
+                self._try_out(self.rewards[name], self.suites[name])
                 self._check_routes(self.suites[name][: suite.loss_prompts])
                 room.append(suite.max_new_tokens or 0)
         return longest + max(room)
+
+    def _try_out(self, rewards: Mapping[str, Scorer], rows: Sequence[Row]) -> None:
+        """Judge an empty completion: of every row where right answers are only compared, of the first where a user's
+        function or a process judges; a reward model was tried when it was opened.  Raises BadData as `score` does.
+        """
+        for name, scorer in rewards.items():
+            kinds = {type(part) for part in self._leaves(name)}
+            tried = rows if kinds <= COMPARED else rows[:1]
+            if RewardModel not in kinds:
+                score({name: scorer}, [""] * len(tried), tried)
+
+    def _leaves(self, name: str) -> Iterator[Reward]:
+        """A reward, or what it sums over."""
+        reward = self.spec.rewards[name]
+        if not isinstance(reward, WeightedReward):
+            yield reward
+            return
+        for part in reward.parts:
+            yield from self._leaves(part)
 
     def _longest(self, rows: list[Row]) -> int:
         """Render the rows' prompts and keep them; the longest in tokens."""

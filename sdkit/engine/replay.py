@@ -35,33 +35,23 @@ FREE: Sequence[SpecPath] = (
     *((key,) for key in ("optimizer", "evaluation", "output", "machine")),
     ("data", "columns"),
     ("rollout", "keep"),
-    *(
-        ("training", key)
-        for key in (
-            "updates_per_rollout",
-            "micro_batch_tokens",
-            "chunk_tokens",
-            "share_prompts",
-            "zero_stage",
-        )
-    ),
+    ("training", "updates_per_rollout"),
+    ("training", "micro_batch_tokens"),
+    ("training", "chunk_tokens"),
+    ("training", "share_prompts"),
+    ("training", "zero_stage"),
 )
 """What may differ from the recorded run: none of it changes a prompt or a token."""
 
+LENGTH = "the learning rate may follow the run's length; --steps ends a replay early"
 FIXED: Mapping[SpecPath, str] = {
     ("model",): "this model sampled the recording",
     ("rollout",): "the completions are the recording's",
     ("data", "columns", "prompt"): "the prompts are the recording's",
     ("data", "columns", "system"): "the prompts are the recording's",
     ("data",): "the prompts are the recording's",
-    (
-        "training",
-        "steps",
-    ): "a learning rate over the run would be another; --steps ends a replay early",
-    (
-        "training",
-        "epochs",
-    ): "a learning rate over the run would be another; --steps ends a replay early",
+    ("training", "steps"): LENGTH,
+    ("training", "epochs"): LENGTH,
     ("training",): "the recording's prompts and seeds follow from it",
 }
 """Why the rest may not, by the longest beginning of its key."""
@@ -84,6 +74,9 @@ class Recording:
     end: int
     settings: Mapping[SpecPath, Any]  # every scalar of the spec that recorded
     origin: Mapping[str, Any]  # its provenance
+
+    def __str__(self) -> str:
+        return f"rollout batches {self.start} to {self.end - 1} of {self.run}"
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -146,8 +139,7 @@ class Recording:
 
     def planned(self, plan: Plan) -> Plan:
         """The plan with the recording in place of a sampler; evaluations are sampled as before."""
-        why = f"rollout batches {self.start} to {self.end - 1} of {self.run}"
-        return evolve(plan, backend=ReplayBackend(run=str(self.run)), why_backend=why)
+        return evolve(plan, backend=ReplayBackend(run=str(self.run)), why_backend=str(self))
 
     def write_history(self, run: RunDirectory) -> None:
         """What the recorded run had measured before batch `start`, as a resumed run would find it.
@@ -201,10 +193,10 @@ def same_recording(folder: Path, recording: Recording | None) -> None:
         raise UnreadableInput(
             f"{folder} is no replay", hint="continue it with `sdkit train --resume`"
         )
-    steps = before["end"] - before["start"]
+    named, steps = f"{before['run']}@{before['start']}", before["end"] - before["start"]
     raise UnreadableInput(
-        f"{folder} replays {before['run']}@{before['start']}",
-        hint=f"continue it with `sdkit replay {before['run']}@{before['start']} --steps {steps} --resume`",
+        f"{folder} replays {named}",
+        hint=f"continue it with `sdkit replay {named} --steps {steps} --to {folder} --resume`",
     )
 
 

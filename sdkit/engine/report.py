@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sdkit.components.intervals import Interval
+from sdkit.engine import ranks
 from sdkit.engine.evaluate import headline
 from sdkit.engine.evaluated import Evaluated, Key, read_back, signed, with_interval
-from sdkit.engine.gather import Gathered, records, samples
+from sdkit.engine.gather import Gathered, in_order, records, samples
 from sdkit.engine.rundir import RunDirectory
 from sdkit.engine.tripwires import went_off
 
@@ -34,7 +35,10 @@ class Report:
         self.first: Evaluated | None = read_back(begun) if begun else None
         self.last: Evaluated | None = None
         history = run.history()
-        self.evaluated_at = {line["step"] for line in history if "eval/score" in line}
+        # All ranks go by what the first finds in the run directory.
+        self.evaluated_at = ranks.of_first(
+            {line["step"] for line in history if "eval/score" in line}
+        )
         self.trained = [line for line in history if "time/step" in line]  # for tripwires
         # Tokens of training rollouts so far.
         self.generated = max((line.get("tokens_generated", 0.0) for line in history), default=0.0)
@@ -61,7 +65,8 @@ class Report:
         metrics["memory/peak_gib"] = peak_gib()
         self.run.metrics(world.step, metrics)
         self.run.status("running", step=world.step)
-        self.run.lines("rollouts", world.step - 1, records(gathered))
+        own = ranks.at_first(records(gathered))
+        self.run.lines("rollouts", world.step - 1, in_order(own))
         self.console.print(_step_line(world, metrics), highlight=False)
         output = world.spec.output
         self._warn(world.step, metrics, output.tripwire_steps)

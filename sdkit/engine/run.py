@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from sdkit.components.vllm_scores import ServedModel
-from sdkit.engine import checkpoint, loop, report, rundir, zero
+from sdkit.engine import checkpoint, loop, ranks, report, rundir, zero
 from sdkit.engine.evaluate import evaluate, headline
 from sdkit.engine.models import check_vocabulary, load_tokenizer, locate
 from sdkit.engine.plot import plot
@@ -22,10 +22,12 @@ from sdkit.machine import machine_for
 from sdkit.plan import make_plan
 from sdkit.problems import (
     OutOfMemory,
+    ProcessDied,
     RunFailed,
     SdkitError,
     Stopped,
     UnreadableInput,
+    blaming,
     first_of,
     shorten,
     spelled,
@@ -41,6 +43,9 @@ from sdkit.specs import (
     tokens_told,
 )
 
+LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe")
+"""What collectives say where another rank is gone, or silent for too long."""
+
 
 def open_world(spec: ExperimentSpec, base: Path, recording: Recording | None = None) -> World:
     """Data first (bad rows are found before a weight is loaded), then DeepSpeed, model, teacher.
@@ -49,18 +54,20 @@ def open_world(spec: ExperimentSpec, base: Path, recording: Recording | None = N
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     zero.prepare()
-    located = locate(spec.model.path, base)
-    tokenizer = load_tokenizer(spec.model, located)
-    for _, weights in other_models(spec):
-        theirs = load_tokenizer(weights, locate(weights.path, base))
-        check_vocabulary(tokenizer, theirs, weights.path)
+    with blaming("model", "path"):
+        located = locate(spec.model.path, base)
+        tokenizer = load_tokenizer(spec.model, located)
+    for path, weights in other_models(spec):
+        with blaming(*path, "path"):
+            theirs = load_tokenizer(weights, locate(weights.path, base))
+            check_vocabulary(tokenizer, theirs, weights.path)
     served = _reach(spec, base, tokenizer)
     data = Data(spec, base, tokenizer)
     if recording:
         recording.check_rows(data)
     zero.start()
     try:
-        plan = make_plan(spec, machine_for(spec, zero.world_size()), None, rows=len(data.train))
+        plan = make_plan(spec, machine_for(spec, ranks.world_size()), None, rows=len(data.train))
         assert plan.steps is not None
         longest = data.check(plan.steps)
         for model in served.values():
@@ -72,7 +79,7 @@ def open_world(spec: ExperimentSpec, base: Path, recording: Recording | None = N
             world.end = recording.end
         return world
     except BaseException:
-        zero.stop()
+        zero.stop(together=False)
         raise
 
 
@@ -115,10 +122,7 @@ def train(
         same_recording(folder, recording)
         _same_spec(folder, resolved)
     world = open_world(spec, base, recording)
-    if last:
-        run = rundir.RunDirectory(folder, spec.output.tensorboard)
-    else:
-        run = rundir.create(folder, tensorboard=spec.output.tensorboard)
+    run = _directory(folder, resume=resume, tensorboard=spec.output.tensorboard)
     try:
         if last:
             checkpoint.load(world, last)
@@ -136,14 +140,28 @@ def train(
         run.status("done", step=world.step)
     except BaseException as error:
         explained = _explained(error, run)
-        state = "stopped" if isinstance(explained, Stopped) else "failed"
+        stopped = isinstance(explained, Stopped)
+        state = "stopped" if stopped else "failed"
         run.status(state, step=world.step, reason=str(explained) or type(error).__name__)
+        _leave(world, run, together=stopped)
         raise explained from error
-    finally:
-        run.close()
-        world.close()
-        zero.stop()
+    _leave(world, run, together=True)
     return folder
+
+
+def _directory(folder: Path, *, resume: bool, tensorboard: bool) -> rundir.RunDirectory:
+    """The run directory, which the first rank alone writes to."""
+    if ranks.rank():
+        return rundir.ReadOnly(folder, tensorboard=False)
+    if resume:
+        return rundir.RunDirectory(folder, tensorboard)
+    return rundir.create(folder, tensorboard=tensorboard)
+
+
+def _leave(world: World, run: rundir.RunDirectory, *, together: bool) -> None:
+    run.close()
+    world.close(together=together)
+    zero.stop(together=together)
 
 
 def _train(world: World, run: rundir.RunDirectory, console: Console) -> None:
@@ -151,7 +169,8 @@ def _train(world: World, run: rundir.RunDirectory, console: Console) -> None:
     with screen.bar:
         loop.run(world, screen)
     checkpoint.save_model(world, run.path)
-    plot(run.history(), run.path / "plot.png", run.path.name)
+    if ranks.rank() == 0:
+        plot(run.history(), run.path / "plot.png", run.path.name)
     screen.finished(world)
     if screen.first and screen.last and screen.first is not screen.last:
         run.write_json("result.json", report.plain_comparison(screen.first, screen.last))
@@ -161,14 +180,16 @@ def _train(world: World, run: rundir.RunDirectory, console: Console) -> None:
 def evaluate_only(spec: ExperimentSpec, base: Path, console: Console) -> dict[str, float]:
     """The spec's evaluation on its start model; returns the metrics."""
     world = open_world(spec, base)
+    together = False
     try:
         found = evaluate(world)
         metrics = found.metrics(headline(world))
         console.print(report.scores(found))
+        together = True
         return metrics
     finally:
-        world.close()
-        zero.stop()
+        world.close(together=together)
+        zero.stop(together=together)
 
 
 def _provenance(world: World, base: Path, recording: Recording | None) -> dict[str, Any]:
@@ -219,14 +240,24 @@ def _explained(error: BaseException, run: rundir.RunDirectory) -> BaseException:
     if isinstance(error, SdkitError) or not isinstance(error, Exception):
         return error
     text = str(error).lower()
+    if any(words in text for words in LOST):
+        return ProcessDied(
+            f"lost another rank: {_first_line(text)}",
+            hint="what ended it stands in its own output",
+        )
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return OutOfMemory(
             "out of memory",
             hint="lower training.micro_batch_tokens, set model.activation_checkpointing: true, or train LoRA adapters",
         )
-    run.write_text("error.txt", "".join(traceback.format_exception(error)))
-    first = str(error).strip().splitlines()
+    told = run.path / (f"error_rank_{ranks.rank()}.txt" if ranks.rank() else "error.txt")
+    run.path.mkdir(parents=True, exist_ok=True)
+    rundir.write_whole(told, "".join(traceback.format_exception(error)))
     return RunFailed(
-        f"{type(error).__name__}: {first[0] if first else 'no message'}",
-        hint=f"the traceback stands in {run.path / 'error.txt'}",
+        f"{type(error).__name__}: {_first_line(str(error)) or 'no message'}",
+        hint=f"the traceback stands in {told}",
     )
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")

@@ -34,7 +34,7 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a small file whole or not at all."""
-        write_whole(self.path / name, json.dumps(value, indent=2, default=str) + "\n")
+        self.write_text(name, json.dumps(value, indent=2, default=str) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         write_whole(self.path / name, text)
@@ -97,6 +97,25 @@ class RunDirectory:
 
             self._events = SummaryWriter(str(self.path / "tensorboard"))
         return self._events
+
+
+class ReadOnly(RunDirectory):
+    """The run directory as ranks other than the first have it: what they write goes nowhere."""
+
+    def write_text(self, name: str, text: str) -> None:
+        pass
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def warning(self, step: int, facts: Mapping[str, Any]) -> None:
+        pass
+
+    def forget_after(self, step: int) -> None:
+        pass
 
 
 def origin(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sdkit.batches import (
 from sdkit.components.teachers import Teacher
 from sdkit.engine.packing import sequences
 from sdkit.losses.chunks import narrowed
-from sdkit.plan import pulls_to_reference
+from sdkit.plan_memory import pulls_to_reference
 from sdkit.schedules import plain
 from sdkit.specs import (
     Blend,
@@ -90,7 +90,9 @@ def _beside(world: World, prompt: Sequences, reference: TeacherScores | None) ->
 
 def _asked(world: World, teacher: Teacher, batch: MicroBatch, asked: Sequences) -> TeacherScores:
     """Each sequence scored by the teacher of its route, all of one route together."""
-    routes = sorted(set(batch.teacher_routes))
+    routes = sorted(set(batch.teacher_routes)) or [0]
+    if world.plan.zero_stage == 3:
+        routes = list(range(len(teacher.leaves)))  # every rank runs every teacher
     row, token = batch.tokens.row, batch.tokens.token
     if len(routes) == 1:
         return _ask(world, teacher, routes[0], asked, token)

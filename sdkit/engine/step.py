@@ -14,14 +14,14 @@ from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from sdkit.batches import HiddenScores, MicroBatch, RolloutBatch, TeacherScores, Tokens
-from sdkit.engine import zero
-from sdkit.engine.collate import Collated, collate
+from sdkit.engine import ranks
+from sdkit.engine.collate import Collated, collate, without_rows
 from sdkit.engine.scoring import refer, score
 from sdkit.losses.chunks import projected_loss, scored_logprobs, token_logprobs, token_measures
 from sdkit.losses.objective import Objective, UserDivergence, sampler_ratio
 from sdkit.losses.policy_terms import sequence_means
 from sdkit.schedules import scalar_at, schedules
-from sdkit.specs import LossTerm, OptimizerSpec, Table
+from sdkit.specs import LossTerm, OptimizerSpec, Table, needs_teacher
 from sdkit.weights import Weights
 
 if TYPE_CHECKING:
@@ -38,7 +38,10 @@ class Measured:
 
 
 class Student(nn.Module):
-    """The student with its objective: a forward pass returns the loss, so logits never leave it."""
+    """The student with its objective: a forward pass returns the loss, so logits never leave it.
+
+    To be called within a run of the weights' shards.
+    """
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class Student(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The output projection of the ids that are compared, [rows, H]."""
+        """The output projection of the ids that are compared, [rows, H]; within `Shards.with_head`."""
         return self.weights.head[: self.rows]
 
     def forward(
@@ -68,8 +71,19 @@ class Student(nn.Module):
         reference: TeacherScores | None,
         losses: Table[LossTerm],
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.weights.states(batch.student)
+        with_head = self.weights.shards.with_head
+        return with_head(self._projected, hidden, batch, scores, reference, losses)
+
+    def _projected(
+        self,
+        hidden: Tensor,
+        batch: MicroBatch,
+        scores: TeacherScores | None,
+        reference: TeacherScores | None,
+        losses: Table[LossTerm],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         objective = Objective(losses, self.temperature, self.functions)
-        hidden = self.weights.hidden(batch.student)
         return projected_loss(
             hidden,
             self.head,
@@ -115,7 +129,8 @@ class Student(nn.Module):
     @torch.no_grad()
     def measures(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability of each counted token, and entropy, at the sampling temperature.  -> twice [M] float32"""
-        scores = HiddenScores(hidden=self.weights.hidden(batch.student), head=self.head)
+        hidden = self.weights.hidden(batch.student)
+        scores = HiddenScores(hidden=hidden, head=self.weights.whole_head()[: self.rows])
         return token_measures(scores, batch.tokens.token, self.temperature, self.chunk_tokens)
 
 
@@ -133,9 +148,9 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
         reference = refer(world, batch)
         scores = score(world, batch, reference)
         scored = time.perf_counter()
-        loss, stats = world.zero.forward(batch, scores, reference, losses)
+        loss, stats = world.zero.forward(world.module, batch, scores, reference, losses)
         world.zero.backward(loss)
-        _add(sums, stats)
+        _add(sums, stats, batch)
         seconds["teacher"] += scored - started
         seconds["update"] += time.perf_counter() - scored
     started = time.perf_counter()
@@ -146,12 +161,7 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
     if stepped.applied:
         world.updates += 1
         metrics |= _follow(world)
-    padding = 1 - sum(b.student.tokens for b in collated.micro_batches) / max(
-        collated.padded_tokens, 1
-    )
-    return Measured(
-        metrics=metrics | {"padding": padding}, seconds=seconds, applied=stepped.applied
-    )
+    return Measured(metrics=metrics, seconds=seconds, applied=stepped.applied)
 
 
 @torch.no_grad()
@@ -163,19 +173,25 @@ def measure(world: World, rollouts: RolloutBatch) -> dict[str, float]:
     for batch in collated.micro_batches:
         reference = refer(world, batch)
         scores = score(world, batch, reference)
-        _add(sums, world.module(batch, scores, reference, losses)[1])
+        run = world.student.shards.run
+        _add(sums, run(world.module, batch, scores, reference, losses)[1], batch)
     return averaged(sums, collated)
 
 
 def _collate(world: World, rollouts: RolloutBatch, losses: Table[LossTerm]) -> Collated:
-    return collate(
+    """This rank's micro-batches, as many as any rank has."""
+    collated = collate(
         list(rollouts),
         losses,
         world.spec.training.micro_batch_tokens,
-        zero.total,
+        ranks.total,
         world.device,
         world.longest_pack,
     )
+    teacher = any(map(needs_teacher, losses.values()))
+    missing = ranks.most(len(collated.micro_batches)) - len(collated.micro_batches)
+    more = [without_rows(losses, teacher=teacher, device=world.device)] * missing
+    return evolve(collated, micro_batches=(*collated.micro_batches, *more))
 
 
 def _moving(world: World) -> dict[str, float]:
@@ -200,11 +216,9 @@ def learning_rate(spec: OptimizerSpec, update: int, total: int) -> float:
 
 def averaged(sums: Mapping[str, Tensor], collated: Collated) -> dict[str, float]:
     """Sums over tokens → means over each term's tokens; losses are weighted already.  One transfer from the device."""
-    if not sums:
+    values = ranks.summed(sums)
+    if not values:
         return {}
-    values = dict(
-        zip(sums, zero.total(torch.stack(list(sums.values())).double()).tolist(), strict=True)
-    )
     metrics: dict[str, float] = {"loss": sum(v for k, v in values.items() if k.startswith("loss/"))}
     for key, value in values.items():
         name, _, figure = key.partition("/")
@@ -214,6 +228,9 @@ def averaged(sums: Mapping[str, Tensor], collated: Collated) -> dict[str, float]
             # Tokens of weight 0 have a place in the average, but no say in the figures.
             metrics[key] = value / max(values[f"{name}/tokens"], 1)
     metrics |= _route_shares(collated)
+    tokens = sum(b.student.tokens for b in collated.micro_batches)
+    held, padded = ranks.total(torch.tensor([tokens, collated.padded_tokens])).tolist()
+    metrics["padding"] = 1 - held / max(padded, 1)
     for name, counts in collated.counts.items():
         metrics[f"{name}/tokens"] = counts.tokens
         metrics[f"{name}/empty_rows"] = 1 - counts.filled_rows / max(counts.rows, 1)
@@ -224,7 +241,7 @@ def _route_shares(collated: Collated) -> dict[str, float]:
     """Share of the rollouts on each branch of the route, where there is one."""
     branches = ("then", "otherwise")
     held = [[r.branch == branch for r in collated.order] for branch in branches]
-    sums = zero.total(torch.tensor([sum(each) for each in held])).tolist()
+    sums = ranks.total(torch.tensor([sum(each) for each in held])).tolist()
     whole = sum(sums)
     if not whole:
         return {}
@@ -238,6 +255,8 @@ def _follow(world: World) -> dict[str, float]:
     return {"teacher_distance": teacher.distance}
 
 
-def _add(sums: dict[str, Tensor], stats: Mapping[str, Tensor]) -> None:
+def _add(sums: dict[str, Tensor], stats: Mapping[str, Tensor], batch: MicroBatch) -> None:
+    if not batch.rows:
+        return
     for key, value in stats.items():
         sums[key] = value if key not in sums else sums[key] + value

@@ -17,13 +17,14 @@ from sdkit.components.rollouts import ReplayRollouts, TransformersRollouts
 from sdkit.components.teachers import Teacher, open_teacher
 from sdkit.components.vllm import VllmRollouts
 from sdkit.components.vllm_scores import ServedModel
-from sdkit.engine import zero
+from sdkit.engine import ranks, zero, zero_shards
 from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabulary
 from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
 from sdkit.engine.step import Student
-from sdkit.plan import Plan, needs_reference
-from sdkit.problems import BadData
+from sdkit.plan import Plan
+from sdkit.plan_memory import needs_reference
+from sdkit.problems import BadData, blaming
 from sdkit.schedules import at_step, scalar_at
 from sdkit.specs import (
     Blend,
@@ -44,6 +45,7 @@ from sdkit.specs import (
     TransformersBackend,
     TrustRegionBlend,
     VllmBackend,
+    other_models,
     teachers_of,
 )
 from sdkit.weights import Weights
@@ -75,7 +77,8 @@ class World:
         self.end = plan.steps  # rollout batches after which the run ends: a replay may have fewer
         self.updates = 0  # optimizer steps applied; the policy version
         self.skipped = 0  # optimizer steps in a row that were skipped
-        model: Any = load_model(spec.model, located, spec.training.seed)
+        with blaming("model", "path"):
+            model: Any = load_model(spec.model, located, spec.training.seed)
         self.student = Weights(model.to(self.device))
         self.end_ids = end_ids(self.student.causal, data.tokenizer)
         self.special_ids = special_ids(data.tokenizer, self.end_ids)
@@ -95,9 +98,28 @@ class World:
         functions = data.user_divergences
         self.module = Student(self.student, spec.rollout.temperature, chunk, self.rows, functions)
         bf16 = spec.model.dtype == "bfloat16"
-        self.zero = zero.Zero(self.module, spec.optimizer, plan.zero_stage, bf16)
+        root = zero_shards.Root(model)
+        head = self.student.head
+        self.zero = zero.Zero(root, spec.optimizer, plan.zero_stage, bf16, spec.training.offload)
+        self._also_sharded: list[Any] = []
+        if plan.zero_stage == 3:
+            self.student.shards = zero_shards.Sharded(root, head)
+            self._shard_others()
+        if self.teacher:
+            self.teacher.settle()
         self._backends: dict[str, RolloutBackend] = {}
         self._loaded: dict[str, tuple[int, int]] = {}
+
+    def _shard_others(self) -> None:
+        """Take apart every model beside the student's: teachers, the reference, the base of a blend."""
+        teachers = (*(self.teacher.leaves if self.teacher else ()), self.reference, self.beside)
+        others = {each.weights.model: each.weights for each in teachers if each and each.weights}
+        others.pop(self.student.model, None)
+        for model, weights in others.items():
+            root, head = zero_shards.Root(model), weights.head
+            engine = zero.open_forward_only(root, self.spec.training.offload)
+            self._also_sharded.append(engine)
+            weights.shards = zero_shards.Sharded(root, head)
 
     def _open_teacher(self, weights: TeacherWeights) -> Teacher:
         return open_teacher(
@@ -111,7 +133,9 @@ class World:
             dtype=weights.dtype,
             attention=self.spec.model.attention,
         )
-        model: Any = load_model(spec, locate(weights.path, self.base), self.spec.training.seed)
+        where = next(path for path, each in other_models(self.spec) if each == weights)
+        with blaming(*where, "path"):
+            model: Any = load_model(spec, locate(weights.path, self.base), self.spec.training.seed)
         return model.to(self.device)
 
     @property
@@ -139,7 +163,8 @@ class World:
         for who, weights in self._models:
             if weights.head.shape[0] < known:
                 raise BadData(
-                    f"the {who} has {weights.head.shape[0]} output rows for {known} token ids"
+                    f"the {who} has {weights.head.shape[0]} output rows for {known} token ids",
+                    path=("teacher", "weights") if weights.foreign else ("model", "path"),
                 )
         return known, known
 
@@ -149,7 +174,9 @@ class World:
             if isinstance(term, Distillation) and isinstance(term.support, TopKSupport):
                 if term.support.k > self.rows:
                     raise BadData(
-                        f"losses.{name}.support.k is {term.support.k}, the model's vocabulary {self.rows}"
+                        f"k is {term.support.k}, but the vocabulary has {self.rows} tokens",
+                        hint="use support: vocabulary",
+                        path=("losses", name, "support", "k"),
                     )
         for who, weights in self._models:
             context = getattr(weights.causal.config, "max_position_embeddings", None)
@@ -157,6 +184,7 @@ class World:
                 raise BadData(
                     f"the longest prompt and completion have {self.longest} tokens, the {who} takes {context}",
                     hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
+                    path=("rollout", "max_new_tokens"),
                 )
 
     def _open_beside(self) -> Teacher | None:
@@ -221,7 +249,8 @@ class World:
         if weights.foreign and isinstance(chosen, VllmBackend):
             chosen = TransformersBackend()  # vLLM's engine has the student's architecture
         if chosen.kind not in self._backends:
-            self._backends[chosen.kind] = self._open(chosen)
+            with blaming("rollout", "backend"):
+                self._backends[chosen.kind] = self._open(chosen)
         backend = self._backends[chosen.kind]
         wanted = (id(weights), self.updates)
         if self._loaded.get(chosen.kind) == wanted:
@@ -244,10 +273,14 @@ class World:
             case _:
                 assert_never(spec)
 
-    def close(self) -> None:
+    def close(self, *, together: bool = True) -> None:
         """Free DeepSpeed's engine and then the backends: vLLM takes the process group with it."""
         for model in self.served.values():
             model.close()
         self.zero.close()
+        for engine in self._also_sharded:
+            engine.destroy()
+        if together:
+            ranks.meet()
         for backend in self._backends.values():
             backend.close()

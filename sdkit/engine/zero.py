@@ -9,7 +9,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+from sdkit.engine import zero_shards
+from sdkit.engine.ranks import meet, world_size
 from sdkit.specs import OptimizerSpec
 
 DEADLINE = timedelta(seconds=600)
@@ -59,6 +61,8 @@ def start() -> None:
     # Else its shared-memory collective is compiled at every start (33 s measured) for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "WORLD_SIZE" not in os.environ:  # no launcher: a group of one needs no port
@@ -73,43 +77,17 @@ def start() -> None:
         raise RuntimeError(f"{launched} processes were launched, but {world_size()} joined")
 
 
-def stop() -> None:
-    """Leave the process group; without it gloo may abort at exit."""
+def stop(*, together: bool = True) -> None:
+    """Leave the process group; without it gloo may abort at exit.
+
+    `together`: once all ranks have come so far.  A rank that failed leaves alone, or it would wait for the others.
+    """
     if torch.distributed.is_initialized():
         from deepspeed import comm
 
-        torch.distributed.barrier()
+        if together:
+            meet()
         comm.destroy_process_group()  # torch's own leaves DeepSpeed with a dead group, and no second run
-
-
-def world_size() -> int:
-    return torch.distributed.get_world_size()
-
-
-def total(values: Tensor) -> Tensor:
-    """The sum over all ranks.  Any shape; returns a new tensor."""
-    summed = values.clone()
-    if world_size() > 1:
-        torch.distributed.all_reduce(summed)
-    return summed
-
-
-def everywhere(values: Tensor) -> tuple[Tensor, slice]:
-    """The values of all ranks, one rank after the other, and where this rank's stand.  [K] -> [sum of K], slice.
-
-    K may differ from rank to rank, and be 0; every rank must call.
-    """
-    size = values.numel()
-    if world_size() == 1:
-        return values, slice(0, size)
-    rank = torch.distributed.get_rank()
-    sizes = torch.zeros(world_size(), dtype=torch.long, device=values.device)
-    sizes[rank] = size
-    edges = [0, *total(sizes).cumsum(0).tolist()]
-    own = slice(edges[rank], edges[rank + 1])
-    joined = values.new_zeros(edges[-1])
-    joined[own] = values
-    return total(joined), own
 
 
 @contextlib.contextmanager
@@ -134,7 +112,14 @@ class Zero:
     which may differ from step to step.
     """
 
-    def __init__(self, module: nn.Module, optimizer: OptimizerSpec, stage: int, bf16: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: OptimizerSpec,
+        stage: int,
+        bf16: bool,
+        offload: Sequence[str] = (),
+    ) -> None:
         import deepspeed
 
         if bf16 and stage == 0:
@@ -146,8 +131,10 @@ class Zero:
             self.engine: Any = deepspeed.initialize(
                 model=module,
                 model_parameters=trained,
-                config=_config(optimizer, stage, bf16),
+                config=_config(optimizer, stage, bf16, offload),
             )[0]
+        # Stage 0 reduces in `_plain_step`, which needs the norm before the step.
+        self.engine.enable_backward_allreduce = stage > 0
         self.skipped = self.engine.skipped_steps
 
     def forward(self, *args: Any) -> Any:
@@ -169,6 +156,8 @@ class Zero:
 
     def _plain_step(self) -> Stepped:
         # Stage 0 in float32 is plain AdamW: DeepSpeed neither skips a bad step nor tells the norm.
+        if world_size() > 1:
+            self.engine.buffered_allreduce_fallback()
         norm = _norm(p.grad for _, p in self.named)
         if not torch.isfinite(norm):
             self.engine.zero_grad()
@@ -177,12 +166,19 @@ class Zero:
         return Stepped(applied=True, grad_norm=norm.item())
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and full float32 value of every trained parameter, one at a time.  Collective under stages 1-2."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        """Name and float32 value of every trained parameter, one at a time; under stage 3 this rank's piece of it, flat.
+
+        Collective under stages 1-2.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
         for name, parameter in self.named:
-            full = None if self.stage == 0 else safe_get_full_fp32_param(parameter)
-            value = parameter.detach() if full is None else full
+            value: Any = None
+            if self.stage == 3:
+                value = safe_get_local_fp32_param(parameter).flatten()
+            elif self.stage > 0:
+                value = safe_get_full_fp32_param(parameter)
+            value = parameter.detach() if value is None else value
             if value.dtype != torch.float32:
                 raise RuntimeError(f"{name} has no float32 master")
             yield name, value
@@ -201,7 +197,23 @@ class Zero:
 
     def close(self) -> None:
         self.engine.destroy()
-        torch.distributed.barrier()
+
+
+def open_forward_only(root: zero_shards.Root, offload: Sequence[str]) -> Any:
+    """DeepSpeed's engine for a model that is not trained, taken apart like the student; nothing else has one."""
+    import deepspeed
+
+    bf16 = next(root.parameters()).dtype == torch.bfloat16
+    with quiet():
+        return deepspeed.initialize(
+            model=root,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": zero_shards.settings(offload),
+                "bf16": {"enabled": bf16},
+                "steps_per_print": 10**9,
+            },
+        )[0]
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> Tensor:
@@ -209,13 +221,20 @@ def _norm(gradients: Iterable[Tensor | None]) -> Tensor:
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
-def _config(optimizer: OptimizerSpec, stage: int, bf16: bool) -> dict[str, Any]:
+def _config(
+    optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[str]
+) -> dict[str, Any]:
+    sharding: dict[str, Any] = zero_shards.settings(offload) if stage == 3 else {"stage": stage}
+    if "optimizer" in offload:
+        sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": optimizer.clip,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": sharding,
+        # The same AdamW wherever the optimizer is: DeepSpeed's own for the CPU is compiled at its first start.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
         "optimizer": {
             "type": "AdamW",

@@ -46,20 +46,30 @@ class Distributions:
         """Whether the teacher's log-probability of the sampled token is known at this temperature."""
         return self.told is None or temperature == 1
 
-    def teacher_sampled(self, token: Tensor, temperature: float) -> Tensor:
+    def teacher_sampled(
+        self, token: Tensor, temperature: float, counts: Tensor | None = None
+    ) -> Tensor:
         """The teacher's log-probability of each token that was sampled.  [C] long -> [C], detached.
 
-        Raises ValueError where it is not known.
+        `counts` is as in `against` (default: all).  Raises ValueError where it is not known.
         """
         if self.told is None:
-            return sampled_token(self.teacher(temperature), token)
+            whole = torch.ones_like(token, dtype=torch.bool) if counts is None else counts
+            return sampled_token(self.against("teacher", temperature, whole)[1], token)
         if temperature != 1:
             raise ValueError(f"the teacher told of temperature 1, not of {temperature:g}")
         return self.told.sampled
 
-    def reference(self, temperature: float) -> Tensor:
-        """Log-probabilities [C, V], detached.  Raises ValueError where there is no reference."""
-        return self._at("reference", temperature).detach()
+    def against(self, side: str, temperature: float, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Student and the other side, twice [C, V]; counts [C] bool says which tokens matter.
+
+        Elsewhere the other side is the student itself: an infinite difference would make a NaN on the way back, even
+        under a weight of 0.
+        """
+        student, other = self.student(temperature), self._at(side, temperature).detach()
+        if not bool(counts.all()):
+            other = torch.where(counts[:, None], other, student.detach())
+        return student, other
 
     def entropies(self, temperature: float, *sides: str) -> dict[str, Tensor]:
         """{side_entropy: [C]} over the full vocabulary, detached; without the teacher's where it told of a few ids."""

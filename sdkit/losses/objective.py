@@ -187,7 +187,7 @@ class Objective:
                 token_loss = -sampled_token(sides.student(1.0), tokens.token)
                 return token_loss, 1.0, sides.entropies(1.0, "student")
             case Distillation(importance=importance):
-                token_loss, measures = self._distil(name, term, sides, tokens.token)
+                token_loss, measures = self._distil(name, term, sides, tokens)
                 if importance == ImportanceSpec():
                     return token_loss, 1.0, measures
                 now = sampled_token(sides.student(self._temperature), tokens.token).detach()
@@ -202,24 +202,27 @@ class Objective:
                 assert_never(term)
 
     def _distil(
-        self, name: str, term: Distillation, sides: Distributions, token: Tensor
+        self, name: str, term: Distillation, sides: Distributions, tokens: Tokens
     ) -> tuple[Tensor, Measures]:
         """ℓ [C] of a distillation term, and its measures."""
         temperature = self._temperature if term.temperature is None else plain(term.temperature)
-        student = sides.student(temperature)
+        counts = tokens.weights[name] > 0
+        own = sampled_token(sides.student(temperature), tokens.token)
         measures = sides.entropies(temperature, "student", "teacher")
-        own = sampled_token(student, token)
         if sides.knows_sampled(temperature):
-            measures["k1"] = k1(own, sides.teacher_sampled(token, temperature)).detach()
+            theirs = sides.teacher_sampled(tokens.token, temperature, counts)
+            measures["k1"] = k1(own, theirs).detach()
         match term.support:
             case SampledTokenSupport():
-                teachers = sides.teacher_sampled(token, temperature)
-                return sampled_token_surrogate(own, teachers, term.clip.log_ratio), measures
+                theirs = sides.teacher_sampled(tokens.token, temperature, counts)
+                return sampled_token_surrogate(own, theirs, term.clip.log_ratio), measures
             case VocabularySupport():
-                pair = student, sides.teacher(temperature)
+                pair = sides.against("teacher", temperature, counts)
+            case TopKSupport() as support if sides.told is not None:
+                pair, shares = _on_told(support, sides, temperature)
+                measures |= shares
             case TopKSupport() as support:
-                cut = _on_top_k if sides.told is None else _on_told
-                pair, shares = cut(support, sides, temperature)
+                pair, shares = _on_top_k(support, *sides.against("teacher", temperature, counts))
                 measures |= shares
             case _:
                 assert_never(term.support)
@@ -306,10 +309,9 @@ def _top_k(
 
 
 def _on_top_k(
-    support: TopKSupport, sides: Distributions, temperature: float
+    support: TopKSupport, student: Tensor, teacher: Tensor
 ) -> tuple[tuple[Tensor, Tensor], Measures]:
     """Both sides on the support, and what share of each it holds."""
-    student, teacher = sides.student(temperature), sides.teacher(temperature)
     ids, duplicate, shares = _top_k(support, student.detach(), teacher)
     return on_support(student, teacher, ids, duplicate, support.remainder), shares
 

@@ -205,7 +205,7 @@ def reference_kl(
     name: str, term: ReferenceKl, sides: Distributions, tokens: Tokens, temperature: float
 ) -> tuple[Tensor, Measures]:
     """ℓ [C] of the term called `name`, and its measures."""
-    student, reference = sides.student(temperature), sides.reference(temperature)
+    student, reference = sides.against("reference", temperature, tokens.weights[name] > 0)
     pair = [_counted_logprobs(side, tokens, name) for side in (student, reference)]
     match term.estimator:
         case "k2":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path as Folder
 from typing import Any, Literal
 
 from attrs import frozen
@@ -12,6 +13,7 @@ from sdkit.bundled import BUNDLED, PREFIX
 from sdkit.measures import term_measures
 from sdkit.overlay import Loaded
 from sdkit.problems import Path, nearest, outside, shorten
+from sdkit.shapes import shape_at
 from sdkit.specs import (
     DataSpec,
     Distillation,
@@ -137,12 +139,9 @@ def total_updates(spec: ExperimentSpec) -> int | None:
     return steps and steps * spec.training.updates_per_rollout
 
 
-def shape_of(spec: ExperimentSpec) -> ShapeSpec | None:
-    """The model's shape, where it is stated or bundled."""
-    bundled = BUNDLED.get(spec.model.path.removeprefix(PREFIX))
-    if spec.model.shape or not spec.model.path.startswith(PREFIX):
-        return spec.model.shape
-    return bundled and bundled.shape
+def shape_of(spec: ExperimentSpec, context: Context) -> ShapeSpec | None:
+    """The model's shape, where it is stated, bundled or in a local folder."""
+    return spec.model.shape or shape_at(spec.model.path, Folder(context.loaded.folder))
 
 
 def unknown_bundled(where: Path, path: str) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from sdkit.specs import (
     DataSpec,
     DiskSource,
     ExperimentSpec,
+    FileSource,
     InlineSource,
     JsonLinesSource,
     JsonSource,
@@ -94,12 +95,15 @@ def _wanted(column: str | ColumnTemplate) -> list[str]:
 
 @run_rule("data files exist")
 def data_path(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Paths start at the spec's folder."""
+    """Paths start at the spec's folder.  What says where it can be had may be fetched later, before the run."""
     for path, data in data_of(spec):
         source = data.source
         where = (*path, "source", "path")
+        there = isinstance(source, FileSource) and os.path.exists(context.file(source.path))
+        if isinstance(source, FileSource) and source.origin and not there:
+            continue
         if isinstance(source, JsonLinesSource | JsonSource | ParquetSource):
-            if not os.path.exists(context.file(source.path)):
+            if not there:
                 yield where, f"there is no file {source.path}", _folder_hint(context, source.path)
             elif os.path.isdir(context.file(source.path)):
                 yield where, f"{source.path} is a folder, not a file", None

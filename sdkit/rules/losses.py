@@ -359,7 +359,7 @@ def schedule_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
 @run_rule("a support is no larger than the vocabulary")
 def support_size(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """More tokens than the vocabulary has cannot be chosen."""
-    shape = shape_of(spec)
+    shape = shape_of(spec, context)
     for path, term in distillations(spec):
         if shape and isinstance(term.support, TopKSupport) and term.support.k > shape.vocabulary:
             message = f"k is {term.support.k}, but the vocabulary has {shape.vocabulary} tokens"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sdkit.plan import undealt
 from sdkit.problems import Path, shorten
 from sdkit.rules.base import (
     Context,
@@ -83,7 +84,7 @@ def betas(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 @run_rule("sequences fit the model")
 def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Prompt and completion together are one sequence, for the student and for the teacher."""
-    shape, rollout = shape_of(spec), spec.rollout
+    shape, rollout = shape_of(spec, context), spec.rollout
     if not shape:
         return
     new = rollout.max_new_tokens
@@ -100,6 +101,27 @@ def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             culprit = path if path[0] == "evaluation" else (*path, key)
             message = f"{prompt} prompt and {new} new tokens exceed the model's context of {shape.context}"
             yield culprit, message, "lower max_new_tokens or max_prompt_tokens"
+
+
+@run_rule("every rank gets equally many prompts")
+def equal_shares(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Ranks work in step, and a group's rollouts stay on one rank; what a launcher starts is checked when it does."""
+    ranks = spec.machine.ranks if spec.machine else 1
+    if found := undealt(spec, ranks):
+        yield ("training", "prompts_per_step"), found, f"use a multiple of {ranks}"
+
+
+@run_rule("what is offloaded is shared out")
+def offload_stage(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """DeepSpeed moves a rank's share: of masters and moments from stage 1 on, of parameters under stage 3."""
+    stage = spec.training.zero_stage
+    needed = {"optimizer": 1, "parameters": 3}
+    for place, what in enumerate(spec.training.offload):
+        if stage < needed[what]:
+            stated = context.stated(("training", "zero_stage"), stage)
+            message = f"{what} cannot be offloaded: {stated}"
+            hint = f"use zero_stage: {needed[what]}" + (" or more" if needed[what] < 3 else "")
+            yield ("training", "offload", place), message, hint
 
 
 @run_rule("the longest sequence fits one forward pass")
@@ -160,6 +182,8 @@ RULES = (
     warmup,
     betas,
     context_length,
+    equal_shares,
+    offload_stage,
     micro_batch,
     beyond_run,
     unused_setting,

@@ -8,6 +8,8 @@ from attrs import frozen
 
 from sdkit.specs.fields import AT_LEAST_ONE, NOT_EMPTY, NOT_NEGATIVE, Table, spec_field
 
+ORIGIN_HELP = "where the file can be had; with it a missing file stops the run, not `validate`, `plan` and `smoke`"
+
 
 @frozen(kw_only=True)
 class JsonLinesSource:
@@ -15,6 +17,7 @@ class JsonLinesSource:
 
     kind: ClassVar[str] = "jsonl"
     path: str = spec_field("file, relative to the spec", range=NOT_EMPTY)
+    origin: str | None = spec_field(ORIGIN_HELP, default=None)
 
 
 @frozen(kw_only=True)
@@ -23,6 +26,7 @@ class JsonSource:
 
     kind: ClassVar[str] = "json"
     path: str = spec_field("file, relative to the spec", range=NOT_EMPTY)
+    origin: str | None = spec_field(ORIGIN_HELP, default=None)
 
 
 @frozen(kw_only=True)
@@ -31,6 +35,7 @@ class ParquetSource:
 
     kind: ClassVar[str] = "parquet"
     path: str = spec_field("file, relative to the spec", range=NOT_EMPTY)
+    origin: str | None = spec_field(ORIGIN_HELP, default=None)
 
 
 @frozen(kw_only=True)
@@ -51,6 +56,7 @@ class DiskSource:
     kind: ClassVar[str] = "saved_dataset"
     path: str = spec_field("folder, relative to the spec", range=NOT_EMPTY)
     split: str | None = spec_field("split, where the folder holds several", default=None)
+    origin: str | None = spec_field(ORIGIN_HELP, default=None)
 
 
 @frozen(kw_only=True)
@@ -74,6 +80,8 @@ class InlineSource:
     rows: tuple[Table[Any], ...] = spec_field("the rows", range=NOT_EMPTY)
 
 
+FileSource = JsonLinesSource | JsonSource | ParquetSource | DiskSource
+"""Sources that are a file or a folder of this machine."""
 Source = (
     JsonLinesSource
     | JsonSource
@@ -87,7 +95,10 @@ Source = (
 
 @frozen(kw_only=True)
 class ColumnTemplate:
-    """Text built from the columns of a row: `{column}`, or `{column.key}` into a map; `{{` and `}}` are braces."""
+    """Text built from the columns of a row: `{column}`, or `{column.key}` into a map; `{{` and `}}` are braces.
+
+    A list of texts is inserted line by line.
+    """
 
     template: str = spec_field("the text", range=NOT_EMPTY)
 

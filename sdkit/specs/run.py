@@ -42,6 +42,11 @@ class ShapeSpec:
     layers: int = spec_field("number of layers", range=AT_LEAST_ONE)
     vocabulary: int = spec_field("rows of the output projection", range=AT_LEAST_ONE)
     context: int = spec_field("longest sequence the model takes, tokens", range=AT_LEAST_ONE)
+    kv_width: int | None = spec_field(
+        "width of a layer's keys, all heads together: how large the cache is (default: hidden)",
+        default=None,
+        range=AT_LEAST_ONE,
+    )
 
 
 @frozen(kw_only=True)
@@ -116,7 +121,15 @@ class TrainingSpec:
         "once; left off by itself where the model's attention cannot",
         default=True,
     )
-    zero_stage: Literal[0, 1, 2] = spec_field("DeepSpeed ZeRO stage", default=1)
+    zero_stage: Literal[0, 1, 2, 3] = spec_field(
+        "what ranks share out (DeepSpeed ZeRO): 0 nothing, 1 masters and moments, 2 gradients too, 3 weights too",
+        default=1,
+    )
+    offload: tuple[Literal["optimizer", "parameters"], ...] = spec_field(
+        "what lies in the machine's memory instead of the accelerator's: `optimizer` (masters and moments), under "
+        "stage 3 also `parameters`",
+        default=(),
+    )
     seed: int = spec_field("from which every other seed is derived", default=0, range=NOT_NEGATIVE)
 
 
@@ -126,6 +139,9 @@ class MachineSpec:
 
     ranks: int = spec_field("training processes", default=1, range=AT_LEAST_ONE)
     memory_gib: float | None = spec_field("memory per rank, GiB", default=None, range=POSITIVE)
+    accelerator: Literal["a100_80", "h100", "h200", "gh200"] | None = spec_field(
+        "the device of each rank; with it `sdkit plan` estimates the time of a step", default=None
+    )
 
 
 @frozen(kw_only=True)

@@ -193,7 +193,10 @@ class RewardModel:
 
 @frozen(kw_only=True)
 class FileReward:
-    """A function of the user's own: (completion: str, row: dict) → number, or (number, feedback text)."""
+    """A function of the user's own: (completion: str, row: dict) → number, or (number, feedback text).
+
+    It is called once before training, with an empty completion: students write such.
+    """
 
     kind: ClassVar[str] = "file"
     file: str = spec_field("Python file, relative to the spec", range=NOT_EMPTY)
@@ -258,7 +261,11 @@ GREEDY_AND_SAMPLED: Table[Decoding] = Table(
 class Suite:
     """One named set of held-out prompts."""
 
-    data: DataSpec = spec_field("held-out rows; training rows with the same prompt are dropped")
+    data: DataSpec = spec_field("held-out rows")
+    same_prompts: Literal["drop", "keep"] = spec_field(
+        "training rows whose prompt is held out too; keep where the two differ in what scores them",
+        default="drop",
+    )
     score: str = spec_field("the reward that is the headline", range=NOT_EMPTY)
     also: tuple[str, ...] = spec_field("further rewards to report", default=())
     decoding: Table[Decoding] = spec_field(

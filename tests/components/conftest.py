@@ -1,8 +1,6 @@
 """Tokenizers and rows.  The tokenizer with a ChatML template is `tiny_tokenizer` of the parent folder."""
 
 import copy
-import os
-from pathlib import Path
 
 import pytest
 
@@ -38,12 +36,3 @@ def make_row():
         return Row(index=index, messages=messages, columns=columns, raw=columns)
 
     return made
-
-
-@pytest.fixture(scope="session")
-def real_data():
-    """The folder with real data sets."""
-    folder = os.environ.get("SDKIT_TEST_DATA")
-    if not folder:
-        pytest.skip("SDKIT_TEST_DATA names no folder with sciknoweval/ and tooluse/")
-    return Path(folder)

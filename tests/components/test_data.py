@@ -172,6 +172,22 @@ def test_templates_of_columns():
     assert row.prompt_text == "{0} {a} {{"
 
 
+def test_a_template_takes_a_list_of_texts_line_by_line():
+    template = ColumnTemplate(template="<{lines}> {numbers}")
+    row = load_rows(inline({"lines": ["a", "b"], "numbers": [1, 2]}, prompt=template), "/")[0]
+    assert row.prompt_text == "<a\nb> [1, 2]"
+
+
+@pytest.mark.parametrize("kind", [JsonLinesSource, JsonSource, ParquetSource, DiskSource])
+def test_a_missing_file_is_named_with_its_origin(kind, tmp_path):
+    with pytest.raises(BadData) as caught:
+        load_rows(spec(kind(path="d", origin="the archive"), prompt="q"), tmp_path)
+    assert (caught.value.message, caught.value.hint) == (
+        "there is no d",
+        "take it from the archive",
+    )
+
+
 def test_null_in_a_template_makes_the_column_null():
     template = ColumnTemplate(template="see {m.n}")
     data = inline({"q": "a", "m": {"n": None}}, {"q": "b", "m": None}, prompt="q", context=template)

@@ -440,6 +440,16 @@ def test_values_are_compared_outside(judge, make_row):
         assert judge(program, make_row(tests=tests)).reward == 0
 
 
+@pytest.mark.parametrize("depth", [900, 960, 990, 100_000])
+def test_values_nested_deeply_are_wrong_and_no_error(judge, make_row, depth):
+    program = (
+        f"import os\ndef f(x):\n    os.write(3, b'[' * {depth} + b']' * {depth})\n    os._exit(0)"
+    )
+    judged = judge(program, make_row(tests=[{"input": "1", "output": "2", "fn_name": "f"}]))
+    assert judged.reward == 0
+    assert judged.feedback
+
+
 def test_a_source_of_tests_comes_after_the_program(judge, make_row):
     program = "import os\nfound = os.fstat(5).st_size"
     assert judge(program, make_row(tests="assert found == 0")).reward == 1

@@ -330,9 +330,7 @@ def test_advantages_take_the_spread_of_all_ranks(batch, scale, cut):
     losses = Table({"policy": PolicyGradient(advantage=GroupRelative(scale=scale))})
     whole = [r.advantage for r in with_advantages(losses, batch, alone, 12)]
     rollouts = tuple(batch)
-    # Each rank numbers its own groups from 0.
-    second = tuple(evolve(r, group=r.group - cut // GROUP) for r in rollouts[cut:])
-    parts = [RolloutBatch(rollouts=rollouts[:cut]), RolloutBatch(rollouts=second)]
+    parts = [RolloutBatch(rollouts=part) for part in (rollouts[:cut], rollouts[cut:])]
     out = Ranks(2).run(
         lambda rank, everywhere: with_advantages(losses, parts[rank], everywhere, 12)
     )

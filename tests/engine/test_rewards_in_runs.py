@@ -71,7 +71,7 @@ def test_programs_are_tested_in_a_run(tiny_folder, tmp_path):
         world.close()
         zero.stop()
     # A model of random weights writes no Python: its programs fail, and say so.
-    assert found.scores["sums", "greedy", "passes"] == [0.0] * 3
+    assert list(found.scores["sums", "greedy", "passes"]) == [0.0] * 3
     assert all("Test 1 of 1 failed" in r["feedback"]["passes"] for r in found.records)
 
     rows = tuple(Table({**row, "answer": "{}"}) for row in suite.data.source.rows)

@@ -11,6 +11,7 @@ from tinyruns import (
     advance,
     distil,
     evaluated,
+    inline,
     lines,
     make_spec,
     metrics,
@@ -25,6 +26,7 @@ from tinyruns import (
     weights_of,
 )
 
+from sdkit.engine.prepare import Data
 from sdkit.engine.report import Report
 from sdkit.problems import BadData, NumericsGuard, RunFailed, Stopped, UnreadableInput
 from sdkit.specs import (
@@ -34,6 +36,7 @@ from sdkit.specs import (
     FrozenWeights,
     OptimizerSpec,
     OutputSpec,
+    Suite,
     Table,
     TeacherSamples,
 )
@@ -472,3 +475,13 @@ def test_a_run_with_adapters_leaves_the_adapter_and_a_merged_model(tiny_folder, 
         torch.testing.assert_close(merged(ids).logits, with_adapter, atol=1e-4, rtol=1e-4)
         assert (with_adapter - before).abs().max() > 1e-2
     assert not any("lora" in name for name in weights_of(folder))
+
+
+@pytest.mark.parametrize(("choice", "left"), [("drop", 2), ("keep", 6)])
+def test_a_suite_may_keep_its_prompts_in_training(
+    tiny_folder, tiny_tokenizer, tmp_path, choice, left
+):
+    """Four of the six training rows are held out too."""
+    suite = Suite(data=inline(4), score="right", same_prompts=choice)
+    spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
+    assert len(Data(spec, tmp_path, tiny_tokenizer).train) == left

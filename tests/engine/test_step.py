@@ -20,7 +20,7 @@ from tinyruns import (
     training,
 )
 
-from sdkit.engine import loop, rundir, zero
+from sdkit.engine import loop, ranks, rundir
 from sdkit.engine.collate import collate
 from sdkit.engine.evaluate import held_out_loss
 from sdkit.engine.report import Report
@@ -188,7 +188,7 @@ def test_one_update_needs_no_old_logprobs(open_tiny):
 
 def collated(world, batch):
     (micro,) = collate(
-        list(batch), world.spec.losses, 10**6, zero.total, world.device
+        list(batch), world.spec.losses, 10**6, ranks.total, world.device
     ).micro_batches
     return micro
 

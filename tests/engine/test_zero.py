@@ -118,13 +118,13 @@ def test_a_bad_gradient_skips_the_step_and_the_next_one_works(process_group, sta
 
 RANK = """
 import sys, torch
-from sdkit.engine import zero
+from sdkit.engine import ranks
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 for sizes in ((2, 3), (0, 2), (2, 0), (0, 0)):
     for dtype in (torch.long, torch.float64):
         values = torch.arange(sizes[rank], dtype=dtype) + 10 * rank
-        found, own = zero.everywhere(values)
+        found, own = ranks.everywhere(values)
         joined = [*range(sizes[0]), *range(10, 10 + sizes[1])]
         assert found.tolist() == joined and found.dtype == dtype, found
         assert torch.equal(found[own], values), own
@@ -144,8 +144,8 @@ def test_values_of_all_ranks_stand_one_rank_after_the_other(tmp_path):
 
 
 def test_one_rank_is_all_ranks(process_group):
-    from sdkit.engine import zero
+    from sdkit.engine import ranks
 
     values = torch.tensor([3.0, 1.0])
-    found, own = zero.everywhere(values)
+    found, own = ranks.everywhere(values)
     assert found[own].tolist() == found.tolist() == [3.0, 1.0]

@@ -1,7 +1,8 @@
 """What `sdkit plan` says of masks, weights, denominators, routes and blends."""
 
+from sdkit.accelerators import Machine
 from sdkit.objective_text import describe_losses, describe_route
-from sdkit.plan import Machine, make_plan
+from sdkit.plan import make_plan
 from sdkit.specs import (
     CrossEntropy,
     DataSpec,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sdkit.plan import Machine, make_plan
+from sdkit.accelerators import Machine
+from sdkit.plan import make_plan
 from sdkit.rules.served import is_loopback
 from sdkit.specs import (
     DataSpec,

@@ -281,6 +281,19 @@ def test_a_token_that_both_sides_forbid_changes_nothing(logits, tokens, divergen
     assert all(torch.isfinite(x) for x in stats.values())
 
 
+@pytest.mark.parametrize("support", [VocabularySupport(), SampledTokenSupport()], ids=name_of)
+def test_a_token_that_does_not_count_may_be_impossible_for_the_teacher(logits, tokens, support):
+    """Token 1 has weight 0; the difference of the sides is infinite there."""
+    objective = objective_of(distil(ReverseKl(), support))
+    loss, grad, _ = figures(objective, logits, tokens)
+    teacher = logits.teacher.clone()
+    teacher[1, TOKEN[1]] = -torch.inf
+    other, stats = objective(logits.student, teacher, tokens)
+    assert_close(other.detach(), loss)
+    assert_close(torch.autograd.grad(other, logits.student)[0], grad)
+    assert all(torch.isfinite(x) for x in stats.values())
+
+
 def test_equal_sides_are_at_zero(logits, tokens):
     for support in (None, TopKSupport(k=3, chosen_by="union", remainder="tail_bucket")):
         for divergence in DIVERGENCES:

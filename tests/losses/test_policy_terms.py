@@ -341,6 +341,17 @@ def test_a_token_that_every_side_forbids_changes_nothing(logits, tokens, term):
     assert all(torch.isfinite(x) for x in stats.values())
 
 
+@pytest.mark.parametrize("term", [*TERMS[2:], pull(AdvantageAdd())], ids=name_of)
+def test_a_token_that_does_not_count_may_be_impossible_for_the_other_side(logits, tokens, term):
+    loss, grad, stats = figures(term, logits, tokens)
+    other = SimpleNamespace(student=logits.student, teacher=logits.teacher.clone())
+    other.teacher[1, TOKEN[1]] = -torch.inf
+    found = figures(term, other, tokens)
+    assert_close(found[0], loss)
+    assert_close(found[1], grad)
+    assert_close(found[2], stats)
+
+
 def test_zero_advantages_have_no_gradient(logits, tokens):
     tokens = evolve(tokens, advantages=torch.zeros(5))
     for ratio in ("token", "sequence"):

@@ -1,0 +1,104 @@
+"""What ranks say to each other.  Every rank must call, and all in the same order.  Knows no DeepSpeed and no run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size()
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def meet() -> None:
+    """Wait for all ranks."""
+    torch.distributed.barrier()
+
+
+def share(count: int) -> range:
+    """The places out of `count` that are this rank's: every so many-th, so that a part of the whole is dealt evenly."""
+    return range(rank(), count, world_size())
+
+
+def most(value: int) -> int:
+    """The largest value of all ranks."""
+    if world_size() == 1:
+        return value
+    held = torch.tensor(value, device=_device())
+    torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
+    return int(held.item())
+
+
+def everyones(value: T) -> list[T]:
+    """What each rank has, by rank; pickled, so for small things."""
+    found: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def at_first(value: T) -> list[T]:
+    """What each rank has, by rank, on the first; nothing on the others."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [value] * world_size()
+    torch.distributed.gather_object(value, found if rank() == 0 else None)
+    return found if rank() == 0 else []
+
+
+def of_first(value: T) -> T:
+    """What the first rank has."""
+    held: list[Any] = [value]
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list(held)
+    return held[0]
+
+
+def summed(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """The sums of named scalars over all ranks; a name may be missing where a rank had nothing to measure."""
+    names = list(dict.fromkeys(name for named in everyones(list(values)) for name in named))
+    if not names:
+        return {}
+    nothing = torch.zeros((), device=_device())
+    held = torch.stack([values.get(name, nothing).double() for name in names])
+    return dict(zip(names, total(held).tolist(), strict=True))
+
+
+def _device() -> torch.device:
+    """Where collectives take tensors from."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all ranks.  Any shape; returns a new tensor."""
+    if world_size() == 1:
+        return values.clone()
+    summed = values.to(_device(), copy=True)
+    torch.distributed.all_reduce(summed)
+    return summed.to(values.device)
+
+
+def everywhere(values: Tensor) -> tuple[Tensor, slice]:
+    """The values of all ranks, one rank after the other, and where this rank's stand.  [K] -> [sum of K], slice.
+
+    K may differ from rank to rank, and be 0; every rank must call.
+    """
+    size = values.numel()
+    if world_size() == 1:
+        return values, slice(0, size)
+    sizes = torch.zeros(world_size(), dtype=torch.long, device=values.device)
+    sizes[rank()] = size
+    edges = [0, *total(sizes).cumsum(0).tolist()]
+    own = slice(edges[rank()], edges[rank() + 1])
+    joined = values.new_zeros(edges[-1])
+    joined[own] = values
+    return total(joined), own

@@ -1,0 +1,45 @@
+"""The sizes of a model, read without loading it: from the list of bundled ones, or from a folder's config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sdkit.bundled import BUNDLED, PREFIX
+from sdkit.specs import ShapeSpec
+
+
+def shape_at(path: str, base: Path) -> ShapeSpec | None:
+    """The shape of a bundled model or of a local folder's, relative to `base`; None where neither tells."""
+    if path.startswith(PREFIX):
+        bundled = BUNDLED.get(path.removeprefix(PREFIX))
+        return bundled and bundled.shape
+    config = base / path / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        return _shape(json.loads(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _shape(config: dict[str, int]) -> ShapeSpec:
+    hidden, layers, vocabulary = (
+        config["hidden_size"],
+        config["num_hidden_layers"],
+        config["vocab_size"],
+    )
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or hidden // heads
+    keys = width * (config.get("num_key_value_heads") or heads)
+    attention = 2 * hidden * (heads * width + keys)
+    feed_forward = 3 * hidden * config["intermediate_size"]
+    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return ShapeSpec(
+        parameters=layers * (attention + feed_forward + 2 * hidden) + embeddings + hidden,
+        hidden=hidden,
+        layers=layers,
+        vocabulary=vocabulary,
+        context=config["max_position_embeddings"],
+        kv_width=keys,
+    )

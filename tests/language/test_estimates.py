@@ -1,0 +1,217 @@
+"""Memory and time in a plan, by arithmetic that can be done in the head."""
+
+import json
+
+import pytest
+from attrs import evolve
+
+from sdkit.accelerators import Machine
+from sdkit.machine import shape_of
+from sdkit.plan import make_plan
+from sdkit.specs import (
+    CrossEntropy,
+    DatasetSamples,
+    DataSpec,
+    Distillation,
+    EmaWeights,
+    ExperimentSpec,
+    ExtrapolateBlend,
+    ForwardKl,
+    GeometricBlend,
+    InlineSource,
+    LoraSpec,
+    MaskSpec,
+    ModelSpec,
+    OptimizerSpec,
+    ProductBlend,
+    ReferenceKl,
+    RolloutSpec,
+    ShapeSpec,
+    Table,
+    TeacherSpec,
+    TrainingSpec,
+    TransformersBackend,
+    TrustRegionBlend,
+    UserTurn,
+    VllmBackend,
+    VocabularySupport,
+)
+
+GIGA = ShapeSpec(parameters=2**30, hidden=1, layers=1, vocabulary=1, context=10_000, kv_width=1)
+"""So flat that attention and cache weigh nothing."""
+H100 = Machine(ranks=4, memory_gib=80.0, accelerator="h100")
+SPEED = 989e12 * 0.4
+READING = 3.35e12 * 0.6
+PASS = 2 * 2**30  # operations of a forward pass for one token
+DISTIL = Distillation(divergence=ForwardKl(), support=VocabularySupport())
+
+
+def run(losses=None, **changes):
+    """16 rollouts on four ranks, prompts of 100 and completions of 900 tokens."""
+    parts = {
+        "model": ModelSpec(path="m"),
+        "data": DataSpec(source=InlineSource(rows=(Table({"q": "a"}),))),
+        "rollout": RolloutSpec(
+            max_prompt_tokens=100,
+            max_new_tokens=900,
+            completions_per_prompt=2,
+            backend=VllmBackend(gpu_share=0.5),
+        ),
+        "losses": Table(losses or {"imitate": CrossEntropy()}),
+        "optimizer": OptimizerSpec(lr=1e-5),
+        "training": TrainingSpec(steps=10, prompts_per_step=8, zero_stage=2),
+    }
+    return ExperimentSpec(**(parts | changes))
+
+
+def distilled(**changes):
+    teacher = TeacherSpec(
+        weights=EmaWeights(update_rate=0.1),
+        sees=UserTurn(template="{prompt}", max_prompt_tokens=600),
+    )
+    return run({"distil": DISTIL}, teacher=teacher, **changes)
+
+
+def memory(spec, machine=H100):
+    return {share.what: share.gib for share in make_plan(spec, machine, GIGA).memory}
+
+
+def phases(spec, machine=H100):
+    time = make_plan(spec, machine, GIGA).step_time
+    assert time is not None
+    assert time.why_not is None
+    return [phase.seconds for phase in time.phases]
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "moments", "gradients"),
+    [(0, "float32", 8, 4), (1, "bfloat16", 3, 4), (2, "bfloat16", 3, 1)],
+)
+def test_zero_deals_masters_and_moments_out_and_then_gradients(stage, dtype, moments, gradients):
+    training = TrainingSpec(steps=1, prompts_per_step=4, zero_stage=stage)
+    found = memory(run(model=ModelSpec(path="m", dtype=dtype), training=training))
+    assert found["student weights"] == (4 if dtype == "float32" else 2)
+    assert (found["masters and moments"], found["gradients"]) == (moments, gradients)
+
+
+def test_one_rank_holds_all():
+    found = memory(run(), Machine(ranks=1))
+    assert (found["masters and moments"], found["gradients"]) == (12, 4)
+
+
+def test_a_moving_teacher_has_a_copy_and_a_shadow():
+    assert memory(distilled())["teacher weights"] == 2 + 4
+
+
+def test_vllm_takes_its_share_of_an_accelerator_and_what_was_asked_elsewhere():
+    assert memory(run())["vLLM weights and cache"] == 40
+    assert memory(run(), Machine(ranks=4, memory_gib=80.0))["vLLM weights and cache"] == 2 + 1
+
+
+def test_a_step_is_sampling_scoring_and_updating():
+    """4 rollouts a rank: each of 900 tokens reads 2 GiB; 1500 tokens scored, 1000 trained in three passes' time."""
+    rollout, teacher, update = phases(distilled())
+    prompts = 2 * 100 * PASS / SPEED
+    assert rollout == pytest.approx(900 * 2**31 / READING + prompts, rel=1e-3)
+    assert teacher == pytest.approx(4 * 1500 * PASS / SPEED, rel=1e-3)
+    assert update == pytest.approx(3 * 4 * 1000 * PASS / SPEED, rel=1e-3)
+
+
+@pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec(teacher_entropy_above=0.5)])
+@pytest.mark.parametrize(
+    ("blend", "beside", "first"),
+    [
+        (TrustRegionBlend(student_share=0.01), 1500, 1500),
+        (ProductBlend(student_power=0.8), 1000, 1000),
+        (GeometricBlend(teacher_share=0.5), 0, 1000),  # in the update it is the reference's pass
+        (ExtrapolateBlend(factor=1.25), 0, 1000),
+    ],
+)
+def test_what_a_blend_costs_in_tokens_scored(mask, blend, beside, first):
+    """4 rollouts; 1500 tokens with the teacher's prompt, 1000 with the student's; a measuring pass asks once more."""
+    spec = distilled()
+    taught = evolve(spec.teacher, blend=blend)
+    spec = evolve(spec, teacher=taught, losses=Table({"distil": evolve(DISTIL, mask=mask)}))
+    tokens = 1500 + beside + (1500 + first) * (mask != MaskSpec())
+    _, teacher, update = phases(spec)
+    assert teacher == pytest.approx(4 * tokens * PASS / SPEED, rel=1e-3)
+    assert update == pytest.approx((3 + (beside == 0)) * 4 * 1000 * PASS / SPEED, rel=1e-3)
+
+
+def test_rows_beyond_the_engine_wait_for_another_wave():
+    whole = phases(run())[0]
+    halves = run(rollout=evolve(run().rollout, backend=VllmBackend(gpu_share=0.5, max_rows=2)))
+    assert phases(halves)[0] == pytest.approx(2 * whole, rel=0.02)
+
+
+def test_long_sequences_cost_attention_and_cache():
+    """With as many layers × width as makes attention equal the weights' part, a pass takes twice as long."""
+    wide = evolve(GIGA, hidden=2**10, layers=2**10, kv_width=2**10)
+    spec = run(rollout=evolve(run().rollout, max_prompt_tokens=124))
+    short = make_plan(spec, H100, GIGA).step_time
+    long = make_plan(spec, H100, wide).step_time
+    assert short is not None
+    assert long is not None
+    assert long.phases[1].seconds == pytest.approx(2 * short.phases[1].seconds, rel=1e-3)
+    # 4 rows × 4 MiB a token × 574 tokens are read beside the 2 GiB of weights.
+    added = 900 * 4 * 2**22 * 574 / READING
+    grown = long.phases[0].seconds - short.phases[0].seconds
+    assert grown == pytest.approx(added, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, 3),
+        ({"model": ModelSpec(path="m", activation_checkpointing=True)}, 4),
+        ({"model": ModelSpec(path="m", lora=LoraSpec(rank=1, alpha=1))}, 2),
+        ({"losses": {"imitate": CrossEntropy(), "near": ReferenceKl(estimator="vocabulary")}}, 4),
+    ],
+)
+def test_what_an_update_costs_in_forward_passes(changes, passes):
+    assert phases(run(**changes))[-1] == pytest.approx(passes * 4000 * PASS / SPEED, rel=1e-3)
+
+
+def test_a_data_set_is_not_sampled():
+    spec = run(rollout=evolve(run().rollout, sampled_by=DatasetSamples()))
+    assert phases(spec)[0] == 0
+
+
+def test_without_an_accelerator_there_is_no_estimate():
+    assert make_plan(run(), Machine(ranks=4), GIGA).step_time is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        (run(model=ModelSpec(path="m", dtype="float32")), "model.dtype is float32"),
+        (run(rollout=RolloutSpec(max_prompt_tokens=9, backend=TransformersBackend())), "vLLM's"),
+        (run(rollout=RolloutSpec(backend=VllmBackend())), "rollout.max_prompt_tokens"),
+    ],
+)
+def test_an_estimate_that_would_be_a_guess_is_not_made(spec, why):
+    time = make_plan(spec, H100, GIGA).step_time
+    assert time is not None
+    assert not time.phases
+    assert why in time.why_not
+
+
+def test_a_shape_from_a_config_counts_heads_of_their_own_width(tmp_path):
+    """Qwen3-4B: 32 heads of 128 on a width of 2560, 8 of them cached; 4,022,468,096 parameters with its small norms."""
+    config = {
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "vocab_size": 151_936,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 9728,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 40_960,
+    }
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    shape = shape_of(run(), tmp_path)
+    assert shape is not None
+    assert shape.kv_width == 1024
+    assert shape.parameters == 4_022_468_096 - 36 * 2 * 128

@@ -1,0 +1,117 @@
+"""The twelve legality rules of reference/methods.md §4.3: what refuses each, or what makes it unwritable or true."""
+
+import pytest
+from golden import TESTS
+
+from sdkit.batches import Rollout, RolloutBatch, Row
+from sdkit.engine.counting import count_tokens
+from sdkit.language import load_spec
+from sdkit.plan import Machine, make_plan
+from sdkit.plan_text import render_plan
+from sdkit.specs import TeacherWeights
+from sdkit.surface import members
+
+REFUSED = {
+    "1. a policy gradient on another's samples": "off_policy_gradient",
+    "1. … on a teacher's without its log-probabilities": "off_policy_gradient-teacher",
+    "2. one sampled token estimates the reverse KL alone": "sampled_token_divergence",
+    "3. a live teacher with the student's view": "zero_signal",
+    "4. a tail bucket of a sampled token": "unknown_key-sampled",
+    "5. a mixture's share at its ends": "range-jsd",
+    "8. a reward compared with itself": "lone_advantage",
+    "11. another vocabulary": "teacher_vocabulary",
+    "12. every token skipped": "empty_rows",
+}
+"""Rule → its bad example in tests/err; the code is the name up to the hyphen."""
+
+
+@pytest.mark.parametrize("rule", REFUSED)
+def test_a_rule_refuses_its_bad_example(rule):
+    path = TESTS / "err" / f"{REFUSED[rule]}.yaml"
+    checked = load_spec(path)
+    code = REFUSED[rule].split("-")[0]
+    assert [p.code for p in checked.problems if p.severity == "error"] == [code]
+    assert checked.problems[0].place is not None
+
+
+def test_5_the_kls_are_kinds_of_their_own_and_no_ends_of_the_mixture():
+    from sdkit.specs import ForwardKl, Jsd, ReverseKl
+    from sdkit.surface import keys_of
+
+    assert keys_of(ForwardKl) == {}
+    assert set(keys_of(ReverseKl)) == {"detach_weights"}
+    share = keys_of(Jsd)["teacher_share"].range
+    assert share is not None
+    assert not any(map(share.accepts, (0, 1)))
+
+
+@pytest.mark.parametrize("example", ["served_support", "served_support-student"])
+def test_6_and_9_a_served_teacher_tells_a_few_ids_of_its_own(example):
+    """A support chosen by anyone else, or logits to blend, cannot be asked of a server."""
+    if "served" not in {weights.kind for weights in members(TeacherWeights)}:
+        pytest.skip("no teacher is served")
+    checked = load_spec(TESTS / "err" / f"{example}.yaml")
+    assert {p.code for p in checked.problems} == {"served_support"}
+
+
+def test_7_a_rollout_without_its_context_counts_no_token_and_its_share_is_logged():
+    """The share is the metric rollout/with_teacher (tests/engine/test_rollouts.py)."""
+    checked = load_spec(TESTS / "ok" / "sampled_token_divergence.yaml")
+    assert checked.spec is not None
+    row = Row(index=0, messages=({"role": "user", "content": "x"},), columns={}, raw={})
+    with_and_without = tuple(
+        Rollout(
+            row=row,
+            group=0,
+            prompt_ids=(1,),
+            teacher_prompt_ids=teacher,
+            completion_ids=(5, 6),
+            sampler_logprobs=None,
+            policy_version=0,
+            finished=True,
+        )
+        for teacher in ((2, 1), None)
+    )
+    counted = count_tokens(
+        RolloutBatch(rollouts=with_and_without),
+        checked.spec.losses,
+        everywhere=lambda values: (values, slice(0, len(values))),
+    )
+    positions = [r.counted["distil"].positions for r in counted if r.counted]
+    assert positions == [(0, 1), ()]
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("frozen", "the student with its adapter off"),
+        ("{kind: ema, update_rate: 0.05}", "a second adapter, float32 shadow"),
+    ],
+)
+def test_10_adapters_of_a_teacher_are_said(tmp_path, weights, said):
+    """The start model is the student with its adapter off; an average is kept of the adapter's factors."""
+    page = (TESTS / "ok" / "sampled_token_divergence.yaml").read_text(encoding="utf-8")
+    page = page.replace("weights: frozen", f"weights: {weights}")
+    run = (
+        "model: {path: 'bundled:smollm2-135m-instruct', lora: {rank: 4, alpha: 8}}\n"
+        "data: {source: {kind: inline, rows: [{q: a, d: b}]}, columns: {prompt: q, demonstration: d}}\n"
+        "optimizer: {lr: 1.0e-4}\n"
+        "training: {steps: 2, prompts_per_step: 1}\n"
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(page + run, encoding="utf-8")
+    checked = load_spec(path)
+    assert checked.ok
+    plan = make_plan(checked.spec, Machine(ranks=1, memory_gib=24.0, vllm=None), None)
+    assert said in render_plan(checked.spec, plan)
+
+
+def test_every_number_of_the_twelve_stands_here():
+    import re
+    from pathlib import Path
+
+    numbers = {int(n) for rule in REFUSED for n in re.findall(r"^\d+", rule)}
+    text = Path(__file__).read_text(encoding="utf-8")
+    for name in re.findall(r"^def test_((?:\d+_(?:and_)?)+)", text, re.M):
+        numbers |= {int(n) for n in re.findall(r"\d+", name)}
+    assert numbers == set(range(1, 13))
