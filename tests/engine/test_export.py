@@ -104,7 +104,7 @@ def test_vllm_reads_both(runs, exported, tiny_folder):
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
