@@ -70,7 +70,12 @@ def test_every_number_of_terms_and_teachers_may_move():
         for name, key in keys_of(cls).items()
         if float in members(key.type) and Schedule not in members(key.type)
     }
-    assert fixed == {("PassRateWeight", "threshold"), ("RouteSpec", "threshold")}
+    assert fixed == {
+        ("PassRateWeight", "threshold"),
+        ("RouteSpec", "threshold"),
+        ("ServedWeights", "request_seconds"),
+        ("ServedWeights", "deadline_seconds"),
+    }
 
 
 def test_what_does_not_move_is_handed_back_itself():

@@ -64,12 +64,27 @@ class Batch:
 # ── policy gradients ──────────────────────────────────────────────────────────────────────────
 
 
+LONGEST = 4
+"""Tokens of the longest completion that could be."""
+
+
+def rewarded(spec: Any, rollout: Any) -> float:
+    """A rollout's reward, less what an overlong completion loses."""
+    overlong = spec.get("overlong")
+    if overlong is None:
+        return rollout["reward"]
+    over = len(rollout["completion"]) - (LONGEST - overlong["stretch"])
+    return rollout["reward"] - overlong.get("amount", 1.0) * min(
+        max(over, 0) / overlong["stretch"], 1.0
+    )
+
+
 def reward_advantages(spec: Any, rollouts: Sequence[Any]) -> list[float]:
     """The reward of each rollout against its group's."""
-    rewards, found = [r["reward"] for r in rollouts], []
+    rewards, found = [rewarded(spec, r) for r in rollouts], []
     for r in rollouts:
-        own = [x["reward"] for x in rollouts if x["group"] == r["group"]]
-        worth = r["reward"]
+        own = [rewarded(spec, x) for x in rollouts if x["group"] == r["group"]]
+        worth = rewarded(spec, r)
         if spec.get("baseline", "group_mean") == "group_mean":
             worth -= statistics.mean(own)
         scale = spec.get("scale", "none")
@@ -255,12 +270,13 @@ def perplexity(spec: Any, batch: Batch, i: int, rows: list[list[int]]) -> float:
     return own(i) / statistics.mean(own(j) for j in peers)
 
 
-def average(spec: Any, rows: list[list[int]], joint: int) -> list[float]:
-    """The factor of each rollout's tokens."""
+def average(spec: Any, rows: list[list[int]], joint: int, whole: int) -> list[float]:
+    """The factor of each rollout's tokens; `whole` is the number of tokens of all completions."""
     sizes, own = [len(places) for places in rows], keys(spec)
     tokens, filled = sum(sizes), sum(n > 0 for n in sizes)
     if kind(spec) in ("", "per_token"):
-        divisors = [joint if own.get("denominator") == "joint" else tokens for _ in sizes]
+        chosen = {"own": tokens, "joint": joint, "completions": whole}
+        divisors = [chosen[own.get("denominator", "own")] for _ in sizes]
     elif kind(spec) == "per_sequence":
         every = len(sizes) if own.get("empty_rows") == "count" else filled
         divisors = [n * every for n in sizes]

@@ -69,7 +69,8 @@ def objective(case: Mapping[str, Any], batch: Batch) -> Number:
         for places in rows[name]
     )
     for name, term in case["losses"].items():
-        factors = average(term.get("average", ""), rows[name], joint)
+        whole = sum(len(r["completion"]) for r in batch.rollouts)
+        factors = average(term.get("average", ""), rows[name], joint, whole)
         weights = token_weights(term, batch, rows[name])
         losses = token_losses(term, batch, rows[name])
         total += term.get("coefficient", 1.0) * sum(

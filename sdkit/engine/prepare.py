@@ -235,12 +235,12 @@ class Data:
 
 def _check_rewards(rewards: Mapping[str, Scorer], rows: Iterable[Row]) -> None:
     """Raise BadData naming the rows without a right answer, or tests, that these rewards can read."""
-    bad: dict[str, None] = {}
+    bad: dict[str, str] = {}  # what is wrong → the first reward that says so
     for row in rows:
-        for scorer in rewards.values():
+        for name, scorer in rewards.items():
             try:
                 scorer.check(row)
             except BadData as error:
-                bad[error.message] = None
+                bad.setdefault(error.message, name)
     if bad:
-        raise BadData(first_of(list(bad)))
+        raise BadData(first_of(list(bad)), path=("rewards", next(iter(bad.values()))))

@@ -30,11 +30,6 @@ def script(text):
     ]
 
 
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
-    monkeypatch.setattr(launching, "PATIENCE", 0.5)
-
-
 def test_every_rank_knows_its_place(tmp_path):
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_WAIT_POLICY"
     tell = f"print({{n: os.environ[n] for n in '{names}'.split()}}, file=open(r'{tmp_path}/' + rank, 'w'))"
@@ -65,7 +60,8 @@ def test_the_first_cause_decides_and_is_told(capfd, code):
     assert "of rank 1" in capfd.readouterr().err
 
 
-def test_a_killed_rank_is_named_and_ends_the_others(tmp_path):
+def test_a_killed_rank_is_named_and_ends_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "PATIENCE", 0.5)
     wait = f"print(os.getpid(), file=open(r'{tmp_path}/' + rank, 'w'))\n"
     die = "rank == '2' and os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
     started = time.monotonic()
@@ -188,6 +184,7 @@ def spec_file(tiny_folder, tmp_path_factory):
         "model": {"path": str(tiny_folder), "dtype": "float32"},
         "data": rows(0),
         "rollout": {"max_new_tokens": 8, "backend": "transformers"},
+        "teacher": {"sees": {"max_prompt_tokens": 4096}},
         "rewards": {
             "long": {"kind": "file", "file": str(folder / "reward.py"), "function": "score"}
         },

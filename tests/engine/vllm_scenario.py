@@ -141,7 +141,7 @@ def stale(world, backend):
 def adapters(world, backend, folder):
     """Merged copies of a model with adapters of its own, and of its teacher."""
     tuned = Weights(load_model(model(folder, lora=LORA), str(folder), 5))
-    kept = open_teacher(EmaWeights(update_rate=0.3), tuned, None)
+    kept = open_teacher(EmaWeights(update_rate=0.3), tuned, None, None)
     with torch.no_grad():
         for name, parameter in tuned.model.named_parameters():
             if ".lora_B." in name:

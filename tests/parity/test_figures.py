@@ -28,6 +28,7 @@ from sdkit.language import load_spec
 from sdkit.losses.chunks import token_measures
 from sdkit.specs import divergences, losses, token_weights
 from sdkit.surface import is_spec, keys_of, members
+from sdkit.weights import Whole
 
 HERE = Path(__file__).resolve().parent
 ROW = Row(index=0, messages=({"role": "user", "content": "x"},), columns={}, raw={})
@@ -47,6 +48,7 @@ def _generator():
 
 
 GENERATOR = _generator()
+LONGEST = sys.modules["parity_batch"].LONGEST
 CASES = GENERATOR.cases()
 FIGURES = json.loads((HERE / "figures.json").read_text(encoding="utf-8"))
 every_case = pytest.mark.parametrize("name", CASES)
@@ -83,8 +85,12 @@ class Sheet:
         self.model = nn.ParameterDict({k: nn.Parameter(x) for k, x in sheets.items()})
         self.head = torch.eye(vocabulary, dtype=torch.float64)
 
+    shards = Whole()
+
     def hidden(self, sequences):
         return torch.cat([self.model[str(x.prompt[0])][list(x.kept)] for x in sequences.texts])
+
+    states = hidden
 
     def scores(self, sequences):
         return HiddenScores(hidden=self.hidden(sequences).detach(), head=self.head)
@@ -145,7 +151,7 @@ def answer(case, spec):
         )
         for i, r in enumerate(written)
     ]  # fmt: skip
-    batch = with_advantages(spec.losses, RolloutBatch(rollouts=tuple(rollouts)), _alone, longest=64)
+    batch = with_advantages(spec.losses, RolloutBatch(rollouts=tuple(rollouts)), _alone, LONGEST)
     batch = count_tokens(
         batch,
         spec.losses,

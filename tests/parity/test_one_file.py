@@ -18,6 +18,7 @@ method: {method}
 model: {{path: {model}, dtype: float32}}
 data: {{source: {{kind: jsonl, path: {rows}}}, columns: {{prompt: prompt, demonstration: demonstration}}}}
 rollout: {{max_new_tokens: 12, backend: transformers}}
+teacher: {{sees: {{max_prompt_tokens: 512}}}}
 optimizer: {{lr: 1.0e-3}}
 training: {{steps: {steps}, prompts_per_step: 4, zero_stage: {stage}, micro_batch_tokens: 300, chunk_tokens: 5}}
 output: {{tensorboard: false}}
