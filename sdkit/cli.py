@@ -52,6 +52,12 @@ Processes = Annotated[
         show_default=False,
     ),
 ]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run directory.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run in the run directory.")
+]
 Format = Annotated[
     Literal["text", "json", "github"],
     typer.Option("--format", help="For people, for programs, or for GitHub Actions."),
@@ -165,13 +171,8 @@ def train(
             "--to", help="Run directory (default: runs/NAME of the spec).", show_default=False
         ),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue from the newest checkpoint of the run directory."),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in the run directory.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, plan and smoke; train nothing.")
     ] = False,
@@ -224,17 +225,102 @@ def evaluate(
 def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
     if not path.is_dir():
         return path, [], path.resolve().parent
-    import json
+    from sdkit.engine import rundir
 
-    from sdkit.problems import UnreadableInput
+    base = Path(rundir.origin(path)["base"])
+    model = rundir.trained(path)
+    return path / rundir.MARK, [f"model.path={model.resolve()}", "model.lora=null"], base
 
-    resolved, model = path / "resolved.yaml", path / "model"
-    if not resolved.is_file():
-        raise UnreadableInput(f"{path} is not a run directory: it has no resolved.yaml")
-    if not model.is_dir():
-        raise UnreadableInput(f"{path} has no model/ yet", hint="it appears when the run is done")
-    base = Path(json.loads((path / "provenance.json").read_text(encoding="utf-8"))["base"])
-    return resolved, [f"model.path={model.resolve()}", "model.lora=null"], base
+
+@app.command(
+    epilog="Examples: `sdkit replay runs/sdft@0`, "
+    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`"
+)
+def replay(
+    recorded: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN@STEP",
+            help="A run directory, and the rollout batch to start at: 0 starts from the start model, another from the "
+            "checkpoint of that step.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Run directory (default: RUN-replay beside RUN).", show_default=False
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Rollout batches (default: all that are recorded).", min=1, show_default=False
+        ),
+    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    processes: Processes = None,
+) -> None:
+    """Train again on a run's recorded rollouts, with another loss, teacher, reward or optimizer on the same tokens.
+
+    Without an override the run repeats itself.  `sdkit compare` takes both.
+    """
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    from sdkit.engine import rundir
+    from sdkit.engine.replay import open_recording
+    from sdkit.show import annotated
+    from sdkit.source import read
+
+    recording = open_recording(recorded, steps)
+    run, base = recording.run, Path(recording.origin["base"])
+    checked = _checked(run / rundir.MARK, overrides, run_file=True, base=base)
+    _launch(checked.spec, processes)
+    from sdkit.engine.run import train as run_spec
+
+    console = _console()
+    console.print(f"replay: {recording}", markup=False, highlight=False)
+    with _placing(checked):
+        run_spec(
+            checked.spec,
+            base,
+            to or run.with_name(f"{run.name}-replay"),
+            console,
+            written=read(run / "spec.yaml").text,
+            resolved=annotated(checked) + "\n",
+            resume=resume,
+            overwrite=overwrite,
+            recording=recording,
+        )
+
+
+@app.command(
+    epilog="Examples: `sdkit export runs/sdft --to sdft`, `sdkit export runs/sdft --merge-lora --to sdft-merged`"
+)
+def export(
+    run: Annotated[
+        Path, typer.Argument(help="The directory of a finished run.", show_default=False)
+    ],
+    to: Annotated[
+        Path,
+        typer.Option("--to", help="The folder to write; it must not exist.", show_default=False),
+    ],
+    merge_lora: Annotated[
+        bool,
+        typer.Option(
+            "--merge-lora", help="Of a run with adapters: the whole model, adapters merged into it."
+        ),
+    ] = False,
+) -> None:
+    """Write a Hugging Face folder with a model card: the trained model, or the adapter of a LoRA run."""
+    from sdkit.engine.export import export as write
+    from sdkit.engine.rundir import MARK, origin
+
+    base = Path(origin(run)["base"])
+    checked = _checked(run / MARK, None, run_file=True, base=base)
+    typer.echo(write(checked.spec, base, run, to, merge=merge_lora))
 
 
 def _launch(spec: Any, processes: int | None) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
 DEMO = SPECS / "sdft.yaml"
 METHOD = SPECS / "methods" / "sdft.yaml"
-COMMANDS = ("validate", "show", "plan", "smoke", "train", "eval", "compare")
+COMMANDS = ("validate", "show", "plan", "smoke", "train", "eval", "replay", "compare", "export")
 RUN = """
 model: {path: MODEL, dtype: float32}
 data:
@@ -168,6 +168,10 @@ def test_validate_for_github(sdkit, broken):
         ("eval", METHOD),
         ("eval", ROOT / "specs"),
         ("train", DEMO, "--resume", "--overwrite"),
+        ("replay", "nowhere@0"),
+        ("replay", ROOT / "specs"),
+        ("export", ROOT / "specs", "--to", "nowhere"),
+        ("export", ROOT / "specs"),
         ("unknown",),
     ],
 )
@@ -290,6 +294,38 @@ def test_train_then_eval(sdkit, run_file, tmp_path):
     code, _, err = sdkit("train", run_file, "--to", folder)
     assert code == 2
     assert "--overwrite" in err
+
+
+def test_train_then_replay_then_export(sdkit, run_file, tmp_path):
+    folder = tmp_path / "run"
+    assert sdkit("train", run_file, "training.steps=2", "--to", folder)[0] == 0
+    code, out, err = sdkit("replay", f"{folder}@0", "losses.distil.divergence=reverse_kl")
+    assert code == 0, err
+    assert f"replay: rollout batches 0 to 1 of {folder}" in out.replace("\n", "")
+    other = tmp_path / "run-replay"
+    assert completions(other) == completions(folder)
+    code, out, err = sdkit("compare", folder, other, "--to", tmp_path / "both.png")
+    assert code == 0, err
+    assert "losses.distil.divergence.kind" in out
+    code, _, err = sdkit("replay", f"{folder}@0", "rollout.temperature=0.5", "--to", tmp_path / "x")
+    assert code == 2
+    assert "rollout.temperature: 1.0 then, 0.5 now (the completions are the recording's)" in err
+    code, _, err = sdkit("train", run_file, "training.steps=2", "--to", other, "--resume")
+    assert code == 2
+    code, out, err = sdkit("export", other, "--to", tmp_path / "model")
+    assert code == 0, err
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (
+        "rollouts: recorded by the run run, from step 0 on"
+        in (tmp_path / "model" / "README.md").read_text()
+    )
+    assert sdkit("export", other, "--to", tmp_path / "model")[0] == 2
+
+
+def completions(folder):
+    """What a run sampled in its first step."""
+    records = (folder / "rollouts" / "step_000000.jsonl").read_text().splitlines()
+    return [json.loads(record)["completion_ids"] for record in records]
 
 
 IMITATE = """

@@ -14,7 +14,13 @@ from sdkit.components.rewards import figures, score
 from sdkit.engine import ranks
 from sdkit.engine.judge import evidence, with_advantages
 from sdkit.seeds import derive
-from sdkit.specs import DatasetSamples, MixtureSamples, StudentSamples, TeacherSamples
+from sdkit.specs import (
+    DatasetSamples,
+    MixtureSamples,
+    ReplayBackend,
+    StudentSamples,
+    TeacherSamples,
+)
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
@@ -113,6 +119,9 @@ def _complete(
     evaluation: bool,
 ) -> tuple[list[Completion], dict[str, float]]:
     size = world.spec.rollout.completions_per_prompt
+    if isinstance(world.plan.backend, ReplayBackend) and not evaluation:
+        backend, figures = world.backend(world.student)  # whoever sampled: the recording has it
+        return backend.sample(requests, training_sampling(world)), figures
     match sampled_by:
         case DatasetSamples(column=column):
             return [own_completion(world, row, column) for row in rows for _ in range(size)], {}

@@ -32,7 +32,6 @@ def run(world: World, report: Report) -> None:
     Raises Stopped after a checkpoint where SIGINT or SIGTERM asked for it, and NumericsGuard where several optimizer
     steps in a row had no finite gradient.
     """
-    assert world.plan.steps is not None
     if world.step == 0:
         before = _evaluate(world, report)
         if before is not None:
@@ -40,9 +39,9 @@ def run(world: World, report: Report) -> None:
     elif _evaluation_due(world) and world.step not in report.evaluated_at:
         _evaluate(world, report)  # the run was stopped between a step and its evaluation
     with _stop_requests() as stop:
-        for step in range(world.step, world.plan.steps):
+        for step in range(world.step, world.end):
             _one_step(world, report, step)
-            if ranks.most(stop["asked"]) and world.step < world.plan.steps:
+            if ranks.most(stop["asked"]) and world.step < world.end:
                 saved = checkpoint.save(world, report.run.path)
                 raise Stopped(
                     f"stopped after step {world.step}, saved {saved}", hint="continue with --resume"
@@ -50,7 +49,7 @@ def run(world: World, report: Report) -> None:
             if _evaluation_due(world):
                 _evaluate(world, report)
             every = world.spec.output.checkpoint_every
-            if every and world.step % every == 0 and world.step < world.plan.steps:
+            if every and world.step % every == 0 and world.step < world.end:
                 checkpoint.save(world, report.run.path)
 
 
@@ -93,7 +92,7 @@ def _evaluation_due(world: World) -> bool:
     evaluation = world.spec.evaluation
     if evaluation is None:
         return False
-    last = world.step == world.plan.steps
+    last = world.step == world.end
     return last or bool(evaluation.every and world.step % evaluation.every == 0)
 
 

@@ -235,7 +235,7 @@ def _step_line(world: World, metrics: Mapping[str, float]) -> str:
     if "loss" in metrics:
         trained = f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2f}"
     return (
-        f"step [bold]{world.step}[/]/{world.plan.steps}  {trained}  length {metrics['rollout/completion_tokens']:.1f}  "
+        f"step [bold]{world.step}[/]/{world.end}  {trained}  length {metrics['rollout/completion_tokens']:.1f}  "
         f"{'  '.join(rewards)}  [dim]{metrics['time/step']:.1f} s ({times})[/]{skipped}"
     )
 

@@ -16,6 +16,7 @@ from sdkit.engine.models import check_vocabulary, load_tokenizer, locate
 from sdkit.engine.plot import plot
 from sdkit.engine.prepare import Data
 from sdkit.engine.provenance import provenance
+from sdkit.engine.replay import Recording, same_recording
 from sdkit.engine.world import World
 from sdkit.machine import machine_for
 from sdkit.plan import make_plan
@@ -46,8 +47,11 @@ LOST = ("connection closed by peer", "connection reset by peer", "timed out wait
 """What collectives say where another rank is gone, or silent for too long."""
 
 
-def open_world(spec: ExperimentSpec, base: Path) -> World:
-    """Data first (bad rows are found before a weight is loaded), then DeepSpeed, model, teacher."""
+def open_world(spec: ExperimentSpec, base: Path, recording: Recording | None = None) -> World:
+    """Data first (bad rows are found before a weight is loaded), then DeepSpeed, model, teacher.
+
+    With a recording its completions are the run's, and the run ends where they do.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     zero.prepare()
     with blaming("model", "path"):
@@ -59,6 +63,8 @@ def open_world(spec: ExperimentSpec, base: Path) -> World:
             check_vocabulary(tokenizer, theirs, weights.path)
     served = _reach(spec, base, tokenizer)
     data = Data(spec, base, tokenizer)
+    if recording:
+        recording.check_rows(data)
     zero.start()
     try:
         plan = make_plan(spec, machine_for(spec, ranks.world_size()), None, rows=len(data.train))
@@ -66,7 +72,12 @@ def open_world(spec: ExperimentSpec, base: Path) -> World:
         longest = data.check(plan.steps)
         for model in served.values():
             model.check_length(longest)
-        return World(spec, plan, base, data, located, longest, served)
+        if recording:
+            plan = recording.planned(plan)
+        world = World(spec, plan, base, data, located, longest, served)
+        if recording:
+            world.end = recording.end
+        return world
     except BaseException:
         zero.stop(together=False)
         raise
@@ -97,13 +108,20 @@ def train(
     resolved: str,
     resume: bool = False,
     overwrite: bool = False,
+    recording: Recording | None = None,
 ) -> Path:
-    """Run a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after."""
+    """Run a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after.
+
+    With a recording its rollouts are trained on again, from the state before the first of them.
+    """
+    if recording:
+        recording.check_spec(spec, folder)
     rundir.claim(folder, resume=resume, overwrite=overwrite)
     last = checkpoint.newest(folder) if resume else None
     if last:
+        same_recording(folder, recording)
         _same_spec(folder, resolved)
-    world = open_world(spec, base)
+    world = open_world(spec, base, recording)
     run = _directory(folder, resume=resume, tensorboard=spec.output.tensorboard)
     try:
         if last:
@@ -111,8 +129,11 @@ def train(
             run.forget_after(world.step)
         else:
             run.write_text("spec.yaml", written)
-            run.write_text("resolved.yaml", resolved)
-            run.write_json("provenance.json", _provenance(world, base))
+            run.write_text(rundir.MARK, resolved)
+            run.write_json(rundir.ORIGIN, _provenance(world, base, recording))
+            if recording and recording.checkpoint:
+                checkpoint.load(world, recording.checkpoint)
+                recording.write_history(run)
         report.opening(console, world, run)
         run.status("running", step=world.step)
         _train(world, run, console)
@@ -144,8 +165,7 @@ def _leave(world: World, run: rundir.RunDirectory, *, together: bool) -> None:
 
 
 def _train(world: World, run: rundir.RunDirectory, console: Console) -> None:
-    assert world.plan.steps is not None
-    screen = report.Report(run, console, world.plan.steps)
+    screen = report.Report(run, console, world.end)
     with screen.bar:
         loop.run(world, screen)
     checkpoint.save_model(world, run.path)
@@ -172,7 +192,7 @@ def evaluate_only(spec: ExperimentSpec, base: Path, console: Console) -> dict[st
         zero.stop(together=together)
 
 
-def _provenance(world: World, base: Path) -> dict[str, Any]:
+def _provenance(world: World, base: Path, recording: Recording | None) -> dict[str, Any]:
     model = {
         "path": world.spec.model.path,
         "revision": world.spec.model.revision,
@@ -194,6 +214,7 @@ def _provenance(world: World, base: Path) -> dict[str, Any]:
         other_models=others,
         served_teachers=served,
         seed=world.spec.training.seed,
+        **({"replayed": recording.facts} if recording else {}),
     )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from sdkit.problems import SdkitError, UnreadableInput
 
 MARK = "resolved.yaml"
+ORIGIN = "provenance.json"
 
 
 class RunDirectory:
@@ -115,6 +116,26 @@ class ReadOnly(RunDirectory):
 
     def forget_after(self, step: int) -> None:
         pass
+
+
+def origin(path: Path) -> dict[str, Any]:
+    """What a run directory knows of where it came from.  Raises UnreadableInput where the folder is none."""
+    if not (path / MARK).is_file():
+        raise UnreadableInput(f"{path} is not a run directory: it has no {MARK}")
+    try:
+        found = json.loads((path / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnreadableInput(f"cannot read {path / ORIGIN}: {error}") from None
+    if not isinstance(found, dict) or "base" not in found:
+        raise UnreadableInput(f"{path / ORIGIN} does not name the folder of the run's spec")
+    return found
+
+
+def trained(path: Path) -> Path:
+    """The trained model of a run.  Raises UnreadableInput where there is none yet."""
+    if not (path / "model").is_dir():
+        raise UnreadableInput(f"{path} has no model/ yet", hint="it appears when the run is done")
+    return path / "model"
 
 
 def claim(path: Path, *, resume: bool, overwrite: bool) -> None:

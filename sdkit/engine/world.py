@@ -72,7 +72,9 @@ class World:
         self.longest = longest  # tokens of the longest sequence, completion included
         self.served = served or {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        assert plan.steps is not None, "steps are known once the data are loaded"
         self.step = 0  # rollout batches done
+        self.end = plan.steps  # rollout batches after which the run ends: a replay may have fewer
         self.updates = 0  # optimizer steps applied; the policy version
         self.skipped = 0  # optimizer steps in a row that were skipped
         with blaming("model", "path"):
