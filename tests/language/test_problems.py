@@ -4,6 +4,7 @@ import json
 
 from sdkit.problems import (
     EXIT_CODES,
+    INTERRUPTED,
     Place,
     Problem,
     SdkitError,
@@ -84,4 +85,4 @@ def test_values_are_shown_as_yaml_writes_them():
 
 def test_every_error_has_an_exit_code_of_the_table():
     codes = {cls.exit_code for cls in SdkitError.__subclasses__()}
-    assert codes == set(EXIT_CODES) - {0}
+    assert codes == set(EXIT_CODES) - {0, INTERRUPTED}
