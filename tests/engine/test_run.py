@@ -19,7 +19,6 @@ from tinyruns import (
     rollout,
     rollouts_of,
     same,
-    states,
     teacher,
     train,
     training,
