@@ -177,9 +177,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def provenance(run: Path) -> dict[str, Any]:
-    """What provenance.json says; empty where a run has none."""
+    """What provenance.json says; empty where a run has none.  Raises UnreadableInput where it is no JSON."""
     path = run / "provenance.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UnreadableInput(f"cannot read {path}: {error}") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

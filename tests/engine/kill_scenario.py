@@ -1,8 +1,8 @@
 """Runs that are killed by SIGKILL and taken up again, each attempt in a process of its own.
 
-`python kill_scenario.py MODEL_FOLDER WORK_FOLDER CASE…`: a case is TEACHER-FORM-STAGE-PHASE-STEP.  Every attempt is forked
-from here, where all that is slow to import is imported already.  WORK_FOLDER/TEACHER-FORM-STAGE is the run that nobody
-killed; test_resume.py says that the others must be the same.
+`python kill_scenario.py MODEL_FOLDER WORK_FOLDER CASE…`: a case is TEACHER-FORM-STAGE-PHASE@STEP,PHASE@STEP…, the places
+where one attempt after the other is killed.  Every attempt is forked from here, where all that is slow to import is imported
+already.  WORK_FOLDER/TEACHER-FORM-STAGE is the run that nobody killed; test_resume.py says that the others must be the same.
 """
 
 import os
@@ -105,13 +105,16 @@ def attempt(run):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_and_resumed(spec, folder, phase, at):
-    def first():
-        arm(phase, at)
-        train(spec, folder)
+def killed_and_resumed(spec, folder, places):
+    for number, place in enumerate(places):
+        phase, at = place.split("@")
 
-    ended = attempt(first)
-    assert ended == -signal.SIGKILL, f"{folder.name}: not killed, but ended with {ended}"
+        def deadly(phase=phase, at=int(at), resume=number > 0):
+            arm(phase, at)
+            train(spec, folder, resume=resume)
+
+        ended = attempt(deadly)
+        assert ended == -signal.SIGKILL, f"{folder.name}: not killed {place}, ended with {ended}"
     assert attempt(lambda: train(spec, folder, resume=True)) == 0, folder.name
 
 
@@ -126,12 +129,12 @@ def main(folder, work, *cases):
     assert all((deepspeed, matplotlib.pyplot, peft, transformers.models.llama.modeling_llama))
     work = Path(work)
     for case in cases:
-        weights, form, stage, phase, at = case.split("-")
+        weights, form, stage, places = case.split("-")
         spec = spec_of(folder, work, weights, form, stage)
         straight = work / f"{weights}-{form}-{stage}"
         if not straight.exists():
             assert attempt(lambda s=spec, f=straight: train(s, f)) == 0, straight.name
-        killed_and_resumed(spec, work / case, phase, int(at))
+        killed_and_resumed(spec, work / case, places.split(","))
 
 
 if __name__ == "__main__":
