@@ -33,7 +33,7 @@ def most(value: int) -> int:
     """The largest value of all ranks."""
     if world_size() == 1:
         return value
-    held = torch.tensor(value, device=_device())
+    held = torch.tensor(int(value), device=_device())
     torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
     return int(held.item())
 

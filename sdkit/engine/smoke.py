@@ -146,8 +146,10 @@ def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> Experi
     """
     full = spec if isinstance(spec, ExperimentSpec) else None
     rows = _data(spec)
+    # With vLLM on an accelerator that is not at hand, transformers stands in.
+    elsewhere = bool(full and full.machine and full.machine.accelerator)
     return ExperimentSpec(
-        rollout=_rollout(spec.rollout),
+        rollout=_rollout(spec.rollout, elsewhere),
         teacher=spec.teacher and _teacher(spec.teacher, url),
         losses=Table({name: _term(term, home) for name, term in spec.losses.items()}),
         route=spec.route and _within_reach(spec.route),
@@ -176,9 +178,9 @@ def _model(model: ModelSpec) -> ModelSpec:
     return ModelSpec(path="model", dtype=model.dtype, lora=lora, attention="sdpa")
 
 
-def _rollout(rollout: RolloutSpec) -> RolloutSpec:
+def _rollout(rollout: RolloutSpec, elsewhere: bool) -> RolloutSpec:
     backend = rollout.backend
-    if isinstance(backend, AutoBackend | ReplayBackend):
+    if elsewhere or isinstance(backend, AutoBackend | ReplayBackend):
         backend = TransformersBackend()
     return evolve(
         rollout,
@@ -299,4 +301,7 @@ def _suite(suite: Suite, data: DataSpec) -> Suite:
         data=DataSpec(source=InlineSource(rows=held_out), columns=data.columns),
         max_new_tokens=8,
         loss_prompts=min(suite.loss_prompts, 2),
+        decoding=Table(
+            {n: evolve(d, samples=min(d.samples, 2)) for n, d in suite.decoding.items()}
+        ),
     )

@@ -31,10 +31,11 @@ def main(folder, work):
     every = list(world.student.model.parameters())
     whole = sum(p.ds_numel for p in every)
     most = watched(world.student, every)
-    figures, rolled = [], None
+    figures = []
     for step in range(3):
         gathered = gather(world, world.data.take(step), ("rollout", step))
-        rolled = rolled or in_order(ranks.at_first(records(gathered)))
+        if step == 0:  # a collective: every rank takes part, or none
+            rolled = in_order(ranks.at_first(records(gathered)))
         figures.append(gathered.figures)
         advance(world, 1)
     figures.append(world.backend(world.student)[1])
@@ -43,7 +44,7 @@ def main(folder, work):
         "syncs": ranks.everyones([f["canary_mean"] for f in figures]),
         "most": max(most) / whole,
         "left whole": sum(p.numel() for p in every),
-        "rollouts": len(rolled) if rolled else 0,
+        "rollouts": len(rolled),
         "ranks": ranks.world_size(),
     }
     first = ranks.rank() == 0
