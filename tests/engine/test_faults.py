@@ -81,14 +81,14 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("where", list(ASKED))
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+REQUESTS = [*((where, signal.SIGTERM) for where in ASKED), ("rollout", signal.SIGINT)]
+
+
+@pytest.mark.parametrize(("where", "number"), REQUESTS)
 def test_a_request_is_heeded_wherever_it_comes(
     spec, straight, tmp_path, monkeypatch, where, number
 ):
     owner, name, call, step = ASKED[where]
-    if number == signal.SIGINT and where not in ("first evaluation", "rollout"):
-        pytest.skip("as with SIGTERM")
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         at_call(patch, owner, name, call, lambda: send(number))
