@@ -299,4 +299,5 @@ def test_a_full_disk_leaves_the_older_checkpoint(three, open_tiny, small_disk):
     manifest.read(first, hashes=True)
     (small_disk / "ballast").unlink()
     assert checkpoint.save(world, small_disk).name == "step_000002"
-    assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["step_000002"]
+    left = sorted(p.name for p in (small_disk / "checkpoints").iterdir())
+    assert left == ["step_000001", "step_000002"]  # of five that may stay

@@ -50,8 +50,10 @@ def assert_same_run(folder, straight):
     for kept in ("rollouts", "samples", "evaluations"):
         texts = [{p.name: p.read_text() for p in (f / kept).iterdir()} for f in (folder, straight)]
         assert texts[0] == texts[1]
-    left = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert left == [f"step_{STEPS - 2:06d}"]
+    left = {p.name for p in (folder / "checkpoints").iterdir()}
+    # Killed between the naming of a checkpoint and the end of the one before, a run keeps both until its next.
+    older = {"step_000002"} if "naming" in folder.name else set()
+    assert left - older == {"step_000004"}
 
 
 @pytest.fixture(scope="module")
