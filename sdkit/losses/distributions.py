@@ -38,10 +38,6 @@ class Distributions:
         """Log-probabilities [C, V], float32 (float64 for float64 logits)."""
         return self._at("student", temperature)
 
-    def teacher(self, temperature: float) -> Tensor:
-        """Log-probabilities [C, V], detached.  Raises ValueError where there is no whole teacher."""
-        return self._at("teacher", temperature).detach()
-
     def knows_sampled(self, temperature: float) -> bool:
         """Whether the teacher's log-probability of the sampled token is known at this temperature."""
         return self.told is None or temperature == 1
