@@ -303,7 +303,7 @@ def test_the_environment_is_not_handed_on(judge, make_row, monkeypatch):
         "while True: pass",
         "import os\nos.closerange(0, 99)\nwhile True: pass",
         "import os, threading\nos._exit = print\n"
-        "threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()",
+        "threading.Thread(target=sum, args=(iter(int, 1),)).start()",
     ],
 )
 def test_endless_programs_are_ended(sandbox, program):
