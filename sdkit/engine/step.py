@@ -149,7 +149,7 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
         scores = score(world, batch, reference)
         scored = time.perf_counter()
         loss, stats = world.zero.forward(world.module, batch, scores, reference, losses)
-        world.zero.backward(loss)
+        world.zero.backward(_spoiling(loss))
         _add(sums, stats, batch)
         seconds["teacher"] += scored - started
         seconds["update"] += time.perf_counter() - scored
@@ -192,6 +192,11 @@ def _collate(world: World, rollouts: RolloutBatch, losses: Table[LossTerm]) -> C
     missing = ranks.most(len(collated.micro_batches)) - len(collated.micro_batches)
     more = [without_rows(losses, teacher=teacher, device=world.device)] * missing
     return evolve(collated, micro_batches=(*collated.micro_batches, *more))
+
+
+def _spoiling(loss: Tensor) -> Tensor:
+    """The loss; where it is not finite so that no gradient is, and the step is skipped on every rank."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def _moving(world: World) -> dict[str, float]:
