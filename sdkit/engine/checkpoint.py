@@ -174,6 +174,13 @@ def load(world: World, checkpoint: Path) -> None:
     streams.restore(json.loads((checkpoint / _streams_file()).read_text(encoding="utf-8")))
 
 
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint; 0, the start model's, where there is none."""
+    return max(
+        (int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*")), default=0
+    )
+
+
 def save_model(world: World, run: Path) -> Path:
     """The trained model as a Hugging Face folder: model/, and adapter/ beside it with LoRA; the first rank writes."""
     causal: Any = world.student.causal
