@@ -1,9 +1,14 @@
 """Write the world down, and take it up again; the trained model in Hugging Face format.
 
-checkpoints/step_000010/   MANIFEST.json, each rank's random_rank_0.json, teacher.safetensors (under stage 3 each rank's
-                           pieces: teacher_rank_0.safetensors, …), DeepSpeed's files (pickles: only ever this run's own)
-model/                     config, safetensors, tokenizer; with LoRA the adapter merged into a copy, and
-adapter/                   the adapter alone
+checkpoints/step_000010/  the state after ten rollout batches, complete where it has this name
+    MANIFEST.json                 origin (run, spec, ranks), step, updates, skipped, zero_stage, and every file's SHA-256
+    random_rank_R.json            each rank's random streams
+    teacher.safetensors           float32 averages by the student's parameter names, where a teacher moves (of a routed
+                                  teacher with its part's number before: `0/NAME`); under stage 3 each rank's flat
+                                  pieces: teacher_rank_R.safetensors
+    mp_rank_*, *zero_pp_rank_*    DeepSpeed's: student, masters, optimizer moments (pickles: only ever this run's own)
+model/                    config, safetensors, tokenizer; with LoRA the adapter merged into a copy, and
+adapter/                  the adapter alone
 """
 
 from __future__ import annotations
