@@ -61,13 +61,13 @@ def save(world: World, run: Path) -> Path:
 
 @contextlib.contextmanager
 def _writing(partial: Path, final: Path) -> Iterator[None]:
-    """What is half written goes where it cannot be finished."""
+    """What is half written goes where it cannot be finished, by this rank or by another."""
     try:
         yield
     except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
         if (fault := _disk_fault(error)) is None:
             raise
-        shutil.rmtree(partial, ignore_errors=True)
         raise BadEnvironment(
             f"cannot write {final}: {fault}",
             hint="what was complete before is untouched; make room and continue with --resume",

@@ -25,8 +25,7 @@ from tinyruns import (
     training,
 )
 
-from sdkit.components.rollouts import TransformersRollouts
-from sdkit.engine import checkpoint, loop, manifest, step, zero
+from sdkit.engine import checkpoint, gather, loop, manifest, step, zero
 from sdkit.engine.report import Report
 from sdkit.specs import (
     CopyWeights,
@@ -41,6 +40,8 @@ from sdkit.specs import (
     StudentWeights,
     Suite,
     Table,
+    TransformersBackend,
+    VllmBackend,
 )
 
 STEPS = 6
@@ -54,9 +55,11 @@ TEACHERS = {
     "routed": RoutedWeights(by="side", routes=Table({"left": EMA, "right": CopyWeights(every=3)})),
 }
 FORMS = {"full": None, "lora": LORA}
+VLLM = "vllm"
+"""A form beside these: all weights, sampled from by vLLM."""
 PHASES = {
     # Where the kill comes: before or after this function, while the run's step is the case's.
-    "rollout": (TransformersRollouts, "sample", "after"),
+    "rollout": (gather, "score", "before"),
     "teacher": (step, "score", "after"),
     "update": (zero.Zero, "step", "after"),
     "boundary": (Report, "step", "after"),
@@ -80,13 +83,14 @@ def spec_of(folder, work, weights, form, stage):
     (work / "reward.py").write_text(REWARD)
     # Drawn from Python's own stream, which every process has but one of.
     drawn = FileReward(file=str(work / "reward.py"), function="drawn", at_once=1)
+    backend = VllmBackend(cache_gib=0.1) if form == VLLM else TransformersBackend()
     spec = make_spec(
         folder,
-        model=model(folder, lora=FORMS[form]),
+        model=model(folder, lora=FORMS.get(form)),
         teacher=teacher(TEACHERS[weights]),
         data=sided(6),
         optimizer=OptimizerSpec(lr=3e-3, schedule="linear", warmup_steps=1),
-        rollout=rollout(max_new_tokens=4),
+        rollout=rollout(max_new_tokens=4, backend=backend),
         training=training(
             steps=STEPS, prompts_per_step=2, zero_stage=int(stage), updates_per_rollout=2
         ),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from kill_scenario import FORMS, PHASES, TEACHERS
 from tinyruns import metrics, same, weights_of
 
@@ -109,3 +110,17 @@ def test_the_whole_matrix(tiny_folder, tmp_path, stage, ranks):
     run_all(tiny_folder, tmp_path, cases, seconds=7200)
     for name in cases:
         assert_same_run(tmp_path / name, tmp_path / name.rsplit("-", 1)[0])
+
+
+@pytest.mark.full
+@pytest.mark.timeout(0)
+def test_a_run_that_vllm_samples_is_taken_up_as_it_was(tiny_folder, tmp_path):
+    """The same tokens; numbers within what vLLM's kernels leave open."""
+    pytest.importorskip("vllm")
+    name = "ema-vllm-0-1-rollout@2,boundary@3"
+    run_all(tiny_folder, tmp_path, [name])
+    folder, straight = tmp_path / name, tmp_path / name.rsplit("-", 1)[0]
+    for ours, theirs in zip(metrics(folder), metrics(straight), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for key, value in weights_of(straight).items():
+        torch.testing.assert_close(weights_of(folder)[key], value, atol=1e-5, rtol=1e-4)
