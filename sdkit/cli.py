@@ -20,7 +20,7 @@ if not os.environ.get("SDKIT_DEBUG"):
 import typer
 
 from sdkit import __version__
-from sdkit.problems import SdkitError
+from sdkit.problems import INTERRUPTED, SdkitError
 
 FIRST = os.environ.get("RANK", "0") == "0"
 """Whether this process is the first rank, or the only one: it alone speaks of what is well."""
@@ -36,7 +36,8 @@ app = typer.Typer(
 
 EXIT_CODES = """\b
 Exit codes: 0 fine, 1 problems found or the run failed, 2 usage or unreadable input, 3 bad data,
-4 environment, 5 out of memory, 6 a process died or a deadline passed, 7 stopped and resumable, 8 numerics guard."""
+4 environment, 5 out of memory, 6 a process died or a deadline passed, 7 stopped and resumable, 8 numerics guard,
+130 interrupted."""
 
 SpecPath = Annotated[Path, typer.Argument(help="A run file or a method page.", show_default=False)]
 Overrides = Annotated[
@@ -439,4 +440,4 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("error: interrupted", err=True)
-        sys.exit(1)
+        sys.exit(INTERRUPTED)

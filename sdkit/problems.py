@@ -114,6 +114,9 @@ class NumericsGuard(SdkitError):
     exit_code = 8
 
 
+INTERRUPTED = 130
+"""How a command ends at once on Ctrl-C: 128 and the signal's number, as shells have it."""
+
 EXIT_CODES: Mapping[int, str] = {
     0: "fine",
     1: "problems found, or a run failed",
@@ -124,6 +127,7 @@ EXIT_CODES: Mapping[int, str] = {
     6: "a process died or a deadline passed",
     7: "stopped on request; the run can be resumed",
     8: "a numerics guard tripped",
+    INTERRUPTED: "interrupted at once",
 }
 
 

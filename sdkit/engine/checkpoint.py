@@ -1,62 +1,121 @@
 """Write the world down, and take it up again; the trained model in Hugging Face format.
 
-checkpoints/step_000010/   world.json  teacher.safetensors (under stage 3 each rank's pieces: teacher_rank_0.safetensors, …)
-                           deepspeed files (pickles: only ever this run's own)
-model/                     config, safetensors, tokenizer; with LoRA the adapter merged into a copy, and
-adapter/                   the adapter alone
+checkpoints/step_000010/  the state after ten rollout batches, complete where it has this name
+    MANIFEST.json                 origin (run, spec, ranks), step, updates, skipped, zero_stage, and every file's SHA-256
+    random_rank_R.json            each rank's random streams
+    teacher.safetensors           float32 averages by the student's parameter names, where a teacher moves (of a routed
+                                  teacher with its part's number before: `0/NAME`); under stage 3 each rank's flat
+                                  pieces: teacher_rank_R.safetensors
+    mp_rank_*, *zero_pp_rank_*    DeepSpeed's: student, masters, optimizer moments (pickles: only ever this run's own)
+model/                    config, safetensors, tokenizer; with LoRA the adapter merged into a copy, and
+adapter/                  the adapter alone
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdkit.engine import ranks
-from sdkit.problems import SdkitError, UnreadableInput
+from sdkit import __version__
+from sdkit.engine import manifest, ranks, rundir, streams
+from sdkit.engine.manifest import Manifest, Origin
+from sdkit.problems import BadEnvironment, UnreadableInput
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
 
-WORLD = "world.json"
 FILE_BYTES = 5 * 10**9
 """Of the largest file of a written model: what the first rank holds of it at once."""
+UNWRITTEN = ("inline_container", "no space left", "os error", "file write failed")
+"""What torch and safetensors say where a file cannot be written: they raise no OSError."""
 
 
 def save(world: World, run: Path) -> Path:
-    """A complete checkpoint of the world at its step; the name appears only when everything is written."""
+    """A complete checkpoint of the world at its step; its name appears only when everything is on disk.
+
+    Older ones go afterwards.  Raises BadEnvironment where it cannot be written: then they are as they were.
+    """
     folder = run / "checkpoints"
     tag = f"step_{world.step:06d}"
     partial, final = folder / f".partial-{tag}", folder / tag
-    first = ranks.rank() == 0
-    try:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        ranks.meet()
+    with _writing(partial, final):
+        _together(lambda: _fresh(partial))
         world.zero.save(folder, partial.name)
-        if first or world.plan.zero_stage == 3:
-            _write_teacher(world, partial)
-        if first:
-            facts = {"step": world.step, "updates": world.updates, "skipped": world.skipped}
-            (partial / WORLD).write_text(json.dumps(facts), encoding="utf-8")
+        _together(lambda: _write_own(world, partial))
+        _complete(world, run, partial)
+        if ranks.rank() == 0:
+            _put(partial, final)
+            _forget_older(final, world.spec.output.keep_checkpoints)
         ranks.meet()
-        if first:
-            _to_disk(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _forget_older(folder, keep=final)
-        ranks.meet()
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise SdkitError(f"cannot write {final}: {error.strerror or error}") from None
     return final
+
+
+@contextlib.contextmanager
+def _writing(partial: Path, final: Path) -> Iterator[None]:
+    """What is half written goes where it cannot be finished, by this rank or by another."""
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if (fault := _disk_fault(error)) is None:
+            raise
+        raise BadEnvironment(
+            f"cannot write {final}: {fault}",
+            hint="what was complete before is untouched; make room and continue with --resume",
+        ) from None
+
+
+def _disk_fault(error: Exception) -> str | None:
+    """What the disk has against a file; None where the error is another."""
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)).lower()
+    if isinstance(error, RuntimeError | SafetensorError):
+        text = str(error).lower()
+        if any(words in text for words in UNWRITTEN):
+            full = "no space left on device"
+            return full if full in text else "a file was not written whole; the disk may be full"
+    return None
+
+
+def _together(write: Callable[[], None]) -> None:
+    """Write on every rank; where one of them cannot, all raise OSError."""
+    fault = None
+    try:
+        write()
+    except Exception as error:
+        if (fault := _disk_fault(error)) is None:
+            raise
+    if faults := [found for found in ranks.everyones(fault) if found]:
+        raise OSError(faults[0])
+
+
+def _fresh(partial: Path) -> None:
+    if ranks.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+
+def _write_own(world: World, folder: Path) -> None:
+    """What DeepSpeed does not keep: random streams, and the teacher's averages, of what this rank holds."""
+    held = json.dumps(streams.state())
+    (folder / _streams_file()).write_text(held, encoding="utf-8")
+    if ranks.rank() == 0 or world.plan.zero_stage == 3:
+        if world.teacher and (state := world.teacher.state()):
+            tensors = {name: t.contiguous() for name, t in state.items()}
+            save_file(tensors, str(folder / _teacher_file(world)))
+
+
+def _streams_file() -> str:
+    return f"random_rank_{ranks.rank()}.json"
 
 
 def _teacher_file(world: World) -> str:
@@ -67,31 +126,64 @@ def _teacher_file(world: World) -> str:
     )
 
 
-def _write_teacher(world: World, folder: Path) -> None:
-    """What DeepSpeed does not keep: the teacher's averages, of what this rank holds."""
-    if world.teacher and (state := world.teacher.state()):
-        held = {name: t.contiguous() for name, t in state.items()}
-        save_file(held, str(folder / _teacher_file(world)))
+def _complete(world: World, run: Path, folder: Path) -> None:
+    """Bring every file to the disk and name it in the manifest; the files are dealt out to the ranks."""
+    names = ranks.of_first(manifest.names(folder))
+    own: dict[str, manifest.File] = {}
+
+    def finish() -> None:
+        for i in ranks.share(len(names)):
+            _to_disk(folder / names[i])
+            own[names[i]] = manifest.describe(folder / names[i])
+
+    _together(finish)
+    files = {name: file for part in ranks.everyones(own) for name, file in part.items()}
+    found = Manifest(
+        origin=_origin(world, run),
+        step=world.step,
+        updates=world.updates,
+        skipped=world.skipped,
+        zero_stage=world.plan.zero_stage,
+        sdkit=__version__,
+        files=dict(sorted(files.items())),
+    )
+    _together(lambda: _write_manifest(folder, found))
+
+
+def _write_manifest(folder: Path, found: Manifest) -> None:
+    if ranks.rank() == 0:
+        manifest.write(folder, found)
+        for path in (folder / manifest.NAME, folder):
+            _to_disk(path)
+
+
+def _origin(world: World, run: Path) -> Origin:
+    """Which run, spec and number of ranks this is."""
+    return Origin(
+        run=rundir.provenance(run).get("run"),
+        spec=manifest.spec_digest(world.spec),
+        ranks=ranks.world_size(),
+    )
 
 
 def load(world: World, checkpoint: Path) -> None:
-    """Take the state of one of this run's own checkpoints."""
-    facts = json.loads((checkpoint / WORLD).read_text(encoding="utf-8"))
+    """Take the state of one of this run's own checkpoints, which must be whole (`resuming.newest`)."""
+    try:
+        facts = manifest.read(checkpoint, hashes=False)
+    except manifest.Unfit as unfit:
+        raise UnreadableInput(f"{checkpoint} {unfit}") from None
     world.zero.load(checkpoint.parent, checkpoint.name)
-    world.step, world.updates, world.skipped = facts["step"], facts["updates"], facts["skipped"]
+    world.step, world.updates, world.skipped = facts.step, facts.updates, facts.skipped
     if world.teacher and world.teacher.moves:
         world.teacher.load_state(load_file(str(checkpoint / _teacher_file(world))))
+    streams.restore(json.loads((checkpoint / _streams_file()).read_text(encoding="utf-8")))
 
 
-def newest(run: Path) -> Path:
-    """The latest complete checkpoint of a run.  Raises UnreadableInput where there is none."""
-    complete = sorted(p for p in (run / "checkpoints").glob("step_*") if (p / WORLD).is_file())
-    if not complete:
-        raise UnreadableInput(
-            f"{run} has no checkpoint to resume from",
-            hint="set output.checkpoint_every, or start again with --overwrite",
-        )
-    return complete[-1]
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint; 0, the start model's, where there is none."""
+    return max(
+        (int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*")), default=0
+    )
 
 
 def save_model(world: World, run: Path) -> Path:
@@ -99,7 +191,7 @@ def save_model(world: World, run: Path) -> Path:
     causal: Any = world.student.causal
     target, partial = run / "model", run / ".partial-model"
     first = ranks.rank() == 0
-    try:
+    with _writing(partial, target):
         if first:
             shutil.rmtree(partial, ignore_errors=True)
             causal.config.save_pretrained(partial)
@@ -109,11 +201,7 @@ def save_model(world: World, run: Path) -> Path:
         if world.spec.model.lora:
             _save_adapter(world, run / "adapter" if first else None)
         if first:
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise SdkitError(f"cannot write {target}: {error.strerror or error}") from None
+            _put(partial, target)
     return target
 
 
@@ -164,13 +252,32 @@ def _save_adapter(world: World, folder: Path | None) -> None:
         model.save_pretrained(str(folder), selected_adapters=adapters, state_dict=held)
 
 
-def _to_disk(folder: Path) -> None:
-    for path in [p for p in folder.rglob("*") if p.is_file()]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+def _to_disk(path: Path) -> None:
+    """A file's bytes, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def _forget_older(folder: Path, keep: Path) -> None:
-    for path in folder.glob("step_*"):
-        if path != keep:
+def _put(partial: Path, final: Path) -> None:
+    """Give a complete folder its name; what had it before goes afterwards."""
+    old = final.with_name(f".old-{final.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    _to_disk(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _forget_older(final: Path, keep: int) -> None:
+    """Keep the newest up to `final`; what is later was passed over when the run was resumed before it."""
+    found = sorted(final.parent.glob("step_*"))
+    kept = [path for path in found if path <= final][-keep:]
+    for path in found:
+        if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
+    for path in final.parent.glob(".*-step_*"):
+        shutil.rmtree(path, ignore_errors=True)

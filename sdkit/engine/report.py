@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sdkit.batches import RolloutBatch
 from sdkit.components.intervals import Interval
 from sdkit.engine import ranks
 from sdkit.engine.evaluate import headline
@@ -38,6 +40,9 @@ class Report:
         # All ranks go by what the first finds in the run directory.
         self.evaluated_at = ranks.of_first(
             {line["step"] for line in history if "eval/score" in line}
+        )
+        self.lifted = ranks.of_first(
+            any(key.startswith("lift/") for line in history for key in line)
         )
         self.trained = [line for line in history if "time/step" in line]  # for tripwires
         # Tokens of training rollouts so far.
@@ -77,6 +82,15 @@ class Report:
                 f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False
             )
         self.bar.update(self.task, completed=world.step)
+
+    def bad_batch(self, world: World, gathered: Gathered, part: RolloutBatch) -> Path:
+        """Keep the rollouts of an update that failed, and all of its step as every step's; where the former stand."""
+        held = {(r.group, r.completion_ids) for r in part}
+        own = records(gathered)
+        failed = [r for r in own if (r["group"], r["completion_ids"]) in held]
+        for folder, each in (("rollouts", own), ("bad_batches", failed)):
+            self.run.lines(folder, world.step, in_order(ranks.at_first(each)))
+        return self.run.file("bad_batches", world.step)
 
     def _warn(self, step: int, metrics: Mapping[str, float], patience: int | None) -> None:
         """A yellow line, and one of warnings.jsonl, for each tripwire that goes off at this step."""

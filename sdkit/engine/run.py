@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import traceback
+import secrets
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from sdkit.components.vllm_scores import ServedModel
-from sdkit.engine import checkpoint, loop, ranks, report, rundir, zero
+from sdkit.engine import (
+    checkpoint,
+    ending,
+    loop,
+    ranks,
+    report,
+    resuming,
+    rundir,
+    stopping,
+    streams,
+    zero,
+)
 from sdkit.engine.evaluate import evaluate, headline
+from sdkit.engine.launch import launched
+from sdkit.engine.manifest import Origin, spec_digest
 from sdkit.engine.models import check_vocabulary, load_tokenizer, locate
 from sdkit.engine.plot import plot
 from sdkit.engine.prepare import Data
@@ -20,20 +35,7 @@ from sdkit.engine.replay import Recording, same_recording
 from sdkit.engine.world import World
 from sdkit.machine import machine_for
 from sdkit.plan import make_plan
-from sdkit.problems import (
-    OutOfMemory,
-    ProcessDied,
-    RunFailed,
-    SdkitError,
-    Stopped,
-    UnreadableInput,
-    blaming,
-    first_of,
-    shorten,
-    spelled,
-)
-from sdkit.resolved import leaves
-from sdkit.source import read, read_text
+from sdkit.problems import BadEnvironment, Stopped, blaming
 from sdkit.specs import (
     ExperimentSpec,
     ExternalWeights,
@@ -42,9 +44,6 @@ from sdkit.specs import (
     served_teachers,
     tokens_told,
 )
-
-LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe")
-"""What collectives say where another rank is gone, or silent for too long."""
 
 
 def open_world(spec: ExperimentSpec, base: Path, recording: Recording | None = None) -> World:
@@ -117,17 +116,18 @@ def train(
     if recording:
         recording.check_spec(spec, folder)
     rundir.claim(folder, resume=resume, overwrite=overwrite)
-    last = checkpoint.newest(folder) if resume else None
-    if last:
-        same_recording(folder, recording)
-        _same_spec(folder, resolved)
+    last = _last(spec, folder, resolved, console, recording) if resume else None
+    if recording and recording.checkpoint:
+        word = recording.origin.get("run")
+        resuming.fit(recording.checkpoint, word, launched() or 1, hashes=_first())
     world = open_world(spec, base, recording)
-    run = _directory(folder, resume=resume, tensorboard=spec.output.tensorboard)
+    last = ranks.of_first(last)
+    run = _directory(folder, resume=last is not None, tensorboard=spec.output.tensorboard)
     try:
         if last:
-            checkpoint.load(world, last)
-            run.forget_after(world.step)
+            _take_up(world, run, last)
         else:
+            streams.begin(spec.training.seed, ranks.rank())
             run.write_text("spec.yaml", written)
             run.write_text(rundir.MARK, resolved)
             run.write_json(rundir.ORIGIN, _provenance(world, base, recording))
@@ -139,14 +139,63 @@ def train(
         _train(world, run, console)
         run.status("done", step=world.step)
     except BaseException as error:
-        explained = _explained(error, run)
-        stopped = isinstance(explained, Stopped)
-        state = "stopped" if stopped else "failed"
-        run.status(state, step=world.step, reason=str(explained) or type(error).__name__)
-        _leave(world, run, together=stopped)
-        raise explained from error
+        raise _ended(error, world, run) from error
     _leave(world, run, together=True)
     return folder
+
+
+def _ended(error: BaseException, world: World, run: rundir.RunDirectory) -> BaseException:
+    """Leave a run before its end and write down how it ended; what the command is to report."""
+    roll = ranks.RollCall() if ending.is_lost(error) else None
+    reported = ending.explained(error, run)
+    stopped = isinstance(reported, Stopped)
+    _status(run, "stopped" if stopped else "failed", world.step, reported)
+    _leave(world, run, together=stopped)
+    if roll:
+        reported = ending.lost(roll.missing(), error)
+        _status(run, "failed", world.step, reported)
+    return reported
+
+
+def _status(run: rundir.RunDirectory, state: str, step: int, error: BaseException) -> None:
+    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    with contextlib.suppress(BadEnvironment):  # a full disk is what `error` says
+        run.status(state, step=step, reason=reason or type(error).__name__)
+
+
+def _last(
+    spec: ExperimentSpec,
+    folder: Path,
+    resolved: str,
+    console: Console,
+    recording: Recording | None,
+) -> Path | None:
+    """The checkpoint that the run is taken up from; None: it had none yet.  What was found on the way is said.
+
+    The first rank alone reads every byte; what it chose is then everyone's.
+    """
+
+    def say(text: str) -> None:
+        console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
+
+    same_recording(folder, recording)
+    resuming.last_attempt(folder, say)
+    resuming.same_spec(folder, resolved)
+    own = Origin(
+        run=rundir.provenance(folder).get("run"), spec=spec_digest(spec), ranks=launched() or 1
+    )
+    return resuming.newest(folder, own, say, hashes=_first())
+
+
+def _first() -> bool:
+    """Whether this is the first rank, before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _take_up(world: World, run: rundir.RunDirectory, last: Path) -> None:
+    resuming.same_data(run.path, world.data.fingerprints())
+    checkpoint.load(world, last)
+    run.forget_after(world.step)
 
 
 def _directory(folder: Path, *, resume: bool, tensorboard: bool) -> rundir.RunDirectory:
@@ -168,9 +217,10 @@ def _train(world: World, run: rundir.RunDirectory, console: Console) -> None:
     screen = report.Report(run, console, world.end)
     with screen.bar:
         loop.run(world, screen)
-    checkpoint.save_model(world, run.path)
-    if ranks.rank() == 0:
-        plot(run.history(), run.path / "plot.png", run.path.name)
+    with stopping.requests():  # all is done but writing it down: that comes to its end
+        checkpoint.save_model(world, run.path)
+        if ranks.rank() == 0:
+            plot(run.history(), run.path / "plot.png", run.path.name)
     screen.finished(world)
     if screen.first and screen.last and screen.first is not screen.last:
         run.write_json("result.json", report.plain_comparison(screen.first, screen.last))
@@ -209,6 +259,7 @@ def _provenance(world: World, base: Path, recording: Recording | None) -> dict[s
     ]
     return provenance(
         base,
+        run=secrets.token_hex(8),
         data=world.data.fingerprints(),
         model=model,
         other_models=others,
@@ -216,48 +267,3 @@ def _provenance(world: World, base: Path, recording: Recording | None) -> dict[s
         seed=world.spec.training.seed,
         **({"replayed": recording.facts} if recording else {}),
     )
-
-
-def _same_spec(folder: Path, resolved: str) -> None:
-    """A run continues under the spec it began with; only its length and its output may change."""
-    free = {("training", "steps"), ("training", "epochs")}
-    before = dict(leaves(read(folder / rundir.MARK).data))
-    now = dict(leaves(read_text(resolved, "the spec").data))
-    changed = [
-        f"{spelled(path)}: {shorten(before.get(path))} then, {shorten(now.get(path))} now"
-        for path in sorted(before.keys() | now.keys(), key=str)
-        if before.get(path) != now.get(path) and path not in free and path[0] != "output"
-    ]
-    if changed:
-        raise UnreadableInput(
-            "the spec is not the one that this run began with:\n" + first_of(changed),
-            hint="resume with the values of the run's resolved.yaml, or start another run with --to",
-        )
-
-
-def _explained(error: BaseException, run: rundir.RunDirectory) -> BaseException:
-    """Out of memory has many faces; give them one message.  What nobody expected keeps its traceback in a file."""
-    if isinstance(error, SdkitError) or not isinstance(error, Exception):
-        return error
-    text = str(error).lower()
-    if any(words in text for words in LOST):
-        return ProcessDied(
-            f"lost another rank: {_first_line(text)}",
-            hint="what ended it stands in its own output",
-        )
-    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        return OutOfMemory(
-            "out of memory",
-            hint="lower training.micro_batch_tokens, set model.activation_checkpointing: true, or train LoRA adapters",
-        )
-    told = run.path / (f"error_rank_{ranks.rank()}.txt" if ranks.rank() else "error.txt")
-    run.path.mkdir(parents=True, exist_ok=True)
-    rundir.write_whole(told, "".join(traceback.format_exception(error)))
-    return RunFailed(
-        f"{type(error).__name__}: {_first_line(str(error)) or 'no message'}",
-        hint=f"the traceback stands in {told}",
-    )
-
-
-def _first_line(text: str) -> str:
-    return next(iter(text.strip().splitlines()), "")

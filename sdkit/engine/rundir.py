@@ -7,6 +7,8 @@ status.json       running, done, failed, stopped  evaluations/    each held-out 
 warnings.jsonl    tripwires that went off         tensorboard/    events
 plot.png          loss, score, length             error.txt       traceback of a failure nobody expected
 model/            the trained model               checkpoints/    what --resume continues from
+best/             the model of the best evaluation, where one is kept
+bad_batches/      rollouts on which the last step failed for numbers that are not finite
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdkit.problems import SdkitError, UnreadableInput
+from sdkit.engine import processes
+from sdkit.problems import BadEnvironment, UnreadableInput
 
 MARK = "resolved.yaml"
 ORIGIN = "provenance.json"
@@ -31,6 +34,7 @@ class RunDirectory:
         self.path = path
         self._events: Any = None
         self._tensorboard = tensorboard
+        self._purged: int | None = None  # TensorBoard forgets events from this step on
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a small file whole or not at all."""
@@ -41,7 +45,8 @@ class RunDirectory:
 
     def status(self, state: str, **facts: Any) -> None:
         """Where the run stands: running, done, stopped or failed."""
-        self.write_json("status.json", {"state": state, "pid": os.getpid(), **facts})
+        who = {"pid": os.getpid(), "process": processes.own_mark()}
+        self.write_json("status.json", {"state": state, **who, **facts})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and the same figures to TensorBoard."""
@@ -57,19 +62,26 @@ class RunDirectory:
         self._append("warnings.jsonl", {"step": step, **facts})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise BadEnvironment(f"cannot write {self.path / name}: {error.strerror}") from None
 
     def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """All records of one step, one object a line."""
-        target = self.path / folder
-        target.mkdir(exist_ok=True)
+        target = self.file(folder, step)
+        target.parent.mkdir(exist_ok=True)
         text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
-        write_whole(target / f"step_{step:06d}.jsonl", text)
+        write_whole(target, text)
+
+    def file(self, folder: str, step: int) -> Path:
+        """Where `lines` writes."""
+        return self.path / folder / f"step_{step:06d}.jsonl"
 
     def records(self, folder: str, step: int) -> list[dict[str, Any]]:
         """What `lines` wrote at one step; empty where it did not."""
-        return read_lines(self.path / folder / f"step_{step:06d}.jsonl")
+        return read_lines(self.file(folder, step))
 
     def history(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""
@@ -77,12 +89,13 @@ class RunDirectory:
 
     def forget_after(self, step: int) -> None:
         """Drop what was written of steps later than `step`: a resumed run writes it again."""
+        self._purged = step + 1
         for name in ("metrics.jsonl", "warnings.jsonl"):
             path = self.path / name
             if path.is_file():
                 kept = [line for line in read_lines(path) if line["step"] <= step]
                 write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-        for folder in ("rollouts", "samples", "evaluations"):
+        for folder in ("rollouts", "samples", "evaluations", "bad_batches"):
             for path in (self.path / folder).glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > step:
                     path.unlink()
@@ -95,7 +108,7 @@ class RunDirectory:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(self.path / "tensorboard"))
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purged)
         return self._events
 
 
@@ -171,7 +184,7 @@ def create(path: Path, *, tensorboard: bool) -> RunDirectory:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write through a temporary name, so that no reader ever sees half a file.  Raises SdkitError on a full disk."""
+    """Write through a temporary name, so that no reader ever sees half a file.  Raises BadEnvironment on a full disk."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -181,7 +194,16 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise SdkitError(f"cannot write {path}: {error.strerror}") from None
+        raise BadEnvironment(f"cannot write {path}: {error.strerror}") from None
+
+
+def provenance(run: Path) -> dict[str, Any]:
+    """What provenance.json says; empty where a run has none.  Raises UnreadableInput where it is no JSON."""
+    path = run / "provenance.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UnreadableInput(f"cannot read {path}: {error}") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

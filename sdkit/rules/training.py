@@ -137,6 +137,21 @@ def micro_batch(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         yield path, message, f"use micro_batch_tokens: {need} or more"
 
 
+@run_rule("the best model is known by an evaluation")
+def best_of_nothing(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Without its figure no evaluation is better than another."""
+    which, path = spec.output.keep_best, ("output", "keep_best")
+    if which is None:
+        return
+    if spec.evaluation is None:
+        yield path, f"keep_best is {which}, but nothing is evaluated", "add evaluation.suites"
+        return
+    name, suite = next(iter(spec.evaluation.suites.items()))
+    if which == "loss" and not suite.loss_prompts:
+        message = f"keep_best is loss, but suite {shorten(name)} measures none"
+        yield path, message, f"set evaluation.suites.{name}.loss_prompts, or keep_best: score"
+
+
 @run_rule("what happens every so many steps happens", "warning")
 def beyond_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """An interval longer than the run means never, or only at the end."""
@@ -163,6 +178,10 @@ def unused_setting(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     sees = spec.teacher.sees if spec.teacher else None
     if sees and context.loaded.written(path) and sees.max_prompt_tokens is None:
         yield path, "cut has no effect without max_prompt_tokens", "add max_prompt_tokens"
+    kept: Path = ("output", "keep_checkpoints")
+    if context.loaded.written(kept) and not spec.output.checkpoint_every:
+        message = "keep_checkpoints has no effect without checkpoint_every"
+        yield kept, message, "add checkpoint_every"
     if spec.optimizer.schedule == "constant" and spec.optimizer.final_share:
         schedule = context.stated(("optimizer", "schedule"), "constant")
         message = f"final_share has no effect: {schedule}"
@@ -185,6 +204,7 @@ RULES = (
     equal_shares,
     offload_stage,
     micro_batch,
+    best_of_nothing,
     beyond_run,
     unused_setting,
 )

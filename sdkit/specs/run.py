@@ -160,6 +160,14 @@ class OutputSpec:
         default=None,
         range=AT_LEAST_ONE,
     )
+    keep_checkpoints: int = spec_field(
+        "how many of the newest checkpoints stay", default=1, range=AT_LEAST_ONE
+    )
+    keep_best: Literal["score", "loss"] | None = spec_field(
+        "keep the model of the best evaluation in best/: by the headline's `score`, the higher the better, or by the first "
+        "suite's `loss`",
+        default=None,
+    )
     tensorboard: bool = spec_field("write TensorBoard events", default=True)
     tripwire_steps: int | None = spec_field(
         "steps in a row that teach nothing (flat rewards, no counted token, no divergence, no gradient, all completions "

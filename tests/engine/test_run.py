@@ -19,7 +19,6 @@ from tinyruns import (
     rollout,
     rollouts_of,
     same,
-    states,
     teacher,
     train,
     training,
@@ -325,39 +324,6 @@ def test_a_resumed_run_is_the_run(straight, tmp_path, monkeypatch, step, how, er
     for kept in ("rollouts", "samples", "evaluations"):
         texts = [{p.name: p.read_text() for p in (f / kept).iterdir()} for f in (folder, whole)]
         assert texts[0] == texts[1]
-
-
-def test_a_checkpoint_holds_the_teacher(open_tiny, tiny_folder, tmp_path):
-    from sdkit.engine import checkpoint
-
-    spec = long_spec(tiny_folder, "bfloat16", 1)
-    world = open_tiny(spec)
-    advance(world, 2)
-    checkpoint.save(world, tmp_path)
-    advance(world, 1)
-    other = open_tiny(spec)
-    checkpoint.load(other, checkpoint.newest(tmp_path))
-    assert other.updates == 2
-    advance(other, 1)
-    for name, value in world.teacher.state().items():
-        same(other.teacher.state()[name], value)
-    same(states(other, other.teacher.weights), states(world, world.teacher.weights))
-    same(states(other, other.student), states(world, world.student))
-
-
-def test_only_the_newest_complete_checkpoint_counts(open_tiny, tmp_path):
-    from sdkit.engine import checkpoint
-
-    world = open_tiny()
-    with pytest.raises(UnreadableInput, match="no checkpoint to resume from"):
-        checkpoint.newest(tmp_path)
-    for world.step in (2, 10):
-        checkpoint.save(world, tmp_path)
-    kept = tmp_path / "checkpoints"
-    assert [p.name for p in kept.iterdir()] == ["step_000010"]
-    (kept / "step_000011").mkdir()
-    (kept / ".partial-step_000012").mkdir()
-    assert checkpoint.newest(tmp_path).name == "step_000010"
 
 
 def test_a_run_without_checkpoints_cannot_be_resumed(done, full_spec):

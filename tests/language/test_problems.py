@@ -1,9 +1,12 @@
 """How problems are printed."""
 
 import json
+import re
+from pathlib import Path
 
 from sdkit.problems import (
     EXIT_CODES,
+    INTERRUPTED,
     Place,
     Problem,
     SdkitError,
@@ -84,4 +87,9 @@ def test_values_are_shown_as_yaml_writes_them():
 
 def test_every_error_has_an_exit_code_of_the_table():
     codes = {cls.exit_code for cls in SdkitError.__subclasses__()}
-    assert codes == set(EXIT_CODES) - {0}
+    assert codes == set(EXIT_CODES) - {0, INTERRUPTED}
+
+
+def test_the_docs_name_every_exit_code():
+    text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, re.M)} == set(EXIT_CODES)

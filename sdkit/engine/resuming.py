@@ -1,0 +1,126 @@
+"""`--resume`: what the last attempt came to, and whether this is the run that it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdkit.engine import manifest, processes, rundir
+from sdkit.engine.manifest import Manifest, Origin, Unfit
+from sdkit.problems import UnreadableInput, counted, first_of, shorten, spelled
+from sdkit.resolved import leaves
+from sdkit.source import read, read_text
+
+Say = Callable[[str], None]
+
+
+def last_attempt(run: Path, say: Say) -> None:
+    """Say where the last process ended without a word.  Raises UnreadableInput where it is still at work."""
+    status = _status(run)
+    if status.get("state") != "running":
+        return
+    if processes.alive(status.get("pid"), status.get("process")):
+        raise UnreadableInput(
+            f"{run} is still being trained by process {status['pid']}",
+            hint="wait for it, or stop it with SIGTERM: it saves a checkpoint and ends",
+        )
+    say(
+        f"the last attempt ended without a word after step {status.get('step', 0)}: it was killed, or the machine "
+        "went down; the kernel kills when memory runs out (`dmesg` tells)"
+    )
+
+
+def newest(run: Path, expected: Origin, say: Say, *, hashes: bool) -> Path | None:
+    """The newest checkpoint that is whole and this run's own; `say` is told of every newer one that is not.
+
+    None where an unfinished run has written none yet.  Raises UnreadableInput where of several none is left, where
+    the newest was written by another number of ranks, and where a finished run has none.
+    """
+    faults: list[str] = []
+    for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
+        try:
+            found = manifest.read(folder, hashes=hashes)
+            _own(found, expected)
+        except Unfit as unfit:
+            faults.append(f"{folder.name} {unfit}")
+            continue
+        _same_ranks(folder, found.origin.ranks, expected.ranks)
+        for fault in faults:
+            say(f"passed over: {fault}")
+        return folder
+    if faults:
+        raise UnreadableInput(
+            f"{run} has no checkpoint that can be resumed from:\n" + first_of(faults),
+            hint="start again with --overwrite",
+        )
+    if _status(run).get("state") == "done":
+        raise UnreadableInput(
+            f"{run} has no checkpoint to resume from",
+            hint="set output.checkpoint_every, or start again with --overwrite",
+        )
+    say("the run has no checkpoint yet: it begins anew")
+    return None
+
+
+def fit(checkpoint: Path, run: str | None, ranks: int, *, hashes: bool) -> None:
+    """Raise UnreadableInput where a recording cannot be replayed from a checkpoint: it is not whole, or another run's."""
+    try:
+        found = manifest.read(checkpoint, hashes=hashes)
+        if found.origin.run != run:
+            raise Unfit("belongs to another run")
+    except Unfit as unfit:
+        raise UnreadableInput(f"{checkpoint} {unfit}", hint="replay from another step") from None
+    _same_ranks(checkpoint, found.origin.ranks, ranks)
+
+
+def _status(run: Path) -> Mapping[str, Any]:
+    """What status.json says; empty where it says nothing."""
+    try:
+        return json.loads((run / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _own(found: Manifest, expected: Origin) -> None:
+    if found.origin.run != expected.run:
+        raise Unfit("belongs to another run")
+    if found.origin.spec != expected.spec:
+        raise Unfit("was written under another spec")
+
+
+def _same_ranks(folder: Path, written: int, now: int) -> None:
+    if written != now:
+        raise UnreadableInput(
+            f"{folder.name} was written by {counted(written, 'rank')}, but there "
+            f"{'is' if now == 1 else 'are'} {now} now",
+            hint=f"continue with --processes {written}; what each rank holds cannot be dealt anew",
+        )
+
+
+def same_spec(run: Path, resolved: str) -> None:
+    """A run continues under the spec it began with; only what `manifest.FREE` says may change."""
+    before = dict(leaves(read(run / rundir.MARK).data))
+    now = dict(leaves(read_text(resolved, "the spec").data))
+    changed = [
+        f"{spelled(path)}: {shorten(before.get(path))} then, {shorten(now.get(path))} now"
+        for path in sorted(before.keys() | now.keys(), key=str)
+        if before.get(path) != now.get(path) and path not in manifest.FREE and path[0] != "output"
+    ]
+    if changed:
+        raise UnreadableInput(
+            "the spec is not the one that this run began with:\n" + first_of(changed),
+            hint="resume with the values of the run's resolved.yaml, or start another run with --to",
+        )
+
+
+def same_data(run: Path, now: Mapping[str, str]) -> None:
+    """A run continues on the rows it began with."""
+    before: Mapping[str, Any] = rundir.provenance(run).get("data", {})
+    changed = [name for name, digest in now.items() if before.get(name, digest) != digest]
+    if changed:
+        raise UnreadableInput(
+            f"the rows are not those that this run began with: {', '.join(changed)}",
+            hint="bring back the data as they were, or start another run with --to",
+        )
