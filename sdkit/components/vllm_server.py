@@ -48,7 +48,6 @@ class Wanted:
     config: Mapping[str, Any]  # of the student's config.json
     dtype: str
     folder: WeightFolder
-    end_ids: tuple[int, ...] = ()
 
 
 @frozen(kw_only=True)
@@ -66,6 +65,7 @@ class _Member:
     url: str
     server: Server
     has: str | None = None  # SHA-256 of the weights that it was seen with
+    figures: Mapping[str, float] = {}  # of their canary
     away: str | None = None  # why it was left out
     look_at: float = 0.0  # when to look at it again
 
@@ -73,7 +73,8 @@ class _Member:
 class ServerPool:
     """All servers of a run; one thread at a time may ask.
 
-    Raises BadEnvironment where their key is not in the environment.  `say` is told what happens to a server.
+    Raises BadEnvironment where their key is not in the environment.  `say` is told what happens to a server, and `told`
+    keeps it.
     """
 
     def __init__(
@@ -85,7 +86,10 @@ class ServerPool:
     ) -> None:
         self.spec = spec
         self.wanted = wanted
-        self.say = say
+        self.told: list[str] = []
+        self._say = say
+        self._canary: Canary | None = None
+        self._end_ids: tuple[int, ...] = ()
         self.max_tokens = 0  # of the longest sequence that every server takes; known after `check`
         key = server_key(spec, environment)
         self._runner = asyncio.Runner()
@@ -123,6 +127,10 @@ class ServerPool:
                 hint=f"start it with `sdkit serve` and this spec, or with --max-tokens {longest}",
             )
 
+    def begin(self, canary: Canary, end_ids: tuple[int, ...]) -> None:
+        """What is known of the model once it is loaded."""
+        self._canary, self._end_ids = canary, end_ids
+
     async def _states(self) -> list[_State]:
         asked = (self._state(member, retries=0) for member in self._members)
         found = await asyncio.gather(*asked, return_exceptions=True)
@@ -156,25 +164,24 @@ class ServerPool:
 
     # ── during the run ────────────────────────────────────────────────────────────────────────
 
-    def load(self, file: WeightFile, canary: Canary) -> dict[str, float]:
-        """Give every server these weights, and compare; returns the figures of the transfer.
+    def load(self, file: WeightFile) -> dict[str, float]:
+        """Give every server these weights, and compare; returns the largest canary figures, and how many servers there are.
 
         Raises NumericsGuard where a server's canary is another, ProcessDied where none answers.
         """
-        started = time.perf_counter()
-        figures: dict[str, float] = {}
-        ready = self._run(self._ready(file, canary, figures))
-        seconds = time.perf_counter() - started
-        return figures | {"sync_seconds": seconds, "servers": float(len(ready))}
+        ready = self._run(self._ready(file))
+        names = dict.fromkeys(name for member in ready for name in member.figures)
+        figures = {name: max(member.figures[name] for member in ready) for name in names}
+        return figures | {"servers": float(len(ready))}
 
     def sample(
-        self, file: WeightFile, canary: Canary, requests: Sequence[Request], sampling: Sampling
+        self, file: WeightFile, requests: Sequence[Request], sampling: Sampling
     ) -> list[Completion]:
         """One completion per request, in order, each sampled by these weights; requests of a prompt go together.
 
         Raises as `load` does.
         """
-        return self._run(self._sample(file, canary, requests, sampling))
+        return self._run(self._sample(file, requests, sampling))
 
     def abort(self) -> None:
         """Leave what is asked of the servers at the moment; from any thread.  Nothing can be asked afterwards."""
@@ -184,10 +191,16 @@ class ServerPool:
                 task.get_loop().call_soon_threadsafe(task.cancel)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, and remove the weight files."""
         for member in self._members:
             member.server.close()
         self._runner.close()
+        self.wanted.folder.close()
+
+    def say(self, text: str) -> None:
+        """Tell of a server, and keep it."""
+        self.told.append(text)
+        self._say(text)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(self._watched(work))
@@ -203,14 +216,14 @@ class ServerPool:
             self._task = None
 
     async def _sample(
-        self, file: WeightFile, canary: Canary, requests: Sequence[Request], sampling: Sampling
+        self, file: WeightFile, requests: Sequence[Request], sampling: Sampling
     ) -> list[Completion]:
         done: dict[int, Completion] = {}
         waiting = _groups(requests)
         for _ in range(ROUNDS):
             if not waiting:
                 return [done[place] for place in range(len(requests))]
-            ready = await self._ready(file, canary, {})
+            ready = await self._ready(file)
             parts = [waiting[i :: len(ready)] for i in range(len(ready))]
             asked = (
                 self._ask(member, file, [requests[place] for place in _places(part)], sampling)
@@ -234,20 +247,18 @@ class ServerPool:
     async def _ask(
         self, member: _Member, file: WeightFile, requests: Sequence[Request], sampling: Sampling
     ) -> list[Completion]:
-        bodies = [_body(request, sampling, self.wanted.end_ids) for request in requests]
+        bodies = [_body(request, sampling, self._end_ids) for request in requests]
         headers = {WEIGHTS_HEADER: file.sha256}
         answers = await member.server.answers("/v1/completions", bodies, headers=headers)
         return [_completion(member.url, answer) for answer in answers]
 
     # ── who has the weights ───────────────────────────────────────────────────────────────────
 
-    async def _ready(
-        self, file: WeightFile, canary: Canary, figures: dict[str, float]
-    ) -> list[_Member]:
+    async def _ready(self, file: WeightFile) -> list[_Member]:
         """The servers that have these weights, after those that had not got them; waits where there is none."""
         now = time.monotonic()
         asked = [m for m in self._members if not m.away or m.look_at <= now]
-        await self._give(asked, file, canary, figures)
+        await self._give(asked, file)
         ends = now + self.spec.deadline_seconds
         said = False
         while not (ready := [m for m in self._members if m.has == file.sha256]):
@@ -259,7 +270,7 @@ class ServerPool:
                 )
                 said = True
             await asyncio.sleep(PAUSE)
-            await self._give(self._members, file, canary, figures)
+            await self._give(self._members, file)
         return ready
 
     def _nobody(self) -> ProcessDied:
@@ -269,30 +280,18 @@ class ServerPool:
             hint=f"{START}, then continue with --resume",
         )
 
-    async def _give(
-        self,
-        members: Sequence[_Member],
-        file: WeightFile,
-        canary: Canary,
-        figures: dict[str, float],
-    ) -> None:
+    async def _give(self, members: Sequence[_Member], file: WeightFile) -> None:
         """Give the weights to those of these servers that have others, all at once."""
         lacking = [member for member in members if member.has != file.sha256]
-        work = (self._give_one(member, file, canary) for member in lacking)
-        for member, outcome in zip(
-            lacking, await asyncio.gather(*work, return_exceptions=True), strict=True
-        ):
+        work = (self._give_one(member, file) for member in lacking)
+        outcomes = await asyncio.gather(*work, return_exceptions=True)
+        for member, outcome in zip(lacking, outcomes, strict=True):
             if isinstance(outcome, Unanswered):
                 self._lost(member, outcome)
-            elif isinstance(outcome, BaseException):
+            elif outcome is not None:
                 raise outcome
-            else:
-                for name, value in outcome.items():
-                    figures[name] = max(figures.get(name, 0.0), value)
 
-    async def _give_one(
-        self, member: _Member, file: WeightFile, canary: Canary
-    ) -> Mapping[str, float]:
+    async def _give_one(self, member: _Member, file: WeightFile) -> None:
         state = await self._state(member, retries=0 if member.away else RETRIES)
         if state.sha256 != file.sha256:
             update = {"version": file.version, "file": file.path.name, "sha256": file.sha256}
@@ -300,13 +299,14 @@ class ServerPool:
                 await member.server.answers("/sdkit/weights", [update], retries=0)
             except Unanswered as fault:
                 raise _final(fault) from None
-        figures = await self._compare(member, file, canary)
+        member.figures = await self._compare(member, file)
         if member.away:
             self.say(f"rollout server {member.url} is back, with weights {file.version}")
         member.away, member.has = None, file.sha256
-        return figures
 
-    async def _compare(self, member: _Member, file: WeightFile, canary: Canary) -> dict[str, float]:
+    async def _compare(self, member: _Member, file: WeightFile) -> dict[str, float]:
+        canary = self._canary
+        assert canary is not None, "a transfer before begin"
         body = {
             "prompt": list(canary.ids),
             "max_tokens": 1,

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,13 +45,14 @@ class WeightFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.probe = f"{socket.gethostname()}.{os.getpid()}.probe"
-        self._owner = f"{socket.gethostname()}.{os.getpid()}"
+        host = socket.gethostname()
+        self._owner = f"{host}.{os.getpid()}.{secrets.token_hex(4)}"
+        self.probe = f"{self._owner}.probe"
         self._written = 0
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for old in path.glob(f"{socket.gethostname()}.*.safetensors"):
-                if not _runs(old.name.split(".")[-3]):
+            for old in [*path.glob(f"{host}.*"), *path.glob(f".{host}.*")]:
+                if not _runs(old.name.lstrip(".").removeprefix(f"{host}.").split(".")[0]):
                     old.unlink(missing_ok=True)
             (path / self.probe).touch(mode=0o600)
         except OSError as error:

@@ -1,7 +1,8 @@
 """Write the world down, and take it up again; the trained model in Hugging Face format.
 
 checkpoints/step_000010/   MANIFEST.json, each rank's random_rank_0.json, teacher.safetensors (under stage 3 each rank's
-                           pieces: teacher_rank_0.safetensors, …), DeepSpeed's files (pickles: only ever this run's own)
+                           pieces: teacher_rank_0.safetensors, …), DeepSpeed's files (pickles: only ever this run's own),
+                           ahead.jsonl: rollouts sampled ahead of their turn
 model/                     config, safetensors, tokenizer; with LoRA the adapter merged into a copy, and
 adapter/                   the adapter alone
 """
@@ -39,6 +40,8 @@ def save(world: World, run: Path) -> Path:
 
     Older ones go afterwards.  Raises BadEnvironment where it cannot be written: then they are as they were.
     """
+    if world.ahead:
+        world.ahead.settle(world)
     folder = run / "checkpoints"
     tag = f"step_{world.step:06d}"
     partial, final = folder / f".partial-{tag}", folder / tag
@@ -107,6 +110,8 @@ def _write_own(world: World, folder: Path) -> None:
         if world.teacher and (state := world.teacher.state()):
             tensors = {name: t.contiguous() for name, t in state.items()}
             save_file(tensors, str(folder / _teacher_file(world)))
+    if world.ahead:
+        world.ahead.write(folder)
 
 
 def _streams_file() -> str:
@@ -171,6 +176,8 @@ def load(world: World, checkpoint: Path) -> None:
     world.step, world.updates, world.skipped = facts.step, facts.updates, facts.skipped
     if world.teacher and world.teacher.moves:
         world.teacher.load_state(load_file(str(checkpoint / _teacher_file(world))))
+    if world.ahead:
+        world.ahead.read(checkpoint)
     streams.restore(json.loads((checkpoint / _streams_file()).read_text(encoding="utf-8")))
 
 
