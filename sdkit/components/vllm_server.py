@@ -222,7 +222,7 @@ class ServerPool:
         waiting = _groups(requests)
         for _ in range(ROUNDS):
             if not waiting:
-                return [done[place] for place in range(len(requests))]
+                break
             ready = await self._ready(file)
             parts = [waiting[i :: len(ready)] for i in range(len(ready))]
             asked = (
@@ -239,10 +239,12 @@ class ServerPool:
                     raise completions
                 else:
                     done.update(zip(_places(part), completions, strict=True))
-        raise ProcessDied(
-            f"the rollout servers lost a batch {ROUNDS} times",
-            hint="what ends them stands in their own output; continue with --resume",
-        )
+        if waiting:
+            raise ProcessDied(
+                f"the rollout servers lost a batch {ROUNDS} times",
+                hint="what ends them stands in their own output; continue with --resume",
+            )
+        return [done[place] for place in range(len(requests))]
 
     async def _ask(
         self, member: _Member, file: WeightFile, requests: Sequence[Request], sampling: Sampling
@@ -266,7 +268,7 @@ class ServerPool:
                 raise self._nobody()
             if not said:
                 self.say(
-                    f"no rollout server answers; waiting up to {self.spec.deadline_seconds:.0f} s for one"
+                    f"no rollout server answers; waiting up to {self.spec.deadline_seconds:g} s for one"
                 )
                 said = True
             await asyncio.sleep(PAUSE)
@@ -276,7 +278,7 @@ class ServerPool:
     def _nobody(self) -> ProcessDied:
         reasons = "; ".join(m.away or f"{m.url} loses the weights" for m in self._members)
         return ProcessDied(
-            f"no rollout server for {self.spec.deadline_seconds:.0f} s: {reasons}",
+            f"no rollout server for {self.spec.deadline_seconds:g} s: {reasons}",
             hint=f"{START}, then continue with --resume",
         )
 
