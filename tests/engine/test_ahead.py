@@ -211,4 +211,4 @@ def test_a_server_that_is_started_anew_changes_nothing(server, tiny_folder, tmp_
     assert metrics(again) == metrics(whole)
     assert "is back, with weights" in capsys.readouterr().err
     told = lines(again / "warnings.jsonl")
-    assert {line["wire"] for line in told} == {"rollout_server"}
+    assert "rollout_server" in {line["wire"] for line in told}

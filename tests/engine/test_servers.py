@@ -91,7 +91,7 @@ def test_groups_are_dealt_out_whole_and_sampled_by_the_newest_weights(
         assert found.figures["servers"] == 2
         assert {r.policy_version for r in found.batch} == {step}
         advance(world, 1)
-    assert [len(server.asked) for server in servers] == [18, 18]  # advance gathers too
+    assert [len(server.asked) for server in servers] == [24, 24]  # `advance` gathers too
     for server in servers:
         prompts = [asked["prompt"] for asked in server.asked]
         assert all(prompts.count(prompt) % 3 == 0 for prompt in prompts)

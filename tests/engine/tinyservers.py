@@ -63,10 +63,12 @@ class TinySampler:
             time.sleep(0.01)
 
     def kill(self, wait=True):
-        """Stop listening and hang up; a completion that kills does not wait for its own end."""
+        """Stop listening and hang up; a completion that kills is hung up on, and does not wait for its own end."""
         self.http.should_exit = self.http.force_exit = True
         if wait:
             self.thread.join(WITHIN)
+        else:
+            time.sleep(0.4)  # uvicorn looks every 0.1 s
 
     close = kill
 
