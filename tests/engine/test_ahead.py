@@ -1,11 +1,16 @@
 """Rollouts ahead of their turn: which weights sample which batch, and that a resumed run is the uninterrupted one."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
+import yaml
 from attrs import evolve
+from ranks_scenario import SMOOTH
 from tinyruns import distil, evaluated, lines, metrics, train, training, weights_of
 
 pytest.importorskip("uvicorn", reason="the servers of these tests run on uvicorn")
@@ -15,6 +20,7 @@ from tinyservers import TinySampler
 from sdkit.components import vllm_http, vllm_server
 from sdkit.engine import loop
 from sdkit.problems import ProcessDied
+from sdkit.resolved import resolved
 from sdkit.specs import ImportanceSpec, OutputSpec, SamplerRatio
 
 STEPS = 5
@@ -212,3 +218,40 @@ def test_a_server_that_is_started_anew_changes_nothing(server, tiny_folder, tmp_
     assert "is back, with weights" in capsys.readouterr().err
     told = lines(again / "warnings.jsonl")
     assert "rollout_server" in {line["wire"] for line in told}
+
+
+def on_two_ranks(spec, folder):
+    """The command line with two ranks; stage 3, so that the weights come together for the file."""
+    path = folder.parent / f"{folder.name}.yaml"
+    path.write_text(yaml.safe_dump(resolved(spec)))
+    command = [sys.executable, "-m", "sdkit", "train", path, "--to", folder, "--processes", "2"]
+    return subprocess.run(
+        [*map(str, command), "training.zero_stage=3"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        timeout=240,
+    )
+
+
+def test_two_ranks_sample_as_one_and_end_together(server, tiny_folder, tmp_path):
+    output = OutputSpec(tensorboard=False, checkpoint_every=2)
+    spec = ahead(server, tmp_path, tiny_folder, output=output, optimizer=SMOOTH)
+    alone = train(spec, tmp_path / "alone")
+    done = on_two_ranks(spec, tmp_path / "both")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert versions(tmp_path / "both") == versions(alone)
+    for step in range(STEPS):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        ours, theirs = lines(tmp_path / "both" / name), lines(alone / name)
+        assert [a["completion_ids"] for a in ours] == [b["completion_ids"] for b in theirs]
+    waiting = lines(tmp_path / "both" / "checkpoints" / "step_000004" / "ahead.jsonl")
+    assert [(line["batch"], len(line["completions"])) for line in waiting] == [(4, 4)]
+
+    backend = evolve(spec.rollout.backend, deadline_seconds=1.0)
+    brief = evolve(spec, rollout=evolve(spec.rollout, backend=backend))
+    asked = len(server.asked)
+    server.fault = lambda number: server.kill(wait=False) if number == asked + 9 else None
+    done = on_two_ranks(brief, tmp_path / "ended")
+    assert done.returncode == 6, done.stderr[-3000:]
+    assert f"no rollout server for 1 s: {server.url}" in done.stderr
