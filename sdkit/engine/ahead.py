@@ -45,11 +45,14 @@ class Ahead:
         self._asked: dict[int, Job] = {}
         self._waiting: dict[int, Waiting] = {}
 
-    def take(self, world: World, step: int) -> Waiting:
-        """Batch `step`, once those after it are asked for, of the weights as they are now."""
+    def ask(self, world: World, step: int) -> None:
+        """Ask for what is not yet asked for of batch `step` and those after it, of the weights as they are now."""
         for batch in range(step, min(step + self.batches + 1, world.end)):
             if batch not in self._asked and batch not in self._waiting:
                 self._ask(world, batch)
+
+    def take(self, world: World, step: int) -> Waiting:
+        """Batch `step`, which must have been asked for; waits for it."""
         self._settle(world, step)
         return self._waiting.pop(step)
 

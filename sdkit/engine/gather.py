@@ -141,8 +141,11 @@ def requests_of(
 def _drawn_ahead(world: World, requests: Sequence[Request], step: int) -> _Drawn:
     """What the servers have sampled for this step while earlier ones were trained on."""
     assert world.ahead is not None
+    started = time.perf_counter()
+    world.ahead.ask(world, step)
+    figures = {"sync_seconds": time.perf_counter() - started}
     found = world.ahead.take(world, step)
-    figures = {**found.figures, "staleness": float(world.updates - found.version)}
+    figures |= {**found.figures, "staleness": float(world.updates - found.version)}
     return _Drawn(
         completions=[found.completions[r.prompt_ids, r.seed] for r in requests],
         version=found.version,

@@ -33,7 +33,7 @@ from sdkit.machine import machine_for, vllm_version
 from sdkit.plan import make_plan
 from sdkit.problems import BadEnvironment, ProcessDied, UnreadableInput, blaming
 from sdkit.rules.served import is_loopback
-from sdkit.specs import ExperimentSpec, VllmServerBackend
+from sdkit.specs import ExperimentSpec, ModelSpec, VllmServerBackend
 
 MODULE = "vllm.entrypoints.launchers.api_server.entry"
 NAME = "student"
@@ -104,7 +104,7 @@ def serve(
     folder = weights_folder(backend, base)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = server_key(backend, os.environ)
-    command = server_command(backend, located, spec.model.dtype, longest, address)
+    command = server_command(backend, spec.model, located, longest, address)
     with _running(command, server_environment(os.environ, folder, key)) as process:
         _until_up(process, address)
         console.print(
@@ -124,7 +124,7 @@ def longest_sequence(spec: ExperimentSpec, base: Path, located: str) -> int:
 
 
 def server_command(
-    backend: VllmServerBackend, located: str, dtype: str, max_tokens: int, address: Address
+    backend: VllmServerBackend, model: ModelSpec, located: str, max_tokens: int, address: Address
 ) -> list[str]:
     """vLLM's own command, without its development routes, and with sdkit's door in front."""
     settings: dict[str, Any] = {
@@ -137,8 +137,10 @@ def server_command(
         "generation_config": "vllm",
         "disable_fastapi_docs": True,
         "disable_uvicorn_access_log": True,
-        **engine_settings(backend, dtype, max_tokens),
+        **engine_settings(backend, model.dtype, max_tokens),
     }
+    if model.revision:
+        settings["revision"] = model.revision
     return [sys.executable, "-m", MODULE, *(word for s in settings.items() for word in _flag(*s))]
 
 

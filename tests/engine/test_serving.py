@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from sdkit.engine import serving
 from sdkit.problems import BadEnvironment, UnreadableInput
-from sdkit.specs import VllmBackend, VllmServerBackend
+from sdkit.specs import ModelSpec, VllmBackend, VllmServerBackend
 
 
 def served(folder, **changes):
@@ -67,10 +67,12 @@ def test_the_command_is_vllms_with_the_door_and_the_settings_of_the_engine_in_pr
 
     backend = VllmServerBackend(max_rows=7, cache_gib=0.5)
     where = serving.Address(host="127.0.0.1", port=8000)
-    command = serving.server_command(backend, "folder", "float32", 300, where)
+    student = ModelSpec(path="org/model", dtype="float32", revision="abc")
+    command = serving.server_command(backend, student, "org/model", 300, where)
     flags = command[3:]
     assert flags[flags.index("--middleware") + 1] == "sdkit.components.vllm_door.Door"
     assert flags[flags.index("--max-model-len") + 1] == "300"
+    assert flags[flags.index("--revision") + 1] == "abc"
     assert flags[flags.index("--generation-config") + 1] == "vllm"
     assert flags[flags.index("--kv-cache-memory-bytes") + 1] == str(1 << 29)
     assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(flags)
