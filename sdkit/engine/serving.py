@@ -42,6 +42,8 @@ UP_WITHIN = 1800.0
 GRACE = 20.0
 """Seconds that the server has to end once it is asked to."""
 POLL = 0.2
+WATCH = "import os, sys; sys.stdin.buffer.read() or os.killpg(int(sys.argv[1]), 9)"
+"""What outlives this process, to end a server whose own processes would not notice: they hold the accelerator."""
 WITHOUT = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 """Variables that open routes to vLLM's inside: the door lets none of them through, and they are not there either."""
 
@@ -137,6 +139,7 @@ def server_command(
         "generation_config": "vllm",
         "disable_fastapi_docs": True,
         "disable_uvicorn_access_log": True,
+        "uvicorn_log_level": "warning",
         **engine_settings(backend, model.dtype, max_tokens),
     }
     if model.revision:
@@ -157,7 +160,8 @@ def server_environment(
     """What the server's process is started with."""
     kept = {name: v for name, v in environment.items() if name not in (*WITHOUT, KEY)}
     told = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_NO_USAGE_STATS": "1", FOLDER: str(folder)}
-    quiet = {} if environment.get("SDKIT_DEBUG") else {"VLLM_LOGGING_LEVEL": "ERROR"}
+    hushed = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    quiet = {} if environment.get("SDKIT_DEBUG") else hushed
     return quiet | kept | told | ({KEY: key} if key else {})
 
 
@@ -178,7 +182,7 @@ def _check_free(address: Address) -> None:
 def _running(
     command: list[str], environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The server in a session of its own; all of it ends with this block, or with this process."""
+    """The server in a session of its own; all of it ends with this block, or with this process however that ends."""
     process = subprocess.Popen(
         command,
         env=dict(environment),
@@ -186,6 +190,11 @@ def _running(
         stdout=None if environment.get("SDKIT_DEBUG") else subprocess.DEVNULL,
         start_new_session=True,
         preexec_fn=end_with_parent if sys.platform == "linux" else None,
+    )
+    watch = subprocess.Popen(
+        [sys.executable, "-S", "-c", WATCH, str(process.pid)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
     )
     before = {n: signal.signal(n, _ask_to_end) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -198,11 +207,21 @@ def _running(
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-        with contextlib.suppress(ProcessLookupError):  # whatever the server started
-            os.killpg(process.pid, signal.SIGKILL)
+        process.poll()
+        _end_session(process.pid)
         process.wait()
+        watch.communicate(b"all is well")
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_session(group: int) -> None:
+    """Kill what the server started and left; waits a while until it is gone."""
+    ends = time.monotonic() + GRACE
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < ends:
+            os.killpg(group, signal.SIGKILL)
+            time.sleep(POLL)
 
 
 class _Asked(BaseException):

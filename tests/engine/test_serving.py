@@ -1,6 +1,12 @@
 """`sdkit serve` before vLLM starts: where it listens, with what, and what it refuses.  test_serve_vllm.py starts it."""
 
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -95,6 +101,7 @@ def test_the_environment_has_no_development_mode_and_only_this_servers_key(tmp_p
         "HOME": "/home/me",
         "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",
         "VLLM_NO_USAGE_STATS": "1",
         "SDKIT_WEIGHTS_FOLDER": str(tmp_path),
     }
@@ -150,3 +157,84 @@ def test_the_command_line_hands_everything_on(tiny_folder, tmp_path, monkeypatch
     [(checked, base, where, _, longest)] = seen
     assert (where.port, longest, base) == (8005, 99, tmp_path)
     assert checked.rollout.backend == VllmServerBackend()
+
+
+STAND_IN = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-S", "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(300)"])
+time.sleep(300)
+"""
+"""Instead of vLLM: a process with a child that neither notices its end nor heeds a request."""
+
+SERVING = """
+import os, sys
+from sdkit.engine import serving
+from sdkit.problems import ProcessDied
+serving.POLL = 0.05
+try:
+    with serving._running([sys.executable, "-S", "-c", sys.argv[1]], os.environ) as process:
+        print(process.pid, flush=True)
+        serving._until_asked(process)
+except ProcessDied as error:
+    sys.exit(f"{error.exit_code}: {error}")
+"""
+
+
+@pytest.fixture
+def running():
+    """A process that serves the stand-in, the group of what it serves, and whether the group is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVING, STAND_IN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    group = int(process.stdout.readline())
+    _until(lambda: len(_members(group)) == 2)
+    yield process, group
+    process.kill()
+    process.wait()
+    for pid in _members(group):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _members(group):
+    """Living processes of a group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            words = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(words[2]) == group and words[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def _until(true, seconds=20):
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def test_asked_to_end_it_ends_well_and_leaves_nothing(running):
+    process, group = running
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert _members(group) == []
+
+
+def test_where_the_server_is_killed_it_says_so_and_leaves_nothing(running):
+    process, group = running
+    os.kill(group, signal.SIGKILL)
+    _, said = process.communicate(timeout=30)
+    assert said.strip().endswith("6: the vLLM server ended by SIGKILL")
+    assert process.returncode == 1
+    assert _members(group) == []
+
+
+def test_where_it_is_killed_itself_the_server_goes_with_it(running):
+    process, group = running
+    process.kill()
+    _until(lambda: not _members(group))
