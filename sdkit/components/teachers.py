@@ -192,7 +192,8 @@ class RoutedTeacher(Teacher):
         return self._moved([p.after_rollout_batch(masters, scalar) for p in self.parts])
 
     def _moved(self, each: Sequence[bool]) -> bool:
-        self.distance = max(part.distance for part in self.parts)
+        moved = [part.distance for part, did in zip(self.parts, each, strict=True) if did]
+        self.distance = max(moved, default=self.distance)
         return any(each)
 
     def state(self) -> dict[str, Tensor]:

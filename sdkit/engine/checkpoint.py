@@ -1,10 +1,15 @@
 """Write the world down, and take it up again; the trained model in Hugging Face format.
 
-checkpoints/step_000010/   MANIFEST.json, each rank's random_rank_0.json, teacher.safetensors (under stage 3 each rank's
-                           pieces: teacher_rank_0.safetensors, …), DeepSpeed's files (pickles: only ever this run's own),
-                           ahead.jsonl: rollouts sampled ahead of their turn
-model/                     config, safetensors, tokenizer; with LoRA the adapter merged into a copy, and
-adapter/                   the adapter alone
+checkpoints/step_000010/  the state after ten rollout batches, complete where it has this name
+    MANIFEST.json                 origin (run, spec, ranks), step, updates, skipped, zero_stage, and every file's SHA-256
+    random_rank_R.json            each rank's random streams
+    teacher.safetensors           float32 averages by the student's parameter names, where a teacher moves (of a routed
+                                  teacher with its part's number before: `0/NAME`); under stage 3 each rank's flat
+                                  pieces: teacher_rank_R.safetensors
+    mp_rank_*, *zero_pp_rank_*    DeepSpeed's: student, masters, optimizer moments (pickles: only ever this run's own)
+    ahead.jsonl                   rollouts sampled ahead of their turn, with rollout.max_staleness
+model/                    config, safetensors, tokenizer; with LoRA the adapter merged into a copy, and
+adapter/                  the adapter alone
 """
 
 from __future__ import annotations
@@ -59,13 +64,13 @@ def save(world: World, run: Path) -> Path:
 
 @contextlib.contextmanager
 def _writing(partial: Path, final: Path) -> Iterator[None]:
-    """What is half written goes where it cannot be finished."""
+    """What is half written goes where it cannot be finished, by this rank or by another."""
     try:
         yield
     except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
         if (fault := _disk_fault(error)) is None:
             raise
-        shutil.rmtree(partial, ignore_errors=True)
         raise BadEnvironment(
             f"cannot write {final}: {fault}",
             hint="what was complete before is untouched; make room and continue with --resume",
@@ -179,6 +184,13 @@ def load(world: World, checkpoint: Path) -> None:
     if world.ahead:
         world.ahead.read(checkpoint)
     streams.restore(json.loads((checkpoint / _streams_file()).read_text(encoding="utf-8")))
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint; 0, the start model's, where there is none."""
+    return max(
+        (int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*")), default=0
+    )
 
 
 def save_model(world: World, run: Path) -> Path:

@@ -17,7 +17,7 @@ from sdkit.engine.gather import Gathered, completion_text, gather
 from sdkit.engine.keeping import kept
 from sdkit.engine.measuring import ready
 from sdkit.engine.metrics import step_metrics
-from sdkit.engine.step import Measured, train_step
+from sdkit.engine.step import LossNotFinite, Measured, train_step
 from sdkit.engine.stopping import LeftAtOnce, StopRequests
 from sdkit.problems import NumericsGuard, Stopped
 
@@ -31,8 +31,8 @@ SKIPS_ALLOWED = 3
 def run(world: World, report: Report) -> None:
     """Train from the world's step to the last; evaluates at both ends and in between.
 
-    Raises Stopped after a checkpoint where SIGINT or SIGTERM asked for it, and NumericsGuard where several optimizer
-    steps in a row had no finite loss and gradient.
+    Raises Stopped after a checkpoint where SIGINT or SIGTERM asked for it, and NumericsGuard before a step whose loss is
+    not finite, and where several in a row had no finite gradient.
     """
     with stopping.requests() as stop:
         _begin(world, report, stop)
@@ -104,16 +104,27 @@ def _one_step(world: World, report: Report, step: int) -> None:
 
 
 def _update(world: World, report: Report, gathered: Gathered, part: RolloutBatch) -> Measured:
-    measured = train_step(world, part)
+    try:
+        measured = train_step(world, part)
+    except LossNotFinite:
+        raise _unfit(world, report, gathered, part, "the loss is not finite") from None
     world.skipped = 0 if measured.applied else world.skipped + 1
     if world.skipped >= SKIPS_ALLOWED:
-        told = report.bad_batch(world, gathered, part)
-        raise NumericsGuard(
-            f"{SKIPS_ALLOWED} optimizer steps in a row had a loss or a gradient that is not finite; the last one after "
-            f"step {world.step}, on the rollouts in {told}",
-            hint="lower optimizer.lr, or set model.dtype: float32",
-        )
+        what = f"{SKIPS_ALLOWED} optimizer steps in a row had a gradient that is not finite"
+        raise _unfit(world, report, gathered, part, what)
     return measured
+
+
+def _unfit(
+    world: World, report: Report, gathered: Gathered, part: RolloutBatch, what: str
+) -> NumericsGuard:
+    kept = report.bad_batch(world, gathered, part)
+    since = checkpoint.newest_step(report.run.path)
+    return NumericsGuard(
+        f"{what}, in step {world.step + 1}, on the rollouts in {kept}",
+        hint=f"`sdkit replay {report.run.path}@{since}` trains on them again; lower optimizer.lr, or set model.dtype: "
+        "float32",
+    )
 
 
 def _evaluation_due(world: World) -> bool:

@@ -17,8 +17,16 @@ from sdkit.resolved import leaves, resolved
 from sdkit.specs import ExperimentSpec
 
 NAME = "MANIFEST.json"
-FREE = frozenset({("training", "steps"), ("training", "epochs")})
-"""What may change when a run is continued: its length and, besides, all of `output`."""
+FREE = frozenset(
+    {
+        ("training", "steps"),
+        ("training", "epochs"),
+        ("training", "micro_batch_tokens"),
+        ("training", "chunk_tokens"),
+        ("model", "activation_checkpointing"),
+    }
+)
+"""What may change when a run is continued: its length, what its memory is spent on and, besides, all of `output`."""
 
 
 @frozen(kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -9,6 +11,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+ANSWER = 3.0
+"""Seconds that a rank has to say that it is there, once a collective has failed."""
 
 
 def world_size() -> int:
@@ -102,3 +106,36 @@ def everywhere(values: Tensor) -> tuple[Tensor, slice]:
     joined = values.new_zeros(edges[-1])
     joined[own] = values
     return total(joined), own
+
+
+class RollCall:
+    """Who is still there when a collective has failed.
+
+    Made while the group stands.  Leave the group then: that wakes ranks which wait for this one and not for the lost.
+    """
+
+    def __init__(self) -> None:
+        from torch.distributed import distributed_c10d
+
+        self._store: Any = distributed_c10d._get_default_store()
+        self._own, self._silent = rank(), set(range(world_size()))
+        self._deadline = time.monotonic() + ANSWER
+        # In a thread, as what is asked may be the lost rank's: the first rank keeps the marks.
+        self._asking = threading.Thread(target=self._ask, daemon=True, name="sdkit roll call")
+        self._asking.start()
+
+    def missing(self) -> list[int]:
+        """The ranks that have ended or are silent, after `ANSWER` seconds at most."""
+        self._asking.join(max(self._deadline - time.monotonic(), 0.0))
+        # Without the first rank nobody can say anything of the others.
+        return [0] if 0 in self._silent else sorted(self._silent)
+
+    def _ask(self) -> None:
+        try:
+            self._store.set(f"sdkit/here/{self._own}", "")
+            while self._silent and time.monotonic() < self._deadline:
+                here = {r for r in self._silent if self._store.check([f"sdkit/here/{r}"])}
+                self._silent = self._silent - here
+                time.sleep(0.05)
+        except RuntimeError:
+            return

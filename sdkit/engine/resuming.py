@@ -100,7 +100,7 @@ def _same_ranks(folder: Path, written: int, now: int) -> None:
 
 
 def same_spec(run: Path, resolved: str) -> None:
-    """A run continues under the spec it began with; only its length and its output may change."""
+    """A run continues under the spec it began with; only what `manifest.FREE` says may change."""
     before = dict(leaves(read(run / rundir.MARK).data))
     now = dict(leaves(read_text(resolved, "the spec").data))
     changed = [

@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,18 @@ from rich.markup import escape
 from sdkit.components.vllm_scores import ServedModel
 from sdkit.components.vllm_server import ServerPool, Wanted
 from sdkit.components.vllm_weights import WeightFolder
-from sdkit.engine import checkpoint, loop, ranks, report, resuming, rundir, stopping, streams, zero
+from sdkit.engine import (
+    checkpoint,
+    ending,
+    loop,
+    ranks,
+    report,
+    resuming,
+    rundir,
+    stopping,
+    streams,
+    zero,
+)
 from sdkit.engine.evaluate import evaluate, headline
 from sdkit.engine.launch import launched
 from sdkit.engine.manifest import Origin, spec_digest
@@ -35,15 +45,7 @@ from sdkit.engine.replay import Recording, same_recording
 from sdkit.engine.world import World
 from sdkit.machine import machine_for
 from sdkit.plan import make_plan
-from sdkit.problems import (
-    BadEnvironment,
-    OutOfMemory,
-    ProcessDied,
-    RunFailed,
-    SdkitError,
-    Stopped,
-    blaming,
-)
+from sdkit.problems import BadEnvironment, SdkitError, Stopped, blaming
 from sdkit.specs import (
     ExperimentSpec,
     ExternalWeights,
@@ -53,9 +55,6 @@ from sdkit.specs import (
     served_teachers,
     tokens_told,
 )
-
-LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe")
-"""What collectives say where another rank is gone, or silent for too long."""
 
 
 def open_world(spec: ExperimentSpec, base: Path, recording: Recording | None = None) -> World:
@@ -195,16 +194,28 @@ def train(
         _train(world, run, console)
         run.status("done", step=world.step)
     except BaseException as error:
-        explained = _explained(error, run)
-        stopped = isinstance(explained, Stopped)
-        state = "stopped" if stopped else "failed"
-        reason = "interrupted" if isinstance(explained, KeyboardInterrupt) else str(explained)
-        with contextlib.suppress(BadEnvironment):  # a full disk is what `explained` says
-            run.status(state, step=world.step, reason=reason or type(error).__name__)
-        _leave(world, run, together=stopped)
-        raise explained from error
+        raise _ended(error, world, run) from error
     _leave(world, run, together=True)
     return folder
+
+
+def _ended(error: BaseException, world: World, run: rundir.RunDirectory) -> BaseException:
+    """Leave a run before its end and write down how it ended; what the command is to report."""
+    roll = ranks.RollCall() if ending.is_lost(error) else None
+    reported = ending.explained(error, run)
+    stopped = isinstance(reported, Stopped)
+    _status(run, "stopped" if stopped else "failed", world.step, reported)
+    _leave(world, run, together=stopped)
+    if roll:
+        reported = ending.lost(roll.missing(), error)
+        _status(run, "failed", world.step, reported)
+    return reported
+
+
+def _status(run: rundir.RunDirectory, state: str, step: int, error: BaseException) -> None:
+    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    with contextlib.suppress(BadEnvironment):  # a full disk is what `error` says
+        run.status(state, step=step, reason=reason or type(error).__name__)
 
 
 def _last(
@@ -311,31 +322,3 @@ def _provenance(world: World, base: Path, recording: Recording | None) -> dict[s
         seed=world.spec.training.seed,
         **({"replayed": recording.facts} if recording else {}),
     )
-
-
-def _explained(error: BaseException, run: rundir.RunDirectory) -> BaseException:
-    """Out of memory has many faces; give them one message.  What nobody expected keeps its traceback in a file."""
-    if isinstance(error, SdkitError) or not isinstance(error, Exception):
-        return error
-    text = str(error).lower()
-    if any(words in text for words in LOST):
-        return ProcessDied(
-            f"lost another rank: {_first_line(text)}",
-            hint="what ended it stands in its own output",
-        )
-    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        return OutOfMemory(
-            "out of memory",
-            hint="lower training.micro_batch_tokens, set model.activation_checkpointing: true, or train LoRA adapters",
-        )
-    told = run.path / (f"error_rank_{ranks.rank()}.txt" if ranks.rank() else "error.txt")
-    run.path.mkdir(parents=True, exist_ok=True)
-    rundir.write_whole(told, "".join(traceback.format_exception(error)))
-    return RunFailed(
-        f"{type(error).__name__}: {_first_line(str(error)) or 'no message'}",
-        hint=f"the traceback stands in {told}",
-    )
-
-
-def _first_line(text: str) -> str:
-    return next(iter(text.strip().splitlines()), "")

@@ -5,6 +5,7 @@ A reader of this file needs `collate.py` (rollouts → micro-batches) and `losse
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -35,6 +36,10 @@ class Measured:
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
     applied: bool
+
+
+class LossNotFinite(Exception):
+    """The loss of an optimizer step is infinite or no number; the step was not made."""
 
 
 class Student(nn.Module):
@@ -137,7 +142,7 @@ class Student(nn.Module):
 def train_step(world: World, rollouts: RolloutBatch) -> Measured:
     """Gradients of all micro-batches, one optimizer step, the teacher follows.
 
-    The rollouts are `ready` (measuring.py), and so in `measure`.
+    The rollouts are `ready` (measuring.py), and so in `measure`.  Raises LossNotFinite before the step, on every rank.
     """
     losses = world.losses
     collated = _collate(world, rollouts, losses)
@@ -149,15 +154,18 @@ def train_step(world: World, rollouts: RolloutBatch) -> Measured:
         scores = score(world, batch, reference)
         scored = time.perf_counter()
         loss, stats = world.zero.forward(world.module, batch, scores, reference, losses)
-        world.zero.backward(_spoiling(loss))
+        world.zero.backward(loss)
         _add(sums, stats, batch)
         seconds["teacher"] += scored - started
         seconds["update"] += time.perf_counter() - scored
     started = time.perf_counter()
+    metrics = averaged(sums, collated)
+    if not math.isfinite(metrics.get("loss", 0.0)):
+        raise LossNotFinite
     lr = learning_rate(world.spec.optimizer, world.updates, world.total_updates)
     stepped = world.zero.step(lr)
     seconds["update"] += time.perf_counter() - started
-    metrics = averaged(sums, collated) | {"grad_norm": stepped.grad_norm, "lr": lr} | _moving(world)
+    metrics |= {"grad_norm": stepped.grad_norm, "lr": lr} | _moving(world)
     if stepped.applied:
         world.updates += 1
         metrics |= _follow(world)
@@ -194,11 +202,6 @@ def _collate(world: World, rollouts: RolloutBatch, losses: Table[LossTerm]) -> C
     return evolve(collated, micro_batches=(*collated.micro_batches, *more))
 
 
-def _spoiling(loss: Tensor) -> Tensor:
-    """The loss; where it is not finite so that no gradient is, and the step is skipped on every rank."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-
-
 def _moving(world: World) -> dict[str, float]:
     """Numbers of the objective and of the teacher that move over the run, as they are now."""
     spec = world.spec
@@ -208,8 +211,6 @@ def _moving(world: World) -> dict[str, float]:
 
 def learning_rate(spec: OptimizerSpec, update: int, total: int) -> float:
     """The learning rate of optimizer step number `update` (from 0) of `total`."""
-    import math
-
     if update < spec.warmup_steps:
         return spec.lr * (update + 1) / spec.warmup_steps
     share = min((update - spec.warmup_steps) / max(total - spec.warmup_steps, 1), 1.0)

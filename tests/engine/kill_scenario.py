@@ -1,8 +1,8 @@
-"""Runs that are killed by SIGKILL and taken up again, each attempt in a process of its own.
+"""Runs that are killed by SIGKILL and taken up again, each attempt in processes of its own.
 
-`python kill_scenario.py MODEL_FOLDER WORK_FOLDER CASE…`: a case is TEACHER-FORM-STAGE-PHASE@STEP,PHASE@STEP…, the places
-where one attempt after the other is killed.  Every attempt is forked from here, where all that is slow to import is imported
-already.  WORK_FOLDER/TEACHER-FORM-STAGE is the run that nobody killed; test_resume.py says that the others must be the same.
+`python kill_scenario.py MODEL_FOLDER WORK_FOLDER CASE…`: a case is TEACHER-FORM-STAGE-RANKS-PHASE@STEP,PHASE@STEP…, the
+places where one attempt after the other is killed.  WORK_FOLDER/TEACHER-FORM-STAGE-RANKS is the run that nobody killed;
+test_resume.py says that the others must be the same.
 """
 
 import os
@@ -10,35 +10,56 @@ import signal
 import sys
 from pathlib import Path
 
+import forked
 from attrs import evolve
-from tinyruns import LORA, evaluated, inline, make_spec, model, rollout, teacher, train, training
+from tinyruns import (
+    COLUMNS,
+    LORA,
+    evaluated,
+    make_spec,
+    model,
+    rollout,
+    rows,
+    teacher,
+    train,
+    training,
+)
 
-from sdkit.components.rollouts import TransformersRollouts
-from sdkit.engine import checkpoint, loop, manifest, plot, step, zero
+from sdkit.engine import checkpoint, gather, loop, manifest, step, zero
 from sdkit.engine.report import Report
 from sdkit.specs import (
     CopyWeights,
+    DataSpec,
     EmaWeights,
     FileReward,
     FrozenWeights,
+    InlineSource,
     OptimizerSpec,
     OutputSpec,
+    RoutedWeights,
     StudentWeights,
     Suite,
     Table,
+    TransformersBackend,
+    VllmBackend,
 )
 
 STEPS = 6
+EMA = EmaWeights(update_rate=0.3)
 TEACHERS = {
     "student": StudentWeights(),
     "frozen": FrozenWeights(),
-    "ema": EmaWeights(update_rate=0.3),
+    "ema": EMA,
+    "batch": EmaWeights(update_rate=0.3, every="rollout_batch"),
     "copy": CopyWeights(every=2),
+    "routed": RoutedWeights(by="side", routes=Table({"left": EMA, "right": CopyWeights(every=3)})),
 }
 FORMS = {"full": None, "lora": LORA}
+VLLM = "vllm"
+"""A form beside these: all weights, sampled from by vLLM."""
 PHASES = {
     # Where the kill comes: before or after this function, while the run's step is the case's.
-    "rollout": (TransformersRollouts, "sample", "after"),
+    "rollout": (gather, "score", "before"),
     "teacher": (step, "score", "after"),
     "update": (zero.Zero, "step", "after"),
     "boundary": (Report, "step", "after"),
@@ -47,25 +68,35 @@ PHASES = {
     "manifest": (manifest, "write", "before"),
     "naming": (checkpoint, "_put", "after"),
 }
+BY_THE_FIRST_RANK = {"manifest", "naming"}
 REWARD = "import random\ndef drawn(completion, row): return random.random()\n"
+
+
+def sided(count, start=0):
+    sides = ("left", "right")
+    held = [Table({**row, "side": sides[i % 2]}) for i, row in enumerate(rows(count, start))]
+    columns = Table({**COLUMNS, "side": "side"})
+    return DataSpec(source=InlineSource(rows=tuple(held)), columns=columns)
 
 
 def spec_of(folder, work, weights, form, stage):
     (work / "reward.py").write_text(REWARD)
     # Drawn from Python's own stream, which every process has but one of.
     drawn = FileReward(file=str(work / "reward.py"), function="drawn", at_once=1)
+    backend = VllmBackend(cache_gib=0.1) if form == VLLM else TransformersBackend()
     spec = make_spec(
         folder,
-        model=model(folder, lora=FORMS[form]),
+        model=model(folder, lora=FORMS.get(form)),
         teacher=teacher(TEACHERS[weights]),
+        data=sided(6),
         optimizer=OptimizerSpec(lr=3e-3, schedule="linear", warmup_steps=1),
-        rollout=rollout(max_new_tokens=4),
+        rollout=rollout(max_new_tokens=4, backend=backend),
         training=training(
             steps=STEPS, prompts_per_step=2, zero_stage=int(stage), updates_per_rollout=2
         ),
         output=OutputSpec(checkpoint_every=2, tensorboard=False),
     )
-    suite = Suite(data=inline(2, 100), score="drawn", loss_prompts=1)
+    suite = Suite(data=sided(2, 100), score="drawn", loss_prompts=1)
     spec = evaluated(spec, every=3, teacher_lift=0, suites=Table({"held": suite}))
     return evolve(spec, rewards=Table({"drawn": drawn}))
 
@@ -92,49 +123,38 @@ def arm(phase, at):
     setattr(owner, name, deadly)
 
 
-def attempt(run):
-    """`run` in a process of its own; how that ended."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def killed_and_resumed(spec, folder, places):
+def killed_and_resumed(spec, folder, ranks, places):
     for number, place in enumerate(places):
         phase, at = place.split("@")
+        victim = 0 if phase in BY_THE_FIRST_RANK else number % ranks
 
-        def deadly(phase=phase, at=int(at), resume=number > 0):
-            arm(phase, at)
+        def attempt(phase=phase, at=int(at), victim=victim, resume=number > 0):
+            if int(os.environ.get("RANK", "0")) == victim:
+                arm(phase, at)
             train(spec, folder, resume=resume)
 
-        ended = attempt(deadly)
-        assert ended == -signal.SIGKILL, f"{folder.name}: not killed {place}, ended with {ended}"
-    assert attempt(lambda: train(spec, folder, resume=True)) == 0, folder.name
+        ended = forked.ranks(ranks, attempt, folder.parent)
+        killed = [rank for rank, each in enumerate(ended) if each.code == -signal.SIGKILL]
+        assert killed == [victim], f"{folder.name}: not killed {place}: {ended}"
+        assert all(each.code for each in ended), f"{folder.name}: {place} outlived: {ended}"
+    whole(lambda: train(spec, folder, resume=True), folder, ranks)
+
+
+def whole(run, folder, ranks):
+    for each in forked.ranks(ranks, run, folder.parent):
+        assert each.code == 0, f"{folder.name}: {each.said}"
 
 
 def main(folder, work, *cases):
-    assert callable(plot.plot)
-    zero.prepare()
-    import deepspeed
-    import matplotlib.pyplot
-    import peft
-    import transformers.models.llama.modeling_llama
-
-    assert all((deepspeed, matplotlib.pyplot, peft, transformers.models.llama.modeling_llama))
+    forked.warm()
     work = Path(work)
     for case in cases:
-        weights, form, stage, places = case.split("-")
+        weights, form, stage, ranks, places = case.split("-")
         spec = spec_of(folder, work, weights, form, stage)
-        straight = work / f"{weights}-{form}-{stage}"
+        straight = work / f"{weights}-{form}-{stage}-{ranks}"
         if not straight.exists():
-            assert attempt(lambda s=spec, f=straight: train(s, f)) == 0, straight.name
-        killed_and_resumed(spec, work / case, places.split(","))
+            whole(lambda s=spec, f=straight: train(s, f), straight, int(ranks))
+        killed_and_resumed(spec, work / case, int(ranks), places.split(","))
 
 
 if __name__ == "__main__":

@@ -308,7 +308,7 @@ def test_a_rank_that_dies_ends_the_run(spec_file, tmp_path):
     assert "error: rank 1 was ended by SIGKILL" in err
     kept = json.loads((tmp_path / "run/status.json").read_text())
     assert kept["state"] == "failed"
-    assert "lost another rank" in kept["reason"]
+    assert "lost rank 1" in kept["reason"]
 
 
 def test_prompts_that_cannot_be_dealt_start_nothing(spec_file, tmp_path):

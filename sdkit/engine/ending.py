@@ -1,0 +1,59 @@
+"""How a run ends before its end: any error as one message, an exit code and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Sequence
+
+from sdkit.engine import ranks, rundir
+from sdkit.problems import BadEnvironment, OutOfMemory, ProcessDied, RunFailed, SdkitError
+
+LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe")
+"""What collectives say where another rank is gone, or silent for too long."""
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory")
+"""What torch, CUDA and the kernel say where there is none left."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return _says(error, LOST)
+
+
+def explained(error: BaseException, run: rundir.RunDirectory) -> BaseException:
+    """The error that the command reports; what nobody expected keeps its traceback in a file of the run."""
+    if isinstance(error, SdkitError) or not isinstance(error, Exception):
+        return error
+    if is_lost(error):
+        return lost((), error)
+    if isinstance(error, MemoryError) or _says(error, NO_MEMORY):
+        return OutOfMemory(
+            f"out of memory: {_first_line(error)}",
+            hint="lower training.micro_batch_tokens or training.chunk_tokens, or set model.activation_checkpointing: true: "
+            "--resume takes these changes; or train LoRA adapters in another run",
+        )
+    told = run.path / (f"error_rank_{ranks.rank()}.txt" if ranks.rank() else "error.txt")
+    with contextlib.suppress(BadEnvironment):
+        rundir.write_whole(told, "".join(traceback.format_exception(error)))
+    return RunFailed(
+        f"{type(error).__name__}: {_first_line(error)}", hint=f"the traceback stands in {told}"
+    )
+
+
+def lost(missing: Sequence[int], error: BaseException) -> ProcessDied:
+    """What a rank says that goes because of others; `missing` is empty where it cannot be told which."""
+    who = ", ".join(f"rank {number}" for number in missing) or "another rank"
+    return ProcessDied(
+        f"lost {who}, which ended or was silent for too long: {_first_line(error)}",
+        hint="what ended it stands in its own output; SIGKILL that nobody sent is the kernel's, when memory runs out "
+        "(`dmesg` tells)",
+    )
+
+
+def _says(error: BaseException, words: Sequence[str]) -> bool:
+    text = str(error).lower()
+    return isinstance(error, Exception) and any(each in text for each in words)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")
