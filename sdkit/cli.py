@@ -205,6 +205,48 @@ def train(
     return None
 
 
+@app.command(
+    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`"
+)
+def serve(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="The port (default: that of the first of rollout.backend.urls).",
+            min=1,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            help="Longest prompt and completion (default: that of the spec's data, which are then read).",
+            min=2,
+            show_default=False,
+        ),
+    ] = None,
+    allow_remote: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote",
+            help="Let other machines in, with the key that rollout.backend.key_from names.",
+        ),
+    ] = False,
+) -> None:
+    """Start a vLLM server that samples for a run of this spec; Ctrl-C ends it."""
+    checked = _checked(spec, overrides, run_file=True)
+    from sdkit.engine import serving
+
+    with _placing(checked):
+        where = serving.address_of(checked.spec, host, port, allow_remote=allow_remote)
+        serving.serve(checked.spec, spec.resolve().parent, where, _console(), max_tokens)
+
+
 @app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
 def evaluate(
     spec: Annotated[

@@ -14,9 +14,9 @@ from sdkit.objective_text import (
     describe_route,
     describe_sampling,
 )
-from sdkit.plan_memory import Share, has_frozen_teacher, memory_of_rank, needs_reference
+from sdkit.plan_memory import BYTES, GIB, Share, has_frozen_teacher, memory_of_rank, needs_reference
 from sdkit.plan_time import StepTime, time_of_step
-from sdkit.problems import UnreadableInput
+from sdkit.problems import UnreadableInput, counted
 from sdkit.specs import (
     AutoBackend,
     DatasetSamples,
@@ -31,6 +31,8 @@ from sdkit.specs import (
     TeacherSamples,
     TransformersBackend,
     VllmBackend,
+    VllmEngine,
+    VllmServerBackend,
     blend_base,
     external_teachers,
     teachers_of,
@@ -38,6 +40,7 @@ from sdkit.specs import (
 )
 from sdkit.teacher_text import describe_blend, describe_place, describe_teacher, describe_weights
 
+ChosenBackend = TransformersBackend | VllmBackend | VllmServerBackend
 SERVED_BY_DEFAULT = 20  # largest number of log-probabilities a vLLM server gives if nothing is said
 
 
@@ -45,8 +48,8 @@ SERVED_BY_DEFAULT = 20  # largest number of log-probabilities a vLLM server give
 class Plan:
     """Everything derived from a spec; `sdkit plan` prints it and the engine runs it."""
 
-    backend: TransformersBackend | VllmBackend | ReplayBackend
-    evaluation_backend: TransformersBackend | VllmBackend
+    backend: ChosenBackend | ReplayBackend
+    evaluation_backend: ChosenBackend
     why_backend: str
     zero_stage: int
     ranks: int
@@ -127,7 +130,7 @@ def make_plan(
     if steps is None and rows is not None and spec.training.epochs is not None:
         steps = max(1, round(spec.training.epochs * rows / spec.training.prompts_per_step))
         derived.append(f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps")
-    if isinstance(backend, VllmBackend) and spec.evaluation and any(external_teachers(spec)):
+    if isinstance(backend, VllmEngine) and spec.evaluation and any(external_teachers(spec)):
         derived.append("evaluation.teacher_lift samples the external teacher with transformers")
     if spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
         derived.append("evaluation.teacher_lift is not measured: a routed teacher does not sample")
@@ -148,12 +151,12 @@ def make_plan(
         rollouts_per_step=spec.training.prompts_per_step * spec.rollout.completions_per_prompt,
         updates_per_step=updates,
         steps=steps,
-        oldest_rollout=updates - 1,
+        oldest_rollout=(spec.rollout.max_staleness + 1) * updates - 1,
         needs_old_logprobs=needs_old_logprobs(spec),
         measures=_measures(spec),
         objective=_objective(spec),
         roles=tuple(_roles(spec)),
-        syncs=_syncs(spec, backend),
+        syncs=_syncs(spec, backend, shape),
         memory=memory_of_rank(spec, backend, stage, machine, shape, others) if shape else (),
         memory_gib=machine.memory_gib,
         step_time=time_of_step(spec, backend, machine, shape, others),
@@ -212,9 +215,7 @@ def _spelled(asked: Mapping[Measure, tuple[str, ...]]) -> tuple[str, ...]:
     )
 
 
-def _backend(
-    spec: ExperimentSpec, machine: Machine
-) -> tuple[TransformersBackend | VllmBackend | ReplayBackend, str]:
+def _backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBackend | ReplayBackend, str]:
     match spec.rollout.backend:
         case AutoBackend() if (
             isinstance(spec.rollout.sampled_by, DatasetSamples) and not spec.evaluation
@@ -229,7 +230,9 @@ def _backend(
             if machine.vllm:
                 return VllmBackend(), f"vLLM {machine.vllm} is installed"
             return TransformersBackend(), "vLLM is not installed"
-        case TransformersBackend() | VllmBackend() | ReplayBackend() as chosen:
+        case (
+            TransformersBackend() | VllmBackend() | VllmServerBackend() | ReplayBackend()
+        ) as chosen:
             return chosen, "the spec says so"
         case other:
             assert_never(other)
@@ -259,13 +262,13 @@ def _roles(spec: ExperimentSpec) -> list[str]:
     return roles
 
 
-def _syncs(spec: ExperimentSpec, backend: object) -> str:
+def _syncs(spec: ExperimentSpec, backend: object, shape: ShapeSpec | None) -> str:
     sampled_by = spec.rollout.sampled_by
     if isinstance(sampled_by, DatasetSamples):
         return "the sampler gets weights before each evaluation only"
     if isinstance(backend, ReplayBackend):
         return "recorded rollouts; the sampler of evaluations shares the training weights"
-    if not isinstance(backend, VllmBackend):
+    if not isinstance(backend, VllmEngine):
         whose = "teacher's" if _foreign_sampler(spec) else "training"
         return f"the sampler shares the {whose} weights"
     whose = (
@@ -275,4 +278,13 @@ def _syncs(spec: ExperimentSpec, backend: object) -> str:
     )
     form = " (adapters merged into a copy)" if spec.model.lora else ""
     form += ", a block at a time" if spec.training.zero_stage == 3 else ""
+    if isinstance(backend, VllmServerBackend):
+        size = f" of {shape.parameters * BYTES[spec.model.dtype] / GIB:.2f} GiB" if shape else ""
+        who = f"each of {len(backend.urls)} servers" if len(backend.urls) > 1 else "the server"
+        ahead = spec.rollout.max_staleness
+        early = f", {counted(ahead, 'batch', 'batches')} ahead of training" if ahead else ""
+        return (
+            f"{who} gets the {whose}'s weights by a file{size}{form} before each rollout batch{early}, "
+            "checked by a canary sequence"
+        )
     return f"vLLM gets the {whose}'s weights before each rollout batch{form}, checked by a canary sequence"

@@ -30,6 +30,7 @@ from sdkit.specs import (
     TeacherSamples,
     TrustRegionBlend,
     VllmBackend,
+    VllmServerBackend,
     blend_base,
     external_teachers,
     needs_teacher,
@@ -115,6 +116,8 @@ def _missing(
         return "how fast the teacher's server answers is not known"
     if spec.model.dtype != "bfloat16":
         return f"the figures are bfloat16's, and model.dtype is {spec.model.dtype}"
+    if sampled and isinstance(backend, VllmServerBackend):
+        return "how fast the rollout servers sample is not known"
     if sampled and not isinstance(backend, VllmBackend | ReplayBackend):
         return f"the figures are vLLM's, and the backend is {backend.kind}"
     if spec.rollout.max_prompt_tokens is None:

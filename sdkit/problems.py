@@ -169,9 +169,9 @@ def outside(choices: Iterable[object]) -> str:
     return f"is not {'one of ' if len(known) > 1 else ''}{listed(known) or 'there'}"
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 row`, `2 rows`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, several: str | None = None) -> str:
+    """`1 row`, `2 rows`; `several` is the plural where it takes more than an s."""
+    return f"{number} {noun if number == 1 else several or noun + 's'}"
 
 
 def shorten(value: object, limit: int = 60) -> str:

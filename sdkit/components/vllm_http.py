@@ -11,12 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
+from attrs import frozen
 
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses of a server that may answer another time."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0
 """Seconds before the second attempt, and at most; each pause is twice the one before."""
+
+SLOW = "raise request_seconds and deadline_seconds, or lower requests_at_once"
+"""What to do about a server that does not answer in time, if nothing else is said."""
 
 ADVICE: Mapping[int, str] = {
     401: "name the environment variable that holds its key: key_from",
@@ -43,10 +47,21 @@ class Unanswered(Exception):
         self.passing = passing  # it may be otherwise in a moment
 
 
+@frozen(kw_only=True)
+class _Asked:
+    """What the requests of one call have in common."""
+
+    path: str
+    headers: Mapping[str, str]
+    retries: int
+    deadline: float  # seconds for one of them, further attempts included
+
+
 class Server:
     """A server's address, and how patiently it is asked.
 
     Environment variables for proxies count for remote servers alone: what is meant for this machine stays on it.
+    Servers that share a runner can be asked at once (`answers`); whoever made the runner closes it.
     """
 
     def __init__(
@@ -59,12 +74,15 @@ class Server:
         request_seconds: float,
         deadline_seconds: float,
         retries: int,
+        slow_hint: str = SLOW,
+        runner: asyncio.Runner | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self.at_once = at_once
         self.request_seconds = request_seconds
         self.deadline_seconds = deadline_seconds
         self.retries = retries
+        self.slow_hint = slow_hint
         self._client = httpx.AsyncClient(
             base_url=self.url,
             headers={"authorization": f"Bearer {key}"} if key else {},
@@ -72,30 +90,44 @@ class Server:
             timeout=None,  # the whole request has one, below
             trust_env=remote,
         )
-        self._loop = asyncio.Runner()  # kept, because connections belong to their loop
+        self._shared = runner is not None
+        self._loop = runner or asyncio.Runner()  # kept, because connections belong to their loop
 
     def get(self, path: str, *, retries: int | None = None) -> Any:
         """The answer as JSON.  Raises Unanswered."""
-        return self._loop.run(self._all(path, [None], retries))[0]
+        return self._loop.run(self.answers(path, [None], retries=retries))[0]
 
     def post(self, path: str, bodies: Sequence[Body], *, retries: int | None = None) -> list[Any]:
         """One answer per body, in order, `at_once` of them in flight.
 
         Raises Unanswered with the first that failed for good; the others are then given up.
         """
-        return self._loop.run(self._all(path, bodies, retries))
+        return self._loop.run(self.answers(path, bodies, retries=retries))
 
     def close(self) -> None:
         """Close the connections."""
         self._loop.run(self._client.aclose())
-        self._loop.close()
+        if not self._shared:
+            self._loop.close()
 
-    async def _all(
-        self, path: str, bodies: Sequence[Body | None], retries: int | None
+    async def answers(
+        self,
+        path: str,
+        bodies: Sequence[Body | None],
+        *,
+        retries: int | None = None,
+        deadline_seconds: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> list[Any]:
+        """One answer per body (None: a GET), in order, as `post` gives them.  Raises Unanswered."""
         room = asyncio.Semaphore(self.at_once)
-        most = self.retries if retries is None else retries
-        tasks = [asyncio.create_task(self._answer(path, body, room, most)) for body in bodies]
+        asked = _Asked(
+            path=path,
+            headers=headers or {},
+            retries=self.retries if retries is None else retries,
+            deadline=self.deadline_seconds if deadline_seconds is None else deadline_seconds,
+        )
+        tasks = [asyncio.create_task(self._answer(asked, body, room)) for body in bodies]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -103,36 +135,34 @@ class Server:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _answer(
-        self, path: str, body: Body | None, room: asyncio.Semaphore, retries: int
-    ) -> Any:
+    async def _answer(self, asked: _Asked, body: Body | None, room: asyncio.Semaphore) -> Any:
         async with room:
             started, attempt = time.monotonic(), 0
             while True:
-                left = self.deadline_seconds - (time.monotonic() - started)
+                left = asked.deadline - (time.monotonic() - started)
                 try:
-                    return await self._once(path, body, min(self.request_seconds, left))
+                    return await self._once(asked, body, min(self.request_seconds, left))
                 except Unanswered as fault:
                     pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
                     spent = time.monotonic() - started
                     attempt += 1
-                    over = attempt > retries or spent + pause >= self.deadline_seconds
+                    over = attempt > asked.retries or spent + pause >= asked.deadline
                     if over or not fault.passing:
                         tries = f" ({attempt} attempts in {spent:.0f} s)" if attempt > 1 else ""
                         message = f"{fault}{tries}"
                         raise Unanswered(message, status=fault.status, hint=fault.hint) from None
                 await asyncio.sleep(pause)
 
-    async def _once(self, path: str, body: Body | None, seconds: float) -> Any:
+    async def _once(self, asked: _Asked, body: Body | None, seconds: float) -> Any:
+        path, headers = asked.path, dict(asked.headers)
         where = f"{self.url}{path}"
         try:
             async with asyncio.timeout(seconds):
                 method = "GET" if body is None else "POST"
-                response = await self._client.request(method, path, json=body)
+                response = await self._client.request(method, path, json=body, headers=headers)
         except TimeoutError:
             message = f"{where} did not answer within {seconds:.3g} s"
-            hint = "raise request_seconds and deadline_seconds, or lower requests_at_once"
-            raise Unanswered(message, hint=hint, passing=True) from None
+            raise Unanswered(message, hint=self.slow_hint, passing=True) from None
         except httpx.RequestError as error:
             message = f"{where} cannot be reached: {_first_line(error)}"
             raise Unanswered(

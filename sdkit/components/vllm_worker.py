@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 
@@ -30,3 +31,8 @@ class SyncExtension:
             # A tied head keeps a packed copy of its own, which the reload does not refresh.
             head.quant_method.process_weights_after_loading(head)
         return len(heads)
+
+    def sync_file(self, path: str) -> int:
+        """Load the Hugging Face tensors of one safetensors file; returns what `sync_weights` does."""
+        with safe_open(path, framework="pt") as file:
+            return self.sync_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118

@@ -7,6 +7,7 @@ checkpoints/step_000010/  the state after ten rollout batches, complete where it
                                   teacher with its part's number before: `0/NAME`); under stage 3 each rank's flat
                                   pieces: teacher_rank_R.safetensors
     mp_rank_*, *zero_pp_rank_*    DeepSpeed's: student, masters, optimizer moments (pickles: only ever this run's own)
+    ahead.jsonl                   rollouts sampled ahead of their turn, with rollout.max_staleness
 model/                    config, safetensors, tokenizer; with LoRA the adapter merged into a copy, and
 adapter/                  the adapter alone
 """
@@ -44,6 +45,8 @@ def save(world: World, run: Path) -> Path:
 
     Older ones go afterwards.  Raises BadEnvironment where it cannot be written: then they are as they were.
     """
+    if world.ahead:
+        world.ahead.settle(world)
     folder = run / "checkpoints"
     tag = f"step_{world.step:06d}"
     partial, final = folder / f".partial-{tag}", folder / tag
@@ -112,6 +115,8 @@ def _write_own(world: World, folder: Path) -> None:
         if world.teacher and (state := world.teacher.state()):
             tensors = {name: t.contiguous() for name, t in state.items()}
             save_file(tensors, str(folder / _teacher_file(world)))
+    if world.ahead:
+        world.ahead.write(folder)
 
 
 def _streams_file() -> str:
@@ -176,6 +181,8 @@ def load(world: World, checkpoint: Path) -> None:
     world.step, world.updates, world.skipped = facts.step, facts.updates, facts.skipped
     if world.teacher and world.teacher.moves:
         world.teacher.load_state(load_file(str(checkpoint / _teacher_file(world))))
+    if world.ahead:
+        world.ahead.read(checkpoint)
     streams.restore(json.loads((checkpoint / _streams_file()).read_text(encoding="utf-8")))
 
 

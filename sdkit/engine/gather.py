@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, assert_never
 
-from attrs import frozen
+from attrs import field, frozen
 
 from sdkit.batches import Completion, Evidence, Request, Rollout, RolloutBatch, Row, Sampling
 from sdkit.components.rewards import figures, score
@@ -21,6 +21,7 @@ from sdkit.specs import (
     StudentSamples,
     TeacherSamples,
 )
+from sdkit.weights import Weights
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
@@ -59,27 +60,26 @@ def gather(
     """
     started = time.perf_counter()
     size = world.spec.rollout.completions_per_prompt
-    held = [(group, rows[group]) for group in ranks.share(len(rows))]
-    jobs = [(group, row, copy) for group, row in held for copy in range(size)]
-    prompt = _sampling_prompt(world)
-    requests = tuple(
-        Request(prompt_ids=prompt(row), seed=derive(world.spec.training.seed, *stream, group, copy))
-        for group, row, copy in jobs
-    )
+    jobs = [(group, rows[group]) for group in ranks.share(len(rows)) for _ in range(size)]
+    requests = requests_of(world, rows, stream)
     by = who_samples(world, stream, suite)
-    own = [row for _, row in held]
-    completions, transfer = _complete(world, by, own, requests, suite is not None)
+    if suite is None and world.ahead:
+        drawn = _drawn_ahead(world, requests, int(stream[-1]))
+    else:
+        drawn = _draw(world, by, [row for _, row in jobs], requests, suite is not None)
+    completions = drawn.completions
+    transfer = dict(drawn.figures)
     if isinstance(world.spec.rollout.sampled_by, MixtureSamples):
         transfer["by_student"] = float(isinstance(by, StudentSamples))
     sync = transfer.pop("sync_seconds", 0.0)
     sampled = time.perf_counter()
     scorers = world.data.train_rewards if suite is None else world.data.rewards[suite]
     texts = [completion_text(world, c.ids) for c in completions]
-    judged = score(scorers, texts, [row for _, row, _ in jobs])
+    judged = score(scorers, texts, [row for _, row in jobs])
     known = evidence(judged.get(world.data.reward or ""), texts, size, [r.seed for r in requests])
     rollouts = [
-        _rollout(world, row, group, completion, seen)
-        for (group, row, _), completion, seen in zip(jobs, completions, known, strict=True)
+        _rollout(world, row, group, completion, drawn.version, seen)
+        for (group, row), completion, seen in zip(jobs, completions, known, strict=True)
     ]
     sampled_batch = RolloutBatch(rollouts=tuple(rollouts))
     longest = world.spec.rollout.max_new_tokens
@@ -93,6 +93,7 @@ def gather(
             "rollout": sampled - started - sync,
             "sync": sync,
             "judge": time.perf_counter() - sampled,
+            **drawn.seconds,
         },
         figures=transfer,
     )
@@ -111,28 +112,77 @@ def who_samples(
     return DatasetSamples(column=by.column)
 
 
-def _complete(
+@frozen(eq=False, kw_only=True)
+class _Drawn:
+    """One completion per request, and where they came from."""
+
+    completions: Sequence[Completion]
+    version: int  # optimizer steps behind the weights that sampled
+    figures: Mapping[str, float] = field(factory=dict)
+    seconds: Mapping[str, float] = field(factory=dict)
+
+
+def requests_of(
+    world: World, rows: Sequence[Row], stream: Sequence[str | int]
+) -> tuple[Request, ...]:
+    """What is asked of the sampler for this rank's share of the rows: a group for each."""
+    prompt = _sampling_prompt(world)
+    size = world.spec.rollout.completions_per_prompt
+    return tuple(
+        Request(
+            prompt_ids=prompt(rows[group]),
+            seed=derive(world.spec.training.seed, *stream, group, copy),
+        )
+        for group in ranks.share(len(rows))
+        for copy in range(size)
+    )
+
+
+def _drawn_ahead(world: World, requests: Sequence[Request], step: int) -> _Drawn:
+    """What the servers have sampled for this step while earlier ones were trained on."""
+    assert world.ahead is not None
+    started = time.perf_counter()
+    world.ahead.ask(world, step)
+    figures = {"sync_seconds": time.perf_counter() - started}
+    found = world.ahead.take(world, step)
+    figures |= {**found.figures, "staleness": float(world.updates - found.version)}
+    return _Drawn(
+        completions=[found.completions[r.prompt_ids, r.seed] for r in requests],
+        version=found.version,
+        figures=figures,
+        seconds={"sampler": found.seconds},
+    )
+
+
+def _draw(
     world: World,
     sampled_by: StudentSamples | TeacherSamples | DatasetSamples,
     rows: Sequence[Row],
     requests: Sequence[Request],
     evaluation: bool,
-) -> tuple[list[Completion], dict[str, float]]:
-    size = world.spec.rollout.completions_per_prompt
+) -> _Drawn:
+    """One completion per request, now; `rows` are the requests' own."""
     if isinstance(world.plan.backend, ReplayBackend) and not evaluation:
-        backend, figures = world.backend(world.student)  # whoever sampled: the recording has it
-        return backend.sample(requests, training_sampling(world)), figures
+        return _sample(world, world.student, requests)  # whoever sampled: the recording has it
     match sampled_by:
         case DatasetSamples(column=column):
-            return [own_completion(world, row, column) for row in rows for _ in range(size)], {}
+            held = [own_completion(world, row, column) for row in rows]
+            return _Drawn(completions=held, version=world.updates)
         case TeacherSamples(weights="teacher"):
             weights = world.teacher_weights
         case StudentSamples() | TeacherSamples():
             weights = world.student
         case _:
             assert_never(sampled_by)
+    return _sample(world, weights, requests, evaluation=evaluation)
+
+
+def _sample(
+    world: World, weights: Weights, requests: Sequence[Request], *, evaluation: bool = False
+) -> _Drawn:
     backend, figures = world.backend(weights, evaluation=evaluation)
-    return backend.sample(requests, training_sampling(world)), figures
+    done = backend.sample(requests, training_sampling(world))
+    return _Drawn(completions=done, version=world.updates, figures=figures)
 
 
 def own_completion(world: World, row: Row, column: str) -> Completion:
@@ -151,7 +201,12 @@ def _sampling_prompt(world: World) -> Any:
 
 
 def _rollout(
-    world: World, row: Row, group: int, completion: Completion, seen: Evidence | None
+    world: World,
+    row: Row,
+    group: int,
+    completion: Completion,
+    version: int,
+    seen: Evidence | None,
 ) -> Rollout:
     if world.data.waits_for_rollouts:
         prompt = world.data.teacher_prompt(row, seen)
@@ -166,7 +221,7 @@ def _rollout(
         teacher_route=world.data.teacher_route(row),
         completion_ids=completion.ids,
         sampler_logprobs=completion.logprobs,
-        policy_version=world.updates,
+        policy_version=version,
         finished=completion.finished,
         reward=None if seen is None else seen.group[seen.own].reward,
         filled=filled,

@@ -96,7 +96,7 @@ def _start(
         stdout=said,
         stderr=said,
         start_new_session=True,
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
 
 
@@ -114,7 +114,7 @@ def _environment(number: int, processes: int, port: int) -> Mapping[str, str]:
     }
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask the kernel to end this process when the launcher is gone, however that went."""
     import ctypes
 

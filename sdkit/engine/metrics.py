@@ -124,8 +124,9 @@ def _times(
         for name, value in part.seconds.items():
             times[name] = times.get(name, 0.0) + value
     found = {f"time/{name}": value for name, value in times.items()} | {"time/step": seconds}
-    if gathered.seconds["rollout"] > 0:
-        found["time/tokens_per_second"] = tokens / gathered.seconds["rollout"]
+    sampling = gathered.seconds.get("sampler", gathered.seconds["rollout"])
+    if sampling > 0:
+        found["time/tokens_per_second"] = tokens / sampling
     return found
 
 

@@ -16,7 +16,7 @@ from sdkit.bundled import BUNDLED, PREFIX
 from sdkit.engine import zero
 from sdkit.problems import BadData, BadEnvironment
 from sdkit.seeds import derive
-from sdkit.specs import ExternalWeights, LoraSpec, ModelSpec
+from sdkit.specs import ExternalWeights, LoraSpec, ModelSpec, VllmServerBackend
 from sdkit.vocabulary import first_difference
 from sdkit.weights import STUDENT_ADAPTER
 
@@ -48,6 +48,24 @@ def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:
         )
     except (OSError, ValueError) as error:
         raise BadData(f"no tokenizer in {located}: {_first_line(error)}") from None
+
+
+def load_config(spec: ModelSpec, located: str) -> dict[str, Any]:
+    """The model's `config.json`, every default filled in.  Raises BadData where it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            located, revision=spec.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise BadData(f"no model in {located}: {_first_line(error)}") from None
+    return config.to_dict()
+
+
+def weights_folder(backend: VllmServerBackend, base: Path) -> Path:
+    """Where weight files pass from the trainer to rollout servers."""
+    return (base / backend.folder).resolve() if backend.folder else cache_folder() / "weights"
 
 
 def vocabulary(tokenizer: Any) -> dict[str, int]:

@@ -75,6 +75,8 @@ class Report:
         self.console.print(_step_line(world, metrics), highlight=False)
         output = world.spec.output
         self._warn(world.step, metrics, output.tripwire_steps)
+        for text in world.told_of_servers():
+            self.run.warning(world.step, {"wire": "rollout_server", "cause": text})
         if (world.step - 1) % output.samples_every == 0:
             shown = samples(world, gathered.batch, gathered.scores, output.samples)
             self.run.lines("samples", world.step, shown)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from sdkit.components.vllm_scores import ServedModel
+from sdkit.components.vllm_server import ServerPool, Wanted
+from sdkit.components.vllm_weights import WeightFolder
 from sdkit.engine import (
     checkpoint,
     ending,
@@ -27,7 +31,13 @@ from sdkit.engine import (
 from sdkit.engine.evaluate import evaluate, headline
 from sdkit.engine.launch import launched
 from sdkit.engine.manifest import Origin, spec_digest
-from sdkit.engine.models import check_vocabulary, load_tokenizer, locate
+from sdkit.engine.models import (
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+    locate,
+    weights_folder,
+)
 from sdkit.engine.plot import plot
 from sdkit.engine.prepare import Data
 from sdkit.engine.provenance import provenance
@@ -35,11 +45,12 @@ from sdkit.engine.replay import Recording, same_recording
 from sdkit.engine.world import World
 from sdkit.machine import machine_for
 from sdkit.plan import make_plan
-from sdkit.problems import BadEnvironment, Stopped, blaming
+from sdkit.problems import BadEnvironment, SdkitError, Stopped, blaming
 from sdkit.specs import (
     ExperimentSpec,
     ExternalWeights,
     ServedWeights,
+    VllmServerBackend,
     other_models,
     served_teachers,
     tokens_told,
@@ -61,6 +72,24 @@ def open_world(spec: ExperimentSpec, base: Path, recording: Recording | None = N
             theirs = load_tokenizer(weights, locate(weights.path, base))
             check_vocabulary(tokenizer, theirs, weights.path)
     served = _reach(spec, base, tokenizer)
+    with contextlib.ExitStack() as undo:
+        servers = _reach_servers(spec, base, located)
+        if servers:
+            undo.callback(servers.close)
+        world = _open(spec, base, tokenizer, located, served, servers, recording)
+        undo.pop_all()
+    return world
+
+
+def _open(
+    spec: ExperimentSpec,
+    base: Path,
+    tokenizer: Any,
+    located: str,
+    served: Mapping[ServedWeights, ServedModel],
+    servers: ServerPool | None,
+    recording: Recording | None,
+) -> World:
     data = Data(spec, base, tokenizer)
     if recording:
         recording.check_rows(data)
@@ -71,9 +100,11 @@ def open_world(spec: ExperimentSpec, base: Path, recording: Recording | None = N
         longest = data.check(plan.steps)
         for model in served.values():
             model.check_length(longest)
+        if servers:
+            servers.check_length(longest)
         if recording:
             plan = recording.planned(plan)
-        world = World(spec, plan, base, data, located, longest, served)
+        world = World(spec, plan, base, data, located, longest, served, servers)
         if recording:
             world.end = recording.end
         return world
@@ -95,6 +126,30 @@ def _reach(spec: ExperimentSpec, base: Path, tokenizer: Any) -> dict[ServedWeigh
         found[weights] = ServedModel(weights, tokens_told(spec) or 0, os.environ)
         found[weights].check(tokenizer)
     return found
+
+
+def _reach_servers(spec: ExperimentSpec, base: Path, located: str) -> ServerPool | None:
+    """The rollout servers, found fit to sample; of the first rank alone, which talks to them."""
+    backend = spec.rollout.backend
+    if not isinstance(backend, VllmServerBackend) or not _first():
+        return None
+
+    def say(text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    with blaming("rollout", "backend"):
+        wanted = Wanted(
+            config=load_config(spec.model, located),
+            dtype=backend.dtype or spec.model.dtype,
+            folder=WeightFolder(weights_folder(backend, base)),
+        )
+        try:
+            pool = ServerPool(backend, wanted, os.environ, say)
+            pool.check()
+        except SdkitError:
+            wanted.folder.close()
+            raise
+        return pool
 
 
 def train(

@@ -55,6 +55,7 @@ from sdkit.specs import (
     TopKSupport,
     TrainingSpec,
     TransformersBackend,
+    VllmServerBackend,
     blend_base,
     completion_column,
     external_teachers,
@@ -180,11 +181,12 @@ def _model(model: ModelSpec) -> ModelSpec:
 
 def _rollout(rollout: RolloutSpec, elsewhere: bool) -> RolloutSpec:
     backend = rollout.backend
-    if elsewhere or isinstance(backend, AutoBackend | ReplayBackend):
+    if elsewhere or isinstance(backend, AutoBackend | VllmServerBackend | ReplayBackend):
         backend = TransformersBackend()
     return evolve(
         rollout,
         backend=backend,
+        max_staleness=0,
         max_new_tokens=min(rollout.max_new_tokens, 16),
         max_prompt_tokens=None,
         top_k=min(rollout.top_k, 64),

@@ -16,13 +16,17 @@ from sdkit.batches import RolloutBackend
 from sdkit.components.rollouts import ReplayRollouts, TransformersRollouts
 from sdkit.components.teachers import Teacher, open_teacher
 from sdkit.components.vllm import VllmRollouts
+from sdkit.components.vllm_canary import draw_canary
 from sdkit.components.vllm_scores import ServedModel
+from sdkit.components.vllm_server import ServerPool
 from sdkit.engine import ranks, zero, zero_shards
+from sdkit.engine.ahead import Ahead
 from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabulary
 from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
+from sdkit.engine.server_rollouts import ServerRollouts
 from sdkit.engine.step import Student
-from sdkit.plan import Plan
+from sdkit.plan import ChosenBackend, Plan
 from sdkit.plan_memory import needs_reference
 from sdkit.problems import BadData, blaming
 from sdkit.schedules import at_step, scalar_at
@@ -45,6 +49,8 @@ from sdkit.specs import (
     TransformersBackend,
     TrustRegionBlend,
     VllmBackend,
+    VllmEngine,
+    VllmServerBackend,
     other_models,
     teachers_of,
 )
@@ -63,6 +69,7 @@ class World:
         located: str,
         longest: int,
         served: Mapping[ServedWeights, ServedModel] | None = None,
+        servers: ServerPool | None = None,
     ) -> None:
         self.spec = spec
         self.plan = plan
@@ -71,6 +78,10 @@ class World:
         self.located = located
         self.longest = longest  # tokens of the longest sequence, completion included
         self.served = served or {}
+        self.pool = servers  # of rollouts; the first rank's alone
+        self.ahead: Ahead | None = None
+        if spec.rollout.max_staleness and isinstance(plan.backend, VllmServerBackend):
+            self.ahead = Ahead(spec.rollout.max_staleness)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         assert plan.steps is not None, "steps are known once the data are loaded"
         self.step = 0  # rollout batches done
@@ -246,12 +257,9 @@ class World:
     ) -> tuple[RolloutBackend, dict[str, float]]:
         """The backend with these weights loaded, and the figures of the transfer (none where nothing moved)."""
         chosen = self.plan.evaluation_backend if evaluation else self.plan.backend
-        if weights.foreign and isinstance(chosen, VllmBackend):
+        if weights.foreign and isinstance(chosen, VllmEngine):
             chosen = TransformersBackend()  # vLLM's engine has the student's architecture
-        if chosen.kind not in self._backends:
-            with blaming("rollout", "backend"):
-                self._backends[chosen.kind] = self._open(chosen)
-        backend = self._backends[chosen.kind]
+        backend = self._opened(chosen)
         wanted = (id(weights), self.updates)
         if self._loaded.get(chosen.kind) == wanted:
             return backend, {}
@@ -259,7 +267,26 @@ class World:
         self._loaded[chosen.kind] = wanted
         return backend, measured
 
-    def _open(self, spec: TransformersBackend | VllmBackend | ReplayBackend) -> RolloutBackend:
+    def servers(self) -> ServerRollouts:
+        """The rollout servers, whatever weights they have."""
+        backend = self._opened(self.plan.backend)
+        assert isinstance(backend, ServerRollouts), "the plan's backend is another"
+        return backend
+
+    def told_of_servers(self) -> list[str]:
+        """What has happened to rollout servers since this was last asked."""
+        found = self.pool.told if self.pool else []
+        told = found[:]
+        del found[: len(told)]
+        return told
+
+    def _opened(self, spec: ChosenBackend | ReplayBackend) -> RolloutBackend:
+        if spec.kind not in self._backends:
+            with blaming("rollout", "backend"):
+                self._backends[spec.kind] = self._open(spec)
+        return self._backends[spec.kind]
+
+    def _open(self, spec: ChosenBackend | ReplayBackend) -> RolloutBackend:
         match spec:
             case TransformersBackend():
                 return TransformersRollouts(self.data.tokenizer, spec.batch_rows, self.end_ids)
@@ -268,6 +295,10 @@ class World:
                     return VllmRollouts(
                         spec, self.located, self.spec.model.dtype, self.longest, self.end_ids
                     )
+            case VllmServerBackend():
+                vocabulary = self.student.causal.config.get_text_config().vocab_size
+                canary = draw_canary(spec, self.spec.model.dtype, vocabulary, self.longest)
+                return ServerRollouts(self.pool, canary, self.end_ids)
             case ReplayBackend():
                 return ReplayRollouts((self.base / spec.run).resolve())
             case _:
@@ -284,3 +315,5 @@ class World:
             ranks.meet()
         for backend in self._backends.values():
             backend.close()
+        if self.pool and VllmServerBackend.kind not in self._backends:
+            self.pool.close()

@@ -26,11 +26,16 @@ def server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     passwords.
     """
     for path, weights in served_teachers(spec):
-        for message, hint in _of_address(weights.url, weights.allow_remote):
+        for message, hint in address_faults(
+            weights.url, weights.allow_remote, "prompts would be sent there"
+        ):
             yield (*path, "url"), message, hint
 
 
-def _of_address(url: str, allow_remote: bool) -> Iterator[tuple[str, str | None]]:
+def address_faults(
+    url: str, allow_remote: bool, consequence: str
+) -> Iterator[tuple[str, str | None]]:
+    """What is wrong with a server's address, each with a hint; `consequence` is what comes of another machine's."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -45,7 +50,7 @@ def _of_address(url: str, allow_remote: bool) -> Iterator[tuple[str, str | None]
     elif parts.path.rstrip("/").endswith("/v1"):
         yield f"{shorten(url)} ends in /v1, which sdkit adds itself", "leave /v1 away"
     elif not allow_remote and not is_loopback(host):
-        message = f"{shorten(host)} is another machine, and prompts would be sent there"
+        message = f"{shorten(host)} is another machine, and {consequence}"
         yield message, "set allow_remote: true if that is meant, or forward a local port to it"
 
 
@@ -65,10 +70,15 @@ def server_key(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     the key.
     """
     for path, weights in served_teachers(spec):
-        name = weights.key_from
-        if name is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-            message = "this is no name of an environment variable"
-            yield (*path, "key_from"), message, "write key_from: TEACHER_KEY, say, and export it"
+        if fault := variable_fault(weights.key_from):
+            yield (*path, "key_from"), fault, "write key_from: TEACHER_KEY, say, and export it"
+
+
+def variable_fault(name: str | None) -> str | None:
+    """What is wrong with the name of an environment variable."""
+    if name is None or re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        return None
+    return "this is no name of an environment variable"
 
 
 @method_rule("a served teacher is asked for what a server tells")

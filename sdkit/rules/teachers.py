@@ -28,7 +28,7 @@ from sdkit.specs import (
     StudentWeights,
     TeacherSamples,
     TrustRegionBlend,
-    VllmBackend,
+    VllmEngine,
     blend_base,
     other_models,
     served_teachers,
@@ -69,13 +69,11 @@ def teacher_vocabulary(spec: ExperimentSpec, context: Context) -> Iterator[Findi
 
 @method_rule("vLLM samples under the student's architecture")
 def foreign_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The one engine in the trainer's process holds the student's model and takes weights of that
-    shape; another model samples by `generate`.
-    """
+    """An engine holds the student's model and takes weights of that shape; another model samples by `generate`."""
     by, backend = spec.rollout.sampled_by, spec.rollout.backend
     if not isinstance(by, TeacherSamples) or by.weights != "teacher" or not spec.teacher:
         return
-    if isinstance(spec.teacher.weights, ExternalWeights) and isinstance(backend, VllmBackend):
+    if isinstance(spec.teacher.weights, ExternalWeights) and isinstance(backend, VllmEngine):
         message = "vLLM holds the student's model, so it cannot sample from an external teacher"
         yield ("rollout", "backend"), message, "use backend: transformers"
 

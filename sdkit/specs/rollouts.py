@@ -117,10 +117,9 @@ class TransformersBackend:
 
 
 @frozen(kw_only=True)
-class VllmBackend:
-    """vLLM in the trainer's process."""
+class VllmEngine:
+    """What vLLM is started with, in whichever process."""
 
-    kind: ClassVar[str] = "vllm"
     dtype: Literal["float32", "bfloat16"] | None = spec_field(
         "precision of the engine (default: the model's)", default=None
     )
@@ -137,6 +136,48 @@ class VllmBackend:
 
 
 @frozen(kw_only=True)
+class VllmBackend(VllmEngine):
+    """vLLM in the trainer's process."""
+
+    kind: ClassVar[str] = "vllm"
+
+
+@frozen(kw_only=True)
+class VllmServerBackend(VllmEngine):
+    """vLLM in servers of its own, one or several, here or on other machines; `sdkit serve` starts one that matches.
+
+    Weights go by file, in a folder that the trainer and every server see.
+    """
+
+    kind: ClassVar[str] = "vllm_server"
+    urls: tuple[str, ...] = spec_field(
+        "where the servers listen; groups are dealt out to them",
+        default=("http://127.0.0.1:8000",),
+        range=NOT_EMPTY,
+    )
+    key_from: str | None = spec_field(
+        "environment variable that holds the servers' key; the key itself stands in no spec",
+        default=None,
+    )
+    allow_remote: bool = spec_field(
+        "let a server be another machine: prompts are sent there, and it takes the weights",
+        default=False,
+    )
+    folder: str | None = spec_field(
+        "where weight files pass from the trainer to the servers, relative to the spec (default: weights/ in sdkit's "
+        "cache folder, for servers on this machine)",
+        default=None,
+        range=NOT_EMPTY,
+    )
+    deadline_seconds: float = spec_field(
+        "longest time for one completion or one weight transfer, further attempts included: so long a lone server may "
+        "be away",
+        default=600.0,
+        range=POSITIVE,
+    )
+
+
+@frozen(kw_only=True)
 class ReplayBackend:
     """The recorded rollouts of an earlier run; no sampling."""
 
@@ -144,7 +185,7 @@ class ReplayBackend:
     run: str = spec_field("run directory, relative to the spec", range=NOT_EMPTY)
 
 
-Backend = AutoBackend | TransformersBackend | VllmBackend | ReplayBackend
+Backend = AutoBackend | TransformersBackend | VllmBackend | VllmServerBackend | ReplayBackend
 
 
 @frozen(kw_only=True)
@@ -167,3 +208,9 @@ class RolloutSpec:
         "which rollouts are trained on: those that pass every filter (default: all)", default=()
     )
     backend: Backend = spec_field("what generates", default=AutoBackend())
+    max_staleness: int = spec_field(
+        "rollout batches between the weights that sample and those that are trained: above 0 servers sample the next "
+        "batches while this one trains",
+        default=0,
+        range=NOT_NEGATIVE,
+    )

@@ -1,0 +1,71 @@
+"""What `sdkit plan` says of rollouts from servers, and of how old they are."""
+
+import pytest
+
+from sdkit.accelerators import Machine
+from sdkit.plan import make_plan
+from sdkit.plan_text import render_plan
+from sdkit.specs import (
+    CrossEntropy,
+    DataSpec,
+    ExperimentSpec,
+    InlineSource,
+    LoraSpec,
+    ModelSpec,
+    OptimizerSpec,
+    RolloutSpec,
+    ShapeSpec,
+    Table,
+    TrainingSpec,
+    VllmServerBackend,
+)
+
+TWO = VllmServerBackend(urls=("http://127.0.0.1:8000", "http://127.0.0.1:8001"))
+SHAPE = ShapeSpec(parameters=2**30, hidden=8, layers=1, vocabulary=16, context=64, kv_width=8)
+
+
+def planned(backend=TWO, staleness=0, updates=1, lora=None, shape=SHAPE, accelerator=None):
+    spec = ExperimentSpec(
+        rollout=RolloutSpec(backend=backend, max_staleness=staleness, max_prompt_tokens=8),
+        losses=Table({"imitate": CrossEntropy()}),
+        model=ModelSpec(path="org/name", dtype="bfloat16", lora=lora),
+        data=DataSpec(source=InlineSource(rows=(Table({"prompt": "one"}),))),
+        optimizer=OptimizerSpec(lr=1),
+        training=TrainingSpec(steps=1, prompts_per_step=2, updates_per_rollout=updates),
+    )
+    machine = Machine(ranks=1, memory_gib=80.0, vllm=None, accelerator=accelerator)
+    return spec, make_plan(spec, machine, shape)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {},
+            "each of 2 servers gets the student's weights by a file of 2.00 GiB before each rollout batch",
+        ),
+        ({"backend": VllmServerBackend()}, "the server gets the student's weights"),
+        ({"shape": None}, "weights by a file before each rollout batch, checked by a canary"),
+        ({"staleness": 1}, "before each rollout batch, 1 batch ahead of training, checked"),
+        ({"staleness": 2}, "before each rollout batch, 2 batches ahead of training, checked"),
+        ({"lora": LoraSpec(rank=2, alpha=2)}, "2.00 GiB (adapters merged into a copy) before"),
+    ],
+)
+def test_the_plan_says_how_weights_reach_the_servers(changes, text):
+    spec, plan = planned(**changes)
+    assert text in plan.syncs
+    assert plan.syncs in render_plan(spec, plan)
+    assert "backend: vllm_server (the spec says so)" in render_plan(spec, plan)
+
+
+@pytest.mark.parametrize(
+    ("staleness", "updates", "oldest"), [(0, 1, 0), (1, 1, 1), (2, 1, 2), (0, 3, 2), (2, 3, 8)]
+)
+def test_the_oldest_rollout_counts_the_batches_between(staleness, updates, oldest):
+    assert planned(staleness=staleness, updates=updates)[1].oldest_rollout == oldest
+
+
+def test_servers_take_none_of_the_trainers_memory_and_no_time_is_guessed_for_them():
+    _, plan = planned(accelerator="h100")
+    assert not [share for share in plan.memory if "vLLM" in share.what]
+    assert plan.step_time.why_not == "how fast the rollout servers sample is not known"
