@@ -460,7 +460,6 @@ def test_which_figures_a_term_has(logits, tokens):
             {"advantages", "sequence_ratio"},
         ),
     ],
-    ids=str,
 )
 def test_what_an_objective_needs(term, needs):
     objective = Objective(Table({"pull": term}), 1.0)
