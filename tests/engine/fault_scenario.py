@@ -123,7 +123,7 @@ class Scenario:
             "said": [each.said for each in ended],
             "seconds": [each.seconds for each in ended],
             "status": json.loads((run / "status.json").read_text()),
-            "checkpoints": sorted(p.name for p in (run / "checkpoints").glob("*")),
+            "checkpoints": sorted(p.name for p in (run / "checkpoints").glob("*step_*")),
         }
 
     def train(self, name, ranks, *words, spec="run.yaml", **options):
@@ -154,7 +154,7 @@ def main(folder, work):
     scenario.train("not finite", 2, "optimizer.lr=1e15", "optimizer.clip=1e30")
     again = work / "not finite"
     scenario.run("replayed", 2, "replay", f"{again}@1")
-    calmer = "optimizer.lr=1e-3", "losses.distil.importance={}"
+    calmer = "optimizer.lr=1e-3", "losses.distil.importance.sampler=null"
     scenario.run("replayed otherwise", 2, "replay", f"{again}@0", *calmer)
     (work / "found.json").write_text(json.dumps(scenario.found))
 
