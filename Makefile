@@ -41,8 +41,9 @@ lint: setup
 	$(BIN)/ruff format --check sdkit tests tools
 	$(BIN)/pyright
 
+# Two tests at a time, each file's in one process, each process with one thread for its arithmetic.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-full: test
 	$(BIN)/pytest -m full

@@ -104,7 +104,7 @@ def test_help_of_a_command_shows_an_example(sdkit, command):
 def test_examples_of_the_help_texts_name_files_that_exist():
     import re
 
-    text = (ROOT / "sdkit" / "cli.py").read_text()
+    text = "".join(path.read_text() for path in (ROOT / "sdkit" / "cli").glob("*.py"))
     named = set(re.findall(r"specs/[\w/]+\.yaml", text))
     assert named
     assert all((ROOT / name).is_file() for name in named)

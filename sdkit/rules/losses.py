@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.functions import fault_of
+from sdkit.objective_text import number
 from sdkit.problems import Path, shorten
 from sdkit.rules.base import (
     Context,
@@ -268,7 +269,7 @@ def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding
     for path, term in distillations(spec):
         if term.temperature is not None and term.temperature != sampled:
             said = context.stated(("rollout", "temperature"), sampled, "rollout.temperature")
-            message = f"the loss has temperature {term.temperature}, but {said}"
+            message = f"the loss has temperature {number(term.temperature)}, but {said}"
             yield (*path, "temperature"), message, None
 
 

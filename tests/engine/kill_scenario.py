@@ -8,6 +8,7 @@ test_resume.py says that the others must be the same.
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import forked
@@ -25,7 +26,7 @@ from tinyruns import (
     training,
 )
 
-from sdkit.engine import checkpoint, gather, loop, manifest, step, zero
+from sdkit.engine import checkpoint, gather, loop, manifest, run, step, zero
 from sdkit.engine.report import Report
 from sdkit.specs import (
     CopyWeights,
@@ -67,6 +68,7 @@ PHASES = {
     "save": (zero.Zero, "save", "after"),
     "manifest": (manifest, "write", "before"),
     "naming": (checkpoint, "_put", "after"),
+    "model": (checkpoint, "save_model", "after"),
 }
 BY_THE_FIRST_RANK = {"manifest", "naming"}
 REWARD = "import random\ndef drawn(completion, row): return random.random()\n"
@@ -90,7 +92,7 @@ def spec_of(folder, work, weights, form, stage):
         teacher=teacher(TEACHERS[weights]),
         data=sided(6),
         optimizer=OptimizerSpec(lr=3e-3, schedule="linear", warmup_steps=1),
-        rollout=rollout(max_new_tokens=4, backend=backend),
+        rollout=rollout(max_new_tokens=2, backend=backend),
         training=training(
             steps=STEPS, prompts_per_step=2, zero_stage=int(stage), updates_per_rollout=2
         ),
@@ -133,21 +135,19 @@ def killed_and_resumed(spec, folder, ranks, places):
                 arm(phase, at)
             train(spec, folder, resume=resume)
 
-        ended = forked.ranks(ranks, attempt, folder.parent)
+        ended = forked.ranks(ranks, attempt, folder)
         killed = [rank for rank, each in enumerate(ended) if each.code == -signal.SIGKILL]
         assert killed == [victim], f"{folder.name}: not killed {place}: {ended}"
         assert all(each.code for each in ended), f"{folder.name}: {place} outlived: {ended}"
     whole(lambda: train(spec, folder, resume=True), folder, ranks)
 
 
-def whole(run, folder, ranks):
-    for each in forked.ranks(ranks, run, folder.parent):
+def whole(attempt, folder, ranks):
+    for each in forked.ranks(ranks, attempt, folder):
         assert each.code == 0, f"{folder.name}: {each.said}"
 
 
-def main(folder, work, *cases):
-    forked.warm()
-    work = Path(work)
+def one_after_the_other(folder, work, cases):
     for case in cases:
         weights, form, stage, ranks, places = case.split("-")
         spec = spec_of(folder, work, weights, form, stage)
@@ -155,6 +155,29 @@ def main(folder, work, *cases):
         if not straight.exists():
             whole(lambda s=spec, f=straight: train(s, f), straight, int(ranks))
         killed_and_resumed(spec, work / case, int(ranks), places.split(","))
+
+
+def main(folder, work, *cases):
+    """Two cases of one rank go on at a time, as do two ranks."""
+    forked.warm()
+    run.plot = lambda *_: None  # pictures are of no weight here
+    work = Path(work)
+    alone = [case for case in cases if case.split("-")[3] == "1"]
+    halves = [os.fork() or _half(folder, work, alone[start::2]) for start in (0, 1)]
+    ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in halves]
+    assert ended == [0, 0]
+    one_after_the_other(folder, work, [case for case in cases if case not in alone])
+
+
+def _half(folder, work, cases):
+    """In a process of its own."""
+    try:
+        one_after_the_other(folder, work, cases)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
 
 
 if __name__ == "__main__":

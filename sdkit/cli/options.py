@@ -1,0 +1,33 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+SpecPath = Annotated[Path, typer.Argument(help="A run file or a method page.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="`key.path=value` overrides, applied last.", show_default=False),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        help="Ranks to start on this machine; under `torchrun` or `deepspeed` leave it out.",
+        min=1,
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run directory.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run in the run directory.")
+]
+Format = Annotated[
+    Literal["text", "json", "github"],
+    typer.Option("--format", help="For people, for programs, or for GitHub Actions."),
+]

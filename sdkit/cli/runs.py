@@ -1,0 +1,203 @@
+"""Commands that train, sample or evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdkit.cli.app import app
+from sdkit.cli.checking import check_spec, make_console, placing
+from sdkit.cli.options import Overrides, Overwrite, Processes, Resume, SpecPath
+from sdkit.cli.specs import plan, smoke_spec
+
+
+@app.command(
+    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`"
+)
+def train(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Run directory (default: runs/NAME of the spec).", show_default=False
+        ),
+    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate, plan and smoke; train nothing.")
+    ] = False,
+    processes: Processes = None,
+) -> None:
+    """Run a spec: evaluate, train, evaluate, and leave a run directory."""
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    checked = check_spec(spec, overrides, run_file=True)
+    if dry_run:
+        plan(spec, overrides)
+        return smoke_spec(checked, 2)
+    _launch(checked.spec, processes)
+    from sdkit.engine.run import train as run_spec
+    from sdkit.show import annotated
+
+    folder = to or Path(checked.spec.output.folder) / spec.stem
+    with placing(checked):
+        run_spec(
+            checked.spec,
+            spec.resolve().parent,
+            folder,
+            make_console(),
+            written=spec.read_text(encoding="utf-8"),
+            resolved=annotated(checked) + "\n",
+            resume=resume,
+            overwrite=overwrite,
+        )
+    return None
+
+
+@app.command(
+    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`"
+)
+def serve(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(
+            help="The port (default: that of the first of rollout.backend.urls).",
+            min=1,
+            max=65535,
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            help="Longest prompt and completion (default: that of the spec's data, which are then read).",
+            min=2,
+            show_default=False,
+        ),
+    ] = None,
+    allow_remote: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote",
+            help="Let other machines in, with the key that rollout.backend.key_from names.",
+        ),
+    ] = False,
+) -> None:
+    """Start a vLLM server that samples for a run of this spec; Ctrl-C ends it."""
+    checked = check_spec(spec, overrides, run_file=True)
+    from sdkit.engine import serving
+
+    with placing(checked):
+        where = serving.address_of(checked.spec, host, port, allow_remote=allow_remote)
+        serving.serve(checked.spec, spec.resolve().parent, where, make_console(), max_tokens)
+
+
+@app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
+def evaluate(
+    spec: Annotated[
+        Path, typer.Argument(help="A run file, or a run directory.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    processes: Processes = None,
+) -> None:
+    """Run a run file's evaluation on its start model, or on the model of a finished run."""
+    path, extra, base = _evaluation_target(spec)
+    checked = check_spec(path, [*extra, *(overrides or [])], run_file=True, base=base)
+    _launch(checked.spec, processes)
+    from sdkit.engine.run import evaluate_only
+
+    with placing(checked):
+        evaluate_only(checked.spec, base, make_console())
+
+
+def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
+    if not path.is_dir():
+        return path, [], path.resolve().parent
+    from sdkit.engine import rundir
+
+    base = Path(rundir.origin(path)["base"])
+    model = rundir.trained(path)
+    return path / rundir.MARK, [f"model.path={model.resolve()}", "model.lora=null"], base
+
+
+@app.command(
+    epilog="Examples: `sdkit replay runs/sdft@0`, "
+    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`"
+)
+def replay(
+    recorded: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN@STEP",
+            help="A run directory, and the rollout batch to start at: 0 starts from the start model, another from the "
+            "checkpoint of that step.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Run directory (default: RUN-replay beside RUN).", show_default=False
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Rollout batches (default: all that are recorded).", min=1, show_default=False
+        ),
+    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    processes: Processes = None,
+) -> None:
+    """Train again on a run's recorded rollouts, with another loss, teacher, reward or optimizer on the same tokens.
+
+    Without an override the run repeats itself.  `sdkit compare` takes both.
+    """
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    from sdkit.engine import rundir
+    from sdkit.engine.replay import open_recording
+    from sdkit.show import annotated
+    from sdkit.source import read
+
+    recording = open_recording(recorded, steps)
+    run, base = recording.run, Path(recording.origin["base"])
+    checked = check_spec(run / rundir.MARK, overrides, run_file=True, base=base)
+    _launch(checked.spec, processes)
+    from sdkit.engine.run import train as run_spec
+
+    console = make_console()
+    console.print(f"replay: {recording}", markup=False, highlight=False)
+    with placing(checked):
+        run_spec(
+            checked.spec,
+            base,
+            to or run.with_name(f"{run.name}-replay"),
+            console,
+            written=read(run / "spec.yaml").text,
+            resolved=annotated(checked) + "\n",
+            resume=resume,
+            overwrite=overwrite,
+            recording=recording,
+        )
+
+
+def _launch(spec: Any, processes: int | None) -> None:
+    """Where more than one rank is asked for, run them in place of this process, which then ends."""
+    from sdkit.engine.launch import launch, must_launch, this_command
+
+    if must_launch(processes):
+        from sdkit.plan import deal
+
+        deal(spec, processes or 1)
+        raise typer.Exit(launch(processes or 1, this_command()))

@@ -1,0 +1,67 @@
+"""Commands on what runs left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sdkit.cli.app import app
+from sdkit.cli.checking import check_spec, make_console
+
+
+@app.command(
+    epilog="Examples: `sdkit compare runs/sdft`, `sdkit compare runs/grpo runs/sdpo --x steps --to runs/both.png`"
+)
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)
+    ],
+    to: Annotated[Path, typer.Option("--to", help="The picture: .png, .pdf or .svg.")] = Path(
+        "compare.png"
+    ),
+    x: Annotated[
+        Literal["tokens", "steps", "time"],
+        typer.Option("--x", help="The budget at which runs are held against each other."),
+    ] = "tokens",
+    score: Annotated[
+        str | None,
+        typer.Option(
+            "--score",
+            help="Only this reward, or one SUITE/DECODING/REWARD: fewer comparisons, narrower intervals.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Print and plot runs against tokens, steps and time, with intervals; no winner inside the noise."""
+    from sdkit.engine.compare_text import compare as compare_runs
+
+    compare_runs(runs, make_console(), to, x, score)
+
+
+@app.command(
+    epilog="Examples: `sdkit export runs/sdft --to sdft`, `sdkit export runs/sdft --merge-lora --to sdft-merged`"
+)
+def export(
+    run: Annotated[
+        Path, typer.Argument(help="The directory of a finished run.", show_default=False)
+    ],
+    to: Annotated[
+        Path,
+        typer.Option("--to", help="The folder to write; it must not exist.", show_default=False),
+    ],
+    merge_lora: Annotated[
+        bool,
+        typer.Option(
+            "--merge-lora", help="Of a run with adapters: the whole model, adapters merged into it."
+        ),
+    ] = False,
+) -> None:
+    """Write a Hugging Face folder with a model card: the trained model, or the adapter of a LoRA run."""
+    from sdkit.engine.export import export as write
+    from sdkit.engine.rundir import MARK, origin
+
+    base = Path(origin(run)["base"])
+    checked = check_spec(run / MARK, None, run_file=True, base=base)
+    typer.echo(write(checked.spec, base, run, to, merge=merge_lora))

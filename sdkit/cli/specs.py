@@ -1,0 +1,98 @@
+"""Commands on specs: nothing is trained, but two steps of a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdkit.cli.app import app
+from sdkit.cli.checking import check_spec, make_console, placing, print_problems
+from sdkit.cli.options import Format, Overrides, SpecPath
+
+
+@app.command(epilog="Example: `sdkit validate specs/*.yaml`")
+def validate(
+    specs: Annotated[
+        list[Path], typer.Argument(help="Run files or method pages.", show_default=False)
+    ],
+    format: Format = "text",
+) -> None:
+    """Check specs: every problem at once, with its place.  Loads nothing heavy."""
+    from sdkit.language import load_spec
+
+    found = {path: load_spec(path) for path in specs}
+    print_problems(list(found.values()), format)
+    for path, checked in found.items():
+        if checked.ok and format == "text":
+            typer.echo(f"{path}: fine ({'run file' if checked.kind == 'run' else 'method page'})")
+    if not all(checked.ok for checked in found.values()):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `sdkit show specs/sdft.yaml optimizer.lr=1e-5`")
+def show(spec: SpecPath, overrides: Overrides = None) -> None:
+    """Print the resolved spec, each value with the place it comes from."""
+    from sdkit.show import annotated
+
+    typer.echo(annotated(check_spec(spec, overrides)))
+
+
+@app.command(
+    epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan specs/methods/sdpo.yaml`"
+)
+def plan(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    data: Annotated[
+        int,
+        typer.Option(
+            "--data", help="Render this many rows: student and teacher prompt side by side.", min=0
+        ),
+    ] = 0,
+) -> None:
+    """Print what a run would do: roles, batches, memory, every derived value.  Loads no weights.
+
+    Of a method page: its objective, teacher and sampler.
+    """
+    from sdkit.machine import machine_for, other_shapes, shape_of
+    from sdkit.plan import make_plan, plan_method
+    from sdkit.plan_text import render_method, render_plan
+
+    checked = check_spec(spec, overrides, run_file=data > 0)
+    if checked.kind == "method":
+        return typer.echo(render_method(plan_method(checked.spec)))
+    run = checked.spec
+    shapes = other_shapes(run, spec.parent)
+    made = make_plan(run, machine_for(run), shape_of(run, spec.parent), other_shapes=shapes)
+    typer.echo(render_plan(run, made))
+    if data:
+        from sdkit.engine.preview import preview
+
+        with placing(checked):
+            preview(run, spec.parent, data, make_console())
+    return None
+
+
+@app.command(
+    epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke specs/methods/sdft.yaml --steps 20`"
+)
+def smoke(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 2,
+) -> None:
+    """Two real optimizer steps on a tiny random model: the real code path, in seconds."""
+    checked = check_spec(spec, overrides)
+    smoke_spec(checked, steps)
+
+
+def smoke_spec(checked: Any, steps: int) -> None:
+    """The smoke run of a checked spec, and one line on it."""
+    from sdkit.engine.smoke import smoke as run_smoke
+
+    with placing(checked):
+        lines = run_smoke(checked.spec, make_console(), steps, Path(checked.loaded.folder))
+    norms = ", ".join(f"{line['grad_norm']:.3g}" for line in lines if "grad_norm" in line)
+    typer.echo(f"{checked.loaded.name}: smoke run fine, gradient norms {norms}")
