@@ -9,25 +9,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
-from attrs import define, frozen
+from attrs import define
 
-from sdkit import __version__
 from sdkit.batches import Completion, Request, Sampling
 from sdkit.components.vllm_canary import Canary
-from sdkit.components.vllm_door import SHAPE, WEIGHTS_HEADER
+from sdkit.components.vllm_door import WEIGHTS_HEADER
 from sdkit.components.vllm_http import PASSING, Server, Unanswered
-from sdkit.components.vllm_weights import WeightFile, WeightFolder
-from sdkit.problems import BadEnvironment, ProcessDied, shorten
+from sdkit.components.vllm_weights import WeightFile
+from sdkit.components.vllm_wire import (
+    START,
+    State,
+    Wanted,
+    canary_body,
+    completion_body,
+    read_canary,
+    read_completion,
+    read_state,
+)
+from sdkit.problems import BadEnvironment, ProcessDied
 from sdkit.specs import VllmServerBackend
 
 T = TypeVar("T")
 Group = list[int]
 """Places of requests that have one prompt."""
-
-START = "start it with `sdkit serve` and this spec"
 
 RETRIES = 3
 """Further attempts, within about 4 s, before a server counts as away."""
@@ -39,23 +46,6 @@ PAUSE = 1.0
 """Seconds between looks where none answers."""
 ROUNDS = 8
 """How often the rest of a batch is dealt out anew before the run ends."""
-
-
-@frozen(kw_only=True)
-class Wanted:
-    """What a server must be, to sample for a run."""
-
-    config: Mapping[str, Any]  # of the student's config.json
-    dtype: str
-    folder: WeightFolder
-
-
-@frozen(kw_only=True)
-class _State:
-    """What a server that can sample for this run says of itself."""
-
-    max_tokens: int
-    sha256: str | None  # of the weights that it has
 
 
 @define(eq=False)
@@ -131,7 +121,7 @@ class ServerPool:
         """What is known of the model once it is loaded."""
         self._canary, self._end_ids = canary, end_ids
 
-    async def _states(self) -> list[_State]:
+    async def _states(self) -> list[State]:
         asked = (self._state(member, retries=0) for member in self._members)
         found = await asyncio.gather(*asked, return_exceptions=True)
         for state in found:
@@ -140,9 +130,9 @@ class ServerPool:
                 raise BadEnvironment(f"no rollout server: {state}", hint=hint)
             if isinstance(state, BaseException):
                 raise state
-        return [state for state in found if isinstance(state, _State)]
+        return [state for state in found if isinstance(state, State)]
 
-    async def _state(self, member: _Member, retries: int) -> _State:
+    async def _state(self, member: _Member, retries: int) -> State:
         """What a server says of itself.  Raises Unanswered, or BadEnvironment where it cannot sample for this run."""
         path = f"/sdkit/state?probe={self.wanted.folder.probe}"
         try:
@@ -151,16 +141,7 @@ class ServerPool:
             )
         except Unanswered as fault:
             raise _final(fault) from None
-        try:
-            state = told[0]
-            weights = state["weights"] and state["weights"]["sha256"]
-            found = _State(max_tokens=int(state["max_tokens"]), sha256=weights)
-            unfit = next(_unfit(state, self.wanted), None)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise Unanswered(f"{member.url}/sdkit/state does not say what it serves") from None
-        if unfit:
-            raise BadEnvironment(f"rollout server {member.url}: {unfit}", hint=START)
-        return found
+        return read_state(member.url, told[0], self.wanted)
 
     # ── during the run ────────────────────────────────────────────────────────────────────────
 
@@ -249,10 +230,10 @@ class ServerPool:
     async def _ask(
         self, member: _Member, file: WeightFile, requests: Sequence[Request], sampling: Sampling
     ) -> list[Completion]:
-        bodies = [_body(request, sampling, self._end_ids) for request in requests]
+        bodies = [completion_body(request, sampling, self._end_ids) for request in requests]
         headers = {WEIGHTS_HEADER: file.sha256}
         answers = await member.server.answers("/v1/completions", bodies, headers=headers)
-        return [_completion(member.url, answer) for answer in answers]
+        return [read_completion(member.url, answer) for answer in answers]
 
     # ── who has the weights ───────────────────────────────────────────────────────────────────
 
@@ -298,7 +279,7 @@ class ServerPool:
         if state.sha256 != file.sha256:
             update = {"version": file.version, "file": file.path.name, "sha256": file.sha256}
             try:
-                await member.server.answers("/sdkit/weights", [update], retries=0)
+                await member.server.answers("/sdkit/weights", [update])
             except Unanswered as fault:
                 raise _final(fault) from None
         member.figures = await self._compare(member, file)
@@ -309,24 +290,9 @@ class ServerPool:
     async def _compare(self, member: _Member, file: WeightFile) -> dict[str, float]:
         canary = self._canary
         assert canary is not None, "a transfer before begin"
-        body = {
-            "prompt": list(canary.ids),
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "prompt_logprobs": 0,
-        }
-        headers = {WEIGHTS_HEADER: file.sha256}
-        answer = (await member.server.answers("/v1/completions", [body], headers=headers))[0]
-        try:
-            places = answer["choices"][0]["prompt_logprobs"][1:]
-            there = [
-                float(place[str(token)]["logprob"])
-                for place, token in zip(places, canary.ids[1:], strict=True)
-            ]
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise Unanswered(
-                f"{member.url} answered without the log-probabilities of the prompt"
-            ) from None
+        bodies, headers = [canary_body(canary.ids)], {WEIGHTS_HEADER: file.sha256}
+        answer = (await member.server.answers("/v1/completions", bodies, headers=headers))[0]
+        there = read_canary(member.url, answer, canary.ids)
         return canary.compare(file.canary, there, file.version, f"the server {member.url}")
 
     def _lost(self, member: _Member, fault: Unanswered) -> None:
@@ -363,23 +329,6 @@ def _final(fault: Unanswered) -> Exception:
     return BadEnvironment(f"rollout server {fault}", hint=known.get(fault.status, fault.hint))
 
 
-def _unfit(state: Mapping[str, Any], wanted: Wanted) -> Iterator[str]:
-    """Why a server cannot sample for a run."""
-    if state["sdkit"] != __version__:
-        yield f"it is of sdkit {state['sdkit']}, the trainer of {__version__}"
-    for name in SHAPE:
-        theirs, ours = state["model"].get(name), wanted.config.get(name)
-        if theirs != ours:
-            yield f"its model has {name} {shorten(theirs)}, the student {shorten(ours)}"
-    if state["dtype"] != wanted.dtype:
-        yield f"it serves {state['dtype']}, and the run wants {wanted.dtype}"
-    if not state["sees_probe"]:
-        yield (
-            f"it takes weights from {state['folder']}, and does not see there what this run writes to "
-            f"{wanted.folder.path} (rollout.backend.folder)"
-        )
-
-
 def _groups(requests: Sequence[Request]) -> list[Group]:
     """Requests of one prompt, which stand together, in one group."""
     groups: list[Group] = []
@@ -393,37 +342,3 @@ def _groups(requests: Sequence[Request]) -> list[Group]:
 
 def _places(part: Sequence[Group]) -> list[int]:
     return [place for group in part for place in group]
-
-
-def _body(request: Request, sampling: Sampling, end_ids: Sequence[int]) -> dict[str, Any]:
-    greedy = sampling.temperature == 0
-    body: dict[str, Any] = {
-        "prompt": list(request.prompt_ids),
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "stop_token_ids": list(end_ids),
-        "logprobs": 0,
-        "return_token_ids": True,
-    }
-    if not greedy:
-        body |= {"seed": request.seed, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    if sampling.stop:
-        body["stop"] = list(sampling.stop)
-    if sampling.ids_below is not None:
-        body["allowed_token_ids"] = list(range(sampling.ids_below))
-    return body
-
-
-def _completion(url: str, answer: Any) -> Completion:
-    try:
-        choice = answer["choices"][0]
-        ids = tuple(int(token) for token in choice["token_ids"])
-        logprobs = tuple(float(value) for value in choice["logprobs"]["token_logprobs"])
-        reason = choice["finish_reason"]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise Unanswered(
-            f"{url} answered without token ids and their log-probabilities ({error})"
-        ) from None
-    if reason not in ("stop", "length") or len(ids) != len(logprobs):
-        raise Unanswered(f"{url} broke a completion off ({reason})")
-    return Completion(ids=ids, logprobs=logprobs, finished=reason == "stop")

@@ -13,12 +13,18 @@ from pathlib import Path
 
 from attrs import asdict, frozen
 
+from sdkit.problems import Path as SpecPath
 from sdkit.resolved import leaves, resolved
 from sdkit.specs import ExperimentSpec
 
 NAME = "MANIFEST.json"
 FREE = frozenset(
     {
+        ("output",),
+        *(
+            ("rollout", "backend", key)
+            for key in ("urls", "key_from", "allow_remote", "folder", "deadline_seconds")
+        ),
         ("training", "steps"),
         ("training", "epochs"),
         ("training", "micro_batch_tokens"),
@@ -26,7 +32,13 @@ FREE = frozenset(
         ("model", "activation_checkpointing"),
     }
 )
-"""What may change when a run is continued: its length, what its memory is spent on and, besides, all of `output`."""
+"""What may change when a run is continued, with all beneath it: its length, its output, what its memory is spent on, where
+its rollout servers are."""
+
+
+def free(path: SpecPath) -> bool:
+    """Whether this key may be another when a run is continued."""
+    return any(path[: len(key)] == key for key in FREE)
 
 
 @frozen(kw_only=True)
@@ -65,11 +77,7 @@ class Unfit(Exception):
 
 def spec_digest(spec: ExperimentSpec) -> str:
     """SHA-256 of all that a spec says, but what may change when a run is continued."""
-    held = [
-        (list(path), value)
-        for path, value in leaves(resolved(spec))
-        if path not in FREE and path[0] != "output"
-    ]
+    held = [(list(path), value) for path, value in leaves(resolved(spec)) if not free(path)]
     return _digest(sorted(held, key=str))
 
 

@@ -100,13 +100,13 @@ def _same_ranks(folder: Path, written: int, now: int) -> None:
 
 
 def same_spec(run: Path, resolved: str) -> None:
-    """A run continues under the spec it began with; only what `manifest.FREE` says may change."""
+    """A run continues under the spec it began with; only what `manifest.FREE` names may change."""
     before = dict(leaves(read(run / rundir.MARK).data))
     now = dict(leaves(read_text(resolved, "the spec").data))
     changed = [
         f"{spelled(path)}: {shorten(before.get(path))} then, {shorten(now.get(path))} now"
         for path in sorted(before.keys() | now.keys(), key=str)
-        if before.get(path) != now.get(path) and path not in manifest.FREE and path[0] != "output"
+        if before.get(path) != now.get(path) and not manifest.free(path)
     ]
     if changed:
         raise UnreadableInput(

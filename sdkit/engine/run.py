@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from sdkit.components.vllm_scores import ServedModel
-from sdkit.components.vllm_server import ServerPool, Wanted
+from sdkit.components.vllm_server import ServerPool
 from sdkit.components.vllm_weights import WeightFolder
+from sdkit.components.vllm_wire import Wanted
 from sdkit.engine import (
     checkpoint,
     ending,

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from attrs import define, frozen
 
@@ -135,12 +135,12 @@ class ServerRollouts:
                 concurrent.futures.wait([future], timeout=PULSE)
             over = ranks.of_first(future is not None and future.done())
         error = future.exception() if future is not None else None
-        told = error if error is None or isinstance(error, SdkitError) else ProcessDied(str(error))
         result = future.result() if future is not None and error is None else None
+        told = error if error is None or isinstance(error, SdkitError) else ProcessDied(str(error))
         result, told = ranks.of_first((result, told))
-        if error is not None or told is not None:
-            raise error or told
-        return result
+        if told is not None:
+            raise error or told  # what is no message has its traceback where it happened
+        return cast(T, result)
 
     def _forget(self) -> None:
         """Remove the files that nothing will be sampled from."""

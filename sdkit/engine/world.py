@@ -268,7 +268,8 @@ class World:
         return backend, measured
 
     def servers(self) -> ServerRollouts:
-        """The rollout servers, whatever weights they have."""
+        """The rollout servers, whatever weights they have; whoever asks may give them others."""
+        self._loaded.pop(VllmServerBackend.kind, None)
         backend = self._opened(self.plan.backend)
         assert isinstance(backend, ServerRollouts), "the plan's backend is another"
         return backend

@@ -145,7 +145,7 @@ def test_evaluation_is_of_the_current_weights_and_changes_no_batch(server, tiny_
 
 
 @pytest.mark.parametrize("batches", [1, 2])
-def test_a_resumed_run_is_the_uninterrupted_one(
+def test_a_resumed_run_is_the_uninterrupted_one_also_on_another_server(
     server, tiny_folder, tmp_path, batches, monkeypatch
 ):
     output = OutputSpec(tensorboard=False, checkpoint_every=2)
@@ -169,16 +169,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     ]
     monkeypatch.setattr(loop, "_one_step", step)
     server.kill()
-    server.start()  # whatever the server had is gone
-    server.asked.clear()
-    train(spec, cut, resume=True)
+    other = TinySampler(tiny_folder, tmp_path / "weights")
+    elsewhere = evolve(spec.rollout.backend, urls=(other.url,))
+    try:
+        moved = evolve(spec, rollout=evolve(spec.rollout, backend=elsewhere))
+        train(moved, cut, resume=True)
+    finally:
+        other.close()
     assert metrics(cut) == metrics(whole)
     ours, theirs = weights_of(cut), weights_of(whole)
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     for number in range(STEPS):
         name = f"rollouts/step_{number:06d}.jsonl"
         assert lines(cut / name) == lines(whole / name)
-    assert len(server.asked) == 4 * (STEPS - 2 - batches)  # what waited is not asked again
+    assert len(other.asked) == 4 * (STEPS - 2 - batches)  # what waited is not asked again
 
 
 def test_a_failure_of_the_thread_ends_the_run_in_its_own_words(server, tiny_folder, tmp_path):

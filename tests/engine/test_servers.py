@@ -9,7 +9,7 @@ from tinyruns import LORA, advance, evaluated, make_spec, metrics, model, rollou
 pytest.importorskip("uvicorn", reason="the servers of these tests run on uvicorn")
 from tinyservers import TinySampler
 
-from sdkit.components import vllm_server
+from sdkit.components import vllm_server, vllm_wire
 from sdkit.engine.gather import gather
 from sdkit.problems import BadEnvironment, NumericsGuard, ProcessDied
 from sdkit.specs import TransformersBackend, VllmServerBackend
@@ -259,7 +259,7 @@ def test_another_precision_or_version_is_refused(
     spec = served_by([server], tmp_path, tiny_folder, backend={"dtype": "bfloat16"})
     with pytest.raises(BadEnvironment, match="serves float32, and the run wants bfloat16"):
         run.open_world(spec, tmp_path)
-    monkeypatch.setattr(vllm_server, "__version__", "9.9")
+    monkeypatch.setattr(vllm_wire, "__version__", "9.9")
     with pytest.raises(BadEnvironment, match=r"the trainer of 9\.9"):
         run.open_world(served_by([server], tmp_path, tiny_folder), tmp_path)
 

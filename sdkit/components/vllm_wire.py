@@ -1,0 +1,120 @@
+"""What is written to a rollout server and read from it: its state, completions, log-probabilities of the canary.
+
+Knows JSON and token ids; knows nothing of connections.  What cannot be read raises Unanswered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from attrs import frozen
+
+from sdkit import __version__
+from sdkit.batches import Completion, Request, Sampling
+from sdkit.components.vllm_door import SHAPE
+from sdkit.components.vllm_http import Unanswered
+from sdkit.components.vllm_weights import WeightFolder
+from sdkit.problems import BadEnvironment, shorten
+
+START = "start it with `sdkit serve` and this spec"
+
+
+@frozen(kw_only=True)
+class Wanted:
+    """What a server must be, to sample for a run."""
+
+    config: Mapping[str, Any]  # of the student's config.json
+    dtype: str
+    folder: WeightFolder
+
+
+@frozen(kw_only=True)
+class State:
+    """What a server that can sample for this run says of itself."""
+
+    max_tokens: int
+    sha256: str | None  # of the weights that it has
+
+
+def read_state(url: str, told: Any, wanted: Wanted) -> State:
+    """What a server says of itself.  Raises BadEnvironment where it cannot sample for this run."""
+    try:
+        weights = told["weights"] and told["weights"]["sha256"]
+        state = State(max_tokens=int(told["max_tokens"]), sha256=weights)
+        unfit = next(_unfit(told, wanted), None)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise Unanswered(f"{url}/sdkit/state does not say what it serves") from None
+    if unfit:
+        raise BadEnvironment(f"rollout server {url}: {unfit}", hint=START)
+    return state
+
+
+def _unfit(state: Mapping[str, Any], wanted: Wanted) -> Iterator[str]:
+    """Why a server cannot sample for a run."""
+    if state["sdkit"] != __version__:
+        yield f"it is of sdkit {state['sdkit']}, the trainer of {__version__}"
+    for name in SHAPE:
+        theirs, ours = state["model"].get(name), wanted.config.get(name)
+        if theirs is None or ours is None:
+            continue  # what one side does not say, the canary will
+        if theirs != ours:
+            yield f"its model has {name} {shorten(theirs)}, the student {shorten(ours)}"
+    if state["dtype"] != wanted.dtype:
+        yield f"it serves {state['dtype']}, and the run wants {wanted.dtype}"
+    if not state["sees_probe"]:
+        yield (
+            f"it takes weights from {state['folder']}, and does not see there what this run writes to "
+            f"{wanted.folder.path} (rollout.backend.folder)"
+        )
+
+
+def completion_body(request: Request, sampling: Sampling, end_ids: Sequence[int]) -> dict[str, Any]:
+    """Asks for one completion."""
+    greedy = sampling.temperature == 0
+    body: dict[str, Any] = {
+        "prompt": list(request.prompt_ids),
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "stop_token_ids": list(end_ids),
+        "logprobs": 0,
+        "return_token_ids": True,
+    }
+    if not greedy:
+        body |= {"seed": request.seed, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    if sampling.ids_below is not None:
+        body["allowed_token_ids"] = list(range(sampling.ids_below))
+    return body
+
+
+def read_completion(url: str, answer: Any) -> Completion:
+    """The completion that a server sampled."""
+    try:
+        choice = answer["choices"][0]
+        ids = tuple(int(token) for token in choice["token_ids"])
+        logprobs = tuple(float(value) for value in choice["logprobs"]["token_logprobs"])
+        reason = choice["finish_reason"]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise Unanswered(
+            f"{url} answered without token ids and their log-probabilities ({error})"
+        ) from None
+    if reason not in ("stop", "length") or len(ids) != len(logprobs):
+        raise Unanswered(f"{url} broke a completion off ({reason})")
+    return Completion(ids=ids, logprobs=logprobs, finished=reason == "stop")
+
+
+def canary_body(ids: Sequence[int]) -> dict[str, Any]:
+    """Asks for the log-probabilities of the tokens of a sequence."""
+    return {"prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+
+
+def read_canary(url: str, answer: Any, ids: Sequence[int]) -> list[float]:
+    """The log-probabilities of all tokens but the first."""
+    try:
+        places = answer["choices"][0]["prompt_logprobs"][1:]
+        scored = zip(places, ids[1:], strict=True)
+        return [float(place[str(token)]["logprob"]) for place, token in scored]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise Unanswered(f"{url} answered without the log-probabilities of the prompt") from None
