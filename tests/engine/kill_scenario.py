@@ -26,7 +26,7 @@ from tinyruns import (
 )
 
 from sdkit.components.rollouts import TransformersRollouts
-from sdkit.engine import checkpoint, loop, manifest, step, zero
+from sdkit.engine import disk, loop, manifest, step, zero
 from sdkit.engine.report import Report
 from sdkit.specs import (
     CopyWeights,
@@ -63,7 +63,7 @@ PHASES = {
     "evaluation": (loop, "evaluate", "after"),
     "save": (zero.Zero, "save", "after"),
     "manifest": (manifest, "write", "before"),
-    "naming": (checkpoint, "_put", "after"),
+    "naming": (disk, "put", "after"),
 }
 BY_THE_FIRST_RANK = {"manifest", "naming"}
 REWARD = "import random\ndef drawn(completion, row): return random.random()\n"
