@@ -15,7 +15,7 @@ from attrs import evolve
 from ranks_scenario import EMA, LIVE, ONE, small
 from tinyruns import LORA, train
 
-from sdkit.engine import zero_shards
+from sdkit.engine import run, zero_shards
 from sdkit.engine.converting import convert
 from sdkit.specs import CopyWeights, OptimizerSpec, OutputSpec, RoutedWeights, Table
 
@@ -54,13 +54,14 @@ def spec_of(folder, weights, form, stage):
 def parted(run, target, step):
     """A run as it was at a step, whose checkpoint is its newest."""
     shutil.copytree(run, target)
-    for checkpoint in (target / "checkpoints").iterdir():
+    for checkpoint in (target / "checkpoints").glob("step_*"):
         if checkpoint.name > f"step_{step:06d}":
             shutil.rmtree(checkpoint)
 
 
 def main(folder, work, *cases):
     forked.warm()
+    run.plot = lambda *_: None  # a picture of each run would be a quarter of the time
     settings = zero_shards.settings
     zero_shards.settings = lambda offload: settings(offload) | {"sub_group_size": PARTS}
     for case in cases:
@@ -72,15 +73,15 @@ def main(folder, work, *cases):
 def all_runs(spec, work, ranks, other):
     work.mkdir()
 
-    def run(count, function):
+    def on(count, function):
         for ended in forked.ranks(count, function, work):
             assert ended.code == 0, f"{work.name}: {ended.said}"
 
     def converted(name, *counts):
         for count in counts:
-            run(1, lambda count=count: convert(spec, work / name, count, print))
+            on(1, lambda count=count: convert(spec, work / name, count, print))
 
-    run(ranks, lambda: train(spec, work / "straight"))
+    on(ranks, lambda: train(spec, work / "straight"))
     for name, source, step, counts in (
         ("back", "straight", 2, (other, ranks)),
         ("other", "straight", 2, (other,)),
@@ -88,7 +89,7 @@ def all_runs(spec, work, ranks, other):
     ):
         parted(work / source, work / name, step)
         converted(name, *counts)
-        run(counts[-1], lambda name=name: train(spec, work / name, resume=True))
+        on(counts[-1], lambda name=name: train(spec, work / name, resume=True))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def warm():
     from sdkit.engine import plot, zero
 
     zero.prepare()
-    import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer  # at every `initialize`, and torch's compiler with it
     import matplotlib.pyplot
     import peft
     import transformers.models.llama.modeling_llama
