@@ -18,16 +18,16 @@ UNWRITTEN = ("inline_container", "no space left", "os error", "file write failed
 
 @contextlib.contextmanager
 def writing(partial: Path, final: Path, then: str = "continue with --resume") -> Iterator[None]:
-    """What is half written goes where it cannot be finished; `then` is what to do once there is room.
+    """What is half written goes where it cannot be finished, here or by another rank; `then`: what to do once there is room.
 
     Raises BadEnvironment for what the disk has against it.
     """
     try:
         yield
     except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
         if (found := fault(error)) is None:
             raise
-        shutil.rmtree(partial, ignore_errors=True)
         raise BadEnvironment(
             f"cannot write {final}: {found}",
             hint=f"what was complete before is untouched; make room and {then}",

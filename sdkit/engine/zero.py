@@ -19,7 +19,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from sdkit.engine import zero_shards
-from sdkit.engine.ranks import meet, world_size
+from sdkit.engine.ranks import meet, rank, world_size
 from sdkit.specs import OptimizerSpec
 
 DEADLINE = timedelta(seconds=600)
@@ -185,8 +185,12 @@ class Zero:
             yield name, value
 
     def save(self, folder: Path, tag: str) -> None:
+        """Write student and optimizer to folder/tag; every rank must call.  Raises OSError or RuntimeError."""
         with quiet():
             self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        if rank() == 0:
+            for script in folder.glob("zero_to_*.py"):  # converters, which fail on tied weights
+                script.unlink()
 
     def load(self, folder: Path, tag: str, *, universal: bool) -> None:
         """Take back a checkpoint of this very run; `universal`: of another number of ranks, by zero_universal.py.

@@ -70,10 +70,10 @@ def interrupt_twice():
 """
 
 
-def write_spec(folder, work):
-    """A run of four steps on long teacher prompts, which eager attention needs much memory for."""
+def write_spec(folder, work, name, tail=""):
+    """A run of four steps; the tail lengthens the teacher's prompts, for which eager attention needs memory."""
     (work / "reward.py").write_text(REWARD)
-    rows = [{"q": f"What is {i} + 1?", "d": str(i + 1) + " 7" * 1200} for i in range(4)]
+    rows = [{"q": f"What is {i} + 1?", "d": str(i + 1) + tail} for i in range(4)]
     spec = {
         "method": str(Path(__file__).parents[2] / "specs/methods/sdft.yaml"),
         "model": {"path": str(folder), "dtype": "float32", "attention": "eager"},
@@ -86,10 +86,11 @@ def write_spec(folder, work):
         "rewards": {
             "long": {"kind": "file", "file": "reward.py", "function": "faulty", "seconds": 2}
         },
+        "optimizer": {"lr": 1e-3},
         "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2},
         "output": {"tensorboard": False, "checkpoint_every": 1, "keep_checkpoints": 2},
     }
-    (work / "run.yaml").write_text(yaml.safe_dump(spec))
+    (work / name).write_text(yaml.safe_dump(spec))
 
 
 def command(*words):
@@ -116,17 +117,17 @@ class Scenario:
                 os.environ |= {"FAULT": fault, "WHO": str(who)}
             command(*words, "--to", run)
 
-        ended = forked.ranks(ranks, attempt, self.work, patience)
+        ended = forked.ranks(ranks, attempt, run, patience)
         self.found[name] = {
             "codes": [each.code for each in ended],
             "said": [each.said for each in ended],
             "seconds": [each.seconds for each in ended],
             "status": json.loads((run / "status.json").read_text()),
-            "checkpoints": sorted(p.name for p in (run / "checkpoints").glob("*")),
+            "checkpoints": sorted(p.name for p in (run / "checkpoints").glob("*step_*")),
         }
 
-    def train(self, name, ranks, *words, **options):
-        self.run(name, ranks, "train", self.work / "run.yaml", *words, **options)
+    def train(self, name, ranks, *words, spec="run.yaml", **options):
+        self.run(name, ranks, "train", self.work / spec, *words, **options)
 
     def resume(self, name, ranks):
         self.train(f"{name}, resumed", ranks, "--resume", folder=name)
@@ -134,11 +135,13 @@ class Scenario:
 
 def main(folder, work):
     forked.warm()
-    write_spec(folder, work)
+    write_spec(folder, work, "run.yaml")
+    write_spec(folder, work, "long.yaml", tail=" 7" * 1200)
     scenario = Scenario(work)
     for ranks in (1, 2):
         scenario.train(f"straight {ranks}", ranks)
-    for fault in ("no_memory", "full_disk", "hang", "kill", "terminate"):
+    scenario.train("no_memory", 2, spec="long.yaml", fault="no_memory", who=1)
+    for fault in ("full_disk", "hang", "kill", "terminate"):
         scenario.train(fault, 2, fault=fault, who=1)
     scenario.train("kill the first", 2, fault="kill", who=0)
     scenario.train("freeze", 2, fault="freeze", who=1, patience=1)
@@ -147,10 +150,12 @@ def main(folder, work):
     for fault in ("kill", "interrupt", "interrupt_twice"):
         scenario.train(f"{fault} alone", 1, fault=fault)
     scenario.resume("kill alone", 1)
-    scenario.train("not finite", 2, "optimizer.lr=1e30", "optimizer.clip=1e30")
-    again = "replay", f"{work / 'not finite'}@1"
-    scenario.run("replayed", 2, *again)
-    scenario.run("replayed otherwise", 2, "replay", f"{work / 'not finite'}@0", "optimizer.lr=1e-3")
+    # The first step makes the weights so large that nothing which they give is a number, the samples' own included.
+    scenario.train("not finite", 2, "optimizer.lr=1e15", "optimizer.clip=1e30")
+    again = work / "not finite"
+    scenario.run("replayed", 2, "replay", f"{again}@1")
+    calmer = "optimizer.lr=1e-3", "losses.distil.importance.sampler=null"
+    scenario.run("replayed otherwise", 2, "replay", f"{again}@0", *calmer)
     (work / "found.json").write_text(json.dumps(scenario.found))
 
 

@@ -32,35 +32,35 @@ def warm():
     from sdkit.engine import plot, zero
 
     zero.prepare()
-    import deepspeed.runtime.zero.muon.muon_optimizer  # at every `initialize`, and torch's compiler with it
+    import deepspeed
     import matplotlib.pyplot
     import peft
     import transformers.models.llama.modeling_llama
+    from deepspeed.runtime.zero.muon import original_muon
 
-    assert all((plot, deepspeed, matplotlib.pyplot, peft, transformers.models.llama.modeling_llama))
+    llama = transformers.models.llama.modeling_llama
+    assert all((plot, deepspeed, original_muon, matplotlib.pyplot, peft, llama))
 
 
 def ranks(count, run, folder, patience=PATIENCE):
     """`run` in `count` processes side by side, each a rank where there are several; in the order of ranks.
 
-    What has not ended in time is killed.
+    What has not ended in time is killed.  What they write goes to files beside `folder`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = time.monotonic()
     deadline = started + DEADLINE
-    running = {
-        _fork(rank, count, port, run, folder / f"said_{rank}"): rank for rank in range(count)
-    }
+    said = [folder.with_name(f"{folder.name} said {rank}") for rank in range(count)]
+    running = {_fork(rank, count, port, run, said[rank]): rank for rank in range(count)}
     ended = {}
     while running:
         for pid in list(running):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 rank, code = running.pop(pid), os.waitstatus_to_exitcode(status)
-                said = (folder / f"said_{rank}").read_text()
-                ended[rank] = Ended(code, said, time.monotonic() - started)
+                ended[rank] = Ended(code, said[rank].read_text(), time.monotonic() - started)
                 if code:
                     deadline = min(deadline, time.monotonic() + patience)
         if time.monotonic() > deadline:

@@ -8,6 +8,7 @@ test_resume.py says that the others must be the same.
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import forked
@@ -25,8 +26,7 @@ from tinyruns import (
     training,
 )
 
-from sdkit.components.rollouts import TransformersRollouts
-from sdkit.engine import disk, loop, manifest, step, zero
+from sdkit.engine import checkpoint, disk, gather, loop, manifest, run, step, zero
 from sdkit.engine.report import Report
 from sdkit.specs import (
     CopyWeights,
@@ -41,6 +41,8 @@ from sdkit.specs import (
     StudentWeights,
     Suite,
     Table,
+    TransformersBackend,
+    VllmBackend,
 )
 
 STEPS = 6
@@ -54,9 +56,11 @@ TEACHERS = {
     "routed": RoutedWeights(by="side", routes=Table({"left": EMA, "right": CopyWeights(every=3)})),
 }
 FORMS = {"full": None, "lora": LORA}
+VLLM = "vllm"
+"""A form beside these: all weights, sampled from by vLLM."""
 PHASES = {
     # Where the kill comes: before or after this function, while the run's step is the case's.
-    "rollout": (TransformersRollouts, "sample", "after"),
+    "rollout": (gather, "score", "before"),
     "teacher": (step, "score", "after"),
     "update": (zero.Zero, "step", "after"),
     "boundary": (Report, "step", "after"),
@@ -64,6 +68,7 @@ PHASES = {
     "save": (zero.Zero, "save", "after"),
     "manifest": (manifest, "write", "before"),
     "naming": (disk, "put", "after"),
+    "model": (checkpoint, "save_model", "after"),
 }
 BY_THE_FIRST_RANK = {"manifest", "naming"}
 REWARD = "import random\ndef drawn(completion, row): return random.random()\n"
@@ -80,13 +85,14 @@ def spec_of(folder, work, weights, form, stage):
     (work / "reward.py").write_text(REWARD)
     # Drawn from Python's own stream, which every process has but one of.
     drawn = FileReward(file=str(work / "reward.py"), function="drawn", at_once=1)
+    backend = VllmBackend(cache_gib=0.1) if form == VLLM else TransformersBackend()
     spec = make_spec(
         folder,
-        model=model(folder, lora=FORMS[form]),
+        model=model(folder, lora=FORMS.get(form)),
         teacher=teacher(TEACHERS[weights]),
         data=sided(6),
         optimizer=OptimizerSpec(lr=3e-3, schedule="linear", warmup_steps=1),
-        rollout=rollout(max_new_tokens=4),
+        rollout=rollout(max_new_tokens=2, backend=backend),
         training=training(
             steps=STEPS, prompts_per_step=2, zero_stage=int(stage), updates_per_rollout=2
         ),
@@ -129,21 +135,19 @@ def killed_and_resumed(spec, folder, ranks, places):
                 arm(phase, at)
             train(spec, folder, resume=resume)
 
-        ended = forked.ranks(ranks, attempt, folder.parent)
+        ended = forked.ranks(ranks, attempt, folder)
         killed = [rank for rank, each in enumerate(ended) if each.code == -signal.SIGKILL]
         assert killed == [victim], f"{folder.name}: not killed {place}: {ended}"
         assert all(each.code for each in ended), f"{folder.name}: {place} outlived: {ended}"
     whole(lambda: train(spec, folder, resume=True), folder, ranks)
 
 
-def whole(run, folder, ranks):
-    for each in forked.ranks(ranks, run, folder.parent):
+def whole(attempt, folder, ranks):
+    for each in forked.ranks(ranks, attempt, folder):
         assert each.code == 0, f"{folder.name}: {each.said}"
 
 
-def main(folder, work, *cases):
-    forked.warm()
-    work = Path(work)
+def one_after_the_other(folder, work, cases):
     for case in cases:
         weights, form, stage, ranks, places = case.split("-")
         spec = spec_of(folder, work, weights, form, stage)
@@ -151,6 +155,29 @@ def main(folder, work, *cases):
         if not straight.exists():
             whole(lambda s=spec, f=straight: train(s, f), straight, int(ranks))
         killed_and_resumed(spec, work / case, int(ranks), places.split(","))
+
+
+def main(folder, work, *cases):
+    """Two cases of one rank go on at a time, as do two ranks."""
+    forked.warm()
+    run.plot = lambda *_: None  # pictures are of no weight here
+    work = Path(work)
+    alone = [case for case in cases if case.split("-")[3] == "1"]
+    halves = [os.fork() or _half(folder, work, alone[start::2]) for start in (0, 1)]
+    ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in halves]
+    assert ended == [0, 0]
+    one_after_the_other(folder, work, [case for case in cases if case not in alone])
+
+
+def _half(folder, work, cases):
+    """In a process of its own."""
+    try:
+        one_after_the_other(folder, work, cases)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
 
 
 if __name__ == "__main__":
