@@ -7,6 +7,7 @@ checkpoints/step_000010/  the state after ten rollout batches, complete where it
                                   teacher with its part's number before: `0/NAME`); under stage 3 each rank's flat
                                   pieces: teacher_rank_R.safetensors
     mp_rank_*, *zero_pp_rank_*    DeepSpeed's: student, masters, optimizer moments (pickles: only ever this run's own)
+    zero/NAME/                    instead of the ranks' own, where it was converted: a parameter's master and moments, whole
 model/                    config, safetensors, tokenizer; with LoRA the adapter merged into a copy, and
 adapter/                  the adapter alone
 """

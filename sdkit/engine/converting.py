@@ -132,15 +132,13 @@ def piece(parts: Sequence[Any], size: int, rank: int, ranks: int) -> Tensor:
 
 def _complete(folder: Path, held: Manifest, ranks: int) -> None:
     """Bring every file to the disk, and name it in the manifest."""
-    files: dict[str, manifest.File] = {}
-    for name in manifest.names(folder):
-        disk.sync(folder / name)
-        files[name] = manifest.describe(folder / name)
+    for path in folder.rglob("*"):
+        disk.sync(path)
     found = evolve(
         held,
         origin=evolve(held.origin, ranks=ranks),
         sdkit=__version__,
-        files=files,
+        files={name: manifest.describe(folder / name) for name in manifest.names(folder)},
         universal=held.zero_stage > 0,
     )
     manifest.write(folder, found)

@@ -8,20 +8,23 @@ so there metrics agree to 1e-5 and weights to 1e-6 (test_ranks.py says why its o
 import itertools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from convert_scenario import FORMS, STEPS, TEACHERS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tinyruns import make_spec, metrics, same, silent, teacher, train, training, weights_of
 
 from sdkit.cli import main
-from sdkit.engine import converting, manifest, processes, resuming
+from sdkit.engine import converting, manifest, processes, resuming, streams
 from sdkit.problems import BadEnvironment, UnreadableInput
 from sdkit.specs import EmaWeights, OutputSpec
 
@@ -117,6 +120,20 @@ def test_pieces_are_cut_anew(tmp_path, size):
             same(converting.piece([f.get_slice("p") for f in files], size, rank, now), part)
 
 
+def test_a_further_rank_begins_streams_of_its_own():
+    """Not those that a rank of this number once began: the run has drawn from them."""
+
+    def drawn(*where):
+        streams.begin(3, *where)
+        return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+    before = streams.state()
+    begun = [drawn(0), drawn(1), drawn(0, 7), drawn(1, 7), drawn(1, 8)]
+    streams.restore(before)
+    for draws in zip(*begun, strict=True):
+        assert len(set(draws)) == len(begun)
+
+
 # ── what is refused, and what is left where it ends early ─────────────────────────────────────
 
 
@@ -135,8 +152,8 @@ def three(tiny_folder, tmp_path_factory):
 
 @pytest.fixture
 def run(three, tmp_path):
-    """A copy of it, to be converted."""
-    return shutil.copytree(three[1], tmp_path / "run")
+    """A copy of it, to be converted; in a folder whose name is no regular expression of itself."""
+    return shutil.copytree(three[1], tmp_path / "run+1")
 
 
 def contents(run):
@@ -217,8 +234,6 @@ def test_a_run_that_is_being_trained_is_refused(three, run):
 
 
 def test_before_the_first_update_there_is_nothing_to_convert(three, run):
-    from attrs import evolve
-
     folder = run / "checkpoints" / "step_000003"
     manifest.write(folder, evolve(manifest.read(folder, hashes=False), updates=0))
     error = refused(three, run)
