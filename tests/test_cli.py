@@ -19,7 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
 DEMO = SPECS / "sdft.yaml"
 METHOD = SPECS / "methods" / "sdft.yaml"
-COMMANDS = ("validate", "show", "plan", "smoke", "train", "eval", "replay", "compare", "export")
+COMMANDS = (
+    "validate",
+    "show",
+    "plan",
+    "smoke",
+    "train",
+    "eval",
+    "replay",
+    "compare",
+    "export",
+    "checkpoint",
+)
 RUN = """
 model: {path: MODEL, dtype: float32}
 data:

@@ -108,7 +108,10 @@ def test_components_know_neither_the_engine_nor_each_other(path):
 @pytest.mark.parametrize(
     ("package", "files"),
     [
-        ("deepspeed", {"sdkit.engine.zero", "sdkit.engine.zero_shards"}),
+        (
+            "deepspeed",
+            {f"sdkit.engine.{name}" for name in ("zero", "zero_shards", "zero_universal")},
+        ),
         ("vllm", {"sdkit.components.vllm", "sdkit.components.vllm_worker"}),
         ("typer", {_name(p) for p in FILES if _room(p) == "cli"}),
     ],

@@ -65,3 +65,31 @@ def export(
     base = Path(origin(run)["base"])
     checked = check_spec(run / MARK, None, run_file=True, base=base)
     typer.echo(write(checked.spec, base, run, to, merge=merge_lora))
+
+
+CONVERT = "Example: `sdkit checkpoint convert runs/sdft --processes 1`"
+checkpoint = typer.Typer(
+    help="What `--resume` continues from.", no_args_is_help=True, epilog=CONVERT
+)
+app.add_typer(checkpoint, name="checkpoint")
+
+
+@checkpoint.command(epilog=CONVERT)
+def convert(
+    run: Annotated[Path, typer.Argument(help="The directory of a run.", show_default=False)],
+    processes: Annotated[
+        int,
+        typer.Option("--processes", help="Ranks to fit.", min=1, show_default=False),
+    ],
+) -> None:
+    """Rewrite a run's newest checkpoint for another number of ranks; `sdkit train SPEC --resume` then continues with these."""
+    from sdkit.engine.converting import convert as rewrite
+    from sdkit.engine.rundir import MARK, origin
+
+    base = Path(origin(run)["base"])
+    checked = check_spec(run / MARK, None, run_file=True, base=base)
+
+    def warn(text: str) -> None:
+        typer.echo(f"warning: {text}", err=True)
+
+    typer.echo(rewrite(checked.spec, run, processes, warn))

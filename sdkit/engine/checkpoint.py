@@ -8,36 +8,32 @@ checkpoints/step_000010/  the state after ten rollout batches, complete where it
                                   pieces: teacher_rank_R.safetensors
     mp_rank_*, *zero_pp_rank_*    DeepSpeed's: student, masters, optimizer moments (pickles: only ever this run's own)
     ahead.jsonl                   rollouts sampled ahead of their turn, with rollout.max_staleness
+    zero/NAME/                    instead of the ranks' own, where it was converted: a parameter's master and moments, whole
 model/                    config, safetensors, tokenizer; with LoRA the adapter merged into a copy, and
 adapter/                  the adapter alone
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdkit import __version__
-from sdkit.engine import manifest, ranks, rundir, streams
+from sdkit.engine import disk, manifest, ranks, rundir, streams
 from sdkit.engine.manifest import Manifest, Origin
-from sdkit.problems import BadEnvironment, UnreadableInput
+from sdkit.problems import UnreadableInput
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
 
 FILE_BYTES = 5 * 10**9
 """Of the largest file of a written model: what the first rank holds of it at once."""
-UNWRITTEN = ("inline_container", "no space left", "os error", "file write failed")
-"""What torch and safetensors say where a file cannot be written: they raise no OSError."""
 
 
 def save(world: World, run: Path) -> Path:
@@ -50,43 +46,16 @@ def save(world: World, run: Path) -> Path:
     folder = run / "checkpoints"
     tag = f"step_{world.step:06d}"
     partial, final = folder / f".partial-{tag}", folder / tag
-    with _writing(partial, final):
-        _together(lambda: _fresh(partial))
+    with disk.writing(partial, final):
+        _together(lambda: disk.fresh(partial) if ranks.rank() == 0 else None)
         world.zero.save(folder, partial.name)
         _together(lambda: _write_own(world, partial))
         _complete(world, run, partial)
         if ranks.rank() == 0:
-            _put(partial, final)
+            disk.put(partial, final)
             _forget_older(final, world.spec.output.keep_checkpoints)
         ranks.meet()
     return final
-
-
-@contextlib.contextmanager
-def _writing(partial: Path, final: Path) -> Iterator[None]:
-    """What is half written goes where it cannot be finished, by this rank or by another."""
-    try:
-        yield
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if (fault := _disk_fault(error)) is None:
-            raise
-        raise BadEnvironment(
-            f"cannot write {final}: {fault}",
-            hint="what was complete before is untouched; make room and continue with --resume",
-        ) from None
-
-
-def _disk_fault(error: Exception) -> str | None:
-    """What the disk has against a file; None where the error is another."""
-    if isinstance(error, OSError):
-        return (error.strerror or str(error)).lower()
-    if isinstance(error, RuntimeError | SafetensorError):
-        text = str(error).lower()
-        if any(words in text for words in UNWRITTEN):
-            full = "no space left on device"
-            return full if full in text else "a file was not written whole; the disk may be full"
-    return None
 
 
 def _together(write: Callable[[], None]) -> None:
@@ -95,16 +64,10 @@ def _together(write: Callable[[], None]) -> None:
     try:
         write()
     except Exception as error:
-        if (fault := _disk_fault(error)) is None:
+        if (fault := disk.fault(error)) is None:
             raise
     if faults := [found for found in ranks.everyones(fault) if found]:
         raise OSError(faults[0])
-
-
-def _fresh(partial: Path) -> None:
-    if ranks.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
 
 
 def _write_own(world: World, folder: Path) -> None:
@@ -138,7 +101,7 @@ def _complete(world: World, run: Path, folder: Path) -> None:
 
     def finish() -> None:
         for i in ranks.share(len(names)):
-            _to_disk(folder / names[i])
+            disk.sync(folder / names[i])
             own[names[i]] = manifest.describe(folder / names[i])
 
     _together(finish)
@@ -159,7 +122,7 @@ def _write_manifest(folder: Path, found: Manifest) -> None:
     if ranks.rank() == 0:
         manifest.write(folder, found)
         for path in (folder / manifest.NAME, folder):
-            _to_disk(path)
+            disk.sync(path)
 
 
 def _origin(world: World, run: Path) -> Origin:
@@ -177,13 +140,17 @@ def load(world: World, checkpoint: Path) -> None:
         facts = manifest.read(checkpoint, hashes=False)
     except manifest.Unfit as unfit:
         raise UnreadableInput(f"{checkpoint} {unfit}") from None
-    world.zero.load(checkpoint.parent, checkpoint.name)
+    world.zero.load(checkpoint.parent, checkpoint.name, universal=facts.universal)
     world.step, world.updates, world.skipped = facts.step, facts.updates, facts.skipped
     if world.teacher and world.teacher.moves:
         world.teacher.load_state(load_file(str(checkpoint / _teacher_file(world))))
     if world.ahead:
         world.ahead.read(checkpoint)
-    streams.restore(json.loads((checkpoint / _streams_file()).read_text(encoding="utf-8")))
+    own = checkpoint / _streams_file()
+    if own.is_file():
+        streams.restore(json.loads(own.read_text(encoding="utf-8")))
+    else:  # a rank that the run did not have before it was converted
+        streams.begin(world.spec.training.seed, ranks.rank(), world.step)
 
 
 def newest_step(run: Path) -> int:
@@ -198,7 +165,7 @@ def save_model(world: World, run: Path) -> Path:
     causal: Any = world.student.causal
     target, partial = run / "model", run / ".partial-model"
     first = ranks.rank() == 0
-    with _writing(partial, target):
+    with disk.writing(partial, target):
         if first:
             shutil.rmtree(partial, ignore_errors=True)
             causal.config.save_pretrained(partial)
@@ -208,7 +175,7 @@ def save_model(world: World, run: Path) -> Path:
         if world.spec.model.lora:
             _save_adapter(world, run / "adapter" if first else None)
         if first:
-            _put(partial, target)
+            disk.put(partial, target)
     return target
 
 
@@ -257,26 +224,6 @@ def _save_adapter(world: World, folder: Path | None) -> None:
     if folder is not None:
         adapters = [world.student.adapter]
         model.save_pretrained(str(folder), selected_adapters=adapters, state_dict=held)
-
-
-def _to_disk(path: Path) -> None:
-    """A file's bytes, or a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _put(partial: Path, final: Path) -> None:
-    """Give a complete folder its name; what had it before goes afterwards."""
-    old = final.with_name(f".old-{final.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    _to_disk(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _forget_older(final: Path, keep: int) -> None:

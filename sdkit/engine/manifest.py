@@ -69,6 +69,7 @@ class Manifest:
     zero_stage: int
     sdkit: str
     files: Mapping[str, File]
+    universal: bool = False  # DeepSpeed's files were rewritten for any number of ranks
 
 
 class Unfit(Exception):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdkit.engine import manifest, processes, rundir
+from sdkit.engine import disk, manifest, processes, rundir
 from sdkit.engine.manifest import Manifest, Origin, Unfit
 from sdkit.problems import UnreadableInput, counted, first_of, shorten, spelled
 from sdkit.resolved import leaves
@@ -33,11 +33,38 @@ def last_attempt(run: Path, say: Say) -> None:
 
 
 def newest(run: Path, expected: Origin, say: Say, *, hashes: bool) -> Path | None:
-    """The newest checkpoint that is whole and this run's own; `say` is told of every newer one that is not.
+    """The checkpoint that a run is taken up from: `newest_whole`, written by or converted for as many ranks as there are.
 
-    None where an unfinished run has written none yet.  Raises UnreadableInput where of several none is left, where
-    the newest was written by another number of ranks, and where a finished run has none.
+    None where an unfinished run has written none yet.  Raises UnreadableInput where there is none to take up.
     """
+    found = newest_whole(run, expected, say, hashes=hashes)
+    if found:
+        folder, held = found
+        convert = f"`sdkit checkpoint convert {run} --processes {expected.ranks}`"
+        _same_ranks(
+            folder,
+            held.origin.ranks,
+            expected.ranks,
+            f"continue with --processes {held.origin.ranks}, or make it fit first: {convert}",
+        )
+        return folder
+    if _status(run).get("state") == "done":
+        raise UnreadableInput(
+            f"{run} has no checkpoint to resume from",
+            hint="set output.checkpoint_every, or start again with --overwrite",
+        )
+    say("the run has no checkpoint yet: it begins anew")
+    return None
+
+
+def newest_whole(
+    run: Path, expected: Origin, say: Say, *, hashes: bool
+) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint that is whole and this run's own, of whatever number of ranks; None where there is not any.
+
+    `say` is told of every newer one that is neither.  Raises UnreadableInput where of several none is left.
+    """
+    disk.put_back(run / "checkpoints")
     faults: list[str] = []
     for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
         try:
@@ -46,21 +73,14 @@ def newest(run: Path, expected: Origin, say: Say, *, hashes: bool) -> Path | Non
         except Unfit as unfit:
             faults.append(f"{folder.name} {unfit}")
             continue
-        _same_ranks(folder, found.origin.ranks, expected.ranks)
         for fault in faults:
             say(f"passed over: {fault}")
-        return folder
+        return folder, found
     if faults:
         raise UnreadableInput(
             f"{run} has no checkpoint that can be resumed from:\n" + first_of(faults),
             hint="start again with --overwrite",
         )
-    if _status(run).get("state") == "done":
-        raise UnreadableInput(
-            f"{run} has no checkpoint to resume from",
-            hint="set output.checkpoint_every, or start again with --overwrite",
-        )
-    say("the run has no checkpoint yet: it begins anew")
     return None
 
 
@@ -72,7 +92,8 @@ def fit(checkpoint: Path, run: str | None, ranks: int, *, hashes: bool) -> None:
             raise Unfit("belongs to another run")
     except Unfit as unfit:
         raise UnreadableInput(f"{checkpoint} {unfit}", hint="replay from another step") from None
-    _same_ranks(checkpoint, found.origin.ranks, ranks)
+    written = found.origin.ranks
+    _same_ranks(checkpoint, written, ranks, f"replay with --processes {written}")
 
 
 def _status(run: Path) -> Mapping[str, Any]:
@@ -90,12 +111,11 @@ def _own(found: Manifest, expected: Origin) -> None:
         raise Unfit("was written under another spec")
 
 
-def _same_ranks(folder: Path, written: int, now: int) -> None:
-    if written != now:
+def _same_ranks(folder: Path, fits: int, now: int, hint: str) -> None:
+    if fits != now:
         raise UnreadableInput(
-            f"{folder.name} was written by {counted(written, 'rank')}, but there "
-            f"{'is' if now == 1 else 'are'} {now} now",
-            hint=f"continue with --processes {written}; what each rank holds cannot be dealt anew",
+            f"{folder.name} fits {counted(fits, 'rank')}, but there {'is' if now == 1 else 'are'} {now} now",
+            hint=hint,
         )
 
 

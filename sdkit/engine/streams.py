@@ -14,23 +14,22 @@ import torch
 from sdkit.seeds import derive
 
 
-def begin(seed: int, rank: int) -> None:
-    """Start every stream anew, each rank's elsewhere."""
-    random.seed(derive(seed, "python", rank))
-    np.random.seed(derive(seed, "numpy", rank) % 2**32)
-    torch.manual_seed(derive(seed, "torch", rank))
+def begin(seed: int, rank: int, *step: int) -> None:
+    """Start every stream anew, each rank's elsewhere; a rank that joins at a later `step` starts elsewhere again."""
+    random.seed(derive(seed, "python", rank, *step))
+    np.random.seed(derive(seed, "numpy", rank, *step) % 2**32)
+    torch.manual_seed(derive(seed, "torch", rank, *step))
 
 
 def state() -> dict[str, Any]:
     """Where the streams stand, as JSON can hold it."""
     version, words, left_over = random.getstate()
     name, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
         "python": [version, list(words), left_over],
         "numpy": [name, np.asarray(keys).tolist(), place, has_gauss, gauss],
         "torch": _text(torch.get_rng_state()),
-        "cuda": [_text(each) for each in devices],
+        "cuda": _text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
     }
 
 
@@ -42,7 +41,7 @@ def restore(held: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
     torch.set_rng_state(_bytes(held["torch"]))
     if held["cuda"]:
-        torch.cuda.set_rng_state_all([_bytes(each) for each in held["cuda"]])
+        torch.cuda.set_rng_state(_bytes(held["cuda"]))
 
 
 def _text(stream: torch.Tensor) -> str:

@@ -175,7 +175,8 @@ class Zero:
         for name, parameter in self.named:
             value: Any = None
             if self.stage == 3:
-                value = safe_get_local_fp32_param(parameter).flatten()
+                piece: Any = safe_get_local_fp32_param(parameter)
+                value = zero_shards.unpadded(parameter, piece.flatten())
             elif self.stage > 0:
                 value = safe_get_full_fp32_param(parameter)
             value = parameter.detach() if value is None else value
@@ -191,12 +192,20 @@ class Zero:
             for script in folder.glob("zero_to_*.py"):  # converters, which fail on tied weights
                 script.unlink()
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Take back a checkpoint of this very run.  DeepSpeed's files are pickles: never load foreign ones."""
+    def load(self, folder: Path, tag: str, *, universal: bool) -> None:
+        """Take back a checkpoint of this very run; `universal`: of another number of ranks, by zero_universal.py.
+
+        DeepSpeed's files are pickles: never load foreign ones.
+        """
+        # What `checkpoint: {load_universal: …}` sets; it is read at a load alone, and which it is is known only now.
+        self.engine._config.load_universal_checkpoint = universal
         with quiet():
             path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
+        if universal:  # under stage 3 the parts of a large optimizer are handed one counter of steps, and all would count it up
+            for state in self.engine.basic_optimizer.state.values():
+                state["step"] = state["step"].clone()
         self.skipped = self.engine.skipped_steps
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdkit.engine.ranks import most, total
+from sdkit.engine.ranks import most, rank, total
 
 
 class Root(nn.Module):
@@ -70,7 +70,7 @@ class Sharded:
             yield
 
     def held(self, parameter: Tensor) -> Tensor:
-        """This rank's piece, flat, with what pads it to the size of the others'.
+        """This rank's piece, flat.
 
         Written pieces count from the next time that the parameter is put together, so it must be apart.
         """
@@ -79,13 +79,22 @@ class Sharded:
             raise RuntimeError(
                 f"{piece.ds_summary()} is whole: a write to its pieces would be lost"
             )
-        return piece.ds_tensor.data.view(-1)
+        return unpadded(parameter, piece.ds_tensor.data.view(-1))
 
     def total(self, values: Tensor) -> Tensor:
         return total(values)
 
     def most(self, value: int) -> int:
         return most(value)
+
+
+def unpadded(parameter: Tensor, piece: Tensor) -> Tensor:
+    """This rank's piece of a parameter without what makes the last ones as long as the others: that is memory as it was.
+
+    [K] -> a view of at most K elements, of none where ranks are many and the parameter is small.
+    """
+    whole: Any = parameter
+    return piece[: max(whole.ds_numel - rank() * piece.numel(), 0)]
 
 
 def settings(offload: Sequence[str]) -> dict[str, Any]:

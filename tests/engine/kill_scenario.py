@@ -26,7 +26,7 @@ from tinyruns import (
     training,
 )
 
-from sdkit.engine import checkpoint, gather, loop, manifest, run, step, zero
+from sdkit.engine import checkpoint, disk, gather, loop, manifest, run, step, zero
 from sdkit.engine.report import Report
 from sdkit.specs import (
     CopyWeights,
@@ -67,7 +67,7 @@ PHASES = {
     "evaluation": (loop, "evaluate", "after"),
     "save": (zero.Zero, "save", "after"),
     "manifest": (manifest, "write", "before"),
-    "naming": (checkpoint, "_put", "after"),
+    "naming": (disk, "put", "after"),
     "model": (checkpoint, "save_model", "after"),
 }
 BY_THE_FIRST_RANK = {"manifest", "naming"}

@@ -226,9 +226,10 @@ def test_where_none_is_left_all_are_named(three, run):
 
 
 def test_another_number_of_ranks_is_refused_with_what_to_do(three, run):
-    with pytest.raises(UnreadableInput, match="written by 1 rank, but there are 2 now") as caught:
+    with pytest.raises(UnreadableInput, match="fits 1 rank, but there are 2 now") as caught:
         chosen(three, run, ranks=2)
-    assert "--processes 1" in caught.value.hint
+    assert "continue with --processes 1" in caught.value.hint
+    assert f"`sdkit checkpoint convert {run} --processes 2`" in caught.value.hint
 
 
 def test_other_rows_are_refused(three, run):
