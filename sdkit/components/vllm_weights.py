@@ -121,7 +121,7 @@ def _write(tensors: Iterator[tuple[str, Tensor]], room: int, path: Path) -> None
                 "shape": list(tensor.shape),
                 "data_offsets": [begin, end],
             }
-            file.write(flat.view(torch.uint8).numpy())
+            file.write(flat.view(torch.uint8).numpy().data)
         text = json.dumps(header, separators=(",", ":")).encode()
         if len(text) > room:
             raise RuntimeError(f"the header has {len(text)} bytes, and room for {room}")
