@@ -31,21 +31,9 @@ COVER = (
 
 A run has six steps; checkpoints stand at 2 and 4, evaluations at 0, 3 and 6.
 """
-WHOLE = ",".join(
-    (
-        *("rollout@0", "update@0", "boundary@1", "teacher@1", "boundary@2", "save@2", "manifest@2"),
-        *("naming@2", "rollout@2", "update@2", "boundary@3", "evaluation@3", "boundary@4"),
-        *(
-            "save@4",
-            "manifest@4",
-            "naming@4",
-            "teacher@4",
-            "update@4",
-            "boundary@5",
-            "rollout@5",
-            "model@6",
-        ),
-    )
+WHOLE = (
+    "rollout@0,update@0,boundary@1,teacher@1,boundary@2,save@2,manifest@2,naming@2,rollout@2,update@2,boundary@3,"
+    "evaluation@3,boundary@4,save@4,manifest@4,naming@4,teacher@4,update@4,boundary@5,rollout@5,model@6"
 )
 """Every boundary between steps, and every phase: before, between and behind the checkpoints."""
 
