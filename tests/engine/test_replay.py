@@ -173,6 +173,18 @@ def test_an_incomplete_recording_is_told(run, tmp_path):
     assert open_recording(f"{torn}@3").end == 4
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [("teacher.safetensors", "is damaged"), ("MANIFEST.json", "is not complete")],
+)
+def test_a_spoilt_checkpoint_is_not_replayed_from(spec, run, tmp_path, spoil, said):
+    torn = shutil.copytree(run, tmp_path / "torn")
+    (torn / "checkpoints/step_000003" / spoil).unlink()
+    with pytest.raises(UnreadableInput, match=f"step_000003 {said}"):
+        replay(spec, torn, 3, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_other_rows_are_an_error(spec, run, tmp_path):
     """A suite that holds a training row out."""
     suites = spec.evaluation.suites
