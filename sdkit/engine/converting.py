@@ -57,7 +57,7 @@ def convert(spec: ExperimentSpec, run: Path, ranks: int, say: resuming.Say) -> s
         shutil.rmtree(partial, ignore_errors=True)
     return (
         f"{folder} fits {counted(ranks, 'rank')} now, {held.origin.ranks} before\n"
-        f"continue with `sdkit train SPEC --resume --processes {ranks}`"
+        f"continue with `sdkit train SPEC --to {run} --resume --processes {ranks}`"
     )
 
 

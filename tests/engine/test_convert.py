@@ -182,7 +182,7 @@ def test_the_command_converts_and_says_how_to_go_on(three, run, monkeypatch, cap
     code, out, _ = command("--processes", "2")
     assert code == 0
     assert f"{newest} fits 2 ranks now, 1 before" in out
-    assert "`sdkit train SPEC --resume --processes 2`" in out
+    assert f"`sdkit train SPEC --to {run} --resume --processes 2`" in out
     with pytest.raises(UnreadableInput, match="fits 2 ranks, but there is 1 now") as caught:
         train(three[0], run, silent(), resume=True)
     assert f"`sdkit checkpoint convert {run} --processes 1`" in caught.value.hint
