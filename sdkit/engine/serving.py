@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -183,14 +184,19 @@ def _running(
     command: list[str], environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The server in a session of its own; all of it ends with this block, or with this process however that ends."""
+    debug = bool(environment.get("SDKIT_DEBUG"))
     process = subprocess.Popen(
         command,
         env=dict(environment),
         stdin=subprocess.DEVNULL,
-        stdout=None if environment.get("SDKIT_DEBUG") else subprocess.DEVNULL,
+        stdout=None if debug else subprocess.DEVNULL,
+        stderr=None if debug else subprocess.PIPE,
         start_new_session=True,
         preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
+    ending = threading.Event()
+    voice = threading.Thread(target=_pass_on, args=(process, ending), daemon=True)
+    voice.start()
     watch = subprocess.Popen(
         [sys.executable, "-S", "-c", WATCH, str(process.pid)],
         stdin=subprocess.PIPE,
@@ -200,7 +206,7 @@ def _running(
     try:
         yield process
     except _Asked:
-        pass
+        ending.set()
     finally:
         for number in before:
             signal.signal(number, signal.SIG_IGN)  # asked once is enough
@@ -210,9 +216,18 @@ def _running(
         process.poll()
         _end_session(process.pid)
         process.wait()
+        voice.join(GRACE)
         watch.communicate(b"all is well")
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _pass_on(process: subprocess.Popen[bytes], ending: threading.Event) -> None:
+    """What the server says on standard error, until it is asked to end: libraries then list what they leave behind."""
+    for line in process.stderr or ():
+        if not ending.is_set():
+            sys.stderr.buffer.write(line)
+            sys.stderr.flush()
 
 
 def _end_session(group: int) -> None:

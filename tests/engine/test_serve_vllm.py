@@ -247,4 +247,5 @@ def test_it_ends_when_it_is_asked_to(served):
     started = served.descendants()
     assert started
     assert served.stop() == 0
+    assert "leaked" not in served.log.read_text()
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]

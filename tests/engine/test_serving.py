@@ -162,12 +162,14 @@ def test_the_command_line_hands_everything_on(tiny_folder, tmp_path, monkeypatch
 STAND_IN = """
 import subprocess, sys, time
 subprocess.Popen([sys.executable, "-S", "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(300)"])
+print("it is warm here", file=sys.stderr, flush=True)
 time.sleep(300)
 """
 """Instead of vLLM: a process with a child that neither notices its end nor heeds a request."""
 
 SERVING = """
 import os, sys
+os.environ.pop("SDKIT_DEBUG", None)
 from sdkit.engine import serving
 from sdkit.problems import ProcessDied
 serving.POLL = 0.05
@@ -229,6 +231,7 @@ def test_where_the_server_is_killed_it_says_so_and_leaves_nothing(running):
     process, group = running
     os.kill(group, signal.SIGKILL)
     _, said = process.communicate(timeout=30)
+    assert said.startswith("it is warm here\n")
     assert said.strip().endswith("6: the vLLM server ended by SIGKILL")
     assert process.returncode == 1
     assert _members(group) == []
