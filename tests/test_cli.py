@@ -307,6 +307,13 @@ def test_train_then_eval(sdkit, run_file, tmp_path):
     assert "--overwrite" in err
 
 
+def test_a_run_directory_is_no_pattern(sdkit, run_file, tmp_path):
+    code, _, err = sdkit("train", run_file, "--to", tmp_path / "runs[1]")
+    assert code == 2
+    assert "may have none of [ ] * ?" in err
+    assert not any(tmp_path.glob("runs*"))
+
+
 def test_train_then_replay_then_export(sdkit, run_file, tmp_path):
     folder = tmp_path / "run"
     assert sdkit("train", run_file, "training.steps=2", "--to", folder)[0] == 0

@@ -154,8 +154,14 @@ def trained(path: Path) -> Path:
 def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
     """Make sure that a run may write to `path`; touches nothing.
 
-    Raises UnreadableInput where the folder is in use, is not a run's, or has nothing to resume.
+    Raises UnreadableInput where the folder is in use, is not a run's, has nothing to resume, or has a name that DeepSpeed
+    takes for a pattern when it reads a checkpoint.
     """
+    if any(mark in str(path.resolve()) for mark in "[]*?"):
+        raise UnreadableInput(
+            f"{path.resolve()}: the path of a run directory may have none of [ ] * ?",
+            hint="name another with --to",
+        )
     taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if resume:
         if not (path / MARK).is_file():
