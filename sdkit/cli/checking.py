@@ -15,7 +15,12 @@ from sdkit.problems import SdkitError
 
 
 def check_spec(
-    path: Path, overrides: list[str] | None, run_file: bool = False, base: Path | None = None
+    path: Path,
+    overrides: list[str] | None,
+    *,
+    run_file: bool = False,
+    base: Path | None = None,
+    warn: bool = True,
 ) -> Any:
     """The checked spec; prints its problems and exits with 1 where there are errors.
 
@@ -25,7 +30,7 @@ def check_spec(
     from sdkit.problems import UnreadableInput
 
     checked = load_spec(path, overrides or (), base=base)
-    if not checked.ok or FIRST:
+    if not checked.ok or (FIRST and warn):
         print_problems([checked], "text")
     if not checked.ok:
         raise typer.Exit(1)
@@ -35,6 +40,20 @@ def check_spec(
             hint="a run file names it: `method: methods/NAME.yaml`, model, data, …",
         )
     return checked
+
+
+def check_run(
+    run: Path, overrides: list[str] | None = None, *, warn: bool = False
+) -> tuple[Any, Path]:
+    """The spec that a run was made of, and the folder its paths start from; its warnings were given when the run began.
+
+    Raises and exits as `check_spec` does.
+    """
+    from sdkit.engine.rundir import MARK, origin
+
+    base = Path(origin(run)["base"])
+    checked = check_spec(run / MARK, overrides, run_file=True, base=base, warn=warn)
+    return checked, base
 
 
 @contextlib.contextmanager

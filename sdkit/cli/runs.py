@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sdkit.cli.app import app
-from sdkit.cli.checking import check_spec, make_console, placing
+from sdkit.cli.checking import check_run, check_spec, make_console, placing
 from sdkit.cli.options import Overrides, Overwrite, Processes, Resume, SpecPath
 from sdkit.cli.specs import plan, smoke_spec
 
@@ -109,8 +109,7 @@ def evaluate(
     processes: Processes = None,
 ) -> None:
     """Run a run file's evaluation on its start model, or on the model of a finished run."""
-    path, extra, base = _evaluation_target(spec)
-    checked = check_spec(path, [*extra, *(overrides or [])], run_file=True, base=base)
+    checked, base = _evaluated(spec, overrides or [])
     _launch(checked.spec, processes)
     from sdkit.engine.run import evaluate_only
 
@@ -118,14 +117,14 @@ def evaluate(
         evaluate_only(checked.spec, base, make_console())
 
 
-def _evaluation_target(path: Path) -> tuple[Path, list[str], Path]:
+def _evaluated(path: Path, overrides: list[str]) -> tuple[Any, Path]:
+    """A checked spec whose model is to be evaluated, and the folder its paths start from."""
     if not path.is_dir():
-        return path, [], path.resolve().parent
-    from sdkit.engine import rundir
+        return check_spec(path, overrides, run_file=True), path.resolve().parent
+    from sdkit.engine.rundir import trained
 
-    base = Path(rundir.origin(path)["base"])
-    model = rundir.trained(path)
-    return path / rundir.MARK, [f"model.path={model.resolve()}", "model.lora=null"], base
+    own = [f"model.path={trained(path).resolve()}", "model.lora=null"]
+    return check_run(path, [*own, *overrides], warn=bool(overrides))
 
 
 @app.command(
@@ -165,14 +164,13 @@ def replay(
     """
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
-    from sdkit.engine import rundir
     from sdkit.engine.replay import open_recording
     from sdkit.show import annotated
     from sdkit.source import read
 
     recording = open_recording(recorded, steps)
-    run, base = recording.run, Path(recording.origin["base"])
-    checked = check_spec(run / rundir.MARK, overrides, run_file=True, base=base)
+    run = recording.run
+    checked, base = check_run(run, overrides, warn=bool(overrides))
     _launch(checked.spec, processes)
     from sdkit.engine.run import train as run_spec
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from sdkit.cli.app import app
-from sdkit.cli.checking import check_spec, make_console
+from sdkit.cli.checking import check_run, make_console
 
 
 @app.command(
@@ -60,10 +60,8 @@ def export(
 ) -> None:
     """Write a Hugging Face folder with a model card: the trained model, or the adapter of a LoRA run."""
     from sdkit.engine.export import export as write
-    from sdkit.engine.rundir import MARK, origin
 
-    base = Path(origin(run)["base"])
-    checked = check_spec(run / MARK, None, run_file=True, base=base)
+    checked, base = check_run(run)
     typer.echo(write(checked.spec, base, run, to, merge=merge_lora))
 
 
@@ -84,10 +82,8 @@ def convert(
 ) -> None:
     """Rewrite a run's newest checkpoint for another number of ranks; `sdkit train SPEC --resume` then continues with these."""
     from sdkit.engine.converting import convert as rewrite
-    from sdkit.engine.rundir import MARK, origin
 
-    base = Path(origin(run)["base"])
-    checked = check_spec(run / MARK, None, run_file=True, base=base)
+    checked, _ = check_run(run)
 
     def warn(text: str) -> None:
         typer.echo(f"warning: {text}", err=True)
