@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +20,17 @@ from attrs import evolve
 from convert_scenario import FORMS, STEPS, TEACHERS
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tinyruns import make_spec, metrics, same, silent, teacher, train, training, weights_of
+from tinyruns import (
+    make_spec,
+    metrics,
+    run_scenario,
+    same,
+    silent,
+    teacher,
+    train,
+    training,
+    weights_of,
+)
 
 from sdkit.cli import main
 from sdkit.engine import converting, manifest, processes, resuming, streams
@@ -36,18 +45,6 @@ MATRIX = [
     *(f"ema-{form}-{stage}-2" for form in FORMS if form != "full" for stage in (1, 2, 3)),
     *(f"ema-full-{stage}-3" for stage in (1, 2, 3)),
 ]
-
-
-def run_all(folder, work, cases, seconds=600):
-    done = subprocess.run(
-        [sys.executable, SCENARIO, folder, work, *cases],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=seconds,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return work
 
 
 def assert_as_if_never_changed(work):
@@ -75,7 +72,7 @@ def assert_close(found, expected):
 
 @pytest.fixture(scope="module")
 def work(tiny_folder, tmp_path_factory):
-    return run_all(tiny_folder, tmp_path_factory.mktemp("converted"), COVER)
+    return run_scenario(SCENARIO, tiny_folder, tmp_path_factory.mktemp("converted"), COVER)
 
 
 @pytest.mark.parametrize("name", COVER)
@@ -86,7 +83,7 @@ def test_a_converted_run_is_as_if_it_never_changed(work, name):
 @pytest.mark.full
 @pytest.mark.timeout(0)
 def test_every_teacher_form_and_stage(tiny_folder, tmp_path):
-    run_all(tiny_folder, tmp_path, MATRIX, seconds=7200)
+    run_scenario(SCENARIO, tiny_folder, tmp_path, MATRIX, seconds=7200)
     for name in MATRIX:
         assert_as_if_never_changed(tmp_path / name)
 

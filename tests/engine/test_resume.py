@@ -1,15 +1,12 @@
 """A run that was killed, wherever that was, and taken up again is the run that nobody killed: bit by bit."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from kill_scenario import FORMS, PHASES, TEACHERS
-from tinyruns import metrics, same, weights_of
+from tinyruns import metrics, run_scenario, same, weights_of
 
 SCENARIO = Path(__file__).with_name("kill_scenario.py")
 COVER = (
@@ -44,18 +41,6 @@ def matrix(stage, ranks):
     return [f"{weights}-{form}-{stage}-{ranks}-{WHOLE}" for weights, form in names]
 
 
-def run_all(folder, work, cases, seconds=600):
-    done = subprocess.run(
-        [sys.executable, SCENARIO, folder, work, *cases],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=seconds,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return work
-
-
 def assert_same_run(folder, straight):
     assert metrics(folder) == metrics(straight)
     trained = weights_of(straight)
@@ -72,7 +57,7 @@ def assert_same_run(folder, straight):
 
 @pytest.fixture(scope="module")
 def work(tiny_folder, tmp_path_factory):
-    return run_all(tiny_folder, tmp_path_factory.mktemp("killed"), COVER)
+    return run_scenario(SCENARIO, tiny_folder, tmp_path_factory.mktemp("killed"), COVER)
 
 
 def test_every_pair_is_covered():
@@ -104,7 +89,7 @@ def test_a_killed_run_is_taken_up_as_it_was(work, name):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_whole_matrix(tiny_folder, tmp_path, stage, ranks):
     cases = matrix(stage, ranks)
-    run_all(tiny_folder, tmp_path, cases, seconds=7200)
+    run_scenario(SCENARIO, tiny_folder, tmp_path, cases, seconds=7200)
     for name in cases:
         assert_same_run(tmp_path / name, tmp_path / name.rsplit("-", 1)[0])
 
@@ -115,7 +100,7 @@ def test_a_run_that_vllm_samples_is_taken_up_as_it_was(tiny_folder, tmp_path):
     """The same tokens; numbers within what vLLM's kernels leave open."""
     pytest.importorskip("vllm")
     name = "ema-vllm-0-1-rollout@2,boundary@3"
-    run_all(tiny_folder, tmp_path, [name])
+    run_scenario(SCENARIO, tiny_folder, tmp_path, [name])
     folder, straight = tmp_path / name, tmp_path / name.rsplit("-", 1)[0]
     for ours, theirs in zip(metrics(folder), metrics(straight), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)

@@ -1,6 +1,9 @@
 """Small runs on the tiny model: their specs, and a few steps of them."""
 
 import json
+import os
+import subprocess
+import sys
 from io import StringIO
 
 import torch
@@ -164,6 +167,19 @@ def train(spec, folder, console=None, **options):
         resolved=text,
         **options,
     )
+
+
+def run_scenario(script, folder, work, cases, seconds=600):
+    """A scenario of attempts in processes of their own, on the model in `folder`; returns where it left its runs."""
+    done = subprocess.run(
+        [sys.executable, script, folder, work, *cases],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=seconds,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return work
 
 
 def lines(path):
