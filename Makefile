@@ -46,7 +46,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-full: test
-	$(BIN)/pytest -m full
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m full -n 2 --maxschedchunk=1
 
 bench: setup
 	$(BIN)/python tools/bench_startup.py
