@@ -13,7 +13,7 @@ BACKEND := $(if $(filter vllm,$(VLLM)),auto,cpu)
 help:
 	@echo "make demo   set up and train the demo (specs/sdft.yaml), 10 to 20 minutes on two cores"
 	@echo "make test   set up, lint, type-check and run the whole test suite"
-	@echo "make test-full  the same, and every teacher, form and ZeRO stage killed in every phase and resumed"
+	@echo "make test-full  the same, and runs of every teacher, form and ZeRO stage killed in every phase and resumed: an hour"
 	@echo "make bench  start-up time of 'sdkit validate' against an empty interpreter"
 	@echo "make clean  remove the virtual environments"
 
