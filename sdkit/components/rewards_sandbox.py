@@ -76,6 +76,7 @@ class Sandbox:
             raise
         finally:
             watch.cancel()
+            watch.join()  # while it waits for a process that it has ended, `poll` would take that for a living one
         self._idle.put(process)
 
     def _process(self) -> subprocess.Popen[bytes]:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -493,6 +494,21 @@ def test_a_jail_that_does_not_answer_is_ended(sandboxes, monkeypatch):
         found = jail.outcome(Case(kind="stdin", given="", expected=""), 300.0)
     assert found.ended == "It was ended with its sandbox."
     wait_until(lambda: not group_lives(process.pid))
+    assert run(sandbox, "print(1)").got == "1\n"
+
+
+def test_a_process_that_is_being_ended_is_not_taken_again(sandboxes, monkeypatch):
+    def slowly(process):
+        with process._waitpid_lock:  # as `wait` has it; `poll` then knows nothing
+            os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.5)
+        process.wait()
+
+    monkeypatch.setattr(rewards_sandbox, "GRACE", 0.0)
+    monkeypatch.setattr(rewards_sandbox, "_end", slowly)
+    sandbox = sandboxes("without_namespaces")
+    with sandbox.running("import time\ntime.sleep(600)", 0.5) as jail:
+        jail.outcome(Case(kind="stdin", given="", expected=""), 300.0)
     assert run(sandbox, "print(1)").got == "1\n"
 
 
