@@ -174,6 +174,11 @@ def counted(number: int, noun: str, several: str | None = None) -> str:
     return f"{number} {noun if number == 1 else several or noun + 's'}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def shorten(value: object, limit: int = 60) -> str:
     """A scalar as YAML writes it, text in quotes, on one line and not too long."""
     if isinstance(value, bool):

@@ -57,22 +57,11 @@ class VllmRollouts:
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         from vllm import SamplingParams, TokensPrompt
 
-        greedy = sampling.temperature == 0
-        allowed = None if sampling.ids_below is None else list(range(sampling.ids_below))
+        settings = sampling_settings(sampling, self.end_ids)
+        greedy, text = sampling.temperature == 0, bool(sampling.stop)
         params = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_p=1.0 if greedy else sampling.top_p,
-                top_k=0 if greedy else sampling.top_k,
-                max_tokens=sampling.max_new_tokens,
-                stop=list(sampling.stop) or None,
-                stop_token_ids=list(self.end_ids),
-                seed=None if greedy else request.seed,
-                logprobs=0,
-                detokenize=bool(sampling.stop),
-                allowed_token_ids=allowed,
-            )
-            for request in requests
+            SamplingParams(**settings, seed=None if greedy else r.seed, detokenize=text)
+            for r in requests
         ]
         prompts = [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in requests]
         outputs = self.engine.generate(prompts, params, use_tqdm=False)
@@ -114,6 +103,23 @@ def _open(spec: VllmBackend, model: str, dtype: str, max_tokens: int) -> Any:
     random.setstate(before[1])
     np.random.set_state(before[2])
     return engine
+
+
+def sampling_settings(sampling: Sampling, end_ids: Sequence[int]) -> dict[str, Any]:
+    """How to sample, by the names that vLLM's `SamplingParams` and its HTTP API share; the seed is each request's own."""
+    settings: dict[str, Any] = {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "stop_token_ids": list(end_ids),
+        "logprobs": 0,
+    }
+    if sampling.temperature:
+        settings |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+    if sampling.stop:
+        settings["stop"] = list(sampling.stop)
+    if sampling.ids_below is not None:
+        settings["allowed_token_ids"] = list(range(sampling.ids_below))
+    return settings
 
 
 def engine_settings(spec: VllmEngine, dtype: str, max_tokens: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from urllib.parse import parse_qs
 from attrs import frozen
 
 from sdkit import __version__
+from sdkit.problems import first_line
 
 FOLDER = "SDKIT_WEIGHTS_FOLDER"
 KEY = "VLLM_API_KEY"
@@ -181,7 +182,7 @@ class Door:
     async def _update(self, engine: Any, update: Update) -> dict[str, Any]:
         """Load the weights while nothing is sampled; without a stamp from the first byte to the last."""
         async with self._updating:
-            if await asyncio.to_thread(_sha256, update.file) != update.sha256:
+            if await asyncio.to_thread(sha256_of, update.file) != update.sha256:
                 raise Refused(422, f"{update.file.name} is damaged: its hash is another")
             self.loaded = None
             try:
@@ -198,8 +199,8 @@ class Door:
                 )
                 emptied = await engine.reset_prefix_cache()
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise Refused(500, f"vLLM could not take the weights: {reason}") from None
+                said = first_line(error)
+                raise Refused(500, f"vLLM could not take the weights: {said}") from None
             finally:
                 await engine.resume_generation()
             if not all(repacked) or not emptied:
@@ -208,7 +209,8 @@ class Door:
             return self.loaded | {"seconds": time.monotonic() - started}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The hash that names the weights in a file.  Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

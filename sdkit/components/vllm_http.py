@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 from attrs import frozen
 
+from sdkit.problems import BadEnvironment, first_line
+
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses of a server that may answer another time."""
 
@@ -55,6 +57,17 @@ class _Asked:
     headers: Mapping[str, str]
     retries: int
     deadline: float  # seconds for one of them, further attempts included
+
+
+def key_from(name: str | None, environment: Mapping[str, str], where: str) -> str | None:
+    """The key in this environment variable.  Raises BadEnvironment, naming `where`.key_from, where it is not set."""
+    if name is None:
+        return None
+    if not (key := environment.get(name)):
+        raise BadEnvironment(
+            f"the environment has no {name}, which {where}.key_from names", hint=f"export {name}=…"
+        )
+    return key
 
 
 class Server:
@@ -164,7 +177,7 @@ class Server:
             message = f"{where} did not answer within {seconds:.3g} s"
             raise Unanswered(message, hint=self.slow_hint, passing=True) from None
         except httpx.RequestError as error:
-            message = f"{where} cannot be reached: {_first_line(error)}"
+            message = f"{where} cannot be reached: {first_line(error)}"
             raise Unanswered(
                 message, hint="start the server, or correct its url", passing=True
             ) from None
@@ -180,10 +193,6 @@ class Server:
             raise Unanswered(
                 f"{where} answered no JSON: is it a vLLM server?", status=status
             ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _reason(response: httpx.Response) -> str:

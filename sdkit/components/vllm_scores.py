@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sdkit.batches import Text, ToldScores
-from sdkit.components.vllm_http import Server, Unanswered
+from sdkit.components.vllm_http import Server, Unanswered, key_from
 from sdkit.problems import BadData, BadEnvironment, ProcessDied, SdkitError, listed, shorten
 from sdkit.specs import ServedWeights
 
@@ -32,12 +32,7 @@ class ServedModel:
     """One model of one server.  Raises BadEnvironment where its key is not in the environment."""
 
     def __init__(self, spec: ServedWeights, k: int, environment: Mapping[str, str]) -> None:
-        key = None if spec.key_from is None else environment.get(spec.key_from)
-        if spec.key_from is not None and not key:
-            raise BadEnvironment(
-                f"the environment has no {spec.key_from}, which teacher.weights.key_from names",
-                hint=f"export {spec.key_from}=…",
-            )
+        key = key_from(spec.key_from, environment, "teacher.weights")
         self.spec = spec
         self.k = k
         self.context: int | None = None  # tokens of the longest request, where the server says so

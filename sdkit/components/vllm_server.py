@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 from attrs import define
 
 from sdkit.batches import Completion, Request, Sampling
+from sdkit.components.vllm import sampling_settings
 from sdkit.components.vllm_canary import Canary
 from sdkit.components.vllm_door import WEIGHTS_HEADER
-from sdkit.components.vllm_http import PASSING, Server, Unanswered
+from sdkit.components.vllm_http import PASSING, Server, Unanswered, key_from
 from sdkit.components.vllm_weights import WeightFile
 from sdkit.components.vllm_wire import (
     START,
@@ -81,7 +82,7 @@ class ServerPool:
         self._canary: Canary | None = None
         self._end_ids: tuple[int, ...] = ()
         self.max_tokens = 0  # of the longest sequence that every server takes; known after `check`
-        key = server_key(spec, environment)
+        key = key_from(spec.key_from, environment, "rollout.backend")
         self._runner = asyncio.Runner()
         self._task: asyncio.Task[Any] | None = None
         self._left = False
@@ -230,7 +231,8 @@ class ServerPool:
     async def _ask(
         self, member: _Member, file: WeightFile, requests: Sequence[Request], sampling: Sampling
     ) -> list[Completion]:
-        bodies = [completion_body(request, sampling, self._end_ids) for request in requests]
+        settings = sampling_settings(sampling, self._end_ids)
+        bodies = [completion_body(request, settings) for request in requests]
         headers = {WEIGHTS_HEADER: file.sha256}
         answers = await member.server.answers("/v1/completions", bodies, headers=headers)
         return [read_completion(member.url, answer) for answer in answers]
@@ -307,18 +309,6 @@ class ServerPool:
         if not member.away:
             self.say(f"a rollout server is away: {fault}")
         member.away, member.look_at = str(fault), time.monotonic() + LOOK_AGAIN
-
-
-def server_key(spec: VllmServerBackend, environment: Mapping[str, str]) -> str | None:
-    """The servers' key.  Raises BadEnvironment where the spec names a variable that is not set."""
-    if spec.key_from is None:
-        return None
-    if not (key := environment.get(spec.key_from)):
-        raise BadEnvironment(
-            f"the environment has no {spec.key_from}, which rollout.backend.key_from names",
-            hint=f"export {spec.key_from}=…",
-        )
-    return key
 
 
 def _final(fault: Unanswered) -> Exception:

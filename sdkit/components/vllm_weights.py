@@ -6,7 +6,6 @@ Knows files; knows nothing of servers or of what samples.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -18,6 +17,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from sdkit.components.vllm_door import sha256_of
 from sdkit.problems import BadEnvironment
 from sdkit.weights import Weights
 
@@ -72,8 +72,7 @@ class WeightFolder:
         names = [name for name, _ in weights.causal.named_parameters()]
         try:
             _write(weights.tensors(), sum(len(n) + FACTS for n in names), partial)
-            with partial.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            sha256 = sha256_of(partial)
             partial.rename(final)
         except OSError as error:
             raise BadEnvironment(

@@ -11,7 +11,7 @@ from typing import Any
 from attrs import frozen
 
 from sdkit import __version__
-from sdkit.batches import Completion, Request, Sampling
+from sdkit.batches import Completion, Request
 from sdkit.components.vllm_door import SHAPE
 from sdkit.components.vllm_http import Unanswered
 from sdkit.components.vllm_weights import WeightFolder
@@ -69,24 +69,14 @@ def _unfit(state: Mapping[str, Any], wanted: Wanted) -> Iterator[str]:
         )
 
 
-def completion_body(request: Request, sampling: Sampling, end_ids: Sequence[int]) -> dict[str, Any]:
-    """Asks for one completion."""
-    greedy = sampling.temperature == 0
-    body: dict[str, Any] = {
+def completion_body(request: Request, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Asks for one completion; `settings` are those of `sampling_settings`."""
+    return {
         "prompt": list(request.prompt_ids),
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "stop_token_ids": list(end_ids),
-        "logprobs": 0,
+        **settings,
+        **({"seed": request.seed} if settings["temperature"] else {}),
         "return_token_ids": True,
     }
-    if not greedy:
-        body |= {"seed": request.seed, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    if sampling.stop:
-        body["stop"] = list(sampling.stop)
-    if sampling.ids_below is not None:
-        body["allowed_token_ids"] = list(range(sampling.ids_below))
-    return body
 
 
 def read_completion(url: str, answer: Any) -> Completion:

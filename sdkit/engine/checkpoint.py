@@ -32,6 +32,7 @@ from sdkit.problems import UnreadableInput
 if TYPE_CHECKING:
     from sdkit.engine.world import World
 
+TEACHER = "teacher.safetensors"
 FILE_BYTES = 5 * 10**9
 """Of the largest file of a written model: what the first rank holds of it at once."""
 
@@ -73,7 +74,7 @@ def _together(write: Callable[[], None]) -> None:
 def _write_own(world: World, folder: Path) -> None:
     """What DeepSpeed does not keep: random streams, and the teacher's averages, of what this rank holds."""
     held = json.dumps(streams.state())
-    (folder / _streams_file()).write_text(held, encoding="utf-8")
+    (folder / streams_file(ranks.rank())).write_text(held, encoding="utf-8")
     if ranks.rank() == 0 or world.plan.zero_stage == 3:
         if world.teacher and (state := world.teacher.state()):
             tensors = {name: t.contiguous() for name, t in state.items()}
@@ -82,16 +83,18 @@ def _write_own(world: World, folder: Path) -> None:
         world.ahead.write(folder)
 
 
-def _streams_file() -> str:
-    return f"random_rank_{ranks.rank()}.json"
+def streams_file(rank: int) -> str:
+    """Where a rank's random streams are."""
+    return f"random_rank_{rank}.json"
+
+
+def teacher_pieces(rank: int) -> str:
+    """Where a rank's pieces of the teacher's averages are, under stage 3."""
+    return f"teacher_rank_{rank}.safetensors"
 
 
 def _teacher_file(world: World) -> str:
-    return (
-        f"teacher_rank_{ranks.rank()}.safetensors"
-        if world.plan.zero_stage == 3
-        else "teacher.safetensors"
-    )
+    return teacher_pieces(ranks.rank()) if world.plan.zero_stage == 3 else TEACHER
 
 
 def _complete(world: World, run: Path, folder: Path) -> None:
@@ -115,14 +118,7 @@ def _complete(world: World, run: Path, folder: Path) -> None:
         sdkit=__version__,
         files=dict(sorted(files.items())),
     )
-    _together(lambda: _write_manifest(folder, found))
-
-
-def _write_manifest(folder: Path, found: Manifest) -> None:
-    if ranks.rank() == 0:
-        manifest.write(folder, found)
-        for path in (folder / manifest.NAME, folder):
-            disk.sync(path)
+    _together(lambda: manifest.write(folder, found) if ranks.rank() == 0 else None)
 
 
 def _origin(world: World, run: Path) -> Origin:
@@ -146,7 +142,7 @@ def load(world: World, checkpoint: Path) -> None:
         world.teacher.load_state(load_file(str(checkpoint / _teacher_file(world))))
     if world.ahead:
         world.ahead.read(checkpoint)
-    own = checkpoint / _streams_file()
+    own = checkpoint / streams_file(ranks.rank())
     if own.is_file():
         streams.restore(json.loads(own.read_text(encoding="utf-8")))
     else:  # a rank that the run did not have before it was converted

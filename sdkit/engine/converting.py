@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sdkit import __version__
 from sdkit.engine import ahead, disk, manifest, resuming, rundir, zero_universal
+from sdkit.engine.checkpoint import TEACHER, streams_file, teacher_pieces
 from sdkit.engine.manifest import Manifest, Origin
 from sdkit.plan import undealt
 from sdkit.problems import UnreadableInput, counted
@@ -84,16 +85,12 @@ def _write(source: Path, target: Path, held: Manifest, ranks: int) -> None:
         zero_universal.rewrite(source, target)
     else:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns(*OWN), dirs_exist_ok=True)
-    kept = [f"random_rank_{rank}.json" for rank in range(min(ranks, held.origin.ranks))]
-    whole = [source / "teacher.safetensors", source / ahead.FILE]
+    kept = [streams_file(rank) for rank in range(min(ranks, held.origin.ranks))]
+    whole = [source / TEACHER, source / ahead.FILE]
     for path in [*(source / name for name in kept), *filter(Path.is_file, whole)]:
         shutil.copy2(path, target)
-    if (source / _pieces(0)).is_file():
+    if (source / teacher_pieces(0)).is_file():
         _cut_teacher(source, target, held.origin.ranks, ranks)
-
-
-def _pieces(rank: int) -> str:
-    return f"teacher_rank_{rank}.safetensors"
 
 
 def _cut_teacher(source: Path, target: Path, before: int, now: int) -> None:
@@ -101,7 +98,7 @@ def _cut_teacher(source: Path, target: Path, before: int, now: int) -> None:
     shapes = zero_universal.shapes(source)
     with contextlib.ExitStack() as stack:
         files: list[Any] = [
-            stack.enter_context(safe_open(source / _pieces(rank), framework="pt"))
+            stack.enter_context(safe_open(source / teacher_pieces(rank), framework="pt"))
             for rank in range(before)
         ]
         names = files[0].keys()  # of a routed teacher `0/NAME`
@@ -111,7 +108,7 @@ def _cut_teacher(source: Path, target: Path, before: int, now: int) -> None:
                 name: piece([file.get_slice(name) for file in files], size, rank, now)
                 for name, size in sizes.items()
             }
-            save_file(cut, str(target / _pieces(rank)))
+            save_file(cut, str(target / teacher_pieces(rank)))
 
 
 def piece(parts: Sequence[Any], size: int, rank: int, ranks: int) -> Tensor:
@@ -142,5 +139,3 @@ def _complete(folder: Path, held: Manifest, ranks: int) -> None:
         universal=held.zero_stage > 0,
     )
     manifest.write(folder, found)
-    for path in (folder / manifest.NAME, folder):
-        disk.sync(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from attrs import asdict, frozen
 
+from sdkit.engine import disk
 from sdkit.problems import Path as SpecPath
 from sdkit.resolved import leaves, resolved
 from sdkit.specs import ExperimentSpec
@@ -96,10 +97,12 @@ def describe(path: Path) -> File:
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Complete a checkpoint's folder.  Raises OSError."""
+    """Complete a checkpoint's folder, and bring it to the disk.  Raises OSError."""
     facts = asdict(manifest)
     text = json.dumps({"digest": _digest(facts), **facts}, indent=2)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
+    for path in (folder / NAME, folder):
+        disk.sync(path)
 
 
 def read(folder: Path, *, hashes: bool) -> Manifest:

@@ -14,7 +14,7 @@ from torch import nn
 
 from sdkit.bundled import BUNDLED, PREFIX
 from sdkit.engine import zero
-from sdkit.problems import BadData, BadEnvironment
+from sdkit.problems import BadData, BadEnvironment, first_line
 from sdkit.seeds import derive
 from sdkit.specs import ExternalWeights, LoraSpec, ModelSpec, VllmServerBackend
 from sdkit.vocabulary import first_difference
@@ -47,7 +47,7 @@ def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:
             located, revision=spec.revision, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise BadData(f"no tokenizer in {located}: {_first_line(error)}") from None
+        raise BadData(f"no tokenizer in {located}: {first_line(error)}") from None
 
 
 def load_config(spec: ModelSpec, located: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def load_config(spec: ModelSpec, located: str) -> dict[str, Any]:
             located, revision=spec.revision, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise BadData(f"no model in {located}: {_first_line(error)}") from None
+        raise BadData(f"no model in {located}: {first_line(error)}") from None
     return config.to_dict()
 
 
@@ -103,7 +103,7 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
             use_safetensors=True,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise BadData(f"cannot load {located}: {_first_line(error)}") from None
+        raise BadData(f"cannot load {located}: {first_line(error)}") from None
     _refuse_changed_logits(model, located)
     if spec.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -142,7 +142,7 @@ def _with_adapter(model: Any, lora: LoraSpec, seed: int) -> Any:
             )
     except ValueError as error:
         raise BadData(
-            f"model.lora.targets: {_first_line(error)}", path=("model", "lora", "targets")
+            f"model.lora.targets: {first_line(error)}", path=("model", "lora", "targets")
         ) from None
 
 
@@ -203,7 +203,3 @@ def special_ids(tokenizer: Any, ends: tuple[int, ...]) -> frozenset[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {i for i, token in added.items() if token.special}
     return frozenset(tokenizer.all_special_ids) | marked | set(ends)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -205,7 +205,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def provenance(run: Path) -> dict[str, Any]:
     """What provenance.json says; empty where a run has none.  Raises UnreadableInput where it is no JSON."""
-    path = run / "provenance.json"
+    path = run / ORIGIN
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:

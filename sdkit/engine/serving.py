@@ -26,7 +26,7 @@ from rich.markup import escape
 
 from sdkit.components.vllm import engine_settings
 from sdkit.components.vllm_door import FOLDER, KEY
-from sdkit.components.vllm_server import server_key
+from sdkit.components.vllm_http import key_from
 from sdkit.engine.launch import end_with_parent
 from sdkit.engine.models import load_tokenizer, locate, weights_folder
 from sdkit.engine.prepare import Data
@@ -106,7 +106,7 @@ def serve(
     longest = max_tokens or longest_sequence(spec, base, located)
     folder = weights_folder(backend, base)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    key = server_key(backend, os.environ)
+    key = key_from(backend.key_from, os.environ, "rollout.backend")
     command = server_command(backend, spec.model, located, longest, address)
     with _running(command, server_environment(os.environ, folder, key)) as process:
         _until_up(process, address)
