@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from sdkit.overlay import Loaded
-from sdkit.problems import Path, Problem, listed, nearest, outside, shorten
+from sdkit.problems import Path, Problem, listed, nearest, outside, shorten, spelled
 from sdkit.scalars import scalar
 from sdkit.specs import ExperimentSpec, MethodSpec, Range, Schedule, Table
 from sdkit.surface import Key, default_kind, is_spec, keys_of, kinds_of, members
@@ -134,23 +134,36 @@ class _Walk:
 
     def _field(self, key: Key, data: Any, path: Path) -> Any:
         value = self.value(key.type, data, path)
-        if value is BAD or value is None or not key.range:
+        if value is BAD or value is None:
             return value
         if isinstance(value, Schedule):
-            ends = {"from": value.start, "to": value.to}
-            fine = [self._in_range(key.range, end, (*path, name)) for name, end in ends.items()]
-            return value if all(fine) else BAD
-        # A whole number where a number is wanted is shown as it was written.
-        shown = data if isinstance(data, int | float) else value
-        return value if self._in_range(key.range, shown, path) else BAD
-
-    def _in_range(self, range: Range, value: Any, path: Path) -> bool:
-        if range.accepts(value):
-            return True
-        if isinstance(value, int | float):
-            message = f"'{path[-1]}' is {shorten(value)}, not {range.text}"
+            written: dict[Path, Any] = {(*path, "from"): value.start, (*path, "to"): value.to}
         else:
-            message = f"'{path[-1]}' is empty"
+            # A whole number where a number is wanted is shown as it was written.
+            written = {path: data if isinstance(data, int | float) else value}
+        fine = [self._in_range(key.range, one, where) for where, one in written.items()]
+        return value if all([*fine, *self._entries_in_range(key, value, path)]) else BAD
+
+    def _entries_in_range(self, key: Key, value: Any, path: Path) -> Iterator[bool]:
+        """Whether the names and the scalar entries of a list or table are in their ranges."""
+        if not isinstance(value, Table | tuple):
+            return
+        entries = value.items() if isinstance(value, Table) else enumerate(value)
+        for name, entry in entries:
+            where = (*path, name)
+            if key.names and not key.names.accepts(name):
+                message = f"{shorten(name)} is not {key.names.text}"
+                self.report(where, message, "range", at_key=True)
+                yield False
+            if isinstance(entry, str | int | float):
+                yield self._in_range(key.each, entry, where)
+
+    def _in_range(self, range: Range | None, value: Any, path: Path) -> bool:
+        if range is None or range.accepts(value):
+            return True
+        name = path[-1] if isinstance(path[-1], str) else spelled(path[-2:])
+        empty = not isinstance(value, int | float) and len(value) == 0
+        message = f"'{name}' is " + ("empty" if empty else f"{shorten(value)}, not {range.text}")
         self.report(path, message, "range")
         return False
 

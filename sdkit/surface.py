@@ -23,6 +23,14 @@ class Key:
     range: Range | None
     default: Any
     help: str
+    each: Range | None = None  # of the texts and numbers in a list or table
+    names: Range | None = None  # of a table
+
+    @property
+    def bounds(self) -> str:
+        """What the key accepts beyond its type, in words; empty where that is all."""
+        parts = [(self.range, ""), (self.each, "each "), (self.names, "names: ")]
+        return "; ".join(f"{what}{range.text}" for range, what in parts if range)
 
     @property
     def required(self) -> bool:
@@ -39,7 +47,14 @@ def keys_of(cls: type) -> dict[str, Key]:
         name = a.metadata.get("key") or a.name
         meta = a.metadata
         found[name] = Key(
-            name, a.name, hints[a.name], meta.get("range"), a.default, meta.get("help", "")
+            name,
+            a.name,
+            hints[a.name],
+            meta.get("range"),
+            a.default,
+            meta.get("help", ""),
+            meta.get("each"),
+            meta.get("names"),
         )
     return found
 

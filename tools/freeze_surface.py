@@ -55,7 +55,7 @@ def reference() -> str:
 
 def _row(key: Key) -> str:
     default = "**required**" if key.default is attrs.NOTHING else f"`{_shown(key.default)}`"
-    meaning = key.help + (f" ({key.range.text})" if key.range else "")
+    meaning = key.help + (f" ({key.bounds})" if key.bounds else "")
     return (
         "| "
         + " | ".join(
@@ -84,7 +84,7 @@ def _reached(root: type) -> list[Any]:
 
 def _line(key: Key) -> str:
     default = "required" if key.default is attrs.NOTHING else f"= {_shown(key.default)}"
-    bounds = f"; {key.range.text}" if key.range else ""
+    bounds = f"; {key.bounds}" if key.bounds else ""
     return f"{key.name}: {_type(key.type)} {default}{bounds}"
 
 

@@ -72,15 +72,6 @@ def warmup(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         yield ("optimizer", "warmup_steps"), message, None
 
 
-@run_rule("betas lie in [0, 1)")
-def betas(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """AdamW divides by 1 − beta."""
-    for index, value in enumerate(spec.optimizer.betas):
-        if not 0 <= value < 1:
-            message = f"a beta is {value}, not a number of at least 0 and below 1"
-            yield ("optimizer", "betas", index), message, None
-
-
 @run_rule("sequences fit the model")
 def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Prompt and completion together are one sequence, for the student and for the teacher."""
@@ -199,7 +190,6 @@ RULES = (
     model_folder,
     steps_or_epochs,
     warmup,
-    betas,
     context_length,
     equal_shares,
     offload_stage,

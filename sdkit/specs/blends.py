@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from attrs import frozen
 
-from sdkit.specs.fields import NOT_NEGATIVE, POSITIVE, SHARE, Schedule, spec_field
+from sdkit.specs.fields import POWER, POWER_OR_ZERO, SHARE, Schedule, spec_field
 from sdkit.specs.teachers import ExternalWeights, FrozenWeights
 
 
@@ -23,7 +23,7 @@ class ProductBlend:
     """Teacher × student^b, b = student_power: the live student under its own prompt, a constant of the gradient."""
 
     kind: ClassVar[str] = "product"
-    student_power: float | Schedule = spec_field("power of the live student", range=NOT_NEGATIVE)
+    student_power: float | Schedule = spec_field("power of the live student", range=POWER_OR_ZERO)
 
 
 @frozen(kw_only=True)
@@ -39,7 +39,7 @@ class ExtrapolateBlend:
     """Teacher^f × base^(1 − f), f = factor, the base under the student's prompt: above 1, beyond the teacher."""
 
     kind: ClassVar[str] = "extrapolate"
-    factor: float | Schedule = spec_field("power of the teacher", range=POSITIVE)
+    factor: float | Schedule = spec_field("power of the teacher", range=POWER)
     base: FrozenWeights | ExternalWeights = spec_field(
         "what the teacher is measured from: the start model, or another one",
         default=FrozenWeights(),

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from attrs import frozen
 
-from sdkit.specs.fields import AT_LEAST_ONE, NOT_EMPTY, Table, spec_field
+from sdkit.specs.fields import AT_LEAST_ONE, NAME, NOT_EMPTY, SIGNED, TEXT, Table, spec_field
 
 WRAP_HELP = (
     "text around the value, which stands in it as {value}; nothing at all where there is none"
@@ -18,8 +18,8 @@ class ColumnSlot:
     """A column of the row."""
 
     kind: ClassVar[str] = "column"
-    wrap: str = spec_field(WRAP_HELP, default="{value}", range=NOT_EMPTY)
-    name: str = spec_field("sdkit's name of the column", range=NOT_EMPTY)
+    wrap: str = spec_field(WRAP_HELP, default="{value}", range=TEXT)
+    name: str = spec_field("sdkit's name of the column", range=NAME)
 
 
 @frozen(kw_only=True)
@@ -27,7 +27,7 @@ class TextSlot:
     """The same text for every row."""
 
     kind: ClassVar[str] = "text"
-    text: str = spec_field("the text", range=NOT_EMPTY)
+    text: str = spec_field("the text", range=TEXT)
 
 
 @frozen(kw_only=True)
@@ -35,13 +35,13 @@ class SuccessfulSibling:
     """Another rollout's completion of the same prompt, where one was rewarded well enough."""
 
     kind: ClassVar[str] = "successful_sibling"
-    threshold: float = spec_field("smallest reward that is a success", default=1.0)
+    threshold: float = spec_field("smallest reward that is a success", default=1.0, range=SIGNED)
     pick: Literal["first", "best", "random"] = spec_field(
         "which success, where there are several", default="first"
     )
     exclude_self: bool = spec_field("a rollout never sees its own completion", default=True)
     strip_thinking: bool = spec_field("leave out <think>…</think>", default=True)
-    wrap: str = spec_field(WRAP_HELP, default="{value}", range=NOT_EMPTY)
+    wrap: str = spec_field(WRAP_HELP, default="{value}", range=TEXT)
 
 
 @frozen(kw_only=True)
@@ -52,7 +52,7 @@ class Feedback:
     when: Literal["always", "no_solution"] = spec_field(
         "always, or only where no successful sibling is shown", default="always"
     )
-    wrap: str = spec_field(WRAP_HELP, default="{value}", range=NOT_EMPTY)
+    wrap: str = spec_field(WRAP_HELP, default="{value}", range=TEXT)
 
 
 @frozen(kw_only=True)
@@ -61,7 +61,7 @@ class OwnAttempt:
 
     kind: ClassVar[str] = "own_attempt"
     strip_thinking: bool = spec_field("leave out <think>…</think>", default=True)
-    wrap: str = spec_field(WRAP_HELP, default="{value}", range=NOT_EMPTY)
+    wrap: str = spec_field(WRAP_HELP, default="{value}", range=TEXT)
 
 
 @frozen(kw_only=True)
@@ -69,9 +69,9 @@ class Verdict:
     """One of two texts, by this rollout's own reward."""
 
     kind: ClassVar[str] = "verdict"
-    threshold: float = spec_field("smallest reward that is a success", default=1.0)
-    success: str = spec_field("the text after a success", range=NOT_EMPTY)
-    failure: str = spec_field("the text after a failure", range=NOT_EMPTY)
+    threshold: float = spec_field("smallest reward that is a success", default=1.0, range=SIGNED)
+    success: str = spec_field("the text after a success", range=TEXT)
+    failure: str = spec_field("the text after a failure", range=TEXT)
 
 
 Slot = ColumnSlot | TextSlot | SuccessfulSibling | Feedback | OwnAttempt | Verdict
@@ -85,8 +85,8 @@ Wording = TextSlot | Verdict
 class Turn:
     """One exchange: what the user says and what the assistant answers."""
 
-    user: str = spec_field("template of the user's message", range=NOT_EMPTY)
-    assistant: str = spec_field("template of the answer", range=NOT_EMPTY)
+    user: str = spec_field("template of the user's message", range=TEXT)
+    assistant: str = spec_field("template of the answer", range=TEXT)
 
 
 @frozen(kw_only=True)
@@ -110,7 +110,7 @@ class UserTurn(Context):
     """The template takes the place of the last user message."""
 
     kind: ClassVar[str] = "user_turn"
-    template: str = spec_field("text with {prompt} and the slots", range=NOT_EMPTY)
+    template: str = spec_field("text with {prompt} and the slots", range=TEXT)
 
 
 @frozen(kw_only=True)
@@ -118,7 +118,7 @@ class SystemMessage(Context):
     """The template becomes the system message (after the row's own, where it has one)."""
 
     kind: ClassVar[str] = "system_message"
-    template: str = spec_field("text with the slots", range=NOT_EMPTY)
+    template: str = spec_field("text with the slots", range=TEXT)
 
 
 @frozen(kw_only=True)
@@ -134,7 +134,7 @@ class AnswerStart(Context):
     """The template stands where the answer begins; the completion that is scored follows it."""
 
     kind: ClassVar[str] = "answer_start"
-    template: str = spec_field("text with the slots", range=NOT_EMPTY)
+    template: str = spec_field("text with the slots", range=TEXT)
 
 
 Sees = UserTurn | SystemMessage | EarlierTurns | AnswerStart

@@ -6,7 +6,16 @@ from typing import ClassVar
 
 from attrs import frozen
 
-from sdkit.specs.fields import INSIDE_SHARE, NOT_EMPTY, POSITIVE, SHARE, Schedule, spec_field
+from sdkit.specs.fields import (
+    INSIDE_SHARE,
+    NAME,
+    PATH,
+    POSITIVE,
+    SHARE,
+    SIGNED,
+    Schedule,
+    spec_field,
+)
 
 
 @frozen(kw_only=True)
@@ -77,8 +86,8 @@ class FileDivergence:
     """
 
     kind: ClassVar[str] = "file"
-    file: str = spec_field("Python file, relative to the spec", range=NOT_EMPTY)
-    function: str = spec_field("name of the function", range=NOT_EMPTY)
+    file: str = spec_field("Python file, relative to the spec", range=PATH)
+    function: str = spec_field("name of the function", range=NAME)
     zero_when_equal: bool = spec_field(
         "whether it is 0, with gradient 0, where student and teacher agree", default=True
     )
@@ -105,5 +114,5 @@ class DivergenceClip:
         "largest divergence at one position", default=None, range=POSITIVE
     )
     log_ratio: tuple[float, float] | None = spec_field(
-        "smallest and largest log student − log teacher", default=None
+        "smallest and largest log student − log teacher", default=None, each=SIGNED
     )

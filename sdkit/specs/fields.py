@@ -2,11 +2,13 @@
 
 A class is a map in YAML; its fields are the keys.  A union of classes is told apart by `kind`; a member whose fields
 all have defaults may be written as its bare kind (`divergence: forward_kl`).  Each field carries its help text and its
-range, so that errors, `sdkit plan` and the surface test read them from one place.
+range, so that errors, `sdkit plan` and the surface test read them from one place.  Every number has both ends, and no
+text is accepted empty unless its field says so.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -43,36 +45,125 @@ class Table(Mapping[str, T]):
 
 @frozen
 class Range:
-    """The numbers a field accepts; `text` is what an error message says."""
+    """The values a field accepts; `text` is what an error message says, `ends` are the bounds of a number."""
 
     text: str
     accepts: Callable[[Any], bool]
+    ends: tuple[float, float] | None = None
 
 
-POSITIVE = Range("a number above 0", lambda v: v > 0)
-NOT_NEGATIVE = Range("a number of at least 0", lambda v: v >= 0)
-AT_LEAST_ONE = Range("a whole number of at least 1", lambda v: v >= 1)
-AT_LEAST_64 = Range("a whole number of at least 64", lambda v: v >= 64)
-SHARE = Range("a number from 0 to 1", lambda v: 0 <= v <= 1)
-NEGATIVE = Range("a number below 0", lambda v: v < 0)
-ABOVE_ONE = Range("a number above 1", lambda v: v > 1)
-INSIDE_SHARE = Range("a number strictly between 0 and 1", lambda v: 0 < v < 1)
-TOP_P = Range("a number above 0, at most 1", lambda v: 0 < v <= 1)
+SMALLEST, LARGEST = 1e-12, 1e6
+"""Magnitudes that float32 can square, multiply and sum without reaching zero or infinity."""
+
+
+def between(low: float, high: float, *, apart_from: tuple[float, ...] = ()) -> Range:
+    """The numbers from `low` to `high`, both included, and those of `apart_from`."""
+    whole = isinstance(low, int) and isinstance(high, int)
+    noun = "a whole number" if whole and high > 1 else "a number"
+    text = f"{noun} from {_figure(low)} to {_figure(high)}"
+    text = ", ".join([*map(_figure, apart_from), f"or {text}" if apart_from else text])
+    ends = (min(low, *apart_from), max(high, *apart_from)) if apart_from else (low, high)
+    return Range(text, lambda v: low <= v <= high or v in apart_from, ends)
+
+
+def _figure(number: float) -> str:
+    """`1e6`, not `1e+06`."""
+    text = str(number) if isinstance(number, int) else f"{number:.6g}"
+    return re.sub("e[+]?(-?)0*", r"e\1", text)
+
+
+POSITIVE = between(SMALLEST, LARGEST)
+NOT_NEGATIVE = between(SMALLEST, LARGEST, apart_from=(0,))
+NEGATIVE = between(-LARGEST, -SMALLEST)
+SIGNED = Range(
+    f"0, or a number of magnitude {_figure(SMALLEST)} to {_figure(LARGEST)}",
+    lambda v: v == 0 or SMALLEST <= abs(v) <= LARGEST,
+    (-LARGEST, LARGEST),
+)
+ABOVE_ONE = between(1.00001, LARGEST)
+SHARE = between(1e-6, 0.999999, apart_from=(0, 1))
+INSIDE_SHARE = between(1e-6, 0.999999)
+TOP_P = between(1e-6, 1.0)
+TEMPERATURE = between(0.01, 100.0)
+"""Below 0.01 vLLM samples at 0.01 instead."""
+GREEDY_OR_TEMPERATURE = between(0.01, 100.0, apart_from=(0,))
+POWER = between(1e-6, 100.0)
+POWER_OR_ZERO = between(1e-6, 100.0, apart_from=(0,))
+SECONDS = between(0.001, LARGEST)
+GIBIBYTES = between(0.001, LARGEST)
+
+MOST = 10**9
+AT_LEAST_ONE = between(1, MOST)
+NOT_NEGATIVE_COUNT = between(0, MOST)
+AT_LEAST_64 = between(64, MOST)
+SEED = between(0, 2**32 - 1)
+"""What every library's generator takes."""
+PARAMETERS = between(1, 10**15)
+OPTION = Range(
+    "text, true, false, or a number of magnitude up to 1e15",
+    lambda v: isinstance(v, str) or abs(v) <= 1e15,
+    (-1e15, 1e15),
+)
+
 NOT_EMPTY = Range("at least one entry", lambda v: len(v) > 0)
+TEXT = Range("text with more than white space", lambda v: bool(v.strip()))
+SOME_TEXT = Range("at least one character", lambda v: len(v) > 0)
+PATTERN = Range("a pattern of 1 to 10000 characters", lambda v: 0 < len(v) <= 10_000)
+NAME = Range(
+    "a name of at most 1000 characters on one line",
+    lambda v: bool(v.strip()) and len(v) <= 1000 and not _CONTROL.search(v),
+)
+PATH = Range(
+    "a path of at most 4000 bytes on one line",
+    lambda v: (
+        bool(v.strip())
+        and len(v.encode("utf-8", "surrogatepass")) <= 4000
+        and not _CONTROL.search(v)
+    ),
+)
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def spec_field(
-    help: str, *, default: Any = NOTHING, range: Range | None = None, key: str | None = None
+    help: str,
+    *,
+    default: Any = NOTHING,
+    range: Range | None = None,
+    each: Range | None = None,
+    names: Range | None = None,
+    key: str | None = None,
 ) -> Any:
-    """One key of the language: its help text, default, range and (where Python forbids the name) its YAML key."""
+    """One key of the language: its help text, default, range and (where Python forbids the name) its YAML key.
+
+    `each` is the range of every text and number in a list or table, `names` that of a table's names.
+    """
 
     def check(_instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         if range and value is not None and not isinstance(value, Schedule):
-            if not range.accepts(value):
-                raise ValueError(f"{attribute.name} must be {range.text}, not {value!r}")
+            _check(range, value, attribute.name)
+        if isinstance(value, Table):
+            for name in value if names else ():
+                _check(names, name, attribute.name)
+        for item in scalars_of(value) if each else ():
+            _check(each, item, attribute.name)
 
-    meta = {"help": help, "range": range, "key": key}
+    meta = {"help": help, "range": range, "each": each, "names": names, "key": key}
     return attrs.field(default=default, validator=check, metadata=meta, kw_only=True)
+
+
+def scalars_of(value: Any) -> list[str | int | float]:
+    """The texts and numbers directly in a list or table; none where it is neither."""
+    items = value.values() if isinstance(value, Table) else value
+    return (
+        [x for x in items if isinstance(x, str | int | float)]
+        if isinstance(value, Table | tuple)
+        else []
+    )
+
+
+def _check(range: Range, value: Any, field: str) -> None:
+    if not range.accepts(value):
+        raise ValueError(f"{field} must be {range.text}, not {value!r}")
 
 
 # ── scalars that change over a run ────────────────────────────────────────────────────────────
@@ -82,7 +173,7 @@ def spec_field(
 class Schedule:
     """A number that moves from one value to another over the first optimizer steps of a run."""
 
-    start: float = spec_field("value at step 0", key="from")
-    to: float = spec_field("value from `steps` on")
+    start: float = spec_field("value at step 0", key="from", range=SIGNED)
+    to: float = spec_field("value from `steps` on", range=SIGNED)
     steps: int = spec_field("optimizer steps over which it moves", range=AT_LEAST_ONE)
     shape: Literal["linear", "cosine"] = spec_field("how it moves", default="linear")

@@ -13,8 +13,10 @@ from sdkit.specs.fields import (
     AT_LEAST_ONE,
     NEGATIVE,
     NOT_NEGATIVE,
+    NOT_NEGATIVE_COUNT,
     POSITIVE,
     SHARE,
+    TEMPERATURE,
     TOP_P,
     Schedule,
     spec_field,
@@ -56,7 +58,7 @@ class MaskSpec:
     """Which completion tokens count; tokens left out stay in the attention."""
 
     skip_first: int = spec_field(
-        "leave out the first so many tokens", default=0, range=NOT_NEGATIVE
+        "leave out the first so many tokens", default=0, range=NOT_NEGATIVE_COUNT
     )
     prefix: int | None = spec_field(
         "only the first so many tokens", default=None, range=AT_LEAST_ONE
@@ -156,7 +158,7 @@ class Distillation:
     temperature: float | Schedule | None = spec_field(
         "divides both sides' logits (default: the sampling temperature)",
         default=None,
-        range=POSITIVE,
+        range=TEMPERATURE,
     )
     mask: MaskSpec = spec_field("which positions", default=MaskSpec())
     importance: ImportanceSpec = spec_field("how corrected", default=ImportanceSpec())

@@ -8,11 +8,18 @@ from attrs import frozen
 
 from sdkit.specs.fields import (
     AT_LEAST_ONE,
+    GIBIBYTES,
     INSIDE_SHARE,
+    NAME,
     NOT_EMPTY,
-    NOT_NEGATIVE,
+    NOT_NEGATIVE_COUNT,
+    PATH,
     POSITIVE,
+    SECONDS,
     SHARE,
+    SIGNED,
+    SOME_TEXT,
+    TEMPERATURE,
     TOP_P,
     Schedule,
     spec_field,
@@ -40,7 +47,9 @@ class DatasetSamples:
     """The completions stand in the data set."""
 
     kind: ClassVar[str] = "dataset"
-    column: str = spec_field("which column holds the completion", default="demonstration")
+    column: str = spec_field(
+        "which column holds the completion", default="demonstration", range=NAME
+    )
     drawn_by: Literal["other", "student"] = spec_field(
         "whether they are a log of the student's own answers, so that estimates may be made from them",
         default="other",
@@ -55,7 +64,9 @@ class MixtureSamples:
     student_share: float | Schedule = spec_field(
         "share of the rollout batches that the student answers", range=SHARE
     )
-    column: str = spec_field("which column holds the completion", default="demonstration")
+    column: str = spec_field(
+        "which column holds the completion", default="demonstration", range=NAME
+    )
 
 
 SampledBy = StudentSamples | TeacherSamples | DatasetSamples | MixtureSamples
@@ -88,7 +99,7 @@ class RewardAtLeast:
     """Rollouts that were rewarded well enough."""
 
     kind: ClassVar[str] = "reward_at_least"
-    threshold: float = spec_field("smallest reward that is kept", default=1.0)
+    threshold: float = spec_field("smallest reward that is kept", default=1.0, range=SIGNED)
 
 
 @frozen(kw_only=True)
@@ -124,7 +135,7 @@ class VllmEngine:
         "precision of the engine (default: the model's)", default=None
     )
     max_rows: int = spec_field("sequences decoded at once", default=64, range=AT_LEAST_ONE)
-    cache_gib: float = spec_field("key-value cache on CPU, GiB", default=1.0, range=POSITIVE)
+    cache_gib: float = spec_field("key-value cache on CPU, GiB", default=1.0, range=GIBIBYTES)
     gpu_share: float = spec_field(
         "share of GPU memory for the engine", default=0.4, range=INSIDE_SHARE
     )
@@ -154,10 +165,12 @@ class VllmServerBackend(VllmEngine):
         "where the servers listen; groups are dealt out to them",
         default=("http://127.0.0.1:8000",),
         range=NOT_EMPTY,
+        each=NAME,
     )
     key_from: str | None = spec_field(
         "environment variable that holds the servers' key; the key itself stands in no spec",
         default=None,
+        range=NAME,
     )
     allow_remote: bool = spec_field(
         "let a server be another machine: prompts are sent there, and it takes the weights",
@@ -167,13 +180,13 @@ class VllmServerBackend(VllmEngine):
         "where weight files pass from the trainer to the servers, relative to the spec (default: weights/ in sdkit's "
         "cache folder, for servers on this machine)",
         default=None,
-        range=NOT_EMPTY,
+        range=PATH,
     )
     deadline_seconds: float = spec_field(
         "longest time for one completion or one weight transfer, further attempts included: so long a lone server may "
         "be away",
         default=600.0,
-        range=POSITIVE,
+        range=SECONDS,
     )
 
 
@@ -182,7 +195,7 @@ class ReplayBackend:
     """The recorded rollouts of an earlier run; no sampling."""
 
     kind: ClassVar[str] = "replay"
-    run: str = spec_field("run directory, relative to the spec", range=NOT_EMPTY)
+    run: str = spec_field("run directory, relative to the spec", range=PATH)
 
 
 Backend = AutoBackend | TransformersBackend | VllmBackend | VllmServerBackend | ReplayBackend
@@ -194,16 +207,16 @@ class RolloutSpec:
 
     sampled_by: SampledBy = spec_field("who samples", default=StudentSamples())
     completions_per_prompt: int = spec_field("size of a group", default=1, range=AT_LEAST_ONE)
-    temperature: float = spec_field("sampling temperature", default=1.0, range=POSITIVE)
+    temperature: float = spec_field("sampling temperature", default=1.0, range=TEMPERATURE)
     top_p: float = spec_field("nucleus sampling", default=1.0, range=TOP_P)
     top_k: int = spec_field(
-        "keep the k likeliest tokens; 0 keeps all", default=0, range=NOT_NEGATIVE
+        "keep the k likeliest tokens; 0 keeps all", default=0, range=NOT_NEGATIVE_COUNT
     )
     max_new_tokens: int = spec_field("longest completion, tokens", default=256, range=AT_LEAST_ONE)
     max_prompt_tokens: int | None = spec_field(
         "longest student prompt, tokens; a longer one is an error", default=None, range=AT_LEAST_ONE
     )
-    stop: tuple[str, ...] = spec_field("texts that end a completion", default=())
+    stop: tuple[str, ...] = spec_field("texts that end a completion", default=(), each=SOME_TEXT)
     keep: tuple[Keep, ...] = spec_field(
         "which rollouts are trained on: those that pass every filter (default: all)", default=()
     )
@@ -212,5 +225,5 @@ class RolloutSpec:
         "rollout batches between the weights that sample and those that are trained: above 0 servers sample the next "
         "batches while this one trains",
         default=0,
-        range=NOT_NEGATIVE,
+        range=NOT_NEGATIVE_COUNT,
     )

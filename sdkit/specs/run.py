@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from attrs import frozen
@@ -9,15 +10,59 @@ from attrs import frozen
 from sdkit.specs.data import DataSpec
 from sdkit.specs.fields import (
     AT_LEAST_ONE,
+    GIBIBYTES,
+    NAME,
     NOT_EMPTY,
     NOT_NEGATIVE,
+    NOT_NEGATIVE_COUNT,
+    OPTION,
+    PARAMETERS,
+    PATH,
     POSITIVE,
+    SEED,
     SHARE,
+    Range,
     Table,
+    between,
     spec_field,
 )
 from sdkit.specs.method import MethodSpec
 from sdkit.specs.scores import EvaluationSpec, Reward
+
+BETA = between(0.0, 0.999999)
+"""AdamW divides by 1 − beta."""
+ADAM_EPS = between(1e-16, 1e6)
+GRADIENT_NORM = between(1e-12, 1e12)
+RENDERING_ARGUMENTS = {
+    "self",
+    "conversation",
+    "conversations",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+    "raise_exception",
+    "strftime_now",
+}
+"""What `apply_chat_template` takes itself, and what it gives to every template."""
+TEMPLATE_OPTION = Range(
+    "the name of an option that only the template reads, such as enable_thinking",
+    lambda v: (
+        bool(re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,99}", v))
+        and v not in RENDERING_ARGUMENTS
+        and not v.endswith(("_token", "_tokens"))
+    ),
+)
 
 # ── model ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -29,7 +74,10 @@ class LoraSpec:
     rank: int = spec_field("rank of the factors", range=AT_LEAST_ONE)
     alpha: float = spec_field("scale is alpha / rank", range=POSITIVE)
     targets: tuple[str, ...] | Literal["all_linear"] = spec_field(
-        "names of the layers that get an adapter", default="all_linear", range=NOT_EMPTY
+        "names of the layers that get an adapter",
+        default="all_linear",
+        range=NOT_EMPTY,
+        each=NAME,
     )
 
 
@@ -37,7 +85,7 @@ class LoraSpec:
 class ShapeSpec:
     """A model's shape, for `sdkit plan` where its config.json cannot be read."""
 
-    parameters: int = spec_field("number of parameters", range=AT_LEAST_ONE)
+    parameters: int = spec_field("number of parameters", range=PARAMETERS)
     hidden: int = spec_field("width of the hidden states", range=AT_LEAST_ONE)
     layers: int = spec_field("number of layers", range=AT_LEAST_ONE)
     vocabulary: int = spec_field("rows of the output projection", range=AT_LEAST_ONE)
@@ -53,8 +101,8 @@ class ShapeSpec:
 class ModelSpec:
     """The student, and the weights a teacher starts from."""
 
-    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", range=NOT_EMPTY)
-    revision: str | None = spec_field("commit or tag of a hub model", default=None)
+    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", range=PATH)
+    revision: str | None = spec_field("commit or tag of a hub model", default=None, range=NAME)
     dtype: Literal["float32", "bfloat16"] = spec_field(
         "precision of the forward pass; masters stay float32", default="bfloat16"
     )
@@ -66,7 +114,10 @@ class ModelSpec:
         "recompute activations in the backward pass to save memory", default=False
     )
     chat_template_options: Table[str | bool | int | float] = spec_field(
-        "arguments for the chat template, such as enable_thinking", default=Table()
+        "arguments for the chat template, such as enable_thinking",
+        default=Table(),
+        each=OPTION,
+        names=TEMPLATE_OPTION,
     )
     shape: ShapeSpec | None = spec_field(
         "stated shape, for `sdkit plan` without a hub", default=None
@@ -81,15 +132,15 @@ class OptimizerSpec:
     """AdamW and its learning rate over the run."""
 
     lr: float = spec_field("peak learning rate", range=POSITIVE)
-    betas: tuple[float, float] = spec_field("decay of the moments", default=(0.9, 0.999))
-    eps: float = spec_field("added to the denominator", default=1e-8, range=POSITIVE)
+    betas: tuple[float, float] = spec_field("decay of the moments", default=(0.9, 0.999), each=BETA)
+    eps: float = spec_field("added to the denominator", default=1e-8, range=ADAM_EPS)
     weight_decay: float = spec_field("decoupled weight decay", default=0.0, range=NOT_NEGATIVE)
-    clip: float = spec_field("largest gradient norm", default=1.0, range=POSITIVE)
+    clip: float = spec_field("largest gradient norm", default=1.0, range=GRADIENT_NORM)
     schedule: Literal["constant", "linear", "cosine"] = spec_field(
         "shape after the warm-up", default="constant"
     )
     warmup_steps: int = spec_field(
-        "optimizer steps of linear warm-up", default=0, range=NOT_NEGATIVE
+        "optimizer steps of linear warm-up", default=0, range=NOT_NEGATIVE_COUNT
     )
     final_share: float = spec_field(
         "share of lr at the end of linear or cosine", default=0.0, range=SHARE
@@ -130,7 +181,7 @@ class TrainingSpec:
         "stage 3 also `parameters`",
         default=(),
     )
-    seed: int = spec_field("from which every other seed is derived", default=0, range=NOT_NEGATIVE)
+    seed: int = spec_field("from which every other seed is derived", default=0, range=SEED)
 
 
 @frozen(kw_only=True)
@@ -138,7 +189,7 @@ class MachineSpec:
     """The machine, where it is not the one at hand (for `sdkit plan`)."""
 
     ranks: int = spec_field("training processes", default=1, range=AT_LEAST_ONE)
-    memory_gib: float | None = spec_field("memory per rank, GiB", default=None, range=POSITIVE)
+    memory_gib: float | None = spec_field("memory per rank, GiB", default=None, range=GIBIBYTES)
     accelerator: Literal["a100_80", "h100", "h200", "gh200"] | None = spec_field(
         "the device of each rank; with it `sdkit plan` estimates the time of a step", default=None
     )
@@ -149,7 +200,9 @@ class OutputSpec:
     """What a run leaves behind."""
 
     folder: str = spec_field(
-        "where run directories are made, relative to where sdkit is started", default="runs"
+        "where run directories are made, relative to where sdkit is started",
+        default="runs",
+        range=PATH,
     )
     samples_every: int = spec_field(
         "steps between samples on screen and in samples/", default=5, range=AT_LEAST_ONE
@@ -187,6 +240,7 @@ class ExperimentSpec(MethodSpec):
     reward: str | None = spec_field(
         "the reward that training uses, where the method needs one (default: the only one)",
         default=None,
+        range=NAME,
     )
     evaluation: EvaluationSpec | None = spec_field("held-out measurement", default=None)
     optimizer: OptimizerSpec = spec_field("AdamW")

@@ -10,9 +10,15 @@ from sdkit.specs.data import DataSpec
 from sdkit.specs.fields import (
     AT_LEAST_64,
     AT_LEAST_ONE,
+    GREEDY_OR_TEMPERATURE,
+    NAME,
     NOT_EMPTY,
     NOT_NEGATIVE,
-    POSITIVE,
+    NOT_NEGATIVE_COUNT,
+    PATH,
+    PATTERN,
+    SECONDS,
+    SIGNED,
     TOP_P,
     Table,
     spec_field,
@@ -31,7 +37,7 @@ class Tagged:
     """What stands between the last <tag> and </tag>."""
 
     kind: ClassVar[str] = "tagged"
-    tag: str = spec_field("name of the tag", default="answer", range=NOT_EMPTY)
+    tag: str = spec_field("name of the tag", default="answer", range=NAME)
 
 
 @frozen(kw_only=True)
@@ -72,7 +78,7 @@ class ExactReward:
     """1 where the answer equals the column, else 0."""
 
     kind: ClassVar[str] = "exact"
-    answer: str = spec_field("column with the right answer", default="answer")
+    answer: str = spec_field("column with the right answer", default="answer", range=NAME)
     extract: Extract = spec_field("which part of the completion is the answer", default=WholeText())
     ignore_case: bool = spec_field("compare without regard to case", default=False)
 
@@ -82,7 +88,7 @@ class NumberReward:
     """1 where the answer is the column's number, else 0."""
 
     kind: ClassVar[str] = "number"
-    answer: str = spec_field("column with the right answer", default="answer")
+    answer: str = spec_field("column with the right answer", default="answer", range=NAME)
     extract: Extract = spec_field(
         "which part of the completion is the answer", default=LastNumber()
     )
@@ -94,7 +100,7 @@ class ChoiceReward:
     """1 where the answer is the column's letter, else 0."""
 
     kind: ClassVar[str] = "choice"
-    answer: str = spec_field("column with the right letter", default="answer")
+    answer: str = spec_field("column with the right letter", default="answer", range=NAME)
     extract: Extract = spec_field(
         "which part of the completion is the answer", default=LastChoice()
     )
@@ -106,7 +112,7 @@ class RegexReward:
 
     kind: ClassVar[str] = "regex"
     pattern: str = spec_field(
-        "Python regular expression; `^` and `$` are the ends of the text", range=NOT_EMPTY
+        "Python regular expression; `^` and `$` are the ends of the text", range=PATTERN
     )
 
 
@@ -115,12 +121,14 @@ class MathVerifyReward:
     """1 where math-verify finds the answer equal to the column, else 0 (needs the package math-verify)."""
 
     kind: ClassVar[str] = "math_verify"
-    answer: str = spec_field("column with the right answer, plain or LaTeX", default="answer")
+    answer: str = spec_field(
+        "column with the right answer, plain or LaTeX", default="answer", range=NAME
+    )
     extract: Extract = spec_field(
         "which part of the completion is searched for the answer", default=WholeText()
     )
     seconds: float = spec_field(
-        "longest time for one comparison; what takes longer scores 0", default=5.0, range=POSITIVE
+        "longest time for one comparison; what takes longer scores 0", default=5.0, range=SECONDS
     )
 
 
@@ -137,7 +145,7 @@ class PythonTests:
     """
 
     kind: ClassVar[str] = "python_tests"
-    tests: str = spec_field("column with the tests", default="tests")
+    tests: str = spec_field("column with the tests", default="tests", range=NAME)
     extract: Extract = spec_field(
         "which part of the completion is the program", default=LastCodeBlock()
     )
@@ -145,7 +153,7 @@ class PythonTests:
         "`all`: 1 where every test is passed, else 0; `share`: the share that is passed",
         default="all",
     )
-    seconds: float = spec_field("longest time for one test", default=10.0, range=POSITIVE)
+    seconds: float = spec_field("longest time for one test", default=10.0, range=SECONDS)
     cpu_seconds: int = spec_field(
         "longest processor time for one test; a row's own time_limit holds where it is smaller",
         default=6,
@@ -154,7 +162,7 @@ class PythonTests:
     total_seconds: float = spec_field(
         "longest time for all tests of a completion; tests not reached fail",
         default=60.0,
-        range=POSITIVE,
+        range=SECONDS,
     )
     memory_mib: int = spec_field(
         "address space of a program, the interpreter's included", default=1024, range=AT_LEAST_64
@@ -187,7 +195,7 @@ class RewardModel:
     """The one output of a sequence-classification model that reads prompt and completion as a chat."""
 
     kind: ClassVar[str] = "reward_model"
-    path: str = spec_field("local folder, relative to the spec; safetensors only", range=NOT_EMPTY)
+    path: str = spec_field("local folder, relative to the spec; safetensors only", range=PATH)
     batch_rows: int = spec_field("completions read at the same time", default=8, range=AT_LEAST_ONE)
 
 
@@ -199,12 +207,12 @@ class FileReward:
     """
 
     kind: ClassVar[str] = "file"
-    file: str = spec_field("Python file, relative to the spec", range=NOT_EMPTY)
-    function: str = spec_field("name of the function in it", range=NOT_EMPTY)
+    file: str = spec_field("Python file, relative to the spec", range=PATH)
+    function: str = spec_field("name of the function in it", range=NAME)
     seconds: float = spec_field(
         "longest time for one completion; the run ends where it takes longer",
         default=60.0,
-        range=POSITIVE,
+        range=SECONDS,
     )
     at_once: int = spec_field(
         "calls at the same time; more than 1 needs a function that may run in several threads",
@@ -218,7 +226,9 @@ class WeightedReward:
     """The sum of other rewards, each times its weight; the parts are measured too."""
 
     kind: ClassVar[str] = "weighted"
-    parts: Table[float] = spec_field("names of rewards and their weights", range=NOT_EMPTY)
+    parts: Table[float] = spec_field(
+        "names of rewards and their weights", range=NOT_EMPTY, each=SIGNED, names=NAME
+    )
 
 
 Reward = (
@@ -244,10 +254,10 @@ def column_of(reward: Reward) -> str | None:
 class Decoding:
     """How evaluation samples."""
 
-    temperature: float = spec_field("0 is greedy", range=NOT_NEGATIVE)
+    temperature: float = spec_field("0 is greedy", range=GREEDY_OR_TEMPERATURE)
     top_p: float = spec_field("nucleus sampling", default=1.0, range=TOP_P)
     top_k: int = spec_field(
-        "keep the k likeliest tokens; 0 keeps all", default=0, range=NOT_NEGATIVE
+        "keep the k likeliest tokens; 0 keeps all", default=0, range=NOT_NEGATIVE_COUNT
     )
     samples: int = spec_field("completions per prompt", default=1, range=AT_LEAST_ONE)
 
@@ -266,8 +276,8 @@ class Suite:
         "training rows whose prompt is held out too; keep where the two differ in what scores them",
         default="drop",
     )
-    score: str = spec_field("the reward that is the headline", range=NOT_EMPTY)
-    also: tuple[str, ...] = spec_field("further rewards to report", default=())
+    score: str = spec_field("the reward that is the headline", range=NAME)
+    also: tuple[str, ...] = spec_field("further rewards to report", default=(), each=NAME)
     decoding: Table[Decoding] = spec_field(
         "named ways to sample", default=GREEDY_AND_SAMPLED, range=NOT_EMPTY
     )
@@ -277,7 +287,7 @@ class Suite:
     loss_prompts: int = spec_field(
         "held-out prompts on which every training metric is computed too",
         default=64,
-        range=NOT_NEGATIVE,
+        range=NOT_NEGATIVE_COUNT,
     )
 
 
@@ -294,5 +304,5 @@ class EvaluationSpec:
     teacher_lift: int = spec_field(
         "held-out prompts on which the score under the teacher's view is measured before training; 0 skips",
         default=100,
-        range=NOT_NEGATIVE,
+        range=NOT_NEGATIVE_COUNT,
     )

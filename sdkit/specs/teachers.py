@@ -8,9 +8,11 @@ from attrs import frozen
 
 from sdkit.specs.fields import (
     AT_LEAST_ONE,
+    NAME,
     NOT_EMPTY,
-    NOT_NEGATIVE,
-    POSITIVE,
+    NOT_NEGATIVE_COUNT,
+    PATH,
+    SECONDS,
     SHARE,
     Schedule,
     Table,
@@ -56,8 +58,8 @@ class ExternalWeights:
     """Another model with the student's vocabulary.  It reads the same token ids, so the student's chat template."""
 
     kind: ClassVar[str] = "external"
-    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", range=NOT_EMPTY)
-    revision: str | None = spec_field("commit or tag of a hub model", default=None)
+    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", range=PATH)
+    revision: str | None = spec_field("commit or tag of a hub model", default=None, range=NAME)
     dtype: Literal["float32", "bfloat16"] = spec_field(
         "precision of its forward pass", default="bfloat16"
     )
@@ -72,32 +74,33 @@ class ServedWeights:
     """
 
     kind: ClassVar[str] = "served"
-    url: str = spec_field("where the server listens, such as http://127.0.0.1:8000")
-    model: str = spec_field("the name that it serves the model under", range=NOT_EMPTY)
+    url: str = spec_field("where the server listens, such as http://127.0.0.1:8000", range=NAME)
+    model: str = spec_field("the name that it serves the model under", range=NAME)
     tokenizer: str | None = spec_field(
         "`bundled:NAME`, a local folder, or a hub id, to be compared with the student's; how the server spells every id "
         "is compared in any case",
         default=None,
-        range=NOT_EMPTY,
+        range=PATH,
     )
     key_from: str | None = spec_field(
         "environment variable that holds the server's key; the key itself stands in no spec",
         default=None,
+        range=NAME,
     )
     allow_remote: bool = spec_field(
         "let the server be another machine: prompts and completions are sent there", default=False
     )
     requests_at_once: int = spec_field("sequences in flight", default=8, range=AT_LEAST_ONE)
     request_seconds: float = spec_field(
-        "longest time for one request", default=120.0, range=POSITIVE
+        "longest time for one request", default=120.0, range=SECONDS
     )
     retries: int = spec_field(
         "further attempts where a server cannot be reached or is busy",
         default=6,
-        range=NOT_NEGATIVE,
+        range=NOT_NEGATIVE_COUNT,
     )
     deadline_seconds: float = spec_field(
-        "longest time for one sequence, further attempts included", default=600.0, range=POSITIVE
+        "longest time for one sequence, further attempts included", default=600.0, range=SECONDS
     )
 
 
@@ -111,9 +114,9 @@ class RoutedWeights:
     """Each row's teacher by a column of the data."""
 
     kind: ClassVar[str] = "routed"
-    by: str = spec_field("the column, by sdkit's name", range=NOT_EMPTY)
+    by: str = spec_field("the column, by sdkit's name", range=NAME)
     routes: Table[OneTeacher] = spec_field(
-        "the weights for each value of the column", range=NOT_EMPTY
+        "the weights for each value of the column", range=NOT_EMPTY, names=NAME
     )
 
 

@@ -10,7 +10,18 @@ from typing import ClassVar, Literal
 
 from attrs import frozen
 
-from sdkit.specs.fields import NOT_EMPTY, NOT_NEGATIVE, POSITIVE, SHARE, Schedule, spec_field
+from sdkit.specs.fields import (
+    NAME,
+    NOT_EMPTY,
+    NOT_NEGATIVE,
+    PATH,
+    POSITIVE,
+    SHARE,
+    SIGNED,
+    Schedule,
+    between,
+    spec_field,
+)
 
 
 @frozen(kw_only=True)
@@ -53,8 +64,8 @@ class PassRateWeight:
     """(p · (1 − p)) to the power, p the share of successes in the rollout's group as sampled: prompts half solved count most."""
 
     kind: ClassVar[str] = "pass_rate"
-    power: float | Schedule = spec_field("exponent", default=0.5, range=POSITIVE)
-    threshold: float = spec_field("smallest reward that is a success", default=1.0)
+    power: float | Schedule = spec_field("exponent", default=0.5, range=between(0.001, 10.0))
+    threshold: float = spec_field("smallest reward that is a success", default=1.0, range=SIGNED)
 
 
 @frozen(kw_only=True)
@@ -64,7 +75,9 @@ class PerplexityWeight:
     kind: ClassVar[str] = "perplexity"
     of: Literal["student", "teacher"] = spec_field("whose perplexity")
     power: float | Schedule = spec_field(
-        "exponent; below 0 the likely rollouts count most", default=1.0
+        "exponent; below 0 the likely rollouts count most",
+        default=1.0,
+        range=between(-100.0, 100.0),
     )
 
 
@@ -89,8 +102,8 @@ class FileWeight:
     """
 
     kind: ClassVar[str] = "file"
-    file: str = spec_field("Python file, relative to the spec", range=NOT_EMPTY)
-    function: str = spec_field("name of the function", range=NOT_EMPTY)
+    file: str = spec_field("Python file, relative to the spec", range=PATH)
+    function: str = spec_field("name of the function", range=NAME)
     given: tuple[Given, ...] = spec_field("what it is called with, by name", default=())
     rows: Literal["rollout", "group"] = spec_field(
         "whether a rollout's weights depend on it alone, or on its group: then the N rows are one group",
@@ -115,6 +128,10 @@ class RouteSpec:
     when: Literal["failed", "failed_with_context"] = spec_field(
         "a reward below the threshold, and for the second a teacher prompt"
     )
-    threshold: float = spec_field("smallest reward that is a success", default=1.0)
-    then: tuple[str, ...] = spec_field("terms that count such rollouts alone", range=NOT_EMPTY)
-    otherwise: tuple[str, ...] = spec_field("terms that count the others alone", default=())
+    threshold: float = spec_field("smallest reward that is a success", default=1.0, range=SIGNED)
+    then: tuple[str, ...] = spec_field(
+        "terms that count such rollouts alone", range=NOT_EMPTY, each=NAME
+    )
+    otherwise: tuple[str, ...] = spec_field(
+        "terms that count the others alone", default=(), each=NAME
+    )

@@ -1,0 +1,196 @@
+"""Every number of the language has both ends, and no text is accepted empty: read from the fields themselves."""
+
+import importlib.util
+import inspect
+import itertools
+import math
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+from sdkit.overlay import load
+from sdkit.specs import ExperimentSpec, LoraSpec, OptimizerSpec, ServedWeights, Table
+from sdkit.specs.run import RENDERING_ARGUMENTS, TEMPLATE_OPTION
+from sdkit.structure import structure_run
+from sdkit.surface import Key, is_spec, keys_of, members
+
+FLOAT32 = 3.4e38
+PLAIN_NAMES = {"losses", "slots", "rewards", "suites", "decoding"}
+"""Tables whose names the rule plain_name checks."""
+DATA = {"rows"}
+"""Keys that hold the user's own data."""
+WHITE_SPACE_COUNTS = {"stop", "pattern"}
+FREE = {"options", "chat_template_options"}
+"""What a task or a template makes of a text is its own affair."""
+
+
+def classes():
+    seen = {}
+
+    def visit(tp):
+        if is_spec(tp):
+            if tp not in seen:
+                seen[tp] = None
+                for key in keys_of(tp).values():
+                    visit(key.type)
+        for part in typing.get_args(tp):
+            visit(part)
+
+    visit(ExperimentSpec)
+    return seen
+
+
+KEYS = [(cls, key) for cls in classes() for key in keys_of(cls).values()]
+IDS = [f"{cls.__name__}.{key.name}" for cls, key in KEYS]
+
+
+def entries(key: Key):
+    """The scalar types of a key, each with the range that holds for them."""
+    for option in members(key.type):
+        origin, args = typing.get_origin(option), typing.get_args(option)
+        if origin in (tuple, Table):
+            for tp in itertools.chain.from_iterable(map(members, args)):
+                yield tp, key.each
+        else:
+            yield option, key.range
+
+
+@pytest.mark.parametrize(("cls", "key"), KEYS, ids=IDS)
+def test_a_number_has_both_ends_and_float32_bears_them(cls, key):
+    for tp, range in entries(key):
+        if tp not in (int, float):
+            continue
+        assert range is not None
+        assert range.ends is not None
+        low, high = range.ends
+        assert abs(low) <= FLOAT32
+        assert abs(high) <= FLOAT32
+        assert range.accepts(tp(low))
+        assert range.accepts(tp(high))
+        beyond = (low - max(1, abs(low)), high + max(1, high))
+        assert not any(map(range.accepts, beyond))
+        if tp is int:
+            assert high < 2**63
+        # OPTION takes whatever a template or a task may want; all else is a number of the arithmetic.
+        elif range.text.startswith("text") or "to 100" in range.text:
+            continue
+        else:
+            tiny = [n for n in (1e-30, 1e-45, -1e-30) if range.accepts(n)]
+            assert not tiny or low <= 0 < high <= 1, tiny
+
+
+@pytest.mark.parametrize(("cls", "key"), KEYS, ids=IDS)
+def test_a_text_is_not_empty(cls, key):
+    for tp, range in entries(key):
+        if tp is not str or key.name in DATA | FREE:
+            continue
+        assert range is not None
+        assert not range.accepts("")
+        assert range.accepts(" \t") == (key.name in WHITE_SPACE_COUNTS)
+
+
+@pytest.mark.parametrize(("cls", "key"), KEYS, ids=IDS)
+def test_the_names_of_a_table_are_not_blank(cls, key):
+    tables = [t for t in members(key.type) if typing.get_origin(t) is Table]
+    if tables and key.name not in PLAIN_NAMES | DATA:
+        assert key.names is not None
+        assert not any(map(key.names.accepts, ("", " ", "a\0b", "a\nb")))
+
+
+def test_a_path_has_no_control_characters_and_a_length():
+    paths = [
+        key.range for _, key in KEYS if key.name in ("path", "file", "folder", "run") and key.range
+    ]
+    assert len(paths) > 10
+    for range in paths:
+        assert not any(map(range.accepts, ("a\0b", "a\nb", "x" * 5000)))
+        assert range.accepts("./models/Größe 2")
+
+
+def test_sampling_is_not_colder_than_vllm_samples():
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or not vllm.submodule_search_locations:
+        pytest.skip("vLLM is not installed")
+    source = Path(vllm.submodule_search_locations[0], "sampling_params.py").read_text()
+    coldest = float(re.search(r"^_MAX_TEMP = (\S+)", source, re.M)[1])
+    for cls, key in KEYS:
+        if key.name == "temperature":
+            assert key.range is not None
+            assert key.range.accepts(coldest), cls
+            assert not key.range.accepts(coldest / 2), cls
+
+
+def test_no_template_option_is_an_argument_of_rendering():
+    """Read from the installed transformers, so that a new argument there fails here."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template):
+        parameters = inspect.signature(function).parameters.values()
+        taken = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        assert taken <= RENDERING_ARGUMENTS
+    special = PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
+    refused = [
+        *RENDERING_ARGUMENTS,
+        *special,
+        "additional_special_tokens",
+        "image_token",
+        "",
+        "a b",
+    ]
+    assert not any(map(TEMPLATE_OPTION.accepts, refused))
+    assert all(map(TEMPLATE_OPTION.accepts, ("enable_thinking", "date_string", "reasoning_effort")))
+
+
+RUN = """\
+model: {path: m, dtype: float32}
+data: {source: {kind: inline, rows: [{q: a}]}, columns: {prompt: q}}
+rollout: {sampled_by: dataset}
+losses: {a: {kind: cross_entropy}}
+optimizer: {lr: 1e-3}
+training: {steps: 1, prompts_per_step: 1}
+"""
+REFUSED = {
+    "rollout.sampled_by={kind: dataset, column: ''}": "'column' is empty",
+    "rollout.sampled_by={kind: dataset, column: ' '}": "'column' is ' ', not a name ",
+    "model.lora={rank: 1, alpha: 1, targets: ['']}": "'targets.0' is empty",
+    "model.chat_template_options.messages=x": "'messages' is not the name of an option",
+    "model.chat_template_options.bos_token=x": "'bos_token' is not the name of an option",
+    "model.chat_template_options={'': x}": "'' is not the name of an option",
+    "data.limit=9223372036854775808": "'limit' is 9223372036854775808, not a whole number from 1",
+    "data.columns={prompt: q, '': q}": "'' is not a name ",
+    "losses.a.coefficient=1e39": "'coefficient' is 1e+39, not 0, or a number from 1e-12 to 1e6",
+    "losses.a.coefficient=1e-30": "'coefficient' is 1e-30, not ",
+    "losses.a.coefficient={from: 1e39, to: 0, steps: 5}": "'from' is 1e+39, not ",
+    "machine.memory_gib=1e308": "'memory_gib' is 1e+308, not a number from ",
+    "rewards={w: {kind: weighted, parts: {r: 1e39}}}": "'r' is 1e+39, not ",
+    "rollout.temperature=0.001": "'temperature' is 0.001, not a number from 0.01 to 100",
+    "rollout.stop=['']": "'stop.0' is empty",
+    'model.path="a\\0b"': "'path' is 'a\\x00b', not a path",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_is_outside_is_one_problem_at_its_place(tmp_path, override):
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    _, problems = structure_run(load(path, [override]))
+    assert [p.code for p in problems] == ["range"]
+    assert problems[0].message.startswith(REFUSED[override])
+    assert problems[0].place.file == "<command line>"
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: LoraSpec(rank=1, alpha=1.0, targets=("",)),
+        lambda: OptimizerSpec(lr=math.inf),
+        lambda: OptimizerSpec(lr=1e-3, betas=(0.9, 1.0)),
+        lambda: ServedWeights(url="", model="m"),
+    ],
+)
+def test_a_spec_that_is_built_in_python_has_the_same_ranges(build):
+    with pytest.raises(ValueError, match="must be"):
+        build()
