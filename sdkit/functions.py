@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
-import os
 import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from sdkit.problems import BadData, Place, nearest, shorten
+from sdkit.problems import BadData, Place, nearest, printable, shorten
+from sdkit.reading import SOURCE_CODE, UnreadableFile, read_file
 
 Fault = tuple[Literal["file", "function"], str, str | None]
 """Which key is wrong, what is wrong, and perhaps a hint."""
@@ -27,15 +27,13 @@ def fault_of(
     documentation calls them, and handed over by position.
     """
     try:
-        with open(path, "rb") as handle:
-            tree = ast.parse(handle.read())
-    except OSError:
-        what = "is a folder" if os.path.isdir(path) else "does not exist"
-        return "file", f"file {shown} {what}", "paths start at the spec's folder"
+        tree = ast.parse(read_file(path, SOURCE_CODE))
+    except UnreadableFile as error:
+        return "file", f"{printable(shown)}: {error}", "paths start at the spec's folder"
     except SyntaxError as error:
-        return "file", f"{shown}:{error.lineno or 1}: {error.msg}", None
-    except (ValueError, RecursionError):
-        return "file", f"{shown} is not Python", None
+        return "file", f"{printable(shown)}:{error.lineno or 1}: {error.msg}", None
+    except (ValueError, RecursionError, MemoryError, OverflowError):  # nested too deeply
+        return "file", f"{printable(shown)} is not Python that can be read", None
     defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if function not in defined:
         close = nearest(function, defined)

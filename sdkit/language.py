@@ -45,7 +45,7 @@ def load_spec(
 
     Paths in the spec start at the file's folder, or at `base` (for a resolved spec that stands elsewhere).
     """
-    loaded = load(path, overrides)
+    loaded = load(path, overrides, resolved=base is not None)
     if base is not None:
         loaded = evolve(loaded, folder=os.fspath(base))
     problems = list(loaded.problems)

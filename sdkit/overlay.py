@@ -22,6 +22,7 @@ from sdkit.problems import (
     shorten,
     spelled,
 )
+from sdkit.reading import file_names
 from sdkit.source import Node, Source, read, read_text
 
 METHOD_KEYS = ("rollout", "teacher", "losses", "route")
@@ -79,9 +80,11 @@ def is_run_file(data: Any) -> bool:
     return isinstance(data, dict) and any(key in data for key in ("method", *RUN_KEYS))
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
+def load(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolved: bool = False
+) -> Loaded:
     """Read a run file or a method page, and all that belongs to it."""
-    source = read(path)
+    source = read(path, resolved=resolved)
     given = [_parse_override(text, line) for line, text in enumerate(overrides, 1)]
     texts = {source.name: source.text}
     if overrides:
@@ -162,10 +165,7 @@ def _method_page(
 def _neighbours(path: str) -> str | None:
     """What to write in place of a page that is not there."""
     folder, name = os.path.split(path)
-    try:
-        pages = sorted(n for n in os.listdir(folder or ".") if n.endswith((".yaml", ".yml")))
-    except OSError:
-        return None
+    pages = [name for name in file_names(folder or ".") if name.endswith((".yaml", ".yml"))]
     if close := nearest(name, pages):
         return f'did you mean "{close}"?'
     return f"in {folder or '.'}: {', '.join(pages[:8])}" if pages else None

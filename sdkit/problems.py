@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Literal
 
 from attrs import frozen
@@ -13,6 +14,10 @@ Path = tuple[str | int, ...]
 
 COMMAND_LINE = "<command line>"
 WIDEST = 160  # characters shown of a line
+MOST_SHOWN = 50  # problems on screen
+LONGEST_WORD = 100  # characters of a word whose nearest spelling is looked for
+MOST_CHOICES = 300  # words among which it is
+MOST_LISTED = 40  # words of a list in a message
 
 
 @frozen
@@ -25,7 +30,7 @@ class Place:
     length: int = 1
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}"
+        return f"{printable(self.file)}:{self.line}:{self.column}"
 
 
 @frozen
@@ -151,15 +156,21 @@ def first_of(faults: Sequence[str], shown: int = 20) -> str:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice spelt most like `word`, if any is close."""
+    """The choice spelt most like `word`, if any of the first few hundred is close."""
     from difflib import get_close_matches
 
-    return next(iter(get_close_matches(word, list(choices), n=1)), None)
+    if len(word) > LONGEST_WORD:
+        return None
+    near = [c for c in islice(choices, MOST_CHOICES) if len(c) <= 3 * len(word)]
+    return next(iter(get_close_matches(word, near, n=1)), None)
 
 
 def listed(words: Iterable[object], last: str = ", ") -> str:
-    """'a', 'b', 'c': each word as YAML shows it, text in quotes."""
-    shown = [shorten(word) for word in words]
+    """'a', 'b', 'c': each word as YAML shows it, text in quotes; of many words the first."""
+    every = list(words)
+    shown = [shorten(word) for word in every[:MOST_LISTED]]
+    if len(every) > MOST_LISTED:
+        return f"{', '.join(shown)} and {len(every) - MOST_LISTED} more"
     return last.join(filter(None, [", ".join(shown[:-1]), shown[-1] if shown else ""]))
 
 
@@ -186,7 +197,12 @@ def shorten(value: object, limit: int = 60) -> str:
     if not isinstance(value, str):
         return "null" if value is None else repr(value)
     text = value if len(value) <= limit else value[: limit - 1] + "…"
-    return "'" + "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) + "'"
+    return f"'{printable(text)}'"
+
+
+def printable(text: str) -> str:
+    """The text with every character that a terminal would not show as an escape, on one line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def spelled(path: Path) -> str:
@@ -204,9 +220,18 @@ def by_position(problem: Problem) -> tuple[str, int, int, str, str]:
 
 
 def render(problems: Sequence[Problem], sources: Mapping[str, str]) -> str:
-    """The problems for a terminal, in order, each with the line that it points at."""
+    """The first problems for a terminal, in order, each with the line that it points at, and how many more there are."""
     lines = {name: text.splitlines() for name, text in sources.items()}
-    return "\n".join(_render_one(p, lines) for p in sorted(problems, key=by_position))
+    first, rest = _first(problems)
+    return "\n".join([*(_render_one(p, lines) for p in first), *rest])
+
+
+def _first(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
+    """The problems that are shown, errors rather than warnings, and a line on the rest where there are more."""
+    ranked = sorted(problems, key=lambda p: (p.severity == "warning", by_position(p)))
+    first = sorted(ranked[:MOST_SHOWN], key=by_position)
+    rest = len(problems) - len(first)
+    return first, [f"… and {counted(rest, 'more problem')}"] if rest else []
 
 
 def _render_one(problem: Problem, lines: Mapping[str, list[str]]) -> str:
@@ -226,7 +251,7 @@ def _render_one(problem: Problem, lines: Mapping[str, list[str]]) -> str:
 
 def _excerpt(line: str, start: int, length: int) -> tuple[str, str]:
     """What is shown of a line, and the marker to stand beneath it."""
-    line = line.rstrip()
+    line = "".join(c if c == "\t" else printable(c) for c in line.rstrip())
     if len(line) > WIDEST:
         first = max(0, min(start - WIDEST // 3, len(line) - WIDEST))
         line = ("…" if first else "") + line[first : first + WIDEST] + "…"
@@ -260,7 +285,8 @@ def _as_dict(problem: Problem) -> dict[str, object]:
 
 def as_github(problems: Sequence[Problem]) -> str:
     """The problems as workflow commands of GitHub Actions, which annotates the lines of a pull request."""
-    return "\n".join(_github_line(p) for p in sorted(problems, key=by_position))
+    first, rest = _first(problems)
+    return "\n".join([*map(_github_line, first), *(f"::notice::{line}" for line in rest)])
 
 
 def _github_line(problem: Problem) -> str:

@@ -24,7 +24,10 @@ def scalar(text: str) -> Any:
     if _INTEGER.fullmatch(text):
         if len(text) > 40:
             raise ValueError("this number has too many digits")
-        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        number = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        if abs(number) >= 10**39:  # as long, and no longer, when it is written out again
+            raise ValueError("this number has too many digits")
+        return number
     if _FLOAT.fullmatch(text):
         number = float(text)
         if number in (float("inf"), float("-inf")):

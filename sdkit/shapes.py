@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sdkit.bundled import BUNDLED, PREFIX
+from sdkit.reading import CONFIG, read_json_object
 from sdkit.specs import ShapeSpec
 
 
@@ -14,16 +16,19 @@ def shape_at(path: str, base: Path) -> ShapeSpec | None:
     if path.startswith(PREFIX):
         bundled = BUNDLED.get(path.removeprefix(PREFIX))
         return bundled and bundled.shape
-    config = base / path / "config.json"
-    if not config.is_file():
-        return None
+    config = read_json_object(base / path / "config.json", CONFIG)
     try:
-        return _shape(json.loads(config.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        return _shape(config) if config else None
+    except (ValueError, LookupError, TypeError, ArithmeticError):
         return None
 
 
-def _shape(config: dict[str, int]) -> ShapeSpec:
+def _shape(config: Mapping[str, Any]) -> ShapeSpec:
+    sizes = {name: value for name, value in config.items() if type(value) is int}
+    return _shape_of_sizes(sizes, tied=config.get("tie_word_embeddings") is True)
+
+
+def _shape_of_sizes(config: Mapping[str, int], tied: bool) -> ShapeSpec:
     hidden, layers, vocabulary = (
         config["hidden_size"],
         config["num_hidden_layers"],
@@ -34,7 +39,7 @@ def _shape(config: dict[str, int]) -> ShapeSpec:
     keys = width * (config.get("num_key_value_heads") or heads)
     attention = 2 * hidden * (heads * width + keys)
     feed_forward = 3 * hidden * config["intermediate_size"]
-    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    embeddings = vocabulary * hidden * (1 if tied else 2)
     return ShapeSpec(
         parameters=layers * (attention + feed_forward + 2 * hidden) + embeddings + hidden,
         hidden=hidden,

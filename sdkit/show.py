@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from sdkit.language import Checked
 from sdkit.overlay import Loaded
-from sdkit.problems import Path
+from sdkit.problems import Path, Place, printable
 from sdkit.resolved import resolved
+from sdkit.scalars import scalar
+
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 def annotated(checked: Checked) -> str:
@@ -35,15 +39,24 @@ def _lines(value: Any, path: Path, loaded: Loaded) -> Iterator[tuple[str, str]]:
 
 
 def _key(name: str) -> str:
-    return name if name.replace("_", "a").isalnum() and not name[0].isdigit() else json.dumps(name)
+    plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and scalar(name) == name
+    return name if plain else _quoted(name)
 
 
 def _text(value: Any) -> str:
     """A value as JSON, which is YAML too; 1e-06 as 1.0e-06, or readers of YAML 1.1 take it for text."""
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
-    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return _quoted(value)
+    text = json.dumps(value)
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
+
+
+def _quoted(text: str) -> str:
+    """A text in quotes; what YAML would not read back, or would take for the end of a line, as an escape."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
 
 
 def _flat(value: Any) -> bool:
@@ -52,10 +65,12 @@ def _flat(value: Any) -> bool:
 
 def _origin(path: Path, value: Any, loaded: Loaded) -> str:
     if loaded.written(path):
-        place = loaded.values[path]
-        return f"{place.file}:{place.line}"
+        return _line_of(loaded.values[path])
     # `kind` written as a bare word stands at the place of the map itself.
     if path[-1] == "kind" and loaded.written(path[:-1]) and not loaded.has_keys(path[:-1]):
-        place = loaded.values[path[:-1]]
-        return f"{place.file}:{place.line}"
+        return _line_of(loaded.values[path[:-1]])
     return "default"
+
+
+def _line_of(place: Place) -> str:
+    return f"{printable(place.file)}:{place.line}"

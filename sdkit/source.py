@@ -14,14 +14,16 @@ from typing import Any
 import yaml
 from attrs import evolve, field, frozen
 
-from sdkit.problems import Path, Place, Problem, UnreadableInput, shorten
+from sdkit.problems import Path, Place, Problem, UnreadableInput, printable, shorten
+from sdkit.reading import RESOLVED, SPEC, UnreadableFile, read_file
 from sdkit.scalars import scalar
 
-LARGEST_FILE = 4 * 2**20
 DEEPEST = 40
 MOST_VALUES = 100_000
+LONGEST_KEY = 100  # characters: what may follow in quotes on one line, whatever they are
 
 _FORBIDDEN = re.compile("[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|\ufeff")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -74,23 +76,15 @@ class Source:
         return self.root.data if self.root else None
 
 
-def read(path: str | os.PathLike[str]) -> Source:
-    """Read a YAML file; UnreadableInput if that is not possible."""
+def read(path: str | os.PathLike[str], *, resolved: bool = False) -> Source:
+    """Read a YAML file; UnreadableInput if that is not possible.  A resolved spec may be larger than one by hand."""
     name = os.fspath(path)
     try:
-        with open(name, "rb") as file:
-            raw = file.read(LARGEST_FILE + 1)
-    except FileNotFoundError:
-        raise UnreadableInput(f"{name}: there is no such file") from None
-    except IsADirectoryError:
-        raise UnreadableInput(f"{name}: this is a folder, not a file") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "this is not a file name"
-        raise UnreadableInput(f"{name}: {reason.lower()}") from None
-    if len(raw) > LARGEST_FILE:
-        raise UnreadableInput(f"{name}: larger than {LARGEST_FILE // 2**20} MiB, which no spec is")
+        raw = read_file(name, RESOLVED if resolved else SPEC)
+    except UnreadableFile as error:
+        raise UnreadableInput(f"{printable(name)}: {error}") from None
     try:
-        return read_text(raw.decode("utf-8-sig"), name)
+        return read_text(raw.decode("utf-8-sig"), name, resolved=resolved)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UnreadableInput(
@@ -98,7 +92,7 @@ def read(path: str | os.PathLike[str]) -> Source:
         ) from None
 
 
-def read_text(text: str, name: str) -> Source:
+def read_text(text: str, name: str, *, resolved: bool = False) -> Source:
     """Read YAML from a string; `name` stands in messages."""
     if found := _FORBIDDEN.search(text):
         line = text.count("\n", 0, found.start()) + 1
@@ -107,7 +101,7 @@ def read_text(text: str, name: str) -> Source:
         return Source(
             name, text, None, (Problem((), message, "yaml", None, Place(name, line, column)),)
         )
-    reader = _Reader(name, text)
+    reader = _Reader(name, text, (RESOLVED // SPEC if resolved else 1))
     try:
         root = reader.document()
     except yaml.MarkedYAMLError as error:
@@ -128,12 +122,14 @@ class _GiveUpError(Exception):
 class _Reader:
     """Turns the events of one document into nodes; collects what it can step over, raises the rest."""
 
-    def __init__(self, name: str, text: str) -> None:
+    def __init__(self, name: str, text: str, scale: int) -> None:
         self.name = name
+        self._scale = scale  # of the limits
         self.problems: list[Problem] = []
         self._events = yaml.parse(text, Loader=_LOADER)
         self._anchors: dict[str, Node | None] = {}
         self._values = 0
+        self._characters = 0
 
     def document(self) -> Node | None:
         """The one document of the text; None if it is empty."""
@@ -152,7 +148,7 @@ class _Reader:
             raise _GiveUpError(self._problem((), message, event))
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event, path, place, key)
-        self._count(1, event)
+        self._count(getattr(event, "value", None), event)
         if event.tag:
             hint = 'put the text in quotes: "!…"' if isinstance(event, yaml.ScalarEvent) else None
             self.problems.append(self._problem(path, "tags are not supported", event, "tag", hint))
@@ -175,14 +171,18 @@ class _Reader:
         if target is None:
             message = f"*{event.anchor} stands inside what it refers to"
             raise _GiveUpError(self._problem(path, message, event))
-        for below, _ in target.walk():
-            self._count(1, event)
+        for below, node in target.walk():
+            self._count(node.value, event)
+            self._count_characters(below[-1] if below else "", event)
             if len(path) + len(below) > DEEPEST:
                 message = f"nested more than {DEEPEST} levels deep"
                 raise _GiveUpError(self._problem((), message, event))
         return evolve(target, key=key, place=place)
 
     def _scalar(self, event: Any, path: Path) -> Any:
+        if found := _SURROGATE.search(event.value):
+            message = f"U+{ord(found[0]):04X} is half of a character"
+            self.problems.append(self._problem(path, message, event))
         if not event.implicit[0] or event.tag:
             return event.value
         try:
@@ -229,12 +229,25 @@ class _Reader:
             hint = f'put it in quotes: "{event.value}"'
             self.problems.append(self._problem(path, message, event, "key_type", hint))
             return None
+        if len(value) > LONGEST_KEY:
+            message = f"a key of {len(value)} characters, more than {LONGEST_KEY}"
+            self.problems.append(self._problem(path, message, event, "key_type"))
+            return None
+        self._count_characters(value, event)
         return value
 
-    def _count(self, more: int, event: Any) -> None:
-        self._values += more
-        if self._values > MOST_VALUES:
+    def _count(self, value: Any, event: Any) -> None:
+        """Count one value; an alias counts for all that it stands for."""
+        self._values += 1
+        if self._values > MOST_VALUES * self._scale:
             message = f"more than {MOST_VALUES} values, aliases written out"
+            raise _GiveUpError(self._problem((), message, event))
+        self._count_characters(value, event)
+
+    def _count_characters(self, text: Any, event: Any) -> None:
+        self._characters += len(text) if isinstance(text, str) else 0
+        if self._characters > SPEC * self._scale:
+            message = f"more than {SPEC // 2**20} MiB of text, aliases written out"
             raise _GiveUpError(self._problem((), message, event))
 
     def _place(self, event: Any) -> Place:

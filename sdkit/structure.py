@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from sdkit.overlay import Loaded
-from sdkit.problems import Path, Problem, listed, nearest, outside, shorten, spelled
+from sdkit.problems import MOST_SHOWN, Path, Problem, listed, nearest, outside, shorten, spelled
 from sdkit.scalars import scalar
 from sdkit.specs import ExperimentSpec, MethodSpec, Range, Schedule, Table
 from sdkit.surface import Key, default_kind, is_spec, keys_of, kinds_of, members
@@ -38,6 +38,8 @@ SHAPE_CODES: Mapping[str, str] = {
 }
 """What reading and structuring can report, beside the rules."""
 
+MOST_ENTRIES = 200
+"""Of a list or table: some rules compare every entry with every other."""
 BAD: Any = object()
 """Stands for a value that has a problem."""
 
@@ -225,6 +227,13 @@ class _Walk:
             return self._wrong(data, f"one of {listed(choices)}", path)
         return self._not_among(choices, data, path, "choice")
 
+    def _too_many(self, tp: Any, data: Any, path: Path) -> bool:
+        """Whether a list or table of the language, not of the user's data, has more entries than anyone writes."""
+        if tp is Any or tp == Table[Any] or len(data) <= MOST_ENTRIES:
+            return False
+        self.report(path, f"{len(data)} entries, more than {MOST_ENTRIES}", "range")
+        return True
+
     def _tuple(self, args: tuple[Any, ...], data: Any, path: Path) -> Any:
         if not isinstance(data, list):
             hint = None if isinstance(data, dict) or data is None else f"write [{data}]"
@@ -232,6 +241,8 @@ class _Walk:
         if args[-1] is not Ellipsis and len(data) != len(args):
             message = f"this is a list of {len(data)}, not of {len(args)}"
             return self.report(path, message, "type")
+        if self._too_many(args[0], data, path):
+            return BAD
         types_ = args[:1] * len(data) if args[-1] is Ellipsis else args
         items = [
             self.value(tp, x, (*path, i))
@@ -242,6 +253,8 @@ class _Walk:
     def _table(self, tp: Any, data: Any, path: Path) -> Any:
         if not isinstance(data, dict):
             return self._wrong(data, "a map", path)
+        if self._too_many(tp, data, path):
+            return BAD
         items = {name: self.value(tp, x, (*path, name)) for name, x in data.items()}
         return BAD if any(x is BAD for x in items.values()) else Table(items)
 
@@ -264,7 +277,8 @@ class _Walk:
         from sdkit.wording import refusal
 
         words = [c for c in choices if isinstance(c, str)]
-        close = nearest(data, words) if isinstance(data, str) else None
+        guess = isinstance(data, str) and len(self.problems) < MOST_SHOWN
+        close = nearest(data, words) if guess else None
         hint = refusal(path[-1], data) or (f'did you mean "{close}"?' if close else None)
         if isinstance(data, str) and _unquoted(data) in choices:
             hint = "remove the quotes"
@@ -284,7 +298,7 @@ class _Walk:
     def _unknown(self, cls: type, name: str, path: Path) -> None:
         from sdkit.wording import advice
 
-        hint = advice(name, cls)
+        hint = advice(name, cls) if len(self.problems) < MOST_SHOWN else None
         message = f"unknown key {shorten(name)}"
         self.report((*path, name), message, "unknown_key", hint, at_key=True)
 

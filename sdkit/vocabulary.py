@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sdkit.problems import shorten
+from sdkit.reading import TOKENIZER, read_json_object
 
 
 def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
@@ -23,12 +23,12 @@ def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str 
 
 def of_folder(folder: Path) -> dict[str, int] | None:
     """The table in a folder's tokenizer.json; None where there is none that can be read."""
+    data = read_json_object(folder / "tokenizer.json", TOKENIZER) or {}
     try:
-        data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         return _pieces(data["model"]["vocab"]) | {
             str(added["content"]): int(added["id"]) for added in data.get("added_tokens", ())
         }
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return None
 
 

@@ -10,7 +10,17 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "sdkit").rglob("*.py"))
 
 LANGUAGE = {
-    *("specs", "problems", "scalars", "source", "overlay", "surface", "structure", "wording"),
+    *(
+        "specs",
+        "problems",
+        "reading",
+        "scalars",
+        "source",
+        "overlay",
+        "surface",
+        "structure",
+        "wording",
+    ),
     *("resolved", "rules", "templates", "bundled", "language", "show", "seeds"),
     *(
         "plan",

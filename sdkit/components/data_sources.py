@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from sdkit.problems import BadData, BadEnvironment, listed, nearest, shorten
+from sdkit.reading import UnreadableFile, read_file
 from sdkit.specs import (
     DiskSource,
     FileSource,
@@ -78,9 +79,9 @@ def _map(value: Any) -> Raw | Fault:
 
 def _bytes(path: Path, name: str) -> bytes:
     try:
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise BadData(f"cannot read {name}: {(error.strerror or str(error)).lower()}") from error
+        return read_file(path).removeprefix(b"\xef\xbb\xbf")
+    except UnreadableFile as error:
+        raise BadData(f"cannot read {name}: {error}") from error
 
 
 def _json_lines(content: bytes, name: str, limit: int | None) -> Found:

@@ -169,7 +169,7 @@ def open_recording(named: str, steps: int | None = None) -> Recording:
         )
     run, start = Path(name).resolve(), int(step)
     facts = origin(run)
-    settings = dict(leaves(read(run / MARK).data))
+    settings = dict(leaves(read(run / MARK, resolved=True).data))
     if start and not _checkpoint(run, start).is_dir():
         known = [0, *sorted(_step(p) for p in (run / "checkpoints").glob("step_*"))]
         raise UnreadableInput(

@@ -121,8 +121,8 @@ def _same_ranks(folder: Path, fits: int, now: int, hint: str) -> None:
 
 def same_spec(run: Path, resolved: str) -> None:
     """A run continues under the spec it began with; only what `manifest.FREE` names may change."""
-    before = dict(leaves(read(run / rundir.MARK).data))
-    now = dict(leaves(read_text(resolved, "the spec").data))
+    before = dict(leaves(read(run / rundir.MARK, resolved=True).data))
+    now = dict(leaves(read_text(resolved, "the spec", resolved=True).data))
     changed = [
         f"{spelled(path)}: {shorten(before.get(path))} then, {shorten(now.get(path))} now"
         for path in sorted(before.keys() | now.keys(), key=str)

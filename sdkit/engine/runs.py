@@ -96,7 +96,7 @@ def read_run(path: Path, name: str) -> Run:
     """One run.  Raises UnreadableInput where the folder is no run directory, or nothing was evaluated in it."""
     if not (path / MARK).is_file():
         raise UnreadableInput(f"{path} is not a run directory: it has no {MARK}")
-    spec = read(path / MARK).data
+    spec = read(path / MARK, resolved=True).data
     if not isinstance(spec, dict):
         raise UnreadableInput(f"{path / MARK} is not a resolved spec")
     status = _json(path / "status.json")

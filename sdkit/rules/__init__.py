@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from sdkit.overlay import Loaded
-from sdkit.problems import Problem
+from sdkit.problems import MOST_SHOWN, Problem
 from sdkit.rules import (
     data,
     losses,
@@ -36,12 +38,12 @@ RULES: tuple[Rule, ...] = (
 
 
 def check(spec: MethodSpec | ExperimentSpec, loaded: Loaded) -> list[Problem]:
-    """All rules over one spec."""
+    """All rules over one spec; of each the first findings, more than are shown."""
     context = Context(loaded)
     is_run = isinstance(spec, ExperimentSpec)
     return [
         Problem(path, message, rule.code, hint, loaded.place(path), rule.severity)
         for rule in RULES
         if is_run or not rule.runs_only
-        for path, message, hint in rule.check(spec, context)
+        for path, message, hint in islice(rule.check(spec, context), MOST_SHOWN)
     ]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from sdkit.problems import counted, outside, shorten, spelled
+from sdkit.reading import file_names
 from sdkit.rules.base import Context, Finding, columns_of, data_of, did_you_mean, run_rule
 from sdkit.specs import (
     ColumnSlot,
@@ -107,18 +108,19 @@ def data_path(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
                 yield where, f"there is no file {source.path}", _folder_hint(context, source.path)
             elif os.path.isdir(context.file(source.path)):
                 yield where, f"{source.path} is a folder, not a file", None
+            elif not os.path.isfile(context.file(source.path)):
+                yield where, f"{source.path} is a pipe or a device, not a file", None
         elif isinstance(source, DiskSource) and not os.path.isdir(context.file(source.path)):
             yield where, f"there is no folder {source.path}", _folder_hint(context, source.path)
 
 
 def _folder_hint(context: Context, path: str) -> str | None:
     folder, name = os.path.split(context.file(path))
-    try:
-        near = did_you_mean(name, os.listdir(folder or "."))
-    except OSError:
+    if not os.path.isdir(folder or "."):
         return (
             f"there is no folder {os.path.dirname(path)} either; paths start at the spec's folder"
         )
+    near = did_you_mean(name, file_names(folder or "."))
     return near or "paths start at the spec's folder"
 
 

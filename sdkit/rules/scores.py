@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from sdkit.functions import fault_of
 from sdkit.problems import outside, shorten
+from sdkit.reading import file_names
 from sdkit.rules.base import Context, Finding, columns_of, did_you_mean, run_rule
 from sdkit.specs import (
     ExperimentSpec,
@@ -42,12 +43,15 @@ def unknown_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
                 yield where, f"reward {shorten(name)} {what}", hint
 
 
-def _users(spec: ExperimentSpec, reward: str) -> Iterator[tuple[str, Suite]]:
-    """The suites that a reward scores, by itself or in a sum."""
-    sums = {name for name in spec.rewards if reward in _reached(spec, name)}
+def _users(spec: ExperimentSpec) -> dict[str, list[tuple[str, Suite]]]:
+    """The suites that each reward scores, by itself or in a sum."""
+    reached = {name: _reached(spec, name) for name in spec.rewards}
+    users: dict[str, list[tuple[str, Suite]]] = {name: [] for name in spec.rewards}
     for name, suite in _suites(spec):
-        if sums & {suite.score, *suite.also}:
-            yield name, suite
+        scores = [reached[used] for used in {suite.score, *suite.also} if used in reached]
+        for reward in users.keys() & set().union(*scores):
+            users[reward].append((name, suite))
+    return users
 
 
 def _reached(spec: ExperimentSpec, name: str) -> set[str]:
@@ -69,9 +73,10 @@ def _parts(spec: ExperimentSpec, name: str) -> Iterator[str]:
 @run_rule("the task's own scorer scores the task's own rows")
 def reasoning_gym_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """The scorer of reasoning-gym needs the entry that the task generated."""
+    users = _users(spec)
     for name, reward in spec.rewards.items():
         if isinstance(reward, ReasoningGymReward):
-            for suite_name, suite in _users(spec, name):
+            for suite_name, suite in users[name]:
                 if not isinstance(suite.data.source, ReasoningGymSource):
                     message = f"reward {shorten(name)} scores reasoning_gym rows, but suite {shorten(suite_name)} has {suite.data.source.kind}"
                     hint = "use a reward of kind exact, number or choice"
@@ -81,9 +86,10 @@ def reasoning_gym_reward(spec: ExperimentSpec, context: Context) -> Iterator[Fin
 @run_rule("right answers and tests are in the columns of the suites")
 def answer_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A reward that compares with a column needs it in every suite that it scores."""
+    users = _users(spec)
     for name, reward in spec.rewards.items():
         column = column_of(reward)
-        for suite_name, suite in _users(spec, name) if column else ():
+        for suite_name, suite in users[name] if column else ():
             known = columns_of(spec, suite.data)
             if column and known and column not in known:
                 path = ("rewards", name, "tests" if isinstance(reward, PythonTests) else "answer")
@@ -110,9 +116,10 @@ def unknown_part(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 @run_rule("no reward is a part of itself")
 def part_of_itself(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A sum of sums must end in rewards that look at the completion."""
+    reached = {name: _reached(spec, name) for name in spec.rewards}
     for name in spec.rewards:
         for part in _parts(spec, name):
-            if name in _reached(spec, part):
+            if name in reached.get(part, ()):
                 through = "" if part == name else f" through {shorten(part)}"
                 message = f"reward {shorten(name)} is a part of itself{through}"
                 yield ("rewards", name, "parts", part), message, None
@@ -149,7 +156,7 @@ def reward_model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Find
                 yield path, f"there is no folder {reward.path}", "paths start at the spec's folder"
             elif not os.path.isfile(os.path.join(folder, "config.json")):
                 yield path, f"{reward.path} has no config.json", None
-            elif not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+            elif not any(file.endswith(".safetensors") for file in file_names(folder)):
                 yield path, f"{reward.path} has no weights in safetensors files", None
 
 

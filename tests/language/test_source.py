@@ -5,6 +5,7 @@ import os
 import pytest
 
 from sdkit.problems import UnreadableInput
+from sdkit.reading import SPEC
 from sdkit.scalars import dump
 from sdkit.source import read, read_text
 
@@ -142,7 +143,12 @@ def test_unreadable_files_say_why(tmp_path):
         read(tmp_path / "none.yaml")
     with pytest.raises(UnreadableInput, match="not a file name"):
         read("a\0b")
-    with pytest.raises(UnreadableInput, match="larger"):
+    large = tmp_path / "large.yaml"
+    large.write_bytes(b"#" * (SPEC + 1))
+    with pytest.raises(UnreadableInput, match="larger than 4 MiB"):
+        read(large)
+    assert read(large, resolved=True).problems == ()
+    with pytest.raises(UnreadableInput, match="device"):
         read("/dev/zero")
 
 
