@@ -47,7 +47,7 @@ def dump(data: Any) -> str:
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
         try:
-            plain = scalar(value) == value
+            plain = value.isprintable() and scalar(value) == value
         except ValueError:
             plain = False
         style = None if plain else '"'
