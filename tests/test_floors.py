@@ -34,7 +34,7 @@ LANGUAGE = {
         "functions",
         "schedules",
     ),
-    *("vocabulary", "teacher_text", "shapes"),
+    *("vocabulary", "teacher_text", "shapes", "metric_names"),
 }
 """Floor 0."""
 NOUNS = {"batches", "weights"}

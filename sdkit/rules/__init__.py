@@ -9,6 +9,7 @@ from sdkit.problems import MOST_SHOWN, Problem
 from sdkit.rules import (
     data,
     losses,
+    names,
     policy,
     prompts,
     rollouts,
@@ -33,6 +34,7 @@ RULES: tuple[Rule, ...] = (
     *prompts.RULES,
     *data.RULES,
     *scores.RULES,
+    *names.RULES,
     *training.RULES,
 )
 
