@@ -1,0 +1,127 @@
+"""Shipped specs with something wrong put in: problems, or a plan and a text that reads back; never a traceback."""
+
+import copy
+import random
+from pathlib import Path
+
+import pytest
+
+from sdkit.language import load_spec
+from sdkit.machine import machine_for, other_shapes, shape_of
+from sdkit.plan import make_plan, plan_method
+from sdkit.plan_text import render_method, render_plan
+from sdkit.problems import UnreadableInput, as_github, as_json, render
+from sdkit.scalars import dump
+from sdkit.show import annotated
+from sdkit.source import read
+
+SPECS = Path(__file__).resolve().parents[2] / "specs"
+PAGES = sorted([*SPECS.glob("*.yaml"), *SPECS.glob("methods/*.yaml"), *SPECS.glob("papers/*.yaml")])
+SCALARS = (
+    *(None, True, False, 0, -1, 1, 2, 64, 10**9, 10**9 + 1, 10**38, 0.5, -0.0, 1.0, 1e6, 1e-12, 1e39, 1e308, 5e-324),
+    *("", " ", "a", "\0", "a\nb", "\u2028", "x" * 5000, "{", "{prompt}", "{a.b}", "..", "/dev/zero", "true", "1e5"),
+    *("http://[", "http://x:99999", "bundled:x", "student", "teacher", "frozen", "vocabulary", "sampled_token", "file"),
+    *("vllm", "vllm_server", "cross_entropy", "log_ratio", "group_relative", "advantage_add"),
+)  # fmt: skip
+MAPS = (
+    *([], [[]], [None], ["a", "a"], [1, 2], [0.5, -0.5], {}, {"": 1}, {"a": {}}, {"kind": "x"}, {"kind": []}),
+    *({"kind": "file", "file": "/dev/zero", "function": "f"}, {"file": ".", "function": ""}),
+    *({"from": 0, "to": 1, "steps": 1}, {"from": 1e-6, "to": 1e6, "steps": 10**9, "shape": "cosine"}),
+    *({"kind": "external", "path": "."}, {"kind": "served", "url": "http://x", "model": "m"}),
+    *({"kind": "routed", "by": "a", "routes": {"b": "frozen"}}, {"kind": "ema", "update_rate": 0}),
+    *({"kind": "mixture", "student_share": 0}, {"kind": "weighted", "parts": {"a": 1}}, {"kind": "replay", "run": "."}),
+    *({"kind": "policy_gradient", "advantage": "log_ratio"}, {"kind": "trust_region", "student_share": 0}),
+    {"kind": "top_k", "k": 10**9, "chosen_by": "union", "remainder": "drop"},
+)  # fmt: skip
+HOSTILE = "{}[]:,\"'&*!|>%@`#- \t\\?\x85"
+
+
+def places(value, path=()):
+    yield path
+    if isinstance(value, dict | list):
+        for name in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[name], (*path, name))
+
+
+def at(data, path):
+    for name in path:
+        data = data[name]
+    return data
+
+
+def with_a_fault(draw, data):
+    """The data with one value replaced, taken away, put elsewhere or copied under another name."""
+    data = copy.deepcopy(data)
+    every = [path for path in places(data) if path]
+    path, other = draw.choice(every), draw.choice(every)
+    node, name = at(data, path[:-1]), path[-1]
+    match draw.randrange(6):
+        case 0 | 1 | 2:
+            node[name] = copy.deepcopy(draw.choice(SCALARS + MAPS))
+        case 3:
+            del node[name]
+        case 4 if isinstance(node, dict):
+            node[draw.choice(["", "true", "kind", "loss", "a b", str(other[-1])])] = node[name]
+        case _:
+            node[name] = copy.deepcopy(at(data, other))
+    return data
+
+
+def with_a_slip(draw, text):
+    """The text with one line lost, doubled, moved in, or a character too many."""
+    lines = text.split("\n")
+    at = draw.randrange(len(lines))
+    match draw.randrange(4):
+        case 0:
+            del lines[at]
+        case 1:
+            lines.insert(at, draw.choice(lines))
+        case 2:
+            lines[at] = " " * draw.randint(1, 3) + lines[at]
+        case _:
+            cut = draw.randint(0, len(lines[at]))
+            lines[at] = lines[at][:cut] + draw.choice(HOSTILE) + lines[at][cut:]
+    return "\n".join(lines)
+
+
+def used(path, again):
+    """Everything that `validate`, `plan` and `show` do."""
+    checked = load_spec(path, base=path.parent)
+    assert checked.ok or checked.problems
+    for text in (render(checked.problems, checked.texts), as_json(checked.problems), as_github(checked.problems)):  # fmt: skip
+        assert "Traceback" not in text
+    if not checked.ok:
+        return
+    if checked.kind == "method":
+        render_method(plan_method(checked.spec))
+    else:
+        run, folder = checked.spec, path.parent
+        shapes = shape_of(run, folder), other_shapes(run, folder)
+        plan = make_plan(run, machine_for(run), shapes[0], other_shapes=shapes[1])
+        assert "inf" not in render_plan(run, plan).split()
+    again.write_text(annotated(checked), encoding="utf-8")
+    assert load_spec(again, base=path.parent).spec == checked.spec
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_mutant_of_a_shipped_spec_ends_in_a_traceback(page, tmp_path):
+    draw = random.Random(page.stem)
+    source = read(page)
+    for folder in ("", "methods", "papers"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    for method in SPECS.glob("methods/*.yaml"):
+        (tmp_path / "methods" / method.name).write_bytes(method.read_bytes())
+    mutant = tmp_path / page.parent.relative_to(SPECS) / "mutant.yaml"
+    for turn in range(10):
+        text = (
+            with_a_slip(draw, source.text)
+            if turn % 4 == 3
+            else dump(with_a_fault(draw, source.data))
+        )
+        mutant.write_text(text, encoding="utf-8")
+        try:
+            used(mutant, tmp_path / "again.yaml")
+        except UnreadableInput:
+            continue
+        except Exception as error:
+            raise AssertionError(f"{error!r} of:\n{text}") from error
