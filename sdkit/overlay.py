@@ -23,7 +23,7 @@ from sdkit.problems import (
     spelled,
 )
 from sdkit.reading import file_names
-from sdkit.source import Node, Source, read, read_text
+from sdkit.source import DEEPEST, Node, Source, key_fault, read, read_text
 
 METHOD_KEYS = ("rollout", "teacher", "losses", "route")
 RUN_KEYS = ("model", "data", "optimizer", "training", "evaluation", "output")
@@ -205,12 +205,17 @@ def _parse_override(text: str, line: int) -> _Override:
         message = f"{shorten(text)} is not an override of the form key.path=value"
         problem = Problem((), message, "override", "example: optimizer.lr=1e-5", key)
         return _Override(path, None, key, problem)
+    if fault := key_fault(path):
+        return _Override(path, None, key, Problem((), fault, "override", None, key))
     source = read_text(value, COMMAND_LINE)
     if source.problems:
         found = source.problems[0]
         place = _shifted(found.place or key, line, len(name) + 1)
         return _Override(path, None, key, evolve(found, path=path, code="override", place=place))
     root = source.root or Node(None, Place(COMMAND_LINE, 1, 1, max(1, len(value))))
+    if max(len(below) for below, _ in root.walk()) + len(path) > DEEPEST:
+        message = f"nested more than {DEEPEST} levels deep"
+        return _Override(path, None, key, Problem((), message, "override", None, key))
     return _Override(path, _moved(root, line, len(name) + 1, key), key)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
@@ -111,6 +111,16 @@ def read_text(text: str, name: str, *, resolved: bool = False) -> Source:
         root = None
         reader.problems.append(error.problem)
     return Source(name, text, root, tuple(reader.problems))
+
+
+def key_fault(keys: Iterable[str]) -> str | None:
+    """Why a resolved spec could not have one of these keys; None where it could."""
+    for key in keys:
+        if len(key) > LONGEST_KEY:
+            return f"a key of {len(key)} characters, more than {LONGEST_KEY}"
+        if found := _SURROGATE.search(key):
+            return f"U+{ord(found[0]):04X} is half of a character"
+    return None
 
 
 class _GiveUpError(Exception):
@@ -229,8 +239,7 @@ class _Reader:
             hint = f'put it in quotes: "{event.value}"'
             self.problems.append(self._problem(path, message, event, "key_type", hint))
             return None
-        if len(value) > LONGEST_KEY:
-            message = f"a key of {len(value)} characters, more than {LONGEST_KEY}"
+        if message := key_fault((value,)):
             self.problems.append(self._problem(path, message, event, "key_type"))
             return None
         self._count_characters(value, event)

@@ -50,7 +50,7 @@ def train(
             spec.resolve().parent,
             folder,
             make_console(),
-            written=spec.read_text(encoding="utf-8"),
+            written=checked.texts[checked.loaded.name],
             resolved=annotated(checked) + "\n",
             resume=resume,
             overwrite=overwrite,

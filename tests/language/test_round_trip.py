@@ -130,3 +130,23 @@ def test_the_largest_spec_reads_back(tmp_path):
 )
 def test_what_could_not_be_written_again_is_not_read(text):
     assert read_text(f"a: {{{text}}}" if ":" in text else f"a: {text}", "x").problems
+
+
+LONG = ".".join("a" * 30)
+DEEP = "[" * 20 + "]" * 20
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rewards." + "r" * 101 + "=1",
+        "rewards.\udcff=1",
+        f"data.source.rows.0.{LONG}={DEEP}",
+        "x." * 5000 + "x=1",
+    ],
+)
+def test_an_override_writes_nothing_that_could_not_be_written_again(tmp_path, override):
+    path = tmp_path / "run.yaml"
+    path.write_text(dump(spec_data(random.Random(0))), encoding="utf-8")
+    checked = load_spec(path, [override])
+    assert [p.code for p in checked.problems] == ["override"]
