@@ -151,10 +151,14 @@ def main(folder, work):
         scenario.train(f"{fault} alone", 1, fault=fault)
     scenario.resume("kill alone", 1)
     # The first step makes the weights so large that nothing which they give is a number, the samples' own included.
-    scenario.train("not finite", 2, "optimizer.lr=1e6", "optimizer.clip=1e12")
+    scenario.train("not finite", 2, "optimizer.lr=1e6", "optimizer.weight_decay=1e6")
     again = work / "not finite"
     scenario.run("replayed", 2, "replay", f"{again}@1")
-    calmer = "optimizer.lr=1e-3", "losses.distil.importance.sampler=null"
+    calmer = (
+        "optimizer.lr=1e-3",
+        "optimizer.weight_decay=0",
+        "losses.distil.importance.sampler=null",
+    )
     scenario.run("replayed otherwise", 2, "replay", f"{again}@0", *calmer)
     (work / "found.json").write_text(json.dumps(scenario.found))
 
