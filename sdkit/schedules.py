@@ -25,6 +25,13 @@ def scalar_at(value: float | Schedule, step: int) -> float:
     return value.start + (value.to - value.start) * share
 
 
+def always(value: float | Schedule, number: float) -> bool:
+    """Whether a number has one value, this one, over the whole run."""
+    if isinstance(value, Schedule):
+        return value.start == value.to == number
+    return value == number
+
+
 def plain(value: float | Schedule) -> float:
     """A number of a spec that went through `at_step`.  Raises TypeError for one that still moves."""
     if isinstance(value, Schedule):

@@ -6,6 +6,7 @@ from sdkit.overlay import Loaded
 from sdkit.problems import Problem
 from sdkit.rules import (
     data,
+    learning,
     losses,
     policy,
     prompts,
@@ -22,6 +23,7 @@ from sdkit.specs import ExperimentSpec, MethodSpec
 
 RULES: tuple[Rule, ...] = (
     *losses.RULES,
+    *learning.RULES,
     *policy.RULES,
     *tokens.RULES,
     *rollouts.RULES,
