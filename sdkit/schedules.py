@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import attrs
@@ -50,17 +50,22 @@ def schedules(value: Any, path: Path = ()) -> Iterator[tuple[Path, Schedule]]:
 
 def at_step(spec: S, step: int) -> S:
     """The same spec with every schedule as the number it is after `step` optimizer steps."""
+    return with_schedules(spec, lambda schedule: scalar_at(schedule, step))
+
+
+def with_schedules(spec: S, change: Callable[[Schedule], float | Schedule]) -> S:
+    """The same spec with every schedule changed."""
     value: Any = spec
     if isinstance(value, Schedule):
-        return scalar_at(value, step)  # pyright: ignore[reportReturnType]: S is a scalar that may move
+        return change(value)  # pyright: ignore[reportReturnType]: S is a scalar that may move
     if isinstance(value, Table):
-        return Table({name: at_step(part, step) for name, part in value.items()})  # pyright: ignore[reportReturnType]
+        return Table({n: with_schedules(part, change) for n, part in value.items()})  # pyright: ignore[reportReturnType]
     if isinstance(value, tuple):
-        return tuple(at_step(part, step) for part in value)  # pyright: ignore[reportReturnType]
+        return tuple(with_schedules(part, change) for part in value)  # pyright: ignore[reportReturnType]
     if not attrs.has(type(value)) or not any(True for _ in schedules(value)):
         return spec
-    fields = [field.name for field in attrs.fields(type(value))]
-    return attrs.evolve(value, **{name: at_step(getattr(value, name), step) for name in fields})
+    parts = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
+    return attrs.evolve(value, **{n: with_schedules(part, change) for n, part in parts.items()})
 
 
 def _parts(value: Any) -> Iterator[tuple[str | int, Any]]:
