@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import attrs
@@ -25,6 +25,13 @@ def scalar_at(value: float | Schedule, step: int) -> float:
     return value.start + (value.to - value.start) * share
 
 
+def always(value: float | Schedule, number: float) -> bool:
+    """Whether a number has one value, this one, over the whole run."""
+    if isinstance(value, Schedule):
+        return value.start == value.to == number
+    return value == number
+
+
 def plain(value: float | Schedule) -> float:
     """A number of a spec that went through `at_step`.  Raises TypeError for one that still moves."""
     if isinstance(value, Schedule):
@@ -43,17 +50,22 @@ def schedules(value: Any, path: Path = ()) -> Iterator[tuple[Path, Schedule]]:
 
 def at_step(spec: S, step: int) -> S:
     """The same spec with every schedule as the number it is after `step` optimizer steps."""
+    return with_schedules(spec, lambda schedule: scalar_at(schedule, step))
+
+
+def with_schedules(spec: S, change: Callable[[Schedule], float | Schedule]) -> S:
+    """The same spec with every schedule changed."""
     value: Any = spec
     if isinstance(value, Schedule):
-        return scalar_at(value, step)  # pyright: ignore[reportReturnType]: S is a scalar that may move
+        return change(value)  # pyright: ignore[reportReturnType]: S is a scalar that may move
     if isinstance(value, Table):
-        return Table({name: at_step(part, step) for name, part in value.items()})  # pyright: ignore[reportReturnType]
+        return Table({n: with_schedules(part, change) for n, part in value.items()})  # pyright: ignore[reportReturnType]
     if isinstance(value, tuple):
-        return tuple(at_step(part, step) for part in value)  # pyright: ignore[reportReturnType]
+        return tuple(with_schedules(part, change) for part in value)  # pyright: ignore[reportReturnType]
     if not attrs.has(type(value)) or not any(True for _ in schedules(value)):
         return spec
-    fields = [field.name for field in attrs.fields(type(value))]
-    return attrs.evolve(value, **{name: at_step(getattr(value, name), step) for name in fields})
+    parts = {field.name: getattr(value, field.name) for field in attrs.fields(type(value))}
+    return attrs.evolve(value, **{n: with_schedules(part, change) for n, part in parts.items()})
 
 
 def _parts(value: Any) -> Iterator[tuple[str | int, Any]]:

@@ -217,7 +217,8 @@ def _flat(rows: list[list[int]]) -> Tensor:
 def _flat_bools(values: list[bool], kept: list[list[int]]) -> Tensor | None:
     if all(values):
         return None
-    return torch.tensor([v for v, ps in zip(values, kept, strict=True) for _ in ps])
+    each = [v for v, ps in zip(values, kept, strict=True) for _ in ps]
+    return torch.tensor(each, dtype=torch.bool)  # also where there is none
 
 
 def _per_rollout(values: list[float | None], kept: list[list[int]]) -> Tensor | None:

@@ -60,6 +60,7 @@ IN_CHECKPOINT: Sequence[SpecPath] = (
     ("optimizer", "betas"),
     ("optimizer", "eps"),
     ("optimizer", "weight_decay"),
+    ("optimizer", "decay"),
     ("training", "zero_stage"),
 )
 """What a checkpoint's optimizer state holds: it may differ where the replay starts from the start model."""

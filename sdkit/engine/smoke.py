@@ -1,7 +1,7 @@
 """Two real optimizer steps of any run file or method page, on a tiny random model.
 
 The code path is the real one; what a laptop cannot have is replaced by the smallest stand-in: the model, the rows,
-the rewards (scripted, with both outcomes).  The gradient must not be zero.
+the rewards (scripted, on both sides of every threshold).  The gradient must be neither zero nor rounding noise.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any, TypeVar
 from attrs import evolve
 from rich.console import Console
 
-from sdkit.components.rewards_judged import Judged, Pair, Scorer
-from sdkit.engine import checkpoint, loop, report, rundir, tiny, zero
+from sdkit.engine import checkpoint, loop, report, rundir, scripted, signal, tiny, zero
 from sdkit.engine.run import open_world
 from sdkit.engine.tiny_server import TinyServer
 from sdkit.engine.world import World
 from sdkit.measures import weight_of
 from sdkit.problems import NumericsGuard
-from sdkit.schedules import scalar_at
+from sdkit.schedules import scalar_at, with_schedules
 from sdkit.specs import (
+    AdvantageAdd,
+    AdvantageScale,
     AutoBackend,
     Blend,
     ColumnSlot,
@@ -35,6 +36,7 @@ from sdkit.specs import (
     ExtrapolateBlend,
     FileDivergence,
     FileWeight,
+    GroupRelative,
     InlineSource,
     LoraSpec,
     LossTerm,
@@ -42,6 +44,7 @@ from sdkit.specs import (
     ModelSpec,
     OptimizerSpec,
     OutputSpec,
+    PolicyGradient,
     RegexReward,
     ReplayBackend,
     RolloutSpec,
@@ -65,7 +68,11 @@ from sdkit.specs import (
 T = TypeVar("T")
 STEPS = 2
 ROWS = 8
+NOTHING = "a teacher that sees and is what the student is leaves nothing to learn"
+FAR = 30.0
+"""Nats: tiny random models differ by less, and trained ones by much less than they do."""
 VOCABULARY = 512
+LONGEST = 16  # tokens of a completion
 
 
 def smoke(
@@ -103,41 +110,36 @@ def _served(spec: MethodSpec, folder: Path) -> Iterator[str]:
 def _run(small: ExperimentSpec, base: Path, console: Console) -> list[dict[str, Any]]:
     assert small.training.steps is not None
     world = open_world(small, base)
-    world.data.rewards = {
-        name: dict.fromkeys(r, SCRIPTED) for name, r in world.data.rewards.items()
-    }
-    world.data.train_rewards = dict.fromkeys(world.data.train_rewards, SCRIPTED)
+    scorer = scripted.scorer(small)
+    world.data.rewards = {name: dict.fromkeys(r, scorer) for name, r in world.data.rewards.items()}
+    world.data.train_rewards = dict.fromkeys(world.data.train_rewards, scorer)
+    passes = signal.watch(world.module)
     run = rundir.create(base / "run", tensorboard=False)
     try:
         report.opening(console, world, run)
         loop.run(world, report.Report(run, console, small.training.steps))
         checkpoint.save_model(world, run.path)
-        return _checked(world, run.history())
+        return _checked(world, run.history(), passes)
     finally:
         run.close()
         world.close()
         zero.stop()
 
 
-def _checked(world: World, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _checked(
+    world: World, lines: list[dict[str, Any]], passes: Sequence[signal.Pass]
+) -> list[dict[str, Any]]:
     trained = [line for line in lines if "grad_norm" in line]
     for line in trained:
         if not 0 < line["grad_norm"] < float("inf"):
             raise NumericsGuard(
                 f"step {line['step']} has a gradient of norm {line['grad_norm']}",
-                hint="a teacher that sees and is what the student is leaves nothing to learn",
+                hint=NOTHING,
             )
+    if signal.is_noise(passes):
+        raise NumericsGuard("the gradient is rounding noise alone", hint=NOTHING)
     assert len(trained) == world.plan.steps
     return lines
-
-
-def _scripted(pairs: Sequence[Pair]) -> list[Judged]:
-    """Wrong and right in turn: every group of two or more has both outcomes."""
-    right = [place % 2 for place in range(len(pairs))]
-    return [Judged(reward=float(r), feedback=None if r else "This is not right.") for r in right]
-
-
-SCRIPTED = Scorer(_scripted)
 
 
 def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> ExperimentSpec:
@@ -153,7 +155,7 @@ def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> Experi
         rollout=_rollout(spec.rollout, elsewhere),
         teacher=spec.teacher and _teacher(spec.teacher, url),
         losses=Table({name: _term(term, home) for name, term in spec.losses.items()}),
-        route=spec.route and _within_reach(spec.route),
+        route=spec.route,
         model=_model(full.model if full else ModelSpec(path="model")),
         data=rows,
         rewards=Table(
@@ -169,7 +171,9 @@ def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> Experi
             teacher_lift=2,
         ),
         optimizer=evolve(full.optimizer, warmup_steps=0) if full else OptimizerSpec(lr=1e-3),
-        training=_training(full.training if full else None, steps),
+        training=_training(
+            full.training if full else None, steps, max(2, len(scripted.groups(spec)))
+        ),
         output=OutputSpec(samples_every=1, samples=1, tensorboard=False),
     )
 
@@ -187,10 +191,10 @@ def _rollout(rollout: RolloutSpec, elsewhere: bool) -> RolloutSpec:
         rollout,
         backend=backend,
         max_staleness=0,
-        max_new_tokens=min(rollout.max_new_tokens, 16),
+        max_new_tokens=min(rollout.max_new_tokens, LONGEST),
         max_prompt_tokens=None,
         top_k=min(rollout.top_k, 64),
-        keep=tuple(map(_within_reach, rollout.keep)),
+        sampled_by=with_schedules(rollout.sampled_by, _on_the_way),
     )
 
 
@@ -199,7 +203,7 @@ def _teacher(teacher: TeacherSpec, url: str) -> TeacherSpec:
         teacher,
         weights=_weights(teacher.weights, url),
         sees=teacher.sees and _sees(teacher.sees),
-        blend=_blend(teacher.blend),
+        blend=_blend(with_schedules(teacher.blend, _on_the_way)),
     )
 
 
@@ -210,17 +214,17 @@ def _blend(blend: Blend | None) -> Blend | None:
 
 
 def _sees(sees: Sees) -> Sees:
-    slots = Table({name: _within_reach(slot) for name, slot in sees.slots.items()})
-    return evolve(sees, max_prompt_tokens=None, slots=slots)
+    return evolve(sees, max_prompt_tokens=None)
 
 
-def _within_reach(part: T) -> T:
-    """With a threshold that the scripted rewards can meet, where there is one."""
-    threshold = getattr(part, "threshold", None)
-    return part if threshold is None else evolve(part, threshold=min(threshold, 1.0))
+def _on_the_way(schedule: Schedule) -> Schedule:
+    """From half-way to three quarters of it: a number that starts or ends at 0 teaches nothing there."""
+    way = schedule.to - schedule.start
+    return evolve(schedule, start=schedule.start + way / 2, to=schedule.to - way / 4, steps=STEPS)
 
 
 def _weights(weights: T, url: str) -> T:
+    weights = with_schedules(weights, _on_the_way)
     if isinstance(weights, ExternalWeights):
         return evolve(weights, path="teacher", revision=None)
     if isinstance(weights, ServedWeights):
@@ -238,8 +242,7 @@ def _term(term: LossTerm, home: Path) -> LossTerm:
     if isinstance(term, Distillation) and isinstance(term.divergence, FileDivergence):
         path = str(home / term.divergence.file)
         term = evolve(term, divergence=evolve(term.divergence, file=path))
-    if isinstance(term.coefficient, Schedule) and term.coefficient.start == 0:
-        term = evolve(term, coefficient=evolve(term.coefficient, steps=1))
+    term = with_schedules(term, _on_the_way)
     above = term.mask.teacher_entropy_above
     mask = evolve(
         term.mask,
@@ -247,21 +250,40 @@ def _term(term: LossTerm, home: Path) -> LossTerm:
         # The tiny model is as unsure as its small vocabulary lets it be.
         teacher_entropy_above=None if above is None else min(scalar_at(above, 0), 1.0),
     )
-    if isinstance(term, Distillation) and isinstance(term.support, TopKSupport):
-        return evolve(
-            term, mask=mask, support=evolve(term.support, k=min(term.support.k, VOCABULARY // 4))
-        )
-    return evolve(term, mask=mask)
+    term = evolve(term, mask=mask)
+    if isinstance(term, PolicyGradient):
+        return evolve(term, advantage=_advantage(term.advantage))
+    if not isinstance(term, Distillation):
+        return term
+    clip = evolve(
+        term.clip,
+        token=term.clip.token and FAR,
+        log_ratio=term.clip.log_ratio and (-FAR, FAR),
+    )
+    if isinstance(term.support, TopKSupport):
+        k = min(term.support.k, VOCABULARY // 4)
+        term = evolve(term, support=evolve(term.support, k=k))
+    return evolve(term, clip=clip)
 
 
-def _training(training: TrainingSpec | None, steps: int) -> TrainingSpec:
-    base = training or TrainingSpec(steps=steps, prompts_per_step=2)
+def _advantage(advantage: T) -> T:
+    """With a penalty of overlong completions that short ones escape."""
+    if isinstance(advantage, AdvantageAdd | AdvantageScale):
+        return evolve(advantage, group_relative=_advantage(advantage.group_relative))
+    if isinstance(advantage, GroupRelative) and advantage.overlong:
+        short = min(advantage.overlong.stretch, LONGEST // 2)
+        return evolve(advantage, overlong=evolve(advantage.overlong, stretch=short))
+    return advantage
+
+
+def _training(training: TrainingSpec | None, steps: int, prompts: int) -> TrainingSpec:
+    base = training or TrainingSpec(steps=steps, prompts_per_step=prompts)
     updates = min(base.updates_per_rollout, 2)
     return evolve(
         base,
         steps=steps,
         epochs=None,
-        prompts_per_step=2,
+        prompts_per_step=prompts,
         updates_per_rollout=updates,
         micro_batch_tokens=2048,
     )
@@ -279,14 +301,16 @@ def _data(spec: MethodSpec) -> DataSpec:
     routed = spec.teacher and spec.teacher.weights
     routed = routed if isinstance(routed, RoutedWeights) else None
     names |= {routed.by} if routed else set()
-    names -= {"system"}
 
     def value(name: str, i: int) -> str:
         if routed and name == routed.by:
             return list(routed.routes)[i % len(routed.routes)]
         return f"{name} {i}: {i} + {i} = {2 * i}"
 
-    rows = tuple(Table({name: value(name, i) for name in sorted(names)}) for i in range(ROWS))
+    rows = tuple(
+        Table({name: value(name, i) for name in sorted(names)})
+        for i in range(max(ROWS, 2 * len(scripted.groups(spec))))
+    )
     return DataSpec(
         source=InlineSource(rows=rows), columns=Table({name: name for name in sorted(names)})
     )

@@ -24,6 +24,9 @@ from sdkit.specs import OptimizerSpec
 
 DEADLINE = timedelta(seconds=600)
 
+NOT_DECAYED = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+"""Names of biases and norms: those of transformers' `Trainer.get_decay_parameter_names`."""
+
 
 @frozen(kw_only=True)
 class Stepped:
@@ -126,11 +129,12 @@ class Zero:
             raise ValueError("stage 0 in bfloat16 runs as stage 1; the plan says so")
         self.stage = stage
         self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        groups: Any = parameter_groups(module, optimizer)
+        self._decays: list[float] = [group["weight_decay"] for group in groups]
         with quiet():
-            trained: Any = [p for _, p in self.named]
             self.engine: Any = deepspeed.initialize(
                 model=module,
-                model_parameters=trained,
+                model_parameters=groups,
                 config=_config(optimizer, stage, bf16, offload),
             )[0]
         # Stage 0 reduces in `_plain_step`, which needs the norm before the step.
@@ -206,6 +210,10 @@ class Zero:
         if universal:  # under stage 3 the parts of a large optimizer are handed one counter of steps, and all would count it up
             for state in self.engine.basic_optimizer.state.values():
                 state["step"] = state["step"].clone()
+            # Stage 3 gives every group the settings of the first.
+            groups = self.engine.basic_optimizer.param_groups
+            for group, decay in zip(groups, self._decays, strict=True):
+                group["weight_decay"] = decay
         self.skipped = self.engine.skipped_steps
 
     def close(self) -> None:
@@ -227,6 +235,22 @@ def open_forward_only(root: zero_shards.Root, offload: Sequence[str]) -> Any:
                 "steps_per_print": 10**9,
             },
         )[0]
+
+
+def parameter_groups(module: nn.Module, optimizer: OptimizerSpec) -> list[dict[str, Any]]:
+    """The trained parameters of a module, those that are decayed apart from those that are not.  No group is empty."""
+    from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    if optimizer.decay == "all" or not optimizer.weight_decay:
+        return [{"params": [p for _, p in named], "weight_decay": optimizer.weight_decay}]
+    decayed = set(get_parameter_names(module, ALL_LAYERNORM_LAYERS, list(NOT_DECAYED)))
+    groups = [
+        {"params": [p for n, p in named if n in decayed], "weight_decay": optimizer.weight_decay},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _norm(gradients: Iterable[Tensor | None]) -> Tensor:

@@ -8,6 +8,7 @@ from sdkit.overlay import Loaded
 from sdkit.problems import MOST_SHOWN, Problem
 from sdkit.rules import (
     data,
+    learning,
     losses,
     names,
     policy,
@@ -25,6 +26,7 @@ from sdkit.specs import ExperimentSpec, MethodSpec
 
 RULES: tuple[Rule, ...] = (
     *losses.RULES,
+    *learning.RULES,
     *policy.RULES,
     *tokens.RULES,
     *rollouts.RULES,

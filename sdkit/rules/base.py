@@ -17,14 +17,19 @@ from sdkit.shapes import shape_at
 from sdkit.specs import (
     DataSpec,
     Distillation,
+    EarlierTurns,
     ExperimentSpec,
     LossTerm,
     MethodSpec,
     PolicyGradient,
     ReferenceKl,
+    Sees,
     ShapeSpec,
+    TextSlot,
+    UserTurn,
     needs_teacher,
 )
+from sdkit.templates import Field, TemplateError, parse
 
 Finding = tuple[Path, str, str | None]
 """The path of a key, the message, and perhaps a hint."""
@@ -119,6 +124,27 @@ def consultations(spec: MethodSpec) -> Iterator[tuple[Path, str]]:
             if side == "teacher":
                 told = figure.replace("logprobs", "log-probabilities")
                 yield ("losses", name, *key), f"teacher's {told}"
+
+
+def adds_no_view(sees: Sees | None) -> bool:
+    """Whether the teacher's prompt is the student's: the context has no slot, and no text but blanks."""
+    if sees is None:
+        return True
+    if isinstance(sees, EarlierTurns):
+        texts = [text for turn in sees.turns for text in (turn.user, turn.assistant)]
+    else:
+        texts = [sees.template]
+    try:
+        parts = [part for text in texts for part in parse(text)]
+    except TemplateError:
+        return False
+    fields = [part.name for part in parts if isinstance(part, Field)]
+    prompts = 1 if isinstance(sees, UserTurn) else 0
+    texts = [part for part in parts if isinstance(part, str)]
+    texts += [
+        slot.text if isinstance(slot, TextSlot) else slot.kind for slot in sees.slots.values()
+    ]
+    return fields.count("prompt") == prompts and not any(map(str.strip, texts))
 
 
 def data_of(spec: ExperimentSpec) -> Iterator[tuple[Path, DataSpec]]:

@@ -22,32 +22,21 @@ from sdkit.rules.base import (
 )
 from sdkit.schedules import schedules
 from sdkit.specs import (
-    Blend,
     CrossEntropy,
     DatasetSamples,
     Distillation,
     ExperimentSpec,
-    ExternalWeights,
-    ExtrapolateBlend,
     FileDivergence,
     ForwardKl,
-    GeometricBlend,
     MethodSpec,
-    ProductBlend,
     ReferenceKl,
     ReverseKl,
     RewardAtLeast,
     SampledTokenSupport,
-    ServedWeights,
     StudentSamples,
-    StudentWeights,
     TeacherSamples,
-    TeacherSpec,
     TopKSupport,
-    TrustRegionBlend,
     drawn_by_student,
-    needs_teacher,
-    teachers_of,
 )
 
 
@@ -154,64 +143,6 @@ def divergence_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             if found:
                 key, message, hint = found
                 yield (*path, "divergence", key), message, hint
-
-
-@method_rule("a live teacher sees more than the student")
-def zero_signal(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The live student compared with itself under the same prompt is equal to itself: the loss and
-    its gradient are zero.  A trust region adds the same again; other blends make another distribution.
-    """
-    live = (w for w, weights in teachers_of(spec) if isinstance(weights, StudentWeights))
-    where = next(live, None)
-    if where and spec.teacher and not spec.teacher.sees and not _blended(spec.teacher):
-        for path, _ in of_teacher(spec):
-            message = f"term {shorten(path[-1])} compares the live student with itself: always zero"
-            yield where, message, "give the teacher sees: …, or other weights"
-            return
-
-
-@method_rule("a teacher without context differs from the student at the start", "warning")
-def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Live, frozen, averaged and copied weights all start as the student, and so does a blend of them,
-    but for a product, which is sharper; without context nothing moves the teacher away, unless
-    another term does.
-    """
-    teacher = spec.teacher
-    if not teacher or teacher.sees:
-        return
-    blend = _blended(teacher)
-    match blend:
-        case ProductBlend() | ExtrapolateBlend(base=ExternalWeights()):
-            return
-    for _, weights in teachers_of(spec):
-        # The live student itself, unblended, is an error: zero_signal.
-        elsewhere = isinstance(weights, ExternalWeights | ServedWeights)
-        if elsewhere or (weights == StudentWeights() and not blend):
-            return
-    if all(needs_teacher(t) or isinstance(t, ReferenceKl) for t in spec.losses.values()):
-        message = "the teacher starts as the student and sees the same: nothing to learn from"
-        yield ("teacher",), message, "give the teacher sees: …"
-
-
-def _blended(teacher: TeacherSpec) -> Blend | None:
-    """The blend that makes another distribution of the live student's, where there is one with power."""
-    match teacher.blend:
-        case None | TrustRegionBlend():
-            return None
-        case ProductBlend(student_power=0) | GeometricBlend(teacher_share=1):
-            return None
-        case ExtrapolateBlend(factor=1):
-            return None
-        case blend:
-            return blend
-
-
-@method_rule("some term has weight")
-def no_objective(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """With every coefficient 0 a run trains nothing and still ends well."""
-    if all(term.coefficient == 0 for term in spec.losses.values()):
-        path = ("losses", next(iter(spec.losses)), "coefficient")
-        yield path, "every term has coefficient 0: there is nothing to train on", None
 
 
 @method_rule("importance ratios need samples of the whole distribution")
@@ -375,9 +306,6 @@ RULES = (
     clip_without_effect,
     log_ratio_bounds,
     divergence_file,
-    zero_signal,
-    same_at_start,
-    no_objective,
     truncated_sampling,
     biased_estimate,
     temperature_mismatch,

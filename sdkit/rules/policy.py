@@ -10,7 +10,6 @@ from sdkit.specs import (
     GroupRelative,
     MethodSpec,
     PolicyGradient,
-    ReferenceKl,
     TeacherSamples,
     drawn_by_student,
     reward_part,
@@ -77,14 +76,6 @@ def off_policy_gradient(spec: MethodSpec, context: Context) -> Iterator[Finding]
         yield (*path, "estimator"), message, "use estimator: vocabulary"
 
 
-@method_rule("some term moves the student")
-def nothing_pulls(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The student starts as the reference, where the KL and its gradient are zero."""
-    if all(isinstance(term, ReferenceKl) for term in spec.losses.values()):
-        message = "reference_kl holds the student where it starts, and no other term pulls"
-        yield ("losses",), message, "add another term"
-
-
 @method_rule("an overlong completion is longer than others")
 def overlong_stretch(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The penalty grows over the last `stretch` tokens before the longest completion; where these are
@@ -99,4 +90,4 @@ def overlong_stretch(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             yield (*path, *_of_reward(term), "overlong", "stretch"), message, "lower stretch"
 
 
-RULES = (lone_advantage, advantages_differ, off_policy_gradient, nothing_pulls, overlong_stretch)
+RULES = (lone_advantage, advantages_differ, off_policy_gradient, overlong_stretch)

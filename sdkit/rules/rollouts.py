@@ -11,6 +11,7 @@ from sdkit.problems import Path, counted, outside, shorten
 from sdkit.rules.base import (
     Context,
     Finding,
+    adds_no_view,
     did_you_mean,
     distillations,
     method_rule,
@@ -81,7 +82,7 @@ def teacher_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if by.weights == "student" and by.prompt == "student":
         message = "weights and prompt are both the student's: then the student samples"
         yield path, message, "use sampled_by: student"
-    elif by.prompt == "teacher" and not spec.teacher.sees:
+    elif by.prompt == "teacher" and adds_no_view(spec.teacher.sees):
         message = f"{context.stated((*path, 'prompt'), 'teacher')}, but the teacher sees no context"
         yield (*path, "prompt"), message, "give the teacher sees: …, or set prompt: student"
 

@@ -9,6 +9,7 @@ from sdkit.problems import outside, shorten, spelled
 from sdkit.rules.base import (
     Context,
     Finding,
+    adds_no_view,
     columns_of,
     data_of,
     did_you_mean,
@@ -106,7 +107,7 @@ def blend_with_itself(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     match teacher and teacher.blend:
         case TrustRegionBlend():
             same = StudentWeights()  # both under the teacher's prompt
-        case GeometricBlend() | ExtrapolateBlend() if teacher and not teacher.sees:
+        case GeometricBlend() | ExtrapolateBlend() if teacher and adds_no_view(teacher.sees):
             same = blend_base(spec)
         case _:
             return

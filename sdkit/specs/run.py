@@ -135,6 +135,11 @@ class OptimizerSpec:
     betas: tuple[float, float] = spec_field("decay of the moments", default=(0.9, 0.999), each=BETA)
     eps: float = spec_field("added to the denominator", default=1e-8, range=ADAM_EPS)
     weight_decay: float = spec_field("decoupled weight decay", default=0.0, range=NOT_NEGATIVE)
+    decay: Literal["weights", "all"] = spec_field(
+        "which parameters weight_decay applies to: `weights` (all but biases and norms, as in transformers' Trainer), or "
+        "`all`",
+        default="weights",
+    )
     clip: float = spec_field("largest gradient norm", default=1.0, range=GRADIENT_NORM)
     schedule: Literal["constant", "linear", "cosine"] = spec_field(
         "shape after the warm-up", default="constant"

@@ -1,14 +1,16 @@
 """The client against a server of a few lines: order, bounds, further attempts, deadlines, and errors in one line."""
 
 import json
+import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from sdkit.components import vllm_http
 from sdkit.components.vllm_http import Server, Unanswered
+from sdkit.engine.tiny_server import LoopbackServer
 
 
 class Scripted:
@@ -58,9 +60,8 @@ class Scripted:
             def log_message(self, *_):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.http = LoopbackServer(Handler)
+        self.url = self.http.url
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
     def close(self):
@@ -192,3 +193,21 @@ def test_the_key_is_sent_and_proxies_do_not_see_this_machines_servers(serve, mon
     scripted, client = serve(lambda *_: (200, {}), key="open sesame")
     client.get("/x")
     assert scripted.headers[0]["authorization"] == "Bearer open sesame"
+
+
+@pytest.mark.parametrize(
+    ("error", "printed"), [(BrokenPipeError(), False), (KeyError("a mistake"), True)], ids=repr
+)
+def test_a_stand_in_prints_its_own_errors_alone(capfd, error, printed):
+    class Handler(BaseHTTPRequestHandler):
+        def handle(self):
+            raise error
+
+    server = LoopbackServer(Handler)
+    server.daemon_threads = False  # so that closing waits for them
+    thread = threading.Thread(target=server.handle_request)
+    thread.start()
+    socket.create_connection(server.server_address).close()
+    thread.join(10)
+    server.server_close()
+    assert ("a mistake" in capfd.readouterr().err) == printed

@@ -50,7 +50,8 @@ from sdkit.specs import (
 
 STEPS, PROMPTS = 3, 4
 # With eps far above every gradient Adam is plain momentum: no element's step is its sign alone.
-SMOOTH = OptimizerSpec(lr=3e2, eps=1e4, clip=1.0)
+# Norms are not decayed, so there are two groups of parameters.
+SMOOTH = OptimizerSpec(lr=3e2, eps=1e4, clip=1.0, weight_decay=1e-4)
 EMA, COPY, FROZEN, LIVE = (
     EmaWeights(update_rate=0.3),
     CopyWeights(every=2),

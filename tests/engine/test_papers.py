@@ -11,7 +11,7 @@ from sdkit.batches import Attempt, Evidence
 from sdkit.components.data import load_rows
 from sdkit.components.prompts import Prompter
 from sdkit.components.rewards import open_rewards, score
-from sdkit.engine.smoke import SCRIPTED
+from sdkit.engine import scripted
 from sdkit.language import load_spec
 from sdkit.specs import ModelSpec, RegexReward, Table, TransformersBackend
 
@@ -145,6 +145,6 @@ def test_a_step_on_real_prompts(real_data, open_tiny, tiny_folder, name, file, c
         ),
     )
     world = open_tiny(small)
-    world.data.train_rewards = dict.fromkeys(world.data.train_rewards, SCRIPTED)
+    world.data.train_rewards = dict.fromkeys(world.data.train_rewards, scripted.scorer(spec))
     measured = advance(world, 1)[0]
     assert 0 < measured.metrics["grad_norm"] < float("inf")

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from attrs import evolve
 from torch import nn
 
 from sdkit.specs import OptimizerSpec
@@ -112,6 +113,119 @@ def test_a_bad_gradient_skips_the_step_and_the_next_one_works(process_group, sta
     moved = torch.cat([value.flatten().clone() for _, value in engine.masters()])
     assert (moved != before).any()
     engine.close()
+
+
+# ── weight decay ──────────────────────────────────────────────────────────────────────────────
+
+DECAY = OptimizerSpec(lr=1e-2, clip=0.5, weight_decay=2.0)
+
+
+class Normed(Net):
+    """With a norm beside its linear layers."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__(dtype)
+        self.layers.append(nn.LayerNorm(4))
+
+    @property
+    def decayed(self):
+        return [self.layers[0].weight, self.layers[2].weight]
+
+
+def plain_decayed(optimizer):
+    net = Normed()
+    apart = net.decayed if optimizer.decay == "weights" else list(net.parameters())
+    rest = [p for p in net.parameters() if all(p is not own for own in apart)]
+    groups = [{"params": apart, "weight_decay": optimizer.weight_decay}]
+    groups += [{"params": rest, "weight_decay": 0.0}] if rest else []
+    adam = torch.optim.AdamW(groups, lr=optimizer.lr)
+    for x, y in batches(torch.float32):
+        net(x, y, 1 / 48)[0].backward()
+        nn.utils.clip_grad_norm_(net.parameters(), optimizer.clip)
+        adam.step()
+        adam.zero_grad()
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("decay", ["weights", "all"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weight_decay_is_that_of_plain_torch_also_after_a_resume(
+    process_group, tmp_path, stage, decay
+):
+    from sdkit.engine.zero import Zero
+
+    optimizer = evolve(DECAY, decay=decay)
+    engine = Zero(Normed(), optimizer, stage, False)
+    for step, (x, y) in enumerate(batches(torch.float32)):
+        if step == 2:
+            engine.save(tmp_path, "two")
+            engine.close()
+            engine = Zero(Normed(), optimizer, stage, False)
+            engine.load(tmp_path, "two", universal=False)
+        engine.backward(engine.forward(x, y, 1 / 48)[0])
+        engine.step(optimizer.lr)
+    found = {name: value.flatten().clone() for name, value in engine.masters()}
+    engine.close()
+    expected = plain_decayed(optimizer)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value.flatten(), atol=2e-5, rtol=0)
+
+
+def tiny_families():
+    from transformers import AutoConfig
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 40,
+    }
+    own = {
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40},
+        "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40},
+        "opt": sizes | {"ffn_dim": 32, "word_embed_proj_dim": 16},
+        "gemma3_text": sizes | {"head_dim": 8},
+        "qwen3": sizes | {"head_dim": 8},
+    }
+    for name in ("llama", "qwen2", "phi", "gpt_neox", "olmo2", "mamba", *own):
+        yield AutoConfig.for_model(name, **own.get(name, sizes))
+
+
+@pytest.mark.parametrize("config", tiny_families(), ids=lambda config: config.model_type)
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_trainer_of_transformers_decays_the_same_parameters(config, lora):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer
+
+    from sdkit.engine.zero import parameter_groups
+    from sdkit.engine.zero_shards import Root
+
+    model = AutoModelForCausalLM.from_config(config)
+    if lora:
+        targets = r".*\.(q_proj|query_key_value|c_attn|in_proj)"
+        fan_in = config.model_type == "gpt2"
+        model = get_peft_model(
+            model, LoraConfig(r=2, target_modules=targets, fan_in_fan_out=fan_in)
+        )
+    theirs = set(Trainer.get_decay_parameter_names(None, model))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    decayed = {id(p) for n, p in trained.items() if n in theirs}
+    groups = parameter_groups(Root(model), DECAY)
+    assert {id(p) for g in groups if g["weight_decay"] for p in g["params"]} == decayed
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, trained.values()))
+    assert all(group["params"] for group in groups)
+    assert len(groups) == (1 if len(decayed) == len(trained) else 2)
+
+
+def test_without_decay_there_is_one_group():
+    from sdkit.engine.zero import parameter_groups
+
+    for optimizer in (OPTIMIZER, evolve(DECAY, decay="all")):
+        (group,) = parameter_groups(Normed(), optimizer)
+        assert len(group["params"]) == 6
 
 
 # ── several ranks ─────────────────────────────────────────────────────────────────────────────
