@@ -15,6 +15,9 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from sdkit.problems import BadData
+from sdkit.texts import Fault, text_of
+
 Message = Mapping[str, str]
 """One chat message: {"role": "system" | "user" | "assistant", "content": text}."""
 
@@ -32,6 +35,13 @@ class Row:
     def prompt_text(self) -> str:
         """The last user message."""
         return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+
+    def text(self, column: str) -> str | None:
+        """The text of a column; None where the row has none.  Raises BadData where it holds no text."""
+        try:
+            return text_of(self.columns.get(column))
+        except Fault as fault:
+            raise BadData(f"row {self.index}: '{column}' is {fault}") from None
 
 
 @frozen(eq=False, kw_only=True)

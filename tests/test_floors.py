@@ -24,7 +24,7 @@ LANGUAGE = {
         "functions",
         "schedules",
     ),
-    *("vocabulary", "teacher_text", "shapes"),
+    *("vocabulary", "teacher_text", "shapes", "texts"),
 }
 """Floor 0."""
 NOUNS = {"batches", "weights"}

@@ -209,8 +209,7 @@ def slot_values(row: Row, sees: Sees, evidence: Evidence | None = None) -> dict[
 def _slot_value(slot: Slot, row: Row, evidence: Evidence | None) -> str:
     match slot:
         case ColumnSlot():
-            value = row.columns.get(slot.name)
-            return "" if value is None else str(value)
+            return row.text(slot.name) or ""
         case TextSlot():
             return slot.text
         case SuccessfulSibling():

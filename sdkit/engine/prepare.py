@@ -15,8 +15,10 @@ from sdkit.components.token_weights import open_user_weights
 from sdkit.problems import BadData, blaming, first_of, outside, shorten
 from sdkit.specs import (
     ChoiceReward,
+    ColumnSlot,
     ExactReward,
     ExperimentSpec,
+    MathVerifyReward,
     NumberReward,
     OfRollouts,
     ReasoningGymReward,
@@ -34,6 +36,8 @@ from sdkit.specs import (
 
 COMPARED = {ExactReward, NumberReward, ChoiceReward, RegexReward, ReasoningGymReward}
 """Rewards that look at a completion and a row, and at nothing else."""
+ReadsText = ExactReward | NumberReward | ChoiceReward | MathVerifyReward
+"""Rewards that read a column as text."""
 CONTEXT_TEXT = 128
 """Tokens allowed for a template's own words where the context is not known before rollouts are."""
 
@@ -46,6 +50,8 @@ class Data:
         self.tokenizer = tokenizer
         with blaming("model", "chat_template_options"):
             self.prompter = Prompter(tokenizer, dict(spec.model.chat_template_options))
+        only = next(iter(spec.rewards)) if len(spec.rewards) == 1 else None
+        self.reward = spec.reward or only  # the name of the reward that training uses
         suites = spec.evaluation.suites if spec.evaluation else {}
         column = completion_column(spec.rollout.sampled_by)
         needed = (column,) if column else ()
@@ -55,10 +61,10 @@ class Data:
         ] = {}  # held-out rows dropped, their prompt stands in the suite already
         for name, suite in suites.items():
             with blaming("evaluation", "suites", name, "data"):
-                found = load_rows(suite.data, base, spec.data.columns)
+                found = load_rows(suite.data, base, spec.data.columns, texts=self._texts(suite))
             self.suites[name], self.repeats[name] = drop_repeats(found)
         with blaming("data"):
-            rows = load_rows(spec.data, base, needed=needed)
+            rows = load_rows(spec.data, base, needed=needed, texts=self._texts(None))
         held_out = [
             row
             for name, suite in suites.items()
@@ -70,8 +76,6 @@ class Data:
             raise BadData(
                 "every training row is held out too, so nothing is left to train on", path=("data",)
             )
-        only = next(iter(spec.rewards)) if len(spec.rewards) == 1 else None
-        self.reward = spec.reward or only  # the name of the reward that training uses
         sees = spec.teacher.sees if spec.teacher else None
         self.waits_for_rollouts = any(
             isinstance(slot, OfRollouts) for slot in (sees.slots.values() if sees else ())
@@ -88,11 +92,28 @@ class Data:
         self._student: dict[int, tuple[int, ...]] = {}
         self._teacher: dict[int, tuple[int, ...] | None] = {}
 
+    def _texts(self, suite: Suite | None) -> set[str]:
+        """The columns whose values must have a text: of a suite's rows, or of the training rows."""
+        spec = self.spec
+        sees, weights = (spec.teacher.sees, spec.teacher.weights) if spec.teacher else (None, None)
+        slots = sees.slots.values() if sees else ()
+        names = [slot.name for slot in slots if isinstance(slot, ColumnSlot)]
+        if isinstance(weights, RoutedWeights):
+            names.append(weights.by)
+        if suite is None and (column := completion_column(spec.rollout.sampled_by)):
+            names.append(column)
+        rewards = self._judges(suite) if suite else filter(self._applies, spec.rewards)
+        judges = [part for name in rewards for part in self._leaves(name)]
+        return {*names, *(judge.answer for judge in judges if isinstance(judge, ReadsText))}
+
+    def _judges(self, suite: Suite) -> Iterable[str]:
+        """The rewards that a suite's completions are judged by."""
+        return dict.fromkeys((suite.score, *suite.also, *filter(None, [self.reward])))
+
     def _rewards(self, suite: Suite, base: Path) -> dict[str, Scorer]:
         source = suite.data.source
         task = source if isinstance(source, ReasoningGymSource) else None
-        names = dict.fromkeys((suite.score, *suite.also, *filter(None, [self.reward])))
-        return open_rewards(self.spec.rewards, names, base, task)
+        return open_rewards(self.spec.rewards, self._judges(suite), base, task)
 
     def _applicable(self, base: Path) -> dict[str, Scorer]:
         """The rewards that training rows can be scored with too: for the curves, not for the gradient."""
@@ -145,7 +166,7 @@ class Data:
 
     def teacher_route(self, row: Row) -> int:
         """Which of a routed teacher's routes is the row's; 0 where the teacher is not routed."""
-        return self.routes.index(str(row.columns[self.routed.by])) if self.routed else 0
+        return self.routes.index(row.text(self.routed.by) or "") if self.routed else 0
 
     def _check_routes(self, rows: Iterable[Row]) -> None:
         """Raise BadData naming the rows whose column holds no route."""
@@ -155,7 +176,7 @@ class Data:
         bad = [
             f"row {row.index}: {by} is {shorten(value)}, which {outside(self.routes)}"
             for row in rows
-            if str(value := row.columns.get(by)) not in self.routes
+            if (value := row.text(by)) not in self.routes
         ]
         if bad:
             raise BadData(

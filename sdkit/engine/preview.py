@@ -31,7 +31,7 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
             cut = f", {found.cut_tokens} context tokens cut" if found.cut_tokens else ""
             views.append(_panel("teacher", found.teacher, found.teacher_tokens or 0, cut))
         if column := completion_column(spec.rollout.sampled_by):
-            own = str(row.columns[column])
+            own = row.text(column) or ""
             views.append(Panel(Text(own), title="completion, from the data set"))
         table = Table.grid(expand=True)
         for _ in views:
