@@ -51,6 +51,7 @@ class Attempt:
     text: str
     reward: float
     feedback: str | None = None
+    answer: str | None = None  # the text without thinking; None: not worked out
 
 
 @frozen(eq=False, kw_only=True)

@@ -7,7 +7,6 @@ generation prompt.  Nothing here ever cuts it, the prompt, or a template's own t
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, assert_never
@@ -15,6 +14,7 @@ from typing import Any, assert_never
 from attrs import evolve, frozen
 
 from sdkit.batches import Attempt, Evidence, Message, Row
+from sdkit.components.prompts_thinking import TAGS, opening_tag, without_thinking
 from sdkit.problems import BadData, blaming, first_of, listed, nearest
 from sdkit.specs import (
     AnswerStart,
@@ -35,7 +35,6 @@ from sdkit.templates import Field, fill, parse
 
 Ids = tuple[int, ...]
 _parsed = lru_cache(maxsize=256)(parse)
-THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 @frozen(kw_only=True)
@@ -112,6 +111,21 @@ class Prompter:
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(bare)))
         return whole[shared:]
 
+    def opening(self, row: Row) -> str:
+        """The tag of thinking that the generation prompt of a row leaves open; "" where there is none."""
+        prompt = self.tokenizer.decode(self.generation_prompt(row, row.messages))
+        tag = opening_tag(prompt)
+        if not tag or tag in dict(TAGS):
+            return tag
+        # A tag that names the assistant stands before the text of its messages too.
+        finished = (*row.messages, {"role": "assistant", "content": "ok"})
+        try:
+            ids = self.ids(row, finished, generation_prompt=False)
+        except BadData:
+            return tag
+        names_assistant = _squeezed(prompt) + "ok" in _squeezed(self.tokenizer.decode(ids))
+        return "" if names_assistant else tag
+
     def teacher_ids(
         self, row: Row, sees: Sees | None, evidence: Evidence | None = None
     ) -> TeacherPrompt | None:
@@ -173,6 +187,10 @@ class Prompter:
             return list(range(len(text)))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [start for start, _ in encoded["offset_mapping"]]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _kept(text: str, starts: Sequence[int], count: int, cut: str) -> str:
@@ -247,8 +265,9 @@ def _sibling(slot: SuccessfulSibling, evidence: Evidence) -> str:
 
 
 def _shown(attempt: Attempt, strip_thinking: bool) -> str:
-    text = THINKING.sub("", attempt.text) if strip_thinking else attempt.text
-    return text.strip()
+    if not strip_thinking:
+        return attempt.text.strip()
+    return without_thinking(attempt.text) if attempt.answer is None else attempt.answer
 
 
 def _wrapped(slot: Slot, value: str) -> str:

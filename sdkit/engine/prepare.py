@@ -10,6 +10,7 @@ from sdkit.batches import Evidence, Row
 from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
 from sdkit.components.divergences import open_user_divergences
 from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts
+from sdkit.components.prompts_thinking import answer_text
 from sdkit.components.rewards import Scorer, open_rewards, score
 from sdkit.components.token_weights import open_user_weights
 from sdkit.problems import BadData, blaming, first_of, outside, shorten
@@ -80,6 +81,9 @@ class Data:
         self.waits_for_rollouts = any(
             isinstance(slot, OfRollouts) for slot in (sees.slots.values() if sees else ())
         )
+        self.strips_thinking = any(
+            getattr(slot, "strip_thinking", False) for slot in (sees.slots.values() if sees else ())
+        )
         self.rewards: dict[str, dict[str, Scorer]] = {
             name: self._rewards(suite, base) for name, suite in suites.items()
         }
@@ -91,6 +95,7 @@ class Data:
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
         self._student: dict[int, tuple[int, ...]] = {}
         self._teacher: dict[int, tuple[int, ...] | None] = {}
+        self._opening: dict[int, str] = {}  # the tag of thinking that a row's prompt leaves open
 
     def _texts(self, suite: Suite | None) -> set[str]:
         """The columns whose values must have a text: of a suite's rows, or of the training rows."""
@@ -163,6 +168,14 @@ class Data:
         """The teacher's prompt of one rollout, with what is known of it."""
         teacher = self.spec.teacher
         return teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
+
+    def answer(self, row: Row, completion: Sequence[int]) -> str | None:
+        """A completion's text without its thinking; None where no slot shows it so."""
+        if not self.strips_thinking:
+            return None
+        if id(row) not in self._opening:
+            self._opening[id(row)] = self.prompter.opening(row)
+        return answer_text(self.tokenizer, completion, self._opening[id(row)])
 
     def teacher_route(self, row: Row) -> int:
         """Which of a routed teacher's routes is the row's; 0 where the teacher is not routed."""
