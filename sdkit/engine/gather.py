@@ -189,7 +189,7 @@ def _sample(
 
 def own_completion(world: World, row: Row, column: str) -> Completion:
     """The data set's completion as token ids, end token included; cut at the longest completion."""
-    ids = world.data.tokenizer(row.text(column), add_special_tokens=False)["input_ids"]
+    ids = world.data.prompter.text_ids(row.text(column) or "")
     limit = world.spec.rollout.max_new_tokens
     whole = (*ids, world.end_ids[0])
     return Completion(ids=whole[:limit], logprobs=None, finished=len(whole) <= limit)

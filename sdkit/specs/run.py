@@ -68,6 +68,10 @@ class ModelSpec:
     chat_template_options: Table[str | bool | int | float] = spec_field(
         "arguments for the chat template, such as enable_thinking", default=Table()
     )
+    control_tokens: Literal["tokens", "text"] = spec_field(
+        "what a control token becomes that a row or a rollout spells, such as <|im_end|>: the token, or plain text",
+        default="tokens",
+    )
     shape: ShapeSpec | None = spec_field(
         "stated shape, for `sdkit plan` without a hub", default=None
     )
