@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -83,6 +84,8 @@ class ControlTokens:
                 token["content"] = renamed[token["content"]]
         model = state["model"]
         model["vocab"] = _renamed_vocabulary(model["vocab"], renamed)
+        if "merges" in model:
+            model["merges"] = [m for m in model["merges"] if not _makes(m, renamed)]
         if model.get("unk_token") in renamed:
             model["unk_token"] = renamed[model["unk_token"]]
         state |= {"truncation": None, "padding": None, "post_processor": None}
@@ -98,6 +101,12 @@ def _name(character: str, names: list[str]) -> str:
     """What stands for a private character: the name that it hides, or itself where it is another name."""
     number = ord(character) - HIDDEN
     return names[number] if number < RENAMED - HIDDEN else character
+
+
+def _makes(merge: Any, names: Collection[str]) -> bool:
+    """Whether a merge of BPE makes one of these pieces, or takes one."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left + right in names or left in names or right in names
 
 
 def _renamed_vocabulary(vocabulary: Any, renamed: dict[str, str]) -> Any:
