@@ -15,6 +15,9 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from sdkit.problems import BadData
+from sdkit.texts import Fault, text_of
+
 Message = Mapping[str, str]
 """One chat message: {"role": "system" | "user" | "assistant", "content": text}."""
 
@@ -33,6 +36,13 @@ class Row:
         """The last user message."""
         return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
 
+    def text(self, column: str) -> str | None:
+        """The text of a column; None where the row has none.  Raises BadData where it holds no text."""
+        try:
+            return text_of(self.columns.get(column))
+        except Fault as fault:
+            raise BadData(f"row {self.index}: '{column}' is {fault}") from None
+
 
 @frozen(eq=False, kw_only=True)
 class Attempt:
@@ -41,6 +51,7 @@ class Attempt:
     text: str
     reward: float
     feedback: str | None = None
+    answer: str | None = None  # the text without thinking; None: not worked out
 
 
 @frozen(eq=False, kw_only=True)

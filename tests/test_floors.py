@@ -34,7 +34,7 @@ LANGUAGE = {
         "functions",
         "schedules",
     ),
-    *("vocabulary", "teacher_text", "shapes", "metric_names"),
+    *("vocabulary", "teacher_text", "shapes", "metric_names", "texts"),
 }
 """Floor 0."""
 NOUNS = {"batches", "weights"}

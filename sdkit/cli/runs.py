@@ -114,7 +114,7 @@ def evaluate(
     from sdkit.engine.run import evaluate_only
 
     with placing(checked):
-        evaluate_only(checked.spec, base, make_console())
+        evaluate_only(checked.spec, base, make_console(), spec if spec.is_dir() else None)
 
 
 def _evaluated(path: Path, overrides: list[str]) -> tuple[Any, Path]:

@@ -10,13 +10,13 @@ import hashlib
 import json
 import random
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sdkit.batches import Message, Row
-from sdkit.components.data_sources import Fault, Found, Raw, read_source, say_what, source_name
+from sdkit.components.data_sources import Found, Raw, read_source, source_name
 from sdkit.problems import BadData, first_of, listed, nearest, shorten
 from sdkit.seeds import derive
 from sdkit.specs import (
@@ -25,6 +25,7 @@ from sdkit.specs import (
     Table,
 )
 from sdkit.templates import Field, Template, TemplateError, fields, fill, parse
+from sdkit.texts import Fault, check_value, is_empty, is_missing, lines_of, say_what, text_of
 
 Columns = Mapping[str, str | ColumnTemplate]
 
@@ -37,12 +38,14 @@ def load_rows(
     base: Path,
     fallback_columns: Table[str | ColumnTemplate] | None = None,
     needed: Collection[str] = (),
+    texts: Collection[str] = (),
 ) -> list[Row]:
     """The rows of a source with sdkit's names for their columns, and their prompts as chat.
 
     `base` is the folder that relative paths start from, `fallback_columns` stand in where the data state none, and
-    the columns in `needed` must not be empty.  A column template with a null in it gives null.  Raises BadData that
-    names every fault of every row at once, and BadEnvironment where a package or the hub is out of reach.
+    the columns in `needed` must not be empty, those in `texts` must have a text where they are not.  A column template
+    with a null in it gives null.  Raises BadData that names every fault of every row at once, and BadEnvironment where
+    a package or the hub is out of reach.
     """
     columns = data.columns if data.columns is not None else fallback_columns
     if columns is None or "prompt" not in columns:
@@ -60,7 +63,7 @@ def load_rows(
     rows = []
     for index, (place, raw) in enumerate(found):
         try:
-            rows.append(_row(index, raw, present, needed))
+            rows.append(_row(index, raw, present, needed, texts))
         except Fault as fault:
             faults.append(f"{place}: {fault}")
     if faults:
@@ -69,16 +72,30 @@ def load_rows(
 
 
 def _row(
-    index: int, raw: Raw | Fault, columns: Mapping[str, str | Template], needed: Iterable[str]
+    index: int,
+    raw: Raw | Fault,
+    columns: Mapping[str, str | Template],
+    needed: Iterable[str],
+    texts: Iterable[str],
 ) -> Row:
     if isinstance(raw, Fault):
         raise raw
-    mapped = {name: _value(column, raw) for name, column in columns.items()}
-    empty = [name for name in needed if name in mapped and _is_empty(mapped[name])]
+    mapped = {name: _value(name, column, raw) for name, column in columns.items()}
+    empty = [name for name in needed if name in mapped and is_empty(mapped[name])]
     if empty:
         raise Fault(f"{listed(empty)} must not be empty")
+    for name in texts:
+        _in_column(name, text_of, mapped.get(name))
     messages = _messages(mapped) if "prompt" in mapped else ()
     return Row(index=index, messages=messages, columns=mapped, raw=raw)
+
+
+def _in_column(name: str, read: Callable[[Any], Any], value: Any) -> Any:
+    """What `read` makes of a value; its fault names the column."""
+    try:
+        return read(value)
+    except Fault as fault:
+        raise Fault(f"'{name}' is {fault}") from None
 
 
 def _give_up(faults: Sequence[str]) -> NoReturn:
@@ -175,19 +192,17 @@ def _present(
     return present, faults
 
 
-def _value(column: str | Template, raw: Raw) -> Any:
+def _value(name: str, column: str | Template, raw: Raw) -> Any:
+    """A column of a row: the source's value as it is, or the text of a template."""
     if isinstance(column, str):
-        return _walk(raw, Field(column))
+        value = _walk(raw, Field(column))
+        _in_column(name, check_value, value)
+        return value
     values = {field: _walk(raw, field) for field in fields(column)}
-    if None in values.values():
+    texts = {field: _in_column(str(field), lines_of, value) for field, value in values.items()}
+    if None in texts.values():
         return None
-    return fill(column, lambda field: _text(values[field]))
-
-
-def _text(value: Any) -> str:
-    """A value inside a template: a list of texts as lines, anything else as Python prints it."""
-    texts = isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
-    return "\n".join(value) if texts else str(value)
+    return fill(column, lambda field: texts[field])
 
 
 def _walk(raw: Raw, field: Field) -> Any:
@@ -201,27 +216,25 @@ def _walk(raw: Raw, field: Field) -> Any:
     return value
 
 
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
 # ── messages ──────────────────────────────────────────────────────────────────────────────────
 
 
 def _messages(mapped: Raw) -> tuple[Message, ...]:
     prompt, system = mapped["prompt"], mapped.get("system")
-    if _is_empty(prompt) or prompt in ([], ()):
+    if is_empty(prompt) or (isinstance(prompt, list | tuple) and not prompt):
         raise Fault("the prompt is empty")
     if isinstance(prompt, str):
-        chat: tuple[Message, ...] = ({"role": "user", "content": prompt},)
+        content = _in_column("prompt", text_of, prompt)
+        chat: tuple[Message, ...] = ({"role": "user", "content": content},)
     elif isinstance(prompt, list | tuple):
         chat = _chat(prompt)
     else:
         raise Fault(f"the prompt is {say_what(prompt)}, not text or a list of messages")
-    if system is None or system == "":
+    if is_missing(system) or system == "":
         return chat
     if not isinstance(system, str):
         raise Fault(f"'system' is {say_what(system)}, not text")
+    system = _in_column("system", text_of, system)
     if chat[0]["role"] == "system":
         raise Fault("the prompt brings a system message of its own, and 'system' is another")
     return ({"role": "system", "content": system}, *chat)
@@ -242,8 +255,9 @@ def _chat(prompt: Sequence[Any]) -> tuple[Message, ...]:
             raise Fault(f"message {i} of the prompt is a system message, but not the first")
         if not isinstance(content, str):
             raise Fault(f"message {i} of the prompt holds {say_what(content)}, not text")
+        _in_column("prompt", text_of, content)
     if prompt[-1]["role"] != "user":
         raise Fault(f"the prompt ends with a message of role '{prompt[-1]['role']}', not 'user'")
-    if _is_empty(prompt[-1]["content"]):
+    if is_empty(prompt[-1]["content"]):
         raise Fault("the last message of the prompt is empty")
     return tuple({"role": m["role"], "content": m["content"]} for m in prompt)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, assert_never
 
-from sdkit.problems import BadData, BadEnvironment, listed, nearest, shorten
+from sdkit.problems import BadData, BadEnvironment, first_line, listed, nearest, shorten
 from sdkit.reading import UnreadableFile, read_file
 from sdkit.specs import (
     DiskSource,
@@ -25,12 +25,11 @@ from sdkit.specs import (
     ReasoningGymSource,
     Source,
 )
+from sdkit.texts import Fault, say_what
 
 Raw = Mapping[str, Any]
-
-
-class Fault(Exception):
-    """What is wrong with one row."""
+LONGEST_NUMBER = 4300
+"""Digits of the longest whole number that is read: Python's own limit."""
 
 
 Found = list[tuple[str, Raw | Fault]]
@@ -59,6 +58,7 @@ def read_source(source: Source, base: Path, limit: int | None) -> Found:
         case JsonSource():
             rows = _json(_bytes(base / source.path, name), name)
         case ParquetSource():
+            _regular(base / source.path, name)
             rows = _library(lambda: _parquet(base / source.path, limit), name)
         case HubSource():
             rows = _library(lambda: _hub(source, limit), name)
@@ -74,7 +74,14 @@ def read_source(source: Source, base: Path, limit: int | None) -> Found:
 
 
 def _map(value: Any) -> Raw | Fault:
-    return value if isinstance(value, Mapping) else Fault(f"{say_what(value)}, not a map")
+    known = isinstance(value, Mapping | Fault)
+    return value if known else Fault(f"{say_what(value)}, not a map")
+
+
+def _regular(path: Path, name: str) -> None:
+    """Raise BadData where reading would never end, or never begin: a pipe, a device."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise BadData(f"cannot read {name}: not a regular file")
 
 
 def _bytes(path: Path, name: str) -> bytes:
@@ -95,18 +102,23 @@ def _json_lines(content: bytes, name: str, limit: int | None) -> Found:
 
 def _json_line(text: bytes) -> Raw | Fault:
     try:
-        return _map(json.loads(text.decode()))
+        return _map(_loaded(text.decode()))
     except json.JSONDecodeError as error:
         return Fault(f"not JSON: {error.msg.lower()} at column {error.colno}")
     except UnicodeDecodeError:
         return Fault("not UTF-8")
+    except RecursionError:
+        return Fault("nested too deeply")
 
 
 def _json(content: bytes, name: str) -> list[Any]:
     try:
-        value = json.loads(content.decode())
+        value = _loaded(content.decode())
     except UnicodeDecodeError as error:
-        raise BadData(f"{name} is not UTF-8") from error
+        line = content.count(b"\n", 0, error.start) + 1
+        raise BadData(f"{name}:{line}: not UTF-8") from error
+    except RecursionError as error:
+        raise BadData(f"{name} is nested too deeply") from error
     except json.JSONDecodeError as error:
         lines = error.msg == "Extra data" and content.lstrip()[:1] == b"{"
         raise BadData(
@@ -119,25 +131,61 @@ def _json(content: bytes, name: str) -> list[Any]:
     return value
 
 
-def _library(read: Callable[[], Iterable[Any]], name: str) -> Iterable[Any]:
-    """The rows that a library reads, its errors as ours."""
+def _loaded(text: str) -> Any:
+    """JSON; a Fault stands where a value cannot be read, so that it matters only where it is used."""
+    return json.loads(text, parse_int=_whole_number, object_pairs_hook=_object)
+
+
+def _whole_number(digits: str) -> int | Fault:
+    if len(digits) > LONGEST_NUMBER:
+        return Fault(f"a number of {len(digits)} digits, more than {LONGEST_NUMBER}")
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Raw | Fault:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        return Fault(f"a map that has the key {shorten(twice)} twice")
+    return table
+
+
+def _library(read: Callable[[], Iterable[Any]], name: str) -> list[Any]:
+    """The rows that a library reads, its errors as ours: it may raise anything at a damaged file."""
     try:
-        return read()
-    except (BadData, BadEnvironment):
+        return list(read())
+    except (BadData, BadEnvironment, MemoryError):
         raise
     except ConnectionError as error:
         raise BadEnvironment(
             f"cannot reach the hub for {name}: {error}",
             hint="fill the cache where there is a network, or save the data to a file",
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise BadData(f"cannot read {name}: {error}") from error
+    except ImportError as error:
+        raise BadEnvironment(f"{name} needs a package that is missing: {error.name}") from error
+    except Exception as error:
+        raise BadData(f"cannot read {name}: {first_line(error)}") from error
 
 
 def _parquet(path: Path, limit: int | None) -> Iterable[Any]:
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(path).slice(0, limit).to_pylist()
+    table = pyarrow.parquet.read_table(path).slice(0, limit)
+    if repeated := [n for n in table.column_names if table.column_names.count(n) > 1]:
+        raise BadData(f"{path.name} has the column {shorten(repeated[0])} twice")
+    try:
+        return table.to_pylist()
+    except Exception:  # one by one, to name the row
+        return list(_parquet_rows(table))
+
+
+def _parquet_rows(table: Any) -> Iterator[Any]:
+    for i in range(len(table)):
+        try:
+            yield table.slice(i, 1).to_pylist()[0]
+        except Exception as error:
+            yield Fault(f"cannot be read: {first_line(error)}")
 
 
 def _hub(source: HubSource, limit: int | None) -> Iterable[Any]:
@@ -167,6 +215,7 @@ def _disk(source: DiskSource, base: Path, limit: int | None) -> Iterable[Any]:
 
 
 def _first(held: Any, limit: int | None) -> Iterable[Any]:
+    held = held.with_format(None)  # a saved format would give tensors or arrays
     return held if limit is None else held.select(range(min(limit, len(held))))
 
 
@@ -210,10 +259,3 @@ def _check_options(source: ReasoningGymSource, config: type) -> None:
                 f"reasoning-gym's {source.task} has no option '{option}'",
                 hint=f"did you mean '{like}'?" if like else f"it has {listed(known)}",
             )
-
-
-def say_what(value: Any) -> str:
-    if isinstance(value, bool | int | float):
-        return shorten(value)
-    kinds = {str: "text", list: "a list", tuple: "a list"}
-    return "a map" if isinstance(value, Mapping) else kinds.get(type(value), "something else")

@@ -7,14 +7,16 @@ generation prompt.  Nothing here ever cuts it, the prompt, or a template's own t
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, assert_never
 
 from attrs import evolve, frozen
 
 from sdkit.batches import Attempt, Evidence, Message, Row
+from sdkit.components.prompts_thinking import TAGS, opening_tag, without_thinking
+from sdkit.components.prompts_tokens import ControlTokens
 from sdkit.problems import BadData, blaming, first_of, listed, nearest
 from sdkit.specs import (
     AnswerStart,
@@ -35,7 +37,6 @@ from sdkit.templates import Field, fill, parse
 
 Ids = tuple[int, ...]
 _parsed = lru_cache(maxsize=256)(parse)
-THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 @frozen(kw_only=True)
@@ -63,13 +64,24 @@ class SideBySide:
 class Prompter:
     """Rows to token ids with one tokenizer and one set of chat-template options.
 
-    A tokenizer without a chat template gets the contents of the messages, joined by blank lines.  Raises BadData
-    where an option is one that the chat template never reads.
+    A tokenizer without a chat template gets the contents of the messages, joined by blank lines.  A chat template that
+    prints the date prints `now`.  With `keep_text` control tokens that rows and rollouts spell stay text.  Raises
+    BadData where an option is one that the chat template never reads.
     """
 
-    def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        options: Mapping[str, Any],
+        *,
+        now: datetime | None = None,
+        keep_text: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
         self.options = dict(options)
+        self.now = now or datetime.now()
+        self.control = ControlTokens(tokenizer)
+        self.keep_text = keep_text
         template = tokenizer.chat_template
         for name in self.options:
             if template is None:
@@ -79,28 +91,70 @@ class Prompter:
 
     def ids(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> Ids:
         """The messages as token ids.  Raises BadData naming the row where the chat template refuses them."""
+        hides = any(self.control.hides(m["content"]) for m in messages)
         if self.tokenizer.chat_template is None:
-            return tuple(self.tokenizer("\n\n".join(m["content"] for m in messages))["input_ids"])
+            text = "\n\n".join(m["content"] for m in messages)
+            if hides:
+                return self.control.encode(text, add_special_tokens=True)
+            return tuple(self.tokenizer(text)["input_ids"])
+        if hides:
+            text = self.chat(row, messages, generation_prompt=generation_prompt, tokenize=False)
+            return self.control.encode(text, add_special_tokens=False)
+        encoded = self.chat(row, messages, generation_prompt=generation_prompt, tokenize=True)
+        return tuple(encoded["input_ids"])
+
+    def text_ids(self, text: str) -> Ids:
+        """The ids of a row's text that stands in no chat, such as a completion."""
+        return self._encoded(self._hidden(text))
+
+    def _encoded(self, text: str) -> Ids:
+        if self.control.hides(text):
+            return self.control.encode(text, add_special_tokens=False)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _hidden(self, text: str) -> str:
+        return self.control.hide(text) if self.keep_text else text
+
+    def messages(self, row: Row) -> tuple[Message, ...]:
+        """The row's chat, its control tokens hidden where they are to stay text."""
+        if not self.keep_text:
+            return row.messages
+        try:
+            return tuple({**m, "content": self._hidden(m["content"])} for m in row.messages)
+        except BadData as error:
+            raise BadData(f"row {row.index}: {error.message}") from None
+
+    def chat(
+        self,
+        row: Row,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool = True,
+        tokenize: bool = False,
+    ) -> Any:
+        """What the chat template makes of the messages.  Raises BadData naming the row where it refuses them."""
         from jinja2 import TemplateError
 
+        options = dict(self.options)
+        if "strftime_now" in str(self.tokenizer.chat_template):
+            options["strftime_now"] = self.now.strftime
         try:
-            encoded = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages],
                 add_generation_prompt=generation_prompt,
-                tokenize=True,
-                return_dict=True,
-                **self.options,
+                tokenize=tokenize,
+                return_dict=tokenize,
+                **options,
             )
         except TemplateError as error:
             roles = listed(m["role"] for m in messages)
             raise BadData(
                 f"row {row.index}: the chat template refuses messages of the roles {roles}: {error}"
             ) from error
-        return tuple(encoded["input_ids"])
 
     def student_ids(self, row: Row) -> Ids:
         """The student's prompt, generation prompt included.  Raises BadData as `ids` does."""
-        return self.ids(row, row.messages)
+        return self.ids(row, self.messages(row))
 
     def generation_prompt(self, row: Row, messages: Sequence[Message]) -> Ids:
         """The ids at the end of the prompt that invite the assistant; none without a chat template."""
@@ -112,6 +166,21 @@ class Prompter:
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(bare)))
         return whole[shared:]
 
+    def opening(self, row: Row) -> str:
+        """The tag of thinking that the generation prompt of a row leaves open; "" where there is none."""
+        prompt = self.tokenizer.decode(self.generation_prompt(row, row.messages))
+        tag = opening_tag(prompt)
+        if not tag or tag in dict(TAGS):
+            return tag
+        # A tag that names the assistant stands before the text of its messages too.
+        finished = (*row.messages, {"role": "assistant", "content": "ok"})
+        try:
+            ids = self.ids(row, finished, generation_prompt=False)
+        except BadData:
+            return tag
+        names_assistant = _squeezed(prompt) + "ok" in _squeezed(self.tokenizer.decode(ids))
+        return "" if names_assistant else tag
+
     def teacher_ids(
         self, row: Row, sees: Sees | None, evidence: Evidence | None = None
     ) -> TeacherPrompt | None:
@@ -122,7 +191,8 @@ class Prompter:
         """
         if sees is None:
             return TeacherPrompt(ids=self.student_ids(row), messages=row.messages, cut_tokens=0)
-        values = slot_values(row, sees, evidence)
+        values = slot_values(row, sees, evidence, self._hidden)
+        row = evolve(row, messages=self.messages(row))
         if values is None:
             return None
         whole = self._render(row, sees, values)
@@ -137,7 +207,7 @@ class Prompter:
         ids = self.ids(row, messages)
         if isinstance(sees, AnswerStart):
             text = fill(_parsed(sees.template), _lookup({**values, "prompt": row.prompt_text}))
-            ids += tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids += self._encoded(text)
         return TeacherPrompt(ids=ids, messages=messages, cut_tokens=0, filled=filled)
 
     def _shortened(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
@@ -175,6 +245,10 @@ class Prompter:
         return [start for start, _ in encoded["offset_mapping"]]
 
 
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
 def _kept(text: str, starts: Sequence[int], count: int, cut: str) -> str:
     """The first or the last `count` tokens of a text."""
     if count >= len(starts):
@@ -187,12 +261,21 @@ def _kept(text: str, starts: Sequence[int], count: int, cut: str) -> str:
 # ── what the teacher sees ─────────────────────────────────────────────────────────────────────
 
 
-def slot_values(row: Row, sees: Sees, evidence: Evidence | None = None) -> dict[str, str] | None:
+def slot_values(
+    row: Row,
+    sees: Sees,
+    evidence: Evidence | None = None,
+    hidden: Callable[[str], str] = lambda text: text,
+) -> dict[str, str] | None:
     """The text of every slot, "" where there is none; None where `requires` is not met.
 
-    A text of the spec is always there, so `requires: any` asks for one of the others.
+    A text of the spec is always there, so `requires: any` asks for one of the others.  `hidden` is applied to the
+    others, which rows and rollouts have written.
     """
     found = {name: _slot_value(slot, row, evidence) for name, slot in sees.slots.items()}
+    for name, slot in sees.slots.items():
+        if not isinstance(slot, Wording):
+            found[name] = hidden(found[name])
     solved = any(
         found[name] for name, slot in sees.slots.items() if isinstance(slot, SuccessfulSibling)
     )
@@ -209,8 +292,7 @@ def slot_values(row: Row, sees: Sees, evidence: Evidence | None = None) -> dict[
 def _slot_value(slot: Slot, row: Row, evidence: Evidence | None) -> str:
     match slot:
         case ColumnSlot():
-            value = row.columns.get(slot.name)
-            return "" if value is None else str(value)
+            return row.text(slot.name) or ""
         case TextSlot():
             return slot.text
         case SuccessfulSibling():
@@ -248,8 +330,9 @@ def _sibling(slot: SuccessfulSibling, evidence: Evidence) -> str:
 
 
 def _shown(attempt: Attempt, strip_thinking: bool) -> str:
-    text = THINKING.sub("", attempt.text) if strip_thinking else attempt.text
-    return text.strip()
+    if not strip_thinking:
+        return attempt.text.strip()
+    return without_thinking(attempt.text) if attempt.answer is None else attempt.answer
 
 
 def _wrapped(slot: Slot, value: str) -> str:
@@ -348,6 +431,19 @@ def check_prompts(
         said = first_of([fault.message for fault in faults])
         raise BadData(said, hint=faults[0].hint, path=faults[0].path)
     return prompts
+
+
+def check_repeatable(prompter: Prompter, rows: Iterable[Row], times: int = 8) -> None:
+    """Raise BadData where the chat template makes different prompts of the same messages."""
+    if prompter.tokenizer.chat_template is None:
+        return
+    for row in rows:
+        texts = {prompter.chat(row, row.messages) for _ in range(times)}
+        if len(texts) > 1:
+            raise BadData(
+                f"row {row.index}: the chat template renders the same messages differently each time, "
+                "so the run could not be repeated or resumed"
+            )
 
 
 def side_by_side(prompter: Prompter, row: Row, sees: Sees | None) -> SideBySide:

@@ -25,6 +25,7 @@ from sdkit.specs import (
     Tagged,
     WholeText,
 )
+from sdkit.texts import is_missing, text_of
 
 # A sign belongs to the number only where nothing stands right before it: 10-20 ends in 20, not in -20.
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
@@ -71,16 +72,22 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 def right_answer(row: Row, column: str) -> Any:
     """What the column has.  Raises BadData where it has nothing."""
     value = row.columns.get(column)
-    if value is None:
+    if is_missing(value):
         raise BadData(f"row {row.index} has no right answer in the column '{column}'")
     return value
+
+
+def right_text(row: Row, column: str) -> str:
+    """The text of a right answer.  Raises BadData where the row has none."""
+    right_answer(row, column)
+    return row.text(column) or ""
 
 
 def exact(reward: ExactReward) -> Scorer:
     """Compares text; the scorer raises BadData where a row lacks the right answer, as all of this room do."""
 
     def right_of(row: Row) -> str:
-        return str(right_answer(row, reward.answer)).strip()
+        return right_text(row, reward.answer).strip()
 
     def scored(completion: str, row: Row) -> float:
         right = right_of(row)
@@ -97,7 +104,7 @@ def number(reward: NumberReward) -> Scorer:
     tolerance = Decimal(repr(reward.tolerance))
 
     def right_of(row: Row) -> Decimal:
-        right = _read_number(str(right_answer(row, reward.answer)))
+        right = _read_number(right_text(row, reward.answer))
         if right is None:
             raise BadData(
                 f"row {row.index}: {shorten(row.columns[reward.answer])} in the column '{reward.answer}' "
@@ -128,7 +135,7 @@ def choice(reward: ChoiceReward) -> Scorer:
     """Compares capital letters."""
 
     def right_of(row: Row) -> str:
-        right = _letter(str(right_answer(row, reward.answer)))
+        right = _letter(right_text(row, reward.answer))
         if not re.fullmatch("[A-Z]", right):
             raise BadData(
                 f"row {row.index}: {shorten(row.columns[reward.answer])} in the column '{reward.answer}' "
@@ -191,7 +198,7 @@ def _task_score(task: Any, answer: str, row: Row) -> float:
         return float(task.score_answer(answer, row.raw))
     except Exception as error:
         try:
-            task.score_answer(str(row.raw.get("answer")), row.raw)
+            task.score_answer(text_of(row.raw.get("answer")), row.raw)
         except Exception:
             raise BadData(f"row {row.index} cannot be scored by its task: {error!r}") from error
         return 0.0

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sdkit.batches import Row
-from sdkit.components.rewards_answers import extract, right_answer
+from sdkit.components.rewards_answers import extract, right_text
 from sdkit.components.rewards_judged import Judged, Pair, Scorer, in_threads
 from sdkit.problems import BadData, BadEnvironment, shorten
 from sdkit.specs import MathVerifyReward
@@ -35,7 +35,7 @@ def math_verify(reward: MathVerifyReward) -> Scorer:
     workers = Workers()
 
     def judge(completion: str, row: Row) -> Judged:
-        right = str(right_answer(row, reward.answer)).strip()
+        right = right_text(row, reward.answer).strip()
         answer = extract(reward.extract, completion)
         if answer is None:
             return Judged(reward=0.0)
@@ -52,7 +52,7 @@ def math_verify(reward: MathVerifyReward) -> Scorer:
     def many(pairs: Sequence[Pair]) -> list[Judged]:
         return in_threads(judge, pairs, threads=AT_ONCE, seconds=None)
 
-    return Scorer(many, check=lambda row: right_answer(row, reward.answer))
+    return Scorer(many, check=lambda row: right_text(row, reward.answer))
 
 
 class Workers:

@@ -35,7 +35,7 @@ class Test:
         """Whether what came of it is what was expected; of asserts, whether they were passed."""
         match self.kind:
             case "stdin":
-                return _same_lines(str(got), str(self.expected))
+                return _same_lines(got, self.expected)
             case "call":
                 return _equal(got, self.expected)
             case "asserts":
@@ -105,7 +105,9 @@ def _read_one(test: Any, shared: Mapping[str, Any]) -> Test:
             f"{shorten(str(test))} is neither source nor a table with input and output"
         )
     both = {**shared, **test}
-    function = str(both.get("fn_name") or "")
+    function = both.get("fn_name") or ""
+    if not isinstance(function, str):
+        raise _Unreadable(f"fn_name {shorten(function)} is not text")
     name = both.get("testtype") or both.get("type") or ("functional" if function else "stdin")
     if name not in KINDS:
         raise _Unreadable(f"testtype {shorten(name)} {outside(KINDS)}")

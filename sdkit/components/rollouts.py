@@ -181,7 +181,7 @@ class ReplayRollouts:
         except KeyError:
             raise BadData(
                 f"{self.run} did not record a completion for one of this step's prompts",
-                hint="replay needs the same data, seed, batch sizes and no more steps than were recorded",
+                hint="replay needs the same data, chat template, seed, batch sizes and no more steps than were recorded",
             ) from None
 
     def close(self) -> None:

@@ -76,7 +76,9 @@ def gather(
     scorers = world.data.train_rewards if suite is None else world.data.rewards[suite]
     texts = [completion_text(world, c.ids) for c in completions]
     judged = score(scorers, texts, [row for _, row in jobs])
-    known = evidence(judged.get(world.data.reward or ""), texts, size, [r.seed for r in requests])
+    answers = [world.data.answer(row, c.ids) for (_, row), c in zip(jobs, completions, strict=True)]
+    seeds = [r.seed for r in requests]
+    known = evidence(judged.get(world.data.reward or ""), texts, answers, size, seeds)
     rollouts = [
         _rollout(world, row, group, completion, drawn.version, seen)
         for (group, row), completion, seen in zip(jobs, completions, known, strict=True)
@@ -187,7 +189,7 @@ def _sample(
 
 def own_completion(world: World, row: Row, column: str) -> Completion:
     """The data set's completion as token ids, end token included; cut at the longest completion."""
-    ids = world.data.tokenizer(str(row.columns[column]), add_special_tokens=False)["input_ids"]
+    ids = world.data.prompter.text_ids(row.text(column) or "")
     limit = world.spec.rollout.max_new_tokens
     whole = (*ids, world.end_ids[0])
     return Completion(ids=whole[:limit], logprobs=None, finished=len(whole) <= limit)

@@ -17,14 +17,21 @@ from sdkit.specs import LossTerm
 
 
 def evidence(
-    judged: Sequence[Judged] | None, texts: Sequence[str], size: int, seeds: Sequence[int]
+    judged: Sequence[Judged] | None,
+    texts: Sequence[str],
+    answers: Sequence[str | None],
+    size: int,
+    seeds: Sequence[int],
 ) -> list[Evidence | None]:
-    """What is known of each rollout, groups of `size` standing together; None where training uses no reward."""
+    """What is known of each rollout, groups of `size` standing together; None where training uses no reward.
+
+    `answers` are the texts without thinking, None where no one asks for them.
+    """
     if judged is None:
         return [None] * len(texts)
     attempts = [
-        Attempt(text=text, reward=j.reward, feedback=j.feedback)
-        for text, j in zip(texts, judged, strict=True)
+        Attempt(text=text, reward=j.reward, feedback=j.feedback, answer=answer)
+        for text, answer, j in zip(texts, answers, judged, strict=True)
     ]
     groups = [attempts[i - i % size : i - i % size + size] for i in range(len(attempts))]
     return [Evidence(group=group, own=i % size, seed=seeds[i]) for i, group in enumerate(groups)]

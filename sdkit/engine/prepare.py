@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sdkit.batches import Evidence, Row
 from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
 from sdkit.components.divergences import open_user_divergences
-from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts
+from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts, check_repeatable
+from sdkit.components.prompts_thinking import answer_text
 from sdkit.components.rewards import Scorer, open_rewards, score
 from sdkit.components.token_weights import open_user_weights
 from sdkit.problems import BadData, blaming, first_of, outside, shorten
 from sdkit.specs import (
     ChoiceReward,
+    ColumnSlot,
     ExactReward,
     ExperimentSpec,
+    MathVerifyReward,
     NumberReward,
     OfRollouts,
     ReasoningGymReward,
@@ -34,6 +40,8 @@ from sdkit.specs import (
 
 COMPARED = {ExactReward, NumberReward, ChoiceReward, RegexReward, ReasoningGymReward}
 """Rewards that look at a completion and a row, and at nothing else."""
+ReadsText = ExactReward | NumberReward | ChoiceReward | MathVerifyReward
+"""Rewards that read a column as text."""
 CONTEXT_TEXT = 128
 """Tokens allowed for a template's own words where the context is not known before rollouts are."""
 
@@ -41,11 +49,20 @@ CONTEXT_TEXT = 128
 class Data:
     """Training rows, held-out rows, their prompts as token ids, and the rewards of each suite."""
 
-    def __init__(self, spec: ExperimentSpec, base: Path, tokenizer: Any) -> None:
+    def __init__(
+        self, spec: ExperimentSpec, base: Path, tokenizer: Any, now: datetime | None = None
+    ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
         with blaming("model", "chat_template_options"):
-            self.prompter = Prompter(tokenizer, dict(spec.model.chat_template_options))
+            self.prompter = Prompter(
+                tokenizer,
+                dict(spec.model.chat_template_options),
+                now=now,
+                keep_text=spec.model.control_tokens == "text",
+            )
+        only = next(iter(spec.rewards)) if len(spec.rewards) == 1 else None
+        self.reward = spec.reward or only  # the name of the reward that training uses
         suites = spec.evaluation.suites if spec.evaluation else {}
         column = completion_column(spec.rollout.sampled_by)
         needed = (column,) if column else ()
@@ -55,10 +72,10 @@ class Data:
         ] = {}  # held-out rows dropped, their prompt stands in the suite already
         for name, suite in suites.items():
             with blaming("evaluation", "suites", name, "data"):
-                found = load_rows(suite.data, base, spec.data.columns)
+                found = load_rows(suite.data, base, spec.data.columns, texts=self._texts(suite))
             self.suites[name], self.repeats[name] = drop_repeats(found)
         with blaming("data"):
-            rows = load_rows(spec.data, base, needed=needed)
+            rows = load_rows(spec.data, base, needed=needed, texts=self._texts(None))
         held_out = [
             row
             for name, suite in suites.items()
@@ -70,11 +87,12 @@ class Data:
             raise BadData(
                 "every training row is held out too, so nothing is left to train on", path=("data",)
             )
-        only = next(iter(spec.rewards)) if len(spec.rewards) == 1 else None
-        self.reward = spec.reward or only  # the name of the reward that training uses
         sees = spec.teacher.sees if spec.teacher else None
         self.waits_for_rollouts = any(
             isinstance(slot, OfRollouts) for slot in (sees.slots.values() if sees else ())
+        )
+        self.strips_thinking = any(
+            getattr(slot, "strip_thinking", False) for slot in (sees.slots.values() if sees else ())
         )
         self.rewards: dict[str, dict[str, Scorer]] = {
             name: self._rewards(suite, base) for name, suite in suites.items()
@@ -85,14 +103,43 @@ class Data:
         self.routes = list(self.routed.routes) if self.routed else []
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
+        self.visited = 0  # training rows that the run will use
+        self.spelled: list[tuple[Row, str]] = []  # of those, which spell a control token
         self._student: dict[int, tuple[int, ...]] = {}
         self._teacher: dict[int, tuple[int, ...] | None] = {}
+        self._opening: dict[int, str] = {}  # the tag of thinking that a row's prompt leaves open
+
+    def _texts(self, suite: Suite | None) -> set[str]:
+        """The columns whose values must have a text: of a suite's rows, or of the training rows."""
+        spec = self.spec
+        names = self._shown_columns if suite is None else self._slot_columns
+        weights = spec.teacher and spec.teacher.weights
+        if isinstance(weights, RoutedWeights):
+            names = [*names, weights.by]
+        rewards = self._judges(suite) if suite else filter(self._applies, spec.rewards)
+        judges = [part for name in rewards for part in self._leaves(name)]
+        return {*names, *(judge.answer for judge in judges if isinstance(judge, ReadsText))}
+
+    @property
+    def _slot_columns(self) -> list[str]:
+        sees = self.spec.teacher.sees if self.spec.teacher else None
+        slots = sees.slots.values() if sees else ()
+        return [slot.name for slot in slots if isinstance(slot, ColumnSlot)]
+
+    @property
+    def _shown_columns(self) -> list[str]:
+        """The columns of training rows that a model reads or is trained on, the prompt aside."""
+        column = completion_column(self.spec.rollout.sampled_by)
+        return [*self._slot_columns, *filter(None, [column])]
+
+    def _judges(self, suite: Suite) -> Iterable[str]:
+        """The rewards that a suite's completions are judged by."""
+        return dict.fromkeys((suite.score, *suite.also, *filter(None, [self.reward])))
 
     def _rewards(self, suite: Suite, base: Path) -> dict[str, Scorer]:
         source = suite.data.source
         task = source if isinstance(source, ReasoningGymSource) else None
-        names = dict.fromkeys((suite.score, *suite.also, *filter(None, [self.reward])))
-        return open_rewards(self.spec.rewards, names, base, task)
+        return open_rewards(self.spec.rewards, self._judges(suite), base, task)
 
     def _applicable(self, base: Path) -> dict[str, Scorer]:
         """The rewards that training rows can be scored with too: for the curves, not for the gradient."""
@@ -113,6 +160,20 @@ class Data:
         """SHA-256 of the training rows and of each suite."""
         suites = {f"suite {name}": fingerprint(rows) for name, rows in self.suites.items()}
         return {"train": fingerprint(self.train), **suites}
+
+    def prompt_fingerprints(self, count: int) -> dict[str, str]:
+        """SHA-256 of the prompts of the first `count` training rows in the run's order, and of each suite's.
+
+        Those of teachers that wait for rollouts are none of a row alone, and left out.
+        """
+        training = self.spec.training
+        order = positions(0, count, len(self.train), training.seed, self.spec.data.shuffle)
+        parts = {"train": [self.train[i] for i in order]}
+        parts |= {f"suite {name}": rows for name, rows in self.suites.items()}
+        found = {name: _digest(map(self.student_ids, rows)) for name, rows in parts.items()}
+        for name, rows in parts.items():
+            found[f"{name} (teacher)"] = _digest(map(self.teacher_ids, rows))
+        return found
 
     def take(self, step: int) -> list[Row]:
         """The prompts of rollout batch number `step`: a pure function of step and seed."""
@@ -143,9 +204,17 @@ class Data:
         teacher = self.spec.teacher
         return teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
 
+    def answer(self, row: Row, completion: Sequence[int]) -> str | None:
+        """A completion's text without its thinking; None where no slot shows it so."""
+        if not self.strips_thinking:
+            return None
+        if id(row) not in self._opening:
+            self._opening[id(row)] = self.prompter.opening(row)
+        return answer_text(self.tokenizer, completion, self._opening[id(row)])
+
     def teacher_route(self, row: Row) -> int:
         """Which of a routed teacher's routes is the row's; 0 where the teacher is not routed."""
-        return self.routes.index(str(row.columns[self.routed.by])) if self.routed else 0
+        return self.routes.index(row.text(self.routed.by) or "") if self.routed else 0
 
     def _check_routes(self, rows: Iterable[Row]) -> None:
         """Raise BadData naming the rows whose column holds no route."""
@@ -155,7 +224,7 @@ class Data:
         bad = [
             f"row {row.index}: {by} is {shorten(value)}, which {outside(self.routes)}"
             for row in rows
-            if str(value := row.columns.get(by)) not in self.routes
+            if (value := row.text(by)) not in self.routes
         ]
         if bad:
             raise BadData(
@@ -171,8 +240,12 @@ class Data:
         """
         training = self.spec.training
         visited = self.train
+        self.visited = min(steps * training.prompts_per_step, len(visited))
         if steps * training.prompts_per_step < len(visited):
             visited = [row for step in range(steps) for row in self.take(step)]
+        with blaming("model", "path"):
+            check_repeatable(self.prompter, visited[:4])
+        self.spelled = list(self._spelled(visited))
         with blaming("data"):
             longest = self._longest(visited)
         self._check_routes(visited)
@@ -188,6 +261,16 @@ class Data:
                 self._check_routes(self.suites[name][: suite.loss_prompts])
                 room.append(suite.max_new_tokens or 0)
         return longest + max(room)
+
+    def _spelled(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
+        """The rows whose text spells a control token that the run takes for one, each with the first."""
+        if self.prompter.keep_text:
+            return
+        for row in rows:
+            columns = (row.text(name) or "" for name in self._shown_columns)
+            texts = (*(m["content"] for m in row.messages), *columns)
+            if name := next(filter(None, map(self.prompter.control.spelled, texts)), None):
+                yield row, name
 
     def _try_out(self, rewards: Mapping[str, Scorer], rows: Sequence[Row]) -> None:
         """Judge an empty completion: of every row where right answers are only compared, of the first where a user's
@@ -231,6 +314,13 @@ class Data:
         slots = sum(isinstance(slot, OfRollouts) for slot in sees.slots.values())
         most = longest + CONTEXT_TEXT + slots * spec.rollout.max_new_tokens
         return max(longest, min(most, sees.max_prompt_tokens or most))
+
+
+def _digest(prompts: Iterable[Sequence[int] | None]) -> str:
+    digest = hashlib.sha256()
+    for ids in prompts:
+        digest.update(json.dumps(ids).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _check_rewards(rewards: Mapping[str, Scorer], rows: Iterable[Row]) -> None:

@@ -20,7 +20,8 @@ SPLICE = "▶ completion goes here"
 def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> None:
     """Render the first `count` training rows.  Raises BadData where a row cannot be used."""
     tokenizer = load_tokenizer(spec.model, locate(spec.model.path, base))
-    prompter = Prompter(tokenizer, dict(spec.model.chat_template_options))
+    keep_text = spec.model.control_tokens == "text"
+    prompter = Prompter(tokenizer, dict(spec.model.chat_template_options), keep_text=keep_text)
     for row in load_rows(spec.data, base)[:count]:
         found = side_by_side(prompter, row, spec.teacher.sees if spec.teacher else None)
         views = [_panel("student", found.student, found.student_tokens)]
@@ -31,7 +32,7 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
             cut = f", {found.cut_tokens} context tokens cut" if found.cut_tokens else ""
             views.append(_panel("teacher", found.teacher, found.teacher_tokens or 0, cut))
         if column := completion_column(spec.rollout.sampled_by):
-            own = str(row.columns[column])
+            own = row.text(column) or ""
             views.append(Panel(Text(own), title="completion, from the data set"))
         table = Table.grid(expand=True)
         for _ in views:

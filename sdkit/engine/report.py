@@ -22,6 +22,7 @@ from sdkit.engine.evaluated import Evaluated, Key, read_back, signed, with_inter
 from sdkit.engine.gather import Gathered, in_order, records, samples
 from sdkit.engine.rundir import RunDirectory
 from sdkit.engine.tripwires import went_off
+from sdkit.problems import counted
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
@@ -228,6 +229,11 @@ def opening(console: Console, world: World, run: RunDirectory) -> None:
         f"{world.spec.rollout.completions_per_prompt} completions, {len(world.data.train)} training rows"
     )
     console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
+    if spelled := world.data.spelled:
+        shown = ", ".join(f"row {row.index} {name}" for row, name in spelled[:5])
+        text = f"{counted(len(spelled), 'row')} spell control tokens, which the model reads as such: {shown}"
+        console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
+        console.print("  = model.control_tokens: text keeps them as text", highlight=False)
 
 
 def peak_gib() -> float:

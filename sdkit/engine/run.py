@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sdkit.engine import (
     report,
     resuming,
     rundir,
+    shown,
     stopping,
     streams,
     zero,
@@ -58,10 +60,16 @@ from sdkit.specs import (
 )
 
 
-def open_world(spec: ExperimentSpec, base: Path, recording: Recording | None = None) -> World:
+def open_world(
+    spec: ExperimentSpec,
+    base: Path,
+    recording: Recording | None = None,
+    now: datetime | None = None,
+) -> World:
     """Data first (bad rows are found before a weight is loaded), then DeepSpeed, model, teacher.
 
-    With a recording its completions are the run's, and the run ends where they do.
+    With a recording its completions are the run's, and the run ends where they do.  `now` is the date that chat
+    templates print.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     zero.prepare()
@@ -77,7 +85,9 @@ def open_world(spec: ExperimentSpec, base: Path, recording: Recording | None = N
         servers = _reach_servers(spec, base, located)
         if servers:
             undo.callback(servers.close)
-        world = _open(spec, base, tokenizer, located, served, servers, recording)
+        now = now or shown.recorded_date(spec, base, recording)
+        data = Data(spec, base, tokenizer, now)
+        world = _open(spec, base, data, located, served, servers, recording)
         undo.pop_all()
     return world
 
@@ -85,20 +95,24 @@ def open_world(spec: ExperimentSpec, base: Path, recording: Recording | None = N
 def _open(
     spec: ExperimentSpec,
     base: Path,
-    tokenizer: Any,
+    data: Data,
     located: str,
     served: Mapping[ServedWeights, ServedModel],
     servers: ServerPool | None,
     recording: Recording | None,
 ) -> World:
-    data = Data(spec, base, tokenizer)
     if recording:
         recording.check_rows(data)
     zero.start()
     try:
+        data.prompter.now = ranks.of_first(data.prompter.now)  # ranks start at different times
         plan = make_plan(spec, machine_for(spec, ranks.world_size()), None, rows=len(data.train))
         assert plan.steps is not None
         longest = data.check(plan.steps)
+        if recording:
+            shown.same_prompts(
+                data, recording.origin, f"{recording.run} was recorded with", "train"
+            )
         for model in served.values():
             model.check_length(longest)
         if servers:
@@ -176,7 +190,8 @@ def train(
     if recording and recording.checkpoint:
         word = recording.origin.get("run")
         resuming.fit(recording.checkpoint, word, launched() or 1, hashes=_first())
-    world = open_world(spec, base, recording)
+    began = shown.date_of(rundir.provenance(folder)) if resume else None
+    world = open_world(spec, base, recording, began)
     last = ranks.of_first(last)
     run = _directory(folder, resume=last is not None, tensorboard=spec.output.tensorboard)
     try:
@@ -250,6 +265,7 @@ def _first() -> bool:
 
 def _take_up(world: World, run: rundir.RunDirectory, last: Path) -> None:
     resuming.same_data(run.path, world.data.fingerprints())
+    shown.same_prompts(world.data, rundir.provenance(run.path), "this run began with")
     checkpoint.load(world, last)
     run.forget_after(world.step)
 
@@ -283,9 +299,11 @@ def _train(world: World, run: rundir.RunDirectory, console: Console) -> None:
     console.print(f"run directory: {run.path}", highlight=False)
 
 
-def evaluate_only(spec: ExperimentSpec, base: Path, console: Console) -> dict[str, float]:
-    """The spec's evaluation on its start model; returns the metrics."""
-    world = open_world(spec, base)
+def evaluate_only(
+    spec: ExperimentSpec, base: Path, console: Console, run: Path | None = None
+) -> dict[str, float]:
+    """The spec's evaluation on its start model, under the date of `run` where it is a run's; returns the metrics."""
+    world = open_world(spec, base, now=run and shown.date_of(rundir.provenance(run)))
     together = False
     try:
         found = evaluate(world)
@@ -317,6 +335,7 @@ def _provenance(world: World, base: Path, recording: Recording | None) -> dict[s
         base,
         run=secrets.token_hex(8),
         data=world.data.fingerprints(),
+        prompts=shown.facts(world.data),
         model=model,
         other_models=others,
         served_teachers=served,

@@ -23,6 +23,7 @@ from sdkit.specs import (
     completion_column,
 )
 from sdkit.templates import TemplateError, fields, parse
+from sdkit.texts import is_empty, say_what
 
 
 @run_rule("rows have a prompt")
@@ -47,6 +48,22 @@ def slot_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             message = f"column {shorten(slot.name)} {outside(known)}"
             hint = did_you_mean(slot.name, known) or f"add data.columns.{slot.name}"
             yield ("teacher", "sees", "slots", name, "name"), message, hint
+
+
+@run_rule("rows in the spec have a prompt that is text")
+def inline_prompt(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Rows that are written in the spec can be pointed at; those of a file are read later."""
+    for path, data in data_of(spec):
+        column = columns_of(spec, data).get("prompt")
+        if not isinstance(data.source, InlineSource) or not isinstance(column, str):
+            continue
+        for i, row in enumerate(data.source.rows[: data.limit]):
+            where, prompt = (*path, "source", "rows", i, column), row.get(column, "")
+            if column in row and (is_empty(prompt) or prompt == []):
+                yield where, "the prompt is empty", None
+            elif not isinstance(prompt, str | list | tuple):
+                message = f"the prompt is {say_what(prompt)}, not text or a list of messages"
+                yield where, message, None
 
 
 @run_rule("completions of a data set are in its columns")
@@ -139,4 +156,12 @@ def few_rows(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         yield ("training", "prompts_per_step"), message, None
 
 
-RULES = (prompt_column, slot_column, dataset_column, source_column, data_path, few_rows)
+RULES = (
+    prompt_column,
+    slot_column,
+    inline_prompt,
+    dataset_column,
+    source_column,
+    data_path,
+    few_rows,
+)

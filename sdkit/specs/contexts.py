@@ -40,7 +40,9 @@ class SuccessfulSibling:
         "which success, where there are several", default="first"
     )
     exclude_self: bool = spec_field("a rollout never sees its own completion", default=True)
-    strip_thinking: bool = spec_field("leave out <think>…</think>", default=True)
+    strip_thinking: bool = spec_field(
+        "leave out the thinking, `<think>…</think>` or what the model writes instead", default=True
+    )
     wrap: str = spec_field(WRAP_HELP, default="{value}", range=TEXT)
 
 
@@ -60,7 +62,9 @@ class OwnAttempt:
     """This rollout's own completion."""
 
     kind: ClassVar[str] = "own_attempt"
-    strip_thinking: bool = spec_field("leave out <think>…</think>", default=True)
+    strip_thinking: bool = spec_field(
+        "leave out the thinking, `<think>…</think>` or what the model writes instead", default=True
+    )
     wrap: str = spec_field(WRAP_HELP, default="{value}", range=TEXT)
 
 

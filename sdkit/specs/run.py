@@ -119,6 +119,10 @@ class ModelSpec:
         each=OPTION,
         names=TEMPLATE_OPTION,
     )
+    control_tokens: Literal["tokens", "text"] = spec_field(
+        "what a control token becomes that a row or a rollout spells, such as <|im_end|>: the token, or plain text",
+        default="tokens",
+    )
     shape: ShapeSpec | None = spec_field(
         "stated shape, for `sdkit plan` without a hub", default=None
     )

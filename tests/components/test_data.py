@@ -1,7 +1,14 @@
 """Rows from every kind of source, and what is said of the bad ones."""
 
+import datetime
 import json
+import math
+import os
+import re
+from decimal import Decimal
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
@@ -174,8 +181,8 @@ def test_templates_of_columns():
 
 def test_a_template_takes_a_list_of_texts_line_by_line():
     template = ColumnTemplate(template="<{lines}> {numbers}")
-    row = load_rows(inline({"lines": ["a", "b"], "numbers": [1, 2]}, prompt=template), "/")[0]
-    assert row.prompt_text == "<a\nb> [1, 2]"
+    row = load_rows(inline({"lines": ["a", "b"], "numbers": 12}, prompt=template), "/")[0]
+    assert row.prompt_text == "<a\nb> 12"
 
 
 @pytest.mark.parametrize("kind", [JsonLinesSource, JsonSource, ParquetSource, DiskSource])
@@ -307,6 +314,173 @@ def test_twenty_faults_are_shown_and_the_rest_counted():
     shown = fault(inline(*[{"q": ""}] * 24)).message.splitlines()
     assert len(shown) == 21
     assert shown[-1] == "… and 4 more"
+
+
+# ── values that are no text ───────────────────────────────────────────────────────────────────
+
+
+def said(text, role="assistant"):
+    return {"role": role, "content": text}
+
+
+TEXTS = [
+    ("a", "a"),
+    (12, "12"),
+    (-0.5, "-0.5"),
+    (np.int64(3), "3"),
+    (np.float32(0.1), "0.1"),
+    (pa.scalar("a"), "a"),
+    (Decimal("1E+2"), "100"),
+    (Decimal("2.50"), "2.50"),
+    (said("a"), "a"),
+    ([said("a")], "a"),
+    ([said("a") | {"tool_calls": None}], "a"),
+    (None, None),
+    (math.nan, None),
+    (np.float32("nan"), None),
+    (Decimal("NaN"), None),
+]
+NO_TEXTS = [
+    (True, "true has no one spelling"),
+    (np.bool_(False), "false has no one spelling"),
+    (b"a", "bytes, not text"),
+    (["a", "b"], "a list, not text"),
+    (["a"], "a list, not text"),
+    ([], "a list, not text"),
+    ([1, 2], "a list, not text"),
+    ({"a": 1}, "a map, not text"),
+    ([said("a"), said("b")], "a list, not text"),
+    ([said("a", "user")], "the role 'user', not 'assistant'"),
+    (said("a") | {"reasoning_content": "r"}, "a map, not text"),
+    (said(["a"]), "an assistant message that holds a list, not text"),
+    (datetime.date(2024, 1, 2), "a date or time, not text"),
+    (datetime.timedelta(1), "a duration, not text"),
+    (math.inf, "inf, not a finite number"),
+    (Decimal("Infinity"), "Infinity, not a finite number"),
+    (10**5000, "a number of too many digits"),
+    (np.array([1]), "a value of type ndarray, not text"),
+    ("a\0b", "text with a NUL character"),
+    ("a\ud83d", "half a character"),
+]
+
+
+@pytest.mark.parametrize(("value", "text"), TEXTS)
+def test_text_of_a_value(value, text):
+    data = inline({"q": "a", "d": value}, prompt="q", demonstration="d", shown=SHOWN)
+    row = load_rows(data, "/", texts=["demonstration"])[0]
+    assert row.text("demonstration") == text
+    assert row.columns["shown"] == (None if text is None else f"<{text}>")
+    assert row.columns["demonstration"] is value
+
+
+SHOWN = ColumnTemplate(template="<{d}>")
+
+
+@pytest.mark.parametrize(("value", "message"), NO_TEXTS, ids=range(len(NO_TEXTS)))
+def test_values_without_a_text_are_refused(value, message):
+    wanted = f"data.source.rows row 1: 'd' is .*{message}"
+    good = {"q": "a", "d": "x"}
+    data = inline(good, {"q": "a", "d": value}, prompt="q", d="d")
+    assert re.search(wanted, fault(data, texts=["d"]).message)
+    if not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+        data = inline(good, {"q": "a", "d": value}, prompt="q", shown=SHOWN)
+        assert re.search(wanted, fault(data).message)
+
+
+def test_only_columns_used_as_text_must_be_text(make_row):
+    values = {"tests": [{"input": "1", "output": "2"}], "meta": {"n": [1, None]}, "yes": True}
+    columns = {"prompt": "q", **{name: name for name in values}}
+    row = load_rows(inline({"q": "a", **values}, **columns), "/")[0]
+    assert {name: row.columns[name] for name in values} == values
+    with pytest.raises(BadData, match="row 0: 'meta' is a map, not text"):
+        row.text("meta")
+
+
+def test_a_missing_value_is_empty_where_it_is_needed():
+    data = inline({"q": "a", "d": math.nan}, prompt="q", d="d")
+    assert "'d' must not be empty" in fault(data, needed=["d"]).message
+    assert fault(inline({"q": math.nan})).message == "data.source.rows row 0: the prompt is empty"
+
+
+# ── rows that cannot be read ──────────────────────────────────────────────────────────────────
+
+DEEP = "[" * 100_000 + "]" * 100_000
+DIGITS = "1" * 5000
+UNREADABLE = [
+    (r'{"q": "a", "d": "\ud83d"}', "'d' is text with half a character"),
+    (r'{"q": "a \udc00", "d": "b"}', "'prompt' is text with half a character"),
+    (r'{"q": "a", "d": {"k": ["\ud83d"]}}', "half a character"),
+    (r'{"q": "a", "d": {"\ud83d": 1}}', "half a character"),
+    (r'{"q": "a\u0000", "d": "b"}', "NUL"),
+    ('{"q": "a\0", "d": "b"}', "not JSON: invalid control character"),
+    (f'{{"q": "a", "d": {DIGITS}}}', "a number of 5000 digits"),
+    (f'{{"q": "a", "d": [{{"n": -{DIGITS}}}]}}', "digits"),
+    (f'{{"q": "a", "d": {DEEP}}}', "nested too deeply"),
+    (f'{{"q": "a", "d": {"[" * 300}{"]" * 300}}}', "nested more than 100 levels deep"),
+    ('{"q": "a", "q": "b", "d": "c"}', "has the key 'q' twice"),
+    ('{"q": "a", "d": {"k": 1, "k": 2}}', "has the key 'k' twice"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), UNREADABLE, ids=range(len(UNREADABLE)))
+def test_unreadable_lines_are_named(tmp_path, line, message):
+    source = lines(tmp_path, '{"q": "fine", "d": "x"}', line)
+    found = fault(spec(source, prompt="q", d="d"), tmp_path).message
+    assert found.startswith("d.jsonl:2: ")
+    assert message in found
+    (tmp_path / "d.json").write_text(f'[{{"q": "fine", "d": "x"}},\n{line}]')
+    found = fault(spec(JsonSource(path="d.json"), prompt="q", d="d"), tmp_path).message
+    assert found.startswith(("d.json row 1: ", "d.json:2:", "d.json is nested too deeply"))
+    assert message in found
+
+
+def test_what_no_column_takes_may_be_unreadable(tmp_path):
+    source = lines(tmp_path, f'{{"q": "a", "d": {DIGITS}, "e": "\\ud83d"}}')
+    assert load_rows(spec(source, prompt="q"), tmp_path)[0].prompt_text == "a"
+
+
+def test_not_a_number_in_json_is_missing(tmp_path):
+    source = lines(tmp_path, '{"q": "a", "d": NaN}')
+    row = load_rows(spec(source, prompt="q", d="d"), tmp_path, texts=["d"])[0]
+    assert row.text("d") is None
+    lines(tmp_path, '{"q": "a", "d": -Infinity}')
+    assert "'d' is -inf" in fault(spec(source, prompt="q", d="d"), tmp_path, texts=["d"]).message
+
+
+def test_a_parquet_row_that_cannot_be_read_is_named(tmp_path):
+    import pyarrow.parquet
+
+    bad = pa.array([b"a", b"\xff"]).view(pa.utf8())
+    pyarrow.parquet.write_table(pa.table({"q": bad}), tmp_path / "d.parquet")
+    found = fault(spec(ParquetSource(path="d.parquet")), tmp_path).message
+    assert found.startswith("d.parquet row 1: cannot be read: 'utf-8' codec")
+
+
+def test_parquet_values_reach_their_text(tmp_path):
+    import pyarrow.parquet
+
+    columns = {"q": ["a", "b"], "d": [[said("x")], None], "n": [1.5, math.nan], "b": [b"x", b"y"]}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "d.parquet")
+    data = spec(ParquetSource(path="d.parquet"), prompt="q", d="d", n="n", b="b")
+    rows = load_rows(data, tmp_path, texts=["d", "n"])
+    assert [(row.text("d"), row.text("n")) for row in rows] == [("x", "1.5"), (None, None)]
+    assert "d.parquet row 0: 'b' is bytes" in fault(data, tmp_path, texts=["b"]).message
+
+
+def test_a_saved_format_changes_no_value(sources, tmp_path):
+    import datasets
+
+    held = datasets.Dataset.from_list([{"q": "a", "d": 3}]).with_format("numpy")
+    held.save_to_disk(tmp_path / "formatted")
+    row = load_rows(spec(DiskSource(path="formatted"), prompt="q", d="d"), tmp_path)[0]
+    assert type(row.columns["d"]) is int
+
+
+@pytest.mark.parametrize("kind", [JsonLinesSource, JsonSource, ParquetSource])
+def test_a_pipe_is_no_data_file(kind, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    error = fault(spec(kind(path="pipe")), tmp_path)
+    assert error.message == "cannot read pipe: not a regular file"
 
 
 # ── order, overlap, fingerprint ───────────────────────────────────────────────────────────────

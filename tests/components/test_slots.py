@@ -68,14 +68,28 @@ def test_a_group_of_failures_has_no_teacher(make_row):
     [
         ("<think>hm\nhm</think> 4", "4"),
         ("<think>a</think>x<think>b</think>y", "xy"),
-        ("<think>never closed", "<think>never closed"),
+        ("hm</think>4", "4"),
+        ("x <think>never closed", "x"),
+        ("<think>never closed", None),
+        ("hm</think>", None),
     ],
 )
 def test_thinking_is_stripped(make_row, text, left):
     group = attempts(("a", 0.0), (text, 1.0))
-    assert seen(make_row, group, s=SuccessfulSibling()) == {"s": left}
+    assert seen(make_row, group, s=SuccessfulSibling()) == (left and {"s": left})
+    assert seen(make_row, group, own=1, s=OwnAttempt()) == (left and {"s": left})
     kept = seen(make_row, group, s=SuccessfulSibling(strip_thinking=False))
     assert kept == {"s": text.strip()}
+
+
+def test_an_answer_that_is_known_is_shown(make_row):
+    group = (
+        Attempt(text="hm", reward=1.0, answer=""),
+        Attempt(text="hm 4", reward=1.0, answer="4"),
+    )
+    assert seen(make_row, group, s=SuccessfulSibling()) == {"s": "4"}
+    assert seen(make_row, group, own=1, s=SuccessfulSibling()) is None
+    assert seen(make_row, group, s=OwnAttempt(strip_thinking=False)) == {"s": "hm"}
 
 
 def test_feedback_is_the_own_one_and_gives_way_to_a_solution(make_row):
