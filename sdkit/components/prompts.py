@@ -15,6 +15,7 @@ from typing import Any, assert_never
 from attrs import evolve, frozen
 
 from sdkit.batches import Attempt, Evidence, Message, Row
+from sdkit.components.turns import open_ended
 from sdkit.problems import BadData, blaming, first_of, listed, nearest
 from sdkit.specs import (
     AnswerStart,
@@ -80,7 +81,7 @@ class Prompter:
     def ids(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> Ids:
         """The messages as token ids.  Raises BadData naming the row where the chat template refuses them."""
         if self.tokenizer.chat_template is None:
-            return tuple(self.tokenizer("\n\n".join(m["content"] for m in messages))["input_ids"])
+            return open_ended(self.tokenizer, "\n\n".join(m["content"] for m in messages))
         from jinja2 import TemplateError
 
         try:

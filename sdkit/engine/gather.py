@@ -11,6 +11,7 @@ from attrs import field, frozen
 
 from sdkit.batches import Completion, Evidence, Request, Rollout, RolloutBatch, Row, Sampling
 from sdkit.components.rewards import figures, score
+from sdkit.components.turns import completion_ids
 from sdkit.engine import ranks
 from sdkit.engine.judge import evidence, with_advantages
 from sdkit.seeds import derive
@@ -186,11 +187,10 @@ def _sample(
 
 
 def own_completion(world: World, row: Row, column: str) -> Completion:
-    """The data set's completion as token ids, end token included; cut at the longest completion."""
-    ids = world.data.tokenizer(str(row.columns[column]), add_special_tokens=False)["input_ids"]
+    """The data set's completion as token ids, with the token that ends a turn; cut at the longest completion."""
+    ids = completion_ids(world.data.tokenizer, str(row.columns[column]), world.end_ids[0])
     limit = world.spec.rollout.max_new_tokens
-    whole = (*ids, world.end_ids[0])
-    return Completion(ids=whole[:limit], logprobs=None, finished=len(whole) <= limit)
+    return Completion(ids=ids[:limit], logprobs=None, finished=len(ids) <= limit)
 
 
 def _sampling_prompt(world: World) -> Any:

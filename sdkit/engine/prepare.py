@@ -6,13 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attrs import frozen
+
 from sdkit.batches import Evidence, Row
 from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
 from sdkit.components.divergences import open_user_divergences
 from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts
 from sdkit.components.rewards import Scorer, open_rewards, score
 from sdkit.components.token_weights import open_user_weights
-from sdkit.problems import BadData, blaming, first_of, outside, shorten
+from sdkit.components.turns import completion_ids, end_token
+from sdkit.problems import BadData, blaming, counted, first_of, outside, shorten
 from sdkit.specs import (
     ChoiceReward,
     ExactReward,
@@ -36,6 +39,29 @@ COMPARED = {ExactReward, NumberReward, ChoiceReward, RegexReward, ReasoningGymRe
 """Rewards that look at a completion and a row, and at nothing else."""
 CONTEXT_TEXT = 128
 """Tokens allowed for a template's own words where the context is not known before rollouts are."""
+SHOWN = 5
+"""Rows that a warning names."""
+
+
+@frozen(kw_only=True)
+class Completions:
+    """The data set's own completions of the rows that a run uses, against `rollout.max_new_tokens`."""
+
+    column: str
+    rows: int
+    cut: tuple[int, ...]  # numbers of the rows whose completion is longer
+    longest: int  # tokens, end token included
+
+    def warning(self, limit: int) -> str | None:
+        """What to tell of cut completions: how many of how many, and which rows."""
+        if not self.cut:
+            return None
+        more = ", …" if len(self.cut) > SHOWN else ""
+        rows = ", ".join(f"row {index}" for index in self.cut[:SHOWN]) + more
+        return (
+            f"{len(self.cut)} of {counted(self.rows, 'completion')} in the column {self.column} are cut at "
+            f"rollout.max_new_tokens ({limit}) and lose their end, the end token with it: {rows}"
+        )
 
 
 class Data:
@@ -46,6 +72,8 @@ class Data:
         self.tokenizer = tokenizer
         with blaming("model", "chat_template_options"):
             self.prompter = Prompter(tokenizer, dict(spec.model.chat_template_options))
+        self.turn_end = end_token(tokenizer, self.prompter.options)
+        self.completions: Completions | None = None
         suites = spec.evaluation.suites if spec.evaluation else {}
         column = completion_column(spec.rollout.sampled_by)
         needed = (column,) if column else ()
@@ -175,6 +203,7 @@ class Data:
             visited = [row for step in range(steps) for row in self.take(step)]
         with blaming("data"):
             longest = self._longest(visited)
+        self.completions = self._own_completions(visited)
         self._check_routes(visited)
         _check_rewards(self.train_rewards, visited)
         self._try_out(self.train_rewards, visited)
@@ -188,6 +217,23 @@ class Data:
                 self._check_routes(self.suites[name][: suite.loss_prompts])
                 room.append(suite.max_new_tokens or 0)
         return longest + max(room)
+
+    def _own_completions(self, rows: Iterable[Row]) -> Completions | None:
+        """How many of the data set's completions fit; None where it is not asked for any."""
+        column = completion_column(self.spec.rollout.sampled_by)
+        if column is None:
+            return None
+        end = -1 if self.turn_end is None else self.turn_end
+        different = {id(row): row for row in rows}.values()
+        lengths = {
+            row.index: len(completion_ids(self.tokenizer, str(row.columns[column]), end))
+            for row in different
+        }
+        limit = self.spec.rollout.max_new_tokens
+        cut = tuple(index for index, length in lengths.items() if length > limit)
+        return Completions(
+            column=column, rows=len(lengths), cut=cut, longest=max(lengths.values(), default=0)
+        )
 
     def _try_out(self, rewards: Mapping[str, Scorer], rows: Sequence[Row]) -> None:
         """Judge an empty completion: of every row where right answers are only compared, of the first where a user's

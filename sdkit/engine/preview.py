@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
@@ -11,7 +12,9 @@ from rich.text import Text
 
 from sdkit.components.data import load_rows
 from sdkit.components.prompts import Prompter, side_by_side
+from sdkit.components.turns import completion_ids, end_token
 from sdkit.engine.models import load_tokenizer, locate
+from sdkit.problems import counted
 from sdkit.specs import ExperimentSpec, completion_column
 
 SPLICE = "▶ completion goes here"
@@ -21,6 +24,7 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
     """Render the first `count` training rows.  Raises BadData where a row cannot be used."""
     tokenizer = load_tokenizer(spec.model, locate(spec.model.path, base))
     prompter = Prompter(tokenizer, dict(spec.model.chat_template_options))
+    end = end_token(tokenizer, prompter.options)
     for row in load_rows(spec.data, base)[:count]:
         found = side_by_side(prompter, row, spec.teacher.sees if spec.teacher else None)
         views = [_panel("student", found.student, found.student_tokens)]
@@ -31,14 +35,26 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
             cut = f", {found.cut_tokens} context tokens cut" if found.cut_tokens else ""
             views.append(_panel("teacher", found.teacher, found.teacher_tokens or 0, cut))
         if column := completion_column(spec.rollout.sampled_by):
-            own = str(row.columns[column])
-            views.append(Panel(Text(own), title="completion, from the data set"))
+            views.append(_completion(spec, tokenizer, end, str(row.columns[column])))
         table = Table.grid(expand=True)
         for _ in views:
             table.add_column(ratio=1)
         table.add_row(*views)
         console.rule(f"row {row.index}")
         console.print(table)
+
+
+def _completion(spec: ExperimentSpec, tokenizer: Any, end: int | None, text: str) -> Panel:
+    """A completion from the data set, with the token that ends it; cut where the run would cut it."""
+    if end is None:  # the model's own settings name it, and no model is loaded here
+        return Panel(Text(text), title="completion, from the data set")
+    ids = completion_ids(tokenizer, text, end)
+    limit = spec.rollout.max_new_tokens
+    note = f", cut to {limit}" if len(ids) > limit else ""
+    return Panel(
+        Text(tokenizer.decode(ids[:limit])),
+        title=f"completion, from the data set: {counted(len(ids), 'token')}{note}",
+    )
 
 
 def _panel(who: str, text: str, tokens: int, note: str = "") -> Panel:
