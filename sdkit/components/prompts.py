@@ -15,7 +15,7 @@ from typing import Any, assert_never
 from attrs import evolve, frozen
 
 from sdkit.batches import Attempt, Evidence, Message, Row
-from sdkit.components.turns import open_ended
+from sdkit.components.prompts_turns import open_ended
 from sdkit.problems import BadData, blaming, first_of, listed, nearest
 from sdkit.specs import (
     AnswerStart,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, assert_never
 from attrs import field, frozen
 
 from sdkit.batches import Completion, Evidence, Request, Rollout, RolloutBatch, Row, Sampling
+from sdkit.components.prompts_turns import completion_ids
 from sdkit.components.rewards import figures, score
-from sdkit.components.turns import completion_ids
 from sdkit.engine import ranks
 from sdkit.engine.judge import evidence, with_advantages
 from sdkit.seeds import derive

@@ -12,9 +12,9 @@ from sdkit.batches import Evidence, Row
 from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
 from sdkit.components.divergences import open_user_divergences
 from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts
+from sdkit.components.prompts_turns import completion_ids, end_token
 from sdkit.components.rewards import Scorer, open_rewards, score
 from sdkit.components.token_weights import open_user_weights
-from sdkit.components.turns import completion_ids, end_token
 from sdkit.problems import BadData, blaming, counted, first_of, outside, shorten
 from sdkit.specs import (
     ChoiceReward,

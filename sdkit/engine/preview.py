@@ -12,7 +12,7 @@ from rich.text import Text
 
 from sdkit.components.data import load_rows
 from sdkit.components.prompts import Prompter, side_by_side
-from sdkit.components.turns import completion_ids, end_token
+from sdkit.components.prompts_turns import completion_ids, end_token
 from sdkit.engine.models import load_tokenizer, locate
 from sdkit.problems import counted
 from sdkit.specs import ExperimentSpec, completion_column

@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sdkit.components.prompts import Prompter
-from sdkit.components.turns import completion_ids, end_token, open_ended
+from sdkit.components.prompts_turns import completion_ids, end_token, open_ended
 from sdkit.problems import BadData
 from sdkit.specs import AnswerStart, ColumnSlot, Table
 
