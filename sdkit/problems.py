@@ -186,8 +186,18 @@ def counted(number: int, noun: str, several: str | None = None) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of what an error says, and the lines after it where it announces them by a colon; its type where
+    it says nothing.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    end = next((i for i, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:end]) or type(error).__name__
+
+
+def one_line(error: BaseException, limit: int = 600) -> str:
+    """All of what an error says on one line, at most `limit` characters; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def shorten(value: object, limit: int = 60) -> str:

@@ -17,6 +17,7 @@ from attrs import evolve, frozen
 from sdkit.batches import Attempt, Evidence, Message, Row
 from sdkit.components.prompts_thinking import TAGS, opening_tag, without_thinking
 from sdkit.components.prompts_tokens import ControlTokens
+from sdkit.components.prompts_turns import end_turn, open_ended
 from sdkit.problems import BadData, blaming, first_of, listed, nearest
 from sdkit.specs import (
     AnswerStart,
@@ -96,7 +97,7 @@ class Prompter:
             text = "\n\n".join(m["content"] for m in messages)
             if hides:
                 return self.control.encode(text, add_special_tokens=True)
-            return tuple(self.tokenizer(text)["input_ids"])
+            return open_ended(self.tokenizer, text)
         if hides:
             text = self.chat(row, messages, generation_prompt=generation_prompt, tokenize=False)
             return self.control.encode(text, add_special_tokens=False)
@@ -106,6 +107,10 @@ class Prompter:
     def text_ids(self, text: str) -> Ids:
         """The ids of a row's text that stands in no chat, such as a completion."""
         return self._encoded(self._hidden(text))
+
+    def completion_ids(self, text: str, end: int) -> Ids:
+        """A data set's completion as token ids, ended by `end` unless the text spells an end token itself."""
+        return end_turn(self.text_ids(text), end, self.tokenizer.eos_token_id)
 
     def _encoded(self, text: str) -> Ids:
         if self.control.hides(text):

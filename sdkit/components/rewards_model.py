@@ -12,7 +12,7 @@ import torch
 from attrs import frozen
 
 from sdkit.components.rewards_judged import Judged, Pair, Scorer
-from sdkit.problems import BadData
+from sdkit.problems import BadData, first_line
 from sdkit.specs import RewardModel
 
 
@@ -102,7 +102,7 @@ def _open(path: str, folder: Path) -> Reader:
             **only_here,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise BadData(f"the reward model {path} cannot be loaded: {first}") from error
     if config.num_labels != 1 or loaded["missing_keys"]:
         what = f"{config.num_labels} outputs" if config.num_labels != 1 else "no trained output"

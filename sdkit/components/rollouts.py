@@ -5,6 +5,7 @@ Knows token ids; knows nothing of chat templates, rewards or teachers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,20 +72,27 @@ class TransformersRollouts:
         )
         device = next(model.parameters()).device
         sampler = SeededSampler(requests, sampling)
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            do_sample=False,
-            max_new_tokens=sampling.max_new_tokens,
-            logits_processor=[sampler],
-            eos_token_id=list(self.end_ids),
-            pad_token_id=pad,
-            stop_strings=list(sampling.stop) or None,
-            tokenizer=self.tokenizer if sampling.stop else None,
-            synced_gpus=self.weights is not None and self.weights.shards is not WHOLE,
-        )
+        with own_settings(model, self._settings(sampling)) as settings:
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                logits_processor=[sampler],
+                tokenizer=self.tokenizer if sampling.stop else None,
+                synced_gpus=self.weights is not None and self.weights.shards is not WHOLE,
+            )
         rows = out[:, width:].tolist()
         return [self._completion(row, i, sampler, sampling) for i, row in enumerate(rows)]
+
+    def _settings(self, sampling: Sampling) -> dict[str, Any]:
+        """`SeededSampler` draws the tokens, so `generate` itself is greedy and only has to know where to stop."""
+        return {
+            "do_sample": False,
+            "max_new_tokens": sampling.max_new_tokens,
+            "eos_token_id": list(self.end_ids),
+            "pad_token_id": self.end_ids[0],
+            "stop_strings": list(sampling.stop) or None,
+        }
 
     def _completion(
         self, row: list[int], index: int, sampler: SeededSampler, sampling: Sampling
@@ -104,6 +112,23 @@ class TransformersRollouts:
 
     def close(self) -> None:
         self.weights = None
+
+
+@contextlib.contextmanager
+def own_settings(model: Any, settings: Mapping[str, Any]) -> Iterator[Any]:
+    """A `GenerationConfig` of these settings; inside the block `model.generate` reads no other.
+
+    `generate` fills every field that is None from `model.generation_config`, and None is how a field is switched off.
+    The checkpoint's settings (a repetition penalty, suppressed tokens, beams) would then change what is sampled.
+    """
+    from transformers import GenerationConfig
+
+    of_checkpoint = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield GenerationConfig(**settings)
+    finally:
+        model.generation_config = of_checkpoint
 
 
 class SeededSampler:

@@ -22,6 +22,14 @@ from sdkit.specs import VllmBackend, VllmEngine
 from sdkit.weights import Weights
 
 EXTENSION = "sdkit.components.vllm_worker.SyncExtension"
+NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_p": 0.0,
+    "min_tokens": 0,
+}
+"""Settings that vLLM may have defaults for; sent with every request, because the spec alone decides what is sampled."""
 
 
 class VllmRollouts:
@@ -112,6 +120,7 @@ def sampling_settings(sampling: Sampling, end_ids: Sequence[int]) -> dict[str, A
         "temperature": sampling.temperature,
         "stop_token_ids": list(end_ids),
         "logprobs": 0,
+        **NEUTRAL,
     }
     if sampling.temperature:
         settings |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
@@ -133,6 +142,8 @@ def engine_settings(spec: VllmEngine, dtype: str, max_tokens: int) -> dict[str, 
         "seed": 0,
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": EXTENSION,
+        # The default, "auto", takes what a request leaves out from the checkpoint's generation_config.json.
+        "generation_config": "vllm",
         # Per-request seeds break when a prompt's prefill is split, so room for whole prompts.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(4096, max_tokens),

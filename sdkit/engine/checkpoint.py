@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from torch import Tensor
 from sdkit import __version__
 from sdkit.engine import disk, manifest, ranks, rundir, streams
 from sdkit.engine.manifest import Manifest, Origin
-from sdkit.problems import UnreadableInput
+from sdkit.problems import BadData, BadEnvironment, UnreadableInput, one_line
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
@@ -158,21 +159,49 @@ def newest_step(run: Path) -> int:
 
 def save_model(world: World, run: Path) -> Path:
     """The trained model as a Hugging Face folder: model/, and adapter/ beside it with LoRA; the first rank writes."""
-    causal: Any = world.student.causal
     target, partial = run / "model", run / ".partial-model"
     first = ranks.rank() == 0
     with disk.writing(partial, target):
         if first:
             shutil.rmtree(partial, ignore_errors=True)
-            causal.config.save_pretrained(partial)
-            causal.generation_config.save_pretrained(partial)
-            world.data.tokenizer.save_pretrained(partial)
+            _write_settings(world, partial)
         _stream(world.student.tensors(), partial if first else None)
         if world.spec.model.lora:
             _save_adapter(world, run / "adapter" if first else None)
         if first:
             disk.put(partial, target)
     return target
+
+
+def check_saving(world: World) -> None:
+    """Write, to a folder that goes at once, all of model/ and adapter/ but the tensors.
+
+    Raises BadData with the whole reason where the library refuses: before a step is taken, not after the last.
+    """
+    with tempfile.TemporaryDirectory(prefix="sdkit-save-") as folder:
+        try:
+            _write_settings(world, Path(folder))
+            if world.spec.model.lora:
+                model: Any = world.student.model
+                model.peft_config[world.student.adapter].save_pretrained(folder)
+        except OSError as error:
+            raise BadEnvironment(f"cannot write to {folder}: {disk.fault(error)}") from None
+        except Exception as error:
+            raise BadData(
+                f"the trained model could not be saved: {one_line(error)}", path=("model", "path")
+            ) from error
+
+
+def _write_settings(world: World, folder: Path) -> None:
+    """The configuration, the generation settings and the tokenizer of a written model."""
+    causal: Any = world.student.causal
+    folder.mkdir(parents=True, exist_ok=True)
+    causal.config.save_pretrained(folder)
+    # As the checkpoint has them: the library loads settings that its own `save_pretrained` refuses to write.
+    causal.generation_config.to_json_file(
+        folder / "generation_config.json", keys_to_pop=["compile_config"]
+    )
+    world.data.tokenizer.save_pretrained(folder)
 
 
 def _stream(tensors: Iterator[tuple[str, Tensor]], folder: Path | None) -> None:

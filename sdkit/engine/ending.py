@@ -7,7 +7,15 @@ import traceback
 from collections.abc import Sequence
 
 from sdkit.engine import ranks, rundir
-from sdkit.problems import BadEnvironment, OutOfMemory, ProcessDied, RunFailed, SdkitError
+from sdkit.problems import (
+    BadEnvironment,
+    OutOfMemory,
+    ProcessDied,
+    RunFailed,
+    SdkitError,
+    first_line,
+    one_line,
+)
 
 LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe")
 """What collectives say where another rank is gone, or silent for too long."""
@@ -28,7 +36,7 @@ def explained(error: BaseException, run: rundir.RunDirectory) -> BaseException:
         return lost((), error)
     if isinstance(error, MemoryError) or _says(error, NO_MEMORY):
         return OutOfMemory(
-            f"out of memory: {_first_line(error)}",
+            f"out of memory: {first_line(error)}",
             hint="lower training.micro_batch_tokens or training.chunk_tokens, or set model.activation_checkpointing: true: "
             "--resume takes these changes; or train LoRA adapters in another run",
         )
@@ -36,7 +44,7 @@ def explained(error: BaseException, run: rundir.RunDirectory) -> BaseException:
     with contextlib.suppress(BadEnvironment):
         rundir.write_whole(told, "".join(traceback.format_exception(error)))
     return RunFailed(
-        f"{type(error).__name__}: {_first_line(error)}", hint=f"the traceback stands in {told}"
+        f"{type(error).__name__}: {one_line(error)}", hint=f"the traceback stands in {told}"
     )
 
 
@@ -44,7 +52,7 @@ def lost(missing: Sequence[int], error: BaseException) -> ProcessDied:
     """What a rank says that goes because of others; `missing` is empty where it cannot be told which."""
     who = ", ".join(f"rank {number}" for number in missing) or "another rank"
     return ProcessDied(
-        f"lost {who}, which ended or was silent for too long: {_first_line(error)}",
+        f"lost {who}, which ended or was silent for too long: {first_line(error)}",
         hint="what ended it stands in its own output; SIGKILL that nobody sent is the kernel's, when memory runs out "
         "(`dmesg` tells)",
     )
@@ -53,7 +61,3 @@ def lost(missing: Sequence[int], error: BaseException) -> ProcessDied:
 def _says(error: BaseException, words: Sequence[str]) -> bool:
     text = str(error).lower()
     return isinstance(error, Exception) and any(each in text for each in words)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")

@@ -188,11 +188,10 @@ def _sample(
 
 
 def own_completion(world: World, row: Row, column: str) -> Completion:
-    """The data set's completion as token ids, end token included; cut at the longest completion."""
-    ids = world.data.prompter.text_ids(row.text(column) or "")
+    """The data set's completion as token ids, with the token that ends a turn; cut at the longest completion."""
+    ids = world.data.prompter.completion_ids(row.text(column) or "", world.end_ids[0])
     limit = world.spec.rollout.max_new_tokens
-    whole = (*ids, world.end_ids[0])
-    return Completion(ids=whole[:limit], logprobs=None, finished=len(whole) <= limit)
+    return Completion(ids=ids[:limit], logprobs=None, finished=len(ids) <= limit)
 
 
 def _sampling_prompt(world: World) -> Any:

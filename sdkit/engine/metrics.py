@@ -16,7 +16,7 @@ from sdkit.engine import ranks
 from sdkit.engine.gather import Gathered, completion_text
 from sdkit.engine.step import Measured
 from sdkit.losses.policy_terms import group_relative
-from sdkit.specs import OfRollouts, SuccessfulSibling
+from sdkit.specs import OfRollouts, SuccessfulSibling, completion_column
 
 if TYPE_CHECKING:
     from sdkit.engine.world import World
@@ -79,6 +79,9 @@ def _of_rollouts(world: World, rollouts: Sequence[Rollout]) -> Sums:
         "rollout/finished": _mean(r.finished for r in rollouts),
         "rollout/with_teacher": _mean(r.teacher_prompt_ids is not None for r in rollouts),
     }
+    if completion_column(world.spec.rollout.sampled_by):
+        own = [r for r in rollouts if r.sampler_logprobs is None]
+        sums["rollout/cut_completions"] = _mean(not r.finished for r in own)
     if world.data.reward is not None and group_relative(world.losses) is not None:
         sums["rollout/no_advantage"] = _mean(not r.advantage for r in rollouts)
     return sums

@@ -188,11 +188,13 @@ def _convert(package: Path, file: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that end a completion: the tokenizer's, and those of the model's generation settings."""
+def end_ids(model: Any, tokenizer: Any, turn_end: int | None = None) -> tuple[int, ...]:
+    """Token ids that end a completion: that of a turn (`turn_end`, the first), the tokenizer's, and those of the model's
+    generation settings.
+    """
     named = getattr(model.generation_config, "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
-    ids = [i for i in [tokenizer.eos_token_id, *listed] if i is not None]
+    ids = [i for i in [turn_end, tokenizer.eos_token_id, *listed] if i is not None]
     if not ids:
         raise BadData("neither the tokenizer nor the model names an end token")
     return tuple(dict.fromkeys(ids))

@@ -9,14 +9,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from attrs import frozen
+
 from sdkit.batches import Evidence, Row
 from sdkit.components.data import drop_overlap, drop_repeats, fingerprint, load_rows, positions
 from sdkit.components.divergences import open_user_divergences
 from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts, check_repeatable
 from sdkit.components.prompts_thinking import answer_text
+from sdkit.components.prompts_turns import end_token
 from sdkit.components.rewards import Scorer, open_rewards, score
 from sdkit.components.token_weights import open_user_weights
-from sdkit.problems import BadData, blaming, first_of, outside, shorten
+from sdkit.problems import BadData, blaming, counted, first_of, outside, shorten
 from sdkit.specs import (
     ChoiceReward,
     ColumnSlot,
@@ -44,6 +47,29 @@ ReadsText = ExactReward | NumberReward | ChoiceReward | MathVerifyReward
 """Rewards that read a column as text."""
 CONTEXT_TEXT = 128
 """Tokens allowed for a template's own words where the context is not known before rollouts are."""
+SHOWN = 5
+"""Rows that a warning names."""
+
+
+@frozen(kw_only=True)
+class Completions:
+    """The data set's own completions of the rows that a run uses, against `rollout.max_new_tokens`."""
+
+    column: str
+    rows: int
+    cut: tuple[int, ...]  # numbers of the rows whose completion is longer
+    longest: int  # tokens, end token included
+
+    def warning(self, limit: int) -> str | None:
+        """What to tell of cut completions: how many of how many, and which rows."""
+        if not self.cut:
+            return None
+        more = ", …" if len(self.cut) > SHOWN else ""
+        rows = ", ".join(f"row {index}" for index in self.cut[:SHOWN]) + more
+        return (
+            f"{len(self.cut)} of {counted(self.rows, 'completion')} in the column {self.column} are cut at "
+            f"rollout.max_new_tokens ({limit}) and lose their end, the end token with it: {rows}"
+        )
 
 
 class Data:
@@ -63,6 +89,8 @@ class Data:
             )
         only = next(iter(spec.rewards)) if len(spec.rewards) == 1 else None
         self.reward = spec.reward or only  # the name of the reward that training uses
+        self.turn_end = end_token(tokenizer, self.prompter.options)
+        self.completions: Completions | None = None
         suites = spec.evaluation.suites if spec.evaluation else {}
         column = completion_column(spec.rollout.sampled_by)
         needed = (column,) if column else ()
@@ -248,6 +276,7 @@ class Data:
         self.spelled = list(self._spelled(visited))
         with blaming("data"):
             longest = self._longest(visited)
+        self.completions = self._own_completions(visited)
         self._check_routes(visited)
         _check_rewards(self.train_rewards, visited)
         self._try_out(self.train_rewards, visited)
@@ -271,6 +300,23 @@ class Data:
             texts = (*(m["content"] for m in row.messages), *columns)
             if name := next(filter(None, map(self.prompter.control.spelled, texts)), None):
                 yield row, name
+
+    def _own_completions(self, rows: Iterable[Row]) -> Completions | None:
+        """How many of the data set's completions fit; None where it is not asked for any."""
+        column = completion_column(self.spec.rollout.sampled_by)
+        if column is None:
+            return None
+        end = -1 if self.turn_end is None else self.turn_end
+        different = {id(row): row for row in rows}.values()
+        lengths = {
+            row.index: len(self.prompter.completion_ids(row.text(column) or "", end))
+            for row in different
+        }
+        limit = self.spec.rollout.max_new_tokens
+        cut = tuple(index for index, length in lengths.items() if length > limit)
+        return Completions(
+            column=column, rows=len(lengths), cut=cut, longest=max(lengths.values(), default=0)
+        )
 
     def _try_out(self, rewards: Mapping[str, Scorer], rows: Sequence[Row]) -> None:
         """Judge an empty completion: of every row where right answers are only compared, of the first where a user's

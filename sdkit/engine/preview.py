@@ -11,7 +11,9 @@ from rich.text import Text
 
 from sdkit.components.data import load_rows
 from sdkit.components.prompts import Prompter, side_by_side
+from sdkit.components.prompts_turns import end_token
 from sdkit.engine.models import load_tokenizer, locate
+from sdkit.problems import counted
 from sdkit.specs import ExperimentSpec, completion_column
 
 SPLICE = "▶ completion goes here"
@@ -22,6 +24,7 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
     tokenizer = load_tokenizer(spec.model, locate(spec.model.path, base))
     keep_text = spec.model.control_tokens == "text"
     prompter = Prompter(tokenizer, dict(spec.model.chat_template_options), keep_text=keep_text)
+    end = end_token(tokenizer, prompter.options)
     for row in load_rows(spec.data, base)[:count]:
         found = side_by_side(prompter, row, spec.teacher.sees if spec.teacher else None)
         views = [_panel("student", found.student, found.student_tokens)]
@@ -32,14 +35,26 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
             cut = f", {found.cut_tokens} context tokens cut" if found.cut_tokens else ""
             views.append(_panel("teacher", found.teacher, found.teacher_tokens or 0, cut))
         if column := completion_column(spec.rollout.sampled_by):
-            own = row.text(column) or ""
-            views.append(Panel(Text(own), title="completion, from the data set"))
+            views.append(_completion(spec, prompter, end, row.text(column) or ""))
         table = Table.grid(expand=True)
         for _ in views:
             table.add_column(ratio=1)
         table.add_row(*views)
         console.rule(f"row {row.index}")
         console.print(table)
+
+
+def _completion(spec: ExperimentSpec, prompter: Prompter, end: int | None, text: str) -> Panel:
+    """A completion from the data set, with the token that ends it; cut where the run would cut it."""
+    if end is None:  # the model's own settings name it, and no model is loaded here
+        return Panel(Text(text), title="completion, from the data set")
+    ids = prompter.completion_ids(text, end)
+    limit = spec.rollout.max_new_tokens
+    note = f", cut to {limit}" if len(ids) > limit else ""
+    return Panel(
+        Text(prompter.tokenizer.decode(ids[:limit])),
+        title=f"completion, from the data set: {counted(len(ids), 'token')}{note}",
+    )
 
 
 def _panel(who: str, text: str, tokens: int, note: str = "") -> Panel:

@@ -234,6 +234,19 @@ def opening(console: Console, world: World, run: RunDirectory) -> None:
         text = f"{counted(len(spelled), 'row')} spell control tokens, which the model reads as such: {shown}"
         console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
         console.print("  = model.control_tokens: text keeps them as text", highlight=False)
+    _warn_of_cut_completions(console, world, run)
+
+
+def _warn_of_cut_completions(console: Console, world: World, run: RunDirectory) -> None:
+    own = world.data.completions
+    text = own and own.warning(world.spec.rollout.max_new_tokens)
+    if own is None or text is None:
+        return
+    advice = f"set rollout.max_new_tokens: {own.longest}, or drop these rows"
+    console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
+    console.print(f"  = {escape(advice)}", highlight=False)
+    if world.step == 0:  # a resumed run has said it
+        run.warning(0, {"wire": "cut_completions", "cause": text, "look_at": advice})
 
 
 def peak_gib() -> float:

@@ -205,6 +205,7 @@ def train(
             if recording and recording.checkpoint:
                 checkpoint.load(world, recording.checkpoint)
                 recording.write_history(run)
+        checkpoint.check_saving(world)
         report.opening(console, world, run)
         run.status("running", step=world.step)
         _train(world, run, console)

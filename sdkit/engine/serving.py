@@ -136,8 +136,6 @@ def server_command(
         "host": address.host,
         "port": address.port,
         "middleware": "sdkit.components.vllm_door.Door",
-        # What a request does not say is not taken from the model's own generation settings.
-        "generation_config": "vllm",
         "disable_fastapi_docs": True,
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "warning",

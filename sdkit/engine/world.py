@@ -91,7 +91,7 @@ class World:
         with blaming("model", "path"):
             model: Any = load_model(spec.model, located, spec.training.seed)
         self.student = Weights(model.to(self.device))
-        self.end_ids = end_ids(self.student.causal, data.tokenizer)
+        self.end_ids = end_ids(self.student.causal, data.tokenizer, data.turn_end)
         self.special_ids = special_ids(data.tokenizer, self.end_ids)
         self.teacher: Teacher | None = None
         if spec.teacher:

@@ -44,7 +44,7 @@ class TeacherSamples:
 
 @frozen(kw_only=True)
 class DatasetSamples:
-    """The completions stand in the data set."""
+    """The completions stand in the data set; each ends with the token that ends a turn of the chat template."""
 
     kind: ClassVar[str] = "dataset"
     column: str = spec_field(

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import yaml
@@ -33,8 +34,12 @@ def run(*command):
 
 @pytest.fixture(scope="module")
 def found(tiny_folder, tmp_path_factory):
-    """What the scenario measured."""
-    out = run(HERE / "vllm_scenario.py", tiny_folder, tmp_path_factory.mktemp("vllm"))
+    """What the scenario measured, of a checkpoint whose own settings would change what is sampled."""
+    work = tmp_path_factory.mktemp("vllm")
+    model = copytree(tiny_folder, work / "model")
+    own = {"repetition_penalty": 1.5, "min_p": 0.3, "min_new_tokens": 4, "top_k": 2}
+    (model / "generation_config.json").write_text(json.dumps(own | {"do_sample": True}))
+    out = run(HERE / "vllm_scenario.py", model, work)
     return json.loads(out.splitlines()[-1])
 
 
