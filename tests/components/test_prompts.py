@@ -8,9 +8,8 @@ from sdkit.components.prompts import (
     check_generation_prompt,
     check_prompts,
     side_by_side,
-    slot_values,
-    teacher_messages,
 )
+from sdkit.components.prompts_contexts import slot_values, teacher_messages
 from sdkit.problems import BadData
 from sdkit.specs import (
     ColumnSlot,

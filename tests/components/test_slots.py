@@ -3,7 +3,7 @@
 import pytest
 
 from sdkit.batches import Attempt, Evidence
-from sdkit.components.prompts import slot_values
+from sdkit.components.prompts_contexts import slot_values
 from sdkit.specs import (
     ColumnSlot,
     Feedback,
