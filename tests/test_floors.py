@@ -27,7 +27,7 @@ LANGUAGE = {
     *("vocabulary", "teacher_text", "shapes"),
 }
 """Floor 0."""
-NOUNS = {"batches", "weights"}
+NOUNS = {"batches", "logits", "weights"}
 """Floor 1."""
 LIGHT = {"attrs", "yaml"}
 ENGINE_ONLY = {"sdkit.engine", "sdkit.cli", "deepspeed", "typer"}

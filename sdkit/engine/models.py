@@ -86,8 +86,7 @@ def check_vocabulary(student: Any, other: Any, path: str) -> None:
 def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
     """The causal language model in the spec's precision, with adapters (drawn from `seed`) where it asks for them.
 
-    Raises BadData where the weights cannot be read (pickled weights are refused) or where the model does something
-    to its logits that the losses would not know of.
+    Raises BadData where the weights cannot be read (pickled weights are refused).
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -104,7 +103,6 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
         )
     except (OSError, ValueError, ImportError) as error:
         raise BadData(f"cannot load {located}: {first_line(error)}") from None
-    _refuse_changed_logits(model, located)
     if spec.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if spec.lora:
@@ -115,17 +113,6 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
-
-
-def _refuse_changed_logits(model: Any, located: str) -> None:
-    if model.get_output_embeddings() is None or model.get_output_embeddings().bias is not None:
-        raise BadData(f"{located} has no plain output projection (none, or one with a bias)")
-    config = model.config
-    if getattr(config, "final_logit_softcapping", None):
-        raise BadData(f"{located} soft-caps its logits, which the losses do not apply")
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise BadData(f"{located} scales its logits ({name}), which the losses do not apply")
 
 
 def _with_adapter(model: Any, lora: LoraSpec, seed: int) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 import torch
+from torch import nn
 
 from sdkit.batches import RolloutBackend
 from sdkit.components.rollouts import ReplayRollouts, TransformersRollouts
@@ -90,7 +91,8 @@ class World:
         self.skipped = 0  # optimizer steps in a row that were skipped
         with blaming("model", "path"):
             model: Any = load_model(spec.model, located, spec.training.seed)
-        self.student = Weights(model.to(self.device))
+            self.student = Weights(model.to(self.device))
+            _ = self.student.transform  # measured while the parameters are complete, as below
         self.end_ids = end_ids(self.student.causal, data.tokenizer)
         self.special_ids = special_ids(data.tokenizer, self.end_ids)
         self.teacher: Teacher | None = None
@@ -99,6 +101,8 @@ class World:
         start = FrozenWeights()
         self.reference = self._unmoving(start) if needs_reference(spec) else None
         self.beside = self._open_beside()
+        for weights in self._others.values():
+            _ = weights.transform
         self.rows, self.ids_below = self._vocabulary()
         self._check_model()
         shared = spec.training.share_prompts and all(
@@ -110,7 +114,7 @@ class World:
         self.module = Student(self.student, spec.rollout.temperature, chunk, self.rows, functions)
         bf16 = spec.model.dtype == "bfloat16"
         root = zero_shards.Root(model)
-        head = self.student.head
+        head = self.student.head_parameters
         self.zero = zero.Zero(root, spec.optimizer, plan.zero_stage, bf16, spec.training.offload)
         self._also_sharded: list[Any] = []
         if plan.zero_stage == 3:
@@ -121,13 +125,18 @@ class World:
         self._backends: dict[str, RolloutBackend] = {}
         self._loaded: dict[str, tuple[int, int]] = {}
 
-    def _shard_others(self) -> None:
-        """Take apart every model beside the student's: teachers, the reference, the base of a blend."""
+    @property
+    def _others(self) -> dict[nn.Module, Weights]:
+        """Every model beside the student's: teachers, the reference, the base of a blend."""
         teachers = (*(self.teacher.leaves if self.teacher else ()), self.reference, self.beside)
         others = {each.weights.model: each.weights for each in teachers if each and each.weights}
         others.pop(self.student.model, None)
-        for model, weights in others.items():
-            root, head = zero_shards.Root(model), weights.head
+        return others
+
+    def _shard_others(self) -> None:
+        """Take apart every model beside the student's."""
+        for model, weights in self._others.items():
+            root, head = zero_shards.Root(model), weights.head_parameters
             engine = zero.open_forward_only(root, self.spec.training.offload)
             self._also_sharded.append(engine)
             weights.shards = zero_shards.Sharded(root, head)
@@ -147,7 +156,8 @@ class World:
         where = next(path for path, each in other_models(self.spec) if each == weights)
         with blaming(*where, "path"):
             model: Any = load_model(spec, locate(weights.path, self.base), self.spec.training.seed)
-        return model.to(self.device)
+            _ = Weights(model.to(self.device)).transform
+        return model
 
     @property
     def _models(self) -> list[tuple[str, Weights]]:
