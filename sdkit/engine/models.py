@@ -52,15 +52,21 @@ def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:
 
 def load_config(spec: ModelSpec, located: str) -> dict[str, Any]:
     """The model's `config.json`, every default filled in.  Raises BadData where it cannot be read."""
+    return _config(spec, located).to_dict()
+
+
+def embedding_rows(spec: ModelSpec | ExternalWeights, located: str) -> int | None:
+    """How many token ids the model has embeddings for, by its configuration.  Raises BadData as `load_config` does."""
+    return getattr(_config(spec, located).get_text_config(), "vocab_size", None)
+
+
+def _config(spec: ModelSpec | ExternalWeights, located: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            located, revision=spec.revision, trust_remote_code=False
-        )
+        return AutoConfig.from_pretrained(located, revision=spec.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BadData(f"no model in {located}: {first_line(error)}") from None
-    return config.to_dict()
 
 
 def weights_folder(backend: VllmServerBackend, base: Path) -> Path:
@@ -101,7 +107,7 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, AssertionError) as error:
         raise BadData(f"cannot load {located}: {first_line(error)}") from None
     if spec.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

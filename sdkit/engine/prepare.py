@@ -12,6 +12,7 @@ from sdkit.components.divergences import open_user_divergences
 from sdkit.components.prompts import Prompter, TeacherPrompt, check_prompts
 from sdkit.components.rewards import Scorer, open_rewards, score
 from sdkit.components.token_weights import open_user_weights
+from sdkit.engine.known_ids import HINT, KnownIds
 from sdkit.problems import BadData, blaming, first_of, outside, shorten
 from sdkit.specs import (
     ChoiceReward,
@@ -41,9 +42,13 @@ CONTEXT_TEXT = 128
 class Data:
     """Training rows, held-out rows, their prompts as token ids, and the rewards of each suite."""
 
-    def __init__(self, spec: ExperimentSpec, base: Path, tokenizer: Any) -> None:
+    def __init__(
+        self, spec: ExperimentSpec, base: Path, tokenizer: Any, known: KnownIds | None = None
+    ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
+        self.known = known  # None: any id may stand in a prompt
+        self.largest_id = 0  # of all prompts and completions that `check` has seen
         with blaming("model", "chat_template_options"):
             self.prompter = Prompter(tokenizer, dict(spec.model.chat_template_options))
         suites = spec.evaluation.suites if spec.evaluation else {}
@@ -141,7 +146,10 @@ class Data:
     def teacher_prompt(self, row: Row, evidence: Evidence | None) -> TeacherPrompt | None:
         """The teacher's prompt of one rollout, with what is known of it."""
         teacher = self.spec.teacher
-        return teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
+        prompt = teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
+        if prompt and self.known:
+            self.known.check(self.tokenizer, f"row {row.index}: the teacher's prompt", prompt.ids)
+        return prompt
 
     def teacher_route(self, row: Row) -> int:
         """Which of a routed teacher's routes is the row's; 0 where the teacher is not routed."""
@@ -175,6 +183,7 @@ class Data:
             visited = [row for step in range(steps) for row in self.take(step)]
         with blaming("data"):
             longest = self._longest(visited)
+            self._check_completions(visited)
         self._check_routes(visited)
         _check_rewards(self.train_rewards, visited)
         self._try_out(self.train_rewards, visited)
@@ -208,6 +217,26 @@ class Data:
         for part in reward.parts:
             yield from self._leaves(part)
 
+    def _check_completions(self, rows: Iterable[Row]) -> None:
+        """Raise BadData naming the rows whose own completion has an id that no embedding is for."""
+        column = completion_column(self.spec.rollout.sampled_by)
+        if column:
+            texts = [(row, str(row.columns[column])) for row in rows]
+            self._check_ids(
+                (row, f"the {column}", self.tokenizer(text, add_special_tokens=False)["input_ids"])
+                for row, text in texts
+            )
+
+    def _check_ids(self, texts: Iterable[tuple[Row, str, Sequence[int]]]) -> None:
+        """Raise BadData naming the rows with an id that a model has no embedding for.  texts: row, what it is, ids."""
+        faults: list[str] = []
+        for row, what, ids in texts:
+            self.largest_id = max(self.largest_id, *ids, 0)
+            fault = self.known and self.known.fault(self.tokenizer, f"row {row.index}: {what}", ids)
+            faults += [fault] if fault else []
+        if faults:
+            raise BadData(first_of(list(dict.fromkeys(faults))), hint=HINT)
+
     def _longest(self, rows: list[Row]) -> int:
         """Render the rows' prompts and keep them; the longest in tokens."""
         spec = self.spec
@@ -216,6 +245,14 @@ class Data:
         for row, (student, teacher) in zip(rows, prompts, strict=True):
             self._student[id(row)] = student
             self._teacher[id(row)] = teacher.ids if teacher and spec.teacher else None
+        self._check_ids(
+            (row, f"the {who}'s prompt", ids)
+            for row, (student, teacher) in zip(rows, prompts, strict=True)
+            for who, ids in (
+                ("student", student),
+                ("teacher", teacher.ids if teacher and spec.teacher else ()),
+            )
+        )
         sampled_by = spec.rollout.sampled_by
         if isinstance(sampled_by, TeacherSamples) and sampled_by.prompt == "teacher":
             bad = [

@@ -30,6 +30,7 @@ from sdkit.engine import (
     zero,
 )
 from sdkit.engine.evaluate import evaluate, headline
+from sdkit.engine.known_ids import known_ids
 from sdkit.engine.launch import launched
 from sdkit.engine.manifest import Origin, spec_digest
 from sdkit.engine.models import (
@@ -91,7 +92,7 @@ def _open(
     servers: ServerPool | None,
     recording: Recording | None,
 ) -> World:
-    data = Data(spec, base, tokenizer)
+    data = Data(spec, base, tokenizer, known_ids(spec, base, located))
     if recording:
         recording.check_rows(data)
     zero.start()

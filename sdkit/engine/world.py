@@ -22,6 +22,7 @@ from sdkit.components.vllm_scores import ServedModel
 from sdkit.components.vllm_server import ServerPool
 from sdkit.engine import ranks, zero, zero_shards
 from sdkit.engine.ahead import Ahead
+from sdkit.engine.known_ids import KnownIds
 from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabulary
 from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
@@ -200,6 +201,7 @@ class World:
                         path=("losses", name, "support", "k"),
                     )
         for who, weights in self._models:
+            self._check_ids(who, weights)
             context = getattr(weights.causal.config, "max_position_embeddings", None)
             if context and self.longest > context:
                 raise BadData(
@@ -207,6 +209,13 @@ class World:
                     hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
                     path=("rollout", "max_new_tokens"),
                 )
+
+    def _check_ids(self, who: str, weights: Weights) -> None:
+        """Raise BadData where the loaded model has no embedding for an id of the data, or for an end token."""
+        known = KnownIds(f"the {who}", weights.causal.get_input_embeddings().weight.shape[0])
+        with blaming(*(("teacher", "weights") if weights.foreign else ("model", "path"))):
+            known.check(self.data.tokenizer, "the text", (self.data.largest_id,))
+            known.check(self.data.tokenizer, "the list of end tokens", self.end_ids)
 
     def _open_beside(self) -> Teacher | None:
         """What the teacher is blended with."""
