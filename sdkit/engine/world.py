@@ -24,8 +24,8 @@ from sdkit.engine import ranks, zero, zero_shards
 from sdkit.engine.ahead import Ahead
 from sdkit.engine.known_ids import KnownIds
 from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabulary
-from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
+from sdkit.engine.row_probe import measure_longest_pack, padding_shows_in_samples
 from sdkit.engine.server_rollouts import ServerRollouts
 from sdkit.engine.step import Student
 from sdkit.plan import ChosenBackend, Plan
@@ -106,10 +106,15 @@ class World:
             _ = weights.transform
         self.rows, self.ids_below = self._vocabulary()
         self._check_model()
-        shared = spec.training.share_prompts and all(
-            shares_rows(weights, self.device) for _, weights in self._models
-        )
-        self.longest_pack = LONGEST_PACK if shared else 0
+        self.longest_pack = measure_longest_pack(self)
+        backends = plan.backend, plan.evaluation_backend
+        self.pads_samples = not (
+            any(isinstance(each, TransformersBackend) for each in backends)
+            and any(
+                padding_shows_in_samples(weights, data.tokenizer, self.end_ids)
+                for _, weights in self.models
+            )
+        )  # whether sampling here may pad prompts to equal lengths
         chunk = spec.training.chunk_tokens
         functions = data.user_divergences
         self.module = Student(self.student, spec.rollout.temperature, chunk, self.rows, functions)
@@ -161,7 +166,7 @@ class World:
         return model
 
     @property
-    def _models(self) -> list[tuple[str, Weights]]:
+    def models(self) -> list[tuple[str, Weights]]:
         """The student, and the weights of other models than it: by what they are here."""
         told = [("teacher", leaf) for leaf in (self.teacher.leaves if self.teacher else ())]
         if self.beside:
@@ -179,10 +184,10 @@ class World:
         """
         own = self.student.head.shape[0]
         known = max(vocabulary(self.data.tokenizer).values()) + 1
-        same = all(weights.head.shape[0] == own for _, weights in self._models)
+        same = all(weights.head.shape[0] == own for _, weights in self.models)
         if same and (not self.served or own == known):
             return own, None
-        for who, weights in self._models:
+        for who, weights in self.models:
             if weights.head.shape[0] < known:
                 raise BadData(
                     f"the {who} has {weights.head.shape[0]} output rows for {known} token ids",
@@ -200,7 +205,7 @@ class World:
                         hint="use support: vocabulary",
                         path=("losses", name, "support", "k"),
                     )
-        for who, weights in self._models:
+        for who, weights in self.models:
             self._check_ids(who, weights)
             context = getattr(weights.causal.config, "max_position_embeddings", None)
             if context and self.longest > context:
@@ -309,7 +314,8 @@ class World:
     def _open(self, spec: ChosenBackend | ReplayBackend) -> RolloutBackend:
         match spec:
             case TransformersBackend():
-                return TransformersRollouts(self.data.tokenizer, spec.batch_rows, self.end_ids)
+                rows = spec.batch_rows if self.pads_samples else 1
+                return TransformersRollouts(self.data.tokenizer, rows, self.end_ids)
             case VllmBackend():
                 with zero.quiet():
                     return VllmRollouts(
