@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from sdkit.problems import BadData
@@ -260,11 +260,41 @@ class Counts:
 
 
 @frozen(eq=False, kw_only=True)
+class LogitTransform:
+    """Computes logits from head × hidden: softcap(scale × (product + bias)), where the model has these parts."""
+
+    scale: float = 1.0
+    softcap: float | None = None  # x -> softcap × tanh(x / softcap)
+    bias: Tensor | None = None  # [V]
+
+    def __call__(self, products: Tensor) -> Tensor:
+        """[..., V] -> [..., V] of the same dtype; the argument itself where nothing changes it."""
+        logits = products if self.bias is None else products + self.bias
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = (logits / self.softcap).tanh() * self.softcap
+        return logits
+
+    def first(self, rows: int | None) -> LogitTransform:
+        """The transform of the first `rows` ids."""
+        return self if self.bias is None else evolve(self, bias=self.bias[:rows])
+
+    def detached(self) -> LogitTransform:
+        """The same values without gradient."""
+        return self if self.bias is None else evolve(self, bias=self.bias.detach())
+
+
+PLAIN = LogitTransform()
+
+
+@frozen(eq=False, kw_only=True)
 class HiddenScores:
     """A local teacher's answer: hidden states, projected chunk by chunk beside the student's."""
 
     hidden: Tensor  # [M, H]
     head: Tensor  # [V, H]; no gradient
+    transform: LogitTransform = PLAIN  # no gradient
 
 
 @frozen(eq=False, kw_only=True)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
-from sdkit.batches import Sequences
+from sdkit.batches import HiddenScores, LogitTransform, Sequences
+from sdkit.logits import measure_transform
 
 Result = TypeVar("Result")
 
@@ -75,6 +76,7 @@ class Whole:
 
 WHOLE = Whole()
 _SHARDS: WeakKeyDictionary[nn.Module, Shards] = WeakKeyDictionary()
+_TRANSFORMS: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
 
 
 class Weights:
@@ -106,10 +108,33 @@ class Weights:
         """The output projection, [V, H]; in pieces outside of `Shards.with_head`, where it is sharded."""
         return self.causal.get_output_embeddings().weight
 
-    def whole_head(self) -> Tensor:
-        """The output projection, [V, H], without gradient."""
-        with self.shards.gathered([self.head]):
-            return self.head.detach()
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The output projection's bias, [V], where it has one; in pieces wherever the projection is."""
+        return getattr(self.causal.get_output_embeddings(), "bias", None)
+
+    @property
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The output projection and, where it has one, its bias."""
+        return [self.head] if self.bias is None else [self.head, self.bias]
+
+    @property
+    def transform(self) -> LogitTransform:
+        """How logits follow from head × hidden.
+
+        Measured once per module, before its parameters are sharded.  Raises BadData where it cannot be expressed.
+        """
+        if self.model not in _TRANSFORMS:
+            with self.active() as causal:
+                _TRANSFORMS[self.model] = measure_transform(causal)
+        return evolve(_TRANSFORMS[self.model], bias=self.bias)
+
+    def scores(self, sequences: Sequences, rows: int | None = None) -> HiddenScores:
+        """What these weights say of the counted tokens, over ids below `rows` (None: all); the head has no gradient."""
+        hidden = self.hidden(sequences)
+        with self.shards.gathered(self.head_parameters):
+            head, transform = self.head.detach()[:rows], self.transform.first(rows).detached()
+        return HiddenScores(hidden=hidden, head=head, transform=transform)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
@@ -129,11 +154,6 @@ class Weights:
     def hidden(self, sequences: Sequences) -> Tensor:
         """Hidden states that predict the counted tokens.  -> [M, H] in the model's dtype."""
         return self.shards.run(self.states, sequences)
-
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """Of whole sequences without padding.  [N, S] -> [N, S, V] in the model's dtype."""
-        with self.active() as causal:
-            return self.shards.run(partial(causal, use_cache=False), input_ids).logits
 
     def states(self, sequences: Sequences) -> Tensor:
         """`hidden`, within a run of the shards."""

@@ -37,7 +37,7 @@ LANGUAGE = {
     *("vocabulary", "teacher_text", "shapes", "metric_names", "texts"),
 }
 """Floor 0."""
-NOUNS = {"batches", "weights"}
+NOUNS = {"batches", "logits", "weights"}
 """Floor 1."""
 LIGHT = {"attrs", "yaml"}
 ENGINE_ONLY = {"sdkit.engine", "sdkit.cli", "deepspeed", "typer"}

@@ -29,7 +29,7 @@ class Reader:
         """Prompt and completion as this model's chat template writes them.
 
         What a completion spells like a special token is left out: it must not end its own turn.  Raises BadData where
-        the text is longer than the model reads.
+        the text is longer than the model reads, or has a token that it has no embedding for.
         """
         for word in self.special:
             completion = completion.replace(word, "")
@@ -41,6 +41,13 @@ class Reader:
         if most and len(ids) > most:
             raise BadData(
                 f"row {row.index} and its completion have {len(ids)} tokens, the reward model {self.path} reads {most}"
+            )
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise BadData(
+                f"row {row.index} has the token {token!r} with id {max(ids)}, but the reward model {self.path} has "
+                f"{rows} embeddings"
             )
         return ids
 
@@ -80,7 +87,7 @@ def reward_model(reward: RewardModel, base: Path) -> Scorer:
                 )
         return [Judged(reward=found[i]) for i in range(len(pairs))]
 
-    return Scorer(many)
+    return Scorer(many, check=lambda row: reader.ids("", row))
 
 
 @functools.lru_cache(maxsize=2)
@@ -101,7 +108,7 @@ def _open(path: str, folder: Path) -> Reader:
             output_loading_info=True,
             **only_here,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AssertionError) as error:
         first = first_line(error)
         raise BadData(f"the reward model {path} cannot be loaded: {first}") from error
     if config.num_labels != 1 or loaded["missing_keys"]:
@@ -113,5 +120,10 @@ def _open(path: str, folder: Path) -> Reader:
         model.config.pad_token_id = tokenizer.pad_token_id
     if model.config.pad_token_id is None:
         raise BadData(f"the reward model {path} has no padding token")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= model.config.pad_token_id < rows:
+        raise BadData(
+            f"the reward model {path} pads with id {model.config.pad_token_id}, but has {rows} embeddings"
+        )
     special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
     return Reader(model.eval().to(device), tokenizer, special, path)

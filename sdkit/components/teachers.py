@@ -12,7 +12,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
-from sdkit.batches import HiddenScores, Sequences, TeacherScores, Text, ToldScores
+from sdkit.batches import Sequences, TeacherScores, Text, ToldScores
 from sdkit.specs import (
     CopyWeights,
     EmaWeights,
@@ -57,9 +57,7 @@ class Teacher:
     def ask(self, route: int, asked: Sequences, rows: int) -> TeacherScores:
         """What the teacher of a route says of the counted tokens, over ids below `rows`."""
         assert self.weights is not None
-        return HiddenScores(
-            hidden=self.weights.hidden(asked), head=self.weights.whole_head()[:rows]
-        )
+        return self.weights.scores(asked, rows)
 
     def settle(self) -> None:
         """Take note of what this rank holds; once, when DeepSpeed has all weights and none has moved."""

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from attrs import frozen
 
+from sdkit.batches import Sequences
+from sdkit.losses.chunks import scored_logprobs
 from sdkit.problems import NumericsGuard
 from sdkit.seeds import derive
 from sdkit.specs import VllmEngine
@@ -25,10 +27,22 @@ class Canary:
 
     @torch.no_grad()
     def told_by(self, weights: Weights) -> tuple[float, ...]:
-        """The trainer's log-probabilities of all tokens but the first.  Collective where weights are sharded."""
+        """The log-probabilities, as the losses compute them, of all tokens but the first.
+
+        Collective where weights are sharded.
+        """
         ids = torch.tensor([self.ids], device=weights.head.device)
-        logprobs = weights.logits(ids)[0, :-1].float().log_softmax(-1)
-        return tuple(logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist())
+        predicted = torch.arange(len(self.ids) - 1, device=ids.device)
+        sequences = Sequences(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            positions=None,
+            tokens=len(self.ids),
+            predicts=predicted,
+            texts=(),
+        )
+        scores = weights.scores(sequences)
+        return tuple(scored_logprobs(scores, ids[0, 1:], 1.0, len(self.ids)).tolist())
 
     def compare(
         self, here: Sequence[float], there: Sequence[float], version: int, who: str

@@ -52,15 +52,21 @@ def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:
 
 def load_config(spec: ModelSpec, located: str) -> dict[str, Any]:
     """The model's `config.json`, every default filled in.  Raises BadData where it cannot be read."""
+    return _config(spec, located).to_dict()
+
+
+def embedding_rows(spec: ModelSpec | ExternalWeights, located: str) -> int | None:
+    """How many token ids the model has embeddings for, by its configuration.  Raises BadData as `load_config` does."""
+    return getattr(_config(spec, located).get_text_config(), "vocab_size", None)
+
+
+def _config(spec: ModelSpec | ExternalWeights, located: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            located, revision=spec.revision, trust_remote_code=False
-        )
+        return AutoConfig.from_pretrained(located, revision=spec.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BadData(f"no model in {located}: {first_line(error)}") from None
-    return config.to_dict()
 
 
 def weights_folder(backend: VllmServerBackend, base: Path) -> Path:
@@ -86,8 +92,7 @@ def check_vocabulary(student: Any, other: Any, path: str) -> None:
 def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
     """The causal language model in the spec's precision, with adapters (drawn from `seed`) where it asks for them.
 
-    Raises BadData where the weights cannot be read (pickled weights are refused) or where the model does something
-    to its logits that the losses would not know of.
+    Raises BadData where the weights cannot be read (pickled weights are refused).
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -102,9 +107,8 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, AssertionError) as error:
         raise BadData(f"cannot load {located}: {first_line(error)}") from None
-    _refuse_changed_logits(model, located)
     if spec.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if spec.lora:
@@ -115,17 +119,6 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
-
-
-def _refuse_changed_logits(model: Any, located: str) -> None:
-    if model.get_output_embeddings() is None or model.get_output_embeddings().bias is not None:
-        raise BadData(f"{located} has no plain output projection (none, or one with a bias)")
-    config = model.config
-    if getattr(config, "final_logit_softcapping", None):
-        raise BadData(f"{located} soft-caps its logits, which the losses do not apply")
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise BadData(f"{located} scales its logits ({name}), which the losses do not apply")
 
 
 def _with_adapter(model: Any, lora: LoraSpec, seed: int) -> Any:

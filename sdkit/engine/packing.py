@@ -19,6 +19,9 @@ LONGEST_PACK = 2048
 """Tokens of the longest shared row: attention across completions is computed and masked, which must not cost more
 than the prompt that is saved."""
 
+PROMPT, SHORT = 8, 8
+"""Tokens of a prompt and of a short completion that a model is tried with."""
+
 Ids = tuple[int, ...]
 
 
@@ -46,9 +49,18 @@ def packs(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int) -> l
     return found
 
 
+def _rows(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int) -> list[Pack]:
+    """The rows of one forward pass: none is shared where one is longer than `longest`.
+
+    The mask of shared rows is that of the pass, and only rows of so many tokens are known to need no other.
+    """
+    rows = packs(prompts, completions, longest)
+    return packs(prompts, completions, 0) if any(row.width > longest for row in rows) else rows
+
+
 def padded_tokens(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int) -> int:
     """Rows × widest row of one forward pass over these."""
-    rows = packs(prompts, completions, longest)
+    rows = _rows(prompts, completions, longest)
     return len(rows) * max((pack.width for pack in rows), default=0)
 
 
@@ -64,7 +76,7 @@ def sequences(
     Completions are spliced in as ids, never encoded again.  No sequences at all make one row of one token, of which no
     state is wanted: the pass is then run for the ranks that have some.
     """
-    rows = packs(prompts, completions, longest) or [Pack((0,), (), 1)]
+    rows = _rows(prompts, completions, longest) or [Pack((0,), (), 1)]
     width = max(pack.width for pack in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     # Which completion of its row a token belongs to: 0 the prompt, 1… the completions, -1 padding.
@@ -108,19 +120,67 @@ def _own_and_prompt(owner: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def shares_rows(weights: Weights, device: torch.device) -> bool:
-    """Whether the model's attention takes shared rows: the same states together as alone.
+def shares_rows(
+    weights: Weights,
+    device: torch.device,
+    longest: int = PROMPT + 2 * SHORT,
+    text: int = PROMPT + SHORT,
+) -> bool:
+    """Whether each completion of a shared row of `longest` tokens has the states that it has alone.
 
-    Compared by the median over each completion: in bfloat16 a single token can be far off by rounding alone.
+    The completions are as long as `text`, prompt included, allows; a short one follows them.  The last states of each
+    are compared.
     """
-    ids = torch.linspace(1, weights.head.shape[0] - 1, 24).long().tolist()
-    prompt, completions = tuple(ids[:8]), (tuple(ids[8:16]), tuple(ids[16:]))
-    kept = [range(len(c)) for c in completions]
-    prompts = [prompt] * len(completions)
+    room = longest - PROMPT - SHORT
+    count = -(-room // max(text - PROMPT, 1))
+    prompt, long, short, _ = probe_texts(weights, room // count)
     try:
-        together = weights.hidden(sequences(prompts, completions, kept, LONGEST_PACK, device))
+        together = last_states(weights, device, prompt, [*[long] * count, short], longest)
     except (RuntimeError, TypeError, ValueError):  # an attention that wants another kind of mask
         return False
-    alone = weights.hidden(sequences(prompts, completions, kept, 0, device))
-    apart = (together - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
-    return bool((apart.view(len(completions), -1).median(dim=-1).values < 0.05).all())
+    alone = last_states(weights, device, prompt, [long, short], 0)
+    expected = [*[alone[0]] * count, alone[1]]
+    return all(same_states(weights, *pair) for pair in zip(together, expected, strict=True))
+
+
+@torch.no_grad()
+def completions_leak(weights: Weights, device: torch.device) -> bool:
+    """Whether a completion's states depend on another completion before it in a shared row.
+
+    Both passes have the same shapes, so that a leak smaller than the tolerance of `shares_rows` shows.
+    """
+    prompt, long, short, other = probe_texts(weights, SHORT)
+    a, b = (
+        last_states(weights, device, prompt, [x, short], LONGEST_PACK)[1] for x in (long, other)
+    )
+    bound = 1e-4 if weights.head.dtype == torch.float32 else 5e-3
+    return not bool(((a - b).norm(dim=-1) / b.norm(dim=-1)).mean() < bound)
+
+
+def probe_texts(weights: Weights, length: int) -> tuple[Ids, Ids, Ids, Ids]:
+    """Random ids: a prompt, a completion of `length` tokens, a short one, and another of `length`."""
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(size: int) -> Ids:
+        return tuple(torch.randint(1, weights.head.shape[0], (size,), generator=draw).tolist())
+
+    return ids(PROMPT), ids(length), ids(SHORT), ids(length)
+
+
+def last_states(
+    weights: Weights, device: torch.device, prompt: Ids, completions: Sequence[Ids], longest: int
+) -> list[Tensor]:
+    """The states that predict the last tokens of each completion: one [at most SHORT, H], float32, a completion."""
+    kept = [range(max(len(c) - SHORT, 0), len(c)) for c in completions]
+    batch = sequences([prompt] * len(completions), completions, kept, longest, device)
+    return list(weights.hidden(batch).float().split([len(k) for k in kept]))
+
+
+def same_states(weights: Weights, found: Tensor, expected: Tensor) -> bool:
+    """Whether states of the same tokens in two forward passes differ by rounding alone.
+
+    In float32 every token is compared; in bfloat16 the median, as rounding can move a single token far.
+    """
+    apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    exact = weights.head.dtype == torch.float32
+    return bool(apart.max() < 1e-3 if exact else apart.median() < 0.05)

@@ -19,6 +19,7 @@ from sdkit.components.prompts_thinking import answer_text
 from sdkit.components.prompts_turns import end_token
 from sdkit.components.rewards import Scorer, open_rewards, score
 from sdkit.components.token_weights import open_user_weights
+from sdkit.engine.known_ids import HINT, KnownIds
 from sdkit.problems import BadData, blaming, counted, first_of, outside, shorten
 from sdkit.specs import (
     ChoiceReward,
@@ -76,10 +77,18 @@ class Data:
     """Training rows, held-out rows, their prompts as token ids, and the rewards of each suite."""
 
     def __init__(
-        self, spec: ExperimentSpec, base: Path, tokenizer: Any, now: datetime | None = None
+        self,
+        spec: ExperimentSpec,
+        base: Path,
+        tokenizer: Any,
+        *,
+        now: datetime | None = None,
+        known: KnownIds | None = None,
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
+        self.known = known  # None: any id may stand in a prompt
+        self.largest_id = 0  # of all prompts and completions that `check` has seen
         with blaming("model", "chat_template_options"):
             self.prompter = Prompter(
                 tokenizer,
@@ -230,7 +239,10 @@ class Data:
     def teacher_prompt(self, row: Row, evidence: Evidence | None) -> TeacherPrompt | None:
         """The teacher's prompt of one rollout, with what is known of it."""
         teacher = self.spec.teacher
-        return teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
+        prompt = teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
+        if prompt and self.known:
+            self.known.check(self.tokenizer, f"row {row.index}: the teacher's prompt", prompt.ids)
+        return prompt
 
     def answer(self, row: Row, completion: Sequence[int]) -> str | None:
         """A completion's text without its thinking; None where no slot shows it so."""
@@ -276,7 +288,7 @@ class Data:
         self.spelled = list(self._spelled(visited))
         with blaming("data"):
             longest = self._longest(visited)
-        self.completions = self._own_completions(visited)
+            self.completions = self._own_completions(visited)
         self._check_routes(visited)
         _check_rewards(self.train_rewards, visited)
         self._try_out(self.train_rewards, visited)
@@ -308,10 +320,11 @@ class Data:
             return None
         end = -1 if self.turn_end is None else self.turn_end
         different = {id(row): row for row in rows}.values()
-        lengths = {
-            row.index: len(self.prompter.completion_ids(row.text(column) or "", end))
-            for row in different
-        }
+        ids = [self.prompter.completion_ids(row.text(column) or "", end) for row in different]
+        self._check_ids(
+            (row, f"the {column}", own) for row, own in zip(different, ids, strict=True)
+        )
+        lengths = {row.index: len(own) for row, own in zip(different, ids, strict=True)}
         limit = self.spec.rollout.max_new_tokens
         cut = tuple(index for index, length in lengths.items() if length > limit)
         return Completions(
@@ -337,6 +350,16 @@ class Data:
         for part in reward.parts:
             yield from self._leaves(part)
 
+    def _check_ids(self, texts: Iterable[tuple[Row, str, Sequence[int]]]) -> None:
+        """Raise BadData naming the rows with an id that a model has no embedding for.  texts: row, what it is, ids."""
+        faults: list[str] = []
+        for row, what, ids in texts:
+            self.largest_id = max(self.largest_id, *ids, 0)
+            fault = self.known and self.known.fault(self.tokenizer, f"row {row.index}: {what}", ids)
+            faults += [fault] if fault else []
+        if faults:
+            raise BadData(first_of(list(dict.fromkeys(faults))), hint=HINT)
+
     def _longest(self, rows: list[Row]) -> int:
         """Render the rows' prompts and keep them; the longest in tokens."""
         spec = self.spec
@@ -345,6 +368,14 @@ class Data:
         for row, (student, teacher) in zip(rows, prompts, strict=True):
             self._student[id(row)] = student
             self._teacher[id(row)] = teacher.ids if teacher and spec.teacher else None
+        self._check_ids(
+            (row, f"the {who}'s prompt", ids)
+            for row, (student, teacher) in zip(rows, prompts, strict=True)
+            for who, ids in (
+                ("student", student),
+                ("teacher", teacher.ids if teacher and spec.teacher else ()),
+            )
+        )
         sampled_by = spec.rollout.sampled_by
         if isinstance(sampled_by, TeacherSamples) and sampled_by.prompt == "teacher":
             bad = [

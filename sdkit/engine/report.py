@@ -20,6 +20,7 @@ from sdkit.engine import ranks
 from sdkit.engine.evaluate import headline
 from sdkit.engine.evaluated import Evaluated, Key, read_back, signed, with_interval
 from sdkit.engine.gather import Gathered, in_order, records, samples
+from sdkit.engine.packing import LONGEST_PACK
 from sdkit.engine.rundir import RunDirectory
 from sdkit.engine.tripwires import went_off
 from sdkit.problems import counted
@@ -223,6 +224,14 @@ def opening(console: Console, world: World, run: RunDirectory) -> None:
     if world.spec.training.share_prompts and not world.longest_pack:
         lines.append(
             "[dim]derived: every completion repeats its prompt, as this model's attention takes no shared rows[/]"
+        )
+    if 0 < world.longest_pack < min(LONGEST_PACK, 2 * world.longest):
+        lines.append(
+            f"[dim]derived: completions share rows of up to {world.longest_pack} tokens, the reach of this model's attention[/]"
+        )
+    if not world.pads_samples:
+        lines.append(
+            "[dim]derived: prompts are sampled one by one, as padding changes what this model samples[/]"
         )
     lines.append(
         f"{plan.steps} steps × {world.spec.training.prompts_per_step} prompts × "

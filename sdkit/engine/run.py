@@ -32,6 +32,7 @@ from sdkit.engine import (
     zero,
 )
 from sdkit.engine.evaluate import evaluate, headline
+from sdkit.engine.known_ids import known_ids
 from sdkit.engine.launch import launched
 from sdkit.engine.manifest import Origin, spec_digest
 from sdkit.engine.models import (
@@ -86,7 +87,8 @@ def open_world(
         if servers:
             undo.callback(servers.close)
         now = now or shown.recorded_date(spec, base, recording)
-        data = Data(spec, base, tokenizer, now)
+        known = known_ids(spec, base, located)
+        data = Data(spec, base, tokenizer, now=now, known=known)
         world = _open(spec, base, data, located, served, servers, recording)
         undo.pop_all()
     return world

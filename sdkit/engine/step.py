@@ -14,7 +14,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor, nn
 
-from sdkit.batches import HiddenScores, MicroBatch, RolloutBatch, TeacherScores, Tokens
+from sdkit.batches import LogitTransform, MicroBatch, RolloutBatch, TeacherScores, Tokens
 from sdkit.engine import ranks
 from sdkit.engine.collate import Collated, collate, without_rows
 from sdkit.engine.scoring import refer, score
@@ -69,6 +69,11 @@ class Student(nn.Module):
         """The output projection of the ids that are compared, [rows, H]; within `Shards.with_head`."""
         return self.weights.head[: self.rows]
 
+    @property
+    def transform(self) -> LogitTransform:
+        """How logits of these ids follow from head × hidden; within `Shards.with_head`."""
+        return self.weights.transform.first(self.rows)
+
     def forward(
         self,
         batch: MicroBatch,
@@ -97,6 +102,7 @@ class Student(nn.Module):
             objective,
             self.chunk_tokens,
             reference,
+            self.transform,
         )
 
     @torch.no_grad()
@@ -129,13 +135,13 @@ class Student(nn.Module):
         return tokens
 
     def _logprobs(self, hidden: Tensor, token: Tensor) -> Tensor:
-        return token_logprobs(hidden, self.head, token, self.temperature, self.chunk_tokens)
+        settings = self.temperature, self.chunk_tokens, self.transform
+        return token_logprobs(hidden, self.head, token, *settings)
 
     @torch.no_grad()
     def measures(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability of each counted token, and entropy, at the sampling temperature.  -> twice [M] float32"""
-        hidden = self.weights.hidden(batch.student)
-        scores = HiddenScores(hidden=hidden, head=self.weights.whole_head()[: self.rows])
+        scores = self.weights.scores(batch.student, self.rows)
         return token_measures(scores, batch.tokens.token, self.temperature, self.chunk_tokens)
 
 

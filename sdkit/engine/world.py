@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 import torch
+from torch import nn
 
 from sdkit.batches import RolloutBackend
 from sdkit.components.rollouts import ReplayRollouts, TransformersRollouts
@@ -21,9 +22,10 @@ from sdkit.components.vllm_scores import ServedModel
 from sdkit.components.vllm_server import ServerPool
 from sdkit.engine import ranks, zero, zero_shards
 from sdkit.engine.ahead import Ahead
+from sdkit.engine.known_ids import KnownIds
 from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabulary
-from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
+from sdkit.engine.row_probe import measure_longest_pack, padding_shows_in_samples
 from sdkit.engine.server_rollouts import ServerRollouts
 from sdkit.engine.step import Student
 from sdkit.plan import ChosenBackend, Plan
@@ -90,7 +92,8 @@ class World:
         self.skipped = 0  # optimizer steps in a row that were skipped
         with blaming("model", "path"):
             model: Any = load_model(spec.model, located, spec.training.seed)
-        self.student = Weights(model.to(self.device))
+            self.student = Weights(model.to(self.device))
+            _ = self.student.transform  # measured while the parameters are complete, as below
         self.end_ids = end_ids(self.student.causal, data.tokenizer, data.turn_end)
         self.special_ids = special_ids(data.tokenizer, self.end_ids)
         self.teacher: Teacher | None = None
@@ -99,18 +102,25 @@ class World:
         start = FrozenWeights()
         self.reference = self._unmoving(start) if needs_reference(spec) else None
         self.beside = self._open_beside()
+        for weights in self._others.values():
+            _ = weights.transform
         self.rows, self.ids_below = self._vocabulary()
         self._check_model()
-        shared = spec.training.share_prompts and all(
-            shares_rows(weights, self.device) for _, weights in self._models
-        )
-        self.longest_pack = LONGEST_PACK if shared else 0
+        self.longest_pack = measure_longest_pack(self)
+        backends = plan.backend, plan.evaluation_backend
+        self.pads_samples = not (
+            any(isinstance(each, TransformersBackend) for each in backends)
+            and any(
+                padding_shows_in_samples(weights, data.tokenizer, self.end_ids)
+                for _, weights in self.models
+            )
+        )  # whether sampling here may pad prompts to equal lengths
         chunk = spec.training.chunk_tokens
         functions = data.user_divergences
         self.module = Student(self.student, spec.rollout.temperature, chunk, self.rows, functions)
         bf16 = spec.model.dtype == "bfloat16"
         root = zero_shards.Root(model)
-        head = self.student.head
+        head = self.student.head_parameters
         self.zero = zero.Zero(root, spec.optimizer, plan.zero_stage, bf16, spec.training.offload)
         self._also_sharded: list[Any] = []
         if plan.zero_stage == 3:
@@ -121,13 +131,18 @@ class World:
         self._backends: dict[str, RolloutBackend] = {}
         self._loaded: dict[str, tuple[int, int]] = {}
 
-    def _shard_others(self) -> None:
-        """Take apart every model beside the student's: teachers, the reference, the base of a blend."""
+    @property
+    def _others(self) -> dict[nn.Module, Weights]:
+        """Every model beside the student's: teachers, the reference, the base of a blend."""
         teachers = (*(self.teacher.leaves if self.teacher else ()), self.reference, self.beside)
         others = {each.weights.model: each.weights for each in teachers if each and each.weights}
         others.pop(self.student.model, None)
-        for model, weights in others.items():
-            root, head = zero_shards.Root(model), weights.head
+        return others
+
+    def _shard_others(self) -> None:
+        """Take apart every model beside the student's."""
+        for model, weights in self._others.items():
+            root, head = zero_shards.Root(model), weights.head_parameters
             engine = zero.open_forward_only(root, self.spec.training.offload)
             self._also_sharded.append(engine)
             weights.shards = zero_shards.Sharded(root, head)
@@ -147,10 +162,11 @@ class World:
         where = next(path for path, each in other_models(self.spec) if each == weights)
         with blaming(*where, "path"):
             model: Any = load_model(spec, locate(weights.path, self.base), self.spec.training.seed)
-        return model.to(self.device)
+            _ = Weights(model.to(self.device)).transform
+        return model
 
     @property
-    def _models(self) -> list[tuple[str, Weights]]:
+    def models(self) -> list[tuple[str, Weights]]:
         """The student, and the weights of other models than it: by what they are here."""
         told = [("teacher", leaf) for leaf in (self.teacher.leaves if self.teacher else ())]
         if self.beside:
@@ -168,10 +184,10 @@ class World:
         """
         own = self.student.head.shape[0]
         known = max(vocabulary(self.data.tokenizer).values()) + 1
-        same = all(weights.head.shape[0] == own for _, weights in self._models)
+        same = all(weights.head.shape[0] == own for _, weights in self.models)
         if same and (not self.served or own == known):
             return own, None
-        for who, weights in self._models:
+        for who, weights in self.models:
             if weights.head.shape[0] < known:
                 raise BadData(
                     f"the {who} has {weights.head.shape[0]} output rows for {known} token ids",
@@ -189,7 +205,8 @@ class World:
                         hint="use support: vocabulary",
                         path=("losses", name, "support", "k"),
                     )
-        for who, weights in self._models:
+        for who, weights in self.models:
+            self._check_ids(who, weights)
             context = getattr(weights.causal.config, "max_position_embeddings", None)
             if context and self.longest > context:
                 raise BadData(
@@ -197,6 +214,13 @@ class World:
                     hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
                     path=("rollout", "max_new_tokens"),
                 )
+
+    def _check_ids(self, who: str, weights: Weights) -> None:
+        """Raise BadData where the loaded model has no embedding for an id of the data, or for an end token."""
+        known = KnownIds(f"the {who}", weights.causal.get_input_embeddings().weight.shape[0])
+        with blaming(*(("teacher", "weights") if weights.foreign else ("model", "path"))):
+            known.check(self.data.tokenizer, "the text", (self.data.largest_id,))
+            known.check(self.data.tokenizer, "the list of end tokens", self.end_ids)
 
     def _open_beside(self) -> Teacher | None:
         """What the teacher is blended with."""
@@ -290,7 +314,8 @@ class World:
     def _open(self, spec: ChosenBackend | ReplayBackend) -> RolloutBackend:
         match spec:
             case TransformersBackend():
-                return TransformersRollouts(self.data.tokenizer, spec.batch_rows, self.end_ids)
+                rows = spec.batch_rows if self.pads_samples else 1
+                return TransformersRollouts(self.data.tokenizer, rows, self.end_ids)
             case VllmBackend():
                 with zero.quiet():
                     return VllmRollouts(

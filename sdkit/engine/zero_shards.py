@@ -46,11 +46,12 @@ class Projection(nn.Module):
 class Sharded:
     """The `Shards` (weights.py) of a model that stage 3 has taken apart.  All ranks call, in the same order."""
 
-    def __init__(self, root: Root, head: nn.Parameter) -> None:
+    def __init__(self, root: Root, head: Sequence[nn.Parameter]) -> None:
         import deepspeed
 
         self.root = root
-        deepspeed.zero.register_external_parameter(root.projection, head)
+        for parameter in head:
+            deepspeed.zero.register_external_parameter(root.projection, parameter)
         kept = [n for n, p in root.named_parameters() if getattr(p, "ds_persist", False)]
         if kept:  # written pieces of these would not be seen
             raise RuntimeError(f"stage 3 keeps {kept[0]} whole between forward passes")

@@ -1,7 +1,7 @@
 """The loss straight from hidden states, a chunk of tokens at a time: no [M, V] tensor ever exists.
 
 The gradient of each chunk is formed while its logits are at hand, so the backward pass only scales what is stored:
-[M, H] for the hidden states and, where the head is trained, [V, H] in float32.
+[M, H] for the hidden states and, where the head is trained, [V, H] (and [V] for its bias) in float32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdkit.batches import HiddenScores, TeacherScores, Tokens, ToldScores
+from sdkit.batches import PLAIN, HiddenScores, LogitTransform, TeacherScores, Tokens, ToldScores
 from sdkit.losses.divergence import entropy
 from sdkit.losses.objective import Objective
 from sdkit.losses.scores import answer
@@ -29,44 +29,58 @@ def projected_loss(
     objective: Objective,
     chunk_tokens: int,
     reference: TeacherScores | None = None,
+    transform: LogitTransform = PLAIN,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """hidden [M, H], head [V, H], both of the model's dtype -> scalar loss with a graph, sums over all M tokens.
 
-    Logits are multiplied in the model's dtype and widened afterwards (objective.py).  Without grad mode, or where
+    Logits are computed in the model's dtype, by the student's `transform`, and widened afterwards (objective.py).  Without grad mode, or where
     nothing needs a gradient, only values are computed.  M = 0 gives a zero loss that can still be differentiated.
     """
-    wanted = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    bias = transform.bias
+    trained = [x for x in (hidden, head, bias) if x is not None and x.requires_grad]
+    wanted = torch.is_grad_enabled() and bool(trained)
     grad_hidden = torch.zeros_like(hidden) if wanted else None
     grad_head = _accumulator(head) if wanted and head.requires_grad else None
+    grad_bias = _accumulator(bias) if wanted and bias is not None and bias.requires_grad else None
+    transform = transform.detached()
     losses: list[Tensor] = []
     stats: dict[str, Tensor] = {}
     for start in range(0, max(len(tokens), 1), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         with torch.no_grad():
-            logits = hidden[part] @ head.T
+            products = hidden[part] @ head.T
             of_teacher = teacher and answer(teacher, part)
             of_reference = reference and logits_of(reference, part)
-        logits.requires_grad_(wanted)
+        products.requires_grad_(wanted)
         chunk = tokens.slice(part.start, part.stop)
-        loss, sums = objective(logits, of_teacher, chunk, of_reference)
+        loss, sums = objective(transform(products), of_teacher, chunk, of_reference)
         losses.append(loss.detach())
         stats = {name: value + stats.get(name, 0.0) for name, value in sums.items()}
         if grad_hidden is not None:
-            (grad,) = torch.autograd.grad(loss, logits)
+            (grad,) = torch.autograd.grad(loss, products)
             grad_hidden[part] = grad @ head.detach()
             if grad_head is not None:
                 grad_head += grad.T @ hidden.detach()[part]
+            if grad_bias is not None:  # it is added to the products, so their gradient is its own
+                grad_bias += grad.sum(0, dtype=grad_bias.dtype)
     value = torch.stack(losses).sum()
     if grad_hidden is None:
         return value, stats
-    return _WithGradients.apply(value, hidden, head, grad_hidden, grad_head), stats
+    gradients = grad_hidden, grad_head, grad_bias
+    return _WithGradients.apply(value, hidden, head, bias, *gradients), stats
 
 
 def token_logprobs(
-    hidden: Tensor, head: Tensor, token: Tensor, temperature: float, chunk_tokens: int
+    hidden: Tensor,
+    head: Tensor,
+    token: Tensor,
+    temperature: float,
+    chunk_tokens: int,
+    transform: LogitTransform = PLAIN,
 ) -> Tensor:
     """Log-probability of each given token.  hidden [M, H], head [V, H], token [M] long -> [M] float32."""
-    return scored_logprobs(HiddenScores(hidden=hidden, head=head), token, temperature, chunk_tokens)
+    scores = HiddenScores(hidden=hidden, head=head, transform=transform)
+    return scored_logprobs(scores, token, temperature, chunk_tokens)
 
 
 def scored_logprobs(
@@ -118,9 +132,9 @@ def _logprobs(
         yield part, (logits_of(scores, part).float() / temperature).log_softmax(-1)
 
 
-def _accumulator(head: Tensor) -> Tensor:
-    """Zeros [V, H], float32 at least: chunks' gradients are summed here."""
-    return torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
+def _accumulator(parameter: Tensor) -> Tensor:
+    """Zeros of the parameter's shape, float32 at least: chunks' gradients are summed here."""
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 class _WithGradients(torch.autograd.Function):
@@ -132,11 +146,13 @@ class _WithGradients(torch.autograd.Function):
         value: Tensor,
         hidden: Tensor,
         head: Tensor,
+        bias: Tensor | None,
         grad_hidden: Tensor,
         grad_head: Tensor | None,
+        grad_bias: Tensor | None,
     ) -> Tensor:
         ctx.head_dtype = head.dtype
-        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
         return value.clone()
 
     @staticmethod
@@ -145,6 +161,6 @@ class _WithGradients(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        grad_hidden, grad_head = ctx.saved_tensors
-        scaled_head = None if grad_head is None else (grad_head * scale).to(ctx.head_dtype)
-        return None, grad_hidden * scale, scaled_head, None, None
+        grad_hidden, *of_head = ctx.saved_tensors
+        scaled = [None if g is None else (g * scale).to(ctx.head_dtype) for g in of_head]
+        return None, grad_hidden * scale, *scaled, None, None, None

@@ -23,8 +23,8 @@ def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
     ids were told of.
     """
     match scores:
-        case HiddenScores(hidden=hidden, head=head):
-            return hidden[at] @ head.T
+        case HiddenScores(hidden=hidden, head=head, transform=transform):
+            return transform(hidden[at] @ head.T)
         case RoutedScores(parts=parts, part=part, place=place, vocabulary=vocabulary):
             which, where = part[at], place[at]
             answers = [wide(logits(each, where[which == i])) for i, each in enumerate(parts)]

@@ -1,5 +1,6 @@
 """A reward model on disk: tiny, random, with the tiny tokenizer."""
 
+import copy
 import json
 import shutil
 
@@ -71,6 +72,25 @@ def test_a_completion_cannot_end_its_own_turn(folder, make_row):
 def test_a_text_that_is_too_long_is_named(folder, make_row):
     with pytest.raises(BadData, match=r"row 3 and its completion have \d+ tokens.* reads 128"):
         opened(folder)("word " * 200, make_row(index=3))
+
+
+def test_a_token_without_embedding_is_named_before_anything_is_judged(
+    tmp_path, tiny_tokenizer, make_row
+):
+    small = build(tmp_path / "small", tiny_tokenizer, vocab_size=300)
+    highest = tiny_tokenizer.convert_ids_to_tokens(len(tiny_tokenizer) - 1)
+    row = make_row(tiny_tokenizer.decode([len(tiny_tokenizer) - 1]), index=4)
+    with pytest.raises(BadData, match=r"row 4 has the token .* has 300 embeddings") as caught:
+        opened(small).check(row)
+    assert repr(highest) in caught.value.message
+
+
+def test_a_padding_token_without_embedding_is_refused(tmp_path, tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    folder = build(tmp_path / "pad", tokenizer, vocab_size=404, pad_token_id=None)
+    with pytest.raises(BadData, match="pads with id 404, but has 404 embeddings"):
+        opened(folder)
 
 
 def test_a_number_that_is_not_finite_is_named(tmp_path, tiny_tokenizer, make_row):

@@ -106,7 +106,7 @@ def test_a_changed_template_is_refused(spec, run, tmp_path):
 def test_fingerprints_of_prompts_tell_what_changed(spec, tmp_path):
     def found(spec, now=FIXED):
         tokenizer = AutoTokenizer.from_pretrained(spec.model.path)
-        return Data(spec, tmp_path, tokenizer, now).prompt_fingerprints(6)
+        return Data(spec, tmp_path, tokenizer, now=now).prompt_fingerprints(6)
 
     first = found(spec)
     assert found(spec) == first

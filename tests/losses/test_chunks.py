@@ -4,7 +4,7 @@ from attrs import evolve
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
-from sdkit.batches import HiddenScores, Tokens
+from sdkit.batches import HiddenScores, LogitTransform, Tokens
 from sdkit.losses.chunks import projected_loss, token_logprobs
 from sdkit.losses.objective import Objective, row_weights, sampler_ratio
 from sdkit.losses.policy_terms import sequence_means
@@ -384,3 +384,49 @@ def test_token_logprobs_of_nothing(problem_of):
     problem = problem_of([2])
     empty = token_logprobs(problem.hidden[:0], problem.head, problem.token[:0], 1.0, 8)
     assert empty.shape == (0,)
+
+
+TRANSFORMS = {
+    "softcap": {"softcap": 2.0},
+    "scale": {"scale": 0.3},
+    "bias": {},
+    "all": {"scale": -1.7, "softcap": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_a_transforms_gradients_are_those_of_the_logits_written_out(problem_of, name, chunk):
+    problem = problem_of([3, 4])
+    draw = torch.Generator().manual_seed(5)
+    with_bias = name in ("bias", "all")
+    bias = torch.randn(13, generator=draw, dtype=torch.float64).requires_grad_()
+    transform = LogitTransform(**TRANSFORMS[name], bias=bias if with_bias else None)
+    tokens = Tokens(
+        token=problem.token,
+        row=problem.row,
+        weights={"imitate": torch.linspace(0.2, 1, 7), "distil": torch.linspace(1, 0.1, 7)},
+        sampler_logprobs=None,
+        old_logprobs=None,
+    )
+    forward = Distillation(divergence=ForwardKl(), support=VocabularySupport())
+    objective = Objective(Table({"imitate": CrossEntropy(), "distil": forward}), 1.0)
+    asked = [problem.hidden, problem.head, *([bias] if with_bias else [])]
+    teacher = evolve(problem.teacher, transform=LogitTransform(softcap=1.5))
+    loss, _ = projected_loss(
+        problem.hidden, problem.head, teacher, tokens, objective, chunk, transform=transform
+    )
+    found = torch.autograd.grad(loss, asked)
+
+    z = problem.hidden @ problem.head.T + (bias if with_bias else 0)
+    z = z * transform.scale
+    cap = transform.softcap
+    now = (cap * torch.tanh(z / cap) if cap else z).log_softmax(-1)
+    theirs = (1.5 * torch.tanh(teacher.hidden @ teacher.head.T / 1.5)).log_softmax(-1)
+    own = now.gather(-1, problem.token[:, None])[:, 0]
+    apart = (theirs.exp() * (theirs - now)).sum(-1)
+    expected = (tokens.weights["distil"] * apart - tokens.weights["imitate"] * own).sum()
+    assert_close(loss, expected, check_dtype=False)
+    assert_close(found, torch.autograd.grad(expected, asked), atol=1e-12, rtol=1e-9)
+    told = token_logprobs(problem.hidden, problem.head, problem.token, 1.0, chunk, transform)
+    assert_close(told, own.float())

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import nn
 
-from sdkit.batches import HiddenScores, Rollout, RolloutBatch, Row
+from sdkit.batches import HiddenScores, LogitTransform, Rollout, RolloutBatch, Row
 from sdkit.components.divergences import open_user_divergences
 from sdkit.components.token_weights import open_user_weights
 from sdkit.engine.collate import collate
@@ -86,6 +86,7 @@ class Sheet:
         self.head = torch.eye(vocabulary, dtype=torch.float64)
 
     shards = Whole()
+    transform = LogitTransform()
 
     def hidden(self, sequences):
         return torch.cat([self.model[str(x.prompt[0])][list(x.kept)] for x in sequences.texts])
