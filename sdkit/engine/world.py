@@ -19,11 +19,12 @@ from sdkit.components.vllm import VllmRollouts
 from sdkit.components.vllm_canary import draw_canary
 from sdkit.components.vllm_scores import ServedModel
 from sdkit.components.vllm_server import ServerPool
-from sdkit.engine import ranks, zero, zero_shards
+from sdkit.engine import activation_checkpointing, adapters, ranks, zero, zero_shards
 from sdkit.engine.ahead import Ahead
 from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabulary
 from sdkit.engine.packing import LONGEST_PACK, shares_rows
 from sdkit.engine.prepare import Data
+from sdkit.engine.probes import check_deterministic
 from sdkit.engine.server_rollouts import ServerRollouts
 from sdkit.engine.step import Student
 from sdkit.plan import ChosenBackend, Plan
@@ -101,6 +102,7 @@ class World:
         self.beside = self._open_beside()
         self.rows, self.ids_below = self._vocabulary()
         self._check_model()
+        self._probe_models()
         shared = spec.training.share_prompts and all(
             shares_rows(weights, self.device) for _, weights in self._models
         )
@@ -197,6 +199,15 @@ class World:
                     hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
                     path=("rollout", "max_new_tokens"),
                 )
+
+    def _probe_models(self) -> None:
+        """What only a forward pass can say.  Raises BadData naming the key to change."""
+        if self.spec.model.lora:
+            adapters.check(self.student, self.device, self.plan.zero_stage)
+        for who, weights in self._models:
+            check_deterministic(weights, who, self.device)
+        if self.spec.model.activation_checkpointing:
+            activation_checkpointing.check(self.student, self.spec.model.path, self.device)
 
     def _open_beside(self) -> Teacher | None:
         """What the teacher is blended with."""
