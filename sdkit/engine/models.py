@@ -127,7 +127,7 @@ def _refuse_changed_logits(model: Any, located: str) -> None:
 
 def _refuse_adapter(spec: ModelSpec, located: str) -> None:
     """transformers would open the adapter's base model and put the adapter on it."""
-    from transformers.utils import find_adapter_config_file
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     if find_adapter_config_file(located, revision=spec.revision) is not None:
         raise BadData(f"{located} {IS_ADAPTER}", hint=MERGE_FIRST)
