@@ -139,7 +139,7 @@ class Weights:
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
         """The causal language model, with these weights switched on inside the block."""
-        layers = list(_adapter_layers(self.model))
+        layers = list(adapter_layers(self.model))
         before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
         for layer in layers:
             layer._disable_adapters = self.adapter is None
@@ -173,19 +173,21 @@ class Weights:
         Sharded parameters are whole one block at a time, so projections that an engine fuses come together.  All ranks
         go through to the end.
         """
-        merged = {id(layer.get_base_layer().weight): layer for layer in _adapter_layers(self.model)}
+        adapted = {id(adapted_parameter(layer)): layer for layer in adapter_layers(self.model)}
         for block in _blocks(self.causal).values():
             with self.shards.gathered(list(block.values())):
                 for name, parameter in block.items():
                     if ".lora_" in name:
                         continue
-                    layer = merged.get(id(parameter))
-                    yield (
-                        name.replace(".base_layer.", "."),
-                        parameter.detach() if layer is None else self._with_delta(layer, parameter),
-                    )
+                    layer = adapted.get(id(parameter))
+                    # Adapters of several parameters of one module are nested.
+                    own_name = name.replace(".base_layer", "")
+                    yield own_name, parameter.detach() if layer is None else self.merged(layer)
 
-    def _with_delta(self, layer: Any, parameter: Tensor) -> Tensor:
+    @torch.no_grad()
+    def merged(self, layer: Any) -> Tensor:
+        """A copy of the weights that an adapter changes, with these weights' adapter merged into it."""
+        parameter = adapted_parameter(layer)
         if self.adapter is None:
             return parameter.detach()
         delta = layer.get_delta_weight(self.adapter).float()
@@ -203,9 +205,15 @@ def _blocks(causal: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return found
 
 
-def _adapter_layers(model: nn.Module) -> Iterator[Any]:
+def adapter_layers(model: nn.Module) -> Iterator[Any]:
+    """The layers that have adapters, as PEFT wraps them."""
     if not hasattr(model, "peft_config"):
         return
     from peft.tuners.lora import LoraLayer
 
     yield from (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def adapted_parameter(layer: Any) -> nn.Parameter:
+    """The base parameter that a layer's adapter changes: a weight, or experts stacked in one tensor."""
+    return layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight

@@ -266,4 +266,5 @@ def _further_adapter(student: Weights, adapter: str) -> dict[str, Tensor]:
         for name, tensor in pairs.items():
             tensor.copy_(parameters[name])
     model.set_adapter(STUDENT_ADAPTER)
+    model.eval()  # new modules start in training mode
     return pairs

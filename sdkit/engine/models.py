@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from sdkit.bundled import BUNDLED, PREFIX
-from sdkit.engine import zero
+from sdkit.engine import activation_checkpointing, adapters, zero
 from sdkit.problems import BadData, BadEnvironment, first_line
-from sdkit.seeds import derive
-from sdkit.specs import ExternalWeights, LoraSpec, ModelSpec, VllmServerBackend
+from sdkit.rules.base import IS_ADAPTER, MERGE_FIRST
+from sdkit.specs import ExternalWeights, ModelSpec, VllmServerBackend
 from sdkit.vocabulary import first_difference
-from sdkit.weights import STUDENT_ADAPTER
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -99,6 +98,7 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
 
     logging.disable_progress_bar()
     try:
+        _refuse_adapter(spec, located)
         model: Any = AutoModelForCausalLM.from_pretrained(
             located,
             revision=spec.revision,
@@ -110,33 +110,20 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
     except (OSError, ValueError, ImportError, AssertionError) as error:
         raise BadData(f"cannot load {located}: {first_line(error)}") from None
     if spec.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        activation_checkpointing.enable(model)
     if spec.lora:
-        model = _with_adapter(model, spec.lora, seed)
-        if spec.activation_checkpointing:
-            model.enable_input_require_grads()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        model = adapters.attach(model, spec.lora, seed)
+    # Never in training mode: dropout and noise would make ratios and recomputed activations differ.
+    model.eval()
     return model
 
 
-def _with_adapter(model: Any, lora: LoraSpec, seed: int) -> Any:
-    from peft import LoraConfig, get_peft_model
+def _refuse_adapter(spec: ModelSpec, located: str) -> None:
+    """transformers would open the adapter's base model and put the adapter on it."""
+    from transformers.utils.peft_utils import find_adapter_config_file
 
-    targets = "all-linear" if lora.targets == "all_linear" else list(lora.targets)
-    options: Any = {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0}
-    config = LoraConfig(target_modules=targets, **options)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "adapter"))
-            return get_peft_model(
-                model, config, adapter_name=STUDENT_ADAPTER, autocast_adapter_dtype=False
-            )
-    except ValueError as error:
-        raise BadData(
-            f"model.lora.targets: {first_line(error)}", path=("model", "lora", "targets")
-        ) from None
+    if find_adapter_config_file(located, revision=spec.revision) is not None:
+        raise BadData(f"{located} {IS_ADAPTER}", hint=MERGE_FIRST)
 
 
 def _bundled(name: str) -> Path:

@@ -20,11 +20,12 @@ from sdkit.components.vllm import VllmRollouts
 from sdkit.components.vllm_canary import draw_canary
 from sdkit.components.vllm_scores import ServedModel
 from sdkit.components.vllm_server import ServerPool
-from sdkit.engine import ranks, zero, zero_shards
+from sdkit.engine import activation_checkpointing, adapters, ranks, zero, zero_shards
 from sdkit.engine.ahead import Ahead
 from sdkit.engine.known_ids import KnownIds
 from sdkit.engine.models import end_ids, load_model, locate, special_ids, vocabulary
 from sdkit.engine.prepare import Data
+from sdkit.engine.probes import check_deterministic
 from sdkit.engine.row_probe import measure_longest_pack, padding_shows_in_samples
 from sdkit.engine.server_rollouts import ServerRollouts
 from sdkit.engine.step import Student
@@ -106,6 +107,7 @@ class World:
             _ = weights.transform
         self.rows, self.ids_below = self._vocabulary()
         self._check_model()
+        self._probe_models()
         self.longest_pack = measure_longest_pack(self)
         backends = plan.backend, plan.evaluation_backend
         self.pads_samples = not (
@@ -221,6 +223,15 @@ class World:
         with blaming(*(("teacher", "weights") if weights.foreign else ("model", "path"))):
             known.check(self.data.tokenizer, "the text", (self.data.largest_id,))
             known.check(self.data.tokenizer, "the list of end tokens", self.end_ids)
+
+    def _probe_models(self) -> None:
+        """What only a forward pass can say.  Raises BadData naming the key to change."""
+        if self.spec.model.lora:
+            adapters.check(self.student, self.device, self.plan.zero_stage)
+        for who, weights in self.models:
+            check_deterministic(weights, who, self.device)
+        if self.spec.model.activation_checkpointing:
+            activation_checkpointing.check(self.student, self.spec.model.path, self.device)
 
     def _open_beside(self) -> Teacher | None:
         """What the teacher is blended with."""

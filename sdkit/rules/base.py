@@ -34,6 +34,10 @@ from sdkit.templates import Field, TemplateError, parse
 Finding = tuple[Path, str, str | None]
 """The path of a key, the message, and perhaps a hint."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+IS_ADAPTER = "is a PEFT adapter, not a model"
+MERGE_FIRST = "merge it (`sdkit export RUN --merge-lora`, or PEFT's merge_and_unload) and name the merged model's folder"
+
 
 @frozen(eq=False)
 class Context:
@@ -185,6 +189,8 @@ def no_model(where: Path, path: str, context: Context) -> Iterator[Finding]:
         return
     if not os.path.isdir(folder):
         yield where, f"there is no folder {path}", "paths start at the spec's folder"
+    elif os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
+        yield where, f"folder {path} {IS_ADAPTER}", MERGE_FIRST
     elif not os.path.isfile(os.path.join(folder, "config.json")):
         yield where, f"folder {path} has no config.json, so it is no model", None
 

@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from sdkit.functions import fault_of
 from sdkit.problems import outside, shorten
 from sdkit.reading import file_names
-from sdkit.rules.base import Context, Finding, columns_of, did_you_mean, run_rule
+from sdkit.rules.base import (
+    ADAPTER_CONFIG,
+    IS_ADAPTER,
+    Context,
+    Finding,
+    columns_of,
+    did_you_mean,
+    run_rule,
+)
 from sdkit.specs import (
     ExperimentSpec,
     FileReward,
@@ -154,6 +162,8 @@ def reward_model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Find
             folder = context.file(reward.path)
             if not os.path.isdir(folder):
                 yield path, f"there is no folder {reward.path}", "paths start at the spec's folder"
+            elif os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
+                yield path, f"{reward.path} {IS_ADAPTER}", "merge it into its base model first"
             elif not os.path.isfile(os.path.join(folder, "config.json")):
                 yield path, f"{reward.path} has no config.json", None
             elif not any(file.endswith(".safetensors") for file in file_names(folder)):
