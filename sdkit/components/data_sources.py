@@ -81,7 +81,7 @@ def _map(value: Any) -> Raw | Fault:
 def _regular(path: Path, name: str) -> None:
     """Raise BadData where reading would never end, or never begin: a pipe, a device."""
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise BadData(f"cannot read {name}: not a regular file")
+        raise BadData(f"cannot read {name}: this is a pipe or a device, not a regular file")
 
 
 def _bytes(path: Path, name: str) -> bytes:

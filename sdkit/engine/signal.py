@@ -50,7 +50,7 @@ def watch(student: Student) -> list[Pass]:
             )
         return inner(hidden, batch, *given)
 
-    student._projected = projected
+    vars(student)["_projected"] = projected
     return passes
 
 

@@ -17,7 +17,6 @@ from sdkit.shapes import shape_at
 from sdkit.specs import (
     DataSpec,
     Distillation,
-    EarlierTurns,
     ExperimentSpec,
     LossTerm,
     MethodSpec,
@@ -25,7 +24,6 @@ from sdkit.specs import (
     ReferenceKl,
     Sees,
     ShapeSpec,
-    TextSlot,
     UserTurn,
     needs_teacher,
 )
@@ -131,24 +129,20 @@ def consultations(spec: MethodSpec) -> Iterator[tuple[Path, str]]:
 
 
 def adds_no_view(sees: Sees | None) -> bool:
-    """Whether the teacher's prompt is the student's: the context has no slot, and no text but blanks."""
+    """Whether the teacher's prompt is the student's: a user turn with the prompt alone.  Other contexts have text."""
     if sees is None:
         return True
-    if isinstance(sees, EarlierTurns):
-        texts = [text for turn in sees.turns for text in (turn.user, turn.assistant)]
-    else:
-        texts = [sees.template]
+    if (
+        not isinstance(sees, UserTurn) or sees.slots
+    ):  # a slot that the template does not use has a rule of its own
+        return False
     try:
-        parts = [part for text in texts for part in parse(text)]
+        parts = parse(sees.template)
     except TemplateError:
         return False
-    fields = [part.name for part in parts if isinstance(part, Field)]
-    prompts = 1 if isinstance(sees, UserTurn) else 0
-    texts = [part for part in parts if isinstance(part, str)]
-    texts += [
-        slot.text if isinstance(slot, TextSlot) else slot.kind for slot in sees.slots.values()
+    return [part for part in parts if not isinstance(part, str) or part.strip()] == [
+        Field("prompt")
     ]
-    return fields.count("prompt") == prompts and not any(map(str.strip, texts))
 
 
 def data_of(spec: ExperimentSpec) -> Iterator[tuple[Path, DataSpec]]:

@@ -141,11 +141,12 @@ def spec_field(
     def check(_instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         if range and value is not None and not isinstance(value, Schedule):
             _check(range, value, attribute.name)
-        if isinstance(value, Table):
-            for name in value if names else ():
+        if names and isinstance(value, Table):
+            for name in value:
                 _check(names, name, attribute.name)
-        for item in scalars_of(value) if each else ():
-            _check(each, item, attribute.name)
+        if each:
+            for item in scalars_of(value):
+                _check(each, item, attribute.name)
 
     meta = {"help": help, "range": range, "each": each, "names": names, "key": key}
     return attrs.field(default=default, validator=check, metadata=meta, kw_only=True)

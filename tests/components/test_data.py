@@ -480,7 +480,7 @@ def test_a_saved_format_changes_no_value(sources, tmp_path):
 def test_a_pipe_is_no_data_file(kind, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     error = fault(spec(kind(path="pipe")), tmp_path)
-    assert error.message == "cannot read pipe: not a regular file"
+    assert error.message == "cannot read pipe: this is a pipe or a device, not a regular file"
 
 
 # ── order, overlap, fingerprint ───────────────────────────────────────────────────────────────
