@@ -141,7 +141,6 @@ FAILING = {
         "error: run.yaml:10:77: negative in mine.py returned -1",
         "",
     ),
-    "an empty prompt": (("q: 2 + 2", "q: ''"), "error: run.yaml:2:1: data.source.rows row 1:", ""),
     "a template that leaves no room": (
         ("slots: {dem", "max_prompt_tokens: 2, slots: {dem"),
         "error: run.yaml:8:3: row ",

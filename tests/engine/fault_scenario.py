@@ -151,7 +151,9 @@ def main(folder, work):
         scenario.train(f"{fault} alone", 1, fault=fault)
     scenario.resume("kill alone", 1)
     # The first step makes the weights so large that nothing which they give is a number, the samples' own included.
-    scenario.train("not finite", 2, "optimizer.lr=1e6", "optimizer.weight_decay=1e6")
+    scenario.train(
+        "not finite", 2, "optimizer.lr=1e6", "optimizer.weight_decay=1e6", "optimizer.decay=all"
+    )
     again = work / "not finite"
     scenario.run("replayed", 2, "replay", f"{again}@1")
     calmer = (

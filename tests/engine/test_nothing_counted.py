@@ -10,7 +10,13 @@ from tinyruns import distil, lines, make_spec, metrics, train, training
 from tinyruns import rollout as sampling
 from tinyruns import teacher as teacher_of
 
-from sdkit.batches import BlendedScores, HiddenScores, RolloutBatch, RoutedScores
+from sdkit.batches import (
+    BlendedScores,
+    HiddenScores,
+    LogitTransform,
+    RolloutBatch,
+    RoutedScores,
+)
 from sdkit.engine.collate import collate, without_rows
 from sdkit.engine.counting import count_tokens
 from sdkit.engine.step import Student
@@ -134,7 +140,9 @@ def gradients(term, batch, kind, chunk=2):
     count = len(batch.tokens)
     hidden = torch.randn(count, HIDDEN, generator=draw).requires_grad_()
     head = torch.nn.Parameter(torch.randn(VOCABULARY, HIDDEN, generator=draw))
-    weights = SimpleNamespace(model=None, shards=WHOLE, head=head, states=lambda _: hidden)
+    weights = SimpleNamespace(
+        model=None, shards=WHOLE, head=head, transform=LogitTransform(), states=lambda _: hidden
+    )
     student = Student(weights, 1.0, chunk, VOCABULARY)
     of_teacher = scores(kind, count, batch.tokens.token) if needs_teacher(term) else None
     reference = scores("hidden", count, batch.tokens.token)
