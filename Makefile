@@ -40,6 +40,7 @@ lint: setup
 	$(BIN)/ruff check sdkit tests tools
 	$(BIN)/ruff format --check sdkit tests tools
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 # Two tests at a time, each file's in one process, each process with one thread for its arithmetic.
 test: lint

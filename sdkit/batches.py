@@ -15,8 +15,8 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from sdkit.problems import BadData
-from sdkit.texts import Fault, text_of
+from sdkit.language.errors import BadData
+from sdkit.language.row_text import Fault, text_of
 
 Message = Mapping[str, str]
 """One chat message: {"role": "system" | "user" | "assistant", "content": text}."""
@@ -55,7 +55,7 @@ class Attempt:
 
 
 @frozen(eq=False, kw_only=True)
-class Evidence:
+class GroupOutcome:
     """What is known of a rollout once its group has been judged."""
 
     group: Sequence[Attempt]  # all rollouts of the prompt, in order
@@ -64,7 +64,7 @@ class Evidence:
 
 
 @frozen(kw_only=True)
-class Sampling:
+class SamplingParams:
     """How to sample; temperature 0 is greedy."""
 
     temperature: float
@@ -76,7 +76,7 @@ class Sampling:
 
 
 @frozen(kw_only=True)
-class Request:
+class SamplingRequest:
     """One completion asked of a backend."""
 
     prompt_ids: tuple[int, ...]
@@ -93,7 +93,7 @@ class Completion:
 
 
 @frozen(eq=False, kw_only=True)
-class Counted:
+class LossMask:
     """The tokens of a completion that one loss term counts, and what each of them weighs."""
 
     positions: tuple[int, ...]  # ascending
@@ -117,13 +117,13 @@ class Rollout:
     finished: bool
     reward: float | None = None  # of the reward that training uses
     teacher_route: int = 0  # which of a routed teacher's routes is its teacher
-    filled: tuple[str, ...] = ()  # slots of the teacher's context that had something to say
+    filled_slots: tuple[str, ...] = ()  # slots of the teacher's context that had something to say
     advantage: float | None = None  # the reward against its group
     group_rewards: tuple[float, ...] = ()  # of all rollouts of the group, as sampled
-    measures: Mapping[str, tuple[float, ...]] = field(
+    token_statistics: Mapping[str, tuple[float, ...]] = field(
         factory=dict
     )  # per token, before the first update on this batch (measures.py)
-    counted: Mapping[str, Counted] | None = None  # per loss term; None: not worked out yet
+    loss_masks: Mapping[str, LossMask] | None = None  # per loss term; None: not worked out yet
     branch: Literal["then", "otherwise"] | None = None  # of the method's route, where it has one
 
 
@@ -147,7 +147,7 @@ class RolloutBatch:
                 values = getattr(r, name)
                 if values is not None and len(values) != len(r.completion_ids):
                     raise ValueError(f"{len(values)} {name} for {len(r.completion_ids)} tokens")
-            for name, values in r.measures.items():
+            for name, values in r.token_statistics.items():
                 if len(values) != len(r.completion_ids):
                     raise ValueError(f"{len(values)} {name} for {len(r.completion_ids)} tokens")
             if not r.prompt_ids:
@@ -171,26 +171,26 @@ class RolloutBatch:
 
 
 @frozen(eq=False, kw_only=True)
-class Text:
+class UnpaddedSequence:
     """One sequence without padding, and the positions of its completion whose tokens are among the M."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
-    kept: tuple[int, ...]
+    positions: tuple[int, ...]
 
 
 @frozen(eq=False, kw_only=True)
-class Sequences:
+class PaddedSequences:
     """Padded token ids for one forward pass, and where the M counted tokens are predicted."""
 
     input_ids: Tensor  # [R, S] long; R = N rows, or fewer where rollouts share their prompt
     attention_mask: Tensor  # [R, S] long, 1 on tokens, padding on the right; [R, 1, S, S] bool where rows are shared
     positions: Tensor | None  # [R, S] long where rows are shared
     tokens: int  # without padding
-    predicts: (
+    predictor_index: (
         Tensor  # [M] long; index into the flattened [R * S] of the state that predicts a token
     )
-    texts: tuple[Text, ...]  # the N sequences one by one
+    texts: tuple[UnpaddedSequence, ...]  # the N sequences one by one
 
 
 @frozen(eq=False, kw_only=True)
@@ -206,7 +206,9 @@ class Tokens:
     old_logprobs: Tensor | None  # [M] float32; None: the log-probabilities now, detached
     ratio: Tensor | None = None  # [M] float32; sampler correction where it needs whole sequences
     advantages: Tensor | None = None  # [M] float32; from the reward of the token's rollout
-    taught: Tensor | None = None  # [M] bool; whether its rollout has a teacher prompt (None: all)
+    has_teacher: Tensor | None = (
+        None  # [M] bool; whether its rollout has a teacher prompt (None: all)
+    )
     sequence_means: Mapping[str, Tensor] = field(
         factory=dict
     )  # [M] float32 each, of what a term needs the mean over whole sequences of (objective.py)
@@ -234,7 +236,7 @@ class Tokens:
             old_logprobs=optional(self.old_logprobs),
             ratio=optional(self.ratio),
             advantages=optional(self.advantages),
-            taught=optional(self.taught),
+            has_teacher=optional(self.has_teacher),
             sequence_means={name: change(x) for name, x in self.sequence_means.items()},
         )
 
@@ -243,8 +245,8 @@ class Tokens:
 class MicroBatch:
     """What one forward and backward pass needs.  May hold no rows at all (a rank that ran short)."""
 
-    student: Sequences
-    teacher: Sequences | None
+    student: PaddedSequences
+    teacher: PaddedSequences | None
     tokens: Tokens
     rows: int  # N
     teacher_routes: tuple[int, ...]  # [N]; which of a routed teacher's routes scores a sequence
@@ -289,7 +291,7 @@ PLAIN = LogitTransform()
 
 
 @frozen(eq=False, kw_only=True)
-class HiddenScores:
+class HiddenStateScores:
     """A local teacher's answer: hidden states, projected chunk by chunk beside the student's."""
 
     hidden: Tensor  # [M, H]
@@ -308,16 +310,16 @@ class RoutedScores:
 
 
 @frozen(eq=False, kw_only=True)
-class ToldScores:
+class TopKLogprobs:
     """What a teacher told of a few ids alone, at temperature 1: its k likeliest, and the sampled token."""
 
     ids: Tensor  # [M, K] long, likeliest first; K may be 0
     logprobs: Tensor  # [M, K] float32; -inf: no such token (the student has no such id)
     sampled: Tensor  # [M] float32
 
-    def at(self, places: slice | Tensor) -> ToldScores:
+    def at(self, places: slice | Tensor) -> TopKLogprobs:
         """The same of some of the tokens."""
-        return ToldScores(
+        return TopKLogprobs(
             ids=self.ids[places], logprobs=self.logprobs[places], sampled=self.sampled[places]
         )
 
@@ -334,7 +336,7 @@ class BlendedScores:
     factors: tuple[float, ...]  # one a part, as they are at this optimizer step; none of them 0
 
 
-TeacherScores = HiddenScores | RoutedScores | ToldScores | BlendedScores
+TeacherScores = HiddenStateScores | RoutedScores | TopKLogprobs | BlendedScores
 """What a teacher says of the counted tokens."""
 
 
@@ -347,7 +349,9 @@ class RolloutBackend(Protocol):
         """Take these weights; returns figures of the transfer (seconds, canary difference)."""
         ...
 
-    def sample(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def sample(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams
+    ) -> list[Completion]:
         """One completion per request, in order; equal requests give equal completions."""
         ...
 

@@ -1,5 +1,6 @@
 """Fixtures for every test: a tiny model on disk, and the folder of real data sets."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -8,12 +9,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from tinyruns import make_spec
+
+from sdkit.batches import Row
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A tiny random Llama with its tokenizer, in Hugging Face format."""
-    from sdkit.engine import tiny
+    from sdkit.models import tiny
 
     return tiny.build(tmp_path_factory.mktemp("tiny") / "model")
 
@@ -32,3 +36,66 @@ def real_data():
     if not folder:
         pytest.skip("SDKIT_TEST_DATA names no folder with sciknoweval/ and tooluse/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def _leave_at_the_end():
+    yield
+    from sdkit.distributed import zero
+
+    zero.stop()
+
+
+@pytest.fixture
+def process_group(_leave_at_the_end):
+    """DeepSpeed's process group of one; a whole run leaves it, so each test joins anew where it must."""
+    from sdkit.distributed import zero
+
+    zero.start()
+
+
+@pytest.fixture
+def open_tiny(tiny_folder, process_group, tmp_path):
+    """Open a world from changes to the small run; closed at the end of the test."""
+    from sdkit.train.run import open_world
+
+    worlds = []
+
+    def opened(spec=None, **changes):
+        worlds.append(open_world(spec or make_spec(tiny_folder, **changes), tmp_path))
+        return worlds[-1]
+
+    yield opened
+    for world in worlds:
+        world.close()
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer(tiny_tokenizer):
+    """The tiny tokenizer without a chat template."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def switching_tokenizer(tiny_tokenizer):
+    """Its generation prompt closes the thinking at once unless the system message says /think."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    closed = "{% if '/think' not in messages[0]['content'] %}<think></think>{% endif %}"
+    invite = "<|im_start|>assistant\n"
+    tokenizer.chat_template = tokenizer.chat_template.replace(invite, invite + closed)
+    assert closed in tokenizer.chat_template
+    return tokenizer
+
+
+@pytest.fixture
+def make_row():
+    """A row from a prompt and columns; `before` stands before the prompt."""
+
+    def made(prompt="What is 2 + 2?", index=0, before=(), **columns):
+        messages = (*before, {"role": "user", "content": prompt})
+        columns = {"prompt": prompt, **columns}
+        return Row(index=index, messages=messages, columns=columns, raw=columns)
+
+    return made

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sdkit.language import load_spec
-from sdkit.problems import render
+from sdkit.language.errors import render
+from sdkit.language.load import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import attrs
 
-from sdkit.resolved import resolved
-from sdkit.specs import ExperimentSpec, Table
-from sdkit.surface import Key, is_spec, keys_of, members
+from sdkit.language.introspection import Key, is_spec, keys_of, members
+from sdkit.language.resolved import resolved
+from sdkit.language.specs import ExperimentSpec, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 INTRODUCTION = """# The language, key by key

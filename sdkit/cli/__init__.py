@@ -17,7 +17,7 @@ import typer
 
 from sdkit.cli import runs, saved, specs  # each adds its commands
 from sdkit.cli.app import FIRST, app
-from sdkit.problems import INTERRUPTED, SdkitError
+from sdkit.language.errors import INTERRUPTED, SdkitError
 
 __all__ = ["app", "main", "runs", "saved", "specs"]
 

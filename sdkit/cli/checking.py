@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from sdkit.cli.app import FIRST
-from sdkit.problems import SdkitError
+from sdkit.language.errors import SdkitError
 
 
 def check_spec(
@@ -26,8 +26,8 @@ def check_spec(
 
     Raises UnreadableInput where `run_file` is asked for and this is a method page.
     """
-    from sdkit.language import load_spec
-    from sdkit.problems import UnreadableInput
+    from sdkit.language.errors import UnreadableInput
+    from sdkit.language.load import load_spec
 
     checked = load_spec(path, overrides or (), base=base)
     if not checked.ok or (FIRST and warn):
@@ -49,7 +49,7 @@ def check_run(
 
     Raises and exits as `check_spec` does.
     """
-    from sdkit.engine.rundir import MARK, origin
+    from sdkit.runs.directory import MARK, origin
 
     base = Path(origin(run)["base"])
     checked = check_spec(run / MARK, overrides, run_file=True, base=base, warn=warn)
@@ -73,17 +73,17 @@ def placing(checked: Any) -> Iterator[None]:
 
 def print_problems(found: Sequence[Any], format: str) -> None:
     """Every problem of these specs once: text to standard error, `json` and `github` to standard output."""
-    from sdkit import problems
+    from sdkit.language import errors
 
     # Run files that share a method page share its problems.
     every = list(dict.fromkeys(p for checked in found for p in checked.problems))
     if format == "json":
-        typer.echo(problems.as_json(every))
+        typer.echo(errors.as_json(every))
     elif every and format == "github":
-        typer.echo(problems.as_github(every))
+        typer.echo(errors.as_github(every))
     elif every:
         texts = {name: text for checked in found for name, text in checked.texts.items()}
-        typer.echo(problems.render(every, texts), err=True)
+        typer.echo(errors.render(every, texts), err=True)
 
 
 def make_console() -> Any:

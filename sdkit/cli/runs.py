@@ -40,8 +40,8 @@ def train(
         plan(spec, overrides)
         return smoke_spec(checked, 2)
     _launch(checked.spec, processes)
-    from sdkit.engine.run import train as run_spec
-    from sdkit.show import annotated
+    from sdkit.language.show import annotated
+    from sdkit.train.run import train as run_spec
 
     folder = to or Path(checked.spec.output.folder) / spec.stem
     with placing(checked):
@@ -93,11 +93,17 @@ def serve(
 ) -> None:
     """Start a vLLM server that samples for a run of this spec; Ctrl-C ends it."""
     checked = check_spec(spec, overrides, run_file=True)
-    from sdkit.engine import serving
+    from sdkit.serving import serve as serving
+    from sdkit.train.inputs import longest_sequence
 
     with placing(checked):
         where = serving.address_of(checked.spec, host, port, allow_remote=allow_remote)
-        serving.serve(checked.spec, spec.resolve().parent, where, make_console(), max_tokens)
+        base = spec.resolve().parent
+
+        def longest(located: str) -> int:
+            return max_tokens or longest_sequence(checked.spec, base, located)
+
+        serving.serve(checked.spec, base, where, make_console(), longest)
 
 
 @app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
@@ -111,7 +117,7 @@ def evaluate(
     """Run a run file's evaluation on its start model, or on the model of a finished run."""
     checked, base = _evaluated(spec, overrides or [])
     _launch(checked.spec, processes)
-    from sdkit.engine.run import evaluate_only
+    from sdkit.train.run import evaluate_only
 
     with placing(checked):
         evaluate_only(checked.spec, base, make_console(), spec if spec.is_dir() else None)
@@ -121,7 +127,7 @@ def _evaluated(path: Path, overrides: list[str]) -> tuple[Any, Path]:
     """A checked spec whose model is to be evaluated, and the folder its paths start from."""
     if not path.is_dir():
         return check_spec(path, overrides, run_file=True), path.resolve().parent
-    from sdkit.engine.rundir import trained
+    from sdkit.runs.directory import trained
 
     own = [f"model.path={trained(path).resolve()}", "model.lora=null"]
     return check_run(path, [*own, *overrides], warn=bool(overrides))
@@ -164,15 +170,15 @@ def replay(
     """
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
-    from sdkit.engine.replay import open_recording
-    from sdkit.show import annotated
-    from sdkit.source import read
+    from sdkit.language.show import annotated
+    from sdkit.language.source import read
+    from sdkit.train.replay import open_recording
 
     recording = open_recording(recorded, steps)
     run = recording.run
     checked, base = check_run(run, overrides, warn=bool(overrides))
     _launch(checked.spec, processes)
-    from sdkit.engine.run import train as run_spec
+    from sdkit.train.run import train as run_spec
 
     console = make_console()
     console.print(f"replay: {recording}", markup=False, highlight=False)
@@ -192,10 +198,10 @@ def replay(
 
 def _launch(spec: Any, processes: int | None) -> None:
     """Where more than one rank is asked for, run them in place of this process, which then ends."""
-    from sdkit.engine.launch import launch, must_launch, this_command
+    from sdkit.distributed.launch import launch, must_launch, this_command
 
     if must_launch(processes):
-        from sdkit.plan import deal
+        from sdkit.plan.plan import prompts_per_rank
 
-        deal(spec, processes or 1)
+        prompts_per_rank(spec, processes or 1)
         raise typer.Exit(launch(processes or 1, this_command()))

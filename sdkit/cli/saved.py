@@ -35,7 +35,7 @@ def compare(
     ] = None,
 ) -> None:
     """Print and plot runs against tokens, steps and time, with intervals; no winner inside the noise."""
-    from sdkit.engine.compare_text import compare as compare_runs
+    from sdkit.runs.compare_text import compare as compare_runs
 
     compare_runs(runs, make_console(), to, x, score)
 
@@ -59,7 +59,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a Hugging Face folder with a model card: the trained model, or the adapter of a LoRA run."""
-    from sdkit.engine.export import export as write
+    from sdkit.runs.export import export as write
 
     checked, base = check_run(run)
     typer.echo(write(checked.spec, base, run, to, merge=merge_lora))
@@ -81,7 +81,7 @@ def convert(
     ],
 ) -> None:
     """Rewrite a run's newest checkpoint for another number of ranks; `sdkit train SPEC --resume` then continues with these."""
-    from sdkit.engine.converting import convert as rewrite
+    from sdkit.checkpoints.convert import convert as rewrite
 
     checked, _ = check_run(run)
 

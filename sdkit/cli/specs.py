@@ -20,7 +20,7 @@ def validate(
     format: Format = "text",
 ) -> None:
     """Check specs: every problem at once, with its place.  Loads nothing heavy."""
-    from sdkit.language import load_spec
+    from sdkit.language.load import load_spec
 
     found = {path: load_spec(path) for path in specs}
     print_problems(list(found.values()), format)
@@ -34,7 +34,7 @@ def validate(
 @app.command(epilog="Example: `sdkit show specs/sdft.yaml optimizer.lr=1e-5`")
 def show(spec: SpecPath, overrides: Overrides = None) -> None:
     """Print the resolved spec, each value with the place it comes from."""
-    from sdkit.show import annotated
+    from sdkit.language.show import annotated
 
     typer.echo(annotated(check_spec(spec, overrides)))
 
@@ -56,9 +56,9 @@ def plan(
 
     Of a method page: its objective, teacher and sampler.
     """
-    from sdkit.machine import machine_for, other_shapes, shape_of
-    from sdkit.plan import make_plan, plan_method
-    from sdkit.plan_text import render_method, render_plan
+    from sdkit.plan.machine import machine_for, other_shapes, shape_of
+    from sdkit.plan.plan import make_plan, plan_method
+    from sdkit.plan.text import render_method, render_plan
 
     checked = check_spec(spec, overrides, run_file=data > 0)
     if checked.kind == "method":
@@ -68,7 +68,7 @@ def plan(
     made = make_plan(run, machine_for(run), shape_of(run, spec.parent), other_shapes=shapes)
     typer.echo(render_plan(run, made))
     if data:
-        from sdkit.engine.preview import preview
+        from sdkit.train.preview import preview
 
         with placing(checked):
             preview(run, spec.parent, data, make_console())
@@ -90,7 +90,7 @@ def smoke(
 
 def smoke_spec(checked: Any, steps: int) -> None:
     """The smoke run of a checked spec, and one line on it."""
-    from sdkit.engine.smoke import smoke as run_smoke
+    from sdkit.train.smoke import smoke as run_smoke
 
     with placing(checked):
         lines = run_smoke(checked.spec, make_console(), steps, Path(checked.loaded.folder))

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdkit.batches import PLAIN, HiddenScores, LogitTransform, TeacherScores, Tokens, ToldScores
+from sdkit.batches import (
+    PLAIN,
+    HiddenStateScores,
+    LogitTransform,
+    TeacherScores,
+    Tokens,
+    TopKLogprobs,
+)
 from sdkit.losses.divergence import entropy
 from sdkit.losses.objective import Objective
-from sdkit.losses.scores import answer
 from sdkit.losses.scores import logits as logits_of
+from sdkit.losses.scores import select_scores
 from sdkit.losses.support import sampled_token, top_k_ids
 
 
@@ -49,7 +56,7 @@ def projected_loss(
         part = slice(start, start + chunk_tokens)
         with torch.no_grad():
             products = hidden[part] @ head.T
-            of_teacher = teacher and answer(teacher, part)
+            of_teacher = teacher and select_scores(teacher, part)
             of_reference = reference and logits_of(reference, part)
         products.requires_grad_(wanted)
         chunk = tokens.slice(part.start, part.stop)
@@ -79,7 +86,7 @@ def token_logprobs(
     transform: LogitTransform = PLAIN,
 ) -> Tensor:
     """Log-probability of each given token.  hidden [M, H], head [V, H], token [M] long -> [M] float32."""
-    scores = HiddenScores(hidden=hidden, head=head, transform=transform)
+    scores = HiddenStateScores(hidden=hidden, head=head, transform=transform)
     return scored_logprobs(scores, token, temperature, chunk_tokens)
 
 
@@ -90,7 +97,7 @@ def scored_logprobs(
 
     Of what a teacher told these are the sampled tokens; ValueError at another temperature than 1.
     """
-    if isinstance(scores, ToldScores):
+    if isinstance(scores, TopKLogprobs):
         if temperature != 1:
             raise ValueError(f"the teacher told of temperature 1, not of {temperature:g}")
         return scores.sampled
@@ -98,7 +105,7 @@ def scored_logprobs(
     return torch.cat([sampled_token(logprobs, token[part]) for part, logprobs in chunks])
 
 
-def token_measures(
+def token_logprobs_and_entropy(
     scores: TeacherScores, token: Tensor, temperature: float, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each given token, and the entropy of the distribution it is from.  -> twice [M] float32."""
@@ -108,14 +115,14 @@ def token_measures(
     return torch.cat(own), torch.cat(spread)
 
 
-def narrowed(scores: TeacherScores, token: Tensor, k: int, chunk_tokens: int) -> ToldScores:
+def top_k_of(scores: TeacherScores, token: Tensor, k: int, chunk_tokens: int) -> TopKLogprobs:
     """What a whole teacher would tell, were it asked as a served one is.  token [M] long: the sampled ids."""
-    parts: list[ToldScores] = []
+    parts: list[TopKLogprobs] = []
     for part, logprobs in _logprobs(scores, len(token), 1.0, chunk_tokens):
         ids = top_k_ids(logprobs, k)
         own = sampled_token(logprobs, token[part])
-        parts.append(ToldScores(ids=ids, logprobs=logprobs.gather(-1, ids), sampled=own))
-    return ToldScores(
+        parts.append(TopKLogprobs(ids=ids, logprobs=logprobs.gather(-1, ids), sampled=own))
+    return TopKLogprobs(
         ids=torch.cat([p.ids for p in parts]),
         logprobs=torch.cat([p.logprobs for p in parts]),
         sampled=torch.cat([p.sampled for p in parts]),

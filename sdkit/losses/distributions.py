@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdkit.batches import ToldScores
+from sdkit.batches import TopKLogprobs
 from sdkit.losses.divergence import entropy
 from sdkit.losses.support import sampled_token
 
@@ -19,12 +19,12 @@ class Distributions:
     def __init__(
         self,
         student_logits: Tensor,
-        teacher: Tensor | ToldScores | None,
+        teacher: Tensor | TopKLogprobs | None,
         reference_logits: Tensor | None = None,
     ) -> None:
         self._logits = {"student": student_logits}
-        self.told = teacher if isinstance(teacher, ToldScores) else None
-        whole = None if isinstance(teacher, ToldScores) else teacher
+        self.told = teacher if isinstance(teacher, TopKLogprobs) else None
+        whole = None if isinstance(teacher, TopKLogprobs) else teacher
         for side, logits in (("teacher", whole), ("reference", reference_logits)):
             if logits is not None:
                 if logits.shape != student_logits.shape:
@@ -51,12 +51,12 @@ class Distributions:
         """
         if self.told is None:
             whole = torch.ones_like(token, dtype=torch.bool) if counts is None else counts
-            return sampled_token(self.against("teacher", temperature, whole)[1], token)
+            return sampled_token(self.teacher("teacher", temperature, whole)[1], token)
         if temperature != 1:
             raise ValueError(f"the teacher told of temperature 1, not of {temperature:g}")
         return self.told.sampled
 
-    def against(self, side: str, temperature: float, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def teacher(self, side: str, temperature: float, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Student and the other side, twice [C, V]; counts [C] bool says which tokens matter.
 
         Elsewhere the other side is the student itself: an infinite difference would make a NaN on the way back, even

@@ -9,38 +9,9 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from sdkit.batches import Counts, Tokens, ToldScores
-from sdkit.losses import average as averages
-from sdkit.losses.distributions import Distributions
-from sdkit.losses.divergence import (
-    Bounds,
-    forward_kl,
-    jsd,
-    linear_mix,
-    reverse_kl,
-    skewed_forward_kl,
-    skewed_reverse_kl,
-)
-from sdkit.losses.policy import importance_ratio, k1, sampled_token_surrogate, sequence_mean
-from sdkit.losses.policy_terms import (
-    Measures,
-    correction,
-    group_relative,
-    needs_sequence_means,
-    policy_gradient,
-    reference_kl,
-)
-from sdkit.losses.support import (
-    mass,
-    on_support,
-    on_told,
-    overlap,
-    sampled_token,
-    top_k_ids,
-    union_ids,
-)
-from sdkit.schedules import plain
-from sdkit.specs import (
+from sdkit.batches import Counts, Tokens, TopKLogprobs
+from sdkit.language.schedules import plain
+from sdkit.language.specs import (
     Average,
     Constant,
     CrossEntropy,
@@ -67,12 +38,41 @@ from sdkit.specs import (
     VocabularySupport,
     needs_teacher,
 )
+from sdkit.losses import average as averages
+from sdkit.losses.distributions import Distributions
+from sdkit.losses.divergence import (
+    Bounds,
+    forward_kl,
+    jsd,
+    linear_mix,
+    reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+)
+from sdkit.losses.policy import importance_ratio, k1, sampled_token_surrogate, sequence_mean
+from sdkit.losses.policy_terms import (
+    Measures,
+    correction,
+    group_relative,
+    needs_sequence_means,
+    policy_gradient,
+    reference_kl,
+)
+from sdkit.losses.support import (
+    mass,
+    on_served_top_k,
+    on_support,
+    overlap,
+    sampled_token,
+    top_k_ids,
+    union_ids,
+)
 
 UserDivergence = Callable[[Tensor, Tensor], Tensor]
 """A user's own: log-probabilities of student and teacher on the support, [C, K], [C, K] -> [C]."""
 
 
-def counted(mask: MaskSpec, length: int) -> range:
+def unmasked_span(mask: MaskSpec, length: int) -> range:
     """Positions of a completion of `length` tokens that a term counts; both bounds are taken from its start."""
     end = length if mask.prefix is None else min(length, mask.prefix)
     return range(min(mask.skip_first, end), end)
@@ -152,7 +152,7 @@ class Objective:
     def __call__(
         self,
         student_logits: Tensor,
-        teacher: Tensor | ToldScores | None,
+        teacher: Tensor | TopKLogprobs | None,
         tokens: Tokens,
         reference_logits: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -217,12 +217,12 @@ class Objective:
                 theirs = sides.teacher_sampled(tokens.token, temperature, counts)
                 return sampled_token_surrogate(own, theirs, term.clip.log_ratio), measures
             case VocabularySupport():
-                pair = sides.against("teacher", temperature, counts)
+                pair = sides.teacher("teacher", temperature, counts)
             case TopKSupport() as support if sides.told is not None:
-                pair, shares = _on_told(support, sides, temperature)
+                pair, shares = _on_served_top_k(support, sides, temperature)
                 measures |= shares
             case TopKSupport() as support:
-                pair, shares = _on_top_k(support, *sides.against("teacher", temperature, counts))
+                pair, shares = _on_top_k(support, *sides.teacher("teacher", temperature, counts))
                 measures |= shares
             case _:
                 assert_never(term.support)
@@ -316,7 +316,7 @@ def _on_top_k(
     return on_support(student, teacher, ids, duplicate, support.remainder), shares
 
 
-def _on_told(
+def _on_served_top_k(
     support: TopKSupport, sides: Distributions, temperature: float
 ) -> tuple[tuple[Tensor, Tensor], Measures]:
     """The same where the teacher told of its own top k, at temperature 1.
@@ -341,7 +341,7 @@ def _on_told(
     }
     if temperature == 1:
         shares["teacher_mass"] = kept.exp().sum(-1)
-    return on_told(student, kept / temperature, ids, support.remainder), shares
+    return on_served_top_k(student, kept / temperature, ids, support.remainder), shares
 
 
 def _bounds(clip: DivergenceClip) -> Bounds:

@@ -13,6 +13,19 @@ import torch
 from torch import Tensor
 
 from sdkit.batches import Tokens
+from sdkit.language.schedules import plain
+from sdkit.language.specs import (
+    AdvantageAdd,
+    AdvantageScale,
+    GroupRelative,
+    ImportanceSpec,
+    LogRatio,
+    LossTerm,
+    PolicyGradient,
+    ReferenceKl,
+    reward_part,
+    teacher_part,
+)
 from sdkit.losses.distributions import Distributions
 from sdkit.losses.divergence import reverse_kl
 from sdkit.losses.policy import (
@@ -30,19 +43,6 @@ from sdkit.losses.policy import (
     sequence_mean,
 )
 from sdkit.losses.support import sampled_token
-from sdkit.schedules import plain
-from sdkit.specs import (
-    AdvantageAdd,
-    AdvantageScale,
-    GroupRelative,
-    ImportanceSpec,
-    LogRatio,
-    LossTerm,
-    PolicyGradient,
-    ReferenceKl,
-    reward_part,
-    teacher_part,
-)
 
 Measures = dict[str, Tensor]
 """Figures per token, detached: name -> [C]."""
@@ -122,7 +122,9 @@ def _teachers(spec: LogRatio | None, log_ratio: Tensor, tokens: Tokens) -> Tenso
     """The teacher's part before it is centred: bounded below, 0 where a rollout has no teacher prompt.  [M] -> [M]."""
     if spec and spec.floor is not None:
         log_ratio = log_ratio.clamp(min=plain(spec.floor))
-    return log_ratio if tokens.taught is None else log_ratio.masked_fill(~tokens.taught, 0.0)
+    return (
+        log_ratio if tokens.has_teacher is None else log_ratio.masked_fill(~tokens.has_teacher, 0.0)
+    )
 
 
 def _sequence_mean(tokens: Tokens, name: str) -> Tensor:
@@ -205,7 +207,7 @@ def reference_kl(
     name: str, term: ReferenceKl, sides: Distributions, tokens: Tokens, temperature: float
 ) -> tuple[Tensor, Measures]:
     """ℓ [C] of the term called `name`, and its measures."""
-    student, reference = sides.against("reference", temperature, tokens.weights[name] > 0)
+    student, reference = sides.teacher("reference", temperature, tokens.weights[name] > 0)
     pair = [_counted_logprobs(side, tokens, name) for side in (student, reference)]
     match term.estimator:
         case "k2":

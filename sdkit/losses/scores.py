@@ -8,12 +8,18 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from sdkit.batches import BlendedScores, HiddenScores, RoutedScores, TeacherScores, ToldScores
+from sdkit.batches import (
+    BlendedScores,
+    HiddenStateScores,
+    RoutedScores,
+    TeacherScores,
+    TopKLogprobs,
+)
 
 
-def answer(scores: TeacherScores, at: slice | Tensor) -> Tensor | ToldScores:
+def select_scores(scores: TeacherScores, at: slice | Tensor) -> Tensor | TopKLogprobs:
     """Logits [C, V] of the tokens at these places of the M, or what was told of some ids."""
-    return scores.at(at) if isinstance(scores, ToldScores) else logits(scores, at)
+    return scores.at(at) if isinstance(scores, TopKLogprobs) else logits(scores, at)
 
 
 def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
@@ -23,19 +29,19 @@ def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
     ids were told of.
     """
     match scores:
-        case HiddenScores(hidden=hidden, head=head, transform=transform):
+        case HiddenStateScores(hidden=hidden, head=head, transform=transform):
             return transform(hidden[at] @ head.T)
         case RoutedScores(parts=parts, part=part, place=place, vocabulary=vocabulary):
             which, where = part[at], place[at]
-            answers = [wide(logits(each, where[which == i])) for i, each in enumerate(parts)]
+            answers = [widen(logits(each, where[which == i])) for i, each in enumerate(parts)]
             joined = answers[0].new_empty(len(which), vocabulary)
             for i, answer in enumerate(answers):
                 joined[which == i] = answer
             return joined
-        case ToldScores():
+        case TopKLogprobs():
             raise ValueError("a teacher that tells of a few ids has no logits of the vocabulary")
         case BlendedScores(parts=parts, factors=factors):
-            return _summed([wide(logits(part, at)) for part in parts], factors)
+            return _summed([widen(logits(part, at)) for part in parts], factors)
         case _:
             assert_never(scores)
 
@@ -53,6 +59,6 @@ def _summed(parts: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
     return total.masked_fill_(ruled_out, -torch.inf)
 
 
-def wide(values: Tensor) -> Tensor:
+def widen(values: Tensor) -> Tensor:
     """float32 at least."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

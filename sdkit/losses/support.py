@@ -76,7 +76,7 @@ def on_support(
     )
 
 
-def on_told(
+def on_served_top_k(
     student: Tensor, told: Tensor, ids: Tensor, remainder: Remainder
 ) -> tuple[Tensor, Tensor]:
     """`on_support` where the teacher is known on the ids alone.  [..., V], [..., K], [..., K] long -> the same.

@@ -29,12 +29,12 @@ def top_share(values: Tensor, share: float) -> Tensor:
     return chosen
 
 
-def rising(place: Tensor, smallest: float, middle: float, width: float) -> Tensor:
+def sigmoid_ramp(place: Tensor, smallest: float, middle: float, width: float) -> Tensor:
     """smallest + (1 − smallest) · sigmoid((place − middle) / width), place in (0, 1].  [M] -> [M].  arXiv 2605.21606."""
     return smallest + (1 - smallest) * torch.sigmoid((place - middle) / width)
 
 
-def sureness(entropy: Tensor, rate: float) -> Tensor:
+def entropy_weight(entropy: Tensor, rate: float) -> Tensor:
     """exp(−rate · entropy), divided by the mean over all M.  [M] -> [M].  arXiv 2604.02288."""
     if not entropy.numel():
         return torch.zeros_like(entropy)
@@ -56,7 +56,7 @@ def drift(gap: Tensor, row: Tensor, rows: int, strength: float) -> Tensor:
     return 1 + strength * (1 - share.clamp(0, 1))
 
 
-def half_solved(pass_rate: Tensor, power: float) -> Tensor:
+def pass_rate_variance(pass_rate: Tensor, power: float) -> Tensor:
     """(p · (1 − p))^power; 0 where all or none of a group succeeded.  [N] -> [N].  arXiv 2603.11178."""
     return (pass_rate * (1 - pass_rate)).clamp(min=0) ** power
 

@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from sdkit.language import load_spec
-from sdkit.machine import other_shapes, shape_of
-from sdkit.overlay import load
-from sdkit.problems import MOST_SHOWN, UnreadableInput, as_github, as_json, render
-from sdkit.reading import CONFIG, SOURCE_CODE, UnreadableFile, read_file, read_json_object
-from sdkit.structure import MOST_ENTRIES
-from sdkit.vocabulary import of_folder
+from sdkit.language.errors import MOST_SHOWN, UnreadableInput, as_github, as_json, render
+from sdkit.language.files import CONFIG, SOURCE_CODE, UnreadableFile, read_file, read_json_object
+from sdkit.language.load import load_spec
+from sdkit.language.overlay import load
+from sdkit.language.structure import MOST_ENTRIES
+from sdkit.language.vocabulary import of_folder
+from sdkit.plan.machine import other_shapes, shape_of
 
 RUN = """\
 model: {path: hub/model, dtype: float32}
@@ -264,7 +264,7 @@ def test_errors_are_shown_before_warnings(run_file):
     warnings = [f"losses.a{i}={{kind: cross_entropy, coefficient: 1}}" for i in range(3)]
     loaded = load(run_file, warnings)
     assert loaded.problems == ()
-    from sdkit.problems import Problem
+    from sdkit.language.errors import Problem
 
     many = [Problem((), f"w{i}", "w", severity="warning") for i in range(2 * MOST_SHOWN)]
     text = render([*many, Problem((), "the error", "e")], {})

@@ -5,10 +5,7 @@ import json
 import pytest
 from attrs import evolve
 
-from sdkit.accelerators import Machine
-from sdkit.machine import shape_of
-from sdkit.plan import make_plan
-from sdkit.specs import (
+from sdkit.language.specs import (
     CrossEntropy,
     DatasetSamples,
     DataSpec,
@@ -36,6 +33,9 @@ from sdkit.specs import (
     VllmBackend,
     VocabularySupport,
 )
+from sdkit.plan.accelerators import Machine
+from sdkit.plan.machine import shape_of
+from sdkit.plan.plan import make_plan
 
 GIGA = ShapeSpec(parameters=2**30, hidden=1, layers=1, vocabulary=1, context=10_000, kv_width=1)
 """So flat that attention and cache weigh nothing."""

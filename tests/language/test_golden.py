@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from golden import BAD, GOOD, printed
 
-from sdkit.language import load_spec
-from sdkit.rules import RULES
-from sdkit.structure import SHAPE_CODES
+from sdkit.language.load import load_spec
+from sdkit.language.rules import RULES
+from sdkit.language.structure import SHAPE_CODES
 
 SEVERAL = {"seven"}
 """Files with more than one problem."""

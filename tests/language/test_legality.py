@@ -4,12 +4,12 @@ import pytest
 from golden import TESTS
 
 from sdkit.batches import Rollout, RolloutBatch, Row
-from sdkit.engine.counting import count_tokens
-from sdkit.language import load_spec
-from sdkit.plan import Machine, make_plan
-from sdkit.plan_text import render_plan
-from sdkit.specs import TeacherWeights
-from sdkit.surface import members
+from sdkit.language.introspection import members
+from sdkit.language.load import load_spec
+from sdkit.language.specs import TeacherWeights
+from sdkit.plan.plan import Machine, make_plan
+from sdkit.plan.text import render_plan
+from sdkit.train.loss_masks import build_loss_masks
 
 REFUSED = {
     "1. a policy gradient on another's samples": "off_policy_gradient",
@@ -35,8 +35,8 @@ def test_a_rule_refuses_its_bad_example(rule):
 
 
 def test_5_the_kls_are_kinds_of_their_own_and_no_ends_of_the_mixture():
-    from sdkit.specs import ForwardKl, Jsd, ReverseKl
-    from sdkit.surface import keys_of
+    from sdkit.language.introspection import keys_of
+    from sdkit.language.specs import ForwardKl, Jsd, ReverseKl
 
     assert keys_of(ForwardKl) == {}
     assert set(keys_of(ReverseKl)) == {"detach_weights"}
@@ -55,7 +55,7 @@ def test_6_and_9_a_served_teacher_tells_a_few_ids_of_its_own(example):
 
 
 def test_7_a_rollout_without_its_context_counts_no_token_and_its_share_is_logged():
-    """The share is the metric rollout/with_teacher (tests/engine/test_rollouts.py)."""
+    """The share is the metric rollout/with_teacher (tests/sampling/test_rollouts.py)."""
     checked = load_spec(TESTS / "ok" / "sampled_token_divergence.yaml")
     assert checked.spec is not None
     row = Row(index=0, messages=({"role": "user", "content": "x"},), columns={}, raw={})
@@ -72,12 +72,12 @@ def test_7_a_rollout_without_its_context_counts_no_token_and_its_share_is_logged
         )
         for teacher in ((2, 1), None)
     )
-    counted = count_tokens(
+    counted = build_loss_masks(
         RolloutBatch(rollouts=with_and_without),
         checked.spec.losses,
         everywhere=lambda values: (values, slice(0, len(values))),
     )
-    positions = [r.counted["distil"].positions for r in counted if r.counted]
+    positions = [r.loss_masks["distil"].positions for r in counted if r.loss_masks]
     assert positions == [(0, 1), ()]
 
 

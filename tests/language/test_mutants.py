@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from sdkit.language import load_spec
-from sdkit.machine import machine_for, other_shapes, shape_of
-from sdkit.plan import make_plan, plan_method
-from sdkit.plan_text import render_method, render_plan
-from sdkit.problems import UnreadableInput, as_github, as_json, render
-from sdkit.scalars import dump
-from sdkit.show import annotated
-from sdkit.source import read
+from sdkit.language.errors import UnreadableInput, as_github, as_json, render
+from sdkit.language.load import load_spec
+from sdkit.language.scalars import dump
+from sdkit.language.show import annotated
+from sdkit.language.source import read
+from sdkit.plan.machine import machine_for, other_shapes, shape_of
+from sdkit.plan.plan import make_plan, plan_method
+from sdkit.plan.text import render_method, render_plan
 
 SPECS = Path(__file__).resolve().parents[2] / "specs"
 PAGES = sorted([*SPECS.glob("*.yaml"), *SPECS.glob("methods/*.yaml"), *SPECS.glob("papers/*.yaml")])

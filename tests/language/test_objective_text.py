@@ -1,9 +1,7 @@
 """What `sdkit plan` says of masks, weights, denominators, routes and blends."""
 
-from sdkit.accelerators import Machine
-from sdkit.objective_text import describe_losses, describe_route
-from sdkit.plan import make_plan
-from sdkit.specs import (
+from sdkit.language.objective_text import describe_losses, describe_route
+from sdkit.language.specs import (
     CrossEntropy,
     DataSpec,
     Distillation,
@@ -42,7 +40,9 @@ from sdkit.specs import (
     TrustRegionBlend,
     VocabularySupport,
 )
-from sdkit.teacher_text import describe_blend
+from sdkit.language.teacher_text import describe_blend
+from sdkit.plan.accelerators import Machine
+from sdkit.plan.plan import make_plan
 
 WEIGHTS = {
     "rising from 0.25 to 1 around 0.3 of the completion (width 0.1)": PositionWeight(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sdkit.language import load_spec
-from sdkit.overlay import is_run_file, load
+from sdkit.language.load import load_spec
+from sdkit.language.overlay import is_run_file, load
 
 PAGE = """
 rollout: {temperature: 0.5, stop: [a, b]}

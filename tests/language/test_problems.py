@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from sdkit.problems import (
+from sdkit.language.errors import (
     EXIT_CODES,
     INTERRUPTED,
     Place,

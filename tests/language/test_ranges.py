@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sdkit.overlay import load
-from sdkit.specs import ExperimentSpec, LoraSpec, OptimizerSpec, ServedWeights, Table
-from sdkit.specs.run import RENDERING_ARGUMENTS, TEMPLATE_OPTION
-from sdkit.structure import structure_run
-from sdkit.surface import Key, is_spec, keys_of, members
+from sdkit.language.introspection import Key, is_spec, keys_of, members
+from sdkit.language.overlay import load
+from sdkit.language.specs import ExperimentSpec, LoraSpec, OptimizerSpec, ServedWeights, Table
+from sdkit.language.specs.run import RENDERING_ARGUMENTS, TEMPLATE_OPTION
+from sdkit.language.structure import structure_run
 
 FLOAT32 = 3.4e38
 PLAIN_NAMES = {"losses", "slots", "rewards", "suites", "decoding"}

@@ -6,11 +6,11 @@ import re
 import pytest
 from golden import GOOD
 
-from sdkit.language import load_spec
-from sdkit.reading import SPEC
-from sdkit.scalars import dump
-from sdkit.show import _key, _text, annotated
-from sdkit.source import read_text
+from sdkit.language.files import SPEC
+from sdkit.language.load import load_spec
+from sdkit.language.scalars import dump
+from sdkit.language.show import _key, _text, annotated
+from sdkit.language.source import read_text
 
 NASTY = (
     *("true", "null", "Null", "~", "yes", "no", "1e5", "0x1F", "0o7", ".5", "-", "=", "<<", "1_0", "12:30", "2026-01-01"),

@@ -2,10 +2,8 @@
 
 import pytest
 
-from sdkit.accelerators import Machine
-from sdkit.plan import make_plan
-from sdkit.rules.served import is_loopback
-from sdkit.specs import (
+from sdkit.language.rules.served import is_loopback
+from sdkit.language.specs import (
     DataSpec,
     Distillation,
     EvaluationSpec,
@@ -27,6 +25,8 @@ from sdkit.specs import (
     TopKSupport,
     TrainingSpec,
 )
+from sdkit.plan.accelerators import Machine
+from sdkit.plan.plan import make_plan
 
 SERVED = ServedWeights(url="http://127.0.0.1:8000", model="big")
 ROWS = DataSpec(source=InlineSource(rows=(Table({"prompt": "one"}),)))

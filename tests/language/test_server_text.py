@@ -2,10 +2,7 @@
 
 import pytest
 
-from sdkit.accelerators import Machine
-from sdkit.plan import make_plan
-from sdkit.plan_text import render_plan
-from sdkit.specs import (
+from sdkit.language.specs import (
     CrossEntropy,
     DataSpec,
     ExperimentSpec,
@@ -19,6 +16,9 @@ from sdkit.specs import (
     TrainingSpec,
     VllmServerBackend,
 )
+from sdkit.plan.accelerators import Machine
+from sdkit.plan.plan import make_plan
+from sdkit.plan.text import render_plan
 
 TWO = VllmServerBackend(urls=("http://127.0.0.1:8000", "http://127.0.0.1:8001"))
 SHAPE = ShapeSpec(parameters=2**30, hidden=8, layers=1, vocabulary=16, context=64, kv_width=8)

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from sdkit.problems import UnreadableInput
-from sdkit.reading import SPEC
-from sdkit.scalars import dump
-from sdkit.source import read, read_text
+from sdkit.language.errors import UnreadableInput
+from sdkit.language.files import SPEC
+from sdkit.language.scalars import dump
+from sdkit.language.source import read, read_text
 
 
 def codes(text):

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from golden import GOOD
 
-from sdkit.language import load_spec
-from sdkit.overlay import load
-from sdkit.problems import UnreadableInput
-from sdkit.resolved import canonical_hash, resolved
-from sdkit.scalars import dump
-from sdkit.specs import ExperimentSpec, LinearMix, Schedule, Table
-from sdkit.structure import structure_method, structure_run
+from sdkit.language.errors import UnreadableInput
+from sdkit.language.load import load_spec
+from sdkit.language.overlay import load
+from sdkit.language.resolved import canonical_hash, resolved
+from sdkit.language.scalars import dump
+from sdkit.language.specs import ExperimentSpec, LinearMix, Schedule, Table
+from sdkit.language.structure import structure_method, structure_run
 
 EVERY_UNION = next(path for path in GOOD if path.stem == "every_union")
 

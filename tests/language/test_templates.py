@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdkit.templates import Field, TemplateError, fields, fill, parse
+from sdkit.language.templates import Field, TemplateError, fields, fill, parse
 
 
 def test_fields_and_text():

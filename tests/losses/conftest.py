@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdkit.batches import Counts, HiddenScores, Tokens
+from sdkit.batches import Counts, HiddenStateScores, Tokens
 
 Floats = Sequence[float]
 
@@ -134,13 +134,13 @@ def problem_of() -> Callable[..., SimpleNamespace]:
             row=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
             hidden=normal(count, width).requires_grad_(),
             head=normal(vocabulary, width).requires_grad_(),
-            teacher=HiddenScores(hidden=normal(count, width), head=normal(vocabulary, width)),
+            teacher=HiddenStateScores(hidden=normal(count, width), head=normal(vocabulary, width)),
             token=torch.randint(vocabulary, (count,), generator=draw),
             sampler_logprobs=-2 + 0.5 * normal(count).float(),
             old_logprobs=-2 + 0.5 * normal(count).float(),
             counts=Counts(rows=len(lengths), filled_rows=sum(n > 0 for n in lengths), tokens=count),
         )
-        problem.reference = HiddenScores(
+        problem.reference = HiddenStateScores(
             hidden=normal(count, width), head=normal(vocabulary, width)
         )
         problem.advantages = normal(len(lengths)).float()[problem.row]

@@ -3,9 +3,9 @@ import torch
 from torch.testing import assert_close
 
 from sdkit.batches import Counts
+from sdkit.language.specs import Constant, PerSequence, PerToken, SequenceSum, Sum
 from sdkit.losses import average
 from sdkit.losses.objective import row_weights
-from sdkit.specs import Constant, PerSequence, PerToken, SequenceSum, Sum
 
 ROWS = [[1.0, 2.0, 3.0, 4.0], [10.0, 20.0], [5.0], []]
 

@@ -7,12 +7,8 @@ import torch
 from attrs import evolve
 from torch.testing import assert_close
 
-from sdkit.batches import BlendedScores, HiddenScores, RoutedScores, Tokens
-from sdkit.losses.chunks import projected_loss, token_logprobs, token_measures
-from sdkit.losses.objective import Objective
-from sdkit.losses.policy_terms import sequence_means
-from sdkit.losses.scores import logits as logits_of
-from sdkit.specs import (
+from sdkit.batches import BlendedScores, HiddenStateScores, RoutedScores, Tokens
+from sdkit.language.specs import (
     Distillation,
     ForwardKl,
     Jsd,
@@ -24,6 +20,10 @@ from sdkit.specs import (
     TopKSupport,
     VocabularySupport,
 )
+from sdkit.losses.chunks import projected_loss, token_logprobs, token_logprobs_and_entropy
+from sdkit.losses.objective import Objective
+from sdkit.losses.policy_terms import sequence_means
+from sdkit.losses.scores import logits as logits_of
 
 FACTORS = {
     "trust region": (0.99, 0.01),
@@ -37,7 +37,7 @@ ALL = slice(None)
 
 def said(logits):
     """Scores whose logits are these, [M, V]."""
-    return HiddenScores(hidden=logits, head=torch.eye(logits.shape[-1], dtype=logits.dtype))
+    return HiddenStateScores(hidden=logits, head=torch.eye(logits.shape[-1], dtype=logits.dtype))
 
 
 def blended(factors, *parts):
@@ -127,7 +127,7 @@ def test_a_support_is_chosen_from_the_blend(logits, naive, tokens_of, factors, b
 def test_entropy_and_log_probability_are_the_blends(logits, naive, factors):
     scores = blended(factors, said(logits.teacher), said(logits.student.detach()))
     token = torch.tensor([3, 0, 6, 2, 2])
-    own, spread = token_measures(scores, token, 0.7, 2)
+    own, spread = token_logprobs_and_entropy(scores, token, 0.7, 2)
     for row, (z_t, z_s) in enumerate(
         zip(logits.teacher.tolist(), logits.student.tolist(), strict=True)
     ):
@@ -159,7 +159,7 @@ def chunked(problem, scores, chunk):
         old_logprobs=problem.old_logprobs,
     )
     now = token_logprobs(hidden, head, tokens.token, 1.0, chunk)
-    theirs, _ = token_measures(scores, tokens.token, 1.0, chunk)
+    theirs, _ = token_logprobs_and_entropy(scores, tokens.token, 1.0, chunk)
     means = sequence_means(losses, now, theirs, tokens, len(problem.lengths))
     tokens = evolve(tokens, sequence_means=means)
     loss, stats = projected_loss(hidden, head, scores, tokens, Objective(losses, 1.0), chunk)
@@ -178,7 +178,7 @@ def test_the_size_of_chunks_changes_nothing(problem_of, factors, routed):
         parts = []
         for i, head in enumerate((teacher.head, -teacher.head)):
             place[part == i] = torch.arange(int((part == i).sum()))
-            parts.append(HiddenScores(hidden=teacher.hidden[part == i], head=head))
+            parts.append(HiddenStateScores(hidden=teacher.hidden[part == i], head=head))
         teacher = RoutedScores(parts=tuple(parts), part=part, place=place, vocabulary=13)
     scores = blended(factors, teacher, problem.reference)
     whole = chunked(problem, scores, 100)
@@ -191,7 +191,7 @@ def test_parts_are_widened_before_they_are_summed():
     """1.25 · 258 − 0.25 · 256 is no number of bfloat16."""
     one = torch.ones(1, 1, dtype=torch.bfloat16)
     parts = [
-        HiddenScores(hidden=one, head=torch.tensor([[x]], dtype=torch.bfloat16))
+        HiddenStateScores(hidden=one, head=torch.tensor([[x]], dtype=torch.bfloat16))
         for x in (258.0, 256.0)
     ]
     told = logits_of(blended((1.25, -0.25), *parts), ALL)
@@ -216,7 +216,7 @@ def test_what_a_part_rules_out_stays_ruled_out(tokens_of, factors):
 
 def said_exactly(logits):
     """One token's scores with -inf among them: a hidden state of one number, its logits as the head."""
-    return HiddenScores(hidden=torch.ones(1, 1), head=logits.T)
+    return HiddenStateScores(hidden=torch.ones(1, 1), head=logits.T)
 
 
 # ── as an advantage ───────────────────────────────────────────────────────────────────────────

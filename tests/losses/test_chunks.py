@@ -4,11 +4,8 @@ from attrs import evolve
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
-from sdkit.batches import HiddenScores, LogitTransform, Tokens
-from sdkit.losses.chunks import projected_loss, token_logprobs
-from sdkit.losses.objective import Objective, row_weights, sampler_ratio
-from sdkit.losses.policy_terms import sequence_means
-from sdkit.specs import (
+from sdkit.batches import HiddenStateScores, LogitTransform, Tokens
+from sdkit.language.specs import (
     ClipSpec,
     Constant,
     CrossEntropy,
@@ -33,6 +30,9 @@ from sdkit.specs import (
     TopKSupport,
     VocabularySupport,
 )
+from sdkit.losses.chunks import projected_loss, token_logprobs
+from sdkit.losses.objective import Objective, row_weights, sampler_ratio
+from sdkit.losses.policy_terms import sequence_means
 
 AVERAGES = [
     PerToken(),
@@ -107,7 +107,7 @@ def sides(scores):
 
 
 def picked(scores, pick):
-    return HiddenScores(hidden=scores.hidden[pick], head=scores.head)
+    return HiddenStateScores(hidden=scores.hidden[pick], head=scores.head)
 
 
 def run(problem, rows=None, average=None, chunk=100):

@@ -6,9 +6,7 @@ import torch
 from attrs import evolve
 from torch.testing import assert_close
 
-from sdkit.losses.objective import Objective, counted, sampler_ratio
-from sdkit.losses.policy import importance_ratio
-from sdkit.specs import (
+from sdkit.language.specs import (
     CrossEntropy,
     Distillation,
     DivergenceClip,
@@ -28,6 +26,8 @@ from sdkit.specs import (
     TopKSupport,
     VocabularySupport,
 )
+from sdkit.losses.objective import Objective, sampler_ratio, unmasked_span
+from sdkit.losses.policy import importance_ratio
 
 DIVERGENCES = [
     ForwardKl(),
@@ -534,7 +534,7 @@ def test_no_distribution_is_computed_twice(monkeypatch, logits, tokens_of):
     ],
 )
 def test_counted(mask, length, expected):
-    assert list(counted(mask, length)) == expected
+    assert list(unmasked_span(mask, length)) == expected
 
 
 def test_what_an_objective_needs():

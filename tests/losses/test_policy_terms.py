@@ -8,9 +8,7 @@ import torch
 from attrs import evolve
 from torch.testing import assert_close
 
-from sdkit.losses.objective import Objective, sampler_ratio
-from sdkit.losses.policy_terms import reward_advantages, sequence_means
-from sdkit.specs import (
+from sdkit.language.specs import (
     AdvantageAdd,
     AdvantageScale,
     ClipSpec,
@@ -26,6 +24,8 @@ from sdkit.specs import (
     Table,
     VocabularySupport,
 )
+from sdkit.losses.objective import Objective, sampler_ratio
+from sdkit.losses.policy_terms import reward_advantages, sequence_means
 
 TOKEN = [3, 0, 6, 2, 2]
 ROW = [0, 0, 2, 2, 2]  # row 1 is empty

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from sdkit.losses.token_weights import (
     drift,
-    half_solved,
+    entropy_weight,
+    pass_rate_variance,
     perplexity,
-    rising,
-    sureness,
+    sigmoid_ramp,
     top_share,
 )
 
@@ -28,12 +28,12 @@ def long(*values):
 
 
 def test_position_golden():
-    found = rising(f64(0.1, 0.3, 0.6, 1.0), smallest=0.25, middle=0.30, width=0.10)
+    found = sigmoid_ramp(f64(0.1, 0.3, 0.6, 1.0), smallest=0.25, middle=0.30, width=0.10)
     assert_close(found, f64(0.339402, 0.625, 0.964431, 0.999317), atol=1e-6, rtol=0)
 
 
 def test_teacher_entropy_golden():
-    found = sureness(f64(0.1, 1.0, 2.0), rate=1.0)
+    found = entropy_weight(f64(0.1, 1.0, 2.0), rate=1.0)
     assert_close(found, f64(1.927849, 0.783805, 0.288346), atol=1e-6, rtol=0)
 
 
@@ -43,8 +43,10 @@ def test_drift_golden():
 
 
 def test_half_solved_by_hand():
-    assert_close(half_solved(f64(0.0, 0.25, 0.5, 1.0), 0.5), f64(0, math.sqrt(3) / 4, 0.5, 0))
-    assert_close(half_solved(f64(0.25), 1.0), f64(0.1875))
+    assert_close(
+        pass_rate_variance(f64(0.0, 0.25, 0.5, 1.0), 0.5), f64(0, math.sqrt(3) / 4, 0.5, 0)
+    )
+    assert_close(pass_rate_variance(f64(0.25), 1.0), f64(0.1875))
 
 
 def test_perplexity_by_hand():
@@ -124,7 +126,7 @@ def test_perplexity_is_a_loop_over_each_group(values, power):
 
 
 def test_weights_over_a_mean_have_mean_one(values):
-    assert sureness(values.abs(), 2.0).mean() == pytest.approx(1)
+    assert entropy_weight(values.abs(), 2.0).mean() == pytest.approx(1)
     weights = perplexity(values, owner, long(0, 0, 0, 0), 1.0)
     each = [weights[owner == i][0].item() for i in (0, 2, 3)]
     assert sum(each) / 3 == pytest.approx(1)
@@ -135,7 +137,7 @@ def test_weights_over_a_mean_have_mean_one(values):
 
 def test_nothing_gives_nothing():
     none, no_rows = f64(), long()
-    assert sureness(none, 1.0).shape == (0,)
+    assert entropy_weight(none, 1.0).shape == (0,)
     assert drift(none, no_rows, 2, 0.5).shape == (0,)
     assert drift(none, no_rows, 0, 0.5).shape == (0,)
     assert perplexity(none, no_rows, long(3, 3), 1.0).shape == (0,)
@@ -144,7 +146,7 @@ def test_nothing_gives_nothing():
 
 
 def test_large_numbers_stay_finite():
-    assert_close(sureness(f64(1e4, 2e4), 10.0), f64(2.0, 0.0))
+    assert_close(entropy_weight(f64(1e4, 2e4), 10.0), f64(2.0, 0.0))
     far = perplexity(f64(-1e4, -2e4), long(0, 1), long(0, 0), -1.0)
     assert_close(far, f64(2.0, 0.0))
 
@@ -155,6 +157,6 @@ def test_without_any_gap_no_token_weighs_less_than_another():
 
 def test_inputs_stay_as_they_are(values):
     before = values.clone()
-    sureness(values, 1.0), drift(values, owner, 4, 1.0), top_share(values, 0.5)
+    entropy_weight(values, 1.0), drift(values, owner, 4, 1.0), top_share(values, 0.5)
     perplexity(values, owner, long(0, 0, 1, 1), 1.0)
     assert torch.equal(values, before)

@@ -4,11 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sdkit.batches import ToldScores
-from sdkit.losses.chunks import narrowed, projected_loss, scored_logprobs
-from sdkit.losses.objective import Objective
-from sdkit.losses.scores import logits as logits_of
-from sdkit.specs import (
+from sdkit.batches import TopKLogprobs
+from sdkit.language.specs import (
     Distillation,
     FileDivergence,
     ForwardKl,
@@ -21,6 +18,9 @@ from sdkit.specs import (
     TopKSupport,
     VocabularySupport,
 )
+from sdkit.losses.chunks import projected_loss, scored_logprobs, top_k_of
+from sdkit.losses.objective import Objective
+from sdkit.losses.scores import logits as logits_of
 
 TOKEN = [3, 0, 6, 2, 2]
 REMAINDERS = ("tail_bucket", "renormalize", "renormalize_teacher", "drop")
@@ -33,7 +33,7 @@ def told_by(logits, token, k):
     logprobs = logits.log_softmax(-1)
     kept = logprobs.topk(k)
     sampled = logprobs.gather(-1, torch.tensor(token)[:, None])[:, 0]
-    return ToldScores(ids=kept.indices, logprobs=kept.values, sampled=sampled)
+    return TopKLogprobs(ids=kept.indices, logprobs=kept.values, sampled=sampled)
 
 
 def top(k, remainder="tail_bucket", by="teacher"):
@@ -85,7 +85,7 @@ def test_rescaled_to_one_it_can_be_tempered_afterwards(logits, tokens_of, remain
 def test_two_tokens_by_hand(tokens_of):
     """Student ½, ¼, ¼; the teacher told of ¾ on id 1 and the sampled id 2 at ⅛: KL(T‖S) with a tail bucket."""
     student = torch.tensor([[0.5, 0.25, 0.25]]).log()
-    told = ToldScores(
+    told = TopKLogprobs(
         ids=torch.tensor([[1]]),
         logprobs=torch.tensor([[0.75]]).log(),
         sampled=torch.tensor([0.125]).log(),
@@ -103,7 +103,7 @@ def test_an_id_that_the_student_has_not_is_part_of_the_remainder(logits, tokens_
     """The same as a teacher that told of one id less."""
     tokens = tokens_of(TOKEN)
     two = told_by(logits.teacher, TOKEN, 2)
-    gap = ToldScores(
+    gap = TopKLogprobs(
         ids=torch.cat([two.ids, torch.zeros_like(two.ids[:, :1])], 1),
         logprobs=torch.cat([two.logprobs, torch.full_like(two.logprobs[:, :1], -torch.inf)], 1),
         sampled=two.sampled,
@@ -179,7 +179,7 @@ def test_chunks_of_a_narrowed_teacher_are_the_whole_one(problem_of, tokens_of, c
     problem = problem_of([4, 2, 3])
     tokens = tokens_of(problem.token, row=problem.row, weights={"distil": torch.ones(9)})
     objective = Objective(Table({"distil": distil(top(4))}), 1.0)
-    told = narrowed(problem.teacher, problem.token, 4, chunk)
+    told = top_k_of(problem.teacher, problem.token, 4, chunk)
 
     def run(teacher):
         loss, stats = projected_loss(

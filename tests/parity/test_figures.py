@@ -17,18 +17,18 @@ import torch
 import yaml
 from torch import nn
 
-from sdkit.batches import HiddenScores, LogitTransform, Rollout, RolloutBatch, Row
-from sdkit.components.divergences import open_user_divergences
-from sdkit.components.token_weights import open_user_weights
-from sdkit.engine.collate import collate
-from sdkit.engine.counting import count_tokens
-from sdkit.engine.judge import with_advantages
-from sdkit.engine.step import Student
-from sdkit.language import load_spec
-from sdkit.losses.chunks import token_measures
-from sdkit.specs import divergences, losses, token_weights
-from sdkit.surface import is_spec, keys_of, members
-from sdkit.weights import Whole
+from sdkit.batches import HiddenStateScores, LogitTransform, Rollout, RolloutBatch, Row
+from sdkit.language.introspection import is_spec, keys_of, members
+from sdkit.language.load import load_spec
+from sdkit.language.specs import divergences, losses, token_weights
+from sdkit.losses.chunks import token_logprobs_and_entropy
+from sdkit.models.weights import Unsharded
+from sdkit.train.advantages import with_advantages
+from sdkit.train.collate import collate
+from sdkit.train.loss_masks import build_loss_masks
+from sdkit.train.step import Student
+from sdkit.user_code.divergences import open_user_divergences
+from sdkit.user_code.token_weights import open_user_weights
 
 HERE = Path(__file__).resolve().parent
 ROW = Row(index=0, messages=({"role": "user", "content": "x"},), columns={}, raw={})
@@ -85,7 +85,7 @@ class Sheet:
         self.model = nn.ParameterDict({k: nn.Parameter(x) for k, x in sheets.items()})
         self.head = torch.eye(vocabulary, dtype=torch.float64)
 
-    shards = Whole()
+    shards = Unsharded()
     transform = LogitTransform()
 
     def hidden(self, sequences):
@@ -94,7 +94,7 @@ class Sheet:
     states = hidden
 
     def scores(self, sequences):
-        return HiddenScores(hidden=self.hidden(sequences).detach(), head=self.head)
+        return HiddenStateScores(hidden=self.hidden(sequences).detach(), head=self.head)
 
 
 def _sheet(rollouts, side):
@@ -113,10 +113,12 @@ def _rollout(place, written, rewards, sheets, temperature):
     token = torch.tensor(written["completion"], dtype=torch.long)
 
     def told(side):
-        scores = HiddenScores(
+        scores = HiddenStateScores(
             hidden=sheets[side].model[str(place)].detach(), head=sheets[side].head
         )
-        return [tuple(x.tolist()) for x in token_measures(scores, token, temperature, 100)]
+        return [
+            tuple(x.tolist()) for x in token_logprobs_and_entropy(scores, token, temperature, 100)
+        ]
 
     taught = written.get("teacher") is not None
     measures = {}
@@ -137,7 +139,7 @@ def _rollout(place, written, rewards, sheets, temperature):
         finished=True,
         reward=written.get("reward"),
         group_rewards=tuple(rewards),
-        measures=measures | {k: tuple(v) for k, v in written.get("measures", {}).items()},
+        token_statistics=measures | {k: tuple(v) for k, v in written.get("measures", {}).items()},
     )
 
 
@@ -153,7 +155,7 @@ def answer(case, spec):
         for i, r in enumerate(written)
     ]  # fmt: skip
     batch = with_advantages(spec.losses, RolloutBatch(rollouts=tuple(rollouts)), _alone, LONGEST)
-    batch = count_tokens(
+    batch = build_loss_masks(
         batch,
         spec.losses,
         everywhere=_alone,

@@ -1,1 +1,0 @@
-"""The parts of a run, each built from one spec and none knowing another."""

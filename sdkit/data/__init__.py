@@ -1,0 +1,1 @@
+"""Rows of data sets and the prompts made from them."""

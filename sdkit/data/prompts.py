@@ -1,0 +1,326 @@
+"""Prompts as token ids: the chat template, and what the teacher sees.  Knows nothing of completions or weights.
+
+A completion's ids are appended to either prompt as they were sampled, so both prompts must end at the same place: the
+generation prompt.  Nothing here ever cuts it, the prompt, or a template's own text; only what fills the slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from attrs import evolve, frozen
+
+from sdkit.batches import GroupOutcome, Message, Row
+from sdkit.data.control_tokens import ControlTokens
+from sdkit.data.teacher_context import look_up_in, parsed, slot_values, teacher_messages
+from sdkit.data.thinking import TAGS, opening_tag
+from sdkit.data.turn_ends import end_turn, open_ended
+from sdkit.language.errors import BadData, blaming, first_of, listed
+from sdkit.language.specs import (
+    AnswerStart,
+    Sees,
+    Wording,
+)
+from sdkit.language.templates import fill
+
+Ids = tuple[int, ...]
+
+
+@frozen(kw_only=True)
+class TeacherPrompt:
+    """What the teacher sees before a completion."""
+
+    ids: Ids
+    messages: tuple[Message, ...]
+    cut_tokens: int  # by how much the slots were shortened to fit
+    filled: tuple[str, ...] = ()  # names of the slots that had something to say
+
+
+@frozen(kw_only=True)
+class SideBySide:
+    """Both prompts of a row for display; a completion is spliced in at the end of each."""
+
+    student: str
+    teacher: str | None  # None: the row has no teacher
+    student_tokens: int  # the completion's first place in the student's sequence
+    teacher_tokens: int | None
+    cut_tokens: int
+    generation_prompt: str  # what stands just before the splice
+
+
+class Prompter:
+    """Rows to token ids with one tokenizer and one set of chat-template options.
+
+    A tokenizer without a chat template gets the contents of the messages, joined by blank lines.  A chat template that
+    prints the date prints `now`.  With `keep_text` control tokens that rows and rollouts spell stay text.  Raises
+    BadData where an option is one that the chat template never reads.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        options: Mapping[str, Any],
+        *,
+        now: datetime | None = None,
+        keep_text: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.options = dict(options)
+        self.now = now or datetime.now()
+        self.control = ControlTokens(tokenizer)
+        self.keep_text = keep_text
+        template = tokenizer.chat_template
+        for name in self.options:
+            if template is None:
+                raise BadData(f"the tokenizer has no chat template to take the option '{name}'")
+            if name not in str(template):
+                raise BadData(f"the chat template never reads the option '{name}'")
+
+    def ids(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> Ids:
+        """The messages as token ids.  Raises BadData naming the row where the chat template refuses them."""
+        hides = any(self.control.hides(m["content"]) for m in messages)
+        if self.tokenizer.chat_template is None:
+            text = "\n\n".join(m["content"] for m in messages)
+            if hides:
+                return self.control.encode(text, add_special_tokens=True)
+            return open_ended(self.tokenizer, text)
+        if hides:
+            text = self.chat(row, messages, generation_prompt=generation_prompt, tokenize=False)
+            return self.control.encode(text, add_special_tokens=False)
+        encoded = self.chat(row, messages, generation_prompt=generation_prompt, tokenize=True)
+        return tuple(encoded["input_ids"])
+
+    def text_ids(self, text: str) -> Ids:
+        """The ids of a row's text that stands in no chat, such as a completion."""
+        return self._encoded(self._hidden(text))
+
+    def completion_ids(self, text: str, end: int) -> Ids:
+        """A data set's completion as token ids, ended by `end` unless the text spells an end token itself."""
+        return end_turn(self.text_ids(text), end, self.tokenizer.eos_token_id)
+
+    def _encoded(self, text: str) -> Ids:
+        if self.control.hides(text):
+            return self.control.encode(text, add_special_tokens=False)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _hidden(self, text: str) -> str:
+        return self.control.hide(text) if self.keep_text else text
+
+    def messages(self, row: Row) -> tuple[Message, ...]:
+        """The row's chat, its control tokens hidden where they are to stay text."""
+        if not self.keep_text:
+            return row.messages
+        try:
+            return tuple({**m, "content": self._hidden(m["content"])} for m in row.messages)
+        except BadData as error:
+            raise BadData(f"row {row.index}: {error.message}") from None
+
+    def chat(
+        self,
+        row: Row,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool = True,
+        tokenize: bool = False,
+    ) -> Any:
+        """What the chat template makes of the messages.  Raises BadData naming the row where it refuses them."""
+        from jinja2 import TemplateError
+
+        options = dict(self.options)
+        if "strftime_now" in str(self.tokenizer.chat_template):
+            options["strftime_now"] = self.now.strftime
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                add_generation_prompt=generation_prompt,
+                tokenize=tokenize,
+                return_dict=tokenize,
+                **options,
+            )
+        except TemplateError as error:
+            roles = listed(m["role"] for m in messages)
+            raise BadData(
+                f"row {row.index}: the chat template refuses messages of the roles {roles}: {error}"
+            ) from error
+
+    def student_ids(self, row: Row) -> Ids:
+        """The student's prompt, generation prompt included.  Raises BadData as `ids` does."""
+        return self.ids(row, self.messages(row))
+
+    def generation_prompt(self, row: Row, messages: Sequence[Message]) -> Ids:
+        """The ids at the end of the prompt that invite the assistant; none without a chat template."""
+        if self.tokenizer.chat_template is None:
+            return ()
+        whole = self.ids(row, messages)
+        bare = self.ids(row, messages, generation_prompt=False)
+        pairs = zip(whole, bare, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(bare)))
+        return whole[shared:]
+
+    def opening(self, row: Row) -> str:
+        """The tag of thinking that the generation prompt of a row leaves open; "" where there is none."""
+        prompt = self.tokenizer.decode(self.generation_prompt(row, row.messages))
+        tag = opening_tag(prompt)
+        if not tag or tag in dict(TAGS):
+            return tag
+        # A tag that names the assistant stands before the text of its messages too.
+        finished = (*row.messages, {"role": "assistant", "content": "ok"})
+        try:
+            ids = self.ids(row, finished, generation_prompt=False)
+        except BadData:
+            return tag
+        names_assistant = _squeezed(prompt) + "ok" in _squeezed(self.tokenizer.decode(ids))
+        return "" if names_assistant else tag
+
+    def teacher_ids(
+        self, row: Row, sees: Sees | None, evidence: GroupOutcome | None = None
+    ) -> TeacherPrompt | None:
+        """The teacher's prompt, shortened to `max_prompt_tokens`; None where a required slot is unfilled.
+
+        `evidence` fills the slots that speak of rollouts.  Raises BadData naming the row where even empty slots leave
+        the prompt too long.
+        """
+        if sees is None:
+            return TeacherPrompt(ids=self.student_ids(row), messages=row.messages, cut_tokens=0)
+        values = slot_values(row, sees, evidence, self._hidden)
+        row = evolve(row, messages=self.messages(row))
+        if values is None:
+            return None
+        whole = self._render(row, sees, values)
+        if sees.max_prompt_tokens is None or len(whole.ids) <= sees.max_prompt_tokens:
+            return whole
+        shortened = self._shortened(row, sees, values)
+        return evolve(shortened, cut_tokens=len(whole.ids) - len(shortened.ids))
+
+    def _render(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
+        messages = tuple(teacher_messages(row, sees, values))
+        filled = tuple(name for name, value in values.items() if value)
+        ids = self.ids(row, messages)
+        if isinstance(sees, AnswerStart):
+            text = fill(parsed(sees.template), look_up_in({**values, "prompt": row.prompt_text}))
+            ids += self._encoded(text)
+        return TeacherPrompt(ids=ids, messages=messages, cut_tokens=0, filled=filled)
+
+    def _shortened(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
+        """The column slots cut to a common number of tokens, the largest that fits: the longest give first."""
+        limit = sees.max_prompt_tokens or 0
+        cut = (name for name, slot in sees.slots.items() if not isinstance(slot, Wording))
+        starts = {name: self._token_starts(values[name]) for name in cut}
+
+        def keeping(count: int) -> TeacherPrompt:
+            kept = {n: _kept(values[n], at, count, sees.cut) for n, at in starts.items()}
+            return self._render(row, sees, {**values, **kept})
+
+        best = keeping(0)
+        if len(best.ids) > limit:
+            raise BadData(
+                f"row {row.index}: the teacher's prompt has {len(best.ids)} tokens with every slot empty, "
+                f"more than {limit}",
+                hint="raise teacher.sees.max_prompt_tokens, or drop the row",
+            )
+        low, high = 0, max(map(len, starts.values()), default=0)
+        while high - low > 1:  # `low` fits, `high` does not
+            middle = (low + high) // 2
+            tried = keeping(middle)
+            if len(tried.ids) <= limit:
+                low, best = middle, tried
+            else:
+                high = middle
+        return best
+
+    def _token_starts(self, text: str) -> list[int]:
+        """Where the tokens of a text begin; for a tokenizer that cannot say, where its characters do."""
+        if not self.tokenizer.is_fast:
+            return list(range(len(text)))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [start for start, _ in encoded["offset_mapping"]]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _kept(text: str, starts: Sequence[int], count: int, cut: str) -> str:
+    """The first or the last `count` tokens of a text."""
+    if count >= len(starts):
+        return text
+    if cut == "end":
+        return text[: starts[count]]
+    return text[starts[len(starts) - count] :] if count else ""
+
+
+# ── checks and display ────────────────────────────────────────────────────────────────────────
+
+
+def check_generation_prompt(prompter: Prompter, row: Row, teacher: TeacherPrompt) -> None:
+    """Raise BadData unless both prompts of a row end with the same generation prompt.
+
+    Chat templates can switch the thinking mode by what a message says; then the teacher would score the completion
+    as the continuation of another turn.
+    """
+    own = prompter.generation_prompt(row, row.messages)
+    other = prompter.generation_prompt(row, teacher.messages)
+    if own != other:
+        decode = prompter.tokenizer.decode
+        raise BadData(
+            f"row {row.index}: before the completion the student's prompt ends with {decode(own)!r} and the "
+            f"teacher's with {decode(other)!r}, so the teacher would score a completion of another turn",
+            hint="give both the same thinking mode: see the text of teacher.sees",
+        )
+
+
+def check_prompts(
+    prompter: Prompter,
+    rows: Iterable[Row],
+    sees: Sees | None = None,
+    max_prompt_tokens: int | None = None,
+) -> list[tuple[Ids, TeacherPrompt | None]]:
+    """Both prompts of every row.  Raises BadData naming each row that has a fault and what it is."""
+    faults: list[BadData] = []
+    prompts: list[tuple[Ids, TeacherPrompt | None]] = []
+    for row in rows:
+        try:
+            student = prompter.student_ids(row)
+            if max_prompt_tokens is not None and len(student) > max_prompt_tokens:
+                message = f"row {row.index}: prompt of {len(student)} tokens, more than {max_prompt_tokens}"
+                faults.append(BadData(message, path=("rollout", "max_prompt_tokens")))
+            with blaming("teacher", "sees"):
+                teacher = prompter.teacher_ids(row, sees)
+                if teacher is not None and sees is not None:
+                    check_generation_prompt(prompter, row, teacher)
+            prompts.append((student, teacher))
+        except BadData as error:
+            faults.append(error)
+    if faults:
+        said = first_of([fault.message for fault in faults])
+        raise BadData(said, hint=faults[0].hint, path=faults[0].path)
+    return prompts
+
+
+def check_repeatable(prompter: Prompter, rows: Iterable[Row], times: int = 8) -> None:
+    """Raise BadData where the chat template makes different prompts of the same messages."""
+    if prompter.tokenizer.chat_template is None:
+        return
+    for row in rows:
+        texts = {prompter.chat(row, row.messages) for _ in range(times)}
+        if len(texts) > 1:
+            raise BadData(
+                f"row {row.index}: the chat template renders the same messages differently each time, "
+                "so the run could not be repeated or resumed"
+            )
+
+
+def side_by_side(prompter: Prompter, row: Row, sees: Sees | None) -> SideBySide:
+    """What student and teacher see of a row, exactly as the tokens say it.  Raises BadData as `teacher_ids` does."""
+    decode = prompter.tokenizer.decode
+    student, teacher = prompter.student_ids(row), prompter.teacher_ids(row, sees)
+    return SideBySide(
+        student=decode(student),
+        teacher=None if teacher is None else decode(teacher.ids),
+        student_tokens=len(student),
+        teacher_tokens=None if teacher is None else len(teacher.ids),
+        cut_tokens=0 if teacher is None else teacher.cut_tokens,
+        generation_prompt=decode(prompter.generation_prompt(row, row.messages)),
+    )

@@ -1,0 +1,261 @@
+"""Sources → raw rows, and where each stands.  Knows files, data sets and reasoning-gym; nothing of columns or prompts.
+
+A line of a JSON Lines file is named `file:line`, counted from 1; a row of any other source by its index, from 0.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, assert_never
+
+from sdkit.language.errors import BadData, BadEnvironment, first_line, listed, nearest, shorten
+from sdkit.language.files import UnreadableFile, read_file
+from sdkit.language.row_text import Fault, say_what
+from sdkit.language.specs import (
+    DiskSource,
+    FileSource,
+    HubSource,
+    InlineSource,
+    JsonLinesSource,
+    JsonSource,
+    ParquetSource,
+    ReasoningGymSource,
+    Source,
+)
+
+Raw = Mapping[str, Any]
+LONGEST_NUMBER = 4300
+"""Digits of the longest whole number that is read: Python's own limit."""
+
+
+Found = list[tuple[str, Raw | Fault]]
+"""What was read: where each row stands, and the row, or why it could not be read."""
+
+
+def source_name(source: Source) -> str:
+    """What messages call the source."""
+    match source:
+        case ReasoningGymSource():
+            return f"reasoning-gym's {source.task}"
+        case InlineSource():
+            return "data.source.rows"
+        case _:
+            return source.path
+
+
+def read_source(source: Source, base: Path, limit: int | None) -> Found:
+    """The first `limit` rows of any source.  Raises BadData, with a file's origin where that is known and it is missing."""
+    name = source_name(source)
+    if isinstance(source, FileSource) and source.origin and not (base / source.path).exists():
+        raise BadData(f"there is no {name}", hint=f"take it from {source.origin}")
+    match source:
+        case JsonLinesSource():
+            return _json_lines(_bytes(base / source.path, name), name, limit)
+        case JsonSource():
+            rows = _json(_bytes(base / source.path, name), name)
+        case ParquetSource():
+            _regular(base / source.path, name)
+            rows = _library(lambda: _parquet(base / source.path, limit), name)
+        case HubSource():
+            rows = _library(lambda: _hub(source, limit), name)
+        case DiskSource():
+            rows = _library(lambda: _disk(source, base, limit), name)
+        case ReasoningGymSource():
+            rows = _reasoning_gym(source, limit)
+        case InlineSource():
+            rows = source.rows
+        case _:
+            assert_never(source)
+    return [(f"{name} row {i}", _map(row)) for i, row in enumerate(islice(rows, limit))]
+
+
+def _map(value: Any) -> Raw | Fault:
+    known = isinstance(value, Mapping | Fault)
+    return value if known else Fault(f"{say_what(value)}, not a map")
+
+
+def _regular(path: Path, name: str) -> None:
+    """Raise BadData where reading would never end, or never begin: a pipe, a device."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise BadData(f"cannot read {name}: this is a pipe or a device, not a regular file")
+
+
+def _bytes(path: Path, name: str) -> bytes:
+    try:
+        return read_file(path).removeprefix(b"\xef\xbb\xbf")
+    except UnreadableFile as error:
+        raise BadData(f"cannot read {name}: {error}") from error
+
+
+def _json_lines(content: bytes, name: str, limit: int | None) -> Found:
+    if content.lstrip()[:1] == b"[":
+        raise BadData(f"{name} is a JSON list, not JSON Lines", hint="use kind: json")
+    # Not splitlines(): JSON text may hold U+2028 and the like, which end a line in Python only.
+    texts = enumerate(content.split(b"\n"), 1)
+    filled = ((number, text) for number, text in texts if text.strip())
+    return [(f"{name}:{number}", _json_line(text)) for number, text in islice(filled, limit)]
+
+
+def _json_line(text: bytes) -> Raw | Fault:
+    try:
+        return _map(_loaded(text.decode()))
+    except json.JSONDecodeError as error:
+        return Fault(f"not JSON: {error.msg.lower()} at column {error.colno}")
+    except UnicodeDecodeError:
+        return Fault("not UTF-8")
+    except RecursionError:
+        return Fault("nested too deeply")
+
+
+def _json(content: bytes, name: str) -> list[Any]:
+    try:
+        value = _loaded(content.decode())
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise BadData(f"{name}:{line}: not UTF-8") from error
+    except RecursionError as error:
+        raise BadData(f"{name} is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        lines = error.msg == "Extra data" and content.lstrip()[:1] == b"{"
+        raise BadData(
+            f"{name}:{error.lineno}:{error.colno}: not JSON: {error.msg.lower()}",
+            hint="this looks like JSON Lines: use kind: jsonl" if lines else None,
+        ) from error
+    if not isinstance(value, list):
+        one = "use kind: jsonl where each line is an object" if isinstance(value, dict) else None
+        raise BadData(f"{name} holds {say_what(value)}, not a list of objects", hint=one)
+    return value
+
+
+def _loaded(text: str) -> Any:
+    """JSON; a Fault stands where a value cannot be read, so that it matters only where it is used."""
+    return json.loads(text, parse_int=_whole_number, object_pairs_hook=_object)
+
+
+def _whole_number(digits: str) -> int | Fault:
+    if len(digits) > LONGEST_NUMBER:
+        return Fault(f"a number of {len(digits)} digits, more than {LONGEST_NUMBER}")
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Raw | Fault:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        return Fault(f"a map that has the key {shorten(twice)} twice")
+    return table
+
+
+def _library(read: Callable[[], Iterable[Any]], name: str) -> list[Any]:
+    """The rows that a library reads, its errors as ours: it may raise anything at a damaged file."""
+    try:
+        return list(read())
+    except (BadData, BadEnvironment, MemoryError):
+        raise
+    except ConnectionError as error:
+        raise BadEnvironment(
+            f"cannot reach the hub for {name}: {error}",
+            hint="fill the cache where there is a network, or save the data to a file",
+        ) from error
+    except ImportError as error:
+        raise BadEnvironment(f"{name} needs a package that is missing: {error.name}") from error
+    except Exception as error:
+        raise BadData(f"cannot read {name}: {first_line(error)}") from error
+
+
+def _parquet(path: Path, limit: int | None) -> Iterable[Any]:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path).slice(0, limit)
+    if repeated := [n for n in table.column_names if table.column_names.count(n) > 1]:
+        raise BadData(f"{path.name} has the column {shorten(repeated[0])} twice")
+    try:
+        return table.to_pylist()
+    except Exception:  # one by one, to name the row
+        return list(_parquet_rows(table))
+
+
+def _parquet_rows(table: Any) -> Iterator[Any]:
+    for i in range(len(table)):
+        try:
+            yield table.slice(i, 1).to_pylist()[0]
+        except Exception as error:
+            yield Fault(f"cannot be read: {first_line(error)}")
+
+
+def _hub(source: HubSource, limit: int | None) -> Iterable[Any]:
+    import datasets
+
+    held = datasets.load_dataset(
+        source.path, source.name, split=source.split, revision=source.revision
+    )
+    return _first(held, limit)
+
+
+def _disk(source: DiskSource, base: Path, limit: int | None) -> Iterable[Any]:
+    import datasets
+
+    held: Any = datasets.load_from_disk(str(base / source.path))
+    splits = list(held) if isinstance(held, datasets.DatasetDict) else [str(held.split)]
+    if isinstance(held, datasets.DatasetDict):
+        if source.split not in splits:
+            raise BadData(
+                f"{source.path} holds the splits {listed(splits)}, not {shorten(source.split)}",
+                hint=f"write split: {splits[0]}" if splits else None,
+            )
+        held = held[source.split]
+    elif source.split not in (None, *splits):
+        raise BadData(f"{source.path} holds one split, {listed(splits)}, not '{source.split}'")
+    return _first(held, limit)
+
+
+def _first(held: Any, limit: int | None) -> Iterable[Any]:
+    held = held.with_format(None)  # a saved format would give tensors or arrays
+    return held if limit is None else held.select(range(min(limit, len(held))))
+
+
+def _reasoning_gym(source: ReasoningGymSource, limit: int | None) -> Iterable[Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it imports
+            import reasoning_gym
+            from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise BadEnvironment(
+            "data of kind reasoning_gym need a package that is missing: "
+            f"{error.name or 'reasoning_gym'}",
+            hint="pip install reasoning-gym",
+        ) from error
+    if source.task not in DATASETS:
+        like = nearest(source.task, DATASETS)
+        raise BadData(
+            f"reasoning-gym has no task '{source.task}'",
+            hint=f"did you mean '{like}'?" if like else f"it has {listed(sorted(DATASETS))}",
+        )
+    _check_options(source, DATASETS[source.task][1])
+    try:
+        task = reasoning_gym.create_dataset(
+            source.task, size=source.size, seed=source.seed, **source.options
+        )
+        return [task[i] for i in range(min(source.size, limit or source.size))]
+    except Exception as error:  # a task may raise anything at settings that it cannot meet
+        why = str(error) or type(error).__name__
+        raise BadData(f"reasoning-gym's {source.task} refuses its options: {why}") from error
+
+
+def _check_options(source: ReasoningGymSource, config: type) -> None:
+    import dataclasses
+
+    known = [f.name for f in dataclasses.fields(config) if f.name not in ("seed", "size")]
+    for option in source.options:
+        if option not in known:
+            like = nearest(option, known)
+            raise BadData(
+                f"reasoning-gym's {source.task} has no option '{option}'",
+                hint=f"did you mean '{like}'?" if like else f"it has {listed(known)}",
+            )

@@ -1,0 +1,1 @@
+"""Collectives, the launcher and DeepSpeed ZeRO."""

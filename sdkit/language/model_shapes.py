@@ -1,0 +1,50 @@
+"""The sizes of a model, read without loading it: from the list of bundled ones, or from a folder's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdkit.language.bundled import BUNDLED, PREFIX
+from sdkit.language.files import CONFIG, read_json_object
+from sdkit.language.specs import ShapeSpec
+
+
+def shape_at(path: str, base: Path) -> ShapeSpec | None:
+    """The shape of a bundled model or of a local folder's, relative to `base`; None where neither tells."""
+    if path.startswith(PREFIX):
+        bundled = BUNDLED.get(path.removeprefix(PREFIX))
+        return bundled and bundled.shape
+    config = read_json_object(base / path / "config.json", CONFIG)
+    try:
+        return _shape(config) if config else None
+    except (ValueError, LookupError, TypeError, ArithmeticError):
+        return None
+
+
+def _shape(config: Mapping[str, Any]) -> ShapeSpec:
+    sizes = {name: value for name, value in config.items() if type(value) is int}
+    return _shape_of_sizes(sizes, tied=config.get("tie_word_embeddings") is True)
+
+
+def _shape_of_sizes(config: Mapping[str, int], tied: bool) -> ShapeSpec:
+    hidden, layers, vocabulary = (
+        config["hidden_size"],
+        config["num_hidden_layers"],
+        config["vocab_size"],
+    )
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or hidden // heads
+    keys = width * (config.get("num_key_value_heads") or heads)
+    attention = 2 * hidden * (heads * width + keys)
+    feed_forward = 3 * hidden * config["intermediate_size"]
+    embeddings = vocabulary * hidden * (1 if tied else 2)
+    return ShapeSpec(
+        parameters=layers * (attention + feed_forward + 2 * hidden) + embeddings + hidden,
+        hidden=hidden,
+        layers=layers,
+        vocabulary=vocabulary,
+        context=config["max_position_embeddings"],
+        kv_width=keys,
+    )

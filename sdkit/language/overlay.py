@@ -1,0 +1,273 @@
+"""A run file laid over its method page, and `key.path=value` laid over both.  Knows no spec class.
+
+Maps merge, a map whose `kind` changes is replaced, lists and scalars replace.  Every value keeps the place it was
+written at, so that a problem, or `sdkit show`, can say which file it comes from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from attrs import evolve, field, frozen
+
+from sdkit.language.errors import (
+    COMMAND_LINE,
+    Path,
+    Place,
+    Problem,
+    UnreadableInput,
+    nearest,
+    shorten,
+    spelled,
+)
+from sdkit.language.files import file_names
+from sdkit.language.source import DEEPEST, Node, Source, key_fault, read, read_text
+
+METHOD_KEYS = ("rollout", "teacher", "losses", "route")
+RUN_KEYS = ("model", "data", "optimizer", "training", "evaluation", "output")
+PAGE_FORBIDS = ("method", *RUN_KEYS, "rewards", "machine")
+
+
+@frozen(eq=False)
+class Loaded:
+    """A spec as written: data of run file, method page and overrides together, and where each
+    value stands.
+    """
+
+    name: str
+    kind: Literal["run", "method"]
+    folder: str  # paths in the spec start here
+    root: Node | None
+    texts: Mapping[str, str]
+    method: str | None = None  # the method page that the run file names
+    whole: bool = True  # False: the method page is missing or unreadable, so its keys are too
+    problems: tuple[Problem, ...] = ()
+    keys: dict[Path, Place] = field(init=False, factory=dict)
+    values: dict[Path, Place] = field(init=False, factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        for path, node in self.root.walk() if self.root else ():
+            self.values[path] = node.place
+            if node.key:
+                self.keys[path] = node.key
+
+    @property
+    def data(self) -> Any:
+        """The merged data; None where nothing could be read."""
+        return self.root.data if self.root else None
+
+    def written(self, path: Path) -> bool:
+        """Whether the user wrote this key; else its value is a default."""
+        return path in self.values
+
+    def has_keys(self, path: Path) -> bool:
+        """Whether the user wrote a map with keys here."""
+        return any(p[:-1] == path for p in self.keys if p)
+
+    def place(self, path: Path) -> Place:
+        """The place of a value, or of the key of its nearest written ancestor."""
+        if path in self.values:
+            return self.values[path]
+        while path and path not in self.values:
+            path = path[:-1]
+        return self.keys.get(path) or self.values.get(path) or Place(self.name, 1, 1)
+
+
+def is_run_file(data: Any) -> bool:
+    """Whether this is a run file's data; else it is a method page's."""
+    return isinstance(data, dict) and any(key in data for key in ("method", *RUN_KEYS))
+
+
+def load(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolved: bool = False
+) -> Loaded:
+    """Read a run file or a method page, and all that belongs to it."""
+    source = read(path, resolved=resolved)
+    given = [_parse_override(text, line) for line, text in enumerate(overrides, 1)]
+    texts = {source.name: source.text}
+    if overrides:
+        texts[COMMAND_LINE] = "\n".join(text.replace("\n", " ") for text in overrides)
+    problems = list(source.problems)
+    root, method, whole = source.root, None, True
+    folder = _folder(source.name)
+    is_run = root is not None and is_run_file(root.data)
+    if root and is_run:
+        root = _apply([o for o in given if o.path == ("method",)], root, problems)
+        method, page, root = _method_page(root, folder, problems)
+        whole = method is None or (page is not None and not (page.root is None and page.problems))
+        if page:
+            texts[page.name] = page.text
+            problems += page.problems
+        if page and page.root:
+            root = merge(_method_keys(page.root, page.name, problems), root)
+    if root:
+        root = _apply([o for o in given if o.path != ("method",)], root, problems)
+    problems += [o.problem for o in given if o.problem]
+    kind = "run" if is_run or (root and is_run_file(root.data)) else "method"
+    return Loaded(source.name, kind, folder, root, texts, method, whole, tuple(problems))
+
+
+def merge(base: Node, over: Node) -> Node:
+    """`over` laid over `base`."""
+    kind_before, kind_after = _kind(base), _kind(over)
+    if isinstance(over.value, str) and isinstance(base.value, dict) and kind_after == kind_before:
+        return base
+    if not isinstance(over.value, dict) or not isinstance(base.value, dict | str):
+        return over
+    if "kind" in over.value and kind_after != kind_before:
+        return over
+    if isinstance(base.value, str):  # a bare kind is short for a map that holds nothing else
+        items = {"kind": Node(base.value, base.place, base.key)}
+    else:
+        items = dict(base.value)
+    for name, child in over.value.items():
+        items[name] = merge(items[name], child) if name in items else child
+    return Node(items, over.place, over.key)
+
+
+def _kind(node: Node) -> Any:
+    if isinstance(node.value, dict):
+        return node.value["kind"].value if "kind" in node.value else None
+    return node.value
+
+
+# ── the method page ───────────────────────────────────────────────────────────────────────────
+
+
+def _folder(name: str) -> str:
+    return os.path.dirname(os.path.realpath(name) if os.path.islink(name) else name)
+
+
+def _method_page(
+    root: Node, folder: str, problems: list[Problem]
+) -> tuple[str | None, Source | None, Node]:
+    """The page that `method` names, where it can be read, and the run file without that key."""
+    items = dict(root.value)
+    named = items.pop("method", None)
+    root = evolve(root, value=items)
+    if named is None:
+        return None, None, root
+    if not isinstance(named.value, str) or not named.value:
+        message = "'method' is the path of a method page, such as methods/NAME.yaml"
+        problems.append(Problem(("method",), message, "method_file", None, named.place))
+        return "", None, root
+    path = os.path.normpath(os.path.join(folder, named.value))
+    try:
+        return path, read(path), root
+    except UnreadableInput as error:
+        hint = error.hint or _neighbours(path)
+        problems.append(Problem(("method",), str(error), "method_file", hint, named.place))
+        return path, None, root
+
+
+def _neighbours(path: str) -> str | None:
+    """What to write in place of a page that is not there."""
+    folder, name = os.path.split(path)
+    pages = [name for name in file_names(folder or ".") if name.endswith((".yaml", ".yml"))]
+    if close := nearest(name, pages):
+        return f'did you mean "{close}"?'
+    return f"in {folder or '.'}: {', '.join(pages[:8])}" if pages else None
+
+
+def _method_keys(page: Node, name: str, problems: list[Problem]) -> Node:
+    """The page without the keys that only a run file may have."""
+    if not isinstance(page.value, dict):
+        message = "a method page is a map of rollout, teacher, losses and route"
+        problems.append(Problem((), message, "method_page", None, Place(name, 1, 1)))
+        return evolve(page, value={})
+    for key in [k for k in page.value if k in PAGE_FORBIDS]:
+        message = f"a method page holds rollout, teacher, losses and route, no {shorten(key)}"
+        hint = "method pages stand alone" if key == "method" else f"move {key} to the run file"
+        place = page.value[key].key
+        problems.append(Problem((key,), message, "method_page", hint, place))
+    return evolve(page, value={k: v for k, v in page.value.items() if k not in PAGE_FORBIDS})
+
+
+# ── overrides ─────────────────────────────────────────────────────────────────────────────────
+
+
+@frozen(eq=False)
+class _Override:
+    path: Path
+    value: Node | None
+    key: Place
+    problem: Problem | None = None
+
+
+def _parse_override(text: str, line: int) -> _Override:
+    """One `key.path=value` of the command line; its places count the overrides as lines."""
+    name, equals, value = text.partition("=")
+    path = tuple(name.split("."))
+    key = Place(COMMAND_LINE, line, 1, max(1, len(name)))
+    if not equals or not all(path):
+        message = f"{shorten(text)} is not an override of the form key.path=value"
+        problem = Problem((), message, "override", "example: optimizer.lr=1e-5", key)
+        return _Override(path, None, key, problem)
+    if fault := key_fault(path):
+        return _Override(path, None, key, Problem((), fault, "override", None, key))
+    source = read_text(value, COMMAND_LINE)
+    if source.problems:
+        found = source.problems[0]
+        place = _shifted(found.place or key, line, len(name) + 1)
+        return _Override(path, None, key, evolve(found, path=path, code="override", place=place))
+    root = source.root or Node(None, Place(COMMAND_LINE, 1, 1, max(1, len(value))))
+    if max(len(below) for below, _ in root.walk()) + len(path) > DEEPEST:
+        message = f"nested more than {DEEPEST} levels deep"
+        return _Override(path, None, key, Problem((), message, "override", None, key))
+    return _Override(path, _moved(root, line, len(name) + 1, key), key)
+
+
+def _shifted(place: Place, line: int, columns: int) -> Place:
+    return evolve(place, line=line, column=place.column + columns)
+
+
+def _moved(node: Node, line: int, columns: int, key: Place | None = None) -> Node:
+    """The node with its places moved to where the value stands on the command line."""
+    key = key or (_shifted(node.key, line, columns) if node.key else None)
+    value = node.value
+    if isinstance(value, dict):
+        value = {name: _moved(child, line, columns) for name, child in value.items()}
+    elif isinstance(value, list):
+        value = [_moved(child, line, columns) for child in value]
+    return Node(value, _shifted(node.place, line, columns), key)
+
+
+def _apply(overrides: Iterable[_Override], root: Node, problems: list[Problem]) -> Node:
+    for override in overrides:
+        if override.value is None:
+            continue
+        try:
+            root = _set(root, override, 0)
+        except LookupError as error:
+            problems.append(
+                Problem(override.path, str(error.args[0]), "override", None, override.key)
+            )
+    return root
+
+
+def _set(node: Node, override: _Override, depth: int) -> Node:
+    """`node` with the override's value at its path below; LookupError where no path can lead."""
+    assert override.value is not None
+    if depth == len(override.path):
+        return merge(node, override.value)
+    part = str(override.path[depth])
+    if isinstance(node.value, list):
+        if not part.isdecimal() or int(part) >= len(node.value):
+            where, size = spelled(override.path[:depth]), len(node.value)
+            raise LookupError(f"'{where}' is a list of {size}, which has no entry {shorten(part)}")
+        items = list(node.value)
+        items[int(part)] = _set(items[int(part)], override, depth + 1)
+        return evolve(node, value=items)
+    if node.value is not None and not isinstance(node.value, dict | str):
+        where = spelled(override.path[:depth])
+        raise LookupError(f"'{where}' is {shorten(node.value)}, which has no keys")
+    items = node.value if isinstance(node.value, dict) else {}
+    if part in items and part != "kind":
+        return evolve(node, value={**items, part: _set(items[part], override, depth + 1)})
+    value = override.value
+    for name in reversed(override.path[depth:]):
+        value = Node({name: value}, value.place, override.key)
+    merged = value if node.value is None else merge(node, value)
+    return evolve(merged, place=node.place, key=node.key)

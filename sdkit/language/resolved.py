@@ -1,0 +1,43 @@
+"""A spec as plain data, every default written out, and the name that this data gives it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from sdkit.language.errors import Path
+from sdkit.language.introspection import keys_of
+from sdkit.language.specs import MethodSpec
+
+
+def resolved(spec: Any) -> Any:
+    """The spec as maps, lists and scalars; structures back to an equal spec."""
+    if attrs.has(type(spec)):
+        kind = {"kind": spec.kind} if hasattr(spec, "kind") else {}
+        fields = keys_of(type(spec)).values()
+        return kind | {key.name: resolved(getattr(spec, key.field)) for key in fields}
+    if isinstance(spec, Mapping):
+        return {name: resolved(value) for name, value in spec.items()}
+    if isinstance(spec, tuple | list):
+        return [resolved(value) for value in spec]
+    return spec
+
+
+def canonical_hash(spec: MethodSpec) -> str:
+    """SHA-256 of the resolved spec's canonical JSON: the same in every process and on every machine."""
+    text = json.dumps(resolved(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def leaves(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every scalar of a resolved spec with its path; an empty map or list is one too."""
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    for name, value in items:
+        if isinstance(value, dict | list) and value:
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name), value

@@ -1,0 +1,195 @@
+"""What a rule is: a function from a spec to what is wrong with it, with a name, a summary and a reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path as Folder
+from typing import Any, Literal
+
+from attrs import frozen
+
+from sdkit.language.bundled import BUNDLED, PREFIX
+from sdkit.language.errors import Path, nearest, outside, shorten
+from sdkit.language.model_shapes import shape_at
+from sdkit.language.overlay import Loaded
+from sdkit.language.required_statistics import term_statistics
+from sdkit.language.specs import (
+    DataSpec,
+    Distillation,
+    ExperimentSpec,
+    LossTerm,
+    MethodSpec,
+    PolicyGradient,
+    ReferenceKl,
+    Sees,
+    ShapeSpec,
+    UserTurn,
+    needs_teacher,
+)
+from sdkit.language.templates import Field, TemplateError, parse
+
+Finding = tuple[Path, str, str | None]
+"""The path of a key, the message, and perhaps a hint."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+IS_ADAPTER = "is a PEFT adapter, not a model"
+MERGE_FIRST = "merge it (`sdkit export RUN --merge-lora`, or PEFT's merge_and_unload) and name the merged model's folder"
+
+
+@frozen(eq=False)
+class Context:
+    """What a rule may know besides the spec: which keys were written, and which files exist."""
+
+    loaded: Loaded
+
+    def stated(self, path: Path, value: Any, name: str | None = None) -> str:
+        """`top_p is 0.9`, with `by default` where the user did not write it."""
+        default = "" if self.loaded.written(path) else " by default"
+        return f"{name or path[-1]} is {shorten(value)}{default}"
+
+    def file(self, path: str) -> str:
+        """A path of the spec as one that can be opened."""
+        return os.path.join(self.loaded.folder, path)
+
+
+@frozen(eq=False)
+class Rule:
+    """One check across fields."""
+
+    code: str
+    summary: str
+    severity: Literal["error", "warning"]
+    check: Callable[[Any, Context], Iterator[Finding]]
+    runs_only: bool
+
+    @property
+    def reason(self) -> str:
+        """Why the rule is there."""
+        return " ".join((self.check.__doc__ or "").split())
+
+
+MethodCheck = Callable[[MethodSpec, Context], Iterator[Finding]]
+RunCheck = Callable[[ExperimentSpec, Context], Iterator[Finding]]
+
+
+def method_rule(
+    summary: str, severity: Literal["error", "warning"] = "error"
+) -> Callable[[MethodCheck], Rule]:
+    """Make a rule of a function over methods; its name is the code, its docstring the reason."""
+    return lambda check: Rule(check.__name__, summary, severity, check, False)
+
+
+def run_rule(
+    summary: str, severity: Literal["error", "warning"] = "error"
+) -> Callable[[RunCheck], Rule]:
+    """Make a rule of a function over run files, which a method page alone cannot break."""
+    return lambda check: Rule(check.__name__, summary, severity, check, True)
+
+
+# ── what several rules ask ────────────────────────────────────────────────────────────────────
+
+
+def distillations(spec: MethodSpec) -> Iterator[tuple[Path, Distillation]]:
+    """The distillation terms, each with its path."""
+    for name, term in spec.losses.items():
+        if isinstance(term, Distillation):
+            yield ("losses", name), term
+
+
+def policy_gradients(spec: MethodSpec) -> Iterator[tuple[Path, PolicyGradient]]:
+    """The policy gradient terms, each with its path."""
+    for name, term in spec.losses.items():
+        if isinstance(term, PolicyGradient):
+            yield ("losses", name), term
+
+
+def k2_terms(spec: MethodSpec) -> Iterator[Path]:
+    """Paths of the terms that estimate the KL to the reference from the sampled token."""
+    for name, term in spec.losses.items():
+        if isinstance(term, ReferenceKl) and term.estimator == "k2":
+            yield "losses", name
+
+
+def of_teacher(spec: MethodSpec) -> Iterator[tuple[Path, LossTerm]]:
+    """The terms that ask the teacher, each with its path."""
+    for name, term in spec.losses.items():
+        if needs_teacher(term):
+            yield ("losses", name), term
+
+
+def consultations(spec: MethodSpec) -> Iterator[tuple[Path, str]]:
+    """Settings of terms that do not ask the teacher for their loss, but for a mask or a weight; and what they ask for."""
+    for name, term in spec.losses.items():
+        for measure, key in () if needs_teacher(term) else term_statistics(term):
+            side, _, figure = measure.partition("_")
+            if side == "teacher":
+                told = figure.replace("logprobs", "log-probabilities")
+                yield ("losses", name, *key), f"teacher's {told}"
+
+
+def adds_no_view(sees: Sees | None) -> bool:
+    """Whether the teacher's prompt is the student's: a user turn with the prompt alone.  Other contexts have text."""
+    if sees is None:
+        return True
+    if (
+        not isinstance(sees, UserTurn) or sees.slots
+    ):  # a slot that the template does not use has a rule of its own
+        return False
+    try:
+        parts = parse(sees.template)
+    except TemplateError:
+        return False
+    return [part for part in parts if not isinstance(part, str) or part.strip()] == [
+        Field("prompt")
+    ]
+
+
+def data_of(spec: ExperimentSpec) -> Iterator[tuple[Path, DataSpec]]:
+    """Training rows and the rows of every suite, each with its path."""
+    yield ("data",), spec.data
+    for name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
+        yield ("evaluation", "suites", name, "data"), suite.data
+
+
+def columns_of(spec: ExperimentSpec, data: DataSpec) -> Mapping[str, Any]:
+    """The columns of some rows; evaluation rows take the training rows' where they name none."""
+    return data.columns or spec.data.columns or {}
+
+
+def total_updates(spec: ExperimentSpec) -> int | None:
+    """Optimizer steps of the run, where the spec says so."""
+    steps = spec.training.steps
+    return steps and steps * spec.training.updates_per_rollout
+
+
+def shape_of(spec: ExperimentSpec, context: Context) -> ShapeSpec | None:
+    """The model's shape, where it is stated, bundled or in a local folder."""
+    return spec.model.shape or shape_at(spec.model.path, Folder(context.loaded.folder))
+
+
+def unknown_bundled(where: Path, path: str) -> Iterator[Finding]:
+    """A `bundled:NAME` that is not in the list."""
+    if path.startswith(PREFIX) and path.removeprefix(PREFIX) not in BUNDLED:
+        names = [PREFIX + name for name in BUNDLED]
+        yield where, f"{shorten(path)} {outside(names)}", did_you_mean(path, names)
+
+
+def no_model(where: Path, path: str, context: Context) -> Iterator[Finding]:
+    """A local path that holds no model."""
+    folder = context.file(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if path.startswith(PREFIX) or not (looks_local or os.path.isdir(folder)):
+        return
+    if not os.path.isdir(folder):
+        yield where, f"there is no folder {path}", "paths start at the spec's folder"
+    elif os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
+        yield where, f"folder {path} {IS_ADAPTER}", MERGE_FIRST
+    elif not os.path.isfile(os.path.join(folder, "config.json")):
+        yield where, f"folder {path} has no config.json, so it is no model", None
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
+    """A hint that names the nearest choice."""
+    close = nearest(word, choices)
+    return f'did you mean "{close}"?' if close else None

@@ -1,0 +1,167 @@
+"""Rules on rows: where they come from, and whether the columns that others name are there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from sdkit.language.errors import counted, outside, shorten, spelled
+from sdkit.language.files import file_names
+from sdkit.language.row_text import is_empty, say_what
+from sdkit.language.rules.base import Context, Finding, columns_of, data_of, did_you_mean, run_rule
+from sdkit.language.specs import (
+    ColumnSlot,
+    ColumnTemplate,
+    DataSpec,
+    DiskSource,
+    ExperimentSpec,
+    FileSource,
+    InlineSource,
+    JsonLinesSource,
+    JsonSource,
+    ParquetSource,
+    ReasoningGymSource,
+    completion_column,
+)
+from sdkit.language.templates import TemplateError, fields, parse
+
+
+@run_rule("rows have a prompt")
+def prompt_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Without the column `prompt` there is nothing to ask the student."""
+    for path, data in data_of(spec):
+        if data.columns is None and path != ("data",):
+            continue
+        if "prompt" not in (data.columns or {}):
+            message = "no column is named 'prompt'"
+            hint = "add columns: {prompt: NAME}, NAME being the source's column"
+            yield (*path, "columns"), message, hint
+
+
+@run_rule("slots take columns that the data has")
+def slot_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A slot of kind column takes one of sdkit's columns, as named under data.columns."""
+    sees = spec.teacher.sees if spec.teacher else None
+    known = columns_of(spec, spec.data)
+    for name, slot in sees.slots.items() if sees else ():
+        if isinstance(slot, ColumnSlot) and slot.name not in known:
+            message = f"column {shorten(slot.name)} {outside(known)}"
+            hint = did_you_mean(slot.name, known) or f"add data.columns.{slot.name}"
+            yield ("teacher", "sees", "slots", name, "name"), message, hint
+
+
+@run_rule("rows in the spec have a prompt that is text")
+def inline_prompt(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Rows that are written in the spec can be pointed at; those of a file are read later."""
+    for path, data in data_of(spec):
+        column = columns_of(spec, data).get("prompt")
+        if not isinstance(data.source, InlineSource) or not isinstance(column, str):
+            continue
+        for i, row in enumerate(data.source.rows[: data.limit]):
+            where, prompt = (*path, "source", "rows", i, column), row.get(column, "")
+            if column in row and (is_empty(prompt) or prompt == []):
+                yield where, "the prompt is empty", None
+            elif not isinstance(prompt, str | list | tuple):
+                message = f"the prompt is {say_what(prompt)}, not text or a list of messages"
+                yield where, message, None
+
+
+@run_rule("completions of a data set are in its columns")
+def dataset_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """With `sampled_by: dataset` the completions stand in a column of the training rows."""
+    column, known = completion_column(spec.rollout.sampled_by), columns_of(spec, spec.data)
+    if column and column not in known:
+        path = ("rollout", "sampled_by", "column")
+        message = f"{context.stated(path, column)}, which {outside(known)}"
+        yield path, message, did_you_mean(column, known) or f"add data.columns.{column}"
+
+
+@run_rule("columns exist in the source")
+def source_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Where the source's columns are known before it is read, a wrong name need not wait for the
+    reader.
+    """
+    for path, data in data_of(spec):
+        known = _source_columns(data)
+        if known is None:
+            continue
+        written_at = path if data.columns else ("data",)
+        where = "" if data.columns else f" of {spelled(path)}"
+        for name, column in columns_of(spec, data).items():
+            for wanted in (w for w in _wanted(column) if w not in known):
+                message = f"source column {shorten(wanted)}{where} {outside(sorted(known))}"
+                yield (*written_at, "columns", name), message, did_you_mean(wanted, known)
+
+
+def _source_columns(data: DataSpec) -> set[str] | None:
+    """Columns that every row has; None where only reading can tell."""
+    if isinstance(data.source, ReasoningGymSource):
+        return {"question", "answer", "metadata"}
+    if isinstance(data.source, InlineSource):
+        return set.intersection(*(set(row) for row in data.source.rows))
+    return None
+
+
+def _wanted(column: str | ColumnTemplate) -> list[str]:
+    if isinstance(column, str):
+        return [column]
+    try:
+        return [field.name for field in fields(parse(column.template))]
+    except TemplateError:
+        return []
+
+
+@run_rule("data files exist")
+def data_path(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Paths start at the spec's folder.  What says where it can be had may be fetched later, before the run."""
+    for path, data in data_of(spec):
+        source = data.source
+        where = (*path, "source", "path")
+        there = isinstance(source, FileSource) and os.path.exists(context.file(source.path))
+        if isinstance(source, FileSource) and source.origin and not there:
+            continue
+        if isinstance(source, JsonLinesSource | JsonSource | ParquetSource):
+            if not there:
+                yield where, f"there is no file {source.path}", _folder_hint(context, source.path)
+            elif os.path.isdir(context.file(source.path)):
+                yield where, f"{source.path} is a folder, not a file", None
+            elif not os.path.isfile(context.file(source.path)):
+                yield where, f"{source.path} is a pipe or a device, not a file", None
+        elif isinstance(source, DiskSource) and not os.path.isdir(context.file(source.path)):
+            yield where, f"there is no folder {source.path}", _folder_hint(context, source.path)
+
+
+def _folder_hint(context: Context, path: str) -> str | None:
+    folder, name = os.path.split(context.file(path))
+    if not os.path.isdir(folder or "."):
+        return (
+            f"there is no folder {os.path.dirname(path)} either; paths start at the spec's folder"
+        )
+    near = did_you_mean(name, file_names(folder or "."))
+    return near or "paths start at the spec's folder"
+
+
+@run_rule("a batch does not repeat prompts", "warning")
+def few_rows(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """With fewer rows than prompts in a batch, every batch holds some prompt twice."""
+    source, limit = spec.data.source, spec.data.limit
+    rows = limit
+    if isinstance(source, InlineSource):
+        rows = min(len(source.rows), limit or len(source.rows))
+    elif isinstance(source, ReasoningGymSource):
+        rows = min(source.size, limit or source.size)
+    if rows and rows < spec.training.prompts_per_step:
+        prompts = spec.training.prompts_per_step
+        message = f"prompts_per_step is {prompts}, but the data has {counted(rows, 'row')}"
+        yield ("training", "prompts_per_step"), message, None
+
+
+RULES = (
+    prompt_column,
+    slot_column,
+    inline_prompt,
+    dataset_column,
+    source_column,
+    data_path,
+    few_rows,
+)

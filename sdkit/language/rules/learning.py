@@ -1,0 +1,241 @@
+"""Rules on whether anything can be learnt: every term's gradient, and the difference between teacher and student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdkit.language.errors import shorten
+from sdkit.language.rules.base import (
+    Context,
+    Finding,
+    adds_no_view,
+    method_rule,
+    of_teacher,
+    policy_gradients,
+)
+from sdkit.language.schedules import always
+from sdkit.language.specs import (
+    AdvantageAdd,
+    Blend,
+    Distillation,
+    ExternalWeights,
+    ExtrapolateBlend,
+    Feedback,
+    FileDivergence,
+    GeometricBlend,
+    LogRatio,
+    LossTerm,
+    MethodSpec,
+    PolicyGradient,
+    ProductBlend,
+    ReferenceKl,
+    RewardAtLeast,
+    ServedWeights,
+    StudentWeights,
+    SuccessfulSibling,
+    TeacherSpec,
+    TopKSupport,
+    TrustRegionBlend,
+    nothing_without_teacher,
+    teacher_part,
+    teachers_of,
+)
+
+# ── single terms ──────────────────────────────────────────────────────────────────────────────
+
+
+def has_weight(term: LossTerm) -> bool:
+    """Whether the term's coefficient is ever above 0."""
+    return not always(term.coefficient, 0)
+
+
+@method_rule("some term has weight")
+def no_objective(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """With every coefficient 0 from the first step to the last a run trains nothing and still ends well."""
+    if not any(map(has_weight, spec.losses.values())):
+        path = ("losses", next(iter(spec.losses)), "coefficient")
+        yield path, "every term has coefficient 0: there is nothing to train on", None
+
+
+@method_rule("some term moves the student")
+def nothing_pulls(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The student starts as the reference, where the KL and its gradient are zero; a term with coefficient
+    0 moves nothing.
+    """
+    weighted = [term for term in spec.losses.values() if has_weight(term)]
+    if weighted and all(isinstance(term, ReferenceKl) for term in weighted):
+        message = "reference_kl holds the student where it starts, and no other term pulls"
+        idle = next((n for n, term in spec.losses.items() if not has_weight(term)), None)
+        hint = "add another term" if idle is None else f"give term {shorten(idle)} a coefficient"
+        yield ("losses",), message, hint
+
+
+@method_rule("an advantage has a part with weight")
+def zero_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """With both weights 0 every advantage is 0, and so is the gradient."""
+    for path, term in policy_gradients(spec):
+        advantage = term.advantage
+        if (
+            isinstance(advantage, AdvantageAdd)
+            and always(advantage.group_weight, 0)
+            and always(advantage.log_ratio_weight, 0)
+        ):
+            message = "group_weight and log_ratio_weight are 0, so every advantage is 0"
+            yield (*path, "advantage"), message, "give one of them a weight"
+
+
+@method_rule("a centered log-ratio has several tokens to be centered over")
+def centered_token(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The mean over one token is the token's own log-ratio: what is left is always 0."""
+    longest = spec.rollout.max_new_tokens
+    for path, term in policy_gradients(spec):
+        part = teacher_part(term.advantage)
+        end = min(term.mask.prefix or longest, longest)
+        if part and part.center == "sequence" and end - term.mask.skip_first == 1:
+            inner = () if part is term.advantage else ("log_ratio",)
+            message = (
+                "the term counts one token of a completion, so its centered log-ratio is always 0"
+            )
+            yield (*path, "advantage", *inner, "center"), message, "use center: none"
+
+
+# ── rollouts that a term never counts ─────────────────────────────────────────────────────────
+
+
+@method_rule("a route's failures are kept")
+def failures_not_kept(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """`route.then` counts rewards below the route's threshold; a filter at or above it lets none of them through."""
+    if spec.route is None:
+        return
+    for index, each in enumerate(spec.rollout.keep):
+        if isinstance(each, RewardAtLeast) and each.threshold >= spec.route.threshold:
+            threshold = context.stated(
+                ("route", "threshold"), spec.route.threshold, "route.threshold"
+            )
+            message = f"no failure is kept: {threshold}, so the terms of route.then count nothing"
+            hint = "lower this threshold, or remove the route"
+            yield ("rollout", "keep", index, "threshold"), message, hint
+
+
+@method_rule("the teacher's context can be filled")
+def never_filled(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Feedback `when: no_solution` stands where no successful sibling is shown; under `requires: all` both must
+    stand there, so no rollout has a teacher prompt.
+    """
+    sees = spec.teacher.sees if spec.teacher else None
+    if not sees or sees.requires != "all":
+        return
+    siblings = [n for n, slot in sees.slots.items() if isinstance(slot, SuccessfulSibling)]
+    for name, slot in sees.slots.items():
+        if siblings and isinstance(slot, Feedback) and slot.when == "no_solution":
+            message = (
+                f"never filled together with slot {shorten(siblings[0])}, and "
+                f"{context.stated(('teacher', 'sees', 'requires'), sees.requires)}"
+            )
+            yield ("teacher", "sees", "slots", name, "when"), message, "use requires: any"
+
+
+# ── a teacher that is the student ─────────────────────────────────────────────────────────────
+
+
+@method_rule("a blended teacher has a share")
+def teacher_without_share(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A trust region of student_share 1 is the live student alone, a geometric blend of teacher_share 0 the
+    start model alone: the teacher's weights are never asked.
+    """
+    match spec.teacher and spec.teacher.blend:
+        case TrustRegionBlend(student_share=share) if always(share, 1):
+            key, value, others = "student_share", 1, "student"
+        case GeometricBlend(teacher_share=share) if always(share, 0):
+            key, value, others = "teacher_share", 0, "frozen"
+        case _:
+            return
+    message = f"{key} is always {value}: the teacher has no part in the blend"
+    yield ("teacher", "blend", key), message, f"remove blend, or use weights: {others}"
+
+
+@method_rule("a live teacher sees more than the student")
+def zero_signal(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The live student compared with itself under the same prompt is equal to itself: the loss and
+    its gradient are zero.  A trust region adds the same again; other blends make another distribution.
+    A context without any text or slot besides the prompt is the same prompt.
+    """
+    live = (w for w, weights in teachers_of(spec) if isinstance(weights, StudentWeights))
+    where = next(live, None)
+    if where and spec.teacher and adds_no_view(spec.teacher.sees) and not _blended(spec.teacher):
+        for path, _ in of_teacher(spec):
+            message = f"term {shorten(path[-1])} compares the live student with itself: always zero"
+            yield where, message, f"{_to_see(spec.teacher)}, or other weights"
+            return
+
+
+@method_rule("a teacher without context differs from the student at the start")
+def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Live, frozen, averaged and copied weights all start as the student, and so does a blend of them,
+    but for a product, which is sharper; without context the gradient is zero at the first step, so nothing
+    moves the student away from the teacher, unless another term does.
+    """
+    teacher = spec.teacher
+    if not teacher or not adds_no_view(teacher.sees):
+        return
+    blend = _blended(teacher)
+    match blend:
+        case ProductBlend() | ExtrapolateBlend(base=ExternalWeights()):
+            return
+    for _, weights in teachers_of(spec):
+        # The live student itself, unblended, is reported by zero_signal.
+        elsewhere = isinstance(weights, ExternalWeights | ServedWeights)
+        if elsewhere or (weights == StudentWeights() and not blend):
+            return
+    weighted = [term for term in spec.losses.values() if has_weight(term)]
+    asks = any(not isinstance(term, ReferenceKl) for term in weighted)
+    if asks and all(isinstance(t, ReferenceKl) or _zero_when_equal(t) for t in weighted):
+        message = "the teacher starts as the student and sees the same: nothing to learn from"
+        yield ("teacher",), message, _to_see(teacher)
+
+
+def _zero_when_equal(term: LossTerm) -> bool:
+    """Whether the term's gradient is zero where the teacher's distribution is the student's."""
+    match term:
+        case Distillation(divergence=FileDivergence(zero_when_equal=False)):
+            return False
+        case Distillation(support=TopKSupport(remainder="renormalize_teacher" | "drop")):
+            return False  # pulls probability into the support
+        case PolicyGradient(advantage=AdvantageAdd(group_weight=weight)):
+            return always(weight, 0)
+        case PolicyGradient(advantage=advantage):
+            return isinstance(advantage, LogRatio)
+        case _:
+            return nothing_without_teacher(term)
+
+
+def _to_see(teacher: TeacherSpec) -> str:
+    return "give the teacher sees: …" if teacher.sees is None else "add text or a slot to sees"
+
+
+def _blended(teacher: TeacherSpec) -> Blend | None:
+    """The blend that makes another distribution of the live student's, where there is one with power."""
+    match teacher.blend:
+        case None | TrustRegionBlend():
+            return None
+        case ProductBlend(student_power=power) if always(power, 0):
+            return None
+        case GeometricBlend(teacher_share=share) if always(share, 1):
+            return None
+        case ExtrapolateBlend(factor=factor) if always(factor, 1):
+            return None
+        case blend:
+            return blend
+
+
+RULES = (
+    no_objective,
+    nothing_pulls,
+    zero_advantage,
+    centered_token,
+    failures_not_kept,
+    never_filled,
+    teacher_without_share,
+    zero_signal,
+    same_at_start,
+)

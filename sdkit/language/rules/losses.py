@@ -1,0 +1,319 @@
+"""Rules on the terms of the objective and on the teacher they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdkit.language.errors import Path, shorten
+from sdkit.language.objective_text import number
+from sdkit.language.rules.base import (
+    Context,
+    Finding,
+    consultations,
+    distillations,
+    k2_terms,
+    method_rule,
+    of_teacher,
+    policy_gradients,
+    run_rule,
+    shape_of,
+    total_updates,
+)
+from sdkit.language.schedules import schedules
+from sdkit.language.specs import (
+    CrossEntropy,
+    DatasetSamples,
+    Distillation,
+    ExperimentSpec,
+    FileDivergence,
+    ForwardKl,
+    MethodSpec,
+    ReferenceKl,
+    ReverseKl,
+    RewardAtLeast,
+    SampledTokenSupport,
+    StudentSamples,
+    TeacherSamples,
+    TopKSupport,
+    drawn_by_student,
+)
+from sdkit.language.user_functions import fault_of
+
+
+@method_rule("what needs a teacher has one")
+def no_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A distillation term compares the student with a teacher, a log_ratio advantage asks it, and a
+    teacher that samples must exist.
+    """
+    if spec.teacher:
+        return
+    hint = "add teacher: {weights: …, sees: …}"
+    for path, term in of_teacher(spec):
+        if isinstance(term, Distillation):
+            yield path, f"term {shorten(path[-1])} distils, but there is no teacher", hint
+        else:
+            message = "a log_ratio advantage asks the teacher, but there is no teacher"
+            yield (*path, "advantage"), message, hint
+    for path, measure in consultations(spec):
+        message = f"this asks for the {measure}, but there is no teacher"
+        yield path, message, hint
+    if isinstance(spec.rollout.sampled_by, TeacherSamples):
+        yield ("rollout", "sampled_by"), "the teacher samples, but there is no teacher", hint
+
+
+@method_rule("a teacher is used")
+def unused_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A teacher that neither samples nor enters a term costs memory and changes nothing: a term is
+    missing.
+    """
+    samples = isinstance(spec.rollout.sampled_by, TeacherSamples)
+    consulted = any(of_teacher(spec)) or any(consultations(spec))
+    if spec.teacher and not samples and not consulted:
+        message = "no term distils from the teacher, and it does not sample"
+        yield ("teacher",), message, "remove teacher, or add a term of kind distillation"
+
+
+@method_rule("one sampled token estimates the reverse KL only")
+def sampled_token_divergence(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """With y drawn from the student, the surrogate's expected gradient is that of
+    KL(student‖teacher); no other divergence has such an estimate from one token.
+    """
+    for path, term in distillations(spec):
+        if isinstance(term.support, SampledTokenSupport) and not isinstance(
+            term.divergence, ReverseKl
+        ):
+            message = f"sampled_token estimates reverse_kl, not {term.divergence.kind}"
+            yield (*path, "divergence"), message, "use divergence: reverse_kl, or a top_k support"
+
+
+@method_rule("renormalize_teacher belongs to the forward KL")
+def renormalized_teacher_divergence(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Only the teacher sums to one then; the forward KL is a cross-entropy up to a constant, the
+    others are no divergences at all.
+    """
+    for path, term in distillations(spec):
+        support = term.support
+        if isinstance(support, TopKSupport) and support.remainder == "renormalize_teacher":
+            if not isinstance(term.divergence, ForwardKl):
+                message = f"renormalize_teacher needs forward_kl, not {term.divergence.kind}"
+                yield (*path, "support", "remainder"), message, "use remainder: renormalize"
+
+
+@method_rule("a bound has something to bound")
+def clip_without_effect(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """`entry` and `log_ratio` bound the entries of a KL, which a mixture or a user's function does not
+    have, nor, one by one, the sampled token; `token` bounds a divergence, and what the sampled token
+    gives is none.
+    """
+    for path, term in distillations(spec):
+        clip, sampled = term.clip, isinstance(term.support, SampledTokenSupport)
+        kl = isinstance(term.divergence, ForwardKl | ReverseKl)
+        if clip.entry is not None and (not kl or sampled):
+            over = "the sampled token" if sampled else term.divergence.kind
+            message = f"clip.entry bounds the entries of a KL, and {over} has none"
+            yield (*path, "clip", "entry"), message, "use divergence: forward_kl or reverse_kl"
+        if clip.log_ratio is not None and not kl:
+            message = f"clip.log_ratio bounds the log-ratios of a KL, not of {term.divergence.kind}"
+            yield (*path, "clip", "log_ratio"), message, "use divergence: forward_kl or reverse_kl"
+        if clip.token is not None and sampled:
+            message = "clip.token bounds a divergence; the sampled token gives a gradient, no value"
+            yield (*path, "clip", "token"), message, "use clip.log_ratio"
+
+
+@method_rule("bounds of a log-ratio lie on both sides of 0")
+def log_ratio_bounds(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Where student and teacher agree the log-ratio is 0: it must stay so."""
+    for path, term in distillations(spec):
+        bounds = term.clip.log_ratio
+        if bounds and not bounds[0] < 0 < bounds[1]:
+            message = f"log_ratio is [{bounds[0]:g}, {bounds[1]:g}], and 0 is not between them"
+            yield (*path, "clip", "log_ratio"), message, "write [-5, 5], say"
+
+
+@method_rule("the user's divergences are there")
+def divergence_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The file is read and parsed, never run: it must define the function at its top level, to be
+    called with the log-probabilities of student and teacher.
+    """
+    for path, term in distillations(spec):
+        own = term.divergence
+        if isinstance(own, FileDivergence):
+            file = context.file(own.file)
+            found = fault_of(file, own.file, own.function, ("student", "teacher"))
+            if found:
+                key, message, hint = found
+                yield (*path, "divergence", key), message, hint
+
+
+@method_rule("importance ratios need samples of the whole distribution")
+def truncated_sampling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Log-probabilities are those of the whole softmax; nucleus or top-k sampling draws from
+    another distribution, so the ratio corrects by the wrong factor.
+    """
+    cut = _truncation(spec, context)
+    ratios = [
+        name
+        for _, term in (*distillations(spec), *policy_gradients(spec))
+        for name in ("old_policy", "sampler")
+        if getattr(term.importance, name, None)
+    ]
+    if cut and ratios:
+        path, said = cut
+        message = f"{said}, but importance.{ratios[0]} needs samples of the whole distribution"
+        yield path, message, "use top_p: 1 and top_k: 0, or drop the ratio"
+
+
+@method_rule("a sampled token is drawn from the whole distribution", "warning")
+def biased_estimate(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """What is estimated from the sampled token (the sampled_token support, a policy gradient, the k2
+    estimator) is unbiased for tokens drawn from the student's whole distribution.
+    """
+    cut = _truncation(spec, context)
+    estimates = [
+        "sampled_token" for _, t in distillations(spec) if t.support == SampledTokenSupport()
+    ]
+    # With a ratio to the sampler it is an error: truncated_sampling.
+    plain = [t for _, t in policy_gradients(spec) if not t.importance.sampler]
+    estimates += ["policy_gradient" for _ in plain]
+    estimates += ["k2" for _ in k2_terms(spec)]
+    if cut and estimates:
+        yield cut[0], f"{cut[1]}, so the {estimates[0]} estimate is biased", None
+
+
+def _truncation(spec: MethodSpec, context: Context) -> tuple[Path, str] | None:
+    rollout = spec.rollout
+    for name, whole in (("top_p", 1.0), ("top_k", 0)):
+        value = getattr(rollout, name)
+        if value != whole and not isinstance(rollout.sampled_by, DatasetSamples):
+            return ("rollout", name), context.stated(("rollout", name), value)
+    return None
+
+
+@method_rule("the loss has the sampling temperature", "warning")
+def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Tokens drawn at one temperature and distributions compared at another: legitimate, and more
+    often an oversight.
+    """
+    if isinstance(spec.rollout.sampled_by, DatasetSamples):
+        return
+    sampled = spec.rollout.temperature
+    for path, term in distillations(spec):
+        if term.temperature is not None and term.temperature != sampled:
+            said = context.stated(("rollout", "temperature"), sampled, "rollout.temperature")
+            message = f"the loss has temperature {number(term.temperature)}, but {said}"
+            yield (*path, "temperature"), message, None
+
+
+@run_rule("a ratio to the old policy has something to correct", "warning")
+def ratio_is_one(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """With one update a batch the weights are still those that sampled: the ratio is 1 everywhere,
+    costs a forward pass as a correction, and is never clipped.
+    """
+    path = ("training", "updates_per_rollout")
+    if spec.training.updates_per_rollout > 1:
+        return
+    for term_path, term in distillations(spec):
+        if term.importance.old_policy:
+            message = f"{context.stated(path, 1)}, so the ratio to the old policy is always 1"
+            yield (*term_path, "importance", "old_policy"), message, None
+    for term_path, term in policy_gradients(spec):
+        if term.clip:
+            message = f"{context.stated(path, 1)}, so the ratio is always 1 and never clipped"
+            yield (*term_path, "clip"), message, None
+
+
+@method_rule("one term has a ratio averaged over sequences")
+def second_sequence_mean(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The ratio averaged over a sequence is one number per sequence, computed once, over the tokens
+    that one term counts.
+    """
+    levels = [
+        (*path, "importance", "sampler", "level")
+        for path, term in (*distillations(spec), *policy_gradients(spec))
+        if term.importance.sampler and term.importance.sampler.level == "sequence_mean"
+    ]
+    for path in levels[1:]:
+        message = f"only one term can have level sequence_mean, and {shorten(levels[0][1])} has it"
+        yield path, message, "use level: token here"
+
+
+@method_rule("some completion tokens are left after skip_first")
+def empty_rows(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Where every token is skipped, every row is empty and the loss is zero."""
+    longest = spec.rollout.max_new_tokens
+    for name, term in spec.losses.items():
+        if term.mask.skip_first >= longest:
+            said = context.stated(("rollout", "max_new_tokens"), longest)
+            message = f"skip_first is {term.mask.skip_first}, but {said}: no token is left"
+            yield ("losses", name, "mask", "skip_first"), message, None
+
+
+@method_rule("prefix reaches beyond skip_first")
+def prefix_before_skip(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The two together leave out every token."""
+    for name, term in spec.losses.items():
+        prefix, skip = term.mask.prefix, term.mask.skip_first
+        if prefix is not None and prefix <= skip:
+            message = f"prefix is {prefix} and skip_first {skip}: no token is left"
+            yield ("losses", name, "mask", "prefix"), message, None
+
+
+@method_rule("cross-entropy is on completions worth imitating", "warning")
+def own_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Cross-entropy on the student's own unfiltered samples has no direction: in expectation its
+    gradient is zero.  A route and a reward filter by outcome; sampling at another temperature, or from
+    part of the distribution, sharpens.
+    """
+    rollout = spec.rollout
+    if spec.route or any(isinstance(filter, RewardAtLeast) for filter in rollout.keep):
+        return
+    if isinstance(rollout.sampled_by, StudentSamples):
+        if rollout.temperature != 1 or _truncation(spec, context):
+            return
+    kinds = {type(term) for term in spec.losses.values()}
+    imitates = CrossEntropy in kinds and kinds <= {CrossEntropy, ReferenceKl}
+    if imitates and drawn_by_student(rollout.sampled_by):
+        path = ("rollout", "sampled_by")
+        message = f"{context.stated(path, rollout.sampled_by.kind)}: it trains on its own samples, unfiltered"
+        yield path, message, "use sampled_by: dataset or teacher"
+
+
+@run_rule("schedules end within the run", "warning")
+def schedule_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A schedule longer than the run never reaches its end value."""
+    total = total_updates(spec)
+    for path, schedule in schedules(spec):
+        if total and schedule.steps > total:
+            message = f"the schedule takes {schedule.steps} optimizer steps, the run {total}"
+            yield (*path, "steps"), message, None
+
+
+@run_rule("a support is no larger than the vocabulary")
+def support_size(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """More tokens than the vocabulary has cannot be chosen."""
+    shape = shape_of(spec, context)
+    for path, term in distillations(spec):
+        if shape and isinstance(term.support, TopKSupport) and term.support.k > shape.vocabulary:
+            message = f"k is {term.support.k}, but the vocabulary has {shape.vocabulary} tokens"
+            yield (*path, "support", "k"), message, "use support: vocabulary"
+
+
+RULES = (
+    no_teacher,
+    unused_teacher,
+    sampled_token_divergence,
+    renormalized_teacher_divergence,
+    clip_without_effect,
+    log_ratio_bounds,
+    divergence_file,
+    truncated_sampling,
+    biased_estimate,
+    temperature_mismatch,
+    ratio_is_one,
+    second_sequence_mean,
+    empty_rows,
+    prefix_before_skip,
+    own_samples,
+    schedule_length,
+    support_size,
+)

@@ -1,0 +1,48 @@
+"""Rules on the names that users give: each becomes a part of the names of metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdkit.language.errors import Path, shorten
+from sdkit.language.metric_names import FAMILIES, INTERVAL, LENGTHS
+from sdkit.language.rules.base import Context, Finding, method_rule, run_rule
+from sdkit.language.specs import ExperimentSpec, MethodSpec
+
+
+@method_rule("no name is that of sdkit's own metrics")
+def reserved_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A term's metrics are TERM/FIGURE and a suite's eval/SUITE/…; with a name that stands first in other metrics, two
+    figures would be written as one.
+    """
+    named: list[Path] = [("losses", name) for name in spec.losses]
+    if isinstance(spec, ExperimentSpec):
+        named += [("rewards", name) for name in spec.rewards if name == LENGTHS]
+        for suite_name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
+            path = ("evaluation", "suites", suite_name)
+            named += [path, *((*path, "decoding", name) for name in suite.decoding)]
+    for path in named:
+        if path[-1] in FAMILIES or path[-1] == LENGTHS:
+            message = f"{shorten(path[-1])} stands in the names of sdkit's own metrics"
+            yield path, message, "choose another name"
+
+
+@run_rule("no two scores have one name")
+def ambiguous_score(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A score is written as eval/SUITE/DECODING/REWARD, its interval with _low, _high and _n behind it; beside them stand
+    the suite's losses as eval/SUITE/TERM/….
+    """
+    for name in spec.rewards:
+        for end in INTERVAL:
+            if name.endswith(end) and (other := name.removesuffix(end)) in spec.rewards:
+                message = f"{shorten(name)} is how the interval of {shorten(other)} is written"
+                yield ("rewards", name), message, "choose another name"
+    for suite_name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
+        for name in suite.decoding:
+            if name in spec.losses:
+                path = ("evaluation", "suites", suite_name, "decoding", name)
+                message = f"{shorten(name)} is a term of the losses too"
+                yield path, message, "choose another name for this decoding"
+
+
+RULES = (reserved_name, ambiguous_score)

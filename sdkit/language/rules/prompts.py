@@ -1,0 +1,145 @@
+"""Rules on templates: what the teacher sees, and columns built from others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdkit.language.errors import Path, outside, shorten
+from sdkit.language.rules.base import Context, Finding, data_of, did_you_mean, method_rule, run_rule
+from sdkit.language.specs import (
+    ColumnTemplate,
+    EarlierTurns,
+    ExperimentSpec,
+    MethodSpec,
+    Sees,
+    UserTurn,
+    Wording,
+)
+from sdkit.language.templates import Field, TemplateError, fields, parse
+
+
+def _templates(sees: Sees) -> Iterator[tuple[Path, str]]:
+    """Every template of the teacher's context, with its path."""
+    path = ("teacher", "sees")
+    if isinstance(sees, EarlierTurns):
+        for index, turn in enumerate(sees.turns):
+            yield (*path, "turns", index, "user"), turn.user
+            yield (*path, "turns", index, "assistant"), turn.assistant
+    else:
+        yield (*path, "template"), sees.template
+
+
+def _used(sees: Sees) -> Iterator[tuple[Path, Field]]:
+    """Every field of the templates that can be read."""
+    for path, text in _templates(sees):
+        try:
+            yield from ((path, field) for field in fields(parse(text)))
+        except TemplateError:
+            continue
+
+
+def _syntax(path: Path, text: str, allow_keys: bool) -> Iterator[Finding]:
+    try:
+        template = parse(text)
+    except TemplateError as error:
+        near = shorten(text[max(0, error.offset - 10) : error.offset + 15])
+        yield path, f"{error} near {near}", "write {{ and }} for braces that are text"
+        return
+    for field in fields(template) if not allow_keys else ():
+        if field.path:
+            message = f"{{{field}}} reaches into a slot, which is text"
+            yield path, message, "build the text in data.columns, where {column.key} is possible"
+
+
+@method_rule("templates can be read")
+def template_syntax(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """`{name}` is filled in, `{{` and `}}` are braces; nothing else is special, so nothing else
+    may look so.
+    """
+    if not spec.teacher or not spec.teacher.sees:
+        return
+    for path, text in _templates(spec.teacher.sees):
+        yield from _syntax(path, text, allow_keys=False)
+    for name, slot in spec.teacher.sees.slots.items():
+        if not isinstance(slot, Wording):
+            where = ("teacher", "sees", "slots", name, "wrap")
+            yield from _syntax(where, slot.wrap, allow_keys=False)
+            yield from _value_only(where, slot.wrap)
+
+
+def _value_only(path: Path, wrap: str) -> Iterator[Finding]:
+    """`wrap` holds {value} and no other field."""
+    try:
+        named = [str(field) for field in fields(parse(wrap))]
+    except TemplateError:
+        return
+    for name in named:
+        if name != "value":
+            yield path, f"{{{name}}} is not '{{value}}', all that wrap knows", None
+    if not named:
+        yield path, "wrap has no {value}", "write {value} where the text belongs"
+
+
+@run_rule("templates of columns can be read")
+def column_template_syntax(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """`{column}` and `{column.key}` are filled in; `{{` and `}}` are braces."""
+    for path, data in data_of(spec):
+        for name, column in (data.columns or {}).items():
+            if isinstance(column, ColumnTemplate):
+                where = (*path, "columns", name, "template")
+                yield from _syntax(where, column.template, allow_keys=True)
+
+
+@method_rule("templates name declared slots")
+def unknown_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A name that no slot fills would reach the teacher as it stands."""
+    sees = spec.teacher.sees if spec.teacher else None
+    known = ["prompt", *(sees.slots if sees else ())]
+    for path, field in _used(sees) if sees else ():
+        if field.name not in known:
+            hint = did_you_mean(field.name, known) or f"declare it: slots: {{{field.name}: …}}"
+            yield path, f"{{{field}}} {outside(known)}", hint
+
+
+@method_rule("declared slots are used")
+def unused_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A slot that no template names is context that the teacher never sees."""
+    sees = spec.teacher.sees if spec.teacher else None
+    if not sees or any(list(_syntax((), text, True)) for _, text in _templates(sees)):
+        return
+    used = {field.name for _, field in _used(sees)}
+    for name in sees.slots:
+        if name not in used and name != "prompt":
+            message = f"slot {shorten(name)} is in no template"
+            yield ("teacher", "sees", "slots", name), message, f"use {{{name}}}, or remove the slot"
+
+
+@method_rule("a user turn holds the prompt")
+def prompt_missing(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The template takes the place of the user's message; without {prompt} the teacher answers
+    another question.
+    """
+    sees = spec.teacher.sees if spec.teacher else None
+    if not isinstance(sees, UserTurn) or any(_syntax((), sees.template, True)):
+        return
+    if not any(field.name == "prompt" for _, field in _used(sees)):
+        message = "the template takes the user's place, but has no {prompt}"
+        yield ("teacher", "sees", "template"), message, "add {prompt}, or use kind: system_message"
+
+
+@method_rule("no slot is named prompt")
+def reserved_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """{prompt} is always the student's last user message."""
+    if spec.teacher and spec.teacher.sees and "prompt" in spec.teacher.sees.slots:
+        path = ("teacher", "sees", "slots", "prompt")
+        yield path, "'prompt' is always the user's message and cannot be a slot", "rename the slot"
+
+
+RULES = (
+    template_syntax,
+    column_template_syntax,
+    unknown_slot,
+    unused_slot,
+    prompt_missing,
+    reserved_slot,
+)

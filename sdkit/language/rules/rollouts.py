@@ -1,0 +1,211 @@
+"""Rules on who samples, and on what the samples may be used for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import chain
+
+from sdkit.language.errors import Path, counted, outside, shorten
+from sdkit.language.required_statistics import uses_reward
+from sdkit.language.rules.base import (
+    Context,
+    Finding,
+    adds_no_view,
+    did_you_mean,
+    distillations,
+    method_rule,
+    policy_gradients,
+    run_rule,
+)
+from sdkit.language.specs import (
+    ExperimentSpec,
+    MethodSpec,
+    NonConstantGroup,
+    NonEmpty,
+    OfRollouts,
+    ReplayBackend,
+    SampledTokenSupport,
+    StudentSamples,
+    SuccessfulSibling,
+    TeacherSamples,
+    completion_column,
+    drawn_by_student,
+    reward_part,
+)
+
+
+@method_rule("what needs the student's own samples has them")
+def off_policy_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The sampled-token estimate and both importance ratios are about tokens that the student
+    drew; completions of a data set or of a teacher follow another distribution.  A log of the
+    student's own answers has no log-probabilities of its sampler.
+    """
+    kind = spec.rollout.sampled_by.kind
+    if isinstance(spec.rollout.sampled_by, StudentSamples):
+        return
+    if drawn_by_student(spec.rollout.sampled_by):
+        for path, term in (*distillations(spec), *policy_gradients(spec)):
+            if term.importance.sampler:
+                message = "a log of answers holds no log-probabilities of its sampler"
+                yield (*path, "importance", "sampler"), message, "set sampler: null"
+        return
+    for path, term in distillations(spec):
+        hint = "use sampled_by: student"
+        if isinstance(term.support, SampledTokenSupport):
+            message = f"sampled_token needs the student's samples, but sampled_by is {kind}"
+            yield (*path, "support"), message, hint
+        for name in ("old_policy", "sampler"):
+            if getattr(term.importance, name):
+                message = f"importance.{name} needs the student's samples, but sampled_by is {kind}"
+                yield (*path, "importance", name), message, f"set {name}: null, or {hint}"
+
+
+@method_rule("a data set has one completion a prompt")
+def dataset_group(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A row holds one completion; a group would repeat it."""
+    count = spec.rollout.completions_per_prompt
+    if completion_column(spec.rollout.sampled_by) and count > 1:
+        message = f"completions_per_prompt is {count}, but each row holds one completion"
+        yield ("rollout", "completions_per_prompt"), message, "use completions_per_prompt: 1"
+
+
+@method_rule("a teacher that samples differs from the student")
+def teacher_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Sampling under the teacher's prompt needs such a prompt; with the student's weights and
+    prompt it is the student who samples.
+    """
+    by = spec.rollout.sampled_by
+    if not isinstance(by, TeacherSamples) or not spec.teacher:
+        return
+    path = ("rollout", "sampled_by")
+    if by.weights == "student" and by.prompt == "student":
+        message = "weights and prompt are both the student's: then the student samples"
+        yield path, message, "use sampled_by: student"
+    elif by.prompt == "teacher" and adds_no_view(spec.teacher.sees):
+        message = f"{context.stated((*path, 'prompt'), 'teacher')}, but the teacher sees no context"
+        yield (*path, "prompt"), message, "give the teacher sees: …, or set prompt: student"
+
+
+@run_rule("several updates on a batch are corrected for", "warning")
+def stale_rollouts(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """From the second update on, the samples come from weights that are gone; the ratio to the old
+    policy corrects for it.
+    """
+    updates = spec.training.updates_per_rollout
+    if updates == 1 or not drawn_by_student(spec.rollout.sampled_by):
+        return
+    for path, term in distillations(spec):
+        if not term.importance.old_policy:
+            message = f"updates_per_rollout is {updates}, but no ratio to the old policy corrects term {shorten(path[-1])}"
+            hint = f"add {'.'.join(map(str, path))}.importance.old_policy: {{cap: 2}}"
+            yield ("training", "updates_per_rollout"), message, hint
+
+
+@run_rule("every update of a batch has a prompt")
+def updates_exceed_prompts(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A rollout batch is split by prompts, so that groups stay whole."""
+    updates, prompts = spec.training.updates_per_rollout, spec.training.prompts_per_step
+    if updates > prompts:
+        message = f"updates_per_rollout is {updates}, but a batch has {counted(prompts, 'prompt')}"
+        yield ("training", "updates_per_rollout"), message, None
+
+
+@run_rule("recorded rollouts are there")
+def replay_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The replay backend reads the rollouts that an earlier run recorded."""
+    backend = spec.rollout.backend
+    if isinstance(backend, ReplayBackend):
+        folder = context.file(backend.run)
+        if not os.path.isdir(os.path.join(folder, "rollouts")):
+            what = "has no rollouts folder" if os.path.isdir(folder) else "does not exist"
+            yield ("rollout", "backend", "run"), f"run directory {backend.run} {what}", None
+
+
+def _slots(spec: MethodSpec) -> Iterator[tuple[Path, OfRollouts]]:
+    """Slots of the teacher's context that speak of rollouts, with their paths."""
+    sees = spec.teacher.sees if spec.teacher else None
+    for name, slot in sees.slots.items() if sees else ():
+        if isinstance(slot, OfRollouts):
+            yield ("teacher", "sees", "slots", name), slot
+
+
+@method_rule("siblings need a group")
+def lone_sibling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A successful sibling is another rollout of the same prompt; a group of one has none."""
+    count = spec.rollout.completions_per_prompt
+    for path, slot in _slots(spec):
+        if isinstance(slot, SuccessfulSibling) and slot.exclude_self and count == 1:
+            group = context.stated(("rollout", "completions_per_prompt"), 1)
+            message = f"there are no siblings: {group}"
+            yield path, message, "set rollout.completions_per_prompt to 2 or more"
+
+
+@method_rule("a group that may vary has several rollouts")
+def lone_group(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """In a group of one all rewards are the same, so the filter would keep nothing."""
+    for i, each in enumerate(spec.rollout.keep):
+        if isinstance(each, NonConstantGroup) and spec.rollout.completions_per_prompt == 1:
+            group = context.stated(("rollout", "completions_per_prompt"), 1)
+            message = f"{group}, so every group is constant and nothing is kept"
+            hint = "set rollout.completions_per_prompt to 2 or more"
+            yield ("rollout", "keep", i), message, hint
+
+
+@method_rule("a context made of rollouts comes after them")
+def context_before_rollouts(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The teacher cannot sample from a prompt that shows what has been sampled."""
+    by = spec.rollout.sampled_by
+    if isinstance(by, TeacherSamples) and by.prompt == "teacher":
+        for path, slot in _slots(spec):
+            message = (
+                f"{slot.kind} is known after sampling, but the teacher's prompt is sampled from"
+            )
+            yield path, message, "use sampled_by: student"
+
+
+@run_rule("training knows its reward")
+def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Siblings succeed, feedback is given, rollouts are routed and kept and prompts weighed by one of
+    the rewards; it must be plain which.
+    """
+    if spec.reward is not None and spec.reward not in spec.rewards:
+        hint = did_you_mean(spec.reward, spec.rewards) or "declare it under rewards"
+        yield ("reward",), f"{shorten(spec.reward)} {outside(spec.rewards)}", hint
+    relative = (
+        (*path, "advantage") for path, term in policy_gradients(spec) if reward_part(term.advantage)
+    )
+    weights = (
+        ("losses", name, *key) for name, term in spec.losses.items() if (key := uses_reward(term))
+    )
+    routed: list[Path] = [("route",)] if spec.route else []
+    filters: list[Path] = [
+        ("rollout", "keep", i)
+        for i, each in enumerate(spec.rollout.keep)
+        if not isinstance(each, NonEmpty)
+    ]
+    asked = chain((path for path, _ in _slots(spec)), relative, weights, routed, filters)
+    needed = next(asked, None)
+    if needed and spec.reward is None and len(spec.rewards) != 1:
+        count = "there are none" if not spec.rewards else f"there are {len(spec.rewards)}"
+        message = f"this needs the reward that training uses, and {count}"
+        hint = (
+            f"add reward: {next(iter(spec.rewards))}"
+            if spec.rewards
+            else "declare one under rewards"
+        )
+        yield needed, message, hint
+
+
+RULES = (
+    off_policy_samples,
+    dataset_group,
+    teacher_samples,
+    stale_rollouts,
+    updates_exceed_prompts,
+    replay_run,
+    lone_sibling,
+    lone_group,
+    context_before_rollouts,
+    training_reward,
+)

@@ -1,0 +1,209 @@
+"""Rules on rewards and on the suites that use them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+from sdkit.language.errors import outside, shorten
+from sdkit.language.files import file_names
+from sdkit.language.rules.base import (
+    ADAPTER_CONFIG,
+    IS_ADAPTER,
+    Context,
+    Finding,
+    columns_of,
+    did_you_mean,
+    run_rule,
+)
+from sdkit.language.specs import (
+    ExperimentSpec,
+    FileReward,
+    PythonTests,
+    ReasoningGymReward,
+    ReasoningGymSource,
+    RegexReward,
+    RewardModel,
+    Suite,
+    WeightedReward,
+    column_of,
+)
+from sdkit.language.user_functions import fault_of
+
+
+def _suites(spec: ExperimentSpec) -> Iterator[tuple[str, Suite]]:
+    yield from spec.evaluation.suites.items() if spec.evaluation else ()
+
+
+@run_rule("suites name rewards that exist")
+def unknown_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Scores are declared under `rewards` and used by name."""
+    known = list(spec.rewards)
+    for suite_name, suite in _suites(spec):
+        path = ("evaluation", "suites", suite_name)
+        used = [((*path, "score"), suite.score)]
+        used += [((*path, "also", i), name) for i, name in enumerate(suite.also)]
+        for where, name in used:
+            if name not in known:
+                what = outside(known) if known else "is not declared: there are no rewards"
+                hint = did_you_mean(name, known) or f"add rewards.{name}"
+                yield where, f"reward {shorten(name)} {what}", hint
+
+
+def _users(spec: ExperimentSpec) -> dict[str, list[tuple[str, Suite]]]:
+    """The suites that each reward scores, by itself or in a sum."""
+    reached = {name: _reached(spec, name) for name in spec.rewards}
+    users: dict[str, list[tuple[str, Suite]]] = {name: [] for name in spec.rewards}
+    for name, suite in _suites(spec):
+        scores = [reached[used] for used in {suite.score, *suite.also} if used in reached]
+        for reward in users.keys() & set().union(*scores):
+            users[reward].append((name, suite))
+    return users
+
+
+def _reached(spec: ExperimentSpec, name: str) -> set[str]:
+    """A reward and all that it sums over, at any depth."""
+    found, pending = set(), [name]
+    while pending:
+        here = pending.pop()
+        if here not in found:
+            found.add(here)
+            pending += _parts(spec, here)
+    return found
+
+
+def _parts(spec: ExperimentSpec, name: str) -> Iterator[str]:
+    reward = spec.rewards.get(name)
+    yield from reward.parts if isinstance(reward, WeightedReward) else ()
+
+
+@run_rule("the task's own scorer scores the task's own rows")
+def reasoning_gym_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The scorer of reasoning-gym needs the entry that the task generated."""
+    users = _users(spec)
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, ReasoningGymReward):
+            for suite_name, suite in users[name]:
+                if not isinstance(suite.data.source, ReasoningGymSource):
+                    message = f"reward {shorten(name)} scores reasoning_gym rows, but suite {shorten(suite_name)} has {suite.data.source.kind}"
+                    hint = "use a reward of kind exact, number or choice"
+                    yield ("evaluation", "suites", suite_name, "score"), message, hint
+
+
+@run_rule("right answers and tests are in the columns of the suites")
+def answer_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A reward that compares with a column needs it in every suite that it scores."""
+    users = _users(spec)
+    for name, reward in spec.rewards.items():
+        column = column_of(reward)
+        for suite_name, suite in users[name] if column else ():
+            known = columns_of(spec, suite.data)
+            if column and known and column not in known:
+                path = ("rewards", name, "tests" if isinstance(reward, PythonTests) else "answer")
+                said = context.stated(path, column)
+                message = (
+                    f"{said}, which {outside(known)}, the columns of suite {shorten(suite_name)}"
+                )
+                yield path, message, did_you_mean(column, known)
+
+
+@run_rule("a sum's parts are rewards")
+def unknown_part(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A weighted sum refers to other rewards by name."""
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, WeightedReward):
+            known = [other for other in spec.rewards if other != name]
+            for part in reward.parts:
+                if part not in spec.rewards:
+                    message = f"reward {shorten(part)} {outside(known)}"
+                    hint = did_you_mean(part, known) or f"add rewards.{part}"
+                    yield ("rewards", name, "parts", part), message, hint
+
+
+@run_rule("no reward is a part of itself")
+def part_of_itself(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A sum of sums must end in rewards that look at the completion."""
+    reached = {name: _reached(spec, name) for name in spec.rewards}
+    for name in spec.rewards:
+        for part in _parts(spec, name):
+            if name in reached.get(part, ()):
+                through = "" if part == name else f" through {shorten(part)}"
+                message = f"reward {shorten(name)} is a part of itself{through}"
+                yield ("rewards", name, "parts", part), message, None
+
+
+@run_rule("a sum weighs something")
+def zero_weights(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """With all weights 0 every completion gets the same reward."""
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, WeightedReward) and not any(reward.parts.values()):
+            yield ("rewards", name, "parts"), f"all weights of {shorten(name)} are 0", None
+
+
+@run_rule("one test has no more time than all together")
+def test_seconds(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A completion's tests share total_seconds, so no test could ever take as long as seconds says."""
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, PythonTests) and reward.seconds > reward.total_seconds:
+            path = ("rewards", name)
+            total = context.stated((*path, "total_seconds"), reward.total_seconds)
+            one = context.stated((*path, "seconds"), reward.seconds)
+            written = context.loaded.written((*path, "seconds"))
+            yield (*path, "seconds" if written else "total_seconds"), f"{one}, but {total}", None
+
+
+@run_rule("a reward model is a model on this machine")
+def reward_model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The folder has a config.json and weights as safetensors; other formats can run code when they are read."""
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, RewardModel):
+            path = ("rewards", name, "path")
+            folder = context.file(reward.path)
+            if not os.path.isdir(folder):
+                yield path, f"there is no folder {reward.path}", "paths start at the spec's folder"
+            elif os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
+                yield path, f"{reward.path} {IS_ADAPTER}", "merge it into its base model first"
+            elif not os.path.isfile(os.path.join(folder, "config.json")):
+                yield path, f"{reward.path} has no config.json", None
+            elif not any(file.endswith(".safetensors") for file in file_names(folder)):
+                yield path, f"{reward.path} has no weights in safetensors files", None
+
+
+@run_rule("patterns can be read")
+def pattern(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A pattern is a Python regular expression."""
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, RegexReward):
+            try:
+                re.compile(reward.pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                yield ("rewards", name, "pattern"), f"not a regular expression: {error}", None
+
+
+@run_rule("the user's reward functions are there")
+def reward_file(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The file is read and parsed, never run: it must define the function at its top level, to be
+    called with a completion and a row.
+    """
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, FileReward):
+            path = context.file(reward.file)
+            found = fault_of(path, reward.file, reward.function, ("completion", "row"))
+            if found:
+                key, message, hint = found
+                yield ("rewards", name, key), message, hint
+
+
+RULES = (
+    unknown_reward,
+    reasoning_gym_reward,
+    answer_column,
+    unknown_part,
+    part_of_itself,
+    zero_weights,
+    test_seconds,
+    reward_model_folder,
+    pattern,
+    reward_file,
+)

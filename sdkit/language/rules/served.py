@@ -1,0 +1,184 @@
+"""Rules on teachers behind a server: what can be asked of them, and where prompts may be sent."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from sdkit.language.errors import Path, shorten, spelled
+from sdkit.language.required_statistics import term_statistics
+from sdkit.language.rules.base import Context, Finding, distillations, method_rule, policy_gradients
+from sdkit.language.specs import (
+    MethodSpec,
+    SampledTokenSupport,
+    TopKSupport,
+    served_teachers,
+    teacher_part,
+    tokens_told,
+)
+
+
+@method_rule("a served teacher's address says where it is")
+def server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Prompts and completions leave this machine only where the spec says so, and a spec holds no
+    passwords.
+    """
+    for path, weights in served_teachers(spec):
+        for message, hint in address_faults(
+            weights.url, weights.allow_remote, "prompts would be sent there"
+        ):
+            yield (*path, "url"), message, hint
+
+
+def address_faults(
+    url: str, allow_remote: bool, consequence: str
+) -> Iterator[tuple[str, str | None]]:
+    """What is wrong with a server's address, each with a hint; `consequence` is what comes of another machine's."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        parts, host = urlsplit(""), None
+    if parts.scheme not in ("http", "https") or not host:
+        yield f"{shorten(url)} is no address of a server", "write http://127.0.0.1:8000, say"
+    elif "@" in parts.netloc:
+        yield "a spec holds no passwords", "leave the user out of the address; see key_from"
+    elif parts.query or parts.fragment:
+        yield f"{shorten(url)} has more than an address and a path", None
+    elif parts.path.rstrip("/").endswith("/v1"):
+        yield f"{shorten(url)} ends in /v1, which sdkit adds itself", "leave /v1 away"
+    elif not allow_remote and not is_loopback(host):
+        message = f"{shorten(host)} is another machine, and {consequence}"
+        yield message, "set allow_remote: true if that is meant, or forward a local port to it"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host is this machine, whatever the network says."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@method_rule("a server's key stands in the environment")
+def server_key(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Specs are shared, and copied into every run directory; key_from names the variable that holds
+    the key.
+    """
+    for path, weights in served_teachers(spec):
+        if fault := variable_fault(weights.key_from):
+            yield (*path, "key_from"), fault, "write key_from: TEACHER_KEY, say, and export it"
+
+
+def variable_fault(name: str | None) -> str | None:
+    """What is wrong with the name of an environment variable."""
+    if name is None or re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        return None
+    return "this is no name of an environment variable"
+
+
+@method_rule("a served teacher is asked for what a server tells")
+def served_support(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A server tells of its own k likeliest tokens and of the sampled one; of the whole vocabulary, or
+    of tokens that the student chose, it tells nothing.
+    """
+    if tokens_told(spec) is None:
+        return
+    for path, term in distillations(spec):
+        match term.support:
+            case SampledTokenSupport() | TopKSupport(chosen_by="teacher"):
+                continue
+            case TopKSupport(chosen_by=who):
+                message = f"a server tells of its own likeliest tokens, and chosen_by is {who}"
+                yield (*path, "support", "chosen_by"), message, "use chosen_by: teacher"
+            case _:
+                message = "a server tells of its likeliest tokens, not of the whole vocabulary"
+                hint = (
+                    "use support: {kind: top_k, k: 20, chosen_by: teacher, remainder: tail_bucket}"
+                )
+                yield (*path, "support"), message, hint
+
+
+@method_rule("a served teacher is asked at temperature 1")
+def served_temperature(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """vLLM's prompt_logprobs are at temperature 1 whatever is asked.  A top k that is rescaled to one
+    can be tempered afterwards; the mass outside it, and the sampled token alone, cannot.
+    """
+    if tokens_told(spec) is None:
+        return
+    sampled = spec.rollout.temperature
+    for path, term in distillations(spec):
+        support = term.support
+        rescaled = isinstance(support, TopKSupport) and support.remainder in (
+            "renormalize",
+            "renormalize_teacher",
+        )
+        temperature = sampled if term.temperature is None else term.temperature
+        if temperature != 1 and not rescaled:
+            where = (*path, "temperature") if term.temperature else ("rollout", "temperature")
+            what = "the sampled token" if support.kind == "sampled_token" else "this remainder"
+            hint = f"set {spelled((*path, 'temperature'))}: 1"
+            if isinstance(support, TopKSupport):
+                hint += ", or use remainder: renormalize"
+            yield (
+                where,
+                f"a server tells of temperature 1, and {what} needs {_at(temperature)}",
+                hint,
+            )
+    if sampled != 1:
+        for path in _at_sampling_temperature(spec):
+            message = "a server tells of temperature 1, and this needs rollout.temperature, "
+            yield path, f"{message}{_at(sampled)}", "set rollout.temperature: 1"
+
+
+def _at(temperature: object) -> str:
+    return f"{temperature:g}" if isinstance(temperature, int | float) else "one that moves"
+
+
+def _at_sampling_temperature(spec: MethodSpec) -> Iterator[Path]:
+    """Settings that ask for the teacher's log-probability of a token as it was sampled."""
+    for path, term in policy_gradients(spec):
+        if teacher_part(term.advantage):
+            yield (*path, "advantage")
+    for name, term in spec.losses.items():
+        for measure, key in term_statistics(term):
+            if measure == "teacher_logprobs" and key[0] != "advantage":
+                yield ("losses", name, *key)
+
+
+@method_rule("nothing asks a served teacher for its entropy")
+def served_entropy(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The entropy is that of the whole distribution; a server tells of a few tokens."""
+    if tokens_told(spec) is None:
+        return
+    for name, term in spec.losses.items():
+        for measure, key in term_statistics(term):
+            if measure == "teacher_entropy":
+                message = "this asks for the teacher's entropy, which a server does not tell"
+                yield ("losses", name, *key), message, "use another mask or weight"
+
+
+@method_rule("a served teacher is not blended")
+def served_blend(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A blend multiplies whole distributions, token by token, and takes its top k afterwards; a server
+    tells of its own top k.
+    """
+    if tokens_told(spec) is not None and spec.teacher and spec.teacher.blend:
+        message = (
+            "a blend needs the teacher's whole distribution, and a server tells of a few tokens"
+        )
+        yield ("teacher", "blend"), message, "remove blend"
+
+
+RULES = (
+    server_url,
+    server_key,
+    served_support,
+    served_temperature,
+    served_entropy,
+    served_blend,
+)

@@ -1,0 +1,107 @@
+"""Rules on rollouts from servers: where weights and prompts may go, and how far sampling may run ahead of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from sdkit.language.errors import Path, shorten, spelled
+from sdkit.language.rules.base import Context, Finding, distillations, method_rule, policy_gradients
+from sdkit.language.rules.served import address_faults, is_loopback, variable_fault
+from sdkit.language.specs import MethodSpec, StudentSamples, VllmServerBackend
+
+BACKEND: Path = ("rollout", "backend")
+
+
+@method_rule("a rollout server's address says where it is")
+def rollout_server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Prompts leave this machine only where the spec says so; a server named twice would be asked twice."""
+    backend = spec.rollout.backend
+    if not isinstance(backend, VllmServerBackend):
+        return
+    for i, url in enumerate(backend.urls):
+        for message, hint in address_faults(
+            url, backend.allow_remote, "prompts and weights would go there"
+        ):
+            yield (*BACKEND, "urls", i), message, hint
+        if url.rstrip("/") in (other.rstrip("/") for other in backend.urls[:i]):
+            yield (*BACKEND, "urls", i), f"{shorten(url)} is there already", "name it once"
+
+
+def _remote(backend: VllmServerBackend) -> str | None:
+    """The first server on another machine; what is no address is another rule's."""
+    for url in backend.urls:
+        try:
+            host = urlsplit(url).hostname
+        except ValueError:
+            host = None
+        if host and not is_loopback(host):
+            return url
+    return None
+
+
+@method_rule("a rollout server on another machine has a key")
+def rollout_server_key(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Whoever reaches the port can ask the server, and give it weights; a key stands in the environment
+    of both sides, never in a spec.
+    """
+    backend = spec.rollout.backend
+    if not isinstance(backend, VllmServerBackend):
+        return
+    hint = "write key_from: ROLLOUT_KEY, say, and export it on both machines"
+    if fault := variable_fault(backend.key_from):
+        yield (*BACKEND, "key_from"), fault, hint
+    elif backend.key_from is None and (url := _remote(backend)):
+        message = f"{shorten(url)} is another machine, so its server must ask for a key"
+        yield BACKEND, message, hint
+
+
+@method_rule("a rollout server on another machine sees the weight files")
+def rollout_server_folder(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Weights go by file; the default folder is this machine's own."""
+    backend = spec.rollout.backend
+    if isinstance(backend, VllmServerBackend) and backend.folder is None:
+        if url := _remote(backend):
+            message = f"{shorten(url)} is another machine, which does not see this one's cache"
+            yield BACKEND, message, "write folder: a folder on a disk that both machines see"
+
+
+@method_rule("rollouts ahead of their turn are the student's, from servers")
+def staleness_source(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """An engine in the trainer's process samples while nothing trains; and which weights a batch has
+    been sampled by is known ahead for the student alone.
+    """
+    if not spec.rollout.max_staleness:
+        return
+    path = ("rollout", "max_staleness")
+    if not isinstance(spec.rollout.backend, VllmServerBackend):
+        message = f"{context.stated(BACKEND, spec.rollout.backend.kind)}, which samples no batch ahead of its turn"
+        yield path, message, "use backend: vllm_server, or max_staleness: 0"
+    elif not isinstance(spec.rollout.sampled_by, StudentSamples):
+        message = f"sampled_by is {spec.rollout.sampled_by.kind}, and only the student's batches can be sampled ahead"
+        yield path, message, "use sampled_by: student, or max_staleness: 0"
+
+
+@method_rule("stale rollouts are corrected for")
+def staleness_ratio(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Rollouts sampled ahead come from weights that are gone when they are trained on; the ratio to the
+    sampler corrects for it, token by token or sequence by sequence.
+    """
+    if not spec.rollout.max_staleness or not isinstance(spec.rollout.sampled_by, StudentSamples):
+        return
+    for path, term in (*distillations(spec), *policy_gradients(spec)):
+        if not term.importance.sampler:
+            key = spelled((*path, "importance", "sampler"))
+            message = (
+                f"no ratio to the sampler corrects term {shorten(path[-1])} for stale rollouts"
+            )
+            yield ("rollout", "max_staleness"), message, f"add {key}: {{cap: 2, level: token}}"
+
+
+RULES = (
+    rollout_server_url,
+    rollout_server_key,
+    rollout_server_folder,
+    staleness_source,
+    staleness_ratio,
+)

@@ -1,0 +1,101 @@
+"""Rules on which tokens and rollouts a term counts, and on what they weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdkit.language.errors import Path, outside, shorten
+from sdkit.language.required_statistics import weight_of
+from sdkit.language.rules.base import Context, Finding, did_you_mean, method_rule, policy_gradients
+from sdkit.language.specs import (
+    FileWeight,
+    MethodSpec,
+    PassRateWeight,
+    PerplexityWeight,
+    PerToken,
+    teacher_part,
+)
+from sdkit.language.user_functions import fault_of
+
+
+@method_rule("what is left out below the floor has a floor")
+def no_floor(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Without a floor no token is below it."""
+    for path, term in policy_gradients(spec):
+        part = teacher_part(term.advantage)
+        if part and part.below_floor == "leave_out" and part.floor is None:
+            inner = () if part is term.advantage else ("log_ratio",)
+            message = "below_floor: leave_out needs a floor"
+            key = (*path, "advantage", *inner, "below_floor")
+            yield key, message, "add floor: a number below 0"
+
+
+@method_rule("what is weighed within a group has one")
+def lone_weight(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """In a group of one the pass rate is 0 or 1, so every weight is 0; and a perplexity is its own
+    mean, so every weight is 1.
+    """
+    if spec.rollout.completions_per_prompt > 1:
+        return
+    for name, term in spec.losses.items():
+        weight = weight_of(term)
+        if isinstance(weight, PassRateWeight | PerplexityWeight):
+            group = context.stated(("rollout", "completions_per_prompt"), 1)
+            every = 0 if isinstance(weight, PassRateWeight) else 1
+            message = f"{group}, so every weight is {every}"
+            hint = "set rollout.completions_per_prompt to 2 or more"
+            yield ("losses", name, "weight"), message, hint
+
+
+@method_rule("a joint denominator joins terms", "warning")
+def lone_joint(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The tokens of all terms that say joint are those of the only one that does."""
+    joint = [n for n, t in spec.losses.items() if t.average == PerToken(denominator="joint")]
+    if len(joint) == 1:
+        path = ("losses", joint[0], "average", "denominator")
+        yield path, "no other term has denominator joint, so it is the term's own", None
+
+
+@method_rule("a route names terms, each once")
+def routed_terms(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A term on both branches would count every rollout, as it does without a route."""
+    if spec.route is None:
+        return
+    seen: dict[str, Path] = {}
+    for branch in ("then", "otherwise"):
+        for index, name in enumerate(getattr(spec.route, branch)):
+            path: Path = ("route", branch, index)
+            if name not in spec.losses:
+                hint = did_you_mean(name, spec.losses)
+                yield path, f"term {shorten(name)} {outside(spec.losses)}", hint
+            elif name in seen:
+                hint = "leave it out of the route: then it counts all rollouts"
+                message = f"term {shorten(name)} is routed twice"
+                yield path, message, hint if seen[name][1] != branch else "remove one"
+            seen.setdefault(name, path)
+
+
+@method_rule("a route by context has a context")
+def route_context(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """failed_with_context asks whether a rollout has a teacher prompt; without a teacher none has."""
+    if spec.route and spec.route.when == "failed_with_context" and not spec.teacher:
+        message = "no rollout has a context: there is no teacher"
+        yield ("route", "when"), message, "use when: failed, or add a teacher"
+
+
+@method_rule("the user's weight functions are there")
+def weight_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The file is read and parsed, never run: it must define the function at its top level, to be
+    called with what it is given.
+    """
+    for name, term in spec.losses.items():
+        weight = weight_of(term)
+        if isinstance(weight, FileWeight):
+            path = context.file(weight.file)
+            found = fault_of(path, weight.file, weight.function, ("counts",), weight.given)
+            if found:
+                key, message, hint = found
+                yield ("losses", name, "weight", key), message, hint
+
+
+RULES = (no_floor, lone_weight, lone_joint, routed_terms, route_context, weight_file)

@@ -1,0 +1,199 @@
+"""Rules on the model, the length of a run, its batches, and on settings that would have no effect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sdkit.language.errors import Path, shorten
+from sdkit.language.rules.base import (
+    Context,
+    Finding,
+    method_rule,
+    no_model,
+    run_rule,
+    shape_of,
+    total_updates,
+    unknown_bundled,
+)
+from sdkit.language.specs import CopyWeights, ExperimentSpec, MethodSpec, indivisible, teachers_of
+
+
+@method_rule("names are plain")
+def plain_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Names of terms, slots, rewards and suites become names of metrics, files and overrides."""
+    sees = spec.teacher.sees if spec.teacher else None
+    tables: dict[Path, Mapping[str, Any]] = {("losses",): spec.losses}
+    if sees:
+        tables["teacher", "sees", "slots"] = sees.slots
+    if isinstance(spec, ExperimentSpec):
+        tables["rewards",] = spec.rewards
+        suites = spec.evaluation.suites if spec.evaluation else {}
+        tables["evaluation", "suites"] = suites
+        for name, suite in suites.items():
+            tables["evaluation", "suites", name, "decoding"] = suite.decoding
+    for path, table in tables.items():
+        for name in table:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", name):
+                message = f"{shorten(name)} is not a plain name"
+                yield (*path, name), message, "use letters, digits, _ and -, a letter first"
+
+
+@run_rule("a bundled model exists")
+def bundled_name(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Bundled models come as Python packages; the list is short."""
+    yield from unknown_bundled(("model", "path"), spec.model.path)
+
+
+@run_rule("a local model is a model")
+def model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A local path is a Hugging Face folder, which has a config.json; what is no path is a hub id."""
+    yield from no_model(("model", "path"), spec.model.path, context)
+
+
+@run_rule("a run has a length")
+def steps_or_epochs(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Steps count rollout batches, epochs count passes over the data; one follows from the other."""
+    steps, epochs = spec.training.steps, spec.training.epochs
+    if steps is None and epochs is None:
+        yield ("training", "steps"), "neither steps nor epochs is given", "add training.steps"
+    elif steps is not None and epochs is not None:
+        yield ("training", "epochs"), "both steps and epochs are given", "remove one"
+
+
+@run_rule("the warm-up ends within the run")
+def warmup(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Otherwise the run never reaches its learning rate."""
+    total = total_updates(spec)
+    if total and spec.optimizer.warmup_steps >= total:
+        message = f"warmup_steps is {spec.optimizer.warmup_steps}, but the run has {total} optimizer steps"
+        yield ("optimizer", "warmup_steps"), message, None
+
+
+@run_rule("sequences fit the model")
+def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Prompt and completion together are one sequence, for the student and for the teacher."""
+    shape, rollout = shape_of(spec, context), spec.rollout
+    if not shape:
+        return
+    new = rollout.max_new_tokens
+    longest: list[tuple[Path, int, int]] = [(("rollout",), rollout.max_prompt_tokens or 0, new)]
+    if spec.teacher and spec.teacher.sees:
+        longest.append((("teacher", "sees"), spec.teacher.sees.max_prompt_tokens or 0, new))
+    for name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
+        if suite.max_new_tokens:
+            path = ("evaluation", "suites", name, "max_new_tokens")
+            longest.append((path, rollout.max_prompt_tokens or 0, suite.max_new_tokens))
+    for path, prompt, new in longest:
+        if prompt + new > shape.context and (prompt or path[0] != "teacher"):
+            key = "max_prompt_tokens" if prompt else "max_new_tokens"
+            culprit = path if path[0] == "evaluation" else (*path, key)
+            message = f"{prompt} prompt and {new} new tokens exceed the model's context of {shape.context}"
+            yield culprit, message, "lower max_new_tokens or max_prompt_tokens"
+
+
+@run_rule("every rank gets equally many prompts")
+def equal_shares(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Ranks work in step, and a group's rollouts stay on one rank; what a launcher starts is checked when it does."""
+    ranks = spec.machine.ranks if spec.machine else 1
+    if found := indivisible(spec, ranks):
+        yield ("training", "prompts_per_step"), found, f"use a multiple of {ranks}"
+
+
+@run_rule("what is offloaded is shared out")
+def offload_stage(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """DeepSpeed moves a rank's share: of masters and moments from stage 1 on, of parameters under stage 3."""
+    stage = spec.training.zero_stage
+    needed = {"optimizer": 1, "parameters": 3}
+    for place, what in enumerate(spec.training.offload):
+        if stage < needed[what]:
+            stated = context.stated(("training", "zero_stage"), stage)
+            message = f"{what} cannot be offloaded: {stated}"
+            hint = f"use zero_stage: {needed[what]}" + (" or more" if needed[what] < 3 else "")
+            yield ("training", "offload", place), message, hint
+
+
+@run_rule("the longest sequence fits one forward pass")
+def micro_batch(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A sequence is never split over forward passes."""
+    budget, new = spec.training.micro_batch_tokens, spec.rollout.max_new_tokens
+    prompt = spec.rollout.max_prompt_tokens
+    need = new + (prompt or 1)
+    if budget < need:
+        path = ("training", "micro_batch_tokens")
+        parts = f"max_prompt_tokens {prompt}" if prompt else "a prompt"
+        message = f"{context.stated(path, budget)}, less than one sequence: {parts} and max_new_tokens {new}"
+        yield path, message, f"use micro_batch_tokens: {need} or more"
+
+
+@run_rule("the best model is known by an evaluation")
+def best_of_nothing(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Without its figure no evaluation is better than another."""
+    which, path = spec.output.keep_best, ("output", "keep_best")
+    if which is None:
+        return
+    if spec.evaluation is None:
+        yield path, f"keep_best is {which}, but nothing is evaluated", "add evaluation.suites"
+        return
+    name, suite = next(iter(spec.evaluation.suites.items()))
+    if which == "loss" and not suite.loss_prompts:
+        message = f"keep_best is loss, but suite {shorten(name)} measures none"
+        yield path, message, f"set evaluation.suites.{name}.loss_prompts, or keep_best: score"
+
+
+@run_rule("what happens every so many steps happens", "warning")
+def beyond_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """An interval longer than the run means never, or only at the end."""
+    steps, total = spec.training.steps, total_updates(spec)
+    if not steps or not total:
+        return
+    intervals: list[tuple[Path, int | None, int]] = [
+        (("output", "checkpoint_every"), spec.output.checkpoint_every, steps)
+    ]
+    if spec.evaluation:
+        intervals.append((("evaluation", "every"), spec.evaluation.every, steps))
+    for path, weights in teachers_of(spec):
+        if isinstance(weights, CopyWeights):
+            intervals.append(((*path, "every"), weights.every, total))
+    for path, every, length in intervals:
+        if every and every > length:
+            yield path, f"{path[-1]} is {every}, but the run has {length} steps", None
+
+
+@run_rule("settings that are written have an effect", "warning")
+def unused_setting(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A setting without effect is a misunderstanding that no run would reveal."""
+    path: Path = ("teacher", "sees", "cut")
+    sees = spec.teacher.sees if spec.teacher else None
+    if sees and context.loaded.written(path) and sees.max_prompt_tokens is None:
+        yield path, "cut has no effect without max_prompt_tokens", "add max_prompt_tokens"
+    kept: Path = ("output", "keep_checkpoints")
+    if context.loaded.written(kept) and not spec.output.checkpoint_every:
+        message = "keep_checkpoints has no effect without checkpoint_every"
+        yield kept, message, "add checkpoint_every"
+    if spec.optimizer.schedule == "constant" and spec.optimizer.final_share:
+        schedule = context.stated(("optimizer", "schedule"), "constant")
+        message = f"final_share has no effect: {schedule}"
+        yield ("optimizer", "final_share"), message, "use schedule: linear or cosine"
+    for name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
+        for decoding_name, decoding in suite.decoding.items():
+            if decoding.temperature == 0 and decoding.samples > 1:
+                path = ("evaluation", "suites", name, "decoding", decoding_name, "samples")
+                yield path, "greedy samples (temperature 0) are all alike", "use samples: 1"
+
+
+RULES = (
+    plain_name,
+    bundled_name,
+    model_folder,
+    steps_or_epochs,
+    warmup,
+    context_length,
+    equal_shares,
+    offload_stage,
+    micro_batch,
+    best_of_nothing,
+    beyond_run,
+    unused_setting,
+)

@@ -1,0 +1,76 @@
+"""The resolved spec as YAML, each value with the place it comes from as a comment."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from sdkit.language.errors import Path, Place, printable
+from sdkit.language.load import Checked
+from sdkit.language.overlay import Loaded
+from sdkit.language.resolved import resolved
+from sdkit.language.scalars import scalar
+
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+
+
+def annotated(checked: Checked) -> str:
+    """Every value of the spec, defaults included, with `# file:line` or `# default`; reads back as the same spec."""
+    lines = list(_lines(resolved(checked.spec), (), checked.loaded))
+    width = min(max((len(text) for text, _ in lines), default=0), 72)
+    return "\n".join(
+        f"{text.ljust(width)}  # {origin}" if origin else text for text, origin in lines
+    )
+
+
+def _lines(value: Any, path: Path, loaded: Loaded) -> Iterator[tuple[str, str]]:
+    indent = "  " * len(path)
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, child in items:
+        here = (*path, name)
+        head = f"{indent}{_key(name)}:" if isinstance(name, str) else f"{indent}-"
+        if isinstance(child, dict | list) and child and not _flat(child):
+            yield head, ""
+            yield from _lines(child, here, loaded)
+        else:
+            yield f"{head} {_text(child)}", _origin(here, child, loaded)
+
+
+def _key(name: str) -> str:
+    plain = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) and scalar(name) == name
+    return name if plain else _quoted(name)
+
+
+def _text(value: Any) -> str:
+    """A value as JSON, which is YAML too; 1e-06 as 1.0e-06, or readers of YAML 1.1 take it for text."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, str):
+        return _quoted(value)
+    text = json.dumps(value)
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
+
+
+def _quoted(text: str) -> str:
+    """A text in quotes; what YAML would not read back, or would take for the end of a line, as an escape."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
+
+
+def _flat(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
+
+
+def _origin(path: Path, value: Any, loaded: Loaded) -> str:
+    if loaded.written(path):
+        return _line_of(loaded.values[path])
+    # `kind` written as a bare word stands at the place of the map itself.
+    if path[-1] == "kind" and loaded.written(path[:-1]) and not loaded.has_keys(path[:-1]):
+        return _line_of(loaded.values[path[:-1]])
+    return "default"
+
+
+def _line_of(place: Place) -> str:
+    return f"{printable(place.file)}:{place.line}"

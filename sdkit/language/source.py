@@ -1,0 +1,307 @@
+"""YAML text → a tree of values that know where they were written.  Knows no spec class.
+
+The tree is built from PyYAML's events, not by its loaders: they would run tags, forget positions and recurse without
+bound.  Plain scalars follow YAML 1.2's core schema: `1e-6` is a number, `off` is text.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import yaml
+from attrs import evolve, field, frozen
+
+from sdkit.language.errors import Path, Place, Problem, UnreadableInput, printable, shorten
+from sdkit.language.files import RESOLVED, SPEC, UnreadableFile, read_file
+from sdkit.language.scalars import scalar
+
+DEEPEST = 40
+MOST_VALUES = 100_000
+LONGEST_KEY = 100  # characters: what may follow in quotes on one line, whatever they are
+
+_FORBIDDEN = re.compile("[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|\ufeff")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@frozen(eq=False)
+class Node:
+    """One value of a document: a scalar, a map or a list, with its place and the place of its key."""
+
+    value: Any  # scalar | dict[str, Node] | list[Node]
+    place: Place
+    key: Place | None = None
+
+    @property
+    def data(self) -> Any:
+        """The value without its places."""
+        if isinstance(self.value, dict):
+            return {name: child.data for name, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.data for child in self.value]
+        return self.value
+
+    def walk(self, path: Path = ()) -> Iterator[tuple[Path, Node]]:
+        """This value and all below it, each with its path."""
+        yield path, self
+        if isinstance(self.value, dict | list):
+            named = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
+            for name, child in named:
+                yield from child.walk((*path, name))
+
+
+@frozen(eq=False)
+class Source:
+    """One YAML text, read: what it says, where, and what is wrong with it as YAML."""
+
+    name: str
+    text: str
+    root: Node | None
+    problems: tuple[Problem, ...] = ()
+    keys: dict[Path, Place] = field(init=False, factory=dict)
+    values: dict[Path, Place] = field(init=False, factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        for path, node in self.root.walk() if self.root else ():
+            self.values[path] = node.place
+            if node.key:
+                self.keys[path] = node.key
+
+    @property
+    def data(self) -> Any:
+        """The text's data; None where it is empty or unreadable."""
+        return self.root.data if self.root else None
+
+
+def read(path: str | os.PathLike[str], *, resolved: bool = False) -> Source:
+    """Read a YAML file; UnreadableInput if that is not possible.  A resolved spec may be larger than one by hand."""
+    name = os.fspath(path)
+    try:
+        raw = read_file(name, RESOLVED if resolved else SPEC)
+    except UnreadableFile as error:
+        raise UnreadableInput(f"{printable(name)}: {error}") from None
+    try:
+        return read_text(raw.decode("utf-8-sig"), name, resolved=resolved)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UnreadableInput(
+            f"{name}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8", hint="save it as UTF-8"
+        ) from None
+
+
+def read_text(text: str, name: str, *, resolved: bool = False) -> Source:
+    """Read YAML from a string; `name` stands in messages."""
+    if found := _FORBIDDEN.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        column = found.start() - (text.rfind("\n", 0, found.start()) + 1) + 1
+        message = f"character U+{ord(found[0]):04X} is not allowed in YAML"
+        return Source(
+            name, text, None, (Problem((), message, "yaml", None, Place(name, line, column)),)
+        )
+    reader = _Reader(name, text, (RESOLVED // SPEC if resolved else 1))
+    try:
+        root = reader.document()
+    except yaml.MarkedYAMLError as error:
+        root = None
+        reader.problems.append(_syntax_problem(error, name, text))
+    except _GiveUpError as error:
+        root = None
+        reader.problems.append(error.problem)
+    return Source(name, text, root, tuple(reader.problems))
+
+
+def key_fault(keys: Iterable[str]) -> str | None:
+    """Why a resolved spec could not have one of these keys; None where it could."""
+    for key in keys:
+        if len(key) > LONGEST_KEY:
+            return f"a key of {len(key)} characters, more than {LONGEST_KEY}"
+        if found := _SURROGATE.search(key):
+            return f"U+{ord(found[0]):04X} is half of a character"
+    return None
+
+
+class _GiveUpError(Exception):
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+class _Reader:
+    """Turns the events of one document into nodes; collects what it can step over, raises the rest."""
+
+    def __init__(self, name: str, text: str, scale: int) -> None:
+        self.name = name
+        self._scale = scale  # of the limits
+        self.problems: list[Problem] = []
+        self._events = yaml.parse(text, Loader=_LOADER)
+        self._anchors: dict[str, Node | None] = {}
+        self._values = 0
+        self._characters = 0
+
+    def document(self) -> Node | None:
+        """The one document of the text; None if it is empty."""
+        root = None
+        for event in self._events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                if root:
+                    raise _GiveUpError(self._problem((), "a second document starts here", event))
+                root = self._node(next(self._events), (), None)
+        return root
+
+    def _node(self, event: Any, path: Path, key: Place | None) -> Node:
+        place = self._place(event)
+        if len(path) > DEEPEST:
+            message = f"nested more than {DEEPEST} levels deep"
+            raise _GiveUpError(self._problem((), message, event))
+        if isinstance(event, yaml.AliasEvent):
+            return self._alias(event, path, place, key)
+        self._count(getattr(event, "value", None), event)
+        if event.tag:
+            hint = 'put the text in quotes: "!…"' if isinstance(event, yaml.ScalarEvent) else None
+            self.problems.append(self._problem(path, "tags are not supported", event, "tag", hint))
+        if event.anchor:
+            self._anchors[event.anchor] = None
+        if isinstance(event, yaml.ScalarEvent):
+            node = Node(self._scalar(event, path), place, key)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            node = self._list(path, place, key)
+        else:
+            node = self._map(path, place, key)
+        if event.anchor:
+            self._anchors[event.anchor] = node
+        return node
+
+    def _alias(self, event: Any, path: Path, place: Place, key: Place | None) -> Node:
+        if event.anchor not in self._anchors:
+            raise _GiveUpError(self._problem(path, f"*{event.anchor} is not defined above", event))
+        target = self._anchors[event.anchor]
+        if target is None:
+            message = f"*{event.anchor} stands inside what it refers to"
+            raise _GiveUpError(self._problem(path, message, event))
+        for below, node in target.walk():
+            self._count(node.value, event)
+            self._count_characters(below[-1] if below else "", event)
+            if len(path) + len(below) > DEEPEST:
+                message = f"nested more than {DEEPEST} levels deep"
+                raise _GiveUpError(self._problem((), message, event))
+        return evolve(target, key=key, place=place)
+
+    def _scalar(self, event: Any, path: Path) -> Any:
+        if found := _SURROGATE.search(event.value):
+            message = f"U+{ord(found[0]):04X} is half of a character"
+            self.problems.append(self._problem(path, message, event))
+        if not event.implicit[0] or event.tag:
+            return event.value
+        try:
+            return scalar(event.value)
+        except ValueError as error:
+            self.problems.append(self._problem(path, str(error), event, "number"))
+            return event.value
+
+    def _list(self, path: Path, place: Place, key: Place | None) -> Node:
+        items: list[Node] = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            items.append(self._node(event, (*path, len(items)), None))
+        return Node(items, key or evolve(place, length=1), key)
+
+    def _map(self, path: Path, place: Place, key: Place | None) -> Node:
+        items: dict[str, Node] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            name = self._key(event, path)
+            child_key = self._place(event)
+            child = self._node(next(self._events), (*path, name or "?"), child_key)
+            if name in items:
+                first = items[name].key
+                message = f"{shorten(name)} was already given in line {first.line if first else 0}"
+                self.problems.append(self._problem((*path, name), message, event, "duplicate_key"))
+            elif name is not None:
+                items[name] = child
+        return Node(items, key or evolve(place, length=1), key)
+
+    def _key(self, event: Any, path: Path) -> str | None:
+        """The key's text; None, and a problem, for what cannot be a key."""
+        if not isinstance(event, yaml.ScalarEvent):
+            if not isinstance(event, yaml.AliasEvent):
+                self._node(event, (*path, "?"), None)
+            self.problems.append(self._problem(path, "a key must be text", event, "key_type"))
+            return None
+        value = self._scalar(event, path)
+        if value == "<<" and event.implicit[0]:
+            hint = "write the keys out, or use an alias for a whole value"
+            message = "merge keys (<<) are not supported"
+            self.problems.append(self._problem(path, message, event, "merge_key", hint))
+            return None
+        if not isinstance(value, str):
+            message = f"key {shorten(value)} is not text"
+            hint = f'put it in quotes: "{event.value}"'
+            self.problems.append(self._problem(path, message, event, "key_type", hint))
+            return None
+        if message := key_fault((value,)):
+            self.problems.append(self._problem(path, message, event, "key_type"))
+            return None
+        self._count_characters(value, event)
+        return value
+
+    def _count(self, value: Any, event: Any) -> None:
+        """Count one value; an alias counts for all that it stands for."""
+        self._values += 1
+        if self._values > MOST_VALUES * self._scale:
+            message = f"more than {MOST_VALUES} values, aliases written out"
+            raise _GiveUpError(self._problem((), message, event))
+        self._count_characters(value, event)
+
+    def _count_characters(self, text: Any, event: Any) -> None:
+        self._characters += len(text) if isinstance(text, str) else 0
+        if self._characters > SPEC * self._scale:
+            message = f"more than {SPEC // 2**20} MiB of text, aliases written out"
+            raise _GiveUpError(self._problem((), message, event))
+
+    def _place(self, event: Any) -> Place:
+        start, end = event.start_mark, event.end_mark
+        length = max(1, end.column - start.column) if end.line == start.line else 10_000
+        return Place(self.name, start.line + 1, start.column + 1, length)
+
+    def _problem(
+        self, path: Path, message: str, event: Any, code: str = "yaml", hint: str | None = None
+    ) -> Problem:
+        return Problem(path, message, code, hint, self._place(event))
+
+
+def _syntax_problem(error: yaml.MarkedYAMLError, name: str, text: str) -> Problem:
+    mark = error.problem_mark or error.context_mark
+    line, column = (mark.line, mark.column) if mark else (0, 0)
+    lines = text.splitlines()
+    rest = lines[line][column:] if line < len(lines) else ""
+    message, hint = (error.problem or "this is not YAML").split("\n")[0], None
+    if rest.startswith("\t"):
+        message, hint = "a tab cannot indent YAML", "use spaces"
+    elif "mapping values are not allowed" in message:
+        message = "a ':' where no key can stand"
+        hint = 'check the indentation, and put text that holds ": " in quotes'
+    elif rest[:1] in ("@", "`", "%"):
+        message, hint = f"text cannot start with {rest[0]}", "put it in quotes"
+    elif error.context and error.context_mark:
+        message, hint = _unfinished(error.context, error.context_mark.line + 1, message)
+    # An error at the end of the text is shown on its last line.
+    if line >= len(lines) and lines:
+        line, column = len(lines) - 1, max(0, len(lines[-1]) - 1)
+    return Problem((), message, "yaml", hint, Place(name, line + 1, column + 1))
+
+
+def _unfinished(context: str, line: int, message: str) -> tuple[str, str | None]:
+    """What is wrong with a collection or a quoted text that began in `line`."""
+    for words, pair in (("flow mapping", "{}"), ("flow sequence", "[]")):
+        if words in context:
+            return (
+                f"',' or '{pair[1]}' is missing: the '{pair[0]}' of line {line} is still open",
+                None,
+            )
+    if "quoted scalar" in context:
+        return f"the quoted text of line {line} is still open", None
+    if "block" in context:
+        kind = "map" if "mapping" in context else "list"
+        return f"this does not fit the {kind} that began in line {line}", "check the indentation"
+    return message, None

@@ -1,0 +1,18 @@
+"""Every spec class of the language.
+
+Rooms: `fields` (how a class is declared), `rollouts`, `contexts`, `teachers`, `blends`, `losses`, `divergences` and
+`token_weights` (what makes a `method`), `data`, `scores` and `run`.
+"""
+
+from sdkit.language.specs.blends import *  # noqa: F403
+from sdkit.language.specs.contexts import *  # noqa: F403
+from sdkit.language.specs.data import *  # noqa: F403
+from sdkit.language.specs.divergences import *  # noqa: F403
+from sdkit.language.specs.fields import *  # noqa: F403
+from sdkit.language.specs.losses import *  # noqa: F403
+from sdkit.language.specs.method import *  # noqa: F403
+from sdkit.language.specs.rollouts import *  # noqa: F403
+from sdkit.language.specs.run import *  # noqa: F403
+from sdkit.language.specs.scores import *  # noqa: F403
+from sdkit.language.specs.teachers import *  # noqa: F403
+from sdkit.language.specs.token_weights import *  # noqa: F403

@@ -1,0 +1,49 @@
+"""What a teacher's distribution is blended with: a product of powers, so a sum of logits."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from attrs import frozen
+
+from sdkit.language.specs.fields import POWER, POWER_OR_ZERO, SHARE, Schedule, spec_field
+from sdkit.language.specs.teachers import ExternalWeights, FrozenWeights
+
+
+@frozen(kw_only=True)
+class TrustRegionBlend:
+    """Logits (1 − c)·teacher + c·live student, both under the teacher's prompt, c = student_share."""
+
+    kind: ClassVar[str] = "trust_region"
+    student_share: float | Schedule = spec_field("the live student's share", range=SHARE)
+
+
+@frozen(kw_only=True)
+class ProductBlend:
+    """Teacher × student^b, b = student_power: the live student under its own prompt, a constant of the gradient."""
+
+    kind: ClassVar[str] = "product"
+    student_power: float | Schedule = spec_field("power of the live student", range=POWER_OR_ZERO)
+
+
+@frozen(kw_only=True)
+class GeometricBlend:
+    """Start model^(1 − w) × teacher^w, w = teacher_share: the frozen start model under the student's prompt."""
+
+    kind: ClassVar[str] = "geometric"
+    teacher_share: float | Schedule = spec_field("power of the teacher", range=SHARE)
+
+
+@frozen(kw_only=True)
+class ExtrapolateBlend:
+    """Teacher^f × base^(1 − f), f = factor, the base under the student's prompt: above 1, beyond the teacher."""
+
+    kind: ClassVar[str] = "extrapolate"
+    factor: float | Schedule = spec_field("power of the teacher", range=POWER)
+    base: FrozenWeights | ExternalWeights = spec_field(
+        "what the teacher is measured from: the start model, or another one",
+        default=FrozenWeights(),
+    )
+
+
+Blend = TrustRegionBlend | ProductBlend | GeometricBlend | ExtrapolateBlend

@@ -1,0 +1,118 @@
+"""How far apart two distributions are, and what bounds it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from attrs import frozen
+
+from sdkit.language.specs.fields import (
+    INSIDE_SHARE,
+    NAME,
+    PATH,
+    POSITIVE,
+    SHARE,
+    SIGNED,
+    Schedule,
+    spec_field,
+)
+
+
+@frozen(kw_only=True)
+class ForwardKl:
+    """KL(teacher‖student): covers all the teacher does."""
+
+    kind: ClassVar[str] = "forward_kl"
+
+
+@frozen(kw_only=True)
+class ReverseKl:
+    """KL(student‖teacher): seeks what the teacher does most."""
+
+    kind: ClassVar[str] = "reverse_kl"
+    detach_weights: bool = spec_field(
+        "no gradient through student × log-ratio as a weight: over part of the vocabulary that gradient has a term "
+        "that sums to zero only over the whole",
+        default=False,
+    )
+
+
+@frozen(kw_only=True)
+class Jsd:
+    """Generalised Jensen-Shannon divergence around M = (1−s)·student + s·teacher, s = teacher_share."""
+
+    kind: ClassVar[str] = "jsd"
+    teacher_share: float | Schedule = spec_field(
+        "the teacher's share of the mixture", default=0.5, range=INSIDE_SHARE
+    )
+
+
+@frozen(kw_only=True)
+class LinearMix:
+    """forward_share × forward KL + (1 − forward_share) × reverse KL."""
+
+    kind: ClassVar[str] = "linear_mix"
+    forward_share: float | Schedule = spec_field(
+        "weight of the forward KL", default=0.5, range=SHARE
+    )
+
+
+@frozen(kw_only=True)
+class SkewedForwardKl:
+    """KL(teacher‖share·teacher + (1 − share)·student)."""
+
+    kind: ClassVar[str] = "skewed_forward_kl"
+    share: float | Schedule = spec_field(
+        "the teacher's share of the second side", default=0.1, range=INSIDE_SHARE
+    )
+
+
+@frozen(kw_only=True)
+class SkewedReverseKl:
+    """KL(student‖share·student + (1 − share)·teacher)."""
+
+    kind: ClassVar[str] = "skewed_reverse_kl"
+    share: float | Schedule = spec_field(
+        "the student's share of the second side", default=0.1, range=INSIDE_SHARE
+    )
+
+
+@frozen(kw_only=True)
+class FileDivergence:
+    """A function of the user's: `function(student, teacher) -> token losses`, [..., K] log-probabilities -> [...].
+
+    Entries may be −inf.  It is tried on small inputs before training: no state, no mixing of positions, a gradient for
+    the student alone.
+    """
+
+    kind: ClassVar[str] = "file"
+    file: str = spec_field("Python file, relative to the spec", range=PATH)
+    function: str = spec_field("name of the function", range=NAME)
+    zero_when_equal: bool = spec_field(
+        "whether it is 0, with gradient 0, where student and teacher agree", default=True
+    )
+    exact_gradient: bool = spec_field(
+        "whether its gradient is that of its value: no part of it is detached", default=True
+    )
+
+
+Divergence = (
+    ForwardKl | ReverseKl | Jsd | LinearMix | SkewedForwardKl | SkewedReverseKl | FileDivergence
+)
+
+
+@frozen(kw_only=True)
+class DivergenceClip:
+    """Bounds inside a divergence; what they cut carries no gradient."""
+
+    entry: float | Schedule | None = spec_field(
+        "largest share p (log p − log q) of one token of the vocabulary",
+        default=None,
+        range=POSITIVE,
+    )
+    token: float | Schedule | None = spec_field(
+        "largest divergence at one position", default=None, range=POSITIVE
+    )
+    log_ratio: tuple[float, float] | None = spec_field(
+        "smallest and largest log student − log teacher", default=None, each=SIGNED
+    )

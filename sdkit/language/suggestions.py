@@ -1,0 +1,146 @@
+"""What to say of a key that the language does not know: the nearest key, sdkit's word for it, or where it belongs;
+and of a value that it refuses for a reason.
+
+Read only when there is such a key or value.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sdkit.language.errors import nearest
+from sdkit.language.introspection import is_spec, keys_of, members
+from sdkit.language.specs import ExperimentSpec, Table
+
+SYNONYMS: Mapping[str, tuple[str, ...]] = {
+    "alpha": ("update_rate", "teacher_share"),
+    "beta": ("teacher_share", "update_rate", "coefficient"),
+    "kl_coef": ("coefficient",),
+    "scale_rewards": ("scale",),
+    "epsilon": ("low",),
+    "epsilon_high": ("high",),
+    "clip_ratio_low": ("low",),
+    "clip_ratio_high": ("high",),
+    "importance_sampling_level": ("ratio",),
+    "tau": ("update_rate", "temperature"),
+    "decay": ("update_rate",),
+    "ema_decay": ("update_rate",),
+    "mixup": ("update_rate",),
+    "ref_model_mixup_alpha": ("update_rate",),
+    "rate": ("update_rate", "lr"),
+    "n": ("completions_per_prompt", "samples"),
+    "num_generations": ("completions_per_prompt",),
+    "group_size": ("completions_per_prompt",),
+    "num_samples": ("samples", "completions_per_prompt"),
+    "max_completion_length": ("max_new_tokens",),
+    "max_tokens": ("max_new_tokens",),
+    "max_length": ("max_new_tokens",),
+    "response_length": ("max_new_tokens",),
+    "max_prompt_length": ("max_prompt_tokens",),
+    "learning_rate": ("lr",),
+    "max_grad_norm": ("clip",),
+    "grad_clip": ("clip",),
+    "gradient_clipping": ("clip",),
+    "lr_scheduler_type": ("schedule",),
+    "batch_size": ("prompts_per_step",),
+    "train_batch_size": ("prompts_per_step",),
+    "per_device_train_batch_size": ("micro_batch_tokens",),
+    "micro_batch_size": ("micro_batch_tokens",),
+    "num_train_epochs": ("epochs",),
+    "max_steps": ("steps",),
+    "num_iterations": ("updates_per_rollout",),
+    "ppo_epochs": ("updates_per_rollout",),
+    "gradient_checkpointing": ("activation_checkpointing",),
+    "attn_implementation": ("attention",),
+    "name_or_path": ("path",),
+    "model_name_or_path": ("path",),
+    "torch_dtype": ("dtype",),
+    "base_url": ("url",),
+    "endpoint": ("url",),
+    "api_key": ("key_from",),
+    "timeout": ("request_seconds",),
+    "max_retries": ("retries",),
+    "r": ("rank",),
+    "lora_alpha": ("alpha",),
+    "target_modules": ("targets",),
+    "eval_every": ("every",),
+    "eval_steps": ("every",),
+    "save_steps": ("checkpoint_every",),
+    "save_every": ("checkpoint_every",),
+    "output_dir": ("folder",),
+    "kl_type": ("divergence",),
+    "loss_type": ("average", "kind"),
+    "privileged_context": ("sees",),
+    "context": ("sees",),
+    "reward": ("rewards",),
+    "loss": ("losses",),
+    "weight": ("coefficient",),
+    "mode": ("kind",),
+    "type": ("kind",),
+}
+"""Words of other toolkits → sdkit's keys, likeliest first."""
+
+_NO_K1 = "use k2 or vocabulary: the expected gradient of k1 is 0"
+_NO_K3 = "use k2 or vocabulary: the gradient of k3 is that of the forward KL"
+_ONE_TOKEN = "use reverse_kl with support: sampled_token; differentiated, k1 teaches nothing and k3 pulls by the forward KL"
+REFUSED: Mapping[tuple[str, str], str] = {
+    ("estimator", "k1"): _NO_K1,
+    ("estimator", "kl"): _NO_K1,
+    ("estimator", "k3"): _NO_K3,
+    ("estimator", "low_var_kl"): _NO_K3,
+    ("divergence", "k1"): _ONE_TOKEN,
+    ("divergence", "k2"): _ONE_TOKEN,
+    ("divergence", "k3"): _ONE_TOKEN,
+}
+"""(key, value) → what to write instead, and why the language does not have it.  reference/methods.md §5.4."""
+
+
+def refusal(key: str | int, value: object) -> str | None:
+    """What to say of a value that other toolkits accept and sdkit does not."""
+    return next((why for (k, v), why in REFUSED.items() if (k, v) == (key, value)), None)
+
+
+def advice(name: str, cls: type) -> str | None:
+    """What to write instead of `name`, found in a map that is read as `cls`."""
+    here = [*keys_of(cls), *(["kind"] if hasattr(cls, "kind") else [])]
+    if cls is ExperimentSpec:
+        here.append("method")
+    for word in SYNONYMS.get(name, ()):
+        if word in here:
+            return f'sdkit calls it "{word}"' + (
+                f", which is 1 − {name}" if name.endswith("decay") else ""
+            )
+    if close := nearest(name, here):
+        return f'did you mean "{close}"?'
+    if name == "kind":
+        return "remove it: there is only one kind here"
+    for word in (name, *SYNONYMS.get(name, ())):
+        if path := next((p for n, p in sorted(_everywhere(), key=_shortest) if n == word), None):
+            return f"it belongs at {path}" if word == name else f'sdkit has "{path}"'
+    return None
+
+
+def _shortest(entry: tuple[str, str]) -> tuple[int, str]:
+    return entry[1].count("."), entry[1]
+
+
+def _everywhere() -> Iterator[tuple[str, str]]:
+    """Every key of the language with its path; NAME stands for a name of the user's."""
+    seen: set[Any] = set()
+
+    def below(tp: Any, path: str) -> Iterator[tuple[str, str]]:
+        for option in members(tp):
+            origin, args = typing.get_origin(option), typing.get_args(option)
+            if origin is Table:
+                yield from below(args[0], f"{path}NAME.")
+            elif origin is tuple:
+                yield from below(args[0], f"{path}0.")
+            elif is_spec(option) and (option, path) not in seen:
+                seen.add((option, path))
+                for key in keys_of(option).values():
+                    yield key.name, f"{path}{key.name}"
+                    yield from below(key.type, f"{path}{key.name}.")
+
+    yield from below(ExperimentSpec, "")

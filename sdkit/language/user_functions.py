@@ -1,0 +1,109 @@
+"""A function in a user's Python file: looked at without being run, then loaded.  Knows nothing of what it computes."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from sdkit.language.errors import BadData, Place, nearest, printable, shorten
+from sdkit.language.files import SOURCE_CODE, UnreadableFile, read_file
+
+Fault = tuple[Literal["file", "function"], str, str | None]
+"""Which key is wrong, what is wrong, and perhaps a hint."""
+
+
+def fault_of(
+    path: str, shown: str, function: str, values: Sequence[str], given: Collection[str] = ()
+) -> Fault | None:
+    """What keeps `function` from being called with these values and the `given` names; None where nothing does.
+
+    The file is parsed, never run.  `path` can be opened, `shown` is what the spec says; `values` are called what the
+    documentation calls them, and handed over by position.
+    """
+    try:
+        tree = ast.parse(read_file(path, SOURCE_CODE))
+    except UnreadableFile as error:
+        return "file", f"{printable(shown)}: {error}", "paths start at the spec's folder"
+    except SyntaxError as error:
+        return "file", f"{printable(shown)}:{error.lineno or 1}: {error.msg}", None
+    except (ValueError, RecursionError, MemoryError, OverflowError):  # nested too deeply
+        return "file", f"{printable(shown)} is not Python that can be read", None
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if function not in defined:
+        close = nearest(function, defined)
+        message = f"{shown} defines no function {shorten(function)} at its top level"
+        return "function", message, f'did you mean "{close}"?' if close else None
+    found = defined[function]
+    try:
+        _signature(found.args).bind(*values, **dict.fromkeys(given))
+    except TypeError:
+        call = ", ".join([*values, *(f"{name}=…" for name in given)])
+        message = f"{shown}:{found.lineno}: {function} cannot be called as {function}({call})"
+        return "function", message, None
+    return None
+
+
+def _signature(args: ast.arguments) -> inspect.Signature:
+    """The signature that a definition has once it is run; defaults are not looked at."""
+    places = [*args.posonlyargs, *args.args]
+    optional = len(places) - len(args.defaults)
+    parameters = [
+        _parameter(
+            a,
+            "POSITIONAL_ONLY" if i < len(args.posonlyargs) else "POSITIONAL_OR_KEYWORD",
+            i >= optional,
+        )
+        for i, a in enumerate(places)
+    ]
+    parameters += [_parameter(a, "VAR_POSITIONAL") for a in (args.vararg,) if a]
+    named = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+    parameters += [_parameter(a, "KEYWORD_ONLY", default is not None) for a, default in named]
+    parameters += [_parameter(a, "VAR_KEYWORD") for a in (args.kwarg,) if a]
+    return inspect.Signature(parameters)
+
+
+def _parameter(arg: ast.arg, kind: str, optional: bool = False) -> inspect.Parameter:
+    default = None if optional else inspect.Parameter.empty
+    return inspect.Parameter(arg.arg, getattr(inspect.Parameter, kind), default=default)
+
+
+def load_function(path: Path, shown: str, function: str) -> Callable[..., Any]:
+    """The function, from this file and no other; the file is run once.  Raises BadData."""
+    if not path.is_file():
+        raise BadData(f"there is no file {shown}")
+    name = f"sdkit function {path}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise BadData(f"{shown} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it runs
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise failure(f"{shown} cannot be loaded", path, shown, error) from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        close = nearest(function, [n for n, v in vars(module).items() if callable(v)])
+        hint = f'did you mean "{close}"?' if close else None
+        raise BadData(f"{shown} has no function {shorten(function)}", hint=hint)
+    return found
+
+
+def failure(what: str, path: Path, shown: str, error: BaseException) -> BadData:
+    """An error of the user's code, with the last line of it that was reached."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path) and frame.lineno
+    ]
+    if isinstance(error, SyntaxError) and error.lineno:
+        lines.append(error.lineno)
+    place = Place(shown, lines[-1], 1) if lines else None
+    return BadData(f"{what}: {type(error).__name__}: {error}", place=place)

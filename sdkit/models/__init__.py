@@ -1,0 +1,1 @@
+"""Models, tokenizers and adapters: loading them and reading their weights."""

@@ -1,0 +1,160 @@
+"""Measures how a model turns head × hidden into logits: a configuration may say it in many ways, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from attrs import evolve
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sdkit.batches import LogitTransform
+from sdkit.language.errors import BadData, first_line
+
+PROBE_TOKENS = 8
+TINY, HUGE = 1e-5, 1e30
+"""Head outputs that show the slope at zero, and the limit where there is one."""
+
+
+@torch.no_grad()
+def measure_transform(causal: Any) -> LogitTransform:
+    """The transform of a causal language model, without its bias.
+
+    One forward pass with known values in place of the last hidden state and of the head's output shows what the model
+    computes before and after its head.  Raises BadData where that is no transform that `LogitTransform` expresses.
+    Parameters must be complete: measure before they are sharded.
+    """
+    head, base = causal.get_output_embeddings(), causal.base_model
+    if head is None or base is causal:
+        missing = "output projection" if head is None else "base model that returns hidden states"
+        raise BadData(f"the model has no {missing}, which the losses need")
+    probe = _Probe(head)
+    ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] % head.weight.shape[0]
+    try:
+        with probe.attached(base):
+            logits = causal(input_ids=ids, use_cache=False).logits
+        direct = base(input_ids=ids, use_cache=False).last_hidden_state
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise BadData(f"the model's logits cannot be measured: {first_line(error)}") from None
+    before = probe.scale_before(direct)
+    if before != 1 and getattr(head, "bias", None) is not None:
+        raise BadData("the model scales its hidden states before an output projection with a bias")
+    after = _fitted(probe.outputs, logits)
+    return evolve(after, scale=before * after.scale)
+
+
+class _Probe:
+    """Known values at a model's last hidden state and at its head's output, and what arrived at the head."""
+
+    def __init__(self, head: Any) -> None:
+        width, rows = head.weight.shape[1], head.weight.shape[0]
+        kind: Any = {"dtype": torch.float64, "device": head.weight.device}
+        self.head = head
+        self.states = torch.linspace(-2, 2, PROBE_TOKENS * width, **kind).view(1, -1, width)
+        spread = torch.arange(PROBE_TOKENS * rows, **kind).view(1, -1, rows)
+        self.outputs = 200 * (0.7 * spread + 0.3).sin() ** 3  # many small values among large ones
+        self.outputs[:, 0] = TINY * self.outputs[:, 0].sign()
+        self.outputs[:, 1] = HUGE * self.outputs[:, 1].sign()
+        self.last: Tensor | None = None  # the model's own last hidden state
+        self.arrived: list[Tensor] = []  # at the head, once a call
+        self.linear = True  # whether the head is weight × input + bias
+
+    @contextlib.contextmanager
+    def attached(self, base: nn.Module) -> Iterator[None]:
+        handles = [
+            base.register_forward_hook(self._after_base),
+            self.head.register_forward_pre_hook(self._before_head),
+            self.head.register_forward_hook(self._after_head),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _after_base(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        self.last = output.last_hidden_state
+        output.last_hidden_state = self.states
+        return output
+
+    def _before_head(self, _module: nn.Module, args: Any) -> Any:
+        self.arrived.append(args[0])
+        return (self.states.to(self.head.weight.dtype), *args[1:])
+
+    def _after_head(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        bias = getattr(self.head, "bias", None)
+        expected = functional.linear(args[0], self.head.weight, bias)
+        self.linear &= expected.shape == output.shape and _close(output, expected)
+        return self.outputs
+
+    def scale_before(self, direct: Tensor) -> float:
+        """What the model multiplies its last hidden state by before the head.  `direct`: that of the base alone."""
+        if len(self.arrived) != 1:
+            raise BadData(
+                "the model does not compute its logits by one call of its output projection"
+            )
+        (arrived,) = self.arrived
+        if not self.linear:
+            raise BadData("the model's output projection is not linear")
+        other = "the model's logits come from other hidden states than its base model's last"
+        if self.last is None:  # it calls a part of its base model: nothing was replaced
+            if arrived.shape != direct.shape or not _close(arrived, direct, loose=True):
+                raise BadData(other)
+            return 1.0
+        if not _close(self.last, direct, loose=True):
+            raise BadData(other)
+        layers = (
+            "the model has further layers between its last hidden state and its output projection"
+        )
+        if arrived.shape != self.states.shape:
+            raise BadData(layers)
+        scale = float((arrived.double() * self.states).sum() / self.states.square().sum())
+        if not _close(arrived, scale * self.states):
+            raise BadData(layers)
+        return _snapped(scale)
+
+
+def _fitted(outputs: Tensor, logits: Tensor) -> LogitTransform:
+    """The scale and softcap that turn these head outputs [1, T, V] into these logits.  Raises BadData where none do."""
+    if logits.shape != outputs.shape:
+        raise BadData(
+            f"the model's logits have the shape {tuple(logits.shape)}, its output projection {tuple(outputs.shape)}"
+        )
+    slope = float((logits[0, 0].double() / outputs[0, 0]).median())
+    limit = float(logits[0, 1].double().abs().median())
+    transform = LogitTransform(
+        scale=_snapped(slope), softcap=limit if limit < HUGE / 1e10 else None
+    )
+    expected = transform(outputs)
+    apart = (logits.double() - expected).abs()
+    tolerance = _tolerance(logits.dtype)
+    wrong = ~(apart <= tolerance * (expected.abs() + TINY))[0].all(0)
+    if not wrong.any():
+        return transform
+    example = int(wrong.nonzero()[0])
+    raise BadData(
+        f"the model changes {int(wrong.sum())} of {len(wrong)} logits (such as that of token id {example}) by more "
+        "than a bias, a scale and a softcap, which are all that the losses apply"
+    )
+
+
+def _close(found: Tensor, expected: Tensor, *, loose: bool = False) -> bool:
+    """Whether all values agree, relative to the largest.  `loose`: two forward passes, whose roundings add up."""
+    low = torch.finfo(found.dtype).bits < 32
+    tolerance = (0.1 if low else 1e-3) if loose else _tolerance(found.dtype)
+    apart = (found.double() - expected.double()).abs().max()
+    return bool(apart <= tolerance * expected.double().abs().max())
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 2**-7 if torch.finfo(dtype).bits < 32 else 1e-5
+
+
+def _snapped(scale: float) -> float:
+    """1 where rounding alone keeps it from 1."""
+    return 1.0 if abs(scale - 1) < 1e-6 else scale

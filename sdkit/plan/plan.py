@@ -1,0 +1,288 @@
+"""spec × machine → Plan: every derived number and every role.  Pure: opens no file, touches no device, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import assert_never
+
+from attrs import field, frozen
+
+from sdkit.language.errors import UnreadableInput, counted
+from sdkit.language.objective_text import (
+    describe_losses,
+    describe_route,
+    describe_sampling,
+)
+from sdkit.language.required_statistics import Statistic, needs_old_logprobs, required_statistics
+from sdkit.language.specs import (
+    AutoBackend,
+    DatasetSamples,
+    Distillation,
+    ExperimentSpec,
+    ExternalWeights,
+    MethodSpec,
+    ReplayBackend,
+    RoutedWeights,
+    ServedWeights,
+    ShapeSpec,
+    TeacherSamples,
+    TransformersBackend,
+    VllmBackend,
+    VllmEngine,
+    VllmServerBackend,
+    blend_base,
+    external_teachers,
+    indivisible,
+    teachers_of,
+    tokens_told,
+)
+from sdkit.language.teacher_text import (
+    describe_blend,
+    describe_place,
+    describe_teacher,
+    describe_weights,
+)
+from sdkit.plan.accelerators import Machine
+from sdkit.plan.memory import BYTES, GIB, Share, has_frozen_teacher, memory_of_rank, needs_reference
+from sdkit.plan.time import StepTime, time_of_step
+
+ChosenBackend = TransformersBackend | VllmBackend | VllmServerBackend
+SERVED_BY_DEFAULT = 20  # largest number of log-probabilities a vLLM server gives if nothing is said
+
+
+@frozen(kw_only=True)
+class Plan:
+    """Everything derived from a spec; `sdkit plan` prints it and the engine runs it."""
+
+    backend: ChosenBackend | ReplayBackend
+    evaluation_backend: ChosenBackend
+    why_backend: str
+    zero_stage: int
+    ranks: int
+    prompts_per_rank: int
+    rollouts_per_step: int
+    updates_per_step: int
+    steps: int | None  # rollout batches; None: epochs of data not yet counted
+    oldest_rollout: int  # optimizer steps between sampling and the last update on a batch
+    needs_old_logprobs: bool
+    measures: tuple[str, ...]  # what the measuring pass measures, and why; none: it is not taken
+    objective: tuple[str, ...]
+    roles: tuple[str, ...]
+    syncs: str
+    memory: tuple[Share, ...]
+    memory_gib: float | None  # of the machine, per rank
+    step_time: StepTime | None  # None: the accelerator is not stated
+    derived: tuple[str, ...] = field(factory=tuple)
+
+    @property
+    def total_updates(self) -> int | None:
+        """Optimizer steps of the whole run."""
+        return None if self.steps is None else self.steps * self.updates_per_step
+
+    @property
+    def peak_gib(self) -> float:
+        return sum(share.gib for share in self.memory)
+
+
+@frozen(kw_only=True)
+class MethodPlan:
+    """What a method page says by itself: all of a plan that needs no model, data or machine."""
+
+    objective: tuple[str, ...]
+    roles: tuple[str, ...]
+    measures: tuple[str, ...]
+
+
+def plan_method(spec: MethodSpec) -> MethodPlan:
+    """Derive what can be said of a method before a run file names it."""
+    roles = [f"teacher: {describe_teacher(spec)}"] if spec.teacher else []
+    return MethodPlan(
+        objective=_objective(spec),
+        roles=(*roles, f"sampler: {describe_sampling(spec)}"),
+        measures=_spelled(required_statistics(spec.losses)),
+    )
+
+
+def make_plan(
+    spec: ExperimentSpec,
+    machine: Machine,
+    shape: ShapeSpec | None,
+    rows: int | None = None,
+    other_shapes: Mapping[str, ShapeSpec] | None = None,
+) -> Plan:
+    """Derive a run.  `rows` is the number of training rows, where known (for epochs); `other_shapes` are those of the
+    models beside the student's by path, where known.
+    """
+    derived: list[str] = []
+    stage: int = spec.training.zero_stage
+    if stage == 0 and spec.model.dtype == "bfloat16":
+        stage = 1
+        derived.append(
+            "training.zero_stage 0 runs as 1: stage 0 has no float32 gradients in bfloat16"
+        )
+    if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
+        derived.append("model.dtype bfloat16 is emulated here: float32 is several times faster")
+    backend, why = _backend(spec, machine)
+    if stage == 3 and isinstance(backend, TransformersBackend) and not _foreign_sampler(spec):
+        derived.append("sampling puts every layer together for every token: vLLM takes them once")
+    if isinstance(spec.rollout.backend, AutoBackend):
+        derived.append(f"rollout.backend auto is {backend.kind}: {why}")
+    for name, term in spec.losses.items():
+        if isinstance(term, Distillation) and term.temperature is None:
+            derived.append(
+                f"losses.{name}.temperature is {spec.rollout.temperature:g}, the sampling temperature"
+            )
+    steps = spec.training.steps
+    if steps is None and rows is not None and spec.training.epochs is not None:
+        steps = max(1, round(spec.training.epochs * rows / spec.training.prompts_per_step))
+        derived.append(f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps")
+    if isinstance(backend, VllmEngine) and spec.evaluation and any(external_teachers(spec)):
+        derived.append("evaluation.teacher_lift samples the external teacher with transformers")
+    if spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
+        derived.append("evaluation.teacher_lift is not measured: a routed teacher does not sample")
+    elif spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, ServedWeights):
+        derived.append("evaluation.teacher_lift is not measured: a served teacher does not sample")
+    elif spec.evaluation and spec.teacher and spec.teacher.blend and spec.teacher.sees:
+        derived.append("evaluation.teacher_lift samples the teacher without its blend")
+    derived += _backend_reason(spec)
+    updates = spec.training.updates_per_rollout
+    others = other_shapes or {}
+    return Plan(
+        backend=backend,
+        evaluation_backend=TransformersBackend() if isinstance(backend, ReplayBackend) else backend,
+        why_backend=why,
+        zero_stage=stage,
+        ranks=machine.ranks,
+        prompts_per_rank=prompts_per_rank(spec, machine.ranks),
+        rollouts_per_step=spec.training.prompts_per_step * spec.rollout.completions_per_prompt,
+        updates_per_step=updates,
+        steps=steps,
+        oldest_rollout=(spec.rollout.max_staleness + 1) * updates - 1,
+        needs_old_logprobs=needs_old_logprobs(spec),
+        measures=_measures(spec),
+        objective=_objective(spec),
+        roles=tuple(_roles(spec)),
+        syncs=_syncs(spec, backend, shape),
+        memory=memory_of_rank(spec, backend, stage, machine, shape, others) if shape else (),
+        memory_gib=machine.memory_gib,
+        step_time=time_of_step(spec, backend, machine, shape, others),
+        derived=tuple(derived),
+    )
+
+
+def prompts_per_rank(spec: ExperimentSpec, ranks: int) -> int:
+    """Prompts of a step on each rank.  Raises UnreadableInput where they are not equally many."""
+    if found := indivisible(spec, ranks):
+        raise UnreadableInput(f"training.{found}", hint=f"use a multiple of {ranks}")
+    return spec.training.prompts_per_step // ranks
+
+
+def _backend_reason(spec: ExperimentSpec) -> list[str]:
+    """What a server must be started for, and what is then not known of the teacher."""
+    k = tokens_told(spec)
+    if k is None:
+        return []
+    text = f"each server is asked for the sampled token's log-probability and for the teacher's {k} likeliest tokens"
+    if k == 0:
+        text = "each server is asked for the sampled token's log-probability"
+    if k > SERVED_BY_DEFAULT:
+        text += f", so it must be started with --max-logprobs {k} or more"
+    told = [text, "the teacher's entropy is not measured: a server tells of its likeliest tokens"]
+    if any(w for _, w in teachers_of(spec) if not isinstance(w, ServedWeights)):
+        told.append(f"the other routes' teachers tell of their {k} likeliest tokens alone, too")
+    return told
+
+
+def _objective(spec: MethodSpec) -> tuple[str, ...]:
+    return (*describe_losses(spec), *describe_blend(spec), *describe_route(spec))
+
+
+def _measures(spec: ExperimentSpec) -> tuple[str, ...]:
+    asked = required_statistics(spec.losses)
+    if not needs_old_logprobs(spec):
+        return _spelled(asked)
+    whole = ("training.updates_per_rollout", *asked.pop("student_logprobs", ()))
+    return _spelled({"student_logprobs": whole, **asked})
+
+
+def _spelled(asked: Mapping[Statistic, tuple[str, ...]]) -> tuple[str, ...]:
+    """`student entropy for losses.distil.mask.student_entropy_top`, one line a measure."""
+    return tuple(
+        f"{measure.replace('_logprobs', ' log-probabilities').replace('_', ' ')} for {', '.join(who)}"
+        for measure, who in asked.items()
+    )
+
+
+def _backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBackend | ReplayBackend, str]:
+    match spec.rollout.backend:
+        case AutoBackend() if (
+            isinstance(spec.rollout.sampled_by, DatasetSamples) and not spec.evaluation
+        ):
+            return (
+                TransformersBackend(),
+                "the data set holds the completions, so nothing is sampled",
+            )
+        case AutoBackend() if _foreign_sampler(spec):
+            return TransformersBackend(), "an external teacher samples, and vLLM holds the student"
+        case AutoBackend():
+            if machine.vllm:
+                return VllmBackend(), f"vLLM {machine.vllm} is installed"
+            return TransformersBackend(), "vLLM is not installed"
+        case (
+            TransformersBackend() | VllmBackend() | VllmServerBackend() | ReplayBackend()
+        ) as chosen:
+            return chosen, "the spec says so"
+        case other:
+            assert_never(other)
+
+
+def _foreign_sampler(spec: ExperimentSpec) -> bool:
+    by = spec.rollout.sampled_by
+    teaches = isinstance(by, TeacherSamples) and by.weights == "teacher"
+    return teaches and any(external_teachers(spec))
+
+
+def _roles(spec: ExperimentSpec) -> list[str]:
+    trained = f"LoRA rank {spec.model.lora.rank}" if spec.model.lora else "all weights"
+    roles = [f"student: {spec.model.path}, {trained}, {spec.model.dtype}, float32 masters"]
+    if spec.teacher:
+        roles.append(
+            f"teacher: {describe_teacher(spec)}{describe_place(spec.teacher.weights, bool(spec.model.lora))}"
+        )
+    if needs_reference(spec):
+        own = "the student with its adapter off" if spec.model.lora else "a copy of the model"
+        shared = "the teacher" if has_frozen_teacher(spec) else own
+        roles.append(f"reference: the frozen start model ({shared})")
+    if isinstance(base := blend_base(spec), ExternalWeights):
+        place = describe_place(base, bool(spec.model.lora))
+        roles.append(f"base of the blend: {describe_weights(base)}{place}")
+    roles.append(f"sampler: {describe_sampling(spec)}")
+    return roles
+
+
+def _syncs(spec: ExperimentSpec, backend: object, shape: ShapeSpec | None) -> str:
+    sampled_by = spec.rollout.sampled_by
+    if isinstance(sampled_by, DatasetSamples):
+        return "the sampler gets weights before each evaluation only"
+    if isinstance(backend, ReplayBackend):
+        return "recorded rollouts; the sampler of evaluations shares the training weights"
+    if not isinstance(backend, VllmEngine):
+        whose = "teacher's" if _foreign_sampler(spec) else "training"
+        return f"the sampler shares the {whose} weights"
+    whose = (
+        "teacher"
+        if isinstance(sampled_by, TeacherSamples) and sampled_by.weights == "teacher"
+        else "student"
+    )
+    form = " (adapters merged into a copy)" if spec.model.lora else ""
+    form += ", a block at a time" if spec.training.zero_stage == 3 else ""
+    if isinstance(backend, VllmServerBackend):
+        size = f" of {shape.parameters * BYTES[spec.model.dtype] / GIB:.2f} GiB" if shape else ""
+        who = f"each of {len(backend.urls)} servers" if len(backend.urls) > 1 else "the server"
+        ahead = spec.rollout.max_staleness
+        early = f", {counted(ahead, 'batch', 'batches')} ahead of training" if ahead else ""
+        return (
+            f"{who} gets the {whose}'s weights by a file{size}{form} before each rollout batch{early}, "
+            "checked by a canary sequence"
+        )
+    return f"vLLM gets the {whose}'s weights before each rollout batch{form}, checked by a canary sequence"

@@ -1,0 +1,98 @@
+"""A plan as text: what `sdkit plan` prints and what the golden files hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sdkit.language.specs import ExperimentSpec
+from sdkit.plan.plan import MethodPlan, Plan
+
+MEASURED = "measured before the first update on each batch"
+
+
+def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
+    """Sections of `name: value` lines; a golden file shows every change of a derived number."""
+    training = spec.training
+    steps = (
+        f"{plan.steps}"
+        if plan.steps is not None
+        else f"{training.epochs:g} epochs, counted when the data are read"
+    )
+    updates = (
+        plan.total_updates if plan.total_updates is not None else "per epoch as many as batches"
+    )
+    batch = (
+        f"{training.prompts_per_step} prompts × {spec.rollout.completions_per_prompt} completions "
+        f"= {plan.rollouts_per_step} rollouts"
+    )
+    together = training.share_prompts and spec.rollout.completions_per_prompt > 1
+    shared = ", a group's prompt in them once" if together else ""
+    sections: dict[str, Sequence[str]] = {
+        "objective": plan.objective,
+        "roles": plan.roles,
+        MEASURED: plan.measures,
+        "batches": [
+            f"rollout batches: {steps}",
+            f"each: {batch}; {plan.prompts_per_rank} prompts on each of {plan.ranks} rank{'s' * (plan.ranks > 1)}",
+            f"optimizer steps: {updates} ({plan.updates_per_step} per rollout batch)",
+            f"micro-batches: up to {training.micro_batch_tokens} padded tokens, sorted by length{shared}",
+            f"oldest rollout: {plan.oldest_rollout} optimizer steps behind",
+        ],
+        "weights": [
+            f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments{_kept(spec, plan)}",
+            f"backend: {plan.backend.kind} ({plan.why_backend})",
+            plan.syncs,
+        ],
+        "memory per rank (estimate)": _memory(plan),
+        "time of a step (estimate)": _time(plan),
+        "derived": plan.derived,
+    }
+    return _listed(sections)
+
+
+def render_method(plan: MethodPlan) -> str:
+    """The same for a method page, which has the first three sections."""
+    return _listed({"objective": plan.objective, "roles": plan.roles, MEASURED: plan.measures})
+
+
+def _listed(sections: Mapping[str, Sequence[str]]) -> str:
+    return "\n".join(
+        "\n".join([f"{title}:", *(f"  {line}" for line in lines)])
+        for title, lines in sections.items()
+        if lines
+    )
+
+
+def _kept(spec: ExperimentSpec, plan: Plan) -> str:
+    """Where weights are, that are not whole and not on the accelerator."""
+    pieces = "; every model in pieces on the ranks" if plan.zero_stage == 3 else ""
+    away = " and ".join(spec.training.offload)
+    return pieces + (f"; {away} in the machine's memory" if away else "")
+
+
+def _memory(plan: Plan) -> list[str]:
+    if not plan.memory:
+        return ["unknown: the model's shape is not at hand; state it as model.shape"]
+    lines = [f"{share.gib:8.2f} GiB  {share.what}" for share in plan.memory]
+    lines.append(f"{plan.peak_gib:8.2f} GiB  all together")
+    if plan.memory_gib:
+        lines.append(f"{plan.memory_gib:8.2f} GiB  there are")
+        if plan.peak_gib > plan.memory_gib:
+            lines.append(
+                "more than there is: train LoRA adapters, or lower training.micro_batch_tokens"
+            )
+    return lines
+
+
+def _time(plan: Plan) -> list[str]:
+    time = plan.step_time
+    if time is None:
+        return []
+    if time.why_not:
+        return [f"unknown: {time.why_not}"]
+    lines = [f"{phase.seconds:8.1f} s  {phase.what}" for phase in time.phases]
+    lines.append(f"{time.seconds:8.1f} s  all together")
+    if plan.steps:
+        hours = time.seconds * plan.steps / 3600
+        lines.append(f"{hours:8.1f} h  for {plan.steps} of them, evaluation not counted")
+    return [*lines, f"assumed: {time.assumes}"]

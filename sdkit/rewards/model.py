@@ -1,0 +1,129 @@
+"""A reward model: a local sequence-classification folder that reads the chat.  Knows nothing of groups."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from sdkit.language.errors import BadData, first_line
+from sdkit.language.specs import RewardModel
+from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
+
+
+@frozen(eq=False)
+class Reader:
+    """A model with one output, and its own tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    special: tuple[str, ...]
+    path: str
+
+    def ids(self, completion: str, row: Any) -> list[int]:
+        """Prompt and completion as this model's chat template writes them.
+
+        What a completion spells like a special token is left out: it must not end its own turn.  Raises BadData where
+        the text is longer than the model reads, or has a token that it has no embedding for.
+        """
+        for word in self.special:
+            completion = completion.replace(word, "")
+        messages = [*map(dict, row.messages), {"role": "assistant", "content": completion}]
+        ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if most and len(ids) > most:
+            raise BadData(
+                f"row {row.index} and its completion have {len(ids)} tokens, the reward model {self.path} reads {most}"
+            )
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise BadData(
+                f"row {row.index} has the token {token!r} with id {max(ids)}, but the reward model {self.path} has "
+                f"{rows} embeddings"
+            )
+        return ids
+
+    def read(self, texts: Sequence[list[int]]) -> list[float]:
+        """One batch, padded on the right."""
+        longest = max(map(len, texts))
+        pad = self.model.config.pad_token_id
+        padded = [ids + [pad] * (longest - len(ids)) for ids in texts]
+        mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in texts]
+        on = {"device": self.model.device}
+        with torch.inference_mode():
+            found = self.model(
+                input_ids=torch.tensor(padded, **on), attention_mask=torch.tensor(mask, **on)
+            )
+        return found.logits[:, 0].double().tolist()
+
+
+def reward_model(reward: RewardModel, base: Path) -> Scorer:
+    """The model's output for the prompt and the completion.
+
+    Raises BadData where the folder is no such model; the scorer raises it where a text is too long or the output not
+    finite.
+    """
+    reader = _open(reward.path, (base / reward.path).resolve())
+
+    def many(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
+        texts = [reader.ids(text, row) for text, row in pairs]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+        found: dict[int, float] = {}
+        for first in range(0, len(order), reward.batch_rows):
+            places = order[first : first + reward.batch_rows]
+            found |= zip(places, reader.read([texts[i] for i in places]), strict=True)
+        for place, value in found.items():
+            if not math.isfinite(value):
+                raise BadData(
+                    f"the reward model {reward.path} gives {value} for row {pairs[place][1].index}"
+                )
+        return [ScoredCompletion(reward=found[i]) for i in range(len(pairs))]
+
+    return Scorer(many, check=lambda row: reader.ids("", row))
+
+
+@functools.lru_cache(maxsize=2)
+def _open(path: str, folder: Path) -> Reader:
+    """From the folder alone: no hub, no code of the folder's, no pickles."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    only_here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        config = AutoConfig.from_pretrained(folder, **only_here)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            dtype="auto" if device.type == "cuda" else torch.float32,
+            output_loading_info=True,
+            **only_here,
+        )
+    except (OSError, ValueError, KeyError, ImportError, AssertionError) as error:
+        first = first_line(error)
+        raise BadData(f"the reward model {path} cannot be loaded: {first}") from error
+    if config.num_labels != 1 or loaded["missing_keys"]:
+        what = f"{config.num_labels} outputs" if config.num_labels != 1 else "no trained output"
+        raise BadData(f"the reward model {path} has {what}; a reward is one number")
+    if not tokenizer.chat_template:
+        raise BadData(f"the tokenizer of the reward model {path} has no chat template")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if model.config.pad_token_id is None:
+        raise BadData(f"the reward model {path} has no padding token")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if not 0 <= model.config.pad_token_id < rows:
+        raise BadData(
+            f"the reward model {path} pads with id {model.config.pad_token_id}, but has {rows} embeddings"
+        )
+    special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    return Reader(model.eval().to(device), tokenizer, special, path)

@@ -1,0 +1,227 @@
+"""The run directory: what was asked, what ran, every metric, every rollout.
+
+spec.yaml         the run file as written         metrics.jsonl   one object a line, with `step`
+resolved.yaml     every value of the spec         rollouts/       every rollout of every step
+provenance.json   versions, git, data, argv       samples/        a few, with prompts as text
+status.json       running, done, failed, stopped  evaluations/    each held-out completion and its scores
+warnings.jsonl    tripwires that went off         tensorboard/    events
+plot.png          loss, score, length             error.txt       traceback of a failure nobody expected
+model/            the trained model               checkpoints/    what --resume continues from
+best/             the model of the best evaluation, where one is kept
+bad_batches/      rollouts on which the last step failed for numbers that are not finite
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdkit.runs import processes
+from sdkit.language.errors import BadEnvironment, UnreadableInput
+
+MARK = "resolved.yaml"
+ORIGIN = "provenance.json"
+
+
+class RunDirectory:
+    """One run's folder; knows names and formats, nothing of training."""
+
+    def __init__(self, path: Path, tensorboard: bool) -> None:
+        self.path = path
+        self._events: Any = None
+        self._tensorboard = tensorboard
+        self._purged: int | None = None  # TensorBoard forgets events from this step on
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a small file whole or not at all."""
+        self.write_text(name, json.dumps(value, indent=2, default=str) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        write_whole(self.path / name, text)
+
+    def status(self, state: str, **facts: Any) -> None:
+        """Where the run stands: running, done, stopped or failed."""
+        who = {"pid": os.getpid(), "process": processes.own_mark()}
+        self.write_json("status.json", {"state": state, **who, **facts})
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, and the same figures to TensorBoard."""
+        self._append("metrics.jsonl", {"step": step, **values})
+        if self._tensorboard:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._writer().add_scalar(name, value, step)
+            self._writer().flush()
+
+    def warning(self, step: int, facts: Mapping[str, Any]) -> None:
+        """One line of warnings.jsonl."""
+        self._append("warnings.jsonl", {"step": step, **facts})
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise BadEnvironment(f"cannot write {self.path / name}: {error.strerror}") from None
+
+    def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """All records of one step, one object a line."""
+        target = self.file(folder, step)
+        target.parent.mkdir(exist_ok=True)
+        text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
+        write_whole(target, text)
+
+    def file(self, folder: str, step: int) -> Path:
+        """Where `lines` writes."""
+        return self.path / folder / f"step_{step:06d}.jsonl"
+
+    def records(self, folder: str, step: int) -> list[dict[str, Any]]:
+        """What `lines` wrote at one step; empty where it did not."""
+        return read_lines(self.file(folder, step))
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was written of steps later than `step`: a resumed run writes it again."""
+        self._purged = step + 1
+        for name in ("metrics.jsonl", "warnings.jsonl"):
+            path = self.path / name
+            if path.is_file():
+                kept = [line for line in read_lines(path) if line["step"] <= step]
+                write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        for folder in ("rollouts", "samples", "evaluations", "bad_batches"):
+            for path in (self.path / folder).glob("step_*.jsonl"):
+                if int(path.stem.removeprefix("step_")) > step:
+                    path.unlink()
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+    def _writer(self) -> Any:
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purged)
+        return self._events
+
+
+class ReadOnly(RunDirectory):
+    """The run directory as ranks other than the first have it: what they write goes nowhere."""
+
+    def write_text(self, name: str, text: str) -> None:
+        pass
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def warning(self, step: int, facts: Mapping[str, Any]) -> None:
+        pass
+
+    def forget_after(self, step: int) -> None:
+        pass
+
+
+def origin(path: Path) -> dict[str, Any]:
+    """What a run directory knows of where it came from.  Raises UnreadableInput where the folder is none."""
+    if not (path / MARK).is_file():
+        raise UnreadableInput(f"{path} is not a run directory: it has no {MARK}")
+    try:
+        found = json.loads((path / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnreadableInput(f"cannot read {path / ORIGIN}: {error}") from None
+    if not isinstance(found, dict) or "base" not in found:
+        raise UnreadableInput(f"{path / ORIGIN} does not name the folder of the run's spec")
+    return found
+
+
+def trained(path: Path) -> Path:
+    """The trained model of a run.  Raises UnreadableInput where there is none yet."""
+    if not (path / "model").is_dir():
+        raise UnreadableInput(f"{path} has no model/ yet", hint="it appears when the run is done")
+    return path / "model"
+
+
+def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make sure that a run may write to `path`; touches nothing.
+
+    Raises UnreadableInput where the folder is in use, is not a run's, has nothing to resume, or has a name that DeepSpeed
+    takes for a pattern when it reads a checkpoint.
+    """
+    if any(mark in str(path.resolve()) for mark in "[]*?"):
+        raise UnreadableInput(
+            f"{path.resolve()}: the path of a run directory may have none of [ ] * ?",
+            hint="name another with --to",
+        )
+    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if resume:
+        if not (path / MARK).is_file():
+            raise UnreadableInput(f"{path} holds no run to resume")
+        return
+    if not taken:
+        return
+    if not overwrite:
+        raise UnreadableInput(
+            f"{path} exists",
+            hint="continue it with --resume, replace it with --overwrite, or name another with --to",
+        )
+    if not (path / MARK).is_file():
+        raise UnreadableInput(f"{path} is not a run directory, so --overwrite leaves it alone")
+
+
+def create(path: Path, *, tensorboard: bool) -> RunDirectory:
+    """A fresh folder at `path`; an older run there is removed (see `claim`)."""
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise UnreadableInput(f"cannot write to {path}: {error.strerror}") from None
+    return RunDirectory(path, tensorboard)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write through a temporary name, so that no reader ever sees half a file.  Raises BadEnvironment on a full disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise BadEnvironment(f"cannot write {path}: {error.strerror}") from None
+
+
+def provenance(run: Path) -> dict[str, Any]:
+    """What provenance.json says; empty where a run has none.  Raises UnreadableInput where it is no JSON."""
+    path = run / ORIGIN
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UnreadableInput(f"cannot read {path}: {error}") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON Lines; a torn last line (a killed run) is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            kept.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise UnreadableInput(f"{path}:{number}: not a JSON object") from None
+    return kept

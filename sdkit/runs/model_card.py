@@ -1,0 +1,115 @@
+"""README.md of an exported model: what it is, what it was trained to do, from which data and versions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdkit.language.bundled import PREFIX
+from sdkit.runs.directory import origin
+from sdkit.plan.plan import MethodPlan, plan_method
+from sdkit.language.resolved import canonical_hash
+from sdkit.language.source import read
+from sdkit.language.specs import ExperimentSpec, ModelSpec
+
+
+def base_of(spec: ModelSpec, base: Path) -> str:
+    """The model that was trained, as the spec names it; a local folder with its whole path."""
+    local = (base / spec.path).resolve()
+    return str(local) if not spec.path.startswith(PREFIX) and local.is_dir() else spec.path
+
+
+def write(spec: ExperimentSpec, base: Path, run: Path, *, adapter: bool) -> str:
+    """The card's text.  Of a base in a local folder it tells the folder's name alone: a card is published."""
+    facts, told = origin(run), plan_method(spec)
+    path = base_of(spec.model, base)
+    local = Path(path).is_absolute()
+    start = Path(path).name if local else path
+    what = f"LoRA adapter for `{start}`" if adapter else f"`{start}`"
+    sections = {
+        "Training": _listed(_training(spec, run, told)),
+        "Held-out scores": _scores(run),
+        "Origin": _listed(_origin(spec, facts, start)),
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
+    on_hub = None if local or path.startswith(PREFIX) else path
+    head = _front_matter(on_hub, adapter)
+    return f"---\n{head}---\n\n# {run.resolve().name}\n\n{what}, trained with sdkit.\n\n{body}\n"
+
+
+def _front_matter(on_hub: str | None, adapter: bool) -> str:
+    """What the hub reads of a card."""
+    facts: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sdkit", "lora"] if adapter else ["sdkit"],
+    }
+    return yaml.safe_dump(facts | ({"base_model": on_hub} if on_hub else {}), sort_keys=False)
+
+
+def _training(spec: ExperimentSpec, run: Path, told: MethodPlan) -> Iterator[str]:
+    if page := _method_page(run):
+        yield f"method: `{page}`"
+    yield from (f"objective: {line}" for line in told.objective)
+    yield from told.roles
+    lora = spec.model.lora
+    if lora:
+        yield f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}"
+    per_step = spec.training.prompts_per_step * spec.rollout.completions_per_prompt
+    yield f"{_steps(run)} steps of {per_step} rollouts, learning rate {spec.optimizer.lr:g}, {spec.model.dtype}"
+
+
+def _steps(run: Path) -> int:
+    return json.loads((run / "status.json").read_text(encoding="utf-8"))["step"]
+
+
+def _method_page(run: Path) -> str | None:
+    """The page that the run file names; None where it brings its method along."""
+    written = read(run / "spec.yaml").data if (run / "spec.yaml").is_file() else None
+    return written.get("method") if isinstance(written, Mapping) else None
+
+
+def _scores(run: Path) -> str:
+    """The run's table of before and after; empty where nothing was evaluated."""
+    path = run / "result.json"
+    if not path.is_file():
+        return ""
+    rows = [
+        "| suite | decoding | score | before | after | change | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        figures = " | ".join(_figure(row[each]) for each in ("before", "after", "change"))
+        rows.append(
+            f"| {row['suite']} | {row['decoding']} | {row['score']} | {figures} | {row['n']} |"
+        )
+    return "\n".join(rows) + "\n\nIntervals are 95 % bootstrap intervals over prompts."
+
+
+def _figure(values: Sequence[float]) -> str:
+    mean, low, high = values
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _origin(spec: ExperimentSpec, facts: Mapping[str, Any], start: str) -> Iterator[str]:
+    model = facts.get("model", {})
+    pinned = model.get("commit") or model.get("revision")
+    yield f"start model: `{start}`" + (f" at {pinned}" if pinned else "")
+    for name, digest in facts.get("data", {}).items():
+        yield f"data, {name}: SHA-256 `{digest}`"
+    yield f"spec: SHA-256 `{canonical_hash(spec)}` of its resolved form"
+    if git := facts.get("git"):
+        changed = ", with uncommitted changes" if git["changed"] else ""
+        yield f"commit of the spec: `{git['commit']}`{changed}"
+    if replayed := facts.get("replayed"):
+        yield f"rollouts: recorded by the run {Path(replayed['run']).name}, from step {replayed['start']} on"
+    versions = {"python": facts.get("python"), **facts.get("versions", {})}
+    yield "versions: " + ", ".join(f"{name} {each}" for name, each in versions.items())
+
+
+def _listed(lines: Iterator[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

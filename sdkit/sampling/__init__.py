@@ -1,0 +1,1 @@
+"""Rollout backends that run in the trainer's process."""

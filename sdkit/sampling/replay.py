@@ -1,0 +1,62 @@
+"""Returns the recorded completions of an earlier run; samples nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdkit.batches import Completion, SamplingParams, SamplingRequest
+from sdkit.language.errors import BadData
+from sdkit.models.weights import Weights
+
+
+class ReplayRollouts:
+    """The recorded completions of an earlier run, found by prompt and seed; nothing is sampled."""
+
+    name = "replay"
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.recorded: dict[tuple[tuple[int, ...], int], Completion] = {}
+        for path in sorted((run / "rollouts").glob("step_*.jsonl")):
+            for record in _records(path):
+                self.recorded[tuple(record["sampled_from_ids"]), record["seed"]] = Completion(
+                    ids=tuple(record["completion_ids"]),
+                    logprobs=_floats(record["sampler_logprobs"]),
+                    finished=record["finished"],
+                )
+        if not self.recorded:
+            raise BadData(
+                f"{run} holds no recorded rollouts", hint="name the directory of an earlier run"
+            )
+
+    def load(self, weights: Weights, version: int) -> Mapping[str, float]:
+        return {}
+
+    def sample(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams
+    ) -> list[Completion]:
+        try:
+            return [self.recorded[r.prompt_ids, r.seed] for r in requests]
+        except KeyError:
+            raise BadData(
+                f"{self.run} did not record a completion for one of this step's prompts",
+                hint="replay needs the same data, chat template, seed, batch sizes and no more steps than were recorded",
+            ) from None
+
+    def close(self) -> None:
+        self.recorded.clear()
+
+
+def _floats(values: list[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise BadData(f"{path}:{number}: not a JSON object: {error}") from None

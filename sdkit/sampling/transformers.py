@@ -1,0 +1,173 @@
+"""Samples with `generate` on the training weights.  Works on token ids alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from sdkit.batches import Completion, SamplingParams, SamplingRequest
+from sdkit.models.weights import UNSHARDED, Weights
+
+NOBODY = SamplingRequest(prompt_ids=(0,), seed=0)
+
+
+class TransformersRollouts:
+    """`generate` on whatever weights were loaded last.  Nothing is copied, so `load` is free."""
+
+    name = "transformers"
+
+    def __init__(self, tokenizer: Any, batch_rows: int, end_ids: tuple[int, ...]) -> None:
+        self.tokenizer = tokenizer
+        self.batch_rows = batch_rows
+        self.end_ids = end_ids
+        self.weights: Weights | None = None
+
+    def load(self, weights: Weights, version: int) -> Mapping[str, float]:
+        self.weights = weights
+        return {}
+
+    @torch.no_grad()
+    def sample(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams
+    ) -> list[Completion]:
+        assert self.weights is not None, "sample before load"
+        # Equal lengths share a batch: less padding, and a row's result leans less on its neighbours.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        done: dict[int, Completion] = {}
+        with self.weights.active() as model:
+            was_training = model.training
+            model.eval()
+            cuts = range(0, len(order), self.batch_rows)
+            for number in range(self.weights.sharding.all_reduce_max(len(cuts))):
+                chosen = order[number * self.batch_rows :][: self.batch_rows]
+                if not chosen:  # parameters are sharded, and other ranks have prompts left
+                    brief = evolve(sampling, max_new_tokens=1)
+                    self.weights.sharding.run_forward(self._generate, model, [NOBODY], brief)
+                    continue
+                rows = [requests[i] for i in chosen]
+                batch = self.weights.sharding.run_forward(self._generate, model, rows, sampling)
+                done.update(zip(chosen, batch, strict=True))
+            model.train(was_training)
+        return [done[i] for i in range(len(requests))]
+
+    def _generate(
+        self, model: Any, requests: list[SamplingRequest], sampling: SamplingParams
+    ) -> list[Completion]:
+        width = max(len(r.prompt_ids) for r in requests)
+        pad = self.end_ids[0]
+        ids = torch.tensor(
+            [[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests]
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests]
+        )
+        device = next(model.parameters()).device
+        sampler = SeededSampler(requests, sampling)
+        with own_settings(model, self._settings(sampling)) as settings:
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                logits_processor=[sampler],
+                tokenizer=self.tokenizer if sampling.stop else None,
+                synced_gpus=self.weights is not None and self.weights.sharding is not UNSHARDED,
+            )
+        rows = out[:, width:].tolist()
+        return [self._completion(row, i, sampler, sampling) for i, row in enumerate(rows)]
+
+    def _settings(self, sampling: SamplingParams) -> dict[str, Any]:
+        """`SeededSampler` draws the tokens, so `generate` itself is greedy and only has to know where to stop."""
+        return {
+            "do_sample": False,
+            "max_new_tokens": sampling.max_new_tokens,
+            "eos_token_id": list(self.end_ids),
+            "pad_token_id": self.end_ids[0],
+            "stop_strings": list(sampling.stop) or None,
+        }
+
+    def _completion(
+        self, row: list[int], index: int, sampler: SeededSampler, sampling: SamplingParams
+    ) -> Completion:
+        end = next((i + 1 for i, token in enumerate(row) if token in self.end_ids), None)
+        # A row that a stop text has ended is padded with an end token that nobody sampled: look for the text first.
+        cut = self._stop_length(row[:end], sampling.stop)
+        ids = row[: cut or end]
+        logprobs = tuple(step[index] for step in sampler.logprobs[: len(ids)])
+        return Completion(ids=tuple(ids), logprobs=logprobs, finished=bool(cut or end))
+
+    def _stop_length(self, row: list[int], stop: tuple[str, ...]) -> int | None:
+        """Tokens up to and including the one that completes a stop text."""
+        lengths = range(1, len(row) + 1) if stop else ()
+        texts = ((n, self.tokenizer.decode(row[:n])) for n in lengths)
+        return next((n for n, text in texts if any(word in text for word in stop)), None)
+
+    def close(self) -> None:
+        self.weights = None
+
+
+@contextlib.contextmanager
+def own_settings(model: Any, settings: Mapping[str, Any]) -> Iterator[Any]:
+    """A `GenerationConfig` of these settings; inside the block `model.generate` reads no other.
+
+    `generate` fills every field that is None from `model.generation_config`, and None is how a field is switched off.
+    The checkpoint's settings (a repetition penalty, suppressed tokens, beams) would then change what is sampled.
+    """
+    from transformers import GenerationConfig
+
+    of_checkpoint = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield GenerationConfig(**settings)
+    finally:
+        model.generation_config = of_checkpoint
+
+
+class SeededSampler:
+    """A logits processor that draws each row's token from that row's own generator and records its log-probability.
+
+    `generate` then takes the arg max of what is returned, which is the drawn token: sampling without the global
+    generator, and with exact log-probabilities under temperature, top_k and top_p.
+    """
+
+    def __init__(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> None:
+        self.sampling = sampling
+        self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
+        self.logprobs: list[list[float]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits = scores.float()
+        if self.sampling.ids_below is not None:
+            ids = torch.arange(logits.shape[-1], device=logits.device)
+            logits = logits.masked_fill(ids >= self.sampling.ids_below, float("-inf"))
+        if self.sampling.temperature == 0:
+            chosen = logits.argmax(-1, keepdim=True)
+            logprobs = logits.log_softmax(-1)
+        else:
+            logprobs = self._truncated(logits / self.sampling.temperature).log_softmax(-1)
+            draws = torch.cat(
+                [torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators]
+            )
+            cumulative = logprobs.double().exp().cumsum(-1)
+            target = draws.to(cumulative.device)[:, None] * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, target, right=True).clamp(
+                max=logits.shape[-1] - 1
+            )
+        self.logprobs.append(logprobs.gather(-1, chosen)[:, 0].tolist())
+        return torch.full_like(logits, float("-inf")).scatter(-1, chosen, 0.0)
+
+    def _truncated(self, logits: Tensor) -> Tensor:
+        if self.sampling.top_k:
+            kth = logits.topk(min(self.sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, float("-inf"))
+        if self.sampling.top_p < 1:
+            ordered, ids = logits.sort(dim=-1, descending=True)
+            shares = ordered.softmax(-1)
+            beyond = shares.cumsum(-1) - shares >= self.sampling.top_p
+            dropped = beyond.scatter(-1, ids, beyond)  # back in the vocabulary's order
+            logits = logits.masked_fill(dropped, float("-inf"))
+        return logits

@@ -1,0 +1,1 @@
+"""vLLM servers: for rollouts and for teachers."""

@@ -1,0 +1,63 @@
+"""`sdkit plan --data N`: student and teacher prompt side by side, with the splice point marked.  Loads no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sdkit.data.prompts import Prompter, side_by_side
+from sdkit.data.rows import load_rows
+from sdkit.data.turn_ends import end_token
+from sdkit.language.errors import counted
+from sdkit.language.specs import ExperimentSpec, completion_column
+from sdkit.models.loading import load_tokenizer, resolve_model
+
+SPLICE = "▶ completion goes here"
+
+
+def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> None:
+    """Render the first `count` training rows.  Raises BadData where a row cannot be used."""
+    tokenizer = load_tokenizer(spec.model, resolve_model(spec.model.path, base))
+    keep_text = spec.model.control_tokens == "text"
+    prompter = Prompter(tokenizer, dict(spec.model.chat_template_options), keep_text=keep_text)
+    end = end_token(tokenizer, prompter.options)
+    for row in load_rows(spec.data, base)[:count]:
+        found = side_by_side(prompter, row, spec.teacher.sees if spec.teacher else None)
+        views = [_panel("student", found.student, found.student_tokens)]
+        if spec.teacher and found.teacher is None:
+            empty = Text("no teacher: a slot that the context requires is empty")
+            views.append(Panel(empty, title="teacher"))
+        elif spec.teacher and found.teacher is not None:
+            cut = f", {found.cut_tokens} context tokens cut" if found.cut_tokens else ""
+            views.append(_panel("teacher", found.teacher, found.teacher_tokens or 0, cut))
+        if column := completion_column(spec.rollout.sampled_by):
+            views.append(_completion(spec, prompter, end, row.text(column) or ""))
+        table = Table.grid(expand=True)
+        for _ in views:
+            table.add_column(ratio=1)
+        table.add_row(*views)
+        console.rule(f"row {row.index}")
+        console.print(table)
+
+
+def _completion(spec: ExperimentSpec, prompter: Prompter, end: int | None, text: str) -> Panel:
+    """A completion from the data set, with the token that ends it; cut where the run would cut it."""
+    if end is None:  # the model's own settings name it, and no model is loaded here
+        return Panel(Text(text), title="completion, from the data set")
+    ids = prompter.completion_ids(text, end)
+    limit = spec.rollout.max_new_tokens
+    note = f", cut to {limit}" if len(ids) > limit else ""
+    return Panel(
+        Text(prompter.tokenizer.decode(ids[:limit])),
+        title=f"completion, from the data set: {counted(len(ids), 'token')}{note}",
+    )
+
+
+def _panel(who: str, text: str, tokens: int, note: str = "") -> Panel:
+    body = Text(text)
+    body.append(SPLICE, style="bold green")
+    return Panel(body, title=f"{who}: {tokens} tokens{note}")

@@ -1,0 +1,68 @@
+"""The prompts of a run as they are shown: the date in them, and hashes to know them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdkit.language.errors import UnreadableInput, listed
+from sdkit.language.specs import ExperimentSpec, ReplayBackend
+from sdkit.runs import directory
+
+if TYPE_CHECKING:
+    from sdkit.train.inputs import RunData
+    from sdkit.train.replay import Recording
+
+
+def facts(data: RunData) -> dict[str, Any]:
+    """What provenance.json says of the prompts."""
+    return {
+        "date": data.prompter.now.isoformat(),
+        "rows": data.visited,
+        "sha256": data.prompt_fingerprints(data.visited),
+    }
+
+
+def date_of(provenance: Mapping[str, Any]) -> datetime | None:
+    """The date that a run's chat template prints; None where there is no run."""
+    prompts = provenance.get("prompts")
+    if prompts:
+        return datetime.fromisoformat(prompts["date"])
+    started = provenance.get("started")  # of a run that did not fix it
+    return started and datetime.fromisoformat(started).astimezone().replace(tzinfo=None)
+
+
+def recorded_date(spec: ExperimentSpec, base: Path, recording: Recording | None) -> datetime | None:
+    """The date of the run whose rollouts are replayed; None where nothing is."""
+    if recording:
+        return date_of(recording.origin)
+    backend = spec.rollout.backend
+    if isinstance(backend, ReplayBackend):
+        return date_of(directory.provenance(base / backend.run))
+    return None
+
+
+def same_prompts(
+    data: RunData, provenance: Mapping[str, Any], whose: str, only: str | None = None
+) -> None:
+    """Raise UnreadableInput where the prompts are not those of an earlier run, though its rows may be.
+
+    `only` names the part that must be the same.
+    """
+    before = provenance.get("prompts")
+    if not before:
+        return
+    known = before["sha256"]
+    now = data.prompt_fingerprints(before["rows"])
+    changed = [
+        name
+        for name, digest in now.items()
+        if only in (None, name) and known.get(name, digest) != digest
+    ]
+    if changed:
+        raise UnreadableInput(
+            f"the rendered prompts are not those that {whose}: {listed(changed)}",
+            hint="the rows may be the same: bring back the tokenizer and its chat template as they were",
+        )

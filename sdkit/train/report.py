@@ -1,0 +1,302 @@
+"""What a person sees of a run, and what the run directory keeps of it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sdkit.batches import RolloutBatch
+from sdkit.distributed import collectives
+from sdkit.language.errors import counted
+from sdkit.models.packing import LONGEST_PACK
+from sdkit.runs.directory import RunDirectory
+from sdkit.runs.evaluations import EvaluationResult, Key, read_back, signed, with_interval
+from sdkit.runs.intervals import Interval
+from sdkit.train.collect_rollouts import (
+    CollectedRollouts,
+    rollout_records,
+    sample_texts,
+    sort_records,
+)
+from sdkit.train.evaluate import headline
+from sdkit.train.tripwires import triggered
+
+if TYPE_CHECKING:
+    from sdkit.train.state import TrainState
+
+
+class Report:
+    """Screen and run directory of one run."""
+
+    def __init__(self, run: RunDirectory, console: Console, steps: int) -> None:
+        self.run = run
+        self.console = console
+        begun = run.records("evaluations", 0)
+        self.first: EvaluationResult | None = read_back(begun) if begun else None
+        self.last: EvaluationResult | None = None
+        history = run.history()
+        # All ranks go by what the first finds in the run directory.
+        self.evaluated_at = collectives.broadcast_object(
+            {line["step"] for line in history if "eval/score" in line}
+        )
+        self.lifted = collectives.broadcast_object(
+            any(key.startswith("lift/") for line in history for key in line)
+        )
+        self.trained = [line for line in history if "time/step" in line]  # for tripwires
+        # Tokens of training rollouts so far.
+        self.generated = max((line.get("tokens_generated", 0.0) for line in history), default=0.0)
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=steps)
+
+    def step(
+        self,
+        world: TrainState,
+        gathered: CollectedRollouts,
+        metrics: dict[str, float],
+    ) -> None:
+        """One training step: a line on screen, a line of metrics, all rollouts, now and then a sample."""
+        self.generated += metrics["rollout/tokens"]
+        metrics["tokens_generated"] = self.generated
+        metrics["memory/peak_gib"] = peak_gib()
+        self.run.metrics(world.step, metrics)
+        self.run.status("running", step=world.step)
+        own = collectives.gather_object(rollout_records(gathered))
+        self.run.lines("rollouts", world.step - 1, sort_records(own))
+        self.console.print(_step_line(world, metrics), highlight=False)
+        output = world.spec.output
+        self._warn(world.step, metrics, output.tripwire_steps)
+        for text in world.server_messages():
+            self.run.warning(world.step, {"wire": "rollout_server", "cause": text})
+        if (world.step - 1) % output.samples_every == 0:
+            shown = sample_texts(world, gathered.batch, gathered.scores, output.samples)
+            self.run.lines("samples", world.step, shown)
+            self.console.print(
+                f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False
+            )
+        self.bar.update(self.task, completed=world.step)
+
+    def bad_batch(self, world: TrainState, gathered: CollectedRollouts, part: RolloutBatch) -> Path:
+        """Keep the rollouts of an update that failed, and all of its step as every step's; where the former stand."""
+        held = {(r.group, r.completion_ids) for r in part}
+        own = rollout_records(gathered)
+        failed = [r for r in own if (r["group"], r["completion_ids"]) in held]
+        for folder, each in (("rollouts", own), ("bad_batches", failed)):
+            self.run.lines(folder, world.step, sort_records(collectives.gather_object(each)))
+        return self.run.file("bad_batches", world.step)
+
+    def _warn(self, step: int, metrics: Mapping[str, float], patience: int | None) -> None:
+        """A yellow line, and one of warnings.jsonl, for each tripwire that goes off at this step."""
+        if patience is None:
+            return
+        self.trained = [*self.trained[-patience:], {"step": step, **metrics}]
+        for trip in triggered(self.trained, patience):
+            facts = {"since": trip.first, "wire": trip.wire, "cause": trip.cause}
+            self.run.warning(step, facts | {"look_at": trip.look_at})
+            self.console.print(f"[yellow]warning[/]: {escape(str(trip))}", highlight=False)
+            self.console.print(f"  = {escape(trip.look_at)}", highlight=False)
+
+    def evaluated(
+        self,
+        world: TrainState,
+        found: EvaluationResult,
+        losses: Mapping[str, float],
+        seconds: float,
+    ) -> None:
+        """One evaluation: scores with intervals on screen, every completion in evaluations/."""
+        self.first = self.first or found
+        self.last = found
+        self.evaluated_at.add(world.step)
+        key = headline(world)
+        metrics = found.metrics(key) | dict(losses)
+        self.run.metrics(world.step, metrics | {"time/evaluation": seconds})
+        self.run.lines("evaluations", world.step, found.records)
+        parts = [
+            f"{'/'.join(k[1:])} {_share(found.interval(k).mean)}"
+            for k in found.scores
+            if k[0] == key[0]
+        ]
+        self.console.print(
+            f"[cyan]evaluation after step {world.step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]",
+            highlight=False,
+        )
+
+    def lift(self, lift: Mapping[Key, Interval]) -> None:
+        """The teacher's lift, before anything is trained."""
+        if not lift:
+            return
+        table = Table(
+            title="teacher lift: score under the teacher's view minus the student's, before training"
+        )
+        for column in ("suite", "decoding", "score", "lift", "95 % interval", "prompts"):
+            table.add_column(column)
+        for (suite, decoding, reward), interval in lift.items():
+            table.add_row(suite, decoding, reward, *signed(interval), str(interval.n))
+        self.console.print(table)
+        if all(interval.low <= 0 for interval in lift.values()):
+            self.console.print(
+                "[yellow]warning[/]: the teacher's view lifts no score clearly above the student's; "
+                "there may be nothing to distil"
+            )
+        named = {"lift/" + "/".join(key): interval.mean for key, interval in lift.items()}
+        self.run.metrics(0, named)
+
+    def finished(self, world: TrainState) -> None:
+        """The table of before and after."""
+        if self.first is None or self.last is None or self.first is self.last:
+            return
+        table = comparison(self.first, self.last, headline(world))
+        self.console.print(table)
+
+
+def comparison(before: EvaluationResult, after: EvaluationResult, first: Key) -> Table:
+    """Every score before and after, with the paired bootstrap interval of the change."""
+    table = Table(title="held-out prompts, from the student's own prompt")
+    for column in ("suite", "decoding", "score", "before", "after", "change", "95 % interval", "n"):
+        table.add_column(
+            column, justify="left" if column in ("suite", "decoding", "score") else "right"
+        )
+    for key in before.scores:
+        change = after.difference(before, key)
+        values = [
+            with_interval(before.interval(key)),
+            with_interval(after.interval(key)),
+            *signed(change),
+        ]
+        style = "bold" if key[0] == first[0] and key[2] == first[2] else None
+        table.add_row(*key, *values, str(change.n), style=style)
+    return table
+
+
+def scores(found: EvaluationResult) -> Table:
+    """Every score with its interval."""
+    table = Table(title="held-out prompts, from the model's own prompt")
+    for column in ("suite", "decoding", "score", "mean [95 % interval]", "n"):
+        table.add_column(column)
+    for key in found.scores:
+        interval = found.interval(key)
+        table.add_row(*key, with_interval(interval), str(interval.n))
+    return table
+
+
+def plain_comparison(before: EvaluationResult, after: EvaluationResult) -> list[dict[str, object]]:
+    """The same table as data, for result.json."""
+    rows: list[dict[str, object]] = []
+    for key in before.scores:
+        change, b, a = after.difference(before, key), before.interval(key), after.interval(key)
+        rows.append(
+            {
+                "suite": key[0],
+                "decoding": key[1],
+                "score": key[2],
+                "before": [b.mean, b.low, b.high],
+                "after": [a.mean, a.low, a.high],
+                "change": [change.mean, change.low, change.high],
+                "n": change.n,
+            }
+        )
+    return rows
+
+
+def opening(console: Console, world: TrainState, run: RunDirectory) -> None:
+    """The objective card: what will be trained, in words."""
+    plan = world.plan
+    lines = [f"[bold]{escape(line)}[/]" for line in plan.objective]
+    lines += [escape(line) for line in plan.roles]
+    lines += [f"[dim]derived: {escape(line)}[/]" for line in plan.derived]
+    if world.data.dropped:
+        lines.append(
+            f"[dim]derived: {world.data.dropped} training rows dropped, their prompts are held out[/]"
+        )
+    for name, repeats in world.data.repeats.items():
+        if repeats:
+            kept = len(world.data.suites[name])
+            lines.append(
+                f"[dim]derived: suite {name} has {kept} different prompts, {repeats} repeats dropped[/]"
+            )
+    if world.spec.training.share_prompts and not world.longest_pack:
+        lines.append(
+            "[dim]derived: every completion repeats its prompt, as this model's attention takes no shared rows[/]"
+        )
+    if 0 < world.longest_pack < min(LONGEST_PACK, 2 * world.longest_sequence):
+        lines.append(
+            f"[dim]derived: completions share rows of up to {world.longest_pack} tokens, the reach of this model's attention[/]"
+        )
+    if not world.pads_samples:
+        lines.append(
+            "[dim]derived: prompts are sampled one by one, as padding changes what this model samples[/]"
+        )
+    lines.append(
+        f"{plan.steps} steps × {world.spec.training.prompts_per_step} prompts × "
+        f"{world.spec.rollout.completions_per_prompt} completions, {len(world.data.train)} training rows"
+    )
+    console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
+    if spelled := world.data.spelled:
+        shown = ", ".join(f"row {row.index} {name}" for row, name in spelled[:5])
+        text = f"{counted(len(spelled), 'row')} spell control tokens, which the model reads as such: {shown}"
+        console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
+        console.print("  = model.control_tokens: text keeps them as text", highlight=False)
+    _warn_of_cut_completions(console, world, run)
+
+
+def _warn_of_cut_completions(console: Console, world: TrainState, run: RunDirectory) -> None:
+    own = world.data.completions
+    text = own and own.warning(world.spec.rollout.max_new_tokens)
+    if own is None or text is None:
+        return
+    advice = f"set rollout.max_new_tokens: {own.longest}, or drop these rows"
+    console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
+    console.print(f"  = {escape(advice)}", highlight=False)
+    if world.step == 0:  # a resumed run has said it
+        run.warning(0, {"wire": "cut_completions", "cause": text, "look_at": advice})
+
+
+def peak_gib() -> float:
+    """Peak resident memory of this process, GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
+
+
+def _step_line(world: TrainState, metrics: Mapping[str, float]) -> str:
+    rewards = [
+        f"{k.removeprefix('reward/')} {v:.2f}"
+        for k, v in metrics.items()
+        if k.startswith("reward/")
+    ]
+    names = {"rollout": "rollout", "teacher": "teacher", "update": "update", "sync": "sync"}
+    times = " ".join(
+        f"{short} {metrics.get('time/' + name, 0):.1f}" for name, short in names.items()
+    )
+    skipped = " [red]skipped[/]" if metrics["skipped_steps"] else ""
+    trained = "[yellow]no rollout kept, no update[/]"
+    if "loss" in metrics:
+        trained = f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2f}"
+    return (
+        f"step [bold]{world.step}[/]/{world.end}  {trained}  length {metrics['rollout/completion_tokens']:.1f}  "
+        f"{'  '.join(rewards)}  [dim]{metrics['time/step']:.1f} s ({times})[/]{skipped}"
+    )
+
+
+def _one_line(text: str) -> str:
+    flat = " ⏎ ".join(text.splitlines())
+    return flat if len(flat) <= 160 else flat[:157] + "…"
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}"

@@ -1,0 +1,111 @@
+"""Measures which rows a run can form: how long a shared one may be, and whether padding changes a text beside it.
+
+The mask of a shared row stands in place of a sliding window, or of any other mask of the model's own, and no mask
+parts completions in a recurrent layer.  So a row is only as long as states have been compared.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdkit.batches import SamplingParams, SamplingRequest
+from sdkit.language.errors import BadData
+from sdkit.models.packing import (
+    LONGEST_PACK,
+    PROMPT,
+    SHORT,
+    completions_leak,
+    last_states,
+    probe_texts,
+    same_states,
+    shares_rows,
+)
+from sdkit.models.weights import Weights
+from sdkit.sampling.transformers import TransformersRollouts
+
+if TYPE_CHECKING:
+    from sdkit.train.state import TrainState
+
+MASKED = ("sdpa", "eager")
+"""Attention kernels that take a mask of every query and key."""
+REACH = re.compile(r"(window|window_size|chunk_size)$")
+
+
+def measure_longest_pack(world: TrainState) -> int:
+    """The most tokens of a shared row that every model of the run takes; 0: no row may be shared.
+
+    Raises BadData where padding changes the states of the text beside it.
+    """
+    budget = world.spec.training.micro_batch_tokens
+    for who, weights in world.models:
+        width = min(
+            world.longest_sequence, budget // 2
+        )  # of the longest row that has another beside it
+        if width > PROMPT + SHORT and padding_shows(weights, world.device, width):
+            raise BadData(
+                f"the {who} gives a text other hidden states where it is padded to {width} tokens, so losses would "
+                "depend on what stands beside it in a micro-batch",
+                hint="set training.micro_batch_tokens: 1, so that every text runs alone",
+                path=("teacher", "weights") if weights.foreign else ("model", "path"),
+            )
+    if not world.spec.training.share_prompts:
+        return 0
+    members = max(world.spec.rollout.completions_per_prompt, 2)
+    longest = min(LONGEST_PACK, members * world.longest_sequence)
+    for _, weights in world.models:
+        longest = longest_shared(weights, world.device, longest, world.longest_sequence)
+    return longest
+
+
+def longest_shared(weights: Weights, device: torch.device, wanted: int, text: int) -> int:
+    """The most tokens of a row, up to `wanted`, that completions can share; 0: they can share none.
+
+    text: tokens of the longest prompt and completion.  Up to the window of a sliding attention a shared row changes
+    nothing, so shorter rows are tried where long ones do.
+    """
+    config = weights.causal.config
+    if getattr(config, "_attn_implementation", None) not in MASKED:
+        return 0
+    shortest = PROMPT + 2 * SHORT
+    longest = min(wanted, *_reaches(config), LONGEST_PACK)
+    if longest < shortest or not shares_rows(weights, device) or completions_leak(weights, device):
+        return 0
+    while longest > shortest and not shares_rows(weights, device, longest, text):
+        longest = max(longest // 2, shortest)
+    return longest
+
+
+def _reaches(config: Any) -> list[int]:
+    """Every whole number of the text configuration whose name is that of an attention layer's reach."""
+    found: list[Any] = []
+    for name, value in config.get_text_config().to_dict().items():
+        if REACH.search(name):
+            found += value if isinstance(value, list) else [value]
+    return [v for v in found if isinstance(v, int) and not isinstance(v, bool) and v > 0]
+
+
+@torch.no_grad()
+def padding_shows(weights: Weights, device: torch.device, width: int) -> bool:
+    """Whether the states of a short text are others where it is padded to `width` tokens."""
+    prompt, long, short, _ = probe_texts(weights, width - PROMPT)
+    padded = last_states(weights, device, prompt, [long, short], 0)[1]
+    (alone,) = last_states(weights, device, prompt, [short], 0)
+    return not same_states(weights, padded, alone)
+
+
+def padding_shows_in_samples(weights: Weights, tokenizer: Any, end_ids: tuple[int, ...]) -> bool:
+    """Whether sampling gives a prompt other probabilities beside a longer one, to whose length it is padded."""
+    _, long, short, _ = probe_texts(weights, 2 * SHORT)
+    requests = [SamplingRequest(prompt_ids=ids, seed=0) for ids in (long, short)]
+    sampling = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=2)
+    backend = TransformersRollouts(tokenizer, len(requests), end_ids)
+    backend.load(weights, 0)
+    padded = backend.sample(requests, sampling)[1].logprobs
+    alone = backend.sample(requests[1:], sampling)[0].logprobs
+    assert padded is not None
+    assert alone is not None
+    bound = 1e-3 if weights.head.dtype == torch.float32 else 0.3
+    return not all(abs(a - b) < bound for a, b in zip(padded, alone, strict=False))

@@ -1,0 +1,347 @@
+"""`train` and `eval` from a checked spec to a finished run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from sdkit.checkpoints import checkpoint, rng
+from sdkit.checkpoints import resume as resuming
+from sdkit.checkpoints.manifest import Origin, spec_digest
+from sdkit.distributed import collectives, zero
+from sdkit.distributed.launch import launched
+from sdkit.language.errors import BadEnvironment, SdkitError, Stopped, blaming
+from sdkit.language.specs import (
+    ExperimentSpec,
+    ExternalWeights,
+    ServedWeights,
+    VllmServerBackend,
+    other_models,
+    served_teachers,
+    tokens_told,
+)
+from sdkit.models.embedding_ids import known_ids
+from sdkit.models.loading import (
+    check_vocabulary,
+    load_config,
+    load_tokenizer,
+    resolve_model,
+    weights_folder,
+)
+from sdkit.plan.machine import machine_for
+from sdkit.plan.plan import make_plan
+from sdkit.runs import directory
+from sdkit.runs.plot import plot
+from sdkit.runs.provenance import provenance
+from sdkit.serving.pool import ServerPool
+from sdkit.serving.protocol import ExpectedServer
+from sdkit.serving.teacher_client import ServedModel
+from sdkit.serving.weight_files import WeightFolder
+from sdkit.train import failures, loop, prompt_record, report, stop_requests
+from sdkit.train.evaluate import evaluate, headline
+from sdkit.train.inputs import RunData
+from sdkit.train.replay import Recording, same_recording
+from sdkit.train.state import TrainState
+
+
+def open_world(
+    spec: ExperimentSpec,
+    base: Path,
+    recording: Recording | None = None,
+    now: datetime | None = None,
+) -> TrainState:
+    """Data first (bad rows are found before a weight is loaded), then DeepSpeed, model, teacher.
+
+    With a recording its completions are the run's, and the run ends where they do.  `now` is the date that chat
+    templates print.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    zero.prepare()
+    with blaming("model", "path"):
+        located = resolve_model(spec.model.path, base)
+        tokenizer = load_tokenizer(spec.model, located)
+    for path, weights in other_models(spec):
+        with blaming(*path, "path"):
+            theirs = load_tokenizer(weights, resolve_model(weights.path, base))
+            check_vocabulary(tokenizer, theirs, weights.path)
+    served = _connect_teachers(spec, base, tokenizer)
+    with contextlib.ExitStack() as undo:
+        servers = _connect_servers(spec, base, located)
+        if servers:
+            undo.callback(servers.close)
+        now = now or prompt_record.recorded_date(spec, base, recording)
+        known = known_ids(spec, base, located)
+        data = RunData(spec, base, tokenizer, now=now, known=known)
+        world = _open(spec, base, data, located, served, servers, recording)
+        undo.pop_all()
+    return world
+
+
+def _open(
+    spec: ExperimentSpec,
+    base: Path,
+    data: RunData,
+    located: str,
+    served: Mapping[ServedWeights, ServedModel],
+    servers: ServerPool | None,
+    recording: Recording | None,
+) -> TrainState:
+    if recording:
+        recording.check_rows(data)
+    zero.start()
+    try:
+        data.prompter.now = collectives.broadcast_object(
+            data.prompter.now
+        )  # ranks start at different times
+        plan = make_plan(
+            spec, machine_for(spec, collectives.world_size()), None, rows=len(data.train)
+        )
+        assert plan.steps is not None
+        longest = data.check(plan.steps)
+        if recording:
+            prompt_record.same_prompts(
+                data, recording.origin, f"{recording.run} was recorded with", "train"
+            )
+        for model in served.values():
+            model.check_length(longest)
+        if servers:
+            servers.check_length(longest)
+        if recording:
+            plan = recording.planned(plan)
+        world = TrainState(spec, plan, base, data, located, longest, served, servers)
+        if recording:
+            world.end = recording.end
+        return world
+    except BaseException:
+        zero.stop(together=False)
+        raise
+
+
+def _connect_teachers(
+    spec: ExperimentSpec, base: Path, tokenizer: Any
+) -> dict[ServedWeights, ServedModel]:
+    """Every served teacher, found fit to teach: before anything heavy is loaded."""
+    found: dict[ServedWeights, ServedModel] = {}
+    for _, weights in served_teachers(spec):
+        if weights in found:
+            continue
+        if weights.tokenizer:
+            theirs = ExternalWeights(path=weights.tokenizer)
+            told = load_tokenizer(theirs, resolve_model(weights.tokenizer, base))
+            check_vocabulary(tokenizer, told, weights.tokenizer)
+        found[weights] = ServedModel(weights, tokens_told(spec) or 0, os.environ)
+        found[weights].check(tokenizer)
+    return found
+
+
+def _connect_servers(spec: ExperimentSpec, base: Path, located: str) -> ServerPool | None:
+    """The rollout servers, found fit to sample; of the first rank alone, which talks to them."""
+    backend = spec.rollout.backend
+    if not isinstance(backend, VllmServerBackend) or not _first():
+        return None
+
+    def say(text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    with blaming("rollout", "backend"):
+        wanted = ExpectedServer(
+            config=load_config(spec.model, located),
+            dtype=backend.dtype or spec.model.dtype,
+            folder=WeightFolder(weights_folder(backend, base)),
+        )
+        try:
+            pool = ServerPool(backend, wanted, os.environ, say)
+            pool.check()
+        except SdkitError:
+            wanted.folder.close()
+            raise
+        return pool
+
+
+def train(
+    spec: ExperimentSpec,
+    base: Path,
+    folder: Path,
+    console: Console,
+    *,
+    written: str,
+    resolved: str,
+    resume: bool = False,
+    overwrite: bool = False,
+    recording: Recording | None = None,
+) -> Path:
+    """Run a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after.
+
+    With a recording its rollouts are trained on again, from the state before the first of them.
+    """
+    if recording:
+        recording.check_spec(spec, folder)
+    directory.claim(folder, resume=resume, overwrite=overwrite)
+    last = _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
+    if recording and recording.checkpoint:
+        word = recording.origin.get("run")
+        resuming.check_usable(recording.checkpoint, word, launched() or 1, hashes=_first())
+    began = prompt_record.date_of(directory.provenance(folder)) if resume else None
+    world = open_world(spec, base, recording, began)
+    last = collectives.broadcast_object(last)
+    run = _directory(folder, resume=last is not None, tensorboard=spec.output.tensorboard)
+    try:
+        if last:
+            _restore(world, run, last)
+        else:
+            rng.seed_all(spec.training.seed, collectives.rank())
+            run.write_text("spec.yaml", written)
+            run.write_text(directory.MARK, resolved)
+            run.write_json(directory.ORIGIN, _provenance(world, base, recording))
+            if recording and recording.checkpoint:
+                checkpoint.load(world, recording.checkpoint)
+                recording.write_history(run)
+        checkpoint.check_saving(world)
+        report.opening(console, world, run)
+        run.status("running", step=world.step)
+        _train(world, run, console)
+        run.status("done", step=world.step)
+    except BaseException as error:
+        raise _report_failure(error, world, run) from error
+    _close(world, run, together=True)
+    return folder
+
+
+def _report_failure(
+    error: BaseException, world: TrainState, run: directory.RunDirectory
+) -> BaseException:
+    """Leave a run before its end and write down how it ended; what the command is to report."""
+    roll = collectives.RollCall() if failures.is_rank_lost(error) else None
+    reported = failures.explain(error, run)
+    stopped = isinstance(reported, Stopped)
+    _status(run, "stopped" if stopped else "failed", world.step, reported)
+    _close(world, run, together=stopped)
+    if roll:
+        reported = failures.rank_lost(roll.missing_ranks(), error)
+        _status(run, "failed", world.step, reported)
+    return reported
+
+
+def _status(run: directory.RunDirectory, state: str, step: int, error: BaseException) -> None:
+    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    with contextlib.suppress(BadEnvironment):  # a full disk is what `error` says
+        run.status(state, step=step, reason=reason or type(error).__name__)
+
+
+def _checkpoint_to_resume(
+    spec: ExperimentSpec,
+    folder: Path,
+    resolved: str,
+    console: Console,
+    recording: Recording | None,
+) -> Path | None:
+    """The checkpoint that the run is taken up from; None: it had none yet.  What was found on the way is said.
+
+    The first rank alone reads every byte; what it chose is then everyone's.
+    """
+
+    def say(text: str) -> None:
+        console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
+
+    same_recording(folder, recording)
+    resuming.last_attempt(folder, say)
+    resuming.same_spec(folder, resolved)
+    own = Origin(
+        run=directory.provenance(folder).get("run"), spec=spec_digest(spec), ranks=launched() or 1
+    )
+    return resuming.newest_checkpoint(folder, own, say, hashes=_first())
+
+
+def _first() -> bool:
+    """Whether this is the first rank, before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _restore(world: TrainState, run: directory.RunDirectory, last: Path) -> None:
+    resuming.same_data(run.path, world.data.fingerprints())
+    prompt_record.same_prompts(world.data, directory.provenance(run.path), "this run began with")
+    checkpoint.load(world, last)
+    run.forget_after(world.step)
+
+
+def _directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.RunDirectory:
+    """The run directory, which the first rank alone writes to."""
+    if collectives.rank():
+        return directory.ReadOnly(folder, tensorboard=False)
+    if resume:
+        return directory.RunDirectory(folder, tensorboard)
+    return directory.create(folder, tensorboard=tensorboard)
+
+
+def _close(world: TrainState, run: directory.RunDirectory, *, together: bool) -> None:
+    run.close()
+    world.close(together=together)
+    zero.stop(together=together)
+
+
+def _train(world: TrainState, run: directory.RunDirectory, console: Console) -> None:
+    screen = report.Report(run, console, world.end)
+    with screen.bar:
+        loop.run(world, screen)
+    with stop_requests.stop_requests():  # all is done but writing it down: that comes to its end
+        checkpoint.save_model(world, run.path)
+        if collectives.rank() == 0:
+            plot(run.history(), run.path / "plot.png", run.path.name)
+    screen.finished(world)
+    if screen.first and screen.last and screen.first is not screen.last:
+        run.write_json("result.json", report.plain_comparison(screen.first, screen.last))
+    console.print(f"run directory: {run.path}", highlight=False)
+
+
+def evaluate_only(
+    spec: ExperimentSpec, base: Path, console: Console, run: Path | None = None
+) -> dict[str, float]:
+    """The spec's evaluation on its start model, under the date of `run` where it is a run's; returns the metrics."""
+    world = open_world(spec, base, now=run and prompt_record.date_of(directory.provenance(run)))
+    together = False
+    try:
+        found = evaluate(world)
+        metrics = found.metrics(headline(world))
+        console.print(report.scores(found))
+        together = True
+        return metrics
+    finally:
+        world.close(together=together)
+        zero.stop(together=together)
+
+
+def _provenance(world: TrainState, base: Path, recording: Recording | None) -> dict[str, Any]:
+    model = {
+        "path": world.spec.model.path,
+        "revision": world.spec.model.revision,
+        "located": world.model_folder,
+    }
+    config = world.student.causal.config
+    model["commit"] = getattr(config, "_commit_hash", None)
+    others = [
+        {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)}
+        for _, w in other_models(world.spec)
+    ]
+    served = [
+        {"url": w.url, "model": w.model, "root": model.root} for w, model in world.served.items()
+    ]
+    return provenance(
+        base,
+        run=secrets.token_hex(8),
+        data=world.data.fingerprints(),
+        prompts=prompt_record.facts(world.data),
+        model=model,
+        other_models=others,
+        served_teachers=served,
+        seed=world.spec.training.seed,
+        **({"replayed": recording.facts} if recording else {}),
+    )

@@ -1,0 +1,60 @@
+"""Rewards by script, for smoke runs: every side of every threshold of a spec comes up in each rollout batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sdkit.language.required_statistics import weight_of
+from sdkit.language.specs import MethodSpec
+from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
+
+PROMPTS = 2
+"""Prompts in a batch, where no more are needed."""
+
+
+def thresholds(spec: MethodSpec) -> list[float]:
+    """The rewards at which a rollout begins to count as a success anywhere in the method, ascending; 1 where nowhere."""
+    return sorted(set(_thresholds(spec))) or [1.0]
+
+
+def _thresholds(spec: MethodSpec) -> Iterator[float]:
+    slots = spec.teacher.sees.slots.values() if spec.teacher and spec.teacher.sees else ()
+    weights = map(weight_of, spec.losses.values())
+    for part in (spec.route, *spec.rollout.keep, *slots, *weights):
+        threshold = getattr(part, "threshold", None)
+        if threshold is not None:
+            yield threshold
+
+
+def groups(spec: MethodSpec) -> list[list[float]]:
+    """The rewards of each group of a batch: a failure at each threshold beside a success at all of them, and a group of
+    successes alone, which differ.
+    """
+    known, size = thresholds(spec), spec.rollout.completions_per_prompt
+    lowest, highest = (end + sign * max(1.0, abs(end)) for end, sign in _ends(known))
+    levels = [lowest, *known, highest]
+    if size == 1:
+        return [[level] for level in levels]
+    pairs = [(level, known[-1]) for level in levels[:-2]] + [(known[-1], highest)]
+    return [[pair[i % 2] for i in range(size)] for pair in pairs]
+
+
+def _ends(known: Sequence[float]) -> tuple[tuple[float, int], tuple[float, int]]:
+    return (known[0], -1), (known[-1], 1)
+
+
+def scorer(spec: MethodSpec) -> Scorer:
+    """The script as a reward: judges completions by their place alone, and has something to say of each."""
+    script = [reward for group in groups(spec) for reward in group]
+    top = thresholds(spec)[-1]
+
+    def judge(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
+        rewards = [script[place % len(script)] for place in range(len(pairs))]
+        return [
+            ScoredCompletion(
+                reward=r, feedback="This is right." if r >= top else "This is not right."
+            )
+            for r in rewards
+        ]
+
+    return Scorer(judge)

@@ -1,0 +1,1 @@
+"""Functions from a user's own Python file, checked before training."""

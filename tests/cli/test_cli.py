@@ -1,0 +1,418 @@
+"""The command line: what each command prints, and with which code it ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sdkit import __version__
+from sdkit.cli import main
+from sdkit.language.errors import COMMAND_LINE
+from sdkit.language.load import load_spec
+from sdkit.language.resolved import resolved
+
+ROOT = Path(__file__).resolve().parents[2]
+SPECS = ROOT / "specs"
+DEMO = SPECS / "sdft.yaml"
+METHOD = SPECS / "methods" / "sdft.yaml"
+COMMANDS = (
+    "validate",
+    "show",
+    "plan",
+    "smoke",
+    "train",
+    "eval",
+    "replay",
+    "compare",
+    "export",
+    "checkpoint",
+)
+RUN = """
+model: {path: MODEL, dtype: float32}
+data:
+  source: {kind: inline, rows: [{q: 1 + 1, d: "1 + 1 = 2"}, {q: 2 + 2, d: "2 + 2 = 4"}, {q: 3 + 3, d: "3 + 3 = 6"}]}
+  columns: {prompt: q, demonstration: d}
+rollout: {max_new_tokens: 8, backend: transformers}
+teacher:
+  weights: frozen
+  sees: {template: "{prompt} ({demonstration})", slots: {demonstration: {kind: column, name: demonstration}}}
+losses:
+  distil: {kind: distillation, divergence: forward_kl, support: vocabulary}
+rewards:
+  digit: {kind: regex, pattern: '\\d'}
+evaluation:
+  suites:
+    held_out: {data: {source: {kind: inline, rows: [{q: 7 + 7, d: "7 + 7 = 14"}]}}, score: digit}
+optimizer: {lr: 1.0e-3}
+training: {steps: 1, prompts_per_step: 2}
+output: {tensorboard: false}
+"""
+
+
+@pytest.fixture
+def sdkit(monkeypatch, capsys):
+    """Run a command line in this process; its exit code, standard output and standard error."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["sdkit", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def process(*args, cwd=None):
+    """The same in a process of its own."""
+    command = [sys.executable, "-m", "sdkit", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.fixture
+def run_file(tiny_folder, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(RUN.replace("MODEL", str(tiny_folder)))
+    return path
+
+
+@pytest.fixture
+def broken(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text(RUN.replace("forward_kl", "forwards_kl").replace("steps: 1", "steps: 0"))
+    return path
+
+
+# ── help ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_version(sdkit):
+    assert sdkit("--version") == (0, f"sdkit {__version__}\n", "")
+
+
+def test_help_lists_every_command_and_the_exit_codes(sdkit):
+    code, out, _ = sdkit("--help")
+    assert code == 0
+    for word in (*COMMANDS, "Exit codes", "7 stopped and resumable"):
+        assert word in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_an_example(sdkit, command):
+    code, out, _ = sdkit(command, "--help")
+    assert code == 0
+    assert f"sdkit {command}" in out.split("Example", 1)[1]
+
+
+def test_examples_of_the_help_texts_name_files_that_exist():
+    import re
+
+    text = "".join(path.read_text() for path in (ROOT / "sdkit" / "cli").glob("*.py"))
+    named = set(re.findall(r"specs/[\w/]+\.yaml", text))
+    assert named
+    assert all((ROOT / name).is_file() for name in named)
+
+
+# ── validate ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("path", "code"), [(DEMO, 0), (ROOT / "tests/err/seven.yaml", 1), ("nowhere.yaml", 2)]
+)
+def test_exit_codes_of_a_process(path, code):
+    done = process("validate", path)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
+def test_validate_says_what_is_fine(sdkit):
+    assert sdkit("validate", DEMO, METHOD) == (
+        0,
+        f"{DEMO}: fine (run file)\n{METHOD}: fine (method page)\n",
+        "",
+    )
+
+
+def test_validate_shows_every_problem_of_every_file(sdkit, broken):
+    code, out, err = sdkit("validate", DEMO, broken)
+    assert code == 1
+    assert f"{DEMO}: fine" in out
+    assert f"{broken}:11:" in err
+    assert "'forwards_kl' is not one of" in err
+    assert 'did you mean "forward_kl"?' in err
+    assert "steps" in err
+
+
+def test_validate_for_programs(sdkit, broken):
+    code, out, err = sdkit("validate", DEMO, broken, broken, "--format", "json")
+    problems = json.loads(out)
+    assert (code, err) == (1, "")
+    assert [p["line"] for p in problems] == [11, 18]
+    assert {p["file"] for p in problems} == {str(broken)}
+    code, out, _ = sdkit("validate", DEMO, "--format", "json")
+    assert (code, json.loads(out)) == (0, [])
+
+
+def test_validate_for_github(sdkit, broken):
+    code, out, _ = sdkit("validate", broken, "--format", "github")
+    assert code == 1
+    assert all(line.startswith(f"::error file={broken},line=") for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("validate", DEMO, "--format", "xml"),
+        ("validate",),
+        ("plan", "nowhere.yaml"),
+        ("plan", METHOD, "--data", "1"),
+        ("train", METHOD),
+        ("train", METHOD, "--dry-run"),
+        ("eval", METHOD),
+        ("eval", ROOT / "specs"),
+        ("train", DEMO, "--resume", "--overwrite"),
+        ("replay", "nowhere@0"),
+        ("replay", ROOT / "specs"),
+        ("export", ROOT / "specs", "--to", "nowhere"),
+        ("export", ROOT / "specs"),
+        ("unknown",),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2(sdkit, args):
+    code, _, err = sdkit(*args)
+    assert code == 2
+    assert err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["show", "plan", "smoke", "train", "eval"])
+def test_a_spec_with_problems_ends_with_1(sdkit, broken, command):
+    code, _, err = sdkit(command, broken)
+    assert code == 1
+    assert "'forwards_kl' is not one of" in err
+
+
+# ── show ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("path", [DEMO, METHOD, ROOT / "tests/ok/every_union.yaml"])
+def test_show_reads_back_as_the_same_spec(sdkit, tmp_path, path):
+    code, out, _ = sdkit("show", path)
+    assert code == 0
+    assert yaml.safe_load(out) == resolved(load_spec(path).spec)
+    (tmp_path / "shown.yaml").write_text(out)
+    again = load_spec(tmp_path / "shown.yaml", base=path.parent)
+    assert again.spec == load_spec(path).spec
+
+
+def test_show_says_where_a_value_comes_from(sdkit):
+    _, out, _ = sdkit("show", DEMO, "optimizer.lr=1e-6")
+    origins = {}
+    for line in out.splitlines():
+        origins.setdefault(line.split(":")[0].strip(), line.rpartition("# ")[2])
+    assert origins["lr"].startswith(COMMAND_LINE)
+    assert origins["eps"] == "default"
+    assert origins["completions_per_prompt"].startswith(str(METHOD))
+    assert origins["max_new_tokens"].startswith(str(DEMO))
+    assert yaml.safe_load(out)["optimizer"]["lr"] == 1e-6
+
+
+def test_an_override_that_is_wrong_is_blamed_on_the_command_line(sdkit):
+    code, _, err = sdkit("show", DEMO, "optimizer.learning_rate=1", "training.steps=many")
+    assert code == 1
+    assert err.count(COMMAND_LINE) >= 2
+    assert "training.steps=many" in err
+
+
+# ── plan ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_plan_prints_the_objective(sdkit):
+    code, out, _ = sdkit("plan", DEMO, "training.steps=7")
+    assert code == 0
+    for words in ("objective:", "forward KL(teacher‖student)", "rollout batches: 7", "GiB"):
+        assert words in out
+
+
+@pytest.mark.parametrize("name", ["sdft", "srpo"])
+def test_plan_of_a_method_page_is_its_golden_text(sdkit, name):
+    golden = ROOT / "tests" / "plans" / "methods" / f"{name}.txt"
+    assert sdkit("plan", SPECS / "methods" / f"{name}.yaml") == (0, golden.read_text(), "")
+
+
+def test_plan_of_a_method_page_takes_overrides(sdkit):
+    _, out, _ = sdkit("plan", METHOD, "losses.distil.divergence=reverse_kl")
+    assert "reverse KL(student‖teacher)" in out
+
+
+def test_plan_shows_prompts_side_by_side(sdkit, run_file):
+    code, out, _ = sdkit("plan", run_file, "--data", 2)
+    assert code == 0
+    assert out.count("completion goes here") == 4
+    assert "1 + 1 (1 + 1 = 2)" in out
+
+
+# ── smoke, train, eval ────────────────────────────────────────────────────────────────────────
+
+
+SHIPPED = sorted(SPECS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(SPECS)))
+def test_every_shipped_spec_makes_real_steps(sdkit, path):
+    code, out, err = sdkit("smoke", path)
+    assert code == 0, err
+    assert "step 2/2" in out
+    assert "smoke run fine" in out
+
+
+def test_a_process_keeps_standard_output_to_itself(run_file, tmp_path):
+    """From another folder, with a relative run directory; no library speaks up."""
+    done = process("train", run_file, "--to", "here/run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("╭")
+    assert "WARNING" not in done.stdout + done.stderr
+    assert (tmp_path / "here" / "run" / "model" / "config.json").is_file()
+
+
+def test_train_then_eval(sdkit, run_file, tmp_path):
+    folder = tmp_path / "runs" / "one"
+    code, out, err = sdkit("train", run_file, "training.steps=2", "--to", folder)
+    assert code == 0, err
+    assert "step 2/2" in out
+    assert "run directory:" in out
+    kept = (folder / "spec.yaml").read_text()
+    assert kept == run_file.read_text()
+    again = load_spec(folder / "resolved.yaml", base=run_file.parent)
+    assert again.spec == load_spec(run_file, ["training.steps=2"]).spec
+    code, out, err = sdkit("eval", folder)
+    assert code == 0, err
+    assert "held_out" in out
+    code, out, err = sdkit("compare", folder, "--to", tmp_path / "run.png")
+    assert code == 0, err
+    assert "digit" in out
+    assert (tmp_path / "run.png").is_file()
+    code, out, _ = sdkit("eval", run_file)
+    assert code == 0
+    code, _, err = sdkit("train", run_file, "--to", folder)
+    assert code == 2
+    assert "--overwrite" in err
+
+
+def test_a_run_directory_is_no_pattern(sdkit, run_file, tmp_path):
+    code, _, err = sdkit("train", run_file, "--to", tmp_path / "runs[1]")
+    assert code == 2
+    assert "may have none of [ ] * ?" in err
+    assert not any(tmp_path.glob("runs*"))
+
+
+def test_train_then_replay_then_export(sdkit, run_file, tmp_path):
+    folder = tmp_path / "run"
+    assert sdkit("train", run_file, "training.steps=2", "--to", folder)[0] == 0
+    code, out, err = sdkit("replay", f"{folder}@0", "losses.distil.divergence=reverse_kl")
+    assert code == 0, err
+    assert f"replay: rollout batches 0 to 1 of {folder}" in out.replace("\n", "")
+    other = tmp_path / "run-replay"
+    assert completions(other) == completions(folder)
+    code, out, err = sdkit("compare", folder, other, "--to", tmp_path / "both.png")
+    assert code == 0, err
+    assert "losses.distil.divergence.kind" in out
+    code, _, err = sdkit("replay", f"{folder}@0", "rollout.temperature=0.5", "--to", tmp_path / "x")
+    assert code == 2
+    assert "rollout.temperature: 1.0 then, 0.5 now (the completions are the recording's)" in err
+    code, _, err = sdkit("train", run_file, "training.steps=2", "--to", other, "--resume")
+    assert code == 2
+    code, out, err = sdkit("export", other, "--to", tmp_path / "model")
+    assert code == 0, err
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (
+        "rollouts: recorded by the run run, from step 0 on"
+        in (tmp_path / "model" / "README.md").read_text()
+    )
+    assert sdkit("export", other, "--to", tmp_path / "model")[0] == 2
+
+
+def completions(folder):
+    """What a run sampled in its first step."""
+    records = (folder / "rollouts" / "step_000000.jsonl").read_text().splitlines()
+    return [json.loads(record)["completion_ids"] for record in records]
+
+
+IMITATE = """
+losses: {imitate: {kind: cross_entropy}}
+rewards: {right: {kind: regex, pattern: '^= 2'}}
+optimizer: {lr: 1.0e-2}
+training: {steps: 12, prompts_per_step: 3}
+"""
+
+
+def test_eval_of_a_run_uses_its_trained_model(sdkit, run_file, tmp_path):
+    """Trained on one answer until it comes, with an adapter that the run merges into its model."""
+    spec = yaml.safe_load(run_file.read_text()) | yaml.safe_load(IMITATE)
+    del spec["teacher"]
+    spec["rollout"] = {"sampled_by": "dataset", "max_new_tokens": 4, "backend": "transformers"}
+    spec["evaluation"]["suites"]["held_out"]["score"] = "right"
+    spec["model"]["lora"] = {"rank": 8, "alpha": 16}
+    for row in spec["data"]["source"]["rows"]:
+        row["d"] = "= 2"
+    run_file.write_text(yaml.safe_dump(spec))
+    folder = tmp_path / "run"
+    code, _, err = sdkit("train", run_file, "--to", folder)
+    assert code == 0, err
+    assert "greedy   │ right │ 0.000" in sdkit("eval", run_file)[1]
+    assert "greedy   │ right │ 1.000" in sdkit("eval", folder)[1]
+
+
+def test_the_run_directory_is_named_after_the_spec(sdkit, run_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sdkit("train", run_file, "output.folder=elsewhere")[0] == 0
+    assert (tmp_path / "elsewhere" / "small" / "resolved.yaml").is_file()
+
+
+def test_dry_run_trains_nothing(sdkit, run_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = sdkit("train", run_file, "--dry-run")
+    assert code == 0
+    assert "objective:" in out
+    assert "smoke run fine" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_data_end_with_3(sdkit, run_file, tmp_path):
+    code, _, err = sdkit("train", run_file, "rollout.max_prompt_tokens=2", "--to", tmp_path / "x")
+    assert code == 3
+    assert "more than 2" in err
+
+
+def test_a_stopped_run_ends_with_7_and_goes_on(run_file, tmp_path):
+    """SIGTERM to a real process; the next one finishes the run."""
+    folder = tmp_path / "run"
+    args = ["train", str(run_file), "training.steps=400", "--to", str(folder)]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "sdkit", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    for line in running.stdout:
+        if line.startswith("step"):
+            running.terminate()
+            break
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 7, err
+    assert "--resume" in err
+    assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    at = len((folder / "metrics.jsonl").read_text().splitlines())
+    steps = f"training.steps={at + 3}"
+    done = process("train", run_file, steps, "--to", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"

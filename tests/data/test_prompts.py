@@ -1,0 +1,308 @@
+"""What student and teacher see, and that a completion fits behind both."""
+
+import pytest
+
+from sdkit.data.prompts import (
+    Prompter,
+    check_generation_prompt,
+    check_prompts,
+    side_by_side,
+)
+from sdkit.data.rows import load_rows
+from sdkit.data.teacher_context import slot_values, teacher_messages
+from sdkit.language.errors import BadData
+from sdkit.language.specs import (
+    ColumnSlot,
+    DataSpec,
+    EarlierTurns,
+    JsonLinesSource,
+    SystemMessage,
+    Table,
+    TextSlot,
+    Turn,
+    UserTurn,
+)
+
+INVITE = "<|im_start|>assistant\n"
+SYSTEM = {"role": "system", "content": "S"}
+EXCHANGE = ({"role": "user", "content": "u0"}, {"role": "assistant", "content": "a0"})
+
+
+def column(name="demonstration"):
+    return ColumnSlot(name=name)
+
+
+def user_turn(template="{prompt}\nExample: {demo}", **more):
+    more.setdefault("slots", Table({"demo": column()}))
+    return UserTurn(template=template, **more)
+
+
+@pytest.fixture
+def prompter(tiny_tokenizer):
+    return Prompter(tiny_tokenizer, {})
+
+
+def seen(row, sees):
+    return [(m["role"], m["content"]) for m in teacher_messages(row, sees, slot_values(row, sees))]
+
+
+# ── where the context goes ────────────────────────────────────────────────────────────────────
+
+
+def test_user_turn_replaces_the_last_user_message_only(make_row):
+    row = make_row("Q", before=(SYSTEM, *EXCHANGE), demonstration="D")
+    assert seen(row, user_turn()) == [
+        ("system", "S"),
+        ("user", "u0"),
+        ("assistant", "a0"),
+        ("user", "Q\nExample: D"),
+    ]
+
+
+def test_system_message_is_made_or_appended(make_row):
+    sees = SystemMessage(template="See {demo}.", slots=Table({"demo": column()}))
+    assert seen(make_row("Q", demonstration="D"), sees) == [("system", "See D."), ("user", "Q")]
+    row = make_row("Q", before=(SYSTEM,), demonstration="D")
+    assert seen(row, sees) == [("system", "S\n\nSee D."), ("user", "Q")]
+
+
+def test_earlier_turns_stand_between_system_and_prompt(make_row):
+    turns = (
+        Turn(user="Solve: {prompt}", assistant="{demo}"),
+        Turn(user="Sure?", assistant="Yes."),
+    )
+    sees = EarlierTurns(turns=turns, slots=Table({"demo": column()}))
+    row = make_row("Q", before=(SYSTEM, *EXCHANGE), demonstration="D")
+    assert seen(row, sees) == [
+        ("system", "S"),
+        ("user", "Solve: Q"),
+        ("assistant", "D"),
+        ("user", "Sure?"),
+        ("assistant", "Yes."),
+        ("user", "u0"),
+        ("assistant", "a0"),
+        ("user", "Q"),
+    ]
+
+
+def test_without_a_context_the_teacher_sees_what_the_student_sees(prompter, make_row):
+    row = make_row()
+    assert prompter.teacher_ids(row, None).ids == prompter.student_ids(row)
+
+
+def test_texts_with_braces_are_never_interpreted(prompter, make_row, tiny_tokenizer):
+    row = make_row("{demo} {{x}} {0}", demonstration="{prompt} {nothing} }{")
+    sees = user_turn("{{{prompt}}} / {demo}")
+    assert seen(row, sees) == [("user", "{{demo} {{x}} {0}} / {prompt} {nothing} }{")]
+    assert "{demo} {{x}} {0}" in tiny_tokenizer.decode(prompter.student_ids(row))
+
+
+def test_a_template_with_an_unknown_name(make_row):
+    with pytest.raises(BadData, match=r"\{demos\}, which is not a slot") as caught:
+        seen(make_row(demonstration="D"), user_turn("{prompt} {demos}"))
+    assert caught.value.hint == "did you mean {demo}?"
+
+
+# ── what is required ──────────────────────────────────────────────────────────────────────────
+
+
+TWO = Table({"a": column("a"), "b": column("b"), "fixed": TextSlot(text="F")})
+
+
+@pytest.mark.parametrize(
+    ("requires", "columns", "content"),
+    [
+        ("all", {"a": "1", "b": "2"}, "12F"),
+        ("all", {"a": "1", "b": ""}, None),
+        ("all", {"a": "1", "b": None}, None),
+        ("all", {"a": "1"}, None),
+        ("any", {"a": "1"}, "1F"),
+        ("any", {"b": "2", "a": None}, "2F"),
+        ("any", {"a": "", "b": None}, None),
+        ("any", {"a": 0}, "0F"),
+    ],
+)
+def test_requires(prompter, make_row, requires, columns, content):
+    row, sees = make_row(**columns), user_turn("{a}{b}{fixed}", slots=TWO, requires=requires)
+    assert (prompter.teacher_ids(row, sees) is None) == (content is None)
+    assert content is None or seen(row, sees) == [("user", content)]
+
+
+@pytest.mark.parametrize("requires", ["all", "any"])
+def test_fixed_texts_require_nothing(prompter, make_row, requires):
+    sees = user_turn(
+        "{prompt} {hint}", slots=Table({"hint": TextSlot(text="H")}), requires=requires
+    )
+    assert prompter.teacher_ids(make_row(), sees) is not None
+
+
+# ── the splice ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_completion_follows_both_prompts(prompter, make_row, tiny_tokenizer):
+    row = make_row(demonstration="2 + 2 = 4")
+    completion = tuple(tiny_tokenizer("The answer is 4<|im_end|>")["input_ids"])
+    student, teacher = prompter.student_ids(row), prompter.teacher_ids(row, user_turn()).ids
+    for prompt in (student, teacher):
+        spliced = prompt + completion
+        assert spliced[len(prompt) :] == completion
+        assert tiny_tokenizer.decode(spliced).endswith(INVITE + "The answer is 4<|im_end|>")
+        # The same ids as rendering the finished chat, so nothing is lost at the seam.
+        assert tuple(tiny_tokenizer(tiny_tokenizer.decode(spliced))["input_ids"]) == spliced
+
+
+def test_generation_prompt(prompter, make_row, tiny_tokenizer):
+    row = make_row()
+    assert tiny_tokenizer.decode(prompter.generation_prompt(row, row.messages)) == INVITE
+
+
+def test_side_by_side(prompter, make_row):
+    row = make_row("Q", demonstration="D")
+    found = side_by_side(prompter, row, user_turn())
+    assert found.student == f"<|im_start|>user\nQ<|im_end|>\n{INVITE}"
+    assert found.teacher == f"<|im_start|>user\nQ\nExample: D<|im_end|>\n{INVITE}"
+    assert found.student_tokens == len(prompter.student_ids(row)) < found.teacher_tokens
+    assert (found.generation_prompt, found.cut_tokens) == (INVITE, 0)
+    without = side_by_side(prompter, make_row("Q"), user_turn())
+    assert (without.teacher, without.teacher_tokens) == (None, None)
+
+
+def test_a_context_that_switches_the_thinking_mode_is_refused(switching_tokenizer, make_row):
+    prompter = Prompter(switching_tokenizer, {})
+    row = make_row(before=(SYSTEM,), demonstration="D")
+    check_generation_prompt(prompter, row, prompter.teacher_ids(row, user_turn()))
+    sees = SystemMessage(template="/think", slots=Table({"demo": column()}))
+    with pytest.raises(BadData, match=r"row 0: before the completion .*<think></think>"):
+        check_generation_prompt(prompter, row, prompter.teacher_ids(row, sees))
+
+
+# ── tokenizers ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_without_a_chat_template_contents_are_joined(plain_tokenizer, make_row):
+    prompter = Prompter(plain_tokenizer, {})
+    row = make_row("Q", before=(SYSTEM,), demonstration="D")
+    assert plain_tokenizer.decode(prompter.student_ids(row)) == "S\n\nQ"
+    found = side_by_side(prompter, row, user_turn())
+    assert (found.teacher, found.generation_prompt) == ("S\n\nQ\nExample: D", "")
+
+
+def test_options_reach_the_chat_template(tiny_tokenizer, plain_tokenizer, make_row):
+    tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if loud %}!{% endif %}"
+    assert tokenizer.decode(Prompter(tokenizer, {"loud": True}).student_ids(make_row("Q"))) == "Q!"
+    assert tokenizer.decode(Prompter(tokenizer, {"loud": False}).student_ids(make_row("Q"))) == "Q"
+    with pytest.raises(BadData, match="never reads the option 'lout'"):
+        Prompter(tokenizer, {"lout": True})
+    with pytest.raises(BadData, match="no chat template to take the option 'loud'"):
+        Prompter(plain_tokenizer, {"loud": True})
+
+
+def test_a_chat_template_that_refuses_names_the_row(tiny_tokenizer, make_row):
+    tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
+    with pytest.raises(BadData, match=r"row 5: .* roles 'system', 'user': no system messages"):
+        Prompter(tokenizer, {}).student_ids(make_row(index=5, before=(SYSTEM,)))
+
+
+# ── truncation ────────────────────────────────────────────────────────────────────────────────
+
+
+LONG = "one two three four five six seven eight 漢字 nine ten é"
+
+
+@pytest.mark.parametrize("cut", ["start", "end"])
+@pytest.mark.parametrize("kind", ["user_turn", "system_message", "earlier_turns"])
+def test_a_cut_takes_the_context_only_at_every_length(
+    prompter, make_row, tiny_tokenizer, kind, cut
+):
+    row = make_row("the prompt stays", before=(SYSTEM,), demonstration=LONG)
+
+    def sees(limit):
+        common = {
+            "slots": Table({"demo": column()}),
+            "max_prompt_tokens": limit,
+            "cut": cut,
+        }
+        if kind == "user_turn":
+            return UserTurn(template="{prompt} [{demo}] stay", **common)
+        if kind == "system_message":
+            return SystemMessage(template="[{demo}] stay", **common)
+        return EarlierTurns(turns=(Turn(user="[{demo}]", assistant="stay"),), **common)
+
+    whole = prompter.teacher_ids(row, sees(None))
+    bare = prompter.teacher_ids(make_row(row.prompt_text, before=(SYSTEM,), demonstration="x"), sees(None))  # fmt: skip
+    shortest, kept_before = len(bare.ids) - 1, -1
+    for limit in range(shortest, len(whole.ids) + 2):
+        found = prompter.teacher_ids(row, sees(limit))
+        text = tiny_tokenizer.decode(found.ids)
+        assert len(found.ids) <= limit
+        assert found.cut_tokens == len(whole.ids) - len(found.ids)
+        assert text.endswith(INVITE)
+        assert "the prompt stays" in text
+        kept = text.partition("[")[2].partition("]")[0]
+        assert (LONG.startswith if cut == "end" else LONG.endswith)(kept)
+        assert len(kept) >= kept_before
+        kept_before = len(kept)
+    assert found.ids == whole.ids
+    with pytest.raises(BadData, match=f"row 0: .* with every slot empty, more than {shortest - 1}"):
+        prompter.teacher_ids(row, sees(shortest - 1))
+
+
+def test_the_longest_slot_gives_first(prompter, make_row):
+    slots = Table({"a": column("a"), "b": column("b"), "fixed": TextSlot(text="fixed text stays")})
+    row = make_row("Q", a="x y z", b="w " * 60)
+
+    def sees(limit):
+        return user_turn("A[{a}] B[{b}] {fixed} {prompt}", slots=slots, max_prompt_tokens=limit)
+
+    whole = len(prompter.teacher_ids(row, sees(None)).ids)
+    content = prompter.teacher_ids(row, sees(whole - 30)).messages[0]["content"]
+    assert "A[x y z]" in content
+    assert 0 < content.count("w") < 60
+    assert content.endswith("] fixed text stays Q")
+    empty = make_row("Q", a=" ", b=" ")
+    shortest = len(prompter.teacher_ids(empty, sees(None)).ids)
+    content = prompter.teacher_ids(row, sees(shortest)).messages[0]["content"]
+    assert "x y z" not in content
+    assert content.endswith("] fixed text stays Q")
+
+
+def test_templates_too_long_on_their_own_are_an_error(prompter, make_row):
+    turns = (Turn(user="w " * 50, assistant="{demo}"),)
+    sees = EarlierTurns(turns=turns, slots=Table({"demo": column()}), max_prompt_tokens=20)
+    with pytest.raises(BadData, match="row 3: the teacher's prompt has"):
+        prompter.teacher_ids(make_row(index=3, demonstration="D"), sees)
+
+
+# ── all rows ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_check_prompts_names_every_row(prompter, make_row, tiny_tokenizer):
+    rows = [make_row("word " * n, index=n, demonstration="D") for n in (1, 30, 40)]
+    check_prompts(prompter, rows, user_turn())
+    with pytest.raises(BadData) as caught:
+        check_prompts(prompter, rows, user_turn(max_prompt_tokens=30), max_prompt_tokens=30)
+    named = [line.partition(":")[0] for line in caught.value.message.splitlines()]
+    assert named == ["row 30", "row 30", "row 40", "row 40"]  # the student's prompt, the teacher's
+    many = [make_row("word " * 30, index=i) for i in range(23)]
+    with pytest.raises(BadData, match=r"… and 3 more$"):
+        check_prompts(prompter, many, None, max_prompt_tokens=30)
+
+
+# ── real data ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["sciknoweval/physics-test.json", "tooluse/test.json"])
+def test_real_prompts_splice_at_the_same_place(real_data, prompter, tiny_tokenizer, name):
+    columns = Table({"prompt": "prompt", "system": "system", "demonstration": "answer"})
+    data = DataSpec(source=JsonLinesSource(path=name), columns=columns, limit=20)
+    rows = load_rows(data, real_data)
+    sees = user_turn("\n{prompt}\n\nThis is an example:\n{demo}\n")
+    check_prompts(prompter, rows, sees)
+    for row in rows:
+        found = side_by_side(prompter, row, sees)
+        assert found.student.endswith(INVITE)
+        assert found.teacher.endswith(INVITE)
+        assert row.prompt_text in found.student
+        assert row.prompt_text in found.teacher

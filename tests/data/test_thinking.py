@@ -1,0 +1,84 @@
+"""The answer in a completion: what is left without thinking, whoever opened it and in whatever tags."""
+
+import copy
+
+import pytest
+
+from sdkit.data.prompts import Prompter
+from sdkit.data.thinking import TAGS, answer_text, without_thinking
+
+INVITE = "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(("start", "end"), TAGS)
+def test_every_pair_of_tags_is_thinking(start, end):
+    for text, left in [
+        ("{a}h{b}x", "x"),
+        ("{a}h{b}x{a}h{b}y", "xy"),
+        ("{a}h{a}h{b}x", "x"),
+        ("{a}h{a}h{b}h{b}x", "x"),
+        ("h{b}x", "x"),
+        ("h{b}h{b}x", "x"),
+        ("h{b}x{a}h", "x"),
+        ("x{a}h", "x"),
+        ("{a}h", ""),
+        ("{a}h\nh{b}", ""),
+        ("x", "x"),
+    ]:
+        assert without_thinking(text.format(a=start, b=end)) == left, text
+
+
+@pytest.mark.parametrize(("opening", "end"), [*TAGS, ("<ponder>", "</ponder>"), ("[HM]", "[/HM]")])
+def test_thinking_that_the_prompt_opens(opening, end):
+    assert without_thinking("hm", opening) == ""
+    assert without_thinking(f"hm{end}x", opening) == "x"
+    assert without_thinking(f"{opening}hm{end}x", opening) == "x"
+
+
+def templated(tokenizer, invite, answer=""):
+    """The tokenizer with another generation prompt, and with this before a finished answer."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        f"{{% if m.role == 'assistant' %}}{answer}{{% endif %}}{{{{ m.content }}}}<|im_end|>\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{invite}{{% endif %}}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("invite", "answer", "opening"),
+    [
+        (INVITE, "", ""),
+        (INVITE + "<think>\n", "", "<think>"),
+        (INVITE + "<think>\n\n</think>\n\n", "", ""),
+        (INVITE + "<ponder>", "", "<ponder>"),
+        (INVITE + "<ponder>\n", "<ponder></ponder>", "<ponder>"),
+        (INVITE + "[THINK]", "", "[THINK]"),
+        (INVITE + "<answerer>", "<answerer>", ""),
+        ("<|im_start|>assistant\n<assistant>\n", "<assistant>\n", ""),
+    ],
+)
+def test_what_a_generation_prompt_opens_is_measured(
+    tiny_tokenizer, make_row, invite, answer, opening
+):
+    assert Prompter(templated(tiny_tokenizer, invite, answer), {}).opening(make_row()) == opening
+
+
+def test_tags_may_be_special_tokens(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+
+    def answer(text, opening=""):
+        return answer_text(tokenizer, tokenizer(text)["input_ids"], opening)
+
+    plain = [answer("h</think>4<|im_end|>"), answer("4 [THINK]<|im_end|>"), answer("h", "<think>")]
+    assert plain == ["4", "4", ""]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    assert (
+        tokenizer.decode(tokenizer("[THINK]h[/THINK]4")["input_ids"], skip_special_tokens=True)
+        == "h4"
+    )
+    assert answer("[THINK]h[/THINK]4<|im_end|>") == "4"
+    assert answer("h[/THINK]4<|im_end|>", "[THINK]") == "4"
+    assert answer("h<|im_end|>", "[THINK]") == ""
+    assert answer("4 + 4<|im_end|>") == "4 + 4"

@@ -1,0 +1,98 @@
+"""Numbers that move: found anywhere in a spec, and resolved without touching anything else."""
+
+import pytest
+
+from sdkit.language.introspection import is_spec, keys_of, members
+from sdkit.language.schedules import at_step, plain, scalar_at, schedules
+from sdkit.language.specs import (
+    AdvantageAdd,
+    ClipSpec,
+    Distillation,
+    DivergenceClip,
+    Jsd,
+    PolicyGradient,
+    PositionWeight,
+    Schedule,
+    Table,
+    VocabularySupport,
+    divergences,
+    losses,
+    teachers,
+    token_weights,
+)
+
+MOVES = Schedule(start=0.2, to=0.6, steps=4)
+LOSSES = Table(
+    {
+        "distil": Distillation(
+            divergence=Jsd(teacher_share=MOVES),
+            support=VocabularySupport(),
+            clip=DivergenceClip(token=2.0, log_ratio=(-5.0, 5.0)),
+            weight=PositionWeight(smallest=0.25, middle=MOVES, width=0.1),
+        ),
+        "policy": PolicyGradient(
+            advantage=AdvantageAdd(group_weight=MOVES), clip=ClipSpec(low=0.2, high=0.3)
+        ),
+    }
+)
+
+
+def test_every_schedule_is_found_under_its_path():
+    assert {path for path, _ in schedules(LOSSES)} == {
+        ("distil", "divergence", "teacher_share"),
+        ("distil", "weight", "middle"),
+        ("policy", "advantage", "group_weight"),
+    }
+
+
+@pytest.mark.parametrize(("step", "value"), [(0, 0.2), (1, 0.3), (4, 0.6), (9, 0.6)])
+def test_each_becomes_the_number_of_its_step(step, value):
+    now = at_step(LOSSES, step)
+    distil, policy = now["distil"], now["policy"]
+    assert isinstance(distil, Distillation)
+    assert isinstance(policy, PolicyGradient)
+    assert distil.divergence.teacher_share == pytest.approx(value)
+    assert distil.weight.middle == pytest.approx(value)
+    assert policy.advantage.group_weight == pytest.approx(value)
+    assert list(schedules(now)) == []
+    assert distil.clip == LOSSES["distil"].clip
+    assert policy.clip is LOSSES["policy"].clip
+
+
+def test_every_number_of_terms_and_teachers_may_move():
+    """Save the counts, and the reward that is a success, which is the task's."""
+    modules = (losses, divergences, token_weights, teachers)
+    fixed = {
+        (cls.__name__, name)
+        for module in modules
+        for cls in vars(module).values()
+        if is_spec(cls) and cls.__module__ == module.__name__
+        for name, key in keys_of(cls).items()
+        if float in members(key.type) and Schedule not in members(key.type)
+    }
+    assert fixed == {
+        ("PassRateWeight", "threshold"),
+        ("RouteSpec", "threshold"),
+        ("ServedWeights", "request_seconds"),
+        ("ServedWeights", "deadline_seconds"),
+    }
+
+
+def test_what_does_not_move_is_handed_back_itself():
+    still = Table({"policy": PolicyGradient(advantage=AdvantageAdd())})
+    assert at_step(still, 3)["policy"] is still["policy"]
+
+
+def test_a_number_that_moves_is_not_plain():
+    assert plain(0.5) == 0.5
+    with pytest.raises(TypeError, match="without its step"):
+        plain(MOVES)
+
+
+def test_cosine_has_flat_ends():
+    moves = Schedule(start=1.0, to=0.0, steps=10, shape="cosine")
+    values = [scalar_at(moves, step) for step in range(11)]
+    assert values[0] == 1
+    assert values[5] == pytest.approx(0.5)
+    assert values[10] == pytest.approx(0)
+    assert values[0] - values[1] < values[4] - values[5]

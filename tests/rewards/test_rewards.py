@@ -1,0 +1,513 @@
+"""Answers in completions, and what they are worth; sums, users' functions, mathematics."""
+
+import math
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sdkit.data.rows import load_rows
+from sdkit.language.errors import BadData, BadEnvironment
+from sdkit.language.specs import (
+    ChoiceReward,
+    DataSpec,
+    ExactReward,
+    FileReward,
+    JsonLinesSource,
+    LastChoice,
+    LastNumber,
+    MathVerifyReward,
+    NumberReward,
+    ReasoningGymReward,
+    ReasoningGymSource,
+    RegexReward,
+    Table,
+    Tagged,
+    WeightedReward,
+    WholeText,
+)
+from sdkit.rewards import math as rewards_math
+from sdkit.rewards.answers import extract
+from sdkit.rewards.scoring import ScoredCompletion, figures, open_reward, open_rewards, score
+
+
+def opened(reward, base="/", source=None):
+    """The reward as a function to a number."""
+    scorer = open_reward(reward, base, source)
+    return lambda completion, row: scorer(completion, row).reward
+
+
+def numbers(rewards, completions, rows):
+    return figures(score(rewards, completions, rows))
+
+
+# ── extraction ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_whole_text_is_stripped():
+    assert extract(WholeText(), " \n a b\n") == "a b"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<answer>B</answer>", "B"),
+        ("<answer>A</answer> no, <answer>\nB\n</answer> done", "B"),
+        ("<answer>A</answer> <answer>B", None),
+        ("B</answer>", None),
+        ("no tag", None),
+        ("<answer></answer>", ""),
+    ],
+)
+def test_tagged(text, answer):
+    assert extract(Tagged(), text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 42.", "42"),
+        ("4 and then -7", "-7"),
+        ("4 and then −7", "−7"),
+        ("10-20", "20"),
+        ("f(2)-3", "3"),
+        ("x = -3", "-3"),
+        ("\\boxed{-1,234.50}", "-1,234.50"),
+        ("$1,234,567", "1,234,567"),
+        ("1,2345", "2345"),
+        ("1, 2, 3", "3"),
+        ("about 6.02e23 of them", "6.02e23"),
+        ("1.5E-3", "1.5E-3"),
+        ("costs .5", ".5"),
+        ("12cm", "12"),
+        ("7 H2O", "7"),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_last_number(text, answer):
+    assert extract(LastNumber(), text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("A or B? (B)", "B"),
+        ("Answer: C", "C"),
+        ("**D**.", "D"),
+        ("The answer is (B). I think so. It's DNA.", "B"),
+        ("(B). I'm sure", "B"),
+        ("B2, AB, a", None),
+        ("I", "I"),
+    ],
+)
+def test_last_choice(text, answer):
+    assert extract(LastChoice(), text) == answer
+
+
+# ── comparisons ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_exact(make_row):
+    row = make_row(answer=" Paris ")
+    assert opened(ExactReward())("Paris\n", row) == 1.0
+    assert opened(ExactReward())("paris", row) == 0.0
+    assert opened(ExactReward(ignore_case=True))("pARIS", row) == 1.0
+    assert opened(ExactReward(extract=Tagged()))("Paris", row) == 0.0
+    assert opened(ExactReward(answer="n"))("7", make_row(n=7)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "value"),
+    [
+        ("so it is 1,000.0", 1000, 1.0),
+        ("so it is 1e3", "1,000", 1.0),
+        ("-5", "-5", 1.0),
+        ("−5", -5, 1.0),
+        ("5", "-5", 0.0),
+        ("0.3333333", 1 / 3, 1.0),
+        ("0.333", 1 / 3, 0.0),
+        ("12345678901234567891", "12345678901234567890", 0.0),
+        ("1e999999999999999999999", "5", 0.0),
+        ("1" * 6000, "5", 0.0),
+        ("no number", "5", 0.0),
+    ],
+)
+def test_number(make_row, completion, answer, value):
+    assert opened(NumberReward())(completion, make_row(answer=answer)) == value
+
+
+def test_number_tolerance(make_row):
+    reward = opened(NumberReward(tolerance=0.5))
+    assert [reward(text, make_row(answer="10")) for text in ("10.5", "9.5", "10.51")] == [1, 1, 0]
+    tagged = opened(NumberReward(extract=Tagged()))
+    assert tagged("<answer>10</answer> 11", make_row(answer="10")) == 1.0
+    assert tagged("<answer>10 apples</answer>", make_row(answer="10")) == 0.0
+
+
+def test_choice(make_row):
+    row = make_row(answer="B")
+    assert opened(ChoiceReward())("Not A but (B).", row) == 1.0
+    assert opened(ChoiceReward())("Not B but A.", row) == 0.0
+    tagged = opened(ChoiceReward(extract=Tagged()))
+    assert tagged("A <answer>\n(B)\n</answer>", row) == 1.0
+    assert tagged("B", row) == 0.0
+
+
+def test_regex(make_row):
+    reward = opened(RegexReward(pattern="^yes$"))
+    assert [reward(text, make_row()) for text in (" yes\n", "yes, sir", "no\nyes")] == [1, 0, 0]
+    with pytest.raises(BadData, match="cannot be read: "):
+        opened(RegexReward(pattern="("))
+
+
+@pytest.mark.parametrize(
+    ("reward", "columns", "message"),
+    [
+        (ExactReward(), {}, "row 4 has no right answer in the column 'answer'"),
+        (NumberReward(), {"answer": None}, "row 4 has no right answer"),
+        (NumberReward(), {"answer": "ten"}, "row 4: 'ten' in the column 'answer' is not a number"),
+        (ChoiceReward(), {"answer": "BC"}, "row 4: 'BC' in the column 'answer' is not a capital"),
+    ],
+)
+def test_rows_without_a_right_answer(make_row, reward, columns, message):
+    with pytest.raises(BadData, match=message):
+        opened(reward)("5 B", make_row(index=4, **columns))
+
+
+def test_score(make_row):
+    rows = [make_row(answer="1"), make_row(answer="2")]
+    rewards = {
+        n: open_reward(r, "/", None)
+        for n, r in (("exact", ExactReward()), ("number", NumberReward()))
+    }
+    assert numbers(rewards, ["1", "it is 2"], rows) == {"exact": [1.0, 0.0], "number": [1.0, 1.0]}
+    with pytest.raises(ValueError, match="longer"):
+        score(rewards, ["1"], rows)
+
+
+# ── reasoning-gym ─────────────────────────────────────────────────────────────────────────────
+
+
+def gym(task, **options):
+    source = ReasoningGymSource(task=task, size=3, seed=1, options=Table(options))
+    columns = Table({"prompt": "question", "answer": "answer"})
+    return source, load_rows(DataSpec(source=source, columns=columns), "/")
+
+
+def test_reasoning_gym_scores_its_own_answers():
+    source, rows = gym("chain_sum")
+    reward = opened(ReasoningGymReward(), source=source)
+    tagged = opened(ReasoningGymReward(extract=Tagged()), source=source)
+    for row in rows:
+        assert reward(f" {row.columns['answer']}\n", row) == 1.0
+        assert reward("no idea", row) == 0.0
+        assert tagged(f"so <answer>{row.columns['answer']}</answer>", row) == 1.0
+        assert tagged(row.columns["answer"], row) == 0.0
+
+
+def test_partial_credit_counts_only_where_it_is_wanted():
+    source, rows = gym("chain_sum")
+    near = f"it is {rows[0].columns['answer']}"
+    partial = opened(ReasoningGymReward(full_marks_only=False), source=source)(near, rows[0])
+    assert 0 < partial < 1
+    assert opened(ReasoningGymReward(), source=source)(near, rows[0]) == 0.0
+
+
+def test_an_answer_on_which_a_scorer_breaks_is_wrong(make_row):
+    source, rows = gym("prime_factorization")
+    reward = opened(ReasoningGymReward(), source=source)
+    assert reward(rows[0].columns["answer"], rows[0]) == 1.0
+    assert reward("two times three", rows[0]) == 0.0
+    with pytest.raises(BadData, match="row 2 cannot be scored by its task"):
+        reward("2 × 3", make_row(index=2))  # no row of the task
+
+
+def test_a_task_must_be_known():
+    with pytest.raises(BadData, match="needs data of kind reasoning_gym"):
+        opened(ReasoningGymReward())
+
+
+# ── a user's own ──────────────────────────────────────────────────────────────────────────────
+
+
+OWN = """
+from dataclasses import dataclass
+@dataclass
+class Length:
+    text: str
+def share(completion, row):
+    row["prompt"] = "changed"
+    return len(Length(completion).text) / 10
+def right(completion, row):
+    return completion == row["answer"]
+def fails(completion, row):
+    return helper(row)
+def helper(row):
+    return row["nothing"]
+def text(completion, row):
+    return "1"
+def nan(completion, row):
+    return float("nan")
+def told(completion, row):
+    return (0.5, "too short") if len(completion) < 3 else (1, None)
+def numbered(completion, row):
+    return 1.0, 2
+def three(completion, row):
+    return 1.0, "a", "b"
+def complex_(completion, row):
+    return 1j
+def huge(completion, row):
+    return 10 ** 400
+def sleepy(completion, row):
+    import time
+    if completion == "slow":
+        time.sleep(60)
+    return 1.0
+def together(completion, row):
+    import time
+    time.sleep(0.3)
+    return float(completion)
+def leaves(completion, row):
+    raise SystemExit
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Open a function of the file above."""
+    (tmp_path / "mine.py").write_text(OWN)
+    return lambda name, **more: open_reward(
+        FileReward(file="mine.py", function=name, **more), tmp_path, None
+    )
+
+
+def test_a_function_of_the_users(own, make_row):
+    row = make_row("P", answer="yes")
+    assert own("share")("hello", row).reward == 0.5
+    assert row.columns["prompt"] == "P"
+    assert own("right")("yes", row) == ScoredCompletion(reward=1.0)
+    assert own("right")("no", row) == ScoredCompletion(reward=0.0)
+
+
+def test_a_function_may_say_something_too(own, make_row):
+    assert own("told")("x", make_row()) == ScoredCompletion(reward=0.5, feedback="too short")
+    assert own("told")("long enough", make_row()) == ScoredCompletion(reward=1.0)
+
+
+def test_a_function_that_fails_names_its_line_and_the_sample(own, make_row):
+    with pytest.raises(BadData) as caught:
+        own("fails")("the text", make_row(index=6))
+    error = caught.value
+    assert error.message == "fails failed on row 6, completion 'the text': KeyError: 'nothing'"
+    assert (error.place.file, error.place.line) == ("mine.py", 14)
+    assert OWN.splitlines()[13].strip() == 'return row["nothing"]'
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("text", "'1'"),
+        ("nan", "nan"),
+        ("numbered", "(1.0, 2)"),
+        ("three", "(1.0, 'a', 'b')"),
+        ("complex_", "1j"),
+        ("huge", "1000"),
+    ],
+)
+def test_a_function_must_return_a_finite_number(own, make_row, name, value):
+    with pytest.raises(
+        BadData, match=f"{name} in mine.py returned {re.escape(value)}.* for row 2, completion 'x'"
+    ):
+        own(name)("x", make_row(index=2))
+
+
+def test_files_that_cannot_be_opened(own, tmp_path):
+    with pytest.raises(BadData, match="no function 'shar'") as caught:
+        own("shar")
+    assert caught.value.hint == 'did you mean "share"?'
+    with pytest.raises(BadData, match=r"there is no file none\.py"):
+        opened(FileReward(file="none.py", function="f"), tmp_path)
+    (tmp_path / "bad.py").write_text("x = 1\nimport nothing_of_this_name\n")
+    with pytest.raises(BadData, match=r"bad\.py cannot be loaded: ModuleNotFoundError") as caught:
+        opened(FileReward(file="bad.py", function="f"), tmp_path)
+    assert caught.value.place.line == 2
+    (tmp_path / "bad.py").write_text("x = 1\ndef f(:\n")
+    with pytest.raises(BadData, match="SyntaxError") as caught:
+        opened(FileReward(file="bad.py", function="f"), tmp_path)
+    assert caught.value.place.line == 2
+
+
+def test_a_slow_function_ends_the_run_and_names_the_sample(own, make_row):
+    rows = [make_row(index=i) for i in range(3)]
+    started = time.monotonic()
+    with pytest.raises(
+        BadData, match=r"sleepy in mine.py took more than 0.5 s on row 1, completion 'slow'"
+    ):
+        score({"own": own("sleepy", seconds=0.5)}, ["x", "slow", "y"], rows)
+    assert time.monotonic() - started < 5
+    assert numbers({"own": own("sleepy", seconds=20)}, ["x"], rows[:1]) == {"own": [1.0]}
+
+
+def test_a_slow_function_does_not_keep_the_process(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    program = f"""
+from pathlib import Path
+from sdkit.batches import Row
+from sdkit.components.rewards import open_reward
+from sdkit.specs import FileReward
+reward = FileReward(file="mine.py", function="sleepy", seconds=0.2)
+scorer = open_reward(reward, Path({str(tmp_path)!r}), None)
+scorer("slow", Row(index=1, messages=(), columns={{}}, raw={{}}))
+"""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+    )
+    assert "BadData: sleepy in mine.py took more than 0.2 s" in done.stderr
+    assert time.monotonic() - started < 40
+
+
+def test_calls_at_once_keep_their_order(own, make_row):
+    rows = [make_row(index=i) for i in range(8)]
+    texts = [str(i) for i in range(8)]
+    started = time.monotonic()
+    found = numbers({"own": own("together", at_once=8, seconds=20)}, texts, rows)
+    assert found == {"own": [float(i) for i in range(8)]}
+    assert time.monotonic() - started < 8 * 0.3
+    with pytest.raises(BadData, match=r"fails failed on row \d, completion '\d'"):
+        score({"own": own("fails", at_once=8)}, texts, rows)
+
+
+def test_a_function_that_leaves_has_failed(own, make_row):
+    with pytest.raises(BadData, match="leaves failed on row 0"):
+        own("leaves")("x", make_row())
+
+
+# ── weighted sums ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_sum_measures_its_parts_and_asks_them_once(own, make_row, tmp_path):
+    rewards = {
+        "total": WeightedReward(parts=Table({"right": 1.0, "told": 0.5, "half": 2.0})),
+        "half": WeightedReward(parts=Table({"right": 0.5})),
+        "right": ExactReward(),
+        "told": FileReward(file="mine.py", function="told"),
+    }
+    opened = open_rewards(rewards, ["total", "told"], tmp_path, None)
+    calls = []
+    many = opened["told"].many
+    object.__setattr__(opened["told"], "many", lambda pairs: calls.append(pairs) or many(pairs))
+    judged = score(opened, ["4", "five"], [make_row(answer="4")] * 2)
+    assert figures(judged) == {
+        "total": [1 + 0.25 + 1, 0.5],
+        "total/right": [1.0, 0.0],
+        "total/told": [0.5, 1.0],
+        "total/half": [0.5, 0.0],
+        "told": [0.5, 1.0],
+    }
+    assert [j.feedback for j in judged["total"]] == ["too short", None]
+    assert len(calls) == 1
+    assert opened["total"]("4", make_row(answer="4")).reward == 2.25
+    assert score(opened, [], []) == {"total": [], "told": []}
+
+
+def test_what_cannot_be_opened_is_named(tmp_path):
+    rewards = {"mine": FileReward(file="none.py", function="f")}
+    with pytest.raises(BadData, match=r"rewards\.mine: there is no file none\.py"):
+        open_rewards(rewards, ["mine"], tmp_path, None)
+
+
+# ── mathematics ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def equal():
+    scorer = open_reward(MathVerifyReward(seconds=20), "/", None)
+    return lambda completion, row: scorer(completion, row).reward
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "value"),
+    [
+        ("it is 0.5", "1/2", 1.0),
+        ("it is $\\frac{2}{4}$", "0.5", 1.0),
+        ("so \\boxed{1/2}, not 3", "\\frac12", 1.0),
+        ("\\boxed{\\{3, 1, 2\\}}", "\\{1,2,3\\}", 1.0),
+        ("\\boxed{\\{3, 1\\}}", "\\{1,2,3\\}", 0.0),
+        ("\\boxed{(x+1)^2}", "$x^2+2x+1$", 1.0),
+        ("\\boxed{\\sqrt{8}}", "2\\sqrt{2}", 1.0),
+        ("\\boxed{(1, 2)}", "(2, 1)", 0.0),
+        ("\\boxed{0.333}", "1/3", 0.0),
+        ("\\boxed{7}", 7, 1.0),
+        ("no idea", "7", 0.0),
+        ("", "7", 0.0),
+    ],
+)
+def test_math_verify(equal, make_row, completion, answer, value):
+    assert equal(completion, make_row(answer=answer)) == value
+
+
+def test_math_verify_in_parallel_and_with_another_extract(make_row):
+    rows = [make_row(answer=f"{i}/4") for i in range(1, 9)]
+    scorer = open_reward(MathVerifyReward(extract=Tagged(), seconds=20), "/", None)
+    texts = [f"9 <answer>{i * 0.25}</answer>" for i in range(1, 9)]
+    assert numbers({"m": scorer}, texts, rows) == {"m": [1.0] * 8}
+    assert scorer("0.25", rows[0]).reward == 0.0
+
+
+def test_a_power_tower_is_wrong_and_does_not_hold_the_run(make_row):
+    scorer = open_reward(MathVerifyReward(seconds=2), "/", None)
+    started = time.monotonic()
+    judged = scorer("\\boxed{9^{9^{9^{9}}} + 1}", make_row(answer="7"))
+    assert judged.reward == 0.0
+    assert time.monotonic() - started < 30
+    assert scorer("\\boxed{7}", make_row(answer="7")).reward == 1.0
+
+
+def test_a_right_answer_must_be_mathematics(make_row):
+    scorer = open_reward(MathVerifyReward(seconds=20), "/", None)
+    with pytest.raises(
+        BadData, match=r"row 3: '\$\$' in the column 'answer' is nothing that math-verify"
+    ):
+        scorer("7", make_row(index=3, answer="$$"))
+    with pytest.raises(BadData, match="row 4 has no right answer"):
+        scorer("7", make_row(index=4))
+
+
+def test_math_verify_may_be_missing(monkeypatch):
+    monkeypatch.setattr(rewards_math.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadEnvironment, match="math-verify"):
+        open_reward(MathVerifyReward(), "/", None)
+
+
+# ── real data ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_sciknoweval_answers_score_themselves(real_data):
+    columns = Table({"prompt": "prompt", "system": "system", "answer": "answer"})
+    source = JsonLinesSource(path="sciknoweval/physics-test.json")
+    rows = load_rows(DataSpec(source=source, columns=columns), real_data)
+    rewards = {
+        "tagged": open_reward(ExactReward(extract=Tagged()), "/", None),
+        "choice": open_reward(ChoiceReward(), "/", None),
+    }
+    right = [
+        f"<reasoning>I saw.</reasoning><answer>\n{r.columns['answer']}\n</answer>" for r in rows
+    ]
+    assert numbers(rewards, right, rows) == {"tagged": [1.0] * 80, "choice": [1.0] * 80}
+    guesses = numbers(rewards, ["<answer>A</answer>"] * 80, rows)
+    assert guesses["tagged"] == guesses["choice"]
+    assert 0 < math.fsum(guesses["tagged"]) < 80
+
+
+def test_tooluse_answers_match_as_text(real_data):
+    columns = Table({"prompt": "prompt", "answer": "answer"})
+    source = JsonLinesSource(path="tooluse/test.json")
+    rows = load_rows(DataSpec(source=source, columns=columns), real_data)
+    reward = {"exact": open_reward(ExactReward(), "/", None)}
+    texts = [row.columns["answer"] for row in rows]
+    assert numbers(reward, texts, rows) == {"exact": [1.0] * 68}
+    assert numbers(reward, ["{}"] * 68, rows) == {"exact": [0.0] * 68}

@@ -1,0 +1,451 @@
+"""`sdkit compare` on run directories made by hand: who met where, what can be told, and what is said of it."""
+
+import json
+import subprocess
+import sys
+from io import StringIO
+
+import pytest
+import yaml
+from rich.console import Console
+
+from sdkit.cli import main
+from sdkit.runs.intervals import (
+    chance_of_paired,
+    chance_of_unpaired,
+    mean_interval,
+    unpaired_difference,
+)
+from sdkit.runs.compare import differences, differing, keys_of, differing_evaluation, common_budget
+from sdkit.runs.compare_text import compare
+from sdkit.runs.history import read_runs
+from sdkit.language.errors import UnreadableInput
+
+GREEDY = ("sums", "greedy", "right")
+SPEC = {
+    "losses": {"distil": {"kind": "distillation", "coefficient": 1.0}},
+    "rewards": {"right": {"kind": "exact"}, "unused": {"kind": "exact"}},
+    "evaluation": {
+        "suites": {"sums": {"score": "right", "decoding": {"greedy": {"temperature": 0.0}}}}
+    },
+    "training": {"seed": 0, "steps": 2},
+    "output": {"folder": "runs"},
+}
+
+
+def right(*places, of=100):
+    """1 for the prompts at these places, 0 for the others; by prompt."""
+    return {f"prompt {i}": float(i in places) for i in range(of)}
+
+
+def score_of(share, of=100):
+    return right(*range(round(share * of)), of=of)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A run directory with these evaluations: step -> what each prompt scored."""
+
+    def made(name, evaluations, *, tokens=100, seconds=10.0, spec=None, status=None, **origins):
+        folder = tmp_path / name
+        (folder / "evaluations").mkdir(parents=True)
+        (folder / "resolved.yaml").write_text(yaml.safe_dump(spec or SPEC, sort_keys=False))
+        done = {"state": "done", "step": max(evaluations, default=0)}
+        (folder / "status.json").write_text(json.dumps(status or done))
+        (folder / "provenance.json").write_text(json.dumps(origins))
+        lines = []
+        for step in range(max(evaluations, default=0) + 1):
+            if step:
+                spent = {"time/step": seconds, "tokens_generated": step * tokens}
+                lines.append({"step": step, "loss": 1.0, **spent})
+            if step in evaluations:
+                lines.append({"step": step, "time/evaluation": 1000.0} | figures(evaluations[step]))
+                write(folder / "evaluations" / f"step_{step:06d}.jsonl", evaluations[step])
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        return folder
+
+    return made
+
+
+def by_key(scores):
+    return scores if isinstance(next(iter(scores)), tuple) else {GREEDY: scores}
+
+
+def figures(scores):
+    found = {}
+    for key, prompts in by_key(scores).items():
+        interval = mean_interval(list(prompts.values()))
+        name = "eval/" + "/".join(key)
+        for each in (name, "eval/score"):
+            found |= {each: interval.mean, f"{each}_low": interval.low}
+            found |= {f"{each}_high": interval.high, f"{each}_n": interval.n}
+    return found
+
+
+def write(path, scores):
+    records = [
+        {"suite": s, "decoding": d, "row": i, "prompt": prompt, "scores": {r: value}}
+        for (s, d, r), prompts in by_key(scores).items()
+        for i, (prompt, value) in enumerate(prompts.items())
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def met(a, b, axis="tokens"):
+    found = common_budget(*read_runs([a, b]), axis)
+    return found and tuple(point.step for point in found.points)
+
+
+def told(a, b, axis="tokens", score=None):
+    runs = read_runs([a, b])
+    return differences([common_budget(*runs, axis)], keys_of(runs, score))
+
+
+# ── what a run had cost ───────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_is_read_back(make_run):
+    folder = make_run("one", {0: score_of(0.1), 2: score_of(0.3)}, tokens=50, seconds=4.0)
+    (run,) = read_runs([folder])
+    assert (run.name, run.state, run.headline) == ("one", "done", GREEDY)
+    assert [(p.step, p.tokens, p.seconds) for p in run.points] == [(0, 0, 0), (2, 100, 8)]
+    assert [p.at("steps") for p in run.points] == [0, 2]
+    assert run.points[1].scores[GREEDY].mean == pytest.approx(0.3)
+    assert run.per_prompt(run.points[1])[GREEDY] == score_of(0.3)
+
+
+def test_an_evaluation_whose_completions_are_not_written_yet_is_left_out(make_run):
+    folder = make_run("live", {0: score_of(0.1), 1: score_of(0.2), 2: score_of(0.3)})
+    (folder / "evaluations" / "step_000002.jsonl").unlink()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    (run,) = read_runs([folder])
+    assert [p.step for p in run.points] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ({"state": "running", "step": 7}, "unfinished, running or killed after step 7"),
+        ({"state": "stopped", "step": 3, "reason": "asked\nmore"}, "stopped after step 3: asked"),
+        ({"state": "failed", "step": 3, "reason": "boom"}, "failed after step 3: boom"),
+        ({"unheard": "of"}, "of unknown state"),
+    ],
+)
+def test_the_state_of_a_run_is_said(make_run, status, said):
+    (run,) = read_runs([make_run("one", {0: score_of(0.1)}, status=status)])
+    assert run.state == said
+
+
+def test_every_folder_without_a_run_is_named_at_once(make_run, tmp_path):
+    fine = make_run("fine", {0: score_of(0.1)})
+    empty = make_run("empty", {}, status={"state": "failed", "step": 0, "reason": "no disk"})
+    torn = make_run("torn", {0: score_of(0.1)})
+    (torn / "metrics.jsonl").write_text('{"no": "step", "eval/score": 1}\n')
+    with pytest.raises(UnreadableInput) as caught:
+        read_runs([fine, tmp_path / "nowhere", empty, torn])
+    nowhere, nothing, broken = caught.value.message.splitlines()
+    assert nowhere == f"{tmp_path / 'nowhere'} is not a run directory: it has no resolved.yaml"
+    assert "no evaluation to compare (failed after step 0: no disk)" in nothing
+    assert "torn" in broken
+    with pytest.raises(UnreadableInput, match="named twice"):
+        read_runs([fine, tmp_path / "." / "fine"])
+
+
+def test_folders_of_one_name_go_by_their_paths(make_run):
+    a, b = make_run("a/run", {0: score_of(0.1)}), make_run("b/run", {0: score_of(0.1)})
+    assert [run.name for run in read_runs([a, b])] == [str(a), str(b)]
+
+
+# ── where runs meet ───────────────────────────────────────────────────────────────────────────
+
+
+def test_equal_budgets_meet_at_the_end(make_run):
+    every = dict.fromkeys((0, 5, 10), score_of(0.5))
+    assert met(make_run("a", every), make_run("b", every)) == (10, 10)
+
+
+def test_the_largest_common_budget(make_run):
+    """100 tokens a step against 50: ten steps of the first are twenty of the second, which stopped after ten."""
+    a = make_run("a", dict.fromkeys((0, 5, 10), score_of(0.5)))
+    b = make_run("b", dict.fromkeys((0, 2, 10), score_of(0.5)), tokens=50)
+    assert met(a, b) == (5, 10)
+    assert met(b, a) == (10, 5)
+    assert met(a, b, "steps") == (10, 10)
+    assert met(a, b, "time") == (10, 10)
+
+
+def test_a_tenth_more_is_the_same_budget_and_more_is_not(make_run):
+    a = make_run("a", dict.fromkeys((0, 10), score_of(0.5)))
+    near = make_run("near", dict.fromkeys((0, 10), score_of(0.5)), tokens=109)
+    far = make_run("far", dict.fromkeys((0, 10), score_of(0.5)), tokens=120)
+    assert met(a, near) == (10, 10)
+    assert met(a, far) is None
+
+
+def test_two_untrained_models_do_not_meet(make_run):
+    a, b = (make_run(name, {0: score_of(0.5)}) for name in "ab")
+    assert met(a, b) is None
+
+
+# ── what can be told ──────────────────────────────────────────────────────────────────────────
+
+
+def test_sixty_right_is_above_thirty(make_run):
+    a = make_run("a", {0: score_of(0.1), 2: score_of(0.3)})
+    b = make_run("b", {0: score_of(0.1), 2: score_of(0.6)})
+    (found,) = told(a, b)
+    assert found.told
+    assert found.paired
+    assert found.sizes == (100, 100)
+    assert found.interval.mean == pytest.approx(-0.3)
+    half = 1.96 * (0.3 * 0.7 / 100) ** 0.5
+    assert found.interval.low == pytest.approx(-0.3 - half, abs=0.011)
+    assert found.interval.high == pytest.approx(-0.3 + half, abs=0.011)
+    low, high = -found.interval.high, -found.interval.low
+    assert found.verdict() == f"b is above a by 0.300 [{low:.3f}, {high:.3f}]"
+    (turned,) = told(b, a)
+    assert turned.verdict().startswith("b is above a by 0.300 [")
+
+
+def test_three_more_of_a_hundred_are_noise(make_run):
+    """13 gained, 10 lost: 0.03 with a standard error of 0.048."""
+    a = make_run("a", {1: right(*range(30))})
+    b = make_run("b", {1: right(*range(10, 43))})
+    (found,) = told(b, a)
+    assert found.interval.mean == pytest.approx(0.03)
+    assert found.interval.low < 0 < found.interval.high
+    assert found.verdict() == "no difference can be told"
+
+
+def test_pairs_tell_what_two_samples_cannot(make_run):
+    """30 against 42: the same 30 and 12 more; of other prompts it would be noise (standard error 0.067)."""
+    a = make_run("a", {1: right(*range(30))})
+    b = make_run("b", {1: right(*range(42))})
+    (found,) = told(b, a)
+    assert found.told
+    other = make_run("c", {1: {f"other {k}": v for k, v in right(*range(42)).items()}})
+    (found,) = told(other, a)
+    assert (found.paired, found.told) == (False, False)
+    assert found.interval.mean == pytest.approx(0.12)
+    assert found.interval.low == pytest.approx(0.12 - 1.96 * 0.0672, abs=0.015)
+
+
+def test_a_handful_of_prompts_tells_nothing(make_run):
+    """Four of four gained: the bootstrap never draws anything but 1, yet a coin does this one time in eight."""
+    a, b = (
+        make_run("a", {1: score_of(0.0, of=4)}),
+        make_run("b", {1: score_of(1.0, of=4)}),
+    )
+    (found,) = told(b, a)
+    assert found.interval.low == found.interval.high == 1
+    assert not found.told
+
+
+def test_more_comparisons_ask_for_more(make_run):
+    """Six gained of a hundred, none lost: 2/64 is below 0.05 and not below a half of it."""
+    drawn = ("sums", "drawn", "right")
+    a = make_run("a", {1: {GREEDY: right(), drawn: right()}})
+    b = make_run("b", {1: {GREEDY: right(*range(6)), drawn: right()}})
+    first, second = told(b, a)
+    assert not first.told
+    assert not second.told
+    (alone,) = told(b, a, score="sums/greedy/right")
+    assert alone.told
+    assert alone.interval.low > first.interval.low
+    with pytest.raises(UnreadableInput, match="no run has a score 'wrong'; there are right"):
+        told(a, b, score="wrong")
+
+
+def test_chances():
+    """Two of two: ++, −−, +−, −+ are equally likely, and half of them as far from 0."""
+    assert chance_of_paired([0, 0], [1, 1]) == pytest.approx(0.5, abs=0.02)
+    assert chance_of_paired([0, 1], [0, 1]) == 1
+    # The pairs of four: one of six puts both ones on the right side, one on the left.
+    assert chance_of_unpaired([0, 0], [1, 1]) == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_an_unpaired_difference_has_both_sides_spread():
+    found = unpaired_difference(list(score_of(0.2).values()), list(score_of(0.5, of=50).values()))
+    assert (found.mean, found.n) == (pytest.approx(0.3), 50)
+    half = 1.96 * (0.2 * 0.8 / 100 + 0.5 * 0.5 / 50) ** 0.5
+    assert found.low == pytest.approx(0.3 - half, abs=0.02)
+    assert found.high == pytest.approx(0.3 + half, abs=0.02)
+
+
+# ── settings ──────────────────────────────────────────────────────────────────────────────────
+
+
+def changed(*path, to):
+    spec = json.loads(json.dumps(SPEC))
+    place = spec
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = to
+    return spec
+
+
+def test_what_differs_is_found_whatever_is_left_behind(make_run):
+    scores = {0: score_of(0.1)}
+    a = make_run("a", scores)
+    b = make_run("b", scores, spec=changed("training", "seed", to=1))
+    c = make_run("c", scores, spec=changed("output", "folder", to="elsewhere"))
+    d = make_run("d", scores, spec=changed("losses", "distil", "coefficient", to=True))
+    assert differing(read_runs([a, c])) == []
+    assert differing(read_runs([a, b, c])) == [("training", "seed")]
+    assert differing(read_runs([a, d])) == [("losses", "distil", "coefficient")]
+
+
+def test_scores_that_are_not_of_one_kind(make_run):
+    warm = ("evaluation", "suites", "sums", "decoding", "greedy", "temperature")
+    paths = [
+        warm,
+        ("rewards", "right", "kind"),
+        ("rewards", "unused", "kind"),
+        ("training", "seed"),
+    ]
+    assert differing_evaluation(paths, [GREEDY]) == paths[:2]
+
+
+# ── on screen ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def sdkit(monkeypatch, capsys):
+    """Run a command line in this process; its exit code, standard output and standard error."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["sdkit", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def compared(folders, *options):
+    console = Console(file=StringIO(), width=140)
+    target = folders[0].parent / "picture.png"
+    compare(folders, console, target, *(options or ("tokens", None)))
+    assert target.read_bytes()[:4] == b"\x89PNG"
+    return console.file.getvalue()
+
+
+def test_the_command(sdkit, make_run, tmp_path):
+    a = make_run("small", {0: score_of(0.1), 2: score_of(0.3)})
+    b = make_run(
+        "large", {0: score_of(0.1), 2: score_of(0.6)}, spec=changed("training", "seed", to=7)
+    )
+    picture = tmp_path / "both.png"
+    code, out, err = sdkit("compare", a, b, "--to", picture)
+    assert (code, err) == (0, "")
+    assert "0.300 [0.219, 0.396]" in out  # Wilson's interval of 30 in 100
+    assert "large is above small by 0.300" in out
+    assert "training.seed" in out
+    assert "after 200 and 200 generated tokens (steps 2 and 2)" in out
+    assert "Bonferroni over 1" in out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", ["nowhere", "broken"])
+def test_what_is_no_run_ends_with_2(sdkit, make_run, tmp_path, name):
+    (make_run("broken", {0: score_of(0.1)}) / "metrics.jsonl").write_text("no json\n{}\n")
+    code, _, err = sdkit("compare", tmp_path / name, "--to", tmp_path / "x.png")
+    assert code == 2
+    assert name in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("target", ["picture.txt", "no/such/folder/x.png"])
+def test_a_picture_that_cannot_be_written_ends_with_2(sdkit, make_run, tmp_path, target):
+    code, _, err = sdkit("compare", make_run("a", {0: score_of(0.1)}), "--to", tmp_path / target)
+    assert code == 2
+    assert "picture" in err or "folder" in err
+
+
+def test_it_loads_no_torch(make_run, tmp_path):
+    folder = make_run("a", {0: score_of(0.1), 1: score_of(0.2)})
+    code = (
+        "import sys; from sdkit.cli import main\n"
+        f"sys.argv = ['sdkit', 'compare', {str(folder)!r}, '--to', {str(tmp_path / 'x.png')!r}]\n"
+        "try: main()\n"
+        "except SystemExit as done: assert not done.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_run_is_shown_alone(make_run):
+    shown = compared([make_run("one", {0: score_of(0.1), 2: score_of(0.4)})])
+    assert "0.100 [" in shown
+    assert "+0.300" in shown
+    assert "what differs" not in shown
+    assert "Bonferroni" not in shown
+
+
+def test_three_runs_are_compared_two_by_two_and_seeds_stay_apart(make_run):
+    folders = [
+        make_run(f"seed{i}", {2: score_of(0.5)}, spec=changed("training", "seed", to=i))
+        for i in range(3)
+    ]
+    shown = compared(folders)
+    assert shown.count("no difference can be told") == 3
+    assert "Bonferroni over 3" in shown
+    assert "is above" not in shown
+
+
+def test_runs_that_never_met_get_no_verdict(make_run):
+    a = make_run("a", {0: score_of(0.1), 1: score_of(0.1)})
+    b = make_run("b", {0: score_of(0.1), 9: score_of(0.9)})
+    shown = compared([a, b])
+    assert "a and b: no verdict, no two evaluations within 10% of each other" in shown
+    assert "(a after 0, 100; b after 0, 900)" in " ".join(shown.split())
+    assert "above" not in shown
+
+
+def test_it_says_where_a_longer_run_went_on_and_that_prompts_differ(make_run):
+    a = make_run("a", {1: score_of(0.5), 4: score_of(0.9)})
+    b = make_run("b", {1: score_of(0.5, of=50)}, status={"state": "stopped", "step": 1})
+    shown = compared([a, b])
+    assert "after 100 (of 400) and 100 generated tokens (steps 1 and 1)" in shown
+    assert "100 and 50, not the same" in shown
+    assert "each side is drawn by itself" in " ".join(shown.split())
+    assert "stopped after step 1" in shown
+
+
+def test_it_warns_where_decoding_differs(make_run):
+    warm = changed("evaluation", "suites", "sums", "decoding", "greedy", "temperature", to=1.0)
+    a, b = make_run("a", {1: score_of(0.5)}), make_run("b", {1: score_of(0.5)}, spec=warm)
+    shown = compared([a, b])
+    assert "not measured alike (evaluation.suites.sums.decoding.greedy.temperature)" in shown
+
+
+def test_versions_and_data_that_differ_are_shown(make_run):
+    a = make_run("a", {1: score_of(0.5)}, versions={"torch": "2.1", "vllm": "0.9"})
+    b = make_run("b", {1: score_of(0.5)}, versions={"torch": "2.2", "vllm": "0.9"})
+    shown = compared([a, b])
+    assert "versions.torch" in shown
+    assert "versions.vllm" not in shown
+    assert "the specs are the same" in shown
+
+
+def test_a_picture_of_many_runs(make_run):
+    """More runs than colours, two decodings."""
+    drawn = ("sums", "drawn", "right")
+    folders = [
+        make_run(
+            f"run{i}", {s: {GREEDY: score_of(0.1 * s, of=9), drawn: right(of=9)} for s in (0, 2)}
+        )
+        for i in range(9)
+    ]
+    assert "Bonferroni over 72" in compared(folders)
+
+
+def test_names_with_brackets_are_no_markup(make_run):
+    a, b = make_run("a[bold]", {1: score_of(0.1)}), make_run("b[x]", {1: score_of(0.9)})
+    assert "b[x] is above a[bold] by 0.800" in compared([a, b])

@@ -1,0 +1,203 @@
+"""Exported folders: other libraries read them, and find the weights that were trained."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from attrs import evolve
+from tinyruns import LORA, evaluated, make_spec, model, same, train, training, weights_of
+
+from sdkit.checkpoints import checkpoint
+from sdkit.runs.export import export
+from sdkit.language.errors import BadData, BadEnvironment, UnreadableInput
+from sdkit.language.specs import OptimizerSpec
+
+IDS = [5, 91, 17, 230, 44, 8, 120, 63]
+NAMES = ["full", "lora"]
+
+
+def logprobs(causal):
+    """Of every id after the first, in float32."""
+    with torch.no_grad():
+        told = causal(torch.tensor([IDS])).logits[0, :-1].float().log_softmax(-1)
+    return told.gather(-1, torch.tensor(IDS[1:])[:, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder, tmp_path_factory):
+    """A full run and one with adapters: spec, directory, and what the trained weights say as the run ends."""
+    found = {}
+    written = checkpoint.save_model
+
+    def noted(world, run):
+        with world.student.active() as causal:
+            found[run.name] = [logprobs(causal)]
+        return written(world, run)
+
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_model", noted)
+        for name, lora in zip(NAMES, (None, LORA), strict=True):
+            spec = make_spec(
+                tiny_folder,
+                model=model(tiny_folder, lora=lora),
+                training=training(steps=2),
+                optimizer=OptimizerSpec(lr=3e-2),
+            )
+            spec = evaluated(spec, teacher_lift=0) if lora is None else spec
+            found[name] = (spec, train(spec, folder / name), *found.get(name, ()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory):
+    """The three kinds of folder."""
+    to = tmp_path_factory.mktemp("exported")
+    for name, source, merge in (
+        ("full", "full", False),
+        ("merged", "lora", True),
+        ("adapter", "lora", False),
+    ):
+        spec, run, _ = runs[source]
+        export(spec, run.parent, run, to / name, merge=merge)
+    return to
+
+
+@pytest.mark.parametrize(("name", "source"), [("full", "full"), ("merged", "lora")])
+def test_transformers_reads_the_trained_weights(runs, exported, tiny_folder, name, source):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, run, trained = runs[source]
+    causal = AutoModelForCausalLM.from_pretrained(exported / name)
+    torch.testing.assert_close(logprobs(causal), trained, atol=1e-5, rtol=0)
+    start = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert (logprobs(start) - trained).abs().max() > 1e-2
+    for key, value in weights_of(run).items():
+        same(causal.get_parameter(key).detach(), value)
+    assert AutoTokenizer.from_pretrained(exported / name).chat_template
+
+
+def test_peft_reads_the_adapter_and_finds_its_base(runs, exported, tiny_folder):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    trained = runs["lora"][2]
+    tuned = AutoPeftModelForCausalLM.from_pretrained(exported / "adapter")
+    torch.testing.assert_close(logprobs(tuned), trained, atol=1e-6, rtol=0)
+    assert tuned.peft_config["default"].base_model_name_or_path == str(tiny_folder)
+    assert AutoTokenizer.from_pretrained(exported / "adapter").chat_template
+    assert not (exported / "adapter" / "config.json").exists()
+    assert not (exported / "adapter" / "model.safetensors").exists()
+
+
+def test_vllm_reads_both(runs, exported, tiny_folder):
+    pytest.importorskip("vllm")
+    scenario = Path(__file__).parents[1] / "support" / "vllm_export.py"
+    folders = [exported / "merged", tiny_folder, exported / "adapter"]
+    done = subprocess.run(
+        [sys.executable, *map(str, (scenario, *folders)), json.dumps(IDS)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name in ("whole", "adapter"):
+        torch.testing.assert_close(torch.tensor(found[name]), runs["lora"][2], atol=1e-4, rtol=0)
+
+
+def test_tensors_are_safetensors_alone(exported):
+    for folder in exported.iterdir():
+        kinds = {p.suffix for p in folder.rglob("*") if p.is_file()}
+        assert ".safetensors" in kinds
+        assert kinds <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
+    assert not list(exported.rglob(".*"))
+
+
+def test_the_card(runs, exported, tiny_folder):
+    card = (exported / "full" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sdkit"],
+    }
+    facts = json.loads((runs["full"][1] / "provenance.json").read_text())
+    for words in (
+        "# full",
+        "objective: distil: forward KL(teacher‖student)",
+        facts["data"]["train"],
+        f"torch {facts['versions']['torch']}",
+        "| sums | greedy | right |",
+        "2 steps of 4 rollouts",
+    ):
+        assert words in card
+    assert str(tiny_folder.parent) not in card
+    adapter = (exported / "adapter" / "README.md").read_text()
+    assert yaml.safe_load(adapter.split("---")[1])["library_name"] == "peft"
+    assert "LoRA: rank 4, alpha 8" in adapter
+    assert "Held-out" not in adapter
+
+
+@pytest.mark.parametrize(
+    ("path", "hub", "base"),
+    [
+        ("some/model", "some/model", "some/model"),
+        ("bundled:smollm2-135m-instruct", None, "bundled:smollm2-135m-instruct"),
+        ("here", None, "{folder}/here"),
+    ],
+)
+def test_the_base_is_the_specs_path(runs, tmp_path, path, hub, base):
+    spec, run, _ = runs["lora"]
+    (tmp_path / "here").mkdir()
+    spec = evolve(spec, model=evolve(spec.model, path=path, revision="v1"))
+    export(spec, tmp_path, run, tmp_path / "out", merge=False)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base.format(folder=tmp_path)
+    assert config["revision"] == "v1"
+    head = (tmp_path / "out" / "README.md").read_text().split("---")[1]
+    assert yaml.safe_load(head).get("base_model") == hub
+
+
+# ── refusals ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_exists_is_left_alone(runs, tmp_path):
+    spec, run, _ = runs["full"]
+    (tmp_path / "old").mkdir()
+    with pytest.raises(UnreadableInput, match="exists"):
+        export(spec, run.parent, run, tmp_path / "old", merge=False)
+    with pytest.raises(UnreadableInput, match="no adapter to merge"):
+        export(spec, run.parent, run, tmp_path / "new", merge=True)
+    assert [p.name for p in tmp_path.rglob("*")] == ["old"]
+
+
+def test_an_unfinished_run_has_nothing_to_export(runs, tmp_path):
+    with pytest.raises(UnreadableInput, match="no model/ yet"):
+        export(runs["full"][0], tmp_path, tmp_path, tmp_path / "out", merge=False)
+
+
+def test_damaged_weights_are_found(runs, tmp_path):
+    import shutil
+
+    spec, run, _ = runs["full"]
+    copy = shutil.copytree(run, tmp_path / "run")
+    weights = copy / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(BadData, match="is damaged"):
+        export(spec, run.parent, copy, tmp_path / "out", merge=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_leaves_nothing(runs, tmp_path):
+    spec, run, _ = runs["full"]
+    (tmp_path / "file").touch()
+    with pytest.raises(BadEnvironment, match="cannot write"):
+        export(spec, run.parent, run, tmp_path / "file" / "out", merge=False)
+    assert [p.name for p in tmp_path.rglob("*")] == ["file"]

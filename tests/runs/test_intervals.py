@@ -1,0 +1,103 @@
+"""Intervals against published values, and against what they claim to cover."""
+
+import numpy as np
+import pytest
+
+from sdkit.runs.intervals import mean_interval, paired_difference, wilson
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (1, 2, 0.0945, 0.9055),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilson_known_values(successes, n, low, high):
+    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("successes", [0, 1, 3, 7])
+def test_wilson_holds_its_share_and_mirrors(successes):
+    low, high = wilson(successes, 7)
+    assert 0 <= low <= successes / 7 <= high <= 1
+    assert wilson(7 - successes, 7) == pytest.approx((1 - high, 1 - low))
+
+
+def test_wilson_refuses_nonsense():
+    with pytest.raises(ValueError, match="3 successes in 2"):
+        wilson(3, 2)
+
+
+def test_mean_of_zeros_and_ones_is_wilson():
+    interval = mean_interval([1.0] * 8 + [0.0] * 2)
+    assert (interval.mean, interval.n) == (0.8, 10)
+    assert (interval.low, interval.high) == wilson(8, 10)
+
+
+def test_mean_of_other_values_is_a_bootstrap_around_it():
+    values = [0.0, 0.5, 1.0] * 30
+    interval = mean_interval(values)
+    spread = 1.96 * np.std(values) / 90**0.5
+    assert interval.mean == pytest.approx(0.5)
+    assert interval.low == pytest.approx(0.5 - spread, abs=0.01)
+    assert interval.high == pytest.approx(0.5 + spread, abs=0.01)
+    assert mean_interval(values) == interval
+
+
+def test_samples_of_one_prompt_are_not_independent():
+    values = [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    interval = mean_interval(values, groups=["a"] * 4 + ["b"] * 4)
+    assert (interval.mean, interval.n) == (0.5, 2)
+    assert (interval.low, interval.high) == wilson(1, 2)
+    mixed = mean_interval([0.0, 1.0, 1.0, 1.0], groups=[5, 5, 7, 7])
+    assert (mixed.mean, mixed.low, mixed.high, mixed.n) == (0.75, 0.5, 1.0, 2)
+
+
+def test_each_prompt_counts_once():
+    assert mean_interval([1.0, 0.0, 0.0, 0.0], groups=[0, 1, 1, 1]).mean == 0.5
+
+
+def test_bootstrap_covers_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    held = 0
+    for seed in range(200):
+        interval = mean_interval(random.normal(0.3, 1.0, 40).tolist(), seed=seed, resamples=1000)
+        held += interval.low <= 0.3 <= interval.high
+    assert 180 <= held <= 199  # 190 expected, standard deviation 3
+
+
+def test_paired_difference_of_equal_values_is_zero():
+    values = [0.0, 1.0, 0.25, 1.0]
+    found = paired_difference(values, values)
+    assert (found.mean, found.low, found.high, found.n) == (0.0, 0.0, 0.0, 4)
+
+
+def test_pairing_takes_the_prompts_own_difficulty_away():
+    random = np.random.default_rng(0)
+    before = random.uniform(0, 1, 50)
+    after = before + 0.1 + random.normal(0, 0.01, 50)
+    found = paired_difference(before.tolist(), after.tolist())
+    assert 0.09 < found.low < found.mean < found.high < 0.11
+    back = paired_difference(after.tolist(), before.tolist())
+    assert back.mean == pytest.approx(-found.mean)
+
+
+def test_bootstrap_in_blocks(monkeypatch):
+    monkeypatch.setattr("sdkit.runs.intervals.DRAWS_AT_ONCE", 1000)
+    found = mean_interval([0.0, 0.5, 1.0] * 30, resamples=1005)
+    assert found.low < 0.5 < found.high
+
+
+def test_lengths_and_emptiness():
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval([])
+    with pytest.raises(ValueError, match="2 values in 1 groups"):
+        mean_interval([0.0, 1.0], groups=["a"])
+    with pytest.raises(ValueError, match="1 values before, 2 after"):
+        paired_difference([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="no values"):
+        paired_difference([], [])

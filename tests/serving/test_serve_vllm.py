@@ -1,0 +1,251 @@
+"""Real servers: `sdkit serve` of the tiny model, weights after real steps, and a server that is killed in the middle of a run."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from attrs import evolve
+from test_prefetch import CORRECTED, versions
+from test_servers import drawn, tokens
+from tinyruns import advance, lines, make_spec, metrics, rollout, train, training
+
+from sdkit.language.specs import OptimizerSpec, VllmServerBackend
+from sdkit.train import loop
+from sdkit.train.collect_rollouts import sampling_params
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.timeout(900)
+
+UP_WITHIN = 600  # seconds; about 30 on a quiet machine
+
+
+class Served:
+    """`sdkit serve` as a process; started again on the same port after it was killed."""
+
+    def __init__(self, model, work):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.backend = VllmServerBackend(
+            urls=(f"http://127.0.0.1:{port}",),
+            folder=str(work / "weights"),
+            max_rows=16,
+            cache_gib=0.1,
+            deadline_seconds=float(UP_WITHIN),
+        )
+        self.url, self.log = self.backend.urls[0], work / "log.txt"
+        spec = {
+            "model": {"path": str(model), "dtype": "float32"},
+            "data": {
+                "source": {"kind": "inline", "rows": [{"q": "What is 1 + 1?", "d": "1 + 1 = 2"}]},
+                "columns": {"prompt": "q", "demonstration": "d"},
+            },
+            "rollout": {
+                "backend": {
+                    "kind": "vllm_server",
+                    "urls": [self.url],
+                    "folder": self.backend.folder,
+                    "max_rows": 16,
+                    "cache_gib": 0.1,
+                }
+            },
+            "losses": {"imitate": {"kind": "cross_entropy"}},
+            "optimizer": {"lr": 0.01},
+            "training": {"steps": 1, "prompts_per_step": 1},
+        }
+        self.spec = work / "spec.yaml"
+        self.spec.write_text(yaml.safe_dump(spec))
+        self.process = None
+
+    def start(self):
+        with self.log.open("a") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sdkit", "serve", self.spec, "--max-tokens", "256"],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            )
+
+    def wait(self):
+        ends = time.monotonic() + UP_WITHIN
+        while time.monotonic() < ends:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            if self.ask("GET", "/health")[0] == 200:
+                return
+            time.sleep(0.3)
+        pytest.fail(f"no server within {UP_WITHIN} s: {self.log.read_text()[-3000:]}")
+
+    def ask(self, method, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+        except OSError as error:
+            return None, str(error).encode()
+
+    def descendants(self):
+        """The server's processes, `sdkit serve` itself left out."""
+        found, pending = [], [self.process.pid]
+        while pending:
+            for task in Path(f"/proc/{pending.pop()}/task").glob("*/children"):
+                pids = [int(pid) for pid in task.read_text().split()]
+                found += pids
+                pending += pids
+        return found
+
+    def stop(self):
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                return self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(30)
+        return None
+
+
+@pytest.fixture(scope="module")
+def served(tiny_folder, tmp_path_factory):
+    server = Served(tiny_folder, tmp_path_factory.mktemp("served"))
+    server.start()
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+def spec_of(served, folder, **changes):
+    parts = {
+        "rollout": rollout(temperature=0.7, completions_per_prompt=2, backend=served.backend),
+        "losses": CORRECTED,
+        "optimizer": OptimizerSpec(lr=1e-2),
+    }
+    return make_spec(folder, **(parts | changes))
+
+
+def test_both_sides_agree_after_every_update(served, tiny_folder, open_tiny):
+    world = open_tiny(spec_of(served, tiny_folder))
+    before = []
+    for step in range(3):
+        gathered = drawn(world, step)
+        assert gathered.figures["canary_mean"] < 1e-4
+        assert gathered.figures["canary_max"] < 1e-3
+        state = json.loads(served.ask("GET", "/sdkit/state")[1])
+        assert state["weights"]["version"] == world.updates
+        before.append(tokens(gathered))
+        _assert_logprobs_are_the_trainers(world, gathered)
+        advance(world, 1)
+    backend, _ = world.backend(world.student)
+    requests = gathered.requests
+    again = [backend.sample(requests, sampling_params(world)) for _ in range(2)]
+    assert [c.ids for c in again[0]] == [c.ids for c in again[1]]
+    few = backend.sample(requests[3:1:-1], sampling_params(world))
+    assert [c.ids for c in few[::-1]] == [c.ids for c in again[0][2:4]]
+
+
+def _assert_logprobs_are_the_trainers(world, gathered):
+    for rollout_ in list(gathered.batch)[:3]:
+        ids = torch.tensor([[*rollout_.prompt_ids, *rollout_.completion_ids]])
+        with torch.no_grad(), world.student.active() as causal:
+            logits = causal(ids).logits[0, len(rollout_.prompt_ids) - 1 : -1]
+        told = (logits / 0.7).log_softmax(-1)
+        own = told.gather(-1, torch.tensor(rollout_.completion_ids)[:, None])[:, 0]
+        torch.testing.assert_close(own, torch.tensor(rollout_.sampler_logprobs), atol=1e-3, rtol=0)
+
+
+def test_stop_texts_cut_as_without_vllm(served, tiny_folder, open_tiny):
+    plain = open_tiny(make_spec(tiny_folder, rollout=rollout(max_new_tokens=16)))
+    said = [plain.data.tokenizer.decode(ids) for ids in tokens(drawn(plain))]
+    stop = tuple(sorted({c for text in said for c in text[3:] if c.isalnum() and c.isascii()})[:2])
+    assert stop
+    changes = {"max_new_tokens": 16, "stop": stop}
+    worlds = [
+        open_tiny(make_spec(tiny_folder, rollout=rollout(**changes))),
+        open_tiny(spec_of(served, tiny_folder, rollout=rollout(**changes, backend=served.backend))),
+    ]
+    sampling = [evolve(sampling_params(world), temperature=0.0) for world in worlds]
+    done = []
+    for world, how in zip(worlds, sampling, strict=True):
+        requests = drawn(world).requests
+        done.append(world.backend(world.student)[0].sample(requests, how))
+    assert [(c.ids, c.finished) for c in done[0]] == [(c.ids, c.finished) for c in done[1]]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/collective_rpc"),
+        ("POST", "/pause"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/invocations"),
+        ("POST", "/scale_elastic_ep"),
+        ("GET", "/metrics"),
+        ("GET", "/docs"),
+        ("GET", "/openapi.json"),
+    ],
+)
+def test_vllms_other_routes_are_shut(served, method, path):
+    assert served.ask(method, path, {} if method == "POST" else None)[0] == 404
+
+
+def test_a_file_outside_of_the_folder_is_not_loaded(served, tiny_folder):
+    for name in ("../model.safetensors", str(tiny_folder / "model.safetensors")):
+        update = {"version": 1, "file": name, "sha256": "0" * 64}
+        assert served.ask("POST", "/sdkit/weights", update)[0] == 400
+
+
+def test_a_server_killed_in_the_middle_of_a_run_changes_nothing(
+    served, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    """Look-ahead of one batch; the server dies while step 2 trains, and is started again by hand."""
+    spec = spec_of(served, tiny_folder, training=training(steps=4))
+    spec = evolve(spec, rollout=evolve(spec.rollout, max_staleness=1))
+    whole = train(spec, tmp_path / "whole")
+    assert versions(whole) == [{0}, {0}, {1}, {2}]
+    update, killed = loop._update, []
+
+    def watched(world, report, gathered, part):
+        if world.step == 2:
+            killed.extend(served.descendants())
+            os.kill(killed[0], signal.SIGKILL)
+            assert served.process.wait(60) == 6
+            assert "ended by SIGKILL" in served.log.read_text()
+            served.start()
+        return update(world, report, gathered, part)
+
+    monkeypatch.setattr(loop, "_update", watched)
+    again = train(spec, tmp_path / "again")
+    assert versions(again) == versions(whole)
+    for step in range(4):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        ours, theirs = lines(again / name), lines(whole / name)
+        assert [a["completion_ids"] for a in ours] == [b["completion_ids"] for b in theirs]
+    for a, b in zip(metrics(again), metrics(whole), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["rollout/canary_mean"] < 1e-4
+    assert "is back, with weights" in capsys.readouterr().err
+    assert not [pid for pid in killed if Path(f"/proc/{pid}").exists()]
+
+
+def test_it_ends_when_it_is_asked_to(served):
+    """The last test of the module: nothing of the server is left."""
+    started = served.descendants()
+    assert started
+    assert served.stop() == 0
+    assert "leaked" not in served.log.read_text()
+    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]

@@ -1,0 +1,148 @@
+"""A real vLLM server on loopback as the teacher: its scores and a run under it are those of the same model held here."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from tinyruns import advance, distil, make_spec, rollouts_of, teacher
+
+from sdkit.batches import UnpaddedSequence
+from sdkit.language.errors import BadEnvironment
+from sdkit.language.specs import ExternalWeights, ServedWeights, TopKSupport
+from sdkit.models import tiny
+from sdkit.serving.teacher_client import ServedModel
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.timeout(900)
+
+K = 24
+UP_WITHIN = 600  # seconds; 42 on a quiet machine
+TOP = distil(support=TopKSupport(k=K, chosen_by="teacher", remainder="tail_bucket"))
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory):
+    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
+
+
+@pytest.fixture(scope="module")
+def served(other_folder, tmp_path_factory):
+    """The model behind `python -m vllm.entrypoints.openai.api_server`, ended by its process id."""
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
+    options = {
+        "--model": other_folder,
+        "--served-model-name": "big",
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--dtype": "float32",
+        "--max-model-len": 512,
+        "--max-num-seqs": 16,
+        "--max-logprobs": K,
+        "--kv-cache-memory-bytes": 1 << 27,
+    }
+    arguments = [str(part) for pair in options.items() for part in pair]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                *arguments,
+                "--enforce-eager",
+            ],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | QUIET,
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait(url, process, log)
+            yield ServedWeights(url=url, model="big", request_seconds=300.0)
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(30)
+
+
+def _wait(url, process, log):
+    ends = time.monotonic() + UP_WITHIN
+    while time.monotonic() < ends:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    pytest.fail(f"no server within {UP_WITHIN} s: {log.read_text()[-3000:]}")
+
+
+def test_its_scores_are_those_of_the_model_held_here(served, other_folder, tiny_tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    causal = AutoModelForCausalLM.from_pretrained(other_folder)
+    model = ServedModel(served, K, {})
+    try:
+        model.check(tiny_tokenizer)
+        assert model.context == 512
+        texts = [
+            UnpaddedSequence(
+                prompt=tuple(range(5 + i, 60)),
+                completion=tuple(range(70, 90)),
+                positions=(0, 3, 19),
+            )
+            for i in range(5)
+        ]
+        told = model.score(texts, 404)
+    finally:
+        model.close()
+    with torch.no_grad():
+        for i, text in enumerate(texts):
+            whole = torch.tensor([[*text.prompt, *text.completion]])
+            logprobs = causal(whole).logits[0, len(text.prompt) - 1 : -1].log_softmax(-1)
+            own = logprobs[list(text.positions)]
+            mine = told.at(slice(3 * i, 3 * i + 3))
+            torch.testing.assert_close(mine.logprobs, own.topk(K).values, atol=1e-3, rtol=0)
+            torch.testing.assert_close(own.gather(1, mine.ids), mine.logprobs, atol=1e-3, rtol=0)
+            sampled = own[range(3), [text.completion[p] for p in text.positions]]
+            torch.testing.assert_close(mine.sampled, sampled, atol=1e-3, rtol=0)
+
+
+def test_two_steps_are_those_under_the_model_held_here(
+    open_tiny, tiny_folder, served, other_folder
+):
+    runs = []
+    for weights in (served, ExternalWeights(path=str(other_folder), dtype="float32")):
+        world = open_tiny(make_spec(tiny_folder, teacher=teacher(weights), losses=TOP))
+        tokens = [r.completion_ids for r in rollouts_of(world)]
+        runs.append((tokens, [step.metrics for step in advance(world, 2)]))
+    (told_tokens, told), (tokens, whole) = runs
+    assert told_tokens == tokens
+    for ours, theirs in zip(told, whole, strict=True):
+        for name in ("loss", "distil/teacher_mass", "distil/k1", "distil/overlap", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-3), name
+
+
+def test_what_the_server_was_not_started_for_is_refused(served, tiny_tokenizer):
+    model = ServedModel(served, K + 1, {})
+    try:
+        with pytest.raises(BadEnvironment, match="greater than max allowed: 24") as caught:
+            model.check(tiny_tokenizer)
+    finally:
+        model.close()
+    assert caught.value.hint == "start it with --max-logprobs 25"

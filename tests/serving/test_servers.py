@@ -1,0 +1,304 @@
+"""A run whose rollouts come from servers: the tokens are those without, and a server that fails is noticed and named."""
+
+import threading
+
+import pytest
+from attrs import evolve
+from tinyruns import LORA, advance, evaluated, make_spec, metrics, model, rollout, train
+
+pytest.importorskip("uvicorn", reason="the servers of these tests run on uvicorn")
+from tinyservers import TinySampler
+
+from sdkit.language.errors import BadEnvironment, NumericsGuard, ProcessDied
+from sdkit.language.specs import TransformersBackend, VllmServerBackend
+from sdkit.serving import pool, protocol
+from sdkit.train.collect_rollouts import collect_rollouts
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Short pauses: what is waited for here is never far away."""
+    from sdkit.serving import client
+
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(pool, "PAUSE", 0.05)
+
+
+@pytest.fixture
+def serve(tiny_folder, tmp_path):
+    """Start servers of the tiny model; a spec that names them."""
+    started = []
+
+    def start(count=1, **options):
+        for _ in range(count):
+            started.append(TinySampler(tiny_folder, tmp_path / "weights", **options))
+        return started[-count:]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+def served_by(servers, tmp_path, folder, **changes):
+    settings = {"deadline_seconds": 20.0} | changes.pop("backend", {})
+    backend = VllmServerBackend(
+        urls=tuple(server.url for server in servers),
+        folder=str(tmp_path / "weights"),
+        **settings,
+    )
+    spec = make_spec(folder, **changes)
+    return evolve(spec, rollout=evolve(spec.rollout, backend=backend))
+
+
+def drawn(world, step=0):
+    return collect_rollouts(world, world.data.take(step), ("rollout", step))
+
+
+def tokens(gathered):
+    return [r.completion_ids for r in gathered.batch]
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "adapters"])
+def test_a_run_is_that_of_the_model_held_here(serve, tiny_folder, tmp_path, lora, open_tiny):
+    servers = serve(2)
+    changes = {
+        "model": model(tiny_folder, lora=lora),
+        "rollout": rollout(completions_per_prompt=2, temperature=0.7, stop=("5",)),
+    }
+    own = evaluated(make_spec(tiny_folder, **changes))
+    spec = evaluated(served_by(servers, tmp_path, tiny_folder, **changes))
+    runs = [train(s, tmp_path / name) for s, name in ((own, "own"), (spec, "served"))]
+    ours, theirs = map(metrics, runs)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
+    trained = [line for line in theirs if "grad_norm" in line]
+    assert all(line["rollout/canary_mean"] < 1e-5 for line in trained if line["step"] > 1)
+    assert all(server.loads for server in servers)
+    assert all(server.asked for server in servers)
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_groups_are_dealt_out_whole_and_sampled_by_the_newest_weights(
+    serve, tiny_folder, tmp_path, open_tiny
+):
+    servers = serve(2)
+    changes = {"rollout": rollout(completions_per_prompt=3)}
+    world = open_tiny(served_by(servers, tmp_path, tiny_folder, **changes))
+    for step in range(2):
+        found = drawn(world, step)
+        assert found.figures["servers"] == 2
+        assert {r.policy_version for r in found.batch} == {step}
+        advance(world, 1)
+    assert [len(server.asked) for server in servers] == [24, 24]  # `advance` gathers too
+    for server in servers:
+        prompts = [asked["prompt"] for asked in server.asked]
+        assert all(prompts.count(prompt) % 3 == 0 for prompt in prompts)
+        assert {asked["weights"]["version"] for asked in server.asked} == {0, 1}
+    assert len(list((tmp_path / "weights").glob("*.safetensors"))) == 1
+
+
+def test_a_server_that_was_started_anew_gets_its_weights_and_the_batch_is_asked_again(
+    serve, tiny_folder, tmp_path, open_tiny, capsys
+):
+    [server] = serve()
+    world = open_tiny(served_by([server], tmp_path, tiny_folder))
+    expected = tokens(drawn(world))
+    server.kill()
+    server.start()
+    assert tokens(drawn(world)) == expected
+    assert len(server.loads) == 2
+    assert "was started anew; it gets the weights again" in capsys.readouterr().err
+    assert any("started anew" in told for told in world.told_of_servers())
+    assert world.told_of_servers() == []
+
+
+def test_a_server_killed_in_the_middle_of_a_batch_is_waited_for(
+    serve, tiny_folder, tmp_path, open_tiny, capsys
+):
+    [server] = serve()
+    world = open_tiny(served_by([server], tmp_path, tiny_folder))
+    expected = tokens(drawn(world))
+    asked = len(server.asked)
+
+    def fault(number):
+        if number == asked + 1:
+            server.fault = None
+            server.kill(wait=False)
+            threading.Timer(0.5, server.start).start()
+
+    server.fault = fault
+    assert tokens(drawn(world)) == expected
+    said = capsys.readouterr().err
+    assert "a rollout server is away" in said
+    assert "no rollout server answers; waiting up to 20 s" in said
+    assert "is back, with weights 0" in said
+
+
+def test_where_one_of_several_dies_the_others_go_on_and_it_comes_back(
+    serve, tiny_folder, tmp_path, open_tiny, capsys, monkeypatch
+):
+    servers = serve(2)
+    world = open_tiny(served_by(servers, tmp_path, tiny_folder))
+    expected = tokens(drawn(world))
+    servers[0].kill()
+    alone = drawn(world)
+    assert tokens(alone) == expected
+    assert servers[0].url in capsys.readouterr().err
+    advance(world, 1)
+    assert drawn(world, 1).figures["servers"] == 1
+    servers[0].start()
+    monkeypatch.setattr(pool, "LOOK_AGAIN", 0.0)
+    for member in world.pool._members:
+        member.look_at = 0.0
+    before = len(servers[0].asked)
+    drawn(world, 1)
+    assert len(servers[0].asked) > before
+    assert "is back, with weights 1" in capsys.readouterr().err
+
+
+def test_a_server_that_stays_away_ends_the_run_and_is_named(
+    serve, tiny_folder, tmp_path, open_tiny
+):
+    [server] = serve()
+    spec = served_by([server], tmp_path, tiny_folder, backend={"deadline_seconds": 0.5})
+    world = open_tiny(spec)
+    drawn(world)
+    server.kill()
+    with pytest.raises(ProcessDied, match=r"no rollout server for 0\.5 s") as caught:
+        drawn(world)
+    assert server.url in str(caught.value)
+    assert "sdkit serve" in caught.value.hint
+    assert "--resume" in caught.value.hint
+
+
+def test_a_completion_that_takes_too_long_is_given_up(serve, tiny_folder, tmp_path, open_tiny):
+    [server] = serve()
+    spec = served_by([server], tmp_path, tiny_folder, backend={"deadline_seconds": 0.5})
+    world = open_tiny(spec)
+    drawn(world)
+    released = threading.Event()
+    server.fault = lambda _: released.wait(30) and None
+    try:
+        with pytest.raises(ProcessDied, match=r"lost a batch|no rollout server"):
+            drawn(world)
+    finally:
+        released.set()
+
+
+def test_a_server_that_loses_every_batch_ends_the_run(serve, tiny_folder, tmp_path, open_tiny):
+    [server] = serve()
+    world = open_tiny(served_by([server], tmp_path, tiny_folder))
+    drawn(world)
+
+    def forgets(_):
+        server.door.loaded = None
+        return 503
+
+    server.fault = forgets
+    with pytest.raises(ProcessDied, match="lost a batch 8 times"):
+        drawn(world)
+
+
+def test_a_refused_request_ends_the_run_at_once(serve, tiny_folder, tmp_path, open_tiny):
+    [server] = serve()
+    world = open_tiny(served_by([server], tmp_path, tiny_folder))
+    server.fault = lambda _: 400
+    with pytest.raises(BadEnvironment, match="answered 400: as the test wants"):
+        drawn(world)
+
+
+def test_other_weights_than_the_trainers_are_seen(serve, tiny_folder, tmp_path, open_tiny):
+    [server] = serve()
+    world = open_tiny(served_by([server], tmp_path, tiny_folder))
+    drawn(world)
+
+    async def loses(method, timeout, args):
+        return [1]
+
+    server.collective_rpc = loses
+    with pytest.raises(NumericsGuard, match="of the server http"):
+        advance(world, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"hidden_size": 7}}, "its model has hidden_size 7, the student"),
+        ({"config": {"vocab_size": 7}}, "its model has vocab_size 7, the student"),
+        ({"max_tokens": 20}, "tokens, a rollout server takes 20"),
+        ({"folder": "elsewhere"}, "does not see there what this run writes to"),
+    ],
+    ids=["another model", "another vocabulary", "too short", "another folder"],
+)
+def test_a_server_that_does_not_fit_is_refused_before_anything_is_loaded(
+    serve, tiny_folder, tmp_path, process_group, monkeypatch, change, message
+):
+    from sdkit.train import run
+
+    [server] = serve()
+    for name, value in change.items():
+        if name == "folder":
+            server.door.folder = tmp_path / value
+        else:
+            setattr(server, name, value)
+    monkeypatch.setattr(run, "World", None)  # whoever loads a model calls it
+    with pytest.raises(BadEnvironment, match=message) as caught:
+        run.open_world(served_by([server], tmp_path, tiny_folder), tmp_path)
+    assert "sdkit serve" in caught.value.hint
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_another_precision_or_version_is_refused(
+    serve, tiny_folder, tmp_path, process_group, monkeypatch
+):
+    from sdkit.train import run
+
+    [server] = serve()
+    spec = served_by([server], tmp_path, tiny_folder, backend={"dtype": "bfloat16"})
+    with pytest.raises(BadEnvironment, match="serves float32, and the run wants bfloat16"):
+        run.open_world(spec, tmp_path)
+    monkeypatch.setattr(protocol, "__version__", "9.9")
+    with pytest.raises(BadEnvironment, match=r"the trainer of 9\.9"):
+        run.open_world(served_by([server], tmp_path, tiny_folder), tmp_path)
+
+
+def test_no_server_and_a_server_of_another_kind(serve, tiny_folder, tmp_path, process_group):
+    from sdkit.train import run
+
+    [server] = serve()
+    server.kill()
+    with pytest.raises(BadEnvironment, match="cannot be reached") as caught:
+        run.open_world(served_by([server], tmp_path, tiny_folder), tmp_path)
+    assert "sdkit serve" in caught.value.hint
+    assert caught.value.path == ("rollout", "backend")
+
+
+def test_the_key_comes_from_the_environment(
+    serve, tiny_folder, tmp_path, process_group, monkeypatch, open_tiny
+):
+    from sdkit.train import run
+
+    [server] = serve(key="open sesame")
+    monkeypatch.delenv("ROLLOUT_KEY", raising=False)
+    spec = served_by([server], tmp_path, tiny_folder, backend={"key_from": "ROLLOUT_KEY"})
+    with pytest.raises(BadEnvironment, match="no ROLLOUT_KEY"):
+        run.open_world(spec, tmp_path)
+    monkeypatch.setenv("ROLLOUT_KEY", "wrong")
+    with pytest.raises(BadEnvironment, match="the key is missing or wrong") as caught:
+        run.open_world(spec, tmp_path)
+    assert "key_from" in caught.value.hint
+    monkeypatch.setenv("ROLLOUT_KEY", "open sesame")
+    assert tokens(drawn(open_tiny(spec)))
+
+
+def test_the_teacher_samples_from_servers_too(serve, tiny_folder, tmp_path, open_tiny):
+    from sdkit.language.specs import TeacherSamples
+
+    [server] = serve()
+    changes = {"rollout": rollout(sampled_by=TeacherSamples(prompt="student"))}
+    world = open_tiny(served_by([server], tmp_path, tiny_folder, **changes))
+    expected = open_tiny(make_spec(tiny_folder, **changes))
+    assert isinstance(expected.plan.backend, TransformersBackend)
+    assert tokens(drawn(world)) == tokens(drawn(expected))

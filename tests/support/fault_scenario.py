@@ -1,0 +1,169 @@
+"""`sdkit train` under faults, one rank or two, each in processes of its own.
+
+`python fault_scenario.py MODEL_FOLDER WORK_FOLDER` writes how each ended to WORK_FOLDER/found.json; test_faults.py says
+what that must be.  A fault comes from within, through the run's own reward, in its third step; checkpoints stand before.
+"""
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import forked
+import yaml
+
+SILENCE = 5
+"""Seconds that a rank may be silent here."""
+REWARD = """
+import os, resource, signal, threading, time
+
+calls = -1  # the first is no rollout's: it only tries the function
+
+
+def faulty(completion, row):
+    global calls
+    calls += 1
+    here = os.environ.get("RANK", "0") == os.environ.get("WHO")
+    if here and calls == 2 * 4 // int(os.environ.get("WORLD_SIZE", "1")) + 1:
+        globals()[os.environ["FAULT"]]()
+    return float(len(completion))
+
+
+def no_memory():
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 48 * 2**20, -1))
+
+
+def full_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
+
+
+def hang():
+    time.sleep(3600)
+
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)
+
+
+def kill():
+    send(signal.SIGKILL)
+
+
+def freeze():
+    send(signal.SIGSTOP)
+
+
+def terminate():
+    send(signal.SIGTERM)
+
+
+def interrupt():
+    send(signal.SIGINT)
+
+
+def interrupt_twice():
+    send(signal.SIGINT, signal.SIGINT)
+"""
+
+
+def write_spec(folder, work, name, tail=""):
+    """A run of four steps; the tail lengthens the teacher's prompts, for which eager attention needs memory."""
+    (work / "reward.py").write_text(REWARD)
+    rows = [{"q": f"What is {i} + 1?", "d": str(i + 1) + tail} for i in range(4)]
+    spec = {
+        "method": str(Path(__file__).parents[2] / "specs/methods/sdft.yaml"),
+        "model": {"path": str(folder), "dtype": "float32", "attention": "eager"},
+        "data": {
+            "source": {"kind": "inline", "rows": rows},
+            "columns": {"prompt": "q", "demonstration": "d"},
+        },
+        "rollout": {"max_new_tokens": 8, "backend": "transformers"},
+        "teacher": {"sees": {"max_prompt_tokens": 4096}},
+        "rewards": {
+            "long": {"kind": "file", "file": "reward.py", "function": "faulty", "seconds": 2}
+        },
+        "optimizer": {"lr": 1e-3},
+        "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2},
+        "output": {"tensorboard": False, "checkpoint_every": 1, "keep_checkpoints": 2},
+    }
+    (work / name).write_text(yaml.safe_dump(spec))
+
+
+def command(*words):
+    """The command line, in this process."""
+    from sdkit import cli
+    from sdkit.distributed import zero
+
+    zero.DEADLINE = timedelta(seconds=SILENCE)
+    sys.argv = ["sdkit", *map(str, words)]
+    cli.main()
+
+
+class Scenario:
+    def __init__(self, work):
+        self.work = work
+        self.found = {}
+
+    def run(self, name, ranks, *words, fault=None, who=0, folder=None, patience=forked.PATIENCE):
+        """`sdkit` with these words; `found` keeps how each rank ended and what the run directory says."""
+        run = self.work / (folder or name)
+
+        def attempt():
+            if fault:
+                os.environ |= {"FAULT": fault, "WHO": str(who)}
+            command(*words, "--to", run)
+
+        ended = forked.ranks(ranks, attempt, run, patience)
+        self.found[name] = {
+            "codes": [each.code for each in ended],
+            "said": [each.said for each in ended],
+            "seconds": [each.seconds for each in ended],
+            "status": json.loads((run / "status.json").read_text()),
+            "checkpoints": sorted(p.name for p in (run / "checkpoints").glob("*step_*")),
+        }
+
+    def train(self, name, ranks, *words, spec="run.yaml", **options):
+        self.run(name, ranks, "train", self.work / spec, *words, **options)
+
+    def resume(self, name, ranks):
+        self.train(f"{name}, resumed", ranks, "--resume", folder=name)
+
+
+def main(folder, work):
+    forked.warm()
+    write_spec(folder, work, "run.yaml")
+    write_spec(folder, work, "long.yaml", tail=" 7" * 1200)
+    scenario = Scenario(work)
+    for ranks in (1, 2):
+        scenario.train(f"straight {ranks}", ranks)
+    scenario.train("no_memory", 2, spec="long.yaml", fault="no_memory", who=1)
+    for fault in ("full_disk", "hang", "kill", "terminate"):
+        scenario.train(fault, 2, fault=fault, who=1)
+    scenario.train("kill the first", 2, fault="kill", who=0)
+    scenario.train("freeze", 2, fault="freeze", who=1, patience=1)
+    for resumed in ("full_disk", "kill", "terminate"):
+        scenario.resume(resumed, 2)
+    for fault in ("kill", "interrupt", "interrupt_twice"):
+        scenario.train(f"{fault} alone", 1, fault=fault)
+    scenario.resume("kill alone", 1)
+    # The first step makes the weights so large that nothing which they give is a number, the samples' own included.
+    scenario.train(
+        "not finite", 2, "optimizer.lr=1e6", "optimizer.weight_decay=1e6", "optimizer.decay=all"
+    )
+    again = work / "not finite"
+    scenario.run("replayed", 2, "replay", f"{again}@1")
+    calmer = (
+        "optimizer.lr=1e-3",
+        "optimizer.weight_decay=0",
+        "losses.distil.importance.sampler=null",
+    )
+    scenario.run("replayed otherwise", 2, "replay", f"{again}@0", *calmer)
+    (work / "found.json").write_text(json.dumps(scenario.found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

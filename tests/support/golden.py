@@ -1,0 +1,31 @@
+"""The golden error texts: each tests/err/CODE[-variant].yaml beside what sdkit prints for it.
+
+`python tests/support/golden.py` writes them anew; read the diff.
+"""
+
+import os
+from pathlib import Path
+
+from sdkit.language.errors import render
+from sdkit.language.load import load_spec
+
+TESTS = Path(__file__).resolve().parent.parent
+BAD = sorted((TESTS / "err").glob("*.yaml"))
+GOOD = sorted((TESTS / "ok").glob("*.yaml"))
+
+
+def printed(path: Path) -> str:
+    """What `sdkit validate` prints for a spec, seen from its folder."""
+    before = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        checked = load_spec(path.name)
+    finally:
+        os.chdir(before)
+    text = render(checked.problems, checked.texts)
+    return text + "\n" if text else ""
+
+
+if __name__ == "__main__":
+    for spec in BAD:
+        spec.with_suffix(".out").write_text(printed(spec), encoding="utf-8")

@@ -1,0 +1,186 @@
+"""Runs that are killed by SIGKILL and taken up again, each attempt in processes of its own.
+
+`python kill_scenario.py MODEL_FOLDER WORK_FOLDER CASE…`: a case is TEACHER-FORM-STAGE-RANKS-PHASE@STEP,PHASE@STEP…, the
+places where one attempt after the other is killed.  WORK_FOLDER/TEACHER-FORM-STAGE-RANKS is the run that nobody killed;
+test_resume.py says that the others must be the same.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import forked
+from attrs import evolve
+from tinyruns import (
+    COLUMNS,
+    LORA,
+    evaluated,
+    make_spec,
+    model,
+    rollout,
+    rows,
+    teacher,
+    train,
+    training,
+)
+
+from sdkit.checkpoints import atomic, checkpoint, manifest
+from sdkit.distributed import zero
+from sdkit.language.specs import (
+    CopyWeights,
+    DataSpec,
+    EmaWeights,
+    FileReward,
+    FrozenWeights,
+    InlineSource,
+    OptimizerSpec,
+    OutputSpec,
+    RoutedWeights,
+    StudentWeights,
+    Suite,
+    Table,
+    TransformersBackend,
+    VllmBackend,
+)
+from sdkit.train import collect_rollouts, loop, run, step
+from sdkit.train.report import Report
+
+STEPS = 6
+EMA = EmaWeights(update_rate=0.3)
+TEACHERS = {
+    "student": StudentWeights(),
+    "frozen": FrozenWeights(),
+    "ema": EMA,
+    "batch": EmaWeights(update_rate=0.3, every="rollout_batch"),
+    "copy": CopyWeights(every=2),
+    "routed": RoutedWeights(by="side", routes=Table({"left": EMA, "right": CopyWeights(every=3)})),
+}
+FORMS = {"full": None, "lora": LORA}
+VLLM = "vllm"
+"""A form beside these: all weights, sampled from by vLLM."""
+PHASES = {
+    # Where the kill comes: before or after this function, while the run's step is the case's.
+    "rollout": (collect_rollouts, "score", "before"),
+    "teacher": (step, "score", "after"),
+    "update": (zero.Zero, "step", "after"),
+    "boundary": (Report, "step", "after"),
+    "evaluation": (loop, "evaluate", "after"),
+    "save": (zero.Zero, "save", "after"),
+    "manifest": (manifest, "write", "before"),
+    "naming": (atomic, "put", "after"),
+    "model": (checkpoint, "save_model", "after"),
+}
+BY_THE_FIRST_RANK = {"manifest", "naming"}
+REWARD = "import random\ndef drawn(completion, row): return random.random()\n"
+
+
+def sided(count, start=0):
+    sides = ("left", "right")
+    held = [Table({**row, "side": sides[i % 2]}) for i, row in enumerate(rows(count, start))]
+    columns = Table({**COLUMNS, "side": "side"})
+    return DataSpec(source=InlineSource(rows=tuple(held)), columns=columns)
+
+
+def spec_of(folder, work, weights, form, stage):
+    (work / "reward.py").write_text(REWARD)
+    # Drawn from Python's own stream, which every process has but one of.
+    drawn = FileReward(file=str(work / "reward.py"), function="drawn", at_once=1)
+    backend = VllmBackend(cache_gib=0.1) if form == VLLM else TransformersBackend()
+    spec = make_spec(
+        folder,
+        model=model(folder, lora=FORMS.get(form)),
+        teacher=teacher(TEACHERS[weights]),
+        data=sided(6),
+        optimizer=OptimizerSpec(lr=3e-3, schedule="linear", warmup_steps=1),
+        rollout=rollout(max_new_tokens=2, backend=backend),
+        training=training(
+            steps=STEPS, prompts_per_step=2, zero_stage=int(stage), updates_per_rollout=2
+        ),
+        output=OutputSpec(checkpoint_every=2, tensorboard=False),
+    )
+    suite = Suite(data=sided(2, 100), score="drawn", loss_prompts=1)
+    spec = evaluated(spec, every=3, teacher_lift=0, suites=Table({"held": suite}))
+    return evolve(spec, rewards=Table({"drawn": drawn}))
+
+
+def arm(phase, at):
+    """End this process in a phase of its step number `at`, counted from 0; after it, for what stands between steps."""
+    owner, name, place = PHASES[phase]
+    worlds = []
+    opened = loop._evaluate_start
+
+    def begin(world, *args):
+        worlds.append(world)
+        return opened(world, *args)
+
+    loop._evaluate_start = begin
+    whole = getattr(owner, name)
+
+    def deadly(*args, **options):
+        found = whole(*args, **options) if place == "after" else None
+        if worlds and worlds[0].step == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args, **options) if place == "before" else found
+
+    setattr(owner, name, deadly)
+
+
+def killed_and_resumed(spec, folder, ranks, places):
+    for number, place in enumerate(places):
+        phase, at = place.split("@")
+        victim = 0 if phase in BY_THE_FIRST_RANK else number % ranks
+
+        def attempt(phase=phase, at=int(at), victim=victim, resume=number > 0):
+            if int(os.environ.get("RANK", "0")) == victim:
+                arm(phase, at)
+            train(spec, folder, resume=resume)
+
+        ended = forked.ranks(ranks, attempt, folder)
+        killed = [rank for rank, each in enumerate(ended) if each.code == -signal.SIGKILL]
+        assert killed == [victim], f"{folder.name}: not killed {place}: {ended}"
+        assert all(each.code for each in ended), f"{folder.name}: {place} outlived: {ended}"
+    whole(lambda: train(spec, folder, resume=True), folder, ranks)
+
+
+def whole(attempt, folder, ranks):
+    for each in forked.ranks(ranks, attempt, folder):
+        assert each.code == 0, f"{folder.name}: {each.said}"
+
+
+def one_after_the_other(folder, work, cases):
+    for case in cases:
+        weights, form, stage, ranks, places = case.split("-")
+        spec = spec_of(folder, work, weights, form, stage)
+        straight = work / f"{weights}-{form}-{stage}-{ranks}"
+        if not straight.exists():
+            whole(lambda s=spec, f=straight: train(s, f), straight, int(ranks))
+        killed_and_resumed(spec, work / case, int(ranks), places.split(","))
+
+
+def main(folder, work, *cases):
+    """Two cases of one rank go on at a time, as do two ranks."""
+    forked.warm()
+    run.plot = lambda *_: None  # pictures are of no weight here
+    work = Path(work)
+    alone = [case for case in cases if case.split("-")[3] == "1"]
+    halves = [os.fork() or _half(folder, work, alone[start::2]) for start in (0, 1)]
+    ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in halves]
+    assert ended == [0, 0]
+    one_after_the_other(folder, work, [case for case in cases if case not in alone])
+
+
+def _half(folder, work, cases):
+    """In a process of its own."""
+    try:
+        one_after_the_other(folder, work, cases)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,157 @@
+"""Rollout servers in threads of the test: the real door over HTTP, and behind it the tiny model instead of vLLM."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import uvicorn
+from safetensors.torch import load_file
+
+from sdkit.batches import SamplingParams, SamplingRequest
+from sdkit.models.weights import Weights
+from sdkit.sampling.transformers import TransformersRollouts
+from sdkit.serving.gateway import FOLDER, KEY, Gateway
+
+WITHIN = 20  # seconds that a server may take to come up or down
+
+
+class TinySampler:
+    """A server on `port`; `kill` leaves whoever waits for it, and `start` makes a new one without weights."""
+
+    def __init__(self, model, folder, key=None, port=None):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.model_folder, self.folder, self.key = model, folder, key
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.load = lambda: AutoModelForCausalLM.from_pretrained(model).eval()
+        self.port = port or _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.max_tokens = 512
+        self.config = {}  # what the state says otherwise than the model
+        self.fault = (
+            None  # called with the number of a completion; may raise, kill or return a status
+        )
+        self.loads, self.asked, self.log = [], [], []
+        self.start()
+
+    def start(self):
+        self.causal = self.load()
+        self.lock = threading.Lock()
+        door = Gateway(
+            self._behind, {FOLDER: str(self.folder)} | ({KEY: self.key} if self.key else {})
+        )
+        state = SimpleNamespace(engine_client=self)
+
+        async def app(scope, receive, send):
+            scope["app"] = SimpleNamespace(state=state)
+            await door(scope, receive, send)
+
+        self.door = door
+        config = uvicorn.Config(
+            app, host="127.0.0.1", port=self.port, log_level="critical", lifespan="off"
+        )
+        self.http = uvicorn.Server(config)
+        self.http.install_signal_handlers = lambda: None
+        self.thread = threading.Thread(target=self.http.run, daemon=True)
+        self.thread.start()
+        ends = time.monotonic() + WITHIN
+        while not self.http.started:
+            assert time.monotonic() < ends, "the server did not come up"
+            time.sleep(0.01)
+
+    def kill(self, wait=True):
+        """Stop listening and hang up; a completion that kills is hung up on, and does not wait for its own end."""
+        self.http.should_exit = self.http.force_exit = True
+        if wait:
+            self.thread.join(WITHIN)
+        else:
+            time.sleep(0.4)  # uvicorn looks every 0.1 s
+
+    close = kill
+
+    # ── what the door asks of vLLM's engine ──
+
+    @property
+    def model_config(self):
+        config = self.causal.config.to_dict() | self.config
+        return SimpleNamespace(
+            hf_config=SimpleNamespace(to_dict=lambda: config),
+            dtype="torch.float32",
+            max_model_len=self.max_tokens,
+        )
+
+    async def pause_generation(self):
+        self.log.append("pause")
+
+    async def resume_generation(self):
+        self.log.append("resume")
+
+    async def reset_prefix_cache(self):
+        return True
+
+    async def collective_rpc(self, method, timeout, args):
+        assert method == "sync_file"
+        missing, unknown = self.causal.load_state_dict(load_file(args[0]), strict=False)
+        assert set(missing) <= {"lm_head.weight"}, missing
+        assert not unknown
+        self.loads.append(args[0])
+        return [1]
+
+    # ── what stands for vLLM's application ──
+
+    async def _behind(self, scope, receive, send):
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        status, answer = 200, {}
+        if scope["path"] == "/v1/completions":
+            status, answer = await asyncio.to_thread(self._complete, json.loads(body))
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
+
+    def _complete(self, body):
+        import torch
+
+        ids = body["prompt"]
+        if "prompt_logprobs" in body:
+            with self.lock, torch.no_grad():
+                told = self.causal(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            places = [
+                {str(token): {"logprob": place[token].item()}}
+                for place, token in zip(told, ids[1:], strict=True)
+            ]
+            return 200, {"choices": [{"prompt_logprobs": [None, *places]}]}
+        if self.fault and (status := self.fault(len(self.asked))):
+            return status, {"error": {"message": "as the test wants"}}
+        self.asked.append(
+            {"prompt": tuple(ids), "seed": body.get("seed"), "weights": dict(self.door.loaded)}
+        )
+        backend = TransformersRollouts(self.tokenizer, 1, tuple(body["stop_token_ids"]))
+        backend.load(Weights(self.causal), 0)
+        sampling = SamplingParams(
+            temperature=body["temperature"],
+            top_p=body.get("top_p", 1.0),
+            top_k=body.get("top_k", 0),
+            max_new_tokens=body["max_tokens"],
+            stop=tuple(body.get("stop", ())),
+        )
+        request = SamplingRequest(prompt_ids=tuple(ids), seed=body.get("seed", 0))
+        with self.lock:
+            done = backend.sample([request], sampling)[0]
+        choice = {
+            "token_ids": done.ids,
+            "logprobs": {"token_logprobs": done.logprobs},
+            "finish_reason": "stop" if done.finished else "length",
+        }
+        return 200, {"choices": [choice]}
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,71 @@
+"""vLLM beside a trainer under ZeRO stage 3, once a rank: prints the figures of each transfer as one JSON object.
+
+`python vllm_ranks_scenario.py MODEL_FOLDER WORK_FOLDER`; test_ranks.py says what they must be.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from tinyruns import LORA, advance, make_spec, model, rollout, teacher, training
+
+from sdkit.distributed import collectives, zero
+from sdkit.language.specs import EmaWeights, OptimizerSpec, VllmBackend
+from sdkit.train.collect_rollouts import collect_rollouts, rollout_records, sort_records
+from sdkit.train.run import open_world
+
+
+def main(folder, work):
+    spec = make_spec(
+        folder,
+        model=model(folder, lora=LORA),
+        teacher=teacher(EmaWeights(update_rate=0.3)),
+        rollout=rollout(temperature=0.7, backend=VllmBackend(cache_gib=0.1)),
+        optimizer=OptimizerSpec(lr=1e-2),
+        training=training(zero_stage=3),
+    )
+    world = open_world(spec, work)
+    every = list(world.student.model.parameters())
+    whole = sum(p.ds_numel for p in every)
+    most = watched(world.student, every)
+    figures = []
+    for step in range(3):
+        gathered = collect_rollouts(world, world.data.batch_rows(step), ("rollout", step))
+        if step == 0:  # a collective: every rank takes part, or none
+            rolled = sort_records(collectives.gather_object(rollout_records(gathered)))
+        figures.append(gathered.figures)
+        advance(world, 1)
+    figures.append(world.backend(world.student)[1])
+    figures.append(world.backend(world.teacher.weights)[1])
+    found = {
+        "syncs": collectives.all_gather_object([f["canary_mean"] for f in figures]),
+        "most": max(most) / whole,
+        "left whole": sum(p.numel() for p in every),
+        "rollouts": len(rolled),
+        "ranks": collectives.world_size(),
+    }
+    first = collectives.rank() == 0
+    world.close()
+    zero.stop()
+    if first:
+        (work / "found.json").write_text(json.dumps(found))
+
+
+def watched(weights, every):
+    """How many elements are whole at each tensor that goes out."""
+    seen, stream = [], weights.tensors
+
+    def tensors():
+        for pair in stream():
+            seen.append(sum(p.numel() for p in every))
+            yield pair
+
+    weights.tensors = tensors
+    return seen
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

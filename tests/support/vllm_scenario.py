@@ -1,0 +1,159 @@
+"""vLLM beside the trainer, in a process of its own: prints what it measured as one JSON object.
+
+`python vllm_scenario.py MODEL_FOLDER WORK_FOLDER`; test_vllm.py says what the figures must be.
+"""
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from attrs import evolve
+from tinyruns import LORA, advance, make_spec, model, rollout, teacher
+
+from sdkit.batches import SamplingRequest
+from sdkit.distributed import zero
+from sdkit.language.errors import NumericsGuard
+from sdkit.language.specs import EmaWeights, OptimizerSpec, VllmBackend
+from sdkit.models.loading import load_model
+from sdkit.models.teachers import open_teacher
+from sdkit.models.weights import Weights
+from sdkit.seeds import derive
+from sdkit.train.collect_rollouts import collect_rollouts, sampling_params
+from sdkit.train.run import open_world
+
+
+def main(folder, work):
+    spec = make_spec(
+        folder,
+        teacher=teacher(EmaWeights(update_rate=0.3)),
+        rollout=rollout(temperature=0.7, backend=VllmBackend(cache_gib=0.1)),
+        optimizer=OptimizerSpec(lr=1e-2),
+    )
+    world = open_world(spec, work)
+    before = generators()
+    backend, first = world.backend(world.student)
+    found = {"generators untouched": generators() == before, "first load": first}
+    found |= syncs(world)
+    found |= sampling(world, backend)
+    found |= stale(world, backend)
+    found |= adapters(world, backend, folder)
+    world.close()
+    zero.stop()
+    return found
+
+
+def generators():
+    state = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), state[1].tolist(), state[2]
+
+
+def syncs(world):
+    """The figures of the transfer after each of three updates, of the teacher, and of a second ask."""
+    figures = []
+    for step in range(3):
+        advance(world, 1)
+        figures.append(collect_rollouts(world, world.data.take(step), ("rollout", step)).figures)
+    again = collect_rollouts(world, world.data.take(3), ("rollout", 3)).figures
+    other = world.backend(world.teacher.weights)[1]
+    return {"syncs": figures, "unchanged weights": again, "teacher": other}
+
+
+def sampling(world, backend):
+    """Sampled tokens and their log-probabilities against a plain forward pass."""
+    world.backend(world.student)
+    ids = [world.data.student_ids(row) for row in world.data.train]
+    requests = [SamplingRequest(prompt_ids=p, seed=derive(3, i)) for i, p in enumerate(ids * 2)]
+    settings = sampling_params(world)
+    done = backend.sample(requests, settings)
+    greedy = backend.sample(requests, evolve(settings, temperature=0.0))
+    few = backend.sample(requests[4:1:-1], settings)[::-1]
+    truncated = backend.sample(requests, evolve(settings, top_k=3))
+    apart, whole, likeliest, kept = [], [], [], []
+    for request, drawn, best, cut in zip(requests, done, greedy, truncated, strict=True):
+        told = logits(world, request, drawn)
+        apart.append(gap((told / 0.7).log_softmax(-1), drawn))
+        whole.append(gap(told.log_softmax(-1), drawn))
+        likeliest.append(logits(world, request, best).argmax(-1).tolist() == list(best.ids))
+        scaled = logits(world, request, cut) / 0.7
+        top = scaled.topk(3, dim=-1).values[:, -1:]
+        kept.append(gap(scaled.masked_fill(scaled < top, float("-inf")).log_softmax(-1), cut))
+    return {
+        "sampled logprobs": max(apart),
+        "at temperature 1": max(whole),
+        "top_k logprobs": max(kept),
+        "greedy is the arg max": all(likeliest),
+        "same seeds, same tokens": [c.ids for c in backend.sample(requests, settings)]
+        == [c.ids for c in done],
+        "another batch, same tokens": [c.ids for c in few] == [c.ids for c in done[2:5]],
+        "other seeds, other tokens": done[0].ids != done[len(ids)].ids,
+        "stop texts": stop_texts(world, backend, requests, settings, done),
+    }
+
+
+def stop_texts(world, backend, requests, settings, done):
+    """Whether a stop text ends each completion at the token that completes it."""
+    decode = world.data.tokenizer.decode
+    said = [[decode(c.ids[:n]) for n in range(1, len(c.ids) + 1)] for c in done]
+    words = {decode(c.ids[n]) for c in done for n in range(2, len(c.ids))}
+    stop = sorted(word for word in words if word.isascii() and word.isprintable())[:3]
+    cut = backend.sample(requests, evolve(settings, stop=tuple(stop)))
+    expected = []
+    for completion, texts in zip(done, said, strict=True):
+        ends = [n for n, text in enumerate(texts, 1) if any(word in text for word in stop)]
+        expected.append((completion.ids[: ends[0] if ends else None], bool(ends)))
+    same = [(c.ids, c.finished) for c in cut] == expected
+    return {"stopped": sum(end for _, end in expected), "of": len(cut), "same": same}
+
+
+def logits(world, request, completion):
+    ids = torch.tensor([[*request.prompt_ids, *completion.ids]])
+    with torch.no_grad(), world.student.active() as causal:
+        return causal(ids).logits[0, len(request.prompt_ids) - 1 : -1]
+
+
+def gap(logprobs, completion):
+    told = logprobs.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
+    return (told - torch.tensor(completion.logprobs)).abs().max().item()
+
+
+def stale(world, backend):
+    """A transfer that loses the tensors must be noticed; a whole one afterwards mends it."""
+    send = backend.engine.collective_rpc
+    with torch.no_grad():
+        for parameter in world.student.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.05)
+    backend.engine.collective_rpc = lambda *_, **__: [1]
+    try:
+        backend.load(world.student, 9)
+        caught = None
+    except NumericsGuard as error:
+        caught = str(error)
+    backend.engine.collective_rpc = send
+    return {"stale": caught, "mended": backend.load(world.student, 9)}
+
+
+def adapters(world, backend, folder):
+    """Merged copies of a model with adapters of its own, and of its teacher."""
+    tuned = Weights(load_model(model(folder, lora=LORA), str(folder), 5))
+    kept = open_teacher(EmaWeights(update_rate=0.3), tuned, None, None)
+    with torch.no_grad():
+        for name, parameter in tuned.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.2 if ".default." in name else 0.1)
+    before = {n: p.detach().clone() for n, p in tuned.model.named_parameters()}
+    figures = [
+        backend.load(weights, version)["canary_mean"]
+        for version, weights in enumerate((tuned, kept.weights, Weights(tuned.model, None), tuned))
+    ]
+    untouched = all(torch.equal(p, before[n]) for n, p in tuned.model.named_parameters())
+    return {"merged": figures, "adapters untouched": untouched}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]))))

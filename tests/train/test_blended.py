@@ -1,0 +1,350 @@
+"""Blended teachers on the tiny model: scores by hand, gradients, schedules, routes, and what is shared or refused."""
+
+import pytest
+import torch
+from attrs import evolve
+from tinyruns import (
+    COLUMNS,
+    LORA,
+    advance,
+    distil,
+    evaluated,
+    lines,
+    make_spec,
+    masters,
+    model,
+    resized,
+    rollouts_of,
+    rows,
+    same,
+    silent,
+    states,
+    teacher,
+    train,
+    training,
+)
+
+from sdkit.batches import BlendedScores, HiddenStateScores
+from sdkit.language.errors import BadData
+from sdkit.language.specs import (
+    DataSpec,
+    EmaWeights,
+    ExternalWeights,
+    ExtrapolateBlend,
+    FrozenWeights,
+    GeometricBlend,
+    InlineSource,
+    LogRatio,
+    OptimizerSpec,
+    PolicyGradient,
+    ProductBlend,
+    ReferenceKl,
+    RoutedWeights,
+    Schedule,
+    StudentWeights,
+    Table,
+    TrustRegionBlend,
+)
+from sdkit.losses.scores import logits as logits_of
+from sdkit.models import tiny
+from sdkit.train.collate import collate_completions
+from sdkit.train.smoke import smoke
+from sdkit.train.step import evaluate_objective, train_step
+from sdkit.train.teacher_scores import score_reference, score_teacher
+
+# The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
+MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, clip=1e9)
+BLENDS = {
+    "trust region": TrustRegionBlend(student_share=0.3),
+    "product": ProductBlend(student_power=0.8),
+    "geometric": GeometricBlend(teacher_share=0.6),
+    "extrapolate": ExtrapolateBlend(factor=1.25),
+}
+EVERY_BLEND = pytest.mark.parametrize("blend", BLENDS.values(), ids=BLENDS)
+BOTH_FORMS = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory):
+    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
+
+
+@pytest.fixture
+def world_with(open_tiny, tiny_folder):
+    """A world whose student has left the start: no two parts of a blend are alike."""
+
+    def opened(blend, weights=None, lora=None, apart=0.05, **changes):
+        taught = evolve(teacher(weights or EmaWeights(update_rate=0.1)), blend=blend)
+        parts = {"model": model(tiny_folder, lora=lora), "optimizer": MINUS_GRADIENT}
+        world = open_tiny(make_spec(tiny_folder, **(parts | {"teacher": taught} | changes)))
+        draw = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for _, p in world.zero.named:
+                p.add_(apart * torch.randn(p.shape, generator=draw))
+        return world
+
+    return opened
+
+
+def plain_logits(weights, prompt, completion, ids=None):
+    """Of these weights at each completion token, one sequence alone.  -> [T, V]"""
+    with weights.active() as causal:
+        logits = causal(torch.tensor([[*prompt, *completion]])).logits
+    return logits[0, len(prompt) - 1 : -1, :ids]
+
+
+def by_hand(world, blend, r, base=None):
+    """The blend's logits at each completion token of a rollout."""
+    own, seen = r.prompt_ids, r.teacher_prompt_ids
+    done, ids = r.completion_ids, world.rows
+    with torch.no_grad():
+        t = plain_logits(world.teacher.leaves[r.teacher_route].weights, seen, done, ids)
+        match blend:
+            case TrustRegionBlend(student_share=c):
+                return (1 - c) * t + c * plain_logits(world.student, seen, done, ids)
+            case ProductBlend(student_power=b):
+                return t + b * plain_logits(world.student, own, done, ids)
+            case GeometricBlend(teacher_share=w):
+                start = plain_logits(world.reference.weights, own, done, ids)
+                return (1 - w) * start + w * t
+            case ExtrapolateBlend(factor=f):
+                start = plain_logits(base or world.reference.weights, own, done, ids)
+                return f * t + (1 - f) * start
+
+
+def plain_loss(world, blend, batch, base=None):
+    """Mean forward KL to the blend, by a loop over rollouts."""
+    total, tokens = 0.0, 0
+    for r in batch:
+        s = plain_logits(world.student, r.prompt_ids, r.completion_ids, world.rows).log_softmax(-1)
+        q = by_hand(world, blend, r, base).log_softmax(-1)
+        total = total + (q.exp() * (q - s)).sum()
+        tokens += len(r.completion_ids)
+    return total / tokens
+
+
+def step_is_plain(world, blend, base=None):
+    """Value and gradient of a step are those of the loop."""
+    batch = rollouts_of(world)
+    expected = plain_loss(world, blend, batch, base)
+    named = dict(world.zero.named)
+    slopes = torch.autograd.grad(expected, named.values())
+    assert evaluate_objective(world, batch)["loss"] == pytest.approx(expected.item(), abs=2e-5)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    assert train_step(world, batch).applied
+    assert max(slope.abs().max() for slope in slopes) > 1e-3
+    for (name, p), slope in zip(named.items(), slopes, strict=True):
+        torch.testing.assert_close(before[name] - p.detach(), slope, atol=5e-5, rtol=2e-3)
+
+
+def whole(world):
+    """One micro-batch with every completion token of some rollouts, and the rollouts."""
+    found = list(rollouts_of(world))
+    ((order, batch),) = collate_completions(found, 10**6, world.device, 0, teacher=True)
+    return order, batch
+
+
+@BOTH_FORMS
+@EVERY_BLEND
+def test_value_and_gradient_are_those_of_the_blend_by_hand(world_with, blend, lora):
+    world = world_with(blend, lora=lora)
+    start = None if world.reference is None else states(world, world.reference.weights)
+    step_is_plain(world, blend)
+    if start is not None:
+        same(states(world, world.reference.weights), start)
+        assert (states(world, world.student) - start).abs().max() > 1e-3
+    if lora and world.reference:
+        assert world.reference.weights.model is world.student.model
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["equal heads", "padded heads"])
+def test_another_model_is_the_base(world_with, tiny_folder, other_folder, tmp_path, padded):
+    base = resized(other_folder, tmp_path / "base", 420) if padded else other_folder
+    blend = ExtrapolateBlend(factor=1.5, base=ExternalWeights(path=str(base), dtype="float32"))
+    world = world_with(blend, FrozenWeights())
+    assert world.reference is None
+    assert world.rows == 404
+    assert world.ids_below == (404 if padded else None)
+    step_is_plain(world, blend, world.beside.weights)
+    assert not any(p.requires_grad for p in world.beside.weights.model.parameters())
+
+
+def test_a_base_that_teaches_too_is_loaded_once(world_with, other_folder):
+    other = ExternalWeights(path=str(other_folder), dtype="float32")
+    both = RoutedWeights(by="answer", routes=Table({str(2 * i): other for i in range(6)}))
+    world = world_with(ExtrapolateBlend(factor=1.25, base=other), both)
+    assert world.beside is world.teacher.leaves[0]
+
+
+@EVERY_BLEND
+def test_each_route_is_blended_alike(world_with, other_folder, blend):
+    weights = RoutedWeights(
+        by="domain",
+        routes=Table(
+            {
+                "math": FrozenWeights(),
+                "code": ExternalWeights(path=str(other_folder), dtype="float32"),
+                "chat": StudentWeights(),
+            }
+        ),
+    )
+    domains = ("math", "code", "math", "chat", "code", "math")
+    held = zip(rows(6), domains, strict=True)
+    source = InlineSource(rows=tuple(Table({**row, "domain": d}) for row, d in held))
+    columns = Table({**COLUMNS, "domain": "domain"})
+    world = world_with(
+        blend,
+        weights,
+        data=DataSpec(source=source, columns=columns),
+        training=training(prompts_per_step=6),
+    )
+    step_is_plain(world, blend)
+
+
+@EVERY_BLEND
+def test_the_measuring_pass_and_an_advantage_ask_the_blend(world_with, blend):
+    pull = PolicyGradient(
+        advantage=LogRatio(center="sequence", floor=-9.0, below_floor="leave_out")
+    )
+    world = world_with(blend, losses=Table({"pull": pull}))
+    batch = rollouts_of(world)
+    for r in batch:
+        told = by_hand(world, blend, r).log_softmax(-1)
+        expected = told[range(len(r.completion_ids)), r.completion_ids].tolist()
+        assert r.token_statistics["teacher_logprobs"] == pytest.approx(expected, abs=1e-4)
+    assert train_step(world, batch).metrics["grad_norm"] > 0
+
+
+def test_a_power_that_moves_is_that_of_the_optimizer_step(world_with):
+    """0, then a half, then 1 and no more of the teacher."""
+    world = world_with(
+        TrustRegionBlend(student_share=Schedule(start=0, to=1, steps=2)), training=training(steps=4)
+    )
+    _, batch = whole(world)
+    told = [score_teacher(world, batch)]
+    assert isinstance(told[0], HiddenStateScores)
+    same(told[0].hidden, world.teacher.weights.hidden(batch.teacher))
+    (measured,) = advance(world, 1)
+    assert measured.metrics["teacher/blend/student_share"] == 0.0
+    order, batch = whole(world)
+    halves = score_teacher(world, batch)
+    assert isinstance(halves, BlendedScores)
+    assert halves.factors == (0.5, 0.5)
+    half = TrustRegionBlend(student_share=0.5)
+    expected = torch.cat([by_hand(world, half, r) for r in order])
+    torch.testing.assert_close(logits_of(halves, slice(None)), expected, atol=1e-4, rtol=1e-4)
+    advance(world, 2)
+    _, batch = whole(world)
+    alone = score_teacher(world, batch)
+    assert isinstance(alone, HiddenStateScores)
+    with torch.no_grad():
+        same(alone.hidden, world.student.hidden(batch.teacher))
+
+
+@pytest.mark.parametrize(
+    "blend",
+    [
+        TrustRegionBlend(student_share=0.0),
+        ProductBlend(student_power=0.0),
+        GeometricBlend(teacher_share=1.0),
+        ExtrapolateBlend(factor=1.0),
+    ],
+    ids=BLENDS,
+)
+def test_at_its_limit_a_blend_is_the_teacher(world_with, blend):
+    world, plain = world_with(blend), world_with(None)
+    found, expected = (w for w in (world, plain))
+    same(*(score_teacher(w, whole(w)[1]).hidden for w in (found, expected)))
+    step_is_plain(world, TrustRegionBlend(student_share=0.0))
+
+
+def test_the_start_model_is_asked_once_for_a_term_and_a_blend(world_with):
+    losses = Table({**distil(), "stay": ReferenceKl(estimator="vocabulary", coefficient=0.1)})
+    world = world_with(GeometricBlend(teacher_share=0.5), losses=losses)
+    assert world.beside is world.reference
+    _, batch = whole(world)
+    reference = score_reference(world, batch)
+    assert score_teacher(world, batch, reference).parts[1] is reference
+    found = evaluate_objective(world, rollouts_of(world))
+    assert found["stay/reference_kl"] > 0
+
+
+def test_a_blend_alone_gives_no_term_a_reference(world_with):
+    world = world_with(GeometricBlend(teacher_share=0.5))
+    assert world.reference is not None
+    assert score_reference(world, whole(world)[1]) is None
+
+
+def test_a_frozen_teacher_is_the_start_model_of_its_blend(world_with):
+    world = world_with(GeometricBlend(teacher_share=0.5), FrozenWeights())
+    assert world.beside is world.reference is world.teacher
+    step_is_plain(world, GeometricBlend(teacher_share=0.5))
+
+
+@pytest.mark.parametrize(("dtype", "stage"), [("float32", 2), ("bfloat16", 1)])
+@pytest.mark.parametrize("blend", [BLENDS["trust region"], BLENDS["product"]], ids=["seen", "own"])
+def test_the_live_student_is_asked_beside_its_training_under_zero(
+    world_with, tiny_folder, blend, dtype, stage
+):
+    world = world_with(
+        blend,
+        model=model(tiny_folder, dtype),
+        training=training(zero_stage=stage),
+        optimizer=OptimizerSpec(lr=1e-3),
+        apart=0.0,
+    )
+    before = masters(world)
+    assert all(m.applied and m.metrics["grad_norm"] > 0 for m in advance(world, 2))
+    assert any((value - before[name]).abs().max() > 0 for name, value in masters(world).items())
+
+
+def test_a_base_with_another_vocabulary_is_refused(world_with, other_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    odd = tmp_path / "odd"
+    resized(other_folder, odd, 405)
+    tokenizer = AutoTokenizer.from_pretrained(odd)
+    tokenizer.add_tokens(["<|more|>"])
+    tokenizer.save_pretrained(odd)
+    blend = ExtrapolateBlend(factor=1.25, base=ExternalWeights(path=str(odd)))
+    with pytest.raises(BadData, match="has another vocabulary than the student"):
+        world_with(blend)
+
+
+def test_a_base_without_rows_for_every_token_is_refused(world_with, other_folder, tmp_path):
+    small = resized(other_folder, tmp_path / "small", 403)
+    blend = ExtrapolateBlend(factor=1.25, base=ExternalWeights(path=str(small)))
+    with pytest.raises(BadData, match="the base of the blend has 403 output rows for 404"):
+        world_with(blend)
+
+
+def test_a_whole_run_samples_the_lift_without_the_blend(
+    tiny_folder, other_folder, tmp_path, process_group
+):
+    base = ExternalWeights(path=str(other_folder))
+    taught = evolve(
+        teacher(FrozenWeights()),
+        blend=ExtrapolateBlend(factor=Schedule(start=1, to=1.5, steps=2), base=base),
+    )
+    folder = train(evaluated(make_spec(tiny_folder, teacher=taught)), tmp_path / "run")
+    trained = [x for x in lines(folder / "metrics.jsonl") if "grad_norm" in x]
+    assert [x["teacher/blend/factor"] for x in trained] == [1.0, 1.25, 1.5]
+    assert any("eval/loss" in x for x in lines(folder / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "blend",
+    [
+        TrustRegionBlend(student_share=0.01),
+        ProductBlend(student_power=Schedule(start=0.8, to=0, steps=1000)),
+        GeometricBlend(teacher_share=0.5),
+        ExtrapolateBlend(
+            factor=1.25, base=ExternalWeights(path="org/never-there", revision="main")
+        ),
+    ],
+    ids=BLENDS,
+)
+def test_smoke_runs_every_blend(process_group, tiny_folder, blend):
+    weights = ExternalWeights(path="org/not-there-either")
+    spec = make_spec(tiny_folder, teacher=evolve(teacher(weights), blend=blend))
+    assert len(smoke(spec, silent())) == 2

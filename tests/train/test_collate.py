@@ -1,0 +1,108 @@
+"""Micro-batches: positions line up, nothing is encoded again, and the split changes no gradient."""
+
+import torch
+
+from sdkit.batches import Rollout, RolloutBatch, Row
+from sdkit.language.specs import (
+    CrossEntropy,
+    Distillation,
+    ForwardKl,
+    MaskSpec,
+    PerSequence,
+    Table,
+    VocabularySupport,
+)
+from sdkit.train.collate import collate as collate_counted
+from sdkit.train.loss_masks import build_loss_masks
+
+CPU = torch.device("cpu")
+
+
+def rollout(prompt, teacher, completion, group=0):
+    row = Row(index=0, messages=({"role": "user", "content": "x"},), columns={}, raw={})
+    return Rollout(
+        row=row,
+        group=group,
+        prompt_ids=tuple(prompt),
+        teacher_prompt_ids=None if teacher is None else tuple(teacher),
+        completion_ids=tuple(completion),
+        sampler_logprobs=tuple(-0.1 * (i + 1) for i in range(len(completion))),
+        policy_version=0,
+        finished=True,
+    )
+
+
+def distil(**changes):
+    return Distillation(divergence=ForwardKl(), support=VocabularySupport(), **changes)
+
+
+def same(x):
+    return x.clone()
+
+
+def alone(values):
+    return values, slice(0, len(values))
+
+
+def collate(rollouts, losses, *rest):
+    batch = RolloutBatch(rollouts=tuple(rollouts))
+    return collate_counted(list(build_loss_masks(batch, losses, everywhere=alone)), losses, *rest)
+
+
+def test_a_state_predicts_the_next_token_under_both_prompts():
+    batch = collate(
+        [rollout([1, 2, 3], [9, 8, 7, 6, 5], [10, 11, 12])], Table({"d": distil()}), 100, same, CPU
+    )
+    (micro,) = batch.micro_batches
+    for sequences in (micro.student, micro.teacher):
+        flat = sequences.input_ids.flatten()
+        assert flat[sequences.predictor_index + 1].tolist() == [10, 11, 12]
+    assert micro.tokens.token.tolist() == [10, 11, 12]
+
+
+def test_skipped_tokens_are_not_projected_but_stay_in_the_sequence():
+    term = distil(mask=MaskSpec(skip_first=2))
+    (micro,) = collate(
+        [rollout([1], [2], [10, 11, 12])], Table({"d": term}), 100, same, CPU
+    ).micro_batches
+    assert micro.tokens.token.tolist() == [12]
+    assert micro.student.input_ids.tolist() == [[1, 10, 11, 12]]
+    torch.testing.assert_close(micro.tokens.sampler_logprobs, torch.tensor([-0.3]))
+
+
+def test_a_row_without_teacher_has_no_weight_in_distillation_but_counts_as_a_row():
+    losses = Table({"d": distil(average=PerSequence(empty_rows="count"))})
+    rollouts = [rollout([1], [2], [10, 11]), rollout([1], None, [12, 13], group=1)]
+    batch = collate(rollouts, losses, 100, same, CPU)
+    weights = torch.cat([m.tokens.weights["d"] for m in batch.micro_batches])
+    assert weights.sum().item() == 0.5
+    assert (batch.counts["d"].rows, batch.counts["d"].filled_rows, batch.counts["d"].tokens) == (
+        2,
+        1,
+        2,
+    )
+
+
+def test_terms_with_different_masks_share_tokens():
+    losses = Table({"d": distil(mask=MaskSpec(skip_first=1)), "c": CrossEntropy()})
+    (micro,) = collate([rollout([1], [2], [10, 11])], losses, 100, same, CPU).micro_batches
+    assert micro.tokens.weights["d"].tolist() == [0.0, 1.0]
+    assert micro.tokens.weights["c"].tolist() == [0.5, 0.5]
+
+
+def test_the_budget_bounds_padded_tokens_and_keeps_every_rollout():
+    rollouts = [rollout([1] * n, [2] * n, [3] * (1 + n % 4), group=n) for n in range(1, 20)]
+    batch = collate(rollouts, Table({"d": distil()}), 64, same, CPU)
+    sizes = [
+        max(m.student.input_ids.numel(), m.teacher.input_ids.numel()) for m in batch.micro_batches
+    ]
+    assert max(sizes) <= 64
+    assert sum(m.rows for m in batch.micro_batches) == len(batch.order) == 19
+    assert len(batch.micro_batches) > 3
+
+
+def test_weights_add_up_to_one_over_all_micro_batches():
+    rollouts = [rollout([1], [2], [3] * n, group=n) for n in (1, 5, 9, 2)]
+    batch = collate(rollouts, Table({"d": distil(average=PerSequence())}), 12, same, CPU)
+    total = sum(m.tokens.weights["d"].sum() for m in batch.micro_batches)
+    torch.testing.assert_close(total, torch.tensor(1.0))

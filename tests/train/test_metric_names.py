@@ -1,0 +1,43 @@
+"""The names of metrics that a run writes are those of floor 0's list, and every one means one thing."""
+
+from attrs import evolve
+from tinyruns import distil, evaluated, lines, make_spec, rollout, teacher, train
+
+from sdkit.language.metric_names import FAMILIES, INTERVAL, LENGTHS, SINGLE
+from sdkit.language.specs import (
+    CrossEntropy,
+    EmaWeights,
+    NonEmpty,
+    RouteSpec,
+    Schedule,
+    SuccessfulSibling,
+    Table,
+    UserTurn,
+)
+
+
+def test_a_run_writes_the_families_of_the_list_and_no_others(tiny_folder, tmp_path):
+    """A run that has all that has metrics: a route, filters, slots, numbers that move, rewards, suites, a lift."""
+    sees = UserTurn(
+        template="{prompt} {sibling}",
+        slots=Table({"sibling": SuccessfulSibling(threshold=0.0)}),
+    )
+    moving = Schedule(start=0.1, to=0.2, steps=2)
+    spec = evaluated(
+        make_spec(
+            tiny_folder,
+            teacher=teacher(EmaWeights(update_rate=moving), sees),
+            losses=Table(dict(distil(coefficient=moving)) | {"imitate": CrossEntropy()}),
+            rollout=rollout(completions_per_prompt=2, keep=(NonEmpty(),)),
+            route=RouteSpec(when="failed", then=("imitate",), otherwise=("distil",)),
+        )
+    )
+    spec = evolve(spec, reward="number", training=evolve(spec.training, steps=1))
+    train(spec, tmp_path / "run")
+    names = {name for line in lines(tmp_path / "run" / "metrics.jsonl") for name in line}
+    first = {name.partition("/")[0] for name in names if "/" in name} - set(spec.losses)
+    assert first == FAMILIES
+    assert {name for name in names if "/" not in name} - {"loss"} == SINGLE
+    scores = {name for name in names if name.startswith("eval/sums/greedy/")}
+    assert f"eval/sums/greedy/{LENGTHS}" in scores
+    assert {f"eval/sums/greedy/right{end}" for end in INTERVAL} <= scores

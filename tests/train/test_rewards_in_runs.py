@@ -1,0 +1,83 @@
+"""Rewards of several parts in an evaluation, with what they said."""
+
+import pytest
+from attrs import evolve
+from tinyruns import evaluated, inline, make_spec
+
+from sdkit.language.specs import (
+    Decoding,
+    FileReward,
+    InlineSource,
+    NumberReward,
+    PythonTests,
+    Suite,
+    Table,
+    WeightedReward,
+    WholeText,
+)
+
+OWN = "def length(completion, row):\n    return len(completion) / 100, 'say less'\n"
+
+
+def test_parts_are_measured_and_feedback_is_kept(tiny_folder, tmp_path):
+    from sdkit.distributed import zero
+    from sdkit.train.evaluate import evaluate, headline
+    from sdkit.train.run import open_world
+
+    (tmp_path / "mine.py").write_text(OWN)
+    rewards = {
+        "total": WeightedReward(parts=Table({"runs": 2.0, "length": -1.0})),
+        "runs": NumberReward(),
+        "length": FileReward(file="mine.py", function="length"),
+    }
+    suite = Suite(
+        data=inline(3, 100), score="total", decoding=Table({"greedy": Decoding(temperature=0.0)})
+    )
+    spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
+    world = open_world(evolve(spec, rewards=Table(rewards)), tmp_path)
+    try:
+        found = evaluate(world)
+        metrics = found.metrics(headline(world))
+    finally:
+        world.close()
+        zero.stop()
+    names = ["total", "total/runs", "total/length"]
+    assert [key[2] for key in found.scores] == names
+    total, runs, length = (found.scores["sums", "greedy", name] for name in names)
+    assert total == pytest.approx([2 * r - n for r, n in zip(runs, length, strict=True)])
+    assert metrics["eval/score"] == metrics["eval/sums/greedy/total"]
+    assert "eval/sums/greedy/total/length_low" in metrics
+    for record in found.records:
+        assert set(record["scores"]) == set(names)
+        assert record["feedback"]["total"].endswith("say less")
+
+
+def test_programs_are_tested_in_a_run(tiny_folder, tmp_path):
+    from sdkit.distributed import zero
+    from sdkit.language.errors import BadData
+    from sdkit.train.evaluate import evaluate
+    from sdkit.train.run import open_world
+
+    reward = PythonTests(tests="answer", extract=WholeText(), isolation="without_namespaces")
+    suite = Suite(
+        data=inline(3, 100), score="passes", decoding=Table({"greedy": Decoding(temperature=0.0)})
+    )
+    spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
+    spec = evolve(spec, rewards=Table({"passes": reward}))
+    world = open_world(spec, tmp_path)
+    try:
+        found = evaluate(world)
+    finally:
+        world.close()
+        zero.stop()
+    # A model of random weights writes no Python: its programs fail, and say so.
+    assert list(found.scores["sums", "greedy", "passes"]) == [0.0] * 3
+    assert all("Test 1 of 1 failed" in r["feedback"]["passes"] for r in found.records)
+
+    rows = tuple(Table({**row, "answer": "{}"}) for row in suite.data.source.rows)
+    bad = evolve(suite, data=evolve(suite.data, source=InlineSource(rows=rows)))
+    spec = evolve(spec, evaluation=evolve(spec.evaluation, suites=Table({"sums": bad})))
+    with pytest.raises(
+        BadData, match=r"row 0: tests in the column 'answer': a table needs.*\nrow 1"
+    ):
+        open_world(spec, tmp_path)

@@ -1,0 +1,186 @@
+"""How long rows may be that completions share, and whether padding shows: measured on the model."""
+
+import pytest
+import torch
+import transformers
+from tinyruns import COLUMNS, make_spec, rollout, rollouts_of, training
+
+from sdkit.language.errors import BadData
+from sdkit.language.specs import DataSpec, InlineSource, Table
+from sdkit.models.packing import pad_sequences, padded_tokens
+from sdkit.models.weights import Weights
+from sdkit.train import row_probe
+from sdkit.train.row_probe import longest_shared, padding_shows, padding_shows_in_samples
+from sdkit.train.token_statistics import compute_token_statistics
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 404,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+WINDOW = 64
+LONG, TEXT = 300, 150  # tokens of a shared row, of the longest text in it
+
+
+def build(architecture, **changes):
+    config = getattr(transformers, f"{architecture}Config")(**(SIZES | changes))
+    torch.manual_seed(0)
+    return Weights(getattr(transformers, f"{architecture}ForCausalLM")(config).eval())
+
+
+SLIDING = {
+    "every layer": lambda: build("Mistral", sliding_window=WINDOW),
+    "some layers": lambda: build(
+        "Qwen2",
+        sliding_window=WINDOW,
+        use_sliding_window=True,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "another model": lambda: build("Gemma2", sliding_window=WINDOW, head_dim=32),
+}
+ALONE = {
+    "attention and recurrence": lambda: build(
+        "FalconH1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_state=16, mamba_d_head=16
+    ),
+    "recurrence alone": lambda: build("Mamba"),
+    "convolution": lambda: build("Lfm2", layer_types=["conv", "full_attention"]),
+    "positions by distance in the row": lambda: build("Bloom", n_head=2, n_layer=2),
+    "a kernel without such masks": lambda: kernel("flash_attention_2"),
+}
+FREE = {
+    "plain": lambda: build("Llama"),
+    "window switched off": lambda: build("Qwen2", sliding_window=WINDOW, use_sliding_window=False),
+    "window longer than any row": lambda: build("Mistral", sliding_window=4096),
+    "no positions": lambda: build("SmolLM3", no_rope_layers=[0, 0]),
+}
+
+
+def kernel(name):
+    weights = build("Llama")
+    weights.causal.config._attn_implementation = name
+    weights.hidden = lambda _: pytest.fail("a kernel that takes no mask was tried")
+    return weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SLIDING)
+def test_shared_rows_end_where_a_window_does(name, dtype, monkeypatch):
+    weights = SLIDING[name]()
+    weights.model.to(dtype)
+    assert longest_shared(weights, CPU, LONG, TEXT) == WINDOW
+    if dtype == torch.bfloat16:
+        return
+    monkeypatch.setattr(row_probe, "_reaches", lambda _: [])  # the configuration says nothing
+    assert WINDOW // 2 < longest_shared(weights, CPU, LONG, TEXT) <= WINDOW
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_models_whose_completions_would_see_each_other_share_no_rows(name):
+    assert longest_shared(ALONE[name](), CPU, LONG, TEXT) == 0
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_others_share_rows_as_long_as_the_run_can_form(name):
+    assert longest_shared(FREE[name](), CPU, LONG, TEXT) == LONG
+
+
+def test_a_pass_with_a_row_longer_than_the_window_shares_none():
+    weights = SLIDING["every layer"]()
+    draw = torch.Generator().manual_seed(1)
+
+    def ids(size):
+        return tuple(torch.randint(2, 404, (size,), generator=draw).tolist())
+
+    prompt, long = ids(10), ids(90)
+    prompts, completions = [prompt, prompt, long], [ids(8), ids(8), ids(8)]
+    kept = [range(8)] * 3
+    with torch.no_grad():
+        found = weights.hidden(pad_sequences(prompts, completions, kept, WINDOW, CPU))
+        alone = [
+            weights.hidden(pad_sequences([p], [c], [range(8)], 0, CPU))
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+    torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-4)
+    assert padded_tokens(prompts, completions, WINDOW) == 3 * 98
+    assert padded_tokens(prompts[:2], completions[:2], WINDOW) == 10 + 16
+
+
+LENGTH_DEPENDENT = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 16,
+        "long_factor": [4.0] * 16,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("name", LENGTH_DEPENDENT)
+def test_positions_that_depend_on_the_longest_row_show(name):
+    weights = build("Llama", max_position_embeddings=64, rope_scaling=LENGTH_DEPENDENT[name])
+    assert padding_shows(weights, CPU, 200)
+    assert not padding_shows(weights, CPU, 60)
+
+
+@pytest.mark.parametrize("name", ["every layer", "attention and recurrence", "recurrence alone"])
+def test_padding_does_not_show_under_windows_or_recurrence(name, tiny_tokenizer):
+    weights = (SLIDING | ALONE)[name]()
+    assert not padding_shows(weights, CPU, 200)
+    assert not padding_shows_in_samples(weights, tiny_tokenizer, (1,))
+
+
+def unmasked(weights):
+    """The model, deaf to the mask of padding."""
+    forward = weights.causal.model.forward
+
+    def without_mask(*args, attention_mask=None, position_ids=None, **kwargs):
+        return forward(*args, **kwargs)
+
+    weights.causal.model.forward = without_mask
+    return weights
+
+
+def test_a_sampler_that_sees_padding_is_noticed(tiny_tokenizer):
+    assert padding_shows_in_samples(unmasked(build("Llama")), tiny_tokenizer, (1,))
+    assert not padding_shows_in_samples(build("Llama"), tiny_tokenizer, (1,))
+
+
+def test_where_padding_shows_in_samples_prompts_are_sampled_one_by_one(open_tiny, monkeypatch):
+    monkeypatch.setattr("sdkit.train.state.padding_shows_in_samples", lambda *_: True)
+    world = open_tiny()
+    assert world.backend(world.student)[0].batch_rows == 1
+
+
+def test_where_padding_shows_in_training_the_run_is_refused(open_tiny, tiny_folder, monkeypatch):
+    monkeypatch.setattr("sdkit.train.row_probe.padding_shows", lambda *_: True)
+    with pytest.raises(BadData, match="other hidden states where it is padded") as caught:
+        open_tiny()
+    assert caught.value.path == ("model", "path")
+    assert open_tiny(make_spec(tiny_folder, training=training(micro_batch_tokens=1)))
+
+
+def test_a_run_with_a_window_trains_on_what_was_sampled(open_tiny, tiny_folder, tmp_path):
+    folder = tmp_path / "sliding"
+    SLIDING["every layer"]().causal.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    rows = tuple(
+        Table({"prompt": "the lazy dog " * 30 + str(i), "demonstration": "x", "answer": "y"})
+        for i in range(4)
+    )
+    data = DataSpec(source=InlineSource(rows=rows), columns=COLUMNS)
+    world = open_tiny(make_spec(folder, data=data, rollout=rollout(completions_per_prompt=2)))
+    assert 0 < world.longest_pack <= WINDOW < world.longest
+    for each in compute_token_statistics(world, rollouts_of(world), {"student_logprobs"}):
+        found = torch.tensor(each.token_statistics["student_logprobs"])
+        torch.testing.assert_close(found, torch.tensor(each.sampler_logprobs), atol=1e-4, rtol=1e-4)

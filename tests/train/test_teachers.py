@@ -1,0 +1,320 @@
+"""What the teacher is: live, frozen, averaged or copied weights, with full fine-tuning and with adapters."""
+
+import pytest
+import torch
+from tinyruns import (
+    LORA,
+    PRECISIONS,
+    advance,
+    masters,
+    model,
+    rollouts_of,
+    same,
+    silent,
+    states,
+    teacher,
+    training,
+)
+
+from sdkit.language.schedules import scalar_at
+from sdkit.language.specs import (
+    CopyWeights,
+    EmaWeights,
+    FrozenWeights,
+    OptimizerSpec,
+    Schedule,
+    StudentWeights,
+)
+from sdkit.models.weights import Weights
+
+EVERY_FORM = pytest.mark.parametrize(
+    ("dtype", "stage", "lora"),
+    [(dtype, stage, lora) for dtype, stage in PRECISIONS for lora in (None, LORA)],
+    ids=lambda value: {None: "full", LORA: "lora"}.get(value) or str(value),
+)
+ONE_FORM = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+
+
+@pytest.fixture
+def world_with(open_tiny, tiny_folder):
+    def opened(weights, dtype="float32", stage=0, lora=None, lr=1e-2, **more):
+        return open_tiny(
+            model=model(tiny_folder, dtype, lora),
+            teacher=teacher(weights),
+            training=training(zero_stage=stage, **more),
+            optimizer=OptimizerSpec(lr=lr),
+        )
+
+    return opened
+
+
+def moved(before, after):
+    return (before - after).abs().max() > 0
+
+
+@EVERY_FORM
+def test_a_live_teacher_is_the_student(world_with, dtype, stage, lora):
+    world = world_with(StudentWeights(), dtype, stage, lora)
+    start = states(world, world.student)
+    advance(world)
+    same(states(world, world.teacher.weights), states(world, world.student))
+    assert moved(start, states(world, world.student))
+
+
+@EVERY_FORM
+def test_a_frozen_teacher_stays_the_start_model(world_with, dtype, stage, lora):
+    world = world_with(FrozenWeights(), dtype, stage, lora)
+    start = states(world, world.student)
+    advance(world)
+    same(states(world, world.teacher.weights), start)
+    assert moved(start, states(world, world.student))
+
+
+@EVERY_FORM
+def test_an_average_is_the_float32_average_of_the_masters(world_with, dtype, stage, lora):
+    rate = 0.3
+    world = world_with(EmaWeights(update_rate=rate), dtype, stage, lora)
+    expected = masters(world)
+    for _ in range(4):
+        advance(world, 1)
+        now = masters(world)
+        expected = {name: value.lerp(now[name], rate) for name, value in expected.items()}
+    assert world.teacher.shadow.keys() == expected.keys()
+    for name, value in expected.items():
+        assert world.teacher.shadow[name].dtype == torch.float32
+        same(world.teacher.shadow[name], value)
+        same(world.teacher.live[name], value.to(world.teacher.live[name].dtype))
+    assert moved(states(world, world.teacher.weights), states(world, world.student))
+
+
+@EVERY_FORM
+def test_rate_0_is_frozen_and_rate_1_is_live(world_with, dtype, stage, lora):
+    still = world_with(EmaWeights(update_rate=0.0), dtype, stage, lora)
+    start = states(still, still.student)
+    advance(still)
+    same(states(still, still.teacher.weights), start)
+    close = world_with(EmaWeights(update_rate=1.0), dtype, stage, lora)
+    advance(close)
+    same(states(close, close.teacher.weights), states(close, close.student))
+
+
+@EVERY_FORM
+def test_only_the_student_is_trained(world_with, dtype, stage, lora):
+    world = world_with(EmaWeights(update_rate=0.5), dtype, stage, lora)
+    asked = {n for n, p in world.student.model.named_parameters() if p.requires_grad}
+    assert {n for n, _ in world.masters()} == asked
+    own = {id(t) for t in world.teacher.live.values()}
+    optimized = {id(p) for g in world.zero.engine.basic_optimizer.param_groups for p in g["params"]}
+    assert not own & ({id(p) for _, p in world.zero.named} | optimized)
+    assert not any(t.requires_grad for t in world.teacher.live.values())
+    if lora:
+        assert asked == {n for n, _ in world.student.model.named_parameters() if ".default." in n}
+    else:
+        assert not any(p.requires_grad for p in world.teacher.weights.model.parameters())
+        assert asked == {n for n, _ in world.student.model.named_parameters()}
+
+
+@EVERY_FORM
+def test_a_skipped_step_moves_nothing(world_with, dtype, stage, lora):
+    world = world_with(EmaWeights(update_rate=0.5), dtype, stage, lora)
+    before, start = masters(world), dict(world.teacher.state())
+    _, parameter = world.zero.named[0]
+    spoiled = parameter.register_hook(lambda gradient: gradient * float("nan"))
+    (measured,) = advance(world, 1)
+    spoiled.remove()
+    assert not measured.applied
+    assert world.updates == 0
+    for name, value in masters(world).items():
+        same(value, before[name])
+        same(world.teacher.shadow[name], start[name])
+    (measured,) = advance(world, 1)
+    assert measured.applied
+    assert any(moved(value, before[name]) for name, value in masters(world).items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "moves"),
+    [
+        (EmaWeights(update_rate=0.5, every="optimizer_step"), [1, 2, 3, 4]),
+        (EmaWeights(update_rate=0.5, every="rollout_batch"), [2, 4]),
+        (CopyWeights(every=2), [2, 4]),
+        (CopyWeights(every=3), [3]),
+        (FrozenWeights(), []),
+    ],
+)
+def test_when_the_teacher_follows(world_with, tmp_path, monkeypatch, weights, moves):
+    from sdkit.runs import directory
+    from sdkit.train import loop
+    from sdkit.train.report import Report
+
+    world = world_with(weights, steps=2, updates_per_rollout=2)
+    seen = []
+    if moves:
+        follow = world.teacher._follow
+        monkeypatch.setattr(
+            world.teacher,
+            "_follow",
+            lambda *given: seen.append((world.updates, given[1])) or follow(*given),
+        )
+    run = directory.create(tmp_path / "run", tensorboard=False)
+    loop.run(world, Report(run, silent(), 2))
+    assert world.updates == 4
+    rate = getattr(weights, "update_rate", 1.0)
+    assert seen == [(update, rate) for update in moves]
+
+
+@ONE_FORM
+def test_a_copy_is_the_student_of_its_last_renewal(world_with, lora):
+    world = world_with(CopyWeights(every=2), lora=lora)
+    advance(world, 2)
+    renewed = states(world, world.student)
+    same(states(world, world.teacher.weights), renewed)
+    advance(world, 1)
+    same(states(world, world.teacher.weights), renewed)
+    assert moved(states(world, world.student), renewed)
+
+
+def test_a_schedule_moves_the_rate(world_with):
+    rate = Schedule(start=1.0, to=0.0, steps=2)
+    world = world_with(EmaWeights(update_rate=rate))
+    expected = masters(world)
+    for share in (0.5, 0.0, 0.0):
+        advance(world, 1)
+        now = masters(world)
+        expected = {name: value.lerp(now[name], share) for name, value in expected.items()}
+    for name, value in expected.items():
+        same(world.teacher.shadow[name], value)
+
+
+def test_a_scheduled_scalar():
+    line, curve = (Schedule(start=2.0, to=4.0, steps=4, shape=s) for s in ("linear", "cosine"))
+    assert [scalar_at(line, step) for step in (0, 1, 2, 4, 9)] == [2.0, 2.5, 3.0, 4.0, 4.0]
+    assert scalar_at(curve, 2) == pytest.approx(3.0)
+    assert scalar_at(curve, 1) == pytest.approx(3 - 2**-0.5)
+    assert scalar_at(0.7, 5) == 0.7
+
+
+def test_distance_is_relative_to_the_student(world_with):
+    world = world_with(EmaWeights(update_rate=0.25))
+    (measured,) = advance(world, 1)
+    now = masters(world)
+    apart = sum((world.teacher.shadow[n] - v).square().sum() for n, v in now.items())
+    size = sum(v.square().sum() for v in now.values())
+    assert measured.metrics["teacher_distance"] == pytest.approx((apart / size).sqrt().item())
+
+
+def test_a_state_restores_an_average(world_with):
+    world = world_with(EmaWeights(update_rate=0.5), "bfloat16", 1)
+    advance(world, 2)
+    kept = {name: value.clone() for name, value in world.teacher.state().items()}
+    seen = states(world, world.teacher.weights)
+    advance(world, 1)
+    assert moved(states(world, world.teacher.weights), seen)
+    world.teacher.load_state(kept)
+    same(states(world, world.teacher.weights), seen)
+
+
+def test_an_incomplete_walk_over_the_masters_is_refused(world_with):
+    world = world_with(EmaWeights(update_rate=0.5))
+    some = list(world.masters())[:-1]
+    with pytest.raises(RuntimeError, match="followed the student"):
+        world.teacher.after_update(lambda: iter(some), 1, float)
+
+
+# ── adapters ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("weights", [EmaWeights(update_rate=0.3), CopyWeights(every=1)])
+@pytest.mark.parametrize(("dtype", "stage"), PRECISIONS)
+def test_adapters_leave_the_base_alone(world_with, weights, dtype, stage):
+    world = world_with(weights, dtype, stage, LORA)
+    base = {
+        n: p.detach().clone()
+        for n, p in world.student.model.named_parameters()
+        if ".lora_" not in n
+    }
+    assert len(base) > 10
+    advance(world)
+    parameters = dict(world.student.model.named_parameters())
+    for name, value in base.items():
+        same(parameters[name].detach(), value)
+
+
+def test_the_second_adapter_starts_as_the_students(world_with):
+    world = world_with(EmaWeights(update_rate=0.3), lora=LORA)
+    parameters = dict(world.student.model.named_parameters())
+    mine = {n: p for n, p in parameters.items() if ".default." in n}
+    assert len(mine) == 2 * 7 * 2  # two factors of seven projections of two layers
+    for name, parameter in mine.items():
+        same(parameters[name.replace(".default.", ".teacher.")].detach(), parameter.detach())
+    assert any(".lora_A." in name and moved(p, 0 * p) for name, p in mine.items())
+
+
+def switches(weights):
+    from peft.tuners.lora import LoraLayer
+
+    layers = [m for m in weights.model.modules() if isinstance(m, LoraLayer)]
+    return [(layer.active_adapters, layer.disable_adapters) for layer in layers]
+
+
+def test_whose_weights_are_on_ends_with_the_block(world_with):
+    world = world_with(EmaWeights(update_rate=0.3), lora=LORA)
+    advance(world)
+    outside = switches(world.student)
+    with Weights(world.student.model, None).active():
+        assert switches(world.student) == [(["default"], True)] * len(outside)
+        with world.teacher.weights.active():
+            assert switches(world.student) == [(["teacher"], False)] * len(outside)
+        assert switches(world.student) == [(["default"], True)] * len(outside)
+    assert switches(world.student) == outside
+    with pytest.raises(ZeroDivisionError), world.teacher.weights.active():
+        _ = 1 / 0
+    assert switches(world.student) == outside
+    assert all(
+        p.requires_grad == (".default." in n) for n, p in world.student.model.named_parameters()
+    )
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher", "base"])
+def test_a_merged_copy_says_what_the_adapter_says(world_with, whose):
+    from transformers import LlamaForCausalLM
+
+    world = world_with(EmaWeights(update_rate=0.3), lora=LORA)
+    advance(world)
+    before = {n: p.detach().clone() for n, p in world.student.model.named_parameters()}
+    weights = {
+        "student": world.student,
+        "teacher": world.teacher.weights,
+        "base": Weights(world.student.model, None),
+    }[whose]
+    plain = LlamaForCausalLM(world.student.causal.config).eval()
+    found = plain.load_state_dict(dict(weights.tensors()), strict=False)
+    assert found.missing_keys == ["lm_head.weight"]  # tied
+    assert not found.unexpected_keys
+    batch = rollouts_of(world)
+    ids = torch.tensor([[*r.prompt_ids, *r.completion_ids][:20] for r in batch])
+    with torch.no_grad(), weights.active() as causal:
+        torch.testing.assert_close(
+            plain(ids).logits, causal(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4
+        )
+    for name, parameter in world.student.model.named_parameters():
+        same(parameter.detach(), before[name])
+
+
+def test_a_plain_model_streams_its_own_tensors(open_tiny):
+    world = open_tiny()
+    streamed = dict(world.student.tensors())
+    for name, parameter in world.student.model.named_parameters():
+        same(streamed.pop(name), parameter.detach())
+    assert not streamed
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_adapters_are_drawn_from_the_runs_seed(world_with, seed):
+    torch.manual_seed(5)
+    first, *others = (
+        world_with(FrozenWeights(), lora=LORA, seed=s) for s in (seed, seed, seed + 1)
+    )
+    assert torch.initial_seed() == 5
+    torch.testing.assert_close(masters(others[0]), masters(first), atol=0, rtol=0)
+    assert any(moved(value, masters(first)[name]) for name, value in masters(others[1]).items())
