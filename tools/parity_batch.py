@@ -106,7 +106,7 @@ def advantages(spec: Any, batch: Batch, rows: list[list[int]]) -> list[dict[int,
     def of_teacher(part: Any) -> list[dict[int, float]]:
         floor = keys(part).get("floor", -math.inf)
         found = [
-            {p: max(batch.log_ratio(i, p), floor) if batch.taught(i) else 0.0 for p in places}
+            {p: max(batch.log_ratio(i, p), floor) if batch.has_teacher(i) else 0.0 for p in places}
             for i, places in enumerate(rows)
         ]
         if keys(part).get("center") == "sequence":
@@ -180,7 +180,7 @@ def counted(name: str, term: Any, batch: Batch, route: Any) -> list[list[int]]:
     floor = keys(keys(term.get("advantage")).get("log_ratio", term.get("advantage")))
     for i, r in enumerate(batch.rollouts):
         places = list(range(len(r["completion"])))[mask.get("skip_first", 0) : mask.get("prefix")]
-        if (consults(term) and not batch.taught(i)) or routed_away(name, r, route):
+        if (consults(term) and not batch.has_teacher(i)) or routed_away(name, r, route):
             places = []
         if mask.get("special_tokens") == "leave_out":
             places = [p for p in places if r["completion"][p] != 3]

@@ -80,7 +80,7 @@ def compute_token_statistics(
                 for name, values in held.items()
                 if rollout.teacher_prompt_ids is not None or not name.startswith("teacher")
             }
-    return RolloutBatch(rollouts=tuple(evolve(r, measures=found[id(r)]) for r in rollouts))
+    return RolloutBatch(rollouts=tuple(evolve(r, token_statistics=found[id(r)]) for r in rollouts))
 
 
 def _batch_statistics(

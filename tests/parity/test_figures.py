@@ -85,13 +85,13 @@ class Sheet:
         self.model = nn.ParameterDict({k: nn.Parameter(x) for k, x in sheets.items()})
         self.head = torch.eye(vocabulary, dtype=torch.float64)
 
-    shards = Unsharded()
+    sharding = Unsharded()
     transform = LogitTransform()
 
     def hidden(self, sequences):
-        return torch.cat([self.model[str(x.prompt[0])][list(x.kept)] for x in sequences.texts])
+        return torch.cat([self.model[str(x.prompt[0])][list(x.positions)] for x in sequences.texts])
 
-    states = hidden
+    selected_states = hidden
 
     def scores(self, sequences):
         return HiddenStateScores(hidden=self.hidden(sequences).detach(), head=self.head)

@@ -159,7 +159,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_also_on_another_server(
             raise KeyboardInterrupt
         step(world, report, number)
 
-    monkeypatch.setattr(loop, "_one_step", dies)
+    monkeypatch.setattr(loop, "_train_on_batch", dies)
     with pytest.raises(KeyboardInterrupt):
         train(spec, cut)
     waiting = lines(cut / "checkpoints" / "step_000002" / "ahead.jsonl")
@@ -167,7 +167,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_also_on_another_server(
     assert [line["policy_version"] for line in waiting] == [
         max(0, b - batches) for b in range(2, 2 + batches)
     ]
-    monkeypatch.setattr(loop, "_one_step", step)
+    monkeypatch.setattr(loop, "_train_on_batch", step)
     server.kill()
     other = TinySampler(tiny_folder, tmp_path / "weights")
     elsewhere = evolve(spec.rollout.backend, urls=(other.url,))

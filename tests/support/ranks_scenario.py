@@ -181,7 +181,7 @@ def trained(spec, work):
 
 def weights_of(world):
     own = {n.removeprefix("model."): p for n, p in world.zero.named}
-    shards = world.student.shards
+    shards = world.student.sharding
     found = {"masters": {n: whole(shards, own[n], v) for n, v in world.masters()}}
     parts = [part for part in world.teacher.leaves if part.moves]
     found["shadow"] = {

@@ -97,7 +97,7 @@ def told(prompt=(9, 8), completion=(4, 5, 6), group=0):
     measures = ("student_logprobs", "student_entropy", "teacher_logprobs", "teacher_entropy")
     made = rollout([1, 2], prompt, completion, group)
     values = {name: (-0.5,) * len(completion) for name in measures}
-    return evolve(made, advantage=1.0, measures=values, group_rewards=(0.0, 1.0))
+    return evolve(made, advantage=1.0, token_statistics=values, group_rewards=(0.0, 1.0))
 
 
 BATCHES = {
@@ -141,7 +141,11 @@ def gradients(term, batch, kind, chunk=2):
     hidden = torch.randn(count, HIDDEN, generator=draw).requires_grad_()
     head = torch.nn.Parameter(torch.randn(VOCABULARY, HIDDEN, generator=draw))
     weights = SimpleNamespace(
-        model=None, shards=UNSHARDED, head=head, transform=LogitTransform(), states=lambda _: hidden
+        model=None,
+        sharding=UNSHARDED,
+        head=head,
+        transform=LogitTransform(),
+        selected_states=lambda _: hidden,
     )
     student = Student(weights, 1.0, chunk, VOCABULARY)
     of_teacher = scores(kind, count, batch.tokens.token) if needs_teacher(term) else None

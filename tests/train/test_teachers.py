@@ -123,7 +123,7 @@ def test_a_skipped_step_moves_nothing(world_with, dtype, stage, lora):
     (measured,) = advance(world, 1)
     spoiled.remove()
     assert not measured.applied
-    assert world.updates == 0
+    assert world.optimizer_steps == 0
     for name, value in masters(world).items():
         same(value, before[name])
         same(world.teacher.shadow[name], start[name])
@@ -154,11 +154,11 @@ def test_when_the_teacher_follows(world_with, tmp_path, monkeypatch, weights, mo
         monkeypatch.setattr(
             world.teacher,
             "_follow",
-            lambda *given: seen.append((world.updates, given[1])) or follow(*given),
+            lambda *given: seen.append((world.optimizer_steps, given[1])) or follow(*given),
         )
     run = directory.create(tmp_path / "run", tensorboard=False)
     loop.run(world, Report(run, silent(), 2))
-    assert world.updates == 4
+    assert world.optimizer_steps == 4
     rate = getattr(weights, "update_rate", 1.0)
     assert seen == [(update, rate) for update in moves]
 
@@ -288,7 +288,7 @@ def test_a_merged_copy_says_what_the_adapter_says(world_with, whose):
         "base": Weights(world.student.model, None),
     }[whose]
     plain = LlamaForCausalLM(world.student.causal.config).eval()
-    found = plain.load_state_dict(dict(weights.tensors()), strict=False)
+    found = plain.load_state_dict(dict(weights.named_tensors()), strict=False)
     assert found.missing_keys == ["lm_head.weight"]  # tied
     assert not found.unexpected_keys
     batch = rollouts_of(world)
@@ -303,7 +303,7 @@ def test_a_merged_copy_says_what_the_adapter_says(world_with, whose):
 
 def test_a_plain_model_streams_its_own_tensors(open_tiny):
     world = open_tiny()
-    streamed = dict(world.student.tensors())
+    streamed = dict(world.student.named_tensors())
     for name, parameter in world.student.model.named_parameters():
         same(streamed.pop(name), parameter.detach())
     assert not streamed
