@@ -25,7 +25,7 @@ class Batch:
             [[complex(z) for z in logits] for logits in r["student"]] for r in rollouts
         ]
 
-    def taught(self, i: int) -> bool:
+    def has_teacher(self, i: int) -> bool:
         return self.rollouts[i].get("teacher") is not None
 
     def token(self, i: int, p: int) -> int:
