@@ -189,3 +189,10 @@ def test_logits_are_measured_without_adapters(tmp_path):
         adapters.check(student, CPU, 0)  # its routers return two tensors
     assert "q_proj" in caught.value.hint
     assert "router" not in caught.value.hint
+
+
+def test_a_layer_that_peft_refuses_is_not_offered(tmp_path):
+    with pytest.raises(BadData, match="'out_proj' is incompatible") as caught:
+        opened(families.build(tmp_path / "hybrid", "falcon_h1"))
+    assert "o_proj" in caught.value.hint
+    assert "out_proj" not in caught.value.hint
