@@ -6,6 +6,7 @@ generation prompt.  Nothing here ever cuts it, the prompt, or a template's own t
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -17,7 +18,7 @@ from sdkit.data.control_tokens import ControlTokens
 from sdkit.data.teacher_context import look_up_in, parsed, slot_values, teacher_messages
 from sdkit.data.thinking import TAGS, opening_tag
 from sdkit.data.turn_ends import end_turn, open_ended
-from sdkit.language.errors import BadData, blaming, first_of, listed
+from sdkit.language.errors import BadData, blaming, first_of, listed, one_line
 from sdkit.language.specs import (
     AnswerStart,
     Sees,
@@ -126,8 +127,6 @@ class Prompter:
         tokenize: bool = False,
     ) -> Any:
         """What the chat template makes of the messages.  Raises BadData naming the row where it refuses them."""
-        from jinja2 import TemplateError
-
         options = dict(self.options)
         if "strftime_now" in str(self.tokenizer.chat_template):
             options["strftime_now"] = self.now.strftime
@@ -139,10 +138,10 @@ class Prompter:
                 return_dict=tokenize,
                 **options,
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and may raise anything
             roles = listed(m["role"] for m in messages)
             raise BadData(
-                f"row {row.index}: the chat template refuses messages of the roles {roles}: {error}"
+                f"row {row.index}: the chat template refuses messages of the roles {roles}: {one_line(error)}"
             ) from error
 
     def student_ids(self, row: Row) -> Ids:
@@ -300,12 +299,13 @@ def check_prompts(
 
 
 def check_repeatable(prompter: Prompter, rows: Iterable[Row], times: int = 8) -> None:
-    """Raise BadData where the chat template makes different prompts of the same messages."""
+    """Raise BadData where the chat template makes different prompts of the same messages, or draws random numbers."""
     if prompter.tokenizer.chat_template is None:
         return
     for row in rows:
+        before = random.getstate()
         texts = {prompter.chat(row, row.messages) for _ in range(times)}
-        if len(texts) > 1:
+        if len(texts) > 1 or random.getstate() != before:
             raise BadData(
                 f"row {row.index}: the chat template renders the same messages differently each time, "
                 "so the run could not be repeated or resumed"

@@ -5,11 +5,14 @@ A device has no end, a pipe may never begin, and a file of any size can stand at
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from sdkit.language.errors import BadData, SdkitError, one_line
 
 SPEC = 4 * 2**20
 """Bytes of a run file or a method page."""
@@ -73,3 +76,16 @@ def file_names(folder: str | os.PathLike[str]) -> list[str]:
         return sorted(os.listdir(folder))
     except (OSError, ValueError):
         return []
+
+
+@contextlib.contextmanager
+def library_reads(failure: str) -> Iterator[None]:
+    """Raises BadData, which starts with `failure`, for whatever a library raises at damaged files: it may be anything."""
+    try:
+        yield
+    except (SdkitError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which this floor does not import
+            raise
+        raise BadData(f"{failure}: {one_line(error, 300)}") from None

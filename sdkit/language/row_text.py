@@ -35,7 +35,7 @@ def text_of(value: Any) -> str | None:
     if isinstance(value, str):
         return _readable(str(value))
     if _is_boolean(value):
-        raise Fault(f"{say_what(value)} has no one spelling: write it as text")
+        raise Fault(f"{say_what(value)}, which has no one spelling: write it as text")
     if isinstance(value, numbers.Number):
         return _digits(value)
     if isinstance(value, Mapping):

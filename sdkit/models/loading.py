@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch
 from torch import nn
 
 from sdkit.language.bundled import BUNDLED, PREFIX
-from sdkit.language.errors import BadData, BadEnvironment, first_line
+from sdkit.language.errors import BadData, BadEnvironment
+from sdkit.language.files import library_reads
 from sdkit.language.rules.base import IS_ADAPTER, MERGE_FIRST
 from sdkit.language.specs import ExternalWeights, ModelSpec, VllmServerBackend
 from sdkit.language.vocabulary import first_difference
@@ -42,12 +45,10 @@ def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:
     """The tokenizer, without any code of the model's own."""
     from transformers import AutoTokenizer
 
-    try:
+    with library_reads(f"no tokenizer in {located}"):
         return AutoTokenizer.from_pretrained(
             located, revision=spec.revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise BadData(f"no tokenizer in {located}: {first_line(error)}") from None
 
 
 def load_config(spec: ModelSpec, located: str) -> dict[str, Any]:
@@ -63,10 +64,8 @@ def embedding_rows(spec: ModelSpec | ExternalWeights, located: str) -> int | Non
 def _config(spec: ModelSpec | ExternalWeights, located: str) -> Any:
     from transformers import AutoConfig
 
-    try:
+    with library_reads(f"no model in {located}"):
         return AutoConfig.from_pretrained(located, revision=spec.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise BadData(f"no model in {located}: {first_line(error)}") from None
 
 
 def weights_folder(backend: VllmServerBackend, base: Path) -> Path:
@@ -98,18 +97,17 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
+    with library_reads(f"cannot load {located}"):
         _refuse_adapter(spec, located)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            located,
-            revision=spec.revision,
-            dtype=DTYPES[spec.dtype],
-            attn_implementation=spec.attention,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, ImportError, AssertionError) as error:
-        raise BadData(f"cannot load {located}: {first_line(error)}") from None
+        with _hint_at_eager(spec):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                located,
+                revision=spec.revision,
+                dtype=DTYPES[spec.dtype],
+                attn_implementation=spec.attention,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
     if spec.activation_checkpointing:
         activation_checkpointing.enable(model)
     if spec.lora:
@@ -117,6 +115,21 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
     # Never in training mode: dropout and noise would make ratios and recomputed activations differ.
     model.eval()
     return model
+
+
+@contextlib.contextmanager
+def _hint_at_eager(spec: ModelSpec) -> Iterator[None]:
+    """transformers names a setting of its own where a model has not the attention kernel that is asked for."""
+    try:
+        yield
+    except ValueError as error:
+        if spec.attention == "eager" or 'attn_implementation="eager"' not in str(error):
+            raise
+        raise BadData(
+            f"the model has no {spec.attention} attention",
+            hint="set model.attention: eager",
+            path=("model", "attention"),
+        ) from None
 
 
 def _refuse_adapter(spec: ModelSpec, located: str) -> None:

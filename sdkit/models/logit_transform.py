@@ -19,6 +19,13 @@ TINY, HUGE = 1e-5, 1e30
 """Head outputs that show the slope at zero, and the limit where there is one."""
 
 
+def decoder(causal: Any) -> Any:
+    """What computes the hidden states of a causal language model; the model itself where it has no such part."""
+    # Some classes name their base model by a wrong attribute, and transformers then returns the class itself.
+    base = causal.base_model
+    return getattr(causal, "model", causal) if base is causal else base
+
+
 @torch.no_grad()
 def measure_transform(causal: Any) -> LogitTransform:
     """The transform of a causal language model, without its bias.
@@ -27,7 +34,7 @@ def measure_transform(causal: Any) -> LogitTransform:
     computes before and after its head.  Raises BadData where that is no transform that `LogitTransform` expresses.
     Parameters must be complete: measure before they are sharded.
     """
-    head, base = causal.get_output_embeddings(), causal.base_model
+    head, base = causal.get_output_embeddings(), decoder(causal)
     if head is None or base is causal:
         missing = "output projection" if head is None else "base model that returns hidden states"
         raise BadData(f"the model has no {missing}, which the losses need")

@@ -45,7 +45,8 @@ def attach(model: Any, lora: LoraSpec, seed: int) -> Any:
     except ValueError as error:
         other = _not_linear(model, targets)
         reason = f"{other} is no linear layer" if other else first_line(error)
-        raise _refusal(reason, working) from None
+        blamed = (name for name in working if f"'{name}'" in reason)  # by PEFT, linear or not
+        raise _refusal(reason, sorted({*working} - {*blamed})) from None
     _check_layers(adapted, config, targets, working)
     return adapted
 

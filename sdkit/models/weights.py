@@ -16,7 +16,7 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from sdkit.batches import HiddenStateScores, LogitTransform, PaddedSequences
-from sdkit.models.logit_transform import measure_transform
+from sdkit.models.logit_transform import decoder, measure_transform
 
 Result = TypeVar("Result")
 
@@ -122,10 +122,11 @@ class Weights:
     def transform(self) -> LogitTransform:
         """How logits follow from head × hidden.
 
-        Measured once per module, before its parameters are sharded.  Raises BadData where it cannot be expressed.
+        Measured once per module, without adapters and before its parameters are sharded.  Raises BadData where it
+        cannot be expressed.
         """
         if self.model not in _TRANSFORMS:
-            with self.active() as causal:
+            with Weights(self.model, None).active() as causal:
                 _TRANSFORMS[self.model] = measure_transform(causal)
         return evolve(_TRANSFORMS[self.model], bias=self.bias)
 
@@ -158,7 +159,7 @@ class Weights:
     def selected_states(self, sequences: PaddedSequences) -> Tensor:
         """`hidden`, within a run of the shards."""
         with self.active() as causal:
-            out = causal.base_model(
+            out = decoder(causal)(
                 input_ids=sequences.input_ids,
                 attention_mask=sequences.attention_mask,
                 position_ids=sequences.positions,

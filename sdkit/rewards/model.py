@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from sdkit.language.errors import BadData, first_line
+from sdkit.language.errors import BadData
+from sdkit.language.files import library_reads
 from sdkit.language.specs import RewardModel
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
@@ -34,9 +35,10 @@ class Reader:
         for word in self.special:
             completion = completion.replace(word, "")
         messages = [*map(dict, row.messages), {"role": "assistant", "content": completion}]
-        ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
+        with library_reads(f"row {row.index}: the chat template of the reward model {self.path}"):
+            ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most and len(ids) > most:
             raise BadData(
@@ -97,7 +99,7 @@ def _open(path: str, folder: Path) -> Reader:
 
     only_here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with library_reads(f"the reward model {path} cannot be loaded"):
         config = AutoConfig.from_pretrained(folder, **only_here)
         tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -108,9 +110,6 @@ def _open(path: str, folder: Path) -> Reader:
             output_loading_info=True,
             **only_here,
         )
-    except (OSError, ValueError, KeyError, ImportError, AssertionError) as error:
-        first = first_line(error)
-        raise BadData(f"the reward model {path} cannot be loaded: {first}") from error
     if config.num_labels != 1 or loaded["missing_keys"]:
         what = f"{config.num_labels} outputs" if config.num_labels != 1 else "no trained output"
         raise BadData(f"the reward model {path} has {what}; a reward is one number")

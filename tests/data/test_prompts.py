@@ -1,5 +1,7 @@
 """What student and teacher see, and that a completion fits behind both."""
 
+import copy
+
 import pytest
 
 from sdkit.data.prompts import (
@@ -10,6 +12,7 @@ from sdkit.data.prompts import (
 )
 from sdkit.data.rows import load_rows
 from sdkit.data.teacher_context import slot_values, teacher_messages
+from sdkit.data.turn_ends import end_token
 from sdkit.language.errors import BadData
 from sdkit.language.specs import (
     ColumnSlot,
@@ -306,3 +309,14 @@ def test_real_prompts_splice_at_the_same_place(real_data, prompter, tiny_tokeniz
         assert found.teacher.endswith(INVITE)
         assert row.prompt_text in found.student
         assert row.prompt_text in found.teacher
+
+
+@pytest.mark.parametrize(
+    "program", ["{{ 1 + messages }}", "{{ range(10**9) }}", "{{ 1 // 0 }}", "{% for %}"]
+)
+def test_a_chat_template_may_raise_anything(tiny_tokenizer, make_row, program):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = program
+    with pytest.raises(BadData, match="row 4: the chat template refuses messages"):
+        Prompter(tokenizer, {}).student_ids(make_row(index=4))
+    assert end_token(tokenizer, {}) == tokenizer.eos_token_id

@@ -341,8 +341,8 @@ TEXTS = [
     (Decimal("NaN"), None),
 ]
 NO_TEXTS = [
-    (True, "true has no one spelling"),
-    (np.bool_(False), "false has no one spelling"),
+    (True, "true, which has no one spelling"),
+    (np.bool_(False), "false, which has no one spelling"),
     (b"a", "bytes, not text"),
     (["a", "b"], "a list, not text"),
     (["a"], "a list, not text"),

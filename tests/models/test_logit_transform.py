@@ -39,6 +39,7 @@ def build(architecture, text=None, **changes):
     if text is not None:
         config = config(text_config=sizes | text, vision_config=None, audio_config=None)
         return transformers.Gemma4ForConditionalGeneration(config).eval()
+    config = getattr(transformers, f"{architecture}TextConfig", config)
     causal = getattr(transformers, f"{architecture}ForCausalLM")(config(**sizes)).eval()
     bias = causal.get_output_embeddings().bias
     if bias is not None:
@@ -63,6 +64,17 @@ MODELS = {
     "divided": (lambda: build("Granite", logits_scaling=3.0), 1 / 3, None),
     "multiplied by another name": (lambda: build("HyperCLOVAX", logits_scaling=0.1), 0.1, None),
     "bias": (lambda: build("Phi"), 1.0, None),
+    "base model under another name than the class says": (
+        lambda: build(
+            "Llama4",
+            head_dim=32,
+            intermediate_size_mlp=64,
+            num_local_experts=2,
+            layer_types=["chunked_attention", "full_attention"],
+        ),
+        1.0,
+        None,
+    ),
     "decoder called past the base model": (
         lambda: build("OPT", ffn_dim=64, word_embed_proj_dim=32, intermediate_size="default"),
         1.0,

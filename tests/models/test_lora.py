@@ -180,3 +180,19 @@ def test_a_folder_with_an_adapter_is_no_model(tmp_path):
     opened(folder).model.save_pretrained(folder)
     with pytest.raises(BadData, match="is a PEFT adapter, not a model"):
         opened(folder, lora=False)
+
+
+def test_logits_are_measured_without_adapters(tmp_path):
+    student = opened(families.build(tmp_path / "llama4", "llama4_text"))
+    assert student.transform.scale == 1
+    with pytest.raises(BadData, match=r"model\.lora\.targets: the model does not run") as caught:
+        adapters.check(student, CPU, 0)  # its routers return two tensors
+    assert "q_proj" in caught.value.hint
+    assert "router" not in caught.value.hint
+
+
+def test_a_layer_that_peft_refuses_is_not_offered(tmp_path):
+    with pytest.raises(BadData, match="'out_proj' is incompatible") as caught:
+        opened(families.build(tmp_path / "hybrid", "falcon_h1"))
+    assert "o_proj" in caught.value.hint
+    assert "out_proj" not in caught.value.hint

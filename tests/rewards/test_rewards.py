@@ -357,7 +357,7 @@ def test_a_slow_function_does_not_keep_the_process(tmp_path):
 from pathlib import Path
 from sdkit.batches import Row
 from sdkit.components.rewards import open_reward
-from sdkit.specs import FileReward
+from sdkit.language.specs import FileReward
 reward = FileReward(file="mine.py", function="sleepy", seconds=0.2)
 scorer = open_reward(reward, Path({str(tmp_path)!r}), None)
 scorer("slow", Row(index=1, messages=(), columns={{}}, raw={{}}))

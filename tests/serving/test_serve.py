@@ -172,7 +172,7 @@ SERVING = """
 import os, sys
 os.environ.pop("SDKIT_DEBUG", None)
 from sdkit.engine import serving
-from sdkit.problems import ProcessDied
+from sdkit.language.errors import ProcessDied
 serving.POLL = 0.05
 try:
     with serving._running([sys.executable, "-S", "-c", sys.argv[1]], os.environ) as process:

@@ -1,0 +1,63 @@
+"""Model folders that cannot be used: what is said of them."""
+
+import json
+import shutil
+
+import pytest
+from families import build
+from tinyruns import make_spec
+
+from sdkit.language.errors import BadData
+from sdkit.language.files import library_reads
+from sdkit.models.loading import load_config, load_model, load_tokenizer
+
+UNREADABLE = r"(no tokenizer in|no model in|cannot load) "
+DEEP = '{"a": ' + 100_000 * "["
+DAMAGED = {
+    ("config.json", "deep"): DEEP,
+    ("config.json", "a list"): "[1, 2]",
+    ("config.json", "text for a number"): {"hidden_size": "x"},
+    ("config.json", "no heads"): {"num_attention_heads": 0},
+    ("config.json", "a list for a name"): {"model_type": [1]},
+    ("tokenizer.json", "deep"): DEEP,
+    ("tokenizer.json", "a list"): "[1]",
+    ("tokenizer_config.json", "a list"): "[1]",
+    ("generation_config.json", "deep"): DEEP,
+    ("generation_config.json", "a list"): "[1]",
+    ("model.safetensors", "no header"): "[1]",
+}
+
+
+@pytest.mark.parametrize(("file", "how"), DAMAGED)
+def test_a_damaged_file_of_a_model_is_no_traceback(tiny_folder, tmp_path, file, how):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    content = DAMAGED[file, how]
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / file).read_text()) | content)
+    (folder / file).write_text(content)
+    with pytest.raises(BadData, match=UNREADABLE):
+        open_all(make_spec(folder).model, str(folder))
+
+
+def open_all(spec, folder):
+    load_tokenizer(spec, folder)
+    load_config(spec, folder)
+    load_model(spec, folder, seed=0)
+
+
+def test_what_is_no_fault_of_a_file_is_passed_on():
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    for error in (MemoryError(), OutOfMemoryError(), BadData("as it is")):
+        with pytest.raises(type(error)) as caught, library_reads("cannot load it"):
+            raise error
+        assert caught.value is error
+
+
+def test_a_model_without_the_attention_kernel_is_pointed_at_another(tmp_path):
+    spec = make_spec(build(tmp_path / "bloom", "bloom")).model
+    with pytest.raises(BadData, match="the model has no sdpa attention") as caught:
+        load_model(spec, str(tmp_path / "bloom"), seed=0)
+    assert caught.value.path == ("model", "attention")
+    assert caught.value.hint == "set model.attention: eager"
