@@ -420,7 +420,7 @@ def test_it_says_where_a_longer_run_went_on_and_that_prompts_differ(make_run):
     shown = compared([a, b])
     assert "after 100 (of 400) and 100 generated tokens (steps 1 and 1)" in shown
     assert "100 and 50, not the same" in shown
-    assert "each side is drawn by itself" in " ".join(shown.split())
+    assert "each run is resampled by itself" in " ".join(shown.split())
     assert "stopped after step 1" in shown
 
 
@@ -428,7 +428,7 @@ def test_it_warns_where_decoding_differs(make_run):
     warm = changed("evaluation", "suites", "sums", "decoding", "greedy", "temperature", to=1.0)
     a, b = make_run("a", {1: score_of(0.5)}), make_run("b", {1: score_of(0.5)}, spec=warm)
     shown = compared([a, b])
-    assert "not measured alike (evaluation.suites.sums.decoding.greedy.temperature)" in shown
+    assert "evaluations differ (evaluation.suites.sums.decoding.greedy.temperature)" in shown
 
 
 def test_versions_and_data_that_differ_are_shown(make_run):
