@@ -1,5 +1,6 @@
 """What sdkit ships is sound: every spec is free of problems and warnings, and plans as it did when last looked at."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,10 +49,21 @@ def test_a_page_whose_teacher_is_not_named_yet_says_so_in_a_run_file(tmp_path):
     assert named.ok, named.problems
 
 
-def test_every_method_page_stands_in_the_readme():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    pages = {f"specs/methods/{path.name}" for path in (SPECS / "methods").glob("*.yaml")}
+def test_every_method_page_is_listed_in_the_docs():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    pages = {f"../specs/methods/{path.name}" for path in (SPECS / "methods").glob("*.yaml")}
     assert {page for page in pages if f"({page})" not in text} == set()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))],
+    ids=lambda page: page.name,
+)
+def test_links_between_pages_lead_to_files(page):
+    targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
 
 
 def test_plans_are_the_frozen_ones():

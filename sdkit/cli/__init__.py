@@ -1,4 +1,4 @@
-"""The door: arguments, exit codes, printing.  Heavy imports stand inside the commands."""
+"""The command line: arguments, exit codes, printing.  Commands do their heavy imports when they run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import os
 import sys
 import warnings
 
-# Before torch is imported: threads of two libraries that spin at barriers slow each other to a crawl.
+# Must be set before torch is imported: two libraries' threads that spin at barriers slow each other to a crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not os.environ.get("SDKIT_DEBUG"):
-    # What libraries think of each other's interfaces is no news to a user.
+    # Libraries' deprecation warnings about each other do not concern a user.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
 
 import typer
 
-from sdkit.cli import runs, saved, specs  # each adds its commands
+from sdkit.cli import runs, saved, specs  # each module adds its commands to `app`
 from sdkit.cli.app import FIRST, app
 from sdkit.language.errors import INTERRUPTED, SdkitError
 
@@ -23,13 +23,13 @@ __all__ = ["app", "main", "runs", "saved", "specs"]
 
 
 def main() -> None:
-    """Run the command line; every expected failure is one message and its exit code."""
+    """Run the command line; an expected failure prints one message and exits with its code."""
     try:
         app()
     except SdkitError as error:
         place = f"{error.place}: " if error.place else ""
-        who = "" if FIRST else f"rank {os.environ['RANK']}: "
-        typer.echo(f"{who}error: {place}{error}", err=True)
+        rank = "" if FIRST else f"rank {os.environ['RANK']}: "
+        typer.echo(f"{rank}error: {place}{error}", err=True)
         if error.hint:
             typer.echo(f"  = {error.hint}", err=True)
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""The command itself: what every subcommand hangs on."""
+"""The `sdkit` command, to which other modules add their subcommands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from sdkit import __version__
 
 FIRST = os.environ.get("RANK", "0") == "0"
-"""Whether this process is the first rank, or the only one: it alone speaks of what is well."""
+"""Whether this process is the first or only rank.  Other ranks print nothing but errors."""
 
 app = typer.Typer(
     name="sdkit",
@@ -22,13 +22,13 @@ app = typer.Typer(
 )
 
 EXIT_CODES = """\b
-Exit codes: 0 fine, 1 problems found or the run failed, 2 usage or unreadable input, 3 bad data,
+Exit codes: 0 success, 1 problems found or the run failed, 2 usage or unreadable input, 3 bad data,
 4 environment, 5 out of memory, 6 a process died or a deadline passed, 7 stopped and resumable, 8 numerics guard,
 130 interrupted."""
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"sdkit {__version__}")
         raise typer.Exit
 
@@ -36,11 +36,14 @@ def _version(asked: bool) -> None:
 @app.callback(epilog=EXIT_CODES)
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
     local_rank: Annotated[
         int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
     ] = None,
 ) -> None:
-    if local_rank is not None:  # what some launchers add to the command
+    if local_rank is not None:  # some launchers add --local_rank to the command
         os.environ.setdefault("LOCAL_RANK", str(local_rank))

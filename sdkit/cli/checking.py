@@ -1,4 +1,4 @@
-"""Between an argument and a command: the spec is checked, its problems are printed, errors get their place."""
+"""Checks the spec that a command is given, prints its problems, and adds file and line to errors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def check_spec(
     base: Path | None = None,
     warn: bool = True,
 ) -> Any:
-    """The checked spec; prints its problems and exits with 1 where there are errors.
+    """Load and check a spec; print its problems, and exit with code 1 if there are errors.
 
-    Raises UnreadableInput where `run_file` is asked for and this is a method page.
+    Raises UnreadableInput if `run_file` is required and this is a method page.
     """
     from sdkit.language.errors import UnreadableInput
     from sdkit.language.load import load_spec
@@ -45,9 +45,9 @@ def check_spec(
 def check_run(
     run: Path, overrides: list[str] | None = None, *, warn: bool = False
 ) -> tuple[Any, Path]:
-    """The spec that a run was made of, and the folder its paths start from; its warnings were given when the run began.
+    """Check a run's resolved spec; return it and the folder that its paths start from.
 
-    Raises and exits as `check_spec` does.
+    Warnings were printed when the run began, so `warn` is False by default.  Raises and exits as `check_spec` does.
     """
     from sdkit.runs.directory import MARK, origin
 
@@ -58,36 +58,36 @@ def check_run(
 
 @contextlib.contextmanager
 def placing(checked: Any) -> Iterator[None]:
-    """What ends the command in here and blames a key of the spec says where that key is written."""
+    """Add to an error that names a key of the spec the file and line where the key is written."""
     try:
         yield
     except SdkitError as error:
         if error.path:
-            written = checked.loaded.place(error.path)
+            place = checked.loaded.place(error.path)
             if error.place is None:
-                error.place = written
+                error.place = place
             else:  # a line of the user's own code
-                error.hint = "\n  = ".join(filter(None, [error.hint, f"asked for at {written}"]))
+                error.hint = "\n  = ".join(filter(None, [error.hint, f"asked for at {place}"]))
         raise
 
 
-def print_problems(found: Sequence[Any], format: str) -> None:
-    """Every problem of these specs once: text to standard error, `json` and `github` to standard output."""
+def print_problems(specs: Sequence[Any], format: str) -> None:
+    """Print every problem of these checked specs once: text to standard error, `json` and `github` to standard output."""
     from sdkit.language import errors
 
     # Run files that share a method page share its problems.
-    every = list(dict.fromkeys(p for checked in found for p in checked.problems))
+    problems = list(dict.fromkeys(p for checked in specs for p in checked.problems))
     if format == "json":
-        typer.echo(errors.as_json(every))
-    elif every and format == "github":
-        typer.echo(errors.as_github(every))
-    elif every:
-        texts = {name: text for checked in found for name, text in checked.texts.items()}
-        typer.echo(errors.render(every, texts), err=True)
+        typer.echo(errors.as_json(problems))
+    elif problems and format == "github":
+        typer.echo(errors.as_github(problems))
+    elif problems:
+        texts = {name: text for checked in specs for name, text in checked.texts.items()}
+        typer.echo(errors.render(problems, texts), err=True)
 
 
 def make_console() -> Any:
-    """Where runs print; ranks but the first print nothing."""
+    """The console that a run prints to; on ranks other than the first it prints nothing."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 140, quiet=not FIRST)

@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Processes = Annotated[
     int | None,
     typer.Option(
         "--processes",
-        help="Ranks to start on this machine; under `torchrun` or `deepspeed` leave it out.",
+        help="Ranks to start on this machine; leave it out under `torchrun` or `deepspeed`.",
         min=1,
         show_default=False,
     ),
@@ -29,5 +29,5 @@ Overwrite = Annotated[
 ]
 Format = Annotated[
     Literal["text", "json", "github"],
-    typer.Option("--format", help="For people, for programs, or for GitHub Actions."),
+    typer.Option("--format", help="Output for people, for programs, or for GitHub Actions."),
 ]

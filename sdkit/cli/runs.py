@@ -1,4 +1,4 @@
-"""Commands that train, sample or evaluate."""
+"""Commands that train, serve, evaluate or replay."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Validate, plan and smoke; train nothing.")
+        bool, typer.Option("--dry-run", help="Validate, plan and smoke-run; train nothing.")
     ] = False,
     processes: Processes = None,
 ) -> None:
-    """Run a spec: evaluate, train, evaluate, and leave a run directory."""
+    """Run a spec: evaluate, train, evaluate, and write a run directory."""
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
     checked = check_spec(spec, overrides, run_file=True)
     if dry_run:
         plan(spec, overrides)
         return smoke_spec(checked, 2)
-    _launch(checked.spec, processes)
+    _launch_ranks(checked.spec, processes)
     from sdkit.language.show import annotated
     from sdkit.train.run import train as run_spec
 
@@ -78,7 +78,7 @@ def serve(
         int | None,
         typer.Option(
             "--max-tokens",
-            help="Longest prompt and completion (default: that of the spec's data, which are then read).",
+            help="Longest prompt and completion together, in tokens (default: read from the spec's data).",
             min=2,
             show_default=False,
         ),
@@ -87,7 +87,7 @@ def serve(
         bool,
         typer.Option(
             "--allow-remote",
-            help="Let other machines in, with the key that rollout.backend.key_from names.",
+            help="Accept requests from other machines, with the key that rollout.backend.key_from names.",
         ),
     ] = False,
 ) -> None:
@@ -97,13 +97,13 @@ def serve(
     from sdkit.train.inputs import longest_sequence
 
     with placing(checked):
-        where = serving.address_of(checked.spec, host, port, allow_remote=allow_remote)
+        address = serving.address_of(checked.spec, host, port, allow_remote=allow_remote)
         base = spec.resolve().parent
 
-        def longest(located: str) -> int:
-            return max_tokens or longest_sequence(checked.spec, base, located)
+        def longest(model_folder: str) -> int:
+            return max_tokens or longest_sequence(checked.spec, base, model_folder)
 
-        serving.serve(checked.spec, base, where, make_console(), longest)
+        serving.serve(checked.spec, base, address, make_console(), longest)
 
 
 @app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
@@ -115,22 +115,22 @@ def evaluate(
     processes: Processes = None,
 ) -> None:
     """Run a run file's evaluation on its start model, or on the model of a finished run."""
-    checked, base = _evaluated(spec, overrides or [])
-    _launch(checked.spec, processes)
+    checked, base = _check_evaluation(spec, overrides or [])
+    _launch_ranks(checked.spec, processes)
     from sdkit.train.run import evaluate_only
 
     with placing(checked):
         evaluate_only(checked.spec, base, make_console(), spec if spec.is_dir() else None)
 
 
-def _evaluated(path: Path, overrides: list[str]) -> tuple[Any, Path]:
-    """A checked spec whose model is to be evaluated, and the folder its paths start from."""
+def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
+    """Check the run file, or the spec of the run with its trained model; return it and the folder its paths start from."""
     if not path.is_dir():
         return check_spec(path, overrides, run_file=True), path.resolve().parent
-    from sdkit.runs.directory import trained
+    from sdkit.runs.directory import trained_model
 
-    own = [f"model.path={trained(path).resolve()}", "model.lora=null"]
-    return check_run(path, [*own, *overrides], warn=bool(overrides))
+    trained = [f"model.path={trained_model(path).resolve()}", "model.lora=null"]
+    return check_run(path, [*trained, *overrides], warn=bool(overrides))
 
 
 @app.command(
@@ -142,8 +142,7 @@ def replay(
         str,
         typer.Argument(
             metavar="RUN@STEP",
-            help="A run directory, and the rollout batch to start at: 0 starts from the start model, another from the "
-            "checkpoint of that step.",
+            help="A run directory and a step: 0 starts from the start model, any other from the checkpoint of that step.",
             show_default=False,
         ),
     ],
@@ -157,16 +156,18 @@ def replay(
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Rollout batches (default: all that are recorded).", min=1, show_default=False
+            help="Rollout batches to train on (default: all that are recorded).",
+            min=1,
+            show_default=False,
         ),
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     processes: Processes = None,
 ) -> None:
-    """Train again on a run's recorded rollouts, with another loss, teacher, reward or optimizer on the same tokens.
+    """Train again on a run's recorded rollouts: the same tokens under another loss, teacher, reward or optimizer.
 
-    Without an override the run repeats itself.  `sdkit compare` takes both.
+    Without overrides it repeats the run.  `sdkit compare` shows both.
     """
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
@@ -177,7 +178,7 @@ def replay(
     recording = open_recording(recorded, steps)
     run = recording.run
     checked, base = check_run(run, overrides, warn=bool(overrides))
-    _launch(checked.spec, processes)
+    _launch_ranks(checked.spec, processes)
     from sdkit.train.run import train as run_spec
 
     console = make_console()
@@ -196,8 +197,8 @@ def replay(
         )
 
 
-def _launch(spec: Any, processes: int | None) -> None:
-    """Where more than one rank is asked for, run them in place of this process, which then ends."""
+def _launch_ranks(spec: Any, processes: int | None) -> None:
+    """Run the command on several ranks if requested, then exit with their code."""
     from sdkit.distributed.launch import launch, must_launch, this_command
 
     if must_launch(processes):

@@ -1,4 +1,4 @@
-"""Commands on what runs left."""
+"""Commands on run directories: compare, export, convert checkpoints."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def compare(
     runs: Annotated[
         list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)
     ],
-    to: Annotated[Path, typer.Option("--to", help="The picture: .png, .pdf or .svg.")] = Path(
+    to: Annotated[Path, typer.Option("--to", help="The plot to write: .png, .pdf or .svg.")] = Path(
         "compare.png"
     ),
     x: Annotated[
         Literal["tokens", "steps", "time"],
-        typer.Option("--x", help="The budget at which runs are held against each other."),
+        typer.Option("--x", help="The budget at which runs are compared."),
     ] = "tokens",
     score: Annotated[
         str | None,
@@ -34,7 +34,7 @@ def compare(
         ),
     ] = None,
 ) -> None:
-    """Print and plot runs against tokens, steps and time, with intervals; no winner inside the noise."""
+    """Print and plot runs over tokens, steps and time, with intervals; no winner inside the noise."""
     from sdkit.runs.compare_text import compare as compare_runs
 
     compare_runs(runs, make_console(), to, x, score)
@@ -54,7 +54,7 @@ def export(
     merge_lora: Annotated[
         bool,
         typer.Option(
-            "--merge-lora", help="Of a run with adapters: the whole model, adapters merged into it."
+            "--merge-lora", help="For a LoRA run: write the full model with the adapter merged."
         ),
     ] = False,
 ) -> None:
@@ -67,7 +67,7 @@ def export(
 
 CONVERT = "Example: `sdkit checkpoint convert runs/sdft --processes 1`"
 checkpoint = typer.Typer(
-    help="What `--resume` continues from.", no_args_is_help=True, epilog=CONVERT
+    help="Work with the checkpoints of a run.", no_args_is_help=True, epilog=CONVERT
 )
 app.add_typer(checkpoint, name="checkpoint")
 
@@ -77,10 +77,12 @@ def convert(
     run: Annotated[Path, typer.Argument(help="The directory of a run.", show_default=False)],
     processes: Annotated[
         int,
-        typer.Option("--processes", help="Ranks to fit.", min=1, show_default=False),
+        typer.Option(
+            "--processes", help="Number of ranks of the new checkpoint.", min=1, show_default=False
+        ),
     ],
 ) -> None:
-    """Rewrite a run's newest checkpoint for another number of ranks; `sdkit train SPEC --resume` then continues with these."""
+    """Rewrite a run's newest checkpoint for another number of ranks; continue with `sdkit train SPEC --resume`."""
     from sdkit.checkpoints.convert import convert as rewrite
 
     checked, _ = check_run(run)

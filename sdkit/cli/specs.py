@@ -1,4 +1,4 @@
-"""Commands on specs: nothing is trained, but two steps of a tiny model."""
+"""Commands on specs: validate, show, plan, and a smoke run of a tiny model."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def validate(
     ],
     format: Format = "text",
 ) -> None:
-    """Check specs: every problem at once, with its place.  Loads nothing heavy."""
+    """Check specs and print every problem at once, with file and line.  Loads nothing heavy."""
     from sdkit.language.load import load_spec
 
-    found = {path: load_spec(path) for path in specs}
-    print_problems(list(found.values()), format)
-    for path, checked in found.items():
+    loaded = {path: load_spec(path) for path in specs}
+    print_problems(list(loaded.values()), format)
+    for path, checked in loaded.items():
         if checked.ok and format == "text":
-            typer.echo(f"{path}: fine ({'run file' if checked.kind == 'run' else 'method page'})")
-    if not all(checked.ok for checked in found.values()):
+            typer.echo(f"{path}: ok ({'run file' if checked.kind == 'run' else 'method page'})")
+    if not all(checked.ok for checked in loaded.values()):
         raise typer.Exit(1)
 
 
 @app.command(epilog="Example: `sdkit show specs/sdft.yaml optimizer.lr=1e-5`")
 def show(spec: SpecPath, overrides: Overrides = None) -> None:
-    """Print the resolved spec, each value with the place it comes from."""
+    """Print the resolved spec, each value with the file and line it comes from."""
     from sdkit.language.show import annotated
 
     typer.echo(annotated(check_spec(spec, overrides)))
@@ -48,13 +48,13 @@ def plan(
     data: Annotated[
         int,
         typer.Option(
-            "--data", help="Render this many rows: student and teacher prompt side by side.", min=0
+            "--data", help="Show student and teacher prompt of this many rows, side by side.", min=0
         ),
     ] = 0,
 ) -> None:
     """Print what a run would do: roles, batches, memory, every derived value.  Loads no weights.
 
-    Of a method page: its objective, teacher and sampler.
+    For a method page: its objective, teacher and sampler.
     """
     from sdkit.plan.machine import machine_for, other_shapes, shape_of
     from sdkit.plan.plan import make_plan, plan_method
@@ -65,8 +65,8 @@ def plan(
         return typer.echo(render_method(plan_method(checked.spec)))
     run = checked.spec
     shapes = other_shapes(run, spec.parent)
-    made = make_plan(run, machine_for(run), shape_of(run, spec.parent), other_shapes=shapes)
-    typer.echo(render_plan(run, made))
+    the_plan = make_plan(run, machine_for(run), shape_of(run, spec.parent), other_shapes=shapes)
+    typer.echo(render_plan(run, the_plan))
     if data:
         from sdkit.train.preview import preview
 
@@ -83,16 +83,16 @@ def smoke(
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 2,
 ) -> None:
-    """Two real optimizer steps on a tiny random model: the real code path, in seconds."""
+    """Take two real optimizer steps on a tiny random model: the same code as training, in seconds."""
     checked = check_spec(spec, overrides)
     smoke_spec(checked, steps)
 
 
 def smoke_spec(checked: Any, steps: int) -> None:
-    """The smoke run of a checked spec, and one line on it."""
+    """Smoke-run a checked spec and print its gradient norms."""
     from sdkit.train.smoke import smoke as run_smoke
 
     with placing(checked):
         lines = run_smoke(checked.spec, make_console(), steps, Path(checked.loaded.folder))
     norms = ", ".join(f"{line['grad_norm']:.3g}" for line in lines if "grad_norm" in line)
-    typer.echo(f"{checked.loaded.name}: smoke run fine, gradient norms {norms}")
+    typer.echo(f"{checked.loaded.name}: smoke run passed, gradient norms {norms}")

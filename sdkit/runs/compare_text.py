@@ -1,4 +1,4 @@
-"""`sdkit compare`: runs, settings, scores and verdicts as tables, and the picture beside them."""
+"""`sdkit compare`: runs, settings, scores and verdicts as tables, and a plot."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sdkit.runs.compare import (
-    ALIKE,
-    Difference,
-    CommonBudget,
-    differences,
-    differing,
-    differing_origins,
-    keys_of,
-    differing_evaluation,
-    common_budgets,
-)
-from sdkit.runs.evaluations import Key, signed, with_interval
-from sdkit.runs.plot import picture_of, plot_runs
-from sdkit.runs.history import AXES, Axis, Run, read_runs
 from sdkit.language.errors import Path as SpecPath
 from sdkit.language.errors import UnreadableInput, shorten, spelled
+from sdkit.runs.compare import (
+    BUDGET_TOLERANCE,
+    CommonBudget,
+    Difference,
+    common_budgets,
+    differences,
+    differing_evaluation,
+    differing_origins,
+    differing_settings,
+    score_keys,
+)
+from sdkit.runs.evaluations import Key, signed, with_interval
+from sdkit.runs.history import AXES, Axis, Run, read_runs
+from sdkit.runs.plot import check_plot_path, plot_runs
 
 SETTINGS_SHOWN = 30
 
@@ -32,21 +32,21 @@ SETTINGS_SHOWN = 30
 def compare(
     paths: Sequence[Path], console: Console, target: Path, axis: Axis, score: str | None
 ) -> None:
-    """Print and plot the runs in these folders; `axis` is the budget at which they are held against each other.
+    """Print and plot the runs in these folders; `axis` is the budget at which they are compared.
 
-    Raises UnreadableInput where a folder holds no evaluated run, no run has the score, or the picture cannot be written.
+    Raises UnreadableInput if a folder holds no evaluated run, no run has the score, or the plot cannot be written.
     """
-    picture_of(target)
+    check_plot_path(target)
     runs = read_runs(paths)
-    keys = keys_of(runs, score)
-    console.print(_budgets(runs))
+    keys = score_keys(runs, score)
+    console.print(_runs_table(runs))
     if len(runs) > 1:
-        _settings(runs, keys, console)
-    console.print(_scores(runs, keys))
+        _print_settings(runs, keys, console)
+    console.print(_scores_table(runs, keys))
     if len(runs) > 1:
-        _verdicts(runs, keys, axis, console)
-    head = runs[0].headline if score is None else keys[0]
-    shown = [key for key in keys if (key[0], key[2]) == (head[0], head[2])]
+        _print_verdicts(runs, keys, axis, console)
+    headline = runs[0].headline if score is None else keys[0]
+    shown = [key for key in keys if (key[0], key[2]) == (headline[0], headline[2])]
     try:
         plot_runs(runs, shown, target)
     except OSError as error:
@@ -55,6 +55,7 @@ def compare(
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """An empty table with columns aligned to the left and to the right."""
     table = Table(title=title)
     for name in left:
         table.add_column(name, overflow="fold")
@@ -63,7 +64,7 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def _budgets(runs: Sequence[Run]) -> Table:
+def _runs_table(runs: Sequence[Run]) -> Table:
     table = _table(
         "runs, at their last evaluation",
         ("run", "state"),
@@ -79,36 +80,36 @@ def _budgets(runs: Sequence[Run]) -> Table:
 # ── settings ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _settings(runs: Sequence[Run], keys: Sequence[Key], console: Console) -> None:
-    paths, origins = differing(runs), differing_origins(runs)
+def _print_settings(runs: Sequence[Run], keys: Sequence[Key], console: Console) -> None:
+    paths, origins = differing_settings(runs), differing_origins(runs)
     if not paths:
         console.print("the specs are the same", highlight=False)
     rows = [(spelled(path), [run.settings for run in runs], path) for path in paths]
     rows += [(f"{spelled(path)} (origin)", [run.origins for run in runs], path) for path in origins]
     if rows:
         table = _table("what differs", ("setting", *(escape(run.name) for run in runs)), ())
-        for name, held, path in rows[:SETTINGS_SHOWN]:
-            table.add_row(escape(name), *(_shown(settings, path) for settings in held))
+        for name, settings, path in rows[:SETTINGS_SHOWN]:
+            table.add_row(escape(name), *(_cell(values, path) for values in settings))
         console.print(table)
     if len(rows) > SETTINGS_SHOWN:
         console.print(f"… and {len(rows) - SETTINGS_SHOWN} more", highlight=False)
-    if unlike := differing_evaluation(paths, keys):
+    if differing := differing_evaluation(paths, keys):
         console.print(
-            f"[yellow]warning[/]: the runs are not measured alike ({escape(spelled(unlike[0]))}), so their scores "
-            "may not be of one kind",
+            f"[yellow]warning[/]: the runs' evaluations differ ({escape(spelled(differing[0]))}), so their scores "
+            "may not be comparable",
             highlight=False,
         )
 
 
-def _shown(settings: Mapping[SpecPath, object], path: SpecPath) -> str:
+def _cell(settings: Mapping[SpecPath, object], path: SpecPath) -> str:
     return escape(shorten(settings[path], 32)) if path in settings else "[dim]–[/]"
 
 
 # ── scores ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _scores(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
-    """Each run's own beginning and end, and the paired change between them."""
+def _scores_table(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
+    """Each run's first and last scores, and the paired change between them."""
     table = _table(
         "held-out scores, 95 % intervals",
         ("suite", "decoding", "score", "run"),
@@ -129,69 +130,71 @@ def _scores(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
 # ── verdicts ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _verdicts(runs: Sequence[Run], keys: Sequence[Key], axis: Axis, console: Console) -> None:
+def _print_verdicts(runs: Sequence[Run], keys: Sequence[Key], axis: Axis, console: Console) -> None:
     pairs = common_budgets(runs, axis)
-    found = differences([m for _, _, m in pairs if m], keys)
-    for first, second, met in pairs:
-        own = [d for d in found if d.meeting is met]
-        if met is None:
-            console.print(_never_met(first, second, axis), highlight=False)
-        elif not own:
+    all_differences = differences([budget for _, _, budget in pairs if budget], keys)
+    for first, second, budget in pairs:
+        of_pair = [d for d in all_differences if d.budget is budget]
+        if budget is None:
+            console.print(_no_common_budget(first, second, axis), highlight=False)
+        elif not of_pair:
             console.print(f"{first.name} and {second.name} have no score in common", markup=False)
         else:
-            console.print(_differences(met, own, axis))
-            for each in own:
-                where = " ".join(each.key)
-                console.print(f"  {escape(where)}: {escape(each.verdict())}", highlight=False)
-    if found:
-        console.print(_how_sure(found), style="dim", highlight=False)
+            console.print(_differences_table(budget, of_pair, axis))
+            for difference in of_pair:
+                score = escape(" ".join(difference.key))
+                console.print(f"  {score}: {escape(difference.verdict())}", highlight=False)
+    if all_differences:
+        console.print(_significance_note(all_differences), style="dim", highlight=False)
 
 
-def _differences(met: CommonBudget, own: Sequence[Difference], axis: Axis) -> Table:
-    a, b = met.first.name, met.second.name
+def _differences_table(
+    budget: CommonBudget, differences: Sequence[Difference], axis: Axis
+) -> Table:
+    a, b = budget.first.name, budget.second.name
     table = _table(
-        escape(f"{a} − {b}, {_budget(met, axis)}"),
+        escape(f"{a} − {b}, {_budget_text(budget, axis)}"),
         ("suite", "decoding", "score"),
         (escape(a), escape(b), "difference", "interval", "prompts"),
     )
-    for each in own:
-        means = [point.scores.get(each.key) for point in met.points]
-        values = [f"{mean.mean:.3f}" if mean else "–" for mean in means]
-        n, m = each.sizes
-        prompts = f"{n} paired" if each.paired else f"{n} and {m}, not the same"
-        table.add_row(*each.key, *values, *signed(each.interval), prompts)
+    for difference in differences:
+        intervals = [point.scores.get(difference.key) for point in budget.points]
+        means = [f"{interval.mean:.3f}" if interval else "–" for interval in intervals]
+        n, m = difference.sizes
+        prompts = f"{n} paired" if difference.paired else f"{n} and {m}, not the same"
+        table.add_row(*difference.key, *means, *signed(difference.interval), prompts)
     return table
 
 
-def _budget(met: CommonBudget, axis: Axis) -> str:
-    """Where the two are compared, and how far each went on."""
-    spent = [point.at(axis) for point in met.points]
-    ends = [run.points[-1].at(axis) for run in (met.first, met.second)]
+def _budget_text(budget: CommonBudget, axis: Axis) -> str:
+    """The budget at which two runs are compared, and how much each spent in the end."""
+    spent = [point.at(axis) for point in budget.points]
+    ends = [run.points[-1].at(axis) for run in (budget.first, budget.second)]
     texts = [
         f"{x:,.0f}" + (f" (of {end:,.0f})" if end > x else "")
         for x, end in zip(spent, ends, strict=True)
     ]
-    steps = " and ".join(str(point.step) for point in met.points)
-    told = f"after {' and '.join(texts)} {AXES[axis]}"
-    return told if axis == "steps" else f"{told} (steps {steps})"
+    steps = " and ".join(str(point.step) for point in budget.points)
+    text = f"after {' and '.join(texts)} {AXES[axis]}"
+    return text if axis == "steps" else f"{text} (steps {steps})"
 
 
-def _never_met(first: Run, second: Run, axis: Axis) -> str:
-    found = [
+def _no_common_budget(first: Run, second: Run, axis: Axis) -> str:
+    evaluations = [
         f"{run.name} after {', '.join(f'{p.at(axis):,.0f}' for p in run.points)}"
         for run in (first, second)
     ]
     return escape(
-        f"{first.name} and {second.name}: no verdict, no two evaluations within {ALIKE - 1:.0%} of each other in "
-        f"{AXES[axis]} ({'; '.join(found)}); `evaluation.every` makes more of them"
+        f"{first.name} and {second.name}: no verdict, no two evaluations within {BUDGET_TOLERANCE - 1:.0%} of each other in "
+        f"{AXES[axis]} ({'; '.join(evaluations)}); `evaluation.every` makes more of them"
     )
 
 
-def _how_sure(found: Sequence[Difference]) -> str:
+def _significance_note(differences: Sequence[Difference]) -> str:
     text = (
-        f"intervals of differences hold all together with 95 % probability (Bonferroni over {len(found)}, "
-        "bootstrap over prompts); a difference is told where its interval leaves out 0 and a permutation test agrees"
+        f"the intervals of differences hold simultaneously with 95 % probability (Bonferroni over {len(differences)}, "
+        "bootstrap over prompts); a difference is significant if its interval excludes 0 and a permutation test agrees"
     )
-    if not all(each.paired for each in found):
-        text += "; where the prompts are not the same, each side is drawn by itself"
-    return text + ". One run a setting says nothing of other seeds."
+    if not all(difference.paired for difference in differences):
+        text += "; where the prompts are not the same, each run is resampled by itself"
+    return text + ". One run per setting says nothing about other seeds."

@@ -1,14 +1,14 @@
-"""The run directory: what was asked, what ran, every metric, every rollout.
+"""The run directory: the spec, its provenance, every metric, every rollout.
 
 spec.yaml         the run file as written         metrics.jsonl   one object a line, with `step`
 resolved.yaml     every value of the spec         rollouts/       every rollout of every step
 provenance.json   versions, git, data, argv       samples/        a few, with prompts as text
 status.json       running, done, failed, stopped  evaluations/    each held-out completion and its scores
 warnings.jsonl    tripwires that went off         tensorboard/    events
-plot.png          loss, score, length             error.txt       traceback of a failure nobody expected
+plot.png          loss, score, length             error.txt       traceback of an unexpected failure
 model/            the trained model               checkpoints/    what --resume continues from
-best/             the model of the best evaluation, where one is kept
-bad_batches/      rollouts on which the last step failed for numbers that are not finite
+best/             the model of the best evaluation, with output.keep_best
+bad_batches/      rollouts of a step whose loss or gradient was not finite
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdkit.runs import processes
 from sdkit.language.errors import BadEnvironment, UnreadableInput
+from sdkit.runs import processes
 
 MARK = "resolved.yaml"
 ORIGIN = "provenance.json"
 
 
 class RunDirectory:
-    """One run's folder; knows names and formats, nothing of training."""
+    """Writes and reads one run's folder.  Knows names and formats; knows nothing of training."""
 
     def __init__(self, path: Path, tensorboard: bool) -> None:
         self.path = path
         self._events: Any = None
         self._tensorboard = tensorboard
-        self._purged: int | None = None  # TensorBoard forgets events from this step on
+        self._purged: int | None = None  # TensorBoard drops events from this step on
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a small file whole or not at all."""
+        """Write a small file atomically."""
         self.write_text(name, json.dumps(value, indent=2, default=str) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         write_whole(self.path / name, text)
 
     def status(self, state: str, **facts: Any) -> None:
-        """Where the run stands: running, done, stopped or failed."""
-        who = {"pid": os.getpid(), "process": processes.own_mark()}
-        self.write_json("status.json", {"state": state, **who, **facts})
+        """Write status.json: running, done, stopped or failed, with the process and other facts."""
+        process = {"pid": os.getpid(), "process": processes.own_mark()}
+        self.write_json("status.json", {"state": state, **process, **facts})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same figures to TensorBoard."""
+        """Append a line to metrics.jsonl, and write the same figures to TensorBoard."""
         self._append("metrics.jsonl", {"step": step, **values})
         if self._tensorboard:
             for name, value in values.items():
@@ -58,7 +58,7 @@ class RunDirectory:
             self._writer().flush()
 
     def warning(self, step: int, facts: Mapping[str, Any]) -> None:
-        """One line of warnings.jsonl."""
+        """Append a line to warnings.jsonl."""
         self._append("warnings.jsonl", {"step": step, **facts})
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
@@ -69,18 +69,18 @@ class RunDirectory:
             raise BadEnvironment(f"cannot write {self.path / name}: {error.strerror}") from None
 
     def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
-        """All records of one step, one object a line."""
+        """Write all records of one step, one JSON object a line."""
         target = self.file(folder, step)
         target.parent.mkdir(exist_ok=True)
         text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
         write_whole(target, text)
 
     def file(self, folder: str, step: int) -> Path:
-        """Where `lines` writes."""
+        """The path that `lines` writes to."""
         return self.path / folder / f"step_{step:06d}.jsonl"
 
     def records(self, folder: str, step: int) -> list[dict[str, Any]]:
-        """What `lines` wrote at one step; empty where it did not."""
+        """The records that `lines` wrote for one step; empty if there are none."""
         return read_lines(self.file(folder, step))
 
     def history(self) -> list[dict[str, Any]]:
@@ -88,13 +88,13 @@ class RunDirectory:
         return read_lines(self.path / "metrics.jsonl")
 
     def forget_after(self, step: int) -> None:
-        """Drop what was written of steps later than `step`: a resumed run writes it again."""
+        """Remove everything about steps later than `step`: a resumed run writes it again."""
         self._purged = step + 1
         for name in ("metrics.jsonl", "warnings.jsonl"):
             path = self.path / name
             if path.is_file():
-                kept = [line for line in read_lines(path) if line["step"] <= step]
-                write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+                lines = [line for line in read_lines(path) if line["step"] <= step]
+                write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         for folder in ("rollouts", "samples", "evaluations", "bad_batches"):
             for path in (self.path / folder).glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > step:
@@ -113,7 +113,7 @@ class RunDirectory:
 
 
 class ReadOnly(RunDirectory):
-    """The run directory as ranks other than the first have it: what they write goes nowhere."""
+    """The run directory on ranks other than the first: writes are ignored."""
 
     def write_text(self, name: str, text: str) -> None:
         pass
@@ -132,42 +132,42 @@ class ReadOnly(RunDirectory):
 
 
 def origin(path: Path) -> dict[str, Any]:
-    """What a run directory knows of where it came from.  Raises UnreadableInput where the folder is none."""
+    """The contents of provenance.json.  Raises UnreadableInput if the folder is not a run directory."""
     if not (path / MARK).is_file():
         raise UnreadableInput(f"{path} is not a run directory: it has no {MARK}")
     try:
-        found = json.loads((path / ORIGIN).read_text(encoding="utf-8"))
+        facts = json.loads((path / ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UnreadableInput(f"cannot read {path / ORIGIN}: {error}") from None
-    if not isinstance(found, dict) or "base" not in found:
+    if not isinstance(facts, dict) or "base" not in facts:
         raise UnreadableInput(f"{path / ORIGIN} does not name the folder of the run's spec")
-    return found
+    return facts
 
 
-def trained(path: Path) -> Path:
-    """The trained model of a run.  Raises UnreadableInput where there is none yet."""
+def trained_model(path: Path) -> Path:
+    """The folder of a run's trained model.  Raises UnreadableInput if there is none yet."""
     if not (path / "model").is_dir():
         raise UnreadableInput(f"{path} has no model/ yet", hint="it appears when the run is done")
     return path / "model"
 
 
 def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make sure that a run may write to `path`; touches nothing.
+    """Check that a run may write to `path`; writes nothing.
 
-    Raises UnreadableInput where the folder is in use, is not a run's, has nothing to resume, or has a name that DeepSpeed
-    takes for a pattern when it reads a checkpoint.
+    Raises UnreadableInput if the folder exists already, is not a run directory, has nothing to resume, or has a name that
+    DeepSpeed would read as a pattern when it loads a checkpoint.
     """
     if any(mark in str(path.resolve()) for mark in "[]*?"):
         raise UnreadableInput(
             f"{path.resolve()}: the path of a run directory may have none of [ ] * ?",
             hint="name another with --to",
         )
-    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    in_use = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if resume:
         if not (path / MARK).is_file():
             raise UnreadableInput(f"{path} holds no run to resume")
         return
-    if not taken:
+    if not in_use:
         return
     if not overwrite:
         raise UnreadableInput(
@@ -179,7 +179,7 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def create(path: Path, *, tensorboard: bool) -> RunDirectory:
-    """A fresh folder at `path`; an older run there is removed (see `claim`)."""
+    """Create an empty run directory at `path`; an older run there is removed (see `claim`)."""
     try:
         if path.exists():
             shutil.rmtree(path)
@@ -190,7 +190,7 @@ def create(path: Path, *, tensorboard: bool) -> RunDirectory:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write through a temporary name, so that no reader ever sees half a file.  Raises BadEnvironment on a full disk."""
+    """Write a file atomically, so that no reader ever sees half of it.  Raises BadEnvironment if the disk is full."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -204,7 +204,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def provenance(run: Path) -> dict[str, Any]:
-    """What provenance.json says; empty where a run has none.  Raises UnreadableInput where it is no JSON."""
+    """The contents of provenance.json; empty if a run has none.  Raises UnreadableInput if it is not JSON."""
     path = run / ORIGIN
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -213,15 +213,15 @@ def provenance(run: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON Lines; a torn last line (a killed run) is left out."""
+    """The objects of a JSON Lines file; an incomplete last line (from a killed run) is left out."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
+    records = []
     for number, line in enumerate(lines, start=1):
         try:
-            kept.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
             if number < len(lines):
                 raise UnreadableInput(f"{path}:{number}: not a JSON object") from None
-    return kept
+    return records

@@ -1,4 +1,4 @@
-"""What an evaluation found, prompt by prompt, and the same read back from a run directory.  Loads no torch."""
+"""The scores of an evaluation, prompt by prompt, also as read from a run directory.  Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ Key = tuple[str, str, str]
 class EvaluationResult:
     """Scores of one evaluation, prompt by prompt, so that two evaluations can be compared in pairs."""
 
-    scores: Mapping[
-        Key, tuple[float, ...]
-    ]  # a prompt's mean over its samples, in the suite's order
+    # For each prompt, in the suite's order, the mean over its samples.
+    scores: Mapping[Key, tuple[float, ...]]
     records: Sequence[Mapping[str, Any]]
     tokens: int  # generated
     lengths: Mapping[tuple[str, str], float]  # mean completion length
@@ -32,40 +31,40 @@ class EvaluationResult:
         return paired_difference(before.scores[key], self.scores[key])
 
     def metrics(self, headline: Key) -> dict[str, float]:
-        """Keys under eval/: the headline's score with interval and n, and every score by name."""
-        found: dict[str, float] = {}
+        """Metrics under eval/: every score by name, and the headline as eval/score, each with its interval and n."""
+        metrics: dict[str, float] = {}
         for key in self.scores:
             interval = self.interval(key)
             names = ["eval/" + "/".join(key)] + (["eval/score"] if key == headline else [])
             for name in names:
-                found |= {
+                metrics |= {
                     name: interval.mean,
                     f"{name}_low": interval.low,
                     f"{name}_high": interval.high,
                 }
-                found[f"{name}_n"] = interval.n
+                metrics[f"{name}_n"] = interval.n
         for (suite, decoding), length in self.lengths.items():
-            found[f"eval/{suite}/{decoding}/completion_tokens"] = length
-        return found
+            metrics[f"eval/{suite}/{decoding}/completion_tokens"] = length
+        return metrics
 
 
 def read_back(records: Sequence[Mapping[str, Any]]) -> EvaluationResult:
-    """An evaluation from what the run directory keeps of it (a resumed run compares with its own beginning)."""
-    scores = {key: tuple(each.values()) for key, each in per_prompt(records).items()}
+    """The evaluation stored in these records of a run directory (a resumed run compares with its first one)."""
+    scores = {key: tuple(prompts.values()) for key, prompts in per_prompt(records).items()}
     return EvaluationResult(scores=scores, records=records, tokens=0, lengths={})
 
 
 def per_prompt(records: Sequence[Mapping[str, Any]]) -> dict[Key, dict[tuple[int, str], float]]:
-    """Per score: of each prompt, by row and text, the mean over its samples."""
-    found: dict[Key, dict[tuple[int, str], list[float]]] = {}
+    """For each score and prompt (row and text), the mean over the prompt's samples."""
+    scores: dict[Key, dict[tuple[int, str], list[float]]] = {}
     for record in records:
         prompt = record["row"], record["prompt"]
         for reward, value in record["scores"].items():
-            prompts = found.setdefault((record["suite"], record["decoding"], reward), {})
+            prompts = scores.setdefault((record["suite"], record["decoding"], reward), {})
             prompts.setdefault(prompt, []).append(value)
     return {
         key: {prompt: sum(values) / len(values) for prompt, values in prompts.items()}
-        for key, prompts in found.items()
+        for key, prompts in scores.items()
     }
 
 

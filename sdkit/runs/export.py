@@ -1,4 +1,4 @@
-"""A finished run as a Hugging Face folder with a model card.  Copies what the run wrote; loads no torch."""
+"""Exports a finished run as a Hugging Face folder with a model card.  Copies the run's files; imports no torch."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.language.bundled import PREFIX
-from sdkit.runs import model_card
-from sdkit.runs.directory import trained
 from sdkit.language.errors import BadData, BadEnvironment, UnreadableInput
 from sdkit.language.specs import ExperimentSpec, ModelSpec
+from sdkit.runs import model_card
+from sdkit.runs.directory import trained_model
 
-OF_THE_MODEL = (
+MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
 )
-"""What model/ holds besides the tokenizer."""
+"""The files of model/ other than the tokenizer's."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = (ADAPTER_CONFIG, "adapter_model.safetensors")
 
 
 def export(spec: ExperimentSpec, base: Path, run: Path, to: Path, *, merge: bool) -> str:
-    """Write the run's model to the new folder `to`, or its adapter where it trained one and `merge` is not asked for.
+    """Write the run's model to the new folder `to`; for a LoRA run its adapter, unless `merge`.
 
-    The folder appears when it is complete; tensors are the run's own files, bit for bit.  Returns what was written, in
-    words.  Raises UnreadableInput where `to` exists or the run has no such thing, BadData where weights are damaged and
-    BadEnvironment where the disk refuses.
+    Returns a message that says what was written.  The folder appears once it is complete; tensors are the run's own
+    files, bit for bit.  Raises UnreadableInput if `to` exists, the run has no model yet or no adapter to merge, BadData
+    if weights are damaged, and BadEnvironment if the folder cannot be written.
     """
-    model, adapter = trained(run), spec.model.lora is not None and not merge
+    model, adapter = trained_model(run), spec.model.lora is not None and not merge
     if merge and spec.model.lora is None:
         raise UnreadableInput(
             f"{run} trained all weights, so there is no adapter to merge",
@@ -53,18 +53,18 @@ def export(spec: ExperimentSpec, base: Path, run: Path, to: Path, *, merge: bool
                 shutil.copytree(model, partial, dirs_exist_ok=True)
             card = model_card.write(spec, base, run, adapter=adapter)
             (partial / "README.md").write_text(card, encoding="utf-8")
-            _finish(partial, to)
+            _publish(partial, to)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except (OSError, shutil.Error) as error:
         raise BadEnvironment(
             f"cannot write {to}: {getattr(error, 'strerror', None) or error}"
         ) from None
-    return _told(spec, to, adapter)
+    return _message(spec, to, adapter)
 
 
 def _write_adapter(spec: ModelSpec, base: Path, run: Path, folder: Path) -> None:
-    """The adapter under its own base, and the tokenizer (whose chat template the run trained with)."""
+    """Write the adapter, the base it belongs to, and the tokenizer (with the chat template of the training)."""
     for name in ADAPTER:
         if not (run / "adapter" / name).is_file():
             raise BadData(f"{run / 'adapter'} has no {name}")
@@ -73,12 +73,12 @@ def _write_adapter(spec: ModelSpec, base: Path, run: Path, folder: Path) -> None
     config |= {"base_model_name_or_path": model_card.base_of(spec, base), "revision": spec.revision}
     text = json.dumps(config | {"inference_mode": True}, indent=2, sort_keys=True)
     (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
-    skipped = shutil.ignore_patterns(*OF_THE_MODEL)
-    shutil.copytree(run / "model", folder, dirs_exist_ok=True, ignore=skipped)
+    model_files = shutil.ignore_patterns(*MODEL_FILES)
+    shutil.copytree(run / "model", folder, dirs_exist_ok=True, ignore=model_files)
 
 
 def _check(weights: Path) -> None:
-    """Raise BadData where a file of tensors is cut short or is none."""
+    """Raise BadData if a safetensors file is truncated or is not one."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -88,8 +88,8 @@ def _check(weights: Path) -> None:
         raise BadData(f"{weights} is damaged: {error}") from None
 
 
-def _finish(partial: Path, to: Path) -> None:
-    """Everything on the disk, then the name."""
+def _publish(partial: Path, to: Path) -> None:
+    """Sync every file to the disk, then give the folder its name."""
     for path in [p for p in partial.rglob("*") if p.is_file()]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -97,10 +97,10 @@ def _finish(partial: Path, to: Path) -> None:
     partial.rename(to)
 
 
-def _told(spec: ExperimentSpec, to: Path, adapter: bool) -> str:
+def _message(spec: ExperimentSpec, to: Path, adapter: bool) -> str:
     if not adapter:
         return f"wrote {to}: the model, {spec.model.dtype}"
     line = f"wrote {to}: the adapter of {spec.model.path}"
     if spec.model.path.startswith(PREFIX):
-        line += "\nno library but sdkit finds that base by its name: --merge-lora writes a model that stands alone"
+        line += "\nonly sdkit can load that base by its name: --merge-lora writes a self-contained model"
     return line

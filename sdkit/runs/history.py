@@ -1,4 +1,4 @@
-"""Finished and unfinished runs, read back from their directories.  Loads no torch."""
+"""Reads finished and unfinished runs from their directories.  Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from attrs import frozen
 
-from sdkit.runs.intervals import Interval
-from sdkit.runs.evaluations import EvaluationResult, Key, per_prompt, read_back
-from sdkit.runs.directory import MARK, read_lines
 from sdkit.language.errors import Path as SpecPath
 from sdkit.language.errors import UnreadableInput
 from sdkit.language.resolved import leaves
 from sdkit.language.source import read
+from sdkit.runs.directory import MARK, read_lines
+from sdkit.runs.evaluations import EvaluationResult, Key, per_prompt, read_back
+from sdkit.runs.intervals import Interval
 
 Axis = Literal["tokens", "steps", "time"]
 AXES: Mapping[Axis, str] = {
@@ -27,7 +27,7 @@ AXES: Mapping[Axis, str] = {
 
 @frozen(kw_only=True)
 class Point:
-    """One evaluation of a run, and what training had cost until then."""
+    """One evaluation of a run, and the budget that training had spent by then."""
 
     step: int
     tokens: float  # of training rollouts
@@ -35,23 +35,24 @@ class Point:
     scores: Mapping[Key, Interval]
 
     def at(self, axis: Axis) -> float:
+        """The budget spent on this axis."""
         return {"tokens": self.tokens, "steps": float(self.step), "time": self.seconds}[axis]
 
 
 @frozen(kw_only=True)
 class Run:
-    """What a run directory says of a run."""
+    """A run as its directory describes it."""
 
     name: str
     path: Path
     state: str
     settings: Mapping[SpecPath, Any]  # every scalar of the resolved spec
-    origins: Mapping[SpecPath, Any]  # of provenance.json: what may differ without the spec
+    origins: Mapping[SpecPath, Any]  # of provenance.json: versions and data hashes
     points: Sequence[Point]  # evaluations in order, at least one
 
     @property
     def headline(self) -> Key:
-        """The score that stands for the run: the first suite's first decoding."""
+        """The run's main score: that of the first suite under its first decoding."""
         suite, decoding, _ = next(iter(self.points[0].scores))
         return suite, decoding, str(self.settings["evaluation", "suites", suite, "score"])
 
@@ -60,24 +61,28 @@ class Run:
         return read_lines(_evaluation(self.path, point.step))
 
     def evaluated(self, point: Point) -> EvaluationResult:
+        """The evaluation at this point, prompt by prompt."""
         return read_back(self.records(point))
 
     def per_prompt(self, point: Point) -> dict[Key, dict[str, float]]:
-        """Per score: of each prompt the mean over its samples.  A suite has no prompt twice."""
-        found = per_prompt(self.records(point))
-        return {key: {text: v for (_, text), v in each.items()} for key, each in found.items()}
+        """For each score and prompt, the mean over the prompt's samples.  A suite has no prompt twice."""
+        scores = per_prompt(self.records(point))
+        return {
+            key: {text: mean for (_, text), mean in prompts.items()}
+            for key, prompts in scores.items()
+        }
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in these folders; each named by its folder, or by the whole path where two are called the same.
+    """The runs in these folders; each named by its folder, or by the path where two folders have the same name.
 
-    Raises UnreadableInput, of all folders that hold no evaluated run at once.
+    Raises UnreadableInput, which names all folders that hold no evaluated run.
     """
-    places = [path.resolve() for path in paths]
-    for place in places:
-        if places.count(place) > 1:
-            raise UnreadableInput(f"{place} is named twice")
-    names = [place.name for place in places]
+    folders = [path.resolve() for path in paths]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UnreadableInput(f"{folder} is named twice")
+    names = [folder.name for folder in folders]
     runs: list[Run] = []
     faults: list[str] = []
     for path, name in zip(paths, names, strict=True):
@@ -87,13 +92,14 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             faults.append(error.message)
     if faults:
         raise UnreadableInput(
-            "\n".join(faults), hint="name run directories (runs/NAME) that `sdkit train` has left"
+            "\n".join(faults),
+            hint="pass run directories (runs/NAME) that `sdkit train` has written",
         )
     return runs
 
 
 def read_run(path: Path, name: str) -> Run:
-    """One run.  Raises UnreadableInput where the folder is no run directory, or nothing was evaluated in it."""
+    """One run.  Raises UnreadableInput if the folder is not a run directory, or has no evaluation."""
     if not (path / MARK).is_file():
         raise UnreadableInput(f"{path} is not a run directory: it has no {MARK}")
     spec = read(path / MARK, resolved=True).data
@@ -107,20 +113,20 @@ def read_run(path: Path, name: str) -> Run:
         raise UnreadableInput(f"{path / 'metrics.jsonl'} is not a run's: {error!r}") from None
     if not points:
         raise UnreadableInput(f"{path} holds no evaluation to compare ({state})")
-    origins = _json(path / "provenance.json")
-    kept = {part: origins.get(part) or {} for part in ("versions", "data")}
+    provenance = _json(path / "provenance.json")
+    origins = {part: provenance.get(part) or {} for part in ("versions", "data")}
     return Run(
         name=name,
         path=path,
         state=state,
         settings=dict(leaves(spec)),
-        origins=dict(leaves(kept)),
+        origins=dict(leaves(origins)),
         points=points,
     )
 
 
 def _points(path: Path) -> Iterator[Point]:
-    """The evaluations whose completions are there too (of a run that goes on they are written last)."""
+    """The evaluations whose completions are on disk (a running run writes them after the metrics)."""
     tokens = seconds = 0.0
     for line in read_lines(path / "metrics.jsonl"):
         tokens = line.get("tokens_generated", tokens)
@@ -130,13 +136,13 @@ def _points(path: Path) -> Iterator[Point]:
 
 
 def _scores(line: Mapping[str, Any]) -> dict[Key, Interval]:
-    found: dict[Key, Interval] = {}
+    scores: dict[Key, Interval] = {}
     for name, mean in line.items():
         if name.count("/") >= 3 and f"{name}_low" in line:
             suite, decoding, reward = name.removeprefix("eval/").split("/", 2)
             ends = {end: line[f"{name}_{end}"] for end in ("low", "high")}
-            found[suite, decoding, reward] = Interval(mean=mean, **ends, n=line[f"{name}_n"])
-    return found
+            scores[suite, decoding, reward] = Interval(mean=mean, **ends, n=line[f"{name}_n"])
+    return scores
 
 
 def _evaluation(path: Path, step: int) -> Path:
@@ -148,15 +154,15 @@ def _state(status: Mapping[str, Any]) -> str:
     if state == "done":
         return "done"
     after = f" after step {status['step']}" if "step" in status else ""
-    # A killed process cannot say that it is.
+    # A killed process leaves "running" behind.
     word = "unfinished, running or killed" if state == "running" else state
     return f"{word}{after}" + (f": {str(reason).splitlines()[0]}" if reason else "")
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A small file's object; empty where it is missing or torn."""
+    """The object in a JSON file; empty if the file is missing or incomplete."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, what it was trained to do, from which data and versions."""
+"""Writes the model card (README.md) of an exported model: training, held-out scores, data and versions."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any
 import yaml
 
 from sdkit.language.bundled import PREFIX
-from sdkit.runs.directory import origin
-from sdkit.plan.plan import MethodPlan, plan_method
 from sdkit.language.resolved import canonical_hash
 from sdkit.language.source import read
 from sdkit.language.specs import ExperimentSpec, ModelSpec
+from sdkit.plan.plan import MethodPlan, plan_method
+from sdkit.runs.directory import origin
 
 
 def base_of(spec: ModelSpec, base: Path) -> str:
-    """The model that was trained, as the spec names it; a local folder with its whole path."""
+    """The start model as the spec names it; a local folder as an absolute path."""
     local = (base / spec.path).resolve()
     return str(local) if not spec.path.startswith(PREFIX) and local.is_dir() else spec.path
 
 
 def write(spec: ExperimentSpec, base: Path, run: Path, *, adapter: bool) -> str:
-    """The card's text.  Of a base in a local folder it tells the folder's name alone: a card is published."""
-    facts, told = origin(run), plan_method(spec)
+    """The card's text.  A local start model appears by its folder's name only, since cards are published."""
+    facts, method = origin(run), plan_method(spec)
     path = base_of(spec.model, base)
     local = Path(path).is_absolute()
     start = Path(path).name if local else path
     what = f"LoRA adapter for `{start}`" if adapter else f"`{start}`"
     sections = {
-        "Training": _listed(_training(spec, run, told)),
+        "Training": _bullets(_training(spec, run, method)),
         "Held-out scores": _scores(run),
-        "Origin": _listed(_origin(spec, facts, start)),
+        "Origin": _bullets(_origin(spec, facts, start)),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
     on_hub = None if local or path.startswith(PREFIX) else path
@@ -42,7 +42,7 @@ def write(spec: ExperimentSpec, base: Path, run: Path, *, adapter: bool) -> str:
 
 
 def _front_matter(on_hub: str | None, adapter: bool) -> str:
-    """What the hub reads of a card."""
+    """The metadata that the Hugging Face hub reads, as YAML."""
     facts: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -51,11 +51,11 @@ def _front_matter(on_hub: str | None, adapter: bool) -> str:
     return yaml.safe_dump(facts | ({"base_model": on_hub} if on_hub else {}), sort_keys=False)
 
 
-def _training(spec: ExperimentSpec, run: Path, told: MethodPlan) -> Iterator[str]:
+def _training(spec: ExperimentSpec, run: Path, method: MethodPlan) -> Iterator[str]:
     if page := _method_page(run):
         yield f"method: `{page}`"
-    yield from (f"objective: {line}" for line in told.objective)
-    yield from told.roles
+    yield from (f"objective: {line}" for line in method.objective)
+    yield from method.roles
     lora = spec.model.lora
     if lora:
         yield f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}"
@@ -68,13 +68,13 @@ def _steps(run: Path) -> int:
 
 
 def _method_page(run: Path) -> str | None:
-    """The page that the run file names; None where it brings its method along."""
+    """The page that the run file names; None if the file holds the method itself."""
     written = read(run / "spec.yaml").data if (run / "spec.yaml").is_file() else None
     return written.get("method") if isinstance(written, Mapping) else None
 
 
 def _scores(run: Path) -> str:
-    """The run's table of before and after; empty where nothing was evaluated."""
+    """The run's table of scores before and after training; empty if nothing was evaluated."""
     path = run / "result.json"
     if not path.is_file():
         return ""
@@ -83,7 +83,7 @@ def _scores(run: Path) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in json.loads(path.read_text(encoding="utf-8")):
-        figures = " | ".join(_figure(row[each]) for each in ("before", "after", "change"))
+        figures = " | ".join(_figure(row[column]) for column in ("before", "after", "change"))
         rows.append(
             f"| {row['suite']} | {row['decoding']} | {row['score']} | {figures} | {row['n']} |"
         )
@@ -108,8 +108,8 @@ def _origin(spec: ExperimentSpec, facts: Mapping[str, Any], start: str) -> Itera
     if replayed := facts.get("replayed"):
         yield f"rollouts: recorded by the run {Path(replayed['run']).name}, from step {replayed['start']} on"
     versions = {"python": facts.get("python"), **facts.get("versions", {})}
-    yield "versions: " + ", ".join(f"{name} {each}" for name, each in versions.items())
+    yield "versions: " + ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _listed(lines: Iterator[str]) -> str:
+def _bullets(lines: Iterator[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)

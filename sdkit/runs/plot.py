@@ -1,4 +1,4 @@
-"""Pictures: a run's loss, score and completion length over steps; several runs' scores over what they cost."""
+"""Plots: a run's loss, scores and completion length over steps; several runs' scores over tokens, steps and time."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdkit.runs.evaluations import Key
-from sdkit.runs.history import AXES, Run
 from sdkit.language.errors import UnreadableInput
+from sdkit.runs.evaluations import Key
+from sdkit.runs.history import AXES, Axis, Run
 
 Lines = Sequence[Mapping[str, Any]]
 FORMATS = (".png", ".pdf", ".svg")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A600")
-"""Told apart with any kind of sight (Okabe and Ito, the yellow darkened)."""
+"""Distinguishable with any colour vision (Okabe and Ito, the yellow darkened)."""
 MARKERS = "osD^vP*X"
 STYLES = ("-", "--", ":", "-.")
 
 
 def plot(lines: Lines, target: Path, title: str) -> None:
-    """Write plot.png.  `lines` are the objects of metrics.jsonl."""
+    """Write a run's plot to `target`.  `lines` are the objects of metrics.jsonl."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -38,8 +38,9 @@ def plot(lines: Lines, target: Path, title: str) -> None:
 
 
 def _series(lines: Lines, name: str) -> tuple[list[int], list[float]]:
-    found = [(line["step"], line[name]) for line in lines if name in line]
-    return [s for s, _ in found], [v for _, v in found]
+    """The steps that have this metric, and its values."""
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _loss(axis: Any, lines: Lines) -> None:
@@ -79,18 +80,20 @@ def _length(axis: Any, lines: Lines) -> None:
 # ── several runs ──────────────────────────────────────────────────────────────────────────────
 
 
-def picture_of(target: Path) -> None:
-    """Make sure that a picture can be written there.  Raises UnreadableInput where it cannot."""
+def check_plot_path(target: Path) -> None:
+    """Raise UnreadableInput if no picture can be written to `target`."""
     if target.suffix.lower() not in FORMATS:
-        raise UnreadableInput(f"{target} is no picture's name: it ends in none of {FORMATS}")
+        raise UnreadableInput(
+            f"{target} is not the name of a picture: it must end in one of {', '.join(FORMATS)}"
+        )
     if not target.resolve().parent.is_dir():
-        raise UnreadableInput(f"{target.parent} is no folder")
+        raise UnreadableInput(f"{target.parent} is not a folder")
 
 
 def plot_runs(runs: Sequence[Run], keys: Sequence[Key], target: Path) -> None:
-    """One panel each over tokens, steps and time: a colour per run, a line style per decoding, intervals as bands.
+    """Plot scores over tokens, steps and time: a colour per run, a line style per decoding, intervals as bands.
 
-    `keys` differ in their decoding alone.  Raises OSError where the file cannot be written.
+    `keys` may differ in their decoding only.  Raises OSError if the file cannot be written.
     """
     import matplotlib as mpl
 
@@ -98,27 +101,20 @@ def plot_runs(runs: Sequence[Run], keys: Sequence[Key], target: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), sharey=True, constrained_layout=True)
-    colours = [*COLOURS] if len(runs) <= len(COLOURS) else _many(len(runs))
+    colours = [*COLOURS] if len(runs) <= len(COLOURS) else _sampled_colours(len(runs))
     for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
-        panel.set_title({"tokens": "over tokens", "steps": "over steps", "time": "over time"}[axis])
+        panel.set_title(f"over {axis}")
         panel.set_xlabel(label)
         panel.grid(alpha=0.25)
-        for place, run in enumerate(runs):
-            for number, key in enumerate(keys):
-                held = [p for p in run.points if key in p.scores]
-                x = [point.at(axis) for point in held]
-                each = [point.scores[key] for point in held]
-                panel.plot(
-                    x,
-                    [interval.mean for interval in each],
-                    STYLES[number % len(STYLES)],
-                    color=colours[place],
-                    marker=MARKERS[place % len(MARKERS)],
-                    markersize=4,
-                    label=run.name if len(keys) == 1 else f"{run.name}, {key[1]}",
-                )
-                low, high = [i.low for i in each], [i.high for i in each]
-                panel.fill_between(x, low, high, color=colours[place], alpha=0.12, linewidth=0)
+        for i, run in enumerate(runs):
+            for j, key in enumerate(keys):
+                style = {
+                    "color": colours[i],
+                    "marker": MARKERS[i % len(MARKERS)],
+                    "linestyle": STYLES[j % len(STYLES)],
+                    "label": run.name if len(keys) == 1 else f"{run.name}, {key[1]}",
+                }
+                _plot_scores(panel, run, key, axis, style)
     panels[0].set_ylabel("score")
     panels[0].legend(frameon=False, fontsize=7)
     suite, _, reward = keys[0]
@@ -127,7 +123,16 @@ def plot_runs(runs: Sequence[Run], keys: Sequence[Key], target: Path) -> None:
     plt.close(figure)
 
 
-def _many(count: int) -> list[Any]:
+def _plot_scores(panel: Any, run: Run, key: Key, axis: Axis, style: Mapping[str, Any]) -> None:
+    points = [point for point in run.points if key in point.scores]
+    x = [point.at(axis) for point in points]
+    intervals = [point.scores[key] for point in points]
+    panel.plot(x, [interval.mean for interval in intervals], markersize=4, **style)
+    low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
+    panel.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def _sampled_colours(count: int) -> list[Any]:
     from matplotlib import pyplot as plt
 
     return list(plt.get_cmap("turbo")([i / (count - 1) for i in range(count)]))

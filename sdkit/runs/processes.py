@@ -1,4 +1,4 @@
-"""Whether a process that wrote its number down is still the one of that number."""
+"""Identifies a process by its number and its start, since the system reuses numbers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ PROC = Path("/proc")
 
 @functools.cache
 def own_mark() -> str | None:
-    """What tells this process from every other that ever has its number."""
+    """A text that distinguishes this process from any other with its number; None if there is no /proc."""
     return _mark(os.getpid())
 
 
 def alive(pid: object, mark: object) -> bool:
-    """Whether the process of this number is the one that left this mark; False where that cannot be told."""
+    """Whether the process with this number is running and has this mark; False if that is unknown."""
     return isinstance(pid, int) and mark is not None and _mark(pid) == mark
 
 
 def _mark(pid: int) -> str | None:
-    """The boot and the moment in which a process began; None where there is none, or no Linux."""
+    """The boot id and the start time of a process; None if it does not run, or if there is no /proc."""
     try:
         boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
-        # The command's name stands in brackets and may hold blanks; the start is the 20th word behind it.
+        # The command's name is in brackets and may contain blanks; the start time is the 20th word after it.
         words = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Where a run came from: versions, git state, data, model, command."""
+"""Records where a run came from: versions, git state, data, model, command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def provenance(base: Path, **facts: Any) -> dict[str, Any]:
-    """All that is known of a run before it starts; `facts` are the run's own (data hash, model, …)."""
+    """The contents of provenance.json; `facts` are the run's own (data hash, model, …)."""
     return {
         "argv": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -45,7 +45,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(folder: Path) -> dict[str, Any] | None:
-    """Commit and uncommitted changes of the repository that holds the spec, if any."""
+    """Commit and uncommitted changes of the repository that holds the spec; None if there is none."""
     commit = _run(folder, "rev-parse", "HEAD")
     if commit is None:
         return None

@@ -136,7 +136,7 @@ def test_exit_codes_of_a_process(path, code):
 def test_validate_says_what_is_fine(sdkit):
     assert sdkit("validate", DEMO, METHOD) == (
         0,
-        f"{DEMO}: fine (run file)\n{METHOD}: fine (method page)\n",
+        f"{DEMO}: ok (run file)\n{METHOD}: ok (method page)\n",
         "",
     )
 
@@ -144,7 +144,7 @@ def test_validate_says_what_is_fine(sdkit):
 def test_validate_shows_every_problem_of_every_file(sdkit, broken):
     code, out, err = sdkit("validate", DEMO, broken)
     assert code == 1
-    assert f"{DEMO}: fine" in out
+    assert f"{DEMO}: ok" in out
     assert f"{broken}:11:" in err
     assert "'forwards_kl' is not one of" in err
     assert 'did you mean "forward_kl"?' in err
@@ -271,7 +271,7 @@ def test_every_shipped_spec_makes_real_steps(sdkit, path):
     code, out, err = sdkit("smoke", path)
     assert code == 0, err
     assert "step 2/2" in out
-    assert "smoke run fine" in out
+    assert "smoke run passed" in out
 
 
 def test_a_process_keeps_standard_output_to_itself(run_file, tmp_path):
@@ -382,7 +382,7 @@ def test_dry_run_trains_nothing(sdkit, run_file, tmp_path, monkeypatch):
     code, out, _ = sdkit("train", run_file, "--dry-run")
     assert code == 0
     assert "objective:" in out
-    assert "smoke run fine" in out
+    assert "smoke run passed" in out
     assert not (tmp_path / "runs").exists()
 
 

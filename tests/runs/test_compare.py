@@ -1,4 +1,4 @@
-"""`sdkit compare` on run directories made by hand: who met where, what can be told, and what is said of it."""
+"""`sdkit compare` on run directories made by hand: common budgets, significant differences, and the text."""
 
 import json
 import subprocess
@@ -10,16 +10,22 @@ import yaml
 from rich.console import Console
 
 from sdkit.cli import main
-from sdkit.runs.intervals import (
-    chance_of_paired,
-    chance_of_unpaired,
-    mean_interval,
-    unpaired_difference,
+from sdkit.language.errors import UnreadableInput
+from sdkit.runs.compare import (
+    common_budget,
+    differences,
+    differing_evaluation,
+    differing_settings,
+    score_keys,
 )
-from sdkit.runs.compare import differences, differing, keys_of, differing_evaluation, common_budget
 from sdkit.runs.compare_text import compare
 from sdkit.runs.history import read_runs
-from sdkit.language.errors import UnreadableInput
+from sdkit.runs.intervals import (
+    mean_interval,
+    paired_p_value,
+    unpaired_difference,
+    unpaired_p_value,
+)
 
 GREEDY = ("sums", "greedy", "right")
 SPEC = {
@@ -91,14 +97,14 @@ def write(path, scores):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def met(a, b, axis="tokens"):
-    found = common_budget(*read_runs([a, b]), axis)
-    return found and tuple(point.step for point in found.points)
+def common_steps(a, b, axis="tokens"):
+    budget = common_budget(*read_runs([a, b]), axis)
+    return budget and tuple(point.step for point in budget.points)
 
 
-def told(a, b, axis="tokens", score=None):
+def compared_scores(a, b, axis="tokens", score=None):
     runs = read_runs([a, b])
-    return differences([common_budget(*runs, axis)], keys_of(runs, score))
+    return differences([common_budget(*runs, axis)], score_keys(runs, score))
 
 
 # ── what a run had cost ───────────────────────────────────────────────────────────────────────
@@ -157,45 +163,45 @@ def test_folders_of_one_name_go_by_their_paths(make_run):
     assert [run.name for run in read_runs([a, b])] == [str(a), str(b)]
 
 
-# ── where runs meet ───────────────────────────────────────────────────────────────────────────
+# ── common budgets ────────────────────────────────────────────────────────────────────────────
 
 
 def test_equal_budgets_meet_at_the_end(make_run):
     every = dict.fromkeys((0, 5, 10), score_of(0.5))
-    assert met(make_run("a", every), make_run("b", every)) == (10, 10)
+    assert common_steps(make_run("a", every), make_run("b", every)) == (10, 10)
 
 
 def test_the_largest_common_budget(make_run):
     """100 tokens a step against 50: ten steps of the first are twenty of the second, which stopped after ten."""
     a = make_run("a", dict.fromkeys((0, 5, 10), score_of(0.5)))
     b = make_run("b", dict.fromkeys((0, 2, 10), score_of(0.5)), tokens=50)
-    assert met(a, b) == (5, 10)
-    assert met(b, a) == (10, 5)
-    assert met(a, b, "steps") == (10, 10)
-    assert met(a, b, "time") == (10, 10)
+    assert common_steps(a, b) == (5, 10)
+    assert common_steps(b, a) == (10, 5)
+    assert common_steps(a, b, "steps") == (10, 10)
+    assert common_steps(a, b, "time") == (10, 10)
 
 
 def test_a_tenth_more_is_the_same_budget_and_more_is_not(make_run):
     a = make_run("a", dict.fromkeys((0, 10), score_of(0.5)))
     near = make_run("near", dict.fromkeys((0, 10), score_of(0.5)), tokens=109)
     far = make_run("far", dict.fromkeys((0, 10), score_of(0.5)), tokens=120)
-    assert met(a, near) == (10, 10)
-    assert met(a, far) is None
+    assert common_steps(a, near) == (10, 10)
+    assert common_steps(a, far) is None
 
 
 def test_two_untrained_models_do_not_meet(make_run):
     a, b = (make_run(name, {0: score_of(0.5)}) for name in "ab")
-    assert met(a, b) is None
+    assert common_steps(a, b) is None
 
 
-# ── what can be told ──────────────────────────────────────────────────────────────────────────
+# ── significance ──────────────────────────────────────────────────────────────────────────────
 
 
 def test_sixty_right_is_above_thirty(make_run):
     a = make_run("a", {0: score_of(0.1), 2: score_of(0.3)})
     b = make_run("b", {0: score_of(0.1), 2: score_of(0.6)})
-    (found,) = told(a, b)
-    assert found.told
+    (found,) = compared_scores(a, b)
+    assert found.significant
     assert found.paired
     assert found.sizes == (100, 100)
     assert found.interval.mean == pytest.approx(-0.3)
@@ -204,7 +210,7 @@ def test_sixty_right_is_above_thirty(make_run):
     assert found.interval.high == pytest.approx(-0.3 + half, abs=0.011)
     low, high = -found.interval.high, -found.interval.low
     assert found.verdict() == f"b is above a by 0.300 [{low:.3f}, {high:.3f}]"
-    (turned,) = told(b, a)
+    (turned,) = compared_scores(b, a)
     assert turned.verdict().startswith("b is above a by 0.300 [")
 
 
@@ -212,21 +218,21 @@ def test_three_more_of_a_hundred_are_noise(make_run):
     """13 gained, 10 lost: 0.03 with a standard error of 0.048."""
     a = make_run("a", {1: right(*range(30))})
     b = make_run("b", {1: right(*range(10, 43))})
-    (found,) = told(b, a)
+    (found,) = compared_scores(b, a)
     assert found.interval.mean == pytest.approx(0.03)
     assert found.interval.low < 0 < found.interval.high
-    assert found.verdict() == "no difference can be told"
+    assert found.verdict() == "no significant difference"
 
 
 def test_pairs_tell_what_two_samples_cannot(make_run):
     """30 against 42: the same 30 and 12 more; of other prompts it would be noise (standard error 0.067)."""
     a = make_run("a", {1: right(*range(30))})
     b = make_run("b", {1: right(*range(42))})
-    (found,) = told(b, a)
-    assert found.told
+    (found,) = compared_scores(b, a)
+    assert found.significant
     other = make_run("c", {1: {f"other {k}": v for k, v in right(*range(42)).items()}})
-    (found,) = told(other, a)
-    assert (found.paired, found.told) == (False, False)
+    (found,) = compared_scores(other, a)
+    assert (found.paired, found.significant) == (False, False)
     assert found.interval.mean == pytest.approx(0.12)
     assert found.interval.low == pytest.approx(0.12 - 1.96 * 0.0672, abs=0.015)
 
@@ -237,9 +243,9 @@ def test_a_handful_of_prompts_tells_nothing(make_run):
         make_run("a", {1: score_of(0.0, of=4)}),
         make_run("b", {1: score_of(1.0, of=4)}),
     )
-    (found,) = told(b, a)
+    (found,) = compared_scores(b, a)
     assert found.interval.low == found.interval.high == 1
-    assert not found.told
+    assert not found.significant
 
 
 def test_more_comparisons_ask_for_more(make_run):
@@ -247,22 +253,22 @@ def test_more_comparisons_ask_for_more(make_run):
     drawn = ("sums", "drawn", "right")
     a = make_run("a", {1: {GREEDY: right(), drawn: right()}})
     b = make_run("b", {1: {GREEDY: right(*range(6)), drawn: right()}})
-    first, second = told(b, a)
-    assert not first.told
-    assert not second.told
-    (alone,) = told(b, a, score="sums/greedy/right")
-    assert alone.told
+    first, second = compared_scores(b, a)
+    assert not first.significant
+    assert not second.significant
+    (alone,) = compared_scores(b, a, score="sums/greedy/right")
+    assert alone.significant
     assert alone.interval.low > first.interval.low
     with pytest.raises(UnreadableInput, match="no run has a score 'wrong'; there are right"):
-        told(a, b, score="wrong")
+        compared_scores(a, b, score="wrong")
 
 
 def test_chances():
     """Two of two: ++, −−, +−, −+ are equally likely, and half of them as far from 0."""
-    assert chance_of_paired([0, 0], [1, 1]) == pytest.approx(0.5, abs=0.02)
-    assert chance_of_paired([0, 1], [0, 1]) == 1
+    assert paired_p_value([0, 0], [1, 1]) == pytest.approx(0.5, abs=0.02)
+    assert paired_p_value([0, 1], [0, 1]) == 1
     # The pairs of four: one of six puts both ones on the right side, one on the left.
-    assert chance_of_unpaired([0, 0], [1, 1]) == pytest.approx(1 / 3, abs=0.02)
+    assert unpaired_p_value([0, 0], [1, 1]) == pytest.approx(1 / 3, abs=0.02)
 
 
 def test_an_unpaired_difference_has_both_sides_spread():
@@ -291,9 +297,9 @@ def test_what_differs_is_found_whatever_is_left_behind(make_run):
     b = make_run("b", scores, spec=changed("training", "seed", to=1))
     c = make_run("c", scores, spec=changed("output", "folder", to="elsewhere"))
     d = make_run("d", scores, spec=changed("losses", "distil", "coefficient", to=True))
-    assert differing(read_runs([a, c])) == []
-    assert differing(read_runs([a, b, c])) == [("training", "seed")]
-    assert differing(read_runs([a, d])) == [("losses", "distil", "coefficient")]
+    assert differing_settings(read_runs([a, c])) == []
+    assert differing_settings(read_runs([a, b, c])) == [("training", "seed")]
+    assert differing_settings(read_runs([a, d])) == [("losses", "distil", "coefficient")]
 
 
 def test_scores_that_are_not_of_one_kind(make_run):
@@ -394,7 +400,7 @@ def test_three_runs_are_compared_two_by_two_and_seeds_stay_apart(make_run):
         for i in range(3)
     ]
     shown = compared(folders)
-    assert shown.count("no difference can be told") == 3
+    assert shown.count("no significant difference") == 3
     assert "Bonferroni over 3" in shown
     assert "is above" not in shown
 
@@ -414,7 +420,7 @@ def test_it_says_where_a_longer_run_went_on_and_that_prompts_differ(make_run):
     shown = compared([a, b])
     assert "after 100 (of 400) and 100 generated tokens (steps 1 and 1)" in shown
     assert "100 and 50, not the same" in shown
-    assert "each side is drawn by itself" in " ".join(shown.split())
+    assert "each run is resampled by itself" in " ".join(shown.split())
     assert "stopped after step 1" in shown
 
 
@@ -422,7 +428,7 @@ def test_it_warns_where_decoding_differs(make_run):
     warm = changed("evaluation", "suites", "sums", "decoding", "greedy", "temperature", to=1.0)
     a, b = make_run("a", {1: score_of(0.5)}), make_run("b", {1: score_of(0.5)}, spec=warm)
     shown = compared([a, b])
-    assert "not measured alike (evaluation.suites.sums.decoding.greedy.temperature)" in shown
+    assert "evaluations differ (evaluation.suites.sums.decoding.greedy.temperature)" in shown
 
 
 def test_versions_and_data_that_differ_are_shown(make_run):

@@ -13,9 +13,9 @@ from attrs import evolve
 from tinyruns import LORA, evaluated, make_spec, model, same, train, training, weights_of
 
 from sdkit.checkpoints import checkpoint
-from sdkit.runs.export import export
 from sdkit.language.errors import BadData, BadEnvironment, UnreadableInput
 from sdkit.language.specs import OptimizerSpec
+from sdkit.runs.export import export
 
 IDS = [5, 91, 17, 230, 44, 8, 120, 63]
 NAMES = ["full", "lora"]
