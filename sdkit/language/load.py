@@ -9,17 +9,17 @@ from typing import Literal
 from attrs import evolve, frozen
 
 from sdkit.language.errors import Problem, by_position
-from sdkit.language.overlay import Loaded, load
+from sdkit.language.overlay import LoadedSpec, load
 from sdkit.language.rules import check
 from sdkit.language.specs import ExperimentSpec, MethodSpec
 from sdkit.language.structure import structure_method, structure_run
 
 
 @frozen(eq=False, kw_only=True)
-class Checked:
+class CheckedSpec:
     """A spec as written, as structured (None if it has shape problems), and all that is wrong with it."""
 
-    loaded: Loaded
+    loaded: LoadedSpec
     spec: MethodSpec | ExperimentSpec | None
     kind: Literal["run", "method"]
     problems: tuple[Problem, ...]
@@ -40,7 +40,7 @@ def load_spec(
     overrides: Sequence[str] = (),
     *,
     base: str | os.PathLike[str] | None = None,
-) -> Checked:
+) -> CheckedSpec:
     """Read and check a run file or a method page; UnreadableInput only where the file cannot be read.
 
     Paths in the spec start at the file's folder, or at `base` (for a resolved spec that stands elsewhere).
@@ -57,7 +57,7 @@ def load_spec(
         problems += [p for p in found if p.place not in unreadable]
     if spec and not problems:
         problems += check(spec, loaded)
-    return Checked(
+    return CheckedSpec(
         loaded=loaded,
         spec=spec,
         kind=loaded.kind,

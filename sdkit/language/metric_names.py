@@ -33,7 +33,7 @@ SINGLE = frozenset(
         "tokens_generated",
     }
 )
-LENGTHS = "completion_tokens"
+LENGTH_METRIC = "completion_tokens"
 """What stands beside the scores of a suite's decoding."""
-INTERVAL = ("_low", "_high", "_n")
+INTERVAL_SUFFIXES = ("_low", "_high", "_n")
 """What follows the name of a score that has an interval."""

@@ -23,15 +23,15 @@ from sdkit.language.errors import (
     spelled,
 )
 from sdkit.language.files import file_names
-from sdkit.language.source import DEEPEST, Node, Source, key_fault, read, read_text
+from sdkit.language.source import MAX_DEPTH, Node, Source, key_fault, read, read_text
 
 METHOD_KEYS = ("rollout", "teacher", "losses", "route")
 RUN_KEYS = ("model", "data", "optimizer", "training", "evaluation", "output")
-PAGE_FORBIDS = ("method", *RUN_KEYS, "rewards", "machine")
+FORBIDDEN_ON_METHOD_PAGES = ("method", *RUN_KEYS, "rewards", "machine")
 
 
 @frozen(eq=False)
-class Loaded:
+class LoadedSpec:
     """A spec as written: data of run file, method page and overrides together, and where each
     value stands.
     """
@@ -42,7 +42,7 @@ class Loaded:
     root: Node | None
     texts: Mapping[str, str]
     method: str | None = None  # the method page that the run file names
-    whole: bool = True  # False: the method page is missing or unreadable, so its keys are too
+    is_complete: bool = True  # False: the method page is missing or unreadable, so its keys are too
     problems: tuple[Problem, ...] = ()
     keys: dict[Path, Place] = field(init=False, factory=dict)
     values: dict[Path, Place] = field(init=False, factory=dict)
@@ -82,7 +82,7 @@ def is_run_file(data: Any) -> bool:
 
 def load(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolved: bool = False
-) -> Loaded:
+) -> LoadedSpec:
     """Read a run file or a method page, and all that belongs to it."""
     source = read(path, resolved=resolved)
     given = [_parse_override(text, line) for line, text in enumerate(overrides, 1)]
@@ -101,12 +101,12 @@ def load(
             texts[page.name] = page.text
             problems += page.problems
         if page and page.root:
-            root = merge(_method_keys(page.root, page.name, problems), root)
+            root = merge(_without_run_keys(page.root, page.name, problems), root)
     if root:
         root = _apply([o for o in given if o.path != ("method",)], root, problems)
     problems += [o.problem for o in given if o.problem]
     kind = "run" if is_run or (root and is_run_file(root.data)) else "method"
-    return Loaded(source.name, kind, folder, root, texts, method, whole, tuple(problems))
+    return LoadedSpec(source.name, kind, folder, root, texts, method, whole, tuple(problems))
 
 
 def merge(base: Node, over: Node) -> Node:
@@ -157,12 +157,12 @@ def _method_page(
     try:
         return path, read(path), root
     except UnreadableInput as error:
-        hint = error.hint or _neighbours(path)
+        hint = error.hint or _suggest_page(path)
         problems.append(Problem(("method",), str(error), "method_file", hint, named.place))
         return path, None, root
 
 
-def _neighbours(path: str) -> str | None:
+def _suggest_page(path: str) -> str | None:
     """What to write in place of a page that is not there."""
     folder, name = os.path.split(path)
     pages = [name for name in file_names(folder or ".") if name.endswith((".yaml", ".yml"))]
@@ -171,18 +171,20 @@ def _neighbours(path: str) -> str | None:
     return f"in {folder or '.'}: {', '.join(pages[:8])}" if pages else None
 
 
-def _method_keys(page: Node, name: str, problems: list[Problem]) -> Node:
+def _without_run_keys(page: Node, name: str, problems: list[Problem]) -> Node:
     """The page without the keys that only a run file may have."""
     if not isinstance(page.value, dict):
         message = "a method page is a map of rollout, teacher, losses and route"
         problems.append(Problem((), message, "method_page", None, Place(name, 1, 1)))
         return evolve(page, value={})
-    for key in [k for k in page.value if k in PAGE_FORBIDS]:
+    for key in [k for k in page.value if k in FORBIDDEN_ON_METHOD_PAGES]:
         message = f"a method page holds rollout, teacher, losses and route, no {shorten(key)}"
         hint = "method pages stand alone" if key == "method" else f"move {key} to the run file"
         place = page.value[key].key
         problems.append(Problem((key,), message, "method_page", hint, place))
-    return evolve(page, value={k: v for k, v in page.value.items() if k not in PAGE_FORBIDS})
+    return evolve(
+        page, value={k: v for k, v in page.value.items() if k not in FORBIDDEN_ON_METHOD_PAGES}
+    )
 
 
 # ── overrides ─────────────────────────────────────────────────────────────────────────────────
@@ -210,28 +212,28 @@ def _parse_override(text: str, line: int) -> _Override:
     source = read_text(value, COMMAND_LINE)
     if source.problems:
         found = source.problems[0]
-        place = _shifted(found.place or key, line, len(name) + 1)
+        place = _shift_place(found.place or key, line, len(name) + 1)
         return _Override(path, None, key, evolve(found, path=path, code="override", place=place))
     root = source.root or Node(None, Place(COMMAND_LINE, 1, 1, max(1, len(value))))
-    if max(len(below) for below, _ in root.walk()) + len(path) > DEEPEST:
-        message = f"nested more than {DEEPEST} levels deep"
+    if max(len(below) for below, _ in root.walk()) + len(path) > MAX_DEPTH:
+        message = f"nested more than {MAX_DEPTH} levels deep"
         return _Override(path, None, key, Problem((), message, "override", None, key))
-    return _Override(path, _moved(root, line, len(name) + 1, key), key)
+    return _Override(path, _shift_node(root, line, len(name) + 1, key), key)
 
 
-def _shifted(place: Place, line: int, columns: int) -> Place:
+def _shift_place(place: Place, line: int, columns: int) -> Place:
     return evolve(place, line=line, column=place.column + columns)
 
 
-def _moved(node: Node, line: int, columns: int, key: Place | None = None) -> Node:
+def _shift_node(node: Node, line: int, columns: int, key: Place | None = None) -> Node:
     """The node with its places moved to where the value stands on the command line."""
-    key = key or (_shifted(node.key, line, columns) if node.key else None)
+    key = key or (_shift_place(node.key, line, columns) if node.key else None)
     value = node.value
     if isinstance(value, dict):
-        value = {name: _moved(child, line, columns) for name, child in value.items()}
+        value = {name: _shift_node(child, line, columns) for name, child in value.items()}
     elif isinstance(value, list):
-        value = [_moved(child, line, columns) for child in value]
-    return Node(value, _shifted(node.place, line, columns), key)
+        value = [_shift_node(child, line, columns) for child in value]
+    return Node(value, _shift_place(node.place, line, columns), key)
 
 
 def _apply(overrides: Iterable[_Override], root: Node, problems: list[Problem]) -> Node:

@@ -45,14 +45,14 @@ def term_statistics(term: LossTerm) -> Iterator[tuple[Statistic, Key]]:
         yield "teacher_entropy", ("mask", "teacher_entropy_above")
     if term.mask.student_entropy_top is not None:
         yield "student_entropy", ("mask", "student_entropy_top")
-    if floor_that_leaves_out(term) is not None:
+    if masking_floor(term) is not None:
         yield "student_logprobs", ("advantage", "below_floor")
         yield "teacher_logprobs", ("advantage", "below_floor")
-    for measure in _weight_measures(weight_of(term)):
+    for measure in _weight_statistics(weight_of(term)):
         yield measure, ("weight",)
 
 
-def _weight_measures(weight: Weight | None) -> tuple[Statistic, ...]:
+def _weight_statistics(weight: Weight | None) -> tuple[Statistic, ...]:
     match weight:
         case None | PositionWeight() | PassRateWeight():
             return ()
@@ -106,13 +106,13 @@ def weight_of(term: LossTerm) -> Weight | None:
             assert_never(term)
 
 
-def floor_that_leaves_out(term: LossTerm) -> float | Schedule | None:
+def masking_floor(term: LossTerm) -> float | Schedule | None:
     """The log-ratio below which the term does not count a token, where it has one."""
     part = teacher_part(term.advantage) if isinstance(term, PolicyGradient) else None
     return part.floor if part and part.below_floor == "leave_out" else None
 
 
-def uses_reward(term: LossTerm) -> Key | None:
+def reward_setting(term: LossTerm) -> Key | None:
     """The setting of the term's weight that needs the reward of training, where there is one."""
     match weight_of(term):
         case PassRateWeight():

@@ -15,7 +15,7 @@ from typing import Any
 
 from sdkit.language.errors import shorten
 
-DEEPEST = 100
+MAX_DEPTH = 100
 """Levels of lists and maps that a value of a row may have."""
 
 
@@ -33,22 +33,22 @@ def text_of(value: Any) -> str | None:
     if is_missing(value):
         return None
     if isinstance(value, str):
-        return _readable(str(value))
+        return _checked_text(str(value))
     if _is_boolean(value):
-        raise Fault(f"{say_what(value)} has no one spelling: write it as text")
+        raise Fault(f"{describe_value(value)} has no one spelling: write it as text")
     if isinstance(value, numbers.Number):
-        return _digits(value)
+        return _number_text(value)
     if isinstance(value, Mapping):
-        return _content(value)
+        return _message_content(value)
     if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping):
-        return _content(value[0])
-    raise Fault(f"{say_what(value)}, not text")
+        return _message_content(value[0])
+    raise Fault(f"{describe_value(value)}, not text")
 
 
 def lines_of(value: Any) -> str | None:
     """The text of a value inside a column's template, where a list of texts is inserted line by line."""
     if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
-        return _readable("\n".join(value))
+        return _checked_text("\n".join(value))
     return text_of(value)
 
 
@@ -69,9 +69,9 @@ def check_value(value: Any, depth: int = 0) -> None:
     if isinstance(value, Fault):
         raise value
     if isinstance(value, str):
-        _encodable(value)
-    elif depth > DEEPEST:
-        raise Fault(f"nested more than {DEEPEST} levels deep")
+        _check_encodable(value)
+    elif depth > MAX_DEPTH:
+        raise Fault(f"nested more than {MAX_DEPTH} levels deep")
     elif isinstance(value, Mapping):
         for key, each in value.items():
             check_value(key, depth + 1)
@@ -81,7 +81,7 @@ def check_value(value: Any, depth: int = 0) -> None:
             check_value(each, depth + 1)
 
 
-def say_what(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """What a value is, in words: numbers and booleans as they are."""
     if _is_boolean(value):
         return shorten(bool(value))
@@ -89,13 +89,13 @@ def say_what(value: Any) -> str:
         return shorten(value)
     if isinstance(value, numbers.Number):
         return str(value)
-    for kinds, words in _WORDS:
+    for kinds, words in _DESCRIPTIONS:
         if isinstance(value, kinds):
             return words
     return f"a value of type {type(value).__name__}"
 
 
-_WORDS: Sequence[tuple[Any, str]] = (
+_DESCRIPTIONS: Sequence[tuple[Any, str]] = (
     (str, "text"),
     ((list, tuple), "a list"),
     (Mapping, "a map"),
@@ -109,7 +109,7 @@ def _is_boolean(value: Any) -> bool:
     return type(value).__name__ in ("bool", "bool_")  # Python's, and NumPy's of either name
 
 
-def _digits(value: Any) -> str:
+def _number_text(value: Any) -> str:
     """A number as JSON writes it."""
     if isinstance(value, Decimal) and value.is_finite():
         return format(value, "f")
@@ -120,10 +120,10 @@ def _digits(value: Any) -> str:
             raise Fault("a number of too many digits, not text") from None
     if isinstance(value, numbers.Real) and math.isfinite(value):
         return str(value)
-    raise Fault(f"{say_what(value)}, not a finite number")
+    raise Fault(f"{describe_value(value)}, not a finite number")
 
 
-def _content(message: Mapping[Any, Any]) -> str:
+def _message_content(message: Mapping[Any, Any]) -> str:
     """What an assistant message says."""
     stated = {key for key, value in message.items() if value is not None}
     if stated != {"role", "content"}:
@@ -131,18 +131,20 @@ def _content(message: Mapping[Any, Any]) -> str:
     if message["role"] != "assistant":
         raise Fault(f"a message of the role {shorten(message['role'])}, not 'assistant'")
     if not isinstance(message["content"], str):
-        raise Fault(f"an assistant message that holds {say_what(message['content'])}, not text")
-    return _readable(message["content"])
+        raise Fault(
+            f"an assistant message that holds {describe_value(message['content'])}, not text"
+        )
+    return _checked_text(message["content"])
 
 
-def _readable(text: str) -> str:
+def _checked_text(text: str) -> str:
     if "\0" in text:
         raise Fault("text with a NUL character")
-    _encodable(text)
+    _check_encodable(text)
     return text
 
 
-def _encodable(text: str) -> None:
+def _check_encodable(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -44,7 +44,7 @@ def schedules(value: Any, path: Path = ()) -> Iterator[tuple[Path, Schedule]]:
     if isinstance(value, Schedule):
         yield path, value
     else:
-        for name, part in _parts(value):
+        for name, part in _children(value):
             yield from schedules(part, (*path, name))
 
 
@@ -68,7 +68,7 @@ def with_schedules(spec: S, change: Callable[[Schedule], float | Schedule]) -> S
     return attrs.evolve(value, **{n: with_schedules(part, change) for n, part in parts.items()})
 
 
-def _parts(value: Any) -> Iterator[tuple[str | int, Any]]:
+def _children(value: Any) -> Iterator[tuple[str | int, Any]]:
     """What a map, a list or a spec holds, each under its key."""
     if isinstance(value, Table):
         yield from value.items()

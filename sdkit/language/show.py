@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from sdkit.language.errors import Path, Place, printable
-from sdkit.language.load import Checked
-from sdkit.language.overlay import Loaded
+from sdkit.language.load import CheckedSpec
+from sdkit.language.overlay import LoadedSpec
 from sdkit.language.resolved import resolved
 from sdkit.language.scalars import scalar
 
 _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
-def annotated(checked: Checked) -> str:
+def annotated(checked: CheckedSpec) -> str:
     """Every value of the spec, defaults included, with `# file:line` or `# default`; reads back as the same spec."""
     lines = list(_lines(resolved(checked.spec), (), checked.loaded))
     width = min(max((len(text) for text, _ in lines), default=0), 72)
@@ -25,7 +25,7 @@ def annotated(checked: Checked) -> str:
     )
 
 
-def _lines(value: Any, path: Path, loaded: Loaded) -> Iterator[tuple[str, str]]:
+def _lines(value: Any, path: Path, loaded: LoadedSpec) -> Iterator[tuple[str, str]]:
     indent = "  " * len(path)
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, child in items:
@@ -63,14 +63,14 @@ def _flat(value: Any) -> bool:
     return isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
 
 
-def _origin(path: Path, value: Any, loaded: Loaded) -> str:
+def _origin(path: Path, value: Any, loaded: LoadedSpec) -> str:
     if loaded.written(path):
-        return _line_of(loaded.values[path])
+        return _format_place(loaded.values[path])
     # `kind` written as a bare word stands at the place of the map itself.
     if path[-1] == "kind" and loaded.written(path[:-1]) and not loaded.has_keys(path[:-1]):
-        return _line_of(loaded.values[path[:-1]])
+        return _format_place(loaded.values[path[:-1]])
     return "default"
 
 
-def _line_of(place: Place) -> str:
+def _format_place(place: Place) -> str:
     return f"{printable(place.file)}:{place.line}"

@@ -15,12 +15,12 @@ import yaml
 from attrs import evolve, field, frozen
 
 from sdkit.language.errors import Path, Place, Problem, UnreadableInput, printable, shorten
-from sdkit.language.files import RESOLVED, SPEC, UnreadableFile, read_file
+from sdkit.language.files import MAX_RESOLVED_BYTES, MAX_SPEC_BYTES, UnreadableFile, read_file
 from sdkit.language.scalars import scalar
 
-DEEPEST = 40
-MOST_VALUES = 100_000
-LONGEST_KEY = 100  # characters: what may follow in quotes on one line, whatever they are
+MAX_DEPTH = 40
+MAX_VALUES = 100_000
+MAX_KEY_LENGTH = 100  # characters: what may follow in quotes on one line, whatever they are
 
 _FORBIDDEN = re.compile("[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|\ufeff")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -80,7 +80,7 @@ def read(path: str | os.PathLike[str], *, resolved: bool = False) -> Source:
     """Read a YAML file; UnreadableInput if that is not possible.  A resolved spec may be larger than one by hand."""
     name = os.fspath(path)
     try:
-        raw = read_file(name, RESOLVED if resolved else SPEC)
+        raw = read_file(name, MAX_RESOLVED_BYTES if resolved else MAX_SPEC_BYTES)
     except UnreadableFile as error:
         raise UnreadableInput(f"{printable(name)}: {error}") from None
     try:
@@ -101,13 +101,13 @@ def read_text(text: str, name: str, *, resolved: bool = False) -> Source:
         return Source(
             name, text, None, (Problem((), message, "yaml", None, Place(name, line, column)),)
         )
-    reader = _Reader(name, text, (RESOLVED // SPEC if resolved else 1))
+    reader = _Reader(name, text, (MAX_RESOLVED_BYTES // MAX_SPEC_BYTES if resolved else 1))
     try:
         root = reader.document()
     except yaml.MarkedYAMLError as error:
         root = None
         reader.problems.append(_syntax_problem(error, name, text))
-    except _GiveUpError as error:
+    except _FatalProblem as error:
         root = None
         reader.problems.append(error.problem)
     return Source(name, text, root, tuple(reader.problems))
@@ -116,14 +116,14 @@ def read_text(text: str, name: str, *, resolved: bool = False) -> Source:
 def key_fault(keys: Iterable[str]) -> str | None:
     """Why a resolved spec could not have one of these keys; None where it could."""
     for key in keys:
-        if len(key) > LONGEST_KEY:
-            return f"a key of {len(key)} characters, more than {LONGEST_KEY}"
+        if len(key) > MAX_KEY_LENGTH:
+            return f"a key of {len(key)} characters, more than {MAX_KEY_LENGTH}"
         if found := _SURROGATE.search(key):
             return f"U+{ord(found[0]):04X} is half of a character"
     return None
 
 
-class _GiveUpError(Exception):
+class _FatalProblem(Exception):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.message)
         self.problem = problem
@@ -147,18 +147,18 @@ class _Reader:
         for event in self._events:
             if isinstance(event, yaml.DocumentStartEvent):
                 if root:
-                    raise _GiveUpError(self._problem((), "a second document starts here", event))
+                    raise _FatalProblem(self._problem((), "a second document starts here", event))
                 root = self._node(next(self._events), (), None)
         return root
 
     def _node(self, event: Any, path: Path, key: Place | None) -> Node:
         place = self._place(event)
-        if len(path) > DEEPEST:
-            message = f"nested more than {DEEPEST} levels deep"
-            raise _GiveUpError(self._problem((), message, event))
+        if len(path) > MAX_DEPTH:
+            message = f"nested more than {MAX_DEPTH} levels deep"
+            raise _FatalProblem(self._problem((), message, event))
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event, path, place, key)
-        self._count(getattr(event, "value", None), event)
+        self._count_value(getattr(event, "value", None), event)
         if event.tag:
             hint = 'put the text in quotes: "!…"' if isinstance(event, yaml.ScalarEvent) else None
             self.problems.append(self._problem(path, "tags are not supported", event, "tag", hint))
@@ -176,17 +176,17 @@ class _Reader:
 
     def _alias(self, event: Any, path: Path, place: Place, key: Place | None) -> Node:
         if event.anchor not in self._anchors:
-            raise _GiveUpError(self._problem(path, f"*{event.anchor} is not defined above", event))
+            raise _FatalProblem(self._problem(path, f"*{event.anchor} is not defined above", event))
         target = self._anchors[event.anchor]
         if target is None:
             message = f"*{event.anchor} stands inside what it refers to"
-            raise _GiveUpError(self._problem(path, message, event))
+            raise _FatalProblem(self._problem(path, message, event))
         for below, node in target.walk():
-            self._count(node.value, event)
+            self._count_value(node.value, event)
             self._count_characters(below[-1] if below else "", event)
-            if len(path) + len(below) > DEEPEST:
-                message = f"nested more than {DEEPEST} levels deep"
-                raise _GiveUpError(self._problem((), message, event))
+            if len(path) + len(below) > MAX_DEPTH:
+                message = f"nested more than {MAX_DEPTH} levels deep"
+                raise _FatalProblem(self._problem((), message, event))
         return evolve(target, key=key, place=place)
 
     def _scalar(self, event: Any, path: Path) -> Any:
@@ -245,19 +245,19 @@ class _Reader:
         self._count_characters(value, event)
         return value
 
-    def _count(self, value: Any, event: Any) -> None:
+    def _count_value(self, value: Any, event: Any) -> None:
         """Count one value; an alias counts for all that it stands for."""
         self._values += 1
-        if self._values > MOST_VALUES * self._scale:
-            message = f"more than {MOST_VALUES} values, aliases written out"
-            raise _GiveUpError(self._problem((), message, event))
+        if self._values > MAX_VALUES * self._scale:
+            message = f"more than {MAX_VALUES} values, aliases written out"
+            raise _FatalProblem(self._problem((), message, event))
         self._count_characters(value, event)
 
     def _count_characters(self, text: Any, event: Any) -> None:
         self._characters += len(text) if isinstance(text, str) else 0
-        if self._characters > SPEC * self._scale:
-            message = f"more than {SPEC // 2**20} MiB of text, aliases written out"
-            raise _GiveUpError(self._problem((), message, event))
+        if self._characters > MAX_SPEC_BYTES * self._scale:
+            message = f"more than {MAX_SPEC_BYTES // 2**20} MiB of text, aliases written out"
+            raise _FatalProblem(self._problem((), message, event))
 
     def _place(self, event: Any) -> Place:
         start, end = event.start_mark, event.end_mark
@@ -284,14 +284,14 @@ def _syntax_problem(error: yaml.MarkedYAMLError, name: str, text: str) -> Proble
     elif rest[:1] in ("@", "`", "%"):
         message, hint = f"text cannot start with {rest[0]}", "put it in quotes"
     elif error.context and error.context_mark:
-        message, hint = _unfinished(error.context, error.context_mark.line + 1, message)
+        message, hint = _explain_unclosed(error.context, error.context_mark.line + 1, message)
     # An error at the end of the text is shown on its last line.
     if line >= len(lines) and lines:
         line, column = len(lines) - 1, max(0, len(lines[-1]) - 1)
     return Problem((), message, "yaml", hint, Place(name, line + 1, column + 1))
 
 
-def _unfinished(context: str, line: int, message: str) -> tuple[str, str | None]:
+def _explain_unclosed(context: str, line: int, message: str) -> tuple[str, str | None]:
     """What is wrong with a collection or a quoted text that began in `line`."""
     for words, pair in (("flow mapping", "{}"), ("flow sequence", "[]")):
         if words in context:

@@ -117,16 +117,16 @@ def advice(name: str, cls: type) -> str | None:
     if name == "kind":
         return "remove it: there is only one kind here"
     for word in (name, *SYNONYMS.get(name, ())):
-        if path := next((p for n, p in sorted(_everywhere(), key=_shortest) if n == word), None):
+        if path := next((p for n, p in sorted(_all_keys(), key=_path_length) if n == word), None):
             return f"it belongs at {path}" if word == name else f'sdkit has "{path}"'
     return None
 
 
-def _shortest(entry: tuple[str, str]) -> tuple[int, str]:
+def _path_length(entry: tuple[str, str]) -> tuple[int, str]:
     return entry[1].count("."), entry[1]
 
 
-def _everywhere() -> Iterator[tuple[str, str]]:
+def _all_keys() -> Iterator[tuple[str, str]]:
     """Every key of the language with its path; NAME stands for a name of the user's."""
     seen: set[Any] = set()
 

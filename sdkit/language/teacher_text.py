@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import assert_never
 
-from sdkit.language.objective_text import number
+from sdkit.language.objective_text import format_number
 from sdkit.language.specs import (
     AnswerStart,
     CopyWeights,
@@ -57,7 +57,7 @@ def describe_weights(weights: TeacherWeights) -> str:
             return "the frozen start model"
         case EmaWeights(update_rate=rate, every=every):
             often = every.replace("_", " ")
-            return f"average of the student (update_rate {number(rate)} per {often})"
+            return f"average of the student (update_rate {format_number(rate)} per {often})"
         case CopyWeights(every=every):
             return f"copy of the student, renewed every {every} optimizer steps"
         case ExternalWeights(path=path):
@@ -87,7 +87,7 @@ def describe_blend(spec: MethodSpec) -> Iterator[str]:
             power, of = "f", f"T^f × B^(1 − f), B {describe_weights(base)} {own}"
         case other:
             assert_never(other)
-    yield f"blend: teacher Q ∝ {of}, {power} = {number(share)}"
+    yield f"blend: teacher Q ∝ {of}, {power} = {format_number(share)}"
 
 
 def describe_place(weights: TeacherWeights, adapters: bool) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdkit.language.errors import BadData, Place, nearest, printable, shorten
-from sdkit.language.files import SOURCE_CODE, UnreadableFile, read_file
+from sdkit.language.files import MAX_SOURCE_CODE_BYTES, UnreadableFile, read_file
 
 Fault = tuple[Literal["file", "function"], str, str | None]
 """Which key is wrong, what is wrong, and perhaps a hint."""
@@ -27,7 +27,7 @@ def fault_of(
     documentation calls them, and handed over by position.
     """
     try:
-        tree = ast.parse(read_file(path, SOURCE_CODE))
+        tree = ast.parse(read_file(path, MAX_SOURCE_CODE_BYTES))
     except UnreadableFile as error:
         return "file", f"{printable(shown)}: {error}", "paths start at the spec's folder"
     except SyntaxError as error:

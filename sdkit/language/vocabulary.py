@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.language.errors import shorten
-from sdkit.language.files import TOKENIZER, read_json_object
+from sdkit.language.files import MAX_TOKENIZER_BYTES, read_json_object
 
 
 def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
@@ -23,16 +23,16 @@ def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str 
 
 def of_folder(folder: Path) -> dict[str, int] | None:
     """The table in a folder's tokenizer.json; None where there is none that can be read."""
-    data = read_json_object(folder / "tokenizer.json", TOKENIZER) or {}
+    data = read_json_object(folder / "tokenizer.json", MAX_TOKENIZER_BYTES) or {}
     try:
-        return _pieces(data["model"]["vocab"]) | {
+        return _token_ids(data["model"]["vocab"]) | {
             str(added["content"]): int(added["id"]) for added in data.get("added_tokens", ())
         }
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return None
 
 
-def _pieces(vocab: Any) -> dict[str, int]:
+def _token_ids(vocab: Any) -> dict[str, int]:
     """BPE and WordPiece write a table, Unigram a list of [token, score]."""
     if isinstance(vocab, list):
         return {str(piece[0]): i for i, piece in enumerate(vocab)}

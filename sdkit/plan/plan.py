@@ -43,11 +43,20 @@ from sdkit.language.teacher_text import (
     describe_weights,
 )
 from sdkit.plan.accelerators import Machine
-from sdkit.plan.memory import BYTES, GIB, Share, has_frozen_teacher, memory_of_rank, needs_reference
-from sdkit.plan.time import StepTime, time_of_step
+from sdkit.plan.memory import (
+    BYTES,
+    GIB,
+    MemoryShare,
+    estimate_memory,
+    has_frozen_teacher,
+    needs_reference,
+)
+from sdkit.plan.time import StepTime, estimate_step_time
 
 ChosenBackend = TransformersBackend | VllmBackend | VllmServerBackend
-SERVED_BY_DEFAULT = 20  # largest number of log-probabilities a vLLM server gives if nothing is said
+VLLM_DEFAULT_MAX_LOGPROBS = (
+    20  # largest number of log-probabilities a vLLM server gives if nothing is said
+)
 
 
 @frozen(kw_only=True)
@@ -56,7 +65,7 @@ class Plan:
 
     backend: ChosenBackend | ReplayBackend
     evaluation_backend: ChosenBackend
-    why_backend: str
+    backend_reason: str
     zero_stage: int
     ranks: int
     prompts_per_rank: int
@@ -65,11 +74,11 @@ class Plan:
     steps: int | None  # rollout batches; None: epochs of data not yet counted
     oldest_rollout: int  # optimizer steps between sampling and the last update on a batch
     needs_old_logprobs: bool
-    measures: tuple[str, ...]  # what the measuring pass measures, and why; none: it is not taken
+    statistics: tuple[str, ...]  # what the measuring pass measures, and why; none: it is not taken
     objective: tuple[str, ...]
     roles: tuple[str, ...]
-    syncs: str
-    memory: tuple[Share, ...]
+    weight_sync: str
+    memory: tuple[MemoryShare, ...]
     memory_gib: float | None  # of the machine, per rank
     step_time: StepTime | None  # None: the accelerator is not stated
     derived: tuple[str, ...] = field(factory=tuple)
@@ -90,7 +99,7 @@ class MethodPlan:
 
     objective: tuple[str, ...]
     roles: tuple[str, ...]
-    measures: tuple[str, ...]
+    statistics: tuple[str, ...]
 
 
 def plan_method(spec: MethodSpec) -> MethodPlan:
@@ -99,7 +108,7 @@ def plan_method(spec: MethodSpec) -> MethodPlan:
     return MethodPlan(
         objective=_objective(spec),
         roles=(*roles, f"sampler: {describe_sampling(spec)}"),
-        measures=_spelled(required_statistics(spec.losses)),
+        statistics=_statistic_lines(required_statistics(spec.losses)),
     )
 
 
@@ -122,8 +131,12 @@ def make_plan(
         )
     if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
         derived.append("model.dtype bfloat16 is emulated here: float32 is several times faster")
-    backend, why = _backend(spec, machine)
-    if stage == 3 and isinstance(backend, TransformersBackend) and not _foreign_sampler(spec):
+    backend, why = _choose_backend(spec, machine)
+    if (
+        stage == 3
+        and isinstance(backend, TransformersBackend)
+        and not _external_teacher_samples(spec)
+    ):
         derived.append("sampling puts every layer together for every token: vLLM takes them once")
     if isinstance(spec.rollout.backend, AutoBackend):
         derived.append(f"rollout.backend auto is {backend.kind}: {why}")
@@ -144,13 +157,13 @@ def make_plan(
         derived.append("evaluation.teacher_lift is not measured: a served teacher does not sample")
     elif spec.evaluation and spec.teacher and spec.teacher.blend and spec.teacher.sees:
         derived.append("evaluation.teacher_lift samples the teacher without its blend")
-    derived += _backend_reason(spec)
+    derived += _served_teacher_notes(spec)
     updates = spec.training.updates_per_rollout
     others = other_shapes or {}
     return Plan(
         backend=backend,
         evaluation_backend=TransformersBackend() if isinstance(backend, ReplayBackend) else backend,
-        why_backend=why,
+        backend_reason=why,
         zero_stage=stage,
         ranks=machine.ranks,
         prompts_per_rank=prompts_per_rank(spec, machine.ranks),
@@ -159,13 +172,13 @@ def make_plan(
         steps=steps,
         oldest_rollout=(spec.rollout.max_staleness + 1) * updates - 1,
         needs_old_logprobs=needs_old_logprobs(spec),
-        measures=_measures(spec),
+        statistics=_statistics(spec),
         objective=_objective(spec),
         roles=tuple(_roles(spec)),
-        syncs=_syncs(spec, backend, shape),
-        memory=memory_of_rank(spec, backend, stage, machine, shape, others) if shape else (),
+        weight_sync=_describe_sync(spec, backend, shape),
+        memory=estimate_memory(spec, backend, stage, machine, shape, others) if shape else (),
         memory_gib=machine.memory_gib,
-        step_time=time_of_step(spec, backend, machine, shape, others),
+        step_time=estimate_step_time(spec, backend, machine, shape, others),
         derived=tuple(derived),
     )
 
@@ -177,7 +190,7 @@ def prompts_per_rank(spec: ExperimentSpec, ranks: int) -> int:
     return spec.training.prompts_per_step // ranks
 
 
-def _backend_reason(spec: ExperimentSpec) -> list[str]:
+def _served_teacher_notes(spec: ExperimentSpec) -> list[str]:
     """What a server must be started for, and what is then not known of the teacher."""
     k = tokens_told(spec)
     if k is None:
@@ -185,7 +198,7 @@ def _backend_reason(spec: ExperimentSpec) -> list[str]:
     text = f"each server is asked for the sampled token's log-probability and for the teacher's {k} likeliest tokens"
     if k == 0:
         text = "each server is asked for the sampled token's log-probability"
-    if k > SERVED_BY_DEFAULT:
+    if k > VLLM_DEFAULT_MAX_LOGPROBS:
         text += f", so it must be started with --max-logprobs {k} or more"
     told = [text, "the teacher's entropy is not measured: a server tells of its likeliest tokens"]
     if any(w for _, w in teachers_of(spec) if not isinstance(w, ServedWeights)):
@@ -197,15 +210,15 @@ def _objective(spec: MethodSpec) -> tuple[str, ...]:
     return (*describe_losses(spec), *describe_blend(spec), *describe_route(spec))
 
 
-def _measures(spec: ExperimentSpec) -> tuple[str, ...]:
+def _statistics(spec: ExperimentSpec) -> tuple[str, ...]:
     asked = required_statistics(spec.losses)
     if not needs_old_logprobs(spec):
-        return _spelled(asked)
+        return _statistic_lines(asked)
     whole = ("training.updates_per_rollout", *asked.pop("student_logprobs", ()))
-    return _spelled({"student_logprobs": whole, **asked})
+    return _statistic_lines({"student_logprobs": whole, **asked})
 
 
-def _spelled(asked: Mapping[Statistic, tuple[str, ...]]) -> tuple[str, ...]:
+def _statistic_lines(asked: Mapping[Statistic, tuple[str, ...]]) -> tuple[str, ...]:
     """`student entropy for losses.distil.mask.student_entropy_top`, one line a measure."""
     return tuple(
         f"{measure.replace('_logprobs', ' log-probabilities').replace('_', ' ')} for {', '.join(who)}"
@@ -213,7 +226,9 @@ def _spelled(asked: Mapping[Statistic, tuple[str, ...]]) -> tuple[str, ...]:
     )
 
 
-def _backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBackend | ReplayBackend, str]:
+def _choose_backend(
+    spec: ExperimentSpec, machine: Machine
+) -> tuple[ChosenBackend | ReplayBackend, str]:
     match spec.rollout.backend:
         case AutoBackend() if (
             isinstance(spec.rollout.sampled_by, DatasetSamples) and not spec.evaluation
@@ -222,7 +237,7 @@ def _backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBackend | Re
                 TransformersBackend(),
                 "the data set holds the completions, so nothing is sampled",
             )
-        case AutoBackend() if _foreign_sampler(spec):
+        case AutoBackend() if _external_teacher_samples(spec):
             return TransformersBackend(), "an external teacher samples, and vLLM holds the student"
         case AutoBackend():
             if machine.vllm:
@@ -236,7 +251,7 @@ def _backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBackend | Re
             assert_never(other)
 
 
-def _foreign_sampler(spec: ExperimentSpec) -> bool:
+def _external_teacher_samples(spec: ExperimentSpec) -> bool:
     by = spec.rollout.sampled_by
     teaches = isinstance(by, TeacherSamples) and by.weights == "teacher"
     return teaches and any(external_teachers(spec))
@@ -260,14 +275,14 @@ def _roles(spec: ExperimentSpec) -> list[str]:
     return roles
 
 
-def _syncs(spec: ExperimentSpec, backend: object, shape: ShapeSpec | None) -> str:
+def _describe_sync(spec: ExperimentSpec, backend: object, shape: ShapeSpec | None) -> str:
     sampled_by = spec.rollout.sampled_by
     if isinstance(sampled_by, DatasetSamples):
         return "the sampler gets weights before each evaluation only"
     if isinstance(backend, ReplayBackend):
         return "recorded rollouts; the sampler of evaluations shares the training weights"
     if not isinstance(backend, VllmEngine):
-        whose = "teacher's" if _foreign_sampler(spec) else "training"
+        whose = "teacher's" if _external_teacher_samples(spec) else "training"
         return f"the sampler shares the {whose} weights"
     whose = (
         "teacher"

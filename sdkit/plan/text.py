@@ -30,7 +30,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
     sections: dict[str, Sequence[str]] = {
         "objective": plan.objective,
         "roles": plan.roles,
-        MEASURED: plan.measures,
+        MEASURED: plan.statistics,
         "batches": [
             f"rollout batches: {steps}",
             f"each: {batch}; {plan.prompts_per_rank} prompts on each of {plan.ranks} rank{'s' * (plan.ranks > 1)}",
@@ -39,23 +39,25 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
             f"oldest rollout: {plan.oldest_rollout} optimizer steps behind",
         ],
         "weights": [
-            f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments{_kept(spec, plan)}",
-            f"backend: {plan.backend.kind} ({plan.why_backend})",
-            plan.syncs,
+            f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments{_placement(spec, plan)}",
+            f"backend: {plan.backend.kind} ({plan.backend_reason})",
+            plan.weight_sync,
         ],
         "memory per rank (estimate)": _memory(plan),
         "time of a step (estimate)": _time(plan),
         "derived": plan.derived,
     }
-    return _listed(sections)
+    return _format_sections(sections)
 
 
 def render_method(plan: MethodPlan) -> str:
     """The same for a method page, which has the first three sections."""
-    return _listed({"objective": plan.objective, "roles": plan.roles, MEASURED: plan.measures})
+    return _format_sections(
+        {"objective": plan.objective, "roles": plan.roles, MEASURED: plan.statistics}
+    )
 
 
-def _listed(sections: Mapping[str, Sequence[str]]) -> str:
+def _format_sections(sections: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(
         "\n".join([f"{title}:", *(f"  {line}" for line in lines)])
         for title, lines in sections.items()
@@ -63,7 +65,7 @@ def _listed(sections: Mapping[str, Sequence[str]]) -> str:
     )
 
 
-def _kept(spec: ExperimentSpec, plan: Plan) -> str:
+def _placement(spec: ExperimentSpec, plan: Plan) -> str:
     """Where weights are, that are not whole and not on the accelerator."""
     pieces = "; every model in pieces on the ranks" if plan.zero_stage == 3 else ""
     away = " and ".join(spec.training.offload)
@@ -73,7 +75,7 @@ def _kept(spec: ExperimentSpec, plan: Plan) -> str:
 def _memory(plan: Plan) -> list[str]:
     if not plan.memory:
         return ["unknown: the model's shape is not at hand; state it as model.shape"]
-    lines = [f"{share.gib:8.2f} GiB  {share.what}" for share in plan.memory]
+    lines = [f"{share.gib:8.2f} GiB  {share.label}" for share in plan.memory]
     lines.append(f"{plan.peak_gib:8.2f} GiB  all together")
     if plan.memory_gib:
         lines.append(f"{plan.memory_gib:8.2f} GiB  there are")
@@ -88,11 +90,11 @@ def _time(plan: Plan) -> list[str]:
     time = plan.step_time
     if time is None:
         return []
-    if time.why_not:
-        return [f"unknown: {time.why_not}"]
-    lines = [f"{phase.seconds:8.1f} s  {phase.what}" for phase in time.phases]
+    if time.unknown_reason:
+        return [f"unknown: {time.unknown_reason}"]
+    lines = [f"{phase.seconds:8.1f} s  {phase.label}" for phase in time.phases]
     lines.append(f"{time.seconds:8.1f} s  all together")
     if plan.steps:
         hours = time.seconds * plan.steps / 3600
         lines.append(f"{hours:8.1f} h  for {plan.steps} of them, evaluation not counted")
-    return [*lines, f"assumed: {time.assumes}"]
+    return [*lines, f"assumed: {time.assumptions}"]

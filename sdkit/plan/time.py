@@ -38,9 +38,9 @@ from sdkit.language.specs import (
 from sdkit.plan.accelerators import ACCELERATORS, Accelerator, Machine
 from sdkit.plan.memory import BYTES, GIB, engine_gib, needs_reference
 
-COMPUTE = 0.4
+COMPUTE_UTILIZATION = 0.4
 """Assumed share of the peak operations in passes over whole sequences."""
-READING = 0.6
+BANDWIDTH_UTILIZATION = 0.6
 """Assumed share of the peak memory bandwidth in decoding."""
 
 
@@ -48,7 +48,7 @@ READING = 0.6
 class Phase:
     """One part of a step."""
 
-    what: str
+    label: str
     seconds: float
 
 
@@ -57,15 +57,15 @@ class StepTime:
     """The phases of a step, or why they cannot be estimated, and what the figures rest on."""
 
     phases: tuple[Phase, ...] = ()
-    why_not: str | None = None
-    assumes: str = ""
+    unknown_reason: str | None = None
+    assumptions: str = ""
 
     @property
     def seconds(self) -> float:
         return sum(phase.seconds for phase in self.phases)
 
 
-def time_of_step(
+def estimate_step_time(
     spec: ExperimentSpec,
     backend: Backend,
     machine: Machine,
@@ -76,30 +76,30 @@ def time_of_step(
     if machine.accelerator is None:
         return None
     device = ACCELERATORS[machine.accelerator]
-    if missing := _missing(spec, backend, shape, others):
-        return StepTime(why_not=missing)
+    if missing := _missing_figure(spec, backend, shape, others):
+        return StepTime(unknown_reason=missing)
     assert shape is not None
-    rollouts = _rollouts_of_rank(spec, machine)
-    prompt, view, new = _lengths(spec)
-    training = _training_passes(spec) * _passes(shape, rollouts, prompt + new)
-    phases = [_rollout(spec, backend, machine, device, shape)]
+    rollouts = _rollouts_per_rank(spec, machine)
+    prompt, view, new = _max_lengths(spec)
+    training = _training_passes(spec) * _forward_operations(shape, rollouts, prompt + new)
+    phases = [_rollout_phase(spec, backend, machine, device, shape)]
     if any(map(needs_teacher, spec.losses.values())):
-        scoring = _scoring(spec, shape, others, rollouts)
+        scoring = _scoring_operations(spec, shape, others, rollouts)
         what = f"teacher, {view} prompt and {new} new tokens"
-        phases.append(Phase(what=what, seconds=_seconds(device, scoring)))
+        phases.append(Phase(label=what, seconds=_compute_seconds(device, scoring)))
     what = f"update, {prompt} prompt and {new} new tokens"
-    phases.append(Phase(what=what, seconds=_seconds(device, training)))
-    return StepTime(phases=tuple(phases), assumes=_assumptions(device))
+    phases.append(Phase(label=what, seconds=_compute_seconds(device, training)))
+    return StepTime(phases=tuple(phases), assumptions=_assumptions(device))
 
 
 def _assumptions(device: Accelerator) -> str:
     return (
-        f"every sequence at its longest; {COMPUTE:.0%} of the {device.teraflops:g} TFLOP/s and {READING:.0%} of the "
+        f"every sequence at its longest; {COMPUTE_UTILIZATION:.0%} of the {device.teraflops:g} TFLOP/s and {BANDWIDTH_UTILIZATION:.0%} of the "
         f"{device.terabytes:g} TB/s that an {device.title} has; no rewards, communication or weight syncs"
     )
 
 
-def _missing(
+def _missing_figure(
     spec: ExperimentSpec,
     backend: Backend,
     shape: ShapeSpec | None,
@@ -127,7 +127,7 @@ def _missing(
     return None
 
 
-def _lengths(spec: ExperimentSpec) -> tuple[int, int, int]:
+def _max_lengths(spec: ExperimentSpec) -> tuple[int, int, int]:
     """The longest student prompt, teacher prompt and completion."""
     prompt = spec.rollout.max_prompt_tokens or 0
     sees = spec.teacher.sees if spec.teacher else None
@@ -135,7 +135,7 @@ def _lengths(spec: ExperimentSpec) -> tuple[int, int, int]:
     return prompt, view, spec.rollout.max_new_tokens
 
 
-def _rollouts_of_rank(spec: ExperimentSpec, machine: Machine) -> int:
+def _rollouts_per_rank(spec: ExperimentSpec, machine: Machine) -> int:
     prompts = math.ceil(spec.training.prompts_per_step / machine.ranks)
     return prompts * spec.rollout.completions_per_prompt
 
@@ -143,14 +143,14 @@ def _rollouts_of_rank(spec: ExperimentSpec, machine: Machine) -> int:
 # ── operations ────────────────────────────────────────────────────────────────────────────────
 
 
-def _per_token(shape: ShapeSpec, length: float) -> float:
+def _operations_per_token(shape: ShapeSpec, length: float) -> float:
     """Operations of the forward pass for a token in a sequence of `length`, averaged over its places."""
     return 2 * shape.parameters + 2 * shape.layers * shape.hidden * length
 
 
-def _passes(shape: ShapeSpec, sequences: int, length: int) -> float:
+def _forward_operations(shape: ShapeSpec, sequences: int, length: int) -> float:
     """Operations of one forward pass over so many sequences."""
-    return sequences * length * _per_token(shape, length)
+    return sequences * length * _operations_per_token(shape, length)
 
 
 def _training_passes(spec: ExperimentSpec) -> int:
@@ -165,35 +165,39 @@ def _training_passes(spec: ExperimentSpec) -> int:
     )
 
 
-def _scoring(
+def _scoring_operations(
     spec: ExperimentSpec, shape: ShapeSpec, others: Mapping[str, ShapeSpec], rollouts: int
 ) -> float:
     """Operations of the teachers' passes, the largest of them for all rows, and of what they are blended with."""
-    prompt, view, new = _lengths(spec)
+    prompt, view, new = _max_lengths(spec)
     held = [others[weights.path] for _, weights in external_teachers(spec)]
     largest = max(held, key=lambda other: other.parameters, default=shape)
     measuring = any(measure.startswith("teacher") for measure in required_statistics(spec.losses))
-    asked = _passes(largest, rollouts, view + new)
+    asked = _forward_operations(largest, rollouts, view + new)
     base = blend_base(spec)
     if spec.teacher and isinstance(spec.teacher.blend, TrustRegionBlend):
-        asked += _passes(shape, rollouts, view + new)
+        asked += _forward_operations(shape, rollouts, view + new)
     elif spec.teacher and isinstance(spec.teacher.blend, ProductBlend):
-        asked += _passes(shape, rollouts, prompt + new)
+        asked += _forward_operations(shape, rollouts, prompt + new)
     elif isinstance(base, ExternalWeights):
-        asked += _passes(others[base.path], rollouts, prompt + new)
+        asked += _forward_operations(others[base.path], rollouts, prompt + new)
     # In the update the start model's pass is the reference's: see _training_passes.
-    start = _passes(shape, rollouts, prompt + new) if isinstance(base, FrozenWeights) else 0.0
+    start = (
+        _forward_operations(shape, rollouts, prompt + new)
+        if isinstance(base, FrozenWeights)
+        else 0.0
+    )
     return asked + measuring * (asked + start)
 
 
-def _seconds(device: Accelerator, operations: float) -> float:
-    return operations / (device.teraflops * 1e12 * COMPUTE)
+def _compute_seconds(device: Accelerator, operations: float) -> float:
+    return operations / (device.teraflops * 1e12 * COMPUTE_UTILIZATION)
 
 
 # ── sampling ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _rollout(
+def _rollout_phase(
     spec: ExperimentSpec,
     backend: Backend,
     machine: Machine,
@@ -202,21 +206,21 @@ def _rollout(
 ) -> Phase:
     """Prompts once each, then completions in as many waves as the engine's rows and cache make necessary."""
     if not isinstance(backend, VllmBackend) or isinstance(spec.rollout.sampled_by, DatasetSamples):
-        return Phase(what="rollout: nothing is sampled", seconds=0.0)
-    prompt, view, new = _lengths(spec)
+        return Phase(label="rollout: nothing is sampled", seconds=0.0)
+    prompt, view, new = _max_lengths(spec)
     by = spec.rollout.sampled_by
     if isinstance(by, TeacherSamples) and by.prompt == "teacher":
         prompt = view
-    rollouts = _rollouts_of_rank(spec, machine)
+    rollouts = _rollouts_per_rank(spec, machine)
     width = BYTES[backend.dtype or spec.model.dtype]
     cached = 2 * shape.layers * (shape.kv_width or shape.hidden) * width
     weights = shape.parameters * width
     room = (engine_gib(spec, backend, machine, shape) * GIB - weights) / (cached * (prompt + new))
     rows = max(1, min(rollouts, backend.max_rows, int(room)))
     middle = prompt + new / 2
-    reading = (weights + rows * cached * middle) / (device.terabytes * 1e12 * READING)
-    token = max(reading, _seconds(device, rows * _per_token(shape, 2 * middle)))
-    prefill = _passes(shape, rollouts // spec.rollout.completions_per_prompt, prompt)
-    seconds = _seconds(device, prefill) + math.ceil(rollouts / rows) * new * token
+    reading = (weights + rows * cached * middle) / (device.terabytes * 1e12 * BANDWIDTH_UTILIZATION)
+    token = max(reading, _compute_seconds(device, rows * _operations_per_token(shape, 2 * middle)))
+    prefill = _forward_operations(shape, rollouts // spec.rollout.completions_per_prompt, prompt)
+    seconds = _compute_seconds(device, prefill) + math.ceil(rollouts / rows) * new * token
     what = f"rollout, {rollouts} completions of {new} tokens, {rows} at once"
-    return Phase(what=what, seconds=seconds)
+    return Phase(label=what, seconds=seconds)

@@ -73,13 +73,13 @@ def distilled(**changes):
 
 
 def memory(spec, machine=H100):
-    return {share.what: share.gib for share in make_plan(spec, machine, GIGA).memory}
+    return {share.label: share.gib for share in make_plan(spec, machine, GIGA).memory}
 
 
 def phases(spec, machine=H100):
     time = make_plan(spec, machine, GIGA).step_time
     assert time is not None
-    assert time.why_not is None
+    assert time.unknown_reason is None
     return [phase.seconds for phase in time.phases]
 
 
@@ -193,7 +193,7 @@ def test_an_estimate_that_would_be_a_guess_is_not_made(spec, why):
     time = make_plan(spec, H100, GIGA).step_time
     assert time is not None
     assert not time.phases
-    assert why in time.why_not
+    assert why in time.unknown_reason
 
 
 def test_a_shape_from_a_config_counts_heads_of_their_own_width(tmp_path):

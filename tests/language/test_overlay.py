@@ -165,7 +165,7 @@ def test_a_method_that_cannot_be_read_is_a_problem_at_its_place(tmp_path, value)
     assert [p.code for p in loaded.problems] == ["method_file"]
     assert loaded.problems[0].place
     assert loaded.problems[0].place.line == 2
-    assert not loaded.whole
+    assert not loaded.is_complete
 
 
 def test_a_broken_method_page_is_shown_in_its_own_file(tmp_path):

@@ -62,7 +62,7 @@ def test_its_role_costs_no_memory():
         "teacher: the model big served at http://127.0.0.1:8000, sees the student's prompt "
         "(no weights here, 8 requests at once)"
     ) in plan.roles
-    assert [share.what for share in plan.memory if share.what.startswith("teacher")] == []
+    assert [share.label for share in plan.memory if share.label.startswith("teacher")] == []
 
 
 def test_what_each_server_is_asked_for():
