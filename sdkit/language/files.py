@@ -1,6 +1,6 @@
-"""The one way in which files that a spec names are read: regular files alone, never more than a limit.
+"""Reads the files that a spec names: regular files only, up to a size limit.
 
-A device has no end, a pipe may never begin, and a file of any size can stand at any path; a check of a spec ends all the same.
+A path may lead to a device, a pipe or a huge file.  Checking a spec must finish all the same.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_SPEC_BYTES = 4 * 2**20
-"""Bytes of a run file or a method page."""
+"""A run file or a method page."""
 MAX_RESOLVED_BYTES = 16 * MAX_SPEC_BYTES
-"""Bytes of a resolved spec: every default is written out, with the place of every value."""
+"""A resolved spec, which writes out every default and the origin of every value."""
 MAX_SOURCE_CODE_BYTES = 2**19
-"""Bytes of a user's Python file."""
+"""A user's Python file."""
 MAX_CONFIG_BYTES = 4 * 2**20
-"""Bytes of a model's config.json and the like."""
+"""A model's config.json and similar files."""
 MAX_TOKENIZER_BYTES = 2**26
-"""Bytes of a tokenizer.json."""
+"""A tokenizer.json."""
 
 
 class UnreadableFile(Exception):
-    """A file that is not read; its text says why, to stand after the file's name."""
+    """A file cannot be read.  The message is the reason, worded to follow the file's name."""
 
 
 def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
-    """The content of a regular file of at most `limit` bytes.  Raises UnreadableFile."""
+    """Returns the content of a regular file of at most `limit` bytes.  Raises UnreadableFile."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe or a device can have effects
+        if not stat.S_ISREG(
+            os.stat(path).st_mode
+        ):  # opening a pipe or a device can have side effects
             raise UnreadableFile(_describe_kind(path))
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
@@ -41,7 +43,7 @@ def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
         raise UnreadableFile("there is no such file") from None
     except OSError as error:
         raise UnreadableFile((error.strerror or str(error)).lower()) from None
-    except ValueError:  # a NUL byte, or characters that no file name can have
+    except ValueError:  # a NUL byte, or characters that are invalid in file names
         raise UnreadableFile("this is not a file name") from None
     if limit is not None and len(content) > limit:
         raise UnreadableFile(f"larger than {_format_size(limit)}")
@@ -59,16 +61,16 @@ def _format_size(limit: int) -> str:
 
 
 def read_json_object(path: str | os.PathLike[str], limit: int) -> Mapping[str, Any] | None:
-    """The object in a JSON file; None where there is none that can be read."""
+    """Returns the object in a JSON file, or None if the file is unreadable or holds something else."""
     try:
-        found = json.loads(read_file(path, limit))
+        content = json.loads(read_file(path, limit))
     except (UnreadableFile, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def file_names(folder: str | os.PathLike[str]) -> list[str]:
-    """The sorted names of what is in a folder; none where it cannot be listed."""
+    """Returns the sorted names in a folder, or an empty list if it cannot be listed."""
     try:
         return sorted(os.listdir(folder))
     except (OSError, ValueError):

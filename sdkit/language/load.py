@@ -1,4 +1,4 @@
-"""The door of floor 0: a path in, a checked spec out.  Never raises for what a spec says."""
+"""Entry point of the language package: reads and checks a spec.  A spec's content never raises; it yields problems."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdkit.language.structure import structure_method, structure_run
 
 @frozen(eq=False, kw_only=True)
 class CheckedSpec:
-    """A spec as written, as structured (None if it has shape problems), and all that is wrong with it."""
+    """A spec as written, the spec object built from it (None if that failed), and all problems found."""
 
     loaded: LoadedSpec
     spec: MethodSpec | ExperimentSpec | None
@@ -26,12 +26,12 @@ class CheckedSpec:
 
     @property
     def ok(self) -> bool:
-        """No errors; warnings do not count."""
+        """Whether there are no errors; warnings are allowed."""
         return self.spec is not None and not any(p.severity == "error" for p in self.problems)
 
     @property
     def texts(self) -> Mapping[str, str]:
-        """File name → text, for `problems.render`."""
+        """File name → text, for `errors.render`."""
         return self.loaded.texts
 
 
@@ -41,9 +41,9 @@ def load_spec(
     *,
     base: str | os.PathLike[str] | None = None,
 ) -> CheckedSpec:
-    """Read and check a run file or a method page; UnreadableInput only where the file cannot be read.
+    """Reads and checks a run file or a method page.  Raises UnreadableInput only if the file cannot be read.
 
-    Paths in the spec start at the file's folder, or at `base` (for a resolved spec that stands elsewhere).
+    Paths in the spec are relative to the file's folder, or to `base` for a resolved spec stored elsewhere.
     """
     loaded = load(path, overrides, resolved=base is not None)
     if base is not None:
@@ -51,10 +51,10 @@ def load_spec(
     problems = list(loaded.problems)
     spec = None
     if loaded.root or not problems:
-        spec, found = (structure_run if loaded.kind == "run" else structure_method)(loaded)
-        # What cannot be read as YAML need not be of the right type.
+        spec, shape_problems = (structure_run if loaded.kind == "run" else structure_method)(loaded)
+        # One problem per place: a value that is not valid YAML also has the wrong type.
         unreadable = {p.place for p in problems}
-        problems += [p for p in found if p.place not in unreadable]
+        problems += [p for p in shape_problems if p.place not in unreadable]
     if spec and not problems:
         problems += check(spec, loaded)
     return CheckedSpec(

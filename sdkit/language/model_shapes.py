@@ -1,4 +1,4 @@
-"""The sizes of a model, read without loading it: from the list of bundled ones, or from a folder's config.json."""
+"""Model shapes without loading the model: from the list of bundled models, or from a folder's config.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdkit.language.specs import ShapeSpec
 
 
 def shape_at(path: str, base: Path) -> ShapeSpec | None:
-    """The shape of a bundled model or of a local folder's, relative to `base`; None where neither tells."""
+    """Returns the shape of a bundled model or of a local folder (relative to `base`), or None if it is unknown."""
     if path.startswith(PREFIX):
         bundled = BUNDLED.get(path.removeprefix(PREFIX))
         return bundled and bundled.shape
