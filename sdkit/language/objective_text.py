@@ -1,4 +1,4 @@
-"""A spec's objective and sampling as lines that a person reads."""
+"""Describes a spec's objective and sampling in words, for `sdkit plan`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from sdkit.language.specs import (
 
 
 def describe_losses(spec: MethodSpec) -> Iterator[str]:
-    """One line a term: `distil: forward KL(teacher‖student) over the whole vocabulary, temperature 1, …`."""
+    """Yields one line per loss term: `distil: forward KL(teacher‖student) over the whole vocabulary, temperature 1, …`."""
     for name, term in spec.losses.items():
         match term:
             case Distillation():
@@ -82,15 +82,15 @@ def describe_losses(spec: MethodSpec) -> Iterator[str]:
 
 
 def describe_sampling(spec: MethodSpec) -> str:
-    """Who samples, and how."""
+    """Describes who samples the completions, and how."""
     match spec.rollout.sampled_by:
         case DatasetSamples(column=column, drawn_by=drawn_by):
-            whose = (
+            source = (
                 "the student's logged answers"
                 if drawn_by == "student"
                 else "the data set's own completions"
             )
-            return f"{whose} (column {column})"
+            return f"{source} (column {column})"
         case StudentSamples():
             who = "student on its own prompt"
         case TeacherSamples(weights=weights, prompt=prompt):
@@ -101,26 +101,27 @@ def describe_sampling(spec: MethodSpec) -> str:
         case other:
             assert_never(other)
     r = spec.rollout
-    kept = f", kept where {_keep(r.keep)}" if r.keep else ""
-    cut = (f", top_p {r.top_p:g}" if r.top_p < 1 else "") + (
+    filters = f", kept where {_keep(r.keep)}" if r.keep else ""
+    truncation = (f", top_p {r.top_p:g}" if r.top_p < 1 else "") + (
         f", top_k {r.top_k}" if r.top_k else ""
     )
-    return f"{who}, {r.completions_per_prompt} × {r.max_new_tokens} tokens at temperature {r.temperature:g}{cut}{kept}"
+    length = f"{r.completions_per_prompt} × {r.max_new_tokens} tokens"
+    return f"{who}, {length} at temperature {r.temperature:g}{truncation}{filters}"
 
 
 def _keep(keep: Sequence[Keep]) -> str:
-    said: list[str] = []
-    for each in keep:
-        match each:
+    conditions: list[str] = []
+    for condition in keep:
+        match condition:
             case NonEmpty():
-                said.append("not empty")
+                conditions.append("not empty")
             case RewardAtLeast(threshold=threshold):
-                said.append(f"the reward is at least {threshold:g}")
+                conditions.append(f"the reward is at least {threshold:g}")
             case NonConstantGroup():
-                said.append("the group's rewards differ")
+                conditions.append("the group's rewards differ")
             case _:
-                assert_never(each)
-    return " and ".join(said)
+                assert_never(condition)
+    return " and ".join(conditions)
 
 
 def _distillation(term: Distillation, temperature: float) -> str:
@@ -158,11 +159,11 @@ def _policy_gradient(term: PolicyGradient) -> str:
 def _advantage(advantage: Advantage) -> str:
     match advantage:
         case GroupRelative(baseline=baseline, scale=scale, eps=eps, overlong=overlong):
-            left = "reward" if overlong is None else f"reward{_overlong(overlong)}"
-            left += " − group mean" if baseline == "group_mean" else ""
+            centered = "reward" if overlong is None else f"reward{_overlong(overlong)}"
+            centered += " − group mean" if baseline == "group_mean" else ""
             if scale == "none":
-                return left
-            return f"({left}) / ({scale.replace('_', ' ')} + {format_number(eps)})"
+                return centered
+            return f"({centered}) / ({scale.replace('_', ' ')} + {format_number(eps)})"
         case LogRatio(center=center, floor=floor, below_floor=below):
             low = ""
             if floor is not None:
@@ -306,7 +307,7 @@ def _weight(weight: Weight | None) -> str:
 
 
 def describe_route(spec: MethodSpec) -> Iterator[str]:
-    """Which terms count a rollout, where that depends on its outcome."""
+    """Yields a line on which terms train on a rollout, if that depends on its outcome."""
     route = spec.route
     if route is None:
         return
@@ -322,7 +323,7 @@ def _factor(coefficient: float | Schedule) -> str:
 
 
 def format_number(value: float | Schedule) -> str:
-    """A number that may move."""
+    """Formats a number or a schedule."""
     if isinstance(value, Schedule):
         return f"{value.start:g} → {value.to:g} over {value.steps} steps"
     return f"{value:g}"

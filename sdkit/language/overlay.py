@@ -1,7 +1,7 @@
-"""A run file laid over its method page, and `key.path=value` laid over both.  Knows no spec class.
+"""Merges a run file onto its method page, and `key.path=value` overrides onto both.  Knows no spec class.
 
-Maps merge, a map whose `kind` changes is replaced, lists and scalars replace.  Every value keeps the place it was
-written at, so that a problem, or `sdkit show`, can say which file it comes from.
+Maps are merged, except that a map whose `kind` changes is replaced.  Lists and scalars are replaced.  Every value
+keeps the place where it was written, so that a problem or `sdkit show` can name the file it comes from.
 """
 
 from __future__ import annotations
@@ -25,24 +25,21 @@ from sdkit.language.errors import (
 from sdkit.language.files import file_names
 from sdkit.language.source import MAX_DEPTH, Node, Source, key_fault, read, read_text
 
-METHOD_KEYS = ("rollout", "teacher", "losses", "route")
 RUN_KEYS = ("model", "data", "optimizer", "training", "evaluation", "output")
 FORBIDDEN_ON_METHOD_PAGES = ("method", *RUN_KEYS, "rewards", "machine")
 
 
 @frozen(eq=False)
 class LoadedSpec:
-    """A spec as written: data of run file, method page and overrides together, and where each
-    value stands.
-    """
+    """A spec as written: the merged data of run file, method page and overrides, and the place of each value."""
 
     name: str
     kind: Literal["run", "method"]
-    folder: str  # paths in the spec start here
+    folder: str  # paths in the spec are relative to it
     root: Node | None
     texts: Mapping[str, str]
     method: str | None = None  # the method page that the run file names
-    is_complete: bool = True  # False: the method page is missing or unreadable, so its keys are too
+    is_complete: bool = True  # False if the method page is missing or unreadable
     problems: tuple[Problem, ...] = ()
     keys: dict[Path, Place] = field(init=False, factory=dict)
     values: dict[Path, Place] = field(init=False, factory=dict)
@@ -55,19 +52,19 @@ class LoadedSpec:
 
     @property
     def data(self) -> Any:
-        """The merged data; None where nothing could be read."""
+        """The merged data; None if nothing could be read."""
         return self.root.data if self.root else None
 
     def written(self, path: Path) -> bool:
-        """Whether the user wrote this key; else its value is a default."""
+        """Whether the user wrote this key; if not, its value is a default."""
         return path in self.values
 
     def has_keys(self, path: Path) -> bool:
-        """Whether the user wrote a map with keys here."""
+        """Whether the user wrote a map with keys at this path."""
         return any(p[:-1] == path for p in self.keys if p)
 
     def place(self, path: Path) -> Place:
-        """The place of a value, or of the key of its nearest written ancestor."""
+        """Returns the place of a value, or of the key of its nearest written ancestor."""
         if path in self.values:
             return self.values[path]
         while path and path not in self.values:
@@ -76,16 +73,16 @@ class LoadedSpec:
 
 
 def is_run_file(data: Any) -> bool:
-    """Whether this is a run file's data; else it is a method page's."""
+    """Whether this is the data of a run file; if not, it is a method page's."""
     return isinstance(data, dict) and any(key in data for key in ("method", *RUN_KEYS))
 
 
 def load(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolved: bool = False
 ) -> LoadedSpec:
-    """Read a run file or a method page, and all that belongs to it."""
+    """Reads a run file with its method page, or a method page, and applies the overrides."""
     source = read(path, resolved=resolved)
-    given = [_parse_override(text, line) for line, text in enumerate(overrides, 1)]
+    parsed = [_parse_override(text, line) for line, text in enumerate(overrides, 1)]
     texts = {source.name: source.text}
     if overrides:
         texts[COMMAND_LINE] = "\n".join(text.replace("\n", " ") for text in overrides)
@@ -94,7 +91,7 @@ def load(
     folder = _folder(source.name)
     is_run = root is not None and is_run_file(root.data)
     if root and is_run:
-        root = _apply([o for o in given if o.path == ("method",)], root, problems)
+        root = _apply([o for o in parsed if o.path == ("method",)], root, problems)
         method, page, root = _method_page(root, folder, problems)
         whole = method is None or (page is not None and not (page.root is None and page.problems))
         if page:
@@ -103,14 +100,14 @@ def load(
         if page and page.root:
             root = merge(_without_run_keys(page.root, page.name, problems), root)
     if root:
-        root = _apply([o for o in given if o.path != ("method",)], root, problems)
-    problems += [o.problem for o in given if o.problem]
+        root = _apply([o for o in parsed if o.path != ("method",)], root, problems)
+    problems += [o.problem for o in parsed if o.problem]
     kind = "run" if is_run or (root and is_run_file(root.data)) else "method"
     return LoadedSpec(source.name, kind, folder, root, texts, method, whole, tuple(problems))
 
 
 def merge(base: Node, over: Node) -> Node:
-    """`over` laid over `base`."""
+    """Merges `over` onto `base`; `over` wins."""
     kind_before, kind_after = _kind(base), _kind(over)
     if isinstance(over.value, str) and isinstance(base.value, dict) and kind_after == kind_before:
         return base
@@ -118,7 +115,7 @@ def merge(base: Node, over: Node) -> Node:
         return over
     if "kind" in over.value and kind_after != kind_before:
         return over
-    if isinstance(base.value, str):  # a bare kind is short for a map that holds nothing else
+    if isinstance(base.value, str):  # a bare kind is shorthand for {kind: …}
         items = {"kind": Node(base.value, base.place, base.key)}
     else:
         items = dict(base.value)
@@ -143,7 +140,7 @@ def _folder(name: str) -> str:
 def _method_page(
     root: Node, folder: str, problems: list[Problem]
 ) -> tuple[str | None, Source | None, Node]:
-    """The page that `method` names, where it can be read, and the run file without that key."""
+    """Returns the path in `method`, the page if it is readable, and the run file without that key."""
     items = dict(root.value)
     named = items.pop("method", None)
     root = evolve(root, value=items)
@@ -163,7 +160,7 @@ def _method_page(
 
 
 def _suggest_page(path: str) -> str | None:
-    """What to write in place of a page that is not there."""
+    """A hint for a missing page: the most similar file name, or the pages in the folder."""
     folder, name = os.path.split(path)
     pages = [name for name in file_names(folder or ".") if name.endswith((".yaml", ".yml"))]
     if close := nearest(name, pages):
@@ -172,7 +169,7 @@ def _suggest_page(path: str) -> str | None:
 
 
 def _without_run_keys(page: Node, name: str, problems: list[Problem]) -> Node:
-    """The page without the keys that only a run file may have."""
+    """The page without the keys that belong in a run file; reports them."""
     if not isinstance(page.value, dict):
         message = "a method page is a map of rollout, teacher, losses and route"
         problems.append(Problem((), message, "method_page", None, Place(name, 1, 1)))
@@ -199,7 +196,7 @@ class _Override:
 
 
 def _parse_override(text: str, line: int) -> _Override:
-    """One `key.path=value` of the command line; its places count the overrides as lines."""
+    """Parses one `key.path=value`; its line number is the position among the overrides."""
     name, equals, value = text.partition("=")
     path = tuple(name.split("."))
     key = Place(COMMAND_LINE, line, 1, max(1, len(name)))
@@ -211,9 +208,10 @@ def _parse_override(text: str, line: int) -> _Override:
         return _Override(path, None, key, Problem((), fault, "override", None, key))
     source = read_text(value, COMMAND_LINE)
     if source.problems:
-        found = source.problems[0]
-        place = _shift_place(found.place or key, line, len(name) + 1)
-        return _Override(path, None, key, evolve(found, path=path, code="override", place=place))
+        problem = source.problems[0]
+        place = _shift_place(problem.place or key, line, len(name) + 1)
+        problem = evolve(problem, path=path, code="override", place=place)
+        return _Override(path, None, key, problem)
     root = source.root or Node(None, Place(COMMAND_LINE, 1, 1, max(1, len(value))))
     if max(len(below) for below, _ in root.walk()) + len(path) > MAX_DEPTH:
         message = f"nested more than {MAX_DEPTH} levels deep"
@@ -226,7 +224,7 @@ def _shift_place(place: Place, line: int, columns: int) -> Place:
 
 
 def _shift_node(node: Node, line: int, columns: int, key: Place | None = None) -> Node:
-    """The node with its places moved to where the value stands on the command line."""
+    """The node with its places moved to the value's position on the command line."""
     key = key or (_shift_place(node.key, line, columns) if node.key else None)
     value = node.value
     if isinstance(value, dict):
@@ -250,7 +248,7 @@ def _apply(overrides: Iterable[_Override], root: Node, problems: list[Problem]) 
 
 
 def _set(node: Node, override: _Override, depth: int) -> Node:
-    """`node` with the override's value at its path below; LookupError where no path can lead."""
+    """`node` with the override's value set at its path.  Raises LookupError if the path leads through a non-map."""
     assert override.value is not None
     if depth == len(override.path):
         return merge(node, override.value)

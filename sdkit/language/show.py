@@ -1,4 +1,4 @@
-"""The resolved spec as YAML, each value with the place it comes from as a comment."""
+"""Formats the resolved spec as YAML with the origin of each value in a comment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
 def annotated(checked: CheckedSpec) -> str:
-    """Every value of the spec, defaults included, with `# file:line` or `# default`; reads back as the same spec."""
+    """Returns every value of the spec, defaults included, with `# file:line` or `# default`.  Reads back as the same spec."""
     lines = list(_lines(resolved(checked.spec), (), checked.loaded))
     width = min(max((len(text) for text, _ in lines), default=0), 72)
     return "\n".join(
@@ -44,7 +44,7 @@ def _key(name: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as JSON, which is YAML too; 1e-06 as 1.0e-06, or readers of YAML 1.1 take it for text."""
+    """A value as JSON, which is also YAML.  Writes 1e-06 as 1.0e-06, since YAML 1.1 parsers read the former as text."""
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, str):
@@ -54,9 +54,9 @@ def _text(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text in quotes; what YAML would not read back, or would take for the end of a line, as an escape."""
+    """A quoted string that escapes characters YAML forbids or takes for line breaks."""
     quoted = json.dumps(text, ensure_ascii=False)
-    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", quoted)
 
 
 def _flat(value: Any) -> bool:
@@ -66,7 +66,7 @@ def _flat(value: Any) -> bool:
 def _origin(path: Path, value: Any, loaded: LoadedSpec) -> str:
     if loaded.written(path):
         return _format_place(loaded.values[path])
-    # `kind` written as a bare word stands at the place of the map itself.
+    # A `kind` written as a bare word has the place of the map itself.
     if path[-1] == "kind" and loaded.written(path[:-1]) and not loaded.has_keys(path[:-1]):
         return _format_place(loaded.values[path[:-1]])
     return "default"
