@@ -141,7 +141,7 @@ def test_validating_loads_nothing_heavy():
         "import sys; from sdkit.language import load_spec\n"
         f"checked = load_spec({str(EVERY_UNION)!r}); assert checked.ok\n"
         "print([m for m in sys.modules if m.split('.')[0] in "
-        "('torch', 'numpy', 'transformers', 'deepspeed', 'vllm', 'rich', 'typer', 'cattrs')])"
+        "('torch', 'numpy', 'transformers', 'deepspeed', 'vllm', 'rich', 'typer')])"
     )
     assert ast.literal_eval(subprocess.check_output([sys.executable, "-c", code], text=True)) == []
 
