@@ -20,7 +20,7 @@ from sdkit.language.scalars import scalar
 
 MAX_DEPTH = 40
 MAX_VALUES = 100_000
-MAX_KEY_LENGTH = 100  # characters: PyYAML limits the length of a key on one line
+MAX_KEY_LENGTH = 100  # characters; quoted and escaped, it stays below the 1024 characters that YAML allows for a key
 
 _FORBIDDEN = re.compile("[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|\ufeff")
 _SURROGATE = re.compile("[\ud800-\udfff]")
