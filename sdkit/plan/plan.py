@@ -221,9 +221,12 @@ def _served_teacher_notes(spec: ExperimentSpec) -> list[str]:
         text = "each server is asked for the sampled token's log-probability"
     if k > VLLM_DEFAULT_MAX_LOGPROBS:
         text += f", so it must be started with --max-logprobs {k} or more"
-    notes = [text, "the teacher's entropy is not measured: a server tells of its likeliest tokens"]
+    notes = [
+        text,
+        "the teacher's entropy is not measured: a server returns only the likeliest tokens",
+    ]
     if any(w for _, w in teachers_of(spec) if not isinstance(w, ServedWeights)):
-        notes.append(f"the other routes' teachers tell of their {k} likeliest tokens alone, too")
+        notes.append(f"the other routes' teachers are limited to their {k} likeliest tokens, too")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""A check of a spec ends soon, with problems and no traceback, whatever stands in its files and those it names."""
+"""Checking a spec ends within seconds, with problems and no traceback, whatever its files and the files it names contain."""
 
 import json
 import os
@@ -40,14 +40,14 @@ def run_file(tmp_path):
 
 @pytest.fixture(autouse=True)
 def soon():
-    """Every test here ends soon."""
+    """Fails a test of this file that takes longer than `SOON`."""
     began = time.perf_counter()
     yield
     assert time.perf_counter() - began < SOON
 
 
 def no_files(folder):
-    """Paths that are there and are not files, or not files that anyone should read to the end."""
+    """Creates paths that are not regular files or are too large, and returns their names."""
     os.mkfifo(folder / "pipe")
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
@@ -112,7 +112,7 @@ READABLE = {
     ("parquet", "./sparse"),
     ("saved_dataset", "./folder"),
 }
-"""Only the run reads data."""
+"""Checking does not read data files, so these are accepted."""
 
 
 @pytest.mark.parametrize("key", NAMING)
@@ -243,7 +243,7 @@ def test_a_flood_of_problems_ends_soon_and_is_counted(tmp_path, flood):
 
 
 def test_what_rules_compare_pairwise_has_an_end(run_file):
-    """As many names as may be written, each of them wrong or a part of all others."""
+    """The largest allowed number of names, each of them invalid or a prefix of the others."""
     names = [f"r{i}" for i in range(MAX_ENTRIES)]
     parts = {
         n: {"kind": "weighted", "parts": dict.fromkeys(names[i + 1 :] or ["x"], 1.0)}

@@ -1,4 +1,4 @@
-"""Every code has a bad example with its exact text; every rule a good one that is clean."""
+"""Every problem code has a bad example with its exact output, and every rule a good example without problems."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `sdkit plan` says of masks, weights, denominators, routes and blends."""
+"""The text of `sdkit plan` for masks, weights, denominators, routes and blends."""
 
 from sdkit.language.objective_text import describe_losses, describe_route
 from sdkit.language.specs import (

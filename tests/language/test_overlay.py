@@ -1,4 +1,4 @@
-"""A run file over its method page, and overrides over both."""
+"""Merging a run file onto its method page, and overrides onto both."""
 
 import pytest
 
@@ -18,7 +18,7 @@ losses:
 
 @pytest.fixture
 def laid(tmp_path):
-    """load() of a run file, written from text, beside the method page."""
+    """Returns a function that writes a run file next to the method page and calls load()."""
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods/page.yaml").write_text(PAGE)
 

@@ -1,4 +1,4 @@
-"""Numbers that move: found anywhere in a spec, and resolved without touching anything else."""
+"""Schedules are found anywhere in a spec and resolved without changing anything else."""
 
 import pytest
 
@@ -60,7 +60,7 @@ def test_each_becomes_the_number_of_its_step(step, value):
 
 
 def test_every_number_of_terms_and_teachers_may_move():
-    """Save the counts, and the reward that is a success, which is the task's."""
+    """Except counts, and the reward threshold of a success, which belongs to the task."""
     modules = (losses, divergences, token_weights, teachers)
     fixed = {
         (cls.__name__, name)

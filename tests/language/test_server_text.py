@@ -1,4 +1,4 @@
-"""What `sdkit plan` says of rollouts from servers, and of how old they are."""
+"""The text of `sdkit plan` for rollouts from servers, and how old these rollouts are."""
 
 import pytest
 

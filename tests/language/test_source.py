@@ -1,4 +1,4 @@
-"""YAML 1.2 scalars, places, and texts that are hostile or broken."""
+"""YAML 1.2 scalars, places, and hostile or broken texts."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Data → specs and back."""
+"""Plain data to specs and back."""
 
 import ast
 import subprocess
@@ -95,7 +95,7 @@ def test_an_unreadable_file_raises(tmp_path):
 
 
 def test_every_value_in_every_place_is_structured_without_a_traceback(tmp_path):
-    """Puts values of each type at every written place of a spec; nothing but problems may come of it."""
+    """Puts a value of each type at every written place of a spec; the result must be problems only."""
     base = load(EVERY_UNION)
     values = (
         "null",
