@@ -175,8 +175,12 @@ def _without_run_keys(page: Node, name: str, problems: list[Problem]) -> Node:
         problems.append(Problem((), message, "method_page", None, Place(name, 1, 1)))
         return evolve(page, value={})
     for key in [k for k in page.value if k in FORBIDDEN_ON_METHOD_PAGES]:
-        message = f"a method page holds rollout, teacher, losses and route, no {shorten(key)}"
-        hint = "method pages stand alone" if key == "method" else f"move {key} to the run file"
+        message = f"a method page has rollout, teacher, losses and route, but no {shorten(key)}"
+        hint = (
+            "a method page cannot build on another one"
+            if key == "method"
+            else f"move {key} to the run file"
+        )
         place = page.value[key].key
         problems.append(Problem((key,), message, "method_page", hint, place))
     return evolve(

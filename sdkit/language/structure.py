@@ -257,7 +257,7 @@ class _Structurer:
         scalars: tuple[type, ...] = (),
         hint: str | None = None,
     ) -> Any:
-        message = f"nothing is written; {wanted} is needed"
+        message = f"the value is missing; {wanted} is expected"
         if data is not None:
             message = f"{_describe_type(data)}, not {wanted}"
         return self.report(path, message, "type", hint or _suggest_fix(data, scalars))
