@@ -87,13 +87,15 @@ def load(
     if overrides:
         texts[COMMAND_LINE] = "\n".join(text.replace("\n", " ") for text in overrides)
     problems = list(source.problems)
-    root, method, whole = source.root, None, True
+    root, method, is_complete = source.root, None, True
     folder = _folder(source.name)
     is_run = root is not None and is_run_file(root.data)
     if root and is_run:
         root = _apply([o for o in parsed if o.path == ("method",)], root, problems)
         method, page, root = _method_page(root, folder, problems)
-        whole = method is None or (page is not None and not (page.root is None and page.problems))
+        is_complete = method is None or (
+            page is not None and not (page.root is None and page.problems)
+        )
         if page:
             texts[page.name] = page.text
             problems += page.problems
@@ -103,7 +105,7 @@ def load(
         root = _apply([o for o in parsed if o.path != ("method",)], root, problems)
     problems += [o.problem for o in parsed if o.problem]
     kind = "run" if is_run or (root and is_run_file(root.data)) else "method"
-    return LoadedSpec(source.name, kind, folder, root, texts, method, whole, tuple(problems))
+    return LoadedSpec(source.name, kind, folder, root, texts, method, is_complete, tuple(problems))
 
 
 def merge(base: Node, over: Node) -> Node:

@@ -70,7 +70,7 @@ def estimate_memory(
     stage: int,
     machine: Machine,
     shape: ShapeSpec,
-    others: Mapping[str, ShapeSpec],
+    other_shapes: Mapping[str, ShapeSpec],
 ) -> tuple[MemoryShare, ...]:
     """Returns the items of one rank's memory in GiB, without offload.
 
@@ -93,8 +93,8 @@ def estimate_memory(
             MemoryShare(label="teacher weights", gib=local * (width + 4 * has_shadow) / GIB)
         )
     for weights in dict.fromkeys(weights for _, weights in other_models(spec)):
-        if other := others.get(weights.path):
-            size = other.parameters * BYTES[weights.dtype] / GIB
+        if other_shape := other_shapes.get(weights.path):
+            size = other_shape.parameters * BYTES[weights.dtype] / GIB
             shares.append(MemoryShare(label=f"model {weights.path}", gib=size))
     if needs_reference(spec) and not spec.model.lora and not has_frozen_teacher(spec):
         shares.append(MemoryShare(label="reference weights", gib=local * width / GIB))

@@ -128,7 +128,7 @@ def make_plan(
     backend, reason = _choose_backend(spec, machine)
     steps = _count_steps(spec, rows)
     updates = spec.training.updates_per_rollout
-    others = other_shapes or {}
+    other_shapes = other_shapes or {}
     return Plan(
         backend=backend,
         evaluation_backend=TransformersBackend() if isinstance(backend, ReplayBackend) else backend,
@@ -145,9 +145,9 @@ def make_plan(
         objective=_objective(spec),
         roles=tuple(_roles(spec)),
         weight_sync=_describe_sync(spec, backend, shape),
-        memory=estimate_memory(spec, backend, stage, machine, shape, others) if shape else (),
+        memory=estimate_memory(spec, backend, stage, machine, shape, other_shapes) if shape else (),
         memory_gib=machine.memory_gib,
-        step_time=estimate_step_time(spec, backend, machine, shape, others),
+        step_time=estimate_step_time(spec, backend, machine, shape, other_shapes),
         derived=(
             *_precision_notes(spec, machine, stage),
             *_backend_notes(spec, backend, reason, stage),

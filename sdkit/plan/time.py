@@ -70,13 +70,13 @@ def estimate_step_time(
     backend: Backend,
     machine: Machine,
     shape: ShapeSpec | None,
-    others: Mapping[str, ShapeSpec],
+    other_shapes: Mapping[str, ShapeSpec],
 ) -> StepTime | None:
     """Returns an upper estimate of the time of one rollout batch; None if the spec states no accelerator."""
     if machine.accelerator is None:
         return None
     device = ACCELERATORS[machine.accelerator]
-    if missing := _missing_figure(spec, backend, shape, others):
+    if missing := _missing_figure(spec, backend, shape, other_shapes):
         return StepTime(unknown_reason=missing)
     assert shape is not None
     rollouts = _rollouts_per_rank(spec, machine)
@@ -84,7 +84,7 @@ def estimate_step_time(
     training = _training_passes(spec) * _forward_operations(shape, rollouts, prompt + new)
     phases = [_rollout_phase(spec, backend, machine, device, shape)]
     if any(map(needs_teacher, spec.losses.values())):
-        scoring = _scoring_operations(spec, shape, others, rollouts)
+        scoring = _scoring_operations(spec, shape, other_shapes, rollouts)
         label = f"teacher, {teacher_prompt} prompt and {new} new tokens"
         phases.append(Phase(label=label, seconds=_compute_seconds(device, scoring)))
     label = f"update, {prompt} prompt and {new} new tokens"
@@ -103,14 +103,14 @@ def _missing_figure(
     spec: ExperimentSpec,
     backend: Backend,
     shape: ShapeSpec | None,
-    others: Mapping[str, ShapeSpec],
+    other_shapes: Mapping[str, ShapeSpec],
 ) -> str | None:
     """The first figure that the estimate needs and does not have; None if it has all."""
     sees = spec.teacher.sees if spec.teacher else None
     sampled = not isinstance(spec.rollout.sampled_by, DatasetSamples)
     if shape is None:
         return "the model's shape is not at hand; state it as model.shape"
-    if any(weights.path not in others for _, weights in other_models(spec)):
+    if any(weights.path not in other_shapes for _, weights in other_models(spec)):
         return "another model's shape is not at hand"
     if any(isinstance(weights, ServedWeights) for _, weights in teachers_of(spec)):
         return "how fast the teacher's server answers is not known"
@@ -166,11 +166,11 @@ def _training_passes(spec: ExperimentSpec) -> int:
 
 
 def _scoring_operations(
-    spec: ExperimentSpec, shape: ShapeSpec, others: Mapping[str, ShapeSpec], rollouts: int
+    spec: ExperimentSpec, shape: ShapeSpec, other_shapes: Mapping[str, ShapeSpec], rollouts: int
 ) -> float:
     """Operations of the teachers' passes, assuming the largest teacher for all rows, and of their blend partners."""
     prompt, teacher_prompt, new = _max_lengths(spec)
-    external = [others[weights.path] for _, weights in external_teachers(spec)]
+    external = [other_shapes[weights.path] for _, weights in external_teachers(spec)]
     largest = max(external, key=lambda model: model.parameters, default=shape)
     statistics = any(name.startswith("teacher") for name in required_statistics(spec.losses))
     scores = _forward_operations(largest, rollouts, teacher_prompt + new)
@@ -180,7 +180,7 @@ def _scoring_operations(
     elif spec.teacher and isinstance(spec.teacher.blend, ProductBlend):
         scores += _forward_operations(shape, rollouts, prompt + new)
     elif isinstance(base, ExternalWeights):
-        scores += _forward_operations(others[base.path], rollouts, prompt + new)
+        scores += _forward_operations(other_shapes[base.path], rollouts, prompt + new)
     # In the update, the start model's pass is counted as the reference's: see _training_passes.
     start = (
         _forward_operations(shape, rollouts, prompt + new)
