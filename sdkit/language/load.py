@@ -1,4 +1,4 @@
-"""The door of floor 0: a path in, a checked spec out.  Never raises for what a spec says."""
+"""Entry point of the language package: reads and checks a spec.  A spec's content never raises; it yields problems."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Literal
 from attrs import evolve, frozen
 
 from sdkit.language.errors import Problem, by_position
-from sdkit.language.overlay import Loaded, load
+from sdkit.language.overlay import LoadedSpec, load
 from sdkit.language.rules import check
 from sdkit.language.specs import ExperimentSpec, MethodSpec
 from sdkit.language.structure import structure_method, structure_run
 
 
 @frozen(eq=False, kw_only=True)
-class Checked:
-    """A spec as written, as structured (None if it has shape problems), and all that is wrong with it."""
+class CheckedSpec:
+    """A spec as written, the spec object built from it (None if that failed), and all problems found."""
 
-    loaded: Loaded
+    loaded: LoadedSpec
     spec: MethodSpec | ExperimentSpec | None
     kind: Literal["run", "method"]
     problems: tuple[Problem, ...]
 
     @property
     def ok(self) -> bool:
-        """No errors; warnings do not count."""
+        """Whether there are no errors; warnings are allowed."""
         return self.spec is not None and not any(p.severity == "error" for p in self.problems)
 
     @property
     def texts(self) -> Mapping[str, str]:
-        """File name → text, for `problems.render`."""
+        """File name → text, for `errors.render`."""
         return self.loaded.texts
 
 
@@ -40,10 +40,10 @@ def load_spec(
     overrides: Sequence[str] = (),
     *,
     base: str | os.PathLike[str] | None = None,
-) -> Checked:
-    """Read and check a run file or a method page; UnreadableInput only where the file cannot be read.
+) -> CheckedSpec:
+    """Reads and checks a run file or a method page.  Raises UnreadableInput only if the file cannot be read.
 
-    Paths in the spec start at the file's folder, or at `base` (for a resolved spec that stands elsewhere).
+    Paths in the spec are relative to the file's folder, or to `base` for a resolved spec stored elsewhere.
     """
     loaded = load(path, overrides, resolved=base is not None)
     if base is not None:
@@ -51,13 +51,13 @@ def load_spec(
     problems = list(loaded.problems)
     spec = None
     if loaded.root or not problems:
-        spec, found = (structure_run if loaded.kind == "run" else structure_method)(loaded)
-        # What cannot be read as YAML need not be of the right type.
+        spec, shape_problems = (structure_run if loaded.kind == "run" else structure_method)(loaded)
+        # One problem per place: a value that is not valid YAML also has the wrong type.
         unreadable = {p.place for p in problems}
-        problems += [p for p in found if p.place not in unreadable]
+        problems += [p for p in shape_problems if p.place not in unreadable]
     if spec and not problems:
         problems += check(spec, loaded)
-    return Checked(
+    return CheckedSpec(
         loaded=loaded,
         spec=spec,
         kind=loaded.kind,

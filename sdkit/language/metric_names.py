@@ -1,8 +1,9 @@
-"""The first parts of the names of all metrics that a run writes.
+"""Reserved names: the prefixes and single-word names of all metrics that a run writes.
 
-No term, suite or decoding may have the name of a family: two figures would be written as one.
-A metric is `TERM/FIGURE`, `FAMILY/…` or a single word; under `eval/` stand a suite's scores, `eval/SUITE/DECODING/REWARD`,
-and the same `TERM/FIGURE` again.  tests/train/test_metric_names.py compares this list with what a run writes.
+A metric is named `TERM/FIGURE`, `FAMILY/…` or a single word.  Under `eval/` are the scores of a suite,
+`eval/SUITE/DECODING/REWARD`, and the same `TERM/FIGURE` again.  No term, suite or decoding may have the name of a
+family, since two metrics would then share a name.  tests/train/test_metric_names.py compares this list with what a
+run writes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SINGLE = frozenset(
         "tokens_generated",
     }
 )
-LENGTHS = "completion_tokens"
-"""What stands beside the scores of a suite's decoding."""
-INTERVAL = ("_low", "_high", "_n")
-"""What follows the name of a score that has an interval."""
+LENGTH_METRIC = "completion_tokens"
+"""Reported next to the scores of each decoding of a suite."""
+INTERVAL_SUFFIXES = ("_low", "_high", "_n")
+"""Suffixes of the extra metrics of a score that has a confidence interval."""

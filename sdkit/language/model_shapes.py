@@ -1,4 +1,4 @@
-"""The sizes of a model, read without loading it: from the list of bundled ones, or from a folder's config.json."""
+"""Model shapes without loading the model: from the list of bundled models, or from a folder's config.json."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.language.bundled import BUNDLED, PREFIX
-from sdkit.language.files import CONFIG, read_json_object
+from sdkit.language.files import MAX_CONFIG_BYTES, read_json_object
 from sdkit.language.specs import ShapeSpec
 
 
 def shape_at(path: str, base: Path) -> ShapeSpec | None:
-    """The shape of a bundled model or of a local folder's, relative to `base`; None where neither tells."""
+    """Returns the shape of a bundled model or of a local folder (relative to `base`), or None if it is unknown."""
     if path.startswith(PREFIX):
         bundled = BUNDLED.get(path.removeprefix(PREFIX))
         return bundled and bundled.shape
-    config = read_json_object(base / path / "config.json", CONFIG)
+    config = read_json_object(base / path / "config.json", MAX_CONFIG_BYTES)
     try:
-        return _shape(config) if config else None
+        return _shape_from_config(config) if config else None
     except (ValueError, LookupError, TypeError, ArithmeticError):
         return None
 
 
-def _shape(config: Mapping[str, Any]) -> ShapeSpec:
+def _shape_from_config(config: Mapping[str, Any]) -> ShapeSpec:
     sizes = {name: value for name, value in config.items() if type(value) is int}
-    return _shape_of_sizes(sizes, tied=config.get("tie_word_embeddings") is True)
+    return _shape_from_sizes(sizes, tied=config.get("tie_word_embeddings") is True)
 
 
-def _shape_of_sizes(config: Mapping[str, int], tied: bool) -> ShapeSpec:
+def _shape_from_sizes(config: Mapping[str, int], tied: bool) -> ShapeSpec:
     hidden, layers, vocabulary = (
         config["hidden_size"],
         config["num_hidden_layers"],

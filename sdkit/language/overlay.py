@@ -1,7 +1,7 @@
-"""A run file laid over its method page, and `key.path=value` laid over both.  Knows no spec class.
+"""Merges a run file onto its method page, and `key.path=value` overrides onto both.  Knows no spec class.
 
-Maps merge, a map whose `kind` changes is replaced, lists and scalars replace.  Every value keeps the place it was
-written at, so that a problem, or `sdkit show`, can say which file it comes from.
+Maps are merged, except that a map whose `kind` changes is replaced.  Lists and scalars are replaced.  Every value
+keeps the place where it was written, so that a problem or `sdkit show` can name the file it comes from.
 """
 
 from __future__ import annotations
@@ -23,26 +23,23 @@ from sdkit.language.errors import (
     spelled,
 )
 from sdkit.language.files import file_names
-from sdkit.language.source import DEEPEST, Node, Source, key_fault, read, read_text
+from sdkit.language.source import MAX_DEPTH, Node, Source, key_fault, read, read_text
 
-METHOD_KEYS = ("rollout", "teacher", "losses", "route")
 RUN_KEYS = ("model", "data", "optimizer", "training", "evaluation", "output")
-PAGE_FORBIDS = ("method", *RUN_KEYS, "rewards", "machine")
+FORBIDDEN_ON_METHOD_PAGES = ("method", *RUN_KEYS, "rewards", "machine")
 
 
 @frozen(eq=False)
-class Loaded:
-    """A spec as written: data of run file, method page and overrides together, and where each
-    value stands.
-    """
+class LoadedSpec:
+    """A spec as written: the merged data of run file, method page and overrides, and the place of each value."""
 
     name: str
     kind: Literal["run", "method"]
-    folder: str  # paths in the spec start here
+    folder: str  # paths in the spec are relative to it
     root: Node | None
     texts: Mapping[str, str]
     method: str | None = None  # the method page that the run file names
-    whole: bool = True  # False: the method page is missing or unreadable, so its keys are too
+    is_complete: bool = True  # False if the method page is missing or unreadable
     problems: tuple[Problem, ...] = ()
     keys: dict[Path, Place] = field(init=False, factory=dict)
     values: dict[Path, Place] = field(init=False, factory=dict)
@@ -55,19 +52,19 @@ class Loaded:
 
     @property
     def data(self) -> Any:
-        """The merged data; None where nothing could be read."""
+        """The merged data; None if nothing could be read."""
         return self.root.data if self.root else None
 
     def written(self, path: Path) -> bool:
-        """Whether the user wrote this key; else its value is a default."""
+        """Whether the user wrote this key; if not, its value is a default."""
         return path in self.values
 
     def has_keys(self, path: Path) -> bool:
-        """Whether the user wrote a map with keys here."""
+        """Whether the user wrote a map with keys at this path."""
         return any(p[:-1] == path for p in self.keys if p)
 
     def place(self, path: Path) -> Place:
-        """The place of a value, or of the key of its nearest written ancestor."""
+        """Returns the place of a value, or of the key of its nearest written ancestor."""
         if path in self.values:
             return self.values[path]
         while path and path not in self.values:
@@ -76,41 +73,43 @@ class Loaded:
 
 
 def is_run_file(data: Any) -> bool:
-    """Whether this is a run file's data; else it is a method page's."""
+    """Whether this is the data of a run file; if not, it is a method page's."""
     return isinstance(data, dict) and any(key in data for key in ("method", *RUN_KEYS))
 
 
 def load(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolved: bool = False
-) -> Loaded:
-    """Read a run file or a method page, and all that belongs to it."""
+) -> LoadedSpec:
+    """Reads a run file with its method page, or a method page, and applies the overrides."""
     source = read(path, resolved=resolved)
-    given = [_parse_override(text, line) for line, text in enumerate(overrides, 1)]
+    parsed = [_parse_override(text, line) for line, text in enumerate(overrides, 1)]
     texts = {source.name: source.text}
     if overrides:
         texts[COMMAND_LINE] = "\n".join(text.replace("\n", " ") for text in overrides)
     problems = list(source.problems)
-    root, method, whole = source.root, None, True
+    root, method, is_complete = source.root, None, True
     folder = _folder(source.name)
     is_run = root is not None and is_run_file(root.data)
     if root and is_run:
-        root = _apply([o for o in given if o.path == ("method",)], root, problems)
+        root = _apply([o for o in parsed if o.path == ("method",)], root, problems)
         method, page, root = _method_page(root, folder, problems)
-        whole = method is None or (page is not None and not (page.root is None and page.problems))
+        is_complete = method is None or (
+            page is not None and not (page.root is None and page.problems)
+        )
         if page:
             texts[page.name] = page.text
             problems += page.problems
         if page and page.root:
-            root = merge(_method_keys(page.root, page.name, problems), root)
+            root = merge(_without_run_keys(page.root, page.name, problems), root)
     if root:
-        root = _apply([o for o in given if o.path != ("method",)], root, problems)
-    problems += [o.problem for o in given if o.problem]
+        root = _apply([o for o in parsed if o.path != ("method",)], root, problems)
+    problems += [o.problem for o in parsed if o.problem]
     kind = "run" if is_run or (root and is_run_file(root.data)) else "method"
-    return Loaded(source.name, kind, folder, root, texts, method, whole, tuple(problems))
+    return LoadedSpec(source.name, kind, folder, root, texts, method, is_complete, tuple(problems))
 
 
 def merge(base: Node, over: Node) -> Node:
-    """`over` laid over `base`."""
+    """Merges `over` onto `base`; `over` wins."""
     kind_before, kind_after = _kind(base), _kind(over)
     if isinstance(over.value, str) and isinstance(base.value, dict) and kind_after == kind_before:
         return base
@@ -118,7 +117,7 @@ def merge(base: Node, over: Node) -> Node:
         return over
     if "kind" in over.value and kind_after != kind_before:
         return over
-    if isinstance(base.value, str):  # a bare kind is short for a map that holds nothing else
+    if isinstance(base.value, str):  # a bare kind is shorthand for {kind: …}
         items = {"kind": Node(base.value, base.place, base.key)}
     else:
         items = dict(base.value)
@@ -143,7 +142,7 @@ def _folder(name: str) -> str:
 def _method_page(
     root: Node, folder: str, problems: list[Problem]
 ) -> tuple[str | None, Source | None, Node]:
-    """The page that `method` names, where it can be read, and the run file without that key."""
+    """Returns the path in `method`, the page if it is readable, and the run file without that key."""
     items = dict(root.value)
     named = items.pop("method", None)
     root = evolve(root, value=items)
@@ -157,13 +156,13 @@ def _method_page(
     try:
         return path, read(path), root
     except UnreadableInput as error:
-        hint = error.hint or _neighbours(path)
+        hint = error.hint or _suggest_page(path)
         problems.append(Problem(("method",), str(error), "method_file", hint, named.place))
         return path, None, root
 
 
-def _neighbours(path: str) -> str | None:
-    """What to write in place of a page that is not there."""
+def _suggest_page(path: str) -> str | None:
+    """A hint for a missing page: the most similar file name, or the pages in the folder."""
     folder, name = os.path.split(path)
     pages = [name for name in file_names(folder or ".") if name.endswith((".yaml", ".yml"))]
     if close := nearest(name, pages):
@@ -171,18 +170,24 @@ def _neighbours(path: str) -> str | None:
     return f"in {folder or '.'}: {', '.join(pages[:8])}" if pages else None
 
 
-def _method_keys(page: Node, name: str, problems: list[Problem]) -> Node:
-    """The page without the keys that only a run file may have."""
+def _without_run_keys(page: Node, name: str, problems: list[Problem]) -> Node:
+    """The page without the keys that belong in a run file; reports them."""
     if not isinstance(page.value, dict):
         message = "a method page is a map of rollout, teacher, losses and route"
         problems.append(Problem((), message, "method_page", None, Place(name, 1, 1)))
         return evolve(page, value={})
-    for key in [k for k in page.value if k in PAGE_FORBIDS]:
-        message = f"a method page holds rollout, teacher, losses and route, no {shorten(key)}"
-        hint = "method pages stand alone" if key == "method" else f"move {key} to the run file"
+    for key in [k for k in page.value if k in FORBIDDEN_ON_METHOD_PAGES]:
+        message = f"a method page has rollout, teacher, losses and route, but no {shorten(key)}"
+        hint = (
+            "a method page cannot build on another one"
+            if key == "method"
+            else f"move {key} to the run file"
+        )
         place = page.value[key].key
         problems.append(Problem((key,), message, "method_page", hint, place))
-    return evolve(page, value={k: v for k, v in page.value.items() if k not in PAGE_FORBIDS})
+    return evolve(
+        page, value={k: v for k, v in page.value.items() if k not in FORBIDDEN_ON_METHOD_PAGES}
+    )
 
 
 # ── overrides ─────────────────────────────────────────────────────────────────────────────────
@@ -197,7 +202,7 @@ class _Override:
 
 
 def _parse_override(text: str, line: int) -> _Override:
-    """One `key.path=value` of the command line; its places count the overrides as lines."""
+    """Parses one `key.path=value`; its line number is the position among the overrides."""
     name, equals, value = text.partition("=")
     path = tuple(name.split("."))
     key = Place(COMMAND_LINE, line, 1, max(1, len(name)))
@@ -209,29 +214,30 @@ def _parse_override(text: str, line: int) -> _Override:
         return _Override(path, None, key, Problem((), fault, "override", None, key))
     source = read_text(value, COMMAND_LINE)
     if source.problems:
-        found = source.problems[0]
-        place = _shifted(found.place or key, line, len(name) + 1)
-        return _Override(path, None, key, evolve(found, path=path, code="override", place=place))
+        problem = source.problems[0]
+        place = _shift_place(problem.place or key, line, len(name) + 1)
+        problem = evolve(problem, path=path, code="override", place=place)
+        return _Override(path, None, key, problem)
     root = source.root or Node(None, Place(COMMAND_LINE, 1, 1, max(1, len(value))))
-    if max(len(below) for below, _ in root.walk()) + len(path) > DEEPEST:
-        message = f"nested more than {DEEPEST} levels deep"
+    if max(len(below) for below, _ in root.walk()) + len(path) > MAX_DEPTH:
+        message = f"nested more than {MAX_DEPTH} levels deep"
         return _Override(path, None, key, Problem((), message, "override", None, key))
-    return _Override(path, _moved(root, line, len(name) + 1, key), key)
+    return _Override(path, _shift_node(root, line, len(name) + 1, key), key)
 
 
-def _shifted(place: Place, line: int, columns: int) -> Place:
+def _shift_place(place: Place, line: int, columns: int) -> Place:
     return evolve(place, line=line, column=place.column + columns)
 
 
-def _moved(node: Node, line: int, columns: int, key: Place | None = None) -> Node:
-    """The node with its places moved to where the value stands on the command line."""
-    key = key or (_shifted(node.key, line, columns) if node.key else None)
+def _shift_node(node: Node, line: int, columns: int, key: Place | None = None) -> Node:
+    """The node with its places moved to the value's position on the command line."""
+    key = key or (_shift_place(node.key, line, columns) if node.key else None)
     value = node.value
     if isinstance(value, dict):
-        value = {name: _moved(child, line, columns) for name, child in value.items()}
+        value = {name: _shift_node(child, line, columns) for name, child in value.items()}
     elif isinstance(value, list):
-        value = [_moved(child, line, columns) for child in value]
-    return Node(value, _shifted(node.place, line, columns), key)
+        value = [_shift_node(child, line, columns) for child in value]
+    return Node(value, _shift_place(node.place, line, columns), key)
 
 
 def _apply(overrides: Iterable[_Override], root: Node, problems: list[Problem]) -> Node:
@@ -248,7 +254,7 @@ def _apply(overrides: Iterable[_Override], root: Node, problems: list[Problem]) 
 
 
 def _set(node: Node, override: _Override, depth: int) -> Node:
-    """`node` with the override's value at its path below; LookupError where no path can lead."""
+    """`node` with the override's value set at its path.  Raises LookupError if the path leads through a non-map."""
     assert override.value is not None
     if depth == len(override.path):
         return merge(node, override.value)

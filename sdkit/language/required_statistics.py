@@ -1,7 +1,8 @@
-"""What must be measured of a rollout batch before its first update, and what asks for it.
+"""Token statistics that the loss terms need before the first update on a rollout batch.
 
-One pass of the student, and one of the teacher where asked, gives each completion token the log-probability and the
-entropy that masks and weights over the whole batch are made of.  Knows specs; the pass itself is in the engine.
+One forward pass of the student, and one of the teacher if needed, computes the log-probability and the entropy of
+each completion token.  Masks and weights that depend on the whole batch are computed from these.  This file knows
+specs only; `train/token_statistics.py` runs the passes.
 """
 
 from __future__ import annotations
@@ -36,23 +37,23 @@ STATISTICS: tuple[Statistic, ...] = (
     "teacher_entropy",
 )
 Key = tuple[str, ...]
-"""Where a setting stands below its term."""
+"""The path of a setting below its term."""
 
 
 def term_statistics(term: LossTerm) -> Iterator[tuple[Statistic, Key]]:
-    """Each measure that the term's mask, weight or advantage is made of, with the setting that asks for it."""
+    """Yields each statistic that the term's mask, weight or advantage needs, with the setting that needs it."""
     if term.mask.teacher_entropy_above is not None:
         yield "teacher_entropy", ("mask", "teacher_entropy_above")
     if term.mask.student_entropy_top is not None:
         yield "student_entropy", ("mask", "student_entropy_top")
-    if floor_that_leaves_out(term) is not None:
+    if masking_floor(term) is not None:
         yield "student_logprobs", ("advantage", "below_floor")
         yield "teacher_logprobs", ("advantage", "below_floor")
-    for measure in _weight_measures(weight_of(term)):
-        yield measure, ("weight",)
+    for statistic in _weight_statistics(weight_of(term)):
+        yield statistic, ("weight",)
 
 
-def _weight_measures(weight: Weight | None) -> tuple[Statistic, ...]:
+def _weight_statistics(weight: Weight | None) -> tuple[Statistic, ...]:
     match weight:
         case None | PositionWeight() | PassRateWeight():
             return ()
@@ -65,38 +66,41 @@ def _weight_measures(weight: Weight | None) -> tuple[Statistic, ...]:
         case PerplexityWeight():
             return ("teacher_logprobs",)
         case FileWeight(given=given):
-            return tuple(m for m in STATISTICS if m in given)
+            return tuple(s for s in STATISTICS if s in given)
         case _:
             assert_never(weight)
 
 
 def required_statistics(losses: Mapping[str, LossTerm]) -> dict[Statistic, tuple[str, ...]]:
-    """Each measure that the terms ask for, with the settings that do (`losses.distil.weight`), in fixed order."""
-    found: dict[Statistic, list[str]] = {measure: [] for measure in STATISTICS}
+    """Returns each statistic that the terms need, in a fixed order, with the settings that need it.
+
+    A setting is written as its path: `losses.distil.weight`.
+    """
+    settings: dict[Statistic, list[str]] = {statistic: [] for statistic in STATISTICS}
     for name, term in losses.items():
-        for measure, key in term_statistics(term):
-            found[measure].append(".".join(("losses", name, *key)))
-    return {measure: tuple(who) for measure, who in found.items() if who}
+        for statistic, key in term_statistics(term):
+            settings[statistic].append(".".join(("losses", name, *key)))
+    return {statistic: tuple(paths) for statistic, paths in settings.items() if paths}
 
 
 def needs_old_logprobs(spec: ExperimentSpec) -> bool:
-    """Whether a term asks how likely its tokens were before the first of several updates on a batch."""
-    corrected = any(
+    """Whether a term needs the log-probabilities of its tokens before the first of several updates on a batch."""
+    has_ratio = any(
         isinstance(t, PolicyGradient)
         or (isinstance(t, Distillation) and (t.importance.old_policy or t.importance.sampler))
         for t in spec.losses.values()
     )
-    return spec.training.updates_per_rollout > 1 and corrected
+    return spec.training.updates_per_rollout > 1 and has_ratio
 
 
 def needs_teacher_scores(term: LossTerm) -> bool:
-    """Whether the term cannot do without the teacher: it counts no token of a rollout without a teacher prompt."""
-    asked = (measure for measure, _ in term_statistics(term))
-    return nothing_without_teacher(term) or any(measure.startswith("teacher") for measure in asked)
+    """Whether the term needs teacher scores, so that it skips rollouts without a teacher prompt."""
+    statistics = (statistic for statistic, _ in term_statistics(term))
+    return nothing_without_teacher(term) or any(s.startswith("teacher") for s in statistics)
 
 
 def weight_of(term: LossTerm) -> Weight | None:
-    """What the term's tokens weigh; None where all weigh the same."""
+    """Returns the token weight of the term; None if all tokens weigh the same."""
     match term:
         case Distillation() | CrossEntropy() | PolicyGradient():
             return term.weight
@@ -106,14 +110,14 @@ def weight_of(term: LossTerm) -> Weight | None:
             assert_never(term)
 
 
-def floor_that_leaves_out(term: LossTerm) -> float | Schedule | None:
-    """The log-ratio below which the term does not count a token, where it has one."""
+def masking_floor(term: LossTerm) -> float | Schedule | None:
+    """Returns the log-ratio below which the term masks a token out, if it has one."""
     part = teacher_part(term.advantage) if isinstance(term, PolicyGradient) else None
     return part.floor if part and part.below_floor == "leave_out" else None
 
 
-def uses_reward(term: LossTerm) -> Key | None:
-    """The setting of the term's weight that needs the reward of training, where there is one."""
+def reward_setting(term: LossTerm) -> Key | None:
+    """Returns the setting of the term's weight that needs the training reward, if there is one."""
     match weight_of(term):
         case PassRateWeight():
             return ("weight",)

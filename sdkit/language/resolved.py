@@ -1,4 +1,4 @@
-"""A spec as plain data, every default written out, and the name that this data gives it."""
+"""A spec as plain data with every default written out, and its hash."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdkit.language.specs import MethodSpec
 
 
 def resolved(spec: Any) -> Any:
-    """The spec as maps, lists and scalars; structures back to an equal spec."""
+    """Returns the spec as maps, lists and scalars.  Structuring the result gives an equal spec."""
     if attrs.has(type(spec)):
         kind = {"kind": spec.kind} if hasattr(spec, "kind") else {}
         fields = keys_of(type(spec)).values()
@@ -28,13 +28,13 @@ def resolved(spec: Any) -> Any:
 
 
 def canonical_hash(spec: MethodSpec) -> str:
-    """SHA-256 of the resolved spec's canonical JSON: the same in every process and on every machine."""
+    """Returns the SHA-256 of the resolved spec's canonical JSON, the same in every process and on every machine."""
     text = json.dumps(resolved(spec), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def leaves(data: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every scalar of a resolved spec with its path; an empty map or list is one too."""
+    """Yields every scalar of a resolved spec with its path.  An empty map or list counts as a scalar."""
     items = data.items() if isinstance(data, dict) else enumerate(data)
     for name, value in items:
         if isinstance(value, dict | list) and value:

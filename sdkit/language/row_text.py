@@ -1,7 +1,8 @@
-"""Values of rows as text: what may stand in a prompt, a slot or a completion, and what may not.
+"""Converts values of data rows to the text of a prompt, a slot or a completion.
 
-Python has a spelling for every value, and none of them is meant for a model: `[{'role': …}]`, `b'…'`, `True`, `nan`.
-So text and numbers have a text, one assistant message has its content, and anything else is refused.
+Python can print any value, but a model should not read `[{'role': …}]`, `b'…'`, `True` or `nan`.  So only three
+kinds of values are converted: text, numbers, and a single assistant message, which becomes its content.  Anything
+else is refused.
 """
 
 from __future__ import annotations
@@ -15,87 +16,87 @@ from typing import Any
 
 from sdkit.language.errors import shorten
 
-DEEPEST = 100
-"""Levels of lists and maps that a value of a row may have."""
+MAX_DEPTH = 100
+"""Nesting levels allowed in a row's value."""
 
 
 class Fault(Exception):
-    """What is wrong with one row."""
+    """A row cannot be used; the message says why."""
 
 
 def text_of(value: Any) -> str | None:
-    """The text of a row's value; None where the value is missing.  Raises Fault where it has no text.
+    """Returns the text of a row's value, or None if the value is missing.  Raises Fault if it has no text form.
 
-    Null and not-a-number are missing.  An assistant message, alone or as the only one of a list, stands for its content.
+    Null and NaN count as missing.  An assistant message, alone or as the only item of a list, becomes its content.
     """
     if hasattr(value, "as_py"):  # a scalar of pyarrow
         value = value.as_py()
     if is_missing(value):
         return None
     if isinstance(value, str):
-        return _readable(str(value))
+        return _checked_text(str(value))
     if _is_boolean(value):
-        raise Fault(f"{say_what(value)}, which has no one spelling: write it as text")
+        raise Fault(f"{describe_value(value)}, which has no one spelling: write it as text")
     if isinstance(value, numbers.Number):
-        return _digits(value)
+        return _number_text(value)
     if isinstance(value, Mapping):
-        return _content(value)
+        return _message_content(value)
     if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping):
-        return _content(value[0])
-    raise Fault(f"{say_what(value)}, not text")
+        return _message_content(value[0])
+    raise Fault(f"{describe_value(value)}, not text")
 
 
 def lines_of(value: Any) -> str | None:
-    """The text of a value inside a column's template, where a list of texts is inserted line by line."""
-    if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
-        return _readable("\n".join(value))
+    """Like `text_of`, for a value inserted into a column's template: a list of strings is joined with newlines."""
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return _checked_text("\n".join(value))
     return text_of(value)
 
 
 def is_missing(value: Any) -> bool:
-    """Whether there is no value: null, or a number that is none."""
+    """Whether the value is null or NaN."""
     if isinstance(value, Decimal):
         return value.is_nan()
     return value is None or (isinstance(value, numbers.Real) and value != value)
 
 
 def is_empty(value: Any) -> bool:
-    """Whether there is no value, or only white space."""
+    """Whether the value is missing or only white space."""
     return is_missing(value) or (isinstance(value, str) and not value.strip())
 
 
 def check_value(value: Any, depth: int = 0) -> None:
-    """Raise Fault where some text in a value is no Unicode, or where the value could not be read in full."""
+    """Raises Fault if a text in the value is not valid Unicode, or if the value could not be read in full."""
     if isinstance(value, Fault):
         raise value
     if isinstance(value, str):
-        _encodable(value)
-    elif depth > DEEPEST:
-        raise Fault(f"nested more than {DEEPEST} levels deep")
+        _check_encodable(value)
+    elif depth > MAX_DEPTH:
+        raise Fault(f"nested more than {MAX_DEPTH} levels deep")
     elif isinstance(value, Mapping):
-        for key, each in value.items():
+        for key, item in value.items():
             check_value(key, depth + 1)
-            check_value(each, depth + 1)
+            check_value(item, depth + 1)
     elif isinstance(value, list | tuple):
-        for each in value:
-            check_value(each, depth + 1)
+        for item in value:
+            check_value(item, depth + 1)
 
 
-def say_what(value: Any) -> str:
-    """What a value is, in words: numbers and booleans as they are."""
+def describe_value(value: Any) -> str:
+    """Describes a value in an error message: numbers and booleans literally, anything else by its type."""
     if _is_boolean(value):
         return shorten(bool(value))
     if value is None or isinstance(value, bool | int | float):
         return shorten(value)
     if isinstance(value, numbers.Number):
         return str(value)
-    for kinds, words in _WORDS:
+    for kinds, words in _DESCRIPTIONS:
         if isinstance(value, kinds):
             return words
     return f"a value of type {type(value).__name__}"
 
 
-_WORDS: Sequence[tuple[Any, str]] = (
+_DESCRIPTIONS: Sequence[tuple[Any, str]] = (
     (str, "text"),
     ((list, tuple), "a list"),
     (Mapping, "a map"),
@@ -106,10 +107,10 @@ _WORDS: Sequence[tuple[Any, str]] = (
 
 
 def _is_boolean(value: Any) -> bool:
-    return type(value).__name__ in ("bool", "bool_")  # Python's, and NumPy's of either name
+    return type(value).__name__ in ("bool", "bool_")  # Python's, or NumPy's under either name
 
 
-def _digits(value: Any) -> str:
+def _number_text(value: Any) -> str:
     """A number as JSON writes it."""
     if isinstance(value, Decimal) and value.is_finite():
         return format(value, "f")
@@ -120,29 +121,31 @@ def _digits(value: Any) -> str:
             raise Fault("a number of too many digits, not text") from None
     if isinstance(value, numbers.Real) and math.isfinite(value):
         return str(value)
-    raise Fault(f"{say_what(value)}, not a finite number")
+    raise Fault(f"{describe_value(value)}, not a finite number")
 
 
-def _content(message: Mapping[Any, Any]) -> str:
-    """What an assistant message says."""
-    stated = {key for key, value in message.items() if value is not None}
-    if stated != {"role", "content"}:
+def _message_content(message: Mapping[Any, Any]) -> str:
+    """The content of an assistant message."""
+    keys = {key for key, value in message.items() if value is not None}
+    if keys != {"role", "content"}:
         raise Fault("a map, not text or an assistant message {role: assistant, content: …}")
     if message["role"] != "assistant":
         raise Fault(f"a message of the role {shorten(message['role'])}, not 'assistant'")
     if not isinstance(message["content"], str):
-        raise Fault(f"an assistant message that holds {say_what(message['content'])}, not text")
-    return _readable(message["content"])
+        raise Fault(
+            f"an assistant message that holds {describe_value(message['content'])}, not text"
+        )
+    return _checked_text(message["content"])
 
 
-def _readable(text: str) -> str:
+def _checked_text(text: str) -> str:
     if "\0" in text:
         raise Fault("text with a NUL character")
-    _encodable(text)
+    _check_encodable(text)
     return text
 
 
-def _encodable(text: str) -> None:
+def _check_encodable(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Scalars of YAML 1.2's core schema, read and written: `1e-6` is a number, `off` is text."""
+"""Reads and writes scalars by YAML 1.2's core schema: `1e-6` is a number, `off` is text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 def scalar(text: str) -> Any:
-    """A plain scalar by YAML 1.2's core schema; ValueError for a number that is not finite or too long."""
+    """Parses a plain scalar by YAML 1.2's core schema.  Raises ValueError for a number that is not finite or too long."""
     if text in _NULL:
         return None
     if text in _TRUE or text in _FALSE:
@@ -25,7 +25,7 @@ def scalar(text: str) -> Any:
         if len(text) > 40:
             raise ValueError("this number has too many digits")
         number = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-        if abs(number) >= 10**39:  # as long, and no longer, when it is written out again
+        if abs(number) >= 10**39:  # so that it is no longer when written out in decimal
             raise ValueError("this number has too many digits")
         return number
     if _FLOAT.fullmatch(text):
@@ -39,7 +39,7 @@ def scalar(text: str) -> Any:
 
 
 def dump(data: Any) -> str:
-    """Plain data as YAML that `read_text` reads back unchanged."""
+    """Formats plain data as YAML that `read_text` reads back unchanged."""
 
     class Dumper(yaml.SafeDumper):
         def ignore_aliases(self, data: Any) -> bool:

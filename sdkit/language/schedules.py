@@ -1,4 +1,4 @@
-"""Numbers that move over a run: found anywhere in a spec, and put into plain numbers for one optimizer step."""
+"""Schedules, numbers that change over a run: finds them in a spec and evaluates them at an optimizer step."""
 
 from __future__ import annotations
 
@@ -16,48 +16,54 @@ S = TypeVar("S")
 
 
 def scalar_at(value: float | Schedule, step: int) -> float:
-    """The value of a number that may move, after `step` optimizer steps."""
+    """Returns the value of a number or a schedule after `step` optimizer steps."""
     if not isinstance(value, Schedule):
         return float(value)
-    share = min(step / value.steps, 1.0)
+    progress = min(step / value.steps, 1.0)
     if value.shape == "cosine":
-        share = (1 - math.cos(math.pi * share)) / 2
-    return value.start + (value.to - value.start) * share
+        progress = half_cosine(progress)
+    return value.start + (value.to - value.start) * progress
+
+
+def half_cosine(progress: float, *, falling: bool = False) -> float:
+    """Returns half a cosine period: from 0 to 1 as `progress` goes from 0 to 1, or from 1 to 0 if `falling`."""
+    cosine = math.cos(math.pi * progress)
+    return (1 + cosine) / 2 if falling else (1 - cosine) / 2
 
 
 def always(value: float | Schedule, number: float) -> bool:
-    """Whether a number has one value, this one, over the whole run."""
+    """Whether the value equals `number` during the whole run."""
     if isinstance(value, Schedule):
         return value.start == value.to == number
     return value == number
 
 
 def plain(value: float | Schedule) -> float:
-    """A number of a spec that went through `at_step`.  Raises TypeError for one that still moves."""
+    """Returns a number of a spec resolved by `at_step`.  Raises TypeError for a schedule."""
     if isinstance(value, Schedule):
-        raise TypeError("a number that moves has no value without its step")
+        raise TypeError("a schedule has no value without a step: call at_step first")
     return value
 
 
 def schedules(value: Any, path: Path = ()) -> Iterator[tuple[Path, Schedule]]:
-    """Every schedule in a spec, with the path of its key below `path`."""
+    """Yields every schedule in a spec, with its path below `path`."""
     if isinstance(value, Schedule):
         yield path, value
     else:
-        for name, part in _parts(value):
+        for name, part in _children(value):
             yield from schedules(part, (*path, name))
 
 
 def at_step(spec: S, step: int) -> S:
-    """The same spec with every schedule as the number it is after `step` optimizer steps."""
+    """Returns the spec with every schedule replaced by its value after `step` optimizer steps."""
     return with_schedules(spec, lambda schedule: scalar_at(schedule, step))
 
 
 def with_schedules(spec: S, change: Callable[[Schedule], float | Schedule]) -> S:
-    """The same spec with every schedule changed."""
+    """Returns the spec with `change` applied to every schedule."""
     value: Any = spec
     if isinstance(value, Schedule):
-        return change(value)  # pyright: ignore[reportReturnType]: S is a scalar that may move
+        return change(value)  # pyright: ignore[reportReturnType]: S is float | Schedule here
     if isinstance(value, Table):
         return Table({n: with_schedules(part, change) for n, part in value.items()})  # pyright: ignore[reportReturnType]
     if isinstance(value, tuple):
@@ -68,8 +74,8 @@ def with_schedules(spec: S, change: Callable[[Schedule], float | Schedule]) -> S
     return attrs.evolve(value, **{n: with_schedules(part, change) for n, part in parts.items()})
 
 
-def _parts(value: Any) -> Iterator[tuple[str | int, Any]]:
-    """What a map, a list or a spec holds, each under its key."""
+def _children(value: Any) -> Iterator[tuple[str | int, Any]]:
+    """Yields the children of a map, a list or a spec, each with its key."""
     if isinstance(value, Table):
         yield from value.items()
     elif isinstance(value, tuple):

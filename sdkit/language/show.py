@@ -1,4 +1,4 @@
-"""The resolved spec as YAML, each value with the place it comes from as a comment."""
+"""Formats the resolved spec as YAML with the origin of each value in a comment."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from sdkit.language.errors import Path, Place, printable
-from sdkit.language.load import Checked
-from sdkit.language.overlay import Loaded
+from sdkit.language.load import CheckedSpec
+from sdkit.language.overlay import LoadedSpec
 from sdkit.language.resolved import resolved
 from sdkit.language.scalars import scalar
 
 _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
-def annotated(checked: Checked) -> str:
-    """Every value of the spec, defaults included, with `# file:line` or `# default`; reads back as the same spec."""
+def annotated(checked: CheckedSpec) -> str:
+    """Returns every value of the spec, defaults included, with `# file:line` or `# default`.  Reads back as the same spec."""
     lines = list(_lines(resolved(checked.spec), (), checked.loaded))
     width = min(max((len(text) for text, _ in lines), default=0), 72)
     return "\n".join(
@@ -25,7 +25,7 @@ def annotated(checked: Checked) -> str:
     )
 
 
-def _lines(value: Any, path: Path, loaded: Loaded) -> Iterator[tuple[str, str]]:
+def _lines(value: Any, path: Path, loaded: LoadedSpec) -> Iterator[tuple[str, str]]:
     indent = "  " * len(path)
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, child in items:
@@ -44,7 +44,7 @@ def _key(name: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as JSON, which is YAML too; 1e-06 as 1.0e-06, or readers of YAML 1.1 take it for text."""
+    """A value as JSON, which is also YAML.  Writes 1e-06 as 1.0e-06, since YAML 1.1 parsers read the former as text."""
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, str):
@@ -54,23 +54,23 @@ def _text(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text in quotes; what YAML would not read back, or would take for the end of a line, as an escape."""
+    """A quoted string that escapes characters YAML forbids or takes for line breaks."""
     quoted = json.dumps(text, ensure_ascii=False)
-    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
+    return _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", quoted)
 
 
 def _flat(value: Any) -> bool:
     return isinstance(value, list) and not any(isinstance(item, dict | list) for item in value)
 
 
-def _origin(path: Path, value: Any, loaded: Loaded) -> str:
+def _origin(path: Path, value: Any, loaded: LoadedSpec) -> str:
     if loaded.written(path):
-        return _line_of(loaded.values[path])
-    # `kind` written as a bare word stands at the place of the map itself.
+        return _format_place(loaded.values[path])
+    # A `kind` written as a bare word has the place of the map itself.
     if path[-1] == "kind" and loaded.written(path[:-1]) and not loaded.has_keys(path[:-1]):
-        return _line_of(loaded.values[path[:-1]])
+        return _format_place(loaded.values[path[:-1]])
     return "default"
 
 
-def _line_of(place: Place) -> str:
+def _format_place(place: Place) -> str:
     return f"{printable(place.file)}:{place.line}"

@@ -1,7 +1,7 @@
-"""YAML text → a tree of values that know where they were written.  Knows no spec class.
+"""Parses YAML into a tree of values with their positions.  Knows no spec class.
 
-The tree is built from PyYAML's events, not by its loaders: they would run tags, forget positions and recurse without
-bound.  Plain scalars follow YAML 1.2's core schema: `1e-6` is a number, `off` is text.
+The tree is built from PyYAML's events rather than by its loaders, which execute tags, discard positions and recurse
+without limit.  Plain scalars follow YAML 1.2's core schema: `1e-6` is a number, `off` is text.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import yaml
 from attrs import evolve, field, frozen
 
 from sdkit.language.errors import Path, Place, Problem, UnreadableInput, printable, shorten
-from sdkit.language.files import RESOLVED, SPEC, UnreadableFile, read_file
+from sdkit.language.files import MAX_RESOLVED_BYTES, MAX_SPEC_BYTES, UnreadableFile, read_file
 from sdkit.language.scalars import scalar
 
-DEEPEST = 40
-MOST_VALUES = 100_000
-LONGEST_KEY = 100  # characters: what may follow in quotes on one line, whatever they are
+MAX_DEPTH = 40
+MAX_VALUES = 100_000
+MAX_KEY_LENGTH = 100  # characters; quoted and escaped, it stays below the 1024 characters that YAML allows for a key
 
 _FORBIDDEN = re.compile("[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|\ufeff")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -29,7 +29,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @frozen(eq=False)
 class Node:
-    """One value of a document: a scalar, a map or a list, with its place and the place of its key."""
+    """A value of a document (scalar, map or list), with its place and the place of its key."""
 
     value: Any  # scalar | dict[str, Node] | list[Node]
     place: Place
@@ -45,17 +45,17 @@ class Node:
         return self.value
 
     def walk(self, path: Path = ()) -> Iterator[tuple[Path, Node]]:
-        """This value and all below it, each with its path."""
+        """Yields this value and all values below it, each with its path."""
         yield path, self
         if isinstance(self.value, dict | list):
-            named = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
-            for name, child in named:
+            children = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
+            for name, child in children:
                 yield from child.walk((*path, name))
 
 
 @frozen(eq=False)
 class Source:
-    """One YAML text, read: what it says, where, and what is wrong with it as YAML."""
+    """A parsed YAML text: its values, their places, and its YAML problems."""
 
     name: str
     text: str
@@ -72,15 +72,15 @@ class Source:
 
     @property
     def data(self) -> Any:
-        """The text's data; None where it is empty or unreadable."""
+        """The text's data; None if it is empty or unreadable."""
         return self.root.data if self.root else None
 
 
 def read(path: str | os.PathLike[str], *, resolved: bool = False) -> Source:
-    """Read a YAML file; UnreadableInput if that is not possible.  A resolved spec may be larger than one by hand."""
+    """Reads a YAML file.  Raises UnreadableInput if it cannot be read.  A resolved spec has a larger size limit."""
     name = os.fspath(path)
     try:
-        raw = read_file(name, RESOLVED if resolved else SPEC)
+        raw = read_file(name, MAX_RESOLVED_BYTES if resolved else MAX_SPEC_BYTES)
     except UnreadableFile as error:
         raise UnreadableInput(f"{printable(name)}: {error}") from None
     try:
@@ -93,48 +93,50 @@ def read(path: str | os.PathLike[str], *, resolved: bool = False) -> Source:
 
 
 def read_text(text: str, name: str, *, resolved: bool = False) -> Source:
-    """Read YAML from a string; `name` stands in messages."""
-    if found := _FORBIDDEN.search(text):
-        line = text.count("\n", 0, found.start()) + 1
-        column = found.start() - (text.rfind("\n", 0, found.start()) + 1) + 1
-        message = f"character U+{ord(found[0]):04X} is not allowed in YAML"
+    """Parses YAML from a string; messages call it `name`."""
+    if match := _FORBIDDEN.search(text):
+        line = text.count("\n", 0, match.start()) + 1
+        column = match.start() - (text.rfind("\n", 0, match.start()) + 1) + 1
+        message = f"character U+{ord(match[0]):04X} is not allowed in YAML"
         return Source(
             name, text, None, (Problem((), message, "yaml", None, Place(name, line, column)),)
         )
-    reader = _Reader(name, text, (RESOLVED // SPEC if resolved else 1))
+    reader = _Reader(name, text, (MAX_RESOLVED_BYTES // MAX_SPEC_BYTES if resolved else 1))
     try:
         root = reader.document()
     except yaml.MarkedYAMLError as error:
         root = None
         reader.problems.append(_syntax_problem(error, name, text))
-    except _GiveUpError as error:
+    except _FatalProblem as error:
         root = None
         reader.problems.append(error.problem)
     return Source(name, text, root, tuple(reader.problems))
 
 
 def key_fault(keys: Iterable[str]) -> str | None:
-    """Why a resolved spec could not have one of these keys; None where it could."""
+    """Returns why one of these keys is not allowed in a resolved spec; None if all are."""
     for key in keys:
-        if len(key) > LONGEST_KEY:
-            return f"a key of {len(key)} characters, more than {LONGEST_KEY}"
-        if found := _SURROGATE.search(key):
-            return f"U+{ord(found[0]):04X} is half of a character"
+        if len(key) > MAX_KEY_LENGTH:
+            return f"a key of {len(key)} characters, more than {MAX_KEY_LENGTH}"
+        if match := _SURROGATE.search(key):
+            return f"U+{ord(match[0]):04X} is half of a character"
     return None
 
 
-class _GiveUpError(Exception):
+class _FatalProblem(Exception):
+    """A problem after which the rest of the text cannot be parsed."""
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.message)
         self.problem = problem
 
 
 class _Reader:
-    """Turns the events of one document into nodes; collects what it can step over, raises the rest."""
+    """Builds nodes from the events of one document.  Collects recoverable problems, raises the others."""
 
     def __init__(self, name: str, text: str, scale: int) -> None:
         self.name = name
-        self._scale = scale  # of the limits
+        self._scale = scale  # multiplies the limits
         self.problems: list[Problem] = []
         self._events = yaml.parse(text, Loader=_LOADER)
         self._anchors: dict[str, Node | None] = {}
@@ -142,23 +144,23 @@ class _Reader:
         self._characters = 0
 
     def document(self) -> Node | None:
-        """The one document of the text; None if it is empty."""
+        """Returns the only document of the text; None if it is empty."""
         root = None
         for event in self._events:
             if isinstance(event, yaml.DocumentStartEvent):
                 if root:
-                    raise _GiveUpError(self._problem((), "a second document starts here", event))
+                    raise _FatalProblem(self._problem((), "a second document starts here", event))
                 root = self._node(next(self._events), (), None)
         return root
 
     def _node(self, event: Any, path: Path, key: Place | None) -> Node:
         place = self._place(event)
-        if len(path) > DEEPEST:
-            message = f"nested more than {DEEPEST} levels deep"
-            raise _GiveUpError(self._problem((), message, event))
+        if len(path) > MAX_DEPTH:
+            message = f"nested more than {MAX_DEPTH} levels deep"
+            raise _FatalProblem(self._problem((), message, event))
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event, path, place, key)
-        self._count(getattr(event, "value", None), event)
+        self._count_value(getattr(event, "value", None), event)
         if event.tag:
             hint = 'put the text in quotes: "!…"' if isinstance(event, yaml.ScalarEvent) else None
             self.problems.append(self._problem(path, "tags are not supported", event, "tag", hint))
@@ -176,22 +178,22 @@ class _Reader:
 
     def _alias(self, event: Any, path: Path, place: Place, key: Place | None) -> Node:
         if event.anchor not in self._anchors:
-            raise _GiveUpError(self._problem(path, f"*{event.anchor} is not defined above", event))
+            raise _FatalProblem(self._problem(path, f"*{event.anchor} is not defined above", event))
         target = self._anchors[event.anchor]
         if target is None:
             message = f"*{event.anchor} stands inside what it refers to"
-            raise _GiveUpError(self._problem(path, message, event))
+            raise _FatalProblem(self._problem(path, message, event))
         for below, node in target.walk():
-            self._count(node.value, event)
+            self._count_value(node.value, event)
             self._count_characters(below[-1] if below else "", event)
-            if len(path) + len(below) > DEEPEST:
-                message = f"nested more than {DEEPEST} levels deep"
-                raise _GiveUpError(self._problem((), message, event))
+            if len(path) + len(below) > MAX_DEPTH:
+                message = f"nested more than {MAX_DEPTH} levels deep"
+                raise _FatalProblem(self._problem((), message, event))
         return evolve(target, key=key, place=place)
 
     def _scalar(self, event: Any, path: Path) -> Any:
-        if found := _SURROGATE.search(event.value):
-            message = f"U+{ord(found[0]):04X} is half of a character"
+        if match := _SURROGATE.search(event.value):
+            message = f"U+{ord(match[0]):04X} is half of a character"
             self.problems.append(self._problem(path, message, event))
         if not event.implicit[0] or event.tag:
             return event.value
@@ -222,7 +224,7 @@ class _Reader:
         return Node(items, key or evolve(place, length=1), key)
 
     def _key(self, event: Any, path: Path) -> str | None:
-        """The key's text; None, and a problem, for what cannot be a key."""
+        """The key's text; None if it cannot be a key, which is reported."""
         if not isinstance(event, yaml.ScalarEvent):
             if not isinstance(event, yaml.AliasEvent):
                 self._node(event, (*path, "?"), None)
@@ -245,19 +247,19 @@ class _Reader:
         self._count_characters(value, event)
         return value
 
-    def _count(self, value: Any, event: Any) -> None:
-        """Count one value; an alias counts for all that it stands for."""
+    def _count_value(self, value: Any, event: Any) -> None:
+        """Counts one value; an alias counts as everything it expands to."""
         self._values += 1
-        if self._values > MOST_VALUES * self._scale:
-            message = f"more than {MOST_VALUES} values, aliases written out"
-            raise _GiveUpError(self._problem((), message, event))
+        if self._values > MAX_VALUES * self._scale:
+            message = f"more than {MAX_VALUES} values, aliases written out"
+            raise _FatalProblem(self._problem((), message, event))
         self._count_characters(value, event)
 
     def _count_characters(self, text: Any, event: Any) -> None:
         self._characters += len(text) if isinstance(text, str) else 0
-        if self._characters > SPEC * self._scale:
-            message = f"more than {SPEC // 2**20} MiB of text, aliases written out"
-            raise _GiveUpError(self._problem((), message, event))
+        if self._characters > MAX_SPEC_BYTES * self._scale:
+            message = f"more than {MAX_SPEC_BYTES // 2**20} MiB of text, aliases written out"
+            raise _FatalProblem(self._problem((), message, event))
 
     def _place(self, event: Any) -> Place:
         start, end = event.start_mark, event.end_mark
@@ -274,25 +276,25 @@ def _syntax_problem(error: yaml.MarkedYAMLError, name: str, text: str) -> Proble
     mark = error.problem_mark or error.context_mark
     line, column = (mark.line, mark.column) if mark else (0, 0)
     lines = text.splitlines()
-    rest = lines[line][column:] if line < len(lines) else ""
+    after = lines[line][column:] if line < len(lines) else ""
     message, hint = (error.problem or "this is not YAML").split("\n")[0], None
-    if rest.startswith("\t"):
+    if after.startswith("\t"):
         message, hint = "a tab cannot indent YAML", "use spaces"
     elif "mapping values are not allowed" in message:
         message = "a ':' where no key can stand"
         hint = 'check the indentation, and put text that holds ": " in quotes'
-    elif rest[:1] in ("@", "`", "%"):
-        message, hint = f"text cannot start with {rest[0]}", "put it in quotes"
+    elif after[:1] in ("@", "`", "%"):
+        message, hint = f"text cannot start with {after[0]}", "put it in quotes"
     elif error.context and error.context_mark:
-        message, hint = _unfinished(error.context, error.context_mark.line + 1, message)
-    # An error at the end of the text is shown on its last line.
+        message, hint = _explain_unclosed(error.context, error.context_mark.line + 1, message)
+    # Show an error at the end of the text on the last line.
     if line >= len(lines) and lines:
         line, column = len(lines) - 1, max(0, len(lines[-1]) - 1)
     return Problem((), message, "yaml", hint, Place(name, line + 1, column + 1))
 
 
-def _unfinished(context: str, line: int, message: str) -> tuple[str, str | None]:
-    """What is wrong with a collection or a quoted text that began in `line`."""
+def _explain_unclosed(context: str, line: int, message: str) -> tuple[str, str | None]:
+    """The message and hint for a collection or a quoted text that began in `line` and is not closed."""
     for words, pair in (("flow mapping", "{}"), ("flow sequence", "[]")):
         if words in context:
             return (

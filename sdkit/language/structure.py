@@ -1,18 +1,18 @@
-"""Data → specs: a walk along the fields of the spec classes that collects every problem, each with its path.
+"""Builds spec objects from plain data.  Walks the fields of the spec classes and collects all problems with their paths.
 
-Nothing is coerced, save a whole number where a number is wanted.  What a field accepts on its own (type, choice, range)
-is checked here; what several fields mean together is a rule.
+Values are not coerced, except that an int is accepted for a float.  This file checks each field on its own: type,
+choice and range.  The rules check how fields fit together.
 """
 
 from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
 from sdkit.language.errors import (
-    MOST_SHOWN,
+    MAX_SHOWN_PROBLEMS,
     Path,
     Problem,
     listed,
@@ -22,79 +22,60 @@ from sdkit.language.errors import (
     spelled,
 )
 from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, kinds_of, members
-from sdkit.language.overlay import Loaded
+from sdkit.language.overlay import LoadedSpec
 from sdkit.language.scalars import scalar
 from sdkit.language.specs import ExperimentSpec, MethodSpec, Range, Schedule, Table
 
 S = TypeVar("S")
 
-SHAPE_CODES: Mapping[str, str] = {
-    "yaml": "the file must be readable as one YAML 1.2 document",
-    "duplicate_key": "a key stands once in a map",
-    "key_type": "keys are text",
-    "tag": "YAML tags are not supported",
-    "merge_key": "YAML merge keys are not supported",
-    "number": "numbers are finite",
-    "method_file": "`method` names a readable method page",
-    "method_page": "a method page holds rollout, teacher, losses and route, and stands alone",
-    "override": "an override has the form key.path=value and leads to a place in the spec",
-    "unknown_key": "only the keys of the language are accepted",
-    "missing_key": "a key without a default must be written",
-    "kind": "`kind` is one of the kinds of its question",
-    "choice": "a value is one of those the key accepts",
-    "type": "a value has the type of its key",
-    "range": "a number lies in the range of its key",
-}
-"""What reading and structuring can report, beside the rules."""
+MAX_ENTRIES = 200
+"""The most entries of a list or table; some rules compare all pairs of entries."""
+INVALID: Any = object()
+"""Placeholder for a value that has a problem."""
 
-MOST_ENTRIES = 200
-"""Of a list or table: some rules compare every entry with every other."""
-BAD: Any = object()
-"""Stands for a value that has a problem."""
-
-_SCALARS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_SCALAR_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def structure_method(loaded: Loaded) -> tuple[MethodSpec | None, list[Problem]]:
-    """The method page as a spec; None if it has problems."""
+def structure_method(loaded: LoadedSpec) -> tuple[MethodSpec | None, list[Problem]]:
+    """Returns the method page as a spec, or None if it has problems, and the problems."""
     return _structure(loaded, MethodSpec)
 
 
-def structure_run(loaded: Loaded) -> tuple[ExperimentSpec | None, list[Problem]]:
-    """The run file as a spec; None if it has problems."""
+def structure_run(loaded: LoadedSpec) -> tuple[ExperimentSpec | None, list[Problem]]:
+    """Returns the run file as a spec, or None if it has problems, and the problems."""
     return _structure(loaded, ExperimentSpec)
 
 
-def _structure(loaded: Loaded, cls: type[S]) -> tuple[S | None, list[Problem]]:
-    walk = _Walk(loaded)
+def _structure(loaded: LoadedSpec, cls: type[S]) -> tuple[S | None, list[Problem]]:
+    structurer = _Structurer(loaded)
     if loaded.root is None:
-        walk.report((), "the file is empty", "type")
-        return None, walk.problems
-    spec = walk.instance(cls, loaded.data, ())
-    return (None if walk.problems else spec), walk.problems
+        structurer.report((), "the file is empty", "type")
+        return None, structurer.problems
+    spec = structurer.instance(cls, loaded.data, ())
+    return (None if structurer.problems else spec), structurer.problems
 
 
-# ── the walk ──────────────────────────────────────────────────────────────────────────────────
+# ── values ──────────────────────────────────────────────────────────────────────────────────
 
 
-class _Walk:
-    """Builds values; `path` is where the value stands, for the problems."""
+class _Structurer:
+    """Builds values and collects problems; `path` is always the path of the value."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: LoadedSpec) -> None:
         self.loaded = loaded
         self.problems: list[Problem] = []
 
     def report(
         self, path: Path, message: str, code: str, hint: str | None = None, *, at_key: bool = False
     ) -> Any:
-        """Note a problem; returns BAD."""
+        """Records a problem and returns INVALID."""
         place = self.loaded.keys.get(path) if at_key else None
         place = place or self.loaded.place(path)
         self.problems.append(Problem(path, message, code, hint, place))
-        return BAD
+        return INVALID
 
     def value(self, tp: Any, data: Any, path: Path) -> Any:
-        """`data` as a value of type `tp`, or BAD."""
+        """Returns `data` as a value of type `tp`, or INVALID."""
         options = members(tp)
         if data is None and types.NoneType in options:
             return None
@@ -110,10 +91,9 @@ class _Walk:
         if option is Any:
             return data
         if is_spec(option):
-            named = (
-                isinstance(data, dict) and "kind" in data
-            )  # where there is no choice, it may be said
-            tagged = named and data["kind"] == getattr(option, "kind", None)
+            # `kind` is optional if there is only one.
+            has_kind = isinstance(data, dict) and "kind" in data
+            tagged = has_kind and data["kind"] == getattr(option, "kind", None)
             return self.instance(option, data, path, tagged=tagged)
         if origin is Literal:
             return self._choice(args, data, path)
@@ -124,39 +104,39 @@ class _Walk:
         return self._scalar((option,), data, path)
 
     def instance(self, cls: type[S], data: Any, path: Path, *, tagged: bool = False) -> S | Any:
-        """`data` as a spec class: its keys, no others, each checked on its own."""
+        """Returns `data` as an instance of a spec class, or INVALID.  Unknown keys are problems."""
         if not isinstance(data, dict):
-            return self._wrong(data, "a map", path)
+            return self._report_wrong_type(data, "a map", path)
         keys = keys_of(cls)
-        given = {}
+        values = {}
         for name, item in data.items():
             if name in keys:
-                given[keys[name].field] = self._field(keys[name], item, (*path, name))
+                values[keys[name].field] = self._field(keys[name], item, (*path, name))
             elif not (tagged and name == "kind"):
-                self._unknown(cls, name, path)
+                self._report_unknown_key(cls, name, path)
         missing = [k.name for k in keys.values() if k.required and k.name not in data]
-        if not path and not self.loaded.whole:
+        if not path and not self.loaded.is_complete:
             missing = [name for name in missing if name not in keys_of(MethodSpec)]
         if missing:
-            self._missing(cls, missing, path)
-        bad = missing or any(item is BAD for item in given.values())
+            self._report_missing_keys(cls, missing, path)
+        invalid = missing or any(value is INVALID for value in values.values())
         required = {k.field for k in keys.values() if k.required}
-        return BAD if bad or required - set(given) else cls(**given)
+        return INVALID if invalid or required - set(values) else cls(**values)
 
     def _field(self, key: Key, data: Any, path: Path) -> Any:
         value = self.value(key.type, data, path)
-        if value is BAD or value is None:
+        if value is INVALID or value is None:
             return value
         if isinstance(value, Schedule):
             written: dict[Path, Any] = {(*path, "from"): value.start, (*path, "to"): value.to}
         else:
-            # A whole number where a number is wanted is shown as it was written.
+            # Show an int given for a float as it was written.
             written = {path: data if isinstance(data, int | float) else value}
-        fine = [self._in_range(key.range, one, where) for where, one in written.items()]
-        return value if all([*fine, *self._entries_in_range(key, value, path)]) else BAD
+        in_range = [self._in_range(key.range, number, at) for at, number in written.items()]
+        return value if all([*in_range, *self._entries_in_range(key, value, path)]) else INVALID
 
     def _entries_in_range(self, key: Key, value: Any, path: Path) -> Iterator[bool]:
-        """Whether the names and the scalar entries of a list or table are in their ranges."""
+        """Yields whether each name and each scalar entry of a list or table is in its range."""
         if not isinstance(value, Table | tuple):
             return
         entries = value.items() if isinstance(value, Table) else enumerate(value)
@@ -183,27 +163,27 @@ class _Walk:
     def _of_kind(self, kinds: dict[str, type], data: Any, path: Path) -> Any:
         if isinstance(data, str):
             if data not in kinds:
-                return self._not_among(kinds, data, path, "choice")
+                return self._report_not_a_choice(kinds, data, path, "choice")
             return self.instance(kinds[data], {}, path, tagged=True)
         if not isinstance(data, dict):
-            return self._wrong(data, f"one of {listed(kinds)}", path)
-        # A user's own function is plain from its file.
-        own = kinds.get("file") if "file" in data else None
-        default = own or default_kind(frozenset(kinds.values()))
+            return self._report_wrong_type(data, f"one of {listed(kinds)}", path)
+        # `file` implies a user's function.
+        user_function = kinds.get("file") if "file" in data else None
+        default = user_function or default_kind(frozenset(kinds.values()))
         if "kind" not in data:
             if default:
                 return self.instance(default, data, path, tagged=True)
-            fits = [name for name, cls in kinds.items() if data and set(data) <= set(keys_of(cls))]
-            hint = f"add kind: {fits[0]}" if len(fits) == 1 else None
+            matching = [n for n, cls in kinds.items() if data and set(data) <= set(keys_of(cls))]
+            hint = f"add kind: {matching[0]}" if len(matching) == 1 else None
             message = f"'kind' is missing; it is one of {listed(kinds)}"
             return self.report(path, message, "missing_key", hint, at_key=True)
         kind = data["kind"]
         if not isinstance(kind, str) or kind not in kinds:
-            return self._not_among(kinds, kind, (*path, "kind"), "kind")
+            return self._report_not_a_choice(kinds, kind, (*path, "kind"), "kind")
         return self.instance(kinds[kind], data, path, tagged=True)
 
     def _one_of(self, options: list[Any], data: Any, path: Path) -> Any:
-        """A union without kinds: data of one shape can only mean one member."""
+        """A union without kinds, whose members differ in shape: a map, a list or a scalar."""
         shapes: dict[Any, Any] = {}
         for option in options:
             origin = typing.get_origin(option)
@@ -216,8 +196,8 @@ class _Walk:
             if data in choices:
                 return data
             hint = f"write [{data}]" if isinstance(data, str) else None
-            return self._wrong(data, f"{listed(choices)} or a list", path, hint=hint)
-        return self._scalar(tuple(o for o in options if o in _SCALARS), data, path)
+            return self._report_wrong_type(data, f"{listed(choices)} or a list", path, hint=hint)
+        return self._scalar(tuple(o for o in options if o in _SCALAR_NAMES), data, path)
 
     # ── single types ──
 
@@ -226,50 +206,50 @@ class _Walk:
             return data
         if type(data) is int and float in wanted:
             return float(data)
-        words = " or ".join(_SCALARS[w] for w in _SCALARS if w in wanted)
-        return self._wrong(data, words, path, wanted)
+        words = " or ".join(_SCALAR_NAMES[w] for w in _SCALAR_NAMES if w in wanted)
+        return self._report_wrong_type(data, words, path, wanted)
 
     def _choice(self, choices: tuple[Any, ...], data: Any, path: Path) -> Any:
         if any(data == c and type(data) is type(c) for c in choices):
             return data
         if isinstance(data, dict | list):
-            return self._wrong(data, f"one of {listed(choices)}", path)
-        return self._not_among(choices, data, path, "choice")
+            return self._report_wrong_type(data, f"one of {listed(choices)}", path)
+        return self._report_not_a_choice(choices, data, path, "choice")
 
-    def _too_many(self, tp: Any, data: Any, path: Path) -> bool:
-        """Whether a list or table of the language, not of the user's data, has more entries than anyone writes."""
-        if tp is Any or tp == Table[Any] or len(data) <= MOST_ENTRIES:
+    def _has_too_many_entries(self, tp: Any, data: Any, path: Path) -> bool:
+        """Whether a list or table has more than `MAX_ENTRIES` entries.  Free-form user data has no such limit."""
+        if tp is Any or tp == Table[Any] or len(data) <= MAX_ENTRIES:
             return False
-        self.report(path, f"{len(data)} entries, more than {MOST_ENTRIES}", "range")
+        self.report(path, f"{len(data)} entries, more than {MAX_ENTRIES}", "range")
         return True
 
     def _tuple(self, args: tuple[Any, ...], data: Any, path: Path) -> Any:
         if not isinstance(data, list):
             hint = None if isinstance(data, dict) or data is None else f"write [{data}]"
-            return self._wrong(data, "a list", path, hint=hint)
+            return self._report_wrong_type(data, "a list", path, hint=hint)
         if args[-1] is not Ellipsis and len(data) != len(args):
             message = f"this is a list of {len(data)}, not of {len(args)}"
             return self.report(path, message, "type")
-        if self._too_many(args[0], data, path):
-            return BAD
-        types_ = args[:1] * len(data) if args[-1] is Ellipsis else args
+        if self._has_too_many_entries(args[0], data, path):
+            return INVALID
+        item_types = args[:1] * len(data) if args[-1] is Ellipsis else args
         items = [
             self.value(tp, x, (*path, i))
-            for i, (tp, x) in enumerate(zip(types_, data, strict=True))
+            for i, (tp, x) in enumerate(zip(item_types, data, strict=True))
         ]
-        return BAD if any(x is BAD for x in items) else tuple(items)
+        return INVALID if any(x is INVALID for x in items) else tuple(items)
 
     def _table(self, tp: Any, data: Any, path: Path) -> Any:
         if not isinstance(data, dict):
-            return self._wrong(data, "a map", path)
-        if self._too_many(tp, data, path):
-            return BAD
+            return self._report_wrong_type(data, "a map", path)
+        if self._has_too_many_entries(tp, data, path):
+            return INVALID
         items = {name: self.value(tp, x, (*path, name)) for name, x in data.items()}
-        return BAD if any(x is BAD for x in items.values()) else Table(items)
+        return INVALID if any(x is INVALID for x in items.values()) else Table(items)
 
-    # ── what is wrong ──
+    # ── problems ──
 
-    def _wrong(
+    def _report_wrong_type(
         self,
         data: Any,
         wanted: str,
@@ -277,24 +257,25 @@ class _Walk:
         scalars: tuple[type, ...] = (),
         hint: str | None = None,
     ) -> Any:
-        message = f"nothing is written; {wanted} is needed"
+        message = f"the value is missing; {wanted} is expected"
         if data is not None:
-            message = f"{_describe(data)}, not {wanted}"
-        return self.report(path, message, "type", hint or _repair(data, scalars))
+            message = f"{_describe_type(data)}, not {wanted}"
+        return self.report(path, message, "type", hint or _suggest_fix(data, scalars))
 
-    def _not_among(self, choices: Any, data: Any, path: Path, code: str) -> Any:
+    def _report_not_a_choice(self, choices: Any, data: Any, path: Path, code: str) -> Any:
         from sdkit.language.suggestions import refusal
 
         words = [c for c in choices if isinstance(c, str)]
-        guess = isinstance(data, str) and len(self.problems) < MOST_SHOWN
-        close = nearest(data, words) if guess else None
+        # Spelling suggestions are slow: make none for problems that are not shown.
+        suggest = isinstance(data, str) and len(self.problems) < MAX_SHOWN_PROBLEMS
+        close = nearest(data, words) if suggest else None
         hint = refusal(path[-1], data) or (f'did you mean "{close}"?' if close else None)
-        if isinstance(data, str) and _unquoted(data) in choices:
+        if isinstance(data, str) and _parse_unquoted(data) in choices:
             hint = "remove the quotes"
         shown = "this" if isinstance(data, dict | list) else shorten(data)
         return self.report(path, f"{shown} {outside(choices)}", code, hint)
 
-    def _missing(self, cls: type, missing: list[str], path: Path) -> None:
+    def _report_missing_keys(self, cls: type, missing: list[str], path: Path) -> None:
         kind = getattr(cls, "kind", None)
         where = f" in {shorten(kind)}" if kind else f" in '{path[-1]}'" if path else ""
         is_or_are = "is" if len(missing) == 1 else "are"
@@ -304,39 +285,39 @@ class _Walk:
             hint = f"write {{kind: {kind}, {', '.join(f'{m}: …' for m in missing)}}}"
         self.report((*path, missing[0]), message, "missing_key", hint)
 
-    def _unknown(self, cls: type, name: str, path: Path) -> None:
+    def _report_unknown_key(self, cls: type, name: str, path: Path) -> None:
         from sdkit.language.suggestions import advice
 
-        hint = advice(name, cls) if len(self.problems) < MOST_SHOWN else None
+        hint = advice(name, cls) if len(self.problems) < MAX_SHOWN_PROBLEMS else None
         message = f"unknown key {shorten(name)}"
         self.report((*path, name), message, "unknown_key", hint, at_key=True)
 
 
-def _describe(data: Any) -> str:
+def _describe_type(data: Any) -> str:
     if isinstance(data, dict):
         return "this is a map"
     if isinstance(data, list):
         return "this is a list"
-    return f"{shorten(data)} is {_SCALARS[type(data)]}"
+    return f"{shorten(data)} is {_SCALAR_NAMES[type(data)]}"
 
 
-def _unquoted(text: str) -> Any:
+def _parse_unquoted(text: str) -> Any:
     try:
         return scalar(text)
     except ValueError:
         return text
 
 
-def _repair(data: Any, wanted: tuple[type, ...]) -> str | None:
-    """The action that turns the data into what was wanted, where there is one."""
+def _suggest_fix(data: Any, wanted: tuple[type, ...]) -> str | None:
+    """A hint on how to turn the data into the wanted type, if there is a way."""
     if isinstance(data, str):
-        meant = _unquoted(data)
-        if type(meant) in wanted or (type(meant) is int and float in wanted):
+        parsed = _parse_unquoted(data)
+        if type(parsed) in wanted or (type(parsed) is int and float in wanted):
             return "remove the quotes"
         if bool in wanted and data.lower() in ("on", "yes", "y", "off", "no", "n"):
             return f"write {'true' if data.lower() in ('on', 'yes', 'y') else 'false'}"
         plain = data.replace("_", "").replace(",", "")
-        if (int in wanted or float in wanted) and type(_unquoted(plain)) in (int, float):
+        if (int in wanted or float in wanted) and type(_parse_unquoted(plain)) in (int, float):
             return f"write {plain}"
     elif isinstance(data, bool | int | float) and str in wanted:
         return f'put it in quotes: "{shorten(data)}"'

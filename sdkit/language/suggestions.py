@@ -1,7 +1,6 @@
-"""What to say of a key that the language does not know: the nearest key, sdkit's word for it, or where it belongs;
-and of a value that it refuses for a reason.
+"""Hints for unknown keys and refused values: the nearest key, sdkit's name for it, or where it belongs.
 
-Read only when there is such a key or value.
+Imported only when a spec has such a key or value.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "mode": ("kind",),
     "type": ("kind",),
 }
-"""Words of other toolkits → sdkit's keys, likeliest first."""
+"""Names in other toolkits → sdkit's keys, most likely first."""
 
 _NO_K1 = "use k2 or vocabulary: the expected gradient of k1 is 0"
 _NO_K3 = "use k2 or vocabulary: the gradient of k3 is that of the forward KL"
@@ -94,16 +93,16 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("divergence", "k2"): _ONE_TOKEN,
     ("divergence", "k3"): _ONE_TOKEN,
 }
-"""(key, value) → what to write instead, and why the language does not have it.  reference/methods.md §5.4."""
+"""(key, value) → what to write instead, and why sdkit does not accept it.  Source: reference/methods.md §5.4."""
 
 
 def refusal(key: str | int, value: object) -> str | None:
-    """What to say of a value that other toolkits accept and sdkit does not."""
+    """Returns a hint for a value that other toolkits accept and sdkit does not."""
     return next((why for (k, v), why in REFUSED.items() if (k, v) == (key, value)), None)
 
 
 def advice(name: str, cls: type) -> str | None:
-    """What to write instead of `name`, found in a map that is read as `cls`."""
+    """Returns a hint for the unknown key `name` in a map read as `cls`."""
     here = [*keys_of(cls), *(["kind"] if hasattr(cls, "kind") else [])]
     if cls is ExperimentSpec:
         here.append("method")
@@ -117,17 +116,17 @@ def advice(name: str, cls: type) -> str | None:
     if name == "kind":
         return "remove it: there is only one kind here"
     for word in (name, *SYNONYMS.get(name, ())):
-        if path := next((p for n, p in sorted(_everywhere(), key=_shortest) if n == word), None):
+        if path := next((p for n, p in sorted(_all_keys(), key=_path_length) if n == word), None):
             return f"it belongs at {path}" if word == name else f'sdkit has "{path}"'
     return None
 
 
-def _shortest(entry: tuple[str, str]) -> tuple[int, str]:
+def _path_length(entry: tuple[str, str]) -> tuple[int, str]:
     return entry[1].count("."), entry[1]
 
 
-def _everywhere() -> Iterator[tuple[str, str]]:
-    """Every key of the language with its path; NAME stands for a name of the user's."""
+def _all_keys() -> Iterator[tuple[str, str]]:
+    """Yields every key of the language with its path; NAME stands for a user-chosen name."""
     seen: set[Any] = set()
 
     def below(tp: Any, path: str) -> Iterator[tuple[str, str]]:

@@ -1,11 +1,11 @@
-"""What the teacher is, sees and costs, as lines that a person reads."""
+"""Describes the teacher in words, for `sdkit plan`: its weights, its prompt and its memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import assert_never
 
-from sdkit.language.objective_text import number
+from sdkit.language.objective_text import format_number
 from sdkit.language.specs import (
     AnswerStart,
     CopyWeights,
@@ -28,7 +28,7 @@ from sdkit.language.specs import (
 
 
 def describe_teacher(spec: MethodSpec) -> str:
-    """The teacher's weights and what it sees."""
+    """Describes the teacher's weights and what its prompt adds."""
     if spec.teacher is None:
         return "none"
     weights = describe_weights(spec.teacher.weights)
@@ -49,7 +49,7 @@ def describe_teacher(spec: MethodSpec) -> str:
 
 
 def describe_weights(weights: TeacherWeights) -> str:
-    """Which weights these are."""
+    """Describes the teacher's weights."""
     match weights:
         case StudentWeights():
             return "the live student"
@@ -57,7 +57,7 @@ def describe_weights(weights: TeacherWeights) -> str:
             return "the frozen start model"
         case EmaWeights(update_rate=rate, every=every):
             often = every.replace("_", " ")
-            return f"average of the student (update_rate {number(rate)} per {often})"
+            return f"average of the student (update_rate {format_number(rate)} per {often})"
         case CopyWeights(every=every):
             return f"copy of the student, renewed every {every} optimizer steps"
         case ExternalWeights(path=path):
@@ -65,14 +65,14 @@ def describe_weights(weights: TeacherWeights) -> str:
         case ServedWeights(url=url, model=model):
             return f"the model {model} served at {url}"
         case RoutedWeights(by=by, routes=routes):
-            each = "; ".join(f"{name}: {describe_weights(one)}" for name, one in routes.items())
-            return f"by column {by} ({each})"
+            teachers = "; ".join(f"{name}: {describe_weights(w)}" for name, w in routes.items())
+            return f"by column {by} ({teachers})"
         case _:
             assert_never(weights)
 
 
 def describe_blend(spec: MethodSpec) -> Iterator[str]:
-    """What the teacher's distribution is blended with, where it is: Q is what the terms then call the teacher."""
+    """Yields a line on the blended teacher distribution Q, which the loss terms use as the teacher, if there is a blend."""
     own = "under the student's prompt"
     match spec.teacher and spec.teacher.blend:
         case None:
@@ -87,11 +87,11 @@ def describe_blend(spec: MethodSpec) -> Iterator[str]:
             power, of = "f", f"T^f × B^(1 − f), B {describe_weights(base)} {own}"
         case other:
             assert_never(other)
-    yield f"blend: teacher Q ∝ {of}, {power} = {number(share)}"
+    yield f"blend: teacher Q ∝ {of}, {power} = {format_number(share)}"
 
 
 def describe_place(weights: TeacherWeights, adapters: bool) -> str:
-    """Where the teacher's weights are held: what they cost beside the student's."""
+    """Describes where the teacher's weights are stored, besides the student's."""
     match weights:
         case StudentWeights():
             return ""
@@ -112,8 +112,8 @@ def describe_place(weights: TeacherWeights, adapters: bool) -> str:
         case ServedWeights(requests_at_once=count):
             return f" (no weights here, {count} request{'s' * (count != 1)} at once)"
         case RoutedWeights(routes=routes):
-            elsewhere = StudentWeights | ServedWeights
-            count = len({one for one in routes.values() if not isinstance(one, elsewhere)})
+            free = StudentWeights | ServedWeights  # no weights of their own here
+            count = len({weights for weights in routes.values() if not isinstance(weights, free)})
             return f" ({count} set{'s' * (count != 1)} of weights beside the student's)"
         case _:
             assert_never(weights)

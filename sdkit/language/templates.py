@@ -1,6 +1,6 @@
-"""Prompt templates: text with `{name}` or `{name.key}`; `{{` and `}}` are braces.
+"""Prompt templates: text with `{name}` or `{name.key}`; `{{` and `}}` are literal braces.
 
-Not `str.format`: a template can neither reach attributes nor format, and what is inserted is never read again.
+Unlike `str.format`, templates cannot access attributes or apply formats.  Inserted text is not parsed again.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 
 from attrs import frozen
 
-_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
+_TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 
 
 @frozen
 class Field:
-    """A place to fill: a name, and the keys that lead into a map from there."""
+    """A placeholder: a name, and keys into nested maps below it."""
 
     name: str
     path: tuple[str, ...] = ()
@@ -26,7 +26,7 @@ class Field:
 
 
 class TemplateError(ValueError):
-    """A template that cannot be read; `offset` is the index of the character at fault."""
+    """A template cannot be parsed; `offset` is the index of the offending character."""
 
     def __init__(self, message: str, offset: int) -> None:
         super().__init__(message)
@@ -38,19 +38,19 @@ Template = tuple[str | Field, ...]
 
 
 def parse(text: str) -> Template:
-    """The template's pieces in order: plain text and fields."""
+    """Returns the template's parts in order: text and fields.  Raises TemplateError."""
     parts: list[str | Field] = []
-    for found in _PIECE.finditer(text):
-        piece, name = found[0], found[1]
+    for match in _TOKEN.finditer(text):
+        token, name = match[0], match[1]
         if name is not None:
             if not _FIELD.fullmatch(name):
-                raise TemplateError(f"{{{name}}} is not a slot's name in braces", found.start())
+                raise TemplateError(f"{{{name}}} is not a slot's name in braces", match.start())
             head, *path = name.split(".")
             parts.append(Field(head, tuple(path)))
-        elif piece in ("{", "}"):
-            raise TemplateError(f"a single '{piece}'", found.start())
+        elif token in ("{", "}"):
+            raise TemplateError(f"a single '{token}'", match.start())
         else:
-            plain = piece[0] if piece in ("{{", "}}") else piece
+            plain = token[0] if token in ("{{", "}}") else token
             if parts and isinstance(parts[-1], str):
                 plain = str(parts.pop()) + plain
             parts.append(plain)
@@ -58,10 +58,10 @@ def parse(text: str) -> Template:
 
 
 def fields(template: Template) -> Iterator[Field]:
-    """The fields of a template, in order, repeats included."""
+    """Yields the fields of a template in order, with repeats."""
     return (part for part in template if isinstance(part, Field))
 
 
 def fill(template: Template, lookup: Callable[[Field], str]) -> str:
-    """The text, each field replaced once by what `lookup` returns."""
+    """Returns the text with each field replaced by what `lookup` returns for it."""
     return "".join(part if isinstance(part, str) else lookup(part) for part in template)

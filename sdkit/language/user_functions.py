@@ -1,4 +1,4 @@
-"""A function in a user's Python file: looked at without being run, then loaded.  Knows nothing of what it computes."""
+"""Functions in a user's Python file: checked without running the file, then loaded.  Knows nothing of what they compute."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdkit.language.errors import BadData, Place, nearest, printable, shorten
-from sdkit.language.files import SOURCE_CODE, UnreadableFile, read_file
+from sdkit.language.files import MAX_SOURCE_CODE_BYTES, UnreadableFile, read_file
 
 Fault = tuple[Literal["file", "function"], str, str | None]
-"""Which key is wrong, what is wrong, and perhaps a hint."""
+"""The key at fault, the message, and an optional hint."""
 
 
 def fault_of(
     path: str, shown: str, function: str, values: Sequence[str], given: Collection[str] = ()
 ) -> Fault | None:
-    """What keeps `function` from being called with these values and the `given` names; None where nothing does.
+    """Returns why `function` cannot be called with these arguments; None if it can.
 
-    The file is parsed, never run.  `path` can be opened, `shown` is what the spec says; `values` are called what the
-    documentation calls them, and handed over by position.
+    The file is parsed, never run.  `path` is the file to open, `shown` the path as written in the spec.  `values`
+    are the documented names of the positional arguments, `given` the names of the keyword arguments.
     """
     try:
-        tree = ast.parse(read_file(path, SOURCE_CODE))
+        tree = ast.parse(read_file(path, MAX_SOURCE_CODE_BYTES))
     except UnreadableFile as error:
         return "file", f"{printable(shown)}: {error}", "paths start at the spec's folder"
     except SyntaxError as error:
@@ -39,31 +39,33 @@ def fault_of(
         close = nearest(function, defined)
         message = f"{shown} defines no function {shorten(function)} at its top level"
         return "function", message, f'did you mean "{close}"?' if close else None
-    found = defined[function]
+    definition = defined[function]
     try:
-        _signature(found.args).bind(*values, **dict.fromkeys(given))
+        _signature(definition.args).bind(*values, **dict.fromkeys(given))
     except TypeError:
         call = ", ".join([*values, *(f"{name}=…" for name in given)])
-        message = f"{shown}:{found.lineno}: {function} cannot be called as {function}({call})"
+        message = f"{shown}:{definition.lineno}: {function} cannot be called as {function}({call})"
         return "function", message, None
     return None
 
 
 def _signature(args: ast.arguments) -> inspect.Signature:
-    """The signature that a definition has once it is run; defaults are not looked at."""
-    places = [*args.posonlyargs, *args.args]
-    optional = len(places) - len(args.defaults)
+    """The signature of a function definition, without evaluating its defaults."""
+    positional = [*args.posonlyargs, *args.args]
+    first_optional = len(positional) - len(args.defaults)
     parameters = [
         _parameter(
             a,
             "POSITIONAL_ONLY" if i < len(args.posonlyargs) else "POSITIONAL_OR_KEYWORD",
-            i >= optional,
+            i >= first_optional,
         )
-        for i, a in enumerate(places)
+        for i, a in enumerate(positional)
     ]
     parameters += [_parameter(a, "VAR_POSITIONAL") for a in (args.vararg,) if a]
-    named = zip(args.kwonlyargs, args.kw_defaults, strict=True)
-    parameters += [_parameter(a, "KEYWORD_ONLY", default is not None) for a, default in named]
+    keyword_only = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+    parameters += [
+        _parameter(a, "KEYWORD_ONLY", default is not None) for a, default in keyword_only
+    ]
     parameters += [_parameter(a, "VAR_KEYWORD") for a in (args.kwarg,) if a]
     return inspect.Signature(parameters)
 
@@ -74,7 +76,7 @@ def _parameter(arg: ast.arg, kind: str, optional: bool = False) -> inspect.Param
 
 
 def load_function(path: Path, shown: str, function: str) -> Callable[..., Any]:
-    """The function, from this file and no other; the file is run once.  Raises BadData."""
+    """Runs the file once and returns its function.  Raises BadData."""
     if not path.is_file():
         raise BadData(f"there is no file {shown}")
     name = f"sdkit function {path}"
@@ -82,22 +84,22 @@ def load_function(path: Path, shown: str, function: str) -> Callable[..., Any]:
     if spec is None or spec.loader is None:
         raise BadData(f"{shown} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while it runs
+    sys.modules[name] = module  # dataclasses look up their module while it runs
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise failure(f"{shown} cannot be loaded", path, shown, error) from error
-    found = getattr(module, function, None)
-    if not callable(found):
+    loaded = getattr(module, function, None)
+    if not callable(loaded):
         close = nearest(function, [n for n, v in vars(module).items() if callable(v)])
         hint = f'did you mean "{close}"?' if close else None
         raise BadData(f"{shown} has no function {shorten(function)}", hint=hint)
-    return found
+    return loaded
 
 
 def failure(what: str, path: Path, shown: str, error: BaseException) -> BadData:
-    """An error of the user's code, with the last line of it that was reached."""
+    """Returns an error raised by the user's code as BadData, with the innermost line of the user's file."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)

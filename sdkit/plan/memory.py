@@ -1,4 +1,4 @@
-"""Memory of a rank, estimated: spec × machine × shape → shares.  Pure arithmetic."""
+"""Estimates the memory of a rank from spec, machine and model shape.  Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -27,81 +27,85 @@ from sdkit.plan.accelerators import Machine
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
-SHARDED_WEIGHTS = 3
-"""From this ZeRO stage on each rank holds a part of the weights alone."""
+WEIGHT_SHARDING_STAGE = 3
+"""The ZeRO stage from which the weights are sharded."""
 
 
 @frozen(kw_only=True)
-class Share:
-    """One part of the memory estimate."""
+class MemoryShare:
+    """One item of the memory estimate."""
 
-    what: str
+    label: str
     gib: float
 
 
-def copies_of_model(spec: ExperimentSpec) -> list[OneTeacher]:
-    """The teachers that need a copy of the model beside the student; routes of equal weights share one."""
+def teacher_copies(spec: ExperimentSpec) -> list[OneTeacher]:
+    """Returns the teachers that need their own copy of the model; routes with equal weights share one."""
     if spec.model.lora:
         return []
-    held = dict.fromkeys(weights for _, weights in teachers_of(spec))
-    return [w for w in held if not isinstance(w, StudentWeights | ExternalWeights | ServedWeights)]
+    distinct = dict.fromkeys(weights for _, weights in teachers_of(spec))
+    return [
+        w for w in distinct if not isinstance(w, StudentWeights | ExternalWeights | ServedWeights)
+    ]
 
 
-def pulls_to_reference(spec: ExperimentSpec) -> bool:
-    """Whether a term holds the student near the frozen start model."""
+def has_reference_term(spec: ExperimentSpec) -> bool:
+    """Whether a loss term is a KL to the frozen start model."""
     return any(isinstance(term, ReferenceKl) for term in spec.losses.values())
 
 
 def needs_reference(spec: ExperimentSpec) -> bool:
-    """Whether the frozen start model is asked under the student's prompt: by a term, or to be blended with the teacher."""
-    return pulls_to_reference(spec) or isinstance(blend_base(spec), FrozenWeights)
+    """Whether a loss term or a blend needs the start model's scores under the student's prompt."""
+    return has_reference_term(spec) or isinstance(blend_base(spec), FrozenWeights)
 
 
 def has_frozen_teacher(spec: ExperimentSpec) -> bool:
-    """Whether the start model teaches, which then is the reference too."""
+    """Whether the start model is a teacher; it then serves as the reference too."""
     return any(isinstance(weights, FrozenWeights) for _, weights in teachers_of(spec))
 
 
-def memory_of_rank(
+def estimate_memory(
     spec: ExperimentSpec,
     backend: Backend,
     stage: int,
     machine: Machine,
     shape: ShapeSpec,
-    others: Mapping[str, ShapeSpec],
-) -> tuple[Share, ...]:
-    """Bytes on one rank without offload.
+    other_shapes: Mapping[str, ShapeSpec],
+) -> tuple[MemoryShare, ...]:
+    """Returns the items of one rank's memory in GiB, without offload.
 
-    Masters (4 bytes a trained parameter) and the two moments (8) are dealt out among the ranks from ZeRO stage 1 on,
-    float32 gradients (4) from stage 2, weights from stage 3.
+    Master weights (4 bytes per trained parameter) and the two moments (8 bytes) are sharded from ZeRO stage 1 on,
+    float32 gradients (4 bytes) from stage 2, model weights from stage 3.
     """
-    own = BYTES[spec.model.dtype]
-    held = shape.parameters / (machine.ranks if stage >= SHARDED_WEIGHTS else 1)
+    width = BYTES[spec.model.dtype]
+    local = shape.parameters / (machine.ranks if stage >= WEIGHT_SHARDING_STAGE else 1)
     trained = trained_parameters(spec, shape)
     moments = (8 if stage == 0 else 12) / (machine.ranks if stage >= 1 else 1)
     gradients = 4 / (machine.ranks if stage >= 2 else 1)
     shares = [
-        Share(what="student weights", gib=held * own / GIB),
-        Share(what="masters and moments", gib=trained * moments / GIB),
-        Share(what="gradients", gib=trained * gradients / GIB),
+        MemoryShare(label="student weights", gib=local * width / GIB),
+        MemoryShare(label="masters and moments", gib=trained * moments / GIB),
+        MemoryShare(label="gradients", gib=trained * gradients / GIB),
     ]
-    for weights in copies_of_model(spec):
-        moving = isinstance(weights, EmaWeights | CopyWeights)
-        shares.append(Share(what="teacher weights", gib=held * (own + 4 * moving) / GIB))
+    for weights in teacher_copies(spec):
+        has_shadow = isinstance(weights, EmaWeights | CopyWeights)
+        shares.append(
+            MemoryShare(label="teacher weights", gib=local * (width + 4 * has_shadow) / GIB)
+        )
     for weights in dict.fromkeys(weights for _, weights in other_models(spec)):
-        if other := others.get(weights.path):
-            size = other.parameters * BYTES[weights.dtype] / GIB
-            shares.append(Share(what=f"model {weights.path}", gib=size))
+        if other_shape := other_shapes.get(weights.path):
+            size = other_shape.parameters * BYTES[weights.dtype] / GIB
+            shares.append(MemoryShare(label=f"model {weights.path}", gib=size))
     if needs_reference(spec) and not spec.model.lora and not has_frozen_teacher(spec):
-        shares.append(Share(what="reference weights", gib=held * own / GIB))
+        shares.append(MemoryShare(label="reference weights", gib=local * width / GIB))
     if isinstance(backend, VllmBackend):
         size = engine_gib(spec, backend, machine, shape)
-        shares.append(Share(what="vLLM weights and cache", gib=size))
-    return (*shares, *_passing(spec, shape))
+        shares.append(MemoryShare(label="vLLM weights and cache", gib=size))
+    return (*shares, *_activation_shares(spec, shape))
 
 
 def trained_parameters(spec: ExperimentSpec, shape: ShapeSpec) -> int:
-    """All, or those of the adapters: two factors on each of the seven projections of a layer."""
+    """Returns the number of trained parameters: all, or two LoRA factors for each of a layer's seven projections."""
     lora = spec.model.lora
     if lora is None:
         return shape.parameters
@@ -111,23 +115,25 @@ def trained_parameters(spec: ExperimentSpec, shape: ShapeSpec) -> int:
 def engine_gib(
     spec: ExperimentSpec, backend: VllmBackend, machine: Machine, shape: ShapeSpec
 ) -> float:
-    """What vLLM takes: its share of an accelerator's memory, else its weights and the cache that was asked for."""
+    """Returns vLLM's memory in GiB: its share of the accelerator's memory if known, else its weights and `cache_gib`."""
     if machine.accelerator and machine.memory_gib:
         return backend.gpu_share * machine.memory_gib
     weights = shape.parameters * BYTES[backend.dtype or spec.model.dtype] / GIB
     return weights + backend.cache_gib
 
 
-def _passing(spec: ExperimentSpec, shape: ShapeSpec) -> tuple[Share, ...]:
-    """What a micro-batch needs while it is in the model."""
-    kept = 2 if spec.model.activation_checkpointing else 34
-    activations = spec.training.micro_batch_tokens * shape.hidden * shape.layers * kept
+def _activation_shares(spec: ExperimentSpec, shape: ShapeSpec) -> tuple[MemoryShare, ...]:
+    """Activations and logits of one micro-batch."""
+    stored = 2 if spec.model.activation_checkpointing else 34  # values per token, layer and channel
+    activations = spec.training.micro_batch_tokens * shape.hidden * shape.layers * stored
     chunk = spec.training.chunk_tokens * shape.vocabulary * 4
-    sides = 8 if spec.teacher and spec.teacher.blend else 6
+    buffers = 8 if spec.teacher and spec.teacher.blend else 6
     return (
-        Share(
-            what="activations of a micro-batch",
+        MemoryShare(
+            label="activations of a micro-batch",
             gib=activations * BYTES[spec.model.dtype] / 2 / GIB,
         ),
-        Share(what="projection chunk (student, teacher, gradient)", gib=sides * chunk / GIB),
+        MemoryShare(
+            label="projection chunk (student, teacher, gradient)", gib=buffers * chunk / GIB
+        ),
     )

@@ -1,8 +1,8 @@
-"""spec × machine → Plan: every derived number and every role.  Pure: opens no file, touches no device, no torch."""
+"""Derives the plan of a run, all derived numbers and roles, from its spec and machine.  Pure: no files, devices or torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import assert_never
 
 from attrs import field, frozen
@@ -43,40 +43,47 @@ from sdkit.language.teacher_text import (
     describe_weights,
 )
 from sdkit.plan.accelerators import Machine
-from sdkit.plan.memory import BYTES, GIB, Share, has_frozen_teacher, memory_of_rank, needs_reference
-from sdkit.plan.time import StepTime, time_of_step
+from sdkit.plan.memory import (
+    BYTES,
+    GIB,
+    MemoryShare,
+    estimate_memory,
+    has_frozen_teacher,
+    needs_reference,
+)
+from sdkit.plan.time import StepTime, estimate_step_time
 
 ChosenBackend = TransformersBackend | VllmBackend | VllmServerBackend
-SERVED_BY_DEFAULT = 20  # largest number of log-probabilities a vLLM server gives if nothing is said
+VLLM_DEFAULT_MAX_LOGPROBS = 20  # vLLM's default of --max-logprobs
 
 
 @frozen(kw_only=True)
 class Plan:
-    """Everything derived from a spec; `sdkit plan` prints it and the engine runs it."""
+    """Everything derived from a spec.  `sdkit plan` prints it, `sdkit train` runs it."""
 
     backend: ChosenBackend | ReplayBackend
     evaluation_backend: ChosenBackend
-    why_backend: str
+    backend_reason: str
     zero_stage: int
     ranks: int
     prompts_per_rank: int
     rollouts_per_step: int
     updates_per_step: int
-    steps: int | None  # rollout batches; None: epochs of data not yet counted
+    steps: int | None  # rollout batches; None for epochs until the data is read
     oldest_rollout: int  # optimizer steps between sampling and the last update on a batch
     needs_old_logprobs: bool
-    measures: tuple[str, ...]  # what the measuring pass measures, and why; none: it is not taken
+    statistics: tuple[str, ...]  # token statistics and what needs them; empty if no pass is made
     objective: tuple[str, ...]
     roles: tuple[str, ...]
-    syncs: str
-    memory: tuple[Share, ...]
+    weight_sync: str
+    memory: tuple[MemoryShare, ...]
     memory_gib: float | None  # of the machine, per rank
-    step_time: StepTime | None  # None: the accelerator is not stated
+    step_time: StepTime | None  # None if the spec states no accelerator
     derived: tuple[str, ...] = field(factory=tuple)
 
     @property
     def total_updates(self) -> int | None:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the run."""
         return None if self.steps is None else self.steps * self.updates_per_step
 
     @property
@@ -86,20 +93,20 @@ class Plan:
 
 @frozen(kw_only=True)
 class MethodPlan:
-    """What a method page says by itself: all of a plan that needs no model, data or machine."""
+    """The parts of a plan that depend only on the method page."""
 
     objective: tuple[str, ...]
     roles: tuple[str, ...]
-    measures: tuple[str, ...]
+    statistics: tuple[str, ...]
 
 
 def plan_method(spec: MethodSpec) -> MethodPlan:
-    """Derive what can be said of a method before a run file names it."""
+    """Returns the plan of a method page."""
     roles = [f"teacher: {describe_teacher(spec)}"] if spec.teacher else []
     return MethodPlan(
         objective=_objective(spec),
         roles=(*roles, f"sampler: {describe_sampling(spec)}"),
-        measures=_spelled(required_statistics(spec.losses)),
+        statistics=_statistic_lines(required_statistics(spec.losses)),
     )
 
 
@@ -110,47 +117,22 @@ def make_plan(
     rows: int | None = None,
     other_shapes: Mapping[str, ShapeSpec] | None = None,
 ) -> Plan:
-    """Derive a run.  `rows` is the number of training rows, where known (for epochs); `other_shapes` are those of the
-    models beside the student's by path, where known.
+    """Returns the plan of a run.
+
+    `rows` is the number of training rows, if known; epochs need it.  `other_shapes` maps the path of each model besides
+    the student's to its shape, if known.
     """
-    derived: list[str] = []
     stage: int = spec.training.zero_stage
     if stage == 0 and spec.model.dtype == "bfloat16":
-        stage = 1
-        derived.append(
-            "training.zero_stage 0 runs as 1: stage 0 has no float32 gradients in bfloat16"
-        )
-    if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
-        derived.append("model.dtype bfloat16 is emulated here: float32 is several times faster")
-    backend, why = _backend(spec, machine)
-    if stage == 3 and isinstance(backend, TransformersBackend) and not _foreign_sampler(spec):
-        derived.append("sampling puts every layer together for every token: vLLM takes them once")
-    if isinstance(spec.rollout.backend, AutoBackend):
-        derived.append(f"rollout.backend auto is {backend.kind}: {why}")
-    for name, term in spec.losses.items():
-        if isinstance(term, Distillation) and term.temperature is None:
-            derived.append(
-                f"losses.{name}.temperature is {spec.rollout.temperature:g}, the sampling temperature"
-            )
-    steps = spec.training.steps
-    if steps is None and rows is not None and spec.training.epochs is not None:
-        steps = max(1, round(spec.training.epochs * rows / spec.training.prompts_per_step))
-        derived.append(f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps")
-    if isinstance(backend, VllmEngine) and spec.evaluation and any(external_teachers(spec)):
-        derived.append("evaluation.teacher_lift samples the external teacher with transformers")
-    if spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
-        derived.append("evaluation.teacher_lift is not measured: a routed teacher does not sample")
-    elif spec.evaluation and spec.teacher and isinstance(spec.teacher.weights, ServedWeights):
-        derived.append("evaluation.teacher_lift is not measured: a served teacher does not sample")
-    elif spec.evaluation and spec.teacher and spec.teacher.blend and spec.teacher.sees:
-        derived.append("evaluation.teacher_lift samples the teacher without its blend")
-    derived += _backend_reason(spec)
+        stage = 1  # DeepSpeed's stage 0 has no float32 gradients in bfloat16
+    backend, reason = _choose_backend(spec, machine)
+    steps = _count_steps(spec, rows)
     updates = spec.training.updates_per_rollout
-    others = other_shapes or {}
+    other_shapes = other_shapes or {}
     return Plan(
         backend=backend,
         evaluation_backend=TransformersBackend() if isinstance(backend, ReplayBackend) else backend,
-        why_backend=why,
+        backend_reason=reason,
         zero_stage=stage,
         ranks=machine.ranks,
         prompts_per_rank=prompts_per_rank(spec, machine.ranks),
@@ -159,61 +141,125 @@ def make_plan(
         steps=steps,
         oldest_rollout=(spec.rollout.max_staleness + 1) * updates - 1,
         needs_old_logprobs=needs_old_logprobs(spec),
-        measures=_measures(spec),
+        statistics=_statistics(spec),
         objective=_objective(spec),
         roles=tuple(_roles(spec)),
-        syncs=_syncs(spec, backend, shape),
-        memory=memory_of_rank(spec, backend, stage, machine, shape, others) if shape else (),
+        weight_sync=_describe_sync(spec, backend, shape),
+        memory=estimate_memory(spec, backend, stage, machine, shape, other_shapes) if shape else (),
         memory_gib=machine.memory_gib,
-        step_time=time_of_step(spec, backend, machine, shape, others),
-        derived=tuple(derived),
+        step_time=estimate_step_time(spec, backend, machine, shape, other_shapes),
+        derived=(
+            *_precision_notes(spec, machine, stage),
+            *_backend_notes(spec, backend, reason, stage),
+            *_default_notes(spec, steps, rows),
+            *_teacher_lift_notes(spec, backend),
+            *_served_teacher_notes(spec),
+        ),
     )
 
 
-def prompts_per_rank(spec: ExperimentSpec, ranks: int) -> int:
-    """Prompts of a step on each rank.  Raises UnreadableInput where they are not equally many."""
-    if found := indivisible(spec, ranks):
-        raise UnreadableInput(f"training.{found}", hint=f"use a multiple of {ranks}")
-    return spec.training.prompts_per_step // ranks
+def _count_steps(spec: ExperimentSpec, rows: int | None) -> int | None:
+    """The number of rollout batches; None for epochs of an unknown number of rows."""
+    training = spec.training
+    if training.steps is None and rows is not None and training.epochs is not None:
+        return max(1, round(training.epochs * rows / training.prompts_per_step))
+    return training.steps
 
 
-def _backend_reason(spec: ExperimentSpec) -> list[str]:
-    """What a server must be started for, and what is then not known of the teacher."""
+# ── derived settings ──────────────────────────────────────────────────────────────────────────
+
+
+def _precision_notes(spec: ExperimentSpec, machine: Machine, stage: int) -> Iterator[str]:
+    if stage != spec.training.zero_stage:
+        yield "training.zero_stage 0 runs as 1: stage 0 has no float32 gradients in bfloat16"
+    if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
+        yield "model.dtype bfloat16 is emulated on this machine: float32 is several times faster"
+
+
+def _backend_notes(
+    spec: ExperimentSpec, backend: ChosenBackend | ReplayBackend, reason: str, stage: int
+) -> Iterator[str]:
+    gathers = isinstance(backend, TransformersBackend) and not _external_teacher_samples(spec)
+    if stage == 3 and gathers:
+        yield "sampling gathers every layer for every token: vLLM gathers the weights once per batch"
+    if isinstance(spec.rollout.backend, AutoBackend):
+        yield f"rollout.backend auto is {backend.kind}: {reason}"
+
+
+def _default_notes(spec: ExperimentSpec, steps: int | None, rows: int | None) -> Iterator[str]:
+    sampling = f"{spec.rollout.temperature:g}, the sampling temperature"
+    for name, term in spec.losses.items():
+        if isinstance(term, Distillation) and term.temperature is None:
+            yield f"losses.{name}.temperature is {sampling}"
+    if spec.training.steps is None and steps is not None:
+        yield f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps"
+
+
+def _teacher_lift_notes(
+    spec: ExperimentSpec, backend: ChosenBackend | ReplayBackend
+) -> Iterator[str]:
+    teacher = spec.teacher
+    if not spec.evaluation:
+        return
+    if isinstance(backend, VllmEngine) and any(external_teachers(spec)):
+        yield "evaluation.teacher_lift samples the external teacher with transformers"
+    if teacher and isinstance(teacher.weights, RoutedWeights):
+        yield "evaluation.teacher_lift is not measured: a routed teacher does not sample"
+    elif teacher and isinstance(teacher.weights, ServedWeights):
+        yield "evaluation.teacher_lift is not measured: a served teacher does not sample"
+    elif teacher and teacher.blend and teacher.sees:
+        yield "evaluation.teacher_lift samples the teacher without its blend"
+
+
+def _served_teacher_notes(spec: ExperimentSpec) -> list[str]:
+    """What a teacher server must support, and what it cannot report."""
     k = tokens_told(spec)
     if k is None:
         return []
     text = f"each server is asked for the sampled token's log-probability and for the teacher's {k} likeliest tokens"
     if k == 0:
         text = "each server is asked for the sampled token's log-probability"
-    if k > SERVED_BY_DEFAULT:
+    if k > VLLM_DEFAULT_MAX_LOGPROBS:
         text += f", so it must be started with --max-logprobs {k} or more"
-    told = [text, "the teacher's entropy is not measured: a server tells of its likeliest tokens"]
+    notes = [
+        text,
+        "the teacher's entropy is not measured: a server returns only the likeliest tokens",
+    ]
     if any(w for _, w in teachers_of(spec) if not isinstance(w, ServedWeights)):
-        told.append(f"the other routes' teachers tell of their {k} likeliest tokens alone, too")
-    return told
+        notes.append(f"the other routes' teachers are limited to their {k} likeliest tokens, too")
+    return notes
+
+
+def prompts_per_rank(spec: ExperimentSpec, ranks: int) -> int:
+    """Returns the prompts per step on each rank.  Raises UnreadableInput if they cannot be divided equally."""
+    if fault := indivisible(spec, ranks):
+        raise UnreadableInput(f"training.{fault}", hint=f"use a multiple of {ranks}")
+    return spec.training.prompts_per_step // ranks
 
 
 def _objective(spec: MethodSpec) -> tuple[str, ...]:
     return (*describe_losses(spec), *describe_blend(spec), *describe_route(spec))
 
 
-def _measures(spec: ExperimentSpec) -> tuple[str, ...]:
-    asked = required_statistics(spec.losses)
+def _statistics(spec: ExperimentSpec) -> tuple[str, ...]:
+    statistics = required_statistics(spec.losses)
     if not needs_old_logprobs(spec):
-        return _spelled(asked)
-    whole = ("training.updates_per_rollout", *asked.pop("student_logprobs", ()))
-    return _spelled({"student_logprobs": whole, **asked})
+        return _statistic_lines(statistics)
+    settings = ("training.updates_per_rollout", *statistics.pop("student_logprobs", ()))
+    return _statistic_lines({"student_logprobs": settings, **statistics})
 
 
-def _spelled(asked: Mapping[Statistic, tuple[str, ...]]) -> tuple[str, ...]:
-    """`student entropy for losses.distil.mask.student_entropy_top`, one line a measure."""
+def _statistic_lines(statistics: Mapping[Statistic, tuple[str, ...]]) -> tuple[str, ...]:
+    """One line per statistic: `student entropy for losses.distil.mask.student_entropy_top`."""
     return tuple(
-        f"{measure.replace('_logprobs', ' log-probabilities').replace('_', ' ')} for {', '.join(who)}"
-        for measure, who in asked.items()
+        f"{name.replace('_logprobs', ' log-probabilities').replace('_', ' ')} for {', '.join(settings)}"
+        for name, settings in statistics.items()
     )
 
 
-def _backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBackend | ReplayBackend, str]:
+def _choose_backend(
+    spec: ExperimentSpec, machine: Machine
+) -> tuple[ChosenBackend | ReplayBackend, str]:
     match spec.rollout.backend:
         case AutoBackend() if (
             isinstance(spec.rollout.sampled_by, DatasetSamples) and not spec.evaluation
@@ -222,7 +268,7 @@ def _backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBackend | Re
                 TransformersBackend(),
                 "the data set holds the completions, so nothing is sampled",
             )
-        case AutoBackend() if _foreign_sampler(spec):
+        case AutoBackend() if _external_teacher_samples(spec):
             return TransformersBackend(), "an external teacher samples, and vLLM holds the student"
         case AutoBackend():
             if machine.vllm:
@@ -236,10 +282,10 @@ def _backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBackend | Re
             assert_never(other)
 
 
-def _foreign_sampler(spec: ExperimentSpec) -> bool:
+def _external_teacher_samples(spec: ExperimentSpec) -> bool:
     by = spec.rollout.sampled_by
-    teaches = isinstance(by, TeacherSamples) and by.weights == "teacher"
-    return teaches and any(external_teachers(spec))
+    teacher_samples = isinstance(by, TeacherSamples) and by.weights == "teacher"
+    return teacher_samples and any(external_teachers(spec))
 
 
 def _roles(spec: ExperimentSpec) -> list[str]:
@@ -260,14 +306,14 @@ def _roles(spec: ExperimentSpec) -> list[str]:
     return roles
 
 
-def _syncs(spec: ExperimentSpec, backend: object, shape: ShapeSpec | None) -> str:
+def _describe_sync(spec: ExperimentSpec, backend: object, shape: ShapeSpec | None) -> str:
     sampled_by = spec.rollout.sampled_by
     if isinstance(sampled_by, DatasetSamples):
         return "the sampler gets weights before each evaluation only"
     if isinstance(backend, ReplayBackend):
         return "recorded rollouts; the sampler of evaluations shares the training weights"
     if not isinstance(backend, VllmEngine):
-        whose = "teacher's" if _foreign_sampler(spec) else "training"
+        whose = "teacher's" if _external_teacher_samples(spec) else "training"
         return f"the sampler shares the {whose} weights"
     whose = (
         "teacher"

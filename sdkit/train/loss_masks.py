@@ -18,7 +18,7 @@ from sdkit.batches import LossMask, Rollout, RolloutBatch
 from sdkit.language.errors import blaming
 from sdkit.language.required_statistics import (
     Statistic,
-    floor_that_leaves_out,
+    masking_floor,
     needs_teacher_scores,
     weight_of,
 )
@@ -183,7 +183,7 @@ def _apply_mask(
         tokens = tokens.select(
             tokens.statistic("teacher_entropy") > plain(mask.teacher_entropy_above)
         )
-    floor = floor_that_leaves_out(term)
+    floor = masking_floor(term)
     if floor is not None:
         tokens = tokens.select(_log_ratio(tokens) >= plain(floor))
     if mask.student_entropy_top is not None:

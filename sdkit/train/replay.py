@@ -144,7 +144,7 @@ class Recording:
 
     def planned(self, plan: Plan) -> Plan:
         """The plan with the recording in place of a sampler; evaluations are sampled as before."""
-        return evolve(plan, backend=ReplayBackend(run=str(self.run)), why_backend=str(self))
+        return evolve(plan, backend=ReplayBackend(run=str(self.run)), backend_reason=str(self))
 
     def write_history(self, run: RunDirectory) -> None:
         """What the recorded run had measured before batch `start`, as a resumed run would find it.

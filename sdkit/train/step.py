@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdkit.batches import LogitTransform, MicroBatch, RolloutBatch, TeacherScores, Tokens
 from sdkit.distributed import collectives
-from sdkit.language.schedules import scalar_at, schedules
+from sdkit.language.schedules import half_cosine, scalar_at, schedules
 from sdkit.language.specs import LossTerm, OptimizerSpec, Table, needs_teacher
 from sdkit.losses.chunks import (
     projected_loss,
@@ -229,7 +229,7 @@ def learning_rate(spec: OptimizerSpec, update: int, total: int) -> float:
     if update < spec.warmup_steps:
         return spec.lr * (update + 1) / spec.warmup_steps
     share = min((update - spec.warmup_steps) / max(total - spec.warmup_steps, 1), 1.0)
-    left = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
+    left = {"constant": 1.0, "linear": 1 - share, "cosine": half_cosine(share, falling=True)}
     if spec.schedule == "constant":
         return spec.lr
     return spec.lr * (spec.final_share + (1 - spec.final_share) * left[spec.schedule])

@@ -29,7 +29,7 @@ from sdkit.language.specs import (
 from sdkit.losses.chunks import top_k_of
 from sdkit.models.packing import pad_sequences
 from sdkit.models.teachers import Teacher
-from sdkit.plan.memory import pulls_to_reference
+from sdkit.plan.memory import has_reference_term
 
 if TYPE_CHECKING:
     from sdkit.train.state import TrainState
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def score_reference(world: TrainState, batch: MicroBatch) -> TeacherScores | None:
     """What the frozen start model says of the counted tokens under the student's own prompt, where a term asks."""
-    if world.reference is None or not pulls_to_reference(world.spec):
+    if world.reference is None or not has_reference_term(world.spec):
         return None
     return world.reference.score(0, batch.student, world.compared_ids)
 

@@ -1,4 +1,4 @@
-"""A check of a spec ends soon, with problems and no traceback, whatever stands in its files and those it names."""
+"""Checking a spec ends within seconds, with problems and no traceback, whatever its files and the files it names contain."""
 
 import json
 import os
@@ -6,11 +6,17 @@ import time
 
 import pytest
 
-from sdkit.language.errors import MOST_SHOWN, UnreadableInput, as_github, as_json, render
-from sdkit.language.files import CONFIG, SOURCE_CODE, UnreadableFile, read_file, read_json_object
+from sdkit.language.errors import MAX_SHOWN_PROBLEMS, UnreadableInput, as_github, as_json, render
+from sdkit.language.files import (
+    MAX_CONFIG_BYTES,
+    MAX_SOURCE_CODE_BYTES,
+    UnreadableFile,
+    read_file,
+    read_json_object,
+)
 from sdkit.language.load import load_spec
 from sdkit.language.overlay import load
-from sdkit.language.structure import MOST_ENTRIES
+from sdkit.language.structure import MAX_ENTRIES
 from sdkit.language.vocabulary import of_folder
 from sdkit.plan.machine import other_shapes, shape_of
 
@@ -34,14 +40,14 @@ def run_file(tmp_path):
 
 @pytest.fixture(autouse=True)
 def soon():
-    """Every test here ends soon."""
+    """Fails a test of this file that takes longer than `SOON`."""
     began = time.perf_counter()
     yield
     assert time.perf_counter() - began < SOON
 
 
 def no_files(folder):
-    """Paths that are there and are not files, or not files that anyone should read to the end."""
+    """Creates paths that are not regular files or are too large, and returns their names."""
     os.mkfifo(folder / "pipe")
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
@@ -68,7 +74,7 @@ def no_files(folder):
 def test_only_a_regular_file_within_its_limit_is_read(tmp_path):
     for name in no_files(tmp_path):
         with pytest.raises(UnreadableFile):
-            read_file(tmp_path / name, CONFIG)
+            read_file(tmp_path / name, MAX_CONFIG_BYTES)
     (tmp_path / "small").write_bytes(b"12345")
     assert read_file(tmp_path / "small", 5) == b"12345" == read_file(tmp_path / "small")
     with pytest.raises(UnreadableFile, match="larger than"):
@@ -106,7 +112,7 @@ READABLE = {
     ("parquet", "./sparse"),
     ("saved_dataset", "./folder"),
 }
-"""Only the run reads data."""
+"""Checking does not read data files, so these are accepted."""
 
 
 @pytest.mark.parametrize("key", NAMING)
@@ -134,7 +140,7 @@ BOMBS = {
     "branches": "1 if x else " * 30_000 + "0",
     "digits": "x=" + "9" * 100_000,
     "NUL": "def f(): pass\0",
-    "size": "#" * (SOURCE_CODE + 1),
+    "size": "#" * (MAX_SOURCE_CODE_BYTES + 1),
     "bytes": "\udcff",
     "encoding": "# coding: nope\n",
 }
@@ -195,10 +201,10 @@ def test_a_tokenizer_of_any_shape_is_a_table_or_nothing(tmp_path, model, added):
 
 def test_a_file_that_is_no_json_object_is_none(tmp_path):
     for name in no_files(tmp_path):
-        assert read_json_object(tmp_path / name, CONFIG) is None
+        assert read_json_object(tmp_path / name, MAX_CONFIG_BYTES) is None
     for text in WHOLE:
         (tmp_path / "x.json").write_text(text)
-        assert not read_json_object(tmp_path / "x.json", CONFIG)
+        assert not read_json_object(tmp_path / "x.json", MAX_CONFIG_BYTES)
 
 
 # ── floods ────────────────────────────────────────────────────────────────────────────────────
@@ -227,18 +233,18 @@ def test_a_flood_of_problems_ends_soon_and_is_counted(tmp_path, flood):
     checked = load_spec(path)
     assert not checked.ok
     text = render(checked.problems, checked.texts)
-    assert text.count("\n") < 6 * MOST_SHOWN
+    assert text.count("\n") < 6 * MAX_SHOWN_PROBLEMS
     assert len(text) < 2**20
-    if len(checked.problems) > MOST_SHOWN:
-        rest = f"… and {len(checked.problems) - MOST_SHOWN} more problems"
+    if len(checked.problems) > MAX_SHOWN_PROBLEMS:
+        rest = f"… and {len(checked.problems) - MAX_SHOWN_PROBLEMS} more problems"
         assert text.endswith(rest)
         assert as_github(checked.problems).endswith(rest)
     assert len(json.loads(as_json(checked.problems))) == len(checked.problems)
 
 
 def test_what_rules_compare_pairwise_has_an_end(run_file):
-    """As many names as may be written, each of them wrong or a part of all others."""
-    names = [f"r{i}" for i in range(MOST_ENTRIES)]
+    """The largest allowed number of names, each of them invalid or a prefix of the others."""
+    names = [f"r{i}" for i in range(MAX_ENTRIES)]
     parts = {
         n: {"kind": "weighted", "parts": dict.fromkeys(names[i + 1 :] or ["x"], 1.0)}
         for i, n in enumerate(names)
@@ -250,12 +256,12 @@ def test_what_rules_compare_pairwise_has_an_end(run_file):
     assert {"unknown_part", "unknown_reward"} <= {p.code for p in checked.problems}
     over = json.dumps({name: {"kind": "regex", "pattern": "x"} for name in [*names, "more"]})
     (problem,) = load_spec(run_file, [f"rewards={over}"]).problems
-    assert problem.message == f"{MOST_ENTRIES + 1} entries, more than {MOST_ENTRIES}"
+    assert problem.message == f"{MAX_ENTRIES + 1} entries, more than {MAX_ENTRIES}"
 
 
 def test_rows_and_their_contents_may_be_many(run_file):
     rows = json.dumps(
-        [{"q": "a", "d": [{"x": i}] * (MOST_ENTRIES + 1)} for i in range(MOST_ENTRIES + 1)][:100]
+        [{"q": "a", "d": [{"x": i}] * (MAX_ENTRIES + 1)} for i in range(MAX_ENTRIES + 1)][:100]
     )
     assert load_spec(run_file, [f"data.source.rows={rows}"]).ok
 
@@ -266,6 +272,6 @@ def test_errors_are_shown_before_warnings(run_file):
     assert loaded.problems == ()
     from sdkit.language.errors import Problem
 
-    many = [Problem((), f"w{i}", "w", severity="warning") for i in range(2 * MOST_SHOWN)]
+    many = [Problem((), f"w{i}", "w", severity="warning") for i in range(2 * MAX_SHOWN_PROBLEMS)]
     text = render([*many, Problem((), "the error", "e")], {})
     assert "the error [e]" in text

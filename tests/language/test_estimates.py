@@ -1,4 +1,4 @@
-"""Memory and time in a plan, by arithmetic that can be done in the head."""
+"""Memory and time estimates of a plan, checked by mental arithmetic."""
 
 import json
 
@@ -38,7 +38,7 @@ from sdkit.plan.machine import shape_of
 from sdkit.plan.plan import make_plan
 
 GIGA = ShapeSpec(parameters=2**30, hidden=1, layers=1, vocabulary=1, context=10_000, kv_width=1)
-"""So flat that attention and cache weigh nothing."""
+"""One layer of width 1, so that attention and cache are negligible."""
 H100 = Machine(ranks=4, memory_gib=80.0, accelerator="h100")
 SPEED = 989e12 * 0.4
 READING = 3.35e12 * 0.6
@@ -47,7 +47,7 @@ DISTIL = Distillation(divergence=ForwardKl(), support=VocabularySupport())
 
 
 def run(losses=None, **changes):
-    """16 rollouts on four ranks, prompts of 100 and completions of 900 tokens."""
+    """A run with 16 rollouts on four ranks, prompts of 100 and completions of 900 tokens."""
     parts = {
         "model": ModelSpec(path="m"),
         "data": DataSpec(source=InlineSource(rows=(Table({"q": "a"}),))),
@@ -73,13 +73,13 @@ def distilled(**changes):
 
 
 def memory(spec, machine=H100):
-    return {share.what: share.gib for share in make_plan(spec, machine, GIGA).memory}
+    return {share.label: share.gib for share in make_plan(spec, machine, GIGA).memory}
 
 
 def phases(spec, machine=H100):
     time = make_plan(spec, machine, GIGA).step_time
     assert time is not None
-    assert time.why_not is None
+    assert time.unknown_reason is None
     return [phase.seconds for phase in time.phases]
 
 
@@ -109,7 +109,7 @@ def test_vllm_takes_its_share_of_an_accelerator_and_what_was_asked_elsewhere():
 
 
 def test_a_step_is_sampling_scoring_and_updating():
-    """4 rollouts a rank: each of 900 tokens reads 2 GiB; 1500 tokens scored, 1000 trained in three passes' time."""
+    """4 rollouts per rank.  Each of 900 decoding steps reads 2 GiB; the teacher scores 1500 tokens; 1000 are trained at three passes each."""
     rollout, teacher, update = phases(distilled())
     prompts = 2 * 100 * PASS / SPEED
     assert rollout == pytest.approx(900 * 2**31 / READING + prompts, rel=1e-3)
@@ -123,12 +123,16 @@ def test_a_step_is_sampling_scoring_and_updating():
     [
         (TrustRegionBlend(student_share=0.01), 1500, 1500),
         (ProductBlend(student_power=0.8), 1000, 1000),
-        (GeometricBlend(teacher_share=0.5), 0, 1000),  # in the update it is the reference's pass
+        (
+            GeometricBlend(teacher_share=0.5),
+            0,
+            1000,
+        ),  # the update counts it as the reference's pass
         (ExtrapolateBlend(factor=1.25), 0, 1000),
     ],
 )
 def test_what_a_blend_costs_in_tokens_scored(mask, blend, beside, first):
-    """4 rollouts; 1500 tokens with the teacher's prompt, 1000 with the student's; a measuring pass asks once more."""
+    """4 rollouts of 1500 tokens with the teacher's prompt and 1000 with the student's.  A statistics pass scores them again."""
     spec = distilled()
     taught = evolve(spec.teacher, blend=blend)
     spec = evolve(spec, teacher=taught, losses=Table({"distil": evolve(DISTIL, mask=mask)}))
@@ -145,7 +149,7 @@ def test_rows_beyond_the_engine_wait_for_another_wave():
 
 
 def test_long_sequences_cost_attention_and_cache():
-    """With as many layers × width as makes attention equal the weights' part, a pass takes twice as long."""
+    """Layers × width are such that attention costs as much as the weights, so a pass takes twice as long."""
     wide = evolve(GIGA, hidden=2**10, layers=2**10, kv_width=2**10)
     spec = run(rollout=evolve(run().rollout, max_prompt_tokens=124))
     short = make_plan(spec, H100, GIGA).step_time
@@ -153,7 +157,7 @@ def test_long_sequences_cost_attention_and_cache():
     assert short is not None
     assert long is not None
     assert long.phases[1].seconds == pytest.approx(2 * short.phases[1].seconds, rel=1e-3)
-    # 4 rows × 4 MiB a token × 574 tokens are read beside the 2 GiB of weights.
+    # Each step reads 4 rows × 4 MiB per token × 574 tokens, and 2 GiB of weights.
     added = 900 * 4 * 2**22 * 574 / READING
     grown = long.phases[0].seconds - short.phases[0].seconds
     assert grown == pytest.approx(added, rel=0.01)
@@ -193,11 +197,11 @@ def test_an_estimate_that_would_be_a_guess_is_not_made(spec, why):
     time = make_plan(spec, H100, GIGA).step_time
     assert time is not None
     assert not time.phases
-    assert why in time.why_not
+    assert why in time.unknown_reason
 
 
 def test_a_shape_from_a_config_counts_heads_of_their_own_width(tmp_path):
-    """Qwen3-4B: 32 heads of 128 on a width of 2560, 8 of them cached; 4,022,468,096 parameters with its small norms."""
+    """Qwen3-4B: 32 heads of 128 at a hidden size of 2560, 8 key-value heads; 4,022,468,096 parameters including its q and k norms."""
     config = {
         "hidden_size": 2560,
         "num_hidden_layers": 36,

@@ -1,4 +1,4 @@
-"""The twelve legality rules of reference/methods.md §4.3: what refuses each, or what makes it unwritable or true."""
+"""The twelve legality rules of reference/methods.md §4.3: each is refused, impossible to write, or always true."""
 
 import pytest
 from golden import TESTS
@@ -47,7 +47,7 @@ def test_5_the_kls_are_kinds_of_their_own_and_no_ends_of_the_mixture():
 
 @pytest.mark.parametrize("example", ["served_support", "served_support-student"])
 def test_6_and_9_a_served_teacher_tells_a_few_ids_of_its_own(example):
-    """A support chosen by anyone else, or logits to blend, cannot be asked of a server."""
+    """A server cannot return scores on a support it did not choose, or logits to blend."""
     if "served" not in {weights.kind for weights in members(TeacherWeights)}:
         pytest.skip("no teacher is served")
     checked = load_spec(TESTS / "err" / f"{example}.yaml")
@@ -55,7 +55,7 @@ def test_6_and_9_a_served_teacher_tells_a_few_ids_of_its_own(example):
 
 
 def test_7_a_rollout_without_its_context_counts_no_token_and_its_share_is_logged():
-    """The share is the metric rollout/with_teacher (tests/sampling/test_rollouts.py)."""
+    """The metric rollout/with_teacher is the share of rollouts with a teacher prompt (tests/cli/test_bad_input.py)."""
     checked = load_spec(TESTS / "ok" / "sampled_token_divergence.yaml")
     assert checked.spec is not None
     row = Row(index=0, messages=({"role": "user", "content": "x"},), columns={}, raw={})
@@ -89,7 +89,7 @@ def test_7_a_rollout_without_its_context_counts_no_token_and_its_share_is_logged
     ],
 )
 def test_10_adapters_of_a_teacher_are_said(tmp_path, weights, said):
-    """The start model is the student with its adapter off; an average is kept of the adapter's factors."""
+    """The start model is the student with its adapter off; an EMA teacher averages the adapter's factors."""
     page = (TESTS / "ok" / "sampled_token_divergence.yaml").read_text(encoding="utf-8")
     page = page.replace("weights: frozen", f"weights: {weights}")
     run = (

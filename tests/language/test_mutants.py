@@ -1,4 +1,4 @@
-"""Shipped specs with something wrong put in: problems, or a plan and a text that reads back; never a traceback."""
+"""Mutated shipped specs give problems, or a plan and a text that reads back, but never a traceback."""
 
 import copy
 import random
@@ -50,7 +50,7 @@ def at(data, path):
 
 
 def with_a_fault(draw, data):
-    """The data with one value replaced, taken away, put elsewhere or copied under another name."""
+    """Returns the data with one value replaced, removed, moved or copied under another name."""
     data = copy.deepcopy(data)
     every = [path for path in places(data) if path]
     path, other = draw.choice(every), draw.choice(every)
@@ -68,7 +68,7 @@ def with_a_fault(draw, data):
 
 
 def with_a_slip(draw, text):
-    """The text with one line lost, doubled, moved in, or a character too many."""
+    """Returns the text with one line deleted, repeated or indented, or one character inserted."""
     lines = text.split("\n")
     at = draw.randrange(len(lines))
     match draw.randrange(4):
@@ -85,7 +85,7 @@ def with_a_slip(draw, text):
 
 
 def used(path, again):
-    """Everything that `validate`, `plan` and `show` do."""
+    """Runs everything that `validate`, `plan` and `show` do."""
     checked = load_spec(path, base=path.parent)
     assert checked.ok or checked.problems
     for text in (render(checked.problems, checked.texts), as_json(checked.problems), as_github(checked.problems)):  # fmt: skip

@@ -1,4 +1,4 @@
-"""What `sdkit plan` says of masks, weights, denominators, routes and blends."""
+"""The text of `sdkit plan` for masks, weights, denominators, routes and blends."""
 
 from sdkit.language.objective_text import describe_losses, describe_route
 from sdkit.language.specs import (
@@ -181,7 +181,7 @@ def test_a_blend_has_its_roles_and_its_memory():
     def told(blend, **given):
         plan = planned(blend, **given)
         roles = [role for role in plan.roles if role.startswith(("reference", "base"))]
-        held = [share.what for share in plan.memory if share.what.startswith(("ref", "model"))]
+        held = [share.label for share in plan.memory if share.label.startswith(("ref", "model"))]
         return roles, held
 
     start = "reference: the frozen start model"

@@ -1,4 +1,4 @@
-"""A run file over its method page, and overrides over both."""
+"""Merging a run file onto its method page, and overrides onto both."""
 
 import pytest
 
@@ -18,7 +18,7 @@ losses:
 
 @pytest.fixture
 def laid(tmp_path):
-    """load() of a run file, written from text, beside the method page."""
+    """Returns a function that writes a run file next to the method page and calls load()."""
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods/page.yaml").write_text(PAGE)
 
@@ -165,7 +165,7 @@ def test_a_method_that_cannot_be_read_is_a_problem_at_its_place(tmp_path, value)
     assert [p.code for p in loaded.problems] == ["method_file"]
     assert loaded.problems[0].place
     assert loaded.problems[0].place.line == 2
-    assert not loaded.whole
+    assert not loaded.is_complete
 
 
 def test_a_broken_method_page_is_shown_in_its_own_file(tmp_path):

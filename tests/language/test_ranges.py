@@ -1,4 +1,4 @@
-"""Every number of the language has both ends, and no text is accepted empty: read from the fields themselves."""
+"""Every number of the language has a lower and an upper bound, and no string may be empty; read from the fields."""
 
 import importlib.util
 import inspect
@@ -23,7 +23,7 @@ DATA = {"rows"}
 """Keys that hold the user's own data."""
 WHITE_SPACE_COUNTS = {"stop", "pattern"}
 FREE = {"options", "chat_template_options"}
-"""What a task or a template makes of a text is its own affair."""
+"""Keys whose strings a task or a template interprets."""
 
 
 def classes():
@@ -47,7 +47,7 @@ IDS = [f"{cls.__name__}.{key.name}" for cls, key in KEYS]
 
 
 def entries(key: Key):
-    """The scalar types of a key, each with the range that holds for them."""
+    """Yields the scalar types of a key, each with its range."""
     for option in members(key.type):
         origin, args = typing.get_origin(option), typing.get_args(option)
         if origin in (tuple, Table):
@@ -73,7 +73,7 @@ def test_a_number_has_both_ends_and_float32_bears_them(cls, key):
         assert not any(map(range.accepts, beyond))
         if tp is int:
             assert high < 2**63
-        # OPTION takes whatever a template or a task may want; all else is a number of the arithmetic.
+        # OPTION is passed to a template or a task; every other number is used in arithmetic.
         elif range.text.startswith("text") or "to 100" in range.text:
             continue
         else:
@@ -123,7 +123,7 @@ def test_sampling_is_not_colder_than_vllm_samples():
 
 
 def test_no_template_option_is_an_argument_of_rendering():
-    """Read from the installed transformers, so that a new argument there fails here."""
+    """Reads the installed transformers, so that this test fails when an argument is added there."""
     from transformers import PreTrainedTokenizerBase
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -1,4 +1,4 @@
-"""Text → spec → text is the identity: what `sdkit show` and a run's resolved.yaml hold reads back as the same spec."""
+"""Text → spec → text is the identity: the output of `sdkit show` and a run's resolved.yaml read back as the same spec."""
 
 import random
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 from golden import GOOD
 
-from sdkit.language.files import SPEC
+from sdkit.language.files import MAX_SPEC_BYTES
 from sdkit.language.load import load_spec
 from sdkit.language.scalars import dump
 from sdkit.language.show import _key, _text, annotated
@@ -30,7 +30,7 @@ def number(draw):
 
 
 def value(draw, depth=0):
-    """Any data of a row."""
+    """Returns a random value of a data row."""
     kind = draw.randrange(7 if depth < 5 else 4)
     if kind < 2:
         return nasty(draw)
@@ -46,7 +46,7 @@ def braces(text):
 
 
 def spec_data(draw):
-    """A run file that says nasty things wherever it may say what it likes."""
+    """Returns the data of a run file with difficult strings and numbers wherever it takes user data."""
     columns = {nasty(draw).strip()[:80] + "x": nasty(draw)[:80] + "q" for _ in range(3)}
     columns = {a: b for a, b in columns.items() if a.isprintable() and b.isprintable()}
     rows = [
@@ -109,8 +109,8 @@ def test_every_good_example_is_shown_so_that_it_reads_back(path, tmp_path):
 
 
 def test_the_largest_spec_reads_back(tmp_path):
-    """Written out, with a place at each value, it may be larger than what may be written by hand."""
-    text = "x" * (SPEC // 4 - 500)
+    """A resolved spec, with defaults and places, may be larger than a spec written by hand."""
+    text = "x" * (MAX_SPEC_BYTES // 4 - 500)
     path = tmp_path / "run.yaml"
     path.write_text(
         f"model: {{path: m}}\nlosses: {{a: cross_entropy}}\nrollout: {{sampled_by: dataset, stop: [&text {text}, *text, *text, *text]}}\n"
@@ -121,7 +121,7 @@ def test_the_largest_spec_reads_back(tmp_path):
     assert checked.ok
     again = tmp_path / "resolved.yaml"
     again.write_text(annotated(checked), encoding="utf-8")
-    assert again.stat().st_size > SPEC
+    assert again.stat().st_size > MAX_SPEC_BYTES
     assert load_spec(again, base=tmp_path).spec == checked.spec
 
 

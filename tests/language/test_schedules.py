@@ -1,9 +1,9 @@
-"""Numbers that move: found anywhere in a spec, and resolved without touching anything else."""
+"""Schedules are found anywhere in a spec and resolved without changing anything else."""
 
 import pytest
 
 from sdkit.language.introspection import is_spec, keys_of, members
-from sdkit.language.schedules import at_step, plain, scalar_at, schedules
+from sdkit.language.schedules import at_step, half_cosine, plain, scalar_at, schedules
 from sdkit.language.specs import (
     AdvantageAdd,
     ClipSpec,
@@ -60,7 +60,7 @@ def test_each_becomes_the_number_of_its_step(step, value):
 
 
 def test_every_number_of_terms_and_teachers_may_move():
-    """Save the counts, and the reward that is a success, which is the task's."""
+    """Except counts, and the reward threshold of a success, which belongs to the task."""
     modules = (losses, divergences, token_weights, teachers)
     fixed = {
         (cls.__name__, name)
@@ -85,7 +85,7 @@ def test_what_does_not_move_is_handed_back_itself():
 
 def test_a_number_that_moves_is_not_plain():
     assert plain(0.5) == 0.5
-    with pytest.raises(TypeError, match="without its step"):
+    with pytest.raises(TypeError, match="call at_step first"):
         plain(MOVES)
 
 
@@ -96,3 +96,8 @@ def test_cosine_has_flat_ends():
     assert values[5] == pytest.approx(0.5)
     assert values[10] == pytest.approx(0)
     assert values[0] - values[1] < values[4] - values[5]
+
+
+def test_half_a_cosine_rises_or_falls():
+    assert [half_cosine(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0, 0.5, 1])
+    assert [half_cosine(p, falling=True) for p in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])

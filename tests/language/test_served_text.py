@@ -1,4 +1,4 @@
-"""What `sdkit plan` says of a served teacher, and which addresses are this machine's."""
+"""The text of `sdkit plan` for a served teacher, and which addresses are loopback addresses."""
 
 import pytest
 
@@ -31,7 +31,7 @@ from sdkit.plan.plan import make_plan
 SERVED = ServedWeights(url="http://127.0.0.1:8000", model="big")
 ROWS = DataSpec(source=InlineSource(rows=(Table({"prompt": "one"}),)))
 SHAPE = ShapeSpec(parameters=2**30, hidden=8, layers=1, vocabulary=16, context=64)
-ENTROPY = "the teacher's entropy is not measured: a server tells of its likeliest tokens"
+ENTROPY = "the teacher's entropy is not measured: a server returns only the likeliest tokens"
 
 
 def planned(weights, k, evaluation=None):
@@ -62,7 +62,7 @@ def test_its_role_costs_no_memory():
         "teacher: the model big served at http://127.0.0.1:8000, sees the student's prompt "
         "(no weights here, 8 requests at once)"
     ) in plan.roles
-    assert [share.what for share in plan.memory if share.what.startswith("teacher")] == []
+    assert [share.label for share in plan.memory if share.label.startswith("teacher")] == []
 
 
 def test_what_each_server_is_asked_for():
@@ -78,7 +78,7 @@ def test_what_each_server_is_asked_for():
 def test_other_routes_tell_as_little():
     routed = RoutedWeights(by="field", routes=Table({"a": SERVED, "b": FrozenWeights()}))
     assert told(routed, 4)[-1] == (
-        "the other routes' teachers tell of their 4 likeliest tokens alone, too"
+        "the other routes' teachers are limited to their 4 likeliest tokens, too"
     )
     assert "the other routes" not in told(RoutedWeights(by="f", routes=Table({"a": SERVED})), 4)[-1]
 

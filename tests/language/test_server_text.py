@@ -1,4 +1,4 @@
-"""What `sdkit plan` says of rollouts from servers, and of how old they are."""
+"""The text of `sdkit plan` for rollouts from servers, and how old these rollouts are."""
 
 import pytest
 
@@ -53,8 +53,8 @@ def planned(backend=TWO, staleness=0, updates=1, lora=None, shape=SHAPE, acceler
 )
 def test_the_plan_says_how_weights_reach_the_servers(changes, text):
     spec, plan = planned(**changes)
-    assert text in plan.syncs
-    assert plan.syncs in render_plan(spec, plan)
+    assert text in plan.weight_sync
+    assert plan.weight_sync in render_plan(spec, plan)
     assert "backend: vllm_server (the spec says so)" in render_plan(spec, plan)
 
 
@@ -67,5 +67,5 @@ def test_the_oldest_rollout_counts_the_batches_between(staleness, updates, oldes
 
 def test_servers_take_none_of_the_trainers_memory_and_no_time_is_guessed_for_them():
     _, plan = planned(accelerator="h100")
-    assert not [share for share in plan.memory if "vLLM" in share.what]
-    assert plan.step_time.why_not == "how fast the rollout servers sample is not known"
+    assert not [share for share in plan.memory if "vLLM" in share.label]
+    assert plan.step_time.unknown_reason == "how fast the rollout servers sample is not known"

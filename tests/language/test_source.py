@@ -1,11 +1,11 @@
-"""YAML 1.2 scalars, places, and texts that are hostile or broken."""
+"""YAML 1.2 scalars, places, and hostile or broken texts."""
 
 import os
 
 import pytest
 
 from sdkit.language.errors import UnreadableInput
-from sdkit.language.files import SPEC
+from sdkit.language.files import MAX_SPEC_BYTES
 from sdkit.language.scalars import dump
 from sdkit.language.source import read, read_text
 
@@ -144,7 +144,7 @@ def test_unreadable_files_say_why(tmp_path):
     with pytest.raises(UnreadableInput, match="not a file name"):
         read("a\0b")
     large = tmp_path / "large.yaml"
-    large.write_bytes(b"#" * (SPEC + 1))
+    large.write_bytes(b"#" * (MAX_SPEC_BYTES + 1))
     with pytest.raises(UnreadableInput, match="larger than 4 MiB"):
         read(large)
     assert read(large, resolved=True).problems == ()

@@ -1,4 +1,4 @@
-"""Data → specs and back."""
+"""Plain data to specs and back."""
 
 import ast
 import subprocess
@@ -59,7 +59,7 @@ def test_resolved_says_every_default_and_kind_first():
 
 
 def test_the_hash_is_the_same_in_every_process():
-    code = f"from sdkit.language import load_spec; from sdkit.resolved import canonical_hash; print(canonical_hash(load_spec({str(EVERY_UNION)!r}).spec))"
+    code = f"from sdkit.language.load import load_spec; from sdkit.language.resolved import canonical_hash; print(canonical_hash(load_spec({str(EVERY_UNION)!r}).spec))"
     runs = {subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(2)}
     assert runs == {canonical_hash(load_spec(EVERY_UNION).spec) + "\n"}
 
@@ -95,7 +95,7 @@ def test_an_unreadable_file_raises(tmp_path):
 
 
 def test_every_value_in_every_place_is_structured_without_a_traceback(tmp_path):
-    """Puts values of each type at every written place of a spec; nothing but problems may come of it."""
+    """Puts a value of each type at every written place of a spec; the result must be problems only."""
     base = load(EVERY_UNION)
     values = (
         "null",
@@ -138,10 +138,10 @@ def test_paths_can_start_elsewhere(tmp_path):
 
 def test_validating_loads_nothing_heavy():
     code = (
-        "import sys; from sdkit.language import load_spec\n"
+        "import sys; from sdkit.language.load import load_spec\n"
         f"checked = load_spec({str(EVERY_UNION)!r}); assert checked.ok\n"
         "print([m for m in sys.modules if m.split('.')[0] in "
-        "('torch', 'numpy', 'transformers', 'deepspeed', 'vllm', 'rich', 'typer', 'cattrs')])"
+        "('torch', 'numpy', 'transformers', 'deepspeed', 'vllm', 'rich', 'typer')])"
     )
     assert ast.literal_eval(subprocess.check_output([sys.executable, "-c", code], text=True)) == []
 

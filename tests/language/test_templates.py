@@ -1,4 +1,4 @@
-"""Templates: what is a field, what is a brace, and that nothing inserted is read again."""
+"""Templates: fields, literal braces, and inserted text, which is not parsed again."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The machine as data: what the plan is told of it."""
+"""Detection of the machine's properties for a plan."""
 
 from pathlib import Path
 

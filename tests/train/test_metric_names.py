@@ -3,7 +3,7 @@
 from attrs import evolve
 from tinyruns import distil, evaluated, lines, make_spec, rollout, teacher, train
 
-from sdkit.language.metric_names import FAMILIES, INTERVAL, LENGTHS, SINGLE
+from sdkit.language.metric_names import FAMILIES, INTERVAL_SUFFIXES, LENGTH_METRIC, SINGLE
 from sdkit.language.specs import (
     CrossEntropy,
     EmaWeights,
@@ -39,5 +39,5 @@ def test_a_run_writes_the_families_of_the_list_and_no_others(tiny_folder, tmp_pa
     assert first == FAMILIES
     assert {name for name in names if "/" not in name} - {"loss"} == SINGLE
     scores = {name for name in names if name.startswith("eval/sums/greedy/")}
-    assert f"eval/sums/greedy/{LENGTHS}" in scores
-    assert {f"eval/sums/greedy/right{end}" for end in INTERVAL} <= scores
+    assert f"eval/sums/greedy/{LENGTH_METRIC}" in scores
+    assert {f"eval/sums/greedy/right{end}" for end in INTERVAL_SUFFIXES} <= scores

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import islice
 
-from sdkit.language.errors import MOST_SHOWN, Problem
-from sdkit.language.overlay import Loaded
+from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Problem
+from sdkit.language.overlay import LoadedSpec
 from sdkit.language.rules import (
     data,
     learning,
@@ -41,7 +41,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def check(spec: MethodSpec | ExperimentSpec, loaded: Loaded) -> list[Problem]:
+def check(spec: MethodSpec | ExperimentSpec, loaded: LoadedSpec) -> list[Problem]:
     """All rules over one spec; of each the first findings, more than are shown."""
     context = Context(loaded)
     is_run = isinstance(spec, ExperimentSpec)
@@ -49,5 +49,5 @@ def check(spec: MethodSpec | ExperimentSpec, loaded: Loaded) -> list[Problem]:
         Problem(path, message, rule.code, hint, loaded.place(path), rule.severity)
         for rule in RULES
         if is_run or not rule.runs_only
-        for path, message, hint in islice(rule.check(spec, context), MOST_SHOWN)
+        for path, message, hint in islice(rule.check(spec, context), MAX_SHOWN_PROBLEMS)
     ]

@@ -12,7 +12,7 @@ from attrs import frozen
 from sdkit.language.bundled import BUNDLED, PREFIX
 from sdkit.language.errors import Path, nearest, outside, shorten
 from sdkit.language.model_shapes import shape_at
-from sdkit.language.overlay import Loaded
+from sdkit.language.overlay import LoadedSpec
 from sdkit.language.required_statistics import term_statistics
 from sdkit.language.specs import (
     DataSpec,
@@ -41,7 +41,7 @@ MERGE_FIRST = "merge it (`sdkit export RUN --merge-lora`, or PEFT's merge_and_un
 class Context:
     """What a rule may know besides the spec: which keys were written, and which files exist."""
 
-    loaded: Loaded
+    loaded: LoadedSpec
 
     def stated(self, path: Path, value: Any, name: str | None = None) -> str:
         """`top_p is 0.9`, with `by default` where the user did not write it."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from sdkit.language.errors import counted, outside, shorten, spelled
 from sdkit.language.files import file_names
-from sdkit.language.row_text import is_empty, say_what
+from sdkit.language.row_text import describe_value, is_empty
 from sdkit.language.rules.base import Context, Finding, columns_of, data_of, did_you_mean, run_rule
 from sdkit.language.specs import (
     ColumnSlot,
@@ -62,7 +62,7 @@ def inline_prompt(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             if column in row and (is_empty(prompt) or prompt == []):
                 yield where, "the prompt is empty", None
             elif not isinstance(prompt, str | list | tuple):
-                message = f"the prompt is {say_what(prompt)}, not text or a list of messages"
+                message = f"the prompt is {describe_value(prompt)}, not text or a list of messages"
                 yield where, message, None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import Path, shorten
-from sdkit.language.objective_text import number
+from sdkit.language.objective_text import format_number
 from sdkit.language.rules.base import (
     Context,
     Finding,
@@ -200,7 +200,7 @@ def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding
     for path, term in distillations(spec):
         if term.temperature is not None and term.temperature != sampled:
             said = context.stated(("rollout", "temperature"), sampled, "rollout.temperature")
-            message = f"the loss has temperature {number(term.temperature)}, but {said}"
+            message = f"the loss has temperature {format_number(term.temperature)}, but {said}"
             yield (*path, "temperature"), message, None
 
 

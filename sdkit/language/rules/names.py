@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import Path, shorten
-from sdkit.language.metric_names import FAMILIES, INTERVAL, LENGTHS
+from sdkit.language.metric_names import FAMILIES, INTERVAL_SUFFIXES, LENGTH_METRIC
 from sdkit.language.rules.base import Context, Finding, method_rule, run_rule
 from sdkit.language.specs import ExperimentSpec, MethodSpec
 
@@ -17,12 +17,12 @@ def reserved_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """
     named: list[Path] = [("losses", name) for name in spec.losses]
     if isinstance(spec, ExperimentSpec):
-        named += [("rewards", name) for name in spec.rewards if name == LENGTHS]
+        named += [("rewards", name) for name in spec.rewards if name == LENGTH_METRIC]
         for suite_name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
             path = ("evaluation", "suites", suite_name)
             named += [path, *((*path, "decoding", name) for name in suite.decoding)]
     for path in named:
-        if path[-1] in FAMILIES or path[-1] == LENGTHS:
+        if path[-1] in FAMILIES or path[-1] == LENGTH_METRIC:
             message = f"{shorten(path[-1])} stands in the names of sdkit's own metrics"
             yield path, message, "choose another name"
 
@@ -33,7 +33,7 @@ def ambiguous_score(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
     the suite's losses as eval/SUITE/TERM/….
     """
     for name in spec.rewards:
-        for end in INTERVAL:
+        for end in INTERVAL_SUFFIXES:
             if name.endswith(end) and (other := name.removesuffix(end)) in spec.rewards:
                 message = f"{shorten(name)} is how the interval of {shorten(other)} is written"
                 yield ("rewards", name), message, "choose another name"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from sdkit.language.errors import Path, counted, outside, shorten
-from sdkit.language.required_statistics import uses_reward
+from sdkit.language.required_statistics import reward_setting
 from sdkit.language.rules.base import (
     Context,
     Finding,
@@ -176,7 +176,9 @@ def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
         (*path, "advantage") for path, term in policy_gradients(spec) if reward_part(term.advantage)
     )
     weights = (
-        ("losses", name, *key) for name, term in spec.losses.items() if (key := uses_reward(term))
+        ("losses", name, *key)
+        for name, term in spec.losses.items()
+        if (key := reward_setting(term))
     )
     routed: list[Path] = [("route",)] if spec.route else []
     filters: list[Path] = [
