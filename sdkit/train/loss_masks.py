@@ -66,7 +66,7 @@ def build_loss_masks(
     }
     return RolloutBatch(
         rollouts=tuple(
-            evolve(r, counted={name: tokens[i] for name, tokens in found.items()})
+            evolve(r, loss_masks={name: tokens[i] for name, tokens in found.items()})
             for i, r in enumerate(rollouts)
         )
     )
@@ -145,8 +145,8 @@ class _Tokens:
 
     def statistic(self, name: Statistic) -> Tensor:
         """[M] float64.  Raises ValueError where it was not taken of a rollout with tokens here."""
-        present = set(self.row.unique().tolist())
-        if any(name not in self.rollouts[i].measures for i in present):
+        present = set(self.row.tolist())
+        if any(name not in self.rollouts[i].token_statistics for i in present):
             raise ValueError(f"{name} was not measured")
         values = [
             r.token_statistics[name] if i in present else (0.0,) * len(r.completion_ids)

@@ -27,7 +27,7 @@ Sums = dict[str, tuple[float, float]]
 
 
 def step_metrics(
-    world: TrainState,
+    state: TrainState,
     gathered: CollectedRollouts,
     measured: Sequence[StepResult],
     passed: Mapping[str, float],
@@ -39,17 +39,17 @@ def step_metrics(
     whole = len(rollouts)
     metrics = _average_updates(measured)
     metrics |= _divide_sums(
-        world,
+        state,
         {f"reward/{name}": _mean(values) for name, values in gathered.scores.items()}
         | {f"keep/{name}": (share * whole, whole) for name, share in passed.items()}
-        | {"rollout/kept": (kept, whole), "rollout/hedging": _hedging(world, rollouts)}
-        | _rollout_sums(world, rollouts)
-        | _group_sums(world, rollouts)
-        | _context_sums(world, rollouts),
+        | {"rollout/kept": (kept, whole), "rollout/hedging": _hedging(state, rollouts)}
+        | _rollout_sums(state, rollouts)
+        | _group_sums(state, rollouts)
+        | _context_sums(state, rollouts),
     )
     metrics |= {
         "skipped_steps": float(sum(not part.applied for part in measured)),
-        "policy_version": float(world.optimizer_steps),
+        "policy_version": float(state.optimizer_steps),
         **{f"rollout/{name}": value for name, value in gathered.figures.items()},
     }
     own_tokens = sum(len(r.completion_ids) for r in rollouts)
@@ -65,39 +65,39 @@ def _average_updates(measured: Sequence[StepResult]) -> dict[str, float]:
     return metrics
 
 
-def _divide_sums(world: TrainState, sums: Sums) -> dict[str, float]:
+def _divide_sums(state: TrainState, sums: Sums) -> dict[str, float]:
     """Sums of all ranks over counts of all ranks; what has a count of 0 stays a sum.  Every rank has the same names."""
-    pairs = torch.tensor(list(sums.values()), dtype=torch.float64, device=world.device)
+    pairs = torch.tensor(list(sums.values()), dtype=torch.float64, device=state.device)
     totals = zip(sums, collectives.all_reduce_sum(pairs).tolist(), strict=True)
     return {name: total / max(count, 1.0) for name, (total, count) in totals}
 
 
-def _rollout_sums(world: TrainState, rollouts: Sequence[Rollout]) -> Sums:
+def _rollout_sums(state: TrainState, rollouts: Sequence[Rollout]) -> Sums:
     sums = {
         "rollout/tokens": (float(sum(len(r.completion_ids) for r in rollouts)), 0.0),
         "rollout/completion_tokens": _mean(len(r.completion_ids) for r in rollouts),
         "rollout/finished": _mean(r.finished for r in rollouts),
         "rollout/with_teacher": _mean(r.teacher_prompt_ids is not None for r in rollouts),
     }
-    if completion_column(world.spec.rollout.sampled_by):
+    if completion_column(state.spec.rollout.sampled_by):
         own = [r for r in rollouts if r.sampler_logprobs is None]
         sums["rollout/cut_completions"] = _mean(not r.finished for r in own)
-    if world.data.reward is not None and group_relative(world.losses) is not None:
+    if state.data.reward is not None and group_relative(state.losses) is not None:
         sums["rollout/no_advantage"] = _mean(not r.advantage for r in rollouts)
     return sums
 
 
-def _group_sums(world: TrainState, rollouts: Sequence[Rollout]) -> Sums:
+def _group_sums(state: TrainState, rollouts: Sequence[Rollout]) -> Sums:
     """Share of groups whose rollouts all got one reward, where groups have several."""
-    if world.data.reward is None or world.spec.rollout.completions_per_prompt < 2:
+    if state.data.reward is None or state.spec.rollout.completions_per_prompt < 2:
         return {}
     groups = {r.group: r.group_rewards for r in rollouts}
     return {"rollout/constant_groups": _mean(len(set(g)) == 1 for g in groups.values())}
 
 
-def _context_sums(world: TrainState, rollouts: Sequence[Rollout]) -> Sums:
+def _context_sums(state: TrainState, rollouts: Sequence[Rollout]) -> Sums:
     """Share of rollouts whose teacher was shown each slot, and of groups with a success in them."""
-    teacher = world.spec.teacher
+    teacher = state.spec.teacher
     slots = teacher.sees.slots if teacher and teacher.sees else {}
     sums: Sums = {}
     for name, slot in slots.items():
@@ -112,9 +112,9 @@ def _context_sums(world: TrainState, rollouts: Sequence[Rollout]) -> Sums:
     return sums
 
 
-def _hedging(world: TrainState, rollouts: Sequence[Rollout]) -> tuple[float, float]:
+def _hedging(state: TrainState, rollouts: Sequence[Rollout]) -> tuple[float, float]:
     """Hedging words per hundred words (2603.24472 ties their loss to worse reasoning elsewhere)."""
-    texts = [completion_text(world, r.completion_ids) for r in rollouts]
+    texts = [completion_text(state, r.completion_ids) for r in rollouts]
     words = [w.strip(".,!?:;").lower() for text in texts for w in text.split()]
     return 100.0 * sum(w in HEDGES for w in words), len(words)
 

@@ -44,21 +44,21 @@ class RolloutPrefetcher:
         self._asked: dict[int, Job] = {}
         self._waiting: dict[int, PrefetchedBatch] = {}
 
-    def request(self, world: TrainState, step: int) -> None:
+    def request(self, state: TrainState, step: int) -> None:
         """Ask for what is not yet asked for of batch `step` and those after it, of the weights as they are now."""
-        for batch in range(step, min(step + self.batches + 1, world.end)):
+        for batch in range(step, min(step + self.batches + 1, state.end)):
             if batch not in self._asked and batch not in self._waiting:
-                self._request(world, batch)
+                self._request(state, batch)
 
-    def take(self, world: TrainState, step: int) -> PrefetchedBatch:
+    def take(self, state: TrainState, step: int) -> PrefetchedBatch:
         """Batch `step`, which must have been asked for; waits for it."""
-        self._wait_for(world, step)
+        self._wait_for(state, step)
         return self._waiting.pop(step)
 
-    def wait(self, world: TrainState) -> None:
+    def wait(self, state: TrainState) -> None:
         """Wait for every batch that is asked for."""
         for batch in sorted(self._asked):
-            self._wait_for(world, batch)
+            self._wait_for(state, batch)
 
     def write(self, folder: Path) -> None:
         """What waits for its turn, to be taken up by `read`; everything must have been settled."""
@@ -76,16 +76,16 @@ class RolloutPrefetcher:
             line["batch"]: _from_record(line) for line in read_lines(folder / PREFETCHED)
         }
 
-    def _request(self, world: TrainState, batch: int) -> None:
-        backend = world.servers()
-        backend.retain_weights(world.student, world.optimizer_steps)
-        requests = sampling_requests(world, world.data.batch_rows(batch), ("rollout", batch))
-        self._asked[batch] = backend.submit(requests, sampling_params(world))
+    def _request(self, state: TrainState, batch: int) -> None:
+        backend = state.servers()
+        backend.retain_weights(state.student, state.optimizer_steps)
+        requests = sampling_requests(state, state.data.batch_rows(batch), ("rollout", batch))
+        self._asked[batch] = backend.submit(requests, sampling_params(state))
 
-    def _wait_for(self, world: TrainState, batch: int) -> None:
+    def _wait_for(self, state: TrainState, batch: int) -> None:
         if (job := self._asked.get(batch)) is None:
             return
-        sampled = world.servers().result(job)
+        sampled = state.servers().result(job)
         del self._asked[batch]
         keys = [(request.prompt_ids, request.seed) for request in job.requests]
         self._waiting[batch] = PrefetchedBatch(

@@ -60,7 +60,7 @@ from sdkit.stdout import quiet
 from sdkit.train.inputs import RunData
 from sdkit.train.prefetch import RolloutPrefetcher
 from sdkit.train.row_probe import measure_longest_pack, padding_shows_in_samples
-from sdkit.train.step import Student
+from sdkit.train.student import Student
 
 
 class TrainState:

@@ -36,32 +36,32 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def score_reference(world: TrainState, batch: MicroBatch) -> TeacherScores | None:
+def score_reference(state: TrainState, batch: MicroBatch) -> TeacherScores | None:
     """What the frozen start model says of the counted tokens under the student's own prompt, where a term asks."""
-    if world.reference is None or not pulls_to_reference(world.spec):
+    if state.reference is None or not pulls_to_reference(state.spec):
         return None
-    return world.reference.score(0, batch.student, world.compared_ids)
+    return state.reference.score(0, batch.student, state.compared_ids)
 
 
 @torch.no_grad()
 def score_teacher(
-    world: TrainState, batch: MicroBatch, reference: TeacherScores | None = None
+    state: TrainState, batch: MicroBatch, reference: TeacherScores | None = None
 ) -> TeacherScores | None:
     """What the teacher says of the counted tokens under its own prompt, with what it is blended with.
 
     `reference` saves a second pass of the start model, where it was asked before (`refer`).
     """
-    if world.teacher is None or batch.teacher is None:
+    if state.teacher is None or batch.teacher is None:
         return None
-    blend = world.blend
+    blend = state.blend
     own, other = (1.0, 0.0) if blend is None else _powers(blend)
     if blend is None or other == 0:
-        return _score_by_route(world, world.teacher, batch, batch.teacher)
+        return _score_by_route(state, state.teacher, batch, batch.teacher)
     prompt = batch.teacher if isinstance(blend, TrustRegionBlend) else batch.student
-    beside = _score_blend_partner(world, prompt, reference)
+    beside = _score_blend_partner(state, prompt, reference)
     if own == 0:  # what has no power is not asked
         return beside
-    told = _score_by_route(world, world.teacher, batch, batch.teacher)
+    told = _score_by_route(state, state.teacher, batch, batch.teacher)
     return BlendedScores(parts=(told, beside), factors=(own, other))
 
 
@@ -81,25 +81,25 @@ def _powers(blend: Blend) -> tuple[float, float]:
 
 
 def _score_blend_partner(
-    world: TrainState, prompt: PaddedSequences, reference: TeacherScores | None
+    state: TrainState, prompt: PaddedSequences, reference: TeacherScores | None
 ) -> TeacherScores:
     """What the weights say that the teacher is blended with."""
-    assert world.blend_partner is not None
-    if reference and world.blend_partner is world.reference:
+    assert state.blend_partner is not None
+    if reference and state.blend_partner is state.reference:
         return reference
-    return world.blend_partner.score(0, prompt, world.compared_ids)
+    return state.blend_partner.score(0, prompt, state.compared_ids)
 
 
 def _score_by_route(
-    world: TrainState, teacher: Teacher, batch: MicroBatch, asked: PaddedSequences
+    state: TrainState, teacher: Teacher, batch: MicroBatch, asked: PaddedSequences
 ) -> TeacherScores:
     """Each sequence scored by the teacher of its route, all of one route together."""
     routes = sorted(set(batch.teacher_routes)) or [0]
-    if world.plan.zero_stage == 3:
+    if state.plan.zero_stage == 3:
         routes = list(range(len(teacher.leaves)))  # every rank runs every teacher
     row, token = batch.tokens.row, batch.tokens.token
     if len(routes) == 1:
-        return _score_route(world, teacher, routes[0], asked, token)
+        return _score_route(state, teacher, routes[0], asked, token)
     part, place = torch.empty_like(row), torch.empty_like(row)
     answers: list[TeacherScores] = []
     for number, route in enumerate(routes):
@@ -107,7 +107,7 @@ def _score_by_route(
         mine = torch.isin(row, torch.tensor(members, device=row.device))
         answers.append(
             _score_route(
-                world, teacher, route, _select_sequences(world, asked, members), token[mine]
+                state, teacher, route, _select_sequences(state, asked, members), token[mine]
             )
         )
         part[mine] = number
@@ -115,20 +115,20 @@ def _score_by_route(
     told = [each for each in answers if isinstance(each, TopKLogprobs)]
     if told:
         return _merge_top_k(told, part)
-    return RoutedScores(parts=tuple(answers), part=part, place=place, vocabulary=world.compared_ids)
+    return RoutedScores(parts=tuple(answers), part=part, place=place, vocabulary=state.compared_ids)
 
 
 def _score_route(
-    world: TrainState, teacher: Teacher, route: int, asked: PaddedSequences, token: Tensor
+    state: TrainState, teacher: Teacher, route: int, asked: PaddedSequences, token: Tensor
 ) -> TeacherScores:
     """One route's answer.  Beside a served teacher every other tells as little as it does: the figures of a step must
     not depend on which routes stand in a micro-batch.
     """
-    found = teacher.score(route, asked, world.compared_ids)
-    k = tokens_told(world.spec)
+    found = teacher.score(route, asked, state.compared_ids)
+    k = tokens_told(state.spec)
     if k is None or isinstance(found, TopKLogprobs):
         return found
-    return top_k_of(found, token, k, world.spec.training.chunk_tokens)
+    return top_k_of(found, token, k, state.spec.training.chunk_tokens)
 
 
 def _merge_top_k(answers: list[TopKLogprobs], part: Tensor) -> TopKLogprobs:
@@ -144,7 +144,7 @@ def _merge_top_k(answers: list[TopKLogprobs], part: Tensor) -> TopKLogprobs:
 
 
 def _select_sequences(
-    world: TrainState, asked: PaddedSequences, members: list[int]
+    state: TrainState, asked: PaddedSequences, members: list[int]
 ) -> PaddedSequences:
     """A forward pass over some of the sequences."""
     texts = [asked.texts[i] for i in members]
@@ -152,6 +152,6 @@ def _select_sequences(
         [t.prompt for t in texts],
         [t.completion for t in texts],
         [t.positions for t in texts],
-        world.longest_pack,
-        world.device,
+        state.longest_pack,
+        state.device,
     )

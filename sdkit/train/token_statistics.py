@@ -26,53 +26,53 @@ if TYPE_CHECKING:
 
 
 def prepare_rollouts(
-    world: TrainState, rollouts: RolloutBatch, *, training: bool = True
+    state: TrainState, rollouts: RolloutBatch, *, training: bool = True
 ) -> RolloutBatch:
     """The rollouts as `train_step` takes them, and `measure` (where `training` is False).
 
     Call it on the whole batch, before it is dealt into several updates.
     """
-    old = training and world.plan.needs_old_logprobs
-    asked = set(required_statistics(world.spec.losses)) | ({"student_logprobs"} if old else set())
+    old = training and state.plan.needs_old_logprobs
+    asked = set(required_statistics(state.spec.losses)) | ({"student_logprobs"} if old else set())
     if asked:
-        rollouts = compute_token_statistics(world, rollouts, asked)
+        rollouts = compute_token_statistics(state, rollouts, asked)
     if old:
         told = [evolve(r, old_logprobs=r.token_statistics["student_logprobs"]) for r in rollouts]
         rollouts = RolloutBatch(rollouts=tuple(told))
     rollouts.check()
     return build_loss_masks(
         rollouts,
-        world.losses,
+        state.losses,
         everywhere=collectives.all_gather,
-        route=world.spec.route,
-        special=world.special_ids,
-        functions=world.data.user_weights,
+        route=state.spec.route,
+        special=state.special_ids,
+        functions=state.data.user_weights,
     )
 
 
 @torch.no_grad()
 def compute_token_statistics(
-    world: TrainState, rollouts: RolloutBatch, asked: Collection[Statistic]
+    state: TrainState, rollouts: RolloutBatch, asked: Collection[Statistic]
 ) -> RolloutBatch:
     """The rollouts with these figures of each completion token, at the sampling temperature.
 
     The teacher's are missing where a rollout has no teacher prompt.
     """
     of_teacher = any(name.startswith("teacher") for name in asked)
-    budget = world.spec.training.micro_batch_tokens
+    budget = state.spec.training.micro_batch_tokens
     found: dict[int, dict[str, tuple[float, ...]]] = {}
     batches = [
         *collate_completions(
-            list(rollouts), budget, world.device, world.longest_pack, teacher=of_teacher
+            list(rollouts), budget, state.device, state.longest_pack, teacher=of_teacher
         )
     ]
-    empty = empty_micro_batch((), teacher=of_teacher, device=world.device)
+    empty = empty_micro_batch((), teacher=of_teacher, device=state.device)
     batches += [((), empty)] * (collectives.all_reduce_max(len(batches)) - len(batches))
     for part, batch in batches:
         sizes = [len(r.completion_ids) for r in part]
         held = {
             name: [tuple(x.tolist()) for x in values.split(sizes)]
-            for name, values in _batch_statistics(world, batch, asked)
+            for name, values in _batch_statistics(state, batch, asked)
         }
         for place, rollout in enumerate(part):
             found[id(rollout)] = {
@@ -80,27 +80,27 @@ def compute_token_statistics(
                 for name, values in held.items()
                 if rollout.teacher_prompt_ids is not None or not name.startswith("teacher")
             }
-    return RolloutBatch(rollouts=tuple(evolve(r, measures=found[id(r)]) for r in rollouts))
+    return RolloutBatch(rollouts=tuple(evolve(r, token_statistics=found[id(r)]) for r in rollouts))
 
 
 def _batch_statistics(
-    world: TrainState, batch: MicroBatch, asked: Collection[Statistic]
+    state: TrainState, batch: MicroBatch, asked: Collection[Statistic]
 ) -> Iterator[tuple[Statistic, Tensor]]:
     """Each figure that is asked for, [M]; the teacher's where the batch has its prompts."""
     of_student: tuple[Statistic, ...] = ("student_logprobs", "student_entropy")
     pairs: list[tuple[Statistic, Tensor]] = []
     if set(of_student) & set(asked):
-        pairs += zip(of_student, world.student_module.token_statistics(batch), strict=True)
-    if scores := score_teacher(world, batch):
-        pairs += _teacher_statistics(world, scores, batch.tokens.token)
+        pairs += zip(of_student, state.student_module.token_statistics(batch), strict=True)
+    if scores := score_teacher(state, batch):
+        pairs += _teacher_statistics(state, scores, batch.tokens.token)
     yield from (pair for pair in pairs if pair[0] in asked)
 
 
 def _teacher_statistics(
-    world: TrainState, scores: TeacherScores, token: Tensor
+    state: TrainState, scores: TeacherScores, token: Tensor
 ) -> Iterator[tuple[Statistic, Tensor]]:
     """The teacher's figures; without its entropy where it told of a few ids alone."""
-    settings = world.spec.rollout.temperature, world.spec.training.chunk_tokens
+    settings = state.spec.rollout.temperature, state.spec.training.chunk_tokens
     if isinstance(scores, TopKLogprobs):
         yield "teacher_logprobs", scored_logprobs(scores, token, *settings)
         return

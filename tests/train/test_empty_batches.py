@@ -54,7 +54,7 @@ from sdkit.losses.chunks import top_k_of
 from sdkit.models.weights import UNSHARDED
 from sdkit.train.collate import collate, empty_micro_batch
 from sdkit.train.loss_masks import build_loss_masks
-from sdkit.train.step import Student
+from sdkit.train.student import Student
 
 HIDDEN, VOCABULARY = 6, 16
 SAMPLER = SamplerRatio(cap=2.0, level="sequence_mean")
@@ -97,7 +97,7 @@ def told(prompt=(9, 8), completion=(4, 5, 6), group=0):
     measures = ("student_logprobs", "student_entropy", "teacher_logprobs", "teacher_entropy")
     made = rollout([1, 2], prompt, completion, group)
     values = {name: (-0.5,) * len(completion) for name in measures}
-    return evolve(made, advantage=1.0, measures=values, group_rewards=(0.0, 1.0))
+    return evolve(made, advantage=1.0, token_statistics=values, group_rewards=(0.0, 1.0))
 
 
 BATCHES = {

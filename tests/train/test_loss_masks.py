@@ -118,7 +118,7 @@ def test_special_tokens_are_left_out(batch):
 def test_only_where_the_teacher_is_unsure(batch):
     found = count(batch, distil(MaskSpec(teacher_entropy_above=0.8, skip_first=1)))
     wanted = places(
-        batch, lambda r, p: taught(r, p) and p > 0 and r.measures["teacher_entropy"][p] > 0.8
+        batch, lambda r, p: taught(r, p) and p > 0 and r.token_statistics["teacher_entropy"][p] > 0.8
     )
     assert found_places(found) == wanted
     assert wanted
@@ -128,14 +128,14 @@ def test_only_where_the_teacher_is_unsure(batch):
 def test_the_top_share_is_of_the_tokens_that_are_left(batch, share):
     mask = MaskSpec(student_entropy_top=share, special_tokens="leave_out", prefix=4)
     left = places(batch, lambda r, p: p < 4 and r.completion_ids[p] not in SPECIAL)
-    entropy = {(i, p): list(batch)[i].measures["student_entropy"][p] for i, p in left}
+    entropy = {(i, p): list(batch)[i].token_statistics["student_entropy"][p] for i, p in left}
     kept = sorted(left, key=entropy.__getitem__, reverse=True)[: math.ceil(share * len(left))]
     assert found_places(count(batch, imitate(mask))) == sorted(kept)
 
 
 def test_tokens_below_the_floor_are_left_out(batch):
     def ratio(r, p):
-        return r.measures["teacher_logprobs"][p] - r.measures["student_logprobs"][p]
+        return r.token_statistics["teacher_logprobs"][p] - r.token_statistics["student_logprobs"][p]
 
     for below, keep in (
         ("leave_out", lambda r, p: ratio(r, p) >= -1),
@@ -167,7 +167,7 @@ def test_position_is_of_the_whole_completion(batch):
 def test_sure_teachers_count_more_and_the_mean_is_one(batch):
     found = count(batch, distil(weight=TeacherEntropyWeight(rate=1.5)))
     raw = [
-        math.exp(-1.5 * list(batch)[i].measures["teacher_entropy"][p])
+        math.exp(-1.5 * list(batch)[i].token_statistics["teacher_entropy"][p])
         for i, p in found_places(found)
     ]
     assert found_weights(found) == pytest.approx([w * len(raw) / sum(raw) for w in raw])
@@ -176,7 +176,7 @@ def test_sure_teachers_count_more_and_the_mean_is_one(batch):
 def test_drift_is_over_the_counted_tokens_of_each_rollout(batch):
     found = count(batch, distil(MaskSpec(skip_first=1), weight=DriftWeight(strength=0.5)))
     for r, counted in zip(batch, found, strict=True):
-        told, own = r.measures.get("teacher_logprobs"), r.measures["student_logprobs"]
+        told, own = r.token_statistics.get("teacher_logprobs"), r.token_statistics["student_logprobs"]
         gaps = [abs(told[p] - own[p]) for p in counted.positions]
         wanted = [1 + 0.5 * (1 - sum(gaps[:t]) / sum(gaps)) for t in range(len(gaps))]
         assert counted.weights == pytest.approx(wanted)
@@ -203,7 +203,7 @@ def test_perplexity_is_of_the_rollouts_that_count_in_the_group(batch, who):
     worth = {}
     for i, counted in enumerate(found):
         if counted.positions:
-            told = list(batch)[i].measures[f"{who}_logprobs"]
+            told = list(batch)[i].token_statistics[f"{who}_logprobs"]
             worth[i] = math.exp(-sum(told) / len(told)) ** -0.5
     assert worth
     for i in worth:
@@ -231,7 +231,7 @@ def test_a_users_function_is_handed_rollouts_or_groups(batch, rows):
     assert [len(c) for c in calls] == ([12] if rows == "rollout" else [3, 3, 3, 3])
     held = list(batch)
     wanted = [
-        held[i].measures["student_entropy"][p] + p + 100 * held[i].reward
+        held[i].token_statistics["student_entropy"][p] + p + 100 * held[i].reward
         for i, p in found_places(found)
     ]
     assert found_weights(found) == pytest.approx(wanted)
@@ -257,7 +257,7 @@ def test_a_route_sends_each_rollout_to_one_branch(batch, when):
 
 
 def test_what_is_not_known_is_an_error(batch):
-    blind = RolloutBatch(rollouts=tuple(evolve(r, measures={}, reward=None) for r in batch))
+    blind = RolloutBatch(rollouts=tuple(evolve(r, token_statistics={}, reward=None) for r in batch))
     with pytest.raises(ValueError, match="student_entropy was not measured"):
         count(blind, imitate(MaskSpec(student_entropy_top=0.2)))
     with pytest.raises(ValueError, match="rewards"):
