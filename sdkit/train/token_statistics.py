@@ -1,7 +1,7 @@
-"""What is known of a rollout batch before its first update: the measuring pass, and which tokens count.
+"""Token statistics and loss masks of a rollout batch, computed before its first update.
 
-The pass is taken only where something asks for it (`measures.py`), and once per batch; all updates on the batch see the
-same figures.
+The extra forward pass runs only if a loss term needs it (`language/required_statistics.py`), and once per rollout batch:
+all updates on the batch see the same statistics.
 """
 
 from __future__ import annotations
@@ -28,22 +28,27 @@ if TYPE_CHECKING:
 def prepare_rollouts(
     state: TrainState, rollouts: RolloutBatch, *, training: bool = True
 ) -> RolloutBatch:
-    """The rollouts as `train_step` takes them, and `measure` (where `training` is False).
+    """Return the rollouts with all that `train_step` needs, or `evaluate_objective` if `training` is False.
 
-    Call it on the whole batch, before it is dealt into several updates.
+    Call it on the full rollout batch, before the batch is split into several updates.
     """
-    old = training and state.plan.needs_old_logprobs
-    asked = set(required_statistics(state.spec.losses)) | ({"student_logprobs"} if old else set())
-    if asked:
-        rollouts = compute_token_statistics(state, rollouts, asked)
-    if old:
-        told = [evolve(r, old_logprobs=r.token_statistics["student_logprobs"]) for r in rollouts]
-        rollouts = RolloutBatch(rollouts=tuple(told))
+    needs_old_logprobs = training and state.plan.needs_old_logprobs
+    names = set(required_statistics(state.spec.losses))
+    if needs_old_logprobs:
+        names.add("student_logprobs")
+    if names:
+        rollouts = compute_token_statistics(state, rollouts, names)
+    if needs_old_logprobs:
+        rollouts = RolloutBatch(
+            rollouts=tuple(
+                evolve(r, old_logprobs=r.token_statistics["student_logprobs"]) for r in rollouts
+            )
+        )
     rollouts.check()
     return build_loss_masks(
         rollouts,
         state.losses,
-        everywhere=collectives.all_gather,
+        all_gather=collectives.all_gather,
         route=state.spec.route,
         special=state.special_ids,
         functions=state.data.user_weights,
@@ -52,58 +57,60 @@ def prepare_rollouts(
 
 @torch.no_grad()
 def compute_token_statistics(
-    state: TrainState, rollouts: RolloutBatch, asked: Collection[Statistic]
+    state: TrainState, rollouts: RolloutBatch, names: Collection[Statistic]
 ) -> RolloutBatch:
-    """The rollouts with these figures of each completion token, at the sampling temperature.
+    """Return the rollouts with these statistics of every completion token, at the sampling temperature.
 
-    The teacher's are missing where a rollout has no teacher prompt.
+    A rollout without a teacher prompt gets no teacher statistics.
     """
-    of_teacher = any(name.startswith("teacher") for name in asked)
+    needs_teacher = any(name.startswith("teacher") for name in names)
     budget = state.spec.training.micro_batch_tokens
-    found: dict[int, dict[str, tuple[float, ...]]] = {}
+    statistics: dict[int, dict[str, tuple[float, ...]]] = {}  # by the id() of the rollout
     batches = [
         *collate_completions(
-            list(rollouts), budget, state.device, state.longest_pack, teacher=of_teacher
+            list(rollouts), budget, state.device, state.longest_pack, teacher=needs_teacher
         )
     ]
-    empty = empty_micro_batch((), teacher=of_teacher, device=state.device)
+    empty = empty_micro_batch((), teacher=needs_teacher, device=state.device)
     batches += [((), empty)] * (collectives.all_reduce_max(len(batches)) - len(batches))
     for part, batch in batches:
         sizes = [len(r.completion_ids) for r in part]
-        held = {
+        by_name = {
             name: [tuple(x.tolist()) for x in values.split(sizes)]
-            for name, values in _batch_statistics(state, batch, asked)
+            for name, values in _batch_statistics(state, batch, names)
         }
-        for place, rollout in enumerate(part):
-            found[id(rollout)] = {
-                name: values[place]
-                for name, values in held.items()
+        for i, rollout in enumerate(part):
+            statistics[id(rollout)] = {
+                name: values[i]
+                for name, values in by_name.items()
                 if rollout.teacher_prompt_ids is not None or not name.startswith("teacher")
             }
-    return RolloutBatch(rollouts=tuple(evolve(r, token_statistics=found[id(r)]) for r in rollouts))
+    return RolloutBatch(
+        rollouts=tuple(evolve(r, token_statistics=statistics[id(r)]) for r in rollouts)
+    )
 
 
 def _batch_statistics(
-    state: TrainState, batch: MicroBatch, asked: Collection[Statistic]
+    state: TrainState, batch: MicroBatch, names: Collection[Statistic]
 ) -> Iterator[tuple[Statistic, Tensor]]:
-    """Each figure that is asked for, [M]; the teacher's where the batch has its prompts."""
-    of_student: tuple[Statistic, ...] = ("student_logprobs", "student_entropy")
+    """Yield the name and the values, [M], of each statistic in `names`; the teacher's only if the batch has its prompts."""
+    student_names: tuple[Statistic, ...] = ("student_logprobs", "student_entropy")
     pairs: list[tuple[Statistic, Tensor]] = []
-    if set(of_student) & set(asked):
-        pairs += zip(of_student, state.student_module.token_statistics(batch), strict=True)
+    if set(student_names) & set(names):
+        pairs += zip(student_names, state.student_module.token_statistics(batch), strict=True)
     if scores := score_teacher(state, batch):
         pairs += _teacher_statistics(state, scores, batch.tokens.token)
-    yield from (pair for pair in pairs if pair[0] in asked)
+    yield from (pair for pair in pairs if pair[0] in names)
 
 
 def _teacher_statistics(
     state: TrainState, scores: TeacherScores, token: Tensor
 ) -> Iterator[tuple[Statistic, Tensor]]:
-    """The teacher's figures; without its entropy where it told of a few ids alone."""
+    """Yield the teacher's statistics, without its entropy if only its top-k log-probabilities are known."""
     settings = state.spec.rollout.temperature, state.spec.training.chunk_tokens
     if isinstance(scores, TopKLogprobs):
         yield "teacher_logprobs", scored_logprobs(scores, token, *settings)
         return
-    own, spread = token_logprobs_and_entropy(scores, token, *settings)
-    yield "teacher_logprobs", own
-    yield "teacher_entropy", spread
+    logprobs, entropy = token_logprobs_and_entropy(scores, token, *settings)
+    yield "teacher_logprobs", logprobs
+    yield "teacher_entropy", entropy

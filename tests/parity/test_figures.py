@@ -158,7 +158,7 @@ def answer(case, spec):
     batch = build_loss_masks(
         batch,
         spec.losses,
-        everywhere=_alone,
+        all_gather=_alone,
         route=spec.route,
         special={3},
         functions=open_user_weights(spec.losses, HERE),

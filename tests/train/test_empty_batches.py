@@ -153,7 +153,7 @@ def gradients(term, batch, kind, chunk=2):
 
 def micro_batches(rollouts, term):
     losses = Table({"term": term})
-    batch = build_loss_masks(RolloutBatch(rollouts=tuple(rollouts)), losses, everywhere=alone)
+    batch = build_loss_masks(RolloutBatch(rollouts=tuple(rollouts)), losses, all_gather=alone)
     made = collate(list(batch), losses, 100, same, CPU)
     empty = empty_micro_batch(losses, teacher=needs_teacher(term), device=CPU)
     return made.counts["term"], made.micro_batches or (empty,)
