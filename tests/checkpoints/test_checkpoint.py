@@ -105,7 +105,7 @@ def test_a_checkpoint_holds_the_teacher(open_tiny, tiny_folder, tmp_path):
     advance(world, 1)
     other = open_tiny(spec)
     checkpoint.load(other, saved)
-    assert other.updates == 2
+    assert other.optimizer_steps == 2
     advance(other, 1)
     for name, value in world.teacher.state().items():
         same(other.teacher.state()[name], value)

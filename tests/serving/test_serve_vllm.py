@@ -146,7 +146,7 @@ def test_both_sides_agree_after_every_update(served, tiny_folder, open_tiny):
         assert gathered.figures["canary_mean"] < 1e-4
         assert gathered.figures["canary_max"] < 1e-3
         state = json.loads(served.ask("GET", "/sdkit/state")[1])
-        assert state["weights"]["version"] == world.updates
+        assert state["weights"]["version"] == world.optimizer_steps
         before.append(tokens(gathered))
         _assert_logprobs_are_the_trainers(world, gathered)
         advance(world, 1)

@@ -51,7 +51,7 @@ def served_by(servers, tmp_path, folder, **changes):
 
 
 def drawn(world, step=0):
-    return collect_rollouts(world, world.data.take(step), ("rollout", step))
+    return collect_rollouts(world, world.data.batch_rows(step), ("rollout", step))
 
 
 def tokens(gathered):

@@ -124,7 +124,7 @@ def rollouts_of(world, step=0):
     from sdkit.train.token_statistics import prepare_rollouts
 
     return prepare_rollouts(
-        world, collect_rollouts(world, world.data.take(step), ("rollout", step)).batch
+        world, collect_rollouts(world, world.data.batch_rows(step), ("rollout", step)).batch
     )
 
 

@@ -58,8 +58,10 @@ def syncs(world):
     figures = []
     for step in range(3):
         advance(world, 1)
-        figures.append(collect_rollouts(world, world.data.take(step), ("rollout", step)).figures)
-    again = collect_rollouts(world, world.data.take(3), ("rollout", 3)).figures
+        figures.append(
+            collect_rollouts(world, world.data.batch_rows(step), ("rollout", step)).figures
+        )
+    again = collect_rollouts(world, world.data.batch_rows(3), ("rollout", 3)).figures
     other = world.backend(world.teacher.weights)[1]
     return {"syncs": figures, "unchanged weights": again, "teacher": other}
 

@@ -280,6 +280,6 @@ def test_a_loss_that_is_not_finite_moves_no_weight(open_tiny):
         advance(world, 1)
     with torch.no_grad():
         world.student.head[0, 0] = spoilt
-    assert world.updates == 1
+    assert world.optimizer_steps == 1
     for name, value in masters(world).items():
         same(value, before[name])

@@ -74,7 +74,7 @@ def group_world(open_tiny):
 
 
 def step(world):
-    return collect_rollouts(world, world.data.take(0), ("rollout", 0))
+    return collect_rollouts(world, world.data.batch_rows(0), ("rollout", 0))
 
 
 def batch_of(world):

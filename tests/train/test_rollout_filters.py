@@ -144,7 +144,7 @@ def test_only_what_is_kept_is_trained_on(one_step):
     assert metrics["keep/reward_at_least"] == metrics["rollout/kept"] == 0.5
     assert metrics["imitate/tokens"] < metrics["rollout/tokens"]
     assert metrics["reward/right"] == 0.5  # of all that were sampled
-    assert world.updates == 1
+    assert world.optimizer_steps == 1
 
 
 def test_a_batch_of_which_nothing_is_kept_changes_nothing_and_the_run_goes_on(one_step):
@@ -154,7 +154,7 @@ def test_a_batch_of_which_nothing_is_kept_changes_nothing_and_the_run_goes_on(on
     assert metrics["rollout/kept"] == 0
     assert "loss" not in metrics
     assert "teacher_distance" not in metrics
-    assert (world.step, world.updates) == (1, 0)
+    assert (world.step, world.optimizer_steps) == (1, 0)
     json.dumps(metrics)
 
 
@@ -179,7 +179,7 @@ def test_the_coin_is_the_batchs_own_and_always_falls_the_same_way(open_tiny):
 @pytest.mark.parametrize(("share", "student"), [(0.0, False), (1.0, True)])
 def test_a_batch_is_one_samplers_altogether(open_tiny, share, student):
     world = open_tiny(rollout=mixture(share), losses=DISTIL)
-    gathered = collect_rollouts(world, world.data.take(0), ("rollout", 0))
+    gathered = collect_rollouts(world, world.data.batch_rows(0), ("rollout", 0))
     assert gathered.figures["by_student"] == student
     decode = world.data.tokenizer.decode
     for rollout in gathered.batch:
@@ -207,7 +207,7 @@ def test_the_teacher_reads_the_attempt_and_a_verdict_before_it_scores_the_attemp
     teacher = TeacherSpec(weights=FrozenWeights(), sees=START)
     world = open_tiny(rollout=rollout, teacher=teacher, losses=DISTIL, rewards=REWARDS)
     world.data.train_rewards = {"right": judged(1, 0)}
-    gathered = collect_rollouts(world, world.data.take(0), ("rollout", 0))
+    gathered = collect_rollouts(world, world.data.batch_rows(0), ("rollout", 0))
     tokenizer = world.data.tokenizer
     for rollout in gathered.batch:
         seen = rollout.teacher_prompt_ids

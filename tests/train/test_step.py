@@ -167,7 +167,7 @@ def test_the_ratio_is_one_at_the_first_update_and_moves_after(open_tiny):
     assert train_step(world, first).metrics["distil/old_ratio"] == pytest.approx(1.0, abs=1e-4)
     moved = train_step(world, second).metrics["distil/old_ratio"]
     assert abs(moved - 1) > 1e-2
-    assert world.updates == 2
+    assert world.optimizer_steps == 2
 
 
 def test_a_batch_is_split_into_whole_groups(open_tiny):
@@ -291,7 +291,7 @@ def test_measuring_changes_no_weight(open_tiny):
     found = evaluate_objective(world, rollouts_of(world))
     for name, value in masters(world).items():
         same(value, before[name])
-    assert world.updates == 0
+    assert world.optimizer_steps == 0
     assert found["loss"] == pytest.approx(advance(world, 1)[0].metrics["loss"])
 
 

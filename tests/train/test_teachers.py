@@ -123,7 +123,7 @@ def test_a_skipped_step_moves_nothing(world_with, dtype, stage, lora):
     (measured,) = advance(world, 1)
     spoiled.remove()
     assert not measured.applied
-    assert world.updates == 0
+    assert world.optimizer_steps == 0
     for name, value in masters(world).items():
         same(value, before[name])
         same(world.teacher.shadow[name], start[name])
@@ -154,11 +154,11 @@ def test_when_the_teacher_follows(world_with, tmp_path, monkeypatch, weights, mo
         monkeypatch.setattr(
             world.teacher,
             "_follow",
-            lambda *given: seen.append((world.updates, given[1])) or follow(*given),
+            lambda *given: seen.append((world.optimizer_steps, given[1])) or follow(*given),
         )
     run = directory.create(tmp_path / "run", tensorboard=False)
     loop.run(world, Report(run, silent(), 2))
-    assert world.updates == 4
+    assert world.optimizer_steps == 4
     rate = getattr(weights, "update_rate", 1.0)
     assert seen == [(update, rate) for update in moves]
 

@@ -331,7 +331,7 @@ def test_special_tokens_do_not_count(open_tiny):
     sampled_by = DatasetSamples(column="demonstration")
     world = open_tiny(losses=losses, teacher=None, rollout=rollout(sampled_by=sampled_by))
     assert world.data.tokenizer.eos_token_id in world.special_ids
-    for r in collect_rollouts(world, world.data.take(0), ("rollout", 0)).batch:
+    for r in collect_rollouts(world, world.data.batch_rows(0), ("rollout", 0)).batch:
         assert not set(r.completion_ids[:-1]) & world.special_ids
     for r in rollouts_of(world):
         ended = r.completion_ids[-1] in world.special_ids
