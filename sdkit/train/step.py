@@ -1,6 +1,6 @@
-"""One optimizer step: the order of events from a rollout batch to new weights.
+"""One optimizer step, from prepared rollouts to new weights.
 
-A reader of this file needs `collate.py` (rollouts → micro-batches) and `losses/objective.py` (the mathematics), no more.
+To follow a step, read this file, `collate.py` (rollouts to micro-batches) and `losses/objective.py` (the mathematics).
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 @frozen(kw_only=True)
 class StepResult:
-    """What one optimizer step, or one evaluation of the objective, measured."""
+    """The metrics of one optimizer step, its timings, and whether it was applied."""
 
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
-    applied: bool
+    applied: bool  # False if a gradient was not finite
 
 
 class LossNotFinite(Exception):
-    """The loss of an optimizer step is infinite or no number; the step was not made."""
+    """The loss of an optimizer step is inf or nan; the step was not applied."""
 
 
 def train_step(state: TrainState, rollouts: RolloutBatch) -> StepResult:
-    """Gradients of all micro-batches, one optimizer step, the teacher follows.
+    """Accumulate gradients over all micro-batches, apply one optimizer step, and update the teacher.
 
-    The rollouts are `ready` (measuring.py), and so in `measure`.  Raises LossNotFinite before the step, on every rank.
+    `rollouts` come from `token_statistics.prepare_rollouts`.  Raises LossNotFinite on every rank, before the step.
     """
     losses = state.losses
     collated = _collate(state, rollouts, losses)
@@ -73,20 +73,21 @@ def train_step(state: TrainState, rollouts: RolloutBatch) -> StepResult:
 
 @torch.no_grad()
 def evaluate_objective(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]:
-    """Every metric of the objective on these rollouts, without a step."""
+    """Return every metric of the objective on these prepared rollouts, without a step."""
     losses = state.losses
     collated = _collate(state, rollouts, losses)
     sums: dict[str, Tensor] = {}
     for batch in collated.micro_batches:
         reference = score_reference(state, batch)
         scores = score_teacher(state, batch, reference)
-        run = state.student.sharding.run_forward
-        _accumulate(sums, run(state.student_module, batch, scores, reference, losses)[1], batch)
+        forward = state.student.sharding.run_forward
+        _, stats = forward(state.student_module, batch, scores, reference, losses)
+        _accumulate(sums, stats, batch)
     return average_metrics(sums, collated)
 
 
 def _collate(state: TrainState, rollouts: RolloutBatch, losses: Table[LossTerm]) -> CollatedBatch:
-    """This rank's micro-batches, as many as any rank has."""
+    """Return this rank's micro-batches, with empty ones added up to the largest number on any rank."""
     collated = collate(
         list(rollouts),
         losses,
@@ -97,32 +98,36 @@ def _collate(state: TrainState, rollouts: RolloutBatch, losses: Table[LossTerm])
     )
     teacher = any(map(needs_teacher, losses.values()))
     missing = collectives.all_reduce_max(len(collated.micro_batches)) - len(collated.micro_batches)
-    more = [empty_micro_batch(losses, teacher=teacher, device=state.device)] * missing
-    return evolve(collated, micro_batches=(*collated.micro_batches, *more))
+    padding = [empty_micro_batch(losses, teacher=teacher, device=state.device)] * missing
+    return evolve(collated, micro_batches=(*collated.micro_batches, *padding))
 
 
 def _scheduled_values(state: TrainState) -> dict[str, float]:
-    """Numbers of the objective and of the teacher that move over the run, as they are now."""
+    """Return the current value of every schedule of the losses and of the teacher, by its key path."""
     spec = state.spec
-    found = (*schedules(spec.losses), *schedules(spec.teacher, ("teacher",)))
+    scheduled = (*schedules(spec.losses), *schedules(spec.teacher, ("teacher",)))
     return {
-        "/".join(map(str, path)): scalar_at(value, state.optimizer_steps) for path, value in found
+        "/".join(map(str, path)): scalar_at(schedule, state.optimizer_steps)
+        for path, schedule in scheduled
     }
 
 
 def learning_rate(spec: OptimizerSpec, update: int, total: int) -> float:
-    """The learning rate of optimizer step number `update` (from 0) of `total`."""
+    """Return the learning rate of optimizer step `update` (from 0) of `total`."""
     if update < spec.warmup_steps:
         return spec.lr * (update + 1) / spec.warmup_steps
-    share = min((update - spec.warmup_steps) / max(total - spec.warmup_steps, 1), 1.0)
-    left = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
     if spec.schedule == "constant":
         return spec.lr
-    return spec.lr * (spec.final_share + (1 - spec.final_share) * left[spec.schedule])
+    progress = min((update - spec.warmup_steps) / max(total - spec.warmup_steps, 1), 1.0)
+    decay = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return spec.lr * (spec.final_share + (1 - spec.final_share) * decay[spec.schedule])
 
 
 def average_metrics(sums: Mapping[str, Tensor], collated: CollatedBatch) -> dict[str, float]:
-    """Sums over tokens → means over each term's tokens; losses are weighted already.  One transfer from the device."""
+    """Return means over each term's tokens from sums over tokens; losses are sums, already weighted.
+
+    All sums leave the device in one transfer.
+    """
     values = collectives.sum_scalars(sums)
     if not values:
         return {}
@@ -132,14 +137,14 @@ def average_metrics(sums: Mapping[str, Tensor], collated: CollatedBatch) -> dict
         if name == "loss":
             metrics[key] = value
         elif figure != "tokens":
-            # Tokens of weight 0 have a place in the average, but no say in the figures.
+            # Tokens of weight 0 count in the loss's average but not here.
             metrics[key] = value / max(values[f"{name}/tokens"], 1)
     metrics |= _route_shares(collated)
     tokens = sum(b.student.tokens for b in collated.micro_batches)
-    held, padded = collectives.all_reduce_sum(
+    all_tokens, all_padded = collectives.all_reduce_sum(
         torch.tensor([tokens, collated.padded_tokens])
     ).tolist()
-    metrics["padding"] = 1 - held / max(padded, 1)
+    metrics["padding"] = 1 - all_tokens / max(all_padded, 1)
     for name, counts in collated.counts.items():
         metrics[f"{name}/tokens"] = counts.tokens
         metrics[f"{name}/empty_rows"] = 1 - counts.filled_rows / max(counts.rows, 1)
@@ -147,14 +152,14 @@ def average_metrics(sums: Mapping[str, Tensor], collated: CollatedBatch) -> dict
 
 
 def _route_shares(collated: CollatedBatch) -> dict[str, float]:
-    """Share of the rollouts on each branch of the route, where there is one."""
+    """Return the share of rollouts on each branch of the route, if the spec has one."""
     branches = ("then", "otherwise")
-    held = [[r.branch == branch for r in collated.order] for branch in branches]
-    sums = collectives.all_reduce_sum(torch.tensor([sum(each) for each in held])).tolist()
-    whole = sum(sums)
-    if not whole:
+    own_counts = [sum(r.branch == branch for r in collated.order) for branch in branches]
+    counts = collectives.all_reduce_sum(torch.tensor(own_counts)).tolist()
+    total = sum(counts)
+    if not total:
         return {}
-    return {f"route/{name}": n / whole for name, n in zip(branches, sums, strict=True)}
+    return {f"route/{name}": n / total for name, n in zip(branches, counts, strict=True)}
 
 
 def _update_teacher(state: TrainState) -> dict[str, float]:

@@ -22,9 +22,9 @@ from sdkit.models.weights import Weights
 
 
 class Student(nn.Module):
-    """The student with its objective: a forward pass returns the loss, so logits never leave it.
+    """The student model with its objective: its forward pass returns the loss, so logits never leave the module.
 
-    To be called within a run of the weights' shards.
+    Call it within `weights.sharding.run_forward`, or as DeepSpeed's module.
     """
 
     def __init__(
@@ -40,17 +40,17 @@ class Student(nn.Module):
         self.weights = weights
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
-        self.rows = rows  # ids that are compared
+        self.rows = rows  # number of token ids whose logits are compared
         self.functions = functions
 
     @property
     def head(self) -> Tensor:
-        """The output projection of the ids that are compared, [rows, H]; within `Shards.with_head`."""
+        """The output projection of the compared ids, [rows, H]; use it within `Sharding.run_with_head`."""
         return self.weights.head[: self.rows]
 
     @property
     def transform(self) -> LogitTransform:
-        """How logits of these ids follow from head × hidden; within `Shards.with_head`."""
+        """The transform from head × hidden to the logits of these ids; use it within `Sharding.run_with_head`."""
         return self.weights.transform.first(self.rows)
 
     def forward(
@@ -60,6 +60,7 @@ class Student(nn.Module):
         reference: TeacherScores | None,
         losses: Table[LossTerm],
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and the sums of its metrics over the counted tokens."""
         hidden = self.weights.selected_states(batch.student)
         with_head = self.weights.sharding.run_with_head
         return with_head(self._projected_loss, hidden, batch, scores, reference, losses)
@@ -92,24 +93,27 @@ class Student(nn.Module):
         scores: TeacherScores | None,
         objective: Objective,
     ) -> Tokens:
-        """The tokens with what takes whole sequences to know, where a term needs it."""
+        """Return the tokens with their sequence-level ratio and means, if a term needs them.
+
+        Chunks cannot compute these: they take complete sequences.
+        """
         tokens, losses = batch.tokens, objective.losses
-        ratio = objective.needs_sequence_ratio and tokens.sampler_logprobs is not None
-        if not ratio and not objective.needs_sequence_means:
+        needs_ratio = objective.needs_sequence_ratio and tokens.sampler_logprobs is not None
+        if not needs_ratio and not objective.needs_sequence_means:
             return tokens
-        then = tokens.old_logprobs
-        if then is None or objective.needs_sequence_means:
-            now = self._logprobs(hidden, tokens.token)
+        old = tokens.old_logprobs
+        if old is None or objective.needs_sequence_means:
+            current = self._logprobs(hidden, tokens.token)
         else:
-            now = then
-        if ratio:
-            before = now if then is None else then
-            tokens = evolve(tokens, ratio=sampler_ratio(losses, before, tokens, batch.rows))
+            current = old
+        if needs_ratio:
+            trainer = current if old is None else old
+            tokens = evolve(tokens, ratio=sampler_ratio(losses, trainer, tokens, batch.rows))
         if objective.needs_sequence_means:
             teacher = scores and scored_logprobs(
                 scores, tokens.token, self.temperature, self.chunk_tokens
             )
-            means = sequence_means(losses, now, teacher, tokens, batch.rows)
+            means = sequence_means(losses, current, teacher, tokens, batch.rows)
             tokens = evolve(tokens, sequence_means=means)
         return tokens
 
@@ -119,7 +123,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def token_statistics(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Log-probability of each counted token, and entropy, at the sampling temperature.  -> twice [M] float32"""
+        """Return each counted token's log-probability and entropy at the sampling temperature, both [M] float32."""
         scores = self.weights.scores(batch.student, self.rows)
         return token_logprobs_and_entropy(
             scores, batch.tokens.token, self.temperature, self.chunk_tokens

@@ -93,7 +93,7 @@ def compute_token_statistics(
 def _batch_statistics(
     state: TrainState, batch: MicroBatch, names: Collection[Statistic]
 ) -> Iterator[tuple[Statistic, Tensor]]:
-    """Yield the name and the values, [M], of each statistic in `names`; the teacher's only if the batch has its prompts."""
+    """Yield each statistic in `names` with its values, [M]; the teacher's only if the batch has its prompts."""
     student_names: tuple[Statistic, ...] = ("student_logprobs", "student_entropy")
     pairs: list[tuple[Statistic, Tensor]] = []
     if set(student_names) & set(names):
