@@ -61,19 +61,21 @@ class TrainState:
         plan: Plan,
         base: Path,
         data: RunData,
-        located: str,
-        longest: int,
+        model_folder: str,
+        longest_sequence: int,
         served: Mapping[ServedWeights, ServedModel] | None = None,
-        servers: ServerPool | None = None,
+        pool: ServerPool | None = None,
     ) -> None:
         self.spec = spec
         self.plan = plan
         self.base = base
         self.data = data
-        self.model_folder = located
-        self.longest_sequence = longest  # tokens of the longest sequence, completion included
+        self.model_folder = model_folder
+        self.longest_sequence = (
+            longest_sequence  # tokens of the longest sequence, completion included
+        )
         self.served = served or {}
-        self.pool = servers  # of rollout servers; on the first rank only
+        self.pool = pool  # of rollout servers; on the first rank only
         self.prefetcher: RolloutPrefetcher | None = None
         if spec.rollout.max_staleness and isinstance(plan.backend, VllmServerBackend):
             self.prefetcher = RolloutPrefetcher(spec.rollout.max_staleness)
@@ -84,7 +86,7 @@ class TrainState:
         self.optimizer_steps = 0  # optimizer steps applied; the policy version
         self.skipped = 0  # optimizer steps in a row that were skipped
         with blaming("model", "path"):
-            model: Any = load_model(spec.model, located, spec.training.seed)
+            model: Any = load_model(spec.model, model_folder, spec.training.seed)
             self.student = Weights(model.to(self.device))
             _ = self.student.transform  # measured and cached before ZeRO-3 shards the parameters
         self.end_ids = end_ids(self.student.causal, data.tokenizer, data.turn_end)
@@ -115,11 +117,11 @@ class TrainState:
             base,
             data,
             self.student,
-            model_folder=located,
-            longest_sequence=longest,
+            model_folder=model_folder,
+            longest_sequence=longest_sequence,
             end_ids=self.end_ids,
             pads_samples=self.pads_samples,
-            pool=servers,
+            pool=pool,
         )
 
     def _check_models(self) -> None:
