@@ -105,7 +105,7 @@ def _score_completions(
     requests: Sequence[SamplingRequest],
     sampled: _SampledCompletions,
     suite: str | None,
-) -> tuple[RolloutBatch, Mapping[str, Sequence[ScoredCompletion]]]:
+) -> tuple[RolloutBatch, dict[str, list[ScoredCompletion]]]:
     """Return the rollouts with rewards, advantages and teacher prompts, and the scores by reward."""
     completions = sampled.completions
     rewards = state.data.train_rewards if suite is None else state.data.rewards[suite]
