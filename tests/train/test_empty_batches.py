@@ -141,7 +141,11 @@ def gradients(term, batch, kind, chunk=2):
     hidden = torch.randn(count, HIDDEN, generator=draw).requires_grad_()
     head = torch.nn.Parameter(torch.randn(VOCABULARY, HIDDEN, generator=draw))
     weights = SimpleNamespace(
-        model=None, shards=UNSHARDED, head=head, transform=LogitTransform(), states=lambda _: hidden
+        model=None,
+        sharding=UNSHARDED,
+        head=head,
+        transform=LogitTransform(),
+        selected_states=lambda _: hidden,
     )
     student = Student(weights, 1.0, chunk, VOCABULARY)
     of_teacher = scores(kind, count, batch.tokens.token) if needs_teacher(term) else None
