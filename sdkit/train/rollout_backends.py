@@ -75,7 +75,7 @@ class RolloutBackends:
         """Return the backend of the rollout servers, whose weights the caller may replace."""
         self._loaded.pop(VllmServerBackend.kind, None)
         backend = self._get_or_open(self.plan.backend)
-        assert isinstance(backend, ServerRollouts), "the plan's backend is another"
+        assert isinstance(backend, ServerRollouts), "the plan's backend is no rollout server"
         return backend
 
     def close(self) -> None:
