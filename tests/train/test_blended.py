@@ -96,7 +96,7 @@ def plain_logits(weights, prompt, completion, ids=None):
 def by_hand(world, blend, r, base=None):
     """The blend's logits at each completion token of a rollout."""
     own, seen = r.prompt_ids, r.teacher_prompt_ids
-    done, ids = r.completion_ids, world.rows
+    done, ids = r.completion_ids, world.compared_ids
     with torch.no_grad():
         t = plain_logits(world.teacher.leaves[r.teacher_route].weights, seen, done, ids)
         match blend:
@@ -116,7 +116,9 @@ def plain_loss(world, blend, batch, base=None):
     """Mean forward KL to the blend, by a loop over rollouts."""
     total, tokens = 0.0, 0
     for r in batch:
-        s = plain_logits(world.student, r.prompt_ids, r.completion_ids, world.rows).log_softmax(-1)
+        s = plain_logits(
+            world.student, r.prompt_ids, r.completion_ids, world.compared_ids
+        ).log_softmax(-1)
         q = by_hand(world, blend, r, base).log_softmax(-1)
         total = total + (q.exp() * (q - s)).sum()
         tokens += len(r.completion_ids)
@@ -163,7 +165,7 @@ def test_another_model_is_the_base(world_with, tiny_folder, other_folder, tmp_pa
     blend = ExtrapolateBlend(factor=1.5, base=ExternalWeights(path=str(base), dtype="float32"))
     world = world_with(blend, FrozenWeights())
     assert world.reference is None
-    assert world.rows == 404
+    assert world.compared_ids == 404
     assert world.ids_below == (404 if padded else None)
     step_is_plain(world, blend, world.beside.weights)
     assert not any(p.requires_grad for p in world.beside.weights.model.parameters())

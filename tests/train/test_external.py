@@ -106,7 +106,7 @@ def test_value_and_gradient_are_those_over_the_tokenizers_ids(
     student, other = folders[which]
     terms = distil(divergence=ReverseKl()) if divergence == "reverse_kl" else distil()
     world = world_with(student, other, losses=terms, optimizer=MINUS_GRADIENT)
-    assert world.rows == ROWS
+    assert world.compared_ids == ROWS
     batch = rollouts_of(world)
     assert all(i < ROWS for r in batch for i in r.completion_ids)
     own = AutoModelForCausalLM.from_pretrained(student)

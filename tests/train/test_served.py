@@ -201,7 +201,7 @@ def test_on_one_of_several_routes(open_tiny, tiny_folder, served, other_folder, 
 def test_ids_that_the_student_has_not_are_left_out(open_tiny, tiny_folder, served, server):
     world = open_tiny(make_spec(tiny_folder, teacher=teacher(served()), losses=TOP))
     batch = next(iter(_micro_batches(world)))
-    world.rows = 300
+    world.compared_ids = 300
     told = score_teacher(world, batch)
     assert (told.ids < 300).all()
     gaps = told.logprobs == -torch.inf
