@@ -167,15 +167,15 @@ def test_another_model_is_the_base(world_with, tiny_folder, other_folder, tmp_pa
     assert world.reference is None
     assert world.compared_ids == 404
     assert world.ids_below == (404 if padded else None)
-    step_is_plain(world, blend, world.beside.weights)
-    assert not any(p.requires_grad for p in world.beside.weights.model.parameters())
+    step_is_plain(world, blend, world.blend_partner.weights)
+    assert not any(p.requires_grad for p in world.blend_partner.weights.model.parameters())
 
 
 def test_a_base_that_teaches_too_is_loaded_once(world_with, other_folder):
     other = ExternalWeights(path=str(other_folder), dtype="float32")
     both = RoutedWeights(by="answer", routes=Table({str(2 * i): other for i in range(6)}))
     world = world_with(ExtrapolateBlend(factor=1.25, base=other), both)
-    assert world.beside is world.teacher.leaves[0]
+    assert world.blend_partner is world.teacher.leaves[0]
 
 
 @EVERY_BLEND
@@ -263,7 +263,7 @@ def test_at_its_limit_a_blend_is_the_teacher(world_with, blend):
 def test_the_start_model_is_asked_once_for_a_term_and_a_blend(world_with):
     losses = Table({**distil(), "stay": ReferenceKl(estimator="vocabulary", coefficient=0.1)})
     world = world_with(GeometricBlend(teacher_share=0.5), losses=losses)
-    assert world.beside is world.reference
+    assert world.blend_partner is world.reference
     _, batch = whole(world)
     reference = score_reference(world, batch)
     assert score_teacher(world, batch, reference).parts[1] is reference
@@ -279,7 +279,7 @@ def test_a_blend_alone_gives_no_term_a_reference(world_with):
 
 def test_a_frozen_teacher_is_the_start_model_of_its_blend(world_with):
     world = world_with(GeometricBlend(teacher_share=0.5), FrozenWeights())
-    assert world.beside is world.reference is world.teacher
+    assert world.blend_partner is world.reference is world.teacher
     step_is_plain(world, GeometricBlend(teacher_share=0.5))
 
 

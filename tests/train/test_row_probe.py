@@ -180,7 +180,7 @@ def test_a_run_with_a_window_trains_on_what_was_sampled(open_tiny, tiny_folder, 
     )
     data = DataSpec(source=InlineSource(rows=rows), columns=COLUMNS)
     world = open_tiny(make_spec(folder, data=data, rollout=rollout(completions_per_prompt=2)))
-    assert 0 < world.longest_pack <= WINDOW < world.longest
+    assert 0 < world.longest_pack <= WINDOW < world.longest_sequence
     for each in compute_token_statistics(world, rollouts_of(world), {"student_logprobs"}):
         found = torch.tensor(each.token_statistics["student_logprobs"])
         torch.testing.assert_close(found, torch.tensor(each.sampler_logprobs), atol=1e-4, rtol=1e-4)
