@@ -1,4 +1,4 @@
-"""Completions → rewards, and what a group's rollouts know of each other."""
+"""Group outcomes and reward advantages of scored completions."""
 
 from __future__ import annotations
 
@@ -17,47 +17,50 @@ from sdkit.train.loss_masks import AllGather
 
 
 def group_outcomes(
-    judged: Sequence[ScoredCompletion] | None,
+    scores: Sequence[ScoredCompletion] | None,
     texts: Sequence[str],
     answers: Sequence[str | None],
-    size: int,
+    group_size: int,
     seeds: Sequence[int],
 ) -> list[GroupOutcome | None]:
-    """What is known of each rollout, groups of `size` standing together; None where training uses no reward.
+    """Return the group outcome of each rollout, or None for each if training uses no reward.
 
-    `answers` are the texts without thinking, None where no one asks for them.
+    Each run of `group_size` consecutive completions is one group.  `answers` are the texts without thinking, or None
+    if nothing needs them.
     """
-    if judged is None:
+    if scores is None:
         return [None] * len(texts)
     attempts = [
-        Attempt(text=text, reward=j.reward, feedback=j.feedback, answer=answer)
-        for text, answer, j in zip(texts, answers, judged, strict=True)
+        Attempt(text=text, reward=score.reward, feedback=score.feedback, answer=answer)
+        for text, answer, score in zip(texts, answers, scores, strict=True)
     ]
-    groups = [attempts[i - i % size : i - i % size + size] for i in range(len(attempts))]
+    starts = [i - i % group_size for i in range(len(attempts))]
     return [
-        GroupOutcome(group=group, own=i % size, seed=seeds[i]) for i, group in enumerate(groups)
+        GroupOutcome(group=attempts[start : start + group_size], own=i - start, seed=seeds[i])
+        for i, start in enumerate(starts)
     ]
 
 
 def with_advantages(
-    losses: Mapping[str, LossTerm], batch: RolloutBatch, everywhere: AllGather, longest: int
+    losses: Mapping[str, LossTerm], batch: RolloutBatch, all_gather: AllGather, max_new_tokens: int
 ) -> RolloutBatch:
-    """The rollouts with their reward against their group, where a term asks for it; a batch's spread is all ranks'.
+    """Return the rollouts with group-relative advantages, or unchanged if no term uses them or a reward is missing.
 
-    `longest` is the longest completion that could be, in tokens.
+    Batch statistics cover all ranks.  `max_new_tokens` is the length limit of a completion; the overlong penalty
+    counts back from it.
     """
-    known = [r.reward for r in batch if r.reward is not None]
+    own_rewards = [r.reward for r in batch if r.reward is not None]
     spec = group_relative(losses)
-    if spec is None or len(known) != len(batch):
+    if spec is None or len(own_rewards) != len(batch):
         return batch
-    rewards = torch.tensor(known, dtype=torch.float32)
+    rewards = torch.tensor(own_rewards, dtype=torch.float32)
     if penalty := spec.overlong:
         lengths = torch.tensor([len(r.completion_ids) for r in batch], dtype=torch.long)
-        rewards -= plain(penalty.amount) * overlong_share(lengths, longest, penalty.stretch)
+        rewards -= plain(penalty.amount) * overlong_share(lengths, max_new_tokens, penalty.stretch)
     groups = torch.tensor([r.group for r in batch], dtype=torch.long)
-    all_rewards, own = everywhere(rewards)
-    all_groups, _ = everywhere(groups)
-    found = reward_advantages(losses, all_rewards, all_groups)
-    assert found is not None
-    pairs = zip(batch, found[own].tolist(), strict=True)
+    all_rewards, own_slice = all_gather(rewards)
+    all_groups, _ = all_gather(groups)
+    advantages = reward_advantages(losses, all_rewards, all_groups)
+    assert advantages is not None
+    pairs = zip(batch, advantages[own_slice].tolist(), strict=True)
     return RolloutBatch(rollouts=tuple(evolve(r, advantage=a) for r, a in pairs))

@@ -1,4 +1,4 @@
-"""Rollouts → micro-batches: lengths sorted, padded tokens under a budget, weights from global counts."""
+"""Collates rollouts into micro-batches: sorted by length, within a token budget, weighted by global counts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sdkit.models.packing import pad_sequences, padded_tokens
 
 @frozen(eq=False, kw_only=True)
 class CollatedBatch:
-    """One optimizer step's work on this rank."""
+    """This rank's micro-batches of one optimizer step."""
 
     micro_batches: tuple[MicroBatch, ...]
-    order: tuple[Rollout, ...]  # the rollouts as the micro-batches hold them
+    order: tuple[Rollout, ...]  # the rollouts, in the order of the micro-batches
     counts: dict[str, Counts]  # per loss term, of the global batch
     padded_tokens: int  # student tokens of all micro-batches, padding included
 
@@ -28,19 +28,19 @@ def collate(
     rollouts: Sequence[Rollout],
     losses: Table[LossTerm],
     budget: int,
-    total: Callable[[Tensor], Tensor],
+    all_reduce_sum: Callable[[Tensor], Tensor],
     device: torch.device,
     longest_pack: int = 0,
 ) -> CollatedBatch:
-    """Micro-batches of at most `budget` padded tokens, in an order that depends on lengths alone.
+    """Return micro-batches of at most `budget` padded tokens, in an order that depends only on lengths.
 
-    `total` sums over ranks.  Rollouts of one prompt share rows of up to `longest_pack` tokens (packing.py).  Every
-    weight is a share of the global batch, so the split into micro-batches changes no gradient.  Raises ValueError
-    where a rollout's tokens have not been counted (counting.py).
+    `all_reduce_sum` sums over ranks.  Rollouts of one prompt share rows of up to `longest_pack` tokens
+    (models/packing.py).  Weights are normalised by the global batch, so the split into micro-batches changes no gradient.
+    Raises ValueError if a rollout has no loss mask (loss_masks.py).
     """
-    order = _order(rollouts, together=longest_pack > 0)
+    order = _sort_by_width(rollouts, by_group=longest_pack > 0)
     lengths = {name: [len(_loss_mask(r, name).positions) for r in order] for name in losses}
-    counts, completions = _global_counts(lengths, order, total)
+    counts, completions = _global_counts(lengths, order, all_reduce_sum)
     divisors = _divisors(losses, counts, completions)
     weights = {
         name: row_weights(
@@ -53,8 +53,10 @@ def collate(
     for start, end in _micro_batch_bounds(order, budget, longest_pack):
         part = order[start:end]
         rows = {name: w[start:end] for name, w in weights.items()}
-        kept = [sorted({p for name in losses for p in _loss_mask(r, name).positions}) for r in part]
-        batches.append(_micro_batch(part, kept, rows, teacher, longest_pack, device))
+        positions = [
+            sorted({p for name in losses for p in _loss_mask(r, name).positions}) for r in part
+        ]
+        batches.append(_micro_batch(part, positions, rows, teacher, longest_pack, device))
         padded += batches[-1].student.input_ids.numel()
     return CollatedBatch(
         micro_batches=tuple(batches), order=tuple(order), counts=counts, padded_tokens=padded
@@ -69,16 +71,19 @@ def collate_completions(
     *,
     teacher: bool,
 ) -> Iterator[tuple[Sequence[Rollout], MicroBatch]]:
-    """All completion tokens, without weights: the rollouts of each micro-batch, and the micro-batch."""
-    order = _order(rollouts, together=longest_pack > 0)
+    """Yield the rollouts of each micro-batch and the micro-batch, which holds all completion tokens and no weights."""
+    order = _sort_by_width(rollouts, by_group=longest_pack > 0)
     for start, end in _micro_batch_bounds(order, budget, longest_pack):
         part = order[start:end]
-        kept = [list(range(len(r.completion_ids))) for r in part]
-        yield part, _micro_batch(part, kept, {}, teacher, longest_pack, device)
+        positions = [list(range(len(r.completion_ids))) for r in part]
+        yield part, _micro_batch(part, positions, {}, teacher, longest_pack, device)
 
 
 def empty_micro_batch(losses: Iterable[str], *, teacher: bool, device: torch.device) -> MicroBatch:
-    """What a rank that has no more rollouts runs, so that all ranks go forward and backward equally often."""
+    """Return a micro-batch without rollouts, run by a rank that has none left.
+
+    All ranks must run the same number of forward and backward passes.
+    """
     return _micro_batch((), [], {name: torch.zeros(0) for name in losses}, teacher, 0, device)
 
 
@@ -89,15 +94,17 @@ def _width(rollout: Rollout) -> int:
 
 def _loss_mask(rollout: Rollout, name: str) -> LossMask:
     if rollout.loss_masks is None or name not in rollout.loss_masks:
-        raise ValueError(f"the tokens that {name} counts are not settled")
+        raise ValueError(f"the rollouts have no loss mask of {name}")
     return rollout.loss_masks[name]
 
 
 def _divisors(
     losses: Table[LossTerm], counts: dict[str, Counts], completions: int
 ) -> dict[str, Counts]:
-    """The counts that each term's average divides by: terms that say joint share their sum of tokens, those that say
-    completions divide by the tokens of all.
+    """Return the counts that each term's average divides by.
+
+    Terms with `denominator: joint` share the sum of their tokens.  Terms with `denominator: completions` divide by the
+    tokens of all completions.
     """
     joint = [n for n, t in losses.items() if t.average == PerToken(denominator="joint")]
     shared = dict.fromkeys(joint, sum(counts[name].tokens for name in joint)) | {
@@ -109,14 +116,17 @@ def _divisors(
 
 
 def _global_counts(
-    lengths: dict[str, list[int]], rollouts: Sequence[Rollout], total: Callable[[Tensor], Tensor]
+    lengths: dict[str, list[int]],
+    rollouts: Sequence[Rollout],
+    all_reduce_sum: Callable[[Tensor], Tensor],
 ) -> tuple[dict[str, Counts], int]:
-    """Of each term, and the tokens of all completions; on all ranks."""
+    """Return the counts of each term and the number of completion tokens, both over all ranks."""
     rows = len(rollouts)
     flat = [n for ls in lengths.values() for n in (rows, sum(1 for x in ls if x), sum(ls))]
-    whole = sum(len(r.completion_ids) for r in rollouts)
-    *summed, completions = total(torch.tensor([*flat, whole], dtype=torch.long)).tolist()
-    triples = zip(summed[::3], summed[1::3], summed[2::3], strict=True)
+    own_tokens = sum(len(r.completion_ids) for r in rollouts)
+    sums = all_reduce_sum(torch.tensor([*flat, own_tokens], dtype=torch.long))
+    *by_term, completions = sums.tolist()
+    triples = zip(by_term[::3], by_term[1::3], by_term[2::3], strict=True)
     counts = {
         name: Counts(rows=r, filled_rows=f, tokens=t)
         for name, (r, f, t) in zip(lengths, triples, strict=True)
@@ -124,9 +134,9 @@ def _global_counts(
     return counts, completions
 
 
-def _order(rollouts: Sequence[Rollout], together: bool) -> list[Rollout]:
-    """By width; with `together` group by group, by the width of each group's widest."""
-    if not together:
+def _sort_by_width(rollouts: Sequence[Rollout], by_group: bool) -> list[Rollout]:
+    """Sort rollouts by width; with `by_group`, sort groups by their widest rollout and keep each group together."""
+    if not by_group:
         return sorted(rollouts, key=lambda r: (_width(r), r.group))
     widest: dict[int, int] = {}
     for r in rollouts:
@@ -137,7 +147,11 @@ def _order(rollouts: Sequence[Rollout], together: bool) -> list[Rollout]:
 def _micro_batch_bounds(
     order: Sequence[Rollout], budget: int, longest_pack: int
 ) -> list[tuple[int, int]]:
-    """Where to cut so that the padded tokens of either side stay within the budget; a lone rollout may exceed it."""
+    """Return the start and end of each micro-batch.
+
+    The padded tokens of the student's and of the teacher's batch both stay within the budget; only a single rollout may
+    exceed it.
+    """
 
     def cost(part: Sequence[Rollout]) -> int:
         completions = [r.completion_ids for r in part]
@@ -146,12 +160,12 @@ def _micro_batch_bounds(
             for prompt in (_student_prompt, _teacher_prompt)
         )
 
-    cuts, start = [], 0
+    bounds, start = [], 0
     for end in range(1, len(order) + 1):
         if end == len(order) or cost(order[start : end + 1]) > budget:
-            cuts.append((start, end))
+            bounds.append((start, end))
             start = end
-    return cuts
+    return bounds
 
 
 def _student_prompt(rollout: Rollout) -> tuple[int, ...]:
@@ -159,40 +173,42 @@ def _student_prompt(rollout: Rollout) -> tuple[int, ...]:
 
 
 def _teacher_prompt(rollout: Rollout) -> tuple[int, ...]:
-    """A rollout without a teacher still has a place, so that rows line up; its weights are zero."""
+    """Return the teacher's prompt; the student's for a rollout without one, whose weights are zero, so that rows align."""
     return rollout.teacher_prompt_ids or rollout.prompt_ids
 
 
 def _micro_batch(
     rollouts: Sequence[Rollout],
-    kept: list[list[int]],
+    positions: list[list[int]],
     row_weights: dict[str, Tensor],
     teacher: bool,
     longest_pack: int,
     device: torch.device,
 ) -> MicroBatch:
-    """`kept` are the positions of each completion that some term counts, ascending."""
+    """Build a micro-batch.  `positions` are those in each completion that some term counts, ascending."""
     tokens = Tokens(
         token=_flatten(
-            [[r.completion_ids[p] for p in ps] for r, ps in zip(rollouts, kept, strict=True)]
+            [[r.completion_ids[p] for p in ps] for r, ps in zip(rollouts, positions, strict=True)]
         ),
-        row=_flatten([[i] * len(ps) for i, ps in enumerate(kept)]),
+        row=_flatten([[i] * len(ps) for i, ps in enumerate(positions)]),
         weights={
-            name: _token_weights(name, rollouts, kept, rows) for name, rows in row_weights.items()
+            name: _token_weights(name, rollouts, positions, rows)
+            for name, rows in row_weights.items()
         },
-        sampler_logprobs=_flat_floats([r.sampler_logprobs for r in rollouts], kept),
-        old_logprobs=_flat_floats([r.old_logprobs for r in rollouts], kept),
-        advantages=_per_rollout([r.advantage for r in rollouts], kept),
-        has_teacher=_flat_bools([r.teacher_prompt_ids is not None for r in rollouts], kept),
+        sampler_logprobs=_select_floats([r.sampler_logprobs for r in rollouts], positions),
+        old_logprobs=_select_floats([r.old_logprobs for r in rollouts], positions),
+        advantages=_expand_floats([r.advantage for r in rollouts], positions),
+        has_teacher=_expand_bools([r.teacher_prompt_ids is not None for r in rollouts], positions),
     )
     completions = [r.completion_ids for r in rollouts]
 
-    def side(prompt: Callable[[Rollout], tuple[int, ...]]) -> PaddedSequences:
-        return pad_sequences([prompt(r) for r in rollouts], completions, kept, longest_pack, device)
+    def pad(prompt: Callable[[Rollout], tuple[int, ...]]) -> PaddedSequences:
+        prompts = [prompt(r) for r in rollouts]
+        return pad_sequences(prompts, completions, positions, longest_pack, device)
 
     return MicroBatch(
-        student=side(_student_prompt),
-        teacher=side(_teacher_prompt) if teacher else None,
+        student=pad(_student_prompt),
+        teacher=pad(_teacher_prompt) if teacher else None,
         tokens=tokens.to(device),
         rows=len(rollouts),
         teacher_routes=tuple(r.teacher_route for r in rollouts),
@@ -200,15 +216,15 @@ def _micro_batch(
 
 
 def _token_weights(
-    name: str, rollouts: Sequence[Rollout], kept: list[list[int]], rows: Tensor
+    name: str, rollouts: Sequence[Rollout], positions: list[list[int]], rows: Tensor
 ) -> Tensor:
-    """The row's weight × the token's own, 0 where the term does not count the token.  [M] float32."""
+    """Return row weight × token weight, 0 for a token that the term does not count.  [M] float32."""
     weights: list[float] = []
-    for row, rollout, positions in zip(rows.tolist(), rollouts, kept, strict=True):
-        counted = _loss_mask(rollout, name)
-        own = counted.weights or (1.0,) * len(counted.positions)
-        worth = dict(zip(counted.positions, own, strict=True))
-        weights += [row * worth.get(p, 0.0) for p in positions]
+    for row, rollout, ps in zip(rows.tolist(), rollouts, positions, strict=True):
+        mask = _loss_mask(rollout, name)
+        token_weights = mask.weights or (1.0,) * len(mask.positions)
+        by_position = dict(zip(mask.positions, token_weights, strict=True))
+        weights += [row * by_position.get(p, 0.0) for p in ps]
     return torch.tensor(weights, dtype=torch.float32)
 
 
@@ -216,22 +232,29 @@ def _flatten(rows: list[list[int]]) -> Tensor:
     return torch.tensor([x for row in rows for x in row], dtype=torch.long)
 
 
-def _flat_bools(values: list[bool], kept: list[list[int]]) -> Tensor | None:
+def _expand_bools(values: list[bool], positions: list[list[int]]) -> Tensor | None:
+    """Repeat each rollout's value for its tokens, [M] bool; None if all are True."""
     if all(values):
         return None
-    each = [v for v, ps in zip(values, kept, strict=True) for _ in ps]
-    return torch.tensor(each, dtype=torch.bool)  # also where there is none
+    flat = [v for v, ps in zip(values, positions, strict=True) for _ in ps]
+    return torch.tensor(flat, dtype=torch.bool)  # the dtype is needed for an empty list
 
 
-def _per_rollout(values: list[float | None], kept: list[list[int]]) -> Tensor | None:
+def _expand_floats(values: list[float | None], positions: list[list[int]]) -> Tensor | None:
+    """Repeat each rollout's value for its tokens, [M] float32; None if one is missing."""
     if any(value is None for value in values):
         return None
-    each = [v for v, ps in zip(values, kept, strict=True) for _ in ps]
-    return torch.tensor(each, dtype=torch.float32)
+    flat = [v for v, ps in zip(values, positions, strict=True) for _ in ps]
+    return torch.tensor(flat, dtype=torch.float32)
 
 
-def _flat_floats(rows: list[tuple[float, ...] | None], kept: list[list[int]]) -> Tensor | None:
+def _select_floats(
+    rows: list[tuple[float, ...] | None], positions: list[list[int]]
+) -> Tensor | None:
+    """Select the values at each rollout's positions, [M] float32; None if a rollout has none."""
     if any(row is None for row in rows):
         return None
-    values = [row[p] for row, ps in zip(rows, kept, strict=True) if row is not None for p in ps]
+    values = [
+        row[p] for row, ps in zip(rows, positions, strict=True) if row is not None for p in ps
+    ]
     return torch.tensor(values, dtype=torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdkit.batches import MicroBatch
 from sdkit.language.specs import CrossEntropy, LossTerm, Table
-from sdkit.train.step import Student
+from sdkit.train.student import Student
 
 NOISE = 1e-5
 """Share of the gradient of imitation below which a gradient is rounding noise: float32 makes some 1e-7 of it."""

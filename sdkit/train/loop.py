@@ -1,4 +1,4 @@
-"""The run: rollouts, updates, the teacher, evaluation, in this order, until the last step."""
+"""The training loop.  Each step collects rollouts, trains on them, updates the teacher and, when due, evaluates."""
 
 from __future__ import annotations
 
@@ -28,133 +28,137 @@ if TYPE_CHECKING:
     from sdkit.train.state import TrainState
 
 SKIPS_ALLOWED = 3
+"""A run ends after this many skipped optimizer steps in a row."""
 
 
-def run(world: TrainState, report: Report) -> None:
-    """Train from the world's step to the last; evaluates at both ends and in between.
+def run(state: TrainState, report: Report) -> None:
+    """Train from the current step to the last; evaluate at the start, at the end and in between.
 
-    Raises Stopped after a checkpoint where SIGINT or SIGTERM asked for it, and NumericsGuard before a step whose loss is
-    not finite, and where several in a row had no finite gradient.
+    On SIGINT or SIGTERM, saves a checkpoint and raises Stopped.  Raises NumericsGuard before an optimizer step whose loss
+    is not finite, and after SKIPS_ALLOWED steps in a row whose gradient is not finite.
     """
     with stop_requests.stop_requests() as stop:
-        _evaluate_start(world, report, stop)
-        for step in range(world.step, world.end):
-            _train_on_batch(world, report, step)
-            _stop_if_requested(world, report, stop)
-            if _evaluation_due(world):
-                _evaluate(world, report, stop)
-            every = world.spec.output.checkpoint_every
-            if every and world.step % every == 0 and world.step < world.end:
-                checkpoint.save(world, report.run.path)
+        _evaluate_start(state, report, stop)
+        for step in range(state.step, state.end):
+            _train_on_batch(state, report, step)
+            _stop_if_requested(state, report, stop)
+            if _evaluation_due(state):
+                _evaluate(state, report, stop)
+            every = state.spec.output.checkpoint_every
+            if every and state.step % every == 0 and state.step < state.end:
+                checkpoint.save(state, report.run.path)
 
 
-def _evaluate_start(world: TrainState, report: Report, stop: StopRequests) -> None:
-    """The evaluation that is due before the next step: at the start, or where the run was stopped before it."""
-    if world.step and not _evaluation_due(world):
+def _evaluate_start(state: TrainState, report: Report, stop: StopRequests) -> None:
+    """Run the evaluation due before the next step: at the start of the run, or one that a stop request cut off."""
+    if state.step and not _evaluation_due(state):
         return
-    known = world.step in report.evaluated_at
-    before = report.first if known else _evaluate(world, report, stop)
-    if world.step or before is None or report.lifted:
+    done = state.step in report.evaluated_at
+    baseline = report.first if done else _evaluate(state, report, stop)
+    if state.step or baseline is None or report.lifted:
         return
-    with _abandonable(world, report, stop):
-        lift = teacher_lift(world, before)
+    with _abandonable(state, report, stop):
+        lift = teacher_lift(state, baseline)
     report.lift(lift)
 
 
 def _stop_if_requested(
-    world: TrainState, report: Report, stop: StopRequests, *, left: bool = False
+    state: TrainState, report: Report, stop: StopRequests, *, unfinished: bool = False
 ) -> None:
-    """End the run where it was asked to stop and something is left to do: `left`, or more steps."""
-    if collectives.all_reduce_max(stop.asked) and (left or world.step < world.end):
-        saved = checkpoint.save(world, report.run.path)
+    """Save a checkpoint and raise Stopped if a stop was requested and work is left.
+
+    Work that is left is an `unfinished` evaluation, or more steps.
+    """
+    if collectives.all_reduce_max(stop.asked) and (unfinished or state.step < state.end):
+        saved = checkpoint.save(state, report.run.path)
         raise Stopped(
-            f"stopped after step {world.step}, saved {saved}", hint="continue with --resume"
+            f"stopped after step {state.step}, saved {saved}", hint="continue with --resume"
         )
 
 
 @contextlib.contextmanager
-def _abandonable(world: TrainState, report: Report, stop: StopRequests) -> Iterator[None]:
-    """A measurement: where it is left at once, or asked to stop, the next attempt makes it anew or goes on behind it."""
-    before = rng.state()
+def _abandonable(state: TrainState, report: Report, stop: StopRequests) -> Iterator[None]:
+    """Run an evaluation that a stop request may abandon.
+
+    An abandoned evaluation leaves no trace, so the resumed run repeats it; the random state is restored for that.
+    """
+    rng_state = rng.state()
     try:
         with stop.abandonable():
             yield
     except EvaluationAbandoned:
-        rng.restore(before)
-        _stop_if_requested(world, report, stop, left=True)
+        rng.restore(rng_state)
+        _stop_if_requested(state, report, stop, unfinished=True)
 
 
-def _train_on_batch(world: TrainState, report: Report, step: int) -> None:
+def _train_on_batch(state: TrainState, report: Report, step: int) -> None:
     started = time.perf_counter()
-    gathered = collect_rollouts(world, world.data.batch_rows(step), ("rollout", step))
-    sampled = time.perf_counter()
-    keep, shares = filter_rollouts(
-        world.spec.rollout.keep, gathered.batch, partial(completion_text, world)
+    collected = collect_rollouts(state, state.data.batch_rows(step), ("rollout", step))
+    collected_at = time.perf_counter()
+    passing, shares = filter_rollouts(
+        state.spec.rollout.keep, collected.batch, partial(completion_text, state)
     )
-    batch = prepare_rollouts(world, keep)
-    counted = time.perf_counter()
-    parts = batch.split(world.plan.updates_per_step)
-    measured = [
-        _update(world, report, gathered, part)
+    batch = prepare_rollouts(state, passing)
+    prepared_at = time.perf_counter()
+    parts = batch.split(state.plan.updates_per_step)
+    results = [
+        _update(state, report, collected, part)
         for part in parts
         if collectives.all_reduce_max(len(part))
     ]
-    moved = (
-        measured
-        and world.teacher
-        and world.teacher.after_rollout_batch(world.masters, world.scalar)
+    teacher_moved = (
+        results and state.teacher and state.teacher.after_rollout_batch(state.masters, state.scalar)
     )
-    world.step = step + 1
+    state.step = step + 1
     seconds = time.perf_counter() - started
-    metrics = step_metrics(world, gathered, measured, shares, len(batch), seconds)
-    metrics["time/measure"] = counted - sampled
-    if moved and world.teacher:
-        metrics["teacher_distance"] = world.teacher.distance
-    report.step(world, gathered, metrics)
+    metrics = step_metrics(state, collected, results, shares, len(batch), seconds)
+    metrics["time/measure"] = prepared_at - collected_at
+    if teacher_moved and state.teacher:
+        metrics["teacher_distance"] = state.teacher.distance
+    report.step(state, collected, metrics)
 
 
 def _update(
-    world: TrainState, report: Report, gathered: CollectedRollouts, part: RolloutBatch
+    state: TrainState, report: Report, collected: CollectedRollouts, part: RolloutBatch
 ) -> StepResult:
     try:
-        measured = train_step(world, part)
+        result = train_step(state, part)
     except LossNotFinite:
-        raise _numerics_failure(world, report, gathered, part, "the loss is not finite") from None
-    world.skipped = 0 if measured.applied else world.skipped + 1
-    if world.skipped >= SKIPS_ALLOWED:
+        raise _numerics_failure(state, report, collected, part, "the loss is not finite") from None
+    state.skipped = 0 if result.applied else state.skipped + 1
+    if state.skipped >= SKIPS_ALLOWED:
         what = f"{SKIPS_ALLOWED} optimizer steps in a row had a gradient that is not finite"
-        raise _numerics_failure(world, report, gathered, part, what)
-    return measured
+        raise _numerics_failure(state, report, collected, part, what)
+    return result
 
 
 def _numerics_failure(
-    world: TrainState, report: Report, gathered: CollectedRollouts, part: RolloutBatch, what: str
+    state: TrainState, report: Report, collected: CollectedRollouts, part: RolloutBatch, what: str
 ) -> NumericsGuard:
-    kept = report.bad_batch(world, gathered, part)
-    since = checkpoint.newest_step(report.run.path)
+    folder = report.bad_batch(state, collected, part)
+    step = checkpoint.newest_step(report.run.path)
     return NumericsGuard(
-        f"{what}, in step {world.step + 1}, on the rollouts in {kept}",
-        hint=f"`sdkit replay {report.run.path}@{since}` trains on them again; lower optimizer.lr, or set model.dtype: "
+        f"{what}, in step {state.step + 1}, on the rollouts in {folder}",
+        hint=f"`sdkit replay {report.run.path}@{step}` trains on them again; lower optimizer.lr, or set model.dtype: "
         "float32",
     )
 
 
-def _evaluation_due(world: TrainState) -> bool:
-    evaluation = world.spec.evaluation
+def _evaluation_due(state: TrainState) -> bool:
+    evaluation = state.spec.evaluation
     if evaluation is None:
         return False
-    last = world.step == world.end
-    return last or bool(evaluation.every and world.step % evaluation.every == 0)
+    return state.step == state.end or bool(evaluation.every and state.step % evaluation.every == 0)
 
 
-def _evaluate(world: TrainState, report: Report, stop: StopRequests) -> EvaluationResult | None:
-    if world.spec.evaluation is None:
+def _evaluate(state: TrainState, report: Report, stop: StopRequests) -> EvaluationResult | None:
+    if state.spec.evaluation is None:
         return None
     started = time.perf_counter()
-    with _abandonable(world, report, stop):
-        found = evaluate(world)
-        losses = held_out_loss(world)
-    keep_best(world, report.run, found.metrics(headline(world)) | losses)
-    report.evaluated(world, found, losses, time.perf_counter() - started)
-    _stop_if_requested(world, report, stop)
-    return found
+    with _abandonable(state, report, stop):
+        result = evaluate(state)
+        losses = held_out_loss(state)
+    keep_best(state, report.run, result.metrics(headline(state)) | losses)
+    report.evaluated(state, result, losses, time.perf_counter() - started)
+    _stop_if_requested(state, report, stop)
+    return result

@@ -1,8 +1,8 @@
-"""Which tokens each loss term counts, and what they weigh: settled once per rollout batch, before its first update.
+"""Loss masks: the tokens that each loss term counts, and their weights.
 
-Shares, means and pass rates are those of the whole batch on all ranks, also where it is then dealt into several
-updates: so a token's place in them depends neither on the dealing nor on micro-batches.  Scalars that move have their
-value at the batch's first update.
+They are computed once per rollout batch, before its first update.  Shares, means and pass rates are taken over the
+full rollout batch on all ranks, even if the batch is then split into several updates, so a token's mask and weight depend
+neither on that split nor on micro-batches.  Scheduled numbers have their value at the batch's first update.
 """
 
 from __future__ import annotations
@@ -39,41 +39,42 @@ from sdkit.losses import token_weights
 from sdkit.losses.objective import unmasked_span
 
 AllGather = Callable[[Tensor], tuple[Tensor, slice]]
-"""The values of all ranks, and where this rank's stand among them (`ranks.everywhere`)."""
+"""Returns the concatenated values of all ranks, and the slice of this rank's (`collectives.all_gather`)."""
 UserFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-"""Which tokens count [N, T] bool, and features by name -> weights [N, T] float64."""
+"""A user's weight function: mask of counted tokens [N, T] bool, features by name -> weights [N, T] float64."""
 
 
 def build_loss_masks(
     batch: RolloutBatch,
     losses: Mapping[str, LossTerm],
     *,
-    everywhere: AllGather,
+    all_gather: AllGather,
     route: RouteSpec | None = None,
     special: Collection[int] = (),
     functions: Mapping[str, UserFunction] | None = None,
 ) -> RolloutBatch:
-    """The rollouts, each with the tokens that every term counts.
+    """Return the rollouts, each with the loss mask of every term and its branch of the route.
 
-    `functions` are the users' own weights, by term.  Raises ValueError where a term is made of a measure that was not taken, or of a reward that is not known.
+    `special` are the special token ids; `functions` are user-written weight functions by term.  Raises ValueError if a
+    term needs a token statistic that was not computed, or a reward that is missing.
     """
     rollouts = [evolve(r, branch=route and branch_of(route, r)) for r in batch]
-    found = {
+    masks = {
         name: _term_masks(
-            name, term, rollouts, everywhere, route, special, (functions or {}).get(name)
+            name, term, rollouts, all_gather, route, special, (functions or {}).get(name)
         )
         for name, term in losses.items()
     }
     return RolloutBatch(
         rollouts=tuple(
-            evolve(r, loss_masks={name: tokens[i] for name, tokens in found.items()})
+            evolve(r, loss_masks={name: term_masks[i] for name, term_masks in masks.items()})
             for i, r in enumerate(rollouts)
         )
     )
 
 
 def branch_of(route: RouteSpec, rollout: Rollout) -> Literal["then", "otherwise"]:
-    """Which terms of the route count the rollout."""
+    """Return the branch of the route that the rollout takes.  Raises ValueError if its reward is missing."""
     if rollout.reward is None:
         raise ValueError("a route needs the rollouts' rewards")
     failed = rollout.reward < route.threshold
@@ -91,23 +92,23 @@ def _term_masks(
     name: str,
     term: LossTerm,
     rollouts: Sequence[Rollout],
-    everywhere: AllGather,
+    all_gather: AllGather,
     route: RouteSpec | None,
     special: Collection[int],
     function: UserFunction | None,
 ) -> list[LossMask]:
     spans = [_span(name, term, r, route) for r in rollouts]
-    tokens = _apply_mask(term, _Tokens.of(rollouts, spans), everywhere, special)
+    tokens = _apply_mask(term, _Tokens.of(rollouts, spans), all_gather, special)
     weight = weight_of(term)
     with blaming("losses", name, "weight"):
-        weights = None if weight is None else _weights(weight, tokens, everywhere, function)
+        weights = None if weight is None else _weights(weight, tokens, all_gather, function)
     return tokens.split(weights)
 
 
 def _span(name: str, term: LossTerm, rollout: Rollout, route: RouteSpec | None) -> range:
-    """The stretch of the completion that the term's mask leaves; empty where the rollout is not the term's."""
-    elsewhere = {"then": "otherwise", "otherwise": "then"}
-    routed_away = route and rollout.branch and name in getattr(route, elsewhere[rollout.branch])
+    """Return the completion positions within the term's mask; empty if the term does not apply to the rollout."""
+    other_branch = {"then": "otherwise", "otherwise": "then"}
+    routed_away = route and rollout.branch and name in getattr(route, other_branch[rollout.branch])
     if routed_away or (needs_teacher_scores(term) and rollout.teacher_prompt_ids is None):
         return range(0)
     return unmasked_span(term.mask, len(rollout.completion_ids))
@@ -115,65 +116,71 @@ def _span(name: str, term: LossTerm, rollout: Rollout, route: RouteSpec | None) 
 
 @frozen(eq=False)
 class _Tokens:
-    """The tokens of one term: rollout after rollout, each in order."""
+    """The tokens of one loss term, in the order of the rollouts and of their positions."""
 
     rollouts: Sequence[Rollout]
-    row: Tensor  # [M] long; place of the rollout
-    place: Tensor  # [M] long; position in the completion
+    row: Tensor  # [M] long; index into `rollouts`
+    position: Tensor  # [M] long; position in the completion
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], spans: Sequence[range]) -> _Tokens:
         sizes = torch.tensor([len(s) for s in spans], dtype=torch.long)
-        places = [torch.arange(s.start, s.stop) for s in spans]
+        positions = [torch.arange(s.start, s.stop) for s in spans]
         return cls(
             rollouts,
             torch.arange(len(spans)).repeat_interleave(sizes),
-            torch.cat(places) if places else sizes,
+            torch.cat(positions) if positions else sizes,
         )
 
     def select(self, keep: Tensor) -> _Tokens:
-        return _Tokens(self.rollouts, self.row[keep], self.place[keep])
+        return _Tokens(self.rollouts, self.row[keep], self.position[keep])
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each completion, [N] long."""
+        """Number of tokens of each completion, [N] long."""
         return torch.tensor([len(r.completion_ids) for r in self.rollouts], dtype=torch.long)
 
     def ids(self) -> Tensor:
-        """The tokens themselves, [M] long."""
-        return self._picked([r.completion_ids for r in self.rollouts], torch.long)
+        """Return the token ids, [M] long."""
+        return self._select_tokens([r.completion_ids for r in self.rollouts], torch.long)
 
     def statistic(self, name: Statistic) -> Tensor:
-        """[M] float64.  Raises ValueError where it was not taken of a rollout with tokens here."""
-        present = set(self.row.unique().tolist())
+        """Return the statistic of each token, [M] float64.
+
+        Raises ValueError if a rollout with tokens here lacks it.
+        """
+        present = set(self.row.tolist())
         if any(name not in self.rollouts[i].token_statistics for i in present):
-            raise ValueError(f"{name} was not measured")
+            raise ValueError(f"{name} was not computed")
         values = [
             r.token_statistics[name] if i in present else (0.0,) * len(r.completion_ids)
             for i, r in enumerate(self.rollouts)
         ]
-        return self._picked(values, torch.float64)
+        return self._select_tokens(values, torch.float64)
 
-    def _picked(self, values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    def _select_tokens(self, values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
         starts = self.lengths.cumsum(0) - self.lengths
-        flat = torch.tensor([x for each in values for x in each], dtype=dtype)
-        return flat[starts[self.row] + self.place]
+        flat = torch.tensor([x for row in values for x in row], dtype=dtype)
+        return flat[starts[self.row] + self.position]
 
     def split(self, weights: Tensor | None) -> list[LossMask]:
-        """The tokens of each rollout, with their weights."""
+        """Return the loss mask of each rollout.  weights [M], None: 1 for every token."""
         sizes = torch.bincount(self.row, minlength=len(self.rollouts)).tolist()
-        places = self.place.split(sizes)
-        worth = [None] * len(sizes) if weights is None else weights.split(sizes)
+        positions = self.position.split(sizes)
+        row_weights = [None] * len(sizes) if weights is None else weights.split(sizes)
         return [
             LossMask(positions=tuple(p.tolist()), weights=None if w is None else tuple(w.tolist()))
-            for p, w in zip(places, worth, strict=True)
+            for p, w in zip(positions, row_weights, strict=True)
         ]
 
 
 def _apply_mask(
-    term: LossTerm, tokens: _Tokens, everywhere: AllGather, special: Collection[int]
+    term: LossTerm, tokens: _Tokens, all_gather: AllGather, special: Collection[int]
 ) -> _Tokens:
-    """What else the mask leaves out; the share of largest entropies last, over the tokens that are left then."""
+    """Return the tokens within the term's span that its mask keeps.
+
+    The share of largest entropies comes last: it is a share of the tokens that the other settings keep.
+    """
     mask = term.mask
     if mask.special_tokens == "leave_out":
         tokens = tokens.select(
@@ -187,37 +194,35 @@ def _apply_mask(
     if floor is not None:
         tokens = tokens.select(_log_ratio(tokens) >= plain(floor))
     if mask.student_entropy_top is not None:
-        values, own = everywhere(tokens.statistic("student_entropy"))
+        values, own_slice = all_gather(tokens.statistic("student_entropy"))
         tokens = tokens.select(
-            token_weights.top_share(values, plain(mask.student_entropy_top))[own]
+            token_weights.top_share(values, plain(mask.student_entropy_top))[own_slice]
         )
     return tokens
 
 
 def _weights(
-    weight: Weight, tokens: _Tokens, everywhere: AllGather, function: UserFunction | None
+    weight: Weight, tokens: _Tokens, all_gather: AllGather, function: UserFunction | None
 ) -> Tensor:
-    """[M] float64, at least 0."""
-    rows = len(tokens.rollouts)
+    """Return the weight of each token, [M] float64, at least 0."""
     match weight:
         case PositionWeight(smallest=smallest, middle=middle, width=width):
-            place = (tokens.place + 1).double() / tokens.lengths[tokens.row]
-            return token_weights.sigmoid_ramp(place, plain(smallest), plain(middle), plain(width))
+            share = (tokens.position + 1).double() / tokens.lengths[tokens.row]
+            return token_weights.sigmoid_ramp(share, plain(smallest), plain(middle), plain(width))
         case TeacherEntropyWeight(rate=rate):
-            values, own = everywhere(tokens.statistic("teacher_entropy"))
-            return token_weights.entropy_weight(values, plain(rate))[own]
+            values, own_slice = all_gather(tokens.statistic("teacher_entropy"))
+            return token_weights.entropy_weight(values, plain(rate))[own_slice]
         case DriftWeight(strength=strength):
+            rows = len(tokens.rollouts)
             return token_weights.drift(_log_ratio(tokens), tokens.row, rows, plain(strength))
         case PassRateWeight(power=power, threshold=threshold):
             rates = [_pass_rate(r, threshold) for r in tokens.rollouts]
-            each = torch.tensor(rates, dtype=torch.float64)
-            return token_weights.pass_rate_variance(each, plain(power))[tokens.row]
-        case PerplexityWeight(of=who, power=power):
-            measure: Statistic = "student_logprobs" if who == "student" else "teacher_logprobs"
+            pass_rates = torch.tensor(rates, dtype=torch.float64)
+            return token_weights.pass_rate_variance(pass_rates, plain(power))[tokens.row]
+        case PerplexityWeight(of=model, power=power):
+            name: Statistic = "student_logprobs" if model == "student" else "teacher_logprobs"
             group = torch.tensor([r.group for r in tokens.rollouts], dtype=torch.long)
-            return token_weights.perplexity(
-                tokens.statistic(measure), tokens.row, group, plain(power)
-            )
+            return token_weights.perplexity(tokens.statistic(name), tokens.row, group, plain(power))
         case FileWeight():
             assert function is not None
             return _user_weights(weight, tokens, function)
@@ -237,19 +242,19 @@ def _pass_rate(rollout: Rollout, threshold: float) -> float:
 
 
 def _user_weights(weight: FileWeight, tokens: _Tokens, function: UserFunction) -> Tensor:
-    """The function's weights, called with all rollouts at once, or with one group after the other."""
-    row, place = tokens.row, tokens.place
+    """Return the user function's weights, [M] float64; it is called once with all rollouts, or once per group."""
+    row, position = tokens.row, tokens.position
     shape = len(tokens.rollouts), int(tokens.lengths.max()) if tokens.rollouts else 0
-    counts = torch.zeros(shape, dtype=torch.bool).index_put((row, place), torch.tensor(True))
+    mask = torch.zeros(shape, dtype=torch.bool).index_put((row, position), torch.tensor(True))
     features = {name: _feature(name, tokens, shape) for name in weight.given}
     weights = torch.zeros(shape, dtype=torch.float64)
     for rows in _function_calls(weight, tokens.rollouts):
-        weights[rows] = function(counts[rows], {name: x[rows] for name, x in features.items()})
-    return weights[row, place]
+        weights[rows] = function(mask[rows], {name: x[rows] for name, x in features.items()})
+    return weights[row, position]
 
 
 def _function_calls(weight: FileWeight, rollouts: Sequence[Rollout]) -> list[Tensor]:
-    """The places of the rollouts that are handed over together."""
+    """Return the rollout indices of each call of the user function."""
     if weight.rows == "rollout":
         return [torch.arange(len(rollouts))] * bool(rollouts)
     group = torch.tensor([r.group for r in rollouts], dtype=torch.long)
@@ -257,7 +262,7 @@ def _function_calls(weight: FileWeight, rollouts: Sequence[Rollout]) -> list[Ten
 
 
 def _feature(name: Given, tokens: _Tokens, shape: tuple[int, int]) -> Tensor:
-    """[N, T], 0 where the term does not count a token; [N] for what belongs to the rollout.  float64."""
+    """Return a feature in float64: [N, T] per token, 0 where the term does not count it, or [N] per rollout."""
     match name:
         case "length":
             return tokens.lengths.double()
@@ -267,7 +272,7 @@ def _feature(name: Given, tokens: _Tokens, shape: tuple[int, int]) -> Tensor:
                 raise ValueError("the rollouts' rewards are not known")
             return torch.tensor(rewards, dtype=torch.float64)
         case "position":
-            values = tokens.place.double()
+            values = tokens.position.double()
         case _:
             values = tokens.statistic(name)
-    return torch.zeros(shape, dtype=torch.float64).index_put((tokens.row, tokens.place), values)
+    return torch.zeros(shape, dtype=torch.float64).index_put((tokens.row, tokens.position), values)

@@ -1,7 +1,7 @@
-"""The figures of one training step, over the rollouts of all ranks.
+"""The metrics of one training step, over the rollouts of all ranks.
 
-A share or a mean is a sum and a count on each rank, both summed over ranks before they are divided.  `time/*`, and what a
-backend tells of a weight transfer, are this process's own.
+Each share or mean is a sum and a count on each rank; both are summed over ranks and then divided.  `time/*` and the
+metrics of a weight transfer are those of this process.
 """
 
 from __future__ import annotations
@@ -23,116 +23,122 @@ if TYPE_CHECKING:
 
 HEDGES = ("wait", "hmm", "actually", "maybe", "perhaps")
 Sums = dict[str, tuple[float, float]]
-"""Of each figure, a sum and what it is divided by, on this rank."""
+"""By metric: this rank's sum, and the count to divide it by."""
 
 
 def step_metrics(
-    world: TrainState,
-    gathered: CollectedRollouts,
-    measured: Sequence[StepResult],
-    passed: Mapping[str, float],
-    kept: int,
+    state: TrainState,
+    collected: CollectedRollouts,
+    results: Sequence[StepResult],
+    filter_shares: Mapping[str, float],
+    trained: int,
     seconds: float,
 ) -> dict[str, float]:
-    """Every figure of a step; `passed` are the shares that pass each filter, `kept` the rollouts that pass all."""
-    rollouts = list(gathered.batch)
-    whole = len(rollouts)
-    metrics = _average_updates(measured)
+    """Return every metric of a step.
+
+    `filter_shares` is the share of rollouts that passes each filter; `trained` is the number that passes all of them.
+    """
+    rollouts = list(collected.batch)
+    sampled = len(rollouts)
+    metrics = _average_updates(results)
     metrics |= _divide_sums(
-        world,
-        {f"reward/{name}": _mean(values) for name, values in gathered.scores.items()}
-        | {f"keep/{name}": (share * whole, whole) for name, share in passed.items()}
-        | {"rollout/kept": (kept, whole), "rollout/hedging": _hedging(world, rollouts)}
-        | _rollout_sums(world, rollouts)
-        | _group_sums(world, rollouts)
-        | _context_sums(world, rollouts),
+        state,
+        {f"reward/{name}": _mean(values) for name, values in collected.scores.items()}
+        | {f"keep/{name}": (share * sampled, sampled) for name, share in filter_shares.items()}
+        | {"rollout/kept": (trained, sampled), "rollout/hedging": _hedging(state, rollouts)}
+        | _rollout_sums(state, rollouts)
+        | _group_sums(state, rollouts)
+        | _context_sums(state, rollouts),
     )
     metrics |= {
-        "skipped_steps": float(sum(not part.applied for part in measured)),
-        "policy_version": float(world.optimizer_steps),
-        **{f"rollout/{name}": value for name, value in gathered.figures.items()},
+        "skipped_steps": float(sum(not result.applied for result in results)),
+        "policy_version": float(state.optimizer_steps),
+        **{f"rollout/{name}": value for name, value in collected.figures.items()},
     }
     own_tokens = sum(len(r.completion_ids) for r in rollouts)
-    return metrics | _times(gathered, measured, own_tokens, seconds)
+    return metrics | _times(collected, results, own_tokens, seconds)
 
 
-def _average_updates(measured: Sequence[StepResult]) -> dict[str, float]:
-    """The mean over the step's updates of what each measured, which is over all ranks already."""
+def _average_updates(results: Sequence[StepResult]) -> dict[str, float]:
+    """Return the mean of each metric over the step's updates; each update's metrics cover all ranks already."""
     metrics: dict[str, float] = {}
-    for part in measured:
-        for name, value in part.metrics.items():
-            metrics[name] = metrics.get(name, 0.0) + value / len(measured)
+    for result in results:
+        for name, value in result.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value / len(results)
     return metrics
 
 
-def _divide_sums(world: TrainState, sums: Sums) -> dict[str, float]:
-    """Sums of all ranks over counts of all ranks; what has a count of 0 stays a sum.  Every rank has the same names."""
-    pairs = torch.tensor(list(sums.values()), dtype=torch.float64, device=world.device)
+def _divide_sums(state: TrainState, sums: Sums) -> dict[str, float]:
+    """Return sums divided by counts, both over all ranks; a sum with a count of 0 stays a sum.
+
+    Every rank must have the same metrics, in the same order.
+    """
+    pairs = torch.tensor(list(sums.values()), dtype=torch.float64, device=state.device)
     totals = zip(sums, collectives.all_reduce_sum(pairs).tolist(), strict=True)
     return {name: total / max(count, 1.0) for name, (total, count) in totals}
 
 
-def _rollout_sums(world: TrainState, rollouts: Sequence[Rollout]) -> Sums:
+def _rollout_sums(state: TrainState, rollouts: Sequence[Rollout]) -> Sums:
     sums = {
         "rollout/tokens": (float(sum(len(r.completion_ids) for r in rollouts)), 0.0),
         "rollout/completion_tokens": _mean(len(r.completion_ids) for r in rollouts),
         "rollout/finished": _mean(r.finished for r in rollouts),
         "rollout/with_teacher": _mean(r.teacher_prompt_ids is not None for r in rollouts),
     }
-    if completion_column(world.spec.rollout.sampled_by):
-        own = [r for r in rollouts if r.sampler_logprobs is None]
-        sums["rollout/cut_completions"] = _mean(not r.finished for r in own)
-    if world.data.reward is not None and group_relative(world.losses) is not None:
+    if completion_column(state.spec.rollout.sampled_by):
+        from_data = [r for r in rollouts if r.sampler_logprobs is None]
+        sums["rollout/cut_completions"] = _mean(not r.finished for r in from_data)
+    if state.data.reward is not None and group_relative(state.losses) is not None:
         sums["rollout/no_advantage"] = _mean(not r.advantage for r in rollouts)
     return sums
 
 
-def _group_sums(world: TrainState, rollouts: Sequence[Rollout]) -> Sums:
-    """Share of groups whose rollouts all got one reward, where groups have several."""
-    if world.data.reward is None or world.spec.rollout.completions_per_prompt < 2:
+def _group_sums(state: TrainState, rollouts: Sequence[Rollout]) -> Sums:
+    """The share of groups whose rollouts all have the same reward, if groups have several rollouts."""
+    if state.data.reward is None or state.spec.rollout.completions_per_prompt < 2:
         return {}
     groups = {r.group: r.group_rewards for r in rollouts}
     return {"rollout/constant_groups": _mean(len(set(g)) == 1 for g in groups.values())}
 
 
-def _context_sums(world: TrainState, rollouts: Sequence[Rollout]) -> Sums:
-    """Share of rollouts whose teacher was shown each slot, and of groups with a success in them."""
-    teacher = world.spec.teacher
+def _context_sums(state: TrainState, rollouts: Sequence[Rollout]) -> Sums:
+    """The share of rollouts whose teacher prompt fills each slot, and of groups with a successful rollout."""
+    teacher = state.spec.teacher
     slots = teacher.sees.slots if teacher and teacher.sees else {}
     sums: Sums = {}
     for name, slot in slots.items():
         if isinstance(slot, OfRollouts):
             sums[f"teacher/{name}_used"] = _mean(name in r.filled_slots for r in rollouts)
         if isinstance(slot, SuccessfulSibling):
-            groups: dict[int, bool] = {}
+            has_success: dict[int, bool] = {}
             for r in rollouts:
-                won = r.reward is not None and r.reward >= slot.threshold
-                groups[r.group] = groups.get(r.group, False) or won
-            sums["teacher/success_groups"] = _mean(groups.values())
+                success = r.reward is not None and r.reward >= slot.threshold
+                has_success[r.group] = has_success.get(r.group, False) or success
+            sums["teacher/success_groups"] = _mean(has_success.values())
     return sums
 
 
-def _hedging(world: TrainState, rollouts: Sequence[Rollout]) -> tuple[float, float]:
-    """Hedging words per hundred words (2603.24472 ties their loss to worse reasoning elsewhere)."""
-    texts = [completion_text(world, r.completion_ids) for r in rollouts]
+def _hedging(state: TrainState, rollouts: Sequence[Rollout]) -> tuple[float, float]:
+    """Hedging words per hundred words (arXiv 2603.24472 links losing them to worse reasoning on other tasks)."""
+    texts = [completion_text(state, r.completion_ids) for r in rollouts]
     words = [w.strip(".,!?:;").lower() for text in texts for w in text.split()]
     return 100.0 * sum(w in HEDGES for w in words), len(words)
 
 
 def _times(
-    gathered: CollectedRollouts, measured: Sequence[StepResult], tokens: int, seconds: float
+    collected: CollectedRollouts, results: Sequence[StepResult], tokens: int, seconds: float
 ) -> dict[str, float]:
-    times = dict(gathered.seconds)
-    for part in measured:
-        for name, value in part.seconds.items():
+    times = dict(collected.seconds)
+    for result in results:
+        for name, value in result.seconds.items():
             times[name] = times.get(name, 0.0) + value
-    found = {f"time/{name}": value for name, value in times.items()} | {"time/step": seconds}
-    sampling = gathered.seconds.get("sampler", gathered.seconds["rollout"])
+    metrics = {f"time/{name}": value for name, value in times.items()} | {"time/step": seconds}
+    sampling = collected.seconds.get("sampler", collected.seconds["rollout"])
     if sampling > 0:
-        found["time/tokens_per_second"] = tokens / sampling
-    return found
+        metrics["time/tokens_per_second"] = tokens / sampling
+    return metrics
 
 
 def _mean(values: Iterable[float]) -> tuple[float, float]:
-    held = list(values)
-    return float(sum(held)), float(len(held))
+    listed = list(values)
+    return float(sum(listed)), float(len(listed))

@@ -1,8 +1,8 @@
-"""Rollout batches sampled ahead of their turn, while earlier ones are trained on.
+"""Prefetches rollout batches from the servers while earlier batches are trained on.
 
-Batch t is sampled by the weights as they are before step max(0, t - max_staleness), exactly, whatever else the servers do
-in between: so a run with look-ahead can be repeated, and resumed.  Batches of a checkpoint that wait for their turn are
-written beside it (`ahead.jsonl`), each with its completions.
+Batch t is sampled with exactly the weights before step max(0, t - max_staleness), whatever else the servers do meanwhile,
+so a run with prefetching can be repeated and resumed.  A checkpoint includes the batches that are sampled but not yet
+trained on, with their completions (`ahead.jsonl`).
 """
 
 from __future__ import annotations
@@ -28,67 +28,67 @@ if TYPE_CHECKING:
 
 @frozen(eq=False, kw_only=True)
 class PrefetchedBatch:
-    """A batch that has been sampled and waits for its turn.  All ranks have all of it."""
+    """A batch that is sampled and not yet trained on.  Every rank has all of it."""
 
-    version: int  # optimizer steps behind the weights that sampled it
+    version: int  # policy version that sampled it: its number of optimizer steps
     completions: Mapping[tuple[tuple[int, ...], int], Completion]  # by prompt and seed
     figures: Mapping[str, float]
     seconds: float
 
 
 class RolloutPrefetcher:
-    """The batches that are asked of the servers, or wait for their turn."""
+    """Requests rollout batches from the servers, and keeps them until their step."""
 
     def __init__(self, batches: int) -> None:
-        self.batches = batches  # how far sampling runs ahead
-        self._asked: dict[int, Job] = {}
-        self._waiting: dict[int, PrefetchedBatch] = {}
+        self.batches = batches  # how many batches sampling may run ahead
+        self._jobs: dict[int, Job] = {}
+        self._sampled: dict[int, PrefetchedBatch] = {}
 
-    def request(self, world: TrainState, step: int) -> None:
-        """Ask for what is not yet asked for of batch `step` and those after it, of the weights as they are now."""
-        for batch in range(step, min(step + self.batches + 1, world.end)):
-            if batch not in self._asked and batch not in self._waiting:
-                self._request(world, batch)
+    def request(self, state: TrainState, step: int) -> None:
+        """Request batch `step` and those to prefetch after it, if not yet requested, with the current weights."""
+        for batch in range(step, min(step + self.batches + 1, state.end)):
+            if batch not in self._jobs and batch not in self._sampled:
+                self._request(state, batch)
 
-    def take(self, world: TrainState, step: int) -> PrefetchedBatch:
-        """Batch `step`, which must have been asked for; waits for it."""
-        self._wait_for(world, step)
-        return self._waiting.pop(step)
+    def take(self, state: TrainState, step: int) -> PrefetchedBatch:
+        """Wait for batch `step`, which must have been requested, and return it."""
+        self._wait_for(state, step)
+        return self._sampled.pop(step)
 
-    def wait(self, world: TrainState) -> None:
-        """Wait for every batch that is asked for."""
-        for batch in sorted(self._asked):
-            self._wait_for(world, batch)
+    def wait(self, state: TrainState) -> None:
+        """Wait for every requested batch."""
+        for batch in sorted(self._jobs):
+            self._wait_for(state, batch)
 
     def write(self, folder: Path) -> None:
-        """What waits for its turn, to be taken up by `read`; everything must have been settled."""
+        """Write the sampled batches for `read`.  Call `wait` first."""
         if collectives.rank() == 0:
-            lines = [json.dumps(_record(batch, w)) + "\n" for batch, w in self._waiting.items()]
+            lines = [json.dumps(_record(n, batch)) + "\n" for n, batch in self._sampled.items()]
             (folder / PREFETCHED).write_text("".join(lines), encoding="utf-8")
 
     def read(self, folder: Path) -> None:
-        """Take up what `write` left.  Raises UnreadableInput where it is not there."""
+        """Read the batches that `write` wrote.  Raises UnreadableInput if the file is missing."""
         if not (folder / PREFETCHED).is_file():
             raise UnreadableInput(
                 f"{folder} has no {PREFETCHED}, which rollout.max_staleness needs"
             )
-        self._waiting = {
+        self._sampled = {
             line["batch"]: _from_record(line) for line in read_lines(folder / PREFETCHED)
         }
 
-    def _request(self, world: TrainState, batch: int) -> None:
-        backend = world.servers()
-        backend.retain_weights(world.student, world.optimizer_steps)
-        requests = sampling_requests(world, world.data.batch_rows(batch), ("rollout", batch))
-        self._asked[batch] = backend.submit(requests, sampling_params(world))
+    def _request(self, state: TrainState, batch: int) -> None:
+        backend = state.servers()
+        backend.retain_weights(state.student, state.optimizer_steps)
+        requests = sampling_requests(state, state.data.batch_rows(batch), ("rollout", batch))
+        self._jobs[batch] = backend.submit(requests, sampling_params(state))
 
-    def _wait_for(self, world: TrainState, batch: int) -> None:
-        if (job := self._asked.get(batch)) is None:
+    def _wait_for(self, state: TrainState, batch: int) -> None:
+        if (job := self._jobs.get(batch)) is None:
             return
-        sampled = world.servers().result(job)
-        del self._asked[batch]
+        sampled = state.servers().result(job)
+        del self._jobs[batch]
         keys = [(request.prompt_ids, request.seed) for request in job.requests]
-        self._waiting[batch] = PrefetchedBatch(
+        self._sampled[batch] = PrefetchedBatch(
             version=job.version,
             completions=dict(zip(keys, sampled.completions, strict=True)),
             figures=sampled.figures,
@@ -96,33 +96,33 @@ class RolloutPrefetcher:
         )
 
 
-def _record(batch: int, waiting: PrefetchedBatch) -> dict[str, Any]:
+def _record(number: int, batch: PrefetchedBatch) -> dict[str, Any]:
     return {
-        "batch": batch,
-        "policy_version": waiting.version,
-        "figures": waiting.figures,
-        "seconds": waiting.seconds,
+        "batch": number,
+        "policy_version": batch.version,
+        "figures": batch.figures,
+        "seconds": batch.seconds,
         "completions": [
             {
                 "seed": seed,
                 "sampled_from_ids": prompt,
-                "completion_ids": each.ids,
-                "sampler_logprobs": each.logprobs,
-                "finished": each.finished,
+                "completion_ids": completion.ids,
+                "sampler_logprobs": completion.logprobs,
+                "finished": completion.finished,
             }
-            for (prompt, seed), each in waiting.completions.items()
+            for (prompt, seed), completion in batch.completions.items()
         ],
     }
 
 
 def _from_record(line: Mapping[str, Any]) -> PrefetchedBatch:
     completions = {
-        (tuple(each["sampled_from_ids"]), each["seed"]): Completion(
-            ids=tuple(each["completion_ids"]),
-            logprobs=tuple(each["sampler_logprobs"]),
-            finished=each["finished"],
+        (tuple(record["sampled_from_ids"]), record["seed"]): Completion(
+            ids=tuple(record["completion_ids"]),
+            logprobs=tuple(record["sampler_logprobs"]),
+            finished=record["finished"],
         )
-        for each in line["completions"]
+        for record in line["completions"]
     }
     return PrefetchedBatch(
         version=line["policy_version"],

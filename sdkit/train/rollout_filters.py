@@ -1,4 +1,4 @@
-"""Which rollouts are trained on: the filters of `rollout.keep`, after rewards and advantages are known."""
+"""Filters for the rollouts to train on (`rollout.keep`), applied once rewards and advantages are known."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import assert_never
 from sdkit.batches import Rollout, RolloutBatch
 from sdkit.language.specs import Keep, NonConstantGroup, NonEmpty, RewardAtLeast
 
-Text = Callable[[Sequence[int]], str]
-"""Token ids as text, without special tokens."""
+Decode = Callable[[Sequence[int]], str]
+"""Decodes token ids to text, without special tokens."""
 
 
 def filter_rollouts(
-    keep: Sequence[Keep], batch: RolloutBatch, text: Text
+    filters: Sequence[Keep], batch: RolloutBatch, decode: Decode
 ) -> tuple[RolloutBatch, dict[str, float]]:
-    """The rollouts that pass every filter, and the share that passes each one.
+    """Return the rollouts that pass every filter, and the share of rollouts that passes each filter.
 
-    A group's statistics (advantages, siblings, pass rates) are those of all that were sampled.
+    Group statistics (advantages, siblings, pass rates) still cover every sampled rollout.
     """
-    passed = [[_passes(each, r, text) for r in batch] for each in keep]
-    whole = (
-        [all(verdicts) for verdicts in zip(*passed, strict=True)] if keep else [True] * len(batch)
-    )
-    rollouts = tuple(r for r, every in zip(batch, whole, strict=True) if every)
-    shares = {each.kind: sum(p) / max(len(p), 1) for each, p in zip(keep, passed, strict=True)}
+    passes = [[_passes(rollout_filter, r, decode) for r in batch] for rollout_filter in filters]
+    rollouts = tuple(r for i, r in enumerate(batch) if all(column[i] for column in passes))
+    shares = {
+        rollout_filter.kind: sum(column) / max(len(column), 1)
+        for rollout_filter, column in zip(filters, passes, strict=True)
+    }
     return RolloutBatch(rollouts=rollouts), shares
 
 
-def _passes(keep: Keep, rollout: Rollout, text: Text) -> bool:
-    match keep:
+def _passes(rollout_filter: Keep, rollout: Rollout, decode: Decode) -> bool:
+    match rollout_filter:
         case NonEmpty():
-            return bool(text(rollout.completion_ids).strip())
+            return bool(decode(rollout.completion_ids).strip())
         case RewardAtLeast(threshold=threshold):
             return rollout.reward is not None and rollout.reward >= threshold
         case NonConstantGroup():
             return len(set(rollout.group_rewards)) > 1
         case _:
-            assert_never(keep)
+            assert_never(rollout_filter)

@@ -1,5 +1,6 @@
-"""What the teacher, what it is blended with and the reference say of a micro-batch: before the student's forward pass,
-without gradients.
+"""Scores a micro-batch with the teacher, its blend partner and the reference model.
+
+Scoring runs before the student's forward pass, without gradients.
 """
 
 from __future__ import annotations
@@ -36,37 +37,41 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def score_reference(world: TrainState, batch: MicroBatch) -> TeacherScores | None:
-    """What the frozen start model says of the counted tokens under the student's own prompt, where a term asks."""
-    if world.reference is None or not has_reference_term(world.spec):
+def score_reference(state: TrainState, batch: MicroBatch) -> TeacherScores | None:
+    """Return the reference model's scores of the counted tokens after the student's prompt; None if no term uses them.
+
+    The reference is the frozen start model.
+    """
+    if state.reference is None or not has_reference_term(state.spec):
         return None
-    return world.reference.score(0, batch.student, world.compared_ids)
+    return state.reference.score(0, batch.student, state.compared_ids)
 
 
 @torch.no_grad()
 def score_teacher(
-    world: TrainState, batch: MicroBatch, reference: TeacherScores | None = None
+    state: TrainState, batch: MicroBatch, reference: TeacherScores | None = None
 ) -> TeacherScores | None:
-    """What the teacher says of the counted tokens under its own prompt, with what it is blended with.
+    """Return the teacher's scores of the counted tokens after its own prompt, blended if the spec says so.
 
-    `reference` saves a second pass of the start model, where it was asked before (`refer`).
+    Returns None if there is no teacher.  Pass the `reference` scores if they are known: a blend with the start model then
+    needs no second forward pass.
     """
-    if world.teacher is None or batch.teacher is None:
+    if state.teacher is None or batch.teacher is None:
         return None
-    blend = world.blend
-    own, other = (1.0, 0.0) if blend is None else _powers(blend)
-    if blend is None or other == 0:
-        return _score_by_route(world, world.teacher, batch, batch.teacher)
+    blend = state.blend
+    teacher_factor, partner_factor = (1.0, 0.0) if blend is None else _blend_factors(blend)
+    if blend is None or partner_factor == 0:
+        return _score_by_route(state, state.teacher, batch, batch.teacher)
     prompt = batch.teacher if isinstance(blend, TrustRegionBlend) else batch.student
-    beside = _score_blend_partner(world, prompt, reference)
-    if own == 0:  # what has no power is not asked
-        return beside
-    told = _score_by_route(world, world.teacher, batch, batch.teacher)
-    return BlendedScores(parts=(told, beside), factors=(own, other))
+    partner = _score_blend_partner(state, prompt, reference)
+    if teacher_factor == 0:  # saves the teacher's forward pass
+        return partner
+    teacher = _score_by_route(state, state.teacher, batch, batch.teacher)
+    return BlendedScores(parts=(teacher, partner), factors=(teacher_factor, partner_factor))
 
 
-def _powers(blend: Blend) -> tuple[float, float]:
-    """Those of the teacher and of what it is blended with.  Where one of them is 0, the other is 1."""
+def _blend_factors(blend: Blend) -> tuple[float, float]:
+    """Return the factors of the teacher's and of the partner's logits.  If one of them is 0, the other is 1."""
     match blend:
         case TrustRegionBlend(student_share=share):
             return 1 - plain(share), plain(share)
@@ -81,77 +86,78 @@ def _powers(blend: Blend) -> tuple[float, float]:
 
 
 def _score_blend_partner(
-    world: TrainState, prompt: PaddedSequences, reference: TeacherScores | None
+    state: TrainState, prompt: PaddedSequences, reference: TeacherScores | None
 ) -> TeacherScores:
-    """What the weights say that the teacher is blended with."""
-    assert world.blend_partner is not None
-    if reference and world.blend_partner is world.reference:
+    """Return the scores of the model that the teacher is blended with."""
+    assert state.blend_partner is not None
+    if reference and state.blend_partner is state.reference:
         return reference
-    return world.blend_partner.score(0, prompt, world.compared_ids)
+    return state.blend_partner.score(0, prompt, state.compared_ids)
 
 
 def _score_by_route(
-    world: TrainState, teacher: Teacher, batch: MicroBatch, asked: PaddedSequences
+    state: TrainState, teacher: Teacher, batch: MicroBatch, sequences: PaddedSequences
 ) -> TeacherScores:
-    """Each sequence scored by the teacher of its route, all of one route together."""
+    """Score each sequence by the teacher of its route, with one forward pass per route."""
     routes = sorted(set(batch.teacher_routes)) or [0]
-    if world.plan.zero_stage == 3:
-        routes = list(range(len(teacher.leaves)))  # every rank runs every teacher
+    if state.plan.zero_stage == 3:
+        routes = list(
+            range(len(teacher.leaves))
+        )  # parameters are gathered by all ranks, so every rank runs every teacher
     row, token = batch.tokens.row, batch.tokens.token
     if len(routes) == 1:
-        return _score_route(world, teacher, routes[0], asked, token)
+        return _score_route(state, teacher, routes[0], sequences, token)
     part, place = torch.empty_like(row), torch.empty_like(row)
-    answers: list[TeacherScores] = []
+    scores: list[TeacherScores] = []
     for number, route in enumerate(routes):
-        members = [i for i, own in enumerate(batch.teacher_routes) if own == route]
-        mine = torch.isin(row, torch.tensor(members, device=row.device))
-        answers.append(
-            _score_route(
-                world, teacher, route, _select_sequences(world, asked, members), token[mine]
-            )
-        )
-        part[mine] = number
-        place[mine] = torch.arange(int(mine.sum()), device=row.device)
-    told = [each for each in answers if isinstance(each, TopKLogprobs)]
-    if told:
-        return _merge_top_k(told, part)
-    return RoutedScores(parts=tuple(answers), part=part, place=place, vocabulary=world.compared_ids)
+        members = [i for i, r in enumerate(batch.teacher_routes) if r == route]
+        on_route = torch.isin(row, torch.tensor(members, device=row.device))
+        selected = _select_sequences(state, sequences, members)
+        scores.append(_score_route(state, teacher, route, selected, token[on_route]))
+        part[on_route] = number
+        place[on_route] = torch.arange(int(on_route.sum()), device=row.device)
+    top_k = [s for s in scores if isinstance(s, TopKLogprobs)]
+    if top_k:  # then all are: see _score_route
+        return _merge_top_k(top_k, part)
+    return RoutedScores(parts=tuple(scores), part=part, place=place, vocabulary=state.compared_ids)
 
 
 def _score_route(
-    world: TrainState, teacher: Teacher, route: int, asked: PaddedSequences, token: Tensor
+    state: TrainState, teacher: Teacher, route: int, sequences: PaddedSequences, token: Tensor
 ) -> TeacherScores:
-    """One route's answer.  Beside a served teacher every other tells as little as it does: the figures of a step must
-    not depend on which routes stand in a micro-batch.
+    """Return the scores of one route's teacher.
+
+    If any teacher is served, every local teacher is reduced to top-k log-probabilities too, so that the numbers of a step
+    do not depend on which routes share a micro-batch.
     """
-    found = teacher.score(route, asked, world.compared_ids)
-    k = tokens_told(world.spec)
-    if k is None or isinstance(found, TopKLogprobs):
-        return found
-    return top_k_of(found, token, k, world.spec.training.chunk_tokens)
+    scores = teacher.score(route, sequences, state.compared_ids)
+    k = tokens_told(state.spec)
+    if k is None or isinstance(scores, TopKLogprobs):
+        return scores
+    return top_k_of(scores, token, k, state.spec.training.chunk_tokens)
 
 
-def _merge_top_k(answers: list[TopKLogprobs], part: Tensor) -> TopKLogprobs:
-    """What several told, token by token.  part [M]: whose answer a token has."""
-    count, k = len(part), answers[0].ids.shape[-1]
+def _merge_top_k(scores: list[TopKLogprobs], part: Tensor) -> TopKLogprobs:
+    """Merge the scores of several teachers into one.  part [M] long: index into `scores` of each token's teacher."""
+    count, k = len(part), scores[0].ids.shape[-1]
     ids = part.new_empty(count, k)
-    logprobs = answers[0].logprobs.new_empty(count, k)
-    sampled = answers[0].sampled.new_empty(count)
-    for number, each in enumerate(answers):
-        mine = part == number
-        ids[mine], logprobs[mine], sampled[mine] = each.ids, each.logprobs, each.sampled
+    logprobs = scores[0].logprobs.new_empty(count, k)
+    sampled = scores[0].sampled.new_empty(count)
+    for number, s in enumerate(scores):
+        on_route = part == number
+        ids[on_route], logprobs[on_route], sampled[on_route] = s.ids, s.logprobs, s.sampled
     return TopKLogprobs(ids=ids, logprobs=logprobs, sampled=sampled)
 
 
 def _select_sequences(
-    world: TrainState, asked: PaddedSequences, members: list[int]
+    state: TrainState, sequences: PaddedSequences, members: list[int]
 ) -> PaddedSequences:
-    """A forward pass over some of the sequences."""
-    texts = [asked.texts[i] for i in members]
+    """Return a padded batch of some of the sequences."""
+    texts = [sequences.texts[i] for i in members]
     return pad_sequences(
         [t.prompt for t in texts],
         [t.completion for t in texts],
         [t.positions for t in texts],
-        world.longest_pack,
-        world.device,
+        state.longest_pack,
+        state.device,
     )

@@ -1,7 +1,7 @@
-"""What is known of a rollout batch before its first update: the measuring pass, and which tokens count.
+"""Token statistics and loss masks of a rollout batch, computed before its first update.
 
-The pass is taken only where something asks for it (`measures.py`), and once per batch; all updates on the batch see the
-same figures.
+The extra forward pass runs only if a loss term needs it (`language/required_statistics.py`), and once per rollout batch:
+all updates on the batch see the same statistics.
 """
 
 from __future__ import annotations
@@ -26,84 +26,91 @@ if TYPE_CHECKING:
 
 
 def prepare_rollouts(
-    world: TrainState, rollouts: RolloutBatch, *, training: bool = True
+    state: TrainState, rollouts: RolloutBatch, *, training: bool = True
 ) -> RolloutBatch:
-    """The rollouts as `train_step` takes them, and `measure` (where `training` is False).
+    """Return the rollouts with all that `train_step` needs, or `evaluate_objective` if `training` is False.
 
-    Call it on the whole batch, before it is dealt into several updates.
+    Call it on the full rollout batch, before the batch is split into several updates.
     """
-    old = training and world.plan.needs_old_logprobs
-    asked = set(required_statistics(world.spec.losses)) | ({"student_logprobs"} if old else set())
-    if asked:
-        rollouts = compute_token_statistics(world, rollouts, asked)
-    if old:
-        told = [evolve(r, old_logprobs=r.token_statistics["student_logprobs"]) for r in rollouts]
-        rollouts = RolloutBatch(rollouts=tuple(told))
+    needs_old_logprobs = training and state.plan.needs_old_logprobs
+    names = set(required_statistics(state.spec.losses))
+    if needs_old_logprobs:
+        names.add("student_logprobs")
+    if names:
+        rollouts = compute_token_statistics(state, rollouts, names)
+    if needs_old_logprobs:
+        rollouts = RolloutBatch(
+            rollouts=tuple(
+                evolve(r, old_logprobs=r.token_statistics["student_logprobs"]) for r in rollouts
+            )
+        )
     rollouts.check()
     return build_loss_masks(
         rollouts,
-        world.losses,
-        everywhere=collectives.all_gather,
-        route=world.spec.route,
-        special=world.special_ids,
-        functions=world.data.user_weights,
+        state.losses,
+        all_gather=collectives.all_gather,
+        route=state.spec.route,
+        special=state.special_ids,
+        functions=state.data.user_weights,
     )
 
 
 @torch.no_grad()
 def compute_token_statistics(
-    world: TrainState, rollouts: RolloutBatch, asked: Collection[Statistic]
+    state: TrainState, rollouts: RolloutBatch, names: Collection[Statistic]
 ) -> RolloutBatch:
-    """The rollouts with these figures of each completion token, at the sampling temperature.
+    """Return the rollouts with these statistics of every completion token, at the sampling temperature.
 
-    The teacher's are missing where a rollout has no teacher prompt.
+    A rollout without a teacher prompt gets no teacher statistics.
     """
-    of_teacher = any(name.startswith("teacher") for name in asked)
-    budget = world.spec.training.micro_batch_tokens
-    found: dict[int, dict[str, tuple[float, ...]]] = {}
+    needs_teacher = any(name.startswith("teacher") for name in names)
+    budget = state.spec.training.micro_batch_tokens
+    statistics: dict[int, dict[str, tuple[float, ...]]] = {}  # by the id() of the rollout
     batches = [
         *collate_completions(
-            list(rollouts), budget, world.device, world.longest_pack, teacher=of_teacher
+            list(rollouts), budget, state.device, state.longest_pack, teacher=needs_teacher
         )
     ]
-    empty = empty_micro_batch((), teacher=of_teacher, device=world.device)
+    empty = empty_micro_batch((), teacher=needs_teacher, device=state.device)
     batches += [((), empty)] * (collectives.all_reduce_max(len(batches)) - len(batches))
     for part, batch in batches:
         sizes = [len(r.completion_ids) for r in part]
-        held = {
+        by_name = {
             name: [tuple(x.tolist()) for x in values.split(sizes)]
-            for name, values in _batch_statistics(world, batch, asked)
+            for name, values in _batch_statistics(state, batch, names)
         }
-        for place, rollout in enumerate(part):
-            found[id(rollout)] = {
-                name: values[place]
-                for name, values in held.items()
+        for i, rollout in enumerate(part):
+            statistics[id(rollout)] = {
+                name: values[i]
+                for name, values in by_name.items()
                 if rollout.teacher_prompt_ids is not None or not name.startswith("teacher")
             }
-    return RolloutBatch(rollouts=tuple(evolve(r, token_statistics=found[id(r)]) for r in rollouts))
+    return RolloutBatch(
+        rollouts=tuple(evolve(r, token_statistics=statistics[id(r)]) for r in rollouts)
+    )
 
 
 def _batch_statistics(
-    world: TrainState, batch: MicroBatch, asked: Collection[Statistic]
+    state: TrainState, batch: MicroBatch, names: Collection[Statistic]
 ) -> Iterator[tuple[Statistic, Tensor]]:
-    """Each figure that is asked for, [M]; the teacher's where the batch has its prompts."""
-    of_student: tuple[Statistic, ...] = ("student_logprobs", "student_entropy")
+    """Yield each statistic in `names` with its values, [M]; the teacher's only if the batch has its prompts."""
+    student_names: tuple[Statistic, ...] = ("student_logprobs", "student_entropy")
     pairs: list[tuple[Statistic, Tensor]] = []
-    if set(of_student) & set(asked):
-        pairs += zip(of_student, world.student_module.token_statistics(batch), strict=True)
-    if scores := score_teacher(world, batch):
-        pairs += _teacher_statistics(world, scores, batch.tokens.token)
-    yield from (pair for pair in pairs if pair[0] in asked)
+    if set(student_names) & set(names):
+        pairs += zip(student_names, state.student_module.token_statistics(batch), strict=True)
+    if scores := score_teacher(state, batch):
+        pairs += _teacher_statistics(state, scores, batch.tokens.token)
+    yield from (pair for pair in pairs if pair[0] in names)
 
 
 def _teacher_statistics(
-    world: TrainState, scores: TeacherScores, token: Tensor
+    state: TrainState, scores: TeacherScores, token: Tensor
 ) -> Iterator[tuple[Statistic, Tensor]]:
-    """The teacher's figures; without its entropy where it told of a few ids alone."""
-    settings = world.spec.rollout.temperature, world.spec.training.chunk_tokens
+    """Yield the teacher's statistics, without its entropy if only its top-k log-probabilities are known."""
+    settings = state.spec.rollout.temperature, state.spec.training.chunk_tokens
     if isinstance(scores, TopKLogprobs):
         yield "teacher_logprobs", scored_logprobs(scores, token, *settings)
         return
-    own, spread = token_logprobs_and_entropy(scores, token, *settings)
-    yield "teacher_logprobs", own
-    yield "teacher_entropy", spread
+    logprobs, entropy = token_logprobs_and_entropy(scores, token, *settings)
+    yield "teacher_logprobs", logprobs
+    yield "teacher_entropy", entropy

@@ -75,7 +75,7 @@ def test_7_a_rollout_without_its_context_counts_no_token_and_its_share_is_logged
     counted = build_loss_masks(
         RolloutBatch(rollouts=with_and_without),
         checked.spec.losses,
-        everywhere=lambda values: (values, slice(0, len(values))),
+        all_gather=lambda values: (values, slice(0, len(values))),
     )
     positions = [r.loss_masks["distil"].positions for r in counted if r.loss_masks]
     assert positions == [(0, 1), ()]

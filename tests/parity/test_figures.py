@@ -26,7 +26,7 @@ from sdkit.models.weights import Unsharded
 from sdkit.train.advantages import with_advantages
 from sdkit.train.collate import collate
 from sdkit.train.loss_masks import build_loss_masks
-from sdkit.train.step import Student
+from sdkit.train.student import Student
 from sdkit.user_code.divergences import open_user_divergences
 from sdkit.user_code.token_weights import open_user_weights
 
@@ -158,7 +158,7 @@ def answer(case, spec):
     batch = build_loss_masks(
         batch,
         spec.losses,
-        everywhere=_alone,
+        all_gather=_alone,
         route=spec.route,
         special={3},
         functions=open_user_weights(spec.losses, HERE),

@@ -110,8 +110,8 @@ def test_a_server_that_was_started_anew_gets_its_weights_and_the_batch_is_asked_
     assert tokens(drawn(world)) == expected
     assert len(server.loads) == 2
     assert "was started anew; it gets the weights again" in capsys.readouterr().err
-    assert any("started anew" in told for told in world.told_of_servers())
-    assert world.told_of_servers() == []
+    assert any("started anew" in told for told in world.server_messages())
+    assert world.server_messages() == []
 
 
 def test_a_server_killed_in_the_middle_of_a_batch_is_waited_for(

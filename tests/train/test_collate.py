@@ -46,7 +46,7 @@ def alone(values):
 
 def collate(rollouts, losses, *rest):
     batch = RolloutBatch(rollouts=tuple(rollouts))
-    return collate_counted(list(build_loss_masks(batch, losses, everywhere=alone)), losses, *rest)
+    return collate_counted(list(build_loss_masks(batch, losses, all_gather=alone)), losses, *rest)
 
 
 def test_a_state_predicts_the_next_token_under_both_prompts():

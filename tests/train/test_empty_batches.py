@@ -54,7 +54,7 @@ from sdkit.losses.chunks import top_k_of
 from sdkit.models.weights import UNSHARDED
 from sdkit.train.collate import collate, empty_micro_batch
 from sdkit.train.loss_masks import build_loss_masks
-from sdkit.train.step import Student
+from sdkit.train.student import Student
 
 HIDDEN, VOCABULARY = 6, 16
 SAMPLER = SamplerRatio(cap=2.0, level="sequence_mean")
@@ -157,7 +157,7 @@ def gradients(term, batch, kind, chunk=2):
 
 def micro_batches(rollouts, term):
     losses = Table({"term": term})
-    batch = build_loss_masks(RolloutBatch(rollouts=tuple(rollouts)), losses, everywhere=alone)
+    batch = build_loss_masks(RolloutBatch(rollouts=tuple(rollouts)), losses, all_gather=alone)
     made = collate(list(batch), losses, 100, same, CPU)
     empty = empty_micro_batch(losses, teacher=needs_teacher(term), device=CPU)
     return made.counts["term"], made.micro_batches or (empty,)

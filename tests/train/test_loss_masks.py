@@ -86,7 +86,7 @@ def imitate(mask=None, **changes):
 
 
 def count(batch, term, **given):
-    given = {"everywhere": alone, "special": SPECIAL} | given
+    given = {"all_gather": alone, "special": SPECIAL} | given
     return [r.loss_masks["term"] for r in build_loss_masks(batch, Table({"term": term}), **given)]
 
 
@@ -249,7 +249,7 @@ def test_a_users_function_is_handed_rollouts_or_groups(batch, rows):
 def test_a_route_sends_each_rollout_to_one_branch(batch, when):
     losses = Table({"wrong": imitate(), "right": imitate(), "all": imitate()})
     route = RouteSpec(when=when, then=("wrong",), otherwise=("right",))
-    routed = build_loss_masks(batch, losses, everywhere=alone, route=route)
+    routed = build_loss_masks(batch, losses, all_gather=alone, route=route)
     for r in routed:
         with_context = when == "failed" or r.teacher_prompt_ids is not None
         branch = "then" if r.reward < 1 and with_context else "otherwise"
@@ -262,14 +262,14 @@ def test_a_route_sends_each_rollout_to_one_branch(batch, when):
 
 def test_what_is_not_known_is_an_error(batch):
     blind = RolloutBatch(rollouts=tuple(evolve(r, token_statistics={}, reward=None) for r in batch))
-    with pytest.raises(ValueError, match="student_entropy was not measured"):
+    with pytest.raises(ValueError, match="student_entropy was not computed"):
         count(blind, imitate(MaskSpec(student_entropy_top=0.2)))
     with pytest.raises(ValueError, match="rewards"):
         count(blind, imitate(), route=RouteSpec(when="failed", then=("term",)))
     lone = RolloutBatch(rollouts=tuple(evolve(r, group_rewards=()) for r in batch))
     with pytest.raises(ValueError, match="group's rewards"):
         count(lone, imitate(weight=PassRateWeight()))
-    with pytest.raises(ValueError, match="not settled"):
+    with pytest.raises(ValueError, match="no loss mask"):
         collate(list(batch), Table({"term": imitate()}), 100, torch.clone, torch.device("cpu"))
 
 
@@ -277,7 +277,7 @@ def test_what_is_not_known_is_an_error(batch):
 
 
 class Ranks:
-    """Ranks as threads; what each gives to `everywhere` is handed to all, in order."""
+    """Ranks as threads; what each gives to `all_gather` is handed to all, in order."""
 
     def __init__(self, size):
         self.size, self.held, self.barrier = (
@@ -290,14 +290,14 @@ class Ranks:
         out = [None] * self.size
 
         def one(rank):
-            out[rank] = job(rank, lambda values: self.everywhere(rank, values))
+            out[rank] = job(rank, lambda values: self.all_gather(rank, values))
 
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
         [t.start() for t in threads]
         [t.join() for t in threads]
         return out
 
-    def everywhere(self, rank, values):
+    def all_gather(self, rank, values):
         self.held[rank] = values
         self.barrier.wait()
         start = sum(len(v) for v in self.held[:rank])
@@ -322,7 +322,7 @@ def test_ranks_count_as_one(batch, term, cut):
     whole = count(batch, term)
     rollouts = tuple(batch)
     parts = [RolloutBatch(rollouts=part) for part in (rollouts[:cut], rollouts[cut:])]
-    out = Ranks(2).run(lambda rank, everywhere: count(parts[rank], term, everywhere=everywhere))
+    out = Ranks(2).run(lambda rank, all_gather: count(parts[rank], term, all_gather=all_gather))
     joined = [counted for part in out for counted in part]
     assert found_places(joined) == found_places(whole)
     assert found_weights(joined) == pytest.approx(found_weights(whole))
@@ -336,7 +336,7 @@ def test_advantages_take_the_spread_of_all_ranks(batch, scale, cut):
     rollouts = tuple(batch)
     parts = [RolloutBatch(rollouts=part) for part in (rollouts[:cut], rollouts[cut:])]
     out = Ranks(2).run(
-        lambda rank, everywhere: with_advantages(losses, parts[rank], everywhere, 12)
+        lambda rank, all_gather: with_advantages(losses, parts[rank], all_gather, 12)
     )
     joined = [r.advantage for part in out for r in part]
     assert joined == pytest.approx(whole)
@@ -347,7 +347,7 @@ def test_advantages_take_the_spread_of_all_ranks(batch, scale, cut):
 
 
 def collated(batch, losses, budget=100, **given):
-    counted = build_loss_masks(batch, losses, everywhere=alone, special=SPECIAL, **given)
+    counted = build_loss_masks(batch, losses, all_gather=alone, special=SPECIAL, **given)
     return collate(list(counted), losses, budget, torch.clone, torch.device("cpu"))
 
 
@@ -408,7 +408,7 @@ def test_the_cut_into_micro_batches_changes_no_weight(batch, budget):
 def test_weights_of_a_batch_dealt_into_parts_are_the_batchs(batch):
     term = distil(MaskSpec(student_entropy_top=0.4), weight=TeacherEntropyWeight(rate=1.0))
     losses = Table({"term": term})
-    counted = build_loss_masks(batch, losses, everywhere=alone)
+    counted = build_loss_masks(batch, losses, all_gather=alone)
     dealt = [r.loss_masks["term"] for part in counted.split(2) for r in part]
     assert [c.positions for c in dealt] == [r.loss_masks["term"].positions for r in counted]
     assert sum(map(sum, (c.weights for c in dealt))) == pytest.approx(

@@ -1,0 +1,99 @@
+"""Checks of a run's loaded models against its spec and data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sdkit.language.errors import BadData, blaming
+from sdkit.language.specs import Distillation, ExperimentSpec, TopKSupport
+from sdkit.models import activation_checkpointing, lora
+from sdkit.models.embedding_ids import KnownIds
+from sdkit.models.loading import vocabulary
+from sdkit.models.probes import check_deterministic
+from sdkit.models.weights import Weights
+from sdkit.train.inputs import RunData
+
+NamedModels = Sequence[tuple[str, Weights]]
+"""The student first, then every other model, each with the name that errors use."""
+
+
+def compared_vocabulary(
+    models: NamedModels, data: RunData, any_served: bool
+) -> tuple[int, int | None]:
+    """Return the number of ids whose logits are compared, and the bound of the ids that may be sampled, if one is needed.
+
+    An output projection may have more rows than the tokenizer has ids, and models may differ in the number of rows.
+    If they do, rows beyond the tokenizer's ids are no token for any model.  The number of rows of a served model is not
+    known, so `any_served` counts as a difference.  Raises BadData if a model has fewer rows than the tokenizer has ids.
+    """
+    student_rows = models[0][1].head.shape[0]
+    token_ids = max(vocabulary(data.tokenizer).values()) + 1
+    same = all(weights.head.shape[0] == student_rows for _, weights in models)
+    if same and (not any_served or student_rows == token_ids):
+        return student_rows, None
+    for name, weights in models:
+        if weights.head.shape[0] < token_ids:
+            raise BadData(
+                f"the {name} has {weights.head.shape[0]} output rows for {token_ids} token ids",
+                path=_model_path(weights),
+            )
+    return token_ids, token_ids
+
+
+def check_models(
+    spec: ExperimentSpec,
+    models: NamedModels,
+    data: RunData,
+    end_ids: tuple[int, ...],
+    compared_ids: int,
+    longest_sequence: int,
+) -> None:
+    """Check vocabulary sizes and context lengths, which only the loaded models tell.
+
+    Raises BadData naming the key to change.
+    """
+    for name, term in spec.losses.items():
+        if isinstance(term, Distillation) and isinstance(term.support, TopKSupport):
+            if term.support.k > compared_ids:
+                raise BadData(
+                    f"k is {term.support.k}, but the vocabulary has {compared_ids} tokens",
+                    hint="use support: vocabulary",
+                    path=("losses", name, "support", "k"),
+                )
+    for name, weights in models:
+        _check_ids(name, weights, data, end_ids)
+        context = getattr(weights.causal.config, "max_position_embeddings", None)
+        if context and longest_sequence > context:
+            raise BadData(
+                f"the longest prompt and completion have {longest_sequence} tokens, the {name} takes {context}",
+                hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
+                path=("rollout", "max_new_tokens"),
+            )
+
+
+def probe_models(
+    spec: ExperimentSpec, models: NamedModels, device: torch.device, zero_stage: int
+) -> None:
+    """Run the checks that need a forward pass.  Raises BadData naming the key to change."""
+    student = models[0][1]
+    if spec.model.lora:
+        lora.check(student, device, zero_stage)
+    for name, weights in models:
+        check_deterministic(weights, name, device)
+    if spec.model.activation_checkpointing:
+        activation_checkpointing.check(student, spec.model.path, device)
+
+
+def _check_ids(name: str, weights: Weights, data: RunData, end_ids: tuple[int, ...]) -> None:
+    """Raise BadData if the model has no embedding for an id of the data or for an end token."""
+    known = KnownIds(f"the {name}", weights.causal.get_input_embeddings().weight.shape[0])
+    with blaming(*_model_path(weights)):
+        known.check(data.tokenizer, "the text", (data.largest_id,))
+        known.check(data.tokenizer, "the list of end tokens", end_ids)
+
+
+def _model_path(weights: Weights) -> tuple[str, str]:
+    """Return the path of the key that names the model."""
+    return ("teacher", "weights") if weights.foreign else ("model", "path")
