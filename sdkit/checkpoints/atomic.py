@@ -12,12 +12,14 @@ from safetensors import SafetensorError
 
 from sdkit.language.errors import BadEnvironment
 
-UNWRITTEN = ("inline_container", "no space left", "os error", "file write failed")
+WRITE_ERRORS = ("inline_container", "no space left", "os error", "file write failed")
 """What torch and safetensors say where a file cannot be written: they raise no OSError."""
 
 
 @contextlib.contextmanager
-def writing(partial: Path, final: Path, then: str = "continue with --resume") -> Iterator[None]:
+def delete_partial_on_error(
+    partial: Path, final: Path, then: str = "continue with --resume"
+) -> Iterator[None]:
     """What is half written goes where it cannot be finished, here or by another rank; `then`: what to do once there is room.
 
     Raises BadEnvironment for what the disk has against it.
@@ -26,7 +28,7 @@ def writing(partial: Path, final: Path, then: str = "continue with --resume") ->
         yield
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if (found := fault(error)) is None:
+        if (found := disk_error(error)) is None:
             raise
         raise BadEnvironment(
             f"cannot write {final}: {found}",
@@ -34,13 +36,13 @@ def writing(partial: Path, final: Path, then: str = "continue with --resume") ->
         ) from None
 
 
-def fault(error: Exception) -> str | None:
+def disk_error(error: Exception) -> str | None:
     """What the disk has against a file; None where the error is another."""
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
     if isinstance(error, RuntimeError | SafetensorError):
         text = str(error).lower()
-        if any(words in text for words in UNWRITTEN):
+        if any(words in text for words in WRITE_ERRORS):
             full = "no space left on device"
             return full if full in text else "a file was not written whole; the disk may be full"
     return None
@@ -52,7 +54,7 @@ def empty_folder(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Bring a file's bytes, or a folder's names, to the disk.  Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -68,7 +70,7 @@ def replace_folder(partial: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     partial.rename(final)
-    sync(final.parent)
+    fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -19,22 +19,22 @@ FOLDER = "best"
 NOTE = "best.json"
 
 
-def keep_best(world: TrainState, run: RunDirectory, metrics: Mapping[str, float]) -> None:
+def keep_best(state: TrainState, run: RunDirectory, metrics: Mapping[str, float]) -> None:
     """Write the model to best/ where this evaluation is better than every one before; a tie stays with the earlier."""
-    which = world.spec.output.keep_best
+    which = state.spec.output.keep_best
     if which is None:
         return
     key = f"eval/{which}"
     value = metrics[key]
-    so_far = collectives.broadcast_object(_so_far(run.path / FOLDER / NOTE))
+    so_far = collectives.broadcast_object(_read_best(run.path / FOLDER / NOTE))
     better = so_far is None or (value > so_far if which == "score" else value < so_far)
     if not math.isfinite(value) or not better:
         return
-    checkpoint.save_model(world, run.path / FOLDER)
-    run.write_json(f"{FOLDER}/{NOTE}", {"step": world.step, key: value})
+    checkpoint.save_model(state, run.path / FOLDER)
+    run.write_json(f"{FOLDER}/{NOTE}", {"step": state.step, key: value})
 
 
-def _so_far(note: Path) -> float | None:
+def _read_best(note: Path) -> float | None:
     """The best value yet."""
     if not note.is_file():
         return None

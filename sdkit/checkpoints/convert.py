@@ -22,18 +22,18 @@ from torch import Tensor
 
 from sdkit import __version__
 from sdkit.checkpoints import atomic, manifest, resume
-from sdkit.checkpoints.checkpoint import PREFETCHED, TEACHER, streams_file, teacher_pieces
+from sdkit.checkpoints.checkpoint import PREFETCHED, TEACHER, rng_state_file, teacher_shard_file
 from sdkit.checkpoints.manifest import Manifest, Origin
 from sdkit.distributed import zero_universal
 from sdkit.language.errors import UnreadableInput, counted
 from sdkit.language.specs import ExperimentSpec, indivisible
 from sdkit.runs import directory
 
-OWN = ("random_rank_*.json", "teacher*.safetensors", manifest.NAME)
+SDKIT_FILES = ("random_rank_*.json", "teacher*.safetensors", manifest.NAME)
 """What is not DeepSpeed's in a checkpoint."""
 
 
-def convert(spec: ExperimentSpec, run: Path, ranks: int, say: resume.Say) -> str:
+def convert(spec: ExperimentSpec, run: Path, ranks: int, say: resume.Notify) -> str:
     """Make the newest checkpoint of a run fit so many ranks; what was done, in words.
 
     It appears under the same name when it is complete, and only then the one before goes.  Raises UnreadableInput where
@@ -44,16 +44,16 @@ def convert(spec: ExperimentSpec, run: Path, ranks: int, say: resume.Say) -> str
         size = spec.training.prompts_per_step
         fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         raise UnreadableInput(f"training.{found}", hint=f"--processes can be {fitting}")
-    resume.last_attempt(run, say)
-    folder, held = _source(spec, run, say)
+    resume.report_previous_attempt(run, say)
+    folder, held = _find_source(spec, run, say)
     if held.origin.ranks == ranks:
         return f"{folder} fits {counted(ranks, 'rank')} already"
     partial = folder.with_name(f".partial-{folder.name}")
     try:
-        with atomic.writing(partial, folder, then="convert again"):
+        with atomic.delete_partial_on_error(partial, folder, then="convert again"):
             atomic.empty_folder(partial)
-            _write(folder, partial, held, ranks)
-            _complete(partial, held, ranks)
+            _write_files(folder, partial, held, ranks)
+            _write_manifest(partial, held, ranks)
             atomic.replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -63,7 +63,7 @@ def convert(spec: ExperimentSpec, run: Path, ranks: int, say: resume.Say) -> str
     )
 
 
-def _source(spec: ExperimentSpec, run: Path, say: resume.Say) -> tuple[Path, Manifest]:
+def _find_source(spec: ExperimentSpec, run: Path, say: resume.Notify) -> tuple[Path, Manifest]:
     """The checkpoint to convert, read whole: nothing of it is unpickled before every hash is right."""
     own = Origin(run=directory.provenance(run).get("run"), spec=manifest.spec_digest(spec), ranks=0)
     found = resume.newest_valid_checkpoint(run, own, say, hashes=True)
@@ -80,39 +80,41 @@ def _source(spec: ExperimentSpec, run: Path, say: resume.Say) -> tuple[Path, Man
     return found
 
 
-def _write(source: Path, target: Path, held: Manifest, ranks: int) -> None:
+def _write_files(source: Path, target: Path, held: Manifest, ranks: int) -> None:
     """All but the manifest."""
     if held.zero_stage and not held.universal:
         zero_universal.rewrite(source, target)
     else:
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*OWN), dirs_exist_ok=True)
-    kept = [streams_file(rank) for rank in range(min(ranks, held.origin.ranks))]
+        shutil.copytree(
+            source, target, ignore=shutil.ignore_patterns(*SDKIT_FILES), dirs_exist_ok=True
+        )
+    kept = [rng_state_file(rank) for rank in range(min(ranks, held.origin.ranks))]
     whole = [source / TEACHER, source / PREFETCHED]
     for path in [*(source / name for name in kept), *filter(Path.is_file, whole)]:
         shutil.copy2(path, target)
-    if (source / teacher_pieces(0)).is_file():
-        _cut_teacher(source, target, held.origin.ranks, ranks)
+    if (source / teacher_shard_file(0)).is_file():
+        _reshard_teacher(source, target, held.origin.ranks, ranks)
 
 
-def _cut_teacher(source: Path, target: Path, before: int, now: int) -> None:
+def _reshard_teacher(source: Path, target: Path, before: int, now: int) -> None:
     """Each rank's pieces of the teacher's averages out of those of other ranks, one rank's at a time."""
     shapes = zero_universal.shapes(source)
     with contextlib.ExitStack() as stack:
         files: list[Any] = [
-            stack.enter_context(safe_open(source / teacher_pieces(rank), framework="pt"))
+            stack.enter_context(safe_open(source / teacher_shard_file(rank), framework="pt"))
             for rank in range(before)
         ]
         names = files[0].keys()  # of a routed teacher `0/NAME`
         sizes = {name: shapes[name.rpartition("/")[2]].numel() for name in names}
         for rank in range(now):
             cut = {
-                name: piece([file.get_slice(name) for file in files], size, rank, now)
+                name: reshard([file.get_slice(name) for file in files], size, rank, now)
                 for name, size in sizes.items()
             }
-            save_file(cut, str(target / teacher_pieces(rank)))
+            save_file(cut, str(target / teacher_shard_file(rank)))
 
 
-def piece(parts: Sequence[Any], size: int, rank: int, ranks: int) -> Tensor:
+def reshard(parts: Sequence[Any], size: int, rank: int, ranks: int) -> Tensor:
     """A rank's piece of a parameter of `size` elements, out of the pieces of other ranks.  [K] each -> [size / ranks]
 
     Pieces of one parameter are equally long, rounded up, but the last ones, which end with it.  `parts` are slices of
@@ -128,15 +130,15 @@ def piece(parts: Sequence[Any], size: int, rank: int, ranks: int) -> Tensor:
     return torch.cat([torch.empty(0), *taken])
 
 
-def _complete(folder: Path, held: Manifest, ranks: int) -> None:
+def _write_manifest(folder: Path, held: Manifest, ranks: int) -> None:
     """Bring every file to the disk, and name it in the manifest."""
     for path in folder.rglob("*"):
-        atomic.sync(path)
+        atomic.fsync(path)
     found = evolve(
         held,
         origin=evolve(held.origin, ranks=ranks),
         sdkit=__version__,
-        files={name: manifest.describe(folder / name) for name in manifest.file_names(folder)},
+        files={name: manifest.file_entry(folder / name) for name in manifest.file_names(folder)},
         universal=held.zero_stage > 0,
     )
     manifest.write(folder, found)

@@ -43,7 +43,7 @@ def may_change(path: SpecPath) -> bool:
 
 
 @frozen(kw_only=True)
-class File:
+class FileEntry:
     """A file as it was written."""
 
     bytes: int
@@ -69,7 +69,7 @@ class Manifest:
     skipped: int
     zero_stage: int
     sdkit: str
-    files: Mapping[str, File]
+    files: Mapping[str, FileEntry]
     universal: bool = False  # DeepSpeed's files were rewritten for any number of ranks
 
 
@@ -89,11 +89,11 @@ def file_names(folder: Path) -> list[str]:
     return sorted(name for name in files if name != NAME)
 
 
-def describe(path: Path) -> File:
+def file_entry(path: Path) -> FileEntry:
     """A file as it is on disk.  Raises OSError."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return File(bytes=path.stat().st_size, sha256=digest)
+    return FileEntry(bytes=path.stat().st_size, sha256=digest)
 
 
 def write(folder: Path, manifest: Manifest) -> None:
@@ -102,7 +102,7 @@ def write(folder: Path, manifest: Manifest) -> None:
     text = json.dumps({"digest": _digest(facts), **facts}, indent=2)
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
     for path in (folder / NAME, folder):
-        atomic.sync(path)
+        atomic.fsync(path)
 
 
 def read(folder: Path, *, hashes: bool) -> Manifest:
@@ -113,7 +113,7 @@ def read(folder: Path, *, hashes: bool) -> Manifest:
     try:
         facts = json.loads((folder / NAME).read_text(encoding="utf-8"))
         stated = facts.pop("digest")
-        files = {name: File(**file) for name, file in facts.pop("files").items()}
+        files = {name: FileEntry(**file) for name, file in facts.pop("files").items()}
         found = Manifest(origin=Origin(**facts.pop("origin")), files=files, **facts)
     except FileNotFoundError:
         raise UnusableCheckpoint(f"is not complete: it has no {NAME}") from None
@@ -125,16 +125,16 @@ def read(folder: Path, *, hashes: bool) -> Manifest:
     if strange := set(present) - set(files):
         raise UnusableCheckpoint(f"has a file that does not belong to it: {min(strange)}")
     for name, file in files.items():
-        _compare(folder / name, name, file, hashes=hashes)
+        _check_file(folder / name, name, file, hashes=hashes)
     return found
 
 
-def _compare(path: Path, name: str, file: File, *, hashes: bool) -> None:
+def _check_file(path: Path, name: str, file: FileEntry, *, hashes: bool) -> None:
     try:
         size = path.stat().st_size
         if size != file.bytes:
             raise UnusableCheckpoint(f"is damaged: {name} has {size} bytes instead of {file.bytes}")
-        if hashes and describe(path) != file:
+        if hashes and file_entry(path) != file:
             raise UnusableCheckpoint(f"is damaged: {name} is not what was written (SHA-256)")
     except FileNotFoundError:
         raise UnusableCheckpoint(f"is damaged: {name} is missing") from None

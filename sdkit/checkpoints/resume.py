@@ -14,10 +14,10 @@ from sdkit.language.resolved import leaves
 from sdkit.language.source import read, read_text
 from sdkit.runs import directory, processes
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
-def last_attempt(run: Path, say: Say) -> None:
+def report_previous_attempt(run: Path, say: Notify) -> None:
     """Say where the last process ended without a word.  Raises UnreadableInput where it is still at work."""
     status = _status(run)
     if status.get("state") != "running":
@@ -33,7 +33,7 @@ def last_attempt(run: Path, say: Say) -> None:
     )
 
 
-def newest_checkpoint(run: Path, expected: Origin, say: Say, *, hashes: bool) -> Path | None:
+def newest_checkpoint(run: Path, expected: Origin, say: Notify, *, hashes: bool) -> Path | None:
     """The checkpoint that a run is taken up from: `newest_whole`, written by or converted for as many ranks as there are.
 
     None where an unfinished run has written none yet.  Raises UnreadableInput where there is none to take up.
@@ -42,7 +42,7 @@ def newest_checkpoint(run: Path, expected: Origin, say: Say, *, hashes: bool) ->
     if found:
         folder, held = found
         convert = f"`sdkit checkpoint convert {run} --processes {expected.ranks}`"
-        _same_ranks(
+        _check_rank_count(
             folder,
             held.origin.ranks,
             expected.ranks,
@@ -59,7 +59,7 @@ def newest_checkpoint(run: Path, expected: Origin, say: Say, *, hashes: bool) ->
 
 
 def newest_valid_checkpoint(
-    run: Path, expected: Origin, say: Say, *, hashes: bool
+    run: Path, expected: Origin, say: Notify, *, hashes: bool
 ) -> tuple[Path, Manifest] | None:
     """The newest checkpoint that is whole and this run's own, of whatever number of ranks; None where there is not any.
 
@@ -70,7 +70,7 @@ def newest_valid_checkpoint(
     for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
         try:
             found = manifest.read(folder, hashes=hashes)
-            _own(found, expected)
+            _check_origin(found, expected)
         except UnusableCheckpoint as unfit:
             faults.append(f"{folder.name} {unfit}")
             continue
@@ -94,7 +94,7 @@ def check_usable(checkpoint: Path, run: str | None, ranks: int, *, hashes: bool)
     except UnusableCheckpoint as unfit:
         raise UnreadableInput(f"{checkpoint} {unfit}", hint="replay from another step") from None
     written = found.origin.ranks
-    _same_ranks(checkpoint, written, ranks, f"replay with --processes {written}")
+    _check_rank_count(checkpoint, written, ranks, f"replay with --processes {written}")
 
 
 def _status(run: Path) -> Mapping[str, Any]:
@@ -105,14 +105,14 @@ def _status(run: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _own(found: Manifest, expected: Origin) -> None:
+def _check_origin(found: Manifest, expected: Origin) -> None:
     if found.origin.run != expected.run:
         raise UnusableCheckpoint("belongs to another run")
     if found.origin.spec != expected.spec:
         raise UnusableCheckpoint("was written under another spec")
 
 
-def _same_ranks(folder: Path, fits: int, now: int, hint: str) -> None:
+def _check_rank_count(folder: Path, fits: int, now: int, hint: str) -> None:
     if fits != now:
         raise UnreadableInput(
             f"{folder.name} fits {counted(fits, 'rank')}, but there {'is' if now == 1 else 'are'} {now} now",
@@ -120,7 +120,7 @@ def _same_ranks(folder: Path, fits: int, now: int, hint: str) -> None:
         )
 
 
-def same_spec(run: Path, resolved: str) -> None:
+def check_same_spec(run: Path, resolved: str) -> None:
     """A run continues under the spec it began with; only what `manifest.FREE` names may change."""
     before = dict(leaves(read(run / directory.MARK, resolved=True).data))
     now = dict(leaves(read_text(resolved, "the spec", resolved=True).data))
@@ -136,7 +136,7 @@ def same_spec(run: Path, resolved: str) -> None:
         )
 
 
-def same_data(run: Path, now: Mapping[str, str]) -> None:
+def check_same_data(run: Path, now: Mapping[str, str]) -> None:
     """A run continues on the rows it began with."""
     before: Mapping[str, Any] = directory.provenance(run).get("data", {})
     changed = [name for name, digest in now.items() if before.get(name, digest) != digest]

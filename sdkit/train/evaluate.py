@@ -21,46 +21,50 @@ from sdkit.train.token_statistics import prepare_rollouts
 if TYPE_CHECKING:
     from sdkit.train.state import TrainState
 
-View = Callable[[Row], tuple[int, ...] | None]
+PromptIds = Callable[[Row], tuple[int, ...] | None]
 
 
-def headline(world: TrainState) -> Key:
+def headline(state: TrainState) -> Key:
     """The score that stands for the run: the first suite's first decoding."""
-    assert world.spec.evaluation is not None
-    name, suite = next(iter(world.spec.evaluation.suites.items()))
+    assert state.spec.evaluation is not None
+    name, suite = next(iter(state.spec.evaluation.suites.items()))
     return name, next(iter(suite.decoding)), suite.score
 
 
-def evaluate(world: TrainState) -> EvaluationResult:
+def evaluate(state: TrainState) -> EvaluationResult:
     """Every suite from the student's own prompt."""
-    assert world.spec.evaluation is not None
+    assert state.spec.evaluation is not None
     parts = [
-        _suite(world, name, suite, world.data.suites[name], world.student, world.data.student_ids)
-        for name, suite in world.spec.evaluation.suites.items()
+        _evaluate_suite(
+            state, name, suite, state.data.suites[name], state.student, state.data.student_ids
+        )
+        for name, suite in state.spec.evaluation.suites.items()
     ]
-    return _joined(parts)
+    return _merge(parts)
 
 
-def teacher_lift(world: TrainState, before: EvaluationResult) -> dict[Key, Interval]:
+def teacher_lift(state: TrainState, before: EvaluationResult) -> dict[Key, Interval]:
     """Score under the teacher's view minus score under the student's, on the first prompts of each suite.
 
     Measured before training: where it is not above zero there is nothing to distil.  Of the teacher's weights alone,
     without a blend.  Empty where the teacher has no view of its own, or is no single model that could sample.
     """
-    evaluation, teacher = world.spec.evaluation, world.spec.teacher
+    evaluation, teacher = state.spec.evaluation, state.spec.teacher
     if evaluation is None or teacher is None or teacher.sees is None or not evaluation.teacher_lift:
         return {}
     if isinstance(teacher.weights, RoutedWeights | ServedWeights):
         return {}
     lift: dict[Key, Interval] = {}
     for name, suite in evaluation.suites.items():
-        rows = world.data.suites[name][: evaluation.teacher_lift]
-        view = _teacher_view(world, name, rows)
+        rows = state.data.suites[name][: evaluation.teacher_lift]
+        view = _teacher_prompts(state, name, rows)
         seen = [i for i, row in enumerate(rows) if id(row) in view]
         if not seen:
             continue
         chosen = [rows[i] for i in seen]
-        under = _suite(world, name, suite, chosen, world.teacher_weights, partial(_look_up, view))
+        under = _evaluate_suite(
+            state, name, suite, chosen, state.teacher_weights, partial(_look_up, view)
+        )
         for key, scores in under.scores.items():
             own = [before.scores[key][i] for i in seen]
             lift[key] = paired_difference(own, scores)
@@ -71,13 +75,15 @@ def _look_up(prompts: Mapping[int, tuple[int, ...]], row: Row) -> tuple[int, ...
     return prompts[id(row)]
 
 
-def _teacher_view(world: TrainState, name: str, rows: Sequence[Row]) -> dict[int, tuple[int, ...]]:
+def _teacher_prompts(
+    state: TrainState, name: str, rows: Sequence[Row]
+) -> dict[int, tuple[int, ...]]:
     """The teacher's prompt of each row that has one; where the context waits for rollouts, that of the first rollout."""
-    data = world.data
+    data = state.data
     if not data.needs_rollouts_for_context:
         return {id(row): ids for row in rows if (ids := data.teacher_ids(row)) is not None}
     found: dict[int, tuple[int, ...]] = {}
-    for rollout in collect_rollouts(world, rows, ("lift", name), suite=name).batch:
+    for rollout in collect_rollouts(state, rows, ("lift", name), suite=name).batch:
         if rollout.teacher_prompt_ids is not None:
             found.setdefault(rollout.group, rollout.teacher_prompt_ids)
     return {
@@ -85,26 +91,31 @@ def _teacher_view(world: TrainState, name: str, rows: Sequence[Row]) -> dict[int
     }
 
 
-def held_out_loss(world: TrainState) -> dict[str, float]:
+def held_out_loss(state: TrainState) -> dict[str, float]:
     """Every training metric of the objective on held-out prompts, under eval/."""
-    assert world.spec.evaluation is not None
+    assert state.spec.evaluation is not None
     found: dict[str, float] = {}
-    for position, (name, suite) in enumerate(world.spec.evaluation.suites.items()):
-        rows = world.data.suites[name][: suite.loss_prompts]
+    for position, (name, suite) in enumerate(state.spec.evaluation.suites.items()):
+        rows = state.data.suites[name][: suite.loss_prompts]
         if not rows:
             continue
-        gathered = collect_rollouts(world, rows, ("held out", name), suite=name)
+        gathered = collect_rollouts(state, rows, ("held out", name), suite=name)
         prefix = "eval/" if position == 0 else f"eval/{name}/"
-        batch = prepare_rollouts(world, gathered.batch, training=False)
-        found |= {prefix + key: value for key, value in evaluate_objective(world, batch).items()}
+        batch = prepare_rollouts(state, gathered.batch, training=False)
+        found |= {prefix + key: value for key, value in evaluate_objective(state, batch).items()}
     return found
 
 
-def _suite(
-    world: TrainState, name: str, suite: Suite, rows: Sequence[Row], weights: Weights, view: View
+def _evaluate_suite(
+    state: TrainState,
+    name: str,
+    suite: Suite,
+    rows: Sequence[Row],
+    weights: Weights,
+    view: PromptIds,
 ) -> EvaluationResult:
-    backend, _ = world.backend(weights, evaluation=True)
-    limit = suite.max_new_tokens or world.spec.rollout.max_new_tokens
+    backend, _ = state.backend(weights, evaluation=True)
+    limit = suite.max_new_tokens or state.spec.rollout.max_new_tokens
     parts = []
     for decoding, how in suite.decoding.items():
         jobs = [
@@ -113,16 +124,16 @@ def _suite(
         requests = [
             SamplingRequest(
                 prompt_ids=view(rows[i]) or (),
-                seed=derive(world.spec.training.seed, "evaluation", name, decoding, i, copy),
+                seed=derive(state.spec.training.seed, "evaluation", name, decoding, i, copy),
             )
             for i, copy in jobs
         ]
-        done = backend.sample(requests, _sampling(how, limit, world.spec.rollout.stop))
-        parts.append(_scored(world, (name, decoding), rows, [i for i, _ in jobs], done))
-    return _joined(parts)
+        done = backend.sample(requests, _sampling_params(how, limit, state.spec.rollout.stop))
+        parts.append(_score_completions(state, (name, decoding), rows, [i for i, _ in jobs], done))
+    return _merge(parts)
 
 
-def _sampling(how: Decoding, limit: int, stop: tuple[str, ...]) -> SamplingParams:
+def _sampling_params(how: Decoding, limit: int, stop: tuple[str, ...]) -> SamplingParams:
     return SamplingParams(
         temperature=how.temperature,
         top_p=how.top_p,
@@ -132,16 +143,16 @@ def _sampling(how: Decoding, limit: int, stop: tuple[str, ...]) -> SamplingParam
     )
 
 
-def _scored(
-    world: TrainState,
+def _score_completions(
+    state: TrainState,
     where: tuple[str, str],
     rows: Sequence[Row],
     owners: Sequence[int],
     done: Sequence[Completion],
 ) -> EvaluationResult:
     """This rank's completions with their scores, joined with those of the other ranks in the order of the rows."""
-    texts = [completion_text(world, c.ids) for c in done]
-    judged = score(world.data.rewards[where[0]], texts, [rows[i] for i in owners])
+    texts = [completion_text(state, c.ids) for c in done]
+    judged = score(state.data.rewards[where[0]], texts, [rows[i] for i in owners])
     each = figures(judged)
     own = [
         {
@@ -167,11 +178,11 @@ def _scored(
     records = [record for _, record, _ in everyone]
     lengths = [length for _, _, length in everyone]
     mean = {where: sum(lengths) / max(len(lengths), 1)}
-    scores = {(*where, reward): values for reward, values in _per_prompt(everyone).items()}
+    scores = {(*where, reward): values for reward, values in _mean_per_prompt(everyone).items()}
     return EvaluationResult(scores=scores, records=records, tokens=sum(lengths), lengths=mean)
 
 
-def _per_prompt(
+def _mean_per_prompt(
     found: Sequence[tuple[int, Mapping[str, Any], int]],
 ) -> dict[str, tuple[float, ...]]:
     """Per reward: each prompt's mean over its completions.  Prompts stand in order."""
@@ -185,7 +196,7 @@ def _per_prompt(
     }
 
 
-def _joined(parts: Sequence[EvaluationResult]) -> EvaluationResult:
+def _merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
     return EvaluationResult(
         scores={key: scores for part in parts for key, scores in part.scores.items()},
         records=[record for part in parts for record in part.records],

@@ -31,16 +31,16 @@ OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "cannot allocate memory", "ou
 
 def is_rank_lost(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone."""
-    return _says(error, RANK_LOST_MESSAGES)
+    return _message_contains(error, RANK_LOST_MESSAGES)
 
 
-def explain(error: BaseException, run: directory.RunDirectory) -> BaseException:
+def reported_error(error: BaseException, run: directory.RunDirectory) -> BaseException:
     """The error that the command reports; what nobody expected keeps its traceback in a file of the run."""
     if isinstance(error, SdkitError) or not isinstance(error, Exception):
         return error
     if is_rank_lost(error):
         return rank_lost((), error)
-    if isinstance(error, MemoryError) or _says(error, OUT_OF_MEMORY_MESSAGES):
+    if isinstance(error, MemoryError) or _message_contains(error, OUT_OF_MEMORY_MESSAGES):
         return OutOfMemory(
             f"out of memory: {first_line(error)}",
             hint="lower training.micro_batch_tokens or training.chunk_tokens, or set model.activation_checkpointing: true: "
@@ -66,6 +66,6 @@ def rank_lost(missing: Sequence[int], error: BaseException) -> ProcessDied:
     )
 
 
-def _says(error: BaseException, words: Sequence[str]) -> bool:
+def _message_contains(error: BaseException, words: Sequence[str]) -> bool:
     text = str(error).lower()
     return isinstance(error, Exception) and any(each in text for each in words)

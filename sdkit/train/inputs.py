@@ -49,14 +49,14 @@ COMPARED = {ExactReward, NumberReward, ChoiceReward, RegexReward, ReasoningGymRe
 """Rewards that look at a completion and a row, and at nothing else."""
 ReadsText = ExactReward | NumberReward | ChoiceReward | MathVerifyReward
 """Rewards that read a column as text."""
-CONTEXT_TEXT = 128
+TEMPLATE_TOKENS = 128
 """Tokens allowed for a template's own words where the context is not known before rollouts are."""
-SHOWN = 5
+MAX_ROWS_LISTED = 5
 """Rows that a warning names."""
 
 
 @frozen(kw_only=True)
-class Completions:
+class DatasetCompletions:
     """The data set's own completions of the rows that a run uses, against `rollout.max_new_tokens`."""
 
     column: str
@@ -68,8 +68,8 @@ class Completions:
         """What to tell of cut completions: how many of how many, and which rows."""
         if not self.cut:
             return None
-        more = ", …" if len(self.cut) > SHOWN else ""
-        rows = ", ".join(f"row {index}" for index in self.cut[:SHOWN]) + more
+        more = ", …" if len(self.cut) > MAX_ROWS_LISTED else ""
+        rows = ", ".join(f"row {index}" for index in self.cut[:MAX_ROWS_LISTED]) + more
         return (
             f"{len(self.cut)} of {counted(self.rows, 'completion')} in the column {self.column} are cut at "
             f"rollout.max_new_tokens ({limit}) and lose their end, the end token with it: {rows}"
@@ -90,7 +90,7 @@ class RunData:
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
-        self.known = known  # None: any id may stand in a prompt
+        self.known_ids = known  # None: any id may stand in a prompt
         self.largest_id = 0  # of all prompts and completions that `check` has seen
         with blaming("model", "chat_template_options"):
             self.prompter = Prompter(
@@ -102,20 +102,22 @@ class RunData:
         only = next(iter(spec.rewards)) if len(spec.rewards) == 1 else None
         self.reward = spec.reward or only  # the name of the reward that training uses
         self.turn_end = end_token(tokenizer, self.prompter.options)
-        self.completions: Completions | None = None
+        self.completions: DatasetCompletions | None = None
         suites = spec.evaluation.suites if spec.evaluation else {}
         column = completion_column(spec.rollout.sampled_by)
         needed = (column,) if column else ()
         self.suites: dict[str, list[Row]] = {}
-        self.repeats: dict[
+        self.dropped_repeats: dict[
             str, int
         ] = {}  # held-out rows dropped, their prompt stands in the suite already
         for name, suite in suites.items():
             with blaming("evaluation", "suites", name, "data"):
-                found = load_rows(suite.data, base, spec.data.columns, texts=self._texts(suite))
-            self.suites[name], self.repeats[name] = drop_repeats(found)
+                found = load_rows(
+                    suite.data, base, spec.data.columns, texts=self._text_columns(suite)
+                )
+            self.suites[name], self.dropped_repeats[name] = drop_repeats(found)
         with blaming("data"):
-            rows = load_rows(spec.data, base, needed=needed, texts=self._texts(None))
+            rows = load_rows(spec.data, base, needed=needed, texts=self._text_columns(None))
         held_out = [
             row
             for name, suite in suites.items()
@@ -135,7 +137,7 @@ class RunData:
             getattr(slot, "strip_thinking", False) for slot in (sees.slots.values() if sees else ())
         )
         self.rewards: dict[str, dict[str, Scorer]] = {
-            name: self._rewards(suite, base) for name, suite in suites.items()
+            name: self._open_suite_rewards(suite, base) for name, suite in suites.items()
         }
         self.train_rewards = self._open_training_rewards(base)
         weights = spec.teacher and spec.teacher.weights
@@ -143,20 +145,22 @@ class RunData:
         self.routes = list(self.routed.routes) if self.routed else []
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
-        self.visited = 0  # training rows that the run will use
-        self.spelled: list[tuple[Row, str]] = []  # of those, which spell a control token
+        self.rows_used = 0  # training rows that the run will use
+        self.control_token_rows: list[tuple[Row, str]] = []  # of those, which spell a control token
         self._student: dict[int, tuple[int, ...]] = {}
         self._teacher: dict[int, tuple[int, ...] | None] = {}
         self._opening: dict[int, str] = {}  # the tag of thinking that a row's prompt leaves open
 
-    def _texts(self, suite: Suite | None) -> set[str]:
+    def _text_columns(self, suite: Suite | None) -> set[str]:
         """The columns whose values must have a text: of a suite's rows, or of the training rows."""
         spec = self.spec
         names = self._shown_columns if suite is None else self._slot_columns
         weights = spec.teacher and spec.teacher.weights
         if isinstance(weights, RoutedWeights):
             names = [*names, weights.by]
-        rewards = self._judges(suite) if suite else filter(self._applies_to_training, spec.rewards)
+        rewards = (
+            self._suite_rewards(suite) if suite else filter(self._applies_to_training, spec.rewards)
+        )
         judges = [part for name in rewards for part in self._leaves(name)]
         return {*names, *(judge.answer for judge in judges if isinstance(judge, ReadsText))}
 
@@ -172,14 +176,14 @@ class RunData:
         column = completion_column(self.spec.rollout.sampled_by)
         return [*self._slot_columns, *filter(None, [column])]
 
-    def _judges(self, suite: Suite) -> Iterable[str]:
+    def _suite_rewards(self, suite: Suite) -> Iterable[str]:
         """The rewards that a suite's completions are judged by."""
         return dict.fromkeys((suite.score, *suite.also, *filter(None, [self.reward])))
 
-    def _rewards(self, suite: Suite, base: Path) -> dict[str, Scorer]:
+    def _open_suite_rewards(self, suite: Suite, base: Path) -> dict[str, Scorer]:
         source = suite.data.source
         task = source if isinstance(source, ReasoningGymSource) else None
-        return open_rewards(self.spec.rewards, self._judges(suite), base, task)
+        return open_rewards(self.spec.rewards, self._suite_rewards(suite), base, task)
 
     def _open_training_rewards(self, base: Path) -> dict[str, Scorer]:
         """The rewards that training rows can be scored with too: for the curves, not for the gradient."""
@@ -243,8 +247,10 @@ class RunData:
         """The teacher's prompt of one rollout, with what is known of it."""
         teacher = self.spec.teacher
         prompt = teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
-        if prompt and self.known:
-            self.known.check(self.tokenizer, f"row {row.index}: the teacher's prompt", prompt.ids)
+        if prompt and self.known_ids:
+            self.known_ids.check(
+                self.tokenizer, f"row {row.index}: the teacher's prompt", prompt.ids
+            )
         return prompt
 
     def answer(self, row: Row, completion: Sequence[int]) -> str | None:
@@ -283,15 +289,15 @@ class RunData:
         """
         training = self.spec.training
         visited = self.train
-        self.visited = min(steps * training.prompts_per_step, len(visited))
+        self.rows_used = min(steps * training.prompts_per_step, len(visited))
         if steps * training.prompts_per_step < len(visited):
             visited = [row for step in range(steps) for row in self.batch_rows(step)]
         with blaming("model", "path"):
             check_repeatable(self.prompter, visited[:4])
-        self.spelled = list(self._spelled(visited))
+        self.control_token_rows = list(self._find_control_tokens(visited))
         with blaming("data"):
             longest = self._render_prompts(visited)
-            self.completions = self._own_completions(visited)
+            self.completions = self._dataset_completions(visited)
         self._check_routes(visited)
         _check_rewards(self.train_rewards, visited)
         self._try_rewards(self.train_rewards, visited)
@@ -306,7 +312,7 @@ class RunData:
                 room.append(suite.max_new_tokens or 0)
         return longest + max(room)
 
-    def _spelled(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
+    def _find_control_tokens(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
         """The rows whose text spells a control token that the run takes for one, each with the first."""
         if self.prompter.keep_text:
             return
@@ -316,7 +322,7 @@ class RunData:
             if name := next(filter(None, map(self.prompter.control.spelled, texts)), None):
                 yield row, name
 
-    def _own_completions(self, rows: Iterable[Row]) -> Completions | None:
+    def _dataset_completions(self, rows: Iterable[Row]) -> DatasetCompletions | None:
         """How many of the data set's completions fit; None where it is not asked for any."""
         column = completion_column(self.spec.rollout.sampled_by)
         if column is None:
@@ -330,7 +336,7 @@ class RunData:
         lengths = {row.index: len(own) for row, own in zip(different, ids, strict=True)}
         limit = self.spec.rollout.max_new_tokens
         cut = tuple(index for index, length in lengths.items() if length > limit)
-        return Completions(
+        return DatasetCompletions(
             column=column, rows=len(lengths), cut=cut, longest=max(lengths.values(), default=0)
         )
 
@@ -358,7 +364,9 @@ class RunData:
         faults: list[str] = []
         for row, what, ids in texts:
             self.largest_id = max(self.largest_id, *ids, 0)
-            fault = self.known and self.known.fault(self.tokenizer, f"row {row.index}: {what}", ids)
+            fault = self.known_ids and self.known_ids.fault(
+                self.tokenizer, f"row {row.index}: {what}", ids
+            )
             faults += [fault] if fault else []
         if faults:
             raise BadData(first_of(list(dict.fromkeys(faults))), hint=HINT)
@@ -392,7 +400,7 @@ class RunData:
         if sees is None or not self.needs_rollouts_for_context:
             return longest
         slots = sum(isinstance(slot, OfRollouts) for slot in sees.slots.values())
-        most = longest + CONTEXT_TEXT + slots * spec.rollout.max_new_tokens
+        most = longest + TEMPLATE_TOKENS + slots * spec.rollout.max_new_tokens
         return max(longest, min(most, sees.max_prompt_tokens or most))
 
 

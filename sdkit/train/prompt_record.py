@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from sdkit.train.replay import Recording
 
 
-def facts(data: RunData) -> dict[str, Any]:
+def provenance_entry(data: RunData) -> dict[str, Any]:
     """What provenance.json says of the prompts."""
     return {
         "date": data.prompter.now.isoformat(),
-        "rows": data.visited,
-        "sha256": data.prompt_fingerprints(data.visited),
+        "rows": data.rows_used,
+        "sha256": data.prompt_fingerprints(data.rows_used),
     }
 
 
-def date_of(provenance: Mapping[str, Any]) -> datetime | None:
+def template_date(provenance: Mapping[str, Any]) -> datetime | None:
     """The date that a run's chat template prints; None where there is no run."""
     prompts = provenance.get("prompts")
     if prompts:
@@ -37,14 +37,14 @@ def date_of(provenance: Mapping[str, Any]) -> datetime | None:
 def recorded_date(spec: ExperimentSpec, base: Path, recording: Recording | None) -> datetime | None:
     """The date of the run whose rollouts are replayed; None where nothing is."""
     if recording:
-        return date_of(recording.origin)
+        return template_date(recording.origin)
     backend = spec.rollout.backend
     if isinstance(backend, ReplayBackend):
-        return date_of(directory.provenance(base / backend.run))
+        return template_date(directory.provenance(base / backend.run))
     return None
 
 
-def same_prompts(
+def check_same_prompts(
     data: RunData, provenance: Mapping[str, Any], whose: str, only: str | None = None
 ) -> None:
     """Raise UnreadableInput where the prompts are not those of an earlier run, though its rows may be.

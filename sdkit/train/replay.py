@@ -56,7 +56,7 @@ FIXED_ON_REPLAY: Mapping[SpecPath, str] = {
 }
 """Why the rest may not, by the longest beginning of its key."""
 
-IN_CHECKPOINT: Sequence[SpecPath] = (
+OPTIMIZER_STATE_KEYS: Sequence[SpecPath] = (
     ("optimizer", "betas"),
     ("optimizer", "eps"),
     ("optimizer", "weight_decay"),
@@ -87,7 +87,7 @@ class Recording:
     @property
     def checkpoint(self) -> Path | None:
         """The state before batch `start`; None where that is the start model."""
-        return _checkpoint(self.run, self.start) if self.start else None
+        return _checkpoint_folder(self.run, self.start) if self.start else None
 
     def check_spec(self, spec: ExperimentSpec, folder: Path) -> None:
         """Raise UnreadableInput where the spec would change a prompt or a token, or needs a state that nobody has; and
@@ -106,7 +106,7 @@ class Recording:
         faults = [
             f"{spelled(path)}: {shorten(self.settings.get(path))} then, {shorten(now.get(path))} now ({why})"
             for path in changed
-            if (why := self._refused(path, spec))
+            if (why := self._reason_against(path, spec))
         ]
         if faults:
             raise UnreadableInput(
@@ -114,16 +114,16 @@ class Recording:
                 hint="train on tokens of its own with `sdkit train`",
             )
 
-    def _refused(self, path: SpecPath, spec: ExperimentSpec) -> str | None:
+    def _reason_against(self, path: SpecPath, spec: ExperimentSpec) -> str | None:
         by = spec.rollout.sampled_by
         if path[:2] == ("teacher", "sees") and isinstance(by, TeacherSamples):
             if by.prompt == "teacher":
                 return "the recording was sampled from the teacher's prompt"
-        if self.start and any(_within(path, each) for each in IN_CHECKPOINT):
+        if self.start and any(_starts_with(path, each) for each in OPTIMIZER_STATE_KEYS):
             return f"the checkpoint of step {self.start} holds it; replay from @0"
-        if self.start and path[:2] == ("teacher", "weights") and _needs_state(path, spec):
+        if self.start and path[:2] == ("teacher", "weights") and _needs_teacher_state(path, spec):
             return f"the checkpoint of step {self.start} has no such teacher; replay from @0"
-        known = [p for p in (*CHANGEABLE_ON_REPLAY, *FIXED_ON_REPLAY) if _within(path, p)]
+        known = [p for p in (*CHANGEABLE_ON_REPLAY, *FIXED_ON_REPLAY) if _starts_with(path, p)]
         longest = max(known, key=len, default=())
         return (
             None
@@ -142,7 +142,7 @@ class Recording:
                 hint="the data have changed since, or a suite holds other rows out of them",
             )
 
-    def planned(self, plan: Plan) -> Plan:
+    def with_replay_backend(self, plan: Plan) -> Plan:
         """The plan with the recording in place of a sampler; evaluations are sampled as before."""
         return evolve(plan, backend=ReplayBackend(run=str(self.run)), why_backend=str(self))
 
@@ -157,7 +157,7 @@ class Recording:
             if line["step"] < self.start or (line["step"] == self.start and "time/step" in line):
                 run.metrics(line["step"], {k: v for k, v in line.items() if k != "step"})
         for path in sorted((self.run / "evaluations").glob("step_*.jsonl")):
-            if (step := _step(path)) < self.start:
+            if (step := _step_number(path)) < self.start:
                 run.lines("evaluations", step, read_lines(path))
 
 
@@ -175,21 +175,21 @@ def open_recording(named: str, steps: int | None = None) -> Recording:
     run, start = Path(name).resolve(), int(step)
     facts = origin(run)
     settings = dict(leaves(read(run / MARK, resolved=True).data))
-    if start and not _checkpoint(run, start).is_dir():
-        known = [0, *sorted(_step(p) for p in (run / "checkpoints").glob("step_*"))]
+    if start and not _checkpoint_folder(run, start).is_dir():
+        known = [0, *sorted(_step_number(p) for p in (run / "checkpoints").glob("step_*"))]
         raise UnreadableInput(
             f"{run} has no checkpoint of step {start}",
             hint=f"it can be replayed from {', '.join(f'@{n}' for n in known)}",
         )
-    last = _end(run, start, steps)
+    last = _end_batch(run, start, steps)
     size = settings["training", "prompts_per_step"] * settings["rollout", "completions_per_prompt"]
-    faults = list(_incomplete(run, range(start, last), size))
+    faults = list(_missing_rollouts(run, range(start, last), size))
     if faults:
         raise UnreadableInput(f"the recording in {run} is incomplete:\n" + first_of(faults))
     return Recording(run=run, start=start, end=last, settings=settings, origin=facts)
 
 
-def same_recording(folder: Path, recording: Recording | None) -> None:
+def check_same_recording(folder: Path, recording: Recording | None) -> None:
     """Raise UnreadableInput where a run is continued as a replay and was none, or of another recording, or reversed."""
     before = origin(folder).get("replayed")
     if before == (recording and recording.facts):
@@ -205,27 +205,27 @@ def same_recording(folder: Path, recording: Recording | None) -> None:
     )
 
 
-def _within(path: SpecPath, key: SpecPath) -> bool:
+def _starts_with(path: SpecPath, key: SpecPath) -> bool:
     return path[: len(key)] == key
 
 
-def _needs_state(path: SpecPath, spec: ExperimentSpec) -> bool:
+def _needs_teacher_state(path: SpecPath, spec: ExperimentSpec) -> bool:
     """Whether a teacher that is another for this change has a state of its own; routes are counted through in it."""
     moving = [w for _, w in teachers_of(spec) if isinstance(w, EmaWeights | CopyWeights)]
     routed = spec.teacher is not None and isinstance(spec.teacher.weights, RoutedWeights)
     return bool(moving) and (routed or path[-1] == "kind")
 
 
-def _checkpoint(run: Path, step: int) -> Path:
+def _checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:06d}"
 
 
-def _step(path: Path) -> int:
+def _step_number(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
-def _end(run: Path, start: int, steps: int | None) -> int:
-    recorded = sorted(map(_step, (run / "rollouts").glob("step_*.jsonl")))
+def _end_batch(run: Path, start: int, steps: int | None) -> int:
+    recorded = sorted(map(_step_number, (run / "rollouts").glob("step_*.jsonl")))
     end = recorded[-1] + 1 if recorded else 0
     if start >= end:
         raise UnreadableInput(
@@ -238,7 +238,7 @@ def _end(run: Path, start: int, steps: int | None) -> int:
     return end if steps is None else start + steps
 
 
-def _incomplete(run: Path, batches: range, size: int) -> Iterator[str]:
+def _missing_rollouts(run: Path, batches: range, size: int) -> Iterator[str]:
     for batch in batches:
         path = run / "rollouts" / f"step_{batch:06d}.jsonl"
         if not path.is_file():

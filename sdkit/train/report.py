@@ -51,7 +51,7 @@ class Report:
         self.lifted = collectives.broadcast_object(
             any(key.startswith("lift/") for line in history for key in line)
         )
-        self.trained = [line for line in history if "time/step" in line]  # for tripwires
+        self.recent_steps = [line for line in history if "time/step" in line]  # for tripwires
         # Tokens of training rollouts so far.
         self.generated = max((line.get("tokens_generated", 0.0) for line in history), default=0.0)
         self.bar = Progress(
@@ -67,7 +67,7 @@ class Report:
 
     def step(
         self,
-        world: TrainState,
+        state: TrainState,
         gathered: CollectedRollouts,
         metrics: dict[str, float],
     ) -> None:
@@ -75,38 +75,40 @@ class Report:
         self.generated += metrics["rollout/tokens"]
         metrics["tokens_generated"] = self.generated
         metrics["memory/peak_gib"] = peak_gib()
-        self.run.metrics(world.step, metrics)
-        self.run.status("running", step=world.step)
+        self.run.metrics(state.step, metrics)
+        self.run.status("running", step=state.step)
         own = collectives.gather_object(rollout_records(gathered))
-        self.run.lines("rollouts", world.step - 1, sort_records(own))
-        self.console.print(_step_line(world, metrics), highlight=False)
-        output = world.spec.output
-        self._warn(world.step, metrics, output.tripwire_steps)
-        for text in world.server_messages():
-            self.run.warning(world.step, {"wire": "rollout_server", "cause": text})
-        if (world.step - 1) % output.samples_every == 0:
-            shown = sample_texts(world, gathered.batch, gathered.scores, output.samples)
-            self.run.lines("samples", world.step, shown)
+        self.run.lines("rollouts", state.step - 1, sort_records(own))
+        self.console.print(_step_line(state, metrics), highlight=False)
+        output = state.spec.output
+        self._warn_of_tripwires(state.step, metrics, output.tripwire_steps)
+        for text in state.server_messages():
+            self.run.warning(state.step, {"wire": "rollout_server", "cause": text})
+        if (state.step - 1) % output.samples_every == 0:
+            shown = sample_texts(state, gathered.batch, gathered.scores, output.samples)
+            self.run.lines("samples", state.step, shown)
             self.console.print(
                 f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False
             )
-        self.bar.update(self.task, completed=world.step)
+        self.bar.update(self.task, completed=state.step)
 
-    def bad_batch(self, world: TrainState, gathered: CollectedRollouts, part: RolloutBatch) -> Path:
+    def bad_batch(self, state: TrainState, gathered: CollectedRollouts, part: RolloutBatch) -> Path:
         """Keep the rollouts of an update that failed, and all of its step as every step's; where the former stand."""
         held = {(r.group, r.completion_ids) for r in part}
         own = rollout_records(gathered)
         failed = [r for r in own if (r["group"], r["completion_ids"]) in held]
         for folder, each in (("rollouts", own), ("bad_batches", failed)):
-            self.run.lines(folder, world.step, sort_records(collectives.gather_object(each)))
-        return self.run.file("bad_batches", world.step)
+            self.run.lines(folder, state.step, sort_records(collectives.gather_object(each)))
+        return self.run.file("bad_batches", state.step)
 
-    def _warn(self, step: int, metrics: Mapping[str, float], patience: int | None) -> None:
+    def _warn_of_tripwires(
+        self, step: int, metrics: Mapping[str, float], patience: int | None
+    ) -> None:
         """A yellow line, and one of warnings.jsonl, for each tripwire that goes off at this step."""
         if patience is None:
             return
-        self.trained = [*self.trained[-patience:], {"step": step, **metrics}]
-        for trip in triggered(self.trained, patience):
+        self.recent_steps = [*self.recent_steps[-patience:], {"step": step, **metrics}]
+        for trip in triggered(self.recent_steps, patience):
             facts = {"since": trip.first, "wire": trip.wire, "cause": trip.cause}
             self.run.warning(step, facts | {"look_at": trip.look_at})
             self.console.print(f"[yellow]warning[/]: {escape(str(trip))}", highlight=False)
@@ -114,7 +116,7 @@ class Report:
 
     def evaluated(
         self,
-        world: TrainState,
+        state: TrainState,
         found: EvaluationResult,
         losses: Mapping[str, float],
         seconds: float,
@@ -122,18 +124,18 @@ class Report:
         """One evaluation: scores with intervals on screen, every completion in evaluations/."""
         self.first = self.first or found
         self.last = found
-        self.evaluated_at.add(world.step)
-        key = headline(world)
+        self.evaluated_at.add(state.step)
+        key = headline(state)
         metrics = found.metrics(key) | dict(losses)
-        self.run.metrics(world.step, metrics | {"time/evaluation": seconds})
-        self.run.lines("evaluations", world.step, found.records)
+        self.run.metrics(state.step, metrics | {"time/evaluation": seconds})
+        self.run.lines("evaluations", state.step, found.records)
         parts = [
-            f"{'/'.join(k[1:])} {_share(found.interval(k).mean)}"
+            f"{'/'.join(k[1:])} {_score_text(found.interval(k).mean)}"
             for k in found.scores
             if k[0] == key[0]
         ]
         self.console.print(
-            f"[cyan]evaluation after step {world.step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]",
+            f"[cyan]evaluation after step {state.step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]",
             highlight=False,
         )
 
@@ -157,15 +159,15 @@ class Report:
         named = {"lift/" + "/".join(key): interval.mean for key, interval in lift.items()}
         self.run.metrics(0, named)
 
-    def finished(self, world: TrainState) -> None:
+    def finished(self, state: TrainState) -> None:
         """The table of before and after."""
         if self.first is None or self.last is None or self.first is self.last:
             return
-        table = comparison(self.first, self.last, headline(world))
+        table = comparison_table(self.first, self.last, headline(state))
         self.console.print(table)
 
 
-def comparison(before: EvaluationResult, after: EvaluationResult, first: Key) -> Table:
+def comparison_table(before: EvaluationResult, after: EvaluationResult, first: Key) -> Table:
     """Every score before and after, with the paired bootstrap interval of the change."""
     table = Table(title="held-out prompts, from the student's own prompt")
     for column in ("suite", "decoding", "score", "before", "after", "change", "95 % interval", "n"):
@@ -184,7 +186,7 @@ def comparison(before: EvaluationResult, after: EvaluationResult, first: Key) ->
     return table
 
 
-def scores(found: EvaluationResult) -> Table:
+def scores_table(found: EvaluationResult) -> Table:
     """Every score with its interval."""
     table = Table(title="held-out prompts, from the model's own prompt")
     for column in ("suite", "decoding", "score", "mean [95 % interval]", "n"):
@@ -195,7 +197,9 @@ def scores(found: EvaluationResult) -> Table:
     return table
 
 
-def plain_comparison(before: EvaluationResult, after: EvaluationResult) -> list[dict[str, object]]:
+def comparison_records(
+    before: EvaluationResult, after: EvaluationResult
+) -> list[dict[str, object]]:
     """The same table as data, for result.json."""
     rows: list[dict[str, object]] = []
     for key in before.scores:
@@ -214,56 +218,56 @@ def plain_comparison(before: EvaluationResult, after: EvaluationResult) -> list[
     return rows
 
 
-def opening(console: Console, world: TrainState, run: RunDirectory) -> None:
+def print_objective_card(console: Console, state: TrainState, run: RunDirectory) -> None:
     """The objective card: what will be trained, in words."""
-    plan = world.plan
+    plan = state.plan
     lines = [f"[bold]{escape(line)}[/]" for line in plan.objective]
     lines += [escape(line) for line in plan.roles]
     lines += [f"[dim]derived: {escape(line)}[/]" for line in plan.derived]
-    if world.data.dropped:
+    if state.data.dropped:
         lines.append(
-            f"[dim]derived: {world.data.dropped} training rows dropped, their prompts are held out[/]"
+            f"[dim]derived: {state.data.dropped} training rows dropped, their prompts are held out[/]"
         )
-    for name, repeats in world.data.repeats.items():
+    for name, repeats in state.data.dropped_repeats.items():
         if repeats:
-            kept = len(world.data.suites[name])
+            kept = len(state.data.suites[name])
             lines.append(
                 f"[dim]derived: suite {name} has {kept} different prompts, {repeats} repeats dropped[/]"
             )
-    if world.spec.training.share_prompts and not world.longest_pack:
+    if state.spec.training.share_prompts and not state.longest_pack:
         lines.append(
             "[dim]derived: every completion repeats its prompt, as this model's attention takes no shared rows[/]"
         )
-    if 0 < world.longest_pack < min(LONGEST_PACK, 2 * world.longest_sequence):
+    if 0 < state.longest_pack < min(LONGEST_PACK, 2 * state.longest_sequence):
         lines.append(
-            f"[dim]derived: completions share rows of up to {world.longest_pack} tokens, the reach of this model's attention[/]"
+            f"[dim]derived: completions share rows of up to {state.longest_pack} tokens, the reach of this model's attention[/]"
         )
-    if not world.pads_samples:
+    if not state.pads_samples:
         lines.append(
             "[dim]derived: prompts are sampled one by one, as padding changes what this model samples[/]"
         )
     lines.append(
-        f"{plan.steps} steps × {world.spec.training.prompts_per_step} prompts × "
-        f"{world.spec.rollout.completions_per_prompt} completions, {len(world.data.train)} training rows"
+        f"{plan.steps} steps × {state.spec.training.prompts_per_step} prompts × "
+        f"{state.spec.rollout.completions_per_prompt} completions, {len(state.data.train)} training rows"
     )
     console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
-    if spelled := world.data.spelled:
+    if spelled := state.data.control_token_rows:
         shown = ", ".join(f"row {row.index} {name}" for row, name in spelled[:5])
         text = f"{counted(len(spelled), 'row')} spell control tokens, which the model reads as such: {shown}"
         console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
         console.print("  = model.control_tokens: text keeps them as text", highlight=False)
-    _warn_of_cut_completions(console, world, run)
+    _warn_of_cut_completions(console, state, run)
 
 
-def _warn_of_cut_completions(console: Console, world: TrainState, run: RunDirectory) -> None:
-    own = world.data.completions
-    text = own and own.warning(world.spec.rollout.max_new_tokens)
+def _warn_of_cut_completions(console: Console, state: TrainState, run: RunDirectory) -> None:
+    own = state.data.completions
+    text = own and own.warning(state.spec.rollout.max_new_tokens)
     if own is None or text is None:
         return
     advice = f"set rollout.max_new_tokens: {own.longest}, or drop these rows"
     console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
     console.print(f"  = {escape(advice)}", highlight=False)
-    if world.step == 0:  # a resumed run has said it
+    if state.step == 0:  # a resumed run has said it
         run.warning(0, {"wire": "cut_completions", "cause": text, "look_at": advice})
 
 
@@ -273,7 +277,7 @@ def peak_gib() -> float:
     return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
 
 
-def _step_line(world: TrainState, metrics: Mapping[str, float]) -> str:
+def _step_line(state: TrainState, metrics: Mapping[str, float]) -> str:
     rewards = [
         f"{k.removeprefix('reward/')} {v:.2f}"
         for k, v in metrics.items()
@@ -288,7 +292,7 @@ def _step_line(world: TrainState, metrics: Mapping[str, float]) -> str:
     if "loss" in metrics:
         trained = f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2f}"
     return (
-        f"step [bold]{world.step}[/]/{world.end}  {trained}  length {metrics['rollout/completion_tokens']:.1f}  "
+        f"step [bold]{state.step}[/]/{state.end}  {trained}  length {metrics['rollout/completion_tokens']:.1f}  "
         f"{'  '.join(rewards)}  [dim]{metrics['time/step']:.1f} s ({times})[/]{skipped}"
     )
 
@@ -298,5 +302,5 @@ def _one_line(text: str) -> str:
     return flat if len(flat) <= 160 else flat[:157] + "…"
 
 
-def _share(value: float) -> str:
+def _score_text(value: float) -> str:
     return f"{value:.3f}"

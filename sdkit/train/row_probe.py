@@ -29,34 +29,34 @@ from sdkit.sampling.transformers import TransformersRollouts
 if TYPE_CHECKING:
     from sdkit.train.state import TrainState
 
-MASKED = ("sdpa", "eager")
+MASKED_ATTENTION = ("sdpa", "eager")
 """Attention kernels that take a mask of every query and key."""
-REACH = re.compile(r"(window|window_size|chunk_size)$")
+WINDOW_KEY = re.compile(r"(window|window_size|chunk_size)$")
 
 
-def measure_longest_pack(world: TrainState) -> int:
+def measure_longest_pack(state: TrainState) -> int:
     """The most tokens of a shared row that every model of the run takes; 0: no row may be shared.
 
     Raises BadData where padding changes the states of the text beside it.
     """
-    budget = world.spec.training.micro_batch_tokens
-    for who, weights in world.models:
+    budget = state.spec.training.micro_batch_tokens
+    for who, weights in state.models:
         width = min(
-            world.longest_sequence, budget // 2
+            state.longest_sequence, budget // 2
         )  # of the longest row that has another beside it
-        if width > PROMPT + SHORT and padding_shows(weights, world.device, width):
+        if width > PROMPT + SHORT and padding_shows(weights, state.device, width):
             raise BadData(
                 f"the {who} gives a text other hidden states where it is padded to {width} tokens, so losses would "
                 "depend on what stands beside it in a micro-batch",
                 hint="set training.micro_batch_tokens: 1, so that every text runs alone",
                 path=("teacher", "weights") if weights.foreign else ("model", "path"),
             )
-    if not world.spec.training.share_prompts:
+    if not state.spec.training.share_prompts:
         return 0
-    members = max(world.spec.rollout.completions_per_prompt, 2)
-    longest = min(LONGEST_PACK, members * world.longest_sequence)
-    for _, weights in world.models:
-        longest = longest_shared(weights, world.device, longest, world.longest_sequence)
+    members = max(state.spec.rollout.completions_per_prompt, 2)
+    longest = min(LONGEST_PACK, members * state.longest_sequence)
+    for _, weights in state.models:
+        longest = longest_shared(weights, state.device, longest, state.longest_sequence)
     return longest
 
 
@@ -67,10 +67,10 @@ def longest_shared(weights: Weights, device: torch.device, wanted: int, text: in
     nothing, so shorter rows are tried where long ones do.
     """
     config = weights.causal.config
-    if getattr(config, "_attn_implementation", None) not in MASKED:
+    if getattr(config, "_attn_implementation", None) not in MASKED_ATTENTION:
         return 0
     shortest = PROMPT + 2 * SHORT
-    longest = min(wanted, *_reaches(config), LONGEST_PACK)
+    longest = min(wanted, *_attention_windows(config), LONGEST_PACK)
     if longest < shortest or not shares_rows(weights, device) or completions_leak(weights, device):
         return 0
     while longest > shortest and not shares_rows(weights, device, longest, text):
@@ -78,11 +78,11 @@ def longest_shared(weights: Weights, device: torch.device, wanted: int, text: in
     return longest
 
 
-def _reaches(config: Any) -> list[int]:
+def _attention_windows(config: Any) -> list[int]:
     """Every whole number of the text configuration whose name is that of an attention layer's reach."""
     found: list[Any] = []
     for name, value in config.get_text_config().to_dict().items():
-        if REACH.search(name):
+        if WINDOW_KEY.search(name):
             found += value if isinstance(value, list) else [value]
     return [v for v in found if isinstance(v, int) and not isinstance(v, bool) and v > 0]
 

@@ -49,11 +49,11 @@ from sdkit.serving.weight_files import WeightFolder
 from sdkit.train import failures, loop, prompt_record, report, stop_requests
 from sdkit.train.evaluate import evaluate, headline
 from sdkit.train.inputs import RunData
-from sdkit.train.replay import Recording, same_recording
+from sdkit.train.replay import Recording, check_same_recording
 from sdkit.train.state import TrainState
 
 
-def open_world(
+def open_train_state(
     spec: ExperimentSpec,
     base: Path,
     recording: Recording | None = None,
@@ -81,12 +81,12 @@ def open_world(
         now = now or prompt_record.recorded_date(spec, base, recording)
         known = known_ids(spec, base, located)
         data = RunData(spec, base, tokenizer, now=now, known=known)
-        world = _open(spec, base, data, located, served, servers, recording)
+        state = _open_with_data(spec, base, data, located, served, servers, recording)
         undo.pop_all()
-    return world
+    return state
 
 
-def _open(
+def _open_with_data(
     spec: ExperimentSpec,
     base: Path,
     data: RunData,
@@ -108,7 +108,7 @@ def _open(
         assert plan.steps is not None
         longest = data.check(plan.steps)
         if recording:
-            prompt_record.same_prompts(
+            prompt_record.check_same_prompts(
                 data, recording.origin, f"{recording.run} was recorded with", "train"
             )
         for model in served.values():
@@ -116,11 +116,11 @@ def _open(
         if servers:
             servers.check_length(longest)
         if recording:
-            plan = recording.planned(plan)
-        world = TrainState(spec, plan, base, data, located, longest, served, servers)
+            plan = recording.with_replay_backend(plan)
+        state = TrainState(spec, plan, base, data, located, longest, served, servers)
         if recording:
-            world.end = recording.end
-        return world
+            state.end = recording.end
+        return state
     except BaseException:
         zero.stop(together=False)
         raise
@@ -146,7 +146,7 @@ def _connect_teachers(
 def _connect_servers(spec: ExperimentSpec, base: Path, located: str) -> ServerPool | None:
     """The rollout servers, found fit to sample; of the first rank alone, which talks to them."""
     backend = spec.rollout.backend
-    if not isinstance(backend, VllmServerBackend) or not _first():
+    if not isinstance(backend, VllmServerBackend) or not _is_first_rank():
         return None
 
     def say(text: str) -> None:
@@ -189,49 +189,51 @@ def train(
     last = _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
     if recording and recording.checkpoint:
         word = recording.origin.get("run")
-        resuming.check_usable(recording.checkpoint, word, launched() or 1, hashes=_first())
-    began = prompt_record.date_of(directory.provenance(folder)) if resume else None
-    world = open_world(spec, base, recording, began)
+        resuming.check_usable(recording.checkpoint, word, launched() or 1, hashes=_is_first_rank())
+    began = prompt_record.template_date(directory.provenance(folder)) if resume else None
+    state = open_train_state(spec, base, recording, began)
     last = collectives.broadcast_object(last)
-    run = _directory(folder, resume=last is not None, tensorboard=spec.output.tensorboard)
+    run = _open_run_directory(folder, resume=last is not None, tensorboard=spec.output.tensorboard)
     try:
         if last:
-            _restore(world, run, last)
+            _restore(state, run, last)
         else:
             rng.seed_all(spec.training.seed, collectives.rank())
             run.write_text("spec.yaml", written)
             run.write_text(directory.MARK, resolved)
-            run.write_json(directory.ORIGIN, _provenance(world, base, recording))
+            run.write_json(directory.ORIGIN, _provenance(state, base, recording))
             if recording and recording.checkpoint:
-                checkpoint.load(world, recording.checkpoint)
+                checkpoint.load(state, recording.checkpoint)
                 recording.write_history(run)
-        checkpoint.check_saving(world)
-        report.opening(console, world, run)
-        run.status("running", step=world.step)
-        _train(world, run, console)
-        run.status("done", step=world.step)
+        checkpoint.check_saving(state)
+        report.print_objective_card(console, state, run)
+        run.status("running", step=state.step)
+        _train(state, run, console)
+        run.status("done", step=state.step)
     except BaseException as error:
-        raise _report_failure(error, world, run) from error
-    _close(world, run, together=True)
+        raise _report_failure(error, state, run) from error
+    _close(state, run, together=True)
     return folder
 
 
 def _report_failure(
-    error: BaseException, world: TrainState, run: directory.RunDirectory
+    error: BaseException, state: TrainState, run: directory.RunDirectory
 ) -> BaseException:
     """Leave a run before its end and write down how it ended; what the command is to report."""
     roll = collectives.RollCall() if failures.is_rank_lost(error) else None
-    reported = failures.explain(error, run)
+    reported = failures.reported_error(error, run)
     stopped = isinstance(reported, Stopped)
-    _status(run, "stopped" if stopped else "failed", world.step, reported)
-    _close(world, run, together=stopped)
+    _write_failure_status(run, "stopped" if stopped else "failed", state.step, reported)
+    _close(state, run, together=stopped)
     if roll:
         reported = failures.rank_lost(roll.missing_ranks(), error)
-        _status(run, "failed", world.step, reported)
+        _write_failure_status(run, "failed", state.step, reported)
     return reported
 
 
-def _status(run: directory.RunDirectory, state: str, step: int, error: BaseException) -> None:
+def _write_failure_status(
+    run: directory.RunDirectory, state: str, step: int, error: BaseException
+) -> None:
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     with contextlib.suppress(BadEnvironment):  # a full disk is what `error` says
         run.status(state, step=step, reason=reason or type(error).__name__)
@@ -252,28 +254,30 @@ def _checkpoint_to_resume(
     def say(text: str) -> None:
         console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
 
-    same_recording(folder, recording)
-    resuming.last_attempt(folder, say)
-    resuming.same_spec(folder, resolved)
+    check_same_recording(folder, recording)
+    resuming.report_previous_attempt(folder, say)
+    resuming.check_same_spec(folder, resolved)
     own = Origin(
         run=directory.provenance(folder).get("run"), spec=spec_digest(spec), ranks=launched() or 1
     )
-    return resuming.newest_checkpoint(folder, own, say, hashes=_first())
+    return resuming.newest_checkpoint(folder, own, say, hashes=_is_first_rank())
 
 
-def _first() -> bool:
+def _is_first_rank() -> bool:
     """Whether this is the first rank, before the ranks have met."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _restore(world: TrainState, run: directory.RunDirectory, last: Path) -> None:
-    resuming.same_data(run.path, world.data.fingerprints())
-    prompt_record.same_prompts(world.data, directory.provenance(run.path), "this run began with")
-    checkpoint.load(world, last)
-    run.forget_after(world.step)
+def _restore(state: TrainState, run: directory.RunDirectory, last: Path) -> None:
+    resuming.check_same_data(run.path, state.data.fingerprints())
+    prompt_record.check_same_prompts(
+        state.data, directory.provenance(run.path), "this run began with"
+    )
+    checkpoint.load(state, last)
+    run.forget_after(state.step)
 
 
-def _directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.RunDirectory:
+def _open_run_directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.RunDirectory:
     """The run directory, which the first rank alone writes to."""
     if collectives.rank():
         return directory.ReadOnly(folder, tensorboard=False)
@@ -282,23 +286,23 @@ def _directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.Ru
     return directory.create(folder, tensorboard=tensorboard)
 
 
-def _close(world: TrainState, run: directory.RunDirectory, *, together: bool) -> None:
+def _close(state: TrainState, run: directory.RunDirectory, *, together: bool) -> None:
     run.close()
-    world.close(together=together)
+    state.close(together=together)
     zero.stop(together=together)
 
 
-def _train(world: TrainState, run: directory.RunDirectory, console: Console) -> None:
-    screen = report.Report(run, console, world.end)
+def _train(state: TrainState, run: directory.RunDirectory, console: Console) -> None:
+    screen = report.Report(run, console, state.end)
     with screen.bar:
-        loop.run(world, screen)
+        loop.run(state, screen)
     with stop_requests.stop_requests():  # all is done but writing it down: that comes to its end
-        checkpoint.save_model(world, run.path)
+        checkpoint.save_model(state, run.path)
         if collectives.rank() == 0:
             plot(run.history(), run.path / "plot.png", run.path.name)
-    screen.finished(world)
+    screen.finished(state)
     if screen.first and screen.last and screen.first is not screen.last:
-        run.write_json("result.json", report.plain_comparison(screen.first, screen.last))
+        run.write_json("result.json", report.comparison_records(screen.first, screen.last))
     console.print(f"run directory: {run.path}", highlight=False)
 
 
@@ -306,42 +310,44 @@ def evaluate_only(
     spec: ExperimentSpec, base: Path, console: Console, run: Path | None = None
 ) -> dict[str, float]:
     """The spec's evaluation on its start model, under the date of `run` where it is a run's; returns the metrics."""
-    world = open_world(spec, base, now=run and prompt_record.date_of(directory.provenance(run)))
+    state = open_train_state(
+        spec, base, now=run and prompt_record.template_date(directory.provenance(run))
+    )
     together = False
     try:
-        found = evaluate(world)
-        metrics = found.metrics(headline(world))
-        console.print(report.scores(found))
+        found = evaluate(state)
+        metrics = found.metrics(headline(state))
+        console.print(report.scores_table(found))
         together = True
         return metrics
     finally:
-        world.close(together=together)
+        state.close(together=together)
         zero.stop(together=together)
 
 
-def _provenance(world: TrainState, base: Path, recording: Recording | None) -> dict[str, Any]:
+def _provenance(state: TrainState, base: Path, recording: Recording | None) -> dict[str, Any]:
     model = {
-        "path": world.spec.model.path,
-        "revision": world.spec.model.revision,
-        "located": world.model_folder,
+        "path": state.spec.model.path,
+        "revision": state.spec.model.revision,
+        "located": state.model_folder,
     }
-    config = world.student.causal.config
+    config = state.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
     others = [
         {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)}
-        for _, w in other_models(world.spec)
+        for _, w in other_models(state.spec)
     ]
     served = [
-        {"url": w.url, "model": w.model, "root": model.root} for w, model in world.served.items()
+        {"url": w.url, "model": w.model, "root": model.root} for w, model in state.served.items()
     ]
     return provenance(
         base,
         run=secrets.token_hex(8),
-        data=world.data.fingerprints(),
-        prompts=prompt_record.facts(world.data),
+        data=state.data.fingerprints(),
+        prompts=prompt_record.provenance_entry(state.data),
         model=model,
         other_models=others,
         served_teachers=served,
-        seed=world.spec.training.seed,
+        seed=state.spec.training.seed,
         **({"replayed": recording.facts} if recording else {}),
     )

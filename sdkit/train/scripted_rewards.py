@@ -26,12 +26,12 @@ def _thresholds(spec: MethodSpec) -> Iterator[float]:
             yield threshold
 
 
-def groups(spec: MethodSpec) -> list[list[float]]:
+def group_rewards(spec: MethodSpec) -> list[list[float]]:
     """The rewards of each group of a batch: a failure at each threshold beside a success at all of them, and a group of
     successes alone, which differ.
     """
     known, size = thresholds(spec), spec.rollout.completions_per_prompt
-    lowest, highest = (end + sign * max(1.0, abs(end)) for end, sign in _ends(known))
+    lowest, highest = (end + sign * max(1.0, abs(end)) for end, sign in _lowest_and_highest(known))
     levels = [lowest, *known, highest]
     if size == 1:
         return [[level] for level in levels]
@@ -39,13 +39,13 @@ def groups(spec: MethodSpec) -> list[list[float]]:
     return [[pair[i % 2] for i in range(size)] for pair in pairs]
 
 
-def _ends(known: Sequence[float]) -> tuple[tuple[float, int], tuple[float, int]]:
+def _lowest_and_highest(known: Sequence[float]) -> tuple[tuple[float, int], tuple[float, int]]:
     return (known[0], -1), (known[-1], 1)
 
 
 def scorer(spec: MethodSpec) -> Scorer:
     """The script as a reward: judges completions by their place alone, and has something to say of each."""
-    script = [reward for group in groups(spec) for reward in group]
+    script = [reward for group in group_rewards(spec) for reward in group]
     top = thresholds(spec)[-1]
 
     def judge(pairs: Sequence[Pair]) -> list[ScoredCompletion]:

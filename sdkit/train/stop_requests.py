@@ -19,33 +19,33 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.asked = False
-        self._pointless = False
+        self._abandon_at_once = False
 
-    def note(self, number: int, _frame: Any) -> None:
+    def handle_signal(self, number: int, _frame: Any) -> None:
         """The handler of both signals."""
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        if self._pointless:
+        if self._abandon_at_once:
             raise EvaluationAbandoned
 
     @contextlib.contextmanager
     def abandonable(self) -> Iterator[None]:
         """Work in here changes nothing: a request raises LeftAtOnce.  Several ranks come to its end together instead."""
-        self._pointless = collectives.world_size() == 1
+        self._abandon_at_once = collectives.world_size() == 1
         try:
-            if self.asked and self._pointless:
+            if self.asked and self._abandon_at_once:
                 raise EvaluationAbandoned
             yield
         finally:
-            self._pointless = False
+            self._abandon_at_once = False
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
     """Note SIGINT and SIGTERM instead of dying from them; a second SIGINT interrupts at once."""
     stop = StopRequests()
-    before = {n: signal.signal(n, stop.note) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, stop.handle_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from attrs import frozen
 
-Line = Mapping[str, float]
+StepMetrics = Mapping[str, float]
 """The figures of one training step, by name."""
-Cause = Callable[[Line], str | None]
+Cause = Callable[[StepMetrics], str | None]
 """What is wrong with a step, if this is."""
 
 NO_KL = 1e-6
@@ -34,7 +34,7 @@ class TripwireWarning:
         return f"steps {self.first} to {self.step}: {self.cause}"
 
 
-def triggered(lines: Sequence[Line], patience: int) -> list[TripwireWarning]:
+def triggered(lines: Sequence[StepMetrics], patience: int) -> list[TripwireWarning]:
     """The tripwires that go off at the last of these lines: `patience` degenerate steps in a row, now and not before.
 
     `lines` are a run's training steps in order; more than the last `patience` + 1 of them change nothing.
@@ -43,7 +43,7 @@ def triggered(lines: Sequence[Line], patience: int) -> list[TripwireWarning]:
     if len(recent) < patience:
         return []
     found: list[TripwireWarning] = []
-    for name, (cause, look_at) in WIRES.items():
+    for name, (cause, look_at) in TRIPWIRES.items():
         bad = [cause(line) for line in recent]
         onset = all(bad[-patience:]) and (len(bad) == patience or not bad[0])
         if onset and (now := bad[-1]):
@@ -54,13 +54,13 @@ def triggered(lines: Sequence[Line], patience: int) -> list[TripwireWarning]:
     return found
 
 
-def _flat_rewards(line: Line) -> str | None:
+def _flat_rewards(line: StepMetrics) -> str | None:
     if line.get("rollout/no_advantage", 0) < 1:
         return None
     return "rewards are flat: every group's rollouts got one and the same, so no advantage is left"
 
 
-def _nothing_counted(line: Line) -> str | None:
+def _no_tokens(line: StepMetrics) -> str | None:
     if line.get("rollout/kept") == 0:
         return "no rollout was kept: rollout.keep let none through, so there was no update"
     empty = [term for term in _terms(line) if line.get(f"{term}/tokens") == 0]
@@ -72,13 +72,13 @@ def _nothing_counted(line: Line) -> str | None:
     return f"{told}: mask and route left none"
 
 
-def _no_success(line: Line) -> str | None:
-    if line.get("teacher/success_groups", 1) > 0 or _nothing_counted(line):
+def _no_success(line: StepMetrics) -> str | None:
+    if line.get("teacher/success_groups", 1) > 0 or _no_tokens(line):
         return None
     return "no group had a successful rollout, so no teacher was shown one"
 
 
-def _no_divergence(line: Line) -> str | None:
+def _no_divergence(line: StepMetrics) -> str | None:
     for term in _terms(line):
         # Of one sampled token only k1 is known; a pull to the reference has one too, and begins at 0.
         names = ("forward_kl", "reverse_kl") if f"{term}/forward_kl" in line else ("k1",)
@@ -89,16 +89,18 @@ def _no_divergence(line: Line) -> str | None:
     return None
 
 
-def _all_truncated(line: Line) -> str | None:
+def _all_truncated(line: StepMetrics) -> str | None:
     if line.get("rollout/finished", 1) > 0:
         return None
     length = line.get("rollout/completion_tokens", 0)
     return f"every completion was cut at the length limit ({length:.0f} tokens)"
 
 
-def _no_gradient(line: Line) -> str | None:
+def _no_gradient(line: StepMetrics) -> str | None:
     """Only where none of the others says why."""
-    if line.get("grad_norm", 1) > NO_GRADIENT or any(c(line) for c in (*EXPLAINED, _all_truncated)):
+    if line.get("grad_norm", 1) > NO_GRADIENT or any(
+        c(line) for c in (*SPECIFIC_CAUSES, _all_truncated)
+    ):
         return None
     norm, loss = line["grad_norm"], line.get("loss", 0)
     if abs(loss) <= NO_KL:
@@ -106,19 +108,19 @@ def _no_gradient(line: Line) -> str | None:
     return f"the loss is {loss:.4f}, but its gradient is 0 (norm {norm:.1e}): nothing reaches the weights"
 
 
-def _terms(line: Line) -> list[str]:
+def _terms(line: StepMetrics) -> list[str]:
     return [name.removeprefix("loss/") for name in line if name.startswith("loss/")]
 
 
-EXPLAINED: tuple[Cause, ...] = (_flat_rewards, _nothing_counted, _no_divergence)
+SPECIFIC_CAUSES: tuple[Cause, ...] = (_flat_rewards, _no_tokens, _no_divergence)
 
-WIRES: Mapping[str, tuple[Cause, str]] = {
+TRIPWIRES: Mapping[str, tuple[Cause, str]] = {
     "flat_rewards": (
         _flat_rewards,
         "look at reward/* and samples/: prompts that are too hard or too easy, or a reward that misreads the answers",
     ),
     "nothing_counted": (
-        _nothing_counted,
+        _no_tokens,
         "look at teacher/*_used, teacher/success_groups and */empty_rows: teacher.sees, losses.*.mask, rollout.keep",
     ),
     "no_success": (

@@ -246,7 +246,7 @@ def test_other_rows_are_refused(three, run):
 def left(run, **status):
     (run / "status.json").write_text(json.dumps(status))
     said = []
-    resume.last_attempt(run, said.append)
+    resume.report_previous_attempt(run, said.append)
     return said
 
 

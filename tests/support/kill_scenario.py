@@ -69,7 +69,7 @@ PHASES = {
     "evaluation": (loop, "evaluate", "after"),
     "save": (zero.Zero, "save", "after"),
     "manifest": (manifest, "write", "before"),
-    "naming": (atomic, "put", "after"),
+    "naming": (atomic, "replace_folder", "after"),
     "model": (checkpoint, "save_model", "after"),
 }
 BY_THE_FIRST_RANK = {"manifest", "naming"}
