@@ -252,7 +252,7 @@ def left(run, **status):
 
 def test_a_silent_end_is_named(tmp_path):
     (said,) = left(tmp_path, state="running", pid=2**22 + 1, process="boot/1", step=7)
-    assert "ended without a word after step 7" in said
+    assert "exited without updating its status after step 7" in said
     assert "dmesg" in said
     assert left(tmp_path, state="stopped", pid=1, step=7) == []
 

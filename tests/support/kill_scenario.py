@@ -63,7 +63,7 @@ VLLM = "vllm"
 PHASES = {
     # Where the kill comes: before or after this function, while the run's step is the case's.
     "rollout": (collect_rollouts, "score", "before"),
-    "teacher": (step, "score", "after"),
+    "teacher": (step, "score_teacher", "after"),
     "update": (zero.Zero, "step", "after"),
     "boundary": (Report, "step", "after"),
     "evaluation": (loop, "evaluate", "after"),
