@@ -14,32 +14,11 @@ from pathlib import Path
 from attrs import asdict, frozen
 
 from sdkit.checkpoints import atomic
-from sdkit.language.errors import Path as SpecPath
+from sdkit.checkpoints.changeable import may_change_on_resume
 from sdkit.language.resolved import leaves, resolved
 from sdkit.language.specs import ExperimentSpec
 
 NAME = "MANIFEST.json"
-CHANGEABLE_ON_RESUME = frozenset(
-    {
-        ("output",),
-        *(
-            ("rollout", "backend", key)
-            for key in ("urls", "key_from", "allow_remote", "folder", "deadline_seconds")
-        ),
-        ("training", "steps"),
-        ("training", "epochs"),
-        ("training", "micro_batch_tokens"),
-        ("training", "chunk_tokens"),
-        ("model", "activation_checkpointing"),
-    }
-)
-"""What may change when a run is continued, with all beneath it: its length, its output, what its memory is spent on, where
-its rollout servers are."""
-
-
-def may_change(path: SpecPath) -> bool:
-    """Whether `path` may have another value when the run is resumed."""
-    return any(path[: len(key)] == key for key in CHANGEABLE_ON_RESUME)
 
 
 @frozen(kw_only=True)
@@ -79,7 +58,11 @@ class UnusableCheckpoint(Exception):
 
 def spec_digest(spec: ExperimentSpec) -> str:
     """SHA-256 of all values of a spec except those that may change on resume."""
-    fixed = [(list(path), value) for path, value in leaves(resolved(spec)) if not may_change(path)]
+    fixed = [
+        (list(path), value)
+        for path, value in leaves(resolved(spec))
+        if not may_change_on_resume(path)
+    ]
     return _digest(sorted(fixed, key=str))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.checkpoints import atomic, manifest
+from sdkit.checkpoints.changeable import may_change_on_resume
 from sdkit.checkpoints.manifest import Manifest, Origin, UnusableCheckpoint
 from sdkit.language.errors import UnreadableInput, counted, first_of, shorten, spelled
 from sdkit.language.resolved import leaves
@@ -128,7 +129,7 @@ def check_same_spec(run: Path, resolved: str) -> None:
     changed = [
         f"{spelled(path)}: {shorten(before.get(path))} then, {shorten(now.get(path))} now"
         for path in sorted(before.keys() | now.keys(), key=str)
-        if before.get(path) != now.get(path) and not manifest.may_change(path)
+        if before.get(path) != now.get(path) and not may_change_on_resume(path)
     ]
     if changed:
         raise UnreadableInput(
