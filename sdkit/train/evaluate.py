@@ -1,4 +1,4 @@
-"""Held-out measurement: scores with intervals, the teacher's lift, the objective on held-out prompts."""
+"""Evaluates on held-out prompts: scores with intervals, the teacher's lift, and the objective."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PromptIds = Callable[[Row], tuple[int, ...] | None]
 
 
 def headline(state: TrainState) -> Key:
-    """The score that stands for the run: the first suite's first decoding."""
+    """The key of the run's main score: the first suite's score under its first decoding."""
     assert state.spec.evaluation is not None
     name, suite = next(iter(state.spec.evaluation.suites.items()))
     return name, next(iter(suite.decoding)), suite.score
 
 
 def evaluate(state: TrainState) -> EvaluationResult:
-    """Every suite from the student's own prompt."""
+    """Sample and score every suite from the student's prompts."""
     assert state.spec.evaluation is not None
     parts = [
         _evaluate_suite(
@@ -44,10 +44,10 @@ def evaluate(state: TrainState) -> EvaluationResult:
 
 
 def teacher_lift(state: TrainState, before: EvaluationResult) -> dict[Key, Interval]:
-    """Score under the teacher's view minus score under the student's, on the first prompts of each suite.
+    """Score from the teacher's prompt minus score from the student's, on the first prompts of each suite.
 
-    Measured before training: where it is not above zero there is nothing to distil.  Of the teacher's weights alone,
-    without a blend.  Empty where the teacher has no view of its own, or is no single model that could sample.
+    Measured before training: if it is not above zero, there is nothing to distil.  It uses the teacher's weights alone,
+    without a blend.  Empty if the teacher has no prompt of its own, or is not a single model that can sample.
     """
     evaluation, teacher = state.spec.evaluation, state.spec.teacher
     if evaluation is None or teacher is None or teacher.sees is None or not evaluation.teacher_lift:
@@ -57,17 +57,17 @@ def teacher_lift(state: TrainState, before: EvaluationResult) -> dict[Key, Inter
     lift: dict[Key, Interval] = {}
     for name, suite in evaluation.suites.items():
         rows = state.data.suites[name][: evaluation.teacher_lift]
-        view = _teacher_prompts(state, name, rows)
-        seen = [i for i, row in enumerate(rows) if id(row) in view]
-        if not seen:
+        prompts = _teacher_prompts(state, name, rows)
+        with_prompt = [i for i, row in enumerate(rows) if id(row) in prompts]
+        if not with_prompt:
             continue
-        chosen = [rows[i] for i in seen]
-        under = _evaluate_suite(
-            state, name, suite, chosen, state.teacher_weights, partial(_look_up, view)
+        chosen = [rows[i] for i in with_prompt]
+        evaluated = _evaluate_suite(
+            state, name, suite, chosen, state.teacher_weights, partial(_look_up, prompts)
         )
-        for key, scores in under.scores.items():
-            own = [before.scores[key][i] for i in seen]
-            lift[key] = paired_difference(own, scores)
+        for key, scores in evaluated.scores.items():
+            student = [before.scores[key][i] for i in with_prompt]
+            lift[key] = paired_difference(student, scores)
     return lift
 
 
@@ -78,23 +78,28 @@ def _look_up(prompts: Mapping[int, tuple[int, ...]], row: Row) -> tuple[int, ...
 def _teacher_prompts(
     state: TrainState, name: str, rows: Sequence[Row]
 ) -> dict[int, tuple[int, ...]]:
-    """The teacher's prompt of each row that has one; where the context waits for rollouts, that of the first rollout."""
+    """Each row's teacher prompt by `id(row)`, without rows that have none.
+
+    If the context depends on rollouts, the prompt is that of the row's first rollout.
+    """
     data = state.data
     if not data.needs_rollouts_for_context:
         return {id(row): ids for row in rows if (ids := data.teacher_ids(row)) is not None}
-    found: dict[int, tuple[int, ...]] = {}
+    by_row: dict[int, tuple[int, ...]] = {}
     for rollout in collect_rollouts(state, rows, ("lift", name), suite=name).batch:
         if rollout.teacher_prompt_ids is not None:
-            found.setdefault(rollout.group, rollout.teacher_prompt_ids)
+            by_row.setdefault(rollout.group, rollout.teacher_prompt_ids)
     return {
-        id(rows[i]): ids for part in collectives.all_gather_object(found) for i, ids in part.items()
+        id(rows[i]): ids
+        for part in collectives.all_gather_object(by_row)
+        for i, ids in part.items()
     }
 
 
 def held_out_loss(state: TrainState) -> dict[str, float]:
-    """Every training metric of the objective on held-out prompts, under eval/."""
+    """All training metrics of the objective on held-out prompts, under eval/."""
     assert state.spec.evaluation is not None
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for position, (name, suite) in enumerate(state.spec.evaluation.suites.items()):
         rows = state.data.suites[name][: suite.loss_prompts]
         if not rows:
@@ -102,8 +107,8 @@ def held_out_loss(state: TrainState) -> dict[str, float]:
         gathered = collect_rollouts(state, rows, ("held out", name), suite=name)
         prefix = "eval/" if position == 0 else f"eval/{name}/"
         batch = prepare_rollouts(state, gathered.batch, training=False)
-        found |= {prefix + key: value for key, value in evaluate_objective(state, batch).items()}
-    return found
+        metrics |= {prefix + key: value for key, value in evaluate_objective(state, batch).items()}
+    return metrics
 
 
 def _evaluate_suite(
@@ -112,32 +117,42 @@ def _evaluate_suite(
     suite: Suite,
     rows: Sequence[Row],
     weights: Weights,
-    view: PromptIds,
+    prompt_ids: PromptIds,
 ) -> EvaluationResult:
     backend, _ = state.backend(weights, evaluation=True)
     limit = suite.max_new_tokens or state.spec.rollout.max_new_tokens
     parts = []
-    for decoding, how in suite.decoding.items():
+    for decoding_name, decoding in suite.decoding.items():
         jobs = [
-            (i, copy) for i in collectives.shard_indices(len(rows)) for copy in range(how.samples)
+            (i, copy)
+            for i in collectives.shard_indices(len(rows))
+            for copy in range(decoding.samples)
         ]
         requests = [
             SamplingRequest(
-                prompt_ids=view(rows[i]) or (),
-                seed=derive(state.spec.training.seed, "evaluation", name, decoding, i, copy),
+                prompt_ids=prompt_ids(rows[i]) or (),
+                seed=derive(
+                    state.spec.training.seed, "evaluation", name, decoding_name, i, copy
+                ),
             )
             for i, copy in jobs
         ]
-        done = backend.sample(requests, _sampling_params(how, limit, state.spec.rollout.stop))
-        parts.append(_score_completions(state, (name, decoding), rows, [i for i, _ in jobs], done))
+        completions = backend.sample(
+            requests, _sampling_params(decoding, limit, state.spec.rollout.stop)
+        )
+        parts.append(
+            _score_completions(
+                state, (name, decoding_name), rows, [i for i, _ in jobs], completions
+            )
+        )
     return _merge(parts)
 
 
-def _sampling_params(how: Decoding, limit: int, stop: tuple[str, ...]) -> SamplingParams:
+def _sampling_params(decoding: Decoding, limit: int, stop: tuple[str, ...]) -> SamplingParams:
     return SamplingParams(
-        temperature=how.temperature,
-        top_p=how.top_p,
-        top_k=how.top_k,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        top_k=decoding.top_k,
         max_new_tokens=limit,
         stop=stop,
     )
@@ -145,53 +160,55 @@ def _sampling_params(how: Decoding, limit: int, stop: tuple[str, ...]) -> Sampli
 
 def _score_completions(
     state: TrainState,
-    where: tuple[str, str],
+    key: tuple[str, str],
     rows: Sequence[Row],
     owners: Sequence[int],
-    done: Sequence[Completion],
+    completions: Sequence[Completion],
 ) -> EvaluationResult:
-    """This rank's completions with their scores, joined with those of the other ranks in the order of the rows."""
-    texts = [completion_text(state, c.ids) for c in done]
-    judged = score(state.data.rewards[where[0]], texts, [rows[i] for i in owners])
-    each = figures(judged)
-    own = [
+    """Score this rank's completions; returns those of all ranks in the order of the rows.  key: suite and decoding."""
+    texts = [completion_text(state, c.ids) for c in completions]
+    results = score(state.data.rewards[key[0]], texts, [rows[i] for i in owners])
+    numbers = figures(results)
+    records = [
         {
-            "suite": where[0],
-            "decoding": where[1],
+            "suite": key[0],
+            "decoding": key[1],
             "row": rows[i].index,
             "prompt": rows[i].prompt_text,
             "completion": text,
-            "scores": {reward: values[j] for reward, values in each.items()},
+            "scores": {reward: values[j] for reward, values in numbers.items()},
             "feedback": {
                 reward: values[j].feedback
-                for reward, values in judged.items()
+                for reward, values in results.items()
                 if values[j].feedback
             },
         }
         for j, (text, i) in enumerate(zip(texts, owners, strict=True))
     ]
-    found = [(i, record, len(c.ids)) for i, record, c in zip(owners, own, done, strict=True)]
-    everyone = sorted(
-        (one for part in collectives.all_gather_object(found) for one in part),
-        key=lambda one: one[0],
+    own = [
+        (i, record, len(c.ids)) for i, record, c in zip(owners, records, completions, strict=True)
+    ]
+    scored = sorted(
+        (item for part in collectives.all_gather_object(own) for item in part),
+        key=lambda item: item[0],
     )
-    records = [record for _, record, _ in everyone]
-    lengths = [length for _, _, length in everyone]
-    mean = {where: sum(lengths) / max(len(lengths), 1)}
-    scores = {(*where, reward): values for reward, values in _mean_per_prompt(everyone).items()}
+    records = [record for _, record, _ in scored]
+    lengths = [length for _, _, length in scored]
+    mean = {key: sum(lengths) / max(len(lengths), 1)}
+    scores = {(*key, reward): values for reward, values in _mean_per_prompt(scored).items()}
     return EvaluationResult(scores=scores, records=records, tokens=sum(lengths), lengths=mean)
 
 
 def _mean_per_prompt(
-    found: Sequence[tuple[int, Mapping[str, Any], int]],
+    scored: Sequence[tuple[int, Mapping[str, Any], int]],
 ) -> dict[str, tuple[float, ...]]:
-    """Per reward: each prompt's mean over its completions.  Prompts stand in order."""
+    """Each prompt's mean over its completions, by reward, in the order of the prompts."""
     values: dict[str, dict[int, list[float]]] = {}
-    for prompt, record, _ in found:
+    for prompt, record, _ in scored:
         for reward, value in record["scores"].items():
             values.setdefault(reward, {}).setdefault(prompt, []).append(value)
     return {
-        reward: tuple(sum(each) / len(each) for each in prompts.values())
+        reward: tuple(sum(scores) / len(scores) for scores in prompts.values())
         for reward, prompts in values.items()
     }
 

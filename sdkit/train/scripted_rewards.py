@@ -1,4 +1,4 @@
-"""Rewards by script, for smoke runs: every side of every threshold of a spec comes up in each rollout batch."""
+"""Scripted rewards for smoke runs: each rollout batch has rewards on both sides of every threshold of the spec."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sdkit.language.specs import MethodSpec
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
 PROMPTS = 2
-"""Prompts in a batch, where no more are needed."""
+"""Prompts in a batch if the thresholds do not need more."""
 
 
 def thresholds(spec: MethodSpec) -> list[float]:
-    """The rewards at which a rollout begins to count as a success anywhere in the method, ascending; 1 where nowhere."""
+    """Every success threshold in the method, ascending; [1.0] if there is none."""
     return sorted(set(_thresholds(spec))) or [1.0]
 
 
@@ -27,8 +27,10 @@ def _thresholds(spec: MethodSpec) -> Iterator[float]:
 
 
 def group_rewards(spec: MethodSpec) -> list[list[float]]:
-    """The rewards of each group of a batch: a failure at each threshold beside a success at all of them, and a group of
-    successes alone, which differ.
+    """The rewards of each group of a batch.
+
+    For each threshold one group has a failure below it and a success at the highest; one more group has only successes,
+    of two different rewards.
     """
     known, size = thresholds(spec), spec.rollout.completions_per_prompt
     lowest, highest = (end + sign * max(1.0, abs(end)) for end, sign in _lowest_and_highest(known))
@@ -44,7 +46,7 @@ def _lowest_and_highest(known: Sequence[float]) -> tuple[tuple[float, int], tupl
 
 
 def scorer(spec: MethodSpec) -> Scorer:
-    """The script as a reward: judges completions by their place alone, and has something to say of each."""
+    """A scorer that rewards completions by position alone and gives feedback on each."""
     script = [reward for group in group_rewards(spec) for reward in group]
     top = thresholds(spec)[-1]
 
