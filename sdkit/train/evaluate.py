@@ -131,9 +131,7 @@ def _evaluate_suite(
         requests = [
             SamplingRequest(
                 prompt_ids=prompt_ids(rows[i]) or (),
-                seed=derive(
-                    state.spec.training.seed, "evaluation", name, decoding_name, i, copy
-                ),
+                seed=derive(state.spec.training.seed, "evaluation", name, decoding_name, i, copy),
             )
             for i, copy in jobs
         ]
@@ -169,7 +167,7 @@ def _score_completions(
     texts = [completion_text(state, c.ids) for c in completions]
     results = score(state.data.rewards[key[0]], texts, [rows[i] for i in owners])
     numbers = figures(results)
-    records = [
+    own_records = [
         {
             "suite": key[0],
             "decoding": key[1],
@@ -186,7 +184,8 @@ def _score_completions(
         for j, (text, i) in enumerate(zip(texts, owners, strict=True))
     ]
     own = [
-        (i, record, len(c.ids)) for i, record, c in zip(owners, records, completions, strict=True)
+        (i, record, len(c.ids))
+        for i, record, c in zip(owners, own_records, completions, strict=True)
     ]
     scored = sorted(
         (item for part in collectives.all_gather_object(own) for item in part),

@@ -1,4 +1,4 @@
-"""`train` and `eval` from a checked spec to a finished run directory."""
+"""`sdkit train` and `sdkit eval`: from a checked spec to a finished run directory."""
 
 from __future__ import annotations
 
@@ -59,10 +59,9 @@ def open_train_state(
     recording: Recording | None = None,
     now: datetime | None = None,
 ) -> TrainState:
-    """Data first (bad rows are found before a weight is loaded), then DeepSpeed, model, teacher.
+    """Load the data, then DeepSpeed, model and teacher, so that bad rows are reported before weights are loaded.
 
-    With a recording its completions are the run's, and the run ends where they do.  `now` is the date that chat
-    templates print.
+    With a recording, the run uses its completions and ends with them.  `now` is the date that chat templates print.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     zero.prepare()
@@ -71,18 +70,18 @@ def open_train_state(
         tokenizer = load_tokenizer(spec.model, located)
     for path, weights in other_models(spec):
         with blaming(*path, "path"):
-            theirs = load_tokenizer(weights, resolve_model(weights.path, base))
-            check_vocabulary(tokenizer, theirs, weights.path)
+            other = load_tokenizer(weights, resolve_model(weights.path, base))
+            check_vocabulary(tokenizer, other, weights.path)
     served = _connect_teachers(spec, base, tokenizer)
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as cleanup:
         servers = _connect_servers(spec, base, located)
         if servers:
-            undo.callback(servers.close)
+            cleanup.callback(servers.close)
         now = now or prompt_record.recorded_date(spec, base, recording)
         known = known_ids(spec, base, located)
         data = RunData(spec, base, tokenizer, now=now, known=known)
         state = _open_with_data(spec, base, data, located, served, servers, recording)
-        undo.pop_all()
+        cleanup.pop_all()
     return state
 
 
@@ -99,9 +98,8 @@ def _open_with_data(
         recording.check_rows(data)
     zero.start()
     try:
-        data.prompter.now = collectives.broadcast_object(
-            data.prompter.now
-        )  # ranks start at different times
+        # Ranks start at different times.
+        data.prompter.now = collectives.broadcast_object(data.prompter.now)
         plan = make_plan(
             spec, machine_for(spec, collectives.world_size()), None, rows=len(data.train)
         )
@@ -129,40 +127,40 @@ def _open_with_data(
 def _connect_teachers(
     spec: ExperimentSpec, base: Path, tokenizer: Any
 ) -> dict[ServedWeights, ServedModel]:
-    """Every served teacher, found fit to teach: before anything heavy is loaded."""
-    found: dict[ServedWeights, ServedModel] = {}
+    """A client for each served teacher, checked before anything heavy is loaded."""
+    models: dict[ServedWeights, ServedModel] = {}
     for _, weights in served_teachers(spec):
-        if weights in found:
+        if weights in models:
             continue
         if weights.tokenizer:
-            theirs = ExternalWeights(path=weights.tokenizer)
-            told = load_tokenizer(theirs, resolve_model(weights.tokenizer, base))
-            check_vocabulary(tokenizer, told, weights.tokenizer)
-        found[weights] = ServedModel(weights, tokens_told(spec) or 0, os.environ)
-        found[weights].check(tokenizer)
-    return found
+            source = ExternalWeights(path=weights.tokenizer)
+            other = load_tokenizer(source, resolve_model(weights.tokenizer, base))
+            check_vocabulary(tokenizer, other, weights.tokenizer)
+        models[weights] = ServedModel(weights, tokens_told(spec) or 0, os.environ)
+        models[weights].check(tokenizer)
+    return models
 
 
 def _connect_servers(spec: ExperimentSpec, base: Path, located: str) -> ServerPool | None:
-    """The rollout servers, found fit to sample; of the first rank alone, which talks to them."""
+    """The rollout servers, checked; None on every rank but the first, which alone talks to them."""
     backend = spec.rollout.backend
     if not isinstance(backend, VllmServerBackend) or not _is_first_rank():
         return None
 
-    def say(text: str) -> None:
+    def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
     with blaming("rollout", "backend"):
-        wanted = ExpectedServer(
+        expected = ExpectedServer(
             config=load_config(spec.model, located),
             dtype=backend.dtype or spec.model.dtype,
             folder=WeightFolder(weights_folder(backend, base)),
         )
         try:
-            pool = ServerPool(backend, wanted, os.environ, say)
+            pool = ServerPool(backend, expected, os.environ, warn)
             pool.check()
         except SdkitError:
-            wanted.folder.close()
+            expected.folder.close()
             raise
         return pool
 
@@ -179,24 +177,30 @@ def train(
     overwrite: bool = False,
     recording: Recording | None = None,
 ) -> Path:
-    """Run a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after.
+    """Train a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after resolution.
 
-    With a recording its rollouts are trained on again, from the state before the first of them.
+    With a recording, train again on its rollouts, from the checkpoint before the first of them.
     """
     if recording:
         recording.check_spec(spec, folder)
     directory.claim(folder, resume=resume, overwrite=overwrite)
-    last = _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
+    resume_from = (
+        _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
+    )
     if recording and recording.checkpoint:
-        word = recording.origin.get("run")
-        resuming.check_usable(recording.checkpoint, word, launched() or 1, hashes=_is_first_rank())
-    began = prompt_record.template_date(directory.provenance(folder)) if resume else None
-    state = open_train_state(spec, base, recording, began)
-    last = collectives.broadcast_object(last)
-    run = _open_run_directory(folder, resume=last is not None, tensorboard=spec.output.tensorboard)
+        recorded_run = recording.origin.get("run")
+        resuming.check_usable(
+            recording.checkpoint, recorded_run, launched() or 1, hashes=_is_first_rank()
+        )
+    started = prompt_record.template_date(directory.provenance(folder)) if resume else None
+    state = open_train_state(spec, base, recording, started)
+    resume_from = collectives.broadcast_object(resume_from)
+    run = _open_run_directory(
+        folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard
+    )
     try:
-        if last:
-            _restore(state, run, last)
+        if resume_from:
+            _restore(state, run, resume_from)
         else:
             rng.seed_all(spec.training.seed, collectives.rank())
             run.write_text("spec.yaml", written)
@@ -219,14 +223,14 @@ def train(
 def _report_failure(
     error: BaseException, state: TrainState, run: directory.RunDirectory
 ) -> BaseException:
-    """Leave a run before its end and write down how it ended; what the command is to report."""
-    roll = collectives.RollCall() if failures.is_rank_lost(error) else None
+    """Close a run that ends early and record why in status.json; returns the error that the command reports."""
+    roll_call = collectives.RollCall() if failures.is_rank_lost(error) else None
     reported = failures.reported_error(error, run)
     stopped = isinstance(reported, Stopped)
     _write_failure_status(run, "stopped" if stopped else "failed", state.step, reported)
     _close(state, run, together=stopped)
-    if roll:
-        reported = failures.rank_lost(roll.missing_ranks(), error)
+    if roll_call:
+        reported = failures.rank_lost(roll_call.missing_ranks(), error)
         _write_failure_status(run, "failed", state.step, reported)
     return reported
 
@@ -235,7 +239,7 @@ def _write_failure_status(
     run: directory.RunDirectory, state: str, step: int, error: BaseException
 ) -> None:
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-    with contextlib.suppress(BadEnvironment):  # a full disk is what `error` says
+    with contextlib.suppress(BadEnvironment):  # if the disk is full, `error` says so
         run.status(state, step=step, reason=reason or type(error).__name__)
 
 
@@ -246,39 +250,39 @@ def _checkpoint_to_resume(
     console: Console,
     recording: Recording | None,
 ) -> Path | None:
-    """The checkpoint that the run is taken up from; None: it had none yet.  What was found on the way is said.
+    """The checkpoint to resume from, after printing warnings; None if the run has none yet.
 
-    The first rank alone reads every byte; what it chose is then everyone's.
+    Only the first rank verifies the hashes; its choice is then broadcast.
     """
 
-    def say(text: str) -> None:
+    def warn(text: str) -> None:
         console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
 
     check_same_recording(folder, recording)
-    resuming.report_previous_attempt(folder, say)
+    resuming.report_previous_attempt(folder, warn)
     resuming.check_same_spec(folder, resolved)
-    own = Origin(
+    expected = Origin(
         run=directory.provenance(folder).get("run"), spec=spec_digest(spec), ranks=launched() or 1
     )
-    return resuming.newest_checkpoint(folder, own, say, hashes=_is_first_rank())
+    return resuming.newest_checkpoint(folder, expected, warn, hashes=_is_first_rank())
 
 
 def _is_first_rank() -> bool:
-    """Whether this is the first rank, before the ranks have met."""
+    """Whether this is the first rank; works before the process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _restore(state: TrainState, run: directory.RunDirectory, last: Path) -> None:
+def _restore(state: TrainState, run: directory.RunDirectory, saved: Path) -> None:
     resuming.check_same_data(run.path, state.data.fingerprints())
     prompt_record.check_same_prompts(
         state.data, directory.provenance(run.path), "this run began with"
     )
-    checkpoint.load(state, last)
+    checkpoint.load(state, saved)
     run.forget_after(state.step)
 
 
 def _open_run_directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.RunDirectory:
-    """The run directory, which the first rank alone writes to."""
+    """The run directory; only the first rank writes to it."""
     if collectives.rank():
         return directory.ReadOnly(folder, tensorboard=False)
     if resume:
@@ -293,31 +297,31 @@ def _close(state: TrainState, run: directory.RunDirectory, *, together: bool) ->
 
 
 def _train(state: TrainState, run: directory.RunDirectory, console: Console) -> None:
-    screen = report.Report(run, console, state.end)
-    with screen.bar:
-        loop.run(state, screen)
-    with stop_requests.stop_requests():  # all is done but writing it down: that comes to its end
+    reporter = report.Report(run, console, state.end)
+    with reporter.bar:
+        loop.run(state, reporter)
+    with stop_requests.stop_requests():  # training is done: let the model be written
         checkpoint.save_model(state, run.path)
         if collectives.rank() == 0:
             plot(run.history(), run.path / "plot.png", run.path.name)
-    screen.finished(state)
-    if screen.first and screen.last and screen.first is not screen.last:
-        run.write_json("result.json", report.comparison_records(screen.first, screen.last))
+    reporter.finished(state)
+    if reporter.first and reporter.last and reporter.first is not reporter.last:
+        run.write_json("result.json", report.comparison_records(reporter.first, reporter.last))
     console.print(f"run directory: {run.path}", highlight=False)
 
 
 def evaluate_only(
     spec: ExperimentSpec, base: Path, console: Console, run: Path | None = None
 ) -> dict[str, float]:
-    """The spec's evaluation on its start model, under the date of `run` where it is a run's; returns the metrics."""
+    """Run the spec's evaluation on its start model; returns the metrics.  Templates print the date of `run`, if given."""
     state = open_train_state(
         spec, base, now=run and prompt_record.template_date(directory.provenance(run))
     )
     together = False
     try:
-        found = evaluate(state)
-        metrics = found.metrics(headline(state))
-        console.print(report.scores_table(found))
+        result = evaluate(state)
+        metrics = result.metrics(headline(state))
+        console.print(report.scores_table(result))
         together = True
         return metrics
     finally:

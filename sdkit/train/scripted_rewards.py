@@ -33,16 +33,13 @@ def group_rewards(spec: MethodSpec) -> list[list[float]]:
     of two different rewards.
     """
     known, size = thresholds(spec), spec.rollout.completions_per_prompt
-    lowest, highest = (end + sign * max(1.0, abs(end)) for end, sign in _lowest_and_highest(known))
+    lowest = known[0] - max(1.0, abs(known[0]))
+    highest = known[-1] + max(1.0, abs(known[-1]))
     levels = [lowest, *known, highest]
     if size == 1:
         return [[level] for level in levels]
     pairs = [(level, known[-1]) for level in levels[:-2]] + [(known[-1], highest)]
     return [[pair[i % 2] for i in range(size)] for pair in pairs]
-
-
-def _lowest_and_highest(known: Sequence[float]) -> tuple[tuple[float, int], tuple[float, int]]:
-    return (known[0], -1), (known[-1], 1)
 
 
 def scorer(spec: MethodSpec) -> Scorer:

@@ -1,7 +1,7 @@
-"""Two real optimizer steps of any run file or method page, on a tiny random model.
+"""`sdkit smoke`: runs two real optimizer steps of any run file or method page on a tiny random model.
 
-The code path is the real one; what a laptop cannot have is replaced by the smallest stand-in: the model, the rows,
-the rewards (scripted, on both sides of every threshold).  The gradient must be neither zero nor rounding noise.
+The code path is that of `sdkit train`.  Model, rows and rewards (scripted, on both sides of every threshold) are
+replaced by the smallest stand-ins.  The gradient must be neither zero nor rounding noise.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ STEPS = 2
 ROWS = 8
 NO_SIGNAL_HINT = "a teacher that sees and is what the student is leaves nothing to learn"
 WIDE_BOUND = 30.0
-"""Nats: tiny random models differ by less, and trained ones by much less than they do."""
+"""Nats, wider than the difference of two tiny random models; trained models differ by much less than those."""
 VOCABULARY = 512
 MAX_NEW_TOKENS = 16  # tokens of a completion
 
@@ -85,11 +85,12 @@ def smoke(
 ) -> list[dict[str, Any]]:
     """Run `steps` steps of the spec in miniature; returns the lines of metrics.jsonl.
 
-    `home` is the folder that the spec's own files are named from (default: the current one).  Raises NumericsGuard where a step had no gradient, or one that is not finite.
+    Paths in the spec are relative to `home` (default: the current folder).  Raises NumericsGuard if a step has no
+    gradient or one that is not finite.
     """
     with tempfile.TemporaryDirectory(prefix="sdkit-smoke-") as folder:
         base = Path(folder)
-        with quiet():  # the first to import DeepSpeed, which speaks on stdout
+        with quiet():  # the first import of DeepSpeed prints to stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
             if any(external_teachers(spec)) or any(served_teachers(spec)):
                 tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)
@@ -101,7 +102,7 @@ def smoke(
 
 @contextlib.contextmanager
 def _teacher_server(spec: MethodSpec, folder: Path) -> Iterator[str]:
-    """The address of a server for the served teachers, where there are any."""
+    """The address of a tiny server for the served teachers; empty if there are none."""
     if not any(served_teachers(spec)):
         yield ""
         return
@@ -112,17 +113,17 @@ def _teacher_server(spec: MethodSpec, folder: Path) -> Iterator[str]:
         server.close()
 
 
-def _run(small: ExperimentSpec, base: Path, console: Console) -> list[dict[str, Any]]:
-    assert small.training.steps is not None
-    state = open_train_state(small, base)
-    scorer = scripted_rewards.scorer(small)
+def _run(spec: ExperimentSpec, base: Path, console: Console) -> list[dict[str, Any]]:
+    assert spec.training.steps is not None
+    state = open_train_state(spec, base)
+    scorer = scripted_rewards.scorer(spec)
     state.data.rewards = {name: dict.fromkeys(r, scorer) for name, r in state.data.rewards.items()}
     state.data.train_rewards = dict.fromkeys(state.data.train_rewards, scorer)
     passes = gradient_signal.record_gradient_norms(state.student_module)
     run = directory.create(base / "run", tensorboard=False)
     try:
         report.print_objective_card(console, state, run)
-        loop.run(state, report.Report(run, console, small.training.steps))
+        loop.run(state, report.Report(run, console, spec.training.steps))
         checkpoint.save_model(state, run.path)
         return _check_gradients(state, run.history(), passes)
     finally:
@@ -148,16 +149,16 @@ def _check_gradients(
 
 
 def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> ExperimentSpec:
-    """The spec with a tiny model, a few rows and short completions; everything a method says is kept.
+    """The spec with a tiny model, a few rows and short completions; the method itself is unchanged.
 
-    `url` is the address of the tiny server that stands in for every other.
+    `url` is the address of the tiny server that replaces every served teacher.
     """
     full = spec if isinstance(spec, ExperimentSpec) else None
     rows = _few_rows(spec)
-    # With vLLM on an accelerator that is not at hand, transformers stands in.
-    elsewhere = bool(full and full.machine and full.machine.accelerator)
+    # A spec for an accelerator may sample with vLLM, which may be missing here: use transformers.
+    for_accelerator = bool(full and full.machine and full.machine.accelerator)
     return ExperimentSpec(
-        rollout=_small_rollout(spec.rollout, elsewhere),
+        rollout=_small_rollout(spec.rollout, for_accelerator),
         teacher=spec.teacher and _tiny_teacher(spec.teacher, url),
         losses=Table({name: _small_loss(term, home) for name, term in spec.losses.items()}),
         route=spec.route,
@@ -190,9 +191,9 @@ def _small_model(model: ModelSpec) -> ModelSpec:
     return ModelSpec(path="model", dtype=model.dtype, lora=lora, attention="sdpa")
 
 
-def _small_rollout(rollout: RolloutSpec, elsewhere: bool) -> RolloutSpec:
+def _small_rollout(rollout: RolloutSpec, for_accelerator: bool) -> RolloutSpec:
     backend = rollout.backend
-    if elsewhere or isinstance(backend, AutoBackend | VllmServerBackend | ReplayBackend):
+    if for_accelerator or isinstance(backend, AutoBackend | VllmServerBackend | ReplayBackend):
         backend = TransformersBackend()
     return evolve(
         rollout,
@@ -225,9 +226,9 @@ def _unlimited_sees(sees: Sees) -> Sees:
 
 
 def _middle_part(schedule: Schedule) -> Schedule:
-    """From half-way to three quarters of it: a number that starts or ends at 0 teaches nothing there."""
-    way = schedule.to - schedule.start
-    return evolve(schedule, start=schedule.start + way / 2, to=schedule.to - way / 4, steps=STEPS)
+    """The schedule from its midpoint to three quarters: a value that starts or ends at 0 gives no gradient there."""
+    span = schedule.to - schedule.start
+    return evolve(schedule, start=schedule.start + span / 2, to=schedule.to - span / 4, steps=STEPS)
 
 
 def _tiny_weights(weights: T, url: str) -> T:
@@ -237,7 +238,7 @@ def _tiny_weights(weights: T, url: str) -> T:
     if isinstance(weights, ServedWeights):
         return evolve(weights, url=url, model="teacher", tokenizer=None, key_from=None)
     if isinstance(weights, RoutedWeights):
-        routes = {name: _tiny_weights(one, url) for name, one in weights.routes.items()}
+        routes = {name: _tiny_weights(route, url) for name, route in weights.routes.items()}
         return evolve(weights, routes=Table(routes))
     return weights
 
@@ -250,12 +251,12 @@ def _small_loss(term: LossTerm, home: Path) -> LossTerm:
         path = str(home / term.divergence.file)
         term = evolve(term, divergence=evolve(term.divergence, file=path))
     term = with_schedules(term, _middle_part)
-    above = term.mask.teacher_entropy_above
+    threshold = term.mask.teacher_entropy_above
     mask = evolve(
         term.mask,
         skip_first=min(term.mask.skip_first, 8),
-        # The tiny model is as unsure as its small vocabulary lets it be.
-        teacher_entropy_above=None if above is None else min(scalar_at(above, 0), 1.0),
+        # The tiny model's small vocabulary bounds its entropy.
+        teacher_entropy_above=None if threshold is None else min(scalar_at(threshold, 0), 1.0),
     )
     term = evolve(term, mask=mask)
     if isinstance(term, PolicyGradient):
@@ -274,12 +275,12 @@ def _small_loss(term: LossTerm, home: Path) -> LossTerm:
 
 
 def _small_advantage(advantage: T) -> T:
-    """With a penalty of overlong completions that short ones escape."""
+    """The advantage with an overlong penalty that the shortest completions do not incur."""
     if isinstance(advantage, AdvantageAdd | AdvantageScale):
         return evolve(advantage, group_relative=_small_advantage(advantage.group_relative))
     if isinstance(advantage, GroupRelative) and advantage.overlong:
-        short = min(advantage.overlong.stretch, MAX_NEW_TOKENS // 2)
-        return evolve(advantage, overlong=evolve(advantage.overlong, stretch=short))
+        stretch = min(advantage.overlong.stretch, MAX_NEW_TOKENS // 2)
+        return evolve(advantage, overlong=evolve(advantage.overlong, stretch=stretch))
     return advantage
 
 
