@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -67,30 +67,12 @@ class RunData:
         self.turn_end = end_token(tokenizer, self.prompter.options)
         self.completions: DatasetCompletions | None = None
         suites = spec.evaluation.suites if spec.evaluation else {}
-        column = completion_column(spec.rollout.sampled_by)
-        needed = (column,) if column else ()
         self.suites: dict[str, list[Row]] = {}
         # By suite: held-out rows dropped because an earlier row of the suite has the same prompt.
         self.dropped_repeats: dict[str, int] = {}
         for name, suite in suites.items():
-            with blaming("evaluation", "suites", name, "data"):
-                loaded = load_rows(
-                    suite.data, base, spec.data.columns, texts=self._text_columns(suite)
-                )
-            self.suites[name], self.dropped_repeats[name] = drop_repeats(loaded)
-        with blaming("data"):
-            rows = load_rows(spec.data, base, needed=needed, texts=self._text_columns(None))
-        held_out = [
-            row
-            for name, suite in suites.items()
-            for row in self.suites[name]
-            if suite.same_prompts == "drop"
-        ]
-        self.train, self.dropped = drop_overlap(rows, held_out)
-        if not self.train:
-            raise BadData(
-                "every training row is held out too, so nothing is left to train on", path=("data",)
-            )
+            self.suites[name], self.dropped_repeats[name] = self._load_suite(name, suite, base)
+        self.train, self.dropped = self._load_training_rows(suites, base)
         sees = spec.teacher.sees if spec.teacher else None
         slots = sees.slots.values() if sees else ()
         self.needs_rollouts_for_context = any(isinstance(slot, OfRollouts) for slot in slots)
@@ -105,12 +87,36 @@ class RunData:
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
         self.rows_used = 0  # number of training rows that the run uses
-        self.control_token_rows: list[
-            tuple[Row, str]
-        ] = []  # rows used that spell a control token, with the token
+        # Rows used that spell a control token, with the token.
+        self.control_token_rows: list[tuple[Row, str]] = []
         self._student: dict[int, tuple[int, ...]] = {}
         self._teacher: dict[int, tuple[int, ...] | None] = {}
         self._opening: dict[int, str] = {}  # the thinking tag that a row's prompt leaves open
+
+    def _load_suite(self, name: str, suite: Suite, base: Path) -> tuple[list[Row], int]:
+        """A suite's rows without repeated prompts, and the number of rows dropped."""
+        columns, texts = self.spec.data.columns, self._text_columns(suite)
+        with blaming("evaluation", "suites", name, "data"):
+            return drop_repeats(load_rows(suite.data, base, columns, texts=texts))
+
+    def _load_training_rows(self, suites: Mapping[str, Suite], base: Path) -> tuple[list[Row], int]:
+        """The training rows without those held out in a suite, and the number of rows dropped."""
+        column = completion_column(self.spec.rollout.sampled_by)
+        needed = (column,) if column else ()
+        with blaming("data"):
+            rows = load_rows(self.spec.data, base, needed=needed, texts=self._text_columns(None))
+        held_out = [
+            row
+            for name, suite in suites.items()
+            for row in self.suites[name]
+            if suite.same_prompts == "drop"
+        ]
+        kept, dropped = drop_overlap(rows, held_out)
+        if not kept:
+            raise BadData(
+                "every training row is held out too, so nothing is left to train on", path=("data",)
+            )
+        return kept, dropped
 
     def _text_columns(self, suite: Suite | None) -> set[str]:
         """The columns that must have text, in a suite's rows or (None) in the training rows."""
@@ -174,10 +180,8 @@ class RunData:
     def batch_rows(self, step: int) -> list[Row]:
         """The rows of rollout batch number `step`: a pure function of step and seed."""
         training = self.spec.training
-        size = training.prompts_per_step
-        chosen = positions(
-            step * size, size, len(self.train), training.seed, self.spec.data.shuffle
-        )
+        size, shuffle = training.prompts_per_step, self.spec.data.shuffle
+        chosen = positions(step * size, size, len(self.train), training.seed, shuffle)
         return [self.train[i] for i in chosen]
 
     def student_ids(self, row: Row) -> tuple[int, ...]:
@@ -321,9 +325,8 @@ class RunData:
                 f"row {row.index}: a slot is empty" for row in rows if self.teacher_ids(row) is None
             ]
             if bad:
-                raise BadData(
-                    first_of(bad), hint="the teacher samples, so every row needs its context"
-                )
+                hint = "the teacher samples, so every row needs its context"
+                raise BadData(first_of(bad), hint=hint)
         longest = max(max(len(s), len(t.ids) if t else 0) for s, t in prompts)
         if sees is None or not self.needs_rollouts_for_context:
             return longest
