@@ -77,7 +77,6 @@ def replace_folder(partial: Path, final: Path) -> None:
 def restore_folder(folder: Path) -> None:
     """Undo each `replace_folder` that was interrupted between its two renames: restore the old folder's name."""
     for old in folder.glob(".old-*"):
-        with contextlib.suppress(
-            OSError
-        ):  # the new folder has the name, or another rank was faster
+        # It fails if the new folder has the name already, or another rank was faster.
+        with contextlib.suppress(OSError):
             old.rename(old.with_name(old.name.removeprefix(".old-")))

@@ -11,7 +11,7 @@ _OUTPUT_AND_BATCH_MEMORY: Sequence[SpecPath] = (
     ("training", "micro_batch_tokens"),
     ("training", "chunk_tokens"),
 )
-"""What a run writes, and memory settings that change no result: these may always change."""
+"""What a run writes and how much memory a pass takes: these may change on resume and on replay."""
 
 CHANGEABLE_ON_RESUME: Sequence[SpecPath] = (
     *_OUTPUT_AND_BATCH_MEMORY,

@@ -29,13 +29,13 @@ def report_previous_attempt(run: Path, notify: Notify) -> None:
             hint="wait for it, or stop it with SIGTERM: it saves a checkpoint and ends",
         )
     notify(
-        f"the previous attempt exited without updating its status after step {status.get('step', 0)}: it was killed, or the machine "
-        "went down; the kernel's out-of-memory killer reports to `dmesg`"
+        f"the previous attempt exited without updating its status after step {status.get('step', 0)}: it was killed, "
+        "or the machine went down; the kernel's out-of-memory killer reports to `dmesg`"
     )
 
 
 def newest_checkpoint(run: Path, expected: Origin, notify: Notify, *, hashes: bool) -> Path | None:
-    """The checkpoint to resume from: `newest_valid_checkpoint`, which must have been written or converted for this many ranks.
+    """The checkpoint to resume from: `newest_valid_checkpoint`, written by or converted to `expected.ranks` ranks.
 
     None if an unfinished run has not written a checkpoint yet.  Raises UnreadableInput if none can be resumed from.
     """

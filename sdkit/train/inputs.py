@@ -239,7 +239,7 @@ class RunData:
             )
 
     def check(self, steps: int) -> int:
-        """Render every prompt that the run will use; returns the length of the longest sequence with its completion, in tokens.
+        """Render every prompt that the run will use; returns the longest sequence with its completion, in tokens.
 
         Raises BadData naming the rows that cannot be used.
         """

@@ -1,4 +1,7 @@
-"""`sdkit plan --data N`: prints the student's and teacher's prompts side by side and marks where the completion goes.  Loads no weights."""
+"""`sdkit plan --data N`: prints student and teacher prompts side by side and marks where the completion goes.
+
+Loads no weights.
+"""
 
 from __future__ import annotations
 
