@@ -1,4 +1,4 @@
-"""Folders that are on disk whole or not at all: written under another name, and renamed when complete."""
+"""Atomic folders: written under a temporary name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -12,48 +12,50 @@ from safetensors import SafetensorError
 
 from sdkit.language.errors import BadEnvironment
 
-UNWRITTEN = ("inline_container", "no space left", "os error", "file write failed")
-"""What torch and safetensors say where a file cannot be written: they raise no OSError."""
+WRITE_ERRORS = ("inline_container", "no space left", "os error", "file write failed")
+"""Parts of the messages with which torch and safetensors report a failed write; they raise no OSError."""
 
 
 @contextlib.contextmanager
-def writing(partial: Path, final: Path, then: str = "continue with --resume") -> Iterator[None]:
-    """What is half written goes where it cannot be finished, here or by another rank; `then`: what to do once there is room.
+def delete_partial_on_error(
+    partial: Path, final: Path, then: str = "continue with --resume"
+) -> Iterator[None]:
+    """Delete `partial` if the body raises, whether the error is this rank's or another's.
 
-    Raises BadEnvironment for what the disk has against it.
+    A disk error becomes BadEnvironment; its hint names `then`, the thing to do once there is room.
     """
     try:
         yield
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if (found := fault(error)) is None:
+        if (reason := disk_error(error)) is None:
             raise
         raise BadEnvironment(
-            f"cannot write {final}: {found}",
+            f"cannot write {final}: {reason}",
             hint=f"what was complete before is untouched; make room and {then}",
         ) from None
 
 
-def fault(error: Exception) -> str | None:
-    """What the disk has against a file; None where the error is another."""
+def disk_error(error: Exception) -> str | None:
+    """Why the file could not be written; None if `error` is not a disk error."""
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
     if isinstance(error, RuntimeError | SafetensorError):
         text = str(error).lower()
-        if any(words in text for words in UNWRITTEN):
+        if any(words in text for words in WRITE_ERRORS):
             full = "no space left on device"
             return full if full in text else "a file was not written whole; the disk may be full"
     return None
 
 
 def empty_folder(partial: Path) -> None:
-    """An empty folder.  Raises OSError."""
+    """Create an empty folder; deletes an existing one first.  Raises OSError."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
 
-def sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's names, to the disk.  Raises OSError."""
+def fsync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's entries, to disk.  Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -62,18 +64,19 @@ def sync(path: Path) -> None:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Give a complete folder its name; what had it before goes afterwards.  Raises OSError."""
+    """Rename a complete folder to `final`, then delete the folder that had this name.  Raises OSError."""
     old = final.with_name(f".old-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     partial.rename(final)
-    sync(final.parent)
+    fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def restore_folder(folder: Path) -> None:
-    """Undo every `put` in a folder that ended between its two renames: what was set aside has its name again."""
+    """Undo each `replace_folder` that was interrupted between its two renames: restore the old folder's name."""
     for old in folder.glob(".old-*"):
-        with contextlib.suppress(OSError):  # its successor has the name, or another rank was faster
+        # It fails if the new folder has the name already, or another rank was faster.
+        with contextlib.suppress(OSError):
             old.rename(old.with_name(old.name.removeprefix(".old-")))

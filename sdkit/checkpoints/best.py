@@ -1,4 +1,4 @@
-"""`output.keep_best`: the model of the best evaluation so far, in best/."""
+"""`output.keep_best`: keeps the model with the best evaluation so far in best/."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ FOLDER = "best"
 NOTE = "best.json"
 
 
-def keep_best(world: TrainState, run: RunDirectory, metrics: Mapping[str, float]) -> None:
-    """Write the model to best/ where this evaluation is better than every one before; a tie stays with the earlier."""
-    which = world.spec.output.keep_best
-    if which is None:
+def keep_best(state: TrainState, run: RunDirectory, metrics: Mapping[str, float]) -> None:
+    """Write the model to best/ if this evaluation beats all earlier ones; on a tie the earlier model stays."""
+    metric = state.spec.output.keep_best
+    if metric is None:
         return
-    key = f"eval/{which}"
+    key = f"eval/{metric}"
     value = metrics[key]
-    so_far = collectives.broadcast_object(_so_far(run.path / FOLDER / NOTE))
-    better = so_far is None or (value > so_far if which == "score" else value < so_far)
+    best = collectives.broadcast_object(_read_best(run.path / FOLDER / NOTE))
+    better = best is None or (value > best if metric == "score" else value < best)
     if not math.isfinite(value) or not better:
         return
-    checkpoint.save_model(world, run.path / FOLDER)
-    run.write_json(f"{FOLDER}/{NOTE}", {"step": world.step, key: value})
+    checkpoint.save_model(state, run.path / FOLDER)
+    run.write_json(f"{FOLDER}/{NOTE}", {"step": state.step, key: value})
 
 
-def _so_far(note: Path) -> float | None:
-    """The best value yet."""
+def _read_best(note: Path) -> float | None:
+    """The value recorded in best.json; None if there is none yet."""
     if not note.is_file():
         return None
-    kept = json.loads(note.read_text(encoding="utf-8"))
-    return next(value for name, value in kept.items() if name.startswith("eval/"))
+    record = json.loads(note.read_text(encoding="utf-8"))
+    return next(value for name, value in record.items() if name.startswith("eval/"))

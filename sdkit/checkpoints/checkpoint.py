@@ -1,16 +1,16 @@
-"""Write the world down, and take it up again; the trained model in Hugging Face format.
+"""Saves and loads checkpoints, and saves the trained model in Hugging Face format.
 
-checkpoints/step_000010/  the state after ten rollout batches, complete where it has this name
+checkpoints/step_000010/  the state after ten rollout batches; the name appears only when it is complete
     MANIFEST.json                 origin (run, spec, ranks), step, updates, skipped, zero_stage, and every file's SHA-256
-    random_rank_R.json            each rank's random streams
-    teacher.safetensors           float32 averages by the student's parameter names, where a teacher moves (of a routed
-                                  teacher with its part's number before: `0/NAME`); under stage 3 each rank's flat
-                                  pieces: teacher_rank_R.safetensors
-    mp_rank_*, *zero_pp_rank_*    DeepSpeed's: student, masters, optimizer moments (pickles: only ever this run's own)
-    ahead.jsonl                   rollouts sampled ahead of their turn, with rollout.max_staleness
-    zero/NAME/                    instead of the ranks' own, where it was converted: a parameter's master and moments, whole
-model/                    config, safetensors, tokenizer; with LoRA the adapter merged into a copy, and
-adapter/                  the adapter alone
+    random_rank_R.json            each rank's random generators
+    teacher.safetensors           float32 averages of a moving teacher, by the student's parameter names (for a routed
+                                  teacher prefixed with the route's number: `0/NAME`); under ZeRO-3 each rank's flat
+                                  shards: teacher_rank_R.safetensors
+    mp_rank_*, *zero_pp_rank_*    DeepSpeed's: student, masters, optimizer moments (pickles: only this run's own are read)
+    ahead.jsonl                   prefetched rollouts, with rollout.max_staleness
+    zero/NAME/                    in a converted checkpoint, in place of the ranks' files: a parameter's full master and moments
+model/                    config, safetensors, tokenizer; with LoRA the adapter is merged into a copy
+adapter/                  with LoRA, the adapter alone
 """
 
 from __future__ import annotations
@@ -37,231 +37,237 @@ if TYPE_CHECKING:
 
 TEACHER = "teacher.safetensors"
 PREFETCHED = "ahead.jsonl"
-"""Rollout batches that were sampled ahead of their turn."""
-FILE_BYTES = 5 * 10**9
-"""Of the largest file of a written model: what the first rank holds of it at once."""
+"""The file of prefetched rollout batches."""
+MAX_FILE_BYTES = 5 * 10**9
+"""Largest file of a saved model; the first rank holds at most this much of it in memory."""
 
 
-def save(world: TrainState, run: Path) -> Path:
-    """A complete checkpoint of the world at its step; its name appears only when everything is on disk.
+def save(state: TrainState, run: Path) -> Path:
+    """Write a checkpoint of the current step and return its folder; the name appears only when everything is on disk.
 
-    Older ones go afterwards.  Raises BadEnvironment where it cannot be written: then they are as they were.
+    Older checkpoints are deleted afterwards.  Raises BadEnvironment if it cannot be written; older ones are then untouched.
     """
-    if world.prefetcher:
-        world.prefetcher.wait(world)
+    if state.prefetcher:
+        state.prefetcher.wait(state)
     folder = run / "checkpoints"
-    tag = f"step_{world.step:06d}"
+    tag = f"step_{state.step:06d}"
     partial, final = folder / f".partial-{tag}", folder / tag
-    with atomic.writing(partial, final):
-        _together(lambda: atomic.empty_folder(partial) if collectives.rank() == 0 else None)
-        world.zero.save(folder, partial.name)
-        _together(lambda: _write_own(world, partial))
-        _complete(world, run, partial)
+    with atomic.delete_partial_on_error(partial, final):
+        _write_together(lambda: atomic.empty_folder(partial) if collectives.rank() == 0 else None)
+        state.zero.save(folder, partial.name)
+        _write_together(lambda: _write_rank_files(state, partial))
+        _write_manifest(state, run, partial)
         if collectives.rank() == 0:
             atomic.replace_folder(partial, final)
-            _forget_older(final, world.spec.output.keep_checkpoints)
+            _delete_older(final, state.spec.output.keep_checkpoints)
         collectives.barrier()
     return final
 
 
-def _together(write: Callable[[], None]) -> None:
-    """Write on every rank; where one of them cannot, all raise OSError."""
+def _write_together(write: Callable[[], None]) -> None:
+    """Call `write` on every rank; if it fails on one with a disk error, all ranks raise OSError."""
     fault = None
     try:
         write()
     except Exception as error:
-        if (fault := atomic.fault(error)) is None:
+        if (fault := atomic.disk_error(error)) is None:
             raise
-    if faults := [found for found in collectives.all_gather_object(fault) if found]:
+    if faults := [text for text in collectives.all_gather_object(fault) if text]:
         raise OSError(faults[0])
 
 
-def _write_own(world: TrainState, folder: Path) -> None:
-    """What DeepSpeed does not keep: random streams, and the teacher's averages, of what this rank holds."""
-    held = json.dumps(rng.state())
-    (folder / streams_file(collectives.rank())).write_text(held, encoding="utf-8")
-    if collectives.rank() == 0 or world.plan.zero_stage == 3:
-        if world.teacher and (state := world.teacher.state()):
-            tensors = {name: t.contiguous() for name, t in state.items()}
-            save_file(tensors, str(folder / _teacher_file(world)))
-    if world.prefetcher:
-        world.prefetcher.write(folder)
+def _write_rank_files(state: TrainState, folder: Path) -> None:
+    """Write what DeepSpeed does not save: this rank's random state and its part of the teacher's averages."""
+    generators = json.dumps(rng.state())
+    (folder / rng_state_file(collectives.rank())).write_text(generators, encoding="utf-8")
+    if collectives.rank() == 0 or state.plan.zero_stage == 3:
+        if state.teacher and (averages := state.teacher.state()):
+            tensors = {name: t.contiguous() for name, t in averages.items()}
+            save_file(tensors, str(folder / _teacher_file(state)))
+    if state.prefetcher:
+        state.prefetcher.write(folder)
 
 
-def streams_file(rank: int) -> str:
-    """Where a rank's random streams are."""
+def rng_state_file(rank: int) -> str:
+    """Name of the file with a rank's random state."""
     return f"random_rank_{rank}.json"
 
 
-def teacher_pieces(rank: int) -> str:
-    """Where a rank's pieces of the teacher's averages are, under stage 3."""
+def teacher_shard_file(rank: int) -> str:
+    """Name of the file with a rank's shards of the teacher's averages, under ZeRO-3."""
     return f"teacher_rank_{rank}.safetensors"
 
 
-def _teacher_file(world: TrainState) -> str:
-    return teacher_pieces(collectives.rank()) if world.plan.zero_stage == 3 else TEACHER
+def _teacher_file(state: TrainState) -> str:
+    return teacher_shard_file(collectives.rank()) if state.plan.zero_stage == 3 else TEACHER
 
 
-def _complete(world: TrainState, run: Path, folder: Path) -> None:
-    """Bring every file to the disk and name it in the manifest; the files are dealt out to the ranks."""
+def _write_manifest(state: TrainState, run: Path, folder: Path) -> None:
+    """Flush every file to disk and write the manifest; the ranks share the work of hashing."""
     names = collectives.broadcast_object(manifest.file_names(folder))
-    own: dict[str, manifest.File] = {}
+    own: dict[str, manifest.FileEntry] = {}
 
     def finish() -> None:
         for i in collectives.shard_indices(len(names)):
-            atomic.sync(folder / names[i])
-            own[names[i]] = manifest.describe(folder / names[i])
+            atomic.fsync(folder / names[i])
+            own[names[i]] = manifest.file_entry(folder / names[i])
 
-    _together(finish)
+    _write_together(finish)
     files = {
         name: file for part in collectives.all_gather_object(own) for name, file in part.items()
     }
-    found = Manifest(
-        origin=_origin(world, run),
-        step=world.step,
-        updates=world.optimizer_steps,
-        skipped=world.skipped,
-        zero_stage=world.plan.zero_stage,
+    facts = Manifest(
+        origin=_origin(state, run),
+        step=state.step,
+        updates=state.optimizer_steps,
+        skipped=state.skipped,
+        zero_stage=state.plan.zero_stage,
         sdkit=__version__,
         files=dict(sorted(files.items())),
     )
-    _together(lambda: manifest.write(folder, found) if collectives.rank() == 0 else None)
+    _write_together(lambda: manifest.write(folder, facts) if collectives.rank() == 0 else None)
 
 
-def _origin(world: TrainState, run: Path) -> Origin:
-    """Which run, spec and number of ranks this is."""
+def _origin(state: TrainState, run: Path) -> Origin:
+    """The run, spec and number of ranks that write this checkpoint."""
     return Origin(
         run=directory.provenance(run).get("run"),
-        spec=manifest.spec_digest(world.spec),
+        spec=manifest.spec_digest(state.spec),
         ranks=collectives.world_size(),
     )
 
 
-def load(world: TrainState, checkpoint: Path) -> None:
-    """Take the state of one of this run's own checkpoints, which must be whole (`resuming.newest`)."""
+def load(state: TrainState, checkpoint: Path) -> None:
+    """Load one of this run's own checkpoints, which must be intact (`resume.newest_checkpoint`)."""
     try:
         facts = manifest.read(checkpoint, hashes=False)
-    except manifest.UnusableCheckpoint as unfit:
-        raise UnreadableInput(f"{checkpoint} {unfit}") from None
-    world.zero.load(checkpoint.parent, checkpoint.name, universal=facts.universal)
-    world.step, world.optimizer_steps, world.skipped = facts.step, facts.updates, facts.skipped
-    if world.teacher and world.teacher.moves:
-        world.teacher.load_state(load_file(str(checkpoint / _teacher_file(world))))
-    if world.prefetcher:
-        world.prefetcher.read(checkpoint)
-    own = checkpoint / streams_file(collectives.rank())
+    except manifest.UnusableCheckpoint as error:
+        raise UnreadableInput(f"{checkpoint} {error}") from None
+    state.zero.load(checkpoint.parent, checkpoint.name, universal=facts.universal)
+    state.step, state.optimizer_steps, state.skipped = facts.step, facts.updates, facts.skipped
+    if state.teacher and state.teacher.moves:
+        state.teacher.load_state(load_file(str(checkpoint / _teacher_file(state))))
+    if state.prefetcher:
+        state.prefetcher.read(checkpoint)
+    own = checkpoint / rng_state_file(collectives.rank())
     if own.is_file():
         rng.restore(json.loads(own.read_text(encoding="utf-8")))
-    else:  # a rank that the run did not have before it was converted
-        rng.seed_all(world.spec.training.seed, collectives.rank(), world.step)
+    else:  # a rank added by `sdkit checkpoint convert`
+        rng.seed_all(state.spec.training.seed, collectives.rank(), state.step)
 
 
 def newest_step(run: Path) -> int:
-    """The step of the newest checkpoint; 0, the start model's, where there is none."""
+    """The step of the newest checkpoint; 0, the start model, if there is none."""
     return max(
         (int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*")), default=0
     )
 
 
-def save_model(world: TrainState, run: Path) -> Path:
-    """The trained model as a Hugging Face folder: model/, and adapter/ beside it with LoRA; the first rank writes."""
+def save_model(state: TrainState, run: Path) -> Path:
+    """Write the trained model to model/ in Hugging Face format, with LoRA also adapter/; only the first rank writes."""
     target, partial = run / "model", run / ".partial-model"
     first = collectives.rank() == 0
-    with atomic.writing(partial, target):
+    with atomic.delete_partial_on_error(partial, target):
         if first:
             shutil.rmtree(partial, ignore_errors=True)
-            _write_settings(world, partial)
-        _stream(world.student.named_tensors(), partial if first else None)
-        if world.spec.model.lora:
-            _save_adapter(world, run / "adapter" if first else None)
+            _write_settings(state, partial)
+        _write_tensors(state.student.named_tensors(), partial if first else None)
+        if state.spec.model.lora:
+            _save_adapter(state, run / "adapter" if first else None)
         if first:
             atomic.replace_folder(partial, target)
     return target
 
 
-def check_saving(world: TrainState) -> None:
-    """Write, to a folder that goes at once, all of model/ and adapter/ but the tensors.
+def check_saving(state: TrainState) -> None:
+    """Write all of model/ and adapter/ except the tensors to a temporary folder.
 
-    Raises BadData with the whole reason where the library refuses: before a step is taken, not after the last.
+    Raises BadData with the full reason if the library refuses: before the first step rather than after the last.
     """
     with tempfile.TemporaryDirectory(prefix="sdkit-save-") as folder:
         try:
-            _write_settings(world, Path(folder))
-            if world.spec.model.lora:
-                model: Any = world.student.model
-                model.peft_config[world.student.adapter].save_pretrained(folder)
+            _write_settings(state, Path(folder))
+            if state.spec.model.lora:
+                model: Any = state.student.model
+                model.peft_config[state.student.adapter].save_pretrained(folder)
         except OSError as error:
-            raise BadEnvironment(f"cannot write to {folder}: {atomic.fault(error)}") from None
+            raise BadEnvironment(f"cannot write to {folder}: {atomic.disk_error(error)}") from None
         except Exception as error:
             raise BadData(
                 f"the trained model could not be saved: {one_line(error)}", path=("model", "path")
             ) from error
 
 
-def _write_settings(world: TrainState, folder: Path) -> None:
-    """The configuration, the generation settings and the tokenizer of a written model."""
-    causal: Any = world.student.causal
+def _write_settings(state: TrainState, folder: Path) -> None:
+    """Write the model's configuration, generation settings and tokenizer."""
+    causal: Any = state.student.causal
     folder.mkdir(parents=True, exist_ok=True)
     causal.config.save_pretrained(folder)
-    # As the checkpoint has them: the library loads settings that its own `save_pretrained` refuses to write.
+    # Unchanged from the start model: transformers loads settings that its own `save_pretrained` refuses to write.
     causal.generation_config.to_json_file(
         folder / "generation_config.json", keys_to_pop=["compile_config"]
     )
-    world.data.tokenizer.save_pretrained(folder)
+    state.data.tokenizer.save_pretrained(folder)
 
 
-def _stream(tensors: Iterator[tuple[str, Tensor]], folder: Path | None) -> None:
-    """Tensors as they come, in files of at most FILE_BYTES, with an index where these are several; None: go along."""
-    held: dict[str, Tensor] = {}
+def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path | None) -> None:
+    """Write tensors as they arrive, in files of at most MAX_FILE_BYTES, with an index if there are several.
+
+    With folder None the tensors are only consumed, as every rank must take part in gathering them.
+    """
+    pending: dict[str, Tensor] = {}
     parts: list[Path] = []
     part_of: dict[str, int] = {}
-    size = whole = 0
+    size = total = 0
 
     def write(folder: Path) -> None:
         parts.append(folder / f"part-{len(parts)}.safetensors")
-        save_file(held, str(parts[-1]), metadata={"format": "pt"})
-        held.clear()
+        save_file(pending, str(parts[-1]), metadata={"format": "pt"})
+        pending.clear()
 
     for name, tensor in tensors:
         if folder is None:
             continue
-        if held and size + tensor.nbytes > FILE_BYTES:
+        if pending and size + tensor.nbytes > MAX_FILE_BYTES:
             write(folder)
             size = 0
-        held[name], part_of[name] = tensor.contiguous().cpu(), len(parts)
-        size, whole = size + tensor.nbytes, whole + tensor.nbytes
+        pending[name], part_of[name] = tensor.contiguous().cpu(), len(parts)
+        size, total = size + tensor.nbytes, total + tensor.nbytes
     if folder is None:
         return
     write(folder)
     if len(parts) == 1:
         parts[0].rename(folder / "model.safetensors")
         return
-    named = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
-    for part, name in zip(parts, named, strict=True):
+    names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    for part, name in zip(parts, names, strict=True):
         part.rename(folder / name)
     index = {
-        "metadata": {"total_size": whole},
-        "weight_map": {name: named[part] for name, part in part_of.items()},
+        "metadata": {"total_size": total},
+        "weight_map": {name: names[part] for name, part in part_of.items()},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def _save_adapter(world: TrainState, folder: Path | None) -> None:
-    model: Any = world.student.model
-    mark = f".{world.student.adapter}."
-    own = {name: p for name, p in model.named_parameters() if mark in name}
-    with world.student.sharding.gather(list(own.values())):
-        held = {name: p.detach() for name, p in own.items()}
+def _save_adapter(state: TrainState, folder: Path | None) -> None:
+    model: Any = state.student.model
+    mark = f".{state.student.adapter}."
+    adapter = {name: p for name, p in model.named_parameters() if mark in name}
+    with state.student.sharding.gather(list(adapter.values())):
+        tensors = {name: p.detach() for name, p in adapter.items()}
     if folder is not None:
-        adapters = [world.student.adapter]
-        model.save_pretrained(str(folder), selected_adapters=adapters, state_dict=held)
+        adapters = [state.student.adapter]
+        model.save_pretrained(str(folder), selected_adapters=adapters, state_dict=tensors)
 
 
-def _forget_older(final: Path, keep: int) -> None:
-    """Keep the newest up to `final`; what is later was passed over when the run was resumed before it."""
-    found = sorted(final.parent.glob("step_*"))
-    kept = [path for path in found if path <= final][-keep:]
-    for path in found:
+def _delete_older(final: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to `final`.
+
+    Later ones are deleted too: they were passed over when the run was resumed from an earlier one.
+    """
+    checkpoints = sorted(final.parent.glob("step_*"))
+    kept = [path for path in checkpoints if path <= final][-keep:]
+    for path in checkpoints:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
     for path in final.parent.glob(".*-step_*"):

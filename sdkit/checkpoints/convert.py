@@ -1,8 +1,8 @@
-"""`sdkit checkpoint convert`: the newest checkpoint of a run, rewritten for another number of ranks, in its place.
+"""`sdkit checkpoint convert`: rewrites the newest checkpoint of a run, in place, for another number of ranks.
 
-Student and optimizer are put together (zero_universal.py), and each rank takes its part of them when it loads.  A teacher's
-pieces are cut anew; where the run stands does not depend on ranks.  A rank goes on with the random streams of its number,
-a further one begins its own when it loads.
+Student and optimizer shards are merged (zero_universal.py); each rank takes its shard when it loads.  The teacher's shards
+are cut again here.  Step counters do not depend on ranks.  Each rank keeps the random state saved under its number; an
+additional rank is seeded when it loads.
 """
 
 from __future__ import annotations
@@ -22,121 +22,125 @@ from torch import Tensor
 
 from sdkit import __version__
 from sdkit.checkpoints import atomic, manifest, resume
-from sdkit.checkpoints.checkpoint import PREFETCHED, TEACHER, streams_file, teacher_pieces
+from sdkit.checkpoints.checkpoint import PREFETCHED, TEACHER, rng_state_file, teacher_shard_file
 from sdkit.checkpoints.manifest import Manifest, Origin
 from sdkit.distributed import zero_universal
 from sdkit.language.errors import UnreadableInput, counted
 from sdkit.language.specs import ExperimentSpec, indivisible
 from sdkit.runs import directory
 
-OWN = ("random_rank_*.json", "teacher*.safetensors", manifest.NAME)
-"""What is not DeepSpeed's in a checkpoint."""
+SDKIT_FILES = ("random_rank_*.json", "teacher*.safetensors", manifest.NAME)
+"""Files of a checkpoint that sdkit writes; the others are DeepSpeed's."""
 
 
-def convert(spec: ExperimentSpec, run: Path, ranks: int, say: resume.Say) -> str:
-    """Make the newest checkpoint of a run fit so many ranks; what was done, in words.
+def convert(spec: ExperimentSpec, run: Path, ranks: int, notify: resume.Notify) -> str:
+    """Convert the newest checkpoint of a run to `ranks` ranks; returns a message that says what was done.
 
-    It appears under the same name when it is complete, and only then the one before goes.  Raises UnreadableInput where
-    the prompts of a step cannot be dealt to so many ranks, where the run is still being trained or has nothing to
-    convert, and BadEnvironment where the disk refuses.
+    The result takes the checkpoint's name when it is complete; only then is the original deleted.  Raises UnreadableInput
+    if the prompts of a step cannot be divided among the ranks, if the run is still being trained or if it has nothing to
+    convert, and BadEnvironment if the disk refuses.
     """
-    if found := indivisible(spec, ranks):
+    if fault := indivisible(spec, ranks):
         size = spec.training.prompts_per_step
         fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-        raise UnreadableInput(f"training.{found}", hint=f"--processes can be {fitting}")
-    resume.last_attempt(run, say)
-    folder, held = _source(spec, run, say)
-    if held.origin.ranks == ranks:
+        raise UnreadableInput(f"training.{fault}", hint=f"--processes can be {fitting}")
+    resume.report_previous_attempt(run, notify)
+    folder, old = _find_source(spec, run, notify)
+    if old.origin.ranks == ranks:
         return f"{folder} fits {counted(ranks, 'rank')} already"
     partial = folder.with_name(f".partial-{folder.name}")
     try:
-        with atomic.writing(partial, folder, then="convert again"):
+        with atomic.delete_partial_on_error(partial, folder, then="convert again"):
             atomic.empty_folder(partial)
-            _write(folder, partial, held, ranks)
-            _complete(partial, held, ranks)
+            _write_files(folder, partial, old, ranks)
+            _write_manifest(partial, old, ranks)
             atomic.replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return (
-        f"{folder} fits {counted(ranks, 'rank')} now, {held.origin.ranks} before\n"
+        f"{folder} fits {counted(ranks, 'rank')} now, {old.origin.ranks} before\n"
         f"continue with `sdkit train SPEC --to {run} --resume --processes {ranks}`"
     )
 
 
-def _source(spec: ExperimentSpec, run: Path, say: resume.Say) -> tuple[Path, Manifest]:
-    """The checkpoint to convert, read whole: nothing of it is unpickled before every hash is right."""
-    own = Origin(run=directory.provenance(run).get("run"), spec=manifest.spec_digest(spec), ranks=0)
-    found = resume.newest_valid_checkpoint(run, own, say, hashes=True)
-    if not found:
+def _find_source(spec: ExperimentSpec, run: Path, notify: resume.Notify) -> tuple[Path, Manifest]:
+    """The checkpoint to convert and its manifest; every hash is verified before anything is unpickled."""
+    expected = Origin(
+        run=directory.provenance(run).get("run"), spec=manifest.spec_digest(spec), ranks=0
+    )
+    source = resume.newest_valid_checkpoint(run, expected, notify, hashes=True)
+    if not source:
         raise UnreadableInput(
             f"{run} has no checkpoint to convert", hint="set output.checkpoint_every"
         )
-    folder, held = found
-    if held.zero_stage and not held.updates:
+    folder, old = source
+    if old.zero_stage and not old.updates:
         raise UnreadableInput(
             f"{folder} stands before the first optimizer step: its optimizer has no state yet",
             hint="start again with --overwrite, on as many ranks as you like",
         )
-    return found
+    return source
 
 
-def _write(source: Path, target: Path, held: Manifest, ranks: int) -> None:
-    """All but the manifest."""
-    if held.zero_stage and not held.universal:
+def _write_files(source: Path, target: Path, old: Manifest, ranks: int) -> None:
+    """Write everything except the manifest."""
+    if old.zero_stage and not old.universal:
         zero_universal.rewrite(source, target)
     else:
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*OWN), dirs_exist_ok=True)
-    kept = [streams_file(rank) for rank in range(min(ranks, held.origin.ranks))]
-    whole = [source / TEACHER, source / PREFETCHED]
-    for path in [*(source / name for name in kept), *filter(Path.is_file, whole)]:
+        shutil.copytree(
+            source, target, ignore=shutil.ignore_patterns(*SDKIT_FILES), dirs_exist_ok=True
+        )
+    rng_files = [rng_state_file(rank) for rank in range(min(ranks, old.origin.ranks))]
+    unsharded = [source / TEACHER, source / PREFETCHED]
+    for path in [*(source / name for name in rng_files), *filter(Path.is_file, unsharded)]:
         shutil.copy2(path, target)
-    if (source / teacher_pieces(0)).is_file():
-        _cut_teacher(source, target, held.origin.ranks, ranks)
+    if (source / teacher_shard_file(0)).is_file():
+        _reshard_teacher(source, target, old.origin.ranks, ranks)
 
 
-def _cut_teacher(source: Path, target: Path, before: int, now: int) -> None:
-    """Each rank's pieces of the teacher's averages out of those of other ranks, one rank's at a time."""
+def _reshard_teacher(source: Path, target: Path, before: int, now: int) -> None:
+    """Cut the teacher's averages from `before` shards into `now`, one new shard in memory at a time."""
     shapes = zero_universal.shapes(source)
     with contextlib.ExitStack() as stack:
         files: list[Any] = [
-            stack.enter_context(safe_open(source / teacher_pieces(rank), framework="pt"))
+            stack.enter_context(safe_open(source / teacher_shard_file(rank), framework="pt"))
             for rank in range(before)
         ]
-        names = files[0].keys()  # of a routed teacher `0/NAME`
+        names = files[0].keys()  # `0/NAME` for a routed teacher
         sizes = {name: shapes[name.rpartition("/")[2]].numel() for name in names}
         for rank in range(now):
-            cut = {
-                name: piece([file.get_slice(name) for file in files], size, rank, now)
+            shard = {
+                name: reshard([file.get_slice(name) for file in files], size, rank, now)
                 for name, size in sizes.items()
             }
-            save_file(cut, str(target / teacher_pieces(rank)))
+            save_file(shard, str(target / teacher_shard_file(rank)))
 
 
-def piece(parts: Sequence[Any], size: int, rank: int, ranks: int) -> Tensor:
-    """A rank's piece of a parameter of `size` elements, out of the pieces of other ranks.  [K] each -> [size / ranks]
+def reshard(parts: Sequence[Any], size: int, rank: int, ranks: int) -> Tensor:
+    """The shard of `rank` of a parameter of `size` elements, from its shards on other ranks.  [K] each -> [size / ranks]
 
-    Pieces of one parameter are equally long, rounded up, but the last ones, which end with it.  `parts` are slices of
-    safetensors files, of which no more is read than is taken.
+    All shards have the same length, rounded up, except the last ones, which stop at the parameter's end.  `parts` are
+    slices of safetensors files; only the elements needed are read.
     """
-    held, length = parts[0].get_shape()[0], math.ceil(size / ranks)
+    old_length, length = parts[0].get_shape()[0], math.ceil(size / ranks)
     start, stop = min(rank * length, size), min((rank + 1) * length, size)
     taken = [
-        part[max(start - i * held, 0) : min(stop - i * held, held)]
+        part[max(start - i * old_length, 0) : min(stop - i * old_length, old_length)]
         for i, part in enumerate(parts)
-        if start < (i + 1) * held and stop > i * held
+        if start < (i + 1) * old_length and stop > i * old_length
     ]
     return torch.cat([torch.empty(0), *taken])
 
 
-def _complete(folder: Path, held: Manifest, ranks: int) -> None:
-    """Bring every file to the disk, and name it in the manifest."""
+def _write_manifest(folder: Path, old: Manifest, ranks: int) -> None:
+    """Flush every file to disk and write the manifest."""
     for path in folder.rglob("*"):
-        atomic.sync(path)
-    found = evolve(
-        held,
-        origin=evolve(held.origin, ranks=ranks),
+        atomic.fsync(path)
+    converted = evolve(
+        old,
+        origin=evolve(old.origin, ranks=ranks),
         sdkit=__version__,
-        files={name: manifest.describe(folder / name) for name in manifest.file_names(folder)},
-        universal=held.zero_stage > 0,
+        files={name: manifest.file_entry(folder / name) for name in manifest.file_names(folder)},
+        universal=old.zero_stage > 0,
     )
-    manifest.write(folder, found)
+    manifest.write(folder, converted)

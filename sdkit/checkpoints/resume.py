@@ -1,4 +1,4 @@
-"""`--resume`: what the last attempt came to, and whether this is the run that it was."""
+"""`--resume`: finds the checkpoint to continue from and checks that spec, data and ranks still match the run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.checkpoints import atomic, manifest
+from sdkit.checkpoints.changeable import may_change_on_resume
 from sdkit.checkpoints.manifest import Manifest, Origin, UnusableCheckpoint
 from sdkit.language.errors import UnreadableInput, counted, first_of, shorten, spelled
 from sdkit.language.resolved import leaves
 from sdkit.language.source import read, read_text
 from sdkit.runs import directory, processes
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
-def last_attempt(run: Path, say: Say) -> None:
-    """Say where the last process ended without a word.  Raises UnreadableInput where it is still at work."""
+def report_previous_attempt(run: Path, notify: Notify) -> None:
+    """Report a previous process that exited without updating status.json.  Raises UnreadableInput if it is still running."""
     status = _status(run)
     if status.get("state") != "running":
         return
@@ -27,26 +28,26 @@ def last_attempt(run: Path, say: Say) -> None:
             f"{run} is still being trained by process {status['pid']}",
             hint="wait for it, or stop it with SIGTERM: it saves a checkpoint and ends",
         )
-    say(
-        f"the last attempt ended without a word after step {status.get('step', 0)}: it was killed, or the machine "
-        "went down; the kernel kills when memory runs out (`dmesg` tells)"
+    notify(
+        f"the previous attempt exited without updating its status after step {status.get('step', 0)}: it was killed, "
+        "or the machine went down; the kernel's out-of-memory killer reports to `dmesg`"
     )
 
 
-def newest_checkpoint(run: Path, expected: Origin, say: Say, *, hashes: bool) -> Path | None:
-    """The checkpoint that a run is taken up from: `newest_whole`, written by or converted for as many ranks as there are.
+def newest_checkpoint(run: Path, expected: Origin, notify: Notify, *, hashes: bool) -> Path | None:
+    """The checkpoint to resume from: `newest_valid_checkpoint`, written by or converted to `expected.ranks` ranks.
 
-    None where an unfinished run has written none yet.  Raises UnreadableInput where there is none to take up.
+    None if an unfinished run has not written a checkpoint yet.  Raises UnreadableInput if none can be resumed from.
     """
-    found = newest_valid_checkpoint(run, expected, say, hashes=hashes)
-    if found:
-        folder, held = found
+    newest = newest_valid_checkpoint(run, expected, notify, hashes=hashes)
+    if newest:
+        folder, facts = newest
         convert = f"`sdkit checkpoint convert {run} --processes {expected.ranks}`"
-        _same_ranks(
+        _check_rank_count(
             folder,
-            held.origin.ranks,
+            facts.origin.ranks,
             expected.ranks,
-            f"continue with --processes {held.origin.ranks}, or make it fit first: {convert}",
+            f"continue with --processes {facts.origin.ranks}, or make it fit first: {convert}",
         )
         return folder
     if _status(run).get("state") == "done":
@@ -54,29 +55,30 @@ def newest_checkpoint(run: Path, expected: Origin, say: Say, *, hashes: bool) ->
             f"{run} has no checkpoint to resume from",
             hint="set output.checkpoint_every, or start again with --overwrite",
         )
-    say("the run has no checkpoint yet: it begins anew")
+    notify("the run has no checkpoint yet: it starts from the beginning")
     return None
 
 
 def newest_valid_checkpoint(
-    run: Path, expected: Origin, say: Say, *, hashes: bool
+    run: Path, expected: Origin, notify: Notify, *, hashes: bool
 ) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that is whole and this run's own, of whatever number of ranks; None where there is not any.
+    """The newest intact checkpoint of this run, for any number of ranks, with its manifest; None if there are none.
 
-    `say` is told of every newer one that is neither.  Raises UnreadableInput where of several none is left.
+    `notify` receives the reason for each newer checkpoint that is passed over.  Raises UnreadableInput if checkpoints
+    exist but none is usable.
     """
     atomic.restore_folder(run / "checkpoints")
     faults: list[str] = []
     for folder in sorted((run / "checkpoints").glob("step_*"), reverse=True):
         try:
-            found = manifest.read(folder, hashes=hashes)
-            _own(found, expected)
-        except UnusableCheckpoint as unfit:
-            faults.append(f"{folder.name} {unfit}")
+            facts = manifest.read(folder, hashes=hashes)
+            _check_origin(facts, expected)
+        except UnusableCheckpoint as error:
+            faults.append(f"{folder.name} {error}")
             continue
         for fault in faults:
-            say(f"passed over: {fault}")
-        return folder, found
+            notify(f"passed over: {fault}")
+        return folder, facts
     if faults:
         raise UnreadableInput(
             f"{run} has no checkpoint that can be resumed from:\n" + first_of(faults),
@@ -86,48 +88,48 @@ def newest_valid_checkpoint(
 
 
 def check_usable(checkpoint: Path, run: str | None, ranks: int, *, hashes: bool) -> None:
-    """Raise UnreadableInput where a recording cannot be replayed from a checkpoint: it is not whole, or another run's."""
+    """Raise UnreadableInput if a replay cannot start from `checkpoint`: it is damaged, or belongs to another run."""
     try:
-        found = manifest.read(checkpoint, hashes=hashes)
-        if found.origin.run != run:
+        facts = manifest.read(checkpoint, hashes=hashes)
+        if facts.origin.run != run:
             raise UnusableCheckpoint("belongs to another run")
-    except UnusableCheckpoint as unfit:
-        raise UnreadableInput(f"{checkpoint} {unfit}", hint="replay from another step") from None
-    written = found.origin.ranks
-    _same_ranks(checkpoint, written, ranks, f"replay with --processes {written}")
+    except UnusableCheckpoint as error:
+        raise UnreadableInput(f"{checkpoint} {error}", hint="replay from another step") from None
+    written = facts.origin.ranks
+    _check_rank_count(checkpoint, written, ranks, f"replay with --processes {written}")
 
 
 def _status(run: Path) -> Mapping[str, Any]:
-    """What status.json says; empty where it says nothing."""
+    """The contents of status.json; empty if it cannot be read."""
     try:
         return json.loads((run / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def _own(found: Manifest, expected: Origin) -> None:
-    if found.origin.run != expected.run:
+def _check_origin(facts: Manifest, expected: Origin) -> None:
+    if facts.origin.run != expected.run:
         raise UnusableCheckpoint("belongs to another run")
-    if found.origin.spec != expected.spec:
+    if facts.origin.spec != expected.spec:
         raise UnusableCheckpoint("was written under another spec")
 
 
-def _same_ranks(folder: Path, fits: int, now: int, hint: str) -> None:
-    if fits != now:
+def _check_rank_count(folder: Path, written: int, now: int, hint: str) -> None:
+    if written != now:
         raise UnreadableInput(
-            f"{folder.name} fits {counted(fits, 'rank')}, but there {'is' if now == 1 else 'are'} {now} now",
+            f"{folder.name} fits {counted(written, 'rank')}, but there {'is' if now == 1 else 'are'} {now} now",
             hint=hint,
         )
 
 
-def same_spec(run: Path, resolved: str) -> None:
-    """A run continues under the spec it began with; only what `manifest.FREE` names may change."""
+def check_same_spec(run: Path, resolved: str) -> None:
+    """Raise UnreadableInput if the spec differs from the run's in anything but `CHANGEABLE_ON_RESUME`."""
     before = dict(leaves(read(run / directory.MARK, resolved=True).data))
     now = dict(leaves(read_text(resolved, "the spec", resolved=True).data))
     changed = [
         f"{spelled(path)}: {shorten(before.get(path))} then, {shorten(now.get(path))} now"
         for path in sorted(before.keys() | now.keys(), key=str)
-        if before.get(path) != now.get(path) and not manifest.may_change(path)
+        if before.get(path) != now.get(path) and not may_change_on_resume(path)
     ]
     if changed:
         raise UnreadableInput(
@@ -136,8 +138,8 @@ def same_spec(run: Path, resolved: str) -> None:
         )
 
 
-def same_data(run: Path, now: Mapping[str, str]) -> None:
-    """A run continues on the rows it began with."""
+def check_same_data(run: Path, now: Mapping[str, str]) -> None:
+    """Raise UnreadableInput if the rows differ from those that the run started with."""
     before: Mapping[str, Any] = directory.provenance(run).get("data", {})
     changed = [name for name, digest in now.items() if before.get(name, digest) != digest]
     if changed:

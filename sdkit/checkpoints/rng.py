@@ -1,6 +1,6 @@
-"""The random streams that a process has for all: Python's, numpy's and torch's.
+"""Saves and restores the global random generators of a process: Python's, NumPy's and PyTorch's.
 
-sdkit draws from seeds of its own; what does not are a user's functions and a model with dropout.
+sdkit itself draws from derived seeds.  User functions and models with dropout draw from the global generators.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from sdkit.seeds import derive
 
 
 def seed_all(seed: int, rank: int, *step: int) -> None:
-    """Start every stream anew, each rank's elsewhere; a rank that joins at a later `step` starts elsewhere again."""
+    """Seed every generator, differently for each rank; a rank added at a later `step` passes it to get yet another seed."""
     random.seed(derive(seed, "python", rank, *step))
     np.random.seed(derive(seed, "numpy", rank, *step) % 2**32)
     torch.manual_seed(derive(seed, "torch", rank, *step))
 
 
 def state() -> dict[str, Any]:
-    """Where the streams stand, as JSON can hold it."""
+    """The generators' states as JSON values."""
     version, words, left_over = random.getstate()
     name, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
@@ -33,19 +33,19 @@ def state() -> dict[str, Any]:
     }
 
 
-def restore(held: dict[str, Any]) -> None:
-    """Put the streams back to where `state` found them."""
-    version, words, left_over = held["python"]
+def restore(saved: dict[str, Any]) -> None:
+    """Restore the generators to the states that `state` returned."""
+    version, words, left_over = saved["python"]
     random.setstate((version, tuple(words), left_over))
-    name, keys, place, has_gauss, gauss = held["numpy"]
+    name, keys, place, has_gauss, gauss = saved["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
-    torch.set_rng_state(_bytes(held["torch"]))
-    if held["cuda"]:
-        torch.cuda.set_rng_state(_bytes(held["cuda"]))
+    torch.set_rng_state(_bytes(saved["torch"]))
+    if saved["cuda"]:
+        torch.cuda.set_rng_state(_bytes(saved["cuda"]))
 
 
-def _text(stream: torch.Tensor) -> str:
-    return bytes(stream.tolist()).hex()
+def _text(state: torch.Tensor) -> str:
+    return bytes(state.tolist()).hex()
 
 
 def _bytes(text: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Held-out measurement: scores with intervals, the teacher's lift, the objective on held-out prompts."""
+"""Evaluates on held-out prompts: scores with intervals, the teacher's lift, and the objective."""
 
 from __future__ import annotations
 
@@ -21,49 +21,53 @@ from sdkit.train.token_statistics import prepare_rollouts
 if TYPE_CHECKING:
     from sdkit.train.state import TrainState
 
-View = Callable[[Row], tuple[int, ...] | None]
+PromptIds = Callable[[Row], tuple[int, ...] | None]
 
 
-def headline(world: TrainState) -> Key:
-    """The score that stands for the run: the first suite's first decoding."""
-    assert world.spec.evaluation is not None
-    name, suite = next(iter(world.spec.evaluation.suites.items()))
+def headline(state: TrainState) -> Key:
+    """The key of the run's main score: the first suite's score under its first decoding."""
+    assert state.spec.evaluation is not None
+    name, suite = next(iter(state.spec.evaluation.suites.items()))
     return name, next(iter(suite.decoding)), suite.score
 
 
-def evaluate(world: TrainState) -> EvaluationResult:
-    """Every suite from the student's own prompt."""
-    assert world.spec.evaluation is not None
+def evaluate(state: TrainState) -> EvaluationResult:
+    """Sample and score every suite from the student's prompts."""
+    assert state.spec.evaluation is not None
     parts = [
-        _suite(world, name, suite, world.data.suites[name], world.student, world.data.student_ids)
-        for name, suite in world.spec.evaluation.suites.items()
+        _evaluate_suite(
+            state, name, suite, state.data.suites[name], state.student, state.data.student_ids
+        )
+        for name, suite in state.spec.evaluation.suites.items()
     ]
-    return _joined(parts)
+    return _merge(parts)
 
 
-def teacher_lift(world: TrainState, before: EvaluationResult) -> dict[Key, Interval]:
-    """Score under the teacher's view minus score under the student's, on the first prompts of each suite.
+def teacher_lift(state: TrainState, before: EvaluationResult) -> dict[Key, Interval]:
+    """Score from the teacher's prompt minus score from the student's, on the first prompts of each suite.
 
-    Measured before training: where it is not above zero there is nothing to distil.  Of the teacher's weights alone,
-    without a blend.  Empty where the teacher has no view of its own, or is no single model that could sample.
+    Measured before training: if it is not above zero, there is nothing to distil.  It uses the teacher's weights alone,
+    without a blend.  Empty if the teacher has no prompt of its own, or is not a single model that can sample.
     """
-    evaluation, teacher = world.spec.evaluation, world.spec.teacher
+    evaluation, teacher = state.spec.evaluation, state.spec.teacher
     if evaluation is None or teacher is None or teacher.sees is None or not evaluation.teacher_lift:
         return {}
     if isinstance(teacher.weights, RoutedWeights | ServedWeights):
         return {}
     lift: dict[Key, Interval] = {}
     for name, suite in evaluation.suites.items():
-        rows = world.data.suites[name][: evaluation.teacher_lift]
-        view = _teacher_view(world, name, rows)
-        seen = [i for i, row in enumerate(rows) if id(row) in view]
-        if not seen:
+        rows = state.data.suites[name][: evaluation.teacher_lift]
+        prompts = _teacher_prompts(state, name, rows)
+        with_prompt = [i for i, row in enumerate(rows) if id(row) in prompts]
+        if not with_prompt:
             continue
-        chosen = [rows[i] for i in seen]
-        under = _suite(world, name, suite, chosen, world.teacher_weights, partial(_look_up, view))
-        for key, scores in under.scores.items():
-            own = [before.scores[key][i] for i in seen]
-            lift[key] = paired_difference(own, scores)
+        chosen = [rows[i] for i in with_prompt]
+        evaluated = _evaluate_suite(
+            state, name, suite, chosen, state.teacher_weights, partial(_look_up, prompts)
+        )
+        for key, scores in evaluated.scores.items():
+            student = [before.scores[key][i] for i in with_prompt]
+            lift[key] = paired_difference(student, scores)
     return lift
 
 
@@ -71,121 +75,144 @@ def _look_up(prompts: Mapping[int, tuple[int, ...]], row: Row) -> tuple[int, ...
     return prompts[id(row)]
 
 
-def _teacher_view(world: TrainState, name: str, rows: Sequence[Row]) -> dict[int, tuple[int, ...]]:
-    """The teacher's prompt of each row that has one; where the context waits for rollouts, that of the first rollout."""
-    data = world.data
+def _teacher_prompts(
+    state: TrainState, name: str, rows: Sequence[Row]
+) -> dict[int, tuple[int, ...]]:
+    """Each row's teacher prompt by `id(row)`, without rows that have none.
+
+    If the context depends on rollouts, the prompt is that of the row's first rollout.
+    """
+    data = state.data
     if not data.needs_rollouts_for_context:
         return {id(row): ids for row in rows if (ids := data.teacher_ids(row)) is not None}
-    found: dict[int, tuple[int, ...]] = {}
-    for rollout in collect_rollouts(world, rows, ("lift", name), suite=name).batch:
+    by_row: dict[int, tuple[int, ...]] = {}
+    for rollout in collect_rollouts(state, rows, ("lift", name), suite=name).batch:
         if rollout.teacher_prompt_ids is not None:
-            found.setdefault(rollout.group, rollout.teacher_prompt_ids)
+            by_row.setdefault(rollout.group, rollout.teacher_prompt_ids)
     return {
-        id(rows[i]): ids for part in collectives.all_gather_object(found) for i, ids in part.items()
+        id(rows[i]): ids
+        for part in collectives.all_gather_object(by_row)
+        for i, ids in part.items()
     }
 
 
-def held_out_loss(world: TrainState) -> dict[str, float]:
-    """Every training metric of the objective on held-out prompts, under eval/."""
-    assert world.spec.evaluation is not None
-    found: dict[str, float] = {}
-    for position, (name, suite) in enumerate(world.spec.evaluation.suites.items()):
-        rows = world.data.suites[name][: suite.loss_prompts]
+def held_out_loss(state: TrainState) -> dict[str, float]:
+    """All training metrics of the objective on held-out prompts, under eval/."""
+    assert state.spec.evaluation is not None
+    metrics: dict[str, float] = {}
+    for position, (name, suite) in enumerate(state.spec.evaluation.suites.items()):
+        rows = state.data.suites[name][: suite.loss_prompts]
         if not rows:
             continue
-        gathered = collect_rollouts(world, rows, ("held out", name), suite=name)
+        gathered = collect_rollouts(state, rows, ("held out", name), suite=name)
         prefix = "eval/" if position == 0 else f"eval/{name}/"
-        batch = prepare_rollouts(world, gathered.batch, training=False)
-        found |= {prefix + key: value for key, value in evaluate_objective(world, batch).items()}
-    return found
+        batch = prepare_rollouts(state, gathered.batch, training=False)
+        metrics |= {prefix + key: value for key, value in evaluate_objective(state, batch).items()}
+    return metrics
 
 
-def _suite(
-    world: TrainState, name: str, suite: Suite, rows: Sequence[Row], weights: Weights, view: View
+def _evaluate_suite(
+    state: TrainState,
+    name: str,
+    suite: Suite,
+    rows: Sequence[Row],
+    weights: Weights,
+    prompt_ids: PromptIds,
 ) -> EvaluationResult:
-    backend, _ = world.backend(weights, evaluation=True)
-    limit = suite.max_new_tokens or world.spec.rollout.max_new_tokens
+    backend, _ = state.backend(weights, evaluation=True)
+    limit = suite.max_new_tokens or state.spec.rollout.max_new_tokens
     parts = []
-    for decoding, how in suite.decoding.items():
+    for decoding_name, decoding in suite.decoding.items():
         jobs = [
-            (i, copy) for i in collectives.shard_indices(len(rows)) for copy in range(how.samples)
+            (i, copy)
+            for i in collectives.shard_indices(len(rows))
+            for copy in range(decoding.samples)
         ]
         requests = [
             SamplingRequest(
-                prompt_ids=view(rows[i]) or (),
-                seed=derive(world.spec.training.seed, "evaluation", name, decoding, i, copy),
+                prompt_ids=prompt_ids(rows[i]) or (),
+                seed=derive(state.spec.training.seed, "evaluation", name, decoding_name, i, copy),
             )
             for i, copy in jobs
         ]
-        done = backend.sample(requests, _sampling(how, limit, world.spec.rollout.stop))
-        parts.append(_scored(world, (name, decoding), rows, [i for i, _ in jobs], done))
-    return _joined(parts)
+        completions = backend.sample(
+            requests, _sampling_params(decoding, limit, state.spec.rollout.stop)
+        )
+        parts.append(
+            _score_completions(
+                state, (name, decoding_name), rows, [i for i, _ in jobs], completions
+            )
+        )
+    return _merge(parts)
 
 
-def _sampling(how: Decoding, limit: int, stop: tuple[str, ...]) -> SamplingParams:
+def _sampling_params(decoding: Decoding, limit: int, stop: tuple[str, ...]) -> SamplingParams:
     return SamplingParams(
-        temperature=how.temperature,
-        top_p=how.top_p,
-        top_k=how.top_k,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        top_k=decoding.top_k,
         max_new_tokens=limit,
         stop=stop,
     )
 
 
-def _scored(
-    world: TrainState,
-    where: tuple[str, str],
+def _score_completions(
+    state: TrainState,
+    key: tuple[str, str],
     rows: Sequence[Row],
     owners: Sequence[int],
-    done: Sequence[Completion],
+    completions: Sequence[Completion],
 ) -> EvaluationResult:
-    """This rank's completions with their scores, joined with those of the other ranks in the order of the rows."""
-    texts = [completion_text(world, c.ids) for c in done]
-    judged = score(world.data.rewards[where[0]], texts, [rows[i] for i in owners])
-    each = figures(judged)
-    own = [
+    """Score this rank's completions; returns those of all ranks in the order of the rows.  key: suite and decoding."""
+    texts = [completion_text(state, c.ids) for c in completions]
+    results = score(state.data.rewards[key[0]], texts, [rows[i] for i in owners])
+    numbers = figures(results)
+    own_records = [
         {
-            "suite": where[0],
-            "decoding": where[1],
+            "suite": key[0],
+            "decoding": key[1],
             "row": rows[i].index,
             "prompt": rows[i].prompt_text,
             "completion": text,
-            "scores": {reward: values[j] for reward, values in each.items()},
+            "scores": {reward: values[j] for reward, values in numbers.items()},
             "feedback": {
                 reward: values[j].feedback
-                for reward, values in judged.items()
+                for reward, values in results.items()
                 if values[j].feedback
             },
         }
         for j, (text, i) in enumerate(zip(texts, owners, strict=True))
     ]
-    found = [(i, record, len(c.ids)) for i, record, c in zip(owners, own, done, strict=True)]
-    everyone = sorted(
-        (one for part in collectives.all_gather_object(found) for one in part),
-        key=lambda one: one[0],
+    own = [
+        (i, record, len(c.ids))
+        for i, record, c in zip(owners, own_records, completions, strict=True)
+    ]
+    scored = sorted(
+        (item for part in collectives.all_gather_object(own) for item in part),
+        key=lambda item: item[0],
     )
-    records = [record for _, record, _ in everyone]
-    lengths = [length for _, _, length in everyone]
-    mean = {where: sum(lengths) / max(len(lengths), 1)}
-    scores = {(*where, reward): values for reward, values in _per_prompt(everyone).items()}
+    records = [record for _, record, _ in scored]
+    lengths = [length for _, _, length in scored]
+    mean = {key: sum(lengths) / max(len(lengths), 1)}
+    scores = {(*key, reward): values for reward, values in _mean_per_prompt(scored).items()}
     return EvaluationResult(scores=scores, records=records, tokens=sum(lengths), lengths=mean)
 
 
-def _per_prompt(
-    found: Sequence[tuple[int, Mapping[str, Any], int]],
+def _mean_per_prompt(
+    scored: Sequence[tuple[int, Mapping[str, Any], int]],
 ) -> dict[str, tuple[float, ...]]:
-    """Per reward: each prompt's mean over its completions.  Prompts stand in order."""
+    """Each prompt's mean over its completions, by reward, in the order of the prompts."""
     values: dict[str, dict[int, list[float]]] = {}
-    for prompt, record, _ in found:
+    for prompt, record, _ in scored:
         for reward, value in record["scores"].items():
             values.setdefault(reward, {}).setdefault(prompt, []).append(value)
     return {
-        reward: tuple(sum(each) / len(each) for each in prompts.values())
+        reward: tuple(sum(scores) / len(scores) for scores in prompts.values())
         for reward, prompts in values.items()
     }
 
 
-def _joined(parts: Sequence[EvaluationResult]) -> EvaluationResult:
+def _merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
     return EvaluationResult(
         scores={key: scores for part in parts for key, scores in part.scores.items()},
         records=[record for part in parts for record in part.records],

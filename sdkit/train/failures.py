@@ -1,4 +1,4 @@
-"""How a run ends before its end: any error as one message, an exit code and what to do."""
+"""Turns any error that ends a run early into one message, an exit code and a hint."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ RANK_LOST_MESSAGES = (
     "timed out waiting",
     "broken pipe",
 )
-"""What collectives say where another rank is gone, or silent for too long."""
+"""Parts of the messages of collectives when another rank is gone or has been silent for too long."""
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "cannot allocate memory", "out of memory")
-"""What torch, CUDA and the kernel say where there is none left."""
+"""Parts of the messages of PyTorch, CUDA and the kernel when memory runs out."""
 
 
 def is_rank_lost(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    return _says(error, RANK_LOST_MESSAGES)
+    """Whether `error` comes from a collective that failed because another rank is gone."""
+    return _message_contains(error, RANK_LOST_MESSAGES)
 
 
-def explain(error: BaseException, run: directory.RunDirectory) -> BaseException:
-    """The error that the command reports; what nobody expected keeps its traceback in a file of the run."""
+def reported_error(error: BaseException, run: directory.RunDirectory) -> BaseException:
+    """The error that the command reports; the traceback of an unexpected one is written to a file of the run."""
     if isinstance(error, SdkitError) or not isinstance(error, Exception):
         return error
     if is_rank_lost(error):
         return rank_lost((), error)
-    if isinstance(error, MemoryError) or _says(error, OUT_OF_MEMORY_MESSAGES):
+    if isinstance(error, MemoryError) or _message_contains(error, OUT_OF_MEMORY_MESSAGES):
         return OutOfMemory(
             f"out of memory: {first_line(error)}",
             hint="lower training.micro_batch_tokens or training.chunk_tokens, or set model.activation_checkpointing: true: "
             "--resume takes these changes; or train LoRA adapters in another run",
         )
-    told = run.path / (
+    traceback_file = run.path / (
         f"error_rank_{collectives.rank()}.txt" if collectives.rank() else "error.txt"
     )
     with contextlib.suppress(BadEnvironment):
-        directory.write_whole(told, "".join(traceback.format_exception(error)))
+        directory.write_whole(traceback_file, "".join(traceback.format_exception(error)))
     return RunFailed(
-        f"{type(error).__name__}: {one_line(error)}", hint=f"the traceback stands in {told}"
+        f"{type(error).__name__}: {one_line(error)}", hint=f"the traceback is in {traceback_file}"
     )
 
 
 def rank_lost(missing: Sequence[int], error: BaseException) -> ProcessDied:
-    """What a rank says that goes because of others; `missing` is empty where it cannot be told which."""
+    """The error of a rank that ends because of others; `missing` is empty if they are not known."""
     who = ", ".join(f"rank {number}" for number in missing) or "another rank"
     return ProcessDied(
         f"lost {who}, which ended or was silent for too long: {first_line(error)}",
-        hint="what ended it stands in its own output; SIGKILL that nobody sent is the kernel's, when memory runs out "
-        "(`dmesg` tells)",
+        hint="its own output says why; if SIGKILL ended it, that was probably the kernel's out-of-memory killer: "
+        "see `dmesg`",
     )
 
 
-def _says(error: BaseException, words: Sequence[str]) -> bool:
+def _message_contains(error: BaseException, words: Sequence[str]) -> bool:
     text = str(error).lower()
-    return isinstance(error, Exception) and any(each in text for each in words)
+    return isinstance(error, Exception) and any(word in text for word in words)

@@ -1,4 +1,4 @@
-"""How large a step's gradient is beside what imitating its tokens would give: a signal, or rounding noise."""
+"""Compares a step's gradient with the gradient of imitating its tokens, to tell a signal from rounding noise."""
 
 from __future__ import annotations
 
@@ -13,48 +13,53 @@ from sdkit.batches import MicroBatch
 from sdkit.language.specs import CrossEntropy, LossTerm, Table
 from sdkit.train.student import Student
 
-NOISE = 1e-5
-"""Share of the gradient of imitation below which a gradient is rounding noise: float32 makes some 1e-7 of it."""
+NOISE_RATIO = 1e-5
+"""A gradient whose norm is below this share of the imitation gradient's is rounding noise; float32 leaves about 1e-7."""
 
 
 @frozen(kw_only=True)
-class Pass:
+class GradientNorms:
     """Squared norms of gradients with respect to the student's hidden states, in one training pass."""
 
     own: float  # of the objective
-    imitation: (
-        float  # of the cross-entropy on the same tokens, with the same weights and coefficients
-    )
+    imitation: float  # of cross-entropy on the same tokens, with the same weights and coefficients
 
 
-def is_noise(passes: Sequence[Pass]) -> bool:
-    """Whether the first gradient that is not 0 is rounding noise; later ones may come of the step that it led to."""
-    first = next((each for each in passes if each.own > 0), None)
-    return first is not None and first.own <= NOISE**2 * first.imitation
+def is_noise(passes: Sequence[GradientNorms]) -> bool:
+    """Whether the first nonzero gradient is rounding noise.
+
+    Later gradients do not count: the update that the first one caused may have produced them.
+    """
+    first = next((norms for norms in passes if norms.own > 0), None)
+    return first is not None and first.own <= NOISE_RATIO**2 * first.imitation
 
 
-def watch(student: Student) -> list[Pass]:
-    """Measure every training pass from now on; returns the list that is then filled."""
-    passes: list[Pass] = []
-    inner: Callable[..., Any] = student._projected_loss
+def record_gradient_norms(student: Student) -> list[GradientNorms]:
+    """Record the norms of every training pass from now on; returns the list that they are appended to."""
+    passes: list[GradientNorms] = []
+    original: Callable[..., Any] = student._projected_loss
 
-    def projected(hidden: Tensor, batch: MicroBatch, *given: Any) -> Any:
+    def recorded(
+        hidden: Tensor, batch: MicroBatch, scores: Any, reference: Any, losses: Table[LossTerm]
+    ) -> Any:
         if torch.is_grad_enabled():
-            losses: Table[LossTerm] = given[-1]
-            imitated = Table(
-                {n: CrossEntropy(coefficient=t.coefficient) for n, t in losses.items()}
+            imitation = Table(
+                {name: CrossEntropy(coefficient=loss.coefficient) for name, loss in losses.items()}
             )
-            own = _square(inner, hidden, batch, *given)
             passes.append(
-                Pass(own=own, imitation=_square(inner, hidden, batch, None, None, imitated))
+                GradientNorms(
+                    own=_squared_norm(original, hidden, batch, scores, reference, losses),
+                    imitation=_squared_norm(original, hidden, batch, None, None, imitation),
+                )
             )
-        return inner(hidden, batch, *given)
+        return original(hidden, batch, scores, reference, losses)
 
-    vars(student)["_projected"] = projected
+    student._projected_loss = recorded
     return passes
 
 
-def _square(inner: Callable[..., Any], hidden: Tensor, *given: Any) -> float:
-    alone = hidden.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(inner(alone, *given)[0], alone)
+def _squared_norm(loss_function: Callable[..., Any], hidden: Tensor, *arguments: Any) -> float:
+    """The squared norm of the loss's gradient with respect to `hidden`, without touching the training graph."""
+    leaf = hidden.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_function(leaf, *arguments)[0], leaf)
     return gradient.float().square().sum().item()

@@ -1,4 +1,7 @@
-"""`sdkit plan --data N`: student and teacher prompt side by side, with the splice point marked.  Loads no weights."""
+"""`sdkit plan --data N`: prints student and teacher prompts side by side and marks where the completion goes.
+
+Loads no weights.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,20 @@ SPLICE = "▶ completion goes here"
 
 
 def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> None:
-    """Render the first `count` training rows.  Raises BadData where a row cannot be used."""
+    """Print the prompts of the first `count` training rows.  Raises BadData if a row cannot be used."""
     tokenizer = load_tokenizer(spec.model, resolve_model(spec.model.path, base))
     keep_text = spec.model.control_tokens == "text"
     prompter = Prompter(tokenizer, dict(spec.model.chat_template_options), keep_text=keep_text)
     end = end_token(tokenizer, prompter.options)
     for row in load_rows(spec.data, base)[:count]:
-        found = side_by_side(prompter, row, spec.teacher.sees if spec.teacher else None)
-        views = [_panel("student", found.student, found.student_tokens)]
-        if spec.teacher and found.teacher is None:
+        prompts = side_by_side(prompter, row, spec.teacher.sees if spec.teacher else None)
+        views = [_panel("student", prompts.student, prompts.student_tokens)]
+        if spec.teacher and prompts.teacher is None:
             empty = Text("no teacher: a slot that the context requires is empty")
             views.append(Panel(empty, title="teacher"))
-        elif spec.teacher and found.teacher is not None:
-            cut = f", {found.cut_tokens} context tokens cut" if found.cut_tokens else ""
-            views.append(_panel("teacher", found.teacher, found.teacher_tokens or 0, cut))
+        elif spec.teacher and prompts.teacher is not None:
+            cut = f", {prompts.cut_tokens} context tokens cut" if prompts.cut_tokens else ""
+            views.append(_panel("teacher", prompts.teacher, prompts.teacher_tokens or 0, cut))
         if column := completion_column(spec.rollout.sampled_by):
             views.append(_completion(spec, prompter, end, row.text(column) or ""))
         table = Table.grid(expand=True)
@@ -45,8 +48,8 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
 
 
 def _completion(spec: ExperimentSpec, prompter: Prompter, end: int | None, text: str) -> Panel:
-    """A completion from the data set, with the token that ends it; cut where the run would cut it."""
-    if end is None:  # the model's own settings name it, and no model is loaded here
+    """A completion from the data set with its end token, truncated as the run would truncate it."""
+    if end is None:  # only the model's generation settings name it, and no model is loaded here
         return Panel(Text(text), title="completion, from the data set")
     ids = prompter.completion_ids(text, end)
     limit = spec.rollout.max_new_tokens
@@ -57,7 +60,7 @@ def _completion(spec: ExperimentSpec, prompter: Prompter, end: int | None, text:
     )
 
 
-def _panel(who: str, text: str, tokens: int, note: str = "") -> Panel:
+def _panel(title: str, text: str, tokens: int, note: str = "") -> Panel:
     body = Text(text)
     body.append(SPLICE, style="bold green")
-    return Panel(body, title=f"{who}: {tokens} tokens{note}")
+    return Panel(body, title=f"{title}: {tokens} tokens{note}")

@@ -1,4 +1,4 @@
-"""The prompts of a run as they are shown: the date in them, and hashes to know them again."""
+"""Records the rendered prompts of a run: the date that templates print, and hashes to recognize the prompts later."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ if TYPE_CHECKING:
     from sdkit.train.replay import Recording
 
 
-def facts(data: RunData) -> dict[str, Any]:
-    """What provenance.json says of the prompts."""
+def provenance_entry(data: RunData) -> dict[str, Any]:
+    """The `prompts` entry of provenance.json."""
     return {
         "date": data.prompter.now.isoformat(),
-        "rows": data.visited,
-        "sha256": data.prompt_fingerprints(data.visited),
+        "rows": data.rows_used,
+        "sha256": data.prompt_fingerprints(data.rows_used),
     }
 
 
-def date_of(provenance: Mapping[str, Any]) -> datetime | None:
-    """The date that a run's chat template prints; None where there is no run."""
+def template_date(provenance: Mapping[str, Any]) -> datetime | None:
+    """The date that a run's chat template prints; None if `provenance` is empty."""
     prompts = provenance.get("prompts")
     if prompts:
         return datetime.fromisoformat(prompts["date"])
-    started = provenance.get("started")  # of a run that did not fix it
+    started = provenance.get("started")  # for runs that did not record it
     return started and datetime.fromisoformat(started).astimezone().replace(tzinfo=None)
 
 
 def recorded_date(spec: ExperimentSpec, base: Path, recording: Recording | None) -> datetime | None:
-    """The date of the run whose rollouts are replayed; None where nothing is."""
+    """The date of the run whose rollouts are replayed; None if none are."""
     if recording:
-        return date_of(recording.origin)
+        return template_date(recording.origin)
     backend = spec.rollout.backend
     if isinstance(backend, ReplayBackend):
-        return date_of(directory.provenance(base / backend.run))
+        return template_date(directory.provenance(base / backend.run))
     return None
 
 
-def same_prompts(
+def check_same_prompts(
     data: RunData, provenance: Mapping[str, Any], whose: str, only: str | None = None
 ) -> None:
-    """Raise UnreadableInput where the prompts are not those of an earlier run, though its rows may be.
+    """Raise UnreadableInput if the prompts differ from those of an earlier run, though its rows may be the same.
 
-    `only` names the part that must be the same.
+    `whose` completes "the rendered prompts are not those that …"; `only` restricts the check to one part.
     """
     before = provenance.get("prompts")
     if not before:
         return
-    known = before["sha256"]
+    recorded = before["sha256"]
     now = data.prompt_fingerprints(before["rows"])
     changed = [
         name
         for name, digest in now.items()
-        if only in (None, name) and known.get(name, digest) != digest
+        if only in (None, name) and recorded.get(name, digest) != digest
     ]
     if changed:
         raise UnreadableInput(

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what the run directory keeps of it."""
+"""Reports a run: prints to the console and writes to the run directory."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 
 class Report:
-    """Screen and run directory of one run."""
+    """Reports one run to the console and its run directory."""
 
     def __init__(self, run: RunDirectory, console: Console, steps: int) -> None:
         self.run = run
         self.console = console
-        begun = run.records("evaluations", 0)
-        self.first: EvaluationResult | None = read_back(begun) if begun else None
+        at_start = run.records("evaluations", 0)
+        self.first: EvaluationResult | None = read_back(at_start) if at_start else None
         self.last: EvaluationResult | None = None
         history = run.history()
-        # All ranks go by what the first finds in the run directory.
+        # Only the first rank reads the run directory; the others use what it read.
         self.evaluated_at = collectives.broadcast_object(
             {line["step"] for line in history if "eval/score" in line}
         )
         self.lifted = collectives.broadcast_object(
             any(key.startswith("lift/") for line in history for key in line)
         )
-        self.trained = [line for line in history if "time/step" in line]  # for tripwires
-        # Tokens of training rollouts so far.
+        self.recent_steps = [line for line in history if "time/step" in line]  # for the tripwires
+        # Tokens sampled for training so far.
         self.generated = max((line.get("tokens_generated", 0.0) for line in history), default=0.0)
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -67,46 +67,51 @@ class Report:
 
     def step(
         self,
-        world: TrainState,
+        state: TrainState,
         gathered: CollectedRollouts,
         metrics: dict[str, float],
     ) -> None:
-        """One training step: a line on screen, a line of metrics, all rollouts, now and then a sample."""
+        """Report one training step: a console line, a line of metrics, all rollouts and, at intervals, samples."""
         self.generated += metrics["rollout/tokens"]
         metrics["tokens_generated"] = self.generated
         metrics["memory/peak_gib"] = peak_gib()
-        self.run.metrics(world.step, metrics)
-        self.run.status("running", step=world.step)
-        own = collectives.gather_object(rollout_records(gathered))
-        self.run.lines("rollouts", world.step - 1, sort_records(own))
-        self.console.print(_step_line(world, metrics), highlight=False)
-        output = world.spec.output
-        self._warn(world.step, metrics, output.tripwire_steps)
-        for text in world.server_messages():
-            self.run.warning(world.step, {"wire": "rollout_server", "cause": text})
-        if (world.step - 1) % output.samples_every == 0:
-            shown = sample_texts(world, gathered.batch, gathered.scores, output.samples)
-            self.run.lines("samples", world.step, shown)
+        self.run.metrics(state.step, metrics)
+        self.run.status("running", step=state.step)
+        records = collectives.gather_object(rollout_records(gathered))
+        self.run.lines("rollouts", state.step - 1, sort_records(records))
+        self.console.print(_step_line(state, metrics), highlight=False)
+        output = state.spec.output
+        self._warn_of_tripwires(state.step, metrics, output.tripwire_steps)
+        for text in state.server_messages():
+            self.run.warning(state.step, {"wire": "rollout_server", "cause": text})
+        if (state.step - 1) % output.samples_every == 0:
+            shown = sample_texts(state, gathered.batch, gathered.scores, output.samples)
+            self.run.lines("samples", state.step, shown)
             self.console.print(
                 f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False
             )
-        self.bar.update(self.task, completed=world.step)
+        self.bar.update(self.task, completed=state.step)
 
-    def bad_batch(self, world: TrainState, gathered: CollectedRollouts, part: RolloutBatch) -> Path:
-        """Keep the rollouts of an update that failed, and all of its step as every step's; where the former stand."""
-        held = {(r.group, r.completion_ids) for r in part}
-        own = rollout_records(gathered)
-        failed = [r for r in own if (r["group"], r["completion_ids"]) in held]
-        for folder, each in (("rollouts", own), ("bad_batches", failed)):
-            self.run.lines(folder, world.step, sort_records(collectives.gather_object(each)))
-        return self.run.file("bad_batches", world.step)
+    def bad_batch(self, state: TrainState, gathered: CollectedRollouts, part: RolloutBatch) -> Path:
+        """Write the rollouts of a failed update to bad_batches/ and those of its step to rollouts/.
 
-    def _warn(self, step: int, metrics: Mapping[str, float], patience: int | None) -> None:
-        """A yellow line, and one of warnings.jsonl, for each tripwire that goes off at this step."""
+        Returns the path of the former.
+        """
+        failed_keys = {(r.group, r.completion_ids) for r in part}
+        step_records = rollout_records(gathered)
+        failed = [r for r in step_records if (r["group"], r["completion_ids"]) in failed_keys]
+        for folder, records in (("rollouts", step_records), ("bad_batches", failed)):
+            self.run.lines(folder, state.step, sort_records(collectives.gather_object(records)))
+        return self.run.file("bad_batches", state.step)
+
+    def _warn_of_tripwires(
+        self, step: int, metrics: Mapping[str, float], patience: int | None
+    ) -> None:
+        """Print a warning, and add a line to warnings.jsonl, for each tripwire that triggers at this step."""
         if patience is None:
             return
-        self.trained = [*self.trained[-patience:], {"step": step, **metrics}]
-        for trip in triggered(self.trained, patience):
+        self.recent_steps = [*self.recent_steps[-patience:], {"step": step, **metrics}]
+        for trip in triggered(self.recent_steps, patience):
             facts = {"since": trip.first, "wire": trip.wire, "cause": trip.cause}
             self.run.warning(step, facts | {"look_at": trip.look_at})
             self.console.print(f"[yellow]warning[/]: {escape(str(trip))}", highlight=False)
@@ -114,31 +119,31 @@ class Report:
 
     def evaluated(
         self,
-        world: TrainState,
-        found: EvaluationResult,
+        state: TrainState,
+        result: EvaluationResult,
         losses: Mapping[str, float],
         seconds: float,
     ) -> None:
-        """One evaluation: scores with intervals on screen, every completion in evaluations/."""
-        self.first = self.first or found
-        self.last = found
-        self.evaluated_at.add(world.step)
-        key = headline(world)
-        metrics = found.metrics(key) | dict(losses)
-        self.run.metrics(world.step, metrics | {"time/evaluation": seconds})
-        self.run.lines("evaluations", world.step, found.records)
+        """Report one evaluation: scores on the console, every completion to evaluations/."""
+        self.first = self.first or result
+        self.last = result
+        self.evaluated_at.add(state.step)
+        key = headline(state)
+        metrics = result.metrics(key) | dict(losses)
+        self.run.metrics(state.step, metrics | {"time/evaluation": seconds})
+        self.run.lines("evaluations", state.step, result.records)
         parts = [
-            f"{'/'.join(k[1:])} {_share(found.interval(k).mean)}"
-            for k in found.scores
+            f"{'/'.join(k[1:])} {_score_text(result.interval(k).mean)}"
+            for k in result.scores
             if k[0] == key[0]
         ]
         self.console.print(
-            f"[cyan]evaluation after step {world.step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]",
+            f"[cyan]evaluation after step {state.step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]",
             highlight=False,
         )
 
     def lift(self, lift: Mapping[Key, Interval]) -> None:
-        """The teacher's lift, before anything is trained."""
+        """Report the teacher's lift, measured before training."""
         if not lift:
             return
         table = Table(
@@ -157,16 +162,16 @@ class Report:
         named = {"lift/" + "/".join(key): interval.mean for key, interval in lift.items()}
         self.run.metrics(0, named)
 
-    def finished(self, world: TrainState) -> None:
-        """The table of before and after."""
+    def finished(self, state: TrainState) -> None:
+        """Print the table of scores before and after training."""
         if self.first is None or self.last is None or self.first is self.last:
             return
-        table = comparison(self.first, self.last, headline(world))
+        table = comparison_table(self.first, self.last, headline(state))
         self.console.print(table)
 
 
-def comparison(before: EvaluationResult, after: EvaluationResult, first: Key) -> Table:
-    """Every score before and after, with the paired bootstrap interval of the change."""
+def comparison_table(before: EvaluationResult, after: EvaluationResult, first: Key) -> Table:
+    """A table of every score before and after, with the paired bootstrap interval of the change."""
     table = Table(title="held-out prompts, from the student's own prompt")
     for column in ("suite", "decoding", "score", "before", "after", "change", "95 % interval", "n"):
         table.add_column(
@@ -184,19 +189,21 @@ def comparison(before: EvaluationResult, after: EvaluationResult, first: Key) ->
     return table
 
 
-def scores(found: EvaluationResult) -> Table:
-    """Every score with its interval."""
+def scores_table(result: EvaluationResult) -> Table:
+    """A table of every score with its interval."""
     table = Table(title="held-out prompts, from the model's own prompt")
     for column in ("suite", "decoding", "score", "mean [95 % interval]", "n"):
         table.add_column(column)
-    for key in found.scores:
-        interval = found.interval(key)
+    for key in result.scores:
+        interval = result.interval(key)
         table.add_row(*key, with_interval(interval), str(interval.n))
     return table
 
 
-def plain_comparison(before: EvaluationResult, after: EvaluationResult) -> list[dict[str, object]]:
-    """The same table as data, for result.json."""
+def comparison_records(
+    before: EvaluationResult, after: EvaluationResult
+) -> list[dict[str, object]]:
+    """The rows of `comparison_table` as JSON values, for result.json."""
     rows: list[dict[str, object]] = []
     for key in before.scores:
         change, b, a = after.difference(before, key), before.interval(key), after.interval(key)
@@ -214,66 +221,66 @@ def plain_comparison(before: EvaluationResult, after: EvaluationResult) -> list[
     return rows
 
 
-def opening(console: Console, world: TrainState, run: RunDirectory) -> None:
-    """The objective card: what will be trained, in words."""
-    plan = world.plan
+def print_objective_card(console: Console, state: TrainState, run: RunDirectory) -> None:
+    """Print the objective card, which says in words what is trained, and warnings about the data."""
+    plan = state.plan
     lines = [f"[bold]{escape(line)}[/]" for line in plan.objective]
     lines += [escape(line) for line in plan.roles]
     lines += [f"[dim]derived: {escape(line)}[/]" for line in plan.derived]
-    if world.data.dropped:
+    if state.data.dropped:
         lines.append(
-            f"[dim]derived: {world.data.dropped} training rows dropped, their prompts are held out[/]"
+            f"[dim]derived: {state.data.dropped} training rows dropped, their prompts are held out[/]"
         )
-    for name, repeats in world.data.repeats.items():
+    for name, repeats in state.data.dropped_repeats.items():
         if repeats:
-            kept = len(world.data.suites[name])
+            prompts = len(state.data.suites[name])
             lines.append(
-                f"[dim]derived: suite {name} has {kept} different prompts, {repeats} repeats dropped[/]"
+                f"[dim]derived: suite {name} has {prompts} different prompts, {repeats} repeats dropped[/]"
             )
-    if world.spec.training.share_prompts and not world.longest_pack:
+    if state.spec.training.share_prompts and not state.longest_pack:
         lines.append(
             "[dim]derived: every completion repeats its prompt, as this model's attention takes no shared rows[/]"
         )
-    if 0 < world.longest_pack < min(LONGEST_PACK, 2 * world.longest_sequence):
+    if 0 < state.longest_pack < min(LONGEST_PACK, 2 * state.longest_sequence):
         lines.append(
-            f"[dim]derived: completions share rows of up to {world.longest_pack} tokens, the reach of this model's attention[/]"
+            f"[dim]derived: completions share rows of up to {state.longest_pack} tokens, the reach of this model's attention[/]"
         )
-    if not world.pads_samples:
+    if not state.pads_samples:
         lines.append(
             "[dim]derived: prompts are sampled one by one, as padding changes what this model samples[/]"
         )
     lines.append(
-        f"{plan.steps} steps × {world.spec.training.prompts_per_step} prompts × "
-        f"{world.spec.rollout.completions_per_prompt} completions, {len(world.data.train)} training rows"
+        f"{plan.steps} steps × {state.spec.training.prompts_per_step} prompts × "
+        f"{state.spec.rollout.completions_per_prompt} completions, {len(state.data.train)} training rows"
     )
     console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
-    if spelled := world.data.spelled:
-        shown = ", ".join(f"row {row.index} {name}" for row, name in spelled[:5])
-        text = f"{counted(len(spelled), 'row')} spell control tokens, which the model reads as such: {shown}"
+    if rows := state.data.control_token_rows:
+        shown = ", ".join(f"row {row.index} {name}" for row, name in rows[:5])
+        text = f"{counted(len(rows), 'row')} spell control tokens, which the model reads as such: {shown}"
         console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
         console.print("  = model.control_tokens: text keeps them as text", highlight=False)
-    _warn_of_cut_completions(console, world, run)
+    _warn_of_cut_completions(console, state, run)
 
 
-def _warn_of_cut_completions(console: Console, world: TrainState, run: RunDirectory) -> None:
-    own = world.data.completions
-    text = own and own.warning(world.spec.rollout.max_new_tokens)
-    if own is None or text is None:
+def _warn_of_cut_completions(console: Console, state: TrainState, run: RunDirectory) -> None:
+    completions = state.data.completions
+    text = completions and completions.warning(state.spec.rollout.max_new_tokens)
+    if completions is None or text is None:
         return
-    advice = f"set rollout.max_new_tokens: {own.longest}, or drop these rows"
+    advice = f"set rollout.max_new_tokens: {completions.longest}, or drop these rows"
     console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
     console.print(f"  = {escape(advice)}", highlight=False)
-    if world.step == 0:  # a resumed run has said it
+    if state.step == 0:  # a resumed run has warned already
         run.warning(0, {"wire": "cut_completions", "cause": text, "look_at": advice})
 
 
 def peak_gib() -> float:
-    """Peak resident memory of this process, GiB."""
+    """Peak resident memory of this process in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
 
 
-def _step_line(world: TrainState, metrics: Mapping[str, float]) -> str:
+def _step_line(state: TrainState, metrics: Mapping[str, float]) -> str:
     rewards = [
         f"{k.removeprefix('reward/')} {v:.2f}"
         for k, v in metrics.items()
@@ -288,7 +295,7 @@ def _step_line(world: TrainState, metrics: Mapping[str, float]) -> str:
     if "loss" in metrics:
         trained = f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2f}"
     return (
-        f"step [bold]{world.step}[/]/{world.end}  {trained}  length {metrics['rollout/completion_tokens']:.1f}  "
+        f"step [bold]{state.step}[/]/{state.end}  {trained}  length {metrics['rollout/completion_tokens']:.1f}  "
         f"{'  '.join(rewards)}  [dim]{metrics['time/step']:.1f} s ({times})[/]{skipped}"
     )
 
@@ -298,5 +305,5 @@ def _one_line(text: str) -> str:
     return flat if len(flat) <= 160 else flat[:157] + "…"
 
 
-def _share(value: float) -> str:
+def _score_text(value: float) -> str:
     return f"{value:.3f}"

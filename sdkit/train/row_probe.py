@@ -1,7 +1,7 @@
-"""Measures which rows a run can form: how long a shared one may be, and whether padding changes a text beside it.
+"""Measures which packed rows a run can use: how long a shared row may be, and whether padding changes hidden states.
 
-The mask of a shared row stands in place of a sliding window, or of any other mask of the model's own, and no mask
-parts completions in a recurrent layer.  So a row is only as long as states have been compared.
+The mask of a shared row replaces a sliding window or any other mask of the model's own, and no mask separates
+completions in a recurrent layer.  So a row may only be as long as the rows whose hidden states were compared.
 """
 
 from __future__ import annotations
@@ -29,48 +29,46 @@ from sdkit.sampling.transformers import TransformersRollouts
 if TYPE_CHECKING:
     from sdkit.train.state import TrainState
 
-MASKED = ("sdpa", "eager")
-"""Attention kernels that take a mask of every query and key."""
-REACH = re.compile(r"(window|window_size|chunk_size)$")
+MASKED_ATTENTION = ("sdpa", "eager")
+"""Attention implementations that accept a mask over all queries and keys."""
+WINDOW_KEY = re.compile(r"(window|window_size|chunk_size)$")
 
 
-def measure_longest_pack(world: TrainState) -> int:
-    """The most tokens of a shared row that every model of the run takes; 0: no row may be shared.
+def measure_longest_pack(state: TrainState) -> int:
+    """The longest shared row, in tokens, that every model of the run can take; 0 if rows cannot be shared.
 
-    Raises BadData where padding changes the states of the text beside it.
+    Raises BadData if padding changes the hidden states of a text.
     """
-    budget = world.spec.training.micro_batch_tokens
-    for who, weights in world.models:
-        width = min(
-            world.longest_sequence, budget // 2
-        )  # of the longest row that has another beside it
-        if width > PROMPT + SHORT and padding_shows(weights, world.device, width):
+    budget = state.spec.training.micro_batch_tokens
+    for who, weights in state.models:
+        width = min(state.longest_sequence, budget // 2)  # longest row that fits beside another
+        if width > PROMPT + SHORT and padding_shows(weights, state.device, width):
             raise BadData(
                 f"the {who} gives a text other hidden states where it is padded to {width} tokens, so losses would "
                 "depend on what stands beside it in a micro-batch",
                 hint="set training.micro_batch_tokens: 1, so that every text runs alone",
                 path=("teacher", "weights") if weights.foreign else ("model", "path"),
             )
-    if not world.spec.training.share_prompts:
+    if not state.spec.training.share_prompts:
         return 0
-    members = max(world.spec.rollout.completions_per_prompt, 2)
-    longest = min(LONGEST_PACK, members * world.longest_sequence)
-    for _, weights in world.models:
-        longest = longest_shared(weights, world.device, longest, world.longest_sequence)
+    members = max(state.spec.rollout.completions_per_prompt, 2)
+    longest = min(LONGEST_PACK, members * state.longest_sequence)
+    for _, weights in state.models:
+        longest = longest_shared(weights, state.device, longest, state.longest_sequence)
     return longest
 
 
 def longest_shared(weights: Weights, device: torch.device, wanted: int, text: int) -> int:
-    """The most tokens of a row, up to `wanted`, that completions can share; 0: they can share none.
+    """The longest row, up to `wanted` tokens, that completions can share; 0 if they cannot share rows.
 
-    text: tokens of the longest prompt and completion.  Up to the window of a sliding attention a shared row changes
-    nothing, so shorter rows are tried where long ones do.
+    text: tokens of the longest prompt and completion.  Within a sliding window a shared row changes nothing, so if a
+    long row fails, shorter ones are tried.
     """
     config = weights.causal.config
-    if getattr(config, "_attn_implementation", None) not in MASKED:
+    if getattr(config, "_attn_implementation", None) not in MASKED_ATTENTION:
         return 0
     shortest = PROMPT + 2 * SHORT
-    longest = min(wanted, *_reaches(config), LONGEST_PACK)
+    longest = min(wanted, *_attention_windows(config), LONGEST_PACK)
     if longest < shortest or not shares_rows(weights, device) or completions_leak(weights, device):
         return 0
     while longest > shortest and not shares_rows(weights, device, longest, text):
@@ -78,18 +76,18 @@ def longest_shared(weights: Weights, device: torch.device, wanted: int, text: in
     return longest
 
 
-def _reaches(config: Any) -> list[int]:
-    """Every whole number of the text configuration whose name is that of an attention layer's reach."""
-    found: list[Any] = []
+def _attention_windows(config: Any) -> list[int]:
+    """Every positive integer of the text configuration whose name is that of a window or chunk size."""
+    values: list[Any] = []
     for name, value in config.get_text_config().to_dict().items():
-        if REACH.search(name):
-            found += value if isinstance(value, list) else [value]
-    return [v for v in found if isinstance(v, int) and not isinstance(v, bool) and v > 0]
+        if WINDOW_KEY.search(name):
+            values += value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0]
 
 
 @torch.no_grad()
 def padding_shows(weights: Weights, device: torch.device, width: int) -> bool:
-    """Whether the states of a short text are others where it is padded to `width` tokens."""
+    """Whether padding a short text to `width` tokens changes its hidden states."""
     prompt, long, short, _ = probe_texts(weights, width - PROMPT)
     padded = last_states(weights, device, prompt, [long, short], 0)[1]
     (alone,) = last_states(weights, device, prompt, [short], 0)
@@ -97,7 +95,7 @@ def padding_shows(weights: Weights, device: torch.device, width: int) -> bool:
 
 
 def padding_shows_in_samples(weights: Weights, tokenizer: Any, end_ids: tuple[int, ...]) -> bool:
-    """Whether sampling gives a prompt other probabilities beside a longer one, to whose length it is padded."""
+    """Whether padding a prompt to the length of a longer one changes the probabilities of the tokens sampled from it."""
     _, long, short, _ = probe_texts(weights, 2 * SHORT)
     requests = [SamplingRequest(prompt_ids=ids, seed=0) for ids in (long, short)]
     sampling = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=2)

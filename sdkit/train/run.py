@@ -1,4 +1,4 @@
-"""`train` and `eval` from a checked spec to a finished run directory."""
+"""`sdkit train` and `sdkit eval`: from a checked spec to a finished run directory."""
 
 from __future__ import annotations
 
@@ -49,20 +49,19 @@ from sdkit.serving.weight_files import WeightFolder
 from sdkit.train import failures, loop, prompt_record, report, stop_requests
 from sdkit.train.evaluate import evaluate, headline
 from sdkit.train.inputs import RunData
-from sdkit.train.replay import Recording, same_recording
+from sdkit.train.replay import Recording, check_same_recording
 from sdkit.train.state import TrainState
 
 
-def open_world(
+def open_train_state(
     spec: ExperimentSpec,
     base: Path,
     recording: Recording | None = None,
     now: datetime | None = None,
 ) -> TrainState:
-    """Data first (bad rows are found before a weight is loaded), then DeepSpeed, model, teacher.
+    """Load the data, then DeepSpeed, model and teacher, so that bad rows are reported before weights are loaded.
 
-    With a recording its completions are the run's, and the run ends where they do.  `now` is the date that chat
-    templates print.
+    With a recording, the run uses its completions and ends with them.  `now` is the date that chat templates print.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     zero.prepare()
@@ -71,22 +70,22 @@ def open_world(
         tokenizer = load_tokenizer(spec.model, located)
     for path, weights in other_models(spec):
         with blaming(*path, "path"):
-            theirs = load_tokenizer(weights, resolve_model(weights.path, base))
-            check_vocabulary(tokenizer, theirs, weights.path)
+            other = load_tokenizer(weights, resolve_model(weights.path, base))
+            check_vocabulary(tokenizer, other, weights.path)
     served = _connect_teachers(spec, base, tokenizer)
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as cleanup:
         servers = _connect_servers(spec, base, located)
         if servers:
-            undo.callback(servers.close)
+            cleanup.callback(servers.close)
         now = now or prompt_record.recorded_date(spec, base, recording)
         known = known_ids(spec, base, located)
         data = RunData(spec, base, tokenizer, now=now, known=known)
-        world = _open(spec, base, data, located, served, servers, recording)
-        undo.pop_all()
-    return world
+        state = _open_with_data(spec, base, data, located, served, servers, recording)
+        cleanup.pop_all()
+    return state
 
 
-def _open(
+def _open_with_data(
     spec: ExperimentSpec,
     base: Path,
     data: RunData,
@@ -99,16 +98,15 @@ def _open(
         recording.check_rows(data)
     zero.start()
     try:
-        data.prompter.now = collectives.broadcast_object(
-            data.prompter.now
-        )  # ranks start at different times
+        # Ranks start at different times.
+        data.prompter.now = collectives.broadcast_object(data.prompter.now)
         plan = make_plan(
             spec, machine_for(spec, collectives.world_size()), None, rows=len(data.train)
         )
         assert plan.steps is not None
         longest = data.check(plan.steps)
         if recording:
-            prompt_record.same_prompts(
+            prompt_record.check_same_prompts(
                 data, recording.origin, f"{recording.run} was recorded with", "train"
             )
         for model in served.values():
@@ -116,11 +114,11 @@ def _open(
         if servers:
             servers.check_length(longest)
         if recording:
-            plan = recording.planned(plan)
-        world = TrainState(spec, plan, base, data, located, longest, served, servers)
+            plan = recording.with_replay_backend(plan)
+        state = TrainState(spec, plan, base, data, located, longest, served, servers)
         if recording:
-            world.end = recording.end
-        return world
+            state.end = recording.end
+        return state
     except BaseException:
         zero.stop(together=False)
         raise
@@ -129,40 +127,40 @@ def _open(
 def _connect_teachers(
     spec: ExperimentSpec, base: Path, tokenizer: Any
 ) -> dict[ServedWeights, ServedModel]:
-    """Every served teacher, found fit to teach: before anything heavy is loaded."""
-    found: dict[ServedWeights, ServedModel] = {}
+    """A client for each served teacher, checked before anything heavy is loaded."""
+    models: dict[ServedWeights, ServedModel] = {}
     for _, weights in served_teachers(spec):
-        if weights in found:
+        if weights in models:
             continue
         if weights.tokenizer:
-            theirs = ExternalWeights(path=weights.tokenizer)
-            told = load_tokenizer(theirs, resolve_model(weights.tokenizer, base))
-            check_vocabulary(tokenizer, told, weights.tokenizer)
-        found[weights] = ServedModel(weights, tokens_told(spec) or 0, os.environ)
-        found[weights].check(tokenizer)
-    return found
+            source = ExternalWeights(path=weights.tokenizer)
+            other = load_tokenizer(source, resolve_model(weights.tokenizer, base))
+            check_vocabulary(tokenizer, other, weights.tokenizer)
+        models[weights] = ServedModel(weights, tokens_told(spec) or 0, os.environ)
+        models[weights].check(tokenizer)
+    return models
 
 
 def _connect_servers(spec: ExperimentSpec, base: Path, located: str) -> ServerPool | None:
-    """The rollout servers, found fit to sample; of the first rank alone, which talks to them."""
+    """The rollout servers, checked; None on every rank but the first, which alone talks to them."""
     backend = spec.rollout.backend
-    if not isinstance(backend, VllmServerBackend) or not _first():
+    if not isinstance(backend, VllmServerBackend) or not _is_first_rank():
         return None
 
-    def say(text: str) -> None:
+    def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
     with blaming("rollout", "backend"):
-        wanted = ExpectedServer(
+        expected = ExpectedServer(
             config=load_config(spec.model, located),
             dtype=backend.dtype or spec.model.dtype,
             folder=WeightFolder(weights_folder(backend, base)),
         )
         try:
-            pool = ServerPool(backend, wanted, os.environ, say)
+            pool = ServerPool(backend, expected, os.environ, warn)
             pool.check()
         except SdkitError:
-            wanted.folder.close()
+            expected.folder.close()
             raise
         return pool
 
@@ -179,61 +177,69 @@ def train(
     overwrite: bool = False,
     recording: Recording | None = None,
 ) -> Path:
-    """Run a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after.
+    """Train a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after resolution.
 
-    With a recording its rollouts are trained on again, from the state before the first of them.
+    With a recording, train again on its rollouts, from the checkpoint before the first of them.
     """
     if recording:
         recording.check_spec(spec, folder)
     directory.claim(folder, resume=resume, overwrite=overwrite)
-    last = _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
+    resume_from = (
+        _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
+    )
     if recording and recording.checkpoint:
-        word = recording.origin.get("run")
-        resuming.check_usable(recording.checkpoint, word, launched() or 1, hashes=_first())
-    began = prompt_record.date_of(directory.provenance(folder)) if resume else None
-    world = open_world(spec, base, recording, began)
-    last = collectives.broadcast_object(last)
-    run = _directory(folder, resume=last is not None, tensorboard=spec.output.tensorboard)
+        recorded_run = recording.origin.get("run")
+        resuming.check_usable(
+            recording.checkpoint, recorded_run, launched() or 1, hashes=_is_first_rank()
+        )
+    started = prompt_record.template_date(directory.provenance(folder)) if resume else None
+    state = open_train_state(spec, base, recording, started)
+    resume_from = collectives.broadcast_object(resume_from)
+    run = _open_run_directory(
+        folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard
+    )
     try:
-        if last:
-            _restore(world, run, last)
+        if resume_from:
+            _restore(state, run, resume_from)
         else:
             rng.seed_all(spec.training.seed, collectives.rank())
             run.write_text("spec.yaml", written)
             run.write_text(directory.MARK, resolved)
-            run.write_json(directory.ORIGIN, _provenance(world, base, recording))
+            run.write_json(directory.ORIGIN, _provenance(state, base, recording))
             if recording and recording.checkpoint:
-                checkpoint.load(world, recording.checkpoint)
+                checkpoint.load(state, recording.checkpoint)
                 recording.write_history(run)
-        checkpoint.check_saving(world)
-        report.opening(console, world, run)
-        run.status("running", step=world.step)
-        _train(world, run, console)
-        run.status("done", step=world.step)
+        checkpoint.check_saving(state)
+        report.print_objective_card(console, state, run)
+        run.status("running", step=state.step)
+        _train(state, run, console)
+        run.status("done", step=state.step)
     except BaseException as error:
-        raise _report_failure(error, world, run) from error
-    _close(world, run, together=True)
+        raise _report_failure(error, state, run) from error
+    _close(state, run, together=True)
     return folder
 
 
 def _report_failure(
-    error: BaseException, world: TrainState, run: directory.RunDirectory
+    error: BaseException, state: TrainState, run: directory.RunDirectory
 ) -> BaseException:
-    """Leave a run before its end and write down how it ended; what the command is to report."""
-    roll = collectives.RollCall() if failures.is_rank_lost(error) else None
-    reported = failures.explain(error, run)
+    """Close a run that ends early and record why in status.json; returns the error that the command reports."""
+    roll_call = collectives.RollCall() if failures.is_rank_lost(error) else None
+    reported = failures.reported_error(error, run)
     stopped = isinstance(reported, Stopped)
-    _status(run, "stopped" if stopped else "failed", world.step, reported)
-    _close(world, run, together=stopped)
-    if roll:
-        reported = failures.rank_lost(roll.missing_ranks(), error)
-        _status(run, "failed", world.step, reported)
+    _write_failure_status(run, "stopped" if stopped else "failed", state.step, reported)
+    _close(state, run, together=stopped)
+    if roll_call:
+        reported = failures.rank_lost(roll_call.missing_ranks(), error)
+        _write_failure_status(run, "failed", state.step, reported)
     return reported
 
 
-def _status(run: directory.RunDirectory, state: str, step: int, error: BaseException) -> None:
+def _write_failure_status(
+    run: directory.RunDirectory, state: str, step: int, error: BaseException
+) -> None:
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-    with contextlib.suppress(BadEnvironment):  # a full disk is what `error` says
+    with contextlib.suppress(BadEnvironment):  # if the disk is full, `error` says so
         run.status(state, step=step, reason=reason or type(error).__name__)
 
 
@@ -244,37 +250,39 @@ def _checkpoint_to_resume(
     console: Console,
     recording: Recording | None,
 ) -> Path | None:
-    """The checkpoint that the run is taken up from; None: it had none yet.  What was found on the way is said.
+    """The checkpoint to resume from, after printing warnings; None if the run has none yet.
 
-    The first rank alone reads every byte; what it chose is then everyone's.
+    Only the first rank verifies the hashes; its choice is then broadcast.
     """
 
-    def say(text: str) -> None:
+    def warn(text: str) -> None:
         console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
 
-    same_recording(folder, recording)
-    resuming.last_attempt(folder, say)
-    resuming.same_spec(folder, resolved)
-    own = Origin(
+    check_same_recording(folder, recording)
+    resuming.report_previous_attempt(folder, warn)
+    resuming.check_same_spec(folder, resolved)
+    expected = Origin(
         run=directory.provenance(folder).get("run"), spec=spec_digest(spec), ranks=launched() or 1
     )
-    return resuming.newest_checkpoint(folder, own, say, hashes=_first())
+    return resuming.newest_checkpoint(folder, expected, warn, hashes=_is_first_rank())
 
 
-def _first() -> bool:
-    """Whether this is the first rank, before the ranks have met."""
+def _is_first_rank() -> bool:
+    """Whether this is the first rank; works before the process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _restore(world: TrainState, run: directory.RunDirectory, last: Path) -> None:
-    resuming.same_data(run.path, world.data.fingerprints())
-    prompt_record.same_prompts(world.data, directory.provenance(run.path), "this run began with")
-    checkpoint.load(world, last)
-    run.forget_after(world.step)
+def _restore(state: TrainState, run: directory.RunDirectory, saved: Path) -> None:
+    resuming.check_same_data(run.path, state.data.fingerprints())
+    prompt_record.check_same_prompts(
+        state.data, directory.provenance(run.path), "this run began with"
+    )
+    checkpoint.load(state, saved)
+    run.forget_after(state.step)
 
 
-def _directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.RunDirectory:
-    """The run directory, which the first rank alone writes to."""
+def _open_run_directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.RunDirectory:
+    """The run directory; only the first rank writes to it."""
     if collectives.rank():
         return directory.ReadOnly(folder, tensorboard=False)
     if resume:
@@ -282,66 +290,68 @@ def _directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.Ru
     return directory.create(folder, tensorboard=tensorboard)
 
 
-def _close(world: TrainState, run: directory.RunDirectory, *, together: bool) -> None:
+def _close(state: TrainState, run: directory.RunDirectory, *, together: bool) -> None:
     run.close()
-    world.close(together=together)
+    state.close(together=together)
     zero.stop(together=together)
 
 
-def _train(world: TrainState, run: directory.RunDirectory, console: Console) -> None:
-    screen = report.Report(run, console, world.end)
-    with screen.bar:
-        loop.run(world, screen)
-    with stop_requests.stop_requests():  # all is done but writing it down: that comes to its end
-        checkpoint.save_model(world, run.path)
+def _train(state: TrainState, run: directory.RunDirectory, console: Console) -> None:
+    reporter = report.Report(run, console, state.end)
+    with reporter.bar:
+        loop.run(state, reporter)
+    with stop_requests.stop_requests():  # training is done: let the model be written
+        checkpoint.save_model(state, run.path)
         if collectives.rank() == 0:
             plot(run.history(), run.path / "plot.png", run.path.name)
-    screen.finished(world)
-    if screen.first and screen.last and screen.first is not screen.last:
-        run.write_json("result.json", report.plain_comparison(screen.first, screen.last))
+    reporter.finished(state)
+    if reporter.first and reporter.last and reporter.first is not reporter.last:
+        run.write_json("result.json", report.comparison_records(reporter.first, reporter.last))
     console.print(f"run directory: {run.path}", highlight=False)
 
 
 def evaluate_only(
     spec: ExperimentSpec, base: Path, console: Console, run: Path | None = None
 ) -> dict[str, float]:
-    """The spec's evaluation on its start model, under the date of `run` where it is a run's; returns the metrics."""
-    world = open_world(spec, base, now=run and prompt_record.date_of(directory.provenance(run)))
+    """Run the spec's evaluation on its start model; returns the metrics.  Templates print the date of `run`, if given."""
+    state = open_train_state(
+        spec, base, now=run and prompt_record.template_date(directory.provenance(run))
+    )
     together = False
     try:
-        found = evaluate(world)
-        metrics = found.metrics(headline(world))
-        console.print(report.scores(found))
+        result = evaluate(state)
+        metrics = result.metrics(headline(state))
+        console.print(report.scores_table(result))
         together = True
         return metrics
     finally:
-        world.close(together=together)
+        state.close(together=together)
         zero.stop(together=together)
 
 
-def _provenance(world: TrainState, base: Path, recording: Recording | None) -> dict[str, Any]:
+def _provenance(state: TrainState, base: Path, recording: Recording | None) -> dict[str, Any]:
     model = {
-        "path": world.spec.model.path,
-        "revision": world.spec.model.revision,
-        "located": world.model_folder,
+        "path": state.spec.model.path,
+        "revision": state.spec.model.revision,
+        "located": state.model_folder,
     }
-    config = world.student.causal.config
+    config = state.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
     others = [
         {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)}
-        for _, w in other_models(world.spec)
+        for _, w in other_models(state.spec)
     ]
     served = [
-        {"url": w.url, "model": w.model, "root": model.root} for w, model in world.served.items()
+        {"url": w.url, "model": w.model, "root": model.root} for w, model in state.served.items()
     ]
     return provenance(
         base,
         run=secrets.token_hex(8),
-        data=world.data.fingerprints(),
-        prompts=prompt_record.facts(world.data),
+        data=state.data.fingerprints(),
+        prompts=prompt_record.provenance_entry(state.data),
         model=model,
         other_models=others,
         served_teachers=served,
-        seed=world.spec.training.seed,
+        seed=state.spec.training.seed,
         **({"replayed": recording.facts} if recording else {}),
     )

@@ -1,4 +1,4 @@
-"""Rewards by script, for smoke runs: every side of every threshold of a spec comes up in each rollout batch."""
+"""Scripted rewards for smoke runs: each rollout batch has rewards on both sides of every threshold of the spec."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sdkit.language.specs import MethodSpec
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
 PROMPTS = 2
-"""Prompts in a batch, where no more are needed."""
+"""Prompts in a batch if the thresholds do not need more."""
 
 
 def thresholds(spec: MethodSpec) -> list[float]:
-    """The rewards at which a rollout begins to count as a success anywhere in the method, ascending; 1 where nowhere."""
+    """Every success threshold in the method, ascending; [1.0] if there is none."""
     return sorted(set(_thresholds(spec))) or [1.0]
 
 
@@ -26,12 +26,15 @@ def _thresholds(spec: MethodSpec) -> Iterator[float]:
             yield threshold
 
 
-def groups(spec: MethodSpec) -> list[list[float]]:
-    """The rewards of each group of a batch: a failure at each threshold beside a success at all of them, and a group of
-    successes alone, which differ.
+def group_rewards(spec: MethodSpec) -> list[list[float]]:
+    """The rewards of each group of a batch.
+
+    For each threshold one group has a failure below it and a success at the highest; one more group has only successes,
+    of two different rewards.
     """
     known, size = thresholds(spec), spec.rollout.completions_per_prompt
-    lowest, highest = (end + sign * max(1.0, abs(end)) for end, sign in _ends(known))
+    lowest = known[0] - max(1.0, abs(known[0]))
+    highest = known[-1] + max(1.0, abs(known[-1]))
     levels = [lowest, *known, highest]
     if size == 1:
         return [[level] for level in levels]
@@ -39,13 +42,9 @@ def groups(spec: MethodSpec) -> list[list[float]]:
     return [[pair[i % 2] for i in range(size)] for pair in pairs]
 
 
-def _ends(known: Sequence[float]) -> tuple[tuple[float, int], tuple[float, int]]:
-    return (known[0], -1), (known[-1], 1)
-
-
 def scorer(spec: MethodSpec) -> Scorer:
-    """The script as a reward: judges completions by their place alone, and has something to say of each."""
-    script = [reward for group in groups(spec) for reward in group]
+    """A scorer that rewards completions by position alone and gives feedback on each."""
+    script = [reward for group in group_rewards(spec) for reward in group]
     top = thresholds(spec)[-1]
 
     def judge(pairs: Sequence[Pair]) -> list[ScoredCompletion]:

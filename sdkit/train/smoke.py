@@ -1,7 +1,7 @@
-"""Two real optimizer steps of any run file or method page, on a tiny random model.
+"""`sdkit smoke`: runs two real optimizer steps of any run file or method page on a tiny random model.
 
-The code path is the real one; what a laptop cannot have is replaced by the smallest stand-in: the model, the rows,
-the rewards (scripted, on both sides of every threshold).  The gradient must be neither zero nor rounding noise.
+The code path is that of `sdkit train`.  Model, rows and rewards (scripted, on both sides of every threshold) are
+replaced by the smallest stand-ins.  The gradient must be neither zero nor rounding noise.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ from sdkit.runs import directory
 from sdkit.serving.tiny_server import TinyServer
 from sdkit.stdout import quiet
 from sdkit.train import gradient_signal, loop, report, scripted_rewards
-from sdkit.train.run import open_world
+from sdkit.train.run import open_train_state
 from sdkit.train.state import TrainState
 
 T = TypeVar("T")
 STEPS = 2
 ROWS = 8
-NOTHING = "a teacher that sees and is what the student is leaves nothing to learn"
-FAR = 30.0
-"""Nats: tiny random models differ by less, and trained ones by much less than they do."""
+NO_SIGNAL_HINT = "a teacher that sees and is what the student is leaves nothing to learn"
+WIDE_BOUND = 30.0
+"""Nats, wider than the difference of two tiny random models; trained models differ by much less than those."""
 VOCABULARY = 512
-LONGEST = 16  # tokens of a completion
+MAX_NEW_TOKENS = 16  # tokens of a completion
 
 
 def smoke(
@@ -85,23 +85,24 @@ def smoke(
 ) -> list[dict[str, Any]]:
     """Run `steps` steps of the spec in miniature; returns the lines of metrics.jsonl.
 
-    `home` is the folder that the spec's own files are named from (default: the current one).  Raises NumericsGuard where a step had no gradient, or one that is not finite.
+    Paths in the spec are relative to `home` (default: the current folder).  Raises NumericsGuard if a step has no
+    gradient or one that is not finite.
     """
     with tempfile.TemporaryDirectory(prefix="sdkit-smoke-") as folder:
         base = Path(folder)
-        with quiet():  # the first to import DeepSpeed, which speaks on stdout
+        with quiet():  # the first import of DeepSpeed prints to stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
             if any(external_teachers(spec)) or any(served_teachers(spec)):
                 tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)
             if isinstance(blend_base(spec), ExternalWeights):
                 tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)
-        with _served(spec, base / "teacher") as url:
+        with _teacher_server(spec, base / "teacher") as url:
             return _run(miniature(spec, steps, (home or Path()).resolve(), url), base, console)
 
 
 @contextlib.contextmanager
-def _served(spec: MethodSpec, folder: Path) -> Iterator[str]:
-    """The address of a server for the served teachers, where there are any."""
+def _teacher_server(spec: MethodSpec, folder: Path) -> Iterator[str]:
+    """The address of a tiny server for the served teachers; empty if there are none."""
     if not any(served_teachers(spec)):
         yield ""
         return
@@ -112,56 +113,56 @@ def _served(spec: MethodSpec, folder: Path) -> Iterator[str]:
         server.close()
 
 
-def _run(small: ExperimentSpec, base: Path, console: Console) -> list[dict[str, Any]]:
-    assert small.training.steps is not None
-    world = open_world(small, base)
-    scorer = scripted_rewards.scorer(small)
-    world.data.rewards = {name: dict.fromkeys(r, scorer) for name, r in world.data.rewards.items()}
-    world.data.train_rewards = dict.fromkeys(world.data.train_rewards, scorer)
-    passes = gradient_signal.watch(world.student_module)
+def _run(spec: ExperimentSpec, base: Path, console: Console) -> list[dict[str, Any]]:
+    assert spec.training.steps is not None
+    state = open_train_state(spec, base)
+    scorer = scripted_rewards.scorer(spec)
+    state.data.rewards = {name: dict.fromkeys(r, scorer) for name, r in state.data.rewards.items()}
+    state.data.train_rewards = dict.fromkeys(state.data.train_rewards, scorer)
+    passes = gradient_signal.record_gradient_norms(state.student_module)
     run = directory.create(base / "run", tensorboard=False)
     try:
-        report.opening(console, world, run)
-        loop.run(world, report.Report(run, console, small.training.steps))
-        checkpoint.save_model(world, run.path)
-        return _checked(world, run.history(), passes)
+        report.print_objective_card(console, state, run)
+        loop.run(state, report.Report(run, console, spec.training.steps))
+        checkpoint.save_model(state, run.path)
+        return _check_gradients(state, run.history(), passes)
     finally:
         run.close()
-        world.close()
+        state.close()
         zero.stop()
 
 
-def _checked(
-    world: TrainState, lines: list[dict[str, Any]], passes: Sequence[gradient_signal.Pass]
+def _check_gradients(
+    state: TrainState, lines: list[dict[str, Any]], passes: Sequence[gradient_signal.GradientNorms]
 ) -> list[dict[str, Any]]:
     trained = [line for line in lines if "grad_norm" in line]
     for line in trained:
         if not 0 < line["grad_norm"] < float("inf"):
             raise NumericsGuard(
                 f"step {line['step']} has a gradient of norm {line['grad_norm']}",
-                hint=NOTHING,
+                hint=NO_SIGNAL_HINT,
             )
     if gradient_signal.is_noise(passes):
-        raise NumericsGuard("the gradient is rounding noise alone", hint=NOTHING)
-    assert len(trained) == world.plan.steps
+        raise NumericsGuard("the gradient is rounding noise alone", hint=NO_SIGNAL_HINT)
+    assert len(trained) == state.plan.steps
     return lines
 
 
 def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> ExperimentSpec:
-    """The spec with a tiny model, a few rows and short completions; everything a method says is kept.
+    """The spec with a tiny model, a few rows and short completions; the method itself is unchanged.
 
-    `url` is the address of the tiny server that stands in for every other.
+    `url` is the address of the tiny server that replaces every served teacher.
     """
     full = spec if isinstance(spec, ExperimentSpec) else None
-    rows = _data(spec)
-    # With vLLM on an accelerator that is not at hand, transformers stands in.
-    elsewhere = bool(full and full.machine and full.machine.accelerator)
+    rows = _few_rows(spec)
+    # A spec for an accelerator may sample with vLLM, which may be missing here: use transformers.
+    for_accelerator = bool(full and full.machine and full.machine.accelerator)
     return ExperimentSpec(
-        rollout=_rollout(spec.rollout, elsewhere),
-        teacher=spec.teacher and _teacher(spec.teacher, url),
-        losses=Table({name: _term(term, home) for name, term in spec.losses.items()}),
+        rollout=_small_rollout(spec.rollout, for_accelerator),
+        teacher=spec.teacher and _tiny_teacher(spec.teacher, url),
+        losses=Table({name: _small_loss(term, home) for name, term in spec.losses.items()}),
         route=spec.route,
-        model=_model(full.model if full else ModelSpec(path="model")),
+        model=_small_model(full.model if full else ModelSpec(path="model")),
         data=rows,
         rewards=Table(
             dict.fromkeys(full.rewards if full else ("reward",), RegexReward(pattern="."))
@@ -171,99 +172,101 @@ def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> Experi
         and full.evaluation
         and evolve(
             full.evaluation,
-            suites=Table({n: _suite(s, rows) for n, s in full.evaluation.suites.items()}),
+            suites=Table({n: _small_suite(s, rows) for n, s in full.evaluation.suites.items()}),
             every=None,
             teacher_lift=2,
         ),
         optimizer=evolve(full.optimizer, warmup_steps=0) if full else OptimizerSpec(lr=1e-3),
-        training=_training(
-            full.training if full else None, steps, max(2, len(scripted_rewards.groups(spec)))
+        training=_small_training(
+            full.training if full else None,
+            steps,
+            max(2, len(scripted_rewards.group_rewards(spec))),
         ),
         output=OutputSpec(samples_every=1, samples=1, tensorboard=False),
     )
 
 
-def _model(model: ModelSpec) -> ModelSpec:
+def _small_model(model: ModelSpec) -> ModelSpec:
     lora = model.lora and LoraSpec(rank=min(model.lora.rank, 4), alpha=model.lora.alpha)
     return ModelSpec(path="model", dtype=model.dtype, lora=lora, attention="sdpa")
 
 
-def _rollout(rollout: RolloutSpec, elsewhere: bool) -> RolloutSpec:
+def _small_rollout(rollout: RolloutSpec, for_accelerator: bool) -> RolloutSpec:
     backend = rollout.backend
-    if elsewhere or isinstance(backend, AutoBackend | VllmServerBackend | ReplayBackend):
+    if for_accelerator or isinstance(backend, AutoBackend | VllmServerBackend | ReplayBackend):
         backend = TransformersBackend()
     return evolve(
         rollout,
         backend=backend,
         max_staleness=0,
-        max_new_tokens=min(rollout.max_new_tokens, LONGEST),
+        max_new_tokens=min(rollout.max_new_tokens, MAX_NEW_TOKENS),
         max_prompt_tokens=None,
         top_k=min(rollout.top_k, 64),
-        sampled_by=with_schedules(rollout.sampled_by, _on_the_way),
+        sampled_by=with_schedules(rollout.sampled_by, _middle_part),
     )
 
 
-def _teacher(teacher: TeacherSpec, url: str) -> TeacherSpec:
+def _tiny_teacher(teacher: TeacherSpec, url: str) -> TeacherSpec:
     return evolve(
         teacher,
-        weights=_weights(teacher.weights, url),
-        sees=teacher.sees and _sees(teacher.sees),
-        blend=_blend(with_schedules(teacher.blend, _on_the_way)),
+        weights=_tiny_weights(teacher.weights, url),
+        sees=teacher.sees and _unlimited_sees(teacher.sees),
+        blend=_tiny_blend(with_schedules(teacher.blend, _middle_part)),
     )
 
 
-def _blend(blend: Blend | None) -> Blend | None:
+def _tiny_blend(blend: Blend | None) -> Blend | None:
     if isinstance(blend, ExtrapolateBlend) and isinstance(blend.base, ExternalWeights):
         return evolve(blend, base=evolve(blend.base, path="base", revision=None))
     return blend
 
 
-def _sees(sees: Sees) -> Sees:
+def _unlimited_sees(sees: Sees) -> Sees:
     return evolve(sees, max_prompt_tokens=None)
 
 
-def _on_the_way(schedule: Schedule) -> Schedule:
-    """From half-way to three quarters of it: a number that starts or ends at 0 teaches nothing there."""
-    way = schedule.to - schedule.start
-    return evolve(schedule, start=schedule.start + way / 2, to=schedule.to - way / 4, steps=STEPS)
+def _middle_part(schedule: Schedule) -> Schedule:
+    """The schedule from its midpoint to three quarters: a value that starts or ends at 0 gives no gradient there."""
+    span = schedule.to - schedule.start
+    return evolve(schedule, start=schedule.start + span / 2, to=schedule.to - span / 4, steps=STEPS)
 
 
-def _weights(weights: T, url: str) -> T:
-    weights = with_schedules(weights, _on_the_way)
+def _tiny_weights(weights: T, url: str) -> T:
+    weights = with_schedules(weights, _middle_part)
     if isinstance(weights, ExternalWeights):
         return evolve(weights, path="teacher", revision=None)
     if isinstance(weights, ServedWeights):
         return evolve(weights, url=url, model="teacher", tokenizer=None, key_from=None)
     if isinstance(weights, RoutedWeights):
-        routes = {name: _weights(one, url) for name, one in weights.routes.items()}
+        routes = {name: _tiny_weights(route, url) for name, route in weights.routes.items()}
         return evolve(weights, routes=Table(routes))
     return weights
 
 
-def _term(term: LossTerm, home: Path) -> LossTerm:
+def _small_loss(term: LossTerm, home: Path) -> LossTerm:
     weight = weight_of(term)
     if isinstance(weight, FileWeight):
         term = evolve(term, weight=evolve(weight, file=str(home / weight.file)))
     if isinstance(term, Distillation) and isinstance(term.divergence, FileDivergence):
         path = str(home / term.divergence.file)
         term = evolve(term, divergence=evolve(term.divergence, file=path))
-    term = with_schedules(term, _on_the_way)
-    above = term.mask.teacher_entropy_above
+    term = with_schedules(term, _middle_part)
+    threshold = term.mask.teacher_entropy_above
     mask = evolve(
         term.mask,
         skip_first=min(term.mask.skip_first, 8),
-        # The tiny model is as unsure as its small vocabulary lets it be.
-        teacher_entropy_above=None if above is None else min(scalar_at(above, 0), 1.0),
+        # The tiny model's small vocabulary bounds its entropy.
+        teacher_entropy_above=None if threshold is None else min(scalar_at(threshold, 0), 1.0),
     )
     term = evolve(term, mask=mask)
     if isinstance(term, PolicyGradient):
-        return evolve(term, advantage=_advantage(term.advantage))
+        return evolve(term, advantage=_small_advantage(term.advantage))
     if not isinstance(term, Distillation):
         return term
     clip = evolve(
         term.clip,
-        token=term.clip.token and FAR,
-        log_ratio=term.clip.log_ratio and (-FAR, FAR),
+        token=term.clip.token and WIDE_BOUND,
+        log_ratio=term.clip.log_ratio and (-WIDE_BOUND, WIDE_BOUND),
     )
     if isinstance(term.support, TopKSupport):
         k = min(term.support.k, VOCABULARY // 4)
@@ -271,17 +274,17 @@ def _term(term: LossTerm, home: Path) -> LossTerm:
     return evolve(term, clip=clip)
 
 
-def _advantage(advantage: T) -> T:
-    """With a penalty of overlong completions that short ones escape."""
+def _small_advantage(advantage: T) -> T:
+    """The advantage with an overlong penalty that the shortest completions do not incur."""
     if isinstance(advantage, AdvantageAdd | AdvantageScale):
-        return evolve(advantage, group_relative=_advantage(advantage.group_relative))
+        return evolve(advantage, group_relative=_small_advantage(advantage.group_relative))
     if isinstance(advantage, GroupRelative) and advantage.overlong:
-        short = min(advantage.overlong.stretch, LONGEST // 2)
-        return evolve(advantage, overlong=evolve(advantage.overlong, stretch=short))
+        stretch = min(advantage.overlong.stretch, MAX_NEW_TOKENS // 2)
+        return evolve(advantage, overlong=evolve(advantage.overlong, stretch=stretch))
     return advantage
 
 
-def _training(training: TrainingSpec | None, steps: int, prompts: int) -> TrainingSpec:
+def _small_training(training: TrainingSpec | None, steps: int, prompts: int) -> TrainingSpec:
     base = training or TrainingSpec(steps=steps, prompts_per_step=prompts)
     updates = min(base.updates_per_rollout, 2)
     return evolve(
@@ -294,7 +297,7 @@ def _training(training: TrainingSpec | None, steps: int, prompts: int) -> Traini
     )
 
 
-def _data(spec: MethodSpec) -> DataSpec:
+def _few_rows(spec: MethodSpec) -> DataSpec:
     names = {"prompt", "answer", "demonstration"}
     if isinstance(spec, ExperimentSpec):
         names |= set(spec.data.columns or ())
@@ -314,14 +317,14 @@ def _data(spec: MethodSpec) -> DataSpec:
 
     rows = tuple(
         Table({name: value(name, i) for name in sorted(names)})
-        for i in range(max(ROWS, 2 * len(scripted_rewards.groups(spec))))
+        for i in range(max(ROWS, 2 * len(scripted_rewards.group_rewards(spec))))
     )
     return DataSpec(
         source=InlineSource(rows=rows), columns=Table({name: name for name in sorted(names)})
     )
 
 
-def _suite(suite: Suite, data: DataSpec) -> Suite:
+def _small_suite(suite: Suite, data: DataSpec) -> Suite:
     assert isinstance(data.source, InlineSource)
     held_out = tuple(
         Table({k: f"held out {v}" if k == "prompt" else v for k, v in row.items()})

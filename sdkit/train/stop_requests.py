@@ -1,4 +1,4 @@
-"""Requests to stop: SIGINT and SIGTERM are noted, and heeded where a run can be taken up again."""
+"""Records SIGINT and SIGTERM, so that a run stops at a point where it can be resumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdkit.distributed import collectives
 
 
 class EvaluationAbandoned(BaseException):
-    """Out of work that a request to stop makes pointless; no handler of mere exceptions may keep it."""
+    """Leaves an evaluation at once after a stop request.  A BaseException, so that `except Exception` does not catch it."""
 
 
 class StopRequests:
@@ -19,33 +19,36 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.asked = False
-        self._pointless = False
+        self._abandon_at_once = False
 
-    def note(self, number: int, _frame: Any) -> None:
-        """The handler of both signals."""
+    def handle_signal(self, number: int, _frame: Any) -> None:
+        """Handle SIGINT and SIGTERM."""
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        if self._pointless:
+        if self._abandon_at_once:
             raise EvaluationAbandoned
 
     @contextlib.contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Work in here changes nothing: a request raises LeftAtOnce.  Several ranks come to its end together instead."""
-        self._pointless = collectives.world_size() == 1
+        """In this context a stop request raises EvaluationAbandoned, as nothing is lost.
+
+        With several ranks it does not: they finish the work together.
+        """
+        self._abandon_at_once = collectives.world_size() == 1
         try:
-            if self.asked and self._pointless:
+            if self.asked and self._abandon_at_once:
                 raise EvaluationAbandoned
             yield
         finally:
-            self._pointless = False
+            self._abandon_at_once = False
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Note SIGINT and SIGTERM instead of dying from them; a second SIGINT interrupts at once."""
+    """Record SIGINT and SIGTERM instead of ending the process; a second SIGINT interrupts at once."""
     stop = StopRequests()
-    before = {n: signal.signal(n, stop.note) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, stop.handle_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

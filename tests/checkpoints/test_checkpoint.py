@@ -246,13 +246,13 @@ def test_other_rows_are_refused(three, run):
 def left(run, **status):
     (run / "status.json").write_text(json.dumps(status))
     said = []
-    resume.last_attempt(run, said.append)
+    resume.report_previous_attempt(run, said.append)
     return said
 
 
 def test_a_silent_end_is_named(tmp_path):
     (said,) = left(tmp_path, state="running", pid=2**22 + 1, process="boot/1", step=7)
-    assert "ended without a word after step 7" in said
+    assert "exited without updating its status after step 7" in said
     assert "dmesg" in said
     assert left(tmp_path, state="stopped", pid=1, step=7) == []
 

@@ -115,7 +115,7 @@ def test_pieces_are_cut_anew(tmp_path, size):
             save_file({"p": part}, tmp_path / f"{rank}")
         files = [safe_open(tmp_path / f"{rank}", framework="pt") for rank in range(before)]
         for rank, part in enumerate(pieces(now)):
-            same(convert.piece([f.get_slice("p") for f in files], size, rank, now), part)
+            same(convert.reshard([f.get_slice("p") for f in files], size, rank, now), part)
 
 
 def test_a_further_rank_begins_streams_of_its_own():

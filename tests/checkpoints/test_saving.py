@@ -103,7 +103,9 @@ def test_an_error_nobody_expected_is_told_in_full(tmp_path):
     (tmp_path / "run").mkdir()
     run = directory.RunDirectory(tmp_path / "run", tensorboard=False)
     error = ValueError("it is invalid: \n- this\n\n- and that")
-    assert "ValueError: it is invalid: - this - and that" in str(failures.explain(error, run))
+    assert "ValueError: it is invalid: - this - and that" in str(
+        failures.reported_error(error, run)
+    )
     cut = one_line(ValueError("a " * 900))
     assert len(cut) == 600
     assert cut.endswith("…")

@@ -243,9 +243,9 @@ def test_a_server_that_does_not_fit_is_refused_before_anything_is_loaded(
             server.door.folder = tmp_path / value
         else:
             setattr(server, name, value)
-    monkeypatch.setattr(run, "World", None)  # whoever loads a model calls it
+    monkeypatch.setattr(run, "TrainState", None)  # whoever loads a model calls it
     with pytest.raises(BadEnvironment, match=message) as caught:
-        run.open_world(served_by([server], tmp_path, tiny_folder), tmp_path)
+        run.open_train_state(served_by([server], tmp_path, tiny_folder), tmp_path)
     assert "sdkit serve" in caught.value.hint
     assert list((tmp_path / "weights").iterdir()) == []
 
@@ -258,10 +258,10 @@ def test_another_precision_or_version_is_refused(
     [server] = serve()
     spec = served_by([server], tmp_path, tiny_folder, backend={"dtype": "bfloat16"})
     with pytest.raises(BadEnvironment, match="serves float32, and the run wants bfloat16"):
-        run.open_world(spec, tmp_path)
+        run.open_train_state(spec, tmp_path)
     monkeypatch.setattr(protocol, "__version__", "9.9")
     with pytest.raises(BadEnvironment, match=r"the trainer of 9\.9"):
-        run.open_world(served_by([server], tmp_path, tiny_folder), tmp_path)
+        run.open_train_state(served_by([server], tmp_path, tiny_folder), tmp_path)
 
 
 def test_no_server_and_a_server_of_another_kind(serve, tiny_folder, tmp_path, process_group):
@@ -270,7 +270,7 @@ def test_no_server_and_a_server_of_another_kind(serve, tiny_folder, tmp_path, pr
     [server] = serve()
     server.kill()
     with pytest.raises(BadEnvironment, match="cannot be reached") as caught:
-        run.open_world(served_by([server], tmp_path, tiny_folder), tmp_path)
+        run.open_train_state(served_by([server], tmp_path, tiny_folder), tmp_path)
     assert "sdkit serve" in caught.value.hint
     assert caught.value.path == ("rollout", "backend")
 
@@ -284,10 +284,10 @@ def test_the_key_comes_from_the_environment(
     monkeypatch.delenv("ROLLOUT_KEY", raising=False)
     spec = served_by([server], tmp_path, tiny_folder, backend={"key_from": "ROLLOUT_KEY"})
     with pytest.raises(BadEnvironment, match="no ROLLOUT_KEY"):
-        run.open_world(spec, tmp_path)
+        run.open_train_state(spec, tmp_path)
     monkeypatch.setenv("ROLLOUT_KEY", "wrong")
     with pytest.raises(BadEnvironment, match="the key is missing or wrong") as caught:
-        run.open_world(spec, tmp_path)
+        run.open_train_state(spec, tmp_path)
     assert "key_from" in caught.value.hint
     monkeypatch.setenv("ROLLOUT_KEY", "open sesame")
     assert tokens(drawn(open_tiny(spec)))

@@ -63,13 +63,13 @@ VLLM = "vllm"
 PHASES = {
     # Where the kill comes: before or after this function, while the run's step is the case's.
     "rollout": (collect_rollouts, "score", "before"),
-    "teacher": (step, "score", "after"),
+    "teacher": (step, "score_teacher", "after"),
     "update": (zero.Zero, "step", "after"),
     "boundary": (Report, "step", "after"),
     "evaluation": (loop, "evaluate", "after"),
     "save": (zero.Zero, "save", "after"),
     "manifest": (manifest, "write", "before"),
-    "naming": (atomic, "put", "after"),
+    "naming": (atomic, "replace_folder", "after"),
     "model": (checkpoint, "save_model", "after"),
 }
 BY_THE_FIRST_RANK = {"manifest", "naming"}

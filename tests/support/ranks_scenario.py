@@ -51,7 +51,7 @@ from sdkit.train.collect_rollouts import (
     sort_records,
 )
 from sdkit.train.evaluate import evaluate, held_out_loss, teacher_lift
-from sdkit.train.run import open_world
+from sdkit.train.run import open_train_state
 from sdkit.train.step import train_step
 
 STEPS, PROMPTS = 3, 4
@@ -167,7 +167,7 @@ def whole(shards, parameter, piece):
 
 def trained(spec, work):
     """Losses, norms, distances, masters and the teacher's average after three updates."""
-    world = open_world(spec, work)
+    world = open_train_state(spec, work)
     found = {"loss": [], "grad_norm": [], "distance": [], "micro_batches": []}
     for step in range(STEPS):
         measured = train_step(world, rollouts_of(world, step))
@@ -195,7 +195,7 @@ def weights_of(world):
 
 def skipped(folder, work, stage):
     """A gradient that is not finite on the last rank alone, then a good step."""
-    world = open_world(small(folder, stage=stage), work)
+    world = open_train_state(small(folder, stage=stage), work)
     before = weights_of(world)
     _, parameter = world.zero.named[0]
     last = collectives.rank() == collectives.world_size() - 1
@@ -223,7 +223,7 @@ def sampled(folder, work, stage):
         ),
         training=training(zero_stage=stage),
     )
-    world = open_world(evaluated(spec, teacher_lift=3), work)
+    world = open_train_state(evaluated(spec, teacher_lift=3), work)
     gathered = collect_rollouts(world, world.data.batch_rows(0), ("rollout", 0))
     backend, _ = world.backend(world.student)
     ids = world.data.student_ids(world.data.train[0])
@@ -246,7 +246,7 @@ def sampled(folder, work, stage):
 
 def streamed(folder, work, lora):
     """The tensors of student and teacher, and how much of the model was ever whole."""
-    world = open_world(small(folder, stage=3, lora=lora), work)
+    world = open_train_state(small(folder, stage=3, lora=lora), work)
     train_step(world, rollouts_of(world, 0))
     every = list(world.student.model.parameters())
     found = {}
@@ -266,7 +266,7 @@ def resumed(folder, work, stage, lora):
     """Two updates, written down; one more, and the same from what was written."""
     spec = small(folder, stage=stage, lora=lora)
     place = work / f"resumed-{stage}-{bool(lora)}"
-    world = open_world(spec, work)
+    world = open_train_state(spec, work)
     for step in range(2):
         train_step(world, rollouts_of(world, step))
     world.step = 2
@@ -274,7 +274,7 @@ def resumed(folder, work, stage, lora):
     train_step(world, rollouts_of(world, 2))
     straight = weights_of(world)
     world.close()
-    world = open_world(spec, work)
+    world = open_train_state(spec, work)
     checkpoint.load(world, saved)
     train_step(world, rollouts_of(world, 2))
     again = weights_of(world)

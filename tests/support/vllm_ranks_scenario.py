@@ -15,7 +15,7 @@ from tinyruns import LORA, advance, make_spec, model, rollout, teacher, training
 from sdkit.distributed import collectives, zero
 from sdkit.language.specs import EmaWeights, OptimizerSpec, VllmBackend
 from sdkit.train.collect_rollouts import collect_rollouts, rollout_records, sort_records
-from sdkit.train.run import open_world
+from sdkit.train.run import open_train_state
 
 
 def main(folder, work):
@@ -27,7 +27,7 @@ def main(folder, work):
         optimizer=OptimizerSpec(lr=1e-2),
         training=training(zero_stage=3),
     )
-    world = open_world(spec, work)
+    world = open_train_state(spec, work)
     every = list(world.student.model.parameters())
     whole = sum(p.ds_numel for p in every)
     most = watched(world.student, every)

@@ -25,7 +25,7 @@ from sdkit.models.teachers import open_teacher
 from sdkit.models.weights import Weights
 from sdkit.seeds import derive
 from sdkit.train.collect_rollouts import collect_rollouts, sampling_params
-from sdkit.train.run import open_world
+from sdkit.train.run import open_train_state
 
 
 def main(folder, work):
@@ -35,7 +35,7 @@ def main(folder, work):
         rollout=rollout(temperature=0.7, backend=VllmBackend(cache_gib=0.1)),
         optimizer=OptimizerSpec(lr=1e-2),
     )
-    world = open_world(spec, work)
+    world = open_train_state(spec, work)
     before = generators()
     backend, first = world.backend(world.student)
     found = {"generators untouched": generators() == before, "first load": first}

@@ -224,7 +224,9 @@ def test_a_run_goes_on_after_a_rank_was_killed(found):
 def test_a_killed_run_is_named_by_the_next(found):
     assert found["kill alone"]["codes"] == [-signal.SIGKILL]
     assert found["kill alone"]["status"]["state"] == "running"
-    assert "ended without a word after step 2" in found["kill alone, resumed"]["said"][0]
+    assert (
+        "exited without updating its status after step 2" in found["kill alone, resumed"]["said"][0]
+    )
     assert "dmesg" in found["kill alone, resumed"]["said"][0]
     assert_same_run(found, "kill alone, resumed", "straight 1")
 

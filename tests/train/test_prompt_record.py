@@ -121,8 +121,8 @@ def test_fingerprints_of_prompts_tell_what_changed(spec, tmp_path):
 
 
 def test_the_date_of_a_run_that_did_not_fix_it_is_its_start():
-    assert prompt_record.date_of({}) is None
-    assert prompt_record.date_of({"started": "2024-07-26T12:00:00+00:00"}).year == 2024
+    assert prompt_record.template_date({}) is None
+    assert prompt_record.template_date({"started": "2024-07-26T12:00:00+00:00"}).year == 2024
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ OWN = "def length(completion, row):\n    return len(completion) / 100, 'say less
 def test_parts_are_measured_and_feedback_is_kept(tiny_folder, tmp_path):
     from sdkit.distributed import zero
     from sdkit.train.evaluate import evaluate, headline
-    from sdkit.train.run import open_world
+    from sdkit.train.run import open_train_state
 
     (tmp_path / "mine.py").write_text(OWN)
     rewards = {
@@ -34,7 +34,7 @@ def test_parts_are_measured_and_feedback_is_kept(tiny_folder, tmp_path):
         data=inline(3, 100), score="total", decoding=Table({"greedy": Decoding(temperature=0.0)})
     )
     spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
-    world = open_world(evolve(spec, rewards=Table(rewards)), tmp_path)
+    world = open_train_state(evolve(spec, rewards=Table(rewards)), tmp_path)
     try:
         found = evaluate(world)
         metrics = found.metrics(headline(world))
@@ -56,7 +56,7 @@ def test_programs_are_tested_in_a_run(tiny_folder, tmp_path):
     from sdkit.distributed import zero
     from sdkit.language.errors import BadData
     from sdkit.train.evaluate import evaluate
-    from sdkit.train.run import open_world
+    from sdkit.train.run import open_train_state
 
     reward = PythonTests(tests="answer", extract=WholeText(), isolation="without_namespaces")
     suite = Suite(
@@ -64,7 +64,7 @@ def test_programs_are_tested_in_a_run(tiny_folder, tmp_path):
     )
     spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
     spec = evolve(spec, rewards=Table({"passes": reward}))
-    world = open_world(spec, tmp_path)
+    world = open_train_state(spec, tmp_path)
     try:
         found = evaluate(world)
     finally:
@@ -80,4 +80,4 @@ def test_programs_are_tested_in_a_run(tiny_folder, tmp_path):
     with pytest.raises(
         BadData, match=r"row 0: tests in the column 'answer': a table needs.*\nrow 1"
     ):
-        open_world(spec, tmp_path)
+        open_train_state(spec, tmp_path)

@@ -79,7 +79,8 @@ def test_shared_rows_end_where_a_window_does(name, dtype, monkeypatch):
     assert longest_shared(weights, CPU, LONG, TEXT) == WINDOW
     if dtype == torch.bfloat16:
         return
-    monkeypatch.setattr(row_probe, "_reaches", lambda _: [])  # the configuration says nothing
+    # The configuration says nothing.
+    monkeypatch.setattr(row_probe, "_attention_windows", lambda _: [])
     assert WINDOW // 2 < longest_shared(weights, CPU, LONG, TEXT) <= WINDOW
 
 

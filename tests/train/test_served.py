@@ -40,7 +40,7 @@ from sdkit.language.specs import (
 from sdkit.models import tiny
 from sdkit.serving import client
 from sdkit.serving.tiny_server import TinyServer
-from sdkit.train.run import open_world
+from sdkit.train.run import open_train_state
 from sdkit.train.smoke import smoke
 from sdkit.train.step import evaluate_objective
 from sdkit.train.teacher_scores import score_teacher
@@ -247,7 +247,7 @@ def refused(tiny_folder, tmp_path, monkeypatch, process_group):
     def opening(weights, error, message, **changes):
         spec = make_spec(tiny_folder, **({"teacher": teacher(weights), "losses": TOP} | changes))
         with pytest.raises(error, match=message) as caught:
-            open_world(spec, tmp_path)
+            open_train_state(spec, tmp_path)
         return caught.value
 
     return opening

@@ -6,7 +6,7 @@ import yaml
 from sdkit.language.errors import NumericsGuard
 from sdkit.language.load import load_spec
 from sdkit.train import scripted_rewards
-from sdkit.train.gradient_signal import NOISE, Pass, is_noise
+from sdkit.train.gradient_signal import NOISE_RATIO, GradientNorms, is_noise
 from sdkit.train.smoke import smoke
 
 DISTIL = {"kind": "distillation", "divergence": "forward_kl", "support": "vocabulary"}
@@ -147,10 +147,10 @@ def test_a_teacher_that_is_the_student_is_refused(tmp_path, teacher, losses):
 
 
 def test_noise_is_measured_against_the_tokens_own_size():
-    silent = Pass(own=0.0, imitation=4.0)
-    assert is_noise([silent, Pass(own=4.0 * (NOISE / 2) ** 2, imitation=4.0)])
-    assert not is_noise([silent, Pass(own=4.0 * (NOISE * 2) ** 2, imitation=4.0)])
-    assert not is_noise([Pass(own=1e-12, imitation=4e-12)])  # a small coefficient
+    silent = GradientNorms(own=0.0, imitation=4.0)
+    assert is_noise([silent, GradientNorms(own=4.0 * (NOISE_RATIO / 2) ** 2, imitation=4.0)])
+    assert not is_noise([silent, GradientNorms(own=4.0 * (NOISE_RATIO * 2) ** 2, imitation=4.0)])
+    assert not is_noise([GradientNorms(own=1e-12, imitation=4e-12)])  # a small coefficient
     assert not is_noise([silent])  # its norm is 0, which is another refusal
     assert not is_noise([])
 
@@ -165,7 +165,7 @@ def test_rewards_stand_on_both_sides_of_every_threshold(tmp_path, count):
     ).spec
     known = [-3, 0, 0.5, 12.0]
     assert scripted_rewards.thresholds(spec) == known
-    groups = scripted_rewards.groups(spec)
+    groups = scripted_rewards.group_rewards(spec)
     assert all(len(group) == count for group in groups)
     rewards = {reward for group in groups for reward in group}
     for low, high in zip([-1e9, *known], [*known, 1e9], strict=True):
@@ -177,4 +177,4 @@ def test_rewards_stand_on_both_sides_of_every_threshold(tmp_path, count):
 
 def test_without_a_threshold_there_are_both_outcomes(tmp_path):
     spec = page(tmp_path, teacher=seeing()).spec
-    assert scripted_rewards.groups(spec) == [[0.0], [1.0], [2.0]]
+    assert scripted_rewards.group_rewards(spec) == [[0.0], [1.0], [2.0]]

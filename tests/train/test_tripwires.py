@@ -13,7 +13,7 @@ from sdkit.language.specs import (
     Table,
 )
 from sdkit.train.report import Report
-from sdkit.train.tripwires import WIRES, triggered
+from sdkit.train.tripwires import TRIPWIRES, triggered
 
 FINE = {
     "loss": 0.5,
@@ -69,7 +69,7 @@ def test_a_degenerate_step_trips_its_wire_and_no_other(figures, wire, cause):
     (trip,) = triggered(run_of(figures, figures), 2)
     assert trip.wire == wire
     assert cause in trip.cause
-    assert trip.look_at == WIRES[wire][1]
+    assert trip.look_at == TRIPWIRES[wire][1]
     assert str(trip).startswith("steps 1 to 2: ")
 
 
