@@ -18,7 +18,7 @@ from sdkit.language.specs import MathVerifyReward
 from sdkit.rewards.answers import extract, right_text
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, in_threads
 
-WORKER = Path(__file__).with_name("rewards_math_worker.py")
+WORKER = Path(__file__).with_name("math_worker.py")
 AT_ONCE = min(4, os.cpu_count() or 1)
 
 

@@ -25,7 +25,7 @@ from sdkit.language.specs import PythonTests
 from sdkit.rewards.jail.messages import receive, send
 from sdkit.rewards.program_tests import Test
 
-JAIL = Path(__file__).with_name("rewards_jail")
+JAIL = Path(__file__).with_name("jail")
 MACHINES = ("x86_64", "aarch64")
 GRACE = 5.0
 """Seconds after its time until a jail that did not end a program by itself is ended."""
