@@ -218,13 +218,13 @@ class Tokens:
 
     def slice(self, start: int, end: int) -> Tokens:
         """Tokens start..end; views, no copies."""
-        return self._each(lambda x: x[start:end])
+        return self._map(lambda x: x[start:end])
 
     def to(self, device: torch.device) -> Tokens:
         """The same tokens on another device."""
-        return self._each(lambda x: x.to(device))
+        return self._map(lambda x: x.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
         def optional(x: Tensor | None) -> Tensor | None:
             return None if x is None else change(x)
 
@@ -287,7 +287,7 @@ class LogitTransform:
         return self if self.bias is None else evolve(self, bias=self.bias.detach())
 
 
-PLAIN = LogitTransform()
+IDENTITY = LogitTransform()
 
 
 @frozen(eq=False, kw_only=True)
@@ -296,7 +296,7 @@ class HiddenStateScores:
 
     hidden: Tensor  # [M, H]
     head: Tensor  # [V, H]; no gradient
-    transform: LogitTransform = PLAIN  # no gradient
+    transform: LogitTransform = IDENTITY  # no gradient
 
 
 @frozen(eq=False, kw_only=True)

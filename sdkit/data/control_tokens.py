@@ -31,7 +31,7 @@ class ControlTokens:
         self._number = {name: number for number, name in enumerate(names)}
         self._spelled = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
-    def spelled(self, text: str) -> str | None:
+    def find(self, text: str) -> str | None:
         """The first control token that a text spells; None where it spells none."""
         match = self._spelled.search(text)
         return match[0] if match else None
@@ -42,7 +42,7 @@ class ControlTokens:
             raise BadData("text with a character of Unicode's last private plane")
         return self._spelled.sub(lambda match: chr(HIDDEN + self._number[match[0]]), text)
 
-    def hides(self, text: str) -> bool:
+    def has_hidden(self, text: str) -> bool:
         """Whether a text has a hidden spelling in it."""
         return _PRIVATE.search(text) is not None
 

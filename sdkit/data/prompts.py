@@ -14,9 +14,9 @@ from attrs import evolve, frozen
 
 from sdkit.batches import GroupOutcome, Message, Row
 from sdkit.data.control_tokens import ControlTokens
-from sdkit.data.teacher_context import look_up_in, parsed, slot_values, teacher_messages
+from sdkit.data.teacher_context import parsed, slot_lookup, slot_values, teacher_messages
 from sdkit.data.thinking import TAGS, opening_tag
-from sdkit.data.turn_ends import end_turn, open_ended
+from sdkit.data.turn_ends import append_end_token, encode_prompt
 from sdkit.language.errors import BadData, blaming, first_of, listed
 from sdkit.language.specs import (
     AnswerStart,
@@ -80,12 +80,12 @@ class Prompter:
 
     def ids(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> Ids:
         """The messages as token ids.  Raises BadData naming the row where the chat template refuses them."""
-        hides = any(self.control.hides(m["content"]) for m in messages)
+        hides = any(self.control.has_hidden(m["content"]) for m in messages)
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(m["content"] for m in messages)
             if hides:
                 return self.control.encode(text, add_special_tokens=True)
-            return open_ended(self.tokenizer, text)
+            return encode_prompt(self.tokenizer, text)
         if hides:
             text = self.chat(row, messages, generation_prompt=generation_prompt, tokenize=False)
             return self.control.encode(text, add_special_tokens=False)
@@ -98,10 +98,10 @@ class Prompter:
 
     def completion_ids(self, text: str, end: int) -> Ids:
         """A data set's completion as token ids, ended by `end` unless the text spells an end token itself."""
-        return end_turn(self.text_ids(text), end, self.tokenizer.eos_token_id)
+        return append_end_token(self.text_ids(text), end, self.tokenizer.eos_token_id)
 
     def _encoded(self, text: str) -> Ids:
-        if self.control.hides(text):
+        if self.control.has_hidden(text):
             return self.control.encode(text, add_special_tokens=False)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -199,7 +199,7 @@ class Prompter:
         filled = tuple(name for name, value in values.items() if value)
         ids = self.ids(row, messages)
         if isinstance(sees, AnswerStart):
-            text = fill(parsed(sees.template), look_up_in({**values, "prompt": row.prompt_text}))
+            text = fill(parsed(sees.template), slot_lookup({**values, "prompt": row.prompt_text}))
             ids += self._encoded(text)
         return TeacherPrompt(ids=ids, messages=messages, cut_tokens=0, filled=filled)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdkit.batches import Message, Row
-from sdkit.data.sources import Found, Raw, read_source, source_name
+from sdkit.data.sources import Raw, RawRows, read_source, source_name
 from sdkit.language.errors import BadData, first_of, listed, nearest, shorten
 from sdkit.language.row_text import (
     Fault,
@@ -137,7 +137,7 @@ def drop_overlap(train: Sequence[Row], held_out: Iterable[Row]) -> tuple[list[Ro
     return kept, len(train) - len(kept)
 
 
-def drop_repeats(rows: Sequence[Row]) -> tuple[list[Row], int]:
+def drop_duplicates(rows: Sequence[Row]) -> tuple[list[Row], int]:
     """The first row of every prompt, and how many were dropped: a repeated prompt would narrow an interval unduly."""
     first = {_normalised(row): row for row in reversed(rows)}
     kept = [row for row in rows if first[_normalised(row)] is row]
@@ -184,7 +184,7 @@ def _sources(column: str | Template) -> list[str]:
 
 
 def _present(
-    columns: Mapping[str, str | Template], found: Found, name: str
+    columns: Mapping[str, str | Template], found: RawRows, name: str
 ) -> tuple[dict[str, str | Template], list[str]]:
     """The columns that some row has, and a fault for each that none has."""
     rows = [raw for _, raw in found if isinstance(raw, Mapping)]

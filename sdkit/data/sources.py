@@ -32,7 +32,7 @@ LONGEST_NUMBER = 4300
 """Digits of the longest whole number that is read: Python's own limit."""
 
 
-Found = list[tuple[str, Raw | Fault]]
+RawRows = list[tuple[str, Raw | Fault]]
 """What was read: where each row stands, and the row, or why it could not be read."""
 
 
@@ -47,7 +47,7 @@ def source_name(source: Source) -> str:
             return source.path
 
 
-def read_source(source: Source, base: Path, limit: int | None) -> Found:
+def read_source(source: Source, base: Path, limit: int | None) -> RawRows:
     """The first `limit` rows of any source.  Raises BadData, with a file's origin where that is known and it is missing."""
     name = source_name(source)
     if isinstance(source, FileSource) and source.origin and not (base / source.path).exists():
@@ -91,7 +91,7 @@ def _bytes(path: Path, name: str) -> bytes:
         raise BadData(f"cannot read {name}: {error}") from error
 
 
-def _json_lines(content: bytes, name: str, limit: int | None) -> Found:
+def _json_lines(content: bytes, name: str, limit: int | None) -> RawRows:
     if content.lstrip()[:1] == b"[":
         raise BadData(f"{name} is a JSON list, not JSON Lines", hint="use kind: json")
     # Not splitlines(): JSON text may hold U+2028 and the like, which end a line in Python only.

@@ -115,7 +115,7 @@ def teacher_messages(row: Row, sees: Sees, values: Mapping[str, str]) -> list[Me
 
     Raises BadData where a template names what is neither a slot nor the prompt.
     """
-    lookup = look_up_in({**values, "prompt": row.prompt_text})
+    lookup = slot_lookup({**values, "prompt": row.prompt_text})
     system = [m for m in row.messages[:1] if m["role"] == "system"]
     rest = list(row.messages[len(system) :])
     match sees:
@@ -139,7 +139,7 @@ def teacher_messages(row: Row, sees: Sees, values: Mapping[str, str]) -> list[Me
     return [*system, *rest]
 
 
-def look_up_in(values: Mapping[str, str]) -> Callable[[Field], str]:
+def slot_lookup(values: Mapping[str, str]) -> Callable[[Field], str]:
     def look_up(field: Field) -> str:
         if str(field) not in values:
             like = nearest(str(field), values)

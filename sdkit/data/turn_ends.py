@@ -51,7 +51,7 @@ def _added(tokenizer: Any) -> list[tuple[int, Any]]:
     return list(getattr(tokenizer, "added_tokens_decoder", {}).items())
 
 
-def open_ended(tokenizer: Any, text: str) -> Ids:
+def encode_prompt(tokenizer: Any, text: str) -> Ids:
     """A text as token ids for a completion to follow: with what the tokenizer puts before a text, not with what it
     appends (an end token, a separator).
 
@@ -80,6 +80,6 @@ def _with_and_without(tokenizer: Any, text: str) -> tuple[Ids, Ids]:
     return tuple(tokenizer(text)["input_ids"]), tuple(bare)
 
 
-def end_turn(ids: Ids, end: int, eos: int | None) -> Ids:
+def append_end_token(ids: Ids, end: int, eos: int | None) -> Ids:
     """A completion's token ids, ended by `end`; a completion that ends with `end` or `eos` gets no second one."""
     return ids if ids and ids[-1] in (end, eos) else (*ids, end)

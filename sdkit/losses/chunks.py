@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdkit.batches import (
-    PLAIN,
+    IDENTITY,
     HiddenStateScores,
     LogitTransform,
     TeacherScores,
@@ -36,7 +36,7 @@ def projected_loss(
     objective: Objective,
     chunk_tokens: int,
     reference: TeacherScores | None = None,
-    transform: LogitTransform = PLAIN,
+    transform: LogitTransform = IDENTITY,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """hidden [M, H], head [V, H], both of the model's dtype -> scalar loss with a graph, sums over all M tokens.
 
@@ -83,7 +83,7 @@ def token_logprobs(
     token: Tensor,
     temperature: float,
     chunk_tokens: int,
-    transform: LogitTransform = PLAIN,
+    transform: LogitTransform = IDENTITY,
 ) -> Tensor:
     """Log-probability of each given token.  hidden [M, H], head [V, H], token [M] long -> [M] float32."""
     scores = HiddenStateScores(hidden=hidden, head=head, transform=transform)
@@ -115,7 +115,7 @@ def token_logprobs_and_entropy(
     return torch.cat(own), torch.cat(spread)
 
 
-def top_k_of(scores: TeacherScores, token: Tensor, k: int, chunk_tokens: int) -> TopKLogprobs:
+def top_k_logprobs(scores: TeacherScores, token: Tensor, k: int, chunk_tokens: int) -> TopKLogprobs:
     """What a whole teacher would tell, were it asked as a served one is.  token [M] long: the sampled ids."""
     parts: list[TopKLogprobs] = []
     for part, logprobs in _logprobs(scores, len(token), 1.0, chunk_tokens):

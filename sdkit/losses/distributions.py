@@ -36,13 +36,13 @@ class Distributions:
 
     def student(self, temperature: float) -> Tensor:
         """Log-probabilities [C, V], float32 (float64 for float64 logits)."""
-        return self._at("student", temperature)
+        return self._log_softmax("student", temperature)
 
-    def knows_sampled(self, temperature: float) -> bool:
+    def has_sampled_logprobs(self, temperature: float) -> bool:
         """Whether the teacher's log-probability of the sampled token is known at this temperature."""
         return self.told is None or temperature == 1
 
-    def teacher_sampled(
+    def teacher_logprobs(
         self, token: Tensor, temperature: float, counts: Tensor | None = None
     ) -> Tensor:
         """The teacher's log-probability of each token that was sampled.  [C] long -> [C], detached.
@@ -51,18 +51,18 @@ class Distributions:
         """
         if self.told is None:
             whole = torch.ones_like(token, dtype=torch.bool) if counts is None else counts
-            return sampled_token(self.teacher("teacher", temperature, whole)[1], token)
+            return sampled_token(self.student_and("teacher", temperature, whole)[1], token)
         if temperature != 1:
             raise ValueError(f"the teacher told of temperature 1, not of {temperature:g}")
         return self.told.sampled
 
-    def teacher(self, side: str, temperature: float, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def student_and(self, side: str, temperature: float, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Student and the other side, twice [C, V]; counts [C] bool says which tokens matter.
 
         Elsewhere the other side is the student itself: an infinite difference would make a NaN on the way back, even
         under a weight of 0.
         """
-        student, other = self.student(temperature), self._at(side, temperature).detach()
+        student, other = self.student(temperature), self._log_softmax(side, temperature).detach()
         if not bool(counts.all()):
             other = torch.where(counts[:, None], other, student.detach())
         return student, other
@@ -72,11 +72,11 @@ class Distributions:
         known = [side for side in sides if side != "teacher" or self.told is None]
         for side in known:
             if (side, temperature) not in self._entropy:
-                held = entropy(self._at(side, temperature).detach())
+                held = entropy(self._log_softmax(side, temperature).detach())
                 self._entropy[side, temperature] = held
         return {f"{side}_entropy": self._entropy[side, temperature] for side in known}
 
-    def _at(self, side: str, temperature: float) -> Tensor:
+    def _log_softmax(self, side: str, temperature: float) -> Tensor:
         if (side, temperature) not in self._logprobs:
             if side not in self._logits:
                 raise ValueError(f"this objective needs the {side}'s logits")

@@ -51,7 +51,7 @@ from sdkit.losses.divergence import (
 )
 from sdkit.losses.policy import importance_ratio, k1, sampled_token_surrogate, sequence_mean
 from sdkit.losses.policy_terms import (
-    Measures,
+    LossMetrics,
     correction,
     group_relative,
     needs_sequence_means,
@@ -180,7 +180,7 @@ class Objective:
 
     def _term(
         self, name: str, sides: Distributions, tokens: Tokens
-    ) -> tuple[Tensor, Tensor | float, Measures]:
+    ) -> tuple[Tensor, Tensor | float, LossMetrics]:
         """One term's ℓ [C], its correction [C] (or 1) and its measures."""
         match term := self.losses[name]:
             case CrossEntropy():
@@ -203,26 +203,28 @@ class Objective:
 
     def _distil(
         self, name: str, term: Distillation, sides: Distributions, tokens: Tokens
-    ) -> tuple[Tensor, Measures]:
+    ) -> tuple[Tensor, LossMetrics]:
         """ℓ [C] of a distillation term, and its measures."""
         temperature = self._temperature if term.temperature is None else plain(term.temperature)
         counts = tokens.weights[name] > 0
         own = sampled_token(sides.student(temperature), tokens.token)
         measures = sides.entropies(temperature, "student", "teacher")
-        if sides.knows_sampled(temperature):
-            theirs = sides.teacher_sampled(tokens.token, temperature, counts)
+        if sides.has_sampled_logprobs(temperature):
+            theirs = sides.teacher_logprobs(tokens.token, temperature, counts)
             measures["k1"] = k1(own, theirs).detach()
         match term.support:
             case SampledTokenSupport():
-                theirs = sides.teacher_sampled(tokens.token, temperature, counts)
+                theirs = sides.teacher_logprobs(tokens.token, temperature, counts)
                 return sampled_token_surrogate(own, theirs, term.clip.log_ratio), measures
             case VocabularySupport():
-                pair = sides.teacher("teacher", temperature, counts)
+                pair = sides.student_and("teacher", temperature, counts)
             case TopKSupport() as support if sides.told is not None:
                 pair, shares = _on_served_top_k(support, sides, temperature)
                 measures |= shares
             case TopKSupport() as support:
-                pair, shares = _on_top_k(support, *sides.teacher("teacher", temperature, counts))
+                pair, shares = _on_top_k(
+                    support, *sides.student_and("teacher", temperature, counts)
+                )
                 measures |= shares
             case _:
                 assert_never(term.support)
@@ -288,7 +290,7 @@ def _sequence_mean_terms(losses: Mapping[str, LossTerm]) -> dict[str, float]:
 
 def _top_k(
     support: TopKSupport, student: Tensor, teacher: Tensor
-) -> tuple[Tensor, Tensor, Measures]:
+) -> tuple[Tensor, Tensor, LossMetrics]:
     """ids [C, K] long, duplicate [C, K] bool, and what share of each side they hold."""
     of_student, of_teacher = top_k_ids(student, support.k), top_k_ids(teacher, support.k)
     match support.chosen_by:
@@ -310,7 +312,7 @@ def _top_k(
 
 def _on_top_k(
     support: TopKSupport, student: Tensor, teacher: Tensor
-) -> tuple[tuple[Tensor, Tensor], Measures]:
+) -> tuple[tuple[Tensor, Tensor], LossMetrics]:
     """Both sides on the support, and what share of each it holds."""
     ids, duplicate, shares = _top_k(support, student.detach(), teacher)
     return on_support(student, teacher, ids, duplicate, support.remainder), shares
@@ -318,7 +320,7 @@ def _on_top_k(
 
 def _on_served_top_k(
     support: TopKSupport, sides: Distributions, temperature: float
-) -> tuple[tuple[Tensor, Tensor], Measures]:
+) -> tuple[tuple[Tensor, Tensor], LossMetrics]:
     """The same where the teacher told of its own top k, at temperature 1.
 
     Rescaled to one they may be tempered, since log T / τ is then known up to a constant.  Raises ValueError for what
@@ -350,7 +352,9 @@ def _bounds(clip: DivergenceClip) -> Bounds:
 
 
 @torch.no_grad()
-def _both_kls(term: Distillation, token_loss: Tensor, student: Tensor, teacher: Tensor) -> Measures:
+def _both_kls(
+    term: Distillation, token_loss: Tensor, student: Tensor, teacher: Tensor
+) -> LossMetrics:
     """Both directions on the support; the one that is the loss itself is not computed again."""
     whole = term.clip == DivergenceClip()
     forward, reverse = (

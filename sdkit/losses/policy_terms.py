@@ -44,7 +44,7 @@ from sdkit.losses.policy import (
 )
 from sdkit.losses.support import sampled_token
 
-Measures = dict[str, Tensor]
+LossMetrics = dict[str, Tensor]
 """Figures per token, detached: name -> [C]."""
 
 
@@ -138,7 +138,7 @@ def _sequence_mean(tokens: Tokens, name: str) -> Tensor:
 
 def policy_gradient(
     name: str, term: PolicyGradient, sides: Distributions, tokens: Tokens, temperature: float
-) -> tuple[Tensor, Tensor | float, Measures]:
+) -> tuple[Tensor, Tensor | float, LossMetrics]:
     """ℓ [C] of the term called `name`, its correction [C] (or 1) and its measures."""
     now = _counted_logprobs(sides.student(temperature), tokens, name)
     then = now.detach() if tokens.old_logprobs is None else tokens.old_logprobs
@@ -183,7 +183,7 @@ def _advantages(
         return tokens.advantages.to(then.dtype)
 
     def of_teacher(spec: LogRatio) -> Tensor:
-        teacher = sides.teacher_sampled(tokens.token, temperature)
+        teacher = sides.teacher_logprobs(tokens.token, temperature)
         advantages = _teachers(spec, teacher - then, tokens)
         if spec.center == "sequence":
             advantages = advantages - _sequence_mean(tokens, f"{name}/advantage")
@@ -205,9 +205,9 @@ def _advantages(
 
 def reference_kl(
     name: str, term: ReferenceKl, sides: Distributions, tokens: Tokens, temperature: float
-) -> tuple[Tensor, Measures]:
+) -> tuple[Tensor, LossMetrics]:
     """ℓ [C] of the term called `name`, and its measures."""
-    student, reference = sides.teacher("reference", temperature, tokens.weights[name] > 0)
+    student, reference = sides.student_and("reference", temperature, tokens.weights[name] > 0)
     pair = [_counted_logprobs(side, tokens, name) for side in (student, reference)]
     match term.estimator:
         case "k2":
@@ -231,11 +231,11 @@ def _counted_logprobs(logprobs: Tensor, tokens: Tokens, name: str) -> Tensor:
     return sampled_token(logprobs, tokens.token).masked_fill(tokens.weights[name] <= 0, 0.0)
 
 
-def correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tensor, Measures]:
+def correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tensor, LossMetrics]:
     """Product of the ratios that `spec` asks for, [C], and each of them.  now [C]: detached log-probabilities."""
     old = now if tokens.old_logprobs is None else tokens.old_logprobs
     product, capped = torch.ones_like(now), torch.zeros_like(now, dtype=torch.bool)
-    measures: Measures = {}
+    measures: LossMetrics = {}
     if spec.old_policy:
         ratio = importance_ratio(now, old, plain(spec.old_policy.cap))
         product, measures["old_ratio"] = product * ratio, ratio

@@ -15,7 +15,7 @@ STEP = 1e-5
 NEVER = -torch.inf
 
 
-def faults(
+def find_problems(
     function: Divergence, *, zero_when_equal: bool = True, exact_gradient: bool = True
 ) -> Iterator[str]:
     """What is wrong with a divergence, as phrases that follow its name; nothing where all is well.

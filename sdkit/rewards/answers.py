@@ -25,7 +25,7 @@ from sdkit.language.specs import (
     Tagged,
     WholeText,
 )
-from sdkit.rewards.scorer import Scorer, one_by_one
+from sdkit.rewards.scorer import Scorer, score_each
 
 # A sign belongs to the number only where nothing stands right before it: 10-20 ends in 20, not in -20.
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
@@ -96,7 +96,7 @@ def exact(reward: ExactReward) -> Scorer:
             right, answer = right.casefold(), answer.casefold()
         return float(answer == right)
 
-    return one_by_one(scored, right_of)
+    return score_each(scored, right_of)
 
 
 def number(reward: NumberReward) -> Scorer:
@@ -120,7 +120,7 @@ def number(reward: NumberReward) -> Scorer:
         apart = _EXACT.abs(_EXACT.subtract(answer, right))
         return float(apart.is_finite() and apart <= tolerance)
 
-    return one_by_one(scored, right_of)
+    return score_each(scored, right_of)
 
 
 def _read_number(text: str) -> Decimal | None:
@@ -146,7 +146,7 @@ def choice(reward: ChoiceReward) -> Scorer:
     def scored(completion: str, row: Row) -> float:
         return float(_letter(extract(reward.extract, completion) or "") == right_of(row))
 
-    return one_by_one(scored, right_of)
+    return score_each(scored, right_of)
 
 
 def _letter(text: str) -> str:
@@ -160,13 +160,13 @@ def regex(reward: RegexReward) -> Scorer:
         pattern = re.compile(reward.pattern)
     except re.error as error:
         raise BadData(f"the pattern {shorten(reward.pattern)} cannot be read: {error}") from error
-    return one_by_one(lambda completion, row: float(pattern.search(completion.strip()) is not None))
+    return score_each(lambda completion, row: float(pattern.search(completion.strip()) is not None))
 
 
 # ── the task's own scorer ─────────────────────────────────────────────────────────────────────
 
 
-def own_scorer(reward: ReasoningGymReward, source: ReasoningGymSource | None) -> Scorer:
+def task_scorer(reward: ReasoningGymReward, source: ReasoningGymSource | None) -> Scorer:
     """The scorer of a reasoning-gym task.  Raises BadData without a task, BadEnvironment without the package."""
     if source is None:
         raise BadData("a reward of kind reasoning_gym needs data of kind reasoning_gym")
@@ -189,7 +189,7 @@ def own_scorer(reward: ReasoningGymReward, source: ReasoningGymSource | None) ->
         value = _task_score(task, answer, row)
         return float(value >= 1.0) if reward.full_marks_only else value
 
-    return one_by_one(scored)
+    return score_each(scored)
 
 
 def _task_score(task: Any, answer: str, row: Row) -> float:

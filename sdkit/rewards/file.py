@@ -14,10 +14,10 @@ from sdkit.batches import Row
 from sdkit.language.errors import BadData, shorten
 from sdkit.language.specs import FileReward
 from sdkit.language.user_functions import failure, load_function
-from sdkit.rewards.scorer import DeadlineExceeded, Pair, ScoredCompletion, Scorer, in_threads
+from sdkit.rewards.scorer import DeadlineExceeded, Pair, ScoredCompletion, Scorer, score_in_threads
 
 
-def user_function(reward: FileReward, base: Path) -> Scorer:
+def function_reward(reward: FileReward, base: Path) -> Scorer:
     """The function of a user's file, called in threads of its own.
 
     Raises BadData where it cannot be loaded; the scorer raises it where the function fails, takes longer than the
@@ -36,7 +36,7 @@ def user_function(reward: FileReward, base: Path) -> Scorer:
 
     def many(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
         try:
-            return in_threads(judge, pairs, threads=reward.at_once, seconds=reward.seconds)
+            return score_in_threads(judge, pairs, threads=reward.at_once, seconds=reward.seconds)
         except DeadlineExceeded as late:
             raise BadData(
                 f"{reward.function} in {reward.file} took more than {reward.seconds:g} s "

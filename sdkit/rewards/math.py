@@ -16,7 +16,7 @@ from sdkit.batches import Row
 from sdkit.language.errors import BadData, BadEnvironment, shorten
 from sdkit.language.specs import MathVerifyReward
 from sdkit.rewards.answers import extract, right_text
-from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, in_threads
+from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, score_in_threads
 
 WORKER = Path(__file__).with_name("math_worker.py")
 AT_ONCE = min(4, os.cpu_count() or 1)
@@ -32,7 +32,7 @@ def math_verify(reward: MathVerifyReward) -> Scorer:
             "rewards of kind math_verify need a package that is missing: math-verify",
             hint="pip install 'sdkit[math]'",
         )
-    workers = Workers()
+    workers = WorkerPool()
 
     def judge(completion: str, row: Row) -> ScoredCompletion:
         right = right_text(row, reward.answer).strip()
@@ -50,12 +50,12 @@ def math_verify(reward: MathVerifyReward) -> Scorer:
         return ScoredCompletion(reward=float(equal))
 
     def many(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
-        return in_threads(judge, pairs, threads=AT_ONCE, seconds=None)
+        return score_in_threads(judge, pairs, threads=AT_ONCE, seconds=None)
 
-    return Scorer(many, check=lambda row: right_text(row, reward.answer))
+    return Scorer(many, check_row=lambda row: right_text(row, reward.answer))
 
 
-class Workers:
+class WorkerPool:
     """Processes that compare, started when first needed.  They end when this process does: their input closes."""
 
     def __init__(self) -> None:

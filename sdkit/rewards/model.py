@@ -87,7 +87,7 @@ def reward_model(reward: RewardModel, base: Path) -> Scorer:
                 )
         return [ScoredCompletion(reward=found[i]) for i in range(len(pairs))]
 
-    return Scorer(many, check=lambda row: reader.ids("", row))
+    return Scorer(many, check_row=lambda row: reader.ids("", row))
 
 
 @functools.lru_cache(maxsize=2)

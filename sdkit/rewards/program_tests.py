@@ -23,7 +23,7 @@ class Test:
     """One case: what a program is given, and what must come of it."""
 
     kind: Kind
-    given: Any
+    input: Any
     """Standard input; a list of arguments, or a table of named ones; the source of asserts."""
     expected: Any = None
     """What must be printed; what must be returned; nothing."""
@@ -83,7 +83,7 @@ def _read_text(text: str) -> list[Test]:
             value = None
         if isinstance(value, list | dict):
             return _read(value)
-    return [Test(kind="asserts", given=text)] if text.strip() else []
+    return [Test(kind="asserts", input=text)] if text.strip() else []
 
 
 def _read_table(table: Mapping[str, Any]) -> list[Test]:
@@ -99,7 +99,7 @@ def _read_table(table: Mapping[str, Any]) -> list[Test]:
 def _read_one(test: Any, shared: Mapping[str, Any]) -> Test:
     """One test; `shared` are the entries that all tests of the row have."""
     if isinstance(test, str):
-        return Test(kind="asserts", given=test)
+        return Test(kind="asserts", input=test)
     if not isinstance(test, Mapping) or "input" not in test:
         raise _Unreadable(
             f"{shorten(str(test))} is neither source nor a table with input and output"
@@ -123,7 +123,7 @@ def _read_one(test: Any, shared: Mapping[str, Any]) -> Test:
         raise _Unreadable(f"the input and output of {name} tests must be text")
     return Test(
         kind=kind,
-        given=given,
+        input=given,
         expected=expected,
         function=function,
         cpu_seconds=_time(both.get("time_limit")),

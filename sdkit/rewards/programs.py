@@ -15,7 +15,7 @@ from sdkit.language.specs import LastCodeBlock, PythonTests
 from sdkit.rewards.answers import extract
 from sdkit.rewards.program_tests import Test, read_tests
 from sdkit.rewards.sandbox import Outcome, Sandbox
-from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, in_threads
+from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, score_in_threads
 
 SHOWN = 250
 """Characters shown of an input or output."""
@@ -37,9 +37,9 @@ def python_tests(reward: PythonTests) -> Scorer:
         return _tested(program, tests, reward, sandbox)
 
     def many(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
-        return in_threads(judge, pairs, threads=reward.at_once, seconds=None)
+        return score_in_threads(judge, pairs, threads=reward.at_once, seconds=None)
 
-    return Scorer(many, check=lambda row: read_tests(row, reward.tests))
+    return Scorer(many, check_row=lambda row: read_tests(row, reward.tests))
 
 
 def _no_program(reward: PythonTests) -> str:
@@ -54,12 +54,12 @@ def _tested(
     """Run the tests in order; with credit for all or nothing no further than the first that fails."""
     end = time.monotonic() + reward.total_seconds
     passed, feedback = 0, None
-    with sandbox.running(program, reward.total_seconds) as jail:
+    with sandbox.open_jail(program, reward.total_seconds) as jail:
         for number, test in enumerate(tests, 1):
             left = min(reward.seconds, end - time.monotonic())
-            late = Outcome(ended=f"All tests together took more than {reward.total_seconds:g} s.")
-            outcome = jail.outcome(test, left) if left > 0 else late
-            if outcome.ended is None and test.passed(outcome.got):
+            late = Outcome(failure=f"All tests together took more than {reward.total_seconds:g} s.")
+            outcome = jail.run_test(test, left) if left > 0 else late
+            if outcome.failure is None and test.passed(outcome.result):
                 passed += 1
                 continue
             if feedback is None:
@@ -81,10 +81,10 @@ def _said(test: Test, outcome: Outcome) -> str:
     parts = []
     if test.kind != "asserts":
         parts.append(_titled("Input", _given(test)))
-    if outcome.ended:
-        parts.append(outcome.errors.strip() or outcome.ended)
+    if outcome.failure:
+        parts.append(outcome.stderr.strip() or outcome.failure)
     else:
-        parts.append(_titled("Output", _shown(test, outcome.got)))
+        parts.append(_titled("Output", _shown(test, outcome.result)))
     if test.kind != "asserts":
         parts.append(_titled("Expected", _shown(test, test.expected)))
     return "\n\n".join(parts)
@@ -92,11 +92,11 @@ def _said(test: Test, outcome: Outcome) -> str:
 
 def _given(test: Test) -> str:
     if test.kind == "stdin":
-        return _cut(test.given, SHOWN)
-    if isinstance(test.given, Mapping):
-        words = [f"{name}={json.dumps(value)}" for name, value in test.given.items()]
+        return _cut(test.input, SHOWN)
+    if isinstance(test.input, Mapping):
+        words = [f"{name}={json.dumps(value)}" for name, value in test.input.items()]
     else:
-        words = [json.dumps(value) for value in test.given]
+        words = [json.dumps(value) for value in test.input]
     return _cut(f"{test.function}({', '.join(words)})", SHOWN)
 
 

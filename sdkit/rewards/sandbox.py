@@ -35,11 +35,11 @@ GRACE = 5.0
 class Outcome:
     """What came of one test."""
 
-    got: Any = None
+    result: Any = None
     """What was printed or returned, or that asserts were passed."""
-    ended: str | None = None
+    failure: str | None = None
     """Why it ended before it came to that, in a sentence."""
-    errors: str = ""
+    stderr: str = ""
     """Where it ended by itself: the end of what it wrote to standard error, its traceback included."""
 
 
@@ -54,25 +54,25 @@ class Sandbox:
                 "rewards of kind python_tests need Linux on x86_64 or aarch64: "
                 f"this is {sys.platform} on {platform.machine()}"
             )
-        with self.running("print(1)", seconds=60.0) as jail:
-            outcome = jail.outcome(Test(kind="stdin", given="", expected="1"), 30.0)
-        if outcome.ended:
-            why = outcome.errors.strip().rpartition("\n")[2] or outcome.ended
+        with self.open_jail("print(1)", seconds=60.0) as jail:
+            outcome = jail.run_test(Test(kind="stdin", input="", expected="1"), 30.0)
+        if outcome.failure:
+            why = outcome.stderr.strip().rpartition("\n")[2] or outcome.failure
             raise BadEnvironment(f"not even print(1) can be run within the limits: {why}")
 
     @contextlib.contextmanager
-    def running(self, program: str, seconds: float) -> Iterator[Jail]:
+    def open_jail(self, program: str, seconds: float) -> Iterator[Jail]:
         """A jail for one program, which is ended from here where it has not done so shortly after these seconds."""
         process = self._process()
-        watch = threading.Timer(seconds + GRACE, _end, (process,))
+        watch = threading.Timer(seconds + GRACE, _kill_group, (process,))
         watch.daemon = True
         watch.start()
         try:
             jail = Jail(process, self._job(program), self.limits)
             yield jail
-            jail.leave()
+            jail.close()
         except BaseException:
-            _end(process)
+            _kill_group(process)
             raise
         finally:
             watch.cancel()
@@ -116,7 +116,7 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """End the process, its jail and the program in that: none of them can leave the group."""
     if process.poll() is None:  # its id is still its own
         with contextlib.suppress(ProcessLookupError):
@@ -150,12 +150,12 @@ class Jail:
         if failed:
             raise BadEnvironment(f"programs cannot be run behind a system call filter: {failed}")
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Have it end; there is nothing to be ended where it has already."""
         with contextlib.suppress(OSError):
             send(self._to, None)
 
-    def outcome(self, test: Test, seconds: float) -> Outcome:
+    def run_test(self, test: Test, seconds: float) -> Outcome:
         """What comes of one test within `seconds`."""
         allowed = self._limits.cpu_seconds
         if test.cpu_seconds is not None:
@@ -165,17 +165,17 @@ class Jail:
             "kind": test.kind,
             "seconds": seconds,
             "cpu_seconds": allowed,
-            "given": None if test.kind == "asserts" else test.given,
+            "given": None if test.kind == "asserts" else test.input,
             "function": test.function,
         }
         try:
             send(self._to, case)
             if test.kind == "asserts":  # not part of the case: the program must not find them
-                send(self._to, test.given)
+                send(self._to, test.input)
                 send(self._to, word)
             found = receive(self._from)
         except (EOFError, OSError):
-            return Outcome(ended="It was ended with its sandbox.")
+            return Outcome(failure="It was ended with its sandbox.")
         return self._read(test, found, word, self._late(seconds), allowed)
 
     def _late(self, seconds: float) -> str:
@@ -189,15 +189,15 @@ class Jail:
         errors = found["err"]
         match found["ended"]:
             case "time":
-                return Outcome(ended=late)
+                return Outcome(failure=late)
             case "output":
-                return Outcome(ended=f"It wrote more than {self._limits.output_kib} KiB.")
+                return Outcome(failure=f"It wrote more than {self._limits.output_kib} KiB.")
             # The kernel ends it by its own ticks, which need not agree with what it then says was used.
             case "signal" if found["code"] == -signal.SIGKILL and found["cpu"] > allowed / 2:
-                return Outcome(ended=f"It took more than {allowed} s of processor time.")
+                return Outcome(failure=f"It took more than {allowed} s of processor time.")
             case "signal":
                 name = signal.Signals(-found["code"]).name
-                return Outcome(ended=f"It was ended by {name}.")
+                return Outcome(failure=f"It was ended by {name}.")
         if test.kind == "asserts":
             passed = found["says"] == f".{word}"
             return _unless(passed, True, "It ended before its tests did.", errors)
@@ -208,12 +208,12 @@ class Jail:
 
 
 def _unless(fine: bool, got: Any, otherwise: str, errors: str) -> Outcome:
-    return Outcome(got=got) if fine else Outcome(ended=otherwise, errors=errors)
+    return Outcome(result=got) if fine else Outcome(failure=otherwise, stderr=errors)
 
 
 def _returned(says: str, errors: str) -> Outcome:
     """A value, read anew: out here it owes nothing to the classes of the program."""
     try:
-        return Outcome(got=json.loads(says))
+        return Outcome(result=json.loads(says))
     except (ValueError, RecursionError):
-        return Outcome(ended="It ended before the function returned.", errors=errors)
+        return Outcome(failure="It ended before the function returned.", stderr=errors)

@@ -30,21 +30,21 @@ class ScoredCompletion:
 class Scorer:
     """One reward, opened.  Called with a completion and its row, or given many at once."""
 
-    many: Callable[[Sequence[Pair]], list[ScoredCompletion]]
-    check: Callable[[Row], object] = field(default=lambda row: None, kw_only=True)
+    score_all: Callable[[Sequence[Pair]], list[ScoredCompletion]]
+    check_row: Callable[[Row], object] = field(default=lambda row: None, kw_only=True)
     """Raises BadData where the reward could judge no completion of this row."""
 
     def __call__(self, completion: str, row: Row) -> ScoredCompletion:
-        return self.many([(completion, row)])[0]
+        return self.score_all([(completion, row)])[0]
 
 
-def one_by_one(
+def score_each(
     worth: Callable[[str, Row], float], check: Callable[[Row], object] = lambda row: None
 ) -> Scorer:
     """A scorer that only compares: in this thread, without feedback."""
     return Scorer(
         lambda pairs: [ScoredCompletion(reward=worth(text, row)) for text, row in pairs],
-        check=check,
+        check_row=check,
     )
 
 
@@ -56,7 +56,7 @@ class DeadlineExceeded(Exception):
         self.place = place
 
 
-def in_threads(
+def score_in_threads(
     judge: Callable[[str, Row], ScoredCompletion],
     pairs: Sequence[Pair],
     *,
@@ -90,7 +90,7 @@ def in_threads(
     found: dict[int, ScoredCompletion] = {}
     try:
         while len(found) < len(pairs):
-            place, outcome = _next(done, started, lock, seconds)
+            place, outcome = _next_outcome(done, started, lock, seconds)
             if isinstance(outcome, BaseException):
                 raise outcome
             found[place] = outcome
@@ -99,7 +99,7 @@ def in_threads(
     return [found[place] for place in range(len(pairs))]
 
 
-def _next(
+def _next_outcome(
     done: queue.SimpleQueue[tuple[int, ScoredCompletion | BaseException]],
     started: dict[int, float],
     lock: threading.Lock,

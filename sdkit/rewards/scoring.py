@@ -29,7 +29,7 @@ from sdkit.language.specs import (
     WeightedReward,
 )
 from sdkit.rewards import answers as answers
-from sdkit.rewards.file import user_function
+from sdkit.rewards.file import function_reward
 from sdkit.rewards.math import math_verify
 from sdkit.rewards.model import reward_model
 from sdkit.rewards.programs import python_tests
@@ -54,7 +54,7 @@ def open_reward(
     """
     match reward:
         case ReasoningGymReward():
-            return answers.own_scorer(reward, source)
+            return answers.task_scorer(reward, source)
         case ExactReward():
             return answers.exact(reward)
         case NumberReward():
@@ -70,7 +70,7 @@ def open_reward(
         case PythonTests():
             return python_tests(reward)
         case FileReward():
-            return user_function(reward, base)
+            return function_reward(reward, base)
         case WeightedReward():
             return _sum(
                 {name: (weight, (opened or {})[name]) for name, weight in reward.parts.items()}
@@ -118,19 +118,19 @@ def score(
 
     def judged(name: str, scorer: Scorer) -> list[ScoredCompletion]:
         if id(scorer) not in known:
-            if isinstance(scorer, Sum):
+            if isinstance(scorer, WeightedSum):
                 parts = {name: judged(name, part) for name, (_, part) in scorer.parts.items()}
                 found = scorer.combine(parts)
             else:
                 with blaming("rewards", name):
-                    found = scorer.many(pairs)
+                    found = scorer.score_all(pairs)
             known[id(scorer)] = found
         return known[id(scorer)]
 
     return {name: judged(name, scorer) for name, scorer in rewards.items()}
 
 
-def figures(judged: RewardScores) -> dict[str, list[float]]:
+def reward_values(judged: RewardScores) -> dict[str, list[float]]:
     """The numbers alone, those of a sum's parts as SUM/PART."""
     found: dict[str, list[float]] = {}
     for name, values in judged.items():
@@ -144,7 +144,7 @@ def figures(judged: RewardScores) -> dict[str, list[float]]:
 
 
 @frozen(eq=False)
-class Sum(Scorer):
+class WeightedSum(Scorer):
     """A weighted sum of other scorers."""
 
     parts: Mapping[str, tuple[float, Scorer]]
@@ -169,14 +169,14 @@ def _length(judged: RewardScores) -> int:
     return len(next(iter(judged.values())))
 
 
-def _sum(parts: Mapping[str, tuple[float, Scorer]]) -> Sum:
+def _sum(parts: Mapping[str, tuple[float, Scorer]]) -> WeightedSum:
     def many(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
         found = score({"": total}, [text for text, _ in pairs], [row for _, row in pairs])
         return found[""]
 
     def check(row: Row) -> None:
         for _, part in parts.values():
-            part.check(row)
+            part.check_row(row)
 
-    total = Sum(many, parts, check=check)
+    total = WeightedSum(many, parts, check_row=check)
     return total

@@ -27,7 +27,7 @@ from sdkit.language.specs import (
     TeacherSamples,
 )
 from sdkit.models.weights import Weights
-from sdkit.rewards.scoring import figures, score
+from sdkit.rewards.scoring import reward_values, score
 from sdkit.seeds import derive
 from sdkit.train.advantages import group_outcomes, with_advantages
 
@@ -104,7 +104,7 @@ def collect_rollouts(
     return CollectedRollouts(
         batch=batch,
         requests=requests,
-        scores=figures(judged),
+        scores=reward_values(judged),
         seconds={
             "rollout": sampled - started - sync,
             "sync": sync,

@@ -10,7 +10,7 @@ from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
 from sdkit.language.specs import Decoding, RoutedWeights, ServedWeights, Suite
 from sdkit.models.weights import Weights
-from sdkit.rewards.scoring import figures, score
+from sdkit.rewards.scoring import reward_values, score
 from sdkit.runs.evaluations import EvaluationResult, Key
 from sdkit.runs.intervals import Interval, paired_difference
 from sdkit.seeds import derive
@@ -142,7 +142,7 @@ def _scored(
     """This rank's completions with their scores, joined with those of the other ranks in the order of the rows."""
     texts = [completion_text(world, c.ids) for c in done]
     judged = score(world.data.rewards[where[0]], texts, [rows[i] for i in owners])
-    each = figures(judged)
+    each = reward_values(judged)
     own = [
         {
             "suite": where[0],

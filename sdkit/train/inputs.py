@@ -13,7 +13,7 @@ from attrs import frozen
 
 from sdkit.batches import GroupOutcome, Row
 from sdkit.data.prompts import Prompter, TeacherPrompt, check_prompts, check_repeatable
-from sdkit.data.rows import drop_overlap, drop_repeats, fingerprint, load_rows, positions
+from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.data.thinking import answer_text
 from sdkit.data.turn_ends import end_token
 from sdkit.language.errors import BadData, blaming, counted, first_of, outside, shorten
@@ -113,7 +113,7 @@ class RunData:
         for name, suite in suites.items():
             with blaming("evaluation", "suites", name, "data"):
                 found = load_rows(suite.data, base, spec.data.columns, texts=self._texts(suite))
-            self.suites[name], self.repeats[name] = drop_repeats(found)
+            self.suites[name], self.repeats[name] = drop_duplicates(found)
         with blaming("data"):
             rows = load_rows(spec.data, base, needed=needed, texts=self._texts(None))
         held_out = [
@@ -313,7 +313,7 @@ class RunData:
         for row in rows:
             columns = (row.text(name) or "" for name in self._shown_columns)
             texts = (*(m["content"] for m in row.messages), *columns)
-            if name := next(filter(None, map(self.prompter.control.spelled, texts)), None):
+            if name := next(filter(None, map(self.prompter.control.find, texts)), None):
                 yield row, name
 
     def _own_completions(self, rows: Iterable[Row]) -> Completions | None:
@@ -409,7 +409,7 @@ def _check_rewards(rewards: Mapping[str, Scorer], rows: Iterable[Row]) -> None:
     for row in rows:
         for name, scorer in rewards.items():
             try:
-                scorer.check(row)
+                scorer.check_row(row)
             except BadData as error:
                 bad.setdefault(error.message, name)
     if bad:

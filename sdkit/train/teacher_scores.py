@@ -26,7 +26,7 @@ from sdkit.language.specs import (
     TrustRegionBlend,
     tokens_told,
 )
-from sdkit.losses.chunks import top_k_of
+from sdkit.losses.chunks import top_k_logprobs
 from sdkit.models.packing import pad_sequences
 from sdkit.models.teachers import Teacher
 from sdkit.plan.memory import pulls_to_reference
@@ -128,7 +128,7 @@ def _score_route(
     k = tokens_told(world.spec)
     if k is None or isinstance(found, TopKLogprobs):
         return found
-    return top_k_of(found, token, k, world.spec.training.chunk_tokens)
+    return top_k_logprobs(found, token, k, world.spec.training.chunk_tokens)
 
 
 def _merge_top_k(answers: list[TopKLogprobs], part: Tensor) -> TopKLogprobs:

@@ -11,7 +11,7 @@ from sdkit.language.errors import BadData, blaming
 from sdkit.language.errors import Path as Blame
 from sdkit.language.specs import Distillation, FileDivergence, LossTerm
 from sdkit.language.user_functions import failure, load_function
-from sdkit.losses.selftest import faults
+from sdkit.losses.selftest import find_problems
 
 
 class UserDivergence:
@@ -44,7 +44,9 @@ class UserDivergence:
         """Raises BadData with everything that is wrong."""
         spec = self.spec
         found = list(
-            faults(self, zero_when_equal=spec.zero_when_equal, exact_gradient=spec.exact_gradient)
+            find_problems(
+                self, zero_when_equal=spec.zero_when_equal, exact_gradient=spec.exact_gradient
+            )
         )
         if found:
             raise self._refused("; ".join(found))

@@ -181,7 +181,7 @@ def test_token_ratio(naive, logits, tokens, advantage, clip, importance, tempera
 def test_without_a_teacher_prompt_the_reward_alone_counts(naive, logits, tokens, advantage):
     """Row 0 has one, row 2 has none: what the teacher says there is no matter."""
     taught = [True, True, False, False, False]
-    tokens = evolve(tokens, taught=torch.tensor(taught))
+    tokens = evolve(tokens, has_teacher=torch.tensor(taught))
     other = SimpleNamespace(student=logits.student, teacher=logits.teacher.clone())
     other.teacher[2:] = torch.linspace(-3, 3, 7)
     term = pull(advantage, clip=CLIP)

@@ -18,7 +18,7 @@ from sdkit.language.specs import (
     TopKSupport,
     VocabularySupport,
 )
-from sdkit.losses.chunks import projected_loss, scored_logprobs, top_k_of
+from sdkit.losses.chunks import projected_loss, scored_logprobs, top_k_logprobs
 from sdkit.losses.objective import Objective
 from sdkit.losses.scores import logits as logits_of
 
@@ -179,7 +179,7 @@ def test_chunks_of_a_narrowed_teacher_are_the_whole_one(problem_of, tokens_of, c
     problem = problem_of([4, 2, 3])
     tokens = tokens_of(problem.token, row=problem.row, weights={"distil": torch.ones(9)})
     objective = Objective(Table({"distil": distil(top(4))}), 1.0)
-    told = top_k_of(problem.teacher, problem.token, 4, chunk)
+    told = top_k_logprobs(problem.teacher, problem.token, 4, chunk)
 
     def run(teacher):
         loss, stats = projected_loss(

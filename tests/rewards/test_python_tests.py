@@ -74,7 +74,7 @@ def judge(reward):
 def run(sandbox, program, given="", seconds=20.0):
     """One case of standard input; nothing of it may be left behind."""
     with sandbox.running(program, 2 * seconds) as jail:
-        found = jail.outcome(Case(kind="stdin", given=given, expected=""), seconds)
+        found = jail.outcome(Case(kind="stdin", input=given, expected=""), seconds)
     process = sandbox._idle.get_nowait()
     assert process.poll() is None
     children = f"/proc/{process.pid}/task/{process.pid}/children"
@@ -124,17 +124,17 @@ def test_forms_of_tests(make_row):
     def read(value):
         return read_tests(make_row(tests=value), "tests")
 
-    one = Case(kind="stdin", given="1 2", expected="3", cpu_seconds=2)
+    one = Case(kind="stdin", input="1 2", expected="3", cpu_seconds=2)
     table = {"inputs": ["1 2"], "outputs": ["3"], "testtype": "stdin", "time_limit": 2}
     assert read(table) == read(json.dumps(table)) == [one]
-    call = Case(kind="call", given=[[1, 2], 3], expected=None, function="f")
+    call = Case(kind="call", input=[[1, 2], 3], expected=None, function="f")
     lines = {"input": "[1, 2]\n3", "output": "null", "testtype": "functional", "fn_name": "f"}
     assert read([lines]) == read(json.dumps([lines])) == [call]
     assert read([{"input": [[1, 2], 3], "output": None, "fn_name": "f"}]) == [call]
-    asserts = [Case(kind="asserts", given=text) for text in ("assert f(1)", "assert f(2)")]
+    asserts = [Case(kind="asserts", input=text) for text in ("assert f(1)", "assert f(2)")]
     assert read(["assert f(1)", "assert f(2)"]) == asserts
     assert read("assert f(1)") == asserts[:1]
-    assert read("[1]\nassert f(1)") == [Case(kind="asserts", given="[1]\nassert f(1)")]
+    assert read("[1]\nassert f(1)") == [Case(kind="asserts", input="[1]\nassert f(1)")]
     coded = {"inputs": ["assert f(1)"], "outputs": [""], "testtype": "code"}
     assert [t.kind for t in read(coded)] == ["asserts"]
 
@@ -175,7 +175,7 @@ def test_tests_that_cannot_be_read(make_row, judge, value, message):
     ],
 )
 def test_printed_lines(got, expected, same):
-    assert Case(kind="stdin", given="", expected=expected).passed(got) is same
+    assert Case(kind="stdin", input="", expected=expected).passed(got) is same
 
 
 # ── what passes, and what is said of what fails ───────────────────────────────────────────────
@@ -401,7 +401,7 @@ def test_what_is_written_is_small_and_gone_with_the_test(sandboxes):
     assert "File too large" in run(sandbox, "open('x', 'wb').write(bytes(9 << 20))").errors
     program = "import os\nprint(os.listdir('/tmp'))\nopen('kept', 'w').write('x')"
     with sandbox.running(program, 60.0) as jail:
-        case = Case(kind="stdin", given="", expected="")
+        case = Case(kind="stdin", input="", expected="")
         assert [jail.outcome(case, 20.0).got for _ in range(2)] == ["[]\n"] * 2
 
 
@@ -491,7 +491,7 @@ def test_a_jail_that_does_not_answer_is_ended(sandboxes, monkeypatch):
     sandbox = sandboxes("without_namespaces")
     with sandbox.running("import time\ntime.sleep(600)", 1.0) as jail:
         process = jail.process
-        found = jail.outcome(Case(kind="stdin", given="", expected=""), 300.0)
+        found = jail.outcome(Case(kind="stdin", input="", expected=""), 300.0)
     assert found.ended == "It was ended with its sandbox."
     wait_until(lambda: not group_lives(process.pid))
     assert run(sandbox, "print(1)").got == "1\n"
@@ -508,7 +508,7 @@ def test_a_process_that_is_being_ended_is_not_taken_again(sandboxes, monkeypatch
     monkeypatch.setattr(rewards_sandbox, "_end", slowly)
     sandbox = sandboxes("without_namespaces")
     with sandbox.running("import time\ntime.sleep(600)", 0.5) as jail:
-        jail.outcome(Case(kind="stdin", given="", expected=""), 300.0)
+        jail.outcome(Case(kind="stdin", input="", expected=""), 300.0)
     assert run(sandbox, "print(1)").got == "1\n"
 
 
@@ -567,7 +567,7 @@ def test_without_user_namespaces_it_is_refused_unless_told_otherwise(
     assert caught.value.exit_code == 4
     assert caught.value.hint.startswith("isolation: without_namespaces runs them behind limits")
     without = Sandbox(PythonTests(**LIMITS, isolation="without_namespaces"))
-    assert run(without, "print(input())", "hello").got == "hello\n"
+    assert run(without, "print(input())", "hello").result == "hello\n"
 
 
 def test_other_machines_are_refused(monkeypatch):
