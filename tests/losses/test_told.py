@@ -133,19 +133,19 @@ def test_the_sampled_token_and_the_log_ratio(logits, tokens_of):
 
 REFUSED = {
     "the whole vocabulary": (distil(VocabularySupport()), 1.0, "needs the teacher's logits"),
-    "the student's choice": (distil(top(3, by="student")), 1.0, "not of the student's top 3"),
-    "more than was told": (distil(top(5)), 1.0, "own top 4, not of the teacher's top 5"),
+    "the student's choice": (distil(top(3, by="student")), 1.0, "not the student's top 3"),
+    "more than was told": (distil(top(5)), 1.0, "own top 4, not the teacher's top 5"),
     "a tempered tail": (distil(top(3)), 2.0, "no tail_bucket at 2"),
     "a tempered drop": (distil(top(3, "drop")), 2.0, "no drop at 2"),
     "a tempered token": (
         distil(SampledTokenSupport(), ReverseKl()),
         0.5,
-        "told of temperature 1, not of 0.5",
+        "at temperature 1, not 0.5",
     ),
     "a tempered advantage": (
         PolicyGradient(advantage=LogRatio()),
         0.5,
-        "told of temperature 1, not of 0.5",
+        "at temperature 1, not 0.5",
     ),
 }
 
