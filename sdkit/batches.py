@@ -1,8 +1,8 @@
-"""The nouns that flow through a step: rows, rollouts, micro-batches, teacher scores.
+"""Data types of a training step: rows, rollouts, micro-batches, teacher scores.
 
-Everything here is frozen and compared by identity.  Rollouts are ragged tuples of token ids; padding happens when a
-micro-batch is built and nowhere else.  Letters for shapes: N sequences, S padded length, M completion tokens that some
-loss term counts (all sequences of a micro-batch, one after the other), H hidden width, V vocabulary.
+Instances are frozen; those that hold tensors or rows compare by identity.  Rollouts are ragged tuples of token ids;
+padding is added only when a micro-batch is built.  Shapes: N sequences, S padded length, M completion tokens that some
+loss term counts (of all sequences of a micro-batch, in order), H hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Message = Mapping[str, str]
 
 @frozen(eq=False, kw_only=True)
 class Row:
-    """One row of a data set, with sdkit's names for its columns."""
+    """One row of a data set, with its columns under sdkit's names."""
 
     index: int
     messages: tuple[Message, ...]  # the student's prompt, as chat
@@ -37,7 +37,7 @@ class Row:
         return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
 
     def text(self, column: str) -> str | None:
-        """The text of a column; None where the row has none.  Raises BadData where it holds no text."""
+        """Returns the text of a column, or None if the row has none.  Raises BadData if the value is not text."""
         try:
             return text_of(self.columns.get(column))
         except Fault as fault:
@@ -46,38 +46,38 @@ class Row:
 
 @frozen(eq=False, kw_only=True)
 class Attempt:
-    """A rollout's completion as text, and what the reward made of it."""
+    """A rollout's completion as text, with its reward and feedback."""
 
     text: str
     reward: float
     feedback: str | None = None
-    answer: str | None = None  # the text without thinking; None: not worked out
+    answer: str | None = None  # the text without thinking; None: not computed
 
 
 @frozen(eq=False, kw_only=True)
 class GroupOutcome:
-    """What is known of a rollout once its group has been judged."""
+    """A rollout's group after scoring: the evidence that a teacher's context may use."""
 
     group: Sequence[Attempt]  # all rollouts of the prompt, in order
-    own: int  # this one's place in the group
-    seed: int  # for a random pick
+    own: int  # index of this rollout in the group
+    seed: int  # for a random choice
 
 
 @frozen(kw_only=True)
 class SamplingParams:
-    """How to sample; temperature 0 is greedy."""
+    """Sampling parameters; temperature 0 is greedy."""
 
     temperature: float
     top_p: float
     top_k: int
     max_new_tokens: int
     stop: tuple[str, ...] = ()
-    ids_below: int | None = None  # only ids below this are drawn; None: all that the model has
+    ids_below: int | None = None  # sample only ids below this; None: all ids of the model
 
 
 @frozen(kw_only=True)
 class SamplingRequest:
-    """One completion asked of a backend."""
+    """A request to a backend for one completion."""
 
     prompt_ids: tuple[int, ...]
     seed: int
@@ -85,19 +85,19 @@ class SamplingRequest:
 
 @frozen(eq=False, kw_only=True)
 class Completion:
-    """What a backend returns: ids up to and including the end token."""
+    """A backend's answer: ids up to and including the end token."""
 
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...] | None  # under the temperature and truncation used
-    finished: bool  # False where the length limit cut it
+    logprobs: tuple[float, ...] | None  # at the sampling temperature, after top-p and top-k
+    finished: bool  # False if the length limit cut it off
 
 
 @frozen(eq=False, kw_only=True)
 class LossMask:
-    """The tokens of a completion that one loss term counts, and what each of them weighs."""
+    """The tokens of a completion that one loss term counts, and their weights."""
 
     positions: tuple[int, ...]  # ascending
-    weights: tuple[float, ...] | None = None  # one a position; None: 1 everywhere
+    weights: tuple[float, ...] | None = None  # one per position; None: all 1
 
 
 @frozen(eq=False, kw_only=True)
@@ -105,31 +105,31 @@ class Rollout:
     """One prompt with one completion."""
 
     row: Row
-    group: int  # rollouts of one group answer the same prompt; numbered over all ranks
-    prompt_ids: tuple[int, ...]  # what the student sees in training
+    group: int  # rollouts of a group share their prompt; ids are unique over all ranks
+    prompt_ids: tuple[int, ...]  # the student's prompt in training
     teacher_prompt_ids: tuple[int, ...] | None  # None: no teacher for this rollout
     completion_ids: tuple[int, ...]
     sampler_logprobs: tuple[float, ...] | None
-    old_logprobs: tuple[float, ...] | None = (
-        None  # trainer's, before the first update on this batch
-    )
-    policy_version: int  # optimizer steps behind the weights that sampled
+    # Computed by the trainer, before the first update on this batch.
+    old_logprobs: tuple[float, ...] | None = None
+    policy_version: int  # optimizer steps completed by the weights that sampled
     finished: bool
-    reward: float | None = None  # of the reward that training uses
-    teacher_route: int = 0  # which of a routed teacher's routes is its teacher
-    filled_slots: tuple[str, ...] = ()  # slots of the teacher's context that had something to say
-    advantage: float | None = None  # the reward against its group
+    reward: float | None = None  # of the reward used for training
+    teacher_route: int = 0  # index of the route that teaches it, for a routed teacher
+    filled_slots: tuple[str, ...] = ()  # non-empty slots of the teacher's context
+    advantage: float | None = None  # the reward relative to its group
     group_rewards: tuple[float, ...] = ()  # of all rollouts of the group, as sampled
-    token_statistics: Mapping[str, tuple[float, ...]] = field(
-        factory=dict
-    )  # per token, before the first update on this batch (measures.py)
-    loss_masks: Mapping[str, LossMask] | None = None  # per loss term; None: not worked out yet
-    branch: Literal["then", "otherwise"] | None = None  # of the method's route, where it has one
+    # Per token, before the first update on this batch (train/token_statistics.py).
+    token_statistics: Mapping[str, tuple[float, ...]] = field(factory=dict)
+    loss_masks: Mapping[str, LossMask] | None = None  # per loss term; None: not computed yet
+    branch: Literal["then", "otherwise"] | None = (
+        None  # branch of the method's route, if it has one
+    )
 
 
 @frozen(eq=False, kw_only=True)
 class RolloutBatch:
-    """All rollouts of one step on this rank; groups stand together."""
+    """All rollouts of one step on this rank; each group is contiguous."""
 
     rollouts: tuple[Rollout, ...]
 
@@ -140,7 +140,7 @@ class RolloutBatch:
         return len(self.rollouts)
 
     def check(self) -> None:
-        """Raise ValueError where a rollout contradicts itself or a group is torn."""
+        """Raises ValueError if a rollout is inconsistent or a group is not contiguous."""
         seen: list[int] = []
         for r in self.rollouts:
             for name in ("sampler_logprobs", "old_logprobs"):
@@ -153,26 +153,26 @@ class RolloutBatch:
             if not r.prompt_ids:
                 raise ValueError(f"rollout of row {r.row.index} has no prompt")
             if r.group in seen[:-1]:
-                raise ValueError(f"group {r.group} does not stand together")
+                raise ValueError(f"group {r.group} is not contiguous")
             if not seen or seen[-1] != r.group:
                 seen.append(r.group)
 
     def split(self, parts: int) -> tuple[RolloutBatch, ...]:
-        """Whole groups dealt into `parts` batches, in order."""
+        """Splits the batch into `parts` batches of whole groups, in order."""
         groups: dict[int, list[Rollout]] = {}
         for r in self.rollouts:
             groups.setdefault(r.group, []).append(r)
-        held = list(groups.values())
-        edges = [round(i * len(held) / parts) for i in range(parts + 1)]
+        contents = list(groups.values())
+        edges = [round(i * len(contents) / parts) for i in range(parts + 1)]
         return tuple(
-            RolloutBatch(rollouts=tuple(r for g in held[a:b] for r in g))
+            RolloutBatch(rollouts=tuple(r for g in contents[a:b] for r in g))
             for a, b in itertools.pairwise(edges)
         )
 
 
 @frozen(eq=False, kw_only=True)
 class UnpaddedSequence:
-    """One sequence without padding, and the positions of its completion whose tokens are among the M."""
+    """One sequence without padding; `positions` of its completion are among the M tokens."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
@@ -187,44 +187,39 @@ class PaddedSequences:
     attention_mask: Tensor  # [R, S] long, 1 on tokens, padding on the right; [R, 1, S, S] bool where rows are shared
     positions: Tensor | None  # [R, S] long where rows are shared
     tokens: int  # without padding
-    predictor_index: (
-        Tensor  # [M] long; index into the flattened [R * S] of the state that predicts a token
-    )
-    texts: tuple[UnpaddedSequence, ...]  # the N sequences one by one
+    # [M] long; index into the flattened [R * S] of the hidden state that predicts a token.
+    predictor_index: Tensor
+    texts: tuple[UnpaddedSequence, ...]  # the N sequences, unpadded
 
 
 @frozen(eq=False, kw_only=True)
 class Tokens:
-    """The M counted tokens and all that the losses know of each."""
+    """The M counted tokens, with the values that the losses need of each."""
 
     token: Tensor  # [M] long; the sampled id
     row: Tensor  # [M] long; sequence in the micro-batch, 0..N-1, ascending
-    weights: Mapping[
-        str, Tensor
-    ]  # per loss term: [M] float32; 0 where the term does not count the token
+    # Per loss term: [M] float32; 0 at tokens that the term does not count.
+    weights: Mapping[str, Tensor]
     sampler_logprobs: Tensor | None  # [M] float32
-    old_logprobs: Tensor | None  # [M] float32; None: the log-probabilities now, detached
-    ratio: Tensor | None = None  # [M] float32; sampler correction where it needs whole sequences
+    old_logprobs: Tensor | None  # [M] float32; None: use the current log-probabilities, detached
+    ratio: Tensor | None = None  # [M] float32; sampler correction, if it needs complete sequences
     advantages: Tensor | None = None  # [M] float32; from the reward of the token's rollout
-    has_teacher: Tensor | None = (
-        None  # [M] bool; whether its rollout has a teacher prompt (None: all)
-    )
-    sequence_means: Mapping[str, Tensor] = field(
-        factory=dict
-    )  # [M] float32 each, of what a term needs the mean over whole sequences of (objective.py)
+    has_teacher: Tensor | None = None  # [M] bool; whether the rollout has a teacher (None: all)
+    # [M] float32 each: means over complete sequences (losses/policy_terms.py).
+    sequence_means: Mapping[str, Tensor] = field(factory=dict)
 
     def __len__(self) -> int:
         return self.token.numel()
 
     def slice(self, start: int, end: int) -> Tokens:
-        """Tokens start..end; views, no copies."""
-        return self._each(lambda x: x[start:end])
+        """Returns tokens start..end as views."""
+        return self._map(lambda x: x[start:end])
 
     def to(self, device: torch.device) -> Tokens:
-        """The same tokens on another device."""
-        return self._each(lambda x: x.to(device))
+        """Returns the tokens on another device."""
+        return self._map(lambda x: x.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
         def optional(x: Tensor | None) -> Tensor | None:
             return None if x is None else change(x)
 
@@ -243,18 +238,18 @@ class Tokens:
 
 @frozen(eq=False, kw_only=True)
 class MicroBatch:
-    """What one forward and backward pass needs.  May hold no rows at all (a rank that ran short)."""
+    """Input of one forward and backward pass.  May have no rows, on a rank with fewer rollouts than others."""
 
     student: PaddedSequences
     teacher: PaddedSequences | None
     tokens: Tokens
     rows: int  # N
-    teacher_routes: tuple[int, ...]  # [N]; which of a routed teacher's routes scores a sequence
+    teacher_routes: tuple[int, ...]  # [N]; index of the route that scores a sequence
 
 
 @frozen(kw_only=True)
 class Counts:
-    """Sizes of the global batch (all micro-batches, all ranks) as one loss term sees it."""
+    """Sizes of the global batch (all micro-batches, all ranks) for one loss term."""
 
     rows: int
     filled_rows: int  # rows with at least one counted token
@@ -263,14 +258,14 @@ class Counts:
 
 @frozen(eq=False, kw_only=True)
 class LogitTransform:
-    """Computes logits from head × hidden: softcap(scale × (product + bias)), where the model has these parts."""
+    """Computes logits from head × hidden: softcap(scale × (product + bias)); each part is optional."""
 
     scale: float = 1.0
     softcap: float | None = None  # x -> softcap × tanh(x / softcap)
     bias: Tensor | None = None  # [V]
 
     def __call__(self, products: Tensor) -> Tensor:
-        """[..., V] -> [..., V] of the same dtype; the argument itself where nothing changes it."""
+        """[..., V] -> [..., V] of the same dtype; returns the argument itself if all parts are absent."""
         logits = products if self.bias is None else products + self.bias
         if self.scale != 1:
             logits = logits * self.scale
@@ -279,82 +274,82 @@ class LogitTransform:
         return logits
 
     def first(self, rows: int | None) -> LogitTransform:
-        """The transform of the first `rows` ids."""
+        """Returns the transform of the first `rows` ids."""
         return self if self.bias is None else evolve(self, bias=self.bias[:rows])
 
     def detached(self) -> LogitTransform:
-        """The same values without gradient."""
+        """Returns the transform without gradient."""
         return self if self.bias is None else evolve(self, bias=self.bias.detach())
 
 
-PLAIN = LogitTransform()
+IDENTITY = LogitTransform()
 
 
 @frozen(eq=False, kw_only=True)
 class HiddenStateScores:
-    """A local teacher's answer: hidden states, projected chunk by chunk beside the student's."""
+    """A local teacher's hidden states, projected to logits chunk by chunk together with the student's."""
 
     hidden: Tensor  # [M, H]
     head: Tensor  # [V, H]; no gradient
-    transform: LogitTransform = PLAIN  # no gradient
+    transform: LogitTransform = IDENTITY  # no gradient
 
 
 @frozen(eq=False, kw_only=True)
 class RoutedScores:
-    """Several teachers' answers: each token has one of them."""
+    """Scores of several teachers; each token is scored by one of them."""
 
     parts: tuple[TeacherScores, ...]
-    part: Tensor  # [M] long; which part
-    place: Tensor  # [M] long; where in it
+    part: Tensor  # [M] long; index into `parts`
+    place: Tensor  # [M] long; token index within the part
     vocabulary: int
 
 
 @frozen(eq=False, kw_only=True)
 class TopKLogprobs:
-    """What a teacher told of a few ids alone, at temperature 1: its k likeliest, and the sampled token."""
+    """A teacher's log-probabilities of its k likeliest ids and of the sampled token, at temperature 1."""
 
     ids: Tensor  # [M, K] long, likeliest first; K may be 0
-    logprobs: Tensor  # [M, K] float32; -inf: no such token (the student has no such id)
+    logprobs: Tensor  # [M, K] float32; -inf: padding (the student has no such id)
     sampled: Tensor  # [M] float32
 
-    def at(self, places: slice | Tensor) -> TopKLogprobs:
-        """The same of some of the tokens."""
+    def at(self, index: slice | Tensor) -> TopKLogprobs:
+        """Returns the selected tokens."""
         return TopKLogprobs(
-            ids=self.ids[places], logprobs=self.logprobs[places], sampled=self.sampled[places]
+            ids=self.ids[index], logprobs=self.logprobs[index], sampled=self.sampled[index]
         )
 
 
 @frozen(eq=False, kw_only=True)
 class BlendedScores:
-    """A product of powers of several answers, which is a sum of their logits: Q ∝ Π part^factor, at any temperature.
+    """A product of powers of several teachers, Q ∝ Π part^factor: a weighted sum of logits, at any temperature.
 
-    Not normalised.  As an advantage log Q − log S the logarithm of the normaliser is one number a state: a baseline,
-    without a part in the expected gradient of tokens drawn from the student (where no floor or clip binds).
+    Not normalised.  In the advantage log Q − log S, the log of the normaliser is one number per state: a baseline, which
+    does not change the expected gradient of tokens sampled from the student (unless a floor or clip applies).
     """
 
     parts: tuple[TeacherScores, ...]
-    factors: tuple[float, ...]  # one a part, as they are at this optimizer step; none of them 0
+    factors: tuple[float, ...]  # one per part, at this optimizer step; none is 0
 
 
 TeacherScores = HiddenStateScores | RoutedScores | TopKLogprobs | BlendedScores
-"""What a teacher says of the counted tokens."""
+"""A teacher's scores of the M counted tokens."""
 
 
 class RolloutBackend(Protocol):
-    """Token ids in, token ids out."""
+    """Samples completions: token ids in, token ids out."""
 
     name: str
 
     def load(self, weights: Any, version: int) -> Mapping[str, float]:
-        """Take these weights; returns figures of the transfer (seconds, canary difference)."""
+        """Loads weights; returns metrics of the transfer (seconds, canary difference)."""
         ...
 
     def sample(
         self, requests: Sequence[SamplingRequest], sampling: SamplingParams
     ) -> list[Completion]:
-        """One completion per request, in order; equal requests give equal completions."""
+        """Returns one completion per request, in order; equal requests give equal completions."""
         ...
 
     def close(self) -> None:
-        """Free what the backend holds."""
+        """Releases the backend's resources."""
         ...

@@ -1,8 +1,8 @@
-"""Control tokens that the text of a row spells, such as `<|im_end|>`: which there are, and how they stay text.
+"""Control tokens that the text of a row spells out, such as `<|im_end|>`: finds them, and encodes them as plain text.
 
-A hidden spelling is one character of a private plane in the place of a token's name, so that chat templates and cuts
-take it for text.  To encode it, a copy of the tokenizer has other names for its control tokens: the template's own are
-written by these names, and what was hidden is spelled again, which for the copy is text like any other.
+`hide` replaces each spelled-out control token with one private-use character, which chat templates and truncation treat
+as text.  To encode such text, a copy of the tokenizer gives its control tokens other names.  The template's own control
+tokens are written with the new names; hidden ones get their original spelling back, which the copy reads as plain text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from sdkit.language.errors import BadData
 
 HIDDEN, RENAMED, END = 0x100000, 0x108000, 0x10FFFE
-"""Where the characters of hidden spellings and of other names begin, and the end of their plane."""
+"""First characters for hidden spellings and for new names, and the end of their Unicode plane."""
 _PRIVATE = re.compile(f"[{chr(HIDDEN)}-{chr(END)}]")
 
 
@@ -29,37 +29,37 @@ class ControlTokens:
         self.ids = {token.content: i for i, token in added.items() if token.special}
         names = sorted(self.ids, key=len, reverse=True)
         self._number = {name: number for number, name in enumerate(names)}
-        self._spelled = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
-    def spelled(self, text: str) -> str | None:
-        """The first control token that a text spells; None where it spells none."""
-        match = self._spelled.search(text)
+    def find(self, text: str) -> str | None:
+        """Returns the first control token that a text spells out, or None."""
+        match = self._pattern.search(text)
         return match[0] if match else None
 
     def hide(self, text: str) -> str:
-        """The text with every control token that it spells hidden."""
+        """Returns the text with every spelled-out control token hidden.  Raises BadData if it has private characters."""
         if _PRIVATE.search(text):
             raise BadData("text with a character of Unicode's last private plane")
-        return self._spelled.sub(lambda match: chr(HIDDEN + self._number[match[0]]), text)
+        return self._pattern.sub(lambda match: chr(HIDDEN + self._number[match[0]]), text)
 
-    def hides(self, text: str) -> bool:
-        """Whether a text has a hidden spelling in it."""
+    def has_hidden(self, text: str) -> bool:
+        """Whether a text contains a hidden control token."""
         return _PRIVATE.search(text) is not None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """The ids of a text: what it spells are control tokens, what it hides is text."""
-        renamed = self._spelled.sub(lambda match: chr(RENAMED + self._number[match[0]]), text)
-        controls = len(self._spelled.findall(text))
+        """Encodes a text: spelled-out control tokens become control tokens, hidden ones plain text."""
+        renamed = self._pattern.sub(lambda match: chr(RENAMED + self._number[match[0]]), text)
+        controls = len(self._pattern.findall(text))
         names = list(self._number)
-        shown = _PRIVATE.sub(lambda match: _name(match[0], names), renamed)
-        ids = self._copy.encode(shown, add_special_tokens=False).ids
+        revealed = _PRIVATE.sub(lambda match: _reveal(match[0], names), renamed)
+        ids = self._copy.encode(revealed, add_special_tokens=False).ids
         if sum(i in self._control_ids for i in ids) != controls:
             raise BadData("this tokenizer cannot keep the names of control tokens as text")
-        return (*(self._start if add_special_tokens else ()), *ids)
+        return (*(self._prefix if add_special_tokens else ()), *ids)
 
     @cached_property
-    def _start(self) -> tuple[int, ...]:
-        """What the tokenizer puts before a text."""
+    def _prefix(self) -> tuple[int, ...]:
+        """The ids that the tokenizer adds before a text."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         marked = self.tokenizer("a")["input_ids"]
         return tuple(marked[: marked.index(plain[0])])
@@ -70,7 +70,7 @@ class ControlTokens:
 
     @cached_property
     def _copy(self) -> Any:
-        """The tokenizer with other names for its control tokens, under the ids that they have."""
+        """A copy of the tokenizer with other names for its control tokens, which keep their ids."""
         from tokenizers import Tokenizer
 
         if not self.tokenizer.is_fast:
@@ -85,7 +85,7 @@ class ControlTokens:
         model = state["model"]
         model["vocab"] = _renamed_vocabulary(model["vocab"], renamed)
         if "merges" in model:
-            model["merges"] = [m for m in model["merges"] if not _makes(m, renamed)]
+            model["merges"] = [m for m in model["merges"] if not _involves(m, renamed)]
         if model.get("unk_token") in renamed:
             model["unk_token"] = renamed[model["unk_token"]]
         state |= {"truncation": None, "padding": None, "post_processor": None}
@@ -97,14 +97,14 @@ class ControlTokens:
         return copy
 
 
-def _name(character: str, names: list[str]) -> str:
-    """What stands for a private character: the name that it hides, or itself where it is another name."""
+def _reveal(character: str, names: list[str]) -> str:
+    """The name that a private character hides, or the character itself if it is a new name."""
     number = ord(character) - HIDDEN
     return names[number] if number < RENAMED - HIDDEN else character
 
 
-def _makes(merge: Any, names: Collection[str]) -> bool:
-    """Whether a merge of BPE makes one of these pieces, or takes one."""
+def _involves(merge: Any, names: Collection[str]) -> bool:
+    """Whether a BPE merge produces or consumes one of these pieces."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left + right in names or left in names or right in names
 

@@ -1,7 +1,7 @@
-"""Prompts as token ids: the chat template, and what the teacher sees.  Knows nothing of completions or weights.
+"""Prompts of student and teacher as token ids, from the chat template.  Knows nothing of completions or weights.
 
-A completion's ids are appended to either prompt as they were sampled, so both prompts must end at the same place: the
-generation prompt.  Nothing here ever cuts it, the prompt, or a template's own text; only what fills the slots.
+The sampled ids of a completion are appended to both prompts, so both must end with the same generation prompt.  Only the
+contents of slots are ever truncated, never the generation prompt, the prompt, or a template's own text.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from attrs import evolve, frozen
 
 from sdkit.batches import GroupOutcome, Message, Row
 from sdkit.data.control_tokens import ControlTokens
-from sdkit.data.teacher_context import look_up_in, parsed, slot_values, teacher_messages
+from sdkit.data.teacher_context import parsed, slot_lookup, slot_values, teacher_messages
 from sdkit.data.thinking import TAGS, opening_tag
-from sdkit.data.turn_ends import end_turn, open_ended
+from sdkit.data.turn_ends import append_end_token, encode_prompt
 from sdkit.language.errors import BadData, blaming, first_of, listed, one_line
 from sdkit.language.specs import (
     AnswerStart,
@@ -31,32 +31,32 @@ Ids = tuple[int, ...]
 
 @frozen(kw_only=True)
 class TeacherPrompt:
-    """What the teacher sees before a completion."""
+    """The teacher's prompt."""
 
     ids: Ids
     messages: tuple[Message, ...]
-    cut_tokens: int  # by how much the slots were shortened to fit
-    filled: tuple[str, ...] = ()  # names of the slots that had something to say
+    cut_tokens: int  # how many tokens were cut from the slots to fit
+    filled: tuple[str, ...] = ()  # names of the non-empty slots
 
 
 @frozen(kw_only=True)
 class SideBySide:
-    """Both prompts of a row for display; a completion is spliced in at the end of each."""
+    """Both prompts of a row, for display; a completion is appended to each."""
 
     student: str
     teacher: str | None  # None: the row has no teacher
-    student_tokens: int  # the completion's first place in the student's sequence
+    student_tokens: int  # index of the completion's first token in the student's sequence
     teacher_tokens: int | None
     cut_tokens: int
-    generation_prompt: str  # what stands just before the splice
+    generation_prompt: str  # the end of both prompts, directly before the completion
 
 
 class Prompter:
-    """Rows to token ids with one tokenizer and one set of chat-template options.
+    """Encodes rows with one tokenizer and one set of chat-template options.
 
-    A tokenizer without a chat template gets the contents of the messages, joined by blank lines.  A chat template that
-    prints the date prints `now`.  With `keep_text` control tokens that rows and rollouts spell stay text.  Raises
-    BadData where an option is one that the chat template never reads.
+    Without a chat template, the contents of the messages are joined by blank lines.  A chat template that prints the
+    date prints `now`.  With `keep_text`, control tokens spelled out in rows and rollouts are encoded as plain text.
+    Raises BadData if the chat template never reads one of the options.
     """
 
     def __init__(
@@ -80,41 +80,41 @@ class Prompter:
                 raise BadData(f"the chat template never reads the option '{name}'")
 
     def ids(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> Ids:
-        """The messages as token ids.  Raises BadData naming the row where the chat template refuses them."""
-        hides = any(self.control.hides(m["content"]) for m in messages)
+        """Returns the messages as token ids.  Raises BadData naming the row if the chat template rejects them."""
+        has_hidden = any(self.control.has_hidden(m["content"]) for m in messages)
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(m["content"] for m in messages)
-            if hides:
+            if has_hidden:
                 return self.control.encode(text, add_special_tokens=True)
-            return open_ended(self.tokenizer, text)
-        if hides:
+            return encode_prompt(self.tokenizer, text)
+        if has_hidden:
             text = self.chat(row, messages, generation_prompt=generation_prompt, tokenize=False)
             return self.control.encode(text, add_special_tokens=False)
         encoded = self.chat(row, messages, generation_prompt=generation_prompt, tokenize=True)
         return tuple(encoded["input_ids"])
 
     def text_ids(self, text: str) -> Ids:
-        """The ids of a row's text that stands in no chat, such as a completion."""
-        return self._encoded(self._hidden(text))
+        """Returns the ids of a text outside the chat, such as a completion."""
+        return self._encode(self._hide(text))
 
     def completion_ids(self, text: str, end: int) -> Ids:
-        """A data set's completion as token ids, ended by `end` unless the text spells an end token itself."""
-        return end_turn(self.text_ids(text), end, self.tokenizer.eos_token_id)
+        """Returns a data set's completion as token ids, ended by `end` unless the text ends with an end token."""
+        return append_end_token(self.text_ids(text), end, self.tokenizer.eos_token_id)
 
-    def _encoded(self, text: str) -> Ids:
-        if self.control.hides(text):
+    def _encode(self, text: str) -> Ids:
+        if self.control.has_hidden(text):
             return self.control.encode(text, add_special_tokens=False)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _hidden(self, text: str) -> str:
+    def _hide(self, text: str) -> str:
         return self.control.hide(text) if self.keep_text else text
 
     def messages(self, row: Row) -> tuple[Message, ...]:
-        """The row's chat, its control tokens hidden where they are to stay text."""
+        """Returns the row's chat; with `keep_text`, its control tokens are hidden."""
         if not self.keep_text:
             return row.messages
         try:
-            return tuple({**m, "content": self._hidden(m["content"])} for m in row.messages)
+            return tuple({**m, "content": self._hide(m["content"])} for m in row.messages)
         except BadData as error:
             raise BadData(f"row {row.index}: {error.message}") from None
 
@@ -126,7 +126,7 @@ class Prompter:
         generation_prompt: bool = True,
         tokenize: bool = False,
     ) -> Any:
-        """What the chat template makes of the messages.  Raises BadData naming the row where it refuses them."""
+        """Renders the messages with the chat template.  Raises BadData naming the row if the template rejects them."""
         options = dict(self.options)
         if "strftime_now" in str(self.tokenizer.chat_template):
             options["strftime_now"] = self.now.strftime
@@ -145,74 +145,76 @@ class Prompter:
             ) from error
 
     def student_ids(self, row: Row) -> Ids:
-        """The student's prompt, generation prompt included.  Raises BadData as `ids` does."""
+        """Returns the student's prompt with its generation prompt.  Raises BadData as `ids` does."""
         return self.ids(row, self.messages(row))
 
     def generation_prompt(self, row: Row, messages: Sequence[Message]) -> Ids:
-        """The ids at the end of the prompt that invite the assistant; none without a chat template."""
+        """Returns the ids at the end of the prompt that start the assistant's turn; none without a chat template."""
         if self.tokenizer.chat_template is None:
             return ()
-        whole = self.ids(row, messages)
+        full = self.ids(row, messages)
         bare = self.ids(row, messages, generation_prompt=False)
-        pairs = zip(whole, bare, strict=False)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(bare)))
-        return whole[shared:]
+        pairs = zip(full, bare, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(full), len(bare)))
+        return full[shared:]
 
     def opening(self, row: Row) -> str:
-        """The tag of thinking that the generation prompt of a row leaves open; "" where there is none."""
+        """Returns the thinking tag that the generation prompt of a row leaves open, or ""."""
         prompt = self.tokenizer.decode(self.generation_prompt(row, row.messages))
         tag = opening_tag(prompt)
         if not tag or tag in dict(TAGS):
             return tag
-        # A tag that names the assistant stands before the text of its messages too.
+        # A tag that names the assistant also precedes the text of its finished messages.
         finished = (*row.messages, {"role": "assistant", "content": "ok"})
         try:
             ids = self.ids(row, finished, generation_prompt=False)
         except BadData:
             return tag
-        names_assistant = _squeezed(prompt) + "ok" in _squeezed(self.tokenizer.decode(ids))
+        names_assistant = _without_whitespace(prompt) + "ok" in _without_whitespace(
+            self.tokenizer.decode(ids)
+        )
         return "" if names_assistant else tag
 
     def teacher_ids(
         self, row: Row, sees: Sees | None, evidence: GroupOutcome | None = None
     ) -> TeacherPrompt | None:
-        """The teacher's prompt, shortened to `max_prompt_tokens`; None where a required slot is unfilled.
+        """Returns the teacher's prompt, truncated to `max_prompt_tokens`; None if a required slot is empty.
 
-        `evidence` fills the slots that speak of rollouts.  Raises BadData naming the row where even empty slots leave
-        the prompt too long.
+        `evidence` fills the slots about rollouts.  Raises BadData naming the row if the prompt is too long even with
+        empty slots.
         """
         if sees is None:
             return TeacherPrompt(ids=self.student_ids(row), messages=row.messages, cut_tokens=0)
-        values = slot_values(row, sees, evidence, self._hidden)
+        values = slot_values(row, sees, evidence, self._hide)
         row = evolve(row, messages=self.messages(row))
         if values is None:
             return None
-        whole = self._render(row, sees, values)
-        if sees.max_prompt_tokens is None or len(whole.ids) <= sees.max_prompt_tokens:
-            return whole
-        shortened = self._shortened(row, sees, values)
-        return evolve(shortened, cut_tokens=len(whole.ids) - len(shortened.ids))
+        full = self._render(row, sees, values)
+        if sees.max_prompt_tokens is None or len(full.ids) <= sees.max_prompt_tokens:
+            return full
+        truncated = self._truncate_slots(row, sees, values)
+        return evolve(truncated, cut_tokens=len(full.ids) - len(truncated.ids))
 
     def _render(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
         messages = tuple(teacher_messages(row, sees, values))
         filled = tuple(name for name, value in values.items() if value)
         ids = self.ids(row, messages)
         if isinstance(sees, AnswerStart):
-            text = fill(parsed(sees.template), look_up_in({**values, "prompt": row.prompt_text}))
-            ids += self._encoded(text)
+            text = fill(parsed(sees.template), slot_lookup({**values, "prompt": row.prompt_text}))
+            ids += self._encode(text)
         return TeacherPrompt(ids=ids, messages=messages, cut_tokens=0, filled=filled)
 
-    def _shortened(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
-        """The column slots cut to a common number of tokens, the largest that fits: the longest give first."""
+    def _truncate_slots(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
+        """Truncates the slots to a common number of tokens, the largest that fits, so the longest lose most."""
         limit = sees.max_prompt_tokens or 0
-        cut = (name for name, slot in sees.slots.items() if not isinstance(slot, Wording))
-        starts = {name: self._token_starts(values[name]) for name in cut}
+        names = (name for name, slot in sees.slots.items() if not isinstance(slot, Wording))
+        starts = {name: self._token_starts(values[name]) for name in names}
 
-        def keeping(count: int) -> TeacherPrompt:
-            kept = {n: _kept(values[n], at, count, sees.cut) for n, at in starts.items()}
-            return self._render(row, sees, {**values, **kept})
+        def with_slots_of(count: int) -> TeacherPrompt:
+            cut = {n: _truncate(values[n], at, count, sees.cut) for n, at in starts.items()}
+            return self._render(row, sees, {**values, **cut})
 
-        best = keeping(0)
+        best = with_slots_of(0)
         if len(best.ids) > limit:
             raise BadData(
                 f"row {row.index}: the teacher's prompt has {len(best.ids)} tokens with every slot empty, "
@@ -222,27 +224,27 @@ class Prompter:
         low, high = 0, max(map(len, starts.values()), default=0)
         while high - low > 1:  # `low` fits, `high` does not
             middle = (low + high) // 2
-            tried = keeping(middle)
-            if len(tried.ids) <= limit:
-                low, best = middle, tried
+            candidate = with_slots_of(middle)
+            if len(candidate.ids) <= limit:
+                low, best = middle, candidate
             else:
                 high = middle
         return best
 
     def _token_starts(self, text: str) -> list[int]:
-        """Where the tokens of a text begin; for a tokenizer that cannot say, where its characters do."""
+        """Start offsets of the tokens of a text; of its characters if the tokenizer is not a fast one."""
         if not self.tokenizer.is_fast:
             return list(range(len(text)))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [start for start, _ in encoded["offset_mapping"]]
 
 
-def _squeezed(text: str) -> str:
+def _without_whitespace(text: str) -> str:
     return "".join(text.split())
 
 
-def _kept(text: str, starts: Sequence[int], count: int, cut: str) -> str:
-    """The first or the last `count` tokens of a text."""
+def _truncate(text: str, starts: Sequence[int], count: int, cut: str) -> str:
+    """The first `count` tokens of a text, or the last ones with `cut: start`."""
     if count >= len(starts):
         return text
     if cut == "end":
@@ -254,18 +256,18 @@ def _kept(text: str, starts: Sequence[int], count: int, cut: str) -> str:
 
 
 def check_generation_prompt(prompter: Prompter, row: Row, teacher: TeacherPrompt) -> None:
-    """Raise BadData unless both prompts of a row end with the same generation prompt.
+    """Raises BadData unless both prompts of a row end with the same generation prompt.
 
-    Chat templates can switch the thinking mode by what a message says; then the teacher would score the completion
-    as the continuation of another turn.
+    Some chat templates switch the thinking mode on the text of a message.  The teacher would then score the completion
+    as the continuation of a different turn.
     """
-    own = prompter.generation_prompt(row, row.messages)
-    other = prompter.generation_prompt(row, teacher.messages)
-    if own != other:
+    of_student = prompter.generation_prompt(row, row.messages)
+    of_teacher = prompter.generation_prompt(row, teacher.messages)
+    if of_student != of_teacher:
         decode = prompter.tokenizer.decode
         raise BadData(
-            f"row {row.index}: before the completion the student's prompt ends with {decode(own)!r} and the "
-            f"teacher's with {decode(other)!r}, so the teacher would score a completion of another turn",
+            f"row {row.index}: before the completion the student's prompt ends with {decode(of_student)!r} and the "
+            f"teacher's with {decode(of_teacher)!r}, so the teacher would score a completion of another turn",
             hint="give both the same thinking mode: see the text of teacher.sees",
         )
 
@@ -276,7 +278,7 @@ def check_prompts(
     sees: Sees | None = None,
     max_prompt_tokens: int | None = None,
 ) -> list[tuple[Ids, TeacherPrompt | None]]:
-    """Both prompts of every row.  Raises BadData naming each row that has a fault and what it is."""
+    """Returns both prompts of every row.  Raises BadData that names each faulty row and its fault."""
     faults: list[BadData] = []
     prompts: list[tuple[Ids, TeacherPrompt | None]] = []
     for row in rows:
@@ -293,13 +295,13 @@ def check_prompts(
         except BadData as error:
             faults.append(error)
     if faults:
-        said = first_of([fault.message for fault in faults])
-        raise BadData(said, hint=faults[0].hint, path=faults[0].path)
+        message = first_of([fault.message for fault in faults])
+        raise BadData(message, hint=faults[0].hint, path=faults[0].path)
     return prompts
 
 
 def check_repeatable(prompter: Prompter, rows: Iterable[Row], times: int = 8) -> None:
-    """Raise BadData where the chat template makes different prompts of the same messages, or draws random numbers."""
+    """Raises BadData if the chat template renders the same messages differently, or draws random numbers."""
     if prompter.tokenizer.chat_template is None:
         return
     for row in rows:
@@ -313,7 +315,7 @@ def check_repeatable(prompter: Prompter, rows: Iterable[Row], times: int = 8) ->
 
 
 def side_by_side(prompter: Prompter, row: Row, sees: Sees | None) -> SideBySide:
-    """What student and teacher see of a row, exactly as the tokens say it.  Raises BadData as `teacher_ids` does."""
+    """Returns the prompts of student and teacher, decoded from their tokens.  Raises BadData as `teacher_ids` does."""
     decode = prompter.tokenizer.decode
     student, teacher = prompter.student_ids(row), prompter.teacher_ids(row, sees)
     return SideBySide(

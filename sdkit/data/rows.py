@@ -1,7 +1,7 @@
-"""Rows: from a source, through the columns, to chat prompts.  Knows nothing of tokens, teachers or rewards.
+"""Reads rows from a source and maps their columns to chat prompts.  Knows nothing of tokens, teachers or rewards.
 
-Messages name a line of a JSON Lines file as `file:line`, counted from 1, and a row of any other source by its index,
-counted from 0, which is `Row.index`.
+Error messages name a line of a JSON Lines file as `file:line`, counted from 1, and a row of any other source by its
+index, counted from 0, which is `Row.index`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from sdkit.batches import Message, Row
-from sdkit.data.sources import Found, Raw, read_source, source_name
+from sdkit.data.sources import Raw, RawRows, read_source, source_name
 from sdkit.language.errors import BadData, first_of, listed, nearest, shorten
 from sdkit.language.row_text import (
     Fault,
@@ -48,12 +48,12 @@ def load_rows(
     needed: Collection[str] = (),
     texts: Collection[str] = (),
 ) -> list[Row]:
-    """The rows of a source with sdkit's names for their columns, and their prompts as chat.
+    """Returns the rows of a source, with their columns under sdkit's names and their prompts as chat.
 
-    `base` is the folder that relative paths start from, `fallback_columns` stand in where the data state none, and
-    the columns in `needed` must not be empty, those in `texts` must have a text where they are not.  A column template
-    with a null in it gives null.  Raises BadData that names every fault of every row at once, and BadEnvironment where
-    a package or the hub is out of reach.
+    `base` is the folder that relative paths start from; `fallback_columns` are used if the data name no columns.
+    Columns in `needed` must not be empty; those in `texts` must be text or empty.  A column template with a null field
+    gives null.  Raises BadData that lists the faults of all rows, and BadEnvironment if a package or the hub is
+    unavailable.
     """
     columns = data.columns if data.columns is not None else fallback_columns
     if columns is None or "prompt" not in columns:
@@ -63,19 +63,19 @@ def load_rows(
             raise BadData(
                 f"the run needs a column '{name}', but columns name only {listed(columns)}"
             )
-    name, found = source_name(data.source), read_source(data.source, base, data.limit)
-    if not found:
+    name, raw_rows = source_name(data.source), read_source(data.source, base, data.limit)
+    if not raw_rows:
         raise BadData(f"{name} has no rows")
-    templates = {key: _template(key, column) for key, column in columns.items()}
-    present, faults = _present(templates, found, name)
+    templates = {key: _parse_column(key, column) for key, column in columns.items()}
+    present, faults = _drop_absent(templates, raw_rows, name)
     rows = []
-    for index, (place, raw) in enumerate(found):
+    for index, (place, raw) in enumerate(raw_rows):
         try:
             rows.append(_row(index, raw, present, needed, texts))
         except Fault as fault:
             faults.append(f"{place}: {fault}")
     if faults:
-        _give_up(faults)
+        raise BadData(first_of(faults))
     return rows
 
 
@@ -99,68 +99,64 @@ def _row(
 
 
 def _in_column(name: str, read: Callable[[Any], Any], value: Any) -> Any:
-    """What `read` makes of a value; its fault names the column."""
+    """Reads a value with `read`; a fault names the column."""
     try:
         return read(value)
     except Fault as fault:
         raise Fault(f"'{name}' is {fault}") from None
 
 
-def _give_up(faults: Sequence[str]) -> NoReturn:
-    raise BadData(first_of(faults))
-
-
 def fingerprint(rows: Iterable[Row]) -> str:
-    """SHA-256 of the messages and columns of the rows, in order; the same in every process."""
+    """Returns the SHA-256 of the messages and columns of the rows, in order; the same in every process."""
     digest = hashlib.sha256()
     for row in rows:
-        content = _plain({"messages": row.messages, "columns": row.columns})
+        content = _jsonable({"messages": row.messages, "columns": row.columns})
         digest.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_jsonable(item) for item in value]
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def drop_overlap(train: Sequence[Row], held_out: Iterable[Row]) -> tuple[list[Row], int]:
-    """The training rows whose prompt is not held out, and how many were dropped.
+    """Returns the training rows whose prompt is not held out, and the number dropped.
 
-    Case, white space, Unicode form and the system message make no difference.
+    Prompts are compared without case, white space, Unicode form and system message.
     """
-    taken = {_normalised(row) for row in held_out}
-    kept = [row for row in train if _normalised(row) not in taken]
+    excluded = {_normalized_prompt(row) for row in held_out}
+    kept = [row for row in train if _normalized_prompt(row) not in excluded]
     return kept, len(train) - len(kept)
 
 
-def drop_repeats(rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """The first row of every prompt, and how many were dropped: a repeated prompt would narrow an interval unduly."""
-    first = {_normalised(row): row for row in reversed(rows)}
-    kept = [row for row in rows if first[_normalised(row)] is row]
+def drop_duplicates(rows: Sequence[Row]) -> tuple[list[Row], int]:
+    """Returns the first row of each prompt, and the number dropped: repeats would make confidence intervals too narrow."""
+    first = {_normalized_prompt(row): row for row in reversed(rows)}
+    kept = [row for row in rows if first[_normalized_prompt(row)] is row]
     return kept, len(rows) - len(kept)
 
 
-def _normalised(row: Row) -> tuple[str, ...]:
+def _normalized_prompt(row: Row) -> tuple[str, ...]:
     texts = (m["content"] for m in row.messages if m["role"] != "system")
     return tuple(" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
 
 
 def positions(start: int, n: int, rows: int, seed: int, shuffle: bool) -> list[int]:
-    """Indices of the rows at places start .. start + n of an endless walk, epoch after epoch.
+    """Returns the row indices at steps start .. start + n of an endless iteration over epochs.
 
-    Each epoch visits every row once, in an order of its own drawn from `seed`.  A pure function, so that resuming
-    needs the place alone.
+    Each epoch visits every row once; with `shuffle`, in its own order derived from `seed`.  A pure function, so resuming
+    needs only the position.
     """
-    walk = (divmod(place, rows) for place in range(start, start + n))
-    return [_order(rows, seed, epoch)[i] if shuffle else i for epoch, i in walk]
+    steps = (divmod(step, rows) for step in range(start, start + n))
+    return [_epoch_order(rows, seed, epoch)[i] if shuffle else i for epoch, i in steps]
 
 
 @lru_cache(maxsize=4)
-def _order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+def _epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = list(range(rows))
     random.Random(derive(seed, "data order", epoch)).shuffle(order)
     return tuple(order)
@@ -169,7 +165,7 @@ def _order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
 # ── columns ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _template(name: str, column: str | ColumnTemplate) -> str | Template:
+def _parse_column(name: str, column: str | ColumnTemplate) -> str | Template:
     if isinstance(column, str):
         return column
     try:
@@ -179,41 +175,41 @@ def _template(name: str, column: str | ColumnTemplate) -> str | Template:
 
 
 def _sources(column: str | Template) -> list[str]:
-    """The columns of the source that a column is made of."""
+    """The source columns that a column uses."""
     return [column] if isinstance(column, str) else [field.name for field in fields(column)]
 
 
-def _present(
-    columns: Mapping[str, str | Template], found: Found, name: str
+def _drop_absent(
+    columns: Mapping[str, str | Template], raw_rows: RawRows, name: str
 ) -> tuple[dict[str, str | Template], list[str]]:
-    """The columns that some row has, and a fault for each that none has."""
-    rows = [raw for _, raw in found if isinstance(raw, Mapping)]
+    """Returns the columns that some row has, and a fault for each source column that none has."""
+    rows = [raw for _, raw in raw_rows if isinstance(raw, Mapping)]
     available = list(dict.fromkeys(key for raw in rows for key in raw))
     wanted = dict.fromkeys(key for column in columns.values() for key in _sources(column))
     absent = [key for key in wanted if rows and key not in available]
     faults = []
     for key in absent:
-        like = nearest(key, available)
-        meant = f"; did you mean '{like}'?" if like else ""
-        faults.append(f"{name} has no column '{key}'{meant} (it has {listed(available)})")
+        close = nearest(key, available)
+        hint = f"; did you mean '{close}'?" if close else ""
+        faults.append(f"{name} has no column '{key}'{hint} (it has {listed(available)})")
     present = {n: c for n, c in columns.items() if not set(absent).intersection(_sources(c))}
     return present, faults
 
 
 def _value(name: str, column: str | Template, raw: Raw) -> Any:
-    """A column of a row: the source's value as it is, or the text of a template."""
+    """The value of a column in a row: the source's value unchanged, or the text of a template."""
     if isinstance(column, str):
-        value = _walk(raw, Field(column))
+        value = _look_up(raw, Field(column))
         _in_column(name, check_value, value)
         return value
-    values = {field: _walk(raw, field) for field in fields(column)}
+    values = {field: _look_up(raw, field) for field in fields(column)}
     texts = {field: _in_column(str(field), lines_of, value) for field, value in values.items()}
     if None in texts.values():
         return None
     return fill(column, lambda field: texts[field])
 
 
-def _walk(raw: Raw, field: Field) -> Any:
+def _look_up(raw: Raw, field: Field) -> Any:
     value: Any = raw
     for key in (field.name, *field.path):
         if value is None:
@@ -250,8 +246,8 @@ def _messages(mapped: Raw) -> tuple[Message, ...]:
 
 def _chat(prompt: Sequence[Any]) -> tuple[Message, ...]:
     for i, message in enumerate(prompt):
-        given = message if isinstance(message, Mapping) else {}
-        if {key for key, value in given.items() if value is not None} != {"role", "content"}:
+        entries = message if isinstance(message, Mapping) else {}
+        if {key for key, value in entries.items() if value is not None} != {"role", "content"}:
             raise Fault(f"message {i} of the prompt is not {{role: …, content: …}}")
         role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):

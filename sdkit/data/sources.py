@@ -1,4 +1,4 @@
-"""Sources → raw rows, and where each stands.  Knows files, data sets and reasoning-gym; nothing of columns or prompts.
+"""Reads raw rows, with their locations, from files, data sets and reasoning-gym.  Knows nothing of columns or prompts.
 
 A line of a JSON Lines file is named `file:line`, counted from 1; a row of any other source by its index, from 0.
 """
@@ -29,15 +29,15 @@ from sdkit.language.specs import (
 
 Raw = Mapping[str, Any]
 LONGEST_NUMBER = 4300
-"""Digits of the longest whole number that is read: Python's own limit."""
+"""Digits of the longest integer that is read: Python's own limit."""
 
 
-Found = list[tuple[str, Raw | Fault]]
-"""What was read: where each row stands, and the row, or why it could not be read."""
+RawRows = list[tuple[str, Raw | Fault]]
+"""Each row's location, and the row or the reason why it cannot be read."""
 
 
 def source_name(source: Source) -> str:
-    """What messages call the source."""
+    """Returns the source's name in error messages."""
     match source:
         case ReasoningGymSource():
             return f"reasoning-gym's {source.task}"
@@ -47,54 +47,55 @@ def source_name(source: Source) -> str:
             return source.path
 
 
-def read_source(source: Source, base: Path, limit: int | None) -> Found:
-    """The first `limit` rows of any source.  Raises BadData, with a file's origin where that is known and it is missing."""
+def read_source(source: Source, base: Path, limit: int | None) -> RawRows:
+    """Returns the first `limit` rows of a source.  Raises BadData; for a missing file it names a known origin."""
     name = source_name(source)
     if isinstance(source, FileSource) and source.origin and not (base / source.path).exists():
         raise BadData(f"there is no {name}", hint=f"take it from {source.origin}")
     match source:
         case JsonLinesSource():
-            return _json_lines(_bytes(base / source.path, name), name, limit)
+            return _json_lines(_read_bytes(base / source.path, name), name, limit)
         case JsonSource():
-            rows = _json(_bytes(base / source.path, name), name)
+            rows = _json(_read_bytes(base / source.path, name), name)
         case ParquetSource():
-            _regular(base / source.path, name)
-            rows = _library(lambda: _parquet(base / source.path, limit), name)
+            _check_regular_file(base / source.path, name)
+            rows = _with_library(lambda: _parquet(base / source.path, limit), name)
         case HubSource():
-            rows = _library(lambda: _hub(source, limit), name)
+            rows = _with_library(lambda: _hub(source, limit), name)
         case DiskSource():
-            rows = _library(lambda: _disk(source, base, limit), name)
+            rows = _with_library(lambda: _disk(source, base, limit), name)
         case ReasoningGymSource():
             rows = _reasoning_gym(source, limit)
         case InlineSource():
             rows = source.rows
         case _:
             assert_never(source)
-    return [(f"{name} row {i}", _map(row)) for i, row in enumerate(islice(rows, limit))]
+    return [(f"{name} row {i}", _as_row(row)) for i, row in enumerate(islice(rows, limit))]
 
 
-def _map(value: Any) -> Raw | Fault:
-    known = isinstance(value, Mapping | Fault)
-    return value if known else Fault(f"{describe_value(value)}, not a map")
+def _as_row(value: Any) -> Raw | Fault:
+    if isinstance(value, Mapping | Fault):
+        return value
+    return Fault(f"{describe_value(value)}, not a map")
 
 
-def _regular(path: Path, name: str) -> None:
-    """Raise BadData where reading would never end, or never begin: a pipe, a device."""
+def _check_regular_file(path: Path, name: str) -> None:
+    """Raises BadData for a pipe or a device, which could block forever or never end."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise BadData(f"cannot read {name}: this is a pipe or a device, not a regular file")
 
 
-def _bytes(path: Path, name: str) -> bytes:
+def _read_bytes(path: Path, name: str) -> bytes:
     try:
         return read_file(path).removeprefix(b"\xef\xbb\xbf")
     except UnreadableFile as error:
         raise BadData(f"cannot read {name}: {error}") from error
 
 
-def _json_lines(content: bytes, name: str, limit: int | None) -> Found:
+def _json_lines(content: bytes, name: str, limit: int | None) -> RawRows:
     if content.lstrip()[:1] == b"[":
         raise BadData(f"{name} is a JSON list, not JSON Lines", hint="use kind: json")
-    # Not splitlines(): JSON text may hold U+2028 and the like, which end a line in Python only.
+    # Not splitlines(): JSON text may contain U+2028 and the like, which end a line only in Python.
     texts = enumerate(content.split(b"\n"), 1)
     filled = ((number, text) for number, text in texts if text.strip())
     return [(f"{name}:{number}", _json_line(text)) for number, text in islice(filled, limit)]
@@ -102,7 +103,7 @@ def _json_lines(content: bytes, name: str, limit: int | None) -> Found:
 
 def _json_line(text: bytes) -> Raw | Fault:
     try:
-        return _map(_loaded(text.decode()))
+        return _as_row(_parse_json(text.decode()))
     except json.JSONDecodeError as error:
         return Fault(f"not JSON: {error.msg.lower()} at column {error.colno}")
     except UnicodeDecodeError:
@@ -113,7 +114,7 @@ def _json_line(text: bytes) -> Raw | Fault:
 
 def _json(content: bytes, name: str) -> list[Any]:
     try:
-        value = _loaded(content.decode())
+        value = _parse_json(content.decode())
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise BadData(f"{name}:{line}: not UTF-8") from error
@@ -131,12 +132,12 @@ def _json(content: bytes, name: str) -> list[Any]:
     return value
 
 
-def _loaded(text: str) -> Any:
-    """JSON; a Fault stands where a value cannot be read, so that it matters only where it is used."""
-    return json.loads(text, parse_int=_whole_number, object_pairs_hook=_object)
+def _parse_json(text: str) -> Any:
+    """Parses JSON; a value that cannot be read becomes a Fault, which matters only if it is used."""
+    return json.loads(text, parse_int=_integer, object_pairs_hook=_object)
 
 
-def _whole_number(digits: str) -> int | Fault:
+def _integer(digits: str) -> int | Fault:
     if len(digits) > LONGEST_NUMBER:
         return Fault(f"a number of {len(digits)} digits, more than {LONGEST_NUMBER}")
     return int(digits)
@@ -146,13 +147,13 @@ def _object(pairs: list[tuple[str, Any]]) -> Raw | Fault:
     table = dict(pairs)
     if len(table) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        return Fault(f"a map that has the key {shorten(twice)} twice")
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        return Fault(f"a map that has the key {shorten(duplicate)} twice")
     return table
 
 
-def _library(read: Callable[[], Iterable[Any]], name: str) -> list[Any]:
-    """The rows that a library reads, its errors as ours: it may raise anything at a damaged file."""
+def _with_library(read: Callable[[], Iterable[Any]], name: str) -> list[Any]:
+    """Reads rows with a library and translates its errors: it may raise anything for a damaged file."""
     try:
         return list(read())
     except (BadData, BadEnvironment, MemoryError):
@@ -176,7 +177,7 @@ def _parquet(path: Path, limit: int | None) -> Iterable[Any]:
         raise BadData(f"{path.name} has the column {shorten(repeated[0])} twice")
     try:
         return table.to_pylist()
-    except Exception:  # one by one, to name the row
+    except Exception:  # read the rows one by one, to name the faulty one
         return list(_parquet_rows(table))
 
 
@@ -191,38 +192,38 @@ def _parquet_rows(table: Any) -> Iterator[Any]:
 def _hub(source: HubSource, limit: int | None) -> Iterable[Any]:
     import datasets
 
-    held = datasets.load_dataset(
+    dataset = datasets.load_dataset(
         source.path, source.name, split=source.split, revision=source.revision
     )
-    return _first(held, limit)
+    return _take(dataset, limit)
 
 
 def _disk(source: DiskSource, base: Path, limit: int | None) -> Iterable[Any]:
     import datasets
 
-    held: Any = datasets.load_from_disk(str(base / source.path))
-    splits = list(held) if isinstance(held, datasets.DatasetDict) else [str(held.split)]
-    if isinstance(held, datasets.DatasetDict):
+    dataset: Any = datasets.load_from_disk(str(base / source.path))
+    splits = list(dataset) if isinstance(dataset, datasets.DatasetDict) else [str(dataset.split)]
+    if isinstance(dataset, datasets.DatasetDict):
         if source.split not in splits:
             raise BadData(
                 f"{source.path} holds the splits {listed(splits)}, not {shorten(source.split)}",
                 hint=f"write split: {splits[0]}" if splits else None,
             )
-        held = held[source.split]
+        dataset = dataset[source.split]
     elif source.split not in (None, *splits):
         raise BadData(f"{source.path} holds one split, {listed(splits)}, not '{source.split}'")
-    return _first(held, limit)
+    return _take(dataset, limit)
 
 
-def _first(held: Any, limit: int | None) -> Iterable[Any]:
-    held = held.with_format(None)  # a saved format would give tensors or arrays
-    return held if limit is None else held.select(range(min(limit, len(held))))
+def _take(dataset: Any, limit: int | None) -> Iterable[Any]:
+    dataset = dataset.with_format(None)  # a saved format would give tensors or arrays
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
 def _reasoning_gym(source: ReasoningGymSource, limit: int | None) -> Iterable[Any]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it imports
+            warnings.simplefilter("ignore", SyntaxWarning)  # from a package that it imports
             import reasoning_gym
             from reasoning_gym.factory import DATASETS
     except ImportError as error:
@@ -232,10 +233,10 @@ def _reasoning_gym(source: ReasoningGymSource, limit: int | None) -> Iterable[An
             hint="pip install reasoning-gym",
         ) from error
     if source.task not in DATASETS:
-        like = nearest(source.task, DATASETS)
+        close = nearest(source.task, DATASETS)
         raise BadData(
             f"reasoning-gym has no task '{source.task}'",
-            hint=f"did you mean '{like}'?" if like else f"it has {listed(sorted(DATASETS))}",
+            hint=f"did you mean '{close}'?" if close else f"it has {listed(sorted(DATASETS))}",
         )
     _check_options(source, DATASETS[source.task][1])
     try:
@@ -243,9 +244,9 @@ def _reasoning_gym(source: ReasoningGymSource, limit: int | None) -> Iterable[An
             source.task, size=source.size, seed=source.seed, **source.options
         )
         return [task[i] for i in range(min(source.size, limit or source.size))]
-    except Exception as error:  # a task may raise anything at settings that it cannot meet
-        why = str(error) or type(error).__name__
-        raise BadData(f"reasoning-gym's {source.task} refuses its options: {why}") from error
+    except Exception as error:  # a task may raise anything for invalid options
+        reason = str(error) or type(error).__name__
+        raise BadData(f"reasoning-gym's {source.task} refuses its options: {reason}") from error
 
 
 def _check_options(source: ReasoningGymSource, config: type) -> None:
@@ -254,8 +255,8 @@ def _check_options(source: ReasoningGymSource, config: type) -> None:
     known = [f.name for f in dataclasses.fields(config) if f.name not in ("seed", "size")]
     for option in source.options:
         if option not in known:
-            like = nearest(option, known)
+            close = nearest(option, known)
             raise BadData(
                 f"reasoning-gym's {source.task} has no option '{option}'",
-                hint=f"did you mean '{like}'?" if like else f"it has {listed(known)}",
+                hint=f"did you mean '{close}'?" if close else f"it has {listed(known)}",
             )

@@ -1,4 +1,4 @@
-"""What the teacher sees: the slots of its context filled, and the chat around them.  Knows nothing of tokens."""
+"""The teacher's context: fills its slots and builds the chat around them.  Knows nothing of tokens."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ def slot_values(
     row: Row,
     sees: Sees,
     evidence: GroupOutcome | None = None,
-    hidden: Callable[[str], str] = lambda text: text,
+    hide: Callable[[str], str] = lambda text: text,
 ) -> dict[str, str] | None:
-    """The text of every slot, "" where there is none; None where `requires` is not met.
+    """Returns the text of every slot ("" if it is empty), or None if `requires` is not met.
 
-    A text of the spec is always there, so `requires: any` asks for one of the others.  `hidden` is applied to the
-    others, which rows and rollouts have written.
+    A slot whose text is in the spec is never empty, so `requires: any` asks for one of the others.  `hide` is applied to
+    the others, whose text comes from rows and rollouts.
     """
-    found = {name: _slot_value(slot, row, evidence) for name, slot in sees.slots.items()}
+    texts = {name: _slot_value(slot, row, evidence) for name, slot in sees.slots.items()}
     for name, slot in sees.slots.items():
         if not isinstance(slot, Wording):
-            found[name] = hidden(found[name])
+            texts[name] = hide(texts[name])
     solved = any(
-        found[name] for name, slot in sees.slots.items() if isinstance(slot, SuccessfulSibling)
+        texts[name] for name, slot in sees.slots.items() if isinstance(slot, SuccessfulSibling)
     )
     for name, slot in sees.slots.items():
         if isinstance(slot, Feedback) and slot.when == "no_solution" and solved:
-            found[name] = ""
-    filled = [found[n] != "" for n, slot in sees.slots.items() if not isinstance(slot, Wording)]
+            texts[name] = ""
+    filled = [texts[n] != "" for n, slot in sees.slots.items() if not isinstance(slot, Wording)]
     met = all(filled) if sees.requires == "all" else any(filled) or not filled
     if not met:
         return None
-    return {name: _wrapped(slot, found[name]) for name, slot in sees.slots.items()}
+    return {name: _wrap(slot, texts[name]) for name, slot in sees.slots.items()}
 
 
 def _slot_value(slot: Slot, row: Row, evidence: GroupOutcome | None) -> str:
@@ -69,16 +69,18 @@ def _slot_value(slot: Slot, row: Row, evidence: GroupOutcome | None) -> str:
         case Feedback():
             return (evidence.group[evidence.own].feedback or "").strip() if evidence else ""
         case OwnAttempt():
-            return _shown(evidence.group[evidence.own], slot.strip_thinking) if evidence else ""
+            return (
+                _attempt_text(evidence.group[evidence.own], slot.strip_thinking) if evidence else ""
+            )
         case Verdict(threshold=threshold, success=success, failure=failure):
-            won = evidence and evidence.group[evidence.own].reward >= threshold
-            return success if won else failure
+            succeeded = evidence and evidence.group[evidence.own].reward >= threshold
+            return success if succeeded else failure
         case _:
             assert_never(slot)
 
 
 def _sibling(slot: SuccessfulSibling, evidence: GroupOutcome) -> str:
-    """The successful completion that the teacher is shown (Hübotter 2026, §2: the first of the group)."""
+    """The successful completion that the teacher sees (Hübotter 2026, §2: the first of the group)."""
     successes = [
         attempt
         for place, attempt in enumerate(evidence.group)
@@ -88,34 +90,34 @@ def _sibling(slot: SuccessfulSibling, evidence: GroupOutcome) -> str:
         return ""
     match slot.pick:
         case "first":
-            chosen = successes[0]
+            sibling = successes[0]
         case "best":
-            chosen = max(successes, key=lambda attempt: attempt.reward)
+            sibling = max(successes, key=lambda attempt: attempt.reward)
         case "random":
-            chosen = random.Random(evidence.seed).choice(successes)
+            sibling = random.Random(evidence.seed).choice(successes)
         case _:
             assert_never(slot.pick)
-    return _shown(chosen, slot.strip_thinking)
+    return _attempt_text(sibling, slot.strip_thinking)
 
 
-def _shown(attempt: Attempt, strip_thinking: bool) -> str:
+def _attempt_text(attempt: Attempt, strip_thinking: bool) -> str:
     if not strip_thinking:
         return attempt.text.strip()
     return without_thinking(attempt.text) if attempt.answer is None else attempt.answer
 
 
-def _wrapped(slot: Slot, value: str) -> str:
+def _wrap(slot: Slot, value: str) -> str:
     if isinstance(slot, Wording) or value == "":
         return value
     return fill(parsed(slot.wrap), lambda field: value if str(field) == "value" else f"{{{field}}}")
 
 
 def teacher_messages(row: Row, sees: Sees, values: Mapping[str, str]) -> list[Message]:
-    """The row's chat with the context in place; texts of rows and slots are inserted, never interpreted.
+    """Returns the row's chat with the teacher's context; texts of rows and slots are inserted, never interpreted.
 
-    Raises BadData where a template names what is neither a slot nor the prompt.
+    Raises BadData if a template names a field that is neither a slot nor the prompt.
     """
-    lookup = look_up_in({**values, "prompt": row.prompt_text})
+    lookup = slot_lookup({**values, "prompt": row.prompt_text})
     system = [m for m in row.messages[:1] if m["role"] == "system"]
     rest = list(row.messages[len(system) :])
     match sees:
@@ -133,13 +135,15 @@ def teacher_messages(row: Row, sees: Sees, values: Mapping[str, str]) -> list[Me
                     {"role": "assistant", "content": fill(parsed(turn.assistant), lookup)},
                 ]
         case AnswerStart():
-            pass  # the chat is the row's; what begins the answer comes after it
+            pass  # the start of the answer follows the chat, which is unchanged
         case _:
             assert_never(sees)
     return [*system, *rest]
 
 
-def look_up_in(values: Mapping[str, str]) -> Callable[[Field], str]:
+def slot_lookup(values: Mapping[str, str]) -> Callable[[Field], str]:
+    """Returns a function from a template's field to its text; it raises BadData for an unknown field."""
+
     def look_up(field: Field) -> str:
         if str(field) not in values:
             like = nearest(str(field), values)

@@ -1,8 +1,9 @@
-"""How token losses are averaged, as one weight per row: loss = Σ_j weight[row_j] · ℓ_j.
+"""Averages of token losses, expressed as one weight per row: loss = Σ_j weight[row_j] · ℓ_j.
 
-Weights come from the counts of the *global* batch, so that the sum over micro-batches and ranks is the same however
-the rows are dealt.  `lengths` [N] long holds each row's number of counted tokens; a row without any gets 0, and so
-does every row where the global count is zero.  Every function: [N] long -> [N] float32.  reference/methods.md §5.6.
+The weights are computed from the counts of the *global* batch, so the sum over micro-batches and ranks does not depend
+on how the rows are distributed.  `lengths` [N] long is the number of counted tokens of each row.  The weight is 0 for a
+row without tokens, and for every row if the global count is 0.  Every function: [N] long -> [N] float32.
+reference/methods.md §5.6.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def per_token(lengths: Tensor, counts: Counts) -> Tensor:
 
 
 def per_sequence_count(lengths: Tensor, counts: Counts) -> Tensor:
-    """mean_i s_i / n_i, where a row without tokens counts as a zero.  Shao 2024, as TRL computes it."""
+    """mean_i s_i / n_i; a row without tokens counts as 0.  Shao 2024, as TRL computes it."""
     return _one_over(lengths * counts.rows, lengths)
 
 
@@ -34,7 +35,7 @@ def sequence_sum(lengths: Tensor, counts: Counts) -> Tensor:
 
 
 def constant(lengths: Tensor, counts: Counts, length: float) -> Tensor:
-    """Σ s_i / (rows · length), every row counted.  Liu 2025, arXiv 2503.20783, as TRL computes it."""
+    """Σ s_i / (rows · length); rows without tokens count too.  Liu 2025, arXiv 2503.20783, as TRL computes it."""
     return _one_over(torch.full_like(lengths, counts.rows) * float(length), lengths)
 
 
@@ -44,7 +45,7 @@ def total(lengths: Tensor) -> Tensor:
 
 
 def _one_over(divisor: Tensor, lengths: Tensor) -> Tensor:
-    """1 / divisor where the row has tokens and the divisor is not 0; else 0.  [N], [N] long -> [N] float32."""
+    """1 / divisor, or 0 if the row has no tokens or the divisor is 0.  [N], [N] long -> [N] float32."""
     usable = (lengths > 0) & (divisor > 0)
     safe = divisor.to(torch.float32).masked_fill(~usable, 1.0)
     return usable / safe

@@ -1,7 +1,7 @@
-"""The loss straight from hidden states, a chunk of tokens at a time: no [M, V] tensor ever exists.
+"""Computes the loss from hidden states in chunks of tokens, so no [M, V] tensor is ever allocated.
 
-The gradient of each chunk is formed while its logits are at hand, so the backward pass only scales what is stored:
-[M, H] for the hidden states and, where the head is trained, [V, H] (and [V] for its bias) in float32.
+Each chunk's gradient is computed while its logits are in memory.  The backward pass only scales the stored gradients:
+[M, H] for the hidden states and, if the head is trained, [V, H] (and [V] for its bias) in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdkit.batches import (
-    PLAIN,
+    IDENTITY,
     HiddenStateScores,
     LogitTransform,
     TeacherScores,
@@ -36,19 +36,22 @@ def projected_loss(
     objective: Objective,
     chunk_tokens: int,
     reference: TeacherScores | None = None,
-    transform: LogitTransform = PLAIN,
+    transform: LogitTransform = IDENTITY,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """hidden [M, H], head [V, H], both of the model's dtype -> scalar loss with a graph, sums over all M tokens.
+    """Returns the scalar loss, with a graph, and the objective's sums over all M tokens.
 
-    Logits are computed in the model's dtype, by the student's `transform`, and widened afterwards (objective.py).  Without grad mode, or where
-    nothing needs a gradient, only values are computed.  M = 0 gives a zero loss that can still be differentiated.
+    hidden [M, H] and head [V, H] have the model's dtype.  Logits are computed in that dtype, with the student's
+    `transform`, and converted to float32 afterwards (objective.py).  Without grad mode, or if no input requires a
+    gradient, only values are computed.  M = 0 gives a zero loss that can still be differentiated.
     """
     bias = transform.bias
     trained = [x for x in (hidden, head, bias) if x is not None and x.requires_grad]
-    wanted = torch.is_grad_enabled() and bool(trained)
-    grad_hidden = torch.zeros_like(hidden) if wanted else None
-    grad_head = _accumulator(head) if wanted and head.requires_grad else None
-    grad_bias = _accumulator(bias) if wanted and bias is not None and bias.requires_grad else None
+    needs_grad = torch.is_grad_enabled() and bool(trained)
+    grad_hidden = torch.zeros_like(hidden) if needs_grad else None
+    grad_head = _accumulator(head) if needs_grad and head.requires_grad else None
+    grad_bias = (
+        _accumulator(bias) if needs_grad and bias is not None and bias.requires_grad else None
+    )
     transform = transform.detached()
     losses: list[Tensor] = []
     stats: dict[str, Tensor] = {}
@@ -56,11 +59,11 @@ def projected_loss(
         part = slice(start, start + chunk_tokens)
         with torch.no_grad():
             products = hidden[part] @ head.T
-            of_teacher = teacher and select_scores(teacher, part)
-            of_reference = reference and logits_of(reference, part)
-        products.requires_grad_(wanted)
+            teacher_part = teacher and select_scores(teacher, part)
+            reference_part = reference and logits_of(reference, part)
+        products.requires_grad_(needs_grad)
         chunk = tokens.slice(part.start, part.stop)
-        loss, sums = objective(transform(products), of_teacher, chunk, of_reference)
+        loss, sums = objective(transform(products), teacher_part, chunk, reference_part)
         losses.append(loss.detach())
         stats = {name: value + stats.get(name, 0.0) for name, value in sums.items()}
         if grad_hidden is not None:
@@ -68,7 +71,7 @@ def projected_loss(
             grad_hidden[part] = grad @ head.detach()
             if grad_head is not None:
                 grad_head += grad.T @ hidden.detach()[part]
-            if grad_bias is not None:  # it is added to the products, so their gradient is its own
+            if grad_bias is not None:  # the bias is added to the products, so it has their gradient
                 grad_bias += grad.sum(0, dtype=grad_bias.dtype)
     value = torch.stack(losses).sum()
     if grad_hidden is None:
@@ -83,9 +86,9 @@ def token_logprobs(
     token: Tensor,
     temperature: float,
     chunk_tokens: int,
-    transform: LogitTransform = PLAIN,
+    transform: LogitTransform = IDENTITY,
 ) -> Tensor:
-    """Log-probability of each given token.  hidden [M, H], head [V, H], token [M] long -> [M] float32."""
+    """Returns the log-probability of each given token.  hidden [M, H], head [V, H], token [M] long -> [M] float32."""
     scores = HiddenStateScores(hidden=hidden, head=head, transform=transform)
     return scored_logprobs(scores, token, temperature, chunk_tokens)
 
@@ -93,13 +96,16 @@ def token_logprobs(
 def scored_logprobs(
     scores: TeacherScores, token: Tensor, temperature: float, chunk_tokens: int
 ) -> Tensor:
-    """Log-probability of each given token under what was scored.  token [M] long -> [M] float32.
+    """Returns the log-probability of each given token under `scores`.  token [M] long -> [M] float32.
 
-    Of what a teacher told these are the sampled tokens; ValueError at another temperature than 1.
+    For `TopKLogprobs`, `token` must be the sampled tokens.  Raises ValueError for `TopKLogprobs` if the temperature is
+    not 1.
     """
     if isinstance(scores, TopKLogprobs):
         if temperature != 1:
-            raise ValueError(f"the teacher told of temperature 1, not of {temperature:g}")
+            raise ValueError(
+                f"the teacher's log-probabilities are at temperature 1, not {temperature:g}"
+            )
         return scores.sampled
     chunks = _logprobs(scores, len(token), temperature, chunk_tokens)
     return torch.cat([sampled_token(logprobs, token[part]) for part, logprobs in chunks])
@@ -108,20 +114,20 @@ def scored_logprobs(
 def token_logprobs_and_entropy(
     scores: TeacherScores, token: Tensor, temperature: float, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each given token, and the entropy of the distribution it is from.  -> twice [M] float32."""
+    """Returns each given token's log-probability and the entropy at its position.  token [M] long -> twice [M] float32."""
     chunks = _logprobs(scores, len(token), temperature, chunk_tokens)
     pairs = [(sampled_token(logprobs, token[part]), entropy(logprobs)) for part, logprobs in chunks]
-    own, spread = zip(*pairs, strict=True)
-    return torch.cat(own), torch.cat(spread)
+    token_parts, entropy_parts = zip(*pairs, strict=True)
+    return torch.cat(token_parts), torch.cat(entropy_parts)
 
 
-def top_k_of(scores: TeacherScores, token: Tensor, k: int, chunk_tokens: int) -> TopKLogprobs:
-    """What a whole teacher would tell, were it asked as a served one is.  token [M] long: the sampled ids."""
+def top_k_logprobs(scores: TeacherScores, token: Tensor, k: int, chunk_tokens: int) -> TopKLogprobs:
+    """Reduces a local teacher's scores to the top-k form that a served teacher returns.  token [M] long: the sampled ids."""
     parts: list[TopKLogprobs] = []
     for part, logprobs in _logprobs(scores, len(token), 1.0, chunk_tokens):
         ids = top_k_ids(logprobs, k)
-        own = sampled_token(logprobs, token[part])
-        parts.append(TopKLogprobs(ids=ids, logprobs=logprobs.gather(-1, ids), sampled=own))
+        sampled = sampled_token(logprobs, token[part])
+        parts.append(TopKLogprobs(ids=ids, logprobs=logprobs.gather(-1, ids), sampled=sampled))
     return TopKLogprobs(
         ids=torch.cat([p.ids for p in parts]),
         logprobs=torch.cat([p.logprobs for p in parts]),
@@ -133,19 +139,19 @@ def top_k_of(scores: TeacherScores, token: Tensor, k: int, chunk_tokens: int) ->
 def _logprobs(
     scores: TeacherScores, count: int, temperature: float, chunk_tokens: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Stretches of positions with their log-probabilities [C, V], float32; one empty stretch where M is 0."""
+    """Yields slices of positions with their log-probabilities [C, V], float32; one empty slice if M is 0."""
     for start in range(0, max(count, 1), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         yield part, (logits_of(scores, part).float() / temperature).log_softmax(-1)
 
 
 def _accumulator(parameter: Tensor) -> Tensor:
-    """Zeros of the parameter's shape, float32 at least: chunks' gradients are summed here."""
+    """Zeros of the parameter's shape, at least float32, to accumulate the gradients of the chunks."""
     return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 class _WithGradients(torch.autograd.Function):
-    """A value whose gradients were formed together with it."""
+    """A value whose gradients were computed together with it."""
 
     @staticmethod
     def forward(
@@ -168,6 +174,6 @@ class _WithGradients(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        grad_hidden, *of_head = ctx.saved_tensors
-        scaled = [None if g is None else (g * scale).to(ctx.head_dtype) for g in of_head]
+        grad_hidden, *head_grads = ctx.saved_tensors
+        scaled = [None if g is None else (g * scale).to(ctx.head_dtype) for g in head_grads]
         return None, grad_hidden * scale, *scaled, None, None, None

@@ -1,4 +1,4 @@
-"""All sides' log-probabilities over the vocabulary, for one chunk of tokens."""
+"""Log-probabilities of student, teacher and reference over the vocabulary, for one chunk of tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdkit.losses.support import sampled_token
 class Distributions:
     """Log-softmax and entropy of student, teacher and reference, each computed once per temperature.
 
-    Of a teacher that told of a few ids (`told`) there is neither, only those ids and the sampled token.
+    For a teacher that returned only its top k log-probabilities (`top_k`) neither is available.
     """
 
     def __init__(
@@ -23,9 +23,9 @@ class Distributions:
         reference_logits: Tensor | None = None,
     ) -> None:
         self._logits = {"student": student_logits}
-        self.told = teacher if isinstance(teacher, TopKLogprobs) else None
-        whole = None if isinstance(teacher, TopKLogprobs) else teacher
-        for side, logits in (("teacher", whole), ("reference", reference_logits)):
+        self.top_k = teacher if isinstance(teacher, TopKLogprobs) else None
+        teacher_logits = None if isinstance(teacher, TopKLogprobs) else teacher
+        for side, logits in (("teacher", teacher_logits), ("reference", reference_logits)):
             if logits is not None:
                 if logits.shape != student_logits.shape:
                     sizes = f"{tuple(student_logits.shape)} and {tuple(logits.shape)}"
@@ -36,47 +36,51 @@ class Distributions:
 
     def student(self, temperature: float) -> Tensor:
         """Log-probabilities [C, V], float32 (float64 for float64 logits)."""
-        return self._at("student", temperature)
+        return self._log_softmax("student", temperature)
 
-    def knows_sampled(self, temperature: float) -> bool:
+    def has_sampled_logprobs(self, temperature: float) -> bool:
         """Whether the teacher's log-probability of the sampled token is known at this temperature."""
-        return self.told is None or temperature == 1
+        return self.top_k is None or temperature == 1
 
-    def teacher_sampled(
+    def teacher_logprobs(
         self, token: Tensor, temperature: float, counts: Tensor | None = None
     ) -> Tensor:
-        """The teacher's log-probability of each token that was sampled.  [C] long -> [C], detached.
+        """Returns the teacher's log-probability of each sampled token.  [C] long -> [C], detached.
 
-        `counts` is as in `against` (default: all).  Raises ValueError where it is not known.
+        `counts` is as in `student_and` (default: all).  Raises ValueError if a top-k teacher is asked for a temperature
+        other than 1.
         """
-        if self.told is None:
-            whole = torch.ones_like(token, dtype=torch.bool) if counts is None else counts
-            return sampled_token(self.teacher("teacher", temperature, whole)[1], token)
+        if self.top_k is None:
+            if counts is None:
+                counts = torch.ones_like(token, dtype=torch.bool)
+            return sampled_token(self.student_and("teacher", temperature, counts)[1], token)
         if temperature != 1:
-            raise ValueError(f"the teacher told of temperature 1, not of {temperature:g}")
-        return self.told.sampled
+            raise ValueError(
+                f"the teacher's log-probabilities are at temperature 1, not {temperature:g}"
+            )
+        return self.top_k.sampled
 
-    def teacher(self, side: str, temperature: float, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Student and the other side, twice [C, V]; counts [C] bool says which tokens matter.
+    def student_and(self, side: str, temperature: float, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the student's and the other side's log-probabilities, twice [C, V].
 
-        Elsewhere the other side is the student itself: an infinite difference would make a NaN on the way back, even
-        under a weight of 0.
+        counts [C] bool marks the tokens that matter.  At all others the other side is the student itself: an infinite
+        difference would give a NaN gradient even with a weight of 0.
         """
-        student, other = self.student(temperature), self._at(side, temperature).detach()
+        student, other = self.student(temperature), self._log_softmax(side, temperature).detach()
         if not bool(counts.all()):
             other = torch.where(counts[:, None], other, student.detach())
         return student, other
 
     def entropies(self, temperature: float, *sides: str) -> dict[str, Tensor]:
-        """{side_entropy: [C]} over the full vocabulary, detached; without the teacher's where it told of a few ids."""
-        known = [side for side in sides if side != "teacher" or self.told is None]
+        """Returns {SIDE_entropy: [C]} over the full vocabulary, detached; a top-k teacher's is left out."""
+        known = [side for side in sides if side != "teacher" or self.top_k is None]
         for side in known:
             if (side, temperature) not in self._entropy:
-                held = entropy(self._at(side, temperature).detach())
-                self._entropy[side, temperature] = held
+                logprobs = self._log_softmax(side, temperature).detach()
+                self._entropy[side, temperature] = entropy(logprobs)
         return {f"{side}_entropy": self._entropy[side, temperature] for side in known}
 
-    def _at(self, side: str, temperature: float) -> Tensor:
+    def _log_softmax(self, side: str, temperature: float) -> Tensor:
         if (side, temperature) not in self._logprobs:
             if side not in self._logits:
                 raise ValueError(f"this objective needs the {side}'s logits")

@@ -1,7 +1,7 @@
-"""How far apart two distributions are: log-probabilities `[..., K]` in, one number per position `[...]` out.
+"""Divergences between two distributions: log-probabilities `[..., K]` in, one number per position `[...]` out.
 
-Entries may be -inf (0 · log 0 = 0) and need not sum to one.  The teacher is a constant: no gradient reaches it.
-An entry that only the weighted side has makes the divergence inf, as it should.
+Entries may be -inf (0 · log 0 = 0), and their probabilities need not sum to 1.  The teacher is a constant: it gets no
+gradient.  If an entry is possible only under the weighting distribution, the divergence is inf, as it should be.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @frozen(kw_only=True)
 class Bounds:
-    """What bounds the entries of a KL: log S − log T within [low, high], then each entry at most `entry`.
+    """Bounds on the entries of a KL: log S − log T is clamped to [low, high], then each entry to at most `entry`.
 
     low < 0 < high, so that an entry without probability stays 0.
     """
@@ -25,14 +25,14 @@ class Bounds:
     entry: float = math.inf
 
 
-FREE = Bounds()
+UNBOUNDED = Bounds()
 
 
-def forward_kl(student: Tensor, teacher: Tensor, bounds: Bounds = FREE) -> Tensor:
+def forward_kl(student: Tensor, teacher: Tensor, bounds: Bounds = UNBOUNDED) -> Tensor:
     """KL(teacher‖student) = Σ T (log T − log S).  [..., K], [..., K] -> [...] of the same float dtype.
 
     Gradient in the student's logits, full vocabulary: S − T.  Shenfeld 2026 (code); Agarwal 2023.  Entries bounded at
-    τ = 0.05: Zhao 2026 (OPSD code); the sum may then be negative.  A bound that binds takes the entry's gradient.
+    τ = 0.05: Zhao 2026 (OPSD code); the sum may then be negative.  An entry at its bound has no gradient.
     """
     return _kl(
         teacher.detach(), student, Bounds(low=-bounds.high, high=-bounds.low, entry=bounds.entry)
@@ -40,13 +40,13 @@ def forward_kl(student: Tensor, teacher: Tensor, bounds: Bounds = FREE) -> Tenso
 
 
 def reverse_kl(
-    student: Tensor, teacher: Tensor, bounds: Bounds = FREE, *, detach_weights: bool = False
+    student: Tensor, teacher: Tensor, bounds: Bounds = UNBOUNDED, *, detach_weights: bool = False
 ) -> Tensor:
     """KL(student‖teacher) = Σ S (log S − log T).  [..., K], [..., K] -> [...] of the same float dtype.
 
     Gradient in logit v, full vocabulary: S_v [(log S_v − log T_v) − KL].  Hübotter 2026, Eq. 1; Gu 2023.
-    With `detach_weights` the same value with the gradient Σ S (log S − log T) ∇log S: over the full vocabulary the
-    same, over part of it without the spurious + 1 (arXiv 2605.11182; reference/methods.md §5.3).
+    With `detach_weights` the value is the same and the gradient is Σ S (log S − log T) ∇log S.  Over the full vocabulary
+    that is the same gradient; over part of it, it lacks the spurious + 1 (arXiv 2605.11182; reference/methods.md §5.3).
     """
     if not detach_weights:
         return _kl(student, teacher.detach(), bounds)
@@ -59,7 +59,7 @@ def reverse_kl(
 def jsd(student: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:
     """(1−s) KL(S‖M) + s KL(T‖M) with M = (1−s) S + s T, s = teacher_share.  [..., K], [..., K] -> [...].
 
-    Goes to 0 at both ends of s, so small s is a small forward KL, not the forward KL.  Agarwal 2023.
+    Tends to 0 at both ends of s: a small s gives a scaled-down forward KL, not the forward KL itself.  Agarwal 2023.
     Raises ValueError unless 0 < teacher_share < 1.
     """
     teacher = teacher.detach()
@@ -68,7 +68,7 @@ def jsd(student: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:
 
 
 def skewed_forward_kl(student: Tensor, teacher: Tensor, share: float) -> Tensor:
-    """KL(T‖s T + (1−s) S), s = share: finite wherever.  [..., K], [..., K] -> [...].  Ko 2024 (DistiLLM).
+    """KL(T‖s T + (1−s) S), s = share: always finite.  [..., K], [..., K] -> [...].  Ko 2024 (DistiLLM).
 
     Raises ValueError unless 0 < share < 1.
     """
@@ -76,7 +76,7 @@ def skewed_forward_kl(student: Tensor, teacher: Tensor, share: float) -> Tensor:
 
 
 def skewed_reverse_kl(student: Tensor, teacher: Tensor, share: float) -> Tensor:
-    """KL(S‖s S + (1−s) T), s = share: finite wherever.  [..., K], [..., K] -> [...].  Ko 2024 (DistiLLM).
+    """KL(S‖s S + (1−s) T), s = share: always finite.  [..., K], [..., K] -> [...].  Ko 2024 (DistiLLM).
 
     Raises ValueError unless 0 < share < 1.
     """
@@ -86,7 +86,7 @@ def skewed_reverse_kl(student: Tensor, teacher: Tensor, share: float) -> Tensor:
 def linear_mix(student: Tensor, teacher: Tensor, forward_share: float) -> Tensor:
     """forward_share · forward KL + (1 − forward_share) · reverse KL.  [..., K], [..., K] -> [...].
 
-    NeMo-RL's "mixed" (reference/methods.md §5.1).  At 0 and 1 the other divergence is not computed: it may be inf.
+    NeMo-RL's "mixed" (reference/methods.md §5.1).  At 0 and 1 the other divergence is not computed, because it may be inf.
     """
     if forward_share == 0:
         return reverse_kl(student, teacher)
@@ -101,7 +101,7 @@ def entropy(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
 
 
-def _kl(first: Tensor, second: Tensor, bounds: Bounds = FREE) -> Tensor:
+def _kl(first: Tensor, second: Tensor, bounds: Bounds = UNBOUNDED) -> Tensor:
     """Σ p (log p − log q), p = exp(first), q = exp(second), over the entries with p > 0.  [..., K] -> [...]."""
     return _entries(first, second, bounds).sum(-1)
 
@@ -109,7 +109,7 @@ def _kl(first: Tensor, second: Tensor, bounds: Bounds = FREE) -> Tensor:
 def _entries(first: Tensor, second: Tensor, bounds: Bounds) -> Tensor:
     """p (log p − log q) within the bounds, 0 where p is 0.  [..., K] -> [..., K].
 
-    Entries without p are replaced before the arithmetic: hiding a NaN afterwards would leave it in the gradient.
+    Entries with p = 0 are replaced before the arithmetic: masking a NaN afterwards would leave it in the gradient.
     """
     absent = first.detach().exp() == 0
     first, second = first.masked_fill(absent, 0.0), second.masked_fill(absent, 0.0)
@@ -123,8 +123,8 @@ def _entries(first: Tensor, second: Tensor, bounds: Bounds) -> Tensor:
 
 
 def _mixture(student: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:
-    """log((1−s) S + s T), s = teacher_share; finite gradients where both sides are −inf.  -> [..., K]."""
-    # logaddexp(-inf, -inf) has a NaN gradient; such entries weigh nothing in what follows.
+    """log((1−s) S + s T), s = teacher_share; gradients are finite where both sides are −inf.  -> [..., K]."""
+    # logaddexp(-inf, -inf) has a NaN gradient; the callers give such entries no weight.
     absent = (student == -torch.inf) & (teacher == -torch.inf)
     return torch.logaddexp(
         student + math.log(1 - teacher_share),

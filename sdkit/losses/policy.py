@@ -1,4 +1,4 @@
-"""What belongs to a sampled token: importance ratios and estimates of the reverse KL from one draw."""
+"""Losses of sampled tokens: importance ratios, single-sample KL estimates, advantages and the clipped surrogate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGEST_LOG_RATIO = 20.0
 
 
 def importance_ratio(now: Tensor, then: Tensor, cap: float) -> Tensor:
-    """exp(now − then), at most `cap`; no gradient.  Log-probabilities [...], [...] -> [...].
+    """Returns exp(now − then), at most `cap`; no gradient.  Log-probabilities [...], [...] -> [...].
 
     Hübotter 2026 (to the old policy, and to the sampler per token); Shenfeld 2026 (to the sampler).
     """
@@ -25,12 +25,12 @@ def importance_ratio(now: Tensor, then: Tensor, cap: float) -> Tensor:
 
 
 def cap_binds(now: Tensor, then: Tensor, cap: float) -> Tensor:
-    """Where `importance_ratio` was cut by its cap.  Log-probabilities [...], [...] -> [...] bool."""
+    """Returns where the cap of `importance_ratio` applies.  Log-probabilities [...], [...] -> [...] bool."""
     return (now - then).detach() > math.log(cap)
 
 
 def sequence_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Mean over each sequence's tokens, handed back to every token.  [M], row [M] long -> [M]."""
+    """Returns to every token the mean over its sequence.  [M], row [M] long -> [M]."""
     sums = values.new_zeros(rows).index_add(0, row, values)
     sizes = values.new_zeros(rows).index_add(0, row, torch.ones_like(values))
     return (sums / sizes.clamp(min=1))[row]
@@ -41,9 +41,9 @@ def sampled_token_surrogate(
 ) -> Tensor:
     """sg(log S_y − log T_y) · log S_y for y ~ S.  Log-probabilities of y [...], [...] -> [...].
 
-    Its expected gradient is that of KL(S‖T) at fixed prefixes; its value is not the KL (report `k1` for that).
-    Lu 2025 (Thinking Machines), as in reference/methods.md §5.4.  `bounds` limit the log-ratio, and then the gradient
-    is that of no divergence (Hübotter 2026, Table 12, clips it at 5).
+    Its expected gradient is that of KL(S‖T) at fixed prefixes.  Its value is not the KL; report `k1` for that.
+    Lu 2025 (Thinking Machines), as in reference/methods.md §5.4.  `bounds` clamp the log-ratio; the
+    gradient is then not that of any divergence (Hübotter 2026, Table 12, clips it at 5).
     """
     weight = (student - teacher).detach()
     return (weight if bounds is None else weight.clamp(*bounds)) * student
@@ -52,7 +52,7 @@ def sampled_token_surrogate(
 def k1(student: Tensor, teacher: Tensor) -> Tensor:
     """log S_y − log T_y: the unbiased value of KL(S‖T) for y ~ S.  [...], [...] -> [...].  Schulman 2020.
 
-    Never differentiate it: E[∇k1] = E[∇log S] = 0, the teacher drops out.
+    Never differentiate it: E[∇k1] = E[∇log S] = 0, so the teacher has no influence.
     """
     return student - teacher.detach()
 
@@ -60,7 +60,7 @@ def k1(student: Tensor, teacher: Tensor) -> Tensor:
 def k2(student: Tensor, teacher: Tensor) -> Tensor:
     """½ (log S_y − log T_y)²: a biased value of KL(S‖T) for y ~ S.  [...], [...] -> [...].  Schulman 2020.
 
-    E[∇k2] = ∇KL(S‖T): the right gradient, the same as the surrogate's.
+    E[∇k2] = ∇KL(S‖T), the same gradient as that of `sampled_token_surrogate`.
     """
     return 0.5 * (student - teacher.detach()).square()
 
@@ -68,7 +68,7 @@ def k2(student: Tensor, teacher: Tensor) -> Tensor:
 def k3(student: Tensor, teacher: Tensor) -> Tensor:
     """T_y/S_y − 1 − log(T_y/S_y): unbiased and never negative for y ~ S.  [...], [...] -> [...].  Schulman 2020.
 
-    E[∇k3] = ∇KL(T‖S): differentiated, it pulls by the *forward* KL.
+    E[∇k3] = ∇KL(T‖S): differentiating it minimises the *forward* KL.
     """
     log_ratio = teacher.detach() - student
     return torch.expm1(log_ratio) - log_ratio
@@ -80,11 +80,11 @@ def k3(student: Tensor, teacher: Tensor) -> Tensor:
 def group_advantages(
     rewards: Tensor, group: Tensor, baseline: Baseline, scale: Scale, eps: float
 ) -> Tensor:
-    """A = (R − baseline) / (std + eps) of every rollout.  rewards [N], group [N] long (any ids) -> [N] of their dtype.
+    """Returns A = (R − baseline) / (std + eps) of every rollout.  rewards [N], group [N] long -> [N] of rewards' dtype.
 
-    `rewards` are those of all ranks: a group may lie anywhere, and `batch_std` is over them all.  Standard deviations
-    are unbiased.  A group without spread (of one, of equal rewards) gets exactly 0 from its mean and from its std, a
-    batch without spread from its std.  Shao 2024 with TRL's constants; no scale: Liu 2025 (Dr. GRPO).  methods.md §5.7.
+    `rewards` are those of all ranks; group ids are arbitrary, a group need not be contiguous, and `batch_std` is over
+    the whole batch.  Standard deviations are unbiased.  With `group_mean` or `group_std`, a group without spread (one
+    rollout, or equal rewards) gets exactly 0; with `batch_std`, so does a batch without spread.  Shao 2024 with TRL's constants; no scale: Liu 2025 (Dr. GRPO).  methods.md §5.7.
     """
     ids, place = torch.unique(group, return_inverse=True)
     mean, std = _moments(rewards, place, ids.numel())
@@ -108,7 +108,7 @@ def group_advantages(
 
 
 def overlong_share(lengths: Tensor, longest: int, stretch: int) -> Tensor:
-    """How far completions reach into the last `stretch` of `longest` tokens, 0 … 1.  [N] long -> [N] float32.
+    """Returns how far each completion reaches into the last `stretch` of `longest` tokens, 0 … 1.  [N] long -> [N] float32.
 
     Yu 2025 (arXiv 2503.14476), soft overlong punishment: −1 times this is added to the reward.
     """
@@ -116,7 +116,7 @@ def overlong_share(lengths: Tensor, longest: int, stretch: int) -> Tensor:
 
 
 def _moments(values: Tensor, place: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of each value's group; 0 exactly where all are equal.  [N], [N] -> [N], [N]."""
+    """Mean and unbiased standard deviation of each value's group; the latter is exactly 0 for equal values.  [N], [N] -> [N], [N]."""
     mean = sequence_mean(values, place, groups)
     size = torch.bincount(place, minlength=groups)[place]
     variance = sequence_mean((values - mean).square(), place, groups) * size / (size - 1).clamp(1)
@@ -128,27 +128,19 @@ def _moments(values: Tensor, place: Tensor, groups: int) -> tuple[Tensor, Tensor
     return mean, variance.sqrt().masked_fill(ends[0] == ends[1], 0.0)
 
 
-def sequence_log_ratio(now: Tensor, then: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Mean of now − then over each sequence's tokens.  Log-probabilities [M], [M], row [M] long -> [M].
-
-    The value is the sequence's, the gradient the token's own (`own_gradient`).  Zheng 2025, arXiv 2507.18071 (GSPO).
-    """
-    return own_gradient(sequence_mean((now - then).detach(), row, rows), now)
-
-
 def own_gradient(value: Tensor, now: Tensor) -> Tensor:
-    """`value` with the gradient of each token's own log-probability.  [...], [...] -> [...].
+    """Returns `value` with the gradient of each token's own log-probability.  [...], [...] -> [...].
 
-    For the mean over a sequence of |y| tokens the true gradient is Σ_t ∇log S_t / |y| at each of |y| tokens: wherever
-    they share weight and factor, the sum over the sequence is the same, and no token needs another's graph, so that
-    sequences can be cut into chunks.  Where factors differ within a sequence, each token keeps its own: GSPO-token
-    (Zheng 2025, §4.3).
+    Used for the mean log-ratio of a sequence: Zheng 2025, arXiv 2507.18071 (GSPO).  The true gradient of a mean over |y|
+    tokens is Σ_t ∇log S_t / |y| at each of the |y| tokens.  If all tokens share weight and factor, the sum over the
+    sequence is the same, and no token needs another's graph, so sequences can be split into chunks.  If factors differ
+    within a sequence, each token keeps its own: GSPO-token (Zheng 2025, §4.3).
     """
     return value.detach() + (now - now.detach())
 
 
 def policy_ratio(log_ratio: Tensor) -> Tensor:
-    """ρ = exp(log_ratio), with its gradient.  [...] -> [...]."""
+    """Returns ρ = exp(log_ratio), with its gradient.  [...] -> [...]."""
     return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
 
 
@@ -161,8 +153,8 @@ def clipped_surrogate(
 ) -> Tensor:
     """−min(ρA, clip(ρ, 1 − low, 1 + high) A), ρ = exp(log_ratio); for A < 0 at most −dual · A.  [...], [...] -> [...].
 
-    No gradient where the clip binds (`clip_binds`); at its very bounds it does not bind yet.  Schulman 2017, clip with
-    two sides: Yu 2025, dual: Ye 2020 (arXiv 1912.09729).  No gradient reaches the advantages.
+    There is no gradient where the clip applies (`clip_binds`); exactly at a bound it does not apply.  Schulman 2017;
+    separate bounds: Yu 2025; dual clip: Ye 2020 (arXiv 1912.09729).  The advantages get no gradient.
     """
     advantages, ratio = advantages.detach(), policy_ratio(log_ratio)
     below, above = clip_binds(ratio, advantages, low, high)
@@ -173,12 +165,12 @@ def clipped_surrogate(
 
 
 def clip_binds(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Where the ratio is cut at 1 − low (A < 0), and where at 1 + high (A > 0).  [...], [...] -> twice [...] bool."""
+    """Returns where the ratio is clipped at 1 − low (A < 0), and where at 1 + high (A > 0).  [...], [...] -> twice [...] bool."""
     ratio = ratio.detach()
     return (advantages < 0) & (ratio < 1 - low), (advantages > 0) & (ratio > 1 + high)
 
 
-# ── advantages of two parts ───────────────────────────────────────────────────────────────────
+# ── advantages from reward and teacher ───────────────────────────────────────────────────────────────────
 
 
 def scaled_advantages(
@@ -186,7 +178,7 @@ def scaled_advantages(
 ) -> Tensor:
     """A [(1 − λ) + λ clip(exp(sign(A) δ), 1 − low, 1 + high)], λ = share, δ = log T − log S.  [...], [...] -> [...].
 
-    A token that the teacher finds likelier than the student did gets more of a good outcome and less of a bad one.
+    A token that the teacher finds likelier than the student gets more credit for a good outcome, less blame for a bad one.
     RLSD, arXiv 2604.03128 (reference/methods.md §5.9).
     """
     signed = (advantages.sign() * log_ratio).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)

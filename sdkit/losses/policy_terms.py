@@ -1,7 +1,7 @@
-"""The terms about tokens that were sampled: policy gradient, pull to the reference, and the importance corrections.
+"""Loss terms of sampled tokens: policy gradient, KL to the reference model, and importance corrections.
 
-Reads specs, like `objective.py`, which calls it chunk by chunk; the mathematics is in `policy.py`.  Everywhere
-`temperature` is that of sampling.
+`objective.py` calls these functions for each chunk; the mathematics is in `policy.py`.  `temperature` is always the
+sampling temperature.
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ from sdkit.losses.policy import (
 )
 from sdkit.losses.support import sampled_token
 
-Measures = dict[str, Tensor]
-"""Figures per token, detached: name -> [C]."""
+LossMetrics = dict[str, Tensor]
+"""Metrics per token, detached: name -> [C]."""
 
 
 # ── before the first chunk ────────────────────────────────────────────────────────────────────
 
 
 def policy_gradients(losses: Mapping[str, LossTerm]) -> dict[str, PolicyGradient]:
-    """The terms of that kind, by name."""
+    """Returns the policy-gradient terms, by name."""
     return {name: term for name, term in losses.items() if isinstance(term, PolicyGradient)}
 
 
 def group_relative(losses: Mapping[str, LossTerm]) -> GroupRelative | None:
-    """The advantage that `Tokens.advantages` holds.  Raises ValueError where two terms ask for different ones."""
+    """Returns the spec of `Tokens.advantages`, or None.  Raises ValueError if two terms ask for different ones."""
     terms = policy_gradients(losses).values()
-    asked = {part for t in terms if (part := reward_part(t.advantage))}
-    if len(asked) > 1:
+    specs = {part for t in terms if (part := reward_part(t.advantage))}
+    if len(specs) > 1:
         raise ValueError("all terms must have the same group_relative advantage")
-    return next(iter(asked), None)
+    return next(iter(specs), None)
 
 
 def reward_advantages(
     losses: Mapping[str, LossTerm], rewards: Tensor, group: Tensor
 ) -> Tensor | None:
-    """Each rollout's advantage, [N]; None where no term needs it.
+    """Returns each rollout's advantage, [N]; None if no term needs it.
 
-    rewards [N] float and group [N] long are those of all ranks, before the rollouts are dealt into several updates.
+    rewards [N] float and group [N] long are those of all ranks, before the rollouts are split into updates.
     """
     spec = group_relative(losses)
     if spec is None:
@@ -88,10 +88,10 @@ def needs_sequence_means(losses: Mapping[str, LossTerm]) -> bool:
 def sequence_means(
     losses: Mapping[str, LossTerm], now: Tensor, teacher: Tensor | None, tokens: Tokens, rows: int
 ) -> dict[str, Tensor]:
-    """What `Tokens.sequence_means` holds: means over the tokens of each sequence that a term counts.
+    """Returns the values of `Tokens.sequence_means`: means over the tokens of each sequence that a term counts.
 
-    `TERM/log_ratio`: log student now − before this batch (not there without `old_logprobs`: the ratio is 1 then).
-    `TERM/advantage`: of the teacher's log-ratio, for `center: sequence`.  now [M], teacher [M]: log-probabilities of the
+    `TERM/log_ratio`: mean of log student now − before this batch (absent without `old_logprobs`: the ratio is then 1).
+    `TERM/advantage`: mean of the teacher's log-ratio, for `center: sequence`.  now [M], teacher [M]: log-probabilities of the
     sampled tokens at the sampling temperature, detached -> [M] each, 0 at tokens that the term does not count.
     """
     then = now if tokens.old_logprobs is None else tokens.old_logprobs
@@ -100,8 +100,8 @@ def sequence_means(
         counts = tokens.weights[name] > 0
 
         def mean(values: Tensor, counts: Tensor = counts) -> Tensor:
-            held = sequence_mean(values[counts], tokens.row[counts], rows)
-            return torch.zeros_like(values).masked_scatter(counts, held)
+            counted = sequence_mean(values[counts], tokens.row[counts], rows)
+            return torch.zeros_like(values).masked_scatter(counts, counted)
 
         if term.ratio == "sequence" and tokens.old_logprobs is not None:
             means[f"{name}/log_ratio"] = mean(now - then)
@@ -109,7 +109,7 @@ def sequence_means(
             if teacher is None:
                 raise ValueError(f"{name}: center: sequence needs the teacher's log-probabilities")
             spec = teacher_part(term.advantage)
-            means[f"{name}/advantage"] = mean(_teachers(spec, teacher - then, tokens))
+            means[f"{name}/advantage"] = mean(_teacher_log_ratio(spec, teacher - then, tokens))
     return means
 
 
@@ -118,8 +118,8 @@ def _centered(term: PolicyGradient) -> bool:
     return part is not None and part.center == "sequence"
 
 
-def _teachers(spec: LogRatio | None, log_ratio: Tensor, tokens: Tokens) -> Tensor:
-    """The teacher's part before it is centred: bounded below, 0 where a rollout has no teacher prompt.  [M] -> [M]."""
+def _teacher_log_ratio(spec: LogRatio | None, log_ratio: Tensor, tokens: Tokens) -> Tensor:
+    """The teacher's log-ratio before centering: bounded below, 0 if the rollout has no teacher prompt.  [M] -> [M]."""
     if spec and spec.floor is not None:
         log_ratio = log_ratio.clamp(min=plain(spec.floor))
     return (
@@ -133,13 +133,13 @@ def _sequence_mean(tokens: Tokens, name: str) -> Tensor:
     return tokens.sequence_means[name]
 
 
-# ── chunk by chunk ────────────────────────────────────────────────────────────────────────────
+# ── for each chunk ────────────────────────────────────────────────────────────────────────────
 
 
 def policy_gradient(
     name: str, term: PolicyGradient, sides: Distributions, tokens: Tokens, temperature: float
-) -> tuple[Tensor, Tensor | float, Measures]:
-    """ℓ [C] of the term called `name`, its correction [C] (or 1) and its measures."""
+) -> tuple[Tensor, Tensor | float, LossMetrics]:
+    """Returns ℓ [C] of the term `name`, its correction [C] (or 1) and its metrics."""
     now = _counted_logprobs(sides.student(temperature), tokens, name)
     then = now.detach() if tokens.old_logprobs is None else tokens.old_logprobs
     log_ratio = now - then
@@ -147,24 +147,24 @@ def policy_gradient(
         log_ratio = own_gradient(_sequence_mean(tokens, f"{name}/log_ratio"), now)
     advantages = _advantages(name, term, sides, tokens, then, temperature)
     ratio = policy_ratio(log_ratio.detach())
-    measures = {"ratio": ratio, "advantage": advantages, **sides.entropies(temperature, "student")}
+    metrics = {"ratio": ratio, "advantage": advantages, **sides.entropies(temperature, "student")}
     if tokens.old_logprobs is not None:
-        measures["old_kl"] = k3(then, now.detach())
+        metrics["old_kl"] = k3(then, now.detach())
     if clip := term.clip:
         low, high = plain(clip.low), plain(clip.high)
         dual = None if clip.dual is None else plain(clip.dual)
         token_loss = clipped_surrogate(log_ratio, advantages, low, high, dual)
         below, above = clip_binds(ratio, advantages, low, high)
-        measures |= {"clip_low": below.to(ratio.dtype), "clip_high": above.to(ratio.dtype)}
+        metrics |= {"clip_low": below.to(ratio.dtype), "clip_high": above.to(ratio.dtype)}
         if dual is not None:
-            measures["clip_dual"] = ((advantages < 0) & (ratio > dual)).to(ratio.dtype)
+            metrics["clip_dual"] = ((advantages < 0) & (ratio > dual)).to(ratio.dtype)
     else:
         token_loss = clipped_surrogate(log_ratio, advantages)
     if term.importance.sampler is None:
-        return token_loss, 1.0, measures
+        return token_loss, 1.0, metrics
     importance = ImportanceSpec(sampler=term.importance.sampler)
     corrected, ratios = correction(importance, now.detach(), tokens)
-    return token_loss, corrected, measures | ratios
+    return token_loss, corrected, metrics | ratios
 
 
 def _advantages(
@@ -175,29 +175,31 @@ def _advantages(
     then: Tensor,
     temperature: float,
 ) -> Tensor:
-    """[C], detached; anything at tokens that the term does not count."""
+    """[C], detached; arbitrary at tokens that the term does not count."""
 
-    def of_reward() -> Tensor:
+    def reward_advantage() -> Tensor:
         if tokens.advantages is None:
             raise ValueError(f"{name}: a group_relative advantage needs Tokens.advantages")
         return tokens.advantages.to(then.dtype)
 
-    def of_teacher(spec: LogRatio) -> Tensor:
-        teacher = sides.teacher_sampled(tokens.token, temperature)
-        advantages = _teachers(spec, teacher - then, tokens)
+    def teacher_advantage(spec: LogRatio) -> Tensor:
+        teacher = sides.teacher_logprobs(tokens.token, temperature)
+        advantages = _teacher_log_ratio(spec, teacher - then, tokens)
         if spec.center == "sequence":
             advantages = advantages - _sequence_mean(tokens, f"{name}/advantage")
         return advantages
 
     match spec := term.advantage:
         case GroupRelative():
-            return of_reward()
+            return reward_advantage()
         case LogRatio():
-            return of_teacher(spec)
+            return teacher_advantage(spec)
         case AdvantageAdd(group_weight=group, log_ratio_weight=teacher):
-            return plain(group) * of_reward() + plain(teacher) * of_teacher(spec.log_ratio)
+            return plain(group) * reward_advantage() + plain(teacher) * teacher_advantage(
+                spec.log_ratio
+            )
         case AdvantageScale(share=share, low=low, high=high):
-            parts = of_reward(), of_teacher(spec.log_ratio)
+            parts = reward_advantage(), teacher_advantage(spec.log_ratio)
             return scaled_advantages(*parts, plain(share), plain(low), plain(high))
         case _:
             assert_never(spec)
@@ -205,40 +207,40 @@ def _advantages(
 
 def reference_kl(
     name: str, term: ReferenceKl, sides: Distributions, tokens: Tokens, temperature: float
-) -> tuple[Tensor, Measures]:
-    """ℓ [C] of the term called `name`, and its measures."""
-    student, reference = sides.teacher("reference", temperature, tokens.weights[name] > 0)
+) -> tuple[Tensor, LossMetrics]:
+    """Returns ℓ [C] of the term `name`, and its metrics."""
+    student, reference = sides.student_and("reference", temperature, tokens.weights[name] > 0)
     pair = [_counted_logprobs(side, tokens, name) for side in (student, reference)]
     match term.estimator:
         case "k2":
             token_loss = k2(*pair)
             with torch.no_grad():
-                whole = reverse_kl(student, reference)
+                full_kl = reverse_kl(student, reference)
         case "vocabulary":
             token_loss = reverse_kl(student, reference)
-            whole = token_loss.detach()
+            full_kl = token_loss.detach()
         case _:
             assert_never(term.estimator)
-    measures = {"k1": k1(*pair).detach(), "reference_kl": whole}
-    return token_loss, measures | sides.entropies(temperature, "student")
+    metrics = {"k1": k1(*pair).detach(), "reference_kl": full_kl}
+    return token_loss, metrics | sides.entropies(temperature, "student")
 
 
 def _counted_logprobs(logprobs: Tensor, tokens: Tokens, name: str) -> Tensor:
-    """Log-probabilities of the sampled tokens, 0 where the term does not count one.  [C, V] -> [C].
+    """Log-probabilities of the sampled tokens, 0 at tokens that the term does not count.  [C, V] -> [C].
 
-    A token that does not count may be impossible (−inf): it must not make a NaN on the way back.
+    An uncounted token may be impossible (−inf), which would give a NaN gradient.
     """
     return sampled_token(logprobs, tokens.token).masked_fill(tokens.weights[name] <= 0, 0.0)
 
 
-def correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tensor, Measures]:
-    """Product of the ratios that `spec` asks for, [C], and each of them.  now [C]: detached log-probabilities."""
+def correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tensor, LossMetrics]:
+    """Returns the product of the ratios of `spec`, [C], and each ratio.  now [C]: detached log-probabilities."""
     old = now if tokens.old_logprobs is None else tokens.old_logprobs
     product, capped = torch.ones_like(now), torch.zeros_like(now, dtype=torch.bool)
-    measures: Measures = {}
+    metrics: LossMetrics = {}
     if spec.old_policy:
         ratio = importance_ratio(now, old, plain(spec.old_policy.cap))
-        product, measures["old_ratio"] = product * ratio, ratio
+        product, metrics["old_ratio"] = product * ratio, ratio
         capped = capped | cap_binds(now, old, plain(spec.old_policy.cap))
     if spec.sampler:
         ratio = torch.ones_like(now)
@@ -249,5 +251,5 @@ def correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tenso
                 if tokens.ratio is None:
                     raise ValueError("a sampler ratio of level sequence_mean needs Tokens.ratio")
                 ratio = tokens.ratio
-        product, measures["sampler_ratio"] = product * ratio, ratio
-    return product, measures | {"ratio_capped": capped.to(now.dtype)}
+        product, metrics["sampler_ratio"] = product * ratio, ratio
+    return product, metrics | {"ratio_capped": capped.to(now.dtype)}

@@ -1,4 +1,4 @@
-"""What a teacher said, as logits over the vocabulary: the one place that tells the members of `TeacherScores` apart."""
+"""Teacher scores as logits over the vocabulary: the only place that matches on the members of `TeacherScores`."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from sdkit.batches import (
 
 
 def select_scores(scores: TeacherScores, at: slice | Tensor) -> Tensor | TopKLogprobs:
-    """Logits [C, V] of the tokens at these places of the M, or what was told of some ids."""
+    """Returns the logits [C, V] of the selected tokens, or their top-k log-probabilities."""
     return scores.at(at) if isinstance(scores, TopKLogprobs) else logits(scores, at)
 
 
 def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
-    """Logits of the tokens at these places of the M, up to a constant per token.  -> [C, V], no gradient.
+    """Returns the logits of the selected tokens, up to a constant per token.  -> [C, V], no gradient.
 
-    Of the model's dtype where one model answers, else float32 (float64 for float64).  Raises ValueError where only some
-    ids were told of.
+    They have the model's dtype if there is one model, else float32 (float64 for float64).  Raises ValueError for
+    `TopKLogprobs`.
     """
     match scores:
         case HiddenStateScores(hidden=hidden, head=head, transform=transform):
             return transform(hidden[at] @ head.T)
         case RoutedScores(parts=parts, part=part, place=place, vocabulary=vocabulary):
-            which, where = part[at], place[at]
-            answers = [widen(logits(each, where[which == i])) for i, each in enumerate(parts)]
-            joined = answers[0].new_empty(len(which), vocabulary)
-            for i, answer in enumerate(answers):
-                joined[which == i] = answer
+            routes, places = part[at], place[at]
+            routed = [widen(logits(p, places[routes == i])) for i, p in enumerate(parts)]
+            joined = routed[0].new_empty(len(routes), vocabulary)
+            for i, rows in enumerate(routed):
+                joined[routes == i] = rows
             return joined
         case TopKLogprobs():
-            raise ValueError("a teacher that tells of a few ids has no logits of the vocabulary")
+            raise ValueError("a top-k teacher has no logits over the vocabulary")
         case BlendedScores(parts=parts, factors=factors):
             return _summed([widen(logits(part, at)) for part in parts], factors)
         case _:
@@ -49,7 +49,7 @@ def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
 def _summed(parts: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
     """Σ factor · part.  [C, V] each -> [C, V].
 
-    A token that one part rules out (-inf) stays ruled out whatever the factors: there is no inf − inf.
+    A token that any part excludes (-inf) stays excluded whatever the factors, so inf − inf never occurs.
     """
     total = torch.zeros_like(parts[0])
     ruled_out = torch.zeros_like(total, dtype=torch.bool)
@@ -60,5 +60,5 @@ def _summed(parts: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
 
 
 def widen(values: Tensor) -> Tensor:
-    """float32 at least."""
+    """Converts to float32, unless the dtype is wider."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""What every divergence must hold to, built in or the user's own: tried on small inputs, in a fraction of a second."""
+"""Checks that every divergence must pass, built-in or user-defined: small inputs, a fraction of a second."""
 
 from __future__ import annotations
 
@@ -8,38 +8,37 @@ import torch
 from torch import Tensor
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
-"""Log-probabilities of student and teacher, [..., K], [..., K] -> [...]."""
+"""Takes log-probabilities of student and teacher, [..., K], [..., K] -> [...]."""
 
 STEP = 1e-5
-"""Of the central differences; the error is of order STEP²."""
-NEVER = -torch.inf
+"""Step of the central differences; their error is of order STEP²."""
 
 
-def faults(
+def find_problems(
     function: Divergence, *, zero_when_equal: bool = True, exact_gradient: bool = True
 ) -> Iterator[str]:
-    """What is wrong with a divergence, as phrases that follow its name; nothing where all is well.
+    """Yields what is wrong with a divergence, as phrases that follow its name.
 
-    Whatever `function` raises passes through.  A fault of the shape ends the search.
+    Exceptions of `function` propagate.  A wrong shape ends the checks.
     """
     student, teacher = _logits(0).log_softmax(-1), _logits(1).log_softmax(-1)
-    wrong = next(_shape_faults(function, student, teacher), None)
-    if wrong:
-        yield wrong
+    wrong_shape = next(_shape_problems(function, student, teacher), None)
+    if wrong_shape:
+        yield wrong_shape
         return
-    whole = function(student, teacher)
-    if not whole.isfinite().all():
+    values = function(student, teacher)
+    if not values.isfinite().all():
         yield "is not finite for finite inputs"
         return
-    if not _same(whole, function(student, teacher)):
+    if not _same(values, function(student, teacher)):
         yield "returns something else when called again"
     one_by_one = [function(s, t) for s, t in zip(student.split(1), teacher.split(1), strict=True)]
-    if not _same(whole, torch.cat(one_by_one)):
+    if not _same(values, torch.cat(one_by_one)):
         yield "mixes positions: one alone has another value than beside others"
-    yield from _gradient_faults(function, teacher, exact_gradient)
-    yield from _edge_faults(function, student, teacher)
+    yield from _gradient_problems(function, teacher, exact_gradient)
+    yield from _impossible_token_problems(function, student, teacher)
     if zero_when_equal:
-        yield from _zero_faults(function)
+        yield from _zero_problems(function)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -52,23 +51,23 @@ def _logits(seed: int) -> Tensor:
     return torch.randn(5, 7, generator=draw, dtype=torch.float64)
 
 
-def _shape_faults(function: Divergence, student: Tensor, teacher: Tensor) -> Iterator[str]:
+def _shape_problems(function: Divergence, student: Tensor, teacher: Tensor) -> Iterator[str]:
     for rows in (5, 0):
         for dtype in (torch.float64, torch.float32):
-            given = student[:rows].to(dtype), teacher[:rows].to(dtype)
-            before = [x.clone() for x in given]
-            found = function(*given)
-            wanted = f"a tensor [{rows}] of {dtype}"
-            if not isinstance(found, Tensor):
-                yield f"returns {type(found).__name__}, not {wanted}"
-            elif found.shape != (rows,) or found.dtype != dtype:
-                yield f"returns a tensor {list(found.shape)} of {found.dtype}, not {wanted}"
-            if not all(map(torch.equal, given, before)):
+            inputs = student[:rows].to(dtype), teacher[:rows].to(dtype)
+            copies = [x.clone() for x in inputs]
+            result = function(*inputs)
+            expected = f"a tensor [{rows}] of {dtype}"
+            if not isinstance(result, Tensor):
+                yield f"returns {type(result).__name__}, not {expected}"
+            elif result.shape != (rows,) or result.dtype != dtype:
+                yield f"returns a tensor {list(result.shape)} of {result.dtype}, not {expected}"
+            if not all(map(torch.equal, inputs, copies)):
                 yield "changes what it is given"
 
 
 def _gradient(function: Divergence, logits: Tensor, teacher: Tensor) -> Tensor | None:
-    """Of the sum over positions, in the student's logits; None where nothing depends on them."""
+    """Gradient of the sum over positions in the student's logits; None if the sum does not depend on them."""
     logits = logits.clone().requires_grad_()
     with torch.enable_grad():
         value = function(logits.log_softmax(-1), teacher).sum()
@@ -77,7 +76,7 @@ def _gradient(function: Divergence, logits: Tensor, teacher: Tensor) -> Tensor |
     return torch.autograd.grad(value, logits, allow_unused=True)[0]
 
 
-def _gradient_faults(function: Divergence, teacher: Tensor, exact: bool) -> Iterator[str]:
+def _gradient_problems(function: Divergence, teacher: Tensor, exact: bool) -> Iterator[str]:
     logits = _logits(0)
     grad = _gradient(function, logits, teacher)
     if grad is None:
@@ -94,7 +93,7 @@ def _gradient_faults(function: Divergence, teacher: Tensor, exact: bool) -> Iter
 
 @torch.no_grad()
 def _differences(function: Divergence, logits: Tensor, teacher: Tensor) -> Tensor:
-    """The gradient by central differences, one entry of all positions at a time: positions do not mix."""
+    """The gradient by central differences; positions do not mix, so one entry of all of them is moved at a time."""
     columns: list[Tensor] = []
     for entry in range(logits.shape[-1]):
         ends: list[Tensor] = []
@@ -106,12 +105,14 @@ def _differences(function: Divergence, logits: Tensor, teacher: Tensor) -> Tenso
     return torch.stack(columns, -1)
 
 
-def _edge_faults(function: Divergence, student: Tensor, teacher: Tensor) -> Iterator[str]:
-    """A token that nobody has, at every position: its log-probability is −inf on both sides."""
-    never = torch.full((5, 1), NEVER, dtype=torch.float64)
-    wide = torch.cat([student, never], -1).requires_grad_()
+def _impossible_token_problems(
+    function: Divergence, student: Tensor, teacher: Tensor
+) -> Iterator[str]:
+    """Appends a token that is impossible on both sides (log-probability −inf) to every position."""
+    impossible = torch.full((5, 1), -torch.inf, dtype=torch.float64)
+    wide = torch.cat([student, impossible], -1).requires_grad_()
     with torch.enable_grad():
-        value = function(wide, torch.cat([teacher, never], -1))
+        value = function(wide, torch.cat([teacher, impossible], -1))
     hint = "mask such entries before the arithmetic"
     if not _same(value, function(student, teacher)):
         yield f"changes with a token that neither side has (both log-probabilities −inf): {hint}"
@@ -121,7 +122,7 @@ def _edge_faults(function: Divergence, student: Tensor, teacher: Tensor) -> Iter
             yield f"has a gradient that is not finite at a token that neither side has: {hint}"
 
 
-def _zero_faults(function: Divergence) -> Iterator[str]:
+def _zero_problems(function: Divergence) -> Iterator[str]:
     logits = _logits(0)
     same = logits.log_softmax(-1)
     value, grad = function(same, same), _gradient(function, logits, same)

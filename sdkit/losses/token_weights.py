@@ -1,7 +1,7 @@
-"""Which tokens count by rank, and what each weighs: detached numbers of at least 0, known before the first update.
+"""Token selection by rank and token weights: detached, at least 0, computed before the first update.
 
-Letters: M tokens of one term, sequence after sequence, `row` [M] long the sequence of each, N sequences.  Nothing here
-is NaN: an empty batch gives empty weights, and where a mean would be 0 the weights are 0 or all the same, as said.
+M is the number of tokens of one term, in sequence order; `row` [M] long is the sequence of each token; N is the number
+of sequences.  No result is NaN: an empty batch gives empty weights, and each docstring says what a zero sum gives.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from torch import Tensor
 from sdkit.losses.policy import sequence_mean
 
 ROUNDING = 1e-9
-"""0.1 × 30 is a little above 3 in floating point, and still means three tokens."""
+"""0.1 × 30 is slightly above 3 in floating point, and still means three tokens."""
 
 
 def top_share(values: Tensor, share: float) -> Tensor:
-    """The ⌈share · M⌉ largest values; of equal ones those that stand first.  [M] -> [M] bool.
+    """Marks the ⌈share · M⌉ largest values; earlier positions win ties.  [M] -> [M] bool.
 
     Wang 2025 (arXiv 2506.01939) keeps the tokens of highest entropy, at 0.2.
     """
-    kept = math.ceil(share * values.numel() - ROUNDING)
+    count = math.ceil(share * values.numel() - ROUNDING)
     order = values.sort(descending=True, stable=True).indices
-    chosen = torch.zeros_like(values, dtype=torch.bool)
-    chosen[order[:kept]] = True
-    return chosen
+    selected = torch.zeros_like(values, dtype=torch.bool)
+    selected[order[:count]] = True
+    return selected
 
 
-def sigmoid_ramp(place: Tensor, smallest: float, middle: float, width: float) -> Tensor:
-    """smallest + (1 − smallest) · sigmoid((place − middle) / width), place in (0, 1].  [M] -> [M].  arXiv 2605.21606."""
-    return smallest + (1 - smallest) * torch.sigmoid((place - middle) / width)
+def sigmoid_ramp(position: Tensor, smallest: float, middle: float, width: float) -> Tensor:
+    """smallest + (1 − smallest) · sigmoid((position − middle) / width), position in (0, 1].  [M] -> [M].  arXiv 2605.21606."""
+    return smallest + (1 - smallest) * torch.sigmoid((position - middle) / width)
 
 
 def entropy_weight(entropy: Tensor, rate: float) -> Tensor:
@@ -46,26 +46,26 @@ def entropy_weight(entropy: Tensor, rate: float) -> Tensor:
 def drift(gap: Tensor, row: Tensor, rows: int, strength: float) -> Tensor:
     """1 + strength · (1 − Σ_{j<t} |gap_j| / Σ_j |gap_j|) within each sequence.  [M], row [M] long ascending -> [M].
 
-    Where a sequence has no gap at all, nothing stands before any token: 1 + strength.  arXiv 2606.22600.
+    If every gap of a sequence is 0, its weights are 1 + strength.  arXiv 2606.22600.
     """
     size = gap.abs()
-    whole = gap.new_zeros(rows).index_add(0, row, size)
+    totals = gap.new_zeros(rows).index_add(0, row, size)
     before = size.cumsum(0) - size
-    earlier_rows = (whole.cumsum(0) - whole)[row]
-    share = (before - earlier_rows) / whole[row].masked_fill(whole[row] == 0, 1.0)
+    earlier_rows = (totals.cumsum(0) - totals)[row]
+    share = (before - earlier_rows) / totals[row].masked_fill(totals[row] == 0, 1.0)
     return 1 + strength * (1 - share.clamp(0, 1))
 
 
 def pass_rate_variance(pass_rate: Tensor, power: float) -> Tensor:
-    """(p · (1 − p))^power; 0 where all or none of a group succeeded.  [N] -> [N].  arXiv 2603.11178."""
+    """(p · (1 − p))^power; 0 if all or none of a group succeeded.  [N] -> [N].  arXiv 2603.11178."""
     return (pass_rate * (1 - pass_rate)).clamp(min=0) ** power
 
 
 def perplexity(logprobs: Tensor, row: Tensor, group: Tensor, power: float) -> Tensor:
-    """exp(−mean log-probability)^power of each token's sequence, over its mean within the group.
+    """exp(−mean log-probability)^power of each token's sequence, divided by its mean within the group.
 
-    logprobs [M], row [M] long, group [N] long (any ids) -> [M].  The group's mean is over its sequences that have a
-    token among the M, each once.  arXiv 2604.10688, whose code has this softmax × count.
+    logprobs [M], row [M] long, group [N] long (any ids) -> [M].  The group's mean is over its sequences with at
+    least one of the M tokens, each counted once.  arXiv 2604.10688, whose code has this softmax × count.
     """
     rows = group.numel()
     log_weight = logprobs.new_zeros(rows)

@@ -1,1 +1,1 @@
-"""Scores of completions."""
+"""Rewards: scores of completions."""

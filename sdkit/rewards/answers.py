@@ -1,4 +1,4 @@
-"""Answers in completions, compared with a column or by the task's own scorer.  Knows nothing of tokens or groups."""
+"""Rewards that compare an answer with a column, and those scored by the task itself.  Knows nothing of tokens or groups."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from sdkit.language.specs import (
     Tagged,
     WholeText,
 )
-from sdkit.rewards.scorer import Scorer, one_by_one
+from sdkit.rewards.scorer import Scorer, score_each
 
-# A sign belongs to the number only where nothing stands right before it: 10-20 ends in 20, not in -20.
+# A sign belongs to the number only if nothing directly precedes it: 10-20 ends in 20, not in -20.
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])[-+−])?(?<![\w.])(?:{_UNSIGNED})(?:[eE][-+]?[0-9]+)?")
 # The pronoun in "I think" is not a choice.
 _CHOICE = re.compile(r"(?<![\w'’])(?!I [a-z])[A-Z](?![\w'’])")
-# A fence may be longer than three, to hold one; what opens a block is no end of the one before it.
+# A fence may be longer than three, to contain one of three; an opening fence does not close the previous block.
 _BLOCK = re.compile(r"^[ \t]*(`{3,})[^`\n]*\n(.*?)^[ \t]*\1`*[ \t]*$", re.MULTILINE | re.DOTALL)
-# Exact to 60 digits, and never an exception, whatever exponent a model writes.
+# 60 digits, and no exception whatever exponent a model writes.
 _EXACT = decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])
 
 
-# ── which part of a completion is the answer ──────────────────────────────────────────────────
+# ── extracting the answer ──────────────────────────────────────────────────
 
 
 def extract(how: Extract, completion: str) -> str | None:
-    """The answer in a completion; None where there is none."""
+    """Returns the answer in a completion, or None if there is none."""
     match how:
         case WholeText():
             return completion.strip()
@@ -62,15 +62,15 @@ def extract(how: Extract, completion: str) -> str | None:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str | None:
-    found = pattern.findall(text)
-    return found[-1] if found else None
+    matches = pattern.findall(text)
+    return matches[-1] if matches else None
 
 
 # ── comparisons ───────────────────────────────────────────────────────────────────────────────
 
 
 def right_answer(row: Row, column: str) -> Any:
-    """What the column has.  Raises BadData where it has nothing."""
+    """Returns the value of the column.  Raises BadData if the row has none."""
     value = row.columns.get(column)
     if is_missing(value):
         raise BadData(f"row {row.index} has no right answer in the column '{column}'")
@@ -78,32 +78,32 @@ def right_answer(row: Row, column: str) -> Any:
 
 
 def right_text(row: Row, column: str) -> str:
-    """The text of a right answer.  Raises BadData where the row has none."""
+    """Returns the text of the right answer.  Raises BadData if the row has none."""
     right_answer(row, column)
     return row.text(column) or ""
 
 
 def exact(reward: ExactReward) -> Scorer:
-    """Compares text; the scorer raises BadData where a row lacks the right answer, as all of this room do."""
+    """Compares text.  Like all scorers of this module, raises BadData if a row lacks the right answer."""
 
-    def right_of(row: Row) -> str:
+    def right_answer_of(row: Row) -> str:
         return right_text(row, reward.answer).strip()
 
-    def scored(completion: str, row: Row) -> float:
-        right = right_of(row)
+    def score(completion: str, row: Row) -> float:
+        right = right_answer_of(row)
         answer = extract(reward.extract, completion)
         if answer is not None and reward.ignore_case:
             right, answer = right.casefold(), answer.casefold()
         return float(answer == right)
 
-    return one_by_one(scored, right_of)
+    return score_each(score, right_answer_of)
 
 
 def number(reward: NumberReward) -> Scorer:
-    """Compares numbers, exactly but for the tolerance."""
+    """Compares numbers, exactly up to the tolerance."""
     tolerance = Decimal(repr(reward.tolerance))
 
-    def right_of(row: Row) -> Decimal:
+    def right_answer_of(row: Row) -> Decimal:
         right = _read_number(right_text(row, reward.answer))
         if right is None:
             raise BadData(
@@ -112,29 +112,29 @@ def number(reward: NumberReward) -> Scorer:
             )
         return right
 
-    def scored(completion: str, row: Row) -> float:
-        right = right_of(row)
+    def score(completion: str, row: Row) -> float:
+        right = right_answer_of(row)
         answer = _read_number(extract(reward.extract, completion) or "")
         if answer is None:
             return 0.0
-        apart = _EXACT.abs(_EXACT.subtract(answer, right))
-        return float(apart.is_finite() and apart <= tolerance)
+        difference = _EXACT.abs(_EXACT.subtract(answer, right))
+        return float(difference.is_finite() and difference <= tolerance)
 
-    return one_by_one(scored, right_of)
+    return score_each(score, right_answer_of)
 
 
 def _read_number(text: str) -> Decimal | None:
-    found = _NUMBER.fullmatch(text.strip())
-    if found is None:
+    match = _NUMBER.fullmatch(text.strip())
+    if match is None:
         return None
-    value = _EXACT.create_decimal(found[0].replace(",", "").replace("−", "-"))
+    value = _EXACT.create_decimal(match[0].replace(",", "").replace("−", "-"))
     return value if value.is_finite() else None
 
 
 def choice(reward: ChoiceReward) -> Scorer:
     """Compares capital letters."""
 
-    def right_of(row: Row) -> str:
+    def right_answer_of(row: Row) -> str:
         right = _letter(right_text(row, reward.answer))
         if not re.fullmatch("[A-Z]", right):
             raise BadData(
@@ -143,31 +143,31 @@ def choice(reward: ChoiceReward) -> Scorer:
             )
         return right
 
-    def scored(completion: str, row: Row) -> float:
-        return float(_letter(extract(reward.extract, completion) or "") == right_of(row))
+    def score(completion: str, row: Row) -> float:
+        return float(_letter(extract(reward.extract, completion) or "") == right_answer_of(row))
 
-    return one_by_one(scored, right_of)
+    return score_each(score, right_answer_of)
 
 
 def _letter(text: str) -> str:
-    """A choice without what is written around it: (B), B., **B**."""
+    """A choice without the punctuation around it: (B), B., **B**."""
     return text.strip(" \t\n()[].:*")
 
 
 def regex(reward: RegexReward) -> Scorer:
-    """Searches for a pattern.  Raises BadData where the pattern cannot be read."""
+    """Searches for a pattern.  Raises BadData if the pattern is invalid."""
     try:
         pattern = re.compile(reward.pattern)
     except re.error as error:
         raise BadData(f"the pattern {shorten(reward.pattern)} cannot be read: {error}") from error
-    return one_by_one(lambda completion, row: float(pattern.search(completion.strip()) is not None))
+    return score_each(lambda completion, row: float(pattern.search(completion.strip()) is not None))
 
 
-# ── the task's own scorer ─────────────────────────────────────────────────────────────────────
+# ── scored by the task ─────────────────────────────────────────────────────────────────────
 
 
-def own_scorer(reward: ReasoningGymReward, source: ReasoningGymSource | None) -> Scorer:
-    """The scorer of a reasoning-gym task.  Raises BadData without a task, BadEnvironment without the package."""
+def task_scorer(reward: ReasoningGymReward, source: ReasoningGymSource | None) -> Scorer:
+    """Returns the scorer of a reasoning-gym task.  Raises BadData without a task, BadEnvironment without the package."""
     if source is None:
         raise BadData("a reward of kind reasoning_gym needs data of kind reasoning_gym")
     try:
@@ -182,18 +182,18 @@ def own_scorer(reward: ReasoningGymReward, source: ReasoningGymSource | None) ->
         source.task, size=source.size, seed=source.seed, **source.options
     )
 
-    def scored(completion: str, row: Row) -> float:
+    def score(completion: str, row: Row) -> float:
         answer = extract(reward.extract, completion)
         if answer is None:
             return 0.0
         value = _task_score(task, answer, row)
         return float(value >= 1.0) if reward.full_marks_only else value
 
-    return one_by_one(scored)
+    return score_each(score)
 
 
 def _task_score(task: Any, answer: str, row: Row) -> float:
-    """The task's score.  An answer on which a scorer breaks is wrong, unless it breaks on the right answer too."""
+    """Returns the task's score.  An answer that makes the scorer fail is wrong, unless the right answer does too."""
     try:
         return float(task.score_answer(answer, row.raw))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Mathematical equality, by the package math-verify in processes of its own.  Knows nothing of tokens or groups."""
+"""Mathematical equality: math-verify in worker processes.  Knows nothing of tokens or groups."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from sdkit.batches import Row
 from sdkit.language.errors import BadData, BadEnvironment, shorten
 from sdkit.language.specs import MathVerifyReward
 from sdkit.rewards.answers import extract, right_text
-from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, in_threads
+from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, score_in_threads
 
-WORKER = Path(__file__).with_name("rewards_math_worker.py")
-AT_ONCE = min(4, os.cpu_count() or 1)
+WORKER = Path(__file__).with_name("math_worker.py")
+MAX_WORKERS = min(4, os.cpu_count() or 1)
 
 
 def math_verify(reward: MathVerifyReward) -> Scorer:
-    """1 where the answer equals the column's, else 0; 0 too where the comparison takes too long.
+    """Scores 1 if the answer equals the column's, else 0; also 0 if the comparison takes too long.
 
-    Raises BadEnvironment without the package; the scorer raises BadData where a right answer is no mathematics.
+    Raises BadEnvironment without the package; the scorer raises BadData if a right answer cannot be parsed.
     """
     if importlib.util.find_spec("math_verify") is None:
         raise BadEnvironment(
             "rewards of kind math_verify need a package that is missing: math-verify",
             hint="pip install 'sdkit[math]'",
         )
-    workers = Workers()
+    workers = WorkerPool()
 
-    def judge(completion: str, row: Row) -> ScoredCompletion:
+    def score(completion: str, row: Row) -> ScoredCompletion:
         right = right_text(row, reward.answer).strip()
         answer = extract(reward.extract, completion)
         if answer is None:
@@ -42,29 +42,29 @@ def math_verify(reward: MathVerifyReward) -> Scorer:
         try:
             equal = workers.compare(right, answer, reward.seconds)
         except TimeoutError:
-            late = f"The answer could not be compared within {reward.seconds:g} s."
-            return ScoredCompletion(reward=0.0, feedback=late)
+            message = f"The answer could not be compared within {reward.seconds:g} s."
+            return ScoredCompletion(reward=0.0, feedback=message)
         if equal is None:
-            what = f"{shorten(right)} in the column '{reward.answer}'"
-            raise BadData(f"row {row.index}: {what} is nothing that math-verify can read")
+            value = f"{shorten(right)} in the column '{reward.answer}'"
+            raise BadData(f"row {row.index}: {value} is nothing that math-verify can read")
         return ScoredCompletion(reward=float(equal))
 
-    def many(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
-        return in_threads(judge, pairs, threads=AT_ONCE, seconds=None)
+    def score_all(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
+        return score_in_threads(score, pairs, threads=MAX_WORKERS, seconds=None)
 
-    return Scorer(many, check=lambda row: right_text(row, reward.answer))
+    return Scorer(score_all, check_row=lambda row: right_text(row, reward.answer))
 
 
-class Workers:
-    """Processes that compare, started when first needed.  They end when this process does: their input closes."""
+class WorkerPool:
+    """Worker processes, started on demand.  They exit with this process, when their standard input closes."""
 
     def __init__(self) -> None:
         self._idle: queue.LifoQueue[subprocess.Popen[str]] = queue.LifoQueue()
 
     def compare(self, right: str, answer: str, seconds: float) -> bool | None:
-        """Whether they are equal; None where the right answer cannot be read.
+        """Returns whether they are equal; None if the right answer cannot be parsed.
 
-        Raises TimeoutError where that takes too long or too much memory.
+        Raises TimeoutError if the comparison takes too long or too much memory.
         """
         job = {"right": right, "answer": answer, "seconds": seconds}
         with self._worker() as worker:
@@ -80,7 +80,7 @@ class Workers:
 
     @contextlib.contextmanager
     def _worker(self) -> Iterator[subprocess.Popen[str]]:
-        """A worker of one's own; one that died is not given back."""
+        """Yields a worker for exclusive use.  A worker that died is not reused."""
         worker = None
         while worker is None or worker.poll() is not None:
             try:
@@ -103,7 +103,7 @@ def _start() -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        start_new_session=True,  # Ctrl-C is for the trainer, which finishes its step
+        start_new_session=True,  # Ctrl-C must reach only the trainer, which finishes its step
     )
     assert worker.stdout is not None
     if worker.stdout.readline() != "ready\n":

@@ -1,7 +1,7 @@
-"""Compares mathematics for `rewards_math`, a line of JSON in and out.  A script, never imported.
+"""Compares mathematics for `math.py`: one line of JSON in, one out.  A script, never imported.
 
-A process of its own because a power tower can hold the interpreter for good: the watchdog of faulthandler is a thread
-of C, which ends the process whatever it is doing.
+It is a separate process because a power tower can block the interpreter forever.  The watchdog of faulthandler is a C
+thread, which can end the process at any time.
 """
 
 import faulthandler
@@ -15,17 +15,17 @@ from math_verify import parse, verify
 MEMORY = 4 * 2**30
 
 
-def expressions(text):
+def _parse(text):
     return parse(text, parsing_timeout=0)
 
 
-def compared(right, answer):
-    """Whether they are equal; None where the right answer is no mathematics."""
+def compare(right, answer):
+    """Returns whether they are equal; None if the right answer cannot be parsed."""
     written = right if "$" in right or "\\boxed" in right else f"\\boxed{{{right}}}"
-    gold = expressions(written)
+    gold = _parse(written)
     if not gold:
         return None
-    return bool(verify(gold, expressions(answer), timeout_seconds=None))
+    return bool(verify(gold, _parse(answer), timeout_seconds=None))
 
 
 def main():
@@ -33,13 +33,13 @@ def main():
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))
     print("ready", flush=True)
-    with open("/dev/null", "w") as nowhere:
+    with open("/dev/null", "w") as devnull:
         for line in sys.stdin:
             job = json.loads(line)
-            faulthandler.dump_traceback_later(job["seconds"], exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(job["seconds"], exit=True, file=devnull)
             try:
-                equal = compared(job["right"], job["answer"])
-            except Exception:  # an answer on which the comparison breaks is wrong
+                equal = compare(job["right"], job["answer"])
+            except Exception:  # an answer that makes the comparison fail is wrong
                 equal = False
             finally:
                 faulthandler.cancel_dump_traceback_later()

@@ -1,4 +1,4 @@
-"""A reward model: a local sequence-classification folder that reads the chat.  Knows nothing of groups."""
+"""A reward model: a local sequence-classification model that scores the chat.  Knows nothing of groups."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
 
 @frozen(eq=False)
-class Reader:
-    """A model with one output, and its own tokenizer."""
+class Classifier:
+    """A model with one output, and its tokenizer."""
 
     model: Any
     tokenizer: Any
@@ -27,10 +27,10 @@ class Reader:
     path: str
 
     def ids(self, completion: str, row: Any) -> list[int]:
-        """Prompt and completion as this model's chat template writes them.
+        """Encodes prompt and completion with this model's chat template.
 
-        What a completion spells like a special token is left out: it must not end its own turn.  Raises BadData where
-        the text is longer than the model reads, or has a token that it has no embedding for.
+        Special tokens spelled in the completion are removed, so that it cannot end its own turn.  Raises BadData if the
+        text is longer than the model's context or contains a token without an embedding.
         """
         for word in self.special:
             completion = completion.replace(word, "")
@@ -39,10 +39,10 @@ class Reader:
             ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)[
                 "input_ids"
             ]
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        if most and len(ids) > most:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit and len(ids) > limit:
             raise BadData(
-                f"row {row.index} and its completion have {len(ids)} tokens, the reward model {self.path} reads {most}"
+                f"row {row.index} and its completion have {len(ids)} tokens, the reward model {self.path} reads {limit}"
             )
         rows = self.model.get_input_embeddings().weight.shape[0]
         if max(ids) >= rows:
@@ -53,62 +53,63 @@ class Reader:
             )
         return ids
 
-    def read(self, texts: Sequence[list[int]]) -> list[float]:
-        """One batch, padded on the right."""
+    def score(self, texts: Sequence[list[int]]) -> list[float]:
+        """Scores one batch, padded on the right."""
         longest = max(map(len, texts))
         pad = self.model.config.pad_token_id
         padded = [ids + [pad] * (longest - len(ids)) for ids in texts]
         mask = [[1] * len(ids) + [0] * (longest - len(ids)) for ids in texts]
-        on = {"device": self.model.device}
+        device = self.model.device
         with torch.inference_mode():
-            found = self.model(
-                input_ids=torch.tensor(padded, **on), attention_mask=torch.tensor(mask, **on)
+            output = self.model(
+                input_ids=torch.tensor(padded, device=device),
+                attention_mask=torch.tensor(mask, device=device),
             )
-        return found.logits[:, 0].double().tolist()
+        return output.logits[:, 0].double().tolist()
 
 
 def reward_model(reward: RewardModel, base: Path) -> Scorer:
-    """The model's output for the prompt and the completion.
+    """Returns a scorer that gives the model's output for prompt and completion.
 
-    Raises BadData where the folder is no such model; the scorer raises it where a text is too long or the output not
+    Raises BadData if the folder has no such model; the scorer raises it if a text is too long or the output is not
     finite.
     """
-    reader = _open(reward.path, (base / reward.path).resolve())
+    classifier = _open(reward.path, (base / reward.path).resolve())
 
-    def many(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
-        texts = [reader.ids(text, row) for text, row in pairs]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
-        found: dict[int, float] = {}
+    def score_all(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
+        texts = [classifier.ids(text, row) for text, row in pairs]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # to reduce padding
+        outputs: dict[int, float] = {}
         for first in range(0, len(order), reward.batch_rows):
             places = order[first : first + reward.batch_rows]
-            found |= zip(places, reader.read([texts[i] for i in places]), strict=True)
-        for place, value in found.items():
+            outputs |= zip(places, classifier.score([texts[i] for i in places]), strict=True)
+        for place, value in outputs.items():
             if not math.isfinite(value):
                 raise BadData(
                     f"the reward model {reward.path} gives {value} for row {pairs[place][1].index}"
                 )
-        return [ScoredCompletion(reward=found[i]) for i in range(len(pairs))]
+        return [ScoredCompletion(reward=outputs[i]) for i in range(len(pairs))]
 
-    return Scorer(many, check=lambda row: reader.ids("", row))
+    return Scorer(score_all, check_row=lambda row: classifier.ids("", row))
 
 
 @functools.lru_cache(maxsize=2)
-def _open(path: str, folder: Path) -> Reader:
-    """From the folder alone: no hub, no code of the folder's, no pickles."""
+def _open(path: str, folder: Path) -> Classifier:
+    """Loads from the folder only: no hub, no remote code, no pickles."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    only_here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with library_reads(f"the reward model {path} cannot be loaded"):
-        config = AutoConfig.from_pretrained(folder, **only_here)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
+        config = AutoConfig.from_pretrained(folder, **local)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,
             use_safetensors=True,
             dtype="auto" if device.type == "cuda" else torch.float32,
             output_loading_info=True,
-            **only_here,
+            **local,
         )
     if config.num_labels != 1 or loaded["missing_keys"]:
         what = f"{config.num_labels} outputs" if config.num_labels != 1 else "no trained output"
@@ -125,4 +126,4 @@ def _open(path: str, folder: Path) -> Reader:
             f"the reward model {path} pads with id {model.config.pad_token_id}, but has {rows} embeddings"
         )
     special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    return Reader(model.eval().to(device), tokenizer, special, path)
+    return Classifier(model.eval().to(device), tokenizer, special, path)

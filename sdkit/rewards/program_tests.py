@@ -1,4 +1,4 @@
-"""Tests of programs as rows have them, and what a program should have put out.  Knows nothing of how they are run."""
+"""Reads the tests of a row, and compares a program's results with them.  Knows nothing of how programs are run."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from sdkit.rewards.answers import right_answer
 
 Kind = Literal["stdin", "call", "asserts"]
 KINDS: Mapping[str, Kind] = {"stdin": "stdin", "functional": "call", "code": "asserts"}
-"""By the names that LiveCodeBench and the data sets after its model have for them."""
+"""By the names that LiveCodeBench and similar data sets use."""
 
 
 @frozen(kw_only=True)
 class Test:
-    """One case: what a program is given, and what must come of it."""
+    """One test case: the input of a program and the expected result."""
 
     kind: Kind
-    given: Any
-    """Standard input; a list of arguments, or a table of named ones; the source of asserts."""
+    input: Any
+    """Standard input; a list of arguments or a map of named ones; or the source of asserts."""
     expected: Any = None
-    """What must be printed; what must be returned; nothing."""
+    """The expected output; the expected return value; or nothing."""
     function: str = ""
     cpu_seconds: float | None = None
-    """The time that the row itself allows."""
+    """The time limit of the row, if it has one."""
 
-    def passed(self, got: Any) -> bool:
-        """Whether what came of it is what was expected; of asserts, whether they were passed."""
+    def passed(self, result: Any) -> bool:
+        """Whether the result is the expected one; for asserts, whether they passed."""
         match self.kind:
             case "stdin":
-                return _same_lines(got, self.expected)
+                return _same_lines(result, self.expected)
             case "call":
-                return _equal(got, self.expected)
+                return _equal(result, self.expected)
             case "asserts":
-                return bool(got)
+                return bool(result)
             case _:
                 assert_never(self.kind)
 
 
-class _Unreadable(Exception):
-    """What is wrong with a row's tests."""
+class _InvalidTests(Exception):
+    """Says what is wrong with a row's tests."""
 
 
 def read_tests(row: Row, column: str) -> list[Test]:
-    """The tests of a row.  Raises BadData where there are none, or none that can be read.
+    """Returns the tests of a row.  Raises BadData if there are none or they are invalid.
 
-    A text is Python source, or JSON for one of the following: a list of texts, each the source of one test; a list of
-    tables with `input`, `output` and perhaps `testtype` (or `type`) and `fn_name`; one table with the lists `inputs`
-    and `outputs`, and `testtype`, `fn_name` and perhaps `time_limit` for all of them.
+    A text is Python source, or JSON of one of the following: a list of texts, each the source of one test; a list of
+    maps with `input`, `output` and optionally `testtype` (or `type`) and `fn_name`; one map with the lists `inputs` and
+    `outputs`, and optionally `testtype`, `fn_name` and `time_limit` for all of them.
     """
     try:
-        found = _read(right_answer(row, column))
-        if not found:
-            raise _Unreadable("there are none")
-    except _Unreadable as error:
+        tests = _read(right_answer(row, column))
+        if not tests:
+            raise _InvalidTests("there are none")
+    except _InvalidTests as error:
         raise BadData(f"row {row.index}: tests in the column '{column}': {error}") from None
-    return found
+    return tests
 
 
 def _read(value: Any) -> list[Test]:
@@ -70,12 +70,12 @@ def _read(value: Any) -> list[Test]:
     if isinstance(value, Mapping):
         return _read_table(value)
     if isinstance(value, Sequence):
-        return [_read_one(each, {}) for each in value]
-    raise _Unreadable(f"{shorten(value)} is neither text, list nor table")
+        return [_read_one(test, {}) for test in value]
+    raise _InvalidTests(f"{shorten(value)} is neither text, list nor table")
 
 
 def _read_text(text: str) -> list[Test]:
-    """JSON of a list or a table, else source."""
+    """Reads JSON of a list or a map; any other text is source."""
     if text.lstrip()[:1] in ("[", "{"):
         try:
             value = json.loads(text)
@@ -83,88 +83,88 @@ def _read_text(text: str) -> list[Test]:
             value = None
         if isinstance(value, list | dict):
             return _read(value)
-    return [Test(kind="asserts", given=text)] if text.strip() else []
+    return [Test(kind="asserts", input=text)] if text.strip() else []
 
 
 def _read_table(table: Mapping[str, Any]) -> list[Test]:
     inputs, outputs = table.get("inputs"), table.get("outputs")
     if not isinstance(inputs, Sequence) or not isinstance(outputs, Sequence):
-        raise _Unreadable("a table needs the lists inputs and outputs")
+        raise _InvalidTests("a table needs the lists inputs and outputs")
     if len(inputs) != len(outputs):
-        raise _Unreadable(f"there are {len(inputs)} inputs, but {len(outputs)} outputs")
+        raise _InvalidTests(f"there are {len(inputs)} inputs, but {len(outputs)} outputs")
     pairs = zip(inputs, outputs, strict=True)
     return [_read_one({"input": given, "output": output}, table) for given, output in pairs]
 
 
 def _read_one(test: Any, shared: Mapping[str, Any]) -> Test:
-    """One test; `shared` are the entries that all tests of the row have."""
+    """Reads one test; `shared` are the entries common to all tests of the row."""
     if isinstance(test, str):
-        return Test(kind="asserts", given=test)
+        return Test(kind="asserts", input=test)
     if not isinstance(test, Mapping) or "input" not in test:
-        raise _Unreadable(
+        raise _InvalidTests(
             f"{shorten(str(test))} is neither source nor a table with input and output"
         )
-    both = {**shared, **test}
-    function = both.get("fn_name") or ""
+    entries = {**shared, **test}
+    function = entries.get("fn_name") or ""
     if not isinstance(function, str):
-        raise _Unreadable(f"fn_name {shorten(function)} is not text")
-    name = both.get("testtype") or both.get("type") or ("functional" if function else "stdin")
+        raise _InvalidTests(f"fn_name {shorten(function)} is not text")
+    name = entries.get("testtype") or entries.get("type") or ("functional" if function else "stdin")
     if name not in KINDS:
-        raise _Unreadable(f"testtype {shorten(name)} {outside(KINDS)}")
+        raise _InvalidTests(f"testtype {shorten(name)} {outside(KINDS)}")
     kind, given, expected = KINDS[name], test["input"], test.get("output")
     if kind == "call":
         if not function:
-            raise _Unreadable("tests of a function need its name as fn_name")
+            raise _InvalidTests("tests of a function need its name as fn_name")
         given, expected = (
-            _arguments(given),
-            _json(expected) if isinstance(expected, str) else expected,
+            _parse_arguments(given),
+            _parse_json(expected) if isinstance(expected, str) else expected,
         )
     elif not isinstance(given, str) or (kind == "stdin" and not isinstance(expected, str)):
-        raise _Unreadable(f"the input and output of {name} tests must be text")
+        raise _InvalidTests(f"the input and output of {name} tests must be text")
     return Test(
         kind=kind,
-        given=given,
+        input=given,
         expected=expected,
         function=function,
-        cpu_seconds=_time(both.get("time_limit")),
+        cpu_seconds=_parse_time_limit(entries.get("time_limit")),
     )
 
 
-def _arguments(given: Any) -> Any:
-    """A text has one argument a line, as JSON."""
+def _parse_arguments(given: Any) -> Any:
+    """Reads a list or map of arguments; a text has one JSON argument per line."""
     if isinstance(given, str):
-        return [_json(line) for line in given.split("\n") if line.strip()]
+        return [_parse_json(line) for line in given.split("\n") if line.strip()]
     if isinstance(given, Mapping | Sequence):
         return given
-    raise _Unreadable(f"the input {shorten(given)} is no list of arguments")
+    raise _InvalidTests(f"the input {shorten(given)} is no list of arguments")
 
 
-def _json(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise _Unreadable(f"{shorten(text)} is not JSON") from None
+        raise _InvalidTests(f"{shorten(text)} is not JSON") from None
 
 
-def _time(value: Any) -> float | None:
+def _parse_time_limit(value: Any) -> float | None:
     if value is None or (isinstance(value, int | float) and value > 0):
         return value
-    raise _Unreadable(f"time_limit {shorten(value)} is no number above 0")
+    raise _InvalidTests(f"time_limit {shorten(value)} is no number above 0")
 
 
 def _equal(got: Any, expected: Any) -> bool:
-    """Values as JSON has them; what is nested too deeply to be compared is wrong."""
+    """Compares JSON values; values nested too deeply to be compared are not equal."""
     try:
         return bool(got == expected)
     except RecursionError:
         return False
 
 
-# ── printed lines ─────────────────────────────────────────────────────────────────────────────
+# ── comparing printed lines ─────────────────────────────────────────────────────────────────────────────
 
 
 def _same_lines(got: str, expected: str) -> bool:
-    """The same lines, white space around them aside; numbers by value."""
+    """Compares lines without surrounding white space; numbers are compared by value."""
     ours, theirs = got.strip().splitlines(), expected.strip().splitlines()
     return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
 

@@ -1,6 +1,6 @@
-"""Python programs in completions, against the tests of their row; what failed becomes feedback.
+"""Runs Python programs in completions against the tests of their row; a failed test becomes feedback.
 
-What runs them is `rewards_sandbox`, what they are tested by `rewards_tests`.
+`sandbox` runs the programs, `program_tests` reads the tests.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from sdkit.language.specs import LastCodeBlock, PythonTests
 from sdkit.rewards.answers import extract
 from sdkit.rewards.program_tests import Test, read_tests
 from sdkit.rewards.sandbox import Outcome, Sandbox
-from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, in_threads
+from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, score_in_threads
 
 SHOWN = 250
-"""Characters shown of an input or output."""
+"""Maximum characters shown of an input or output."""
 
 
 def python_tests(reward: PythonTests) -> Scorer:
-    """1 where a program passes its row's tests, or the share that it passes.
+    """Scores 1 if a program passes all tests of its row, else 0; or the share of tests passed.
 
-    Raises BadEnvironment where this machine cannot hold programs as the reward asks; the scorer raises BadData where
-    a row has no tests that can be read.
+    Raises BadEnvironment if this machine cannot isolate programs as the reward asks; the scorer raises BadData if a
+    row has no valid tests.
     """
     sandbox = Sandbox(reward)
 
-    def judge(completion: str, row: Row) -> ScoredCompletion:
+    def score(completion: str, row: Row) -> ScoredCompletion:
         tests = read_tests(row, reward.tests)
         program = extract(reward.extract, completion)
         if program is None:
             return ScoredCompletion(reward=0.0, feedback=_no_program(reward))
-        return _tested(program, tests, reward, sandbox)
+        return _run_tests(program, tests, reward, sandbox)
 
-    def many(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
-        return in_threads(judge, pairs, threads=reward.at_once, seconds=None)
+    def score_all(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
+        return score_in_threads(score, pairs, threads=reward.at_once, seconds=None)
 
-    return Scorer(many, check=lambda row: read_tests(row, reward.tests))
+    return Scorer(score_all, check_row=lambda row: read_tests(row, reward.tests))
 
 
 def _no_program(reward: PythonTests) -> str:
@@ -48,24 +48,24 @@ def _no_program(reward: PythonTests) -> str:
     return "There is no program in the answer."
 
 
-def _tested(
+def _run_tests(
     program: str, tests: Sequence[Test], reward: PythonTests, sandbox: Sandbox
 ) -> ScoredCompletion:
-    """Run the tests in order; with credit for all or nothing no further than the first that fails."""
+    """Runs the tests in order; with `credit: all`, stops at the first that fails."""
     end = time.monotonic() + reward.total_seconds
     passed, feedback = 0, None
-    with sandbox.running(program, reward.total_seconds) as jail:
+    with sandbox.open_jail(program, reward.total_seconds) as jail:
         for number, test in enumerate(tests, 1):
-            left = min(reward.seconds, end - time.monotonic())
-            late = Outcome(ended=f"All tests together took more than {reward.total_seconds:g} s.")
-            outcome = jail.outcome(test, left) if left > 0 else late
-            if outcome.ended is None and test.passed(outcome.got):
+            remaining = min(reward.seconds, end - time.monotonic())
+            late = Outcome(failure=f"All tests together took more than {reward.total_seconds:g} s.")
+            outcome = jail.run_test(test, remaining) if remaining > 0 else late
+            if outcome.failure is None and test.passed(outcome.result):
                 passed += 1
                 continue
             if feedback is None:
-                said = f"Test {number} of {len(tests)} failed.\n\n{_said(test, outcome)}"
-                feedback = _cut(said, reward.feedback_characters)
-            if reward.credit == "all" or left <= 0:
+                text = f"Test {number} of {len(tests)} failed.\n\n{_describe(test, outcome)}"
+                feedback = _truncate(text, reward.feedback_characters)
+            if reward.credit == "all" or remaining <= 0:
                 break
     share = passed / len(tests)
     return ScoredCompletion(
@@ -73,44 +73,44 @@ def _tested(
     )
 
 
-# ── what failed, in words ─────────────────────────────────────────────────────────────────────
+# ── feedback ─────────────────────────────────────────────────────────────────────
 
 
-def _said(test: Test, outcome: Outcome) -> str:
-    """The input, and what came of it instead of what should have."""
+def _describe(test: Test, outcome: Outcome) -> str:
+    """The input, the actual result and the expected one."""
     parts = []
     if test.kind != "asserts":
-        parts.append(_titled("Input", _given(test)))
-    if outcome.ended:
-        parts.append(outcome.errors.strip() or outcome.ended)
+        parts.append(_section("Input", _input_text(test)))
+    if outcome.failure:
+        parts.append(outcome.stderr.strip() or outcome.failure)
     else:
-        parts.append(_titled("Output", _shown(test, outcome.got)))
+        parts.append(_section("Output", _result_text(test, outcome.result)))
     if test.kind != "asserts":
-        parts.append(_titled("Expected", _shown(test, test.expected)))
+        parts.append(_section("Expected", _result_text(test, test.expected)))
     return "\n\n".join(parts)
 
 
-def _given(test: Test) -> str:
+def _input_text(test: Test) -> str:
     if test.kind == "stdin":
-        return _cut(test.given, SHOWN)
-    if isinstance(test.given, Mapping):
-        words = [f"{name}={json.dumps(value)}" for name, value in test.given.items()]
+        return _truncate(test.input, SHOWN)
+    if isinstance(test.input, Mapping):
+        arguments = [f"{name}={json.dumps(value)}" for name, value in test.input.items()]
     else:
-        words = [json.dumps(value) for value in test.given]
-    return _cut(f"{test.function}({', '.join(words)})", SHOWN)
+        arguments = [json.dumps(value) for value in test.input]
+    return _truncate(f"{test.function}({', '.join(arguments)})", SHOWN)
 
 
-def _shown(test: Test, value: Any) -> str:
+def _result_text(test: Test, value: Any) -> str:
     try:
-        return _cut(value.strip() if test.kind == "stdin" else json.dumps(value), SHOWN)
+        return _truncate(value.strip() if test.kind == "stdin" else json.dumps(value), SHOWN)
     except RecursionError:
         return "(nested too deeply to be shown)"
 
 
-def _titled(title: str, text: str) -> str:
+def _section(title: str, text: str) -> str:
     return f"{title}:\n{text or '(nothing)'}"
 
 
-def _cut(text: str, most: int) -> str:
-    """The start of a text, where it is too long."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _truncate(text: str, limit: int) -> str:
+    """Cuts a text to `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,4 +1,4 @@
-"""Programs in a process of their own behind walls: starts `rewards_jail`, asks it case after case, and ends it."""
+"""Runs programs in isolated processes: starts `jail`, sends it one test case after another, and kills it if it hangs."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from sdkit.language.specs import PythonTests
 from sdkit.rewards.jail.messages import receive, send
 from sdkit.rewards.program_tests import Test
 
-JAIL = Path(__file__).with_name("rewards_jail")
+JAIL = Path(__file__).with_name("jail")
 MACHINES = ("x86_64", "aarch64")
 GRACE = 5.0
-"""Seconds after its time until a jail that did not end a program by itself is ended."""
+"""Seconds after the time limit until a jail that did not end its program is killed."""
 
 
 @frozen(kw_only=True)
 class Outcome:
-    """What came of one test."""
+    """The outcome of one test."""
 
-    got: Any = None
-    """What was printed or returned, or that asserts were passed."""
-    ended: str | None = None
-    """Why it ended before it came to that, in a sentence."""
-    errors: str = ""
-    """Where it ended by itself: the end of what it wrote to standard error, its traceback included."""
+    result: Any = None
+    """The output, the return value, or whether the asserts passed."""
+    failure: str | None = None
+    """Why there is no result, as a sentence."""
+    stderr: str = ""
+    """If the program ended by itself: the end of its standard error, with the traceback."""
 
 
 class Sandbox:
-    """Where programs run.  Raises BadEnvironment where this machine has no such walls."""
+    """Opens jails for programs.  Raises BadEnvironment if this machine does not support the isolation."""
 
     def __init__(self, limits: PythonTests) -> None:
         self.limits = limits
@@ -54,33 +54,33 @@ class Sandbox:
                 "rewards of kind python_tests need Linux on x86_64 or aarch64: "
                 f"this is {sys.platform} on {platform.machine()}"
             )
-        with self.running("print(1)", seconds=60.0) as jail:
-            outcome = jail.outcome(Test(kind="stdin", given="", expected="1"), 30.0)
-        if outcome.ended:
-            why = outcome.errors.strip().rpartition("\n")[2] or outcome.ended
-            raise BadEnvironment(f"not even print(1) can be run within the limits: {why}")
+        with self.open_jail("print(1)", seconds=60.0) as jail:
+            outcome = jail.run_test(Test(kind="stdin", input="", expected="1"), 30.0)
+        if outcome.failure:
+            reason = outcome.stderr.strip().rpartition("\n")[2] or outcome.failure
+            raise BadEnvironment(f"not even print(1) can be run within the limits: {reason}")
 
     @contextlib.contextmanager
-    def running(self, program: str, seconds: float) -> Iterator[Jail]:
-        """A jail for one program, which is ended from here where it has not done so shortly after these seconds."""
+    def open_jail(self, program: str, seconds: float) -> Iterator[Jail]:
+        """Yields a jail for one program; kills it if it is still running `GRACE` after `seconds`."""
         process = self._process()
-        watch = threading.Timer(seconds + GRACE, _end, (process,))
-        watch.daemon = True
-        watch.start()
+        watchdog = threading.Timer(seconds + GRACE, _kill_group, (process,))
+        watchdog.daemon = True
+        watchdog.start()
         try:
             jail = Jail(process, self._job(program), self.limits)
             yield jail
-            jail.leave()
+            jail.close()
         except BaseException:
-            _end(process)
+            _kill_group(process)
             raise
         finally:
-            watch.cancel()
-            watch.join()  # while it waits for a process that it has ended, `poll` would take that for a living one
+            watchdog.cancel()
+            watchdog.join()  # while it waits for the process that it killed, `poll` would report that process as running
         self._idle.put(process)
 
     def _process(self) -> subprocess.Popen[bytes]:
-        """A process that opens jails; one that has ended is of no more use."""
+        """Returns an idle process that is still running, or starts one."""
         while True:
             try:
                 process = self._idle.get_nowait()
@@ -104,7 +104,7 @@ class Sandbox:
 
 def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        # Not isolated mode (-I): the environment is ours, and says how texts are hashed.
+        # Not isolated mode (-I): it would ignore PYTHONHASHSEED.
         [sys.executable, "-P", "-s", "-S", "-X", "utf8", str(JAIL)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -112,20 +112,20 @@ def _start() -> subprocess.Popen[bytes]:
         env={"PYTHONHASHSEED": "0", "HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
         cwd="/",
         bufsize=0,
-        start_new_session=True,  # Ctrl-C is for the trainer; and a group to be ended at once
+        start_new_session=True,  # Ctrl-C must reach only the trainer; and the group can be killed as one
     )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process, its jail and the program in that: none of them can leave the group."""
-    if process.poll() is None:  # its id is still its own
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kills the process, its jail and the program: none of them can leave the process group."""
+    if process.poll() is None:  # not reaped, so its id is still its own
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 class Jail:
-    """One running jail.  Raises BadEnvironment where its walls cannot be built."""
+    """One running jail.  Raises BadEnvironment if the isolation cannot be set up."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], job: dict[str, Any], limits: PythonTests
@@ -133,87 +133,87 @@ class Jail:
         assert process.stdin is not None
         assert process.stdout is not None
         self.process = process
-        self._to, self._from = process.stdin.fileno(), process.stdout.fileno()
+        self._stdin, self._stdout = process.stdin.fileno(), process.stdout.fileno()
         self._limits = limits
         try:
-            send(self._to, job)
-            failed = receive(self._from)["failed"]
+            send(self._stdin, job)
+            problem = receive(self._stdout)["failed"]
         except (EOFError, OSError):
-            failed = "it ended at once"
-        if failed and limits.isolation == "namespaces":
+            problem = "it ended at once"
+        if problem and limits.isolation == "namespaces":
             raise BadEnvironment(
                 "rewards of kind python_tests run programs in namespaces of their own, without a "
-                f"network, which this machine does not allow: {failed}",
+                f"network, which this machine does not allow: {problem}",
                 hint="isolation: without_namespaces runs them behind limits and a system call "
                 "filter alone: they can then read what you can read",
             )
-        if failed:
-            raise BadEnvironment(f"programs cannot be run behind a system call filter: {failed}")
+        if problem:
+            raise BadEnvironment(f"programs cannot be run behind a system call filter: {problem}")
 
-    def leave(self) -> None:
-        """Have it end; there is nothing to be ended where it has already."""
+    def close(self) -> None:
+        """Asks the jail to end; it may have ended already."""
         with contextlib.suppress(OSError):
-            send(self._to, None)
+            send(self._stdin, None)
 
-    def outcome(self, test: Test, seconds: float) -> Outcome:
-        """What comes of one test within `seconds`."""
-        allowed = self._limits.cpu_seconds
+    def run_test(self, test: Test, seconds: float) -> Outcome:
+        """Runs one test for at most `seconds`."""
+        cpu_limit = self._limits.cpu_seconds
         if test.cpu_seconds is not None:
-            allowed = min(allowed, math.ceil(test.cpu_seconds))
-        word = secrets.token_hex(16)
+            cpu_limit = min(cpu_limit, math.ceil(test.cpu_seconds))
+        password = secrets.token_hex(16)
         case = {
             "kind": test.kind,
             "seconds": seconds,
-            "cpu_seconds": allowed,
-            "given": None if test.kind == "asserts" else test.given,
+            "cpu_seconds": cpu_limit,
+            "given": None if test.kind == "asserts" else test.input,
             "function": test.function,
         }
         try:
-            send(self._to, case)
-            if test.kind == "asserts":  # not part of the case: the program must not find them
-                send(self._to, test.given)
-                send(self._to, word)
-            found = receive(self._from)
+            send(self._stdin, case)
+            if test.kind == "asserts":  # sent separately: the program must not see them
+                send(self._stdin, test.input)
+                send(self._stdin, password)
+            report = receive(self._stdout)
         except (EOFError, OSError):
-            return Outcome(ended="It was ended with its sandbox.")
-        return self._read(test, found, word, self._late(seconds), allowed)
+            return Outcome(failure="It was ended with its sandbox.")
+        return self._read(test, report, password, self._timeout_text(seconds), cpu_limit)
 
-    def _late(self, seconds: float) -> str:
+    def _timeout_text(self, seconds: float) -> str:
         if seconds < self._limits.seconds:
             return f"All tests together took more than {self._limits.total_seconds:g} s."
         return f"It took more than {seconds:g} s."
 
     def _read(
-        self, test: Test, found: dict[str, Any], word: str, late: str, allowed: int
+        self, test: Test, report: dict[str, Any], password: str, timeout: str, cpu_limit: int
     ) -> Outcome:
-        errors = found["err"]
-        match found["ended"]:
+        stderr = report["err"]
+        match report["ended"]:
             case "time":
-                return Outcome(ended=late)
+                return Outcome(failure=timeout)
             case "output":
-                return Outcome(ended=f"It wrote more than {self._limits.output_kib} KiB.")
-            # The kernel ends it by its own ticks, which need not agree with what it then says was used.
-            case "signal" if found["code"] == -signal.SIGKILL and found["cpu"] > allowed / 2:
-                return Outcome(ended=f"It took more than {allowed} s of processor time.")
+                return Outcome(failure=f"It wrote more than {self._limits.output_kib} KiB.")
+            # The kernel enforces the limit in its own ticks, which need not agree with the time that it reports.
+            case "signal" if report["code"] == -signal.SIGKILL and report["cpu"] > cpu_limit / 2:
+                return Outcome(failure=f"It took more than {cpu_limit} s of processor time.")
             case "signal":
-                name = signal.Signals(-found["code"]).name
-                return Outcome(ended=f"It was ended by {name}.")
+                name = signal.Signals(-report["code"]).name
+                return Outcome(failure=f"It was ended by {name}.")
         if test.kind == "asserts":
-            passed = found["says"] == f".{word}"
-            return _unless(passed, True, "It ended before its tests did.", errors)
+            passed = report["says"] == f".{password}"
+            return _result_if(passed, True, "It ended before its tests did.", stderr)
         if test.kind == "stdin":
-            code = found["code"]
-            return _unless(code == 0, found["out"], f"It ended with exit code {code}.", errors)
-        return _returned(found["says"], errors)
+            code = report["code"]
+            return _result_if(code == 0, report["out"], f"It ended with exit code {code}.", stderr)
+        return _parse_return_value(report["says"], stderr)
 
 
-def _unless(fine: bool, got: Any, otherwise: str, errors: str) -> Outcome:
-    return Outcome(got=got) if fine else Outcome(ended=otherwise, errors=errors)
+def _result_if(succeeded: bool, result: Any, failure: str, stderr: str) -> Outcome:
+    return Outcome(result=result) if succeeded else Outcome(failure=failure, stderr=stderr)
 
 
-def _returned(says: str, errors: str) -> Outcome:
-    """A value, read anew: out here it owes nothing to the classes of the program."""
+def _parse_return_value(text: str, stderr: str) -> Outcome:
+    """Parses the value from JSON, so that no class of the program affects its comparison."""
     try:
-        return Outcome(got=json.loads(says))
+        return Outcome(result=json.loads(text))
     except (ValueError, RecursionError):
-        return Outcome(ended="It ended before the function returned.", errors=errors)
+        return Outcome(failure="It ended before the function returned.", stderr=stderr)

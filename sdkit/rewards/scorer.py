@@ -1,4 +1,4 @@
-"""What every reward gives, and how many completions are judged at once, each within its time."""
+"""The interface of rewards, and scoring in threads with a time limit per completion."""
 
 from __future__ import annotations
 
@@ -18,57 +18,57 @@ Pair = tuple[str, Row]
 
 @frozen(kw_only=True)
 class ScoredCompletion:
-    """What a completion is worth; perhaps what the environment has to say about it."""
+    """A completion's reward, and the environment's feedback if there is any."""
 
     reward: float
     feedback: str | None = None
     parts: Mapping[str, float] = field(factory=lambda: MappingProxyType({}))
-    """Of a sum: what each part gave, before its weight."""
+    """For a weighted sum: the reward of each part, before its weight."""
 
 
 @frozen(eq=False)
 class Scorer:
-    """One reward, opened.  Called with a completion and its row, or given many at once."""
+    """An opened reward.  Call it for one completion and its row, or `score_all` for many."""
 
-    many: Callable[[Sequence[Pair]], list[ScoredCompletion]]
-    check: Callable[[Row], object] = field(default=lambda row: None, kw_only=True)
-    """Raises BadData where the reward could judge no completion of this row."""
+    score_all: Callable[[Sequence[Pair]], list[ScoredCompletion]]
+    check_row: Callable[[Row], object] = field(default=lambda row: None, kw_only=True)
+    """Raises BadData if the reward cannot score completions of this row."""
 
     def __call__(self, completion: str, row: Row) -> ScoredCompletion:
-        return self.many([(completion, row)])[0]
+        return self.score_all([(completion, row)])[0]
 
 
-def one_by_one(
-    worth: Callable[[str, Row], float], check: Callable[[Row], object] = lambda row: None
+def score_each(
+    score: Callable[[str, Row], float], check: Callable[[Row], object] = lambda row: None
 ) -> Scorer:
-    """A scorer that only compares: in this thread, without feedback."""
+    """Returns a scorer that calls `score` for each completion, in this thread and without feedback."""
     return Scorer(
-        lambda pairs: [ScoredCompletion(reward=worth(text, row)) for text, row in pairs],
-        check=check,
+        lambda pairs: [ScoredCompletion(reward=score(text, row)) for text, row in pairs],
+        check_row=check,
     )
 
 
 class DeadlineExceeded(Exception):
-    """A completion was not judged within its time; `place` says which."""
+    """A completion was not scored within its time; `index` says which."""
 
-    def __init__(self, place: int) -> None:
-        super().__init__(place)
-        self.place = place
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
 
 
-def in_threads(
-    judge: Callable[[str, Row], ScoredCompletion],
+def score_in_threads(
+    score: Callable[[str, Row], ScoredCompletion],
     pairs: Sequence[Pair],
     *,
     threads: int,
     seconds: float | None,
 ) -> list[ScoredCompletion]:
-    """Judge the pairs, `threads` at a time.  Raises what `judge` raises, and Late after `seconds` over one pair.
+    """Scores the pairs, `threads` at a time.
 
-    A thread cannot be ended from outside: a late one is left alone, and as a daemon it does not keep the process
-    from ending.
+    Raises what `score` raises, and DeadlineExceeded if a pair takes more than `seconds`.  A thread cannot be killed: a
+    late one keeps running, but as a daemon it does not keep the process alive.
     """
-    places = iter(range(len(pairs)))
+    indices = iter(range(len(pairs)))
     lock, stopped = threading.Lock(), threading.Event()
     started: dict[int, float] = {}
     done: queue.SimpleQueue[tuple[int, ScoredCompletion | BaseException]] = queue.SimpleQueue()
@@ -76,47 +76,47 @@ def in_threads(
     def work() -> None:
         while not stopped.is_set():
             with lock:
-                place = next(places, None)
-                if place is None:
+                index = next(indices, None)
+                if index is None:
                     return
-                started[place] = time.monotonic()
+                started[index] = time.monotonic()
             try:
-                done.put((place, judge(*pairs[place])))
-            except BaseException as error:  # handed over to the caller's thread
-                done.put((place, error))
+                done.put((index, score(*pairs[index])))
+            except BaseException as error:  # raised again in the caller's thread
+                done.put((index, error))
 
     for _ in range(min(threads, len(pairs))):
         threading.Thread(target=work, daemon=True, name="sdkit reward").start()
-    found: dict[int, ScoredCompletion] = {}
+    scored: dict[int, ScoredCompletion] = {}
     try:
-        while len(found) < len(pairs):
-            place, outcome = _next(done, started, lock, seconds)
+        while len(scored) < len(pairs):
+            index, outcome = _next_outcome(done, started, lock, seconds)
             if isinstance(outcome, BaseException):
                 raise outcome
-            found[place] = outcome
+            scored[index] = outcome
     finally:
         stopped.set()
-    return [found[place] for place in range(len(pairs))]
+    return [scored[index] for index in range(len(pairs))]
 
 
-def _next(
+def _next_outcome(
     done: queue.SimpleQueue[tuple[int, ScoredCompletion | BaseException]],
     started: dict[int, float],
     lock: threading.Lock,
     seconds: float | None,
 ) -> tuple[int, ScoredCompletion | BaseException]:
-    """The next outcome.  Raises Late where none comes and a pair has had its time."""
+    """Returns the next outcome.  Raises DeadlineExceeded if a pair runs out of time first."""
     while True:
         with lock:
             oldest = min(started, key=started.__getitem__, default=None)
             since = time.monotonic() if oldest is None else started[oldest]
         left = None if seconds is None else since + seconds - time.monotonic()
         try:
-            found = done.get(timeout=None if left is None else max(left, 0.0))
+            outcome = done.get(timeout=None if left is None else max(left, 0.0))
         except queue.Empty:
             if oldest is not None:
                 raise DeadlineExceeded(oldest) from None
             continue
         with lock:
-            del started[found[0]]
-        return found
+            del started[outcome[0]]
+        return outcome

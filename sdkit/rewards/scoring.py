@@ -1,7 +1,7 @@
-"""Rewards: a completion as text, and its row, to a number and perhaps a text.  Knows nothing of tokens or groups.
+"""Opens rewards and scores completions: text and row in, number and optional feedback out.
 
-Answers are compared in `rewards_answers` and `rewards_math`, programs tested in `rewards_code`, models asked in
-`rewards_model`, users' functions called in `rewards_file`.
+Knows nothing of tokens or groups.  `answers` and `math` compare answers, `programs` tests programs, `model` runs reward
+models, `file` calls user-defined functions.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from sdkit.language.specs import (
     RewardModel,
     WeightedReward,
 )
-from sdkit.rewards import answers as answers
-from sdkit.rewards.file import user_function
+from sdkit.rewards import answers
+from sdkit.rewards.file import function_reward
 from sdkit.rewards.math import math_verify
 from sdkit.rewards.model import reward_model
 from sdkit.rewards.programs import python_tests
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
 RewardScores = Mapping[str, Sequence[ScoredCompletion]]
-"""Per reward: what it made of each completion."""
+"""Each reward's score of each completion."""
 
 
 def open_reward(
@@ -45,16 +45,16 @@ def open_reward(
     source: ReasoningGymSource | None,
     opened: Mapping[str, Scorer] | None = None,
 ) -> Scorer:
-    """The scorer of one reward; a completion without an answer scores 0.
+    """Returns the scorer of one reward; a completion without an answer scores 0.
 
-    `base` is the folder that relative paths start from; `source` is where the rows come from, if reasoning-gym;
-    `opened` are the rewards that a weighted sum names.  Raises BadData where the reward cannot be opened and
-    BadEnvironment where the machine lacks what it needs; the scorer raises BadData where a row lacks the right answer,
-    or a user's function is late, fails or returns no finite number.
+    `base` is the folder that relative paths start from; `source` is the source of the rows if it is reasoning-gym;
+    `opened` are the rewards that a weighted sum names.  Raises BadData if the reward cannot be opened and
+    BadEnvironment if the machine lacks a requirement.  The scorer raises BadData if a row lacks the right answer, or if
+    a user-defined function fails, exceeds its time or does not return a finite number.
     """
     match reward:
         case ReasoningGymReward():
-            return answers.own_scorer(reward, source)
+            return answers.task_scorer(reward, source)
         case ExactReward():
             return answers.exact(reward)
         case NumberReward():
@@ -70,9 +70,9 @@ def open_reward(
         case PythonTests():
             return python_tests(reward)
         case FileReward():
-            return user_function(reward, base)
+            return function_reward(reward, base)
         case WeightedReward():
-            return _sum(
+            return _weighted_sum(
                 {name: (weight, (opened or {})[name]) for name, weight in reward.parts.items()}
             )
         case _:
@@ -85,7 +85,7 @@ def open_rewards(
     base: Path,
     source: ReasoningGymSource | None,
 ) -> dict[str, Scorer]:
-    """The named rewards of a spec, each opened once.  Raises as `open_reward` does, saying which reward it was."""
+    """Opens the named rewards of a spec, each once.  Raises as `open_reward` does, naming the reward."""
     opened: dict[str, Scorer] = {}
 
     def open_one(name: str) -> Scorer:
@@ -109,74 +109,68 @@ def open_rewards(
 def score(
     rewards: Mapping[str, Scorer], completions: Sequence[str], rows: Sequence[Row]
 ) -> dict[str, list[ScoredCompletion]]:
-    """Every reward of every completion; `rows` go with the completions.  Raises BadData as the rewards do.
+    """Scores every completion with every reward; `rows` belong to the completions.  Raises BadData as the rewards do.
 
-    What is both a reward and a part of another is asked once.
+    A reward that is also a part of another is computed once.
     """
     pairs = list(zip(completions, rows, strict=True))
-    known: dict[int, list[ScoredCompletion]] = {}
+    scores: dict[int, list[ScoredCompletion]] = {}
 
-    def judged(name: str, scorer: Scorer) -> list[ScoredCompletion]:
-        if id(scorer) not in known:
-            if isinstance(scorer, Sum):
-                parts = {name: judged(name, part) for name, (_, part) in scorer.parts.items()}
-                found = scorer.combine(parts)
+    def scores_of(name: str, scorer: Scorer) -> list[ScoredCompletion]:
+        if id(scorer) not in scores:
+            if isinstance(scorer, WeightedSum):
+                parts = {name: scores_of(name, part) for name, (_, part) in scorer.parts.items()}
+                result = scorer.combine(parts)
             else:
                 with blaming("rewards", name):
-                    found = scorer.many(pairs)
-            known[id(scorer)] = found
-        return known[id(scorer)]
+                    result = scorer.score_all(pairs)
+            scores[id(scorer)] = result
+        return scores[id(scorer)]
 
-    return {name: judged(name, scorer) for name, scorer in rewards.items()}
+    return {name: scores_of(name, scorer) for name, scorer in rewards.items()}
 
 
-def figures(judged: RewardScores) -> dict[str, list[float]]:
-    """The numbers alone, those of a sum's parts as SUM/PART."""
-    found: dict[str, list[float]] = {}
-    for name, values in judged.items():
-        found[name] = [j.reward for j in values]
-        for part in values[0].parts if values else ():
-            found[f"{name}/{part}"] = [j.parts[part] for j in values]
-    return found
+def reward_values(scores: RewardScores) -> dict[str, list[float]]:
+    """Returns the numbers only; the parts of a sum are named SUM/PART."""
+    values: dict[str, list[float]] = {}
+    for name, scored in scores.items():
+        values[name] = [s.reward for s in scored]
+        for part in scored[0].parts if scored else ():
+            values[f"{name}/{part}"] = [s.parts[part] for s in scored]
+    return values
 
 
 # ── weighted sums ─────────────────────────────────────────────────────────────────────────────
 
 
 @frozen(eq=False)
-class Sum(Scorer):
+class WeightedSum(Scorer):
     """A weighted sum of other scorers."""
 
     parts: Mapping[str, tuple[float, Scorer]]
 
-    def combine(self, judged: RewardScores) -> list[ScoredCompletion]:
-        """The sums, from what each part gave; the texts of the parts follow each other."""
-        return [
-            self._one({name: values[i] for name, values in judged.items()})
-            for i in range(_length(judged))
-        ]
+    def combine(self, scores: RewardScores) -> list[ScoredCompletion]:
+        """Returns the sums from the scores of the parts; the feedback of the parts is concatenated."""
+        columns = zip(*scores.values(), strict=True)
+        return [self._combine_one(dict(zip(scores, column, strict=True))) for column in columns]
 
-    def _one(self, judged: Mapping[str, ScoredCompletion]) -> ScoredCompletion:
-        texts = [j.feedback for j in judged.values() if j.feedback]
+    def _combine_one(self, scores: Mapping[str, ScoredCompletion]) -> ScoredCompletion:
+        texts = [s.feedback for s in scores.values() if s.feedback]
         return ScoredCompletion(
-            reward=sum(weight * judged[name].reward for name, (weight, _) in self.parts.items()),
+            reward=sum(weight * scores[name].reward for name, (weight, _) in self.parts.items()),
             feedback="\n\n".join(texts) or None,
-            parts={name: j.reward for name, j in judged.items()},
+            parts={name: s.reward for name, s in scores.items()},
         )
 
 
-def _length(judged: RewardScores) -> int:
-    return len(next(iter(judged.values())))
-
-
-def _sum(parts: Mapping[str, tuple[float, Scorer]]) -> Sum:
-    def many(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
-        found = score({"": total}, [text for text, _ in pairs], [row for _, row in pairs])
-        return found[""]
+def _weighted_sum(parts: Mapping[str, tuple[float, Scorer]]) -> WeightedSum:
+    def score_all(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
+        scores = score({"": total}, [text for text, _ in pairs], [row for _, row in pairs])
+        return scores[""]
 
     def check(row: Row) -> None:
         for _, part in parts.values():
-            part.check(row)
+            part.check_row(row)
 
-    total = Sum(many, parts, check=check)
+    total = WeightedSum(score_all, parts, check_row=check)
     return total

@@ -27,7 +27,7 @@ from sdkit.language.specs import (
     TeacherSamples,
 )
 from sdkit.models.weights import Weights
-from sdkit.rewards.scoring import ScoredCompletion, figures, score
+from sdkit.rewards.scoring import ScoredCompletion, reward_values, score
 from sdkit.seeds import derive
 from sdkit.train.advantages import group_outcomes, with_advantages
 
@@ -87,7 +87,7 @@ def collect_rollouts(
     return CollectedRollouts(
         batch=batch,
         requests=requests,
-        scores=figures(scores),
+        scores=reward_values(scores),
         seconds={
             "rollout": sampled_at - started - sync_seconds,
             "sync": sync_seconds,

@@ -10,7 +10,7 @@ from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
 from sdkit.language.specs import Decoding, RoutedWeights, ServedWeights, Suite
 from sdkit.models.weights import Weights
-from sdkit.rewards.scoring import figures, score
+from sdkit.rewards.scoring import reward_values, score
 from sdkit.runs.evaluations import EvaluationResult, Key
 from sdkit.runs.intervals import Interval, paired_difference
 from sdkit.seeds import derive
@@ -166,7 +166,7 @@ def _score_completions(
     """Score this rank's completions; returns those of all ranks in the order of the rows.  key: suite and decoding."""
     texts = [completion_text(state, c.ids) for c in completions]
     results = score(state.data.rewards[key[0]], texts, [rows[i] for i in owners])
-    numbers = figures(results)
+    numbers = reward_values(results)
     own_records = [
         {
             "suite": key[0],

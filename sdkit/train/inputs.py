@@ -11,7 +11,7 @@ from typing import Any
 
 from sdkit.batches import GroupOutcome, Row
 from sdkit.data.prompts import Prompter, TeacherPrompt, check_prompts, check_repeatable
-from sdkit.data.rows import drop_overlap, drop_repeats, fingerprint, load_rows, positions
+from sdkit.data.rows import drop_overlap, fingerprint, load_rows, positions
 from sdkit.data.thinking import answer_text
 from sdkit.data.turn_ends import end_token
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
@@ -97,7 +97,7 @@ class RunData:
         """A suite's rows without repeated prompts, and the number of rows dropped."""
         columns, texts = self.spec.data.columns, self._text_columns(suite)
         with blaming("evaluation", "suites", name, "data"):
-            return drop_repeats(load_rows(suite.data, base, columns, texts=texts))
+            return drop_duplicates(load_rows(suite.data, base, columns, texts=texts))
 
     def _load_training_rows(self, suites: Mapping[str, Suite], base: Path) -> tuple[list[Row], int]:
         """The training rows without those held out in a suite, and the number of rows dropped."""
@@ -273,7 +273,7 @@ class RunData:
         for row in rows:
             columns = (row.text(name) or "" for name in self._shown_columns)
             texts = (*(m["content"] for m in row.messages), *columns)
-            if name := next(filter(None, map(self.prompter.control.spelled, texts)), None):
+            if name := next(filter(None, map(self.prompter.control.find, texts)), None):
                 yield row, name
 
     def _dataset_completions(self, rows: Iterable[Row]) -> DatasetCompletions | None:

@@ -67,7 +67,7 @@ def _check_answers(scorers: Mapping[str, Scorer], rows: Iterable[Row]) -> None:
     for row in rows:
         for name, scorer in scorers.items():
             try:
-                scorer.check(row)
+                scorer.check_row(row)
             except BadData as error:
                 first_reward.setdefault(error.message, name)
     if first_reward:

@@ -27,7 +27,7 @@ from sdkit.language.specs import (
     TrustRegionBlend,
     tokens_told,
 )
-from sdkit.losses.chunks import top_k_of
+from sdkit.losses.chunks import top_k_logprobs
 from sdkit.models.packing import pad_sequences
 from sdkit.models.teachers import Teacher
 from sdkit.plan.memory import has_reference_term
@@ -134,7 +134,7 @@ def _score_route(
     k = tokens_told(state.spec)
     if k is None or isinstance(scores, TopKLogprobs):
         return scores
-    return top_k_of(scores, token, k, state.spec.training.chunk_tokens)
+    return top_k_logprobs(scores, token, k, state.spec.training.chunk_tokens)
 
 
 def _merge_top_k(scores: list[TopKLogprobs], part: Tensor) -> TopKLogprobs:

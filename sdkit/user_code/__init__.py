@@ -1,1 +1,1 @@
-"""Functions from a user's own Python file, checked before training."""
+"""User-defined functions from a Python file, checked before training."""

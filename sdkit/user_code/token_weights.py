@@ -1,4 +1,4 @@
-"""A user's own function as the weight of tokens: loaded, tried out before training, and never believed unseen."""
+"""User-defined token weights: loaded, tried out before training, checked at every call."""
 
 from __future__ import annotations
 
@@ -8,91 +8,86 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdkit.language.errors import BadData, blaming
+from sdkit.language.errors import blaming
 from sdkit.language.required_statistics import weight_of
 from sdkit.language.specs import FileWeight, LossTerm
-from sdkit.language.user_functions import failure, load_function
+from sdkit.user_code.loading import UserFunction
 
 Features = Mapping[str, Tensor]
-"""What a weight is made of, by name: [N, T], or [N] for `length` and `reward`; float64."""
+"""Inputs of a weight, by name: [N, T], or [N] for `length` and `reward`; float64."""
 
 
-class UserWeight:
-    """The function of one term.  Raises BadData where it cannot be loaded, fails, or returns what is no weight."""
-
-    def __init__(self, spec: FileWeight, base: Path) -> None:
-        self.spec = spec
-        self.path = (base / spec.file).resolve()
-        self.function = load_function(self.path, spec.file, spec.function)
+class UserWeight(UserFunction[FileWeight]):
+    """The weight of one term.  Raises BadData if it cannot be loaded, fails or returns invalid weights."""
 
     def __call__(self, counts: Tensor, features: Features) -> Tensor:
-        """counts [N, T] bool, features at least those of `given` -> [N, T] float64, 0 where nothing counts."""
+        """counts [N, T] bool, features at least those of `given` -> [N, T] float64, 0 at tokens that do not count."""
         given = {name: features[name].clone() for name in self.spec.given}
-        try:
-            with torch.no_grad():
-                found = self.function(counts.clone(), **given)
-        except (Exception, SystemExit) as error:
-            what = f"{self.spec.function} failed"
-            raise failure(what, self.path, self.spec.file, error) from error
-        return self._read(found, counts)
+        with torch.no_grad():
+            result = self._call(counts.clone(), **given)
+        return self._validate(result, counts)
 
-    def _read(self, found: object, counts: Tensor) -> Tensor:
+    def _validate(self, result: object, counts: Tensor) -> Tensor:
         rows, width = counts.shape
-        wanted = f"a tensor [{rows}, {width}] of finite numbers of at least 0"
-        if not isinstance(found, Tensor):
-            raise self._refused(f"returned {type(found).__name__}, not {wanted}")
-        if found.shape != counts.shape:
-            raise self._refused(f"returned a tensor {list(found.shape)}, not {wanted}")
-        if found.is_complex():
-            raise self._refused(f"returned complex numbers, not {wanted}")
-        weights = found.detach().cpu().double().masked_fill(~counts, 0.0)
-        bad = ~weights.isfinite() | (weights < 0)
-        if bad.any():
-            row, place = bad.nonzero()[0].tolist()
+        expected = f"a tensor [{rows}, {width}] of finite numbers of at least 0"
+        if not isinstance(result, Tensor):
+            raise self._error(f"returned {type(result).__name__}, not {expected}")
+        if result.shape != counts.shape:
+            raise self._error(f"returned a tensor {list(result.shape)}, not {expected}")
+        if result.is_complex():
+            raise self._error(f"returned complex numbers, not {expected}")
+        weights = result.detach().cpu().double().masked_fill(~counts, 0.0)
+        invalid = ~weights.isfinite() | (weights < 0)
+        if invalid.any():
+            row, place = invalid.nonzero()[0].tolist()
             value = weights[row, place].item()
-            raise self._refused(
-                f"returned {value:g} for rollout {row}, token {place}, not {wanted}"
+            raise self._error(
+                f"returned {value:g} for rollout {row}, token {place}, not {expected}"
             )
         return weights
 
-    def _refused(self, what: str, hint: str | None = None) -> BadData:
-        return BadData(f"{self.spec.function} in {self.spec.file} {what}", hint=hint)
-
     def try_out(self) -> None:
-        """Made-up rollouts of several lengths: the result must not depend on padding, on chance, nor, with
-        `rows: rollout`, on other rollouts.
+        """Calls the function on made-up rollouts of several lengths.
+
+        Raises BadData if the weights depend on padding or on chance, or, with `rows: rollout`, on other rollouts.
         """
-        counts, features = _made_up()
-        whole = self(counts, features)
-        self._same(whole, self(counts, features), "returns something else when called again")
+        counts, features = _made_up_rollouts()
+        weights = self(counts, features)
+        self._check_equal(
+            weights, self(counts, features), "returns something else when called again"
+        )
         wider = self(_padded(counts), {name: _padded(x) for name, x in features.items()})
-        self._same(whole, wider[:, : counts.shape[1]], "depends on padding", "look at counts")
+        self._check_equal(
+            weights, wider[:, : counts.shape[1]], "depends on padding", "look at counts"
+        )
         if self.spec.rows == "group":
             return
         for row in range(len(counts)):
             one = slice(row, row + 1)
             alone = self(counts[one], {name: x[one] for name, x in features.items()})
-            told = "gives a rollout other weights beside other rollouts"
-            self._same(whole[one], alone, told, "set rows: group, or use each row alone")
+            problem = "gives a rollout other weights beside other rollouts"
+            self._check_equal(
+                weights[one], alone, problem, "set rows: group, or use each row alone"
+            )
 
-    def _same(self, a: Tensor, b: Tensor, what: str, hint: str | None = None) -> None:
+    def _check_equal(self, a: Tensor, b: Tensor, problem: str, hint: str | None = None) -> None:
         if not torch.allclose(a, b, rtol=1e-5, atol=1e-7):
-            raise self._refused(what, hint)
+            raise self._error(problem, hint)
 
 
 def open_user_weights(losses: Mapping[str, LossTerm], base: Path) -> dict[str, UserWeight]:
-    """The users' functions among the terms' weights, by term, each tried out."""
-    found: dict[str, UserWeight] = {}
+    """Loads and tries out the user-defined weights of the terms; returns them by term."""
+    weights: dict[str, UserWeight] = {}
     for name, term in losses.items():
         if isinstance(weight := weight_of(term), FileWeight):
             with blaming("losses", name, "weight"):
-                found[name] = UserWeight(weight, base)
-                found[name].try_out()
-    return found
+                weights[name] = UserWeight(weight, base)
+                weights[name].try_out()
+    return weights
 
 
-def _made_up() -> tuple[Tensor, Features]:
-    """Five rollouts of up to seven tokens, one without any, one that counts from its third."""
+def _made_up_rollouts() -> tuple[Tensor, Features]:
+    """Five rollouts of up to seven tokens, one empty, one whose first two tokens do not count."""
     draw = torch.Generator().manual_seed(0)
     length = torch.tensor([7, 3, 0, 5, 1])
     position = torch.arange(7).expand(5, 7)
@@ -114,5 +109,5 @@ def _made_up() -> tuple[Tensor, Features]:
 
 
 def _padded(values: Tensor) -> Tensor:
-    """Three more columns of nothing; what has one number a rollout stays as it is."""
+    """Appends three columns of zeros to [N, T]; [N] stays as it is."""
     return torch.nn.functional.pad(values, (0, 3)) if values.dim() == 2 else values

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sdkit.data.rows import drop_overlap, drop_repeats, fingerprint, load_rows, positions
+from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.language.errors import BadData, BadEnvironment
 from sdkit.language.specs import (
     ColumnTemplate,
@@ -520,7 +520,7 @@ def test_overlap_is_found_through_case_and_space(make_row):
 
 def test_repeats_keep_the_first_of_each_prompt(make_row):
     rows = [make_row("a"), make_row("b"), make_row(" A "), make_row("b")]
-    kept, dropped = drop_repeats(rows)
+    kept, dropped = drop_duplicates(rows)
     assert [row is first for row, first in zip(kept, rows, strict=False)] == [True, True]
     assert (len(kept), dropped) == (2, 2)
 

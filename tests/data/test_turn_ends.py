@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sdkit.data.prompts import Prompter
-from sdkit.data.turn_ends import end_token, open_ended
+from sdkit.data.turn_ends import encode_prompt, end_token
 from sdkit.language.errors import BadData
 from sdkit.language.specs import AnswerStart, ColumnSlot, Table
 
@@ -113,7 +113,7 @@ def test_a_prompt_has_what_a_tokenizer_puts_before_it_and_nothing_that_it_append
     tokenizer, before = adding
     bare = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     begin = tuple(tokenizer.convert_tokens_to_ids(["<s>"])) * before
-    assert open_ended(tokenizer, text) == begin + bare
+    assert encode_prompt(tokenizer, text) == begin + bare
 
 
 @pytest.mark.parametrize("template", [None, "<s>" + ANSWER.replace("%END", "<|im_end|>\n")])
@@ -141,4 +141,4 @@ def test_a_tokenizer_that_writes_the_text_otherwise_is_refused():
         return {"input_ids": [1, 5, 6, 2] if add_special_tokens else [7, 8]}
 
     with pytest.raises(BadData, match="no chat template"):
-        open_ended(tokenizer, "text")
+        encode_prompt(tokenizer, "text")

@@ -445,25 +445,25 @@ def test_which_figures_a_term_has(logits, tokens):
     [
         (CrossEntropy(), set()),
         (Distillation(divergence=ForwardKl(), support=VocabularySupport()), {"teacher"}),
-        (pull(), {"advantages"}),
-        (pull(ratio="sequence"), {"advantages", "sequence_means"}),
+        (pull(), set()),
+        (pull(ratio="sequence"), {"sequence_means"}),
         (pull(LogRatio()), {"teacher"}),
-        (pull(AdvantageAdd()), {"advantages", "teacher"}),
+        (pull(AdvantageAdd()), {"teacher"}),
         (
             pull(AdvantageScale(log_ratio=LogRatio(center="sequence"))),
-            {"advantages", "teacher", "sequence_means"},
+            {"teacher", "sequence_means"},
         ),
         (pull(LogRatio(center="sequence")), {"teacher", "sequence_means"}),
         (ReferenceKl(estimator="k2"), {"reference"}),
         (
             pull(importance=PolicyImportance(sampler=SamplerRatio(cap=2.0, level="sequence_mean"))),
-            {"advantages", "sequence_ratio"},
+            {"sequence_ratio"},
         ),
     ],
 )
 def test_what_an_objective_needs(term, needs):
     objective = Objective(Table({"pull": term}), 1.0)
-    kinds = ("teacher", "reference", "advantages", "sequence_means", "sequence_ratio")
+    kinds = ("teacher", "reference", "sequence_means", "sequence_ratio")
     assert {kind for kind in kinds if getattr(objective, f"needs_{kind}")} == needs
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdkit.losses.divergence import Bounds, forward_kl, jsd, reverse_kl
-from sdkit.losses.selftest import faults
+from sdkit.losses.selftest import find_problems
 
 
 def quadratic(student, teacher):
@@ -54,12 +54,12 @@ FAULTS = {
 
 @pytest.mark.parametrize(("fault", "function"), FAULTS.items())
 def test_each_fault_is_found(fault, function):
-    assert any(fault in found for found in faults(function))
+    assert any(fault in found for found in find_problems(function))
 
 
 def test_what_is_meant_can_be_said():
-    assert list(faults(lambda s, t: quadratic(s, t) + 1, zero_when_equal=False)) == []
-    found = list(faults(detached_half, zero_when_equal=False, exact_gradient=False))
+    assert list(find_problems(lambda s, t: quadratic(s, t) + 1, zero_when_equal=False)) == []
+    found = list(find_problems(detached_half, zero_when_equal=False, exact_gradient=False))
     assert found == []
 
 
@@ -73,4 +73,4 @@ GOOD = {
 
 @pytest.mark.parametrize("function", GOOD.values(), ids=GOOD)
 def test_nothing_is_found_where_all_is_well(function):
-    assert list(faults(function)) == []
+    assert list(find_problems(function)) == []

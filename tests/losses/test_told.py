@@ -18,7 +18,7 @@ from sdkit.language.specs import (
     TopKSupport,
     VocabularySupport,
 )
-from sdkit.losses.chunks import projected_loss, scored_logprobs, top_k_of
+from sdkit.losses.chunks import projected_loss, scored_logprobs, top_k_logprobs
 from sdkit.losses.objective import Objective
 from sdkit.losses.scores import logits as logits_of
 
@@ -133,19 +133,19 @@ def test_the_sampled_token_and_the_log_ratio(logits, tokens_of):
 
 REFUSED = {
     "the whole vocabulary": (distil(VocabularySupport()), 1.0, "needs the teacher's logits"),
-    "the student's choice": (distil(top(3, by="student")), 1.0, "not of the student's top 3"),
-    "more than was told": (distil(top(5)), 1.0, "own top 4, not of the teacher's top 5"),
+    "the student's choice": (distil(top(3, by="student")), 1.0, "not the student's top 3"),
+    "more than was told": (distil(top(5)), 1.0, "own top 4, not the teacher's top 5"),
     "a tempered tail": (distil(top(3)), 2.0, "no tail_bucket at 2"),
     "a tempered drop": (distil(top(3, "drop")), 2.0, "no drop at 2"),
     "a tempered token": (
         distil(SampledTokenSupport(), ReverseKl()),
         0.5,
-        "told of temperature 1, not of 0.5",
+        "at temperature 1, not 0.5",
     ),
     "a tempered advantage": (
         PolicyGradient(advantage=LogRatio()),
         0.5,
-        "told of temperature 1, not of 0.5",
+        "at temperature 1, not 0.5",
     ),
 }
 
@@ -179,7 +179,7 @@ def test_chunks_of_a_narrowed_teacher_are_the_whole_one(problem_of, tokens_of, c
     problem = problem_of([4, 2, 3])
     tokens = tokens_of(problem.token, row=problem.row, weights={"distil": torch.ones(9)})
     objective = Objective(Table({"distil": distil(top(4))}), 1.0)
-    told = top_k_of(problem.teacher, problem.token, 4, chunk)
+    told = top_k_logprobs(problem.teacher, problem.token, 4, chunk)
 
     def run(teacher):
         loss, stats = projected_loss(

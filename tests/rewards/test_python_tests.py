@@ -73,8 +73,8 @@ def judge(reward):
 
 def run(sandbox, program, given="", seconds=20.0):
     """One case of standard input; nothing of it may be left behind."""
-    with sandbox.running(program, 2 * seconds) as jail:
-        found = jail.outcome(Case(kind="stdin", given=given, expected=""), seconds)
+    with sandbox.open_jail(program, 2 * seconds) as jail:
+        found = jail.run_test(Case(kind="stdin", input=given, expected=""), seconds)
     process = sandbox._idle.get_nowait()
     assert process.poll() is None
     children = f"/proc/{process.pid}/task/{process.pid}/children"
@@ -124,17 +124,17 @@ def test_forms_of_tests(make_row):
     def read(value):
         return read_tests(make_row(tests=value), "tests")
 
-    one = Case(kind="stdin", given="1 2", expected="3", cpu_seconds=2)
+    one = Case(kind="stdin", input="1 2", expected="3", cpu_seconds=2)
     table = {"inputs": ["1 2"], "outputs": ["3"], "testtype": "stdin", "time_limit": 2}
     assert read(table) == read(json.dumps(table)) == [one]
-    call = Case(kind="call", given=[[1, 2], 3], expected=None, function="f")
+    call = Case(kind="call", input=[[1, 2], 3], expected=None, function="f")
     lines = {"input": "[1, 2]\n3", "output": "null", "testtype": "functional", "fn_name": "f"}
     assert read([lines]) == read(json.dumps([lines])) == [call]
     assert read([{"input": [[1, 2], 3], "output": None, "fn_name": "f"}]) == [call]
-    asserts = [Case(kind="asserts", given=text) for text in ("assert f(1)", "assert f(2)")]
+    asserts = [Case(kind="asserts", input=text) for text in ("assert f(1)", "assert f(2)")]
     assert read(["assert f(1)", "assert f(2)"]) == asserts
     assert read("assert f(1)") == asserts[:1]
-    assert read("[1]\nassert f(1)") == [Case(kind="asserts", given="[1]\nassert f(1)")]
+    assert read("[1]\nassert f(1)") == [Case(kind="asserts", input="[1]\nassert f(1)")]
     coded = {"inputs": ["assert f(1)"], "outputs": [""], "testtype": "code"}
     assert [t.kind for t in read(coded)] == ["asserts"]
 
@@ -160,7 +160,7 @@ def test_forms_of_tests(make_row):
 )
 def test_tests_that_cannot_be_read(make_row, judge, value, message):
     with pytest.raises(BadData, match=f"row 5: tests in the column 'tests': {message}"):
-        judge.check(make_row(index=5, tests=value))
+        judge.check_row(make_row(index=5, tests=value))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_tests_that_cannot_be_read(make_row, judge, value, message):
     ],
 )
 def test_printed_lines(got, expected, same):
-    assert Case(kind="stdin", given="", expected=expected).passed(got) is same
+    assert Case(kind="stdin", input="", expected=expected).passed(got) is same
 
 
 # ── what passes, and what is said of what fails ───────────────────────────────────────────────
@@ -204,7 +204,7 @@ def test_what_is_said_of_an_error(judge, make_row):
     assert judged.feedback.startswith("Test 1 of 1 failed.\n\nInput:\n(nothing)\n\nTraceback (most")
     assert 'File "program.py", line 2, in half\n    return x / 0\n' in judged.feedback
     assert judged.feedback.endswith("ZeroDivisionError: division by zero\n\nExpected:\n3")
-    assert "rewards_jail" not in judged.feedback
+    assert "rewards/jail" not in judged.feedback
 
 
 def test_functions_and_methods(judge, make_row):
@@ -309,13 +309,13 @@ def test_the_environment_is_not_handed_on(judge, make_row, monkeypatch):
 )
 def test_endless_programs_are_ended(sandbox, program):
     found = run(sandbox, program)
-    assert found.ended == "It took more than 1 s of processor time."
+    assert found.failure == "It took more than 1 s of processor time."
 
 
 def test_a_program_that_sleeps_is_ended(sandbox):
     started = time.monotonic()
     found = run(sandbox, "import time\ntime.sleep(600)", seconds=0.4)
-    assert found.ended.startswith("All tests together took more than")
+    assert found.failure.startswith("All tests together took more than")
     assert time.monotonic() - started < 10
 
 
@@ -340,8 +340,8 @@ def test_a_program_that_sleeps_is_ended(sandbox):
 )
 def test_what_a_program_may_not_do(sandbox, program, said):
     found = run(sandbox, program)
-    assert found.ended
-    assert said in found.errors
+    assert found.failure
+    assert said in found.stderr
 
 
 def test_threads_are_counted(sandbox):
@@ -351,20 +351,20 @@ threading.stack_size(32768)
 for i in range(500):
     threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 """
-    assert "can't start new thread" in run(sandbox, program).errors
+    assert "can't start new thread" in run(sandbox, program).stderr
     few = "import threading\nt = threading.Thread(target=print, args=(1,))\nt.start()"
-    assert run(sandbox, few).got == "1\n"
+    assert run(sandbox, few).result == "1\n"
 
 
 def test_long_outputs_end_the_program(sandbox):
-    assert run(sandbox, "while True: print('x' * 9999)").ended == "It wrote more than 1024 KiB."
+    assert run(sandbox, "while True: print('x' * 9999)").failure == "It wrote more than 1024 KiB."
     noisy = run(sandbox, "import sys\nsys.stderr.write('x' * 10**6)\nraise KeyError('last')")
-    assert noisy.errors.endswith("KeyError: 'last'\n")
-    assert len(noisy.errors) == 16_000
+    assert noisy.stderr.endswith("KeyError: 'last'\n")
+    assert len(noisy.stderr) == 16_000
 
 
 def test_a_crash_is_told(sandbox):
-    assert run(sandbox, "import ctypes\nctypes.string_at(0)").ended == "It was ended by SIGSEGV."
+    assert run(sandbox, "import ctypes\nctypes.string_at(0)").failure == "It was ended by SIGSEGV."
 
 
 def test_nothing_is_written_outside(sandbox, tmp_path):
@@ -377,7 +377,7 @@ def test_nothing_is_written_outside(sandbox, tmp_path):
         f"import os\nos.rename({str(tmp_path / 'here')!r}, '/tmp/x')",
         "import os\nopen(os.path.dirname(os.__file__) + '/sdkit-was-here', 'w')",
     ):
-        assert "Error" in run(sandbox, program).errors
+        assert "Error" in run(sandbox, program).stderr
     assert [p.name for p in tmp_path.iterdir()] == ["here"]
     assert (tmp_path / "here").read_text() == "as it was"
 
@@ -387,22 +387,22 @@ def test_namespaces_show_no_file_of_the_users(sandboxes, tmp_path):
     (tmp_path / "secret").write_text("s3cret")
     for path in (tmp_path / "secret", "/etc/passwd", f"/proc/{os.getpid()}/environ", "/proc/self"):
         found = run(sandbox, f"open({str(path)!r})")
-        assert "FileNotFoundError" in found.errors
+        assert "FileNotFoundError" in found.stderr
     seen = run(sandbox, "import os\nprint(os.getpid(), os.getcwd(), len(os.listdir('.')))")
-    assert seen.got == "2 /sandbox 0\n"
+    assert seen.result == "2 /sandbox 0\n"
     interfaces = run(sandbox, "import socket\nprint([name for _, name in socket.if_nameindex()])")
-    assert "PermissionError" in interfaces.errors
+    assert "PermissionError" in interfaces.stderr
 
 
 def test_what_is_written_is_small_and_gone_with_the_test(sandboxes):
     sandbox = sandboxes("namespaces")
     fills = "import itertools\nfor i in itertools.count(): open(f'{i}', 'wb').write(bytes(1 << 20))"
-    assert "No space left on device" in run(sandbox, fills).errors
-    assert "File too large" in run(sandbox, "open('x', 'wb').write(bytes(9 << 20))").errors
+    assert "No space left on device" in run(sandbox, fills).stderr
+    assert "File too large" in run(sandbox, "open('x', 'wb').write(bytes(9 << 20))").stderr
     program = "import os\nprint(os.listdir('/tmp'))\nopen('kept', 'w').write('x')"
-    with sandbox.running(program, 60.0) as jail:
-        case = Case(kind="stdin", given="", expected="")
-        assert [jail.outcome(case, 20.0).got for _ in range(2)] == ["[]\n"] * 2
+    with sandbox.open_jail(program, 60.0) as jail:
+        case = Case(kind="stdin", input="", expected="")
+        assert [jail.run_test(case, 20.0).result for _ in range(2)] == ["[]\n"] * 2
 
 
 @pytest.mark.parametrize(
@@ -489,12 +489,12 @@ def test_programs_run_at_the_same_time(reward, make_row):
 def test_a_jail_that_does_not_answer_is_ended(sandboxes, monkeypatch):
     monkeypatch.setattr(rewards_sandbox, "GRACE", 0.0)
     sandbox = sandboxes("without_namespaces")
-    with sandbox.running("import time\ntime.sleep(600)", 1.0) as jail:
+    with sandbox.open_jail("import time\ntime.sleep(600)", 1.0) as jail:
         process = jail.process
-        found = jail.outcome(Case(kind="stdin", given="", expected=""), 300.0)
-    assert found.ended == "It was ended with its sandbox."
+        found = jail.run_test(Case(kind="stdin", input="", expected=""), 300.0)
+    assert found.failure == "It was ended with its sandbox."
     wait_until(lambda: not group_lives(process.pid))
-    assert run(sandbox, "print(1)").got == "1\n"
+    assert run(sandbox, "print(1)").result == "1\n"
 
 
 def test_a_process_that_is_being_ended_is_not_taken_again(sandboxes, monkeypatch):
@@ -505,11 +505,11 @@ def test_a_process_that_is_being_ended_is_not_taken_again(sandboxes, monkeypatch
         process.wait()
 
     monkeypatch.setattr(rewards_sandbox, "GRACE", 0.0)
-    monkeypatch.setattr(rewards_sandbox, "_end", slowly)
+    monkeypatch.setattr(rewards_sandbox, "_kill_group", slowly)
     sandbox = sandboxes("without_namespaces")
-    with sandbox.running("import time\ntime.sleep(600)", 0.5) as jail:
-        jail.outcome(Case(kind="stdin", given="", expected=""), 300.0)
-    assert run(sandbox, "print(1)").got == "1\n"
+    with sandbox.open_jail("import time\ntime.sleep(600)", 0.5) as jail:
+        jail.run_test(Case(kind="stdin", input="", expected=""), 300.0)
+    assert run(sandbox, "print(1)").result == "1\n"
 
 
 def group_lives(group):
@@ -567,7 +567,7 @@ def test_without_user_namespaces_it_is_refused_unless_told_otherwise(
     assert caught.value.exit_code == 4
     assert caught.value.hint.startswith("isolation: without_namespaces runs them behind limits")
     without = Sandbox(PythonTests(**LIMITS, isolation="without_namespaces"))
-    assert run(without, "print(input())", "hello").got == "hello\n"
+    assert run(without, "print(input())", "hello").result == "hello\n"
 
 
 def test_other_machines_are_refused(monkeypatch):

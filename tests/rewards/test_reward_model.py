@@ -9,7 +9,7 @@ import torch
 
 from sdkit.language.errors import BadData
 from sdkit.language.specs import RewardModel
-from sdkit.rewards.scoring import figures, open_reward, score
+from sdkit.rewards.scoring import open_reward, reward_values, score
 
 
 def build(folder, tokenizer, **config):
@@ -56,7 +56,7 @@ def test_it_gives_what_the_model_gives(folder, make_row, tiny_tokenizer):
 def test_batches_give_the_same_as_one_by_one(folder, make_row):
     rows = [make_row(f"What is {i}?" * (1 + i % 3), index=i) for i in range(7)]
     texts = ["no idea " * (i % 4) for i in range(7)]
-    found = figures(score({"m": opened(folder, batch_rows=3)}, texts, rows))["m"]
+    found = reward_values(score({"m": opened(folder, batch_rows=3)}, texts, rows))["m"]
     single = [opened(folder)(text, row).reward for text, row in zip(texts, rows, strict=True)]
     assert found == pytest.approx(single, rel=1e-4)
     assert len({round(x, 6) for x in found}) == 7
@@ -81,7 +81,7 @@ def test_a_token_without_embedding_is_named_before_anything_is_judged(
     highest = tiny_tokenizer.convert_ids_to_tokens(len(tiny_tokenizer) - 1)
     row = make_row(tiny_tokenizer.decode([len(tiny_tokenizer) - 1]), index=4)
     with pytest.raises(BadData, match=r"row 4 has the token .* has 300 embeddings") as caught:
-        opened(small).check(row)
+        opened(small).check_row(row)
     assert repr(highest) in caught.value.message
 
 

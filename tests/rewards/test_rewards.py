@@ -30,7 +30,7 @@ from sdkit.language.specs import (
 )
 from sdkit.rewards import math as rewards_math
 from sdkit.rewards.answers import extract
-from sdkit.rewards.scoring import ScoredCompletion, figures, open_reward, open_rewards, score
+from sdkit.rewards.scoring import ScoredCompletion, open_reward, open_rewards, reward_values, score
 
 
 def opened(reward, base="/", source=None):
@@ -40,7 +40,7 @@ def opened(reward, base="/", source=None):
 
 
 def numbers(rewards, completions, rows):
-    return figures(score(rewards, completions, rows))
+    return reward_values(score(rewards, completions, rows))
 
 
 # ── extraction ────────────────────────────────────────────────────────────────────────────────
@@ -356,7 +356,7 @@ def test_a_slow_function_does_not_keep_the_process(tmp_path):
     program = f"""
 from pathlib import Path
 from sdkit.batches import Row
-from sdkit.components.rewards import open_reward
+from sdkit.rewards.scoring import open_reward
 from sdkit.language.specs import FileReward
 reward = FileReward(file="mine.py", function="sleepy", seconds=0.2)
 scorer = open_reward(reward, Path({str(tmp_path)!r}), None)
@@ -398,10 +398,10 @@ def test_a_sum_measures_its_parts_and_asks_them_once(own, make_row, tmp_path):
     }
     opened = open_rewards(rewards, ["total", "told"], tmp_path, None)
     calls = []
-    many = opened["told"].many
+    many = opened["told"].score_all
     object.__setattr__(opened["told"], "many", lambda pairs: calls.append(pairs) or many(pairs))
     judged = score(opened, ["4", "five"], [make_row(answer="4")] * 2)
-    assert figures(judged) == {
+    assert reward_values(judged) == {
         "total": [1 + 0.25 + 1, 0.5],
         "total/right": [1.0, 0.0],
         "total/told": [0.5, 1.0],

@@ -50,7 +50,7 @@ from sdkit.language.specs import (
     VocabularySupport,
     needs_teacher,
 )
-from sdkit.losses.chunks import top_k_of
+from sdkit.losses.chunks import top_k_logprobs
 from sdkit.models.weights import UNSHARDED
 from sdkit.train.collate import collate, empty_micro_batch
 from sdkit.train.loss_masks import build_loss_masks
@@ -131,7 +131,7 @@ def scores(kind, count, token):
         case "blended":
             return BlendedScores(parts=(whole, whole), factors=(0.5, 1.5))
         case "served":
-            return top_k_of(whole, token, 3, 4)
+            return top_k_logprobs(whole, token, 3, 4)
 
 
 def gradients(term, batch, kind, chunk=2):

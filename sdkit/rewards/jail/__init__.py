@@ -1,1 +1,1 @@
-"""The sandbox of tested programs, run as `python FOLDER`: the standard library alone, for its walls close behind it."""
+"""The jail of tested programs, run as `python FOLDER`.  Uses only the standard library: nothing else is visible inside."""

@@ -1,6 +1,6 @@
-"""Which system calls a tested program may not make: a classic BPF filter, as prctl(2) takes it.  Part of `__main__`.
+"""System calls that a tested program may not make: a classic BPF filter for prctl(2).  Part of `__main__`.
 
-A program may start threads, never processes: so ending it ends everything that it began, with or without namespaces.
+A program may start threads, never processes, so killing it ends everything that it started, with or without namespaces.
 """
 
 import ctypes
@@ -10,13 +10,13 @@ import platform
 import struct
 
 NUMBERS = {"x86_64": 0, "aarch64": 1}
-"""Which of a call's two numbers is the machine's."""
+"""Index of the machine's number in the pairs of call numbers."""
 
 _ARCHITECTURE = (0xC000003E, 0xC00000B7)  # AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64
-_X32 = 0x40000000  # numbers from here on are a second table of x86_64
+_X32 = 0x40000000  # call numbers from here on are the x32 table of x86_64
 
 DENIED = {
-    # other processes: none is started, signalled, read, traced or slowed down
+    # other processes: none may be started, signalled, read, traced or slowed down
     "fork": (57, None),
     "vfork": (58, None),
     "execve": (59, 221),
@@ -44,7 +44,7 @@ DENIED = {
     "sched_setattr": (314, 274),
     "migrate_pages": (256, 238),
     "move_pages": (279, 239),
-    # walls: none is taken down, nor its own identity changed
+    # isolation: namespaces, limits and the identity of the process may not change
     "unshare": (272, 97),
     "setns": (308, 268),
     "setuid": (105, 146),
@@ -67,9 +67,9 @@ DENIED = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
-    # the network; a socketpair stays possible
+    # the network; socketpair stays allowed
     "socket": (41, 198),
-    # memory that no limit counts, or that outlives the process
+    # memory that is not covered by a limit or outlives the process
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
@@ -115,7 +115,7 @@ WRITING = {
     "lremovexattr": (198, 15),
     "fremovexattr": (199, 16),
 }
-"""What changes files; denied only where no mount namespace keeps the machine's own out of reach."""
+"""Calls that change files; denied only without a mount namespace, which hides the machine's files."""
 
 _CLONE, _CLONE3, _PRLIMIT = (56, 220), (435, 435), (302, 261)
 _OPEN, _OPENAT = (2, None), (257, 56)
@@ -130,36 +130,36 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name, *arguments):
-    """A function of libc.  Raises OSError that names it."""
+    """Calls a function of libc.  Raises OSError that names the function."""
     if getattr(libc, name)(*arguments) < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
 def forbid(files):
-    """Refuse the calls above to this process from now on; with `files` those that change files too.
+    """Denies the calls above to this process from now on; with `files`, also those that change files.
 
-    Raises OSError where the kernel has no filters.
+    Raises OSError if the kernel has no seccomp filters.
     """
-    program = _assembled(NUMBERS[platform.machine()], files)
+    program = _assemble(NUMBERS[platform.machine()], files)
     code = ctypes.create_string_buffer(program)
     filters = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
     call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     call("prctl", 22, 2, ctypes.create_string_buffer(filters), 0, 0)  # PR_SET_SECCOMP, by filter
 
 
-def _assembled(machine, files):
+def _assemble(machine, files):
     def argument(place):
         return _ARGUMENTS + 8 * place
 
     out = [(_LOAD, 0, 0, _MACHINE), (_EQUAL, 1, 0, _ARCHITECTURE[machine]), (_RETURN, 0, 0, _KILL)]
     out += [(_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _KILL)]
     out += _if_called(_CLONE[machine], argument(0), (_ANY_BIT, 1, 0, _THREAD))
-    out += _if_called(_PRLIMIT[machine], argument(0), (_EQUAL, 1, 0, 0))  # limits of its own
+    out += _if_called(_PRLIMIT[machine], argument(0), (_EQUAL, 1, 0, 0))  # only its own limits
     if files:
         out += _if_called(_OPEN[machine], argument(1), (_ANY_BIT, 0, 1, _TO_WRITE))
         out += _if_called(_OPENAT[machine], argument(2), (_ANY_BIT, 0, 1, _TO_WRITE))
-    # Without clone3, which hides its flags from filters, libc takes clone.
+    # A filter cannot see the flags of clone3; without it, libc uses clone.
     out += [(_EQUAL, 0, 1, _CLONE3[machine]), (_RETURN, 0, 0, _REFUSE | errno.ENOSYS)]
     for numbers in (DENIED | WRITING if files else DENIED).values():
         if numbers[machine] is not None:
@@ -169,7 +169,7 @@ def _assembled(machine, files):
 
 
 def _if_called(number, argument, test):
-    """A call that depends on an argument: `test` jumps over the refusal where it is allowed."""
+    """Filters a call by an argument: `test` jumps over the refusal if the call is allowed."""
     if number is None:
         return []
     refusal = [(_RETURN, 0, 0, _REFUSE | errno.EPERM), (_RETURN, 0, 0, _ALLOW)]

@@ -1,4 +1,4 @@
-"""Messages through pipes, each after its length: a reader takes no byte of the next one.  Part of `__main__`."""
+"""Length-prefixed JSON messages through pipes; a reader never consumes bytes of the next one.  Part of `__main__`."""
 
 import json
 import os
@@ -7,19 +7,19 @@ _LENGTH = 8
 
 
 def receive(source):
-    """The next message.  Raises EOFError where there is none."""
-    return json.loads(_exactly(source, int.from_bytes(_exactly(source, _LENGTH), "big")))
+    """Returns the next message.  Raises EOFError at the end of the input."""
+    return json.loads(_read_exactly(source, int.from_bytes(_read_exactly(source, _LENGTH), "big")))
 
 
 def send(target, message):
-    """Write one message."""
+    """Writes one message."""
     text = json.dumps(message).encode()
-    rest = memoryview(len(text).to_bytes(_LENGTH, "big") + text)
-    while rest:
-        rest = rest[os.write(target, rest) :]
+    remaining = memoryview(len(text).to_bytes(_LENGTH, "big") + text)
+    while remaining:
+        remaining = remaining[os.write(target, remaining) :]
 
 
-def _exactly(source, length):
+def _read_exactly(source, length):
     parts = []
     while length:
         part = os.read(source, min(length, 1 << 20))
