@@ -57,9 +57,8 @@ class _Probe:
         self.head = head
         self.known_states = torch.linspace(-2, 2, PROBE_TOKENS * width, **kind).view(1, -1, width)
         index = torch.arange(PROBE_TOKENS * rows, **kind).view(1, -1, rows)
-        self.known_outputs = (
-            200 * (0.7 * index + 0.3).sin() ** 3
-        )  # many small values among large ones
+        # Many small values among large ones.
+        self.known_outputs = 200 * (0.7 * index + 0.3).sin() ** 3
         self.known_outputs[:, 0] = TINY * self.known_outputs[:, 0].sign()
         self.known_outputs[:, 1] = HUGE * self.known_outputs[:, 1].sign()
         self.last_hidden: Tensor | None = None  # the model's own last hidden state

@@ -84,9 +84,8 @@ def pad_sequences(
     # Which completion of its row a token belongs to: 0 the prompt, 1… the completions, -1 padding.
     owner = torch.full((len(rows), width), -1)
     positions = torch.zeros(len(rows), width, dtype=torch.long)
-    starts: dict[
-        int, tuple[int, int]
-    ] = {}  # member → flat indices of the prompt's last token and of its own first token
+    # Of each completion: flat indices of the prompt's last token and of its own first token.
+    starts: dict[int, tuple[int, int]] = {}
     for i, pack in enumerate(rows):
         end = len(pack.prompt)
         ids[i, :end] = torch.tensor(pack.prompt)
@@ -140,11 +139,7 @@ def shares_rows(
     prompt, long, short, _ = probe_texts(weights, room // count)
     try:
         together = last_states(weights, device, prompt, [*[long] * count, short], longest)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ):  # an attention implementation that needs another kind of mask
+    except (RuntimeError, TypeError, ValueError):  # the attention needs another kind of mask
         return False
     alone = last_states(weights, device, prompt, [long, short], 0)
     expected = [*[alone[0]] * count, alone[1]]

@@ -109,9 +109,8 @@ class Server:
             trust_env=remote,
         )
         self._shares_runner = runner is not None
-        self._runner = (
-            runner or asyncio.Runner()
-        )  # one for all calls: connections belong to their event loop
+        # One for all calls: connections belong to their event loop.
+        self._runner = runner or asyncio.Runner()
 
     def get(self, path: str, *, retries: int | None = None) -> Any:
         """Returns the response as JSON.  Raises RequestFailed."""

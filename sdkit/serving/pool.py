@@ -315,10 +315,8 @@ class ServerPool:
             raise error
         if not member.unavailable_reason:
             self._report(f"a rollout server is unavailable: {failure}")
-        member.unavailable_reason, member.retry_at = (
-            str(failure),
-            time.monotonic() + RECHECK_SECONDS,
-        )
+        member.unavailable_reason = str(failure)
+        member.retry_at = time.monotonic() + RECHECK_SECONDS
 
 
 def _final_error(failure: RequestFailed) -> Exception:

@@ -193,7 +193,7 @@ def test_a_server_that_loses_every_batch_ends_the_run(serve, tiny_folder, tmp_pa
     drawn(world)
 
     def forgets(_):
-        server.door.loaded = None
+        server.gateway.loaded = None
         return 503
 
     server.fault = forgets
@@ -227,7 +227,7 @@ def test_other_weights_than_the_trainers_are_seen(serve, tiny_folder, tmp_path, 
     [
         ({"config": {"hidden_size": 7}}, "its model has hidden_size 7, the student"),
         ({"config": {"vocab_size": 7}}, "its model has vocab_size 7, the student"),
-        ({"max_tokens": 20}, "tokens, a rollout server takes 20"),
+        ({"max_tokens": 20}, "tokens, a rollout server accepts 20"),
         ({"folder": "elsewhere"}, "does not contain what this run writes to"),
     ],
     ids=["another model", "another vocabulary", "too short", "another folder"],
@@ -240,7 +240,7 @@ def test_a_server_that_does_not_fit_is_refused_before_anything_is_loaded(
     [server] = serve()
     for name, value in change.items():
         if name == "folder":
-            server.door.folder = tmp_path / value
+            server.gateway.folder = tmp_path / value
         else:
             setattr(server, name, value)
     monkeypatch.setattr(run, "World", None)  # whoever loads a model calls it

@@ -277,7 +277,7 @@ def test_too_few_logprobs(refused, served):
 
 def test_sequences_that_are_too_long(refused, served, monkeypatch):
     monkeypatch.setattr("sdkit.serving.tiny_server.CONTEXT", 40)
-    error = refused(served(), BadData, "the served teacher big takes 39")
+    error = refused(served(), BadData, "the served teacher big accepts 39")
     assert "--max-model-len" in error.hint
 
 
