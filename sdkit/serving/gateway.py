@@ -139,9 +139,7 @@ class Gateway:
         wanted = headers.get(WEIGHTS_HEADER, b"").decode("latin-1")
         if self.loaded is None or self.loaded["sha256"] != wanted:
             loaded = f"weights {self.loaded['version']}" if self.loaded else "no weights of a run"
-            raise RejectedRequest(
-                409, f"the request names other weights than the server has: {loaded}"
-            )
+            raise RejectedRequest(409, f"the server has {loaded}, but the request names others")
         self._in_flight += 1
         self._idle.clear()
         try:

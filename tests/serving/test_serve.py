@@ -131,7 +131,7 @@ def test_without_vllm_it_says_what_to_install(tiny_folder, tmp_path, monkeypatch
 def test_the_longest_sequence_is_that_of_the_run(tiny_folder, tmp_path, open_tiny):
     spec = served(tiny_folder)
     world = open_tiny(make_spec(tiny_folder))
-    assert inputs.longest_sequence(spec, tmp_path, str(tiny_folder)) == world.longest
+    assert inputs.longest_sequence(spec, tmp_path, str(tiny_folder)) == world.longest_sequence
 
 
 def test_the_command_line_hands_everything_on(tiny_folder, tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_the_command_line_hands_everything_on(tiny_folder, tmp_path, monkeypatch
     done = CliRunner().invoke(app, [*command, "--max-tokens", "99"])
     assert done.exit_code == 0, done.output
     [(checked, base, where, _, longest)] = seen
-    assert (where.port, longest, base) == (8005, 99, tmp_path)
+    assert (where.port, longest(""), base) == (8005, 99, tmp_path)
     assert checked.rollout.backend == VllmServerBackend()
 
 
