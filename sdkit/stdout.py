@@ -1,4 +1,4 @@
-"""Keeps standard output for what sdkit itself prints."""
+"""Reserves standard output for sdkit's own output."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Send what libraries print on standard output to standard error: stdout is sdkit's own."""
-    with contextlib.redirect_stdout(sys.stderr if os.environ.get("SDKIT_DEBUG") else _Nowhere()):
+    """Inside the block, discard what libraries print to stdout; with SDKIT_DEBUG set, redirect it to stderr."""
+    with contextlib.redirect_stdout(sys.stderr if os.environ.get("SDKIT_DEBUG") else _NullWriter()):
         yield
 
 
-class _Nowhere:
+class _NullWriter:
     def write(self, text: str) -> int:
         return len(text)
 

@@ -1,4 +1,4 @@
-"""What ranks say to each other.  Every rank must call, and all in the same order.  Knows no DeepSpeed and no run."""
+"""Collective operations.  Every rank must call them, in the same order.  Knows nothing of DeepSpeed or runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 RESPONSE_SECONDS = 3.0
-"""Seconds that a rank has to say that it is there, once a collective has failed."""
+"""Seconds that a rank has to answer the roll call after a collective has failed."""
 
 
 def world_size() -> int:
@@ -24,66 +24,66 @@ def rank() -> int:
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Wait until all ranks have called this."""
     torch.distributed.barrier()
 
 
 def shard_indices(count: int) -> range:
-    """The places out of `count` that are this rank's: every so many-th, so that a part of the whole is dealt evenly."""
+    """Returns this rank's share of `range(count)`.  Strided, so that any prefix of it is spread evenly over the ranks."""
     return range(rank(), count, world_size())
 
 
 def all_reduce_max(value: int) -> int:
-    """The largest value of all ranks."""
+    """Returns the largest value over all ranks."""
     if world_size() == 1:
         return value
-    held = torch.tensor(int(value), device=_device())
-    torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX)
-    return int(held.item())
+    tensor = torch.tensor(int(value), device=_device())
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return int(tensor.item())
 
 
 def all_gather_object(value: T) -> list[T]:
-    """What each rank has, by rank; pickled, so for small things."""
-    found: list[Any] = [value] * world_size()
+    """Returns the values of all ranks, in rank order.  They are pickled, so keep them small."""
+    gathered: list[Any] = [value] * world_size()
     if world_size() > 1:
-        torch.distributed.all_gather_object(found, value)
-    return found
+        torch.distributed.all_gather_object(gathered, value)
+    return gathered
 
 
 def gather_object(value: T) -> list[T]:
-    """What each rank has, by rank, on the first; nothing on the others."""
+    """Returns the values of all ranks, in rank order, on rank 0; an empty list on the others."""
     if world_size() == 1:
         return [value]
-    found: list[Any] = [value] * world_size()
-    torch.distributed.gather_object(value, found if rank() == 0 else None)
-    return found if rank() == 0 else []
+    gathered: list[Any] = [value] * world_size()
+    torch.distributed.gather_object(value, gathered if rank() == 0 else None)
+    return gathered if rank() == 0 else []
 
 
 def broadcast_object(value: T) -> T:
-    """What the first rank has."""
-    held: list[Any] = [value]
+    """Returns rank 0's value on every rank."""
+    values: list[Any] = [value]
     if world_size() > 1:
-        torch.distributed.broadcast_object_list(held)
-    return held[0]
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def sum_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """The sums of named scalars over all ranks; a name may be missing where a rank had nothing to measure."""
+    """Returns the sums of named scalars over all ranks.  A name that a rank lacks counts as zero there."""
     names = list(dict.fromkeys(name for named in all_gather_object(list(values)) for name in named))
     if not names:
         return {}
-    nothing = torch.zeros((), device=_device())
-    held = torch.stack([values.get(name, nothing).double() for name in names])
-    return dict(zip(names, all_reduce_sum(held).tolist(), strict=True))
+    zero = torch.zeros((), device=_device())
+    stacked = torch.stack([values.get(name, zero).double() for name in names])
+    return dict(zip(names, all_reduce_sum(stacked).tolist(), strict=True))
 
 
 def _device() -> torch.device:
-    """Where collectives take tensors from."""
+    """Returns the device that collectives need their tensors on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum over all ranks.  Any shape; returns a new tensor."""
+    """Returns the sum over all ranks, as a new tensor of the same shape."""
     if world_size() == 1:
         return values.clone()
     summed = values.to(_device(), copy=True)
@@ -92,9 +92,9 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def all_gather(values: Tensor) -> tuple[Tensor, slice]:
-    """The values of all ranks, one rank after the other, and where this rank's stand.  [K] -> [sum of K], slice.
+    """Returns the values of all ranks, concatenated in rank order, and the slice of this rank.  [K] -> [sum of K], slice.
 
-    K may differ from rank to rank, and be 0; every rank must call.
+    K may differ between ranks and may be 0; every rank must call.
     """
     size = values.numel()
     if world_size() == 1:
@@ -109,9 +109,10 @@ def all_gather(values: Tensor) -> tuple[Tensor, slice]:
 
 
 class RollCall:
-    """Who is still there when a collective has failed.
+    """Finds the lost ranks after a collective has failed.
 
-    Made while the group stands.  Leave the group then: that wakes ranks which wait for this one and not for the lost.
+    Create it while the process group still exists, then leave the group: that wakes the ranks that wait for this one
+    rather than for the lost one.
     """
 
     def __init__(self) -> None:
@@ -120,22 +121,22 @@ class RollCall:
         self._store: Any = distributed_c10d._get_default_store()
         self._own, self._silent = rank(), set(range(world_size()))
         self._deadline = time.monotonic() + RESPONSE_SECONDS
-        # In a thread, as what is asked may be the lost rank's: the first rank keeps the marks.
-        self._asking = threading.Thread(target=self._ask, daemon=True, name="sdkit roll call")
-        self._asking.start()
+        # In a thread, because the store hangs if rank 0, which hosts it, is the lost one.
+        self._thread = threading.Thread(target=self._poll, daemon=True, name="sdkit roll call")
+        self._thread.start()
 
     def missing_ranks(self) -> list[int]:
-        """The ranks that have ended or are silent, after `ANSWER` seconds at most."""
-        self._asking.join(max(self._deadline - time.monotonic(), 0.0))
-        # Without the first rank nobody can say anything of the others.
+        """Returns the ranks that do not answer, after at most RESPONSE_SECONDS."""
+        self._thread.join(max(self._deadline - time.monotonic(), 0.0))
+        # Rank 0 hosts the store: without it nothing is known of the others.
         return [0] if 0 in self._silent else sorted(self._silent)
 
-    def _ask(self) -> None:
+    def _poll(self) -> None:
         try:
             self._store.set(f"sdkit/here/{self._own}", "")
             while self._silent and time.monotonic() < self._deadline:
-                here = {r for r in self._silent if self._store.check([f"sdkit/here/{r}"])}
-                self._silent = self._silent - here
+                present = {r for r in self._silent if self._store.check([f"sdkit/here/{r}"])}
+                self._silent = self._silent - present
                 time.sleep(0.05)
         except RuntimeError:
             return

@@ -1,6 +1,6 @@
-"""`--processes N`: one command once for each rank, on this machine.  Knows processes; imports no torch.
+"""`--processes N`: runs a command once per rank, on this machine.  Knows processes; imports no torch.
 
-Another launcher (`torchrun`, `deepspeed`) does the same with its own means: what makes a rank is the environment.
+Other launchers (`torchrun`, `deepspeed`) work as well: a rank is defined by its environment variables alone.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from attrs import field, frozen
 
 from sdkit.language.errors import ProcessDied, UnreadableInput
 
-PATIENCE = 20.0
-"""Seconds that the other ranks have to end by themselves once one has failed."""
-POLL = 0.05
-LOST = ProcessDied.exit_code
-"""How a rank ends that has lost another: never the first cause."""
+GRACE_SECONDS = 20.0
+"""Seconds that the other ranks have to exit by themselves once one has failed."""
+POLL_SECONDS = 0.05
+RANK_LOST_CODE = ProcessDied.exit_code
+"""The exit code of a rank that lost another rank; such a rank is never the cause."""
 
 
 def launched() -> int | None:
-    """How many ranks a launcher started, this process among them; None: there was none."""
+    """Returns the number of ranks that a launcher started, this process included; None without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
 def must_launch(processes: int | None) -> bool:
-    """Whether ranks must be started; raises UnreadableInput where a launcher has started another number."""
+    """Whether ranks must be started.  Raises UnreadableInput if a launcher has started another number of them."""
     ranks = launched()
     if ranks is not None and processes not in (None, ranks):
         raise UnreadableInput(
@@ -44,41 +44,41 @@ def must_launch(processes: int | None) -> bool:
 
 
 def this_command() -> list[str]:
-    """What started this process, to be started again."""
+    """Returns the command line that starts this process again."""
     return [sys.executable, "-m", "sdkit", *sys.argv[1:]]
 
 
 def launch(processes: int, command: Sequence[str]) -> int:
-    """Run the command as so many ranks and wait for all of them; returns the exit code.
+    """Run the command once per rank and wait for all ranks; returns the exit code.
 
-    The first rank has the console.  SIGINT and SIGTERM go to every rank.  Where a rank fails the others have a
-    while to end, then they are killed; raises ProcessDied where a signal ended a rank.
+    Rank 0 keeps the console.  SIGINT and SIGTERM are forwarded to every rank.  If a rank fails, the others have
+    GRACE_SECONDS to exit, then they are killed.  Raises ProcessDied if a signal ended a rank.
     """
     with contextlib.ExitStack() as stack:
         ranks: list[_Rank] = []
         stack.callback(lambda: [rank.kill() for rank in ranks])
         port = _free_port()
         for number in range(processes):
-            said = stack.enter_context(tempfile.TemporaryFile()) if number else None
-            ranks.append(_Rank(number, _start(command, number, processes, port, said), said))
-        with _forwarded(ranks):
+            output = stack.enter_context(tempfile.TemporaryFile()) if number else None
+            ranks.append(_Rank(number, _start(command, number, processes, port, output), output))
+        with _forward_signals(ranks):
             ended = _wait(ranks)
-        return _verdict(ended)
+        return _exit_code(ended)
 
 
 @frozen(eq=False)
 class _Rank:
     number: int
     process: subprocess.Popen[bytes]
-    said: IO[bytes] | None  # what it wrote; None: it has the console
+    output: IO[bytes] | None  # its stdout and stderr; None: the console
     interrupts: list[float] = field(factory=list)
 
-    def send(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         if self.process.poll() is None:
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """End the rank and what it started."""
+        """Kill the rank and its child processes."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -86,15 +86,15 @@ class _Rank:
 
 
 def _start(
-    command: Sequence[str], number: int, processes: int, port: int, said: IO[bytes] | None
+    command: Sequence[str], number: int, processes: int, port: int, output: IO[bytes] | None
 ) -> subprocess.Popen[bytes]:
-    # A session of its own: the terminal's Ctrl-C reaches the launcher alone, which passes it on once.
+    # In its own session, so that Ctrl-C reaches only the launcher, which forwards it once.
     return subprocess.Popen(
         command,
         env=os.environ | _environment(number, processes, port),
         stdin=subprocess.DEVNULL,
-        stdout=said,
-        stderr=said,
+        stdout=output,
+        stderr=output,
         start_new_session=True,
         preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
@@ -115,7 +115,7 @@ def _environment(number: int, processes: int, port: int) -> Mapping[str, str]:
 
 
 def end_with_parent() -> None:
-    """Ask the kernel to end this process when the launcher is gone, however that went."""
+    """Make the kernel kill this process once its parent has ended, in whatever way."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -128,13 +128,13 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _forwarded(ranks: list[_Rank]) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on to every rank."""
+def _forward_signals(ranks: list[_Rank]) -> Iterator[None]:
+    """Forward SIGINT and SIGTERM to every rank."""
 
     def forward(number: int, _frame: Any) -> None:
         for rank in ranks:
             rank.interrupts.append(time.monotonic())
-            rank.send(number)
+            rank.send_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, forward) for number in numbers}
@@ -146,7 +146,7 @@ def _forwarded(ranks: list[_Rank]) -> Iterator[None]:
 
 
 def _wait(ranks: list[_Rank]) -> list[tuple[_Rank, int]]:
-    """Every rank with how it ended, in the order of ending; what was killed here for another's failure is left out."""
+    """Returns the ranks and their exit codes, in the order of exit, without those killed here for another's failure."""
     ended: list[tuple[_Rank, int]] = []
     running = list(ranks)
     deadline: float | None = None
@@ -157,33 +157,36 @@ def _wait(ranks: list[_Rank]) -> list[tuple[_Rank, int]]:
                 running.remove(rank)
         failed = any(code for _, code in ended) or any(len(r.interrupts) > 1 for r in running)
         if failed and deadline is None:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             for rank in running:
                 rank.kill()
             return ended
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
     return ended
 
 
-def _verdict(ended: list[tuple[_Rank, int]]) -> int:
-    """The exit code of the rank that failed first, or 0; says what only that rank knows."""
+def _exit_code(ended: list[tuple[_Rank, int]]) -> int:
+    """Returns the exit code of the rank that caused the failure, or 0; prints that rank's output.
 
-    def blame(code: int) -> int:
-        # A process that has lost its group may abort on its way out.
-        return 0 if code < 0 and code != -signal.SIGABRT else 2 if code == LOST else 1
+    Raises ProcessDied if a signal ended it.
+    """
 
-    failed = [(blame(code), rank, code) for rank, code in ended if code]
+    def priority(code: int) -> int:
+        # A killed rank comes first.  SIGABRT is no cause: a process that lost its group may abort at exit.
+        return 0 if code < 0 and code != -signal.SIGABRT else 2 if code == RANK_LOST_CODE else 1
+
+    failed = [(priority(code), rank, code) for rank, code in ended if code]
     if not failed:
-        return 0 if ended else LOST
-    _, rank, code = min(failed, key=lambda each: (each[0], each[1].number))
-    if rank.said is not None:
-        rank.said.seek(0)
-        sys.stderr.write(rank.said.read().decode(errors="replace")[-4000:])
+        return 0 if ended else RANK_LOST_CODE
+    _, rank, code = min(failed, key=lambda failure: (failure[0], failure[1].number))
+    if rank.output is not None:
+        rank.output.seek(0)
+        sys.stderr.write(rank.output.read().decode(errors="replace")[-4000:])
     if code < 0:
         raise ProcessDied(
-            f"rank {rank.number} was ended by {signal.Signals(-code).name}; the run ended with it",
-            hint="SIGKILL that nobody sent is the kernel's, when memory runs out: see `dmesg`"
+            f"rank {rank.number} was killed by {signal.Signals(-code).name}; the run ended with it",
+            hint="probably the kernel's out-of-memory killer: see `dmesg`"
             if -code == signal.SIGKILL
             else None,
         )

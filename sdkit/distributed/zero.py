@@ -1,4 +1,4 @@
-"""All that is said to DeepSpeed: open, accumulate, step, masters, save.  Knows no teacher and no loss."""
+"""The wrapper around DeepSpeed: initialize, backward, step, fp32 master weights, save, load.  Knows no teacher and no loss."""
 
 from __future__ import annotations
 
@@ -21,46 +21,49 @@ from sdkit.distributed.collectives import barrier, rank, world_size
 from sdkit.language.specs import OptimizerSpec
 from sdkit.stdout import quiet
 
-DEADLINE = timedelta(seconds=600)
+COLLECTIVE_TIMEOUT = timedelta(seconds=600)
 
-NOT_DECAYED = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
-"""Names of biases and norms: those of transformers' `Trainer.get_decay_parameter_names`."""
+NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+"""Name patterns of biases and norms, from transformers' `Trainer.get_decay_parameter_names`."""
 
 
 @frozen(kw_only=True)
-class Stepped:
-    """What an optimizer step did."""
+class OptimizerStepResult:
+    """The result of an optimizer step."""
 
-    applied: bool  # False where a gradient was not finite and the step was skipped
+    applied: bool  # False if a gradient was not finite and the step was skipped
     grad_norm: float
 
 
 def prepare() -> None:
-    """Settings that DeepSpeed reads when it is first imported, by whichever library that may be."""
+    """Set the environment variables that DeepSpeed reads on its first import, which another library may trigger."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @functools.cache
-def _set_imports_aside() -> None:
-    """Once in a process: DeepSpeed collects garbage four times as it opens, and half a million imported objects are none."""
+def _freeze_imported_objects() -> None:
+    """Exclude imported objects from garbage collection, once per process.
+
+    DeepSpeed collects garbage four times during initialization, over half a million objects that live on.
+    """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # bindings count their objects at the end
+    atexit.register(gc.unfreeze)  # native bindings check for leaked objects at exit
 
 
 def start() -> None:
-    """Join the process group, or make one of a single process.  Call before vLLM starts."""
+    """Join the process group, or create one with a single process.  Call before vLLM starts."""
     prepare()
     with quiet():
         import deepspeed
         import deepspeed.ops
 
-    _set_imports_aside()
+    _freeze_imported_objects()
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.ERROR)
-    log.handlers.clear()  # its own writes to stdout; Python's last resort writes to stderr
+    log.handlers.clear()  # its handler writes to stdout; without one, logging falls back to stderr
     log.propagate = True
-    # Else its shared-memory collective is compiled at every start (33 s measured) for nothing.
+    # Otherwise its shared-memory collective is compiled at every start (33 s measured), and never used.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
@@ -71,33 +74,33 @@ def start() -> None:
             os.environ.setdefault("LOCAL_RANK", "0")
             store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             torch.distributed.init_process_group(
-                backend, store=store, rank=0, world_size=1, timeout=DEADLINE
+                backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
             )
         with quiet():
-            deepspeed.init_distributed(backend, verbose=False, timeout=DEADLINE)
+            deepspeed.init_distributed(backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     if world_size() != launched:
         raise RuntimeError(f"{launched} processes were launched, but {world_size()} joined")
 
 
 def stop(*, together: bool = True) -> None:
-    """Leave the process group; without it gloo may abort at exit.
+    """Leave the process group; otherwise gloo may abort at exit.
 
-    `together`: once all ranks have come so far.  A rank that failed leaves alone, or it would wait for the others.
+    `together`: wait for all ranks first.  A rank that failed must not wait.
     """
     if torch.distributed.is_initialized():
         from deepspeed import comm
 
         if together:
             barrier()
-        comm.destroy_process_group()  # torch's own leaves DeepSpeed with a dead group, and no second run
+        comm.destroy_process_group()  # torch's own function leaves DeepSpeed with a dead group, which breaks a second run
 
 
 class Zero:
     """A DeepSpeed engine around a module whose forward pass returns (loss, anything).
 
     The loss must already be divided by global counts.  DeepSpeed averages gradients over ranks, so `backward`
-    multiplies by their number; accumulation is unmanaged, so nothing is divided by the number of micro-batches,
-    which may differ from step to step.
+    multiplies by the number of ranks.  Gradient accumulation is unmanaged, so nothing is divided by the number of
+    micro-batches, which may differ between steps.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class Zero:
         import deepspeed
 
         if bf16 and stage == 0:
-            raise ValueError("stage 0 in bfloat16 runs as stage 1; the plan says so")
+            raise ValueError("stage 0 in bfloat16 must run as stage 1, as the plan says")
         self.stage = stage
         self.named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         groups: Any = parameter_groups(module, optimizer)
@@ -122,7 +125,7 @@ class Zero:
                 model_parameters=groups,
                 config=_config(optimizer, stage, bf16, offload),
             )[0]
-        # Stage 0 reduces in `_plain_step`, which needs the norm before the step.
+        # Stage 0 all-reduces in `_unsharded_step`, which needs the gradient norm before the step.
         self.engine.enable_backward_allreduce = stage > 0
         self.skipped = self.engine.skipped_steps
 
@@ -132,30 +135,32 @@ class Zero:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * world_size())
 
-    def step(self, lr: float) -> Stepped:
-        """One optimizer step on what was accumulated; skipped where a gradient is not finite."""
+    def step(self, lr: float) -> OptimizerStepResult:
+        """Take one optimizer step on the accumulated gradients; skip it if a gradient is not finite."""
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = lr
         if self.stage == 0:
-            return self._plain_step()
+            return self._unsharded_step()
         self.engine.step()
         skipped, self.skipped = self.engine.skipped_steps > self.skipped, self.engine.skipped_steps
         norm = self.engine.get_global_grad_norm()
-        return Stepped(applied=not skipped, grad_norm=float("inf") if norm is None else float(norm))
+        return OptimizerStepResult(
+            applied=not skipped, grad_norm=float("inf") if norm is None else float(norm)
+        )
 
-    def _plain_step(self) -> Stepped:
-        # Stage 0 in float32 is plain AdamW: DeepSpeed neither skips a bad step nor tells the norm.
+    def _unsharded_step(self) -> OptimizerStepResult:
+        # Stage 0 in float32 is plain AdamW: DeepSpeed neither skips a step nor returns the norm.
         if world_size() > 1:
             self.engine.buffered_allreduce_fallback()
         norm = _norm(p.grad for _, p in self.named)
         if not torch.isfinite(norm):
             self.engine.zero_grad()
-            return Stepped(applied=False, grad_norm=float("inf"))
+            return OptimizerStepResult(applied=False, grad_norm=float("inf"))
         self.engine.step()
-        return Stepped(applied=True, grad_norm=norm.item())
+        return OptimizerStepResult(applied=True, grad_norm=norm.item())
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and float32 value of every trained parameter, one at a time; under stage 3 this rank's piece of it, flat.
+        """Yields name and float32 value of every trained parameter; under stage 3 this rank's shard, flat.
 
         Collective under stages 1-2.
         """
@@ -164,8 +169,8 @@ class Zero:
         for name, parameter in self.named:
             value: Any = None
             if self.stage == 3:
-                piece: Any = safe_get_local_fp32_param(parameter)
-                value = zero_shards.unpadded(parameter, piece.flatten())
+                shard: Any = safe_get_local_fp32_param(parameter)
+                value = zero_shards.unpadded(parameter, shard.flatten())
             elif self.stage > 0:
                 value = safe_get_full_fp32_param(parameter)
             value = parameter.detach() if value is None else value
@@ -174,28 +179,31 @@ class Zero:
             yield name, value
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write student and optimizer to folder/tag; every rank must call.  Raises OSError or RuntimeError."""
+        """Write model and optimizer to folder/tag; every rank must call.  Raises OSError or RuntimeError."""
         with quiet():
             self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         if rank() == 0:
-            for script in folder.glob("zero_to_*.py"):  # converters, which fail on tied weights
+            for script in folder.glob(
+                "zero_to_*.py"
+            ):  # conversion scripts, which fail on tied weights
                 script.unlink()
 
     def load(self, folder: Path, tag: str, *, universal: bool) -> None:
-        """Take back a checkpoint of this very run; `universal`: of another number of ranks, by zero_universal.py.
+        """Load a checkpoint of this run.  `universal`: one that zero_universal.py wrote for another number of ranks.
 
-        DeepSpeed's files are pickles: never load foreign ones.
+        DeepSpeed's files are pickles: never load files from others.
         """
-        # What `checkpoint: {load_universal: …}` sets; it is read at a load alone, and which it is is known only now.
+        # The effect of `checkpoint: {load_universal: …}`.  DeepSpeed reads it only here, and its value is known only now.
         self.engine._config.load_universal_checkpoint = universal
         with quiet():
             path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
-        if universal:  # under stage 3 the parts of a large optimizer are handed one counter of steps, and all would count it up
+        if universal:
+            # Under stage 3 all parts of a large optimizer get the same step tensor, and each would increment it.
             for state in self.engine.basic_optimizer.state.values():
                 state["step"] = state["step"].clone()
-            # Stage 3 gives every group the settings of the first.
+            # Stage 3 gives every parameter group the settings of the first.
             groups = self.engine.basic_optimizer.param_groups
             for group, decay in zip(groups, self._decays, strict=True):
                 group["weight_decay"] = decay
@@ -206,7 +214,7 @@ class Zero:
 
 
 def open_forward_only(root: zero_shards.Root, offload: Sequence[str]) -> Any:
-    """DeepSpeed's engine for a model that is not trained, taken apart like the student; nothing else has one."""
+    """Returns a DeepSpeed engine for a model that is not trained, sharded like the student (stage 3)."""
     import deepspeed
 
     bf16 = next(root.parameters()).dtype == torch.bfloat16
@@ -223,14 +231,14 @@ def open_forward_only(root: zero_shards.Root, offload: Sequence[str]) -> Any:
 
 
 def parameter_groups(module: nn.Module, optimizer: OptimizerSpec) -> list[dict[str, Any]]:
-    """The trained parameters of a module, those that are decayed apart from those that are not.  No group is empty."""
+    """Returns the optimizer's parameter groups: trained parameters with and without weight decay.  No group is empty."""
     from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
     from transformers.trainer_pt_utils import get_parameter_names
 
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     if optimizer.decay == "all" or not optimizer.weight_decay:
         return [{"params": [p for _, p in named], "weight_decay": optimizer.weight_decay}]
-    decayed = set(get_parameter_names(module, ALL_LAYERNORM_LAYERS, list(NOT_DECAYED)))
+    decayed = set(get_parameter_names(module, ALL_LAYERNORM_LAYERS, list(NO_DECAY_PATTERNS)))
     groups = [
         {"params": [p for n, p in named if n in decayed], "weight_decay": optimizer.weight_decay},
         {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
@@ -255,7 +263,7 @@ def _config(
         "managed_gradient_accumulation": False,
         "gradient_clipping": optimizer.clip,
         "zero_optimization": sharding,
-        # The same AdamW wherever the optimizer is: DeepSpeed's own for the CPU is compiled at its first start.
+        # The same AdamW with and without offload: DeepSpeed's own CPU optimizer is compiled at its first start.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
         "optimizer": {

@@ -1,7 +1,7 @@
-"""ZeRO stage 3: parameters that are here in pieces.  Knows DeepSpeed; knows no teacher and no loss.
+"""ZeRO stage 3: models with sharded parameters.  Knows DeepSpeed; knows no teacher and no loss.
 
-Every rank holds a piece of every parameter; a module's are put together for its own forward and backward pass and let
-go afterwards.  What reads parameters in any other way says so: `Shards` of weights.py is how.
+Every rank holds a shard of every parameter.  DeepSpeed gathers a module's parameters for its forward and backward pass
+and releases them afterwards.  All other access goes through `Sharding` (models/weights.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from sdkit.distributed.collectives import all_reduce_max, all_reduce_sum, rank
 
 
 class Root(nn.Module):
-    """What is wrapped: a model beside a place where its output projection is at hand.
+    """The module that DeepSpeed wraps: a model, and a submodule in which its output projection is gathered.
 
-    Its forward pass runs any function, so that all that is done with the model happens within a pass that
-    DeepSpeed sees begin.
+    Its forward pass runs any function, so that every use of the model happens inside a forward pass that DeepSpeed
+    hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,23 +28,23 @@ class Root(nn.Module):
         self.model = model
         self.projection = Projection()
 
-    def forward(self, function: Callable[..., Any], *given: Any) -> Any:
-        return function(*given)
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
 
 
 class Projection(nn.Module):
-    """Runs a function of hidden states; the output projection is whole in its forward and its backward pass.
+    """Runs a function of hidden states; the output projection is gathered in its forward and backward pass.
 
-    The gradient of the projection is formed in the forward pass (losses/chunks.py), but where it is added up the
-    parameter must have its shape.
+    The gradient of the projection is computed in the forward pass (losses/chunks.py), but the parameter must have its
+    full shape where that gradient is accumulated.
     """
 
-    def forward(self, function: Callable[..., Any], hidden: Tensor, *given: Any) -> Any:
-        return function(hidden, *given)
+    def forward(self, function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
+        return function(hidden, *args)
 
 
 class Zero3Sharding:
-    """The `Shards` (weights.py) of a model that stage 3 has taken apart.  All ranks call, in the same order."""
+    """The `Sharding` (models/weights.py) of a model under ZeRO stage 3.  All ranks call, in the same order."""
 
     def __init__(self, root: Root, head: Sequence[nn.Parameter]) -> None:
         import deepspeed
@@ -52,35 +52,35 @@ class Zero3Sharding:
         self.root = root
         for parameter in head:
             deepspeed.zero.register_external_parameter(root.projection, parameter)
-        kept = [n for n, p in root.named_parameters() if getattr(p, "ds_persist", False)]
-        if kept:  # written pieces of these would not be seen
-            raise RuntimeError(f"stage 3 keeps {kept[0]} whole between forward passes")
+        persistent = [n for n, p in root.named_parameters() if getattr(p, "ds_persist", False)]
+        if persistent:  # writes to their shards would have no effect
+            raise RuntimeError(f"stage 3 keeps {persistent[0]} gathered between forward passes")
 
-    def run_forward(self, function: Callable[..., Any], *given: Any) -> Any:
-        return self.root(function, *given)
+    def run_forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.root(function, *args)
 
-    def run_with_head(self, function: Callable[..., Any], hidden: Tensor, *given: Any) -> Any:
-        return self.root.projection(function, hidden, *given)
+    def run_with_head(self, function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
+        return self.root.projection(function, hidden, *args)
 
     @contextlib.contextmanager
     def gather(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         import deepspeed
 
-        apart = [p for p in parameters if hasattr(p, "ds_id")]
-        with deepspeed.zero.GatheredParameters(apart, modifier_rank=None, enabled=bool(apart)):
+        sharded = [p for p in parameters if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(sharded, modifier_rank=None, enabled=bool(sharded)):
             yield
 
     def local_shard(self, parameter: Tensor) -> Tensor:
-        """This rank's piece, flat.
+        """Returns this rank's shard, flat.
 
-        Written pieces count from the next time that the parameter is put together, so it must be apart.
+        A write takes effect when the parameter is gathered next, so it must not be gathered now.
         """
-        piece: Any = parameter
-        if piece.ds_status.name != "NOT_AVAILABLE":
+        sharded: Any = parameter
+        if sharded.ds_status.name != "NOT_AVAILABLE":
             raise RuntimeError(
-                f"{piece.ds_summary()} is whole: a write to its pieces would be lost"
+                f"{sharded.ds_summary()} is gathered: a write to its shards would be lost"
             )
-        return unpadded(parameter, piece.ds_tensor.data.view(-1))
+        return unpadded(parameter, sharded.ds_tensor.data.view(-1))
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return all_reduce_sum(values)
@@ -89,22 +89,22 @@ class Zero3Sharding:
         return all_reduce_max(value)
 
 
-def unpadded(parameter: Tensor, piece: Tensor) -> Tensor:
-    """This rank's piece of a parameter without what makes the last ones as long as the others: that is memory as it was.
+def unpadded(parameter: Tensor, shard: Tensor) -> Tensor:
+    """Returns this rank's shard of a parameter without its padding, which is uninitialized memory.
 
-    [K] -> a view of at most K elements, of none where ranks are many and the parameter is small.
+    [K] -> a view of at most K elements; of none if the parameter has too few for this rank.
     """
-    whole: Any = parameter
-    return piece[: max(whole.ds_numel - rank() * piece.numel(), 0)]
+    sharded: Any = parameter
+    return shard[: max(sharded.ds_numel - rank() * shard.numel(), 0)]
 
 
 def settings(offload: Sequence[str]) -> dict[str, Any]:
-    """The part of DeepSpeed's configuration that is stage 3's own."""
-    found: dict[str, Any] = {
+    """Returns DeepSpeed's `zero_optimization` settings for stage 3."""
+    config: dict[str, Any] = {
         "stage": 3,
-        # Small parameters that stay whole would not see what is written to their pieces (a moving teacher's).
+        # Small parameters would stay gathered, and writes to their shards (by a moving teacher) would be lost.
         "stage3_param_persistence_threshold": 0,
     }
     if "parameters" in offload:
-        found["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return found
+        config["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return config

@@ -1,4 +1,4 @@
-"""Which token ids the models of a run have embeddings for, known from their configurations before weights load."""
+"""The token ids that a run's models have embeddings for, read from their configurations before weights are loaded."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ HINT = "resize that model's embeddings, or take the token out of the tokenizer o
 
 @frozen
 class KnownIds:
-    """The ids below a bound; `model` is the one with the fewest embeddings."""
+    """All ids smaller than `below`; `model` is the model with the fewest embeddings."""
 
     model: str
     below: int
 
     def fault(self, tokenizer: Any, what: str, ids: Sequence[int]) -> str | None:
-        """What is wrong with the first id that the model has no embedding for; None where there is none."""
-        bad = next((i for i in ids if i >= self.below), None)
-        return None if bad is None else f"{what} has {beyond(tokenizer, bad, self)}"
+        """Returns an error message for the first id without an embedding; None if all have one."""
+        unknown = next((i for i in ids if i >= self.below), None)
+        return None if unknown is None else f"{what} has {beyond(tokenizer, unknown, self)}"
 
     def check(self, tokenizer: Any, what: str, ids: Sequence[int]) -> None:
-        """Raise BadData where the model has no embedding for one of the ids."""
+        """Raise BadData if the model has no embedding for one of the ids."""
         if fault := self.fault(tokenizer, what, ids):
             raise BadData(fault, hint=HINT)
 
 
 def beyond(tokenizer: Any, token: int, known: KnownIds) -> str:
-    """The token and the number of embeddings, for an error."""
+    """Returns text for an error: the token, its id and the number of embeddings."""
     name = tokenizer.convert_ids_to_tokens(token)
     return f"the token {name!r} with id {token}, but {known.model} has {known.below} embeddings"
 
 
 def known_ids(spec: ExperimentSpec, base: Path, located: str) -> KnownIds | None:
-    """The ids that the student and every other local model have embeddings for.
+    """Returns the ids that the student and every other local model have embeddings for.
 
-    None where no configuration gives their number: `World` then compares with the loaded embeddings.
+    None if no configuration gives the number: it is then checked against the loaded embeddings.
     """
     with blaming("model", "path"):
-        found = [(spec.model.path, embedding_rows(spec.model, located))]
+        rows_by_model = [(spec.model.path, embedding_rows(spec.model, located))]
     for path, weights in other_models(spec):
         with blaming(*path, "path"):
             rows = embedding_rows(weights, resolve_model(weights.path, base))
-        found.append((weights.path, rows))
-    known = [KnownIds(model, rows) for model, rows in found if rows]
-    return min(known, key=lambda each: each.below, default=None)
+        rows_by_model.append((weights.path, rows))
+    known = [KnownIds(model, rows) for model, rows in rows_by_model if rows]
+    return min(known, key=lambda ids: ids.below, default=None)

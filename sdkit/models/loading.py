@@ -1,4 +1,4 @@
-"""Load the model and the tokenizer that a spec names; attach adapters; convert the bundled model once."""
+"""Loads the model and tokenizer that a spec names, attaches adapters, and converts bundled models once."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $SDKIT_CACHE, or sdkit/ in the user's cache folder."""
-    named = os.environ.get("SDKIT_CACHE")
+    """Returns the folder for converted models: $SDKIT_CACHE, or sdkit/ in the user's cache folder."""
+    configured = os.environ.get("SDKIT_CACHE")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else base / "sdkit"
+    return Path(configured) if configured else base / "sdkit"
 
 
 def resolve_model(path: str, base: Path) -> str:
-    """A folder, or a hub id, that `from_pretrained` and vLLM both take."""
+    """Returns a folder or hub id that both `from_pretrained` and vLLM accept."""
     if path.startswith(PREFIX):
-        return str(_bundled(path.removeprefix(PREFIX)))
+        return str(_bundled_folder(path.removeprefix(PREFIX)))
     local = (base / path).resolve()
     return str(local) if local.is_dir() else path
 
 
 def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:
-    """The tokenizer, without any code of the model's own."""
+    """Returns the tokenizer, without running the model's own code.  Raises BadData if there is none."""
     from transformers import AutoTokenizer
 
     with library_reads(f"no tokenizer in {located}"):
@@ -52,12 +52,12 @@ def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:
 
 
 def load_config(spec: ModelSpec, located: str) -> dict[str, Any]:
-    """The model's `config.json`, every default filled in.  Raises BadData where it cannot be read."""
+    """Returns the model's `config.json` with defaults filled in.  Raises BadData if it cannot be read."""
     return _config(spec, located).to_dict()
 
 
 def embedding_rows(spec: ModelSpec | ExternalWeights, located: str) -> int | None:
-    """How many token ids the model has embeddings for, by its configuration.  Raises BadData as `load_config` does."""
+    """Returns the number of token embeddings in the model's configuration.  Raises BadData as `load_config` does."""
     return getattr(_config(spec, located).get_text_config(), "vocab_size", None)
 
 
@@ -69,17 +69,17 @@ def _config(spec: ModelSpec | ExternalWeights, located: str) -> Any:
 
 
 def weights_folder(backend: VllmServerBackend, base: Path) -> Path:
-    """Where weight files pass from the trainer to rollout servers."""
+    """Returns the folder in which the trainer hands weight files to rollout servers."""
     return (base / backend.folder).resolve() if backend.folder else cache_folder() / "weights"
 
 
 def vocabulary(tokenizer: Any) -> dict[str, int]:
-    """Every token with its id, added ones among them."""
+    """Returns every token and its id, added tokens included."""
     return tokenizer.get_vocab()
 
 
 def check_vocabulary(student: Any, other: Any, path: str) -> None:
-    """Raise BadData where the model in `path` gives some token another id than the student."""
+    """Raise BadData if the model in `path` gives a token another id than the student does."""
     ours, theirs = vocabulary(student), vocabulary(other)
     if difference := first_difference(ours, theirs):
         raise BadData(
@@ -89,9 +89,9 @@ def check_vocabulary(student: Any, other: Any, path: str) -> None:
 
 
 def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
-    """The causal language model in the spec's precision, with adapters (drawn from `seed`) where it asks for them.
+    """Returns the causal language model in the spec's dtype, with adapters (initialized from `seed`) if it has any.
 
-    Raises BadData where the weights cannot be read (pickled weights are refused).
+    Raises BadData if the weights cannot be read; pickled weights are refused.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -112,7 +112,7 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
         activation_checkpointing.enable(model)
     if spec.lora:
         model = lora.attach(model, spec.lora, seed)
-    # Never in training mode: dropout and noise would make ratios and recomputed activations differ.
+    # Never in training mode: dropout and noise would change importance ratios and recomputed activations.
     model.eval()
     return model
 
@@ -133,33 +133,33 @@ def _hint_at_eager(spec: ModelSpec) -> Iterator[None]:
 
 
 def _refuse_adapter(spec: ModelSpec, located: str) -> None:
-    """transformers would open the adapter's base model and put the adapter on it."""
+    """Raise BadData for an adapter folder: transformers would load its base model and apply the adapter."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
     if find_adapter_config_file(located, revision=spec.revision) is not None:
         raise BadData(f"{located} {IS_ADAPTER}", hint=MERGE_FIRST)
 
 
-def _bundled(name: str) -> Path:
-    """The folder of a bundled model, converted from its package the first time."""
+def _bundled_folder(name: str) -> Path:
+    """Returns the folder of a bundled model, which is converted from its package on first use."""
     entry = BUNDLED[name]
     target = cache_folder() / f"{name}-{entry.revision}"
     if (target / "config.json").is_file():
         return target
-    found = importlib.util.find_spec(entry.package)
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec(entry.package)
+    if package is None or not package.submodule_search_locations:
         raise BadEnvironment(
             f"the package {entry.package} is not installed", hint=f"install the extra {entry.extra}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:
-        with quiet():  # the first to import DeepSpeed, which speaks on stdout
-            _convert(Path(found.submodule_search_locations[0]), entry.file, partial)
+        with quiet():  # may be the first import of DeepSpeed, which prints to stdout
+            _convert(Path(package.submodule_search_locations[0]), entry.file, partial)
         partial.chmod(0o755)
         partial.rename(target)
     except OSError:
-        if not (target / "config.json").is_file():  # else another process was faster
+        if not (target / "config.json").is_file():  # otherwise another process finished first
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -173,7 +173,7 @@ def _convert(package: Path, file: str, folder: Path) -> None:
     logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(package, gguf_file=file)
     model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
-    # The dequantised weights are plain tensors; what marks them as quantised must not reach the folder.
+    # The weights are dequantized here, so the saved model must not be marked as quantized.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
@@ -183,11 +183,12 @@ def _convert(package: Path, file: str, folder: Path) -> None:
 
 
 def end_ids(model: Any, tokenizer: Any, turn_end: int | None = None) -> tuple[int, ...]:
-    """Token ids that end a completion: that of a turn (`turn_end`, the first), the tokenizer's, and those of the model's
-    generation settings.
+    """Returns the token ids that end a completion, without duplicates.
+
+    First the end of a turn (`turn_end`), then the tokenizer's end token, then those of the model's generation config.
     """
-    named = getattr(model.generation_config, "eos_token_id", None)
-    listed = named if isinstance(named, list) else [named]
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
     ids = [i for i in [turn_end, tokenizer.eos_token_id, *listed] if i is not None]
     if not ids:
         raise BadData("neither the tokenizer nor the model names an end token")
@@ -195,7 +196,7 @@ def end_ids(model: Any, tokenizer: Any, turn_end: int | None = None) -> tuple[in
 
 
 def special_ids(tokenizer: Any, ends: tuple[int, ...]) -> frozenset[int]:
-    """Token ids that are marks of the chat's format and no text, end tokens among them."""
+    """Returns the ids of tokens that mark up the chat format rather than text, end tokens included."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {i for i, token in added.items() if token.special}
     return frozenset(tokenizer.all_special_ids) | marked | set(ends)

@@ -1,4 +1,4 @@
-"""Measures how a model turns head × hidden into logits: a configuration may say it in many ways, or not at all."""
+"""Measures how a model turns head × hidden into logits: configurations express it in many ways, or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdkit.language.errors import BadData, first_line
 
 PROBE_TOKENS = 8
 TINY, HUGE = 1e-5, 1e30
-"""Head outputs that show the slope at zero, and the limit where there is one."""
+"""Head outputs that reveal the slope at zero, and the softcap if there is one."""
 
 
 def decoder(causal: Any) -> Any:
@@ -28,11 +28,11 @@ def decoder(causal: Any) -> Any:
 
 @torch.no_grad()
 def measure_transform(causal: Any) -> LogitTransform:
-    """The transform of a causal language model, without its bias.
+    """Returns the transform of a causal language model, without its bias.
 
     One forward pass with known values in place of the last hidden state and of the head's output shows what the model
-    computes before and after its head.  Raises BadData where that is no transform that `LogitTransform` expresses.
-    Parameters must be complete: measure before they are sharded.
+    computes before and after its head.  Raises BadData if `LogitTransform` cannot express it.  Call it before the
+    parameters are sharded.
     """
     head, base = causal.get_output_embeddings(), decoder(causal)
     if head is None or base is causal:
@@ -51,25 +51,26 @@ def measure_transform(causal: Any) -> LogitTransform:
     before = probe.scale_before(direct)
     if before != 1 and getattr(head, "bias", None) is not None:
         raise BadData("the model scales its hidden states before an output projection with a bias")
-    after = _fitted(probe.outputs, logits)
+    after = _fit_transform(probe.known_outputs, logits)
     return evolve(after, scale=before * after.scale)
 
 
 class _Probe:
-    """Known values at a model's last hidden state and at its head's output, and what arrived at the head."""
+    """Replaces a model's last hidden state and its head's output by known values, and records the head's inputs."""
 
     def __init__(self, head: Any) -> None:
         width, rows = head.weight.shape[1], head.weight.shape[0]
         kind: Any = {"dtype": torch.float64, "device": head.weight.device}
         self.head = head
-        self.states = torch.linspace(-2, 2, PROBE_TOKENS * width, **kind).view(1, -1, width)
-        spread = torch.arange(PROBE_TOKENS * rows, **kind).view(1, -1, rows)
-        self.outputs = 200 * (0.7 * spread + 0.3).sin() ** 3  # many small values among large ones
-        self.outputs[:, 0] = TINY * self.outputs[:, 0].sign()
-        self.outputs[:, 1] = HUGE * self.outputs[:, 1].sign()
-        self.last: Tensor | None = None  # the model's own last hidden state
-        self.arrived: list[Tensor] = []  # at the head, once a call
-        self.linear = True  # whether the head is weight × input + bias
+        self.known_states = torch.linspace(-2, 2, PROBE_TOKENS * width, **kind).view(1, -1, width)
+        index = torch.arange(PROBE_TOKENS * rows, **kind).view(1, -1, rows)
+        # Many small values among large ones.
+        self.known_outputs = 200 * (0.7 * index + 0.3).sin() ** 3
+        self.known_outputs[:, 0] = TINY * self.known_outputs[:, 0].sign()
+        self.known_outputs[:, 1] = HUGE * self.known_outputs[:, 1].sign()
+        self.last_hidden: Tensor | None = None  # the model's own last hidden state
+        self.head_inputs: list[Tensor] = []  # one per call of the head
+        self.head_is_linear = True  # whether the head is weight × input + bias
 
     @contextlib.contextmanager
     def attached(self, base: nn.Module) -> Iterator[None]:
@@ -85,49 +86,54 @@ class _Probe:
                 handle.remove()
 
     def _after_base(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        self.last = output.last_hidden_state
-        output.last_hidden_state = self.states
+        self.last_hidden = output.last_hidden_state
+        output.last_hidden_state = self.known_states
         return output
 
     def _before_head(self, _module: nn.Module, args: Any) -> Any:
-        self.arrived.append(args[0])
-        return (self.states.to(self.head.weight.dtype), *args[1:])
+        self.head_inputs.append(args[0])
+        return (self.known_states.to(self.head.weight.dtype), *args[1:])
 
     def _after_head(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor:
         bias = getattr(self.head, "bias", None)
         expected = functional.linear(args[0], self.head.weight, bias)
-        self.linear &= expected.shape == output.shape and _close(output, expected)
-        return self.outputs
+        self.head_is_linear &= expected.shape == output.shape and _is_close(output, expected)
+        return self.known_outputs
 
     def scale_before(self, direct: Tensor) -> float:
-        """What the model multiplies its last hidden state by before the head.  `direct`: that of the base alone."""
-        if len(self.arrived) != 1:
+        """Returns the factor between the last hidden state and the head's input.
+
+        `direct` is the last hidden state of the base model alone.  Raises BadData if there is no such factor.
+        """
+        if len(self.head_inputs) != 1:
             raise BadData(
                 "the model does not compute its logits by one call of its output projection"
             )
-        (arrived,) = self.arrived
-        if not self.linear:
+        (head_input,) = self.head_inputs
+        if not self.head_is_linear:
             raise BadData("the model's output projection is not linear")
         other = "the model's logits come from other hidden states than its base model's last"
-        if self.last is None:  # it calls a part of its base model: nothing was replaced
-            if arrived.shape != direct.shape or not _close(arrived, direct, loose=True):
+        if self.last_hidden is None:  # it calls only part of its base model: nothing was replaced
+            if head_input.shape != direct.shape or not _is_close(head_input, direct, loose=True):
                 raise BadData(other)
             return 1.0
-        if not _close(self.last, direct, loose=True):
+        if not _is_close(self.last_hidden, direct, loose=True):
             raise BadData(other)
         layers = (
             "the model has further layers between its last hidden state and its output projection"
         )
-        if arrived.shape != self.states.shape:
+        if head_input.shape != self.known_states.shape:
             raise BadData(layers)
-        scale = float((arrived.double() * self.states).sum() / self.states.square().sum())
-        if not _close(arrived, scale * self.states):
+        scale = float(
+            (head_input.double() * self.known_states).sum() / self.known_states.square().sum()
+        )
+        if not _is_close(head_input, scale * self.known_states):
             raise BadData(layers)
-        return _snapped(scale)
+        return _snap_to_one(scale)
 
 
-def _fitted(outputs: Tensor, logits: Tensor) -> LogitTransform:
-    """The scale and softcap that turn these head outputs [1, T, V] into these logits.  Raises BadData where none do."""
+def _fit_transform(outputs: Tensor, logits: Tensor) -> LogitTransform:
+    """Returns the scale and softcap that turn head outputs [1, T, V] into logits.  Raises BadData if there are none."""
     if logits.shape != outputs.shape:
         raise BadData(
             f"the model's logits have the shape {tuple(logits.shape)}, its output projection {tuple(outputs.shape)}"
@@ -135,12 +141,12 @@ def _fitted(outputs: Tensor, logits: Tensor) -> LogitTransform:
     slope = float((logits[0, 0].double() / outputs[0, 0]).median())
     limit = float(logits[0, 1].double().abs().median())
     transform = LogitTransform(
-        scale=_snapped(slope), softcap=limit if limit < HUGE / 1e10 else None
+        scale=_snap_to_one(slope), softcap=limit if limit < HUGE / 1e10 else None
     )
     expected = transform(outputs)
-    apart = (logits.double() - expected).abs()
+    difference = (logits.double() - expected).abs()
     tolerance = _tolerance(logits.dtype)
-    wrong = ~(apart <= tolerance * (expected.abs() + TINY))[0].all(0)
+    wrong = ~(difference <= tolerance * (expected.abs() + TINY))[0].all(0)
     if not wrong.any():
         return transform
     example = int(wrong.nonzero()[0])
@@ -150,18 +156,18 @@ def _fitted(outputs: Tensor, logits: Tensor) -> LogitTransform:
     )
 
 
-def _close(found: Tensor, expected: Tensor, *, loose: bool = False) -> bool:
-    """Whether all values agree, relative to the largest.  `loose`: two forward passes, whose roundings add up."""
-    low = torch.finfo(found.dtype).bits < 32
-    tolerance = (0.1 if low else 1e-3) if loose else _tolerance(found.dtype)
-    apart = (found.double() - expected.double()).abs().max()
-    return bool(apart <= tolerance * expected.double().abs().max())
+def _is_close(actual: Tensor, expected: Tensor, *, loose: bool = False) -> bool:
+    """Whether all values agree, relative to the largest.  `loose`: for two forward passes, with more rounding."""
+    low = torch.finfo(actual.dtype).bits < 32
+    tolerance = (0.1 if low else 1e-3) if loose else _tolerance(actual.dtype)
+    difference = (actual.double() - expected.double()).abs().max()
+    return bool(difference <= tolerance * expected.double().abs().max())
 
 
 def _tolerance(dtype: torch.dtype) -> float:
     return 2**-7 if torch.finfo(dtype).bits < 32 else 1e-5
 
 
-def _snapped(scale: float) -> float:
-    """1 where rounding alone keeps it from 1."""
+def _snap_to_one(scale: float) -> float:
+    """Returns 1 if the scale differs from 1 only by rounding; otherwise the scale."""
     return 1.0 if abs(scale - 1) < 1e-6 else scale

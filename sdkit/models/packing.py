@@ -1,7 +1,7 @@
-"""Prompts and completions side by side in one forward pass; rollouts of one prompt may share a row.
+"""Packs prompts and completions into one forward pass; rollouts of one prompt may share a row.
 
-A shared row holds the prompt once and every completion after it.  A completion's tokens attend to the prompt and to
-themselves, and count their positions from the prompt's end, so each sees exactly what it would see alone.
+A shared row holds the prompt once, followed by its completions.  A completion's tokens attend only to the prompt and to
+their own completion, with positions counted from the end of the prompt, so each sees exactly what it would see alone.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from sdkit.batches import PaddedSequences, UnpaddedSequence
 from sdkit.models.weights import Weights
 
 LONGEST_PACK = 2048
-"""Tokens of the longest shared row: attention across completions is computed and masked, which must not cost more
-than the prompt that is saved."""
+"""Tokens of the longest shared row.  Attention between completions is computed and then masked, which must not cost more
+than the shared prompt saves."""
 
 PROMPT, SHORT = 8, 8
-"""Tokens of a prompt and of a short completion that a model is tried with."""
+"""Tokens of the prompt and of the short completion in a probe of the model."""
 
 Ids = tuple[int, ...]
 
 
 @frozen
 class Pack:
-    """Completions (by their place in the micro-batch) behind one prompt."""
+    """A row: one prompt and the completions that share it, by their index in the micro-batch."""
 
     prompt: Ids
     members: tuple[int, ...]
@@ -35,24 +35,24 @@ class Pack:
 
 
 def pack_rollouts(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int) -> list[Pack]:
-    """Which completions share a row: those of equal prompts, up to `longest` tokens; 0 lets none share."""
+    """Returns rows in which completions of equal prompts share up to `longest` tokens; with 0 none are shared."""
     open_packs: dict[Ids, int] = {}
-    found: list[Pack] = []
-    for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        at = open_packs.get(prompt)
-        if at is not None and found[at].width + len(completion) <= longest:
-            old = found[at]
-            found[at] = Pack(prompt, (*old.members, place), old.width + len(completion))
+    packs: list[Pack] = []
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        pack_index = open_packs.get(prompt)
+        if pack_index is not None and packs[pack_index].width + len(completion) <= longest:
+            pack = packs[pack_index]
+            packs[pack_index] = Pack(prompt, (*pack.members, index), pack.width + len(completion))
         else:
-            open_packs[prompt] = len(found)
-            found.append(Pack(prompt, (place,), len(prompt) + len(completion)))
-    return found
+            open_packs[prompt] = len(packs)
+            packs.append(Pack(prompt, (index,), len(prompt) + len(completion)))
+    return packs
 
 
-def _rows(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int) -> list[Pack]:
-    """The rows of one forward pass: none is shared where one is longer than `longest`.
+def _pass_rows(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int) -> list[Pack]:
+    """Returns the rows of one forward pass; none is shared if any row is longer than `longest`.
 
-    The mask of shared rows is that of the pass, and only rows of so many tokens are known to need no other.
+    All rows of a pass use the same kind of mask, and the mask for shared rows is only verified up to `longest` tokens.
     """
     rows = pack_rollouts(prompts, completions, longest)
     return (
@@ -61,30 +61,31 @@ def _rows(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int) -> l
 
 
 def padded_tokens(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int) -> int:
-    """Rows × widest row of one forward pass over these."""
-    rows = _rows(prompts, completions, longest)
+    """Returns rows × widest row of one forward pass, padding included."""
+    rows = _pass_rows(prompts, completions, longest)
     return len(rows) * max((pack.width for pack in rows), default=0)
 
 
 def pad_sequences(
     prompts: Sequence[Ids],
     completions: Sequence[Ids],
-    kept: Sequence[Sequence[int]],
+    wanted: Sequence[Sequence[int]],
     longest: int,
     device: torch.device,
 ) -> PaddedSequences:
-    """One forward pass.  `kept`: positions of each completion whose states are wanted, in the order given.
+    """Returns one padded forward pass.  `wanted`: the positions of each completion whose states are needed, in order.
 
-    Completions are spliced in as ids, never encoded again.  No sequences at all make one row of one token, of which no
-    state is wanted: the pass is then run for the ranks that have some.
+    Completions are inserted as token ids, never re-tokenized.  Without sequences the pass is one row of one token with
+    no wanted states: this rank then only keeps in step with the others.
     """
-    rows = _rows(prompts, completions, longest) or [Pack((0,), (), 1)]
+    rows = _pass_rows(prompts, completions, longest) or [Pack((0,), (), 1)]
     width = max(pack.width for pack in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     # Which completion of its row a token belongs to: 0 the prompt, 1… the completions, -1 padding.
     owner = torch.full((len(rows), width), -1)
     positions = torch.zeros(len(rows), width, dtype=torch.long)
-    starts: dict[int, tuple[int, int]] = {}  # member → (of the prompt's last token, of its first)
+    # Of each completion: flat indices of the prompt's last token and of its own first token.
+    starts: dict[int, tuple[int, int]] = {}
     for i, pack in enumerate(rows):
         end = len(pack.prompt)
         ids[i, :end] = torch.tensor(pack.prompt)
@@ -97,7 +98,7 @@ def pad_sequences(
             positions[i, start:end] = torch.arange(end - start) + len(pack.prompt)
     # The state at position j predicts token j + 1.
     predicts = [
-        starts[m][1] + p - 1 if p else starts[m][0] for m, ps in enumerate(kept) for p in ps
+        starts[m][1] + p - 1 if p else starts[m][0] for m, ps in enumerate(wanted) for p in ps
     ]
     shared = any(len(pack.members) > 1 for pack in rows)
     return PaddedSequences(
@@ -108,13 +109,13 @@ def pad_sequences(
         predictor_index=torch.tensor(predicts, dtype=torch.long, device=device),
         texts=tuple(
             UnpaddedSequence(prompt=p, completion=c, positions=tuple(k))
-            for p, c, k in zip(prompts, completions, kept, strict=True)
+            for p, c, k in zip(prompts, completions, wanted, strict=True)
         ),
     )
 
 
 def _shared_prompt_mask(owner: Tensor) -> Tensor:
-    """Who attends to whom.  owner [N, S] -> [N, 1, S, S] bool; every token at least to itself."""
+    """Returns the attention mask.  owner [N, S] -> [N, 1, S, S] bool; every token attends at least to itself."""
     width = owner.shape[1]
     query, key = owner[:, :, None], owner[:, None, :]
     causal = torch.ones(width, width, dtype=torch.bool).tril()
@@ -128,17 +129,17 @@ def shares_rows(
     longest: int = PROMPT + 2 * SHORT,
     text: int = PROMPT + SHORT,
 ) -> bool:
-    """Whether each completion of a shared row of `longest` tokens has the states that it has alone.
+    """Whether every completion in a shared row of `longest` tokens gets the same states as alone.
 
-    The completions are as long as `text`, prompt included, allows; a short one follows them.  The last states of each
-    are compared.
+    `text` bounds each completion, prompt included; a short completion follows the long ones.  Compares the last states
+    of each.
     """
     room = longest - PROMPT - SHORT
     count = -(-room // max(text - PROMPT, 1))
     prompt, long, short, _ = probe_texts(weights, room // count)
     try:
         together = last_states(weights, device, prompt, [*[long] * count, short], longest)
-    except (RuntimeError, TypeError, ValueError):  # an attention that wants another kind of mask
+    except (RuntimeError, TypeError, ValueError):  # the attention needs another kind of mask
         return False
     alone = last_states(weights, device, prompt, [long, short], 0)
     expected = [*[alone[0]] * count, alone[1]]
@@ -147,9 +148,9 @@ def shares_rows(
 
 @torch.no_grad()
 def completions_leak(weights: Weights, device: torch.device) -> bool:
-    """Whether a completion's states depend on another completion before it in a shared row.
+    """Whether a completion's states depend on the completion before it in a shared row.
 
-    Both passes have the same shapes, so that a leak smaller than the tolerance of `shares_rows` shows.
+    Both passes have the same shapes, which reveals leaks below the tolerance of `shares_rows`.
     """
     prompt, long, short, other = probe_texts(weights, SHORT)
     a, b = (
@@ -160,11 +161,11 @@ def completions_leak(weights: Weights, device: torch.device) -> bool:
 
 
 def probe_texts(weights: Weights, length: int) -> tuple[Ids, Ids, Ids, Ids]:
-    """Random ids: a prompt, a completion of `length` tokens, a short one, and another of `length`."""
-    draw = torch.Generator().manual_seed(0)
+    """Returns random ids: a prompt, a completion of `length` tokens, a short one, and another of `length` tokens."""
+    generator = torch.Generator().manual_seed(0)
 
     def ids(size: int) -> Ids:
-        return tuple(torch.randint(1, weights.head.shape[0], (size,), generator=draw).tolist())
+        return tuple(torch.randint(1, weights.head.shape[0], (size,), generator=generator).tolist())
 
     return ids(PROMPT), ids(length), ids(SHORT), ids(length)
 
@@ -172,17 +173,17 @@ def probe_texts(weights: Weights, length: int) -> tuple[Ids, Ids, Ids, Ids]:
 def last_states(
     weights: Weights, device: torch.device, prompt: Ids, completions: Sequence[Ids], longest: int
 ) -> list[Tensor]:
-    """The states that predict the last tokens of each completion: one [at most SHORT, H], float32, a completion."""
-    kept = [range(max(len(c) - SHORT, 0), len(c)) for c in completions]
-    batch = pad_sequences([prompt] * len(completions), completions, kept, longest, device)
-    return list(weights.hidden(batch).float().split([len(k) for k in kept]))
+    """Returns the states that predict each completion's last tokens: a float32 [at most SHORT, H] per completion."""
+    wanted = [range(max(len(c) - SHORT, 0), len(c)) for c in completions]
+    batch = pad_sequences([prompt] * len(completions), completions, wanted, longest, device)
+    return list(weights.hidden(batch).float().split([len(positions) for positions in wanted]))
 
 
-def same_states(weights: Weights, found: Tensor, expected: Tensor) -> bool:
-    """Whether states of the same tokens in two forward passes differ by rounding alone.
+def same_states(weights: Weights, actual: Tensor, expected: Tensor) -> bool:
+    """Whether the states of the same tokens in two forward passes differ only by rounding.
 
-    In float32 every token is compared; in bfloat16 the median, as rounding can move a single token far.
+    Compares every token in float32, but the median in bfloat16, where rounding can move a single token far.
     """
-    apart = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    exact = weights.head.dtype == torch.float32
-    return bool(apart.max() < 1e-3 if exact else apart.median() < 0.05)
+    difference = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    is_exact = weights.head.dtype == torch.float32
+    return bool(difference.max() < 1e-3 if is_exact else difference.median() < 0.05)

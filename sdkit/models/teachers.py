@@ -1,6 +1,7 @@
-"""What the teacher is: live, frozen, averaged or copied weights, another model, one behind a server, or several by route.
+"""Teachers: live, frozen, averaged or copied weights, another model, a model behind a server, or several by route.
 
-Knows nothing of prompts or losses.  Open the teacher before DeepSpeed wraps the student: copies and adapters must exist by then.
+Knows nothing of prompts or losses.  Open the teacher before DeepSpeed wraps the student: copies and adapters must exist
+by then.
 """
 
 from __future__ import annotations
@@ -27,62 +28,61 @@ from sdkit.language.specs import (
 from sdkit.models.weights import STUDENT_ADAPTER, TEACHER_ADAPTER, Weights
 
 Masters = Callable[[], Iterator[tuple[str, Tensor]]]
-"""Names and float32 master values of the student's trained parameters; of this rank's pieces where they are sharded."""
+"""Yields names and float32 master weights of the student's trained parameters; this rank's shards if they are sharded."""
 
+LoadModel = Callable[[ExternalWeights], torch.nn.Module]
+"""Loads another model onto the student's device."""
 
-Load = Callable[[ExternalWeights], torch.nn.Module]
-"""Opens another model, on the student's device."""
+ScoreTexts = Callable[[Sequence[UnpaddedSequence], int], TopKLogprobs]
+"""Returns a served model's log-probabilities of the requested tokens of some texts, over ids below a bound."""
 
-Tell = Callable[[Sequence[UnpaddedSequence], int], TopKLogprobs]
-"""What a served model thinks of the kept tokens of some texts, over ids below a bound."""
-
-Reach = Callable[[ServedWeights], Tell]
-"""Finds a served model."""
+ConnectServed = Callable[[ServedWeights], ScoreTexts]
+"""Connects to a served model."""
 
 
 class Teacher:
-    """Weights that do not move: live (they are the student's own), frozen, or another model's."""
+    """A teacher that does not follow the student: live (the student's own weights), frozen, or another model."""
 
     moves = False
-    distance = 0.0  # |teacher - student| / |student| at the last move
+    distance = 0.0  # |teacher - student| / |student| at the last change
 
     def __init__(self, weights: Weights | None) -> None:
-        self.weights = weights  # None: not one set of weights in this process
+        self.weights = weights  # None: served or routed, so no single set of weights here
 
     @property
     def leaves(self) -> tuple[Teacher, ...]:
-        """The teachers that it is made of, one for each route."""
+        """The teachers that this one consists of, one per route."""
         return (self,)
 
-    def score(self, route: int, asked: PaddedSequences, rows: int) -> TeacherScores:
-        """What the teacher of a route says of the counted tokens, over ids below `rows`."""
+    def score(self, route: int, sequences: PaddedSequences, rows: int) -> TeacherScores:
+        """Returns the scores of the counted tokens by the teacher of a route, over ids below `rows`."""
         assert self.weights is not None
-        return self.weights.scores(asked, rows)
+        return self.weights.scores(sequences, rows)
 
     def initialize(self) -> None:
-        """Take note of what this rank holds; once, when DeepSpeed has all weights and none has moved."""
+        """Copy this rank's shards.  Call once, after DeepSpeed has wrapped all models and before the first update."""
 
     def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
-        """Follow the student after its optimizer step number `updates`; True where the teacher moved."""
+        """Follow the student after optimizer step `updates`; returns whether the teacher changed."""
         return False
 
     def after_rollout_batch(self, masters: Masters, scalar: Callable[[Any], float]) -> bool:
-        """Follow the student after all updates on a rollout batch; True where the teacher moved."""
+        """Follow the student after all updates on a rollout batch; returns whether the teacher changed."""
         return False
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside the student: float32 tensors by name."""
+        """Returns the float32 tensors, by name, that a checkpoint needs in addition to the student."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state back.  Raises KeyError where a tensor is missing."""
+        """Restore a state.  Raises KeyError if a tensor is missing."""
 
 
 class AveragedTeacher(Teacher):
     """Weights that follow the student: shadow += rate × (master − shadow), in float32.
 
-    bfloat16 cannot hold a slow average (at rate 0.01 nine in ten updates round to nothing), so the average lives in
-    a float32 shadow and the forward pass sees a cast of it.
+    bfloat16 cannot represent a slow average (at rate 0.01, nine in ten updates round to zero), so the average is kept
+    in a float32 shadow, and the forward pass uses a cast of it.
     """
 
     moves = True
@@ -91,50 +91,51 @@ class AveragedTeacher(Teacher):
         self, weights: Weights, spec: EmaWeights | CopyWeights, pairs: Mapping[str, Tensor]
     ) -> None:
         super().__init__(weights)
-        self._shards = lambda: weights.sharding
+        self._sharding = lambda: weights.sharding
         self.spec = spec
-        self.live = dict(pairs)  # student's parameter name → the teacher's own
-        for parameter in self.live.values():
+        self.parameters = dict(pairs)  # student's parameter name → teacher's parameter
+        for parameter in self.parameters.values():
             parameter.requires_grad_(False)
-        self.shadow: dict[str, Tensor] = {}  # of what this rank holds of each
+        self.shadow: dict[str, Tensor] = {}  # this rank's shards
 
     def initialize(self) -> None:
-        held = self._shards().local_shard
-        self.shadow = {name: held(p).float().clone() for name, p in self.live.items()}
+        local_shard = self._sharding().local_shard
+        self.shadow = {name: local_shard(p).float().clone() for name, p in self.parameters.items()}
 
     def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
         match self.spec:
             case EmaWeights(every="optimizer_step", update_rate=rate):
-                return self._follow(masters, scalar(rate))
+                return self._update_shadow(masters, scalar(rate))
             case CopyWeights(every=every) if updates % every == 0:
-                return self._follow(masters, 1.0)
+                return self._update_shadow(masters, 1.0)
         return False
 
     def after_rollout_batch(self, masters: Masters, scalar: Callable[[Any], float]) -> bool:
         match self.spec:
             case EmaWeights(every="rollout_batch", update_rate=rate):
-                return self._follow(masters, scalar(rate))
+                return self._update_shadow(masters, scalar(rate))
         return False
 
     @torch.no_grad()
-    def _follow(self, masters: Masters, rate: float) -> bool:
-        shards = self._shards()
+    def _update_shadow(self, masters: Masters, rate: float) -> bool:
+        sharding = self._sharding()
         squares = torch.zeros(2, dtype=torch.float64)
-        followed = 0
+        updated = 0
         for name, master in masters():
-            shadow, own = self.shadow[name], master.to(self.shadow[name].device)
-            if own.shape != shadow.shape:
-                raise RuntimeError(f"{name} is cut otherwise on the teacher's side")
-            shadow.lerp_(own, rate)
-            shards.local_shard(self.live[name]).copy_(shadow)
-            squares += torch.stack([(shadow - own).square().sum(), own.square().sum()]).cpu()
-            followed += 1
-        if followed != len(self.shadow):
-            raise RuntimeError(
-                f"{followed} of {len(self.shadow)} teacher tensors followed the student"
-            )
-        apart, size = shards.all_reduce_sum(squares).tolist()
-        self.distance = (apart / max(size, 1e-30)) ** 0.5
+            shadow = self.shadow[name]
+            student = master.to(shadow.device)
+            if student.shape != shadow.shape:
+                raise RuntimeError(f"{name} is sharded differently in the teacher")
+            shadow.lerp_(student, rate)
+            sharding.local_shard(self.parameters[name]).copy_(shadow)
+            squares += torch.stack(
+                [(shadow - student).square().sum(), student.square().sum()]
+            ).cpu()
+            updated += 1
+        if updated != len(self.shadow):
+            raise RuntimeError(f"{updated} of {len(self.shadow)} teacher tensors were updated")
+        difference, norm = sharding.all_reduce_sum(squares).tolist()
+        self.distance = (difference / max(norm, 1e-30)) ** 0.5
         return True
 
     def state(self) -> dict[str, Tensor]:
@@ -144,27 +145,27 @@ class AveragedTeacher(Teacher):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
-            self._shards().local_shard(self.live[name]).copy_(shadow)
+            self._sharding().local_shard(self.parameters[name]).copy_(shadow)
 
 
 class ServedTeacher(Teacher):
-    """A model behind a server: it never moves, holds no weights here, and tells of a few ids alone."""
+    """A model behind a server: it never changes, has no weights here, and returns top-k log-probabilities only."""
 
-    def __init__(self, tell: Tell) -> None:
+    def __init__(self, score_texts: ScoreTexts) -> None:
         super().__init__(None)
-        self.tell = tell
+        self.score_texts = score_texts
 
-    def score(self, route: int, asked: PaddedSequences, rows: int) -> TopKLogprobs:
-        told, device = self.tell(asked.texts, rows), asked.input_ids.device
+    def score(self, route: int, sequences: PaddedSequences, rows: int) -> TopKLogprobs:
+        scores, device = self.score_texts(sequences.texts, rows), sequences.input_ids.device
         return TopKLogprobs(
-            ids=told.ids.to(device),
-            logprobs=told.logprobs.to(device),
-            sampled=told.sampled.to(device),
+            ids=scores.ids.to(device),
+            logprobs=scores.logprobs.to(device),
+            sampled=scores.sampled.to(device),
         )
 
 
 class RoutedTeacher(Teacher):
-    """Several teachers, one for each value of a column; routes of equal weights share one."""
+    """Several teachers, one per value of a column; routes with equal weights share one."""
 
     def __init__(self, routes: Sequence[Teacher]) -> None:
         super().__init__(None)
@@ -180,19 +181,21 @@ class RoutedTeacher(Teacher):
         for part in self.parts:
             part.initialize()
 
-    def score(self, route: int, asked: PaddedSequences, rows: int) -> TeacherScores:
-        return self.routes[route].score(0, asked, rows)
+    def score(self, route: int, sequences: PaddedSequences, rows: int) -> TeacherScores:
+        return self.routes[route].score(0, sequences, rows)
 
     def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
-        return self._moved([p.after_update(masters, updates, scalar) for p in self.parts])
+        return self._record_distance([p.after_update(masters, updates, scalar) for p in self.parts])
 
     def after_rollout_batch(self, masters: Masters, scalar: Callable[[Any], float]) -> bool:
-        return self._moved([p.after_rollout_batch(masters, scalar) for p in self.parts])
+        return self._record_distance([p.after_rollout_batch(masters, scalar) for p in self.parts])
 
-    def _moved(self, each: Sequence[bool]) -> bool:
-        moved = [part.distance for part, did in zip(self.parts, each, strict=True) if did]
-        self.distance = max(moved, default=self.distance)
-        return any(each)
+    def _record_distance(self, changed: Sequence[bool]) -> bool:
+        distances = [
+            p.distance for p, has_changed in zip(self.parts, changed, strict=True) if has_changed
+        ]
+        self.distance = max(distances, default=self.distance)
+        return any(changed)
 
     def state(self) -> dict[str, Tensor]:
         parts = enumerate(self.parts)
@@ -200,48 +203,54 @@ class RoutedTeacher(Teacher):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for i, part in enumerate(self.parts):
-            mark = f"{i}/"
-            own = {name.removeprefix(mark): t for name, t in state.items() if name.startswith(mark)}
+            prefix = f"{i}/"
+            own = {
+                name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)
+            }
             part.load_state(own)
 
 
-def open_teacher(spec: TeacherWeights, student: Weights, load: Load, reach: Reach) -> Teacher:
-    """The teacher that `spec` asks for, starting from the student's weights as they are now."""
+def open_teacher(
+    spec: TeacherWeights, student: Weights, load: LoadModel, connect: ConnectServed
+) -> Teacher:
+    """Returns the teacher that `spec` describes, initialized from the student's current weights."""
     if not isinstance(spec, RoutedWeights):
-        return _open(spec, student, load, reach)
+        return _open_one(spec, student, load, connect)
     opened: dict[OneTeacher, Teacher] = {}
     for one in spec.routes.values():
         if one not in opened:
-            opened[one] = _open(one, student, load, reach)
+            opened[one] = _open_one(one, student, load, connect)
     return RoutedTeacher([opened[one] for one in spec.routes.values()])
 
 
-def _open(spec: OneTeacher, student: Weights, load: Load, reach: Reach) -> Teacher:
-    adapters = hasattr(student.model, "peft_config")
+def _open_one(
+    spec: OneTeacher, student: Weights, load: LoadModel, connect: ConnectServed
+) -> Teacher:
+    has_adapters = hasattr(student.model, "peft_config")
     match spec:
         case StudentWeights():
             return Teacher(student)
         case FrozenWeights():
-            return Teacher(Weights(student.model, None) if adapters else _copy(student))
-        case EmaWeights() | CopyWeights() if adapters:
-            taken: Any = student.model
-            name = TEACHER_ADAPTER + "_" * (len(taken.peft_config) - 1)
+            return Teacher(Weights(student.model, None) if has_adapters else _copy_weights(student))
+        case EmaWeights() | CopyWeights() if has_adapters:
+            model: Any = student.model
+            name = TEACHER_ADAPTER + "_" * (len(model.peft_config) - 1)
             pairs = _add_teacher_adapter(student, name)
             return AveragedTeacher(Weights(student.model, name), spec, pairs)
         case EmaWeights() | CopyWeights():
-            weights = _copy(student)
+            weights = _copy_weights(student)
             own = dict(weights.model.named_parameters())
             trained = [n for n, p in student.model.named_parameters() if p.requires_grad]
             return AveragedTeacher(weights, spec, {name: own[name] for name in trained})
         case ExternalWeights():
             return Teacher(Weights(load(spec).requires_grad_(False).eval(), foreign=True))
         case ServedWeights():
-            return ServedTeacher(reach(spec))
+            return ServedTeacher(connect(spec))
         case _:
             assert_never(spec)
 
 
-def _copy(student: Weights) -> Weights:
+def _copy_weights(student: Weights) -> Weights:
     trained = [p for p in student.model.parameters() if p.requires_grad]
     weights = Weights(copy.deepcopy(student.model).requires_grad_(False))
     for parameter in trained:
@@ -251,9 +260,9 @@ def _copy(student: Weights) -> Weights:
 
 
 def _add_teacher_adapter(student: Weights, adapter: str) -> dict[str, Tensor]:
-    """Add a teacher's adapter as a copy of the student's; student's name → the teacher's tensor.
+    """Add a teacher adapter as a copy of the student's; returns student's parameter name → teacher's tensor.
 
-    The average is of the factors A and B, which is not the average of their product.
+    The factors A and B are averaged, which is not the same as averaging their product.
     """
     model: Any = student.model
     trained = [name for name, p in model.named_parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""A tiny random Llama with a tokenizer of its own, made on the spot: for smoke runs and tests."""
+"""Builds a tiny random Llama with its own tokenizer, for smoke runs and tests."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def build(folder: Path, seed: int = 0, vocabulary: int = 512) -> Path:
 
     logging.disable_progress_bar()
     tokenizer = _tokenizer(vocabulary)
-    state = torch.get_rng_state()
+    random_state = torch.get_rng_state()
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,  # 32 wide: vLLM on CPU takes no narrower head
+        num_attention_heads=2,  # head dimension 32, the smallest that vLLM supports on CPU
         num_key_value_heads=1,
         max_position_embeddings=8192,
-        initializer_range=0.2,  # lively enough that a context changes what follows
+        initializer_range=0.2,  # large enough that the context changes the predictions
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    torch.set_rng_state(state)
+    torch.set_rng_state(random_state)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -50,17 +50,17 @@ def _tokenizer(vocabulary: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    core.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     special = ["<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet
     )
-    core.train_from_iterator([text for text in CORPUS for _ in range(4)], trainer)
+    bpe.train_from_iterator([text for text in CORPUS for _ in range(4)], trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>"
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -1,7 +1,7 @@
-"""One set of weights of a causal language model: switch it on, run it, stream it out.
+"""One set of weights of a causal language model: activate it, run it, export it.
 
-The student and every local teacher are `Weights`.  With adapters several sets share one module and differ in which
-adapter is on; nobody else toggles adapters.
+The student and every local teacher are `Weights`.  With adapters, several sets share one module and differ in the active
+adapter; no other code switches adapters.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ TEACHER_ADAPTER = "teacher"
 
 
 class Sharding(Protocol):
-    """How a model's parameters lie on the ranks, and what it takes to read and to write them.  All ranks call, in step."""
+    """How a model's parameters are sharded over ranks, and how to read and write them.  Every rank must call."""
 
-    def run_forward(self, function: Callable[..., Result], *given: Any) -> Result:
-        """The function of these arguments, within a forward pass of the model."""
+    def run_forward(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call the function inside a forward pass of the model and return its result."""
         ...
 
-    def run_with_head(self, function: Callable[..., Result], hidden: Tensor, *given: Any) -> Result:
-        """The function of hidden states and more, within a run: the output projection can be read, and trained."""
+    def run_with_head(self, function: Callable[..., Result], hidden: Tensor, *args: Any) -> Result:
+        """Call the function of hidden states inside `run_forward`, with the output projection gathered and trainable."""
         ...
 
     def gather(self, parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Inside the block these parameters are whole, to be read; a tensor taken of them there stays."""
+        """Gather these parameters for reading inside the block; tensors taken from them stay valid afterwards."""
         ...
 
     def local_shard(self, parameter: Tensor) -> Tensor:
-        """What this rank holds of a parameter, to be read and written; flat where it is a piece."""
+        """Returns this rank's shard of a parameter, to read and write; flat if the parameter is sharded."""
         ...
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """The sum of a figure over what is held of the parameters, on all ranks where those are in pieces."""
+        """Returns the sum of per-shard values over all ranks if parameters are sharded; otherwise the values."""
         ...
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of all ranks' values, where ranks must run equally many forward passes; else the value."""
+        """Returns the largest value over all ranks if they must run equally many forward passes; otherwise the value."""
         ...
 
 
 class Unsharded:
-    """Parameters that every rank holds whole."""
+    """Every rank has complete parameters."""
 
-    def run_forward(self, function: Callable[..., Result], *given: Any) -> Result:
-        return function(*given)
+    def run_forward(self, function: Callable[..., Result], *args: Any) -> Result:
+        return function(*args)
 
-    def run_with_head(self, function: Callable[..., Result], hidden: Tensor, *given: Any) -> Result:
-        return function(hidden, *given)
+    def run_with_head(self, function: Callable[..., Result], hidden: Tensor, *args: Any) -> Result:
+        return function(hidden, *args)
 
     def gather(self, parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -80,9 +80,9 @@ _TRANSFORMS: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
 
 
 class Weights:
-    """A causal language model with one adapter on, none (`adapter=None`), or simply its own weights.
+    """A causal language model with one active adapter, with none (`adapter=None`), or without any adapters.
 
-    `foreign` weights are those of another model than the student's: engines that hold the student cannot take them.
+    `foreign` weights belong to another model than the student: engines that serve the student cannot load them.
     """
 
     def __init__(
@@ -96,31 +96,31 @@ class Weights:
 
     @property
     def sharding(self) -> Sharding:
-        """How the parameters lie on the ranks; all weights that share the module share it."""
+        """How the parameters are sharded; shared by all `Weights` of the same module."""
         return _SHARDINGS.get(self.model, UNSHARDED)
 
     @sharding.setter
-    def sharding(self, shards: Sharding) -> None:
-        _SHARDINGS[self.model] = shards
+    def sharding(self, sharding: Sharding) -> None:
+        _SHARDINGS[self.model] = sharding
 
     @property
     def head(self) -> nn.Parameter:
-        """The output projection, [V, H]; in pieces outside of `Shards.with_head`, where it is sharded."""
+        """The output projection, [V, H]; if sharded, complete only inside `Sharding.run_with_head`."""
         return self.causal.get_output_embeddings().weight
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The output projection's bias, [V], where it has one; in pieces wherever the projection is."""
+        """The output projection's bias, [V], if it has one; sharded like the projection."""
         return getattr(self.causal.get_output_embeddings(), "bias", None)
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
-        """The output projection and, where it has one, its bias."""
+        """The output projection and its bias, if it has one."""
         return [self.head] if self.bias is None else [self.head, self.bias]
 
     @property
     def transform(self) -> LogitTransform:
-        """How logits follow from head × hidden.
+        """The transform from head × hidden to logits.
 
         Measured once per module, without adapters and before its parameters are sharded.  Raises BadData where it
         cannot be expressed.
@@ -131,7 +131,7 @@ class Weights:
         return evolve(_TRANSFORMS[self.model], bias=self.bias)
 
     def scores(self, sequences: PaddedSequences, rows: int | None = None) -> HiddenStateScores:
-        """What these weights say of the counted tokens, over ids below `rows` (None: all); the head has no gradient."""
+        """Returns scores of the counted tokens, over ids below `rows` (None: all); the head gets no gradient."""
         hidden = self.hidden(sequences)
         with self.sharding.gather(self.head_parameters):
             head, transform = self.head.detach()[:rows], self.transform.first(rows).detached()
@@ -139,7 +139,7 @@ class Weights:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
-        """The causal language model, with these weights switched on inside the block."""
+        """Yields the causal language model with these weights active inside the block."""
         layers = list(adapter_layers(self.model))
         before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
         for layer in layers:
@@ -153,11 +153,11 @@ class Weights:
                 layer._active_adapter, layer._disable_adapters = active, disabled
 
     def hidden(self, sequences: PaddedSequences) -> Tensor:
-        """Hidden states that predict the counted tokens.  -> [M, H] in the model's dtype."""
+        """Returns the hidden states that predict the counted tokens, [M, H] in the model's dtype."""
         return self.sharding.run_forward(self.selected_states, sequences)
 
     def selected_states(self, sequences: PaddedSequences) -> Tensor:
-        """`hidden`, within a run of the shards."""
+        """Returns `hidden`; call it inside `Sharding.run_forward`."""
         with self.active() as causal:
             out = decoder(causal)(
                 input_ids=sequences.input_ids,
@@ -169,10 +169,10 @@ class Weights:
 
     @torch.no_grad()
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under its Hugging Face name; adapters are merged into copies, never into the model.
+        """Yields every tensor under its Hugging Face name; adapters are merged into copies, never into the model.
 
-        Sharded parameters are whole one block at a time, so projections that an engine fuses come together.  All ranks
-        go through to the end.
+        Sharded parameters are gathered one block at a time, so projections that an engine fuses come together.  Every
+        rank must iterate to the end.
         """
         adapted = {id(adapted_parameter(layer)): layer for layer in adapter_layers(self.model)}
         for block in _blocks(self.causal).values():
@@ -181,13 +181,13 @@ class Weights:
                     if ".lora_" in name:
                         continue
                     layer = adapted.get(id(parameter))
-                    # Adapters of several parameters of one module are nested.
+                    # PEFT nests the adapters of several parameters of one module.
                     own_name = name.replace(".base_layer", "")
                     yield own_name, parameter.detach() if layer is None else self.merged(layer)
 
     @torch.no_grad()
     def merged(self, layer: Any) -> Tensor:
-        """A copy of the weights that an adapter changes, with these weights' adapter merged into it."""
+        """Returns a copy of the weights under an adapter layer, with the active adapter merged in."""
         parameter = adapted_parameter(layer)
         if self.adapter is None:
             return parameter.detach()
@@ -196,18 +196,18 @@ class Weights:
 
 
 def _blocks(causal: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters by the repeated block that they belong to (`model.layers.0`); others stand alone."""
-    found: dict[str, dict[str, nn.Parameter]] = {}
+    """Returns the parameters grouped by repeated block (`model.layers.0`); other parameters form their own groups."""
+    blocks: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in causal.named_parameters():
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         block = name if number is None else ".".join(parts[: number + 1])
-        found.setdefault(block, {})[name] = parameter
-    return found
+        blocks.setdefault(block, {})[name] = parameter
+    return blocks
 
 
 def adapter_layers(model: nn.Module) -> Iterator[Any]:
-    """The layers that have adapters, as PEFT wraps them."""
+    """Yields the layers that PEFT has wrapped with adapters."""
     if not hasattr(model, "peft_config"):
         return
     from peft.tuners.lora import LoraLayer
@@ -216,5 +216,5 @@ def adapter_layers(model: nn.Module) -> Iterator[Any]:
 
 
 def adapted_parameter(layer: Any) -> nn.Parameter:
-    """The base parameter that a layer's adapter changes: a weight, or experts stacked in one tensor."""
+    """Returns the base parameter that a layer's adapter modifies: a weight, or experts stacked in one tensor."""
     return layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight

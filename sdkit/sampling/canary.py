@@ -1,4 +1,4 @@
-"""The canary: a fixed sequence whose log-probabilities trainer and engine must agree on after a transfer of weights."""
+"""The canary: a fixed sequence on whose log-probabilities trainer and engine must agree after a weight transfer."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ LONGEST = 64  # tokens
 
 @frozen(kw_only=True)
 class Canary:
-    """The sequence, and how far apart both sides may be."""
+    """The sequence, and the largest difference allowed."""
 
     ids: tuple[int, ...]
-    bound: float  # of the mean difference
+    bound: float  # on the mean absolute difference
 
     @torch.no_grad()
-    def told_by(self, weights: Weights) -> tuple[float, ...]:
-        """The log-probabilities, as the losses compute them, of all tokens but the first.
+    def logprobs(self, weights: Weights) -> tuple[float, ...]:
+        """Returns the log-probabilities of all tokens but the first, as the losses compute them.
 
-        Collective where weights are sharded.
+        Collective if the weights are sharded.
         """
         ids = torch.tensor([self.ids], device=weights.head.device)
         predicted = torch.arange(len(self.ids) - 1, device=ids.device)
@@ -45,22 +45,22 @@ class Canary:
         return tuple(scored_logprobs(scores, ids[0, 1:], 1.0, len(self.ids)).tolist())
 
     def compare(
-        self, here: Sequence[float], there: Sequence[float], version: int, who: str
+        self, trainer: Sequence[float], engine: Sequence[float], version: int, engine_name: str
     ) -> dict[str, float]:
-        """Mean and largest difference.  Raises NumericsGuard where the mean is above the bound, or no number."""
-        apart = [abs(a - b) for a, b in zip(here, there, strict=True)]
-        mean = sum(apart) / len(apart)
+        """Returns mean and largest difference.  Raises NumericsGuard if the mean exceeds the bound or is not a number."""
+        differences = [abs(a - b) for a, b in zip(trainer, engine, strict=True)]
+        mean = sum(differences) / len(differences)
         if not mean <= self.bound:
             raise NumericsGuard(
-                f"after loading weights {version} the log-probabilities of {who} differ from the trainer's by "
+                f"after loading weights {version} the log-probabilities of {engine_name} differ from the trainer's by "
                 f"{mean:.3g} on average, more than the bound {self.bound:.3g}",
-                hint="the rollouts would come from other weights; try rollout.backend: transformers",
+                hint="rollouts would come from different weights; try rollout.backend: transformers",
             )
-        return {"canary_mean": mean, "canary_max": max(apart)}
+        return {"canary_mean": mean, "canary_max": max(differences)}
 
 
 def draw_canary(spec: VllmEngine, dtype: str, vocabulary: int, max_tokens: int) -> Canary:
-    """The canary of a model with so many ids in `dtype`, and sequences of at most `max_tokens`."""
+    """Returns the canary for a model in `dtype` with `vocabulary` ids and sequences of at most `max_tokens`."""
     draw = random.Random(derive(0, "canary"))
     ids = tuple(draw.randrange(vocabulary) for _ in range(min(LONGEST, max_tokens - 1)))
     exact = "float32" == (spec.dtype or dtype) == dtype

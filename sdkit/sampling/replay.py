@@ -1,4 +1,4 @@
-"""Returns the recorded completions of an earlier run; samples nothing."""
+"""Replays the recorded completions of an earlier run; samples nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdkit.models.weights import Weights
 
 
 class ReplayRollouts:
-    """The recorded completions of an earlier run, found by prompt and seed; nothing is sampled."""
+    """A rollout backend that looks up completions of an earlier run by prompt and seed."""
 
     name = "replay"
 
@@ -43,7 +43,7 @@ class ReplayRollouts:
         except KeyError:
             raise BadData(
                 f"{self.run} did not record a completion for one of this step's prompts",
-                hint="replay needs the same data, chat template, seed, batch sizes and no more steps than were recorded",
+                hint="replay needs the same data, chat template, seed and batch sizes, and no more steps than were recorded",
             ) from None
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Samples with `generate` on the training weights.  Works on token ids alone."""
+"""Sampling with transformers' `generate` on the training weights.  Knows only token ids."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
 from sdkit.models.weights import UNSHARDED, Weights
 
-NOBODY = SamplingRequest(prompt_ids=(0,), seed=0)
+DUMMY_REQUEST = SamplingRequest(prompt_ids=(0,), seed=0)
+"""Keeps a rank in step with the others once it has no prompts left."""
 
 
 class TransformersRollouts:
-    """`generate` on whatever weights were loaded last.  Nothing is copied, so `load` is free."""
+    """A rollout backend that calls `generate` on the weights loaded last.  `load` copies nothing."""
 
     name = "transformers"
 
@@ -36,18 +37,18 @@ class TransformersRollouts:
         self, requests: Sequence[SamplingRequest], sampling: SamplingParams
     ) -> list[Completion]:
         assert self.weights is not None, "sample before load"
-        # Equal lengths share a batch: less padding, and a row's result leans less on its neighbours.
+        # Similar lengths share a batch: less padding, and a row's result depends less on its neighbors.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         done: dict[int, Completion] = {}
         with self.weights.active() as model:
             was_training = model.training
             model.eval()
-            cuts = range(0, len(order), self.batch_rows)
-            for number in range(self.weights.sharding.all_reduce_max(len(cuts))):
+            batches = len(range(0, len(order), self.batch_rows))
+            for number in range(self.weights.sharding.all_reduce_max(batches)):
                 chosen = order[number * self.batch_rows :][: self.batch_rows]
-                if not chosen:  # parameters are sharded, and other ranks have prompts left
+                if not chosen:  # parameters are sharded, and another rank still has prompts
                     brief = evolve(sampling, max_new_tokens=1)
-                    self.weights.sharding.run_forward(self._generate, model, [NOBODY], brief)
+                    self.weights.sharding.run_forward(self._generate, model, [DUMMY_REQUEST], brief)
                     continue
                 rows = [requests[i] for i in chosen]
                 batch = self.weights.sharding.run_forward(self._generate, model, rows, sampling)
@@ -81,7 +82,7 @@ class TransformersRollouts:
         return [self._completion(row, i, sampler, sampling) for i, row in enumerate(rows)]
 
     def _settings(self, sampling: SamplingParams) -> dict[str, Any]:
-        """`SeededSampler` draws the tokens, so `generate` itself is greedy and only has to know where to stop."""
+        """Returns greedy settings: `SeededSampler` draws the tokens, `generate` only decides when to stop."""
         return {
             "do_sample": False,
             "max_new_tokens": sampling.max_new_tokens,
@@ -94,14 +95,14 @@ class TransformersRollouts:
         self, row: list[int], index: int, sampler: SeededSampler, sampling: SamplingParams
     ) -> Completion:
         end = next((i + 1 for i, token in enumerate(row) if token in self.end_ids), None)
-        # A row that a stop text has ended is padded with an end token that nobody sampled: look for the text first.
+        # `generate` pads a row that a stop string ended with an end token that was not sampled: check the string first.
         cut = self._stop_length(row[:end], sampling.stop)
         ids = row[: cut or end]
         logprobs = tuple(step[index] for step in sampler.logprobs[: len(ids)])
         return Completion(ids=tuple(ids), logprobs=logprobs, finished=bool(cut or end))
 
     def _stop_length(self, row: list[int], stop: tuple[str, ...]) -> int | None:
-        """Tokens up to and including the one that completes a stop text."""
+        """Returns the number of tokens up to and including the one that completes a stop string; None without one."""
         lengths = range(1, len(row) + 1) if stop else ()
         texts = ((n, self.tokenizer.decode(row[:n])) for n in lengths)
         return next((n for n, text in texts if any(word in text for word in stop)), None)
@@ -112,26 +113,26 @@ class TransformersRollouts:
 
 @contextlib.contextmanager
 def own_settings(model: Any, settings: Mapping[str, Any]) -> Iterator[Any]:
-    """A `GenerationConfig` of these settings; inside the block `model.generate` reads no other.
+    """Yields a `GenerationConfig` with these settings, the only one that `model.generate` uses inside the block.
 
-    `generate` fills every field that is None from `model.generation_config`, and None is how a field is switched off.
+    `generate` fills every field that is None from `model.generation_config`, but None is also how a field is disabled.
     The checkpoint's settings (a repetition penalty, suppressed tokens, beams) would then change what is sampled.
     """
     from transformers import GenerationConfig
 
-    of_checkpoint = model.generation_config
+    checkpoint_config = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield GenerationConfig(**settings)
     finally:
-        model.generation_config = of_checkpoint
+        model.generation_config = checkpoint_config
 
 
 class SeededSampler:
-    """A logits processor that draws each row's token from that row's own generator and records its log-probability.
+    """A logits processor that draws each row's token from its own random generator and records its log-probability.
 
-    `generate` then takes the arg max of what is returned, which is the drawn token: sampling without the global
-    generator, and with exact log-probabilities under temperature, top_k and top_p.
+    It returns logits whose arg max is the drawn token, so greedy `generate` picks it.  Sampling therefore does not use
+    the global generator, and the log-probabilities are exact under temperature, top_k and top_p.
     """
 
     def __init__(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> None:
@@ -166,8 +167,8 @@ class SeededSampler:
             logits = logits.masked_fill(logits < kth, float("-inf"))
         if self.sampling.top_p < 1:
             ordered, ids = logits.sort(dim=-1, descending=True)
-            shares = ordered.softmax(-1)
-            beyond = shares.cumsum(-1) - shares >= self.sampling.top_p
-            dropped = beyond.scatter(-1, ids, beyond)  # back in the vocabulary's order
+            probabilities = ordered.softmax(-1)
+            outside = probabilities.cumsum(-1) - probabilities >= self.sampling.top_p
+            dropped = outside.scatter(-1, ids, outside)  # back in vocabulary order
             logits = logits.masked_fill(dropped, float("-inf"))
         return logits

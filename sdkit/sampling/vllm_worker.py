@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker: take new weights and repack what the reload leaves behind."""
+"""A vLLM worker extension: loads new weights and repacks the output projection, which the reload leaves stale."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from torch import Tensor
 
 
 class SyncExtension:
-    """Mixed into the worker class by `worker_extension_cls`."""
+    """A mixin that vLLM adds to its worker class (`worker_extension_cls`)."""
 
     model_runner: Any
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> int:
-        """Load Hugging Face tensors (whole models only: part of a fused group leaves rubbish).
+        """Load Hugging Face tensors, one by one; returns the number of output projections repacked.
 
-        They are taken one by one as they come; those of a fused group are held until it is complete.
-
-        Returns the number of output projections repacked; 0 means that the head may be stale.
+        The model must be complete: part of a fused group leaves garbage.  vLLM holds the tensors of a fused group until
+        the group is complete.  A result of 0 means that the output projection may be stale.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -33,6 +32,6 @@ class SyncExtension:
         return len(heads)
 
     def sync_file(self, path: str) -> int:
-        """Load the Hugging Face tensors of one safetensors file; returns what `sync_weights` does."""
+        """Load the Hugging Face tensors of one safetensors file; returns the same as `sync_weights`."""
         with safe_open(path, framework="pt") as file:
             return self.sync_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118

@@ -1,6 +1,6 @@
-"""One vLLM server over HTTP: pooled connections, so many requests at once, further attempts within a deadline.
+"""An HTTP client for one vLLM server: pooled connections, bounded concurrency, retries within a deadline.
 
-Knows paths and JSON; knows nothing of teachers, rollouts or what stands in an answer.
+Knows paths and JSON; knows nothing of teachers, rollouts or the content of responses.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from attrs import frozen
 from sdkit.language.errors import BadEnvironment, first_line
 
 RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""Statuses of a server that may answer another time."""
+"""HTTP statuses that are worth a retry."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0
-"""Seconds before the second attempt, and at most; each pause is twice the one before."""
+FIRST_RETRY_DELAY, MAX_RETRY_DELAY = 0.5, 8.0
+"""Seconds before the second attempt, and the upper bound; each delay is twice the previous one."""
 
-SLOW = "raise request_seconds and deadline_seconds, or lower requests_at_once"
-"""What to do about a server that does not answer in time, if nothing else is said."""
+SLOW_HINT = "raise request_seconds and deadline_seconds, or lower requests_at_once"
+"""The default hint for a server that does not answer in time."""
 
-ADVICE: Mapping[int, str] = {
+STATUS_HINTS: Mapping[int, str] = {
     401: "name the environment variable that holds its key: key_from",
     403: "name the environment variable that holds its key: key_from",
 }
@@ -33,7 +33,7 @@ Body = Mapping[str, Any]
 
 
 class RequestFailed(Exception):
-    """What a server did instead of answering: one line, perhaps the status and what to do."""
+    """A request that got no usable response: one line of text, with the HTTP status and a hint where known."""
 
     def __init__(
         self,
@@ -41,26 +41,29 @@ class RequestFailed(Exception):
         *,
         status: int | None = None,
         hint: str | None = None,
-        passing: bool = False,
+        is_retryable: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.hint = hint
-        self.passing = passing  # it may be otherwise in a moment
+        self.is_retryable = is_retryable
 
 
 @frozen(kw_only=True)
-class _Asked:
-    """What the requests of one call have in common."""
+class _RequestOptions:
+    """Settings shared by the requests of one call."""
 
     path: str
     headers: Mapping[str, str]
     retries: int
-    deadline: float  # seconds for one of them, further attempts included
+    deadline: float  # seconds for one request, retries included
 
 
 def key_from(name: str | None, environment: Mapping[str, str], where: str) -> str | None:
-    """The key in this environment variable.  Raises BadEnvironment, naming `where`.key_from, where it is not set."""
+    """Returns the API key in the environment variable `name`; None for no name.
+
+    Raises BadEnvironment, naming `where`.key_from, if the variable is not set.
+    """
     if name is None:
         return None
     if not (key := environment.get(name)):
@@ -71,10 +74,10 @@ def key_from(name: str | None, environment: Mapping[str, str], where: str) -> st
 
 
 class Server:
-    """A server's address, and how patiently it is asked.
+    """A server's address, with limits on concurrency, time and retries.
 
-    Environment variables for proxies count for remote servers alone: what is meant for this machine stays on it.
-    Servers that share a runner can be asked at once (`answers`); whoever made the runner closes it.
+    Proxy environment variables apply only to remote servers, so that traffic for this machine stays on it.
+    Servers that share a runner can be called concurrently (`request_all`); the owner of the runner closes it.
     """
 
     def __init__(
@@ -83,15 +86,15 @@ class Server:
         *,
         key: str | None = None,
         remote: bool = False,
-        at_once: int,
+        max_concurrent: int,
         request_seconds: float,
         deadline_seconds: float,
         retries: int,
-        slow_hint: str = SLOW,
+        slow_hint: str = SLOW_HINT,
         runner: asyncio.Runner | None = None,
     ) -> None:
         self.url = url.rstrip("/")
-        self.at_once = at_once
+        self.max_concurrent = max_concurrent
         self.request_seconds = request_seconds
         self.deadline_seconds = deadline_seconds
         self.retries = retries
@@ -99,31 +102,34 @@ class Server:
         self._client = httpx.AsyncClient(
             base_url=self.url,
             headers={"authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once),
-            timeout=None,  # the whole request has one, below
+            limits=httpx.Limits(
+                max_connections=max_concurrent, max_keepalive_connections=max_concurrent
+            ),
+            timeout=None,  # `_request_once` sets one for the whole request
             trust_env=remote,
         )
-        self._shared = runner is not None
-        self._loop = runner or asyncio.Runner()  # kept, because connections belong to their loop
+        self._shares_runner = runner is not None
+        # One for all calls: connections belong to their event loop.
+        self._runner = runner or asyncio.Runner()
 
     def get(self, path: str, *, retries: int | None = None) -> Any:
-        """The answer as JSON.  Raises Unanswered."""
-        return self._loop.run(self.answers(path, [None], retries=retries))[0]
+        """Returns the response as JSON.  Raises RequestFailed."""
+        return self._runner.run(self.request_all(path, [None], retries=retries))[0]
 
     def post(self, path: str, bodies: Sequence[Body], *, retries: int | None = None) -> list[Any]:
-        """One answer per body, in order, `at_once` of them in flight.
+        """Returns one JSON response per body, in order, with up to `max_concurrent` requests in flight.
 
-        Raises Unanswered with the first that failed for good; the others are then given up.
+        Raises RequestFailed for the first request that fails for good, and cancels the others.
         """
-        return self._loop.run(self.answers(path, bodies, retries=retries))
+        return self._runner.run(self.request_all(path, bodies, retries=retries))
 
     def close(self) -> None:
         """Close the connections."""
-        self._loop.run(self._client.aclose())
-        if not self._shared:
-            self._loop.close()
+        self._runner.run(self._client.aclose())
+        if not self._shares_runner:
+            self._runner.close()
 
-    async def answers(
+    async def request_all(
         self,
         path: str,
         bodies: Sequence[Body | None],
@@ -132,15 +138,18 @@ class Server:
         deadline_seconds: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> list[Any]:
-        """One answer per body (None: a GET), in order, as `post` gives them.  Raises Unanswered."""
-        room = asyncio.Semaphore(self.at_once)
-        asked = _Asked(
+        """Returns one JSON response per body (None: a GET), in order, as `post` does.  Raises RequestFailed."""
+        semaphore = asyncio.Semaphore(self.max_concurrent)
+        options = _RequestOptions(
             path=path,
             headers=headers or {},
             retries=self.retries if retries is None else retries,
             deadline=self.deadline_seconds if deadline_seconds is None else deadline_seconds,
         )
-        tasks = [asyncio.create_task(self._answer(asked, body, room)) for body in bodies]
+        tasks = [
+            asyncio.create_task(self._request_with_retries(options, body, semaphore))
+            for body in bodies
+        ]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -148,26 +157,34 @@ class Server:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _answer(self, asked: _Asked, body: Body | None, room: asyncio.Semaphore) -> Any:
-        async with room:
+    async def _request_with_retries(
+        self, options: _RequestOptions, body: Body | None, semaphore: asyncio.Semaphore
+    ) -> Any:
+        async with semaphore:
             started, attempt = time.monotonic(), 0
             while True:
-                left = asked.deadline - (time.monotonic() - started)
+                remaining = options.deadline - (time.monotonic() - started)
                 try:
-                    return await self._once(asked, body, min(self.request_seconds, left))
-                except RequestFailed as fault:
-                    pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
-                    spent = time.monotonic() - started
+                    return await self._request_once(
+                        options, body, min(self.request_seconds, remaining)
+                    )
+                except RequestFailed as failure:
+                    delay = min(FIRST_RETRY_DELAY * 2**attempt, MAX_RETRY_DELAY)
+                    elapsed = time.monotonic() - started
                     attempt += 1
-                    over = attempt > asked.retries or spent + pause >= asked.deadline
-                    if over or not fault.passing:
-                        tries = f" ({attempt} attempts in {spent:.0f} s)" if attempt > 1 else ""
-                        message = f"{fault}{tries}"
-                        raise RequestFailed(message, status=fault.status, hint=fault.hint) from None
-                await asyncio.sleep(pause)
+                    give_up = attempt > options.retries or elapsed + delay >= options.deadline
+                    if give_up or not failure.is_retryable:
+                        tries = f" ({attempt} attempts in {elapsed:.0f} s)" if attempt > 1 else ""
+                        message = f"{failure}{tries}"
+                        raise RequestFailed(
+                            message, status=failure.status, hint=failure.hint
+                        ) from None
+                await asyncio.sleep(delay)
 
-    async def _once(self, asked: _Asked, body: Body | None, seconds: float) -> Any:
-        path, headers = asked.path, dict(asked.headers)
+    async def _request_once(
+        self, options: _RequestOptions, body: Body | None, seconds: float
+    ) -> Any:
+        path, headers = options.path, dict(options.headers)
         where = f"{self.url}{path}"
         try:
             async with asyncio.timeout(seconds):
@@ -175,20 +192,20 @@ class Server:
                 response = await self._client.request(method, path, json=body, headers=headers)
         except TimeoutError:
             message = f"{where} did not answer within {seconds:.3g} s"
-            raise RequestFailed(message, hint=self.slow_hint, passing=True) from None
+            raise RequestFailed(message, hint=self.slow_hint, is_retryable=True) from None
         except httpx.RequestError as error:
             message = f"{where} cannot be reached: {first_line(error)}"
             raise RequestFailed(
-                message, hint="start the server, or correct its url", passing=True
+                message, hint="start the server, or correct its url", is_retryable=True
             ) from None
         status = response.status_code
         if status != 200:
-            message = f"{where} answered {status}{_reason(response)}"
+            message = f"{where} answered {status}{_error_text(response)}"
             raise RequestFailed(
                 message,
                 status=status,
-                hint=ADVICE.get(status),
-                passing=status in RETRYABLE_STATUSES,
+                hint=STATUS_HINTS.get(status),
+                is_retryable=status in RETRYABLE_STATUSES,
             )
         try:
             return response.json()
@@ -198,11 +215,11 @@ class Server:
             ) from None
 
 
-def _reason(response: httpx.Response) -> str:
-    """What an error says of itself, on one line."""
+def _error_text(response: httpx.Response) -> str:
+    """Returns `: ` and the message of an error response on one line; empty if it has none."""
     try:
-        said = response.json()
-        error = said.get("error", said.get("detail", said))
+        body = response.json()
+        error = body.get("error", body.get("detail", body))
         text = str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
         text = response.text

@@ -1,17 +1,17 @@
-"""The door of a rollout server: what of vLLM's HTTP API is reachable, and the two routes that sdkit adds.
+"""The gateway of a rollout server: an allow-list of vLLM's HTTP routes, and two routes that sdkit adds.
 
-vLLM puts this class in front of its application (`--middleware`).  Only the paths below pass, each but the health check
-with the key, where there is one; nothing here runs what a request names.
+vLLM puts this class in front of its application (`--middleware`).  Only the routes below are reachable.  If the server
+has a key, every route but the health check requires it.  No route runs code that a request names.
 
     GET  /health            whether the server is up
-    GET  /v1/models         as vLLM has it
-    POST /v1/completions    as vLLM has it, where the header `sdkit-weights` names the weights that are loaded
-    GET  /sdkit/state       the weights that are loaded, the model's shape, the folder of weight files, and whether the
-                            file that `?probe=` names is in it
-    POST /sdkit/weights     {version, file, sha256}: take the weights in that file of the folder
+    GET  /v1/models         vLLM's route
+    POST /v1/completions    vLLM's route, if the header `sdkit-weights` names the loaded weights
+    GET  /sdkit/state       the loaded weights, the model's shape, the folder of weight files, and whether it contains
+                            the file that `?probe=` names
+    POST /sdkit/weights     {version, file, sha256}: load the weights in that file of the folder
 
-A weight update waits for the completions that are under way and lets none in until it is done, so every completion was
-sampled by the weights that its request named.  Knows no torch.
+A weight update waits for the completions in flight and holds back new ones until it is done.  Every completion is
+therefore sampled by the weights that its request named.  Knows no torch.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from sdkit.language.errors import first_line
 
 FOLDER = "SDKIT_WEIGHTS_FOLDER"
 KEY = "VLLM_API_KEY"
-"""Environment variables of the server's process; the second is vLLM's own, and guards its routes a second time."""
+"""Environment variables of the server process.  The second is vLLM's own, so vLLM checks the key as well."""
 
 WEIGHTS_HEADER = "sdkit-weights"
-"""Names the weights that a completion is asked of: the SHA-256 of their file."""
+"""The request header that names the weights to sample with: the SHA-256 of their file."""
 
-SPEC_HEADER = (
+COMPARED_CONFIG_KEYS = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
 )
-"""What two models must have in common, for one to take the other's weights; keys of `config.json`."""
+"""Keys of `config.json` that must agree for one model to load the other's weights."""
 
 DRAIN_SECONDS = 300.0
-"""How long a weight update waits for completions that are under way."""
+"""How long a weight update waits for completions in flight."""
 LOAD_SECONDS = 900.0
-"""How long vLLM may take over a file."""
+"""How long vLLM may take to load a file."""
 LARGEST_BODY = 4096
-"""Bytes of a request to update weights."""
+"""Largest body of a weight update, in bytes."""
 
 ALLOWED_ROUTES = {("GET", "/health"), ("GET", "/v1/models")}
 FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
@@ -64,7 +64,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class RejectedRequest(Exception):
-    """What a request is answered instead: a status and one line."""
+    """A request that the gateway refuses, with an HTTP status and one line of text."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -73,7 +73,7 @@ class RejectedRequest(Exception):
 
 @frozen(kw_only=True)
 class Update:
-    """The weights that a request wants loaded."""
+    """The weights that a request asks to load."""
 
     version: int
     file: Path
@@ -81,20 +81,20 @@ class Update:
 
 
 class Gateway:
-    """An ASGI application around vLLM's."""
+    """An ASGI application that wraps vLLM's."""
 
     def __init__(self, app: App, environment: Mapping[str, str] = os.environ) -> None:
         self.app = app
         self.folder = Path(environment[FOLDER]).resolve()
         self.key = environment.get(KEY) or None
         self.loaded: dict[str, Any] | None = None  # version and sha256 of the weights
-        self._under_way = 0
+        self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._updating = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let through, answer, or refuse one request."""
+        """Forward, answer or reject one request."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
@@ -102,32 +102,31 @@ class Gateway:
         else:
             try:
                 await self._answer(scope, receive, send)
-            except RejectedRequest as refusal:
-                error = {"error": {"message": str(refusal)}}
-                await _reply(send, refusal.status, error)
+            except RejectedRequest as rejection:
+                error = {"error": {"message": str(rejection)}}
+                await _reply(send, rejection.status, error)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = scope["method"], scope["path"]
+        route = scope["method"], scope["path"]
         headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
-        if asked != ("GET", "/health"):
-            self._admit(headers)
-        if asked in ALLOWED_ROUTES:
+        if route != ("GET", "/health"):
+            self._authorize(headers)
+        if route in ALLOWED_ROUTES:
             await self.app(scope, receive, send)
-        elif asked == ("POST", "/v1/completions"):
+        elif route == ("POST", "/v1/completions"):
             await self._complete(headers, scope, receive, send)
-        elif asked == ("GET", "/sdkit/state"):
+        elif route == ("GET", "/sdkit/state"):
             await _reply(send, 200, self._state(scope))
-        elif asked == ("POST", "/sdkit/weights"):
-            update = self._wanted(await _body(receive))
+        elif route == ("POST", "/sdkit/weights"):
+            update = self._parse_update(await _body(receive))
             await _reply(send, 200, await self._update(scope["app"].state.engine_client, update))
         else:
             raise RejectedRequest(404, "this server has no such route")
 
-    def _admit(self, headers: Mapping[str, bytes]) -> None:
-        if (
-            "origin" in headers
-        ):  # sdkit sends none, browsers do: no page may use this machine's servers
-            raise RejectedRequest(403, "requests of web pages are not answered")
+    def _authorize(self, headers: Mapping[str, bytes]) -> None:
+        # Browsers send this header, sdkit does not: no web page may use this machine's servers.
+        if "origin" in headers:
+            raise RejectedRequest(403, "requests from web pages are not answered")
         if self.key is None:
             return
         given = headers.get("authorization", b"")
@@ -139,15 +138,15 @@ class Gateway:
     ) -> None:
         wanted = headers.get(WEIGHTS_HEADER, b"").decode("latin-1")
         if self.loaded is None or self.loaded["sha256"] != wanted:
-            has = f"weights {self.loaded['version']}" if self.loaded else "no weights of a run"
-            raise RejectedRequest(409, f"the server has {has}, and others were asked for")
-        self._under_way += 1
+            loaded = f"weights {self.loaded['version']}" if self.loaded else "no weights of a run"
+            raise RejectedRequest(409, f"the server has {loaded}, but the request names others")
+        self._in_flight += 1
         self._idle.clear()
         try:
             await self.app(scope, receive, send)
         finally:
-            self._under_way -= 1
-            if not self._under_way:
+            self._in_flight -= 1
+            if not self._in_flight:
                 self._idle.set()
 
     def _state(self, scope: Scope) -> dict[str, Any]:
@@ -159,15 +158,15 @@ class Gateway:
             "weights": self.loaded,
             "folder": str(self.folder),
             "sees_probe": bool(PROBE.fullmatch(probe)) and (self.folder / probe).is_file(),
-            "model": {name: config.get(name) for name in SPEC_HEADER},
+            "model": {name: config.get(name) for name in COMPARED_CONFIG_KEYS},
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_tokens": model.max_model_len,
         }
 
-    def _wanted(self, body: bytes) -> Update:
+    def _parse_update(self, body: bytes) -> Update:
         try:
-            found = json.loads(body)
-            version, name, sha256 = found["version"], found["file"], found["sha256"]
+            update = json.loads(body)
+            version, name, sha256 = update["version"], update["file"], update["sha256"]
         except (ValueError, KeyError, TypeError):
             raise RejectedRequest(400, "a weight update has version, file and sha256") from None
         if not isinstance(version, int) or not isinstance(sha256, str):
@@ -184,10 +183,12 @@ class Gateway:
         return Update(version=version, file=file, sha256=sha256)
 
     async def _update(self, engine: Any, update: Update) -> dict[str, Any]:
-        """Load the weights while nothing is sampled; without a stamp from the first byte to the last."""
+        """Load the weights while nothing is sampled; `loaded` is None until all of them are loaded."""
         async with self._updating:
             if await asyncio.to_thread(sha256_of, update.file) != update.sha256:
-                raise RejectedRequest(422, f"{update.file.name} is damaged: its hash is another")
+                raise RejectedRequest(
+                    422, f"{update.file.name} is damaged: its SHA-256 does not match"
+                )
             self.loaded = None
             try:
                 await asyncio.wait_for(self._idle.wait(), DRAIN_SECONDS)
@@ -201,31 +202,31 @@ class Gateway:
                 repacked = await engine.collective_rpc(
                     "sync_file", timeout=LOAD_SECONDS, args=(str(update.file),)
                 )
-                emptied = await engine.reset_prefix_cache()
+                is_reset = await engine.reset_prefix_cache()
             except Exception as error:
-                said = first_line(error)
-                raise RejectedRequest(500, f"vLLM could not take the weights: {said}") from None
+                message = f"vLLM could not load the weights: {first_line(error)}"
+                raise RejectedRequest(500, message) from None
             finally:
                 await engine.resume_generation()
-            if not all(repacked) or not emptied:
+            if not all(repacked) or not is_reset:
                 raise RejectedRequest(500, "vLLM kept an old output projection or old prefixes")
             self.loaded = {"version": update.version, "sha256": update.sha256}
             return self.loaded | {"seconds": time.monotonic() - started}
 
 
 def sha256_of(path: Path) -> str:
-    """The hash that names the weights in a file.  Raises OSError."""
+    """Returns the SHA-256 of a weight file, which identifies its weights.  Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 async def _body(receive: Receive) -> bytes:
-    """The whole body of a request.  Raises Refused where it is too long."""
+    """Returns the body of a request.  Raises RejectedRequest if it is too long."""
     body = b""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise RejectedRequest(400, "the request was left")
+            raise RejectedRequest(400, "the client disconnected")
         body += message.get("body", b"")
         if len(body) > LARGEST_BODY:
             raise RejectedRequest(413, f"a weight update has at most {LARGEST_BODY} bytes")

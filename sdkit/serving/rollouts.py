@@ -1,7 +1,7 @@
-"""Rollouts from servers, for all ranks: the first alone talks to them, from one thread, job by job.
+"""Rollouts from servers, for all ranks.  Only rank 0 talks to the servers, from one worker thread, one job at a time.
 
-Jobs are done in the order in which they are given.  Each names its own weight file, so what a server has loaded is never
-a question of who came last.  The other ranks hear from the first every few seconds while a job is awaited.
+Jobs run in the order of submission.  Each names its own weight file, so it never depends on the job before it.  While
+the ranks wait for a job, rank 0 sends the others a heartbeat every few seconds.
 """
 
 from __future__ import annotations
@@ -26,59 +26,61 @@ from sdkit.serving.pool import ServerPool
 from sdkit.serving.weight_files import WeightFile
 
 T = TypeVar("T")
-PULSE = 10.0
-"""Seconds between two words of the first rank to the others."""
-LEAVE = 10.0
-"""Seconds that the thread has to leave what it does, once the run ends."""
+HEARTBEAT_SECONDS = 10.0
+"""Seconds between two heartbeats of rank 0, far below the timeout of a collective."""
+SHUTDOWN_SECONDS = 10.0
+"""Seconds that the worker thread has to stop once the run ends."""
 
 
 @frozen(eq=False, kw_only=True)
 class SampledBatch:
-    """What a job brought."""
+    """The result of a job."""
 
-    completions: tuple[Completion, ...]  # of all ranks' requests, rank after rank
-    figures: Mapping[str, float]  # of the transfer
+    completions: tuple[Completion, ...]  # for the requests of all ranks, in rank order
+    transfer_metrics: Mapping[str, float]  # of the weight transfer
     seconds: float
 
 
 @define(eq=False)
 class Job:
-    """Completions asked of the servers."""
+    """A batch of requests submitted to the servers."""
 
-    requests: tuple[SamplingRequest, ...]  # of all ranks, rank after rank
-    own: slice  # this rank's
-    version: int  # of the weights that sample
-    file: WeightFile | None  # on the first rank alone, and so the future
+    requests: tuple[SamplingRequest, ...]  # of all ranks, in rank order
+    own: slice  # this rank's part
+    version: int  # of the weights to sample with
+    file: WeightFile | None  # on rank 0 only, as is `future`
     future: Future[SampledBatch] | None
 
 
 class ServerRollouts:
-    """The rollout backend of a run with servers.  `pool` is the first rank's alone."""
+    """The rollout backend of a run with servers.  Only rank 0 has a `pool`."""
 
     name = "vllm_server"
 
     def __init__(self, pool: ServerPool | None, canary: Canary, end_ids: tuple[int, ...]) -> None:
         self.pool = pool
         self.canary = canary
-        self._thread = _Thread() if pool else None
+        self._thread = _WorkerThread() if pool else None
         if pool:
-            pool.begin(canary, end_ids)
-        self._newest: tuple[int, int] | None = None  # weights and version that were written last
+            pool.set_canary(canary, end_ids)
+        self._newest_weights: tuple[int, int] | None = (
+            None  # id and version of the weights last written
+        )
         self._files: list[WeightFile] = []  # oldest first
         self._jobs: list[Job] = []
 
     def load(self, weights: Weights, version: int) -> Mapping[str, float]:
-        """Write the weights to a file and have every server take it; returns the figures of the transfer.
+        """Write the weights to a file and load it on every server; returns the metrics of the transfer.
 
-        Raises NumericsGuard where a server's canary is another, ProcessDied where none answers.
+        Raises NumericsGuard if a server fails the canary, ProcessDied if none answers.
         """
         started = time.perf_counter()
         self.retain_weights(weights, version)
         future: Future[dict[str, float]] | None = None
         if self.pool and self._thread:
             pool, file = self.pool, self._files[-1]
-            future = self._thread.give(lambda: pool.load(file))
-        return {**self._awaited(future), "sync_seconds": time.perf_counter() - started}
+            future = self._thread.submit(lambda: pool.load(file))
+        return {**self._broadcast_result(future), "sync_seconds": time.perf_counter() - started}
 
     def sample(
         self, requests: Sequence[SamplingRequest], sampling: SamplingParams
@@ -87,65 +89,73 @@ class ServerRollouts:
         return list(self.result(job).completions[job.own])
 
     def retain_weights(self, weights: Weights, version: int) -> None:
-        """Write these weights to a file, unless the newest holds them; what is asked from now on is asked of them."""
-        if self._newest == (id(weights), version):
+        """Write these weights to a file unless the newest file holds them; jobs submitted from now on sample with them."""
+        if self._newest_weights == (id(weights), version):
             return
-        self._newest = None
-        here = self.canary.told_by(weights)
+        self._newest_weights = None
+        trainer_logprobs = self.canary.logprobs(weights)
         if self.pool:
-            self._files.append(self.pool.wanted.folder.write(weights, version, here))
-            self._forget()
+            self._files.append(self.pool.expected.folder.write(weights, version, trainer_logprobs))
+            self._remove_unused_files()
         else:
-            for _ in weights.named_tensors():  # under stage 3 all ranks put the tensors together
+            for (
+                _
+            ) in weights.named_tensors():  # under ZeRO stage 3 all ranks take part in the gather
                 pass
-        self._newest = id(weights), version
+        self._newest_weights = id(weights), version
 
     def submit(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> Job:
-        """Give every rank's requests to the thread, to be sampled by the weights kept last."""
-        assert self._newest is not None, "ask before keep"
+        """Submit the requests of all ranks, to be sampled by the weights last passed to `retain_weights`."""
+        assert self._newest_weights is not None, "call retain_weights before submit"
         parts = collectives.all_gather_object(tuple(requests))
         begin = sum(map(len, parts[: collectives.rank()]))
-        everyone = tuple(request for part in parts for request in part)
-        job = Job(everyone, slice(begin, begin + len(requests)), self._newest[1], None, None)
+        all_requests = tuple(request for part in parts for request in part)
+        job = Job(
+            all_requests, slice(begin, begin + len(requests)), self._newest_weights[1], None, None
+        )
         if self.pool and self._thread:
             job.file = file = self._files[-1]
             pool = self.pool
-            job.future = self._thread.give(lambda: _work(pool, file, everyone, sampling))
+            job.future = self._thread.submit(
+                lambda: _load_and_sample(pool, file, all_requests, sampling)
+            )
             self._jobs.append(job)
         return job
 
     def result(self, job: Job) -> SampledBatch:
-        """What a job brings, as soon as it is done.  Raises as `load` does."""
-        sampled = self._awaited(job.future)
-        self._forget()
+        """Wait for a job and return its result.  Raises as `load` does."""
+        sampled = self._broadcast_result(job.future)
+        self._remove_unused_files()
         return sampled
 
     def close(self) -> None:
-        """Leave the servers, and remove the weight files."""
+        """Stop the worker thread, close the connections and remove the weight files."""
         if self.pool and self._thread:
             self.pool.abort()
             self._thread.end(self.pool.close)
 
-    def _awaited(self, future: Future[T] | None) -> T:
-        """The result that the first rank's thread has, on every rank; so is a failure.
+    def _broadcast_result(self, future: Future[T] | None) -> T:
+        """Returns the worker thread's result on every rank, or raises its error on every rank.
 
-        What the thread waits for has deadlines of its own (`ServerPool`), so this waits as long as it lives.
+        Waits without a limit of its own: the thread's requests have deadlines (`ServerPool`).
         """
-        over = False
-        while not over:
+        is_done = False
+        while not is_done:
             if future is not None:
-                concurrent.futures.wait([future], timeout=PULSE)
-            over = collectives.broadcast_object(future is not None and future.done())
+                concurrent.futures.wait([future], timeout=HEARTBEAT_SECONDS)
+            is_done = collectives.broadcast_object(future is not None and future.done())
         error = future.exception() if future is not None else None
         result = future.result() if future is not None and error is None else None
-        told = error if error is None or isinstance(error, SdkitError) else ProcessDied(str(error))
-        result, told = collectives.broadcast_object((result, told))
-        if told is not None:
-            raise error or told  # what is no message has its traceback where it happened
+        shared = (
+            error if error is None or isinstance(error, SdkitError) else ProcessDied(str(error))
+        )
+        result, shared = collectives.broadcast_object((result, shared))
+        if shared is not None:
+            raise error or shared  # rank 0 raises the original, with its traceback
         return cast(T, result)
 
-    def _forget(self) -> None:
-        """Remove the files that nothing will be sampled from."""
+    def _remove_unused_files(self) -> None:
+        """Remove the weight files that no job needs any more."""
         self._jobs = [job for job in self._jobs if job.future and not job.future.done()]
         needed = [*self._files[-1:], *(job.file for job in self._jobs)]
         for file in [f for f in self._files if f not in needed]:
@@ -154,22 +164,22 @@ class ServerRollouts:
             self._files.remove(file)
 
 
-def _work(
+def _load_and_sample(
     pool: ServerPool,
     file: WeightFile,
     requests: Sequence[SamplingRequest],
     sampling: SamplingParams,
 ) -> SampledBatch:
-    """In the thread: everything that a job is."""
+    """Run a job, in the worker thread."""
     started = time.perf_counter()
-    figures = pool.load(file)
+    metrics = pool.load(file)
     done = pool.sample(file, requests, sampling)
     seconds = time.perf_counter() - started
-    return SampledBatch(completions=tuple(done), figures=figures, seconds=seconds)
+    return SampledBatch(completions=tuple(done), transfer_metrics=metrics, seconds=seconds)
 
 
-class _Thread:
-    """Does one thing after the other, apart from the main thread."""
+class _WorkerThread:
+    """Runs submitted functions one after the other, in a daemon thread."""
 
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[tuple[Callable[[], object], Future[object]] | None]
@@ -177,21 +187,21 @@ class _Thread:
         self._thread = threading.Thread(target=self._run, name="rollout servers", daemon=True)
         self._thread.start()
 
-    def give(self, work: Callable[[], T]) -> Future[T]:
+    def submit(self, work: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         self._work.put((work, future))  # pyright: ignore[reportArgumentType]
         return future
 
     def end(self, last: Callable[[], None]) -> None:
-        """Do this as the last thing; waits a while for it."""
-        self.give(last)
+        """Run `last` after all submitted work, and wait up to SHUTDOWN_SECONDS for it."""
+        self.submit(last)
         self._work.put(None)
-        self._thread.join(LEAVE)
+        self._thread.join(SHUTDOWN_SECONDS)
 
     def _run(self) -> None:
-        while (given := self._work.get()) is not None:
-            work, future = given
+        while (item := self._work.get()) is not None:
+            work, future = item
             try:
                 future.set_result(work())
-            except BaseException as error:  # whoever waits for it is told
+            except BaseException as error:  # raised again where the result is awaited
                 future.set_exception(error)

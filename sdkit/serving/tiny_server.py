@@ -1,6 +1,6 @@
-"""The part of vLLM's HTTP API that a served teacher is asked through, answered on loopback by a tiny model in this process.
+"""A stand-in for a vLLM server: serves the routes that a served teacher needs, on loopback, with a tiny model.
 
-For smoke runs and tests: the client, its requests and what it makes of the answers are the real ones.
+For smoke runs and tests.  The client and its requests are the real ones.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-CONTEXT = 8192
+CONTEXT = 8192  # tokens of the longest request
 MAX_LOGPROBS = 512
 
 
 class LoopbackServer(ThreadingHTTPServer):
-    """A server on a free port of this machine.  A client that hangs up before its answer is no error."""
+    """A server on a free port of this machine.  A client that disconnects early is not an error."""
 
     daemon_threads = True
 
@@ -43,7 +43,9 @@ class TinyServer:
         self.max_logprobs = max_logprobs
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.reply: Callable[[str, Any], tuple[int, Any]] = self.answer  # a test's own, to fail
+        self.reply: Callable[[str, Any], tuple[int, Any]] = (
+            self.answer
+        )  # tests replace it to simulate failures
         self._one_at_a_time = threading.Lock()
         outer = self
 
@@ -77,7 +79,7 @@ class TinyServer:
         self._thread.join()
 
     def answer(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        """Status and body of an answer, as vLLM gives them."""
+        """Returns status and body of a response, as vLLM would."""
         match path:
             case "/v1/models":
                 return 200, {
@@ -86,11 +88,11 @@ class TinyServer:
             case "/detokenize":
                 return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
             case "/v1/completions" if body["prompt_logprobs"] > self.max_logprobs:
-                said = f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: "
-                return 400, {"error": {"message": said + str(self.max_logprobs)}}
+                message = f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: "
+                return 400, {"error": {"message": message + str(self.max_logprobs)}}
             case "/v1/completions":
-                told = self._prompt_logprobs(body["prompt"], body["prompt_logprobs"])
-                return 200, {"choices": [{"index": 0, "text": "", "prompt_logprobs": told}]}
+                logprobs = self._prompt_logprobs(body["prompt"], body["prompt_logprobs"])
+                return 200, {"choices": [{"index": 0, "text": "", "prompt_logprobs": logprobs}]}
             case _:
                 return 404, {"error": {"message": "Not Found"}}
 
@@ -99,8 +101,8 @@ class TinyServer:
         with self._one_at_a_time:
             logits = self.model(torch.tensor([ids]), use_cache=False).logits[0, :-1]
         logprobs = logits.float().log_softmax(-1)
-        told: list[dict[str, Any] | None] = [None]
-        for place, token in zip(logprobs, ids[1:], strict=True):
-            chosen = [token, *place.topk(k).indices.tolist()]
-            told.append({str(i): {"logprob": max(place[i].item(), -9999.0)} for i in chosen})
-        return told
+        entries: list[dict[str, Any] | None] = [None]
+        for row, token in zip(logprobs, ids[1:], strict=True):
+            chosen = [token, *row.topk(k).indices.tolist()]
+            entries.append({str(i): {"logprob": max(row[i].item(), -9999.0)} for i in chosen})
+        return entries

@@ -1,6 +1,6 @@
-"""Weights on their way to servers: one safetensors file a version, written tensor by tensor.
+"""Weight files for rollout servers: one safetensors file per version, written tensor by tensor.
 
-Knows files; knows nothing of servers or of what samples.
+Knows files; knows nothing of servers or sampling.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from sdkit.models.weights import Weights
 from sdkit.serving.gateway import sha256_of
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""As safetensors names them."""
-FACTS = 160
-"""Bytes that the header has for dtype, shape and place of one tensor."""
+"""Dtypes by their safetensors names."""
+HEADER_BYTES_PER_TENSOR = 160
+"""Bytes reserved in the header for the dtype, shape and offsets of one tensor."""
 
 
 @frozen(kw_only=True)
 class WeightFile:
-    """One version of the student's weights, or of a teacher's, in a file."""
+    """A file with one version of the student's or a teacher's weights."""
 
     path: Path
-    version: int  # optimizer steps behind it
+    version: int  # optimizer steps
     sha256: str
     canary: tuple[float, ...]  # the trainer's log-probabilities of the canary sequence
 
 
 class WeightFolder:
-    """Where this process's weight files are.  Files of processes of this machine that are gone are removed.
+    """The folder for this process's weight files.  Files left by dead processes of this machine are removed.
 
-    The empty file `probe` shows a server whether it sees the same folder.
+    A server checks for the empty file `probe` to learn whether it sees the same folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class WeightFolder:
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             for old in [*path.glob(f"{host}.*"), *path.glob(f".{host}.*")]:
-                if not _runs(old.name.lstrip(".").removeprefix(f"{host}.").split(".")[0]):
+                if not _is_running(old.name.lstrip(".").removeprefix(f"{host}.").split(".")[0]):
                     old.unlink(missing_ok=True)
             (path / self.probe).touch(mode=0o600)
         except OSError as error:
@@ -62,37 +62,41 @@ class WeightFolder:
             ) from None
 
     def write(self, weights: Weights, version: int, canary: tuple[float, ...]) -> WeightFile:
-        """Write a version of the weights; the name appears when the file is whole.  Raises BadEnvironment.
+        """Write a version of the weights.  The file gets its name once it is complete.  Raises BadEnvironment.
 
-        Where weights are sharded every rank goes through `weights.tensors()`; this one writes them.
+        If the weights are sharded, every rank must iterate `weights.named_tensors()`; only this rank writes.
         """
         self._written += 1
         name = f"{self._owner}.{self._written:06d}.safetensors"
         partial, final = self.path / f".{name}", self.path / name
         names = [name for name, _ in weights.causal.named_parameters()]
         try:
-            _write(weights.named_tensors(), sum(len(n) + FACTS for n in names), partial)
+            _write(
+                weights.named_tensors(),
+                sum(len(n) + HEADER_BYTES_PER_TENSOR for n in names),
+                partial,
+            )
             sha256 = sha256_of(partial)
             partial.rename(final)
         except OSError as error:
             raise BadEnvironment(
                 f"cannot write {final}: {error.strerror}",
-                hint="make room, or name another disk in rollout.backend.folder: two versions lie there at once, with "
-                "max_staleness more",
+                hint="free some space, or set rollout.backend.folder to another disk: it holds two versions at once, more "
+                "with max_staleness",
             ) from None
         finally:
             partial.unlink(missing_ok=True)
         return WeightFile(path=final, version=version, sha256=sha256, canary=canary)
 
     def close(self) -> None:
-        """Remove what is left of this process's files."""
+        """Remove this process's files."""
         with contextlib.suppress(OSError):
             for path in self.path.glob(f"{self._owner}.*"):
                 path.unlink(missing_ok=True)
 
 
-def _runs(pid: str) -> bool:
-    """Whether a process has this number; a name that has none is left alone."""
+def _is_running(pid: str) -> bool:
+    """Whether a process with this pid exists; True for text that is no pid, so that its file is not removed."""
     if not pid.isdecimal():
         return True
     try:
@@ -104,14 +108,14 @@ def _runs(pid: str) -> bool:
     return True
 
 
-def _write(tensors: Iterator[tuple[str, Tensor]], room: int, path: Path) -> None:
-    """A safetensors file whose header, of `room` bytes, is filled in when the last tensor is written."""
-    room += -room % 8
+def _write(tensors: Iterator[tuple[str, Tensor]], header_bytes: int, path: Path) -> None:
+    """Write a safetensors file; its header of `header_bytes` bytes is filled in after the last tensor."""
+    header_bytes += -header_bytes % 8
     header: dict[str, object] = {}
     end = 0
     with path.open("wb") as file:
         os.fchmod(file.fileno(), 0o600)
-        file.seek(8 + room)
+        file.seek(8 + header_bytes)
         for name, tensor in tensors:
             flat = tensor.detach().contiguous().cpu().flatten()
             begin, end = end, end + flat.nbytes
@@ -122,7 +126,9 @@ def _write(tensors: Iterator[tuple[str, Tensor]], room: int, path: Path) -> None
             }
             file.write(flat.view(torch.uint8).numpy().data)
         text = json.dumps(header, separators=(",", ":")).encode()
-        if len(text) > room:
-            raise RuntimeError(f"the header has {len(text)} bytes, and room for {room}")
+        if len(text) > header_bytes:
+            raise RuntimeError(
+                f"the header needs {len(text)} bytes, but {header_bytes} are reserved"
+            )
         file.seek(0)
-        file.write(room.to_bytes(8, "little") + text.ljust(room))
+        file.write(header_bytes.to_bytes(8, "little") + text.ljust(header_bytes))

@@ -61,8 +61,8 @@ def rank_lost(missing: Sequence[int], error: BaseException) -> ProcessDied:
     who = ", ".join(f"rank {number}" for number in missing) or "another rank"
     return ProcessDied(
         f"lost {who}, which ended or was silent for too long: {first_line(error)}",
-        hint="its own output says why; if SIGKILL ended it, that was probably the kernel's out-of-memory killer: "
-        "see `dmesg`",
+        hint="see that rank's own output; if it was killed by SIGKILL, probably by the kernel's out-of-memory killer: see "
+        "`dmesg`",
     )
 
 

@@ -91,7 +91,7 @@ class RolloutPrefetcher:
         self._sampled[batch] = PrefetchedBatch(
             version=job.version,
             completions=dict(zip(keys, sampled.completions, strict=True)),
-            figures=sampled.figures,
+            figures=sampled.transfer_metrics,
             seconds=sampled.seconds,
         )
 

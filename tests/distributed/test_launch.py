@@ -61,11 +61,11 @@ def test_the_first_cause_decides_and_is_told(capfd, code):
 
 
 def test_a_killed_rank_is_named_and_ends_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(launching, "PATIENCE", 0.5)
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 0.5)
     wait = f"print(os.getpid(), file=open(r'{tmp_path}/' + rank, 'w'))\n"
     die = "rank == '2' and os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
     started = time.monotonic()
-    with pytest.raises(ProcessDied, match="rank 2 was ended by SIGKILL"):
+    with pytest.raises(ProcessDied, match="rank 2 was killed by SIGKILL"):
         launch(3, script(wait + "time.sleep(0.3)\n" + die))
     assert time.monotonic() - started < 20
     for rank in range(3):
@@ -73,7 +73,7 @@ def test_a_killed_rank_is_named_and_ends_the_others(tmp_path, monkeypatch):
             os.kill(int((tmp_path / str(rank)).read_text()), 0)
 
 
-LAUNCHER = "from sdkit.engine import launch as l; import sys; l.PATIENCE = 1; sys.exit(l.launch(2, sys.argv[1:]))"
+LAUNCHER = "from sdkit.distributed import launch as l; import sys; l.GRACE_SECONDS = 1; sys.exit(l.launch(2, sys.argv[1:]))"
 
 
 def launcher(tmp_path, text):
@@ -305,7 +305,7 @@ def test_a_rank_that_dies_ends_the_run(spec_file, tmp_path):
     started = time.monotonic()
     _, err = run(command, code=ProcessDied.exit_code, env={"KILL": "1"})
     assert time.monotonic() - started < 120
-    assert "error: rank 1 was ended by SIGKILL" in err
+    assert "error: rank 1 was killed by SIGKILL" in err
     kept = json.loads((tmp_path / "run/status.json").read_text())
     assert kept["state"] == "failed"
     assert "lost rank 1" in kept["reason"]

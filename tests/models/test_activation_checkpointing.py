@@ -32,7 +32,7 @@ def wrapped(weights):
 
 def gradients(weights):
     """Hidden states, and the gradients of a fixed function of them."""
-    hidden = weights.hidden(probes.probe(weights, CPU))
+    hidden = weights.hidden(probes.probe_sequence(weights, CPU))
     hidden.square().sum().backward()
     return hidden.detach(), {n: p.grad for n, p in weights.causal.named_parameters()}
 
@@ -47,7 +47,7 @@ def test_recomputing_changes_no_bit_and_wakes_no_dropout(family, tmp_path):
         hidden, expected = gradients(plain)
         again, actual = gradients(saving)
         assert torch.equal(hidden, again)
-        assert torch.equal(hidden, plain.hidden(probes.probe(plain, CPU)))
+        assert torch.equal(hidden, plain.hidden(probes.probe_sequence(plain, CPU)))
         for name, gradient in expected.items():
             assert (gradient is None) == (actual[name] is None), name
             assert gradient is None or torch.equal(gradient, actual[name]), name

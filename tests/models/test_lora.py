@@ -40,7 +40,7 @@ def moved(weights):
 
 @torch.no_grad()
 def states(weights):
-    return weights.hidden(probes.probe(weights, CPU))
+    return weights.hidden(probes.probe_sequence(weights, CPU))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,7 +56,7 @@ def test_merged_weights_teachers_and_saved_adapters_follow_what_is_attached(fami
     assert torch.equal(states(plain), start)
     moved(student)
     own = states(student)
-    assert probes.apart(own, start) > 0.1
+    assert probes.relative_difference(own, start) > 0.1
 
     def opened_teacher(spec):
         return open_teacher(spec, student, None, None).weights

@@ -73,12 +73,17 @@ class Scripted:
 @pytest.fixture
 def serve(monkeypatch):
     """A scripted server and a client of it."""
-    monkeypatch.setattr(vllm_http, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(vllm_http, "FIRST_RETRY_DELAY", 0.01)
     opened = []
 
     def start(script, **settings):
         scripted = Scripted(script)
-        patience = {"at_once": 4, "request_seconds": 5.0, "deadline_seconds": 10.0, "retries": 3}
+        patience = {
+            "max_concurrent": 4,
+            "request_seconds": 5.0,
+            "deadline_seconds": 10.0,
+            "retries": 3,
+        }
         client = Server(scripted.url + "/", **(patience | settings))
         opened.extend((client, scripted))
         return scripted, client

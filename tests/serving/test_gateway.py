@@ -1,4 +1,4 @@
-"""The door of a rollout server: what it lets through, what it refuses, and that no completion mixes two sets of weights."""
+"""The gateway of a rollout server: what it lets through, what it refuses, and that no completion mixes two sets of weights."""
 
 import asyncio
 import hashlib
@@ -12,7 +12,7 @@ from sdkit.serving.gateway import FOLDER, KEY, WEIGHTS_HEADER, Gateway
 
 
 class Engine:
-    """What the door asks of vLLM's engine; says in which order."""
+    """What the gateway asks of vLLM's engine; says in which order."""
 
     def __init__(self):
         self.calls = []
@@ -59,11 +59,11 @@ class Behind:
 
 
 class Served:
-    """A door with an engine and an application behind it, asked without a network."""
+    """A gateway with an engine and an application behind it, asked without a network."""
 
     def __init__(self, folder, key=None):
         self.folder, self.engine, self.behind = folder, Engine(), Behind()
-        self.door = Gateway(self.behind, {FOLDER: str(folder)} | ({KEY: key} if key else {}))
+        self.gateway = Gateway(self.behind, {FOLDER: str(folder)} | ({KEY: key} if key else {}))
 
     async def ask(self, method, path, body=None, headers=(), kind="http"):
         path, _, query = path.partition("?")
@@ -84,7 +84,7 @@ class Served:
             "headers": [(k.encode(), v.encode()) for k, v in dict(headers).items()],
             "app": SimpleNamespace(state=SimpleNamespace(engine_client=self.engine)),
         }
-        await self.door(scope, receive, send)
+        await self.gateway(scope, receive, send)
         if kind != "http":
             return sent
         return sent[0]["status"], json.loads(sent[1]["body"])
@@ -211,7 +211,7 @@ def test_only_a_plain_file_of_the_folder_is_taken(served, tmp_path, name):
     status, said = ask(served, "POST", "/sdkit/weights", update | {"file": name})
     assert status == 400, said
     assert served.engine.calls == []
-    assert served.door.loaded is None
+    assert served.gateway.loaded is None
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_an_update_waits_for_completions_and_lets_none_in(served):
         await asyncio.sleep(0.01)
         before = len(served.engine.calls)
         update = asyncio.create_task(served.ask("POST", "/sdkit/weights", second))
-        while served.door.loaded:
+        while served.gateway.loaded:
             await asyncio.sleep(0.001)
         late = await served.ask("POST", "/v1/completions", {}, old)
         waited = len(served.engine.calls) == before
@@ -296,6 +296,10 @@ def test_an_update_does_not_wait_for_ever(served, monkeypatch):
         status, _ = await served.ask("POST", "/sdkit/weights", second)
         served.behind.held.set()
         await under_way
-        return status, served.door.loaded, (await served.ask("POST", "/sdkit/weights", second))[0]
+        return (
+            status,
+            served.gateway.loaded,
+            (await served.ask("POST", "/sdkit/weights", second))[0],
+        )
 
     assert asyncio.run(asyncio.wait_for(scene(), 10)) == (503, None, 200)

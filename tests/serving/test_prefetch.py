@@ -29,8 +29,8 @@ CORRECTED = distil(importance=ImportanceSpec(sampler=SamplerRatio(cap=2.0, level
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(pool, "PAUSE", 0.05)
+    monkeypatch.setattr(client, "FIRST_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.05)
 
 
 @pytest.fixture

@@ -56,9 +56,9 @@ def test_an_address_of_six_parts_is_written_in_brackets(tiny_folder):
 def test_other_machines_come_in_with_the_word_and_a_key_alone(tiny_folder, host):
     open_to_all, keyed = served(tiny_folder), served(tiny_folder, key_from="ROLLOUT_KEY")
     for spec in (open_to_all, keyed):
-        with pytest.raises(UnreadableInput, match="lets other machines in"):
+        with pytest.raises(UnreadableInput, match="lets other machines connect"):
             listen(spec, host=host)
-    with pytest.raises(UnreadableInput, match="must ask for a key"):
+    with pytest.raises(UnreadableInput, match="must require a key"):
         listen(open_to_all, host=host, allow_remote=True)
     assert listen(keyed, host=host, allow_remote=True).host == host
 
@@ -77,7 +77,7 @@ def test_the_command_is_vllms_with_the_door_and_the_settings_of_the_engine_in_pr
     student = ModelSpec(path="org/model", dtype="float32", revision="abc")
     command = serve.server_command(backend, student, "org/model", 300, where)
     flags = command[3:]
-    assert flags[flags.index("--middleware") + 1] == "sdkit.serving.gateway.Door"
+    assert flags[flags.index("--middleware") + 1] == "sdkit.serving.gateway.Gateway"
     assert flags[flags.index("--max-model-len") + 1] == "300"
     assert flags[flags.index("--revision") + 1] == "abc"
     assert flags[flags.index("--generation-config") + 1] == "vllm"
@@ -111,7 +111,7 @@ def test_the_environment_has_no_development_mode_and_only_this_servers_key(tmp_p
 
 def test_a_port_that_is_taken_is_said_before_anything_starts(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "vllm_version", lambda: "0.32.0")
-    monkeypatch.setattr(serve, "locate", None)
+    monkeypatch.setattr(serve, "resolve_model", None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -156,7 +156,7 @@ def test_the_command_line_hands_everything_on(tiny_folder, tmp_path, monkeypatch
     done = CliRunner().invoke(app, [*command, "--max-tokens", "99"])
     assert done.exit_code == 0, done.output
     [(checked, base, where, _, longest)] = seen
-    assert (where.port, longest, base) == (8005, 99, tmp_path)
+    assert (where.port, longest(""), base) == (8005, 99, tmp_path)
     assert checked.rollout.backend == VllmServerBackend()
 
 
@@ -171,13 +171,13 @@ time.sleep(300)
 SERVING = """
 import os, sys
 os.environ.pop("SDKIT_DEBUG", None)
-from sdkit.engine import serving
+from sdkit.serving import serve
 from sdkit.language.errors import ProcessDied
-serving.POLL = 0.05
+serve.POLL_SECONDS = 0.05
 try:
-    with serving._running([sys.executable, "-S", "-c", sys.argv[1]], os.environ) as process:
+    with serve._running_server([sys.executable, "-S", "-c", sys.argv[1]], os.environ) as process:
         print(process.pid, flush=True)
-        serving._until_asked(process)
+        serve._wait_for_exit(process)
 except ProcessDied as error:
     sys.exit(f"{error.exit_code}: {error}")
 """

@@ -20,8 +20,8 @@ def quick(monkeypatch):
     """Short pauses: what is waited for here is never far away."""
     from sdkit.serving import client
 
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(pool, "PAUSE", 0.05)
+    monkeypatch.setattr(client, "FIRST_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -109,8 +109,8 @@ def test_a_server_that_was_started_anew_gets_its_weights_and_the_batch_is_asked_
     server.start()
     assert tokens(drawn(world)) == expected
     assert len(server.loads) == 2
-    assert "was started anew; it gets the weights again" in capsys.readouterr().err
-    assert any("started anew" in told for told in world.server_messages())
+    assert "has restarted; sending the weights again" in capsys.readouterr().err
+    assert any("has restarted" in told for told in world.server_messages())
     assert world.server_messages() == []
 
 
@@ -131,7 +131,7 @@ def test_a_server_killed_in_the_middle_of_a_batch_is_waited_for(
     server.fault = fault
     assert tokens(drawn(world)) == expected
     said = capsys.readouterr().err
-    assert "a rollout server is away" in said
+    assert "a rollout server is unavailable" in said
     assert "no rollout server answers; waiting up to 20 s" in said
     assert "is back, with weights 0" in said
 
@@ -149,9 +149,9 @@ def test_where_one_of_several_dies_the_others_go_on_and_it_comes_back(
     advance(world, 1)
     assert drawn(world, 1).figures["servers"] == 1
     servers[0].start()
-    monkeypatch.setattr(pool, "LOOK_AGAIN", 0.0)
+    monkeypatch.setattr(pool, "RECHECK_SECONDS", 0.0)
     for member in world.pool._members:
-        member.look_at = 0.0
+        member.retry_at = 0.0
     before = len(servers[0].asked)
     drawn(world, 1)
     assert len(servers[0].asked) > before
@@ -193,7 +193,7 @@ def test_a_server_that_loses_every_batch_ends_the_run(serve, tiny_folder, tmp_pa
     drawn(world)
 
     def forgets(_):
-        server.door.loaded = None
+        server.gateway.loaded = None
         return 503
 
     server.fault = forgets
@@ -227,8 +227,8 @@ def test_other_weights_than_the_trainers_are_seen(serve, tiny_folder, tmp_path, 
     [
         ({"config": {"hidden_size": 7}}, "its model has hidden_size 7, the student"),
         ({"config": {"vocab_size": 7}}, "its model has vocab_size 7, the student"),
-        ({"max_tokens": 20}, "tokens, a rollout server takes 20"),
-        ({"folder": "elsewhere"}, "does not see there what this run writes to"),
+        ({"max_tokens": 20}, "tokens, a rollout server accepts 20"),
+        ({"folder": "elsewhere"}, "does not contain what this run writes to"),
     ],
     ids=["another model", "another vocabulary", "too short", "another folder"],
 )
@@ -240,7 +240,7 @@ def test_a_server_that_does_not_fit_is_refused_before_anything_is_loaded(
     [server] = serve()
     for name, value in change.items():
         if name == "folder":
-            server.door.folder = tmp_path / value
+            server.gateway.folder = tmp_path / value
         else:
             setattr(server, name, value)
     monkeypatch.setattr(run, "TrainState", None)  # whoever loads a model calls it
@@ -257,10 +257,10 @@ def test_another_precision_or_version_is_refused(
 
     [server] = serve()
     spec = served_by([server], tmp_path, tiny_folder, backend={"dtype": "bfloat16"})
-    with pytest.raises(BadEnvironment, match="serves float32, and the run wants bfloat16"):
+    with pytest.raises(BadEnvironment, match="serves float32, the run needs bfloat16"):
         run.open_train_state(spec, tmp_path)
     monkeypatch.setattr(protocol, "__version__", "9.9")
-    with pytest.raises(BadEnvironment, match=r"the trainer of 9\.9"):
+    with pytest.raises(BadEnvironment, match=r"the trainer 9\.9"):
         run.open_train_state(served_by([server], tmp_path, tiny_folder), tmp_path)
 
 

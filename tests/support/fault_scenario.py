@@ -98,7 +98,7 @@ def command(*words):
     from sdkit import cli
     from sdkit.distributed import zero
 
-    zero.DEADLINE = timedelta(seconds=SILENCE)
+    zero.COLLECTIVE_TIMEOUT = timedelta(seconds=SILENCE)
     sys.argv = ["sdkit", *map(str, words)]
     cli.main()
 

@@ -41,7 +41,7 @@ def warm():
 
     llama = transformers.models.llama.modeling_llama
     assert all((plot, deepspeed, original_muon, matplotlib.pyplot, peft, llama))
-    zero._set_imports_aside()
+    zero._freeze_imported_objects()
 
 
 def ranks(count, run, folder, patience=PATIENCE):

@@ -1,4 +1,4 @@
-"""Rollout servers in threads of the test: the real door over HTTP, and behind it the tiny model instead of vLLM."""
+"""Rollout servers in threads of the test: the real gateway over HTTP, and behind it the tiny model instead of vLLM."""
 
 import asyncio
 import json
@@ -40,16 +40,16 @@ class TinySampler:
     def start(self):
         self.causal = self.load()
         self.lock = threading.Lock()
-        door = Gateway(
+        gateway = Gateway(
             self._behind, {FOLDER: str(self.folder)} | ({KEY: self.key} if self.key else {})
         )
         state = SimpleNamespace(engine_client=self)
 
         async def app(scope, receive, send):
             scope["app"] = SimpleNamespace(state=state)
-            await door(scope, receive, send)
+            await gateway(scope, receive, send)
 
-        self.door = door
+        self.gateway = gateway
         config = uvicorn.Config(
             app, host="127.0.0.1", port=self.port, log_level="critical", lifespan="off"
         )
@@ -72,7 +72,7 @@ class TinySampler:
 
     close = kill
 
-    # ── what the door asks of vLLM's engine ──
+    # ── what the gateway asks of vLLM's engine ──
 
     @property
     def model_config(self):
@@ -129,7 +129,7 @@ class TinySampler:
         if self.fault and (status := self.fault(len(self.asked))):
             return status, {"error": {"message": "as the test wants"}}
         self.asked.append(
-            {"prompt": tuple(ids), "seed": body.get("seed"), "weights": dict(self.door.loaded)}
+            {"prompt": tuple(ids), "seed": body.get("seed"), "weights": dict(self.gateway.loaded)}
         )
         backend = TransformersRollouts(self.tokenizer, 1, tuple(body["stop_token_ids"]))
         backend.load(Weights(self.causal), 0)

@@ -66,7 +66,7 @@ def server(other_folder):
 
 @pytest.fixture
 def served(server, monkeypatch):
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client, "FIRST_RETRY_DELAY", 0.01)
 
     def build(**changes):
         return ServedWeights(**({"url": server.url, "model": "big"} | changes))
@@ -277,7 +277,7 @@ def test_too_few_logprobs(refused, served):
 
 def test_sequences_that_are_too_long(refused, served, monkeypatch):
     monkeypatch.setattr("sdkit.serving.tiny_server.CONTEXT", 40)
-    error = refused(served(), BadData, "the served teacher big takes 39")
+    error = refused(served(), BadData, "the served teacher big accepts 39")
     assert "--max-model-len" in error.hint
 
 
@@ -330,7 +330,7 @@ def test_a_server_that_answers_nonsense_ends_the_run(
     world = open_tiny(make_spec(tiny_folder, teacher=teacher(served()), losses=TOP))
     for said, message in (
         ({"choices": [{"prompt_logprobs": None}]}, "without the log-probabilities of the prompt"),
-        ({"choices": [{"prompt_logprobs": [None]}]}, "told of 1 tokens for"),
+        ({"choices": [{"prompt_logprobs": [None]}]}, "returned 1 tokens for"),
         ({"choices": []}, "without the log-probabilities of the prompt"),
     ):
         monkeypatch.setattr(server, "reply", lambda path, body, said=said: (200, said))
