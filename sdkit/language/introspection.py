@@ -40,13 +40,13 @@ class Key:
 
 @cache
 def keys_of(cls: type) -> dict[str, Key]:
-    """The keys of a spec class, in order."""
+    """The keys of a spec class in order; those of a kind before those it shares with other kinds."""
     hints = typing.get_type_hints(cls)
-    found = {}
-    for a in attrs.fields(cls):
+    keys = {}
+    for a in sorted(attrs.fields(cls), key=lambda a: a.inherited and hasattr(cls, "kind")):
         name = a.metadata.get("key") or a.name
         meta = a.metadata
-        found[name] = Key(
+        keys[name] = Key(
             name,
             a.name,
             hints[a.name],
@@ -56,7 +56,7 @@ def keys_of(cls: type) -> dict[str, Key]:
             meta.get("each"),
             meta.get("names"),
         )
-    return found
+    return keys
 
 
 def is_spec(tp: Any) -> bool:

@@ -10,20 +10,19 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, assert_never
 
 from sdkit.language.specs import (
-    CrossEntropy,
     Distillation,
     DriftWeight,
     ExperimentSpec,
     FileWeight,
-    LossTerm,
+    LossSpec,
     PassRateWeight,
     PerplexityWeight,
     PolicyGradient,
     PositionWeight,
-    ReferenceKl,
     Schedule,
     TeacherEntropyWeight,
     Weight,
+    WeightedLossSpec,
     nothing_without_teacher,
     teacher_part,
 )
@@ -39,7 +38,7 @@ Key = tuple[str, ...]
 """Where a setting stands below its term."""
 
 
-def term_statistics(term: LossTerm) -> Iterator[tuple[Statistic, Key]]:
+def term_statistics(term: LossSpec) -> Iterator[tuple[Statistic, Key]]:
     """Each measure that the term's mask, weight or advantage is made of, with the setting that asks for it."""
     if term.mask.teacher_entropy_above is not None:
         yield "teacher_entropy", ("mask", "teacher_entropy_above")
@@ -70,7 +69,7 @@ def _weight_measures(weight: Weight | None) -> tuple[Statistic, ...]:
             assert_never(weight)
 
 
-def required_statistics(losses: Mapping[str, LossTerm]) -> dict[Statistic, tuple[str, ...]]:
+def required_statistics(losses: Mapping[str, LossSpec]) -> dict[Statistic, tuple[str, ...]]:
     """Each measure that the terms ask for, with the settings that do (`losses.distil.weight`), in fixed order."""
     found: dict[Statistic, list[str]] = {measure: [] for measure in STATISTICS}
     for name, term in losses.items():
@@ -89,30 +88,24 @@ def needs_old_logprobs(spec: ExperimentSpec) -> bool:
     return spec.training.updates_per_rollout > 1 and corrected
 
 
-def needs_teacher_scores(term: LossTerm) -> bool:
+def needs_teacher_scores(term: LossSpec) -> bool:
     """Whether the term cannot do without the teacher: it counts no token of a rollout without a teacher prompt."""
     asked = (measure for measure, _ in term_statistics(term))
     return nothing_without_teacher(term) or any(measure.startswith("teacher") for measure in asked)
 
 
-def weight_of(term: LossTerm) -> Weight | None:
+def weight_of(term: LossSpec) -> Weight | None:
     """What the term's tokens weigh; None where all weigh the same."""
-    match term:
-        case Distillation() | CrossEntropy() | PolicyGradient():
-            return term.weight
-        case ReferenceKl():
-            return None
-        case _:
-            assert_never(term)
+    return term.weight if isinstance(term, WeightedLossSpec) else None
 
 
-def floor_that_leaves_out(term: LossTerm) -> float | Schedule | None:
+def floor_that_leaves_out(term: LossSpec) -> float | Schedule | None:
     """The log-ratio below which the term does not count a token, where it has one."""
     part = teacher_part(term.advantage) if isinstance(term, PolicyGradient) else None
     return part.floor if part and part.below_floor == "leave_out" else None
 
 
-def uses_reward(term: LossTerm) -> Key | None:
+def uses_reward(term: LossSpec) -> Key | None:
     """The setting of the term's weight that needs the reward of training, where there is one."""
     match weight_of(term):
         case PassRateWeight():

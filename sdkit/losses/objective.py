@@ -22,7 +22,8 @@ from sdkit.language.specs import (
     ImportanceSpec,
     Jsd,
     LinearMix,
-    LossTerm,
+    Loss,
+    LossSpec,
     MaskSpec,
     PerSequence,
     PerToken,
@@ -110,7 +111,7 @@ class Objective:
 
     def __init__(
         self,
-        losses: Mapping[str, LossTerm],
+        losses: Mapping[str, Loss],
         temperature: float,
         functions: Mapping[str, UserDivergence] | None = None,
     ) -> None:
@@ -257,7 +258,7 @@ class Objective:
 
 
 def sampler_ratio(
-    losses: Mapping[str, LossTerm], student_logprobs: Tensor, tokens: Tokens, rows: int
+    losses: Mapping[str, LossSpec], student_logprobs: Tensor, tokens: Tokens, rows: int
 ) -> Tensor:
     """What `Tokens.ratio` holds: the sampler ratio, capped per token, then averaged over each sequence.
 
@@ -279,7 +280,7 @@ def sampler_ratio(
     return ratio.masked_scatter(counts, sequence_mean(capped, tokens.row[counts], rows))
 
 
-def _sequence_mean_terms(losses: Mapping[str, LossTerm]) -> dict[str, float]:
+def _sequence_mean_terms(losses: Mapping[str, LossSpec]) -> dict[str, float]:
     """Name and cap of each term whose sampler ratio is averaged per sequence."""
     corrected = {n: t for n, t in losses.items() if isinstance(t, Distillation | PolicyGradient)}
     samplers = {n: t.importance.sampler for n, t in corrected.items()}

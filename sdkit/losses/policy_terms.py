@@ -20,7 +20,7 @@ from sdkit.language.specs import (
     GroupRelative,
     ImportanceSpec,
     LogRatio,
-    LossTerm,
+    LossSpec,
     PolicyGradient,
     ReferenceKl,
     reward_part,
@@ -51,12 +51,12 @@ Measures = dict[str, Tensor]
 # ── before the first chunk ────────────────────────────────────────────────────────────────────
 
 
-def policy_gradients(losses: Mapping[str, LossTerm]) -> dict[str, PolicyGradient]:
+def policy_gradients(losses: Mapping[str, LossSpec]) -> dict[str, PolicyGradient]:
     """The terms of that kind, by name."""
     return {name: term for name, term in losses.items() if isinstance(term, PolicyGradient)}
 
 
-def group_relative(losses: Mapping[str, LossTerm]) -> GroupRelative | None:
+def group_relative(losses: Mapping[str, LossSpec]) -> GroupRelative | None:
     """The advantage that `Tokens.advantages` holds.  Raises ValueError where two terms ask for different ones."""
     terms = policy_gradients(losses).values()
     asked = {part for t in terms if (part := reward_part(t.advantage))}
@@ -66,7 +66,7 @@ def group_relative(losses: Mapping[str, LossTerm]) -> GroupRelative | None:
 
 
 def reward_advantages(
-    losses: Mapping[str, LossTerm], rewards: Tensor, group: Tensor
+    losses: Mapping[str, LossSpec], rewards: Tensor, group: Tensor
 ) -> Tensor | None:
     """Each rollout's advantage, [N]; None where no term needs it.
 
@@ -78,7 +78,7 @@ def reward_advantages(
     return group_advantages(rewards, group, spec.baseline, spec.scale, plain(spec.eps))
 
 
-def needs_sequence_means(losses: Mapping[str, LossTerm]) -> bool:
+def needs_sequence_means(losses: Mapping[str, LossSpec]) -> bool:
     """Whether `Tokens.sequence_means` must be filled before the first chunk."""
     return any(
         term.ratio == "sequence" or _centered(term) for term in policy_gradients(losses).values()
@@ -86,7 +86,7 @@ def needs_sequence_means(losses: Mapping[str, LossTerm]) -> bool:
 
 
 def sequence_means(
-    losses: Mapping[str, LossTerm], now: Tensor, teacher: Tensor | None, tokens: Tokens, rows: int
+    losses: Mapping[str, LossSpec], now: Tensor, teacher: Tensor | None, tokens: Tokens, rows: int
 ) -> dict[str, Tensor]:
     """What `Tokens.sequence_means` holds: means over the tokens of each sequence that a term counts.
 

@@ -9,7 +9,7 @@ from attrs import evolve
 
 from sdkit.batches import Attempt, GroupOutcome, RolloutBatch
 from sdkit.language.schedules import plain
-from sdkit.language.specs import LossTerm
+from sdkit.language.specs import LossSpec
 from sdkit.losses.policy import overlong_share
 from sdkit.losses.policy_terms import group_relative, reward_advantages
 from sdkit.rewards.scoring import ScoredCompletion
@@ -40,7 +40,7 @@ def group_outcomes(
 
 
 def with_advantages(
-    losses: Mapping[str, LossTerm], batch: RolloutBatch, everywhere: AllGather, longest: int
+    losses: Mapping[str, LossSpec], batch: RolloutBatch, everywhere: AllGather, longest: int
 ) -> RolloutBatch:
     """The rollouts with their reward against their group, where a term asks for it; a batch's spread is all ranks'.
 

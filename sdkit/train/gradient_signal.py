@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from sdkit.batches import MicroBatch
-from sdkit.language.specs import CrossEntropy, LossTerm, Table
+from sdkit.language.specs import CrossEntropy, LossSpec, Table
 from sdkit.train.step import Student
 
 NOISE = 1e-5
@@ -40,7 +40,7 @@ def watch(student: Student) -> list[Pass]:
 
     def projected(hidden: Tensor, batch: MicroBatch, *given: Any) -> Any:
         if torch.is_grad_enabled():
-            losses: Table[LossTerm] = given[-1]
+            losses: Table[LossSpec] = given[-1]
             imitated = Table(
                 {n: CrossEntropy(coefficient=t.coefficient) for n, t in losses.items()}
             )

@@ -27,7 +27,7 @@ from sdkit.language.specs import (
     DriftWeight,
     FileWeight,
     Given,
-    LossTerm,
+    LossSpec,
     PassRateWeight,
     PerplexityWeight,
     PositionWeight,
@@ -46,7 +46,7 @@ UserFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 def build_loss_masks(
     batch: RolloutBatch,
-    losses: Mapping[str, LossTerm],
+    losses: Mapping[str, LossSpec],
     *,
     everywhere: AllGather,
     route: RouteSpec | None = None,
@@ -89,7 +89,7 @@ def branch_of(route: RouteSpec, rollout: Rollout) -> Literal["then", "otherwise"
 
 def _term_masks(
     name: str,
-    term: LossTerm,
+    term: LossSpec,
     rollouts: Sequence[Rollout],
     everywhere: AllGather,
     route: RouteSpec | None,
@@ -104,7 +104,7 @@ def _term_masks(
     return tokens.split(weights)
 
 
-def _span(name: str, term: LossTerm, rollout: Rollout, route: RouteSpec | None) -> range:
+def _span(name: str, term: LossSpec, rollout: Rollout, route: RouteSpec | None) -> range:
     """The stretch of the completion that the term's mask leaves; empty where the rollout is not the term's."""
     elsewhere = {"then": "otherwise", "otherwise": "then"}
     routed_away = route and rollout.branch and name in getattr(route, elsewhere[rollout.branch])
@@ -171,7 +171,7 @@ class _Tokens:
 
 
 def _apply_mask(
-    term: LossTerm, tokens: _Tokens, everywhere: AllGather, special: Collection[int]
+    term: LossSpec, tokens: _Tokens, everywhere: AllGather, special: Collection[int]
 ) -> _Tokens:
     """What else the mask leaves out; the share of largest entropies last, over the tokens that are left then."""
     mask = term.mask

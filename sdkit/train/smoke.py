@@ -37,7 +37,7 @@ from sdkit.language.specs import (
     GroupRelative,
     InlineSource,
     LoraSpec,
-    LossTerm,
+    Loss,
     MethodSpec,
     ModelSpec,
     OptimizerSpec,
@@ -240,7 +240,7 @@ def _weights(weights: T, url: str) -> T:
     return weights
 
 
-def _term(term: LossTerm, home: Path) -> LossTerm:
+def _term(term: Loss, home: Path) -> Loss:
     weight = weight_of(term)
     if isinstance(weight, FileWeight):
         term = evolve(term, weight=evolve(weight, file=str(home / weight.file)))

@@ -25,7 +25,7 @@ from sdkit.language.specs import (
     ExtrapolateBlend,
     FrozenWeights,
     GeometricBlend,
-    LossTerm,
+    Loss,
     ModelSpec,
     ProductBlend,
     ReplayBackend,
@@ -287,7 +287,7 @@ class TrainState:
         return self.spec.teacher and at_step(self.spec.teacher.blend, self.optimizer_steps)
 
     @property
-    def losses(self) -> Table[LossTerm]:
+    def losses(self) -> Table[Loss]:
         """The terms of the objective, every number as it is at the current optimizer step."""
         return at_step(self.spec.losses, self.optimizer_steps)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sdkit.batches import LogitTransform, MicroBatch, RolloutBatch, TeacherScores, Tokens
 from sdkit.distributed import collectives
 from sdkit.language.schedules import scalar_at, schedules
-from sdkit.language.specs import LossTerm, OptimizerSpec, Table, needs_teacher
+from sdkit.language.specs import Loss, OptimizerSpec, Table, needs_teacher
 from sdkit.losses.chunks import (
     projected_loss,
     scored_logprobs,
@@ -84,7 +84,7 @@ class Student(nn.Module):
         batch: MicroBatch,
         scores: TeacherScores | None,
         reference: TeacherScores | None,
-        losses: Table[LossTerm],
+        losses: Table[Loss],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         hidden = self.weights.selected_states(batch.student)
         with_head = self.weights.sharding.run_with_head
@@ -96,7 +96,7 @@ class Student(nn.Module):
         batch: MicroBatch,
         scores: TeacherScores | None,
         reference: TeacherScores | None,
-        losses: Table[LossTerm],
+        losses: Table[Loss],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         objective = Objective(losses, self.temperature, self.functions)
         return projected_loss(
@@ -199,7 +199,7 @@ def evaluate_objective(world: TrainState, rollouts: RolloutBatch) -> dict[str, f
     return average_metrics(sums, collated)
 
 
-def _collate(world: TrainState, rollouts: RolloutBatch, losses: Table[LossTerm]) -> CollatedBatch:
+def _collate(world: TrainState, rollouts: RolloutBatch, losses: Table[Loss]) -> CollatedBatch:
     """This rank's micro-batches, as many as any rank has."""
     collated = collate(
         list(rollouts),

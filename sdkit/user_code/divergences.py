@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdkit.language.errors import BadData, blaming
 from sdkit.language.errors import Path as Blame
-from sdkit.language.specs import Distillation, FileDivergence, LossTerm
+from sdkit.language.specs import Distillation, FileDivergence, LossSpec
 from sdkit.language.user_functions import failure, load_function
 from sdkit.losses.selftest import faults
 
@@ -53,7 +53,7 @@ class UserDivergence:
         return BadData(f"{self.spec.function} in {self.spec.file} {what}")
 
 
-def open_user_divergences(losses: Mapping[str, LossTerm], base: Path) -> dict[str, UserDivergence]:
+def open_user_divergences(losses: Mapping[str, LossSpec], base: Path) -> dict[str, UserDivergence]:
     """The users' functions among the terms' divergences, by term, each tried out."""
     found: dict[str, UserDivergence] = {}
     for name, term in losses.items():

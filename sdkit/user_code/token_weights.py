@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdkit.language.errors import BadData, blaming
 from sdkit.language.required_statistics import weight_of
-from sdkit.language.specs import FileWeight, LossTerm
+from sdkit.language.specs import FileWeight, LossSpec
 from sdkit.language.user_functions import failure, load_function
 
 Features = Mapping[str, Tensor]
@@ -80,7 +80,7 @@ class UserWeight:
             raise self._refused(what, hint)
 
 
-def open_user_weights(losses: Mapping[str, LossTerm], base: Path) -> dict[str, UserWeight]:
+def open_user_weights(losses: Mapping[str, LossSpec], base: Path) -> dict[str, UserWeight]:
     """The users' functions among the terms' weights, by term, each tried out."""
     found: dict[str, UserWeight] = {}
     for name, term in losses.items():

@@ -1,4 +1,4 @@
-"""Every incompatibility in the toolkit: checks across fields, one function per rule."""
+"""Every rule of the language: checks across fields, one function per rule."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def check(spec: MethodSpec | ExperimentSpec, loaded: Loaded) -> list[Problem]:
-    """All rules over one spec; of each the first findings, more than are shown."""
+    """The problems that all rules find in a spec; at most MOST_SHOWN per rule."""
     context = Context(loaded)
     is_run = isinstance(spec, ExperimentSpec)
     return [
