@@ -1,9 +1,10 @@
 """Every spec class of the language.
 
-`fields` has the means to declare a class.  `rollouts`, `contexts`, `teachers`, `blends`, `losses`, `divergences` and
-`token_weights` make up a `method`; `data`, `scores` and `run` have what a run needs besides.
+`fields` has the means to declare a class.  `rollouts`, `contexts`, `teachers`, `blends`, `losses`, `divergences`,
+`advantages` and `token_weights` make up a `method`; `data`, `scores` and `run` have what a run needs besides.
 """
 
+from sdkit.language.specs.advantages import *  # noqa: F403
 from sdkit.language.specs.blends import *  # noqa: F403
 from sdkit.language.specs.contexts import *  # noqa: F403
 from sdkit.language.specs.data import *  # noqa: F403
