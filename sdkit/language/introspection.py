@@ -40,10 +40,10 @@ class Key:
 
 @cache
 def keys_of(cls: type) -> dict[str, Key]:
-    """Returns the keys of a spec class by their YAML name, in order."""
+    """Returns the keys of a spec class by their YAML name: a kind's own keys, then those it shares with other kinds."""
     hints = typing.get_type_hints(cls)
     keys = {}
-    for a in attrs.fields(cls):
+    for a in sorted(attrs.fields(cls), key=lambda a: a.inherited and hasattr(cls, "kind")):
         name = a.metadata.get("key") or a.name
         meta = a.metadata
         keys[name] = Key(

@@ -25,7 +25,7 @@ from sdkit.language.specs import (
     Keep,
     LinearMix,
     LogRatio,
-    LossTerm,
+    LossSpec,
     MethodSpec,
     MixtureSamples,
     NonConstantGroup,
@@ -267,7 +267,7 @@ def _average(average: Average) -> str:
             assert_never(average)
 
 
-def _mask(term: LossTerm) -> str:
+def _mask(term: LossSpec) -> str:
     mask = term.mask
     parts = [
         f"first {mask.skip_first} tokens left out" * bool(mask.skip_first),

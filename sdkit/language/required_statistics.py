@@ -11,20 +11,19 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, assert_never
 
 from sdkit.language.specs import (
-    CrossEntropy,
     Distillation,
     DriftWeight,
     ExperimentSpec,
     FileWeight,
-    LossTerm,
+    LossSpec,
     PassRateWeight,
     PerplexityWeight,
     PolicyGradient,
     PositionWeight,
-    ReferenceKl,
     Schedule,
     TeacherEntropyWeight,
     Weight,
+    WeightedLossSpec,
     nothing_without_teacher,
     teacher_part,
 )
@@ -40,7 +39,7 @@ Key = tuple[str, ...]
 """The path of a setting below its term."""
 
 
-def term_statistics(term: LossTerm) -> Iterator[tuple[Statistic, Key]]:
+def term_statistics(term: LossSpec) -> Iterator[tuple[Statistic, Key]]:
     """Yields each statistic that the term's mask, weight or advantage needs, with the setting that needs it."""
     if term.mask.teacher_entropy_above is not None:
         yield "teacher_entropy", ("mask", "teacher_entropy_above")
@@ -71,7 +70,7 @@ def _weight_statistics(weight: Weight | None) -> tuple[Statistic, ...]:
             assert_never(weight)
 
 
-def required_statistics(losses: Mapping[str, LossTerm]) -> dict[Statistic, tuple[str, ...]]:
+def required_statistics(losses: Mapping[str, LossSpec]) -> dict[Statistic, tuple[str, ...]]:
     """Returns each statistic that the terms need, in a fixed order, with the settings that need it.
 
     A setting is written as its path: `losses.distil.weight`.
@@ -93,30 +92,24 @@ def needs_old_logprobs(spec: ExperimentSpec) -> bool:
     return spec.training.updates_per_rollout > 1 and has_ratio
 
 
-def needs_teacher_scores(term: LossTerm) -> bool:
+def needs_teacher_scores(term: LossSpec) -> bool:
     """Whether the term needs teacher scores, so that it skips rollouts without a teacher prompt."""
     statistics = (statistic for statistic, _ in term_statistics(term))
     return nothing_without_teacher(term) or any(s.startswith("teacher") for s in statistics)
 
 
-def weight_of(term: LossTerm) -> Weight | None:
+def weight_of(term: LossSpec) -> Weight | None:
     """Returns the token weight of the term; None if all tokens weigh the same."""
-    match term:
-        case Distillation() | CrossEntropy() | PolicyGradient():
-            return term.weight
-        case ReferenceKl():
-            return None
-        case _:
-            assert_never(term)
+    return term.weight if isinstance(term, WeightedLossSpec) else None
 
 
-def masking_floor(term: LossTerm) -> float | Schedule | None:
+def masking_floor(term: LossSpec) -> float | Schedule | None:
     """Returns the log-ratio below which the term masks a token out, if it has one."""
     part = teacher_part(term.advantage) if isinstance(term, PolicyGradient) else None
     return part.floor if part and part.below_floor == "leave_out" else None
 
 
-def reward_setting(term: LossTerm) -> Key | None:
+def reward_setting(term: LossSpec) -> Key | None:
     """Returns the setting of the term's weight that needs the training reward, if there is one."""
     match weight_of(term):
         case PassRateWeight():

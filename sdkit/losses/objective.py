@@ -25,7 +25,7 @@ from sdkit.language.specs import (
     ImportanceSpec,
     Jsd,
     LinearMix,
-    LossTerm,
+    Loss,
     MaskSpec,
     PerSequence,
     PerToken,
@@ -106,7 +106,7 @@ class Objective:
 
     def __init__(
         self,
-        losses: Mapping[str, LossTerm],
+        losses: Mapping[str, Loss],
         temperature: float,
         functions: Mapping[str, UserDivergence] | None = None,
     ) -> None:
@@ -248,7 +248,7 @@ class Objective:
 
 
 def sampler_ratio(
-    losses: Mapping[str, LossTerm], student_logprobs: Tensor, tokens: Tokens, rows: int
+    losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: Tokens, rows: int
 ) -> Tensor:
     """Returns the values of `Tokens.ratio`: the sampler ratio, capped per token, then averaged over each sequence.
 
@@ -270,7 +270,7 @@ def sampler_ratio(
     return ratio.masked_scatter(counts, sequence_mean(capped, tokens.row[counts], rows))
 
 
-def _sequence_mean_terms(losses: Mapping[str, LossTerm]) -> dict[str, float]:
+def _sequence_mean_terms(losses: Mapping[str, Loss]) -> dict[str, float]:
     """Returns name and cap of each term whose sampler ratio is averaged per sequence."""
     corrected = {n: t for n, t in losses.items() if isinstance(t, Distillation | PolicyGradient)}
     samplers = {n: t.importance.sampler for n, t in corrected.items()}

@@ -1,4 +1,4 @@
-"""Loss terms of sampled tokens: policy gradient, KL to the reference model, and importance corrections.
+"""LossSpec terms of sampled tokens: policy gradient, KL to the reference model, and importance corrections.
 
 `objective.py` calls these functions for each chunk; the mathematics is in `policy.py`.  `temperature` is always the
 sampling temperature.
@@ -20,7 +20,7 @@ from sdkit.language.specs import (
     GroupRelative,
     ImportanceSpec,
     LogRatio,
-    LossTerm,
+    LossSpec,
     PolicyGradient,
     ReferenceKl,
     reward_part,
@@ -51,12 +51,12 @@ LossMetrics = dict[str, Tensor]
 # ── before the first chunk ────────────────────────────────────────────────────────────────────
 
 
-def policy_gradients(losses: Mapping[str, LossTerm]) -> dict[str, PolicyGradient]:
+def policy_gradients(losses: Mapping[str, LossSpec]) -> dict[str, PolicyGradient]:
     """Returns the policy-gradient terms, by name."""
     return {name: term for name, term in losses.items() if isinstance(term, PolicyGradient)}
 
 
-def group_relative(losses: Mapping[str, LossTerm]) -> GroupRelative | None:
+def group_relative(losses: Mapping[str, LossSpec]) -> GroupRelative | None:
     """Returns the spec of `Tokens.advantages`, or None.  Raises ValueError if two terms ask for different ones."""
     terms = policy_gradients(losses).values()
     specs = {part for t in terms if (part := reward_part(t.advantage))}
@@ -66,7 +66,7 @@ def group_relative(losses: Mapping[str, LossTerm]) -> GroupRelative | None:
 
 
 def reward_advantages(
-    losses: Mapping[str, LossTerm], rewards: Tensor, group: Tensor
+    losses: Mapping[str, LossSpec], rewards: Tensor, group: Tensor
 ) -> Tensor | None:
     """Returns each rollout's advantage, [N]; None if no term needs it.
 
@@ -78,7 +78,7 @@ def reward_advantages(
     return group_advantages(rewards, group, spec.baseline, spec.scale, plain(spec.eps))
 
 
-def needs_sequence_means(losses: Mapping[str, LossTerm]) -> bool:
+def needs_sequence_means(losses: Mapping[str, LossSpec]) -> bool:
     """Whether `Tokens.sequence_means` must be filled before the first chunk."""
     return any(
         term.ratio == "sequence" or _centered(term) for term in policy_gradients(losses).values()
@@ -86,7 +86,7 @@ def needs_sequence_means(losses: Mapping[str, LossTerm]) -> bool:
 
 
 def sequence_means(
-    losses: Mapping[str, LossTerm], now: Tensor, teacher: Tensor | None, tokens: Tokens, rows: int
+    losses: Mapping[str, LossSpec], now: Tensor, teacher: Tensor | None, tokens: Tokens, rows: int
 ) -> dict[str, Tensor]:
     """Returns the values of `Tokens.sequence_means`: means over the tokens of each sequence that a term counts.
 

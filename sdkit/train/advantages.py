@@ -9,7 +9,7 @@ from attrs import evolve
 
 from sdkit.batches import Attempt, GroupOutcome, RolloutBatch
 from sdkit.language.schedules import plain
-from sdkit.language.specs import LossTerm
+from sdkit.language.specs import LossSpec
 from sdkit.losses.policy import overlong_share
 from sdkit.losses.policy_terms import group_relative, reward_advantages
 from sdkit.rewards.scoring import ScoredCompletion
@@ -42,7 +42,7 @@ def group_outcomes(
 
 
 def with_advantages(
-    losses: Mapping[str, LossTerm], batch: RolloutBatch, all_gather: AllGather, max_new_tokens: int
+    losses: Mapping[str, LossSpec], batch: RolloutBatch, all_gather: AllGather, max_new_tokens: int
 ) -> RolloutBatch:
     """Return the rollouts with group-relative advantages, or unchanged if no term uses them or a reward is missing.
 

@@ -9,7 +9,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from sdkit.batches import Counts, LossMask, MicroBatch, PaddedSequences, Rollout, Tokens
-from sdkit.language.specs import LossTerm, PerToken, Table, needs_teacher
+from sdkit.language.specs import LossSpec, PerToken, Table, needs_teacher
 from sdkit.losses.objective import row_weights
 from sdkit.models.packing import pad_sequences, padded_tokens
 
@@ -26,7 +26,7 @@ class CollatedBatch:
 
 def collate(
     rollouts: Sequence[Rollout],
-    losses: Table[LossTerm],
+    losses: Table[LossSpec],
     budget: int,
     all_reduce_sum: Callable[[Tensor], Tensor],
     device: torch.device,
@@ -99,7 +99,7 @@ def _loss_mask(rollout: Rollout, name: str) -> LossMask:
 
 
 def _divisors(
-    losses: Table[LossTerm], counts: dict[str, Counts], completions: int
+    losses: Table[LossSpec], counts: dict[str, Counts], completions: int
 ) -> dict[str, Counts]:
     """Return the counts that each term's average divides by.
 

@@ -10,7 +10,7 @@ from attrs import frozen
 from torch import Tensor
 
 from sdkit.batches import MicroBatch
-from sdkit.language.specs import CrossEntropy, LossTerm, Table
+from sdkit.language.specs import CrossEntropy, LossSpec, Table
 from sdkit.train.student import Student
 
 NOISE_RATIO = 1e-5
@@ -40,7 +40,7 @@ def record_gradient_norms(student: Student) -> list[GradientNorms]:
     original: Callable[..., Any] = student._projected_loss
 
     def recorded(
-        hidden: Tensor, batch: MicroBatch, scores: Any, reference: Any, losses: Table[LossTerm]
+        hidden: Tensor, batch: MicroBatch, scores: Any, reference: Any, losses: Table[LossSpec]
     ) -> Any:
         if torch.is_grad_enabled():
             imitation = Table(

@@ -11,7 +11,7 @@ from typing import Any
 
 from sdkit.batches import GroupOutcome, Row
 from sdkit.data.prompts import Prompter, TeacherPrompt, check_prompts, check_repeatable
-from sdkit.data.rows import drop_overlap, fingerprint, load_rows, positions
+from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.data.thinking import answer_text
 from sdkit.data.turn_ends import end_token
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten

@@ -1,4 +1,4 @@
-"""Loss masks: the tokens that each loss term counts, and their weights.
+"""LossSpec masks: the tokens that each loss term counts, and their weights.
 
 They are computed once per rollout batch, before its first update.  Shares, means and pass rates are taken over the
 full rollout batch on all ranks, even if the batch is then split into several updates, so a token's mask and weight depend
@@ -27,7 +27,7 @@ from sdkit.language.specs import (
     DriftWeight,
     FileWeight,
     Given,
-    LossTerm,
+    LossSpec,
     PassRateWeight,
     PerplexityWeight,
     PositionWeight,
@@ -46,7 +46,7 @@ UserFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 def build_loss_masks(
     batch: RolloutBatch,
-    losses: Mapping[str, LossTerm],
+    losses: Mapping[str, LossSpec],
     *,
     all_gather: AllGather,
     route: RouteSpec | None = None,
@@ -90,7 +90,7 @@ def branch_of(route: RouteSpec, rollout: Rollout) -> Literal["then", "otherwise"
 
 def _term_masks(
     name: str,
-    term: LossTerm,
+    term: LossSpec,
     rollouts: Sequence[Rollout],
     all_gather: AllGather,
     route: RouteSpec | None,
@@ -105,7 +105,7 @@ def _term_masks(
     return tokens.split(weights)
 
 
-def _span(name: str, term: LossTerm, rollout: Rollout, route: RouteSpec | None) -> range:
+def _span(name: str, term: LossSpec, rollout: Rollout, route: RouteSpec | None) -> range:
     """Return the completion positions within the term's mask; empty if the term does not apply to the rollout."""
     other_branch = {"then": "otherwise", "otherwise": "then"}
     routed_away = route and rollout.branch and name in getattr(route, other_branch[rollout.branch])
@@ -175,7 +175,7 @@ class _Tokens:
 
 
 def _apply_mask(
-    term: LossTerm, tokens: _Tokens, all_gather: AllGather, special: Collection[int]
+    term: LossSpec, tokens: _Tokens, all_gather: AllGather, special: Collection[int]
 ) -> _Tokens:
     """Return the tokens within the term's span that its mask keeps.
 

@@ -37,7 +37,7 @@ from sdkit.language.specs import (
     GroupRelative,
     InlineSource,
     LoraSpec,
-    LossTerm,
+    Loss,
     MethodSpec,
     ModelSpec,
     OptimizerSpec,
@@ -243,7 +243,7 @@ def _tiny_weights(weights: T, url: str) -> T:
     return weights
 
 
-def _small_loss(term: LossTerm, home: Path) -> LossTerm:
+def _small_loss(term: Loss, home: Path) -> Loss:
     weight = weight_of(term)
     if isinstance(weight, FileWeight):
         term = evolve(term, weight=evolve(weight, file=str(home / weight.file)))

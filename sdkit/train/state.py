@@ -24,7 +24,7 @@ from sdkit.language.specs import (
     ExtrapolateBlend,
     FrozenWeights,
     GeometricBlend,
-    LossTerm,
+    Loss,
     ModelSpec,
     ProductBlend,
     ServedWeights,
@@ -255,7 +255,7 @@ class TrainState:
         return self.spec.teacher and at_step(self.spec.teacher.blend, self.optimizer_steps)
 
     @property
-    def losses(self) -> Table[LossTerm]:
+    def losses(self) -> Table[Loss]:
         """The loss terms, with schedules resolved at the current optimizer step."""
         return at_step(self.spec.losses, self.optimizer_steps)
 

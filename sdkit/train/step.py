@@ -17,7 +17,7 @@ from torch import Tensor
 from sdkit.batches import MicroBatch, RolloutBatch
 from sdkit.distributed import collectives
 from sdkit.language.schedules import half_cosine, scalar_at, schedules
-from sdkit.language.specs import LossTerm, OptimizerSpec, Table, needs_teacher
+from sdkit.language.specs import Loss, OptimizerSpec, Table, needs_teacher
 from sdkit.train.collate import CollatedBatch, collate, empty_micro_batch
 from sdkit.train.teacher_scores import score_reference, score_teacher
 
@@ -86,7 +86,7 @@ def evaluate_objective(state: TrainState, rollouts: RolloutBatch) -> dict[str, f
     return average_metrics(sums, collated)
 
 
-def _collate(state: TrainState, rollouts: RolloutBatch, losses: Table[LossTerm]) -> CollatedBatch:
+def _collate(state: TrainState, rollouts: RolloutBatch, losses: Table[Loss]) -> CollatedBatch:
     """Return this rank's micro-batches, with empty ones added up to the largest number on any rank."""
     collated = collate(
         list(rollouts),

@@ -9,7 +9,7 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from sdkit.batches import LogitTransform, MicroBatch, TeacherScores, Tokens
-from sdkit.language.specs import LossTerm, Table
+from sdkit.language.specs import Loss, Table
 from sdkit.losses.chunks import (
     projected_loss,
     scored_logprobs,
@@ -58,7 +58,7 @@ class Student(nn.Module):
         batch: MicroBatch,
         scores: TeacherScores | None,
         reference: TeacherScores | None,
-        losses: Table[LossTerm],
+        losses: Table[Loss],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and the sums of its metrics over the counted tokens."""
         hidden = self.weights.selected_states(batch.student)
@@ -71,7 +71,7 @@ class Student(nn.Module):
         batch: MicroBatch,
         scores: TeacherScores | None,
         reference: TeacherScores | None,
-        losses: Table[LossTerm],
+        losses: Table[Loss],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         objective = Objective(losses, self.temperature, self.functions)
         return projected_loss(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdkit.language.errors import Path as Blame
 from sdkit.language.errors import blaming
-from sdkit.language.specs import Distillation, FileDivergence, LossTerm
+from sdkit.language.specs import Distillation, FileDivergence, Loss
 from sdkit.losses.selftest import find_problems
 from sdkit.user_code.loading import UserFunction
 
@@ -44,7 +44,7 @@ class UserDivergence(UserFunction[FileDivergence]):
             raise self._error("; ".join(problems))
 
 
-def open_user_divergences(losses: Mapping[str, LossTerm], base: Path) -> dict[str, UserDivergence]:
+def open_user_divergences(losses: Mapping[str, Loss], base: Path) -> dict[str, UserDivergence]:
     """Loads and tests the user-defined divergences of the terms; returns them by term."""
     divergences: dict[str, UserDivergence] = {}
     for name, term in losses.items():

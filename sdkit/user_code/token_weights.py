@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdkit.language.errors import blaming
 from sdkit.language.required_statistics import weight_of
-from sdkit.language.specs import FileWeight, LossTerm
+from sdkit.language.specs import FileWeight, Loss
 from sdkit.user_code.loading import UserFunction
 
 Features = Mapping[str, Tensor]
@@ -75,7 +75,7 @@ class UserWeight(UserFunction[FileWeight]):
             raise self._error(problem, hint)
 
 
-def open_user_weights(losses: Mapping[str, LossTerm], base: Path) -> dict[str, UserWeight]:
+def open_user_weights(losses: Mapping[str, Loss], base: Path) -> dict[str, UserWeight]:
     """Loads and tries out the user-defined weights of the terms; returns them by term."""
     weights: dict[str, UserWeight] = {}
     for name, term in losses.items():

@@ -1,9 +1,11 @@
 """Every problem code has a bad example with its exact output, and every rule a good example without problems."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from golden import BAD, GOOD, printed
+from golden import BAD, GOOD, TESTS, printed
 
 from sdkit.language.load import load_spec
 from sdkit.language.rules import RULES
@@ -64,6 +66,12 @@ def test_every_rule_has_a_bad_and_a_good_example_and_a_reason():
     assert codes <= {_code(path) for path in GOOD}
     assert [rule.code for rule in RULES if not rule.reason or not rule.summary] == []
     assert len(codes) == len(RULES)
+
+
+def test_the_page_of_rules_is_up_to_date():
+    tool = TESTS.parent / "tools/freeze_rules.py"
+    done = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_every_code_of_reading_and_structuring_has_a_bad_example():

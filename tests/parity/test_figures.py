@@ -312,6 +312,6 @@ def test_every_divergence_meets_every_support_and_remainder(specs):
 
 def test_the_coverage_would_notice_a_new_member():
     """All classes of the unions stand in the modules that are looked at."""
-    unions = (losses.Support, losses.Average, losses.Advantage, losses.LossTerm, divergences.Divergence, token_weights.Weight)  # fmt: skip
+    unions = (losses.Support, losses.Average, losses.Advantage, losses.Loss, divergences.Divergence, token_weights.Weight)  # fmt: skip
     assert {c for union in unions for c in members(union)} <= set(_classes())
     assert losses.ClipSpec in set(_classes())

@@ -1,4 +1,4 @@
-"""Every incompatibility in the toolkit: checks across fields, one function per rule."""
+"""Every rule of the language: checks across fields, one function per rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rule is: a function from a spec to what is wrong with it, with a name, a summary and a reason."""
+"""What a rule is (a function that yields a spec's problems, with a name, a summary and a reason), and helpers for rules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdkit.language.specs import (
     DataSpec,
     Distillation,
     ExperimentSpec,
-    LossTerm,
+    LossSpec,
     MethodSpec,
     PolicyGradient,
     ReferenceKl,
@@ -30,7 +30,7 @@ from sdkit.language.specs import (
 from sdkit.language.templates import Field, TemplateError, parse
 
 Finding = tuple[Path, str, str | None]
-"""The path of a key, the message, and perhaps a hint."""
+"""The path of a key, the message, and an optional hint."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 IS_ADAPTER = "is a PEFT adapter, not a model"
@@ -39,17 +39,17 @@ MERGE_FIRST = "merge it (`sdkit export RUN --merge-lora`, or PEFT's merge_and_un
 
 @frozen(eq=False)
 class Context:
-    """What a rule may know besides the spec: which keys were written, and which files exist."""
+    """What a rule can read besides the spec: which keys the user wrote, and which files exist."""
 
     loaded: LoadedSpec
 
     def stated(self, path: Path, value: Any, name: str | None = None) -> str:
-        """`top_p is 0.9`, with `by default` where the user did not write it."""
+        """`top_p is 0.9`, followed by `by default` if the user did not write it."""
         default = "" if self.loaded.written(path) else " by default"
         return f"{name or path[-1]} is {shorten(value)}{default}"
 
     def file(self, path: str) -> str:
-        """A path of the spec as one that can be opened."""
+        """A path from the spec, resolved against the spec's folder."""
         return os.path.join(self.loaded.folder, path)
 
 
@@ -65,7 +65,7 @@ class Rule:
 
     @property
     def reason(self) -> str:
-        """Why the rule is there."""
+        """Why the rule exists: its function's docstring, on one line."""
         return " ".join((self.check.__doc__ or "").split())
 
 
@@ -76,18 +76,18 @@ RunCheck = Callable[[ExperimentSpec, Context], Iterator[Finding]]
 def method_rule(
     summary: str, severity: Literal["error", "warning"] = "error"
 ) -> Callable[[MethodCheck], Rule]:
-    """Make a rule of a function over methods; its name is the code, its docstring the reason."""
+    """Decorator: a rule over methods.  The function's name is the rule's code, its docstring the reason."""
     return lambda check: Rule(check.__name__, summary, severity, check, False)
 
 
 def run_rule(
     summary: str, severity: Literal["error", "warning"] = "error"
 ) -> Callable[[RunCheck], Rule]:
-    """Make a rule of a function over run files, which a method page alone cannot break."""
+    """Decorator: a rule over run files, which a method page alone cannot break."""
     return lambda check: Rule(check.__name__, summary, severity, check, True)
 
 
-# ── what several rules ask ────────────────────────────────────────────────────────────────────
+# ── queries shared by several rules ───────────────────────────────────────────────────────────
 
 
 def distillations(spec: MethodSpec) -> Iterator[tuple[Path, Distillation]]:
@@ -111,30 +111,29 @@ def k2_terms(spec: MethodSpec) -> Iterator[Path]:
             yield "losses", name
 
 
-def of_teacher(spec: MethodSpec) -> Iterator[tuple[Path, LossTerm]]:
-    """The terms that ask the teacher, each with its path."""
+def of_teacher(spec: MethodSpec) -> Iterator[tuple[Path, LossSpec]]:
+    """The terms whose loss needs the teacher, each with its path."""
     for name, term in spec.losses.items():
         if needs_teacher(term):
             yield ("losses", name), term
 
 
 def consultations(spec: MethodSpec) -> Iterator[tuple[Path, str]]:
-    """Settings of terms that do not ask the teacher for their loss, but for a mask or a weight; and what they ask for."""
+    """Masks and weights that need the teacher in terms whose loss does not, each with the statistic it needs."""
     for name, term in spec.losses.items():
-        for measure, key in () if needs_teacher(term) else term_statistics(term):
-            side, _, figure = measure.partition("_")
-            if side == "teacher":
-                told = figure.replace("logprobs", "log-probabilities")
-                yield ("losses", name, *key), f"teacher's {told}"
+        for statistic, key in () if needs_teacher(term) else term_statistics(term):
+            model, _, quantity = statistic.partition("_")
+            if model == "teacher":
+                quantity = quantity.replace("logprobs", "log-probabilities")
+                yield ("losses", name, *key), f"teacher's {quantity}"
 
 
 def adds_no_view(sees: Sees | None) -> bool:
-    """Whether the teacher's prompt is the student's: a user turn with the prompt alone.  Other contexts have text."""
+    """Whether the teacher's prompt equals the student's: no context, or a user turn with the prompt alone."""
     if sees is None:
         return True
-    if (
-        not isinstance(sees, UserTurn) or sees.slots
-    ):  # a slot that the template does not use has a rule of its own
+    # unused_slot reports slots that the template does not use; contexts of other kinds have text.
+    if not isinstance(sees, UserTurn) or sees.slots:
         return False
     try:
         parts = parse(sees.template)
@@ -146,37 +145,37 @@ def adds_no_view(sees: Sees | None) -> bool:
 
 
 def data_of(spec: ExperimentSpec) -> Iterator[tuple[Path, DataSpec]]:
-    """Training rows and the rows of every suite, each with its path."""
+    """The training data and the data of every suite, each with its path."""
     yield ("data",), spec.data
     for name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
         yield ("evaluation", "suites", name, "data"), suite.data
 
 
 def columns_of(spec: ExperimentSpec, data: DataSpec) -> Mapping[str, Any]:
-    """The columns of some rows; evaluation rows take the training rows' where they name none."""
+    """The columns of a data set; a suite without columns uses those of the training data."""
     return data.columns or spec.data.columns or {}
 
 
 def total_updates(spec: ExperimentSpec) -> int | None:
-    """Optimizer steps of the run, where the spec says so."""
+    """The run's number of optimizer steps; None if the spec gives epochs."""
     steps = spec.training.steps
     return steps and steps * spec.training.updates_per_rollout
 
 
 def shape_of(spec: ExperimentSpec, context: Context) -> ShapeSpec | None:
-    """The model's shape, where it is stated, bundled or in a local folder."""
+    """The model's shape, if the spec states it or the model is bundled or local."""
     return spec.model.shape or shape_at(spec.model.path, Folder(context.loaded.folder))
 
 
 def unknown_bundled(where: Path, path: str) -> Iterator[Finding]:
-    """A `bundled:NAME` that is not in the list."""
+    """A finding for a `bundled:NAME` that does not exist."""
     if path.startswith(PREFIX) and path.removeprefix(PREFIX) not in BUNDLED:
         names = [PREFIX + name for name in BUNDLED]
         yield where, f"{shorten(path)} {outside(names)}", did_you_mean(path, names)
 
 
 def no_model(where: Path, path: str, context: Context) -> Iterator[Finding]:
-    """A local path that holds no model."""
+    """A finding for a local path that contains no model."""
     folder = context.file(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if path.startswith(PREFIX) or not (looks_local or os.path.isdir(folder)):
@@ -190,6 +189,6 @@ def no_model(where: Path, path: str, context: Context) -> Iterator[Finding]:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
-    """A hint that names the nearest choice."""
+    """A hint with the closest choice, if one is close."""
     close = nearest(word, choices)
     return f'did you mean "{close}"?' if close else None

@@ -1,4 +1,4 @@
-"""Rules on rows: where they come from, and whether the columns that others name are there."""
+"""Data: files, rows and columns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sdkit.language.templates import TemplateError, fields, parse
 
 @run_rule("rows have a prompt")
 def prompt_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Without the column `prompt` there is nothing to ask the student."""
+    """The column `prompt` is what the student is asked."""
     for path, data in data_of(spec):
         if data.columns is None and path != ("data",):
             continue
@@ -38,9 +38,9 @@ def prompt_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield (*path, "columns"), message, hint
 
 
-@run_rule("slots take columns that the data has")
+@run_rule("column slots use columns of the data")
 def slot_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A slot of kind column takes one of sdkit's columns, as named under data.columns."""
+    """A slot of kind column uses a name declared under data.columns."""
     sees = spec.teacher.sees if spec.teacher else None
     known = columns_of(spec, spec.data)
     for name, slot in sees.slots.items() if sees else ():
@@ -50,9 +50,9 @@ def slot_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield ("teacher", "sees", "slots", name, "name"), message, hint
 
 
-@run_rule("rows in the spec have a prompt that is text")
+@run_rule("inline rows have a text prompt")
 def inline_prompt(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Rows that are written in the spec can be pointed at; those of a file are read later."""
+    """A prompt is text or a list of messages, and not empty.  Rows from files are checked when they are read."""
     for path, data in data_of(spec):
         column = columns_of(spec, data).get("prompt")
         if not isinstance(data.source, InlineSource) or not isinstance(column, str):
@@ -66,9 +66,9 @@ def inline_prompt(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
                 yield where, message, None
 
 
-@run_rule("completions of a data set are in its columns")
+@run_rule("the completion column is in the data")
 def dataset_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """With `sampled_by: dataset` the completions stand in a column of the training rows."""
+    """With `sampled_by: dataset` or `mixture`, completions come from a column of the training rows."""
     column, known = completion_column(spec.rollout.sampled_by), columns_of(spec, spec.data)
     if column and column not in known:
         path = ("rollout", "sampled_by", "column")
@@ -78,9 +78,7 @@ def dataset_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 @run_rule("columns exist in the source")
 def source_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Where the source's columns are known before it is read, a wrong name need not wait for the
-    reader.
-    """
+    """For sources whose columns are known in advance, a wrong name is reported before any data is read."""
     for path, data in data_of(spec):
         known = _source_columns(data)
         if known is None:
@@ -94,7 +92,7 @@ def source_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 
 def _source_columns(data: DataSpec) -> set[str] | None:
-    """Columns that every row has; None where only reading can tell."""
+    """The columns that every row has; None if they are unknown before reading."""
     if isinstance(data.source, ReasoningGymSource):
         return {"question", "answer", "metadata"}
     if isinstance(data.source, InlineSource):
@@ -113,7 +111,7 @@ def _wanted(column: str | ColumnTemplate) -> list[str]:
 
 @run_rule("data files exist")
 def data_path(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Paths start at the spec's folder.  What says where it can be had may be fetched later, before the run."""
+    """Paths are relative to the spec's folder.  A file with an `origin` may be fetched later, before the run."""
     for path, data in data_of(spec):
         source = data.source
         where = (*path, "source", "path")
@@ -141,9 +139,9 @@ def _folder_hint(context: Context, path: str) -> str | None:
     return near or "paths start at the spec's folder"
 
 
-@run_rule("a batch does not repeat prompts", "warning")
+@run_rule("a rollout batch does not repeat prompts", "warning")
 def few_rows(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """With fewer rows than prompts in a batch, every batch holds some prompt twice."""
+    """With fewer rows than prompts per batch, every batch contains some prompt twice."""
     source, limit = spec.data.source, spec.data.limit
     rows = limit
     if isinstance(source, InlineSource):

@@ -1,4 +1,4 @@
-"""Rules on whether anything can be learnt: every term's gradient, and the difference between teacher and student."""
+"""Learning signal: nonzero gradients, and a teacher that differs from the student."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sdkit.language.specs import (
     FileDivergence,
     GeometricBlend,
     LogRatio,
-    LossTerm,
+    LossSpec,
     MethodSpec,
     PolicyGradient,
     ProductBlend,
@@ -44,14 +44,14 @@ from sdkit.language.specs import (
 # ── single terms ──────────────────────────────────────────────────────────────────────────────
 
 
-def has_weight(term: LossTerm) -> bool:
+def has_weight(term: LossSpec) -> bool:
     """Whether the term's coefficient is ever above 0."""
     return not always(term.coefficient, 0)
 
 
-@method_rule("some term has weight")
+@method_rule("some term has a nonzero coefficient")
 def no_objective(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """With every coefficient 0 from the first step to the last a run trains nothing and still ends well."""
+    """If every coefficient is 0 throughout, the run trains nothing and still reports success."""
     if not any(map(has_weight, spec.losses.values())):
         path = ("losses", next(iter(spec.losses)), "coefficient")
         yield path, "every term has coefficient 0: there is nothing to train on", None
@@ -59,8 +59,8 @@ def no_objective(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("some term moves the student")
 def nothing_pulls(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The student starts as the reference, where the KL and its gradient are zero; a term with coefficient
-    0 moves nothing.
+    """The student starts equal to the reference, where the KL and its gradient are zero.  Terms with
+    coefficient 0 move nothing.
     """
     weighted = [term for term in spec.losses.values() if has_weight(term)]
     if weighted and all(isinstance(term, ReferenceKl) for term in weighted):
@@ -70,9 +70,9 @@ def nothing_pulls(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield ("losses",), message, hint
 
 
-@method_rule("an advantage has a part with weight")
+@method_rule("an advantage_add has a nonzero weight")
 def zero_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """With both weights 0 every advantage is 0, and so is the gradient."""
+    """If both weights are 0, every advantage is 0, and so is the gradient."""
     for path, term in policy_gradients(spec):
         advantage = term.advantage
         if (
@@ -84,9 +84,9 @@ def zero_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             yield (*path, "advantage"), message, "give one of them a weight"
 
 
-@method_rule("a centered log-ratio has several tokens to be centered over")
+@method_rule("a centered log-ratio spans several tokens")
 def centered_token(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The mean over one token is the token's own log-ratio: what is left is always 0."""
+    """The mean over a single token is that token's own log-ratio, so the difference is always 0."""
     longest = spec.rollout.max_new_tokens
     for path, term in policy_gradients(spec):
         part = teacher_part(term.advantage)
@@ -99,16 +99,18 @@ def centered_token(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             yield (*path, "advantage", *inner, "center"), message, "use center: none"
 
 
-# ── rollouts that a term never counts ─────────────────────────────────────────────────────────
+# ── rollouts that no term counts ──────────────────────────────────────────────────────────────
 
 
-@method_rule("a route's failures are kept")
+@method_rule("the filters keep the failures that a route needs")
 def failures_not_kept(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """`route.then` counts rewards below the route's threshold; a filter at or above it lets none of them through."""
+    """`route.then` counts rollouts with rewards below the route's threshold; a filter with the same or a higher
+    threshold removes all of them.
+    """
     if spec.route is None:
         return
-    for index, each in enumerate(spec.rollout.keep):
-        if isinstance(each, RewardAtLeast) and each.threshold >= spec.route.threshold:
+    for index, filter in enumerate(spec.rollout.keep):
+        if isinstance(filter, RewardAtLeast) and filter.threshold >= spec.route.threshold:
             threshold = context.stated(
                 ("route", "threshold"), spec.route.threshold, "route.threshold"
             )
@@ -119,8 +121,8 @@ def failures_not_kept(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("the teacher's context can be filled")
 def never_filled(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Feedback `when: no_solution` stands where no successful sibling is shown; under `requires: all` both must
-    stand there, so no rollout has a teacher prompt.
+    """Feedback with `when: no_solution` is filled only where no successful sibling is shown.  `requires: all`
+    asks for both at once, so no rollout would have a teacher prompt.
     """
     sees = spec.teacher.sees if spec.teacher else None
     if not sees or sees.requires != "all":
@@ -135,32 +137,32 @@ def never_filled(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             yield ("teacher", "sees", "slots", name, "when"), message, "use requires: any"
 
 
-# ── a teacher that is the student ─────────────────────────────────────────────────────────────
+# ── a teacher that equals the student ─────────────────────────────────────────────────────────
 
 
-@method_rule("a blended teacher has a share")
+@method_rule("a blended teacher has a nonzero share")
 def teacher_without_share(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A trust region of student_share 1 is the live student alone, a geometric blend of teacher_share 0 the
-    start model alone: the teacher's weights are never asked.
+    """A trust_region blend with student_share 1 is the live student alone, and a geometric blend with
+    teacher_share 0 the start model alone: the teacher's weights are never used.
     """
     match spec.teacher and spec.teacher.blend:
         case TrustRegionBlend(student_share=share) if always(share, 1):
-            key, value, others = "student_share", 1, "student"
+            key, value, equivalent = "student_share", 1, "student"
         case GeometricBlend(teacher_share=share) if always(share, 0):
-            key, value, others = "teacher_share", 0, "frozen"
+            key, value, equivalent = "teacher_share", 0, "frozen"
         case _:
             return
     message = f"{key} is always {value}: the teacher has no part in the blend"
-    yield ("teacher", "blend", key), message, f"remove blend, or use weights: {others}"
+    yield ("teacher", "blend", key), message, f"remove blend, or use weights: {equivalent}"
 
 
 @method_rule("a live teacher sees more than the student")
 def zero_signal(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The live student compared with itself under the same prompt is equal to itself: the loss and
-    its gradient are zero.  A trust region adds the same again; other blends make another distribution.
-    A context without any text or slot besides the prompt is the same prompt.
+    """The live student under the student's own prompt is the student itself: the loss and its gradient are
+    zero.  A trust_region blend does not change that; other blends give a different distribution.  A context
+    with no text and no slot besides the prompt is the same prompt.
     """
-    live = (w for w, weights in teachers_of(spec) if isinstance(weights, StudentWeights))
+    live = (path for path, weights in teachers_of(spec) if isinstance(weights, StudentWeights))
     where = next(live, None)
     if where and spec.teacher and adds_no_view(spec.teacher.sees) and not _blended(spec.teacher):
         for path, _ in of_teacher(spec):
@@ -171,9 +173,9 @@ def zero_signal(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("a teacher without context differs from the student at the start")
 def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Live, frozen, averaged and copied weights all start as the student, and so does a blend of them,
-    but for a product, which is sharper; without context the gradient is zero at the first step, so nothing
-    moves the student away from the teacher, unless another term does.
+    """Live, frozen, averaged and copied weights all start equal to the student, and so do their blends, except
+    a product, which is sharper.  Without context the first gradient is therefore zero, and unless another term
+    moves the student, it stays zero.
     """
     teacher = spec.teacher
     if not teacher or not adds_no_view(teacher.sees):
@@ -183,19 +185,19 @@ def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         case ProductBlend() | ExtrapolateBlend(base=ExternalWeights()):
             return
     for _, weights in teachers_of(spec):
-        # The live student itself, unblended, is reported by zero_signal.
-        elsewhere = isinstance(weights, ExternalWeights | ServedWeights)
-        if elsewhere or (weights == StudentWeights() and not blend):
+        # zero_signal reports the unblended live student.
+        is_other_model = isinstance(weights, ExternalWeights | ServedWeights)
+        if is_other_model or (weights == StudentWeights() and not blend):
             return
     weighted = [term for term in spec.losses.values() if has_weight(term)]
-    asks = any(not isinstance(term, ReferenceKl) for term in weighted)
-    if asks and all(isinstance(t, ReferenceKl) or _zero_when_equal(t) for t in weighted):
+    pulls = any(not isinstance(term, ReferenceKl) for term in weighted)
+    if pulls and all(isinstance(t, ReferenceKl) or _zero_when_equal(t) for t in weighted):
         message = "the teacher starts as the student and sees the same: nothing to learn from"
         yield ("teacher",), message, _to_see(teacher)
 
 
-def _zero_when_equal(term: LossTerm) -> bool:
-    """Whether the term's gradient is zero where the teacher's distribution is the student's."""
+def _zero_when_equal(term: LossSpec) -> bool:
+    """Whether the term's gradient is zero when teacher and student have the same distribution."""
     match term:
         case Distillation(divergence=FileDivergence(zero_when_equal=False)):
             return False
@@ -214,7 +216,7 @@ def _to_see(teacher: TeacherSpec) -> str:
 
 
 def _blended(teacher: TeacherSpec) -> Blend | None:
-    """The blend that makes another distribution of the live student's, where there is one with power."""
+    """The blend, if it changes the live student's distribution."""
     match teacher.blend:
         case None | TrustRegionBlend():
             return None

@@ -1,4 +1,4 @@
-"""Rules on the terms of the objective and on the teacher they need."""
+"""Loss terms and the teacher they need."""
 
 from __future__ import annotations
 
@@ -40,11 +40,9 @@ from sdkit.language.specs import (
 from sdkit.language.user_functions import fault_of
 
 
-@method_rule("what needs a teacher has one")
+@method_rule("a term that needs a teacher has one")
 def no_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A distillation term compares the student with a teacher, a log_ratio advantage asks it, and a
-    teacher that samples must exist.
-    """
+    """Distillation terms, log_ratio advantages, some masks and weights, and `sampled_by: teacher` all need one."""
     if spec.teacher:
         return
     hint = "add teacher: {weights: …, sees: …}"
@@ -61,10 +59,10 @@ def no_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield ("rollout", "sampled_by"), "the teacher samples, but there is no teacher", hint
 
 
-@method_rule("a teacher is used")
+@method_rule("the teacher is used")
 def unused_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A teacher that neither samples nor enters a term costs memory and changes nothing: a term is
-    missing.
+    """A teacher that neither samples nor enters a loss term costs memory and changes nothing.  Most likely a
+    term is missing.
     """
     samples = isinstance(spec.rollout.sampled_by, TeacherSamples)
     consulted = any(of_teacher(spec)) or any(consultations(spec))
@@ -73,10 +71,10 @@ def unused_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield ("teacher",), message, "remove teacher, or add a term of kind distillation"
 
 
-@method_rule("one sampled token estimates the reverse KL only")
+@method_rule("support sampled_token is used with reverse_kl only")
 def sampled_token_divergence(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """With y drawn from the student, the surrogate's expected gradient is that of
-    KL(student‖teacher); no other divergence has such an estimate from one token.
+    """For tokens drawn from the student, the surrogate's expected gradient is that of KL(student‖teacher).
+    No other divergence has such a single-token estimate.
     """
     for path, term in distillations(spec):
         if isinstance(term.support, SampledTokenSupport) and not isinstance(
@@ -86,10 +84,10 @@ def sampled_token_divergence(spec: MethodSpec, context: Context) -> Iterator[Fin
             yield (*path, "divergence"), message, "use divergence: reverse_kl, or a top_k support"
 
 
-@method_rule("renormalize_teacher belongs to the forward KL")
+@method_rule("remainder renormalize_teacher is used with forward_kl only")
 def renormalized_teacher_divergence(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Only the teacher sums to one then; the forward KL is a cross-entropy up to a constant, the
-    others are no divergences at all.
+    """It renormalizes the teacher but not the student.  The forward KL is then still a cross-entropy up to a
+    constant; the other divergences are no longer divergences.
     """
     for path, term in distillations(spec):
         support = term.support
@@ -99,11 +97,11 @@ def renormalized_teacher_divergence(spec: MethodSpec, context: Context) -> Itera
                 yield (*path, "support", "remainder"), message, "use remainder: renormalize"
 
 
-@method_rule("a bound has something to bound")
+@method_rule("a divergence clip applies to its divergence and support")
 def clip_without_effect(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """`entry` and `log_ratio` bound the entries of a KL, which a mixture or a user's function does not
-    have, nor, one by one, the sampled token; `token` bounds a divergence, and what the sampled token
-    gives is none.
+    """`entry` and `log_ratio` bound the per-token entries of a KL; mixtures and user functions have none.
+    With a sampled token there is only one log-ratio, so `log_ratio` applies, but `entry` does not, nor does
+    `token`, which bounds a divergence at one position.
     """
     for path, term in distillations(spec):
         clip, sampled = term.clip, isinstance(term.support, SampledTokenSupport)
@@ -120,9 +118,9 @@ def clip_without_effect(spec: MethodSpec, context: Context) -> Iterator[Finding]
             yield (*path, "clip", "token"), message, "use clip.log_ratio"
 
 
-@method_rule("bounds of a log-ratio lie on both sides of 0")
+@method_rule("log_ratio bounds lie on both sides of 0")
 def log_ratio_bounds(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Where student and teacher agree the log-ratio is 0: it must stay so."""
+    """Where student and teacher agree, the log-ratio is 0; clipping must not change that."""
     for path, term in distillations(spec):
         bounds = term.clip.log_ratio
         if bounds and not bounds[0] < 0 < bounds[1]:
@@ -130,45 +128,45 @@ def log_ratio_bounds(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             yield (*path, "clip", "log_ratio"), message, "write [-5, 5], say"
 
 
-@method_rule("the user's divergences are there")
+@method_rule("user-defined divergence functions exist")
 def divergence_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The file is read and parsed, never run: it must define the function at its top level, to be
-    called with the log-probabilities of student and teacher.
+    """The file is parsed, not executed.  It must define the function at its top level, and the function must
+    accept the student's and the teacher's log-probabilities.
     """
     for path, term in distillations(spec):
-        own = term.divergence
-        if isinstance(own, FileDivergence):
-            file = context.file(own.file)
-            found = fault_of(file, own.file, own.function, ("student", "teacher"))
-            if found:
-                key, message, hint = found
+        divergence = term.divergence
+        if isinstance(divergence, FileDivergence):
+            file = context.file(divergence.file)
+            arguments = ("student", "teacher")
+            if fault := fault_of(file, divergence.file, divergence.function, arguments):
+                key, message, hint = fault
                 yield (*path, "divergence", key), message, hint
 
 
-@method_rule("importance ratios need samples of the whole distribution")
+@method_rule("importance ratios need untruncated sampling")
 def truncated_sampling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Log-probabilities are those of the whole softmax; nucleus or top-k sampling draws from
-    another distribution, so the ratio corrects by the wrong factor.
+    """Log-probabilities are taken from the full softmax.  Nucleus and top-k sampling draw from a different
+    distribution, so the ratio would correct by the wrong factor.
     """
-    cut = _truncation(spec, context)
+    truncation = _truncation(spec, context)
     ratios = [
         name
         for _, term in (*distillations(spec), *policy_gradients(spec))
         for name in ("old_policy", "sampler")
         if getattr(term.importance, name, None)
     ]
-    if cut and ratios:
-        path, said = cut
-        message = f"{said}, but importance.{ratios[0]} needs samples of the whole distribution"
+    if truncation and ratios:
+        path, setting = truncation
+        message = f"{setting}, but importance.{ratios[0]} needs samples of the whole distribution"
         yield path, message, "use top_p: 1 and top_k: 0, or drop the ratio"
 
 
-@method_rule("a sampled token is drawn from the whole distribution", "warning")
+@method_rule("single-token estimates use untruncated sampling", "warning")
 def biased_estimate(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """What is estimated from the sampled token (the sampled_token support, a policy gradient, the k2
-    estimator) is unbiased for tokens drawn from the student's whole distribution.
+    """Estimates from the sampled token (support sampled_token, policy gradients, estimator k2) are unbiased
+    only for tokens drawn from the student's full distribution.
     """
-    cut = _truncation(spec, context)
+    truncation = _truncation(spec, context)
     estimates = [
         "sampled_token" for _, t in distillations(spec) if t.support == SampledTokenSupport()
     ]
@@ -176,23 +174,25 @@ def biased_estimate(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     plain = [t for _, t in policy_gradients(spec) if not t.importance.sampler]
     estimates += ["policy_gradient" for _ in plain]
     estimates += ["k2" for _ in k2_terms(spec)]
-    if cut and estimates:
-        yield cut[0], f"{cut[1]}, so the {estimates[0]} estimate is biased", None
+    if truncation and estimates:
+        path, setting = truncation
+        yield path, f"{setting}, so the {estimates[0]} estimate is biased", None
 
 
 def _truncation(spec: MethodSpec, context: Context) -> tuple[Path, str] | None:
+    """The setting that truncates the sampling distribution, with its path."""
     rollout = spec.rollout
-    for name, whole in (("top_p", 1.0), ("top_k", 0)):
+    for name, off in (("top_p", 1.0), ("top_k", 0)):
         value = getattr(rollout, name)
-        if value != whole and not isinstance(rollout.sampled_by, DatasetSamples):
+        if value != off and not isinstance(rollout.sampled_by, DatasetSamples):
             return ("rollout", name), context.stated(("rollout", name), value)
     return None
 
 
-@method_rule("the loss has the sampling temperature", "warning")
+@method_rule("the loss uses the sampling temperature", "warning")
 def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Tokens drawn at one temperature and distributions compared at another: legitimate, and more
-    often an oversight.
+    """Sampling at one temperature and comparing distributions at another is legitimate, but more often an
+    oversight.
     """
     if isinstance(spec.rollout.sampled_by, DatasetSamples):
         return
@@ -204,10 +204,10 @@ def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding
             yield (*path, "temperature"), message, None
 
 
-@run_rule("a ratio to the old policy has something to correct", "warning")
+@run_rule("a ratio to the old policy needs several updates per rollout batch", "warning")
 def ratio_is_one(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """With one update a batch the weights are still those that sampled: the ratio is 1 everywhere,
-    costs a forward pass as a correction, and is never clipped.
+    """With one update per rollout batch the weights are still those that sampled it.  The ratio is always 1
+    and never clipped; as a correction it also costs a forward pass.
     """
     path = ("training", "updates_per_rollout")
     if spec.training.updates_per_rollout > 1:
@@ -222,11 +222,9 @@ def ratio_is_one(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield (*term_path, "clip"), message, None
 
 
-@method_rule("one term has a ratio averaged over sequences")
+@method_rule("at most one term uses level sequence_mean")
 def second_sequence_mean(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The ratio averaged over a sequence is one number per sequence, computed once, over the tokens
-    that one term counts.
-    """
+    """The sequence-mean ratio is one number per sequence, computed once, over the tokens of a single term."""
     levels = [
         (*path, "importance", "sampler", "level")
         for path, term in (*distillations(spec), *policy_gradients(spec))
@@ -237,20 +235,20 @@ def second_sequence_mean(spec: MethodSpec, context: Context) -> Iterator[Finding
         yield path, message, "use level: token here"
 
 
-@method_rule("some completion tokens are left after skip_first")
+@method_rule("skip_first leaves some completion tokens")
 def empty_rows(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Where every token is skipped, every row is empty and the loss is zero."""
+    """If every token is skipped, every row is empty and the loss is zero."""
     longest = spec.rollout.max_new_tokens
     for name, term in spec.losses.items():
         if term.mask.skip_first >= longest:
-            said = context.stated(("rollout", "max_new_tokens"), longest)
-            message = f"skip_first is {term.mask.skip_first}, but {said}: no token is left"
+            limit = context.stated(("rollout", "max_new_tokens"), longest)
+            message = f"skip_first is {term.mask.skip_first}, but {limit}: no token is left"
             yield ("losses", name, "mask", "skip_first"), message, None
 
 
-@method_rule("prefix reaches beyond skip_first")
+@method_rule("prefix is longer than skip_first")
 def prefix_before_skip(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The two together leave out every token."""
+    """Otherwise the two together mask out every token."""
     for name, term in spec.losses.items():
         prefix, skip = term.mask.prefix, term.mask.skip_first
         if prefix is not None and prefix <= skip:
@@ -258,11 +256,10 @@ def prefix_before_skip(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             yield ("losses", name, "mask", "prefix"), message, None
 
 
-@method_rule("cross-entropy is on completions worth imitating", "warning")
+@method_rule("cross-entropy trains on completions worth imitating", "warning")
 def own_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Cross-entropy on the student's own unfiltered samples has no direction: in expectation its
-    gradient is zero.  A route and a reward filter by outcome; sampling at another temperature, or from
-    part of the distribution, sharpens.
+    """The expected gradient of cross-entropy on the student's own unfiltered samples is zero.  A route or a
+    reward filter selects by outcome; another sampling temperature, top_p or top_k sharpens the distribution.
     """
     rollout = spec.rollout
     if spec.route or any(isinstance(filter, RewardAtLeast) for filter in rollout.keep):
@@ -288,9 +285,9 @@ def schedule_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
             yield (*path, "steps"), message, None
 
 
-@run_rule("a support is no larger than the vocabulary")
+@run_rule("a support is at most as large as the vocabulary")
 def support_size(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """More tokens than the vocabulary has cannot be chosen."""
+    """A top-k support cannot hold more tokens than the vocabulary has."""
     shape = shape_of(spec, context)
     for path, term in distillations(spec):
         if shape and isinstance(term.support, TopKSupport) and term.support.k > shape.vocabulary:

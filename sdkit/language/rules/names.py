@@ -1,4 +1,4 @@
-"""Rules on the names that users give: each becomes a part of the names of metrics."""
+"""Names chosen by the user, which become parts of metric names."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from sdkit.language.rules.base import Context, Finding, method_rule, run_rule
 from sdkit.language.specs import ExperimentSpec, MethodSpec
 
 
-@method_rule("no name is that of sdkit's own metrics")
+@method_rule("no name collides with sdkit's metrics")
 def reserved_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A term's metrics are TERM/FIGURE and a suite's eval/SUITE/…; with a name that stands first in other metrics, two
-    figures would be written as one.
+    """A term's metrics are named TERM/FIGURE, a suite's eval/SUITE/….  A name that other metrics already begin
+    with could give two figures the same name.
     """
-    named: list[Path] = [("losses", name) for name in spec.losses]
+    paths: list[Path] = [("losses", name) for name in spec.losses]
     if isinstance(spec, ExperimentSpec):
-        named += [("rewards", name) for name in spec.rewards if name == LENGTH_METRIC]
+        paths += [("rewards", name) for name in spec.rewards if name == LENGTH_METRIC]
         for suite_name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
             path = ("evaluation", "suites", suite_name)
-            named += [path, *((*path, "decoding", name) for name in suite.decoding)]
-    for path in named:
+            paths += [path, *((*path, "decoding", name) for name in suite.decoding)]
+    for path in paths:
         if path[-1] in FAMILIES or path[-1] == LENGTH_METRIC:
             message = f"{shorten(path[-1])} stands in the names of sdkit's own metrics"
             yield path, message, "choose another name"
 
 
-@run_rule("no two scores have one name")
+@run_rule("no two scores have the same name")
 def ambiguous_score(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A score is written as eval/SUITE/DECODING/REWARD, its interval with _low, _high and _n behind it; beside them stand
-    the suite's losses as eval/SUITE/TERM/….
+    """A score is named eval/SUITE/DECODING/REWARD, its interval has the suffixes _low, _high and _n, and the suite's
+    losses are named eval/SUITE/TERM/….
     """
     for name in spec.rewards:
         for end in INTERVAL_SUFFIXES:

@@ -1,4 +1,4 @@
-"""Rules on rewards as advantages, on whose samples a gradient may be estimated from, and on the reference."""
+"""Policy gradients: advantages from rewards, and whose samples they may use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdkit.language.specs import (
 
 @method_rule("rewards are compared within a group")
 def lone_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """In a group of one the reward is its own mean and has no spread: every advantage is zero."""
+    """In a group of one, the reward equals its mean and has no spread, so every advantage is zero."""
     for path, term in policy_gradients(spec):
         part = reward_part(term.advantage)
         if not part or spec.rollout.completions_per_prompt > 1:
@@ -36,30 +36,30 @@ def lone_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 
 def _of_reward(term: PolicyGradient) -> Path:
-    """The keys below a term where its advantage of the reward is written."""
-    whole = isinstance(term.advantage, GroupRelative)
-    return ("advantage",) if whole else ("advantage", "group_relative")
+    """The path below a term of its reward advantage."""
+    is_alone = isinstance(term.advantage, GroupRelative)
+    return ("advantage",) if is_alone else ("advantage", "group_relative")
 
 
-@method_rule("terms share one advantage of the reward")
+@method_rule("all terms use the same reward advantage")
 def advantages_differ(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A rollout has one advantage, computed once from its group's rewards."""
-    asked = [
+    """Each rollout has one reward advantage, computed once from the rewards of its group."""
+    advantages = [
         ((*path, *_of_reward(term)), part)
         for path, term in policy_gradients(spec)
         if (part := reward_part(term.advantage))
     ]
-    for path, advantage in asked[1:]:
-        if advantage != asked[0][1]:
-            first = shorten(asked[0][0][1])
+    for path, advantage in advantages[1:]:
+        if advantage != advantages[0][1]:
+            first = shorten(advantages[0][0][1])
             yield path, f"this advantage differs from that of term {first}", "give both the same"
 
 
-@method_rule("what is estimated from the student's samples has them")
+@method_rule("policy gradients and k2 use the student's samples")
 def off_policy_gradient(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A policy gradient and the k2 estimator speak of tokens that the student drew.  Where a teacher
-    drew them, the ratio to its log-probabilities (importance.sampler) makes the gradient right; a
-    data set has none.
+    """Policy gradients and the k2 estimator assume tokens drawn from the student.  For tokens drawn from a
+    teacher, the ratio to its log-probabilities (importance.sampler) corrects a policy gradient; a data set has
+    no log-probabilities.
     """
     by = spec.rollout.sampled_by
     if drawn_by_student(by):
@@ -67,26 +67,26 @@ def off_policy_gradient(spec: MethodSpec, context: Context) -> Iterator[Finding]
     hint = "use sampled_by: student"
     for path, term in policy_gradients(spec):
         if not isinstance(by, TeacherSamples) or not term.importance.sampler:
-            add = f", or add {spelled(path)}.importance.sampler"
-            more = add if isinstance(by, TeacherSamples) else ""
+            ratio = f", or add {spelled(path)}.importance.sampler"
+            alternative = ratio if isinstance(by, TeacherSamples) else ""
             message = f"a policy gradient needs the student's samples, but sampled_by is {by.kind}"
-            yield (*path, "kind"), message, hint + more
+            yield (*path, "kind"), message, hint + alternative
     for path in k2_terms(spec):
         message = f"k2 needs the student's samples, but sampled_by is {by.kind}"
         yield (*path, "estimator"), message, "use estimator: vocabulary"
 
 
-@method_rule("an overlong completion is longer than others")
+@method_rule("the overlong penalty spares short completions")
 def overlong_stretch(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The penalty grows over the last `stretch` tokens before the longest completion; where these are
-    all, every completion is punished, the short ones too.
+    """The penalty grows over the last `stretch` tokens before max_new_tokens.  If those are all tokens, even
+    short completions are penalized.
     """
     longest = spec.rollout.max_new_tokens
     for path, term in policy_gradients(spec):
         part = reward_part(term.advantage)
         if part and part.overlong and part.overlong.stretch >= longest:
-            said = context.stated(("rollout", "max_new_tokens"), longest)
-            message = f"stretch is {part.overlong.stretch}, but {said}: no completion goes free"
+            limit = context.stated(("rollout", "max_new_tokens"), longest)
+            message = f"stretch is {part.overlong.stretch}, but {limit}: no completion goes free"
             yield (*path, *_of_reward(term), "overlong", "stretch"), message, "lower stretch"
 
 

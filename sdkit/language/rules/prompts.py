@@ -1,4 +1,4 @@
-"""Rules on templates: what the teacher sees, and columns built from others."""
+"""Templates: the teacher's context, and columns built from other columns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _templates(sees: Sees) -> Iterator[tuple[Path, str]]:
 
 
 def _used(sees: Sees) -> Iterator[tuple[Path, Field]]:
-    """Every field of the templates that can be read."""
+    """Every field of the templates that parse."""
     for path, text in _templates(sees):
         try:
             yield from ((path, field) for field in fields(parse(text)))
@@ -51,11 +51,9 @@ def _syntax(path: Path, text: str, allow_keys: bool) -> Iterator[Finding]:
             yield path, message, "build the text in data.columns, where {column.key} is possible"
 
 
-@method_rule("templates can be read")
+@method_rule("templates parse")
 def template_syntax(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """`{name}` is filled in, `{{` and `}}` are braces; nothing else is special, so nothing else
-    may look so.
-    """
+    """`{name}` is filled in; `{{` and `}}` stand for literal braces.  Any other brace is an error."""
     if not spec.teacher or not spec.teacher.sees:
         return
     for path, text in _templates(spec.teacher.sees):
@@ -68,21 +66,21 @@ def template_syntax(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 
 def _value_only(path: Path, wrap: str) -> Iterator[Finding]:
-    """`wrap` holds {value} and no other field."""
+    """`wrap` must contain {value} and no other field."""
     try:
-        named = [str(field) for field in fields(parse(wrap))]
+        names = [str(field) for field in fields(parse(wrap))]
     except TemplateError:
         return
-    for name in named:
+    for name in names:
         if name != "value":
             yield path, f"{{{name}}} is not '{{value}}', all that wrap knows", None
-    if not named:
+    if not names:
         yield path, "wrap has no {value}", "write {value} where the text belongs"
 
 
-@run_rule("templates of columns can be read")
+@run_rule("column templates parse")
 def column_template_syntax(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """`{column}` and `{column.key}` are filled in; `{{` and `}}` are braces."""
+    """`{column}` and `{column.key}` are filled in; `{{` and `}}` stand for literal braces."""
     for path, data in data_of(spec):
         for name, column in (data.columns or {}).items():
             if isinstance(column, ColumnTemplate):
@@ -90,9 +88,9 @@ def column_template_syntax(spec: ExperimentSpec, context: Context) -> Iterator[F
                 yield from _syntax(where, column.template, allow_keys=True)
 
 
-@method_rule("templates name declared slots")
+@method_rule("templates use declared slots")
 def unknown_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A name that no slot fills would reach the teacher as it stands."""
+    """A field without a slot could not be filled in."""
     sees = spec.teacher.sees if spec.teacher else None
     known = ["prompt", *(sees.slots if sees else ())]
     for path, field in _used(sees) if sees else ():
@@ -103,7 +101,7 @@ def unknown_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("declared slots are used")
 def unused_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A slot that no template names is context that the teacher never sees."""
+    """The teacher never sees a slot that no template uses."""
     sees = spec.teacher.sees if spec.teacher else None
     if not sees or any(list(_syntax((), text, True)) for _, text in _templates(sees)):
         return
@@ -114,11 +112,9 @@ def unused_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             yield ("teacher", "sees", "slots", name), message, f"use {{{name}}}, or remove the slot"
 
 
-@method_rule("a user turn holds the prompt")
+@method_rule("a user_turn template contains the prompt")
 def prompt_missing(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The template takes the place of the user's message; without {prompt} the teacher answers
-    another question.
-    """
+    """The template replaces the user's message; without {prompt} the teacher would answer another question."""
     sees = spec.teacher.sees if spec.teacher else None
     if not isinstance(sees, UserTurn) or any(_syntax((), sees.template, True)):
         return

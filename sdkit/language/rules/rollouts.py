@@ -1,4 +1,4 @@
-"""Rules on who samples, and on what the samples may be used for."""
+"""Rollouts: who samples, and what the samples may be used for."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from sdkit.language.specs import (
 )
 
 
-@method_rule("what needs the student's own samples has them")
+@method_rule("sampled-token estimates and importance ratios use the student's samples")
 def off_policy_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The sampled-token estimate and both importance ratios are about tokens that the student
-    drew; completions of a data set or of a teacher follow another distribution.  A log of the
-    student's own answers has no log-probabilities of its sampler.
+    """The sampled-token estimate and both importance ratios assume tokens drawn from the student; completions
+    from a data set or a teacher follow another distribution.  A log of the student's own answers (`drawn_by:
+    student`) has no log-probabilities from its sampler.
     """
     kind = spec.rollout.sampled_by.kind
     if isinstance(spec.rollout.sampled_by, StudentSamples):
@@ -61,9 +61,9 @@ def off_policy_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
                 yield (*path, "importance", name), message, f"set {name}: null, or {hint}"
 
 
-@method_rule("a data set has one completion a prompt")
+@method_rule("a data set has one completion per prompt")
 def dataset_group(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A row holds one completion; a group would repeat it."""
+    """Each row holds one completion; a larger group would repeat it."""
     count = spec.rollout.completions_per_prompt
     if completion_column(spec.rollout.sampled_by) and count > 1:
         message = f"completions_per_prompt is {count}, but each row holds one completion"
@@ -72,8 +72,8 @@ def dataset_group(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("a teacher that samples differs from the student")
 def teacher_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Sampling under the teacher's prompt needs such a prompt; with the student's weights and
-    prompt it is the student who samples.
+    """Sampling under the teacher's prompt needs a context that makes one.  The student's weights under the
+    student's prompt are `sampled_by: student`.
     """
     by = spec.rollout.sampled_by
     if not isinstance(by, TeacherSamples) or not spec.teacher:
@@ -87,10 +87,10 @@ def teacher_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield (*path, "prompt"), message, "give the teacher sees: …, or set prompt: student"
 
 
-@run_rule("several updates on a batch are corrected for", "warning")
+@run_rule("several updates per rollout batch are corrected for", "warning")
 def stale_rollouts(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """From the second update on, the samples come from weights that are gone; the ratio to the old
-    policy corrects for it.
+    """From the second update on, the samples come from older weights.  The ratio to the old policy corrects
+    for this.
     """
     updates = spec.training.updates_per_rollout
     if updates == 1 or not drawn_by_student(spec.rollout.sampled_by):
@@ -102,18 +102,18 @@ def stale_rollouts(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield ("training", "updates_per_rollout"), message, hint
 
 
-@run_rule("every update of a batch has a prompt")
+@run_rule("each update of a rollout batch has a prompt")
 def updates_exceed_prompts(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A rollout batch is split by prompts, so that groups stay whole."""
+    """A rollout batch is split over its updates by prompt, so that groups stay together."""
     updates, prompts = spec.training.updates_per_rollout, spec.training.prompts_per_step
     if updates > prompts:
         message = f"updates_per_rollout is {updates}, but a batch has {counted(prompts, 'prompt')}"
         yield ("training", "updates_per_rollout"), message, None
 
 
-@run_rule("recorded rollouts are there")
+@run_rule("recorded rollouts exist")
 def replay_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """The replay backend reads the rollouts that an earlier run recorded."""
+    """The replay backend reads rollouts recorded by an earlier run."""
     backend = spec.rollout.backend
     if isinstance(backend, ReplayBackend):
         folder = context.file(backend.run)
@@ -123,16 +123,16 @@ def replay_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 
 def _slots(spec: MethodSpec) -> Iterator[tuple[Path, OfRollouts]]:
-    """Slots of the teacher's context that speak of rollouts, with their paths."""
+    """The slots of the teacher's context that are filled from rollouts, with their paths."""
     sees = spec.teacher.sees if spec.teacher else None
     for name, slot in sees.slots.items() if sees else ():
         if isinstance(slot, OfRollouts):
             yield ("teacher", "sees", "slots", name), slot
 
 
-@method_rule("siblings need a group")
+@method_rule("successful_sibling needs several completions per prompt")
 def lone_sibling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A successful sibling is another rollout of the same prompt; a group of one has none."""
+    """A sibling is another rollout of the same prompt; in a group of one there is none."""
     count = spec.rollout.completions_per_prompt
     for path, slot in _slots(spec):
         if isinstance(slot, SuccessfulSibling) and slot.exclude_self and count == 1:
@@ -141,20 +141,20 @@ def lone_sibling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             yield path, message, "set rollout.completions_per_prompt to 2 or more"
 
 
-@method_rule("a group that may vary has several rollouts")
+@method_rule("non_constant_group needs several completions per prompt")
 def lone_group(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """In a group of one all rewards are the same, so the filter would keep nothing."""
-    for i, each in enumerate(spec.rollout.keep):
-        if isinstance(each, NonConstantGroup) and spec.rollout.completions_per_prompt == 1:
+    """In a group of one all rewards are equal, so the filter would keep nothing."""
+    for i, filter in enumerate(spec.rollout.keep):
+        if isinstance(filter, NonConstantGroup) and spec.rollout.completions_per_prompt == 1:
             group = context.stated(("rollout", "completions_per_prompt"), 1)
             message = f"{group}, so every group is constant and nothing is kept"
             hint = "set rollout.completions_per_prompt to 2 or more"
             yield ("rollout", "keep", i), message, hint
 
 
-@method_rule("a context made of rollouts comes after them")
+@method_rule("a teacher that samples has a context known before sampling")
 def context_before_rollouts(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The teacher cannot sample from a prompt that shows what has been sampled."""
+    """The teacher cannot sample from a prompt that contains the samples."""
     by = spec.rollout.sampled_by
     if isinstance(by, TeacherSamples) and by.prompt == "teacher":
         for path, slot in _slots(spec):
@@ -164,10 +164,10 @@ def context_before_rollouts(spec: MethodSpec, context: Context) -> Iterator[Find
             yield path, message, "use sampled_by: student"
 
 
-@run_rule("training knows its reward")
+@run_rule("the training reward is unambiguous")
 def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Siblings succeed, feedback is given, rollouts are routed and kept and prompts weighed by one of
-    the rewards; it must be plain which.
+    """Successful siblings, feedback, advantages, routes, filters and pass-rate weights all use one reward.  With
+    several rewards, the key `reward` names it.
     """
     if spec.reward is not None and spec.reward not in spec.rewards:
         hint = did_you_mean(spec.reward, spec.rewards) or "declare it under rewards"
@@ -183,11 +183,11 @@ def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
     routed: list[Path] = [("route",)] if spec.route else []
     filters: list[Path] = [
         ("rollout", "keep", i)
-        for i, each in enumerate(spec.rollout.keep)
-        if not isinstance(each, NonEmpty)
+        for i, filter in enumerate(spec.rollout.keep)
+        if not isinstance(filter, NonEmpty)
     ]
-    asked = chain((path for path, _ in _slots(spec)), relative, weights, routed, filters)
-    needed = next(asked, None)
+    users = chain((path for path, _ in _slots(spec)), relative, weights, routed, filters)
+    needed = next(users, None)
     if needed and spec.reward is None and len(spec.rewards) != 1:
         count = "there are none" if not spec.rewards else f"there are {len(spec.rewards)}"
         message = f"this needs the reward that training uses, and {count}"

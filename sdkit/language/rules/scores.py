@@ -1,4 +1,4 @@
-"""Rules on rewards and on the suites that use them."""
+"""Rewards, and the suites that use them."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def _suites(spec: ExperimentSpec) -> Iterator[tuple[str, Suite]]:
     yield from spec.evaluation.suites.items() if spec.evaluation else ()
 
 
-@run_rule("suites name rewards that exist")
+@run_rule("suites use declared rewards")
 def unknown_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Scores are declared under `rewards` and used by name."""
+    """A suite refers to its rewards, declared under `rewards`, by name."""
     known = list(spec.rewards)
     for suite_name, suite in _suites(spec):
         path = ("evaluation", "suites", suite_name)
-        used = [((*path, "score"), suite.score)]
-        used += [((*path, "also", i), name) for i, name in enumerate(suite.also)]
-        for where, name in used:
+        named = [((*path, "score"), suite.score)]
+        named += [((*path, "also", i), name) for i, name in enumerate(suite.also)]
+        for where, name in named:
             if name not in known:
-                what = outside(known) if known else "is not declared: there are no rewards"
+                fault = outside(known) if known else "is not declared: there are no rewards"
                 hint = did_you_mean(name, known) or f"add rewards.{name}"
-                yield where, f"reward {shorten(name)} {what}", hint
+                yield where, f"reward {shorten(name)} {fault}", hint
 
 
 def _users(spec: ExperimentSpec) -> dict[str, list[tuple[str, Suite]]]:
-    """The suites that each reward scores, by itself or in a sum."""
-    reached = {name: _reached(spec, name) for name in spec.rewards}
+    """The suites that use each reward, directly or as part of a weighted sum."""
+    reached = {name: _with_parts(spec, name) for name in spec.rewards}
     users: dict[str, list[tuple[str, Suite]]] = {name: [] for name in spec.rewards}
     for name, suite in _suites(spec):
         scores = [reached[used] for used in {suite.score, *suite.also} if used in reached]
@@ -62,15 +62,15 @@ def _users(spec: ExperimentSpec) -> dict[str, list[tuple[str, Suite]]]:
     return users
 
 
-def _reached(spec: ExperimentSpec, name: str) -> set[str]:
-    """A reward and all that it sums over, at any depth."""
-    found, pending = set(), [name]
+def _with_parts(spec: ExperimentSpec, name: str) -> set[str]:
+    """A reward and all parts of its sum, at any depth."""
+    names, pending = set(), [name]
     while pending:
-        here = pending.pop()
-        if here not in found:
-            found.add(here)
-            pending += _parts(spec, here)
-    return found
+        current = pending.pop()
+        if current not in names:
+            names.add(current)
+            pending += _parts(spec, current)
+    return names
 
 
 def _parts(spec: ExperimentSpec, name: str) -> Iterator[str]:
@@ -78,9 +78,9 @@ def _parts(spec: ExperimentSpec, name: str) -> Iterator[str]:
     yield from reward.parts if isinstance(reward, WeightedReward) else ()
 
 
-@run_rule("the task's own scorer scores the task's own rows")
+@run_rule("a reasoning_gym reward scores reasoning_gym rows")
 def reasoning_gym_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """The scorer of reasoning-gym needs the entry that the task generated."""
+    """reasoning-gym's scorer needs the entry that its task generated."""
     users = _users(spec)
     for name, reward in spec.rewards.items():
         if isinstance(reward, ReasoningGymReward):
@@ -91,9 +91,9 @@ def reasoning_gym_reward(spec: ExperimentSpec, context: Context) -> Iterator[Fin
                     yield ("evaluation", "suites", suite_name, "score"), message, hint
 
 
-@run_rule("right answers and tests are in the columns of the suites")
+@run_rule("suites have the columns that their rewards read")
 def answer_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A reward that compares with a column needs it in every suite that it scores."""
+    """A reward that reads an answer or tests from a column needs it in every suite that uses the reward."""
     users = _users(spec)
     for name, reward in spec.rewards.items():
         column = column_of(reward)
@@ -101,16 +101,16 @@ def answer_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             known = columns_of(spec, suite.data)
             if column and known and column not in known:
                 path = ("rewards", name, "tests" if isinstance(reward, PythonTests) else "answer")
-                said = context.stated(path, column)
+                setting = context.stated(path, column)
                 message = (
-                    f"{said}, which {outside(known)}, the columns of suite {shorten(suite_name)}"
+                    f"{setting}, which {outside(known)}, the columns of suite {shorten(suite_name)}"
                 )
                 yield path, message, did_you_mean(column, known)
 
 
-@run_rule("a sum's parts are rewards")
+@run_rule("the parts of a weighted reward are declared rewards")
 def unknown_part(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A weighted sum refers to other rewards by name."""
+    """A weighted reward refers to other rewards by name."""
     for name, reward in spec.rewards.items():
         if isinstance(reward, WeightedReward):
             known = [other for other in spec.rewards if other != name]
@@ -121,29 +121,29 @@ def unknown_part(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
                     yield ("rewards", name, "parts", part), message, hint
 
 
-@run_rule("no reward is a part of itself")
+@run_rule("no weighted reward contains itself")
 def part_of_itself(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A sum of sums must end in rewards that look at the completion."""
-    reached = {name: _reached(spec, name) for name in spec.rewards}
+    """Nested sums must end in rewards that score the completion."""
+    with_parts = {name: _with_parts(spec, name) for name in spec.rewards}
     for name in spec.rewards:
         for part in _parts(spec, name):
-            if name in reached.get(part, ()):
+            if name in with_parts.get(part, ()):
                 through = "" if part == name else f" through {shorten(part)}"
                 message = f"reward {shorten(name)} is a part of itself{through}"
                 yield ("rewards", name, "parts", part), message, None
 
 
-@run_rule("a sum weighs something")
+@run_rule("a weighted reward has a nonzero weight")
 def zero_weights(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """With all weights 0 every completion gets the same reward."""
+    """If all weights are 0, every completion gets the same reward."""
     for name, reward in spec.rewards.items():
         if isinstance(reward, WeightedReward) and not any(reward.parts.values()):
             yield ("rewards", name, "parts"), f"all weights of {shorten(name)} are 0", None
 
 
-@run_rule("one test has no more time than all together")
+@run_rule("the time limit of one test is at most the total")
 def test_seconds(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A completion's tests share total_seconds, so no test could ever take as long as seconds says."""
+    """A completion's tests share `total_seconds`, so a longer `seconds` could never take effect."""
     for name, reward in spec.rewards.items():
         if isinstance(reward, PythonTests) and reward.seconds > reward.total_seconds:
             path = ("rewards", name)
@@ -153,9 +153,9 @@ def test_seconds(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield (*path, "seconds" if written else "total_seconds"), f"{one}, but {total}", None
 
 
-@run_rule("a reward model is a model on this machine")
+@run_rule("a reward model is a local model folder")
 def reward_model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """The folder has a config.json and weights as safetensors; other formats can run code when they are read."""
+    """The folder has a config.json and safetensors weights; other formats can run code when loaded."""
     for name, reward in spec.rewards.items():
         if isinstance(reward, RewardModel):
             path = ("rewards", name, "path")
@@ -170,9 +170,9 @@ def reward_model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Find
                 yield path, f"{reward.path} has no weights in safetensors files", None
 
 
-@run_rule("patterns can be read")
+@run_rule("patterns are valid regular expressions")
 def pattern(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A pattern is a Python regular expression."""
+    """A pattern uses the syntax of Python's `re` module."""
     for name, reward in spec.rewards.items():
         if isinstance(reward, RegexReward):
             try:
@@ -181,17 +181,17 @@ def pattern(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
                 yield ("rewards", name, "pattern"), f"not a regular expression: {error}", None
 
 
-@run_rule("the user's reward functions are there")
+@run_rule("user-defined reward functions exist")
 def reward_file(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """The file is read and parsed, never run: it must define the function at its top level, to be
-    called with a completion and a row.
+    """The file is parsed, not executed.  It must define the function at its top level, and the function must
+    accept a completion and a row.
     """
     for name, reward in spec.rewards.items():
         if isinstance(reward, FileReward):
             path = context.file(reward.file)
-            found = fault_of(path, reward.file, reward.function, ("completion", "row"))
-            if found:
-                key, message, hint = found
+            fault = fault_of(path, reward.file, reward.function, ("completion", "row"))
+            if fault:
+                key, message, hint = fault
                 yield ("rewards", name, key), message, hint
 
 

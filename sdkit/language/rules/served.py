@@ -1,4 +1,4 @@
-"""Rules on teachers behind a server: what can be asked of them, and where prompts may be sent."""
+"""Served teachers: what a server can return, and where prompts may be sent."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ from sdkit.language.specs import (
 )
 
 
-@method_rule("a served teacher's address says where it is")
+@method_rule("a served teacher has a valid address")
 def server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Prompts and completions leave this machine only where the spec says so, and a spec holds no
-    passwords.
-    """
+    """Prompts and completions leave this machine only if the spec allows it, and specs contain no passwords."""
     for path, weights in served_teachers(spec):
         for message, hint in address_faults(
             weights.url, weights.allow_remote, "prompts would be sent there"
@@ -35,7 +33,7 @@ def server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 def address_faults(
     url: str, allow_remote: bool, consequence: str
 ) -> Iterator[tuple[str, str | None]]:
-    """What is wrong with a server's address, each with a hint; `consequence` is what comes of another machine's."""
+    """What is wrong with a server's address, each with a hint; `consequence` says what a remote server would receive."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -55,7 +53,7 @@ def address_faults(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether the host is this machine, whatever the network says."""
+    """Whether the host is this machine, without asking the network."""
     if host == "localhost":
         return True
     try:
@@ -64,10 +62,10 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-@method_rule("a server's key stands in the environment")
+@method_rule("a server's key is in an environment variable")
 def server_key(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Specs are shared, and copied into every run directory; key_from names the variable that holds
-    the key.
+    """Specs are shared and copied into every run directory, so they contain no keys; `key_from` names the
+    environment variable that holds one.
     """
     for path, weights in served_teachers(spec):
         if fault := variable_fault(weights.key_from):
@@ -75,16 +73,16 @@ def server_key(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 
 def variable_fault(name: str | None) -> str | None:
-    """What is wrong with the name of an environment variable."""
+    """What is wrong with an environment variable's name; None if it is valid."""
     if name is None or re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
         return None
     return "this is no name of an environment variable"
 
 
-@method_rule("a served teacher is asked for what a server tells")
+@method_rule("a served teacher is used with a support that a server can return")
 def served_support(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A server tells of its own k likeliest tokens and of the sampled one; of the whole vocabulary, or
-    of tokens that the student chose, it tells nothing.
+    """A server returns log-probabilities of its own k likeliest tokens and of the sampled one, but not of the
+    whole vocabulary or of tokens chosen by the student.
     """
     if tokens_told(spec) is None:
         return
@@ -92,21 +90,21 @@ def served_support(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         match term.support:
             case SampledTokenSupport() | TopKSupport(chosen_by="teacher"):
                 continue
-            case TopKSupport(chosen_by=who):
-                message = f"a server tells of its own likeliest tokens, and chosen_by is {who}"
+            case TopKSupport(chosen_by=chosen_by):
+                message = f"a server returns its own likeliest tokens, but chosen_by is {chosen_by}"
                 yield (*path, "support", "chosen_by"), message, "use chosen_by: teacher"
             case _:
-                message = "a server tells of its likeliest tokens, not of the whole vocabulary"
+                message = "a server returns its likeliest tokens, not the whole vocabulary"
                 hint = (
                     "use support: {kind: top_k, k: 20, chosen_by: teacher, remainder: tail_bucket}"
                 )
                 yield (*path, "support"), message, hint
 
 
-@method_rule("a served teacher is asked at temperature 1")
+@method_rule("a served teacher's log-probabilities are used at temperature 1")
 def served_temperature(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """vLLM's prompt_logprobs are at temperature 1 whatever is asked.  A top k that is rescaled to one
-    can be tempered afterwards; the mass outside it, and the sampled token alone, cannot.
+    """vLLM always returns prompt_logprobs at temperature 1.  A renormalized top-k can be brought to another
+    temperature afterwards; the mass outside it, and a single sampled token, cannot.
     """
     if tokens_told(spec) is None:
         return
@@ -126,12 +124,12 @@ def served_temperature(spec: MethodSpec, context: Context) -> Iterator[Finding]:
                 hint += ", or use remainder: renormalize"
             yield (
                 where,
-                f"a server tells of temperature 1, and {what} needs {_at(temperature)}",
+                f"a server returns temperature 1, but {what} needs {_at(temperature)}",
                 hint,
             )
     if sampled != 1:
         for path in _at_sampling_temperature(spec):
-            message = "a server tells of temperature 1, and this needs rollout.temperature, "
+            message = "a server returns temperature 1, but this needs rollout.temperature, "
             yield path, f"{message}{_at(sampled)}", "set rollout.temperature: 1"
 
 
@@ -140,37 +138,35 @@ def _at(temperature: object) -> str:
 
 
 def _at_sampling_temperature(spec: MethodSpec) -> Iterator[Path]:
-    """Settings that ask for the teacher's log-probability of a token as it was sampled."""
+    """The settings that need the teacher's log-probability at the sampling temperature."""
     for path, term in policy_gradients(spec):
         if teacher_part(term.advantage):
             yield (*path, "advantage")
     for name, term in spec.losses.items():
-        for measure, key in term_statistics(term):
-            if measure == "teacher_logprobs" and key[0] != "advantage":
+        for statistic, key in term_statistics(term):
+            if statistic == "teacher_logprobs" and key[0] != "advantage":
                 yield ("losses", name, *key)
 
 
-@method_rule("nothing asks a served teacher for its entropy")
+@method_rule("no term needs a served teacher's entropy")
 def served_entropy(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The entropy is that of the whole distribution; a server tells of a few tokens."""
+    """The entropy needs the full distribution; a server returns a few tokens."""
     if tokens_told(spec) is None:
         return
     for name, term in spec.losses.items():
-        for measure, key in term_statistics(term):
-            if measure == "teacher_entropy":
-                message = "this asks for the teacher's entropy, which a server does not tell"
+        for statistic, key in term_statistics(term):
+            if statistic == "teacher_entropy":
+                message = "this needs the teacher's entropy, which a server does not return"
                 yield ("losses", name, *key), message, "use another mask or weight"
 
 
 @method_rule("a served teacher is not blended")
 def served_blend(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A blend multiplies whole distributions, token by token, and takes its top k afterwards; a server
-    tells of its own top k.
+    """A blend multiplies full distributions and takes the top k of the result; a server returns the top k of
+    its own distribution.
     """
     if tokens_told(spec) is not None and spec.teacher and spec.teacher.blend:
-        message = (
-            "a blend needs the teacher's whole distribution, and a server tells of a few tokens"
-        )
+        message = "a blend needs the teacher's full distribution, but a server returns a few tokens"
         yield ("teacher", "blend"), message, "remove blend"
 
 

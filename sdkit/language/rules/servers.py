@@ -1,4 +1,4 @@
-"""Rules on rollouts from servers: where weights and prompts may go, and how far sampling may run ahead of training."""
+"""Rollout servers: where weights and prompts may go, and how far sampling may run ahead of training."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from sdkit.language.specs import MethodSpec, StudentSamples, VllmServerBackend
 BACKEND: Path = ("rollout", "backend")
 
 
-@method_rule("a rollout server's address says where it is")
+@method_rule("rollout servers have valid, distinct addresses")
 def rollout_server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Prompts leave this machine only where the spec says so; a server named twice would be asked twice."""
+    """Prompts leave this machine only if the spec allows it.  A server listed twice would get two shares of the
+    work.
+    """
     backend = spec.rollout.backend
     if not isinstance(backend, VllmServerBackend):
         return
@@ -29,7 +31,7 @@ def rollout_server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 
 def _remote(backend: VllmServerBackend) -> str | None:
-    """The first server on another machine; what is no address is another rule's."""
+    """The first server on another machine; rollout_server_url reports invalid addresses."""
     for url in backend.urls:
         try:
             host = urlsplit(url).hostname
@@ -42,8 +44,8 @@ def _remote(backend: VllmServerBackend) -> str | None:
 
 @method_rule("a rollout server on another machine has a key")
 def rollout_server_key(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Whoever reaches the port can ask the server, and give it weights; a key stands in the environment
-    of both sides, never in a spec.
+    """Anyone who reaches the port can use the server and send it weights.  The key is in the environment of
+    both machines, never in a spec.
     """
     backend = spec.rollout.backend
     if not isinstance(backend, VllmServerBackend):
@@ -56,9 +58,9 @@ def rollout_server_key(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield BACKEND, message, hint
 
 
-@method_rule("a rollout server on another machine sees the weight files")
+@method_rule("a rollout server on another machine shares a weight folder")
 def rollout_server_folder(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Weights go by file; the default folder is this machine's own."""
+    """Weights are passed as files; the default folder is local to this machine."""
     backend = spec.rollout.backend
     if isinstance(backend, VllmServerBackend) and backend.folder is None:
         if url := _remote(backend):
@@ -66,10 +68,10 @@ def rollout_server_folder(spec: MethodSpec, context: Context) -> Iterator[Findin
             yield BACKEND, message, "write folder: a folder on a disk that both machines see"
 
 
-@method_rule("rollouts ahead of their turn are the student's, from servers")
+@method_rule("only the student samples ahead, and only on servers")
 def staleness_source(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """An engine in the trainer's process samples while nothing trains; and which weights a batch has
-    been sampled by is known ahead for the student alone.
+    """An engine in the trainer's process cannot sample while the trainer trains.  Only for the student is it
+    known ahead which weights sample a batch.
     """
     if not spec.rollout.max_staleness:
         return
@@ -84,8 +86,8 @@ def staleness_source(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("stale rollouts are corrected for")
 def staleness_ratio(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Rollouts sampled ahead come from weights that are gone when they are trained on; the ratio to the
-    sampler corrects for it, token by token or sequence by sequence.
+    """Rollouts sampled ahead come from older weights than those being trained.  The ratio to the sampler
+    corrects for this, per token or per sequence.
     """
     if not spec.rollout.max_staleness or not isinstance(spec.rollout.sampled_by, StudentSamples):
         return

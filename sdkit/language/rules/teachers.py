@@ -1,4 +1,4 @@
-"""Rules on what the teacher is: other models, and what can be asked of each."""
+"""The teacher's weights: other models, blends, routes, and which of them can sample."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from sdkit.language.specs import (
 from sdkit.language.vocabulary import first_difference, of_folder
 
 
-@run_rule("an external teacher, or the base of a blend, is a model")
+@run_rule("an external teacher or a blend's base is a model")
 def teacher_model(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A local path is a Hugging Face folder, which has a config.json; `bundled:NAME` is in a short
-    list; anything else is a hub id.
+    """A path is `bundled:NAME` with a name from the list of bundled models, a local Hugging Face folder with a
+    config.json, or a hub id.
     """
     for path, weights in other_models(spec):
         where = (*path, "path")
@@ -51,10 +51,10 @@ def teacher_model(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         yield from unknown_bundled((*path, "tokenizer"), weights.tokenizer or "")
 
 
-@run_rule("an external teacher, or the base of a blend, has the student's vocabulary")
+@run_rule("an external teacher or a blend's base has the student's vocabulary")
 def teacher_vocabulary(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Distributions are compared id by id, so every token must have the same id on both sides.  Where
-    a folder cannot tell, the tokenizers are compared before any weights are loaded.
+    """Distributions are compared token id by token id, so every token must have the same id in both models.
+    Models without a local folder are compared by tokenizer before any weights are loaded.
     """
     ours = of_folder(Folder(context.file(spec.model.path)))
     folders = [((*path, "path"), weights.path) for path, weights in other_models(spec)]
@@ -68,9 +68,11 @@ def teacher_vocabulary(spec: ExperimentSpec, context: Context) -> Iterator[Findi
             yield where, message, "take a model with the student's tokenizer"
 
 
-@method_rule("vLLM samples under the student's architecture")
+@method_rule("vLLM samples from the student's architecture")
 def foreign_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """An engine holds the student's model and takes weights of that shape; another model samples by `generate`."""
+    """The vLLM engine is built for the student's model and loads weights of that shape.  Another model samples
+    with transformers' `generate`.
+    """
     by, backend = spec.rollout.sampled_by, spec.rollout.backend
     if not isinstance(by, TeacherSamples) or by.weights != "teacher" or not spec.teacher:
         return
@@ -79,10 +81,10 @@ def foreign_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield ("rollout", "backend"), message, "use backend: transformers"
 
 
-@method_rule("the teacher that samples is one model")
+@method_rule("a teacher that samples is a single model")
 def no_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A completion is drawn token by token from one set of weights in this process; a blend takes two
-    models, or two prompts, at each of them.
+    """A completion is sampled token by token from one set of weights in this process.  A blend would need two
+    models, or two prompts, at every token.
     """
     by = spec.rollout.sampled_by
     if not isinstance(by, TeacherSamples) or by.weights != "teacher" or not spec.teacher:
@@ -98,10 +100,10 @@ def no_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield ("rollout", "sampled_by"), message, "use sampled_by: student, or remove the blend"
 
 
-@method_rule("a teacher is blended with something else than itself")
+@method_rule("a teacher is not blended with itself")
 def blend_with_itself(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The powers of all blends but a product sum to one: the same weights under the same prompt give
-    the same distribution again, and cost a forward pass.
+    """Except in a product, the powers of a blend sum to one.  Blending the same weights under the same prompt
+    gives the same distribution at the cost of a forward pass.
     """
     teacher = spec.teacher
     match teacher and teacher.blend:
@@ -117,8 +119,8 @@ def blend_with_itself(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @run_rule("a routed teacher's column is in the data")
 def route_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """The rows say who teaches them, the training rows and those on which the loss is measured; their
-    values are compared with the routes when the data are read.
+    """The column names each row's teacher, in the training rows and in suites that measure the loss.  Its values
+    are compared with the routes when the data is read.
     """
     weights = spec.teacher and spec.teacher.weights
     if not isinstance(weights, RoutedWeights):

@@ -1,4 +1,4 @@
-"""Rules on which tokens and rollouts a term counts, and on what they weigh."""
+"""Token masks, token weights and routes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sdkit.language.specs import (
 from sdkit.language.user_functions import fault_of
 
 
-@method_rule("what is left out below the floor has a floor")
+@method_rule("below_floor leave_out has a floor")
 def no_floor(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Without a floor no token is below it."""
+    """Without a floor, no token lies below it."""
     for path, term in policy_gradients(spec):
         part = teacher_part(term.advantage)
         if part and part.below_floor == "leave_out" and part.floor is None:
@@ -30,10 +30,10 @@ def no_floor(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             yield key, message, "add floor: a number below 0"
 
 
-@method_rule("what is weighed within a group has one")
+@method_rule("weights within a group need several completions")
 def lone_weight(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """In a group of one the pass rate is 0 or 1, so every weight is 0; and a perplexity is its own
-    mean, so every weight is 1.
+    """In a group of one, the pass rate is 0 or 1, so every pass_rate weight is 0; and a perplexity equals its
+    mean, so every perplexity weight is 1.
     """
     if spec.rollout.completions_per_prompt > 1:
         return
@@ -41,15 +41,15 @@ def lone_weight(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         weight = weight_of(term)
         if isinstance(weight, PassRateWeight | PerplexityWeight):
             group = context.stated(("rollout", "completions_per_prompt"), 1)
-            every = 0 if isinstance(weight, PassRateWeight) else 1
-            message = f"{group}, so every weight is {every}"
+            value = 0 if isinstance(weight, PassRateWeight) else 1
+            message = f"{group}, so every weight is {value}"
             hint = "set rollout.completions_per_prompt to 2 or more"
             yield ("losses", name, "weight"), message, hint
 
 
-@method_rule("a joint denominator joins terms", "warning")
+@method_rule("a joint denominator is shared by several terms", "warning")
 def lone_joint(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The tokens of all terms that say joint are those of the only one that does."""
+    """If only one term says joint, the joint count is that term's own count."""
     joint = [n for n, t in spec.losses.items() if t.average == PerToken(denominator="joint")]
     if len(joint) == 1:
         path = ("losses", joint[0], "average", "denominator")
@@ -58,7 +58,7 @@ def lone_joint(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @method_rule("a route names terms, each once")
 def routed_terms(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """A term on both branches would count every rollout, as it does without a route."""
+    """A term on both branches would count every rollout, as an unrouted term does."""
     if spec.route is None:
         return
     seen: dict[str, Path] = {}
@@ -75,26 +75,26 @@ def routed_terms(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             seen.setdefault(name, path)
 
 
-@method_rule("a route by context has a context")
+@method_rule("a route on failed_with_context has a teacher")
 def route_context(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """failed_with_context asks whether a rollout has a teacher prompt; without a teacher none has."""
+    """failed_with_context selects rollouts with a teacher prompt; without a teacher there are none."""
     if spec.route and spec.route.when == "failed_with_context" and not spec.teacher:
         message = "no rollout has a context: there is no teacher"
         yield ("route", "when"), message, "use when: failed, or add a teacher"
 
 
-@method_rule("the user's weight functions are there")
+@method_rule("user-defined weight functions exist")
 def weight_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """The file is read and parsed, never run: it must define the function at its top level, to be
-    called with what it is given.
+    """The file is parsed, not executed.  It must define the function at its top level, and the function must
+    accept `counts` and every name in `given`.
     """
     for name, term in spec.losses.items():
         weight = weight_of(term)
         if isinstance(weight, FileWeight):
             path = context.file(weight.file)
-            found = fault_of(path, weight.file, weight.function, ("counts",), weight.given)
-            if found:
-                key, message, hint = found
+            fault = fault_of(path, weight.file, weight.function, ("counts",), weight.given)
+            if fault:
+                key, message, hint = fault
                 yield ("losses", name, "weight", key), message, hint
 
 

@@ -1,4 +1,4 @@
-"""Rules on the model, the length of a run, its batches, and on settings that would have no effect."""
+"""Model, run length, batch sizes, and settings without effect."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sdkit.language.specs import CopyWeights, ExperimentSpec, MethodSpec, indivi
 
 @method_rule("names are plain")
 def plain_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
-    """Names of terms, slots, rewards and suites become names of metrics, files and overrides."""
+    """Names of terms, slots, rewards, suites and decodings appear in metric names, file names and overrides."""
     sees = spec.teacher.sees if spec.teacher else None
     tables: dict[Path, Mapping[str, Any]] = {("losses",): spec.losses}
     if sees:
@@ -42,19 +42,19 @@ def plain_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 @run_rule("a bundled model exists")
 def bundled_name(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Bundled models come as Python packages; the list is short."""
+    """Bundled models come as Python packages; only the names in sdkit's list exist."""
     yield from unknown_bundled(("model", "path"), spec.model.path)
 
 
-@run_rule("a local model is a model")
+@run_rule("a local model folder contains a model")
 def model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A local path is a Hugging Face folder, which has a config.json; what is no path is a hub id."""
+    """A local path is a Hugging Face model folder with a config.json; anything else is a hub id."""
     yield from no_model(("model", "path"), spec.model.path, context)
 
 
 @run_rule("a run has a length")
 def steps_or_epochs(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Steps count rollout batches, epochs count passes over the data; one follows from the other."""
+    """`steps` counts rollout batches, `epochs` counts passes over the data; give one, and sdkit derives the other."""
     steps, epochs = spec.training.steps, spec.training.epochs
     if steps is None and epochs is None:
         yield ("training", "steps"), "neither steps nor epochs is given", "add training.steps"
@@ -64,16 +64,16 @@ def steps_or_epochs(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
 
 @run_rule("the warm-up ends within the run")
 def warmup(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Otherwise the run never reaches its learning rate."""
+    """Otherwise the run never reaches its peak learning rate."""
     total = total_updates(spec)
     if total and spec.optimizer.warmup_steps >= total:
         message = f"warmup_steps is {spec.optimizer.warmup_steps}, but the run has {total} optimizer steps"
         yield ("optimizer", "warmup_steps"), message, None
 
 
-@run_rule("sequences fit the model")
+@run_rule("sequences fit the model's context")
 def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Prompt and completion together are one sequence, for the student and for the teacher."""
+    """Prompt and completion form one sequence, for the student and for the teacher."""
     shape, rollout = shape_of(spec, context), spec.rollout
     if not shape:
         return
@@ -93,17 +93,19 @@ def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield culprit, message, "lower max_new_tokens or max_prompt_tokens"
 
 
-@run_rule("every rank gets equally many prompts")
+@run_rule("every rank gets the same number of prompts")
 def equal_shares(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Ranks work in step, and a group's rollouts stay on one rank; what a launcher starts is checked when it does."""
+    """Ranks run in lockstep, and the rollouts of a group stay on one rank.  The number of ranks that a launcher
+    starts is checked at start-up.
+    """
     ranks = spec.machine.ranks if spec.machine else 1
-    if found := indivisible(spec, ranks):
-        yield ("training", "prompts_per_step"), found, f"use a multiple of {ranks}"
+    if fault := indivisible(spec, ranks):
+        yield ("training", "prompts_per_step"), fault, f"use a multiple of {ranks}"
 
 
-@run_rule("what is offloaded is shared out")
+@run_rule("offloading has the ZeRO stage it needs")
 def offload_stage(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """DeepSpeed moves a rank's share: of masters and moments from stage 1 on, of parameters under stage 3."""
+    """DeepSpeed offloads a rank's shard: optimizer states from stage 1 on, parameters under stage 3."""
     stage = spec.training.zero_stage
     needed = {"optimizer": 1, "parameters": 3}
     for place, what in enumerate(spec.training.offload):
@@ -116,7 +118,7 @@ def offload_stage(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 @run_rule("the longest sequence fits one forward pass")
 def micro_batch(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A sequence is never split over forward passes."""
+    """A sequence is never split across forward passes."""
     budget, new = spec.training.micro_batch_tokens, spec.rollout.max_new_tokens
     prompt = spec.rollout.max_prompt_tokens
     need = new + (prompt or 1)
@@ -127,9 +129,9 @@ def micro_batch(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         yield path, message, f"use micro_batch_tokens: {need} or more"
 
 
-@run_rule("the best model is known by an evaluation")
+@run_rule("keep_best has an evaluation to compare")
 def best_of_nothing(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Without its figure no evaluation is better than another."""
+    """The best model is chosen by an evaluated score or loss."""
     which, path = spec.output.keep_best, ("output", "keep_best")
     if which is None:
         return
@@ -142,9 +144,9 @@ def best_of_nothing(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
         yield path, message, f"set evaluation.suites.{name}.loss_prompts, or keep_best: score"
 
 
-@run_rule("what happens every so many steps happens", "warning")
+@run_rule("intervals are no longer than the run", "warning")
 def beyond_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """An interval longer than the run means never, or only at the end."""
+    """With an interval longer than the run, the action never happens, or only at the end."""
     steps, total = spec.training.steps, total_updates(spec)
     if not steps or not total:
         return
@@ -161,17 +163,17 @@ def beyond_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield path, f"{path[-1]} is {every}, but the run has {length} steps", None
 
 
-@run_rule("settings that are written have an effect", "warning")
+@run_rule("written settings have an effect", "warning")
 def unused_setting(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A setting without effect is a misunderstanding that no run would reveal."""
+    """A setting without effect points to a misunderstanding that the run itself would not reveal."""
     path: Path = ("teacher", "sees", "cut")
     sees = spec.teacher.sees if spec.teacher else None
     if sees and context.loaded.written(path) and sees.max_prompt_tokens is None:
         yield path, "cut has no effect without max_prompt_tokens", "add max_prompt_tokens"
-    kept: Path = ("output", "keep_checkpoints")
-    if context.loaded.written(kept) and not spec.output.checkpoint_every:
+    path = ("output", "keep_checkpoints")
+    if context.loaded.written(path) and not spec.output.checkpoint_every:
         message = "keep_checkpoints has no effect without checkpoint_every"
-        yield kept, message, "add checkpoint_every"
+        yield path, message, "add checkpoint_every"
     if spec.optimizer.schedule == "constant" and spec.optimizer.final_share:
         schedule = context.stated(("optimizer", "schedule"), "constant")
         message = f"final_share has no effect: {schedule}"

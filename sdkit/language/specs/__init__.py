@@ -1,9 +1,10 @@
 """Every spec class of the language.
 
-Rooms: `fields` (how a class is declared), `rollouts`, `contexts`, `teachers`, `blends`, `losses`, `divergences` and
-`token_weights` (what makes a `method`), `data`, `scores` and `run`.
+`fields` has the means to declare a class.  `rollouts`, `contexts`, `teachers`, `blends`, `losses`, `divergences`,
+`advantages` and `token_weights` make up a `method`; `data`, `scores` and `run` have what a run needs besides.
 """
 
+from sdkit.language.specs.advantages import *  # noqa: F403
 from sdkit.language.specs.blends import *  # noqa: F403
 from sdkit.language.specs.contexts import *  # noqa: F403
 from sdkit.language.specs.data import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""What a teacher's distribution is blended with: a product of powers, so a sum of logits."""
+"""Blends of the teacher's distribution with another: products of powers, that is, weighted sums of logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TrustRegionBlend:
 
 @frozen(kw_only=True)
 class ProductBlend:
-    """Teacher × student^b, b = student_power: the live student under its own prompt, a constant of the gradient."""
+    """Teacher × student^b, b = student_power; the live student under its own prompt, detached."""
 
     kind: ClassVar[str] = "product"
     student_power: float | Schedule = spec_field("power of the live student", range=POWER_OR_ZERO)
@@ -28,7 +28,7 @@ class ProductBlend:
 
 @frozen(kw_only=True)
 class GeometricBlend:
-    """Start model^(1 − w) × teacher^w, w = teacher_share: the frozen start model under the student's prompt."""
+    """Start model^(1 − w) × teacher^w, w = teacher_share; the frozen start model under the student's prompt."""
 
     kind: ClassVar[str] = "geometric"
     teacher_share: float | Schedule = spec_field("power of the teacher", range=SHARE)
@@ -36,12 +36,12 @@ class GeometricBlend:
 
 @frozen(kw_only=True)
 class ExtrapolateBlend:
-    """Teacher^f × base^(1 − f), f = factor, the base under the student's prompt: above 1, beyond the teacher."""
+    """Teacher^f × base^(1 − f), f = factor; the base under the student's prompt.  f > 1 extrapolates beyond the teacher."""
 
     kind: ClassVar[str] = "extrapolate"
     factor: float | Schedule = spec_field("power of the teacher", range=POWER)
     base: FrozenWeights | ExternalWeights = spec_field(
-        "what the teacher is measured from: the start model, or another one",
+        "the model to extrapolate from: the start model or another one",
         default=FrozenWeights(),
     )
 

@@ -1,4 +1,4 @@
-"""What the teacher sees that the student does not."""
+"""The teacher's context: what it sees beyond the student's prompt."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from sdkit.language.specs.fields import (
     spec_field,
 )
 
-WRAP_HELP = (
-    "text around the value, which stands in it as {value}; nothing at all where there is none"
-)
+WRAP_HELP = "text around the value, with {value} in its place; an empty slot stays empty"
 
 
 @frozen(kw_only=True)
@@ -40,27 +38,31 @@ class TextSlot:
 
 @frozen(kw_only=True)
 class SuccessfulSibling:
-    """Another rollout's completion of the same prompt, where one was rewarded well enough."""
+    """Another rollout's completion of the same prompt, if its reward reaches the threshold."""
 
     kind: ClassVar[str] = "successful_sibling"
-    threshold: float = spec_field("smallest reward that is a success", default=1.0, range=SIGNED)
-    pick: Literal["first", "best", "random"] = spec_field(
-        "which success, where there are several", default="first"
+    threshold: float = spec_field(
+        "smallest reward that counts as a success", default=1.0, range=SIGNED
     )
-    exclude_self: bool = spec_field("a rollout never sees its own completion", default=True)
+    pick: Literal["first", "best", "random"] = spec_field(
+        "which success to show if there are several", default="first"
+    )
+    exclude_self: bool = spec_field(
+        "whether a rollout's own completion is never shown to its teacher", default=True
+    )
     strip_thinking: bool = spec_field(
-        "leave out the thinking, `<think>…</think>` or what the model writes instead", default=True
+        "remove the reasoning block: `<think>…</think>` or the model's own markers", default=True
     )
     wrap: str = spec_field(WRAP_HELP, default="{value}", range=TEXT)
 
 
 @frozen(kw_only=True)
 class Feedback:
-    """What the reward said of this rollout's own completion."""
+    """The reward's feedback text on this rollout's own completion."""
 
     kind: ClassVar[str] = "feedback"
     when: Literal["always", "no_solution"] = spec_field(
-        "always, or only where no successful sibling is shown", default="always"
+        "always, or only if no successful sibling is shown", default="always"
     )
     wrap: str = spec_field(WRAP_HELP, default="{value}", range=TEXT)
 
@@ -71,31 +73,33 @@ class OwnAttempt:
 
     kind: ClassVar[str] = "own_attempt"
     strip_thinking: bool = spec_field(
-        "leave out the thinking, `<think>…</think>` or what the model writes instead", default=True
+        "remove the reasoning block: `<think>…</think>` or the model's own markers", default=True
     )
     wrap: str = spec_field(WRAP_HELP, default="{value}", range=TEXT)
 
 
 @frozen(kw_only=True)
 class Verdict:
-    """One of two texts, by this rollout's own reward."""
+    """One of two texts, chosen by this rollout's own reward."""
 
     kind: ClassVar[str] = "verdict"
-    threshold: float = spec_field("smallest reward that is a success", default=1.0, range=SIGNED)
+    threshold: float = spec_field(
+        "smallest reward that counts as a success", default=1.0, range=SIGNED
+    )
     success: str = spec_field("the text after a success", range=TEXT)
     failure: str = spec_field("the text after a failure", range=TEXT)
 
 
 Slot = ColumnSlot | TextSlot | SuccessfulSibling | Feedback | OwnAttempt | Verdict
 OfRollouts = SuccessfulSibling | Feedback | OwnAttempt | Verdict
-"""Slots that can be filled only once a group has been sampled and judged."""
+"""Slots that are filled after the group has been sampled and scored."""
 Wording = TextSlot | Verdict
-"""Slots whose text stands in the spec: always filled, never cut."""
+"""Slots whose text is in the spec: always filled, never cut."""
 
 
 @frozen(kw_only=True)
 class Turn:
-    """One exchange: what the user says and what the assistant answers."""
+    """One exchange: a user message and the assistant's answer."""
 
     user: str = spec_field("template of the user's message", range=TEXT)
     assistant: str = spec_field("template of the answer", range=TEXT)
@@ -103,23 +107,24 @@ class Turn:
 
 @frozen(kw_only=True)
 class Context:
-    """What every kind of teacher context has."""
+    """The keys shared by all kinds of teacher context."""
 
-    slots: Table[Slot] = spec_field("what fills the template", default=Table())
+    slots: Table[Slot] = spec_field("values for the template's fields", default=Table())
     requires: Literal["all", "any"] = spec_field(
-        "which slots must be filled, or else the row has no teacher", default="all"
+        "whether all slots or any one must be filled; otherwise the rollout has no teacher prompt",
+        default="all",
     )
     max_prompt_tokens: int | None = spec_field(
-        "longest teacher prompt; longer context is cut", default=None, range=AT_LEAST_ONE
+        "longest teacher prompt, tokens; longer context is cut", default=None, range=AT_LEAST_ONE
     )
     cut: Literal["start", "end"] = spec_field(
-        "the end of the context that a cut removes; the prompt always stays whole", default="end"
+        "which end of the context a cut removes; the prompt is never cut", default="end"
     )
 
 
 @frozen(kw_only=True)
 class UserTurn(Context):
-    """The template takes the place of the last user message."""
+    """The template replaces the last user message."""
 
     kind: ClassVar[str] = "user_turn"
     template: str = spec_field("text with {prompt} and the slots", range=TEXT)
@@ -127,7 +132,7 @@ class UserTurn(Context):
 
 @frozen(kw_only=True)
 class SystemMessage(Context):
-    """The template becomes the system message (after the row's own, where it has one)."""
+    """The template becomes the system message, after the row's own if it has one."""
 
     kind: ClassVar[str] = "system_message"
     template: str = spec_field("text with the slots", range=TEXT)
@@ -135,7 +140,7 @@ class SystemMessage(Context):
 
 @frozen(kw_only=True)
 class EarlierTurns(Context):
-    """Exchanges that stand before the prompt, as if the chat had begun with them."""
+    """Exchanges placed before the prompt, as earlier turns of the chat."""
 
     kind: ClassVar[str] = "earlier_turns"
     turns: tuple[Turn, ...] = spec_field("the exchanges, first to last", range=NOT_EMPTY)
@@ -143,7 +148,7 @@ class EarlierTurns(Context):
 
 @frozen(kw_only=True)
 class AnswerStart(Context):
-    """The template stands where the answer begins; the completion that is scored follows it."""
+    """The template begins the assistant's answer; the completion follows it."""
 
     kind: ClassVar[str] = "answer_start"
     template: str = spec_field("text with the slots", range=TEXT)
@@ -153,4 +158,4 @@ Sees = UserTurn | SystemMessage | EarlierTurns | AnswerStart
 
 
 DEFAULT_KIND: dict[Any, type] = {Sees: UserTurn}
-"""Unions whose `kind` may be left out, and what it then is."""
+"""Unions whose `kind` may be left out, with the kind assumed."""

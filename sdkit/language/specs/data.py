@@ -1,4 +1,4 @@
-"""Where rows come from, and which of their columns mean what."""
+"""Data sources, and the meaning of their columns."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sdkit.language.specs.fields import (
     spec_field,
 )
 
-ORIGIN_HELP = "where the file can be had; with it a missing file stops the run, not `validate`, `plan` and `smoke`"
+ORIGIN_HELP = "where to get the file; if set, a missing file stops `train` but not `validate`, `plan` and `smoke`"
 
 
 @frozen(kw_only=True)
 class JsonLinesSource:
-    """One JSON object a line."""
+    """A JSON Lines file: one object per line."""
 
     kind: ClassVar[str] = "jsonl"
     path: str = spec_field("file, relative to the spec", range=PATH)
@@ -32,7 +32,7 @@ class JsonLinesSource:
 
 @frozen(kw_only=True)
 class JsonSource:
-    """A JSON file that holds a list of objects."""
+    """A JSON file with a list of objects."""
 
     kind: ClassVar[str] = "json"
     path: str = spec_field("file, relative to the spec", range=PATH)
@@ -50,7 +50,7 @@ class ParquetSource:
 
 @frozen(kw_only=True)
 class HubSource:
-    """A data set of the Hugging Face hub (needs a network or a filled cache)."""
+    """A data set from the Hugging Face hub; needs network access or a filled cache."""
 
     kind: ClassVar[str] = "hub"
     path: str = spec_field("data set id", range=NAME)
@@ -65,15 +65,13 @@ class DiskSource:
 
     kind: ClassVar[str] = "saved_dataset"
     path: str = spec_field("folder, relative to the spec", range=PATH)
-    split: str | None = spec_field(
-        "split, where the folder holds several", default=None, range=NAME
-    )
+    split: str | None = spec_field("split, if the folder has several", default=None, range=NAME)
     origin: str | None = spec_field(ORIGIN_HELP, default=None, range=NAME)
 
 
 @frozen(kw_only=True)
 class ReasoningGymSource:
-    """A procedural task of reasoning-gym; rows carry `question`, `answer` and `metadata`."""
+    """A procedurally generated task of reasoning-gym; rows have `question`, `answer` and `metadata`."""
 
     kind: ClassVar[str] = "reasoning_gym"
     task: str = spec_field("task name, such as chain_sum", range=NAME)
@@ -93,7 +91,7 @@ class InlineSource:
 
 
 FileSource = JsonLinesSource | JsonSource | ParquetSource | DiskSource
-"""Sources that are a file or a folder of this machine."""
+"""Sources that are a local file or folder."""
 Source = (
     JsonLinesSource
     | JsonSource
@@ -117,15 +115,17 @@ class ColumnTemplate:
 
 @frozen(kw_only=True)
 class DataSpec:
-    """Where rows come from and which of their columns mean what."""
+    """A source of rows and the meaning of its columns."""
 
     source: Source = spec_field("the rows")
     columns: Table[str | ColumnTemplate] | None = spec_field(
-        "sdkit's name → the source's column or a template; `prompt` (text or chat messages) is required, `system`, "
-        "`demonstration`, `answer` and any other name may follow; evaluation data take the training data's",
+        "sdkit's name → the source's column or a template; `prompt` (text or chat messages) is required; `system`, "
+        "`demonstration`, `answer` and any other names are optional; evaluation data defaults to the training data's",
         default=None,
         each=NAME,
         names=NAME,
     )
-    limit: int | None = spec_field("use the first so many rows", default=None, range=AT_LEAST_ONE)
-    shuffle: bool = spec_field("take the rows in an order drawn from the run's seed", default=True)
+    limit: int | None = spec_field(
+        "use only this many rows from the start", default=None, range=AT_LEAST_ONE
+    )
+    shuffle: bool = spec_field("shuffle the rows with the run's seed", default=True)

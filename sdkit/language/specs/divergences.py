@@ -1,4 +1,4 @@
-"""How far apart two distributions are, and what bounds it."""
+"""Divergences between student and teacher, and their clipping."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from sdkit.language.specs.fields import (
 
 @frozen(kw_only=True)
 class ForwardKl:
-    """KL(teacher‖student): covers all the teacher does."""
+    """KL(teacher‖student): mode-covering."""
 
     kind: ClassVar[str] = "forward_kl"
 
 
 @frozen(kw_only=True)
 class ReverseKl:
-    """KL(student‖teacher): seeks what the teacher does most."""
+    """KL(student‖teacher): mode-seeking."""
 
     kind: ClassVar[str] = "reverse_kl"
     detach_weights: bool = spec_field(
-        "no gradient through student × log-ratio as a weight: over part of the vocabulary that gradient has a term "
-        "that sums to zero only over the whole",
+        "detach the student's probability as a weight of the log-ratio: its gradient has a term that sums to zero over "
+        "the whole vocabulary but not over a part of it",
         default=False,
     )
 
@@ -63,7 +63,7 @@ class SkewedForwardKl:
 
     kind: ClassVar[str] = "skewed_forward_kl"
     share: float | Schedule = spec_field(
-        "the teacher's share of the second side", default=0.1, range=INSIDE_SHARE
+        "the teacher's share of the mixture", default=0.1, range=INSIDE_SHARE
     )
 
 
@@ -73,26 +73,26 @@ class SkewedReverseKl:
 
     kind: ClassVar[str] = "skewed_reverse_kl"
     share: float | Schedule = spec_field(
-        "the student's share of the second side", default=0.1, range=INSIDE_SHARE
+        "the student's share of the mixture", default=0.1, range=INSIDE_SHARE
     )
 
 
 @frozen(kw_only=True)
 class FileDivergence:
-    """A function of the user's: `function(student, teacher) -> token losses`, [..., K] log-probabilities -> [...].
+    """A user-defined function `function(student, teacher) -> token losses`: [..., K] log-probabilities -> [...].
 
-    Entries may be −inf.  It is tried on small inputs before training: no state, no mixing of positions, a gradient for
-    the student alone.
+    Entries may be −inf.  It is tested on small inputs before training: it must keep no state, treat positions
+    independently and give a gradient to the student only.
     """
 
     kind: ClassVar[str] = "file"
     file: str = spec_field("Python file, relative to the spec", range=PATH)
     function: str = spec_field("name of the function", range=NAME)
     zero_when_equal: bool = spec_field(
-        "whether it is 0, with gradient 0, where student and teacher agree", default=True
+        "whether value and gradient are 0 where student and teacher agree", default=True
     )
     exact_gradient: bool = spec_field(
-        "whether its gradient is that of its value: no part of it is detached", default=True
+        "whether its gradient is that of its value, with no part detached", default=True
     )
 
 
@@ -103,16 +103,16 @@ Divergence = (
 
 @frozen(kw_only=True)
 class DivergenceClip:
-    """Bounds inside a divergence; what they cut carries no gradient."""
+    """Bounds inside a divergence; clipped values carry no gradient."""
 
     entry: float | Schedule | None = spec_field(
-        "largest share p (log p − log q) of one token of the vocabulary",
+        "upper bound of the entry p (log p − log q) of one vocabulary token",
         default=None,
         range=POSITIVE,
     )
     token: float | Schedule | None = spec_field(
-        "largest divergence at one position", default=None, range=POSITIVE
+        "upper bound of the divergence at one position", default=None, range=POSITIVE
     )
     log_ratio: tuple[float, float] | None = spec_field(
-        "smallest and largest log student − log teacher", default=None, each=SIGNED
+        "lower and upper bound of log student − log teacher", default=None, each=SIGNED
     )

@@ -1,9 +1,9 @@
-"""How a spec class is declared.  Pure data: no torch, no files, no derived values.
+"""The means to declare spec classes.  Specs are pure data: no torch, no files, no derived values.
 
-A class is a map in YAML; its fields are the keys.  A union of classes is told apart by `kind`; a member whose fields
-all have defaults may be written as its bare kind (`divergence: forward_kl`).  Each field carries its help text and its
-range, so that errors, `sdkit plan` and the surface test read them from one place.  Every number has both ends, and no
-text is accepted empty unless its field says so.
+A class is a map in YAML; its fields are the keys.  `kind` selects a member of a union; a member whose fields all have
+defaults can be written as its bare kind (`divergence: forward_kl`).  Each field has a help text and a range, which
+errors, `sdkit plan` and the generated docs read.  Every number has a lower and an upper bound, and text must not be
+empty unless its field allows it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any, Literal, TypeVar
 import attrs
 from attrs import NOTHING, frozen
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Table(Mapping[str, T]):
-    """An immutable, hashable map from names to specs, in the order written."""
+class Table(Mapping[str, T_co]):
+    """An immutable, hashable map from names to specs, in the order of the YAML file."""
 
-    def __init__(self, items: Mapping[str, T] | None = None) -> None:
-        self._items: dict[str, T] = dict(items or {})
+    def __init__(self, items: Mapping[str, T_co] | None = None) -> None:
+        self._items: dict[str, T_co] = dict(items or {})
 
-    def __getitem__(self, key: str) -> T:
+    def __getitem__(self, key: str) -> T_co:
         return self._items[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -45,7 +45,7 @@ class Table(Mapping[str, T]):
 
 @frozen
 class Range:
-    """The values a field accepts; `text` is what an error message says, `ends` are the bounds of a number."""
+    """The values a field accepts; `text` describes them in error messages, `ends` are the bounds of a number."""
 
     text: str
     accepts: Callable[[Any], bool]
@@ -53,13 +53,13 @@ class Range:
 
 
 SMALLEST, LARGEST = 1e-12, 1e6
-"""Magnitudes that float32 can square, multiply and sum without reaching zero or infinity."""
+"""Magnitudes that float32 can square, multiply and sum without underflow or overflow."""
 
 
 def between(low: float, high: float, *, apart_from: tuple[float, ...] = ()) -> Range:
-    """The numbers from `low` to `high`, both included, and those of `apart_from`."""
-    whole = isinstance(low, int) and isinstance(high, int)
-    noun = "a whole number" if whole and high > 1 else "a number"
+    """The numbers from `low` to `high`, inclusive, and those in `apart_from`."""
+    is_integer = isinstance(low, int) and isinstance(high, int)
+    noun = "a whole number" if is_integer and high > 1 else "a number"
     text = f"{noun} from {_figure(low)} to {_figure(high)}"
     text = ", ".join([*map(_figure, apart_from), f"or {text}" if apart_from else text])
     ends = (min(low, *apart_from), max(high, *apart_from)) if apart_from else (low, high)
@@ -85,7 +85,7 @@ SHARE = between(1e-6, 0.999999, apart_from=(0, 1))
 INSIDE_SHARE = between(1e-6, 0.999999)
 TOP_P = between(1e-6, 1.0)
 TEMPERATURE = between(0.01, 100.0)
-"""Below 0.01 vLLM samples at 0.01 instead."""
+"""vLLM raises temperatures below 0.01 to 0.01."""
 GREEDY_OR_TEMPERATURE = between(0.01, 100.0, apart_from=(0,))
 POWER = between(1e-6, 100.0)
 POWER_OR_ZERO = between(1e-6, 100.0, apart_from=(0,))
@@ -97,7 +97,7 @@ AT_LEAST_ONE = between(1, MOST)
 NOT_NEGATIVE_COUNT = between(0, MOST)
 AT_LEAST_64 = between(64, MOST)
 SEED = between(0, 2**32 - 1)
-"""What every library's generator takes."""
+"""The seeds that every library's generator accepts."""
 PARAMETERS = between(1, 10**15)
 OPTION = Range(
     "text, true, false, or a number of magnitude up to 1e15",
@@ -133,9 +133,9 @@ def spec_field(
     names: Range | None = None,
     key: str | None = None,
 ) -> Any:
-    """One key of the language: its help text, default, range and (where Python forbids the name) its YAML key.
+    """One key of the language: its help text, default, range and, if Python reserves the name, its YAML key.
 
-    `each` is the range of every text and number in a list or table, `names` that of a table's names.
+    `each` is the range of each text or number in a list or table, `names` that of a table's names.
     """
 
     def check(_instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -153,7 +153,7 @@ def spec_field(
 
 
 def scalars_of(value: Any) -> list[str | int | float]:
-    """The texts and numbers directly in a list or table; none where it is neither."""
+    """The texts and numbers directly in a list or table; empty for any other value."""
     items = value.values() if isinstance(value, Table) else value
     return (
         [x for x in items if isinstance(x, str | int | float)]
@@ -167,14 +167,14 @@ def _check(range: Range, value: Any, field: str) -> None:
         raise ValueError(f"{field} must be {range.text}, not {value!r}")
 
 
-# ── scalars that change over a run ────────────────────────────────────────────────────────────
+# ── numbers that change over a run ────────────────────────────────────────────────────────────
 
 
 @frozen(kw_only=True)
 class Schedule:
-    """A number that moves from one value to another over the first optimizer steps of a run."""
+    """A number that changes from one value to another over the first optimizer steps of a run."""
 
     start: float = spec_field("value at step 0", key="from", range=SIGNED)
     to: float = spec_field("value from `steps` on", range=SIGNED)
-    steps: int = spec_field("optimizer steps over which it moves", range=AT_LEAST_ONE)
-    shape: Literal["linear", "cosine"] = spec_field("how it moves", default="linear")
+    steps: int = spec_field("optimizer steps of the transition", range=AT_LEAST_ONE)
+    shape: Literal["linear", "cosine"] = spec_field("shape of the transition", default="linear")

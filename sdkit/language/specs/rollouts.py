@@ -1,4 +1,4 @@
-"""Who samples, how, and which of the samples are trained on."""
+"""Rollouts: who samples, on which engine, and which rollouts are trained on."""
 
 from __future__ import annotations
 
@@ -35,52 +35,50 @@ class StudentSamples:
 
 @frozen(kw_only=True)
 class TeacherSamples:
-    """The teacher's weights, its prompt, or both, do the sampling."""
+    """Samples from the teacher's weights, from its prompt, or from both."""
 
     kind: ClassVar[str] = "teacher"
     weights: Literal["student", "teacher"] = spec_field("whose weights sample", default="teacher")
-    prompt: Literal["student", "teacher"] = spec_field("whose prompt they see", default="teacher")
+    prompt: Literal["student", "teacher"] = spec_field(
+        "whose prompt they sample from", default="teacher"
+    )
 
 
 @frozen(kw_only=True)
 class DatasetSamples:
-    """The completions stand in the data set; each ends with the token that ends a turn of the chat template."""
+    """Completions from the data set; each is ended with the chat template's end-of-turn token."""
 
     kind: ClassVar[str] = "dataset"
-    column: str = spec_field(
-        "which column holds the completion", default="demonstration", range=NAME
-    )
+    column: str = spec_field("column with the completion", default="demonstration", range=NAME)
     drawn_by: Literal["other", "student"] = spec_field(
-        "whether they are a log of the student's own answers, so that estimates may be made from them",
+        "`student` if they are a log of the student's own answers, which allows estimates from them",
         default="other",
     )
 
 
 @frozen(kw_only=True)
 class MixtureSamples:
-    """By the toss of a coin the student answers a whole rollout batch, or the data set does."""
+    """Each rollout batch comes at random either from the student or from the data set."""
 
     kind: ClassVar[str] = "mixture"
     student_share: float | Schedule = spec_field(
-        "share of the rollout batches that the student answers", range=SHARE
+        "probability that the student samples a rollout batch", range=SHARE
     )
-    column: str = spec_field(
-        "which column holds the completion", default="demonstration", range=NAME
-    )
+    column: str = spec_field("column with the completion", default="demonstration", range=NAME)
 
 
 SampledBy = StudentSamples | TeacherSamples | DatasetSamples | MixtureSamples
 
 
 def drawn_by_student(by: SampledBy) -> bool:
-    """Whether every completion was drawn from the student's own distribution."""
+    """Whether all completions are drawn from the student's own distribution."""
     return isinstance(by, StudentSamples) or (
         isinstance(by, DatasetSamples) and by.drawn_by == "student"
     )
 
 
 def completion_column(by: SampledBy) -> str | None:
-    """The column that holds completions, where some come from the data set."""
+    """The column with completions; None if none come from the data set."""
     return by.column if isinstance(by, DatasetSamples | MixtureSamples) else None
 
 
@@ -89,14 +87,14 @@ def completion_column(by: SampledBy) -> str | None:
 
 @frozen(kw_only=True)
 class NonEmpty:
-    """Completions that say something: not white space alone."""
+    """Keep completions with more than white space."""
 
     kind: ClassVar[str] = "non_empty"
 
 
 @frozen(kw_only=True)
 class RewardAtLeast:
-    """Rollouts that were rewarded well enough."""
+    """Keep rollouts whose reward reaches the threshold."""
 
     kind: ClassVar[str] = "reward_at_least"
     threshold: float = spec_field("smallest reward that is kept", default=1.0, range=SIGNED)
@@ -104,7 +102,7 @@ class RewardAtLeast:
 
 @frozen(kw_only=True)
 class NonConstantGroup:
-    """Groups whose rewards are not all the same."""
+    """Keep groups whose rewards are not all equal."""
 
     kind: ClassVar[str] = "non_constant_group"
 
@@ -114,14 +112,14 @@ Keep = NonEmpty | RewardAtLeast | NonConstantGroup
 
 @frozen(kw_only=True)
 class AutoBackend:
-    """vLLM where it is installed, transformers elsewhere; `sdkit plan` says which and why."""
+    """vLLM if it is installed, otherwise transformers; `sdkit plan` says which and why."""
 
     kind: ClassVar[str] = "auto"
 
 
 @frozen(kw_only=True)
 class TransformersBackend:
-    """`generate` on the training weights."""
+    """transformers' `generate` on the training weights."""
 
     kind: ClassVar[str] = "transformers"
     batch_rows: int = spec_field("rows generated at once", default=64, range=AT_LEAST_ONE)
@@ -129,7 +127,7 @@ class TransformersBackend:
 
 @frozen(kw_only=True)
 class VllmEngine:
-    """What vLLM is started with, in whichever process."""
+    """The settings of a vLLM engine, in the trainer's process or in a server."""
 
     dtype: Literal["float32", "bfloat16"] | None = spec_field(
         "precision of the engine (default: the model's)", default=None
@@ -155,36 +153,36 @@ class VllmBackend(VllmEngine):
 
 @frozen(kw_only=True)
 class VllmServerBackend(VllmEngine):
-    """vLLM in servers of its own, one or several, here or on other machines; `sdkit serve` starts one that matches.
+    """One or more vLLM servers, here or on other machines; `sdkit serve` starts one that matches the spec.
 
-    Weights go by file, in a folder that the trainer and every server see.
+    Weights are passed as files in a folder that the trainer and all servers can read.
     """
 
     kind: ClassVar[str] = "vllm_server"
     urls: tuple[str, ...] = spec_field(
-        "where the servers listen; groups are dealt out to them",
+        "addresses of the servers; groups are distributed among them",
         default=("http://127.0.0.1:8000",),
         range=NOT_EMPTY,
         each=NAME,
     )
     key_from: str | None = spec_field(
-        "environment variable that holds the servers' key; the key itself stands in no spec",
+        "environment variable with the servers' API key; the key itself is never in a spec",
         default=None,
         range=NAME,
     )
     allow_remote: bool = spec_field(
-        "let a server be another machine: prompts are sent there, and it takes the weights",
+        "allow servers on other machines, which receive prompts and weights",
         default=False,
     )
     folder: str | None = spec_field(
-        "where weight files pass from the trainer to the servers, relative to the spec (default: weights/ in sdkit's "
-        "cache folder, for servers on this machine)",
+        "folder for the weight files, relative to the spec (default: weights/ in sdkit's cache folder, for servers on "
+        "this machine)",
         default=None,
         range=PATH,
     )
     deadline_seconds: float = spec_field(
-        "longest time for one completion or one weight transfer, further attempts included: so long a lone server may "
-        "be away",
+        "longest time for one completion or one weight transfer, retries included; a single server may be unreachable "
+        "for this long",
         default=600.0,
         range=SECONDS,
     )
@@ -192,7 +190,7 @@ class VllmServerBackend(VllmEngine):
 
 @frozen(kw_only=True)
 class ReplayBackend:
-    """The recorded rollouts of an earlier run; no sampling."""
+    """Replays the recorded rollouts of an earlier run, without sampling."""
 
     kind: ClassVar[str] = "replay"
     run: str = spec_field("run directory, relative to the spec", range=PATH)
@@ -206,24 +204,30 @@ class RolloutSpec:
     """Who samples, how, and on which engine."""
 
     sampled_by: SampledBy = spec_field("who samples", default=StudentSamples())
-    completions_per_prompt: int = spec_field("size of a group", default=1, range=AT_LEAST_ONE)
+    completions_per_prompt: int = spec_field(
+        "completions in a group", default=1, range=AT_LEAST_ONE
+    )
     temperature: float = spec_field("sampling temperature", default=1.0, range=TEMPERATURE)
-    top_p: float = spec_field("nucleus sampling", default=1.0, range=TOP_P)
+    top_p: float = spec_field(
+        "nucleus sampling: probability mass to sample from", default=1.0, range=TOP_P
+    )
     top_k: int = spec_field(
-        "keep the k likeliest tokens; 0 keeps all", default=0, range=NOT_NEGATIVE_COUNT
+        "sample from the k likeliest tokens; 0 samples from all",
+        default=0,
+        range=NOT_NEGATIVE_COUNT,
     )
     max_new_tokens: int = spec_field("longest completion, tokens", default=256, range=AT_LEAST_ONE)
     max_prompt_tokens: int | None = spec_field(
         "longest student prompt, tokens; a longer one is an error", default=None, range=AT_LEAST_ONE
     )
-    stop: tuple[str, ...] = spec_field("texts that end a completion", default=(), each=SOME_TEXT)
+    stop: tuple[str, ...] = spec_field("strings that end a completion", default=(), each=SOME_TEXT)
     keep: tuple[Keep, ...] = spec_field(
-        "which rollouts are trained on: those that pass every filter (default: all)", default=()
+        "filters that a rollout must pass to be trained on (default: none)", default=()
     )
-    backend: Backend = spec_field("what generates", default=AutoBackend())
+    backend: Backend = spec_field("sampling engine", default=AutoBackend())
     max_staleness: int = spec_field(
-        "rollout batches between the weights that sample and those that are trained: above 0 servers sample the next "
-        "batches while this one trains",
+        "how many rollout batches the sampling weights may lag behind the trained ones; above 0, servers sample the next "
+        "batches during training",
         default=0,
         range=NOT_NEGATIVE_COUNT,
     )

@@ -1,4 +1,4 @@
-"""What a teacher can be: which weights."""
+"""The weights a teacher can have."""
 
 from __future__ import annotations
 
@@ -36,18 +36,21 @@ class FrozenWeights:
 
 @frozen(kw_only=True)
 class EmaWeights:
-    """A running average of the student, kept in float32: teacher += update_rate × (student − teacher)."""
+    """An exponential moving average of the student, kept in float32: teacher += update_rate × (student − teacher)."""
 
     kind: ClassVar[str] = "ema"
-    update_rate: float | Schedule = spec_field("share of the student mixed in", range=SHARE)
+    update_rate: float | Schedule = spec_field(
+        "share of the student mixed in per update", range=SHARE
+    )
     every: Literal["optimizer_step", "rollout_batch"] = spec_field(
-        "what an update follows", default="optimizer_step"
+        "when the average is updated: after each optimizer step or each rollout batch",
+        default="optimizer_step",
     )
 
 
 @frozen(kw_only=True)
 class CopyWeights:
-    """A copy of the student, renewed now and then."""
+    """A copy of the student, refreshed every so many optimizer steps."""
 
     kind: ClassVar[str] = "copy"
     every: int = spec_field("optimizer steps between copies", range=AT_LEAST_ONE)
@@ -55,7 +58,7 @@ class CopyWeights:
 
 @frozen(kw_only=True)
 class ExternalWeights:
-    """Another model with the student's vocabulary.  It reads the same token ids, so the student's chat template."""
+    """Another model with the student's vocabulary.  It reads the same token ids, and so uses the student's chat template."""
 
     kind: ClassVar[str] = "external"
     path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", range=PATH)
@@ -67,40 +70,40 @@ class ExternalWeights:
 
 @frozen(kw_only=True)
 class ServedWeights:
-    """A model behind vLLM's HTTP API, with the student's vocabulary.
+    """A model with the student's vocabulary behind vLLM's HTTP API.
 
-    It tells of its likeliest tokens and of the sampled one alone, at temperature 1, and reads the same token ids as the
-    student.  Start the server with `--max-logprobs` of at least the largest k.
+    It reads the same token ids as the student and returns log-probabilities of its likeliest tokens and of the sampled
+    one only, at temperature 1.  Start the server with `--max-logprobs` at least as large as the largest k.
     """
 
     kind: ClassVar[str] = "served"
-    url: str = spec_field("where the server listens, such as http://127.0.0.1:8000", range=NAME)
-    model: str = spec_field("the name that it serves the model under", range=NAME)
+    url: str = spec_field("address of the server, such as http://127.0.0.1:8000", range=NAME)
+    model: str = spec_field("name under which the server serves the model", range=NAME)
     tokenizer: str | None = spec_field(
-        "`bundled:NAME`, a local folder, or a hub id, to be compared with the student's; how the server spells every id "
-        "is compared in any case",
+        "tokenizer to compare with the student's: `bundled:NAME`, a local folder, or a hub id; the server's text for each "
+        "token id is compared in any case",
         default=None,
         range=PATH,
     )
     key_from: str | None = spec_field(
-        "environment variable that holds the server's key; the key itself stands in no spec",
+        "environment variable with the server's API key; the key itself is never in a spec",
         default=None,
         range=NAME,
     )
     allow_remote: bool = spec_field(
-        "let the server be another machine: prompts and completions are sent there", default=False
+        "allow a server on another machine, which receives prompts and completions", default=False
     )
-    requests_at_once: int = spec_field("sequences in flight", default=8, range=AT_LEAST_ONE)
-    request_seconds: float = spec_field(
-        "longest time for one request", default=120.0, range=SECONDS
+    requests_at_once: int = spec_field(
+        "concurrent requests, one sequence each", default=8, range=AT_LEAST_ONE
     )
+    request_seconds: float = spec_field("time limit of one request", default=120.0, range=SECONDS)
     retries: int = spec_field(
-        "further attempts where a server cannot be reached or is busy",
+        "retries if the server is unreachable or busy",
         default=6,
         range=NOT_NEGATIVE_COUNT,
     )
     deadline_seconds: float = spec_field(
-        "longest time for one sequence, further attempts included", default=600.0, range=SECONDS
+        "time limit of one sequence, retries included", default=600.0, range=SECONDS
     )
 
 
@@ -111,12 +114,12 @@ OneTeacher = (
 
 @frozen(kw_only=True)
 class RoutedWeights:
-    """Each row's teacher by a column of the data."""
+    """A different teacher for each value of a data column."""
 
     kind: ClassVar[str] = "routed"
-    by: str = spec_field("the column, by sdkit's name", range=NAME)
+    by: str = spec_field("sdkit's name of the column", range=NAME)
     routes: Table[OneTeacher] = spec_field(
-        "the weights for each value of the column", range=NOT_EMPTY, names=NAME
+        "weights for each value of the column", range=NOT_EMPTY, names=NAME
     )
 
 

@@ -1,7 +1,7 @@
-"""What a token weighs within its term, and which terms count a rollout.
+"""Token weights within a loss term, and routes of rollouts to terms.
 
-Weights are worked out once per rollout batch, before its first update, and carry no gradient; averages divide by the
-number of tokens, not by their weight.  Entropies and log-probabilities are those at the sampling temperature.
+Weights are computed once per rollout batch, before its first update, and carry no gradient.  Averages divide by the
+number of tokens, not by the sum of weights.  Entropies and log-probabilities are at the sampling temperature.
 """
 
 from __future__ import annotations
@@ -26,56 +26,62 @@ from sdkit.language.specs.fields import (
 
 @frozen(kw_only=True)
 class PositionWeight:
-    """smallest + (1 − smallest) · sigmoid((t / |y| − middle) / width) of token t = 1 … |y|: the end of the completion counts most."""
+    """smallest + (1 − smallest) · sigmoid((t / |y| − middle) / width) for token t = 1 … |y|: later tokens count more."""
 
     kind: ClassVar[str] = "position"
-    smallest: float | Schedule = spec_field("what the weight falls to at the start", range=SHARE)
+    smallest: float | Schedule = spec_field(
+        "lower limit of the weight, approached at the start", range=SHARE
+    )
     middle: float | Schedule = spec_field(
-        "share of the completion at which it is half-way", range=SHARE
+        "position of the midpoint, as a share of the completion", range=SHARE
     )
     width: float | Schedule = spec_field(
-        "how slowly it rises, share of the completion", range=POSITIVE
+        "width of the rise, as a share of the completion", range=POSITIVE
     )
 
 
 @frozen(kw_only=True)
 class TeacherEntropyWeight:
-    """exp(−rate · the teacher's entropy), divided by its mean over the tokens that the term counts in the rollout batch."""
+    """exp(−rate · teacher entropy), divided by its mean over the tokens that the term counts in the rollout batch."""
 
     kind: ClassVar[str] = "teacher_entropy"
     rate: float | Schedule = spec_field(
-        "how much less an unsure teacher counts, per nat", range=NOT_NEGATIVE
+        "decay of the weight per nat of teacher entropy", range=NOT_NEGATIVE
     )
 
 
 @frozen(kw_only=True)
 class DriftWeight:
-    """1 + strength · (1 − share of the completion's |log teacher − log student| that stands before the token).
+    """1 + strength · (1 − share of the completion's total |log teacher − log student| that precedes the token).
 
-    Tokens early in the completion count most, the more so where student and teacher part late.
+    Early tokens count most, the more so if student and teacher diverge late.
     """
 
     kind: ClassVar[str] = "drift"
-    strength: float | Schedule = spec_field("weight above 1 of the first token", range=NOT_NEGATIVE)
+    strength: float | Schedule = spec_field(
+        "excess over 1 of the first token's weight", range=NOT_NEGATIVE
+    )
 
 
 @frozen(kw_only=True)
 class PassRateWeight:
-    """(p · (1 − p)) to the power, p the share of successes in the rollout's group as sampled: prompts half solved count most."""
+    """(p · (1 − p))^power, p the share of successes in the group before filtering: prompts with p near ½ count most."""
 
     kind: ClassVar[str] = "pass_rate"
     power: float | Schedule = spec_field("exponent", default=0.5, range=between(0.001, 10.0))
-    threshold: float = spec_field("smallest reward that is a success", default=1.0, range=SIGNED)
+    threshold: float = spec_field(
+        "smallest reward that counts as a success", default=1.0, range=SIGNED
+    )
 
 
 @frozen(kw_only=True)
 class PerplexityWeight:
-    """Perplexity of the rollout's counted tokens, to the power, over its mean in the group's rollouts that the term counts."""
+    """perplexity^power of the rollout's counted tokens, divided by its mean over the rollouts of the group that the term counts."""
 
     kind: ClassVar[str] = "perplexity"
     of: Literal["student", "teacher"] = spec_field("whose perplexity")
     power: float | Schedule = spec_field(
-        "exponent; below 0 the likely rollouts count most",
+        "exponent; below 0, likely rollouts count most",
         default=1.0,
         range=between(-100.0, 100.0),
     )
@@ -94,19 +100,19 @@ Given = Literal[
 
 @frozen(kw_only=True)
 class FileWeight:
-    """A function of the user's: `function(counts, **given) -> weights`, [N, T] of at least 0.
+    """A user-defined function `function(counts, **given) -> weights`; weights are [N, T], at least 0.
 
-    `counts` [N, T] bool says which tokens the term counts, T being the longest completion; whatever else it is given
-    holds 0 elsewhere.  `position` [N, T] counts from 0, `length` [N] is that of the completion, `reward` [N] that of
-    training.
+    `counts` [N, T] bool marks the tokens that the term counts, T being the longest completion; other inputs are 0 at
+    unmarked tokens.  `position` [N, T] counts from 0, `length` [N] is the completion's length, `reward` [N] the training
+    reward.
     """
 
     kind: ClassVar[str] = "file"
     file: str = spec_field("Python file, relative to the spec", range=PATH)
     function: str = spec_field("name of the function", range=NAME)
-    given: tuple[Given, ...] = spec_field("what it is called with, by name", default=())
+    given: tuple[Given, ...] = spec_field("keyword arguments to pass", default=())
     rows: Literal["rollout", "group"] = spec_field(
-        "whether a rollout's weights depend on it alone, or on its group: then the N rows are one group",
+        "whether a rollout's weights depend on that rollout alone or on its group; with `group` the N rows are one group",
         default="rollout",
     )
 
@@ -123,15 +129,17 @@ Weight = (
 
 @frozen(kw_only=True)
 class RouteSpec:
-    """Rollouts are counted by other terms according to their outcome; terms in neither list count all."""
+    """Routes rollouts to terms by outcome.  Terms in neither list count all rollouts."""
 
     when: Literal["failed", "failed_with_context"] = spec_field(
-        "a reward below the threshold, and for the second a teacher prompt"
+        "`failed`: reward below the threshold; `failed_with_context`: that, and a teacher prompt"
     )
-    threshold: float = spec_field("smallest reward that is a success", default=1.0, range=SIGNED)
+    threshold: float = spec_field(
+        "smallest reward that counts as a success", default=1.0, range=SIGNED
+    )
     then: tuple[str, ...] = spec_field(
-        "terms that count such rollouts alone", range=NOT_EMPTY, each=NAME
+        "terms that count only these rollouts", range=NOT_EMPTY, each=NAME
     )
     otherwise: tuple[str, ...] = spec_field(
-        "terms that count the others alone", default=(), each=NAME
+        "terms that count only all other rollouts", default=(), each=NAME
     )
