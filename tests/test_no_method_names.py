@@ -34,7 +34,7 @@ FIXED = {
         "seqkd",
     ),
 }
-NAMES = FIXED | {path.stem for path in (ROOT / "specs/methods").glob("*.yaml")}
+NAMES = FIXED | {path.stem for path in (ROOT / "sdkit/methods").glob("*.yaml")}
 
 
 def _words(identifier: str) -> set[str]:

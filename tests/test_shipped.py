@@ -12,10 +12,11 @@ from sdkit.language.load import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = ROOT / "specs"
+PAGES = sorted((ROOT / "sdkit" / "methods").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
-    "path", sorted(SPECS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(SPECS))
+    "path", sorted([*PAGES, *SPECS.rglob("*.yaml")]), ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_a_shipped_spec_has_no_problem_and_no_warning(path):
     checked = load_spec(path)
@@ -30,7 +31,7 @@ def test_no_two_run_files_share_a_name():
 
 def test_a_page_whose_teacher_is_not_named_yet_says_so_in_a_run_file(tmp_path):
     """Before anything is loaded, and at the place where the page has its stand-in."""
-    page = SPECS / "methods" / "gkd.yaml"
+    page = ROOT / "sdkit" / "methods" / "gkd.yaml"
     rest = "\n".join(
         [
             "data: {source: {kind: inline, rows: [{q: a, demonstration: b}]}, columns: {prompt: q, demonstration: demonstration}}",

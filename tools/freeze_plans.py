@@ -23,7 +23,7 @@ FROZEN = ROOT / "tests" / "plans"
 def plans() -> dict[str, str]:
     """Path of the golden file below tests/plans → the plan of a run file or of a method page."""
     paths = sorted([*SPECS.glob("*.yaml"), *(SPECS / "papers").glob("*.yaml")])
-    pages = sorted((SPECS / "methods").glob("*.yaml"))
+    pages = sorted((ROOT / "sdkit" / "methods").glob("*.yaml"))
     return {f"{path.stem}.txt": plan_of(path) for path in paths} | {
         f"methods/{path.stem}.txt": plan_of_page(path) for path in pages
     }

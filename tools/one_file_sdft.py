@@ -1,4 +1,4 @@
-"""Self-distillation fine-tuning in one file: the plain twin of specs/methods/sdft.yaml.
+"""Self-distillation fine-tuning in one file: the plain twin of sdkit/methods/sdft.yaml.
 
 No sdkit import, no DeepSpeed, no vLLM, no chunks, no micro-batches: one sequence at a time, as the paper's algorithm
 reads (Shenfeld et al. 2026, 2601.19897, with the values of the authors' code).  A test trains both from the same start

@@ -37,7 +37,7 @@ def check_spec(
     if run_file and checked.kind != "run":
         raise UnreadableInput(
             f"{path} is a method page",
-            hint="a run file names it: `method: methods/NAME.yaml`, model, data, …",
+            hint="a run file names it: `method: NAME` or `method: ./page.yaml`, then model, data, …",
         )
     return checked
 

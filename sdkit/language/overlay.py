@@ -26,6 +26,10 @@ from sdkit.language.files import file_names
 from sdkit.language.source import MAX_DEPTH, Node, Source, key_fault, read, read_text
 
 RUN_KEYS = ("model", "data", "optimizer", "training", "evaluation", "output")
+PACKAGED_PAGES = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "methods"
+)
+"""The folder of the method pages that come with sdkit."""
 FORBIDDEN_ON_METHOD_PAGES = ("method", *RUN_KEYS, "rewards", "machine")
 
 
@@ -80,7 +84,13 @@ def is_run_file(data: Any) -> bool:
 def load(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolved: bool = False
 ) -> LoadedSpec:
-    """Reads a run file with its method page, or a method page, and applies the overrides."""
+    """Reads a run file with its method page, or a method page, and applies the overrides.
+
+    A path without a slash or an ending that is no file names a packaged method page.
+    """
+    name = os.fspath(path)
+    if is_page_name(name) and not os.path.exists(name) and name in packaged_methods():
+        path = packaged_page(name)
     source = read(path, resolved=resolved)
     parsed = [_parse_override(text, line) for line, text in enumerate(overrides, 1)]
     texts = {source.name: source.text}
@@ -149,16 +159,47 @@ def _method_page(
     if named is None:
         return None, None, root
     if not isinstance(named.value, str) or not named.value:
-        message = "'method' is the path of a method page, such as methods/NAME.yaml"
+        message = "'method' is the name of a packaged method, or the path of a method page such as ./mine.yaml"
         problems.append(Problem(("method",), message, "method_file", None, named.place))
         return "", None, root
-    path = os.path.normpath(os.path.join(folder, named.value))
+    if is_page_name(named.value):
+        path = packaged_page(named.value)
+    else:
+        path = os.path.normpath(os.path.join(folder, named.value))
     try:
         return path, read(path), root
     except UnreadableInput as error:
-        hint = error.hint or _suggest_page(path)
-        problems.append(Problem(("method",), str(error), "method_file", hint, named.place))
+        message, hint = str(error), error.hint or _suggest_page(path)
+        if is_page_name(named.value):
+            message = f"there is no packaged method {shorten(named.value)}"
+            hint = _close_page(named.value)
+        problems.append(Problem(("method",), message, "method_file", hint, named.place))
         return path, None, root
+
+
+def is_page_name(text: str) -> bool:
+    """Whether `method` (or a command's argument) names a packaged page; else it is the path of a file."""
+    return "/" not in text and os.sep not in text and not text.endswith((".yaml", ".yml"))
+
+
+def packaged_page(name: str) -> str:
+    """The path of a packaged method page, relative where it lies below the current folder.  It need not exist."""
+    path = os.path.join(PACKAGED_PAGES, f"{name}.yaml")
+    below = os.path.relpath(path)
+    return path if below.startswith(os.pardir) else below
+
+
+def packaged_methods() -> list[str]:
+    """The names of the method pages that come with sdkit, in order."""
+    names = (os.path.splitext(name) for name in file_names(PACKAGED_PAGES))
+    return sorted(name for name, ending in names if ending == ".yaml")
+
+
+def _close_page(name: str) -> str:
+    """What to write in place of the name of a packaged page that does not exist."""
+    if close := nearest(name, packaged_methods()):
+        return f'did you mean "{close}"?'
+    return f"a file is written as a path: ./{name}.yaml; packaged: {', '.join(packaged_methods())}"
 
 
 def _suggest_page(path: str) -> str | None:

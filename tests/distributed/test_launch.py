@@ -180,7 +180,7 @@ def spec_file(tiny_folder, tmp_path_factory):
         }
 
     spec = {
-        "method": str(Path(__file__).parents[2] / "specs/methods/sdft.yaml"),
+        "method": "sdft",
         "model": {"path": str(tiny_folder), "dtype": "float32"},
         "data": rows(0),
         "rollout": {"max_new_tokens": 8, "backend": "transformers"},

@@ -3,7 +3,7 @@
 import pytest
 
 from sdkit.language.load import load_spec
-from sdkit.language.overlay import is_run_file, load
+from sdkit.language.overlay import is_run_file, load, packaged_page
 
 PAGE = """
 rollout: {temperature: 0.5, stop: [a, b]}
@@ -194,3 +194,33 @@ def test_a_linked_run_file_finds_its_method_page(tmp_path, laid):
     link = tmp_path / "elsewhere/link.yaml"
     link.symlink_to(tmp_path / "run.yaml")
     assert load(link).problems == ()
+
+
+# ── packaged pages ────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_bare_name_is_a_packaged_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run.yaml"
+    run.write_text("method: sdft\nmodel: {path: x}\n")
+    loaded = load(run)
+    assert not loaded.problems
+    assert loaded.method == packaged_page("sdft")
+    assert load("sdft").data == load(packaged_page("sdft")).data
+
+
+def test_a_file_beside_the_run_file_is_written_as_a_path(tmp_path):
+    (tmp_path / "sdft.yaml").write_text("rollout: {max_new_tokens: 7}\n")
+    run = tmp_path / "run.yaml"
+    run.write_text("method: ./sdft.yaml\nmodel: {path: x}\n")
+    assert load(run).data["rollout"] == {"max_new_tokens": 7}
+
+
+def test_an_unknown_name_gets_the_nearest(tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text("method: sdtf\nmodel: {path: x}\n")
+    [problem] = load(run).problems
+    assert (problem.message, problem.hint) == (
+        "there is no packaged method 'sdtf'",
+        'did you mean "sdft"?',
+    )

@@ -42,7 +42,7 @@ def twin(tiny_folder, tmp_path_factory):
 def test_the_engine_trains_as_the_plain_algorithm_does(twin, tiny_folder, tmp_path, stage):
     rows, expected = twin
     spec = tmp_path / "run.yaml"
-    method = ROOT / "specs" / "methods" / "sdft.yaml"
+    method = ROOT / "sdkit" / "methods" / "sdft.yaml"
     spec.write_text(
         RUN.format(method=method, model=tiny_folder, rows=rows, steps=STEPS, stage=stage),
         encoding="utf-8",

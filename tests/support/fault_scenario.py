@@ -75,7 +75,7 @@ def write_spec(folder, work, name, tail=""):
     (work / "reward.py").write_text(REWARD)
     rows = [{"q": f"What is {i} + 1?", "d": str(i + 1) + tail} for i in range(4)]
     spec = {
-        "method": str(Path(__file__).parents[2] / "specs/methods/sdft.yaml"),
+        "method": "sdft",
         "model": {"path": str(folder), "dtype": "float32", "attention": "eager"},
         "data": {
             "source": {"kind": "inline", "rows": rows},
