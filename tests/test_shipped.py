@@ -52,7 +52,7 @@ def test_a_page_whose_teacher_is_not_named_yet_says_so_in_a_run_file(tmp_path):
 
 def test_every_method_page_is_listed_in_the_docs():
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    pages = {f"../specs/methods/{path.name}" for path in (SPECS / "methods").glob("*.yaml")}
+    pages = {f"../sdkit/methods/{path.name}" for path in PAGES}
     assert {page for page in pages if f"({page})" not in text} == set()
 
 

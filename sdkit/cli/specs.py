@@ -40,7 +40,7 @@ def show(spec: SpecPath, overrides: Overrides = None) -> None:
 
 
 @app.command(
-    epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan specs/methods/sdpo.yaml`"
+    epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`"
 )
 def plan(
     spec: SpecPath,
@@ -76,7 +76,7 @@ def plan(
 
 
 @app.command(
-    epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke specs/methods/sdft.yaml --steps 20`"
+    epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke sdft --steps 20`"
 )
 def smoke(
     spec: SpecPath,
