@@ -38,10 +38,10 @@ def installed(tmp_path_factory):
 
 
 def test_a_packaged_method_trains_two_steps(installed):
-    assert "smoke run fine" in installed("smoke", "sdft")
+    assert "smoke run passed" in installed("smoke", "sdft")
 
 
 def test_a_packaged_method_is_shown_from_the_environment(installed):
     origin = installed("show", "grpo").splitlines()[-1]
     assert "site-packages/sdkit/methods/grpo.yaml" in origin or "default" in origin
-    assert "sdkit/methods/grpo.yaml: fine (method page)" in installed("validate", "grpo")
+    assert "grpo: ok (method page)" in installed("validate", "grpo")

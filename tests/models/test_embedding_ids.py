@@ -98,7 +98,7 @@ def test_a_teachers_prompt_that_only_rollouts_complete_is_checked_when_it_is_wri
     open_tiny, beyond
 ):
     world = open_tiny(make_spec(beyond))
-    world.data.known = KnownIds("a model", 30)
+    world.data.known_ids = KnownIds("a model", 30)
     with pytest.raises(BadData, match="row 0: the teacher's prompt has the token"):
         world.data.teacher_prompt(world.data.train[0], None)
 

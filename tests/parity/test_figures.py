@@ -20,7 +20,7 @@ from torch import nn
 from sdkit.batches import HiddenStateScores, LogitTransform, Rollout, RolloutBatch, Row
 from sdkit.language.introspection import is_spec, keys_of, members
 from sdkit.language.load import load_spec
-from sdkit.language.specs import divergences, losses, token_weights
+from sdkit.language.specs import advantages, divergences, losses, token_weights
 from sdkit.losses.chunks import token_logprobs_and_entropy
 from sdkit.models.weights import Unsharded
 from sdkit.train.advantages import with_advantages
@@ -232,15 +232,17 @@ def _flat(numbers):
 
 # ── that nothing is left out ──────────────────────────────────────────────────────────────────
 
-MODULES = (losses, divergences, token_weights)
+MODULES = (advantages, losses, divergences, token_weights)
 NOT_ARITHMETIC = {("FileDivergence", key) for key in ("file", "function", "zero_when_equal", "exact_gradient")} | {("FileWeight", "file"), ("FileWeight", "function")}  # fmt: skip
 
 
 def _classes():
-    """Every class of the language in the modules that this covers."""
+    """Every class of the language in the modules that this covers, without the bases of others."""
     for module in MODULES:
         yield from (
-            c for c in vars(module).values() if is_spec(c) and c.__module__ == module.__name__
+            c
+            for c in vars(module).values()
+            if is_spec(c) and c.__module__ == module.__name__ and not c.__subclasses__()
         )
 
 

@@ -399,7 +399,9 @@ def test_a_sum_measures_its_parts_and_asks_them_once(own, make_row, tmp_path):
     opened = open_rewards(rewards, ["total", "told"], tmp_path, None)
     calls = []
     many = opened["told"].score_all
-    object.__setattr__(opened["told"], "many", lambda pairs: calls.append(pairs) or many(pairs))
+    object.__setattr__(
+        opened["told"], "score_all", lambda pairs: calls.append(pairs) or many(pairs)
+    )
     judged = score(opened, ["4", "five"], [make_row(answer="4")] * 2)
     assert reward_values(judged) == {
         "total": [1 + 0.25 + 1, 0.5],

@@ -24,7 +24,7 @@ class Held:
         named = [(name.replace(".", ".base_layer."), tensor) for name, tensor in tensors.items()]
         self.causal = SimpleNamespace(named_parameters=lambda: named)
 
-    def tensors(self):
+    def named_tensors(self):
         yield from self.held.items()
 
 

@@ -185,7 +185,7 @@ def weights_of(world):
     found = {"masters": {n: whole(shards, own[n], v) for n, v in world.masters()}}
     parts = [part for part in world.teacher.leaves if part.moves]
     found["shadow"] = {
-        n: whole(shards, part.live[n], v) for part in parts for n, v in part.shadow.items()
+        n: whole(shards, part.parameters[n], v) for part in parts for n, v in part.shadow.items()
     }
     return found
 

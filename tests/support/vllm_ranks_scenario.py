@@ -56,14 +56,14 @@ def main(folder, work):
 
 def watched(weights, every):
     """How many elements are whole at each tensor that goes out."""
-    seen, stream = [], weights.tensors
+    seen, stream = [], weights.named_tensors
 
     def tensors():
         for pair in stream():
             seen.append(sum(p.numel() for p in every))
             yield pair
 
-    weights.tensors = tensors
+    weights.named_tensors = tensors
     return seen
 
 

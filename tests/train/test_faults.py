@@ -90,7 +90,7 @@ ASKED = {
     "teacher lift": (loop, "teacher_lift", 1, 0),
     "evaluation after a step": (loop, "evaluate", 2, 1),
     "last evaluation": (loop, "evaluate", 3, 2),
-    "rollout": (loop, "gather", 1, 1),
+    "rollout": (loop, "collect_rollouts", 1, 1),
     "update": (loop, "train_step", 1, 1),
 }
 
@@ -122,7 +122,7 @@ def test_a_second_interrupt_ends_a_run_at_once(spec, tmp_path, monkeypatch):
         send(signal.SIGINT)
         send(signal.SIGINT)
 
-    at_call(monkeypatch, loop, "gather", 1, twice)
+    at_call(monkeypatch, loop, "collect_rollouts", 1, twice)
     with pytest.raises(KeyboardInterrupt):
         train(spec, tmp_path / "run")
     assert status(tmp_path / "run")["state"] == "failed"

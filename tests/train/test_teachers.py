@@ -83,7 +83,7 @@ def test_an_average_is_the_float32_average_of_the_masters(world_with, dtype, sta
     for name, value in expected.items():
         assert world.teacher.shadow[name].dtype == torch.float32
         same(world.teacher.shadow[name], value)
-        same(world.teacher.live[name], value.to(world.teacher.live[name].dtype))
+        same(world.teacher.parameters[name], value.to(world.teacher.parameters[name].dtype))
     assert moved(states(world, world.teacher.weights), states(world, world.student))
 
 
@@ -103,10 +103,10 @@ def test_only_the_student_is_trained(world_with, dtype, stage, lora):
     world = world_with(EmaWeights(update_rate=0.5), dtype, stage, lora)
     asked = {n for n, p in world.student.model.named_parameters() if p.requires_grad}
     assert {n for n, _ in world.masters()} == asked
-    own = {id(t) for t in world.teacher.live.values()}
+    own = {id(t) for t in world.teacher.parameters.values()}
     optimized = {id(p) for g in world.zero.engine.basic_optimizer.param_groups for p in g["params"]}
     assert not own & ({id(p) for _, p in world.zero.named} | optimized)
-    assert not any(t.requires_grad for t in world.teacher.live.values())
+    assert not any(t.requires_grad for t in world.teacher.parameters.values())
     if lora:
         assert asked == {n for n, _ in world.student.model.named_parameters() if ".default." in n}
     else:
@@ -150,10 +150,10 @@ def test_when_the_teacher_follows(world_with, tmp_path, monkeypatch, weights, mo
     world = world_with(weights, steps=2, updates_per_rollout=2)
     seen = []
     if moves:
-        follow = world.teacher._follow
+        follow = world.teacher._update_shadow
         monkeypatch.setattr(
             world.teacher,
-            "_follow",
+            "_update_shadow",
             lambda *given: seen.append((world.optimizer_steps, given[1])) or follow(*given),
         )
     run = directory.create(tmp_path / "run", tensorboard=False)

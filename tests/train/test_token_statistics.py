@@ -157,11 +157,11 @@ def test_the_plan_says_what_is_measured_and_why(open_tiny):
         importance=ImportanceSpec(old_policy=OldPolicyRatio(cap=2.0)),
     )
     world = open_tiny(losses=losses, training=training(updates_per_rollout=2))
-    assert world.plan.measures == (
+    assert world.plan.statistics == (
         "student log-probabilities for training.updates_per_rollout",
         "teacher entropy for losses.distil.weight",
     )
-    assert open_tiny().plan.measures == ()
+    assert open_tiny().plan.statistics == ()
 
 
 def test_the_pass_moves_nothing_and_the_second_update_sees_its_figures(open_tiny):
