@@ -39,9 +39,7 @@ def show(spec: SpecPath, overrides: Overrides = None) -> None:
     typer.echo(annotated(check_spec(spec, overrides)))
 
 
-@app.command(
-    epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`"
-)
+@app.command(epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`")
 def plan(
     spec: SpecPath,
     overrides: Overrides = None,
@@ -75,9 +73,7 @@ def plan(
     return None
 
 
-@app.command(
-    epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke sdft --steps 20`"
-)
+@app.command(epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke sdft --steps 20`")
 def smoke(
     spec: SpecPath,
     overrides: Overrides = None,

@@ -75,7 +75,7 @@ def test_a_file_that_cannot_be_written_is_not_there(tmp_path):
         raise OSError(28, "No space left on device")
 
     held = Held({"a": torch.ones(3)})
-    held.tensors = broken
+    held.named_tensors = broken
     with pytest.raises(BadEnvironment, match="No space left on device") as caught:
         folder.write(held, 1, ())
     assert "rollout.backend.folder" in caught.value.hint
