@@ -13,6 +13,7 @@ from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
+from sdkit.data.turn_ends import encode_prompt
 from sdkit.language.errors import BadData
 
 HIDDEN, RENAMED, END = 0x100000, 0x108000, 0x10FFFE
@@ -60,9 +61,7 @@ class ControlTokens:
     @cached_property
     def _prefix(self) -> tuple[int, ...]:
         """The ids that the tokenizer adds before a text."""
-        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        marked = self.tokenizer("a")["input_ids"]
-        return tuple(marked[: marked.index(plain[0])])
+        return encode_prompt(self.tokenizer, "")
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
