@@ -122,9 +122,7 @@ class Rollout:
     # Per token, before the first update on this batch (train/token_statistics.py).
     token_statistics: Mapping[str, tuple[float, ...]] = field(factory=dict)
     loss_masks: Mapping[str, LossMask] | None = None  # per loss term; None: not computed yet
-    branch: Literal["then", "otherwise"] | None = (
-        None  # branch of the method's route, if it has one
-    )
+    branch: Literal["then", "otherwise"] | None = None  # branch of the method's route, if it has one
 
 
 @frozen(eq=False, kw_only=True)
@@ -165,8 +163,7 @@ class RolloutBatch:
         contents = list(groups.values())
         edges = [round(i * len(contents) / parts) for i in range(parts + 1)]
         return tuple(
-            RolloutBatch(rollouts=tuple(r for g in contents[a:b] for r in g))
-            for a, b in itertools.pairwise(edges)
+            RolloutBatch(rollouts=tuple(r for g in contents[a:b] for r in g)) for a, b in itertools.pairwise(edges)
         )
 
 
@@ -314,9 +311,7 @@ class TopKLogprobs:
 
     def at(self, index: slice | Tensor) -> TopKLogprobs:
         """Returns the selected tokens."""
-        return TopKLogprobs(
-            ids=self.ids[index], logprobs=self.logprobs[index], sampled=self.sampled[index]
-        )
+        return TopKLogprobs(ids=self.ids[index], logprobs=self.logprobs[index], sampled=self.sampled[index])
 
 
 @frozen(eq=False, kw_only=True)
@@ -344,9 +339,7 @@ class RolloutBackend(Protocol):
         """Loads weights; returns metrics of the transfer (seconds, canary difference)."""
         ...
 
-    def sample(
-        self, requests: Sequence[SamplingRequest], sampling: SamplingParams
-    ) -> list[Completion]:
+    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
         """Returns one completion per request, in order; equal requests give equal completions."""
         ...
 

@@ -15,9 +15,7 @@ SPECS = ROOT / "specs"
 PAGES = sorted((ROOT / "sdkit" / "methods").glob("*.yaml"))
 
 
-@pytest.mark.parametrize(
-    "path", sorted([*PAGES, *SPECS.rglob("*.yaml")]), ids=lambda p: str(p.relative_to(ROOT))
-)
+@pytest.mark.parametrize("path", sorted([*PAGES, *SPECS.rglob("*.yaml")]), ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_shipped_spec_has_no_problem_and_no_warning(path):
     checked = load_spec(path)
     assert not checked.problems, render(checked.problems, checked.texts)

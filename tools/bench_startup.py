@@ -29,9 +29,7 @@ def main() -> None:
     ratios = [b / a for a, b in pairs]
     print(f"empty interpreter   {statistics.median(a for a, _ in pairs) * 1000:6.0f} ms")
     print(f"sdkit validate      {statistics.median(b for _, b in pairs) * 1000:6.0f} ms  ({spec})")
-    print(
-        f"ratio               {statistics.median(ratios):6.1f}     ({min(ratios):.1f} to {max(ratios):.1f})"
-    )
+    print(f"ratio               {statistics.median(ratios):6.1f}     ({min(ratios):.1f} to {max(ratios):.1f})")
 
 
 if __name__ == "__main__":

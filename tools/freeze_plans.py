@@ -52,14 +52,9 @@ def plan_of(path: Path) -> str:
 def main() -> int:
     """Write the plans, or check them; the exit code."""
     now = plans()
-    then = {
-        path.relative_to(FROZEN).as_posix(): path.read_text(encoding="utf-8")
-        for path in FROZEN.rglob("*.txt")
-    }
+    then = {path.relative_to(FROZEN).as_posix(): path.read_text(encoding="utf-8") for path in FROZEN.rglob("*.txt")}
     if "--check" in sys.argv[1:]:
-        changed = sorted(
-            name for name in now.keys() | then.keys() if now.get(name) != then.get(name)
-        )
+        changed = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
         for name in changed:
             print(f"tests/plans/{name} has changed: run tools/freeze_plans.py and read the diff")
         return 1 if changed else 0

@@ -46,9 +46,7 @@ def reference() -> str:
         section = f"## {cls.__name__}{kind}\n\n{cls.__doc__.strip()}\n"
         rows = [_row(key) for key in keys_of(cls).values()]
         if rows:
-            section += (
-                "\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
-            )
+            section += "\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
         sections.append(section)
     return "\n".join(sections)
 
@@ -57,11 +55,7 @@ def _row(key: Key) -> str:
     default = "**required**" if key.default is attrs.NOTHING else f"`{_shown(key.default)}`"
     meaning = key.help + (f" ({key.bounds})" if key.bounds else "")
     return (
-        "| "
-        + " | ".join(
-            x.replace("|", "\\|") for x in (f"`{key.name}`", _type(key.type), default, meaning)
-        )
-        + " |"
+        "| " + " | ".join(x.replace("|", "\\|") for x in (f"`{key.name}`", _type(key.type), default, meaning)) + " |"
     )
 
 
@@ -102,9 +96,7 @@ def _type(tp: Any) -> str:
     if origin is Literal:
         return " | ".join(repr(arg) for arg in args)
     if origin is tuple:
-        return (
-            f"list of {_type(args[0])}" if args[-1] is ... else f"[{', '.join(map(_type, args))}]"
-        )
+        return f"list of {_type(args[0])}" if args[-1] is ... else f"[{', '.join(map(_type, args))}]"
     if origin is Table:
         return f"table of {_type(args[0])}"
     return words.get(tp) or getattr(tp, "__name__", str(tp))
@@ -112,17 +104,12 @@ def _type(tp: Any) -> str:
 
 def main() -> int:
     """Write both files, or check them; the exit code."""
-    files = {
-        ROOT / "tests" / "spec_surface.txt": surface(),
-        ROOT / "docs" / "language.md": reference(),
-    }
+    files = {ROOT / "tests" / "spec_surface.txt": surface(), ROOT / "docs" / "language.md": reference()}
     if "--check" not in sys.argv[1:]:
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")
         return 0
-    if all(
-        path.is_file() and path.read_text(encoding="utf-8") == text for path, text in files.items()
-    ):
+    if all(path.is_file() and path.read_text(encoding="utf-8") == text for path, text in files.items()):
         return 0
     print("the surface of the language has changed: run tools/freeze_surface.py and read the diff")
     return 1

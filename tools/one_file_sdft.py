@@ -60,9 +60,7 @@ def sample(model, prompt, longest, end, seed):
         logits = model(torch.tensor([prompt + completion])).logits[0, -1].float()
         cumulative = logits.log_softmax(-1).double().exp().cumsum(-1)
         target = torch.rand(1, generator=draw, dtype=torch.float64) * cumulative[-1]
-        token = int(
-            torch.searchsorted(cumulative, target, right=True).clamp(max=len(cumulative) - 1)
-        )
+        token = int(torch.searchsorted(cumulative, target, right=True).clamp(max=len(cumulative) - 1))
         completion.append(token)
         logprobs.append(float(logits.log_softmax(-1)[token]))
     return completion, torch.tensor(logprobs)
@@ -107,10 +105,7 @@ def train(folder, rows, steps, prompts_per_step=4, longest=12, lr=1e-3, seed=0):
             context = encode(tokenizer, TEMPLATE.format(**row))
             stream = seed_of(seed, "rollout", step, group, 0)
             completion, sampled = sample(student, own, longest, tokenizer.eos_token_id, stream)
-            loss = (
-                sequence_loss(student, teacher, own, context, completion, sampled)
-                / prompts_per_step
-            )
+            loss = sequence_loss(student, teacher, own, context, completion, sampled) / prompts_per_step
             if loss.requires_grad:
                 loss.backward()
             total += float(loss.detach())
@@ -124,9 +119,7 @@ def train(folder, rows, steps, prompts_per_step=4, longest=12, lr=1e-3, seed=0):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", help="a Hugging Face folder")
     parser.add_argument("rows", type=Path, help="JSON Lines with prompt and demonstration")
     parser.add_argument("--steps", type=int, default=20)

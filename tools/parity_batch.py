@@ -74,9 +74,7 @@ def rewarded(spec: Any, rollout: Any) -> float:
     if overlong is None:
         return rollout["reward"]
     over = len(rollout["completion"]) - (LONGEST - overlong["stretch"])
-    return rollout["reward"] - overlong.get("amount", 1.0) * min(
-        max(over, 0) / overlong["stretch"], 1.0
-    )
+    return rollout["reward"] - overlong.get("amount", 1.0) * min(max(over, 0) / overlong["stretch"], 1.0)
 
 
 def reward_advantages(spec: Any, rollouts: Sequence[Any]) -> list[float]:
@@ -119,9 +117,7 @@ def advantages(spec: Any, batch: Batch, rows: list[list[int]]) -> list[dict[int,
         return of_reward(spec)
     if kind(spec) == "log_ratio":
         return of_teacher(spec)
-    pairs = list(
-        zip(of_reward(own.get("group_relative")), of_teacher(own.get("log_ratio")), strict=True)
-    )
+    pairs = list(zip(of_reward(own.get("group_relative")), of_teacher(own.get("log_ratio")), strict=True))
     if kind(spec) == "advantage_add":
         first, second = own.get("group_weight", 1.0), own.get("log_ratio_weight", 1.0)
         return [{p: first * a[p] + second * d[p] for p in a} for a, d in pairs]
@@ -165,13 +161,7 @@ def consults(term: Any) -> bool:
     asks = asks or any("teacher" in name for name in keys(weight).get("given", ()))
     floored = keys(keys(advantage).get("log_ratio", advantage)).get("below_floor") == "leave_out"
     entropies = "teacher_entropy_above" in keys(mask)
-    return (
-        asks
-        or floored
-        or entropies
-        or "distillation" in term["kind"]
-        or kind(advantage) == "log_ratio"
-    )
+    return asks or floored or entropies or "distillation" in term["kind"] or kind(advantage) == "log_ratio"
 
 
 def counted(name: str, term: Any, batch: Batch, route: Any) -> list[list[int]]:
@@ -216,18 +206,13 @@ def token_weights(term: Any, batch: Batch, rows: list[list[int]]) -> list[dict[i
     for i, p in every:
         rollout = batch.rollouts[i]
         length = len(rollout["completion"])
-        group = [
-            x.get("reward", 0) for x in batch.rollouts if x.get("group") == rollout.get("group")
-        ]
+        group = [x.get("reward", 0) for x in batch.rollouts if x.get("group") == rollout.get("group")]
         match kind(term.get("weight")):
             case "position":
                 rise = ((p + 1) / length - spec["middle"]) / spec["width"]
                 weight = spec["smallest"] + (1 - spec["smallest"]) / (1 + math.exp(-rise))
             case "teacher_entropy":
-                of = {
-                    ip: math.exp(-spec["rate"] * batch.measure("teacher_entropy", *ip))
-                    for ip in every
-                }
+                of = {ip: math.exp(-spec["rate"] * batch.measure("teacher_entropy", *ip)) for ip in every}
                 weight = of[i, p] / statistics.mean(of.values())
             case "drift":
                 size = {q: abs(gap(batch, i, q)) for q in rows[i]}
@@ -240,9 +225,7 @@ def token_weights(term: Any, batch: Batch, rows: list[list[int]]) -> list[dict[i
                 weight = perplexity(spec, batch, i, rows)
             case "of_everything":
                 told = [
-                    batch.measure(f"{a}_{b}", i, p)
-                    for a in ("student", "teacher")
-                    for b in ("entropy", "logprobs")
+                    batch.measure(f"{a}_{b}", i, p) for a in ("student", "teacher") for b in ("entropy", "logprobs")
                 ]
                 weight = 1 + p / length + rollout["reward"] + told[0] * told[2] + told[1] * told[3]
             case "against_the_group":
@@ -295,10 +278,7 @@ def correction(term: Any, batch: Batch, i: int, places: list[int], p: int) -> fl
     if cap := keys(importance.get("old_policy")).get("cap"):
         factor *= min(math.exp(held(batch.now(i, p)) - batch.then(i, p)), cap)
     if sampler := importance.get("sampler"):
-        each = {
-            q: min(math.exp(batch.then(i, q) - batch.rollouts[i]["sampler"][q]), sampler["cap"])
-            for q in places
-        }
+        each = {q: min(math.exp(batch.then(i, q) - batch.rollouts[i]["sampler"][q]), sampler["cap"]) for q in places}
         mean = sampler["level"] == "sequence_mean"
         factor *= statistics.mean(each.values()) if mean else each[p]
     return factor

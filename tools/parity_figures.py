@@ -16,16 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from parity_batch import (
-    Batch,
-    advantages,
-    average,
-    correction,
-    counted,
-    ratio,
-    surrogate,
-    token_weights,
-)
+from parity_batch import Batch, advantages, average, correction, counted, ratio, surrogate, token_weights
 from parity_losses import Number, distillation, held, keys, kl
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "parity"
@@ -74,24 +65,19 @@ def objective(case: Mapping[str, Any], batch: Batch) -> Number:
         weights = token_weights(term, batch, rows[name])
         losses = token_losses(term, batch, rows[name])
         total += term.get("coefficient", 1.0) * sum(
-            factors[i] * weights[i][p] * correction(term, batch, i, rows[name][i], p) * loss
-            for i, p, loss in losses
+            factors[i] * weights[i][p] * correction(term, batch, i, rows[name][i], p) * loss for i, p, loss in losses
         )
     return total
 
 
-def token_losses(
-    term: Any, batch: Batch, rows: list[list[int]]
-) -> Iterator[tuple[int, int, Number]]:
+def token_losses(term: Any, batch: Batch, rows: list[list[int]]) -> Iterator[tuple[int, int, Number]]:
     """Rollout, position and loss of each counted token."""
     worth = advantages(term["advantage"], batch, rows) if "advantage" in term else []
     for i, p in ((i, p) for i, places in enumerate(rows) for p in places):
         y = batch.token(i, p)
         match term["kind"]:
             case "distillation":
-                sides = [
-                    batch.side(x, i, p, term.get("temperature")) for x in ("student", "teacher")
-                ]
+                sides = [batch.side(x, i, p, term.get("temperature")) for x in ("student", "teacher")]
                 yield i, p, distillation(term, sides[0], sides[1], y)
             case "cross_entropy":
                 yield i, p, -cmath.log(batch.side("student", i, p, 1.0)[y])

@@ -66,9 +66,7 @@ def keys(spec: Any) -> Mapping[str, Any]:
 # ── distillation ──────────────────────────────────────────────────────────────────────────────
 
 
-def on_support(
-    s: list[Number], t: list[Number], support: Any
-) -> tuple[Sequence[Number], Sequence[Number]]:
+def on_support(s: list[Number], t: list[Number], support: Any) -> tuple[Sequence[Number], Sequence[Number]]:
     """Both sides on the support, after the remainder rule."""
     if kind(support) == "vocabulary":
         return s, t

@@ -17,9 +17,7 @@ WRITE_ERRORS = ("inline_container", "no space left", "os error", "file write fai
 
 
 @contextlib.contextmanager
-def delete_partial_on_error(
-    partial: Path, final: Path, then: str = "continue with --resume"
-) -> Iterator[None]:
+def delete_partial_on_error(partial: Path, final: Path, then: str = "continue with --resume") -> Iterator[None]:
     """Delete `partial` if the body raises, whether the error is this rank's or another's.
 
     A disk error becomes BadEnvironment; its hint names `then`, the thing to do once there is room.
@@ -31,8 +29,7 @@ def delete_partial_on_error(
         if (reason := disk_error(error)) is None:
             raise
         raise BadEnvironment(
-            f"cannot write {final}: {reason}",
-            hint=f"what was complete before is untouched; make room and {then}",
+            f"cannot write {final}: {reason}", hint=f"what was complete before is untouched; make room and {then}"
         ) from None
 
 

@@ -15,10 +15,7 @@ _OUTPUT_AND_BATCH_MEMORY: Sequence[SpecPath] = (
 
 CHANGEABLE_ON_RESUME: Sequence[SpecPath] = (
     *_OUTPUT_AND_BATCH_MEMORY,
-    *(
-        ("rollout", "backend", key)
-        for key in ("urls", "key_from", "allow_remote", "folder", "deadline_seconds")
-    ),
+    *(("rollout", "backend", key) for key in ("urls", "key_from", "allow_remote", "folder", "deadline_seconds")),
     ("training", "steps"),
     ("training", "epochs"),
     ("model", "activation_checkpointing"),

@@ -113,9 +113,7 @@ def _write_manifest(state: TrainState, run: Path, folder: Path) -> None:
             own[names[i]] = manifest.file_entry(folder / names[i])
 
     _write_together(finish)
-    files = {
-        name: file for part in collectives.all_gather_object(own) for name, file in part.items()
-    }
+    files = {name: file for part in collectives.all_gather_object(own) for name, file in part.items()}
     facts = Manifest(
         origin=_origin(state, run),
         step=state.step,
@@ -131,9 +129,7 @@ def _write_manifest(state: TrainState, run: Path, folder: Path) -> None:
 def _origin(state: TrainState, run: Path) -> Origin:
     """The run, spec and number of ranks that write this checkpoint."""
     return Origin(
-        run=directory.provenance(run).get("run"),
-        spec=manifest.spec_digest(state.spec),
-        ranks=collectives.world_size(),
+        run=directory.provenance(run).get("run"), spec=manifest.spec_digest(state.spec), ranks=collectives.world_size()
     )
 
 
@@ -158,9 +154,7 @@ def load(state: TrainState, checkpoint: Path) -> None:
 
 def newest_step(run: Path) -> int:
     """The step of the newest checkpoint; 0, the start model, if there is none."""
-    return max(
-        (int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*")), default=0
-    )
+    return max((int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*")), default=0)
 
 
 def save_model(state: TrainState, run: Path) -> Path:
@@ -204,9 +198,7 @@ def _write_settings(state: TrainState, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     causal.config.save_pretrained(folder)
     # Unchanged from the start model: transformers loads settings that its own `save_pretrained` refuses to write.
-    causal.generation_config.to_json_file(
-        folder / "generation_config.json", keys_to_pop=["compile_config"]
-    )
+    causal.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     state.data.tokenizer.save_pretrained(folder)
 
 
@@ -242,10 +234,7 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path | None) -
     names = [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     for part, name in zip(parts, names, strict=True):
         part.rename(folder / name)
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: names[part] for name, part in part_of.items()},
-    }
+    index = {"metadata": {"total_size": total}, "weight_map": {name: names[part] for name, part in part_of.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 

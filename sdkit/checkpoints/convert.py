@@ -65,14 +65,10 @@ def convert(spec: ExperimentSpec, run: Path, ranks: int, notify: resume.Notify) 
 
 def _find_source(spec: ExperimentSpec, run: Path, notify: resume.Notify) -> tuple[Path, Manifest]:
     """The checkpoint to convert and its manifest; every hash is verified before anything is unpickled."""
-    expected = Origin(
-        run=directory.provenance(run).get("run"), spec=manifest.spec_digest(spec), ranks=0
-    )
+    expected = Origin(run=directory.provenance(run).get("run"), spec=manifest.spec_digest(spec), ranks=0)
     source = resume.newest_valid_checkpoint(run, expected, notify, hashes=True)
     if not source:
-        raise UnreadableInput(
-            f"{run} has no checkpoint to convert", hint="set output.checkpoint_every"
-        )
+        raise UnreadableInput(f"{run} has no checkpoint to convert", hint="set output.checkpoint_every")
     folder, old = source
     if old.zero_stage and not old.updates:
         raise UnreadableInput(
@@ -87,9 +83,7 @@ def _write_files(source: Path, target: Path, old: Manifest, ranks: int) -> None:
     if old.zero_stage and not old.universal:
         zero_universal.rewrite(source, target)
     else:
-        shutil.copytree(
-            source, target, ignore=shutil.ignore_patterns(*SDKIT_FILES), dirs_exist_ok=True
-        )
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*SDKIT_FILES), dirs_exist_ok=True)
     rng_files = [rng_state_file(rank) for rank in range(min(ranks, old.origin.ranks))]
     unsharded = [source / TEACHER, source / PREFETCHED]
     for path in [*(source / name for name in rng_files), *filter(Path.is_file, unsharded)]:
@@ -103,8 +97,7 @@ def _reshard_teacher(source: Path, target: Path, before: int, now: int) -> None:
     shapes = zero_universal.shapes(source)
     with contextlib.ExitStack() as stack:
         files: list[Any] = [
-            stack.enter_context(safe_open(source / teacher_shard_file(rank), framework="pt"))
-            for rank in range(before)
+            stack.enter_context(safe_open(source / teacher_shard_file(rank), framework="pt")) for rank in range(before)
         ]
         names = files[0].keys()  # `0/NAME` for a routed teacher
         sizes = {name: shapes[name.rpartition("/")[2]].numel() for name in names}

@@ -58,11 +58,7 @@ class UnusableCheckpoint(Exception):
 
 def spec_digest(spec: ExperimentSpec) -> str:
     """SHA-256 of all values of a spec except those that may change on resume."""
-    fixed = [
-        (list(path), value)
-        for path, value in leaves(resolved(spec))
-        if not may_change_on_resume(path)
-    ]
+    fixed = [(list(path), value) for path, value in leaves(resolved(spec)) if not may_change_on_resume(path)]
     return _digest(sorted(fixed, key=str))
 
 

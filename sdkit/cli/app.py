@@ -36,14 +36,9 @@ def _print_version(requested: bool) -> None:
 @app.callback(epilog=EXIT_CODES)
 def _root(
     version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    local_rank: Annotated[
-        int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
-    ] = None,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
     if local_rank is not None:  # some launchers add --local_rank to the command
         os.environ.setdefault("LOCAL_RANK", str(local_rank))

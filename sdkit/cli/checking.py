@@ -15,12 +15,7 @@ from sdkit.language.errors import SdkitError
 
 
 def check_spec(
-    path: Path,
-    overrides: list[str] | None,
-    *,
-    run_file: bool = False,
-    base: Path | None = None,
-    warn: bool = True,
+    path: Path, overrides: list[str] | None, *, run_file: bool = False, base: Path | None = None, warn: bool = True
 ) -> Any:
     """Load and check a spec; print its problems, and exit with code 1 if there are errors.
 
@@ -42,9 +37,7 @@ def check_spec(
     return checked
 
 
-def check_run(
-    run: Path, overrides: list[str] | None = None, *, warn: bool = False
-) -> tuple[Any, Path]:
+def check_run(run: Path, overrides: list[str] | None = None, *, warn: bool = False) -> tuple[Any, Path]:
     """Check a run's resolved spec; return it and the folder that its paths start from.
 
     Warnings were printed when the run began, so `warn` is False by default.  Raises and exits as `check_spec` does.

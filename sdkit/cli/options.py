@@ -9,8 +9,7 @@ import typer
 
 SpecPath = Annotated[Path, typer.Argument(help="A run file or a method page.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="`key.path=value` overrides, applied last.", show_default=False),
+    list[str] | None, typer.Argument(help="`key.path=value` overrides, applied last.", show_default=False)
 ]
 Processes = Annotated[
     int | None,
@@ -21,12 +20,8 @@ Processes = Annotated[
         show_default=False,
     ),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run directory.")
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the run in the run directory.")
-]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run directory.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the run directory.")]
 Format = Annotated[
     Literal["text", "json", "github"],
     typer.Option("--format", help="Output for people, for programs, or for GitHub Actions."),

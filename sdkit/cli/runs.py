@@ -20,16 +20,11 @@ def train(
     spec: SpecPath,
     overrides: Overrides = None,
     to: Annotated[
-        Path | None,
-        typer.Option(
-            "--to", help="Run directory (default: runs/NAME of the spec).", show_default=False
-        ),
+        Path | None, typer.Option("--to", help="Run directory (default: runs/NAME of the spec).", show_default=False)
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Validate, plan and smoke-run; train nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, plan and smoke-run; train nothing.")] = False,
     processes: Processes = None,
 ) -> None:
     """Run a spec: evaluate, train, evaluate, and write a run directory."""
@@ -68,10 +63,7 @@ def serve(
     port: Annotated[
         int | None,
         typer.Option(
-            help="The port (default: that of the first of rollout.backend.urls).",
-            min=1,
-            max=65535,
-            show_default=False,
+            help="The port (default: that of the first of rollout.backend.urls).", min=1, max=65535, show_default=False
         ),
     ] = None,
     max_tokens: Annotated[
@@ -108,9 +100,7 @@ def serve(
 
 @app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
 def evaluate(
-    spec: Annotated[
-        Path, typer.Argument(help="A run file, or a run directory.", show_default=False)
-    ],
+    spec: Annotated[Path, typer.Argument(help="A run file, or a run directory.", show_default=False)],
     overrides: Overrides = None,
     processes: Processes = None,
 ) -> None:
@@ -148,18 +138,11 @@ def replay(
     ],
     overrides: Overrides = None,
     to: Annotated[
-        Path | None,
-        typer.Option(
-            "--to", help="Run directory (default: RUN-replay beside RUN).", show_default=False
-        ),
+        Path | None, typer.Option("--to", help="Run directory (default: RUN-replay beside RUN).", show_default=False)
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(
-            help="Rollout batches to train on (default: all that are recorded).",
-            min=1,
-            show_default=False,
-        ),
+        typer.Option(help="Rollout batches to train on (default: all that are recorded).", min=1, show_default=False),
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,

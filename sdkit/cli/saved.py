@@ -15,15 +15,10 @@ from sdkit.cli.checking import check_run, make_console
     epilog="Examples: `sdkit compare runs/sdft`, `sdkit compare runs/grpo runs/sdpo --x steps --to runs/both.png`"
 )
 def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)
-    ],
-    to: Annotated[Path, typer.Option("--to", help="The plot to write: .png, .pdf or .svg.")] = Path(
-        "compare.png"
-    ),
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", help="The plot to write: .png, .pdf or .svg.")] = Path("compare.png"),
     x: Annotated[
-        Literal["tokens", "steps", "time"],
-        typer.Option("--x", help="The budget at which runs are compared."),
+        Literal["tokens", "steps", "time"], typer.Option("--x", help="The budget at which runs are compared.")
     ] = "tokens",
     score: Annotated[
         str | None,
@@ -44,18 +39,10 @@ def compare(
     epilog="Examples: `sdkit export runs/sdft --to sdft`, `sdkit export runs/sdft --merge-lora --to sdft-merged`"
 )
 def export(
-    run: Annotated[
-        Path, typer.Argument(help="The directory of a finished run.", show_default=False)
-    ],
-    to: Annotated[
-        Path,
-        typer.Option("--to", help="The folder to write; it must not exist.", show_default=False),
-    ],
+    run: Annotated[Path, typer.Argument(help="The directory of a finished run.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", help="The folder to write; it must not exist.", show_default=False)],
     merge_lora: Annotated[
-        bool,
-        typer.Option(
-            "--merge-lora", help="For a LoRA run: write the full model with the adapter merged."
-        ),
+        bool, typer.Option("--merge-lora", help="For a LoRA run: write the full model with the adapter merged.")
     ] = False,
 ) -> None:
     """Write a Hugging Face folder with a model card: the trained model, or the adapter of a LoRA run."""
@@ -66,9 +53,7 @@ def export(
 
 
 CONVERT = "Example: `sdkit checkpoint convert runs/sdft --processes 1`"
-checkpoint = typer.Typer(
-    help="Work with the checkpoints of a run.", no_args_is_help=True, epilog=CONVERT
-)
+checkpoint = typer.Typer(help="Work with the checkpoints of a run.", no_args_is_help=True, epilog=CONVERT)
 app.add_typer(checkpoint, name="checkpoint")
 
 
@@ -76,10 +61,7 @@ app.add_typer(checkpoint, name="checkpoint")
 def convert(
     run: Annotated[Path, typer.Argument(help="The directory of a run.", show_default=False)],
     processes: Annotated[
-        int,
-        typer.Option(
-            "--processes", help="Number of ranks of the new checkpoint.", min=1, show_default=False
-        ),
+        int, typer.Option("--processes", help="Number of ranks of the new checkpoint.", min=1, show_default=False)
     ],
 ) -> None:
     """Rewrite a run's newest checkpoint for another number of ranks; continue with `sdkit train SPEC --resume`."""

@@ -14,9 +14,7 @@ from sdkit.cli.options import Format, Overrides, SpecPath
 
 @app.command(epilog="Example: `sdkit validate specs/*.yaml`")
 def validate(
-    specs: Annotated[
-        list[Path], typer.Argument(help="Run files or method pages.", show_default=False)
-    ],
+    specs: Annotated[list[Path], typer.Argument(help="Run files or method pages.", show_default=False)],
     format: Format = "text",
 ) -> None:
     """Check specs and print every problem at once, with file and line.  Loads nothing heavy."""
@@ -44,10 +42,7 @@ def plan(
     spec: SpecPath,
     overrides: Overrides = None,
     data: Annotated[
-        int,
-        typer.Option(
-            "--data", help="Show student and teacher prompt of this many rows, side by side.", min=0
-        ),
+        int, typer.Option("--data", help="Show student and teacher prompt of this many rows, side by side.", min=0)
     ] = 0,
 ) -> None:
     """Print what a run would do: roles, batches, memory, every derived value.  Loads no weights.

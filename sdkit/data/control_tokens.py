@@ -73,9 +73,7 @@ class ControlTokens:
         from tokenizers import Tokenizer
 
         if not self.tokenizer.is_fast:
-            raise BadData(
-                "this tokenizer cannot keep control tokens as text: it has no fast version"
-            )
+            raise BadData("this tokenizer cannot keep control tokens as text: it has no fast version")
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
         renamed = {name: chr(RENAMED + number) for name, number in self._number.items()}
         for token in state["added_tokens"]:
@@ -90,9 +88,7 @@ class ControlTokens:
         state |= {"truncation": None, "padding": None, "post_processor": None}
         copy = Tokenizer.from_str(json.dumps(state))
         if any(copy.token_to_id(renamed[name]) != i for name, i in self.ids.items()):
-            raise BadData(
-                "this tokenizer cannot keep control tokens as text: their ids would change"
-            )
+            raise BadData("this tokenizer cannot keep control tokens as text: their ids would change")
         return copy
 
 

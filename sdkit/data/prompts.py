@@ -19,11 +19,7 @@ from sdkit.data.teacher_context import parsed, slot_lookup, slot_values, teacher
 from sdkit.data.thinking import TAGS, opening_tag
 from sdkit.data.turn_ends import append_end_token, encode_prompt
 from sdkit.language.errors import BadData, blaming, first_of, listed, one_line
-from sdkit.language.specs import (
-    AnswerStart,
-    Sees,
-    Wording,
-)
+from sdkit.language.specs import AnswerStart, Sees, Wording
 from sdkit.language.templates import fill
 
 Ids = tuple[int, ...]
@@ -60,12 +56,7 @@ class Prompter:
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        options: Mapping[str, Any],
-        *,
-        now: datetime | None = None,
-        keep_text: bool = False,
+        self, tokenizer: Any, options: Mapping[str, Any], *, now: datetime | None = None, keep_text: bool = False
     ) -> None:
         self.tokenizer = tokenizer
         self.options = dict(options)
@@ -119,12 +110,7 @@ class Prompter:
             raise BadData(f"row {row.index}: {error.message}") from None
 
     def chat(
-        self,
-        row: Row,
-        messages: Sequence[Message],
-        *,
-        generation_prompt: bool = True,
-        tokenize: bool = False,
+        self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True, tokenize: bool = False
     ) -> Any:
         """Renders the messages with the chat template.  Raises BadData naming the row if the template rejects them."""
         options = dict(self.options)
@@ -170,14 +156,10 @@ class Prompter:
             ids = self.ids(row, finished, generation_prompt=False)
         except BadData:
             return tag
-        names_assistant = _without_whitespace(prompt) + "ok" in _without_whitespace(
-            self.tokenizer.decode(ids)
-        )
+        names_assistant = _without_whitespace(prompt) + "ok" in _without_whitespace(self.tokenizer.decode(ids))
         return "" if names_assistant else tag
 
-    def teacher_ids(
-        self, row: Row, sees: Sees | None, evidence: GroupOutcome | None = None
-    ) -> TeacherPrompt | None:
+    def teacher_ids(self, row: Row, sees: Sees | None, evidence: GroupOutcome | None = None) -> TeacherPrompt | None:
         """Returns the teacher's prompt, truncated to `max_prompt_tokens`; None if a required slot is empty.
 
         `evidence` fills the slots about rollouts.  Raises BadData naming the row if the prompt is too long even with
@@ -273,10 +255,7 @@ def check_generation_prompt(prompter: Prompter, row: Row, teacher: TeacherPrompt
 
 
 def check_prompts(
-    prompter: Prompter,
-    rows: Iterable[Row],
-    sees: Sees | None = None,
-    max_prompt_tokens: int | None = None,
+    prompter: Prompter, rows: Iterable[Row], sees: Sees | None = None, max_prompt_tokens: int | None = None
 ) -> list[tuple[Ids, TeacherPrompt | None]]:
     """Returns both prompts of every row.  Raises BadData that names each faulty row and its fault."""
     faults: list[BadData] = []

@@ -18,20 +18,8 @@ from typing import Any
 from sdkit.batches import Message, Row
 from sdkit.data.sources import Raw, RawRows, read_source, source_name
 from sdkit.language.errors import BadData, first_of, listed, nearest, shorten
-from sdkit.language.row_text import (
-    Fault,
-    check_value,
-    describe_value,
-    is_empty,
-    is_missing,
-    lines_of,
-    text_of,
-)
-from sdkit.language.specs import (
-    ColumnTemplate,
-    DataSpec,
-    Table,
-)
+from sdkit.language.row_text import Fault, check_value, describe_value, is_empty, is_missing, lines_of, text_of
+from sdkit.language.specs import ColumnTemplate, DataSpec, Table
 from sdkit.language.templates import Field, Template, TemplateError, fields, fill, parse
 from sdkit.seeds import derive
 
@@ -60,9 +48,7 @@ def load_rows(
         raise BadData("the data have no column for 'prompt'", hint="write columns: {prompt: …}")
     for name in needed:
         if name not in columns:
-            raise BadData(
-                f"the run needs a column '{name}', but columns name only {listed(columns)}"
-            )
+            raise BadData(f"the run needs a column '{name}', but columns name only {listed(columns)}")
     name, raw_rows = source_name(data.source), read_source(data.source, base, data.limit)
     if not raw_rows:
         raise BadData(f"{name} has no rows")
@@ -80,11 +66,7 @@ def load_rows(
 
 
 def _row(
-    index: int,
-    raw: Raw | Fault,
-    columns: Mapping[str, str | Template],
-    needed: Iterable[str],
-    texts: Iterable[str],
+    index: int, raw: Raw | Fault, columns: Mapping[str, str | Template], needed: Iterable[str], texts: Iterable[str]
 ) -> Row:
     if isinstance(raw, Fault):
         raise raw
@@ -251,10 +233,7 @@ def _chat(prompt: Sequence[Any]) -> tuple[Message, ...]:
             raise Fault(f"message {i} of the prompt is not {{role: …, content: …}}")
         role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
-            raise Fault(
-                f"message {i} of the prompt has the role {shorten(role)}, "
-                "not 'system', 'user' or 'assistant'"
-            )
+            raise Fault(f"message {i} of the prompt has the role {shorten(role)}, not 'system', 'user' or 'assistant'")
         if role == "system" and i:
             raise Fault(f"message {i} of the prompt is a system message, but not the first")
         if not isinstance(content, str):

@@ -192,9 +192,7 @@ def _parquet_rows(table: Any) -> Iterator[Any]:
 def _hub(source: HubSource, limit: int | None) -> Iterable[Any]:
     import datasets
 
-    dataset = datasets.load_dataset(
-        source.path, source.name, split=source.split, revision=source.revision
-    )
+    dataset = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     return _take(dataset, limit)
 
 
@@ -228,8 +226,7 @@ def _reasoning_gym(source: ReasoningGymSource, limit: int | None) -> Iterable[An
             from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise BadEnvironment(
-            "data of kind reasoning_gym need a package that is missing: "
-            f"{error.name or 'reasoning_gym'}",
+            f"data of kind reasoning_gym need a package that is missing: {error.name or 'reasoning_gym'}",
             hint="pip install reasoning-gym",
         ) from error
     if source.task not in DATASETS:
@@ -240,9 +237,7 @@ def _reasoning_gym(source: ReasoningGymSource, limit: int | None) -> Iterable[An
         )
     _check_options(source, DATASETS[source.task][1])
     try:
-        task = reasoning_gym.create_dataset(
-            source.task, size=source.size, seed=source.seed, **source.options
-        )
+        task = reasoning_gym.create_dataset(source.task, size=source.size, seed=source.seed, **source.options)
         return [task[i] for i in range(min(source.size, limit or source.size))]
     except Exception as error:  # a task may raise anything for invalid options
         reason = str(error) or type(error).__name__

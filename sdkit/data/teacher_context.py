@@ -31,10 +31,7 @@ parsed = lru_cache(maxsize=256)(parse)
 
 
 def slot_values(
-    row: Row,
-    sees: Sees,
-    evidence: GroupOutcome | None = None,
-    hide: Callable[[str], str] = lambda text: text,
+    row: Row, sees: Sees, evidence: GroupOutcome | None = None, hide: Callable[[str], str] = lambda text: text
 ) -> dict[str, str] | None:
     """Returns the text of every slot ("" if it is empty), or None if `requires` is not met.
 
@@ -45,9 +42,7 @@ def slot_values(
     for name, slot in sees.slots.items():
         if not isinstance(slot, Wording):
             texts[name] = hide(texts[name])
-    solved = any(
-        texts[name] for name, slot in sees.slots.items() if isinstance(slot, SuccessfulSibling)
-    )
+    solved = any(texts[name] for name, slot in sees.slots.items() if isinstance(slot, SuccessfulSibling))
     for name, slot in sees.slots.items():
         if isinstance(slot, Feedback) and slot.when == "no_solution" and solved:
             texts[name] = ""
@@ -69,9 +64,7 @@ def _slot_value(slot: Slot, row: Row, evidence: GroupOutcome | None) -> str:
         case Feedback():
             return (evidence.group[evidence.own].feedback or "").strip() if evidence else ""
         case OwnAttempt():
-            return (
-                _attempt_text(evidence.group[evidence.own], slot.strip_thinking) if evidence else ""
-            )
+            return _attempt_text(evidence.group[evidence.own], slot.strip_thinking) if evidence else ""
         case Verdict(threshold=threshold, success=success, failure=failure):
             succeeded = evidence and evidence.group[evidence.own].reward >= threshold
             return success if succeeded else failure

@@ -28,9 +28,7 @@ def _template_end(tokenizer: Any, options: Mapping[str, Any]) -> int | None:
         return None
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
-        text = tokenizer.apply_chat_template(
-            chat, tokenize=False, **{**options, "add_generation_prompt": False}
-        )
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **{**options, "add_generation_prompt": False})
     except Exception:  # the template needs another kind of chat: checked with the rows
         return None
     _, probe, suffix = text.rpartition(PROBE)

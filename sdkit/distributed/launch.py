@@ -186,8 +186,6 @@ def _exit_code(ended: list[tuple[_Rank, int]]) -> int:
     if code < 0:
         raise ProcessDied(
             f"rank {rank.number} was killed by {signal.Signals(-code).name}; the run ended with it",
-            hint="probably the kernel's out-of-memory killer: see `dmesg`"
-            if -code == signal.SIGKILL
-            else None,
+            hint="probably the kernel's out-of-memory killer: see `dmesg`" if -code == signal.SIGKILL else None,
         )
     return code

@@ -104,12 +104,7 @@ class Zero:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        optimizer: OptimizerSpec,
-        stage: int,
-        bf16: bool,
-        offload: Sequence[str] = (),
+        self, module: nn.Module, optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[str] = ()
     ) -> None:
         import deepspeed
 
@@ -121,9 +116,7 @@ class Zero:
         self._decays: list[float] = [group["weight_decay"] for group in groups]
         with quiet():
             self.engine: Any = deepspeed.initialize(
-                model=module,
-                model_parameters=groups,
-                config=_config(optimizer, stage, bf16, offload),
+                model=module, model_parameters=groups, config=_config(optimizer, stage, bf16, offload)
             )[0]
         # Stage 0 all-reduces in `_unsharded_step`, which needs the gradient norm before the step.
         self.engine.enable_backward_allreduce = stage > 0
@@ -144,9 +137,7 @@ class Zero:
         self.engine.step()
         skipped, self.skipped = self.engine.skipped_steps > self.skipped, self.engine.skipped_steps
         norm = self.engine.get_global_grad_norm()
-        return OptimizerStepResult(
-            applied=not skipped, grad_norm=float("inf") if norm is None else float(norm)
-        )
+        return OptimizerStepResult(applied=not skipped, grad_norm=float("inf") if norm is None else float(norm))
 
     def _unsharded_step(self) -> OptimizerStepResult:
         # Stage 0 in float32 is plain AdamW: DeepSpeed neither skips a step nor returns the norm.
@@ -183,9 +174,7 @@ class Zero:
         with quiet():
             self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         if rank() == 0:
-            for script in folder.glob(
-                "zero_to_*.py"
-            ):  # conversion scripts, which fail on tied weights
+            for script in folder.glob("zero_to_*.py"):  # conversion scripts, which fail on tied weights
                 script.unlink()
 
     def load(self, folder: Path, tag: str, *, universal: bool) -> None:
@@ -251,9 +240,7 @@ def _norm(gradients: Iterable[Tensor | None]) -> Tensor:
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
 
 
-def _config(
-    optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[str]
-) -> dict[str, Any]:
+def _config(optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[str]) -> dict[str, Any]:
     sharding: dict[str, Any] = zero_shards.settings(offload) if stage == 3 else {"stage": stage}
     if "optimizer" in offload:
         sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

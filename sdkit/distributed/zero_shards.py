@@ -77,9 +77,7 @@ class Zero3Sharding:
         """
         sharded: Any = parameter
         if sharded.ds_status.name != "NOT_AVAILABLE":
-            raise RuntimeError(
-                f"{sharded.ds_summary()} is gathered: a write to its shards would be lost"
-            )
+            raise RuntimeError(f"{sharded.ds_summary()} is gathered: a write to its shards would be lost")
         return unpadded(parameter, sharded.ds_tensor.data.view(-1))
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:

@@ -57,12 +57,7 @@ class SdkitError(Exception):
     exit_code = 1
 
     def __init__(
-        self,
-        message: str,
-        *,
-        hint: str | None = None,
-        place: Place | None = None,
-        path: Path | None = None,
+        self, message: str, *, hint: str | None = None, place: Place | None = None, path: Path | None = None
     ) -> None:
         super().__init__(message)
         self.message = message

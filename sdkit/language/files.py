@@ -33,9 +33,7 @@ class UnreadableFile(Exception):
 def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     """Returns the content of a regular file of at most `limit` bytes.  Raises UnreadableFile."""
     try:
-        if not stat.S_ISREG(
-            os.stat(path).st_mode
-        ):  # opening a pipe or a device can have side effects
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device can have side effects
             raise UnreadableFile(_describe_kind(path))
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:

@@ -36,10 +36,7 @@ class CheckedSpec:
 
 
 def load_spec(
-    path: str | os.PathLike[str],
-    overrides: Sequence[str] = (),
-    *,
-    base: str | os.PathLike[str] | None = None,
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, base: str | os.PathLike[str] | None = None
 ) -> CheckedSpec:
     """Reads and checks a run file or a method page.  Raises UnreadableInput only if the file cannot be read.
 
@@ -57,9 +54,4 @@ def load_spec(
         problems += [p for p in shape_problems if p.place not in unreadable]
     if spec and not problems:
         problems += check(spec, loaded)
-    return CheckedSpec(
-        loaded=loaded,
-        spec=spec,
-        kind=loaded.kind,
-        problems=tuple(sorted(problems, key=by_position)),
-    )
+    return CheckedSpec(loaded=loaded, spec=spec, kind=loaded.kind, problems=tuple(sorted(problems, key=by_position)))

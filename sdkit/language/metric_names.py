@@ -8,31 +8,9 @@ run writes.
 
 from __future__ import annotations
 
-FAMILIES = frozenset(
-    {
-        "eval",
-        "keep",
-        "lift",
-        "loss",
-        "memory",
-        "reward",
-        "rollout",
-        "route",
-        "teacher",
-        "time",
-    }
-)
+FAMILIES = frozenset({"eval", "keep", "lift", "loss", "memory", "reward", "rollout", "route", "teacher", "time"})
 SINGLE = frozenset(
-    {
-        "grad_norm",
-        "lr",
-        "padding",
-        "policy_version",
-        "skipped_steps",
-        "step",
-        "teacher_distance",
-        "tokens_generated",
-    }
+    {"grad_norm", "lr", "padding", "policy_version", "skipped_steps", "step", "teacher_distance", "tokens_generated"}
 )
 LENGTH_METRIC = "completion_tokens"
 """Reported next to the scores of each decoding of a suite."""

@@ -29,11 +29,7 @@ def _shape_from_config(config: Mapping[str, Any]) -> ShapeSpec:
 
 
 def _shape_from_sizes(config: Mapping[str, int], tied: bool) -> ShapeSpec:
-    hidden, layers, vocabulary = (
-        config["hidden_size"],
-        config["num_hidden_layers"],
-        config["vocab_size"],
-    )
+    hidden, layers, vocabulary = (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"])
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads
     keys = width * (config.get("num_key_value_heads") or heads)

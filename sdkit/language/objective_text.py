@@ -69,13 +69,8 @@ def describe_losses(spec: MethodSpec) -> Iterator[str]:
             case PolicyGradient():
                 yield f"{name}: {_policy_gradient(term)}"
             case ReferenceKl(estimator=estimator):
-                over = {
-                    "k2": "estimated from the sampled token (k2)",
-                    "vocabulary": "over the whole vocabulary",
-                }
-                text = (
-                    f"{_factor(term.coefficient)}reverse KL(student‖start model) {over[estimator]}"
-                )
+                over = {"k2": "estimated from the sampled token (k2)", "vocabulary": "over the whole vocabulary"}
+                text = f"{_factor(term.coefficient)}reverse KL(student‖start model) {over[estimator]}"
                 yield f"{name}: {text}, {_average(term.average)}{_mask(term)}"
             case _:
                 assert_never(term)
@@ -85,11 +80,7 @@ def describe_sampling(spec: MethodSpec) -> str:
     """Describes who samples the completions, and how."""
     match spec.rollout.sampled_by:
         case DatasetSamples(column=column, drawn_by=drawn_by):
-            source = (
-                "the student's logged answers"
-                if drawn_by == "student"
-                else "the data set's own completions"
-            )
+            source = "the student's logged answers" if drawn_by == "student" else "the data set's own completions"
             return f"{source} (column {column})"
         case StudentSamples():
             who = "student on its own prompt"
@@ -102,9 +93,7 @@ def describe_sampling(spec: MethodSpec) -> str:
             assert_never(other)
     r = spec.rollout
     filters = f", kept where {_keep(r.keep)}" if r.keep else ""
-    truncation = (f", top_p {r.top_p:g}" if r.top_p < 1 else "") + (
-        f", top_k {r.top_k}" if r.top_k else ""
-    )
+    truncation = (f", top_p {r.top_p:g}" if r.top_p < 1 else "") + (f", top_k {r.top_k}" if r.top_k else "")
     length = f"{r.completions_per_prompt} × {r.max_new_tokens} tokens"
     return f"{who}, {length} at temperature {r.temperature:g}{truncation}{filters}"
 
@@ -132,9 +121,7 @@ def _distillation(term: Distillation, temperature: float) -> str:
         _average(term.average) + _mask(term) + _weight(term.weight),
     ]
     if importance.old_policy:
-        parts.append(
-            f"ratio to the old policy capped at {format_number(importance.old_policy.cap)}"
-        )
+        parts.append(f"ratio to the old policy capped at {format_number(importance.old_policy.cap)}")
     if importance.sampler:
         parts.append(_sampler(importance.sampler))
     return ", ".join(parts)
@@ -183,7 +170,9 @@ def _advantage(advantage: Advantage) -> str:
 
 
 def _overlong(penalty: OverlongPenalty) -> str:
-    return f" ({format_number(penalty.amount)} off a full-length completion, less over its last {penalty.stretch} tokens)"
+    return (
+        f" ({format_number(penalty.amount)} off a full-length completion, less over its last {penalty.stretch} tokens)"
+    )
 
 
 def _bounds(low: float | Schedule, high: float | Schedule) -> str:
@@ -275,9 +264,7 @@ def _mask(term: LossSpec) -> str:
         "special tokens left out" * (mask.special_tokens == "leave_out"),
     ]
     if mask.teacher_entropy_above is not None:
-        parts.append(
-            f"only where the teacher's entropy exceeds {format_number(mask.teacher_entropy_above)}"
-        )
+        parts.append(f"only where the teacher's entropy exceeds {format_number(mask.teacher_entropy_above)}")
     if mask.student_entropy_top is not None:
         top = mask.student_entropy_top
         share = f"share {format_number(top)}" if isinstance(top, Schedule) else f"{100 * top:g} %"

@@ -12,23 +12,12 @@ from typing import Any, Literal
 
 from attrs import evolve, field, frozen
 
-from sdkit.language.errors import (
-    COMMAND_LINE,
-    Path,
-    Place,
-    Problem,
-    UnreadableInput,
-    nearest,
-    shorten,
-    spelled,
-)
+from sdkit.language.errors import COMMAND_LINE, Path, Place, Problem, UnreadableInput, nearest, shorten, spelled
 from sdkit.language.files import file_names
 from sdkit.language.source import MAX_DEPTH, Node, Source, key_fault, read, read_text
 
 RUN_KEYS = ("model", "data", "optimizer", "training", "evaluation", "output")
-PACKAGED_PAGES = os.path.join(
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "methods"
-)
+PACKAGED_PAGES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "methods")
 """The folder of the method pages that come with sdkit."""
 FORBIDDEN_ON_METHOD_PAGES = ("method", *RUN_KEYS, "rewards", "machine")
 
@@ -81,9 +70,7 @@ def is_run_file(data: Any) -> bool:
     return isinstance(data, dict) and any(key in data for key in ("method", *RUN_KEYS))
 
 
-def load(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolved: bool = False
-) -> LoadedSpec:
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolved: bool = False) -> LoadedSpec:
     """Reads a run file with its method page, or a method page, and applies the overrides.
 
     A path without a slash or an ending that is no file names a packaged method page.
@@ -103,9 +90,7 @@ def load(
     if root and is_run:
         root = _apply([o for o in parsed if o.path == ("method",)], root, problems)
         method, page, root = _method_page(root, folder, problems)
-        is_complete = method is None or (
-            page is not None and not (page.root is None and page.problems)
-        )
+        is_complete = method is None or (page is not None and not (page.root is None and page.problems))
         if page:
             texts[page.name] = page.text
             problems += page.problems
@@ -149,9 +134,7 @@ def _folder(name: str) -> str:
     return os.path.dirname(os.path.realpath(name) if os.path.islink(name) else name)
 
 
-def _method_page(
-    root: Node, folder: str, problems: list[Problem]
-) -> tuple[str | None, Source | None, Node]:
+def _method_page(root: Node, folder: str, problems: list[Problem]) -> tuple[str | None, Source | None, Node]:
     """Returns the path in `method`, the page if it is readable, and the run file without that key."""
     items = dict(root.value)
     named = items.pop("method", None)
@@ -219,16 +202,10 @@ def _without_run_keys(page: Node, name: str, problems: list[Problem]) -> Node:
         return evolve(page, value={})
     for key in [k for k in page.value if k in FORBIDDEN_ON_METHOD_PAGES]:
         message = f"a method page has rollout, teacher, losses and route, but no {shorten(key)}"
-        hint = (
-            "a method page cannot build on another one"
-            if key == "method"
-            else f"move {key} to the run file"
-        )
+        hint = "a method page cannot build on another one" if key == "method" else f"move {key} to the run file"
         place = page.value[key].key
         problems.append(Problem((key,), message, "method_page", hint, place))
-    return evolve(
-        page, value={k: v for k, v in page.value.items() if k not in FORBIDDEN_ON_METHOD_PAGES}
-    )
+    return evolve(page, value={k: v for k, v in page.value.items() if k not in FORBIDDEN_ON_METHOD_PAGES})
 
 
 # ── overrides ─────────────────────────────────────────────────────────────────────────────────
@@ -288,9 +265,7 @@ def _apply(overrides: Iterable[_Override], root: Node, problems: list[Problem]) 
         try:
             root = _set(root, override, 0)
         except LookupError as error:
-            problems.append(
-                Problem(override.path, str(error.args[0]), "override", None, override.key)
-            )
+            problems.append(Problem(override.path, str(error.args[0]), "override", None, override.key))
     return root
 
 

@@ -29,12 +29,7 @@ from sdkit.language.specs import (
 )
 
 Statistic = Literal["student_logprobs", "student_entropy", "teacher_logprobs", "teacher_entropy"]
-STATISTICS: tuple[Statistic, ...] = (
-    "student_logprobs",
-    "student_entropy",
-    "teacher_logprobs",
-    "teacher_entropy",
-)
+STATISTICS: tuple[Statistic, ...] = ("student_logprobs", "student_entropy", "teacher_logprobs", "teacher_entropy")
 Key = tuple[str, ...]
 """The path of a setting below its term."""
 

@@ -132,9 +132,7 @@ def _message_content(message: Mapping[Any, Any]) -> str:
     if message["role"] != "assistant":
         raise Fault(f"a message of the role {shorten(message['role'])}, not 'assistant'")
     if not isinstance(message["content"], str):
-        raise Fault(
-            f"an assistant message that holds {describe_value(message['content'])}, not text"
-        )
+        raise Fault(f"an assistant message that holds {describe_value(message['content'])}, not text")
     return _checked_text(message["content"])
 
 
@@ -150,6 +148,4 @@ def _check_encodable(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = text[error.start]
-        raise Fault(
-            f"text with half a character ({half!r}) at place {error.start + 1}, not Unicode"
-        ) from None
+        raise Fault(f"text with half a character ({half!r}) at place {error.start + 1}, not Unicode") from None

@@ -20,9 +20,7 @@ def annotated(checked: CheckedSpec) -> str:
     """Returns every value of the spec, defaults included, with `# file:line` or `# default`.  Reads back as the same spec."""
     lines = list(_lines(resolved(checked.spec), (), checked.loaded))
     width = min(max((len(text) for text, _ in lines), default=0), 72)
-    return "\n".join(
-        f"{text.ljust(width)}  # {origin}" if origin else text for text, origin in lines
-    )
+    return "\n".join(f"{text.ljust(width)}  # {origin}" if origin else text for text, origin in lines)
 
 
 def _lines(value: Any, path: Path, loaded: LoadedSpec) -> Iterator[tuple[str, str]]:

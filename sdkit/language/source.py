@@ -98,9 +98,7 @@ def read_text(text: str, name: str, *, resolved: bool = False) -> Source:
         line = text.count("\n", 0, match.start()) + 1
         column = match.start() - (text.rfind("\n", 0, match.start()) + 1) + 1
         message = f"character U+{ord(match[0]):04X} is not allowed in YAML"
-        return Source(
-            name, text, None, (Problem((), message, "yaml", None, Place(name, line, column)),)
-        )
+        return Source(name, text, None, (Problem((), message, "yaml", None, Place(name, line, column)),))
     reader = _Reader(name, text, (MAX_RESOLVED_BYTES // MAX_SPEC_BYTES if resolved else 1))
     try:
         root = reader.document()
@@ -266,9 +264,7 @@ class _Reader:
         length = max(1, end.column - start.column) if end.line == start.line else 10_000
         return Place(self.name, start.line + 1, start.column + 1, length)
 
-    def _problem(
-        self, path: Path, message: str, event: Any, code: str = "yaml", hint: str | None = None
-    ) -> Problem:
+    def _problem(self, path: Path, message: str, event: Any, code: str = "yaml", hint: str | None = None) -> Problem:
         return Problem(path, message, code, hint, self._place(event))
 
 
@@ -297,10 +293,7 @@ def _explain_unclosed(context: str, line: int, message: str) -> tuple[str, str |
     """The message and hint for a collection or a quoted text that began in `line` and is not closed."""
     for words, pair in (("flow mapping", "{}"), ("flow sequence", "[]")):
         if words in context:
-            return (
-                f"',' or '{pair[1]}' is missing: the '{pair[0]}' of line {line} is still open",
-                None,
-            )
+            return (f"',' or '{pair[1]}' is missing: the '{pair[0]}' of line {line} is still open", None)
     if "quoted scalar" in context:
         return f"the quoted text of line {line} is still open", None
     if "block" in context:

@@ -11,16 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
-from sdkit.language.errors import (
-    MAX_SHOWN_PROBLEMS,
-    Path,
-    Problem,
-    listed,
-    nearest,
-    outside,
-    shorten,
-    spelled,
-)
+from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Path, Problem, listed, nearest, outside, shorten, spelled
 from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, kinds_of, members
 from sdkit.language.overlay import LoadedSpec
 from sdkit.language.scalars import scalar
@@ -65,9 +56,7 @@ class _Structurer:
         self.loaded = loaded
         self.problems: list[Problem] = []
 
-    def report(
-        self, path: Path, message: str, code: str, hint: str | None = None, *, at_key: bool = False
-    ) -> Any:
+    def report(self, path: Path, message: str, code: str, hint: str | None = None, *, at_key: bool = False) -> Any:
         """Records a problem and returns INVALID."""
         place = self.loaded.keys.get(path) if at_key else None
         place = place or self.loaded.place(path)
@@ -233,10 +222,7 @@ class _Structurer:
         if self._has_too_many_entries(args[0], data, path):
             return INVALID
         item_types = args[:1] * len(data) if args[-1] is Ellipsis else args
-        items = [
-            self.value(tp, x, (*path, i))
-            for i, (tp, x) in enumerate(zip(item_types, data, strict=True))
-        ]
+        items = [self.value(tp, x, (*path, i)) for i, (tp, x) in enumerate(zip(item_types, data, strict=True))]
         return INVALID if any(x is INVALID for x in items) else tuple(items)
 
     def _table(self, tp: Any, data: Any, path: Path) -> Any:
@@ -250,12 +236,7 @@ class _Structurer:
     # ── problems ──
 
     def _report_wrong_type(
-        self,
-        data: Any,
-        wanted: str,
-        path: Path,
-        scalars: tuple[type, ...] = (),
-        hint: str | None = None,
+        self, data: Any, wanted: str, path: Path, scalars: tuple[type, ...] = (), hint: str | None = None
     ) -> Any:
         message = f"the value is missing; {wanted} is expected"
         if data is not None:

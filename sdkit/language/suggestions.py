@@ -83,7 +83,9 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
 
 _NO_K1 = "use k2 or vocabulary: the expected gradient of k1 is 0"
 _NO_K3 = "use k2 or vocabulary: the gradient of k3 is that of the forward KL"
-_ONE_TOKEN = "use reverse_kl with support: sampled_token; differentiated, k1 teaches nothing and k3 pulls by the forward KL"
+_ONE_TOKEN = (
+    "use reverse_kl with support: sampled_token; differentiated, k1 teaches nothing and k3 pulls by the forward KL"
+)
 REFUSED: Mapping[tuple[str, str], str] = {
     ("estimator", "k1"): _NO_K1,
     ("estimator", "kl"): _NO_K1,
@@ -108,9 +110,7 @@ def advice(name: str, cls: type) -> str | None:
         here.append("method")
     for word in SYNONYMS.get(name, ()):
         if word in here:
-            return f'sdkit calls it "{word}"' + (
-                f", which is 1 − {name}" if name.endswith("decay") else ""
-            )
+            return f'sdkit calls it "{word}"' + (f", which is 1 − {name}" if name.endswith("decay") else "")
     if close := nearest(name, here):
         return f'did you mean "{close}"?'
     if name == "kind":

@@ -96,17 +96,9 @@ def describe_place(weights: TeacherWeights, adapters: bool) -> str:
         case StudentWeights():
             return ""
         case FrozenWeights():
-            return (
-                " (the student with its adapter off)"
-                if adapters
-                else " (a second copy of the model)"
-            )
+            return " (the student with its adapter off)" if adapters else " (a second copy of the model)"
         case EmaWeights() | CopyWeights():
-            return (
-                " (a second adapter, float32 shadow)"
-                if adapters
-                else " (a second copy, float32 shadow)"
-            )
+            return " (a second adapter, float32 shadow)" if adapters else " (a second copy, float32 shadow)"
         case ExternalWeights(dtype=dtype):
             return f" (a second model, {dtype})"
         case ServedWeights(requests_at_once=count):

@@ -18,9 +18,7 @@ Fault = tuple[Literal["file", "function"], str, str | None]
 """The key at fault, the message, and an optional hint."""
 
 
-def fault_of(
-    path: str, shown: str, function: str, values: Sequence[str], given: Collection[str] = ()
-) -> Fault | None:
+def fault_of(path: str, shown: str, function: str, values: Sequence[str], given: Collection[str] = ()) -> Fault | None:
     """Returns why `function` cannot be called with these arguments; None if it can.
 
     The file is parsed, never run.  `path` is the file to open, `shown` the path as written in the spec.  `values`
@@ -54,18 +52,12 @@ def _signature(args: ast.arguments) -> inspect.Signature:
     positional = [*args.posonlyargs, *args.args]
     first_optional = len(positional) - len(args.defaults)
     parameters = [
-        _parameter(
-            a,
-            "POSITIONAL_ONLY" if i < len(args.posonlyargs) else "POSITIONAL_OR_KEYWORD",
-            i >= first_optional,
-        )
+        _parameter(a, "POSITIONAL_ONLY" if i < len(args.posonlyargs) else "POSITIONAL_OR_KEYWORD", i >= first_optional)
         for i, a in enumerate(positional)
     ]
     parameters += [_parameter(a, "VAR_POSITIONAL") for a in (args.vararg,) if a]
     keyword_only = zip(args.kwonlyargs, args.kw_defaults, strict=True)
-    parameters += [
-        _parameter(a, "KEYWORD_ONLY", default is not None) for a, default in keyword_only
-    ]
+    parameters += [_parameter(a, "KEYWORD_ONLY", default is not None) for a, default in keyword_only]
     parameters += [_parameter(a, "VAR_KEYWORD") for a in (args.kwarg,) if a]
     return inspect.Signature(parameters)
 

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdkit.batches import (
-    IDENTITY,
-    HiddenStateScores,
-    LogitTransform,
-    TeacherScores,
-    Tokens,
-    TopKLogprobs,
-)
+from sdkit.batches import IDENTITY, HiddenStateScores, LogitTransform, TeacherScores, Tokens, TopKLogprobs
 from sdkit.losses.divergence import entropy
 from sdkit.losses.objective import Objective
 from sdkit.losses.scores import logits as logits_of
@@ -49,9 +42,7 @@ def projected_loss(
     needs_grad = torch.is_grad_enabled() and bool(trained)
     grad_hidden = torch.zeros_like(hidden) if needs_grad else None
     grad_head = _accumulator(head) if needs_grad and head.requires_grad else None
-    grad_bias = (
-        _accumulator(bias) if needs_grad and bias is not None and bias.requires_grad else None
-    )
+    grad_bias = _accumulator(bias) if needs_grad and bias is not None and bias.requires_grad else None
     transform = transform.detached()
     losses: list[Tensor] = []
     stats: dict[str, Tensor] = {}
@@ -93,9 +84,7 @@ def token_logprobs(
     return scored_logprobs(scores, token, temperature, chunk_tokens)
 
 
-def scored_logprobs(
-    scores: TeacherScores, token: Tensor, temperature: float, chunk_tokens: int
-) -> Tensor:
+def scored_logprobs(scores: TeacherScores, token: Tensor, temperature: float, chunk_tokens: int) -> Tensor:
     """Returns the log-probability of each given token under `scores`.  token [M] long -> [M] float32.
 
     For `TopKLogprobs`, `token` must be the sampled tokens.  Raises ValueError for `TopKLogprobs` if the temperature is
@@ -103,9 +92,7 @@ def scored_logprobs(
     """
     if isinstance(scores, TopKLogprobs):
         if temperature != 1:
-            raise ValueError(
-                f"the teacher's log-probabilities are at temperature 1, not {temperature:g}"
-            )
+            raise ValueError(f"the teacher's log-probabilities are at temperature 1, not {temperature:g}")
         return scores.sampled
     chunks = _logprobs(scores, len(token), temperature, chunk_tokens)
     return torch.cat([sampled_token(logprobs, token[part]) for part, logprobs in chunks])

@@ -17,10 +17,7 @@ class Distributions:
     """
 
     def __init__(
-        self,
-        student_logits: Tensor,
-        teacher: Tensor | TopKLogprobs | None,
-        reference_logits: Tensor | None = None,
+        self, student_logits: Tensor, teacher: Tensor | TopKLogprobs | None, reference_logits: Tensor | None = None
     ) -> None:
         self._logits = {"student": student_logits}
         self.top_k = teacher if isinstance(teacher, TopKLogprobs) else None
@@ -42,9 +39,7 @@ class Distributions:
         """Whether the teacher's log-probability of the sampled token is known at this temperature."""
         return self.top_k is None or temperature == 1
 
-    def teacher_logprobs(
-        self, token: Tensor, temperature: float, counts: Tensor | None = None
-    ) -> Tensor:
+    def teacher_logprobs(self, token: Tensor, temperature: float, counts: Tensor | None = None) -> Tensor:
         """Returns the teacher's log-probability of each sampled token.  [C] long -> [C], detached.
 
         `counts` is as in `student_and` (default: all).  Raises ValueError if a top-k teacher is asked for a temperature
@@ -55,9 +50,7 @@ class Distributions:
                 counts = torch.ones_like(token, dtype=torch.bool)
             return sampled_token(self.student_and("teacher", temperature, counts)[1], token)
         if temperature != 1:
-            raise ValueError(
-                f"the teacher's log-probabilities are at temperature 1, not {temperature:g}"
-            )
+            raise ValueError(f"the teacher's log-probabilities are at temperature 1, not {temperature:g}")
         return self.top_k.sampled
 
     def student_and(self, side: str, temperature: float, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,9 +34,7 @@ def forward_kl(student: Tensor, teacher: Tensor, bounds: Bounds = UNBOUNDED) -> 
     Gradient in the student's logits, full vocabulary: S − T.  Shenfeld 2026 (code); Agarwal 2023.  Entries bounded at
     τ = 0.05: Zhao 2026 (OPSD code); the sum may then be negative.  An entry at its bound has no gradient.
     """
-    return _kl(
-        teacher.detach(), student, Bounds(low=-bounds.high, high=-bounds.low, entry=bounds.entry)
-    )
+    return _kl(teacher.detach(), student, Bounds(low=-bounds.high, high=-bounds.low, entry=bounds.entry))
 
 
 def reverse_kl(
@@ -127,6 +125,5 @@ def _mixture(student: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:
     # logaddexp(-inf, -inf) has a NaN gradient; the callers give such entries no weight.
     absent = (student == -torch.inf) & (teacher == -torch.inf)
     return torch.logaddexp(
-        student + math.log(1 - teacher_share),
-        teacher.masked_fill(absent, 0.0) + math.log(teacher_share),
+        student + math.log(1 - teacher_share), teacher.masked_fill(absent, 0.0) + math.log(teacher_share)
     )

@@ -105,10 +105,7 @@ class Objective:
     """
 
     def __init__(
-        self,
-        losses: Mapping[str, Loss],
-        temperature: float,
-        functions: Mapping[str, UserDivergence] | None = None,
+        self, losses: Mapping[str, Loss], temperature: float, functions: Mapping[str, UserDivergence] | None = None
     ) -> None:
         for name, term in losses.items():
             if isinstance(term, Distillation) and isinstance(term.support, SampledTokenSupport):
@@ -169,9 +166,7 @@ class Objective:
                 stats[f"{name}/{key}"] = values.detach().masked_fill(~counts, 0.0).sum()
         return torch.stack(parts).sum(), stats
 
-    def _term(
-        self, name: str, sides: Distributions, tokens: Tokens
-    ) -> tuple[Tensor, Tensor | float, LossMetrics]:
+    def _term(self, name: str, sides: Distributions, tokens: Tokens) -> tuple[Tensor, Tensor | float, LossMetrics]:
         """Returns one term's ℓ [C], its correction [C] (or 1) and its metrics."""
         match term := self.losses[name]:
             case CrossEntropy():
@@ -224,9 +219,7 @@ class Objective:
             token_loss = token_loss.clamp(max=limit)
         return token_loss, metrics | _both_kls(term, token_loss.detach(), *pair)
 
-    def _divergence(
-        self, name: str, term: Distillation, student: Tensor, teacher: Tensor
-    ) -> Tensor:
+    def _divergence(self, name: str, term: Distillation, student: Tensor, teacher: Tensor) -> Tensor:
         """[C, K], [C, K] -> [C]."""
         match spec := term.divergence:
             case ForwardKl():
@@ -247,9 +240,7 @@ class Objective:
                 assert_never(spec)
 
 
-def sampler_ratio(
-    losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: Tokens, rows: int
-) -> Tensor:
+def sampler_ratio(losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: Tokens, rows: int) -> Tensor:
     """Returns the values of `Tokens.ratio`: the sampler ratio, capped per token, then averaged over each sequence.
 
     Applies to the one term with `sampler.level: sequence_mean`; raises ValueError if there is none.  The mean is over
@@ -283,15 +274,11 @@ def _bounds(clip: DivergenceClip) -> Bounds:
 
 
 @torch.no_grad()
-def _both_kls(
-    term: Distillation, token_loss: Tensor, student: Tensor, teacher: Tensor
-) -> LossMetrics:
+def _both_kls(term: Distillation, token_loss: Tensor, student: Tensor, teacher: Tensor) -> LossMetrics:
     """Both directions on the support; the one that equals the loss is not computed again."""
     unclipped = term.clip == DivergenceClip()
     forward, reverse = (
-        token_loss
-        if unclipped and isinstance(term.divergence, kind)
-        else function(student, teacher)
+        token_loss if unclipped and isinstance(term.divergence, kind) else function(student, teacher)
         for kind, function in ((ForwardKl, forward_kl), (ReverseKl, reverse_kl))
     )
     return {"forward_kl": forward, "reverse_kl": reverse}

@@ -36,9 +36,7 @@ def sequence_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
     return (sums / sizes.clamp(min=1))[row]
 
 
-def sampled_token_surrogate(
-    student: Tensor, teacher: Tensor, bounds: tuple[float, float] | None = None
-) -> Tensor:
+def sampled_token_surrogate(student: Tensor, teacher: Tensor, bounds: tuple[float, float] | None = None) -> Tensor:
     """sg(log S_y − log T_y) · log S_y for y ~ S.  Log-probabilities of y [...], [...] -> [...].
 
     Its expected gradient is that of KL(S‖T) at fixed prefixes.  Its value is not the KL; report `k1` for that.
@@ -77,9 +75,7 @@ def k3(student: Tensor, teacher: Tensor) -> Tensor:
 # ── advantages and the surrogate ──────────────────────────────────────────────────────────────
 
 
-def group_advantages(
-    rewards: Tensor, group: Tensor, baseline: Baseline, scale: Scale, eps: float
-) -> Tensor:
+def group_advantages(rewards: Tensor, group: Tensor, baseline: Baseline, scale: Scale, eps: float) -> Tensor:
     """Returns A = (R − baseline) / (std + eps) of every rollout.  rewards [N], group [N] long -> [N] of rewards' dtype.
 
     `rewards` are those of all ranks; group ids are arbitrary, a group need not be contiguous, and `batch_std` is over
@@ -145,11 +141,7 @@ def policy_ratio(log_ratio: Tensor) -> Tensor:
 
 
 def clipped_surrogate(
-    log_ratio: Tensor,
-    advantages: Tensor,
-    low: float = math.inf,
-    high: float = math.inf,
-    dual: float | None = None,
+    log_ratio: Tensor, advantages: Tensor, low: float = math.inf, high: float = math.inf, dual: float | None = None
 ) -> Tensor:
     """−min(ρA, clip(ρ, 1 − low, 1 + high) A), ρ = exp(log_ratio); for A < 0 at most −dual · A.  [...], [...] -> [...].
 
@@ -173,9 +165,7 @@ def clip_binds(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tu
 # ── advantages from reward and teacher ───────────────────────────────────────────────────────────────────
 
 
-def scaled_advantages(
-    advantages: Tensor, log_ratio: Tensor, share: float, low: float, high: float
-) -> Tensor:
+def scaled_advantages(advantages: Tensor, log_ratio: Tensor, share: float, low: float, high: float) -> Tensor:
     """A [(1 − λ) + λ clip(exp(sign(A) δ), 1 − low, 1 + high)], λ = share, δ = log T − log S.  [...], [...] -> [...].
 
     A token that the teacher finds likelier than the student gets more credit for a good outcome, less blame for a bad one.

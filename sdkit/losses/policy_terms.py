@@ -65,9 +65,7 @@ def group_relative(losses: Mapping[str, LossSpec]) -> GroupRelative | None:
     return next(iter(specs), None)
 
 
-def reward_advantages(
-    losses: Mapping[str, LossSpec], rewards: Tensor, group: Tensor
-) -> Tensor | None:
+def reward_advantages(losses: Mapping[str, LossSpec], rewards: Tensor, group: Tensor) -> Tensor | None:
     """Returns each rollout's advantage, [N]; None if no term needs it.
 
     rewards [N] float and group [N] long are those of all ranks, before the rollouts are split into updates.
@@ -80,9 +78,7 @@ def reward_advantages(
 
 def needs_sequence_means(losses: Mapping[str, LossSpec]) -> bool:
     """Whether `Tokens.sequence_means` must be filled before the first chunk."""
-    return any(
-        term.ratio == "sequence" or _centered(term) for term in policy_gradients(losses).values()
-    )
+    return any(term.ratio == "sequence" or _centered(term) for term in policy_gradients(losses).values())
 
 
 def sequence_means(
@@ -122,9 +118,7 @@ def _teacher_log_ratio(spec: LogRatio | None, log_ratio: Tensor, tokens: Tokens)
     """The teacher's log-ratio before centering: bounded below, 0 if the rollout has no teacher prompt.  [M] -> [M]."""
     if spec and spec.floor is not None:
         log_ratio = log_ratio.clamp(min=plain(spec.floor))
-    return (
-        log_ratio if tokens.has_teacher is None else log_ratio.masked_fill(~tokens.has_teacher, 0.0)
-    )
+    return log_ratio if tokens.has_teacher is None else log_ratio.masked_fill(~tokens.has_teacher, 0.0)
 
 
 def _sequence_mean(tokens: Tokens, name: str) -> Tensor:
@@ -168,12 +162,7 @@ def policy_gradient(
 
 
 def _advantages(
-    name: str,
-    term: PolicyGradient,
-    sides: Distributions,
-    tokens: Tokens,
-    then: Tensor,
-    temperature: float,
+    name: str, term: PolicyGradient, sides: Distributions, tokens: Tokens, then: Tensor, temperature: float
 ) -> Tensor:
     """[C], detached; arbitrary at tokens that the term does not count."""
 
@@ -195,9 +184,7 @@ def _advantages(
         case LogRatio():
             return teacher_advantage(spec)
         case AdvantageAdd(group_weight=group, log_ratio_weight=teacher):
-            return plain(group) * reward_advantage() + plain(teacher) * teacher_advantage(
-                spec.log_ratio
-            )
+            return plain(group) * reward_advantage() + plain(teacher) * teacher_advantage(spec.log_ratio)
         case AdvantageScale(share=share, low=low, high=high):
             parts = reward_advantage(), teacher_advantage(spec.log_ratio)
             return scaled_advantages(*parts, plain(share), plain(low), plain(high))

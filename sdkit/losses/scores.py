@@ -8,13 +8,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from sdkit.batches import (
-    BlendedScores,
-    HiddenStateScores,
-    RoutedScores,
-    TeacherScores,
-    TopKLogprobs,
-)
+from sdkit.batches import BlendedScores, HiddenStateScores, RoutedScores, TeacherScores, TopKLogprobs
 
 
 def select_scores(scores: TeacherScores, at: slice | Tensor) -> Tensor | TopKLogprobs:

@@ -14,9 +14,7 @@ STEP = 1e-5
 """Step of the central differences; their error is of order STEP²."""
 
 
-def find_problems(
-    function: Divergence, *, zero_when_equal: bool = True, exact_gradient: bool = True
-) -> Iterator[str]:
+def find_problems(function: Divergence, *, zero_when_equal: bool = True, exact_gradient: bool = True) -> Iterator[str]:
     """Yields what is wrong with a divergence, as phrases that follow its name.
 
     Exceptions of `function` propagate.  A wrong shape ends the checks.
@@ -85,9 +83,7 @@ def _gradient_problems(function: Divergence, teacher: Tensor, exact: bool) -> It
     if not grad.isfinite().all():
         yield "has a gradient that is not finite for finite inputs"
         return
-    if exact and not torch.allclose(
-        grad, _differences(function, logits, teacher), rtol=1e-5, atol=1e-6
-    ):
+    if exact and not torch.allclose(grad, _differences(function, logits, teacher), rtol=1e-5, atol=1e-6):
         yield "has another gradient than its value: set exact_gradient to false where that is meant"
 
 
@@ -105,9 +101,7 @@ def _differences(function: Divergence, logits: Tensor, teacher: Tensor) -> Tenso
     return torch.stack(columns, -1)
 
 
-def _impossible_token_problems(
-    function: Divergence, student: Tensor, teacher: Tensor
-) -> Iterator[str]:
+def _impossible_token_problems(function: Divergence, student: Tensor, teacher: Tensor) -> Iterator[str]:
     """Appends a token that is impossible on both sides (log-probability −inf) to every position."""
     impossible = torch.full((5, 1), -torch.inf, dtype=torch.float64)
     wide = torch.cat([student, impossible], -1).requires_grad_()

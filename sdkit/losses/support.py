@@ -71,14 +71,10 @@ def on_support(
     Duplicates become -inf on both sides: no value, no gradient.  `renormalize_teacher` leaves the student
     unchanged (arXiv 2603.07079; the minimum is −log ΣS, not 0); `drop` leaves both unchanged and may be negative.
     """
-    return _with_remainder(
-        _gather(student, ids, duplicate), _gather(teacher, ids, duplicate), remainder
-    )
+    return _with_remainder(_gather(student, ids, duplicate), _gather(teacher, ids, duplicate), remainder)
 
 
-def on_served_top_k(
-    student: Tensor, teacher: Tensor, ids: Tensor, remainder: Remainder
-) -> tuple[Tensor, Tensor]:
+def on_served_top_k(student: Tensor, teacher: Tensor, ids: Tensor, remainder: Remainder) -> tuple[Tensor, Tensor]:
     """`on_support` for a teacher known only on the ids.  [..., V], [..., K], [..., K] long -> as `on_support`.
 
     If the remainder rule rescales `teacher`, it may be off by a constant per position.  An id whose teacher entry is
@@ -87,9 +83,7 @@ def on_served_top_k(
     return _with_remainder(_gather(student, ids, teacher == -torch.inf), teacher, remainder)
 
 
-def _with_remainder(
-    student: Tensor, teacher: Tensor, remainder: Remainder
-) -> tuple[Tensor, Tensor]:
+def _with_remainder(student: Tensor, teacher: Tensor, remainder: Remainder) -> tuple[Tensor, Tensor]:
     """[..., K], [..., K] -> twice [..., K], or [..., K + 1]."""
     match remainder:
         case "tail_bucket":

@@ -18,9 +18,7 @@ from sdkit.losses.policy_terms import LossMetrics
 from sdkit.losses.support import mass, on_support, overlap, top_k_ids, union_ids
 
 
-def on_top_k(
-    support: TopKSupport, student: Tensor, teacher: Tensor
-) -> tuple[tuple[Tensor, Tensor], LossMetrics]:
+def on_top_k(support: TopKSupport, student: Tensor, teacher: Tensor) -> tuple[tuple[Tensor, Tensor], LossMetrics]:
     """Restricts both sides to the support that `support` selects.  [C, V], [C, V] -> twice [C, K]."""
     ids, duplicate, shares = _top_k(support, student.detach(), teacher)
     return on_support(student, teacher, ids, duplicate, support.remainder), shares
@@ -41,9 +39,7 @@ def on_served_top_k(
             f"the teacher returned its own top {served.ids.shape[-1]}, not the {support.chosen_by}'s top {k}"
         )
     if temperature != 1 and support.remainder in ("tail_bucket", "drop"):
-        raise ValueError(
-            f"the teacher's top k at temperature 1 have no {support.remainder} at {temperature:g}"
-        )
+        raise ValueError(f"the teacher's top k at temperature 1 have no {support.remainder} at {temperature:g}")
     ids, teacher = served.ids[:, :k], served.logprobs[:, :k].to(student.dtype)
     absent = teacher == -math.inf
     # Padding gets ids that no student token has.
@@ -58,9 +54,7 @@ def on_served_top_k(
     return pair, shares
 
 
-def _top_k(
-    support: TopKSupport, student: Tensor, teacher: Tensor
-) -> tuple[Tensor, Tensor, LossMetrics]:
+def _top_k(support: TopKSupport, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, LossMetrics]:
     """Returns ids [C, K] long, duplicate [C, K] bool, and the metrics of the support."""
     student_ids, teacher_ids = top_k_ids(student, support.k), top_k_ids(teacher, support.k)
     match support.chosen_by:

@@ -34,9 +34,7 @@ class RecomputedForward:
         if not (self.active and torch.is_grad_enabled()):
             return self._run(*args, **kwargs)
         # The model draws no random numbers (probes.py), so no generator state needs saving.
-        return checkpoint(
-            partial(self._run, **kwargs), *args, use_reentrant=False, preserve_rng_state=False
-        )
+        return checkpoint(partial(self._run, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self.runs += 1
@@ -51,21 +49,14 @@ def enable(model: nn.Module) -> None:
 
 def check(weights: Weights, located: str, device: torch.device) -> None:
     """Raise BadData unless checkpointing recomputes every block that runs and leaves states and gradients unchanged."""
-    forwards = [
-        block.forward
-        for block in weights.causal.modules()
-        if isinstance(block.forward, RecomputedForward)
-    ]
+    forwards = [block.forward for block in weights.causal.modules() if isinstance(block.forward, RecomputedForward)]
     plain = _run_pass(weights, forwards, device, active=False)
     try:
         recomputed = _run_pass(weights, forwards, device, active=True)
     except RuntimeError as error:
         raise _bad_data(located, f"recomputing fails ({first_line(error)})") from None
     if not recomputed.forward_runs or recomputed.backward_runs != recomputed.forward_runs:
-        raise _bad_data(
-            located,
-            f"{recomputed.backward_runs} of {recomputed.forward_runs} blocks are recomputed",
-        )
+        raise _bad_data(located, f"{recomputed.backward_runs} of {recomputed.forward_runs} blocks are recomputed")
     bound = ROUNDING[plain.hidden.dtype]
     for name, expected, actual in (
         ("hidden states", plain.hidden, recomputed.hidden),
@@ -83,9 +74,7 @@ class _Pass:
     backward_runs: int  # block calls in the backward pass: recomputations
 
 
-def _run_pass(
-    weights: Weights, forwards: list[RecomputedForward], device: torch.device, *, active: bool
-) -> _Pass:
+def _run_pass(weights: Weights, forwards: list[RecomputedForward], device: torch.device, *, active: bool) -> _Pass:
     """Run a short sequence forward, and backward to the token embeddings; no parameter gets a gradient."""
     embedded: list[Tensor] = []
 

@@ -46,9 +46,7 @@ def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:
     from transformers import AutoTokenizer
 
     with library_reads(f"no tokenizer in {located}"):
-        return AutoTokenizer.from_pretrained(
-            located, revision=spec.revision, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(located, revision=spec.revision, trust_remote_code=False)
 
 
 def load_config(spec: ModelSpec, located: str) -> dict[str, Any]:
@@ -148,9 +146,7 @@ def _bundled_folder(name: str) -> Path:
         return target
     package = importlib.util.find_spec(entry.package)
     if package is None or not package.submodule_search_locations:
-        raise BadEnvironment(
-            f"the package {entry.package} is not installed", hint=f"install the extra {entry.extra}"
-        )
+        raise BadEnvironment(f"the package {entry.package} is not installed", hint=f"install the extra {entry.extra}")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:

@@ -106,9 +106,7 @@ class _Probe:
         `direct` is the last hidden state of the base model alone.  Raises BadData if there is no such factor.
         """
         if len(self.head_inputs) != 1:
-            raise BadData(
-                "the model does not compute its logits by one call of its output projection"
-            )
+            raise BadData("the model does not compute its logits by one call of its output projection")
         (head_input,) = self.head_inputs
         if not self.head_is_linear:
             raise BadData("the model's output projection is not linear")
@@ -119,14 +117,10 @@ class _Probe:
             return 1.0
         if not _is_close(self.last_hidden, direct, loose=True):
             raise BadData(other)
-        layers = (
-            "the model has further layers between its last hidden state and its output projection"
-        )
+        layers = "the model has further layers between its last hidden state and its output projection"
         if head_input.shape != self.known_states.shape:
             raise BadData(layers)
-        scale = float(
-            (head_input.double() * self.known_states).sum() / self.known_states.square().sum()
-        )
+        scale = float((head_input.double() * self.known_states).sum() / self.known_states.square().sum())
         if not _is_close(head_input, scale * self.known_states):
             raise BadData(layers)
         return _snap_to_one(scale)
@@ -140,9 +134,7 @@ def _fit_transform(outputs: Tensor, logits: Tensor) -> LogitTransform:
         )
     slope = float((logits[0, 0].double() / outputs[0, 0]).median())
     limit = float(logits[0, 1].double().abs().median())
-    transform = LogitTransform(
-        scale=_snap_to_one(slope), softcap=limit if limit < HUGE / 1e10 else None
-    )
+    transform = LogitTransform(scale=_snap_to_one(slope), softcap=limit if limit < HUGE / 1e10 else None)
     expected = transform(outputs)
     difference = (logits.double() - expected).abs()
     tolerance = _tolerance(logits.dtype)

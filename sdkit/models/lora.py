@@ -39,9 +39,7 @@ def attach(model: Any, lora: LoraSpec, seed: int) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "adapter"))
-            adapted = get_peft_model(
-                model, config, adapter_name=STUDENT_ADAPTER, autocast_adapter_dtype=False
-            )
+            adapted = get_peft_model(model, config, adapter_name=STUDENT_ADAPTER, autocast_adapter_dtype=False)
     except ValueError as error:
         non_linear = _first_non_linear(model, targets)
         reason = f"{non_linear} is no linear layer" if non_linear else first_line(error)
@@ -80,9 +78,7 @@ def _refuse_embeddings(model: Any, targets: Sequence[str], candidates: Sequence[
     }
     for name, module in model.named_modules():
         if id(module) in ends and (target := next((t for t in targets if _matches(name, t)), None)):
-            raise _bad_targets(
-                f'"{target}" is {ends[id(module)]}: it cannot have an adapter', candidates
-            )
+            raise _bad_targets(f'"{target}" is {ends[id(module)]}: it cannot have an adapter', candidates)
 
 
 def _first_non_linear(model: Any, targets: Sequence[str]) -> str | None:
@@ -94,18 +90,9 @@ def _first_non_linear(model: Any, targets: Sequence[str]) -> str | None:
     return None
 
 
-def _check_layers(
-    model: Any, config: Any, targets: Sequence[str], candidates: Sequence[str]
-) -> None:
+def _check_layers(model: Any, config: Any, targets: Sequence[str], candidates: Sequence[str]) -> None:
     """Raise BadData unless every target matches a layer and every adapted layer is linear or a stack of experts."""
-    from peft.tuners.lora.layer import (
-        Conv1d,
-        Conv2d,
-        Conv3d,
-        Embedding,
-        MultiheadAttention,
-        ParamWrapper,
-    )
+    from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention, ParamWrapper
 
     names = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     fused = {t for t in targets if config.target_parameters and t not in config.target_modules}
@@ -156,9 +143,7 @@ def _check(weights: Weights, layers: Sequence[Any], device: torch.device, stage:
                 reason = f"the model does not run with these adapters ({first_line(error)})"
                 raise _CheckFailed(reason) from None
             generator = torch.Generator().manual_seed(0)
-            loss = (
-                hidden.float() * torch.randn(hidden.shape, generator=generator).to(device)
-            ).sum()
+            loss = (hidden.float() * torch.randn(hidden.shape, generator=generator).to(device)).sum()
             _check_gradients(weights, loss)
         with torch.no_grad():
             _check_merged(weights, layers, calls)

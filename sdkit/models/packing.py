@@ -55,9 +55,7 @@ def _pass_rows(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int)
     All rows of a pass use the same kind of mask, and the mask for shared rows is only verified up to `longest` tokens.
     """
     rows = pack_rollouts(prompts, completions, longest)
-    return (
-        pack_rollouts(prompts, completions, 0) if any(row.width > longest for row in rows) else rows
-    )
+    return pack_rollouts(prompts, completions, 0) if any(row.width > longest for row in rows) else rows
 
 
 def padded_tokens(prompts: Sequence[Ids], completions: Sequence[Ids], longest: int) -> int:
@@ -97,9 +95,7 @@ def pad_sequences(
             owner[i, start:end] = number
             positions[i, start:end] = torch.arange(end - start) + len(pack.prompt)
     # The state at position j predicts token j + 1.
-    predicts = [
-        starts[m][1] + p - 1 if p else starts[m][0] for m, ps in enumerate(wanted) for p in ps
-    ]
+    predicts = [starts[m][1] + p - 1 if p else starts[m][0] for m, ps in enumerate(wanted) for p in ps]
     shared = any(len(pack.members) > 1 for pack in rows)
     return PaddedSequences(
         input_ids=ids.to(device),
@@ -124,10 +120,7 @@ def _shared_prompt_mask(owner: Tensor) -> Tensor:
 
 @torch.no_grad()
 def shares_rows(
-    weights: Weights,
-    device: torch.device,
-    longest: int = PROMPT + 2 * SHORT,
-    text: int = PROMPT + SHORT,
+    weights: Weights, device: torch.device, longest: int = PROMPT + 2 * SHORT, text: int = PROMPT + SHORT
 ) -> bool:
     """Whether every completion in a shared row of `longest` tokens gets the same states as alone.
 
@@ -153,9 +146,7 @@ def completions_leak(weights: Weights, device: torch.device) -> bool:
     Both passes have the same shapes, which reveals leaks below the tolerance of `shares_rows`.
     """
     prompt, long, short, other = probe_texts(weights, SHORT)
-    a, b = (
-        last_states(weights, device, prompt, [x, short], LONGEST_PACK)[1] for x in (long, other)
-    )
+    a, b = (last_states(weights, device, prompt, [x, short], LONGEST_PACK)[1] for x in (long, other))
     bound = 1e-4 if weights.head.dtype == torch.float32 else 5e-3
     return not bool(((a - b).norm(dim=-1) / b.norm(dim=-1)).mean() < bound)
 

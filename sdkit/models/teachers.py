@@ -87,9 +87,7 @@ class AveragedTeacher(Teacher):
 
     moves = True
 
-    def __init__(
-        self, weights: Weights, spec: EmaWeights | CopyWeights, pairs: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, weights: Weights, spec: EmaWeights | CopyWeights, pairs: Mapping[str, Tensor]) -> None:
         super().__init__(weights)
         self._sharding = lambda: weights.sharding
         self.spec = spec
@@ -128,9 +126,7 @@ class AveragedTeacher(Teacher):
                 raise RuntimeError(f"{name} is sharded differently in the teacher")
             shadow.lerp_(student, rate)
             sharding.local_shard(self.parameters[name]).copy_(shadow)
-            squares += torch.stack(
-                [(shadow - student).square().sum(), student.square().sum()]
-            ).cpu()
+            squares += torch.stack([(shadow - student).square().sum(), student.square().sum()]).cpu()
             updated += 1
         if updated != len(self.shadow):
             raise RuntimeError(f"{updated} of {len(self.shadow)} teacher tensors were updated")
@@ -158,9 +154,7 @@ class ServedTeacher(Teacher):
     def score(self, route: int, sequences: PaddedSequences, rows: int) -> TopKLogprobs:
         scores, device = self.score_texts(sequences.texts, rows), sequences.input_ids.device
         return TopKLogprobs(
-            ids=scores.ids.to(device),
-            logprobs=scores.logprobs.to(device),
-            sampled=scores.sampled.to(device),
+            ids=scores.ids.to(device), logprobs=scores.logprobs.to(device), sampled=scores.sampled.to(device)
         )
 
 
@@ -191,9 +185,7 @@ class RoutedTeacher(Teacher):
         return self._record_distance([p.after_rollout_batch(masters, scalar) for p in self.parts])
 
     def _record_distance(self, changed: Sequence[bool]) -> bool:
-        distances = [
-            p.distance for p, has_changed in zip(self.parts, changed, strict=True) if has_changed
-        ]
+        distances = [p.distance for p, has_changed in zip(self.parts, changed, strict=True) if has_changed]
         self.distance = max(distances, default=self.distance)
         return any(changed)
 
@@ -204,15 +196,11 @@ class RoutedTeacher(Teacher):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for i, part in enumerate(self.parts):
             prefix = f"{i}/"
-            own = {
-                name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)
-            }
+            own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
             part.load_state(own)
 
 
-def open_teacher(
-    spec: TeacherWeights, student: Weights, load: LoadModel, connect: ConnectServed
-) -> Teacher:
+def open_teacher(spec: TeacherWeights, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
     """Returns the teacher that `spec` describes, initialized from the student's current weights."""
     if not isinstance(spec, RoutedWeights):
         return _open_one(spec, student, load, connect)
@@ -223,9 +211,7 @@ def open_teacher(
     return RoutedTeacher([opened[one] for one in spec.routes.values()])
 
 
-def _open_one(
-    spec: OneTeacher, student: Weights, load: LoadModel, connect: ConnectServed
-) -> Teacher:
+def _open_one(spec: OneTeacher, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
     has_adapters = hasattr(student.model, "peft_config")
     match spec:
         case StudentWeights():

@@ -85,9 +85,7 @@ class Weights:
     `foreign` weights belong to another model than the student: engines that serve the student cannot load them.
     """
 
-    def __init__(
-        self, model: nn.Module, adapter: str | None = STUDENT_ADAPTER, *, foreign: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, adapter: str | None = STUDENT_ADAPTER, *, foreign: bool = False) -> None:
         self.model = model
         self.adapter = adapter
         self.foreign = foreign

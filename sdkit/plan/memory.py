@@ -44,9 +44,7 @@ def teacher_copies(spec: ExperimentSpec) -> list[OneTeacher]:
     if spec.model.lora:
         return []
     distinct = dict.fromkeys(weights for _, weights in teachers_of(spec))
-    return [
-        w for w in distinct if not isinstance(w, StudentWeights | ExternalWeights | ServedWeights)
-    ]
+    return [w for w in distinct if not isinstance(w, StudentWeights | ExternalWeights | ServedWeights)]
 
 
 def has_reference_term(spec: ExperimentSpec) -> bool:
@@ -89,9 +87,7 @@ def estimate_memory(
     ]
     for weights in teacher_copies(spec):
         has_shadow = isinstance(weights, EmaWeights | CopyWeights)
-        shares.append(
-            MemoryShare(label="teacher weights", gib=local * (width + 4 * has_shadow) / GIB)
-        )
+        shares.append(MemoryShare(label="teacher weights", gib=local * (width + 4 * has_shadow) / GIB))
     for weights in dict.fromkeys(weights for _, weights in other_models(spec)):
         if other_shape := other_shapes.get(weights.path):
             size = other_shape.parameters * BYTES[weights.dtype] / GIB
@@ -112,9 +108,7 @@ def trained_parameters(spec: ExperimentSpec, shape: ShapeSpec) -> int:
     return min(shape.parameters, 2 * 7 * shape.layers * lora.rank * 2 * shape.hidden)
 
 
-def engine_gib(
-    spec: ExperimentSpec, backend: VllmBackend, machine: Machine, shape: ShapeSpec
-) -> float:
+def engine_gib(spec: ExperimentSpec, backend: VllmBackend, machine: Machine, shape: ShapeSpec) -> float:
     """Returns vLLM's memory in GiB: its share of the accelerator's memory if known, else its weights and `cache_gib`."""
     if machine.accelerator and machine.memory_gib:
         return backend.gpu_share * machine.memory_gib
@@ -129,11 +123,6 @@ def _activation_shares(spec: ExperimentSpec, shape: ShapeSpec) -> tuple[MemorySh
     chunk = spec.training.chunk_tokens * shape.vocabulary * 4
     buffers = 8 if spec.teacher and spec.teacher.blend else 6
     return (
-        MemoryShare(
-            label="activations of a micro-batch",
-            gib=activations * BYTES[spec.model.dtype] / 2 / GIB,
-        ),
-        MemoryShare(
-            label="projection chunk (student, teacher, gradient)", gib=buffers * chunk / GIB
-        ),
+        MemoryShare(label="activations of a micro-batch", gib=activations * BYTES[spec.model.dtype] / 2 / GIB),
+        MemoryShare(label="projection chunk (student, teacher, gradient)", gib=buffers * chunk / GIB),
     )

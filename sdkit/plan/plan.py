@@ -8,11 +8,7 @@ from typing import assert_never
 from attrs import field, frozen
 
 from sdkit.language.errors import UnreadableInput, counted
-from sdkit.language.objective_text import (
-    describe_losses,
-    describe_route,
-    describe_sampling,
-)
+from sdkit.language.objective_text import describe_losses, describe_route, describe_sampling
 from sdkit.language.required_statistics import Statistic, needs_old_logprobs, required_statistics
 from sdkit.language.specs import (
     AutoBackend,
@@ -36,21 +32,9 @@ from sdkit.language.specs import (
     teachers_of,
     tokens_told,
 )
-from sdkit.language.teacher_text import (
-    describe_blend,
-    describe_place,
-    describe_teacher,
-    describe_weights,
-)
+from sdkit.language.teacher_text import describe_blend, describe_place, describe_teacher, describe_weights
 from sdkit.plan.accelerators import Machine
-from sdkit.plan.memory import (
-    BYTES,
-    GIB,
-    MemoryShare,
-    estimate_memory,
-    has_frozen_teacher,
-    needs_reference,
-)
+from sdkit.plan.memory import BYTES, GIB, MemoryShare, estimate_memory, has_frozen_teacher, needs_reference
 from sdkit.plan.time import StepTime, estimate_step_time
 
 ChosenBackend = TransformersBackend | VllmBackend | VllmServerBackend
@@ -195,9 +179,7 @@ def _default_notes(spec: ExperimentSpec, steps: int | None, rows: int | None) ->
         yield f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps"
 
 
-def _teacher_lift_notes(
-    spec: ExperimentSpec, backend: ChosenBackend | ReplayBackend
-) -> Iterator[str]:
+def _teacher_lift_notes(spec: ExperimentSpec, backend: ChosenBackend | ReplayBackend) -> Iterator[str]:
     teacher = spec.teacher
     if not spec.evaluation:
         return
@@ -221,10 +203,7 @@ def _served_teacher_notes(spec: ExperimentSpec) -> list[str]:
         text = "each server is asked for the sampled token's log-probability"
     if k > VLLM_DEFAULT_MAX_LOGPROBS:
         text += f", so it must be started with --max-logprobs {k} or more"
-    notes = [
-        text,
-        "the teacher's entropy is not measured: a server returns only the likeliest tokens",
-    ]
+    notes = [text, "the teacher's entropy is not measured: a server returns only the likeliest tokens"]
     if any(w for _, w in teachers_of(spec) if not isinstance(w, ServedWeights)):
         notes.append(f"the other routes' teachers are limited to their {k} likeliest tokens, too")
     return notes
@@ -257,26 +236,17 @@ def _statistic_lines(statistics: Mapping[Statistic, tuple[str, ...]]) -> tuple[s
     )
 
 
-def _choose_backend(
-    spec: ExperimentSpec, machine: Machine
-) -> tuple[ChosenBackend | ReplayBackend, str]:
+def _choose_backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBackend | ReplayBackend, str]:
     match spec.rollout.backend:
-        case AutoBackend() if (
-            isinstance(spec.rollout.sampled_by, DatasetSamples) and not spec.evaluation
-        ):
-            return (
-                TransformersBackend(),
-                "the data set holds the completions, so nothing is sampled",
-            )
+        case AutoBackend() if isinstance(spec.rollout.sampled_by, DatasetSamples) and not spec.evaluation:
+            return (TransformersBackend(), "the data set holds the completions, so nothing is sampled")
         case AutoBackend() if _external_teacher_samples(spec):
             return TransformersBackend(), "an external teacher samples, and vLLM holds the student"
         case AutoBackend():
             if machine.vllm:
                 return VllmBackend(), f"vLLM {machine.vllm} is installed"
             return TransformersBackend(), "vLLM is not installed"
-        case (
-            TransformersBackend() | VllmBackend() | VllmServerBackend() | ReplayBackend()
-        ) as chosen:
+        case (TransformersBackend() | VllmBackend() | VllmServerBackend() | ReplayBackend()) as chosen:
             return chosen, "the spec says so"
         case other:
             assert_never(other)
@@ -292,9 +262,7 @@ def _roles(spec: ExperimentSpec) -> list[str]:
     trained = f"LoRA rank {spec.model.lora.rank}" if spec.model.lora else "all weights"
     roles = [f"student: {spec.model.path}, {trained}, {spec.model.dtype}, float32 masters"]
     if spec.teacher:
-        roles.append(
-            f"teacher: {describe_teacher(spec)}{describe_place(spec.teacher.weights, bool(spec.model.lora))}"
-        )
+        roles.append(f"teacher: {describe_teacher(spec)}{describe_place(spec.teacher.weights, bool(spec.model.lora))}")
     if needs_reference(spec):
         own = "the student with its adapter off" if spec.model.lora else "a copy of the model"
         shared = "the teacher" if has_frozen_teacher(spec) else own
@@ -315,11 +283,7 @@ def _describe_sync(spec: ExperimentSpec, backend: object, shape: ShapeSpec | Non
     if not isinstance(backend, VllmEngine):
         whose = "teacher's" if _external_teacher_samples(spec) else "training"
         return f"the sampler shares the {whose} weights"
-    whose = (
-        "teacher"
-        if isinstance(sampled_by, TeacherSamples) and sampled_by.weights == "teacher"
-        else "student"
-    )
+    whose = "teacher" if isinstance(sampled_by, TeacherSamples) and sampled_by.weights == "teacher" else "student"
     form = " (adapters merged into a copy)" if spec.model.lora else ""
     form += ", a block at a time" if spec.training.zero_stage == 3 else ""
     if isinstance(backend, VllmServerBackend):

@@ -18,9 +18,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
         if plan.steps is not None
         else f"{training.epochs:g} epochs, converted to steps when the data is read"
     )
-    updates = (
-        plan.total_updates if plan.total_updates is not None else "known when the data is read"
-    )
+    updates = plan.total_updates if plan.total_updates is not None else "known when the data is read"
     batch = (
         f"{training.prompts_per_step} prompts × {spec.rollout.completions_per_prompt} completions "
         f"= {plan.rollouts_per_step} rollouts"
@@ -52,16 +50,12 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
 
 def render_method(plan: MethodPlan) -> str:
     """Returns the plan of a method page, which has only the first three sections."""
-    return _format_sections(
-        {"objective": plan.objective, "roles": plan.roles, STATISTICS: plan.statistics}
-    )
+    return _format_sections({"objective": plan.objective, "roles": plan.roles, STATISTICS: plan.statistics})
 
 
 def _format_sections(sections: Mapping[str, Sequence[str]]) -> str:
     return "\n".join(
-        "\n".join([f"{title}:", *(f"  {line}" for line in lines)])
-        for title, lines in sections.items()
-        if lines
+        "\n".join([f"{title}:", *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines
     )
 
 
@@ -80,9 +74,7 @@ def _memory(plan: Plan) -> list[str]:
     if plan.memory_gib:
         lines.append(f"{plan.memory_gib:8.2f} GiB  available")
         if plan.peak_gib > plan.memory_gib:
-            lines.append(
-                "more than available: train LoRA adapters, or lower training.micro_batch_tokens"
-            )
+            lines.append("more than available: train LoRA adapters, or lower training.micro_batch_tokens")
     return lines
 
 

@@ -100,10 +100,7 @@ def _assumptions(device: Accelerator) -> str:
 
 
 def _missing_figure(
-    spec: ExperimentSpec,
-    backend: Backend,
-    shape: ShapeSpec | None,
-    other_shapes: Mapping[str, ShapeSpec],
+    spec: ExperimentSpec, backend: Backend, shape: ShapeSpec | None, other_shapes: Mapping[str, ShapeSpec]
 ) -> str | None:
     """The first figure that the estimate needs and does not have; None if it has all."""
     sees = spec.teacher.sees if spec.teacher else None
@@ -182,11 +179,7 @@ def _scoring_operations(
     elif isinstance(base, ExternalWeights):
         scores += _forward_operations(other_shapes[base.path], rollouts, prompt + new)
     # In the update, the start model's pass is counted as the reference's: see _training_passes.
-    start = (
-        _forward_operations(shape, rollouts, prompt + new)
-        if isinstance(base, FrozenWeights)
-        else 0.0
-    )
+    start = _forward_operations(shape, rollouts, prompt + new) if isinstance(base, FrozenWeights) else 0.0
     return scores + statistics * (scores + start)
 
 
@@ -198,11 +191,7 @@ def _compute_seconds(device: Accelerator, operations: float) -> float:
 
 
 def _rollout_phase(
-    spec: ExperimentSpec,
-    backend: Backend,
-    machine: Machine,
-    device: Accelerator,
-    shape: ShapeSpec,
+    spec: ExperimentSpec, backend: Backend, machine: Machine, device: Accelerator, shape: ShapeSpec
 ) -> Phase:
     """Prefill of each prompt once, then decoding in as many waves as the engine's row and cache limits require."""
     if not isinstance(backend, VllmBackend) or isinstance(spec.rollout.sampled_by, DatasetSamples):
@@ -215,9 +204,7 @@ def _rollout_phase(
     width = BYTES[backend.dtype or spec.model.dtype]
     cached = 2 * shape.layers * (shape.kv_width or shape.hidden) * width
     weights = shape.parameters * width
-    max_cached_rows = (engine_gib(spec, backend, machine, shape) * GIB - weights) / (
-        cached * (prompt + new)
-    )
+    max_cached_rows = (engine_gib(spec, backend, machine, shape) * GIB - weights) / (cached * (prompt + new))
     rows = max(1, min(rollouts, backend.max_rows, int(max_cached_rows)))
     middle = prompt + new / 2
     reading = (weights + rows * cached * middle) / (device.terabytes * 1e12 * BANDWIDTH_UTILIZATION)

@@ -174,13 +174,10 @@ def task_scorer(reward: ReasoningGymReward, source: ReasoningGymSource | None) -
         import reasoning_gym
     except ImportError as error:
         raise BadEnvironment(
-            "rewards of kind reasoning_gym need a package that is missing: "
-            f"{error.name or 'reasoning_gym'}",
+            f"rewards of kind reasoning_gym need a package that is missing: {error.name or 'reasoning_gym'}",
             hint="pip install reasoning-gym",
         ) from error
-    task = reasoning_gym.create_dataset(
-        source.task, size=source.size, seed=source.seed, **source.options
-    )
+    task = reasoning_gym.create_dataset(source.task, size=source.size, seed=source.seed, **source.options)
 
     def score(completion: str, row: Row) -> float:
         answer = extract(reward.extract, completion)

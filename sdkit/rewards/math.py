@@ -29,8 +29,7 @@ def math_verify(reward: MathVerifyReward) -> Scorer:
     """
     if importlib.util.find_spec("math_verify") is None:
         raise BadEnvironment(
-            "rewards of kind math_verify need a package that is missing: math-verify",
-            hint="pip install 'sdkit[math]'",
+            "rewards of kind math_verify need a package that is missing: math-verify", hint="pip install 'sdkit[math]'"
         )
     workers = WorkerPool()
 
@@ -108,7 +107,5 @@ def _start() -> subprocess.Popen[str]:
     assert worker.stdout is not None
     if worker.stdout.readline() != "ready\n":
         worker.kill()
-        raise BadEnvironment(
-            "math-verify cannot be loaded", hint="try: python -c 'import math_verify'"
-        )
+        raise BadEnvironment("math-verify cannot be loaded", hint="try: python -c 'import math_verify'")
     return worker

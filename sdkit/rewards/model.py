@@ -36,9 +36,7 @@ class Classifier:
             completion = completion.replace(word, "")
         messages = [*map(dict, row.messages), {"role": "assistant", "content": completion}]
         with library_reads(f"row {row.index}: the chat template of the reward model {self.path}"):
-            ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)[
-                "input_ids"
-            ]
+            ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit and len(ids) > limit:
             raise BadData(
@@ -62,8 +60,7 @@ class Classifier:
         device = self.model.device
         with torch.inference_mode():
             output = self.model(
-                input_ids=torch.tensor(padded, device=device),
-                attention_mask=torch.tensor(mask, device=device),
+                input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device)
             )
         return output.logits[:, 0].double().tolist()
 
@@ -85,9 +82,7 @@ def reward_model(reward: RewardModel, base: Path) -> Scorer:
             outputs |= zip(places, classifier.score([texts[i] for i in places]), strict=True)
         for place, value in outputs.items():
             if not math.isfinite(value):
-                raise BadData(
-                    f"the reward model {reward.path} gives {value} for row {pairs[place][1].index}"
-                )
+                raise BadData(f"the reward model {reward.path} gives {value} for row {pairs[place][1].index}")
         return [ScoredCompletion(reward=outputs[i]) for i in range(len(pairs))]
 
     return Scorer(score_all, check_row=lambda row: classifier.ids("", row))
@@ -122,8 +117,6 @@ def _open(path: str, folder: Path) -> Classifier:
         raise BadData(f"the reward model {path} has no padding token")
     rows = model.get_input_embeddings().weight.shape[0]
     if not 0 <= model.config.pad_token_id < rows:
-        raise BadData(
-            f"the reward model {path} pads with id {model.config.pad_token_id}, but has {rows} embeddings"
-        )
+        raise BadData(f"the reward model {path} pads with id {model.config.pad_token_id}, but has {rows} embeddings")
     special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
     return Classifier(model.eval().to(device), tokenizer, special, path)

@@ -101,9 +101,7 @@ def _read_one(test: Any, shared: Mapping[str, Any]) -> Test:
     if isinstance(test, str):
         return Test(kind="asserts", input=test)
     if not isinstance(test, Mapping) or "input" not in test:
-        raise _InvalidTests(
-            f"{shorten(str(test))} is neither source nor a table with input and output"
-        )
+        raise _InvalidTests(f"{shorten(str(test))} is neither source nor a table with input and output")
     entries = {**shared, **test}
     function = entries.get("fn_name") or ""
     if not isinstance(function, str):
@@ -115,10 +113,7 @@ def _read_one(test: Any, shared: Mapping[str, Any]) -> Test:
     if kind == "call":
         if not function:
             raise _InvalidTests("tests of a function need its name as fn_name")
-        given, expected = (
-            _parse_arguments(given),
-            _parse_json(expected) if isinstance(expected, str) else expected,
-        )
+        given, expected = (_parse_arguments(given), _parse_json(expected) if isinstance(expected, str) else expected)
     elif not isinstance(given, str) or (kind == "stdin" and not isinstance(expected, str)):
         raise _InvalidTests(f"the input and output of {name} tests must be text")
     return Test(

@@ -48,9 +48,7 @@ def _no_program(reward: PythonTests) -> str:
     return "There is no program in the answer."
 
 
-def _run_tests(
-    program: str, tests: Sequence[Test], reward: PythonTests, sandbox: Sandbox
-) -> ScoredCompletion:
+def _run_tests(program: str, tests: Sequence[Test], reward: PythonTests, sandbox: Sandbox) -> ScoredCompletion:
     """Runs the tests in order; with `credit: all`, stops at the first that fails."""
     end = time.monotonic() + reward.total_seconds
     passed, feedback = 0, None
@@ -68,9 +66,7 @@ def _run_tests(
             if reward.credit == "all" or remaining <= 0:
                 break
     share = passed / len(tests)
-    return ScoredCompletion(
-        reward=share if reward.credit == "share" else float(share == 1), feedback=feedback
-    )
+    return ScoredCompletion(reward=share if reward.credit == "share" else float(share == 1), feedback=feedback)
 
 
 # ── feedback ─────────────────────────────────────────────────────────────────────

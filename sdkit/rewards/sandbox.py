@@ -127,9 +127,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 class Jail:
     """One running jail.  Raises BadEnvironment if the isolation cannot be set up."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], job: dict[str, Any], limits: PythonTests
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], job: dict[str, Any], limits: PythonTests) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self.process = process
@@ -183,9 +181,7 @@ class Jail:
             return f"All tests together took more than {self._limits.total_seconds:g} s."
         return f"It took more than {seconds:g} s."
 
-    def _read(
-        self, test: Test, report: dict[str, Any], password: str, timeout: str, cpu_limit: int
-    ) -> Outcome:
+    def _read(self, test: Test, report: dict[str, Any], password: str, timeout: str, cpu_limit: int) -> Outcome:
         stderr = report["err"]
         match report["ended"]:
             case "time":

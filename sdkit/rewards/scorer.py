@@ -38,14 +38,9 @@ class Scorer:
         return self.score_all([(completion, row)])[0]
 
 
-def score_each(
-    score: Callable[[str, Row], float], check: Callable[[Row], object] = lambda row: None
-) -> Scorer:
+def score_each(score: Callable[[str, Row], float], check: Callable[[Row], object] = lambda row: None) -> Scorer:
     """Returns a scorer that calls `score` for each completion, in this thread and without feedback."""
-    return Scorer(
-        lambda pairs: [ScoredCompletion(reward=score(text, row)) for text, row in pairs],
-        check_row=check,
-    )
+    return Scorer(lambda pairs: [ScoredCompletion(reward=score(text, row)) for text, row in pairs], check_row=check)
 
 
 class DeadlineExceeded(Exception):
@@ -57,11 +52,7 @@ class DeadlineExceeded(Exception):
 
 
 def score_in_threads(
-    score: Callable[[str, Row], ScoredCompletion],
-    pairs: Sequence[Pair],
-    *,
-    threads: int,
-    seconds: float | None,
+    score: Callable[[str, Row], ScoredCompletion], pairs: Sequence[Pair], *, threads: int, seconds: float | None
 ) -> list[ScoredCompletion]:
     """Scores the pairs, `threads` at a time.
 

@@ -40,10 +40,7 @@ RewardScores = Mapping[str, Sequence[ScoredCompletion]]
 
 
 def open_reward(
-    reward: Reward,
-    base: Path,
-    source: ReasoningGymSource | None,
-    opened: Mapping[str, Scorer] | None = None,
+    reward: Reward, base: Path, source: ReasoningGymSource | None, opened: Mapping[str, Scorer] | None = None
 ) -> Scorer:
     """Returns the scorer of one reward; a completion without an answer scores 0.
 
@@ -72,18 +69,13 @@ def open_reward(
         case FileReward():
             return function_reward(reward, base)
         case WeightedReward():
-            return _weighted_sum(
-                {name: (weight, (opened or {})[name]) for name, weight in reward.parts.items()}
-            )
+            return _weighted_sum({name: (weight, (opened or {})[name]) for name, weight in reward.parts.items()})
         case _:
             assert_never(reward)
 
 
 def open_rewards(
-    rewards: Mapping[str, Reward],
-    names: Iterable[str],
-    base: Path,
-    source: ReasoningGymSource | None,
+    rewards: Mapping[str, Reward], names: Iterable[str], base: Path, source: ReasoningGymSource | None
 ) -> dict[str, Scorer]:
     """Opens the named rewards of a spec, each once.  Raises as `open_reward` does, naming the reward."""
     opened: dict[str, Scorer] = {}
@@ -98,9 +90,7 @@ def open_rewards(
                     opened[name] = open_reward(reward, base, source, opened)
             except SdkitError as error:
                 message = f"rewards.{name}: {error.message}"
-                raise type(error)(
-                    message, hint=error.hint, place=error.place, path=error.path
-                ) from error
+                raise type(error)(message, hint=error.hint, place=error.place, path=error.path) from error
         return opened[name]
 
     return {name: open_one(name) for name in names}

@@ -10,13 +10,7 @@ from attrs import frozen
 from sdkit.language.errors import Path, UnreadableInput
 from sdkit.runs.evaluations import Key
 from sdkit.runs.history import Axis, Point, Run
-from sdkit.runs.intervals import (
-    Interval,
-    paired_difference,
-    paired_p_value,
-    unpaired_difference,
-    unpaired_p_value,
-)
+from sdkit.runs.intervals import Interval, paired_difference, paired_p_value, unpaired_difference, unpaired_p_value
 
 BUDGET_TOLERANCE = 1.1
 """Budgets that differ by at most this factor count as equal: rollouts of equally many steps differ in length."""

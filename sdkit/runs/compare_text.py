@@ -29,9 +29,7 @@ from sdkit.runs.plot import check_plot_path, plot_runs
 SETTINGS_SHOWN = 30
 
 
-def compare(
-    paths: Sequence[Path], console: Console, target: Path, axis: Axis, score: str | None
-) -> None:
+def compare(paths: Sequence[Path], console: Console, target: Path, axis: Axis, score: str | None) -> None:
     """Print and plot the runs in these folders; `axis` is the budget at which they are compared.
 
     Raises UnreadableInput if a folder holds no evaluated run, no run has the score, or the plot cannot be written.
@@ -148,9 +146,7 @@ def _print_verdicts(runs: Sequence[Run], keys: Sequence[Key], axis: Axis, consol
         console.print(_significance_note(all_differences), style="dim", highlight=False)
 
 
-def _differences_table(
-    budget: CommonBudget, differences: Sequence[Difference], axis: Axis
-) -> Table:
+def _differences_table(budget: CommonBudget, differences: Sequence[Difference], axis: Axis) -> Table:
     a, b = budget.first.name, budget.second.name
     table = _table(
         escape(f"{a} − {b}, {_budget_text(budget, axis)}"),
@@ -170,10 +166,7 @@ def _budget_text(budget: CommonBudget, axis: Axis) -> str:
     """The budget at which two runs are compared, and how much each spent in the end."""
     spent = [point.at(axis) for point in budget.points]
     ends = [run.points[-1].at(axis) for run in (budget.first, budget.second)]
-    texts = [
-        f"{x:,.0f}" + (f" (of {end:,.0f})" if end > x else "")
-        for x, end in zip(spent, ends, strict=True)
-    ]
+    texts = [f"{x:,.0f}" + (f" (of {end:,.0f})" if end > x else "") for x, end in zip(spent, ends, strict=True)]
     steps = " and ".join(str(point.step) for point in budget.points)
     text = f"after {' and '.join(texts)} {AXES[axis]}"
     return text if axis == "steps" else f"{text} (steps {steps})"
@@ -181,8 +174,7 @@ def _budget_text(budget: CommonBudget, axis: Axis) -> str:
 
 def _no_common_budget(first: Run, second: Run, axis: Axis) -> str:
     evaluations = [
-        f"{run.name} after {', '.join(f'{p.at(axis):,.0f}' for p in run.points)}"
-        for run in (first, second)
+        f"{run.name} after {', '.join(f'{p.at(axis):,.0f}' for p in run.points)}" for run in (first, second)
     ]
     return escape(
         f"{first.name} and {second.name}: no verdict, no two evaluations within {BUDGET_TOLERANCE - 1:.0%} of each other in "

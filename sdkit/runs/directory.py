@@ -159,8 +159,7 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
     """
     if any(mark in str(path.resolve()) for mark in "[]*?"):
         raise UnreadableInput(
-            f"{path.resolve()}: the path of a run directory may have none of [ ] * ?",
-            hint="name another with --to",
+            f"{path.resolve()}: the path of a run directory may have none of [ ] * ?", hint="name another with --to"
         )
     in_use = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if resume:
@@ -171,8 +170,7 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UnreadableInput(
-            f"{path} exists",
-            hint="continue it with --resume, replace it with --overwrite, or name another with --to",
+            f"{path} exists", hint="continue it with --resume, replace it with --overwrite, or name another with --to"
         )
     if not (path / MARK).is_file():
         raise UnreadableInput(f"{path} is not a run directory, so --overwrite leaves it alone")

@@ -37,11 +37,7 @@ class EvaluationResult:
             interval = self.interval(key)
             names = ["eval/" + "/".join(key)] + (["eval/score"] if key == headline else [])
             for name in names:
-                metrics |= {
-                    name: interval.mean,
-                    f"{name}_low": interval.low,
-                    f"{name}_high": interval.high,
-                }
+                metrics |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
                 metrics[f"{name}_n"] = interval.n
         for (suite, decoding), length in self.lengths.items():
             metrics[f"eval/{suite}/{decoding}/completion_tokens"] = length

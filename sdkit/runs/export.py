@@ -15,12 +15,7 @@ from sdkit.language.specs import ExperimentSpec, ModelSpec
 from sdkit.runs import model_card
 from sdkit.runs.directory import trained_model
 
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-)
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 """The files of model/ other than the tokenizer's."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = (ADAPTER_CONFIG, "adapter_model.safetensors")
@@ -36,8 +31,7 @@ def export(spec: ExperimentSpec, base: Path, run: Path, to: Path, *, merge: bool
     model, adapter = trained_model(run), spec.model.lora is not None and not merge
     if merge and spec.model.lora is None:
         raise UnreadableInput(
-            f"{run} trained all weights, so there is no adapter to merge",
-            hint="leave out --merge-lora",
+            f"{run} trained all weights, so there is no adapter to merge", hint="leave out --merge-lora"
         )
     if to.exists() or to.is_symlink():
         raise UnreadableInput(f"{to} exists", hint="name another with --to")
@@ -57,9 +51,7 @@ def export(spec: ExperimentSpec, base: Path, run: Path, to: Path, *, merge: bool
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except (OSError, shutil.Error) as error:
-        raise BadEnvironment(
-            f"cannot write {to}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        raise BadEnvironment(f"cannot write {to}: {getattr(error, 'strerror', None) or error}") from None
     return _message(spec, to, adapter)
 
 

@@ -67,10 +67,7 @@ class Run:
     def per_prompt(self, point: Point) -> dict[Key, dict[str, float]]:
         """For each score and prompt, the mean over the prompt's samples.  A suite has no prompt twice."""
         scores = per_prompt(self.records(point))
-        return {
-            key: {text: mean for (_, text), mean in prompts.items()}
-            for key, prompts in scores.items()
-        }
+        return {key: {text: mean for (_, text), mean in prompts.items()} for key, prompts in scores.items()}
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -92,8 +89,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             faults.append(error.message)
     if faults:
         raise UnreadableInput(
-            "\n".join(faults),
-            hint="pass run directories (runs/NAME) that `sdkit train` has written",
+            "\n".join(faults), hint="pass run directories (runs/NAME) that `sdkit train` has written"
         )
     return runs
 
@@ -116,12 +112,7 @@ def read_run(path: Path, name: str) -> Run:
     provenance = _json(path / "provenance.json")
     origins = {part: provenance.get(part) or {} for part in ("versions", "data")}
     return Run(
-        name=name,
-        path=path,
-        state=state,
-        settings=dict(leaves(spec)),
-        origins=dict(leaves(origins)),
-        points=points,
+        name=name, path=path, state=state, settings=dict(leaves(spec)), origins=dict(leaves(origins)), points=points
     )
 
 

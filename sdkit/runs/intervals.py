@@ -63,12 +63,7 @@ def mean_interval(
 
 
 def paired_difference(
-    before: Sequence[float],
-    after: Sequence[float],
-    seed: int = 0,
-    resamples: int = 10_000,
-    *,
-    level: float = 0.95,
+    before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000, *, level: float = 0.95
 ) -> Interval:
     """The mean of after − before, one value per prompt, with a percentile bootstrap over prompts.
 
@@ -82,12 +77,7 @@ def paired_difference(
 
 
 def unpaired_difference(
-    before: Sequence[float],
-    after: Sequence[float],
-    seed: int = 0,
-    resamples: int = 10_000,
-    *,
-    level: float = 0.95,
+    before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000, *, level: float = 0.95
 ) -> Interval:
     """The mean of `after` minus the mean of `before`, which have different prompts: each side is resampled by itself.
 
@@ -97,16 +87,11 @@ def unpaired_difference(
     means = [_bootstrap_means(side, seed + i, resamples) for i, side in enumerate(sides)]
     low, high = _quantiles(means[1] - means[0], level)
     return Interval(
-        mean=float(sides[1].mean() - sides[0].mean()),
-        low=low,
-        high=high,
-        n=min(side.size for side in sides),
+        mean=float(sides[1].mean() - sides[0].mean()), low=low, high=high, n=min(side.size for side in sides)
     )
 
 
-def paired_p_value(
-    before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000
-) -> float:
+def paired_p_value(before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000) -> float:
     """The p-value of a two-sided sign-flip test: how often differences of random sign have a mean as far from 0.
 
     At least about 2^(1 − d) if d prompts differ, so a handful of prompts is never significant.
@@ -118,16 +103,12 @@ def paired_p_value(
     return _p_value((2 * positive - counts) @ sizes, changes.sum())
 
 
-def unpaired_p_value(
-    before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000
-) -> float:
+def unpaired_p_value(before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000) -> float:
     """The p-value of a two-sided permutation test: how often a random split of the prompts has means as far apart."""
     sides = [np.asarray(values, dtype=float) for values in (before, after)]
     values, counts = np.unique(np.concatenate(sides), return_counts=True)
     total, size = values @ counts, len(after)
-    splits = np.random.default_rng(seed).multivariate_hypergeometric(
-        counts, size, resamples, method="marginals"
-    )
+    splits = np.random.default_rng(seed).multivariate_hypergeometric(counts, size, resamples, method="marginals")
     sums = splits @ values
     means = sums / size - (total - sums) / len(before)
     return _p_value(means, sides[1].mean() - sides[0].mean())

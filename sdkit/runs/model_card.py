@@ -78,15 +78,10 @@ def _scores(run: Path) -> str:
     path = run / "result.json"
     if not path.is_file():
         return ""
-    rows = [
-        "| suite | decoding | score | before | after | change | n |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = ["| suite | decoding | score | before | after | change | n |", "|---|---|---|---|---|---|---|"]
     for row in json.loads(path.read_text(encoding="utf-8")):
         figures = " | ".join(_figure(row[column]) for column in ("before", "after", "change"))
-        rows.append(
-            f"| {row['suite']} | {row['decoding']} | {row['score']} | {figures} | {row['n']} |"
-        )
+        rows.append(f"| {row['suite']} | {row['decoding']} | {row['score']} | {figures} | {row['n']} |")
     return "\n".join(rows) + "\n\nIntervals are 95 % bootstrap intervals over prompts."
 
 

@@ -54,9 +54,7 @@ def _loss(axis: Any, lines: Lines) -> None:
 
 def _scores(axis: Any, lines: Lines) -> None:
     axis.set_title("held-out scores, 95 % intervals")
-    names = sorted(
-        {k for line in lines for k in line if k.startswith("eval/") and f"{k}_low" in line}
-    )
+    names = sorted({k for line in lines for k in line if k.startswith("eval/") and f"{k}_low" in line})
     for name in names:
         if name == "eval/score":
             continue
@@ -83,9 +81,7 @@ def _length(axis: Any, lines: Lines) -> None:
 def check_plot_path(target: Path) -> None:
     """Raise UnreadableInput if no picture can be written to `target`."""
     if target.suffix.lower() not in FORMATS:
-        raise UnreadableInput(
-            f"{target} is not the name of a picture: it must end in one of {', '.join(FORMATS)}"
-        )
+        raise UnreadableInput(f"{target} is not the name of a picture: it must end in one of {', '.join(FORMATS)}")
     if not target.resolve().parent.is_dir():
         raise UnreadableInput(f"{target.parent} is not a folder")
 

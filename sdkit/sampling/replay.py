@@ -28,16 +28,12 @@ class ReplayRollouts:
                     finished=record["finished"],
                 )
         if not self.recorded:
-            raise BadData(
-                f"{run} holds no recorded rollouts", hint="name the directory of an earlier run"
-            )
+            raise BadData(f"{run} holds no recorded rollouts", hint="name the directory of an earlier run")
 
     def load(self, weights: Weights, version: int) -> Mapping[str, float]:
         return {}
 
-    def sample(
-        self, requests: Sequence[SamplingRequest], sampling: SamplingParams
-    ) -> list[Completion]:
+    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
         try:
             return [self.recorded[r.prompt_ids, r.seed] for r in requests]
         except KeyError:

@@ -33,9 +33,7 @@ class TransformersRollouts:
         return {}
 
     @torch.no_grad()
-    def sample(
-        self, requests: Sequence[SamplingRequest], sampling: SamplingParams
-    ) -> list[Completion]:
+    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
         assert self.weights is not None, "sample before load"
         # Similar lengths share a batch: less padding, and a row's result depends less on its neighbors.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
@@ -56,17 +54,11 @@ class TransformersRollouts:
             model.train(was_training)
         return [done[i] for i in range(len(requests))]
 
-    def _generate(
-        self, model: Any, requests: list[SamplingRequest], sampling: SamplingParams
-    ) -> list[Completion]:
+    def _generate(self, model: Any, requests: list[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
         width = max(len(r.prompt_ids) for r in requests)
         pad = self.end_ids[0]
-        ids = torch.tensor(
-            [[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests]
-        )
-        mask = torch.tensor(
-            [[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests]
-        )
+        ids = torch.tensor([[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests])
+        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
         device = next(model.parameters()).device
         sampler = SeededSampler(requests, sampling)
         with own_settings(model, self._settings(sampling)) as settings:
@@ -91,9 +83,7 @@ class TransformersRollouts:
             "stop_strings": list(sampling.stop) or None,
         }
 
-    def _completion(
-        self, row: list[int], index: int, sampler: SeededSampler, sampling: SamplingParams
-    ) -> Completion:
+    def _completion(self, row: list[int], index: int, sampler: SeededSampler, sampling: SamplingParams) -> Completion:
         end = next((i + 1 for i, token in enumerate(row) if token in self.end_ids), None)
         # `generate` pads a row that a stop string ended with an end token that was not sampled: check the string first.
         cut = self._stop_length(row[:end], sampling.stop)
@@ -150,14 +140,10 @@ class SeededSampler:
             logprobs = logits.log_softmax(-1)
         else:
             logprobs = self._truncated(logits / self.sampling.temperature).log_softmax(-1)
-            draws = torch.cat(
-                [torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators]
-            )
+            draws = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])
             cumulative = logprobs.double().exp().cumsum(-1)
             target = draws.to(cumulative.device)[:, None] * cumulative[:, -1:]
-            chosen = torch.searchsorted(cumulative, target, right=True).clamp(
-                max=logits.shape[-1] - 1
-            )
+            chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
         self.logprobs.append(logprobs.gather(-1, chosen)[:, 0].tolist())
         return torch.full_like(logits, float("-inf")).scatter(-1, chosen, 0.0)
 

@@ -22,13 +22,7 @@ from sdkit.models.weights import Weights
 from sdkit.sampling.canary import draw_canary
 
 EXTENSION = "sdkit.sampling.vllm_worker.SyncExtension"
-NEUTRAL = {
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "min_p": 0.0,
-    "min_tokens": 0,
-}
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0, "min_tokens": 0}
 """Settings that vLLM may have other defaults for.  They are sent with every request: only the spec decides how to sample."""
 
 
@@ -37,9 +31,7 @@ class VllmRollouts:
 
     name = "vllm"
 
-    def __init__(
-        self, spec: VllmBackend, model: str, dtype: str, max_tokens: int, end_ids: tuple[int, ...]
-    ) -> None:
+    def __init__(self, spec: VllmBackend, model: str, dtype: str, max_tokens: int, end_ids: tuple[int, ...]) -> None:
         self.end_ids = end_ids
         self.engine = _start_engine(spec, model, dtype, max_tokens)
         vocabulary = self.engine.model_config.get_vocab_size()
@@ -51,32 +43,23 @@ class VllmRollouts:
         Returns the metrics of the transfer.  Raises NumericsGuard if the canary differs by more than its bound.
         """
         started = time.perf_counter()
-        repacked = self.engine.collective_rpc(
-            "sync_weights", kwargs={"weights": weights.named_tensors()}
-        )
+        repacked = self.engine.collective_rpc("sync_weights", kwargs={"weights": weights.named_tensors()})
         self.engine.reset_prefix_cache()
         seconds = time.perf_counter() - started
         if not all(repacked):
-            raise NumericsGuard(
-                "vLLM did not repack its output projection, which may be out of date"
-            )
+            raise NumericsGuard("vLLM did not repack its output projection, which may be out of date")
         trainer = self.canary.logprobs(weights)
         return {
             "sync_seconds": seconds,
             **self.canary.compare(trainer, self._engine_canary_logprobs(), version, "vLLM"),
         }
 
-    def sample(
-        self, requests: Sequence[SamplingRequest], sampling: SamplingParams
-    ) -> list[Completion]:
+    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
         from vllm import SamplingParams, TokensPrompt
 
         settings = sampling_settings(sampling, self.end_ids)
         greedy, text = sampling.temperature == 0, bool(sampling.stop)
-        params = [
-            SamplingParams(**settings, seed=None if greedy else r.seed, detokenize=text)
-            for r in requests
-        ]
+        params = [SamplingParams(**settings, seed=None if greedy else r.seed, detokenize=text) for r in requests]
         prompts = [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in requests]
         outputs = self.engine.generate(prompts, params, use_tqdm=False)
         return [_completion(output.outputs[0]) for output in outputs]
@@ -162,7 +145,5 @@ def engine_settings(spec: VllmEngine, dtype: str, max_tokens: int) -> dict[str, 
 
 def _completion(output: Any) -> Completion:
     ids = tuple(output.token_ids)
-    logprobs = tuple(
-        entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True)
-    )
+    logprobs = tuple(entry[token].logprob for entry, token in zip(output.logprobs, ids, strict=True))
     return Completion(ids=ids, logprobs=logprobs, finished=output.finish_reason == "stop")

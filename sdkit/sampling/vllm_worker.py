@@ -23,9 +23,7 @@ class SyncExtension:
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         self.model_runner.reload_weights(weights_iterator=weights)
-        heads = [
-            m for m in self.model_runner.get_model().modules() if isinstance(m, ParallelLMHead)
-        ]
+        heads = [m for m in self.model_runner.get_model().modules() if isinstance(m, ParallelLMHead)]
         for head in heads:
             # A tied head keeps a packed copy of its own, which the reload does not refresh.
             head.quant_method.process_weights_after_loading(head)

@@ -36,12 +36,7 @@ class RequestFailed(Exception):
     """A request that got no usable response: one line of text, with the HTTP status and a hint where known."""
 
     def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        hint: str | None = None,
-        is_retryable: bool = False,
+        self, message: str, *, status: int | None = None, hint: str | None = None, is_retryable: bool = False
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -67,9 +62,7 @@ def key_from(name: str | None, environment: Mapping[str, str], where: str) -> st
     if name is None:
         return None
     if not (key := environment.get(name)):
-        raise BadEnvironment(
-            f"the environment has no {name}, which {where}.key_from names", hint=f"export {name}=…"
-        )
+        raise BadEnvironment(f"the environment has no {name}, which {where}.key_from names", hint=f"export {name}=…")
     return key
 
 
@@ -102,9 +95,7 @@ class Server:
         self._client = httpx.AsyncClient(
             base_url=self.url,
             headers={"authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(
-                max_connections=max_concurrent, max_keepalive_connections=max_concurrent
-            ),
+            limits=httpx.Limits(max_connections=max_concurrent, max_keepalive_connections=max_concurrent),
             timeout=None,  # `_request_once` sets one for the whole request
             trust_env=remote,
         )
@@ -146,10 +137,7 @@ class Server:
             retries=self.retries if retries is None else retries,
             deadline=self.deadline_seconds if deadline_seconds is None else deadline_seconds,
         )
-        tasks = [
-            asyncio.create_task(self._request_with_retries(options, body, semaphore))
-            for body in bodies
-        ]
+        tasks = [asyncio.create_task(self._request_with_retries(options, body, semaphore)) for body in bodies]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -165,9 +153,7 @@ class Server:
             while True:
                 remaining = options.deadline - (time.monotonic() - started)
                 try:
-                    return await self._request_once(
-                        options, body, min(self.request_seconds, remaining)
-                    )
+                    return await self._request_once(options, body, min(self.request_seconds, remaining))
                 except RequestFailed as failure:
                     delay = min(FIRST_RETRY_DELAY * 2**attempt, MAX_RETRY_DELAY)
                     elapsed = time.monotonic() - started
@@ -176,14 +162,10 @@ class Server:
                     if give_up or not failure.is_retryable:
                         tries = f" ({attempt} attempts in {elapsed:.0f} s)" if attempt > 1 else ""
                         message = f"{failure}{tries}"
-                        raise RequestFailed(
-                            message, status=failure.status, hint=failure.hint
-                        ) from None
+                        raise RequestFailed(message, status=failure.status, hint=failure.hint) from None
                 await asyncio.sleep(delay)
 
-    async def _request_once(
-        self, options: _RequestOptions, body: Body | None, seconds: float
-    ) -> Any:
+    async def _request_once(self, options: _RequestOptions, body: Body | None, seconds: float) -> Any:
         path, headers = options.path, dict(options.headers)
         where = f"{self.url}{path}"
         try:
@@ -195,24 +177,17 @@ class Server:
             raise RequestFailed(message, hint=self.slow_hint, is_retryable=True) from None
         except httpx.RequestError as error:
             message = f"{where} cannot be reached: {first_line(error)}"
-            raise RequestFailed(
-                message, hint="start the server, or correct its url", is_retryable=True
-            ) from None
+            raise RequestFailed(message, hint="start the server, or correct its url", is_retryable=True) from None
         status = response.status_code
         if status != 200:
             message = f"{where} answered {status}{_error_text(response)}"
             raise RequestFailed(
-                message,
-                status=status,
-                hint=STATUS_HINTS.get(status),
-                is_retryable=status in RETRYABLE_STATUSES,
+                message, status=status, hint=STATUS_HINTS.get(status), is_retryable=status in RETRYABLE_STATUSES
             )
         try:
             return response.json()
         except ValueError:
-            raise RequestFailed(
-                f"{where} answered no JSON: is it a vLLM server?", status=status
-            ) from None
+            raise RequestFailed(f"{where} answered no JSON: is it a vLLM server?", status=status) from None
 
 
 def _error_text(response: httpx.Response) -> str:

@@ -133,9 +133,7 @@ class Gateway:
         if not secrets.compare_digest(given, f"Bearer {self.key}".encode()):
             raise RejectedRequest(401, "the key is missing or wrong")
 
-    async def _complete(
-        self, headers: Mapping[str, bytes], scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _complete(self, headers: Mapping[str, bytes], scope: Scope, receive: Receive, send: Send) -> None:
         wanted = headers.get(WEIGHTS_HEADER, b"").decode("latin-1")
         if self.loaded is None or self.loaded["sha256"] != wanted:
             loaded = f"weights {self.loaded['version']}" if self.loaded else "no weights of a run"
@@ -170,38 +168,28 @@ class Gateway:
         except (ValueError, KeyError, TypeError):
             raise RejectedRequest(400, "a weight update has version, file and sha256") from None
         if not isinstance(version, int) or not isinstance(sha256, str):
-            raise RejectedRequest(
-                400, "a weight update has a number for version and text for sha256"
-            )
+            raise RejectedRequest(400, "a weight update has a number for version and text for sha256")
         if not isinstance(name, str) or not FILE.fullmatch(name):
             raise RejectedRequest(400, "file must be the plain name of a .safetensors file")
         file = self.folder / name
         if file.is_symlink() or not file.is_file():
-            raise RejectedRequest(
-                400, f"there is no file {name} in the server's folder {self.folder}"
-            )
+            raise RejectedRequest(400, f"there is no file {name} in the server's folder {self.folder}")
         return Update(version=version, file=file, sha256=sha256)
 
     async def _update(self, engine: Any, update: Update) -> dict[str, Any]:
         """Load the weights while nothing is sampled; `loaded` is None until all of them are loaded."""
         async with self._updating:
             if await asyncio.to_thread(sha256_of, update.file) != update.sha256:
-                raise RejectedRequest(
-                    422, f"{update.file.name} is damaged: its SHA-256 does not match"
-                )
+                raise RejectedRequest(422, f"{update.file.name} is damaged: its SHA-256 does not match")
             self.loaded = None
             try:
                 await asyncio.wait_for(self._idle.wait(), DRAIN_SECONDS)
             except TimeoutError:
-                raise RejectedRequest(
-                    503, f"completions are still under way after {DRAIN_SECONDS:.0f} s"
-                ) from None
+                raise RejectedRequest(503, f"completions are still under way after {DRAIN_SECONDS:.0f} s") from None
             started = time.monotonic()
             await engine.pause_generation()
             try:
-                repacked = await engine.collective_rpc(
-                    "sync_file", timeout=LOAD_SECONDS, args=(str(update.file),)
-                )
+                repacked = await engine.collective_rpc("sync_file", timeout=LOAD_SECONDS, args=(str(update.file),))
                 is_reset = await engine.reset_prefix_cache()
             except Exception as error:
                 message = f"vLLM could not load the weights: {first_line(error)}"
@@ -236,9 +224,6 @@ async def _body(receive: Receive) -> bytes:
 
 async def _reply(send: Send, status: int, body: Mapping[str, Any]) -> None:
     data = json.dumps(body).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(data)).encode()),
-    ]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": data})

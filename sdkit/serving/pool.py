@@ -134,9 +134,7 @@ class ServerPool:
         """Returns a server's state.  Raises RequestFailed, or BadEnvironment if it cannot sample for this run."""
         path = f"/sdkit/state?probe={self.expected.folder.probe}"
         try:
-            responses = await member.server.request_all(
-                path, [None], retries=retries, deadline_seconds=PROBE_SECONDS
-            )
+            responses = await member.server.request_all(path, [None], retries=retries, deadline_seconds=PROBE_SECONDS)
         except RequestFailed as failure:
             raise _final_error(failure) from None
         return read_state(member.url, responses[0], self.expected)
@@ -226,11 +224,7 @@ class ServerPool:
         return [done[i] for i in range(len(requests))]
 
     async def _sample_on(
-        self,
-        member: _Member,
-        file: WeightFile,
-        requests: Sequence[SamplingRequest],
-        sampling: SamplingParams,
+        self, member: _Member, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
     ) -> list[Completion]:
         settings = sampling_settings(sampling, self._end_ids)
         bodies = [completion_body(request, settings) for request in requests]
@@ -251,18 +245,14 @@ class ServerPool:
             if time.monotonic() > deadline:
                 raise self._no_server_error()
             if not logged:
-                self._report(
-                    f"no rollout server answers; waiting up to {self.spec.deadline_seconds:g} s for one"
-                )
+                self._report(f"no rollout server answers; waiting up to {self.spec.deadline_seconds:g} s for one")
                 logged = True
             await asyncio.sleep(POLL_SECONDS)
             await self._send_weights(self._members, file)
         return ready
 
     def _no_server_error(self) -> ProcessDied:
-        reasons = "; ".join(
-            m.unavailable_reason or f"{m.url} keeps losing the weights" for m in self._members
-        )
+        reasons = "; ".join(m.unavailable_reason or f"{m.url} keeps losing the weights" for m in self._members)
         return ProcessDied(
             f"no rollout server for {self.spec.deadline_seconds:g} s: {reasons}",
             hint=f"{START_HINT}, then continue with --resume",
@@ -298,18 +288,14 @@ class ServerPool:
         bodies, headers = [canary_body(canary.ids)], {WEIGHTS_HEADER: file.sha256}
         answer = (await member.server.request_all("/v1/completions", bodies, headers=headers))[0]
         engine_logprobs = read_canary(member.url, answer, canary.ids)
-        return canary.compare(
-            file.canary, engine_logprobs, file.version, f"the server {member.url}"
-        )
+        return canary.compare(file.canary, engine_logprobs, file.version, f"the server {member.url}")
 
     def _mark_unavailable(self, member: _Member, failure: RequestFailed) -> None:
         """Record that a server lacks the requested weights or does not answer; raise if a retry cannot help."""
         previous, member.loaded_sha256 = member.loaded_sha256, None
         if failure.status == 409:
             if previous:
-                self._report(
-                    f"rollout server {member.url} has restarted; sending the weights again"
-                )
+                self._report(f"rollout server {member.url} has restarted; sending the weights again")
             return
         if isinstance(error := _final_error(failure), BadEnvironment):
             raise error

@@ -87,9 +87,7 @@ def read_completion(url: str, answer: Any) -> Completion:
         logprobs = tuple(float(value) for value in choice["logprobs"]["token_logprobs"])
         reason = choice["finish_reason"]
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise RequestFailed(
-            f"{url} answered without token ids and their log-probabilities ({error})"
-        ) from None
+        raise RequestFailed(f"{url} answered without token ids and their log-probabilities ({error})") from None
     if reason not in ("stop", "length") or len(ids) != len(logprobs):
         raise RequestFailed(f"{url} returned an incomplete completion ({reason})")
     return Completion(ids=ids, logprobs=logprobs, finished=reason == "stop")

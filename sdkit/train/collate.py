@@ -43,9 +43,7 @@ def collate(
     counts, completions = _global_counts(lengths, order, all_reduce_sum)
     divisors = _divisors(losses, counts, completions)
     weights = {
-        name: row_weights(
-            term.average, torch.tensor(lengths[name], dtype=torch.long), divisors[name]
-        )
+        name: row_weights(term.average, torch.tensor(lengths[name], dtype=torch.long), divisors[name])
         for name, term in losses.items()
     }
     teacher = any(needs_teacher(term) for term in losses.values())
@@ -53,23 +51,14 @@ def collate(
     for start, end in _micro_batch_bounds(order, budget, longest_pack):
         part = order[start:end]
         rows = {name: w[start:end] for name, w in weights.items()}
-        positions = [
-            sorted({p for name in losses for p in _loss_mask(r, name).positions}) for r in part
-        ]
+        positions = [sorted({p for name in losses for p in _loss_mask(r, name).positions}) for r in part]
         batches.append(_micro_batch(part, positions, rows, teacher, longest_pack, device))
         padded += batches[-1].student.input_ids.numel()
-    return CollatedBatch(
-        micro_batches=tuple(batches), order=tuple(order), counts=counts, padded_tokens=padded
-    )
+    return CollatedBatch(micro_batches=tuple(batches), order=tuple(order), counts=counts, padded_tokens=padded)
 
 
 def collate_completions(
-    rollouts: Sequence[Rollout],
-    budget: int,
-    device: torch.device,
-    longest_pack: int,
-    *,
-    teacher: bool,
+    rollouts: Sequence[Rollout], budget: int, device: torch.device, longest_pack: int, *, teacher: bool
 ) -> Iterator[tuple[Sequence[Rollout], MicroBatch]]:
     """Yield the rollouts of each micro-batch and the micro-batch, which holds all completion tokens and no weights."""
     order = _sort_by_width(rollouts, by_group=longest_pack > 0)
@@ -98,9 +87,7 @@ def _loss_mask(rollout: Rollout, name: str) -> LossMask:
     return rollout.loss_masks[name]
 
 
-def _divisors(
-    losses: Table[LossSpec], counts: dict[str, Counts], completions: int
-) -> dict[str, Counts]:
+def _divisors(losses: Table[LossSpec], counts: dict[str, Counts], completions: int) -> dict[str, Counts]:
     """Return the counts that each term's average divides by.
 
     Terms with `denominator: joint` share the sum of their tokens.  Terms with `denominator: completions` divide by the
@@ -108,17 +95,13 @@ def _divisors(
     """
     joint = [n for n, t in losses.items() if t.average == PerToken(denominator="joint")]
     shared = dict.fromkeys(joint, sum(counts[name].tokens for name in joint)) | {
-        n: completions
-        for n, t in losses.items()
-        if t.average == PerToken(denominator="completions")
+        n: completions for n, t in losses.items() if t.average == PerToken(denominator="completions")
     }
     return {n: evolve(c, tokens=shared.get(n, c.tokens)) for n, c in counts.items()}
 
 
 def _global_counts(
-    lengths: dict[str, list[int]],
-    rollouts: Sequence[Rollout],
-    all_reduce_sum: Callable[[Tensor], Tensor],
+    lengths: dict[str, list[int]], rollouts: Sequence[Rollout], all_reduce_sum: Callable[[Tensor], Tensor]
 ) -> tuple[dict[str, Counts], int]:
     """Return the counts of each term and the number of completion tokens, both over all ranks."""
     rows = len(rollouts)
@@ -127,10 +110,7 @@ def _global_counts(
     sums = all_reduce_sum(torch.tensor([*flat, own_tokens], dtype=torch.long))
     *by_term, completions = sums.tolist()
     triples = zip(by_term[::3], by_term[1::3], by_term[2::3], strict=True)
-    counts = {
-        name: Counts(rows=r, filled_rows=f, tokens=t)
-        for name, (r, f, t) in zip(lengths, triples, strict=True)
-    }
+    counts = {name: Counts(rows=r, filled_rows=f, tokens=t) for name, (r, f, t) in zip(lengths, triples, strict=True)}
     return counts, completions
 
 
@@ -144,9 +124,7 @@ def _sort_by_width(rollouts: Sequence[Rollout], by_group: bool) -> list[Rollout]
     return sorted(rollouts, key=lambda r: (widest[r.group], r.group, _width(r)))
 
 
-def _micro_batch_bounds(
-    order: Sequence[Rollout], budget: int, longest_pack: int
-) -> list[tuple[int, int]]:
+def _micro_batch_bounds(order: Sequence[Rollout], budget: int, longest_pack: int) -> list[tuple[int, int]]:
     """Return the start and end of each micro-batch.
 
     The padded tokens of the student's and of the teacher's batch both stay within the budget; only a single rollout may
@@ -187,14 +165,9 @@ def _micro_batch(
 ) -> MicroBatch:
     """Build a micro-batch.  `positions` are those in each completion that some term counts, ascending."""
     tokens = Tokens(
-        token=_flatten(
-            [[r.completion_ids[p] for p in ps] for r, ps in zip(rollouts, positions, strict=True)]
-        ),
+        token=_flatten([[r.completion_ids[p] for p in ps] for r, ps in zip(rollouts, positions, strict=True)]),
         row=_flatten([[i] * len(ps) for i, ps in enumerate(positions)]),
-        weights={
-            name: _token_weights(name, rollouts, positions, rows)
-            for name, rows in row_weights.items()
-        },
+        weights={name: _token_weights(name, rollouts, positions, rows) for name, rows in row_weights.items()},
         sampler_logprobs=_select_floats([r.sampler_logprobs for r in rollouts], positions),
         old_logprobs=_select_floats([r.old_logprobs for r in rollouts], positions),
         advantages=_expand_floats([r.advantage for r in rollouts], positions),
@@ -215,9 +188,7 @@ def _micro_batch(
     )
 
 
-def _token_weights(
-    name: str, rollouts: Sequence[Rollout], positions: list[list[int]], rows: Tensor
-) -> Tensor:
+def _token_weights(name: str, rollouts: Sequence[Rollout], positions: list[list[int]], rows: Tensor) -> Tensor:
     """Return row weight × token weight, 0 for a token that the term does not count.  [M] float32."""
     weights: list[float] = []
     for row, rollout, ps in zip(rows.tolist(), rollouts, positions, strict=True):
@@ -248,13 +219,9 @@ def _expand_floats(values: list[float | None], positions: list[list[int]]) -> Te
     return torch.tensor(flat, dtype=torch.float32)
 
 
-def _select_floats(
-    rows: list[tuple[float, ...] | None], positions: list[list[int]]
-) -> Tensor | None:
+def _select_floats(rows: list[tuple[float, ...] | None], positions: list[list[int]]) -> Tensor | None:
     """Select the values at each rollout's positions, [M] float32; None if a rollout has none."""
     if any(row is None for row in rows):
         return None
-    values = [
-        row[p] for row, ps in zip(rows, positions, strict=True) if row is not None for p in ps
-    ]
+    values = [row[p] for row, ps in zip(rows, positions, strict=True) if row is not None for p in ps]
     return torch.tensor(values, dtype=torch.float32)

@@ -9,23 +9,9 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from attrs import field, frozen
 
-from sdkit.batches import (
-    Completion,
-    GroupOutcome,
-    Rollout,
-    RolloutBatch,
-    Row,
-    SamplingParams,
-    SamplingRequest,
-)
+from sdkit.batches import Completion, GroupOutcome, Rollout, RolloutBatch, Row, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
-from sdkit.language.specs import (
-    DatasetSamples,
-    MixtureSamples,
-    ReplayBackend,
-    StudentSamples,
-    TeacherSamples,
-)
+from sdkit.language.specs import DatasetSamples, MixtureSamples, ReplayBackend, StudentSamples, TeacherSamples
 from sdkit.models.weights import Weights
 from sdkit.rewards.scoring import ScoredCompletion, reward_values, score
 from sdkit.seeds import derive
@@ -114,21 +100,14 @@ def _score_completions(
     answers = [state.data.answer(row, c.ids) for row, c in zip(rows, completions, strict=True)]
     spec = state.spec.rollout
     outcomes = group_outcomes(
-        scores.get(state.data.reward or ""),
-        texts,
-        answers,
-        spec.completions_per_prompt,
-        [r.seed for r in requests],
+        scores.get(state.data.reward or ""), texts, answers, spec.completions_per_prompt, [r.seed for r in requests]
     )
     rollouts = [
         _make_rollout(state, row, group, completion, sampled.version, outcome)
         for group, row, completion, outcome in zip(groups, rows, completions, outcomes, strict=True)
     ]
     batch = with_advantages(
-        state.losses,
-        RolloutBatch(rollouts=tuple(rollouts)),
-        collectives.all_gather,
-        spec.max_new_tokens,
+        state.losses, RolloutBatch(rollouts=tuple(rollouts)), collectives.all_gather, spec.max_new_tokens
     )
     batch.check()
     return batch, scores
@@ -164,18 +143,13 @@ def sampling_requests(
     prompt = _sampling_prompt(state)
     size = state.spec.rollout.completions_per_prompt
     return tuple(
-        SamplingRequest(
-            prompt_ids=prompt(rows[group]),
-            seed=derive(state.spec.training.seed, *stream, group, copy),
-        )
+        SamplingRequest(prompt_ids=prompt(rows[group]), seed=derive(state.spec.training.seed, *stream, group, copy))
         for group in collectives.shard_indices(len(rows))
         for copy in range(size)
     )
 
 
-def _take_prefetched(
-    state: TrainState, requests: Sequence[SamplingRequest], step: int
-) -> _SampledCompletions:
+def _take_prefetched(state: TrainState, requests: Sequence[SamplingRequest], step: int) -> _SampledCompletions:
     """Return the completions that the servers sampled for this step while earlier steps were trained on."""
     assert state.prefetcher is not None
     started = time.perf_counter()
@@ -216,17 +190,11 @@ def _sample_completions(
 
 
 def _sample_from(
-    state: TrainState,
-    weights: Weights,
-    requests: Sequence[SamplingRequest],
-    *,
-    evaluation: bool = False,
+    state: TrainState, weights: Weights, requests: Sequence[SamplingRequest], *, evaluation: bool = False
 ) -> _SampledCompletions:
     backend, figures = state.backend(weights, evaluation=evaluation)
     completions = backend.sample(requests, sampling_params(state))
-    return _SampledCompletions(
-        completions=completions, version=state.optimizer_steps, figures=figures
-    )
+    return _SampledCompletions(completions=completions, version=state.optimizer_steps, figures=figures)
 
 
 def dataset_completion(state: TrainState, row: Row, column: str) -> Completion:
@@ -244,12 +212,7 @@ def _sampling_prompt(state: TrainState) -> Any:
 
 
 def _make_rollout(
-    state: TrainState,
-    row: Row,
-    group: int,
-    completion: Completion,
-    version: int,
-    outcome: GroupOutcome | None,
+    state: TrainState, row: Row, group: int, completion: Completion, version: int, outcome: GroupOutcome | None
 ) -> Rollout:
     if state.data.needs_rollouts_for_context:
         prompt = state.data.teacher_prompt(row, outcome)
@@ -294,9 +257,7 @@ def rollout_records(collected: CollectedRollouts) -> list[dict[str, Any]]:
 
 def sort_records(by_rank: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return the records of all ranks in the order of a run on one rank."""
-    return sorted(
-        (record for records in by_rank for record in records), key=lambda record: record["group"]
-    )
+    return sorted((record for records in by_rank for record in records), key=lambda record: record["group"])
 
 
 def completion_text(state: TrainState, ids: Sequence[int]) -> str:
@@ -313,9 +274,7 @@ def sample_texts(
         {
             "row": r.row.index,
             "prompt": decode(r.prompt_ids),
-            "teacher_prompt": None
-            if r.teacher_prompt_ids is None
-            else decode(r.teacher_prompt_ids),
+            "teacher_prompt": None if r.teacher_prompt_ids is None else decode(r.teacher_prompt_ids),
             "completion": decode(r.completion_ids),
             "finished": r.finished,
             "rewards": {name: values[i] for name, values in scores.items()},

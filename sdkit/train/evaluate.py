@@ -35,9 +35,7 @@ def evaluate(state: TrainState) -> EvaluationResult:
     """Sample and score every suite from the student's prompts."""
     assert state.spec.evaluation is not None
     parts = [
-        _evaluate_suite(
-            state, name, suite, state.data.suites[name], state.student, state.data.student_ids
-        )
+        _evaluate_suite(state, name, suite, state.data.suites[name], state.student, state.data.student_ids)
         for name, suite in state.spec.evaluation.suites.items()
     ]
     return _merge(parts)
@@ -62,9 +60,7 @@ def teacher_lift(state: TrainState, before: EvaluationResult) -> dict[Key, Inter
         if not with_prompt:
             continue
         chosen = [rows[i] for i in with_prompt]
-        evaluated = _evaluate_suite(
-            state, name, suite, chosen, state.teacher_weights, partial(_look_up, prompts)
-        )
+        evaluated = _evaluate_suite(state, name, suite, chosen, state.teacher_weights, partial(_look_up, prompts))
         for key, scores in evaluated.scores.items():
             student = [before.scores[key][i] for i in with_prompt]
             lift[key] = paired_difference(student, scores)
@@ -75,9 +71,7 @@ def _look_up(prompts: Mapping[int, tuple[int, ...]], row: Row) -> tuple[int, ...
     return prompts[id(row)]
 
 
-def _teacher_prompts(
-    state: TrainState, name: str, rows: Sequence[Row]
-) -> dict[int, tuple[int, ...]]:
+def _teacher_prompts(state: TrainState, name: str, rows: Sequence[Row]) -> dict[int, tuple[int, ...]]:
     """Each row's teacher prompt by `id(row)`, without rows that have none.
 
     If the context depends on rollouts, the prompt is that of the row's first rollout.
@@ -89,11 +83,7 @@ def _teacher_prompts(
     for rollout in collect_rollouts(state, rows, ("lift", name), suite=name).batch:
         if rollout.teacher_prompt_ids is not None:
             by_row.setdefault(rollout.group, rollout.teacher_prompt_ids)
-    return {
-        id(rows[i]): ids
-        for part in collectives.all_gather_object(by_row)
-        for i, ids in part.items()
-    }
+    return {id(rows[i]): ids for part in collectives.all_gather_object(by_row) for i, ids in part.items()}
 
 
 def held_out_loss(state: TrainState) -> dict[str, float]:
@@ -112,22 +102,13 @@ def held_out_loss(state: TrainState) -> dict[str, float]:
 
 
 def _evaluate_suite(
-    state: TrainState,
-    name: str,
-    suite: Suite,
-    rows: Sequence[Row],
-    weights: Weights,
-    prompt_ids: PromptIds,
+    state: TrainState, name: str, suite: Suite, rows: Sequence[Row], weights: Weights, prompt_ids: PromptIds
 ) -> EvaluationResult:
     backend, _ = state.backend(weights, evaluation=True)
     limit = suite.max_new_tokens or state.spec.rollout.max_new_tokens
     parts = []
     for decoding_name, decoding in suite.decoding.items():
-        jobs = [
-            (i, copy)
-            for i in collectives.shard_indices(len(rows))
-            for copy in range(decoding.samples)
-        ]
+        jobs = [(i, copy) for i in collectives.shard_indices(len(rows)) for copy in range(decoding.samples)]
         requests = [
             SamplingRequest(
                 prompt_ids=prompt_ids(rows[i]) or (),
@@ -135,24 +116,14 @@ def _evaluate_suite(
             )
             for i, copy in jobs
         ]
-        completions = backend.sample(
-            requests, _sampling_params(decoding, limit, state.spec.rollout.stop)
-        )
-        parts.append(
-            _score_completions(
-                state, (name, decoding_name), rows, [i for i, _ in jobs], completions
-            )
-        )
+        completions = backend.sample(requests, _sampling_params(decoding, limit, state.spec.rollout.stop))
+        parts.append(_score_completions(state, (name, decoding_name), rows, [i for i, _ in jobs], completions))
     return _merge(parts)
 
 
 def _sampling_params(decoding: Decoding, limit: int, stop: tuple[str, ...]) -> SamplingParams:
     return SamplingParams(
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        top_k=decoding.top_k,
-        max_new_tokens=limit,
-        stop=stop,
+        temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k, max_new_tokens=limit, stop=stop
     )
 
 
@@ -175,22 +146,12 @@ def _score_completions(
             "prompt": rows[i].prompt_text,
             "completion": text,
             "scores": {reward: values[j] for reward, values in numbers.items()},
-            "feedback": {
-                reward: values[j].feedback
-                for reward, values in results.items()
-                if values[j].feedback
-            },
+            "feedback": {reward: values[j].feedback for reward, values in results.items() if values[j].feedback},
         }
         for j, (text, i) in enumerate(zip(texts, owners, strict=True))
     ]
-    own = [
-        (i, record, len(c.ids))
-        for i, record, c in zip(owners, own_records, completions, strict=True)
-    ]
-    scored = sorted(
-        (item for part in collectives.all_gather_object(own) for item in part),
-        key=lambda item: item[0],
-    )
+    own = [(i, record, len(c.ids)) for i, record, c in zip(owners, own_records, completions, strict=True)]
+    scored = sorted((item for part in collectives.all_gather_object(own) for item in part), key=lambda item: item[0])
     records = [record for _, record, _ in scored]
     lengths = [length for _, _, length in scored]
     mean = {key: sum(lengths) / max(len(lengths), 1)}
@@ -198,17 +159,14 @@ def _score_completions(
     return EvaluationResult(scores=scores, records=records, tokens=sum(lengths), lengths=mean)
 
 
-def _mean_per_prompt(
-    scored: Sequence[tuple[int, Mapping[str, Any], int]],
-) -> dict[str, tuple[float, ...]]:
+def _mean_per_prompt(scored: Sequence[tuple[int, Mapping[str, Any], int]]) -> dict[str, tuple[float, ...]]:
     """Each prompt's mean over its completions, by reward, in the order of the prompts."""
     values: dict[str, dict[int, list[float]]] = {}
     for prompt, record, _ in scored:
         for reward, value in record["scores"].items():
             values.setdefault(reward, {}).setdefault(prompt, []).append(value)
     return {
-        reward: tuple(sum(scores) / len(scores) for scores in prompts.values())
-        for reward, prompts in values.items()
+        reward: tuple(sum(scores) / len(scores) for scores in prompts.values()) for reward, prompts in values.items()
     }
 
 

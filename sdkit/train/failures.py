@@ -7,23 +7,10 @@ import traceback
 from collections.abc import Sequence
 
 from sdkit.distributed import collectives
-from sdkit.language.errors import (
-    BadEnvironment,
-    OutOfMemory,
-    ProcessDied,
-    RunFailed,
-    SdkitError,
-    first_line,
-    one_line,
-)
+from sdkit.language.errors import BadEnvironment, OutOfMemory, ProcessDied, RunFailed, SdkitError, first_line, one_line
 from sdkit.runs import directory
 
-RANK_LOST_MESSAGES = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "timed out waiting",
-    "broken pipe",
-)
+RANK_LOST_MESSAGES = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe")
 """Parts of the messages of collectives when another rank is gone or has been silent for too long."""
 OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "cannot allocate memory", "out of memory")
 """Parts of the messages of PyTorch, CUDA and the kernel when memory runs out."""
@@ -46,14 +33,10 @@ def reported_error(error: BaseException, run: directory.RunDirectory) -> BaseExc
             hint="lower training.micro_batch_tokens or training.chunk_tokens, or set model.activation_checkpointing: true: "
             "--resume takes these changes; or train LoRA adapters in another run",
         )
-    traceback_file = run.path / (
-        f"error_rank_{collectives.rank()}.txt" if collectives.rank() else "error.txt"
-    )
+    traceback_file = run.path / (f"error_rank_{collectives.rank()}.txt" if collectives.rank() else "error.txt")
     with contextlib.suppress(BadEnvironment):
         directory.write_whole(traceback_file, "".join(traceback.format_exception(error)))
-    return RunFailed(
-        f"{type(error).__name__}: {one_line(error)}", hint=f"the traceback is in {traceback_file}"
-    )
+    return RunFailed(f"{type(error).__name__}: {one_line(error)}", hint=f"the traceback is in {traceback_file}")
 
 
 def rank_lost(missing: Sequence[int], error: BaseException) -> ProcessDied:

@@ -39,13 +39,9 @@ def record_gradient_norms(student: Student) -> list[GradientNorms]:
     passes: list[GradientNorms] = []
     original: Callable[..., Any] = student._projected_loss
 
-    def recorded(
-        hidden: Tensor, batch: MicroBatch, scores: Any, reference: Any, losses: Table[LossSpec]
-    ) -> Any:
+    def recorded(hidden: Tensor, batch: MicroBatch, scores: Any, reference: Any, losses: Table[LossSpec]) -> Any:
         if torch.is_grad_enabled():
-            imitation = Table(
-                {name: CrossEntropy(coefficient=loss.coefficient) for name, loss in losses.items()}
-            )
+            imitation = Table({name: CrossEntropy(coefficient=loss.coefficient) for name, loss in losses.items()})
             passes.append(
                 GradientNorms(
                     own=_squared_norm(original, hidden, batch, scores, reference, losses),

@@ -105,17 +105,10 @@ class RunData:
         needed = (column,) if column else ()
         with blaming("data"):
             rows = load_rows(self.spec.data, base, needed=needed, texts=self._text_columns(None))
-        held_out = [
-            row
-            for name, suite in suites.items()
-            for row in self.suites[name]
-            if suite.same_prompts == "drop"
-        ]
+        held_out = [row for name, suite in suites.items() for row in self.suites[name] if suite.same_prompts == "drop"]
         kept, dropped = drop_overlap(rows, held_out)
         if not kept:
-            raise BadData(
-                "every training row is held out too, so nothing is left to train on", path=("data",)
-            )
+            raise BadData("every training row is held out too, so nothing is left to train on", path=("data",))
         return kept, dropped
 
     def _text_columns(self, suite: Suite | None) -> set[str]:
@@ -204,9 +197,7 @@ class RunData:
         teacher = self.spec.teacher
         prompt = teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
         if prompt and self.known_ids:
-            self.known_ids.check(
-                self.tokenizer, f"row {row.index}: the teacher's prompt", prompt.ids
-            )
+            self.known_ids.check(self.tokenizer, f"row {row.index}: the teacher's prompt", prompt.ids)
         return prompt
 
     def answer(self, row: Row, completion: Sequence[int]) -> str | None:
@@ -233,9 +224,7 @@ class RunData:
         ]
         if bad:
             raise BadData(
-                first_of(bad),
-                hint="teacher.weights.routes must have every value",
-                path=("teacher", "weights", "by"),
+                first_of(bad), hint="teacher.weights.routes must have every value", path=("teacher", "weights", "by")
             )
 
     def check(self, steps: int) -> int:
@@ -284,10 +273,7 @@ class RunData:
         end = -1 if self.turn_end is None else self.turn_end
         unique_rows = {id(row): row for row in rows}.values()
         ids = [self.prompter.completion_ids(row.text(column) or "", end) for row in unique_rows]
-        self._check_ids(
-            (row, f"the {column}", completion)
-            for row, completion in zip(unique_rows, ids, strict=True)
-        )
+        self._check_ids((row, f"the {column}", completion) for row, completion in zip(unique_rows, ids, strict=True))
         lengths = {row.index: len(c) for row, c in zip(unique_rows, ids, strict=True)}
         return measure_completions(column, lengths, self.spec.rollout.max_new_tokens)
 
@@ -296,9 +282,7 @@ class RunData:
         faults: list[str] = []
         for row, what, ids in texts:
             self.largest_id = max(self.largest_id, *ids, 0)
-            fault = self.known_ids and self.known_ids.fault(
-                self.tokenizer, f"row {row.index}: {what}", ids
-            )
+            fault = self.known_ids and self.known_ids.fault(self.tokenizer, f"row {row.index}: {what}", ids)
             faults += [fault] if fault else []
         if faults:
             raise BadData(first_of(list(dict.fromkeys(faults))), hint=HINT)
@@ -314,16 +298,11 @@ class RunData:
         self._check_ids(
             (row, f"the {who}'s prompt", ids)
             for row, (student, teacher) in zip(rows, prompts, strict=True)
-            for who, ids in (
-                ("student", student),
-                ("teacher", teacher.ids if teacher and spec.teacher else ()),
-            )
+            for who, ids in (("student", student), ("teacher", teacher.ids if teacher and spec.teacher else ()))
         )
         sampled_by = spec.rollout.sampled_by
         if isinstance(sampled_by, TeacherSamples) and sampled_by.prompt == "teacher":
-            bad = [
-                f"row {row.index}: a slot is empty" for row in rows if self.teacher_ids(row) is None
-            ]
+            bad = [f"row {row.index}: a slot is empty" for row in rows if self.teacher_ids(row) is None]
             if bad:
                 hint = "the teacher samples, so every row needs its context"
                 raise BadData(first_of(bad), hint=hint)

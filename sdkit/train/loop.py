@@ -62,18 +62,14 @@ def _evaluate_start(state: TrainState, report: Report, stop: StopRequests) -> No
     report.lift(lift)
 
 
-def _stop_if_requested(
-    state: TrainState, report: Report, stop: StopRequests, *, unfinished: bool = False
-) -> None:
+def _stop_if_requested(state: TrainState, report: Report, stop: StopRequests, *, unfinished: bool = False) -> None:
     """Save a checkpoint and raise Stopped if a stop was requested and work is left.
 
     Work that is left is an `unfinished` evaluation, or more steps.
     """
     if collectives.all_reduce_max(stop.asked) and (unfinished or state.step < state.end):
         saved = checkpoint.save(state, report.run.path)
-        raise Stopped(
-            f"stopped after step {state.step}, saved {saved}", hint="continue with --resume"
-        )
+        raise Stopped(f"stopped after step {state.step}, saved {saved}", hint="continue with --resume")
 
 
 @contextlib.contextmanager
@@ -95,20 +91,12 @@ def _train_on_batch(state: TrainState, report: Report, step: int) -> None:
     started = time.perf_counter()
     collected = collect_rollouts(state, state.data.batch_rows(step), ("rollout", step))
     collected_at = time.perf_counter()
-    passing, shares = filter_rollouts(
-        state.spec.rollout.keep, collected.batch, partial(completion_text, state)
-    )
+    passing, shares = filter_rollouts(state.spec.rollout.keep, collected.batch, partial(completion_text, state))
     batch = prepare_rollouts(state, passing)
     prepared_at = time.perf_counter()
     parts = batch.split(state.plan.updates_per_step)
-    results = [
-        _update(state, report, collected, part)
-        for part in parts
-        if collectives.all_reduce_max(len(part))
-    ]
-    teacher_moved = (
-        results and state.teacher and state.teacher.after_rollout_batch(state.masters, state.scalar)
-    )
+    results = [_update(state, report, collected, part) for part in parts if collectives.all_reduce_max(len(part))]
+    teacher_moved = results and state.teacher and state.teacher.after_rollout_batch(state.masters, state.scalar)
     state.step = step + 1
     seconds = time.perf_counter() - started
     metrics = step_metrics(state, collected, results, shares, len(batch), seconds)
@@ -118,9 +106,7 @@ def _train_on_batch(state: TrainState, report: Report, step: int) -> None:
     report.step(state, collected, metrics)
 
 
-def _update(
-    state: TrainState, report: Report, collected: CollectedRollouts, part: RolloutBatch
-) -> StepResult:
+def _update(state: TrainState, report: Report, collected: CollectedRollouts, part: RolloutBatch) -> StepResult:
     try:
         result = train_step(state, part)
     except LossNotFinite:

@@ -16,12 +16,7 @@ from torch import Tensor
 
 from sdkit.batches import LossMask, Rollout, RolloutBatch
 from sdkit.language.errors import blaming
-from sdkit.language.required_statistics import (
-    Statistic,
-    masking_floor,
-    needs_teacher_scores,
-    weight_of,
-)
+from sdkit.language.required_statistics import Statistic, masking_floor, needs_teacher_scores, weight_of
 from sdkit.language.schedules import plain
 from sdkit.language.specs import (
     DriftWeight,
@@ -60,9 +55,7 @@ def build_loss_masks(
     """
     rollouts = [evolve(r, branch=route and branch_of(route, r)) for r in batch]
     masks = {
-        name: _term_masks(
-            name, term, rollouts, all_gather, route, special, (functions or {}).get(name)
-        )
+        name: _term_masks(name, term, rollouts, all_gather, route, special, (functions or {}).get(name))
         for name, term in losses.items()
     }
     return RolloutBatch(
@@ -127,9 +120,7 @@ class _Tokens:
         sizes = torch.tensor([len(s) for s in spans], dtype=torch.long)
         positions = [torch.arange(s.start, s.stop) for s in spans]
         return cls(
-            rollouts,
-            torch.arange(len(spans)).repeat_interleave(sizes),
-            torch.cat(positions) if positions else sizes,
+            rollouts, torch.arange(len(spans)).repeat_interleave(sizes), torch.cat(positions) if positions else sizes
         )
 
     def select(self, keep: Tensor) -> _Tokens:
@@ -174,36 +165,26 @@ class _Tokens:
         ]
 
 
-def _apply_mask(
-    term: LossSpec, tokens: _Tokens, all_gather: AllGather, special: Collection[int]
-) -> _Tokens:
+def _apply_mask(term: LossSpec, tokens: _Tokens, all_gather: AllGather, special: Collection[int]) -> _Tokens:
     """Return the tokens within the term's span that its mask keeps.
 
     The share of largest entropies comes last: it is a share of the tokens that the other settings keep.
     """
     mask = term.mask
     if mask.special_tokens == "leave_out":
-        tokens = tokens.select(
-            ~torch.isin(tokens.ids(), torch.tensor(sorted(special), dtype=torch.long))
-        )
+        tokens = tokens.select(~torch.isin(tokens.ids(), torch.tensor(sorted(special), dtype=torch.long)))
     if mask.teacher_entropy_above is not None:
-        tokens = tokens.select(
-            tokens.statistic("teacher_entropy") > plain(mask.teacher_entropy_above)
-        )
+        tokens = tokens.select(tokens.statistic("teacher_entropy") > plain(mask.teacher_entropy_above))
     floor = masking_floor(term)
     if floor is not None:
         tokens = tokens.select(_log_ratio(tokens) >= plain(floor))
     if mask.student_entropy_top is not None:
         values, own_slice = all_gather(tokens.statistic("student_entropy"))
-        tokens = tokens.select(
-            token_weights.top_share(values, plain(mask.student_entropy_top))[own_slice]
-        )
+        tokens = tokens.select(token_weights.top_share(values, plain(mask.student_entropy_top))[own_slice])
     return tokens
 
 
-def _weights(
-    weight: Weight, tokens: _Tokens, all_gather: AllGather, function: UserFunction | None
-) -> Tensor:
+def _weights(weight: Weight, tokens: _Tokens, all_gather: AllGather, function: UserFunction | None) -> Tensor:
     """Return the weight of each token, [M] float64, at least 0."""
     match weight:
         case PositionWeight(smallest=smallest, middle=middle, width=width):

@@ -19,9 +19,7 @@ NamedModels = Sequence[tuple[str, Weights]]
 """The student first, then every other model, each with the name that errors use."""
 
 
-def compared_vocabulary(
-    models: NamedModels, data: RunData, any_served: bool
-) -> tuple[int, int | None]:
+def compared_vocabulary(models: NamedModels, data: RunData, any_served: bool) -> tuple[int, int | None]:
     """Return the number of ids whose logits are compared, and the bound of the ids that may be sampled, if one is needed.
 
     An output projection may have more rows than the tokenizer has ids, and models may differ in the number of rows.
@@ -73,9 +71,7 @@ def check_models(
             )
 
 
-def probe_models(
-    spec: ExperimentSpec, models: NamedModels, device: torch.device, zero_stage: int
-) -> None:
+def probe_models(spec: ExperimentSpec, models: NamedModels, device: torch.device, zero_stage: int) -> None:
     """Run the checks that need a forward pass.  Raises BadData naming the key to change."""
     student = models[0][1]
     if spec.model.lora:

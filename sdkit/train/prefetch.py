@@ -69,12 +69,8 @@ class RolloutPrefetcher:
     def read(self, folder: Path) -> None:
         """Read the batches that `write` wrote.  Raises UnreadableInput if the file is missing."""
         if not (folder / PREFETCHED).is_file():
-            raise UnreadableInput(
-                f"{folder} has no {PREFETCHED}, which rollout.max_staleness needs"
-            )
-        self._sampled = {
-            line["batch"]: _from_record(line) for line in read_lines(folder / PREFETCHED)
-        }
+            raise UnreadableInput(f"{folder} has no {PREFETCHED}, which rollout.max_staleness needs")
+        self._sampled = {line["batch"]: _from_record(line) for line in read_lines(folder / PREFETCHED)}
 
     def _request(self, state: TrainState, batch: int) -> None:
         backend = state.servers()
@@ -125,8 +121,5 @@ def _from_record(line: Mapping[str, Any]) -> PrefetchedBatch:
         for record in line["completions"]
     }
     return PrefetchedBatch(
-        version=line["policy_version"],
-        completions=completions,
-        figures=line["figures"],
-        seconds=line["seconds"],
+        version=line["policy_version"], completions=completions, figures=line["figures"], seconds=line["seconds"]
     )

@@ -44,9 +44,7 @@ def recorded_date(spec: ExperimentSpec, base: Path, recording: Recording | None)
     return None
 
 
-def check_same_prompts(
-    data: RunData, provenance: Mapping[str, Any], whose: str, only: str | None = None
-) -> None:
+def check_same_prompts(data: RunData, provenance: Mapping[str, Any], whose: str, only: str | None = None) -> None:
     """Raise UnreadableInput if the prompts differ from those of an earlier run, though its rows may be the same.
 
     `whose` completes "the rendered prompts are not those that …"; `only` restricts the check to one part.
@@ -56,11 +54,7 @@ def check_same_prompts(
         return
     recorded = before["sha256"]
     now = data.prompt_fingerprints(before["rows"])
-    changed = [
-        name
-        for name, digest in now.items()
-        if only in (None, name) and recorded.get(name, digest) != digest
-    ]
+    changed = [name for name, digest in now.items() if only in (None, name) and recorded.get(name, digest) != digest]
     if changed:
         raise UnreadableInput(
             f"the rendered prompts are not those that {whose}: {listed(changed)}",

@@ -60,15 +60,9 @@ class Recording:
         does not have, or if the replay would overwrite the recording.
         """
         if folder.resolve() == self.run:
-            raise UnreadableInput(
-                f"{folder} is the recording itself", hint="name another with --to"
-            )
+            raise UnreadableInput(f"{folder} is the recording itself", hint="name another with --to")
         now = dict(leaves(resolved(spec)))
-        changed = [
-            path
-            for path in dict.fromkeys([*self.settings, *now])
-            if self.settings.get(path) != now.get(path)
-        ]
+        changed = [path for path in dict.fromkeys([*self.settings, *now]) if self.settings.get(path) != now.get(path)]
         faults = [
             f"{spelled(path)}: {shorten(self.settings.get(path))} then, {shorten(now.get(path))} now ({why})"
             for path in changed
@@ -130,8 +124,7 @@ def open_recording(name: str, steps: int | None = None) -> Recording:
     folder, at, step = name.rpartition("@")
     if not at or not step.isdecimal():
         raise UnreadableInput(
-            f"{shorten(name)} is not of the form RUN@STEP",
-            hint=f"{name.rstrip('@')}@0 replays the whole run",
+            f"{shorten(name)} is not of the form RUN@STEP", hint=f"{name.rstrip('@')}@0 replays the whole run"
         )
     run, start = Path(folder).resolve(), int(step)
     facts = origin(run)
@@ -156,9 +149,7 @@ def check_same_recording(folder: Path, recording: Recording | None) -> None:
     if before == (recording and recording.facts):
         return
     if before is None:
-        raise UnreadableInput(
-            f"{folder} is no replay", hint="continue it with `sdkit train --resume`"
-        )
+        raise UnreadableInput(f"{folder} is no replay", hint="continue it with `sdkit train --resume`")
     name, steps = f"{before['run']}@{before['start']}", before["end"] - before["start"]
     raise UnreadableInput(
         f"{folder} replays {name}",
@@ -188,13 +179,9 @@ def _end_batch(run: Path, start: int, steps: int | None) -> int:
     recorded = sorted(map(_step_number, (run / "rollouts").glob("step_*.jsonl")))
     end = recorded[-1] + 1 if recorded else 0
     if start >= end:
-        raise UnreadableInput(
-            f"{run} has recorded {counted(end, 'step')}, none from step {start} on"
-        )
+        raise UnreadableInput(f"{run} has recorded {counted(end, 'step')}, none from step {start} on")
     if steps is not None and start + steps > end:
-        raise UnreadableInput(
-            f"{run} has recorded {counted(end - start, 'step')} from step {start} on, not {steps}"
-        )
+        raise UnreadableInput(f"{run} has recorded {counted(end - start, 'step')} from step {start} on, not {steps}")
     return end if steps is None else start + steps
 
 

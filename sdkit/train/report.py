@@ -21,12 +21,7 @@ from sdkit.models.packing import LONGEST_PACK
 from sdkit.runs.directory import RunDirectory
 from sdkit.runs.evaluations import EvaluationResult, Key, read_back, signed, with_interval
 from sdkit.runs.intervals import Interval
-from sdkit.train.collect_rollouts import (
-    CollectedRollouts,
-    rollout_records,
-    sample_texts,
-    sort_records,
-)
+from sdkit.train.collect_rollouts import CollectedRollouts, rollout_records, sample_texts, sort_records
 from sdkit.train.evaluate import headline
 from sdkit.train.tripwires import triggered
 
@@ -45,12 +40,8 @@ class Report:
         self.last: EvaluationResult | None = None
         history = run.history()
         # Only the first rank reads the run directory; the others use what it read.
-        self.evaluated_at = collectives.broadcast_object(
-            {line["step"] for line in history if "eval/score" in line}
-        )
-        self.lifted = collectives.broadcast_object(
-            any(key.startswith("lift/") for line in history for key in line)
-        )
+        self.evaluated_at = collectives.broadcast_object({line["step"] for line in history if "eval/score" in line})
+        self.lifted = collectives.broadcast_object(any(key.startswith("lift/") for line in history for key in line))
         self.recent_steps = [line for line in history if "time/step" in line]  # for the tripwires
         # Tokens sampled for training so far.
         self.generated = max((line.get("tokens_generated", 0.0) for line in history), default=0.0)
@@ -65,12 +56,7 @@ class Report:
         )
         self.task = self.bar.add_task("training", total=steps)
 
-    def step(
-        self,
-        state: TrainState,
-        gathered: CollectedRollouts,
-        metrics: dict[str, float],
-    ) -> None:
+    def step(self, state: TrainState, gathered: CollectedRollouts, metrics: dict[str, float]) -> None:
         """Report one training step: a console line, a line of metrics, all rollouts and, at intervals, samples."""
         self.generated += metrics["rollout/tokens"]
         metrics["tokens_generated"] = self.generated
@@ -87,9 +73,7 @@ class Report:
         if (state.step - 1) % output.samples_every == 0:
             shown = sample_texts(state, gathered.batch, gathered.scores, output.samples)
             self.run.lines("samples", state.step, shown)
-            self.console.print(
-                f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False
-            )
+            self.console.print(f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False)
         self.bar.update(self.task, completed=state.step)
 
     def bad_batch(self, state: TrainState, gathered: CollectedRollouts, part: RolloutBatch) -> Path:
@@ -104,9 +88,7 @@ class Report:
             self.run.lines(folder, state.step, sort_records(collectives.gather_object(records)))
         return self.run.file("bad_batches", state.step)
 
-    def _warn_of_tripwires(
-        self, step: int, metrics: Mapping[str, float], patience: int | None
-    ) -> None:
+    def _warn_of_tripwires(self, step: int, metrics: Mapping[str, float], patience: int | None) -> None:
         """Print a warning, and add a line to warnings.jsonl, for each tripwire that triggers at this step."""
         if patience is None:
             return
@@ -118,11 +100,7 @@ class Report:
             self.console.print(f"  = {escape(trip.look_at)}", highlight=False)
 
     def evaluated(
-        self,
-        state: TrainState,
-        result: EvaluationResult,
-        losses: Mapping[str, float],
-        seconds: float,
+        self, state: TrainState, result: EvaluationResult, losses: Mapping[str, float], seconds: float
     ) -> None:
         """Report one evaluation: scores on the console, every completion to evaluations/."""
         self.first = self.first or result
@@ -132,11 +110,7 @@ class Report:
         metrics = result.metrics(key) | dict(losses)
         self.run.metrics(state.step, metrics | {"time/evaluation": seconds})
         self.run.lines("evaluations", state.step, result.records)
-        parts = [
-            f"{'/'.join(k[1:])} {_score_text(result.interval(k).mean)}"
-            for k in result.scores
-            if k[0] == key[0]
-        ]
+        parts = [f"{'/'.join(k[1:])} {_score_text(result.interval(k).mean)}" for k in result.scores if k[0] == key[0]]
         self.console.print(
             f"[cyan]evaluation after step {state.step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]",
             highlight=False,
@@ -146,9 +120,7 @@ class Report:
         """Report the teacher's lift, measured before training."""
         if not lift:
             return
-        table = Table(
-            title="teacher lift: score under the teacher's view minus the student's, before training"
-        )
+        table = Table(title="teacher lift: score under the teacher's view minus the student's, before training")
         for column in ("suite", "decoding", "score", "lift", "95 % interval", "prompts"):
             table.add_column(column)
         for (suite, decoding, reward), interval in lift.items():
@@ -174,16 +146,10 @@ def comparison_table(before: EvaluationResult, after: EvaluationResult, first: K
     """A table of every score before and after, with the paired bootstrap interval of the change."""
     table = Table(title="held-out prompts, from the student's own prompt")
     for column in ("suite", "decoding", "score", "before", "after", "change", "95 % interval", "n"):
-        table.add_column(
-            column, justify="left" if column in ("suite", "decoding", "score") else "right"
-        )
+        table.add_column(column, justify="left" if column in ("suite", "decoding", "score") else "right")
     for key in before.scores:
         change = after.difference(before, key)
-        values = [
-            with_interval(before.interval(key)),
-            with_interval(after.interval(key)),
-            *signed(change),
-        ]
+        values = [with_interval(before.interval(key)), with_interval(after.interval(key)), *signed(change)]
         style = "bold" if key[0] == first[0] and key[2] == first[2] else None
         table.add_row(*key, *values, str(change.n), style=style)
     return table
@@ -200,9 +166,7 @@ def scores_table(result: EvaluationResult) -> Table:
     return table
 
 
-def comparison_records(
-    before: EvaluationResult, after: EvaluationResult
-) -> list[dict[str, object]]:
+def comparison_records(before: EvaluationResult, after: EvaluationResult) -> list[dict[str, object]]:
     """The rows of `comparison_table` as JSON values, for result.json."""
     rows: list[dict[str, object]] = []
     for key in before.scores:
@@ -228,15 +192,11 @@ def print_objective_card(console: Console, state: TrainState, run: RunDirectory)
     lines += [escape(line) for line in plan.roles]
     lines += [f"[dim]derived: {escape(line)}[/]" for line in plan.derived]
     if state.data.dropped:
-        lines.append(
-            f"[dim]derived: {state.data.dropped} training rows dropped, their prompts are held out[/]"
-        )
+        lines.append(f"[dim]derived: {state.data.dropped} training rows dropped, their prompts are held out[/]")
     for name, repeats in state.data.dropped_repeats.items():
         if repeats:
             prompts = len(state.data.suites[name])
-            lines.append(
-                f"[dim]derived: suite {name} has {prompts} different prompts, {repeats} repeats dropped[/]"
-            )
+            lines.append(f"[dim]derived: suite {name} has {prompts} different prompts, {repeats} repeats dropped[/]")
     if state.spec.training.share_prompts and not state.longest_pack:
         lines.append(
             "[dim]derived: every completion repeats its prompt, as this model's attention takes no shared rows[/]"
@@ -246,9 +206,7 @@ def print_objective_card(console: Console, state: TrainState, run: RunDirectory)
             f"[dim]derived: completions share rows of up to {state.longest_pack} tokens, the reach of this model's attention[/]"
         )
     if not state.pads_samples:
-        lines.append(
-            "[dim]derived: prompts are sampled one by one, as padding changes what this model samples[/]"
-        )
+        lines.append("[dim]derived: prompts are sampled one by one, as padding changes what this model samples[/]")
     lines.append(
         f"{plan.steps} steps × {state.spec.training.prompts_per_step} prompts × "
         f"{state.spec.rollout.completions_per_prompt} completions, {len(state.data.train)} training rows"
@@ -281,15 +239,9 @@ def peak_gib() -> float:
 
 
 def _step_line(state: TrainState, metrics: Mapping[str, float]) -> str:
-    rewards = [
-        f"{k.removeprefix('reward/')} {v:.2f}"
-        for k, v in metrics.items()
-        if k.startswith("reward/")
-    ]
+    rewards = [f"{k.removeprefix('reward/')} {v:.2f}" for k, v in metrics.items() if k.startswith("reward/")]
     names = {"rollout": "rollout", "teacher": "teacher", "update": "update", "sync": "sync"}
-    times = " ".join(
-        f"{short} {metrics.get('time/' + name, 0):.1f}" for name, short in names.items()
-    )
+    times = " ".join(f"{short} {metrics.get('time/' + name, 0):.1f}" for name, short in names.items())
     skipped = " [red]skipped[/]" if metrics["skipped_steps"] else ""
     trained = "[yellow]no rollout kept, no update[/]"
     if "loss" in metrics:

@@ -54,9 +54,7 @@ def scores_training_rows(spec: ExperimentSpec, name: str) -> bool:
     return column_of(reward) in (None, *(data.columns or {}))
 
 
-def check_rewards(
-    rewards: Mapping[str, Reward], scorers: Mapping[str, Scorer], rows: Sequence[Row]
-) -> None:
+def check_rewards(rewards: Mapping[str, Reward], scorers: Mapping[str, Scorer], rows: Sequence[Row]) -> None:
     """Raise BadData if a row lacks the right answer or the tests that a reward reads, or if a reward cannot score."""
     _check_answers(scorers, rows)
     _score_empty_completions(rewards, scorers, rows)

@@ -99,11 +99,7 @@ class RolloutBackends:
             case VllmBackend():
                 with quiet():
                     return VllmRollouts(
-                        spec,
-                        self.model_folder,
-                        self.spec.model.dtype,
-                        self.longest_sequence,
-                        self.end_ids,
+                        spec, self.model_folder, self.spec.model.dtype, self.longest_sequence, self.end_ids
                     )
             case VllmServerBackend():
                 vocabulary = self.student.causal.config.get_text_config().vocab_size

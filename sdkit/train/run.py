@@ -30,13 +30,7 @@ from sdkit.language.specs import (
     tokens_told,
 )
 from sdkit.models.embedding_ids import known_ids
-from sdkit.models.loading import (
-    check_vocabulary,
-    load_config,
-    load_tokenizer,
-    resolve_model,
-    weights_folder,
-)
+from sdkit.models.loading import check_vocabulary, load_config, load_tokenizer, resolve_model, weights_folder
 from sdkit.plan.machine import machine_for
 from sdkit.plan.plan import make_plan
 from sdkit.runs import directory
@@ -54,10 +48,7 @@ from sdkit.train.state import TrainState
 
 
 def open_train_state(
-    spec: ExperimentSpec,
-    base: Path,
-    recording: Recording | None = None,
-    now: datetime | None = None,
+    spec: ExperimentSpec, base: Path, recording: Recording | None = None, now: datetime | None = None
 ) -> TrainState:
     """Load the data, then DeepSpeed, model and teacher, so that bad rows are reported before weights are loaded.
 
@@ -100,15 +91,11 @@ def _open_with_data(
     try:
         # Ranks start at different times.
         data.prompter.now = collectives.broadcast_object(data.prompter.now)
-        plan = make_plan(
-            spec, machine_for(spec, collectives.world_size()), None, rows=len(data.train)
-        )
+        plan = make_plan(spec, machine_for(spec, collectives.world_size()), None, rows=len(data.train))
         assert plan.steps is not None
         longest = data.check(plan.steps)
         if recording:
-            prompt_record.check_same_prompts(
-                data, recording.origin, f"{recording.run} was recorded with", "train"
-            )
+            prompt_record.check_same_prompts(data, recording.origin, f"{recording.run} was recorded with", "train")
         for model in served.values():
             model.check_length(longest)
         if servers:
@@ -124,9 +111,7 @@ def _open_with_data(
         raise
 
 
-def _connect_teachers(
-    spec: ExperimentSpec, base: Path, tokenizer: Any
-) -> dict[ServedWeights, ServedModel]:
+def _connect_teachers(spec: ExperimentSpec, base: Path, tokenizer: Any) -> dict[ServedWeights, ServedModel]:
     """A client for each served teacher, checked before anything heavy is loaded."""
     models: dict[ServedWeights, ServedModel] = {}
     for _, weights in served_teachers(spec):
@@ -184,20 +169,14 @@ def train(
     if recording:
         recording.check_spec(spec, folder)
     directory.claim(folder, resume=resume, overwrite=overwrite)
-    resume_from = (
-        _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
-    )
+    resume_from = _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
     if recording and recording.checkpoint:
         recorded_run = recording.origin.get("run")
-        resuming.check_usable(
-            recording.checkpoint, recorded_run, launched() or 1, hashes=_is_first_rank()
-        )
+        resuming.check_usable(recording.checkpoint, recorded_run, launched() or 1, hashes=_is_first_rank())
     started = prompt_record.template_date(directory.provenance(folder)) if resume else None
     state = open_train_state(spec, base, recording, started)
     resume_from = collectives.broadcast_object(resume_from)
-    run = _open_run_directory(
-        folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard
-    )
+    run = _open_run_directory(folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard)
     try:
         if resume_from:
             _restore(state, run, resume_from)
@@ -220,9 +199,7 @@ def train(
     return folder
 
 
-def _report_failure(
-    error: BaseException, state: TrainState, run: directory.RunDirectory
-) -> BaseException:
+def _report_failure(error: BaseException, state: TrainState, run: directory.RunDirectory) -> BaseException:
     """Close a run that ends early and record why in status.json; returns the error that the command reports."""
     roll_call = collectives.RollCall() if failures.is_rank_lost(error) else None
     reported = failures.reported_error(error, run)
@@ -235,20 +212,14 @@ def _report_failure(
     return reported
 
 
-def _write_failure_status(
-    run: directory.RunDirectory, state: str, step: int, error: BaseException
-) -> None:
+def _write_failure_status(run: directory.RunDirectory, state: str, step: int, error: BaseException) -> None:
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     with contextlib.suppress(BadEnvironment):  # if the disk is full, `error` says so
         run.status(state, step=step, reason=reason or type(error).__name__)
 
 
 def _checkpoint_to_resume(
-    spec: ExperimentSpec,
-    folder: Path,
-    resolved: str,
-    console: Console,
-    recording: Recording | None,
+    spec: ExperimentSpec, folder: Path, resolved: str, console: Console, recording: Recording | None
 ) -> Path | None:
     """The checkpoint to resume from, after printing warnings; None if the run has none yet.
 
@@ -261,9 +232,7 @@ def _checkpoint_to_resume(
     check_same_recording(folder, recording)
     resuming.report_previous_attempt(folder, warn)
     resuming.check_same_spec(folder, resolved)
-    expected = Origin(
-        run=directory.provenance(folder).get("run"), spec=spec_digest(spec), ranks=launched() or 1
-    )
+    expected = Origin(run=directory.provenance(folder).get("run"), spec=spec_digest(spec), ranks=launched() or 1)
     return resuming.newest_checkpoint(folder, expected, warn, hashes=_is_first_rank())
 
 
@@ -274,9 +243,7 @@ def _is_first_rank() -> bool:
 
 def _restore(state: TrainState, run: directory.RunDirectory, saved: Path) -> None:
     resuming.check_same_data(run.path, state.data.fingerprints())
-    prompt_record.check_same_prompts(
-        state.data, directory.provenance(run.path), "this run began with"
-    )
+    prompt_record.check_same_prompts(state.data, directory.provenance(run.path), "this run began with")
     checkpoint.load(state, saved)
     run.forget_after(state.step)
 
@@ -310,13 +277,9 @@ def _train(state: TrainState, run: directory.RunDirectory, console: Console) -> 
     console.print(f"run directory: {run.path}", highlight=False)
 
 
-def evaluate_only(
-    spec: ExperimentSpec, base: Path, console: Console, run: Path | None = None
-) -> dict[str, float]:
+def evaluate_only(spec: ExperimentSpec, base: Path, console: Console, run: Path | None = None) -> dict[str, float]:
     """Run the spec's evaluation on its start model; returns the metrics.  Templates print the date of `run`, if given."""
-    state = open_train_state(
-        spec, base, now=run and prompt_record.template_date(directory.provenance(run))
-    )
+    state = open_train_state(spec, base, now=run and prompt_record.template_date(directory.provenance(run)))
     together = False
     try:
         result = evaluate(state)
@@ -330,20 +293,14 @@ def evaluate_only(
 
 
 def _provenance(state: TrainState, base: Path, recording: Recording | None) -> dict[str, Any]:
-    model = {
-        "path": state.spec.model.path,
-        "revision": state.spec.model.revision,
-        "located": state.model_folder,
-    }
+    model = {"path": state.spec.model.path, "revision": state.spec.model.revision, "located": state.model_folder}
     config = state.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
     others = [
         {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)}
         for _, w in other_models(state.spec)
     ]
-    served = [
-        {"url": w.url, "model": w.model, "root": model.root} for w, model in state.served.items()
-    ]
+    served = [{"url": w.url, "model": w.model, "root": model.root} for w, model in state.served.items()]
     return provenance(
         base,
         run=secrets.token_hex(8),

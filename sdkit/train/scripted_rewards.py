@@ -50,9 +50,7 @@ def scorer(spec: MethodSpec) -> Scorer:
     def judge(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
         rewards = [script[place % len(script)] for place in range(len(pairs))]
         return [
-            ScoredCompletion(
-                reward=r, feedback="This is right." if r >= top else "This is not right."
-            )
+            ScoredCompletion(reward=r, feedback="This is right." if r >= top else "This is not right.")
             for r in rewards
         ]
 

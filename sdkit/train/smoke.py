@@ -80,9 +80,7 @@ VOCABULARY = 512
 MAX_NEW_TOKENS = 16  # tokens of a completion
 
 
-def smoke(
-    spec: MethodSpec, console: Console, steps: int = STEPS, home: Path | None = None
-) -> list[dict[str, Any]]:
+def smoke(spec: MethodSpec, console: Console, steps: int = STEPS, home: Path | None = None) -> list[dict[str, Any]]:
     """Run `steps` steps of the spec in miniature; returns the lines of metrics.jsonl.
 
     Paths in the spec are relative to `home` (default: the current folder).  Raises NumericsGuard if a step has no
@@ -138,10 +136,7 @@ def _check_gradients(
     trained = [line for line in lines if "grad_norm" in line]
     for line in trained:
         if not 0 < line["grad_norm"] < float("inf"):
-            raise NumericsGuard(
-                f"step {line['step']} has a gradient of norm {line['grad_norm']}",
-                hint=NO_SIGNAL_HINT,
-            )
+            raise NumericsGuard(f"step {line['step']} has a gradient of norm {line['grad_norm']}", hint=NO_SIGNAL_HINT)
     if gradient_signal.is_noise(passes):
         raise NumericsGuard("the gradient is rounding noise alone", hint=NO_SIGNAL_HINT)
     assert len(trained) == state.plan.steps
@@ -164,9 +159,7 @@ def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> Experi
         route=spec.route,
         model=_small_model(full.model if full else ModelSpec(path="model")),
         data=rows,
-        rewards=Table(
-            dict.fromkeys(full.rewards if full else ("reward",), RegexReward(pattern="."))
-        ),
+        rewards=Table(dict.fromkeys(full.rewards if full else ("reward",), RegexReward(pattern="."))),
         reward=full and full.reward,
         evaluation=full
         and full.evaluation
@@ -178,9 +171,7 @@ def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> Experi
         ),
         optimizer=evolve(full.optimizer, warmup_steps=0) if full else OptimizerSpec(lr=1e-3),
         training=_small_training(
-            full.training if full else None,
-            steps,
-            max(2, len(scripted_rewards.group_rewards(spec))),
+            full.training if full else None, steps, max(2, len(scripted_rewards.group_rewards(spec)))
         ),
         output=OutputSpec(samples_every=1, samples=1, tensorboard=False),
     )
@@ -264,9 +255,7 @@ def _small_loss(term: Loss, home: Path) -> Loss:
     if not isinstance(term, Distillation):
         return term
     clip = evolve(
-        term.clip,
-        token=term.clip.token and WIDE_BOUND,
-        log_ratio=term.clip.log_ratio and (-WIDE_BOUND, WIDE_BOUND),
+        term.clip, token=term.clip.token and WIDE_BOUND, log_ratio=term.clip.log_ratio and (-WIDE_BOUND, WIDE_BOUND)
     )
     if isinstance(term.support, TopKSupport):
         k = min(term.support.k, VOCABULARY // 4)
@@ -288,12 +277,7 @@ def _small_training(training: TrainingSpec | None, steps: int, prompts: int) -> 
     base = training or TrainingSpec(steps=steps, prompts_per_step=prompts)
     updates = min(base.updates_per_rollout, 2)
     return evolve(
-        base,
-        steps=steps,
-        epochs=None,
-        prompts_per_step=prompts,
-        updates_per_rollout=updates,
-        micro_batch_tokens=2048,
+        base, steps=steps, epochs=None, prompts_per_step=prompts, updates_per_rollout=updates, micro_batch_tokens=2048
     )
 
 
@@ -319,23 +303,18 @@ def _few_rows(spec: MethodSpec) -> DataSpec:
         Table({name: value(name, i) for name in sorted(names)})
         for i in range(max(ROWS, 2 * len(scripted_rewards.group_rewards(spec))))
     )
-    return DataSpec(
-        source=InlineSource(rows=rows), columns=Table({name: name for name in sorted(names)})
-    )
+    return DataSpec(source=InlineSource(rows=rows), columns=Table({name: name for name in sorted(names)}))
 
 
 def _small_suite(suite: Suite, data: DataSpec) -> Suite:
     assert isinstance(data.source, InlineSource)
     held_out = tuple(
-        Table({k: f"held out {v}" if k == "prompt" else v for k, v in row.items()})
-        for row in data.source.rows
+        Table({k: f"held out {v}" if k == "prompt" else v for k, v in row.items()}) for row in data.source.rows
     )
     return evolve(
         suite,
         data=DataSpec(source=InlineSource(rows=held_out), columns=data.columns),
         max_new_tokens=8,
         loss_prompts=min(suite.loss_prompts, 2),
-        decoding=Table(
-            {n: evolve(d, samples=min(d.samples, 2)) for n, d in suite.decoding.items()}
-        ),
+        decoding=Table({n: evolve(d, samples=min(d.samples, 2)) for n, d in suite.decoding.items()}),
     )

@@ -71,9 +71,7 @@ class TrainState:
         self.base = base
         self.data = data
         self.model_folder = model_folder
-        self.longest_sequence = (
-            longest_sequence  # tokens of the longest sequence, completion included
-        )
+        self.longest_sequence = longest_sequence  # tokens of the longest sequence, completion included
         self.served = served or {}
         self.pool = pool  # of rollout servers; on the first rank only
         self.prefetcher: RolloutPrefetcher | None = None
@@ -138,10 +136,7 @@ class TrainState:
         backends = self.plan.backend, self.plan.evaluation_backend
         return not (
             any(isinstance(backend, TransformersBackend) for backend in backends)
-            and any(
-                padding_shows_in_samples(weights, self.data.tokenizer, self.end_ids)
-                for _, weights in self.models
-            )
+            and any(padding_shows_in_samples(weights, self.data.tokenizer, self.end_ids) for _, weights in self.models)
         )
 
     def _initialize_zero(self, model: nn.Module) -> None:
@@ -159,11 +154,7 @@ class TrainState:
     @property
     def _other_weights(self) -> dict[nn.Module, Weights]:
         """The weights of every module other than the student's: teachers, the reference, the base of a blend."""
-        teachers = (
-            *(self.teacher.leaves if self.teacher else ()),
-            self.reference,
-            self.blend_partner,
-        )
+        teachers = (*(self.teacher.leaves if self.teacher else ()), self.reference, self.blend_partner)
         weights = {t.weights.model: t.weights for t in teachers if t and t.weights}
         weights.pop(self.student.model, None)
         return weights
@@ -177,22 +168,15 @@ class TrainState:
             weights.sharding = zero_shards.Zero3Sharding(root, head)
 
     def _open_teacher(self, weights: TeacherWeights) -> Teacher:
-        return open_teacher(
-            weights, self.student, self._load_external, lambda served: self.served[served].score
-        )
+        return open_teacher(weights, self.student, self._load_external, lambda served: self.served[served].score)
 
     def _load_external(self, weights: ExternalWeights) -> Any:
         spec = ModelSpec(
-            path=weights.path,
-            revision=weights.revision,
-            dtype=weights.dtype,
-            attention=self.spec.model.attention,
+            path=weights.path, revision=weights.revision, dtype=weights.dtype, attention=self.spec.model.attention
         )
         path = next(path for path, other in other_models(self.spec) if other == weights)
         with blaming(*path, "path"):
-            model: Any = load_model(
-                spec, resolve_model(weights.path, self.base), self.spec.training.seed
-            )
+            model: Any = load_model(spec, resolve_model(weights.path, self.base), self.spec.training.seed)
             _ = Weights(model.to(self.device)).transform
         return model
 
@@ -203,9 +187,7 @@ class TrainState:
         if self.blend_partner:
             teachers.append(("base of the blend", self.blend_partner))
         foreign = [
-            (name, teacher.weights)
-            for name, teacher in teachers
-            if teacher.weights and teacher.weights.foreign
+            (name, teacher.weights) for name, teacher in teachers if teacher.weights and teacher.weights.foreign
         ]
         return [("student", self.student), *foreign]
 
@@ -219,9 +201,7 @@ class TrainState:
             case GeometricBlend():
                 return self.reference
             case ExtrapolateBlend(base=base):
-                return (
-                    self.reference if isinstance(base, FrozenWeights) else self._open_frozen(base)
-                )
+                return self.reference if isinstance(base, FrozenWeights) else self._open_frozen(base)
             case other:
                 assert_never(other)
 
@@ -268,9 +248,7 @@ class TrainState:
         for name, value in self.zero.masters():
             yield name.removeprefix("model."), value
 
-    def backend(
-        self, weights: Weights, *, evaluation: bool = False
-    ) -> tuple[RolloutBackend, dict[str, float]]:
+    def backend(self, weights: Weights, *, evaluation: bool = False) -> tuple[RolloutBackend, dict[str, float]]:
         """Return the backend with these weights loaded, and the metrics of the transfer (none if nothing moved)."""
         return self.backends.load(weights, self.optimizer_steps, evaluation=evaluation)
 

@@ -106,10 +106,7 @@ def _scheduled_values(state: TrainState) -> dict[str, float]:
     """Return the current value of every schedule of the losses and of the teacher, by its key path."""
     spec = state.spec
     scheduled = (*schedules(spec.losses), *schedules(spec.teacher, ("teacher",)))
-    return {
-        "/".join(map(str, path)): scalar_at(schedule, state.optimizer_steps)
-        for path, schedule in scheduled
-    }
+    return {"/".join(map(str, path)): scalar_at(schedule, state.optimizer_steps) for path, schedule in scheduled}
 
 
 def learning_rate(spec: OptimizerSpec, update: int, total: int) -> float:
@@ -141,9 +138,7 @@ def average_metrics(sums: Mapping[str, Tensor], collated: CollatedBatch) -> dict
             metrics[key] = value / max(values[f"{name}/tokens"], 1)
     metrics |= _route_shares(collated)
     tokens = sum(b.student.tokens for b in collated.micro_batches)
-    all_tokens, all_padded = collectives.all_reduce_sum(
-        torch.tensor([tokens, collated.padded_tokens])
-    ).tolist()
+    all_tokens, all_padded = collectives.all_reduce_sum(torch.tensor([tokens, collated.padded_tokens])).tolist()
     metrics["padding"] = 1 - all_tokens / max(all_padded, 1)
     for name, counts in collated.counts.items():
         metrics[f"{name}/tokens"] = counts.tokens
@@ -164,9 +159,7 @@ def _route_shares(collated: CollatedBatch) -> dict[str, float]:
 
 def _update_teacher(state: TrainState) -> dict[str, float]:
     teacher = state.teacher
-    if teacher is None or not teacher.after_update(
-        state.masters, state.optimizer_steps, state.scalar
-    ):
+    if teacher is None or not teacher.after_update(state.masters, state.optimizer_steps, state.scalar):
         return {}
     return {"teacher_distance": teacher.distance}
 

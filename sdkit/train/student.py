@@ -10,12 +10,7 @@ from torch import Tensor, nn
 
 from sdkit.batches import LogitTransform, MicroBatch, TeacherScores, Tokens
 from sdkit.language.specs import Loss, Table
-from sdkit.losses.chunks import (
-    projected_loss,
-    scored_logprobs,
-    token_logprobs,
-    token_logprobs_and_entropy,
-)
+from sdkit.losses.chunks import projected_loss, scored_logprobs, token_logprobs, token_logprobs_and_entropy
 from sdkit.losses.objective import Objective, UserDivergence, sampler_ratio
 from sdkit.losses.policy_terms import sequence_means
 from sdkit.models.weights import Weights
@@ -54,11 +49,7 @@ class Student(nn.Module):
         return self.weights.transform.first(self.rows)
 
     def forward(
-        self,
-        batch: MicroBatch,
-        scores: TeacherScores | None,
-        reference: TeacherScores | None,
-        losses: Table[Loss],
+        self, batch: MicroBatch, scores: TeacherScores | None, reference: TeacherScores | None, losses: Table[Loss]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and the sums of its metrics over the counted tokens."""
         hidden = self.weights.selected_states(batch.student)
@@ -87,11 +78,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _with_sequence_statistics(
-        self,
-        batch: MicroBatch,
-        hidden: Tensor,
-        scores: TeacherScores | None,
-        objective: Objective,
+        self, batch: MicroBatch, hidden: Tensor, scores: TeacherScores | None, objective: Objective
     ) -> Tokens:
         """Return the tokens with their sequence-level ratio and means, if a term needs them.
 
@@ -110,9 +97,7 @@ class Student(nn.Module):
             trainer = current if old is None else old
             tokens = evolve(tokens, ratio=sampler_ratio(losses, trainer, tokens, batch.rows))
         if objective.needs_sequence_means:
-            teacher = scores and scored_logprobs(
-                scores, tokens.token, self.temperature, self.chunk_tokens
-            )
+            teacher = scores and scored_logprobs(scores, tokens.token, self.temperature, self.chunk_tokens)
             means = sequence_means(losses, current, teacher, tokens, batch.rows)
             tokens = evolve(tokens, sequence_means=means)
         return tokens
@@ -125,6 +110,4 @@ class Student(nn.Module):
     def token_statistics(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return each counted token's log-probability and entropy at the sampling temperature, both [M] float32."""
         scores = self.weights.scores(batch.student, self.rows)
-        return token_logprobs_and_entropy(
-            scores, batch.tokens.token, self.temperature, self.chunk_tokens
-        )
+        return token_logprobs_and_entropy(scores, batch.tokens.token, self.temperature, self.chunk_tokens)

@@ -10,23 +10,9 @@ from typing import TYPE_CHECKING, assert_never
 import torch
 from torch import Tensor
 
-from sdkit.batches import (
-    BlendedScores,
-    MicroBatch,
-    PaddedSequences,
-    RoutedScores,
-    TeacherScores,
-    TopKLogprobs,
-)
+from sdkit.batches import BlendedScores, MicroBatch, PaddedSequences, RoutedScores, TeacherScores, TopKLogprobs
 from sdkit.language.schedules import plain
-from sdkit.language.specs import (
-    Blend,
-    ExtrapolateBlend,
-    GeometricBlend,
-    ProductBlend,
-    TrustRegionBlend,
-    tokens_told,
-)
+from sdkit.language.specs import Blend, ExtrapolateBlend, GeometricBlend, ProductBlend, TrustRegionBlend, tokens_told
 from sdkit.losses.chunks import top_k_logprobs
 from sdkit.models.packing import pad_sequences
 from sdkit.models.teachers import Teacher
@@ -85,9 +71,7 @@ def _blend_factors(blend: Blend) -> tuple[float, float]:
             assert_never(blend)
 
 
-def _score_blend_partner(
-    state: TrainState, prompt: PaddedSequences, reference: TeacherScores | None
-) -> TeacherScores:
+def _score_blend_partner(state: TrainState, prompt: PaddedSequences, reference: TeacherScores | None) -> TeacherScores:
     """Return the scores of the model that the teacher is blended with."""
     assert state.blend_partner is not None
     if reference and state.blend_partner is state.reference:
@@ -149,9 +133,7 @@ def _merge_top_k(scores: list[TopKLogprobs], part: Tensor) -> TopKLogprobs:
     return TopKLogprobs(ids=ids, logprobs=logprobs, sampled=sampled)
 
 
-def _select_sequences(
-    state: TrainState, sequences: PaddedSequences, members: list[int]
-) -> PaddedSequences:
+def _select_sequences(state: TrainState, sequences: PaddedSequences, members: list[int]) -> PaddedSequences:
     """Return a padded batch of some of the sequences."""
     texts = [sequences.texts[i] for i in members]
     return pad_sequences(

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from sdkit.train.state import TrainState
 
 
-def prepare_rollouts(
-    state: TrainState, rollouts: RolloutBatch, *, training: bool = True
-) -> RolloutBatch:
+def prepare_rollouts(state: TrainState, rollouts: RolloutBatch, *, training: bool = True) -> RolloutBatch:
     """Return the rollouts with all that `train_step` needs, or `evaluate_objective` if `training` is False.
 
     Call it on the full rollout batch, before the batch is split into several updates.
@@ -40,9 +38,7 @@ def prepare_rollouts(
         rollouts = compute_token_statistics(state, rollouts, names)
     if needs_old_logprobs:
         rollouts = RolloutBatch(
-            rollouts=tuple(
-                evolve(r, old_logprobs=r.token_statistics["student_logprobs"]) for r in rollouts
-            )
+            rollouts=tuple(evolve(r, old_logprobs=r.token_statistics["student_logprobs"]) for r in rollouts)
         )
     rollouts.check()
     return build_loss_masks(
@@ -56,9 +52,7 @@ def prepare_rollouts(
 
 
 @torch.no_grad()
-def compute_token_statistics(
-    state: TrainState, rollouts: RolloutBatch, names: Collection[Statistic]
-) -> RolloutBatch:
+def compute_token_statistics(state: TrainState, rollouts: RolloutBatch, names: Collection[Statistic]) -> RolloutBatch:
     """Return the rollouts with these statistics of every completion token, at the sampling temperature.
 
     A rollout without a teacher prompt gets no teacher statistics.
@@ -66,11 +60,7 @@ def compute_token_statistics(
     needs_teacher = any(name.startswith("teacher") for name in names)
     budget = state.spec.training.micro_batch_tokens
     statistics: dict[int, dict[str, tuple[float, ...]]] = {}  # by the id() of the rollout
-    batches = [
-        *collate_completions(
-            list(rollouts), budget, state.device, state.longest_pack, teacher=needs_teacher
-        )
-    ]
+    batches = [*collate_completions(list(rollouts), budget, state.device, state.longest_pack, teacher=needs_teacher)]
     empty = empty_micro_batch((), teacher=needs_teacher, device=state.device)
     batches += [((), empty)] * (collectives.all_reduce_max(len(batches)) - len(batches))
     for part, batch in batches:
@@ -85,9 +75,7 @@ def compute_token_statistics(
                 for name, values in by_name.items()
                 if rollout.teacher_prompt_ids is not None or not name.startswith("teacher")
             }
-    return RolloutBatch(
-        rollouts=tuple(evolve(r, token_statistics=statistics[id(r)]) for r in rollouts)
-    )
+    return RolloutBatch(rollouts=tuple(evolve(r, token_statistics=statistics[id(r)]) for r in rollouts))
 
 
 def _batch_statistics(
@@ -103,9 +91,7 @@ def _batch_statistics(
     yield from (pair for pair in pairs if pair[0] in names)
 
 
-def _teacher_statistics(
-    state: TrainState, scores: TeacherScores, token: Tensor
-) -> Iterator[tuple[Statistic, Tensor]]:
+def _teacher_statistics(state: TrainState, scores: TeacherScores, token: Tensor) -> Iterator[tuple[Statistic, Tensor]]:
     """Yield the teacher's statistics, without its entropy if only its top-k log-probabilities are known."""
     settings = state.spec.rollout.temperature, state.spec.training.chunk_tokens
     if isinstance(scores, TopKLogprobs):

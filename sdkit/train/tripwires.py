@@ -48,9 +48,7 @@ def triggered(lines: Sequence[StepMetrics], patience: int) -> list[TripwireWarni
         onset = all(bad[-patience:]) and (len(bad) == patience or not bad[0])
         if onset and (now := bad[-1]):
             first, last = int(recent[-patience]["step"]), int(recent[-1]["step"])
-            warnings.append(
-                TripwireWarning(wire=name, first=first, step=last, cause=now, look_at=look_at)
-            )
+            warnings.append(TripwireWarning(wire=name, first=first, step=last, cause=now, look_at=look_at))
     return warnings
 
 
@@ -98,9 +96,7 @@ def _all_truncated(line: StepMetrics) -> str | None:
 
 def _no_gradient(line: StepMetrics) -> str | None:
     """No gradient, unless another tripwire explains it."""
-    if line.get("grad_norm", 1) > NO_GRADIENT or any(
-        c(line) for c in (*SPECIFIC_CAUSES, _all_truncated)
-    ):
+    if line.get("grad_norm", 1) > NO_GRADIENT or any(c(line) for c in (*SPECIFIC_CAUSES, _all_truncated)):
         return None
     norm, loss = line["grad_norm"], line.get("loss", 0)
     if abs(loss) <= NO_KL:

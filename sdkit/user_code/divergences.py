@@ -35,11 +35,7 @@ class UserDivergence(UserFunction[FileDivergence]):
     def try_out(self) -> None:
         """Raises BadData with everything that is wrong with the function."""
         spec = self.spec
-        problems = list(
-            find_problems(
-                self, zero_when_equal=spec.zero_when_equal, exact_gradient=spec.exact_gradient
-            )
-        )
+        problems = list(find_problems(self, zero_when_equal=spec.zero_when_equal, exact_gradient=spec.exact_gradient))
         if problems:
             raise self._error("; ".join(problems))
 

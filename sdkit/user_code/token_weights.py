@@ -41,9 +41,7 @@ class UserWeight(UserFunction[FileWeight]):
         if invalid.any():
             row, place = invalid.nonzero()[0].tolist()
             value = weights[row, place].item()
-            raise self._error(
-                f"returned {value:g} for rollout {row}, token {place}, not {expected}"
-            )
+            raise self._error(f"returned {value:g} for rollout {row}, token {place}, not {expected}")
         return weights
 
     def try_out(self) -> None:
@@ -53,22 +51,16 @@ class UserWeight(UserFunction[FileWeight]):
         """
         counts, features = _made_up_rollouts()
         weights = self(counts, features)
-        self._check_equal(
-            weights, self(counts, features), "returns something else when called again"
-        )
+        self._check_equal(weights, self(counts, features), "returns something else when called again")
         wider = self(_padded(counts), {name: _padded(x) for name, x in features.items()})
-        self._check_equal(
-            weights, wider[:, : counts.shape[1]], "depends on padding", "look at counts"
-        )
+        self._check_equal(weights, wider[:, : counts.shape[1]], "depends on padding", "look at counts")
         if self.spec.rows == "group":
             return
         for row in range(len(counts)):
             one = slice(row, row + 1)
             alone = self(counts[one], {name: x[one] for name, x in features.items()})
             problem = "gives a rollout other weights beside other rollouts"
-            self._check_equal(
-                weights[one], alone, problem, "set rows: group, or use each row alone"
-            )
+            self._check_equal(weights[one], alone, problem, "set rows: group, or use each row alone")
 
     def _check_equal(self, a: Tensor, b: Tensor, problem: str, hint: str | None = None) -> None:
         if not torch.allclose(a, b, rtol=1e-5, atol=1e-7):

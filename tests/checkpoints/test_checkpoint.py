@@ -44,9 +44,7 @@ def run(three, tmp_path):
 
 def own(three, run, ranks=1):
     return Origin(
-        run=json.loads((run / "provenance.json").read_text())["run"],
-        spec=manifest.spec_digest(three[0]),
-        ranks=ranks,
+        run=json.loads((run / "provenance.json").read_text())["run"], spec=manifest.spec_digest(three[0]), ranks=ranks
     )
 
 
@@ -65,9 +63,7 @@ def test_the_manifest_names_every_file_and_its_origin(three):
     held = json.loads((last / "MANIFEST.json").read_text())
     assert set(held["files"]) == {p.name for p in last.iterdir()} - {"MANIFEST.json"}
     assert {"random_rank_0.json", "teacher.safetensors"} <= set(held["files"])
-    assert held["files"]["teacher.safetensors"]["bytes"] == (
-        (last / "teacher.safetensors").stat().st_size
-    )
+    assert held["files"]["teacher.safetensors"]["bytes"] == ((last / "teacher.safetensors").stat().st_size)
     assert (held["step"], held["updates"], held["skipped"], held["zero_stage"]) == (3, 3, 0, 0)
     assert held["origin"]["ranks"] == 1
     assert held["origin"]["spec"] == manifest.spec_digest(spec)
@@ -209,10 +205,7 @@ def test_a_foreign_one_is_passed_over(three, run):
     assert marks["run"] != "another"
     assert chosen(three, run) == (
         "step_000001",
-        [
-            "passed over: step_000003 was written under another spec",
-            "passed over: step_000002 belongs to another run",
-        ],
+        ["passed over: step_000003 was written under another spec", "passed over: step_000002 belongs to another run"],
     )
 
 
@@ -274,9 +267,7 @@ def small_disk(tmp_path):
     """A file system of a few megabytes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting is not allowed here")
     yield folder

@@ -20,17 +20,7 @@ from attrs import evolve
 from convert_scenario import FORMS, STEPS, TEACHERS
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tinyruns import (
-    make_spec,
-    metrics,
-    run_scenario,
-    same,
-    silent,
-    teacher,
-    train,
-    training,
-    weights_of,
-)
+from tinyruns import make_spec, metrics, run_scenario, same, silent, teacher, train, training, weights_of
 
 from sdkit.checkpoints import convert, manifest, resume, rng
 from sdkit.cli import main
@@ -200,9 +190,7 @@ def test_nothing_is_read_of_a_damaged_one(three, run, monkeypatch):
     read = []
     rewrite = convert.zero_universal.rewrite
     monkeypatch.setattr(
-        convert.zero_universal,
-        "rewrite",
-        lambda source, target: [read.append(source.name), rewrite(source, target)],
+        convert.zero_universal, "rewrite", lambda source, target: [read.append(source.name), rewrite(source, target)]
     )
     spoilt = run / "checkpoints" / "step_000003" / "mp_rank_00_model_states.pt"
     held = bytearray(spoilt.read_bytes())
@@ -254,8 +242,6 @@ def test_a_swap_that_was_cut_short_is_undone(three, run):
     folder = run / "checkpoints" / "step_000003"
     folder.rename(folder.with_name(".old-step_000003"))
     own = manifest.Origin(
-        run=json.loads((run / "provenance.json").read_text())["run"],
-        spec=manifest.spec_digest(three[0]),
-        ranks=1,
+        run=json.loads((run / "provenance.json").read_text())["run"], spec=manifest.spec_digest(three[0]), ranks=1
     )
     assert resume.newest_checkpoint(run, own, print, hashes=True) == folder

@@ -31,9 +31,7 @@ def with_settings(source, target, settings):
 
 
 @pytest.mark.parametrize("name", INVALID)
-def test_settings_that_the_library_refuses_to_write_are_written_as_they_were(
-    tiny_folder, tmp_path, name
-):
+def test_settings_that_the_library_refuses_to_write_are_written_as_they_were(tiny_folder, tmp_path, name):
     with pytest.raises(ValueError, match="GenerationConfig is invalid"):
         GenerationConfig(**INVALID[name]).save_pretrained(tmp_path / "refused")
     folder = with_settings(tiny_folder, tmp_path / "model", INVALID[name])
@@ -70,9 +68,7 @@ def test_what_cannot_be_saved_ends_a_run_before_its_first_step(tiny_folder, tmp_
 
     owners = {"tokenizer": PreTrainedTokenizerBase, "configuration": PreTrainedConfig}
     refuse(owners.get(what, PeftConfig))
-    spec = make_spec(
-        tiny_folder, model=model(tiny_folder, lora=LORA if what == "adapter" else None)
-    )
+    spec = make_spec(tiny_folder, model=model(tiny_folder, lora=LORA if what == "adapter" else None))
     with pytest.raises(BadData, match="could not be saved") as caught:
         train(spec, tmp_path / "run")
     assert caught.value.message.endswith("`temperature`: too hot - `top_p`: low")
@@ -103,9 +99,7 @@ def test_an_error_nobody_expected_is_told_in_full(tmp_path):
     (tmp_path / "run").mkdir()
     run = directory.RunDirectory(tmp_path / "run", tensorboard=False)
     error = ValueError("it is invalid: \n- this\n\n- and that")
-    assert "ValueError: it is invalid: - this - and that" in str(
-        failures.reported_error(error, run)
-    )
+    assert "ValueError: it is invalid: - this - and that" in str(failures.reported_error(error, run))
     cut = one_line(ValueError("a " * 900))
     assert len(cut) == 600
     assert cut.endswith("…")

@@ -176,8 +176,7 @@ def test_k_above_the_vocabulary_of_a_model_whose_sizes_are_not_read(sdkit, tmp_p
     code, err = sdkit("train", ("MODEL", "unsized"), ("support: vocabulary", top))
     assert (code, err) == (
         3,
-        "error: run.yaml:10:82: k is 9999, but the vocabulary has 404 tokens\n"
-        "  = use support: vocabulary\n",
+        "error: run.yaml:10:82: k is 9999, but the vocabulary has 404 tokens\n  = use support: vocabulary\n",
     )
 
 

@@ -20,18 +20,7 @@ SPECS = ROOT / "specs"
 DEMO = SPECS / "sdft.yaml"
 PAGES = ROOT / "sdkit" / "methods"
 METHOD = PAGES / "sdft.yaml"
-COMMANDS = (
-    "validate",
-    "show",
-    "plan",
-    "smoke",
-    "train",
-    "eval",
-    "replay",
-    "compare",
-    "export",
-    "checkpoint",
-)
+COMMANDS = ("validate", "show", "plan", "smoke", "train", "eval", "replay", "compare", "export", "checkpoint")
 RUN = """
 model: {path: MODEL, dtype: float32}
 data:
@@ -125,9 +114,7 @@ def test_examples_of_the_help_texts_name_files_that_exist():
 # ── validate ──────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    ("path", "code"), [(DEMO, 0), (ROOT / "tests/err/seven.yaml", 1), ("nowhere.yaml", 2)]
-)
+@pytest.mark.parametrize(("path", "code"), [(DEMO, 0), (ROOT / "tests/err/seven.yaml", 1), ("nowhere.yaml", 2)])
 def test_exit_codes_of_a_process(path, code):
     done = process("validate", path)
     assert done.returncode == code
@@ -135,11 +122,7 @@ def test_exit_codes_of_a_process(path, code):
 
 
 def test_validate_says_what_is_fine(sdkit):
-    assert sdkit("validate", DEMO, METHOD) == (
-        0,
-        f"{DEMO}: ok (run file)\n{METHOD}: ok (method page)\n",
-        "",
-    )
+    assert sdkit("validate", DEMO, METHOD) == (0, f"{DEMO}: ok (run file)\n{METHOD}: ok (method page)\n", "")
 
 
 def test_validate_shows_every_problem_of_every_file(sdkit, broken):
@@ -334,10 +317,7 @@ def test_train_then_replay_then_export(sdkit, run_file, tmp_path):
     code, out, err = sdkit("export", other, "--to", tmp_path / "model")
     assert code == 0, err
     assert (tmp_path / "model" / "model.safetensors").is_file()
-    assert (
-        "rollouts: recorded by the run run, from step 0 on"
-        in (tmp_path / "model" / "README.md").read_text()
-    )
+    assert "rollouts: recorded by the run run, from step 0 on" in (tmp_path / "model" / "README.md").read_text()
     assert sdkit("export", other, "--to", tmp_path / "model")[0] == 2
 
 

@@ -54,9 +54,7 @@ def test_a_prompt_keeps_its_turns(keeping, tiny_tokenizer, make_row):
     start, rest = (tiny_tokenizer(text)["input_ids"] for text in (f"{START}user\nhi", END + "\n"))
     ids = keeping.student_ids(make_row(f"hi{END}"))
     assert list(ids[: len(start)]) == start
-    assert (
-        list(ids[: -len(tiny_tokenizer(f"{START}assistant\n")["input_ids"])][-len(rest) :]) == rest
-    )
+    assert list(ids[: -len(tiny_tokenizer(f"{START}assistant\n")["input_ids"])][-len(rest) :]) == rest
 
 
 def test_a_completion_has_no_control_token(keeping, tiny_tokenizer):
@@ -137,9 +135,7 @@ def unigram(scheme):
 
 def bpe():
     """A vocabulary in which a merge leads to the name of a control token."""
-    vocabulary = {
-        c: i for i, c in enumerate(["<unk>", "</s>", "<", "/", "s", ">", "a", "</", "</s"])
-    }
+    vocabulary = {c: i for i, c in enumerate(["<unk>", "</s>", "<", "/", "s", ">", "a", "</", "</s"])}
     merges = [("<", "/"), ("</", "s"), ("</s", ">")]
     return Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
 
@@ -152,9 +148,7 @@ def test_tokenizers_of_other_kinds(made, make_row):
 
     backend = made()
     backend.add_special_tokens([AddedToken("<unk>"), AddedToken("</s>")])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     prompter = Prompter(tokenizer, {}, keep_text=True)
     plain = Prompter(tokenizer, {})

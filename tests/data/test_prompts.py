@@ -4,12 +4,7 @@ import copy
 
 import pytest
 
-from sdkit.data.prompts import (
-    Prompter,
-    check_generation_prompt,
-    check_prompts,
-    side_by_side,
-)
+from sdkit.data.prompts import Prompter, check_generation_prompt, check_prompts, side_by_side
 from sdkit.data.rows import load_rows
 from sdkit.data.teacher_context import slot_values, teacher_messages
 from sdkit.data.turn_ends import end_token
@@ -54,12 +49,7 @@ def seen(row, sees):
 
 def test_user_turn_replaces_the_last_user_message_only(make_row):
     row = make_row("Q", before=(SYSTEM, *EXCHANGE), demonstration="D")
-    assert seen(row, user_turn()) == [
-        ("system", "S"),
-        ("user", "u0"),
-        ("assistant", "a0"),
-        ("user", "Q\nExample: D"),
-    ]
+    assert seen(row, user_turn()) == [("system", "S"), ("user", "u0"), ("assistant", "a0"), ("user", "Q\nExample: D")]
 
 
 def test_system_message_is_made_or_appended(make_row):
@@ -70,10 +60,7 @@ def test_system_message_is_made_or_appended(make_row):
 
 
 def test_earlier_turns_stand_between_system_and_prompt(make_row):
-    turns = (
-        Turn(user="Solve: {prompt}", assistant="{demo}"),
-        Turn(user="Sure?", assistant="Yes."),
-    )
+    turns = (Turn(user="Solve: {prompt}", assistant="{demo}"), Turn(user="Sure?", assistant="Yes."))
     sees = EarlierTurns(turns=turns, slots=Table({"demo": column()}))
     row = make_row("Q", before=(SYSTEM, *EXCHANGE), demonstration="D")
     assert seen(row, sees) == [
@@ -133,9 +120,7 @@ def test_requires(prompter, make_row, requires, columns, content):
 
 @pytest.mark.parametrize("requires", ["all", "any"])
 def test_fixed_texts_require_nothing(prompter, make_row, requires):
-    sees = user_turn(
-        "{prompt} {hint}", slots=Table({"hint": TextSlot(text="H")}), requires=requires
-    )
+    sees = user_turn("{prompt} {hint}", slots=Table({"hint": TextSlot(text="H")}), requires=requires)
     assert prompter.teacher_ids(make_row(), sees) is not None
 
 
@@ -216,17 +201,11 @@ LONG = "one two three four five six seven eight 漢字 nine ten é"
 
 @pytest.mark.parametrize("cut", ["start", "end"])
 @pytest.mark.parametrize("kind", ["user_turn", "system_message", "earlier_turns"])
-def test_a_cut_takes_the_context_only_at_every_length(
-    prompter, make_row, tiny_tokenizer, kind, cut
-):
+def test_a_cut_takes_the_context_only_at_every_length(prompter, make_row, tiny_tokenizer, kind, cut):
     row = make_row("the prompt stays", before=(SYSTEM,), demonstration=LONG)
 
     def sees(limit):
-        common = {
-            "slots": Table({"demo": column()}),
-            "max_prompt_tokens": limit,
-            "cut": cut,
-        }
+        common = {"slots": Table({"demo": column()}), "max_prompt_tokens": limit, "cut": cut}
         if kind == "user_turn":
             return UserTurn(template="{prompt} [{demo}] stay", **common)
         if kind == "system_message":
@@ -311,9 +290,7 @@ def test_real_prompts_splice_at_the_same_place(real_data, prompter, tiny_tokeniz
         assert row.prompt_text in found.teacher
 
 
-@pytest.mark.parametrize(
-    "program", ["{{ 1 + messages }}", "{{ range(10**9) }}", "{{ 1 // 0 }}", "{% for %}"]
-)
+@pytest.mark.parametrize("program", ["{{ 1 + messages }}", "{{ range(10**9) }}", "{{ 1 // 0 }}", "{% for %}"])
 def test_a_chat_template_may_raise_anything(tiny_tokenizer, make_row, program):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = program

@@ -189,10 +189,7 @@ def test_a_template_takes_a_list_of_texts_line_by_line():
 def test_a_missing_file_is_named_with_its_origin(kind, tmp_path):
     with pytest.raises(BadData) as caught:
         load_rows(spec(kind(path="d", origin="the archive"), prompt="q"), tmp_path)
-    assert (caught.value.message, caught.value.hint) == (
-        "there is no d",
-        "take it from the archive",
-    )
+    assert (caught.value.message, caught.value.hint) == ("there is no d", "take it from the archive")
 
 
 def test_null_in_a_template_makes_the_column_null():
@@ -218,9 +215,7 @@ def test_columns_come_from_the_training_data_where_none_are_written():
 
 
 def test_needed_columns():
-    data = inline(
-        *({"q": "a", "d": d} for d in ("x", "", None, " ")), prompt="q", demonstration="d"
-    )
+    data = inline(*({"q": "a", "d": d} for d in ("x", "", None, " ")), prompt="q", demonstration="d")
     assert fault(data, needed=["demonstration"]).message.splitlines() == [
         f"data.source.rows row {i}: 'demonstration' must not be empty" for i in (1, 2, 3)
     ]

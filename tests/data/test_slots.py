@@ -4,20 +4,11 @@ import pytest
 
 from sdkit.batches import Attempt, GroupOutcome
 from sdkit.data.teacher_context import slot_values
-from sdkit.language.specs import (
-    ColumnSlot,
-    Feedback,
-    OwnAttempt,
-    SuccessfulSibling,
-    Table,
-    UserTurn,
-)
+from sdkit.language.specs import ColumnSlot, Feedback, OwnAttempt, SuccessfulSibling, Table, UserTurn
 
 
 def attempts(*pairs):
-    return tuple(
-        Attempt(text=text, reward=reward, feedback=f"about {text}") for text, reward in pairs
-    )
+    return tuple(Attempt(text=text, reward=reward, feedback=f"about {text}") for text, reward in pairs)
 
 
 def seen(make_row, group, own=0, requires="any", seed=0, **slots):
@@ -47,12 +38,8 @@ def test_the_order_of_the_group_decides_first_but_not_best(make_row):
 
 
 def test_a_random_pick_depends_on_the_seed_alone(make_row):
-    picks = [
-        seen(make_row, GROUP, seed=i, s=SuccessfulSibling(pick="random"))["s"] for i in range(40)
-    ]
-    again = [
-        seen(make_row, GROUP, seed=i, s=SuccessfulSibling(pick="random"))["s"] for i in range(40)
-    ]
+    picks = [seen(make_row, GROUP, seed=i, s=SuccessfulSibling(pick="random"))["s"] for i in range(40)]
+    again = [seen(make_row, GROUP, seed=i, s=SuccessfulSibling(pick="random"))["s"] for i in range(40)]
     assert picks == again
     assert set(picks) == {"b", "c"}
 
@@ -83,10 +70,7 @@ def test_thinking_is_stripped(make_row, text, left):
 
 
 def test_an_answer_that_is_known_is_shown(make_row):
-    group = (
-        Attempt(text="hm", reward=1.0, answer=""),
-        Attempt(text="hm 4", reward=1.0, answer="4"),
-    )
+    group = (Attempt(text="hm", reward=1.0, answer=""), Attempt(text="hm 4", reward=1.0, answer="4"))
     assert seen(make_row, group, s=SuccessfulSibling()) == {"s": "4"}
     assert seen(make_row, group, own=1, s=SuccessfulSibling()) is None
     assert seen(make_row, group, s=OwnAttempt(strip_thinking=False)) == {"s": "hm"}
@@ -98,10 +82,7 @@ def test_feedback_is_the_own_one_and_gives_way_to_a_solution(make_row):
     both = seen(make_row, GROUP, own=3, s=SuccessfulSibling(), f=otherwise)
     assert both == {"s": "b", "f": ""}
     failures = attempts(("a", 0.0), ("b", 0.0))
-    assert seen(make_row, failures, own=1, s=SuccessfulSibling(), f=otherwise) == {
-        "s": "",
-        "f": "about b",
-    }
+    assert seen(make_row, failures, own=1, s=SuccessfulSibling(), f=otherwise) == {"s": "", "f": "about b"}
 
 
 def test_empty_feedback_is_none(make_row):

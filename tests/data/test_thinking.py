@@ -59,9 +59,7 @@ def templated(tokenizer, invite, answer=""):
         ("<|im_start|>assistant\n<assistant>\n", "<assistant>\n", ""),
     ],
 )
-def test_what_a_generation_prompt_opens_is_measured(
-    tiny_tokenizer, make_row, invite, answer, opening
-):
+def test_what_a_generation_prompt_opens_is_measured(tiny_tokenizer, make_row, invite, answer, opening):
     assert Prompter(templated(tiny_tokenizer, invite, answer), {}).opening(make_row()) == opening
 
 
@@ -74,10 +72,7 @@ def test_tags_may_be_special_tokens(tiny_tokenizer):
     plain = [answer("h</think>4<|im_end|>"), answer("4 [THINK]<|im_end|>"), answer("h", "<think>")]
     assert plain == ["4", "4", ""]
     tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
-    assert (
-        tokenizer.decode(tokenizer("[THINK]h[/THINK]4")["input_ids"], skip_special_tokens=True)
-        == "h4"
-    )
+    assert tokenizer.decode(tokenizer("[THINK]h[/THINK]4")["input_ids"], skip_special_tokens=True) == "h4"
     assert answer("[THINK]h[/THINK]4<|im_end|>") == "4"
     assert answer("h[/THINK]4<|im_end|>", "[THINK]") == "4"
     assert answer("h<|im_end|>", "[THINK]") == ""

@@ -94,16 +94,12 @@ def test_a_completion_ends_once(tokenizer):
 # ── tokens that a tokenizer adds ──────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(
-    params=["$A <|im_end|>", "$A <|endoftext|> <|im_end|>", "<s> $A", "<s> $A <|im_end|>", "$A"]
-)
+@pytest.fixture(params=["$A <|im_end|>", "$A <|endoftext|> <|im_end|>", "<s> $A", "<s> $A <|im_end|>", "$A"])
 def adding(request, tokenizer):
     """A tokenizer that adds tokens at the ends, and how many it adds before."""
     words = [word for word in request.param.split() if word != "$A"]
     marks = list(zip(words, tokenizer.convert_tokens_to_ids(words), strict=True))
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=request.param, special_tokens=marks
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=request.param, special_tokens=marks)
     assert len(tokenizer("a")["input_ids"]) == 1 + len(marks)
     return tokenizer, request.param.split().index("$A")
 

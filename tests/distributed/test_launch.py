@@ -23,11 +23,7 @@ from sdkit.language.load import load_spec
 
 
 def script(text):
-    return [
-        sys.executable,
-        "-c",
-        f"import os, signal, sys, time\nrank = os.environ['RANK']\n{text}",
-    ]
+    return [sys.executable, "-c", f"import os, signal, sys, time\nrank = os.environ['RANK']\n{text}"]
 
 
 def test_every_rank_knows_its_place(tmp_path):
@@ -73,7 +69,9 @@ def test_a_killed_rank_is_named_and_ends_the_others(tmp_path, monkeypatch):
             os.kill(int((tmp_path / str(rank)).read_text()), 0)
 
 
-LAUNCHER = "from sdkit.distributed import launch as l; import sys; l.GRACE_SECONDS = 1; sys.exit(l.launch(2, sys.argv[1:]))"
+LAUNCHER = (
+    "from sdkit.distributed import launch as l; import sys; l.GRACE_SECONDS = 1; sys.exit(l.launch(2, sys.argv[1:]))"
+)
 
 
 def launcher(tmp_path, text):
@@ -81,11 +79,7 @@ def launcher(tmp_path, text):
     ready = f"open(r'{tmp_path}/' + rank, 'w').write(str(os.getpid()))\n"
     process = subprocess.Popen([sys.executable, "-c", LAUNCHER, *script(ready + text)])
     for rank in range(2):
-        waited(
-            lambda rank=rank: (
-                (tmp_path / str(rank)).is_file() and (tmp_path / str(rank)).read_text()
-            )
-        )
+        waited(lambda rank=rank: (tmp_path / str(rank)).is_file() and (tmp_path / str(rank)).read_text())
     return process, [int((tmp_path / str(rank)).read_text()) for rank in range(2)]
 
 
@@ -117,9 +111,7 @@ def test_a_request_to_stop_reaches_every_rank_once(tmp_path, number):
 
 
 def test_a_second_interrupt_ends_ranks_that_do_not(tmp_path):
-    process, pids = launcher(
-        tmp_path, "signal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(600)"
-    )
+    process, pids = launcher(tmp_path, "signal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(600)")
     time.sleep(0.5)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
@@ -172,9 +164,7 @@ def spec_file(tiny_folder, tmp_path_factory):
         return {
             "source": {
                 "kind": "inline",
-                "rows": [
-                    {"q": f"What is {i} + 1?", "d": str(i + 1)} for i in range(start, start + 4)
-                ],
+                "rows": [{"q": f"What is {i} + 1?", "d": str(i + 1)} for i in range(start, start + 4)],
             },
             "columns": columns,
         }
@@ -185,9 +175,7 @@ def spec_file(tiny_folder, tmp_path_factory):
         "data": rows(0),
         "rollout": {"max_new_tokens": 8, "backend": "transformers"},
         "teacher": {"sees": {"max_prompt_tokens": 4096}},
-        "rewards": {
-            "long": {"kind": "file", "file": str(folder / "reward.py"), "function": "score"}
-        },
+        "rewards": {"long": {"kind": "file", "file": str(folder / "reward.py"), "function": "score"}},
         "evaluation": {"suites": {"held": {"data": rows(100), "score": "long", "loss_prompts": 3}}},
         "optimizer": {"lr": 300, "eps": 1e4},
         "training": {"steps": 2, "prompts_per_step": 4, "zero_stage": 1},
@@ -240,9 +228,7 @@ def assert_same_run(folder, one):
         for name in names:
             ours, theirs = lines(folder / kind / name), lines(one / kind / name)
             for a, b in zip(ours, theirs, strict=True):
-                assert a.pop("sampler_logprobs", None) == pytest.approx(
-                    b.pop("sampler_logprobs", None), abs=1e-4
-                )
+                assert a.pop("sampler_logprobs", None) == pytest.approx(b.pop("sampler_logprobs", None), abs=1e-4)
                 assert a == b
     compared = []
     for a, b in zip(metrics(folder), metrics(one), strict=True):
@@ -266,16 +252,7 @@ def test_processes(spec_file, one_process, tmp_path):
 
 def test_torchrun_on_two_nodes(spec_file, one_process, tmp_path):
     """Two groups of one process on loopback, as two machines would have."""
-    meet = [
-        "--nnodes",
-        2,
-        "--nproc-per-node",
-        1,
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        port(),
-    ]
+    meet = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port()]
     launcher = [sys.executable, "-m", "torch.distributed.run", *meet]
     command = ["-m", "sdkit", "train", spec_file, "--to", tmp_path / "run"]
     out, _ = run(*([*launcher, "--node-rank", node, *command] for node in (0, 1)))
@@ -285,18 +262,7 @@ def test_torchrun_on_two_nodes(spec_file, one_process, tmp_path):
 
 def test_the_deepspeed_launcher(spec_file, one_process, tmp_path):
     launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", port()]
-    run(
-        [
-            *launcher,
-            "--module",
-            "sdkit",
-            "train",
-            spec_file,
-            "training.zero_stage=2",
-            "--to",
-            tmp_path / "run",
-        ]
-    )
+    run([*launcher, "--module", "sdkit", "train", spec_file, "training.zero_stage=2", "--to", tmp_path / "run"])
     assert_same_run(tmp_path / "run", one_process)
 
 

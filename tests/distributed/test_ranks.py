@@ -71,9 +71,7 @@ def alone(tiny_folder, other_folder, _leave_at_the_end, tmp_path_factory):
             from sdkit.distributed import zero
 
             zero.start()
-            spec = scenario.small(
-                tiny_folder, stage=stage, budget=budget, **scenario.kinds(other_folder)[name]
-            )
+            spec = scenario.small(tiny_folder, stage=stage, budget=budget, **scenario.kinds(other_folder)[name])
             kept[name, stage, budget] = scenario.trained(spec, work)
         return kept[name, stage, budget]
 
@@ -82,18 +80,14 @@ def alone(tiny_folder, other_folder, _leave_at_the_end, tmp_path_factory):
 
 def assert_same_training(found, expected):
     for name in ("loss", "grad_norm", "distance"):
-        torch.testing.assert_close(
-            torch.tensor(found[name]), torch.tensor(expected[name]), atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(expected[name]), atol=1e-5, rtol=1e-5)
     for kind in ("masters", "shadow"):
         assert found[kind].keys() == expected[kind].keys()
         for name, value in expected[kind].items():
             torch.testing.assert_close(found[kind][name], value, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "case", scenario.ON_TWO_RANKS, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}"
-)
+@pytest.mark.parametrize("case", scenario.ON_TWO_RANKS, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}")
 def test_two_ranks_train_as_one(found, alone, case):
     expected = alone(case[0])
     assert len(set(expected["loss"])) == 3
@@ -158,9 +152,7 @@ def strip(records):
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_ranks_may_end_at_other_lengths_and_have_other_numbers_of_prompts(
-    found, sampled_alone, stage
-):
+def test_ranks_may_end_at_other_lengths_and_have_other_numbers_of_prompts(found, sampled_alone, stage):
     (whole, *_) = sampled_alone["unequal"][0]
     first, second = found["sampled"][stage]["unequal"]
     assert first == [whole[:2]] * 5

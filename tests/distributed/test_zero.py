@@ -49,9 +49,7 @@ def trained(stage, dtype, pieces):
 
 def plain():
     net = Net(torch.float32)
-    adam = torch.optim.AdamW(
-        net.parameters(), lr=OPTIMIZER.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
-    )
+    adam = torch.optim.AdamW(net.parameters(), lr=OPTIMIZER.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     norms = []
     for x, y in batches(torch.float32):
         net(x, y, 1 / 48)[0].backward()
@@ -63,15 +61,11 @@ def plain():
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("pieces", [[12], [3, 4, 5], [1, 11]])
-def test_any_number_of_micro_batches_gives_the_same_weights_as_plain_torch(
-    process_group, stage, pieces
-):
+def test_any_number_of_micro_batches_gives_the_same_weights_as_plain_torch(process_group, stage, pieces):
     masters, norms = trained(stage, torch.float32, pieces)
     expected, expected_norms = plain()
     torch.testing.assert_close(masters, expected, atol=2e-5, rtol=0)
-    torch.testing.assert_close(
-        torch.tensor(norms), torch.tensor(expected_norms), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected_norms), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -91,8 +85,7 @@ def test_stage_0_in_bfloat16_is_refused(process_group):
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"),
-    [(0, torch.float32), (1, torch.float32), (1, torch.bfloat16), (2, torch.bfloat16)],
+    ("stage", "dtype"), [(0, torch.float32), (1, torch.float32), (1, torch.bfloat16), (2, torch.bfloat16)]
 )
 def test_a_bad_gradient_skips_the_step_and_the_next_one_works(process_group, stage, dtype):
     from sdkit.distributed.zero import Zero
@@ -149,9 +142,7 @@ def plain_decayed(optimizer):
 
 @pytest.mark.parametrize("decay", ["weights", "all"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_weight_decay_is_that_of_plain_torch_also_after_a_resume(
-    process_group, tmp_path, stage, decay
-):
+def test_weight_decay_is_that_of_plain_torch_also_after_a_resume(process_group, tmp_path, stage, decay):
     from sdkit.distributed.zero import Zero
 
     optimizer = evolve(DECAY, decay=decay)
@@ -207,9 +198,7 @@ def test_the_trainer_of_transformers_decays_the_same_parameters(config, lora):
     if lora:
         targets = r".*\.(q_proj|query_key_value|c_attn|in_proj)"
         fan_in = config.model_type == "gpt2"
-        model = get_peft_model(
-            model, LoraConfig(r=2, target_modules=targets, fan_in_fan_out=fan_in)
-        )
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, fan_in_fan_out=fan_in))
     theirs = set(Trainer.get_decay_parameter_names(None, model))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decayed = {id(p) for n, p in trained.items() if n in theirs}
@@ -247,9 +236,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_values_of_all_ranks_stand_one_rank_after_the_other(tmp_path):
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)]) for rank in (0, 1)
-    ]
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)]) for rank in (0, 1)]
     try:
         assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     finally:

@@ -7,13 +7,7 @@ import time
 import pytest
 
 from sdkit.language.errors import MAX_SHOWN_PROBLEMS, UnreadableInput, as_github, as_json, render
-from sdkit.language.files import (
-    MAX_CONFIG_BYTES,
-    MAX_SOURCE_CODE_BYTES,
-    UnreadableFile,
-    read_file,
-    read_json_object,
-)
+from sdkit.language.files import MAX_CONFIG_BYTES, MAX_SOURCE_CODE_BYTES, UnreadableFile, read_file, read_json_object
 from sdkit.language.load import load_spec
 from sdkit.language.overlay import load
 from sdkit.language.structure import MAX_ENTRIES
@@ -54,18 +48,7 @@ def no_files(folder):
     (folder / "to_zero").symlink_to("/dev/zero")
     with (folder / "sparse").open("wb") as file:
         file.truncate(2**36)
-    return [
-        "pipe",
-        "folder",
-        "loop",
-        "to_zero",
-        "sparse",
-        "/dev/zero",
-        "/dev/stdin",
-        "gone",
-        "run.yaml/x",
-        "x" * 3000,
-    ]
+    return ["pipe", "folder", "loop", "to_zero", "sparse", "/dev/zero", "/dev/stdin", "gone", "run.yaml/x", "x" * 3000]
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────
@@ -106,24 +89,13 @@ NAMING = {
 }
 
 
-READABLE = {
-    ("jsonl", "./sparse"),
-    ("json", "./sparse"),
-    ("parquet", "./sparse"),
-    ("saved_dataset", "./folder"),
-}
+READABLE = {("jsonl", "./sparse"), ("json", "./sparse"), ("parquet", "./sparse"), ("saved_dataset", "./folder")}
 """Checking does not read data files, so these are accepted."""
 
 
 @pytest.mark.parametrize("key", NAMING)
 def test_no_path_of_a_spec_holds_its_check_up(run_file, key):
-    bad = [
-        *no_files(run_file.parent),
-        '"a\\0b"',
-        '"a\\nb"',
-        '"a\\u2028b"',
-        "x" * 5000,
-    ]
+    bad = [*no_files(run_file.parent), '"a\\0b"', '"a\\nb"', '"a\\u2028b"', "x" * 5000]
     for name in bad:
         name = name if name[0] in "'\"" else f"./{name}"
         checked = load_spec(run_file, [NAMING[key].format(name=name)])
@@ -190,9 +162,7 @@ def test_a_config_of_any_shape_tells_sizes_or_nothing(run_file):
     assert shape_of(load_spec(run_file, path).spec, run_file.parent)
 
 
-@pytest.mark.parametrize(
-    "model", [*ODD, {"vocab": 3}, {"vocab": [[]]}, {"vocab": [3]}, {"vocab": {"a": "x"}}]
-)
+@pytest.mark.parametrize("model", [*ODD, {"vocab": 3}, {"vocab": [[]]}, {"vocab": [3]}, {"vocab": {"a": "x"}}])
 @pytest.mark.parametrize("added", [*ODD, [{}], [{"content": "a", "id": float("nan")}]])
 def test_a_tokenizer_of_any_shape_is_a_table_or_nothing(tmp_path, model, added):
     config(tmp_path, json.dumps({"model": model, "added_tokens": added}))
@@ -246,8 +216,7 @@ def test_what_rules_compare_pairwise_has_an_end(run_file):
     """The largest allowed number of names, each of them invalid or a prefix of the others."""
     names = [f"r{i}" for i in range(MAX_ENTRIES)]
     parts = {
-        n: {"kind": "weighted", "parts": dict.fromkeys(names[i + 1 :] or ["x"], 1.0)}
-        for i, n in enumerate(names)
+        n: {"kind": "weighted", "parts": dict.fromkeys(names[i + 1 :] or ["x"], 1.0)} for i, n in enumerate(names)
     }
     data = {"source": {"kind": "inline", "rows": [{"q": "a"}]}, "columns": {"prompt": "q"}}
     suites = {n: {"data": data, "score": n, "also": [*names[1:], "nope"]} for n in names[:50]}
@@ -260,9 +229,7 @@ def test_what_rules_compare_pairwise_has_an_end(run_file):
 
 
 def test_rows_and_their_contents_may_be_many(run_file):
-    rows = json.dumps(
-        [{"q": "a", "d": [{"x": i}] * (MAX_ENTRIES + 1)} for i in range(MAX_ENTRIES + 1)][:100]
-    )
+    rows = json.dumps([{"q": "a", "d": [{"x": i}] * (MAX_ENTRIES + 1)} for i in range(MAX_ENTRIES + 1)][:100])
     assert load_spec(run_file, [f"data.source.rows={rows}"]).ok
 
 

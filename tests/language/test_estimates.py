@@ -52,10 +52,7 @@ def run(losses=None, **changes):
         "model": ModelSpec(path="m"),
         "data": DataSpec(source=InlineSource(rows=(Table({"q": "a"}),))),
         "rollout": RolloutSpec(
-            max_prompt_tokens=100,
-            max_new_tokens=900,
-            completions_per_prompt=2,
-            backend=VllmBackend(gpu_share=0.5),
+            max_prompt_tokens=100, max_new_tokens=900, completions_per_prompt=2, backend=VllmBackend(gpu_share=0.5)
         ),
         "losses": Table(losses or {"imitate": CrossEntropy()}),
         "optimizer": OptimizerSpec(lr=1e-5),
@@ -66,8 +63,7 @@ def run(losses=None, **changes):
 
 def distilled(**changes):
     teacher = TeacherSpec(
-        weights=EmaWeights(update_rate=0.1),
-        sees=UserTurn(template="{prompt}", max_prompt_tokens=600),
+        weights=EmaWeights(update_rate=0.1), sees=UserTurn(template="{prompt}", max_prompt_tokens=600)
     )
     return run({"distil": DISTIL}, teacher=teacher, **changes)
 
@@ -84,8 +80,7 @@ def phases(spec, machine=H100):
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype", "moments", "gradients"),
-    [(0, "float32", 8, 4), (1, "bfloat16", 3, 4), (2, "bfloat16", 3, 1)],
+    ("stage", "dtype", "moments", "gradients"), [(0, "float32", 8, 4), (1, "bfloat16", 3, 4), (2, "bfloat16", 3, 1)]
 )
 def test_zero_deals_masters_and_moments_out_and_then_gradients(stage, dtype, moments, gradients):
     training = TrainingSpec(steps=1, prompts_per_step=4, zero_stage=stage)
@@ -123,11 +118,7 @@ def test_a_step_is_sampling_scoring_and_updating():
     [
         (TrustRegionBlend(student_share=0.01), 1500, 1500),
         (ProductBlend(student_power=0.8), 1000, 1000),
-        (
-            GeometricBlend(teacher_share=0.5),
-            0,
-            1000,
-        ),  # the update counts it as the reference's pass
+        (GeometricBlend(teacher_share=0.5), 0, 1000),  # the update counts it as the reference's pass
         (ExtrapolateBlend(factor=1.25), 0, 1000),
     ],
 )

@@ -110,11 +110,7 @@ def test_no_mutant_of_a_shipped_spec_ends_in_a_traceback(page, tmp_path):
     source = read(page)
     mutant = tmp_path / "mutant.yaml"
     for turn in range(10):
-        text = (
-            with_a_slip(draw, source.text)
-            if turn % 4 == 3
-            else dump(with_a_fault(draw, source.data))
-        )
+        text = with_a_slip(draw, source.text) if turn % 4 == 3 else dump(with_a_fault(draw, source.data))
         mutant.write_text(text, encoding="utf-8")
         try:
             used(mutant, tmp_path / "again.yaml")

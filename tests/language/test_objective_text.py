@@ -49,9 +49,7 @@ WEIGHTS = {
         smallest=0.25, middle=0.3, width=0.1
     ),
     "exp(−1.5 × teacher's entropy) / its mean": TeacherEntropyWeight(rate=1.5),
-    "1 + 0.5 × (1 − share of |log teacher − log student| before the token)": DriftWeight(
-        strength=0.5
-    ),
+    "1 + 0.5 × (1 − share of |log teacher − log student| before the token)": DriftWeight(strength=0.5),
     "(p (1 − p))^0.5, p the group's share of rewards of at least 1": PassRateWeight(),
     "the teacher's perplexity^-1 / its mean in the group": PerplexityWeight(of="teacher", power=-1),
     "bold in mine.py": FileWeight(file="mine.py", function="bold"),
@@ -70,11 +68,7 @@ def test_every_weight_is_said():
 
 def test_every_mask_is_said():
     mask = MaskSpec(
-        skip_first=3,
-        prefix=100,
-        special_tokens="leave_out",
-        teacher_entropy_above=0.8,
-        student_entropy_top=0.2,
+        skip_first=3, prefix=100, special_tokens="leave_out", teacher_entropy_above=0.8, student_entropy_top=0.2
     )
     assert said(CrossEntropy(mask=mask)) == (
         "term: cross entropy of the completion's tokens, first 3 tokens left out, only the first 100 tokens, "
@@ -85,8 +79,7 @@ def test_every_mask_is_said():
 
 def test_a_joint_denominator_and_a_floor_that_leaves_out_are_said():
     term = PolicyGradient(
-        advantage=LogRatio(floor=-2.5, below_floor="leave_out"),
-        average=PerToken(denominator="joint"),
+        advantage=LogRatio(floor=-2.5, below_floor="leave_out"), average=PerToken(denominator="joint")
     )
     line = said(term)
     assert "advantage log teacher − log student (where it is at least -2.5)" in line
@@ -112,8 +105,7 @@ def test_a_moving_coefficient_stands_in_brackets():
 
 def test_detached_weights_are_said_behind_the_support():
     term = Distillation(
-        divergence=ReverseKl(detach_weights=True),
-        support=TopKSupport(k=5, chosen_by="student", remainder="drop"),
+        divergence=ReverseKl(detach_weights=True), support=TopKSupport(k=5, chosen_by="student", remainder="drop")
     )
     text = "reverse KL(student‖teacher) over the student's top 5 tokens (drop), weights detached,"
     assert text in said(term)
@@ -125,9 +117,7 @@ def test_a_route_is_said():
         RouteSpec(when="failed", then=("distil",)): (
             "route: rollouts with a reward below 1 go to distil, others to no term"
         ),
-        RouteSpec(
-            when="failed_with_context", threshold=0.5, then=("distil",), otherwise=("policy",)
-        ): (
+        RouteSpec(when="failed_with_context", threshold=0.5, then=("distil",), otherwise=("policy",)): (
             "route: rollouts with a reward below 0.5 and a teacher prompt go to distil, others to policy"
         ),
     }
@@ -138,18 +128,12 @@ def test_a_route_is_said():
 
 BASE = ExternalWeights(path="org/base")
 BLENDS = {
-    "T^(1 − c) × S^c, S the live student under the teacher's prompt, c = 0.01": TrustRegionBlend(
-        student_share=0.01
-    ),
+    "T^(1 − c) × S^c, S the live student under the teacher's prompt, c = 0.01": TrustRegionBlend(student_share=0.01),
     "T × S^b, S the live student under the student's prompt, b = 0.8 → 0 over 9 steps": ProductBlend(
         student_power=Schedule(start=0.8, to=0, steps=9)
     ),
-    "B^(1 − w) × T^w, B the frozen start model under the student's prompt, w = 0.5": GeometricBlend(
-        teacher_share=0.5
-    ),
-    "T^f × B^(1 − f), B the frozen start model under the student's prompt, f = 1.25": (
-        ExtrapolateBlend(factor=1.25)
-    ),
+    "B^(1 − w) × T^w, B the frozen start model under the student's prompt, w = 0.5": GeometricBlend(teacher_share=0.5),
+    "T^f × B^(1 − f), B the frozen start model under the student's prompt, f = 1.25": (ExtrapolateBlend(factor=1.25)),
     "T^f × B^(1 − f), B the model org/base under the student's prompt, f = 1.25": ExtrapolateBlend(
         factor=1.25, base=BASE
     ),

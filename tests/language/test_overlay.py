@@ -94,15 +94,7 @@ def test_what_makes_a_run_file():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-6", 1e-6),
-        ("off", "off"),
-        ("'8'", "8"),
-        ("", None),
-        ("[1, x]", [1, "x"]),
-        ("a=b", "a=b"),
-    ],
+    ("text", "value"), [("1e-6", 1e-6), ("off", "off"), ("'8'", "8"), ("", None), ("[1, x]", [1, "x"]), ("a=b", "a=b")]
 )
 def test_override_values_are_yaml(laid, text, value):
     assert laid("", f"rollout.temperature={text}").data["rollout"]["temperature"] == value
@@ -115,9 +107,7 @@ def test_overrides_lead_into_lists_and_new_maps(laid):
 
 
 def test_an_override_of_a_kind_replaces_the_map(laid):
-    assert distil(laid("", "losses.distil.support.kind=vocabulary"))["support"] == {
-        "kind": "vocabulary"
-    }
+    assert distil(laid("", "losses.distil.support.kind=vocabulary"))["support"] == {"kind": "vocabulary"}
     assert distil(laid("", "losses.distil.support.kind=top_k"))["support"]["k"] == 5
 
 
@@ -220,7 +210,4 @@ def test_an_unknown_name_gets_the_nearest(tmp_path):
     run = tmp_path / "run.yaml"
     run.write_text("method: sdtf\nmodel: {path: x}\n")
     [problem] = load(run).problems
-    assert (problem.message, problem.hint) == (
-        "there is no packaged method 'sdtf'",
-        'did you mean "sdft"?',
-    )
+    assert (problem.message, problem.hint) == ("there is no packaged method 'sdtf'", 'did you mean "sdft"?')

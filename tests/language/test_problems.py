@@ -69,10 +69,7 @@ def test_json_holds_everything():
 
 def test_github_lines_escape_what_would_end_them():
     problem = Problem((), "50% a\nb", "c", None, Place("a,b:c.yaml", 1, 2, 3))
-    assert (
-        as_github([problem])
-        == "::error file=a%2Cb%3Ac.yaml,line=1,col=2,endColumn=5,title=c::50%25 a%0Ab"
-    )
+    assert as_github([problem]) == "::error file=a%2Cb%3Ac.yaml,line=1,col=2,endColumn=5,title=c::50%25 a%0Ab"
 
 
 def test_nearest_is_silent_when_nothing_is_near():

@@ -100,9 +100,7 @@ def test_the_names_of_a_table_are_not_blank(cls, key):
 
 
 def test_a_path_has_no_control_characters_and_a_length():
-    paths = [
-        key.range for _, key in KEYS if key.name in ("path", "file", "folder", "run") and key.range
-    ]
+    paths = [key.range for _, key in KEYS if key.name in ("path", "file", "folder", "run") and key.range]
     assert len(paths) > 10
     for range in paths:
         assert not any(map(range.accepts, ("a\0b", "a\nb", "x" * 5000)))
@@ -132,14 +130,7 @@ def test_no_template_option_is_an_argument_of_rendering():
         taken = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
         assert taken <= RENDERING_ARGUMENTS
     special = PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
-    refused = [
-        *RENDERING_ARGUMENTS,
-        *special,
-        "additional_special_tokens",
-        "image_token",
-        "",
-        "a b",
-    ]
+    refused = [*RENDERING_ARGUMENTS, *special, "additional_special_tokens", "image_token", "", "a b"]
     assert not any(map(TEMPLATE_OPTION.accepts, refused))
     assert all(map(TEMPLATE_OPTION.accepts, ("enable_thinking", "date_string", "reasoning_effort")))
 

@@ -49,10 +49,7 @@ def spec_data(draw):
     """Returns the data of a run file with difficult strings and numbers wherever it takes user data."""
     columns = {nasty(draw).strip()[:80] + "x": nasty(draw)[:80] + "q" for _ in range(3)}
     columns = {a: b for a, b in columns.items() if a.isprintable() and b.isprintable()}
-    rows = [
-        {"q": "x", "d": "y"} | dict.fromkeys(columns.values(), "z") | {"v": value(draw)}
-        for _ in range(3)
-    ]
+    rows = [{"q": "x", "d": "y"} | dict.fromkeys(columns.values(), "z") | {"v": value(draw)} for _ in range(3)]
     text = braces(nasty(draw)) + "{prompt} {d}" + braces(nasty(draw))
     return {
         "model": {"path": "hub/model", "chat_template_options": {"true": nasty(draw), "n": draw.choice([1, 0.5, False])}},
@@ -125,9 +122,7 @@ def test_the_largest_spec_reads_back(tmp_path):
     assert load_spec(again, base=tmp_path).spec == checked.spec
 
 
-@pytest.mark.parametrize(
-    "text", ['"\\ud800"', "0x" + "f" * 33, "1" + "0" * 39, '"' + "k" * 101 + '": 1']
-)
+@pytest.mark.parametrize("text", ['"\\ud800"', "0x" + "f" * 33, "1" + "0" * 39, '"' + "k" * 101 + '": 1'])
 def test_what_could_not_be_written_again_is_not_read(text):
     assert read_text(f"a: {{{text}}}" if ":" in text else f"a: {text}", "x").problems
 
@@ -138,12 +133,7 @@ DEEP = "[" * 20 + "]" * 20
 
 @pytest.mark.parametrize(
     "override",
-    [
-        "rewards." + "r" * 101 + "=1",
-        "rewards.\udcff=1",
-        f"data.source.rows.0.{LONG}={DEEP}",
-        "x." * 5000 + "x=1",
-    ],
+    ["rewards." + "r" * 101 + "=1", "rewards.\udcff=1", f"data.source.rows.0.{LONG}={DEEP}", "x." * 5000 + "x=1"],
 )
 def test_an_override_writes_nothing_that_could_not_be_written_again(tmp_path, override):
     path = tmp_path / "run.yaml"

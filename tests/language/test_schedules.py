@@ -30,9 +30,7 @@ LOSSES = Table(
             clip=DivergenceClip(token=2.0, log_ratio=(-5.0, 5.0)),
             weight=PositionWeight(smallest=0.25, middle=MOVES, width=0.1),
         ),
-        "policy": PolicyGradient(
-            advantage=AdvantageAdd(group_weight=MOVES), clip=ClipSpec(low=0.2, high=0.3)
-        ),
+        "policy": PolicyGradient(advantage=AdvantageAdd(group_weight=MOVES), clip=ClipSpec(low=0.2, high=0.3)),
     }
 )
 

@@ -69,17 +69,14 @@ def test_what_each_server_is_asked_for():
     asked = "each server is asked for the sampled token's log-probability"
     assert told(SERVED, 20) == [f"{asked} and for the teacher's 20 likeliest tokens", ENTROPY]
     assert told(SERVED, 21)[0] == (
-        f"{asked} and for the teacher's 21 likeliest tokens, "
-        "so it must be started with --max-logprobs 21 or more"
+        f"{asked} and for the teacher's 21 likeliest tokens, so it must be started with --max-logprobs 21 or more"
     )
     assert planned(SERVED, 0).derived[-2:] == (asked, ENTROPY)
 
 
 def test_other_routes_tell_as_little():
     routed = RoutedWeights(by="field", routes=Table({"a": SERVED, "b": FrozenWeights()}))
-    assert told(routed, 4)[-1] == (
-        "the other routes' teachers are limited to their 4 likeliest tokens, too"
-    )
+    assert told(routed, 4)[-1] == ("the other routes' teachers are limited to their 4 likeliest tokens, too")
     assert "the other routes" not in told(RoutedWeights(by="f", routes=Table({"a": SERVED})), 4)[-1]
 
 

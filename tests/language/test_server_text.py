@@ -40,10 +40,7 @@ def planned(backend=TWO, staleness=0, updates=1, lora=None, shape=SHAPE, acceler
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        (
-            {},
-            "each of 2 servers gets the student's weights by a file of 2.00 GiB before each rollout batch",
-        ),
+        ({}, "each of 2 servers gets the student's weights by a file of 2.00 GiB before each rollout batch"),
         ({"backend": VllmServerBackend()}, "the server gets the student's weights"),
         ({"shape": None}, "weights by a file before each rollout batch, checked by a canary"),
         ({"staleness": 1}, "before each rollout batch, 1 batch ahead of training, checked"),
@@ -58,9 +55,7 @@ def test_the_plan_says_how_weights_reach_the_servers(changes, text):
     assert "backend: vllm_server (the spec says so)" in render_plan(spec, plan)
 
 
-@pytest.mark.parametrize(
-    ("staleness", "updates", "oldest"), [(0, 1, 0), (1, 1, 1), (2, 1, 2), (0, 3, 2), (2, 3, 8)]
-)
+@pytest.mark.parametrize(("staleness", "updates", "oldest"), [(0, 1, 0), (1, 1, 1), (2, 1, 2), (0, 3, 2), (2, 3, 8)])
 def test_the_oldest_rollout_counts_the_batches_between(staleness, updates, oldest):
     assert planned(staleness=staleness, updates=updates)[1].oldest_rollout == oldest
 

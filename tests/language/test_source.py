@@ -162,21 +162,7 @@ def test_a_forbidden_file_says_so(tmp_path):
 
 
 def test_dump_reads_back_unchanged():
-    texts = [
-        "1e-6",
-        "off",
-        "yes",
-        "~",
-        "",
-        "null",
-        "a: b",
-        "#x",
-        "0o7",
-        ".inf",
-        "x\n y\n",
-        "é",
-        "<<",
-    ]
+    texts = ["1e-6", "off", "yes", "~", "", "null", "a: b", "#x", "0o7", ".inf", "x\n y\n", "é", "<<"]
     data = {"list": texts, "map": {t or "empty": 1e-6 for t in texts}, "n": [1, 2.0, None, True]}
     source = read_text(dump(data), "x")
     assert source.problems == ()

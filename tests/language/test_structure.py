@@ -48,12 +48,7 @@ def test_values_have_the_types_of_their_fields():
 def test_resolved_says_every_default_and_kind_first():
     data = resolved(load_spec(EVERY_UNION).spec)
     assert next(iter(data["losses"]["distil"])) == "kind"
-    assert data["teacher"]["weights"]["update_rate"] == {
-        "from": 0.1,
-        "to": 0.01,
-        "steps": 5,
-        "shape": "cosine",
-    }
+    assert data["teacher"]["weights"]["update_rate"] == {"from": 0.1, "to": 0.01, "steps": 5, "shape": "cosine"}
     assert data["training"]["micro_batch_tokens"] == 8192
     assert resolved(LinearMix()) == {"kind": "linear_mix", "forward_share": 0.5}
 
@@ -65,8 +60,7 @@ def test_the_hash_is_the_same_in_every_process():
 
 
 @pytest.mark.parametrize(
-    ("text", "code"),
-    [("", "type"), ("[1, 2]", "type"), ("text", "type"), ("3", "type"), ("{}", "missing_key")],
+    ("text", "code"), [("", "type"), ("[1, 2]", "type"), ("text", "type"), ("3", "type"), ("{}", "missing_key")]
 )
 def test_a_file_that_is_no_map_is_one_problem(tmp_path, text, code):
     path = tmp_path / "x.yaml"
@@ -78,13 +72,7 @@ def test_a_file_that_is_no_map_is_one_problem(tmp_path, text, code):
 
 def test_hostile_texts_never_raise(tmp_path):
     path = tmp_path / "x.yaml"
-    for text in (
-        "model: " + "[" * 10_000,
-        "model: \0",
-        "losses: &a {b: *a}",
-        "\t",
-        "model: {{}: {}}",
-    ):
+    for text in ("model: " + "[" * 10_000, "model: \0", "losses: &a {b: *a}", "\t", "model: {{}: {}}"):
         path.write_text(text)
         assert not load_spec(path).ok
 
@@ -97,20 +85,7 @@ def test_an_unreadable_file_raises(tmp_path):
 def test_every_value_in_every_place_is_structured_without_a_traceback(tmp_path):
     """Puts a value of each type at every written place of a spec; the result must be problems only."""
     base = load(EVERY_UNION)
-    values = (
-        "null",
-        "true",
-        "-1",
-        "1.5",
-        "x",
-        "''",
-        "[]",
-        "[x]",
-        "{}",
-        "{x: 1}",
-        "[[{}]]",
-        "{kind: x}",
-    )
+    values = ("null", "true", "-1", "1.5", "x", "''", "[]", "[x]", "{}", "{x: 1}", "[[{}]]", "{kind: x}")
     paths = [".".join(map(str, path)) for path in base.values if path]
     for path in paths:
         for value in values:

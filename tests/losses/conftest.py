@@ -55,13 +55,9 @@ def diverge(name: str, share: float, student: Floats, teacher: Floats) -> float:
     if name == "linear_mix":
         return share * kl(teacher, student) + (1 - share) * kl(student, teacher)
     if name == "skewed_forward_kl":
-        return kl(
-            teacher, [share * t + (1 - share) * s for s, t in zip(student, teacher, strict=True)]
-        )
+        return kl(teacher, [share * t + (1 - share) * s for s, t in zip(student, teacher, strict=True)])
     if name == "skewed_reverse_kl":
-        return kl(
-            student, [share * s + (1 - share) * t for s, t in zip(student, teacher, strict=True)]
-        )
+        return kl(student, [share * s + (1 - share) * t for s, t in zip(student, teacher, strict=True)])
     middle = [(1 - share) * s + share * t for s, t in zip(student, teacher, strict=True)]
     return (1 - share) * kl(student, middle) + share * kl(teacher, middle)
 
@@ -77,9 +73,7 @@ def slope(f: Callable[[list[float]], float], at: Floats, step: float = 1e-5) -> 
 
 @pytest.fixture(scope="session")
 def naive() -> SimpleNamespace:
-    return SimpleNamespace(
-        softmax=softmax, top=top, chosen=chosen, cut=cut, kl=kl, diverge=diverge, slope=slope
-    )
+    return SimpleNamespace(softmax=softmax, top=top, chosen=chosen, cut=cut, kl=kl, diverge=diverge, slope=slope)
 
 
 @pytest.fixture
@@ -140,9 +134,7 @@ def problem_of() -> Callable[..., SimpleNamespace]:
             old_logprobs=-2 + 0.5 * normal(count).float(),
             counts=Counts(rows=len(lengths), filled_rows=sum(n > 0 for n in lengths), tokens=count),
         )
-        problem.reference = HiddenStateScores(
-            hidden=normal(count, width), head=normal(vocabulary, width)
-        )
+        problem.reference = HiddenStateScores(hidden=normal(count, width), head=normal(vocabulary, width))
         problem.advantages = normal(len(lengths)).float()[problem.row]
         return problem
 

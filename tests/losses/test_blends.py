@@ -25,12 +25,7 @@ from sdkit.losses.objective import Objective
 from sdkit.losses.policy_terms import sequence_means
 from sdkit.losses.scores import logits as logits_of
 
-FACTORS = {
-    "trust region": (0.99, 0.01),
-    "product": (1.0, 0.8),
-    "geometric": (0.5, 0.5),
-    "extrapolate": (1.25, -0.25),
-}
+FACTORS = {"trust region": (0.99, 0.01), "product": (1.0, 0.8), "geometric": (0.5, 0.5), "extrapolate": (1.25, -0.25)}
 EVERY_BLEND = pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
 ALL = slice(None)
 
@@ -47,8 +42,7 @@ def blended(factors, *parts):
 def product(factors, *distributions):
     """Π p^factor, normalised: plain floats."""
     held = [
-        math.prod(p**f for p, f in zip(column, factors, strict=True))
-        for column in zip(*distributions, strict=True)
+        math.prod(p**f for p, f in zip(column, factors, strict=True)) for column in zip(*distributions, strict=True)
     ]
     return [x / sum(held) for x in held]
 
@@ -71,9 +65,7 @@ def test_a_hand_made_blend():
 @EVERY_BLEND
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
-def test_value_and_gradient_are_those_of_the_normalised_product(
-    logits, naive, tokens_of, factors, temperature, name
-):
+def test_value_and_gradient_are_those_of_the_normalised_product(logits, naive, tokens_of, factors, temperature, name):
     """The product is taken of distributions at the temperature; the blend of logits is tempered afterwards."""
     divergence = {"forward_kl": ForwardKl(), "reverse_kl": ReverseKl()}[name]
     term = Distillation(divergence=divergence, support=VocabularySupport(), temperature=temperature)
@@ -84,9 +76,7 @@ def test_value_and_gradient_are_those_of_the_normalised_product(
     loss, _ = projected_loss(logits.student, head, scores, tokens_of([0] * 5), objective, 2)
     (slope,) = torch.autograd.grad(loss, logits.student)
     total = 0.0
-    for row, (z_s, z_t) in enumerate(
-        zip(logits.student.tolist(), logits.teacher.tolist(), strict=True)
-    ):
+    for row, (z_s, z_t) in enumerate(zip(logits.student.tolist(), logits.teacher.tolist(), strict=True)):
         sides = [naive.softmax(z, temperature) for z in (z_t, z_s)]
         q = product(factors, *sides)
 
@@ -114,9 +104,7 @@ def test_a_support_is_chosen_from_the_blend(logits, naive, tokens_of, factors, b
         100,
     )
     total = 0.0
-    for z_s, z_t, z_o in zip(
-        *(x.tolist() for x in (logits.student, logits.teacher, other)), strict=True
-    ):
+    for z_s, z_t, z_o in zip(*(x.tolist() for x in (logits.student, logits.teacher, other)), strict=True):
         p, q = naive.softmax(z_s), product(factors, naive.softmax(z_t), naive.softmax(z_o))
         cut = naive.cut(p, q, naive.chosen(p, q, 2, by), "tail_bucket")
         total += naive.diverge("jsd", 0.3, *cut)
@@ -128,9 +116,7 @@ def test_entropy_and_log_probability_are_the_blends(logits, naive, factors):
     scores = blended(factors, said(logits.teacher), said(logits.student.detach()))
     token = torch.tensor([3, 0, 6, 2, 2])
     own, spread = token_logprobs_and_entropy(scores, token, 0.7, 2)
-    for row, (z_t, z_s) in enumerate(
-        zip(logits.teacher.tolist(), logits.student.tolist(), strict=True)
-    ):
+    for row, (z_t, z_s) in enumerate(zip(logits.teacher.tolist(), logits.student.tolist(), strict=True)):
         q = product(factors, *(naive.softmax(z, 0.7) for z in (z_t, z_s)))
         assert own[row].item() == pytest.approx(math.log(q[token[row]]), abs=1e-5)
         assert spread[row].item() == pytest.approx(-sum(x * math.log(x) for x in q), abs=1e-5)
@@ -190,10 +176,7 @@ def test_the_size_of_chunks_changes_nothing(problem_of, factors, routed):
 def test_parts_are_widened_before_they_are_summed():
     """1.25 · 258 − 0.25 · 256 is no number of bfloat16."""
     one = torch.ones(1, 1, dtype=torch.bfloat16)
-    parts = [
-        HiddenStateScores(hidden=one, head=torch.tensor([[x]], dtype=torch.bfloat16))
-        for x in (258.0, 256.0)
-    ]
+    parts = [HiddenStateScores(hidden=one, head=torch.tensor([[x]], dtype=torch.bfloat16)) for x in (258.0, 256.0)]
     told = logits_of(blended((1.25, -0.25), *parts), ALL)
     assert told.dtype == torch.float32
     assert told.item() == 258.5
@@ -273,9 +256,7 @@ def test_where_a_floor_binds_the_normaliser_counts(logits, enumerated):
 
     def slope(log_q):
         advantage = (log_q - s).detach().clamp(min=-1.0)
-        return torch.autograd.grad(
-            -(s.exp().detach() * advantage * s).sum(), student, retain_graph=True
-        )[0][0]
+        return torch.autograd.grad(-(s.exp().detach() * advantage * s).sum(), student, retain_graph=True)[0][0]
 
     assert_close(found, slope((3 * t - 2 * b).log_softmax(-1)))
     assert (found - slope(3 * t - 2 * b)).abs().max() > 0.01

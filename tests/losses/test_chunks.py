@@ -53,22 +53,15 @@ def terms_of(average):
                 support=TopKSupport(k=4, chosen_by="union", remainder="tail_bucket"),
                 temperature=0.8,
                 importance=ImportanceSpec(
-                    old_policy=OldPolicyRatio(cap=1.5),
-                    sampler=SamplerRatio(cap=2.0, level="sequence_mean"),
+                    old_policy=OldPolicyRatio(cap=1.5), sampler=SamplerRatio(cap=2.0, level="sequence_mean")
                 ),
                 average=average,
             ),
             "cover": Distillation(
-                divergence=ForwardKl(),
-                support=VocabularySupport(),
-                average=average,
-                coefficient=0.5,
+                divergence=ForwardKl(), support=VocabularySupport(), average=average, coefficient=0.5
             ),
             "seek": Distillation(
-                divergence=ReverseKl(),
-                support=SampledTokenSupport(),
-                average=average,
-                coefficient=0.3,
+                divergence=ReverseKl(), support=SampledTokenSupport(), average=average, coefficient=0.3
             ),
             "imitate": CrossEntropy(average=average, coefficient=0.2),
             "pull": PolicyGradient(
@@ -122,9 +115,7 @@ def run(problem, rows=None, average=None, chunk=100):
     tokens = Tokens(
         token=problem.token[pick],
         row=row,
-        weights={
-            n: row_weights(t.average, lengths, problem.counts)[row] for n, t in losses.items()
-        },
+        weights={n: row_weights(t.average, lengths, problem.counts)[row] for n, t in losses.items()},
         sampler_logprobs=problem.sampler_logprobs[pick],
         old_logprobs=problem.old_logprobs[pick],
         advantages=problem.advantages[pick],
@@ -142,10 +133,7 @@ def dense(problem, losses):
     """The same loss with plain autograd through [M, V]."""
     hidden = problem.hidden.detach().clone().requires_grad_()
     head = problem.head.detach().clone().requires_grad_()
-    weights = {
-        n: row_weights(t.average, problem.lengths, problem.counts)[problem.row]
-        for n, t in losses.items()
-    }
+    weights = {n: row_weights(t.average, problem.lengths, problem.counts)[problem.row] for n, t in losses.items()}
     fields = {
         "token": problem.token,
         "row": problem.row,
@@ -221,9 +209,7 @@ def test_no_rows_at_all_give_a_zero_loss_with_a_graph(problem_of):
     teacher, reference = (picked(x, slice(0)) for x in (problem.teacher, problem.reference))
     losses = terms_of(PerToken())
     tokens = with_whole_sequences(losses, tokens, 0, (hidden, problem.head), sides(teacher))
-    loss, _ = projected_loss(
-        hidden, problem.head, teacher, tokens, Objective(losses, 1.0), 8, reference
-    )
+    loss, _ = projected_loss(hidden, problem.head, teacher, tokens, Objective(losses, 1.0), 8, reference)
     loss.backward()
     assert loss == 0
     assert hidden.grad.shape == (0, 5)
@@ -280,11 +266,7 @@ def test_bfloat16_logits_are_projected_in_bfloat16_and_widened(problem_of):
     problem = problem_of(LENGTHS, torch.bfloat16)
     loss, grad_hidden, grad_head, _ = run(problem)
     expected = dense(problem, terms_of(PerSequence(empty_rows="count")))
-    assert (loss.dtype, grad_hidden.dtype, grad_head.dtype) == (
-        torch.float32,
-        torch.bfloat16,
-        torch.bfloat16,
-    )
+    assert (loss.dtype, grad_hidden.dtype, grad_head.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
     same((loss, grad_hidden, grad_head), expected[:3])
 
 
@@ -357,13 +339,7 @@ def test_no_argument_changes(problem_of):
     held += [tokens.ratio, *tokens.sequence_means.values()]
     versions = [x._version for x in [*held, weights]]
     loss, _ = projected_loss(
-        problem.hidden,
-        problem.head,
-        problem.teacher,
-        tokens,
-        Objective(losses, 1.0),
-        4,
-        problem.reference,
+        problem.hidden, problem.head, problem.teacher, tokens, Objective(losses, 1.0), 4, problem.reference
     )
     loss.backward()
     assert [x._version for x in [*held, weights]] == versions
@@ -386,12 +362,7 @@ def test_token_logprobs_of_nothing(problem_of):
     assert empty.shape == (0,)
 
 
-TRANSFORMS = {
-    "softcap": {"softcap": 2.0},
-    "scale": {"scale": 0.3},
-    "bias": {},
-    "all": {"scale": -1.7, "softcap": 3.0},
-}
+TRANSFORMS = {"softcap": {"softcap": 2.0}, "scale": {"scale": 0.3}, "bias": {}, "all": {"scale": -1.7, "softcap": 3.0}}
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -413,9 +384,7 @@ def test_a_transforms_gradients_are_those_of_the_logits_written_out(problem_of, 
     objective = Objective(Table({"imitate": CrossEntropy(), "distil": forward}), 1.0)
     asked = [problem.hidden, problem.head, *([bias] if with_bias else [])]
     teacher = evolve(problem.teacher, transform=LogitTransform(softcap=1.5))
-    loss, _ = projected_loss(
-        problem.hidden, problem.head, teacher, tokens, objective, chunk, transform=transform
-    )
+    loss, _ = projected_loss(problem.hidden, problem.head, teacher, tokens, objective, chunk, transform=transform)
     found = torch.autograd.grad(loss, asked)
 
     z = problem.hidden @ problem.head.T + (bias if with_bias else 0)

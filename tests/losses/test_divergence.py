@@ -61,9 +61,7 @@ def test_value_and_gradient_by_loops(logits, naive, form):
     name, share, function = form
     values = function(logits.student.log_softmax(-1), logits.teacher.log_softmax(-1))
     (grads,) = torch.autograd.grad(values.sum(), logits.student)
-    for value, grad, z, q in zip(
-        values, grads, logits.student.tolist(), logits.teacher.tolist(), strict=True
-    ):
+    for value, grad, z, q in zip(values, grads, logits.student.tolist(), logits.teacher.tolist(), strict=True):
 
         def loss(z, q=q):
             return naive.diverge(name, share, naive.softmax(z), naive.softmax(q))
@@ -84,9 +82,7 @@ def test_equal_distributions_are_at_zero_with_zero_gradient(logits, form):
     assert_close(grad, torch.zeros_like(grad), atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("share", "scale", "golden"), [(0.001, 0.001, 0.37941), (0.999, 0.001, 0.38409)]
-)
+@pytest.mark.parametrize(("share", "scale", "golden"), [(0.001, 0.001, 0.37941), (0.999, 0.001, 0.38409)])
 def test_jsd_over_its_small_share_nears_the_kls(pair, share, scale, golden):
     value = jsd(pair.student.log_softmax(-1), pair.teacher.log_softmax(-1), share)
     assert value.item() / scale == pytest.approx(golden, abs=1e-5)
@@ -145,10 +141,7 @@ def test_jsd_is_finite_whoever_lacks_an_entry():
         value = jsd(student, torch.tensor(t).log(), 0.5)
         value.backward()
         by_hand = sum(
-            0.5 * p * math.log(p / ((a + b) / 2))
-            for a, b in zip(s, t, strict=True)
-            for p in (a, b)
-            if p > 0
+            0.5 * p * math.log(p / ((a + b) / 2)) for a, b in zip(s, t, strict=True) for p in (a, b) if p > 0
         )
         assert value.item() == pytest.approx(by_hand, abs=1e-6)
         assert student.grad is not None
@@ -249,9 +242,7 @@ def test_bounds_by_loops(logits, naive, function, bounds):
     (grads,) = torch.autograd.grad(values.sum(), logits.student)
     free = function(logits.student.log_softmax(-1), logits.teacher.log_softmax(-1))
     assert not torch.allclose(values, free)
-    for value, grad, z, q in zip(
-        values, grads, logits.student.tolist(), logits.teacher.tolist(), strict=True
-    ):
+    for value, grad, z, q in zip(values, grads, logits.student.tolist(), logits.teacher.tolist(), strict=True):
         assert value.item() == pytest.approx(loss(z, q), abs=1e-12)
         assert grad.tolist() == pytest.approx(naive.slope(lambda z, q=q: loss(z, q), z), abs=1e-7)
 

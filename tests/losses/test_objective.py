@@ -47,9 +47,7 @@ def name_of(spec):
 
 
 def distil(divergence=None, support=None, **given):
-    return Distillation(
-        divergence=divergence or ForwardKl(), support=support or VocabularySupport(), **given
-    )
+    return Distillation(divergence=divergence or ForwardKl(), support=support or VocabularySupport(), **given)
 
 
 def objective_of(*terms, temperature=1.0, **named):
@@ -325,9 +323,7 @@ def test_a_chunk_without_tokens_has_a_graph_and_every_figure(logits, tokens_of):
 def test_low_precision_is_widened_and_no_argument_changes(logits, tokens_of):
     student = logits.student.detach().bfloat16().requires_grad_()
     teacher = logits.teacher.bfloat16()
-    tokens = tokens_of(
-        TOKEN, weights={"distil": WEIGHTS}, old_logprobs=OLD, sampler_logprobs=SAMPLER
-    )
+    tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, old_logprobs=OLD, sampler_logprobs=SAMPLER)
     held = (student, teacher, tokens.token, WEIGHTS, OLD, SAMPLER)
     versions = [x._version for x in held]
     objective = objective_of(distil(Jsd(), importance=BOTH), temperature=0.9)
@@ -344,9 +340,7 @@ def test_low_precision_is_widened_and_no_argument_changes(logits, tokens_of):
 
 OLD = torch.tensor([-1.0, -2.0, -3.0, -0.5, -1.5])
 SAMPLER = torch.tensor([-1.2, -2.5, -2.9, -0.5, -2.4])
-BOTH = ImportanceSpec(
-    old_policy=OldPolicyRatio(cap=1.5), sampler=SamplerRatio(cap=1.3, level="token")
-)
+BOTH = ImportanceSpec(old_policy=OldPolicyRatio(cap=1.5), sampler=SamplerRatio(cap=1.3, level="token"))
 PER_SEQUENCE = ImportanceSpec(sampler=SamplerRatio(cap=1.3, level="sequence_mean"))
 
 
@@ -355,9 +349,7 @@ def at_tokens(p):
 
 
 def test_both_ratios_multiply_the_token_loss_as_constants(logits, tokens_of):
-    tokens = tokens_of(
-        TOKEN, weights={"distil": WEIGHTS}, old_logprobs=OLD, sampler_logprobs=SAMPLER
-    )
+    tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, old_logprobs=OLD, sampler_logprobs=SAMPLER)
     loss, grad, stats = figures(objective_of(distil(importance=BOTH)), logits, tokens)
     now = at_tokens(logits.student.detach().log_softmax(-1))
     first = (now - OLD).exp().clamp(max=1.5)
@@ -431,9 +423,7 @@ def test_sequence_mean_is_over_the_tokens_that_the_term_counts(tokens_of):
 
 def test_a_given_sequence_ratio_multiplies_the_token_loss(logits, tokens_of):
     ratio = torch.tensor([0.5, 0.5, 2.0, 2.0, 3.0])
-    tokens = tokens_of(
-        TOKEN, weights={"distil": WEIGHTS}, sampler_logprobs=SAMPLER, old_logprobs=OLD, ratio=ratio
-    )
+    tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, sampler_logprobs=SAMPLER, old_logprobs=OLD, ratio=ratio)
     objective = objective_of(distil(importance=PER_SEQUENCE))
     assert objective.needs_sequence_ratio
     loss, grad, _ = figures(objective, logits, tokens)
@@ -506,9 +496,7 @@ def test_which_figures_a_term_has(logits, tokens):
 def test_no_distribution_is_computed_twice(monkeypatch, logits, tokens_of):
     calls = []
     softmax = torch.Tensor.log_softmax
-    monkeypatch.setattr(
-        torch.Tensor, "log_softmax", lambda x, *a: calls.append(x) or softmax(x, *a)
-    )
+    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda x, *a: calls.append(x) or softmax(x, *a))
     weights = dict.fromkeys(["distil", "again", "hot", "imitate"], WEIGHTS)
     terms = {"again": distil(Jsd()), "hot": distil(temperature=2.0), "imitate": CrossEntropy()}
     objective = objective_of(distil(importance=BOTH), **terms)

@@ -216,9 +216,7 @@ def test_a_sequence_ratio_has_one_value_and_each_tokens_own_factor(logits, token
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("advantage", ADVANTAGES, ids=str)
-def test_without_old_logprobs_the_ratio_is_one_with_a_gradient(
-    naive, logits, tokens, advantage, ratio
-):
+def test_without_old_logprobs_the_ratio_is_one_with_a_gradient(naive, logits, tokens, advantage, ratio):
     tokens = evolve(tokens, old_logprobs=None)
     found = figures(pull(advantage, ratio=ratio, clip=CLIP), logits, tokens)
     held = logprobs(naive, logits.student.tolist(), 1.0)
@@ -240,9 +238,7 @@ def test_reference_kl(naive, logits, tokens, estimator, temperature):
             total += WEIGHTS[j] * (one if estimator == "k2" else naive.kl(s, r))
         return total
 
-    agree(
-        naive, logits, figures(ReferenceKl(estimator=estimator), logits, tokens, temperature), loss
-    )
+    agree(naive, logits, figures(ReferenceKl(estimator=estimator), logits, tokens, temperature), loss)
 
 
 def test_a_sampler_ratio_may_be_averaged_over_the_sequence(logits, tokens):
@@ -259,9 +255,7 @@ def test_a_sampler_ratio_may_be_averaged_over_the_sequence(logits, tokens):
 # ── in expectation ────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    "term", [pull(LogRatio(), clip=ClipSpec(low=0.2, high=0.2)), ReferenceKl(estimator="k2")]
-)
+@pytest.mark.parametrize("term", [pull(LogRatio(), clip=ClipSpec(low=0.2, high=0.2)), ReferenceKl(estimator="k2")])
 def test_the_expected_gradient_is_that_of_the_reverse_kl(logits, tokens_of, term):
     """Enumerates the vocabulary: weight S_y for every y of one position."""
     student, other = logits.student[:1], logits.teacher[:1]
@@ -315,8 +309,7 @@ def test_uncounted_tokens_and_the_order_of_rows_change_nothing(logits, tokens, t
         **{name: mixed(getattr(tokens, name), -0.5) for name in floats},
     )
     given = SimpleNamespace(
-        student=student[order].detach().requires_grad_(),
-        teacher=torch.cat([other, forbidden])[order],
+        student=student[order].detach().requires_grad_(), teacher=torch.cat([other, forbidden])[order]
     )
     found = figures(term, given, other_order)
     back = found[1][order.argsort()]
@@ -413,8 +406,7 @@ def test_figures_of_a_reference_kl(naive, logits, tokens):
     for estimator in ("k2", "vocabulary"):
         stats = figures(ReferenceKl(estimator=estimator), logits, tokens)[2]
         sides = [
-            (naive.softmax(logits.student[j].tolist()), naive.softmax(logits.teacher[j].tolist()))
-            for j in COUNTED
+            (naive.softmax(logits.student[j].tolist()), naive.softmax(logits.teacher[j].tolist())) for j in COUNTED
         ]
         drawn = [TOKEN[j] for j in COUNTED]
         k1 = sum(math.log(s[y] / r[y]) for (s, r), y in zip(sides, drawn, strict=True))
@@ -449,16 +441,10 @@ def test_which_figures_a_term_has(logits, tokens):
         (pull(ratio="sequence"), {"sequence_means"}),
         (pull(LogRatio()), {"teacher"}),
         (pull(AdvantageAdd()), {"teacher"}),
-        (
-            pull(AdvantageScale(log_ratio=LogRatio(center="sequence"))),
-            {"teacher", "sequence_means"},
-        ),
+        (pull(AdvantageScale(log_ratio=LogRatio(center="sequence"))), {"teacher", "sequence_means"}),
         (pull(LogRatio(center="sequence")), {"teacher", "sequence_means"}),
         (ReferenceKl(estimator="k2"), {"reference"}),
-        (
-            pull(importance=PolicyImportance(sampler=SamplerRatio(cap=2.0, level="sequence_mean"))),
-            {"sequence_ratio"},
-        ),
+        (pull(importance=PolicyImportance(sampler=SamplerRatio(cap=2.0, level="sequence_mean"))), {"sequence_ratio"}),
     ],
 )
 def test_what_an_objective_needs(term, needs):
@@ -510,9 +496,7 @@ def test_one_objective_has_one_advantage_of_the_reward():
 
 def test_sequence_means_are_over_the_tokens_that_a_term_counts(tokens):
     losses = Table({"pull": pull(ratio="sequence"), "again": pull(ratio="sequence")})
-    tokens = evolve(
-        tokens, weights={"pull": torch.tensor(WEIGHTS), "again": torch.tensor([0.0, 1, 1, 0, 0])}
-    )
+    tokens = evolve(tokens, weights={"pull": torch.tensor(WEIGHTS), "again": torch.tensor([0.0, 1, 1, 0, 0])})
     now = torch.tensor([-1.0, -1.5, -2.0, -1.0, -1.0], dtype=torch.float64)  # 0, ½, 1, −½, ½ up
     means = sequence_means(losses, now, None, tokens, 3)
     third = 1 / 3

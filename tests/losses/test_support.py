@@ -135,10 +135,7 @@ def test_equal_distributions(logits, function, remainder):
 
 
 def test_top_k_ids():
-    assert top_k_ids(torch.tensor([[0.1, 0.5, 0.4], [3.0, 1.0, 2.0]]), 2).tolist() == [
-        [1, 2],
-        [0, 2],
-    ]
+    assert top_k_ids(torch.tensor([[0.1, 0.5, 0.4], [3.0, 1.0, 2.0]]), 2).tolist() == [[1, 2], [0, 2]]
     with pytest.raises(ValueError, match="top 4 of a vocabulary of 3 tokens"):
         top_k_ids(torch.zeros(1, 3), 4)
 
@@ -150,10 +147,7 @@ def test_union_ids_mark_the_second_of_a_pair():
 
 
 def test_overlap_and_mass():
-    assert overlap(torch.tensor([[4, 1], [0, 2]]), torch.tensor([[1, 3], [2, 0]])).tolist() == [
-        0.5,
-        1.0,
-    ]
+    assert overlap(torch.tensor([[4, 1], [0, 2]]), torch.tensor([[1, 3], [2, 0]])).tolist() == [0.5, 1.0]
     p = torch.tensor([[0.5, 0.3, 0.2]]).log()
     ids, duplicate = torch.tensor([[0, 0, 1]]), torch.tensor([[False, True, False]])
     assert_close(mass(p, ids, duplicate), torch.tensor([0.8]))

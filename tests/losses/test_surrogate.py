@@ -34,8 +34,7 @@ def doubles(*values):
 
 
 @pytest.mark.parametrize(
-    ("scale", "eps", "right", "wrong"),
-    [("none", 1e-4, 0.75, -0.25), ("group_std", 1e-4, 1.619835, -0.539945)],
+    ("scale", "eps", "right", "wrong"), [("none", 1e-4, 0.75, -0.25), ("group_std", 1e-4, 1.619835, -0.539945)]
 )
 def test_golden_advantages(scale, eps, right, wrong):
     advantages = group_advantages(REWARDS, ONE_GROUP, "group_mean", scale, eps)
@@ -47,18 +46,7 @@ def test_golden_advantages(scale, eps, right, wrong):
 @pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])
 def test_advantages_against_loops(baseline, scale):
     rewards = [0.3, 2.0, -1.0, 0.3, 5.0, 0.1, 0.1, 0.1, 7.0, 1.5]
-    group = [
-        9,
-        4,
-        9,
-        4,
-        4,
-        2,
-        2,
-        2,
-        100,
-        9,
-    ]  # not together, not counted from 0; one alone, one alike
+    group = [9, 4, 9, 4, 4, 2, 2, 2, 100, 9]  # not together, not counted from 0; one alone, one alike
     expected = []
     for r, g in zip(rewards, group, strict=True):
         own = [x for x, h in zip(rewards, group, strict=True) if h == g]
@@ -309,7 +297,6 @@ def test_the_ratio_makes_old_samples_those_of_now(pair):
 def test_a_constant_baseline_changes_no_expected_gradient(pair):
     worth = doubles(1.0, -2.0, 0.5, 3.0, 0.0, -1.0)
     plain, moved = (
-        expected_gradient(lambda s, _t, a=a: clipped_surrogate(s - s.detach(), a), pair)
-        for a in (worth, worth - 7.0)
+        expected_gradient(lambda s, _t, a=a: clipped_surrogate(s - s.detach(), a), pair) for a in (worth, worth - 7.0)
     )
     assert_close(plain, moved)

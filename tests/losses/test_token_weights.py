@@ -6,14 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sdkit.losses.token_weights import (
-    drift,
-    entropy_weight,
-    pass_rate_variance,
-    perplexity,
-    sigmoid_ramp,
-    top_share,
-)
+from sdkit.losses.token_weights import drift, entropy_weight, pass_rate_variance, perplexity, sigmoid_ramp, top_share
 
 
 def f64(*values):
@@ -43,9 +36,7 @@ def test_drift_golden():
 
 
 def test_half_solved_by_hand():
-    assert_close(
-        pass_rate_variance(f64(0.0, 0.25, 0.5, 1.0), 0.5), f64(0, math.sqrt(3) / 4, 0.5, 0)
-    )
+    assert_close(pass_rate_variance(f64(0.0, 0.25, 0.5, 1.0), 0.5), f64(0, math.sqrt(3) / 4, 0.5, 0))
     assert_close(pass_rate_variance(f64(0.25), 1.0), f64(0.1875))
 
 
@@ -65,15 +56,7 @@ def test_perplexity_by_hand():
 
 @pytest.mark.parametrize(
     ("count", "share", "kept"),
-    [
-        (10, 0.2, 2),
-        (7, 0.2, 2),
-        (30, 0.1, 3),
-        (1, 0.01, 1),
-        (5, 1.0, 5),
-        (0, 0.5, 0),
-        (3, 1 / 3, 1),
-    ],
+    [(10, 0.2, 2), (7, 0.2, 2), (30, 0.1, 3), (1, 0.01, 1), (5, 1.0, 5), (0, 0.5, 0), (3, 1 / 3, 1)],
 )
 def test_the_number_of_tokens_is_exact(count, share, kept):
     draw = torch.Generator().manual_seed(count)

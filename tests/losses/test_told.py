@@ -61,9 +61,7 @@ def same(found, expected, missing):
 @pytest.mark.parametrize("divergence", [ForwardKl(), ReverseKl(), Jsd(teacher_share=0.3)])
 @pytest.mark.parametrize("remainder", REMAINDERS)
 @pytest.mark.parametrize("told_of", [3, 5])
-def test_its_own_top_k_is_that_of_the_whole_teacher(
-    logits, tokens_of, divergence, remainder, told_of
-):
+def test_its_own_top_k_is_that_of_the_whole_teacher(logits, tokens_of, divergence, remainder, told_of):
     """In value, gradient and every figure; also where the server told of more tokens than the term takes."""
     term, tokens = distil(top(3, remainder), divergence), tokens_of(TOKEN)
     expected = figures(term, logits.student, logits.teacher, tokens)
@@ -86,9 +84,7 @@ def test_two_tokens_by_hand(tokens_of):
     """Student ½, ¼, ¼; the teacher told of ¾ on id 1 and the sampled id 2 at ⅛: KL(T‖S) with a tail bucket."""
     student = torch.tensor([[0.5, 0.25, 0.25]]).log()
     told = TopKLogprobs(
-        ids=torch.tensor([[1]]),
-        logprobs=torch.tensor([[0.75]]).log(),
-        sampled=torch.tensor([0.125]).log(),
+        ids=torch.tensor([[1]]), logprobs=torch.tensor([[0.75]]).log(), sampled=torch.tensor([0.125]).log()
     )
     loss, stats = Objective(Table({"distil": distil(top(1))}), 1.0)(student, told, tokens_of([2]))
     three, third = torch.tensor(3.0), torch.tensor(1 / 3)
@@ -118,10 +114,7 @@ def test_an_id_that_the_student_has_not_is_part_of_the_remainder(logits, tokens_
 def test_the_sampled_token_and_the_log_ratio(logits, tokens_of):
     tokens = tokens_of(TOKEN, weights={"distil": torch.ones(5), "pull": torch.ones(5)})
     losses = Table(
-        {
-            "distil": distil(SampledTokenSupport(), ReverseKl()),
-            "pull": PolicyGradient(advantage=LogRatio()),
-        }
+        {"distil": distil(SampledTokenSupport(), ReverseKl()), "pull": PolicyGradient(advantage=LogRatio())}
     )
     expected = Objective(losses, 1.0)(logits.student, logits.teacher, tokens)
     found = Objective(losses, 1.0)(logits.student, told_by(logits.teacher, TOKEN, 0), tokens)
@@ -137,16 +130,8 @@ REFUSED = {
     "more than was told": (distil(top(5)), 1.0, "own top 4, not the teacher's top 5"),
     "a tempered tail": (distil(top(3)), 2.0, "no tail_bucket at 2"),
     "a tempered drop": (distil(top(3, "drop")), 2.0, "no drop at 2"),
-    "a tempered token": (
-        distil(SampledTokenSupport(), ReverseKl()),
-        0.5,
-        "at temperature 1, not 0.5",
-    ),
-    "a tempered advantage": (
-        PolicyGradient(advantage=LogRatio()),
-        0.5,
-        "at temperature 1, not 0.5",
-    ),
+    "a tempered token": (distil(SampledTokenSupport(), ReverseKl()), 0.5, "at temperature 1, not 0.5"),
+    "a tempered advantage": (PolicyGradient(advantage=LogRatio()), 0.5, "at temperature 1, not 0.5"),
 }
 
 
@@ -182,9 +167,7 @@ def test_chunks_of_a_narrowed_teacher_are_the_whole_one(problem_of, tokens_of, c
     told = top_k_logprobs(problem.teacher, problem.token, 4, chunk)
 
     def run(teacher):
-        loss, stats = projected_loss(
-            problem.hidden, problem.head, teacher, tokens, objective, chunk
-        )
+        loss, stats = projected_loss(problem.hidden, problem.head, teacher, tokens, objective, chunk)
         return loss.detach(), torch.autograd.grad(loss, (problem.hidden, problem.head)), stats
 
     found, expected = run(told), run(problem.teacher)

@@ -42,16 +42,10 @@ NO_WEIGHTS = "sdkit.train.state.load_model"
     [
         ("prompt", "the student's prompt", {}),
         ("demonstration", "the teacher's prompt", {}),
-        (
-            "answer",
-            "the answer",
-            {"rollout": rollout(sampled_by=DatasetSamples(column="answer"))},
-        ),
+        ("answer", "the answer", {"rollout": rollout(sampled_by=DatasetSamples(column="answer"))}),
     ],
 )
-def test_the_row_and_the_token_are_named_before_weights_load(
-    open_tiny, beyond, monkeypatch, column, what, changes
-):
+def test_the_row_and_the_token_are_named_before_weights_load(open_tiny, beyond, monkeypatch, column, what, changes):
     monkeypatch.setattr(NO_WEIGHTS, lambda *_: pytest.fail("weights loaded"))
     with pytest.raises(BadData) as caught:
         open_tiny(spec_with(beyond, column, **changes))
@@ -65,9 +59,7 @@ def test_a_token_that_no_row_uses_is_no_fault(open_tiny, beyond):
     assert open_tiny(make_spec(beyond)).data.largest_id < 404
 
 
-def test_an_external_teachers_embeddings_count_too(
-    open_tiny, beyond, tiny_folder, tmp_path, monkeypatch
-):
+def test_an_external_teachers_embeddings_count_too(open_tiny, beyond, tiny_folder, tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
     large = resized(tiny_folder, tmp_path / "large", 410)
@@ -94,9 +86,7 @@ def test_an_end_token_without_embedding_is_refused(open_tiny, beyond, tmp_path):
         open_tiny(make_spec(folder, model=model(folder)))
 
 
-def test_a_teachers_prompt_that_only_rollouts_complete_is_checked_when_it_is_written(
-    open_tiny, beyond
-):
+def test_a_teachers_prompt_that_only_rollouts_complete_is_checked_when_it_is_written(open_tiny, beyond):
     world = open_tiny(make_spec(beyond))
     world.data.known_ids = KnownIds("a model", 30)
     with pytest.raises(BadData, match="row 0: the teacher's prompt has the token"):

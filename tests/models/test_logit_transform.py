@@ -113,9 +113,7 @@ class Changed(transformers.LlamaForCausalLM):
 
 def _some_ids(self, hidden):
     logits = self.lm_head(hidden)
-    return torch.cat(
-        [logits[..., :7], torch.full_like(logits[..., 7:9], -1e9), logits[..., 9:]], -1
-    )
+    return torch.cat([logits[..., :7], torch.full_like(logits[..., 7:9], -1e9), logits[..., 9:]], -1)
 
 
 CHANGES = {
@@ -203,9 +201,7 @@ def test_a_trained_bias_moves_alike_in_pieces(open_tiny, folders):
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
 
-def test_an_external_model_is_measured_and_blamed_by_its_key(
-    open_tiny, tiny_folder, folders, monkeypatch
-):
+def test_an_external_model_is_measured_and_blamed_by_its_key(open_tiny, tiny_folder, folders, monkeypatch):
     def refuse(causal):
         if causal.config.model_type == "granite":
             raise BadData("refused")

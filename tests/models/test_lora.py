@@ -84,9 +84,7 @@ def test_a_run_with_experts_trains_each_kind_of_adapter_and_saves_it(open_tiny, 
     )
     world = open_tiny(spec)
     advance(world, 1)
-    assert all(
-        layer.lora_B["default"].weight.any() for layer in adapter_layers(world.student.model)
-    )
+    assert all(layer.lora_B["default"].weight.any() for layer in adapter_layers(world.student.model))
     saved = save_model(world, tmp_path)
     merged = opened(saved, family, lora=False)
     torch.testing.assert_close(states(merged), states(world.student), rtol=1e-3, atol=1e-3)
@@ -107,9 +105,7 @@ def test_a_run_with_experts_trains_each_kind_of_adapter_and_saves_it(open_tiny, 
         ("mixtral", ("q_proj", "experts"), "experts is no linear layer"),
     ],
 )
-def test_targets_that_cannot_work_are_refused_with_those_that_can(
-    family, targets, message, tmp_path
-):
+def test_targets_that_cannot_work_are_refused_with_those_that_can(family, targets, message, tmp_path):
     folder = families.build(tmp_path / family, family)
     with pytest.raises(BadData, match=message) as refusal:
         opened(folder, family, targets)

@@ -15,12 +15,7 @@ WHOLE = [range(len(c)) for c in COMPLETIONS]
 def test_rows_are_shared_by_equal_prompts_up_to_the_longest():
     assert [pack.members for pack in pack_rollouts(PROMPTS, COMPLETIONS, 100)] == [(0, 2, 3), (1,)]
     assert [pack.members for pack in pack_rollouts(PROMPTS, COMPLETIONS, 6)] == [(0, 2), (1,), (3,)]
-    assert [pack.members for pack in pack_rollouts(PROMPTS, COMPLETIONS, 0)] == [
-        (0,),
-        (1,),
-        (2,),
-        (3,),
-    ]
+    assert [pack.members for pack in pack_rollouts(PROMPTS, COMPLETIONS, 0)] == [(0,), (1,), (2,), (3,)]
 
 
 def test_padded_tokens_are_those_of_the_tensor():
@@ -31,16 +26,8 @@ def test_padded_tokens_are_those_of_the_tensor():
 
 
 def test_a_completion_attends_to_the_prompt_and_to_itself():
-    (row,) = pad_sequences(
-        [(1, 2)] * 2, [(3, 4), (5,)], [range(2), range(1)], 100, CPU
-    ).attention_mask
-    expected = [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],
-    ]
+    (row,) = pad_sequences([(1, 2)] * 2, [(3, 4), (5,)], [range(2), range(1)], 100, CPU).attention_mask
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
     assert row[0].int().tolist() == expected
 
 

@@ -7,14 +7,7 @@ def squared(student, teacher):
 
 
 def of_everything(
-    counts,
-    position,
-    length,
-    reward,
-    student_logprobs,
-    student_entropy,
-    teacher_logprobs,
-    teacher_entropy,
+    counts, position, length, reward, student_logprobs, student_entropy, teacher_logprobs, teacher_entropy
 ):
     """1 + t / |y| + reward + H_S · H_T + log S · log T."""
     place = position / length.clamp(min=1)[:, None]

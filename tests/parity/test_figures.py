@@ -101,9 +101,7 @@ def _sheet(rollouts, side):
     """The logits of a side, by the place of the rollout; those of the student where it has none."""
     vocabulary = len(rollouts[0]["student"][0])
     sheets = {
-        str(i): torch.tensor(r.get(side) or r["student"], dtype=torch.float64).reshape(
-            -1, vocabulary
-        )
+        str(i): torch.tensor(r.get(side) or r["student"], dtype=torch.float64).reshape(-1, vocabulary)
         for i, r in enumerate(rollouts)
     }
     return Sheet(sheets, vocabulary)
@@ -113,20 +111,14 @@ def _rollout(place, written, rewards, sheets, temperature):
     token = torch.tensor(written["completion"], dtype=torch.long)
 
     def told(side):
-        scores = HiddenStateScores(
-            hidden=sheets[side].model[str(place)].detach(), head=sheets[side].head
-        )
-        return [
-            tuple(x.tolist()) for x in token_logprobs_and_entropy(scores, token, temperature, 100)
-        ]
+        scores = HiddenStateScores(hidden=sheets[side].model[str(place)].detach(), head=sheets[side].head)
+        return [tuple(x.tolist()) for x in token_logprobs_and_entropy(scores, token, temperature, 100)]
 
     taught = written.get("teacher") is not None
     measures = {}
     for side, whose in (("before", "student"), ("teacher", "teacher")):
         if side != "teacher" or taught:
-            measures |= dict(
-                zip((f"{whose}_logprobs", f"{whose}_entropy"), told(side), strict=True)
-            )
+            measures |= dict(zip((f"{whose}_logprobs", f"{whose}_entropy"), told(side), strict=True))
     return Rollout(
         row=ROW,
         group=written.get("group", place),
@@ -166,14 +158,9 @@ def answer(case, spec):
     functions = open_user_divergences(spec.losses, HERE)
     student = Student(sheets["student"], temperature, 2, len(sheets["student"].head), functions)
     total = torch.zeros((), dtype=torch.float64)
-    for micro in collate(
-        list(batch), spec.losses, 10, torch.clone, torch.device("cpu")
-    ).micro_batches:
+    for micro in collate(list(batch), spec.losses, 10, torch.clone, torch.device("cpu")).micro_batches:
         scores = sheets["teacher"].scores(micro.teacher) if micro.teacher else None
-        total = (
-            total
-            + student(micro, scores, sheets["reference"].scores(micro.student), spec.losses)[0]
-        )
+        total = total + student(micro, scores, sheets["reference"].scores(micro.student), spec.losses)[0]
     total.backward()
     logits = [sheets["student"].model[str(i)] for i in range(len(written))]
     gradient = [torch.zeros_like(x) if x.grad is None else x.grad for x in logits]
@@ -306,9 +293,7 @@ def test_every_divergence_meets_every_support_and_remainder(specs):
     chosen, remainders = (typing.get_args(support[k].type) for k in ("chosen_by", "remainder"))
     for divergence in members(divergences.Divergence):
         allowed = [r for r in remainders if r != "renormalize_teacher" or divergence is divergences.ForwardKl]  # fmt: skip
-        wanted = {(divergence, by, r) for by in chosen for r in allowed} | {
-            (divergence, None, None)
-        }
+        wanted = {(divergence, by, r) for by in chosen for r in allowed} | {(divergence, None, None)}
         assert wanted <= met, divergence
 
 

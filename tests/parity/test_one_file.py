@@ -9,9 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
-ROWS = [
-    {"prompt": f"What is {i} + {i}?", "demonstration": f"{i} + {i} = {2 * i}"} for i in range(7)
-]
+ROWS = [{"prompt": f"What is {i} + {i}?", "demonstration": f"{i} + {i} = {2 * i}"} for i in range(7)]
 
 RUN = """
 method: {method}
@@ -44,8 +42,7 @@ def test_the_engine_trains_as_the_plain_algorithm_does(twin, tiny_folder, tmp_pa
     spec = tmp_path / "run.yaml"
     method = ROOT / "sdkit" / "methods" / "sdft.yaml"
     spec.write_text(
-        RUN.format(method=method, model=tiny_folder, rows=rows, steps=STEPS, stage=stage),
-        encoding="utf-8",
+        RUN.format(method=method, model=tiny_folder, rows=rows, steps=STEPS, stage=stage), encoding="utf-8"
     )
     command = [sys.executable, "-m", "sdkit", "train", str(spec), "--to", str(tmp_path / "run")]
     subprocess.run(command, check=True, capture_output=True, timeout=300)

@@ -25,8 +25,7 @@ def test_nothing_is_said_where_nothing_is_known(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "emulates", "said"),
-    [("bfloat16", True, 1), ("float32", True, 0), ("bfloat16", False, 0)],
+    ("dtype", "emulates", "said"), [("bfloat16", True, 1), ("float32", True, 0), ("bfloat16", False, 0)]
 )
 def test_the_plan_says_that_bfloat16_is_slow_here(dtype, emulates, said):
     spec = load_spec(DEMO, [f"model.dtype={dtype}"]).spec

@@ -151,10 +151,7 @@ def test_forms_of_tests(make_row):
         ([{"input": "1", "output": 2}], "the input and output of stdin tests must be text"),
         ([{"input": "1", "output": "1", "type": "x"}], "testtype 'x' is not one of 'stdin'"),
         ([{"input": "a", "output": "1", "fn_name": "f"}], "'a' is not JSON"),
-        (
-            [{"input": "1", "output": "1", "type": "functional"}],
-            "tests of a function need its name as fn_name",
-        ),
+        ([{"input": "1", "output": "1", "type": "functional"}], "tests of a function need its name as fn_name"),
         ([{"input": "1", "output": "1", "time_limit": 0}], "time_limit 0 is no number above 0"),
     ],
 )
@@ -182,8 +179,7 @@ def test_printed_lines(got, expected, same):
 
 
 @pytest.mark.parametrize(
-    "program",
-    [ADDS, "import sys\nprint(sum(int(x) for x in sys.stdin.read().split()))\nsys.exit()"],
+    "program", [ADDS, "import sys\nprint(sum(int(x) for x in sys.stdin.read().split()))\nsys.exit()"]
 )
 def test_a_program_that_reads_and_prints(judge, make_row, program):
     judged = judge(program, make_row(tests=cases(("1 2\n", "3\n"), ("4 5\n", "9"))))
@@ -191,9 +187,7 @@ def test_a_program_that_reads_and_prints(judge, make_row, program):
 
 
 def test_what_is_said_of_a_wrong_output(judge, make_row):
-    judged = judge(
-        "print(3 if input() == '1 2' else 8)", make_row(tests=cases(("1 2", "3"), ("4 5", "9")))
-    )
+    judged = judge("print(3 if input() == '1 2' else 8)", make_row(tests=cases(("1 2", "3"), ("4 5", "9"))))
     assert judged.reward == 0
     assert judged.feedback == ("Test 2 of 2 failed.\n\nInput:\n4 5\n\nOutput:\n8\n\nExpected:\n9")
 
@@ -300,11 +294,9 @@ def test_the_environment_is_not_handed_on(judge, make_row, monkeypatch):
     "program",
     [
         "while True: pass",
-        "import signal\nfor s in (1, 2, 13, 14, 15, 24): signal.signal(s, signal.SIG_IGN)\n"
-        "while True: pass",
+        "import signal\nfor s in (1, 2, 13, 14, 15, 24): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
         "import os\nos.closerange(0, 99)\nwhile True: pass",
-        "import os, threading\nos._exit = print\n"
-        "threading.Thread(target=sum, args=(iter(int, 1),)).start()",
+        "import os, threading\nos._exit = print\nthreading.Thread(target=sum, args=(iter(int, 1),)).start()",
     ],
 )
 def test_endless_programs_are_ended(sandbox, program):
@@ -433,19 +425,13 @@ def test_values_are_compared_outside(judge, make_row):
         "            if isinstance(value, dict) and 'expected' in value: return value['expected']\n"
         "        frame = frame.f_back"
     )
-    for program in (
-        equal,
-        searching,
-        "import os\ndef f(x):\n    os.write(3, b'7')\n    os._exit(0)",
-    ):
+    for program in (equal, searching, "import os\ndef f(x):\n    os.write(3, b'7')\n    os._exit(0)"):
         assert judge(program, make_row(tests=tests)).reward == 0
 
 
 @pytest.mark.parametrize("depth", [900, 960, 990, 100_000])
 def test_values_nested_deeply_are_wrong_and_no_error(judge, make_row, depth):
-    program = (
-        f"import os\ndef f(x):\n    os.write(3, b'[' * {depth} + b']' * {depth})\n    os._exit(0)"
-    )
+    program = f"import os\ndef f(x):\n    os.write(3, b'[' * {depth} + b']' * {depth})\n    os._exit(0)"
     judged = judge(program, make_row(tests=[{"input": "1", "output": "2", "fn_name": "f"}]))
     assert judged.reward == 0
     assert judged.feedback
@@ -551,18 +537,14 @@ time.sleep(600)
 # ── where the walls cannot be built ───────────────────────────────────────────────────────────
 
 
-def test_without_user_namespaces_it_is_refused_unless_told_otherwise(
-    sandboxes, tmp_path, monkeypatch
-):
+def test_without_user_namespaces_it_is_refused_unless_told_otherwise(sandboxes, tmp_path, monkeypatch):
     sandboxes("namespaces")
     python = tmp_path / "python"
     inside = f'echo 0 > /proc/sys/user/max_user_namespaces; exec {sys.executable} "$@"'
     python.write_text(f"#!/bin/sh\nexec unshare -Ur sh -c '{inside}' sh \"$@\"\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(
-        BadEnvironment, match=r"rewards\.code: .* this machine does not allow: unshare"
-    ) as caught:
+    with pytest.raises(BadEnvironment, match=r"rewards\.code: .* this machine does not allow: unshare") as caught:
         open_rewards({"code": PythonTests()}, ["code"], None, None)
     assert caught.value.exit_code == 4
     assert caught.value.hint.startswith("isolation: without_namespaces runs them behind limits")
@@ -572,7 +554,5 @@ def test_without_user_namespaces_it_is_refused_unless_told_otherwise(
 
 def test_other_machines_are_refused(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
-    with pytest.raises(
-        BadEnvironment, match="need Linux on x86_64 or aarch64: this is linux on riscv"
-    ):
+    with pytest.raises(BadEnvironment, match="need Linux on x86_64 or aarch64: this is linux on riscv"):
         Sandbox(PythonTests())

@@ -74,9 +74,7 @@ def test_a_text_that_is_too_long_is_named(folder, make_row):
         opened(folder)("word " * 200, make_row(index=3))
 
 
-def test_a_token_without_embedding_is_named_before_anything_is_judged(
-    tmp_path, tiny_tokenizer, make_row
-):
+def test_a_token_without_embedding_is_named_before_anything_is_judged(tmp_path, tiny_tokenizer, make_row):
     small = build(tmp_path / "small", tiny_tokenizer, vocab_size=300)
     highest = tiny_tokenizer.convert_ids_to_tokens(len(tiny_tokenizer) - 1)
     row = make_row(tiny_tokenizer.decode([len(tiny_tokenizer) - 1]), index=4)
@@ -128,10 +126,7 @@ def test_folders_that_are_no_reward_models(tmp_path, folder, tiny_folder, tiny_t
 def test_code_of_the_folder_is_not_run(tmp_path, folder):
     foreign = shutil.copytree(folder, tmp_path / "foreign")
     config = json.loads((foreign / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoModelForSequenceClassification": "evil.Evil",
-        "AutoConfig": "evil.Evil",
-    }
+    config["auto_map"] = {"AutoModelForSequenceClassification": "evil.Evil", "AutoConfig": "evil.Evil"}
     config["model_type"] = "evil"
     (foreign / "config.json").write_text(json.dumps(config))
     (foreign / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

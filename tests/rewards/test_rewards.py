@@ -179,10 +179,7 @@ def test_rows_without_a_right_answer(make_row, reward, columns, message):
 
 def test_score(make_row):
     rows = [make_row(answer="1"), make_row(answer="2")]
-    rewards = {
-        n: open_reward(r, "/", None)
-        for n, r in (("exact", ExactReward()), ("number", NumberReward()))
-    }
+    rewards = {n: open_reward(r, "/", None) for n, r in (("exact", ExactReward()), ("number", NumberReward()))}
     assert numbers(rewards, ["1", "it is 2"], rows) == {"exact": [1.0, 0.0], "number": [1.0, 1.0]}
     with pytest.raises(ValueError, match="longer"):
         score(rewards, ["1"], rows)
@@ -279,9 +276,7 @@ def leaves(completion, row):
 def own(tmp_path):
     """Open a function of the file above."""
     (tmp_path / "mine.py").write_text(OWN)
-    return lambda name, **more: open_reward(
-        FileReward(file="mine.py", function=name, **more), tmp_path, None
-    )
+    return lambda name, **more: open_reward(FileReward(file="mine.py", function=name, **more), tmp_path, None)
 
 
 def test_a_function_of_the_users(own, make_row):
@@ -318,9 +313,7 @@ def test_a_function_that_fails_names_its_line_and_the_sample(own, make_row):
     ],
 )
 def test_a_function_must_return_a_finite_number(own, make_row, name, value):
-    with pytest.raises(
-        BadData, match=f"{name} in mine.py returned {re.escape(value)}.* for row 2, completion 'x'"
-    ):
+    with pytest.raises(BadData, match=f"{name} in mine.py returned {re.escape(value)}.* for row 2, completion 'x'"):
         own(name)("x", make_row(index=2))
 
 
@@ -343,9 +336,7 @@ def test_files_that_cannot_be_opened(own, tmp_path):
 def test_a_slow_function_ends_the_run_and_names_the_sample(own, make_row):
     rows = [make_row(index=i) for i in range(3)]
     started = time.monotonic()
-    with pytest.raises(
-        BadData, match=r"sleepy in mine.py took more than 0.5 s on row 1, completion 'slow'"
-    ):
+    with pytest.raises(BadData, match=r"sleepy in mine.py took more than 0.5 s on row 1, completion 'slow'"):
         score({"own": own("sleepy", seconds=0.5)}, ["x", "slow", "y"], rows)
     assert time.monotonic() - started < 5
     assert numbers({"own": own("sleepy", seconds=20)}, ["x"], rows[:1]) == {"own": [1.0]}
@@ -363,9 +354,7 @@ scorer = open_reward(reward, Path({str(tmp_path)!r}), None)
 scorer("slow", Row(index=1, messages=(), columns={{}}, raw={{}}))
 """
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
     assert "BadData: sleepy in mine.py took more than 0.2 s" in done.stderr
     assert time.monotonic() - started < 40
 
@@ -399,9 +388,7 @@ def test_a_sum_measures_its_parts_and_asks_them_once(own, make_row, tmp_path):
     opened = open_rewards(rewards, ["total", "told"], tmp_path, None)
     calls = []
     many = opened["told"].score_all
-    object.__setattr__(
-        opened["told"], "score_all", lambda pairs: calls.append(pairs) or many(pairs)
-    )
+    object.__setattr__(opened["told"], "score_all", lambda pairs: calls.append(pairs) or many(pairs))
     judged = score(opened, ["4", "five"], [make_row(answer="4")] * 2)
     assert reward_values(judged) == {
         "total": [1 + 0.25 + 1, 0.5],
@@ -471,9 +458,7 @@ def test_a_power_tower_is_wrong_and_does_not_hold_the_run(make_row):
 
 def test_a_right_answer_must_be_mathematics(make_row):
     scorer = open_reward(MathVerifyReward(seconds=20), "/", None)
-    with pytest.raises(
-        BadData, match=r"row 3: '\$\$' in the column 'answer' is nothing that math-verify"
-    ):
+    with pytest.raises(BadData, match=r"row 3: '\$\$' in the column 'answer' is nothing that math-verify"):
         scorer("7", make_row(index=3, answer="$$"))
     with pytest.raises(BadData, match="row 4 has no right answer"):
         scorer("7", make_row(index=4))
@@ -496,9 +481,7 @@ def test_sciknoweval_answers_score_themselves(real_data):
         "tagged": open_reward(ExactReward(extract=Tagged()), "/", None),
         "choice": open_reward(ChoiceReward(), "/", None),
     }
-    right = [
-        f"<reasoning>I saw.</reasoning><answer>\n{r.columns['answer']}\n</answer>" for r in rows
-    ]
+    right = [f"<reasoning>I saw.</reasoning><answer>\n{r.columns['answer']}\n</answer>" for r in rows]
     assert numbers(rewards, right, rows) == {"tagged": [1.0] * 80, "choice": [1.0] * 80}
     guesses = numbers(rewards, ["<answer>A</answer>"] * 80, rows)
     assert guesses["tagged"] == guesses["choice"]

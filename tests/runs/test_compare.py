@@ -11,29 +11,16 @@ from rich.console import Console
 
 from sdkit.cli import main
 from sdkit.language.errors import UnreadableInput
-from sdkit.runs.compare import (
-    common_budget,
-    differences,
-    differing_evaluation,
-    differing_settings,
-    score_keys,
-)
+from sdkit.runs.compare import common_budget, differences, differing_evaluation, differing_settings, score_keys
 from sdkit.runs.compare_text import compare
 from sdkit.runs.history import read_runs
-from sdkit.runs.intervals import (
-    mean_interval,
-    paired_p_value,
-    unpaired_difference,
-    unpaired_p_value,
-)
+from sdkit.runs.intervals import mean_interval, paired_p_value, unpaired_difference, unpaired_p_value
 
 GREEDY = ("sums", "greedy", "right")
 SPEC = {
     "losses": {"distil": {"kind": "distillation", "coefficient": 1.0}},
     "rewards": {"right": {"kind": "exact"}, "unused": {"kind": "exact"}},
-    "evaluation": {
-        "suites": {"sums": {"score": "right", "decoding": {"greedy": {"temperature": 0.0}}}}
-    },
+    "evaluation": {"suites": {"sums": {"score": "right", "decoding": {"greedy": {"temperature": 0.0}}}}},
     "training": {"seed": 0, "steps": 2},
     "output": {"folder": "runs"},
 }
@@ -239,10 +226,7 @@ def test_pairs_tell_what_two_samples_cannot(make_run):
 
 def test_a_handful_of_prompts_tells_nothing(make_run):
     """Four of four gained: the bootstrap never draws anything but 1, yet a coin does this one time in eight."""
-    a, b = (
-        make_run("a", {1: score_of(0.0, of=4)}),
-        make_run("b", {1: score_of(1.0, of=4)}),
-    )
+    a, b = (make_run("a", {1: score_of(0.0, of=4)}), make_run("b", {1: score_of(1.0, of=4)}))
     (found,) = compared_scores(b, a)
     assert found.interval.low == found.interval.high == 1
     assert not found.significant
@@ -304,12 +288,7 @@ def test_what_differs_is_found_whatever_is_left_behind(make_run):
 
 def test_scores_that_are_not_of_one_kind(make_run):
     warm = ("evaluation", "suites", "sums", "decoding", "greedy", "temperature")
-    paths = [
-        warm,
-        ("rewards", "right", "kind"),
-        ("rewards", "unused", "kind"),
-        ("training", "seed"),
-    ]
+    paths = [warm, ("rewards", "right", "kind"), ("rewards", "unused", "kind"), ("training", "seed")]
     assert differing_evaluation(paths, [GREEDY]) == paths[:2]
 
 
@@ -342,9 +321,7 @@ def compared(folders, *options):
 
 def test_the_command(sdkit, make_run, tmp_path):
     a = make_run("small", {0: score_of(0.1), 2: score_of(0.3)})
-    b = make_run(
-        "large", {0: score_of(0.1), 2: score_of(0.6)}, spec=changed("training", "seed", to=7)
-    )
+    b = make_run("large", {0: score_of(0.1), 2: score_of(0.6)}, spec=changed("training", "seed", to=7))
     picture = tmp_path / "both.png"
     code, out, err = sdkit("compare", a, b, "--to", picture)
     assert (code, err) == (0, "")
@@ -395,10 +372,7 @@ def test_one_run_is_shown_alone(make_run):
 
 
 def test_three_runs_are_compared_two_by_two_and_seeds_stay_apart(make_run):
-    folders = [
-        make_run(f"seed{i}", {2: score_of(0.5)}, spec=changed("training", "seed", to=i))
-        for i in range(3)
-    ]
+    folders = [make_run(f"seed{i}", {2: score_of(0.5)}, spec=changed("training", "seed", to=i)) for i in range(3)]
     shown = compared(folders)
     assert shown.count("no significant difference") == 3
     assert "Bonferroni over 3" in shown
@@ -444,9 +418,7 @@ def test_a_picture_of_many_runs(make_run):
     """More runs than colours, two decodings."""
     drawn = ("sums", "drawn", "right")
     folders = [
-        make_run(
-            f"run{i}", {s: {GREEDY: score_of(0.1 * s, of=9), drawn: right(of=9)} for s in (0, 2)}
-        )
+        make_run(f"run{i}", {s: {GREEDY: score_of(0.1 * s, of=9), drawn: right(of=9)} for s in (0, 2)})
         for i in range(9)
     ]
     assert "Bonferroni over 72" in compared(folders)

@@ -58,11 +58,7 @@ def runs(tiny_folder, tmp_path_factory):
 def exported(runs, tmp_path_factory):
     """The three kinds of folder."""
     to = tmp_path_factory.mktemp("exported")
-    for name, source, merge in (
-        ("full", "full", False),
-        ("merged", "lora", True),
-        ("adapter", "lora", False),
-    ):
+    for name, source, merge in (("full", "full", False), ("merged", "lora", True), ("adapter", "lora", False)):
         spec, run, _ = runs[source]
         export(spec, run.parent, run, to / name, merge=merge)
     return to
@@ -123,11 +119,7 @@ def test_tensors_are_safetensors_alone(exported):
 def test_the_card(runs, exported, tiny_folder):
     card = (exported / "full" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
-    assert head == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["sdkit"],
-    }
+    assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sdkit"]}
     facts = json.loads((runs["full"][1] / "provenance.json").read_text())
     for words in (
         "# full",

@@ -70,9 +70,7 @@ def sampled(weights, tokenizer, requests, **changes):
 
 @pytest.mark.parametrize("name", OF_A_CHECKPOINT)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_no_setting_of_the_checkpoint_changes_a_sample(
-    weights, tiny_tokenizer, requests, name, temperature
-):
+def test_no_setting_of_the_checkpoint_changes_a_sample(weights, tiny_tokenizer, requests, name, temperature):
     plain = sampled(weights, tiny_tokenizer, requests, temperature=temperature)
     causal, before = weights.causal, weights.causal.generation_config
     causal.generation_config = named = GenerationConfig(**OF_A_CHECKPOINT[name])

@@ -46,10 +46,7 @@ def prompts(tokenizer, count=12):
 
 @pytest.fixture(scope="module")
 def requests(tiny_tokenizer):
-    return [
-        SamplingRequest(prompt_ids=ids, seed=derive(7, i))
-        for i, ids in enumerate(prompts(tiny_tokenizer))
-    ]
+    return [SamplingRequest(prompt_ids=ids, seed=derive(7, i)) for i, ids in enumerate(prompts(tiny_tokenizer))]
 
 
 def logits_of(weights, request, completion):
@@ -100,9 +97,7 @@ def test_the_global_generator_is_left_alone(sampled, requests):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_logprobs_are_the_trainers_under_the_temperature(sampled, weights, requests, temperature):
-    for request, completion in zip(
-        requests, sampled(requests, temperature=temperature), strict=True
-    ):
+    for request, completion in zip(requests, sampled(requests, temperature=temperature), strict=True):
         expected = (logits_of(weights, request, completion) / temperature).log_softmax(-1)
         found = torch.tensor(completion.logprobs)
         torch.testing.assert_close(found, chosen(expected, completion.ids), atol=1e-4, rtol=0)
@@ -118,14 +113,9 @@ def test_temperature_0_takes_the_likeliest_token(sampled, weights, requests):
 
 @pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.5}])
 def test_truncation_keeps_to_its_set_and_renormalises(sampled, weights, requests, settings):
-    for request, completion in zip(
-        requests, sampled(requests, temperature=1.2, **settings), strict=True
-    ):
+    for request, completion in zip(requests, sampled(requests, temperature=1.2, **settings), strict=True):
         for logits, token, logprob in zip(
-            logits_of(weights, request, completion) / 1.2,
-            completion.ids,
-            completion.logprobs,
-            strict=True,
+            logits_of(weights, request, completion) / 1.2, completion.ids, completion.logprobs, strict=True
         ):
             kept = kept_tokens(logits, **settings)
             assert token in kept
@@ -148,9 +138,7 @@ def kept_tokens(logits, top_k=0, top_p=1.0):
 
 def test_draws_follow_the_probabilities(sampled, weights, requests):
     draws = 10_000
-    many = [
-        SamplingRequest(prompt_ids=requests[0].prompt_ids, seed=derive(1, i)) for i in range(draws)
-    ]
+    many = [SamplingRequest(prompt_ids=requests[0].prompt_ids, seed=derive(1, i)) for i in range(draws)]
     first = [c.ids[0] for c in sampled(many, batch_rows=1000, max_new_tokens=1)]
     ids = torch.tensor([requests[0].prompt_ids])
     with torch.no_grad():
@@ -213,9 +201,7 @@ def recorded(tiny_folder, tmp_path_factory):
 
 def replayed(tiny_folder, recorded, **changes):
     backend = ReplayBackend(run=str(recorded))
-    return make_spec(
-        tiny_folder, rollout=rollout(completions_per_prompt=2, backend=backend), **changes
-    )
+    return make_spec(tiny_folder, rollout=rollout(completions_per_prompt=2, backend=backend), **changes)
 
 
 def test_a_replayed_run_is_the_run(tiny_folder, recorded, tmp_path):

@@ -22,11 +22,7 @@ QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 def run(*command):
     done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env=os.environ | QUIET,
-        timeout=240,
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=os.environ | QUIET, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -90,11 +86,7 @@ def test_two_runs_from_the_command_line_are_the_same(tiny_folder, tmp_path):
     columns = {"prompt": "q", "demonstration": "d"}
     rows = [{"q": f"What is {i} + 1?", "d": str(i + 1)} for i in range(8)]
     spec = {
-        "model": {
-            "path": str(tiny_folder),
-            "dtype": "float32",
-            "lora": {"rank": 4, "alpha": 8},
-        },
+        "model": {"path": str(tiny_folder), "dtype": "float32", "lora": {"rank": 4, "alpha": 8}},
         "data": {"source": {"kind": "inline", "rows": rows[:6]}, "columns": columns},
         "rollout": {"max_new_tokens": 8, "backend": {"kind": "vllm", "cache_gib": 0.1}},
         "teacher": {
@@ -104,17 +96,10 @@ def test_two_runs_from_the_command_line_are_the_same(tiny_folder, tmp_path):
                 "slots": {"demonstration": {"kind": "column", "name": "demonstration"}},
             },
         },
-        "losses": {
-            "distil": {"kind": "distillation", "divergence": "forward_kl", "support": "vocabulary"}
-        },
+        "losses": {"distil": {"kind": "distillation", "divergence": "forward_kl", "support": "vocabulary"}},
         "rewards": {"digit": {"kind": "regex", "pattern": r"\d"}},
         "evaluation": {
-            "suites": {
-                "held_out": {
-                    "data": {"source": {"kind": "inline", "rows": rows[6:]}},
-                    "score": "digit",
-                }
-            }
+            "suites": {"held_out": {"data": {"source": {"kind": "inline", "rows": rows[6:]}}, "score": "digit"}}
         },
         "optimizer": {"lr": 0.01},
         "training": {"steps": 2, "prompts_per_step": 3},

@@ -35,9 +35,7 @@ class Scripted:
                 self.do_POST()
 
             def do_POST(self):
-                body = json.loads(
-                    self.rfile.read(int(self.headers.get("content-length", 0))) or "0"
-                )
+                body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "0")
                 with outer.lock:
                     number = len(outer.requests)
                     outer.requests.append(body)
@@ -78,12 +76,7 @@ def serve(monkeypatch):
 
     def start(script, **settings):
         scripted = Scripted(script)
-        patience = {
-            "max_concurrent": 4,
-            "request_seconds": 5.0,
-            "deadline_seconds": 10.0,
-            "retries": 3,
-        }
+        patience = {"max_concurrent": 4, "request_seconds": 5.0, "deadline_seconds": 10.0, "retries": 3}
         client = Server(scripted.url + "/", **(patience | settings))
         opened.extend((client, scripted))
         return scripted, client
@@ -148,10 +141,7 @@ def test_a_refusal_is_final_and_gives_up_the_others(serve):
 def test_a_request_has_a_time_and_all_of_its_attempts_have_one(serve):
     released = threading.Event()
     scripted, client = serve(
-        lambda *_: (released.wait(20), (200, {}))[1],
-        request_seconds=0.2,
-        deadline_seconds=0.5,
-        retries=50,
+        lambda *_: (released.wait(20), (200, {}))[1], request_seconds=0.2, deadline_seconds=0.5, retries=50
     )
     started = time.monotonic()
     with pytest.raises(RequestFailed, match=r"did not answer within 0\.\d+ s \(\d attempts"):
@@ -200,9 +190,7 @@ def test_the_key_is_sent_and_proxies_do_not_see_this_machines_servers(serve, mon
     assert scripted.headers[0]["authorization"] == "Bearer open sesame"
 
 
-@pytest.mark.parametrize(
-    ("error", "printed"), [(BrokenPipeError(), False), (KeyError("a mistake"), True)], ids=repr
-)
+@pytest.mark.parametrize(("error", "printed"), [(BrokenPipeError(), False), (KeyError("a mistake"), True)], ids=repr)
 def test_a_stand_in_prints_its_own_errors_alone(capfd, error, printed):
     class Handler(BaseHTTPRequestHandler):
         def handle(self):

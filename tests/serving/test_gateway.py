@@ -21,9 +21,7 @@ class Engine:
         self.fails = False
         config = {"model_type": "llama", "vocab_size": 404, "hidden_size": 8, "secret": "x"}
         self.model_config = SimpleNamespace(
-            hf_config=SimpleNamespace(to_dict=lambda: config),
-            dtype="torch.float32",
-            max_model_len=99,
+            hf_config=SimpleNamespace(to_dict=lambda: config), dtype="torch.float32", max_model_len=99
         )
 
     async def pause_generation(self):
@@ -128,9 +126,7 @@ def test_nothing_but_the_known_routes_passes(served, method, path):
 
 
 def test_a_websocket_is_closed(served):
-    assert [m["type"] for m in ask(served, "GET", "/v1/realtime", kind="websocket")] == [
-        "websocket.close"
-    ]
+    assert [m["type"] for m in ask(served, "GET", "/v1/realtime", kind="websocket")] == ["websocket.close"]
     assert served.behind.paths == []
 
 
@@ -296,10 +292,6 @@ def test_an_update_does_not_wait_for_ever(served, monkeypatch):
         status, _ = await served.ask("POST", "/sdkit/weights", second)
         served.behind.held.set()
         await under_way
-        return (
-            status,
-            served.gateway.loaded,
-            (await served.ask("POST", "/sdkit/weights", second))[0],
-        )
+        return (status, served.gateway.loaded, (await served.ask("POST", "/sdkit/weights", second))[0])
 
     assert asyncio.run(asyncio.wait_for(scene(), 10)) == (503, None, 200)

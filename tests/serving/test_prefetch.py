@@ -49,15 +49,12 @@ def ahead(server, tmp_path, folder, batches=1, **changes):
 def versions(folder):
     """The policy version of every recorded batch."""
     return [
-        {line["policy_version"] for line in lines(path)}
-        for path in sorted((folder / "rollouts").glob("step_*.jsonl"))
+        {line["policy_version"] for line in lines(path)} for path in sorted((folder / "rollouts").glob("step_*.jsonl"))
     ]
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])
-def test_a_batch_is_sampled_by_the_weights_of_so_many_steps_before(
-    server, tiny_folder, tmp_path, batches
-):
+def test_a_batch_is_sampled_by_the_weights_of_so_many_steps_before(server, tiny_folder, tmp_path, batches):
     run = train(ahead(server, tmp_path, tiny_folder, batches), tmp_path / "run")
     behind = [min(batches, step) for step in range(STEPS)]
     assert versions(run) == [{step - late} for step, late in enumerate(behind)]
@@ -71,17 +68,13 @@ def test_a_batch_is_sampled_by_the_weights_of_so_many_steps_before(
 
 
 def test_two_updates_a_batch_count_as_two(server, tiny_folder, tmp_path):
-    spec = ahead(
-        server, tmp_path, tiny_folder, training=training(steps=STEPS, updates_per_rollout=2)
-    )
+    spec = ahead(server, tmp_path, tiny_folder, training=training(steps=STEPS, updates_per_rollout=2))
     run = train(spec, tmp_path / "run")
     assert versions(run) == [{2 * max(0, step - 1)} for step in range(STEPS)]
     assert [line["rollout/staleness"] for line in metrics(run)] == [0, 2, 2, 2, 2]
 
 
-def test_the_rollouts_are_those_of_the_weights_that_are_named(
-    server, tiny_folder, tmp_path, open_tiny
-):
+def test_the_rollouts_are_those_of_the_weights_that_are_named(server, tiny_folder, tmp_path, open_tiny):
     """Batch 2 under look-ahead against batch 2 of a world that stands where batch 1 stood."""
     world = open_tiny(ahead(server, tmp_path, tiny_folder))
     held = []
@@ -164,9 +157,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_also_on_another_server(
         train(spec, cut)
     waiting = lines(cut / "checkpoints" / "step_000002" / "ahead.jsonl")
     assert [line["batch"] for line in waiting] == list(range(2, 2 + batches))
-    assert [line["policy_version"] for line in waiting] == [
-        max(0, b - batches) for b in range(2, 2 + batches)
-    ]
+    assert [line["policy_version"] for line in waiting] == [max(0, b - batches) for b in range(2, 2 + batches)]
     monkeypatch.setattr(loop, "_train_on_batch", step)
     server.kill()
     other = TinySampler(tiny_folder, tmp_path / "weights")

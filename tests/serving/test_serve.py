@@ -187,10 +187,7 @@ except ProcessDied as error:
 def running():
     """A process that serves the stand-in, the group of what it serves, and whether the group is there."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVING, STAND_IN],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", SERVING, STAND_IN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     group = int(process.stdout.readline())
     _until(lambda: len(_members(group)) == 2)

@@ -209,9 +209,7 @@ def test_a_file_outside_of_the_folder_is_not_loaded(served, tiny_folder):
         assert served.ask("POST", "/sdkit/weights", update)[0] == 400
 
 
-def test_a_server_killed_in_the_middle_of_a_run_changes_nothing(
-    served, tiny_folder, tmp_path, monkeypatch, capsys
-):
+def test_a_server_killed_in_the_middle_of_a_run_changes_nothing(served, tiny_folder, tmp_path, monkeypatch, capsys):
     """Look-ahead of one batch; the server dies while step 2 trains, and is started again by hand."""
     spec = spec_of(served, tiny_folder, training=training(steps=4))
     spec = evolve(spec, rollout=evolve(spec.rollout, max_staleness=1))

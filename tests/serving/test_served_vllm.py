@@ -56,13 +56,7 @@ def served(other_folder, tmp_path_factory):
     arguments = [str(part) for pair in options.items() for part in pair]
     with log.open("w") as out:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "vllm.entrypoints.openai.api_server",
-                *arguments,
-                "--enforce-eager",
-            ],
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments, "--enforce-eager"],
             stdout=out,
             stderr=subprocess.STDOUT,
             env=os.environ | QUIET,
@@ -101,11 +95,7 @@ def test_its_scores_are_those_of_the_model_held_here(served, other_folder, tiny_
         model.check(tiny_tokenizer)
         assert model.context == 512
         texts = [
-            UnpaddedSequence(
-                prompt=tuple(range(5 + i, 60)),
-                completion=tuple(range(70, 90)),
-                positions=(0, 3, 19),
-            )
+            UnpaddedSequence(prompt=tuple(range(5 + i, 60)), completion=tuple(range(70, 90)), positions=(0, 3, 19))
             for i in range(5)
         ]
         told = model.score(texts, 404)
@@ -123,9 +113,7 @@ def test_its_scores_are_those_of_the_model_held_here(served, other_folder, tiny_
             torch.testing.assert_close(mine.sampled, sampled, atol=1e-3, rtol=0)
 
 
-def test_two_steps_are_those_under_the_model_held_here(
-    open_tiny, tiny_folder, served, other_folder
-):
+def test_two_steps_are_those_under_the_model_held_here(open_tiny, tiny_folder, served, other_folder):
     runs = []
     for weights in (served, ExternalWeights(path=str(other_folder), dtype="float32")):
         world = open_tiny(make_spec(tiny_folder, teacher=teacher(weights), losses=TOP))

@@ -42,9 +42,7 @@ def serve(tiny_folder, tmp_path):
 def served_by(servers, tmp_path, folder, **changes):
     settings = {"deadline_seconds": 20.0} | changes.pop("backend", {})
     backend = VllmServerBackend(
-        urls=tuple(server.url for server in servers),
-        folder=str(tmp_path / "weights"),
-        **settings,
+        urls=tuple(server.url for server in servers), folder=str(tmp_path / "weights"), **settings
     )
     spec = make_spec(folder, **changes)
     return evolve(spec, rollout=evolve(spec.rollout, backend=backend))
@@ -80,9 +78,7 @@ def test_a_run_is_that_of_the_model_held_here(serve, tiny_folder, tmp_path, lora
     assert list((tmp_path / "weights").iterdir()) == []
 
 
-def test_groups_are_dealt_out_whole_and_sampled_by_the_newest_weights(
-    serve, tiny_folder, tmp_path, open_tiny
-):
+def test_groups_are_dealt_out_whole_and_sampled_by_the_newest_weights(serve, tiny_folder, tmp_path, open_tiny):
     servers = serve(2)
     changes = {"rollout": rollout(completions_per_prompt=3)}
     world = open_tiny(served_by(servers, tmp_path, tiny_folder, **changes))
@@ -114,9 +110,7 @@ def test_a_server_that_was_started_anew_gets_its_weights_and_the_batch_is_asked_
     assert world.server_messages() == []
 
 
-def test_a_server_killed_in_the_middle_of_a_batch_is_waited_for(
-    serve, tiny_folder, tmp_path, open_tiny, capsys
-):
+def test_a_server_killed_in_the_middle_of_a_batch_is_waited_for(serve, tiny_folder, tmp_path, open_tiny, capsys):
     [server] = serve()
     world = open_tiny(served_by([server], tmp_path, tiny_folder))
     expected = tokens(drawn(world))
@@ -158,9 +152,7 @@ def test_where_one_of_several_dies_the_others_go_on_and_it_comes_back(
     assert "is back, with weights 1" in capsys.readouterr().err
 
 
-def test_a_server_that_stays_away_ends_the_run_and_is_named(
-    serve, tiny_folder, tmp_path, open_tiny
-):
+def test_a_server_that_stays_away_ends_the_run_and_is_named(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
     spec = served_by([server], tmp_path, tiny_folder, backend={"deadline_seconds": 0.5})
     world = open_tiny(spec)
@@ -250,9 +242,7 @@ def test_a_server_that_does_not_fit_is_refused_before_anything_is_loaded(
     assert list((tmp_path / "weights").iterdir()) == []
 
 
-def test_another_precision_or_version_is_refused(
-    serve, tiny_folder, tmp_path, process_group, monkeypatch
-):
+def test_another_precision_or_version_is_refused(serve, tiny_folder, tmp_path, process_group, monkeypatch):
     from sdkit.train import run
 
     [server] = serve()
@@ -275,9 +265,7 @@ def test_no_server_and_a_server_of_another_kind(serve, tiny_folder, tmp_path, pr
     assert caught.value.path == ("rollout", "backend")
 
 
-def test_the_key_comes_from_the_environment(
-    serve, tiny_folder, tmp_path, process_group, monkeypatch, open_tiny
-):
+def test_the_key_comes_from_the_environment(serve, tiny_folder, tmp_path, process_group, monkeypatch, open_tiny):
     from sdkit.train import run
 
     [server] = serve(key="open sesame")

@@ -41,8 +41,7 @@ SETTINGS = {
     | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
     | {"decoder_sparse_step": 1},
     "gpt_oss": EXPERTS | {"head_dim": 32},
-    "falcon_h1": GROUPED
-    | {"mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_d_state": 16},
+    "falcon_h1": GROUPED | {"mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_d_state": 16},
     "llama4_text": EXPERTS
     | {"head_dim": 32, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 1}
     | {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 64},

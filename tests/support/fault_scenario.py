@@ -77,15 +77,10 @@ def write_spec(folder, work, name, tail=""):
     spec = {
         "method": "sdft",
         "model": {"path": str(folder), "dtype": "float32", "attention": "eager"},
-        "data": {
-            "source": {"kind": "inline", "rows": rows},
-            "columns": {"prompt": "q", "demonstration": "d"},
-        },
+        "data": {"source": {"kind": "inline", "rows": rows}, "columns": {"prompt": "q", "demonstration": "d"}},
         "rollout": {"max_new_tokens": 8, "backend": "transformers"},
         "teacher": {"sees": {"max_prompt_tokens": 4096}},
-        "rewards": {
-            "long": {"kind": "file", "file": "reward.py", "function": "faulty", "seconds": 2}
-        },
+        "rewards": {"long": {"kind": "file", "file": "reward.py", "function": "faulty", "seconds": 2}},
         "optimizer": {"lr": 1e-3},
         "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2},
         "output": {"tensorboard": False, "checkpoint_every": 1, "keep_checkpoints": 2},
@@ -151,16 +146,10 @@ def main(folder, work):
         scenario.train(f"{fault} alone", 1, fault=fault)
     scenario.resume("kill alone", 1)
     # The first step makes the weights so large that nothing which they give is a number, the samples' own included.
-    scenario.train(
-        "not finite", 2, "optimizer.lr=1e6", "optimizer.weight_decay=1e6", "optimizer.decay=all"
-    )
+    scenario.train("not finite", 2, "optimizer.lr=1e6", "optimizer.weight_decay=1e6", "optimizer.decay=all")
     again = work / "not finite"
     scenario.run("replayed", 2, "replay", f"{again}@1")
-    calmer = (
-        "optimizer.lr=1e-3",
-        "optimizer.weight_decay=0",
-        "losses.distil.importance.sampler=null",
-    )
+    calmer = ("optimizer.lr=1e-3", "optimizer.weight_decay=0", "losses.distil.importance.sampler=null")
     scenario.run("replayed otherwise", 2, "replay", f"{again}@0", *calmer)
     (work / "found.json").write_text(json.dumps(scenario.found))
 

@@ -13,18 +13,7 @@ from pathlib import Path
 
 import forked
 from attrs import evolve
-from tinyruns import (
-    COLUMNS,
-    LORA,
-    evaluated,
-    make_spec,
-    model,
-    rollout,
-    rows,
-    teacher,
-    train,
-    training,
-)
+from tinyruns import COLUMNS, LORA, evaluated, make_spec, model, rollout, rows, teacher, train, training
 
 from sdkit.checkpoints import atomic, checkpoint, manifest
 from sdkit.distributed import zero
@@ -95,9 +84,7 @@ def spec_of(folder, work, weights, form, stage):
         data=sided(6),
         optimizer=OptimizerSpec(lr=3e-3, schedule="linear", warmup_steps=1),
         rollout=rollout(max_new_tokens=2, backend=backend),
-        training=training(
-            steps=STEPS, prompts_per_step=2, zero_stage=int(stage), updates_per_rollout=2
-        ),
+        training=training(steps=STEPS, prompts_per_step=2, zero_stage=int(stage), updates_per_rollout=2),
         output=OutputSpec(checkpoint_every=2, tensorboard=False),
     )
     suite = Suite(data=sided(2, 100), score="drawn", loss_prompts=1)

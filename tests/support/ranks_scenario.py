@@ -9,17 +9,7 @@ from pathlib import Path
 
 import torch
 from attrs import evolve
-from tinyruns import (
-    LORA,
-    distil,
-    evaluated,
-    make_spec,
-    model,
-    rollout,
-    rollouts_of,
-    teacher,
-    training,
-)
+from tinyruns import LORA, distil, evaluated, make_spec, model, rollout, rollouts_of, teacher, training
 
 from sdkit.batches import SamplingRequest
 from sdkit.checkpoints import checkpoint
@@ -44,12 +34,7 @@ from sdkit.language.specs import (
     TrustRegionBlend,
     UserTurn,
 )
-from sdkit.train.collect_rollouts import (
-    collect_rollouts,
-    rollout_records,
-    sampling_params,
-    sort_records,
-)
+from sdkit.train.collect_rollouts import collect_rollouts, rollout_records, sampling_params, sort_records
 from sdkit.train.evaluate import evaluate, held_out_loss, teacher_lift
 from sdkit.train.run import open_train_state
 from sdkit.train.step import train_step
@@ -58,12 +43,7 @@ STEPS, PROMPTS = 3, 4
 # With eps far above every gradient Adam is plain momentum: no element's step is its sign alone.
 # Norms are not decayed, so there are two groups of parameters.
 SMOOTH = OptimizerSpec(lr=3e2, eps=1e4, clip=1.0, weight_decay=1e-4)
-EMA, COPY, FROZEN, LIVE = (
-    EmaWeights(update_rate=0.3),
-    CopyWeights(every=2),
-    FrozenWeights(),
-    StudentWeights(),
-)
+EMA, COPY, FROZEN, LIVE = (EmaWeights(update_rate=0.3), CopyWeights(every=2), FrozenWeights(), StudentWeights())
 ONE, SEVERAL = 8192, 100
 """Padded tokens of a micro-batch: all rollouts of a rank, or one or two."""
 
@@ -80,13 +60,7 @@ def own_rows():
             dict(
                 zip(
                     columns,
-                    (
-                        f"What is {i} + {i}?",
-                        f"{i} + {i} = {2 * i}",
-                        "1",
-                        completion(i),
-                        "abc"[i % 3],
-                    ),
+                    (f"What is {i} + {i}?", f"{i} + {i} = {2 * i}", "1", completion(i), "abc"[i % 3]),
                     strict=True,
                 )
             )
@@ -98,8 +72,7 @@ def own_rows():
 
 
 SEES = UserTurn(
-    template="{prompt}\nExample: {demonstration}",
-    slots=Table({"demonstration": ColumnSlot(name="demonstration")}),
+    template="{prompt}\nExample: {demonstration}", slots=Table({"demonstration": ColumnSlot(name="demonstration")})
 )
 
 
@@ -115,9 +88,7 @@ def small(folder, weights=EMA, stage=0, budget=ONE, lora=None, dtype="float32", 
         teacher=TeacherSpec(weights=weights, sees=SEES, blend=blend),
         losses=losses,
         optimizer=SMOOTH,
-        training=training(
-            steps=STEPS, zero_stage=stage, micro_batch_tokens=budget, chunk_tokens=7, **changes
-        ),
+        training=training(steps=STEPS, zero_stage=stage, micro_batch_tokens=budget, chunk_tokens=7, **changes),
     )
 
 
@@ -184,9 +155,7 @@ def weights_of(world):
     shards = world.student.sharding
     found = {"masters": {n: whole(shards, own[n], v) for n, v in world.masters()}}
     parts = [part for part in world.teacher.leaves if part.moves]
-    found["shadow"] = {
-        n: whole(shards, part.parameters[n], v) for part in parts for n, v in part.shadow.items()
-    }
+    found["shadow"] = {n: whole(shards, part.parameters[n], v) for part in parts for n, v in part.shadow.items()}
     return found
 
 
@@ -205,11 +174,7 @@ def skipped(folder, work, stage):
     after = weights_of(world)
     good = train_step(world, rollouts_of(world, 0))
     world.close()
-    same = all(
-        torch.equal(v, after[kind][n])
-        for kind in ("masters", "shadow")
-        for n, v in before[kind].items()
-    )
+    same = all(torch.equal(v, after[kind][n]) for kind in ("masters", "shadow") for n, v in before[kind].items())
     return {"applied": [bad.applied, good.applied], "unchanged": same}
 
 
@@ -218,9 +183,7 @@ def sampled(folder, work, stage):
     spec = make_spec(
         folder,
         teacher=teacher(EMA),
-        rollout=rollout(
-            completions_per_prompt=2, max_new_tokens=6, backend=TransformersBackend(batch_rows=3)
-        ),
+        rollout=rollout(completions_per_prompt=2, max_new_tokens=6, backend=TransformersBackend(batch_rows=3)),
         training=training(zero_stage=stage),
     )
     world = open_train_state(evaluated(spec, teacher_lift=3), work)
@@ -287,18 +250,14 @@ def main(folder, other, work):
     made = kinds(other)
     found = {
         "trained": {
-            (name, stage, budget): trained(
-                small(folder, stage=stage, budget=budget, **made[name]), work
-            )
+            (name, stage, budget): trained(small(folder, stage=stage, budget=budget, **made[name]), work)
             for name, stage, budget in ON_TWO_RANKS
         },
         "offloaded": trained(small(folder, stage=3, offload=("optimizer", "parameters")), work),
         "bfloat16": trained(small(folder, stage=3, dtype="bfloat16"), work),
         "skipped": {stage: skipped(folder, work, stage) for stage in (0, 2, 3)},
         "sampled": {stage: sampled(folder, work, stage) for stage in (1, 3)},
-        "streamed": {
-            name: streamed(folder, work, lora) for name, lora in (("full", None), ("lora", LORA))
-        },
+        "streamed": {name: streamed(folder, work, lora) for name, lora in (("full", None), ("lora", LORA))},
         "resumed": {
             (stage, bool(lora)): resumed(folder, work, stage, lora)
             for stage, lora in ((2, None), (3, None), (3, LORA))

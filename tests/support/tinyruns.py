@@ -43,13 +43,7 @@ PRECISIONS = [("float32", 0), ("float32", 1), ("float32", 2), ("bfloat16", 1)]
 
 def rows(count=6, start=0):
     return tuple(
-        Table(
-            {
-                "prompt": f"What is {i} + {i}?",
-                "demonstration": f"{i} + {i} = {2 * i}",
-                "answer": str(2 * i),
-            }
-        )
+        Table({"prompt": f"What is {i} + {i}?", "demonstration": f"{i} + {i} = {2 * i}", "answer": str(2 * i)})
         for i in range(start, start + count)
     )
 
@@ -59,8 +53,7 @@ def inline(count=6, start=0):
 
 
 SEES_DEMONSTRATION = UserTurn(
-    template="{prompt}\nExample: {demonstration}",
-    slots=Table({"demonstration": ColumnSlot(name="demonstration")}),
+    template="{prompt}\nExample: {demonstration}", slots=Table({"demonstration": ColumnSlot(name="demonstration")})
 )
 
 
@@ -107,9 +100,7 @@ def evaluated(spec, **changes):
             data=inline(4, 100),
             score="right",
             also=("number",),
-            decoding=Table(
-                {"greedy": Decoding(temperature=0.0), "drawn": Decoding(temperature=1.0, samples=2)}
-            ),
+            decoding=Table({"greedy": Decoding(temperature=0.0), "drawn": Decoding(temperature=1.0, samples=2)}),
             loss_prompts=3,
         ),
         "more": Suite(data=inline(3, 200), score="number"),
@@ -123,9 +114,7 @@ def rollouts_of(world, step=0):
     from sdkit.train.collect_rollouts import collect_rollouts
     from sdkit.train.token_statistics import prepare_rollouts
 
-    return prepare_rollouts(
-        world, collect_rollouts(world, world.data.batch_rows(step), ("rollout", step)).batch
-    )
+    return prepare_rollouts(world, collect_rollouts(world, world.data.batch_rows(step), ("rollout", step)).batch)
 
 
 def advance(world, updates=3):
@@ -160,15 +149,7 @@ def train(spec, folder, console=None, **options):
     from sdkit.train.run import train as run
 
     text = json.dumps(resolved(spec))
-    return run(
-        spec,
-        folder.parent,
-        folder,
-        console or silent(),
-        written="# as written\n",
-        resolved=text,
-        **options,
-    )
+    return run(spec, folder.parent, folder, console or silent(), written="# as written\n", resolved=text, **options)
 
 
 def run_scenario(script, folder, work, cases, seconds=600):

@@ -31,18 +31,14 @@ class TinySampler:
         self.url = f"http://127.0.0.1:{self.port}"
         self.max_tokens = 512
         self.config = {}  # what the state says otherwise than the model
-        self.fault = (
-            None  # called with the number of a completion; may raise, kill or return a status
-        )
+        self.fault = None  # called with the number of a completion; may raise, kill or return a status
         self.loads, self.asked, self.log = [], [], []
         self.start()
 
     def start(self):
         self.causal = self.load()
         self.lock = threading.Lock()
-        gateway = Gateway(
-            self._behind, {FOLDER: str(self.folder)} | ({KEY: self.key} if self.key else {})
-        )
+        gateway = Gateway(self._behind, {FOLDER: str(self.folder)} | ({KEY: self.key} if self.key else {}))
         state = SimpleNamespace(engine_client=self)
 
         async def app(scope, receive, send):
@@ -50,9 +46,7 @@ class TinySampler:
             await gateway(scope, receive, send)
 
         self.gateway = gateway
-        config = uvicorn.Config(
-            app, host="127.0.0.1", port=self.port, log_level="critical", lifespan="off"
-        )
+        config = uvicorn.Config(app, host="127.0.0.1", port=self.port, log_level="critical", lifespan="off")
         self.http = uvicorn.Server(config)
         self.http.install_signal_handlers = lambda: None
         self.thread = threading.Thread(target=self.http.run, daemon=True)
@@ -78,9 +72,7 @@ class TinySampler:
     def model_config(self):
         config = self.causal.config.to_dict() | self.config
         return SimpleNamespace(
-            hf_config=SimpleNamespace(to_dict=lambda: config),
-            dtype="torch.float32",
-            max_model_len=self.max_tokens,
+            hf_config=SimpleNamespace(to_dict=lambda: config), dtype="torch.float32", max_model_len=self.max_tokens
         )
 
     async def pause_generation(self):
@@ -122,15 +114,12 @@ class TinySampler:
             with self.lock, torch.no_grad():
                 told = self.causal(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
             places = [
-                {str(token): {"logprob": place[token].item()}}
-                for place, token in zip(told, ids[1:], strict=True)
+                {str(token): {"logprob": place[token].item()}} for place, token in zip(told, ids[1:], strict=True)
             ]
             return 200, {"choices": [{"prompt_logprobs": [None, *places]}]}
         if self.fault and (status := self.fault(len(self.asked))):
             return status, {"error": {"message": "as the test wants"}}
-        self.asked.append(
-            {"prompt": tuple(ids), "seed": body.get("seed"), "weights": dict(self.gateway.loaded)}
-        )
+        self.asked.append({"prompt": tuple(ids), "seed": body.get("seed"), "weights": dict(self.gateway.loaded)})
         backend = TransformersRollouts(self.tokenizer, 1, tuple(body["stop_token_ids"]))
         backend.load(Weights(self.causal), 0)
         sampling = SamplingParams(

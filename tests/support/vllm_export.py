@@ -19,9 +19,7 @@ def logprobs(folder, ids, lora=None, **options):
     size = {"max_model_len": 64, "max_num_seqs": 2, "kv_cache_memory_bytes": 2**26}
     engine = LLM(model=folder, dtype="float32", enforce_eager=True, **size, **options)
     settings = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    output = engine.generate(
-        [TokensPrompt(prompt_token_ids=ids)], settings, use_tqdm=False, lora_request=lora
-    )[0]
+    output = engine.generate([TokensPrompt(prompt_token_ids=ids)], settings, use_tqdm=False, lora_request=lora)[0]
     engine.llm_engine.engine_core.shutdown()
     scored = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
     return [entry[token].logprob for entry, token in scored]
@@ -29,10 +27,7 @@ def logprobs(folder, ids, lora=None, **options):
 
 def main(whole, base, adapter, ids):
     lora = LoRARequest("exported", 1, adapter)
-    return {
-        "whole": logprobs(whole, ids),
-        "adapter": logprobs(base, ids, lora, enable_lora=True, max_lora_rank=8),
-    }
+    return {"whole": logprobs(whole, ids), "adapter": logprobs(base, ids, lora, enable_lora=True, max_lora_rank=8)}
 
 
 if __name__ == "__main__":

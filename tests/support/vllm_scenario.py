@@ -58,9 +58,7 @@ def syncs(world):
     figures = []
     for step in range(3):
         advance(world, 1)
-        figures.append(
-            collect_rollouts(world, world.data.batch_rows(step), ("rollout", step)).figures
-        )
+        figures.append(collect_rollouts(world, world.data.batch_rows(step), ("rollout", step)).figures)
     again = collect_rollouts(world, world.data.batch_rows(3), ("rollout", 3)).figures
     other = world.backend(world.teacher.weights)[1]
     return {"syncs": figures, "unchanged weights": again, "teacher": other}
@@ -90,8 +88,7 @@ def sampling(world, backend):
         "at temperature 1": max(whole),
         "top_k logprobs": max(kept),
         "greedy is the arg max": all(likeliest),
-        "same seeds, same tokens": [c.ids for c in backend.sample(requests, settings)]
-        == [c.ids for c in done],
+        "same seeds, same tokens": [c.ids for c in backend.sample(requests, settings)] == [c.ids for c in done],
         "another batch, same tokens": [c.ids for c in few] == [c.ids for c in done[2:5]],
         "other seeds, other tokens": done[0].ids != done[len(ids)].ids,
         "stop texts": stop_texts(world, backend, requests, settings, done),

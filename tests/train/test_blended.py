@@ -116,9 +116,7 @@ def plain_loss(world, blend, batch, base=None):
     """Mean forward KL to the blend, by a loop over rollouts."""
     total, tokens = 0.0, 0
     for r in batch:
-        s = plain_logits(
-            world.student, r.prompt_ids, r.completion_ids, world.compared_ids
-        ).log_softmax(-1)
+        s = plain_logits(world.student, r.prompt_ids, r.completion_ids, world.compared_ids).log_softmax(-1)
         q = by_hand(world, blend, r, base).log_softmax(-1)
         total = total + (q.exp() * (q - s)).sum()
         tokens += len(r.completion_ids)
@@ -195,19 +193,14 @@ def test_each_route_is_blended_alike(world_with, other_folder, blend):
     source = InlineSource(rows=tuple(Table({**row, "domain": d}) for row, d in held))
     columns = Table({**COLUMNS, "domain": "domain"})
     world = world_with(
-        blend,
-        weights,
-        data=DataSpec(source=source, columns=columns),
-        training=training(prompts_per_step=6),
+        blend, weights, data=DataSpec(source=source, columns=columns), training=training(prompts_per_step=6)
     )
     step_is_plain(world, blend)
 
 
 @EVERY_BLEND
 def test_the_measuring_pass_and_an_advantage_ask_the_blend(world_with, blend):
-    pull = PolicyGradient(
-        advantage=LogRatio(center="sequence", floor=-9.0, below_floor="leave_out")
-    )
+    pull = PolicyGradient(advantage=LogRatio(center="sequence", floor=-9.0, below_floor="leave_out"))
     world = world_with(blend, losses=Table({"pull": pull}))
     batch = rollouts_of(world)
     for r in batch:
@@ -219,9 +212,7 @@ def test_the_measuring_pass_and_an_advantage_ask_the_blend(world_with, blend):
 
 def test_a_power_that_moves_is_that_of_the_optimizer_step(world_with):
     """0, then a half, then 1 and no more of the teacher."""
-    world = world_with(
-        TrustRegionBlend(student_share=Schedule(start=0, to=1, steps=2)), training=training(steps=4)
-    )
+    world = world_with(TrustRegionBlend(student_share=Schedule(start=0, to=1, steps=2)), training=training(steps=4))
     _, batch = whole(world)
     told = [score_teacher(world, batch)]
     assert isinstance(told[0], HiddenStateScores)
@@ -285,9 +276,7 @@ def test_a_frozen_teacher_is_the_start_model_of_its_blend(world_with):
 
 @pytest.mark.parametrize(("dtype", "stage"), [("float32", 2), ("bfloat16", 1)])
 @pytest.mark.parametrize("blend", [BLENDS["trust region"], BLENDS["product"]], ids=["seen", "own"])
-def test_the_live_student_is_asked_beside_its_training_under_zero(
-    world_with, tiny_folder, blend, dtype, stage
-):
+def test_the_live_student_is_asked_beside_its_training_under_zero(world_with, tiny_folder, blend, dtype, stage):
     world = world_with(
         blend,
         model=model(tiny_folder, dtype),
@@ -320,13 +309,10 @@ def test_a_base_without_rows_for_every_token_is_refused(world_with, other_folder
         world_with(blend)
 
 
-def test_a_whole_run_samples_the_lift_without_the_blend(
-    tiny_folder, other_folder, tmp_path, process_group
-):
+def test_a_whole_run_samples_the_lift_without_the_blend(tiny_folder, other_folder, tmp_path, process_group):
     base = ExternalWeights(path=str(other_folder))
     taught = evolve(
-        teacher(FrozenWeights()),
-        blend=ExtrapolateBlend(factor=Schedule(start=1, to=1.5, steps=2), base=base),
+        teacher(FrozenWeights()), blend=ExtrapolateBlend(factor=Schedule(start=1, to=1.5, steps=2), base=base)
     )
     folder = train(evaluated(make_spec(tiny_folder, teacher=taught)), tmp_path / "run")
     trained = [x for x in lines(folder / "metrics.jsonl") if "grad_norm" in x]
@@ -340,9 +326,7 @@ def test_a_whole_run_samples_the_lift_without_the_blend(
         TrustRegionBlend(student_share=0.01),
         ProductBlend(student_power=Schedule(start=0.8, to=0, steps=1000)),
         GeometricBlend(teacher_share=0.5),
-        ExtrapolateBlend(
-            factor=1.25, base=ExternalWeights(path="org/never-there", revision="main")
-        ),
+        ExtrapolateBlend(factor=1.25, base=ExternalWeights(path="org/never-there", revision="main")),
     ],
     ids=BLENDS,
 )

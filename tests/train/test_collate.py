@@ -3,15 +3,7 @@
 import torch
 
 from sdkit.batches import Rollout, RolloutBatch, Row
-from sdkit.language.specs import (
-    CrossEntropy,
-    Distillation,
-    ForwardKl,
-    MaskSpec,
-    PerSequence,
-    Table,
-    VocabularySupport,
-)
+from sdkit.language.specs import CrossEntropy, Distillation, ForwardKl, MaskSpec, PerSequence, Table, VocabularySupport
 from sdkit.train.collate import collate as collate_counted
 from sdkit.train.loss_masks import build_loss_masks
 
@@ -50,9 +42,7 @@ def collate(rollouts, losses, *rest):
 
 
 def test_a_state_predicts_the_next_token_under_both_prompts():
-    batch = collate(
-        [rollout([1, 2, 3], [9, 8, 7, 6, 5], [10, 11, 12])], Table({"d": distil()}), 100, same, CPU
-    )
+    batch = collate([rollout([1, 2, 3], [9, 8, 7, 6, 5], [10, 11, 12])], Table({"d": distil()}), 100, same, CPU)
     (micro,) = batch.micro_batches
     for sequences in (micro.student, micro.teacher):
         flat = sequences.input_ids.flatten()
@@ -62,9 +52,7 @@ def test_a_state_predicts_the_next_token_under_both_prompts():
 
 def test_skipped_tokens_are_not_projected_but_stay_in_the_sequence():
     term = distil(mask=MaskSpec(skip_first=2))
-    (micro,) = collate(
-        [rollout([1], [2], [10, 11, 12])], Table({"d": term}), 100, same, CPU
-    ).micro_batches
+    (micro,) = collate([rollout([1], [2], [10, 11, 12])], Table({"d": term}), 100, same, CPU).micro_batches
     assert micro.tokens.token.tolist() == [12]
     assert micro.student.input_ids.tolist() == [[1, 10, 11, 12]]
     torch.testing.assert_close(micro.tokens.sampler_logprobs, torch.tensor([-0.3]))
@@ -76,11 +64,7 @@ def test_a_row_without_teacher_has_no_weight_in_distillation_but_counts_as_a_row
     batch = collate(rollouts, losses, 100, same, CPU)
     weights = torch.cat([m.tokens.weights["d"] for m in batch.micro_batches])
     assert weights.sum().item() == 0.5
-    assert (batch.counts["d"].rows, batch.counts["d"].filled_rows, batch.counts["d"].tokens) == (
-        2,
-        1,
-        2,
-    )
+    assert (batch.counts["d"].rows, batch.counts["d"].filled_rows, batch.counts["d"].tokens) == (2, 1, 2)
 
 
 def test_terms_with_different_masks_share_tokens():
@@ -93,9 +77,7 @@ def test_terms_with_different_masks_share_tokens():
 def test_the_budget_bounds_padded_tokens_and_keeps_every_rollout():
     rollouts = [rollout([1] * n, [2] * n, [3] * (1 + n % 4), group=n) for n in range(1, 20)]
     batch = collate(rollouts, Table({"d": distil()}), 64, same, CPU)
-    sizes = [
-        max(m.student.input_ids.numel(), m.teacher.input_ids.numel()) for m in batch.micro_batches
-    ]
+    sizes = [max(m.student.input_ids.numel(), m.teacher.input_ids.numel()) for m in batch.micro_batches]
     assert max(sizes) <= 64
     assert sum(m.rows for m in batch.micro_batches) == len(batch.order) == 19
     assert len(batch.micro_batches) > 3

@@ -14,9 +14,7 @@ from sdkit.train.preview import preview
 def imitation(folder, sampled_by=None, max_new_tokens=32, **changes):
     parts = {
         "teacher": None,
-        "rollout": rollout(
-            sampled_by=sampled_by or DatasetSamples(), max_new_tokens=max_new_tokens
-        ),
+        "rollout": rollout(sampled_by=sampled_by or DatasetSamples(), max_new_tokens=max_new_tokens),
         "losses": Table({"imitate": CrossEntropy()}),
         "training": training(steps=1, prompts_per_step=6),
     }
@@ -95,12 +93,7 @@ def test_cut_ones_are_counted(tiny_folder, tiny_tokenizer, tmp_path, room):
 
 
 def test_only_rows_that_the_run_uses_are_counted(tiny_folder, open_tiny):
-    spec = imitation(
-        tiny_folder,
-        max_new_tokens=2,
-        data=inline(40),
-        training=training(steps=2, prompts_per_step=4),
-    )
+    spec = imitation(tiny_folder, max_new_tokens=2, data=inline(40), training=training(steps=2, prompts_per_step=4))
     found = open_tiny(spec).data.completions
     assert (found.rows, len(found.cut)) == (8, 8)
     assert ", …" in found.warning(2)

@@ -10,13 +10,7 @@ from tinyruns import distil, lines, make_spec, metrics, train, training
 from tinyruns import rollout as sampling
 from tinyruns import teacher as teacher_of
 
-from sdkit.batches import (
-    BlendedScores,
-    HiddenStateScores,
-    LogitTransform,
-    RolloutBatch,
-    RoutedScores,
-)
+from sdkit.batches import BlendedScores, HiddenStateScores, LogitTransform, RolloutBatch, RoutedScores
 from sdkit.language.specs import (
     AdvantageAdd,
     AdvantageScale,
@@ -74,15 +68,11 @@ TERMS = {
         importance=ImportanceSpec(sampler=SAMPLER),
     ),
     "sampled_token": Distillation(divergence=ReverseKl(), support=SampledTokenSupport()),
-    "weighted": Distillation(
-        divergence=ForwardKl(), support=OF_TEACHER_TOP_K, weight=TeacherEntropyWeight(rate=1.0)
-    ),
+    "weighted": Distillation(divergence=ForwardKl(), support=OF_TEACHER_TOP_K, weight=TeacherEntropyWeight(rate=1.0)),
     "drift": gradient(LogRatio(), weight=DriftWeight(strength=1.0)),
     "log_ratio": gradient(LogRatio()),
     "floor": gradient(LogRatio(floor=-1.0, below_floor="leave_out")),
-    "centered": gradient(
-        LogRatio(center="sequence"), ratio="sequence", importance=PolicyImportance(sampler=SAMPLER)
-    ),
+    "centered": gradient(LogRatio(center="sequence"), ratio="sequence", importance=PolicyImportance(sampler=SAMPLER)),
     "add": gradient(AdvantageAdd(log_ratio=LogRatio(center="sequence"))),
     "scale": gradient(AdvantageScale()),
     "group_relative": gradient(GroupRelative(), ratio="sequence"),
@@ -115,8 +105,7 @@ def scores(kind, count, token):
     """What a teacher of this kind says of `count` tokens."""
     draw = torch.Generator().manual_seed(5)
     whole = HiddenStateScores(
-        hidden=torch.randn(count, HIDDEN, generator=draw),
-        head=torch.randn(VOCABULARY, HIDDEN, generator=draw),
+        hidden=torch.randn(count, HIDDEN, generator=draw), head=torch.randn(VOCABULARY, HIDDEN, generator=draw)
     )
     match kind:
         case "hidden":
@@ -125,9 +114,7 @@ def scores(kind, count, token):
             part = torch.zeros(count, dtype=torch.long)
             place = torch.arange(count)
             nobody = HiddenStateScores(hidden=whole.hidden[:0], head=whole.head)
-            return RoutedScores(
-                parts=(whole, nobody), part=part, place=place, vocabulary=VOCABULARY
-            )
+            return RoutedScores(parts=(whole, nobody), part=part, place=place, vocabulary=VOCABULARY)
         case "blended":
             return BlendedScores(parts=(whole, whole), factors=(0.5, 1.5))
         case "served":
@@ -141,11 +128,7 @@ def gradients(term, batch, kind, chunk=2):
     hidden = torch.randn(count, HIDDEN, generator=draw).requires_grad_()
     head = torch.nn.Parameter(torch.randn(VOCABULARY, HIDDEN, generator=draw))
     weights = SimpleNamespace(
-        model=None,
-        sharding=UNSHARDED,
-        head=head,
-        transform=LogitTransform(),
-        selected_states=lambda _: hidden,
+        model=None, sharding=UNSHARDED, head=head, transform=LogitTransform(), selected_states=lambda _: hidden
     )
     student = Student(weights, 1.0, chunk, VOCABULARY)
     of_teacher = scores(kind, count, batch.tokens.token) if needs_teacher(term) else None
@@ -196,9 +179,7 @@ def test_the_cases_have_both_outcomes():
 
 # ── whole runs ────────────────────────────────────────────────────────────────────────────────
 
-SIBLING = UserTurn(
-    template="{prompt}\nExample: {sibling}", slots=Table({"sibling": SuccessfulSibling()})
-)
+SIBLING = UserTurn(template="{prompt}\nExample: {sibling}", slots=Table({"sibling": SuccessfulSibling()}))
 NEVER = Table({"never": RegexReward(pattern="zzzzzz")})
 
 

@@ -23,13 +23,7 @@ from tinyruns import (
 )
 
 from sdkit.language.errors import BadData
-from sdkit.language.specs import (
-    ExternalWeights,
-    OptimizerSpec,
-    ReverseKl,
-    SampledTokenSupport,
-    TeacherSamples,
-)
+from sdkit.language.specs import ExternalWeights, OptimizerSpec, ReverseKl, SampledTokenSupport, TeacherSamples
 from sdkit.models import tiny
 from sdkit.train.step import evaluate_objective
 
@@ -98,9 +92,7 @@ def plain_loss(student, other, batch, divergence="forward_kl"):
 
 @pytest.mark.parametrize("which", ["equal", "student padded", "teacher padded", "both padded"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-def test_value_and_gradient_are_those_over_the_tokenizers_ids(
-    world_with, folders, which, divergence
-):
+def test_value_and_gradient_are_those_over_the_tokenizers_ids(world_with, folders, which, divergence):
     from transformers import AutoModelForCausalLM
 
     student, other = folders[which]
@@ -182,27 +174,17 @@ def test_a_sampled_token_is_scored(world_with, other_folder):
         - logprobs(other_folder, r.teacher_prompt_ids, r.completion_ids)
         for r in batch
     ]
-    each = [
-        p[range(len(r.completion_ids)), r.completion_ids] for p, r in zip(pairs, batch, strict=True)
-    ]
+    each = [p[range(len(r.completion_ids)), r.completion_ids] for p, r in zip(pairs, batch, strict=True)]
     assert found == pytest.approx(torch.cat(each).mean().item(), abs=1e-5)
 
 
-def test_a_whole_run_with_evaluation_and_checkpoints(
-    tiny_folder, other_folder, tmp_path, process_group
-):
+def test_a_whole_run_with_evaluation_and_checkpoints(tiny_folder, other_folder, tmp_path, process_group):
     from tinyruns import evaluated, lines
 
-    spec = evaluated(
-        make_spec(tiny_folder, teacher=teacher(ExternalWeights(path=str(other_folder))))
-    )
+    spec = evaluated(make_spec(tiny_folder, teacher=teacher(ExternalWeights(path=str(other_folder)))))
     spec = evolve(spec, output=evolve(spec.output, checkpoint_every=1))
     folder = train(spec, tmp_path / "run")
-    assert [line["step"] for line in lines(folder / "metrics.jsonl") if "grad_norm" in line] == [
-        1,
-        2,
-        3,
-    ]
+    assert [line["step"] for line in lines(folder / "metrics.jsonl") if "grad_norm" in line] == [1, 2, 3]
     told = json.loads((folder / "provenance.json").read_text())["other_models"]
     assert told == [{"path": str(other_folder), "revision": None, "located": str(other_folder)}]
 
@@ -221,9 +203,7 @@ def swapped(source, target):
     return target
 
 
-def test_another_vocabulary_is_refused_before_weights_are_loaded(
-    world_with, other_folder, tmp_path, monkeypatch
-):
+def test_another_vocabulary_is_refused_before_weights_are_loaded(world_with, other_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("sdkit.train.state.load_model", lambda *_: pytest.fail("weights loaded"))
     other = swapped(other_folder, tmp_path / "swapped")
     with pytest.raises(BadData, match="another vocabulary than the student: 'a' has the id"):

@@ -99,9 +99,7 @@ REQUESTS = [*((where, signal.SIGTERM) for where in ASKED), ("rollout", signal.SI
 
 
 @pytest.mark.parametrize(("where", "number"), REQUESTS)
-def test_a_request_is_heeded_wherever_it_comes(
-    spec, straight, tmp_path, monkeypatch, where, number
-):
+def test_a_request_is_heeded_wherever_it_comes(spec, straight, tmp_path, monkeypatch, where, number):
     owner, name, call, step = ASKED[where]
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -224,9 +222,7 @@ def test_a_run_goes_on_after_a_rank_was_killed(found):
 def test_a_killed_run_is_named_by_the_next(found):
     assert found["kill alone"]["codes"] == [-signal.SIGKILL]
     assert found["kill alone"]["status"]["state"] == "running"
-    assert (
-        "exited without updating its status after step 2" in found["kill alone, resumed"]["said"][0]
-    )
+    assert "exited without updating its status after step 2" in found["kill alone, resumed"]["said"][0]
     assert "dmesg" in found["kill alone, resumed"]["said"][0]
     assert_same_run(found, "kill alone, resumed", "straight 1")
 

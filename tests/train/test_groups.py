@@ -57,8 +57,7 @@ def judged(*rewards, feedback=None):
     """A scorer that gives these rewards to the rollouts of a step, in order."""
     return Scorer(
         lambda pairs: [
-            ScoredCompletion(reward=float(rewards[i % len(rewards)]), feedback=feedback)
-            for i in range(len(pairs))
+            ScoredCompletion(reward=float(rewards[i % len(rewards)]), feedback=feedback) for i in range(len(pairs))
         ]
     )
 
@@ -149,9 +148,7 @@ def test_an_advantage_of_two_parts_keeps_rollouts_without_a_teacher(group_world)
 
 
 def test_rewarded_completions_become_likelier(group_world):
-    losses = Table(
-        {"policy": PolicyGradient(advantage=GroupRelative(), clip=ClipSpec(low=0.2, high=0.2))}
-    )
+    losses = Table({"policy": PolicyGradient(advantage=GroupRelative(), clip=ClipSpec(low=0.2, high=0.2))})
     world = group_world(judged(1, 0, 0, 0), teacher=None, losses=losses)
     batch = batch_of(world)
     best = [r for r in batch if (r.advantage or 0) > 0]
@@ -179,9 +176,7 @@ def test_two_updates_share_the_log_probabilities_before_the_first(group_world):
     ratios = [
         math.exp(after - before)
         for r, m in zip(second, now, strict=True)
-        for before, after in zip(
-            r.old_logprobs, m.token_statistics["student_logprobs"], strict=True
-        )
+        for before, after in zip(r.old_logprobs, m.token_statistics["student_logprobs"], strict=True)
     ]
     moved = train_step(world, second).metrics
     assert abs(moved["policy/ratio"] - 1) > 1e-3
@@ -198,10 +193,7 @@ def test_equal_rewards_move_nothing(group_world):
 
 def test_the_reference_pulls_back_to_the_start_model(group_world):
     losses = Table(
-        {
-            "policy": PolicyGradient(advantage=GroupRelative()),
-            "anchor": ReferenceKl(estimator="vocabulary"),
-        }
+        {"policy": PolicyGradient(advantage=GroupRelative()), "anchor": ReferenceKl(estimator="vocabulary")}
     )
     world = group_world(judged(1, 0, 0, 0), teacher=None, losses=losses)
     batch = batch_of(world)

@@ -117,10 +117,7 @@ def test_special_tokens_are_left_out(batch):
 
 def test_only_where_the_teacher_is_unsure(batch):
     found = count(batch, distil(MaskSpec(teacher_entropy_above=0.8, skip_first=1)))
-    wanted = places(
-        batch,
-        lambda r, p: taught(r, p) and p > 0 and r.token_statistics["teacher_entropy"][p] > 0.8,
-    )
+    wanted = places(batch, lambda r, p: taught(r, p) and p > 0 and r.token_statistics["teacher_entropy"][p] > 0.8)
     assert found_places(found) == wanted
     assert wanted
 
@@ -138,10 +135,7 @@ def test_tokens_below_the_floor_are_left_out(batch):
     def ratio(r, p):
         return r.token_statistics["teacher_logprobs"][p] - r.token_statistics["student_logprobs"][p]
 
-    for below, keep in (
-        ("leave_out", lambda r, p: ratio(r, p) >= -1),
-        ("clamp", lambda r, p: True),
-    ):
+    for below, keep in (("leave_out", lambda r, p: ratio(r, p) >= -1), ("clamp", lambda r, p: True)):
         term = PolicyGradient(advantage=LogRatio(floor=-1.0, below_floor=below))
         wanted = places(batch, lambda r, p, keep=keep: taught(r, p) and keep(r, p))
         assert found_places(count(batch, term)) == wanted
@@ -167,20 +161,14 @@ def test_position_is_of_the_whole_completion(batch):
 
 def test_sure_teachers_count_more_and_the_mean_is_one(batch):
     found = count(batch, distil(weight=TeacherEntropyWeight(rate=1.5)))
-    raw = [
-        math.exp(-1.5 * list(batch)[i].token_statistics["teacher_entropy"][p])
-        for i, p in found_places(found)
-    ]
+    raw = [math.exp(-1.5 * list(batch)[i].token_statistics["teacher_entropy"][p]) for i, p in found_places(found)]
     assert found_weights(found) == pytest.approx([w * len(raw) / sum(raw) for w in raw])
 
 
 def test_drift_is_over_the_counted_tokens_of_each_rollout(batch):
     found = count(batch, distil(MaskSpec(skip_first=1), weight=DriftWeight(strength=0.5)))
     for r, counted in zip(batch, found, strict=True):
-        told, own = (
-            r.token_statistics.get("teacher_logprobs"),
-            r.token_statistics["student_logprobs"],
-        )
+        told, own = (r.token_statistics.get("teacher_logprobs"), r.token_statistics["student_logprobs"])
         gaps = [abs(told[p] - own[p]) for p in counted.positions]
         wanted = [1 + 0.5 * (1 - sum(gaps[:t]) / sum(gaps)) for t in range(len(gaps))]
         assert counted.weights == pytest.approx(wanted)
@@ -226,17 +214,14 @@ def test_a_users_function_is_handed_rollouts_or_groups(batch, rows):
         calls.append(counts)
         for name in ("position", "student_entropy"):
             assert not features[name][~counts].any()
-        return (
-            features["student_entropy"] + features["position"] + 100 * features["reward"][:, None]
-        )
+        return features["student_entropy"] + features["position"] + 100 * features["reward"][:, None]
 
     term = imitate(MaskSpec(skip_first=1), weight=weight)
     found = count(batch, term, functions={"term": weigh})
     assert [len(c) for c in calls] == ([12] if rows == "rollout" else [3, 3, 3, 3])
     held = list(batch)
     wanted = [
-        held[i].token_statistics["student_entropy"][p] + p + 100 * held[i].reward
-        for i, p in found_places(found)
+        held[i].token_statistics["student_entropy"][p] + p + 100 * held[i].reward for i, p in found_places(found)
     ]
     assert found_weights(found) == pytest.approx(wanted)
     assert count(RolloutBatch(rollouts=()), term, functions={"term": weigh}) == []
@@ -280,11 +265,7 @@ class Ranks:
     """Ranks as threads; what each gives to `all_gather` is handed to all, in order."""
 
     def __init__(self, size):
-        self.size, self.held, self.barrier = (
-            size,
-            [None] * size,
-            threading.Barrier(size, timeout=20),
-        )
+        self.size, self.held, self.barrier = (size, [None] * size, threading.Barrier(size, timeout=20))
 
     def run(self, job):
         out = [None] * self.size
@@ -335,9 +316,7 @@ def test_advantages_take_the_spread_of_all_ranks(batch, scale, cut):
     whole = [r.advantage for r in with_advantages(losses, batch, alone, 12)]
     rollouts = tuple(batch)
     parts = [RolloutBatch(rollouts=part) for part in (rollouts[:cut], rollouts[cut:])]
-    out = Ranks(2).run(
-        lambda rank, all_gather: with_advantages(losses, parts[rank], all_gather, 12)
-    )
+    out = Ranks(2).run(lambda rank, all_gather: with_advantages(losses, parts[rank], all_gather, 12))
     joined = [r.advantage for part in out for r in part]
     assert joined == pytest.approx(whole)
     assert len(set(joined)) > 1
@@ -357,12 +336,8 @@ def weights_of(found, name):
 
 def test_joint_terms_share_one_denominator(batch):
     joint = PerToken(denominator="joint")
-    losses = Table(
-        {"wrong": imitate(average=joint), "right": imitate(average=joint), "own": imitate()}
-    )
-    found = collated(
-        batch, losses, route=RouteSpec(when="failed", then=("wrong",), otherwise=("right",))
-    )
+    losses = Table({"wrong": imitate(average=joint), "right": imitate(average=joint), "own": imitate()})
+    found = collated(batch, losses, route=RouteSpec(when="failed", then=("wrong",), otherwise=("right",)))
     tokens = {name: c.tokens for name, c in found.counts.items()}
     whole = tokens["wrong"] + tokens["right"]
     assert 0 < tokens["wrong"] < whole == tokens["own"]
@@ -391,9 +366,7 @@ def test_the_cut_into_micro_batches_changes_no_weight(batch, budget):
     losses = Table(
         {
             "top": distil(MaskSpec(student_entropy_top=0.4), weight=TeacherEntropyWeight(rate=1.0)),
-            "rows": imitate(
-                weight=DriftWeight(strength=0.5), average=PerSequence(empty_rows="count")
-            ),
+            "rows": imitate(weight=DriftWeight(strength=0.5), average=PerSequence(empty_rows="count")),
             "joint": imitate(average=PerToken(denominator="joint")),
         }
     )
@@ -411,9 +384,7 @@ def test_weights_of_a_batch_dealt_into_parts_are_the_batchs(batch):
     counted = build_loss_masks(batch, losses, all_gather=alone)
     dealt = [r.loss_masks["term"] for part in counted.split(2) for r in part]
     assert [c.positions for c in dealt] == [r.loss_masks["term"].positions for r in counted]
-    assert sum(map(sum, (c.weights for c in dealt))) == pytest.approx(
-        sum(len(c.positions) for c in dealt)
-    )
+    assert sum(map(sum, (c.weights for c in dealt))) == pytest.approx(sum(len(c.positions) for c in dealt))
     # Each part divides by its own number of tokens, as without weights.
     part = counted.split(2)[0]
     found = collate(list(part), losses, 100, torch.clone, torch.device("cpu"))

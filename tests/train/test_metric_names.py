@@ -18,10 +18,7 @@ from sdkit.language.specs import (
 
 def test_a_run_writes_the_families_of_the_list_and_no_others(tiny_folder, tmp_path):
     """A run that has all that has metrics: a route, filters, slots, numbers that move, rewards, suites, a lift."""
-    sees = UserTurn(
-        template="{prompt} {sibling}",
-        slots=Table({"sibling": SuccessfulSibling(threshold=0.0)}),
-    )
+    sees = UserTurn(template="{prompt} {sibling}", slots=Table({"sibling": SuccessfulSibling(threshold=0.0)}))
     moving = Schedule(start=0.1, to=0.2, steps=2)
     spec = evaluated(
         make_spec(

@@ -22,10 +22,7 @@ SETS = {
     "tool_use": "tooluse/test.json",
 }
 SHOWN = "data.columns={system: system, prompt: prompt, answer: answer, demonstration: answer}"
-DEMONSTRATIONS = {
-    "science": ("sciknoweval/biology-test.json", SHOWN),
-    "tool_use": ("tooluse/test.json", SHOWN),
-}
+DEMONSTRATIONS = {"science": ("sciknoweval/biology-test.json", SHOWN), "tool_use": ("tooluse/test.json", SHOWN)}
 """Sets that are not the paper's own, whose rows have the same questions and no demonstrations: the answer is shown."""
 
 
@@ -52,10 +49,7 @@ def calls(row):
 
 def written(called):
     """Calls in the form that the prompts ask for."""
-    return "\n".join(
-        f"Thought: so\nAction: {call['Action']}\nAction Input: {call['Action_Input']}"
-        for call in called
-    )
+    return "\n".join(f"Thought: so\nAction: {call['Action']}\nAction Input: {call['Action_Input']}" for call in called)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("biology", 450), ("physics", 720)])
@@ -69,9 +63,7 @@ def test_letters_are_scored(real_data, method, name, rows):
     form = "<reasoning>It is {0}.</reasoning>\n<answer>\n{1}\n</answer>"
     right = [form.format("B", letter) for letter in letters]
     assert set(judged(spec, found, right)) == {1.0}
-    assert set(
-        judged(spec, found, [form.format(*p) for p in zip(letters, others, strict=True)])
-    ) == {0.0}
+    assert set(judged(spec, found, [form.format(*p) for p in zip(letters, others, strict=True)])) == {0.0}
     assert set(judged(spec, found, letters)) == {0.0}
 
 
@@ -135,18 +127,13 @@ def test_a_step_on_real_prompts(real_data, open_tiny, tiny_folder, name, file, c
         model=ModelSpec(path=str(tiny_folder), dtype="float32"),
         data=evolve(spec.data, limit=4),
         rollout=evolve(spec.rollout, max_new_tokens=16, max_prompt_tokens=None, backend=backend),
-        teacher=spec.teacher
-        and evolve(spec.teacher, sees=evolve(spec.teacher.sees, max_prompt_tokens=None)),
+        teacher=spec.teacher and evolve(spec.teacher, sees=evolve(spec.teacher.sees, max_prompt_tokens=None)),
         rewards=Table({"correct": RegexReward(pattern=".")}),
         evaluation=None,
         optimizer=evolve(spec.optimizer, warmup_steps=0),
-        training=evolve(
-            spec.training, steps=1, epochs=None, prompts_per_step=2, updates_per_rollout=1
-        ),
+        training=evolve(spec.training, steps=1, epochs=None, prompts_per_step=2, updates_per_rollout=1),
     )
     world = open_tiny(small)
-    world.data.train_rewards = dict.fromkeys(
-        world.data.train_rewards, scripted_rewards.scorer(spec)
-    )
+    world.data.train_rewards = dict.fromkeys(world.data.train_rewards, scripted_rewards.scorer(spec))
     measured = advance(world, 1)[0]
     assert 0 < measured.metrics["grad_norm"] < float("inf")

@@ -65,9 +65,7 @@ def test_all_prompts_of_a_run_have_one_date(run):
     assert prompts(run) == {date.strftime("%d %b %Y %H:%M:%S.%f")}
     assert facts["rows"] == 6
     assert set(facts["sha256"]) == {
-        f"{name}{who}"
-        for name in ("train", "suite sums", "suite more")
-        for who in ("", " (teacher)")
+        f"{name}{who}" for name in ("train", "suite sums", "suite more") for who in ("", " (teacher)")
     }
 
 
@@ -92,9 +90,7 @@ def test_a_replay_has_the_date_of_the_recording(spec, run, tmp_path):
 def test_a_changed_template_is_refused(spec, run, tmp_path):
     undo = changed(spec, "now: ")
     try:
-        with pytest.raises(
-            UnreadableInput, match=r"rendered prompts are not those .*'train'"
-        ) as caught:
+        with pytest.raises(UnreadableInput, match=r"rendered prompts are not those .*'train'") as caught:
             train(evolve(spec, training=training(steps=3)), run, resume=True)
         assert "chat template" in caught.value.hint
         with pytest.raises(UnreadableInput, match=r"rendered prompts .* recorded with: 'train'$"):
@@ -111,9 +107,7 @@ def test_fingerprints_of_prompts_tell_what_changed(spec, tmp_path):
     first = found(spec)
     assert found(spec) == first
     assert all(digest != first[name] for name, digest in found(spec, datetime.now()).items())
-    teacher = evolve(
-        spec.teacher, sees=evolve(spec.teacher.sees, template="{prompt} {demonstration}")
-    )
+    teacher = evolve(spec.teacher, sees=evolve(spec.teacher.sees, template="{prompt} {demonstration}"))
     other = found(evolve(spec, teacher=teacher))
     assert {name for name in first if other[name] != first[name]} == {
         "train (teacher)", "suite sums (teacher)", "suite more (teacher)"
@@ -137,9 +131,7 @@ def test_the_date_of_a_run_that_did_not_fix_it_is_its_start():
 def test_a_template_that_is_never_the_same_is_refused(tiny_folder, tmp_path, before):
     model = dated(tiny_folder, tmp_path / "model", before)
     data = RunData(make_spec(model), tmp_path, AutoTokenizer.from_pretrained(model))
-    with pytest.raises(
-        BadData, match=r"row [0-9]: the chat template renders .* differently"
-    ) as caught:
+    with pytest.raises(BadData, match=r"row [0-9]: the chat template renders .* differently") as caught:
         data.check(1)
     assert caught.value.path == ("model", "path")
 

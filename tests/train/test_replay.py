@@ -124,9 +124,7 @@ def test_what_would_change_a_token_is_refused(spec, run, tmp_path, changes, said
         ({"training": evolve(TRAINING, zero_stage=1)}, "training.zero_stage"),
     ],
 )
-def test_what_a_checkpoint_holds_can_change_from_the_start_alone(
-    spec, run, tmp_path, changes, said
-):
+def test_what_a_checkpoint_holds_can_change_from_the_start_alone(spec, run, tmp_path, changes, said):
     other = evolve(spec, **changes)
     open_recording(f"{run}@0").check_spec(other, tmp_path)
     with pytest.raises(UnreadableInput, match=f"{said}: .*replay from @0"):
@@ -167,15 +165,12 @@ def test_an_incomplete_recording_is_told(run, tmp_path):
     cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:5]))
     with pytest.raises(UnreadableInput, match="incomplete") as caught:
         open_recording(f"{torn}@0")
-    assert "step_000001.jsonl is missing\nstep_000002.jsonl holds 5 of 6 rollouts" in str(
-        caught.value
-    )
+    assert "step_000001.jsonl is missing\nstep_000002.jsonl holds 5 of 6 rollouts" in str(caught.value)
     assert open_recording(f"{torn}@3").end == 4
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
-    [("teacher.safetensors", "is damaged"), ("MANIFEST.json", "is not complete")],
+    ("spoil", "said"), [("teacher.safetensors", "is damaged"), ("MANIFEST.json", "is not complete")]
 )
 def test_a_spoilt_checkpoint_is_not_replayed_from(spec, run, tmp_path, spoil, said):
     torn = shutil.copytree(run, tmp_path / "torn")

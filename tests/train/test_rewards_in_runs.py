@@ -30,9 +30,7 @@ def test_parts_are_measured_and_feedback_is_kept(tiny_folder, tmp_path):
         "runs": NumberReward(),
         "length": FileReward(file="mine.py", function="length"),
     }
-    suite = Suite(
-        data=inline(3, 100), score="total", decoding=Table({"greedy": Decoding(temperature=0.0)})
-    )
+    suite = Suite(data=inline(3, 100), score="total", decoding=Table({"greedy": Decoding(temperature=0.0)}))
     spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
     world = open_train_state(evolve(spec, rewards=Table(rewards)), tmp_path)
     try:
@@ -59,9 +57,7 @@ def test_programs_are_tested_in_a_run(tiny_folder, tmp_path):
     from sdkit.train.run import open_train_state
 
     reward = PythonTests(tests="answer", extract=WholeText(), isolation="without_namespaces")
-    suite = Suite(
-        data=inline(3, 100), score="passes", decoding=Table({"greedy": Decoding(temperature=0.0)})
-    )
+    suite = Suite(data=inline(3, 100), score="passes", decoding=Table({"greedy": Decoding(temperature=0.0)}))
     spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
     spec = evolve(spec, rewards=Table({"passes": reward}))
     world = open_train_state(spec, tmp_path)
@@ -77,7 +73,5 @@ def test_programs_are_tested_in_a_run(tiny_folder, tmp_path):
     rows = tuple(Table({**row, "answer": "{}"}) for row in suite.data.source.rows)
     bad = evolve(suite, data=evolve(suite.data, source=InlineSource(rows=rows)))
     spec = evolve(spec, evaluation=evolve(spec.evaluation, suites=Table({"sums": bad})))
-    with pytest.raises(
-        BadData, match=r"row 0: tests in the column 'answer': a table needs.*\nrow 1"
-    ):
+    with pytest.raises(BadData, match=r"row 0: tests in the column 'answer': a table needs.*\nrow 1"):
         open_train_state(spec, tmp_path)

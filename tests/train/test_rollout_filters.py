@@ -44,8 +44,7 @@ def judged(*rewards):
     """A scorer that gives these rewards to the rollouts of a step, in order."""
     return Scorer(
         lambda pairs: [
-            ScoredCompletion(reward=float(rewards[i % len(rewards)]), feedback=None)
-            for i in range(len(pairs))
+            ScoredCompletion(reward=float(rewards[i % len(rewards)]), feedback=None) for i in range(len(pairs))
         ]
     )
 
@@ -85,11 +84,7 @@ CASES = [
     ((), [0, 1, 2, 3, 4, 5], {}),
     ((RewardAtLeast(threshold=0.5),), [0, 3, 4, 5], {"reward_at_least": 4 / 6}),
     ((NonConstantGroup(),), [0, 1, 2, 3], {"non_constant_group": 4 / 6}),
-    (
-        (NonConstantGroup(), RewardAtLeast()),
-        [0, 3],
-        {"non_constant_group": 4 / 6, "reward_at_least": 2 / 6},
-    ),
+    ((NonConstantGroup(), RewardAtLeast()), [0, 3], {"non_constant_group": 4 / 6, "reward_at_least": 2 / 6}),
 ]
 
 
@@ -136,9 +131,7 @@ def one_step(open_tiny):
 
 
 def test_only_what_is_kept_is_trained_on(one_step):
-    rollout = RolloutSpec(
-        max_new_tokens=8, completions_per_prompt=2, backend=BACKEND, keep=(RewardAtLeast(),)
-    )
+    rollout = RolloutSpec(max_new_tokens=8, completions_per_prompt=2, backend=BACKEND, keep=(RewardAtLeast(),))
     imitate = Table({"imitate": CrossEntropy()})
     world, metrics = one_step(judged(1, 0), rollout=rollout, teacher=None, losses=imitate)
     assert metrics["keep/reward_at_least"] == metrics["rollout/kept"] == 0.5
@@ -194,10 +187,7 @@ def test_a_batch_is_one_samplers_altogether(open_tiny, share, student):
 START = AnswerStart(
     template="{attempt}\n\n{verdict}\n\n",
     slots=Table(
-        {
-            "attempt": OwnAttempt(),
-            "verdict": Verdict(success="Let me rephrase.", failure="Wait, that is wrong."),
-        }
+        {"attempt": OwnAttempt(), "verdict": Verdict(success="Let me rephrase.", failure="Wait, that is wrong.")}
     ),
 )
 

@@ -55,16 +55,11 @@ def other_folder(tmp_path_factory):
 
 def data(domains=DOMAINS, start=0):
     made = zip(rows(len(domains), start), domains, strict=True)
-    return DataSpec(
-        source=InlineSource(rows=tuple(Table({**row, "domain": d}) for row, d in made)),
-        columns=COLUMNS,
-    )
+    return DataSpec(source=InlineSource(rows=tuple(Table({**row, "domain": d}) for row, d in made)), columns=COLUMNS)
 
 
 def routed(**routes):
-    return TeacherSpec(
-        weights=RoutedWeights(by="domain", routes=Table(routes)), sees=SEES_DEMONSTRATION
-    )
+    return TeacherSpec(weights=RoutedWeights(by="domain", routes=Table(routes)), sees=SEES_DEMONSTRATION)
 
 
 @pytest.fixture
@@ -79,11 +74,7 @@ def world_with(open_tiny, tiny_folder, other_folder):
         return open_tiny(
             make_spec(
                 tiny_folder,
-                **(
-                    {"teacher": routed(**routes), "model": model(tiny_folder, lora=lora)}
-                    | parts
-                    | changes
-                ),
+                **({"teacher": routed(**routes), "model": model(tiny_folder, lora=lora)} | parts | changes),
             )
         )
 
@@ -149,9 +140,7 @@ def test_one_prompt_may_have_two_teachers(world_with):
     both = DataSpec(source=InlineSource(rows=twice), columns=COLUMNS)
     world = world_with(data=both)
     batch = rollouts_of(world)
-    assert evaluate_objective(world, batch)["loss"] == pytest.approx(
-        plain_loss(world, batch).item(), abs=1e-5
-    )
+    assert evaluate_objective(world, batch)["loss"] == pytest.approx(plain_loss(world, batch).item(), abs=1e-5)
 
 
 def test_routes_to_one_model_are_that_model(world_with, open_tiny, tiny_folder):
@@ -167,11 +156,7 @@ def test_routes_to_one_model_are_that_model(world_with, open_tiny, tiny_folder):
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_routes_that_move_follow_each_at_its_pace(world_with, lora):
-    moving = {
-        "math": EmaWeights(update_rate=0.3),
-        "code": CopyWeights(every=2),
-        "chat": FrozenWeights(),
-    }
+    moving = {"math": EmaWeights(update_rate=0.3), "code": CopyWeights(every=2), "chat": FrozenWeights()}
     world = world_with(moving, lora=lora)
     average, copied, frozen = world.teacher.leaves
     start = states(world, world.student)
@@ -204,13 +189,7 @@ def test_a_state_restores_every_route(world_with, lora):
 
 
 def test_a_log_ratio_and_the_measuring_pass_ask_each_rows_own(world_with):
-    terms = Table(
-        {
-            "pull": PolicyGradient(
-                advantage=LogRatio(center="sequence", floor=-9.0, below_floor="leave_out")
-            )
-        }
-    )
+    terms = Table({"pull": PolicyGradient(advantage=LogRatio(center="sequence", floor=-9.0, below_floor="leave_out"))})
     world = world_with(losses=terms)
     batch = rollouts_of(world)
     leaves = world.teacher.leaves
@@ -238,8 +217,7 @@ def test_a_row_without_a_route_is_refused_by_name(world_with):
 def test_a_held_out_row_without_a_route_is_refused(world_with, tiny_folder):
     spec = evaluated(make_spec(tiny_folder))
     suites = {
-        name: evolve(suite, data=data(("math", "poetry"), 100))
-        for name, suite in spec.evaluation.suites.items()
+        name: evolve(suite, data=data(("math", "poetry"), 100)) for name, suite in spec.evaluation.suites.items()
     }
     evaluation = evolve(spec.evaluation, suites=Table(suites))
     with pytest.raises(BadData, match="row 1: domain is 'poetry'"):
@@ -250,9 +228,7 @@ def test_a_whole_run_with_evaluation(tiny_folder, other_folder, tmp_path, proces
     base = make_spec(
         tiny_folder,
         data=data(),
-        teacher=routed(
-            math=EmaWeights(update_rate=0.1), code=FrozenWeights(), chat=StudentWeights()
-        ),
+        teacher=routed(math=EmaWeights(update_rate=0.1), code=FrozenWeights(), chat=StudentWeights()),
     )
     spec = evaluated(base)
     suites = {

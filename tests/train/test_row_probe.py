@@ -40,10 +40,7 @@ def build(architecture, **changes):
 SLIDING = {
     "every layer": lambda: build("Mistral", sliding_window=WINDOW),
     "some layers": lambda: build(
-        "Qwen2",
-        sliding_window=WINDOW,
-        use_sliding_window=True,
-        layer_types=["full_attention", "sliding_attention"],
+        "Qwen2", sliding_window=WINDOW, use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]
     ),
     "another model": lambda: build("Gemma2", sliding_window=WINDOW, head_dim=32),
 }
@@ -176,8 +173,7 @@ def test_a_run_with_a_window_trains_on_what_was_sampled(open_tiny, tiny_folder, 
     SLIDING["every layer"]().causal.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
     rows = tuple(
-        Table({"prompt": "the lazy dog " * 30 + str(i), "demonstration": "x", "answer": "y"})
-        for i in range(4)
+        Table({"prompt": "the lazy dog " * 30 + str(i), "demonstration": "x", "answer": "y"}) for i in range(4)
     )
     data = DataSpec(source=InlineSource(rows=rows), columns=COLUMNS)
     world = open_tiny(make_spec(folder, data=data, rollout=rollout(completions_per_prompt=2)))

@@ -7,15 +7,7 @@ from tinyruns import FrozenWeights, lines, make_spec, rollout, teacher, train, t
 from transformers import AutoTokenizer
 
 from sdkit.language.errors import BadData
-from sdkit.language.specs import (
-    DatasetSamples,
-    DataSpec,
-    ExactReward,
-    InlineSource,
-    OwnAttempt,
-    Table,
-    UserTurn,
-)
+from sdkit.language.specs import DatasetSamples, DataSpec, ExactReward, InlineSource, OwnAttempt, Table, UserTurn
 from sdkit.train.inputs import RunData
 
 COLUMNS = Table({"prompt": "prompt", "demonstration": "demonstration", "answer": "answer"})
@@ -31,8 +23,7 @@ def spec_of(folder, demonstration="d", answer="1", **changes):
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
-    [({"demonstration": ["a", "b"]}, "demonstration"), ({"answer": [1]}, "answer")],
+    ("values", "named"), [({"demonstration": ["a", "b"]}, "demonstration"), ({"answer": [1]}, "answer")]
 )
 def test_a_column_that_a_run_reads_as_text_must_be_text(tiny_folder, tmp_path, values, named):
     spec = evolve(spec_of(tiny_folder, **values), rewards=Table({"right": ExactReward()}))

@@ -65,9 +65,7 @@ def test_the_spec_is_kept_as_written_and_as_resolved(done, full_spec):
     from sdkit.language.resolved import resolved
 
     assert (done / "spec.yaml").read_text() == "# as written\n"
-    assert json.loads((done / "resolved.yaml").read_text()) == json.loads(
-        json.dumps(resolved(full_spec))
-    )
+    assert json.loads((done / "resolved.yaml").read_text()) == json.loads(json.dumps(resolved(full_spec)))
 
 
 def test_provenance(done):
@@ -89,18 +87,10 @@ def test_metrics_are_one_object_a_line(done):
     trained = [line for line in lines(done / "metrics.jsonl") if "grad_norm" in line]
     assert [line["step"] for line in trained] == [1, 2, 3]
     for line in trained:
-        assert {
-            "loss",
-            "lr",
-            "distil/forward_kl",
-            "teacher_distance",
-            "reward/right",
-        } <= line.keys()
+        assert {"loss", "lr", "distil/forward_kl", "teacher_distance", "reward/right"} <= line.keys()
         assert {"rollout/completion_tokens", "time/step", "memory/peak_gib"} <= line.keys()
         assert all(isinstance(value, int | float) for value in line.values())
-    assert [line["tokens_generated"] for line in trained] == sorted(
-        line["tokens_generated"] for line in trained
-    )
+    assert [line["tokens_generated"] for line in trained] == sorted(line["tokens_generated"] for line in trained)
 
 
 def test_evaluations_stand_at_both_ends_and_in_between(done):
@@ -125,9 +115,7 @@ def test_every_completion_and_its_scores_are_kept(done):
     assert len(records) == 4 * (1 + 2) + 3 * 2
     keys = {"suite", "decoding", "row", "prompt", "completion", "scores", "feedback"}
     assert keys == records[0].keys()
-    kept = [
-        r["scores"]["number"] for r in records if (r["suite"], r["decoding"]) == ("sums", "drawn")
-    ]
+    kept = [r["scores"]["number"] for r in records if (r["suite"], r["decoding"]) == ("sums", "drawn")]
     measured = metrics(done)[-1]["eval/sums/drawn/number"]
     assert sum(kept) / len(kept) == pytest.approx(measured)
 
@@ -137,15 +125,10 @@ def test_rollouts_and_samples(done):
         (records,) = [lines(done / "rollouts" / f"step_{step:06d}.jsonl")]
         assert len(records) == 4
         for record in records:
-            assert (
-                record["sampled_from_ids"] == record["prompt_ids"] != record["teacher_prompt_ids"]
-            )
+            assert record["sampled_from_ids"] == record["prompt_ids"] != record["teacher_prompt_ids"]
             assert len(record["completion_ids"]) == len(record["sampler_logprobs"])
             assert record["policy_version"] == step
-    assert [p.name for p in sorted((done / "samples").iterdir())] == [
-        "step_000001.jsonl",
-        "step_000003.jsonl",
-    ]
+    assert [p.name for p in sorted((done / "samples").iterdir())] == ["step_000001.jsonl", "step_000003.jsonl"]
     for sample in lines(done / "samples" / "step_000001.jsonl"):
         assert "Example:" in sample["teacher_prompt"]
         assert "Example:" not in sample["prompt"]
@@ -204,9 +187,7 @@ def test_the_same_spec_gives_the_same_run(done, full_spec, tmp_path):
 def test_another_seed_gives_another_run(tiny_folder, tmp_path, lora):
     runs = [
         train(
-            make_spec(
-                tiny_folder, model=model(tiny_folder, lora=lora), training=training(steps=1, seed=s)
-            ),
+            make_spec(tiny_folder, model=model(tiny_folder, lora=lora), training=training(steps=1, seed=s)),
             tmp_path / str(i),
         )
         for i, s in enumerate((3, 3, 4))
@@ -287,9 +268,7 @@ def crashed():
 FORMS = [("float32", 0, None), ("bfloat16", 1, None), ("float32", 1, LORA)]
 
 
-@pytest.fixture(
-    scope="module", params=FORMS, ids=lambda form: f"{form[0]}-{form[1]}-{form[2] and 'lora'}"
-)
+@pytest.fixture(scope="module", params=FORMS, ids=lambda form: f"{form[0]}-{form[1]}-{form[2] and 'lora'}")
 def straight(request, tiny_folder, tmp_path_factory):
     spec = long_spec(tiny_folder, *request.param)
     return spec, train(spec, tmp_path_factory.mktemp("straight") / "run")
@@ -297,11 +276,7 @@ def straight(request, tiny_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("step", "how", "error", "state"),
-    [
-        (2, terminated, Stopped, "stopped"),
-        (3, terminated, Stopped, "stopped"),
-        (3, crashed, RunFailed, "failed"),
-    ],
+    [(2, terminated, Stopped, "stopped"), (3, terminated, Stopped, "stopped"), (3, crashed, RunFailed, "failed")],
     ids=["asked after 2", "asked after 3", "crashed after 3"],
 )
 def test_a_resumed_run_is_the_run(straight, tmp_path, monkeypatch, step, how, error, state):
@@ -372,9 +347,7 @@ def logprobs(weights, prompt, completion):
 @pytest.mark.parametrize("prompt", ["student", "teacher"])
 def test_a_whole_run_sampled_by(tiny_folder, tmp_path, weights, prompt):
     sampler = TeacherSamples(weights=weights, prompt=prompt)
-    spec = make_spec(
-        tiny_folder, teacher=EMA, rollout=rollout(sampled_by=sampler), training=training(steps=2)
-    )
+    spec = make_spec(tiny_folder, teacher=EMA, rollout=rollout(sampled_by=sampler), training=training(steps=2))
     folder = train(spec, tmp_path / "run")
     name = "prompt_ids" if prompt == "student" else "teacher_prompt_ids"
     for record in lines(folder / "rollouts" / "step_000001.jsonl"):
@@ -405,9 +378,7 @@ def test_the_data_sets_own_completions(tiny_folder, tiny_tokenizer, tmp_path):
 
 
 def test_three_bad_gradients_in_a_row_end_a_run(tiny_folder, tmp_path):
-    spec = make_spec(
-        tiny_folder, optimizer=OptimizerSpec(lr=1e6, clip=1e12), training=training(steps=9)
-    )
+    spec = make_spec(tiny_folder, optimizer=OptimizerSpec(lr=1e6, clip=1e12), training=training(steps=9))
     with pytest.raises(NumericsGuard, match="3 optimizer steps in a row") as caught:
         train(spec, tmp_path / "run")
     assert caught.value.exit_code == 8
@@ -444,9 +415,7 @@ def test_a_run_with_adapters_leaves_the_adapter_and_a_merged_model(tiny_folder, 
 
 
 @pytest.mark.parametrize(("choice", "left"), [("drop", 2), ("keep", 6)])
-def test_a_suite_may_keep_its_prompts_in_training(
-    tiny_folder, tiny_tokenizer, tmp_path, choice, left
-):
+def test_a_suite_may_keep_its_prompts_in_training(tiny_folder, tiny_tokenizer, tmp_path, choice, left):
     """Four of the six training rows are held out too."""
     suite = Suite(data=inline(4), score="right", same_prompts=choice)
     spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))

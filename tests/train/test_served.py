@@ -91,21 +91,14 @@ def both(open_tiny, folder, served, other_folder, **changes):
     """The same batch under the served model and under the same model held here: metrics and gradients."""
     found = []
     for weights in (served(), external(other_folder)):
-        spec = make_spec(
-            folder,
-            teacher=teacher(weights),
-            optimizer=MINUS_GRADIENT,
-            **({"losses": TOP} | changes),
-        )
+        spec = make_spec(folder, teacher=teacher(weights), optimizer=MINUS_GRADIENT, **({"losses": TOP} | changes))
         world = open_tiny(spec)
         found.append(gradient(world, rollouts_of(world)))
     return found
 
 
 @pytest.mark.parametrize("remainder", ["tail_bucket", "renormalize", "renormalize_teacher", "drop"])
-def test_a_step_is_that_of_the_same_model_held_here(
-    open_tiny, tiny_folder, served, other_folder, remainder
-):
+def test_a_step_is_that_of_the_same_model_held_here(open_tiny, tiny_folder, served, other_folder, remainder):
     support = TopKSupport(k=K, chosen_by="teacher", remainder=remainder)
     losses = distil(support=support, divergence=ForwardKl())
     told, whole = both(open_tiny, tiny_folder, served, other_folder, losses=losses)
@@ -119,19 +112,12 @@ def test_a_step_is_that_of_the_same_model_held_here(
 def test_tempered_after_rescaling(open_tiny, tiny_folder, served, other_folder):
     support = TopKSupport(k=K, chosen_by="teacher", remainder="renormalize")
     told, whole = both(
-        open_tiny,
-        tiny_folder,
-        served,
-        other_folder,
-        losses=distil(support=support),
-        rollout=rollout(temperature=0.7),
+        open_tiny, tiny_folder, served, other_folder, losses=distil(support=support), rollout=rollout(temperature=0.7)
     )
     assert told[0]["loss"] == pytest.approx(whole[0]["loss"], abs=1e-5)
 
 
-def test_the_sampled_token_the_log_ratio_and_a_measured_weight(
-    open_tiny, tiny_folder, served, other_folder
-):
+def test_the_sampled_token_the_log_ratio_and_a_measured_weight(open_tiny, tiny_folder, served, other_folder):
     losses = Table(
         {
             **distil(divergence=ReverseKl(), support=SampledTokenSupport()),
@@ -140,12 +126,7 @@ def test_the_sampled_token_the_log_ratio_and_a_measured_weight(
         }
     )
     told, whole = both(
-        open_tiny,
-        tiny_folder,
-        served,
-        other_folder,
-        losses=losses,
-        rollout=rollout(completions_per_prompt=2),
+        open_tiny, tiny_folder, served, other_folder, losses=losses, rollout=rollout(completions_per_prompt=2)
     )
     for name in told[0]:
         assert told[0][name] == pytest.approx(whole[0][name], abs=1e-4), name
@@ -169,9 +150,7 @@ def test_how_a_step_is_cut_changes_nothing(open_tiny, tiny_folder, served):
 
 
 def test_it_teaches(open_tiny, tiny_folder, served):
-    spec = make_spec(
-        tiny_folder, teacher=teacher(served()), losses=TOP, optimizer=OptimizerSpec(lr=1e-2)
-    )
+    spec = make_spec(tiny_folder, teacher=teacher(served()), losses=TOP, optimizer=OptimizerSpec(lr=1e-2))
     world = open_tiny(spec)
     before = evaluate_objective(world, rollouts_of(world))["loss"]
     advance(world, 8)
@@ -228,9 +207,7 @@ def test_a_whole_run_with_evaluation(tiny_folder, served, tmp_path, process_grou
 
 @pytest.mark.parametrize("support", ["top_k", "sampled_token"])
 def test_smoke_asks_a_server_in_miniature(tmp_path, process_group, support):
-    weights = ServedWeights(
-        url="https://never.example", model="there", allow_remote=True, key_from="NO_SUCH_KEY"
-    )
+    weights = ServedWeights(url="https://never.example", model="there", allow_remote=True, key_from="NO_SUCH_KEY")
     sampled = distil(divergence=ReverseKl(), support=SampledTokenSupport())
     losses = {"top_k": TOP, "sampled_token": sampled}[support]
     spec = make_spec("org/never-there", teacher=teacher(weights, sees=None), losses=losses)
@@ -324,9 +301,7 @@ def test_a_server_that_dies_ends_the_run_in_one_line(open_tiny, tiny_folder, ser
     assert "\n" not in caught.value.message
 
 
-def test_a_server_that_answers_nonsense_ends_the_run(
-    open_tiny, tiny_folder, served, server, monkeypatch
-):
+def test_a_server_that_answers_nonsense_ends_the_run(open_tiny, tiny_folder, served, server, monkeypatch):
     world = open_tiny(make_spec(tiny_folder, teacher=teacher(served()), losses=TOP))
     for said, message in (
         ({"choices": [{"prompt_logprobs": None}]}, "without the log-probabilities of the prompt"),
@@ -341,8 +316,6 @@ def test_a_server_that_answers_nonsense_ends_the_run(
 def test_a_busy_server_is_waited_for(open_tiny, tiny_folder, served, server, monkeypatch):
     world = open_tiny(make_spec(tiny_folder, teacher=teacher(served()), losses=TOP))
     busy, plain = [503, 429, 500], server.answer
-    monkeypatch.setattr(
-        server, "reply", lambda path, body: (busy.pop(), {}) if busy else plain(path, body)
-    )
+    monkeypatch.setattr(server, "reply", lambda path, body: (busy.pop(), {}) if busy else plain(path, body))
     assert advance(world, 1)[0].applied
     assert not busy

@@ -57,10 +57,7 @@ GOOD = {
     "route above keep": {"rollout": rollout(2, keep=kept(0.2)), **routed(0.7)},
     "route above two keeps": {"rollout": rollout(1, keep=kept(-1, 3)), **routed(3.5)},
     "one rollout a prompt": {"rollout": rollout(1, keep=kept(2.0)), "teacher": seeing()},
-    "siblings of successes": {
-        "rollout": rollout(2, keep=kept(1)),
-        "teacher": seeing("{prompt} {s}", s=sibling(1.0)),
-    },
+    "siblings of successes": {"rollout": rollout(2, keep=kept(1)), "teacher": seeing("{prompt} {s}", s=sibling(1.0))},
     "siblings above the filter": {
         "rollout": rollout(2, keep=kept(0.0)),
         "teacher": seeing(
@@ -78,9 +75,7 @@ GOOD = {
         "losses": gradient("group_relative", weight={"kind": "pass_rate", "threshold": 3}),
     },
     "feedback of successes": {"rollout": rollout(keep=kept(1)), "teacher": FEEDBACK},
-    "a column named system": {
-        "teacher": seeing("{prompt} {d}", d={"kind": "column", "name": "system"})
-    },
+    "a column named system": {"teacher": seeing("{prompt} {d}", d={"kind": "column", "name": "system"})},
     "a small bound of a token": {
         "teacher": {"weights": EXTERNAL},
         "losses": {"distil": DISTIL | {"clip": {"token": 1e-4}}},
@@ -89,27 +84,12 @@ GOOD = {
         "teacher": {"weights": EXTERNAL},
         "losses": {"distil": DISTIL | {"clip": {"log_ratio": [-1e-4, 1e-4]}}},
     },
-    "successes without a baseline": {
-        "rollout": rollout(keep=kept(1)),
-        "losses": gradient(BASELINE_NONE),
-    },
-    "a coefficient from 0": {
-        "teacher": seeing(),
-        "losses": {"distil": DISTIL | {"coefficient": FROM_ZERO}},
-    },
-    "a coefficient to 0": {
-        "teacher": seeing(),
-        "losses": {"distil": DISTIL | {"coefficient": TO_ZERO}},
-    },
-    "a small coefficient": {
-        "teacher": seeing(),
-        "losses": {"distil": DISTIL | {"coefficient": 1e-6}},
-    },
+    "successes without a baseline": {"rollout": rollout(keep=kept(1)), "losses": gradient(BASELINE_NONE)},
+    "a coefficient from 0": {"teacher": seeing(), "losses": {"distil": DISTIL | {"coefficient": FROM_ZERO}}},
+    "a coefficient to 0": {"teacher": seeing(), "losses": {"distil": DISTIL | {"coefficient": TO_ZERO}}},
+    "a small coefficient": {"teacher": seeing(), "losses": {"distil": DISTIL | {"coefficient": 1e-6}}},
     "a trust region that opens": {
-        "teacher": {
-            "weights": EXTERNAL,
-            "blend": {"kind": "trust_region", "student_share": TO_ZERO},
-        }
+        "teacher": {"weights": EXTERNAL, "blend": {"kind": "trust_region", "student_share": TO_ZERO}}
     },
 }
 

@@ -158,9 +158,7 @@ def test_old_logprobs_are_those_before_the_first_update(open_tiny, temperature, 
 
 def test_the_ratio_is_one_at_the_first_update_and_moves_after(open_tiny):
     world = open_tiny(
-        losses=OLD_RATIO,
-        optimizer=OptimizerSpec(lr=1e-2),
-        training=training(updates_per_rollout=2, steps=1),
+        losses=OLD_RATIO, optimizer=OptimizerSpec(lr=1e-2), training=training(updates_per_rollout=2, steps=1)
     )
     assert world.plan.needs_old_logprobs
     first, second = rollouts_of(world).split(2)
@@ -171,9 +169,7 @@ def test_the_ratio_is_one_at_the_first_update_and_moves_after(open_tiny):
 
 
 def test_a_batch_is_split_into_whole_groups(open_tiny):
-    world = open_tiny(
-        rollout=rollout(completions_per_prompt=3), training=training(prompts_per_step=5)
-    )
+    world = open_tiny(rollout=rollout(completions_per_prompt=3), training=training(prompts_per_step=5))
     parts = rollouts_of(world).split(2)
     groups = [{r.group for r in part} for part in parts]
     assert groups[0] | groups[1] == set(range(5))
@@ -189,9 +185,7 @@ def test_one_update_needs_no_old_logprobs(open_tiny):
 
 
 def collated(world, batch):
-    (micro,) = collate(
-        list(batch), world.spec.losses, 10**6, collectives.all_reduce_sum, world.device
-    ).micro_batches
+    (micro,) = collate(list(batch), world.spec.losses, 10**6, collectives.all_reduce_sum, world.device).micro_batches
     return micro
 
 
@@ -205,8 +199,7 @@ def test_the_teacher_scores_the_very_completion(open_tiny):
 
 def test_another_teacher_prompt_changes_the_teacher_alone(open_tiny):
     sees = UserTurn(
-        template="{prompt} POISON {demonstration}",
-        slots=Table({"demonstration": ColumnSlot(name="demonstration")}),
+        template="{prompt} POISON {demonstration}", slots=Table({"demonstration": ColumnSlot(name="demonstration")})
     )
     plain, poisoned = open_tiny(), open_tiny(teacher=teacher(FrozenWeights(), sees))
     a, b = rollouts_of(plain), rollouts_of(poisoned)
@@ -214,9 +207,7 @@ def test_another_teacher_prompt_changes_the_teacher_alone(open_tiny):
     assert [r.prompt_ids for r in a] == [r.prompt_ids for r in b]
     one, other = collated(plain, a), collated(poisoned, b)
     with torch.no_grad():
-        torch.testing.assert_close(
-            plain.student.hidden(one.student), poisoned.student.hidden(other.student)
-        )
+        torch.testing.assert_close(plain.student.hidden(one.student), poisoned.student.hidden(other.student))
     scores = score_teacher(plain, one), score_teacher(poisoned, other)
     assert (scores[0].hidden - scores[1].hidden).abs().mean() > 1e-2
 

@@ -2,29 +2,10 @@
 
 import pytest
 import torch
-from tinyruns import (
-    LORA,
-    PRECISIONS,
-    advance,
-    masters,
-    model,
-    rollouts_of,
-    same,
-    silent,
-    states,
-    teacher,
-    training,
-)
+from tinyruns import LORA, PRECISIONS, advance, masters, model, rollouts_of, same, silent, states, teacher, training
 
 from sdkit.language.schedules import scalar_at
-from sdkit.language.specs import (
-    CopyWeights,
-    EmaWeights,
-    FrozenWeights,
-    OptimizerSpec,
-    Schedule,
-    StudentWeights,
-)
+from sdkit.language.specs import CopyWeights, EmaWeights, FrozenWeights, OptimizerSpec, Schedule, StudentWeights
 from sdkit.models.weights import Weights
 
 EVERY_FORM = pytest.mark.parametrize(
@@ -228,11 +209,7 @@ def test_an_incomplete_walk_over_the_masters_is_refused(world_with):
 @pytest.mark.parametrize(("dtype", "stage"), PRECISIONS)
 def test_adapters_leave_the_base_alone(world_with, weights, dtype, stage):
     world = world_with(weights, dtype, stage, LORA)
-    base = {
-        n: p.detach().clone()
-        for n, p in world.student.model.named_parameters()
-        if ".lora_" not in n
-    }
+    base = {n: p.detach().clone() for n, p in world.student.model.named_parameters() if ".lora_" not in n}
     assert len(base) > 10
     advance(world)
     parameters = dict(world.student.model.named_parameters())
@@ -270,9 +247,7 @@ def test_whose_weights_are_on_ends_with_the_block(world_with):
     with pytest.raises(ZeroDivisionError), world.teacher.weights.active():
         _ = 1 / 0
     assert switches(world.student) == outside
-    assert all(
-        p.requires_grad == (".default." in n) for n, p in world.student.model.named_parameters()
-    )
+    assert all(p.requires_grad == (".default." in n) for n, p in world.student.model.named_parameters())
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher", "base"])
@@ -282,11 +257,9 @@ def test_a_merged_copy_says_what_the_adapter_says(world_with, whose):
     world = world_with(EmaWeights(update_rate=0.3), lora=LORA)
     advance(world)
     before = {n: p.detach().clone() for n, p in world.student.model.named_parameters()}
-    weights = {
-        "student": world.student,
-        "teacher": world.teacher.weights,
-        "base": Weights(world.student.model, None),
-    }[whose]
+    weights = {"student": world.student, "teacher": world.teacher.weights, "base": Weights(world.student.model, None)}[
+        whose
+    ]
     plain = LlamaForCausalLM(world.student.causal.config).eval()
     found = plain.load_state_dict(dict(weights.named_tensors()), strict=False)
     assert found.missing_keys == ["lm_head.weight"]  # tied
@@ -294,9 +267,7 @@ def test_a_merged_copy_says_what_the_adapter_says(world_with, whose):
     batch = rollouts_of(world)
     ids = torch.tensor([[*r.prompt_ids, *r.completion_ids][:20] for r in batch])
     with torch.no_grad(), weights.active() as causal:
-        torch.testing.assert_close(
-            plain(ids).logits, causal(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(plain(ids).logits, causal(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
     for name, parameter in world.student.model.named_parameters():
         same(parameter.detach(), before[name])
 
@@ -312,9 +283,7 @@ def test_a_plain_model_streams_its_own_tensors(open_tiny):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_adapters_are_drawn_from_the_runs_seed(world_with, seed):
     torch.manual_seed(5)
-    first, *others = (
-        world_with(FrozenWeights(), lora=LORA, seed=s) for s in (seed, seed, seed + 1)
-    )
+    first, *others = (world_with(FrozenWeights(), lora=LORA, seed=s) for s in (seed, seed, seed + 1))
     assert torch.initial_seed() == 5
     torch.testing.assert_close(masters(others[0]), masters(first), atol=0, rtol=0)
     assert any(moved(value, masters(first)[name]) for name, value in masters(others[1]).items())

@@ -4,17 +4,7 @@ import math
 
 import pytest
 import torch
-from tinyruns import (
-    distil,
-    evaluated,
-    make_spec,
-    masters,
-    rollout,
-    rollouts_of,
-    silent,
-    teacher,
-    training,
-)
+from tinyruns import distil, evaluated, make_spec, masters, rollout, rollouts_of, silent, teacher, training
 
 from sdkit.language.errors import BadData
 from sdkit.language.required_statistics import STATISTICS
@@ -94,11 +84,7 @@ def check_step(world, batch, loss):
 
 def in_turn(*rewards):
     """A scorer that gives these rewards to the rollouts of a step, in order."""
-    return Scorer(
-        lambda pairs: [
-            ScoredCompletion(reward=float(rewards[i % len(rewards)])) for i in range(len(pairs))
-        ]
-    )
+    return Scorer(lambda pairs: [ScoredCompletion(reward=float(rewards[i % len(rewards)])) for i in range(len(pairs))])
 
 
 @pytest.fixture
@@ -116,10 +102,7 @@ def judged_world(open_tiny):
 
 @pytest.mark.parametrize("budget", [1, 10**6])
 def test_the_pass_measures_what_plain_torch_does(open_tiny, budget):
-    world = open_tiny(
-        rollout=rollout(temperature=0.7),
-        training=training(micro_batch_tokens=budget, chunk_tokens=5),
-    )
+    world = open_tiny(rollout=rollout(temperature=0.7), training=training(micro_batch_tokens=budget, chunk_tokens=5))
     batch = compute_token_statistics(world, rollouts_of(world), STATISTICS)
     for r in batch:
         with torch.no_grad():
@@ -153,8 +136,7 @@ def test_a_rollout_without_teacher_has_no_measures_of_it(judged_world):
 
 def test_the_plan_says_what_is_measured_and_why(open_tiny):
     losses = distil(
-        weight=TeacherEntropyWeight(rate=1.0),
-        importance=ImportanceSpec(old_policy=OldPolicyRatio(cap=2.0)),
+        weight=TeacherEntropyWeight(rate=1.0), importance=ImportanceSpec(old_policy=OldPolicyRatio(cap=2.0))
     )
     world = open_tiny(losses=losses, training=training(updates_per_rollout=2))
     assert world.plan.statistics == (
@@ -167,9 +149,7 @@ def test_the_plan_says_what_is_measured_and_why(open_tiny):
 def test_the_pass_moves_nothing_and_the_second_update_sees_its_figures(open_tiny):
     losses = distil(mask=MaskSpec(student_entropy_top=0.5), weight=TeacherEntropyWeight(rate=1.0))
     world = open_tiny(
-        losses=losses,
-        optimizer=OptimizerSpec(lr=1e-2),
-        training=training(updates_per_rollout=2, steps=1),
+        losses=losses, optimizer=OptimizerSpec(lr=1e-2), training=training(updates_per_rollout=2, steps=1)
     )
     before = masters(world)
     whole = rollouts_of(world)
@@ -209,10 +189,7 @@ def test_routed_by_outcome_with_a_joint_denominator(judged_world):
     """Failed rollouts with a sibling's success distil, weighted by the teacher's sureness; the others go by their advantage."""
     sees = UserTurn(template="{prompt}{s}", slots=Table({"s": SuccessfulSibling(wrap=" {value}")}))
     distilled = Distillation(
-        divergence=ReverseKl(),
-        support=VocabularySupport(),
-        weight=TeacherEntropyWeight(rate=1.0),
-        average=JOINT,
+        divergence=ReverseKl(), support=VocabularySupport(), weight=TeacherEntropyWeight(rate=1.0), average=JOINT
     )
     policy = PolicyGradient(advantage=GroupRelative(), average=JOINT)
     world = judged_world(
@@ -260,9 +237,7 @@ def test_prompts_half_solved_weigh_most(judged_world):
 
 def test_right_ones_by_the_students_perplexity_wrong_ones_by_the_teachers(judged_world):
     wrong = Distillation(
-        divergence=ReverseKl(),
-        support=SampledTokenSupport(),
-        weight=PerplexityWeight(of="teacher", power=-1.0),
+        divergence=ReverseKl(), support=SampledTokenSupport(), weight=PerplexityWeight(of="teacher", power=-1.0)
     )
     right = CrossEntropy(weight=PerplexityWeight(of="student", power=1.0))
     world = judged_world(
@@ -293,9 +268,7 @@ def test_right_ones_by_the_students_perplexity_wrong_ones_by_the_teachers(judged
 def test_tokens_that_the_teacher_finds_absurd_are_left_out(open_tiny):
     """And the others weigh by the drift before them, over counted tokens alone."""
     floor = -0.01
-    term = PolicyGradient(
-        advantage=LogRatio(floor=floor, below_floor="leave_out"), weight=DriftWeight(strength=0.5)
-    )
+    term = PolicyGradient(advantage=LogRatio(floor=floor, below_floor="leave_out"), weight=DriftWeight(strength=0.5))
     world = open_tiny(losses=Table({"pull": term}), optimizer=MINUS_GRADIENT)
     batch = rollouts_of(world)
     loss, counted, tokens = torch.zeros(()), 0, 0
@@ -370,9 +343,7 @@ def test_a_miniature_takes_the_pass(tiny_folder):
         }
     )
     route = RouteSpec(when="failed_with_context", then=("distil",), otherwise=("policy",))
-    spec = make_spec(
-        tiny_folder, losses=losses, rollout=GROUPS, route=route, rewards=REWARDS, reward="right"
-    )
+    spec = make_spec(tiny_folder, losses=losses, rollout=GROUPS, route=route, rewards=REWARDS, reward="right")
     lines = smoke(spec, silent(), steps=2)
     trained = [line for line in lines if "grad_norm" in line]
     assert len(trained) == 2
@@ -401,9 +372,7 @@ def test_a_users_weight_trains(open_tiny, bold):
 
 
 def test_a_miniature_finds_the_users_file(tiny_folder, bold, tmp_path):
-    lines = smoke(
-        make_spec(tiny_folder, losses=distil(weight=TEACHERS_CHOICE)), silent(), home=tmp_path
-    )
+    lines = smoke(make_spec(tiny_folder, losses=distil(weight=TEACHERS_CHOICE)), silent(), home=tmp_path)
     assert sum("grad_norm" in line for line in lines) == 2
 
 

@@ -4,14 +4,7 @@ import pytest
 from tinyruns import lines, make_spec, rollout, silent, teacher, train, training
 
 from sdkit.language.errors import RunFailed
-from sdkit.language.specs import (
-    ExactReward,
-    GroupRelative,
-    OutputSpec,
-    PolicyGradient,
-    StudentWeights,
-    Table,
-)
+from sdkit.language.specs import ExactReward, GroupRelative, OutputSpec, PolicyGradient, StudentWeights, Table
 from sdkit.train.report import Report
 from sdkit.train.tripwires import TRIPWIRES, triggered
 
@@ -96,9 +89,7 @@ def test_other_steps_trip_nothing(figures):
 
 
 def test_the_single_sample_estimate_counts_where_it_is_all_there_is():
-    assert wires(*[{"loss/d": 0.0, "d/tokens": 3.0, "d/k1": 0.0, "grad_norm": 1.0}] * 2) == [
-        "no_divergence"
-    ]
+    assert wires(*[{"loss/d": 0.0, "d/tokens": 3.0, "d/k1": 0.0, "grad_norm": 1.0}] * 2) == ["no_divergence"]
 
 
 # ── when ──────────────────────────────────────────────────────────────────────────────────────
@@ -154,9 +145,7 @@ def test_a_run_that_learns_nothing_says_so_once(same_teacher, tmp_path):
 
 
 @pytest.mark.parametrize("crash_after", [2, 3])
-def test_a_resumed_run_warns_as_if_it_had_not_stopped(
-    same_teacher, tmp_path, monkeypatch, crash_after
-):
+def test_a_resumed_run_warns_as_if_it_had_not_stopped(same_teacher, tmp_path, monkeypatch, crash_after):
     report = Report.step
 
     def reported(self, world, *args):

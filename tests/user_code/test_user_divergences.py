@@ -58,7 +58,6 @@ def test_a_wrong_result_during_training_is_refused(tmp_path, body, found):
 def test_only_terms_with_a_file_have_one(tmp_path):
     assert open_user_divergences(Table({"distil": term(ForwardKl())}), tmp_path) == {}
     losses = {
-        name: term(FileDivergence(file="diverge.py", function=name))
-        for name in ("total_variation", "symmetric")
+        name: term(FileDivergence(file="diverge.py", function=name)) for name in ("total_variation", "symmetric")
     }
     assert open_user_divergences(Table(losses), OK).keys() == losses.keys()

@@ -26,9 +26,7 @@ def weight(folder, body, given=("student_entropy",), name="weigh", **changes):
 
 
 def test_it_gets_what_it_asks_for_and_gives_weights(tmp_path):
-    function = weight(
-        tmp_path, "return student_entropy * (1 + reward[:, None])", ("student_entropy", "reward")
-    )
+    function = weight(tmp_path, "return student_entropy * (1 + reward[:, None])", ("student_entropy", "reward"))
     found = function(COUNTS, FEATURES)
     assert found.dtype == torch.float64
     assert found.tolist() == [[1.0, 2.0, 0.0], [0.0, 2.0, 0.0]]

@@ -34,7 +34,9 @@ Finding = tuple[Path, str, str | None]
 
 ADAPTER_CONFIG = "adapter_config.json"
 IS_ADAPTER = "is a PEFT adapter, not a model"
-MERGE_FIRST = "merge it (`sdkit export RUN --merge-lora`, or PEFT's merge_and_unload) and name the merged model's folder"
+MERGE_FIRST = (
+    "merge it (`sdkit export RUN --merge-lora`, or PEFT's merge_and_unload) and name the merged model's folder"
+)
 
 
 @frozen(eq=False)
@@ -73,16 +75,12 @@ MethodCheck = Callable[[MethodSpec, Context], Iterator[Finding]]
 RunCheck = Callable[[ExperimentSpec, Context], Iterator[Finding]]
 
 
-def method_rule(
-    summary: str, severity: Literal["error", "warning"] = "error"
-) -> Callable[[MethodCheck], Rule]:
+def method_rule(summary: str, severity: Literal["error", "warning"] = "error") -> Callable[[MethodCheck], Rule]:
     """Decorator: a rule over methods.  The function's name is the rule's code, its docstring the reason."""
     return lambda check: Rule(check.__name__, summary, severity, check, False)
 
 
-def run_rule(
-    summary: str, severity: Literal["error", "warning"] = "error"
-) -> Callable[[RunCheck], Rule]:
+def run_rule(summary: str, severity: Literal["error", "warning"] = "error") -> Callable[[RunCheck], Rule]:
     """Decorator: a rule over run files, which a method page alone cannot break."""
     return lambda check: Rule(check.__name__, summary, severity, check, True)
 
@@ -139,9 +137,7 @@ def adds_no_view(sees: Sees | None) -> bool:
         parts = parse(sees.template)
     except TemplateError:
         return False
-    return [part for part in parts if not isinstance(part, str) or part.strip()] == [
-        Field("prompt")
-    ]
+    return [part for part in parts if not isinstance(part, str) or part.strip()] == [Field("prompt")]
 
 
 def data_of(spec: ExperimentSpec) -> Iterator[tuple[Path, DataSpec]]:

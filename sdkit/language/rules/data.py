@@ -132,9 +132,7 @@ def data_path(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 def _folder_hint(context: Context, path: str) -> str | None:
     folder, name = os.path.split(context.file(path))
     if not os.path.isdir(folder or "."):
-        return (
-            f"there is no folder {os.path.dirname(path)} either; paths start at the spec's folder"
-        )
+        return f"there is no folder {os.path.dirname(path)} either; paths start at the spec's folder"
     near = did_you_mean(name, file_names(folder or "."))
     return near or "paths start at the spec's folder"
 
@@ -154,12 +152,4 @@ def few_rows(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         yield ("training", "prompts_per_step"), message, None
 
 
-RULES = (
-    prompt_column,
-    slot_column,
-    inline_prompt,
-    dataset_column,
-    source_column,
-    data_path,
-    few_rows,
-)
+RULES = (prompt_column, slot_column, inline_prompt, dataset_column, source_column, data_path, few_rows)

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import shorten
-from sdkit.language.rules.base import (
-    Context,
-    Finding,
-    adds_no_view,
-    method_rule,
-    of_teacher,
-    policy_gradients,
-)
+from sdkit.language.rules.base import Context, Finding, adds_no_view, method_rule, of_teacher, policy_gradients
 from sdkit.language.schedules import always
 from sdkit.language.specs import (
     AdvantageAdd,
@@ -93,9 +86,7 @@ def centered_token(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         end = min(term.mask.prefix or longest, longest)
         if part and part.center == "sequence" and end - term.mask.skip_first == 1:
             inner = () if part is term.advantage else ("log_ratio",)
-            message = (
-                "the term counts one token of a completion, so its centered log-ratio is always 0"
-            )
+            message = "the term counts one token of a completion, so its centered log-ratio is always 0"
             yield (*path, "advantage", *inner, "center"), message, "use center: none"
 
 
@@ -111,9 +102,7 @@ def failures_not_kept(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         return
     for index, filter in enumerate(spec.rollout.keep):
         if isinstance(filter, RewardAtLeast) and filter.threshold >= spec.route.threshold:
-            threshold = context.stated(
-                ("route", "threshold"), spec.route.threshold, "route.threshold"
-            )
+            threshold = context.stated(("route", "threshold"), spec.route.threshold, "route.threshold")
             message = f"no failure is kept: {threshold}, so the terms of route.then count nothing"
             hint = "lower this threshold, or remove the route"
             yield ("rollout", "keep", index, "threshold"), message, hint

@@ -77,9 +77,7 @@ def sampled_token_divergence(spec: MethodSpec, context: Context) -> Iterator[Fin
     No other divergence has such a single-token estimate.
     """
     for path, term in distillations(spec):
-        if isinstance(term.support, SampledTokenSupport) and not isinstance(
-            term.divergence, ReverseKl
-        ):
+        if isinstance(term.support, SampledTokenSupport) and not isinstance(term.divergence, ReverseKl):
             message = f"sampled_token estimates reverse_kl, not {term.divergence.kind}"
             yield (*path, "divergence"), message, "use divergence: reverse_kl, or a top_k support"
 
@@ -167,9 +165,7 @@ def biased_estimate(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     only for tokens drawn from the student's full distribution.
     """
     truncation = _truncation(spec, context)
-    estimates = [
-        "sampled_token" for _, t in distillations(spec) if t.support == SampledTokenSupport()
-    ]
+    estimates = ["sampled_token" for _, t in distillations(spec) if t.support == SampledTokenSupport()]
     # With a ratio to the sampler it is an error: truncated_sampling.
     plain = [t for _, t in policy_gradients(spec) if not t.importance.sampler]
     estimates += ["policy_gradient" for _ in plain]

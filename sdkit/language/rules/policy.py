@@ -27,11 +27,7 @@ def lone_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             if getattr(part, key) == value:
                 group = context.stated(("rollout", "completions_per_prompt"), 1)
                 hint = "set rollout.completions_per_prompt to 2 or more"
-                yield (
-                    (*path, *_of_reward(term), key),
-                    f"{group}, so every advantage of the reward is 0",
-                    hint,
-                )
+                yield ((*path, *_of_reward(term), key), f"{group}, so every advantage of the reward is 0", hint)
                 break
 
 

@@ -6,15 +6,7 @@ from collections.abc import Iterator
 
 from sdkit.language.errors import Path, outside, shorten
 from sdkit.language.rules.base import Context, Finding, data_of, did_you_mean, method_rule, run_rule
-from sdkit.language.specs import (
-    ColumnTemplate,
-    EarlierTurns,
-    ExperimentSpec,
-    MethodSpec,
-    Sees,
-    UserTurn,
-    Wording,
-)
+from sdkit.language.specs import ColumnTemplate, EarlierTurns, ExperimentSpec, MethodSpec, Sees, UserTurn, Wording
 from sdkit.language.templates import Field, TemplateError, fields, parse
 
 
@@ -131,11 +123,4 @@ def reserved_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield path, "'prompt' is always the user's message and cannot be a slot", "rename the slot"
 
 
-RULES = (
-    template_syntax,
-    column_template_syntax,
-    unknown_slot,
-    unused_slot,
-    prompt_missing,
-    reserved_slot,
-)
+RULES = (template_syntax, column_template_syntax, unknown_slot, unused_slot, prompt_missing, reserved_slot)

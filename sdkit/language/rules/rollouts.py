@@ -97,7 +97,9 @@ def stale_rollouts(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         return
     for path, term in distillations(spec):
         if not term.importance.old_policy:
-            message = f"updates_per_rollout is {updates}, but no ratio to the old policy corrects term {shorten(path[-1])}"
+            message = (
+                f"updates_per_rollout is {updates}, but no ratio to the old policy corrects term {shorten(path[-1])}"
+            )
             hint = f"add {'.'.join(map(str, path))}.importance.old_policy: {{cap: 2}}"
             yield ("training", "updates_per_rollout"), message, hint
 
@@ -158,9 +160,7 @@ def context_before_rollouts(spec: MethodSpec, context: Context) -> Iterator[Find
     by = spec.rollout.sampled_by
     if isinstance(by, TeacherSamples) and by.prompt == "teacher":
         for path, slot in _slots(spec):
-            message = (
-                f"{slot.kind} is known after sampling, but the teacher's prompt is sampled from"
-            )
+            message = f"{slot.kind} is known after sampling, but the teacher's prompt is sampled from"
             yield path, message, "use sampled_by: student"
 
 
@@ -172,30 +172,18 @@ def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
     if spec.reward is not None and spec.reward not in spec.rewards:
         hint = did_you_mean(spec.reward, spec.rewards) or "declare it under rewards"
         yield ("reward",), f"{shorten(spec.reward)} {outside(spec.rewards)}", hint
-    relative = (
-        (*path, "advantage") for path, term in policy_gradients(spec) if reward_part(term.advantage)
-    )
-    weights = (
-        ("losses", name, *key)
-        for name, term in spec.losses.items()
-        if (key := reward_setting(term))
-    )
+    relative = ((*path, "advantage") for path, term in policy_gradients(spec) if reward_part(term.advantage))
+    weights = (("losses", name, *key) for name, term in spec.losses.items() if (key := reward_setting(term)))
     routed: list[Path] = [("route",)] if spec.route else []
     filters: list[Path] = [
-        ("rollout", "keep", i)
-        for i, filter in enumerate(spec.rollout.keep)
-        if not isinstance(filter, NonEmpty)
+        ("rollout", "keep", i) for i, filter in enumerate(spec.rollout.keep) if not isinstance(filter, NonEmpty)
     ]
     users = chain((path for path, _ in _slots(spec)), relative, weights, routed, filters)
     needed = next(users, None)
     if needed and spec.reward is None and len(spec.rewards) != 1:
         count = "there are none" if not spec.rewards else f"there are {len(spec.rewards)}"
         message = f"this needs the reward that training uses, and {count}"
-        hint = (
-            f"add reward: {next(iter(spec.rewards))}"
-            if spec.rewards
-            else "declare one under rewards"
-        )
+        hint = f"add reward: {next(iter(spec.rewards))}" if spec.rewards else "declare one under rewards"
         yield needed, message, hint
 
 

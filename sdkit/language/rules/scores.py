@@ -8,15 +8,7 @@ from collections.abc import Iterator
 
 from sdkit.language.errors import outside, shorten
 from sdkit.language.files import file_names
-from sdkit.language.rules.base import (
-    ADAPTER_CONFIG,
-    IS_ADAPTER,
-    Context,
-    Finding,
-    columns_of,
-    did_you_mean,
-    run_rule,
-)
+from sdkit.language.rules.base import ADAPTER_CONFIG, IS_ADAPTER, Context, Finding, columns_of, did_you_mean, run_rule
 from sdkit.language.specs import (
     ExperimentSpec,
     FileReward,
@@ -102,9 +94,7 @@ def answer_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             if column and known and column not in known:
                 path = ("rewards", name, "tests" if isinstance(reward, PythonTests) else "answer")
                 setting = context.stated(path, column)
-                message = (
-                    f"{setting}, which {outside(known)}, the columns of suite {shorten(suite_name)}"
-                )
+                message = f"{setting}, which {outside(known)}, the columns of suite {shorten(suite_name)}"
                 yield path, message, did_you_mean(column, known)
 
 

@@ -24,15 +24,11 @@ from sdkit.language.specs import (
 def server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Prompts and completions leave this machine only if the spec allows it, and specs contain no passwords."""
     for path, weights in served_teachers(spec):
-        for message, hint in address_faults(
-            weights.url, weights.allow_remote, "prompts would be sent there"
-        ):
+        for message, hint in address_faults(weights.url, weights.allow_remote, "prompts would be sent there"):
             yield (*path, "url"), message, hint
 
 
-def address_faults(
-    url: str, allow_remote: bool, consequence: str
-) -> Iterator[tuple[str, str | None]]:
+def address_faults(url: str, allow_remote: bool, consequence: str) -> Iterator[tuple[str, str | None]]:
     """What is wrong with a server's address, each with a hint; `consequence` says what a remote server would receive."""
     try:
         parts = urlsplit(url)
@@ -95,9 +91,7 @@ def served_support(spec: MethodSpec, context: Context) -> Iterator[Finding]:
                 yield (*path, "support", "chosen_by"), message, "use chosen_by: teacher"
             case _:
                 message = "a server returns its likeliest tokens, not the whole vocabulary"
-                hint = (
-                    "use support: {kind: top_k, k: 20, chosen_by: teacher, remainder: tail_bucket}"
-                )
+                hint = "use support: {kind: top_k, k: 20, chosen_by: teacher, remainder: tail_bucket}"
                 yield (*path, "support"), message, hint
 
 
@@ -111,10 +105,7 @@ def served_temperature(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     sampled = spec.rollout.temperature
     for path, term in distillations(spec):
         support = term.support
-        rescaled = isinstance(support, TopKSupport) and support.remainder in (
-            "renormalize",
-            "renormalize_teacher",
-        )
+        rescaled = isinstance(support, TopKSupport) and support.remainder in ("renormalize", "renormalize_teacher")
         temperature = sampled if term.temperature is None else term.temperature
         if temperature != 1 and not rescaled:
             where = (*path, "temperature") if term.temperature else ("rollout", "temperature")
@@ -122,11 +113,7 @@ def served_temperature(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             hint = f"set {spelled((*path, 'temperature'))}: 1"
             if isinstance(support, TopKSupport):
                 hint += ", or use remainder: renormalize"
-            yield (
-                where,
-                f"a server returns temperature 1, but {what} needs {_at(temperature)}",
-                hint,
-            )
+            yield (where, f"a server returns temperature 1, but {what} needs {_at(temperature)}", hint)
     if sampled != 1:
         for path in _at_sampling_temperature(spec):
             message = "a server returns temperature 1, but this needs rollout.temperature, "
@@ -170,11 +157,4 @@ def served_blend(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         yield ("teacher", "blend"), message, "remove blend"
 
 
-RULES = (
-    server_url,
-    server_key,
-    served_support,
-    served_temperature,
-    served_entropy,
-    served_blend,
-)
+RULES = (server_url, server_key, served_support, served_temperature, served_entropy, served_blend)

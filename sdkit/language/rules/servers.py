@@ -22,9 +22,7 @@ def rollout_server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if not isinstance(backend, VllmServerBackend):
         return
     for i, url in enumerate(backend.urls):
-        for message, hint in address_faults(
-            url, backend.allow_remote, "prompts and weights would go there"
-        ):
+        for message, hint in address_faults(url, backend.allow_remote, "prompts and weights would go there"):
             yield (*BACKEND, "urls", i), message, hint
         if url.rstrip("/") in (other.rstrip("/") for other in backend.urls[:i]):
             yield (*BACKEND, "urls", i), f"{shorten(url)} is there already", "name it once"
@@ -94,16 +92,8 @@ def staleness_ratio(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     for path, term in (*distillations(spec), *policy_gradients(spec)):
         if not term.importance.sampler:
             key = spelled((*path, "importance", "sampler"))
-            message = (
-                f"no ratio to the sampler corrects term {shorten(path[-1])} for stale rollouts"
-            )
+            message = f"no ratio to the sampler corrects term {shorten(path[-1])} for stale rollouts"
             yield ("rollout", "max_staleness"), message, f"add {key}: {{cap: 2, level: token}}"
 
 
-RULES = (
-    rollout_server_url,
-    rollout_server_key,
-    rollout_server_folder,
-    staleness_source,
-    staleness_ratio,
-)
+RULES = (rollout_server_url, rollout_server_key, rollout_server_folder, staleness_source, staleness_ratio)

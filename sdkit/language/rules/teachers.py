@@ -135,11 +135,4 @@ def route_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             return
 
 
-RULES = (
-    teacher_model,
-    teacher_vocabulary,
-    foreign_sampler,
-    no_sampler,
-    blend_with_itself,
-    route_column,
-)
+RULES = (teacher_model, teacher_vocabulary, foreign_sampler, no_sampler, blend_with_itself, route_column)

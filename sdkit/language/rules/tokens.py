@@ -7,14 +7,7 @@ from collections.abc import Iterator
 from sdkit.language.errors import Path, outside, shorten
 from sdkit.language.required_statistics import weight_of
 from sdkit.language.rules.base import Context, Finding, did_you_mean, method_rule, policy_gradients
-from sdkit.language.specs import (
-    FileWeight,
-    MethodSpec,
-    PassRateWeight,
-    PerplexityWeight,
-    PerToken,
-    teacher_part,
-)
+from sdkit.language.specs import FileWeight, MethodSpec, PassRateWeight, PerplexityWeight, PerToken, teacher_part
 from sdkit.language.user_functions import fault_of
 
 

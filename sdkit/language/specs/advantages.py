@@ -6,15 +6,7 @@ from typing import ClassVar, Literal, assert_never
 
 from attrs import frozen
 
-from sdkit.language.specs.fields import (
-    AT_LEAST_ONE,
-    NEGATIVE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    Schedule,
-    spec_field,
-)
+from sdkit.language.specs.fields import AT_LEAST_ONE, NEGATIVE, NOT_NEGATIVE, POSITIVE, SHARE, Schedule, spec_field
 
 
 @frozen(kw_only=True)
@@ -25,9 +17,7 @@ class OverlongPenalty:
     """
 
     stretch: int = spec_field("number of tokens over which the penalty grows", range=AT_LEAST_ONE)
-    amount: float | Schedule = spec_field(
-        "penalty of a completion of full length", default=1.0, range=POSITIVE
-    )
+    amount: float | Schedule = spec_field("penalty of a completion of full length", default=1.0, range=POSITIVE)
 
 
 @frozen(kw_only=True)
@@ -38,15 +28,11 @@ class GroupRelative:
     """
 
     kind: ClassVar[str] = "group_relative"
-    baseline: Literal["group_mean", "none"] = spec_field(
-        "what is subtracted from the reward", default="group_mean"
-    )
+    baseline: Literal["group_mean", "none"] = spec_field("what is subtracted from the reward", default="group_mean")
     scale: Literal["none", "group_std", "batch_std"] = spec_field(
         "the standard deviation to divide by", default="none"
     )
-    eps: float | Schedule = spec_field(
-        "added to the standard deviation", default=1e-4, range=POSITIVE
-    )
+    eps: float | Schedule = spec_field("added to the standard deviation", default=1e-4, range=POSITIVE)
     overlong: OverlongPenalty | None = spec_field("penalty on long completions", default=None)
 
 
@@ -70,9 +56,7 @@ class AdvantageAdd:
 
     kind: ClassVar[str] = "advantage_add"
     group_relative: GroupRelative = spec_field("the reward advantage", default=GroupRelative())
-    group_weight: float | Schedule = spec_field(
-        "weight of the reward advantage", default=1.0, range=NOT_NEGATIVE
-    )
+    group_weight: float | Schedule = spec_field("weight of the reward advantage", default=1.0, range=NOT_NEGATIVE)
     log_ratio: LogRatio = spec_field("the teacher's log-ratio", default=LogRatio())
     log_ratio_weight: float | Schedule = spec_field(
         "weight of the teacher's log-ratio", default=1.0, range=NOT_NEGATIVE
@@ -89,15 +73,9 @@ class AdvantageScale:
     kind: ClassVar[str] = "advantage_scale"
     group_relative: GroupRelative = spec_field("the reward advantage A", default=GroupRelative())
     log_ratio: LogRatio = spec_field("the teacher's log-ratio δ", default=LogRatio())
-    share: float | Schedule = spec_field(
-        "share of the teacher's factor in the scale", default=0.5, range=SHARE
-    )
-    low: float | Schedule = spec_field(
-        "lower clip: the factor is at least 1 − low", default=0.2, range=SHARE
-    )
-    high: float | Schedule = spec_field(
-        "upper clip: the factor is at most 1 + high", default=0.2, range=NOT_NEGATIVE
-    )
+    share: float | Schedule = spec_field("share of the teacher's factor in the scale", default=0.5, range=SHARE)
+    low: float | Schedule = spec_field("lower clip: the factor is at least 1 − low", default=0.2, range=SHARE)
+    high: float | Schedule = spec_field("upper clip: the factor is at most 1 + high", default=0.2, range=NOT_NEGATIVE)
 
 
 Advantage = GroupRelative | LogRatio | AdvantageAdd | AdvantageScale

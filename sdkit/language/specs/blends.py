@@ -41,8 +41,7 @@ class ExtrapolateBlend:
     kind: ClassVar[str] = "extrapolate"
     factor: float | Schedule = spec_field("power of the teacher", range=POWER)
     base: FrozenWeights | ExternalWeights = spec_field(
-        "the model to extrapolate from: the start model or another one",
-        default=FrozenWeights(),
+        "the model to extrapolate from: the start model or another one", default=FrozenWeights()
     )
 
 

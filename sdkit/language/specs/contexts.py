@@ -6,15 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from attrs import frozen
 
-from sdkit.language.specs.fields import (
-    AT_LEAST_ONE,
-    NAME,
-    NOT_EMPTY,
-    SIGNED,
-    TEXT,
-    Table,
-    spec_field,
-)
+from sdkit.language.specs.fields import AT_LEAST_ONE, NAME, NOT_EMPTY, SIGNED, TEXT, Table, spec_field
 
 WRAP_HELP = "text around the value, with {value} in its place; an empty slot stays empty"
 
@@ -41,15 +33,11 @@ class SuccessfulSibling:
     """Another rollout's completion of the same prompt, if its reward reaches the threshold."""
 
     kind: ClassVar[str] = "successful_sibling"
-    threshold: float = spec_field(
-        "smallest reward that counts as a success", default=1.0, range=SIGNED
-    )
+    threshold: float = spec_field("smallest reward that counts as a success", default=1.0, range=SIGNED)
     pick: Literal["first", "best", "random"] = spec_field(
         "which success to show if there are several", default="first"
     )
-    exclude_self: bool = spec_field(
-        "whether a rollout's own completion is never shown to its teacher", default=True
-    )
+    exclude_self: bool = spec_field("whether a rollout's own completion is never shown to its teacher", default=True)
     strip_thinking: bool = spec_field(
         "remove the reasoning block: `<think>…</think>` or the model's own markers", default=True
     )
@@ -83,9 +71,7 @@ class Verdict:
     """One of two texts, chosen by this rollout's own reward."""
 
     kind: ClassVar[str] = "verdict"
-    threshold: float = spec_field(
-        "smallest reward that counts as a success", default=1.0, range=SIGNED
-    )
+    threshold: float = spec_field("smallest reward that counts as a success", default=1.0, range=SIGNED)
     success: str = spec_field("the text after a success", range=TEXT)
     failure: str = spec_field("the text after a failure", range=TEXT)
 
@@ -111,8 +97,7 @@ class Context:
 
     slots: Table[Slot] = spec_field("values for the template's fields", default=Table())
     requires: Literal["all", "any"] = spec_field(
-        "whether all slots or any one must be filled; otherwise the rollout has no teacher prompt",
-        default="all",
+        "whether all slots or any one must be filled; otherwise the rollout has no teacher prompt", default="all"
     )
     max_prompt_tokens: int | None = spec_field(
         "longest teacher prompt, tokens; longer context is cut", default=None, range=AT_LEAST_ONE

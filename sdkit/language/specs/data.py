@@ -6,17 +6,7 @@ from typing import Any, ClassVar
 
 from attrs import frozen
 
-from sdkit.language.specs.fields import (
-    AT_LEAST_ONE,
-    NAME,
-    NOT_EMPTY,
-    OPTION,
-    PATH,
-    SEED,
-    TEXT,
-    Table,
-    spec_field,
-)
+from sdkit.language.specs.fields import AT_LEAST_ONE, NAME, NOT_EMPTY, OPTION, PATH, SEED, TEXT, Table, spec_field
 
 ORIGIN_HELP = "where to get the file; if set, a missing file stops `train` but not `validate`, `plan` and `smoke`"
 
@@ -92,15 +82,7 @@ class InlineSource:
 
 FileSource = JsonLinesSource | JsonSource | ParquetSource | DiskSource
 """Sources that are a local file or folder."""
-Source = (
-    JsonLinesSource
-    | JsonSource
-    | ParquetSource
-    | HubSource
-    | DiskSource
-    | ReasoningGymSource
-    | InlineSource
-)
+Source = JsonLinesSource | JsonSource | ParquetSource | HubSource | DiskSource | ReasoningGymSource | InlineSource
 
 
 @frozen(kw_only=True)
@@ -125,7 +107,5 @@ class DataSpec:
         each=NAME,
         names=NAME,
     )
-    limit: int | None = spec_field(
-        "use only this many rows from the start", default=None, range=AT_LEAST_ONE
-    )
+    limit: int | None = spec_field("use only this many rows from the start", default=None, range=AT_LEAST_ONE)
     shuffle: bool = spec_field("shuffle the rows with the run's seed", default=True)

@@ -115,11 +115,7 @@ NAME = Range(
 )
 PATH = Range(
     "a path of at most 4000 bytes on one line",
-    lambda v: (
-        bool(v.strip())
-        and len(v.encode("utf-8", "surrogatepass")) <= 4000
-        and not _CONTROL.search(v)
-    ),
+    lambda v: bool(v.strip()) and len(v.encode("utf-8", "surrogatepass")) <= 4000 and not _CONTROL.search(v),
 )
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -155,11 +151,7 @@ def spec_field(
 def scalars_of(value: Any) -> list[str | int | float]:
     """The texts and numbers directly in a list or table; empty for any other value."""
     items = value.values() if isinstance(value, Table) else value
-    return (
-        [x for x in items if isinstance(x, str | int | float)]
-        if isinstance(value, Table | tuple)
-        else []
-    )
+    return [x for x in items if isinstance(x, str | int | float)] if isinstance(value, Table | tuple) else []
 
 
 def _check(range: Range, value: Any, field: str) -> None:

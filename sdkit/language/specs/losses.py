@@ -57,19 +57,13 @@ Support = VocabularySupport | TopKSupport | SampledTokenSupport
 class MaskSpec:
     """Which completion tokens a term counts.  Masked tokens stay visible to attention."""
 
-    skip_first: int = spec_field(
-        "number of tokens to leave out at the start", default=0, range=NOT_NEGATIVE_COUNT
-    )
-    prefix: int | None = spec_field(
-        "count only this many tokens at the start", default=None, range=AT_LEAST_ONE
-    )
+    skip_first: int = spec_field("number of tokens to leave out at the start", default=0, range=NOT_NEGATIVE_COUNT)
+    prefix: int | None = spec_field("count only this many tokens at the start", default=None, range=AT_LEAST_ONE)
     special_tokens: Literal["count", "leave_out"] = spec_field(
         "whether the tokenizer's special tokens count, including the end token", default="count"
     )
     teacher_entropy_above: float | Schedule | None = spec_field(
-        "count only tokens where the teacher's entropy exceeds this, nats",
-        default=None,
-        range=NOT_NEGATIVE,
+        "count only tokens where the teacher's entropy exceeds this, nats", default=None, range=NOT_NEGATIVE
     )
     student_entropy_top: float | Schedule | None = spec_field(
         "count only this share of the rollout batch's remaining tokens: those with the student's largest entropies",
@@ -90,18 +84,14 @@ class SamplerRatio:
     """Ratio of the trainer's probabilities to the sampling engine's."""
 
     cap: float | Schedule = spec_field("upper bound", range=POSITIVE)
-    level: Literal["token", "sequence_mean"] = spec_field(
-        "one ratio per token, or its mean over the sequence"
-    )
+    level: Literal["token", "sequence_mean"] = spec_field("one ratio per token, or its mean over the sequence")
 
 
 @frozen(kw_only=True)
 class ImportanceSpec:
     """Importance corrections for tokens sampled by other weights or another engine."""
 
-    old_policy: OldPolicyRatio | None = spec_field(
-        "ratio to the weights before this batch", default=None
-    )
+    old_policy: OldPolicyRatio | None = spec_field("ratio to the weights before this batch", default=None)
     sampler: SamplerRatio | None = spec_field("ratio to the sampling engine", default=None)
 
 
@@ -158,9 +148,7 @@ class LossSpec:
     kind: ClassVar[str]
     mask: MaskSpec = spec_field("which completion tokens count", default=MaskSpec())
     average: Average = spec_field("how token losses are averaged", default=PerToken())
-    coefficient: float | Schedule = spec_field(
-        "factor of this term in the objective", default=1.0, range=NOT_NEGATIVE
-    )
+    coefficient: float | Schedule = spec_field("factor of this term in the objective", default=1.0, range=NOT_NEGATIVE)
 
 
 @frozen(kw_only=True)
@@ -179,9 +167,7 @@ class Distillation(WeightedLossSpec):
     support: Support = spec_field("tokens of the vocabulary to compare")
     clip: DivergenceClip = spec_field("bounds inside the divergence", default=DivergenceClip())
     temperature: float | Schedule | None = spec_field(
-        "temperature of both distributions (default: the sampling temperature)",
-        default=None,
-        range=TEMPERATURE,
+        "temperature of both distributions (default: the sampling temperature)", default=None, range=TEMPERATURE
     )
     importance: ImportanceSpec = spec_field("importance corrections", default=ImportanceSpec())
 
@@ -235,9 +221,7 @@ class ReferenceKl(LossSpec):
     """
 
     kind: ClassVar[str] = "reference_kl"
-    estimator: Literal["k2", "vocabulary"] = spec_field(
-        "estimate from the sampled token, or sum over the vocabulary"
-    )
+    estimator: Literal["k2", "vocabulary"] = spec_field("estimate from the sampled token, or sum over the vocabulary")
 
 
 Loss = Distillation | CrossEntropy | PolicyGradient | ReferenceKl

@@ -39,9 +39,7 @@ class TeacherSamples:
 
     kind: ClassVar[str] = "teacher"
     weights: Literal["student", "teacher"] = spec_field("whose weights sample", default="teacher")
-    prompt: Literal["student", "teacher"] = spec_field(
-        "whose prompt they sample from", default="teacher"
-    )
+    prompt: Literal["student", "teacher"] = spec_field("whose prompt they sample from", default="teacher")
 
 
 @frozen(kw_only=True)
@@ -51,8 +49,7 @@ class DatasetSamples:
     kind: ClassVar[str] = "dataset"
     column: str = spec_field("column with the completion", default="demonstration", range=NAME)
     drawn_by: Literal["other", "student"] = spec_field(
-        "`student` if they are a log of the student's own answers, which allows estimates from them",
-        default="other",
+        "`student` if they are a log of the student's own answers, which allows estimates from them", default="other"
     )
 
 
@@ -61,9 +58,7 @@ class MixtureSamples:
     """Each rollout batch comes at random either from the student or from the data set."""
 
     kind: ClassVar[str] = "mixture"
-    student_share: float | Schedule = spec_field(
-        "probability that the student samples a rollout batch", range=SHARE
-    )
+    student_share: float | Schedule = spec_field("probability that the student samples a rollout batch", range=SHARE)
     column: str = spec_field("column with the completion", default="demonstration", range=NAME)
 
 
@@ -72,9 +67,7 @@ SampledBy = StudentSamples | TeacherSamples | DatasetSamples | MixtureSamples
 
 def drawn_by_student(by: SampledBy) -> bool:
     """Whether all completions are drawn from the student's own distribution."""
-    return isinstance(by, StudentSamples) or (
-        isinstance(by, DatasetSamples) and by.drawn_by == "student"
-    )
+    return isinstance(by, StudentSamples) or (isinstance(by, DatasetSamples) and by.drawn_by == "student")
 
 
 def completion_column(by: SampledBy) -> str | None:
@@ -134,9 +127,7 @@ class VllmEngine:
     )
     max_rows: int = spec_field("sequences decoded at once", default=64, range=AT_LEAST_ONE)
     cache_gib: float = spec_field("key-value cache on CPU, GiB", default=1.0, range=GIBIBYTES)
-    gpu_share: float = spec_field(
-        "share of GPU memory for the engine", default=0.4, range=INSIDE_SHARE
-    )
+    gpu_share: float = spec_field("share of GPU memory for the engine", default=0.4, range=INSIDE_SHARE)
     canary_bound: float | None = spec_field(
         "largest mean difference of log-probabilities after a weight sync (default: 1e-3 in float32, 0.25 in bfloat16)",
         default=None,
@@ -166,13 +157,10 @@ class VllmServerBackend(VllmEngine):
         each=NAME,
     )
     key_from: str | None = spec_field(
-        "environment variable with the servers' API key; the key itself is never in a spec",
-        default=None,
-        range=NAME,
+        "environment variable with the servers' API key; the key itself is never in a spec", default=None, range=NAME
     )
     allow_remote: bool = spec_field(
-        "allow servers on other machines, which receive prompts and weights",
-        default=False,
+        "allow servers on other machines, which receive prompts and weights", default=False
     )
     folder: str | None = spec_field(
         "folder for the weight files, relative to the spec (default: weights/ in sdkit's cache folder, for servers on "
@@ -204,17 +192,11 @@ class RolloutSpec:
     """Who samples, how, and on which engine."""
 
     sampled_by: SampledBy = spec_field("who samples", default=StudentSamples())
-    completions_per_prompt: int = spec_field(
-        "completions in a group", default=1, range=AT_LEAST_ONE
-    )
+    completions_per_prompt: int = spec_field("completions in a group", default=1, range=AT_LEAST_ONE)
     temperature: float = spec_field("sampling temperature", default=1.0, range=TEMPERATURE)
-    top_p: float = spec_field(
-        "nucleus sampling: probability mass to sample from", default=1.0, range=TOP_P
-    )
+    top_p: float = spec_field("nucleus sampling: probability mass to sample from", default=1.0, range=TOP_P)
     top_k: int = spec_field(
-        "sample from the k likeliest tokens; 0 samples from all",
-        default=0,
-        range=NOT_NEGATIVE_COUNT,
+        "sample from the k likeliest tokens; 0 samples from all", default=0, range=NOT_NEGATIVE_COUNT
     )
     max_new_tokens: int = spec_field("longest completion, tokens", default=256, range=AT_LEAST_ONE)
     max_prompt_tokens: int | None = spec_field(

@@ -74,10 +74,7 @@ class LoraSpec:
     rank: int = spec_field("rank of the factors", range=AT_LEAST_ONE)
     alpha: float = spec_field("scale is alpha / rank", range=POSITIVE)
     targets: tuple[str, ...] | Literal["all_linear"] = spec_field(
-        "names of the modules that get an adapter",
-        default="all_linear",
-        range=NOT_EMPTY,
-        each=NAME,
+        "names of the modules that get an adapter", default="all_linear", range=NOT_EMPTY, each=NAME
     )
 
 
@@ -107,25 +104,18 @@ class ModelSpec:
         "precision of the forward pass; master weights stay float32", default="bfloat16"
     )
     lora: LoraSpec | None = spec_field("train adapters instead of all weights", default=None)
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = spec_field(
-        "attention kernel", default="sdpa"
-    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = spec_field("attention kernel", default="sdpa")
     activation_checkpointing: bool = spec_field(
         "recompute activations in the backward pass to save memory", default=False
     )
     chat_template_options: Table[str | bool | int | float] = spec_field(
-        "arguments for the chat template, such as enable_thinking",
-        default=Table(),
-        each=OPTION,
-        names=TEMPLATE_OPTION,
+        "arguments for the chat template, such as enable_thinking", default=Table(), each=OPTION, names=TEMPLATE_OPTION
     )
     control_tokens: Literal["tokens", "text"] = spec_field(
         "how to encode the spelling of a control token, such as <|im_end|>, in a row or rollout: as the token or as plain text",
         default="tokens",
     )
-    shape: ShapeSpec | None = spec_field(
-        "the model's shape, for `sdkit plan` without access to the hub", default=None
-    )
+    shape: ShapeSpec | None = spec_field("the model's shape, for `sdkit plan` without access to the hub", default=None)
 
 
 # ── training ──────────────────────────────────────────────────────────────────────────────────
@@ -136,9 +126,7 @@ class OptimizerSpec:
     """AdamW and its learning-rate schedule."""
 
     lr: float = spec_field("peak learning rate", range=POSITIVE)
-    betas: tuple[float, float] = spec_field(
-        "decay rates of the moments", default=(0.9, 0.999), each=BETA
-    )
+    betas: tuple[float, float] = spec_field("decay rates of the moments", default=(0.9, 0.999), each=BETA)
     eps: float = spec_field("added to the denominator", default=1e-8, range=ADAM_EPS)
     weight_decay: float = spec_field("decoupled weight decay", default=0.0, range=NOT_NEGATIVE)
     decay: Literal["weights", "all"] = spec_field(
@@ -150,34 +138,22 @@ class OptimizerSpec:
     schedule: Literal["constant", "linear", "cosine"] = spec_field(
         "learning-rate schedule after warm-up", default="constant"
     )
-    warmup_steps: int = spec_field(
-        "optimizer steps of linear warm-up", default=0, range=NOT_NEGATIVE_COUNT
-    )
-    final_share: float = spec_field(
-        "share of lr at the end of a linear or cosine schedule", default=0.0, range=SHARE
-    )
+    warmup_steps: int = spec_field("optimizer steps of linear warm-up", default=0, range=NOT_NEGATIVE_COUNT)
+    final_share: float = spec_field("share of lr at the end of a linear or cosine schedule", default=0.0, range=SHARE)
 
 
 @frozen(kw_only=True)
 class TrainingSpec:
     """Length of the run, batch sizes, and sharding."""
 
-    steps: int | None = spec_field(
-        "rollout batches; give steps or epochs", default=None, range=AT_LEAST_ONE
-    )
+    steps: int | None = spec_field("rollout batches; give steps or epochs", default=None, range=AT_LEAST_ONE)
     epochs: float | None = spec_field("passes over the data", default=None, range=POSITIVE)
-    prompts_per_step: int = spec_field(
-        "prompts in a rollout batch, over all ranks", range=AT_LEAST_ONE
-    )
-    updates_per_rollout: int = spec_field(
-        "optimizer steps on each rollout batch", default=1, range=AT_LEAST_ONE
-    )
+    prompts_per_step: int = spec_field("prompts in a rollout batch, over all ranks", range=AT_LEAST_ONE)
+    updates_per_rollout: int = spec_field("optimizer steps on each rollout batch", default=1, range=AT_LEAST_ONE)
     micro_batch_tokens: int = spec_field(
         "tokens in one forward pass, padding included", default=8192, range=AT_LEAST_ONE
     )
-    chunk_tokens: int = spec_field(
-        "positions whose logits are computed at once", default=256, range=AT_LEAST_ONE
-    )
+    chunk_tokens: int = spec_field("positions whose logits are computed at once", default=256, range=AT_LEAST_ONE)
     share_prompts: bool = spec_field(
         "pack completions of one prompt into one row of the forward pass, up to 2048 tokens, so that the prompt is computed "
         "once; off automatically if the model's attention does not support it",
@@ -210,14 +186,10 @@ class OutputSpec:
     """What a run writes."""
 
     folder: str = spec_field(
-        "where run directories are created, relative to the working directory",
-        default="runs",
-        range=PATH,
+        "where run directories are created, relative to the working directory", default="runs", range=PATH
     )
     samples_every: int = spec_field(
-        "steps between samples shown on screen and written to samples/",
-        default=5,
-        range=AT_LEAST_ONE,
+        "steps between samples shown on screen and written to samples/", default=5, range=AT_LEAST_ONE
     )
     samples: int = spec_field("rollouts written each time", default=4, range=AT_LEAST_ONE)
     checkpoint_every: int | None = spec_field(
@@ -225,9 +197,7 @@ class OutputSpec:
         default=None,
         range=AT_LEAST_ONE,
     )
-    keep_checkpoints: int = spec_field(
-        "number of newest checkpoints to keep", default=1, range=AT_LEAST_ONE
-    )
+    keep_checkpoints: int = spec_field("number of newest checkpoints to keep", default=1, range=AT_LEAST_ONE)
     keep_best: Literal["score", "loss"] | None = spec_field(
         "keep the best evaluated model in best/: by the headline `score` (higher is better) or by the first suite's `loss`",
         default=None,
@@ -249,9 +219,7 @@ class ExperimentSpec(MethodSpec):
     data: DataSpec = spec_field("training rows")
     rewards: Table[Reward] = spec_field("scores of a completion, by name", default=Table())
     reward: str | None = spec_field(
-        "the reward used in training, if the method needs one (default: the only one)",
-        default=None,
-        range=NAME,
+        "the reward used in training, if the method needs one (default: the only one)", default=None, range=NAME
     )
     evaluation: EvaluationSpec | None = spec_field("evaluation on held-out prompts", default=None)
     optimizer: OptimizerSpec = spec_field("AdamW")

@@ -117,15 +117,9 @@ class MathVerifyReward:
     """1 if math-verify finds the answer equal to the column, else 0; needs the package math-verify."""
 
     kind: ClassVar[str] = "math_verify"
-    answer: str = spec_field(
-        "column with the right answer, plain or LaTeX", default="answer", range=NAME
-    )
-    extract: Extract = spec_field(
-        "the part of the completion to search for the answer", default=WholeText()
-    )
-    seconds: float = spec_field(
-        "time limit of one comparison; a slower one scores 0", default=5.0, range=SECONDS
-    )
+    answer: str = spec_field("column with the right answer, plain or LaTeX", default="answer", range=NAME)
+    extract: Extract = spec_field("the part of the completion to search for the answer", default=WholeText())
+    seconds: float = spec_field("time limit of one comparison; a slower one scores 0", default=5.0, range=SECONDS)
 
 
 @frozen(kw_only=True)
@@ -142,23 +136,16 @@ class PythonTests:
 
     kind: ClassVar[str] = "python_tests"
     tests: str = spec_field("column with the tests", default="tests", range=NAME)
-    extract: Extract = spec_field(
-        "how to find the program in the completion", default=LastCodeBlock()
-    )
+    extract: Extract = spec_field("how to find the program in the completion", default=LastCodeBlock())
     credit: Literal["all", "share"] = spec_field(
-        "`all`: 1 if every test passes, else 0; `share`: the share of tests passed",
-        default="all",
+        "`all`: 1 if every test passes, else 0; `share`: the share of tests passed", default="all"
     )
     seconds: float = spec_field("wall-clock limit of one test", default=10.0, range=SECONDS)
     cpu_seconds: int = spec_field(
-        "CPU time limit of one test; a row's own time_limit applies if it is smaller",
-        default=6,
-        range=AT_LEAST_ONE,
+        "CPU time limit of one test; a row's own time_limit applies if it is smaller", default=6, range=AT_LEAST_ONE
     )
     total_seconds: float = spec_field(
-        "wall-clock limit of all tests of a completion; tests not reached fail",
-        default=60.0,
-        range=SECONDS,
+        "wall-clock limit of all tests of a completion; tests not reached fail", default=60.0, range=SECONDS
     )
     memory_mib: int = spec_field(
         "address space of a program, including the interpreter", default=1024, range=AT_LEAST_64
@@ -169,13 +156,9 @@ class PythonTests:
         range=AT_LEAST_ONE,
     )
     output_kib: int = spec_field(
-        "output limit of one test; a test that exceeds it is ended",
-        default=1024,
-        range=AT_LEAST_ONE,
+        "output limit of one test; a test that exceeds it is ended", default=1024, range=AT_LEAST_ONE
     )
-    packages: bool = spec_field(
-        "let programs import packages from sdkit's environment, such as numpy", default=False
-    )
+    packages: bool = spec_field("let programs import packages from sdkit's environment, such as numpy", default=False)
     at_once: int = spec_field("programs run concurrently", default=4, range=AT_LEAST_ONE)
     isolation: Literal["namespaces", "without_namespaces"] = spec_field(
         "`namespaces`: no network and no files but Python's own; an error on machines without user "
@@ -208,14 +191,10 @@ class FileReward:
     file: str = spec_field("Python file, relative to the spec", range=PATH)
     function: str = spec_field("name of the function", range=NAME)
     seconds: float = spec_field(
-        "time limit of one completion; the run ends if it is exceeded",
-        default=60.0,
-        range=SECONDS,
+        "time limit of one completion; the run ends if it is exceeded", default=60.0, range=SECONDS
     )
     at_once: int = spec_field(
-        "concurrent calls; more than 1 needs a thread-safe function",
-        default=1,
-        range=AT_LEAST_ONE,
+        "concurrent calls; more than 1 needs a thread-safe function", default=1, range=AT_LEAST_ONE
     )
 
 
@@ -224,9 +203,7 @@ class WeightedReward:
     """A weighted sum of other rewards; the parts are logged too."""
 
     kind: ClassVar[str] = "weighted"
-    parts: Table[float] = spec_field(
-        "names of rewards and their weights", range=NOT_EMPTY, each=SIGNED, names=NAME
-    )
+    parts: Table[float] = spec_field("names of rewards and their weights", range=NOT_EMPTY, each=SIGNED, names=NAME)
 
 
 Reward = (
@@ -252,16 +229,10 @@ def column_of(reward: Reward) -> str | None:
 class Decoding:
     """Sampling settings for evaluation."""
 
-    temperature: float = spec_field(
-        "sampling temperature; 0 is greedy", range=GREEDY_OR_TEMPERATURE
-    )
-    top_p: float = spec_field(
-        "nucleus sampling: probability mass to sample from", default=1.0, range=TOP_P
-    )
+    temperature: float = spec_field("sampling temperature; 0 is greedy", range=GREEDY_OR_TEMPERATURE)
+    top_p: float = spec_field("nucleus sampling: probability mass to sample from", default=1.0, range=TOP_P)
     top_k: int = spec_field(
-        "sample from the k likeliest tokens; 0 samples from all",
-        default=0,
-        range=NOT_NEGATIVE_COUNT,
+        "sample from the k likeliest tokens; 0 samples from all", default=0, range=NOT_NEGATIVE_COUNT
     )
     samples: int = spec_field("completions per prompt", default=1, range=AT_LEAST_ONE)
 
@@ -282,16 +253,12 @@ class Suite:
     )
     score: str = spec_field("the reward to report as the headline", range=NAME)
     also: tuple[str, ...] = spec_field("further rewards to report", default=(), each=NAME)
-    decoding: Table[Decoding] = spec_field(
-        "sampling settings, by name", default=GREEDY_AND_SAMPLED, range=NOT_EMPTY
-    )
+    decoding: Table[Decoding] = spec_field("sampling settings, by name", default=GREEDY_AND_SAMPLED, range=NOT_EMPTY)
     max_new_tokens: int | None = spec_field(
         "longest completion, tokens (default: the rollout's)", default=None, range=AT_LEAST_ONE
     )
     loss_prompts: int = spec_field(
-        "number of held-out prompts on which all training metrics are computed",
-        default=64,
-        range=NOT_NEGATIVE_COUNT,
+        "number of held-out prompts on which all training metrics are computed", default=64, range=NOT_NEGATIVE_COUNT
     )
 
 
@@ -299,13 +266,9 @@ class Suite:
 class EvaluationSpec:
     """Evaluation on held-out prompts."""
 
-    suites: Table[Suite] = spec_field(
-        "sets of held-out prompts, by name; the first is the headline", range=NOT_EMPTY
-    )
+    suites: Table[Suite] = spec_field("sets of held-out prompts, by name; the first is the headline", range=NOT_EMPTY)
     every: int | None = spec_field(
-        "steps between evaluations; the run's start and end are always evaluated",
-        default=None,
-        range=AT_LEAST_ONE,
+        "steps between evaluations; the run's start and end are always evaluated", default=None, range=AT_LEAST_ONE
     )
     teacher_lift: int = spec_field(
         "number of held-out prompts on which the score with the teacher's context is measured before training; 0 skips it",

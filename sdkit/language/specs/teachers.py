@@ -39,12 +39,9 @@ class EmaWeights:
     """An exponential moving average of the student, kept in float32: teacher += update_rate × (student − teacher)."""
 
     kind: ClassVar[str] = "ema"
-    update_rate: float | Schedule = spec_field(
-        "share of the student mixed in per update", range=SHARE
-    )
+    update_rate: float | Schedule = spec_field("share of the student mixed in per update", range=SHARE)
     every: Literal["optimizer_step", "rollout_batch"] = spec_field(
-        "when the average is updated: after each optimizer step or each rollout batch",
-        default="optimizer_step",
+        "when the average is updated: after each optimizer step or each rollout batch", default="optimizer_step"
     )
 
 
@@ -63,9 +60,7 @@ class ExternalWeights:
     kind: ClassVar[str] = "external"
     path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", range=PATH)
     revision: str | None = spec_field("commit or tag of a hub model", default=None, range=NAME)
-    dtype: Literal["float32", "bfloat16"] = spec_field(
-        "precision of its forward pass", default="bfloat16"
-    )
+    dtype: Literal["float32", "bfloat16"] = spec_field("precision of its forward pass", default="bfloat16")
 
 
 @frozen(kw_only=True)
@@ -86,30 +81,18 @@ class ServedWeights:
         range=PATH,
     )
     key_from: str | None = spec_field(
-        "environment variable with the server's API key; the key itself is never in a spec",
-        default=None,
-        range=NAME,
+        "environment variable with the server's API key; the key itself is never in a spec", default=None, range=NAME
     )
     allow_remote: bool = spec_field(
         "allow a server on another machine, which receives prompts and completions", default=False
     )
-    requests_at_once: int = spec_field(
-        "concurrent requests, one sequence each", default=8, range=AT_LEAST_ONE
-    )
+    requests_at_once: int = spec_field("concurrent requests, one sequence each", default=8, range=AT_LEAST_ONE)
     request_seconds: float = spec_field("time limit of one request", default=120.0, range=SECONDS)
-    retries: int = spec_field(
-        "retries if the server is unreachable or busy",
-        default=6,
-        range=NOT_NEGATIVE_COUNT,
-    )
-    deadline_seconds: float = spec_field(
-        "time limit of one sequence, retries included", default=600.0, range=SECONDS
-    )
+    retries: int = spec_field("retries if the server is unreachable or busy", default=6, range=NOT_NEGATIVE_COUNT)
+    deadline_seconds: float = spec_field("time limit of one sequence, retries included", default=600.0, range=SECONDS)
 
 
-OneTeacher = (
-    StudentWeights | FrozenWeights | EmaWeights | CopyWeights | ExternalWeights | ServedWeights
-)
+OneTeacher = StudentWeights | FrozenWeights | EmaWeights | CopyWeights | ExternalWeights | ServedWeights
 
 
 @frozen(kw_only=True)
@@ -118,9 +101,7 @@ class RoutedWeights:
 
     kind: ClassVar[str] = "routed"
     by: str = spec_field("sdkit's name of the column", range=NAME)
-    routes: Table[OneTeacher] = spec_field(
-        "weights for each value of the column", range=NOT_EMPTY, names=NAME
-    )
+    routes: Table[OneTeacher] = spec_field("weights for each value of the column", range=NOT_EMPTY, names=NAME)
 
 
 TeacherWeights = OneTeacher | RoutedWeights

@@ -29,15 +29,9 @@ class PositionWeight:
     """smallest + (1 − smallest) · sigmoid((t / |y| − middle) / width) for token t = 1 … |y|: later tokens count more."""
 
     kind: ClassVar[str] = "position"
-    smallest: float | Schedule = spec_field(
-        "lower limit of the weight, approached at the start", range=SHARE
-    )
-    middle: float | Schedule = spec_field(
-        "position of the midpoint, as a share of the completion", range=SHARE
-    )
-    width: float | Schedule = spec_field(
-        "width of the rise, as a share of the completion", range=POSITIVE
-    )
+    smallest: float | Schedule = spec_field("lower limit of the weight, approached at the start", range=SHARE)
+    middle: float | Schedule = spec_field("position of the midpoint, as a share of the completion", range=SHARE)
+    width: float | Schedule = spec_field("width of the rise, as a share of the completion", range=POSITIVE)
 
 
 @frozen(kw_only=True)
@@ -45,9 +39,7 @@ class TeacherEntropyWeight:
     """exp(−rate · teacher entropy), divided by its mean over the tokens that the term counts in the rollout batch."""
 
     kind: ClassVar[str] = "teacher_entropy"
-    rate: float | Schedule = spec_field(
-        "decay of the weight per nat of teacher entropy", range=NOT_NEGATIVE
-    )
+    rate: float | Schedule = spec_field("decay of the weight per nat of teacher entropy", range=NOT_NEGATIVE)
 
 
 @frozen(kw_only=True)
@@ -58,9 +50,7 @@ class DriftWeight:
     """
 
     kind: ClassVar[str] = "drift"
-    strength: float | Schedule = spec_field(
-        "excess over 1 of the first token's weight", range=NOT_NEGATIVE
-    )
+    strength: float | Schedule = spec_field("excess over 1 of the first token's weight", range=NOT_NEGATIVE)
 
 
 @frozen(kw_only=True)
@@ -69,9 +59,7 @@ class PassRateWeight:
 
     kind: ClassVar[str] = "pass_rate"
     power: float | Schedule = spec_field("exponent", default=0.5, range=between(0.001, 10.0))
-    threshold: float = spec_field(
-        "smallest reward that counts as a success", default=1.0, range=SIGNED
-    )
+    threshold: float = spec_field("smallest reward that counts as a success", default=1.0, range=SIGNED)
 
 
 @frozen(kw_only=True)
@@ -81,20 +69,12 @@ class PerplexityWeight:
     kind: ClassVar[str] = "perplexity"
     of: Literal["student", "teacher"] = spec_field("whose perplexity")
     power: float | Schedule = spec_field(
-        "exponent; below 0, likely rollouts count most",
-        default=1.0,
-        range=between(-100.0, 100.0),
+        "exponent; below 0, likely rollouts count most", default=1.0, range=between(-100.0, 100.0)
     )
 
 
 Given = Literal[
-    "position",
-    "length",
-    "reward",
-    "student_logprobs",
-    "student_entropy",
-    "teacher_logprobs",
-    "teacher_entropy",
+    "position", "length", "reward", "student_logprobs", "student_entropy", "teacher_logprobs", "teacher_entropy"
 ]
 
 
@@ -117,14 +97,7 @@ class FileWeight:
     )
 
 
-Weight = (
-    PositionWeight
-    | TeacherEntropyWeight
-    | DriftWeight
-    | PassRateWeight
-    | PerplexityWeight
-    | FileWeight
-)
+Weight = PositionWeight | TeacherEntropyWeight | DriftWeight | PassRateWeight | PerplexityWeight | FileWeight
 
 
 @frozen(kw_only=True)
@@ -134,12 +107,6 @@ class RouteSpec:
     when: Literal["failed", "failed_with_context"] = spec_field(
         "`failed`: reward below the threshold; `failed_with_context`: that, and a teacher prompt"
     )
-    threshold: float = spec_field(
-        "smallest reward that counts as a success", default=1.0, range=SIGNED
-    )
-    then: tuple[str, ...] = spec_field(
-        "terms that count only these rollouts", range=NOT_EMPTY, each=NAME
-    )
-    otherwise: tuple[str, ...] = spec_field(
-        "terms that count only all other rollouts", default=(), each=NAME
-    )
+    threshold: float = spec_field("smallest reward that counts as a success", default=1.0, range=SIGNED)
+    then: tuple[str, ...] = spec_field("terms that count only these rollouts", range=NOT_EMPTY, each=NAME)
+    otherwise: tuple[str, ...] = spec_field("terms that count only all other rollouts", default=(), each=NAME)

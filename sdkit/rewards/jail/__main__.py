@@ -92,9 +92,7 @@ def _run(case, job, threads):
             os._exit(1)
     for descriptor in (stdin, out[1], err[1], result[1], control[0]):
         os.close(descriptor)
-    case_process = CaseProcess(
-        pid, {"out": out[0], "err": err[0], "says": result[0]}, control[1], tests
-    )
+    case_process = CaseProcess(pid, {"out": out[0], "err": err[0], "says": result[0]}, control[1], tests)
     try:
         return case_process.wait(case, job["output_bytes"])
     finally:

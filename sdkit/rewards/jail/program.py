@@ -14,9 +14,7 @@ import types
 import typing
 import unittest
 
-COMMON = (
-    "bisect collections datetime decimal fractions functools heapq itertools math random string"
-)
+COMMON = "bisect collections datetime decimal fractions functools heapq itertools math random string"
 for name in COMMON.split():  # what most programs import, loaded once before the fork
     __import__(name)
 
