@@ -20,7 +20,6 @@ from sdkit.language.specs import (
     PerplexityWeight,
     PolicyGradient,
     PositionWeight,
-    Schedule,
     TeacherEntropyWeight,
     Weight,
     WeightedLossSpec,
@@ -98,7 +97,7 @@ def weight_of(term: LossSpec) -> Weight | None:
     return term.weight if isinstance(term, WeightedLossSpec) else None
 
 
-def masking_floor(term: LossSpec) -> float | Schedule | None:
+def masking_floor(term: LossSpec) -> float | None:
     """Returns the log-ratio below which the term masks a token out, if it has one."""
     part = teacher_part(term.advantage) if isinstance(term, PolicyGradient) else None
     return part.floor if part and part.below_floor == "leave_out" else None

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sdkit.batches import BlendedScores, MicroBatch, PaddedSequences, RoutedScores, TeacherScores, TopKLogprobs
-from sdkit.language.schedules import plain
 from sdkit.language.specs import Blend, ExtrapolateBlend, GeometricBlend, ProductBlend, TrustRegionBlend, tokens_told
 from sdkit.losses.chunks import top_k_logprobs
 from sdkit.models.packing import pad_sequences
@@ -60,13 +59,13 @@ def _blend_factors(blend: Blend) -> tuple[float, float]:
     """Return the factors of the teacher's and of the partner's logits.  If one of them is 0, the other is 1."""
     match blend:
         case TrustRegionBlend(student_share=share):
-            return 1 - plain(share), plain(share)
+            return 1 - share, share
         case ProductBlend(student_power=power):
-            return 1.0, plain(power)
+            return 1.0, power
         case GeometricBlend(teacher_share=share):
-            return plain(share), 1 - plain(share)
+            return share, 1 - share
         case ExtrapolateBlend(factor=factor):
-            return plain(factor), 1 - plain(factor)
+            return factor, 1 - factor
         case _:
             assert_never(blend)
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, assert_never
 
 from attrs import frozen
 
-from sdkit.language.specs.fields import AT_LEAST_ONE, NEGATIVE, NOT_NEGATIVE, POSITIVE, SHARE, Schedule, spec_field
+from sdkit.language.specs.fields import AT_LEAST_ONE, NEGATIVE, NOT_NEGATIVE, POSITIVE, SHARE, Scheduled, spec_field
 
 
 @frozen(kw_only=True)
@@ -17,7 +17,7 @@ class OverlongPenalty:
     """
 
     stretch: int = spec_field("number of tokens over which the penalty grows", range=AT_LEAST_ONE)
-    amount: float | Schedule = spec_field("penalty of a completion of full length", default=1.0, range=POSITIVE)
+    amount: Scheduled = spec_field("penalty of a completion of full length", default=1.0, range=POSITIVE)
 
 
 @frozen(kw_only=True)
@@ -32,7 +32,7 @@ class GroupRelative:
     scale: Literal["none", "group_std", "batch_std"] = spec_field(
         "the standard deviation to divide by", default="none"
     )
-    eps: float | Schedule = spec_field("added to the standard deviation", default=1e-4, range=POSITIVE)
+    eps: Scheduled = spec_field("added to the standard deviation", default=1e-4, range=POSITIVE)
     overlong: OverlongPenalty | None = spec_field("penalty on long completions", default=None)
 
 
@@ -44,7 +44,7 @@ class LogRatio:
     center: Literal["none", "sequence"] = spec_field(
         "whether to subtract the mean over the sequence, after the floor", default="none"
     )
-    floor: float | Schedule | None = spec_field("lower bound", default=None, range=NEGATIVE)
+    floor: Scheduled | None = spec_field("lower bound", default=None, range=NEGATIVE)
     below_floor: Literal["clamp", "leave_out"] = spec_field(
         "raise lower values to the floor, or leave out their tokens", default="clamp"
     )
@@ -56,11 +56,9 @@ class AdvantageAdd:
 
     kind: ClassVar[str] = "advantage_add"
     group_relative: GroupRelative = spec_field("the reward advantage", default=GroupRelative())
-    group_weight: float | Schedule = spec_field("weight of the reward advantage", default=1.0, range=NOT_NEGATIVE)
+    group_weight: Scheduled = spec_field("weight of the reward advantage", default=1.0, range=NOT_NEGATIVE)
     log_ratio: LogRatio = spec_field("the teacher's log-ratio", default=LogRatio())
-    log_ratio_weight: float | Schedule = spec_field(
-        "weight of the teacher's log-ratio", default=1.0, range=NOT_NEGATIVE
-    )
+    log_ratio_weight: Scheduled = spec_field("weight of the teacher's log-ratio", default=1.0, range=NOT_NEGATIVE)
 
 
 @frozen(kw_only=True)
@@ -73,9 +71,9 @@ class AdvantageScale:
     kind: ClassVar[str] = "advantage_scale"
     group_relative: GroupRelative = spec_field("the reward advantage A", default=GroupRelative())
     log_ratio: LogRatio = spec_field("the teacher's log-ratio δ", default=LogRatio())
-    share: float | Schedule = spec_field("share of the teacher's factor in the scale", default=0.5, range=SHARE)
-    low: float | Schedule = spec_field("lower clip: the factor is at least 1 − low", default=0.2, range=SHARE)
-    high: float | Schedule = spec_field("upper clip: the factor is at most 1 + high", default=0.2, range=NOT_NEGATIVE)
+    share: Scheduled = spec_field("share of the teacher's factor in the scale", default=0.5, range=SHARE)
+    low: Scheduled = spec_field("lower clip: the factor is at least 1 − low", default=0.2, range=SHARE)
+    high: Scheduled = spec_field("upper clip: the factor is at most 1 + high", default=0.2, range=NOT_NEGATIVE)
 
 
 Advantage = GroupRelative | LogRatio | AdvantageAdd | AdvantageScale

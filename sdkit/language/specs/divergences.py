@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from attrs import frozen
 
-from sdkit.language.specs.fields import INSIDE_SHARE, NAME, PATH, POSITIVE, SHARE, SIGNED, Schedule, spec_field
+from sdkit.language.specs.fields import INSIDE_SHARE, NAME, PATH, POSITIVE, SHARE, SIGNED, Scheduled, spec_field
 
 
 @frozen(kw_only=True)
@@ -33,7 +33,7 @@ class Jsd:
     """Generalised Jensen-Shannon divergence around M = (1−s)·student + s·teacher, s = teacher_share."""
 
     kind: ClassVar[str] = "jsd"
-    teacher_share: float | Schedule = spec_field("the teacher's share of the mixture", default=0.5, range=INSIDE_SHARE)
+    teacher_share: Scheduled = spec_field("the teacher's share of the mixture", default=0.5, range=INSIDE_SHARE)
 
 
 @frozen(kw_only=True)
@@ -41,7 +41,7 @@ class LinearMix:
     """forward_share × forward KL + (1 − forward_share) × reverse KL."""
 
     kind: ClassVar[str] = "linear_mix"
-    forward_share: float | Schedule = spec_field("weight of the forward KL", default=0.5, range=SHARE)
+    forward_share: Scheduled = spec_field("weight of the forward KL", default=0.5, range=SHARE)
 
 
 @frozen(kw_only=True)
@@ -49,7 +49,7 @@ class SkewedForwardKl:
     """KL(teacher‖share·teacher + (1 − share)·student)."""
 
     kind: ClassVar[str] = "skewed_forward_kl"
-    share: float | Schedule = spec_field("the teacher's share of the mixture", default=0.1, range=INSIDE_SHARE)
+    share: Scheduled = spec_field("the teacher's share of the mixture", default=0.1, range=INSIDE_SHARE)
 
 
 @frozen(kw_only=True)
@@ -57,7 +57,7 @@ class SkewedReverseKl:
     """KL(student‖share·student + (1 − share)·teacher)."""
 
     kind: ClassVar[str] = "skewed_reverse_kl"
-    share: float | Schedule = spec_field("the student's share of the mixture", default=0.1, range=INSIDE_SHARE)
+    share: Scheduled = spec_field("the student's share of the mixture", default=0.1, range=INSIDE_SHARE)
 
 
 @frozen(kw_only=True)
@@ -84,12 +84,10 @@ Divergence = ForwardKl | ReverseKl | Jsd | LinearMix | SkewedForwardKl | SkewedR
 class DivergenceClip:
     """Bounds inside a divergence; clipped values carry no gradient."""
 
-    entry: float | Schedule | None = spec_field(
+    entry: Scheduled | None = spec_field(
         "upper bound of the entry p (log p − log q) of one vocabulary token", default=None, range=POSITIVE
     )
-    token: float | Schedule | None = spec_field(
-        "upper bound of the divergence at one position", default=None, range=POSITIVE
-    )
+    token: Scheduled | None = spec_field("upper bound of the divergence at one position", default=None, range=POSITIVE)
     log_ratio: tuple[float, float] | None = spec_field(
         "lower and upper bound of log student − log teacher", default=None, each=SIGNED
     )

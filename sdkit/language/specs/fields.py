@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import attrs
 from attrs import NOTHING, frozen
@@ -170,3 +170,13 @@ class Schedule:
     to: float = spec_field("value from `steps` on", range=SIGNED)
     steps: int = spec_field("optimizer steps of the transition", range=AT_LEAST_ONE)
     shape: Literal["linear", "cosine"] = spec_field("shape of the transition", default="linear")
+
+
+if TYPE_CHECKING:
+    Scheduled = float
+else:
+    Scheduled = float | Schedule
+"""A number that may be a schedule.
+
+Type checkers see a float, because code that computes reads specs whose schedules `at_step` has resolved.
+"""

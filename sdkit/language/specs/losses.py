@@ -18,7 +18,7 @@ from sdkit.language.specs.fields import (
     SHARE,
     TEMPERATURE,
     TOP_P,
-    Schedule,
+    Scheduled,
     spec_field,
 )
 from sdkit.language.specs.token_weights import Weight
@@ -62,10 +62,10 @@ class MaskSpec:
     special_tokens: Literal["count", "leave_out"] = spec_field(
         "whether the tokenizer's special tokens count, including the end token", default="count"
     )
-    teacher_entropy_above: float | Schedule | None = spec_field(
+    teacher_entropy_above: Scheduled | None = spec_field(
         "count only tokens where the teacher's entropy exceeds this, nats", default=None, range=NOT_NEGATIVE
     )
-    student_entropy_top: float | Schedule | None = spec_field(
+    student_entropy_top: Scheduled | None = spec_field(
         "count only this share of the rollout batch's remaining tokens: those with the student's largest entropies",
         default=None,
         range=TOP_P,
@@ -76,14 +76,14 @@ class MaskSpec:
 class OldPolicyRatio:
     """Per-token ratio of the current student to the student that sampled the batch."""
 
-    cap: float | Schedule = spec_field("upper bound", range=POSITIVE)
+    cap: Scheduled = spec_field("upper bound", range=POSITIVE)
 
 
 @frozen(kw_only=True)
 class SamplerRatio:
     """Ratio of the trainer's probabilities to the sampling engine's."""
 
-    cap: float | Schedule = spec_field("upper bound", range=POSITIVE)
+    cap: Scheduled = spec_field("upper bound", range=POSITIVE)
     level: Literal["token", "sequence_mean"] = spec_field("one ratio per token, or its mean over the sequence")
 
 
@@ -128,7 +128,7 @@ class Constant:
     """Sum over all loss tokens, divided by the number of sequences × a constant length."""
 
     kind: ClassVar[str] = "constant"
-    length: float | Schedule = spec_field("the constant, tokens", range=POSITIVE)
+    length: Scheduled = spec_field("the constant, tokens", range=POSITIVE)
 
 
 @frozen(kw_only=True)
@@ -148,7 +148,7 @@ class LossSpec:
     kind: ClassVar[str]
     mask: MaskSpec = spec_field("which completion tokens count", default=MaskSpec())
     average: Average = spec_field("how token losses are averaged", default=PerToken())
-    coefficient: float | Schedule = spec_field("factor of this term in the objective", default=1.0, range=NOT_NEGATIVE)
+    coefficient: Scheduled = spec_field("factor of this term in the objective", default=1.0, range=NOT_NEGATIVE)
 
 
 @frozen(kw_only=True)
@@ -166,7 +166,7 @@ class Distillation(WeightedLossSpec):
     divergence: Divergence = spec_field("divergence between student and teacher")
     support: Support = spec_field("tokens of the vocabulary to compare")
     clip: DivergenceClip = spec_field("bounds inside the divergence", default=DivergenceClip())
-    temperature: float | Schedule | None = spec_field(
+    temperature: Scheduled | None = spec_field(
         "temperature of both distributions (default: the sampling temperature)", default=None, range=TEMPERATURE
     )
     importance: ImportanceSpec = spec_field("importance corrections", default=ImportanceSpec())
@@ -183,9 +183,9 @@ class CrossEntropy(WeightedLossSpec):
 class ClipSpec:
     """Clipped surrogate −min(ρA, clip(ρ, 1 − low, 1 + high) A): no gradient once ρ has moved far enough in A's direction."""
 
-    low: float | Schedule = spec_field("lower clip: 1 − low", range=SHARE)
-    high: float | Schedule = spec_field("upper clip: 1 + high", range=NOT_NEGATIVE)
-    dual: float | Schedule | None = spec_field(
+    low: Scheduled = spec_field("lower clip: 1 − low", range=SHARE)
+    high: Scheduled = spec_field("upper clip: 1 + high", range=NOT_NEGATIVE)
+    dual: Scheduled | None = spec_field(
         "dual clip: for a negative advantage the loss is at most this many times its magnitude",
         default=None,
         range=ABOVE_ONE,

@@ -21,7 +21,7 @@ from sdkit.language.specs.fields import (
     SOME_TEXT,
     TEMPERATURE,
     TOP_P,
-    Schedule,
+    Scheduled,
     spec_field,
 )
 
@@ -58,7 +58,7 @@ class MixtureSamples:
     """Each rollout batch comes at random either from the student or from the data set."""
 
     kind: ClassVar[str] = "mixture"
-    student_share: float | Schedule = spec_field("probability that the student samples a rollout batch", range=SHARE)
+    student_share: Scheduled = spec_field("probability that the student samples a rollout batch", range=SHARE)
     column: str = spec_field("column with the completion", default="demonstration", range=NAME)
 
 

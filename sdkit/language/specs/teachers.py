@@ -14,7 +14,7 @@ from sdkit.language.specs.fields import (
     PATH,
     SECONDS,
     SHARE,
-    Schedule,
+    Scheduled,
     Table,
     spec_field,
 )
@@ -39,7 +39,7 @@ class EmaWeights:
     """An exponential moving average of the student, kept in float32: teacher += update_rate × (student − teacher)."""
 
     kind: ClassVar[str] = "ema"
-    update_rate: float | Schedule = spec_field("share of the student mixed in per update", range=SHARE)
+    update_rate: Scheduled = spec_field("share of the student mixed in per update", range=SHARE)
     every: Literal["optimizer_step", "rollout_batch"] = spec_field(
         "when the average is updated: after each optimizer step or each rollout batch", default="optimizer_step"
     )

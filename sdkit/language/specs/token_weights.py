@@ -18,7 +18,7 @@ from sdkit.language.specs.fields import (
     POSITIVE,
     SHARE,
     SIGNED,
-    Schedule,
+    Scheduled,
     between,
     spec_field,
 )
@@ -29,9 +29,9 @@ class PositionWeight:
     """smallest + (1 − smallest) · sigmoid((t / |y| − middle) / width) for token t = 1 … |y|: later tokens count more."""
 
     kind: ClassVar[str] = "position"
-    smallest: float | Schedule = spec_field("lower limit of the weight, approached at the start", range=SHARE)
-    middle: float | Schedule = spec_field("position of the midpoint, as a share of the completion", range=SHARE)
-    width: float | Schedule = spec_field("width of the rise, as a share of the completion", range=POSITIVE)
+    smallest: Scheduled = spec_field("lower limit of the weight, approached at the start", range=SHARE)
+    middle: Scheduled = spec_field("position of the midpoint, as a share of the completion", range=SHARE)
+    width: Scheduled = spec_field("width of the rise, as a share of the completion", range=POSITIVE)
 
 
 @frozen(kw_only=True)
@@ -39,7 +39,7 @@ class TeacherEntropyWeight:
     """exp(−rate · teacher entropy), divided by its mean over the tokens that the term counts in the rollout batch."""
 
     kind: ClassVar[str] = "teacher_entropy"
-    rate: float | Schedule = spec_field("decay of the weight per nat of teacher entropy", range=NOT_NEGATIVE)
+    rate: Scheduled = spec_field("decay of the weight per nat of teacher entropy", range=NOT_NEGATIVE)
 
 
 @frozen(kw_only=True)
@@ -50,7 +50,7 @@ class DriftWeight:
     """
 
     kind: ClassVar[str] = "drift"
-    strength: float | Schedule = spec_field("excess over 1 of the first token's weight", range=NOT_NEGATIVE)
+    strength: Scheduled = spec_field("excess over 1 of the first token's weight", range=NOT_NEGATIVE)
 
 
 @frozen(kw_only=True)
@@ -58,7 +58,7 @@ class PassRateWeight:
     """(p · (1 − p))^power, p the share of successes in the group before filtering: prompts with p near ½ count most."""
 
     kind: ClassVar[str] = "pass_rate"
-    power: float | Schedule = spec_field("exponent", default=0.5, range=between(0.001, 10.0))
+    power: Scheduled = spec_field("exponent", default=0.5, range=between(0.001, 10.0))
     threshold: float = spec_field("smallest reward that counts as a success", default=1.0, range=SIGNED)
 
 
@@ -68,7 +68,7 @@ class PerplexityWeight:
 
     kind: ClassVar[str] = "perplexity"
     of: Literal["student", "teacher"] = spec_field("whose perplexity")
-    power: float | Schedule = spec_field(
+    power: Scheduled = spec_field(
         "exponent; below 0, likely rollouts count most", default=1.0, range=between(-100.0, 100.0)
     )
 
