@@ -40,7 +40,6 @@ from sdkit.language.specs import (
     Sum,
     TopKSupport,
     VocabularySupport,
-    needs_teacher,
 )
 from sdkit.losses import average as averages
 from sdkit.losses.distributions import Distributions
@@ -123,7 +122,7 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
-        return any(needs_teacher(term) for term in self.losses.values())
+        return any(term.needs_teacher for term in self.losses.values())
 
     @property
     def needs_reference(self) -> bool:
@@ -265,9 +264,8 @@ def sampler_ratio(losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: 
 
 def _sequence_mean_terms(losses: Mapping[str, Loss]) -> dict[str, float]:
     """Returns name and cap of each term whose sampler ratio is averaged per sequence."""
-    corrected = {n: t for n, t in losses.items() if isinstance(t, Distillation | PolicyGradient)}
-    samplers = {n: t.importance.sampler for n, t in corrected.items()}
-    return {n: s.cap for n, s in samplers.items() if s and s.level == "sequence_mean"}
+    ratios = {name: term.sampler_ratio for name, term in losses.items()}
+    return {name: ratio.cap for name, ratio in ratios.items() if ratio and ratio.level == "sequence_mean"}
 
 
 def _bounds(clip: DivergenceClip) -> Bounds:

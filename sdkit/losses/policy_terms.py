@@ -22,8 +22,6 @@ from sdkit.language.specs import (
     LossSpec,
     PolicyGradient,
     ReferenceKl,
-    reward_part,
-    teacher_part,
 )
 from sdkit.losses.distributions import Distributions
 from sdkit.losses.divergence import reverse_kl
@@ -58,7 +56,7 @@ def policy_gradients(losses: Mapping[str, LossSpec]) -> dict[str, PolicyGradient
 def group_relative(losses: Mapping[str, LossSpec]) -> GroupRelative | None:
     """Returns the spec of `Tokens.advantages`, or None.  Raises ValueError if two terms ask for different ones."""
     terms = policy_gradients(losses).values()
-    specs = {part for t in terms if (part := reward_part(t.advantage))}
+    specs = {part for t in terms if (part := t.advantage.group_relative)}
     if len(specs) > 1:
         raise ValueError("all terms must have the same group_relative advantage")
     return next(iter(specs), None)
@@ -103,13 +101,13 @@ def sequence_means(
         if _centered(term):
             if teacher is None:
                 raise ValueError(f"{name}: center: sequence needs the teacher's log-probabilities")
-            spec = teacher_part(term.advantage)
-            means[f"{name}/advantage"] = mean(_teacher_log_ratio(spec, teacher - then, tokens))
+            log_ratio = _teacher_log_ratio(term.advantage.log_ratio, teacher - then, tokens)
+            means[f"{name}/advantage"] = mean(log_ratio)
     return means
 
 
 def _centered(term: PolicyGradient) -> bool:
-    part = teacher_part(term.advantage)
+    part = term.advantage.log_ratio
     return part is not None and part.center == "sequence"
 
 
