@@ -259,7 +259,7 @@ def _external_teacher_samples(spec: ExperimentSpec) -> bool:
 
 
 def _roles(spec: ExperimentSpec) -> list[str]:
-    trained = f"LoRA rank {spec.model.lora.rank}" if spec.model.lora else "all weights"
+    trained = f"LoRA rank {spec.model.lora.r}" if spec.model.lora else "all weights"
     roles = [f"student: {spec.model.path}, {trained}, {spec.model.dtype}, float32 masters"]
     if spec.teacher:
         roles.append(f"teacher: {describe_teacher(spec)}{describe_place(spec.teacher.weights, bool(spec.model.lora))}")

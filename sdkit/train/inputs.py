@@ -55,10 +55,10 @@ class RunData:
         self.tokenizer = tokenizer
         self.known_ids = known  # None: prompts may contain any id
         self.largest_id = 0  # in the prompts and completions that `check` rendered
-        with blaming("model", "chat_template_options"):
+        with blaming("model", "chat_template_kwargs"):
             self.prompter = Prompter(
                 tokenizer,
-                dict(spec.model.chat_template_options),
+                dict(spec.model.chat_template_kwargs),
                 now=now,
                 keep_text=spec.model.control_tokens == "text",
             )
