@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdkit import processes
 from sdkit.checkpoints import atomic, manifest
 from sdkit.checkpoints.changeable import may_change_on_resume
 from sdkit.checkpoints.manifest import Manifest, Origin, UnusableCheckpoint
 from sdkit.language.errors import UnreadableInput, counted, first_of, shorten, spelled
 from sdkit.language.resolved import leaves
 from sdkit.language.source import read, read_text
-from sdkit.runs import directory, processes
+from sdkit.runs import directory
 
 Notify = Callable[[str], None]
 
@@ -23,7 +24,7 @@ def report_previous_attempt(run: Path, notify: Notify) -> None:
     status = _status(run)
     if status.get("state") != "running":
         return
-    if processes.alive(status.get("pid"), status.get("process")):
+    if processes.is_running(status.get("pid"), status.get("process")):
         raise UnreadableInput(
             f"{run} is still being trained by process {status['pid']}",
             hint="wait for it, or stop it with SIGTERM: it saves a checkpoint and ends",

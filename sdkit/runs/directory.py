@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdkit import processes
 from sdkit.language.errors import BadEnvironment, UnreadableInput
-from sdkit.runs import processes
 
 MARK = "resolved.yaml"
 ORIGIN = "provenance.json"
@@ -45,7 +45,7 @@ class RunDirectory:
 
     def status(self, state: str, **facts: Any) -> None:
         """Write status.json: running, done, stopped or failed, with the process and other facts."""
-        process = {"pid": os.getpid(), "process": processes.own_mark()}
+        process = {"pid": os.getpid(), "process": processes.own_start()}
         self.write_json("status.json", {"state": state, **process, **facts})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
