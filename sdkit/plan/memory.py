@@ -100,22 +100,22 @@ def trained_parameters(spec: ExperimentSpec, shape: ShapeSpec) -> int:
     lora = spec.model.lora
     if lora is None:
         return shape.parameters
-    return min(shape.parameters, 2 * 7 * shape.layers * lora.rank * 2 * shape.hidden)
+    return min(shape.parameters, 2 * 7 * shape.num_hidden_layers * lora.r * 2 * shape.hidden_size)
 
 
 def engine_gib(spec: ExperimentSpec, backend: VllmBackend, machine: Machine, shape: ShapeSpec) -> float:
-    """Returns vLLM's memory in GiB: its share of the accelerator's memory if known, else its weights and `cache_gib`."""
+    """Returns vLLM's memory in GiB: its share of the accelerator's memory if known, else its weights and `kv_cache_gib`."""
     if machine.accelerator and machine.memory_gib:
-        return backend.gpu_share * machine.memory_gib
+        return backend.gpu_memory_utilization * machine.memory_gib
     weights = shape.parameters * BYTES[backend.dtype or spec.model.dtype] / GIB
-    return weights + backend.cache_gib
+    return weights + backend.kv_cache_gib
 
 
 def _activation_shares(spec: ExperimentSpec, shape: ShapeSpec) -> tuple[MemoryShare, ...]:
     """Activations and logits of one micro-batch."""
     stored = 2 if spec.model.activation_checkpointing else 34  # values per token, layer and channel
-    activations = spec.training.micro_batch_tokens * shape.hidden * shape.layers * stored
-    chunk = spec.training.chunk_tokens * shape.vocabulary * 4
+    activations = spec.training.micro_batch_tokens * shape.hidden_size * shape.num_hidden_layers * stored
+    chunk = spec.training.chunk_tokens * shape.vocab_size * 4
     buffers = 8 if spec.teacher and spec.teacher.blend else 6
     return (
         MemoryShare(label="activations of a micro-batch", gib=activations * BYTES[spec.model.dtype] / 2 / GIB),

@@ -258,7 +258,7 @@ def _external_teacher_samples(spec: ExperimentSpec) -> bool:
 
 
 def _roles(spec: ExperimentSpec) -> list[str]:
-    trained = f"LoRA rank {spec.model.lora.rank}" if spec.model.lora else "all weights"
+    trained = f"LoRA rank {spec.model.lora.r}" if spec.model.lora else "all weights"
     roles = [f"student: {spec.model.path}, {trained}, {spec.model.dtype}, float32 masters"]
     if spec.teacher:
         place = spec.teacher.weights.describe_place(bool(spec.model.lora))

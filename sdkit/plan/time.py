@@ -136,7 +136,7 @@ def _rollouts_per_rank(spec: ExperimentSpec, machine: Machine) -> int:
 
 def _operations_per_token(shape: ShapeSpec, length: float) -> float:
     """Forward operations per token of a sequence of `length`, averaged over positions."""
-    return 2 * shape.parameters + 2 * shape.layers * shape.hidden * length
+    return 2 * shape.parameters + 2 * shape.num_hidden_layers * shape.hidden_size * length
 
 
 def _forward_operations(shape: ShapeSpec, sequences: int, length: int) -> float:
@@ -195,10 +195,10 @@ def _rollout_phase(
         prompt = teacher_prompt
     rollouts = _rollouts_per_rank(spec, machine)
     width = BYTES[backend.dtype or spec.model.dtype]
-    cached = 2 * shape.layers * (shape.kv_width or shape.hidden) * width
+    cached = 2 * shape.num_hidden_layers * (shape.kv_width or shape.hidden_size) * width
     weights = shape.parameters * width
     max_cached_rows = (engine_gib(spec, backend, machine, shape) * GIB - weights) / (cached * (prompt + new))
-    rows = max(1, min(rollouts, backend.max_rows, int(max_cached_rows)))
+    rows = max(1, min(rollouts, backend.max_num_seqs, int(max_cached_rows)))
     middle = prompt + new / 2
     reading = (weights + rows * cached * middle) / (device.terabytes * 1e12 * BANDWIDTH_UTILIZATION)
     token = max(reading, _compute_seconds(device, rows * _operations_per_token(shape, 2 * middle)))

@@ -54,10 +54,10 @@ class RunData:
         self.tokenizer = tokenizer
         self.known_ids = known  # None: prompts may contain any id
         self.largest_id = 0  # in the prompts and completions that `check` rendered
-        with blaming("model", "chat_template_options"):
+        with blaming("model", "chat_template_kwargs"):
             self.prompter = Prompter(
                 tokenizer,
-                dict(spec.model.chat_template_options),
+                dict(spec.model.chat_template_kwargs),
                 now=now,
                 keep_text=spec.model.control_tokens == "text",
             )
@@ -139,13 +139,17 @@ class RunData:
     def _open_suite_rewards(self, suite: Suite, base: Path) -> dict[str, Scorer]:
         source = suite.data.source
         task = source if isinstance(source, ReasoningGymSource) else None
-        return open_rewards(self.spec.rewards, self._suite_rewards(suite), base, task)
+        return open_rewards(self.spec.rewards, self._suite_rewards(suite), base, task, self._now)
 
     def _open_training_rewards(self, base: Path) -> dict[str, Scorer]:
         """Scorers of every reward that can score training rows: for metrics, whether or not the loss uses it."""
         source = self.spec.data.source
         task = source if isinstance(source, ReasoningGymSource) else None
-        return open_rewards(self.spec.rewards, self._training_rewards(), base, task)
+        return open_rewards(self.spec.rewards, self._training_rewards(), base, task, self._now)
+
+    def _now(self) -> datetime:
+        """The date that chat templates print; rank 0 sets it for all ranks after the rewards are opened."""
+        return self.prompter.now
 
     def _training_rewards(self) -> list[str]:
         return [name for name in self.spec.rewards if scores_training_rows(self.spec, name)]

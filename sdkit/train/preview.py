@@ -26,7 +26,7 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
     """Print the prompts of the first `count` training rows.  Raises BadData if a row cannot be used."""
     tokenizer = load_tokenizer(spec.model, resolve_model(spec.model.path, base))
     keep_text = spec.model.control_tokens == "text"
-    prompter = Prompter(tokenizer, dict(spec.model.chat_template_options), keep_text=keep_text)
+    prompter = Prompter(tokenizer, dict(spec.model.chat_template_kwargs), keep_text=keep_text)
     end = end_token(tokenizer, prompter.options)
     for row in load_rows(spec.data, base)[:count]:
         prompts = side_by_side(prompter, row, spec.teacher.sees if spec.teacher else None)

@@ -176,8 +176,8 @@ def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> Experi
 
 
 def _small_model(model: ModelSpec) -> ModelSpec:
-    lora = model.lora and LoraSpec(rank=min(model.lora.rank, 4), alpha=model.lora.alpha)
-    return ModelSpec(path="model", dtype=model.dtype, lora=lora, attention="sdpa")
+    lora = model.lora and LoraSpec(r=min(model.lora.r, 4), lora_alpha=model.lora.lora_alpha)
+    return ModelSpec(path="model", dtype=model.dtype, lora=lora, attn_implementation="sdpa")
 
 
 def _small_rollout(rollout: RolloutSpec, for_accelerator: bool) -> RolloutSpec:

@@ -140,7 +140,7 @@ BLENDS = {
 
 def planned(blend, weights=None, lora=None):
     distil = Distillation(divergence=ForwardKl(), support=VocabularySupport())
-    shape = ShapeSpec(parameters=2**30, hidden=8, layers=1, vocabulary=16, context=64)
+    shape = ShapeSpec(parameters=2**30, hidden_size=8, num_hidden_layers=1, vocab_size=16, max_position_embeddings=64)
     spec = ExperimentSpec(
         teacher=TeacherSpec(weights=weights or ExternalWeights(path="org/teacher"), blend=blend),
         losses=Table({"distil": distil}),
@@ -167,7 +167,7 @@ def test_a_blend_has_its_roles_and_its_memory():
         return roles, held
 
     start = "reference: the frozen start model"
-    lora = LoraSpec(rank=4, alpha=8.0)
+    lora = LoraSpec(r=4, lora_alpha=8.0)
     assert told(TrustRegionBlend(student_share=0.1)) == ([], [])
     assert told(ProductBlend(student_power=0.1)) == ([], [])
     for blend in (GeometricBlend(teacher_share=0.5), ExtrapolateBlend(factor=1.25)):

@@ -284,8 +284,8 @@ def support_size(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A top-k support cannot hold more tokens than the vocabulary has."""
     shape = shape_of(spec, context)
     for path, term in distillations(spec):
-        if shape and isinstance(term.support, TopKSupport) and term.support.k > shape.vocabulary:
-            message = f"k is {term.support.k}, but the vocabulary has {shape.vocabulary} tokens"
+        if shape and isinstance(term.support, TopKSupport) and term.support.k > shape.vocab_size:
+            message = f"k is {term.support.k}, but the vocabulary has {shape.vocab_size} tokens"
             yield (*path, "support", "k"), message, "use support: vocabulary"
 
 

@@ -177,7 +177,7 @@ class TransformersBackend:
     """transformers' `generate` on the training weights."""
 
     kind: ClassVar[str] = "transformers"
-    batch_rows: int = spec_field("rows generated at once", default=64, range=AT_LEAST_ONE)
+    batch_size: int = spec_field("rows generated at once", default=64, range=AT_LEAST_ONE)
 
 
 @frozen(kw_only=True)
@@ -187,9 +187,9 @@ class VllmEngine:
     dtype: Literal["float32", "bfloat16"] | None = spec_field(
         "precision of the engine (default: the model's)", default=None
     )
-    max_rows: int = spec_field("sequences decoded at once", default=64, range=AT_LEAST_ONE)
-    cache_gib: float = spec_field("key-value cache on CPU, GiB", default=1.0, range=GIBIBYTES)
-    gpu_share: float = spec_field("share of GPU memory for the engine", default=0.4, range=INSIDE_SHARE)
+    max_num_seqs: int = spec_field("sequences decoded at once", default=64, range=AT_LEAST_ONE)
+    kv_cache_gib: float = spec_field("key-value cache on CPU, GiB", default=1.0, range=GIBIBYTES)
+    gpu_memory_utilization: float = spec_field("share of GPU memory for the engine", default=0.4, range=INSIDE_SHARE)
     canary_bound: float | None = spec_field(
         "largest mean difference of log-probabilities after a weight sync (default: 1e-3 in float32, 0.25 in bfloat16)",
         default=None,
