@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sdkit.batches import PaddedSequences, TeacherScores, TopKLogprobs, UnpaddedSequence
-from sdkit.language.schedules import plain
 from sdkit.language.specs import (
     CopyWeights,
     EmaWeights,
@@ -106,7 +105,7 @@ class AveragedTeacher(Teacher):
     def after_update(self, masters: Masters, spec: TeacherWeights, updates: int) -> bool:
         match spec:
             case EmaWeights(every="optimizer_step", update_rate=rate):
-                return self._update_shadow(masters, plain(rate))
+                return self._update_shadow(masters, rate)
             case CopyWeights(every=every) if updates % every == 0:
                 return self._update_shadow(masters, 1.0)
         return False
@@ -114,7 +113,7 @@ class AveragedTeacher(Teacher):
     def after_rollout_batch(self, masters: Masters, spec: TeacherWeights) -> bool:
         match spec:
             case EmaWeights(every="rollout_batch", update_rate=rate):
-                return self._update_shadow(masters, plain(rate))
+                return self._update_shadow(masters, rate)
         return False
 
     @torch.no_grad()

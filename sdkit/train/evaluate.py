@@ -8,7 +8,7 @@ from typing import Any
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
-from sdkit.language.specs import Decoding, EvaluationSpec, RoutedWeights, ServedWeights, Suite
+from sdkit.language.specs import Decoding, EvaluationSpec, Suite
 from sdkit.rewards.scoring import reward_values, score
 from sdkit.runs.evaluations import EvaluationResult, Key
 from sdkit.runs.intervals import Interval, paired_difference
@@ -53,7 +53,7 @@ def teacher_lift(
     teacher = data.spec.teacher
     if teacher is None or teacher.sees is None or not evaluation.teacher_lift:
         return {}
-    if isinstance(teacher.weights, RoutedWeights | ServedWeights):
+    if teacher.weights.cannot_sample:
         return {}
     lift: dict[Key, Interval] = {}
     for name, suite in evaluation.suites.items():

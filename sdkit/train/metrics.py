@@ -12,7 +12,7 @@ import torch
 
 from sdkit.batches import Rollout
 from sdkit.distributed import collectives
-from sdkit.language.specs import OfRollouts, SuccessfulSibling, TeacherSpec, completion_column
+from sdkit.language.specs import OfRollouts, SuccessfulSibling, TeacherSpec
 from sdkit.losses.policy_terms import group_relative
 from sdkit.train.collect_rollouts import CollectedRollouts, completion_text
 from sdkit.train.inputs import RunData
@@ -83,7 +83,7 @@ def _rollout_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
         "rollout/finished": _mean(r.finished for r in rollouts),
         "rollout/with_teacher": _mean(r.teacher_prompt_ids is not None for r in rollouts),
     }
-    if completion_column(data.spec.rollout.sampled_by):
+    if data.spec.rollout.sampled_by.completion_column:
         from_data = [r for r in rollouts if r.sampler_logprobs is None]
         sums["rollout/cut_completions"] = _mean(not r.finished for r in from_data)
     if data.reward is not None and group_relative(data.spec.losses) is not None:

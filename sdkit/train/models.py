@@ -124,8 +124,8 @@ def _load(setup: RunSetup, spec: ModelSpec, folder: str, device: torch.device) -
 
 
 def _load_external(setup: RunSetup, device: torch.device, weights: ExternalWeights) -> nn.Module:
-    attention = setup.spec.model.attention
-    spec = ModelSpec(path=weights.path, revision=weights.revision, dtype=weights.dtype, attention=attention)
+    attention = setup.spec.model.attn_implementation
+    spec = ModelSpec(path=weights.path, revision=weights.revision, dtype=weights.dtype, attn_implementation=attention)
     path = next(path for path, other in other_models(setup.spec) if other == weights)
     with blaming(*path, "path"):
         return _load(setup, spec, resolve_model(weights.path, setup.base), device).model

@@ -76,7 +76,7 @@ class RolloutBackends:
         setup, models = self.setup, self.models
         match spec:
             case TransformersBackend():
-                rows = spec.batch_rows if models.pads_samples else 1
+                rows = spec.batch_size if models.pads_samples else 1
                 return TransformersRollouts(setup.data.tokenizer, rows, models.end_ids)
             case VllmBackend():
                 dtype, longest = setup.spec.model.dtype, setup.longest_sequence

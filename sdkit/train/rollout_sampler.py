@@ -10,7 +10,6 @@ from typing import assert_never
 from attrs import evolve, field, frozen
 
 from sdkit.batches import Completion, Row, SamplingRequest
-from sdkit.language.schedules import plain
 from sdkit.language.specs import (
     DatasetSamples,
     MixtureSamples,
@@ -101,7 +100,7 @@ def resolve_sampler(sampled_by: SampledBy, seed: int, stream: Stream, *, evaluat
     if not isinstance(sampled_by, MixtureSamples):
         return sampled_by
     coin = random.Random(derive(seed, *stream, "coin")).random()
-    if evaluation or coin < plain(sampled_by.student_share):
+    if evaluation or coin < sampled_by.student_share:
         return StudentSamples()
     return DatasetSamples(column=sampled_by.column)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdkit.batches import MicroBatch, RolloutBatch
 from sdkit.distributed import collectives
-from sdkit.language.specs import Loss, Table, needs_teacher
+from sdkit.language.specs import Loss, Table
 from sdkit.train.collate import CollatedBatch, collate, empty_micro_batch
 from sdkit.train.learner import Learner
 from sdkit.train.step_specs import StepSpecs
@@ -82,7 +82,7 @@ def _collate(learner: Learner, rollouts: RolloutBatch, losses: Table[Loss]) -> C
     """Return this rank's micro-batches, with empty ones added up to the largest number on any rank."""
     budget, device, longest_pack = learner.micro_batch_tokens, learner.models.device, learner.models.longest_pack
     collated = collate(list(rollouts), losses, budget, collectives.all_reduce_sum, device, longest_pack)
-    teacher = any(map(needs_teacher, losses.values()))
+    teacher = any(term.needs_teacher for term in losses.values())
     missing = collectives.all_reduce_max(len(collated.micro_batches)) - len(collated.micro_batches)
     padding = [empty_micro_batch(losses, teacher=teacher, device=device)] * missing
     return evolve(collated, micro_batches=(*collated.micro_batches, *padding))

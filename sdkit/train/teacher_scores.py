@@ -5,15 +5,12 @@ Scoring runs before the student's forward pass, without gradients.
 
 from __future__ import annotations
 
-from typing import assert_never
-
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from sdkit.batches import BlendedScores, MicroBatch, PaddedSequences, RoutedScores, TeacherScores, TopKLogprobs
-from sdkit.language.schedules import plain
-from sdkit.language.specs import Blend, ExtrapolateBlend, GeometricBlend, ProductBlend, TrustRegionBlend
+from sdkit.language.specs import Blend
 from sdkit.losses.chunks import top_k_logprobs
 from sdkit.models.packing import pad_sequences
 from sdkit.models.teachers import Teacher
@@ -48,10 +45,10 @@ class TeacherScorer:
         """
         if self.models.teacher is None or batch.teacher is None:
             return None
-        teacher_factor, partner_factor = (1.0, 0.0) if blend is None else _blend_factors(blend)
-        if partner_factor == 0:
+        teacher_factor, partner_factor = blend.factors if blend else (1.0, 0.0)
+        if blend is None or partner_factor == 0:
             return self._score_by_route(self.models.teacher, batch, batch.teacher)
-        prompt = batch.teacher if isinstance(blend, TrustRegionBlend) else batch.student
+        prompt = batch.teacher if blend.partner_prompt == "teacher" else batch.student
         partner = self._score_blend_partner(prompt, reference)
         if teacher_factor == 0:  # saves the teacher's forward pass
             return partner
@@ -106,21 +103,6 @@ class TeacherScorer:
             self.models.longest_pack,
             self.models.device,
         )
-
-
-def _blend_factors(blend: Blend) -> tuple[float, float]:
-    """Return the factors of the teacher's and of the partner's logits.  If one of them is 0, the other is 1."""
-    match blend:
-        case TrustRegionBlend(student_share=share):
-            return 1 - plain(share), plain(share)
-        case ProductBlend(student_power=power):
-            return 1.0, plain(power)
-        case GeometricBlend(teacher_share=share):
-            return plain(share), 1 - plain(share)
-        case ExtrapolateBlend(factor=factor):
-            return plain(factor), 1 - plain(factor)
-        case _:
-            assert_never(blend)
 
 
 def _merge_top_k(scores: list[TopKLogprobs], part: Tensor) -> TopKLogprobs:

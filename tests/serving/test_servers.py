@@ -234,7 +234,7 @@ def test_a_server_that_does_not_fit_is_refused_before_anything_is_loaded(
             server.gateway.folder = tmp_path / value
         else:
             setattr(server, name, value)
-    monkeypatch.setattr(run, "TrainState", None)  # whoever loads a model calls it
+    monkeypatch.setattr(run, "open_trainer", None)  # whoever loads a model calls it
     with pytest.raises(BadEnvironment, match=message) as caught:
         run.open_run(served_by([server], tmp_path, tiny_folder), tmp_path)
     assert "sdkit serve" in caught.value.hint

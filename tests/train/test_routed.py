@@ -44,7 +44,7 @@ from sdkit.models import tiny
 from sdkit.train.smoke import smoke
 
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, clip=1e9)
+MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 COLUMNS = Table({n: n for n in ("prompt", "demonstration", "answer")} | {"domain": "domain"})
 DOMAINS = ("math", "code", "math", "chat", "code", "math")
 

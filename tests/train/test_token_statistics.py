@@ -23,8 +23,8 @@ from tinyruns import (
 )
 
 from sdkit.language.errors import BadData
-from sdkit.language.required_statistics import STATISTICS
 from sdkit.language.specs import (
+    STATISTICS,
     CrossEntropy,
     DatasetSamples,
     Distillation,
@@ -56,7 +56,7 @@ from sdkit.rewards.scorer import ScoredCompletion, Scorer
 from sdkit.train.smoke import smoke
 
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, clip=1e9)
+MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 REWARDS = Table({"right": RegexReward(pattern=".")})
 JOINT = PerToken(denominator="joint")
 GROUPS = rollout(completions_per_prompt=3)
