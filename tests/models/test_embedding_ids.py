@@ -56,7 +56,7 @@ def test_the_row_and_the_token_are_named_before_weights_load(open_tiny, beyond, 
 
 
 def test_a_token_that_no_row_uses_is_no_fault(open_tiny, beyond):
-    assert open_tiny(make_spec(beyond)).data.largest_id < 404
+    assert open_tiny(make_spec(beyond)).setup.data.largest_id < 404
 
 
 def test_an_external_teachers_embeddings_count_too(open_tiny, beyond, tiny_folder, tmp_path, monkeypatch):

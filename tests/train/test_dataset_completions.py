@@ -94,7 +94,7 @@ def test_cut_ones_are_counted(tiny_folder, tiny_tokenizer, tmp_path, room):
 
 def test_only_rows_that_the_run_uses_are_counted(tiny_folder, open_tiny):
     spec = imitation(tiny_folder, max_new_tokens=2, data=inline(40), training=training(steps=2, prompts_per_step=4))
-    found = open_tiny(spec).data.completions
+    found = open_tiny(spec).setup.data.completions
     assert (found.rows, len(found.cut)) == (8, 8)
     assert ", …" in found.warning(2)
 

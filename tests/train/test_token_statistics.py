@@ -155,7 +155,7 @@ def test_the_plan_says_what_is_measured_and_why(open_tiny):
         "student log-probabilities for training.updates_per_rollout",
         "teacher entropy for losses.distil.weight",
     )
-    assert open_tiny().plan.statistics == ()
+    assert open_tiny().setup.plan.statistics == ()
 
 
 def test_the_pass_moves_nothing_and_the_second_update_sees_its_figures(open_tiny):
