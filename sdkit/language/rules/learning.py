@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import shorten
-from sdkit.language.rules.base import Context, Finding, adds_no_view, method_rule, of_teacher, policy_gradients
+from sdkit.language.rules.base import Context, Finding, adds_no_view, method_rule, of_teacher, sees_of, terms
 from sdkit.language.schedules import always
 from sdkit.language.specs import (
     AdvantageAdd,
@@ -66,7 +66,7 @@ def nothing_pulls(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @method_rule("an advantage_add has a nonzero weight")
 def zero_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """If both weights are 0, every advantage is 0, and so is the gradient."""
-    for path, term in policy_gradients(spec):
+    for path, term in terms(spec, PolicyGradient):
         advantage = term.advantage
         if (
             isinstance(advantage, AdvantageAdd)
@@ -81,7 +81,7 @@ def zero_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 def centered_token(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The mean over a single token is that token's own log-ratio, so the difference is always 0."""
     longest = spec.rollout.max_new_tokens
-    for path, term in policy_gradients(spec):
+    for path, term in terms(spec, PolicyGradient):
         part = teacher_part(term.advantage)
         end = min(term.mask.prefix or longest, longest)
         if part and part.center == "sequence" and end - term.mask.skip_first == 1:
@@ -104,8 +104,7 @@ def failures_not_kept(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         if isinstance(filter, RewardAtLeast) and filter.threshold >= spec.route.threshold:
             threshold = context.stated(("route", "threshold"), spec.route.threshold, "route.threshold")
             message = f"no failure is kept: {threshold}, so the terms of route.then count nothing"
-            hint = "lower this threshold, or remove the route"
-            yield ("rollout", "keep", index, "threshold"), message, hint
+            yield ("rollout", "keep", index, "threshold"), message, "lower this threshold, or remove the route"
 
 
 @method_rule("the teacher's context can be filled")
@@ -113,7 +112,7 @@ def never_filled(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Feedback with `when: no_solution` is filled only where no successful sibling is shown.  `requires: all`
     asks for both at once, so no rollout would have a teacher prompt.
     """
-    sees = spec.teacher.sees if spec.teacher else None
+    sees = sees_of(spec)
     if not sees or sees.requires != "all":
         return
     siblings = [n for n, slot in sees.slots.items() if isinstance(slot, SuccessfulSibling)]
@@ -217,16 +216,3 @@ def _blended(teacher: TeacherSpec) -> Blend | None:
             return None
         case blend:
             return blend
-
-
-RULES = (
-    no_objective,
-    nothing_pulls,
-    zero_advantage,
-    centered_token,
-    failures_not_kept,
-    never_filled,
-    teacher_without_share,
-    zero_signal,
-    same_at_start,
-)

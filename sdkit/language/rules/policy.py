@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import Path, shorten, spelled
-from sdkit.language.rules.base import Context, Finding, k2_terms, method_rule, policy_gradients
+from sdkit.language.rules.base import Context, Finding, k2_terms, method_rule, terms
 from sdkit.language.specs import (
     GroupRelative,
     MethodSpec,
@@ -19,7 +19,7 @@ from sdkit.language.specs import (
 @method_rule("rewards are compared within a group")
 def lone_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """In a group of one, the reward equals its mean and has no spread, so every advantage is zero."""
-    for path, term in policy_gradients(spec):
+    for path, term in terms(spec, PolicyGradient):
         part = reward_part(term.advantage)
         if not part or spec.rollout.completions_per_prompt > 1:
             continue
@@ -42,7 +42,7 @@ def advantages_differ(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Each rollout has one reward advantage, computed once from the rewards of its group."""
     advantages = [
         ((*path, *_of_reward(term)), part)
-        for path, term in policy_gradients(spec)
+        for path, term in terms(spec, PolicyGradient)
         if (part := reward_part(term.advantage))
     ]
     for path, advantage in advantages[1:]:
@@ -61,7 +61,7 @@ def off_policy_gradient(spec: MethodSpec, context: Context) -> Iterator[Finding]
     if drawn_by_student(by):
         return
     hint = "use sampled_by: student"
-    for path, term in policy_gradients(spec):
+    for path, term in terms(spec, PolicyGradient):
         if not isinstance(by, TeacherSamples) or not term.importance.sampler:
             ratio = f", or add {spelled(path)}.importance.sampler"
             alternative = ratio if isinstance(by, TeacherSamples) else ""
@@ -78,12 +78,9 @@ def overlong_stretch(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     short completions are penalized.
     """
     longest = spec.rollout.max_new_tokens
-    for path, term in policy_gradients(spec):
+    for path, term in terms(spec, PolicyGradient):
         part = reward_part(term.advantage)
         if part and part.overlong and part.overlong.stretch >= longest:
             limit = context.stated(("rollout", "max_new_tokens"), longest)
             message = f"stretch is {part.overlong.stretch}, but {limit}: no completion goes free"
             yield (*path, *_of_reward(term), "overlong", "stretch"), message, "lower stretch"
-
-
-RULES = (lone_advantage, advantages_differ, off_policy_gradient, overlong_stretch)
