@@ -8,16 +8,11 @@ from attrs import frozen
 
 from sdkit.language.specs import (
     Backend,
-    CopyWeights,
-    EmaWeights,
     ExperimentSpec,
-    ExternalWeights,
     FrozenWeights,
     OneTeacher,
     ReferenceKl,
-    ServedWeights,
     ShapeSpec,
-    StudentWeights,
     VllmBackend,
     blend_base,
     other_models,
@@ -44,7 +39,7 @@ def teacher_copies(spec: ExperimentSpec) -> list[OneTeacher]:
     if spec.model.lora:
         return []
     distinct = dict.fromkeys(weights for _, weights in teachers_of(spec))
-    return [w for w in distinct if not isinstance(w, StudentWeights | ExternalWeights | ServedWeights)]
+    return [w for w in distinct if w.is_stored and not w.is_other_model]
 
 
 def has_reference_term(spec: ExperimentSpec) -> bool:
@@ -86,8 +81,8 @@ def estimate_memory(
         MemoryShare(label="gradients", gib=trained * gradients / GIB),
     ]
     for weights in teacher_copies(spec):
-        has_shadow = isinstance(weights, EmaWeights | CopyWeights)
-        shares.append(MemoryShare(label="teacher weights", gib=local * (width + 4 * has_shadow) / GIB))
+        size = local * (width + 4 * weights.follows_student) / GIB
+        shares.append(MemoryShare(label="teacher weights", gib=size))
     for weights in dict.fromkeys(weights for _, weights in other_models(spec)):
         if other_shape := other_shapes.get(weights.path):
             size = other_shape.parameters * BYTES[weights.dtype] / GIB

@@ -85,7 +85,7 @@ def test_every_value_in_every_place_is_structured_without_a_traceback(tmp_path):
     """Puts a value of each type at every written place of a spec; the result must be problems only."""
     base = load(EVERY_UNION)
     values = ("null", "true", "-1", "1.5", "x", "''", "[]", "[x]", "{}", "{x: 1}", "[[{}]]", "{kind: x}")
-    paths = [".".join(map(str, path)) for path in base.values if path]
+    paths = [".".join(map(str, path)) for path in base.nodes if path]
     for path in paths:
         for value in values:
             checked = load_spec(EVERY_UNION, [f"{path}={value}"])

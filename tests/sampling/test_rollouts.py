@@ -5,7 +5,7 @@ import torch
 from tinyruns import make_spec, metrics, rollout, train, training, weights_of
 
 from sdkit.batches import SamplingParams, SamplingRequest
-from sdkit.language.errors import BadData
+from sdkit.language.errors import BadData, UnreadableInput
 from sdkit.language.specs import ReplayBackend
 from sdkit.models.weights import Weights
 from sdkit.sampling.replay import ReplayRollouts
@@ -222,8 +222,8 @@ def test_a_folder_without_rollouts_is_an_error(tmp_path):
         ReplayRollouts(tmp_path)
 
 
-def test_a_torn_record_is_an_error_with_its_line(tmp_path):
+def test_a_damaged_record_is_an_error_with_its_line(tmp_path):
     (tmp_path / "rollouts").mkdir()
-    (tmp_path / "rollouts" / "step_000000.jsonl").write_text('{"seed": 1, "sampl')
-    with pytest.raises(BadData, match=r"step_000000.jsonl:1: not a JSON object"):
+    (tmp_path / "rollouts" / "step_000000.jsonl").write_text('{"seed": 1, "sampl\n')
+    with pytest.raises(UnreadableInput, match=r"step_000000.jsonl:1: not a JSON object"):
         ReplayRollouts(tmp_path)

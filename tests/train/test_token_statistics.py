@@ -7,8 +7,8 @@ import torch
 from tinyruns import distil, evaluated, make_spec, masters, rollout, rollouts_of, silent, teacher, training
 
 from sdkit.language.errors import BadData
-from sdkit.language.required_statistics import STATISTICS
 from sdkit.language.specs import (
+    STATISTICS,
     CrossEntropy,
     DatasetSamples,
     Distillation,

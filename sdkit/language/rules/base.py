@@ -13,21 +13,22 @@ from sdkit.language.bundled import BUNDLED, PREFIX
 from sdkit.language.errors import Path, did_you_mean, outside, shorten
 from sdkit.language.model_shapes import shape_at
 from sdkit.language.overlay import LoadedSpec
-from sdkit.language.required_statistics import term_statistics
 from sdkit.language.specs import (
     DataSpec,
     ExperimentSpec,
     FileDivergence,
     FileReward,
     FileWeight,
+    GroupRelative,
+    LogRatio,
     LossSpec,
     MethodSpec,
+    PolicyGradient,
     ReferenceKl,
     Sees,
     ShapeSpec,
     Suite,
     UserTurn,
-    needs_teacher,
 )
 from sdkit.language.templates import Field, TemplateError, parse
 from sdkit.language.user_functions import fault_of
@@ -100,6 +101,22 @@ def terms(spec: MethodSpec, *kinds: type[T]) -> Iterator[tuple[Path, T]]:
             yield ("losses", name), term
 
 
+def reward_advantages(spec: MethodSpec) -> Iterator[tuple[Path, GroupRelative]]:
+    """The reward advantages of the policy gradients, each with its path."""
+    for path, term in terms(spec, PolicyGradient):
+        if part := term.advantage.group_relative:
+            inner = () if part is term.advantage else ("group_relative",)
+            yield (*path, "advantage", *inner), part
+
+
+def log_ratios(spec: MethodSpec) -> Iterator[tuple[Path, PolicyGradient, LogRatio]]:
+    """The teacher's log-ratios in the advantages of policy gradients, each with its path and its term."""
+    for path, term in terms(spec, PolicyGradient):
+        if part := term.advantage.log_ratio:
+            inner = () if part is term.advantage else ("log_ratio",)
+            yield (*path, "advantage", *inner), term, part
+
+
 def k2_terms(spec: MethodSpec) -> list[Path]:
     """Paths of the terms that estimate the KL to the reference from the sampled token."""
     return [path for path, term in terms(spec, ReferenceKl) if term.estimator == "k2"]
@@ -107,13 +124,13 @@ def k2_terms(spec: MethodSpec) -> list[Path]:
 
 def of_teacher(spec: MethodSpec) -> list[tuple[Path, LossSpec]]:
     """The terms whose loss needs the teacher, each with its path."""
-    return [(path, term) for path, term in terms(spec, LossSpec) if needs_teacher(term)]
+    return [(path, term) for path, term in terms(spec, LossSpec) if term.needs_teacher]
 
 
 def consultations(spec: MethodSpec) -> Iterator[tuple[Path, str]]:
     """Masks and weights that need the teacher in terms whose loss does not, each with the statistic it needs."""
     for path, term in terms(spec, LossSpec):
-        for statistic, key in () if needs_teacher(term) else term_statistics(term):
+        for statistic, key in () if term.needs_teacher else term.statistics():
             model, _, quantity = statistic.partition("_")
             if model == "teacher":
                 yield (*path, *key), f"teacher's {quantity.replace('logprobs', 'log-probabilities')}"

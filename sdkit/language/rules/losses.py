@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import Path, shorten
-from sdkit.language.objective_text import format_number
 from sdkit.language.rules.base import (
     Context,
     Finding,
@@ -36,7 +35,6 @@ from sdkit.language.specs import (
     StudentSamples,
     TeacherSamples,
     TopKSupport,
-    drawn_by_student,
 )
 
 
@@ -101,7 +99,7 @@ def clip_without_effect(spec: MethodSpec, context: Context) -> Iterator[Finding]
     """
     for path, term in terms(spec, Distillation):
         clip, sampled = term.clip, isinstance(term.support, SampledTokenSupport)
-        kl = isinstance(term.divergence, ForwardKl | ReverseKl)
+        kl = term.divergence.has_entries
         if clip.entry is not None and (not kl or sampled):
             over = "the sampled token" if sampled else term.divergence.kind
             message = f"clip.entry bounds the entries of a KL, and {over} has none"
@@ -189,8 +187,7 @@ def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding
     for path, term in terms(spec, Distillation):
         if term.temperature is not None and term.temperature != sampled:
             said = context.stated(("rollout", "temperature"), sampled, "rollout.temperature")
-            message = f"the loss has temperature {format_number(term.temperature)}, but {said}"
-            yield (*path, "temperature"), message, None
+            yield (*path, "temperature"), f"the loss has temperature {term.temperature:g}, but {said}", None
 
 
 @run_rule("a ratio to the old policy needs several updates per rollout batch", "warning")
@@ -257,7 +254,7 @@ def own_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             return
     kinds = {type(term) for term in spec.losses.values()}
     imitates = CrossEntropy in kinds and kinds <= {CrossEntropy, ReferenceKl}
-    if imitates and drawn_by_student(rollout.sampled_by):
+    if imitates and rollout.sampled_by.is_on_policy:
         path = ("rollout", "sampled_by")
         message = f"{context.stated(path, rollout.sampled_by.kind)}: it trains on its own samples, unfiltered"
         yield path, message, "use sampled_by: dataset or teacher"

@@ -5,30 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import Path, did_you_mean, outside, shorten
-from sdkit.language.required_statistics import weight_of
-from sdkit.language.rules.base import Context, Finding, method_rule, terms, uncallable
-from sdkit.language.specs import (
-    FileWeight,
-    LossSpec,
-    MethodSpec,
-    PassRateWeight,
-    PerplexityWeight,
-    PerToken,
-    PolicyGradient,
-    teacher_part,
-)
+from sdkit.language.rules.base import Context, Finding, log_ratios, method_rule, terms, uncallable
+from sdkit.language.specs import FileWeight, LossSpec, MethodSpec, PerToken
 
 
 @method_rule("below_floor leave_out has a floor")
 def no_floor(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Without a floor, no token lies below it."""
-    for path, term in terms(spec, PolicyGradient):
-        part = teacher_part(term.advantage)
-        if part and part.below_floor == "leave_out" and part.floor is None:
-            inner = () if part is term.advantage else ("log_ratio",)
-            message = "below_floor: leave_out needs a floor"
-            key = (*path, "advantage", *inner, "below_floor")
-            yield key, message, "add floor: a number below 0"
+    for path, _, part in log_ratios(spec):
+        if part.below_floor == "leave_out" and part.floor is None:
+            yield (*path, "below_floor"), "below_floor: leave_out needs a floor", "add floor: a number below 0"
 
 
 @method_rule("weights within a group need several completions")
@@ -39,12 +25,10 @@ def lone_weight(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if spec.rollout.completions_per_prompt > 1:
         return
     for name, term in spec.losses.items():
-        weight = weight_of(term)
-        if isinstance(weight, PassRateWeight | PerplexityWeight):
+        if term.token_weight and term.token_weight.needs_group:
             group = context.stated(("rollout", "completions_per_prompt"), 1)
-            value = 0 if isinstance(weight, PassRateWeight) else 1
             hint = "set rollout.completions_per_prompt to 2 or more"
-            yield ("losses", name, "weight"), f"{group}, so every weight is {value}", hint
+            yield ("losses", name, "weight"), f"{group}, so every weight is {term.token_weight.value_alone}", hint
 
 
 @method_rule("a joint denominator is shared by several terms", "warning")
@@ -86,6 +70,6 @@ def weight_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     accept `counts` and every name in `given`.
     """
     for path, term in terms(spec, LossSpec):
-        weight = weight_of(term)
-        if isinstance(weight, FileWeight):
-            yield from uncallable((*path, "weight"), context, weight, "counts", given=weight.given)
+        if isinstance(term.token_weight, FileWeight):
+            given = term.token_weight.given
+            yield from uncallable((*path, "weight"), context, term.token_weight, "counts", given=given)

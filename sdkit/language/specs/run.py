@@ -227,6 +227,12 @@ class ExperimentSpec(MethodSpec):
     machine: MachineSpec | None = spec_field("a machine other than this one", default=None)
     output: OutputSpec = spec_field("the run directory", default=OutputSpec())
 
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether a term needs the log-probabilities of its tokens before the first of several updates on a batch."""
+        has_ratio = any(term.uses_old_logprobs for term in self.losses.values())
+        return self.training.updates_per_rollout > 1 and has_ratio
+
 
 def indivisible(spec: ExperimentSpec, ranks: int) -> str | None:
     """Why the prompts of a step cannot be split evenly over the ranks; None if they can."""
