@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from sdkit.language.errors import BadData, blaming
-from sdkit.language.specs import Distillation, ExperimentSpec, TopKSupport
+from sdkit.language.rules.losses import oversized_supports
+from sdkit.language.specs import ExperimentSpec
 from sdkit.models import activation_checkpointing, lora
 from sdkit.models.embedding_ids import KnownIds
 from sdkit.models.loading import vocabulary
@@ -46,14 +47,8 @@ def check_models(setup: RunSetup, models: NamedModels, end_ids: tuple[int, ...],
 
     Raises BadData naming the key to change.
     """
-    for name, term in setup.spec.losses.items():
-        if isinstance(term, Distillation) and isinstance(term.support, TopKSupport):
-            if term.support.k > compared_ids:
-                raise BadData(
-                    f"k is {term.support.k}, but the vocabulary has {compared_ids} tokens",
-                    hint="use support: vocabulary",
-                    path=("losses", name, "support", "k"),
-                )
+    for path, message, hint in oversized_supports(setup.spec, compared_ids):
+        raise BadData(message, hint=hint, path=path)
     for name, weights in models:
         _check_ids(name, weights, setup.data, end_ids)
         context = getattr(weights.causal.config, "max_position_embeddings", None)
