@@ -116,7 +116,7 @@ def advice(name: str, cls: type) -> str | None:
     if name == "kind":
         return "remove it: there is only one kind here"
     for word in (name, *SYNONYMS.get(name, ())):
-        if path := next((p for n, p in sorted(_all_keys(), key=_path_length) if n == word), None):
+        if path := next((p for n, p in sorted(all_keys(), key=_path_length) if n == word), None):
             return f"it belongs at {path}" if word == name else f'sdkit has "{path}"'
     return None
 
@@ -125,7 +125,7 @@ def _path_length(entry: tuple[str, str]) -> tuple[int, str]:
     return entry[1].count("."), entry[1]
 
 
-def _all_keys() -> Iterator[tuple[str, str]]:
+def all_keys() -> Iterator[tuple[str, str]]:
     """Yields every key of the language with its path; NAME stands for a user-chosen name."""
     seen: set[Any] = set()
 
