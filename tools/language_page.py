@@ -205,13 +205,13 @@ def _type(tp: Any) -> str:
             return _links(options)
         return f"one of [{len(options)} kinds](#{anchor(places()[options[0]].path)})"
     if len(options) > 1:
-        return _either([_type(option) for option in options])
+        return _either([_type(option) for option in options if option is not int or float not in options])
     [option], origin, args = options, get_origin(options[0]), get_args(options[0])
     if origin is Literal:
         return _either([f"`{arg}`" for arg in args])
     if origin in (tuple, Table):
         count = f"{len(args)} " if origin is tuple and args[-1] is not ... else ""
-        return f"{'list' if origin is tuple else 'table'} of {count}{re.sub('number$', 'numbers', _type(args[0]))}"
+        return f"{'list' if origin is tuple else 'table'} of {count}{re.sub('^number$', 'numbers', _type(args[0]))}"
     if is_spec(option):
         required = [f"{key.name}: …" for key in keys_of(option).values() if key.required]
         return f"[`{{{', '.join(required) or '…'}}}`](#{anchor(heading(option))})"
