@@ -105,13 +105,13 @@ def advice(name: str, cls: type) -> str | None:
     if name == "kind":
         return "remove it: there is only one kind here"
     words = (name, *SYNONYMS.get(name, ()))
-    places = ((path.count("."), words.index(word), path) for word, path in _all_keys() if word in words)
+    places = ((path.count("."), words.index(word), path) for word, path in all_keys() if word in words)
     for _, other, path in sorted(places)[:1]:
         return f'sdkit has "{path}"' if other else f"it belongs at {path}"
     return None
 
 
-def _all_keys() -> Iterator[tuple[str, str]]:
+def all_keys() -> Iterator[tuple[str, str]]:
     """Yields every key of the language with its path; NAME stands for a user-chosen name."""
     seen: set[Any] = set()
 
