@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from sdkit.language.errors import BadData, BadEnvironment, first_line, listed, nearest, shorten
-from sdkit.language.files import UnreadableFile, read_file
+from sdkit.language.files import UnreadableFile, irregular_kind, read_file
 from sdkit.language.row_text import Fault, describe_value
 from sdkit.language.specs import (
     DiskSource,
@@ -58,7 +58,8 @@ def read_source(source: Source, base: Path, limit: int | None) -> RawRows:
         case JsonSource():
             rows = _json(_read_bytes(base / source.path, name), name)
         case ParquetSource():
-            _check_regular_file(base / source.path, name)
+            if kind := irregular_kind(base / source.path):
+                raise BadData(f"cannot read {name}: {kind}")
             rows = _with_library(lambda: _parquet(base / source.path, limit), name)
         case HubSource():
             rows = _with_library(lambda: _hub(source, limit), name)
@@ -77,12 +78,6 @@ def _as_row(value: Any) -> Raw | Fault:
     if isinstance(value, Mapping | Fault):
         return value
     return Fault(f"{describe_value(value)}, not a map")
-
-
-def _check_regular_file(path: Path, name: str) -> None:
-    """Raises BadData for a pipe or a device, which could block forever or never end."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise BadData(f"cannot read {name}: this is a pipe or a device, not a regular file")
 
 
 def _read_bytes(path: Path, name: str) -> bytes:
