@@ -36,18 +36,6 @@ class TeacherPrompt:
     filled: tuple[str, ...] = ()  # names of the non-empty slots
 
 
-@frozen(kw_only=True)
-class SideBySide:
-    """Both prompts of a row, for display; a completion is appended to each."""
-
-    student: str
-    teacher: str | None  # None: the row has no teacher
-    student_tokens: int  # index of the completion's first token in the student's sequence
-    teacher_tokens: int | None
-    cut_tokens: int
-    generation_prompt: str  # the end of both prompts, directly before the completion
-
-
 class Prompter:
     """Encodes rows with one tokenizer and one set of chat-template options.
 
@@ -233,7 +221,7 @@ def _truncate(text: str, starts: Sequence[int], count: int, cut: str) -> str:
     return text[starts[len(starts) - count] :] if count else ""
 
 
-# ── checks and display ────────────────────────────────────────────────────────────────────────
+# ── checks ────────────────────────────────────────────────────────────────────────
 
 
 def check_generation_prompt(prompter: Prompter, row: Row, teacher: TeacherPrompt) -> None:
@@ -290,17 +278,3 @@ def check_repeatable(prompter: Prompter, rows: Iterable[Row], times: int = 8) ->
                 f"row {row.index}: the chat template renders the same messages differently each time, "
                 "so the run could not be repeated or resumed"
             )
-
-
-def side_by_side(prompter: Prompter, row: Row, sees: Sees | None) -> SideBySide:
-    """Returns the prompts of student and teacher, decoded from their tokens.  Raises BadData as `teacher_ids` does."""
-    decode = prompter.tokenizer.decode
-    student, teacher = prompter.student_ids(row), prompter.teacher_ids(row, sees)
-    return SideBySide(
-        student=decode(student),
-        teacher=None if teacher is None else decode(teacher.ids),
-        student_tokens=len(student),
-        teacher_tokens=None if teacher is None else len(teacher.ids),
-        cut_tokens=0 if teacher is None else teacher.cut_tokens,
-        generation_prompt=decode(prompter.generation_prompt(row, row.messages)),
-    )

@@ -14,29 +14,19 @@ import torch
 from torch import Tensor
 
 from sdkit.batches import PaddedSequences, TeacherScores, TopKLogprobs, UnpaddedSequence
-from sdkit.language.specs import (
-    CopyWeights,
-    EmaWeights,
-    ExternalWeights,
-    FrozenWeights,
-    OneTeacher,
-    RoutedWeights,
-    ServedWeights,
-    StudentWeights,
-    TeacherWeights,
-)
+from sdkit.language import specs
 from sdkit.models.weights import STUDENT_ADAPTER, TEACHER_ADAPTER, Weights
 
 Masters = Callable[[], Iterator[tuple[str, Tensor]]]
 """Yields names and float32 master weights of the student's trained parameters; this rank's shards if they are sharded."""
 
-LoadModel = Callable[[ExternalWeights], torch.nn.Module]
+LoadModel = Callable[[specs.ExternalWeights], torch.nn.Module]
 """Loads another model onto the student's device."""
 
 ScoreTexts = Callable[[Sequence[UnpaddedSequence], int], TopKLogprobs]
 """Returns a served model's log-probabilities of the requested tokens of some texts, over ids below a bound."""
 
-ConnectServed = Callable[[ServedWeights], ScoreTexts]
+ConnectServed = Callable[[specs.ServedWeights], ScoreTexts]
 """Connects to a served model."""
 
 
@@ -87,7 +77,9 @@ class AveragedTeacher(Teacher):
 
     moves = True
 
-    def __init__(self, weights: Weights, spec: EmaWeights | CopyWeights, pairs: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, weights: Weights, spec: specs.EmaWeights | specs.CopyWeights, pairs: Mapping[str, Tensor]
+    ) -> None:
         super().__init__(weights)
         self._sharding = lambda: weights.sharding
         self.spec = spec
@@ -102,15 +94,15 @@ class AveragedTeacher(Teacher):
 
     def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
         match self.spec:
-            case EmaWeights(every="optimizer_step", update_rate=rate):
+            case specs.EmaWeights(every="optimizer_step", update_rate=rate):
                 return self._update_shadow(masters, scalar(rate))
-            case CopyWeights(every=every) if updates % every == 0:
+            case specs.CopyWeights(every=every) if updates % every == 0:
                 return self._update_shadow(masters, 1.0)
         return False
 
     def after_rollout_batch(self, masters: Masters, scalar: Callable[[Any], float]) -> bool:
         match self.spec:
-            case EmaWeights(every="rollout_batch", update_rate=rate):
+            case specs.EmaWeights(every="rollout_batch", update_rate=rate):
                 return self._update_shadow(masters, scalar(rate))
         return False
 
@@ -200,37 +192,37 @@ class RoutedTeacher(Teacher):
             part.load_state(own)
 
 
-def open_teacher(spec: TeacherWeights, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
+def open_teacher(spec: specs.TeacherWeights, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
     """Returns the teacher that `spec` describes, initialized from the student's current weights."""
-    if not isinstance(spec, RoutedWeights):
+    if not isinstance(spec, specs.RoutedWeights):
         return _open_one(spec, student, load, connect)
-    opened: dict[OneTeacher, Teacher] = {}
+    opened: dict[specs.OneTeacher, Teacher] = {}
     for one in spec.routes.values():
         if one not in opened:
             opened[one] = _open_one(one, student, load, connect)
     return RoutedTeacher([opened[one] for one in spec.routes.values()])
 
 
-def _open_one(spec: OneTeacher, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
+def _open_one(spec: specs.OneTeacher, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
     has_adapters = hasattr(student.model, "peft_config")
     match spec:
-        case StudentWeights():
+        case specs.StudentWeights():
             return Teacher(student)
-        case FrozenWeights():
+        case specs.FrozenWeights():
             return Teacher(Weights(student.model, None) if has_adapters else _copy_weights(student))
-        case EmaWeights() | CopyWeights() if has_adapters:
+        case specs.EmaWeights() | specs.CopyWeights() if has_adapters:
             model: Any = student.model
             name = TEACHER_ADAPTER + "_" * (len(model.peft_config) - 1)
             pairs = _add_teacher_adapter(student, name)
             return AveragedTeacher(Weights(student.model, name), spec, pairs)
-        case EmaWeights() | CopyWeights():
+        case specs.EmaWeights() | specs.CopyWeights():
             weights = _copy_weights(student)
             own = dict(weights.model.named_parameters())
             trained = [n for n, p in student.model.named_parameters() if p.requires_grad]
             return AveragedTeacher(weights, spec, {name: own[name] for name in trained})
-        case ExternalWeights():
+        case specs.ExternalWeights():
             return Teacher(Weights(load(spec).requires_grad_(False).eval(), foreign=True))
-        case ServedWeights():
+        case specs.ServedWeights():
             return ServedTeacher(connect(spec))
         case _:
             assert_never(spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class UserWeight(UserFunction):
 
     def __call__(self, counts: Tensor, features: Features) -> Tensor:
         """counts [N, T] bool, features at least those of `given` -> [N, T] float64, 0 at tokens that do not count."""
-        given = {name: features[name].clone() for name in self.spec.given}
+        given: dict[str, Any] = {name: features[name].clone() for name in self.spec.given}
         with torch.no_grad():
             result = self.call(counts.clone(), **given)
         return self._validate(result, counts)
