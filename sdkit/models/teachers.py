@@ -229,12 +229,7 @@ def _open_one(spec: specs.OneTeacher, student: Weights, load: LoadModel, connect
 
 
 def _copy_weights(student: Weights) -> Weights:
-    trained = [p for p in student.model.parameters() if p.requires_grad]
-    weights = Weights(copy.deepcopy(student.model).requires_grad_(False))
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    weights.model.eval()
-    return weights
+    return Weights(copy.deepcopy(student.model).requires_grad_(False).eval())
 
 
 def _add_teacher_adapter(student: Weights, adapter: str) -> dict[str, Tensor]:

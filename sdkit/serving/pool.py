@@ -113,18 +113,17 @@ class ServerPool:
 
     async def _read_states(self) -> list[protocol.ServerState]:
         states = await _outcomes(self._read_state(member, retries=0) for member in self._members)
-        if failures := [state for state in states if isinstance(state, RequestFailed)]:
-            hint = f"{protocol.START_HINT}, or correct rollout.backend.urls"
-            raise BadEnvironment(f"no rollout server: {failures[0]}", hint=hint)
+        for state in states:
+            if isinstance(state, RequestFailed):
+                _raise_if_final(state)
+                hint = f"{protocol.START_HINT}, or correct rollout.backend.urls"
+                raise BadEnvironment(f"no rollout server: {state}", hint=hint)
         return [state for state in states if isinstance(state, protocol.ServerState)]
 
     async def _read_state(self, member: _Member, retries: int) -> protocol.ServerState:
         """Returns a server's state.  Raises RequestFailed, or BadEnvironment if it cannot sample for this run."""
         path = f"/sdkit/state?probe={self.expected.folder.probe}"
-        try:
-            responses = await member.server.request_all(path, [None], retries=retries, deadline_seconds=PROBE_SECONDS)
-        except RequestFailed as failure:
-            raise _final_error(failure) from None
+        responses = await member.server.request_all(path, [None], retries=retries, deadline_seconds=PROBE_SECONDS)
         return protocol.read_state(member.url, responses[0], self.expected)
 
     # ── during the run ────────────────────────────────────────────────────────────────────────
@@ -228,20 +227,17 @@ class ServerPool:
         logged = False
         while not (ready := [m for m in self._members if m.loaded_sha256 == file.sha256]):
             if time.monotonic() > deadline:
-                raise self._no_server_error()
+                reasons = (m.unavailable_reason or f"{m.url} keeps losing the weights" for m in self._members)
+                raise ProcessDied(
+                    f"no rollout server for {self.spec.deadline_seconds:g} s: {'; '.join(reasons)}",
+                    hint=f"{protocol.START_HINT}, then continue with --resume",
+                )
             if not logged:
                 self._report(f"no rollout server answers; waiting up to {self.spec.deadline_seconds:g} s for one")
                 logged = True
             await asyncio.sleep(POLL_SECONDS)
             await self._send_weights(self._members, file)
         return ready
-
-    def _no_server_error(self) -> ProcessDied:
-        reasons = "; ".join(m.unavailable_reason or f"{m.url} keeps losing the weights" for m in self._members)
-        return ProcessDied(
-            f"no rollout server for {self.spec.deadline_seconds:g} s: {reasons}",
-            hint=f"{protocol.START_HINT}, then continue with --resume",
-        )
 
     async def _send_weights(self, members: Sequence[_Member], file: WeightFile) -> None:
         """Send the weights to those of these servers that do not have them, concurrently."""
@@ -255,10 +251,7 @@ class ServerPool:
         state = await self._read_state(member, retries=0 if member.unavailable_reason else RETRIES)
         if state.sha256 != file.sha256:
             update = {"version": file.version, "file": file.path.name, "sha256": file.sha256}
-            try:
-                await member.server.request_all("/sdkit/weights", [update])
-            except RequestFailed as failure:
-                raise _final_error(failure) from None
+            await member.server.request_all("/sdkit/weights", [update])
         member.canary_metrics = await self._check_canary(member, file)
         if member.unavailable_reason:
             self._report(f"rollout server {member.url} is back, with weights {file.version}")
@@ -279,8 +272,7 @@ class ServerPool:
             if previous:
                 self._report(f"rollout server {member.url} has restarted; sending the weights again")
             return
-        if isinstance(error := _final_error(failure), BadEnvironment):
-            raise error
+        _raise_if_final(failure)
         if not member.unavailable_reason:
             self._report(f"a rollout server is unavailable: {failure}")
         member.unavailable_reason = str(failure)
@@ -296,12 +288,12 @@ async def _outcomes(calls: Iterable[Awaitable[T]]) -> list[T | RequestFailed]:
     return cast(list[T | RequestFailed], outcomes)
 
 
-def _final_error(failure: RequestFailed) -> Exception:
-    """Returns the failure itself if a retry may help or the weights are outdated; otherwise the error that ends the run."""
-    if failure.status is None or failure.status == 409 or failure.status in RETRYABLE_STATUSES:
-        return failure
-    hints = {404: f"this server does not accept weights; {protocol.START_HINT}"}
-    return BadEnvironment(f"rollout server {failure}", hint=hints.get(failure.status, failure.hint))
+def _raise_if_final(failure: RequestFailed) -> None:
+    """Raise BadEnvironment unless a retry may help or the weights are outdated."""
+    if failure.status in (None, 409, *RETRYABLE_STATUSES):
+        return
+    hint = f"this server does not accept weights; {protocol.START_HINT}" if failure.status == 404 else failure.hint
+    raise BadEnvironment(f"rollout server {failure}", hint=hint)
 
 
 def _groups(requests: Sequence[SamplingRequest]) -> list[Group]:
