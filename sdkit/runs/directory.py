@@ -41,7 +41,10 @@ class RunDirectory:
         self.write_text(name, json.dumps(value, indent=2, default=str) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        write_whole(self.path / name, text)
+        """Write a file atomically."""
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, text)
 
     def status(self, state: str, **facts: Any) -> None:
         """Write status.json: running, done, stopped or failed, with the process and other facts."""
@@ -70,18 +73,12 @@ class RunDirectory:
 
     def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Write all records of one step, one JSON object a line."""
-        target = self.file(folder, step)
-        target.parent.mkdir(exist_ok=True)
         text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
-        write_whole(target, text)
-
-    def file(self, folder: str, step: int) -> Path:
-        """The path that `lines` writes to."""
-        return self.path / folder / f"step_{step:06d}.jsonl"
+        self.write_text(f"{folder}/step_{step:06d}.jsonl", text)
 
     def records(self, folder: str, step: int) -> list[dict[str, Any]]:
         """The records that `lines` wrote for one step; empty if there are none."""
-        return read_lines(self.file(folder, step))
+        return read_lines(self.path / folder / f"step_{step:06d}.jsonl")
 
     def history(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""
@@ -118,13 +115,7 @@ class ReadOnly(RunDirectory):
     def write_text(self, name: str, text: str) -> None:
         pass
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
-        pass
-
-    def warning(self, step: int, facts: Mapping[str, Any]) -> None:
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
         pass
 
     def forget_after(self, step: int) -> None:
