@@ -111,7 +111,7 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
                 located,
                 revision=spec.revision,
                 dtype=DTYPES[spec.dtype],
-                attn_implementation=spec.attention,
+                attn_implementation=spec.attn_implementation,
                 trust_remote_code=False,
                 use_safetensors=True,
             )
@@ -130,12 +130,12 @@ def _hint_at_eager(spec: ModelSpec) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if spec.attention == "eager" or 'attn_implementation="eager"' not in str(error):
+        if spec.attn_implementation == "eager" or 'attn_implementation="eager"' not in str(error):
             raise
         raise BadData(
-            f"the model has no {spec.attention} attention",
-            hint="set model.attention: eager",
-            path=("model", "attention"),
+            f"the model has no {spec.attn_implementation} attention",
+            hint="set model.attn_implementation: eager",
+            path=("model", "attn_implementation"),
         ) from None
 
 

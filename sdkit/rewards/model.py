@@ -81,8 +81,8 @@ def reward_model(reward: RewardModel, base: Path, now: Callable[[], datetime]) -
         texts = [classifier.ids(text, row, now()) for text, row in pairs]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # to reduce padding
         outputs: dict[int, float] = {}
-        for first in range(0, len(order), reward.batch_rows):
-            places = order[first : first + reward.batch_rows]
+        for first in range(0, len(order), reward.batch_size):
+            places = order[first : first + reward.batch_size]
             outputs |= zip(places, classifier.score([texts[i] for i in places]), strict=True)
         for place, value in outputs.items():
             if not math.isfinite(value):

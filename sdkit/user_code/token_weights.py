@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sdkit.language.errors import blaming
-from sdkit.language.required_statistics import weight_of
 from sdkit.language.specs import FileWeight, Loss
 from sdkit.language.user_functions import UserFunction
 
@@ -76,7 +75,7 @@ def open_user_weights(losses: Mapping[str, Loss], base: Path) -> dict[str, UserW
     """Loads and tries out the user-defined weights of the terms; returns them by term."""
     weights: dict[str, UserWeight] = {}
     for name, term in losses.items():
-        if isinstance(weight := weight_of(term), FileWeight):
+        if isinstance(weight := term.token_weight, FileWeight):
             with blaming("losses", name, "weight"):
                 weights[name] = UserWeight(weight, base)
                 weights[name].try_out()

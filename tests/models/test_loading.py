@@ -63,5 +63,5 @@ def test_a_model_without_the_attention_kernel_is_pointed_at_another(tmp_path):
     spec = make_spec(build(tmp_path / "bloom", "bloom")).model
     with pytest.raises(BadData, match="the model has no sdpa attention") as caught:
         load_model(spec, str(tmp_path / "bloom"), seed=0)
-    assert caught.value.path == ("model", "attention")
-    assert caught.value.hint == "set model.attention: eager"
+    assert caught.value.path == ("model", "attn_implementation")
+    assert caught.value.hint == "set model.attn_implementation: eager"

@@ -57,7 +57,7 @@ def test_it_gives_what_the_model_gives(folder, make_row, tiny_tokenizer):
 def test_batches_give_the_same_as_one_by_one(folder, make_row):
     rows = [make_row(f"What is {i}?" * (1 + i % 3), index=i) for i in range(7)]
     texts = ["no idea " * (i % 4) for i in range(7)]
-    found = reward_values(score({"m": opened(folder, batch_rows=3)}, texts, rows))["m"]
+    found = reward_values(score({"m": opened(folder, batch_size=3)}, texts, rows))["m"]
     single = [opened(folder)(text, row).reward for text, row in zip(texts, rows, strict=True)]
     assert found == pytest.approx(single, rel=1e-4)
     assert len({round(x, 6) for x in found}) == 7

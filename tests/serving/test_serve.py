@@ -72,7 +72,7 @@ def test_a_spec_without_servers_is_told_so(tiny_folder):
 def test_the_command_is_vllms_with_the_door_and_the_settings_of_the_engine_in_process(tiny_folder):
     from sdkit.sampling.vllm import engine_settings
 
-    backend = VllmServerBackend(max_rows=7, cache_gib=0.5)
+    backend = VllmServerBackend(max_num_seqs=7, kv_cache_gib=0.5)
     where = serve.Address(host="127.0.0.1", port=8000)
     student = ModelSpec(path="org/model", dtype="float32", revision="abc")
     command = serve.server_command(backend, student, "org/model", 300, where)
@@ -83,7 +83,7 @@ def test_the_command_is_vllms_with_the_door_and_the_settings_of_the_engine_in_pr
     assert flags[flags.index("--generation-config") + 1] == "vllm"
     assert flags[flags.index("--kv-cache-memory-bytes") + 1] == str(1 << 29)
     assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(flags)
-    own = engine_settings(VllmBackend(max_rows=7, cache_gib=0.5), "float32", 300)
+    own = engine_settings(VllmBackend(max_num_seqs=7, kv_cache_gib=0.5), "float32", 300)
     spoken = {f.removeprefix("--").removeprefix("no-") for f in flags if f.startswith("--")}
     assert {name.replace("_", "-") for name in own} <= spoken
     assert not {f for f in flags if "key" in f}  # who looks at processes sees no key

@@ -39,8 +39,8 @@ class Served:
         self.backend = VllmServerBackend(
             urls=(f"http://127.0.0.1:{port}",),
             folder=str(work / "weights"),
-            max_rows=16,
-            cache_gib=0.1,
+            max_num_seqs=16,
+            kv_cache_gib=0.1,
             deadline_seconds=float(UP_WITHIN),
         )
         self.url, self.log = self.backend.urls[0], work / "log.txt"
@@ -55,8 +55,8 @@ class Served:
                     "kind": "vllm_server",
                     "urls": [self.url],
                     "folder": self.backend.folder,
-                    "max_rows": 16,
-                    "cache_gib": 0.1,
+                    "max_num_seqs": 16,
+                    "kv_cache_gib": 0.1,
                 }
             },
             "losses": {"imitate": {"kind": "cross_entropy"}},
