@@ -74,11 +74,15 @@ class RunDirectory:
     def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Write all records of one step, one JSON object a line."""
         text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
-        self.write_text(f"{folder}/step_{step:06d}.jsonl", text)
+        self.write_text(str(self.file(folder, step).relative_to(self.path)), text)
+
+    def file(self, folder: str, step: int) -> Path:
+        """The path that `lines` writes to."""
+        return self.path / folder / f"step_{step:06d}.jsonl"
 
     def records(self, folder: str, step: int) -> list[dict[str, Any]]:
         """The records that `lines` wrote for one step; empty if there are none."""
-        return read_lines(self.path / folder / f"step_{step:06d}.jsonl")
+        return read_lines(self.file(folder, step))
 
     def history(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""
