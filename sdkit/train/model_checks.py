@@ -11,7 +11,6 @@ from sdkit.language.rules.losses import oversized_supports
 from sdkit.language.specs import ExperimentSpec
 from sdkit.models import activation_checkpointing, lora
 from sdkit.models.embedding_ids import KnownIds
-from sdkit.models.loading import vocabulary
 from sdkit.models.probes import check_deterministic
 from sdkit.models.weights import Weights
 from sdkit.train.inputs import RunData
@@ -29,7 +28,7 @@ def compared_vocabulary(models: NamedModels, data: RunData, any_served: bool) ->
     known, so `any_served` counts as a difference.  Raises BadData if a model has fewer rows than the tokenizer has ids.
     """
     student_rows = models[0][1].head.shape[0]
-    token_ids = max(vocabulary(data.tokenizer).values()) + 1
+    token_ids = max(data.tokenizer.get_vocab().values()) + 1
     same = all(weights.head.shape[0] == student_rows for _, weights in models)
     if same and (not any_served or student_rows == token_ids):
         return student_rows, None

@@ -22,7 +22,7 @@ from sdkit.language.introspection import is_spec, keys_of, members
 from sdkit.language.load import load_spec
 from sdkit.language.specs import advantages, divergences, loss_parts, losses, token_weights
 from sdkit.losses.chunks import token_logprobs_and_entropy
-from sdkit.models.weights import Unsharded
+from sdkit.models.weights import Sharding
 from sdkit.train.advantages import with_advantages
 from sdkit.train.collate import collate
 from sdkit.train.loss_masks import build_loss_masks
@@ -85,7 +85,7 @@ class Sheet:
         self.model = nn.ParameterDict({k: nn.Parameter(x) for k, x in sheets.items()})
         self.head = torch.eye(vocabulary, dtype=torch.float64)
 
-    sharding = Unsharded()
+    sharding = Sharding()
     transform = LogitTransform()
 
     def hidden(self, sequences):
