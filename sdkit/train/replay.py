@@ -16,7 +16,7 @@ from sdkit.language.errors import BadData, UnreadableInput, counted, first_of, s
 from sdkit.language.errors import Path as SpecPath
 from sdkit.language.resolved import leaves, resolved
 from sdkit.language.source import read
-from sdkit.language.specs import ExperimentSpec, ReplayBackend, RoutedWeights, TeacherSamples, teachers_of
+from sdkit.language.specs import ExperimentSpec, ReplayBackend, RoutedWeights, TeacherSamples
 from sdkit.runs.directory import MARK, RunDirectory, origin, read_lines
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _needs_teacher_state(path: SpecPath, spec: ExperimentSpec) -> bool:
 
     A routed teacher's weights are saved by route number, so any change of its routes counts.
     """
-    moving = any(weights.follows_student for _, weights in teachers_of(spec))
+    moving = any(weights.follows_student for _, weights in spec.teachers())
     routed = spec.teacher is not None and isinstance(spec.teacher.weights, RoutedWeights)
     return moving and (routed or path[-1] == "kind")
 

@@ -20,15 +20,7 @@ from sdkit.checkpoints.manifest import Origin, spec_digest
 from sdkit.distributed import collectives, zero
 from sdkit.distributed.launch import launched
 from sdkit.language.errors import BadEnvironment, SdkitError, Stopped, blaming
-from sdkit.language.specs import (
-    ExperimentSpec,
-    ExternalWeights,
-    ServedWeights,
-    VllmServerBackend,
-    other_models,
-    served_teachers,
-    tokens_told,
-)
+from sdkit.language.specs import ExperimentSpec, ExternalWeights, ServedWeights, VllmServerBackend
 from sdkit.models.embedding_ids import known_ids
 from sdkit.models.loading import check_vocabulary, load_config, load_tokenizer, resolve_model, weights_folder
 from sdkit.plan.machine import machine_for
@@ -60,7 +52,7 @@ def open_run(
     with blaming("model", "path"):
         located = resolve_model(spec.model.path, base)
         tokenizer = load_tokenizer(spec.model, located)
-    for path, weights in other_models(spec):
+    for path, weights in spec.other_models():
         with blaming(*path, "path"):
             other = load_tokenizer(weights, resolve_model(weights.path, base))
             check_vocabulary(tokenizer, other, weights.path)
@@ -122,14 +114,14 @@ def _open_with_data(
 def _connect_teachers(spec: ExperimentSpec, base: Path, tokenizer: Any) -> dict[ServedWeights, ServedModel]:
     """A client for each served teacher, checked before anything heavy is loaded."""
     models: dict[ServedWeights, ServedModel] = {}
-    for _, weights in served_teachers(spec):
+    for _, weights in spec.served_teachers():
         if weights in models:
             continue
         if weights.tokenizer:
             source = ExternalWeights(path=weights.tokenizer)
             other = load_tokenizer(source, resolve_model(weights.tokenizer, base))
             check_vocabulary(tokenizer, other, weights.tokenizer)
-        models[weights] = ServedModel(weights, tokens_told(spec) or 0, os.environ)
+        models[weights] = ServedModel(weights, spec.served_top_k or 0, os.environ)
         models[weights].check(tokenizer)
     return models
 
@@ -310,7 +302,8 @@ def _provenance(trainer: Trainer, base: Path, recording: Recording | None) -> di
     config = trainer.models.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
     others = [
-        {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)} for _, w in other_models(spec)
+        {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)}
+        for _, w in spec.other_models()
     ]
     served = [{"url": w.url, "model": w.model, "root": model.root} for w, model in trainer.served.items()]
     return provenance(

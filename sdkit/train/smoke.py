@@ -56,9 +56,6 @@ from sdkit.language.specs import (
     TrainingSpec,
     TransformersBackend,
     VllmServerBackend,
-    blend_base,
-    external_teachers,
-    served_teachers,
 )
 from sdkit.models import tiny
 from sdkit.runs import directory
@@ -87,9 +84,9 @@ def smoke(spec: MethodSpec, console: Console, steps: int = STEPS, home: Path | N
         base = Path(folder)
         with quiet():  # the first import of DeepSpeed prints to stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
-            if any(external_teachers(spec)) or any(served_teachers(spec)):
+            if any(spec.external_teachers()) or any(spec.served_teachers()):
                 tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)
-            if isinstance(blend_base(spec), ExternalWeights):
+            if spec.blend and isinstance(spec.blend.base, ExternalWeights):
                 tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)
         with _teacher_server(spec, base / "teacher") as url:
             return _run(miniature(spec, steps, (home or Path()).resolve(), url), base, console)
@@ -98,7 +95,7 @@ def smoke(spec: MethodSpec, console: Console, steps: int = STEPS, home: Path | N
 @contextlib.contextmanager
 def _teacher_server(spec: MethodSpec, folder: Path) -> Iterator[str]:
     """The address of a tiny server for the served teachers; empty if there are none."""
-    if not any(served_teachers(spec)):
+    if not any(spec.served_teachers()):
         yield ""
         return
     server = TinyServer(folder, "teacher")

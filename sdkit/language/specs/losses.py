@@ -250,8 +250,3 @@ def required_statistics(losses: Mapping[str, LossSpec]) -> dict[Statistic, tuple
         for statistic, key in term.statistics():
             settings[statistic].append(".".join(("losses", name, *key)))
     return {statistic: tuple(paths) for statistic, paths in settings.items() if paths}
-
-
-def needs_teacher(term: LossSpec) -> bool:
-    """Whether the term's loss or advantage uses the teacher."""
-    return term.needs_teacher
