@@ -25,7 +25,6 @@ from sdkit.language.specs import (
     AutoBackend,
     Blend,
     ColumnSlot,
-    Context,
     DataSpec,
     Distillation,
     ExperimentSpec,
@@ -282,9 +281,7 @@ def _few_rows(spec: MethodSpec) -> DataSpec:
         names |= set(spec.data.columns or ())
     if column := spec.rollout.sampled_by.completion_column:
         names.add(column)
-    if spec.teacher and isinstance(spec.teacher.sees, Context):
-        slots = spec.teacher.sees.slots.values()
-        names |= {slot.name for slot in slots if isinstance(slot, ColumnSlot)}
+    names |= {slot.name for slot in spec.slots.values() if isinstance(slot, ColumnSlot)}
     routed = spec.teacher and spec.teacher.weights
     routed = routed if isinstance(routed, RoutedWeights) else None
     names |= {routed.by} if routed else set()
