@@ -192,7 +192,7 @@ def train(
             rng.seed_all(spec.training.seed, collectives.rank())
             run.write_text("spec.yaml", written)
             run.write_text(directory.MARK, resolved)
-            run.write_json(directory.ORIGIN, _provenance(trainer, base, recording))
+            run.write_json(directory.ORIGIN, _provenance(trainer, recording))
             if recording and recording.checkpoint:
                 checkpoint.load(trainer.state, recording.checkpoint, spec.training.seed)
                 recording.write_history(run)
@@ -282,8 +282,6 @@ def _train(trainer: Trainer, run: directory.RunDirectory, console: Console) -> N
         if collectives.rank() == 0:
             plot(run.history(), run.path / "plot.png", run.path.name)
     reporter.finished()
-    if reporter.first and reporter.last and reporter.first is not reporter.last:
-        run.write_json("result.json", report.comparison_records(reporter.first, reporter.last))
     console.print(f"run directory: {run.path}", highlight=False)
 
 
@@ -303,9 +301,9 @@ def evaluate_only(spec: ExperimentSpec, base: Path, console: Console, run: Path 
         zero.stop(together=together)
 
 
-def _provenance(trainer: Trainer, base: Path, recording: Recording | None) -> dict[str, Any]:
+def _provenance(trainer: Trainer, recording: Recording | None) -> dict[str, Any]:
     setup = trainer.setup
-    spec, data = setup.spec, setup.data
+    spec, data, base = setup.spec, setup.data, setup.base
     model = {"path": spec.model.path, "revision": spec.model.revision, "located": setup.model_folder}
     config = trainer.models.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
