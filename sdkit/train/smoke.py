@@ -47,7 +47,6 @@ from sdkit.language.specs import (
     RolloutSpec,
     RoutedWeights,
     Schedule,
-    Sees,
     ServedWeights,
     Suite,
     Table,
@@ -146,6 +145,7 @@ def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> Experi
 
     `url` is the address of the tiny server that replaces every served teacher.
     """
+    spec = with_schedules(spec, _middle_part)
     full = spec if isinstance(spec, ExperimentSpec) else None
     rows = _few_rows(spec)
     # A spec for an accelerator may sample with vLLM, which may be missing here: use transformers.
@@ -191,7 +191,6 @@ def _small_rollout(rollout: RolloutSpec, for_accelerator: bool) -> RolloutSpec:
         max_new_tokens=min(rollout.max_new_tokens, MAX_NEW_TOKENS),
         max_prompt_tokens=None,
         top_k=min(rollout.top_k, 64),
-        sampled_by=with_schedules(rollout.sampled_by, _middle_part),
     )
 
 
@@ -199,8 +198,8 @@ def _tiny_teacher(teacher: TeacherSpec, url: str) -> TeacherSpec:
     return evolve(
         teacher,
         weights=_tiny_weights(teacher.weights, url),
-        sees=teacher.sees and _unlimited_sees(teacher.sees),
-        blend=_tiny_blend(with_schedules(teacher.blend, _middle_part)),
+        sees=teacher.sees and evolve(teacher.sees, max_prompt_tokens=None),
+        blend=_tiny_blend(teacher.blend),
     )
 
 
@@ -210,10 +209,6 @@ def _tiny_blend(blend: Blend | None) -> Blend | None:
     return blend
 
 
-def _unlimited_sees(sees: Sees) -> Sees:
-    return evolve(sees, max_prompt_tokens=None)
-
-
 def _middle_part(schedule: Schedule) -> Schedule:
     """The schedule from its midpoint to three quarters: a value that starts or ends at 0 gives no gradient there."""
     span = schedule.to - schedule.start
@@ -221,7 +216,6 @@ def _middle_part(schedule: Schedule) -> Schedule:
 
 
 def _tiny_weights(weights: T, url: str) -> T:
-    weights = with_schedules(weights, _middle_part)
     if isinstance(weights, ExternalWeights):
         return evolve(weights, path="teacher", revision=None)
     if isinstance(weights, ServedWeights):
@@ -239,7 +233,6 @@ def _small_loss(term: Loss, home: Path) -> Loss:
     if isinstance(term, Distillation) and isinstance(term.divergence, FileDivergence):
         path = str(home / term.divergence.file)
         term = evolve(term, divergence=evolve(term.divergence, file=path))
-    term = with_schedules(term, _middle_part)
     threshold = term.mask.teacher_entropy_above
     mask = evolve(
         term.mask,
