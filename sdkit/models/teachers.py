@@ -14,17 +14,7 @@ import torch
 from torch import Tensor
 
 from sdkit.batches import PaddedSequences, TeacherScores, TopKLogprobs, UnpaddedSequence
-from sdkit.language.specs import (
-    CopyWeights,
-    EmaWeights,
-    ExternalWeights,
-    FrozenWeights,
-    OneTeacher,
-    RoutedWeights,
-    ServedWeights,
-    StudentWeights,
-    TeacherWeights,
-)
+from sdkit.language import specs
 from sdkit.models.weights import STUDENT_ADAPTER, TEACHER_ADAPTER, Weights
 
 Masters = Callable[[], Iterator[tuple[str, Tensor]]]
@@ -33,13 +23,13 @@ Masters = Callable[[], Iterator[tuple[str, Tensor]]]
 Event = Literal["optimizer_step", "rollout_batch"]
 """When a teacher may follow the student: after an optimizer step, or after all updates on a rollout batch."""
 
-LoadModel = Callable[[ExternalWeights], torch.nn.Module]
+LoadModel = Callable[[specs.ExternalWeights], torch.nn.Module]
 """Loads another model onto the student's device."""
 
 ScoreTexts = Callable[[Sequence[UnpaddedSequence], int], TopKLogprobs]
 """Returns a served model's log-probabilities of the requested tokens of some texts, over ids below a bound."""
 
-ConnectServed = Callable[[ServedWeights], ScoreTexts]
+ConnectServed = Callable[[specs.ServedWeights], ScoreTexts]
 """Connects to a served model."""
 
 
@@ -65,7 +55,7 @@ class Teacher:
     def initialize(self) -> None:
         """Copy this rank's shards.  Call once, after DeepSpeed has wrapped all models and before the first update."""
 
-    def follow(self, masters: Masters, spec: TeacherWeights, after: Event, updates: int) -> bool:
+    def follow(self, masters: Masters, spec: specs.TeacherWeights, after: Event, updates: int) -> bool:
         """Follow the student if it is time; returns whether the teacher changed.
 
         `spec` is the teacher's own, without schedules; `updates` is the number of optimizer steps taken.
@@ -101,11 +91,11 @@ class AveragedTeacher(Teacher):
         local_shard = self._sharding().local_shard
         self.shadow = {name: local_shard(p).float().clone() for name, p in self.parameters.items()}
 
-    def follow(self, masters: Masters, spec: TeacherWeights, after: Event, updates: int) -> bool:
+    def follow(self, masters: Masters, spec: specs.TeacherWeights, after: Event, updates: int) -> bool:
         match spec:
-            case EmaWeights(every=every, update_rate=rate) if every == after:
+            case specs.EmaWeights(every=every, update_rate=rate) if every == after:
                 return self._update_shadow(masters, rate)
-            case CopyWeights(every=every) if after == "optimizer_step" and updates % every == 0:
+            case specs.CopyWeights(every=every) if after == "optimizer_step" and updates % every == 0:
                 return self._update_shadow(masters, 1.0)
         return False
 
@@ -173,8 +163,8 @@ class RoutedTeacher(Teacher):
     def score(self, route: int, sequences: PaddedSequences, rows: int) -> TeacherScores:
         return self.routes[route].score(0, sequences, rows)
 
-    def follow(self, masters: Masters, spec: TeacherWeights, after: Event, updates: int) -> bool:
-        assert isinstance(spec, RoutedWeights)
+    def follow(self, masters: Masters, spec: specs.TeacherWeights, after: Event, updates: int) -> bool:
+        assert isinstance(spec, specs.RoutedWeights)
         own_specs = dict(zip(self.routes, spec.routes.values(), strict=True))
         changed = [part for part, own in own_specs.items() if part.follow(masters, own, after, updates)]
         self.distance = max((part.distance for part in changed), default=self.distance)
@@ -191,48 +181,43 @@ class RoutedTeacher(Teacher):
             part.load_state(own)
 
 
-def open_teacher(spec: TeacherWeights, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
+def open_teacher(spec: specs.TeacherWeights, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
     """Returns the teacher that `spec` describes, initialized from the student's current weights."""
-    if not isinstance(spec, RoutedWeights):
+    if not isinstance(spec, specs.RoutedWeights):
         return _open_one(spec, student, load, connect)
-    opened: dict[OneTeacher, Teacher] = {}
+    opened: dict[specs.OneTeacher, Teacher] = {}
     for one in spec.routes.values():
         if one not in opened:
             opened[one] = _open_one(one, student, load, connect)
     return RoutedTeacher([opened[one] for one in spec.routes.values()])
 
 
-def _open_one(spec: OneTeacher, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
+def _open_one(spec: specs.OneTeacher, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
     match spec:
-        case StudentWeights():
+        case specs.StudentWeights():
             return Teacher(student)
-        case FrozenWeights():
+        case specs.FrozenWeights():
             return Teacher(Weights(student.model, None) if student.has_adapters else _copy_weights(student))
-        case EmaWeights() | CopyWeights() if student.has_adapters:
+        case specs.EmaWeights() | specs.CopyWeights() if student.has_adapters:
             model: Any = student.model
             name = TEACHER_ADAPTER + "_" * (len(model.peft_config) - 1)
             pairs = _add_teacher_adapter(student, name)
             return AveragedTeacher(Weights(student.model, name), pairs)
-        case EmaWeights() | CopyWeights():
+        case specs.EmaWeights() | specs.CopyWeights():
             weights = _copy_weights(student)
             own = dict(weights.model.named_parameters())
             trained = [n for n, p in student.model.named_parameters() if p.requires_grad]
             return AveragedTeacher(weights, {name: own[name] for name in trained})
-        case ExternalWeights():
+        case specs.ExternalWeights():
             return Teacher(Weights(load(spec).requires_grad_(False).eval(), foreign=True))
-        case ServedWeights():
+        case specs.ServedWeights():
             return ServedTeacher(connect(spec))
         case _:
             assert_never(spec)
 
 
 def _copy_weights(student: Weights) -> Weights:
-    trained = [p for p in student.model.parameters() if p.requires_grad]
-    weights = Weights(copy.deepcopy(student.model).requires_grad_(False))
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    weights.model.eval()
-    return weights
+    return Weights(copy.deepcopy(student.model).requires_grad_(False).eval())
 
 
 def _add_teacher_adapter(student: Weights, adapter: str) -> dict[str, Tensor]:

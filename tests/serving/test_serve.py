@@ -162,8 +162,8 @@ def test_the_command_line_hands_everything_on(tiny_folder, tmp_path, monkeypatch
 
 STAND_IN = """
 import subprocess, sys, time
-subprocess.Popen([sys.executable, "-S", "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(300)"])
 print("it is warm here", file=sys.stderr, flush=True)
+subprocess.Popen([sys.executable, "-S", "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(300)"])
 time.sleep(300)
 """
 """Instead of vLLM: a process with a child that neither notices its end nor heeds a request."""
