@@ -154,7 +154,7 @@ def _needs_teacher_state(path: SpecPath, spec: specs.ExperimentSpec) -> bool:
 
     A routed teacher's weights are saved by route number, so any change of its routes counts.
     """
-    moving = any(weights.follows_student for _, weights in specs.teachers_of(spec))
+    moving = any(weights.follows_student for _, weights in spec.teachers())
     routed = spec.teacher is not None and isinstance(spec.teacher.weights, specs.RoutedWeights)
     return moving and (routed or path[-1] == "kind")
 

@@ -8,16 +8,7 @@ from collections.abc import Iterator
 
 from sdkit.language.errors import did_you_mean, outside, shorten
 from sdkit.language.files import file_names
-from sdkit.language.rules.base import (
-    ADAPTER_CONFIG,
-    IS_ADAPTER,
-    Context,
-    Finding,
-    columns_of,
-    run_rule,
-    suites_of,
-    uncallable,
-)
+from sdkit.language.rules.base import ADAPTER_CONFIG, IS_ADAPTER, Context, Finding, columns_of, run_rule, uncallable
 from sdkit.language.specs import (
     ExperimentSpec,
     FileReward,
@@ -36,7 +27,7 @@ from sdkit.language.specs import (
 def unknown_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A suite refers to its rewards, declared under `rewards`, by name."""
     known = list(spec.rewards)
-    for suite_name, suite in suites_of(spec).items():
+    for suite_name, suite in spec.suites.items():
         path = ("evaluation", "suites", suite_name)
         named = [((*path, "score"), suite.score)]
         named += [((*path, "also", i), name) for i, name in enumerate(suite.also)]
@@ -50,7 +41,7 @@ def _users(spec: ExperimentSpec) -> dict[str, list[tuple[str, Suite]]]:
     """The suites that use each reward, directly or as part of a weighted sum."""
     reached = {name: _with_parts(spec, name) for name in spec.rewards}
     users: dict[str, list[tuple[str, Suite]]] = {name: [] for name in spec.rewards}
-    for name, suite in suites_of(spec).items():
+    for name, suite in spec.suites.items():
         scores = [reached[used] for used in {suite.score, *suite.also} if used in reached]
         for reward in users.keys() & set().union(*scores):
             users[reward].append((name, suite))
