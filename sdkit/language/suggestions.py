@@ -54,6 +54,13 @@ _OTHER_NAMES = (
 )
 """sdkit's keys and their names in other toolkits; of several keys with one such name, the likelier comes first."""
 
+SYNONYMS: Mapping[str, list[str]] = {
+    name: [key for key, others in _OTHER_NAMES if name in others.split()]
+    for _, names in _OTHER_NAMES
+    for name in names.split()
+}
+"""Names in other toolkits → sdkit's keys, likeliest first."""
+
 _NO_K1 = "use k2 or vocabulary: the expected gradient of k1 is 0"
 _NO_K3 = "use k2 or vocabulary: the gradient of k3 is that of the forward KL"
 _ONE_TOKEN = (
@@ -76,7 +83,7 @@ def advice(name: str, cls: type) -> str | None:
     here = [*keys_of(cls), *(["kind"] if hasattr(cls, "kind") else [])]
     if cls is ExperimentSpec:
         here.append("method")
-    synonyms = [key for key, others in _OTHER_NAMES if name in others.split()]
+    synonyms = SYNONYMS.get(name, [])
     for word in synonyms:
         if word in here:
             return f'sdkit calls it "{word}"' + (f", which is 1 − {name}" if name.endswith("decay") else "")
@@ -85,13 +92,13 @@ def advice(name: str, cls: type) -> str | None:
     if name == "kind":
         return "remove it: there is only one kind here"
     words = [name, *synonyms]
-    places = ((path.count("."), words.index(word), path) for word, path in _all_keys() if word in words)
+    places = ((path.count("."), words.index(word), path) for word, path in all_keys() if word in words)
     for _, other, path in sorted(places)[:1]:
         return f'sdkit has "{path}"' if other else f"it belongs at {path}"
     return None
 
 
-def _all_keys() -> Iterator[tuple[str, str]]:
+def all_keys() -> Iterator[tuple[str, str]]:
     """Yields every key of the language with its path; NAME stands for a user-chosen name."""
     seen: set[Any] = set()
 

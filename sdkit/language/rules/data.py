@@ -17,9 +17,7 @@ from sdkit.language.specs import (
     ExperimentSpec,
     FileSource,
     InlineSource,
-    JsonLinesSource,
-    JsonSource,
-    ParquetSource,
+    LocalFile,
     ReasoningGymSource,
 )
 from sdkit.language.templates import TemplateError, fields, parse
@@ -113,7 +111,7 @@ def data_path(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         there = isinstance(source, FileSource) and os.path.exists(context.file(source.path))
         if isinstance(source, FileSource) and source.origin and not there:
             continue
-        if isinstance(source, JsonLinesSource | JsonSource | ParquetSource):
+        if isinstance(source, LocalFile):
             if not there:
                 yield where, f"there is no file {source.path}", _folder_hint(context, source.path)
             elif os.path.isdir(context.file(source.path)):
