@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Path, Problem, did_you_mean, listed, outside, shorten, spelled
 from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, kinds_of, members
 from sdkit.language.overlay import LoadedSpec
-from sdkit.language.renamed import rename_hint
+from sdkit.language.renamed import current_name, rename_hint
 from sdkit.language.scalars import scalar
 from sdkit.language.specs import ExperimentSpec, MethodSpec, Range, Schedule, Table
 
@@ -92,7 +92,8 @@ class _Structurer:
                 values[keys[name].field] = self._field(keys[name], item, (*path, name))
             elif not (tagged and name == "kind"):
                 self._report_unknown_key(cls, name, path)
-        missing = [k.name for k in keys.values() if k.required and k.name not in data]
+        given = {*data, *(current_name((*path, name)) for name in data if name not in keys)}
+        missing = [k.name for k in keys.values() if k.required and k.name not in given]
         if not path and not self.loaded.is_complete:
             missing = [name for name in missing if name not in keys_of(MethodSpec)]
         if missing:
