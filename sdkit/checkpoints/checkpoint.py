@@ -115,7 +115,11 @@ def _write_manifest(state: TrainState, run: Path, folder: Path) -> None:
     _write_together(finish)
     files = {name: file for part in collectives.all_gather_object(own) for name, file in part.items()}
     facts = Manifest(
-        origin=_origin(state, run),
+        origin=Origin(
+            run=directory.provenance(run).get("run"),
+            spec=manifest.spec_digest(state.spec),
+            ranks=collectives.world_size(),
+        ),
         step=state.step,
         updates=state.optimizer_steps,
         skipped=state.skipped,
@@ -124,13 +128,6 @@ def _write_manifest(state: TrainState, run: Path, folder: Path) -> None:
         files=dict(sorted(files.items())),
     )
     _write_together(lambda: manifest.write(folder, facts) if collectives.rank() == 0 else None)
-
-
-def _origin(state: TrainState, run: Path) -> Origin:
-    """The run, spec and number of ranks that write this checkpoint."""
-    return Origin(
-        run=directory.provenance(run).get("run"), spec=manifest.spec_digest(state.spec), ranks=collectives.world_size()
-    )
 
 
 def load(state: TrainState, checkpoint: Path) -> None:

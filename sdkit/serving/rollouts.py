@@ -108,7 +108,15 @@ class ServerRollouts:
         if self.pool and self._thread:
             job.file = file = self._files[-1]
             pool = self.pool
-            job.future = self._thread.submit(lambda: _load_and_sample(pool, file, all_requests, sampling))
+
+            def load_and_sample() -> SampledBatch:
+                started = time.perf_counter()
+                metrics = pool.load(file)
+                completions = tuple(pool.sample(file, all_requests, sampling))
+                seconds = time.perf_counter() - started
+                return SampledBatch(completions=completions, transfer_metrics=metrics, seconds=seconds)
+
+            job.future = self._thread.submit(load_and_sample)
             self._jobs.append(job)
         return job
 
@@ -150,17 +158,6 @@ class ServerRollouts:
             with contextlib.suppress(OSError):
                 file.path.unlink(missing_ok=True)
             self._files.remove(file)
-
-
-def _load_and_sample(
-    pool: ServerPool, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
-) -> SampledBatch:
-    """Run a job, in the worker thread."""
-    started = time.perf_counter()
-    metrics = pool.load(file)
-    done = pool.sample(file, requests, sampling)
-    seconds = time.perf_counter() - started
-    return SampledBatch(completions=tuple(done), transfer_metrics=metrics, seconds=seconds)
 
 
 class _WorkerThread:
