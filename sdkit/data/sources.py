@@ -15,7 +15,7 @@ from typing import Any, assert_never
 
 from sdkit.language import specs
 from sdkit.language.errors import BadData, BadEnvironment, first_line, listed, nearest, shorten
-from sdkit.language.files import UnreadableFile, read_file
+from sdkit.language.files import UnreadableFile, irregular_kind, read_file
 from sdkit.language.row_text import Fault, describe_value
 
 Raw = Mapping[str, Any]
@@ -49,7 +49,8 @@ def read_source(source: specs.Source, base: Path, limit: int | None) -> RawRows:
         case specs.JsonSource():
             rows = _json(_read_bytes(base / source.path, name), name)
         case specs.ParquetSource():
-            _check_regular_file(base / source.path, name)
+            if kind := irregular_kind(base / source.path):
+                raise BadData(f"cannot read {name}: {kind}")
             rows = _with_library(lambda: _parquet(base / source.path, limit), name)
         case specs.HubSource():
             rows = _with_library(lambda: _hub(source, limit), name)
@@ -68,12 +69,6 @@ def _as_row(value: Any) -> Raw | Fault:
     if isinstance(value, Mapping | Fault):
         return value
     return Fault(f"{describe_value(value)}, not a map")
-
-
-def _check_regular_file(path: Path, name: str) -> None:
-    """Raises BadData for a pipe or a device, which could block forever or never end."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise BadData(f"cannot read {name}: this is a pipe or a device, not a regular file")
 
 
 def _read_bytes(path: Path, name: str) -> bytes:

@@ -71,7 +71,12 @@ class Weights:
         self.adapter = adapter
         self.foreign = foreign
         base: Any = model
-        self.causal: Any = base.get_base_model() if hasattr(base, "peft_config") else base
+        self.causal: Any = base.get_base_model() if self.has_adapters else base
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the module has adapters, active or not."""
+        return hasattr(self.model, "peft_config")
 
     @property
     def sharding(self) -> Sharding:
