@@ -34,7 +34,6 @@ from sdkit.distributed.zero import Zero
 from sdkit.language.errors import BadData, BadEnvironment, UnreadableInput, one_line
 from sdkit.language.specs import ExperimentSpec
 from sdkit.models.weights import Weights
-from sdkit.runs import directory
 
 TEACHER = "teacher.safetensors"
 PREFETCHED = "ahead.jsonl"
@@ -57,7 +56,7 @@ def save(state: TrainState, run: Path, spec: ExperimentSpec) -> Path:
         _write_together(lambda: atomic.empty_folder(partial) if collectives.rank() == 0 else None)
         state.zero.save(folder, partial.name)
         _write_together(lambda: _write_rank_files(state, partial))
-        _write_manifest(state, _origin(run, spec), partial)
+        _write_manifest(state, manifest.origin(run, spec, collectives.world_size()), partial)
         if collectives.rank() == 0:
             atomic.replace_folder(partial, final)
             _delete_older(final, spec.output.keep_checkpoints)
@@ -125,12 +124,6 @@ def _write_manifest(state: TrainState, origin: Origin, folder: Path) -> None:
         files=dict(sorted(files.items())),
     )
     _write_together(lambda: manifest.write(folder, facts) if collectives.rank() == 0 else None)
-
-
-def _origin(run: Path, spec: ExperimentSpec) -> Origin:
-    """The run, spec and number of ranks that write this checkpoint."""
-    number = directory.provenance(run).get("run")
-    return Origin(run=number, spec=manifest.spec_digest(spec), ranks=collectives.world_size())
 
 
 def load(state: TrainState, checkpoint: Path, seed: int) -> None:
