@@ -14,9 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from sdkit.checkpoints import checkpoint, rng
+from sdkit.checkpoints import checkpoint, manifest, rng
 from sdkit.checkpoints import resume as resuming
-from sdkit.checkpoints.manifest import Origin, spec_digest
 from sdkit.distributed import collectives, zero
 from sdkit.distributed.launch import launched
 from sdkit.language import specs
@@ -235,7 +234,7 @@ def _checkpoint_to_resume(
     check_same_recording(folder, recording)
     resuming.report_previous_attempt(folder, warn)
     resuming.check_same_spec(folder, resolved)
-    expected = Origin(run=directory.provenance(folder).get("run"), spec=spec_digest(spec), ranks=launched() or 1)
+    expected = manifest.origin(folder, spec, launched() or 1)
     return resuming.newest_checkpoint(folder, expected, warn, hashes=_is_first_rank())
 
 
