@@ -45,7 +45,7 @@ def score_teacher(
     if state.teacher is None or batch.teacher is None:
         return None
     blend = state.blend
-    teacher_factor, partner_factor = (1.0, 0.0) if blend is None else _blend_factors(blend)
+    teacher_factor, partner_factor = (1.0, 0.0) if blend is None else blend_factors(blend)
     if blend is None or partner_factor == 0:
         return _score_by_route(state, state.teacher, batch, batch.teacher)
     prompt = batch.teacher if isinstance(blend, TrustRegionBlend) else batch.student
@@ -56,7 +56,7 @@ def score_teacher(
     return BlendedScores(parts=(teacher, partner), factors=(teacher_factor, partner_factor))
 
 
-def _blend_factors(blend: Blend) -> tuple[float, float]:
+def blend_factors(blend: Blend) -> tuple[float, float]:
     """Return the factors of the teacher's and of the partner's logits.  If one of them is 0, the other is 1."""
     match blend:
         case TrustRegionBlend(student_share=share):
