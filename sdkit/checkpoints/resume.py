@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdkit import processes
 from sdkit.checkpoints import atomic, manifest
 from sdkit.checkpoints.changeable import may_change_on_resume
 from sdkit.checkpoints.manifest import Manifest, Origin, UnusableCheckpoint
 from sdkit.language.errors import UnreadableInput, counted, first_of, shorten, spelled
+from sdkit.language.files import read_json_object
 from sdkit.language.resolved import leaves
 from sdkit.language.source import read, read_text
-from sdkit.runs import directory, processes
+from sdkit.runs import directory
 
 Notify = Callable[[str], None]
 
 
 def report_previous_attempt(run: Path, notify: Notify) -> None:
     """Report a previous process that exited without updating status.json.  Raises UnreadableInput if it is still running."""
-    status = _status(run)
+    status = read_json_object(run / "status.json") or {}
     if status.get("state") != "running":
         return
-    if processes.alive(status.get("pid"), status.get("process")):
+    if processes.is_running(status.get("pid"), status.get("process")):
         raise UnreadableInput(
             f"{run} is still being trained by process {status['pid']}",
             hint="wait for it, or stop it with SIGTERM: it saves a checkpoint and ends",
@@ -50,7 +51,7 @@ def newest_checkpoint(run: Path, expected: Origin, notify: Notify, *, hashes: bo
             f"continue with --processes {facts.origin.ranks}, or make it fit first: {convert}",
         )
         return folder
-    if _status(run).get("state") == "done":
+    if (read_json_object(run / "status.json") or {}).get("state") == "done":
         raise UnreadableInput(
             f"{run} has no checkpoint to resume from",
             hint="set output.checkpoint_every, or start again with --overwrite",
@@ -97,14 +98,6 @@ def check_usable(checkpoint: Path, run: str | None, ranks: int, *, hashes: bool)
         raise UnreadableInput(f"{checkpoint} {error}", hint="replay from another step") from None
     written = facts.origin.ranks
     _check_rank_count(checkpoint, written, ranks, f"replay with --processes {written}")
-
-
-def _status(run: Path) -> Mapping[str, Any]:
-    """The contents of status.json; empty if it cannot be read."""
-    try:
-        return json.loads((run / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _check_origin(facts: Manifest, expected: Origin) -> None:

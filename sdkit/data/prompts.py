@@ -21,6 +21,7 @@ from sdkit.data.turn_ends import append_end_token, encode_prompt
 from sdkit.language.errors import BadData, blaming, first_of, listed, one_line
 from sdkit.language.specs import AnswerStart, Sees, Wording
 from sdkit.language.templates import fill
+from sdkit.models.loading import fixed_date
 
 Ids = tuple[int, ...]
 
@@ -113,16 +114,14 @@ class Prompter:
         self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True, tokenize: bool = False
     ) -> Any:
         """Renders the messages with the chat template.  Raises BadData naming the row if the template rejects them."""
-        options = dict(self.options)
-        if "strftime_now" in str(self.tokenizer.chat_template):
-            options["strftime_now"] = self.now.strftime
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages],
                 add_generation_prompt=generation_prompt,
                 tokenize=tokenize,
                 return_dict=tokenize,
-                **options,
+                **fixed_date(self.tokenizer, self.now),
+                **self.options,
             )
         except Exception as error:  # a template is a program, and may raise anything
             roles = listed(m["role"] for m in messages)

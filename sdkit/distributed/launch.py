@@ -19,6 +19,7 @@ from typing import IO, Any
 from attrs import field, frozen
 
 from sdkit.language.errors import ProcessDied, UnreadableInput
+from sdkit.processes import kill_group
 
 GRACE_SECONDS = 20.0
 """Seconds that the other ranks have to exit by themselves once one has failed."""
@@ -56,7 +57,7 @@ def launch(processes: int, command: Sequence[str]) -> int:
     """
     with contextlib.ExitStack() as stack:
         ranks: list[_Rank] = []
-        stack.callback(lambda: [rank.kill() for rank in ranks])
+        stack.callback(lambda: [kill_group(rank.process) for rank in ranks])
         port = _free_port()
         for number in range(processes):
             output = stack.enter_context(tempfile.TemporaryFile()) if number else None
@@ -76,13 +77,6 @@ class _Rank:
     def send_signal(self, number: int) -> None:
         if self.process.poll() is None:
             self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """Kill the rank and its child processes."""
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
 
 
 def _start(
@@ -160,7 +154,7 @@ def _wait(ranks: list[_Rank]) -> list[tuple[_Rank, int]]:
             deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             for rank in running:
-                rank.kill()
+                kill_group(rank.process)
             return ended
         time.sleep(POLL_SECONDS)
     return ended

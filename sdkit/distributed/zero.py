@@ -248,7 +248,7 @@ def _config(optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": optimizer.clip,
+        "gradient_clipping": optimizer.max_grad_norm,
         "zero_optimization": sharding,
         # The same AdamW with and without offload: DeepSpeed's own CPU optimizer is compiled at its first start.
         "zero_force_ds_cpu_optimizer": False,

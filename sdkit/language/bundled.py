@@ -28,6 +28,13 @@ BUNDLED: Mapping[str, BundledModel] = {
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         extra="demo",
         revision="0.1.2",
-        shape=ShapeSpec(parameters=134_515_008, hidden=576, layers=30, vocabulary=49_152, context=8_192, kv_width=192),
+        shape=ShapeSpec(
+            parameters=134_515_008,
+            hidden_size=576,
+            num_hidden_layers=30,
+            vocab_size=49_152,
+            max_position_embeddings=8_192,
+            kv_width=192,
+        ),
     )
 }

@@ -61,7 +61,7 @@ def _format_size(limit: int) -> str:
     return f"{limit // 2**20} MiB" if limit >= 2**20 else f"{limit // 2**10} KiB"
 
 
-def read_json_object(path: str | os.PathLike[str], limit: int) -> Mapping[str, Any] | None:
+def read_json_object(path: str | os.PathLike[str], limit: int | None = None) -> Mapping[str, Any] | None:
     """Returns the object in a JSON file, or None if the file is unreadable or holds something else."""
     try:
         content = json.loads(read_file(path, limit))

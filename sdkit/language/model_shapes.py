@@ -38,9 +38,9 @@ def _shape_from_sizes(config: Mapping[str, int], tied: bool) -> ShapeSpec:
     embeddings = vocabulary * hidden * (1 if tied else 2)
     return ShapeSpec(
         parameters=layers * (attention + feed_forward + 2 * hidden) + embeddings + hidden,
-        hidden=hidden,
-        layers=layers,
-        vocabulary=vocabulary,
-        context=config["max_position_embeddings"],
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        max_position_embeddings=config["max_position_embeddings"],
         kv_width=keys,
     )

@@ -31,20 +31,6 @@ def half_cosine(progress: float, *, falling: bool = False) -> float:
     return (1 + cosine) / 2 if falling else (1 - cosine) / 2
 
 
-def always(value: float | Schedule, number: float) -> bool:
-    """Whether the value equals `number` during the whole run."""
-    if isinstance(value, Schedule):
-        return value.start == value.to == number
-    return value == number
-
-
-def plain(value: float | Schedule) -> float:
-    """Returns a number of a spec resolved by `at_step`.  Raises TypeError for a schedule."""
-    if isinstance(value, Schedule):
-        raise TypeError("a schedule has no value without a step: call at_step first")
-    return value
-
-
 def schedules(value: Any, path: Path = ()) -> Iterator[tuple[Path, Schedule]]:
     """Yields every schedule in a spec, with its path below `path`."""
     if isinstance(value, Schedule):

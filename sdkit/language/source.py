@@ -16,6 +16,7 @@ from attrs import evolve, field, frozen
 
 from sdkit.language.errors import Path, Place, Problem, UnreadableInput, printable, shorten
 from sdkit.language.files import MAX_RESOLVED_BYTES, MAX_SPEC_BYTES, UnreadableFile, read_file
+from sdkit.language.renamed import current_name
 from sdkit.language.scalars import scalar
 
 MAX_DEPTH = 40
@@ -77,7 +78,10 @@ class Source:
 
 
 def read(path: str | os.PathLike[str], *, resolved: bool = False) -> Source:
-    """Reads a YAML file.  Raises UnreadableInput if it cannot be read.  A resolved spec has a larger size limit."""
+    """Reads a YAML file.  Raises UnreadableInput if it cannot be read.
+
+    A resolved spec has a larger size limit, and an earlier sdkit may have written it: keys get their current names.
+    """
     name = os.fspath(path)
     try:
         raw = read_file(name, MAX_RESOLVED_BYTES if resolved else MAX_SPEC_BYTES)
@@ -99,7 +103,7 @@ def read_text(text: str, name: str, *, resolved: bool = False) -> Source:
         column = match.start() - (text.rfind("\n", 0, match.start()) + 1) + 1
         message = f"character U+{ord(match[0]):04X} is not allowed in YAML"
         return Source(name, text, None, (Problem((), message, "yaml", None, Place(name, line, column)),))
-    reader = _Reader(name, text, (MAX_RESOLVED_BYTES // MAX_SPEC_BYTES if resolved else 1))
+    reader = _Reader(name, text, resolved)
     try:
         root = reader.document()
     except yaml.MarkedYAMLError as error:
@@ -132,9 +136,10 @@ class _FatalProblem(Exception):
 class _Reader:
     """Builds nodes from the events of one document.  Collects recoverable problems, raises the others."""
 
-    def __init__(self, name: str, text: str, scale: int) -> None:
+    def __init__(self, name: str, text: str, resolved: bool) -> None:
         self.name = name
-        self._scale = scale  # multiplies the limits
+        self._resolved = resolved
+        self._scale = MAX_RESOLVED_BYTES // MAX_SPEC_BYTES if resolved else 1  # multiplies the limits
         self.problems: list[Problem] = []
         self._events = yaml.parse(text, Loader=_LOADER)
         self._anchors: dict[str, Node | None] = {}
@@ -165,7 +170,10 @@ class _Reader:
         if event.anchor:
             self._anchors[event.anchor] = None
         if isinstance(event, yaml.ScalarEvent):
-            node = Node(self._scalar(event, path), place, key)
+            value = self._scalar(event, path)
+            if self._resolved and isinstance(value, str):
+                value = current_name(path, value) or value
+            node = Node(value, place, key)
         elif isinstance(event, yaml.SequenceStartEvent):
             node = self._list(path, place, key)
         else:
@@ -211,6 +219,8 @@ class _Reader:
         items: dict[str, Node] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             name = self._key(event, path)
+            if self._resolved and name:
+                name = current_name((*path, name)) or name
             child_key = self._place(event)
             child = self._node(next(self._events), (*path, name or "?"), child_key)
             if name in items:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Path, Problem, listed, nearest, outside, shorten, spelled
 from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, kinds_of, members
 from sdkit.language.overlay import LoadedSpec
+from sdkit.language.renamed import rename_hint
 from sdkit.language.scalars import scalar
 from sdkit.language.specs import ExperimentSpec, MethodSpec, Range, Schedule, Table
 
@@ -184,7 +185,7 @@ class _Structurer:
             choices = typing.get_args(shapes[None])
             if data in choices:
                 return data
-            hint = f"write [{data}]" if isinstance(data, str) else None
+            hint = rename_hint(path, data) or f"write [{data}]" if isinstance(data, str) else None
             return self._report_wrong_type(data, f"{listed(choices)} or a list", path, hint=hint)
         return self._scalar(tuple(o for o in options if o in _SCALAR_NAMES), data, path)
 
@@ -269,7 +270,9 @@ class _Structurer:
     def _report_unknown_key(self, cls: type, name: str, path: Path) -> None:
         from sdkit.language.suggestions import advice
 
-        hint = advice(name, cls) if len(self.problems) < MAX_SHOWN_PROBLEMS else None
+        hint = None
+        if len(self.problems) < MAX_SHOWN_PROBLEMS:
+            hint = rename_hint((*path, name)) or advice(name, cls)
         message = f"unknown key {shorten(name)}"
         self.report((*path, name), message, "unknown_key", hint, at_key=True)
 

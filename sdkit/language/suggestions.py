@@ -39,10 +39,8 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "response_length": ("max_new_tokens",),
     "max_prompt_length": ("max_prompt_tokens",),
     "learning_rate": ("lr",),
-    "max_grad_norm": ("clip",),
-    "grad_clip": ("clip",),
-    "gradient_clipping": ("clip",),
-    "lr_scheduler_type": ("schedule",),
+    "grad_clip": ("max_grad_norm",),
+    "gradient_clipping": ("max_grad_norm",),
     "batch_size": ("prompts_per_step",),
     "train_batch_size": ("prompts_per_step",),
     "per_device_train_batch_size": ("micro_batch_tokens",),
@@ -52,7 +50,6 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "num_iterations": ("updates_per_rollout",),
     "ppo_epochs": ("updates_per_rollout",),
     "gradient_checkpointing": ("activation_checkpointing",),
-    "attn_implementation": ("attention",),
     "name_or_path": ("path",),
     "model_name_or_path": ("path",),
     "torch_dtype": ("dtype",),
@@ -61,9 +58,6 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "api_key": ("key_from",),
     "timeout": ("request_seconds",),
     "max_retries": ("retries",),
-    "r": ("rank",),
-    "lora_alpha": ("alpha",),
-    "target_modules": ("targets",),
     "eval_every": ("every",),
     "eval_steps": ("every",),
     "save_steps": ("checkpoint_every",),
@@ -115,14 +109,11 @@ def advice(name: str, cls: type) -> str | None:
         return f'did you mean "{close}"?'
     if name == "kind":
         return "remove it: there is only one kind here"
-    for word in (name, *SYNONYMS.get(name, ())):
-        if path := next((p for n, p in sorted(_all_keys(), key=_path_length) if n == word), None):
-            return f"it belongs at {path}" if word == name else f'sdkit has "{path}"'
+    words = (name, *SYNONYMS.get(name, ()))
+    places = ((path.count("."), words.index(word), path) for word, path in _all_keys() if word in words)
+    for _, other, path in sorted(places)[:1]:
+        return f'sdkit has "{path}"' if other else f"it belongs at {path}"
     return None
-
-
-def _path_length(entry: tuple[str, str]) -> tuple[int, str]:
-    return entry[1].count("."), entry[1]
 
 
 def _all_keys() -> Iterator[tuple[str, str]]:

@@ -67,37 +67,54 @@ def _parameter(arg: ast.arg, kind: str, optional: bool = False) -> inspect.Param
     return inspect.Parameter(arg.arg, getattr(inspect.Parameter, kind), default=default)
 
 
-def load_function(path: Path, shown: str, function: str) -> Callable[..., Any]:
-    """Runs the file once and returns its function.  Raises BadData."""
-    if not path.is_file():
-        raise BadData(f"there is no file {shown}")
-    name = f"sdkit function {path}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise BadData(f"{shown} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module while it runs
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise failure(f"{shown} cannot be loaded", path, shown, error) from error
-    loaded = getattr(module, function, None)
-    if not callable(loaded):
-        close = nearest(function, [n for n, v in vars(module).items() if callable(v)])
-        hint = f'did you mean "{close}"?' if close else None
-        raise BadData(f"{shown} has no function {shorten(function)}", hint=hint)
-    return loaded
+class UserFunction:
+    """A function from a user's file, which is run once.  Raises BadData if it cannot be loaded or fails.
 
+    `file` is the path as written in the spec, relative to `base`.
+    """
 
-def failure(what: str, path: Path, shown: str, error: BaseException) -> BadData:
-    """Returns an error raised by the user's code as BadData, with the innermost line of the user's file."""
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == str(path) and frame.lineno
-    ]
-    if isinstance(error, SyntaxError) and error.lineno:
-        lines.append(error.lineno)
-    place = Place(shown, lines[-1], 1) if lines else None
-    return BadData(f"{what}: {type(error).__name__}: {error}", place=place)
+    def __init__(self, file: str, name: str, base: Path) -> None:
+        self.file = file
+        self.name = name
+        self._path = (base / file).resolve()
+        self._function = self._load()
+
+    def call(self, *args: Any, what: str = "", **kwargs: Any) -> Any:
+        """Returns the function's result; the error of a failing function names `what` it was called for."""
+        try:
+            return self._function(*args, **kwargs)
+        except (Exception, SystemExit) as error:
+            raise self._failure(f"{self.name} failed{what}", error) from error
+
+    def error(self, problem: str, hint: str | None = None) -> BadData:
+        return BadData(f"{self.name} in {self.file} {problem}", hint=hint)
+
+    def _load(self) -> Callable[..., Any]:
+        if not self._path.is_file():
+            raise BadData(f"there is no file {self.file}")
+        module_name = f"sdkit function {self._path}"
+        spec = importlib.util.spec_from_file_location(module_name, self._path)
+        if spec is None or spec.loader is None:
+            raise BadData(f"{self.file} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # dataclasses look up their module while it runs
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            del sys.modules[module_name]
+            raise self._failure(f"{self.file} cannot be loaded", error) from error
+        loaded = getattr(module, self.name, None)
+        if not callable(loaded):
+            close = nearest(self.name, [n for n, v in vars(module).items() if callable(v)])
+            hint = f'did you mean "{close}"?' if close else None
+            raise BadData(f"{self.file} has no function {shorten(self.name)}", hint=hint)
+        return loaded
+
+    def _failure(self, what: str, error: BaseException) -> BadData:
+        """Returns an error raised by the user's code as BadData, with the innermost line of the user's file."""
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(self._path) and frame.lineno]
+        if isinstance(error, SyntaxError) and error.lineno:
+            lines.append(error.lineno)
+        place = Place(self.file, lines[-1], 1) if lines else None
+        return BadData(f"{what}: {type(error).__name__}: {error}", place=place)

@@ -14,7 +14,8 @@ from attrs import evolve
 from torch import Tensor
 
 from sdkit.batches import Counts, Tokens, TopKLogprobs
-from sdkit.language.schedules import plain
+from sdkit.language.errors import spelled
+from sdkit.language.schedules import schedules
 from sdkit.language.specs import (
     Average,
     Constant,
@@ -40,7 +41,6 @@ from sdkit.language.specs import (
     Sum,
     TopKSupport,
     VocabularySupport,
-    needs_teacher,
 )
 from sdkit.losses import average as averages
 from sdkit.losses.distributions import Distributions
@@ -88,7 +88,7 @@ def row_weights(average: Average, lengths: Tensor, counts: Counts) -> Tensor:
         case SequenceSum():
             return averages.sequence_sum(lengths, counts)
         case Constant(length=length):
-            return averages.constant(lengths, counts, plain(length))
+            return averages.constant(lengths, counts, length)
         case Sum():
             return averages.total(lengths)
         case _:
@@ -99,16 +99,18 @@ class Objective:
     """Σ_terms coefficient · Σ_j weight_j · correction_j · ℓ_j over the tokens j of a chunk.
 
     `temperature` is the sampling temperature.  It applies to every term without a temperature of its own, and always to
-    importance ratios (both sides are probabilities of sampling the token).  Schedules in the terms must be resolved to
-    plain numbers (`schedules.at_step`); `functions` holds the user-defined divergences by term.  Raises ValueError for a
-    sampled token with a divergence other than the reverse KL, for more than one term whose sampler ratio is a sequence
-    mean, and for terms that ask for different group_relative advantages.
+    importance ratios (both sides are probabilities of sampling the token).  `functions` holds the user-defined
+    divergences by term.  Raises TypeError for a schedule (`schedules.at_step` resolves them), ValueError for a sampled
+    token with a divergence other than the reverse KL, for more than one term whose sampler ratio is a sequence mean,
+    and for terms that ask for different group_relative advantages.
     Logits must be finite or -inf, also at tokens of weight 0; those add nothing even if their ℓ is inf.
     """
 
     def __init__(
         self, losses: Mapping[str, Loss], temperature: float, functions: Mapping[str, UserDivergence] | None = None
     ) -> None:
+        for path, _ in schedules(losses):
+            raise TypeError(f"{spelled(path)} is a schedule, which has no value without a step: call at_step first")
         for name, term in losses.items():
             if isinstance(term, Distillation) and isinstance(term.support, SampledTokenSupport):
                 if not isinstance(term.divergence, ReverseKl):
@@ -122,7 +124,7 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
-        return any(needs_teacher(term) for term in self.losses.values())
+        return any(term.needs_teacher for term in self.losses.values())
 
     @property
     def needs_reference(self) -> bool:
@@ -161,7 +163,7 @@ class Objective:
             weights = tokens.weights[name]
             counts = weights > 0
             weighted = weights * corrected * token_loss.masked_fill(~counts, 0.0)
-            parts.append(plain(term.coefficient) * weighted.sum())
+            parts.append(term.coefficient * weighted.sum())
             stats[f"loss/{name}"] = parts[-1].detach()
             metrics = {"tokens": torch.ones_like(token_loss), "token_loss": token_loss, **metrics}
             for key, values in metrics.items():
@@ -193,7 +195,7 @@ class Objective:
         self, name: str, term: Distillation, sides: Distributions, tokens: Tokens
     ) -> tuple[Tensor, LossMetrics]:
         """Returns ℓ [C] of a distillation term, and its metrics."""
-        temperature = self._temperature if term.temperature is None else plain(term.temperature)
+        temperature = self._temperature if term.temperature is None else term.temperature
         counts = tokens.weights[name] > 0
         student = sampled_token(sides.student(temperature), tokens.token)
         metrics = sides.entropies(temperature, "student", "teacher")
@@ -216,9 +218,8 @@ class Objective:
                 assert_never(term.support)
         token_loss = self._divergence(name, term, *pair)
         if term.clip.token is not None:
-            limit = plain(term.clip.token)
-            metrics["token_clipped"] = (token_loss.detach() > limit).to(token_loss.dtype)
-            token_loss = token_loss.clamp(max=limit)
+            metrics["token_clipped"] = (token_loss.detach() > term.clip.token).to(token_loss.dtype)
+            token_loss = token_loss.clamp(max=term.clip.token)
         return token_loss, metrics | _both_kls(term, token_loss.detach(), *pair)
 
     def _divergence(self, name: str, term: Distillation, student: Tensor, teacher: Tensor) -> Tensor:
@@ -229,13 +230,13 @@ class Objective:
             case ReverseKl(detach_weights=detach):
                 return reverse_kl(student, teacher, _bounds(term.clip), detach_weights=detach)
             case Jsd(teacher_share=share):
-                return jsd(student, teacher, plain(share))
+                return jsd(student, teacher, share)
             case LinearMix(forward_share=share):
-                return linear_mix(student, teacher, plain(share))
+                return linear_mix(student, teacher, share)
             case SkewedForwardKl(share=share):
-                return skewed_forward_kl(student, teacher, plain(share))
+                return skewed_forward_kl(student, teacher, share)
             case SkewedReverseKl(share=share):
-                return skewed_reverse_kl(student, teacher, plain(share))
+                return skewed_reverse_kl(student, teacher, share)
             case FileDivergence():
                 return self._functions[name](student, teacher.detach())
             case _:
@@ -292,14 +293,13 @@ def sampler_ratio(losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: 
 
 def _sequence_mean_terms(losses: Mapping[str, Loss]) -> dict[str, float]:
     """Returns name and cap of each term whose sampler ratio is averaged per sequence."""
-    corrected = {n: t for n, t in losses.items() if isinstance(t, Distillation | PolicyGradient)}
-    samplers = {n: t.importance.sampler for n, t in corrected.items()}
-    return {n: plain(s.cap) for n, s in samplers.items() if s and s.level == "sequence_mean"}
+    ratios = {name: term.sampler_ratio for name, term in losses.items()}
+    return {name: ratio.cap for name, ratio in ratios.items() if ratio and ratio.level == "sequence_mean"}
 
 
 def _bounds(clip: DivergenceClip) -> Bounds:
     low, high = clip.log_ratio or (-math.inf, math.inf)
-    return Bounds(low=low, high=high, entry=math.inf if clip.entry is None else plain(clip.entry))
+    return Bounds(low=low, high=high, entry=math.inf if clip.entry is None else clip.entry)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sdkit.batches import Tokens
-from sdkit.language.schedules import plain
 from sdkit.language.specs import (
     AdvantageAdd,
     AdvantageScale,
@@ -23,8 +22,6 @@ from sdkit.language.specs import (
     LossSpec,
     PolicyGradient,
     ReferenceKl,
-    reward_part,
-    teacher_part,
 )
 from sdkit.losses.distributions import Distributions
 from sdkit.losses.divergence import reverse_kl
@@ -59,7 +56,7 @@ def policy_gradients(losses: Mapping[str, LossSpec]) -> dict[str, PolicyGradient
 def group_relative(losses: Mapping[str, LossSpec]) -> GroupRelative | None:
     """Returns the spec of `Tokens.advantages`, or None.  Raises ValueError if two terms ask for different ones."""
     terms = policy_gradients(losses).values()
-    specs = {part for t in terms if (part := reward_part(t.advantage))}
+    specs = {part for t in terms if (part := t.advantage.group_relative)}
     if len(specs) > 1:
         raise ValueError("all terms must have the same group_relative advantage")
     return next(iter(specs), None)
@@ -73,7 +70,7 @@ def reward_advantages(losses: Mapping[str, LossSpec], rewards: Tensor, group: Te
     spec = group_relative(losses)
     if spec is None:
         return None
-    return group_advantages(rewards, group, spec.baseline, spec.scale, plain(spec.eps))
+    return group_advantages(rewards, group, spec.baseline, spec.scale, spec.eps)
 
 
 def needs_sequence_means(losses: Mapping[str, LossSpec]) -> bool:
@@ -104,20 +101,20 @@ def sequence_means(
         if _centered(term):
             if teacher is None:
                 raise ValueError(f"{name}: center: sequence needs the teacher's log-probabilities")
-            spec = teacher_part(term.advantage)
-            means[f"{name}/advantage"] = mean(_teacher_log_ratio(spec, teacher - then, tokens))
+            log_ratio = _teacher_log_ratio(term.advantage.log_ratio, teacher - then, tokens)
+            means[f"{name}/advantage"] = mean(log_ratio)
     return means
 
 
 def _centered(term: PolicyGradient) -> bool:
-    part = teacher_part(term.advantage)
+    part = term.advantage.log_ratio
     return part is not None and part.center == "sequence"
 
 
 def _teacher_log_ratio(spec: LogRatio | None, log_ratio: Tensor, tokens: Tokens) -> Tensor:
     """The teacher's log-ratio before centering: bounded below, 0 if the rollout has no teacher prompt.  [M] -> [M]."""
     if spec and spec.floor is not None:
-        log_ratio = log_ratio.clamp(min=plain(spec.floor))
+        log_ratio = log_ratio.clamp(min=spec.floor)
     return log_ratio if tokens.has_teacher is None else log_ratio.masked_fill(~tokens.has_teacher, 0.0)
 
 
@@ -145,13 +142,11 @@ def policy_gradient(
     if tokens.old_logprobs is not None:
         metrics["old_kl"] = k3(then, now.detach())
     if clip := term.clip:
-        low, high = plain(clip.low), plain(clip.high)
-        dual = None if clip.dual is None else plain(clip.dual)
-        token_loss = clipped_surrogate(log_ratio, advantages, low, high, dual)
-        below, above = clip_binds(ratio, advantages, low, high)
+        token_loss = clipped_surrogate(log_ratio, advantages, clip.low, clip.high, clip.dual)
+        below, above = clip_binds(ratio, advantages, clip.low, clip.high)
         metrics |= {"clip_low": below.to(ratio.dtype), "clip_high": above.to(ratio.dtype)}
-        if dual is not None:
-            metrics["clip_dual"] = ((advantages < 0) & (ratio > dual)).to(ratio.dtype)
+        if clip.dual is not None:
+            metrics["clip_dual"] = ((advantages < 0) & (ratio > clip.dual)).to(ratio.dtype)
     else:
         token_loss = clipped_surrogate(log_ratio, advantages)
     if term.importance.sampler is None:
@@ -184,10 +179,10 @@ def _advantages(
         case LogRatio():
             return teacher_advantage(spec)
         case AdvantageAdd(group_weight=group, log_ratio_weight=teacher):
-            return plain(group) * reward_advantage() + plain(teacher) * teacher_advantage(spec.log_ratio)
+            return group * reward_advantage() + teacher * teacher_advantage(spec.log_ratio)
         case AdvantageScale(share=share, low=low, high=high):
             parts = reward_advantage(), teacher_advantage(spec.log_ratio)
-            return scaled_advantages(*parts, plain(share), plain(low), plain(high))
+            return scaled_advantages(*parts, share, low, high)
         case _:
             assert_never(spec)
 
@@ -226,14 +221,14 @@ def correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tenso
     product, capped = torch.ones_like(now), torch.zeros_like(now, dtype=torch.bool)
     metrics: LossMetrics = {}
     if spec.old_policy:
-        ratio = importance_ratio(now, old, plain(spec.old_policy.cap))
+        ratio = importance_ratio(now, old, spec.old_policy.cap)
         product, metrics["old_ratio"] = product * ratio, ratio
-        capped = capped | cap_binds(now, old, plain(spec.old_policy.cap))
+        capped = capped | cap_binds(now, old, spec.old_policy.cap)
     if spec.sampler:
         ratio = torch.ones_like(now)
         if (sampler := tokens.sampler_logprobs) is not None:
-            capped = capped | cap_binds(old, sampler, plain(spec.sampler.cap))
-            ratio = importance_ratio(old, sampler, plain(spec.sampler.cap))
+            capped = capped | cap_binds(old, sampler, spec.sampler.cap)
+            ratio = importance_ratio(old, sampler, spec.sampler.cap)
             if spec.sampler.level == "sequence_mean":
                 if tokens.ratio is None:
                     raise ValueError("a sampler ratio of level sequence_mean needs Tokens.ratio")

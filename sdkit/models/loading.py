@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sdkit.language.vocabulary import first_difference
 from sdkit.models import activation_checkpointing, lora
 from sdkit.stdout import quiet
 
+CONFIG = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -45,8 +47,20 @@ def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:
     """Returns the tokenizer, without running the model's own code.  Raises BadData if there is none."""
     from transformers import AutoTokenizer
 
-    with library_reads(f"no tokenizer in {located}"):
-        return AutoTokenizer.from_pretrained(located, revision=spec.revision, trust_remote_code=False)
+    try:
+        with library_reads(f"no tokenizer in {located}"):
+            return AutoTokenizer.from_pretrained(located, revision=spec.revision, trust_remote_code=False)
+    except BadData:
+        if Path(located, CONFIG).is_file():
+            _config(
+                spec, located
+            )  # raises if config.json is the damaged file: transformers reads it for the tokenizer
+        raise
+
+
+def fixed_date(tokenizer: Any, now: datetime) -> dict[str, Any]:
+    """Returns the argument that makes a chat template print the date `now`; no argument if it prints none."""
+    return {"strftime_now": now.strftime} if "strftime_now" in str(tokenizer.chat_template) else {}
 
 
 def load_config(spec: ModelSpec, located: str) -> dict[str, Any]:
@@ -62,7 +76,8 @@ def embedding_rows(spec: ModelSpec | ExternalWeights, located: str) -> int | Non
 def _config(spec: ModelSpec | ExternalWeights, located: str) -> Any:
     from transformers import AutoConfig
 
-    with library_reads(f"no model in {located}"):
+    path = Path(located, CONFIG)
+    with library_reads(f"{path} cannot be read" if path.is_file() else f"no model in {located}"):
         return AutoConfig.from_pretrained(located, revision=spec.revision, trust_remote_code=False)
 
 
@@ -102,7 +117,7 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
                 located,
                 revision=spec.revision,
                 dtype=DTYPES[spec.dtype],
-                attn_implementation=spec.attention,
+                attn_implementation=spec.attn_implementation,
                 trust_remote_code=False,
                 use_safetensors=True,
             )
@@ -121,12 +136,12 @@ def _hint_at_eager(spec: ModelSpec) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if spec.attention == "eager" or 'attn_implementation="eager"' not in str(error):
+        if spec.attn_implementation == "eager" or 'attn_implementation="eager"' not in str(error):
             raise
         raise BadData(
-            f"the model has no {spec.attention} attention",
-            hint="set model.attention: eager",
-            path=("model", "attention"),
+            f"the model has no {spec.attn_implementation} attention",
+            hint="set model.attn_implementation: eager",
+            path=("model", "attn_implementation"),
         ) from None
 
 
@@ -142,7 +157,7 @@ def _bundled_folder(name: str) -> Path:
     """Returns the folder of a bundled model, which is converted from its package on first use."""
     entry = BUNDLED[name]
     target = cache_folder() / f"{name}-{entry.revision}"
-    if (target / "config.json").is_file():
+    if (target / CONFIG).is_file():
         return target
     package = importlib.util.find_spec(entry.package)
     if package is None or not package.submodule_search_locations:
@@ -155,7 +170,7 @@ def _bundled_folder(name: str) -> Path:
         partial.chmod(0o755)
         partial.rename(target)
     except OSError:
-        if not (target / "config.json").is_file():  # otherwise another process finished first
+        if not (target / CONFIG).is_file():  # otherwise another process finished first
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -18,7 +18,7 @@ from sdkit.models.probes import probe_sequence
 from sdkit.models.weights import STUDENT_ADAPTER, Weights, adapted_parameter, adapter_layers
 from sdkit.seeds import derive
 
-KEY = ("model", "lora", "targets")
+KEY = ("model", "lora", "target_modules")
 MERGE_ERROR = 0.1
 """Largest allowed difference between merged weights and the adapter's forward pass, relative to the adapter's effect."""
 
@@ -28,12 +28,12 @@ def attach(model: Any, lora: LoraSpec, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     candidates = _linear_names(model)
-    targets = () if lora.targets == "all_linear" else lora.targets
+    targets = () if lora.target_modules == "all-linear" else lora.target_modules
     _refuse_embeddings(model, targets, candidates)
     config = LoraConfig(
         target_modules=list(targets) or "all-linear",
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=0.0,
     )
     try:
@@ -262,4 +262,4 @@ def _kind(name: str) -> str:
 
 def _bad_targets(reason: str, candidates: Sequence[str]) -> BadData:
     hint = f"layers that can have an adapter: {', '.join(candidates)}" if candidates else None
-    return BadData(f"model.lora.targets: {reason}", hint=hint, path=KEY)
+    return BadData(f"model.lora.target_modules: {reason}", hint=hint, path=KEY)

@@ -8,16 +8,11 @@ from attrs import frozen
 
 from sdkit.language.specs import (
     Backend,
-    CopyWeights,
-    EmaWeights,
     ExperimentSpec,
-    ExternalWeights,
     FrozenWeights,
     OneTeacher,
     ReferenceKl,
-    ServedWeights,
     ShapeSpec,
-    StudentWeights,
     VllmBackend,
     blend_base,
     other_models,
@@ -44,7 +39,7 @@ def teacher_copies(spec: ExperimentSpec) -> list[OneTeacher]:
     if spec.model.lora:
         return []
     distinct = dict.fromkeys(weights for _, weights in teachers_of(spec))
-    return [w for w in distinct if not isinstance(w, StudentWeights | ExternalWeights | ServedWeights)]
+    return [w for w in distinct if w.is_stored and not w.is_other_model]
 
 
 def has_reference_term(spec: ExperimentSpec) -> bool:
@@ -86,8 +81,8 @@ def estimate_memory(
         MemoryShare(label="gradients", gib=trained * gradients / GIB),
     ]
     for weights in teacher_copies(spec):
-        has_shadow = isinstance(weights, EmaWeights | CopyWeights)
-        shares.append(MemoryShare(label="teacher weights", gib=local * (width + 4 * has_shadow) / GIB))
+        size = local * (width + 4 * weights.follows_student) / GIB
+        shares.append(MemoryShare(label="teacher weights", gib=size))
     for weights in dict.fromkeys(weights for _, weights in other_models(spec)):
         if other_shape := other_shapes.get(weights.path):
             size = other_shape.parameters * BYTES[weights.dtype] / GIB
@@ -105,22 +100,22 @@ def trained_parameters(spec: ExperimentSpec, shape: ShapeSpec) -> int:
     lora = spec.model.lora
     if lora is None:
         return shape.parameters
-    return min(shape.parameters, 2 * 7 * shape.layers * lora.rank * 2 * shape.hidden)
+    return min(shape.parameters, 2 * 7 * shape.num_hidden_layers * lora.r * 2 * shape.hidden_size)
 
 
 def engine_gib(spec: ExperimentSpec, backend: VllmBackend, machine: Machine, shape: ShapeSpec) -> float:
-    """Returns vLLM's memory in GiB: its share of the accelerator's memory if known, else its weights and `cache_gib`."""
+    """Returns vLLM's memory in GiB: its share of the accelerator's memory if known, else its weights and `kv_cache_gib`."""
     if machine.accelerator and machine.memory_gib:
-        return backend.gpu_share * machine.memory_gib
+        return backend.gpu_memory_utilization * machine.memory_gib
     weights = shape.parameters * BYTES[backend.dtype or spec.model.dtype] / GIB
-    return weights + backend.cache_gib
+    return weights + backend.kv_cache_gib
 
 
 def _activation_shares(spec: ExperimentSpec, shape: ShapeSpec) -> tuple[MemoryShare, ...]:
     """Activations and logits of one micro-batch."""
     stored = 2 if spec.model.activation_checkpointing else 34  # values per token, layer and channel
-    activations = spec.training.micro_batch_tokens * shape.hidden * shape.layers * stored
-    chunk = spec.training.chunk_tokens * shape.vocabulary * 4
+    activations = spec.training.micro_batch_tokens * shape.hidden_size * shape.num_hidden_layers * stored
+    chunk = spec.training.chunk_tokens * shape.vocab_size * 4
     buffers = 8 if spec.teacher and spec.teacher.blend else 6
     return (
         MemoryShare(label="activations of a micro-batch", gib=activations * BYTES[spec.model.dtype] / 2 / GIB),

@@ -8,8 +8,6 @@ from typing import assert_never
 from attrs import field, frozen
 
 from sdkit.language.errors import UnreadableInput, counted
-from sdkit.language.objective_text import describe_losses, describe_route, describe_sampling
-from sdkit.language.required_statistics import Statistic, needs_old_logprobs, required_statistics
 from sdkit.language.specs import (
     AutoBackend,
     DatasetSamples,
@@ -18,10 +16,9 @@ from sdkit.language.specs import (
     ExternalWeights,
     MethodSpec,
     ReplayBackend,
-    RoutedWeights,
     ServedWeights,
     ShapeSpec,
-    TeacherSamples,
+    Statistic,
     TransformersBackend,
     VllmBackend,
     VllmEngine,
@@ -29,10 +26,10 @@ from sdkit.language.specs import (
     blend_base,
     external_teachers,
     indivisible,
+    required_statistics,
     teachers_of,
     tokens_told,
 )
-from sdkit.language.teacher_text import describe_blend, describe_place, describe_teacher, describe_weights
 from sdkit.plan.accelerators import Machine
 from sdkit.plan.memory import BYTES, GIB, MemoryShare, estimate_memory, has_frozen_teacher, needs_reference
 from sdkit.plan.time import StepTime, estimate_step_time
@@ -86,10 +83,10 @@ class MethodPlan:
 
 def plan_method(spec: MethodSpec) -> MethodPlan:
     """Returns the plan of a method page."""
-    roles = [f"teacher: {describe_teacher(spec)}"] if spec.teacher else []
+    roles = [f"teacher: {spec.teacher.describe()}"] if spec.teacher else []
     return MethodPlan(
         objective=_objective(spec),
-        roles=(*roles, f"sampler: {describe_sampling(spec)}"),
+        roles=(*roles, f"sampler: {spec.rollout.describe()}"),
         statistics=_statistic_lines(required_statistics(spec.losses)),
     )
 
@@ -124,7 +121,7 @@ def make_plan(
         updates_per_step=updates,
         steps=steps,
         oldest_rollout=(spec.rollout.max_staleness + 1) * updates - 1,
-        needs_old_logprobs=needs_old_logprobs(spec),
+        needs_old_logprobs=spec.needs_old_logprobs,
         statistics=_statistics(spec),
         objective=_objective(spec),
         roles=tuple(_roles(spec)),
@@ -185,10 +182,8 @@ def _teacher_lift_notes(spec: ExperimentSpec, backend: ChosenBackend | ReplayBac
         return
     if isinstance(backend, VllmEngine) and any(external_teachers(spec)):
         yield "evaluation.teacher_lift samples the external teacher with transformers"
-    if teacher and isinstance(teacher.weights, RoutedWeights):
-        yield "evaluation.teacher_lift is not measured: a routed teacher does not sample"
-    elif teacher and isinstance(teacher.weights, ServedWeights):
-        yield "evaluation.teacher_lift is not measured: a served teacher does not sample"
+    if teacher and teacher.weights.cannot_sample:
+        yield f"evaluation.teacher_lift is not measured: a {teacher.weights.kind} teacher does not sample"
     elif teacher and teacher.blend and teacher.sees:
         yield "evaluation.teacher_lift samples the teacher without its blend"
 
@@ -217,12 +212,18 @@ def prompts_per_rank(spec: ExperimentSpec, ranks: int) -> int:
 
 
 def _objective(spec: MethodSpec) -> tuple[str, ...]:
-    return (*describe_losses(spec), *describe_blend(spec), *describe_route(spec))
+    """One line per loss term, then those of the blend and of the route, if there are any."""
+    lines = [f"{name}: {term.describe(spec.rollout.temperature)}" for name, term in spec.losses.items()]
+    if spec.teacher and spec.teacher.blend:
+        lines.append(f"blend: teacher Q ∝ {spec.teacher.blend.describe()}")
+    if spec.route:
+        lines.append(f"route: {spec.route.describe()}")
+    return tuple(lines)
 
 
 def _statistics(spec: ExperimentSpec) -> tuple[str, ...]:
     statistics = required_statistics(spec.losses)
-    if not needs_old_logprobs(spec):
+    if not spec.needs_old_logprobs:
         return _statistic_lines(statistics)
     settings = ("training.updates_per_rollout", *statistics.pop("student_logprobs", ()))
     return _statistic_lines({"student_logprobs": settings, **statistics})
@@ -253,24 +254,22 @@ def _choose_backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBacke
 
 
 def _external_teacher_samples(spec: ExperimentSpec) -> bool:
-    by = spec.rollout.sampled_by
-    teacher_samples = isinstance(by, TeacherSamples) and by.weights == "teacher"
-    return teacher_samples and any(external_teachers(spec))
+    return spec.rollout.sampled_by.uses_teacher_weights and any(external_teachers(spec))
 
 
 def _roles(spec: ExperimentSpec) -> list[str]:
-    trained = f"LoRA rank {spec.model.lora.rank}" if spec.model.lora else "all weights"
+    trained = f"LoRA rank {spec.model.lora.r}" if spec.model.lora else "all weights"
     roles = [f"student: {spec.model.path}, {trained}, {spec.model.dtype}, float32 masters"]
     if spec.teacher:
-        roles.append(f"teacher: {describe_teacher(spec)}{describe_place(spec.teacher.weights, bool(spec.model.lora))}")
+        place = spec.teacher.weights.describe_place(bool(spec.model.lora))
+        roles.append(f"teacher: {spec.teacher.describe()}{place}")
     if needs_reference(spec):
         own = "the student with its adapter off" if spec.model.lora else "a copy of the model"
         shared = "the teacher" if has_frozen_teacher(spec) else own
         roles.append(f"reference: the frozen start model ({shared})")
     if isinstance(base := blend_base(spec), ExternalWeights):
-        place = describe_place(base, bool(spec.model.lora))
-        roles.append(f"base of the blend: {describe_weights(base)}{place}")
-    roles.append(f"sampler: {describe_sampling(spec)}")
+        roles.append(f"base of the blend: {base.describe()}{base.describe_place(bool(spec.model.lora))}")
+    roles.append(f"sampler: {spec.rollout.describe()}")
     return roles
 
 
@@ -283,7 +282,7 @@ def _describe_sync(spec: ExperimentSpec, backend: object, shape: ShapeSpec | Non
     if not isinstance(backend, VllmEngine):
         whose = "teacher's" if _external_teacher_samples(spec) else "training"
         return f"the sampler shares the {whose} weights"
-    whose = "teacher" if isinstance(sampled_by, TeacherSamples) and sampled_by.weights == "teacher" else "student"
+    whose = "teacher" if sampled_by.uses_teacher_weights else "student"
     form = " (adapters merged into a copy)" if spec.model.lora else ""
     form += ", a block at a time" if spec.training.zero_stage == 3 else ""
     if isinstance(backend, VllmServerBackend):

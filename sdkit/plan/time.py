@@ -14,26 +14,20 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
-from sdkit.language.required_statistics import needs_old_logprobs, required_statistics
 from sdkit.language.specs import (
     Backend,
     DatasetSamples,
     ExperimentSpec,
     ExternalWeights,
     FrozenWeights,
-    ProductBlend,
     ReplayBackend,
-    ServedWeights,
     ShapeSpec,
-    TeacherSamples,
-    TrustRegionBlend,
     VllmBackend,
     VllmServerBackend,
-    blend_base,
     external_teachers,
-    needs_teacher,
     other_models,
-    teachers_of,
+    required_statistics,
+    served_teachers,
 )
 from sdkit.plan.accelerators import ACCELERATORS, Accelerator, Machine
 from sdkit.plan.memory import BYTES, GIB, engine_gib, needs_reference
@@ -83,7 +77,7 @@ def estimate_step_time(
     prompt, teacher_prompt, new = _max_lengths(spec)
     training = _training_passes(spec) * _forward_operations(shape, rollouts, prompt + new)
     phases = [_rollout_phase(spec, backend, machine, device, shape)]
-    if any(map(needs_teacher, spec.losses.values())):
+    if any(term.needs_teacher for term in spec.losses.values()):
         scoring = _scoring_operations(spec, shape, other_shapes, rollouts)
         label = f"teacher, {teacher_prompt} prompt and {new} new tokens"
         phases.append(Phase(label=label, seconds=_compute_seconds(device, scoring)))
@@ -109,7 +103,7 @@ def _missing_figure(
         return "the model's shape is not at hand; state it as model.shape"
     if any(weights.path not in other_shapes for _, weights in other_models(spec)):
         return "another model's shape is not at hand"
-    if any(isinstance(weights, ServedWeights) for _, weights in teachers_of(spec)):
+    if any(served_teachers(spec)):
         return "how fast the teacher's server answers is not known"
     if spec.model.dtype != "bfloat16":
         return f"the figures are bfloat16's, and model.dtype is {spec.model.dtype}"
@@ -142,7 +136,7 @@ def _rollouts_per_rank(spec: ExperimentSpec, machine: Machine) -> int:
 
 def _operations_per_token(shape: ShapeSpec, length: float) -> float:
     """Forward operations per token of a sequence of `length`, averaged over positions."""
-    return 2 * shape.parameters + 2 * shape.layers * shape.hidden * length
+    return 2 * shape.parameters + 2 * shape.num_hidden_layers * shape.hidden_size * length
 
 
 def _forward_operations(shape: ShapeSpec, sequences: int, length: int) -> float:
@@ -158,7 +152,7 @@ def _training_passes(spec: ExperimentSpec) -> int:
         forward_and_backward
         + spec.model.activation_checkpointing
         + needs_reference(spec)
-        + (statistics or needs_old_logprobs(spec))
+        + (statistics or spec.needs_old_logprobs)
     )
 
 
@@ -171,15 +165,15 @@ def _scoring_operations(
     largest = max(external, key=lambda model: model.parameters, default=shape)
     statistics = any(name.startswith("teacher") for name in required_statistics(spec.losses))
     scores = _forward_operations(largest, rollouts, teacher_prompt + new)
-    base = blend_base(spec)
-    if spec.teacher and isinstance(spec.teacher.blend, TrustRegionBlend):
-        scores += _forward_operations(shape, rollouts, teacher_prompt + new)
-    elif spec.teacher and isinstance(spec.teacher.blend, ProductBlend):
-        scores += _forward_operations(shape, rollouts, prompt + new)
-    elif isinstance(base, ExternalWeights):
-        scores += _forward_operations(other_shapes[base.path], rollouts, prompt + new)
-    # In the update, the start model's pass is counted as the reference's: see _training_passes.
-    start = _forward_operations(shape, rollouts, prompt + new) if isinstance(base, FrozenWeights) else 0.0
+    blend, start = spec.teacher and spec.teacher.blend, 0.0
+    if blend:
+        partner = other_shapes[blend.base.path] if isinstance(blend.base, ExternalWeights) else shape
+        seen = teacher_prompt if blend.partner_prompt == "teacher" else prompt
+        operations = _forward_operations(partner, rollouts, seen + new)
+        if isinstance(blend.base, FrozenWeights):
+            start = operations  # in the update, this pass is counted as the reference's: see _training_passes
+        else:
+            scores += operations
     return scores + statistics * (scores + start)
 
 
@@ -197,15 +191,14 @@ def _rollout_phase(
     if not isinstance(backend, VllmBackend) or isinstance(spec.rollout.sampled_by, DatasetSamples):
         return Phase(label="rollout: nothing is sampled", seconds=0.0)
     prompt, teacher_prompt, new = _max_lengths(spec)
-    by = spec.rollout.sampled_by
-    if isinstance(by, TeacherSamples) and by.prompt == "teacher":
+    if spec.rollout.sampled_by.uses_teacher_prompt:
         prompt = teacher_prompt
     rollouts = _rollouts_per_rank(spec, machine)
     width = BYTES[backend.dtype or spec.model.dtype]
-    cached = 2 * shape.layers * (shape.kv_width or shape.hidden) * width
+    cached = 2 * shape.num_hidden_layers * (shape.kv_width or shape.hidden_size) * width
     weights = shape.parameters * width
     max_cached_rows = (engine_gib(spec, backend, machine, shape) * GIB - weights) / (cached * (prompt + new))
-    rows = max(1, min(rollouts, backend.max_rows, int(max_cached_rows)))
+    rows = max(1, min(rollouts, backend.max_num_seqs, int(max_cached_rows)))
     middle = prompt + new / 2
     reading = (weights + rows * cached * middle) / (device.terabytes * 1e12 * BANDWIDTH_UTILIZATION)
     token = max(reading, _compute_seconds(device, rows * _operations_per_token(shape, 2 * middle)))

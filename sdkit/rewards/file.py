@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.batches import Row
-from sdkit.language.errors import BadData, shorten
+from sdkit.language.errors import shorten
 from sdkit.language.specs import FileReward
-from sdkit.language.user_functions import failure, load_function
+from sdkit.language.user_functions import UserFunction
 from sdkit.rewards.scorer import DeadlineExceeded, Pair, ScoredCompletion, Scorer, score_in_threads
 
 
@@ -23,24 +23,18 @@ def function_reward(reward: FileReward, base: Path) -> Scorer:
     Raises BadData if the function cannot be loaded; the scorer raises it if the function fails, takes longer than the
     reward allows or returns anything else.
     """
-    path = (base / reward.file).resolve()
-    function = load_function(path, reward.file, reward.function)
+    function = UserFunction(reward.file, reward.function, base)
 
     def score(completion: str, row: Row) -> ScoredCompletion:
-        try:
-            value = function(completion, dict(row.columns))
-        except (Exception, SystemExit) as error:
-            what = f"{reward.function} failed on {_describe(completion, row)}"
-            raise failure(what, path, reward.file, error) from error
-        return _read(value, reward, completion, row)
+        what = f" on {_describe(completion, row)}"
+        return _read(function.call(completion, dict(row.columns), what=what), function, completion, row)
 
     def score_all(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
         try:
             return score_in_threads(score, pairs, threads=reward.at_once, seconds=reward.seconds)
         except DeadlineExceeded as late:
-            raise BadData(
-                f"{reward.function} in {reward.file} took more than {reward.seconds:g} s "
-                f"on {_describe(*pairs[late.index])}",
+            raise function.error(
+                f"took more than {reward.seconds:g} s on {_describe(*pairs[late.index])}",
                 hint="make it quicker, or raise the reward's seconds",
             ) from None
 
@@ -51,7 +45,7 @@ def _describe(completion: str, row: Row) -> str:
     return f"row {row.index}, completion {shorten(completion)}"
 
 
-def _read(value: Any, reward: FileReward, completion: str, row: Row) -> ScoredCompletion:
+def _read(value: Any, function: UserFunction, completion: str, row: Row) -> ScoredCompletion:
     """Reads a number, or a pair of a number and a text (or None)."""
     number, text = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     if isinstance(number, numbers.Real) and (text is None or isinstance(text, str)):
@@ -59,7 +53,7 @@ def _read(value: Any, reward: FileReward, completion: str, row: Row) -> ScoredCo
             reward_value = float(number)
             if math.isfinite(reward_value):
                 return ScoredCompletion(reward=reward_value, feedback=text or None)
-    raise BadData(
-        f"{reward.function} in {reward.file} returned {reprlib.repr(value)} for "
-        f"{_describe(completion, row)}; it must return a finite number, or such a number and a text"
+    raise function.error(
+        f"returned {reprlib.repr(value)} for {_describe(completion, row)}; it must return a finite number, or such a number "
+        "and a text"
     )

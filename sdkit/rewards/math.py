@@ -6,15 +6,15 @@ import contextlib
 import importlib.util
 import json
 import os
-import queue
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdkit.batches import Row
 from sdkit.language.errors import BadData, BadEnvironment, shorten
 from sdkit.language.specs import MathVerifyReward
+from sdkit.processes import WorkerPool
 from sdkit.rewards.answers import extract, right_text
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, score_in_threads
 
@@ -31,7 +31,7 @@ def math_verify(reward: MathVerifyReward) -> Scorer:
         raise BadEnvironment(
             "rewards of kind math_verify need a package that is missing: math-verify", hint="pip install 'sdkit[math]'"
         )
-    workers = WorkerPool()
+    workers = WorkerPool(_start)
 
     def score(completion: str, row: Row) -> ScoredCompletion:
         right = right_text(row, reward.answer).strip()
@@ -39,7 +39,7 @@ def math_verify(reward: MathVerifyReward) -> Scorer:
         if answer is None:
             return ScoredCompletion(reward=0.0)
         try:
-            equal = workers.compare(right, answer, reward.seconds)
+            equal = _compare(workers, right, answer, reward.seconds)
         except TimeoutError:
             message = f"The answer could not be compared within {reward.seconds:g} s."
             return ScoredCompletion(reward=0.0, feedback=message)
@@ -54,45 +54,22 @@ def math_verify(reward: MathVerifyReward) -> Scorer:
     return Scorer(score_all, check_row=lambda row: right_text(row, reward.answer))
 
 
-class WorkerPool:
-    """Worker processes, started on demand.  They exit with this process, when their standard input closes."""
+def _compare(workers: WorkerPool[str], right: str, answer: str, seconds: float) -> bool | None:
+    """Returns whether they are equal; None if the right answer cannot be parsed.
 
-    def __init__(self) -> None:
-        self._idle: queue.LifoQueue[subprocess.Popen[str]] = queue.LifoQueue()
-
-    def compare(self, right: str, answer: str, seconds: float) -> bool | None:
-        """Returns whether they are equal; None if the right answer cannot be parsed.
-
-        Raises TimeoutError if the comparison takes too long or too much memory.
-        """
-        job = {"right": right, "answer": answer, "seconds": seconds}
-        with self._worker() as worker:
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            with contextlib.suppress(BrokenPipeError):
-                worker.stdin.write(json.dumps(job) + "\n")
-                worker.stdin.flush()
-            line = worker.stdout.readline()
-            if not line:
-                raise TimeoutError
-            return json.loads(line)
-
-    @contextlib.contextmanager
-    def _worker(self) -> Iterator[subprocess.Popen[str]]:
-        """Yields a worker for exclusive use.  A worker that died is not reused."""
-        worker = None
-        while worker is None or worker.poll() is not None:
-            try:
-                worker = self._idle.get_nowait()
-            except queue.Empty:
-                worker = _start()
-        try:
-            yield worker
-        except BaseException:
-            worker.kill()
-            worker.communicate()
-            raise
-        self._idle.put(worker)
+    Raises TimeoutError if the comparison takes too long or too much memory.
+    """
+    job = {"right": right, "answer": answer, "seconds": seconds}
+    with workers.worker() as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            worker.stdin.write(json.dumps(job) + "\n")
+            worker.stdin.flush()
+        line = worker.stdout.readline()
+        if not line:
+            raise TimeoutError
+        return json.loads(line)
 
 
 def _start() -> subprocess.Popen[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from attrs import frozen
 from sdkit.language.errors import BadData
 from sdkit.language.files import library_reads
 from sdkit.language.specs import RewardModel
+from sdkit.models.loading import fixed_date
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
 
@@ -26,8 +28,8 @@ class Classifier:
     special: tuple[str, ...]
     path: str
 
-    def ids(self, completion: str, row: Any) -> list[int]:
-        """Encodes prompt and completion with this model's chat template.
+    def ids(self, completion: str, row: Any, now: datetime) -> list[int]:
+        """Encodes prompt and completion with this model's chat template, which prints the date `now` if it prints one.
 
         Special tokens spelled in the completion are removed, so that it cannot end its own turn.  Raises BadData if the
         text is longer than the model's context or contains a token without an embedding.
@@ -36,7 +38,9 @@ class Classifier:
             completion = completion.replace(word, "")
         messages = [*map(dict, row.messages), {"role": "assistant", "content": completion}]
         with library_reads(f"row {row.index}: the chat template of the reward model {self.path}"):
-            ids = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+            ids = self.tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, **fixed_date(self.tokenizer, now)
+            )["input_ids"]
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit and len(ids) > limit:
             raise BadData(
@@ -65,8 +69,8 @@ class Classifier:
         return output.logits[:, 0].double().tolist()
 
 
-def reward_model(reward: RewardModel, base: Path) -> Scorer:
-    """Returns a scorer that gives the model's output for prompt and completion.
+def reward_model(reward: RewardModel, base: Path, now: Callable[[], datetime]) -> Scorer:
+    """Returns a scorer that gives the model's output for prompt and completion; `now` returns the run's date.
 
     Raises BadData if the folder has no such model; the scorer raises it if a text is too long or the output is not
     finite.
@@ -74,18 +78,18 @@ def reward_model(reward: RewardModel, base: Path) -> Scorer:
     classifier = _open(reward.path, (base / reward.path).resolve())
 
     def score_all(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
-        texts = [classifier.ids(text, row) for text, row in pairs]
+        texts = [classifier.ids(text, row, now()) for text, row in pairs]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # to reduce padding
         outputs: dict[int, float] = {}
-        for first in range(0, len(order), reward.batch_rows):
-            places = order[first : first + reward.batch_rows]
+        for first in range(0, len(order), reward.batch_size):
+            places = order[first : first + reward.batch_size]
             outputs |= zip(places, classifier.score([texts[i] for i in places]), strict=True)
         for place, value in outputs.items():
             if not math.isfinite(value):
                 raise BadData(f"the reward model {reward.path} gives {value} for row {pairs[place][1].index}")
         return [ScoredCompletion(reward=outputs[i]) for i in range(len(pairs))]
 
-    return Scorer(score_all, check_row=lambda row: classifier.ids("", row))
+    return Scorer(score_all, check_row=lambda row: classifier.ids("", row, now()))
 
 
 @functools.lru_cache(maxsize=2)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import platform
-import queue
 import secrets
 import signal
 import subprocess
@@ -22,6 +20,7 @@ from attrs import frozen
 
 from sdkit.language.errors import BadEnvironment
 from sdkit.language.specs import PythonTests
+from sdkit.processes import WorkerPool, kill_group
 from sdkit.rewards.jail.messages import receive, send
 from sdkit.rewards.program_tests import Test
 
@@ -48,7 +47,7 @@ class Sandbox:
 
     def __init__(self, limits: PythonTests) -> None:
         self.limits = limits
-        self._idle: queue.LifoQueue[subprocess.Popen[bytes]] = queue.LifoQueue()
+        self._workers = WorkerPool(_start)
         if sys.platform != "linux" or platform.machine() not in MACHINES:
             raise BadEnvironment(
                 "rewards of kind python_tests need Linux on x86_64 or aarch64: "
@@ -63,31 +62,17 @@ class Sandbox:
     @contextlib.contextmanager
     def open_jail(self, program: str, seconds: float) -> Iterator[Jail]:
         """Yields a jail for one program; kills it if it is still running `GRACE` after `seconds`."""
-        process = self._process()
-        watchdog = threading.Timer(seconds + GRACE, _kill_group, (process,))
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            jail = Jail(process, self._job(program), self.limits)
-            yield jail
-            jail.close()
-        except BaseException:
-            _kill_group(process)
-            raise
-        finally:
-            watchdog.cancel()
-            watchdog.join()  # while it waits for the process that it killed, `poll` would report that process as running
-        self._idle.put(process)
-
-    def _process(self) -> subprocess.Popen[bytes]:
-        """Returns an idle process that is still running, or starts one."""
-        while True:
+        with self._workers.worker() as process:
+            watchdog = threading.Timer(seconds + GRACE, kill_group, (process,))
+            watchdog.daemon = True
+            watchdog.start()
             try:
-                process = self._idle.get_nowait()
-            except queue.Empty:
-                return _start()
-            if process.poll() is None:
-                return process
+                jail = Jail(process, self._job(program), self.limits)
+                yield jail
+                jail.close()
+            finally:
+                watchdog.cancel()
+                watchdog.join()  # while it waits for the process that it killed, `poll` would report that process as running
 
     def _job(self, program: str) -> dict[str, Any]:
         limits = self.limits
@@ -114,14 +99,6 @@ def _start() -> subprocess.Popen[bytes]:
         bufsize=0,
         start_new_session=True,  # Ctrl-C must reach only the trainer; and the group can be killed as one
     )
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kills the process, its jail and the program: none of them can leave the process group."""
-    if process.poll() is None:  # not reaped, so its id is still its own
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 class Jail:

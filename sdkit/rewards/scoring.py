@@ -6,7 +6,8 @@ models, `file` calls user-defined functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import assert_never
 
@@ -40,14 +41,18 @@ RewardScores = Mapping[str, Sequence[ScoredCompletion]]
 
 
 def open_reward(
-    reward: Reward, base: Path, source: ReasoningGymSource | None, opened: Mapping[str, Scorer] | None = None
+    reward: Reward,
+    base: Path,
+    source: ReasoningGymSource | None,
+    opened: Mapping[str, Scorer] | None = None,
+    now: Callable[[], datetime] = datetime.now,
 ) -> Scorer:
     """Returns the scorer of one reward; a completion without an answer scores 0.
 
     `base` is the folder that relative paths start from; `source` is the source of the rows if it is reasoning-gym;
-    `opened` are the rewards that a weighted sum names.  Raises BadData if the reward cannot be opened and
-    BadEnvironment if the machine lacks a requirement.  The scorer raises BadData if a row lacks the right answer, or if
-    a user-defined function fails, exceeds its time or does not return a finite number.
+    `opened` are the rewards that a weighted sum names; `now` returns the date that chat templates print.  Raises BadData
+    if the reward cannot be opened and BadEnvironment if the machine lacks a requirement.  The scorer raises BadData if a
+    row lacks the right answer, or if a user-defined function fails, exceeds its time or does not return a finite number.
     """
     match reward:
         case ReasoningGymReward():
@@ -63,7 +68,7 @@ def open_reward(
         case MathVerifyReward():
             return math_verify(reward)
         case RewardModel():
-            return reward_model(reward, base)
+            return reward_model(reward, base, now)
         case PythonTests():
             return python_tests(reward)
         case FileReward():
@@ -75,7 +80,11 @@ def open_reward(
 
 
 def open_rewards(
-    rewards: Mapping[str, Reward], names: Iterable[str], base: Path, source: ReasoningGymSource | None
+    rewards: Mapping[str, Reward],
+    names: Iterable[str],
+    base: Path,
+    source: ReasoningGymSource | None,
+    now: Callable[[], datetime] = datetime.now,
 ) -> dict[str, Scorer]:
     """Opens the named rewards of a spec, each once.  Raises as `open_reward` does, naming the reward."""
     opened: dict[str, Scorer] = {}
@@ -87,7 +96,7 @@ def open_rewards(
                 open_one(part)
             try:
                 with blaming("rewards", name):
-                    opened[name] = open_reward(reward, base, source, opened)
+                    opened[name] = open_reward(reward, base, source, opened, now)
             except SdkitError as error:
                 message = f"rewards.{name}: {error.message}"
                 raise type(error)(message, hint=error.hint, place=error.place, path=error.path) from error

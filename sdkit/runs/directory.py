@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdkit import processes
 from sdkit.language.errors import BadEnvironment, UnreadableInput
-from sdkit.runs import processes
 
 MARK = "resolved.yaml"
 ORIGIN = "provenance.json"
@@ -45,7 +45,7 @@ class RunDirectory:
 
     def status(self, state: str, **facts: Any) -> None:
         """Write status.json: running, done, stopped or failed, with the process and other facts."""
-        process = {"pid": os.getpid(), "process": processes.own_mark()}
+        process = {"pid": os.getpid(), "process": processes.own_start()}
         self.write_json("status.json", {"state": state, **process, **facts})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -135,10 +135,7 @@ def origin(path: Path) -> dict[str, Any]:
     """The contents of provenance.json.  Raises UnreadableInput if the folder is not a run directory."""
     if not (path / MARK).is_file():
         raise UnreadableInput(f"{path} is not a run directory: it has no {MARK}")
-    try:
-        facts = json.loads((path / ORIGIN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UnreadableInput(f"cannot read {path / ORIGIN}: {error}") from None
+    facts = provenance(path)
     if not isinstance(facts, dict) or "base" not in facts:
         raise UnreadableInput(f"{path / ORIGIN} does not name the folder of the run's spec")
     return facts
@@ -214,12 +211,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; an incomplete last line (from a killed run) is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Not splitlines(): JSON text may contain U+2028 and the like, which end a line only in Python.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
         except ValueError:
-            if number < len(lines):
-                raise UnreadableInput(f"{path}:{number}: not a JSON object") from None
+            raise UnreadableInput(f"{path}:{number}: not a JSON object") from None
     return records

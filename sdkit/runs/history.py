@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from attrs import frozen
 
 from sdkit.language.errors import Path as SpecPath
 from sdkit.language.errors import UnreadableInput
+from sdkit.language.files import read_json_object
 from sdkit.language.resolved import leaves
 from sdkit.language.source import read
 from sdkit.runs.directory import MARK, read_lines
@@ -101,15 +101,14 @@ def read_run(path: Path, name: str) -> Run:
     spec = read(path / MARK, resolved=True).data
     if not isinstance(spec, dict):
         raise UnreadableInput(f"{path / MARK} is not a resolved spec")
-    status = _json(path / "status.json")
-    state = _state(status)
+    state = _state(read_json_object(path / "status.json") or {})
     try:
         points = tuple(_points(path))
     except (KeyError, TypeError, AttributeError) as error:
         raise UnreadableInput(f"{path / 'metrics.jsonl'} is not a run's: {error!r}") from None
     if not points:
         raise UnreadableInput(f"{path} holds no evaluation to compare ({state})")
-    provenance = _json(path / "provenance.json")
+    provenance = read_json_object(path / "provenance.json") or {}
     origins = {part: provenance.get(part) or {} for part in ("versions", "data")}
     return Run(
         name=name, path=path, state=state, settings=dict(leaves(spec)), origins=dict(leaves(origins)), points=points
@@ -148,12 +147,3 @@ def _state(status: Mapping[str, Any]) -> str:
     # A killed process leaves "running" behind.
     word = "unfinished, running or killed" if state == "running" else state
     return f"{word}{after}" + (f": {str(reason).splitlines()[0]}" if reason else "")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing or incomplete."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

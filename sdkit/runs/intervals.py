@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from statistics import NormalDist
+from collections.abc import Sequence
 
 import numpy as np
 from attrs import frozen
@@ -21,45 +20,30 @@ class Interval:
     n: int
 
 
-def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion; (0, 1) for n = 0.
 
     Raises ValueError if `successes` is not within 0 .. n.
     """
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes in {n} trials")
+    from scipy.stats import binomtest
+
     if n == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    proportion, scale = successes / n, 1 + z * z / n
-    centre = proportion + z * z / (2 * n)
-    half = z * (proportion * (1 - proportion) / n + z * z / (4 * n * n)) ** 0.5
-    # At 0 and n rounding could leave the proportion just outside the interval.
-    low = 0.0 if successes == 0 else (centre - half) / scale
-    high = 1.0 if successes == n else (centre + half) / scale
-    return low, high
+    interval = binomtest(successes, n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def mean_interval(
-    values: Sequence[float],
-    groups: Sequence[Hashable] | None = None,
-    *,
-    seed: int = 0,
-    resamples: int = 10_000,
-    level: float = 0.95,
-) -> Interval:
+def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10_000, level: float = 0.95) -> Interval:
     """The mean over prompts with Wilson's interval if every prompt scored 0 or 1, else with a percentile bootstrap.
 
-    `groups` names the prompt of each value if prompts have several: samples of one prompt are not independent, so each
-    prompt counts once, with its mean.  Raises ValueError if there are no values or the lengths differ.
+    One value per prompt: several samples of a prompt are not independent.  Raises ValueError if there are no values.
     """
-    scores = _group_means(values, groups)
-    mean, n = float(scores.mean()), scores.size
+    scores = _non_empty(np.asarray(values, dtype=float))
     if np.isin(scores, (0.0, 1.0)).all():
-        low, high = wilson(int(scores.sum()), n, level)
+        low, high = wilson(int(scores.sum()), scores.size, level)
     else:
-        low, high = _bootstrap(scores, seed, resamples, level)
-    return Interval(mean=mean, low=low, high=high, n=n)
+        low, high = _bootstrap([scores], seed, resamples, level)
+    return Interval(mean=float(scores.mean()), low=low, high=high, n=scores.size)
 
 
 def paired_difference(
@@ -72,7 +56,7 @@ def paired_difference(
     if len(before) != len(after):
         raise ValueError(f"{len(before)} values before, {len(after)} after")
     changes = _non_empty(np.asarray(after, dtype=float) - np.asarray(before, dtype=float))
-    low, high = _bootstrap(changes, seed, resamples, level)
+    low, high = _bootstrap([changes], seed, resamples, level)
     return Interval(mean=float(changes.mean()), low=low, high=high, n=changes.size)
 
 
@@ -83,12 +67,10 @@ def unpaired_difference(
 
     `n` is the size of the smaller side.  Raises ValueError if a side is empty.
     """
-    sides = [_non_empty(np.asarray(values, dtype=float)) for values in (before, after)]
-    means = [_bootstrap_means(side, seed + i, resamples) for i, side in enumerate(sides)]
-    low, high = _quantiles(means[1] - means[0], level)
-    return Interval(
-        mean=float(sides[1].mean() - sides[0].mean()), low=low, high=high, n=min(side.size for side in sides)
-    )
+    sides = [_non_empty(np.asarray(values, dtype=float)) for values in (after, before)]
+    low, high = _bootstrap(sides, seed, resamples, level)
+    mean = float(sides[0].mean() - sides[1].mean())
+    return Interval(mean=mean, low=low, high=high, n=min(side.size for side in sides))
 
 
 def paired_p_value(before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000) -> float:
@@ -119,44 +101,26 @@ def _p_value(draws: np.ndarray, observed: float) -> float:
     return float(1 + (np.abs(draws) >= abs(observed) - 1e-12).sum()) / (1 + draws.size)
 
 
-def _group_means(values: Sequence[float], groups: Sequence[Hashable] | None) -> np.ndarray:
-    scores = _non_empty(np.asarray(values, dtype=float))
-    if groups is None:
-        return scores
-    if len(groups) != scores.size:
-        raise ValueError(f"{scores.size} values in {len(groups)} groups")
-    numbers: dict[Hashable, int] = {}
-    group_of = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
-    return np.bincount(group_of, weights=scores) / np.bincount(group_of)
-
-
 def _non_empty(values: np.ndarray) -> np.ndarray:
     if values.size == 0:
         raise ValueError("no values")
     return values
 
 
-def _bootstrap(values: np.ndarray, seed: int, resamples: int, level: float) -> tuple[float, float]:
-    return _quantiles(_bootstrap_means(values, seed, resamples), level)
+def _bootstrap(sides: Sequence[np.ndarray], seed: int, resamples: int, level: float) -> tuple[float, float]:
+    """The percentile interval of a side's mean, or of the first side's mean minus the second's."""
+    from scipy import stats
 
+    def statistic(first: np.ndarray, *second: np.ndarray, axis: int) -> np.ndarray:
+        return first.mean(axis) - sum(side.mean(axis) for side in second)
 
-def _bootstrap_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-    """Means of the values resampled with replacement, [resamples]."""
-    random = np.random.default_rng(seed)
-    return np.concatenate(
-        [
-            values[random.integers(0, values.size, (size, values.size))].mean(axis=1)
-            for size in _block_sizes(values.size, resamples)
-        ]
-    )
-
-
-def _block_sizes(values: int, resamples: int) -> list[int]:
-    """The numbers of resamples that are drawn at one time, to limit memory."""
-    block = max(1, DRAWS_AT_ONCE // values)
-    return [min(block, resamples - done) for done in range(0, resamples, block)]
-
-
-def _quantiles(draws: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    interval = stats.bootstrap(
+        [np.resize(side, max(side.size, 2)) for side in sides],  # scipy refuses a single value
+        statistic,
+        n_resamples=resamples,
+        batch=max(1, DRAWS_AT_ONCE // sum(side.size for side in sides)),
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)

@@ -58,7 +58,7 @@ def _training(spec: ExperimentSpec, run: Path, method: MethodPlan) -> Iterator[s
     yield from method.roles
     lora = spec.model.lora
     if lora:
-        yield f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}"
+        yield f"LoRA: rank {lora.r}, alpha {lora.lora_alpha:g}"
     per_step = spec.training.prompts_per_step * spec.rollout.completions_per_prompt
     yield f"{_steps(run)} steps of {per_step} rollouts, learning rate {spec.optimizer.lr:g}, {spec.model.dtype}"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
 from sdkit.language.errors import BadData
 from sdkit.models.weights import Weights
+from sdkit.runs.directory import read_lines
 
 
 class ReplayRollouts:
@@ -21,10 +20,11 @@ class ReplayRollouts:
         self.run = run
         self.recorded: dict[tuple[tuple[int, ...], int], Completion] = {}
         for path in sorted((run / "rollouts").glob("step_*.jsonl")):
-            for record in _records(path):
+            for record in read_lines(path):
+                logprobs = record["sampler_logprobs"]
                 self.recorded[tuple(record["sampled_from_ids"]), record["seed"]] = Completion(
                     ids=tuple(record["completion_ids"]),
-                    logprobs=_floats(record["sampler_logprobs"]),
+                    logprobs=None if logprobs is None else tuple(logprobs),
                     finished=record["finished"],
                 )
         if not self.recorded:
@@ -44,15 +44,3 @@ class ReplayRollouts:
 
     def close(self) -> None:
         self.recorded.clear()
-
-
-def _floats(values: list[float] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(values)
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise BadData(f"{path}:{number}: not a JSON object: {error}") from None

@@ -22,9 +22,9 @@ class TransformersRollouts:
 
     name = "transformers"
 
-    def __init__(self, tokenizer: Any, batch_rows: int, end_ids: tuple[int, ...]) -> None:
+    def __init__(self, tokenizer: Any, batch_size: int, end_ids: tuple[int, ...]) -> None:
         self.tokenizer = tokenizer
-        self.batch_rows = batch_rows
+        self.batch_size = batch_size
         self.end_ids = end_ids
         self.weights: Weights | None = None
 
@@ -41,9 +41,9 @@ class TransformersRollouts:
         with self.weights.active() as model:
             was_training = model.training
             model.eval()
-            batches = len(range(0, len(order), self.batch_rows))
+            batches = len(range(0, len(order), self.batch_size))
             for number in range(self.weights.sharding.all_reduce_max(batches)):
-                chosen = order[number * self.batch_rows :][: self.batch_rows]
+                chosen = order[number * self.batch_size :][: self.batch_size]
                 if not chosen:  # parameters are sharded, and another rank still has prompts
                     brief = evolve(sampling, max_new_tokens=1)
                     self.weights.sharding.run_forward(self._generate, model, [DUMMY_REQUEST], brief)

@@ -125,7 +125,7 @@ def engine_settings(spec: VllmEngine, dtype: str, max_tokens: int) -> dict[str, 
     settings: dict[str, Any] = {
         "dtype": spec.dtype or dtype,
         "max_model_len": max_tokens,
-        "max_num_seqs": spec.max_rows,
+        "max_num_seqs": spec.max_num_seqs,
         "enforce_eager": True,
         "use_tqdm_on_load": False,
         "seed": 0,
@@ -138,9 +138,9 @@ def engine_settings(spec: VllmEngine, dtype: str, max_tokens: int) -> dict[str, 
         "max_num_batched_tokens": max(4096, max_tokens),
     }
     if torch.cuda.is_available():
-        return settings | {"gpu_memory_utilization": spec.gpu_share}
+        return settings | {"gpu_memory_utilization": spec.gpu_memory_utilization}
     # Prompts share only whole cache blocks; the CPU default of 128 tokens is longer than most prompts.
-    return settings | {"kv_cache_memory_bytes": int(spec.cache_gib * 2**30), "block_size": 32}
+    return settings | {"kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30), "block_size": 32}
 
 
 def _completion(output: Any) -> Completion:

@@ -92,11 +92,11 @@ class ServerPool:
         return Server(
             url,
             key=key,
-            max_concurrent=self.spec.max_rows,
+            max_concurrent=self.spec.max_num_seqs,
             request_seconds=self.spec.deadline_seconds,
             deadline_seconds=self.spec.deadline_seconds,
             retries=RETRIES,
-            slow_hint="raise rollout.backend.deadline_seconds, or lower max_rows",
+            slow_hint="raise rollout.backend.deadline_seconds, or lower max_num_seqs",
             runner=self._runner,
         )
 

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from attrs import frozen
 from torch import Tensor
@@ -52,7 +53,8 @@ class WeightFolder:
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             for old in [*path.glob(f"{host}.*"), *path.glob(f".{host}.*")]:
-                if not _is_running(old.name.lstrip(".").removeprefix(f"{host}.").split(".")[0]):
+                pid = old.name.lstrip(".").removeprefix(f"{host}.").split(".")[0]
+                if pid.isdecimal() and not psutil.pid_exists(int(pid)):
                     old.unlink(missing_ok=True)
             (path / self.probe).touch(mode=0o600)
         except OSError as error:
@@ -88,19 +90,6 @@ class WeightFolder:
         with contextlib.suppress(OSError):
             for path in self.path.glob(f"{self._owner}.*"):
                 path.unlink(missing_ok=True)
-
-
-def _is_running(pid: str) -> bool:
-    """Whether a process with this pid exists; True for text that is no pid, so that its file is not removed."""
-    if not pid.isdecimal():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _write(tensors: Iterator[tuple[str, Tensor]], header_bytes: int, path: Path) -> None:

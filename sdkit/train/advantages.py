@@ -8,7 +8,6 @@ import torch
 from attrs import evolve
 
 from sdkit.batches import Attempt, GroupOutcome, RolloutBatch
-from sdkit.language.schedules import plain
 from sdkit.language.specs import LossSpec
 from sdkit.losses.policy import overlong_share
 from sdkit.losses.policy_terms import group_relative, reward_advantages
@@ -56,7 +55,7 @@ def with_advantages(
     rewards = torch.tensor(own_rewards, dtype=torch.float32)
     if penalty := spec.overlong:
         lengths = torch.tensor([len(r.completion_ids) for r in batch], dtype=torch.long)
-        rewards -= plain(penalty.amount) * overlong_share(lengths, max_new_tokens, penalty.stretch)
+        rewards -= penalty.amount * overlong_share(lengths, max_new_tokens, penalty.stretch)
     groups = torch.tensor([r.group for r in batch], dtype=torch.long)
     all_rewards, own_slice = all_gather(rewards)
     all_groups, _ = all_gather(groups)

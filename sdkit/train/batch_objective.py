@@ -16,9 +16,8 @@ from attrs import evolve
 from torch import Tensor
 
 from sdkit.batches import Rollout, RolloutBatch, Row, TopKLogprobs
-from sdkit.language.required_statistics import required_statistics
 from sdkit.language.schedules import at_step
-from sdkit.language.specs import LossSpec, MethodSpec
+from sdkit.language.specs import LossSpec, MethodSpec, required_statistics
 from sdkit.losses.distributions import Distributions
 from sdkit.losses.objective import Objective, with_sequence_statistics
 from sdkit.losses.scores import weighted_sum, widen
@@ -27,7 +26,6 @@ from sdkit.train.advantages import with_advantages
 from sdkit.train.collate import CollatedBatch, collate
 from sdkit.train.loss_masks import build_loss_masks
 from sdkit.train.step import token_means
-from sdkit.train.teacher_scores import blend_factors
 from sdkit.user_code.divergences import open_user_divergences
 from sdkit.user_code.token_weights import open_user_weights
 
@@ -186,7 +184,7 @@ class BatchObjective:
             return teacher
         if not isinstance(teacher, Tensor) or partner is None:
             raise ValueError("teacher.blend needs the teacher's logits and partner_logits")
-        return weighted_sum([widen(teacher), widen(partner)], blend_factors(self._blend))
+        return weighted_sum([widen(teacher), widen(partner)], self._blend.factors)
 
     def _check_shapes(
         self, batch: RolloutBatch, student: Tensor, teacher: Tensor | TopKLogprobs | None, reference: Tensor | None

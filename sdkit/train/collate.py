@@ -9,7 +9,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from sdkit.batches import Counts, LossMask, MicroBatch, PaddedSequences, Rollout, Tokens
-from sdkit.language.specs import LossSpec, PerToken, Table, needs_teacher
+from sdkit.language.specs import LossSpec, PerToken, Table
 from sdkit.losses.objective import row_weights
 from sdkit.models.packing import pad_sequences, padded_tokens
 
@@ -46,7 +46,7 @@ def collate(
         name: row_weights(term.average, torch.tensor(lengths[name], dtype=torch.long), divisors[name])
         for name, term in losses.items()
     }
-    teacher = any(needs_teacher(term) for term in losses.values())
+    teacher = any(term.needs_teacher for term in losses.values())
     batches, padded = [], 0
     for start, end in _micro_batch_bounds(order, budget, longest_pack):
         part = order[start:end]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
-from sdkit.language.specs import Decoding, RoutedWeights, ServedWeights, Suite
+from sdkit.language.specs import Decoding, Suite
 from sdkit.models.weights import Weights
 from sdkit.rewards.scoring import reward_values, score
 from sdkit.runs.evaluations import EvaluationResult, Key
@@ -50,7 +50,7 @@ def teacher_lift(state: TrainState, before: EvaluationResult) -> dict[Key, Inter
     evaluation, teacher = state.spec.evaluation, state.spec.teacher
     if evaluation is None or teacher is None or teacher.sees is None or not evaluation.teacher_lift:
         return {}
-    if isinstance(teacher.weights, RoutedWeights | ServedWeights):
+    if teacher.weights.cannot_sample:
         return {}
     lift: dict[Key, Interval] = {}
     for name, suite in evaluation.suites.items():

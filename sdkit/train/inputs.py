@@ -23,7 +23,6 @@ from sdkit.language.specs import (
     RoutedWeights,
     Suite,
     TeacherSamples,
-    completion_column,
 )
 from sdkit.models.embedding_ids import HINT, KnownIds
 from sdkit.models.loading import load_tokenizer
@@ -55,10 +54,10 @@ class RunData:
         self.tokenizer = tokenizer
         self.known_ids = known  # None: prompts may contain any id
         self.largest_id = 0  # in the prompts and completions that `check` rendered
-        with blaming("model", "chat_template_options"):
+        with blaming("model", "chat_template_kwargs"):
             self.prompter = Prompter(
                 tokenizer,
-                dict(spec.model.chat_template_options),
+                dict(spec.model.chat_template_kwargs),
                 now=now,
                 keep_text=spec.model.control_tokens == "text",
             )
@@ -101,7 +100,7 @@ class RunData:
 
     def _load_training_rows(self, suites: Mapping[str, Suite], base: Path) -> tuple[list[Row], int]:
         """The training rows without those held out in a suite, and the number of rows dropped."""
-        column = completion_column(self.spec.rollout.sampled_by)
+        column = self.spec.rollout.sampled_by.completion_column
         needed = (column,) if column else ()
         with blaming("data"):
             rows = load_rows(self.spec.data, base, needed=needed, texts=self._text_columns(None))
@@ -130,7 +129,7 @@ class RunData:
     @property
     def _shown_columns(self) -> list[str]:
         """The columns of training rows that a model reads or is trained on, besides the prompt."""
-        column = completion_column(self.spec.rollout.sampled_by)
+        column = self.spec.rollout.sampled_by.completion_column
         return [*self._slot_columns, *filter(None, [column])]
 
     def _suite_rewards(self, suite: Suite) -> Iterable[str]:
@@ -140,13 +139,17 @@ class RunData:
     def _open_suite_rewards(self, suite: Suite, base: Path) -> dict[str, Scorer]:
         source = suite.data.source
         task = source if isinstance(source, ReasoningGymSource) else None
-        return open_rewards(self.spec.rewards, self._suite_rewards(suite), base, task)
+        return open_rewards(self.spec.rewards, self._suite_rewards(suite), base, task, self._now)
 
     def _open_training_rewards(self, base: Path) -> dict[str, Scorer]:
         """Scorers of every reward that can score training rows: for metrics, whether or not the loss uses it."""
         source = self.spec.data.source
         task = source if isinstance(source, ReasoningGymSource) else None
-        return open_rewards(self.spec.rewards, self._training_rewards(), base, task)
+        return open_rewards(self.spec.rewards, self._training_rewards(), base, task, self._now)
+
+    def _now(self) -> datetime:
+        """The date that chat templates print; rank 0 sets it for all ranks after the rewards are opened."""
+        return self.prompter.now
 
     def _training_rewards(self) -> list[str]:
         return [name for name in self.spec.rewards if scores_training_rows(self.spec, name)]
@@ -267,7 +270,7 @@ class RunData:
 
     def _dataset_completions(self, rows: Iterable[Row]) -> DatasetCompletions | None:
         """Lengths of the data set's completions; None if the run samples its own."""
-        column = completion_column(self.spec.rollout.sampled_by)
+        column = self.spec.rollout.sampled_by.completion_column
         if column is None:
             return None
         end = -1 if self.turn_end is None else self.turn_end

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from sdkit.batches import LossMask, Rollout, RolloutBatch
 from sdkit.language.errors import blaming
-from sdkit.language.required_statistics import Statistic, masking_floor, needs_teacher_scores, weight_of
-from sdkit.language.schedules import plain
 from sdkit.language.specs import (
     DriftWeight,
     FileWeight,
@@ -27,6 +25,7 @@ from sdkit.language.specs import (
     PerplexityWeight,
     PositionWeight,
     RouteSpec,
+    Statistic,
     TeacherEntropyWeight,
     Weight,
 )
@@ -92,7 +91,7 @@ def _term_masks(
 ) -> list[LossMask]:
     spans = [_span(name, term, r, route) for r in rollouts]
     tokens = _apply_mask(term, _Tokens.of(rollouts, spans), all_gather, special)
-    weight = weight_of(term)
+    weight = term.token_weight
     with blaming("losses", name, "weight"):
         weights = None if weight is None else _weights(weight, tokens, all_gather, function)
     return tokens.split(weights)
@@ -102,7 +101,7 @@ def _span(name: str, term: LossSpec, rollout: Rollout, route: RouteSpec | None) 
     """Return the completion positions within the term's mask; empty if the term does not apply to the rollout."""
     other_branch = {"then": "otherwise", "otherwise": "then"}
     routed_away = route and rollout.branch and name in getattr(route, other_branch[rollout.branch])
-    if routed_away or (needs_teacher_scores(term) and rollout.teacher_prompt_ids is None):
+    if routed_away or (term.needs_teacher_scores and rollout.teacher_prompt_ids is None):
         return range(0)
     return unmasked_span(term.mask, len(rollout.completion_ids))
 
@@ -174,13 +173,12 @@ def _apply_mask(term: LossSpec, tokens: _Tokens, all_gather: AllGather, special:
     if mask.special_tokens == "leave_out":
         tokens = tokens.select(~torch.isin(tokens.ids(), torch.tensor(sorted(special), dtype=torch.long)))
     if mask.teacher_entropy_above is not None:
-        tokens = tokens.select(tokens.statistic("teacher_entropy") > plain(mask.teacher_entropy_above))
-    floor = masking_floor(term)
-    if floor is not None:
-        tokens = tokens.select(_log_ratio(tokens) >= plain(floor))
+        tokens = tokens.select(tokens.statistic("teacher_entropy") > mask.teacher_entropy_above)
+    if term.masking_floor is not None:
+        tokens = tokens.select(_log_ratio(tokens) >= term.masking_floor)
     if mask.student_entropy_top is not None:
         values, own_slice = all_gather(tokens.statistic("student_entropy"))
-        tokens = tokens.select(token_weights.top_share(values, plain(mask.student_entropy_top))[own_slice])
+        tokens = tokens.select(token_weights.top_share(values, mask.student_entropy_top)[own_slice])
     return tokens
 
 
@@ -189,21 +187,21 @@ def _weights(weight: Weight, tokens: _Tokens, all_gather: AllGather, function: U
     match weight:
         case PositionWeight(smallest=smallest, middle=middle, width=width):
             share = (tokens.position + 1).double() / tokens.lengths[tokens.row]
-            return token_weights.sigmoid_ramp(share, plain(smallest), plain(middle), plain(width))
+            return token_weights.sigmoid_ramp(share, smallest, middle, width)
         case TeacherEntropyWeight(rate=rate):
             values, own_slice = all_gather(tokens.statistic("teacher_entropy"))
-            return token_weights.entropy_weight(values, plain(rate))[own_slice]
+            return token_weights.entropy_weight(values, rate)[own_slice]
         case DriftWeight(strength=strength):
             rows = len(tokens.rollouts)
-            return token_weights.drift(_log_ratio(tokens), tokens.row, rows, plain(strength))
+            return token_weights.drift(_log_ratio(tokens), tokens.row, rows, strength)
         case PassRateWeight(power=power, threshold=threshold):
             rates = [_pass_rate(r, threshold) for r in tokens.rollouts]
             pass_rates = torch.tensor(rates, dtype=torch.float64)
-            return token_weights.pass_rate_variance(pass_rates, plain(power))[tokens.row]
+            return token_weights.pass_rate_variance(pass_rates, power)[tokens.row]
         case PerplexityWeight(of=model, power=power):
             name: Statistic = "student_logprobs" if model == "student" else "teacher_logprobs"
             group = torch.tensor([r.group for r in tokens.rollouts], dtype=torch.long)
-            return token_weights.perplexity(tokens.statistic(name), tokens.row, group, plain(power))
+            return token_weights.perplexity(tokens.statistic(name), tokens.row, group, power)
         case FileWeight():
             assert function is not None
             return _user_weights(weight, tokens, function)

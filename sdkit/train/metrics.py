@@ -13,7 +13,7 @@ import torch
 
 from sdkit.batches import Rollout
 from sdkit.distributed import collectives
-from sdkit.language.specs import OfRollouts, SuccessfulSibling, completion_column
+from sdkit.language.specs import OfRollouts, SuccessfulSibling
 from sdkit.losses.policy_terms import group_relative
 from sdkit.train.collect_rollouts import CollectedRollouts, completion_text
 from sdkit.train.step import StepResult
@@ -85,7 +85,7 @@ def _rollout_sums(state: TrainState, rollouts: Sequence[Rollout]) -> Sums:
         "rollout/finished": _mean(r.finished for r in rollouts),
         "rollout/with_teacher": _mean(r.teacher_prompt_ids is not None for r in rollouts),
     }
-    if completion_column(state.spec.rollout.sampled_by):
+    if state.spec.rollout.sampled_by.completion_column:
         from_data = [r for r in rollouts if r.sampler_logprobs is None]
         sums["rollout/cut_completions"] = _mean(not r.finished for r in from_data)
     if state.data.reward is not None and group_relative(state.losses) is not None:

@@ -16,7 +16,7 @@ from sdkit.data.prompts import Prompter, side_by_side
 from sdkit.data.rows import load_rows
 from sdkit.data.turn_ends import end_token
 from sdkit.language.errors import counted
-from sdkit.language.specs import ExperimentSpec, completion_column
+from sdkit.language.specs import ExperimentSpec
 from sdkit.models.loading import load_tokenizer, resolve_model
 
 SPLICE = "▶ completion goes here"
@@ -26,7 +26,7 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
     """Print the prompts of the first `count` training rows.  Raises BadData if a row cannot be used."""
     tokenizer = load_tokenizer(spec.model, resolve_model(spec.model.path, base))
     keep_text = spec.model.control_tokens == "text"
-    prompter = Prompter(tokenizer, dict(spec.model.chat_template_options), keep_text=keep_text)
+    prompter = Prompter(tokenizer, dict(spec.model.chat_template_kwargs), keep_text=keep_text)
     end = end_token(tokenizer, prompter.options)
     for row in load_rows(spec.data, base)[:count]:
         prompts = side_by_side(prompter, row, spec.teacher.sees if spec.teacher else None)
@@ -37,7 +37,7 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
         elif spec.teacher and prompts.teacher is not None:
             cut = f", {prompts.cut_tokens} context tokens cut" if prompts.cut_tokens else ""
             views.append(_panel("teacher", prompts.teacher, prompts.teacher_tokens or 0, cut))
-        if column := completion_column(spec.rollout.sampled_by):
+        if column := spec.rollout.sampled_by.completion_column:
             views.append(_completion(spec, prompter, end, row.text(column) or ""))
         table = Table.grid(expand=True)
         for _ in views:

@@ -16,15 +16,7 @@ from sdkit.language.errors import BadData, UnreadableInput, counted, first_of, s
 from sdkit.language.errors import Path as SpecPath
 from sdkit.language.resolved import leaves, resolved
 from sdkit.language.source import read
-from sdkit.language.specs import (
-    CopyWeights,
-    EmaWeights,
-    ExperimentSpec,
-    ReplayBackend,
-    RoutedWeights,
-    TeacherSamples,
-    teachers_of,
-)
+from sdkit.language.specs import ExperimentSpec, ReplayBackend, RoutedWeights, TeacherSamples, teachers_of
 from sdkit.runs.directory import MARK, RunDirectory, origin, read_lines
 
 if TYPE_CHECKING:
@@ -162,9 +154,9 @@ def _needs_teacher_state(path: SpecPath, spec: ExperimentSpec) -> bool:
 
     A routed teacher's weights are saved by route number, so any change of its routes counts.
     """
-    moving = [w for _, w in teachers_of(spec) if isinstance(w, EmaWeights | CopyWeights)]
+    moving = any(weights.follows_student for _, weights in teachers_of(spec))
     routed = spec.teacher is not None and isinstance(spec.teacher.weights, RoutedWeights)
-    return bool(moving) and (routed or path[-1] == "kind")
+    return moving and (routed or path[-1] == "kind")
 
 
 def _checkpoint_folder(run: Path, step: int) -> Path:
@@ -190,5 +182,5 @@ def _missing_rollouts(run: Path, batches: range, size: int) -> Iterator[str]:
         path = run / "rollouts" / f"step_{batch:06d}.jsonl"
         if not path.is_file():
             yield f"{path.name} is missing"
-        elif (lines := len(path.read_text(encoding="utf-8").splitlines())) != size:
+        elif (lines := path.read_bytes().count(b"\n")) != size:
             yield f"{path.name} holds {lines} of {counted(size, 'rollout')}"

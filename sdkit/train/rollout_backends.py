@@ -94,7 +94,7 @@ class RolloutBackends:
     def _open(self, spec: ChosenBackend | ReplayBackend) -> RolloutBackend:
         match spec:
             case TransformersBackend():
-                rows = spec.batch_rows if self.pads_samples else 1
+                rows = spec.batch_size if self.pads_samples else 1
                 return TransformersRollouts(self.data.tokenizer, rows, self.end_ids)
             case VllmBackend():
                 with quiet():

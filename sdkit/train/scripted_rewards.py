@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sdkit.language.required_statistics import weight_of
 from sdkit.language.specs import MethodSpec
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
@@ -19,7 +18,7 @@ def thresholds(spec: MethodSpec) -> list[float]:
 
 def _thresholds(spec: MethodSpec) -> Iterator[float]:
     slots = spec.teacher.sees.slots.values() if spec.teacher and spec.teacher.sees else ()
-    weights = map(weight_of, spec.losses.values())
+    weights = (term.token_weight for term in spec.losses.values())
     for part in (spec.route, *spec.rollout.keep, *slots, *weights):
         threshold = getattr(part, "threshold", None)
         if threshold is not None:

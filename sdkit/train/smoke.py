@@ -18,7 +18,6 @@ from rich.console import Console
 from sdkit.checkpoints import checkpoint
 from sdkit.distributed import zero
 from sdkit.language.errors import NumericsGuard
-from sdkit.language.required_statistics import weight_of
 from sdkit.language.schedules import scalar_at, with_schedules
 from sdkit.language.specs import (
     AdvantageAdd,
@@ -58,7 +57,6 @@ from sdkit.language.specs import (
     TransformersBackend,
     VllmServerBackend,
     blend_base,
-    completion_column,
     external_teachers,
     served_teachers,
 )
@@ -178,8 +176,8 @@ def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> Experi
 
 
 def _small_model(model: ModelSpec) -> ModelSpec:
-    lora = model.lora and LoraSpec(rank=min(model.lora.rank, 4), alpha=model.lora.alpha)
-    return ModelSpec(path="model", dtype=model.dtype, lora=lora, attention="sdpa")
+    lora = model.lora and LoraSpec(r=min(model.lora.r, 4), lora_alpha=model.lora.lora_alpha)
+    return ModelSpec(path="model", dtype=model.dtype, lora=lora, attn_implementation="sdpa")
 
 
 def _small_rollout(rollout: RolloutSpec, for_accelerator: bool) -> RolloutSpec:
@@ -235,7 +233,7 @@ def _tiny_weights(weights: T, url: str) -> T:
 
 
 def _small_loss(term: Loss, home: Path) -> Loss:
-    weight = weight_of(term)
+    weight = term.token_weight
     if isinstance(weight, FileWeight):
         term = evolve(term, weight=evolve(weight, file=str(home / weight.file)))
     if isinstance(term, Distillation) and isinstance(term.divergence, FileDivergence):
@@ -285,7 +283,7 @@ def _few_rows(spec: MethodSpec) -> DataSpec:
     names = {"prompt", "answer", "demonstration"}
     if isinstance(spec, ExperimentSpec):
         names |= set(spec.data.columns or ())
-    if column := completion_column(spec.rollout.sampled_by):
+    if column := spec.rollout.sampled_by.completion_column:
         names.add(column)
     if spec.teacher and isinstance(spec.teacher.sees, Context):
         slots = spec.teacher.sees.slots.values()

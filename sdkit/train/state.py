@@ -172,7 +172,10 @@ class TrainState:
 
     def _load_external(self, weights: ExternalWeights) -> Any:
         spec = ModelSpec(
-            path=weights.path, revision=weights.revision, dtype=weights.dtype, attention=self.spec.model.attention
+            path=weights.path,
+            revision=weights.revision,
+            dtype=weights.dtype,
+            attn_implementation=self.spec.model.attn_implementation,
         )
         path = next(path for path, other in other_models(self.spec) if other == weights)
         with blaming(*path, "path"):

@@ -113,11 +113,11 @@ def learning_rate(spec: OptimizerSpec, update: int, total: int) -> float:
     """Return the learning rate of optimizer step `update` (from 0) of `total`."""
     if update < spec.warmup_steps:
         return spec.lr * (update + 1) / spec.warmup_steps
-    if spec.schedule == "constant":
+    if spec.lr_scheduler_type == "constant":
         return spec.lr
     progress = min((update - spec.warmup_steps) / max(total - spec.warmup_steps, 1), 1.0)
     decay = {"linear": 1 - progress, "cosine": half_cosine(progress, falling=True)}
-    return spec.lr * (spec.final_share + (1 - spec.final_share) * decay[spec.schedule])
+    return spec.lr * (spec.final_share + (1 - spec.final_share) * decay[spec.lr_scheduler_type])
 
 
 def average_metrics(sums: Mapping[str, Tensor], collated: CollatedBatch) -> dict[str, float]:

@@ -5,14 +5,13 @@ Scoring runs before the student's forward pass, without gradients.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sdkit.batches import BlendedScores, MicroBatch, PaddedSequences, RoutedScores, TeacherScores, TopKLogprobs
-from sdkit.language.schedules import plain
-from sdkit.language.specs import Blend, ExtrapolateBlend, GeometricBlend, ProductBlend, TrustRegionBlend, tokens_told
+from sdkit.language.specs import tokens_told
 from sdkit.losses.chunks import top_k_logprobs
 from sdkit.models.packing import pad_sequences
 from sdkit.models.teachers import Teacher
@@ -45,30 +44,15 @@ def score_teacher(
     if state.teacher is None or batch.teacher is None:
         return None
     blend = state.blend
-    teacher_factor, partner_factor = (1.0, 0.0) if blend is None else blend_factors(blend)
+    teacher_factor, partner_factor = blend.factors if blend else (1.0, 0.0)
     if blend is None or partner_factor == 0:
         return _score_by_route(state, state.teacher, batch, batch.teacher)
-    prompt = batch.teacher if isinstance(blend, TrustRegionBlend) else batch.student
+    prompt = batch.teacher if blend.partner_prompt == "teacher" else batch.student
     partner = _score_blend_partner(state, prompt, reference)
     if teacher_factor == 0:  # saves the teacher's forward pass
         return partner
     teacher = _score_by_route(state, state.teacher, batch, batch.teacher)
     return BlendedScores(parts=(teacher, partner), factors=(teacher_factor, partner_factor))
-
-
-def blend_factors(blend: Blend) -> tuple[float, float]:
-    """Return the factors of the teacher's and of the partner's logits.  If one of them is 0, the other is 1."""
-    match blend:
-        case TrustRegionBlend(student_share=share):
-            return 1 - plain(share), plain(share)
-        case ProductBlend(student_power=power):
-            return 1.0, plain(power)
-        case GeometricBlend(teacher_share=share):
-            return plain(share), 1 - plain(share)
-        case ExtrapolateBlend(factor=factor):
-            return plain(factor), 1 - plain(factor)
-        case _:
-            assert_never(blend)
 
 
 def _score_blend_partner(state: TrainState, prompt: PaddedSequences, reference: TeacherScores | None) -> TeacherScores:

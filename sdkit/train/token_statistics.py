@@ -1,6 +1,6 @@
 """Token statistics and loss masks of a rollout batch, computed before its first update.
 
-The extra forward pass runs only if a loss term needs it (`language/required_statistics.py`), and once per rollout batch:
+The extra forward pass runs only if a loss term needs it (`required_statistics`), and once per rollout batch:
 all updates on the batch see the same statistics.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdkit.batches import MicroBatch, RolloutBatch, TeacherScores, TopKLogprobs
 from sdkit.distributed import collectives
-from sdkit.language.required_statistics import Statistic, required_statistics
+from sdkit.language.specs import Statistic, required_statistics
 from sdkit.losses.chunks import scored_logprobs, token_logprobs_and_entropy
 from sdkit.train.collate import collate_completions, empty_micro_batch
 from sdkit.train.loss_masks import build_loss_masks

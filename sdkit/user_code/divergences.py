@@ -10,26 +10,27 @@ from torch import Tensor
 from sdkit.language.errors import Path as Blame
 from sdkit.language.errors import blaming
 from sdkit.language.specs import Distillation, FileDivergence, Loss
+from sdkit.language.user_functions import UserFunction
 from sdkit.losses.selftest import find_problems
-from sdkit.user_code.loading import UserFunction
 
 
-class UserDivergence(UserFunction[FileDivergence]):
+class UserDivergence(UserFunction):
     """The divergence of one term.  Raises BadData if it cannot be loaded, fails or returns a wrong shape."""
 
     def __init__(self, spec: FileDivergence, base: Path, blame: Blame = ()) -> None:
         """`blame` is the key of the spec that names the function."""
-        super().__init__(spec, base)
+        super().__init__(spec.file, spec.function, base)
+        self.spec = spec
         self.blame = blame
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Log-probabilities [C, K], [C, K] -> [C]."""
         shape = student.shape[:-1]
         with blaming(*self.blame):
-            result = self._call(student, teacher)
+            result = self.call(student, teacher)
             if not isinstance(result, Tensor) or result.shape != shape:
                 got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
-                raise self._error(f"returned {got}, not a tensor {list(shape)}")
+                raise self.error(f"returned {got}, not a tensor {list(shape)}")
         return result
 
     def try_out(self) -> None:
@@ -37,7 +38,7 @@ class UserDivergence(UserFunction[FileDivergence]):
         spec = self.spec
         problems = list(find_problems(self, zero_when_equal=spec.zero_when_equal, exact_gradient=spec.exact_gradient))
         if problems:
-            raise self._error("; ".join(problems))
+            raise self.error("; ".join(problems))
 
 
 def open_user_divergences(losses: Mapping[str, Loss], base: Path) -> dict[str, UserDivergence]:

@@ -4,44 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdkit.language.errors import blaming
-from sdkit.language.required_statistics import weight_of
 from sdkit.language.specs import FileWeight, Loss
-from sdkit.user_code.loading import UserFunction
+from sdkit.language.user_functions import UserFunction
 
 Features = Mapping[str, Tensor]
 """Inputs of a weight, by name: [N, T], or [N] for `length` and `reward`; float64."""
 
 
-class UserWeight(UserFunction[FileWeight]):
+class UserWeight(UserFunction):
     """The weight of one term.  Raises BadData if it cannot be loaded, fails or returns invalid weights."""
+
+    def __init__(self, spec: FileWeight, base: Path) -> None:
+        super().__init__(spec.file, spec.function, base)
+        self.spec = spec
 
     def __call__(self, counts: Tensor, features: Features) -> Tensor:
         """counts [N, T] bool, features at least those of `given` -> [N, T] float64, 0 at tokens that do not count."""
-        given = {name: features[name].clone() for name in self.spec.given}
+        given: dict[str, Any] = {name: features[name].clone() for name in self.spec.given}
         with torch.no_grad():
-            result = self._call(counts.clone(), **given)
+            result = self.call(counts.clone(), **given)
         return self._validate(result, counts)
 
     def _validate(self, result: object, counts: Tensor) -> Tensor:
         rows, width = counts.shape
         expected = f"a tensor [{rows}, {width}] of finite numbers of at least 0"
         if not isinstance(result, Tensor):
-            raise self._error(f"returned {type(result).__name__}, not {expected}")
+            raise self.error(f"returned {type(result).__name__}, not {expected}")
         if result.shape != counts.shape:
-            raise self._error(f"returned a tensor {list(result.shape)}, not {expected}")
+            raise self.error(f"returned a tensor {list(result.shape)}, not {expected}")
         if result.is_complex():
-            raise self._error(f"returned complex numbers, not {expected}")
+            raise self.error(f"returned complex numbers, not {expected}")
         weights = result.detach().cpu().double().masked_fill(~counts, 0.0)
         invalid = ~weights.isfinite() | (weights < 0)
         if invalid.any():
             row, place = invalid.nonzero()[0].tolist()
             value = weights[row, place].item()
-            raise self._error(f"returned {value:g} for rollout {row}, token {place}, not {expected}")
+            raise self.error(f"returned {value:g} for rollout {row}, token {place}, not {expected}")
         return weights
 
     def try_out(self) -> None:
@@ -64,14 +68,14 @@ class UserWeight(UserFunction[FileWeight]):
 
     def _check_equal(self, a: Tensor, b: Tensor, problem: str, hint: str | None = None) -> None:
         if not torch.allclose(a, b, rtol=1e-5, atol=1e-7):
-            raise self._error(problem, hint)
+            raise self.error(problem, hint)
 
 
 def open_user_weights(losses: Mapping[str, Loss], base: Path) -> dict[str, UserWeight]:
     """Loads and tries out the user-defined weights of the terms; returns them by term."""
     weights: dict[str, UserWeight] = {}
     for name, term in losses.items():
-        if isinstance(weight := weight_of(term), FileWeight):
+        if isinstance(weight := term.token_weight, FileWeight):
             with blaming("losses", name, "weight"):
                 weights[name] = UserWeight(weight, base)
                 weights[name].try_out()

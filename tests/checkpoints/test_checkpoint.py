@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from attrs import evolve
 from rich.console import Console
 from tinyruns import advance, evaluated, make_spec, same, states, teacher, train, training
 
+from sdkit import processes
 from sdkit.checkpoints import checkpoint, manifest, resume, rng
 from sdkit.checkpoints.manifest import Origin
 from sdkit.language.errors import BadEnvironment, UnreadableInput
 from sdkit.language.specs import EmaWeights, OutputSpec
-from sdkit.runs import processes
 
 EMA = teacher(EmaWeights(update_rate=0.3))
 
@@ -251,12 +252,19 @@ def test_a_silent_end_is_named(tmp_path):
 
 
 def test_a_run_that_is_being_trained_is_left_alone(tmp_path):
-    mark = processes.own_mark()
-    assert mark is not None
+    start = processes.own_start()
     with pytest.raises(UnreadableInput, match=f"by process {os.getpid()}"):
-        left(tmp_path, state="running", pid=os.getpid(), process=mark)
+        left(tmp_path, state="running", pid=os.getpid(), process=start)
     # The same number after another start is another process.
-    assert left(tmp_path, state="running", pid=os.getpid(), process=mark + "0")
+    assert left(tmp_path, state="running", pid=os.getpid(), process=start + 1)
+
+
+def test_the_mark_of_an_older_sdkit_is_understood(tmp_path):
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    with pytest.raises(UnreadableInput, match=f"by process {os.getpid()}"):
+        left(tmp_path, state="running", pid=os.getpid(), process=f"f3b1c9d2/{ticks}")
+    for mark in (f"f3b1c9d2/{ticks + 100}", "unreadable", None):
+        assert left(tmp_path, state="running", pid=os.getpid(), process=mark)
 
 
 # ── a full disk ───────────────────────────────────────────────────────────────────────────────

@@ -22,11 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tinyruns import make_spec, metrics, run_scenario, same, silent, teacher, train, training, weights_of
 
+from sdkit import processes
 from sdkit.checkpoints import convert, manifest, resume, rng
 from sdkit.cli import main
 from sdkit.language.errors import BadEnvironment, UnreadableInput
 from sdkit.language.specs import EmaWeights, OutputSpec
-from sdkit.runs import processes
 
 SCENARIO = Path(__file__).parents[1] / "support" / "convert_scenario.py"
 COVER = ("routed-full-1-2", "routed-full-2-2", "routed-full-3-2", "ema-full-3-2")
@@ -214,7 +214,7 @@ def test_a_run_without_one_is_refused(three, run):
 
 
 def test_a_run_that_is_being_trained_is_refused(three, run):
-    status = {"state": "running", "pid": os.getpid(), "process": processes.own_mark()}
+    status = {"state": "running", "pid": os.getpid(), "process": processes.own_start()}
     (run / "status.json").write_text(json.dumps(status))
     assert f"by process {os.getpid()}" in refused(three, run).message
 

@@ -147,8 +147,8 @@ FAILING = {
         "raise teacher.sees.max_prompt_tokens",
     ),
     "layers that no adapter fits": (
-        ("dtype: float32}", "dtype: float32, lora: {rank: 2, alpha: 4, targets: [nope]}}"),
-        "targets: ",
+        ("dtype: float32}", "dtype: float32, lora: {r: 2, lora_alpha: 4, target_modules: [nope]}}"),
+        "target_modules: ",
         "nope",
     ),
 }

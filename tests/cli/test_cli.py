@@ -341,7 +341,7 @@ def test_eval_of_a_run_uses_its_trained_model(sdkit, run_file, tmp_path):
     del spec["teacher"]
     spec["rollout"] = {"sampled_by": "dataset", "max_new_tokens": 4, "backend": "transformers"}
     spec["evaluation"]["suites"]["held_out"]["score"] = "right"
-    spec["model"]["lora"] = {"rank": 8, "alpha": 16}
+    spec["model"]["lora"] = {"r": 8, "lora_alpha": 16}
     for row in spec["data"]["source"]["rows"]:
         row["d"] = "= 2"
     run_file.write_text(yaml.safe_dump(spec))

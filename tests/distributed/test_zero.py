@@ -10,7 +10,7 @@ from torch import nn
 
 from sdkit.language.specs import OptimizerSpec
 
-OPTIMIZER = OptimizerSpec(lr=1e-2, clip=0.5)
+OPTIMIZER = OptimizerSpec(lr=1e-2, max_grad_norm=0.5)
 
 
 class Net(nn.Module):
@@ -53,7 +53,7 @@ def plain():
     norms = []
     for x, y in batches(torch.float32):
         net(x, y, 1 / 48)[0].backward()
-        norms.append(nn.utils.clip_grad_norm_(net.parameters(), OPTIMIZER.clip).item())
+        norms.append(nn.utils.clip_grad_norm_(net.parameters(), OPTIMIZER.max_grad_norm).item())
         adam.step()
         adam.zero_grad()
     return torch.cat([p.detach().flatten() for p in net.parameters()]), norms
@@ -110,7 +110,7 @@ def test_a_bad_gradient_skips_the_step_and_the_next_one_works(process_group, sta
 
 # ── weight decay ──────────────────────────────────────────────────────────────────────────────
 
-DECAY = OptimizerSpec(lr=1e-2, clip=0.5, weight_decay=2.0)
+DECAY = OptimizerSpec(lr=1e-2, max_grad_norm=0.5, weight_decay=2.0)
 
 
 class Normed(Net):
@@ -134,7 +134,7 @@ def plain_decayed(optimizer):
     adam = torch.optim.AdamW(groups, lr=optimizer.lr)
     for x, y in batches(torch.float32):
         net(x, y, 1 / 48)[0].backward()
-        nn.utils.clip_grad_norm_(net.parameters(), optimizer.clip)
+        nn.utils.clip_grad_norm_(net.parameters(), optimizer.max_grad_norm)
         adam.step()
         adam.zero_grad()
     return {name: p.detach() for name, p in net.named_parameters()}

@@ -37,7 +37,9 @@ from sdkit.plan.accelerators import Machine
 from sdkit.plan.machine import shape_of
 from sdkit.plan.plan import make_plan
 
-GIGA = ShapeSpec(parameters=2**30, hidden=1, layers=1, vocabulary=1, context=10_000, kv_width=1)
+GIGA = ShapeSpec(
+    parameters=2**30, hidden_size=1, num_hidden_layers=1, vocab_size=1, max_position_embeddings=10_000, kv_width=1
+)
 """One layer of width 1, so that attention and cache are negligible."""
 H100 = Machine(ranks=4, memory_gib=80.0, accelerator="h100")
 SPEED = 989e12 * 0.4
@@ -52,7 +54,10 @@ def run(losses=None, **changes):
         "model": ModelSpec(path="m"),
         "data": DataSpec(source=InlineSource(rows=(Table({"q": "a"}),))),
         "rollout": RolloutSpec(
-            max_prompt_tokens=100, max_new_tokens=900, completions_per_prompt=2, backend=VllmBackend(gpu_share=0.5)
+            max_prompt_tokens=100,
+            max_new_tokens=900,
+            completions_per_prompt=2,
+            backend=VllmBackend(gpu_memory_utilization=0.5),
         ),
         "losses": Table(losses or {"imitate": CrossEntropy()}),
         "optimizer": OptimizerSpec(lr=1e-5),
@@ -135,13 +140,13 @@ def test_what_a_blend_costs_in_tokens_scored(mask, blend, beside, first):
 
 def test_rows_beyond_the_engine_wait_for_another_wave():
     whole = phases(run())[0]
-    halves = run(rollout=evolve(run().rollout, backend=VllmBackend(gpu_share=0.5, max_rows=2)))
+    halves = run(rollout=evolve(run().rollout, backend=VllmBackend(gpu_memory_utilization=0.5, max_num_seqs=2)))
     assert phases(halves)[0] == pytest.approx(2 * whole, rel=0.02)
 
 
 def test_long_sequences_cost_attention_and_cache():
     """Layers × width are such that attention costs as much as the weights, so a pass takes twice as long."""
-    wide = evolve(GIGA, hidden=2**10, layers=2**10, kv_width=2**10)
+    wide = evolve(GIGA, hidden_size=2**10, num_hidden_layers=2**10, kv_width=2**10)
     spec = run(rollout=evolve(run().rollout, max_prompt_tokens=124))
     short = make_plan(spec, H100, GIGA).step_time
     long = make_plan(spec, H100, wide).step_time
@@ -159,7 +164,7 @@ def test_long_sequences_cost_attention_and_cache():
     [
         ({}, 3),
         ({"model": ModelSpec(path="m", activation_checkpointing=True)}, 4),
-        ({"model": ModelSpec(path="m", lora=LoraSpec(rank=1, alpha=1))}, 2),
+        ({"model": ModelSpec(path="m", lora=LoraSpec(r=1, lora_alpha=1))}, 2),
         ({"losses": {"imitate": CrossEntropy(), "near": ReferenceKl(estimator="vocabulary")}}, 4),
     ],
 )

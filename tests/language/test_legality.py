@@ -93,7 +93,7 @@ def test_10_adapters_of_a_teacher_are_said(tmp_path, weights, said):
     page = (TESTS / "ok" / "sampled_token_divergence.yaml").read_text(encoding="utf-8")
     page = page.replace("weights: frozen", f"weights: {weights}")
     run = (
-        "model: {path: 'bundled:smollm2-135m-instruct', lora: {rank: 4, alpha: 8}}\n"
+        "model: {path: 'bundled:smollm2-135m-instruct', lora: {r: 4, lora_alpha: 8}}\n"
         "data: {source: {kind: inline, rows: [{q: a, d: b}]}, columns: {prompt: q, demonstration: d}}\n"
         "optimizer: {lr: 1.0e-4}\n"
         "training: {steps: 2, prompts_per_step: 1}\n"

@@ -101,9 +101,9 @@ def test_override_values_are_yaml(laid, text, value):
 
 
 def test_overrides_lead_into_lists_and_new_maps(laid):
-    data = laid("", "rollout.stop.1=z", "model.lora.rank=4").data
+    data = laid("", "rollout.stop.1=z", "model.lora.r=4").data
     assert data["rollout"]["stop"] == ["a", "z"]
-    assert data["model"] == {"lora": {"rank": 4}}
+    assert data["model"] == {"lora": {"r": 4}}
 
 
 def test_an_override_of_a_kind_replaces_the_map(laid):

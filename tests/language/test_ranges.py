@@ -22,7 +22,7 @@ PLAIN_NAMES = {"losses", "slots", "rewards", "suites", "decoding"}
 DATA = {"rows"}
 """Keys that hold the user's own data."""
 WHITE_SPACE_COUNTS = {"stop", "pattern"}
-FREE = {"options", "chat_template_options"}
+FREE = {"options", "chat_template_kwargs"}
 """Keys whose strings a task or a template interprets."""
 
 
@@ -146,10 +146,10 @@ training: {steps: 1, prompts_per_step: 1}
 REFUSED = {
     "rollout.sampled_by={kind: dataset, column: ''}": "'column' is empty",
     "rollout.sampled_by={kind: dataset, column: ' '}": "'column' is ' ', not a name ",
-    "model.lora={rank: 1, alpha: 1, targets: ['']}": "'targets.0' is empty",
-    "model.chat_template_options.messages=x": "'messages' is not the name of an option",
-    "model.chat_template_options.bos_token=x": "'bos_token' is not the name of an option",
-    "model.chat_template_options={'': x}": "'' is not the name of an option",
+    "model.lora={r: 1, lora_alpha: 1, target_modules: ['']}": "'target_modules.0' is empty",
+    "model.chat_template_kwargs.messages=x": "'messages' is not the name of an option",
+    "model.chat_template_kwargs.bos_token=x": "'bos_token' is not the name of an option",
+    "model.chat_template_kwargs={'': x}": "'' is not the name of an option",
     "data.limit=9223372036854775808": "'limit' is 9223372036854775808, not a whole number from 1",
     "data.columns={prompt: q, '': q}": "'' is not a name ",
     "losses.a.coefficient=1e39": "'coefficient' is 1e+39, not 0, or a number from 1e-12 to 1e6",
@@ -176,7 +176,7 @@ def test_what_is_outside_is_one_problem_at_its_place(tmp_path, override):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: LoraSpec(rank=1, alpha=1.0, targets=("",)),
+        lambda: LoraSpec(r=1, lora_alpha=1.0, target_modules=("",)),
         lambda: OptimizerSpec(lr=math.inf),
         lambda: OptimizerSpec(lr=1e-3, betas=(0.9, 1.0)),
         lambda: ServedWeights(url="", model="m"),

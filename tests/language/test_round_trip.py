@@ -52,7 +52,7 @@ def spec_data(draw):
     rows = [{"q": "x", "d": "y"} | dict.fromkeys(columns.values(), "z") | {"v": value(draw)} for _ in range(3)]
     text = braces(nasty(draw)) + "{prompt} {d}" + braces(nasty(draw))
     return {
-        "model": {"path": "hub/model", "chat_template_options": {"true": nasty(draw), "n": draw.choice([1, 0.5, False])}},
+        "model": {"path": "hub/model", "chat_template_kwargs": {"true": nasty(draw), "n": draw.choice([1, 0.5, False])}},
         "data": {"source": {"kind": "inline", "rows": rows}, "columns": {"prompt": "q", "d": {"template": braces(nasty(draw)) + "{d}"}, **columns}},
         "rollout": {"sampled_by": {"kind": "dataset", "column": "d"}, "stop": [nasty(draw) + "s"]},
         "teacher": {"weights": "frozen", "sees": {"template": text, "slots": {"d": {"kind": "text", "text": nasty(draw) + "t"}}}},

@@ -3,7 +3,7 @@
 import pytest
 
 from sdkit.language.introspection import is_spec, keys_of, members
-from sdkit.language.schedules import at_step, half_cosine, plain, scalar_at, schedules
+from sdkit.language.schedules import at_step, half_cosine, scalar_at, schedules
 from sdkit.language.specs import (
     AdvantageAdd,
     ClipSpec,
@@ -79,12 +79,6 @@ def test_every_number_of_terms_and_teachers_may_move():
 def test_what_does_not_move_is_handed_back_itself():
     still = Table({"policy": PolicyGradient(advantage=AdvantageAdd())})
     assert at_step(still, 3)["policy"] is still["policy"]
-
-
-def test_a_number_that_moves_is_not_plain():
-    assert plain(0.5) == 0.5
-    with pytest.raises(TypeError, match="call at_step first"):
-        plain(MOVES)
 
 
 def test_cosine_has_flat_ends():

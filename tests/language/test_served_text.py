@@ -30,7 +30,7 @@ from sdkit.plan.plan import make_plan
 
 SERVED = ServedWeights(url="http://127.0.0.1:8000", model="big")
 ROWS = DataSpec(source=InlineSource(rows=(Table({"prompt": "one"}),)))
-SHAPE = ShapeSpec(parameters=2**30, hidden=8, layers=1, vocabulary=16, context=64)
+SHAPE = ShapeSpec(parameters=2**30, hidden_size=8, num_hidden_layers=1, vocab_size=16, max_position_embeddings=64)
 ENTROPY = "the teacher's entropy is not measured: a server returns only the likeliest tokens"
 
 

@@ -21,7 +21,9 @@ from sdkit.plan.plan import make_plan
 from sdkit.plan.text import render_plan
 
 TWO = VllmServerBackend(urls=("http://127.0.0.1:8000", "http://127.0.0.1:8001"))
-SHAPE = ShapeSpec(parameters=2**30, hidden=8, layers=1, vocabulary=16, context=64, kv_width=8)
+SHAPE = ShapeSpec(
+    parameters=2**30, hidden_size=8, num_hidden_layers=1, vocab_size=16, max_position_embeddings=64, kv_width=8
+)
 
 
 def planned(backend=TWO, staleness=0, updates=1, lora=None, shape=SHAPE, accelerator=None):
@@ -45,7 +47,7 @@ def planned(backend=TWO, staleness=0, updates=1, lora=None, shape=SHAPE, acceler
         ({"shape": None}, "weights by a file before each rollout batch, checked by a canary"),
         ({"staleness": 1}, "before each rollout batch, 1 batch ahead of training, checked"),
         ({"staleness": 2}, "before each rollout batch, 2 batches ahead of training, checked"),
-        ({"lora": LoraSpec(rank=2, alpha=2)}, "2.00 GiB (adapters merged into a copy) before"),
+        ({"lora": LoraSpec(r=2, lora_alpha=2)}, "2.00 GiB (adapters merged into a copy) before"),
     ],
 )
 def test_the_plan_says_how_weights_reach_the_servers(changes, text):

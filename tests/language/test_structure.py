@@ -39,8 +39,8 @@ def test_values_have_the_types_of_their_fields():
     assert type(spec.optimizer.lr) is float
     assert spec.optimizer.betas == (0.0, 0.5)
     assert spec.model.lora
-    assert spec.model.lora.targets == ("q_proj", "v_proj")
-    assert spec.model.chat_template_options == Table({"enable_thinking": False, "budget": 3})
+    assert spec.model.lora.target_modules == ("q_proj", "v_proj")
+    assert spec.model.chat_template_kwargs == Table({"enable_thinking": False, "budget": 3})
     assert spec.teacher.sees
     assert spec.teacher.sees.template == "{prompt} {demonstration}"
 

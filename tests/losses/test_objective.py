@@ -6,20 +6,24 @@ import torch
 from attrs import evolve
 from torch.testing import assert_close
 
+from sdkit.language.schedules import at_step
 from sdkit.language.specs import (
     CrossEntropy,
     Distillation,
     DivergenceClip,
     FileDivergence,
     ForwardKl,
+    GroupRelative,
     ImportanceSpec,
     Jsd,
     LinearMix,
     MaskSpec,
     OldPolicyRatio,
+    PolicyGradient,
     ReverseKl,
     SampledTokenSupport,
     SamplerRatio,
+    Schedule,
     SkewedForwardKl,
     SkewedReverseKl,
     Table,
@@ -37,6 +41,7 @@ DIVERGENCES = [
     SkewedForwardKl(share=0.1),
     SkewedReverseKl(share=0.3),
 ]
+MOVES = Schedule(start=0.2, to=0.6, steps=4)
 SHARE = {"jsd": 0.3, "linear_mix": 0.2, "skewed_forward_kl": 0.1, "skewed_reverse_kl": 0.3}
 WEIGHTS = torch.tensor([0.5, 0.0, 0.25, 1.0, 2.0])
 TOKEN = [3, 0, 6, 2, 2]
@@ -195,6 +200,20 @@ def test_a_users_divergence_gets_both_sides_on_the_support(logits, tokens):
     expected = figures(objective_of(distil(LinearMix(forward_share=0.5), support)), logits, tokens)
     assert_close(found[0], expected[0])
     assert_close(found[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("term", "place"),
+    [
+        (distil(Jsd(teacher_share=MOVES)), "distil.divergence.teacher_share"),
+        (CrossEntropy(coefficient=MOVES), "distil.coefficient"),
+        (PolicyGradient(advantage=GroupRelative(eps=MOVES)), "distil.advantage.eps"),
+    ],
+)
+def test_a_schedule_has_no_value_without_a_step(term, place):
+    with pytest.raises(TypeError, match=f"{place} is a schedule.*call at_step first"):
+        objective_of(term)
+    objective_of(at_step(term, 1))
 
 
 def test_expected_sampled_token_gradient_is_that_of_the_reverse_kl(logits, tokens_of):

@@ -20,7 +20,7 @@ DROPOUTS = ["llama", "gpt2", "opt", "bloom", "falcon", "mixtral", "phimoe"]
 
 def opened(folder, family, *, checkpointing=False, lora=None):
     attention = "eager" if family in families.EAGER else "sdpa"
-    spec = evolve(model(folder, lora=lora), attention=attention)
+    spec = evolve(model(folder, lora=lora), attn_implementation=attention)
     spec = evolve(spec, activation_checkpointing=checkpointing)
     return Weights(load_model(spec, str(folder), 5))
 

@@ -23,9 +23,9 @@ def attention(family):
     return "eager" if family in families.EAGER else "sdpa"
 
 
-def opened(folder, family="llama", targets="all_linear", lora=True):
-    spec = model(folder, lora=evolve(LORA, targets=targets) if lora else None)
-    return Weights(load_model(evolve(spec, attention=attention(family)), str(folder), 5))
+def opened(folder, family="llama", targets="all-linear", lora=True):
+    spec = model(folder, lora=evolve(LORA, target_modules=targets) if lora else None)
+    return Weights(load_model(evolve(spec, attn_implementation=attention(family)), str(folder), 5))
 
 
 def moved(weights):
@@ -78,7 +78,7 @@ def test_a_run_with_experts_trains_each_kind_of_adapter_and_saves_it(open_tiny, 
     folder = families.build(tmp_path / family, family)
     spec = make_spec(
         folder,
-        model=evolve(model(folder, lora=LORA), attention=attention(family)),
+        model=evolve(model(folder, lora=LORA), attn_implementation=attention(family)),
         teacher=teacher(EmaWeights(update_rate=0.1)),
         training=training(zero_stage=1),
     )
@@ -109,7 +109,7 @@ def test_targets_that_cannot_work_are_refused_with_those_that_can(family, target
     folder = families.build(tmp_path / family, family)
     with pytest.raises(BadData, match=message) as refusal:
         opened(folder, family, targets)
-    assert refusal.value.path == ("model", "lora", "targets")
+    assert refusal.value.path == ("model", "lora", "target_modules")
     working = refusal.value.hint.partition(": ")[2].split(", ")
     assert "lm_head" not in working
     adapters.check(opened(folder, family, tuple(working)), CPU, 0)
@@ -181,7 +181,7 @@ def test_a_folder_with_an_adapter_is_no_model(tmp_path):
 def test_logits_are_measured_without_adapters(tmp_path):
     student = opened(families.build(tmp_path / "llama4", "llama4_text"))
     assert student.transform.scale == 1
-    with pytest.raises(BadData, match=r"model\.lora\.targets: the model does not run") as caught:
+    with pytest.raises(BadData, match=r"model\.lora\.target_modules: the model does not run") as caught:
         adapters.check(student, CPU, 0)  # its routers return two tensors
     assert "q_proj" in caught.value.hint
     assert "router" not in caught.value.hint

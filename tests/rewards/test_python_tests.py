@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
+from groups import members
 
 from sdkit.language.errors import BadData, BadEnvironment
 from sdkit.language.specs import LastCodeBlock, PythonTests, Tagged, WholeText
@@ -75,11 +76,9 @@ def run(sandbox, program, given="", seconds=20.0):
     """One case of standard input; nothing of it may be left behind."""
     with sandbox.open_jail(program, 2 * seconds) as jail:
         found = jail.run_test(Case(kind="stdin", input=given, expected=""), seconds)
-    process = sandbox._idle.get_nowait()
-    assert process.poll() is None
-    children = f"/proc/{process.pid}/task/{process.pid}/children"
-    wait_until(lambda: not Path(children).read_text())
-    sandbox._idle.put(process)
+    with sandbox._workers.worker() as process:
+        assert process is jail.process
+        wait_until(lambda: not psutil.Process(process.pid).children())
     return found
 
 
@@ -479,7 +478,7 @@ def test_a_jail_that_does_not_answer_is_ended(sandboxes, monkeypatch):
         process = jail.process
         found = jail.run_test(Case(kind="stdin", input="", expected=""), 300.0)
     assert found.failure == "It was ended with its sandbox."
-    wait_until(lambda: not group_lives(process.pid))
+    wait_until(lambda: not members(process.pid))
     assert run(sandbox, "print(1)").result == "1\n"
 
 
@@ -491,23 +490,11 @@ def test_a_process_that_is_being_ended_is_not_taken_again(sandboxes, monkeypatch
         process.wait()
 
     monkeypatch.setattr(rewards_sandbox, "GRACE", 0.0)
-    monkeypatch.setattr(rewards_sandbox, "_kill_group", slowly)
+    monkeypatch.setattr(rewards_sandbox, "kill_group", slowly)
     sandbox = sandboxes("without_namespaces")
     with sandbox.open_jail("import time\ntime.sleep(600)", 0.5) as jail:
         jail.run_test(Case(kind="stdin", input="", expected=""), 300.0)
     assert run(sandbox, "print(1)").result == "1\n"
-
-
-def group_lives(group):
-    """Whether a process of the group is there and no zombie."""
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            after = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(after[2]) == group and after[0] != "Z":
-            return True
-    return False
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -529,9 +516,9 @@ time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-S", "-c", trainer], stdout=subprocess.PIPE) as parent:
         group = int(parent.stdout.readline())
-        assert group_lives(group)
+        assert members(group)
         parent.kill()
-    wait_until(lambda: not group_lives(group), seconds=20)
+    wait_until(lambda: not members(group), seconds=20)
 
 
 # ── where the walls cannot be built ───────────────────────────────────────────────────────────

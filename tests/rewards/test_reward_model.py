@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from datetime import datetime
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_it_gives_what_the_model_gives(folder, make_row, tiny_tokenizer):
 def test_batches_give_the_same_as_one_by_one(folder, make_row):
     rows = [make_row(f"What is {i}?" * (1 + i % 3), index=i) for i in range(7)]
     texts = ["no idea " * (i % 4) for i in range(7)]
-    found = reward_values(score({"m": opened(folder, batch_rows=3)}, texts, rows))["m"]
+    found = reward_values(score({"m": opened(folder, batch_size=3)}, texts, rows))["m"]
     single = [opened(folder)(text, row).reward for text, row in zip(texts, rows, strict=True)]
     assert found == pytest.approx(single, rel=1e-4)
     assert len({round(x, 6) for x in found}) == 7
@@ -133,3 +134,15 @@ def test_code_of_the_folder_is_not_run(tmp_path, folder):
     with pytest.raises(BadData, match="cannot be loaded"):
         opened(foreign)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_template_that_prints_the_date_prints_the_runs(tmp_path, tiny_tokenizer, make_row):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y %H:%M:%S.%f') }}\n" + tokenizer.chat_template
+    folder = build(tmp_path / "dated", tokenizer)
+    dates = [datetime(2024, 7, 26), datetime(2024, 7, 26), datetime(2025, 1, 1)]
+    reward = RewardModel(path=folder.name)
+    rewards = [
+        open_reward(reward, tmp_path, None, now=lambda date=date: date)("4", make_row()).reward for date in dates
+    ]
+    assert rewards[0] == rewards[1] != rewards[2]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sdkit.runs.intervals import mean_interval, paired_difference, wilson
+from sdkit.runs.evaluations import per_prompt
+from sdkit.runs.intervals import Interval, mean_interval, paired_difference, wilson
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def test_wilson_holds_its_share_and_mirrors(successes):
 
 
 def test_wilson_refuses_nonsense():
-    with pytest.raises(ValueError, match="3 successes in 2"):
+    with pytest.raises(ValueError, match="must not be greater than n"):
         wilson(3, 2)
 
 
@@ -42,17 +43,30 @@ def test_mean_of_other_values_is_a_bootstrap_around_it():
     assert mean_interval(values) == interval
 
 
+def of_prompts(*samples):
+    """The mean of each prompt's samples, from the records of an evaluation."""
+    records = [
+        {"row": row, "prompt": "q", "suite": "s", "decoding": "d", "scores": {"r": value}}
+        for row, values in enumerate(samples)
+        for value in values
+    ]
+    return list(per_prompt(records)["s", "d", "r"].values())
+
+
 def test_samples_of_one_prompt_are_not_independent():
-    values = [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
-    interval = mean_interval(values, groups=["a"] * 4 + ["b"] * 4)
+    interval = mean_interval(of_prompts([0.0] * 4, [1.0] * 4))
     assert (interval.mean, interval.n) == (0.5, 2)
     assert (interval.low, interval.high) == wilson(1, 2)
-    mixed = mean_interval([0.0, 1.0, 1.0, 1.0], groups=[5, 5, 7, 7])
+    mixed = mean_interval(of_prompts([0.0, 1.0], [1.0, 1.0]))
     assert (mixed.mean, mixed.low, mixed.high, mixed.n) == (0.75, 0.5, 1.0, 2)
 
 
 def test_each_prompt_counts_once():
-    assert mean_interval([1.0, 0.0, 0.0, 0.0], groups=[0, 1, 1, 1]).mean == 0.5
+    assert mean_interval(of_prompts([1.0], [0.0, 0.0, 0.0])).mean == 0.5
+
+
+def test_a_single_value_has_no_spread():
+    assert mean_interval([0.3]) == Interval(mean=0.3, low=0.3, high=0.3, n=1)
 
 
 def test_bootstrap_covers_as_often_as_it_says():
@@ -81,16 +95,16 @@ def test_pairing_takes_the_prompts_own_difficulty_away():
 
 
 def test_bootstrap_in_blocks(monkeypatch):
+    at_once = mean_interval([0.0, 0.5, 1.0] * 30, resamples=1005)
     monkeypatch.setattr("sdkit.runs.intervals.DRAWS_AT_ONCE", 1000)
     found = mean_interval([0.0, 0.5, 1.0] * 30, resamples=1005)
+    assert found == at_once
     assert found.low < 0.5 < found.high
 
 
 def test_lengths_and_emptiness():
     with pytest.raises(ValueError, match="no values"):
         mean_interval([])
-    with pytest.raises(ValueError, match="2 values in 1 groups"):
-        mean_interval([0.0, 1.0], groups=["a"])
     with pytest.raises(ValueError, match="1 values before, 2 after"):
         paired_difference([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="no values"):

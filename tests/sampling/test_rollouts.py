@@ -5,7 +5,7 @@ import torch
 from tinyruns import make_spec, metrics, rollout, train, training, weights_of
 
 from sdkit.batches import SamplingParams, SamplingRequest
-from sdkit.language.errors import BadData
+from sdkit.language.errors import BadData, UnreadableInput
 from sdkit.language.specs import ReplayBackend
 from sdkit.models.weights import Weights
 from sdkit.sampling.replay import ReplayRollouts
@@ -27,11 +27,11 @@ def end(tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def sampled(weights, tiny_tokenizer, end):
-    """Sample on the tiny model: (requests, batch_rows, settings) → completions."""
+    """Sample on the tiny model: (requests, batch_size, settings) → completions."""
 
-    def run(requests, batch_rows=64, end_ids=(end,), **settings):
+    def run(requests, batch_size=64, end_ids=(end,), **settings):
         parts = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 12}
-        backend = TransformersRollouts(tiny_tokenizer, batch_rows, end_ids)
+        backend = TransformersRollouts(tiny_tokenizer, batch_size, end_ids)
         backend.load(weights, 0)
         return backend.sample(requests, SamplingParams(**(parts | settings)))
 
@@ -64,11 +64,11 @@ def chosen(logprobs, ids):
 # ── seeds ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("batch_rows", [1, 5, 64])
-def test_tokens_depend_on_prompt_and_seed_alone(sampled, requests, batch_rows):
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_tokens_depend_on_prompt_and_seed_alone(sampled, requests, batch_size):
     # Padding and neighbours move float32 logits by 1e-6, so a draw would have to fall that close to an edge.
     alone = sampled(requests)
-    again = sampled(requests[::-1], batch_rows)[::-1]
+    again = sampled(requests[::-1], batch_size)[::-1]
     assert [c.ids for c in again] == [c.ids for c in alone]
     for a, b in zip(alone, again, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
@@ -139,7 +139,7 @@ def kept_tokens(logits, top_k=0, top_p=1.0):
 def test_draws_follow_the_probabilities(sampled, weights, requests):
     draws = 10_000
     many = [SamplingRequest(prompt_ids=requests[0].prompt_ids, seed=derive(1, i)) for i in range(draws)]
-    first = [c.ids[0] for c in sampled(many, batch_rows=1000, max_new_tokens=1)]
+    first = [c.ids[0] for c in sampled(many, batch_size=1000, max_new_tokens=1)]
     ids = torch.tensor([requests[0].prompt_ids])
     with torch.no_grad():
         shares = weights.model(input_ids=ids).logits[0, -1].double().softmax(-1)
@@ -222,8 +222,8 @@ def test_a_folder_without_rollouts_is_an_error(tmp_path):
         ReplayRollouts(tmp_path)
 
 
-def test_a_torn_record_is_an_error_with_its_line(tmp_path):
+def test_a_damaged_record_is_an_error_with_its_line(tmp_path):
     (tmp_path / "rollouts").mkdir()
-    (tmp_path / "rollouts" / "step_000000.jsonl").write_text('{"seed": 1, "sampl')
-    with pytest.raises(BadData, match=r"step_000000.jsonl:1: not a JSON object"):
+    (tmp_path / "rollouts" / "step_000000.jsonl").write_text('{"seed": 1, "sampl\n')
+    with pytest.raises(UnreadableInput, match=r"step_000000.jsonl:1: not a JSON object"):
         ReplayRollouts(tmp_path)

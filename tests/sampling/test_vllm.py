@@ -86,9 +86,9 @@ def test_two_runs_from_the_command_line_are_the_same(tiny_folder, tmp_path):
     columns = {"prompt": "q", "demonstration": "d"}
     rows = [{"q": f"What is {i} + 1?", "d": str(i + 1)} for i in range(8)]
     spec = {
-        "model": {"path": str(tiny_folder), "dtype": "float32", "lora": {"rank": 4, "alpha": 8}},
+        "model": {"path": str(tiny_folder), "dtype": "float32", "lora": {"r": 4, "lora_alpha": 8}},
         "data": {"source": {"kind": "inline", "rows": rows[:6]}, "columns": columns},
-        "rollout": {"max_new_tokens": 8, "backend": {"kind": "vllm", "cache_gib": 0.1}},
+        "rollout": {"max_new_tokens": 8, "backend": {"kind": "vllm", "kv_cache_gib": 0.1}},
         "teacher": {
             "weights": {"kind": "ema", "update_rate": 0.3},
             "sees": {

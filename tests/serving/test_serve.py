@@ -6,11 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 from attrs import evolve
+from groups import members
 from tinyruns import make_spec
 from typer.testing import CliRunner
 
@@ -72,7 +72,7 @@ def test_a_spec_without_servers_is_told_so(tiny_folder):
 def test_the_command_is_vllms_with_the_door_and_the_settings_of_the_engine_in_process(tiny_folder):
     from sdkit.sampling.vllm import engine_settings
 
-    backend = VllmServerBackend(max_rows=7, cache_gib=0.5)
+    backend = VllmServerBackend(max_num_seqs=7, kv_cache_gib=0.5)
     where = serve.Address(host="127.0.0.1", port=8000)
     student = ModelSpec(path="org/model", dtype="float32", revision="abc")
     command = serve.server_command(backend, student, "org/model", 300, where)
@@ -83,7 +83,7 @@ def test_the_command_is_vllms_with_the_door_and_the_settings_of_the_engine_in_pr
     assert flags[flags.index("--generation-config") + 1] == "vllm"
     assert flags[flags.index("--kv-cache-memory-bytes") + 1] == str(1 << 29)
     assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(flags)
-    own = engine_settings(VllmBackend(max_rows=7, cache_gib=0.5), "float32", 300)
+    own = engine_settings(VllmBackend(max_num_seqs=7, kv_cache_gib=0.5), "float32", 300)
     spoken = {f.removeprefix("--").removeprefix("no-") for f in flags if f.startswith("--")}
     assert {name.replace("_", "-") for name in own} <= spoken
     assert not {f for f in flags if "key" in f}  # who looks at processes sees no key
@@ -190,25 +190,12 @@ def running():
         [sys.executable, "-c", SERVING, STAND_IN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     group = int(process.stdout.readline())
-    _until(lambda: len(_members(group)) == 2)
+    _until(lambda: len(members(group)) == 2)
     yield process, group
     process.kill()
     process.wait()
-    for pid in _members(group):
+    for pid in members(group):
         os.kill(pid, signal.SIGKILL)
-
-
-def _members(group):
-    """Living processes of a group."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            words = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(words[2]) == group and words[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def _until(true, seconds=20):
@@ -222,7 +209,7 @@ def test_asked_to_end_it_ends_well_and_leaves_nothing(running):
     process, group = running
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
-    assert _members(group) == []
+    assert members(group) == []
 
 
 def test_where_the_server_is_killed_it_says_so_and_leaves_nothing(running):
@@ -232,10 +219,10 @@ def test_where_the_server_is_killed_it_says_so_and_leaves_nothing(running):
     assert said.startswith("it is warm here\n")
     assert said.strip().endswith("6: the vLLM server ended by SIGKILL")
     assert process.returncode == 1
-    assert _members(group) == []
+    assert members(group) == []
 
 
 def test_where_it_is_killed_itself_the_server_goes_with_it(running):
     process, group = running
     process.kill()
-    _until(lambda: not _members(group))
+    _until(lambda: not members(group))

@@ -9,8 +9,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -39,8 +39,8 @@ class Served:
         self.backend = VllmServerBackend(
             urls=(f"http://127.0.0.1:{port}",),
             folder=str(work / "weights"),
-            max_rows=16,
-            cache_gib=0.1,
+            max_num_seqs=16,
+            kv_cache_gib=0.1,
             deadline_seconds=float(UP_WITHIN),
         )
         self.url, self.log = self.backend.urls[0], work / "log.txt"
@@ -55,8 +55,8 @@ class Served:
                     "kind": "vllm_server",
                     "urls": [self.url],
                     "folder": self.backend.folder,
-                    "max_rows": 16,
-                    "cache_gib": 0.1,
+                    "max_num_seqs": 16,
+                    "kv_cache_gib": 0.1,
                 }
             },
             "losses": {"imitate": {"kind": "cross_entropy"}},
@@ -99,13 +99,7 @@ class Served:
 
     def descendants(self):
         """The server's processes, `sdkit serve` itself left out."""
-        found, pending = [], [self.process.pid]
-        while pending:
-            for task in Path(f"/proc/{pending.pop()}/task").glob("*/children"):
-                pids = [int(pid) for pid in task.read_text().split()]
-                found += pids
-                pending += pids
-        return found
+        return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
 
     def stop(self):
         if self.process and self.process.poll() is None:
@@ -237,7 +231,7 @@ def test_a_server_killed_in_the_middle_of_a_run_changes_nothing(served, tiny_fol
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
         assert a["rollout/canary_mean"] < 1e-4
     assert "is back, with weights" in capsys.readouterr().err
-    assert not [pid for pid in killed if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in killed if psutil.pid_exists(pid)]
 
 
 def test_it_ends_when_it_is_asked_to(served):
@@ -246,4 +240,4 @@ def test_it_ends_when_it_is_asked_to(served):
     assert started
     assert served.stop() == 0
     assert "leaked" not in served.log.read_text()
-    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in started if psutil.pid_exists(pid)]

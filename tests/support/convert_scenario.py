@@ -38,7 +38,9 @@ FORMS = {
 }
 # As in ranks_scenario, no step is a gradient's sign alone; but here its second moment has a say, too.
 # Norms are not decayed, so there are two groups of parameters.
-SMOOTH = OptimizerSpec(lr=3e-2, eps=1.0, clip=1.0, schedule="linear", warmup_steps=1, weight_decay=1.0)
+SMOOTH = OptimizerSpec(
+    lr=3e-2, eps=1.0, max_grad_norm=1.0, lr_scheduler_type="linear", warmup_steps=1, weight_decay=1.0
+)
 PARTS = 20_000
 """Elements after which stage 3 begins a further part of the optimizer's state: of large models there are several."""
 

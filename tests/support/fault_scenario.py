@@ -76,7 +76,7 @@ def write_spec(folder, work, name, tail=""):
     rows = [{"q": f"What is {i} + 1?", "d": str(i + 1) + tail} for i in range(4)]
     spec = {
         "method": "sdft",
-        "model": {"path": str(folder), "dtype": "float32", "attention": "eager"},
+        "model": {"path": str(folder), "dtype": "float32", "attn_implementation": "eager"},
         "data": {"source": {"kind": "inline", "rows": rows}, "columns": {"prompt": "q", "demonstration": "d"}},
         "rollout": {"max_new_tokens": 8, "backend": "transformers"},
         "teacher": {"sees": {"max_prompt_tokens": 4096}},

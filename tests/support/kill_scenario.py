@@ -76,13 +76,13 @@ def spec_of(folder, work, weights, form, stage):
     (work / "reward.py").write_text(REWARD)
     # Drawn from Python's own stream, which every process has but one of.
     drawn = FileReward(file=str(work / "reward.py"), function="drawn", at_once=1)
-    backend = VllmBackend(cache_gib=0.1) if form == VLLM else TransformersBackend()
+    backend = VllmBackend(kv_cache_gib=0.1) if form == VLLM else TransformersBackend()
     spec = make_spec(
         folder,
         model=model(folder, lora=FORMS.get(form)),
         teacher=teacher(TEACHERS[weights]),
         data=sided(6),
-        optimizer=OptimizerSpec(lr=3e-3, schedule="linear", warmup_steps=1),
+        optimizer=OptimizerSpec(lr=3e-3, lr_scheduler_type="linear", warmup_steps=1),
         rollout=rollout(max_new_tokens=2, backend=backend),
         training=training(steps=STEPS, prompts_per_step=2, zero_stage=int(stage), updates_per_rollout=2),
         output=OutputSpec(checkpoint_every=2, tensorboard=False),

@@ -42,7 +42,7 @@ from sdkit.train.step import train_step
 STEPS, PROMPTS = 3, 4
 # With eps far above every gradient Adam is plain momentum: no element's step is its sign alone.
 # Norms are not decayed, so there are two groups of parameters.
-SMOOTH = OptimizerSpec(lr=3e2, eps=1e4, clip=1.0, weight_decay=1e-4)
+SMOOTH = OptimizerSpec(lr=3e2, eps=1e4, max_grad_norm=1.0, weight_decay=1e-4)
 EMA, COPY, FROZEN, LIVE = (EmaWeights(update_rate=0.3), CopyWeights(every=2), FrozenWeights(), StudentWeights())
 ONE, SEVERAL = 8192, 100
 """Padded tokens of a micro-batch: all rollouts of a rank, or one or two."""
@@ -183,7 +183,7 @@ def sampled(folder, work, stage):
     spec = make_spec(
         folder,
         teacher=teacher(EMA),
-        rollout=rollout(completions_per_prompt=2, max_new_tokens=6, backend=TransformersBackend(batch_rows=3)),
+        rollout=rollout(completions_per_prompt=2, max_new_tokens=6, backend=TransformersBackend(batch_size=3)),
         training=training(zero_stage=stage),
     )
     world = open_train_state(evaluated(spec, teacher_lift=3), work)

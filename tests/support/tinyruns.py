@@ -36,7 +36,7 @@ from sdkit.language.specs import (
     VocabularySupport,
 )
 
-LORA = LoraSpec(rank=4, alpha=8.0)
+LORA = LoraSpec(r=4, lora_alpha=8.0)
 COLUMNS = Table({"prompt": "prompt", "demonstration": "demonstration", "answer": "answer"})
 PRECISIONS = [("float32", 0), ("float32", 1), ("float32", 2), ("bfloat16", 1)]
 

@@ -23,7 +23,7 @@ def main(folder, work):
         folder,
         model=model(folder, lora=LORA),
         teacher=teacher(EmaWeights(update_rate=0.3)),
-        rollout=rollout(temperature=0.7, backend=VllmBackend(cache_gib=0.1)),
+        rollout=rollout(temperature=0.7, backend=VllmBackend(kv_cache_gib=0.1)),
         optimizer=OptimizerSpec(lr=1e-2),
         training=training(zero_stage=3),
     )

@@ -32,7 +32,7 @@ def main(folder, work):
     spec = make_spec(
         folder,
         teacher=teacher(EmaWeights(update_rate=0.3)),
-        rollout=rollout(temperature=0.7, backend=VllmBackend(cache_gib=0.1)),
+        rollout=rollout(temperature=0.7, backend=VllmBackend(kv_cache_gib=0.1)),
         optimizer=OptimizerSpec(lr=1e-2),
     )
     world = open_train_state(spec, work)

@@ -53,7 +53,7 @@ from sdkit.train.step import evaluate_objective, train_step
 from sdkit.train.teacher_scores import score_reference, score_teacher
 
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, clip=1e9)
+MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 BLENDS = {
     "trust region": TrustRegionBlend(student_share=0.3),
     "product": ProductBlend(student_power=0.8),

@@ -42,7 +42,6 @@ from sdkit.language.specs import (
     TopKSupport,
     UserTurn,
     VocabularySupport,
-    needs_teacher,
 )
 from sdkit.losses.chunks import top_k_logprobs
 from sdkit.models.weights import UNSHARDED
@@ -131,7 +130,7 @@ def gradients(term, batch, kind, chunk=2):
         model=None, sharding=UNSHARDED, head=head, transform=LogitTransform(), selected_states=lambda _: hidden
     )
     student = Student(weights, 1.0, chunk, VOCABULARY)
-    of_teacher = scores(kind, count, batch.tokens.token) if needs_teacher(term) else None
+    of_teacher = scores(kind, count, batch.tokens.token) if term.needs_teacher else None
     reference = scores("hidden", count, batch.tokens.token)
     loss, stats = student(batch, of_teacher, reference, Table({"term": term}))
     loss.backward()
@@ -142,13 +141,13 @@ def micro_batches(rollouts, term):
     losses = Table({"term": term})
     batch = build_loss_masks(RolloutBatch(rollouts=tuple(rollouts)), losses, all_gather=alone)
     made = collate(list(batch), losses, 100, same, CPU)
-    empty = empty_micro_batch(losses, teacher=needs_teacher(term), device=CPU)
+    empty = empty_micro_batch(losses, teacher=term.needs_teacher, device=CPU)
     return made.counts["term"], made.micro_batches or (empty,)
 
 
 def teachers_for(term):
     """The kinds of teacher that the term can ask; one stands for all where it asks none."""
-    if not needs_teacher(term):
+    if not term.needs_teacher:
         return ["hidden"]
     needs_whole = isinstance(getattr(term, "support", None), VocabularySupport)
     return ["hidden", "routed", "blended"] + ["served"] * (not needs_whole)

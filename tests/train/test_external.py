@@ -30,7 +30,7 @@ from sdkit.train.step import evaluate_objective
 ROWS = 404
 """Token ids of the tiny tokenizer, and output rows of the tiny model."""
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, clip=1e9)
+MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 
 
 @pytest.fixture(scope="module")

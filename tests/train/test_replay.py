@@ -36,7 +36,7 @@ def spec(tiny_folder):
             teacher=teacher(EmaWeights(update_rate=0.3)),
             rollout=rollout(completions_per_prompt=2),
             training=TRAINING,
-            optimizer=OptimizerSpec(lr=3e-3, schedule="linear", warmup_steps=1),
+            optimizer=OptimizerSpec(lr=3e-3, lr_scheduler_type="linear", warmup_steps=1),
             output=OutputSpec(checkpoint_every=3, tensorboard=False),
         ),
         every=2,

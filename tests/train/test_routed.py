@@ -43,7 +43,7 @@ from sdkit.train.smoke import smoke
 from sdkit.train.step import evaluate_objective
 
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, clip=1e9)
+MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 COLUMNS = Table({n: n for n in ("prompt", "demonstration", "answer")} | {"domain": "domain"})
 DOMAINS = ("math", "code", "math", "chat", "code", "math")
 

@@ -157,7 +157,7 @@ def test_a_sampler_that_sees_padding_is_noticed(tiny_tokenizer):
 def test_where_padding_shows_in_samples_prompts_are_sampled_one_by_one(open_tiny, monkeypatch):
     monkeypatch.setattr("sdkit.train.state.padding_shows_in_samples", lambda *_: True)
     world = open_tiny()
-    assert world.backend(world.student)[0].batch_rows == 1
+    assert world.backend(world.student)[0].batch_size == 1
 
 
 def test_where_padding_shows_in_training_the_run_is_refused(open_tiny, tiny_folder, monkeypatch):

@@ -238,7 +238,7 @@ def long_spec(folder, dtype="float32", stage=0, lora=None):
             model=model(folder, dtype, lora),
             teacher=EMA,
             training=training(steps=4, zero_stage=stage),
-            optimizer=OptimizerSpec(lr=3e-3, schedule="linear", warmup_steps=1),
+            optimizer=OptimizerSpec(lr=3e-3, lr_scheduler_type="linear", warmup_steps=1),
             output=OutputSpec(checkpoint_every=2, tensorboard=False),
         ),
         every=2,
@@ -378,7 +378,7 @@ def test_the_data_sets_own_completions(tiny_folder, tiny_tokenizer, tmp_path):
 
 
 def test_three_bad_gradients_in_a_row_end_a_run(tiny_folder, tmp_path):
-    spec = make_spec(tiny_folder, optimizer=OptimizerSpec(lr=1e6, clip=1e12), training=training(steps=9))
+    spec = make_spec(tiny_folder, optimizer=OptimizerSpec(lr=1e6, max_grad_norm=1e12), training=training(steps=9))
     with pytest.raises(NumericsGuard, match="3 optimizer steps in a row") as caught:
         train(spec, tmp_path / "run")
     assert caught.value.exit_code == 8

@@ -48,7 +48,7 @@ from sdkit.train.teacher_scores import score_teacher
 K = 7
 TOP = distil(support=TopKSupport(k=K, chosen_by="teacher", remainder="tail_bucket"))
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, clip=1e9)
+MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 ENTROPY = {"distil/teacher_entropy"}
 
 

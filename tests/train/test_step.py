@@ -51,7 +51,7 @@ from sdkit.train.step import evaluate_objective, learning_rate, train_step
 from sdkit.train.teacher_scores import score_teacher
 
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, clip=1e9)
+MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 SAMPLER = ImportanceSpec(sampler=SamplerRatio(cap=2.0, level="sequence_mean"))
 OBJECTIVES = {
     "forward": distil(average=PerSequence(empty_rows="count"), importance=SAMPLER),
@@ -241,17 +241,17 @@ def rates(total=10, **changes):
 def test_learning_rates():
     assert rates(4) == [2.0] * 5
     assert rates(4, warmup_steps=2) == [1.0, 2.0, 2.0, 2.0, 2.0]
-    assert rates(4, schedule="linear") == [2.0, 1.5, 1.0, 0.5, 0.0]
-    assert rates(4, schedule="linear", final_share=0.5) == [2.0, 1.75, 1.5, 1.25, 1.0]
-    assert rates(4, schedule="cosine") == pytest.approx([2, 1 + 2**-0.5, 1, 1 - 2**-0.5, 0])
-    assert rates(6, schedule="linear", warmup_steps=2) == [1.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0]
-    falling = rates(50, schedule="cosine", warmup_steps=5, final_share=0.1)
+    assert rates(4, lr_scheduler_type="linear") == [2.0, 1.5, 1.0, 0.5, 0.0]
+    assert rates(4, lr_scheduler_type="linear", final_share=0.5) == [2.0, 1.75, 1.5, 1.25, 1.0]
+    assert rates(4, lr_scheduler_type="cosine") == pytest.approx([2, 1 + 2**-0.5, 1, 1 - 2**-0.5, 0])
+    assert rates(6, lr_scheduler_type="linear", warmup_steps=2) == [1.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.0]
+    falling = rates(50, lr_scheduler_type="cosine", warmup_steps=5, final_share=0.1)
     assert all(a > b for a, b in pairwise(falling[5:]))
     assert min(falling[5:]) == pytest.approx(0.2)
 
 
 def test_the_rate_that_is_logged_is_the_rate_that_is_used(open_tiny):
-    world = open_tiny(optimizer=OptimizerSpec(lr=1e-3, schedule="linear", warmup_steps=2))
+    world = open_tiny(optimizer=OptimizerSpec(lr=1e-3, lr_scheduler_type="linear", warmup_steps=2))
     logged = [m.metrics["lr"] for m in advance(world)]
     assert logged == pytest.approx([0.5e-3, 1e-3, 1e-3])
     assert world.zero.engine.basic_optimizer.param_groups[0]["lr"] == logged[-1]

@@ -7,8 +7,8 @@ import torch
 from tinyruns import distil, evaluated, make_spec, masters, rollout, rollouts_of, silent, teacher, training
 
 from sdkit.language.errors import BadData
-from sdkit.language.required_statistics import STATISTICS
 from sdkit.language.specs import (
+    STATISTICS,
     CrossEntropy,
     DatasetSamples,
     Distillation,
@@ -44,7 +44,7 @@ from sdkit.train.step import evaluate_objective, train_step
 from sdkit.train.token_statistics import compute_token_statistics, prepare_rollouts
 
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, clip=1e9)
+MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 REWARDS = Table({"right": RegexReward(pattern=".")})
 JOINT = PerToken(denominator="joint")
 GROUPS = rollout(completions_per_prompt=3)

@@ -13,11 +13,12 @@ from sdkit.language.bundled import BUNDLED, PREFIX
 from sdkit.language.errors import Path, nearest, outside, shorten
 from sdkit.language.model_shapes import shape_at
 from sdkit.language.overlay import LoadedSpec
-from sdkit.language.required_statistics import term_statistics
 from sdkit.language.specs import (
     DataSpec,
     Distillation,
     ExperimentSpec,
+    GroupRelative,
+    LogRatio,
     LossSpec,
     MethodSpec,
     PolicyGradient,
@@ -25,7 +26,6 @@ from sdkit.language.specs import (
     Sees,
     ShapeSpec,
     UserTurn,
-    needs_teacher,
 )
 from sdkit.language.templates import Field, TemplateError, parse
 
@@ -102,6 +102,22 @@ def policy_gradients(spec: MethodSpec) -> Iterator[tuple[Path, PolicyGradient]]:
             yield ("losses", name), term
 
 
+def reward_advantages(spec: MethodSpec) -> Iterator[tuple[Path, GroupRelative]]:
+    """The reward advantages of the policy gradients, each with its path."""
+    for path, term in policy_gradients(spec):
+        if part := term.advantage.group_relative:
+            inner = () if part is term.advantage else ("group_relative",)
+            yield (*path, "advantage", *inner), part
+
+
+def log_ratios(spec: MethodSpec) -> Iterator[tuple[Path, PolicyGradient, LogRatio]]:
+    """The teacher's log-ratios in the advantages of policy gradients, each with its path and its term."""
+    for path, term in policy_gradients(spec):
+        if part := term.advantage.log_ratio:
+            inner = () if part is term.advantage else ("log_ratio",)
+            yield (*path, "advantage", *inner), term, part
+
+
 def k2_terms(spec: MethodSpec) -> Iterator[Path]:
     """Paths of the terms that estimate the KL to the reference from the sampled token."""
     for name, term in spec.losses.items():
@@ -112,14 +128,14 @@ def k2_terms(spec: MethodSpec) -> Iterator[Path]:
 def of_teacher(spec: MethodSpec) -> Iterator[tuple[Path, LossSpec]]:
     """The terms whose loss needs the teacher, each with its path."""
     for name, term in spec.losses.items():
-        if needs_teacher(term):
+        if term.needs_teacher:
             yield ("losses", name), term
 
 
 def consultations(spec: MethodSpec) -> Iterator[tuple[Path, str]]:
     """Masks and weights that need the teacher in terms whose loss does not, each with the statistic it needs."""
     for name, term in spec.losses.items():
-        for statistic, key in () if needs_teacher(term) else term_statistics(term):
+        for statistic, key in () if term.needs_teacher else term.statistics():
             model, _, quantity = statistic.partition("_")
             if model == "teacher":
                 quantity = quantity.replace("logprobs", "log-probabilities")

@@ -21,7 +21,6 @@ from sdkit.language.specs import (
     JsonSource,
     ParquetSource,
     ReasoningGymSource,
-    completion_column,
 )
 from sdkit.language.templates import TemplateError, fields, parse
 
@@ -69,7 +68,7 @@ def inline_prompt(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 @run_rule("the completion column is in the data")
 def dataset_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """With `sampled_by: dataset` or `mixture`, completions come from a column of the training rows."""
-    column, known = completion_column(spec.rollout.sampled_by), columns_of(spec, spec.data)
+    column, known = spec.rollout.sampled_by.completion_column, columns_of(spec, spec.data)
     if column and column not in known:
         path = ("rollout", "sampled_by", "column")
         message = f"{context.stated(path, column)}, which {outside(known)}"

@@ -5,32 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import shorten
-from sdkit.language.rules.base import Context, Finding, adds_no_view, method_rule, of_teacher, policy_gradients
-from sdkit.language.schedules import always
+from sdkit.language.rules.base import (
+    Context,
+    Finding,
+    adds_no_view,
+    log_ratios,
+    method_rule,
+    of_teacher,
+    policy_gradients,
+)
 from sdkit.language.specs import (
     AdvantageAdd,
-    Blend,
-    Distillation,
-    ExternalWeights,
-    ExtrapolateBlend,
     Feedback,
-    FileDivergence,
     GeometricBlend,
-    LogRatio,
     LossSpec,
     MethodSpec,
-    PolicyGradient,
-    ProductBlend,
     ReferenceKl,
     RewardAtLeast,
-    ServedWeights,
     StudentWeights,
     SuccessfulSibling,
     TeacherSpec,
-    TopKSupport,
     TrustRegionBlend,
-    nothing_without_teacher,
-    teacher_part,
+    always,
     teachers_of,
 )
 
@@ -81,13 +77,11 @@ def zero_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 def centered_token(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The mean over a single token is that token's own log-ratio, so the difference is always 0."""
     longest = spec.rollout.max_new_tokens
-    for path, term in policy_gradients(spec):
-        part = teacher_part(term.advantage)
+    for path, term, part in log_ratios(spec):
         end = min(term.mask.prefix or longest, longest)
-        if part and part.center == "sequence" and end - term.mask.skip_first == 1:
-            inner = () if part is term.advantage else ("log_ratio",)
+        if part.center == "sequence" and end - term.mask.skip_first == 1:
             message = "the term counts one token of a completion, so its centered log-ratio is always 0"
-            yield (*path, "advantage", *inner, "center"), message, "use center: none"
+            yield (*path, "center"), message, "use center: none"
 
 
 # ── rollouts that no term counts ──────────────────────────────────────────────────────────────
@@ -153,7 +147,7 @@ def zero_signal(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """
     live = (path for path, weights in teachers_of(spec) if isinstance(weights, StudentWeights))
     where = next(live, None)
-    if where and spec.teacher and adds_no_view(spec.teacher.sees) and not _blended(spec.teacher):
+    if where and spec.teacher and adds_no_view(spec.teacher.sees) and not _changes_student(spec.teacher):
         for path, _ in of_teacher(spec):
             message = f"term {shorten(path[-1])} compares the live student with itself: always zero"
             yield where, message, f"{_to_see(spec.teacher)}, or other weights"
@@ -169,54 +163,26 @@ def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     teacher = spec.teacher
     if not teacher or not adds_no_view(teacher.sees):
         return
-    blend = _blended(teacher)
-    match blend:
-        case ProductBlend() | ExtrapolateBlend(base=ExternalWeights()):
-            return
+    blended = _changes_student(teacher)
+    if blended and teacher.blend and not teacher.blend.starts_as_student:
+        return
     for _, weights in teachers_of(spec):
         # zero_signal reports the unblended live student.
-        is_other_model = isinstance(weights, ExternalWeights | ServedWeights)
-        if is_other_model or (weights == StudentWeights() and not blend):
+        if weights.is_other_model or (weights == StudentWeights() and not blended):
             return
     weighted = [term for term in spec.losses.values() if has_weight(term)]
     pulls = any(not isinstance(term, ReferenceKl) for term in weighted)
-    if pulls and all(isinstance(t, ReferenceKl) or _zero_when_equal(t) for t in weighted):
+    if pulls and all(isinstance(t, ReferenceKl) or t.zero_when_equal for t in weighted):
         message = "the teacher starts as the student and sees the same: nothing to learn from"
         yield ("teacher",), message, _to_see(teacher)
-
-
-def _zero_when_equal(term: LossSpec) -> bool:
-    """Whether the term's gradient is zero when teacher and student have the same distribution."""
-    match term:
-        case Distillation(divergence=FileDivergence(zero_when_equal=False)):
-            return False
-        case Distillation(support=TopKSupport(remainder="renormalize_teacher" | "drop")):
-            return False  # pulls probability into the support
-        case PolicyGradient(advantage=AdvantageAdd(group_weight=weight)):
-            return always(weight, 0)
-        case PolicyGradient(advantage=advantage):
-            return isinstance(advantage, LogRatio)
-        case _:
-            return nothing_without_teacher(term)
 
 
 def _to_see(teacher: TeacherSpec) -> str:
     return "give the teacher sees: …" if teacher.sees is None else "add text or a slot to sees"
 
 
-def _blended(teacher: TeacherSpec) -> Blend | None:
-    """The blend, if it changes the live student's distribution."""
-    match teacher.blend:
-        case None | TrustRegionBlend():
-            return None
-        case ProductBlend(student_power=power) if always(power, 0):
-            return None
-        case GeometricBlend(teacher_share=share) if always(share, 1):
-            return None
-        case ExtrapolateBlend(factor=factor) if always(factor, 1):
-            return None
-        case blend:
-            return blend
+def _changes_student(teacher: TeacherSpec) -> bool:
+    return teacher.blend is not None and teacher.blend.changes_student
 
 
 RULES = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import Path, shorten
-from sdkit.language.objective_text import format_number
 from sdkit.language.rules.base import (
     Context,
     Finding,
@@ -35,7 +34,6 @@ from sdkit.language.specs import (
     StudentSamples,
     TeacherSamples,
     TopKSupport,
-    drawn_by_student,
 )
 from sdkit.language.user_functions import fault_of
 
@@ -103,7 +101,7 @@ def clip_without_effect(spec: MethodSpec, context: Context) -> Iterator[Finding]
     """
     for path, term in distillations(spec):
         clip, sampled = term.clip, isinstance(term.support, SampledTokenSupport)
-        kl = isinstance(term.divergence, ForwardKl | ReverseKl)
+        kl = term.divergence.has_entries
         if clip.entry is not None and (not kl or sampled):
             over = "the sampled token" if sampled else term.divergence.kind
             message = f"clip.entry bounds the entries of a KL, and {over} has none"
@@ -196,7 +194,7 @@ def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding
     for path, term in distillations(spec):
         if term.temperature is not None and term.temperature != sampled:
             said = context.stated(("rollout", "temperature"), sampled, "rollout.temperature")
-            message = f"the loss has temperature {format_number(term.temperature)}, but {said}"
+            message = f"the loss has temperature {term.temperature:g}, but {said}"
             yield (*path, "temperature"), message, None
 
 
@@ -265,7 +263,7 @@ def own_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             return
     kinds = {type(term) for term in spec.losses.values()}
     imitates = CrossEntropy in kinds and kinds <= {CrossEntropy, ReferenceKl}
-    if imitates and drawn_by_student(rollout.sampled_by):
+    if imitates and rollout.sampled_by.is_on_policy:
         path = ("rollout", "sampled_by")
         message = f"{context.stated(path, rollout.sampled_by.kind)}: it trains on its own samples, unfiltered"
         yield path, message, "use sampled_by: dataset or teacher"
@@ -286,8 +284,8 @@ def support_size(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A top-k support cannot hold more tokens than the vocabulary has."""
     shape = shape_of(spec, context)
     for path, term in distillations(spec):
-        if shape and isinstance(term.support, TopKSupport) and term.support.k > shape.vocabulary:
-            message = f"k is {term.support.k}, but the vocabulary has {shape.vocabulary} tokens"
+        if shape and isinstance(term.support, TopKSupport) and term.support.k > shape.vocab_size:
+            message = f"k is {term.support.k}, but the vocabulary has {shape.vocab_size} tokens"
             yield (*path, "support", "k"), message, "use support: vocabulary"
 
 

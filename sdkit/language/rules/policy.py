@@ -4,51 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sdkit.language.errors import Path, shorten, spelled
-from sdkit.language.rules.base import Context, Finding, k2_terms, method_rule, policy_gradients
-from sdkit.language.specs import (
-    GroupRelative,
-    MethodSpec,
-    PolicyGradient,
-    TeacherSamples,
-    drawn_by_student,
-    reward_part,
-)
+from sdkit.language.errors import shorten, spelled
+from sdkit.language.rules.base import Context, Finding, k2_terms, method_rule, policy_gradients, reward_advantages
+from sdkit.language.specs import MethodSpec, TeacherSamples
 
 
 @method_rule("rewards are compared within a group")
 def lone_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """In a group of one, the reward equals its mean and has no spread, so every advantage is zero."""
-    for path, term in policy_gradients(spec):
-        part = reward_part(term.advantage)
-        if not part or spec.rollout.completions_per_prompt > 1:
-            continue
+    if spec.rollout.completions_per_prompt > 1:
+        return
+    for path, part in reward_advantages(spec):
         for key, value in (("baseline", "group_mean"), ("scale", "group_std")):
             if getattr(part, key) == value:
                 group = context.stated(("rollout", "completions_per_prompt"), 1)
                 hint = "set rollout.completions_per_prompt to 2 or more"
-                yield ((*path, *_of_reward(term), key), f"{group}, so every advantage of the reward is 0", hint)
+                yield (*path, key), f"{group}, so every advantage of the reward is 0", hint
                 break
-
-
-def _of_reward(term: PolicyGradient) -> Path:
-    """The path below a term of its reward advantage."""
-    is_alone = isinstance(term.advantage, GroupRelative)
-    return ("advantage",) if is_alone else ("advantage", "group_relative")
 
 
 @method_rule("all terms use the same reward advantage")
 def advantages_differ(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Each rollout has one reward advantage, computed once from the rewards of its group."""
-    advantages = [
-        ((*path, *_of_reward(term)), part)
-        for path, term in policy_gradients(spec)
-        if (part := reward_part(term.advantage))
-    ]
+    advantages = list(reward_advantages(spec))
     for path, advantage in advantages[1:]:
-        if advantage != advantages[0][1]:
-            first = shorten(advantages[0][0][1])
-            yield path, f"this advantage differs from that of term {first}", "give both the same"
+        first_path, first = advantages[0]
+        if advantage != first:
+            yield path, f"this advantage differs from that of term {shorten(first_path[1])}", "give both the same"
 
 
 @method_rule("policy gradients and k2 use the student's samples")
@@ -58,7 +40,7 @@ def off_policy_gradient(spec: MethodSpec, context: Context) -> Iterator[Finding]
     no log-probabilities.
     """
     by = spec.rollout.sampled_by
-    if drawn_by_student(by):
+    if by.is_on_policy:
         return
     hint = "use sampled_by: student"
     for path, term in policy_gradients(spec):
@@ -78,12 +60,11 @@ def overlong_stretch(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     short completions are penalized.
     """
     longest = spec.rollout.max_new_tokens
-    for path, term in policy_gradients(spec):
-        part = reward_part(term.advantage)
-        if part and part.overlong and part.overlong.stretch >= longest:
+    for path, part in reward_advantages(spec):
+        if part.overlong and part.overlong.stretch >= longest:
             limit = context.stated(("rollout", "max_new_tokens"), longest)
             message = f"stretch is {part.overlong.stretch}, but {limit}: no completion goes free"
-            yield (*path, *_of_reward(term), "overlong", "stretch"), message, "lower stretch"
+            yield (*path, "overlong", "stretch"), message, "lower stretch"
 
 
 RULES = (lone_advantage, advantages_differ, off_policy_gradient, overlong_stretch)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from itertools import chain
 
 from sdkit.language.errors import Path, counted, outside, shorten
-from sdkit.language.required_statistics import reward_setting
 from sdkit.language.rules.base import (
     Context,
     Finding,
@@ -22,16 +21,12 @@ from sdkit.language.specs import (
     ExperimentSpec,
     MethodSpec,
     NonConstantGroup,
-    NonEmpty,
     OfRollouts,
     ReplayBackend,
     SampledTokenSupport,
     StudentSamples,
     SuccessfulSibling,
     TeacherSamples,
-    completion_column,
-    drawn_by_student,
-    reward_part,
 )
 
 
@@ -44,7 +39,7 @@ def off_policy_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     kind = spec.rollout.sampled_by.kind
     if isinstance(spec.rollout.sampled_by, StudentSamples):
         return
-    if drawn_by_student(spec.rollout.sampled_by):
+    if spec.rollout.sampled_by.is_on_policy:
         for path, term in (*distillations(spec), *policy_gradients(spec)):
             if term.importance.sampler:
                 message = "a log of answers holds no log-probabilities of its sampler"
@@ -65,7 +60,7 @@ def off_policy_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 def dataset_group(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Each row holds one completion; a larger group would repeat it."""
     count = spec.rollout.completions_per_prompt
-    if completion_column(spec.rollout.sampled_by) and count > 1:
+    if spec.rollout.sampled_by.completion_column and count > 1:
         message = f"completions_per_prompt is {count}, but each row holds one completion"
         yield ("rollout", "completions_per_prompt"), message, "use completions_per_prompt: 1"
 
@@ -93,7 +88,7 @@ def stale_rollouts(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     for this.
     """
     updates = spec.training.updates_per_rollout
-    if updates == 1 or not drawn_by_student(spec.rollout.sampled_by):
+    if updates == 1 or not spec.rollout.sampled_by.is_on_policy:
         return
     for path, term in distillations(spec):
         if not term.importance.old_policy:
@@ -157,8 +152,7 @@ def lone_group(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @method_rule("a teacher that samples has a context known before sampling")
 def context_before_rollouts(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The teacher cannot sample from a prompt that contains the samples."""
-    by = spec.rollout.sampled_by
-    if isinstance(by, TeacherSamples) and by.prompt == "teacher":
+    if spec.rollout.sampled_by.uses_teacher_prompt:
         for path, slot in _slots(spec):
             message = f"{slot.kind} is known after sampling, but the teacher's prompt is sampled from"
             yield path, message, "use sampled_by: student"
@@ -172,12 +166,14 @@ def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
     if spec.reward is not None and spec.reward not in spec.rewards:
         hint = did_you_mean(spec.reward, spec.rewards) or "declare it under rewards"
         yield ("reward",), f"{shorten(spec.reward)} {outside(spec.rewards)}", hint
-    relative = ((*path, "advantage") for path, term in policy_gradients(spec) if reward_part(term.advantage))
-    weights = (("losses", name, *key) for name, term in spec.losses.items() if (key := reward_setting(term)))
+    relative = ((*path, "advantage") for path, term in policy_gradients(spec) if term.advantage.group_relative)
+    weights = (
+        ("losses", name, *setting)
+        for name, term in spec.losses.items()
+        if term.token_weight and (setting := term.token_weight.reward_setting)
+    )
     routed: list[Path] = [("route",)] if spec.route else []
-    filters: list[Path] = [
-        ("rollout", "keep", i) for i, filter in enumerate(spec.rollout.keep) if not isinstance(filter, NonEmpty)
-    ]
+    filters: list[Path] = [("rollout", "keep", i) for i, filter in enumerate(spec.rollout.keep) if filter.needs_reward]
     users = chain((path for path, _ in _slots(spec)), relative, weights, routed, filters)
     needed = next(users, None)
     if needed and spec.reward is None and len(spec.rewards) != 1:

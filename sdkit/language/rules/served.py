@@ -8,16 +8,8 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from sdkit.language.errors import Path, shorten, spelled
-from sdkit.language.required_statistics import term_statistics
 from sdkit.language.rules.base import Context, Finding, distillations, method_rule, policy_gradients
-from sdkit.language.specs import (
-    MethodSpec,
-    SampledTokenSupport,
-    TopKSupport,
-    served_teachers,
-    teacher_part,
-    tokens_told,
-)
+from sdkit.language.specs import MethodSpec, SampledTokenSupport, TopKSupport, served_teachers, tokens_told
 
 
 @method_rule("a served teacher has a valid address")
@@ -127,10 +119,10 @@ def _at(temperature: object) -> str:
 def _at_sampling_temperature(spec: MethodSpec) -> Iterator[Path]:
     """The settings that need the teacher's log-probability at the sampling temperature."""
     for path, term in policy_gradients(spec):
-        if teacher_part(term.advantage):
+        if term.advantage.log_ratio:
             yield (*path, "advantage")
     for name, term in spec.losses.items():
-        for statistic, key in term_statistics(term):
+        for statistic, key in term.statistics():
             if statistic == "teacher_logprobs" and key[0] != "advantage":
                 yield ("losses", name, *key)
 
@@ -141,7 +133,7 @@ def served_entropy(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if tokens_told(spec) is None:
         return
     for name, term in spec.losses.items():
-        for statistic, key in term_statistics(term):
+        for statistic, key in term.statistics():
             if statistic == "teacher_entropy":
                 message = "this needs the teacher's entropy, which a server does not return"
                 yield ("losses", name, *key), message, "use another mask or weight"

@@ -21,16 +21,10 @@ from sdkit.language.rules.base import (
 from sdkit.language.specs import (
     ExperimentSpec,
     ExternalWeights,
-    ExtrapolateBlend,
-    GeometricBlend,
     MethodSpec,
     RoutedWeights,
-    ServedWeights,
     StudentWeights,
-    TeacherSamples,
-    TrustRegionBlend,
     VllmEngine,
-    blend_base,
     other_models,
     served_teachers,
     teachers_of,
@@ -73,10 +67,9 @@ def foreign_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The vLLM engine is built for the student's model and loads weights of that shape.  Another model samples
     with transformers' `generate`.
     """
-    by, backend = spec.rollout.sampled_by, spec.rollout.backend
-    if not isinstance(by, TeacherSamples) or by.weights != "teacher" or not spec.teacher:
+    if not spec.rollout.sampled_by.uses_teacher_weights or not spec.teacher:
         return
-    if isinstance(spec.teacher.weights, ExternalWeights) and isinstance(backend, VllmEngine):
+    if isinstance(spec.teacher.weights, ExternalWeights) and isinstance(spec.rollout.backend, VllmEngine):
         message = "vLLM holds the student's model, so it cannot sample from an external teacher"
         yield ("rollout", "backend"), message, "use backend: transformers"
 
@@ -86,14 +79,9 @@ def no_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """A completion is sampled token by token from one set of weights in this process.  A blend would need two
     models, or two prompts, at every token.
     """
-    by = spec.rollout.sampled_by
-    if not isinstance(by, TeacherSamples) or by.weights != "teacher" or not spec.teacher:
+    if not spec.rollout.sampled_by.uses_teacher_weights or not spec.teacher:
         return
-    reasons = {
-        RoutedWeights: "a routed teacher is several models and does not sample",
-        ServedWeights: "a served teacher is asked about completions and does not sample",
-    }
-    if reason := reasons.get(type(spec.teacher.weights)):
+    if reason := spec.teacher.weights.cannot_sample:
         yield ("rollout", "sampled_by"), reason, "use sampled_by: student"
     elif spec.teacher.blend:
         message = "a blended teacher is a product of distributions and does not sample"
@@ -105,15 +93,12 @@ def blend_with_itself(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Except in a product, the powers of a blend sum to one.  Blending the same weights under the same prompt
     gives the same distribution at the cost of a forward pass.
     """
-    teacher = spec.teacher
-    match teacher and teacher.blend:
-        case TrustRegionBlend():
-            same = StudentWeights()  # both under the teacher's prompt
-        case GeometricBlend() | ExtrapolateBlend() if teacher and adds_no_view(teacher.sees):
-            same = blend_base(spec)
-        case _:
-            return
-    if all(weights == same for _, weights in teachers_of(spec)):
+    blend = spec.teacher and spec.teacher.blend
+    if not spec.teacher or not blend or not blend.sums_to_one:
+        return
+    same_prompt = blend.partner_prompt == "teacher" or adds_no_view(spec.teacher.sees)
+    partner = blend.base or StudentWeights()
+    if same_prompt and all(weights == partner for _, weights in teachers_of(spec)):
         yield ("teacher", "blend"), "the teacher is blended with itself", "remove blend"
 
 

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import Path, outside, shorten
-from sdkit.language.required_statistics import weight_of
-from sdkit.language.rules.base import Context, Finding, did_you_mean, method_rule, policy_gradients
-from sdkit.language.specs import FileWeight, MethodSpec, PassRateWeight, PerplexityWeight, PerToken, teacher_part
+from sdkit.language.rules.base import Context, Finding, did_you_mean, log_ratios, method_rule
+from sdkit.language.specs import FileWeight, MethodSpec, PerToken
 from sdkit.language.user_functions import fault_of
 
 
 @method_rule("below_floor leave_out has a floor")
 def no_floor(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Without a floor, no token lies below it."""
-    for path, term in policy_gradients(spec):
-        part = teacher_part(term.advantage)
-        if part and part.below_floor == "leave_out" and part.floor is None:
-            inner = () if part is term.advantage else ("log_ratio",)
-            message = "below_floor: leave_out needs a floor"
-            key = (*path, "advantage", *inner, "below_floor")
-            yield key, message, "add floor: a number below 0"
+    for path, _, part in log_ratios(spec):
+        if part.below_floor == "leave_out" and part.floor is None:
+            yield (*path, "below_floor"), "below_floor: leave_out needs a floor", "add floor: a number below 0"
 
 
 @method_rule("weights within a group need several completions")
@@ -31,11 +26,9 @@ def lone_weight(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if spec.rollout.completions_per_prompt > 1:
         return
     for name, term in spec.losses.items():
-        weight = weight_of(term)
-        if isinstance(weight, PassRateWeight | PerplexityWeight):
+        if term.token_weight and term.token_weight.needs_group:
             group = context.stated(("rollout", "completions_per_prompt"), 1)
-            value = 0 if isinstance(weight, PassRateWeight) else 1
-            message = f"{group}, so every weight is {value}"
+            message = f"{group}, so every weight is {term.token_weight.value_alone}"
             hint = "set rollout.completions_per_prompt to 2 or more"
             yield ("losses", name, "weight"), message, hint
 
@@ -82,7 +75,7 @@ def weight_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     accept `counts` and every name in `given`.
     """
     for name, term in spec.losses.items():
-        weight = weight_of(term)
+        weight = term.token_weight
         if isinstance(weight, FileWeight):
             path = context.file(weight.file)
             fault = fault_of(path, weight.file, weight.function, ("counts",), weight.given)

@@ -86,10 +86,12 @@ def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             path = ("evaluation", "suites", name, "max_new_tokens")
             longest.append((path, rollout.max_prompt_tokens or 0, suite.max_new_tokens))
     for path, prompt, new in longest:
-        if prompt + new > shape.context and (prompt or path[0] != "teacher"):
+        if prompt + new > shape.max_position_embeddings and (prompt or path[0] != "teacher"):
             key = "max_prompt_tokens" if prompt else "max_new_tokens"
             culprit = path if path[0] == "evaluation" else (*path, key)
-            message = f"{prompt} prompt and {new} new tokens exceed the model's context of {shape.context}"
+            message = (
+                f"{prompt} prompt and {new} new tokens exceed the model's context of {shape.max_position_embeddings}"
+            )
             yield culprit, message, "lower max_new_tokens or max_prompt_tokens"
 
 
@@ -174,10 +176,10 @@ def unused_setting(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     if context.loaded.written(path) and not spec.output.checkpoint_every:
         message = "keep_checkpoints has no effect without checkpoint_every"
         yield path, message, "add checkpoint_every"
-    if spec.optimizer.schedule == "constant" and spec.optimizer.final_share:
-        schedule = context.stated(("optimizer", "schedule"), "constant")
+    if spec.optimizer.lr_scheduler_type == "constant" and spec.optimizer.final_share:
+        schedule = context.stated(("optimizer", "lr_scheduler_type"), "constant")
         message = f"final_share has no effect: {schedule}"
-        yield ("optimizer", "final_share"), message, "use schedule: linear or cosine"
+        yield ("optimizer", "final_share"), message, "use lr_scheduler_type: linear or cosine"
     for name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
         for decoding_name, decoding in suite.decoding.items():
             if decoding.temperature == 0 and decoding.samples > 1:

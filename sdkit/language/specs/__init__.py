@@ -1,7 +1,7 @@
 """Every spec class of the language.
 
 `fields` has the means to declare a class.  `rollouts`, `contexts`, `teachers`, `blends`, `losses`, `divergences`,
-`advantages` and `token_weights` make up a `method`; `data`, `scores` and `run` have what a run needs besides.
+`advantages`, `token_weights` and `loss_parts` make up a `method`; `data`, `scores` and `run` have what a run needs besides.
 """
 
 from sdkit.language.specs.advantages import *  # noqa: F403
@@ -10,6 +10,7 @@ from sdkit.language.specs.contexts import *  # noqa: F403
 from sdkit.language.specs.data import *  # noqa: F403
 from sdkit.language.specs.divergences import *  # noqa: F403
 from sdkit.language.specs.fields import *  # noqa: F403
+from sdkit.language.specs.loss_parts import *  # noqa: F403
 from sdkit.language.specs.losses import *  # noqa: F403
 from sdkit.language.specs.method import *  # noqa: F403
 from sdkit.language.specs.rollouts import *  # noqa: F403

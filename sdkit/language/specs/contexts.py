@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from attrs import frozen
 
-from sdkit.language.specs.fields import AT_LEAST_ONE, NAME, NOT_EMPTY, SIGNED, TEXT, Table, spec_field
+from sdkit.language.specs.fields import AT_LEAST_ONE, NAME, NOT_EMPTY, SIGNED, TEXT, Component, Table, spec_field
 
 WRAP_HELP = "text around the value, with {value} in its place; an empty slot stays empty"
 
@@ -92,7 +92,7 @@ class Turn:
 
 
 @frozen(kw_only=True)
-class Context:
+class Context(Component):
     """The keys shared by all kinds of teacher context."""
 
     slots: Table[Slot] = spec_field("values for the template's fields", default=Table())
@@ -106,12 +106,16 @@ class Context:
         "which end of the context a cut removes; the prompt is never cut", default="end"
     )
 
+    def describe(self) -> str:
+        return f"{', '.join(self.slots) or 'fixed text'} {self.description.format(self)}"
+
 
 @frozen(kw_only=True)
 class UserTurn(Context):
     """The template replaces the last user message."""
 
     kind: ClassVar[str] = "user_turn"
+    description: ClassVar[str] = "in the user turn"
     template: str = spec_field("text with {prompt} and the slots", range=TEXT)
 
 
@@ -120,6 +124,7 @@ class SystemMessage(Context):
     """The template becomes the system message, after the row's own if it has one."""
 
     kind: ClassVar[str] = "system_message"
+    description: ClassVar[str] = "in the system message"
     template: str = spec_field("text with the slots", range=TEXT)
 
 
@@ -128,7 +133,13 @@ class EarlierTurns(Context):
     """Exchanges placed before the prompt, as earlier turns of the chat."""
 
     kind: ClassVar[str] = "earlier_turns"
+    description: ClassVar[str] = "as {0.exchanges}"
     turns: tuple[Turn, ...] = spec_field("the exchanges, first to last", range=NOT_EMPTY)
+
+    @property
+    def exchanges(self) -> str:
+        """The number of exchanges in words."""
+        return f"{len(self.turns)} earlier turn{'s' * (len(self.turns) != 1)}"
 
 
 @frozen(kw_only=True)
@@ -136,6 +147,7 @@ class AnswerStart(Context):
     """The template begins the assistant's answer; the completion follows it."""
 
     kind: ClassVar[str] = "answer_start"
+    description: ClassVar[str] = "at the start of the answer"
     template: str = spec_field("text with the slots", range=TEXT)
 
 

@@ -2,15 +2,16 @@
 
 A class is a map in YAML; its fields are the keys.  `kind` selects a member of a union; a member whose fields all have
 defaults can be written as its bare kind (`divergence: forward_kl`).  Each field has a help text and a range, which
-errors, `sdkit plan` and the generated docs read.  Every number has a lower and an upper bound, and text must not be
-empty unless its field allows it.
+errors and the generated docs read.  Every number has a lower and an upper bound, and text must not be empty unless its
+field allows it.  The members of a union that `sdkit plan` describes are components: each describes itself, and says
+what it needs.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import attrs
 from attrs import NOTHING, frozen
@@ -41,6 +42,19 @@ class Table(Mapping[str, T_co]):
 
     def __repr__(self) -> str:
         return f"Table({self._items!r})"
+
+
+class Component:
+    """One kind of answer to a question of the language, such as a divergence."""
+
+    __slots__ = ()
+    kind: ClassVar[str]
+    description: ClassVar[str]
+    """The text that `sdkit plan` shows, with `{0.name}` for the value of a field."""
+
+    def describe(self) -> str:
+        """Returns the text that `sdkit plan` shows."""
+        return self.description.format(self)
 
 
 @frozen
@@ -170,3 +184,31 @@ class Schedule:
     to: float = spec_field("value from `steps` on", range=SIGNED)
     steps: int = spec_field("optimizer steps of the transition", range=AT_LEAST_ONE)
     shape: Literal["linear", "cosine"] = spec_field("shape of the transition", default="linear")
+
+    def __format__(self, number: str) -> str:
+        """Returns the schedule in words, its ends in the format of a number: `0.1 → 0 over 50 steps`."""
+        return f"{self.start:{number}} → {self.to:{number}} over {self.steps} steps"
+
+
+if TYPE_CHECKING:
+    Scheduled = float
+else:
+    Scheduled = float | Schedule
+"""A number that may be a schedule.
+
+Type checkers see a float, because code that computes reads specs whose schedules `at_step` has resolved.
+"""
+
+
+def always(value: Scheduled, number: float) -> bool:
+    """Whether the value equals `number` during the whole run."""
+    if isinstance(value, Schedule):
+        return value.start == value.to == number
+    return value == number
+
+
+def as_factor(value: Scheduled) -> str:
+    """Returns the value as a factor before another text: `0.5 × `; empty for 1."""
+    if isinstance(value, Schedule):
+        return f"({value:g}) × "
+    return "" if value == 1 else f"{value:g} × "

@@ -2,153 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from attrs import frozen
 
-from sdkit.language.specs.advantages import Advantage, LogRatio, teacher_part
+from sdkit.language.specs.advantages import Advantage, describe_bounds
 from sdkit.language.specs.divergences import Divergence, DivergenceClip
-from sdkit.language.specs.fields import (
-    ABOVE_ONE,
-    AT_LEAST_ONE,
-    NOT_NEGATIVE,
-    NOT_NEGATIVE_COUNT,
-    POSITIVE,
-    SHARE,
-    TEMPERATURE,
-    TOP_P,
-    Schedule,
-    spec_field,
-)
-from sdkit.language.specs.token_weights import Weight
+from sdkit.language.specs.fields import ABOVE_ONE, NOT_NEGATIVE, SHARE, TEMPERATURE, Scheduled, as_factor, spec_field
+from sdkit.language.specs.loss_parts import Average, ImportanceSpec, MaskSpec, PerToken, SamplerRatio, Support
+from sdkit.language.specs.token_weights import STATISTICS, Statistic, Weight
 
 
 @frozen(kw_only=True)
-class VocabularySupport:
-    """The whole vocabulary."""
-
-    kind: ClassVar[str] = "vocabulary"
-
-
-@frozen(kw_only=True)
-class TopKSupport:
-    """The k likeliest tokens; `remainder` says what happens to the rest of the probability."""
-
-    kind: ClassVar[str] = "top_k"
-    k: int = spec_field("number of tokens", range=AT_LEAST_ONE)
-    chosen_by: Literal["student", "teacher", "union"] = spec_field("whose likeliest tokens to take")
-    remainder: Literal["tail_bucket", "renormalize", "renormalize_teacher", "drop"] = spec_field(
-        "what to do with the probability outside the k tokens"
-    )
-
-
-@frozen(kw_only=True)
-class SampledTokenSupport:
-    """The sampled token alone, which estimates the gradient of the reverse KL."""
-
-    kind: ClassVar[str] = "sampled_token"
-
-
-Support = VocabularySupport | TopKSupport | SampledTokenSupport
-
-
-@frozen(kw_only=True)
-class MaskSpec:
-    """Which completion tokens a term counts.  Masked tokens stay visible to attention."""
-
-    skip_first: int = spec_field("number of tokens to leave out at the start", default=0, range=NOT_NEGATIVE_COUNT)
-    prefix: int | None = spec_field("count only this many tokens at the start", default=None, range=AT_LEAST_ONE)
-    special_tokens: Literal["count", "leave_out"] = spec_field(
-        "whether the tokenizer's special tokens count, including the end token", default="count"
-    )
-    teacher_entropy_above: float | Schedule | None = spec_field(
-        "count only tokens where the teacher's entropy exceeds this, nats", default=None, range=NOT_NEGATIVE
-    )
-    student_entropy_top: float | Schedule | None = spec_field(
-        "count only this share of the rollout batch's remaining tokens: those with the student's largest entropies",
-        default=None,
-        range=TOP_P,
-    )
-
-
-@frozen(kw_only=True)
-class OldPolicyRatio:
-    """Per-token ratio of the current student to the student that sampled the batch."""
-
-    cap: float | Schedule = spec_field("upper bound", range=POSITIVE)
-
-
-@frozen(kw_only=True)
-class SamplerRatio:
-    """Ratio of the trainer's probabilities to the sampling engine's."""
-
-    cap: float | Schedule = spec_field("upper bound", range=POSITIVE)
-    level: Literal["token", "sequence_mean"] = spec_field("one ratio per token, or its mean over the sequence")
-
-
-@frozen(kw_only=True)
-class ImportanceSpec:
-    """Importance corrections for tokens sampled by other weights or another engine."""
-
-    old_policy: OldPolicyRatio | None = spec_field("ratio to the weights before this batch", default=None)
-    sampler: SamplerRatio | None = spec_field("ratio to the sampling engine", default=None)
-
-
-@frozen(kw_only=True)
-class PerToken:
-    """Mean over all loss tokens of the global batch."""
-
-    kind: ClassVar[str] = "per_token"
-    denominator: Literal["own", "joint", "completions"] = spec_field(
-        "which tokens to divide by: this term's, those of all terms with `joint`, or all completion tokens, counted or not",
-        default="own",
-    )
-
-
-@frozen(kw_only=True)
-class PerSequence:
-    """Mean over each sequence's loss tokens, then over sequences."""
-
-    kind: ClassVar[str] = "per_sequence"
-    empty_rows: Literal["count", "skip"] = spec_field(
-        "whether a sequence without loss tokens counts as zero or is left out", default="skip"
-    )
-
-
-@frozen(kw_only=True)
-class SequenceSum:
-    """Sum over each sequence, then mean over sequences."""
-
-    kind: ClassVar[str] = "sequence_sum"
-
-
-@frozen(kw_only=True)
-class Constant:
-    """Sum over all loss tokens, divided by the number of sequences × a constant length."""
-
-    kind: ClassVar[str] = "constant"
-    length: float | Schedule = spec_field("the constant, tokens", range=POSITIVE)
-
-
-@frozen(kw_only=True)
-class Sum:
-    """Plain sum.  The right learning rate then depends on batch size and completion length."""
-
-    kind: ClassVar[str] = "sum"
-
-
-Average = PerToken | PerSequence | SequenceSum | Constant | Sum
-
-
-@frozen(kw_only=True)
-class LossSpec:
+class LossSpec(ABC):
     """One term of the objective: the tokens it counts, how it averages them, and its coefficient."""
 
     kind: ClassVar[str]
     mask: MaskSpec = spec_field("which completion tokens count", default=MaskSpec())
     average: Average = spec_field("how token losses are averaged", default=PerToken())
-    coefficient: float | Schedule = spec_field("factor of this term in the objective", default=1.0, range=NOT_NEGATIVE)
+    coefficient: Scheduled = spec_field("factor of this term in the objective", default=1.0, range=NOT_NEGATIVE)
+
+    @abstractmethod
+    def describe(self, temperature: float) -> str:
+        """Returns the text that `sdkit plan` shows, given the sampling temperature."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss or its advantage uses the teacher."""
+        return False
+
+    @property
+    def skips_without_teacher(self) -> bool:
+        """Whether it counts no tokens of a rollout that has no teacher prompt, even if no mask or weight needs one."""
+        return False
+
+    @property
+    def zero_when_equal(self) -> bool:
+        """Whether its gradient is 0 where teacher and student have the same distribution."""
+        return False
+
+    @property
+    def uses_old_logprobs(self) -> bool:
+        """Whether it compares log-probabilities with those before the first update on the batch."""
+        return False
+
+    @property
+    def sampler_ratio(self) -> SamplerRatio | None:
+        """The ratio to the sampling engine, if it has one."""
+        return None
+
+    @property
+    def masking_floor(self) -> Scheduled | None:
+        """The log-ratio below which it masks a token out, if it has one."""
+        return None
+
+    @property
+    def token_weight(self) -> Weight | None:
+        """The weight of its tokens; None if all weigh the same."""
+        return None
+
+    @property
+    def needs_teacher_scores(self) -> bool:
+        """Whether it skips rollouts without a teacher prompt."""
+        return self.skips_without_teacher or any(s.startswith("teacher") for s, _ in self.statistics())
+
+    def statistics(self) -> Iterator[tuple[Statistic, tuple[str, ...]]]:
+        """Yields each token statistic that its mask, weight or advantage needs, with the setting that needs it."""
+        if self.mask.teacher_entropy_above is not None:
+            yield "teacher_entropy", ("mask", "teacher_entropy_above")
+        if self.mask.student_entropy_top is not None:
+            yield "student_entropy", ("mask", "student_entropy_top")
+        if self.masking_floor is not None:
+            yield "student_logprobs", ("advantage", "below_floor")
+            yield "teacher_logprobs", ("advantage", "below_floor")
+        for statistic in self.token_weight.statistics if self.token_weight else ():
+            yield statistic, ("weight",)
 
 
 @frozen(kw_only=True)
@@ -156,6 +86,13 @@ class WeightedLossSpec(LossSpec):
     """A loss term whose tokens can have different weights."""
 
     weight: Weight | None = spec_field("weight of each token (default: all equal)", default=None)
+
+    @property
+    def token_weight(self) -> Weight | None:
+        return self.weight
+
+    def _describe_weight(self) -> str:
+        return f", weighted by {self.weight.describe()}" if self.weight else ""
 
 
 @frozen(kw_only=True)
@@ -166,10 +103,41 @@ class Distillation(WeightedLossSpec):
     divergence: Divergence = spec_field("divergence between student and teacher")
     support: Support = spec_field("tokens of the vocabulary to compare")
     clip: DivergenceClip = spec_field("bounds inside the divergence", default=DivergenceClip())
-    temperature: float | Schedule | None = spec_field(
+    temperature: Scheduled | None = spec_field(
         "temperature of both distributions (default: the sampling temperature)", default=None, range=TEMPERATURE
     )
     importance: ImportanceSpec = spec_field("importance corrections", default=ImportanceSpec())
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def skips_without_teacher(self) -> bool:
+        return True
+
+    @property
+    def zero_when_equal(self) -> bool:
+        return self.divergence.zero_when_equal and self.support.zero_when_equal
+
+    @property
+    def uses_old_logprobs(self) -> bool:
+        return self.importance != ImportanceSpec()
+
+    @property
+    def sampler_ratio(self) -> SamplerRatio | None:
+        return self.importance.sampler
+
+    def describe(self, temperature: float) -> str:
+        limits = "".join(f", {part}" for part in (*self.divergence.details, *self.clip.describe()))
+        ratios = (self.importance.old_policy, self.importance.sampler)
+        parts = [
+            f"{as_factor(self.coefficient)}{self.divergence.describe()} over {self.support.describe()}{limits}",
+            f"temperature {self.temperature or temperature:g}",
+            f"{self.average.describe()}{self.mask.describe()}{self._describe_weight()}",
+            *(ratio.describe() for ratio in ratios if ratio),
+        ]
+        return ", ".join(parts)
 
 
 @frozen(kw_only=True)
@@ -178,18 +146,27 @@ class CrossEntropy(WeightedLossSpec):
 
     kind: ClassVar[str] = "cross_entropy"
 
+    def describe(self, temperature: float) -> str:
+        text = f"cross entropy of the completion's tokens{self.mask.describe()}, {self.average.describe()}"
+        return f"{as_factor(self.coefficient)}{text}{self._describe_weight()}"
+
 
 @frozen(kw_only=True)
 class ClipSpec:
     """Clipped surrogate −min(ρA, clip(ρ, 1 − low, 1 + high) A): no gradient once ρ has moved far enough in A's direction."""
 
-    low: float | Schedule = spec_field("lower clip: 1 − low", range=SHARE)
-    high: float | Schedule = spec_field("upper clip: 1 + high", range=NOT_NEGATIVE)
-    dual: float | Schedule | None = spec_field(
+    low: Scheduled = spec_field("lower clip: 1 − low", range=SHARE)
+    high: Scheduled = spec_field("upper clip: 1 + high", range=NOT_NEGATIVE)
+    dual: Scheduled | None = spec_field(
         "dual clip: for a negative advantage the loss is at most this many times its magnitude",
         default=None,
         range=ABOVE_ONE,
     )
+
+    def describe(self) -> str:
+        """Returns the bounds in words."""
+        dual = f" (dual {self.dual:g})" if self.dual is not None else ""
+        return f"clipped to {describe_bounds(self.low, self.high)}{dual}"
 
 
 @frozen(kw_only=True)
@@ -211,6 +188,41 @@ class PolicyGradient(WeightedLossSpec):
     clip: ClipSpec | None = spec_field("clipping of the ratio", default=None)
     importance: PolicyImportance = spec_field("importance corrections", default=PolicyImportance())
 
+    @property
+    def needs_teacher(self) -> bool:
+        return self.advantage.log_ratio is not None
+
+    @property
+    def skips_without_teacher(self) -> bool:
+        return self.advantage.group_relative is None
+
+    @property
+    def zero_when_equal(self) -> bool:
+        return self.advantage.zero_when_equal
+
+    @property
+    def uses_old_logprobs(self) -> bool:
+        return True
+
+    @property
+    def sampler_ratio(self) -> SamplerRatio | None:
+        return self.importance.sampler
+
+    @property
+    def masking_floor(self) -> Scheduled | None:
+        part = self.advantage.log_ratio
+        return part.masking_floor if part else None
+
+    def describe(self, temperature: float) -> str:
+        clip = f" {self.clip.describe()}" if self.clip else ""
+        parts = [
+            f"{as_factor(self.coefficient)}policy gradient, advantage {self.advantage.describe()}",
+            f"ratio per {self.ratio}{clip}",
+            f"{self.average.describe()}{self.mask.describe()}{self._describe_weight()}",
+            *([self.importance.sampler.describe()] if self.importance.sampler else []),
+        ]
+        return ", ".join(parts)
+
 
 @frozen(kw_only=True)
 class ReferenceKl(LossSpec):
@@ -223,26 +235,28 @@ class ReferenceKl(LossSpec):
     kind: ClassVar[str] = "reference_kl"
     estimator: Literal["k2", "vocabulary"] = spec_field("estimate from the sampled token, or sum over the vocabulary")
 
+    def describe(self, temperature: float) -> str:
+        over = "estimated from the sampled token (k2)" if self.estimator == "k2" else "over the whole vocabulary"
+        counted = f"{self.average.describe()}{self.mask.describe()}"
+        return f"{as_factor(self.coefficient)}reverse KL(student‖start model) {over}, {counted}"
+
 
 Loss = Distillation | CrossEntropy | PolicyGradient | ReferenceKl
 """The kinds of `LossSpec`, as a union for exhaustive `match` and for structuring."""
 
 
+def required_statistics(losses: Mapping[str, LossSpec]) -> dict[Statistic, tuple[str, ...]]:
+    """Returns each token statistic that the terms need, in a fixed order, with the settings that need it.
+
+    A setting is written as its path: `losses.distil.weight`.
+    """
+    settings: dict[Statistic, list[str]] = {statistic: [] for statistic in STATISTICS}
+    for name, term in losses.items():
+        for statistic, key in term.statistics():
+            settings[statistic].append(".".join(("losses", name, *key)))
+    return {statistic: tuple(paths) for statistic, paths in settings.items() if paths}
+
+
 def needs_teacher(term: LossSpec) -> bool:
     """Whether the term's loss or advantage uses the teacher."""
-    if isinstance(term, PolicyGradient):
-        return teacher_part(term.advantage) is not None
-    return isinstance(term, Distillation)
-
-
-def nothing_without_teacher(term: LossSpec) -> bool:
-    """Whether the term counts no tokens of a rollout that has no teacher prompt."""
-    if isinstance(term, PolicyGradient):
-        return isinstance(term.advantage, LogRatio)
-    return isinstance(term, Distillation)
-
-
-def widest_top_k(losses: Mapping[str, LossSpec]) -> int:
-    """The largest k among the terms' top_k supports; 0 if there are none."""
-    supports = [t.support for t in losses.values() if isinstance(t, Distillation)]
-    return max((s.k for s in supports if isinstance(s, TopKSupport)), default=0)
+    return term.needs_teacher

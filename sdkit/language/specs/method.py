@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from attrs import frozen
 
-from sdkit.language.specs.blends import Blend, ExtrapolateBlend, GeometricBlend
+from sdkit.language.specs.blends import Blend
 from sdkit.language.specs.contexts import Sees
 from sdkit.language.specs.fields import NOT_EMPTY, Table, spec_field
-from sdkit.language.specs.losses import Loss, widest_top_k
+from sdkit.language.specs.losses import Distillation, Loss
 from sdkit.language.specs.rollouts import RolloutSpec
 from sdkit.language.specs.teachers import (
     ExternalWeights,
@@ -33,6 +33,11 @@ class TeacherSpec:
     blend: Blend | None = spec_field(
         "what the teacher's distribution is blended with, the same on every route", default=None
     )
+
+    def describe(self) -> str:
+        """Returns the weights in words, and what the teacher's prompt adds."""
+        context = self.sees.describe() if self.sees else "the student's prompt"
+        return f"{self.weights.describe()}, sees {context}"
 
 
 @frozen(kw_only=True)
@@ -73,17 +78,14 @@ def served_teachers(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], ServedW
 
 def tokens_told(spec: MethodSpec) -> int | None:
     """How many top log-probabilities each teacher returns if one of them is served; None if all are local."""
-    return widest_top_k(spec.losses) if any(served_teachers(spec)) else None
+    if not any(served_teachers(spec)):
+        return None
+    return max((term.support.top_k for term in spec.losses.values() if isinstance(term, Distillation)), default=0)
 
 
 def blend_base(spec: MethodSpec) -> FrozenWeights | ExternalWeights | None:
     """The fixed weights that the teacher is blended with under the student's prompt; None if there are none."""
-    match spec.teacher and spec.teacher.blend:
-        case GeometricBlend():
-            return FrozenWeights()
-        case ExtrapolateBlend(base=base):
-            return base
-    return None
+    return spec.teacher.blend.base if spec.teacher and spec.teacher.blend else None
 
 
 def other_models(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], ExternalWeights]]:

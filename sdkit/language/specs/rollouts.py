@@ -21,29 +21,70 @@ from sdkit.language.specs.fields import (
     SOME_TEXT,
     TEMPERATURE,
     TOP_P,
-    Schedule,
+    Component,
+    Scheduled,
     spec_field,
 )
 
 
+class BaseSampler(Component):
+    """What training, the plan and the rules ask of a sampler."""
+
+    __slots__ = ()
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether all completions are drawn from the student's own distribution."""
+        return False
+
+    @property
+    def completion_column(self) -> str | None:
+        """The column with completions; None if none come from the data set."""
+        return None
+
+    @property
+    def uses_teacher_weights(self) -> bool:
+        """Whether the teacher's weights sample."""
+        return False
+
+    @property
+    def uses_teacher_prompt(self) -> bool:
+        """Whether completions are sampled from the teacher's prompt."""
+        return False
+
+
 @frozen(kw_only=True)
-class StudentSamples:
+class StudentSamples(BaseSampler):
     """The student answers its own prompt."""
 
     kind: ClassVar[str] = "student"
+    description: ClassVar[str] = "student on its own prompt"
+
+    @property
+    def is_on_policy(self) -> bool:
+        return True
 
 
 @frozen(kw_only=True)
-class TeacherSamples:
+class TeacherSamples(BaseSampler):
     """Samples from the teacher's weights, from its prompt, or from both."""
 
     kind: ClassVar[str] = "teacher"
+    description: ClassVar[str] = "{0.weights}'s weights on the {0.prompt}'s prompt"
     weights: Literal["student", "teacher"] = spec_field("whose weights sample", default="teacher")
     prompt: Literal["student", "teacher"] = spec_field("whose prompt they sample from", default="teacher")
 
+    @property
+    def uses_teacher_weights(self) -> bool:
+        return self.weights == "teacher"
+
+    @property
+    def uses_teacher_prompt(self) -> bool:
+        return self.prompt == "teacher"
+
 
 @frozen(kw_only=True)
-class DatasetSamples:
+class DatasetSamples(BaseSampler):
     """Completions from the data set; each is ended with the chat template's end-of-turn token."""
 
     kind: ClassVar[str] = "dataset"
@@ -52,52 +93,73 @@ class DatasetSamples:
         "`student` if they are a log of the student's own answers, which allows estimates from them", default="other"
     )
 
+    @property
+    def is_on_policy(self) -> bool:
+        return self.drawn_by == "student"
+
+    @property
+    def completion_column(self) -> str:
+        return self.column
+
+    def describe(self) -> str:
+        source = "the student's logged answers" if self.is_on_policy else "the data set's own completions"
+        return f"{source} (column {self.column})"
+
 
 @frozen(kw_only=True)
-class MixtureSamples:
+class MixtureSamples(BaseSampler):
     """Each rollout batch comes at random either from the student or from the data set."""
 
     kind: ClassVar[str] = "mixture"
-    student_share: float | Schedule = spec_field("probability that the student samples a rollout batch", range=SHARE)
+    student_share: Scheduled = spec_field("probability that the student samples a rollout batch", range=SHARE)
     column: str = spec_field("column with the completion", default="demonstration", range=NAME)
+
+    @property
+    def completion_column(self) -> str:
+        return self.column
+
+    def describe(self) -> str:
+        other = f"otherwise the data set's completions (column {self.column})"
+        return f"student on its own prompt, for {self.student_share:g} of the batches, {other}"
 
 
 SampledBy = StudentSamples | TeacherSamples | DatasetSamples | MixtureSamples
 
 
-def drawn_by_student(by: SampledBy) -> bool:
-    """Whether all completions are drawn from the student's own distribution."""
-    return isinstance(by, StudentSamples) or (isinstance(by, DatasetSamples) and by.drawn_by == "student")
-
-
-def completion_column(by: SampledBy) -> str | None:
-    """The column with completions; None if none come from the data set."""
-    return by.column if isinstance(by, DatasetSamples | MixtureSamples) else None
-
-
 # ── which rollouts are trained on ─────────────────────────────────────────────────────────────
 
 
+class BaseFilter(Component):
+    """A filter of rollouts."""
+
+    __slots__ = ()
+    needs_reward: ClassVar[bool] = True
+
+
 @frozen(kw_only=True)
-class NonEmpty:
+class NonEmpty(BaseFilter):
     """Keep completions with more than white space."""
 
     kind: ClassVar[str] = "non_empty"
+    description: ClassVar[str] = "not empty"
+    needs_reward: ClassVar[bool] = False
 
 
 @frozen(kw_only=True)
-class RewardAtLeast:
+class RewardAtLeast(BaseFilter):
     """Keep rollouts whose reward reaches the threshold."""
 
     kind: ClassVar[str] = "reward_at_least"
+    description: ClassVar[str] = "the reward is at least {0.threshold:g}"
     threshold: float = spec_field("smallest reward that is kept", default=1.0, range=SIGNED)
 
 
 @frozen(kw_only=True)
-class NonConstantGroup:
+class NonConstantGroup(BaseFilter):
     """Keep groups whose rewards are not all equal."""
 
     kind: ClassVar[str] = "non_constant_group"
+    description: ClassVar[str] = "the group's rewards differ"
 
 
 Keep = NonEmpty | RewardAtLeast | NonConstantGroup
@@ -115,7 +177,7 @@ class TransformersBackend:
     """transformers' `generate` on the training weights."""
 
     kind: ClassVar[str] = "transformers"
-    batch_rows: int = spec_field("rows generated at once", default=64, range=AT_LEAST_ONE)
+    batch_size: int = spec_field("rows generated at once", default=64, range=AT_LEAST_ONE)
 
 
 @frozen(kw_only=True)
@@ -125,9 +187,9 @@ class VllmEngine:
     dtype: Literal["float32", "bfloat16"] | None = spec_field(
         "precision of the engine (default: the model's)", default=None
     )
-    max_rows: int = spec_field("sequences decoded at once", default=64, range=AT_LEAST_ONE)
-    cache_gib: float = spec_field("key-value cache on CPU, GiB", default=1.0, range=GIBIBYTES)
-    gpu_share: float = spec_field("share of GPU memory for the engine", default=0.4, range=INSIDE_SHARE)
+    max_num_seqs: int = spec_field("sequences decoded at once", default=64, range=AT_LEAST_ONE)
+    kv_cache_gib: float = spec_field("key-value cache on CPU, GiB", default=1.0, range=GIBIBYTES)
+    gpu_memory_utilization: float = spec_field("share of GPU memory for the engine", default=0.4, range=INSIDE_SHARE)
     canary_bound: float | None = spec_field(
         "largest mean difference of log-probabilities after a weight sync (default: 1e-3 in float32, 0.25 in bfloat16)",
         default=None,
@@ -213,3 +275,15 @@ class RolloutSpec:
         default=0,
         range=NOT_NEGATIVE_COUNT,
     )
+
+    def describe(self) -> str:
+        """Returns who samples the completions, and how."""
+        who = self.sampled_by.describe()
+        if isinstance(self.sampled_by, DatasetSamples):
+            return who
+        filters = ", kept where " + " and ".join(f.describe() for f in self.keep) if self.keep else ""
+        truncation = (f", top_p {self.top_p:g}" if self.top_p < 1 else "") + (
+            f", top_k {self.top_k}" if self.top_k else ""
+        )
+        length = f"{self.completions_per_prompt} × {self.max_new_tokens} tokens"
+        return f"{who}, {length} at temperature {self.temperature:g}{truncation}{filters}"

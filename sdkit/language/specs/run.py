@@ -71,10 +71,10 @@ TEMPLATE_OPTION = Range(
 class LoraSpec:
     """Low-rank adapters (LoRA); the base weights stay unchanged."""
 
-    rank: int = spec_field("rank of the factors", range=AT_LEAST_ONE)
-    alpha: float = spec_field("scale is alpha / rank", range=POSITIVE)
-    targets: tuple[str, ...] | Literal["all_linear"] = spec_field(
-        "names of the modules that get an adapter", default="all_linear", range=NOT_EMPTY, each=NAME
+    r: int = spec_field("rank of the factors", range=AT_LEAST_ONE)
+    lora_alpha: float = spec_field("scale is lora_alpha / r", range=POSITIVE)
+    target_modules: tuple[str, ...] | Literal["all-linear"] = spec_field(
+        "names of the modules that get an adapter", default="all-linear", range=NOT_EMPTY, each=NAME
     )
 
 
@@ -83,10 +83,10 @@ class ShapeSpec:
     """A model's shape, for `sdkit plan` when the config.json is not available."""
 
     parameters: int = spec_field("number of parameters", range=PARAMETERS)
-    hidden: int = spec_field("width of the hidden states", range=AT_LEAST_ONE)
-    layers: int = spec_field("number of layers", range=AT_LEAST_ONE)
-    vocabulary: int = spec_field("rows of the output projection", range=AT_LEAST_ONE)
-    context: int = spec_field("longest sequence the model takes, tokens", range=AT_LEAST_ONE)
+    hidden_size: int = spec_field("width of the hidden states", range=AT_LEAST_ONE)
+    num_hidden_layers: int = spec_field("number of layers", range=AT_LEAST_ONE)
+    vocab_size: int = spec_field("rows of the output projection", range=AT_LEAST_ONE)
+    max_position_embeddings: int = spec_field("longest sequence the model takes, tokens", range=AT_LEAST_ONE)
     kv_width: int | None = spec_field(
         "width of a layer's keys over all heads, for the size of the key-value cache (default: hidden)",
         default=None,
@@ -104,11 +104,11 @@ class ModelSpec:
         "precision of the forward pass; master weights stay float32", default="bfloat16"
     )
     lora: LoraSpec | None = spec_field("train adapters instead of all weights", default=None)
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = spec_field("attention kernel", default="sdpa")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = spec_field("attention kernel", default="sdpa")
     activation_checkpointing: bool = spec_field(
         "recompute activations in the backward pass to save memory", default=False
     )
-    chat_template_options: Table[str | bool | int | float] = spec_field(
+    chat_template_kwargs: Table[str | bool | int | float] = spec_field(
         "arguments for the chat template, such as enable_thinking", default=Table(), each=OPTION, names=TEMPLATE_OPTION
     )
     control_tokens: Literal["tokens", "text"] = spec_field(
@@ -134,8 +134,8 @@ class OptimizerSpec:
         "`all`",
         default="weights",
     )
-    clip: float = spec_field("maximum gradient norm", default=1.0, range=GRADIENT_NORM)
-    schedule: Literal["constant", "linear", "cosine"] = spec_field(
+    max_grad_norm: float = spec_field("maximum gradient norm", default=1.0, range=GRADIENT_NORM)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = spec_field(
         "learning-rate schedule after warm-up", default="constant"
     )
     warmup_steps: int = spec_field("optimizer steps of linear warm-up", default=0, range=NOT_NEGATIVE_COUNT)
@@ -226,6 +226,12 @@ class ExperimentSpec(MethodSpec):
     training: TrainingSpec = spec_field("run length, batch sizes, and sharding")
     machine: MachineSpec | None = spec_field("a machine other than this one", default=None)
     output: OutputSpec = spec_field("the run directory", default=OutputSpec())
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether a term needs the log-probabilities of its tokens before the first of several updates on a batch."""
+        has_ratio = any(term.uses_old_logprobs for term in self.losses.values())
+        return self.training.updates_per_rollout > 1 and has_ratio
 
 
 def indivisible(spec: ExperimentSpec, ranks: int) -> str | None:

@@ -177,7 +177,7 @@ class RewardModel:
 
     kind: ClassVar[str] = "reward_model"
     path: str = spec_field("local folder, relative to the spec; safetensors only", range=PATH)
-    batch_rows: int = spec_field("completions per forward pass", default=8, range=AT_LEAST_ONE)
+    batch_size: int = spec_field("completions per forward pass", default=8, range=AT_LEAST_ONE)
 
 
 @frozen(kw_only=True)
