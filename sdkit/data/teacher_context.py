@@ -9,29 +9,15 @@ from typing import assert_never
 
 from sdkit.batches import Attempt, GroupOutcome, Message, Row
 from sdkit.data.thinking import without_thinking
+from sdkit.language import specs
 from sdkit.language.errors import BadData, nearest
-from sdkit.language.specs import (
-    AnswerStart,
-    ColumnSlot,
-    EarlierTurns,
-    Feedback,
-    OwnAttempt,
-    Sees,
-    Slot,
-    SuccessfulSibling,
-    SystemMessage,
-    TextSlot,
-    UserTurn,
-    Verdict,
-    Wording,
-)
 from sdkit.language.templates import Field, fill, parse
 
 parsed = lru_cache(maxsize=256)(parse)
 
 
 def slot_values(
-    row: Row, sees: Sees, evidence: GroupOutcome | None = None, hide: Callable[[str], str] = lambda text: text
+    row: Row, sees: specs.Sees, evidence: GroupOutcome | None = None, hide: Callable[[str], str] = lambda text: text
 ) -> dict[str, str] | None:
     """Returns the text of every slot ("" if it is empty), or None if `requires` is not met.
 
@@ -40,39 +26,39 @@ def slot_values(
     """
     texts = {name: _slot_value(slot, row, evidence) for name, slot in sees.slots.items()}
     for name, slot in sees.slots.items():
-        if not isinstance(slot, Wording):
+        if not isinstance(slot, specs.Wording):
             texts[name] = hide(texts[name])
-    solved = any(texts[name] for name, slot in sees.slots.items() if isinstance(slot, SuccessfulSibling))
+    solved = any(texts[name] for name, slot in sees.slots.items() if isinstance(slot, specs.SuccessfulSibling))
     for name, slot in sees.slots.items():
-        if isinstance(slot, Feedback) and slot.when == "no_solution" and solved:
+        if isinstance(slot, specs.Feedback) and slot.when == "no_solution" and solved:
             texts[name] = ""
-    filled = [texts[n] != "" for n, slot in sees.slots.items() if not isinstance(slot, Wording)]
+    filled = [texts[n] != "" for n, slot in sees.slots.items() if not isinstance(slot, specs.Wording)]
     met = all(filled) if sees.requires == "all" else any(filled) or not filled
     if not met:
         return None
     return {name: _wrap(slot, texts[name]) for name, slot in sees.slots.items()}
 
 
-def _slot_value(slot: Slot, row: Row, evidence: GroupOutcome | None) -> str:
+def _slot_value(slot: specs.Slot, row: Row, evidence: GroupOutcome | None) -> str:
     match slot:
-        case ColumnSlot():
+        case specs.ColumnSlot():
             return row.text(slot.name) or ""
-        case TextSlot():
+        case specs.TextSlot():
             return slot.text
-        case SuccessfulSibling():
+        case specs.SuccessfulSibling():
             return _sibling(slot, evidence) if evidence else ""
-        case Feedback():
+        case specs.Feedback():
             return (evidence.group[evidence.own].feedback or "").strip() if evidence else ""
-        case OwnAttempt():
+        case specs.OwnAttempt():
             return _attempt_text(evidence.group[evidence.own], slot.strip_thinking) if evidence else ""
-        case Verdict(threshold=threshold, success=success, failure=failure):
+        case specs.Verdict(threshold=threshold, success=success, failure=failure):
             succeeded = evidence and evidence.group[evidence.own].reward >= threshold
             return success if succeeded else failure
         case _:
             assert_never(slot)
 
 
-def _sibling(slot: SuccessfulSibling, evidence: GroupOutcome) -> str:
+def _sibling(slot: specs.SuccessfulSibling, evidence: GroupOutcome) -> str:
     """The successful completion that the teacher sees (Hübotter 2026, §2: the first of the group)."""
     successes = [
         attempt
@@ -99,13 +85,13 @@ def _attempt_text(attempt: Attempt, strip_thinking: bool) -> str:
     return without_thinking(attempt.text) if attempt.answer is None else attempt.answer
 
 
-def _wrap(slot: Slot, value: str) -> str:
-    if isinstance(slot, Wording) or value == "":
+def _wrap(slot: specs.Slot, value: str) -> str:
+    if isinstance(slot, specs.Wording) or value == "":
         return value
     return fill(parsed(slot.wrap), lambda field: value if str(field) == "value" else f"{{{field}}}")
 
 
-def teacher_messages(row: Row, sees: Sees, values: Mapping[str, str]) -> list[Message]:
+def teacher_messages(row: Row, sees: specs.Sees, values: Mapping[str, str]) -> list[Message]:
     """Returns the row's chat with the teacher's context; texts of rows and slots are inserted, never interpreted.
 
     Raises BadData if a template names a field that is neither a slot nor the prompt.
@@ -114,20 +100,20 @@ def teacher_messages(row: Row, sees: Sees, values: Mapping[str, str]) -> list[Me
     system = [m for m in row.messages[:1] if m["role"] == "system"]
     rest = list(row.messages[len(system) :])
     match sees:
-        case UserTurn():
+        case specs.UserTurn():
             last = max(i for i, m in enumerate(rest) if m["role"] == "user")
             rest[last] = {"role": "user", "content": fill(parsed(sees.template), lookup)}
-        case SystemMessage():
+        case specs.SystemMessage():
             own = [m["content"] for m in system]
             content = "\n\n".join([*own, fill(parsed(sees.template), lookup)])
             system = [{"role": "system", "content": content}]
-        case EarlierTurns():
+        case specs.EarlierTurns():
             for position, turn in enumerate(sees.turns):
                 rest[2 * position : 2 * position] = [
                     {"role": "user", "content": fill(parsed(turn.user), lookup)},
                     {"role": "assistant", "content": fill(parsed(turn.assistant), lookup)},
                 ]
-        case AnswerStart():
+        case specs.AnswerStart():
             pass  # the start of the answer follows the chat, which is unchanged
         case _:
             assert_never(sees)

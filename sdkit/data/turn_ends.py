@@ -34,17 +34,14 @@ def _template_end(tokenizer: Any, options: Mapping[str, Any]) -> int | None:
     _, probe, suffix = text.rpartition(PROBE)
     if not probe:
         return None
-    added = {token.content: (i, token.special) for i, token in _added(tokenizer)}
+    tokens = getattr(tokenizer, "added_tokens_decoder", {})
+    added = {token.content: (i, token.special) for i, token in tokens.items()}
     suffix = suffix.lstrip()
     # Any added token directly after the answer; further on only special ones, such as after "</answer>".
     places = {word: suffix.find(word) for word in added if word}
     ends = [w for w, place in places.items() if place == 0 or (place > 0 and added[w][1])]
     first = min(ends, key=lambda word: (places[word], -len(word)), default=None)
     return None if first is None else added[first][0]
-
-
-def _added(tokenizer: Any) -> list[tuple[int, Any]]:
-    return list(getattr(tokenizer, "added_tokens_decoder", {}).items())
 
 
 def encode_prompt(tokenizer: Any, text: str) -> Ids:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdkit.distributed.collectives import all_reduce_max, all_reduce_sum, rank
+from sdkit.models.weights import Sharding
 
 
 class Root(nn.Module):
@@ -43,8 +44,8 @@ class Projection(nn.Module):
         return function(hidden, *args)
 
 
-class Zero3Sharding:
-    """The `Sharding` (models/weights.py) of a model under ZeRO stage 3.  All ranks call, in the same order."""
+class Zero3Sharding(Sharding):
+    """A model under ZeRO stage 3."""
 
     def __init__(self, root: Root, head: Sequence[nn.Parameter]) -> None:
         import deepspeed
@@ -71,10 +72,7 @@ class Zero3Sharding:
             yield
 
     def local_shard(self, parameter: Tensor) -> Tensor:
-        """Returns this rank's shard, flat.
-
-        A write takes effect when the parameter is gathered next, so it must not be gathered now.
-        """
+        # A write takes effect when the parameter is gathered next, so it must not be gathered now.
         sharded: Any = parameter
         if sharded.ds_status.name != "NOT_AVAILABLE":
             raise RuntimeError(f"{sharded.ds_summary()} is gathered: a write to its shards would be lost")

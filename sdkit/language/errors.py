@@ -84,8 +84,6 @@ class SdkitError(Exception):
 class RunFailed(SdkitError):
     """The spec has problems, or the run failed."""
 
-    exit_code = 1
-
 
 class InvalidSpec(RunFailed):
     """A spec has errors.  `problems` lists them and any warnings; the message shows them with their source lines."""
@@ -96,7 +94,7 @@ class InvalidSpec(RunFailed):
 
 
 class UnreadableInput(SdkitError):
-    """A wrong command line, or a file that cannot be read."""
+    """A wrong command line, or an input that cannot be read."""
 
     exit_code = 2
 
@@ -108,7 +106,7 @@ class BadData(SdkitError):
 
 
 class BadEnvironment(SdkitError):
-    """A missing package, a port in use, a full disk."""
+    """A missing package, a port in use, or a full disk."""
 
     exit_code = 4
 
@@ -120,19 +118,19 @@ class OutOfMemory(SdkitError):
 
 
 class ProcessDied(SdkitError):
-    """Another process of the run died, or a timeout expired."""
+    """Another process of the run died, or a time limit expired."""
 
     exit_code = 6
 
 
 class Stopped(SdkitError):
-    """Stopped on request; the run can be resumed."""
+    """Stopped on request; `--resume` continues."""
 
     exit_code = 7
 
 
 class NumericsGuard(SdkitError):
-    """A value that must be finite or bounded is not."""
+    """A loss or gradient is not finite, or another numerics check failed."""
 
     exit_code = 8
 
@@ -141,17 +139,11 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 plus the signal number, the convention of shells."""
 
 EXIT_CODES: Mapping[int, str] = {
-    0: "fine",
-    1: "problems found, or a run failed",
-    2: "usage or unreadable input",
-    3: "bad data",
-    4: "environment: a missing package, a port, the disk",
-    5: "out of memory",
-    6: "a process died or a deadline passed",
-    7: "stopped on request; the run can be resumed",
-    8: "a numerics guard tripped",
-    INTERRUPTED: "interrupted at once",
+    0: "Success.",
+    **{error.exit_code: error.__doc__ or "" for error in SdkitError.__subclasses__()},
+    INTERRUPTED: "Interrupted at once.",
 }
+"""The exit codes of the command, for its help text and docs/runs.md."""
 
 
 @contextlib.contextmanager
@@ -181,6 +173,12 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
         return None
     candidates = [c for c in islice(choices, MAX_CHOICES) if len(c) <= 3 * len(word)]
     return next(iter(get_close_matches(word, candidates, n=1)), None)
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
+    """Returns a hint with the choice spelled most like `word`, or None if none is close."""
+    close = nearest(word, choices)
+    return f'did you mean "{close}"?' if close else None
 
 
 def listed(words: Iterable[object], last: str = ", ") -> str:

@@ -33,8 +33,8 @@ class UnreadableFile(Exception):
 def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     """Returns the content of a regular file of at most `limit` bytes.  Raises UnreadableFile."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device can have side effects
-            raise UnreadableFile(_describe_kind(path))
+        if kind := irregular_kind(path):  # opening a pipe or a device can have side effects
+            raise UnreadableFile(kind)
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -51,10 +51,13 @@ def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     return content
 
 
-def _describe_kind(path: str | os.PathLike[str]) -> str:
+def irregular_kind(path: str | os.PathLike[str]) -> str | None:
+    """Returns what a path leads to if it is a folder, a pipe or a device; None for a regular file or none at all."""
     if os.path.isdir(path):
         return "this is a folder, not a file"
-    return "this is a pipe or a device, not a regular file"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "this is a pipe or a device, not a regular file"
+    return None
 
 
 def _format_size(limit: int) -> str:

@@ -12,7 +12,7 @@ from sdkit.language.errors import Problem, by_position
 from sdkit.language.overlay import LoadedSpec, load
 from sdkit.language.rules import check
 from sdkit.language.specs import ExperimentSpec, MethodSpec
-from sdkit.language.structure import structure_method, structure_run
+from sdkit.language.structure import structure
 
 
 @frozen(eq=False, kw_only=True)
@@ -48,7 +48,7 @@ def load_spec(
     problems = list(loaded.problems)
     spec = None
     if loaded.root or not problems:
-        spec, shape_problems = (structure_run if loaded.kind == "run" else structure_method)(loaded)
+        spec, shape_problems = structure(loaded)
         # One problem per place: a value that is not valid YAML also has the wrong type.
         unreadable = {p.place for p in problems}
         problems += [p for p in shape_problems if p.place not in unreadable]

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from attrs import evolve, field, frozen
 
-from sdkit.language.errors import COMMAND_LINE, Path, Place, Problem, UnreadableInput, nearest, shorten, spelled
+from sdkit.language.errors import COMMAND_LINE, Path, Place, Problem, UnreadableInput, did_you_mean, shorten, spelled
 from sdkit.language.files import file_names
-from sdkit.language.source import MAX_DEPTH, Node, Source, key_fault, read, read_text
+from sdkit.language.source import MAX_DEPTH, TOO_DEEP, Node, Source, key_fault, read, read_text
 
 RUN_KEYS = ("model", "data", "optimizer", "training", "evaluation", "output")
 PACKAGED_PAGES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "methods")
@@ -34,14 +34,10 @@ class LoadedSpec:
     method: str | None = None  # the method page that the run file names
     is_complete: bool = True  # False if the method page is missing or unreadable
     problems: tuple[Problem, ...] = ()
-    keys: dict[Path, Place] = field(init=False, factory=dict)
-    values: dict[Path, Place] = field(init=False, factory=dict)
+    nodes: dict[Path, Node] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
-        for path, node in self.root.walk() if self.root else ():
-            self.values[path] = node.place
-            if node.key:
-                self.keys[path] = node.key
+        self.nodes.update(self.root.walk() if self.root else ())
 
     @property
     def data(self) -> Any:
@@ -50,19 +46,21 @@ class LoadedSpec:
 
     def written(self, path: Path) -> bool:
         """Whether the user wrote this key; if not, its value is a default."""
-        return path in self.values
+        return path in self.nodes
 
-    def has_keys(self, path: Path) -> bool:
-        """Whether the user wrote a map with keys at this path."""
-        return any(p[:-1] == path for p in self.keys if p)
+    def is_bare(self, path: Path) -> bool:
+        """Whether the user wrote a value without keys at this path: a bare kind, or an empty map."""
+        return path in self.nodes and not (isinstance(value := self.nodes[path].value, dict) and value)
 
-    def place(self, path: Path) -> Place:
-        """Returns the place of a value, or of the key of its nearest written ancestor."""
-        if path in self.values:
-            return self.values[path]
-        while path and path not in self.values:
+    def place(self, path: Path, *, at_key: bool = False) -> Place:
+        """Returns the place of a value (with `at_key` its key's), or of the key of its nearest written ancestor."""
+        node = self.nodes.get(path)
+        if node and not at_key:
+            return node.place
+        while path and path not in self.nodes:
             path = path[:-1]
-        return self.keys.get(path) or self.values.get(path) or Place(self.name, 1, 1)
+        node = self.nodes.get(path)
+        return (node and (node.key or node.place)) or Place(self.name, 1, 1)
 
 
 def is_run_file(data: Any) -> bool:
@@ -180,18 +178,17 @@ def packaged_methods() -> list[str]:
 
 def _close_page(name: str) -> str:
     """What to write in place of the name of a packaged page that does not exist."""
-    if close := nearest(name, packaged_methods()):
-        return f'did you mean "{close}"?'
-    return f"a file is written as a path: ./{name}.yaml; packaged: {', '.join(packaged_methods())}"
+    packaged = packaged_methods()
+    return (
+        did_you_mean(name, packaged) or f"a file is written as a path: ./{name}.yaml; packaged: {', '.join(packaged)}"
+    )
 
 
 def _suggest_page(path: str) -> str | None:
     """A hint for a missing page: the most similar file name, or the pages in the folder."""
     folder, name = os.path.split(path)
     pages = [name for name in file_names(folder or ".") if name.endswith((".yaml", ".yml"))]
-    if close := nearest(name, pages):
-        return f'did you mean "{close}"?'
-    return f"in {folder or '.'}: {', '.join(pages[:8])}" if pages else None
+    return did_you_mean(name, pages) or (f"in {folder or '.'}: {', '.join(pages[:8])}" if pages else None)
 
 
 def _without_run_keys(page: Node, name: str, problems: list[Problem]) -> Node:
@@ -238,8 +235,7 @@ def _parse_override(text: str, line: int) -> _Override:
         return _Override(path, None, key, problem)
     root = source.root or Node(None, Place(COMMAND_LINE, 1, 1, max(1, len(value))))
     if max(len(below) for below, _ in root.walk()) + len(path) > MAX_DEPTH:
-        message = f"nested more than {MAX_DEPTH} levels deep"
-        return _Override(path, None, key, Problem((), message, "override", None, key))
+        return _Override(path, None, key, Problem((), TOO_DEEP, "override", None, key))
     return _Override(path, _shift_node(root, line, len(name) + 1, key), key)
 
 

@@ -63,10 +63,10 @@ def _flat(value: Any) -> bool:
 
 def _origin(path: Path, value: Any, loaded: LoadedSpec) -> str:
     if loaded.written(path):
-        return _format_place(loaded.values[path])
+        return _format_place(loaded.place(path))
     # A `kind` written as a bare word has the place of the map itself.
-    if path[-1] == "kind" and loaded.written(path[:-1]) and not loaded.has_keys(path[:-1]):
-        return _format_place(loaded.values[path[:-1]])
+    if path[-1] == "kind" and loaded.is_bare(path[:-1]):
+        return _format_place(loaded.place(path[:-1]))
     return "default"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
-from attrs import evolve, field, frozen
+from attrs import evolve, frozen
 
 from sdkit.language.errors import Path, Place, Problem, UnreadableInput, printable, shorten
 from sdkit.language.files import MAX_RESOLVED_BYTES, MAX_SPEC_BYTES, UnreadableFile, read_file
@@ -20,6 +20,7 @@ from sdkit.language.renamed import current_name
 from sdkit.language.scalars import scalar
 
 MAX_DEPTH = 40
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 MAX_VALUES = 100_000
 MAX_KEY_LENGTH = 100  # characters; quoted and escaped, it stays below the 1024 characters that YAML allows for a key
 
@@ -62,14 +63,6 @@ class Source:
     text: str
     root: Node | None
     problems: tuple[Problem, ...] = ()
-    keys: dict[Path, Place] = field(init=False, factory=dict)
-    values: dict[Path, Place] = field(init=False, factory=dict)
-
-    def __attrs_post_init__(self) -> None:
-        for path, node in self.root.walk() if self.root else ():
-            self.values[path] = node.place
-            if node.key:
-                self.keys[path] = node.key
 
     @property
     def data(self) -> Any:
@@ -152,15 +145,14 @@ class _Reader:
         for event in self._events:
             if isinstance(event, yaml.DocumentStartEvent):
                 if root:
-                    raise _FatalProblem(self._problem((), "a second document starts here", event))
+                    raise self._fatal("a second document starts here", event)
                 root = self._node(next(self._events), (), None)
         return root
 
     def _node(self, event: Any, path: Path, key: Place | None) -> Node:
         place = self._place(event)
         if len(path) > MAX_DEPTH:
-            message = f"nested more than {MAX_DEPTH} levels deep"
-            raise _FatalProblem(self._problem((), message, event))
+            raise self._fatal(TOO_DEEP, event)
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event, path, place, key)
         self._count_value(getattr(event, "value", None), event)
@@ -184,17 +176,15 @@ class _Reader:
 
     def _alias(self, event: Any, path: Path, place: Place, key: Place | None) -> Node:
         if event.anchor not in self._anchors:
-            raise _FatalProblem(self._problem(path, f"*{event.anchor} is not defined above", event))
+            raise self._fatal(f"*{event.anchor} is not defined above", event, path)
         target = self._anchors[event.anchor]
         if target is None:
-            message = f"*{event.anchor} stands inside what it refers to"
-            raise _FatalProblem(self._problem(path, message, event))
+            raise self._fatal(f"*{event.anchor} stands inside what it refers to", event, path)
         for below, node in target.walk():
             self._count_value(node.value, event)
             self._count_characters(below[-1] if below else "", event)
             if len(path) + len(below) > MAX_DEPTH:
-                message = f"nested more than {MAX_DEPTH} levels deep"
-                raise _FatalProblem(self._problem((), message, event))
+                raise self._fatal(TOO_DEEP, event)
         return evolve(target, key=key, place=place)
 
     def _scalar(self, event: Any, path: Path) -> Any:
@@ -259,15 +249,13 @@ class _Reader:
         """Counts one value; an alias counts as everything it expands to."""
         self._values += 1
         if self._values > MAX_VALUES * self._scale:
-            message = f"more than {MAX_VALUES} values, aliases written out"
-            raise _FatalProblem(self._problem((), message, event))
+            raise self._fatal(f"more than {MAX_VALUES} values, aliases written out", event)
         self._count_characters(value, event)
 
     def _count_characters(self, text: Any, event: Any) -> None:
         self._characters += len(text) if isinstance(text, str) else 0
         if self._characters > MAX_SPEC_BYTES * self._scale:
-            message = f"more than {MAX_SPEC_BYTES // 2**20} MiB of text, aliases written out"
-            raise _FatalProblem(self._problem((), message, event))
+            raise self._fatal(f"more than {MAX_SPEC_BYTES // 2**20} MiB of text, aliases written out", event)
 
     def _place(self, event: Any) -> Place:
         start, end = event.start_mark, event.end_mark
@@ -276,6 +264,9 @@ class _Reader:
 
     def _problem(self, path: Path, message: str, event: Any, code: str = "yaml", hint: str | None = None) -> Problem:
         return Problem(path, message, code, hint, self._place(event))
+
+    def _fatal(self, message: str, event: Any, path: Path = ()) -> _FatalProblem:
+        return _FatalProblem(self._problem(path, message, event))
 
 
 def _syntax_problem(error: yaml.MarkedYAMLError, name: str, text: str) -> Problem:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
-from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Path, Problem, listed, nearest, outside, shorten, spelled
+from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Path, Problem, did_you_mean, listed, outside, shorten, spelled
 from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, kinds_of, members
 from sdkit.language.overlay import LoadedSpec
 from sdkit.language.renamed import rename_hint
@@ -28,22 +28,13 @@ INVALID: Any = object()
 _SCALAR_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def structure_method(loaded: LoadedSpec) -> tuple[MethodSpec | None, list[Problem]]:
-    """Returns the method page as a spec, or None if it has problems, and the problems."""
-    return _structure(loaded, MethodSpec)
-
-
-def structure_run(loaded: LoadedSpec) -> tuple[ExperimentSpec | None, list[Problem]]:
-    """Returns the run file as a spec, or None if it has problems, and the problems."""
-    return _structure(loaded, ExperimentSpec)
-
-
-def _structure(loaded: LoadedSpec, cls: type[S]) -> tuple[S | None, list[Problem]]:
+def structure(loaded: LoadedSpec) -> tuple[MethodSpec | ExperimentSpec | None, list[Problem]]:
+    """Returns the run file or method page as a spec, or None if it has problems, and the problems."""
     structurer = _Structurer(loaded)
     if loaded.root is None:
         structurer.report((), "the file is empty", "type")
         return None, structurer.problems
-    spec = structurer.instance(cls, loaded.data, ())
+    spec = structurer.instance(ExperimentSpec if loaded.kind == "run" else MethodSpec, loaded.data, ())
     return (None if structurer.problems else spec), structurer.problems
 
 
@@ -59,9 +50,7 @@ class _Structurer:
 
     def report(self, path: Path, message: str, code: str, hint: str | None = None, *, at_key: bool = False) -> Any:
         """Records a problem and returns INVALID."""
-        place = self.loaded.keys.get(path) if at_key else None
-        place = place or self.loaded.place(path)
-        self.problems.append(Problem(path, message, code, hint, place))
+        self.problems.append(Problem(path, message, code, hint, self.loaded.place(path, at_key=at_key)))
         return INVALID
 
     def value(self, tp: Any, data: Any, path: Path) -> Any:
@@ -245,15 +234,15 @@ class _Structurer:
         return self.report(path, message, "type", hint or _suggest_fix(data, scalars))
 
     def _report_not_a_choice(self, choices: Any, data: Any, path: Path, code: str) -> Any:
-        from sdkit.language.suggestions import refusal
+        from sdkit.language.suggestions import REFUSED
 
-        words = [c for c in choices if isinstance(c, str)]
-        # Spelling suggestions are slow: make none for problems that are not shown.
-        suggest = isinstance(data, str) and len(self.problems) < MAX_SHOWN_PROBLEMS
-        close = nearest(data, words) if suggest else None
-        hint = refusal(path[-1], data) or (f'did you mean "{close}"?' if close else None)
-        if isinstance(data, str) and _parse_unquoted(data) in choices:
-            hint = "remove the quotes"
+        hint = None
+        if isinstance(data, str):
+            hint = REFUSED.get((path[-1], data))
+            if _parse_unquoted(data) in choices:
+                hint = "remove the quotes"
+            elif not hint and len(self.problems) < MAX_SHOWN_PROBLEMS:  # slow, so only for problems that are shown
+                hint = did_you_mean(data, [c for c in choices if isinstance(c, str)])
         shown = "this" if isinstance(data, dict | list) else shorten(data)
         return self.report(path, f"{shown} {outside(choices)}", code, hint)
 
@@ -263,7 +252,7 @@ class _Structurer:
         is_or_are = "is" if len(missing) == 1 else "are"
         message = f"{listed(missing, ' and ')} {is_or_are} missing{where}"
         hint = None
-        if kind and self.loaded.written(path) and not self.loaded.has_keys(path):
+        if kind and self.loaded.is_bare(path):
             hint = f"write {{kind: {kind}, {', '.join(f'{m}: …' for m in missing)}}}"
         self.report((*path, missing[0]), message, "missing_key", hint)
 

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sdkit.language.errors import nearest
+from sdkit.language.errors import did_you_mean
 from sdkit.language.introspection import is_spec, keys_of, members
 from sdkit.language.specs import ExperimentSpec, Table
 
@@ -80,7 +80,7 @@ _NO_K3 = "use k2 or vocabulary: the gradient of k3 is that of the forward KL"
 _ONE_TOKEN = (
     "use reverse_kl with support: sampled_token; differentiated, k1 teaches nothing and k3 pulls by the forward KL"
 )
-REFUSED: Mapping[tuple[str, str], str] = {
+REFUSED: Mapping[tuple[str | int, str], str] = {
     ("estimator", "k1"): _NO_K1,
     ("estimator", "kl"): _NO_K1,
     ("estimator", "k3"): _NO_K3,
@@ -92,11 +92,6 @@ REFUSED: Mapping[tuple[str, str], str] = {
 """(key, value) → what to write instead, and why sdkit does not accept it.  Source: reference/methods.md §5.4."""
 
 
-def refusal(key: str | int, value: object) -> str | None:
-    """Returns a hint for a value that other toolkits accept and sdkit does not."""
-    return next((why for (k, v), why in REFUSED.items() if (k, v) == (key, value)), None)
-
-
 def advice(name: str, cls: type) -> str | None:
     """Returns a hint for the unknown key `name` in a map read as `cls`."""
     here = [*keys_of(cls), *(["kind"] if hasattr(cls, "kind") else [])]
@@ -105,18 +100,18 @@ def advice(name: str, cls: type) -> str | None:
     for word in SYNONYMS.get(name, ()):
         if word in here:
             return f'sdkit calls it "{word}"' + (f", which is 1 − {name}" if name.endswith("decay") else "")
-    if close := nearest(name, here):
-        return f'did you mean "{close}"?'
+    if hint := did_you_mean(name, here):
+        return hint
     if name == "kind":
         return "remove it: there is only one kind here"
     words = (name, *SYNONYMS.get(name, ()))
-    places = ((path.count("."), words.index(word), path) for word, path in _all_keys() if word in words)
+    places = ((path.count("."), words.index(word), path) for word, path in all_keys() if word in words)
     for _, other, path in sorted(places)[:1]:
         return f'sdkit has "{path}"' if other else f"it belongs at {path}"
     return None
 
 
-def _all_keys() -> Iterator[tuple[str, str]]:
+def all_keys() -> Iterator[tuple[str, str]]:
     """Yields every key of the language with its path; NAME stands for a user-chosen name."""
     seen: set[Any] = set()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from sdkit.language.errors import BadData, Place, nearest, printable, shorten
+from sdkit.language.errors import BadData, Place, did_you_mean, printable, shorten
 from sdkit.language.files import MAX_SOURCE_CODE_BYTES, UnreadableFile, read_file
 
 Fault = tuple[Literal["file", "function"], str, str | None]
@@ -34,9 +34,8 @@ def fault_of(path: str, shown: str, function: str, values: Sequence[str], given:
         return "file", f"{printable(shown)} is not Python that can be read", None
     defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if function not in defined:
-        close = nearest(function, defined)
         message = f"{shown} defines no function {shorten(function)} at its top level"
-        return "function", message, f'did you mean "{close}"?' if close else None
+        return "function", message, did_you_mean(function, defined)
     definition = defined[function]
     try:
         _signature(definition.args).bind(*values, **dict.fromkeys(given))
@@ -105,8 +104,7 @@ class UserFunction:
             raise self._failure(f"{self.file} cannot be loaded", error) from error
         loaded = getattr(module, self.name, None)
         if not callable(loaded):
-            close = nearest(self.name, [n for n, v in vars(module).items() if callable(v)])
-            hint = f'did you mean "{close}"?' if close else None
+            hint = did_you_mean(self.name, [n for n, v in vars(module).items() if callable(v)])
             raise BadData(f"{self.file} has no function {shorten(self.name)}", hint=hint)
         return loaded
 

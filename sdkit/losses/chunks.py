@@ -17,7 +17,7 @@ from sdkit.batches import IDENTITY, HiddenStateScores, LogitTransform, TeacherSc
 from sdkit.losses.divergence import entropy
 from sdkit.losses.objective import Objective
 from sdkit.losses.scores import logits as logits_of
-from sdkit.losses.scores import select_scores
+from sdkit.losses.scores import sampled_logprobs, select_scores
 from sdkit.losses.support import sampled_token, top_k_ids
 
 
@@ -91,9 +91,7 @@ def scored_logprobs(scores: TeacherScores, token: Tensor, temperature: float, ch
     not 1.
     """
     if isinstance(scores, TopKLogprobs):
-        if temperature != 1:
-            raise ValueError(f"the teacher's log-probabilities are at temperature 1, not {temperature:g}")
-        return scores.sampled
+        return sampled_logprobs(scores, temperature)
     chunks = _logprobs(scores, len(token), temperature, chunk_tokens)
     return torch.cat([sampled_token(logprobs, token[part]) for part, logprobs in chunks])
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdkit.batches import TopKLogprobs
 from sdkit.losses.divergence import entropy
+from sdkit.losses.scores import sampled_logprobs
 from sdkit.losses.support import sampled_token
 
 
@@ -49,9 +50,7 @@ class Distributions:
             if counts is None:
                 counts = torch.ones_like(token, dtype=torch.bool)
             return sampled_token(self.student_and("teacher", temperature, counts)[1], token)
-        if temperature != 1:
-            raise ValueError(f"the teacher's log-probabilities are at temperature 1, not {temperature:g}")
-        return self.top_k.sampled
+        return sampled_logprobs(self.top_k, temperature)
 
     def student_and(self, side: str, temperature: float, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the student's and the other side's log-probabilities, twice [C, V].

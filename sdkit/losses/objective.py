@@ -43,17 +43,8 @@ from sdkit.language.specs import (
     VocabularySupport,
 )
 from sdkit.losses import average as averages
+from sdkit.losses import divergence, policy
 from sdkit.losses.distributions import Distributions
-from sdkit.losses.divergence import (
-    Bounds,
-    forward_kl,
-    jsd,
-    linear_mix,
-    reverse_kl,
-    skewed_forward_kl,
-    skewed_reverse_kl,
-)
-from sdkit.losses.policy import importance_ratio, k1, sampled_token_surrogate, sequence_mean
 from sdkit.losses.policy_terms import (
     LossMetrics,
     correction,
@@ -181,7 +172,7 @@ class Objective:
                 if importance == ImportanceSpec():
                     return token_loss, 1.0, metrics
                 now = sampled_token(sides.student(self._temperature), tokens.token).detach()
-                corrected, ratios = correction(importance, now, tokens)
+                corrected, ratios = correction(importance.old_policy, importance.sampler, now, tokens)
                 return token_loss, corrected, metrics | ratios
             case PolicyGradient():
                 return policy_gradient(name, term, sides, tokens, self._temperature)
@@ -201,11 +192,11 @@ class Objective:
         metrics = sides.entropies(temperature, "student", "teacher")
         if sides.has_sampled_logprobs(temperature):
             teacher = sides.teacher_logprobs(tokens.token, temperature, counts)
-            metrics["k1"] = k1(student, teacher).detach()
+            metrics["k1"] = policy.k1(student, teacher).detach()
         match term.support:
             case SampledTokenSupport():
                 teacher = sides.teacher_logprobs(tokens.token, temperature, counts)
-                return sampled_token_surrogate(student, teacher, term.clip.log_ratio), metrics
+                return policy.sampled_token_surrogate(student, teacher, term.clip.log_ratio), metrics
             case VocabularySupport():
                 pair = sides.student_and("teacher", temperature, counts)
             case TopKSupport() as support if sides.top_k is not None:
@@ -226,17 +217,17 @@ class Objective:
         """[C, K], [C, K] -> [C]."""
         match spec := term.divergence:
             case ForwardKl():
-                return forward_kl(student, teacher, _bounds(term.clip))
+                return divergence.forward_kl(student, teacher, _bounds(term.clip))
             case ReverseKl(detach_weights=detach):
-                return reverse_kl(student, teacher, _bounds(term.clip), detach_weights=detach)
+                return divergence.reverse_kl(student, teacher, _bounds(term.clip), detach_weights=detach)
             case Jsd(teacher_share=share):
-                return jsd(student, teacher, share)
+                return divergence.jsd(student, teacher, share)
             case LinearMix(forward_share=share):
-                return linear_mix(student, teacher, share)
+                return divergence.linear_mix(student, teacher, share)
             case SkewedForwardKl(share=share):
-                return skewed_forward_kl(student, teacher, share)
+                return divergence.skewed_forward_kl(student, teacher, share)
             case SkewedReverseKl(share=share):
-                return skewed_reverse_kl(student, teacher, share)
+                return divergence.skewed_reverse_kl(student, teacher, share)
             case FileDivergence():
                 return self._functions[name](student, teacher.detach())
             case _:
@@ -287,8 +278,8 @@ def sampler_ratio(losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: 
         return ratio
     old = student_logprobs if tokens.old_logprobs is None else tokens.old_logprobs
     counts = tokens.weights[name] > 0
-    capped = importance_ratio(old, tokens.sampler_logprobs, cap)[counts]
-    return ratio.masked_scatter(counts, sequence_mean(capped, tokens.row[counts], rows))
+    capped = policy.importance_ratio(old, tokens.sampler_logprobs, cap)[counts]
+    return ratio.masked_scatter(counts, policy.sequence_mean(capped, tokens.row[counts], rows))
 
 
 def _sequence_mean_terms(losses: Mapping[str, Loss]) -> dict[str, float]:
@@ -297,9 +288,9 @@ def _sequence_mean_terms(losses: Mapping[str, Loss]) -> dict[str, float]:
     return {name: ratio.cap for name, ratio in ratios.items() if ratio and ratio.level == "sequence_mean"}
 
 
-def _bounds(clip: DivergenceClip) -> Bounds:
+def _bounds(clip: DivergenceClip) -> divergence.Bounds:
     low, high = clip.log_ratio or (-math.inf, math.inf)
-    return Bounds(low=low, high=high, entry=math.inf if clip.entry is None else clip.entry)
+    return divergence.Bounds(low=low, high=high, entry=math.inf if clip.entry is None else clip.entry)
 
 
 @torch.no_grad()
@@ -308,6 +299,6 @@ def _both_kls(term: Distillation, token_loss: Tensor, student: Tensor, teacher: 
     unclipped = term.clip == DivergenceClip()
     forward, reverse = (
         token_loss if unclipped and isinstance(term.divergence, kind) else function(student, teacher)
-        for kind, function in ((ForwardKl, forward_kl), (ReverseKl, reverse_kl))
+        for kind, function in ((ForwardKl, divergence.forward_kl), (ReverseKl, divergence.reverse_kl))
     )
     return {"forward_kl": forward, "reverse_kl": reverse}

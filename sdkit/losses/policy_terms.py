@@ -17,28 +17,16 @@ from sdkit.language.specs import (
     AdvantageAdd,
     AdvantageScale,
     GroupRelative,
-    ImportanceSpec,
     LogRatio,
     LossSpec,
+    OldPolicyRatio,
     PolicyGradient,
     ReferenceKl,
+    SamplerRatio,
 )
+from sdkit.losses import policy
 from sdkit.losses.distributions import Distributions
 from sdkit.losses.divergence import reverse_kl
-from sdkit.losses.policy import (
-    cap_binds,
-    clip_binds,
-    clipped_surrogate,
-    group_advantages,
-    importance_ratio,
-    k1,
-    k2,
-    k3,
-    own_gradient,
-    policy_ratio,
-    scaled_advantages,
-    sequence_mean,
-)
 from sdkit.losses.support import sampled_token
 
 LossMetrics = dict[str, Tensor]
@@ -70,7 +58,7 @@ def reward_advantages(losses: Mapping[str, LossSpec], rewards: Tensor, group: Te
     spec = group_relative(losses)
     if spec is None:
         return None
-    return group_advantages(rewards, group, spec.baseline, spec.scale, spec.eps)
+    return policy.group_advantages(rewards, group, spec.baseline, spec.scale, spec.eps)
 
 
 def needs_sequence_means(losses: Mapping[str, LossSpec]) -> bool:
@@ -93,7 +81,7 @@ def sequence_means(
         counts = tokens.weights[name] > 0
 
         def mean(values: Tensor, counts: Tensor = counts) -> Tensor:
-            counted = sequence_mean(values[counts], tokens.row[counts], rows)
+            counted = policy.sequence_mean(values[counts], tokens.row[counts], rows)
             return torch.zeros_like(values).masked_scatter(counts, counted)
 
         if term.ratio == "sequence" and tokens.old_logprobs is not None:
@@ -135,24 +123,23 @@ def policy_gradient(
     then = now.detach() if tokens.old_logprobs is None else tokens.old_logprobs
     log_ratio = now - then
     if term.ratio == "sequence" and tokens.old_logprobs is not None:
-        log_ratio = own_gradient(_sequence_mean(tokens, f"{name}/log_ratio"), now)
+        log_ratio = policy.own_gradient(_sequence_mean(tokens, f"{name}/log_ratio"), now)
     advantages = _advantages(name, term, sides, tokens, then, temperature)
-    ratio = policy_ratio(log_ratio.detach())
+    ratio = policy.policy_ratio(log_ratio.detach())
     metrics = {"ratio": ratio, "advantage": advantages, **sides.entropies(temperature, "student")}
     if tokens.old_logprobs is not None:
-        metrics["old_kl"] = k3(then, now.detach())
+        metrics["old_kl"] = policy.k3(then, now.detach())
     if clip := term.clip:
-        token_loss = clipped_surrogate(log_ratio, advantages, clip.low, clip.high, clip.dual)
-        below, above = clip_binds(ratio, advantages, clip.low, clip.high)
+        token_loss = policy.clipped_surrogate(log_ratio, advantages, clip.low, clip.high, clip.dual)
+        below, above = policy.clip_binds(ratio, advantages, clip.low, clip.high)
         metrics |= {"clip_low": below.to(ratio.dtype), "clip_high": above.to(ratio.dtype)}
         if clip.dual is not None:
             metrics["clip_dual"] = ((advantages < 0) & (ratio > clip.dual)).to(ratio.dtype)
     else:
-        token_loss = clipped_surrogate(log_ratio, advantages)
+        token_loss = policy.clipped_surrogate(log_ratio, advantages)
     if term.importance.sampler is None:
         return token_loss, 1.0, metrics
-    importance = ImportanceSpec(sampler=term.importance.sampler)
-    corrected, ratios = correction(importance, now.detach(), tokens)
+    corrected, ratios = correction(None, term.importance.sampler, now.detach(), tokens)
     return token_loss, corrected, metrics | ratios
 
 
@@ -182,7 +169,7 @@ def _advantages(
             return group * reward_advantage() + teacher * teacher_advantage(spec.log_ratio)
         case AdvantageScale(share=share, low=low, high=high):
             parts = reward_advantage(), teacher_advantage(spec.log_ratio)
-            return scaled_advantages(*parts, share, low, high)
+            return policy.scaled_advantages(*parts, share, low, high)
         case _:
             assert_never(spec)
 
@@ -195,7 +182,7 @@ def reference_kl(
     pair = [_counted_logprobs(side, tokens, name) for side in (student, reference)]
     match term.estimator:
         case "k2":
-            token_loss = k2(*pair)
+            token_loss = policy.k2(*pair)
             with torch.no_grad():
                 full_kl = reverse_kl(student, reference)
         case "vocabulary":
@@ -203,7 +190,7 @@ def reference_kl(
             full_kl = token_loss.detach()
         case _:
             assert_never(term.estimator)
-    metrics = {"k1": k1(*pair).detach(), "reference_kl": full_kl}
+    metrics = {"k1": policy.k1(*pair).detach(), "reference_kl": full_kl}
     return token_loss, metrics | sides.entropies(temperature, "student")
 
 
@@ -215,21 +202,23 @@ def _counted_logprobs(logprobs: Tensor, tokens: Tokens, name: str) -> Tensor:
     return sampled_token(logprobs, tokens.token).masked_fill(tokens.weights[name] <= 0, 0.0)
 
 
-def correction(spec: ImportanceSpec, now: Tensor, tokens: Tokens) -> tuple[Tensor, LossMetrics]:
-    """Returns the product of the ratios of `spec`, [C], and each ratio.  now [C]: detached log-probabilities."""
+def correction(
+    to_old_policy: OldPolicyRatio | None, to_sampler: SamplerRatio | None, now: Tensor, tokens: Tokens
+) -> tuple[Tensor, LossMetrics]:
+    """Returns the product of the ratios, [C], and each ratio.  now [C]: detached log-probabilities."""
     old = now if tokens.old_logprobs is None else tokens.old_logprobs
     product, capped = torch.ones_like(now), torch.zeros_like(now, dtype=torch.bool)
     metrics: LossMetrics = {}
-    if spec.old_policy:
-        ratio = importance_ratio(now, old, spec.old_policy.cap)
+    if to_old_policy:
+        ratio = policy.importance_ratio(now, old, to_old_policy.cap)
         product, metrics["old_ratio"] = product * ratio, ratio
-        capped = capped | cap_binds(now, old, spec.old_policy.cap)
-    if spec.sampler:
+        capped = capped | policy.cap_binds(now, old, to_old_policy.cap)
+    if to_sampler:
         ratio = torch.ones_like(now)
         if (sampler := tokens.sampler_logprobs) is not None:
-            capped = capped | cap_binds(old, sampler, spec.sampler.cap)
-            ratio = importance_ratio(old, sampler, spec.sampler.cap)
-            if spec.sampler.level == "sequence_mean":
+            capped = capped | policy.cap_binds(old, sampler, to_sampler.cap)
+            ratio = policy.importance_ratio(old, sampler, to_sampler.cap)
+            if to_sampler.level == "sequence_mean":
                 if tokens.ratio is None:
                     raise ValueError("a sampler ratio of level sequence_mean needs Tokens.ratio")
                 ratio = tokens.ratio

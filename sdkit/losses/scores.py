@@ -16,6 +16,13 @@ def select_scores(scores: TeacherScores, at: slice | Tensor) -> Tensor | TopKLog
     return scores.at(at) if isinstance(scores, TopKLogprobs) else logits(scores, at)
 
 
+def sampled_logprobs(scores: TopKLogprobs, temperature: float) -> Tensor:
+    """Returns the log-probabilities of the sampled tokens, [M].  Raises ValueError for a temperature other than 1."""
+    if temperature != 1:
+        raise ValueError(f"the teacher's log-probabilities are at temperature 1, not {temperature:g}")
+    return scores.sampled
+
+
 def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
     """Returns the logits of the selected tokens, up to a constant per token.  -> [C, V], no gradient.
 

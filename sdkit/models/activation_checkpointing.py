@@ -83,19 +83,17 @@ def _run_pass(weights: Weights, forwards: list[RecomputedForward], device: torch
         embedded.append(tracked)
         return tracked
 
-    handle = weights.causal.get_input_embeddings().register_forward_hook(record)
     start = [forward.runs for forward in forwards]
     for forward in forwards:
         forward.active = active
     try:
-        with torch.enable_grad():
+        with weights.causal.get_input_embeddings().register_forward_hook(record), torch.enable_grad():
             hidden = weights.hidden(probe_sequence(weights, device))
         middle = [forward.runs for forward in forwards]
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(hidden.shape, generator=generator).to(hidden)
         gradient = torch.autograd.grad(hidden, embedded[0], cotangent)[0]
     finally:
-        handle.remove()
         for forward in forwards:
             forward.active = True
     return _Pass(

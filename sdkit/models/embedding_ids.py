@@ -25,18 +25,15 @@ class KnownIds:
     def fault(self, tokenizer: Any, what: str, ids: Sequence[int]) -> str | None:
         """Returns an error message for the first id without an embedding; None if all have one."""
         unknown = next((i for i in ids if i >= self.below), None)
-        return None if unknown is None else f"{what} has {beyond(tokenizer, unknown, self)}"
+        if unknown is None:
+            return None
+        name = tokenizer.convert_ids_to_tokens(unknown)
+        return f"{what} has the token {name!r} with id {unknown}, but {self.model} has {self.below} embeddings"
 
     def check(self, tokenizer: Any, what: str, ids: Sequence[int]) -> None:
         """Raise BadData if the model has no embedding for one of the ids."""
         if fault := self.fault(tokenizer, what, ids):
             raise BadData(fault, hint=HINT)
-
-
-def beyond(tokenizer: Any, token: int, known: KnownIds) -> str:
-    """Returns text for an error: the token, its id and the number of embeddings."""
-    name = tokenizer.convert_ids_to_tokens(token)
-    return f"the token {name!r} with id {token}, but {known.model} has {known.below} embeddings"
 
 
 def known_ids(spec: ExperimentSpec, base: Path, located: str) -> KnownIds | None:

@@ -86,15 +86,9 @@ def weights_folder(backend: VllmServerBackend, base: Path) -> Path:
     return (base / backend.folder).resolve() if backend.folder else cache_folder() / "weights"
 
 
-def vocabulary(tokenizer: Any) -> dict[str, int]:
-    """Returns every token and its id, added tokens included."""
-    return tokenizer.get_vocab()
-
-
 def check_vocabulary(student: Any, other: Any, path: str) -> None:
     """Raise BadData if the model in `path` gives a token another id than the student does."""
-    ours, theirs = vocabulary(student), vocabulary(other)
-    if difference := first_difference(ours, theirs):
+    if difference := first_difference(student.get_vocab(), other.get_vocab()):
         raise BadData(
             f"the model {path} has another vocabulary than the student: {difference}",
             hint="distributions are compared id by id: take a model with the student's tokenizer",

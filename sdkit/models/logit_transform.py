@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,7 +40,10 @@ def measure_transform(causal: Any) -> LogitTransform:
     probe = _Probe(head)
     ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] % head.weight.shape[0]
     try:
-        with probe.attached(base):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(base.register_forward_hook(probe.replace_hidden))
+            stack.enter_context(head.register_forward_pre_hook(probe.replace_head_input))
+            stack.enter_context(head.register_forward_hook(probe.replace_head_output))
             logits = causal(input_ids=ids, use_cache=False).logits
         direct = base(input_ids=ids, use_cache=False).last_hidden_state
     except torch.OutOfMemoryError:
@@ -72,29 +74,16 @@ class _Probe:
         self.head_inputs: list[Tensor] = []  # one per call of the head
         self.head_is_linear = True  # whether the head is weight × input + bias
 
-    @contextlib.contextmanager
-    def attached(self, base: nn.Module) -> Iterator[None]:
-        handles = [
-            base.register_forward_hook(self._after_base),
-            self.head.register_forward_pre_hook(self._before_head),
-            self.head.register_forward_hook(self._after_head),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _after_base(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def replace_hidden(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         self.last_hidden = output.last_hidden_state
         output.last_hidden_state = self.known_states
         return output
 
-    def _before_head(self, _module: nn.Module, args: Any) -> Any:
+    def replace_head_input(self, _module: nn.Module, args: Any) -> Any:
         self.head_inputs.append(args[0])
         return (self.known_states.to(self.head.weight.dtype), *args[1:])
 
-    def _after_head(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def replace_head_output(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor:
         bias = getattr(self.head, "bias", None)
         expected = functional.linear(args[0], self.head.weight, bias)
         self.head_is_linear &= expected.shape == output.shape and _is_close(output, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -99,9 +100,7 @@ def _check_layers(model: Any, config: Any, targets: Sequence[str], candidates: S
     for target in targets:
         if target not in fused and not any(_matches(name, target) for name in names):
             raise _bad_targets(f'no layer is called "{target}"', candidates)
-    uses: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     unsupported = (Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention)
     for name, layer in model.named_modules():
         if not hasattr(layer, "lora_A"):
@@ -159,16 +158,12 @@ def _callable_names(weights: Weights, device: torch.device) -> list[str]:
         usable[name] = usable.get(name, True) and isinstance(output, Tensor)
 
     names: dict[int, str] = {}
-    handles: list[Any] = []
-    for path, module in weights.causal.named_modules():
-        if isinstance(module, _linear_classes()) and ".lora_" not in path:
-            names[id(module)] = path.removesuffix(".base_layer").rpartition(".")[2]
-            handles.append(module.register_forward_hook(record))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for path, module in weights.causal.named_modules():
+            if isinstance(module, _linear_classes()) and ".lora_" not in path:
+                names[id(module)] = path.removesuffix(".base_layer").rpartition(".")[2]
+                hooks.enter_context(module.register_forward_hook(record))
         Weights(weights.model, None).hidden(probe_sequence(weights, device))
-    finally:
-        for handle in handles:
-            handle.remove()
     return sorted(name for name, is_usable in usable.items() if is_usable)
 
 
@@ -197,7 +192,7 @@ def _check_merged(weights: Weights, layers: Sequence[Any], calls: Mapping[int, A
         args, kwargs, output = calls[id(layer)]
         base = layer.get_base_layer()
         own = [adapter for adapter in layers if adapter.get_base_layer() is base]
-        merged = {_parameter_name(adapter): weights.merged(adapter) for adapter in own}
+        merged = {getattr(adapter, "parameter_name", "weight"): weights.merged(adapter) for adapter in own}
         expected = _first_tensor(torch.func.functional_call(base, merged, args, kwargs))
         effect = (output - _first_tensor(base(*args, **kwargs))).float().norm()
         if not (output - expected).float().norm() <= MERGE_ERROR * effect:
@@ -207,10 +202,6 @@ def _check_merged(weights: Weights, layers: Sequence[Any], calls: Mapping[int, A
 def _first_tensor(output: Any) -> Tensor:
     """Returns a layer's output; for a router, which returns several tensors, the logits."""
     return output if isinstance(output, Tensor) else output[0]
-
-
-def _parameter_name(layer: Any) -> str:
-    return getattr(layer, "parameter_name", "weight")
 
 
 @contextlib.contextmanager
@@ -246,13 +237,11 @@ def _recorded_calls(layers: Sequence[Any]) -> Iterator[dict[int, Any]]:
     def after(module: nn.Module, args: Any, output: Any) -> None:
         calls[id(module)] = (*inputs.pop(id(module)), copy(_first_tensor(output)))
 
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
-    handles += [layer.register_forward_hook(after) for layer in layers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(layer.register_forward_hook(after))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _kind(name: str) -> str:

@@ -7,36 +7,26 @@ by then.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, assert_never
 
 import torch
 from torch import Tensor
 
 from sdkit.batches import PaddedSequences, TeacherScores, TopKLogprobs, UnpaddedSequence
-from sdkit.language.specs import (
-    CopyWeights,
-    EmaWeights,
-    ExternalWeights,
-    FrozenWeights,
-    OneTeacher,
-    RoutedWeights,
-    ServedWeights,
-    StudentWeights,
-    TeacherWeights,
-)
+from sdkit.language import specs
 from sdkit.models.weights import STUDENT_ADAPTER, TEACHER_ADAPTER, Weights
 
 Masters = Callable[[], Iterator[tuple[str, Tensor]]]
 """Yields names and float32 master weights of the student's trained parameters; this rank's shards if they are sharded."""
 
-LoadModel = Callable[[ExternalWeights], torch.nn.Module]
+LoadModel = Callable[[specs.ExternalWeights], torch.nn.Module]
 """Loads another model onto the student's device."""
 
 ScoreTexts = Callable[[Sequence[UnpaddedSequence], int], TopKLogprobs]
 """Returns a served model's log-probabilities of the requested tokens of some texts, over ids below a bound."""
 
-ConnectServed = Callable[[ServedWeights], ScoreTexts]
+ConnectServed = Callable[[specs.ServedWeights], ScoreTexts]
 """Connects to a served model."""
 
 
@@ -62,11 +52,14 @@ class Teacher:
     def initialize(self) -> None:
         """Copy this rank's shards.  Call once, after DeepSpeed has wrapped all models and before the first update."""
 
-    def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
-        """Follow the student after optimizer step `updates`; returns whether the teacher changed."""
+    def after_update(self, masters: Masters, spec: specs.TeacherWeights, updates: int) -> bool:
+        """Follow the student after optimizer step `updates`; returns whether the teacher changed.
+
+        `spec` is the teacher's own, without schedules, and so it is in `after_rollout_batch`.
+        """
         return False
 
-    def after_rollout_batch(self, masters: Masters, scalar: Callable[[Any], float]) -> bool:
+    def after_rollout_batch(self, masters: Masters, spec: specs.TeacherWeights) -> bool:
         """Follow the student after all updates on a rollout batch; returns whether the teacher changed."""
         return False
 
@@ -87,10 +80,9 @@ class AveragedTeacher(Teacher):
 
     moves = True
 
-    def __init__(self, weights: Weights, spec: EmaWeights | CopyWeights, pairs: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Weights, pairs: Mapping[str, Tensor]) -> None:
         super().__init__(weights)
         self._sharding = lambda: weights.sharding
-        self.spec = spec
         self.parameters = dict(pairs)  # student's parameter name → teacher's parameter
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
@@ -100,18 +92,18 @@ class AveragedTeacher(Teacher):
         local_shard = self._sharding().local_shard
         self.shadow = {name: local_shard(p).float().clone() for name, p in self.parameters.items()}
 
-    def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
-        match self.spec:
-            case EmaWeights(every="optimizer_step", update_rate=rate):
-                return self._update_shadow(masters, scalar(rate))
-            case CopyWeights(every=every) if updates % every == 0:
+    def after_update(self, masters: Masters, spec: specs.TeacherWeights, updates: int) -> bool:
+        match spec:
+            case specs.EmaWeights(every="optimizer_step", update_rate=rate):
+                return self._update_shadow(masters, rate)
+            case specs.CopyWeights(every=every) if updates % every == 0:
                 return self._update_shadow(masters, 1.0)
         return False
 
-    def after_rollout_batch(self, masters: Masters, scalar: Callable[[Any], float]) -> bool:
-        match self.spec:
-            case EmaWeights(every="rollout_batch", update_rate=rate):
-                return self._update_shadow(masters, scalar(rate))
+    def after_rollout_batch(self, masters: Masters, spec: specs.TeacherWeights) -> bool:
+        match spec:
+            case specs.EmaWeights(every="rollout_batch", update_rate=rate):
+                return self._update_shadow(masters, rate)
         return False
 
     @torch.no_grad()
@@ -178,16 +170,20 @@ class RoutedTeacher(Teacher):
     def score(self, route: int, sequences: PaddedSequences, rows: int) -> TeacherScores:
         return self.routes[route].score(0, sequences, rows)
 
-    def after_update(self, masters: Masters, updates: int, scalar: Callable[[Any], float]) -> bool:
-        return self._record_distance([p.after_update(masters, updates, scalar) for p in self.parts])
+    def after_update(self, masters: Masters, spec: specs.TeacherWeights, updates: int) -> bool:
+        return self._record_distance([p for p, own in self._specs(spec) if p.after_update(masters, own, updates)])
 
-    def after_rollout_batch(self, masters: Masters, scalar: Callable[[Any], float]) -> bool:
-        return self._record_distance([p.after_rollout_batch(masters, scalar) for p in self.parts])
+    def after_rollout_batch(self, masters: Masters, spec: specs.TeacherWeights) -> bool:
+        return self._record_distance([p for p, own in self._specs(spec) if p.after_rollout_batch(masters, own)])
 
-    def _record_distance(self, changed: Sequence[bool]) -> bool:
-        distances = [p.distance for p, has_changed in zip(self.parts, changed, strict=True) if has_changed]
-        self.distance = max(distances, default=self.distance)
-        return any(changed)
+    def _specs(self, spec: specs.TeacherWeights) -> Iterable[tuple[Teacher, specs.OneTeacher]]:
+        """Returns each part with its own spec."""
+        assert isinstance(spec, specs.RoutedWeights)
+        return dict(zip(self.routes, spec.routes.values(), strict=True)).items()
+
+    def _record_distance(self, changed: Sequence[Teacher]) -> bool:
+        self.distance = max((part.distance for part in changed), default=self.distance)
+        return bool(changed)
 
     def state(self) -> dict[str, Tensor]:
         parts = enumerate(self.parts)
@@ -200,49 +196,43 @@ class RoutedTeacher(Teacher):
             part.load_state(own)
 
 
-def open_teacher(spec: TeacherWeights, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
+def open_teacher(spec: specs.TeacherWeights, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
     """Returns the teacher that `spec` describes, initialized from the student's current weights."""
-    if not isinstance(spec, RoutedWeights):
+    if not isinstance(spec, specs.RoutedWeights):
         return _open_one(spec, student, load, connect)
-    opened: dict[OneTeacher, Teacher] = {}
+    opened: dict[specs.OneTeacher, Teacher] = {}
     for one in spec.routes.values():
         if one not in opened:
             opened[one] = _open_one(one, student, load, connect)
     return RoutedTeacher([opened[one] for one in spec.routes.values()])
 
 
-def _open_one(spec: OneTeacher, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
-    has_adapters = hasattr(student.model, "peft_config")
+def _open_one(spec: specs.OneTeacher, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
     match spec:
-        case StudentWeights():
+        case specs.StudentWeights():
             return Teacher(student)
-        case FrozenWeights():
-            return Teacher(Weights(student.model, None) if has_adapters else _copy_weights(student))
-        case EmaWeights() | CopyWeights() if has_adapters:
+        case specs.FrozenWeights():
+            return Teacher(Weights(student.model, None) if student.has_adapters else _copy_weights(student))
+        case specs.EmaWeights() | specs.CopyWeights() if student.has_adapters:
             model: Any = student.model
             name = TEACHER_ADAPTER + "_" * (len(model.peft_config) - 1)
             pairs = _add_teacher_adapter(student, name)
-            return AveragedTeacher(Weights(student.model, name), spec, pairs)
-        case EmaWeights() | CopyWeights():
+            return AveragedTeacher(Weights(student.model, name), pairs)
+        case specs.EmaWeights() | specs.CopyWeights():
             weights = _copy_weights(student)
             own = dict(weights.model.named_parameters())
             trained = [n for n, p in student.model.named_parameters() if p.requires_grad]
-            return AveragedTeacher(weights, spec, {name: own[name] for name in trained})
-        case ExternalWeights():
+            return AveragedTeacher(weights, {name: own[name] for name in trained})
+        case specs.ExternalWeights():
             return Teacher(Weights(load(spec).requires_grad_(False).eval(), foreign=True))
-        case ServedWeights():
+        case specs.ServedWeights():
             return ServedTeacher(connect(spec))
         case _:
             assert_never(spec)
 
 
 def _copy_weights(student: Weights) -> Weights:
-    trained = [p for p in student.model.parameters() if p.requires_grad]
-    weights = Weights(copy.deepcopy(student.model).requires_grad_(False))
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    weights.model.eval()
-    return weights
+    return Weights(copy.deepcopy(student.model).requires_grad_(False).eval())
 
 
 def _add_teacher_adapter(student: Weights, adapter: str) -> dict[str, Tensor]:

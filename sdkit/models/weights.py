@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,57 +24,38 @@ STUDENT_ADAPTER = "default"
 TEACHER_ADAPTER = "teacher"
 
 
-class Sharding(Protocol):
-    """How a model's parameters are sharded over ranks, and how to read and write them.  Every rank must call."""
+class Sharding:
+    """How a model's parameters are sharded over ranks, and how to read and write them: here every rank has all of them.
+
+    Zero3Sharding (distributed/zero_shards.py) overrides every method.  Every rank must call, in the same order.
+    """
 
     def run_forward(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call the function inside a forward pass of the model and return its result."""
-        ...
-
-    def run_with_head(self, function: Callable[..., Result], hidden: Tensor, *args: Any) -> Result:
-        """Call the function of hidden states inside `run_forward`, with the output projection gathered and trainable."""
-        ...
-
-    def gather(self, parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Gather these parameters for reading inside the block; tensors taken from them stay valid afterwards."""
-        ...
-
-    def local_shard(self, parameter: Tensor) -> Tensor:
-        """Returns this rank's shard of a parameter, to read and write; flat if the parameter is sharded."""
-        ...
-
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Returns the sum of per-shard values over all ranks if parameters are sharded; otherwise the values."""
-        ...
-
-    def all_reduce_max(self, value: int) -> int:
-        """Returns the largest value over all ranks if they must run equally many forward passes; otherwise the value."""
-        ...
-
-
-class Unsharded:
-    """Every rank has complete parameters."""
-
-    def run_forward(self, function: Callable[..., Result], *args: Any) -> Result:
         return function(*args)
 
     def run_with_head(self, function: Callable[..., Result], hidden: Tensor, *args: Any) -> Result:
+        """Call the function of hidden states inside `run_forward`, with the output projection gathered and trainable."""
         return function(hidden, *args)
 
     def gather(self, parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Gather these parameters for reading inside the block; tensors taken from them stay valid afterwards."""
         return contextlib.nullcontext()
 
     def local_shard(self, parameter: Tensor) -> Tensor:
+        """Returns this rank's shard of a parameter, to read and write; flat if the parameter is sharded."""
         return parameter.detach()
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Returns the sum of per-shard values over all ranks if parameters are sharded; otherwise the values."""
         return values
 
     def all_reduce_max(self, value: int) -> int:
+        """Returns the largest value over all ranks if they must run equally many forward passes; otherwise the value."""
         return value
 
 
-UNSHARDED = Unsharded()
+UNSHARDED = Sharding()
 _SHARDINGS: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
 _TRANSFORMS: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
 
@@ -90,7 +71,12 @@ class Weights:
         self.adapter = adapter
         self.foreign = foreign
         base: Any = model
-        self.causal: Any = base.get_base_model() if hasattr(base, "peft_config") else base
+        self.causal: Any = base.get_base_model() if self.has_adapters else base
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the module has adapters, active or not."""
+        return hasattr(self.model, "peft_config")
 
     @property
     def sharding(self) -> Sharding:

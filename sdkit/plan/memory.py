@@ -75,24 +75,26 @@ def estimate_memory(
     trained = trained_parameters(spec, shape)
     moments = (8 if stage == 0 else 12) / (machine.ranks if stage >= 1 else 1)
     gradients = 4 / (machine.ranks if stage >= 2 else 1)
-    shares = [
-        MemoryShare(label="student weights", gib=local * width / GIB),
-        MemoryShare(label="masters and moments", gib=trained * moments / GIB),
-        MemoryShare(label="gradients", gib=trained * gradients / GIB),
+    items = [
+        ("student weights", local * width),
+        ("masters and moments", trained * moments),
+        ("gradients", trained * gradients),
+        *(("teacher weights", local * (width + 4 * weights.follows_student)) for weights in teacher_copies(spec)),
     ]
-    for weights in teacher_copies(spec):
-        size = local * (width + 4 * weights.follows_student) / GIB
-        shares.append(MemoryShare(label="teacher weights", gib=size))
     for weights in dict.fromkeys(weights for _, weights in other_models(spec)):
         if other_shape := other_shapes.get(weights.path):
-            size = other_shape.parameters * BYTES[weights.dtype] / GIB
-            shares.append(MemoryShare(label=f"model {weights.path}", gib=size))
+            items.append((f"model {weights.path}", other_shape.parameters * BYTES[weights.dtype]))
     if needs_reference(spec) and not spec.model.lora and not has_frozen_teacher(spec):
-        shares.append(MemoryShare(label="reference weights", gib=local * width / GIB))
+        items.append(("reference weights", local * width))
     if isinstance(backend, VllmBackend):
-        size = engine_gib(spec, backend, machine, shape)
-        shares.append(MemoryShare(label="vLLM weights and cache", gib=size))
-    return (*shares, *_activation_shares(spec, shape))
+        items.append(("vLLM weights and cache", engine_gib(spec, backend, machine, shape) * GIB))
+    stored = 2 if spec.model.activation_checkpointing else 34  # values per token, layer and channel
+    activations = spec.training.micro_batch_tokens * shape.hidden_size * shape.num_hidden_layers * stored
+    items.append(("activations of a micro-batch", activations * width / 2))
+    buffers = 8 if spec.teacher and spec.teacher.blend else 6
+    logits = spec.training.chunk_tokens * shape.vocab_size * 4
+    items.append(("projection chunk (student, teacher, gradient)", buffers * logits))
+    return tuple(MemoryShare(label=label, gib=size / GIB) for label, size in items)
 
 
 def trained_parameters(spec: ExperimentSpec, shape: ShapeSpec) -> int:
@@ -109,15 +111,3 @@ def engine_gib(spec: ExperimentSpec, backend: VllmBackend, machine: Machine, sha
         return backend.gpu_memory_utilization * machine.memory_gib
     weights = shape.parameters * BYTES[backend.dtype or spec.model.dtype] / GIB
     return weights + backend.kv_cache_gib
-
-
-def _activation_shares(spec: ExperimentSpec, shape: ShapeSpec) -> tuple[MemoryShare, ...]:
-    """Activations and logits of one micro-batch."""
-    stored = 2 if spec.model.activation_checkpointing else 34  # values per token, layer and channel
-    activations = spec.training.micro_batch_tokens * shape.hidden_size * shape.num_hidden_layers * stored
-    chunk = spec.training.chunk_tokens * shape.vocab_size * 4
-    buffers = 8 if spec.teacher and spec.teacher.blend else 6
-    return (
-        MemoryShare(label="activations of a micro-batch", gib=activations * BYTES[spec.model.dtype] / 2 / GIB),
-        MemoryShare(label="projection chunk (student, teacher, gradient)", gib=buffers * chunk / GIB),
-    )

@@ -6,26 +6,15 @@ import decimal
 import re
 import textwrap
 from decimal import Decimal
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 
 from sdkit.batches import Row
+from sdkit.language import specs
 from sdkit.language.errors import BadData, BadEnvironment, shorten
 from sdkit.language.row_text import is_missing, text_of
-from sdkit.language.specs import (
-    ChoiceReward,
-    ExactReward,
-    Extract,
-    LastChoice,
-    LastCodeBlock,
-    LastNumber,
-    NumberReward,
-    ReasoningGymReward,
-    ReasoningGymSource,
-    RegexReward,
-    Tagged,
-    WholeText,
-)
 from sdkit.rewards.scorer import Scorer, score_each
+
+T = TypeVar("T")
 
 # A sign belongs to the number only if nothing directly precedes it: 10-20 ends in 20, not in -20.
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
@@ -41,20 +30,20 @@ _EXACT = decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, 
 # ── extracting the answer ──────────────────────────────────────────────────
 
 
-def extract(how: Extract, completion: str) -> str | None:
+def extract(how: specs.Extract, completion: str) -> str | None:
     """Returns the answer in a completion, or None if there is none."""
     match how:
-        case WholeText():
+        case specs.WholeText():
             return completion.strip()
-        case Tagged():
+        case specs.Tagged():
             _, opened, rest = completion.rpartition(f"<{how.tag}>")
             answer, closed, _ = rest.partition(f"</{how.tag}>")
             return answer.strip() if opened and closed else None
-        case LastNumber():
+        case specs.LastNumber():
             return _last(_NUMBER, completion)
-        case LastChoice():
+        case specs.LastChoice():
             return _last(_CHOICE, completion)
-        case LastCodeBlock():
+        case specs.LastCodeBlock():
             blocks = _BLOCK.findall(completion)
             return textwrap.dedent(blocks[-1][1]) if blocks else None
         case _:
@@ -83,7 +72,14 @@ def right_text(row: Row, column: str) -> str:
     return row.text(column) or ""
 
 
-def exact(reward: ExactReward) -> Scorer:
+def _checked(row: Row, column: str, right: T | None, what: str) -> T:
+    """Returns the right answer.  Raises BadData if the column's text could not be read as `what`."""
+    if right is None:
+        raise BadData(f"row {row.index}: {shorten(row.columns[column])} in the column '{column}' is not {what}")
+    return right
+
+
+def exact(reward: specs.ExactReward) -> Scorer:
     """Compares text.  Like all scorers of this module, raises BadData if a row lacks the right answer."""
 
     def right_answer_of(row: Row) -> str:
@@ -99,18 +95,12 @@ def exact(reward: ExactReward) -> Scorer:
     return score_each(score, right_answer_of)
 
 
-def number(reward: NumberReward) -> Scorer:
+def number(reward: specs.NumberReward) -> Scorer:
     """Compares numbers, exactly up to the tolerance."""
     tolerance = Decimal(repr(reward.tolerance))
 
     def right_answer_of(row: Row) -> Decimal:
-        right = _read_number(right_text(row, reward.answer))
-        if right is None:
-            raise BadData(
-                f"row {row.index}: {shorten(row.columns[reward.answer])} in the column '{reward.answer}' "
-                "is not a number"
-            )
-        return right
+        return _checked(row, reward.answer, _read_number(right_text(row, reward.answer)), "a number")
 
     def score(completion: str, row: Row) -> float:
         right = right_answer_of(row)
@@ -131,17 +121,12 @@ def _read_number(text: str) -> Decimal | None:
     return value if value.is_finite() else None
 
 
-def choice(reward: ChoiceReward) -> Scorer:
+def choice(reward: specs.ChoiceReward) -> Scorer:
     """Compares capital letters."""
 
     def right_answer_of(row: Row) -> str:
-        right = _letter(right_text(row, reward.answer))
-        if not re.fullmatch("[A-Z]", right):
-            raise BadData(
-                f"row {row.index}: {shorten(row.columns[reward.answer])} in the column '{reward.answer}' "
-                "is not a capital letter"
-            )
-        return right
+        letter = re.fullmatch("[A-Z]", _letter(right_text(row, reward.answer)))
+        return _checked(row, reward.answer, letter, "a capital letter")[0]
 
     def score(completion: str, row: Row) -> float:
         return float(_letter(extract(reward.extract, completion) or "") == right_answer_of(row))
@@ -154,7 +139,7 @@ def _letter(text: str) -> str:
     return text.strip(" \t\n()[].:*")
 
 
-def regex(reward: RegexReward) -> Scorer:
+def regex(reward: specs.RegexReward) -> Scorer:
     """Searches for a pattern.  Raises BadData if the pattern is invalid."""
     try:
         pattern = re.compile(reward.pattern)
@@ -166,7 +151,7 @@ def regex(reward: RegexReward) -> Scorer:
 # ── scored by the task ─────────────────────────────────────────────────────────────────────
 
 
-def task_scorer(reward: ReasoningGymReward, source: ReasoningGymSource | None) -> Scorer:
+def task_scorer(reward: specs.ReasoningGymReward, source: specs.ReasoningGymSource | None) -> Scorer:
     """Returns the scorer of a reasoning-gym task.  Raises BadData without a task, BadEnvironment without the package."""
     if source is None:
         raise BadData("a reward of kind reasoning_gym needs data of kind reasoning_gym")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from sdkit.batches import Row
@@ -16,7 +16,7 @@ from sdkit.language.errors import BadData, BadEnvironment, shorten
 from sdkit.language.specs import MathVerifyReward
 from sdkit.processes import WorkerPool
 from sdkit.rewards.answers import extract, right_text
-from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, score_in_threads
+from sdkit.rewards.scorer import ScoredCompletion, Scorer, score_in_threads
 
 WORKER = Path(__file__).with_name("math_worker.py")
 MAX_WORKERS = min(4, os.cpu_count() or 1)
@@ -48,9 +48,7 @@ def math_verify(reward: MathVerifyReward) -> Scorer:
             raise BadData(f"row {row.index}: {value} is nothing that math-verify can read")
         return ScoredCompletion(reward=float(equal))
 
-    def score_all(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
-        return score_in_threads(score, pairs, threads=MAX_WORKERS, seconds=None)
-
+    score_all = functools.partial(score_in_threads, score, threads=MAX_WORKERS)
     return Scorer(score_all, check_row=lambda row: right_text(row, reward.answer))
 
 

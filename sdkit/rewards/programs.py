@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from sdkit.language.specs import LastCodeBlock, PythonTests
 from sdkit.rewards.answers import extract
 from sdkit.rewards.program_tests import Test, read_tests
 from sdkit.rewards.sandbox import Outcome, Sandbox
-from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer, score_in_threads
+from sdkit.rewards.scorer import ScoredCompletion, Scorer, score_in_threads
 
 SHOWN = 250
 """Maximum characters shown of an input or output."""
@@ -33,19 +34,14 @@ def python_tests(reward: PythonTests) -> Scorer:
         tests = read_tests(row, reward.tests)
         program = extract(reward.extract, completion)
         if program is None:
-            return ScoredCompletion(reward=0.0, feedback=_no_program(reward))
+            missing = "There is no program in the answer."
+            if isinstance(reward.extract, LastCodeBlock):
+                missing = "There is no program: the answer has no complete code block between lines of ```."
+            return ScoredCompletion(reward=0.0, feedback=missing)
         return _run_tests(program, tests, reward, sandbox)
 
-    def score_all(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
-        return score_in_threads(score, pairs, threads=reward.at_once, seconds=None)
-
+    score_all = functools.partial(score_in_threads, score, threads=reward.at_once)
     return Scorer(score_all, check_row=lambda row: read_tests(row, reward.tests))
-
-
-def _no_program(reward: PythonTests) -> str:
-    if isinstance(reward.extract, LastCodeBlock):
-        return "There is no program: the answer has no complete code block between lines of ```."
-    return "There is no program in the answer."
 
 
 def _run_tests(program: str, tests: Sequence[Test], reward: PythonTests, sandbox: Sandbox) -> ScoredCompletion:

@@ -26,13 +26,19 @@ class ScoredCompletion:
     """For a weighted sum: the reward of each part, before its weight."""
 
 
-@frozen(eq=False)
 class Scorer:
-    """An opened reward.  Call it for one completion and its row, or `score_all` for many."""
+    """An opened reward.  Call it for one completion and its row, or `score_all` for many.
 
-    score_all: Callable[[Sequence[Pair]], list[ScoredCompletion]]
-    check_row: Callable[[Row], object] = field(default=lambda row: None, kw_only=True)
-    """Raises BadData if the reward cannot score completions of this row."""
+    `check_row` raises BadData if the reward cannot score completions of a row.
+    """
+
+    def __init__(
+        self,
+        score_all: Callable[[Sequence[Pair]], list[ScoredCompletion]],
+        check_row: Callable[[Row], object] = lambda row: None,
+    ) -> None:
+        self.score_all = score_all
+        self.check_row = check_row
 
     def __call__(self, completion: str, row: Row) -> ScoredCompletion:
         return self.score_all([(completion, row)])[0]
@@ -52,7 +58,7 @@ class DeadlineExceeded(Exception):
 
 
 def score_in_threads(
-    score: Callable[[str, Row], ScoredCompletion], pairs: Sequence[Pair], *, threads: int, seconds: float | None
+    score: Callable[[str, Row], ScoredCompletion], pairs: Sequence[Pair], *, threads: int, seconds: float | None = None
 ) -> list[ScoredCompletion]:
     """Scores the pairs, `threads` at a time.
 

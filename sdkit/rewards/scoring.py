@@ -11,39 +11,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import assert_never
 
-from attrs import frozen
-
 from sdkit.batches import Row
+from sdkit.language import specs
 from sdkit.language.errors import SdkitError, blaming
-from sdkit.language.specs import (
-    ChoiceReward,
-    ExactReward,
-    FileReward,
-    MathVerifyReward,
-    NumberReward,
-    PythonTests,
-    ReasoningGymReward,
-    ReasoningGymSource,
-    RegexReward,
-    Reward,
-    RewardModel,
-    WeightedReward,
-)
 from sdkit.rewards import answers
 from sdkit.rewards.file import function_reward
 from sdkit.rewards.math import math_verify
 from sdkit.rewards.model import reward_model
 from sdkit.rewards.programs import python_tests
-from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
+from sdkit.rewards.scorer import ScoredCompletion, Scorer
 
 RewardScores = Mapping[str, Sequence[ScoredCompletion]]
 """Each reward's score of each completion."""
 
 
 def open_reward(
-    reward: Reward,
+    reward: specs.Reward,
     base: Path,
-    source: ReasoningGymSource | None,
+    source: specs.ReasoningGymSource | None,
     opened: Mapping[str, Scorer] | None = None,
     now: Callable[[], datetime] = datetime.now,
 ) -> Scorer:
@@ -55,35 +40,35 @@ def open_reward(
     row lacks the right answer, or if a user-defined function fails, exceeds its time or does not return a finite number.
     """
     match reward:
-        case ReasoningGymReward():
+        case specs.ReasoningGymReward():
             return answers.task_scorer(reward, source)
-        case ExactReward():
+        case specs.ExactReward():
             return answers.exact(reward)
-        case NumberReward():
+        case specs.NumberReward():
             return answers.number(reward)
-        case ChoiceReward():
+        case specs.ChoiceReward():
             return answers.choice(reward)
-        case RegexReward():
+        case specs.RegexReward():
             return answers.regex(reward)
-        case MathVerifyReward():
+        case specs.MathVerifyReward():
             return math_verify(reward)
-        case RewardModel():
+        case specs.RewardModel():
             return reward_model(reward, base, now)
-        case PythonTests():
+        case specs.PythonTests():
             return python_tests(reward)
-        case FileReward():
+        case specs.FileReward():
             return function_reward(reward, base)
-        case WeightedReward():
-            return _weighted_sum({name: (weight, (opened or {})[name]) for name, weight in reward.parts.items()})
+        case specs.WeightedReward():
+            return WeightedSum({name: (weight, (opened or {})[name]) for name, weight in reward.parts.items()})
         case _:
             assert_never(reward)
 
 
 def open_rewards(
-    rewards: Mapping[str, Reward],
+    rewards: Mapping[str, specs.Reward],
     names: Iterable[str],
     base: Path,
-    source: ReasoningGymSource | None,
+    source: specs.ReasoningGymSource | None,
     now: Callable[[], datetime] = datetime.now,
 ) -> dict[str, Scorer]:
     """Opens the named rewards of a spec, each once.  Raises as `open_reward` does, naming the reward."""
@@ -92,7 +77,7 @@ def open_rewards(
     def open_one(name: str) -> Scorer:
         if name not in opened:
             reward = rewards[name]
-            for part in reward.parts if isinstance(reward, WeightedReward) else ():
+            for part in reward.parts if isinstance(reward, specs.WeightedReward) else ():
                 open_one(part)
             try:
                 with blaming("rewards", name):
@@ -142,11 +127,15 @@ def reward_values(scores: RewardScores) -> dict[str, list[float]]:
 # ── weighted sums ─────────────────────────────────────────────────────────────────────────────
 
 
-@frozen(eq=False)
 class WeightedSum(Scorer):
-    """A weighted sum of other scorers."""
+    """A weighted sum of other scorers, by name with their weights."""
 
-    parts: Mapping[str, tuple[float, Scorer]]
+    def __init__(self, parts: Mapping[str, tuple[float, Scorer]]) -> None:
+        self.parts = parts
+        super().__init__(
+            lambda pairs: self.combine({name: part.score_all(pairs) for name, (_, part) in parts.items()}),
+            lambda row: [part.check_row(row) for _, part in parts.values()],
+        )
 
     def combine(self, scores: RewardScores) -> list[ScoredCompletion]:
         """Returns the sums from the scores of the parts; the feedback of the parts is concatenated."""
@@ -160,16 +149,3 @@ class WeightedSum(Scorer):
             feedback="\n\n".join(texts) or None,
             parts={name: s.reward for name, s in scores.items()},
         )
-
-
-def _weighted_sum(parts: Mapping[str, tuple[float, Scorer]]) -> WeightedSum:
-    def score_all(pairs: Sequence[Pair]) -> list[ScoredCompletion]:
-        scores = score({"": total}, [text for text, _ in pairs], [row for _, row in pairs])
-        return scores[""]
-
-    def check(row: Row) -> None:
-        for _, part in parts.values():
-            part.check_row(row)
-
-    total = WeightedSum(score_all, parts, check_row=check)
-    return total

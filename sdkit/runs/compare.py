@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 
 from attrs import frozen
 
@@ -85,11 +84,6 @@ def common_budget(first: Run, second: Run, axis: Axis) -> CommonBudget | None:
     return CommonBudget(first=first, second=second, points=max(pairs, key=budget))
 
 
-def common_budgets(runs: Sequence[Run], axis: Axis) -> list[tuple[Run, Run, CommonBudget | None]]:
-    """Every pair of runs, with its common budget."""
-    return [(a, b, common_budget(a, b, axis)) for a, b in combinations(runs, 2)]
-
-
 def differences(budgets: Sequence[CommonBudget], keys: Sequence[Key]) -> list[Difference]:
     """The difference of every score that both runs of a pair have.
 
@@ -97,16 +91,19 @@ def differences(budgets: Sequence[CommonBudget], keys: Sequence[Key]) -> list[Di
     and a permutation test at the same level agrees, which a handful of prompts cannot pass.
     """
     candidates = [
-        (budget, key, [run.per_prompt(point).get(key) for run, point in _runs_with_points(budget)])
+        (
+            budget,
+            key,
+            [
+                run.per_prompt(point).get(key)
+                for run, point in zip((budget.first, budget.second), budget.points, strict=True)
+            ],
+        )
         for budget in budgets
         for key in keys
     ]
     common = [(budget, key, a, b) for budget, key, (a, b) in candidates if a and b]
     return [_difference(budget, key, a, b, len(common)) for budget, key, a, b in common]
-
-
-def _runs_with_points(budget: CommonBudget) -> list[tuple[Run, Point]]:
-    return list(zip((budget.first, budget.second), budget.points, strict=True))
 
 
 def _difference(
@@ -139,14 +136,13 @@ def _difference(
 
 def differing_settings(runs: Sequence[Run]) -> list[Path]:
     """Settings that are not the same in all runs, without `output`, which does not affect training."""
-    paths = dict.fromkeys(path for run in runs for path in run.settings if path[0] != "output")
-    return [path for path in paths if len({_value(run.settings, path) for run in runs}) > 1]
+    return [path for path in differing([run.settings for run in runs]) if path[0] != "output"]
 
 
-def differing_origins(runs: Sequence[Run]) -> list[Path]:
-    """Versions and data that are not the same in all runs."""
-    paths = dict.fromkeys(path for run in runs for path in run.origins)
-    return [path for path in paths if len({_value(run.origins, path) for run in runs}) > 1]
+def differing(maps: Sequence[Mapping[Path, object]]) -> list[Path]:
+    """Keys that do not have the same value in all maps; 1 and True are not the same."""
+    paths = dict.fromkeys(path for values in maps for path in values)
+    return [p for p in paths if len({repr(values[p]) if p in values else None for values in maps}) > 1]
 
 
 def differing_evaluation(paths: Sequence[Path], keys: Sequence[Key]) -> list[Path]:
@@ -158,8 +154,3 @@ def differing_evaluation(paths: Sequence[Path], keys: Sequence[Key]) -> list[Pat
         if (path[:2] == ("evaluation", "suites") and "loss_prompts" not in path)
         or (path[0] == "rewards" and path[1] in scores)
     ]
-
-
-def _value(settings: Mapping[Path, object], path: Path) -> str:
-    """The setting as text: 1 and True are not the same setting."""
-    return repr(settings[path]) if path in settings else "no such key"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from rich.console import Console
@@ -15,10 +16,10 @@ from sdkit.runs.compare import (
     BUDGET_TOLERANCE,
     CommonBudget,
     Difference,
-    common_budgets,
+    common_budget,
     differences,
+    differing,
     differing_evaluation,
-    differing_origins,
     differing_settings,
     score_keys,
 )
@@ -79,7 +80,7 @@ def _runs_table(runs: Sequence[Run]) -> Table:
 
 
 def _print_settings(runs: Sequence[Run], keys: Sequence[Key], console: Console) -> None:
-    paths, origins = differing_settings(runs), differing_origins(runs)
+    paths, origins = differing_settings(runs), differing([run.origins for run in runs])
     if not paths:
         console.print("the specs are the same", highlight=False)
     rows = [(spelled(path), [run.settings for run in runs], path) for path in paths]
@@ -91,9 +92,9 @@ def _print_settings(runs: Sequence[Run], keys: Sequence[Key], console: Console) 
         console.print(table)
     if len(rows) > SETTINGS_SHOWN:
         console.print(f"… and {len(rows) - SETTINGS_SHOWN} more", highlight=False)
-    if differing := differing_evaluation(paths, keys):
+    if affected := differing_evaluation(paths, keys):
         console.print(
-            f"[yellow]warning[/]: the runs' evaluations differ ({escape(spelled(differing[0]))}), so their scores "
+            f"[yellow]warning[/]: the runs' evaluations differ ({escape(spelled(affected[0]))}), so their scores "
             "may not be comparable",
             highlight=False,
         )
@@ -129,7 +130,7 @@ def _scores_table(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
 
 
 def _print_verdicts(runs: Sequence[Run], keys: Sequence[Key], axis: Axis, console: Console) -> None:
-    pairs = common_budgets(runs, axis)
+    pairs = [(a, b, common_budget(a, b, axis)) for a, b in combinations(runs, 2)]
     all_differences = differences([budget for _, _, budget in pairs if budget], keys)
     for first, second, budget in pairs:
         of_pair = [d for d in all_differences if d.budget is budget]

@@ -41,7 +41,10 @@ class RunDirectory:
         self.write_text(name, json.dumps(value, indent=2, default=str) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        write_whole(self.path / name, text)
+        """Write a file atomically."""
+        path = self.path / name
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, text)
 
     def status(self, state: str, **facts: Any) -> None:
         """Write status.json: running, done, stopped or failed, with the process and other facts."""
@@ -70,10 +73,8 @@ class RunDirectory:
 
     def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Write all records of one step, one JSON object a line."""
-        target = self.file(folder, step)
-        target.parent.mkdir(exist_ok=True)
         text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
-        write_whole(target, text)
+        self.write_text(str(self.file(folder, step).relative_to(self.path)), text)
 
     def file(self, folder: str, step: int) -> Path:
         """The path that `lines` writes to."""
@@ -118,13 +119,7 @@ class ReadOnly(RunDirectory):
     def write_text(self, name: str, text: str) -> None:
         pass
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
-        pass
-
-    def warning(self, step: int, facts: Mapping[str, Any]) -> None:
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
         pass
 
     def forget_after(self, step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,8 @@ def _training(spec: ExperimentSpec, run: Path, method: MethodPlan) -> Iterator[s
     if lora:
         yield f"LoRA: rank {lora.r}, alpha {lora.lora_alpha:g}"
     per_step = spec.training.prompts_per_step * spec.rollout.completions_per_prompt
-    yield f"{_steps(run)} steps of {per_step} rollouts, learning rate {spec.optimizer.lr:g}, {spec.model.dtype}"
-
-
-def _steps(run: Path) -> int:
-    return json.loads((run / "status.json").read_text(encoding="utf-8"))["step"]
+    status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    yield f"{status['step']} steps of {per_step} rollouts, learning rate {spec.optimizer.lr:g}, {spec.model.dtype}"
 
 
 def _method_page(run: Path) -> str | None:
@@ -80,14 +77,11 @@ def _scores(run: Path) -> str:
         return ""
     rows = ["| suite | decoding | score | before | after | change | n |", "|---|---|---|---|---|---|---|"]
     for row in json.loads(path.read_text(encoding="utf-8")):
-        figures = " | ".join(_figure(row[column]) for column in ("before", "after", "change"))
+        figures = " | ".join(
+            "{:.3f} [{:.3f}, {:.3f}]".format(*row[column]) for column in ("before", "after", "change")
+        )
         rows.append(f"| {row['suite']} | {row['decoding']} | {row['score']} | {figures} | {row['n']} |")
     return "\n".join(rows) + "\n\nIntervals are 95 % bootstrap intervals over prompts."
-
-
-def _figure(values: Sequence[float]) -> str:
-    mean, low, high = values
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _origin(spec: ExperimentSpec, facts: Mapping[str, Any], start: str) -> Iterator[str]:

@@ -20,12 +20,10 @@ STYLES = ("-", "--", ":", "-.")
 
 def plot(lines: Lines, target: Path, title: str) -> None:
     """Write a run's plot to `target`.  `lines` are the objects of metrics.jsonl."""
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
     _loss(axes[0], lines)
     _scores(axes[1], lines)
     _length(axes[2], lines)
@@ -34,7 +32,6 @@ def plot(lines: Lines, target: Path, title: str) -> None:
         axis.grid(alpha=0.25)
     figure.suptitle(title)
     figure.savefig(target, dpi=130)
-    plt.close(figure)
 
 
 def _series(lines: Lines, name: str) -> tuple[list[int], list[float]]:
@@ -91,13 +88,13 @@ def plot_runs(runs: Sequence[Run], keys: Sequence[Key], target: Path) -> None:
 
     `keys` may differ in their decoding only.  Raises OSError if the file cannot be written.
     """
-    import matplotlib as mpl
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), sharey=True, constrained_layout=True)
-    colours = [*COLOURS] if len(runs) <= len(COLOURS) else _sampled_colours(len(runs))
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    spread = [i / (len(runs) - 1) for i in range(len(runs))] if len(runs) > len(COLOURS) else []
+    colours = list(colormaps["turbo"](spread)) if spread else COLOURS
     for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
         panel.set_title(f"over {axis}")
         panel.set_xlabel(label)
@@ -116,7 +113,6 @@ def plot_runs(runs: Sequence[Run], keys: Sequence[Key], target: Path) -> None:
     suite, _, reward = keys[0]
     figure.suptitle(f"{reward} on {suite} (held out), bands: 95 % intervals over prompts")
     figure.savefig(target, dpi=130)
-    plt.close(figure)
 
 
 def _plot_scores(panel: Any, run: Run, key: Key, axis: Axis, style: Mapping[str, Any]) -> None:
@@ -126,9 +122,3 @@ def _plot_scores(panel: Any, run: Run, key: Key, axis: Axis, style: Mapping[str,
     panel.plot(x, [interval.mean for interval in intervals], markersize=4, **style)
     low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
     panel.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
-
-
-def _sampled_colours(count: int) -> list[Any]:
-    from matplotlib import pyplot as plt
-
-    return list(plt.get_cmap("turbo")([i / (count - 1) for i in range(count)]))

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
-from attrs import frozen
 
 from sdkit.language.errors import BadEnvironment, first_line
 
@@ -42,16 +41,6 @@ class RequestFailed(Exception):
         self.status = status
         self.hint = hint
         self.is_retryable = is_retryable
-
-
-@frozen(kw_only=True)
-class _RequestOptions:
-    """Settings shared by the requests of one call."""
-
-    path: str
-    headers: Mapping[str, str]
-    retries: int
-    deadline: float  # seconds for one request, retries included
 
 
 def key_from(name: str | None, environment: Mapping[str, str], where: str) -> str | None:
@@ -131,13 +120,14 @@ class Server:
     ) -> list[Any]:
         """Returns one JSON response per body (None: a GET), in order, as `post` does.  Raises RequestFailed."""
         semaphore = asyncio.Semaphore(self.max_concurrent)
-        options = _RequestOptions(
-            path=path,
-            headers=headers or {},
-            retries=self.retries if retries is None else retries,
-            deadline=self.deadline_seconds if deadline_seconds is None else deadline_seconds,
-        )
-        tasks = [asyncio.create_task(self._request_with_retries(options, body, semaphore)) for body in bodies]
+        retries = self.retries if retries is None else retries
+        deadline = self.deadline_seconds if deadline_seconds is None else deadline_seconds
+
+        async def request(body: Body | None) -> Any:
+            async with semaphore:
+                return await self._request_with_retries(path, body, headers or {}, retries, deadline)
+
+        tasks = [asyncio.create_task(request(body)) for body in bodies]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -146,32 +136,29 @@ class Server:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _request_with_retries(
-        self, options: _RequestOptions, body: Body | None, semaphore: asyncio.Semaphore
+        self, path: str, body: Body | None, headers: Mapping[str, str], retries: int, deadline: float
     ) -> Any:
-        async with semaphore:
-            started, attempt = time.monotonic(), 0
-            while True:
-                remaining = options.deadline - (time.monotonic() - started)
-                try:
-                    return await self._request_once(options, body, min(self.request_seconds, remaining))
-                except RequestFailed as failure:
-                    delay = min(FIRST_RETRY_DELAY * 2**attempt, MAX_RETRY_DELAY)
-                    elapsed = time.monotonic() - started
-                    attempt += 1
-                    give_up = attempt > options.retries or elapsed + delay >= options.deadline
-                    if give_up or not failure.is_retryable:
-                        tries = f" ({attempt} attempts in {elapsed:.0f} s)" if attempt > 1 else ""
-                        message = f"{failure}{tries}"
-                        raise RequestFailed(message, status=failure.status, hint=failure.hint) from None
-                await asyncio.sleep(delay)
+        started, attempt = time.monotonic(), 0
+        while True:
+            remaining = deadline - (time.monotonic() - started)
+            try:
+                return await self._request_once(path, body, headers, min(self.request_seconds, remaining))
+            except RequestFailed as failure:
+                delay = min(FIRST_RETRY_DELAY * 2**attempt, MAX_RETRY_DELAY)
+                elapsed = time.monotonic() - started
+                attempt += 1
+                give_up = attempt > retries or elapsed + delay >= deadline
+                if give_up or not failure.is_retryable:
+                    tries = f" ({attempt} attempts in {elapsed:.0f} s)" if attempt > 1 else ""
+                    raise RequestFailed(f"{failure}{tries}", status=failure.status, hint=failure.hint) from None
+            await asyncio.sleep(delay)
 
-    async def _request_once(self, options: _RequestOptions, body: Body | None, seconds: float) -> Any:
-        path, headers = options.path, dict(options.headers)
+    async def _request_once(self, path: str, body: Body | None, headers: Mapping[str, str], seconds: float) -> Any:
         where = f"{self.url}{path}"
         try:
             async with asyncio.timeout(seconds):
                 method = "GET" if body is None else "POST"
-                response = await self._client.request(method, path, json=body, headers=headers)
+                response = await self._client.request(method, path, json=body, headers=dict(headers))
         except TimeoutError:
             message = f"{where} did not answer within {seconds:.3g} s"
             raise RequestFailed(message, hint=self.slow_hint, is_retryable=True) from None

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from attrs import define
 
@@ -19,18 +20,9 @@ from sdkit.language.errors import BadEnvironment, ProcessDied
 from sdkit.language.specs import VllmServerBackend
 from sdkit.sampling.canary import Canary
 from sdkit.sampling.vllm import sampling_settings
+from sdkit.serving import protocol
 from sdkit.serving.client import RETRYABLE_STATUSES, RequestFailed, Server, key_from
 from sdkit.serving.gateway import WEIGHTS_HEADER
-from sdkit.serving.protocol import (
-    START_HINT,
-    ExpectedServer,
-    ServerState,
-    canary_body,
-    completion_body,
-    read_canary,
-    read_completion,
-    read_state,
-)
 from sdkit.serving.weight_files import WeightFile
 
 T = TypeVar("T")
@@ -71,7 +63,7 @@ class ServerPool:
     def __init__(
         self,
         spec: VllmServerBackend,
-        expected: ExpectedServer,
+        expected: protocol.ExpectedServer,
         environment: Mapping[str, str],
         log: Callable[[str], None],
     ) -> None:
@@ -119,25 +111,20 @@ class ServerPool:
         """Set the canary and the end tokens, which are known once the model is loaded."""
         self._canary, self._end_ids = canary, end_ids
 
-    async def _read_states(self) -> list[ServerState]:
-        requests = (self._read_state(member, retries=0) for member in self._members)
-        states = await asyncio.gather(*requests, return_exceptions=True)
+    async def _read_states(self) -> list[protocol.ServerState]:
+        states = await _outcomes(self._read_state(member, retries=0) for member in self._members)
         for state in states:
             if isinstance(state, RequestFailed):
-                hint = f"{START_HINT}, or correct rollout.backend.urls"
+                _raise_if_final(state)
+                hint = f"{protocol.START_HINT}, or correct rollout.backend.urls"
                 raise BadEnvironment(f"no rollout server: {state}", hint=hint)
-            if isinstance(state, BaseException):
-                raise state
-        return [state for state in states if isinstance(state, ServerState)]
+        return [state for state in states if isinstance(state, protocol.ServerState)]
 
-    async def _read_state(self, member: _Member, retries: int) -> ServerState:
+    async def _read_state(self, member: _Member, retries: int) -> protocol.ServerState:
         """Returns a server's state.  Raises RequestFailed, or BadEnvironment if it cannot sample for this run."""
         path = f"/sdkit/state?probe={self.expected.folder.probe}"
-        try:
-            responses = await member.server.request_all(path, [None], retries=retries, deadline_seconds=PROBE_SECONDS)
-        except RequestFailed as failure:
-            raise _final_error(failure) from None
-        return read_state(member.url, responses[0], self.expected)
+        responses = await member.server.request_all(path, [None], retries=retries, deadline_seconds=PROBE_SECONDS)
+        return protocol.read_state(member.url, responses[0], self.expected)
 
     # ── during the run ────────────────────────────────────────────────────────────────────────
 
@@ -202,18 +189,15 @@ class ServerPool:
                 break
             members = await self._ready_members(file)
             parts = [pending[i :: len(members)] for i in range(len(members))]
-            calls = (
+            outcomes = await _outcomes(
                 self._sample_on(member, file, [requests[i] for i in _indices(part)], sampling)
                 for member, part in zip(members, parts, strict=True)
             )
-            outcomes = await asyncio.gather(*calls, return_exceptions=True)
             pending = []
             for member, part, completions in zip(members, parts, outcomes, strict=True):
                 if isinstance(completions, RequestFailed):
                     self._mark_unavailable(member, completions)
                     pending += part
-                elif isinstance(completions, BaseException):
-                    raise completions
                 else:
                     done.update(zip(_indices(part), completions, strict=True))
         if pending:
@@ -227,10 +211,10 @@ class ServerPool:
         self, member: _Member, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
     ) -> list[Completion]:
         settings = sampling_settings(sampling, self._end_ids)
-        bodies = [completion_body(request, settings) for request in requests]
+        bodies = [protocol.completion_body(request, settings) for request in requests]
         headers = {WEIGHTS_HEADER: file.sha256}
         answers = await member.server.request_all("/v1/completions", bodies, headers=headers)
-        return [read_completion(member.url, answer) for answer in answers]
+        return [protocol.read_completion(member.url, answer) for answer in answers]
 
     # ── loading weights ─────────────────────────────────────────────────────────────────────────
 
@@ -243,7 +227,11 @@ class ServerPool:
         logged = False
         while not (ready := [m for m in self._members if m.loaded_sha256 == file.sha256]):
             if time.monotonic() > deadline:
-                raise self._no_server_error()
+                reasons = (m.unavailable_reason or f"{m.url} keeps losing the weights" for m in self._members)
+                raise ProcessDied(
+                    f"no rollout server for {self.spec.deadline_seconds:g} s: {'; '.join(reasons)}",
+                    hint=f"{protocol.START_HINT}, then continue with --resume",
+                )
             if not logged:
                 self._report(f"no rollout server answers; waiting up to {self.spec.deadline_seconds:g} s for one")
                 logged = True
@@ -251,32 +239,19 @@ class ServerPool:
             await self._send_weights(self._members, file)
         return ready
 
-    def _no_server_error(self) -> ProcessDied:
-        reasons = "; ".join(m.unavailable_reason or f"{m.url} keeps losing the weights" for m in self._members)
-        return ProcessDied(
-            f"no rollout server for {self.spec.deadline_seconds:g} s: {reasons}",
-            hint=f"{START_HINT}, then continue with --resume",
-        )
-
     async def _send_weights(self, members: Sequence[_Member], file: WeightFile) -> None:
         """Send the weights to those of these servers that do not have them, concurrently."""
         outdated = [member for member in members if member.loaded_sha256 != file.sha256]
-        calls = (self._send_weights_to(member, file) for member in outdated)
-        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        outcomes = await _outcomes(self._send_weights_to(member, file) for member in outdated)
         for member, outcome in zip(outdated, outcomes, strict=True):
-            if isinstance(outcome, RequestFailed):
+            if outcome is not None:
                 self._mark_unavailable(member, outcome)
-            elif outcome is not None:
-                raise outcome
 
     async def _send_weights_to(self, member: _Member, file: WeightFile) -> None:
         state = await self._read_state(member, retries=0 if member.unavailable_reason else RETRIES)
         if state.sha256 != file.sha256:
             update = {"version": file.version, "file": file.path.name, "sha256": file.sha256}
-            try:
-                await member.server.request_all("/sdkit/weights", [update])
-            except RequestFailed as failure:
-                raise _final_error(failure) from None
+            await member.server.request_all("/sdkit/weights", [update])
         member.canary_metrics = await self._check_canary(member, file)
         if member.unavailable_reason:
             self._report(f"rollout server {member.url} is back, with weights {file.version}")
@@ -285,9 +260,9 @@ class ServerPool:
     async def _check_canary(self, member: _Member, file: WeightFile) -> dict[str, float]:
         canary = self._canary
         assert canary is not None, "call set_canary before a transfer"
-        bodies, headers = [canary_body(canary.ids)], {WEIGHTS_HEADER: file.sha256}
+        bodies, headers = [protocol.canary_body(canary.ids)], {WEIGHTS_HEADER: file.sha256}
         answer = (await member.server.request_all("/v1/completions", bodies, headers=headers))[0]
-        engine_logprobs = read_canary(member.url, answer, canary.ids)
+        engine_logprobs = protocol.read_canary(member.url, answer, canary.ids)
         return canary.compare(file.canary, engine_logprobs, file.version, f"the server {member.url}")
 
     def _mark_unavailable(self, member: _Member, failure: RequestFailed) -> None:
@@ -297,31 +272,34 @@ class ServerPool:
             if previous:
                 self._report(f"rollout server {member.url} has restarted; sending the weights again")
             return
-        if isinstance(error := _final_error(failure), BadEnvironment):
-            raise error
+        _raise_if_final(failure)
         if not member.unavailable_reason:
             self._report(f"a rollout server is unavailable: {failure}")
         member.unavailable_reason = str(failure)
         member.retry_at = time.monotonic() + RECHECK_SECONDS
 
 
-def _final_error(failure: RequestFailed) -> Exception:
-    """Returns the failure itself if a retry may help or the weights are outdated; otherwise the error that ends the run."""
-    if failure.status is None or failure.status == 409 or failure.status in RETRYABLE_STATUSES:
-        return failure
-    hints = {404: f"this server does not accept weights; {START_HINT}"}
-    return BadEnvironment(f"rollout server {failure}", hint=hints.get(failure.status, failure.hint))
+async def _outcomes(calls: Iterable[Awaitable[T]]) -> list[T | RequestFailed]:
+    """Returns the results of concurrent calls, or their RequestFailed; raises the first other error once all have ended."""
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, RequestFailed):
+            raise outcome
+    return cast(list[T | RequestFailed], outcomes)
+
+
+def _raise_if_final(failure: RequestFailed) -> None:
+    """Raise BadEnvironment unless a retry may help or the weights are outdated."""
+    if failure.status in (None, 409, *RETRYABLE_STATUSES):
+        return
+    hint = f"this server does not accept weights; {protocol.START_HINT}" if failure.status == 404 else failure.hint
+    raise BadEnvironment(f"rollout server {failure}", hint=hint)
 
 
 def _groups(requests: Sequence[SamplingRequest]) -> list[Group]:
     """Returns the requests grouped by prompt; requests of one prompt are consecutive."""
-    groups: list[Group] = []
-    for i, request in enumerate(requests):
-        if groups and requests[groups[-1][0]].prompt_ids == request.prompt_ids:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
+    by_prompt = itertools.groupby(range(len(requests)), key=lambda i: requests[i].prompt_ids)
+    return [list(group) for _, group in by_prompt]
 
 
 def _indices(part: Sequence[Group]) -> list[int]:

@@ -13,13 +13,12 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 from attrs import frozen
 from rich.console import Console
 from rich.markup import escape
@@ -231,15 +230,13 @@ def _request_stop(number: int, _frame: Any) -> None:
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: Address) -> None:
     deadline = time.monotonic() + STARTUP_SECONDS
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise _server_ended(process)
-        try:
-            with opener.open(f"{address.url}/health", timeout=5):
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{address.url}/health", timeout=5, trust_env=False).is_success:
                 return
-        except (urllib.error.URLError, OSError):
-            time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
     raise ProcessDied(f"the server at {address.url} did not come up within {STARTUP_SECONDS:.0f} s")
 
 

@@ -4,63 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
+from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
-from sdkit.language.specs import Decoding, Suite
-from sdkit.models.weights import Weights
+from sdkit.language.specs import Decoding, EvaluationSpec, Suite
 from sdkit.rewards.scoring import reward_values, score
 from sdkit.runs.evaluations import EvaluationResult, Key
 from sdkit.runs.intervals import Interval, paired_difference
 from sdkit.seeds import derive
 from sdkit.train.collect_rollouts import collect_rollouts, completion_text
+from sdkit.train.inputs import RunData
+from sdkit.train.learner import Learner
+from sdkit.train.rollout_sampler import RolloutSampler
 from sdkit.train.step import evaluate_objective
+from sdkit.train.step_specs import StepSpecs
 from sdkit.train.token_statistics import prepare_rollouts
-
-if TYPE_CHECKING:
-    from sdkit.train.state import TrainState
 
 PromptIds = Callable[[Row], tuple[int, ...] | None]
 
 
-def headline(state: TrainState) -> Key:
+def headline(evaluation: EvaluationSpec) -> Key:
     """The key of the run's main score: the first suite's score under its first decoding."""
-    assert state.spec.evaluation is not None
-    name, suite = next(iter(state.spec.evaluation.suites.items()))
+    name, suite = next(iter(evaluation.suites.items()))
     return name, next(iter(suite.decoding)), suite.score
 
 
-def evaluate(state: TrainState) -> EvaluationResult:
-    """Sample and score every suite from the student's prompts."""
-    assert state.spec.evaluation is not None
+def evaluate(sampler: RolloutSampler, evaluation: EvaluationSpec, version: int) -> EvaluationResult:
+    """Sample and score every suite from the student's prompts.  `version` is the student's policy version."""
+    data = sampler.setup.data
+    backend, _ = sampler.backends.load(sampler.models.student, version, evaluation=True)
     parts = [
-        _evaluate_suite(state, name, suite, state.data.suites[name], state.student, state.data.student_ids)
-        for name, suite in state.spec.evaluation.suites.items()
+        _evaluate_suite(data, name, suite, data.suites[name], backend, data.student_ids)
+        for name, suite in evaluation.suites.items()
     ]
     return _merge(parts)
 
 
-def teacher_lift(state: TrainState, before: EvaluationResult) -> dict[Key, Interval]:
+def teacher_lift(
+    sampler: RolloutSampler, evaluation: EvaluationSpec, before: EvaluationResult, specs: StepSpecs
+) -> dict[Key, Interval]:
     """Score from the teacher's prompt minus score from the student's, on the first prompts of each suite.
 
     Measured before training: if it is not above zero, there is nothing to distil.  It uses the teacher's weights alone,
     without a blend.  Empty if the teacher has no prompt of its own, or is not a single model that can sample.
     """
-    evaluation, teacher = state.spec.evaluation, state.spec.teacher
-    if evaluation is None or teacher is None or teacher.sees is None or not evaluation.teacher_lift:
+    data = sampler.setup.data
+    teacher = data.spec.teacher
+    if teacher is None or teacher.sees is None or not evaluation.teacher_lift:
         return {}
     if teacher.weights.cannot_sample:
         return {}
     lift: dict[Key, Interval] = {}
     for name, suite in evaluation.suites.items():
-        rows = state.data.suites[name][: evaluation.teacher_lift]
-        prompts = _teacher_prompts(state, name, rows)
+        rows = data.suites[name][: evaluation.teacher_lift]
+        prompts = _teacher_prompts(sampler, name, rows, specs)
         with_prompt = [i for i, row in enumerate(rows) if id(row) in prompts]
         if not with_prompt:
             continue
         chosen = [rows[i] for i in with_prompt]
-        evaluated = _evaluate_suite(state, name, suite, chosen, state.teacher_weights, partial(_look_up, prompts))
+        backend, _ = sampler.backends.load(sampler.models.teacher_weights, specs.optimizer_steps, evaluation=True)
+        evaluated = _evaluate_suite(data, name, suite, chosen, backend, partial(_look_up, prompts))
         for key, scores in evaluated.scores.items():
             student = [before.scores[key][i] for i in with_prompt]
             lift[key] = paired_difference(student, scores)
@@ -71,53 +75,57 @@ def _look_up(prompts: Mapping[int, tuple[int, ...]], row: Row) -> tuple[int, ...
     return prompts[id(row)]
 
 
-def _teacher_prompts(state: TrainState, name: str, rows: Sequence[Row]) -> dict[int, tuple[int, ...]]:
+def _teacher_prompts(
+    sampler: RolloutSampler, name: str, rows: Sequence[Row], specs: StepSpecs
+) -> dict[int, tuple[int, ...]]:
     """Each row's teacher prompt by `id(row)`, without rows that have none.
 
     If the context depends on rollouts, the prompt is that of the row's first rollout.
     """
-    data = state.data
+    data = sampler.setup.data
     if not data.needs_rollouts_for_context:
         return {id(row): ids for row in rows if (ids := data.teacher_ids(row)) is not None}
     by_row: dict[int, tuple[int, ...]] = {}
-    for rollout in collect_rollouts(state, rows, ("lift", name), suite=name).batch:
+    for rollout in collect_rollouts(sampler, rows, ("lift", name), specs, suite=name).batch:
         if rollout.teacher_prompt_ids is not None:
             by_row.setdefault(rollout.group, rollout.teacher_prompt_ids)
     return {id(rows[i]): ids for part in collectives.all_gather_object(by_row) for i, ids in part.items()}
 
 
-def held_out_loss(state: TrainState) -> dict[str, float]:
+def held_out_loss(
+    sampler: RolloutSampler, learner: Learner, evaluation: EvaluationSpec, specs: StepSpecs
+) -> dict[str, float]:
     """All training metrics of the objective on held-out prompts, under eval/."""
-    assert state.spec.evaluation is not None
     metrics: dict[str, float] = {}
-    for position, (name, suite) in enumerate(state.spec.evaluation.suites.items()):
-        rows = state.data.suites[name][: suite.loss_prompts]
+    for position, (name, suite) in enumerate(evaluation.suites.items()):
+        rows = sampler.setup.data.suites[name][: suite.loss_prompts]
         if not rows:
             continue
-        gathered = collect_rollouts(state, rows, ("held out", name), suite=name)
+        collected = collect_rollouts(sampler, rows, ("held out", name), specs, suite=name)
         prefix = "eval/" if position == 0 else f"eval/{name}/"
-        batch = prepare_rollouts(state, gathered.batch, training=False)
-        metrics |= {prefix + key: value for key, value in evaluate_objective(state, batch).items()}
+        batch = prepare_rollouts(learner, collected.batch, specs)
+        metrics |= {prefix + key: value for key, value in evaluate_objective(learner, batch, specs).items()}
     return metrics
 
 
 def _evaluate_suite(
-    state: TrainState, name: str, suite: Suite, rows: Sequence[Row], weights: Weights, prompt_ids: PromptIds
+    data: RunData, name: str, suite: Suite, rows: Sequence[Row], backend: RolloutBackend, prompt_ids: PromptIds
 ) -> EvaluationResult:
-    backend, _ = state.backend(weights, evaluation=True)
-    limit = suite.max_new_tokens or state.spec.rollout.max_new_tokens
+    spec = data.spec
+    limit = suite.max_new_tokens or spec.rollout.max_new_tokens
     parts = []
     for decoding_name, decoding in suite.decoding.items():
         jobs = [(i, copy) for i in collectives.shard_indices(len(rows)) for copy in range(decoding.samples)]
         requests = [
             SamplingRequest(
                 prompt_ids=prompt_ids(rows[i]) or (),
-                seed=derive(state.spec.training.seed, "evaluation", name, decoding_name, i, copy),
+                seed=derive(spec.training.seed, "evaluation", name, decoding_name, i, copy),
             )
             for i, copy in jobs
         ]
-        completions = backend.sample(requests, _sampling_params(decoding, limit, state.spec.rollout.stop))
-        parts.append(_score_completions(state, (name, decoding_name), rows, [i for i, _ in jobs], completions))
+        completions = backend.sample(requests, _sampling_params(decoding, limit, spec.rollout.stop))
+        key, owners = (name, decoding_name), [i for i, _ in jobs]
+        parts.append(_score_completions(data, key, rows, owners, completions))
     return _merge(parts)
 
 
@@ -128,15 +136,11 @@ def _sampling_params(decoding: Decoding, limit: int, stop: tuple[str, ...]) -> S
 
 
 def _score_completions(
-    state: TrainState,
-    key: tuple[str, str],
-    rows: Sequence[Row],
-    owners: Sequence[int],
-    completions: Sequence[Completion],
+    data: RunData, key: tuple[str, str], rows: Sequence[Row], owners: Sequence[int], completions: Sequence[Completion]
 ) -> EvaluationResult:
     """Score this rank's completions; returns those of all ranks in the order of the rows.  key: suite and decoding."""
-    texts = [completion_text(state, c.ids) for c in completions]
-    results = score(state.data.rewards[key[0]], texts, [rows[i] for i in owners])
+    texts = [completion_text(data, c.ids) for c in completions]
+    results = score(data.rewards[key[0]], texts, [rows[i] for i in owners])
     numbers = reward_values(results)
     own_records = [
         {

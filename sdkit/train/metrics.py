@@ -7,19 +7,16 @@ metrics of a weight transfer are those of this process.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from sdkit.batches import Rollout
 from sdkit.distributed import collectives
-from sdkit.language.specs import OfRollouts, SuccessfulSibling
+from sdkit.language.specs import OfRollouts, SuccessfulSibling, TeacherSpec
 from sdkit.losses.policy_terms import group_relative
 from sdkit.train.collect_rollouts import CollectedRollouts, completion_text
+from sdkit.train.inputs import RunData
 from sdkit.train.step import StepResult
-
-if TYPE_CHECKING:
-    from sdkit.train.state import TrainState
 
 HEDGES = ("wait", "hmm", "actually", "maybe", "perhaps")
 Sums = dict[str, tuple[float, float]]
@@ -27,32 +24,33 @@ Sums = dict[str, tuple[float, float]]
 
 
 def step_metrics(
-    state: TrainState,
+    data: RunData,
     collected: CollectedRollouts,
     results: Sequence[StepResult],
     filter_shares: Mapping[str, float],
     trained: int,
+    version: int,
     seconds: float,
 ) -> dict[str, float]:
     """Return every metric of a step.
 
-    `filter_shares` is the share of rollouts that passes each filter; `trained` is the number that passes all of them.
+    `filter_shares` is the share of rollouts that passes each filter; `trained` is the number that passes all of them;
+    `version` is the policy version after the step.
     """
     rollouts = list(collected.batch)
     sampled = len(rollouts)
     metrics = _average_updates(results)
     metrics |= _divide_sums(
-        state,
         {f"reward/{name}": _mean(values) for name, values in collected.scores.items()}
         | {f"keep/{name}": (share * sampled, sampled) for name, share in filter_shares.items()}
-        | {"rollout/kept": (trained, sampled), "rollout/hedging": _hedging(state, rollouts)}
-        | _rollout_sums(state, rollouts)
-        | _group_sums(state, rollouts)
-        | _context_sums(state, rollouts),
+        | {"rollout/kept": (trained, sampled), "rollout/hedging": _hedging(data, rollouts)}
+        | _rollout_sums(data, rollouts)
+        | _group_sums(data, rollouts)
+        | _context_sums(data.spec.teacher, rollouts)
     )
     metrics |= {
         "skipped_steps": float(sum(not result.applied for result in results)),
-        "policy_version": float(state.optimizer_steps),
+        "policy_version": float(version),
         **{f"rollout/{name}": value for name, value in collected.figures.items()},
     }
     own_tokens = sum(len(r.completion_ids) for r in rollouts)
@@ -68,42 +66,41 @@ def _average_updates(results: Sequence[StepResult]) -> dict[str, float]:
     return metrics
 
 
-def _divide_sums(state: TrainState, sums: Sums) -> dict[str, float]:
+def _divide_sums(sums: Sums) -> dict[str, float]:
     """Return sums divided by counts, both over all ranks; a sum with a count of 0 stays a sum.
 
     Every rank must have the same metrics, in the same order.
     """
-    pairs = torch.tensor(list(sums.values()), dtype=torch.float64, device=state.device)
+    pairs = torch.tensor(list(sums.values()), dtype=torch.float64)
     totals = zip(sums, collectives.all_reduce_sum(pairs).tolist(), strict=True)
     return {name: total / max(count, 1.0) for name, (total, count) in totals}
 
 
-def _rollout_sums(state: TrainState, rollouts: Sequence[Rollout]) -> Sums:
+def _rollout_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
     sums = {
         "rollout/tokens": (float(sum(len(r.completion_ids) for r in rollouts)), 0.0),
         "rollout/completion_tokens": _mean(len(r.completion_ids) for r in rollouts),
         "rollout/finished": _mean(r.finished for r in rollouts),
         "rollout/with_teacher": _mean(r.teacher_prompt_ids is not None for r in rollouts),
     }
-    if state.spec.rollout.sampled_by.completion_column:
+    if data.spec.rollout.sampled_by.completion_column:
         from_data = [r for r in rollouts if r.sampler_logprobs is None]
         sums["rollout/cut_completions"] = _mean(not r.finished for r in from_data)
-    if state.data.reward is not None and group_relative(state.losses) is not None:
+    if data.reward is not None and group_relative(data.spec.losses) is not None:
         sums["rollout/no_advantage"] = _mean(not r.advantage for r in rollouts)
     return sums
 
 
-def _group_sums(state: TrainState, rollouts: Sequence[Rollout]) -> Sums:
+def _group_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
     """The share of groups whose rollouts all have the same reward, if groups have several rollouts."""
-    if state.data.reward is None or state.spec.rollout.completions_per_prompt < 2:
+    if data.reward is None or data.spec.rollout.completions_per_prompt < 2:
         return {}
     groups = {r.group: r.group_rewards for r in rollouts}
     return {"rollout/constant_groups": _mean(len(set(g)) == 1 for g in groups.values())}
 
 
-def _context_sums(state: TrainState, rollouts: Sequence[Rollout]) -> Sums:
+def _context_sums(teacher: TeacherSpec | None, rollouts: Sequence[Rollout]) -> Sums:
     """The share of rollouts whose teacher prompt fills each slot, and of groups with a successful rollout."""
-    teacher = state.spec.teacher
     slots = teacher.sees.slots if teacher and teacher.sees else {}
     sums: Sums = {}
     for name, slot in slots.items():
@@ -118,9 +115,9 @@ def _context_sums(state: TrainState, rollouts: Sequence[Rollout]) -> Sums:
     return sums
 
 
-def _hedging(state: TrainState, rollouts: Sequence[Rollout]) -> tuple[float, float]:
+def _hedging(data: RunData, rollouts: Sequence[Rollout]) -> tuple[float, float]:
     """Hedging words per hundred words (arXiv 2603.24472 links losing them to worse reasoning on other tasks)."""
-    texts = [completion_text(state, r.completion_ids) for r in rollouts]
+    texts = [completion_text(data, r.completion_ids) for r in rollouts]
     words = [w.strip(".,!?:;").lower() for text in texts for w in text.split()]
     return 100.0 * sum(w in HEDGES for w in words), len(words)
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from sdkit.language.errors import BadData, blaming
-from sdkit.language.specs import Distillation, ExperimentSpec, TopKSupport
+from sdkit.language.rules.losses import oversized_supports
+from sdkit.language.specs import ExperimentSpec
 from sdkit.models import activation_checkpointing, lora
 from sdkit.models.embedding_ids import KnownIds
-from sdkit.models.loading import vocabulary
 from sdkit.models.probes import check_deterministic
 from sdkit.models.weights import Weights
 from sdkit.train.inputs import RunData
+from sdkit.train.setup import RunSetup
 
 NamedModels = Sequence[tuple[str, Weights]]
 """The student first, then every other model, each with the name that errors use."""
@@ -27,7 +28,7 @@ def compared_vocabulary(models: NamedModels, data: RunData, any_served: bool) ->
     known, so `any_served` counts as a difference.  Raises BadData if a model has fewer rows than the tokenizer has ids.
     """
     student_rows = models[0][1].head.shape[0]
-    token_ids = max(vocabulary(data.tokenizer).values()) + 1
+    token_ids = max(data.tokenizer.get_vocab().values()) + 1
     same = all(weights.head.shape[0] == student_rows for _, weights in models)
     if same and (not any_served or student_rows == token_ids):
         return student_rows, None
@@ -40,32 +41,19 @@ def compared_vocabulary(models: NamedModels, data: RunData, any_served: bool) ->
     return token_ids, token_ids
 
 
-def check_models(
-    spec: ExperimentSpec,
-    models: NamedModels,
-    data: RunData,
-    end_ids: tuple[int, ...],
-    compared_ids: int,
-    longest_sequence: int,
-) -> None:
+def check_models(setup: RunSetup, models: NamedModels, end_ids: tuple[int, ...], compared_ids: int) -> None:
     """Check vocabulary sizes and context lengths, which only the loaded models tell.
 
     Raises BadData naming the key to change.
     """
-    for name, term in spec.losses.items():
-        if isinstance(term, Distillation) and isinstance(term.support, TopKSupport):
-            if term.support.k > compared_ids:
-                raise BadData(
-                    f"k is {term.support.k}, but the vocabulary has {compared_ids} tokens",
-                    hint="use support: vocabulary",
-                    path=("losses", name, "support", "k"),
-                )
+    for path, message, hint in oversized_supports(setup.spec, compared_ids):
+        raise BadData(message, hint=hint, path=path)
     for name, weights in models:
-        _check_ids(name, weights, data, end_ids)
+        _check_ids(name, weights, setup.data, end_ids)
         context = getattr(weights.causal.config, "max_position_embeddings", None)
-        if context and longest_sequence > context:
+        if context and setup.longest_sequence > context:
             raise BadData(
-                f"the longest prompt and completion have {longest_sequence} tokens, the {name} takes {context}",
+                f"the longest prompt and completion have {setup.longest_sequence} tokens, the {name} takes {context}",
                 hint="lower rollout.max_new_tokens or teacher.sees.max_prompt_tokens, or drop long rows",
                 path=("rollout", "max_new_tokens"),
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import frozen
 
@@ -20,10 +20,10 @@ from sdkit.distributed import collectives
 from sdkit.language.errors import UnreadableInput
 from sdkit.runs.directory import read_lines
 from sdkit.serving.rollouts import Job
-from sdkit.train.collect_rollouts import sampling_params, sampling_requests
-
-if TYPE_CHECKING:
-    from sdkit.train.state import TrainState
+from sdkit.train.models import Models
+from sdkit.train.rollout_backends import RolloutBackends
+from sdkit.train.sampling_requests import sampling_params, sampling_requests
+from sdkit.train.setup import RunSetup
 
 
 @frozen(eq=False, kw_only=True)
@@ -39,26 +39,32 @@ class PrefetchedBatch:
 class RolloutPrefetcher:
     """Requests rollout batches from the servers, and keeps them until their step."""
 
-    def __init__(self, batches: int) -> None:
-        self.batches = batches  # how many batches sampling may run ahead
+    def __init__(self, setup: RunSetup, models: Models, backends: RolloutBackends) -> None:
+        self.setup = setup
+        self.models = models
+        self.backends = backends
         self._jobs: dict[int, Job] = {}
         self._sampled: dict[int, PrefetchedBatch] = {}
 
-    def request(self, state: TrainState, step: int) -> None:
-        """Request batch `step` and those to prefetch after it, if not yet requested, with the current weights."""
-        for batch in range(step, min(step + self.batches + 1, state.end)):
-            if batch not in self._jobs and batch not in self._sampled:
-                self._request(state, batch)
+    def request(self, step: int, version: int) -> None:
+        """Request batch `step` and those to prefetch after it, if not yet requested, with the current weights.
 
-    def take(self, state: TrainState, step: int) -> PrefetchedBatch:
+        `version` is the policy version of these weights.
+        """
+        last = step + self.setup.spec.rollout.max_staleness
+        for batch in range(step, min(last + 1, self.setup.end)):
+            if batch not in self._jobs and batch not in self._sampled:
+                self._request(batch, version)
+
+    def take(self, step: int) -> PrefetchedBatch:
         """Wait for batch `step`, which must have been requested, and return it."""
-        self._wait_for(state, step)
+        self._wait_for(step)
         return self._sampled.pop(step)
 
-    def wait(self, state: TrainState) -> None:
+    def wait(self) -> None:
         """Wait for every requested batch."""
         for batch in sorted(self._jobs):
-            self._wait_for(state, batch)
+            self._wait_for(batch)
 
     def write(self, folder: Path) -> None:
         """Write the sampled batches for `read`.  Call `wait` first."""
@@ -72,16 +78,16 @@ class RolloutPrefetcher:
             raise UnreadableInput(f"{folder} has no {PREFETCHED}, which rollout.max_staleness needs")
         self._sampled = {line["batch"]: _from_record(line) for line in read_lines(folder / PREFETCHED)}
 
-    def _request(self, state: TrainState, batch: int) -> None:
-        backend = state.servers()
-        backend.retain_weights(state.student, state.optimizer_steps)
-        requests = sampling_requests(state, state.data.batch_rows(batch), ("rollout", batch))
-        self._jobs[batch] = backend.submit(requests, sampling_params(state))
+    def _request(self, batch: int, version: int) -> None:
+        servers, data = self.backends.servers(), self.setup.data
+        servers.retain_weights(self.models.student, version)
+        requests = sampling_requests(data, data.batch_rows(batch), ("rollout", batch))
+        self._jobs[batch] = servers.submit(requests, sampling_params(data.spec.rollout, self.models.ids_below))
 
-    def _wait_for(self, state: TrainState, batch: int) -> None:
+    def _wait_for(self, batch: int) -> None:
         if (job := self._jobs.get(batch)) is None:
             return
-        sampled = state.servers().result(job)
+        sampled = self.backends.servers().result(job)
         del self._jobs[batch]
         keys = [(request.prompt_ids, request.seed) for request in job.requests]
         self._sampled[batch] = PrefetchedBatch(

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sdkit.data.prompts import Prompter, side_by_side
+from sdkit.data.prompts import Prompter
 from sdkit.data.rows import load_rows
 from sdkit.data.turn_ends import end_token
 from sdkit.language.errors import counted
@@ -29,14 +29,16 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
     prompter = Prompter(tokenizer, dict(spec.model.chat_template_kwargs), keep_text=keep_text)
     end = end_token(tokenizer, prompter.options)
     for row in load_rows(spec.data, base)[:count]:
-        prompts = side_by_side(prompter, row, spec.teacher.sees if spec.teacher else None)
-        views = [_panel("student", prompts.student, prompts.student_tokens)]
-        if spec.teacher and prompts.teacher is None:
-            empty = Text("no teacher: a slot that the context requires is empty")
-            views.append(Panel(empty, title="teacher"))
-        elif spec.teacher and prompts.teacher is not None:
-            cut = f", {prompts.cut_tokens} context tokens cut" if prompts.cut_tokens else ""
-            views.append(_panel("teacher", prompts.teacher, prompts.teacher_tokens or 0, cut))
+        student = prompter.student_ids(row)
+        views = [_panel("student", tokenizer.decode(student), len(student))]
+        if spec.teacher:
+            teacher = prompter.teacher_ids(row, spec.teacher.sees)
+            if teacher is None:
+                empty = Text("no teacher: a slot that the context requires is empty")
+                views.append(Panel(empty, title="teacher"))
+            else:
+                cut = f", {teacher.cut_tokens} context tokens cut" if teacher.cut_tokens else ""
+                views.append(_panel("teacher", tokenizer.decode(teacher.ids), len(teacher.ids), cut))
         if column := spec.rollout.sampled_by.completion_column:
             views.append(_completion(spec, prompter, end, row.text(column) or ""))
         table = Table.grid(expand=True)

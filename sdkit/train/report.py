@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,18 +22,19 @@ from sdkit.runs.evaluations import EvaluationResult, Key, read_back, signed, wit
 from sdkit.runs.intervals import Interval
 from sdkit.train.collect_rollouts import CollectedRollouts, rollout_records, sample_texts, sort_records
 from sdkit.train.evaluate import headline
+from sdkit.train.inputs import RunData
+from sdkit.train.models import Models
+from sdkit.train.setup import RunSetup
 from sdkit.train.tripwires import triggered
-
-if TYPE_CHECKING:
-    from sdkit.train.state import TrainState
 
 
 class Report:
     """Reports one run to the console and its run directory."""
 
-    def __init__(self, run: RunDirectory, console: Console, steps: int) -> None:
+    def __init__(self, run: RunDirectory, console: Console, setup: RunSetup) -> None:
         self.run = run
         self.console = console
+        self.setup = setup
         at_start = run.records("evaluations", 0)
         self.first: EvaluationResult | None = read_back(at_start) if at_start else None
         self.last: EvaluationResult | None = None
@@ -54,39 +54,41 @@ class Report:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task("training", total=steps)
+        self.task = self.bar.add_task("training", total=setup.end)
 
-    def step(self, state: TrainState, gathered: CollectedRollouts, metrics: dict[str, float]) -> None:
-        """Report one training step: a console line, a line of metrics, all rollouts and, at intervals, samples."""
+    def step(
+        self, step: int, collected: CollectedRollouts, metrics: dict[str, float], server_messages: Sequence[str] = ()
+    ) -> None:
+        """Report training step `step`: a console line, a line of metrics, all rollouts and, at intervals, samples."""
         self.generated += metrics["rollout/tokens"]
         metrics["tokens_generated"] = self.generated
         metrics["memory/peak_gib"] = peak_gib()
-        self.run.metrics(state.step, metrics)
-        self.run.status("running", step=state.step)
-        records = collectives.gather_object(rollout_records(gathered))
-        self.run.lines("rollouts", state.step - 1, sort_records(records))
-        self.console.print(_step_line(state, metrics), highlight=False)
-        output = state.spec.output
-        self._warn_of_tripwires(state.step, metrics, output.tripwire_steps)
-        for text in state.server_messages():
-            self.run.warning(state.step, {"wire": "rollout_server", "cause": text})
-        if (state.step - 1) % output.samples_every == 0:
-            shown = sample_texts(state, gathered.batch, gathered.scores, output.samples)
-            self.run.lines("samples", state.step, shown)
+        self.run.metrics(step, metrics)
+        self.run.status("running", step=step)
+        records = collectives.gather_object(rollout_records(collected))
+        self.run.lines("rollouts", step - 1, sort_records(records))
+        self.console.print(_step_line(step, self.setup.end, metrics), highlight=False)
+        output = self.setup.spec.output
+        self._warn_of_tripwires(step, metrics, output.tripwire_steps)
+        for text in server_messages:
+            self.run.warning(step, {"wire": "rollout_server", "cause": text})
+        if (step - 1) % output.samples_every == 0:
+            shown = sample_texts(self.setup.data, collected.batch, collected.scores, output.samples)
+            self.run.lines("samples", step, shown)
             self.console.print(f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False)
-        self.bar.update(self.task, completed=state.step)
+        self.bar.update(self.task, completed=step)
 
-    def bad_batch(self, state: TrainState, gathered: CollectedRollouts, part: RolloutBatch) -> Path:
+    def bad_batch(self, step: int, collected: CollectedRollouts, part: RolloutBatch) -> Path:
         """Write the rollouts of a failed update to bad_batches/ and those of its step to rollouts/.
 
-        Returns the path of the former.
+        `step` is the number of steps before it.  Returns the path of the former.
         """
         failed_keys = {(r.group, r.completion_ids) for r in part}
-        step_records = rollout_records(gathered)
+        step_records = rollout_records(collected)
         failed = [r for r in step_records if (r["group"], r["completion_ids"]) in failed_keys]
         for folder, records in (("rollouts", step_records), ("bad_batches", failed)):
-            self.run.lines(folder, state.step, sort_records(collectives.gather_object(records)))
-        return self.run.file("bad_batches", state.step)
+            self.run.lines(folder, step, sort_records(collectives.gather_object(records)))
+        return self.run.file("bad_batches", step)
 
     def _warn_of_tripwires(self, step: int, metrics: Mapping[str, float], patience: int | None) -> None:
         """Print a warning, and add a line to warnings.jsonl, for each tripwire that triggers at this step."""
@@ -99,21 +101,18 @@ class Report:
             self.console.print(f"[yellow]warning[/]: {escape(str(trip))}", highlight=False)
             self.console.print(f"  = {escape(trip.look_at)}", highlight=False)
 
-    def evaluated(
-        self, state: TrainState, result: EvaluationResult, losses: Mapping[str, float], seconds: float
-    ) -> None:
-        """Report one evaluation: scores on the console, every completion to evaluations/."""
+    def evaluated(self, step: int, result: EvaluationResult, losses: Mapping[str, float], seconds: float) -> None:
+        """Report the evaluation after `step`: scores on the console, every completion to evaluations/."""
         self.first = self.first or result
         self.last = result
-        self.evaluated_at.add(state.step)
-        key = headline(state)
+        self.evaluated_at.add(step)
+        key = self._headline
         metrics = result.metrics(key) | dict(losses)
-        self.run.metrics(state.step, metrics | {"time/evaluation": seconds})
-        self.run.lines("evaluations", state.step, result.records)
+        self.run.metrics(step, metrics | {"time/evaluation": seconds})
+        self.run.lines("evaluations", step, result.records)
         parts = [f"{'/'.join(k[1:])} {_score_text(result.interval(k).mean)}" for k in result.scores if k[0] == key[0]]
         self.console.print(
-            f"[cyan]evaluation after step {state.step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]",
-            highlight=False,
+            f"[cyan]evaluation after step {step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]", highlight=False
         )
 
     def lift(self, lift: Mapping[Key, Interval]) -> None:
@@ -134,12 +133,16 @@ class Report:
         named = {"lift/" + "/".join(key): interval.mean for key, interval in lift.items()}
         self.run.metrics(0, named)
 
-    def finished(self, state: TrainState) -> None:
+    def finished(self) -> None:
         """Print the table of scores before and after training."""
         if self.first is None or self.last is None or self.first is self.last:
             return
-        table = comparison_table(self.first, self.last, headline(state))
-        self.console.print(table)
+        self.console.print(comparison_table(self.first, self.last, self._headline))
+
+    @property
+    def _headline(self) -> Key:
+        assert self.setup.spec.evaluation is not None
+        return headline(self.setup.spec.evaluation)
 
 
 def comparison_table(before: EvaluationResult, after: EvaluationResult, first: Key) -> Table:
@@ -185,50 +188,52 @@ def comparison_records(before: EvaluationResult, after: EvaluationResult) -> lis
     return rows
 
 
-def print_objective_card(console: Console, state: TrainState, run: RunDirectory) -> None:
+def print_objective_card(
+    console: Console, setup: RunSetup, models: Models, run: RunDirectory, *, resumed: bool = False
+) -> None:
     """Print the objective card, which says in words what is trained, and warnings about the data."""
-    plan = state.plan
+    plan, spec, data = setup.plan, setup.spec, setup.data
     lines = [f"[bold]{escape(line)}[/]" for line in plan.objective]
     lines += [escape(line) for line in plan.roles]
     lines += [f"[dim]derived: {escape(line)}[/]" for line in plan.derived]
-    if state.data.dropped:
-        lines.append(f"[dim]derived: {state.data.dropped} training rows dropped, their prompts are held out[/]")
-    for name, repeats in state.data.dropped_repeats.items():
+    if data.dropped:
+        lines.append(f"[dim]derived: {data.dropped} training rows dropped, their prompts are held out[/]")
+    for name, repeats in data.dropped_repeats.items():
         if repeats:
-            prompts = len(state.data.suites[name])
+            prompts = len(data.suites[name])
             lines.append(f"[dim]derived: suite {name} has {prompts} different prompts, {repeats} repeats dropped[/]")
-    if state.spec.training.share_prompts and not state.longest_pack:
+    if spec.training.share_prompts and not models.longest_pack:
         lines.append(
             "[dim]derived: every completion repeats its prompt, as this model's attention takes no shared rows[/]"
         )
-    if 0 < state.longest_pack < min(LONGEST_PACK, 2 * state.longest_sequence):
+    if 0 < models.longest_pack < min(LONGEST_PACK, 2 * setup.longest_sequence):
         lines.append(
-            f"[dim]derived: completions share rows of up to {state.longest_pack} tokens, the reach of this model's attention[/]"
+            f"[dim]derived: completions share rows of up to {models.longest_pack} tokens, the reach of this model's attention[/]"
         )
-    if not state.pads_samples:
+    if not models.pads_samples:
         lines.append("[dim]derived: prompts are sampled one by one, as padding changes what this model samples[/]")
     lines.append(
-        f"{plan.steps} steps × {state.spec.training.prompts_per_step} prompts × "
-        f"{state.spec.rollout.completions_per_prompt} completions, {len(state.data.train)} training rows"
+        f"{plan.steps} steps × {spec.training.prompts_per_step} prompts × "
+        f"{spec.rollout.completions_per_prompt} completions, {len(data.train)} training rows"
     )
     console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
-    if rows := state.data.control_token_rows:
+    if rows := data.control_token_rows:
         shown = ", ".join(f"row {row.index} {name}" for row, name in rows[:5])
         text = f"{counted(len(rows), 'row')} spell control tokens, which the model reads as such: {shown}"
         console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
         console.print("  = model.control_tokens: text keeps them as text", highlight=False)
-    _warn_of_cut_completions(console, state, run)
+    _warn_of_cut_completions(console, data, run, resumed=resumed)
 
 
-def _warn_of_cut_completions(console: Console, state: TrainState, run: RunDirectory) -> None:
-    completions = state.data.completions
-    text = completions and completions.warning(state.spec.rollout.max_new_tokens)
+def _warn_of_cut_completions(console: Console, data: RunData, run: RunDirectory, *, resumed: bool) -> None:
+    completions = data.completions
+    text = completions and completions.warning(data.spec.rollout.max_new_tokens)
     if completions is None or text is None:
         return
     advice = f"set rollout.max_new_tokens: {completions.longest}, or drop these rows"
     console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
     console.print(f"  = {escape(advice)}", highlight=False)
-    if state.step == 0:  # a resumed run has warned already
+    if not resumed:  # a resumed run has warned already
         run.warning(0, {"wire": "cut_completions", "cause": text, "look_at": advice})
 
 
@@ -238,7 +243,7 @@ def peak_gib() -> float:
     return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
 
 
-def _step_line(state: TrainState, metrics: Mapping[str, float]) -> str:
+def _step_line(step: int, end: int, metrics: Mapping[str, float]) -> str:
     rewards = [f"{k.removeprefix('reward/')} {v:.2f}" for k, v in metrics.items() if k.startswith("reward/")]
     names = {"rollout": "rollout", "teacher": "teacher", "update": "update", "sync": "sync"}
     times = " ".join(f"{short} {metrics.get('time/' + name, 0):.1f}" for name, short in names.items())
@@ -247,7 +252,7 @@ def _step_line(state: TrainState, metrics: Mapping[str, float]) -> str:
     if "loss" in metrics:
         trained = f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2f}"
     return (
-        f"step [bold]{state.step}[/]/{state.end}  {trained}  length {metrics['rollout/completion_tokens']:.1f}  "
+        f"step [bold]{step}[/]/{end}  {trained}  length {metrics['rollout/completion_tokens']:.1f}  "
         f"{'  '.join(rewards)}  [dim]{metrics['time/step']:.1f} s ({times})[/]{skipped}"
     )
 

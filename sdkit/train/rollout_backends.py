@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import assert_never
 
 from sdkit.batches import RolloutBackend
 from sdkit.language.errors import blaming
-from sdkit.language.specs import (
-    ExperimentSpec,
-    ReplayBackend,
-    TransformersBackend,
-    VllmBackend,
-    VllmEngine,
-    VllmServerBackend,
-)
+from sdkit.language.specs import ReplayBackend, TransformersBackend, VllmBackend, VllmEngine, VllmServerBackend
 from sdkit.models.weights import Weights
-from sdkit.plan.plan import ChosenBackend, Plan
+from sdkit.plan.plan import ChosenBackend
 from sdkit.sampling.canary import draw_canary
 from sdkit.sampling.replay import ReplayRollouts
 from sdkit.sampling.transformers import TransformersRollouts
@@ -24,36 +16,17 @@ from sdkit.sampling.vllm import VllmRollouts
 from sdkit.serving.pool import ServerPool
 from sdkit.serving.rollouts import ServerRollouts
 from sdkit.stdout import quiet
-from sdkit.train.inputs import RunData
+from sdkit.train.models import Models
+from sdkit.train.setup import RunSetup
 
 
 class RolloutBackends:
     """Opens the plan's backends and loads weights into them, each only when needed."""
 
-    def __init__(
-        self,
-        spec: ExperimentSpec,
-        plan: Plan,
-        base: Path,
-        data: RunData,
-        student: Weights,
-        *,
-        model_folder: str,
-        longest_sequence: int,
-        end_ids: tuple[int, ...],
-        pads_samples: bool,
-        pool: ServerPool | None,
-    ) -> None:
-        self.spec = spec
-        self.plan = plan
-        self.base = base
-        self.data = data
-        self.student = student
-        self.model_folder = model_folder
-        self.longest_sequence = longest_sequence
-        self.end_ids = end_ids
-        self.pads_samples = pads_samples
-        self.pool = pool
+    def __init__(self, setup: RunSetup, models: Models, pool: ServerPool | None) -> None:
+        self.setup = setup
+        self.models = models
+        self.pool = pool  # of rollout servers; on the first rank only
         self._backends: dict[str, RolloutBackend] = {}  # by kind, as is `_loaded`
         self._loaded: dict[str, tuple[int, int]] = {}  # id() of the weights, their version
 
@@ -61,7 +34,8 @@ class RolloutBackends:
         self, weights: Weights, version: int, *, evaluation: bool = False
     ) -> tuple[RolloutBackend, dict[str, float]]:
         """Return the backend with these weights loaded, and the metrics of the transfer (none if nothing moved)."""
-        spec = self.plan.evaluation_backend if evaluation else self.plan.backend
+        plan = self.setup.plan
+        spec = plan.evaluation_backend if evaluation else plan.backend
         if weights.foreign and isinstance(spec, VllmEngine):
             spec = TransformersBackend()  # vLLM's engine has the student's architecture
         backend = self._get_or_open(spec)
@@ -74,9 +48,16 @@ class RolloutBackends:
     def servers(self) -> ServerRollouts:
         """Return the backend of the rollout servers, whose weights the caller may replace."""
         self._loaded.pop(VllmServerBackend.kind, None)
-        backend = self._get_or_open(self.plan.backend)
+        backend = self._get_or_open(self.setup.plan.backend)
         assert isinstance(backend, ServerRollouts), "the plan's backend is no rollout server"
         return backend
+
+    def server_messages(self) -> list[str]:
+        """Return the messages about rollout servers since the last call."""
+        queue = self.pool.messages if self.pool else []
+        messages = queue[:]
+        del queue[: len(messages)]  # the pool's threads may have added more meanwhile
+        return messages
 
     def close(self) -> None:
         """Close every open backend, and the server pool even if no backend has used it."""
@@ -92,20 +73,20 @@ class RolloutBackends:
         return self._backends[spec.kind]
 
     def _open(self, spec: ChosenBackend | ReplayBackend) -> RolloutBackend:
+        setup, models = self.setup, self.models
         match spec:
             case TransformersBackend():
-                rows = spec.batch_size if self.pads_samples else 1
-                return TransformersRollouts(self.data.tokenizer, rows, self.end_ids)
+                rows = spec.batch_size if models.pads_samples else 1
+                return TransformersRollouts(setup.data.tokenizer, rows, models.end_ids)
             case VllmBackend():
+                dtype, longest = setup.spec.model.dtype, setup.longest_sequence
                 with quiet():
-                    return VllmRollouts(
-                        spec, self.model_folder, self.spec.model.dtype, self.longest_sequence, self.end_ids
-                    )
+                    return VllmRollouts(spec, setup.model_folder, dtype, longest, models.end_ids)
             case VllmServerBackend():
-                vocabulary = self.student.causal.config.get_text_config().vocab_size
-                canary = draw_canary(spec, self.spec.model.dtype, vocabulary, self.longest_sequence)
-                return ServerRollouts(self.pool, canary, self.end_ids)
+                vocabulary = models.student.causal.config.get_text_config().vocab_size
+                canary = draw_canary(spec, setup.spec.model.dtype, vocabulary, setup.longest_sequence)
+                return ServerRollouts(self.pool, canary, models.end_ids)
             case ReplayBackend():
-                return ReplayRollouts((self.base / spec.run).resolve())
+                return ReplayRollouts((setup.base / spec.run).resolve())
             case _:
                 assert_never(spec)

@@ -7,12 +7,13 @@ completions in a recurrent layer.  So a row may only be as long as the rows whos
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sdkit.batches import SamplingParams, SamplingRequest
 from sdkit.language.errors import BadData
+from sdkit.language.specs import TransformersBackend
 from sdkit.models.packing import (
     LONGEST_PACK,
     PROMPT,
@@ -25,36 +26,34 @@ from sdkit.models.packing import (
 )
 from sdkit.models.weights import Weights
 from sdkit.sampling.transformers import TransformersRollouts
-
-if TYPE_CHECKING:
-    from sdkit.train.state import TrainState
+from sdkit.train.model_checks import NamedModels
+from sdkit.train.setup import RunSetup
 
 MASKED_ATTENTION = ("sdpa", "eager")
 """Attention implementations that accept a mask over all queries and keys."""
 WINDOW_KEY = re.compile(r"(window|window_size|chunk_size)$")
 
 
-def measure_longest_pack(state: TrainState) -> int:
+def measure_longest_pack(setup: RunSetup, models: NamedModels, device: torch.device) -> int:
     """The longest shared row, in tokens, that every model of the run can take; 0 if rows cannot be shared.
 
     Raises BadData if padding changes the hidden states of a text.
     """
-    budget = state.spec.training.micro_batch_tokens
-    for who, weights in state.models:
-        width = min(state.longest_sequence, budget // 2)  # longest row that fits beside another
-        if width > PROMPT + SHORT and padding_shows(weights, state.device, width):
+    training, text = setup.spec.training, setup.longest_sequence
+    for who, weights in models:
+        width = min(text, training.micro_batch_tokens // 2)  # longest row that fits beside another
+        if width > PROMPT + SHORT and padding_shows(weights, device, width):
             raise BadData(
                 f"the {who} gives a text other hidden states where it is padded to {width} tokens, so losses would "
                 "depend on what stands beside it in a micro-batch",
                 hint="set training.micro_batch_tokens: 1, so that every text runs alone",
                 path=("teacher", "weights") if weights.foreign else ("model", "path"),
             )
-    if not state.spec.training.share_prompts:
+    if not training.share_prompts:
         return 0
-    members = max(state.spec.rollout.completions_per_prompt, 2)
-    longest = min(LONGEST_PACK, members * state.longest_sequence)
-    for _, weights in state.models:
-        longest = longest_shared(weights, state.device, longest, state.longest_sequence)
+    longest = min(LONGEST_PACK, max(setup.spec.rollout.completions_per_prompt, 2) * text)
+    for _, weights in models:
+        longest = longest_shared(weights, device, longest, text)
     return longest
 
 
@@ -92,6 +91,14 @@ def padding_shows(weights: Weights, device: torch.device, width: int) -> bool:
     padded = last_states(weights, device, prompt, [long, short], 0)[1]
     (alone,) = last_states(weights, device, prompt, [short], 0)
     return not same_states(weights, padded, alone)
+
+
+def may_pad_samples(setup: RunSetup, models: NamedModels, end_ids: tuple[int, ...]) -> bool:
+    """Whether the transformers backend may pad prompts to equal lengths; True if the run does not use that backend."""
+    backends = setup.plan.backend, setup.plan.evaluation_backend
+    if not any(isinstance(backend, TransformersBackend) for backend in backends):
+        return True
+    return not any(padding_shows_in_samples(weights, setup.data.tokenizer, end_ids) for _, weights in models)
 
 
 def padding_shows_in_samples(weights: Weights, tokenizer: Any, end_ids: tuple[int, ...]) -> bool:

@@ -44,12 +44,13 @@ from sdkit.train import failures, loop, prompt_record, report, stop_requests
 from sdkit.train.evaluate import evaluate, headline
 from sdkit.train.inputs import RunData
 from sdkit.train.replay import Recording, check_same_recording
-from sdkit.train.state import TrainState
+from sdkit.train.setup import RunSetup
+from sdkit.train.trainer import Trainer, open_trainer
 
 
-def open_train_state(
+def open_run(
     spec: ExperimentSpec, base: Path, recording: Recording | None = None, now: datetime | None = None
-) -> TrainState:
+) -> Trainer:
     """Load the data, then DeepSpeed, model and teacher, so that bad rows are reported before weights are loaded.
 
     With a recording, the run uses its completions and ends with them.  `now` is the date that chat templates print.
@@ -71,20 +72,20 @@ def open_train_state(
         now = now or prompt_record.recorded_date(spec, base, recording)
         known = known_ids(spec, base, located)
         data = RunData(spec, base, tokenizer, now=now, known=known)
-        state = _open_with_data(spec, base, data, located, served, servers, recording)
+        trainer = _open_with_data(base, data, located, served, servers, recording)
         cleanup.pop_all()
-    return state
+    return trainer
 
 
 def _open_with_data(
-    spec: ExperimentSpec,
     base: Path,
     data: RunData,
     located: str,
     served: Mapping[ServedWeights, ServedModel],
     servers: ServerPool | None,
     recording: Recording | None,
-) -> TrainState:
+) -> Trainer:
+    spec = data.spec
     if recording:
         recording.check_rows(data)
     zero.start()
@@ -92,8 +93,9 @@ def _open_with_data(
         # Ranks start at different times.
         data.prompter.now = collectives.broadcast_object(data.prompter.now)
         plan = make_plan(spec, machine_for(spec, collectives.world_size()), None, rows=len(data.train))
-        assert plan.steps is not None
-        longest = data.check(plan.steps)
+        steps = plan.steps
+        assert steps is not None, "steps are known once the data are loaded"
+        longest = data.check(steps)
         if recording:
             prompt_record.check_same_prompts(data, recording.origin, f"{recording.run} was recorded with", "train")
         for model in served.values():
@@ -102,10 +104,16 @@ def _open_with_data(
             servers.check_length(longest)
         if recording:
             plan = recording.with_replay_backend(plan)
-        state = TrainState(spec, plan, base, data, located, longest, served, servers)
-        if recording:
-            state.end = recording.end
-        return state
+        setup = RunSetup(
+            spec=spec,
+            plan=plan,
+            base=base,
+            data=data,
+            model_folder=located,
+            longest_sequence=longest,
+            end=recording.end if recording else steps,
+        )
+        return open_trainer(setup, served, servers)
     except BaseException:
         zero.stop(together=False)
         raise
@@ -174,41 +182,42 @@ def train(
         recorded_run = recording.origin.get("run")
         resuming.check_usable(recording.checkpoint, recorded_run, launched() or 1, hashes=_is_first_rank())
     started = prompt_record.template_date(directory.provenance(folder)) if resume else None
-    state = open_train_state(spec, base, recording, started)
+    trainer = open_run(spec, base, recording, started)
     resume_from = collectives.broadcast_object(resume_from)
     run = _open_run_directory(folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard)
     try:
         if resume_from:
-            _restore(state, run, resume_from)
+            _restore(trainer, run, resume_from)
         else:
             rng.seed_all(spec.training.seed, collectives.rank())
             run.write_text("spec.yaml", written)
             run.write_text(directory.MARK, resolved)
-            run.write_json(directory.ORIGIN, _provenance(state, base, recording))
+            run.write_json(directory.ORIGIN, _provenance(trainer, base, recording))
             if recording and recording.checkpoint:
-                checkpoint.load(state, recording.checkpoint)
+                checkpoint.load(trainer.state, recording.checkpoint, spec.training.seed)
                 recording.write_history(run)
-        checkpoint.check_saving(state)
-        report.print_objective_card(console, state, run)
-        run.status("running", step=state.step)
-        _train(state, run, console)
-        run.status("done", step=state.step)
+        checkpoint.check_saving(trainer.models.student, trainer.setup.data.tokenizer)
+        resumed = trainer.progress.step > 0
+        report.print_objective_card(console, trainer.setup, trainer.models, run, resumed=resumed)
+        run.status("running", step=trainer.progress.step)
+        _train(trainer, run, console)
+        run.status("done", step=trainer.progress.step)
     except BaseException as error:
-        raise _report_failure(error, state, run) from error
-    _close(state, run, together=True)
+        raise _report_failure(error, trainer, run) from error
+    _close(trainer, run, together=True)
     return folder
 
 
-def _report_failure(error: BaseException, state: TrainState, run: directory.RunDirectory) -> BaseException:
+def _report_failure(error: BaseException, trainer: Trainer, run: directory.RunDirectory) -> BaseException:
     """Close a run that ends early and record why in status.json; returns the error that the command reports."""
     roll_call = collectives.RollCall() if failures.is_rank_lost(error) else None
     reported = failures.reported_error(error, run)
     stopped = isinstance(reported, Stopped)
-    _write_failure_status(run, "stopped" if stopped else "failed", state.step, reported)
-    _close(state, run, together=stopped)
+    _write_failure_status(run, "stopped" if stopped else "failed", trainer.progress.step, reported)
+    _close(trainer, run, together=stopped)
     if roll_call:
         reported = failures.rank_lost(roll_call.missing_ranks(), error)
-        _write_failure_status(run, "failed", state.step, reported)
+        _write_failure_status(run, "failed", trainer.progress.step, reported)
     return reported
 
 
@@ -241,11 +250,12 @@ def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _restore(state: TrainState, run: directory.RunDirectory, saved: Path) -> None:
-    resuming.check_same_data(run.path, state.data.fingerprints())
-    prompt_record.check_same_prompts(state.data, directory.provenance(run.path), "this run began with")
-    checkpoint.load(state, saved)
-    run.forget_after(state.step)
+def _restore(trainer: Trainer, run: directory.RunDirectory, saved: Path) -> None:
+    data = trainer.setup.data
+    resuming.check_same_data(run.path, data.fingerprints())
+    prompt_record.check_same_prompts(data, directory.provenance(run.path), "this run began with")
+    checkpoint.load(trainer.state, saved, data.spec.training.seed)
+    run.forget_after(trainer.progress.step)
 
 
 def _open_run_directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.RunDirectory:
@@ -257,21 +267,21 @@ def _open_run_directory(folder: Path, *, resume: bool, tensorboard: bool) -> dir
     return directory.create(folder, tensorboard=tensorboard)
 
 
-def _close(state: TrainState, run: directory.RunDirectory, *, together: bool) -> None:
+def _close(trainer: Trainer, run: directory.RunDirectory, *, together: bool) -> None:
     run.close()
-    state.close(together=together)
+    trainer.close(together=together)
     zero.stop(together=together)
 
 
-def _train(state: TrainState, run: directory.RunDirectory, console: Console) -> None:
-    reporter = report.Report(run, console, state.end)
+def _train(trainer: Trainer, run: directory.RunDirectory, console: Console) -> None:
+    reporter = report.Report(run, console, trainer.setup)
     with reporter.bar:
-        loop.run(state, reporter)
+        loop.run(trainer, reporter)
     with stop_requests.stop_requests():  # training is done: let the model be written
-        checkpoint.save_model(state, run.path)
+        checkpoint.save_model(trainer.models.student, trainer.setup.data.tokenizer, run.path)
         if collectives.rank() == 0:
             plot(run.history(), run.path / "plot.png", run.path.name)
-    reporter.finished(state)
+    reporter.finished()
     if reporter.first and reporter.last and reporter.first is not reporter.last:
         run.write_json("result.json", report.comparison_records(reporter.first, reporter.last))
     console.print(f"run directory: {run.path}", highlight=False)
@@ -279,36 +289,38 @@ def _train(state: TrainState, run: directory.RunDirectory, console: Console) -> 
 
 def evaluate_only(spec: ExperimentSpec, base: Path, console: Console, run: Path | None = None) -> dict[str, float]:
     """Run the spec's evaluation on its start model; returns the metrics.  Templates print the date of `run`, if given."""
-    state = open_train_state(spec, base, now=run and prompt_record.template_date(directory.provenance(run)))
+    trainer = open_run(spec, base, now=run and prompt_record.template_date(directory.provenance(run)))
     together = False
     try:
-        result = evaluate(state)
-        metrics = result.metrics(headline(state))
+        assert spec.evaluation is not None
+        result = evaluate(trainer.sampler, spec.evaluation, version=0)
+        metrics = result.metrics(headline(spec.evaluation))
         console.print(report.scores_table(result))
         together = True
         return metrics
     finally:
-        state.close(together=together)
+        trainer.close(together=together)
         zero.stop(together=together)
 
 
-def _provenance(state: TrainState, base: Path, recording: Recording | None) -> dict[str, Any]:
-    model = {"path": state.spec.model.path, "revision": state.spec.model.revision, "located": state.model_folder}
-    config = state.student.causal.config
+def _provenance(trainer: Trainer, base: Path, recording: Recording | None) -> dict[str, Any]:
+    setup = trainer.setup
+    spec, data = setup.spec, setup.data
+    model = {"path": spec.model.path, "revision": spec.model.revision, "located": setup.model_folder}
+    config = trainer.models.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
     others = [
-        {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)}
-        for _, w in other_models(state.spec)
+        {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)} for _, w in other_models(spec)
     ]
-    served = [{"url": w.url, "model": w.model, "root": model.root} for w, model in state.served.items()]
+    served = [{"url": w.url, "model": w.model, "root": model.root} for w, model in trainer.served.items()]
     return provenance(
         base,
         run=secrets.token_hex(8),
-        data=state.data.fingerprints(),
-        prompts=prompt_record.provenance_entry(state.data),
+        data=data.fingerprints(),
+        prompts=prompt_record.provenance_entry(data),
         model=model,
         other_models=others,
         served_teachers=served,
-        seed=state.spec.training.seed,
+        seed=spec.training.seed,
         **({"replayed": recording.facts} if recording else {}),
     )

@@ -65,8 +65,7 @@ from sdkit.runs import directory
 from sdkit.serving.tiny_server import TinyServer
 from sdkit.stdout import quiet
 from sdkit.train import gradient_signal, loop, report, scripted_rewards
-from sdkit.train.run import open_train_state
-from sdkit.train.state import TrainState
+from sdkit.train.run import open_run
 
 T = TypeVar("T")
 STEPS = 2
@@ -111,25 +110,26 @@ def _teacher_server(spec: MethodSpec, folder: Path) -> Iterator[str]:
 
 def _run(spec: ExperimentSpec, base: Path, console: Console) -> list[dict[str, Any]]:
     assert spec.training.steps is not None
-    state = open_train_state(spec, base)
+    trainer = open_run(spec, base)
+    data, student = trainer.setup.data, trainer.models.student
     scorer = scripted_rewards.scorer(spec)
-    state.data.rewards = {name: dict.fromkeys(r, scorer) for name, r in state.data.rewards.items()}
-    state.data.train_rewards = dict.fromkeys(state.data.train_rewards, scorer)
-    passes = gradient_signal.record_gradient_norms(state.student_module)
+    data.rewards = {name: dict.fromkeys(r, scorer) for name, r in data.rewards.items()}
+    data.train_rewards = dict.fromkeys(data.train_rewards, scorer)
+    passes = gradient_signal.record_gradient_norms(trainer.learner.student)
     run = directory.create(base / "run", tensorboard=False)
     try:
-        report.print_objective_card(console, state, run)
-        loop.run(state, report.Report(run, console, spec.training.steps))
-        checkpoint.save_model(state, run.path)
-        return _check_gradients(state, run.history(), passes)
+        report.print_objective_card(console, trainer.setup, trainer.models, run)
+        loop.run(trainer, report.Report(run, console, trainer.setup))
+        checkpoint.save_model(student, data.tokenizer, run.path)
+        return _check_gradients(run.history(), passes, spec.training.steps)
     finally:
         run.close()
-        state.close()
+        trainer.close()
         zero.stop()
 
 
 def _check_gradients(
-    state: TrainState, lines: list[dict[str, Any]], passes: Sequence[gradient_signal.GradientNorms]
+    lines: list[dict[str, Any]], passes: Sequence[gradient_signal.GradientNorms], steps: int
 ) -> list[dict[str, Any]]:
     trained = [line for line in lines if "grad_norm" in line]
     for line in trained:
@@ -137,7 +137,7 @@ def _check_gradients(
             raise NumericsGuard(f"step {line['step']} has a gradient of norm {line['grad_norm']}", hint=NO_SIGNAL_HINT)
     if gradient_signal.is_noise(passes):
         raise NumericsGuard("the gradient is rounding noise alone", hint=NO_SIGNAL_HINT)
-    assert len(trained) == state.plan.steps
+    assert len(trained) == steps
     return lines
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from attrs import evolve, frozen
@@ -16,13 +15,10 @@ from torch import Tensor
 
 from sdkit.batches import MicroBatch, RolloutBatch
 from sdkit.distributed import collectives
-from sdkit.language.schedules import half_cosine, scalar_at, schedules
-from sdkit.language.specs import Loss, OptimizerSpec, Table, needs_teacher
+from sdkit.language.specs import Loss, Table
 from sdkit.train.collate import CollatedBatch, collate, empty_micro_batch
-from sdkit.train.teacher_scores import score_reference, score_teacher
-
-if TYPE_CHECKING:
-    from sdkit.train.state import TrainState
+from sdkit.train.learner import Learner
+from sdkit.train.step_specs import StepSpecs
 
 
 @frozen(kw_only=True)
@@ -38,22 +34,21 @@ class LossNotFinite(Exception):
     """The loss of an optimizer step is inf or nan; the step was not applied."""
 
 
-def train_step(state: TrainState, rollouts: RolloutBatch) -> StepResult:
+def train_step(learner: Learner, rollouts: RolloutBatch, specs: StepSpecs) -> StepResult:
     """Accumulate gradients over all micro-batches, apply one optimizer step, and update the teacher.
 
     `rollouts` come from `token_statistics.prepare_rollouts`.  Raises LossNotFinite on every rank, before the step.
     """
-    losses = state.losses
-    collated = _collate(state, rollouts, losses)
+    collated = _collate(learner, rollouts, specs.losses)
     sums: dict[str, Tensor] = {}
     seconds = {"teacher": 0.0, "update": 0.0}
     for batch in collated.micro_batches:
         started = time.perf_counter()
-        reference = score_reference(state, batch)
-        scores = score_teacher(state, batch, reference)
+        reference = learner.scorer.score_reference(batch)
+        scores = learner.scorer.score_teacher(batch, specs.blend, reference)
         scored = time.perf_counter()
-        loss, stats = state.zero.forward(state.student_module, batch, scores, reference, losses)
-        state.zero.backward(loss)
+        loss, stats = learner.zero.forward(learner.student, batch, scores, reference, specs.losses)
+        learner.zero.backward(loss)
         _accumulate(sums, stats, batch)
         seconds["teacher"] += scored - started
         seconds["update"] += time.perf_counter() - scored
@@ -61,63 +56,36 @@ def train_step(state: TrainState, rollouts: RolloutBatch) -> StepResult:
     metrics = average_metrics(sums, collated)
     if not math.isfinite(metrics.get("loss", 0.0)):
         raise LossNotFinite
-    lr = learning_rate(state.spec.optimizer, state.optimizer_steps, state.total_optimizer_steps)
-    stepped = state.zero.step(lr)
+    stepped = learner.zero.step(specs.lr)
     seconds["update"] += time.perf_counter() - started
-    metrics |= {"grad_norm": stepped.grad_norm, "lr": lr} | _scheduled_values(state)
+    metrics |= {"grad_norm": stepped.grad_norm, "lr": specs.lr, **specs.scheduled}
     if stepped.applied:
-        state.optimizer_steps += 1
-        metrics |= _update_teacher(state)
+        metrics |= _update_teacher(learner, specs)
     return StepResult(metrics=metrics, seconds=seconds, applied=stepped.applied)
 
 
 @torch.no_grad()
-def evaluate_objective(state: TrainState, rollouts: RolloutBatch) -> dict[str, float]:
+def evaluate_objective(learner: Learner, rollouts: RolloutBatch, specs: StepSpecs) -> dict[str, float]:
     """Return every metric of the objective on these prepared rollouts, without a step."""
-    losses = state.losses
-    collated = _collate(state, rollouts, losses)
+    collated = _collate(learner, rollouts, specs.losses)
     sums: dict[str, Tensor] = {}
     for batch in collated.micro_batches:
-        reference = score_reference(state, batch)
-        scores = score_teacher(state, batch, reference)
-        forward = state.student.sharding.run_forward
-        _, stats = forward(state.student_module, batch, scores, reference, losses)
+        reference = learner.scorer.score_reference(batch)
+        scores = learner.scorer.score_teacher(batch, specs.blend, reference)
+        forward = learner.models.student.sharding.run_forward
+        _, stats = forward(learner.student, batch, scores, reference, specs.losses)
         _accumulate(sums, stats, batch)
     return average_metrics(sums, collated)
 
 
-def _collate(state: TrainState, rollouts: RolloutBatch, losses: Table[Loss]) -> CollatedBatch:
+def _collate(learner: Learner, rollouts: RolloutBatch, losses: Table[Loss]) -> CollatedBatch:
     """Return this rank's micro-batches, with empty ones added up to the largest number on any rank."""
-    collated = collate(
-        list(rollouts),
-        losses,
-        state.spec.training.micro_batch_tokens,
-        collectives.all_reduce_sum,
-        state.device,
-        state.longest_pack,
-    )
-    teacher = any(map(needs_teacher, losses.values()))
+    budget, device, longest_pack = learner.micro_batch_tokens, learner.models.device, learner.models.longest_pack
+    collated = collate(list(rollouts), losses, budget, collectives.all_reduce_sum, device, longest_pack)
+    teacher = any(term.needs_teacher for term in losses.values())
     missing = collectives.all_reduce_max(len(collated.micro_batches)) - len(collated.micro_batches)
-    padding = [empty_micro_batch(losses, teacher=teacher, device=state.device)] * missing
+    padding = [empty_micro_batch(losses, teacher=teacher, device=device)] * missing
     return evolve(collated, micro_batches=(*collated.micro_batches, *padding))
-
-
-def _scheduled_values(state: TrainState) -> dict[str, float]:
-    """Return the current value of every schedule of the losses and of the teacher, by its key path."""
-    spec = state.spec
-    scheduled = (*schedules(spec.losses), *schedules(spec.teacher, ("teacher",)))
-    return {"/".join(map(str, path)): scalar_at(schedule, state.optimizer_steps) for path, schedule in scheduled}
-
-
-def learning_rate(spec: OptimizerSpec, update: int, total: int) -> float:
-    """Return the learning rate of optimizer step `update` (from 0) of `total`."""
-    if update < spec.warmup_steps:
-        return spec.lr * (update + 1) / spec.warmup_steps
-    if spec.lr_scheduler_type == "constant":
-        return spec.lr
-    progress = min((update - spec.warmup_steps) / max(total - spec.warmup_steps, 1), 1.0)
-    decay = {"linear": 1 - progress, "cosine": half_cosine(progress, falling=True)}
-    return spec.lr * (spec.final_share + (1 - spec.final_share) * decay[spec.lr_scheduler_type])
 
 
 def average_metrics(sums: Mapping[str, Tensor], collated: CollatedBatch) -> dict[str, float]:
@@ -162,11 +130,11 @@ def _route_shares(collated: CollatedBatch) -> dict[str, float]:
     return {f"route/{name}": n / total for name, n in zip(branches, counts, strict=True)}
 
 
-def _update_teacher(state: TrainState) -> dict[str, float]:
-    teacher = state.teacher
-    if teacher is None or not teacher.after_update(state.masters, state.optimizer_steps, state.scalar):
-        return {}
-    return {"teacher_distance": teacher.distance}
+def _update_teacher(learner: Learner, specs: StepSpecs) -> dict[str, float]:
+    teacher, spec = learner.models.teacher, specs.next_teacher
+    if teacher and spec and teacher.after_update(learner.masters, spec, specs.optimizer_steps + 1):
+        return {"teacher_distance": teacher.distance}
+    return {}
 
 
 def _accumulate(sums: dict[str, Tensor], stats: Mapping[str, Tensor], batch: MicroBatch) -> None:

@@ -7,7 +7,6 @@ all updates on the batch see the same statistics.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from attrs import evolve
@@ -15,59 +14,61 @@ from torch import Tensor
 
 from sdkit.batches import MicroBatch, RolloutBatch, TeacherScores, TopKLogprobs
 from sdkit.distributed import collectives
-from sdkit.language.specs import Statistic, required_statistics
+from sdkit.language.specs import Blend, Statistic, required_statistics
 from sdkit.losses.chunks import scored_logprobs, token_logprobs_and_entropy
 from sdkit.train.collate import collate_completions, empty_micro_batch
+from sdkit.train.learner import Learner
 from sdkit.train.loss_masks import build_loss_masks
-from sdkit.train.teacher_scores import score_teacher
-
-if TYPE_CHECKING:
-    from sdkit.train.state import TrainState
+from sdkit.train.step_specs import StepSpecs
+from sdkit.train.student import Student
 
 
-def prepare_rollouts(state: TrainState, rollouts: RolloutBatch, *, training: bool = True) -> RolloutBatch:
-    """Return the rollouts with all that `train_step` needs, or `evaluate_objective` if `training` is False.
+def prepare_rollouts(
+    learner: Learner, rollouts: RolloutBatch, specs: StepSpecs, *, with_old_logprobs: bool = False
+) -> RolloutBatch:
+    """Return the rollouts with all that `train_step` needs, or `evaluate_objective` (which needs no old logprobs).
 
     Call it on the full rollout batch, before the batch is split into several updates.
     """
-    needs_old_logprobs = training and state.plan.needs_old_logprobs
-    names = set(required_statistics(state.spec.losses))
-    if needs_old_logprobs:
+    names = set(required_statistics(specs.losses))
+    if with_old_logprobs:
         names.add("student_logprobs")
     if names:
-        rollouts = compute_token_statistics(state, rollouts, names)
-    if needs_old_logprobs:
+        rollouts = compute_token_statistics(learner, rollouts, names, specs.blend)
+    if with_old_logprobs:
         rollouts = RolloutBatch(
             rollouts=tuple(evolve(r, old_logprobs=r.token_statistics["student_logprobs"]) for r in rollouts)
         )
     rollouts.check()
     return build_loss_masks(
         rollouts,
-        state.losses,
+        specs.losses,
         all_gather=collectives.all_gather,
-        route=state.spec.route,
-        special=state.special_ids,
-        functions=state.data.user_weights,
+        route=specs.route,
+        special=learner.models.special_ids,
+        functions=learner.user_weights,
     )
 
 
 @torch.no_grad()
-def compute_token_statistics(state: TrainState, rollouts: RolloutBatch, names: Collection[Statistic]) -> RolloutBatch:
+def compute_token_statistics(
+    learner: Learner, rollouts: RolloutBatch, names: Collection[Statistic], blend: Blend | None
+) -> RolloutBatch:
     """Return the rollouts with these statistics of every completion token, at the sampling temperature.
 
     A rollout without a teacher prompt gets no teacher statistics.
     """
     needs_teacher = any(name.startswith("teacher") for name in names)
-    budget = state.spec.training.micro_batch_tokens
+    budget, device, longest_pack = learner.micro_batch_tokens, learner.models.device, learner.models.longest_pack
     statistics: dict[int, dict[str, tuple[float, ...]]] = {}  # by the id() of the rollout
-    batches = [*collate_completions(list(rollouts), budget, state.device, state.longest_pack, teacher=needs_teacher)]
-    empty = empty_micro_batch((), teacher=needs_teacher, device=state.device)
+    batches = [*collate_completions(list(rollouts), budget, device, longest_pack, teacher=needs_teacher)]
+    empty = empty_micro_batch((), teacher=needs_teacher, device=device)
     batches += [((), empty)] * (collectives.all_reduce_max(len(batches)) - len(batches))
     for part, batch in batches:
         sizes = [len(r.completion_ids) for r in part]
         by_name = {
             name: [tuple(x.tolist()) for x in values.split(sizes)]
-            for name, values in _batch_statistics(state, batch, names)
+            for name, values in _batch_statistics(learner, batch, names, blend)
         }
         for i, rollout in enumerate(part):
             statistics[id(rollout)] = {
@@ -79,21 +80,21 @@ def compute_token_statistics(state: TrainState, rollouts: RolloutBatch, names: C
 
 
 def _batch_statistics(
-    state: TrainState, batch: MicroBatch, names: Collection[Statistic]
+    learner: Learner, batch: MicroBatch, names: Collection[Statistic], blend: Blend | None
 ) -> Iterator[tuple[Statistic, Tensor]]:
     """Yield each statistic in `names` with its values, [M]; the teacher's only if the batch has its prompts."""
     student_names: tuple[Statistic, ...] = ("student_logprobs", "student_entropy")
     pairs: list[tuple[Statistic, Tensor]] = []
     if set(student_names) & set(names):
-        pairs += zip(student_names, state.student_module.token_statistics(batch), strict=True)
-    if scores := score_teacher(state, batch):
-        pairs += _teacher_statistics(state, scores, batch.tokens.token)
+        pairs += zip(student_names, learner.student.token_statistics(batch), strict=True)
+    if scores := learner.scorer.score_teacher(batch, blend):
+        pairs += _teacher_statistics(learner.student, scores, batch.tokens.token)
     yield from (pair for pair in pairs if pair[0] in names)
 
 
-def _teacher_statistics(state: TrainState, scores: TeacherScores, token: Tensor) -> Iterator[tuple[Statistic, Tensor]]:
+def _teacher_statistics(student: Student, scores: TeacherScores, token: Tensor) -> Iterator[tuple[Statistic, Tensor]]:
     """Yield the teacher's statistics, without its entropy if only its top-k log-probabilities are known."""
-    settings = state.spec.rollout.temperature, state.spec.training.chunk_tokens
+    settings = student.temperature, student.chunk_tokens
     if isinstance(scores, TopKLogprobs):
         yield "teacher_logprobs", scored_logprobs(scores, token, *settings)
         return

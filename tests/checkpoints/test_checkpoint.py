@@ -98,16 +98,16 @@ def test_a_checkpoint_holds_the_teacher(open_tiny, tiny_folder, tmp_path):
     spec = make_spec(tiny_folder, teacher=EMA, training=training(zero_stage=1))
     world = open_tiny(spec)
     advance(world, 2)
-    saved = checkpoint.save(world, tmp_path)
+    saved = checkpoint.save(world.state, tmp_path, world.setup.spec)
     advance(world, 1)
     other = open_tiny(spec)
-    checkpoint.load(other, saved)
-    assert other.optimizer_steps == 2
+    checkpoint.load(other.state, saved, other.setup.spec.training.seed)
+    assert other.progress.optimizer_steps == 2
     advance(other, 1)
-    for name, value in world.teacher.state().items():
-        same(other.teacher.state()[name], value)
-    same(states(other, other.teacher.weights), states(world, world.teacher.weights))
-    same(states(other, other.student), states(world, world.student))
+    for name, value in world.models.teacher.state().items():
+        same(other.models.teacher.state()[name], value)
+    same(states(other, other.models.teacher.weights), states(world, world.models.teacher.weights))
+    same(states(other, other.models.student), states(world, world.models.student))
 
 
 # ── which are kept ────────────────────────────────────────────────────────────────────────────
@@ -117,8 +117,8 @@ def test_a_checkpoint_holds_the_teacher(open_tiny, tiny_folder, tmp_path):
 def test_the_newest_are_kept(open_tiny, tmp_path, keep, left):
     world = open_tiny(output=OutputSpec(keep_checkpoints=keep, tensorboard=False))
     (tmp_path / "checkpoints" / "step_000099").mkdir(parents=True)
-    for world.step in (1, 2, 10):
-        checkpoint.save(world, tmp_path)
+    for world.progress.step in (1, 2, 10):
+        checkpoint.save(world.state, tmp_path, world.setup.spec)
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == [f"step_{n:06d}" for n in left]
 
@@ -128,13 +128,14 @@ def test_the_best_model_is_kept(tiny_folder, tmp_path, monkeypatch):
     from sdkit.train import loop
 
     losses = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(loop, "held_out_loss", lambda world: {"eval/loss": next(losses)})
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_: {"eval/loss": next(losses)})
     kept = []
     written = checkpoint.save_model
 
-    def noted(world, run):
-        kept.append((run.name, world.step))
-        return written(world, run)
+    def noted(student, tokenizer, run):
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        kept.append((run.name, status["step"]))
+        return written(student, tokenizer, run)
 
     monkeypatch.setattr(checkpoint, "save_model", noted)
     output = OutputSpec(keep_best="loss", tensorboard=False)
@@ -284,20 +285,20 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_leaves_the_older_checkpoint(three, open_tiny, small_disk):
     world = open_tiny(three[0])
-    world.step = 1
-    first = checkpoint.save(world, small_disk)
+    world.progress.step = 1
+    first = checkpoint.save(world.state, small_disk, world.setup.spec)
     size = sum(p.stat().st_size for p in first.iterdir())
     free = os.statvfs(small_disk)
     room = free.f_bavail * free.f_frsize
     (small_disk / "ballast").write_bytes(bytes(room - size // 2))
-    world.step = 2
+    world.progress.step = 2
     with pytest.raises(BadEnvironment, match=r"cannot write .*step_000002: ") as caught:
-        checkpoint.save(world, small_disk)
+        checkpoint.save(world.state, small_disk, world.setup.spec)
     assert caught.value.exit_code == 4
     assert "--resume" in caught.value.hint
     assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["step_000001"]
     manifest.read(first, hashes=True)
     (small_disk / "ballast").unlink()
-    assert checkpoint.save(world, small_disk).name == "step_000002"
+    assert checkpoint.save(world.state, small_disk, world.setup.spec).name == "step_000002"
     left = sorted(p.name for p in (small_disk / "checkpoints").iterdir())
     assert left == ["step_000001", "step_000002"]  # of five that may stay

@@ -84,14 +84,15 @@ def test_a_full_disk_is_said_as_one(tiny_folder, open_tiny, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(world.data.tokenizer), "save_pretrained", full)
+    monkeypatch.setattr(type(world.setup.data.tokenizer), "save_pretrained", full)
     with pytest.raises(BadEnvironment, match="no space left on device"):
-        checkpoint.check_saving(world)
+        checkpoint.check_saving(world.models.student, world.setup.data.tokenizer)
 
 
 def test_nothing_remains_of_the_attempt(tiny_folder, open_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    checkpoint.check_saving(open_tiny(make_spec(tiny_folder)))
+    world = open_tiny(make_spec(tiny_folder))
+    checkpoint.check_saving(world.models.student, world.setup.data.tokenizer)
     assert not list(tmp_path.iterdir())
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from sdkit.data.prompts import Prompter, check_generation_prompt, check_prompts, side_by_side
+from sdkit.data.prompts import Prompter, check_generation_prompt, check_prompts
 from sdkit.data.rows import load_rows
 from sdkit.data.teacher_context import slot_values, teacher_messages
 from sdkit.data.turn_ends import end_token
@@ -144,15 +144,14 @@ def test_generation_prompt(prompter, make_row, tiny_tokenizer):
     assert tiny_tokenizer.decode(prompter.generation_prompt(row, row.messages)) == INVITE
 
 
-def test_side_by_side(prompter, make_row):
+def test_both_prompts_end_with_the_generation_prompt(prompter, make_row):
     row = make_row("Q", demonstration="D")
-    found = side_by_side(prompter, row, user_turn())
-    assert found.student == f"<|im_start|>user\nQ<|im_end|>\n{INVITE}"
-    assert found.teacher == f"<|im_start|>user\nQ\nExample: D<|im_end|>\n{INVITE}"
-    assert found.student_tokens == len(prompter.student_ids(row)) < found.teacher_tokens
-    assert (found.generation_prompt, found.cut_tokens) == (INVITE, 0)
-    without = side_by_side(prompter, make_row("Q"), user_turn())
-    assert (without.teacher, without.teacher_tokens) == (None, None)
+    decode = prompter.tokenizer.decode
+    teacher = prompter.teacher_ids(row, user_turn())
+    assert decode(prompter.student_ids(row)) == f"<|im_start|>user\nQ<|im_end|>\n{INVITE}"
+    assert decode(teacher.ids) == f"<|im_start|>user\nQ\nExample: D<|im_end|>\n{INVITE}"
+    assert (decode(prompter.generation_prompt(row, row.messages)), teacher.cut_tokens) == (INVITE, 0)
+    assert prompter.teacher_ids(make_row("Q"), user_turn()) is None
 
 
 def test_a_context_that_switches_the_thinking_mode_is_refused(switching_tokenizer, make_row):
@@ -171,8 +170,8 @@ def test_without_a_chat_template_contents_are_joined(plain_tokenizer, make_row):
     prompter = Prompter(plain_tokenizer, {})
     row = make_row("Q", before=(SYSTEM,), demonstration="D")
     assert plain_tokenizer.decode(prompter.student_ids(row)) == "S\n\nQ"
-    found = side_by_side(prompter, row, user_turn())
-    assert (found.teacher, found.generation_prompt) == ("S\n\nQ\nExample: D", "")
+    assert plain_tokenizer.decode(prompter.teacher_ids(row, user_turn()).ids) == "S\n\nQ\nExample: D"
+    assert prompter.generation_prompt(row, row.messages) == ()
 
 
 def test_options_reach_the_chat_template(tiny_tokenizer, plain_tokenizer, make_row):
@@ -281,13 +280,10 @@ def test_real_prompts_splice_at_the_same_place(real_data, prompter, tiny_tokeniz
     data = DataSpec(source=JsonLinesSource(path=name), columns=columns, limit=20)
     rows = load_rows(data, real_data)
     sees = user_turn("\n{prompt}\n\nThis is an example:\n{demo}\n")
-    check_prompts(prompter, rows, sees)
-    for row in rows:
-        found = side_by_side(prompter, row, sees)
-        assert found.student.endswith(INVITE)
-        assert found.teacher.endswith(INVITE)
-        assert row.prompt_text in found.student
-        assert row.prompt_text in found.teacher
+    for row, (student, teacher) in zip(rows, check_prompts(prompter, rows, sees), strict=True):
+        for text in map(tiny_tokenizer.decode, (student, teacher.ids)):
+            assert text.endswith(INVITE)
+            assert row.prompt_text in text
 
 
 @pytest.mark.parametrize("program", ["{{ 1 + messages }}", "{{ range(10**9) }}", "{{ 1 // 0 }}", "{% for %}"])

@@ -64,13 +64,13 @@ def test_a_bare_kind_is_short_for_a_map(laid):
 
 def test_every_value_knows_where_it_was_written(laid):
     loaded = laid("rollout: {top_k: 5}\n", "losses.distil.support.k=20", "rollout.top_p=0.9")
-    files = {path: place.file.rsplit("/", 1)[-1] for path, place in loaded.values.items()}
+    files = {path: node.place.file.rsplit("/", 1)[-1] for path, node in loaded.nodes.items()}
     assert files["rollout", "temperature"] == "page.yaml"
     assert files["rollout", "top_k"] == "run.yaml"
     assert files["losses", "distil", "support", "k"] == "<command line>"
     assert files["losses", "distil", "support", "chosen_by"] == "page.yaml"
-    assert loaded.values["rollout", "top_p"].line == 2
-    assert loaded.values["rollout", "top_p"].column == 15
+    assert loaded.place(("rollout", "top_p")).line == 2
+    assert loaded.place(("rollout", "top_p")).column == 15
     assert loaded.texts["<command line>"].splitlines()[1] == "rollout.top_p=0.9"
 
 

@@ -14,7 +14,7 @@ from sdkit.language.introspection import Key, is_spec, keys_of, members
 from sdkit.language.overlay import load
 from sdkit.language.specs import ExperimentSpec, LoraSpec, OptimizerSpec, ServedWeights, Table
 from sdkit.language.specs.run import RENDERING_ARGUMENTS, TEMPLATE_OPTION
-from sdkit.language.structure import structure_run
+from sdkit.language.structure import structure
 
 FLOAT32 = 3.4e38
 PLAIN_NAMES = {"losses", "slots", "rewards", "suites", "decoding"}
@@ -167,7 +167,7 @@ REFUSED = {
 def test_what_is_outside_is_one_problem_at_its_place(tmp_path, override):
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
-    _, problems = structure_run(load(path, [override]))
+    _, problems = structure(load(path, [override]))
     assert [p.code for p in problems] == ["range"]
     assert problems[0].message.startswith(REFUSED[override])
     assert problems[0].place.file == "<command line>"

@@ -16,6 +16,7 @@ from sdkit.language.specs import (
     Table,
     VocabularySupport,
     divergences,
+    loss_parts,
     losses,
     teachers,
     token_weights,
@@ -59,7 +60,7 @@ def test_each_becomes_the_number_of_its_step(step, value):
 
 def test_every_number_of_terms_and_teachers_may_move():
     """Except counts, and the reward threshold of a success, which belongs to the task."""
-    modules = (losses, divergences, token_weights, teachers)
+    modules = (loss_parts, losses, divergences, token_weights, teachers)
     fixed = {
         (cls.__name__, name)
         for module in modules

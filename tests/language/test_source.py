@@ -49,12 +49,16 @@ def test_scalars_follow_yaml_1_2(text, value):
     assert type(source.data["a"]) is type(value)
 
 
+def node(source, *path):
+    return dict(source.root.walk())[path]
+
+
 def test_every_value_and_key_has_its_place():
     source = read_text("a:\n  - {b: 'xy'}\nc: |\n  long\n  text\n", "f.yaml")
-    assert str(source.keys["c",]) == "f.yaml:3:1"
-    assert str(source.values["a", 0, "b"]) == "f.yaml:2:9"
-    assert source.values["a", 0, "b"].length == 4
-    assert str(source.values["a",]) == "f.yaml:1:1"  # a list is shown by its key
+    assert str(node(source, "c").key) == "f.yaml:3:1"
+    assert str(node(source, "a", 0, "b").place) == "f.yaml:2:9"
+    assert node(source, "a", 0, "b").place.length == 4
+    assert str(node(source, "a").place) == "f.yaml:1:1"  # a list is shown by its key
     assert source.data == {"a": [{"b": "xy"}], "c": "long\ntext\n"}
 
 
@@ -63,11 +67,11 @@ def test_crlf_and_byte_order_mark_are_fine(tmp_path):
     path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n")
     source = read(path)
     assert source.data == {"a": 1, "b": 2}
-    assert source.keys["b",].line == 2
+    assert node(source, "b").key.line == 2
 
 
 def test_non_ascii_columns_count_characters():
-    assert read_text("é: {ü: x}", "x").values["é", "ü"].column == 8
+    assert node(read_text("é: {ü: x}", "x"), "é", "ü").place.column == 8
 
 
 @pytest.mark.parametrize(
@@ -122,7 +126,7 @@ def test_deep_aliases_are_bounded():
 def test_an_alias_stands_for_the_whole_value():
     source = read_text("a: &x {b: [1, 2]}\nc: *x\n", "x")
     assert source.data["c"] == {"b": [1, 2]}
-    assert source.values["c",].line == 2
+    assert node(source, "c").place.line == 2
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "\n\n"])

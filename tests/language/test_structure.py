@@ -14,7 +14,7 @@ from sdkit.language.overlay import load
 from sdkit.language.resolved import canonical_hash, resolved
 from sdkit.language.scalars import dump
 from sdkit.language.specs import ExperimentSpec, LinearMix, Schedule, Table
-from sdkit.language.structure import structure_method, structure_run
+from sdkit.language.structure import structure
 
 EVERY_UNION = next(path for path in GOOD if path.stem == "every_union")
 
@@ -24,7 +24,6 @@ def test_a_resolved_spec_structures_back_to_an_equal_one(path, tmp_path):
     checked = load_spec(path)
     again = tmp_path / path.name
     again.write_text(dump(resolved(checked.spec)), encoding="utf-8")
-    structure = structure_run if checked.kind == "run" else structure_method
     spec, problems = structure(load(again))
     assert problems == []
     assert spec == checked.spec
@@ -86,7 +85,7 @@ def test_every_value_in_every_place_is_structured_without_a_traceback(tmp_path):
     """Puts a value of each type at every written place of a spec; the result must be problems only."""
     base = load(EVERY_UNION)
     values = ("null", "true", "-1", "1.5", "x", "''", "[]", "[x]", "{}", "{x: 1}", "[[{}]]", "{kind: x}")
-    paths = [".".join(map(str, path)) for path in base.values if path]
+    paths = [".".join(map(str, path)) for path in base.nodes if path]
     for path in paths:
         for value in values:
             checked = load_spec(EVERY_UNION, [f"{path}={value}"])

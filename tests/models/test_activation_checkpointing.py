@@ -71,13 +71,13 @@ def test_training_is_the_same_and_every_block_is_recomputed(open_tiny, tiny_fold
             )
         )
         batch = rollouts_of(world)
-        before = [forward.runs for forward in wrapped(world.student)]
+        before = [forward.runs for forward in wrapped(world.models.student)]
         norms = [each.metrics["grad_norm"] for each in advance(world, 2)]
-        after = [forward.runs for forward in wrapped(world.student)]
+        after = [forward.runs for forward in wrapped(world.models.student)]
         seen.append(([each.completion_ids for each in batch.rollouts], norms, masters(world)))
         assert len(after) == (2 if checkpointing else 0)
         assert all(late > early for early, late in zip(before, after, strict=True))
-        assert not any(module.training for module in world.student.model.modules())
+        assert not any(module.training for module in world.models.student.model.modules())
     (ids, norms, plain), (other_ids, other_norms, recomputed) = seen
     assert (ids, norms) == (other_ids, other_norms)
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)

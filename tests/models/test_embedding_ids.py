@@ -34,7 +34,7 @@ def spec_with(folder, column, text="<|pad|>", **changes):
     return make_spec(folder, data=data, **changes)
 
 
-NO_WEIGHTS = "sdkit.train.state.load_model"
+NO_WEIGHTS = "sdkit.train.models.load_model"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_the_row_and_the_token_are_named_before_weights_load(open_tiny, beyond, 
 
 
 def test_a_token_that_no_row_uses_is_no_fault(open_tiny, beyond):
-    assert open_tiny(make_spec(beyond)).data.largest_id < 404
+    assert open_tiny(make_spec(beyond)).setup.data.largest_id < 404
 
 
 def test_an_external_teachers_embeddings_count_too(open_tiny, beyond, tiny_folder, tmp_path, monkeypatch):
@@ -88,9 +88,9 @@ def test_an_end_token_without_embedding_is_refused(open_tiny, beyond, tmp_path):
 
 def test_a_teachers_prompt_that_only_rollouts_complete_is_checked_when_it_is_written(open_tiny, beyond):
     world = open_tiny(make_spec(beyond))
-    world.data.known_ids = KnownIds("a model", 30)
+    world.setup.data.known_ids = KnownIds("a model", 30)
     with pytest.raises(BadData, match="row 0: the teacher's prompt has the token"):
-        world.data.teacher_prompt(world.data.train[0], None)
+        world.setup.data.teacher_prompt(world.setup.data.train[0], None)
 
 
 def test_a_padding_id_that_the_configuration_puts_beyond_the_embedding_is_no_traceback(

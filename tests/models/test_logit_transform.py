@@ -3,7 +3,18 @@
 import pytest
 import torch
 import transformers
-from tinyruns import advance, make_spec, masters, model, rollout, rollouts_of, teacher, training
+from tinyruns import (
+    advance,
+    compute_token_statistics,
+    make_spec,
+    masters,
+    model,
+    rollout,
+    rollouts_of,
+    teacher,
+    train_step,
+    training,
+)
 from transformers import AutoTokenizer
 
 from sdkit.batches import LogitTransform
@@ -12,8 +23,6 @@ from sdkit.language.specs import ExternalWeights
 from sdkit.models.logit_transform import measure_transform
 from sdkit.models.packing import pad_sequences
 from sdkit.models.weights import Weights
-from sdkit.train.step import train_step
-from sdkit.train.token_statistics import compute_token_statistics
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -176,8 +185,8 @@ def test_a_step_sees_the_logits_that_the_sampler_drew_from(open_tiny, folders, n
     rollouts = rollouts_of(world)
     expected = []
     for each in rollouts:
-        student = own_logprobs(world.student.causal, each, each.prompt_ids)
-        teacher = own_logprobs(world.teacher.weights.causal, each, each.teacher_prompt_ids)
+        student = own_logprobs(world.models.student.causal, each, each.prompt_ids)
+        teacher = own_logprobs(world.models.teacher.weights.causal, each, each.teacher_prompt_ids)
         expected.append((teacher.exp() * (teacher - student)).sum(-1))
     measured = compute_token_statistics(world, rollouts, {"student_logprobs"})
     for each in measured:
@@ -192,7 +201,7 @@ def test_a_trained_bias_moves_alike_in_pieces(open_tiny, folders):
     for stage in (0, 3):
         spec = make_spec(folders / "bias", training=training(zero_stage=stage))
         world = open_tiny(spec)
-        name = next(n for n, _ in world.masters() if n.endswith("lm_head.bias"))
+        name = next(n for n, _ in world.learner.masters() if n.endswith("lm_head.bias"))
         before = masters(world)[name]
         advance(world, 2)
         after = masters(world)[name]

@@ -20,9 +20,9 @@ from torch import nn
 from sdkit.batches import HiddenStateScores, LogitTransform, Rollout, RolloutBatch, Row
 from sdkit.language.introspection import is_spec, keys_of, members
 from sdkit.language.load import load_spec
-from sdkit.language.specs import advantages, divergences, losses, token_weights
+from sdkit.language.specs import advantages, divergences, loss_parts, losses, token_weights
 from sdkit.losses.chunks import token_logprobs_and_entropy
-from sdkit.models.weights import Unsharded
+from sdkit.models.weights import Sharding
 from sdkit.train.advantages import with_advantages
 from sdkit.train.collate import collate
 from sdkit.train.loss_masks import build_loss_masks
@@ -85,7 +85,7 @@ class Sheet:
         self.model = nn.ParameterDict({k: nn.Parameter(x) for k, x in sheets.items()})
         self.head = torch.eye(vocabulary, dtype=torch.float64)
 
-    sharding = Unsharded()
+    sharding = Sharding()
     transform = LogitTransform()
 
     def hidden(self, sequences):
@@ -219,7 +219,7 @@ def _flat(numbers):
 
 # ── that nothing is left out ──────────────────────────────────────────────────────────────────
 
-MODULES = (advantages, losses, divergences, token_weights)
+MODULES = (advantages, loss_parts, losses, divergences, token_weights)
 NOT_ARITHMETIC = {("FileDivergence", key) for key in ("file", "function", "zero_when_equal", "exact_gradient")} | {("FileWeight", "file"), ("FileWeight", "function")}  # fmt: skip
 
 
@@ -287,9 +287,9 @@ def test_every_divergence_meets_every_support_and_remainder(specs):
         (type(t.divergence), getattr(t.support, "chosen_by", None), getattr(t.support, "remainder", None))
         for spec in specs.values()
         for t in spec.losses.values()
-        if isinstance(t, losses.Distillation) and not isinstance(t.support, losses.SampledTokenSupport)
+        if isinstance(t, losses.Distillation) and not isinstance(t.support, loss_parts.SampledTokenSupport)
     }  # fmt: skip
-    support = keys_of(losses.TopKSupport)
+    support = keys_of(loss_parts.TopKSupport)
     chosen, remainders = (typing.get_args(support[k].type) for k in ("chosen_by", "remainder"))
     for divergence in members(divergences.Divergence):
         allowed = [r for r in remainders if r != "renormalize_teacher" or divergence is divergences.ForwardKl]  # fmt: skip
@@ -299,6 +299,6 @@ def test_every_divergence_meets_every_support_and_remainder(specs):
 
 def test_the_coverage_would_notice_a_new_member():
     """All classes of the unions stand in the modules that are looked at."""
-    unions = (losses.Support, losses.Average, losses.Advantage, losses.Loss, divergences.Divergence, token_weights.Weight)  # fmt: skip
+    unions = (loss_parts.Support, loss_parts.Average, losses.Advantage, losses.Loss, divergences.Divergence, token_weights.Weight)  # fmt: skip
     assert {c for union in unions for c in members(union)} <= set(_classes())
     assert losses.ClipSpec in set(_classes())

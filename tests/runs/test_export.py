@@ -34,10 +34,10 @@ def runs(tiny_folder, tmp_path_factory):
     found = {}
     written = checkpoint.save_model
 
-    def noted(world, run):
-        with world.student.active() as causal:
+    def noted(student, tokenizer, run):
+        with student.active() as causal:
             found[run.name] = [logprobs(causal)]
-        return written(world, run)
+        return written(student, tokenizer, run)
 
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:

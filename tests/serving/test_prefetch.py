@@ -11,7 +11,7 @@ import torch
 import yaml
 from attrs import evolve
 from ranks_scenario import SMOOTH
-from tinyruns import distil, evaluated, lines, metrics, train, training, weights_of
+from tinyruns import distil, evaluated, lines, metrics, prepare_rollouts, train, train_step, training, weights_of
 
 pytest.importorskip("uvicorn", reason="the servers of these tests run on uvicorn")
 from test_servers import drawn, served_by
@@ -85,8 +85,8 @@ def test_the_rollouts_are_those_of_the_weights_that_are_named(server, tiny_folde
             plain = served_by([server], tmp_path, tiny_folder, losses=CORRECTED)
             other = open_tiny(plain)
             with torch.no_grad():
-                own = dict(world.student.model.named_parameters())
-                for name, parameter in other.student.model.named_parameters():
+                own = dict(world.models.student.model.named_parameters())
+                for name, parameter in other.models.student.model.named_parameters():
                     parameter.copy_(own[name])
             expected = [r.completion_ids for r in drawn(other, 2).batch]
         _update(world, gathered)
@@ -95,11 +95,8 @@ def test_the_rollouts_are_those_of_the_weights_that_are_named(server, tiny_folde
 
 
 def _update(world, gathered):
-    from sdkit.train.step import train_step
-    from sdkit.train.token_statistics import prepare_rollouts
-
     train_step(world, prepare_rollouts(world, gathered.batch))
-    world.step += 1
+    world.progress.step += 1
 
 
 def test_sampling_overlaps_training(server, tiny_folder, tmp_path, monkeypatch):
@@ -111,7 +108,7 @@ def test_sampling_overlaps_training(server, tiny_folder, tmp_path, monkeypatch):
     update = loop._update
 
     def watched(world, report, gathered, part):
-        if world.step == 1:
+        if world.progress.step == 1:
             seen.append(began.wait(20))
         return update(world, report, gathered, part)
 

@@ -131,7 +131,7 @@ def test_without_vllm_it_says_what_to_install(tiny_folder, tmp_path, monkeypatch
 def test_the_longest_sequence_is_that_of_the_run(tiny_folder, tmp_path, open_tiny):
     spec = served(tiny_folder)
     world = open_tiny(make_spec(tiny_folder))
-    assert inputs.longest_sequence(spec, tmp_path, str(tiny_folder)) == world.longest_sequence
+    assert inputs.longest_sequence(spec, tmp_path, str(tiny_folder)) == world.setup.longest_sequence
 
 
 def test_the_command_line_hands_everything_on(tiny_folder, tmp_path, monkeypatch):
@@ -162,8 +162,8 @@ def test_the_command_line_hands_everything_on(tiny_folder, tmp_path, monkeypatch
 
 STAND_IN = """
 import subprocess, sys, time
-subprocess.Popen([sys.executable, "-S", "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(300)"])
 print("it is warm here", file=sys.stderr, flush=True)
+subprocess.Popen([sys.executable, "-S", "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(300)"])
 time.sleep(300)
 """
 """Instead of vLLM: a process with a child that neither notices its end nor heeds a request."""

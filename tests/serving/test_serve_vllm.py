@@ -21,7 +21,7 @@ from tinyruns import advance, lines, make_spec, metrics, rollout, train, trainin
 
 from sdkit.language.specs import OptimizerSpec, VllmServerBackend
 from sdkit.train import loop
-from sdkit.train.collect_rollouts import sampling_params
+from sdkit.train.sampling_requests import sampling_params
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.timeout(900)
@@ -140,22 +140,24 @@ def test_both_sides_agree_after_every_update(served, tiny_folder, open_tiny):
         assert gathered.figures["canary_mean"] < 1e-4
         assert gathered.figures["canary_max"] < 1e-3
         state = json.loads(served.ask("GET", "/sdkit/state")[1])
-        assert state["weights"]["version"] == world.optimizer_steps
+        assert state["weights"]["version"] == world.progress.optimizer_steps
         before.append(tokens(gathered))
         _assert_logprobs_are_the_trainers(world, gathered)
         advance(world, 1)
-    backend, _ = world.backend(world.student)
+    backend, _ = world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
     requests = gathered.requests
-    again = [backend.sample(requests, sampling_params(world)) for _ in range(2)]
+    again = [
+        backend.sample(requests, sampling_params(world.setup.spec.rollout, world.models.ids_below)) for _ in range(2)
+    ]
     assert [c.ids for c in again[0]] == [c.ids for c in again[1]]
-    few = backend.sample(requests[3:1:-1], sampling_params(world))
+    few = backend.sample(requests[3:1:-1], sampling_params(world.setup.spec.rollout, world.models.ids_below))
     assert [c.ids for c in few[::-1]] == [c.ids for c in again[0][2:4]]
 
 
 def _assert_logprobs_are_the_trainers(world, gathered):
     for rollout_ in list(gathered.batch)[:3]:
         ids = torch.tensor([[*rollout_.prompt_ids, *rollout_.completion_ids]])
-        with torch.no_grad(), world.student.active() as causal:
+        with torch.no_grad(), world.models.student.active() as causal:
             logits = causal(ids).logits[0, len(rollout_.prompt_ids) - 1 : -1]
         told = (logits / 0.7).log_softmax(-1)
         own = told.gather(-1, torch.tensor(rollout_.completion_ids)[:, None])[:, 0]
@@ -164,7 +166,7 @@ def _assert_logprobs_are_the_trainers(world, gathered):
 
 def test_stop_texts_cut_as_without_vllm(served, tiny_folder, open_tiny):
     plain = open_tiny(make_spec(tiny_folder, rollout=rollout(max_new_tokens=16)))
-    said = [plain.data.tokenizer.decode(ids) for ids in tokens(drawn(plain))]
+    said = [plain.setup.data.tokenizer.decode(ids) for ids in tokens(drawn(plain))]
     stop = tuple(sorted({c for text in said for c in text[3:] if c.isalnum() and c.isascii()})[:2])
     assert stop
     changes = {"max_new_tokens": 16, "stop": stop}
@@ -172,11 +174,15 @@ def test_stop_texts_cut_as_without_vllm(served, tiny_folder, open_tiny):
         open_tiny(make_spec(tiny_folder, rollout=rollout(**changes))),
         open_tiny(spec_of(served, tiny_folder, rollout=rollout(**changes, backend=served.backend))),
     ]
-    sampling = [evolve(sampling_params(world), temperature=0.0) for world in worlds]
+    sampling = [
+        evolve(sampling_params(world.setup.spec.rollout, world.models.ids_below), temperature=0.0) for world in worlds
+    ]
     done = []
     for world, how in zip(worlds, sampling, strict=True):
         requests = drawn(world).requests
-        done.append(world.backend(world.student)[0].sample(requests, how))
+        done.append(
+            world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)[0].sample(requests, how)
+        )
     assert [(c.ids, c.finished) for c in done[0]] == [(c.ids, c.finished) for c in done[1]]
 
 
@@ -212,7 +218,7 @@ def test_a_server_killed_in_the_middle_of_a_run_changes_nothing(served, tiny_fol
     update, killed = loop._update, []
 
     def watched(world, report, gathered, part):
-        if world.step == 2:
+        if world.progress.step == 2:
             killed.extend(served.descendants())
             os.kill(killed[0], signal.SIGKILL)
             assert served.process.wait(60) == 6

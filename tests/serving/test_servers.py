@@ -4,7 +4,7 @@ import threading
 
 import pytest
 from attrs import evolve
-from tinyruns import LORA, advance, evaluated, make_spec, metrics, model, rollout, train
+from tinyruns import LORA, advance, collect, evaluated, make_spec, metrics, model, rollout, train
 
 pytest.importorskip("uvicorn", reason="the servers of these tests run on uvicorn")
 from tinyservers import TinySampler
@@ -12,7 +12,6 @@ from tinyservers import TinySampler
 from sdkit.language.errors import BadEnvironment, NumericsGuard, ProcessDied
 from sdkit.language.specs import TransformersBackend, VllmServerBackend
 from sdkit.serving import pool, protocol
-from sdkit.train.collect_rollouts import collect_rollouts
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ def served_by(servers, tmp_path, folder, **changes):
 
 
 def drawn(world, step=0):
-    return collect_rollouts(world, world.data.batch_rows(step), ("rollout", step))
+    return collect(world, step)
 
 
 def tokens(gathered):
@@ -106,8 +105,8 @@ def test_a_server_that_was_started_anew_gets_its_weights_and_the_batch_is_asked_
     assert tokens(drawn(world)) == expected
     assert len(server.loads) == 2
     assert "has restarted; sending the weights again" in capsys.readouterr().err
-    assert any("has restarted" in told for told in world.server_messages())
-    assert world.server_messages() == []
+    assert any("has restarted" in told for told in world.sampler.backends.server_messages())
+    assert world.sampler.backends.server_messages() == []
 
 
 def test_a_server_killed_in_the_middle_of_a_batch_is_waited_for(serve, tiny_folder, tmp_path, open_tiny, capsys):
@@ -144,7 +143,7 @@ def test_where_one_of_several_dies_the_others_go_on_and_it_comes_back(
     assert drawn(world, 1).figures["servers"] == 1
     servers[0].start()
     monkeypatch.setattr(pool, "RECHECK_SECONDS", 0.0)
-    for member in world.pool._members:
+    for member in world.sampler.backends.pool._members:
         member.retry_at = 0.0
     before = len(servers[0].asked)
     drawn(world, 1)
@@ -235,9 +234,9 @@ def test_a_server_that_does_not_fit_is_refused_before_anything_is_loaded(
             server.gateway.folder = tmp_path / value
         else:
             setattr(server, name, value)
-    monkeypatch.setattr(run, "TrainState", None)  # whoever loads a model calls it
+    monkeypatch.setattr(run, "open_trainer", None)  # whoever loads a model calls it
     with pytest.raises(BadEnvironment, match=message) as caught:
-        run.open_train_state(served_by([server], tmp_path, tiny_folder), tmp_path)
+        run.open_run(served_by([server], tmp_path, tiny_folder), tmp_path)
     assert "sdkit serve" in caught.value.hint
     assert list((tmp_path / "weights").iterdir()) == []
 
@@ -248,10 +247,10 @@ def test_another_precision_or_version_is_refused(serve, tiny_folder, tmp_path, p
     [server] = serve()
     spec = served_by([server], tmp_path, tiny_folder, backend={"dtype": "bfloat16"})
     with pytest.raises(BadEnvironment, match="serves float32, the run needs bfloat16"):
-        run.open_train_state(spec, tmp_path)
+        run.open_run(spec, tmp_path)
     monkeypatch.setattr(protocol, "__version__", "9.9")
     with pytest.raises(BadEnvironment, match=r"the trainer 9\.9"):
-        run.open_train_state(served_by([server], tmp_path, tiny_folder), tmp_path)
+        run.open_run(served_by([server], tmp_path, tiny_folder), tmp_path)
 
 
 def test_no_server_and_a_server_of_another_kind(serve, tiny_folder, tmp_path, process_group):
@@ -260,7 +259,7 @@ def test_no_server_and_a_server_of_another_kind(serve, tiny_folder, tmp_path, pr
     [server] = serve()
     server.kill()
     with pytest.raises(BadEnvironment, match="cannot be reached") as caught:
-        run.open_train_state(served_by([server], tmp_path, tiny_folder), tmp_path)
+        run.open_run(served_by([server], tmp_path, tiny_folder), tmp_path)
     assert "sdkit serve" in caught.value.hint
     assert caught.value.path == ("rollout", "backend")
 
@@ -272,10 +271,10 @@ def test_the_key_comes_from_the_environment(serve, tiny_folder, tmp_path, proces
     monkeypatch.delenv("ROLLOUT_KEY", raising=False)
     spec = served_by([server], tmp_path, tiny_folder, backend={"key_from": "ROLLOUT_KEY"})
     with pytest.raises(BadEnvironment, match="no ROLLOUT_KEY"):
-        run.open_train_state(spec, tmp_path)
+        run.open_run(spec, tmp_path)
     monkeypatch.setenv("ROLLOUT_KEY", "wrong")
     with pytest.raises(BadEnvironment, match="the key is missing or wrong") as caught:
-        run.open_train_state(spec, tmp_path)
+        run.open_run(spec, tmp_path)
     assert "key_from" in caught.value.hint
     monkeypatch.setenv("ROLLOUT_KEY", "open sesame")
     assert tokens(drawn(open_tiny(spec)))

@@ -33,8 +33,9 @@ from sdkit.language.specs import (
     TransformersBackend,
     VllmBackend,
 )
-from sdkit.train import collect_rollouts, loop, run, step
+from sdkit.train import collect_rollouts, loop, run
 from sdkit.train.report import Report
+from sdkit.train.teacher_scores import TeacherScorer
 
 STEPS = 6
 EMA = EmaWeights(update_rate=0.3)
@@ -52,7 +53,7 @@ VLLM = "vllm"
 PHASES = {
     # Where the kill comes: before or after this function, while the run's step is the case's.
     "rollout": (collect_rollouts, "score", "before"),
-    "teacher": (step, "score_teacher", "after"),
+    "teacher": (TeacherScorer, "score_teacher", "after"),
     "update": (zero.Zero, "step", "after"),
     "boundary": (Report, "step", "after"),
     "evaluation": (loop, "evaluate", "after"),
@@ -107,7 +108,7 @@ def arm(phase, at):
 
     def deadly(*args, **options):
         found = whole(*args, **options) if place == "after" else None
-        if worlds and worlds[0].step == at:
+        if worlds and worlds[0].progress.step == at:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(*args, **options) if place == "before" else found
 

@@ -9,7 +9,20 @@ from pathlib import Path
 
 import torch
 from attrs import evolve
-from tinyruns import LORA, distil, evaluated, make_spec, model, rollout, rollouts_of, teacher, training
+from tinyruns import (
+    LORA,
+    collect,
+    distil,
+    evaluated,
+    held_out_loss,
+    make_spec,
+    model,
+    rollout,
+    rollouts_of,
+    teacher,
+    train_step,
+    training,
+)
 
 from sdkit.batches import SamplingRequest
 from sdkit.checkpoints import checkpoint
@@ -34,10 +47,10 @@ from sdkit.language.specs import (
     TrustRegionBlend,
     UserTurn,
 )
-from sdkit.train.collect_rollouts import collect_rollouts, rollout_records, sampling_params, sort_records
-from sdkit.train.evaluate import evaluate, held_out_loss, teacher_lift
-from sdkit.train.run import open_train_state
-from sdkit.train.step import train_step
+from sdkit.train.collect_rollouts import rollout_records, sort_records
+from sdkit.train.evaluate import evaluate, teacher_lift
+from sdkit.train.run import open_run
+from sdkit.train.sampling_requests import sampling_params
 
 STEPS, PROMPTS = 3, 4
 # With eps far above every gradient Adam is plain momentum: no element's step is its sign alone.
@@ -138,7 +151,7 @@ def whole(shards, parameter, piece):
 
 def trained(spec, work):
     """Losses, norms, distances, masters and the teacher's average after three updates."""
-    world = open_train_state(spec, work)
+    world = open_run(spec, work)
     found = {"loss": [], "grad_norm": [], "distance": [], "micro_batches": []}
     for step in range(STEPS):
         measured = train_step(world, rollouts_of(world, step))
@@ -151,10 +164,10 @@ def trained(spec, work):
 
 
 def weights_of(world):
-    own = {n.removeprefix("model."): p for n, p in world.zero.named}
-    shards = world.student.sharding
-    found = {"masters": {n: whole(shards, own[n], v) for n, v in world.masters()}}
-    parts = [part for part in world.teacher.leaves if part.moves]
+    own = {n.removeprefix("model."): p for n, p in world.learner.zero.named}
+    shards = world.models.student.sharding
+    found = {"masters": {n: whole(shards, own[n], v) for n, v in world.learner.masters()}}
+    parts = [part for part in world.models.teacher.leaves if part.moves]
     found["shadow"] = {n: whole(shards, part.parameters[n], v) for part in parts for n, v in part.shadow.items()}
     return found
 
@@ -164,9 +177,9 @@ def weights_of(world):
 
 def skipped(folder, work, stage):
     """A gradient that is not finite on the last rank alone, then a good step."""
-    world = open_train_state(small(folder, stage=stage), work)
+    world = open_run(small(folder, stage=stage), work)
     before = weights_of(world)
-    _, parameter = world.zero.named[0]
+    _, parameter = world.learner.zero.named[0]
     last = collectives.rank() == collectives.world_size() - 1
     spoiled = parameter.register_hook(lambda g: g * float("nan") if last else g)
     bad = train_step(world, rollouts_of(world, 0))
@@ -186,21 +199,23 @@ def sampled(folder, work, stage):
         rollout=rollout(completions_per_prompt=2, max_new_tokens=6, backend=TransformersBackend(batch_size=3)),
         training=training(zero_stage=stage),
     )
-    world = open_train_state(evaluated(spec, teacher_lift=3), work)
-    gathered = collect_rollouts(world, world.data.batch_rows(0), ("rollout", 0))
-    backend, _ = world.backend(world.student)
-    ids = world.data.student_ids(world.data.train[0])
+    world = open_run(evaluated(spec, teacher_lift=3), work)
+    gathered = collect(world, 0)
+    backend, _ = world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
+    ids = world.setup.data.student_ids(world.setup.data.train[0])
     limit = 2 + 7 * collectives.rank() if collectives.world_size() > 1 else 9
-    settings = evolve(sampling_params(world), max_new_tokens=limit)
+    settings = evolve(sampling_params(world.setup.spec.rollout, world.models.ids_below), max_new_tokens=limit)
     mine = [SamplingRequest(prompt_ids=ids, seed=5)] * (1 + 4 * (collectives.rank() == 0))
     own = [c.ids for c in backend.sample(mine, settings)]
-    held = evaluate(world)
+    evaluation = world.setup.spec.evaluation
+    held = evaluate(world.sampler, evaluation, world.progress.optimizer_steps)
+    lift = teacher_lift(world.sampler, evaluation, held, world.specs)
     found = {
         "rollouts": sort_records(collectives.gather_object(rollout_records(gathered))),
         "unequal": collectives.all_gather_object(own),
         "scores": held.scores,
         "records": held.records,
-        "lift": {key: value.mean for key, value in teacher_lift(world, held).items()},
+        "lift": {key: value.mean for key, value in lift.items()},
         "held out": held_out_loss(world),
     }
     world.close()
@@ -209,11 +224,11 @@ def sampled(folder, work, stage):
 
 def streamed(folder, work, lora):
     """The tensors of student and teacher, and how much of the model was ever whole."""
-    world = open_train_state(small(folder, stage=3, lora=lora), work)
+    world = open_run(small(folder, stage=3, lora=lora), work)
     train_step(world, rollouts_of(world, 0))
-    every = list(world.student.model.parameters())
+    every = list(world.models.student.model.parameters())
     found = {}
-    for who, weights in (("student", world.student), ("teacher", world.teacher.weights)):
+    for who, weights in (("student", world.models.student), ("teacher", world.models.teacher.weights)):
         most, tensors = 0, {}
         for name, tensor in weights.named_tensors():
             most = max(most, sum(p.numel() for p in weights.model.parameters()))
@@ -229,16 +244,16 @@ def resumed(folder, work, stage, lora):
     """Two updates, written down; one more, and the same from what was written."""
     spec = small(folder, stage=stage, lora=lora)
     place = work / f"resumed-{stage}-{bool(lora)}"
-    world = open_train_state(spec, work)
+    world = open_run(spec, work)
     for step in range(2):
         train_step(world, rollouts_of(world, step))
-    world.step = 2
-    saved = checkpoint.save(world, place)
+    world.progress.step = 2
+    saved = checkpoint.save(world.state, place, world.setup.spec)
     train_step(world, rollouts_of(world, 2))
     straight = weights_of(world)
     world.close()
-    world = open_train_state(spec, work)
-    checkpoint.load(world, saved)
+    world = open_run(spec, work)
+    checkpoint.load(world.state, saved, world.setup.spec.training.seed)
     train_step(world, rollouts_of(world, 2))
     again = weights_of(world)
     world.close()

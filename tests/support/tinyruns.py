@@ -110,22 +110,62 @@ def evaluated(spec, **changes):
     return evolve(spec, evaluation=EvaluationSpec(**(parts | changes)), rewards=Table(rewards))
 
 
-def rollouts_of(world, step=0):
+def collect(world, step=0):
+    """The rollouts of a training step, with their requests and scores."""
     from sdkit.train.collect_rollouts import collect_rollouts
-    from sdkit.train.token_statistics import prepare_rollouts
 
-    return prepare_rollouts(world, collect_rollouts(world, world.data.batch_rows(step), ("rollout", step)).batch)
+    rows = world.setup.data.batch_rows(step)
+    return collect_rollouts(world.sampler, rows, ("rollout", step), world.specs)
+
+
+def prepare_rollouts(world, batch):
+    from sdkit.train import token_statistics
+
+    old = world.setup.plan.needs_old_logprobs
+    return token_statistics.prepare_rollouts(world.learner, batch, world.specs, with_old_logprobs=old)
+
+
+def compute_token_statistics(world, batch, names):
+    from sdkit.train import token_statistics
+
+    return token_statistics.compute_token_statistics(world.learner, batch, names, world.specs.blend)
+
+
+def rollouts_of(world, step=0):
+    return prepare_rollouts(world, collect(world, step).batch)
+
+
+def score_teacher(world, batch, reference=None):
+    return world.learner.scorer.score_teacher(batch, world.specs.blend, reference)
+
+
+def train_step(world, batch):
+    from sdkit.train import step
+
+    result = step.train_step(world.learner, batch, world.specs)
+    world.progress.record(applied=result.applied)
+    return result
+
+
+def evaluate_objective(world, batch):
+    from sdkit.train import step
+
+    return step.evaluate_objective(world.learner, batch, world.specs)
+
+
+def held_out_loss(world):
+    from sdkit.train import evaluate
+
+    return evaluate.held_out_loss(world.sampler, world.learner, world.setup.spec.evaluation, world.specs)
 
 
 def advance(world, updates=3):
     """Optimizer steps without a loop around them; what each measured."""
-    from sdkit.train.step import train_step
-
     return [train_step(world, rollouts_of(world, step)) for step in range(updates)]
 
 
 def masters(world):
-    return {name: value.clone() for name, value in world.masters()}
+    return {name: value.clone() for name, value in world.learner.masters()}
 
 
 def states(world, weights):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tinyruns import LORA, advance, make_spec, model, rollout, teacher, training
+from tinyruns import LORA, advance, collect, make_spec, model, rollout, teacher, training
 
 from sdkit.distributed import collectives, zero
 from sdkit.language.specs import EmaWeights, OptimizerSpec, VllmBackend
-from sdkit.train.collect_rollouts import collect_rollouts, rollout_records, sort_records
-from sdkit.train.run import open_train_state
+from sdkit.train.collect_rollouts import rollout_records, sort_records
+from sdkit.train.run import open_run
 
 
 def main(folder, work):
@@ -27,19 +27,19 @@ def main(folder, work):
         optimizer=OptimizerSpec(lr=1e-2),
         training=training(zero_stage=3),
     )
-    world = open_train_state(spec, work)
-    every = list(world.student.model.parameters())
+    world = open_run(spec, work)
+    every = list(world.models.student.model.parameters())
     whole = sum(p.ds_numel for p in every)
-    most = watched(world.student, every)
+    most = watched(world.models.student, every)
     figures = []
     for step in range(3):
-        gathered = collect_rollouts(world, world.data.batch_rows(step), ("rollout", step))
+        gathered = collect(world, step)
         if step == 0:  # a collective: every rank takes part, or none
             rolled = sort_records(collectives.gather_object(rollout_records(gathered)))
         figures.append(gathered.figures)
         advance(world, 1)
-    figures.append(world.backend(world.student)[1])
-    figures.append(world.backend(world.teacher.weights)[1])
+    figures.append(world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)[1])
+    figures.append(world.sampler.backends.load(world.models.teacher.weights, world.progress.optimizer_steps)[1])
     found = {
         "syncs": collectives.all_gather_object([f["canary_mean"] for f in figures]),
         "most": max(most) / whole,

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from attrs import evolve
-from tinyruns import LORA, advance, make_spec, model, rollout, teacher
+from tinyruns import LORA, advance, collect, make_spec, model, rollout, teacher
 
 from sdkit.batches import SamplingRequest
 from sdkit.distributed import zero
@@ -24,8 +24,8 @@ from sdkit.models.loading import load_model
 from sdkit.models.teachers import open_teacher
 from sdkit.models.weights import Weights
 from sdkit.seeds import derive
-from sdkit.train.collect_rollouts import collect_rollouts, sampling_params
-from sdkit.train.run import open_train_state
+from sdkit.train.run import open_run
+from sdkit.train.sampling_requests import sampling_params
 
 
 def main(folder, work):
@@ -35,9 +35,9 @@ def main(folder, work):
         rollout=rollout(temperature=0.7, backend=VllmBackend(kv_cache_gib=0.1)),
         optimizer=OptimizerSpec(lr=1e-2),
     )
-    world = open_train_state(spec, work)
+    world = open_run(spec, work)
     before = generators()
-    backend, first = world.backend(world.student)
+    backend, first = world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
     found = {"generators untouched": generators() == before, "first load": first}
     found |= syncs(world)
     found |= sampling(world, backend)
@@ -58,18 +58,18 @@ def syncs(world):
     figures = []
     for step in range(3):
         advance(world, 1)
-        figures.append(collect_rollouts(world, world.data.batch_rows(step), ("rollout", step)).figures)
-    again = collect_rollouts(world, world.data.batch_rows(3), ("rollout", 3)).figures
-    other = world.backend(world.teacher.weights)[1]
+        figures.append(collect(world, step).figures)
+    again = collect(world, 3).figures
+    other = world.sampler.backends.load(world.models.teacher.weights, world.progress.optimizer_steps)[1]
     return {"syncs": figures, "unchanged weights": again, "teacher": other}
 
 
 def sampling(world, backend):
     """Sampled tokens and their log-probabilities against a plain forward pass."""
-    world.backend(world.student)
-    ids = [world.data.student_ids(row) for row in world.data.train]
+    world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
+    ids = [world.setup.data.student_ids(row) for row in world.setup.data.train]
     requests = [SamplingRequest(prompt_ids=p, seed=derive(3, i)) for i, p in enumerate(ids * 2)]
-    settings = sampling_params(world)
+    settings = sampling_params(world.setup.spec.rollout, world.models.ids_below)
     done = backend.sample(requests, settings)
     greedy = backend.sample(requests, evolve(settings, temperature=0.0))
     few = backend.sample(requests[4:1:-1], settings)[::-1]
@@ -97,7 +97,7 @@ def sampling(world, backend):
 
 def stop_texts(world, backend, requests, settings, done):
     """Whether a stop text ends each completion at the token that completes it."""
-    decode = world.data.tokenizer.decode
+    decode = world.setup.data.tokenizer.decode
     said = [[decode(c.ids[:n]) for n in range(1, len(c.ids) + 1)] for c in done]
     words = {decode(c.ids[n]) for c in done for n in range(2, len(c.ids))}
     stop = sorted(word for word in words if word.isascii() and word.isprintable())[:3]
@@ -112,7 +112,7 @@ def stop_texts(world, backend, requests, settings, done):
 
 def logits(world, request, completion):
     ids = torch.tensor([[*request.prompt_ids, *completion.ids]])
-    with torch.no_grad(), world.student.active() as causal:
+    with torch.no_grad(), world.models.student.active() as causal:
         return causal(ids).logits[0, len(request.prompt_ids) - 1 : -1]
 
 
@@ -125,16 +125,16 @@ def stale(world, backend):
     """A transfer that loses the tensors must be noticed; a whole one afterwards mends it."""
     send = backend.engine.collective_rpc
     with torch.no_grad():
-        for parameter in world.student.model.parameters():
+        for parameter in world.models.student.model.parameters():
             parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.05)
     backend.engine.collective_rpc = lambda *_, **__: [1]
     try:
-        backend.load(world.student, 9)
+        backend.load(world.models.student, 9)
         caught = None
     except NumericsGuard as error:
         caught = str(error)
     backend.engine.collective_rpc = send
-    return {"stale": caught, "mended": backend.load(world.student, 9)}
+    return {"stale": caught, "mended": backend.load(world.models.student, 9)}
 
 
 def adapters(world, backend, folder):

@@ -8,6 +8,7 @@ from tinyruns import (
     LORA,
     advance,
     distil,
+    evaluate_objective,
     evaluated,
     lines,
     make_spec,
@@ -17,10 +18,12 @@ from tinyruns import (
     rollouts_of,
     rows,
     same,
+    score_teacher,
     silent,
     states,
     teacher,
     train,
+    train_step,
     training,
 )
 
@@ -49,8 +52,6 @@ from sdkit.losses.scores import logits as logits_of
 from sdkit.models import tiny
 from sdkit.train.collate import collate_completions
 from sdkit.train.smoke import smoke
-from sdkit.train.step import evaluate_objective, train_step
-from sdkit.train.teacher_scores import score_reference, score_teacher
 
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
 MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
@@ -79,7 +80,7 @@ def world_with(open_tiny, tiny_folder):
         world = open_tiny(make_spec(tiny_folder, **(parts | {"teacher": taught} | changes)))
         draw = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for _, p in world.zero.named:
+            for _, p in world.learner.zero.named:
                 p.add_(apart * torch.randn(p.shape, generator=draw))
         return world
 
@@ -96,19 +97,19 @@ def plain_logits(weights, prompt, completion, ids=None):
 def by_hand(world, blend, r, base=None):
     """The blend's logits at each completion token of a rollout."""
     own, seen = r.prompt_ids, r.teacher_prompt_ids
-    done, ids = r.completion_ids, world.compared_ids
+    done, ids = r.completion_ids, world.models.compared_ids
     with torch.no_grad():
-        t = plain_logits(world.teacher.leaves[r.teacher_route].weights, seen, done, ids)
+        t = plain_logits(world.models.teacher.leaves[r.teacher_route].weights, seen, done, ids)
         match blend:
             case TrustRegionBlend(student_share=c):
-                return (1 - c) * t + c * plain_logits(world.student, seen, done, ids)
+                return (1 - c) * t + c * plain_logits(world.models.student, seen, done, ids)
             case ProductBlend(student_power=b):
-                return t + b * plain_logits(world.student, own, done, ids)
+                return t + b * plain_logits(world.models.student, own, done, ids)
             case GeometricBlend(teacher_share=w):
-                start = plain_logits(world.reference.weights, own, done, ids)
+                start = plain_logits(world.models.reference.weights, own, done, ids)
                 return (1 - w) * start + w * t
             case ExtrapolateBlend(factor=f):
-                start = plain_logits(base or world.reference.weights, own, done, ids)
+                start = plain_logits(base or world.models.reference.weights, own, done, ids)
                 return f * t + (1 - f) * start
 
 
@@ -116,7 +117,9 @@ def plain_loss(world, blend, batch, base=None):
     """Mean forward KL to the blend, by a loop over rollouts."""
     total, tokens = 0.0, 0
     for r in batch:
-        s = plain_logits(world.student, r.prompt_ids, r.completion_ids, world.compared_ids).log_softmax(-1)
+        s = plain_logits(world.models.student, r.prompt_ids, r.completion_ids, world.models.compared_ids).log_softmax(
+            -1
+        )
         q = by_hand(world, blend, r, base).log_softmax(-1)
         total = total + (q.exp() * (q - s)).sum()
         tokens += len(r.completion_ids)
@@ -127,7 +130,7 @@ def step_is_plain(world, blend, base=None):
     """Value and gradient of a step are those of the loop."""
     batch = rollouts_of(world)
     expected = plain_loss(world, blend, batch, base)
-    named = dict(world.zero.named)
+    named = dict(world.learner.zero.named)
     slopes = torch.autograd.grad(expected, named.values())
     assert evaluate_objective(world, batch)["loss"] == pytest.approx(expected.item(), abs=2e-5)
     before = {name: p.detach().clone() for name, p in named.items()}
@@ -140,7 +143,7 @@ def step_is_plain(world, blend, base=None):
 def whole(world):
     """One micro-batch with every completion token of some rollouts, and the rollouts."""
     found = list(rollouts_of(world))
-    ((order, batch),) = collate_completions(found, 10**6, world.device, 0, teacher=True)
+    ((order, batch),) = collate_completions(found, 10**6, world.models.device, 0, teacher=True)
     return order, batch
 
 
@@ -148,13 +151,13 @@ def whole(world):
 @EVERY_BLEND
 def test_value_and_gradient_are_those_of_the_blend_by_hand(world_with, blend, lora):
     world = world_with(blend, lora=lora)
-    start = None if world.reference is None else states(world, world.reference.weights)
+    start = None if world.models.reference is None else states(world, world.models.reference.weights)
     step_is_plain(world, blend)
     if start is not None:
-        same(states(world, world.reference.weights), start)
-        assert (states(world, world.student) - start).abs().max() > 1e-3
-    if lora and world.reference:
-        assert world.reference.weights.model is world.student.model
+        same(states(world, world.models.reference.weights), start)
+        assert (states(world, world.models.student) - start).abs().max() > 1e-3
+    if lora and world.models.reference:
+        assert world.models.reference.weights.model is world.models.student.model
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["equal heads", "padded heads"])
@@ -162,18 +165,18 @@ def test_another_model_is_the_base(world_with, tiny_folder, other_folder, tmp_pa
     base = resized(other_folder, tmp_path / "base", 420) if padded else other_folder
     blend = ExtrapolateBlend(factor=1.5, base=ExternalWeights(path=str(base), dtype="float32"))
     world = world_with(blend, FrozenWeights())
-    assert world.reference is None
-    assert world.compared_ids == 404
-    assert world.ids_below == (404 if padded else None)
-    step_is_plain(world, blend, world.blend_partner.weights)
-    assert not any(p.requires_grad for p in world.blend_partner.weights.model.parameters())
+    assert world.models.reference is None
+    assert world.models.compared_ids == 404
+    assert world.models.ids_below == (404 if padded else None)
+    step_is_plain(world, blend, world.models.blend_partner.weights)
+    assert not any(p.requires_grad for p in world.models.blend_partner.weights.model.parameters())
 
 
 def test_a_base_that_teaches_too_is_loaded_once(world_with, other_folder):
     other = ExternalWeights(path=str(other_folder), dtype="float32")
     both = RoutedWeights(by="answer", routes=Table({str(2 * i): other for i in range(6)}))
     world = world_with(ExtrapolateBlend(factor=1.25, base=other), both)
-    assert world.blend_partner is world.teacher.leaves[0]
+    assert world.models.blend_partner is world.models.teacher.leaves[0]
 
 
 @EVERY_BLEND
@@ -216,7 +219,7 @@ def test_a_power_that_moves_is_that_of_the_optimizer_step(world_with):
     _, batch = whole(world)
     told = [score_teacher(world, batch)]
     assert isinstance(told[0], HiddenStateScores)
-    same(told[0].hidden, world.teacher.weights.hidden(batch.teacher))
+    same(told[0].hidden, world.models.teacher.weights.hidden(batch.teacher))
     (measured,) = advance(world, 1)
     assert measured.metrics["teacher/blend/student_share"] == 0.0
     order, batch = whole(world)
@@ -231,7 +234,7 @@ def test_a_power_that_moves_is_that_of_the_optimizer_step(world_with):
     alone = score_teacher(world, batch)
     assert isinstance(alone, HiddenStateScores)
     with torch.no_grad():
-        same(alone.hidden, world.student.hidden(batch.teacher))
+        same(alone.hidden, world.models.student.hidden(batch.teacher))
 
 
 @pytest.mark.parametrize(
@@ -254,9 +257,9 @@ def test_at_its_limit_a_blend_is_the_teacher(world_with, blend):
 def test_the_start_model_is_asked_once_for_a_term_and_a_blend(world_with):
     losses = Table({**distil(), "stay": ReferenceKl(estimator="vocabulary", coefficient=0.1)})
     world = world_with(GeometricBlend(teacher_share=0.5), losses=losses)
-    assert world.blend_partner is world.reference
+    assert world.models.blend_partner is world.models.reference
     _, batch = whole(world)
-    reference = score_reference(world, batch)
+    reference = world.learner.scorer.score_reference(batch)
     assert score_teacher(world, batch, reference).parts[1] is reference
     found = evaluate_objective(world, rollouts_of(world))
     assert found["stay/reference_kl"] > 0
@@ -264,13 +267,13 @@ def test_the_start_model_is_asked_once_for_a_term_and_a_blend(world_with):
 
 def test_a_blend_alone_gives_no_term_a_reference(world_with):
     world = world_with(GeometricBlend(teacher_share=0.5))
-    assert world.reference is not None
-    assert score_reference(world, whole(world)[1]) is None
+    assert world.models.reference is not None
+    assert world.learner.scorer.score_reference(whole(world)[1]) is None
 
 
 def test_a_frozen_teacher_is_the_start_model_of_its_blend(world_with):
     world = world_with(GeometricBlend(teacher_share=0.5), FrozenWeights())
-    assert world.blend_partner is world.reference is world.teacher
+    assert world.models.blend_partner is world.models.reference is world.models.teacher
     step_is_plain(world, GeometricBlend(teacher_share=0.5))
 
 

@@ -47,18 +47,18 @@ def test_they_end_as_the_template_ends_a_turn(other_end, tmp_path):
 def test_a_sampled_completion_ends_there_too(other_end, open_tiny):
     folder, end = other_end
     world = open_tiny(imitation(folder))
-    assert world.end_ids == (end, world.data.tokenizer.eos_token_id)
-    assert end in world.special_ids
+    assert world.models.end_ids == (end, world.setup.data.tokenizer.eos_token_id)
+    assert end in world.models.special_ids
 
 
 def test_ends_of_the_models_own_settings_are_kept(tiny_folder, open_tiny):
     from sdkit.models.loading import end_ids
 
     world = open_tiny(imitation(tiny_folder))
-    model = copy.copy(world.student.causal)
+    model = copy.copy(world.models.student.causal)
     model.generation_config = copy.deepcopy(model.generation_config)
-    model.generation_config.eos_token_id = [7, world.end_ids[0], 9]
-    assert end_ids(model, world.data.tokenizer, 5) == (5, world.end_ids[0], 7, 9)
+    model.generation_config.eos_token_id = [7, world.models.end_ids[0], 9]
+    assert end_ids(model, world.setup.data.tokenizer, 5) == (5, world.models.end_ids[0], 7, 9)
 
 
 # ── completions that are too long ─────────────────────────────────────────────────────────────
@@ -94,7 +94,7 @@ def test_cut_ones_are_counted(tiny_folder, tiny_tokenizer, tmp_path, room):
 
 def test_only_rows_that_the_run_uses_are_counted(tiny_folder, open_tiny):
     spec = imitation(tiny_folder, max_new_tokens=2, data=inline(40), training=training(steps=2, prompts_per_step=4))
-    found = open_tiny(spec).data.completions
+    found = open_tiny(spec).setup.data.completions
     assert (found.rows, len(found.cut)) == (8, 8)
     assert ", …" in found.warning(2)
 

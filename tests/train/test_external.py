@@ -10,6 +10,7 @@ from tinyruns import (
     LORA,
     advance,
     distil,
+    evaluate_objective,
     make_spec,
     masters,
     model,
@@ -25,7 +26,6 @@ from tinyruns import (
 from sdkit.language.errors import BadData
 from sdkit.language.specs import ExternalWeights, OptimizerSpec, ReverseKl, SampledTokenSupport, TeacherSamples
 from sdkit.models import tiny
-from sdkit.train.step import evaluate_objective
 
 ROWS = 404
 """Token ids of the tiny tokenizer, and output rows of the tiny model."""
@@ -98,7 +98,7 @@ def test_value_and_gradient_are_those_over_the_tokenizers_ids(world_with, folder
     student, other = folders[which]
     terms = distil(divergence=ReverseKl()) if divergence == "reverse_kl" else distil()
     world = world_with(student, other, losses=terms, optimizer=MINUS_GRADIENT)
-    assert world.compared_ids == ROWS
+    assert world.models.compared_ids == ROWS
     batch = rollouts_of(world)
     assert all(i < ROWS for r in batch for i in r.completion_ids)
     own = AutoModelForCausalLM.from_pretrained(student)
@@ -119,30 +119,30 @@ def test_ids_beyond_the_tokenizer_are_not_sampled(world_with, folders):
     hot = rollout(temperature=3.0, max_new_tokens=64)
     world = world_with(student, other, rollout=hot)
     assert max(i for r in rollouts_of(world) for i in r.completion_ids) < ROWS
-    world.ids_below = None
+    world = evolve(world, sampler=evolve(world.sampler, models=evolve(world.models, ids_below=None)))
     assert max(i for r in rollouts_of(world) for i in r.completion_ids) >= ROWS
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_it_never_changes_and_has_no_gradients(world_with, lora):
     world = world_with(lora=lora, optimizer=OptimizerSpec(lr=1e-2))
-    weights = world.teacher.weights
+    weights = world.models.teacher.weights
     assert weights.foreign
     assert not weights.model.training
     assert not any(p.requires_grad for p in weights.model.parameters())
     before = states(world, weights)
-    own = states(world, world.student)
+    own = states(world, world.models.student)
     advance(world)
     same(states(world, weights), before)
-    assert (states(world, world.student) - own).abs().max() > 1e-3
-    assert not {id(p) for p in weights.model.parameters()} & {id(p) for _, p in world.zero.named}
-    assert world.teacher.state() == {}
+    assert (states(world, world.models.student) - own).abs().max() > 1e-3
+    assert not {id(p) for p in weights.model.parameters()} & {id(p) for _, p in world.learner.zero.named}
+    assert world.models.teacher.state() == {}
 
 
 def test_its_precision_is_its_own(world_with, other_folder):
     world = world_with(dtype="bfloat16")
-    assert {p.dtype for p in world.teacher.weights.model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in world.student.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in world.models.teacher.weights.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in world.models.student.model.parameters()} == {torch.float32}
     (measured,) = advance(world, 1)
     assert measured.applied
 
@@ -170,7 +170,7 @@ def test_a_sampled_token_is_scored(world_with, other_folder):
     batch = rollouts_of(world)
     found = evaluate_objective(world, batch)["distil/k1"]
     pairs = [
-        logprobs(world.student.causal, r.prompt_ids, r.completion_ids)
+        logprobs(world.models.student.causal, r.prompt_ids, r.completion_ids)
         - logprobs(other_folder, r.teacher_prompt_ids, r.completion_ids)
         for r in batch
     ]
@@ -204,7 +204,7 @@ def swapped(source, target):
 
 
 def test_another_vocabulary_is_refused_before_weights_are_loaded(world_with, other_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdkit.train.state.load_model", lambda *_: pytest.fail("weights loaded"))
+    monkeypatch.setattr("sdkit.train.models.load_model", lambda *_: pytest.fail("weights loaded"))
     other = swapped(other_folder, tmp_path / "swapped")
     with pytest.raises(BadData, match="another vocabulary than the student: 'a' has the id"):
         world_with(other=other)

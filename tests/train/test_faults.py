@@ -272,12 +272,12 @@ def test_a_loss_that_is_not_finite_moves_no_weight(open_tiny):
     advance(world, 1)
     before = masters(world)
     with torch.no_grad():
-        spoilt = world.student.head[0, 0].item()
-        world.student.head[0, 0] = float("inf")
+        spoilt = world.models.student.head[0, 0].item()
+        world.models.student.head[0, 0] = float("inf")
     with pytest.raises(LossNotFinite):
         advance(world, 1)
     with torch.no_grad():
-        world.student.head[0, 0] = spoilt
-    assert world.optimizer_steps == 1
+        world.models.student.head[0, 0] = spoilt
+    assert world.progress.optimizer_steps == 1
     for name, value in masters(world).items():
         same(value, before[name])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from attrs import evolve
+from tinyruns import collect, compute_token_statistics, prepare_rollouts, train_step, training
 
 from sdkit.batches import RolloutBatch
 from sdkit.language.specs import (
@@ -30,9 +30,6 @@ from sdkit.language.specs import (
     VocabularySupport,
 )
 from sdkit.rewards.scorer import ScoredCompletion, Scorer
-from sdkit.train.collect_rollouts import collect_rollouts
-from sdkit.train.step import train_step
-from sdkit.train.token_statistics import compute_token_statistics, prepare_rollouts
 
 GROUP = 4
 ROLLOUT = RolloutSpec(max_new_tokens=8, completions_per_prompt=GROUP, backend=TransformersBackend())
@@ -66,14 +63,14 @@ def judged(*rewards, feedback=None):
 def group_world(open_tiny):
     def opened(scorer, **changes):
         world = open_tiny(**({"rollout": ROLLOUT, "rewards": REWARDS} | changes))
-        world.data.train_rewards = {"right": scorer}
+        world.setup.data.train_rewards = {"right": scorer}
         return world
 
     return opened
 
 
 def step(world):
-    return collect_rollouts(world, world.data.batch_rows(0), ("rollout", 0))
+    return collect(world, 0)
 
 
 def batch_of(world):
@@ -82,7 +79,7 @@ def batch_of(world):
 
 def test_the_teacher_sees_the_first_success_of_the_group_but_nobody_its_own(group_world):
     world = group_world(judged(0, 1, 0, 1), teacher=TEACHER, losses=DISTIL)
-    decode = world.data.tokenizer.decode
+    decode = world.setup.data.tokenizer.decode
     batch = list(step(world).batch)
     for start in range(0, len(batch), GROUP):
         group = batch[start : start + GROUP]
@@ -91,7 +88,7 @@ def test_the_teacher_sees_the_first_success_of_the_group_but_nobody_its_own(grou
             shown = texts[3] if place == 1 else texts[1]
             if shown:
                 assert f"Solution: {shown}" in decode(rollout.teacher_prompt_ids)
-            assert rollout.prompt_ids == world.data.student_ids(rollout.row)
+            assert rollout.prompt_ids == world.setup.data.student_ids(rollout.row)
 
 
 def test_without_success_and_feedback_there_is_no_teacher_and_no_gradient(group_world):
@@ -106,7 +103,7 @@ def test_without_success_and_feedback_there_is_no_teacher_and_no_gradient(group_
 
 def test_feedback_stands_in_where_nobody_succeeded(group_world):
     world = group_world(judged(0, feedback="off by one"), teacher=TEACHER, losses=DISTIL)
-    decode = world.data.tokenizer.decode
+    decode = world.setup.data.tokenizer.decode
     for rollout in step(world).batch:
         assert "Feedback: off by one" in decode(rollout.teacher_prompt_ids)
         assert rollout.filled_slots == ("feedback",)
@@ -201,18 +198,17 @@ def test_the_reference_pulls_back_to_the_start_model(group_world):
     assert first["loss/anchor"] == pytest.approx(0, abs=1e-6)
     later = train_step(world, batch).metrics
     assert later["loss/anchor"] > 1e-6
-    start = world.reference.weights.head.clone()
+    start = world.models.reference.weights.head.clone()
     train_step(world, batch)
-    assert torch.equal(world.reference.weights.head, start)
+    assert torch.equal(world.models.reference.weights.head, start)
 
 
 def test_micro_batches_change_no_gradient(group_world):
     losses = Table({"policy": PolicyGradient(advantage=GroupRelative(), ratio="sequence")})
     norms = []
     for budget in (64, 8192):
-        world = group_world(judged(1, 0, 0, 1), teacher=None, losses=losses)
-        training = evolve(world.spec.training, micro_batch_tokens=budget)
-        world.spec = evolve(world.spec, training=training)
+        sizes = training(micro_batch_tokens=budget)
+        world = group_world(judged(1, 0, 0, 1), teacher=None, losses=losses, training=sizes)
         norms.append(train_step(world, batch_of(world)).metrics["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert norms[0] > 0

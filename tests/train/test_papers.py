@@ -134,6 +134,6 @@ def test_a_step_on_real_prompts(real_data, open_tiny, tiny_folder, name, file, c
         training=evolve(spec.training, steps=1, epochs=None, prompts_per_step=2, updates_per_rollout=1),
     )
     world = open_tiny(small)
-    world.data.train_rewards = dict.fromkeys(world.data.train_rewards, scripted_rewards.scorer(spec))
+    world.setup.data.train_rewards = dict.fromkeys(world.setup.data.train_rewards, scripted_rewards.scorer(spec))
     measured = advance(world, 1)[0]
     assert 0 < measured.metrics["grad_norm"] < float("inf")

@@ -22,7 +22,7 @@ OWN = "def length(completion, row):\n    return len(completion) / 100, 'say less
 def test_parts_are_measured_and_feedback_is_kept(tiny_folder, tmp_path):
     from sdkit.distributed import zero
     from sdkit.train.evaluate import evaluate, headline
-    from sdkit.train.run import open_train_state
+    from sdkit.train.run import open_run
 
     (tmp_path / "mine.py").write_text(OWN)
     rewards = {
@@ -32,10 +32,10 @@ def test_parts_are_measured_and_feedback_is_kept(tiny_folder, tmp_path):
     }
     suite = Suite(data=inline(3, 100), score="total", decoding=Table({"greedy": Decoding(temperature=0.0)}))
     spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
-    world = open_train_state(evolve(spec, rewards=Table(rewards)), tmp_path)
+    world = open_run(evolve(spec, rewards=Table(rewards)), tmp_path)
     try:
-        found = evaluate(world)
-        metrics = found.metrics(headline(world))
+        found = evaluate(world.sampler, spec.evaluation, 0)
+        metrics = found.metrics(headline(spec.evaluation))
     finally:
         world.close()
         zero.stop()
@@ -54,15 +54,15 @@ def test_programs_are_tested_in_a_run(tiny_folder, tmp_path):
     from sdkit.distributed import zero
     from sdkit.language.errors import BadData
     from sdkit.train.evaluate import evaluate
-    from sdkit.train.run import open_train_state
+    from sdkit.train.run import open_run
 
     reward = PythonTests(tests="answer", extract=WholeText(), isolation="without_namespaces")
     suite = Suite(data=inline(3, 100), score="passes", decoding=Table({"greedy": Decoding(temperature=0.0)}))
     spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
     spec = evolve(spec, rewards=Table({"passes": reward}))
-    world = open_train_state(spec, tmp_path)
+    world = open_run(spec, tmp_path)
     try:
-        found = evaluate(world)
+        found = evaluate(world.sampler, spec.evaluation, 0)
     finally:
         world.close()
         zero.stop()
@@ -74,4 +74,4 @@ def test_programs_are_tested_in_a_run(tiny_folder, tmp_path):
     bad = evolve(suite, data=evolve(suite.data, source=InlineSource(rows=rows)))
     spec = evolve(spec, evaluation=evolve(spec.evaluation, suites=Table({"sums": bad})))
     with pytest.raises(BadData, match=r"row 0: tests in the column 'answer': a table needs.*\nrow 1"):
-        open_train_state(spec, tmp_path)
+        open_run(spec, tmp_path)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tinyruns import collect, prepare_rollouts, train_step
 
 from sdkit.batches import Rollout, RolloutBatch, Row
 from sdkit.language.specs import (
@@ -30,10 +31,8 @@ from sdkit.language.specs import (
 )
 from sdkit.rewards.scorer import ScoredCompletion, Scorer
 from sdkit.train import loop
-from sdkit.train.collect_rollouts import collect_rollouts, resolve_sampler
 from sdkit.train.rollout_filters import filter_rollouts
-from sdkit.train.step import train_step
-from sdkit.train.token_statistics import prepare_rollouts
+from sdkit.train.rollout_sampler import resolve_sampler
 
 BACKEND = TransformersBackend()
 REWARDS = Table({"right": RegexReward(pattern=".")})
@@ -114,7 +113,7 @@ class Lines:
     def __init__(self):
         self.metrics = []
 
-    def step(self, world, gathered, metrics):
+    def step(self, step, collected, metrics, server_messages):
         self.metrics.append(dict(metrics))
 
 
@@ -122,7 +121,7 @@ class Lines:
 def one_step(open_tiny):
     def stepped(scorer, **changes):
         world = open_tiny(**({"rewards": REWARDS} | changes))
-        world.data.train_rewards = {"right": scorer}
+        world.setup.data.train_rewards = {"right": scorer}
         report = Lines()
         loop._train_on_batch(world, report, 0)
         return world, report.metrics[0]
@@ -137,7 +136,7 @@ def test_only_what_is_kept_is_trained_on(one_step):
     assert metrics["keep/reward_at_least"] == metrics["rollout/kept"] == 0.5
     assert metrics["imitate/tokens"] < metrics["rollout/tokens"]
     assert metrics["reward/right"] == 0.5  # of all that were sampled
-    assert world.optimizer_steps == 1
+    assert world.progress.optimizer_steps == 1
 
 
 def test_a_batch_of_which_nothing_is_kept_changes_nothing_and_the_run_goes_on(one_step):
@@ -147,7 +146,7 @@ def test_a_batch_of_which_nothing_is_kept_changes_nothing_and_the_run_goes_on(on
     assert metrics["rollout/kept"] == 0
     assert "loss" not in metrics
     assert "teacher_distance" not in metrics
-    assert (world.step, world.optimizer_steps) == (1, 0)
+    assert (world.progress.step, world.progress.optimizer_steps) == (1, 0)
     json.dumps(metrics)
 
 
@@ -161,20 +160,21 @@ def mixture(share):
 
 def test_the_coin_is_the_batchs_own_and_always_falls_the_same_way(open_tiny):
     world = open_tiny(rollout=mixture(0.3), losses=DISTIL)
-    tossed = [resolve_sampler(world, ("rollout", step), None) for step in range(400)]
-    assert tossed == [resolve_sampler(world, ("rollout", step), None) for step in range(400)]
-    by_student = sum(isinstance(by, StudentSamples) for by in tossed)
+    by, seed = world.specs.sampled_by, world.setup.spec.training.seed
+    tossed, again = ([resolve_sampler(by, seed, ("rollout", n), evaluation=False) for n in range(400)] for _ in "ab")
+    assert tossed == again
+    by_student = sum(isinstance(one, StudentSamples) for one in tossed)
     assert 90 < by_student < 150  # 120 expected, standard deviation 9
-    assert {by.column for by in tossed if isinstance(by, DatasetSamples)} == {"answer"}
-    assert isinstance(resolve_sampler(world, ("evaluation", 0), "held_out"), StudentSamples)
+    assert {one.column for one in tossed if isinstance(one, DatasetSamples)} == {"answer"}
+    assert isinstance(resolve_sampler(by, seed, ("evaluation", 0), evaluation=True), StudentSamples)
 
 
 @pytest.mark.parametrize(("share", "student"), [(0.0, False), (1.0, True)])
 def test_a_batch_is_one_samplers_altogether(open_tiny, share, student):
     world = open_tiny(rollout=mixture(share), losses=DISTIL)
-    gathered = collect_rollouts(world, world.data.batch_rows(0), ("rollout", 0))
+    gathered = collect(world, 0)
     assert gathered.figures["by_student"] == student
-    decode = world.data.tokenizer.decode
+    decode = world.setup.data.tokenizer.decode
     for rollout in gathered.batch:
         said = decode(rollout.completion_ids, skip_special_tokens=True)
         assert (said == rollout.row.columns["answer"]) is not student
@@ -196,9 +196,9 @@ def test_the_teacher_reads_the_attempt_and_a_verdict_before_it_scores_the_attemp
     rollout = RolloutSpec(max_new_tokens=8, backend=BACKEND)
     teacher = TeacherSpec(weights=FrozenWeights(), sees=START)
     world = open_tiny(rollout=rollout, teacher=teacher, losses=DISTIL, rewards=REWARDS)
-    world.data.train_rewards = {"right": judged(1, 0)}
-    gathered = collect_rollouts(world, world.data.batch_rows(0), ("rollout", 0))
-    tokenizer = world.data.tokenizer
+    world.setup.data.train_rewards = {"right": judged(1, 0)}
+    gathered = collect(world, 0)
+    tokenizer = world.setup.data.tokenizer
     for rollout in gathered.batch:
         seen = rollout.teacher_prompt_ids
         if seen is None:  # the attempt says nothing

@@ -7,6 +7,7 @@ from tinyruns import (
     LORA,
     SEES_DEMONSTRATION,
     advance,
+    evaluate_objective,
     evaluated,
     lines,
     make_spec,
@@ -19,6 +20,7 @@ from tinyruns import (
     silent,
     states,
     train,
+    train_step,
     training,
 )
 
@@ -40,7 +42,6 @@ from sdkit.language.specs import (
 )
 from sdkit.models import tiny
 from sdkit.train.smoke import smoke
-from sdkit.train.step import evaluate_objective
 
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
 MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
@@ -83,7 +84,7 @@ def world_with(open_tiny, tiny_folder, other_folder):
 
 def plain_loss(world, batch):
     """By a loop over rollouts, each against the model of its own route."""
-    leaves = dict(zip(("math", "code", "chat"), world.teacher.leaves, strict=True))
+    leaves = dict(zip(("math", "code", "chat"), world.models.teacher.leaves, strict=True))
     total, tokens = 0.0, 0
     for r in batch:
 
@@ -91,7 +92,7 @@ def plain_loss(world, batch):
             ids = torch.tensor([[*prompt, *r.completion_ids]])
             return causal(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
 
-        s = logprobs(world.student.causal, r.prompt_ids)
+        s = logprobs(world.models.student.causal, r.prompt_ids)
         own = leaves[r.row.columns["domain"]].weights
         with torch.no_grad():
             t = logprobs(own.causal, r.teacher_prompt_ids)
@@ -101,7 +102,6 @@ def plain_loss(world, batch):
 
 
 def gradient(world, batch):
-    from sdkit.train.step import train_step
 
     before = masters(world)
     assert train_step(world, batch).applied
@@ -113,7 +113,7 @@ def test_each_row_is_scored_by_its_own_teacher(world_with):
     batch = rollouts_of(world)
     assert sorted(r.teacher_route for r in batch) == [0, 0, 0, 1, 1, 2]
     expected = plain_loss(world, batch)
-    named = dict(world.student.causal.named_parameters())
+    named = dict(world.models.student.causal.named_parameters())
     slopes = dict(zip(named, torch.autograd.grad(expected, named.values()), strict=True))
     assert evaluate_objective(world, batch)["loss"] == pytest.approx(expected.item(), abs=1e-5)
     for name, value in gradient(world, batch).items():
@@ -146,7 +146,7 @@ def test_one_prompt_may_have_two_teachers(world_with):
 def test_routes_to_one_model_are_that_model(world_with, open_tiny, tiny_folder):
     alike = dict.fromkeys(("math", "code", "chat"), FrozenWeights())
     world = world_with(alike)
-    assert len({id(leaf) for leaf in world.teacher.leaves}) == 1
+    assert len({id(leaf) for leaf in world.models.teacher.leaves}) == 1
     changes = {"data": data(), "training": training(prompts_per_step=6)}
     plain = open_tiny(make_spec(tiny_folder, **changes))
     found, expected = (advance(w, 2)[-1].metrics for w in (world, plain))
@@ -158,8 +158,8 @@ def test_routes_to_one_model_are_that_model(world_with, open_tiny, tiny_folder):
 def test_routes_that_move_follow_each_at_its_pace(world_with, lora):
     moving = {"math": EmaWeights(update_rate=0.3), "code": CopyWeights(every=2), "chat": FrozenWeights()}
     world = world_with(moving, lora=lora)
-    average, copied, frozen = world.teacher.leaves
-    start = states(world, world.student)
+    average, copied, frozen = world.models.teacher.leaves
+    start = states(world, world.models.student)
     expected = masters(world)
     (first,) = advance(world, 1)
     now = masters(world)
@@ -169,9 +169,9 @@ def test_routes_that_move_follow_each_at_its_pace(world_with, lora):
     same(states(world, frozen.weights), start)
     assert first.metrics["teacher_distance"] > 0
     advance(world, 1)
-    same(states(world, copied.weights), states(world, world.student))
+    same(states(world, copied.weights), states(world, world.models.student))
     same(states(world, frozen.weights), start)
-    assert (states(world, average.weights) - states(world, world.student)).abs().max() > 0
+    assert (states(world, average.weights) - states(world, world.models.student)).abs().max() > 0
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
@@ -179,12 +179,12 @@ def test_a_state_restores_every_route(world_with, lora):
     moving = {"math": EmaWeights(update_rate=0.3), "code": EmaWeights(update_rate=0.9)}
     world = world_with(moving, lora=lora, data=data(("math", "code") * 3))
     advance(world, 1)
-    kept = {name: t.clone() for name, t in world.teacher.state().items()}
-    seen = [states(world, leaf.weights) for leaf in world.teacher.leaves]
+    kept = {name: t.clone() for name, t in world.models.teacher.state().items()}
+    seen = [states(world, leaf.weights) for leaf in world.models.teacher.leaves]
     assert (seen[0] - seen[1]).abs().max() > 0
     advance(world, 1)
-    world.teacher.load_state(kept)
-    for leaf, before in zip(world.teacher.leaves, seen, strict=True):
+    world.models.teacher.load_state(kept)
+    for leaf, before in zip(world.models.teacher.leaves, seen, strict=True):
         same(states(world, leaf.weights), before)
 
 
@@ -192,7 +192,7 @@ def test_a_log_ratio_and_the_measuring_pass_ask_each_rows_own(world_with):
     terms = Table({"pull": PolicyGradient(advantage=LogRatio(center="sequence", floor=-9.0, below_floor="leave_out"))})
     world = world_with(losses=terms)
     batch = rollouts_of(world)
-    leaves = world.teacher.leaves
+    leaves = world.models.teacher.leaves
     for r in batch:
         own = leaves[r.teacher_route].weights.causal
         ids = torch.tensor([[*r.teacher_prompt_ids, *r.completion_ids]])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tinyruns import COLUMNS, make_spec, rollout, rollouts_of, training
+from tinyruns import COLUMNS, compute_token_statistics, make_spec, rollout, rollouts_of, training
 
 from sdkit.language.errors import BadData
 from sdkit.language.specs import DataSpec, InlineSource, Table
@@ -11,7 +11,6 @@ from sdkit.models.packing import pad_sequences, padded_tokens
 from sdkit.models.weights import Weights
 from sdkit.train import row_probe
 from sdkit.train.row_probe import longest_shared, padding_shows, padding_shows_in_samples
-from sdkit.train.token_statistics import compute_token_statistics
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -155,9 +154,9 @@ def test_a_sampler_that_sees_padding_is_noticed(tiny_tokenizer):
 
 
 def test_where_padding_shows_in_samples_prompts_are_sampled_one_by_one(open_tiny, monkeypatch):
-    monkeypatch.setattr("sdkit.train.state.padding_shows_in_samples", lambda *_: True)
+    monkeypatch.setattr("sdkit.train.row_probe.padding_shows_in_samples", lambda *_: True)
     world = open_tiny()
-    assert world.backend(world.student)[0].batch_size == 1
+    assert world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)[0].batch_size == 1
 
 
 def test_where_padding_shows_in_training_the_run_is_refused(open_tiny, tiny_folder, monkeypatch):
@@ -177,7 +176,7 @@ def test_a_run_with_a_window_trains_on_what_was_sampled(open_tiny, tiny_folder, 
     )
     data = DataSpec(source=InlineSource(rows=rows), columns=COLUMNS)
     world = open_tiny(make_spec(folder, data=data, rollout=rollout(completions_per_prompt=2)))
-    assert 0 < world.longest_pack <= WINDOW < world.longest_sequence
+    assert 0 < world.models.longest_pack <= WINDOW < world.setup.longest_sequence
     for each in compute_token_statistics(world, rollouts_of(world), {"student_logprobs"}):
         found = torch.tensor(each.token_statistics["student_logprobs"])
         torch.testing.assert_close(found, torch.tensor(each.sampler_logprobs), atol=1e-4, rtol=1e-4)

@@ -249,9 +249,9 @@ def stop_after(monkeypatch, step, how):
     """Have `how` happen while the report of this step is written."""
     report = Report.step
 
-    def reported(self, world, *args):
-        report(self, world, *args)
-        if world.step == step:
+    def reported(self, done, *args):
+        report(self, done, *args)
+        if done == step:
             how()
 
     monkeypatch.setattr(Report, "step", reported)
@@ -328,7 +328,7 @@ def test_weights_and_prompt_of_the_sampler(open_tiny, weights, prompt):
     for r in rollouts_of(world, 3):
         seen = {
             (w, p): logprobs(of, ids, r.completion_ids)
-            for w, of in (("student", world.student), ("teacher", world.teacher.weights))
+            for w, of in (("student", world.models.student), ("teacher", world.models.teacher.weights))
             for p, ids in (("student", r.prompt_ids), ("teacher", r.teacher_prompt_ids))
         }
         for pair, expected in seen.items():

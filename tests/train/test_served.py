@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from attrs import evolve
 from test_external import swapped
 from test_routed import data, routed
 from tinyruns import (
     advance,
     distil,
+    evaluate_objective,
     evaluated,
     lines,
     make_spec,
@@ -18,6 +20,7 @@ from tinyruns import (
     silent,
     teacher,
     train,
+    train_step,
     training,
 )
 
@@ -40,10 +43,8 @@ from sdkit.language.specs import (
 from sdkit.models import tiny
 from sdkit.serving import client
 from sdkit.serving.tiny_server import TinyServer
-from sdkit.train.run import open_train_state
+from sdkit.train.run import open_run
 from sdkit.train.smoke import smoke
-from sdkit.train.step import evaluate_objective
-from sdkit.train.teacher_scores import score_teacher
 
 K = 7
 TOP = distil(support=TopKSupport(k=K, chosen_by="teacher", remainder="tail_bucket"))
@@ -79,7 +80,6 @@ def external(folder):
 
 
 def gradient(world, batch):
-    from sdkit.train.step import train_step
 
     before = masters(world)
     measured = train_step(world, batch)
@@ -155,7 +155,7 @@ def test_it_teaches(open_tiny, tiny_folder, served):
     before = evaluate_objective(world, rollouts_of(world))["loss"]
     advance(world, 8)
     assert evaluate_objective(world, rollouts_of(world))["loss"] < 0.7 * before
-    assert world.teacher.state() == {}
+    assert world.models.teacher.state() == {}
 
 
 @pytest.mark.parametrize("cut", [10**6, 90])
@@ -180,8 +180,8 @@ def test_on_one_of_several_routes(open_tiny, tiny_folder, served, other_folder, 
 def test_ids_that_the_student_has_not_are_left_out(open_tiny, tiny_folder, served, server):
     world = open_tiny(make_spec(tiny_folder, teacher=teacher(served()), losses=TOP))
     batch = next(iter(_micro_batches(world)))
-    world.compared_ids = 300
-    told = score_teacher(world, batch)
+    fewer = evolve(world.learner.scorer, models=evolve(world.models, compared_ids=300))
+    told = fewer.score_teacher(batch, None)
     assert (told.ids < 300).all()
     gaps = told.logprobs == -torch.inf
     assert 0 < gaps.sum() < gaps.numel()
@@ -192,7 +192,7 @@ def test_ids_that_the_student_has_not_are_left_out(open_tiny, tiny_folder, serve
 def _micro_batches(world):
     from sdkit.train.step import _collate
 
-    return _collate(world, rollouts_of(world), world.losses).micro_batches
+    return _collate(world.learner, rollouts_of(world), world.specs.losses).micro_batches
 
 
 def test_a_whole_run_with_evaluation(tiny_folder, served, tmp_path, process_group, server):
@@ -219,12 +219,12 @@ def test_smoke_asks_a_server_in_miniature(tmp_path, process_group, support):
 
 @pytest.fixture
 def refused(tiny_folder, tmp_path, monkeypatch, process_group):
-    monkeypatch.setattr("sdkit.train.state.load_model", lambda *_: pytest.fail("weights loaded"))
+    monkeypatch.setattr("sdkit.train.models.load_model", lambda *_: pytest.fail("weights loaded"))
 
     def opening(weights, error, message, **changes):
         spec = make_spec(tiny_folder, **({"teacher": teacher(weights), "losses": TOP} | changes))
         with pytest.raises(error, match=message) as caught:
-            open_train_state(spec, tmp_path)
+            open_run(spec, tmp_path)
         return caught.value
 
     return opening

@@ -8,15 +8,19 @@ from tinyruns import (
     LORA,
     advance,
     distil,
+    evaluate_objective,
     evaluated,
+    held_out_loss,
     make_spec,
     masters,
     model,
     rollout,
     rollouts_of,
     same,
+    score_teacher,
     silent,
     teacher,
+    train_step,
     training,
 )
 
@@ -45,10 +49,8 @@ from sdkit.language.specs import (
 from sdkit.runs import directory
 from sdkit.train import loop
 from sdkit.train.collate import collate
-from sdkit.train.evaluate import held_out_loss
 from sdkit.train.report import Report
-from sdkit.train.step import evaluate_objective, learning_rate, train_step
-from sdkit.train.teacher_scores import score_teacher
+from sdkit.train.step_specs import learning_rate
 
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
 MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
@@ -108,7 +110,7 @@ def test_the_step_is_the_gradient_of_plain_torch(open_tiny, tiny_folder):
     """Forward KL by hand, sequence by sequence, against the whole path."""
     world = open_tiny(optimizer=MINUS_GRADIENT, losses=distil(average=PerSequence()))
     batch = rollouts_of(world)
-    causal = world.student.causal
+    causal = world.models.student.causal
     parameters = [p for _, p in causal.named_parameters()]
     loss = sum(forward_kl_by_hand(causal, r) for r in batch) / len(batch)
     expected = torch.autograd.grad(loss, parameters)
@@ -148,7 +150,7 @@ def test_old_logprobs_are_those_before_the_first_update(open_tiny, temperature, 
     for r in batch:
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
         with torch.no_grad():
-            logits = world.student.causal(ids).logits[0, len(r.prompt_ids) - 1 : -1]
+            logits = world.models.student.causal(ids).logits[0, len(r.prompt_ids) - 1 : -1]
         told = (logits / temperature).log_softmax(-1)
         expected = told.gather(-1, torch.tensor(r.completion_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(r.old_logprobs), expected, atol=1e-4, rtol=0)
@@ -160,12 +162,12 @@ def test_the_ratio_is_one_at_the_first_update_and_moves_after(open_tiny):
     world = open_tiny(
         losses=OLD_RATIO, optimizer=OptimizerSpec(lr=1e-2), training=training(updates_per_rollout=2, steps=1)
     )
-    assert world.plan.needs_old_logprobs
+    assert world.setup.plan.needs_old_logprobs
     first, second = rollouts_of(world).split(2)
     assert train_step(world, first).metrics["distil/old_ratio"] == pytest.approx(1.0, abs=1e-4)
     moved = train_step(world, second).metrics["distil/old_ratio"]
     assert abs(moved - 1) > 1e-2
-    assert world.optimizer_steps == 2
+    assert world.progress.optimizer_steps == 2
 
 
 def test_a_batch_is_split_into_whole_groups(open_tiny):
@@ -178,14 +180,16 @@ def test_a_batch_is_split_into_whole_groups(open_tiny):
 
 
 def test_one_update_needs_no_old_logprobs(open_tiny):
-    assert not open_tiny(losses=OLD_RATIO).plan.needs_old_logprobs
+    assert not open_tiny(losses=OLD_RATIO).setup.plan.needs_old_logprobs
 
 
 # ── what each side is shown ───────────────────────────────────────────────────────────────────
 
 
 def collated(world, batch):
-    (micro,) = collate(list(batch), world.spec.losses, 10**6, collectives.all_reduce_sum, world.device).micro_batches
+    (micro,) = collate(
+        list(batch), world.setup.spec.losses, 10**6, collectives.all_reduce_sum, world.models.device
+    ).micro_batches
     return micro
 
 
@@ -207,7 +211,9 @@ def test_another_teacher_prompt_changes_the_teacher_alone(open_tiny):
     assert [r.prompt_ids for r in a] == [r.prompt_ids for r in b]
     one, other = collated(plain, a), collated(poisoned, b)
     with torch.no_grad():
-        torch.testing.assert_close(plain.student.hidden(one.student), poisoned.student.hidden(other.student))
+        torch.testing.assert_close(
+            plain.models.student.hidden(one.student), poisoned.models.student.hidden(other.student)
+        )
     scores = score_teacher(plain, one), score_teacher(poisoned, other)
     assert (scores[0].hidden - scores[1].hidden).abs().mean() > 1e-2
 
@@ -254,7 +260,7 @@ def test_the_rate_that_is_logged_is_the_rate_that_is_used(open_tiny):
     world = open_tiny(optimizer=OptimizerSpec(lr=1e-3, lr_scheduler_type="linear", warmup_steps=2))
     logged = [m.metrics["lr"] for m in advance(world)]
     assert logged == pytest.approx([0.5e-3, 1e-3, 1e-3])
-    assert world.zero.engine.basic_optimizer.param_groups[0]["lr"] == logged[-1]
+    assert world.learner.zero.engine.basic_optimizer.param_groups[0]["lr"] == logged[-1]
 
 
 def test_a_term_with_a_scheduled_coefficient(open_tiny):
@@ -282,14 +288,14 @@ def test_measuring_changes_no_weight(open_tiny):
     found = evaluate_objective(world, rollouts_of(world))
     for name, value in masters(world).items():
         same(value, before[name])
-    assert world.optimizer_steps == 0
+    assert world.progress.optimizer_steps == 0
     assert found["loss"] == pytest.approx(advance(world, 1)[0].metrics["loss"])
 
 
 def test_the_version_counts_applied_updates(open_tiny, tmp_path):
     world = open_tiny(training=training(steps=2, updates_per_rollout=2))
     run = directory.create(tmp_path / "run", tensorboard=False)
-    loop.run(world, Report(run, silent(), 2))
+    loop.run(world, Report(run, silent(), world.setup))
     assert [line["policy_version"] for line in run.history()] == [2, 4]
     assert {r.policy_version for r in rollouts_of(world)} == {4}
 

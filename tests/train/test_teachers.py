@@ -36,19 +36,19 @@ def moved(before, after):
 @EVERY_FORM
 def test_a_live_teacher_is_the_student(world_with, dtype, stage, lora):
     world = world_with(StudentWeights(), dtype, stage, lora)
-    start = states(world, world.student)
+    start = states(world, world.models.student)
     advance(world)
-    same(states(world, world.teacher.weights), states(world, world.student))
-    assert moved(start, states(world, world.student))
+    same(states(world, world.models.teacher.weights), states(world, world.models.student))
+    assert moved(start, states(world, world.models.student))
 
 
 @EVERY_FORM
 def test_a_frozen_teacher_stays_the_start_model(world_with, dtype, stage, lora):
     world = world_with(FrozenWeights(), dtype, stage, lora)
-    start = states(world, world.student)
+    start = states(world, world.models.student)
     advance(world)
-    same(states(world, world.teacher.weights), start)
-    assert moved(start, states(world, world.student))
+    same(states(world, world.models.teacher.weights), start)
+    assert moved(start, states(world, world.models.student))
 
 
 @EVERY_FORM
@@ -60,54 +60,54 @@ def test_an_average_is_the_float32_average_of_the_masters(world_with, dtype, sta
         advance(world, 1)
         now = masters(world)
         expected = {name: value.lerp(now[name], rate) for name, value in expected.items()}
-    assert world.teacher.shadow.keys() == expected.keys()
+    assert world.models.teacher.shadow.keys() == expected.keys()
     for name, value in expected.items():
-        assert world.teacher.shadow[name].dtype == torch.float32
-        same(world.teacher.shadow[name], value)
-        same(world.teacher.parameters[name], value.to(world.teacher.parameters[name].dtype))
-    assert moved(states(world, world.teacher.weights), states(world, world.student))
+        assert world.models.teacher.shadow[name].dtype == torch.float32
+        same(world.models.teacher.shadow[name], value)
+        same(world.models.teacher.parameters[name], value.to(world.models.teacher.parameters[name].dtype))
+    assert moved(states(world, world.models.teacher.weights), states(world, world.models.student))
 
 
 @EVERY_FORM
 def test_rate_0_is_frozen_and_rate_1_is_live(world_with, dtype, stage, lora):
     still = world_with(EmaWeights(update_rate=0.0), dtype, stage, lora)
-    start = states(still, still.student)
+    start = states(still, still.models.student)
     advance(still)
-    same(states(still, still.teacher.weights), start)
+    same(states(still, still.models.teacher.weights), start)
     close = world_with(EmaWeights(update_rate=1.0), dtype, stage, lora)
     advance(close)
-    same(states(close, close.teacher.weights), states(close, close.student))
+    same(states(close, close.models.teacher.weights), states(close, close.models.student))
 
 
 @EVERY_FORM
 def test_only_the_student_is_trained(world_with, dtype, stage, lora):
     world = world_with(EmaWeights(update_rate=0.5), dtype, stage, lora)
-    asked = {n for n, p in world.student.model.named_parameters() if p.requires_grad}
-    assert {n for n, _ in world.masters()} == asked
-    own = {id(t) for t in world.teacher.parameters.values()}
-    optimized = {id(p) for g in world.zero.engine.basic_optimizer.param_groups for p in g["params"]}
-    assert not own & ({id(p) for _, p in world.zero.named} | optimized)
-    assert not any(t.requires_grad for t in world.teacher.parameters.values())
+    asked = {n for n, p in world.models.student.model.named_parameters() if p.requires_grad}
+    assert {n for n, _ in world.learner.masters()} == asked
+    own = {id(t) for t in world.models.teacher.parameters.values()}
+    optimized = {id(p) for g in world.learner.zero.engine.basic_optimizer.param_groups for p in g["params"]}
+    assert not own & ({id(p) for _, p in world.learner.zero.named} | optimized)
+    assert not any(t.requires_grad for t in world.models.teacher.parameters.values())
     if lora:
-        assert asked == {n for n, _ in world.student.model.named_parameters() if ".default." in n}
+        assert asked == {n for n, _ in world.models.student.model.named_parameters() if ".default." in n}
     else:
-        assert not any(p.requires_grad for p in world.teacher.weights.model.parameters())
-        assert asked == {n for n, _ in world.student.model.named_parameters()}
+        assert not any(p.requires_grad for p in world.models.teacher.weights.model.parameters())
+        assert asked == {n for n, _ in world.models.student.model.named_parameters()}
 
 
 @EVERY_FORM
 def test_a_skipped_step_moves_nothing(world_with, dtype, stage, lora):
     world = world_with(EmaWeights(update_rate=0.5), dtype, stage, lora)
-    before, start = masters(world), dict(world.teacher.state())
-    _, parameter = world.zero.named[0]
+    before, start = masters(world), dict(world.models.teacher.state())
+    _, parameter = world.learner.zero.named[0]
     spoiled = parameter.register_hook(lambda gradient: gradient * float("nan"))
     (measured,) = advance(world, 1)
     spoiled.remove()
     assert not measured.applied
-    assert world.optimizer_steps == 0
+    assert world.progress.optimizer_steps == 0
     for name, value in masters(world).items():
         same(value, before[name])
-        same(world.teacher.shadow[name], start[name])
+        same(world.models.teacher.shadow[name], start[name])
     (measured,) = advance(world, 1)
     assert measured.applied
     assert any(moved(value, before[name]) for name, value in masters(world).items())
@@ -131,15 +131,15 @@ def test_when_the_teacher_follows(world_with, tmp_path, monkeypatch, weights, mo
     world = world_with(weights, steps=2, updates_per_rollout=2)
     seen = []
     if moves:
-        follow = world.teacher._update_shadow
+        follow = world.models.teacher._update_shadow
         monkeypatch.setattr(
-            world.teacher,
+            world.models.teacher,
             "_update_shadow",
-            lambda *given: seen.append((world.optimizer_steps, given[1])) or follow(*given),
+            lambda *given: seen.append((world.learner.zero.engine.global_steps, given[1])) or follow(*given),
         )
     run = directory.create(tmp_path / "run", tensorboard=False)
-    loop.run(world, Report(run, silent(), 2))
-    assert world.optimizer_steps == 4
+    loop.run(world, Report(run, silent(), world.setup))
+    assert world.progress.optimizer_steps == 4
     rate = getattr(weights, "update_rate", 1.0)
     assert seen == [(update, rate) for update in moves]
 
@@ -148,11 +148,11 @@ def test_when_the_teacher_follows(world_with, tmp_path, monkeypatch, weights, mo
 def test_a_copy_is_the_student_of_its_last_renewal(world_with, lora):
     world = world_with(CopyWeights(every=2), lora=lora)
     advance(world, 2)
-    renewed = states(world, world.student)
-    same(states(world, world.teacher.weights), renewed)
+    renewed = states(world, world.models.student)
+    same(states(world, world.models.teacher.weights), renewed)
     advance(world, 1)
-    same(states(world, world.teacher.weights), renewed)
-    assert moved(states(world, world.student), renewed)
+    same(states(world, world.models.teacher.weights), renewed)
+    assert moved(states(world, world.models.student), renewed)
 
 
 def test_a_schedule_moves_the_rate(world_with):
@@ -164,7 +164,7 @@ def test_a_schedule_moves_the_rate(world_with):
         now = masters(world)
         expected = {name: value.lerp(now[name], share) for name, value in expected.items()}
     for name, value in expected.items():
-        same(world.teacher.shadow[name], value)
+        same(world.models.teacher.shadow[name], value)
 
 
 def test_a_scheduled_scalar():
@@ -179,7 +179,7 @@ def test_distance_is_relative_to_the_student(world_with):
     world = world_with(EmaWeights(update_rate=0.25))
     (measured,) = advance(world, 1)
     now = masters(world)
-    apart = sum((world.teacher.shadow[n] - v).square().sum() for n, v in now.items())
+    apart = sum((world.models.teacher.shadow[n] - v).square().sum() for n, v in now.items())
     size = sum(v.square().sum() for v in now.values())
     assert measured.metrics["teacher_distance"] == pytest.approx((apart / size).sqrt().item())
 
@@ -187,19 +187,19 @@ def test_distance_is_relative_to_the_student(world_with):
 def test_a_state_restores_an_average(world_with):
     world = world_with(EmaWeights(update_rate=0.5), "bfloat16", 1)
     advance(world, 2)
-    kept = {name: value.clone() for name, value in world.teacher.state().items()}
-    seen = states(world, world.teacher.weights)
+    kept = {name: value.clone() for name, value in world.models.teacher.state().items()}
+    seen = states(world, world.models.teacher.weights)
     advance(world, 1)
-    assert moved(states(world, world.teacher.weights), seen)
-    world.teacher.load_state(kept)
-    same(states(world, world.teacher.weights), seen)
+    assert moved(states(world, world.models.teacher.weights), seen)
+    world.models.teacher.load_state(kept)
+    same(states(world, world.models.teacher.weights), seen)
 
 
 def test_an_incomplete_walk_over_the_masters_is_refused(world_with):
     world = world_with(EmaWeights(update_rate=0.5))
-    some = list(world.masters())[:-1]
+    some = list(world.learner.masters())[:-1]
     with pytest.raises(RuntimeError, match="teacher tensors were updated"):
-        world.teacher.after_update(lambda: iter(some), 1, float)
+        world.models.teacher.after_update(lambda: iter(some), EmaWeights(update_rate=0.5), 1)
 
 
 # ── adapters ──────────────────────────────────────────────────────────────────────────────────
@@ -209,17 +209,17 @@ def test_an_incomplete_walk_over_the_masters_is_refused(world_with):
 @pytest.mark.parametrize(("dtype", "stage"), PRECISIONS)
 def test_adapters_leave_the_base_alone(world_with, weights, dtype, stage):
     world = world_with(weights, dtype, stage, LORA)
-    base = {n: p.detach().clone() for n, p in world.student.model.named_parameters() if ".lora_" not in n}
+    base = {n: p.detach().clone() for n, p in world.models.student.model.named_parameters() if ".lora_" not in n}
     assert len(base) > 10
     advance(world)
-    parameters = dict(world.student.model.named_parameters())
+    parameters = dict(world.models.student.model.named_parameters())
     for name, value in base.items():
         same(parameters[name].detach(), value)
 
 
 def test_the_second_adapter_starts_as_the_students(world_with):
     world = world_with(EmaWeights(update_rate=0.3), lora=LORA)
-    parameters = dict(world.student.model.named_parameters())
+    parameters = dict(world.models.student.model.named_parameters())
     mine = {n: p for n, p in parameters.items() if ".default." in n}
     assert len(mine) == 2 * 7 * 2  # two factors of seven projections of two layers
     for name, parameter in mine.items():
@@ -237,17 +237,17 @@ def switches(weights):
 def test_whose_weights_are_on_ends_with_the_block(world_with):
     world = world_with(EmaWeights(update_rate=0.3), lora=LORA)
     advance(world)
-    outside = switches(world.student)
-    with Weights(world.student.model, None).active():
-        assert switches(world.student) == [(["default"], True)] * len(outside)
-        with world.teacher.weights.active():
-            assert switches(world.student) == [(["teacher"], False)] * len(outside)
-        assert switches(world.student) == [(["default"], True)] * len(outside)
-    assert switches(world.student) == outside
-    with pytest.raises(ZeroDivisionError), world.teacher.weights.active():
+    outside = switches(world.models.student)
+    with Weights(world.models.student.model, None).active():
+        assert switches(world.models.student) == [(["default"], True)] * len(outside)
+        with world.models.teacher.weights.active():
+            assert switches(world.models.student) == [(["teacher"], False)] * len(outside)
+        assert switches(world.models.student) == [(["default"], True)] * len(outside)
+    assert switches(world.models.student) == outside
+    with pytest.raises(ZeroDivisionError), world.models.teacher.weights.active():
         _ = 1 / 0
-    assert switches(world.student) == outside
-    assert all(p.requires_grad == (".default." in n) for n, p in world.student.model.named_parameters())
+    assert switches(world.models.student) == outside
+    assert all(p.requires_grad == (".default." in n) for n, p in world.models.student.model.named_parameters())
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher", "base"])
@@ -256,11 +256,13 @@ def test_a_merged_copy_says_what_the_adapter_says(world_with, whose):
 
     world = world_with(EmaWeights(update_rate=0.3), lora=LORA)
     advance(world)
-    before = {n: p.detach().clone() for n, p in world.student.model.named_parameters()}
-    weights = {"student": world.student, "teacher": world.teacher.weights, "base": Weights(world.student.model, None)}[
-        whose
-    ]
-    plain = LlamaForCausalLM(world.student.causal.config).eval()
+    before = {n: p.detach().clone() for n, p in world.models.student.model.named_parameters()}
+    weights = {
+        "student": world.models.student,
+        "teacher": world.models.teacher.weights,
+        "base": Weights(world.models.student.model, None),
+    }[whose]
+    plain = LlamaForCausalLM(world.models.student.causal.config).eval()
     found = plain.load_state_dict(dict(weights.named_tensors()), strict=False)
     assert found.missing_keys == ["lm_head.weight"]  # tied
     assert not found.unexpected_keys
@@ -268,14 +270,14 @@ def test_a_merged_copy_says_what_the_adapter_says(world_with, whose):
     ids = torch.tensor([[*r.prompt_ids, *r.completion_ids][:20] for r in batch])
     with torch.no_grad(), weights.active() as causal:
         torch.testing.assert_close(plain(ids).logits, causal(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
-    for name, parameter in world.student.model.named_parameters():
+    for name, parameter in world.models.student.model.named_parameters():
         same(parameter.detach(), before[name])
 
 
 def test_a_plain_model_streams_its_own_tensors(open_tiny):
     world = open_tiny()
-    streamed = dict(world.student.named_tensors())
-    for name, parameter in world.student.model.named_parameters():
+    streamed = dict(world.models.student.named_tensors())
+    for name, parameter in world.models.student.model.named_parameters():
         same(streamed.pop(name), parameter.detach())
     assert not streamed
 

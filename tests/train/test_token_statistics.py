@@ -4,7 +4,23 @@ import math
 
 import pytest
 import torch
-from tinyruns import distil, evaluated, make_spec, masters, rollout, rollouts_of, silent, teacher, training
+from tinyruns import (
+    collect,
+    compute_token_statistics,
+    distil,
+    evaluate_objective,
+    evaluated,
+    held_out_loss,
+    make_spec,
+    masters,
+    prepare_rollouts,
+    rollout,
+    rollouts_of,
+    silent,
+    teacher,
+    train_step,
+    training,
+)
 
 from sdkit.language.errors import BadData
 from sdkit.language.specs import (
@@ -37,11 +53,7 @@ from sdkit.language.specs import (
     VocabularySupport,
 )
 from sdkit.rewards.scorer import ScoredCompletion, Scorer
-from sdkit.train.collect_rollouts import collect_rollouts
-from sdkit.train.evaluate import held_out_loss
 from sdkit.train.smoke import smoke
-from sdkit.train.step import evaluate_objective, train_step
-from sdkit.train.token_statistics import compute_token_statistics, prepare_rollouts
 
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
 MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
@@ -73,7 +85,7 @@ def gradient_of_step(world, batch):
 
 def check_step(world, batch, loss):
     """The step is the gradient of a loss by hand."""
-    parameters = [p for _, p in world.student.causal.named_parameters()]
+    parameters = [p for _, p in world.models.student.causal.named_parameters()]
     expected = torch.autograd.grad(loss, parameters)
     measured, found = gradient_of_step(world, batch)
     assert measured.metrics["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
@@ -91,7 +103,7 @@ def in_turn(*rewards):
 def judged_world(open_tiny):
     def opened(*rewards, **changes):
         world = open_tiny(**({"rewards": REWARDS, "rollout": GROUPS} | changes))
-        world.data.train_rewards = {"right": in_turn(*rewards)}
+        world.setup.data.train_rewards = {"right": in_turn(*rewards)}
         return world
 
     return opened
@@ -106,8 +118,8 @@ def test_the_pass_measures_what_plain_torch_does(open_tiny, budget):
     batch = compute_token_statistics(world, rollouts_of(world), STATISTICS)
     for r in batch:
         with torch.no_grad():
-            student = logprobs(world.student.causal, r.prompt_ids, r, 0.7)
-            told = logprobs(world.teacher.weights.causal, r.teacher_prompt_ids, r, 0.7)
+            student = logprobs(world.models.student.causal, r.prompt_ids, r, 0.7)
+            told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r, 0.7)
         wanted = {
             "student_logprobs": picked(student, r),
             "student_entropy": entropy(student),
@@ -139,11 +151,11 @@ def test_the_plan_says_what_is_measured_and_why(open_tiny):
         weight=TeacherEntropyWeight(rate=1.0), importance=ImportanceSpec(old_policy=OldPolicyRatio(cap=2.0))
     )
     world = open_tiny(losses=losses, training=training(updates_per_rollout=2))
-    assert world.plan.statistics == (
+    assert world.setup.plan.statistics == (
         "student log-probabilities for training.updates_per_rollout",
         "teacher entropy for losses.distil.weight",
     )
-    assert open_tiny().plan.statistics == ()
+    assert open_tiny().setup.plan.statistics == ()
 
 
 def test_the_pass_moves_nothing_and_the_second_update_sees_its_figures(open_tiny):
@@ -175,10 +187,10 @@ def test_the_unsure_fifth_of_the_batch(open_tiny, budget):
         training=training(micro_batch_tokens=budget),
     )
     batch = rollouts_of(world)
-    causal, kls, spreads = world.student.causal, [], []
+    causal, kls, spreads = world.models.student.causal, [], []
     for r in batch:
         student = logprobs(causal, r.prompt_ids, r)[1:]
-        told = logprobs(world.teacher.weights.causal, r.teacher_prompt_ids, r)[1:].detach()
+        told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r)[1:].detach()
         kls.append((told.exp() * (told - student)).sum(-1))
         spreads.append(entropy(student).detach())
     kept = torch.cat(spreads).topk(math.ceil(0.2 * sum(map(len, kls)) - 1e-9)).indices
@@ -203,9 +215,9 @@ def test_routed_by_outcome_with_a_joint_denominator(judged_world):
     tokens = sum(len(r.completion_ids) for r in batch)
     kls, sure, pulled = [], [], []
     for r in batch:
-        student = logprobs(world.student.causal, r.prompt_ids, r)
+        student = logprobs(world.models.student.causal, r.prompt_ids, r)
         if r.reward < 1 and r.teacher_prompt_ids is not None:
-            told = logprobs(world.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
+            told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
             kls.append((student.exp() * (student - told)).sum(-1))
             sure.append((-entropy(told)).exp())
         else:
@@ -229,8 +241,8 @@ def test_prompts_half_solved_weigh_most(judged_world):
     loss = torch.zeros(())
     worth = [math.sqrt(2) / 3, 0.0, math.sqrt(2) / 3, 0.0]
     for r in batch:
-        student = logprobs(world.student.causal, r.prompt_ids, r)
-        told = logprobs(world.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
+        student = logprobs(world.models.student.causal, r.prompt_ids, r)
+        told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
         loss = loss + worth[r.group] * (told.exp() * (told - student)).sum()
     check_step(world, batch, loss / sum(len(r.completion_ids) for r in batch))
 
@@ -249,9 +261,9 @@ def test_right_ones_by_the_students_perplexity_wrong_ones_by_the_teachers(judged
     batch = rollouts_of(world)
     parts = {"wrong": [], "right": []}
     for r in batch:
-        now = picked(logprobs(world.student.causal, r.prompt_ids, r), r)
+        now = picked(logprobs(world.models.student.causal, r.prompt_ids, r), r)
         with torch.no_grad():
-            told = logprobs(world.teacher.weights.causal, r.teacher_prompt_ids, r)
+            told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r)
         told = picked(told, r)
         name, side, power = ("right", now.detach(), 1) if r.reward else ("wrong", told, -1)
         each = -now if r.reward else (now.detach() - told) * now
@@ -273,9 +285,9 @@ def test_tokens_that_the_teacher_finds_absurd_are_left_out(open_tiny):
     batch = rollouts_of(world)
     loss, counted, tokens = torch.zeros(()), 0, 0
     for r in batch:
-        now = picked(logprobs(world.student.causal, r.prompt_ids, r), r)
+        now = picked(logprobs(world.models.student.causal, r.prompt_ids, r), r)
         with torch.no_grad():
-            told = logprobs(world.teacher.weights.causal, r.teacher_prompt_ids, r)
+            told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r)
         worth = picked(told, r) - now.detach()
         kept = worth >= floor
         now, worth = now[kept], worth[kept]
@@ -303,11 +315,11 @@ def test_special_tokens_do_not_count(open_tiny):
     losses = Table({"imitate": CrossEntropy(mask=MaskSpec(special_tokens="leave_out"))})
     sampled_by = DatasetSamples(column="demonstration")
     world = open_tiny(losses=losses, teacher=None, rollout=rollout(sampled_by=sampled_by))
-    assert world.data.tokenizer.eos_token_id in world.special_ids
-    for r in collect_rollouts(world, world.data.batch_rows(0), ("rollout", 0)).batch:
-        assert not set(r.completion_ids[:-1]) & world.special_ids
+    assert world.setup.data.tokenizer.eos_token_id in world.models.special_ids
+    for r in collect(world, 0).batch:
+        assert not set(r.completion_ids[:-1]) & world.models.special_ids
     for r in rollouts_of(world):
-        ended = r.completion_ids[-1] in world.special_ids
+        ended = r.completion_ids[-1] in world.models.special_ids
         assert len(r.loss_masks["imitate"].positions) == len(r.completion_ids) - ended
 
 
@@ -364,8 +376,8 @@ def test_a_users_weight_trains(open_tiny, bold):
     batch = rollouts_of(world)
     loss = torch.zeros(())
     for r in batch:
-        student = logprobs(world.student.causal, r.prompt_ids, r)
-        told = logprobs(world.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
+        student = logprobs(world.models.student.causal, r.prompt_ids, r)
+        told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
         kl = (told.exp() * (told - student)).sum(-1)
         loss = loss + (picked(told, r).exp() * len(kl) * kl).sum()
     check_step(world, batch, loss / sum(len(r.completion_ids) for r in batch))

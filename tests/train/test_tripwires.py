@@ -148,9 +148,9 @@ def test_a_run_that_learns_nothing_says_so_once(same_teacher, tmp_path):
 def test_a_resumed_run_warns_as_if_it_had_not_stopped(same_teacher, tmp_path, monkeypatch, crash_after):
     report = Report.step
 
-    def reported(self, world, *args):
-        report(self, world, *args)
-        if world.step == crash_after:
+    def reported(self, step, *args):
+        report(self, step, *args)
+        if step == crash_after:
             raise RuntimeError("the power went")
 
     folder = tmp_path / "run"

@@ -24,21 +24,23 @@ from sdkit.language.rules import (
 from sdkit.language.rules.base import Context, Rule
 from sdkit.language.specs import ExperimentSpec, MethodSpec
 
-RULES: tuple[Rule, ...] = (
-    *losses.RULES,
-    *learning.RULES,
-    *policy.RULES,
-    *tokens.RULES,
-    *rollouts.RULES,
-    *teachers.RULES,
-    *served.RULES,
-    *servers.RULES,
-    *prompts.RULES,
-    *data.RULES,
-    *scores.RULES,
-    *names.RULES,
-    *training.RULES,
+_MODULES = (
+    losses,
+    learning,
+    policy,
+    tokens,
+    rollouts,
+    teachers,
+    served,
+    servers,
+    prompts,
+    data,
+    scores,
+    names,
+    training,
 )
+RULES = tuple(rule for module in _MODULES for rule in vars(module).values() if isinstance(rule, Rule))
+"""The rules, module by module, in the order in which they are written."""
 
 
 def check(spec: MethodSpec | ExperimentSpec, loaded: LoadedSpec) -> list[Problem]:

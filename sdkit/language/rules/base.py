@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as Folder
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from attrs import frozen
 
 from sdkit.language.bundled import BUNDLED, PREFIX
-from sdkit.language.errors import Path, nearest, outside, shorten
+from sdkit.language.errors import Path, did_you_mean, outside, shorten
 from sdkit.language.model_shapes import shape_at
 from sdkit.language.overlay import LoadedSpec
 from sdkit.language.specs import (
     DataSpec,
-    Distillation,
     ExperimentSpec,
+    FileDivergence,
+    FileReward,
+    FileWeight,
     GroupRelative,
     LogRatio,
     LossSpec,
@@ -25,9 +27,13 @@ from sdkit.language.specs import (
     ReferenceKl,
     Sees,
     ShapeSpec,
+    Suite,
     UserTurn,
 )
 from sdkit.language.templates import Field, TemplateError, parse
+from sdkit.language.user_functions import fault_of
+
+T = TypeVar("T")
 
 Finding = tuple[Path, str, str | None]
 """The path of a key, the message, and an optional hint."""
@@ -88,23 +94,16 @@ def run_rule(summary: str, severity: Literal["error", "warning"] = "error") -> C
 # ── queries shared by several rules ───────────────────────────────────────────────────────────
 
 
-def distillations(spec: MethodSpec) -> Iterator[tuple[Path, Distillation]]:
-    """The distillation terms, each with its path."""
+def terms(spec: MethodSpec, *kinds: type[T]) -> Iterator[tuple[Path, T]]:
+    """The loss terms of these classes, each with its path."""
     for name, term in spec.losses.items():
-        if isinstance(term, Distillation):
-            yield ("losses", name), term
-
-
-def policy_gradients(spec: MethodSpec) -> Iterator[tuple[Path, PolicyGradient]]:
-    """The policy gradient terms, each with its path."""
-    for name, term in spec.losses.items():
-        if isinstance(term, PolicyGradient):
+        if isinstance(term, kinds):
             yield ("losses", name), term
 
 
 def reward_advantages(spec: MethodSpec) -> Iterator[tuple[Path, GroupRelative]]:
     """The reward advantages of the policy gradients, each with its path."""
-    for path, term in policy_gradients(spec):
+    for path, term in terms(spec, PolicyGradient):
         if part := term.advantage.group_relative:
             inner = () if part is term.advantage else ("group_relative",)
             yield (*path, "advantage", *inner), part
@@ -112,34 +111,47 @@ def reward_advantages(spec: MethodSpec) -> Iterator[tuple[Path, GroupRelative]]:
 
 def log_ratios(spec: MethodSpec) -> Iterator[tuple[Path, PolicyGradient, LogRatio]]:
     """The teacher's log-ratios in the advantages of policy gradients, each with its path and its term."""
-    for path, term in policy_gradients(spec):
+    for path, term in terms(spec, PolicyGradient):
         if part := term.advantage.log_ratio:
             inner = () if part is term.advantage else ("log_ratio",)
             yield (*path, "advantage", *inner), term, part
 
 
-def k2_terms(spec: MethodSpec) -> Iterator[Path]:
+def k2_terms(spec: MethodSpec) -> list[Path]:
     """Paths of the terms that estimate the KL to the reference from the sampled token."""
-    for name, term in spec.losses.items():
-        if isinstance(term, ReferenceKl) and term.estimator == "k2":
-            yield "losses", name
+    return [path for path, term in terms(spec, ReferenceKl) if term.estimator == "k2"]
 
 
-def of_teacher(spec: MethodSpec) -> Iterator[tuple[Path, LossSpec]]:
+def of_teacher(spec: MethodSpec) -> list[tuple[Path, LossSpec]]:
     """The terms whose loss needs the teacher, each with its path."""
-    for name, term in spec.losses.items():
-        if term.needs_teacher:
-            yield ("losses", name), term
+    return [(path, term) for path, term in terms(spec, LossSpec) if term.needs_teacher]
 
 
 def consultations(spec: MethodSpec) -> Iterator[tuple[Path, str]]:
     """Masks and weights that need the teacher in terms whose loss does not, each with the statistic it needs."""
-    for name, term in spec.losses.items():
+    for path, term in terms(spec, LossSpec):
         for statistic, key in () if term.needs_teacher else term.statistics():
             model, _, quantity = statistic.partition("_")
             if model == "teacher":
-                quantity = quantity.replace("logprobs", "log-probabilities")
-                yield ("losses", name, *key), f"teacher's {quantity}"
+                yield (*path, *key), f"teacher's {quantity.replace('logprobs', 'log-probabilities')}"
+
+
+def sees_of(spec: MethodSpec) -> Sees | None:
+    """The teacher's context, if there is one."""
+    return spec.teacher.sees if spec.teacher else None
+
+
+def slots(spec: MethodSpec, *kinds: type[T]) -> Iterator[tuple[Path, T]]:
+    """The slots of these classes in the teacher's context, each with its path."""
+    sees = sees_of(spec)
+    for name, slot in sees.slots.items() if sees else ():
+        if isinstance(slot, kinds):
+            yield ("teacher", "sees", "slots", name), slot
+
+
+def suites_of(spec: ExperimentSpec) -> Mapping[str, Suite]:
+    """The suites of the evaluation, by name."""
+    return spec.evaluation.suites if spec.evaluation else {}
 
 
 def adds_no_view(sees: Sees | None) -> bool:
@@ -159,7 +171,7 @@ def adds_no_view(sees: Sees | None) -> bool:
 def data_of(spec: ExperimentSpec) -> Iterator[tuple[Path, DataSpec]]:
     """The training data and the data of every suite, each with its path."""
     yield ("data",), spec.data
-    for name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
+    for name, suite in suites_of(spec).items():
         yield ("evaluation", "suites", name, "data"), suite.data
 
 
@@ -177,6 +189,19 @@ def total_updates(spec: ExperimentSpec) -> int | None:
 def shape_of(spec: ExperimentSpec, context: Context) -> ShapeSpec | None:
     """The model's shape, if the spec states it or the model is bundled or local."""
     return spec.model.shape or shape_at(spec.model.path, Folder(context.loaded.folder))
+
+
+def uncallable(
+    where: Path,
+    context: Context,
+    user: FileDivergence | FileReward | FileWeight,
+    *values: str,
+    given: Sequence[str] = (),
+) -> Iterator[Finding]:
+    """A finding if a user's function is missing or does not take these arguments; `user` is the spec at `where`."""
+    if fault := fault_of(context.file(user.file), user.file, user.function, values, given):
+        key, message, hint = fault
+        yield (*where, key), message, hint
 
 
 def unknown_bundled(where: Path, path: str) -> Iterator[Finding]:
@@ -198,9 +223,3 @@ def no_model(where: Path, path: str, context: Context) -> Iterator[Finding]:
         yield where, f"folder {path} {IS_ADAPTER}", MERGE_FIRST
     elif not os.path.isfile(os.path.join(folder, "config.json")):
         yield where, f"folder {path} has no config.json, so it is no model", None
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
-    """A hint with the closest choice, if one is close."""
-    close = nearest(word, choices)
-    return f'did you mean "{close}"?' if close else None

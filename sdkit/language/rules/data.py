@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from sdkit.language.errors import counted, outside, shorten, spelled
+from sdkit.language.errors import counted, did_you_mean, outside, shorten, spelled
 from sdkit.language.files import file_names
 from sdkit.language.row_text import describe_value, is_empty
-from sdkit.language.rules.base import Context, Finding, columns_of, data_of, did_you_mean, run_rule
+from sdkit.language.rules.base import Context, Finding, columns_of, data_of, run_rule, slots
 from sdkit.language.specs import (
     ColumnSlot,
     ColumnTemplate,
@@ -17,9 +17,7 @@ from sdkit.language.specs import (
     ExperimentSpec,
     FileSource,
     InlineSource,
-    JsonLinesSource,
-    JsonSource,
-    ParquetSource,
+    LocalFile,
     ReasoningGymSource,
 )
 from sdkit.language.templates import TemplateError, fields, parse
@@ -32,21 +30,18 @@ def prompt_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         if data.columns is None and path != ("data",):
             continue
         if "prompt" not in (data.columns or {}):
-            message = "no column is named 'prompt'"
             hint = "add columns: {prompt: NAME}, NAME being the source's column"
-            yield (*path, "columns"), message, hint
+            yield (*path, "columns"), "no column is named 'prompt'", hint
 
 
 @run_rule("column slots use columns of the data")
 def slot_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A slot of kind column uses a name declared under data.columns."""
-    sees = spec.teacher.sees if spec.teacher else None
     known = columns_of(spec, spec.data)
-    for name, slot in sees.slots.items() if sees else ():
-        if isinstance(slot, ColumnSlot) and slot.name not in known:
-            message = f"column {shorten(slot.name)} {outside(known)}"
+    for path, slot in slots(spec, ColumnSlot):
+        if slot.name not in known:
             hint = did_you_mean(slot.name, known) or f"add data.columns.{slot.name}"
-            yield ("teacher", "sees", "slots", name, "name"), message, hint
+            yield (*path, "name"), f"column {shorten(slot.name)} {outside(known)}", hint
 
 
 @run_rule("inline rows have a text prompt")
@@ -61,8 +56,7 @@ def inline_prompt(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             if column in row and (is_empty(prompt) or prompt == []):
                 yield where, "the prompt is empty", None
             elif not isinstance(prompt, str | list | tuple):
-                message = f"the prompt is {describe_value(prompt)}, not text or a list of messages"
-                yield where, message, None
+                yield where, f"the prompt is {describe_value(prompt)}, not text or a list of messages", None
 
 
 @run_rule("the completion column is in the data")
@@ -117,7 +111,7 @@ def data_path(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         there = isinstance(source, FileSource) and os.path.exists(context.file(source.path))
         if isinstance(source, FileSource) and source.origin and not there:
             continue
-        if isinstance(source, JsonLinesSource | JsonSource | ParquetSource):
+        if isinstance(source, LocalFile):
             if not there:
                 yield where, f"there is no file {source.path}", _folder_hint(context, source.path)
             elif os.path.isdir(context.file(source.path)):
@@ -149,6 +143,3 @@ def few_rows(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         prompts = spec.training.prompts_per_step
         message = f"prompts_per_step is {prompts}, but the data has {counted(rows, 'row')}"
         yield ("training", "prompts_per_step"), message, None
-
-
-RULES = (prompt_column, slot_column, inline_prompt, dataset_column, source_column, data_path, few_rows)

@@ -12,7 +12,8 @@ from sdkit.language.rules.base import (
     log_ratios,
     method_rule,
     of_teacher,
-    policy_gradients,
+    sees_of,
+    terms,
 )
 from sdkit.language.specs import (
     AdvantageAdd,
@@ -20,6 +21,7 @@ from sdkit.language.specs import (
     GeometricBlend,
     LossSpec,
     MethodSpec,
+    PolicyGradient,
     ReferenceKl,
     RewardAtLeast,
     StudentWeights,
@@ -62,7 +64,7 @@ def nothing_pulls(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @method_rule("an advantage_add has a nonzero weight")
 def zero_advantage(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """If both weights are 0, every advantage is 0, and so is the gradient."""
-    for path, term in policy_gradients(spec):
+    for path, term in terms(spec, PolicyGradient):
         advantage = term.advantage
         if (
             isinstance(advantage, AdvantageAdd)
@@ -98,8 +100,7 @@ def failures_not_kept(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         if isinstance(filter, RewardAtLeast) and filter.threshold >= spec.route.threshold:
             threshold = context.stated(("route", "threshold"), spec.route.threshold, "route.threshold")
             message = f"no failure is kept: {threshold}, so the terms of route.then count nothing"
-            hint = "lower this threshold, or remove the route"
-            yield ("rollout", "keep", index, "threshold"), message, hint
+            yield ("rollout", "keep", index, "threshold"), message, "lower this threshold, or remove the route"
 
 
 @method_rule("the teacher's context can be filled")
@@ -107,7 +108,7 @@ def never_filled(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Feedback with `when: no_solution` is filled only where no successful sibling is shown.  `requires: all`
     asks for both at once, so no rollout would have a teacher prompt.
     """
-    sees = spec.teacher.sees if spec.teacher else None
+    sees = sees_of(spec)
     if not sees or sees.requires != "all":
         return
     siblings = [n for n, slot in sees.slots.items() if isinstance(slot, SuccessfulSibling)]
@@ -183,16 +184,3 @@ def _to_see(teacher: TeacherSpec) -> str:
 
 def _changes_student(teacher: TeacherSpec) -> bool:
     return teacher.blend is not None and teacher.blend.changes_student
-
-
-RULES = (
-    no_objective,
-    nothing_pulls,
-    zero_advantage,
-    centered_token,
-    failures_not_kept,
-    never_filled,
-    teacher_without_share,
-    zero_signal,
-    same_at_start,
-)

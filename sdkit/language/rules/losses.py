@@ -9,14 +9,14 @@ from sdkit.language.rules.base import (
     Context,
     Finding,
     consultations,
-    distillations,
     k2_terms,
     method_rule,
     of_teacher,
-    policy_gradients,
     run_rule,
     shape_of,
+    terms,
     total_updates,
+    uncallable,
 )
 from sdkit.language.schedules import schedules
 from sdkit.language.specs import (
@@ -27,6 +27,7 @@ from sdkit.language.specs import (
     FileDivergence,
     ForwardKl,
     MethodSpec,
+    PolicyGradient,
     ReferenceKl,
     ReverseKl,
     RewardAtLeast,
@@ -35,7 +36,6 @@ from sdkit.language.specs import (
     TeacherSamples,
     TopKSupport,
 )
-from sdkit.language.user_functions import fault_of
 
 
 @method_rule("a term that needs a teacher has one")
@@ -48,11 +48,9 @@ def no_teacher(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         if isinstance(term, Distillation):
             yield path, f"term {shorten(path[-1])} distils, but there is no teacher", hint
         else:
-            message = "a log_ratio advantage asks the teacher, but there is no teacher"
-            yield (*path, "advantage"), message, hint
+            yield (*path, "advantage"), "a log_ratio advantage asks the teacher, but there is no teacher", hint
     for path, measure in consultations(spec):
-        message = f"this asks for the {measure}, but there is no teacher"
-        yield path, message, hint
+        yield path, f"this asks for the {measure}, but there is no teacher", hint
     if isinstance(spec.rollout.sampled_by, TeacherSamples):
         yield ("rollout", "sampled_by"), "the teacher samples, but there is no teacher", hint
 
@@ -74,7 +72,7 @@ def sampled_token_divergence(spec: MethodSpec, context: Context) -> Iterator[Fin
     """For tokens drawn from the student, the surrogate's expected gradient is that of KL(student‖teacher).
     No other divergence has such a single-token estimate.
     """
-    for path, term in distillations(spec):
+    for path, term in terms(spec, Distillation):
         if isinstance(term.support, SampledTokenSupport) and not isinstance(term.divergence, ReverseKl):
             message = f"sampled_token estimates reverse_kl, not {term.divergence.kind}"
             yield (*path, "divergence"), message, "use divergence: reverse_kl, or a top_k support"
@@ -85,7 +83,7 @@ def renormalized_teacher_divergence(spec: MethodSpec, context: Context) -> Itera
     """It renormalizes the teacher but not the student.  The forward KL is then still a cross-entropy up to a
     constant; the other divergences are no longer divergences.
     """
-    for path, term in distillations(spec):
+    for path, term in terms(spec, Distillation):
         support = term.support
         if isinstance(support, TopKSupport) and support.remainder == "renormalize_teacher":
             if not isinstance(term.divergence, ForwardKl):
@@ -99,7 +97,7 @@ def clip_without_effect(spec: MethodSpec, context: Context) -> Iterator[Finding]
     With a sampled token there is only one log-ratio, so `log_ratio` applies, but `entry` does not, nor does
     `token`, which bounds a divergence at one position.
     """
-    for path, term in distillations(spec):
+    for path, term in terms(spec, Distillation):
         clip, sampled = term.clip, isinstance(term.support, SampledTokenSupport)
         kl = term.divergence.has_entries
         if clip.entry is not None and (not kl or sampled):
@@ -117,7 +115,7 @@ def clip_without_effect(spec: MethodSpec, context: Context) -> Iterator[Finding]
 @method_rule("log_ratio bounds lie on both sides of 0")
 def log_ratio_bounds(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Where student and teacher agree, the log-ratio is 0; clipping must not change that."""
-    for path, term in distillations(spec):
+    for path, term in terms(spec, Distillation):
         bounds = term.clip.log_ratio
         if bounds and not bounds[0] < 0 < bounds[1]:
             message = f"log_ratio is [{bounds[0]:g}, {bounds[1]:g}], and 0 is not between them"
@@ -129,14 +127,9 @@ def divergence_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The file is parsed, not executed.  It must define the function at its top level, and the function must
     accept the student's and the teacher's log-probabilities.
     """
-    for path, term in distillations(spec):
-        divergence = term.divergence
-        if isinstance(divergence, FileDivergence):
-            file = context.file(divergence.file)
-            arguments = ("student", "teacher")
-            if fault := fault_of(file, divergence.file, divergence.function, arguments):
-                key, message, hint = fault
-                yield (*path, "divergence", key), message, hint
+    for path, term in terms(spec, Distillation):
+        if isinstance(term.divergence, FileDivergence):
+            yield from uncallable((*path, "divergence"), context, term.divergence, "student", "teacher")
 
 
 @method_rule("importance ratios need untruncated sampling")
@@ -147,7 +140,7 @@ def truncated_sampling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     truncation = _truncation(spec, context)
     ratios = [
         name
-        for _, term in (*distillations(spec), *policy_gradients(spec))
+        for _, term in terms(spec, Distillation, PolicyGradient)
         for name in ("old_policy", "sampler")
         if getattr(term.importance, name, None)
     ]
@@ -163,9 +156,9 @@ def biased_estimate(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     only for tokens drawn from the student's full distribution.
     """
     truncation = _truncation(spec, context)
-    estimates = ["sampled_token" for _, t in distillations(spec) if t.support == SampledTokenSupport()]
+    estimates = ["sampled_token" for _, t in terms(spec, Distillation) if t.support == SampledTokenSupport()]
     # With a ratio to the sampler it is an error: truncated_sampling.
-    plain = [t for _, t in policy_gradients(spec) if not t.importance.sampler]
+    plain = [t for _, t in terms(spec, PolicyGradient) if not t.importance.sampler]
     estimates += ["policy_gradient" for _ in plain]
     estimates += ["k2" for _ in k2_terms(spec)]
     if truncation and estimates:
@@ -191,11 +184,10 @@ def temperature_mismatch(spec: MethodSpec, context: Context) -> Iterator[Finding
     if isinstance(spec.rollout.sampled_by, DatasetSamples):
         return
     sampled = spec.rollout.temperature
-    for path, term in distillations(spec):
+    for path, term in terms(spec, Distillation):
         if term.temperature is not None and term.temperature != sampled:
             said = context.stated(("rollout", "temperature"), sampled, "rollout.temperature")
-            message = f"the loss has temperature {term.temperature:g}, but {said}"
-            yield (*path, "temperature"), message, None
+            yield (*path, "temperature"), f"the loss has temperature {term.temperature:g}, but {said}", None
 
 
 @run_rule("a ratio to the old policy needs several updates per rollout batch", "warning")
@@ -206,14 +198,13 @@ def ratio_is_one(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     path = ("training", "updates_per_rollout")
     if spec.training.updates_per_rollout > 1:
         return
-    for term_path, term in distillations(spec):
+    for term_path, term in terms(spec, Distillation):
         if term.importance.old_policy:
             message = f"{context.stated(path, 1)}, so the ratio to the old policy is always 1"
             yield (*term_path, "importance", "old_policy"), message, None
-    for term_path, term in policy_gradients(spec):
+    for term_path, term in terms(spec, PolicyGradient):
         if term.clip:
-            message = f"{context.stated(path, 1)}, so the ratio is always 1 and never clipped"
-            yield (*term_path, "clip"), message, None
+            yield (*term_path, "clip"), f"{context.stated(path, 1)}, so the ratio is always 1 and never clipped", None
 
 
 @method_rule("at most one term uses level sequence_mean")
@@ -221,7 +212,7 @@ def second_sequence_mean(spec: MethodSpec, context: Context) -> Iterator[Finding
     """The sequence-mean ratio is one number per sequence, computed once, over the tokens of a single term."""
     levels = [
         (*path, "importance", "sampler", "level")
-        for path, term in (*distillations(spec), *policy_gradients(spec))
+        for path, term in terms(spec, Distillation, PolicyGradient)
         if term.importance.sampler and term.importance.sampler.level == "sequence_mean"
     ]
     for path in levels[1:]:
@@ -275,36 +266,19 @@ def schedule_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
     total = total_updates(spec)
     for path, schedule in schedules(spec):
         if total and schedule.steps > total:
-            message = f"the schedule takes {schedule.steps} optimizer steps, the run {total}"
-            yield (*path, "steps"), message, None
+            yield (*path, "steps"), f"the schedule takes {schedule.steps} optimizer steps, the run {total}", None
 
 
 @run_rule("a support is at most as large as the vocabulary")
 def support_size(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A top-k support cannot hold more tokens than the vocabulary has."""
-    shape = shape_of(spec, context)
-    for path, term in distillations(spec):
-        if shape and isinstance(term.support, TopKSupport) and term.support.k > shape.vocab_size:
-            message = f"k is {term.support.k}, but the vocabulary has {shape.vocab_size} tokens"
+    if shape := shape_of(spec, context):
+        yield from oversized_supports(spec, shape.vocab_size)
+
+
+def oversized_supports(spec: MethodSpec, vocabulary: int) -> Iterator[Finding]:
+    """A finding for each top-k support that is larger than the vocabulary."""
+    for path, term in terms(spec, Distillation):
+        if isinstance(term.support, TopKSupport) and term.support.k > vocabulary:
+            message = f"k is {term.support.k}, but the vocabulary has {vocabulary} tokens"
             yield (*path, "support", "k"), message, "use support: vocabulary"
-
-
-RULES = (
-    no_teacher,
-    unused_teacher,
-    sampled_token_divergence,
-    renormalized_teacher_divergence,
-    clip_without_effect,
-    log_ratio_bounds,
-    divergence_file,
-    truncated_sampling,
-    biased_estimate,
-    temperature_mismatch,
-    ratio_is_one,
-    second_sequence_mean,
-    empty_rows,
-    prefix_before_skip,
-    own_samples,
-    schedule_length,
-    support_size,
-)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import shorten, spelled
-from sdkit.language.rules.base import Context, Finding, k2_terms, method_rule, policy_gradients, reward_advantages
-from sdkit.language.specs import MethodSpec, TeacherSamples
+from sdkit.language.rules.base import Context, Finding, k2_terms, method_rule, reward_advantages, terms
+from sdkit.language.specs import MethodSpec, PolicyGradient, TeacherSamples
 
 
 @method_rule("rewards are compared within a group")
@@ -43,7 +43,7 @@ def off_policy_gradient(spec: MethodSpec, context: Context) -> Iterator[Finding]
     if by.is_on_policy:
         return
     hint = "use sampled_by: student"
-    for path, term in policy_gradients(spec):
+    for path, term in terms(spec, PolicyGradient):
         if not isinstance(by, TeacherSamples) or not term.importance.sampler:
             ratio = f", or add {spelled(path)}.importance.sampler"
             alternative = ratio if isinstance(by, TeacherSamples) else ""
@@ -65,6 +65,3 @@ def overlong_stretch(spec: MethodSpec, context: Context) -> Iterator[Finding]:
             limit = context.stated(("rollout", "max_new_tokens"), longest)
             message = f"stretch is {part.overlong.stretch}, but {limit}: no completion goes free"
             yield (*path, "overlong", "stretch"), message, "lower stretch"
-
-
-RULES = (lone_advantage, advantages_differ, off_policy_gradient, overlong_stretch)

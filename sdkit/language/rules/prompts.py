@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sdkit.language.errors import Path, outside, shorten
-from sdkit.language.rules.base import Context, Finding, data_of, did_you_mean, method_rule, run_rule
+from sdkit.language.errors import Path, did_you_mean, outside, shorten
+from sdkit.language.rules.base import Context, Finding, data_of, method_rule, run_rule, sees_of
 from sdkit.language.specs import ColumnTemplate, EarlierTurns, ExperimentSpec, MethodSpec, Sees, UserTurn, Wording
 from sdkit.language.templates import Field, TemplateError, fields, parse
 
@@ -83,7 +83,7 @@ def column_template_syntax(spec: ExperimentSpec, context: Context) -> Iterator[F
 @method_rule("templates use declared slots")
 def unknown_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """A field without a slot could not be filled in."""
-    sees = spec.teacher.sees if spec.teacher else None
+    sees = sees_of(spec)
     known = ["prompt", *(sees.slots if sees else ())]
     for path, field in _used(sees) if sees else ():
         if field.name not in known:
@@ -94,7 +94,7 @@ def unknown_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @method_rule("declared slots are used")
 def unused_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The teacher never sees a slot that no template uses."""
-    sees = spec.teacher.sees if spec.teacher else None
+    sees = sees_of(spec)
     if not sees or any(list(_syntax((), text, True)) for _, text in _templates(sees)):
         return
     used = {field.name for _, field in _used(sees)}
@@ -107,7 +107,7 @@ def unused_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @method_rule("a user_turn template contains the prompt")
 def prompt_missing(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The template replaces the user's message; without {prompt} the teacher would answer another question."""
-    sees = spec.teacher.sees if spec.teacher else None
+    sees = sees_of(spec)
     if not isinstance(sees, UserTurn) or any(_syntax((), sees.template, True)):
         return
     if not any(field.name == "prompt" for _, field in _used(sees)):
@@ -121,6 +121,3 @@ def reserved_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if spec.teacher and spec.teacher.sees and "prompt" in spec.teacher.sees.slots:
         path = ("teacher", "sees", "slots", "prompt")
         yield path, "'prompt' is always the user's message and cannot be a slot", "rename the slot"
-
-
-RULES = (template_syntax, column_template_syntax, unknown_slot, unused_slot, prompt_missing, reserved_slot)

@@ -6,22 +6,15 @@ import os
 from collections.abc import Iterator
 from itertools import chain
 
-from sdkit.language.errors import Path, counted, outside, shorten
-from sdkit.language.rules.base import (
-    Context,
-    Finding,
-    adds_no_view,
-    did_you_mean,
-    distillations,
-    method_rule,
-    policy_gradients,
-    run_rule,
-)
+from sdkit.language.errors import Path, counted, did_you_mean, outside, shorten
+from sdkit.language.rules.base import Context, Finding, adds_no_view, method_rule, run_rule, slots, terms
 from sdkit.language.specs import (
+    Distillation,
     ExperimentSpec,
     MethodSpec,
     NonConstantGroup,
     OfRollouts,
+    PolicyGradient,
     ReplayBackend,
     SampledTokenSupport,
     StudentSamples,
@@ -40,16 +33,15 @@ def off_policy_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if isinstance(spec.rollout.sampled_by, StudentSamples):
         return
     if spec.rollout.sampled_by.is_on_policy:
-        for path, term in (*distillations(spec), *policy_gradients(spec)):
+        for path, term in terms(spec, Distillation, PolicyGradient):
             if term.importance.sampler:
                 message = "a log of answers holds no log-probabilities of its sampler"
                 yield (*path, "importance", "sampler"), message, "set sampler: null"
         return
-    for path, term in distillations(spec):
+    for path, term in terms(spec, Distillation):
         hint = "use sampled_by: student"
         if isinstance(term.support, SampledTokenSupport):
-            message = f"sampled_token needs the student's samples, but sampled_by is {kind}"
-            yield (*path, "support"), message, hint
+            yield (*path, "support"), f"sampled_token needs the student's samples, but sampled_by is {kind}", hint
         for name in ("old_policy", "sampler"):
             if getattr(term.importance, name):
                 message = f"importance.{name} needs the student's samples, but sampled_by is {kind}"
@@ -75,8 +67,7 @@ def teacher_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         return
     path = ("rollout", "sampled_by")
     if by.weights == "student" and by.prompt == "student":
-        message = "weights and prompt are both the student's: then the student samples"
-        yield path, message, "use sampled_by: student"
+        yield path, "weights and prompt are both the student's: then the student samples", "use sampled_by: student"
     elif by.prompt == "teacher" and adds_no_view(spec.teacher.sees):
         message = f"{context.stated((*path, 'prompt'), 'teacher')}, but the teacher sees no context"
         yield (*path, "prompt"), message, "give the teacher sees: …, or set prompt: student"
@@ -90,7 +81,7 @@ def stale_rollouts(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     updates = spec.training.updates_per_rollout
     if updates == 1 or not spec.rollout.sampled_by.is_on_policy:
         return
-    for path, term in distillations(spec):
+    for path, term in terms(spec, Distillation):
         if not term.importance.old_policy:
             message = (
                 f"updates_per_rollout is {updates}, but no ratio to the old policy corrects term {shorten(path[-1])}"
@@ -119,23 +110,19 @@ def replay_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield ("rollout", "backend", "run"), f"run directory {backend.run} {what}", None
 
 
-def _slots(spec: MethodSpec) -> Iterator[tuple[Path, OfRollouts]]:
+def _slots(spec: MethodSpec) -> list[tuple[Path, OfRollouts]]:
     """The slots of the teacher's context that are filled from rollouts, with their paths."""
-    sees = spec.teacher.sees if spec.teacher else None
-    for name, slot in sees.slots.items() if sees else ():
-        if isinstance(slot, OfRollouts):
-            yield ("teacher", "sees", "slots", name), slot
+    return [(path, slot) for path, slot in slots(spec, object) if isinstance(slot, OfRollouts)]
 
 
 @method_rule("successful_sibling needs several completions per prompt")
 def lone_sibling(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """A sibling is another rollout of the same prompt; in a group of one there is none."""
     count = spec.rollout.completions_per_prompt
-    for path, slot in _slots(spec):
-        if isinstance(slot, SuccessfulSibling) and slot.exclude_self and count == 1:
+    for path, slot in slots(spec, SuccessfulSibling):
+        if slot.exclude_self and count == 1:
             group = context.stated(("rollout", "completions_per_prompt"), 1)
-            message = f"there are no siblings: {group}"
-            yield path, message, "set rollout.completions_per_prompt to 2 or more"
+            yield path, f"there are no siblings: {group}", "set rollout.completions_per_prompt to 2 or more"
 
 
 @method_rule("non_constant_group needs several completions per prompt")
@@ -144,9 +131,8 @@ def lone_group(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     for i, filter in enumerate(spec.rollout.keep):
         if isinstance(filter, NonConstantGroup) and spec.rollout.completions_per_prompt == 1:
             group = context.stated(("rollout", "completions_per_prompt"), 1)
-            message = f"{group}, so every group is constant and nothing is kept"
             hint = "set rollout.completions_per_prompt to 2 or more"
-            yield ("rollout", "keep", i), message, hint
+            yield ("rollout", "keep", i), f"{group}, so every group is constant and nothing is kept", hint
 
 
 @method_rule("a teacher that samples has a context known before sampling")
@@ -166,7 +152,7 @@ def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
     if spec.reward is not None and spec.reward not in spec.rewards:
         hint = did_you_mean(spec.reward, spec.rewards) or "declare it under rewards"
         yield ("reward",), f"{shorten(spec.reward)} {outside(spec.rewards)}", hint
-    relative = ((*path, "advantage") for path, term in policy_gradients(spec) if term.advantage.group_relative)
+    relative = ((*path, "advantage") for path, term in terms(spec, PolicyGradient) if term.advantage.group_relative)
     weights = (
         ("losses", name, *setting)
         for name, term in spec.losses.items()
@@ -178,20 +164,5 @@ def training_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
     needed = next(users, None)
     if needed and spec.reward is None and len(spec.rewards) != 1:
         count = "there are none" if not spec.rewards else f"there are {len(spec.rewards)}"
-        message = f"this needs the reward that training uses, and {count}"
         hint = f"add reward: {next(iter(spec.rewards))}" if spec.rewards else "declare one under rewards"
-        yield needed, message, hint
-
-
-RULES = (
-    off_policy_samples,
-    dataset_group,
-    teacher_samples,
-    stale_rollouts,
-    updates_exceed_prompts,
-    replay_run,
-    lone_sibling,
-    lone_group,
-    context_before_rollouts,
-    training_reward,
-)
+        yield needed, f"this needs the reward that training uses, and {count}", hint

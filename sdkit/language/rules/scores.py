@@ -6,9 +6,18 @@ import os
 import re
 from collections.abc import Iterator
 
-from sdkit.language.errors import outside, shorten
+from sdkit.language.errors import did_you_mean, outside, shorten
 from sdkit.language.files import file_names
-from sdkit.language.rules.base import ADAPTER_CONFIG, IS_ADAPTER, Context, Finding, columns_of, did_you_mean, run_rule
+from sdkit.language.rules.base import (
+    ADAPTER_CONFIG,
+    IS_ADAPTER,
+    Context,
+    Finding,
+    columns_of,
+    run_rule,
+    suites_of,
+    uncallable,
+)
 from sdkit.language.specs import (
     ExperimentSpec,
     FileReward,
@@ -21,33 +30,27 @@ from sdkit.language.specs import (
     WeightedReward,
     column_of,
 )
-from sdkit.language.user_functions import fault_of
-
-
-def _suites(spec: ExperimentSpec) -> Iterator[tuple[str, Suite]]:
-    yield from spec.evaluation.suites.items() if spec.evaluation else ()
 
 
 @run_rule("suites use declared rewards")
 def unknown_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A suite refers to its rewards, declared under `rewards`, by name."""
     known = list(spec.rewards)
-    for suite_name, suite in _suites(spec):
+    for suite_name, suite in suites_of(spec).items():
         path = ("evaluation", "suites", suite_name)
         named = [((*path, "score"), suite.score)]
         named += [((*path, "also", i), name) for i, name in enumerate(suite.also)]
         for where, name in named:
             if name not in known:
                 fault = outside(known) if known else "is not declared: there are no rewards"
-                hint = did_you_mean(name, known) or f"add rewards.{name}"
-                yield where, f"reward {shorten(name)} {fault}", hint
+                yield where, f"reward {shorten(name)} {fault}", did_you_mean(name, known) or f"add rewards.{name}"
 
 
 def _users(spec: ExperimentSpec) -> dict[str, list[tuple[str, Suite]]]:
     """The suites that use each reward, directly or as part of a weighted sum."""
     reached = {name: _with_parts(spec, name) for name in spec.rewards}
     users: dict[str, list[tuple[str, Suite]]] = {name: [] for name in spec.rewards}
-    for name, suite in _suites(spec):
+    for name, suite in suites_of(spec).items():
         scores = [reached[used] for used in {suite.score, *suite.also} if used in reached]
         for reward in users.keys() & set().union(*scores):
             users[reward].append((name, suite))
@@ -106,9 +109,8 @@ def unknown_part(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             known = [other for other in spec.rewards if other != name]
             for part in reward.parts:
                 if part not in spec.rewards:
-                    message = f"reward {shorten(part)} {outside(known)}"
                     hint = did_you_mean(part, known) or f"add rewards.{part}"
-                    yield ("rewards", name, "parts", part), message, hint
+                    yield ("rewards", name, "parts", part), f"reward {shorten(part)} {outside(known)}", hint
 
 
 @run_rule("no weighted reward contains itself")
@@ -119,8 +121,7 @@ def part_of_itself(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         for part in _parts(spec, name):
             if name in with_parts.get(part, ()):
                 through = "" if part == name else f" through {shorten(part)}"
-                message = f"reward {shorten(name)} is a part of itself{through}"
-                yield ("rewards", name, "parts", part), message, None
+                yield ("rewards", name, "parts", part), f"reward {shorten(name)} is a part of itself{through}", None
 
 
 @run_rule("a weighted reward has a nonzero weight")
@@ -178,22 +179,4 @@ def reward_file(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """
     for name, reward in spec.rewards.items():
         if isinstance(reward, FileReward):
-            path = context.file(reward.file)
-            fault = fault_of(path, reward.file, reward.function, ("completion", "row"))
-            if fault:
-                key, message, hint = fault
-                yield ("rewards", name, key), message, hint
-
-
-RULES = (
-    unknown_reward,
-    reasoning_gym_reward,
-    answer_column,
-    unknown_part,
-    part_of_itself,
-    zero_weights,
-    test_seconds,
-    reward_model_folder,
-    pattern,
-    reward_file,
-)
+            yield from uncallable(("rewards", name), context, reward, "completion", "row")

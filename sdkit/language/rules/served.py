@@ -8,8 +8,16 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from sdkit.language.errors import Path, shorten, spelled
-from sdkit.language.rules.base import Context, Finding, distillations, method_rule, policy_gradients
-from sdkit.language.specs import MethodSpec, SampledTokenSupport, TopKSupport, served_teachers, tokens_told
+from sdkit.language.rules.base import Context, Finding, method_rule, terms
+from sdkit.language.specs import (
+    Distillation,
+    MethodSpec,
+    PolicyGradient,
+    SampledTokenSupport,
+    TopKSupport,
+    served_teachers,
+    tokens_told,
+)
 
 
 @method_rule("a served teacher has a valid address")
@@ -74,7 +82,7 @@ def served_support(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """
     if tokens_told(spec) is None:
         return
-    for path, term in distillations(spec):
+    for path, term in terms(spec, Distillation):
         match term.support:
             case SampledTokenSupport() | TopKSupport(chosen_by="teacher"):
                 continue
@@ -82,9 +90,8 @@ def served_support(spec: MethodSpec, context: Context) -> Iterator[Finding]:
                 message = f"a server returns its own likeliest tokens, but chosen_by is {chosen_by}"
                 yield (*path, "support", "chosen_by"), message, "use chosen_by: teacher"
             case _:
-                message = "a server returns its likeliest tokens, not the whole vocabulary"
                 hint = "use support: {kind: top_k, k: 20, chosen_by: teacher, remainder: tail_bucket}"
-                yield (*path, "support"), message, hint
+                yield (*path, "support"), "a server returns its likeliest tokens, not the whole vocabulary", hint
 
 
 @method_rule("a served teacher's log-probabilities are used at temperature 1")
@@ -95,7 +102,7 @@ def served_temperature(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if tokens_told(spec) is None:
         return
     sampled = spec.rollout.temperature
-    for path, term in distillations(spec):
+    for path, term in terms(spec, Distillation):
         support = term.support
         rescaled = isinstance(support, TopKSupport) and support.remainder in ("renormalize", "renormalize_teacher")
         temperature = sampled if term.temperature is None else term.temperature
@@ -118,7 +125,7 @@ def _at(temperature: object) -> str:
 
 def _at_sampling_temperature(spec: MethodSpec) -> Iterator[Path]:
     """The settings that need the teacher's log-probability at the sampling temperature."""
-    for path, term in policy_gradients(spec):
+    for path, term in terms(spec, PolicyGradient):
         if term.advantage.log_ratio:
             yield (*path, "advantage")
     for name, term in spec.losses.items():
@@ -147,6 +154,3 @@ def served_blend(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if tokens_told(spec) is not None and spec.teacher and spec.teacher.blend:
         message = "a blend needs the teacher's full distribution, but a server returns a few tokens"
         yield ("teacher", "blend"), message, "remove blend"
-
-
-RULES = (server_url, server_key, served_support, served_temperature, served_entropy, served_blend)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from sdkit.language.errors import Path, shorten, spelled
-from sdkit.language.rules.base import Context, Finding, distillations, method_rule, policy_gradients
+from sdkit.language.rules.base import Context, Finding, method_rule, terms
 from sdkit.language.rules.served import address_faults, is_loopback, variable_fault
-from sdkit.language.specs import MethodSpec, StudentSamples, VllmServerBackend
+from sdkit.language.specs import Distillation, MethodSpec, PolicyGradient, StudentSamples, VllmServerBackend
 
 BACKEND: Path = ("rollout", "backend")
 
@@ -52,8 +52,7 @@ def rollout_server_key(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if fault := variable_fault(backend.key_from):
         yield (*BACKEND, "key_from"), fault, hint
     elif backend.key_from is None and (url := _remote(backend)):
-        message = f"{shorten(url)} is another machine, so its server must ask for a key"
-        yield BACKEND, message, hint
+        yield BACKEND, f"{shorten(url)} is another machine, so its server must ask for a key", hint
 
 
 @method_rule("a rollout server on another machine shares a weight folder")
@@ -89,11 +88,8 @@ def staleness_ratio(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """
     if not spec.rollout.max_staleness or not isinstance(spec.rollout.sampled_by, StudentSamples):
         return
-    for path, term in (*distillations(spec), *policy_gradients(spec)):
+    for path, term in terms(spec, Distillation, PolicyGradient):
         if not term.importance.sampler:
             key = spelled((*path, "importance", "sampler"))
             message = f"no ratio to the sampler corrects term {shorten(path[-1])} for stale rollouts"
             yield ("rollout", "max_staleness"), message, f"add {key}: {{cap: 2, level: token}}"
-
-
-RULES = (rollout_server_url, rollout_server_key, rollout_server_folder, staleness_source, staleness_ratio)

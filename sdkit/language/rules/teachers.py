@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path as Folder
 
-from sdkit.language.errors import outside, shorten, spelled
+from sdkit.language.errors import did_you_mean, outside, shorten, spelled
 from sdkit.language.rules.base import (
     Context,
     Finding,
     adds_no_view,
     columns_of,
     data_of,
-    did_you_mean,
     method_rule,
     no_model,
     run_rule,
@@ -114,10 +113,6 @@ def route_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         known = columns_of(spec, data)
         if weights.by not in known:
             where = "" if path == ("data",) else f" for {spelled(path)}"
-            message = f"column {shorten(weights.by)} {outside(known)}{where}"
             hint = did_you_mean(weights.by, known) or f"add {spelled(path)}.columns.{weights.by}"
-            yield ("teacher", "weights", "by"), message, hint
+            yield ("teacher", "weights", "by"), f"column {shorten(weights.by)} {outside(known)}{where}", hint
             return
-
-
-RULES = (teacher_model, teacher_vocabulary, foreign_sampler, no_sampler, blend_with_itself, route_column)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sdkit.language.errors import Path, outside, shorten
-from sdkit.language.rules.base import Context, Finding, did_you_mean, log_ratios, method_rule
-from sdkit.language.specs import FileWeight, MethodSpec, PerToken
-from sdkit.language.user_functions import fault_of
+from sdkit.language.errors import Path, did_you_mean, outside, shorten
+from sdkit.language.rules.base import Context, Finding, log_ratios, method_rule, terms, uncallable
+from sdkit.language.specs import FileWeight, LossSpec, MethodSpec, PerToken
 
 
 @method_rule("below_floor leave_out has a floor")
@@ -28,9 +27,8 @@ def lone_weight(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     for name, term in spec.losses.items():
         if term.token_weight and term.token_weight.needs_group:
             group = context.stated(("rollout", "completions_per_prompt"), 1)
-            message = f"{group}, so every weight is {term.token_weight.value_alone}"
             hint = "set rollout.completions_per_prompt to 2 or more"
-            yield ("losses", name, "weight"), message, hint
+            yield ("losses", name, "weight"), f"{group}, so every weight is {term.token_weight.value_alone}", hint
 
 
 @method_rule("a joint denominator is shared by several terms", "warning")
@@ -52,12 +50,10 @@ def routed_terms(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         for index, name in enumerate(getattr(spec.route, branch)):
             path: Path = ("route", branch, index)
             if name not in spec.losses:
-                hint = did_you_mean(name, spec.losses)
-                yield path, f"term {shorten(name)} {outside(spec.losses)}", hint
+                yield path, f"term {shorten(name)} {outside(spec.losses)}", did_you_mean(name, spec.losses)
             elif name in seen:
                 hint = "leave it out of the route: then it counts all rollouts"
-                message = f"term {shorten(name)} is routed twice"
-                yield path, message, hint if seen[name][1] != branch else "remove one"
+                yield path, f"term {shorten(name)} is routed twice", hint if seen[name][1] != branch else "remove one"
             seen.setdefault(name, path)
 
 
@@ -65,8 +61,7 @@ def routed_terms(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 def route_context(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """failed_with_context selects rollouts with a teacher prompt; without a teacher there are none."""
     if spec.route and spec.route.when == "failed_with_context" and not spec.teacher:
-        message = "no rollout has a context: there is no teacher"
-        yield ("route", "when"), message, "use when: failed, or add a teacher"
+        yield ("route", "when"), "no rollout has a context: there is no teacher", "use when: failed, or add a teacher"
 
 
 @method_rule("user-defined weight functions exist")
@@ -74,14 +69,7 @@ def weight_file(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The file is parsed, not executed.  It must define the function at its top level, and the function must
     accept `counts` and every name in `given`.
     """
-    for name, term in spec.losses.items():
-        weight = term.token_weight
-        if isinstance(weight, FileWeight):
-            path = context.file(weight.file)
-            fault = fault_of(path, weight.file, weight.function, ("counts",), weight.given)
-            if fault:
-                key, message, hint = fault
-                yield ("losses", name, "weight", key), message, hint
-
-
-RULES = (no_floor, lone_weight, lone_joint, routed_terms, route_context, weight_file)
+    for path, term in terms(spec, LossSpec):
+        if isinstance(term.token_weight, FileWeight):
+            given = term.token_weight.given
+            yield from uncallable((*path, "weight"), context, term.token_weight, "counts", given=given)

@@ -13,7 +13,9 @@ from sdkit.language.rules.base import (
     method_rule,
     no_model,
     run_rule,
+    sees_of,
     shape_of,
+    suites_of,
     total_updates,
     unknown_bundled,
 )
@@ -23,13 +25,13 @@ from sdkit.language.specs import CopyWeights, ExperimentSpec, MethodSpec, indivi
 @method_rule("names are plain")
 def plain_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Names of terms, slots, rewards, suites and decodings appear in metric names, file names and overrides."""
-    sees = spec.teacher.sees if spec.teacher else None
+    sees = sees_of(spec)
     tables: dict[Path, Mapping[str, Any]] = {("losses",): spec.losses}
     if sees:
         tables["teacher", "sees", "slots"] = sees.slots
     if isinstance(spec, ExperimentSpec):
         tables["rewards",] = spec.rewards
-        suites = spec.evaluation.suites if spec.evaluation else {}
+        suites = suites_of(spec)
         tables["evaluation", "suites"] = suites
         for name, suite in suites.items():
             tables["evaluation", "suites", name, "decoding"] = suite.decoding
@@ -81,7 +83,7 @@ def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     longest: list[tuple[Path, int, int]] = [(("rollout",), rollout.max_prompt_tokens or 0, new)]
     if spec.teacher and spec.teacher.sees:
         longest.append((("teacher", "sees"), spec.teacher.sees.max_prompt_tokens or 0, new))
-    for name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
+    for name, suite in suites_of(spec).items():
         if suite.max_new_tokens:
             path = ("evaluation", "suites", name, "max_new_tokens")
             longest.append((path, rollout.max_prompt_tokens or 0, suite.max_new_tokens))
@@ -113,9 +115,8 @@ def offload_stage(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     for place, what in enumerate(spec.training.offload):
         if stage < needed[what]:
             stated = context.stated(("training", "zero_stage"), stage)
-            message = f"{what} cannot be offloaded: {stated}"
             hint = f"use zero_stage: {needed[what]}" + (" or more" if needed[what] < 3 else "")
-            yield ("training", "offload", place), message, hint
+            yield ("training", "offload", place), f"{what} cannot be offloaded: {stated}", hint
 
 
 @run_rule("the longest sequence fits one forward pass")
@@ -169,35 +170,18 @@ def beyond_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 def unused_setting(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A setting without effect points to a misunderstanding that the run itself would not reveal."""
     path: Path = ("teacher", "sees", "cut")
-    sees = spec.teacher.sees if spec.teacher else None
+    sees = sees_of(spec)
     if sees and context.loaded.written(path) and sees.max_prompt_tokens is None:
         yield path, "cut has no effect without max_prompt_tokens", "add max_prompt_tokens"
     path = ("output", "keep_checkpoints")
     if context.loaded.written(path) and not spec.output.checkpoint_every:
-        message = "keep_checkpoints has no effect without checkpoint_every"
-        yield path, message, "add checkpoint_every"
+        yield path, "keep_checkpoints has no effect without checkpoint_every", "add checkpoint_every"
     if spec.optimizer.lr_scheduler_type == "constant" and spec.optimizer.final_share:
         schedule = context.stated(("optimizer", "lr_scheduler_type"), "constant")
         message = f"final_share has no effect: {schedule}"
         yield ("optimizer", "final_share"), message, "use lr_scheduler_type: linear or cosine"
-    for name, suite in spec.evaluation.suites.items() if spec.evaluation else ():
+    for name, suite in suites_of(spec).items():
         for decoding_name, decoding in suite.decoding.items():
             if decoding.temperature == 0 and decoding.samples > 1:
                 path = ("evaluation", "suites", name, "decoding", decoding_name, "samples")
                 yield path, "greedy samples (temperature 0) are all alike", "use samples: 1"
-
-
-RULES = (
-    plain_name,
-    bundled_name,
-    model_folder,
-    steps_or_epochs,
-    warmup,
-    context_length,
-    equal_shares,
-    offload_stage,
-    micro_batch,
-    best_of_nothing,
-    beyond_run,
-    unused_setting,
-)

@@ -12,30 +12,32 @@ ORIGIN_HELP = "where to get the file; if set, a missing file stops `train` but n
 
 
 @frozen(kw_only=True)
-class JsonLinesSource:
+class LocalFile:
+    """The keys of a source that is one file."""
+
+    path: str = spec_field("file, relative to the spec", range=PATH)
+    origin: str | None = spec_field(ORIGIN_HELP, default=None, range=NAME)
+
+
+@frozen(kw_only=True)
+class JsonLinesSource(LocalFile):
     """A JSON Lines file: one object per line."""
 
     kind: ClassVar[str] = "jsonl"
-    path: str = spec_field("file, relative to the spec", range=PATH)
-    origin: str | None = spec_field(ORIGIN_HELP, default=None, range=NAME)
 
 
 @frozen(kw_only=True)
-class JsonSource:
+class JsonSource(LocalFile):
     """A JSON file with a list of objects."""
 
     kind: ClassVar[str] = "json"
-    path: str = spec_field("file, relative to the spec", range=PATH)
-    origin: str | None = spec_field(ORIGIN_HELP, default=None, range=NAME)
 
 
 @frozen(kw_only=True)
-class ParquetSource:
+class ParquetSource(LocalFile):
     """A Parquet file."""
 
     kind: ClassVar[str] = "parquet"
-    path: str = spec_field("file, relative to the spec", range=PATH)
-    origin: str | None = spec_field(ORIGIN_HELP, default=None, range=NAME)
 
 
 @frozen(kw_only=True)

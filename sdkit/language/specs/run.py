@@ -112,7 +112,7 @@ class ModelSpec:
         "arguments for the chat template, such as enable_thinking", default=Table(), each=OPTION, names=TEMPLATE_OPTION
     )
     control_tokens: Literal["tokens", "text"] = spec_field(
-        "how to encode the spelling of a control token, such as <|im_end|>, in a row or rollout: as the token or as plain text",
+        "how to encode the spelling of a control token, such as `<|im_end|>`, in a row or rollout: as the token or as plain text",
         default="tokens",
     )
     shape: ShapeSpec | None = spec_field("the model's shape, for `sdkit plan` without access to the hub", default=None)

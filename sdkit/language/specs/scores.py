@@ -34,7 +34,7 @@ class WholeText:
 
 @frozen(kw_only=True)
 class Tagged:
-    """The text between the last <tag> and </tag>."""
+    """The text between the last `<tag>` and `</tag>`."""
 
     kind: ClassVar[str] = "tagged"
     tag: str = spec_field("name of the tag", default="answer", range=NAME)

@@ -1,0 +1,156 @@
+"""Opens the models of a run: the student, its teacher, and the models that a loss term or a blend needs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, assert_never
+
+import torch
+from attrs import frozen
+from torch import nn
+
+from sdkit.language.errors import blaming
+from sdkit.language.specs import (
+    Blend,
+    ExternalWeights,
+    ExtrapolateBlend,
+    FrozenWeights,
+    GeometricBlend,
+    ModelSpec,
+    ProductBlend,
+    ServedWeights,
+    TeacherWeights,
+    TrustRegionBlend,
+    other_models,
+    teachers_of,
+)
+from sdkit.models.loading import end_ids, load_model, resolve_model, special_ids
+from sdkit.models.teachers import Teacher, open_teacher
+from sdkit.models.weights import Weights
+from sdkit.plan.memory import needs_reference
+from sdkit.serving.teacher_client import ServedModel
+from sdkit.train.model_checks import check_models, compared_vocabulary, probe_models
+from sdkit.train.row_probe import may_pad_samples, measure_longest_pack
+from sdkit.train.setup import RunSetup
+
+
+@frozen(eq=False, kw_only=True)
+class Models:
+    """The models of a run and what was measured of them.  The set is fixed; training changes the weights in place."""
+
+    student: Weights
+    teacher: Teacher | None
+    reference: Teacher | None  # the frozen start model
+    blend_partner: Teacher | None  # the model that the teacher is blended with
+    device: torch.device
+    end_ids: tuple[int, ...]
+    special_ids: frozenset[int]
+    compared_ids: int  # number of token ids whose logits are compared
+    ids_below: int | None  # bound of the ids that may be sampled; None: all
+    longest_pack: int  # tokens of the longest row that completions may share; 0: they share none
+    pads_samples: bool  # whether the transformers backend may pad prompts to equal lengths
+
+    @property
+    def teacher_weights(self) -> Weights:
+        """The teacher's weights, or the student's if there is no teacher.
+
+        The teacher must be one model in this process, neither routed nor served.
+        """
+        weights = self.teacher.weights if self.teacher else self.student
+        assert weights is not None, "a routed or served teacher does not sample"
+        return weights
+
+    @property
+    def others(self) -> dict[nn.Module, Weights]:
+        """The weights of every module other than the student's."""
+        teachers = (*(self.teacher.leaves if self.teacher else ()), self.reference, self.blend_partner)
+        weights = {one.weights.model: one.weights for one in teachers if one and one.weights}
+        weights.pop(self.student.model, None)
+        return weights
+
+
+def open_models(setup: RunSetup, served: Mapping[ServedWeights, ServedModel]) -> Models:
+    """Load and check the models.  Call before DeepSpeed wraps the student.
+
+    Raises BadData naming the key to change.
+    """
+    spec, data = setup.spec, setup.data
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with blaming("model", "path"):
+        student = _load(setup, spec.model, setup.model_folder, device)
+
+    def open_one(weights: TeacherWeights) -> Teacher:
+        load = partial(_load_external, setup, device)
+        return open_teacher(weights, student, load, lambda one: served[one].score)
+
+    def open_frozen(weights: FrozenWeights | ExternalWeights) -> Teacher:
+        """Return the teacher that has these weights already, or open them."""
+        leaves = zip(teacher.leaves if teacher else (), teachers_of(spec), strict=True)
+        return next((leaf for leaf, (_, own) in leaves if own == weights), None) or open_one(weights)
+
+    teacher = open_one(spec.teacher.weights) if spec.teacher else None
+    reference = open_frozen(FrozenWeights()) if needs_reference(spec) else None
+    partner = _open_blend_partner(spec.teacher and spec.teacher.blend, student, reference, open_frozen)
+    named = [("student", student), *_foreign("teacher", *(teacher.leaves if teacher else ()))]
+    named += _foreign("base of the blend", partner)
+    ends = end_ids(student.causal, data.tokenizer, data.turn_end)
+    compared_ids, ids_below = compared_vocabulary(named, data, bool(served))
+    check_models(setup, named, ends, compared_ids)
+    probe_models(spec, named, device, setup.plan.zero_stage)
+    models = Models(
+        student=student,
+        teacher=teacher,
+        reference=reference,
+        blend_partner=partner,
+        device=device,
+        end_ids=ends,
+        special_ids=special_ids(data.tokenizer, ends),
+        compared_ids=compared_ids,
+        ids_below=ids_below,
+        longest_pack=measure_longest_pack(setup, named, device),
+        pads_samples=may_pad_samples(setup, named, ends),
+    )
+    for weights in models.others.values():
+        _ = weights.transform  # cached before ZeRO-3 shards the parameters
+    return models
+
+
+def _load(setup: RunSetup, spec: ModelSpec, folder: str, device: torch.device) -> Weights:
+    model: Any = load_model(spec, folder, setup.spec.training.seed)
+    weights = Weights(model.to(device))
+    _ = weights.transform  # measured and cached before ZeRO-3 shards the parameters
+    return weights
+
+
+def _load_external(setup: RunSetup, device: torch.device, weights: ExternalWeights) -> nn.Module:
+    attention = setup.spec.model.attn_implementation
+    spec = ModelSpec(path=weights.path, revision=weights.revision, dtype=weights.dtype, attn_implementation=attention)
+    path = next(path for path, other in other_models(setup.spec) if other == weights)
+    with blaming(*path, "path"):
+        return _load(setup, spec, resolve_model(weights.path, setup.base), device).model
+
+
+def _open_blend_partner(
+    blend: Blend | None,
+    student: Weights,
+    reference: Teacher | None,
+    open_frozen: Callable[[FrozenWeights | ExternalWeights], Teacher],
+) -> Teacher | None:
+    """Return the model that the teacher is blended with, if any."""
+    match blend:
+        case None:
+            return None
+        case TrustRegionBlend() | ProductBlend():
+            return Teacher(student)
+        case GeometricBlend():
+            return reference
+        case ExtrapolateBlend(base=base):
+            return reference if isinstance(base, FrozenWeights) else open_frozen(base)
+        case _:
+            assert_never(blend)
+
+
+def _foreign(name: str, *teachers: Teacher | None) -> list[tuple[str, Weights]]:
+    """Return the weights that are no copy of the student's, with the name that errors use."""
+    return [(name, one.weights) for one in teachers if one and one.weights and one.weights.foreign]

@@ -1,0 +1,122 @@
+"""Samples completions for rows: with the student or the teacher, from the data set, or from prefetched batches."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import assert_never
+
+from attrs import evolve, field, frozen
+
+from sdkit.batches import Completion, Row, SamplingRequest
+from sdkit.language.specs import (
+    DatasetSamples,
+    MixtureSamples,
+    ReplayBackend,
+    SampledBy,
+    StudentSamples,
+    TeacherSamples,
+)
+from sdkit.seeds import derive
+from sdkit.train.models import Models
+from sdkit.train.prefetch import RolloutPrefetcher
+from sdkit.train.rollout_backends import RolloutBackends
+from sdkit.train.sampling_requests import Stream, group_numbers, sampling_params, sampling_requests
+from sdkit.train.setup import RunSetup
+from sdkit.train.step_specs import StepSpecs
+
+OneSampler = StudentSamples | TeacherSamples | DatasetSamples
+"""What writes the completions of one rollout batch."""
+
+
+@frozen(eq=False, kw_only=True)
+class SampledCompletions:
+    """One completion per request, with the version of the weights that sampled and metrics of the sampling."""
+
+    requests: tuple[SamplingRequest, ...]
+    completions: Sequence[Completion]
+    version: int  # policy version that sampled: its number of optimizer steps
+    figures: Mapping[str, float] = field(factory=dict)
+    seconds: Mapping[str, float] = field(factory=dict)
+
+
+@frozen(eq=False, kw_only=True)
+class RolloutSampler:
+    """The sampling side of a run: its data, the models that may sample, and the backends."""
+
+    setup: RunSetup
+    models: Models
+    backends: RolloutBackends
+    prefetcher: RolloutPrefetcher | None
+
+    def sample(self, rows: Sequence[Row], stream: Stream, specs: StepSpecs, *, evaluation: bool) -> SampledCompletions:
+        """Sample the completions of this rank's rows, one group of them per row."""
+        requests = sampling_requests(self.setup.data, rows, stream)
+        sampler = resolve_sampler(specs.sampled_by, self.setup.spec.training.seed, stream, evaluation=evaluation)
+        if self.prefetcher and not evaluation:
+            sampled = _take_prefetched(self.prefetcher, requests, int(stream[-1]), specs.optimizer_steps)
+        else:
+            sampled = self._sample_now(sampler, rows, requests, specs.optimizer_steps, evaluation)
+        if not isinstance(specs.sampled_by, MixtureSamples):
+            return sampled
+        return evolve(sampled, figures={**sampled.figures, "by_student": float(isinstance(sampler, StudentSamples))})
+
+    def _sample_now(
+        self,
+        sampler: OneSampler,
+        rows: Sequence[Row],
+        requests: tuple[SamplingRequest, ...],
+        version: int,
+        evaluation: bool,
+    ) -> SampledCompletions:
+        rollout = self.setup.spec.rollout
+        weights = self.models.student
+        if evaluation or not isinstance(self.setup.plan.backend, ReplayBackend):  # a recording has every completion
+            match sampler:
+                case DatasetSamples(column=column):
+                    groups = group_numbers(len(rows), rollout.completions_per_prompt)
+                    completions = [self._dataset_completion(rows[group], column) for group in groups]
+                    return SampledCompletions(requests=requests, completions=completions, version=version)
+                case TeacherSamples(weights="teacher"):
+                    weights = self.models.teacher_weights
+                case StudentSamples() | TeacherSamples():
+                    pass
+                case _:
+                    assert_never(sampler)
+        backend, figures = self.backends.load(weights, version, evaluation=evaluation)
+        completions = backend.sample(requests, sampling_params(rollout, self.models.ids_below))
+        return SampledCompletions(requests=requests, completions=completions, version=version, figures=figures)
+
+    def _dataset_completion(self, row: Row, column: str) -> Completion:
+        """Return the data set's completion with the end-of-turn token, cut at `rollout.max_new_tokens`."""
+        ids = self.setup.data.prompter.completion_ids(row.text(column) or "", self.models.end_ids[0])
+        limit = self.setup.spec.rollout.max_new_tokens
+        return Completion(ids=ids[:limit], logprobs=None, finished=len(ids) <= limit)
+
+
+def resolve_sampler(sampled_by: SampledBy, seed: int, stream: Stream, *, evaluation: bool) -> OneSampler:
+    """Return what answers these prompts.  A mixture draws one for the batch, and is the student for held-out rows."""
+    if not isinstance(sampled_by, MixtureSamples):
+        return sampled_by
+    coin = random.Random(derive(seed, *stream, "coin")).random()
+    if evaluation or coin < sampled_by.student_share:
+        return StudentSamples()
+    return DatasetSamples(column=sampled_by.column)
+
+
+def _take_prefetched(
+    prefetcher: RolloutPrefetcher, requests: tuple[SamplingRequest, ...], step: int, version: int
+) -> SampledCompletions:
+    """Return the completions that the servers sampled for this step while earlier steps were trained on."""
+    started = time.perf_counter()
+    prefetcher.request(step, version)
+    figures = {"sync_seconds": time.perf_counter() - started}
+    batch = prefetcher.take(step)
+    return SampledCompletions(
+        requests=requests,
+        completions=[batch.completions[r.prompt_ids, r.seed] for r in requests],
+        version=batch.version,
+        figures=figures | {**batch.figures, "staleness": float(version - batch.version)},
+        seconds={"sampler": batch.seconds},
+    )

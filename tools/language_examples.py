@@ -1,0 +1,140 @@
+"""The examples in docs/language.md: each is part of a spec that the tests load, so none can go out of date."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import attrs
+import yaml
+
+from sdkit.language.introspection import Key, is_spec, keys_of, kinds_of, members
+from sdkit.language.load import load_spec
+from sdkit.language.specs import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("sdkit/methods", "specs", "specs/papers", "tests/ok")
+"""Where examples come from; an example from a shipped file, one of the first three, has a link to it."""
+RUN_FILE = "specs/sft.yaml"
+LONGEST = 320  # characters
+
+
+@attrs.frozen
+class Use:
+    """An object in a spec: its key, its name or number if it is in a table or list, and the file."""
+
+    value: Any
+    key: Key
+    name: str | int | None
+    file: Path
+
+    @property
+    def data(self) -> Any:
+        """The value as plain data, without the keys that have their defaults."""
+        return written(self.value, self.key.type if self.name is None else _entry_type(self.key.type))
+
+    @property
+    def text(self) -> str:
+        """The key with the value as YAML."""
+        if isinstance(self.data, str) and self.name is None:
+            return f"{self.key.name}: {self.data}"
+        entry = {str: {self.name: self.data}, int: [self.data]}.get(type(self.name), self.data)
+        return to_yaml({self.key.name: entry})
+
+
+@cache
+def uses() -> dict[type, list[Use]]:
+    """The uses of each spec class, in the order of `FOLDERS`."""
+    found: dict[type, list[Use]] = {}
+
+    def visit(spec: Any, file: Path) -> None:
+        for key in keys_of(type(spec)).values():
+            value = getattr(spec, key.field)
+            entries = [(None, value)]
+            if isinstance(value, Table | tuple):
+                entries = list(value.items() if isinstance(value, Table) else enumerate(value))
+            for name, entry in entries:
+                if is_spec(type(entry)):
+                    found.setdefault(type(entry), []).append(Use(entry, key, name, file))
+                    visit(entry, file)
+
+    for folder in FOLDERS:
+        for file in sorted((ROOT / folder).glob("*.yaml")):
+            if spec := load_spec(file).spec:
+                visit(spec, file)
+    return found
+
+
+def written(value: Any, tp: Any) -> Any:
+    """Plain data that the language reads as `value` under a key of type `tp`, as short as it can be."""
+    if isinstance(value, Table):
+        return {name: written(entry, _entry_type(tp)) for name, entry in value.items()}
+    if isinstance(value, tuple):
+        return [written(entry, _entry_type(tp)) for entry in value]
+    if not is_spec(type(value)):
+        return value
+    keys = [key for key in keys_of(type(value)).values() if getattr(value, key.field) != key.default]
+    data = {key.name: written(getattr(value, key.field), key.type) for key in keys}
+    if type(value) not in kinds_of(members(tp)).values():
+        return data
+    return {"kind": value.kind, **data} if data else value.kind
+
+
+def _entry_type(tp: Any) -> Any:
+    """The type of the entries of a list or table."""
+    return next(get_args(option)[0] for option in members(tp) if get_origin(option) in (tuple, Table))
+
+
+def run_file() -> str:
+    """A whole run file."""
+    return f"A whole run file, [`{RUN_FILE}`](../{RUN_FILE}):\n\n" + _fenced((ROOT / RUN_FILE).read_text("utf-8"))
+
+
+def example(cls: type, key: Key) -> str:
+    """The use under `key` with the most keys that is short enough, or else the shortest.
+
+    Raises ValueError if no spec has one.
+    """
+    candidates = [use for use in uses().get(cls, []) if use.key.name == key.name and use.data]
+    shipped = [use for use in candidates if use.file.parent != ROOT / FOLDERS[-1]]
+    if not candidates:
+        raise ValueError(f"no spec has {key.name}: {cls.__name__}; add one to tests/ok/examples.yaml")
+    best = min(shipped or candidates, key=_rank)
+    # A bare kind says nothing about its file: it may be there by default.
+    linked = shipped and not isinstance(best.data, str)
+    source = f"From [`{best.file.stem}`](../{best.file.relative_to(ROOT)}):\n\n" if linked else ""
+    return source + _fenced(best.text)
+
+
+def _rank(use: Use) -> tuple[bool, int, int]:
+    too_long = len(use.text) > LONGEST
+    keys = 0 if too_long or isinstance(use.data, str) else len(use.data)
+    return too_long, -keys, len(use.text)
+
+
+def _fenced(text: str) -> str:
+    return f"```yaml\n{text.rstrip()}\n```"
+
+
+def to_yaml(data: Any, flow: bool | None = None) -> str:
+    """YAML with maps and lists of scalars on one line each, or all of it on one line with `flow`."""
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+        style = None if re.fullmatch(r"[\w./][\w./ -]*", value) else '"'
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    def number(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
+        plain = re.sub(r"^(-?\d+)e-0?", r"\1.0e-", json.dumps(value))
+        return dumper.represent_scalar("tag:yaml.org,2002:float", plain)
+
+    Dumper.add_representer(str, text)
+    Dumper.add_representer(float, number)
+    result = yaml.dump(data, Dumper=Dumper, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=10**6)
+    return result.removesuffix("\n").removesuffix("\n...")

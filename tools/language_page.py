@@ -1,0 +1,261 @@
+"""docs/language.md: the keys of the language, grouped by the questions that a reader asks.
+
+`tools/freeze_surface.py` writes the page.  Keys, ranges and texts come from the spec classes, examples from specs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from typing import Any, Literal, get_args, get_origin
+
+import attrs
+from language_examples import example, run_file, to_yaml, written
+
+from sdkit.language import specs, suggestions
+from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, members
+from sdkit.language.specs import LARGEST, ExperimentSpec, Range, Schedule, Table
+
+INTRODUCTION = """# The language, key by key
+
+A **method page** has the keys `rollout`, `teacher`, `losses` and `route`.  A **run file** names a method page
+(`method: sdft`, or `method: ./mine.yaml`), may override its keys, and adds the model, the data and the rest.  The
+[glossary](glossary.md) defines the terms, the [rules](rules.md) say which keys fit together, and
+`sdkit show SPEC` prints every value of a spec with the line it comes from.
+
+**Kinds.** Where there is a choice, `kind` names it: `divergence: {kind: jsd, teacher_share: 0.3}`.  A kind whose other
+keys all have defaults can be written as its bare name: `divergence: jsd`.
+
+**Tables.** `takes` is the type of the value.  A *table* is a map from names of your choice to values; `NAME` stands for
+such a name in headings.  `{…}` is a map whose keys the link shows.  Numbers have an upper limit of 1e6, whole numbers of
+1e9, where nothing else is said; an error gives the exact range.
+
+This page is written by `tools/freeze_surface.py` from the spec classes and from specs that the tests load.
+"""
+CHAPTERS: list[tuple[str, list[Any]]] = [
+    ("What does a file contain?", [ExperimentSpec]),
+    ("Who samples?", [specs.RolloutSpec, specs.SampledBy]),
+    ("Which engine samples?", [specs.Backend]),
+    ("Which rollouts are trained on?", [specs.Keep]),
+    ("Which weights does the teacher have?", [specs.TeacherSpec, specs.TeacherWeights]),
+    ("What does the teacher see?", [specs.Sees, specs.Turn, specs.Slot]),
+    ("What is the teacher blended with?", [specs.Blend]),
+    ("What is the loss?", [specs.Loss]),
+    ("What is compared?", [specs.Divergence, specs.DivergenceClip, specs.Support]),
+    ("What is reinforced?", [specs.Advantage, specs.OverlongPenalty, specs.ClipSpec]),
+    ("Which tokens count, and how much?", [specs.MaskSpec, specs.Weight, specs.RouteSpec]),
+    (
+        "How are tokens from other weights or another engine corrected?",
+        [specs.ImportanceSpec, specs.PolicyImportance, specs.OldPolicyRatio, specs.SamplerRatio],
+    ),
+    ("How are losses averaged?", [specs.Average]),
+    ("How does a number change during a run?", [Schedule]),
+    ("Which model is trained?", [specs.ModelSpec, specs.LoraSpec, specs.ShapeSpec]),
+    ("Where does the data come from?", [specs.DataSpec, specs.ColumnTemplate, specs.Source]),
+    ("How are completions rewarded?", [specs.Reward, specs.Extract]),
+    ("How is a run evaluated?", [specs.EvaluationSpec, specs.Suite, specs.Decoding]),
+    ("How are the weights updated?", [specs.OptimizerSpec]),
+    ("How long does a run train, and with which batches?", [specs.TrainingSpec]),
+    ("Which machine is planned for?", [specs.MachineSpec]),
+    ("What does a run write?", [specs.OutputSpec]),
+]
+
+TITLES: dict[type, str] = {ExperimentSpec: "Run files", Schedule: "Schedules"}
+"""Headings of classes that have no path of their own."""
+NAMES = "What is it called elsewhere?"
+LONGEST_LIST = 4
+"""The most kinds that a cell of a table names; in place of more it links to the choice."""
+
+
+def page() -> str:
+    """The whole page.  Raises ValueError if a chapter is missing for a class of the language."""
+    listed = {cls for _, topics in CHAPTERS for topic in topics for cls in members(topic)}
+    if missing := places().keys() ^ listed:
+        raise ValueError(f"CHAPTERS does not fit the language: {', '.join(sorted(c.__name__ for c in missing))}")
+    contents = [f"- [{title}](#{anchor(title)})" for title, _ in CHAPTERS] + [f"- [{NAMES}](#{anchor(NAMES)})"]
+    parts = [INTRODUCTION, "\n".join(contents) + "\n"]
+    for title, topics in CHAPTERS:
+        parts.append(f"## {title}\n")
+        for topic in topics:
+            parts += [_class_section(topic)] if is_spec(topic) else list(_union_sections(topic))
+    return "\n".join([*parts, _names_elsewhere()])
+
+
+# ── sections ────────────────────────────────────────────────────────────────────────────────
+
+
+@attrs.frozen
+class Place:
+    """Where a class is used first: its path in YAML, with NAME for a chosen name, and its key."""
+
+    path: str
+    key: Key | None
+    owner: type | None  # the class that declares the key, if it is a kind
+
+
+@cache
+def places() -> dict[type, Place]:
+    """Every spec class with its first place, in the order in which the language reaches them."""
+    found: dict[type, Place] = {}
+
+    def visit(tp: Any, path: str, key: Key | None, owner: type | None) -> None:
+        if is_spec(tp):
+            if tp not in found:
+                found[tp] = Place(path or "run file", key, owner)
+                for below in keys_of(tp).values():
+                    owner = tp if hasattr(tp, "kind") and not _is_inherited(below, tp) else None
+                    visit(below.type, f"{path}.{below.name}".lstrip("."), below, owner)
+        else:
+            for part in get_args(tp):
+                visit(part, f"{path}.NAME" if get_origin(tp) is Table else path, key, owner)
+
+    visit(ExperimentSpec, "", None, None)
+    return found
+
+
+def _is_inherited(key: Key, cls: Any) -> bool:
+    return getattr(attrs.fields(cls), key.field).inherited
+
+
+def heading(cls: type) -> str:
+    """The heading of a class: `divergence: jsd` for a kind, else its path."""
+    if cls in TITLES:
+        return TITLES[cls]
+    place = places()[cls]
+    if hasattr(cls, "kind") and place.key:
+        return f"`{place.key.name}: {cls.kind}`"
+    return f"`{place.path}`" + (f" of `{place.owner.kind}`" if place.owner else "")
+
+
+def anchor(title: str) -> str:
+    """The anchor that GitHub and the documentation site give a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def _class_section(cls: type) -> str:
+    return _section(f"### {heading(cls)}", cls, keys_of(cls).values())
+
+
+def _union_sections(union: Any) -> Iterator[str]:
+    """A section for the choice, with the keys that all kinds share, and one for each kind."""
+    classes = members(union)
+    place = places()[classes[0]]
+    assert place.key
+    inherited = [key for key in keys_of(classes[0]).values() if _is_inherited(key, classes[0])]
+    shared = [key for key in inherited if all(key in keys_of(cls).values() for cls in classes)]
+    text = f"### `{place.path}`\n\n{_sentence(place.key.help)} One of {_links(classes)}."
+    if default := default_kind(frozenset(classes)):
+        text += f" Without `kind` it is `{default.kind}`."
+    if shared:
+        text += "\n\nAll kinds have these keys:\n\n" + _table(shared)
+    yield text + "\n"
+    for cls in classes:
+        own = [key for key in keys_of(cls).values() if key not in shared]
+        yield _section(f"#### {heading(cls)}", cls, own)
+
+
+def _section(title: str, cls: type, keys: Iterable[Key]) -> str:
+    key = places()[cls].key
+    shown = example(cls, key) if key else run_file()
+    parts = [title, inspect.cleandoc(cls.__doc__ or ""), _table(keys), shown]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+# ── keys ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _table(keys: Iterable[Key]) -> str:
+    """A row for each key; empty without keys."""
+    rows = []
+    for key in keys:
+        default = "**required**" if key.required else "none" if key.default is None else f"`{_default(key)}`"
+        cells = (f"`{key.name}`", _takes(key), default, key.help)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(["| key | takes | default | meaning |", "|---|---|---|---|", *rows]) if rows else ""
+
+
+def _default(key: Key) -> str:
+    return to_yaml(written(key.default, key.type), flow=True)
+
+
+def _takes(key: Key) -> str:
+    """What a key takes, in the reader's words; a class links to its section."""
+    options = [option for option in members(key.type) if option is not types.NoneType]
+    schedule = Schedule in options
+    bounds = [_bounds(range) for range in (key.range, key.each) if range]
+    parts = [_type(float if schedule else key.type), *filter(None, bounds)]
+    if schedule:
+        parts.append(f"or a [schedule](#{anchor(heading(Schedule))})")
+    if key.default is not None and len(options) < len(members(key.type)):
+        parts.append("or `null`")
+    return ", ".join(parts)
+
+
+def _type(tp: Any) -> str:
+    options = [option for option in members(tp) if option is not types.NoneType]
+    if all(is_spec(option) and hasattr(option, "kind") for option in options):
+        if len(options) <= LONGEST_LIST:
+            return _links(options)
+        return f"one of [{len(options)} kinds](#{anchor(places()[options[0]].path)})"
+    if len(options) > 1:
+        return _either([_type(option) for option in options if option is not int or float not in options])
+    [option], origin, args = options, get_origin(options[0]), get_args(options[0])
+    if origin is Literal:
+        return _either([f"`{arg}`" for arg in args])
+    if origin in (tuple, Table):
+        count = f"{len(args)} " if origin is tuple and args[-1] is not ... else ""
+        return f"{'list' if origin is tuple else 'table'} of {count}{re.sub('^number$', 'numbers', _type(args[0]))}"
+    if is_spec(option):
+        required = [f"{key.name}: …" for key in keys_of(option).values() if key.required]
+        return f"[`{{{', '.join(required) or '…'}}}`](#{anchor(heading(option))})"
+    return {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", Any: "any value"}[option]
+
+
+def _links(classes: Sequence[type]) -> str:
+    return _either([f"[`{cls.kind}`](#{anchor(heading(cls))})" for cls in classes])
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _bounds(range: Range) -> str:
+    """A range in short, without limits that no useful value comes near."""
+    if range is specs.NOT_EMPTY:
+        return "at least one"
+    low, high = range.ends or (-LARGEST, LARGEST)
+    ends = [_end(low, ">") if low > -LARGEST else "", _end(high, "<") if high < LARGEST else ""]
+    return ", ".join(filter(None, ends))
+
+
+def _end(limit: float, sign: str) -> str:
+    """`< 1` for 0.999999, `≤ 1` for 1."""
+    whole = round(limit)
+    if 0 < abs(limit - whole) <= 0.001:
+        return f"{sign} {whole}"
+    return f"{'≥' if sign == '>' else '≤'} {limit:g}"
+
+
+# ── other toolkits ──────────────────────────────────────────────────────────────────────────
+
+
+def _names_elsewhere() -> str:
+    """A table of the names that other toolkits use, from the hints for unknown keys."""
+    paths: dict[str, set[str]] = {}
+    for name, path in suggestions.all_keys():
+        paths.setdefault(name, set()).add(path)
+    rows = []
+    for name, keys in sorted(suggestions.SYNONYMS.items()):
+        # A key that stands in several places is named without its path.
+        here = [f"`{min(paths[key]) if len(paths[key]) == 1 else key}`" for key in keys if key in paths]
+        if here and name not in paths:
+            rows.append(f"| `{name}` | {_either(here)} |")
+    table = "\n".join(["| elsewhere | here |", "|---|---|", *rows])
+    return f"## {NAMES}\n\nAn unknown key with one of these names is an error that says sdkit's name.\n\n{table}\n"
