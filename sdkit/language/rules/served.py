@@ -7,23 +7,15 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+from sdkit.language import specs
 from sdkit.language.errors import Path, shorten, spelled
 from sdkit.language.rules.base import Context, Finding, method_rule, terms
-from sdkit.language.specs import (
-    Distillation,
-    MethodSpec,
-    PolicyGradient,
-    SampledTokenSupport,
-    TopKSupport,
-    served_teachers,
-    tokens_told,
-)
 
 
 @method_rule("a served teacher has a valid address")
-def server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def server_url(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """Prompts and completions leave this machine only if the spec allows it, and specs contain no passwords."""
-    for path, weights in served_teachers(spec):
+    for path, weights in specs.served_teachers(spec):
         for message, hint in address_faults(weights.url, weights.allow_remote, "prompts would be sent there"):
             yield (*path, "url"), message, hint
 
@@ -59,11 +51,11 @@ def is_loopback(host: str) -> bool:
 
 
 @method_rule("a server's key is in an environment variable")
-def server_key(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def server_key(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """Specs are shared and copied into every run directory, so they contain no keys; `key_from` names the
     environment variable that holds one.
     """
-    for path, weights in served_teachers(spec):
+    for path, weights in specs.served_teachers(spec):
         if fault := variable_fault(weights.key_from):
             yield (*path, "key_from"), fault, "write key_from: TEACHER_KEY, say, and export it"
 
@@ -76,17 +68,17 @@ def variable_fault(name: str | None) -> str | None:
 
 
 @method_rule("a served teacher is used with a support that a server can return")
-def served_support(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def served_support(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """A server returns log-probabilities of its own k likeliest tokens and of the sampled one, but not of the
     whole vocabulary or of tokens chosen by the student.
     """
-    if tokens_told(spec) is None:
+    if specs.tokens_told(spec) is None:
         return
-    for path, term in terms(spec, Distillation):
+    for path, term in terms(spec, specs.Distillation):
         match term.support:
-            case SampledTokenSupport() | TopKSupport(chosen_by="teacher"):
+            case specs.SampledTokenSupport() | specs.TopKSupport(chosen_by="teacher"):
                 continue
-            case TopKSupport(chosen_by=chosen_by):
+            case specs.TopKSupport(chosen_by=chosen_by):
                 message = f"a server returns its own likeliest tokens, but chosen_by is {chosen_by}"
                 yield (*path, "support", "chosen_by"), message, "use chosen_by: teacher"
             case _:
@@ -95,22 +87,25 @@ def served_support(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 
 @method_rule("a served teacher's log-probabilities are used at temperature 1")
-def served_temperature(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def served_temperature(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """vLLM always returns prompt_logprobs at temperature 1.  A renormalized top-k can be brought to another
     temperature afterwards; the mass outside it, and a single sampled token, cannot.
     """
-    if tokens_told(spec) is None:
+    if specs.tokens_told(spec) is None:
         return
     sampled = spec.rollout.temperature
-    for path, term in terms(spec, Distillation):
+    for path, term in terms(spec, specs.Distillation):
         support = term.support
-        rescaled = isinstance(support, TopKSupport) and support.remainder in ("renormalize", "renormalize_teacher")
+        rescaled = isinstance(support, specs.TopKSupport) and support.remainder in (
+            "renormalize",
+            "renormalize_teacher",
+        )
         temperature = sampled if term.temperature is None else term.temperature
         if temperature != 1 and not rescaled:
             where = (*path, "temperature") if term.temperature else ("rollout", "temperature")
             what = "the sampled token" if support.kind == "sampled_token" else "this remainder"
             hint = f"set {spelled((*path, 'temperature'))}: 1"
-            if isinstance(support, TopKSupport):
+            if isinstance(support, specs.TopKSupport):
                 hint += ", or use remainder: renormalize"
             yield (where, f"a server returns temperature 1, but {what} needs {_at(temperature)}", hint)
     if sampled != 1:
@@ -123,9 +118,9 @@ def _at(temperature: object) -> str:
     return f"{temperature:g}" if isinstance(temperature, int | float) else "one that moves"
 
 
-def _at_sampling_temperature(spec: MethodSpec) -> Iterator[Path]:
+def _at_sampling_temperature(spec: specs.MethodSpec) -> Iterator[Path]:
     """The settings that need the teacher's log-probability at the sampling temperature."""
-    for path, term in terms(spec, PolicyGradient):
+    for path, term in terms(spec, specs.PolicyGradient):
         if term.advantage.log_ratio:
             yield (*path, "advantage")
     for name, term in spec.losses.items():
@@ -135,9 +130,9 @@ def _at_sampling_temperature(spec: MethodSpec) -> Iterator[Path]:
 
 
 @method_rule("no term needs a served teacher's entropy")
-def served_entropy(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def served_entropy(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """The entropy needs the full distribution; a server returns a few tokens."""
-    if tokens_told(spec) is None:
+    if specs.tokens_told(spec) is None:
         return
     for name, term in spec.losses.items():
         for statistic, key in term.statistics():
@@ -147,10 +142,10 @@ def served_entropy(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 
 @method_rule("a served teacher is not blended")
-def served_blend(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def served_blend(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """A blend multiplies full distributions and takes the top k of the result; a server returns the top k of
     its own distribution.
     """
-    if tokens_told(spec) is not None and spec.teacher and spec.teacher.blend:
+    if specs.tokens_told(spec) is not None and spec.teacher and spec.teacher.blend:
         message = "a blend needs the teacher's full distribution, but a server returns a few tokens"
         yield ("teacher", "blend"), message, "remove blend"
