@@ -63,7 +63,7 @@ class RunData:
         for name, suite in spec.suites.items():
             self.suites[name], self.dropped_repeats[name] = self._load_suite(name, suite, base)
         self.train, self.dropped = self._load_training_rows(spec.suites, base)
-        slots = spec.sees.slots.values() if spec.sees else ()
+        slots = spec.slots.values()
         self.needs_rollouts_for_context = any(isinstance(slot, specs.OfRollouts) for slot in slots)
         self.strips_thinking = any(getattr(slot, "strip_thinking", False) for slot in slots)
         self.rewards: dict[str, dict[str, Scorer]] = {
@@ -112,9 +112,7 @@ class RunData:
 
     @property
     def _slot_columns(self) -> list[str]:
-        sees = self.spec.sees
-        slots = sees.slots.values() if sees else ()
-        return [slot.name for slot in slots if isinstance(slot, specs.ColumnSlot)]
+        return [slot.name for slot in self.spec.slots.values() if isinstance(slot, specs.ColumnSlot)]
 
     @property
     def _shown_columns(self) -> list[str]:

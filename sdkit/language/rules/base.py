@@ -122,7 +122,7 @@ def consultations(spec: specs.MethodSpec) -> Iterator[tuple[Path, str]]:
 
 def slots(spec: specs.MethodSpec, *kinds: type[T]) -> Iterator[tuple[Path, T]]:
     """The slots of these classes in the teacher's context, each with its path."""
-    for name, slot in spec.sees.slots.items() if spec.sees else ():
+    for name, slot in spec.slots.items():
         if isinstance(slot, kinds):
             yield ("teacher", "sees", "slots", name), slot
 
