@@ -35,7 +35,6 @@ from sdkit.language.errors import BadData, BadEnvironment, UnreadableInput, one_
 from sdkit.language.specs import ExperimentSpec
 from sdkit.models.teachers import Teacher
 from sdkit.models.weights import Weights
-from sdkit.runs import directory
 
 TEACHER = "teacher.safetensors"
 PREFETCHED = "ahead.jsonl"
@@ -90,9 +89,7 @@ def save(state: TrainState, run: Path, spec: ExperimentSpec) -> Path:
         _write_together(lambda: atomic.empty_folder(partial) if collectives.rank() == 0 else None)
         state.zero.save(folder, partial.name)
         _write_together(lambda: _write_rank_files(state, partial))
-        number = directory.provenance(run).get("run")
-        origin = Origin(run=number, spec=manifest.spec_digest(spec), ranks=collectives.world_size())
-        _write_manifest(state, origin, partial)
+        _write_manifest(state, manifest.origin(run, spec, collectives.world_size()), partial)
         if collectives.rank() == 0:
             atomic.replace_folder(partial, final)
             _delete_older(final, spec.output.keep_checkpoints)

@@ -53,8 +53,8 @@ class RunData:
                 now=now,
                 keep_text=spec.model.control_tokens == "text",
             )
-        sees, weights = (spec.teacher.sees, spec.teacher.weights) if spec.teacher else (None, None)
-        self._slots = list(sees.slots.values()) if sees else []
+        weights = spec.teacher and spec.teacher.weights
+        self._slots = list(spec.sees.slots.values()) if spec.sees else []
         self.needs_rollouts_for_context = any(isinstance(slot, specs.OfRollouts) for slot in self._slots)
         self.strips_thinking = any(getattr(slot, "strip_thinking", False) for slot in self._slots)
         self.routed = weights if isinstance(weights, specs.RoutedWeights) else None
@@ -63,15 +63,15 @@ class RunData:
         self.reward = spec.reward or only  # the name of the reward that training uses
         self.turn_end = end_token(tokenizer, self.prompter.options)
         self.completions: DatasetCompletions | None = None
-        suites = spec.evaluation.suites if spec.evaluation else {}
         self.suites: dict[str, list[Row]] = {}
         # By suite: held-out rows dropped because an earlier row of the suite has the same prompt.
         self.dropped_repeats: dict[str, int] = {}
-        for name, suite in suites.items():
+        for name, suite in spec.suites.items():
             self.suites[name], self.dropped_repeats[name] = self._load_suite(name, suite, base)
-        self.train, self.dropped = self._load_training_rows(suites, base)
+        self.train, self.dropped = self._load_training_rows(spec.suites, base)
         self.rewards = {
-            name: self._open_rewards(self._suite_rewards(suite), suite.data, base) for name, suite in suites.items()
+            name: self._open_rewards(self._suite_rewards(suite), suite.data, base)
+            for name, suite in spec.suites.items()
         }
         # Every reward that can score training rows: for metrics, whether or not the loss uses it.
         self.train_rewards = self._open_rewards(self._training_rewards(), spec.data, base)
@@ -230,13 +230,12 @@ class RunData:
         self._check_routes(rows)
         check_rewards(self.spec.rewards, self.train_rewards, rows)
         completion_limits = [self.spec.rollout.max_new_tokens]
-        if self.spec.evaluation:
-            for name, suite in self.spec.evaluation.suites.items():
-                with blaming("evaluation", "suites", name, "data"):
-                    longest = max(longest, self._render_prompts(self.suites[name]))
-                check_rewards(self.spec.rewards, self.rewards[name], self.suites[name])
-                self._check_routes(self.suites[name][: suite.loss_prompts])
-                completion_limits.append(suite.max_new_tokens or 0)
+        for name, suite in self.spec.suites.items():
+            with blaming("evaluation", "suites", name, "data"):
+                longest = max(longest, self._render_prompts(self.suites[name]))
+            check_rewards(self.spec.rewards, self.rewards[name], self.suites[name])
+            self._check_routes(self.suites[name][: suite.loss_prompts])
+            completion_limits.append(suite.max_new_tokens or 0)
         return longest + max(completion_limits)
 
     def _find_control_tokens(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
@@ -274,7 +273,7 @@ class RunData:
     def _render_prompts(self, rows: list[Row]) -> int:
         """Render and store the rows' prompts; returns the length of the longest in tokens."""
         spec = self.spec
-        sees = spec.teacher.sees if spec.teacher else None
+        sees = spec.sees
         prompts = check_prompts(self.prompter, rows, sees, spec.rollout.max_prompt_tokens)
         for row, (student, teacher) in zip(rows, prompts, strict=True):
             self._student[id(row)] = student

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from attrs import frozen
@@ -15,7 +15,6 @@ from sdkit.language.errors import blaming
 from sdkit.models.loading import end_ids, load_model, resolve_model, special_ids
 from sdkit.models.teachers import Teacher, open_teacher
 from sdkit.models.weights import Weights
-from sdkit.plan.memory import needs_reference
 from sdkit.serving.teacher_client import ServedModel
 from sdkit.train.model_checks import check_models, compared_vocabulary, probe_models
 from sdkit.train.row_probe import may_pad_samples, measure_longest_pack
@@ -73,12 +72,12 @@ def open_models(setup: RunSetup, served: Mapping[specs.ServedWeights, ServedMode
 
     def open_frozen(weights: specs.FrozenWeights | specs.ExternalWeights) -> Teacher:
         """Return the teacher that has these weights already, or open them."""
-        leaves = zip(teacher.leaves if teacher else (), specs.teachers_of(spec), strict=True)
+        leaves = zip(teacher.leaves if teacher else (), spec.teachers(), strict=True)
         return next((leaf for leaf, (_, own) in leaves if own == weights), None) or open_one(weights)
 
     teacher = open_one(spec.teacher.weights) if spec.teacher else None
-    reference = open_frozen(specs.FrozenWeights()) if needs_reference(spec) else None
-    partner = _open_blend_partner(spec.teacher and spec.teacher.blend, student, reference, open_frozen)
+    reference = open_frozen(specs.FrozenWeights()) if spec.needs_reference else None
+    partner = _open_blend_partner(spec.blend, student, reference, open_frozen)
     named = [("student", student), *_foreign("teacher", *(teacher.leaves if teacher else ()))]
     named += _foreign("base of the blend", partner)
     ends = end_ids(student.causal, data.tokenizer, data.turn_end)
@@ -115,7 +114,7 @@ def _load_external(setup: RunSetup, device: torch.device, weights: specs.Externa
     spec = specs.ModelSpec(
         path=weights.path, revision=weights.revision, dtype=weights.dtype, attn_implementation=attention
     )
-    path = next(path for path, other in specs.other_models(setup.spec) if other == weights)
+    path = next(path for path, other in setup.spec.other_models() if other == weights)
     with blaming(*path, "path"):
         return _load(setup, spec, resolve_model(weights.path, setup.base), device).model
 
@@ -127,17 +126,11 @@ def _open_blend_partner(
     open_frozen: Callable[[specs.FrozenWeights | specs.ExternalWeights], Teacher],
 ) -> Teacher | None:
     """Return the model that the teacher is blended with, if any."""
-    match blend:
-        case None:
-            return None
-        case specs.TrustRegionBlend() | specs.ProductBlend():
-            return Teacher(student)
-        case specs.GeometricBlend():
-            return reference
-        case specs.ExtrapolateBlend(base=base):
-            return reference if isinstance(base, specs.FrozenWeights) else open_frozen(base)
-        case _:
-            assert_never(blend)
+    if blend is None:
+        return None
+    if blend.base is None:
+        return Teacher(student)
+    return reference if isinstance(blend.base, specs.FrozenWeights) else open_frozen(blend.base)
 
 
 def _foreign(name: str, *teachers: Teacher | None) -> list[tuple[str, Weights]]:

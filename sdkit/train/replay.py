@@ -17,7 +17,7 @@ from sdkit.language.errors import BadData, UnreadableInput, counted, first_of, s
 from sdkit.language.errors import Path as SpecPath
 from sdkit.language.resolved import leaves, resolved
 from sdkit.language.source import read
-from sdkit.runs.directory import MARK, RunDirectory, origin, read_lines
+from sdkit.runs.directory import MARK, RunDirectory, origin, read_lines, step_file
 
 if TYPE_CHECKING:
     from sdkit.plan.plan import Plan
@@ -154,7 +154,7 @@ def _needs_teacher_state(path: SpecPath, spec: specs.ExperimentSpec) -> bool:
 
     A routed teacher's weights are saved by route number, so any change of its routes counts.
     """
-    moving = any(weights.follows_student for _, weights in specs.teachers_of(spec))
+    moving = any(weights.follows_student for _, weights in spec.teachers())
     routed = spec.teacher is not None and isinstance(spec.teacher.weights, specs.RoutedWeights)
     return moving and (routed or path[-1] == "kind")
 
@@ -179,7 +179,7 @@ def _end_batch(run: Path, start: int, steps: int | None) -> int:
 
 def _missing_rollouts(run: Path, batches: range, size: int) -> Iterator[str]:
     for batch in batches:
-        path = run / "rollouts" / f"step_{batch:06d}.jsonl"
+        path = run / step_file("rollouts", batch)
         if not path.is_file():
             yield f"{path.name} is missing"
         elif (lines := path.read_bytes().count(b"\n")) != size:

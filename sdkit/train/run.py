@@ -14,9 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from sdkit.checkpoints import checkpoint, rng
+from sdkit.checkpoints import checkpoint, manifest, rng
 from sdkit.checkpoints import resume as resuming
-from sdkit.checkpoints.manifest import Origin, spec_digest
 from sdkit.distributed import collectives, zero
 from sdkit.distributed.launch import launched
 from sdkit.language import specs
@@ -52,7 +51,7 @@ def open_run(
     with blaming("model", "path"):
         located = resolve_model(spec.model.path, base)
         tokenizer = load_tokenizer(spec.model, located)
-    for path, weights in specs.other_models(spec):
+    for path, weights in spec.other_models():
         with blaming(*path, "path"):
             other = load_tokenizer(weights, resolve_model(weights.path, base))
             check_vocabulary(tokenizer, other, weights.path)
@@ -116,14 +115,14 @@ def _connect_teachers(
 ) -> dict[specs.ServedWeights, ServedModel]:
     """A client for each served teacher, checked before anything heavy is loaded."""
     models: dict[specs.ServedWeights, ServedModel] = {}
-    for _, weights in specs.served_teachers(spec):
+    for _, weights in spec.served_teachers():
         if weights in models:
             continue
         if weights.tokenizer:
             source = specs.ExternalWeights(path=weights.tokenizer)
             other = load_tokenizer(source, resolve_model(weights.tokenizer, base))
             check_vocabulary(tokenizer, other, weights.tokenizer)
-        models[weights] = ServedModel(weights, specs.tokens_told(spec) or 0, os.environ)
+        models[weights] = ServedModel(weights, spec.served_top_k or 0, os.environ)
         models[weights].check(tokenizer)
     return models
 
@@ -235,7 +234,7 @@ def _checkpoint_to_resume(
     check_same_recording(folder, recording)
     resuming.report_previous_attempt(folder, warn)
     resuming.check_same_spec(folder, resolved)
-    expected = Origin(run=directory.provenance(folder).get("run"), spec=spec_digest(spec), ranks=launched() or 1)
+    expected = manifest.origin(folder, spec, launched() or 1)
     return resuming.newest_checkpoint(folder, expected, warn, hashes=_is_first_rank())
 
 
@@ -305,7 +304,7 @@ def _provenance(trainer: Trainer, recording: Recording | None) -> dict[str, Any]
     model["commit"] = getattr(config, "_commit_hash", None)
     others = [
         {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)}
-        for _, w in specs.other_models(spec)
+        for _, w in spec.other_models()
     ]
     served = [{"url": w.url, "model": w.model, "root": model.root} for w, model in trainer.served.items()]
     return provenance(

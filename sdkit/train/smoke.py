@@ -49,9 +49,9 @@ def smoke(
         base = Path(folder)
         with quiet():  # the first import of DeepSpeed prints to stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
-            if any(specs.external_teachers(spec)) or any(specs.served_teachers(spec)):
+            if any(spec.external_teachers()) or any(spec.served_teachers()):
                 tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)
-            if isinstance(specs.blend_base(spec), specs.ExternalWeights):
+            if spec.blend and isinstance(spec.blend.base, specs.ExternalWeights):
                 tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)
         with _teacher_server(spec, base / "teacher") as url:
             return _run(miniature(spec, steps, (home or Path()).resolve(), url), base, console)
@@ -60,7 +60,7 @@ def smoke(
 @contextlib.contextmanager
 def _teacher_server(spec: specs.MethodSpec, folder: Path) -> Iterator[str]:
     """The address of a tiny server for the served teachers; empty if there are none."""
-    if not any(specs.served_teachers(spec)):
+    if not any(spec.served_teachers()):
         yield ""
         return
     server = TinyServer(folder, "teacher")
