@@ -20,19 +20,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from attrs import define, frozen
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdkit import __version__
 from sdkit.checkpoints import atomic, manifest, rng
 from sdkit.checkpoints.manifest import Manifest, Origin
-from sdkit.checkpoints.train_state import TrainState
 from sdkit.distributed import collectives
 from sdkit.distributed.zero import Zero
 from sdkit.language.errors import BadData, BadEnvironment, UnreadableInput, one_line
 from sdkit.language.specs import ExperimentSpec
+from sdkit.models.teachers import Teacher
 from sdkit.models.weights import Weights
 
 TEACHER = "teacher.safetensors"
@@ -40,6 +41,38 @@ PREFETCHED = "ahead.jsonl"
 """The file of prefetched rollout batches."""
 MAX_FILE_BYTES = 5 * 10**9
 """Largest file of a saved model; the first rank holds at most this much of it in memory."""
+
+
+@define(eq=False)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # rollout batches trained on
+    optimizer_steps: int = 0  # optimizer steps applied: the policy version
+    skipped: int = 0  # optimizer steps in a row that were skipped
+
+    def record(self, *, applied: bool) -> None:
+        """Count an optimizer step."""
+        self.optimizer_steps += applied
+        self.skipped = 0 if applied else self.skipped + 1
+
+
+class Prefetched(Protocol):
+    """Rollout batches that are sampled and not yet trained on (train/prefetch.py)."""
+
+    def wait(self) -> None: ...
+    def write(self, folder: Path) -> None: ...
+    def read(self, folder: Path) -> None: ...
+
+
+@frozen(eq=False, kw_only=True)
+class TrainState:
+    """Everything that changes during a run; the random streams belong to the process (rng.py)."""
+
+    zero: Zero  # the student and the optimizer
+    teacher: Teacher | None
+    prefetched: Prefetched | None
+    progress: Progress
 
 
 def save(state: TrainState, run: Path, spec: ExperimentSpec) -> Path:

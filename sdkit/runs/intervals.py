@@ -27,6 +27,8 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """
     from scipy.stats import binomtest
 
+    if not 0 <= successes <= n:  # scipy 1.18 no longer says so
+        raise ValueError(f"{successes} successes in {n} trials")
     if n == 0:
         return 0.0, 1.0
     interval = binomtest(successes, n).proportion_ci(level, method="wilson")
