@@ -66,6 +66,7 @@ CHAPTERS: list[tuple[str, list[Any]]] = [
 TITLES: dict[type, str] = {ExperimentSpec: "Run files", Schedule: "Schedules"}
 """Headings of classes that have no path of their own."""
 NAMES = "What is it called elsewhere?"
+PLURALS = {"number": "numbers", "table of anything": "tables"}
 LONGEST_LIST = 4
 """The most kinds that a cell of a table names; in place of more it links to the choice."""
 
@@ -210,12 +211,16 @@ def _type(tp: Any) -> str:
     if origin is Literal:
         return _either([f"`{arg}`" for arg in args])
     if origin in (tuple, Table):
+        noun = "list" if origin is tuple else "table"
+        entry = _type(args[0])
+        if entry.startswith("one of"):
+            return f"{noun}, each {entry}"
         count = f"{len(args)} " if origin is tuple and args[-1] is not ... else ""
-        return f"{'list' if origin is tuple else 'table'} of {count}{re.sub('^number$', 'numbers', _type(args[0]))}"
+        return f"{noun} of {count}{PLURALS.get(entry, entry)}"
     if is_spec(option):
         required = [f"{key.name}: …" for key in keys_of(option).values() if key.required]
         return f"[`{{{', '.join(required) or '…'}}}`](#{anchor(heading(option))})"
-    return {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", Any: "any value"}[option]
+    return {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", Any: "anything"}[option]
 
 
 def _links(classes: Sequence[type]) -> str:
@@ -232,6 +237,8 @@ def _bounds(range: Range) -> str:
         return "at least one"
     low, high = range.ends or (-LARGEST, LARGEST)
     ends = [_end(low, ">") if low > -LARGEST else "", _end(high, "<") if high < LARGEST else ""]
+    if all(end.startswith(("≥", "≤")) for end in ends):
+        return f"{low:g} to {high:g}"
     return ", ".join(filter(None, ends))
 
 

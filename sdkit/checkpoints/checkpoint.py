@@ -20,27 +20,59 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from attrs import define, frozen
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdkit import __version__
 from sdkit.checkpoints import atomic, manifest, rng
 from sdkit.checkpoints.manifest import Manifest, Origin
-from sdkit.checkpoints.train_state import TrainState
 from sdkit.distributed import collectives
 from sdkit.distributed.zero import Zero
 from sdkit.language.errors import BadData, BadEnvironment, UnreadableInput, one_line
 from sdkit.language.specs import ExperimentSpec
+from sdkit.models.teachers import Teacher
 from sdkit.models.weights import Weights
-from sdkit.runs import directory
 
 TEACHER = "teacher.safetensors"
 PREFETCHED = "ahead.jsonl"
 """The file of prefetched rollout batches."""
 MAX_FILE_BYTES = 5 * 10**9
 """Largest file of a saved model; the first rank holds at most this much of it in memory."""
+
+
+@define(eq=False)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # rollout batches trained on
+    optimizer_steps: int = 0  # optimizer steps applied: the policy version
+    skipped: int = 0  # optimizer steps in a row that were skipped
+
+    def record(self, *, applied: bool) -> None:
+        """Count an optimizer step."""
+        self.optimizer_steps += applied
+        self.skipped = 0 if applied else self.skipped + 1
+
+
+class Prefetched(Protocol):
+    """Rollout batches that are sampled and not yet trained on (train/prefetch.py)."""
+
+    def wait(self) -> None: ...
+    def write(self, folder: Path) -> None: ...
+    def read(self, folder: Path) -> None: ...
+
+
+@frozen(eq=False, kw_only=True)
+class TrainState:
+    """Everything that changes during a run; the random streams belong to the process (rng.py)."""
+
+    zero: Zero  # the student and the optimizer
+    teacher: Teacher | None
+    prefetched: Prefetched | None
+    progress: Progress
 
 
 def save(state: TrainState, run: Path, spec: ExperimentSpec) -> Path:
@@ -57,7 +89,7 @@ def save(state: TrainState, run: Path, spec: ExperimentSpec) -> Path:
         _write_together(lambda: atomic.empty_folder(partial) if collectives.rank() == 0 else None)
         state.zero.save(folder, partial.name)
         _write_together(lambda: _write_rank_files(state, partial))
-        _write_manifest(state, _origin(run, spec), partial)
+        _write_manifest(state, manifest.origin(run, spec, collectives.world_size()), partial)
         if collectives.rank() == 0:
             atomic.replace_folder(partial, final)
             _delete_older(final, spec.output.keep_checkpoints)
@@ -125,12 +157,6 @@ def _write_manifest(state: TrainState, origin: Origin, folder: Path) -> None:
         files=dict(sorted(files.items())),
     )
     _write_together(lambda: manifest.write(folder, facts) if collectives.rank() == 0 else None)
-
-
-def _origin(run: Path, spec: ExperimentSpec) -> Origin:
-    """The run, spec and number of ranks that write this checkpoint."""
-    number = directory.provenance(run).get("run")
-    return Origin(run=number, spec=manifest.spec_digest(spec), ranks=collectives.world_size())
 
 
 def load(state: TrainState, checkpoint: Path, seed: int) -> None:

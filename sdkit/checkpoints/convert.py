@@ -23,11 +23,10 @@ from torch import Tensor
 from sdkit import __version__
 from sdkit.checkpoints import atomic, manifest, resume
 from sdkit.checkpoints.checkpoint import PREFETCHED, TEACHER, rng_state_file, teacher_shard_file
-from sdkit.checkpoints.manifest import Manifest, Origin
+from sdkit.checkpoints.manifest import Manifest
 from sdkit.distributed import zero_universal
 from sdkit.language.errors import UnreadableInput, counted
 from sdkit.language.specs import ExperimentSpec, indivisible
-from sdkit.runs import directory
 
 SDKIT_FILES = ("random_rank_*.json", "teacher*.safetensors", manifest.NAME)
 """Files of a checkpoint that sdkit writes; the others are DeepSpeed's."""
@@ -65,7 +64,7 @@ def convert(spec: ExperimentSpec, run: Path, ranks: int, notify: resume.Notify) 
 
 def _find_source(spec: ExperimentSpec, run: Path, notify: resume.Notify) -> tuple[Path, Manifest]:
     """The checkpoint to convert and its manifest; every hash is verified before anything is unpickled."""
-    expected = Origin(run=directory.provenance(run).get("run"), spec=manifest.spec_digest(spec), ranks=0)
+    expected = manifest.origin(run, spec, ranks=0)
     source = resume.newest_valid_checkpoint(run, expected, notify, hashes=True)
     if not source:
         raise UnreadableInput(f"{run} has no checkpoint to convert", hint="set output.checkpoint_every")

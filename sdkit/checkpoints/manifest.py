@@ -17,6 +17,7 @@ from sdkit.checkpoints import atomic
 from sdkit.checkpoints.changeable import may_change_on_resume
 from sdkit.language.resolved import leaves, resolved
 from sdkit.language.specs import ExperimentSpec
+from sdkit.runs import directory
 
 NAME = "MANIFEST.json"
 
@@ -60,6 +61,11 @@ def spec_digest(spec: ExperimentSpec) -> str:
     """SHA-256 of all values of a spec except those that may change on resume."""
     fixed = [(list(path), value) for path, value in leaves(resolved(spec)) if not may_change_on_resume(path)]
     return _digest(sorted(fixed, key=str))
+
+
+def origin(run: Path, spec: ExperimentSpec, ranks: int) -> Origin:
+    """The origin of the checkpoints that `ranks` ranks write to a run directory under this spec."""
+    return Origin(run=directory.provenance(run).get("run"), spec=spec_digest(spec), ranks=ranks)
 
 
 def file_names(folder: Path) -> list[str]:

@@ -28,28 +28,15 @@ def train(
     processes: Processes = None,
 ) -> None:
     """Run a spec: evaluate, train, evaluate, and write a run directory."""
-    if resume and overwrite:
-        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    _check_exclusive(resume, overwrite)
     checked = check_spec(spec, overrides, run_file=True)
     if dry_run:
         plan(spec, overrides)
         return smoke_spec(checked, 2)
     _launch_ranks(checked.spec, processes)
-    from sdkit.language.show import annotated
-    from sdkit.train.run import train as run_spec
-
     folder = to or Path(checked.spec.output.folder) / spec.stem
-    with placing(checked):
-        run_spec(
-            checked.spec,
-            spec.resolve().parent,
-            folder,
-            make_console(),
-            written=checked.texts[checked.loaded.name],
-            resolved=annotated(checked) + "\n",
-            resume=resume,
-            overwrite=overwrite,
-        )
+    written = checked.texts[checked.loaded.name]
+    _train(checked, spec.resolve().parent, folder, make_console(), written, resume=resume, overwrite=overwrite)
     return None
 
 
@@ -152,9 +139,7 @@ def replay(
 
     Without overrides it repeats the run.  `sdkit compare` shows both.
     """
-    if resume and overwrite:
-        raise typer.BadParameter("--resume and --overwrite exclude each other")
-    from sdkit.language.show import annotated
+    _check_exclusive(resume, overwrite)
     from sdkit.language.source import read
     from sdkit.train.replay import open_recording
 
@@ -162,22 +147,25 @@ def replay(
     run = recording.run
     checked, base = check_run(run, overrides, warn=bool(overrides))
     _launch_ranks(checked.spec, processes)
-    from sdkit.train.run import train as run_spec
-
     console = make_console()
     console.print(f"replay: {recording}", markup=False, highlight=False)
+    folder, written = to or run.with_name(f"{run.name}-replay"), read(run / "spec.yaml").text
+    _train(checked, base, folder, console, written, resume=resume, overwrite=overwrite, recording=recording)
+
+
+def _check_exclusive(resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite exclude each other")
+
+
+def _train(checked: Any, base: Path, folder: Path, console: Any, written: str, **options: Any) -> None:
+    """Train a checked spec, whose text is `written` and whose paths start at `base`, in the run directory `folder`."""
+    from sdkit.language.show import annotated
+    from sdkit.train.run import train as run_spec
+
     with placing(checked):
-        run_spec(
-            checked.spec,
-            base,
-            to or run.with_name(f"{run.name}-replay"),
-            console,
-            written=read(run / "spec.yaml").text,
-            resolved=annotated(checked) + "\n",
-            resume=resume,
-            overwrite=overwrite,
-            recording=recording,
-        )
+        resolved = annotated(checked) + "\n"
+        run_spec(checked.spec, base, folder, console, written=written, resolved=resolved, **options)
 
 
 def _launch_ranks(spec: Any, processes: int | None) -> None:

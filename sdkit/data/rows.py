@@ -23,9 +23,6 @@ from sdkit.language.specs import ColumnTemplate, DataSpec, Table
 from sdkit.language.templates import Field, Template, TemplateError, fields, fill, parse
 from sdkit.seeds import derive
 
-Columns = Mapping[str, str | ColumnTemplate]
-
-
 # ── rows ──────────────────────────────────────────────────────────────────────────────────────
 
 

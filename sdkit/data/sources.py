@@ -15,7 +15,7 @@ from typing import Any, assert_never
 
 from sdkit.language import specs
 from sdkit.language.errors import BadData, BadEnvironment, first_line, listed, nearest, shorten
-from sdkit.language.files import UnreadableFile, irregular_kind, read_file
+from sdkit.language.files import UnreadableFile, irregular_kind, needs_package, read_file
 from sdkit.language.row_text import Fault, describe_value
 
 Raw = Mapping[str, Any]
@@ -205,16 +205,10 @@ def _take(dataset: Any, limit: int | None) -> Iterable[Any]:
 
 
 def _reasoning_gym(source: specs.ReasoningGymSource, limit: int | None) -> Iterable[Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # from a package that it imports
-            import reasoning_gym
-            from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise BadEnvironment(
-            f"data of kind reasoning_gym need a package that is missing: {error.name or 'reasoning_gym'}",
-            hint="pip install reasoning-gym",
-        ) from error
+    with needs_package("data of kind reasoning_gym", "reasoning-gym"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # from a package that it imports
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
     if source.task not in DATASETS:
         raise _unknown(f"reasoning-gym has no task '{source.task}'", source.task, sorted(DATASETS))
     _check_options(source, DATASETS[source.task][1])

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sdkit.language.errors import BadData, SdkitError, one_line
+from sdkit.language.errors import BadData, BadEnvironment, SdkitError, one_line
 
 MAX_SPEC_BYTES = 4 * 2**20
 """A run file or a method page."""
@@ -92,3 +92,13 @@ def library_reads(failure: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":  # of torch, which this floor does not import
             raise
         raise BadData(f"{failure}: {one_line(error, 300)}") from None
+
+
+@contextlib.contextmanager
+def needs_package(what: str, package: str) -> Iterator[None]:
+    """Raises BadEnvironment, naming `what` needs the package, if an import inside the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        message = f"{what} need a package that is missing: {error.name or package}"
+        raise BadEnvironment(message, hint=f"pip install {package}") from error

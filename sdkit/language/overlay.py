@@ -78,15 +78,16 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolve
         path = packaged_page(name)
     source = read(path, resolved=resolved)
     parsed = [_parse_override(text, line) for line, text in enumerate(overrides, 1)]
+    applicable = [o for o in parsed if isinstance(o, _Override)]
     texts = {source.name: source.text}
     if overrides:
         texts[COMMAND_LINE] = "\n".join(text.replace("\n", " ") for text in overrides)
-    problems = list(source.problems)
+    problems = [*source.problems, *(o for o in parsed if isinstance(o, Problem))]
     root, method, is_complete = source.root, None, True
     folder = _folder(source.name)
     is_run = root is not None and is_run_file(root.data)
     if root and is_run:
-        root = _apply([o for o in parsed if o.path == ("method",)], root, problems)
+        root = _apply([o for o in applicable if o.path == ("method",)], root, problems)
         method, page, root = _method_page(root, folder, problems)
         is_complete = method is None or (page is not None and not (page.root is None and page.problems))
         if page:
@@ -95,8 +96,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolve
         if page and page.root:
             root = merge(_without_run_keys(page.root, page.name, problems), root)
     if root:
-        root = _apply([o for o in parsed if o.path != ("method",)], root, problems)
-    problems += [o.problem for o in parsed if o.problem]
+        root = _apply([o for o in applicable if o.path != ("method",)], root, problems)
     kind = "run" if is_run or (root and is_run_file(root.data)) else "method"
     return LoadedSpec(source.name, kind, folder, root, texts, method, is_complete, tuple(problems))
 
@@ -211,31 +211,28 @@ def _without_run_keys(page: Node, name: str, problems: list[Problem]) -> Node:
 @frozen(eq=False)
 class _Override:
     path: Path
-    value: Node | None
+    value: Node
     key: Place
-    problem: Problem | None = None
 
 
-def _parse_override(text: str, line: int) -> _Override:
+def _parse_override(text: str, line: int) -> _Override | Problem:
     """Parses one `key.path=value`; its line number is the position among the overrides."""
     name, equals, value = text.partition("=")
     path = tuple(name.split("."))
     key = Place(COMMAND_LINE, line, 1, max(1, len(name)))
     if not equals or not all(path):
         message = f"{shorten(text)} is not an override of the form key.path=value"
-        problem = Problem((), message, "override", "example: optimizer.lr=1e-5", key)
-        return _Override(path, None, key, problem)
+        return Problem((), message, "override", "example: optimizer.lr=1e-5", key)
     if fault := key_fault(path):
-        return _Override(path, None, key, Problem((), fault, "override", None, key))
+        return Problem((), fault, "override", None, key)
     source = read_text(value, COMMAND_LINE)
     if source.problems:
         problem = source.problems[0]
         place = _shift_place(problem.place or key, line, len(name) + 1)
-        problem = evolve(problem, path=path, code="override", place=place)
-        return _Override(path, None, key, problem)
+        return evolve(problem, path=path, code="override", place=place)
     root = source.root or Node(None, Place(COMMAND_LINE, 1, 1, max(1, len(value))))
     if max(len(below) for below, _ in root.walk()) + len(path) > MAX_DEPTH:
-        return _Override(path, None, key, Problem((), TOO_DEEP, "override", None, key))
+        return Problem((), TOO_DEEP, "override", None, key)
     return _Override(path, _shift_node(root, line, len(name) + 1, key), key)
 
 
@@ -256,8 +253,6 @@ def _shift_node(node: Node, line: int, columns: int, key: Place | None = None) -
 
 def _apply(overrides: Iterable[_Override], root: Node, problems: list[Problem]) -> Node:
     for override in overrides:
-        if override.value is None:
-            continue
         try:
             root = _set(root, override, 0)
         except LookupError as error:
@@ -267,7 +262,6 @@ def _apply(overrides: Iterable[_Override], root: Node, problems: list[Problem]) 
 
 def _set(node: Node, override: _Override, depth: int) -> Node:
     """`node` with the override's value set at its path.  Raises LookupError if the path leads through a non-map."""
-    assert override.value is not None
     if depth == len(override.path):
         return merge(node, override.value)
     part = str(override.path[depth])

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
 from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Path, Problem, did_you_mean, listed, outside, shorten, spelled
 from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, kinds_of, members
 from sdkit.language.overlay import LoadedSpec
-from sdkit.language.renamed import rename_hint
+from sdkit.language.renamed import current_name, rename_hint
 from sdkit.language.scalars import scalar
 from sdkit.language.specs import ExperimentSpec, MethodSpec, Range, Schedule, Table
 
@@ -93,7 +92,8 @@ class _Structurer:
                 values[keys[name].field] = self._field(keys[name], item, (*path, name))
             elif not (tagged and name == "kind"):
                 self._report_unknown_key(cls, name, path)
-        missing = [k.name for k in keys.values() if k.required and k.name not in data]
+        given = {*data, *(current_name((*path, name)) for name in data if name not in keys)}
+        missing = [k.name for k in keys.values() if k.required and k.name not in given]
         if not path and not self.loaded.is_complete:
             missing = [name for name in missing if name not in keys_of(MethodSpec)]
         if missing:
@@ -111,31 +111,26 @@ class _Structurer:
         else:
             # Show an int given for a float as it was written.
             written = {path: data if isinstance(data, int | float) else value}
-        in_range = [self._in_range(key.range, number, at) for at, number in written.items()]
-        return value if all([*in_range, *self._entries_in_range(key, value, path)]) else INVALID
+        known_problems = len(self.problems)
+        for at, number in written.items():
+            self._check_range(key.range, number, at)
+        self._check_entries(key, value, path)
+        return value if len(self.problems) == known_problems else INVALID
 
-    def _entries_in_range(self, key: Key, value: Any, path: Path) -> Iterator[bool]:
-        """Yields whether each name and each scalar entry of a list or table is in its range."""
-        if not isinstance(value, Table | tuple):
-            return
-        entries = value.items() if isinstance(value, Table) else enumerate(value)
+    def _check_entries(self, key: Key, value: Any, path: Path) -> None:
+        """Reports the names and scalar entries of a list or table that are not in their ranges."""
+        entries = value.items() if isinstance(value, Table) else enumerate(value) if isinstance(value, tuple) else ()
         for name, entry in entries:
-            where = (*path, name)
             if key.names and not key.names.accepts(name):
-                message = f"{shorten(name)} is not {key.names.text}"
-                self.report(where, message, "range", at_key=True)
-                yield False
+                self.report((*path, name), f"{shorten(name)} is not {key.names.text}", "range", at_key=True)
             if isinstance(entry, str | int | float):
-                yield self._in_range(key.each, entry, where)
+                self._check_range(key.each, entry, (*path, name))
 
-    def _in_range(self, range: Range | None, value: Any, path: Path) -> bool:
-        if range is None or range.accepts(value):
-            return True
-        name = path[-1] if isinstance(path[-1], str) else spelled(path[-2:])
-        empty = not isinstance(value, int | float) and len(value) == 0
-        message = f"'{name}' is " + ("empty" if empty else f"{shorten(value)}, not {range.text}")
-        self.report(path, message, "range")
-        return False
+    def _check_range(self, range: Range | None, value: Any, path: Path) -> None:
+        if range and not range.accepts(value):
+            name = path[-1] if isinstance(path[-1], str) else spelled(path[-2:])
+            empty = not isinstance(value, int | float) and len(value) == 0
+            self.report(path, f"'{name}' is " + ("empty" if empty else f"{shorten(value)}, not {range.text}"), "range")
 
     # ── unions ──
 

@@ -13,67 +13,53 @@ from sdkit.language.errors import did_you_mean
 from sdkit.language.introspection import is_spec, keys_of, members
 from sdkit.language.specs import ExperimentSpec, Table
 
-SYNONYMS: Mapping[str, tuple[str, ...]] = {
-    "alpha": ("update_rate", "teacher_share"),
-    "beta": ("teacher_share", "update_rate", "coefficient"),
-    "kl_coef": ("coefficient",),
-    "scale_rewards": ("scale",),
-    "epsilon": ("low",),
-    "epsilon_high": ("high",),
-    "clip_ratio_low": ("low",),
-    "clip_ratio_high": ("high",),
-    "importance_sampling_level": ("ratio",),
-    "tau": ("update_rate", "temperature"),
-    "decay": ("update_rate",),
-    "ema_decay": ("update_rate",),
-    "mixup": ("update_rate",),
-    "ref_model_mixup_alpha": ("update_rate",),
-    "rate": ("update_rate", "lr"),
-    "n": ("completions_per_prompt", "samples"),
-    "num_generations": ("completions_per_prompt",),
-    "group_size": ("completions_per_prompt",),
-    "num_samples": ("samples", "completions_per_prompt"),
-    "max_completion_length": ("max_new_tokens",),
-    "max_tokens": ("max_new_tokens",),
-    "max_length": ("max_new_tokens",),
-    "response_length": ("max_new_tokens",),
-    "max_prompt_length": ("max_prompt_tokens",),
-    "learning_rate": ("lr",),
-    "grad_clip": ("max_grad_norm",),
-    "gradient_clipping": ("max_grad_norm",),
-    "batch_size": ("prompts_per_step",),
-    "train_batch_size": ("prompts_per_step",),
-    "per_device_train_batch_size": ("micro_batch_tokens",),
-    "micro_batch_size": ("micro_batch_tokens",),
-    "num_train_epochs": ("epochs",),
-    "max_steps": ("steps",),
-    "num_iterations": ("updates_per_rollout",),
-    "ppo_epochs": ("updates_per_rollout",),
-    "gradient_checkpointing": ("activation_checkpointing",),
-    "name_or_path": ("path",),
-    "model_name_or_path": ("path",),
-    "torch_dtype": ("dtype",),
-    "base_url": ("url",),
-    "endpoint": ("url",),
-    "api_key": ("key_from",),
-    "timeout": ("request_seconds",),
-    "max_retries": ("retries",),
-    "eval_every": ("every",),
-    "eval_steps": ("every",),
-    "save_steps": ("checkpoint_every",),
-    "save_every": ("checkpoint_every",),
-    "output_dir": ("folder",),
-    "kl_type": ("divergence",),
-    "loss_type": ("average", "kind"),
-    "privileged_context": ("sees",),
-    "context": ("sees",),
-    "reward": ("rewards",),
-    "loss": ("losses",),
-    "weight": ("coefficient",),
-    "mode": ("kind",),
-    "type": ("kind",),
+_OTHER_NAMES = (
+    ("update_rate", "alpha tau decay ema_decay mixup ref_model_mixup_alpha rate"),
+    ("teacher_share", "alpha beta"),
+    ("update_rate", "beta"),
+    ("coefficient", "beta kl_coef weight"),
+    ("temperature", "tau"),
+    ("scale", "scale_rewards"),
+    ("low", "epsilon clip_ratio_low"),
+    ("high", "epsilon_high clip_ratio_high"),
+    ("ratio", "importance_sampling_level"),
+    ("completions_per_prompt", "n num_generations group_size"),
+    ("samples", "n num_samples"),
+    ("completions_per_prompt", "num_samples"),
+    ("max_new_tokens", "max_completion_length max_tokens max_length response_length"),
+    ("max_prompt_tokens", "max_prompt_length"),
+    ("lr", "learning_rate rate"),
+    ("max_grad_norm", "grad_clip gradient_clipping"),
+    ("prompts_per_step", "batch_size train_batch_size"),
+    ("micro_batch_tokens", "per_device_train_batch_size micro_batch_size"),
+    ("epochs", "num_train_epochs"),
+    ("steps", "max_steps"),
+    ("updates_per_rollout", "num_iterations ppo_epochs"),
+    ("activation_checkpointing", "gradient_checkpointing"),
+    ("path", "name_or_path model_name_or_path"),
+    ("dtype", "torch_dtype"),
+    ("url", "base_url endpoint"),
+    ("key_from", "api_key"),
+    ("request_seconds", "timeout"),
+    ("retries", "max_retries"),
+    ("every", "eval_every eval_steps"),
+    ("checkpoint_every", "save_steps save_every"),
+    ("folder", "output_dir"),
+    ("divergence", "kl_type"),
+    ("average", "loss_type"),
+    ("sees", "privileged_context context"),
+    ("rewards", "reward"),
+    ("losses", "loss"),
+    ("kind", "loss_type mode type"),
+)
+"""sdkit's keys and their names in other toolkits; of several keys with one such name, the likelier comes first."""
+
+SYNONYMS: Mapping[str, list[str]] = {
+    name: [key for key, others in _OTHER_NAMES if name in others.split()]
+    for _, names in _OTHER_NAMES
+    for name in names.split()
 }
-"""Names in other toolkits → sdkit's keys, most likely first."""
+"""Names in other toolkits → sdkit's keys, likeliest first."""
 
 _NO_K1 = "use k2 or vocabulary: the expected gradient of k1 is 0"
 _NO_K3 = "use k2 or vocabulary: the gradient of k3 is that of the forward KL"
@@ -97,14 +83,15 @@ def advice(name: str, cls: type) -> str | None:
     here = [*keys_of(cls), *(["kind"] if hasattr(cls, "kind") else [])]
     if cls is ExperimentSpec:
         here.append("method")
-    for word in SYNONYMS.get(name, ()):
+    synonyms = SYNONYMS.get(name, [])
+    for word in synonyms:
         if word in here:
             return f'sdkit calls it "{word}"' + (f", which is 1 − {name}" if name.endswith("decay") else "")
     if hint := did_you_mean(name, here):
         return hint
     if name == "kind":
         return "remove it: there is only one kind here"
-    words = (name, *SYNONYMS.get(name, ()))
+    words = [name, *synonyms]
     places = ((path.count("."), words.index(word), path) for word, path in all_keys() if word in words)
     for _, other, path in sorted(places)[:1]:
         return f'sdkit has "{path}"' if other else f"it belongs at {path}"

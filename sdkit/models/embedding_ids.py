@@ -9,7 +9,7 @@ from typing import Any
 from attrs import frozen
 
 from sdkit.language.errors import BadData, blaming
-from sdkit.language.specs import ExperimentSpec, other_models
+from sdkit.language.specs import ExperimentSpec
 from sdkit.models.loading import embedding_rows, resolve_model
 
 HINT = "resize that model's embeddings, or take the token out of the tokenizer or the text"
@@ -43,7 +43,7 @@ def known_ids(spec: ExperimentSpec, base: Path, located: str) -> KnownIds | None
     """
     with blaming("model", "path"):
         rows_by_model = [(spec.model.path, embedding_rows(spec.model, located))]
-    for path, weights in other_models(spec):
+    for path, weights in spec.other_models():
         with blaming(*path, "path"):
             rows = embedding_rows(weights, resolve_model(weights.path, base))
         rows_by_model.append((weights.path, rows))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -102,11 +100,14 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     logging.disable_progress_bar()
     with library_reads(f"cannot load {located}"):
-        _refuse_adapter(spec, located)
-        with _hint_at_eager(spec):
+        if find_adapter_config_file(located, revision=spec.revision) is not None:
+            # transformers would load its base model and apply the adapter.
+            raise BadData(f"{located} {IS_ADAPTER}", hint=MERGE_FIRST)
+        try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 located,
                 revision=spec.revision,
@@ -115,6 +116,14 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
                 trust_remote_code=False,
                 use_safetensors=True,
             )
+        except ValueError as error:
+            if spec.attn_implementation == "eager" or 'attn_implementation="eager"' not in str(error):
+                raise
+            raise BadData(
+                f"the model has no {spec.attn_implementation} attention",
+                hint="set model.attn_implementation: eager",
+                path=("model", "attn_implementation"),
+            ) from None
     if spec.activation_checkpointing:
         activation_checkpointing.enable(model)
     if spec.lora:
@@ -122,29 +131,6 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
     # Never in training mode: dropout and noise would change importance ratios and recomputed activations.
     model.eval()
     return model
-
-
-@contextlib.contextmanager
-def _hint_at_eager(spec: ModelSpec) -> Iterator[None]:
-    """transformers names a setting of its own where a model has not the attention kernel that is asked for."""
-    try:
-        yield
-    except ValueError as error:
-        if spec.attn_implementation == "eager" or 'attn_implementation="eager"' not in str(error):
-            raise
-        raise BadData(
-            f"the model has no {spec.attn_implementation} attention",
-            hint="set model.attn_implementation: eager",
-            path=("model", "attn_implementation"),
-        ) from None
-
-
-def _refuse_adapter(spec: ModelSpec, located: str) -> None:
-    """Raise BadData for an adapter folder: transformers would load its base model and apply the adapter."""
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    if find_adapter_config_file(located, revision=spec.revision) is not None:
-        raise BadData(f"{located} {IS_ADAPTER}", hint=MERGE_FIRST)
 
 
 def _bundled_folder(name: str) -> Path:

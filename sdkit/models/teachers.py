@@ -7,8 +7,8 @@ by then.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, assert_never
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from sdkit.models.weights import STUDENT_ADAPTER, TEACHER_ADAPTER, Weights
 
 Masters = Callable[[], Iterator[tuple[str, Tensor]]]
 """Yields names and float32 master weights of the student's trained parameters; this rank's shards if they are sharded."""
+
+Event = Literal["optimizer_step", "rollout_batch"]
+"""When a teacher may follow the student: after an optimizer step, or after all updates on a rollout batch."""
 
 LoadModel = Callable[[specs.ExternalWeights], torch.nn.Module]
 """Loads another model onto the student's device."""
@@ -52,15 +55,11 @@ class Teacher:
     def initialize(self) -> None:
         """Copy this rank's shards.  Call once, after DeepSpeed has wrapped all models and before the first update."""
 
-    def after_update(self, masters: Masters, spec: specs.TeacherWeights, updates: int) -> bool:
-        """Follow the student after optimizer step `updates`; returns whether the teacher changed.
+    def follow(self, masters: Masters, spec: specs.TeacherWeights, after: Event, updates: int) -> bool:
+        """Follow the student if it is time; returns whether the teacher changed.
 
-        `spec` is the teacher's own, without schedules, and so it is in `after_rollout_batch`.
+        `spec` is the teacher's own, without schedules; `updates` is the number of optimizer steps taken.
         """
-        return False
-
-    def after_rollout_batch(self, masters: Masters, spec: specs.TeacherWeights) -> bool:
-        """Follow the student after all updates on a rollout batch; returns whether the teacher changed."""
         return False
 
     def state(self) -> dict[str, Tensor]:
@@ -92,18 +91,12 @@ class AveragedTeacher(Teacher):
         local_shard = self._sharding().local_shard
         self.shadow = {name: local_shard(p).float().clone() for name, p in self.parameters.items()}
 
-    def after_update(self, masters: Masters, spec: specs.TeacherWeights, updates: int) -> bool:
+    def follow(self, masters: Masters, spec: specs.TeacherWeights, after: Event, updates: int) -> bool:
         match spec:
-            case specs.EmaWeights(every="optimizer_step", update_rate=rate):
+            case specs.EmaWeights(every=every, update_rate=rate) if every == after:
                 return self._update_shadow(masters, rate)
-            case specs.CopyWeights(every=every) if updates % every == 0:
+            case specs.CopyWeights(every=every) if after == "optimizer_step" and updates % every == 0:
                 return self._update_shadow(masters, 1.0)
-        return False
-
-    def after_rollout_batch(self, masters: Masters, spec: specs.TeacherWeights) -> bool:
-        match spec:
-            case specs.EmaWeights(every="rollout_batch", update_rate=rate):
-                return self._update_shadow(masters, rate)
         return False
 
     @torch.no_grad()
@@ -170,18 +163,10 @@ class RoutedTeacher(Teacher):
     def score(self, route: int, sequences: PaddedSequences, rows: int) -> TeacherScores:
         return self.routes[route].score(0, sequences, rows)
 
-    def after_update(self, masters: Masters, spec: specs.TeacherWeights, updates: int) -> bool:
-        return self._record_distance([p for p, own in self._specs(spec) if p.after_update(masters, own, updates)])
-
-    def after_rollout_batch(self, masters: Masters, spec: specs.TeacherWeights) -> bool:
-        return self._record_distance([p for p, own in self._specs(spec) if p.after_rollout_batch(masters, own)])
-
-    def _specs(self, spec: specs.TeacherWeights) -> Iterable[tuple[Teacher, specs.OneTeacher]]:
-        """Returns each part with its own spec."""
+    def follow(self, masters: Masters, spec: specs.TeacherWeights, after: Event, updates: int) -> bool:
         assert isinstance(spec, specs.RoutedWeights)
-        return dict(zip(self.routes, spec.routes.values(), strict=True)).items()
-
-    def _record_distance(self, changed: Sequence[Teacher]) -> bool:
+        own_specs = dict(zip(self.routes, spec.routes.values(), strict=True))
+        changed = [part for part, own in own_specs.items() if part.follow(masters, own, after, updates)]
         self.distance = max((part.distance for part in changed), default=self.distance)
         return bool(changed)
 

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from sdkit.language.model_shapes import shape_at
-from sdkit.language.specs import ExperimentSpec, ShapeSpec, other_models
+from sdkit.language.specs import ExperimentSpec, ShapeSpec
 from sdkit.plan.accelerators import Machine
 
 
@@ -56,5 +56,5 @@ def shape_of(spec: ExperimentSpec, base: Path) -> ShapeSpec | None:
 
 def other_shapes(spec: ExperimentSpec, base: Path) -> dict[str, ShapeSpec]:
     """Returns path → shape of every model besides the student's that is bundled or in a local folder."""
-    shapes = {weights.path: shape_at(weights.path, base) for _, weights in other_models(spec)}
+    shapes = {weights.path: shape_at(weights.path, base) for _, weights in spec.other_models()}
     return {path: shape for path, shape in shapes.items() if shape}

@@ -6,18 +6,7 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
-from sdkit.language.specs import (
-    Backend,
-    ExperimentSpec,
-    FrozenWeights,
-    OneTeacher,
-    ReferenceKl,
-    ShapeSpec,
-    VllmBackend,
-    blend_base,
-    other_models,
-    teachers_of,
-)
+from sdkit.language.specs import Backend, ExperimentSpec, FrozenWeights, OneTeacher, ShapeSpec, VllmBackend
 from sdkit.plan.accelerators import Machine
 
 GIB = 2**30
@@ -38,23 +27,13 @@ def teacher_copies(spec: ExperimentSpec) -> list[OneTeacher]:
     """Returns the teachers that need their own copy of the model; routes with equal weights share one."""
     if spec.model.lora:
         return []
-    distinct = dict.fromkeys(weights for _, weights in teachers_of(spec))
+    distinct = dict.fromkeys(weights for _, weights in spec.teachers())
     return [w for w in distinct if w.is_stored and not w.is_other_model]
-
-
-def has_reference_term(spec: ExperimentSpec) -> bool:
-    """Whether a loss term is a KL to the frozen start model."""
-    return any(isinstance(term, ReferenceKl) for term in spec.losses.values())
-
-
-def needs_reference(spec: ExperimentSpec) -> bool:
-    """Whether a loss term or a blend needs the start model's scores under the student's prompt."""
-    return has_reference_term(spec) or isinstance(blend_base(spec), FrozenWeights)
 
 
 def has_frozen_teacher(spec: ExperimentSpec) -> bool:
     """Whether the start model is a teacher; it then serves as the reference too."""
-    return any(isinstance(weights, FrozenWeights) for _, weights in teachers_of(spec))
+    return any(isinstance(weights, FrozenWeights) for _, weights in spec.teachers())
 
 
 def estimate_memory(
@@ -81,17 +60,17 @@ def estimate_memory(
         ("gradients", trained * gradients),
         *(("teacher weights", local * (width + 4 * weights.follows_student)) for weights in teacher_copies(spec)),
     ]
-    for weights in dict.fromkeys(weights for _, weights in other_models(spec)):
+    for weights in dict.fromkeys(weights for _, weights in spec.other_models()):
         if other_shape := other_shapes.get(weights.path):
             items.append((f"model {weights.path}", other_shape.parameters * BYTES[weights.dtype]))
-    if needs_reference(spec) and not spec.model.lora and not has_frozen_teacher(spec):
+    if spec.needs_reference and not spec.model.lora and not has_frozen_teacher(spec):
         items.append(("reference weights", local * width))
     if isinstance(backend, VllmBackend):
         items.append(("vLLM weights and cache", engine_gib(spec, backend, machine, shape) * GIB))
     stored = 2 if spec.model.activation_checkpointing else 34  # values per token, layer and channel
     activations = spec.training.micro_batch_tokens * shape.hidden_size * shape.num_hidden_layers * stored
     items.append(("activations of a micro-batch", activations * width / 2))
-    buffers = 8 if spec.teacher and spec.teacher.blend else 6
+    buffers = 8 if spec.blend else 6
     logits = spec.training.chunk_tokens * shape.vocab_size * 4
     items.append(("projection chunk (student, teacher, gradient)", buffers * logits))
     return tuple(MemoryShare(label=label, gib=size / GIB) for label, size in items)

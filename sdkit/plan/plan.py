@@ -23,15 +23,11 @@ from sdkit.language.specs import (
     VllmBackend,
     VllmEngine,
     VllmServerBackend,
-    blend_base,
-    external_teachers,
     indivisible,
     required_statistics,
-    teachers_of,
-    tokens_told,
 )
 from sdkit.plan.accelerators import Machine
-from sdkit.plan.memory import BYTES, GIB, MemoryShare, estimate_memory, has_frozen_teacher, needs_reference
+from sdkit.plan.memory import BYTES, GIB, MemoryShare, estimate_memory, has_frozen_teacher
 from sdkit.plan.time import StepTime, estimate_step_time
 
 ChosenBackend = TransformersBackend | VllmBackend | VllmServerBackend
@@ -180,7 +176,7 @@ def _teacher_lift_notes(spec: ExperimentSpec, backend: ChosenBackend | ReplayBac
     teacher = spec.teacher
     if not spec.evaluation:
         return
-    if isinstance(backend, VllmEngine) and any(external_teachers(spec)):
+    if isinstance(backend, VllmEngine) and any(spec.external_teachers()):
         yield "evaluation.teacher_lift samples the external teacher with transformers"
     if teacher and teacher.weights.cannot_sample:
         yield f"evaluation.teacher_lift is not measured: a {teacher.weights.kind} teacher does not sample"
@@ -190,7 +186,7 @@ def _teacher_lift_notes(spec: ExperimentSpec, backend: ChosenBackend | ReplayBac
 
 def _served_teacher_notes(spec: ExperimentSpec) -> list[str]:
     """What a teacher server must support, and what it cannot report."""
-    k = tokens_told(spec)
+    k = spec.served_top_k
     if k is None:
         return []
     text = f"each server is asked for the sampled token's log-probability and for the teacher's {k} likeliest tokens"
@@ -199,7 +195,7 @@ def _served_teacher_notes(spec: ExperimentSpec) -> list[str]:
     if k > VLLM_DEFAULT_MAX_LOGPROBS:
         text += f", so it must be started with --max-logprobs {k} or more"
     notes = [text, "the teacher's entropy is not measured: a server returns only the likeliest tokens"]
-    if any(w for _, w in teachers_of(spec) if not isinstance(w, ServedWeights)):
+    if any(w for _, w in spec.teachers() if not isinstance(w, ServedWeights)):
         notes.append(f"the other routes' teachers are limited to their {k} likeliest tokens, too")
     return notes
 
@@ -214,8 +210,8 @@ def prompts_per_rank(spec: ExperimentSpec, ranks: int) -> int:
 def _objective(spec: MethodSpec) -> tuple[str, ...]:
     """One line per loss term, then those of the blend and of the route, if there are any."""
     lines = [f"{name}: {term.describe(spec.rollout.temperature)}" for name, term in spec.losses.items()]
-    if spec.teacher and spec.teacher.blend:
-        lines.append(f"blend: teacher Q ∝ {spec.teacher.blend.describe()}")
+    if spec.blend:
+        lines.append(f"blend: teacher Q ∝ {spec.blend.describe()}")
     if spec.route:
         lines.append(f"route: {spec.route.describe()}")
     return tuple(lines)
@@ -254,7 +250,7 @@ def _choose_backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBacke
 
 
 def _external_teacher_samples(spec: ExperimentSpec) -> bool:
-    return spec.rollout.sampled_by.uses_teacher_weights and any(external_teachers(spec))
+    return spec.rollout.sampled_by.uses_teacher_weights and any(spec.external_teachers())
 
 
 def _roles(spec: ExperimentSpec) -> list[str]:
@@ -263,11 +259,12 @@ def _roles(spec: ExperimentSpec) -> list[str]:
     if spec.teacher:
         place = spec.teacher.weights.describe_place(bool(spec.model.lora))
         roles.append(f"teacher: {spec.teacher.describe()}{place}")
-    if needs_reference(spec):
+    if spec.needs_reference:
         own = "the student with its adapter off" if spec.model.lora else "a copy of the model"
         shared = "the teacher" if has_frozen_teacher(spec) else own
         roles.append(f"reference: the frozen start model ({shared})")
-    if isinstance(base := blend_base(spec), ExternalWeights):
+    base = spec.blend and spec.blend.base
+    if isinstance(base, ExternalWeights):
         roles.append(f"base of the blend: {base.describe()}{base.describe_place(bool(spec.model.lora))}")
     roles.append(f"sampler: {spec.rollout.describe()}")
     return roles

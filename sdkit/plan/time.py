@@ -24,13 +24,10 @@ from sdkit.language.specs import (
     ShapeSpec,
     VllmBackend,
     VllmServerBackend,
-    external_teachers,
-    other_models,
     required_statistics,
-    served_teachers,
 )
 from sdkit.plan.accelerators import ACCELERATORS, Accelerator, Machine
-from sdkit.plan.memory import BYTES, GIB, engine_gib, needs_reference
+from sdkit.plan.memory import BYTES, GIB, engine_gib
 
 COMPUTE_UTILIZATION = 0.4
 """Assumed fraction of the peak operations per second in passes over full sequences."""
@@ -97,13 +94,13 @@ def _missing_figure(
     spec: ExperimentSpec, backend: Backend, shape: ShapeSpec | None, other_shapes: Mapping[str, ShapeSpec]
 ) -> str | None:
     """The first figure that the estimate needs and does not have; None if it has all."""
-    sees = spec.teacher.sees if spec.teacher else None
+    sees = spec.sees
     sampled = not isinstance(spec.rollout.sampled_by, DatasetSamples)
     if shape is None:
         return "the model's shape is not at hand; state it as model.shape"
-    if any(weights.path not in other_shapes for _, weights in other_models(spec)):
+    if any(weights.path not in other_shapes for _, weights in spec.other_models()):
         return "another model's shape is not at hand"
-    if any(served_teachers(spec)):
+    if any(spec.served_teachers()):
         return "how fast the teacher's server answers is not known"
     if spec.model.dtype != "bfloat16":
         return f"the figures are bfloat16's, and model.dtype is {spec.model.dtype}"
@@ -121,7 +118,7 @@ def _missing_figure(
 def _max_lengths(spec: ExperimentSpec) -> tuple[int, int, int]:
     """The maximum lengths of student prompt, teacher prompt and completion."""
     prompt = spec.rollout.max_prompt_tokens or 0
-    sees = spec.teacher.sees if spec.teacher else None
+    sees = spec.sees
     teacher_prompt = max(prompt, sees.max_prompt_tokens or 0) if sees else prompt
     return prompt, teacher_prompt, spec.rollout.max_new_tokens
 
@@ -151,7 +148,7 @@ def _training_passes(spec: ExperimentSpec) -> int:
     return (
         forward_and_backward
         + spec.model.activation_checkpointing
-        + needs_reference(spec)
+        + spec.needs_reference
         + (statistics or spec.needs_old_logprobs)
     )
 
@@ -161,11 +158,11 @@ def _scoring_operations(
 ) -> float:
     """Operations of the teachers' passes, assuming the largest teacher for all rows, and of their blend partners."""
     prompt, teacher_prompt, new = _max_lengths(spec)
-    external = [other_shapes[weights.path] for _, weights in external_teachers(spec)]
+    external = [other_shapes[weights.path] for _, weights in spec.external_teachers()]
     largest = max(external, key=lambda model: model.parameters, default=shape)
     statistics = any(name.startswith("teacher") for name in required_statistics(spec.losses))
     scores = _forward_operations(largest, rollouts, teacher_prompt + new)
-    blend, start = spec.teacher and spec.teacher.blend, 0.0
+    blend, start = spec.blend, 0.0
     if blend:
         partner = other_shapes[blend.base.path] if isinstance(blend.base, ExternalWeights) else shape
         seen = teacher_prompt if blend.partner_prompt == "teacher" else prompt

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, assert_never
 
 from sdkit.batches import Row
 from sdkit.language import specs
-from sdkit.language.errors import BadData, BadEnvironment, shorten
+from sdkit.language.errors import BadData, shorten
+from sdkit.language.files import needs_package
 from sdkit.language.row_text import is_missing, text_of
 from sdkit.rewards.scorer import Scorer, score_each
 
@@ -155,13 +156,8 @@ def task_scorer(reward: specs.ReasoningGymReward, source: specs.ReasoningGymSour
     """Returns the scorer of a reasoning-gym task.  Raises BadData without a task, BadEnvironment without the package."""
     if source is None:
         raise BadData("a reward of kind reasoning_gym needs data of kind reasoning_gym")
-    try:
+    with needs_package("rewards of kind reasoning_gym", "reasoning-gym"):
         import reasoning_gym
-    except ImportError as error:
-        raise BadEnvironment(
-            f"rewards of kind reasoning_gym need a package that is missing: {error.name or 'reasoning_gym'}",
-            hint="pip install reasoning-gym",
-        ) from error
     task = reasoning_gym.create_dataset(source.task, size=source.size, seed=source.seed, **source.options)
 
     def score(completion: str, row: Row) -> float:

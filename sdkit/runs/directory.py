@@ -44,7 +44,7 @@ class RunDirectory:
         """Write a file atomically."""
         path = self.path / name
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, text)
+        write_atomically(path, text)
 
     def status(self, state: str, **facts: Any) -> None:
         """Write status.json: running, done, stopped or failed, with the process and other facts."""
@@ -74,11 +74,11 @@ class RunDirectory:
     def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Write all records of one step, one JSON object a line."""
         text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
-        self.write_text(str(self.file(folder, step).relative_to(self.path)), text)
+        self.write_text(step_file(folder, step), text)
 
     def file(self, folder: str, step: int) -> Path:
         """The path that `lines` writes to."""
-        return self.path / folder / f"step_{step:06d}.jsonl"
+        return self.path / step_file(folder, step)
 
     def records(self, folder: str, step: int) -> list[dict[str, Any]]:
         """The records that `lines` wrote for one step; empty if there are none."""
@@ -95,7 +95,7 @@ class RunDirectory:
             path = self.path / name
             if path.is_file():
                 lines = [line for line in read_lines(path) if line["step"] <= step]
-                write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+                write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
         for folder in ("rollouts", "samples", "evaluations", "bad_batches"):
             for path in (self.path / folder).glob("step_*.jsonl"):
                 if int(path.stem.removeprefix("step_")) > step:
@@ -124,6 +124,11 @@ class ReadOnly(RunDirectory):
 
     def forget_after(self, step: int) -> None:
         pass
+
+
+def step_file(folder: str, step: int) -> str:
+    """The name of the file with one step's records, relative to the run directory."""
+    return f"{folder}/step_{step:06d}.jsonl"
 
 
 def origin(path: Path) -> dict[str, Any]:
@@ -179,7 +184,7 @@ def create(path: Path, *, tensorboard: bool) -> RunDirectory:
     return RunDirectory(path, tensorboard)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file atomically, so that no reader ever sees half of it.  Raises BadEnvironment if the disk is full."""
     partial = path.with_name(f".{path.name}.partial")
     try:

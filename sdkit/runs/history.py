@@ -13,7 +13,7 @@ from sdkit.language.errors import UnreadableInput
 from sdkit.language.files import read_json_object
 from sdkit.language.resolved import leaves
 from sdkit.language.source import read
-from sdkit.runs.directory import MARK, read_lines
+from sdkit.runs.directory import MARK, read_lines, step_file
 from sdkit.runs.evaluations import EvaluationResult, Key, per_prompt, read_back
 from sdkit.runs.intervals import Interval
 
@@ -58,7 +58,7 @@ class Run:
 
     def records(self, point: Point) -> list[dict[str, Any]]:
         """Every completion of an evaluation with its scores."""
-        return read_lines(_evaluation(self.path, point.step))
+        return read_lines(self.path / step_file("evaluations", point.step))
 
     def evaluated(self, point: Point) -> EvaluationResult:
         """The evaluation at this point, prompt by prompt."""
@@ -121,7 +121,7 @@ def _points(path: Path) -> Iterator[Point]:
     for line in read_lines(path / "metrics.jsonl"):
         tokens = line.get("tokens_generated", tokens)
         seconds += line.get("time/step", 0.0)
-        if "eval/score" in line and _evaluation(path, line["step"]).is_file():
+        if "eval/score" in line and (path / step_file("evaluations", line["step"])).is_file():
             yield Point(step=line["step"], tokens=tokens, seconds=seconds, scores=_scores(line))
 
 
@@ -133,10 +133,6 @@ def _scores(line: Mapping[str, Any]) -> dict[Key, Interval]:
             ends = {end: line[f"{name}_{end}"] for end in ("low", "high")}
             scores[suite, decoding, reward] = Interval(mean=mean, **ends, n=line[f"{name}_n"])
     return scores
-
-
-def _evaluation(path: Path, step: int) -> Path:
-    return path / "evaluations" / f"step_{step:06d}.jsonl"
 
 
 def _state(status: Mapping[str, Any]) -> str:

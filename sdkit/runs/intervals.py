@@ -27,6 +27,8 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """
     from scipy.stats import binomtest
 
+    if not 0 <= successes <= n:  # scipy 1.18 no longer says so
+        raise ValueError(f"{successes} successes in {n} trials")
     if n == 0:
         return 0.0, 1.0
     interval = binomtest(successes, n).proportion_ci(level, method="wilson")
@@ -38,11 +40,10 @@ def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10
 
     One value per prompt: several samples of a prompt are not independent.  Raises ValueError if there are no values.
     """
-    scores = _non_empty(np.asarray(values, dtype=float))
-    if np.isin(scores, (0.0, 1.0)).all():
-        low, high = wilson(int(scores.sum()), scores.size, level)
-    else:
-        low, high = _bootstrap([scores], seed, resamples, level)
+    scores = _values(values)
+    if not np.isin(scores, (0.0, 1.0)).all():
+        return _bootstrap([scores], seed, resamples, level)
+    low, high = wilson(int(scores.sum()), scores.size, level)
     return Interval(mean=float(scores.mean()), low=low, high=high, n=scores.size)
 
 
@@ -55,9 +56,7 @@ def paired_difference(
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} values before, {len(after)} after")
-    changes = _non_empty(np.asarray(after, dtype=float) - np.asarray(before, dtype=float))
-    low, high = _bootstrap([changes], seed, resamples, level)
-    return Interval(mean=float(changes.mean()), low=low, high=high, n=changes.size)
+    return _bootstrap([_values(after) - _values(before)], seed, resamples, level)
 
 
 def unpaired_difference(
@@ -67,10 +66,7 @@ def unpaired_difference(
 
     `n` is the size of the smaller side.  Raises ValueError if a side is empty.
     """
-    sides = [_non_empty(np.asarray(values, dtype=float)) for values in (after, before)]
-    low, high = _bootstrap(sides, seed, resamples, level)
-    mean = float(sides[0].mean() - sides[1].mean())
-    return Interval(mean=mean, low=low, high=high, n=min(side.size for side in sides))
+    return _bootstrap([_values(after), _values(before)], seed, resamples, level)
 
 
 def paired_p_value(before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000) -> float:
@@ -101,26 +97,29 @@ def _p_value(draws: np.ndarray, observed: float) -> float:
     return float(1 + (np.abs(draws) >= abs(observed) - 1e-12).sum()) / (1 + draws.size)
 
 
-def _non_empty(values: np.ndarray) -> np.ndarray:
-    if values.size == 0:
+def _values(values: Sequence[float]) -> np.ndarray:
+    """Returns the values as an array.  Raises ValueError if there are none."""
+    if not len(values):
         raise ValueError("no values")
-    return values
+    return np.asarray(values, dtype=float)
 
 
-def _bootstrap(sides: Sequence[np.ndarray], seed: int, resamples: int, level: float) -> tuple[float, float]:
-    """The percentile interval of a side's mean, or of the first side's mean minus the second's."""
+def _bootstrap(sides: Sequence[np.ndarray], seed: int, resamples: int, level: float) -> Interval:
+    """A side's mean, or the first side's mean minus the second's, with its percentile interval."""
     from scipy import stats
 
     def statistic(first: np.ndarray, *second: np.ndarray, axis: int) -> np.ndarray:
         return first.mean(axis) - sum(side.mean(axis) for side in second)
 
+    sizes = [side.size for side in sides]
     interval = stats.bootstrap(
         [np.resize(side, max(side.size, 2)) for side in sides],  # scipy refuses a single value
         statistic,
         n_resamples=resamples,
-        batch=max(1, DRAWS_AT_ONCE // sum(side.size for side in sides)),
+        batch=max(1, DRAWS_AT_ONCE // sum(sizes)),
         confidence_level=level,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return float(interval.low), float(interval.high)
+    mean = float(statistic(*sides, axis=0))
+    return Interval(mean=mean, low=float(interval.low), high=float(interval.high), n=min(sizes))

@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from attrs import frozen
-
 from sdkit import __version__
 from sdkit.language.errors import first_line
 
@@ -71,15 +69,6 @@ class RejectedRequest(Exception):
         self.status = status
 
 
-@frozen(kw_only=True)
-class Update:
-    """The weights that a request asks to load."""
-
-    version: int
-    file: Path
-    sha256: str
-
-
 class Gateway:
     """An ASGI application that wraps vLLM's."""
 
@@ -118,8 +107,9 @@ class Gateway:
         elif route == ("GET", "/sdkit/state"):
             await _reply(send, 200, self._state(scope))
         elif route == ("POST", "/sdkit/weights"):
-            update = self._parse_update(await _body(receive))
-            await _reply(send, 200, await self._update(scope["app"].state.engine_client, update))
+            version, file, sha256 = self._parse_update(await _body(receive))
+            engine = scope["app"].state.engine_client
+            await _reply(send, 200, await self._update(engine, version, file, sha256))
         else:
             raise RejectedRequest(404, "this server has no such route")
 
@@ -161,7 +151,8 @@ class Gateway:
             "max_tokens": model.max_model_len,
         }
 
-    def _parse_update(self, body: bytes) -> Update:
+    def _parse_update(self, body: bytes) -> tuple[int, Path, str]:
+        """Returns the version, the file and its SHA-256 that a request names."""
         try:
             update = json.loads(body)
             version, name, sha256 = update["version"], update["file"], update["sha256"]
@@ -174,13 +165,13 @@ class Gateway:
         file = self.folder / name
         if file.is_symlink() or not file.is_file():
             raise RejectedRequest(400, f"there is no file {name} in the server's folder {self.folder}")
-        return Update(version=version, file=file, sha256=sha256)
+        return version, file, sha256
 
-    async def _update(self, engine: Any, update: Update) -> dict[str, Any]:
+    async def _update(self, engine: Any, version: int, file: Path, sha256: str) -> dict[str, Any]:
         """Load the weights while nothing is sampled; `loaded` is None until all of them are loaded."""
         async with self._updating:
-            if await asyncio.to_thread(sha256_of, update.file) != update.sha256:
-                raise RejectedRequest(422, f"{update.file.name} is damaged: its SHA-256 does not match")
+            if await asyncio.to_thread(sha256_of, file) != sha256:
+                raise RejectedRequest(422, f"{file.name} is damaged: its SHA-256 does not match")
             self.loaded = None
             try:
                 await asyncio.wait_for(self._idle.wait(), DRAIN_SECONDS)
@@ -189,7 +180,7 @@ class Gateway:
             started = time.monotonic()
             await engine.pause_generation()
             try:
-                repacked = await engine.collective_rpc("sync_file", timeout=LOAD_SECONDS, args=(str(update.file),))
+                repacked = await engine.collective_rpc("sync_file", timeout=LOAD_SECONDS, args=(str(file),))
                 is_reset = await engine.reset_prefix_cache()
             except Exception as error:
                 message = f"vLLM could not load the weights: {first_line(error)}"
@@ -198,7 +189,7 @@ class Gateway:
                 await engine.resume_generation()
             if not all(repacked) or not is_reset:
                 raise RejectedRequest(500, "vLLM kept an old output projection or old prefixes")
-            self.loaded = {"version": update.version, "sha256": update.sha256}
+            self.loaded = {"version": version, "sha256": sha256}
             return self.loaded | {"seconds": time.monotonic() - started}
 
 

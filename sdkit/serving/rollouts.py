@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar, cast
 
-from attrs import define, frozen
+from attrs import frozen
 
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
@@ -41,7 +42,7 @@ class SampledBatch:
     seconds: float
 
 
-@define(eq=False)
+@frozen(eq=False)
 class Job:
     """A batch of requests submitted to the servers."""
 
@@ -104,11 +105,13 @@ class ServerRollouts:
         parts = collectives.all_gather_object(tuple(requests))
         begin = sum(map(len, parts[: collectives.rank()]))
         all_requests = tuple(request for part in parts for request in part)
-        job = Job(all_requests, slice(begin, begin + len(requests)), self._newest_weights[1], None, None)
+        own = slice(begin, begin + len(requests))
+        file = future = None
         if self.pool and self._thread:
-            job.file = file = self._files[-1]
-            pool = self.pool
-            job.future = self._thread.submit(lambda: _load_and_sample(pool, file, all_requests, sampling))
+            file = self._files[-1]
+            future = self._thread.submit(functools.partial(_load_and_sample, self.pool, file, all_requests, sampling))
+        job = Job(all_requests, own, self._newest_weights[1], file, future)
+        if future:
             self._jobs.append(job)
         return job
 
@@ -155,12 +158,10 @@ class ServerRollouts:
 def _load_and_sample(
     pool: ServerPool, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
 ) -> SampledBatch:
-    """Run a job, in the worker thread."""
     started = time.perf_counter()
     metrics = pool.load(file)
-    done = pool.sample(file, requests, sampling)
-    seconds = time.perf_counter() - started
-    return SampledBatch(completions=tuple(done), transfer_metrics=metrics, seconds=seconds)
+    completions = tuple(pool.sample(file, requests, sampling))
+    return SampledBatch(completions=completions, transfer_metrics=metrics, seconds=time.perf_counter() - started)
 
 
 class _WorkerThread:

@@ -164,16 +164,19 @@ def _micro_batch(
     device: torch.device,
 ) -> MicroBatch:
     """Build a micro-batch.  `positions` are those in each completion that some term counts, ascending."""
+    completions = [r.completion_ids for r in rollouts]
+    advantages = [None if r.advantage is None else (r.advantage,) * len(r.completion_ids) for r in rollouts]
+    rows = [i for i, ps in enumerate(positions) for _ in ps]
+    has_teacher = [r.teacher_prompt_ids is not None for r in rollouts]
     tokens = Tokens(
-        token=_flatten([[r.completion_ids[p] for p in ps] for r, ps in zip(rollouts, positions, strict=True)]),
-        row=_flatten([[i] * len(ps) for i, ps in enumerate(positions)]),
-        weights={name: _token_weights(name, rollouts, positions, rows) for name, rows in row_weights.items()},
+        token=torch.tensor([completions[i][p] for i, ps in enumerate(positions) for p in ps], dtype=torch.long),
+        row=torch.tensor(rows, dtype=torch.long),
+        weights={name: _token_weights(name, rollouts, positions, own) for name, own in row_weights.items()},
         sampler_logprobs=_select_floats([r.sampler_logprobs for r in rollouts], positions),
         old_logprobs=_select_floats([r.old_logprobs for r in rollouts], positions),
-        advantages=_expand_floats([r.advantage for r in rollouts], positions),
-        has_teacher=_expand_bools([r.teacher_prompt_ids is not None for r in rollouts], positions),
+        advantages=_select_floats(advantages, positions),
+        has_teacher=None if all(has_teacher) else torch.tensor([has_teacher[i] for i in rows], dtype=torch.bool),
     )
-    completions = [r.completion_ids for r in rollouts]
 
     def pad(prompt: Callable[[Rollout], tuple[int, ...]]) -> PaddedSequences:
         prompts = [prompt(r) for r in rollouts]
@@ -197,26 +200,6 @@ def _token_weights(name: str, rollouts: Sequence[Rollout], positions: list[list[
         by_position = dict(zip(mask.positions, token_weights, strict=True))
         weights += [row * by_position.get(p, 0.0) for p in ps]
     return torch.tensor(weights, dtype=torch.float32)
-
-
-def _flatten(rows: list[list[int]]) -> Tensor:
-    return torch.tensor([x for row in rows for x in row], dtype=torch.long)
-
-
-def _expand_bools(values: list[bool], positions: list[list[int]]) -> Tensor | None:
-    """Repeat each rollout's value for its tokens, [M] bool; None if all are True."""
-    if all(values):
-        return None
-    flat = [v for v, ps in zip(values, positions, strict=True) for _ in ps]
-    return torch.tensor(flat, dtype=torch.bool)  # the dtype is needed for an empty list
-
-
-def _expand_floats(values: list[float | None], positions: list[list[int]]) -> Tensor | None:
-    """Repeat each rollout's value for its tokens, [M] float32; None if one is missing."""
-    if any(value is None for value in values):
-        return None
-    flat = [v for v, ps in zip(values, positions, strict=True) for _ in ps]
-    return torch.tensor(flat, dtype=torch.float32)
 
 
 def _select_floats(rows: list[tuple[float, ...] | None], positions: list[list[int]]) -> Tensor | None:

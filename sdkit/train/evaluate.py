@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
@@ -21,8 +20,6 @@ from sdkit.train.step import evaluate_objective
 from sdkit.train.step_specs import StepSpecs
 from sdkit.train.token_statistics import prepare_rollouts
 
-PromptIds = Callable[[Row], tuple[int, ...] | None]
-
 
 def headline(evaluation: EvaluationSpec) -> Key:
     """The key of the run's main score: the first suite's score under its first decoding."""
@@ -34,10 +31,10 @@ def evaluate(sampler: RolloutSampler, evaluation: EvaluationSpec, version: int) 
     """Sample and score every suite from the student's prompts.  `version` is the student's policy version."""
     data = sampler.setup.data
     backend, _ = sampler.backends.load(sampler.models.student, version, evaluation=True)
-    parts = [
-        _evaluate_suite(data, name, suite, data.suites[name], backend, data.student_ids)
-        for name, suite in evaluation.suites.items()
-    ]
+    parts: list[EvaluationResult] = []
+    for name, suite in evaluation.suites.items():
+        prompts = [(row, data.student_ids(row)) for row in data.suites[name]]
+        parts.append(_evaluate_suite(data, name, suite, prompts, backend))
     return _merge(parts)
 
 
@@ -58,38 +55,33 @@ def teacher_lift(
     lift: dict[Key, Interval] = {}
     for name, suite in evaluation.suites.items():
         rows = data.suites[name][: evaluation.teacher_lift]
-        prompts = _teacher_prompts(sampler, name, rows, specs)
-        with_prompt = [i for i, row in enumerate(rows) if id(row) in prompts]
+        with_prompt = {i: ids for i, ids in enumerate(_teacher_prompts(sampler, name, rows, specs)) if ids is not None}
         if not with_prompt:
             continue
-        chosen = [rows[i] for i in with_prompt]
+        prompts = [(rows[i], ids) for i, ids in with_prompt.items()]
         backend, _ = sampler.backends.load(sampler.models.teacher_weights, specs.optimizer_steps, evaluation=True)
-        evaluated = _evaluate_suite(data, name, suite, chosen, backend, partial(_look_up, prompts))
-        for key, scores in evaluated.scores.items():
+        for key, scores in _evaluate_suite(data, name, suite, prompts, backend).scores.items():
             student = [before.scores[key][i] for i in with_prompt]
             lift[key] = paired_difference(student, scores)
     return lift
 
 
-def _look_up(prompts: Mapping[int, tuple[int, ...]], row: Row) -> tuple[int, ...]:
-    return prompts[id(row)]
-
-
 def _teacher_prompts(
     sampler: RolloutSampler, name: str, rows: Sequence[Row], specs: StepSpecs
-) -> dict[int, tuple[int, ...]]:
-    """Each row's teacher prompt by `id(row)`, without rows that have none.
+) -> list[tuple[int, ...] | None]:
+    """Each row's teacher prompt, None for a row that has none.
 
     If the context depends on rollouts, the prompt is that of the row's first rollout.
     """
     data = sampler.setup.data
     if not data.needs_rollouts_for_context:
-        return {id(row): ids for row in rows if (ids := data.teacher_ids(row)) is not None}
+        return [data.teacher_ids(row) for row in rows]
     by_row: dict[int, tuple[int, ...]] = {}
     for rollout in collect_rollouts(sampler, rows, ("lift", name), specs, suite=name).batch:
         if rollout.teacher_prompt_ids is not None:
             by_row.setdefault(rollout.group, rollout.teacher_prompt_ids)
-    return {id(rows[i]): ids for part in collectives.all_gather_object(by_row) for i, ids in part.items()}
+    prompts = {i: ids for part in collectives.all_gather_object(by_row) for i, ids in part.items()}
+    return [prompts.get(i) for i in range(len(rows))]
 
 
 def held_out_loss(
@@ -109,23 +101,19 @@ def held_out_loss(
 
 
 def _evaluate_suite(
-    data: RunData, name: str, suite: Suite, rows: Sequence[Row], backend: RolloutBackend, prompt_ids: PromptIds
+    data: RunData, name: str, suite: Suite, prompts: Sequence[tuple[Row, tuple[int, ...]]], backend: RolloutBackend
 ) -> EvaluationResult:
-    spec = data.spec
+    """Sample and score the rows, each from its prompt."""
+    spec, rows = data.spec, [row for row, _ in prompts]
     limit = suite.max_new_tokens or spec.rollout.max_new_tokens
-    parts = []
+    parts: list[EvaluationResult] = []
     for decoding_name, decoding in suite.decoding.items():
         jobs = [(i, copy) for i in collectives.shard_indices(len(rows)) for copy in range(decoding.samples)]
-        requests = [
-            SamplingRequest(
-                prompt_ids=prompt_ids(rows[i]) or (),
-                seed=derive(spec.training.seed, "evaluation", name, decoding_name, i, copy),
-            )
-            for i, copy in jobs
-        ]
+        seeds = [derive(spec.training.seed, "evaluation", name, decoding_name, i, copy) for i, copy in jobs]
+        owners = [i for i, _ in jobs]
+        requests = [SamplingRequest(prompt_ids=prompts[i][1], seed=n) for i, n in zip(owners, seeds, strict=True)]
         completions = backend.sample(requests, _sampling_params(decoding, limit, spec.rollout.stop))
-        key, owners = (name, decoding_name), [i for i, _ in jobs]
-        parts.append(_score_completions(data, key, rows, owners, completions))
+        parts.append(_score_completions(data, (name, decoding_name), rows, owners, completions))
     return _merge(parts)
 
 

@@ -35,7 +35,7 @@ def reported_error(error: BaseException, run: directory.RunDirectory) -> BaseExc
         )
     traceback_file = run.path / (f"error_rank_{collectives.rank()}.txt" if collectives.rank() else "error.txt")
     with contextlib.suppress(BadEnvironment):
-        directory.write_whole(traceback_file, "".join(traceback.format_exception(error)))
+        directory.write_atomically(traceback_file, "".join(traceback.format_exception(error)))
     return RunFailed(f"{type(error).__name__}: {one_line(error)}", hint=f"the traceback is in {traceback_file}")
 
 

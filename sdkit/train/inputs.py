@@ -14,16 +14,8 @@ from sdkit.data.prompts import Prompter, TeacherPrompt, check_prompts, check_rep
 from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.data.thinking import answer_text
 from sdkit.data.turn_ends import end_token
+from sdkit.language import specs
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
-from sdkit.language.specs import (
-    ColumnSlot,
-    ExperimentSpec,
-    OfRollouts,
-    ReasoningGymSource,
-    RoutedWeights,
-    Suite,
-    TeacherSamples,
-)
 from sdkit.models.embedding_ids import HINT, KnownIds
 from sdkit.models.loading import load_tokenizer
 from sdkit.plan.machine import machine_for
@@ -43,7 +35,7 @@ class RunData:
 
     def __init__(
         self,
-        spec: ExperimentSpec,
+        spec: specs.ExperimentSpec,
         base: Path,
         tokenizer: Any,
         *,
@@ -65,23 +57,21 @@ class RunData:
         self.reward = spec.reward or only  # the name of the reward that training uses
         self.turn_end = end_token(tokenizer, self.prompter.options)
         self.completions: DatasetCompletions | None = None
-        suites = spec.evaluation.suites if spec.evaluation else {}
         self.suites: dict[str, list[Row]] = {}
         # By suite: held-out rows dropped because an earlier row of the suite has the same prompt.
         self.dropped_repeats: dict[str, int] = {}
-        for name, suite in suites.items():
+        for name, suite in spec.suites.items():
             self.suites[name], self.dropped_repeats[name] = self._load_suite(name, suite, base)
-        self.train, self.dropped = self._load_training_rows(suites, base)
-        sees = spec.teacher.sees if spec.teacher else None
-        slots = sees.slots.values() if sees else ()
-        self.needs_rollouts_for_context = any(isinstance(slot, OfRollouts) for slot in slots)
+        self.train, self.dropped = self._load_training_rows(spec.suites, base)
+        slots = spec.sees.slots.values() if spec.sees else ()
+        self.needs_rollouts_for_context = any(isinstance(slot, specs.OfRollouts) for slot in slots)
         self.strips_thinking = any(getattr(slot, "strip_thinking", False) for slot in slots)
         self.rewards: dict[str, dict[str, Scorer]] = {
-            name: self._open_suite_rewards(suite, base) for name, suite in suites.items()
+            name: self._open_suite_rewards(suite, base) for name, suite in spec.suites.items()
         }
         self.train_rewards = self._open_training_rewards(base)
         weights = spec.teacher and spec.teacher.weights
-        self.routed = weights if isinstance(weights, RoutedWeights) else None
+        self.routed = weights if isinstance(weights, specs.RoutedWeights) else None
         self.routes = list(self.routed.routes) if self.routed else []
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
@@ -92,13 +82,13 @@ class RunData:
         self._teacher: dict[int, tuple[int, ...] | None] = {}
         self._opening: dict[int, str] = {}  # the thinking tag that a row's prompt leaves open
 
-    def _load_suite(self, name: str, suite: Suite, base: Path) -> tuple[list[Row], int]:
+    def _load_suite(self, name: str, suite: specs.Suite, base: Path) -> tuple[list[Row], int]:
         """A suite's rows without repeated prompts, and the number of rows dropped."""
         columns, texts = self.spec.data.columns, self._text_columns(suite)
         with blaming("evaluation", "suites", name, "data"):
             return drop_duplicates(load_rows(suite.data, base, columns, texts=texts))
 
-    def _load_training_rows(self, suites: Mapping[str, Suite], base: Path) -> tuple[list[Row], int]:
+    def _load_training_rows(self, suites: Mapping[str, specs.Suite], base: Path) -> tuple[list[Row], int]:
         """The training rows without those held out in a suite, and the number of rows dropped."""
         column = self.spec.rollout.sampled_by.completion_column
         needed = (column,) if column else ()
@@ -110,21 +100,21 @@ class RunData:
             raise BadData("every training row is held out too, so nothing is left to train on", path=("data",))
         return kept, dropped
 
-    def _text_columns(self, suite: Suite | None) -> set[str]:
+    def _text_columns(self, suite: specs.Suite | None) -> set[str]:
         """The columns that must have text, in a suite's rows or (None) in the training rows."""
         spec = self.spec
         names = self._shown_columns if suite is None else self._slot_columns
         weights = spec.teacher and spec.teacher.weights
-        if isinstance(weights, RoutedWeights):
+        if isinstance(weights, specs.RoutedWeights):
             names = [*names, weights.by]
         rewards = self._suite_rewards(suite) if suite else self._training_rewards()
         return {*names, *answer_columns(spec.rewards, rewards)}
 
     @property
     def _slot_columns(self) -> list[str]:
-        sees = self.spec.teacher.sees if self.spec.teacher else None
+        sees = self.spec.sees
         slots = sees.slots.values() if sees else ()
-        return [slot.name for slot in slots if isinstance(slot, ColumnSlot)]
+        return [slot.name for slot in slots if isinstance(slot, specs.ColumnSlot)]
 
     @property
     def _shown_columns(self) -> list[str]:
@@ -132,19 +122,19 @@ class RunData:
         column = self.spec.rollout.sampled_by.completion_column
         return [*self._slot_columns, *filter(None, [column])]
 
-    def _suite_rewards(self, suite: Suite) -> Iterable[str]:
+    def _suite_rewards(self, suite: specs.Suite) -> Iterable[str]:
         """Names of the rewards that score a suite's completions."""
         return dict.fromkeys((suite.score, *suite.also, *filter(None, [self.reward])))
 
-    def _open_suite_rewards(self, suite: Suite, base: Path) -> dict[str, Scorer]:
+    def _open_suite_rewards(self, suite: specs.Suite, base: Path) -> dict[str, Scorer]:
         source = suite.data.source
-        task = source if isinstance(source, ReasoningGymSource) else None
+        task = source if isinstance(source, specs.ReasoningGymSource) else None
         return open_rewards(self.spec.rewards, self._suite_rewards(suite), base, task, self._now)
 
     def _open_training_rewards(self, base: Path) -> dict[str, Scorer]:
         """Scorers of every reward that can score training rows: for metrics, whether or not the loss uses it."""
         source = self.spec.data.source
-        task = source if isinstance(source, ReasoningGymSource) else None
+        task = source if isinstance(source, specs.ReasoningGymSource) else None
         return open_rewards(self.spec.rewards, self._training_rewards(), base, task, self._now)
 
     def _now(self) -> datetime:
@@ -249,13 +239,12 @@ class RunData:
         self._check_routes(rows)
         check_rewards(self.spec.rewards, self.train_rewards, rows)
         completion_limits = [self.spec.rollout.max_new_tokens]
-        if self.spec.evaluation:
-            for name, suite in self.spec.evaluation.suites.items():
-                with blaming("evaluation", "suites", name, "data"):
-                    longest = max(longest, self._render_prompts(self.suites[name]))
-                check_rewards(self.spec.rewards, self.rewards[name], self.suites[name])
-                self._check_routes(self.suites[name][: suite.loss_prompts])
-                completion_limits.append(suite.max_new_tokens or 0)
+        for name, suite in self.spec.suites.items():
+            with blaming("evaluation", "suites", name, "data"):
+                longest = max(longest, self._render_prompts(self.suites[name]))
+            check_rewards(self.spec.rewards, self.rewards[name], self.suites[name])
+            self._check_routes(self.suites[name][: suite.loss_prompts])
+            completion_limits.append(suite.max_new_tokens or 0)
         return longest + max(completion_limits)
 
     def _find_control_tokens(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
@@ -293,7 +282,7 @@ class RunData:
     def _render_prompts(self, rows: list[Row]) -> int:
         """Render and store the rows' prompts; returns the length of the longest in tokens."""
         spec = self.spec
-        sees = spec.teacher.sees if spec.teacher else None
+        sees = spec.sees
         prompts = check_prompts(self.prompter, rows, sees, spec.rollout.max_prompt_tokens)
         for row, (student, teacher) in zip(rows, prompts, strict=True):
             self._student[id(row)] = student
@@ -304,7 +293,7 @@ class RunData:
             for who, ids in (("student", student), ("teacher", teacher.ids if teacher and spec.teacher else ()))
         )
         sampled_by = spec.rollout.sampled_by
-        if isinstance(sampled_by, TeacherSamples) and sampled_by.prompt == "teacher":
+        if isinstance(sampled_by, specs.TeacherSamples) and sampled_by.prompt == "teacher":
             bad = [f"row {row.index}: a slot is empty" for row in rows if self.teacher_ids(row) is None]
             if bad:
                 hint = "the teacher samples, so every row needs its context"
@@ -312,7 +301,7 @@ class RunData:
         longest = max(max(len(s), len(t.ids) if t else 0) for s, t in prompts)
         if sees is None or not self.needs_rollouts_for_context:
             return longest
-        slots = sum(isinstance(slot, OfRollouts) for slot in sees.slots.values())
+        slots = sum(isinstance(slot, specs.OfRollouts) for slot in sees.slots.values())
         upper_bound = longest + TEMPLATE_TOKENS + slots * spec.rollout.max_new_tokens
         return max(longest, min(upper_bound, sees.max_prompt_tokens or upper_bound))
 
@@ -324,7 +313,7 @@ def _digest(prompts: Iterable[Sequence[int] | None]) -> str:
     return digest.hexdigest()
 
 
-def longest_sequence(spec: ExperimentSpec, base: Path, located: str) -> int:
+def longest_sequence(spec: specs.ExperimentSpec, base: Path, located: str) -> int:
     """Length of the longest prompt with its completion in a run of the spec, in tokens."""
     data = RunData(spec, base, load_tokenizer(spec.model, located))
     plan = make_plan(spec, machine_for(spec), None, rows=len(data.train))

@@ -9,8 +9,6 @@ from attrs import frozen
 from torch import Tensor
 
 from sdkit.distributed import zero, zero_shards
-from sdkit.language.specs import tokens_told
-from sdkit.plan.memory import has_reference_term
 from sdkit.train.loss_masks import UserFunction
 from sdkit.train.models import Models
 from sdkit.train.setup import RunSetup
@@ -49,8 +47,8 @@ def open_learner(setup: RunSetup, models: Models) -> Learner:
     module = Student(student, spec.rollout.temperature, chunk_tokens, models.compared_ids, data.user_divergences)
     scorer = TeacherScorer(
         models=models,
-        has_reference_term=has_reference_term(spec),
-        top_k=tokens_told(spec),
+        has_reference_term=spec.has_reference_term,
+        top_k=spec.served_top_k,
         chunk_tokens=chunk_tokens,
         all_routes=setup.plan.zero_stage == 3,
     )

@@ -20,7 +20,7 @@ from sdkit.train.evaluate import evaluate, headline, held_out_loss, teacher_lift
 from sdkit.train.metrics import step_metrics
 from sdkit.train.report import Report
 from sdkit.train.rollout_filters import filter_rollouts
-from sdkit.train.step import LossNotFinite, StepResult, train_step
+from sdkit.train.step import LossNotFinite, StepResult, train_step, update_teacher
 from sdkit.train.stop_requests import EvaluationAbandoned, StopRequests
 from sdkit.train.token_statistics import prepare_rollouts
 from sdkit.train.trainer import Trainer
@@ -98,9 +98,11 @@ def _train_on_batch(trainer: Trainer, report: Report, step: int) -> None:
     prepared_at = time.perf_counter()
     parts = batch.split(setup.plan.updates_per_step)
     results = [_update(trainer, report, collected, part) for part in parts if collectives.all_reduce_max(len(part))]
-    distance = _update_teacher(trainer) if results else {}
+    version = trainer.progress.optimizer_steps
+    weights = setup.spec.teacher and at_step(setup.spec.teacher.weights, version)
+    distance = update_teacher(trainer.learner, weights, "rollout_batch", version) if results else {}
     trainer.progress.step = step + 1
-    version, seconds = trainer.progress.optimizer_steps, time.perf_counter() - started
+    seconds = time.perf_counter() - started
     metrics = step_metrics(setup.data, collected, results, shares, len(batch), version, seconds)
     metrics |= {"time/measure": prepared_at - collected_at} | distance
     report.step(step + 1, collected, metrics, sampler.backends.server_messages())
@@ -116,16 +118,6 @@ def _update(trainer: Trainer, report: Report, collected: CollectedRollouts, part
         what = f"{SKIPS_ALLOWED} optimizer steps in a row had a gradient that is not finite"
         raise _numerics_failure(trainer, report, collected, part, what)
     return result
-
-
-def _update_teacher(trainer: Trainer) -> dict[str, float]:
-    """Let the teacher follow the student after all updates on a rollout batch; returns its distance if it changed."""
-    teacher, spec = trainer.models.teacher, trainer.setup.spec.teacher
-    if teacher is None or spec is None:
-        return {}
-    weights = at_step(spec.weights, trainer.progress.optimizer_steps)
-    moved = teacher.after_rollout_batch(trainer.learner.masters, weights)
-    return {"teacher_distance": teacher.distance} if moved else {}
 
 
 def _numerics_failure(

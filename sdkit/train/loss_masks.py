@@ -101,7 +101,7 @@ def _span(name: str, term: LossSpec, rollout: Rollout, route: RouteSpec | None) 
     """Return the completion positions within the term's mask; empty if the term does not apply to the rollout."""
     other_branch = {"then": "otherwise", "otherwise": "then"}
     routed_away = route and rollout.branch and name in getattr(route, other_branch[rollout.branch])
-    if routed_away or (term.needs_teacher_scores and rollout.teacher_prompt_ids is None):
+    if routed_away or (term.needs_teacher_prompt and rollout.teacher_prompt_ids is None):
         return range(0)
     return unmasked_span(term.mask, len(rollout.completion_ids))
 

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from attrs import frozen
 from torch import nn
 
+from sdkit.language import specs
 from sdkit.language.errors import blaming
-from sdkit.language.specs import (
-    Blend,
-    ExternalWeights,
-    ExtrapolateBlend,
-    FrozenWeights,
-    GeometricBlend,
-    ModelSpec,
-    ProductBlend,
-    ServedWeights,
-    TeacherWeights,
-    TrustRegionBlend,
-    other_models,
-    teachers_of,
-)
 from sdkit.models.loading import end_ids, load_model, resolve_model, special_ids
 from sdkit.models.teachers import Teacher, open_teacher
 from sdkit.models.weights import Weights
-from sdkit.plan.memory import needs_reference
 from sdkit.serving.teacher_client import ServedModel
 from sdkit.train.model_checks import check_models, compared_vocabulary, probe_models
 from sdkit.train.row_probe import may_pad_samples, measure_longest_pack
@@ -70,7 +56,7 @@ class Models:
         return weights
 
 
-def open_models(setup: RunSetup, served: Mapping[ServedWeights, ServedModel]) -> Models:
+def open_models(setup: RunSetup, served: Mapping[specs.ServedWeights, ServedModel]) -> Models:
     """Load and check the models.  Call before DeepSpeed wraps the student.
 
     Raises BadData naming the key to change.
@@ -80,18 +66,18 @@ def open_models(setup: RunSetup, served: Mapping[ServedWeights, ServedModel]) ->
     with blaming("model", "path"):
         student = _load(setup, spec.model, setup.model_folder, device)
 
-    def open_one(weights: TeacherWeights) -> Teacher:
+    def open_one(weights: specs.TeacherWeights) -> Teacher:
         load = partial(_load_external, setup, device)
         return open_teacher(weights, student, load, lambda one: served[one].score)
 
-    def open_frozen(weights: FrozenWeights | ExternalWeights) -> Teacher:
+    def open_frozen(weights: specs.FrozenWeights | specs.ExternalWeights) -> Teacher:
         """Return the teacher that has these weights already, or open them."""
-        leaves = zip(teacher.leaves if teacher else (), teachers_of(spec), strict=True)
+        leaves = zip(teacher.leaves if teacher else (), spec.teachers(), strict=True)
         return next((leaf for leaf, (_, own) in leaves if own == weights), None) or open_one(weights)
 
     teacher = open_one(spec.teacher.weights) if spec.teacher else None
-    reference = open_frozen(FrozenWeights()) if needs_reference(spec) else None
-    partner = _open_blend_partner(spec.teacher and spec.teacher.blend, student, reference, open_frozen)
+    reference = open_frozen(specs.FrozenWeights()) if spec.needs_reference else None
+    partner = _open_blend_partner(spec.blend, student, reference, open_frozen)
     named = [("student", student), *_foreign("teacher", *(teacher.leaves if teacher else ()))]
     named += _foreign("base of the blend", partner)
     ends = end_ids(student.causal, data.tokenizer, data.turn_end)
@@ -116,39 +102,35 @@ def open_models(setup: RunSetup, served: Mapping[ServedWeights, ServedModel]) ->
     return models
 
 
-def _load(setup: RunSetup, spec: ModelSpec, folder: str, device: torch.device) -> Weights:
+def _load(setup: RunSetup, spec: specs.ModelSpec, folder: str, device: torch.device) -> Weights:
     model: Any = load_model(spec, folder, setup.spec.training.seed)
     weights = Weights(model.to(device))
     _ = weights.transform  # measured and cached before ZeRO-3 shards the parameters
     return weights
 
 
-def _load_external(setup: RunSetup, device: torch.device, weights: ExternalWeights) -> nn.Module:
+def _load_external(setup: RunSetup, device: torch.device, weights: specs.ExternalWeights) -> nn.Module:
     attention = setup.spec.model.attn_implementation
-    spec = ModelSpec(path=weights.path, revision=weights.revision, dtype=weights.dtype, attn_implementation=attention)
-    path = next(path for path, other in other_models(setup.spec) if other == weights)
+    spec = specs.ModelSpec(
+        path=weights.path, revision=weights.revision, dtype=weights.dtype, attn_implementation=attention
+    )
+    path = next(path for path, other in setup.spec.other_models() if other == weights)
     with blaming(*path, "path"):
         return _load(setup, spec, resolve_model(weights.path, setup.base), device).model
 
 
 def _open_blend_partner(
-    blend: Blend | None,
+    blend: specs.Blend | None,
     student: Weights,
     reference: Teacher | None,
-    open_frozen: Callable[[FrozenWeights | ExternalWeights], Teacher],
+    open_frozen: Callable[[specs.FrozenWeights | specs.ExternalWeights], Teacher],
 ) -> Teacher | None:
     """Return the model that the teacher is blended with, if any."""
-    match blend:
-        case None:
-            return None
-        case TrustRegionBlend() | ProductBlend():
-            return Teacher(student)
-        case GeometricBlend():
-            return reference
-        case ExtrapolateBlend(base=base):
-            return reference if isinstance(base, FrozenWeights) else open_frozen(base)
-        case _:
-            assert_never(blend)
+    if blend is None:
+        return None
+    if blend.base is None:
+        return Teacher(student)
+    return reference if isinstance(blend.base, specs.FrozenWeights) else open_frozen(blend.base)
 
 
 def _foreign(name: str, *teachers: Teacher | None) -> list[tuple[str, Weights]]:

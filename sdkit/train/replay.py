@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from attrs import evolve, frozen
 
 from sdkit.checkpoints.changeable import OPTIMIZER_STATE_KEYS, reason_fixed_on_replay, starts_with
+from sdkit.language import specs
 from sdkit.language.errors import BadData, UnreadableInput, counted, first_of, shorten, spelled
 from sdkit.language.errors import Path as SpecPath
 from sdkit.language.resolved import leaves, resolved
 from sdkit.language.source import read
-from sdkit.language.specs import ExperimentSpec, ReplayBackend, RoutedWeights, TeacherSamples, teachers_of
-from sdkit.runs.directory import MARK, RunDirectory, origin, read_lines
+from sdkit.runs.directory import MARK, RunDirectory, origin, read_lines, step_file
 
 if TYPE_CHECKING:
     from sdkit.plan.plan import Plan
@@ -47,7 +47,7 @@ class Recording:
         """The checkpoint taken before batch `start`; None if that is the start model."""
         return _checkpoint_folder(self.run, self.start) if self.start else None
 
-    def check_spec(self, spec: ExperimentSpec, folder: Path) -> None:
+    def check_spec(self, spec: specs.ExperimentSpec, folder: Path) -> None:
         """Raise UnreadableInput if the spec would change a prompt or a token, if it needs a state that the checkpoint
         does not have, or if the replay would overwrite the recording.
         """
@@ -66,10 +66,10 @@ class Recording:
                 hint="train on tokens of its own with `sdkit train`",
             )
 
-    def _reason_against(self, path: SpecPath, spec: ExperimentSpec) -> str | None:
+    def _reason_against(self, path: SpecPath, spec: specs.ExperimentSpec) -> str | None:
         """Why the key `path` may not differ from the recorded run; None if it may."""
         sampled_by = spec.rollout.sampled_by
-        if path[:2] == ("teacher", "sees") and isinstance(sampled_by, TeacherSamples):
+        if path[:2] == ("teacher", "sees") and isinstance(sampled_by, specs.TeacherSamples):
             if sampled_by.prompt == "teacher":
                 return "the recording was sampled from the teacher's prompt"
         if self.start and any(starts_with(path, key) for key in OPTIMIZER_STATE_KEYS):
@@ -91,7 +91,7 @@ class Recording:
 
     def with_replay_backend(self, plan: Plan) -> Plan:
         """The plan with the recording as its rollout backend; evaluations are still sampled."""
-        return evolve(plan, backend=ReplayBackend(run=str(self.run)), backend_reason=str(self))
+        return evolve(plan, backend=specs.ReplayBackend(run=str(self.run)), backend_reason=str(self))
 
     def write_history(self, run: RunDirectory) -> None:
         """Copy the recorded run's metrics and evaluations before batch `start`, as if this run had been resumed there.
@@ -149,13 +149,13 @@ def check_same_recording(folder: Path, recording: Recording | None) -> None:
     )
 
 
-def _needs_teacher_state(path: SpecPath, spec: ExperimentSpec) -> bool:
+def _needs_teacher_state(path: SpecPath, spec: specs.ExperimentSpec) -> bool:
     """Whether changing `path` gives a teacher whose own weights the checkpoint lacks.
 
     A routed teacher's weights are saved by route number, so any change of its routes counts.
     """
-    moving = any(weights.follows_student for _, weights in teachers_of(spec))
-    routed = spec.teacher is not None and isinstance(spec.teacher.weights, RoutedWeights)
+    moving = any(weights.follows_student for _, weights in spec.teachers())
+    routed = spec.teacher is not None and isinstance(spec.teacher.weights, specs.RoutedWeights)
     return moving and (routed or path[-1] == "kind")
 
 
@@ -179,7 +179,7 @@ def _end_batch(run: Path, start: int, steps: int | None) -> int:
 
 def _missing_rollouts(run: Path, batches: range, size: int) -> Iterator[str]:
     for batch in batches:
-        path = run / "rollouts" / f"step_{batch:06d}.jsonl"
+        path = run / step_file("rollouts", batch)
         if not path.is_file():
             yield f"{path.name} is missing"
         elif (lines := path.read_bytes().count(b"\n")) != size:

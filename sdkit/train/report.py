@@ -110,7 +110,7 @@ class Report:
         metrics = result.metrics(key) | dict(losses)
         self.run.metrics(step, metrics | {"time/evaluation": seconds})
         self.run.lines("evaluations", step, result.records)
-        parts = [f"{'/'.join(k[1:])} {_score_text(result.interval(k).mean)}" for k in result.scores if k[0] == key[0]]
+        parts = [f"{'/'.join(k[1:])} {result.interval(k).mean:.3f}" for k in result.scores if k[0] == key[0]]
         self.console.print(
             f"[cyan]evaluation after step {step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]", highlight=False
         )
@@ -134,10 +134,10 @@ class Report:
         self.run.metrics(0, named)
 
     def finished(self) -> None:
-        """Print the table of scores before and after training."""
-        if self.first is None or self.last is None or self.first is self.last:
-            return
-        self.console.print(comparison_table(self.first, self.last, self._headline))
+        """Print the table of scores before and after training, and write result.json, if the run has both scores."""
+        if self.first and self.last and self.first is not self.last:
+            self.console.print(comparison_table(self.first, self.last, self._headline))
+            self.run.write_json("result.json", comparison_records(self.first, self.last))
 
     @property
     def _headline(self) -> Key:
@@ -245,8 +245,7 @@ def peak_gib() -> float:
 
 def _step_line(step: int, end: int, metrics: Mapping[str, float]) -> str:
     rewards = [f"{k.removeprefix('reward/')} {v:.2f}" for k, v in metrics.items() if k.startswith("reward/")]
-    names = {"rollout": "rollout", "teacher": "teacher", "update": "update", "sync": "sync"}
-    times = " ".join(f"{short} {metrics.get('time/' + name, 0):.1f}" for name, short in names.items())
+    times = " ".join(f"{n} {metrics.get(f'time/{n}', 0):.1f}" for n in ("rollout", "teacher", "update", "sync"))
     skipped = " [red]skipped[/]" if metrics["skipped_steps"] else ""
     trained = "[yellow]no rollout kept, no update[/]"
     if "loss" in metrics:
@@ -260,7 +259,3 @@ def _step_line(step: int, end: int, metrics: Mapping[str, float]) -> str:
 def _one_line(text: str) -> str:
     flat = " ⏎ ".join(text.splitlines())
     return flat if len(flat) <= 160 else flat[:157] + "…"
-
-
-def _score_text(value: float) -> str:
-    return f"{value:.3f}"

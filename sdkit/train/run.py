@@ -14,21 +14,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from sdkit.checkpoints import checkpoint, rng
+from sdkit.checkpoints import checkpoint, manifest, rng
 from sdkit.checkpoints import resume as resuming
-from sdkit.checkpoints.manifest import Origin, spec_digest
 from sdkit.distributed import collectives, zero
 from sdkit.distributed.launch import launched
+from sdkit.language import specs
 from sdkit.language.errors import BadEnvironment, SdkitError, Stopped, blaming
-from sdkit.language.specs import (
-    ExperimentSpec,
-    ExternalWeights,
-    ServedWeights,
-    VllmServerBackend,
-    other_models,
-    served_teachers,
-    tokens_told,
-)
 from sdkit.models.embedding_ids import known_ids
 from sdkit.models.loading import check_vocabulary, load_config, load_tokenizer, resolve_model, weights_folder
 from sdkit.plan.machine import machine_for
@@ -49,7 +40,7 @@ from sdkit.train.trainer import Trainer, open_trainer
 
 
 def open_run(
-    spec: ExperimentSpec, base: Path, recording: Recording | None = None, now: datetime | None = None
+    spec: specs.ExperimentSpec, base: Path, recording: Recording | None = None, now: datetime | None = None
 ) -> Trainer:
     """Load the data, then DeepSpeed, model and teacher, so that bad rows are reported before weights are loaded.
 
@@ -60,7 +51,7 @@ def open_run(
     with blaming("model", "path"):
         located = resolve_model(spec.model.path, base)
         tokenizer = load_tokenizer(spec.model, located)
-    for path, weights in other_models(spec):
+    for path, weights in spec.other_models():
         with blaming(*path, "path"):
             other = load_tokenizer(weights, resolve_model(weights.path, base))
             check_vocabulary(tokenizer, other, weights.path)
@@ -81,7 +72,7 @@ def _open_with_data(
     base: Path,
     data: RunData,
     located: str,
-    served: Mapping[ServedWeights, ServedModel],
+    served: Mapping[specs.ServedWeights, ServedModel],
     servers: ServerPool | None,
     recording: Recording | None,
 ) -> Trainer:
@@ -119,25 +110,27 @@ def _open_with_data(
         raise
 
 
-def _connect_teachers(spec: ExperimentSpec, base: Path, tokenizer: Any) -> dict[ServedWeights, ServedModel]:
+def _connect_teachers(
+    spec: specs.ExperimentSpec, base: Path, tokenizer: Any
+) -> dict[specs.ServedWeights, ServedModel]:
     """A client for each served teacher, checked before anything heavy is loaded."""
-    models: dict[ServedWeights, ServedModel] = {}
-    for _, weights in served_teachers(spec):
+    models: dict[specs.ServedWeights, ServedModel] = {}
+    for _, weights in spec.served_teachers():
         if weights in models:
             continue
         if weights.tokenizer:
-            source = ExternalWeights(path=weights.tokenizer)
+            source = specs.ExternalWeights(path=weights.tokenizer)
             other = load_tokenizer(source, resolve_model(weights.tokenizer, base))
             check_vocabulary(tokenizer, other, weights.tokenizer)
-        models[weights] = ServedModel(weights, tokens_told(spec) or 0, os.environ)
+        models[weights] = ServedModel(weights, spec.served_top_k or 0, os.environ)
         models[weights].check(tokenizer)
     return models
 
 
-def _connect_servers(spec: ExperimentSpec, base: Path, located: str) -> ServerPool | None:
+def _connect_servers(spec: specs.ExperimentSpec, base: Path, located: str) -> ServerPool | None:
     """The rollout servers, checked; None on every rank but the first, which alone talks to them."""
     backend = spec.rollout.backend
-    if not isinstance(backend, VllmServerBackend) or not _is_first_rank():
+    if not isinstance(backend, specs.VllmServerBackend) or not _is_first_rank():
         return None
 
     def warn(text: str) -> None:
@@ -159,7 +152,7 @@ def _connect_servers(spec: ExperimentSpec, base: Path, located: str) -> ServerPo
 
 
 def train(
-    spec: ExperimentSpec,
+    spec: specs.ExperimentSpec,
     base: Path,
     folder: Path,
     console: Console,
@@ -192,7 +185,7 @@ def train(
             rng.seed_all(spec.training.seed, collectives.rank())
             run.write_text("spec.yaml", written)
             run.write_text(directory.MARK, resolved)
-            run.write_json(directory.ORIGIN, _provenance(trainer, base, recording))
+            run.write_json(directory.ORIGIN, _provenance(trainer, recording))
             if recording and recording.checkpoint:
                 checkpoint.load(trainer.state, recording.checkpoint, spec.training.seed)
                 recording.write_history(run)
@@ -228,7 +221,7 @@ def _write_failure_status(run: directory.RunDirectory, state: str, step: int, er
 
 
 def _checkpoint_to_resume(
-    spec: ExperimentSpec, folder: Path, resolved: str, console: Console, recording: Recording | None
+    spec: specs.ExperimentSpec, folder: Path, resolved: str, console: Console, recording: Recording | None
 ) -> Path | None:
     """The checkpoint to resume from, after printing warnings; None if the run has none yet.
 
@@ -241,7 +234,7 @@ def _checkpoint_to_resume(
     check_same_recording(folder, recording)
     resuming.report_previous_attempt(folder, warn)
     resuming.check_same_spec(folder, resolved)
-    expected = Origin(run=directory.provenance(folder).get("run"), spec=spec_digest(spec), ranks=launched() or 1)
+    expected = manifest.origin(folder, spec, launched() or 1)
     return resuming.newest_checkpoint(folder, expected, warn, hashes=_is_first_rank())
 
 
@@ -282,12 +275,12 @@ def _train(trainer: Trainer, run: directory.RunDirectory, console: Console) -> N
         if collectives.rank() == 0:
             plot(run.history(), run.path / "plot.png", run.path.name)
     reporter.finished()
-    if reporter.first and reporter.last and reporter.first is not reporter.last:
-        run.write_json("result.json", report.comparison_records(reporter.first, reporter.last))
     console.print(f"run directory: {run.path}", highlight=False)
 
 
-def evaluate_only(spec: ExperimentSpec, base: Path, console: Console, run: Path | None = None) -> dict[str, float]:
+def evaluate_only(
+    spec: specs.ExperimentSpec, base: Path, console: Console, run: Path | None = None
+) -> dict[str, float]:
     """Run the spec's evaluation on its start model; returns the metrics.  Templates print the date of `run`, if given."""
     trainer = open_run(spec, base, now=run and prompt_record.template_date(directory.provenance(run)))
     together = False
@@ -303,14 +296,15 @@ def evaluate_only(spec: ExperimentSpec, base: Path, console: Console, run: Path 
         zero.stop(together=together)
 
 
-def _provenance(trainer: Trainer, base: Path, recording: Recording | None) -> dict[str, Any]:
+def _provenance(trainer: Trainer, recording: Recording | None) -> dict[str, Any]:
     setup = trainer.setup
-    spec, data = setup.spec, setup.data
+    spec, data, base = setup.spec, setup.data, setup.base
     model = {"path": spec.model.path, "revision": spec.model.revision, "located": setup.model_folder}
     config = trainer.models.student.causal.config
     model["commit"] = getattr(config, "_commit_hash", None)
     others = [
-        {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)} for _, w in other_models(spec)
+        {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)}
+        for _, w in spec.other_models()
     ]
     served = [{"url": w.url, "model": w.model, "root": model.root} for w, model in trainer.served.items()]
     return provenance(

@@ -17,7 +17,7 @@ def thresholds(spec: MethodSpec) -> list[float]:
 
 
 def _thresholds(spec: MethodSpec) -> Iterator[float]:
-    slots = spec.teacher.sees.slots.values() if spec.teacher and spec.teacher.sees else ()
+    slots = spec.sees.slots.values() if spec.sees else ()
     weights = (term.token_weight for term in spec.losses.values())
     for part in (spec.route, *spec.rollout.keep, *slots, *weights):
         threshold = getattr(part, "threshold", None)

@@ -17,49 +17,9 @@ from rich.console import Console
 
 from sdkit.checkpoints import checkpoint
 from sdkit.distributed import zero
+from sdkit.language import specs
 from sdkit.language.errors import NumericsGuard
 from sdkit.language.schedules import scalar_at, with_schedules
-from sdkit.language.specs import (
-    AdvantageAdd,
-    AdvantageScale,
-    AutoBackend,
-    Blend,
-    ColumnSlot,
-    Context,
-    DataSpec,
-    Distillation,
-    ExperimentSpec,
-    ExternalWeights,
-    ExtrapolateBlend,
-    FileDivergence,
-    FileWeight,
-    GroupRelative,
-    InlineSource,
-    LoraSpec,
-    Loss,
-    MethodSpec,
-    ModelSpec,
-    OptimizerSpec,
-    OutputSpec,
-    PolicyGradient,
-    RegexReward,
-    ReplayBackend,
-    RolloutSpec,
-    RoutedWeights,
-    Schedule,
-    Sees,
-    ServedWeights,
-    Suite,
-    Table,
-    TeacherSpec,
-    TopKSupport,
-    TrainingSpec,
-    TransformersBackend,
-    VllmServerBackend,
-    blend_base,
-    external_teachers,
-    served_teachers,
-)
 from sdkit.models import tiny
 from sdkit.runs import directory
 from sdkit.serving.tiny_server import TinyServer
@@ -77,7 +37,9 @@ VOCABULARY = 512
 MAX_NEW_TOKENS = 16  # tokens of a completion
 
 
-def smoke(spec: MethodSpec, console: Console, steps: int = STEPS, home: Path | None = None) -> list[dict[str, Any]]:
+def smoke(
+    spec: specs.MethodSpec, console: Console, steps: int = STEPS, home: Path | None = None
+) -> list[dict[str, Any]]:
     """Run `steps` steps of the spec in miniature; returns the lines of metrics.jsonl.
 
     Paths in the spec are relative to `home` (default: the current folder).  Raises NumericsGuard if a step has no
@@ -87,18 +49,18 @@ def smoke(spec: MethodSpec, console: Console, steps: int = STEPS, home: Path | N
         base = Path(folder)
         with quiet():  # the first import of DeepSpeed prints to stdout
             tiny.build(base / "model", vocabulary=VOCABULARY)
-            if any(external_teachers(spec)) or any(served_teachers(spec)):
+            if any(spec.external_teachers()) or any(spec.served_teachers()):
                 tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)
-            if isinstance(blend_base(spec), ExternalWeights):
+            if spec.blend and isinstance(spec.blend.base, specs.ExternalWeights):
                 tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)
         with _teacher_server(spec, base / "teacher") as url:
             return _run(miniature(spec, steps, (home or Path()).resolve(), url), base, console)
 
 
 @contextlib.contextmanager
-def _teacher_server(spec: MethodSpec, folder: Path) -> Iterator[str]:
+def _teacher_server(spec: specs.MethodSpec, folder: Path) -> Iterator[str]:
     """The address of a tiny server for the served teachers; empty if there are none."""
-    if not any(served_teachers(spec)):
+    if not any(spec.served_teachers()):
         yield ""
         return
     server = TinyServer(folder, "teacher")
@@ -108,7 +70,7 @@ def _teacher_server(spec: MethodSpec, folder: Path) -> Iterator[str]:
         server.close()
 
 
-def _run(spec: ExperimentSpec, base: Path, console: Console) -> list[dict[str, Any]]:
+def _run(spec: specs.ExperimentSpec, base: Path, console: Console) -> list[dict[str, Any]]:
     assert spec.training.steps is not None
     trainer = open_run(spec, base)
     data, student = trainer.setup.data, trainer.models.student
@@ -141,49 +103,50 @@ def _check_gradients(
     return lines
 
 
-def miniature(spec: MethodSpec, steps: int, home: Path, url: str = "") -> ExperimentSpec:
+def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> specs.ExperimentSpec:
     """The spec with a tiny model, a few rows and short completions; the method itself is unchanged.
 
     `url` is the address of the tiny server that replaces every served teacher.
     """
-    full = spec if isinstance(spec, ExperimentSpec) else None
+    spec = with_schedules(spec, _middle_part)
+    full = spec if isinstance(spec, specs.ExperimentSpec) else None
     rows = _few_rows(spec)
     # A spec for an accelerator may sample with vLLM, which may be missing here: use transformers.
     for_accelerator = bool(full and full.machine and full.machine.accelerator)
-    return ExperimentSpec(
+    return specs.ExperimentSpec(
         rollout=_small_rollout(spec.rollout, for_accelerator),
         teacher=spec.teacher and _tiny_teacher(spec.teacher, url),
-        losses=Table({name: _small_loss(term, home) for name, term in spec.losses.items()}),
+        losses=specs.Table({name: _small_loss(term, home) for name, term in spec.losses.items()}),
         route=spec.route,
-        model=_small_model(full.model if full else ModelSpec(path="model")),
+        model=_small_model(full.model if full else specs.ModelSpec(path="model")),
         data=rows,
-        rewards=Table(dict.fromkeys(full.rewards if full else ("reward",), RegexReward(pattern="."))),
+        rewards=specs.Table(dict.fromkeys(full.rewards if full else ("reward",), specs.RegexReward(pattern="."))),
         reward=full and full.reward,
         evaluation=full
         and full.evaluation
         and evolve(
             full.evaluation,
-            suites=Table({n: _small_suite(s, rows) for n, s in full.evaluation.suites.items()}),
+            suites=specs.Table({n: _small_suite(s, rows) for n, s in full.evaluation.suites.items()}),
             every=None,
             teacher_lift=2,
         ),
-        optimizer=evolve(full.optimizer, warmup_steps=0) if full else OptimizerSpec(lr=1e-3),
+        optimizer=evolve(full.optimizer, warmup_steps=0) if full else specs.OptimizerSpec(lr=1e-3),
         training=_small_training(
             full.training if full else None, steps, max(2, len(scripted_rewards.group_rewards(spec)))
         ),
-        output=OutputSpec(samples_every=1, samples=1, tensorboard=False),
+        output=specs.OutputSpec(samples_every=1, samples=1, tensorboard=False),
     )
 
 
-def _small_model(model: ModelSpec) -> ModelSpec:
-    lora = model.lora and LoraSpec(r=min(model.lora.r, 4), lora_alpha=model.lora.lora_alpha)
-    return ModelSpec(path="model", dtype=model.dtype, lora=lora, attn_implementation="sdpa")
+def _small_model(model: specs.ModelSpec) -> specs.ModelSpec:
+    lora = model.lora and specs.LoraSpec(r=min(model.lora.r, 4), lora_alpha=model.lora.lora_alpha)
+    return specs.ModelSpec(path="model", dtype=model.dtype, lora=lora, attn_implementation="sdpa")
 
 
-def _small_rollout(rollout: RolloutSpec, for_accelerator: bool) -> RolloutSpec:
+def _small_rollout(rollout: specs.RolloutSpec, for_accelerator: bool) -> specs.RolloutSpec:
     backend = rollout.backend
-    if for_accelerator or isinstance(backend, AutoBackend | VllmServerBackend | ReplayBackend):
-        backend = TransformersBackend()
+    if for_accelerator or isinstance(backend, specs.AutoBackend | specs.VllmServerBackend | specs.ReplayBackend):
+        backend = specs.TransformersBackend()
     return evolve(
         rollout,
         backend=backend,
@@ -191,55 +154,48 @@ def _small_rollout(rollout: RolloutSpec, for_accelerator: bool) -> RolloutSpec:
         max_new_tokens=min(rollout.max_new_tokens, MAX_NEW_TOKENS),
         max_prompt_tokens=None,
         top_k=min(rollout.top_k, 64),
-        sampled_by=with_schedules(rollout.sampled_by, _middle_part),
     )
 
 
-def _tiny_teacher(teacher: TeacherSpec, url: str) -> TeacherSpec:
+def _tiny_teacher(teacher: specs.TeacherSpec, url: str) -> specs.TeacherSpec:
     return evolve(
         teacher,
         weights=_tiny_weights(teacher.weights, url),
-        sees=teacher.sees and _unlimited_sees(teacher.sees),
-        blend=_tiny_blend(with_schedules(teacher.blend, _middle_part)),
+        sees=teacher.sees and evolve(teacher.sees, max_prompt_tokens=None),
+        blend=_tiny_blend(teacher.blend),
     )
 
 
-def _tiny_blend(blend: Blend | None) -> Blend | None:
-    if isinstance(blend, ExtrapolateBlend) and isinstance(blend.base, ExternalWeights):
+def _tiny_blend(blend: specs.Blend | None) -> specs.Blend | None:
+    if isinstance(blend, specs.ExtrapolateBlend) and isinstance(blend.base, specs.ExternalWeights):
         return evolve(blend, base=evolve(blend.base, path="base", revision=None))
     return blend
 
 
-def _unlimited_sees(sees: Sees) -> Sees:
-    return evolve(sees, max_prompt_tokens=None)
-
-
-def _middle_part(schedule: Schedule) -> Schedule:
+def _middle_part(schedule: specs.Schedule) -> specs.Schedule:
     """The schedule from its midpoint to three quarters: a value that starts or ends at 0 gives no gradient there."""
     span = schedule.to - schedule.start
     return evolve(schedule, start=schedule.start + span / 2, to=schedule.to - span / 4, steps=STEPS)
 
 
 def _tiny_weights(weights: T, url: str) -> T:
-    weights = with_schedules(weights, _middle_part)
-    if isinstance(weights, ExternalWeights):
+    if isinstance(weights, specs.ExternalWeights):
         return evolve(weights, path="teacher", revision=None)
-    if isinstance(weights, ServedWeights):
+    if isinstance(weights, specs.ServedWeights):
         return evolve(weights, url=url, model="teacher", tokenizer=None, key_from=None)
-    if isinstance(weights, RoutedWeights):
+    if isinstance(weights, specs.RoutedWeights):
         routes = {name: _tiny_weights(route, url) for name, route in weights.routes.items()}
-        return evolve(weights, routes=Table(routes))
+        return evolve(weights, routes=specs.Table(routes))
     return weights
 
 
-def _small_loss(term: Loss, home: Path) -> Loss:
+def _small_loss(term: specs.Loss, home: Path) -> specs.Loss:
     weight = term.token_weight
-    if isinstance(weight, FileWeight):
+    if isinstance(weight, specs.FileWeight):
         term = evolve(term, weight=evolve(weight, file=str(home / weight.file)))
-    if isinstance(term, Distillation) and isinstance(term.divergence, FileDivergence):
+    if isinstance(term, specs.Distillation) and isinstance(term.divergence, specs.FileDivergence):
         path = str(home / term.divergence.file)
         term = evolve(term, divergence=evolve(term.divergence, file=path))
-    term = with_schedules(term, _middle_part)
     threshold = term.mask.teacher_entropy_above
     mask = evolve(
         term.mask,
@@ -248,14 +204,14 @@ def _small_loss(term: Loss, home: Path) -> Loss:
         teacher_entropy_above=None if threshold is None else min(scalar_at(threshold, 0), 1.0),
     )
     term = evolve(term, mask=mask)
-    if isinstance(term, PolicyGradient):
+    if isinstance(term, specs.PolicyGradient):
         return evolve(term, advantage=_small_advantage(term.advantage))
-    if not isinstance(term, Distillation):
+    if not isinstance(term, specs.Distillation):
         return term
     clip = evolve(
         term.clip, token=term.clip.token and WIDE_BOUND, log_ratio=term.clip.log_ratio and (-WIDE_BOUND, WIDE_BOUND)
     )
-    if isinstance(term.support, TopKSupport):
+    if isinstance(term.support, specs.TopKSupport):
         k = min(term.support.k, VOCABULARY // 4)
         term = evolve(term, support=evolve(term.support, k=k))
     return evolve(term, clip=clip)
@@ -263,33 +219,33 @@ def _small_loss(term: Loss, home: Path) -> Loss:
 
 def _small_advantage(advantage: T) -> T:
     """The advantage with an overlong penalty that the shortest completions do not incur."""
-    if isinstance(advantage, AdvantageAdd | AdvantageScale):
+    if isinstance(advantage, specs.AdvantageAdd | specs.AdvantageScale):
         return evolve(advantage, group_relative=_small_advantage(advantage.group_relative))
-    if isinstance(advantage, GroupRelative) and advantage.overlong:
+    if isinstance(advantage, specs.GroupRelative) and advantage.overlong:
         stretch = min(advantage.overlong.stretch, MAX_NEW_TOKENS // 2)
         return evolve(advantage, overlong=evolve(advantage.overlong, stretch=stretch))
     return advantage
 
 
-def _small_training(training: TrainingSpec | None, steps: int, prompts: int) -> TrainingSpec:
-    base = training or TrainingSpec(steps=steps, prompts_per_step=prompts)
+def _small_training(training: specs.TrainingSpec | None, steps: int, prompts: int) -> specs.TrainingSpec:
+    base = training or specs.TrainingSpec(steps=steps, prompts_per_step=prompts)
     updates = min(base.updates_per_rollout, 2)
     return evolve(
         base, steps=steps, epochs=None, prompts_per_step=prompts, updates_per_rollout=updates, micro_batch_tokens=2048
     )
 
 
-def _few_rows(spec: MethodSpec) -> DataSpec:
+def _few_rows(spec: specs.MethodSpec) -> specs.DataSpec:
     names = {"prompt", "answer", "demonstration"}
-    if isinstance(spec, ExperimentSpec):
+    if isinstance(spec, specs.ExperimentSpec):
         names |= set(spec.data.columns or ())
     if column := spec.rollout.sampled_by.completion_column:
         names.add(column)
-    if spec.teacher and isinstance(spec.teacher.sees, Context):
+    if spec.teacher and isinstance(spec.teacher.sees, specs.Context):
         slots = spec.teacher.sees.slots.values()
-        names |= {slot.name for slot in slots if isinstance(slot, ColumnSlot)}
+        names |= {slot.name for slot in slots if isinstance(slot, specs.ColumnSlot)}
     routed = spec.teacher and spec.teacher.weights
-    routed = routed if isinstance(routed, RoutedWeights) else None
+    routed = routed if isinstance(routed, specs.RoutedWeights) else None
     names |= {routed.by} if routed else set()
 
     def value(name: str, i: int) -> str:
@@ -298,21 +254,23 @@ def _few_rows(spec: MethodSpec) -> DataSpec:
         return f"{name} {i}: {i} + {i} = {2 * i}"
 
     rows = tuple(
-        Table({name: value(name, i) for name in sorted(names)})
+        specs.Table({name: value(name, i) for name in sorted(names)})
         for i in range(max(ROWS, 2 * len(scripted_rewards.group_rewards(spec))))
     )
-    return DataSpec(source=InlineSource(rows=rows), columns=Table({name: name for name in sorted(names)}))
+    return specs.DataSpec(
+        source=specs.InlineSource(rows=rows), columns=specs.Table({name: name for name in sorted(names)})
+    )
 
 
-def _small_suite(suite: Suite, data: DataSpec) -> Suite:
-    assert isinstance(data.source, InlineSource)
+def _small_suite(suite: specs.Suite, data: specs.DataSpec) -> specs.Suite:
+    assert isinstance(data.source, specs.InlineSource)
     held_out = tuple(
-        Table({k: f"held out {v}" if k == "prompt" else v for k, v in row.items()}) for row in data.source.rows
+        specs.Table({k: f"held out {v}" if k == "prompt" else v for k, v in row.items()}) for row in data.source.rows
     )
     return evolve(
         suite,
-        data=DataSpec(source=InlineSource(rows=held_out), columns=data.columns),
+        data=specs.DataSpec(source=specs.InlineSource(rows=held_out), columns=data.columns),
         max_new_tokens=8,
         loss_prompts=min(suite.loss_prompts, 2),
-        decoding=Table({n: evolve(d, samples=min(d.samples, 2)) for n, d in suite.decoding.items()}),
+        decoding=specs.Table({n: evolve(d, samples=min(d.samples, 2)) for n, d in suite.decoding.items()}),
     )

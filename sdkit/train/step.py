@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sdkit.batches import MicroBatch, RolloutBatch
 from sdkit.distributed import collectives
-from sdkit.language.specs import Loss, Table
+from sdkit.language.specs import Loss, Table, TeacherWeights
+from sdkit.models.teachers import Event
 from sdkit.train.collate import CollatedBatch, collate, empty_micro_batch
 from sdkit.train.learner import Learner
 from sdkit.train.step_specs import StepSpecs
@@ -60,7 +61,7 @@ def train_step(learner: Learner, rollouts: RolloutBatch, specs: StepSpecs) -> St
     seconds["update"] += time.perf_counter() - started
     metrics |= {"grad_norm": stepped.grad_norm, "lr": specs.lr, **specs.scheduled}
     if stepped.applied:
-        metrics |= _update_teacher(learner, specs)
+        metrics |= update_teacher(learner, specs.next_teacher, "optimizer_step", specs.optimizer_steps + 1)
     return StepResult(metrics=metrics, seconds=seconds, applied=stepped.applied)
 
 
@@ -130,9 +131,10 @@ def _route_shares(collated: CollatedBatch) -> dict[str, float]:
     return {f"route/{name}": n / total for name, n in zip(branches, counts, strict=True)}
 
 
-def _update_teacher(learner: Learner, specs: StepSpecs) -> dict[str, float]:
-    teacher, spec = learner.models.teacher, specs.next_teacher
-    if teacher and spec and teacher.after_update(learner.masters, spec, specs.optimizer_steps + 1):
+def update_teacher(learner: Learner, spec: TeacherWeights | None, after: Event, updates: int) -> dict[str, float]:
+    """Let the teacher follow the student; returns its new distance, if it changed.  `spec` has no schedules."""
+    teacher = learner.models.teacher
+    if teacher and spec and teacher.follow(learner.masters, spec, after, updates):
         return {"teacher_distance": teacher.distance}
     return {}
 

@@ -40,7 +40,7 @@ def step_specs(spec: ExperimentSpec, optimizer_steps: int, total: int) -> StepSp
         optimizer_steps=optimizer_steps,
         losses=at_step(spec.losses, optimizer_steps),
         route=spec.route,
-        blend=spec.teacher and at_step(spec.teacher.blend, optimizer_steps),
+        blend=at_step(spec.blend, optimizer_steps),
         sampled_by=at_step(spec.rollout.sampled_by, optimizer_steps),
         next_teacher=spec.teacher and at_step(spec.teacher.weights, optimizer_steps + 1),
         lr=learning_rate(spec.optimizer, optimizer_steps, total),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from attrs import field, frozen
 
-from sdkit.checkpoints.train_state import Progress, TrainState
+from sdkit.checkpoints.checkpoint import Progress, TrainState
 from sdkit.distributed import collectives
 from sdkit.language.specs import ServedWeights, VllmServerBackend
 from sdkit.serving.pool import ServerPool

@@ -63,7 +63,7 @@ class UserWeight(UserFunction):
         for row in range(len(counts)):
             one = slice(row, row + 1)
             alone = self(counts[one], {name: x[one] for name, x in features.items()})
-            problem = "gives a rollout other weights beside other rollouts"
+            problem = "gives a rollout different weights when other rollouts are present"
             self._check_equal(weights[one], alone, problem, "set rows: group, or use each row alone")
 
     def _check_equal(self, a: Tensor, b: Tensor, problem: str, hint: str | None = None) -> None:

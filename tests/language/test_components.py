@@ -39,13 +39,12 @@ QUESTIONS: dict[Any, tuple[str, ...]] = {
     Keep: ("needs_reward",),
     Loss: (
         "needs_teacher",
-        "skips_without_teacher",
         "zero_when_equal",
         "uses_old_logprobs",
         "sampler_ratio",
         "masking_floor",
         "token_weight",
-        "needs_teacher_scores",
+        "needs_teacher_prompt",
         "statistics",
     ),
 }

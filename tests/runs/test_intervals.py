@@ -23,7 +23,7 @@ def test_wilson_holds_its_share_and_mirrors(successes):
 
 
 def test_wilson_refuses_nonsense():
-    with pytest.raises(ValueError, match="must not be greater than n"):
+    with pytest.raises(ValueError, match="3 successes in 2"):
         wilson(3, 2)
 
 

@@ -287,5 +287,5 @@ def test_the_teacher_samples_from_servers_too(serve, tiny_folder, tmp_path, open
     changes = {"rollout": rollout(sampled_by=TeacherSamples(prompt="student"))}
     world = open_tiny(served_by([server], tmp_path, tiny_folder, **changes))
     expected = open_tiny(make_spec(tiny_folder, **changes))
-    assert isinstance(expected.plan.backend, TransformersBackend)
+    assert isinstance(expected.setup.plan.backend, TransformersBackend)
     assert tokens(drawn(world)) == tokens(drawn(expected))

@@ -199,7 +199,7 @@ def test_an_incomplete_walk_over_the_masters_is_refused(world_with):
     world = world_with(EmaWeights(update_rate=0.5))
     some = list(world.learner.masters())[:-1]
     with pytest.raises(RuntimeError, match="teacher tensors were updated"):
-        world.models.teacher.after_update(lambda: iter(some), EmaWeights(update_rate=0.5), 1)
+        world.models.teacher.follow(lambda: iter(some), EmaWeights(update_rate=0.5), "optimizer_step", 1)
 
 
 # ── adapters ──────────────────────────────────────────────────────────────────────────────────

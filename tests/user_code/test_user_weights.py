@@ -79,7 +79,7 @@ def test_an_error_while_loading_points_at_its_line(tmp_path):
 
 
 BAD_HABITS = {
-    "return student_entropy / student_entropy.sum()": "beside other rollouts",
+    "return student_entropy / student_entropy.sum()": "when other rollouts are present",
     "return student_entropy / student_entropy.mean(1, keepdim=True).clamp(min=1e-9)": "depends on padding",
     "return torch.rand(counts.shape)": "when called again",
     "calls.append(0)\nreturn student_entropy * len(calls)": "when called again",

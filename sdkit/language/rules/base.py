@@ -27,7 +27,6 @@ from sdkit.language.specs import (
     ReferenceKl,
     Sees,
     ShapeSpec,
-    Suite,
     UserTurn,
 )
 from sdkit.language.templates import Field, TemplateError, parse
@@ -136,22 +135,11 @@ def consultations(spec: MethodSpec) -> Iterator[tuple[Path, str]]:
                 yield (*path, *key), f"teacher's {quantity.replace('logprobs', 'log-probabilities')}"
 
 
-def sees_of(spec: MethodSpec) -> Sees | None:
-    """The teacher's context, if there is one."""
-    return spec.teacher.sees if spec.teacher else None
-
-
 def slots(spec: MethodSpec, *kinds: type[T]) -> Iterator[tuple[Path, T]]:
     """The slots of these classes in the teacher's context, each with its path."""
-    sees = sees_of(spec)
-    for name, slot in sees.slots.items() if sees else ():
+    for name, slot in spec.sees.slots.items() if spec.sees else ():
         if isinstance(slot, kinds):
             yield ("teacher", "sees", "slots", name), slot
-
-
-def suites_of(spec: ExperimentSpec) -> Mapping[str, Suite]:
-    """The suites of the evaluation, by name."""
-    return spec.evaluation.suites if spec.evaluation else {}
 
 
 def adds_no_view(sees: Sees | None) -> bool:
@@ -171,7 +159,7 @@ def adds_no_view(sees: Sees | None) -> bool:
 def data_of(spec: ExperimentSpec) -> Iterator[tuple[Path, DataSpec]]:
     """The training data and the data of every suite, each with its path."""
     yield ("data",), spec.data
-    for name, suite in suites_of(spec).items():
+    for name, suite in spec.suites.items():
         yield ("evaluation", "suites", name, "data"), suite.data
 
 

@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import shorten
-from sdkit.language.rules.base import (
-    Context,
-    Finding,
-    adds_no_view,
-    log_ratios,
-    method_rule,
-    of_teacher,
-    sees_of,
-    terms,
-)
+from sdkit.language.rules.base import Context, Finding, adds_no_view, log_ratios, method_rule, of_teacher, terms
 from sdkit.language.specs import (
     AdvantageAdd,
     Feedback,
@@ -24,12 +15,11 @@ from sdkit.language.specs import (
     PolicyGradient,
     ReferenceKl,
     RewardAtLeast,
+    Sees,
     StudentWeights,
     SuccessfulSibling,
-    TeacherSpec,
     TrustRegionBlend,
     always,
-    teachers_of,
 )
 
 # ── single terms ──────────────────────────────────────────────────────────────────────────────
@@ -108,7 +98,7 @@ def never_filled(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Feedback with `when: no_solution` is filled only where no successful sibling is shown.  `requires: all`
     asks for both at once, so no rollout would have a teacher prompt.
     """
-    sees = sees_of(spec)
+    sees = spec.sees
     if not sees or sees.requires != "all":
         return
     siblings = [n for n, slot in sees.slots.items() if isinstance(slot, SuccessfulSibling)]
@@ -129,7 +119,7 @@ def teacher_without_share(spec: MethodSpec, context: Context) -> Iterator[Findin
     """A trust_region blend with student_share 1 is the live student alone, and a geometric blend with
     teacher_share 0 the start model alone: the teacher's weights are never used.
     """
-    match spec.teacher and spec.teacher.blend:
+    match spec.blend:
         case TrustRegionBlend(student_share=share) if always(share, 1):
             key, value, equivalent = "student_share", 1, "student"
         case GeometricBlend(teacher_share=share) if always(share, 0):
@@ -146,12 +136,12 @@ def zero_signal(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     zero.  A trust_region blend does not change that; other blends give a different distribution.  A context
     with no text and no slot besides the prompt is the same prompt.
     """
-    live = (path for path, weights in teachers_of(spec) if isinstance(weights, StudentWeights))
+    live = (path for path, weights in spec.teachers() if isinstance(weights, StudentWeights))
     where = next(live, None)
-    if where and spec.teacher and adds_no_view(spec.teacher.sees) and not _changes_student(spec.teacher):
+    if where and adds_no_view(spec.sees) and not (spec.blend and spec.blend.changes_student):
         for path, _ in of_teacher(spec):
             message = f"term {shorten(path[-1])} compares the live student with itself: always zero"
-            yield where, message, f"{_to_see(spec.teacher)}, or other weights"
+            yield where, message, f"{_to_see(spec.sees)}, or other weights"
             return
 
 
@@ -161,26 +151,21 @@ def same_at_start(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     a product, which is sharper.  Without context the first gradient is therefore zero, and unless another term
     moves the student, it stays zero.
     """
-    teacher = spec.teacher
-    if not teacher or not adds_no_view(teacher.sees):
+    if not spec.teacher or not adds_no_view(spec.sees):
         return
-    blended = _changes_student(teacher)
-    if blended and teacher.blend and not teacher.blend.starts_as_student:
+    blend = spec.blend if spec.blend and spec.blend.changes_student else None
+    if blend and not blend.starts_as_student:
         return
-    for _, weights in teachers_of(spec):
+    for _, weights in spec.teachers():
         # zero_signal reports the unblended live student.
-        if weights.is_other_model or (weights == StudentWeights() and not blended):
+        if weights.is_other_model or (weights == StudentWeights() and not blend):
             return
     weighted = [term for term in spec.losses.values() if has_weight(term)]
     pulls = any(not isinstance(term, ReferenceKl) for term in weighted)
     if pulls and all(isinstance(t, ReferenceKl) or t.zero_when_equal for t in weighted):
         message = "the teacher starts as the student and sees the same: nothing to learn from"
-        yield ("teacher",), message, _to_see(teacher)
+        yield ("teacher",), message, _to_see(spec.sees)
 
 
-def _to_see(teacher: TeacherSpec) -> str:
-    return "give the teacher sees: …" if teacher.sees is None else "add text or a slot to sees"
-
-
-def _changes_student(teacher: TeacherSpec) -> bool:
-    return teacher.blend is not None and teacher.blend.changes_student
+def _to_see(sees: Sees | None) -> str:
+    return "give the teacher sees: …" if sees is None else "add text or a slot to sees"

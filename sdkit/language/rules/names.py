@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sdkit.language.errors import Path, shorten
 from sdkit.language.metric_names import FAMILIES, INTERVAL_SUFFIXES, LENGTH_METRIC
-from sdkit.language.rules.base import Context, Finding, method_rule, run_rule, suites_of
+from sdkit.language.rules.base import Context, Finding, method_rule, run_rule
 from sdkit.language.specs import ExperimentSpec, MethodSpec
 
 
@@ -18,7 +18,7 @@ def reserved_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     paths: list[Path] = [("losses", name) for name in spec.losses]
     if isinstance(spec, ExperimentSpec):
         paths += [("rewards", name) for name in spec.rewards if name == LENGTH_METRIC]
-        for suite_name, suite in suites_of(spec).items():
+        for suite_name, suite in spec.suites.items():
             path = ("evaluation", "suites", suite_name)
             paths += [path, *((*path, "decoding", name) for name in suite.decoding)]
     for path in paths:
@@ -36,7 +36,7 @@ def ambiguous_score(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
             if name.endswith(end) and (other := name.removesuffix(end)) in spec.rewards:
                 message = f"{shorten(name)} is how the interval of {shorten(other)} is written"
                 yield ("rewards", name), message, "choose another name"
-    for suite_name, suite in suites_of(spec).items():
+    for suite_name, suite in spec.suites.items():
         for name in suite.decoding:
             if name in spec.losses:
                 path = ("evaluation", "suites", suite_name, "decoding", name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import Path, did_you_mean, outside, shorten
-from sdkit.language.rules.base import Context, Finding, data_of, method_rule, run_rule, sees_of
+from sdkit.language.rules.base import Context, Finding, data_of, method_rule, run_rule
 from sdkit.language.specs import ColumnTemplate, EarlierTurns, ExperimentSpec, MethodSpec, Sees, UserTurn, Wording
 from sdkit.language.templates import Field, TemplateError, fields, parse
 
@@ -46,11 +46,11 @@ def _syntax(path: Path, text: str, allow_keys: bool) -> Iterator[Finding]:
 @method_rule("templates parse")
 def template_syntax(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """`{name}` is filled in; `{{` and `}}` stand for literal braces.  Any other brace is an error."""
-    if not spec.teacher or not spec.teacher.sees:
+    if not spec.sees:
         return
-    for path, text in _templates(spec.teacher.sees):
+    for path, text in _templates(spec.sees):
         yield from _syntax(path, text, allow_keys=False)
-    for name, slot in spec.teacher.sees.slots.items():
+    for name, slot in spec.sees.slots.items():
         if not isinstance(slot, Wording):
             where = ("teacher", "sees", "slots", name, "wrap")
             yield from _syntax(where, slot.wrap, allow_keys=False)
@@ -83,7 +83,7 @@ def column_template_syntax(spec: ExperimentSpec, context: Context) -> Iterator[F
 @method_rule("templates use declared slots")
 def unknown_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """A field without a slot could not be filled in."""
-    sees = sees_of(spec)
+    sees = spec.sees
     known = ["prompt", *(sees.slots if sees else ())]
     for path, field in _used(sees) if sees else ():
         if field.name not in known:
@@ -94,7 +94,7 @@ def unknown_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @method_rule("declared slots are used")
 def unused_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The teacher never sees a slot that no template uses."""
-    sees = sees_of(spec)
+    sees = spec.sees
     if not sees or any(list(_syntax((), text, True)) for _, text in _templates(sees)):
         return
     used = {field.name for _, field in _used(sees)}
@@ -107,7 +107,7 @@ def unused_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @method_rule("a user_turn template contains the prompt")
 def prompt_missing(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The template replaces the user's message; without {prompt} the teacher would answer another question."""
-    sees = sees_of(spec)
+    sees = spec.sees
     if not isinstance(sees, UserTurn) or any(_syntax((), sees.template, True)):
         return
     if not any(field.name == "prompt" for _, field in _used(sees)):
@@ -118,6 +118,6 @@ def prompt_missing(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @method_rule("no slot is named prompt")
 def reserved_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """{prompt} is always the student's last user message."""
-    if spec.teacher and spec.teacher.sees and "prompt" in spec.teacher.sees.slots:
+    if spec.sees and "prompt" in spec.sees.slots:
         path = ("teacher", "sees", "slots", "prompt")
         yield path, "'prompt' is always the user's message and cannot be a slot", "rename the slot"

@@ -68,7 +68,7 @@ def teacher_samples(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     path = ("rollout", "sampled_by")
     if by.weights == "student" and by.prompt == "student":
         yield path, "weights and prompt are both the student's: then the student samples", "use sampled_by: student"
-    elif by.prompt == "teacher" and adds_no_view(spec.teacher.sees):
+    elif by.prompt == "teacher" and adds_no_view(spec.sees):
         message = f"{context.stated((*path, 'prompt'), 'teacher')}, but the teacher sees no context"
         yield (*path, "prompt"), message, "give the teacher sees: …, or set prompt: student"
 

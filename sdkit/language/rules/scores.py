@@ -8,16 +8,7 @@ from collections.abc import Iterator
 
 from sdkit.language.errors import did_you_mean, outside, shorten
 from sdkit.language.files import file_names
-from sdkit.language.rules.base import (
-    ADAPTER_CONFIG,
-    IS_ADAPTER,
-    Context,
-    Finding,
-    columns_of,
-    run_rule,
-    suites_of,
-    uncallable,
-)
+from sdkit.language.rules.base import ADAPTER_CONFIG, IS_ADAPTER, Context, Finding, T, columns_of, run_rule, uncallable
 from sdkit.language.specs import (
     ExperimentSpec,
     FileReward,
@@ -36,7 +27,7 @@ from sdkit.language.specs import (
 def unknown_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A suite refers to its rewards, declared under `rewards`, by name."""
     known = list(spec.rewards)
-    for suite_name, suite in suites_of(spec).items():
+    for suite_name, suite in spec.suites.items():
         path = ("evaluation", "suites", suite_name)
         named = [((*path, "score"), suite.score)]
         named += [((*path, "also", i), name) for i, name in enumerate(suite.also)]
@@ -46,11 +37,16 @@ def unknown_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
                 yield where, f"reward {shorten(name)} {fault}", did_you_mean(name, known) or f"add rewards.{name}"
 
 
+def _rewards(spec: ExperimentSpec, kind: type[T]) -> list[tuple[str, T]]:
+    """The rewards of a class, by name."""
+    return [(name, reward) for name, reward in spec.rewards.items() if isinstance(reward, kind)]
+
+
 def _users(spec: ExperimentSpec) -> dict[str, list[tuple[str, Suite]]]:
     """The suites that use each reward, directly or as part of a weighted sum."""
     reached = {name: _with_parts(spec, name) for name in spec.rewards}
     users: dict[str, list[tuple[str, Suite]]] = {name: [] for name in spec.rewards}
-    for name, suite in suites_of(spec).items():
+    for name, suite in spec.suites.items():
         scores = [reached[used] for used in {suite.score, *suite.also} if used in reached]
         for reward in users.keys() & set().union(*scores):
             users[reward].append((name, suite))
@@ -77,13 +73,12 @@ def _parts(spec: ExperimentSpec, name: str) -> Iterator[str]:
 def reasoning_gym_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """reasoning-gym's scorer needs the entry that its task generated."""
     users = _users(spec)
-    for name, reward in spec.rewards.items():
-        if isinstance(reward, ReasoningGymReward):
-            for suite_name, suite in users[name]:
-                if not isinstance(suite.data.source, ReasoningGymSource):
-                    message = f"reward {shorten(name)} scores reasoning_gym rows, but suite {shorten(suite_name)} has {suite.data.source.kind}"
-                    hint = "use a reward of kind exact, number or choice"
-                    yield ("evaluation", "suites", suite_name, "score"), message, hint
+    for name, _ in _rewards(spec, ReasoningGymReward):
+        for suite_name, suite in users[name]:
+            if not isinstance(suite.data.source, ReasoningGymSource):
+                message = f"reward {shorten(name)} scores reasoning_gym rows, but suite {shorten(suite_name)} has {suite.data.source.kind}"
+                hint = "use a reward of kind exact, number or choice"
+                yield ("evaluation", "suites", suite_name, "score"), message, hint
 
 
 @run_rule("suites have the columns that their rewards read")
@@ -104,13 +99,12 @@ def answer_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 @run_rule("the parts of a weighted reward are declared rewards")
 def unknown_part(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A weighted reward refers to other rewards by name."""
-    for name, reward in spec.rewards.items():
-        if isinstance(reward, WeightedReward):
-            known = [other for other in spec.rewards if other != name]
-            for part in reward.parts:
-                if part not in spec.rewards:
-                    hint = did_you_mean(part, known) or f"add rewards.{part}"
-                    yield ("rewards", name, "parts", part), f"reward {shorten(part)} {outside(known)}", hint
+    for name, reward in _rewards(spec, WeightedReward):
+        known = [other for other in spec.rewards if other != name]
+        for part in reward.parts:
+            if part not in spec.rewards:
+                hint = did_you_mean(part, known) or f"add rewards.{part}"
+                yield ("rewards", name, "parts", part), f"reward {shorten(part)} {outside(known)}", hint
 
 
 @run_rule("no weighted reward contains itself")
@@ -127,16 +121,16 @@ def part_of_itself(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 @run_rule("a weighted reward has a nonzero weight")
 def zero_weights(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """If all weights are 0, every completion gets the same reward."""
-    for name, reward in spec.rewards.items():
-        if isinstance(reward, WeightedReward) and not any(reward.parts.values()):
+    for name, reward in _rewards(spec, WeightedReward):
+        if not any(reward.parts.values()):
             yield ("rewards", name, "parts"), f"all weights of {shorten(name)} are 0", None
 
 
 @run_rule("the time limit of one test is at most the total")
 def test_seconds(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A completion's tests share `total_seconds`, so a longer `seconds` could never take effect."""
-    for name, reward in spec.rewards.items():
-        if isinstance(reward, PythonTests) and reward.seconds > reward.total_seconds:
+    for name, reward in _rewards(spec, PythonTests):
+        if reward.seconds > reward.total_seconds:
             path = ("rewards", name)
             total = context.stated((*path, "total_seconds"), reward.total_seconds)
             one = context.stated((*path, "seconds"), reward.seconds)
@@ -147,29 +141,27 @@ def test_seconds(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 @run_rule("a reward model is a local model folder")
 def reward_model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """The folder has a config.json and safetensors weights; other formats can run code when loaded."""
-    for name, reward in spec.rewards.items():
-        if isinstance(reward, RewardModel):
-            path = ("rewards", name, "path")
-            folder = context.file(reward.path)
-            if not os.path.isdir(folder):
-                yield path, f"there is no folder {reward.path}", "paths start at the spec's folder"
-            elif os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
-                yield path, f"{reward.path} {IS_ADAPTER}", "merge it into its base model first"
-            elif not os.path.isfile(os.path.join(folder, "config.json")):
-                yield path, f"{reward.path} has no config.json", None
-            elif not any(file.endswith(".safetensors") for file in file_names(folder)):
-                yield path, f"{reward.path} has no weights in safetensors files", None
+    for name, reward in _rewards(spec, RewardModel):
+        path = ("rewards", name, "path")
+        folder = context.file(reward.path)
+        if not os.path.isdir(folder):
+            yield path, f"there is no folder {reward.path}", "paths start at the spec's folder"
+        elif os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
+            yield path, f"{reward.path} {IS_ADAPTER}", "merge it into its base model first"
+        elif not os.path.isfile(os.path.join(folder, "config.json")):
+            yield path, f"{reward.path} has no config.json", None
+        elif not any(file.endswith(".safetensors") for file in file_names(folder)):
+            yield path, f"{reward.path} has no weights in safetensors files", None
 
 
 @run_rule("patterns are valid regular expressions")
 def pattern(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A pattern uses the syntax of Python's `re` module."""
-    for name, reward in spec.rewards.items():
-        if isinstance(reward, RegexReward):
-            try:
-                re.compile(reward.pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                yield ("rewards", name, "pattern"), f"not a regular expression: {error}", None
+    for name, reward in _rewards(spec, RegexReward):
+        try:
+            re.compile(reward.pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield ("rewards", name, "pattern"), f"not a regular expression: {error}", None
 
 
 @run_rule("user-defined reward functions exist")
@@ -177,6 +169,5 @@ def reward_file(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """The file is parsed, not executed.  It must define the function at its top level, and the function must
     accept a completion and a row.
     """
-    for name, reward in spec.rewards.items():
-        if isinstance(reward, FileReward):
-            yield from uncallable(("rewards", name), context, reward, "completion", "row")
+    for name, reward in _rewards(spec, FileReward):
+        yield from uncallable(("rewards", name), context, reward, "completion", "row")

@@ -9,21 +9,13 @@ from urllib.parse import urlsplit
 
 from sdkit.language.errors import Path, shorten, spelled
 from sdkit.language.rules.base import Context, Finding, method_rule, terms
-from sdkit.language.specs import (
-    Distillation,
-    MethodSpec,
-    PolicyGradient,
-    SampledTokenSupport,
-    TopKSupport,
-    served_teachers,
-    tokens_told,
-)
+from sdkit.language.specs import Distillation, MethodSpec, PolicyGradient, SampledTokenSupport, TopKSupport
 
 
 @method_rule("a served teacher has a valid address")
 def server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Prompts and completions leave this machine only if the spec allows it, and specs contain no passwords."""
-    for path, weights in served_teachers(spec):
+    for path, weights in spec.served_teachers():
         for message, hint in address_faults(weights.url, weights.allow_remote, "prompts would be sent there"):
             yield (*path, "url"), message, hint
 
@@ -63,7 +55,7 @@ def server_key(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Specs are shared and copied into every run directory, so they contain no keys; `key_from` names the
     environment variable that holds one.
     """
-    for path, weights in served_teachers(spec):
+    for path, weights in spec.served_teachers():
         if fault := variable_fault(weights.key_from):
             yield (*path, "key_from"), fault, "write key_from: TEACHER_KEY, say, and export it"
 
@@ -80,7 +72,7 @@ def served_support(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """A server returns log-probabilities of its own k likeliest tokens and of the sampled one, but not of the
     whole vocabulary or of tokens chosen by the student.
     """
-    if tokens_told(spec) is None:
+    if spec.served_top_k is None:
         return
     for path, term in terms(spec, Distillation):
         match term.support:
@@ -99,7 +91,7 @@ def served_temperature(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """vLLM always returns prompt_logprobs at temperature 1.  A renormalized top-k can be brought to another
     temperature afterwards; the mass outside it, and a single sampled token, cannot.
     """
-    if tokens_told(spec) is None:
+    if spec.served_top_k is None:
         return
     sampled = spec.rollout.temperature
     for path, term in terms(spec, Distillation):
@@ -137,7 +129,7 @@ def _at_sampling_temperature(spec: MethodSpec) -> Iterator[Path]:
 @method_rule("no term needs a served teacher's entropy")
 def served_entropy(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The entropy needs the full distribution; a server returns a few tokens."""
-    if tokens_told(spec) is None:
+    if spec.served_top_k is None:
         return
     for name, term in spec.losses.items():
         for statistic, key in term.statistics():
@@ -151,6 +143,6 @@ def served_blend(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """A blend multiplies full distributions and takes the top k of the result; a server returns the top k of
     its own distribution.
     """
-    if tokens_told(spec) is not None and spec.teacher and spec.teacher.blend:
+    if spec.served_top_k is not None and spec.blend:
         message = "a blend needs the teacher's full distribution, but a server returns a few tokens"
         yield ("teacher", "blend"), message, "remove blend"

@@ -17,17 +17,7 @@ from sdkit.language.rules.base import (
     run_rule,
     unknown_bundled,
 )
-from sdkit.language.specs import (
-    ExperimentSpec,
-    ExternalWeights,
-    MethodSpec,
-    RoutedWeights,
-    StudentWeights,
-    VllmEngine,
-    other_models,
-    served_teachers,
-    teachers_of,
-)
+from sdkit.language.specs import ExperimentSpec, ExternalWeights, MethodSpec, RoutedWeights, StudentWeights, VllmEngine
 from sdkit.language.vocabulary import first_difference, of_folder
 
 
@@ -36,11 +26,11 @@ def teacher_model(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A path is `bundled:NAME` with a name from the list of bundled models, a local Hugging Face folder with a
     config.json, or a hub id.
     """
-    for path, weights in other_models(spec):
+    for path, weights in spec.other_models():
         where = (*path, "path")
         yield from unknown_bundled(where, weights.path)
         yield from no_model(where, weights.path, context)
-    for path, weights in served_teachers(spec):
+    for path, weights in spec.served_teachers():
         yield from unknown_bundled((*path, "tokenizer"), weights.tokenizer or "")
 
 
@@ -50,8 +40,8 @@ def teacher_vocabulary(spec: ExperimentSpec, context: Context) -> Iterator[Findi
     Models without a local folder are compared by tokenizer before any weights are loaded.
     """
     ours = of_folder(Folder(context.file(spec.model.path)))
-    folders = [((*path, "path"), weights.path) for path, weights in other_models(spec)]
-    folders += [((*path, "tokenizer"), w.tokenizer or "") for path, w in served_teachers(spec)]
+    folders = [((*path, "path"), weights.path) for path, weights in spec.other_models()]
+    folders += [((*path, "tokenizer"), w.tokenizer or "") for path, w in spec.served_teachers()]
     for where, folder in folders:
         theirs = of_folder(Folder(context.file(folder))) if folder else None
         if ours is None or theirs is None:
@@ -82,7 +72,7 @@ def no_sampler(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         return
     if reason := spec.teacher.weights.cannot_sample:
         yield ("rollout", "sampled_by"), reason, "use sampled_by: student"
-    elif spec.teacher.blend:
+    elif spec.blend:
         message = "a blended teacher is a product of distributions and does not sample"
         yield ("rollout", "sampled_by"), message, "use sampled_by: student, or remove the blend"
 
@@ -92,12 +82,11 @@ def blend_with_itself(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Except in a product, the powers of a blend sum to one.  Blending the same weights under the same prompt
     gives the same distribution at the cost of a forward pass.
     """
-    blend = spec.teacher and spec.teacher.blend
-    if not spec.teacher or not blend or not blend.sums_to_one:
+    if not spec.blend or not spec.blend.sums_to_one:
         return
-    same_prompt = blend.partner_prompt == "teacher" or adds_no_view(spec.teacher.sees)
-    partner = blend.base or StudentWeights()
-    if same_prompt and all(weights == partner for _, weights in teachers_of(spec)):
+    same_prompt = spec.blend.partner_prompt == "teacher" or adds_no_view(spec.sees)
+    partner = spec.blend.base or StudentWeights()
+    if same_prompt and all(weights == partner for _, weights in spec.teachers()):
         yield ("teacher", "blend"), "the teacher is blended with itself", "remove blend"
 
 

@@ -13,25 +13,23 @@ from sdkit.language.rules.base import (
     method_rule,
     no_model,
     run_rule,
-    sees_of,
     shape_of,
-    suites_of,
     total_updates,
     unknown_bundled,
 )
-from sdkit.language.specs import CopyWeights, ExperimentSpec, MethodSpec, indivisible, teachers_of
+from sdkit.language.specs import CopyWeights, ExperimentSpec, MethodSpec, indivisible
 
 
 @method_rule("names are plain")
 def plain_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Names of terms, slots, rewards, suites and decodings appear in metric names, file names and overrides."""
-    sees = sees_of(spec)
+    sees = spec.sees
     tables: dict[Path, Mapping[str, Any]] = {("losses",): spec.losses}
     if sees:
         tables["teacher", "sees", "slots"] = sees.slots
     if isinstance(spec, ExperimentSpec):
         tables["rewards",] = spec.rewards
-        suites = suites_of(spec)
+        suites = spec.suites
         tables["evaluation", "suites"] = suites
         for name, suite in suites.items():
             tables["evaluation", "suites", name, "decoding"] = suite.decoding
@@ -81,9 +79,9 @@ def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         return
     new = rollout.max_new_tokens
     longest: list[tuple[Path, int, int]] = [(("rollout",), rollout.max_prompt_tokens or 0, new)]
-    if spec.teacher and spec.teacher.sees:
-        longest.append((("teacher", "sees"), spec.teacher.sees.max_prompt_tokens or 0, new))
-    for name, suite in suites_of(spec).items():
+    if spec.sees:
+        longest.append((("teacher", "sees"), spec.sees.max_prompt_tokens or 0, new))
+    for name, suite in spec.suites.items():
         if suite.max_new_tokens:
             path = ("evaluation", "suites", name, "max_new_tokens")
             longest.append((path, rollout.max_prompt_tokens or 0, suite.max_new_tokens))
@@ -158,7 +156,7 @@ def beyond_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     ]
     if spec.evaluation:
         intervals.append((("evaluation", "every"), spec.evaluation.every, steps))
-    for path, weights in teachers_of(spec):
+    for path, weights in spec.teachers():
         if isinstance(weights, CopyWeights):
             intervals.append(((*path, "every"), weights.every, total))
     for path, every, length in intervals:
@@ -170,7 +168,7 @@ def beyond_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 def unused_setting(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A setting without effect points to a misunderstanding that the run itself would not reveal."""
     path: Path = ("teacher", "sees", "cut")
-    sees = sees_of(spec)
+    sees = spec.sees
     if sees and context.loaded.written(path) and sees.max_prompt_tokens is None:
         yield path, "cut has no effect without max_prompt_tokens", "add max_prompt_tokens"
     path = ("output", "keep_checkpoints")
@@ -180,7 +178,7 @@ def unused_setting(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         schedule = context.stated(("optimizer", "lr_scheduler_type"), "constant")
         message = f"final_share has no effect: {schedule}"
         yield ("optimizer", "final_share"), message, "use lr_scheduler_type: linear or cosine"
-    for name, suite in suites_of(spec).items():
+    for name, suite in spec.suites.items():
         for decoding_name, decoding in suite.decoding.items():
             if decoding.temperature == 0 and decoding.samples > 1:
                 path = ("evaluation", "suites", name, "decoding", decoding_name, "samples")

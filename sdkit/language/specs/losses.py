@@ -34,9 +34,9 @@ class LossSpec(ABC):
         return False
 
     @property
-    def skips_without_teacher(self) -> bool:
-        """Whether it counts no tokens of a rollout that has no teacher prompt, even if no mask or weight needs one."""
-        return False
+    def needs_teacher_prompt(self) -> bool:
+        """Whether it counts no tokens of a rollout that has no teacher prompt."""
+        return any(statistic.startswith("teacher") for statistic, _ in self.statistics())
 
     @property
     def zero_when_equal(self) -> bool:
@@ -62,11 +62,6 @@ class LossSpec(ABC):
     def token_weight(self) -> Weight | None:
         """The weight of its tokens; None if all weigh the same."""
         return None
-
-    @property
-    def needs_teacher_scores(self) -> bool:
-        """Whether it skips rollouts without a teacher prompt."""
-        return self.skips_without_teacher or any(s.startswith("teacher") for s, _ in self.statistics())
 
     def statistics(self) -> Iterator[tuple[Statistic, tuple[str, ...]]]:
         """Yields each token statistic that its mask, weight or advantage needs, with the setting that needs it."""
@@ -113,7 +108,7 @@ class Distillation(WeightedLossSpec):
         return True
 
     @property
-    def skips_without_teacher(self) -> bool:
+    def needs_teacher_prompt(self) -> bool:
         return True
 
     @property
@@ -193,8 +188,8 @@ class PolicyGradient(WeightedLossSpec):
         return self.advantage.log_ratio is not None
 
     @property
-    def skips_without_teacher(self) -> bool:
-        return self.advantage.group_relative is None
+    def needs_teacher_prompt(self) -> bool:
+        return self.advantage.group_relative is None or super().needs_teacher_prompt
 
     @property
     def zero_when_equal(self) -> bool:
@@ -255,8 +250,3 @@ def required_statistics(losses: Mapping[str, LossSpec]) -> dict[Statistic, tuple
         for statistic, key in term.statistics():
             settings[statistic].append(".".join(("losses", name, *key)))
     return {statistic: tuple(paths) for statistic, paths in settings.items() if paths}
-
-
-def needs_teacher(term: LossSpec) -> bool:
-    """Whether the term's loss or advantage uses the teacher."""
-    return term.needs_teacher

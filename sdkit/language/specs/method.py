@@ -9,7 +9,7 @@ from attrs import frozen
 from sdkit.language.specs.blends import Blend
 from sdkit.language.specs.contexts import Sees
 from sdkit.language.specs.fields import NOT_EMPTY, Table, spec_field
-from sdkit.language.specs.losses import Distillation, Loss
+from sdkit.language.specs.losses import Distillation, Loss, ReferenceKl
 from sdkit.language.specs.rollouts import RolloutSpec
 from sdkit.language.specs.teachers import (
     ExternalWeights,
@@ -20,6 +20,9 @@ from sdkit.language.specs.teachers import (
     TeacherWeights,
 )
 from sdkit.language.specs.token_weights import RouteSpec
+
+WeightsPath = tuple[str, ...]
+"""The path of a model's weights in a spec."""
 
 
 @frozen(kw_only=True)
@@ -51,46 +54,52 @@ class MethodSpec:
         "which terms count a rollout, depending on its outcome (default: all)", default=None
     )
 
+    @property
+    def sees(self) -> Sees | None:
+        """The teacher's context, if there is one."""
+        return self.teacher.sees if self.teacher else None
 
-def teachers_of(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], OneTeacher]]:
-    """Each set of teacher weights, with its path; in the order of the routes."""
-    weights = spec.teacher and spec.teacher.weights
-    if isinstance(weights, RoutedWeights):
-        for name, one in weights.routes.items():
-            yield ("teacher", "weights", "routes", name), one
-    elif weights:
-        yield ("teacher", "weights"), weights
+    @property
+    def blend(self) -> Blend | None:
+        """The teacher's blend, if there is one."""
+        return self.teacher.blend if self.teacher else None
 
+    def teachers(self) -> Iterator[tuple[WeightsPath, OneTeacher]]:
+        """Each set of teacher weights, with its path; in the order of the routes."""
+        weights = self.teacher and self.teacher.weights
+        if isinstance(weights, RoutedWeights):
+            for name, one in weights.routes.items():
+                yield ("teacher", "weights", "routes", name), one
+        elif weights:
+            yield ("teacher", "weights"), weights
 
-def external_teachers(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], ExternalWeights]]:
-    """The teachers that are other models, each with its path."""
-    for path, weights in teachers_of(spec):
-        if isinstance(weights, ExternalWeights):
-            yield path, weights
+    def external_teachers(self) -> Iterator[tuple[WeightsPath, ExternalWeights]]:
+        """The teachers that are other models, each with its path."""
+        return ((path, weights) for path, weights in self.teachers() if isinstance(weights, ExternalWeights))
 
+    def served_teachers(self) -> Iterator[tuple[WeightsPath, ServedWeights]]:
+        """The teachers behind servers, each with its path."""
+        return ((path, weights) for path, weights in self.teachers() if isinstance(weights, ServedWeights))
 
-def served_teachers(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], ServedWeights]]:
-    """The teachers behind servers, each with its path."""
-    for path, weights in teachers_of(spec):
-        if isinstance(weights, ServedWeights):
-            yield path, weights
+    def other_models(self) -> Iterator[tuple[WeightsPath, ExternalWeights]]:
+        """Every model other than the student's that scores tokens in this process, each with its path."""
+        yield from self.external_teachers()
+        if self.blend and isinstance(self.blend.base, ExternalWeights):
+            yield ("teacher", "blend", "base"), self.blend.base
 
+    @property
+    def served_top_k(self) -> int | None:
+        """How many top log-probabilities each teacher returns if one of them is served; None if all are local."""
+        if not any(self.served_teachers()):
+            return None
+        return max((term.support.top_k for term in self.losses.values() if isinstance(term, Distillation)), default=0)
 
-def tokens_told(spec: MethodSpec) -> int | None:
-    """How many top log-probabilities each teacher returns if one of them is served; None if all are local."""
-    if not any(served_teachers(spec)):
-        return None
-    return max((term.support.top_k for term in spec.losses.values() if isinstance(term, Distillation)), default=0)
+    @property
+    def has_reference_term(self) -> bool:
+        """Whether a loss term is a KL to the frozen start model."""
+        return any(isinstance(term, ReferenceKl) for term in self.losses.values())
 
-
-def blend_base(spec: MethodSpec) -> FrozenWeights | ExternalWeights | None:
-    """The fixed weights that the teacher is blended with under the student's prompt; None if there are none."""
-    return spec.teacher.blend.base if spec.teacher and spec.teacher.blend else None
-
-
-def other_models(spec: MethodSpec) -> Iterator[tuple[tuple[str, ...], ExternalWeights]]:
-    """Every model other than the student's that scores tokens in this process, each with its path."""
-    yield from external_teachers(spec)
-    base = blend_base(spec)
-    if isinstance(base, ExternalWeights):
-        yield ("teacher", "blend", "base"), base
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss term or a blend needs the start model's scores under the student's prompt."""
+        return self.has_reference_term or (self.blend is not None and isinstance(self.blend.base, FrozenWeights))

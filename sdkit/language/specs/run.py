@@ -27,7 +27,7 @@ from sdkit.language.specs.fields import (
     spec_field,
 )
 from sdkit.language.specs.method import MethodSpec
-from sdkit.language.specs.scores import EvaluationSpec, Reward
+from sdkit.language.specs.scores import EvaluationSpec, Reward, Suite
 
 BETA = between(0.0, 0.999999)
 """AdamW divides by 1 − beta."""
@@ -226,6 +226,11 @@ class ExperimentSpec(MethodSpec):
     training: TrainingSpec = spec_field("run length, batch sizes, and sharding")
     machine: MachineSpec | None = spec_field("a machine other than this one", default=None)
     output: OutputSpec = spec_field("the run directory", default=OutputSpec())
+
+    @property
+    def suites(self) -> Table[Suite]:
+        """The suites of the evaluation, by name; empty if nothing is evaluated."""
+        return self.evaluation.suites if self.evaluation else Table()
 
     @property
     def needs_old_logprobs(self) -> bool:
