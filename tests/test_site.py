@@ -27,7 +27,7 @@ def test_the_site_has_every_page_and_refuses_broken_links(tmp_path):
     assert good.returncode == 0, good.stderr
     pages = {path.stem for path in (tmp_path / "site").glob("*.html")}
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} | {"index", "contributing"} <= pages
-    assert "revers" in (tmp_path / "site/search/search_index.js").read_text(encoding="utf-8")
+    assert "revers" in (tmp_path / "site/search/search_index.json").read_text(encoding="utf-8")
     assert (tmp_path / "site/files/sdkit/methods/sdft.yaml.html").is_file()
 
     with (tmp_path / "README.md").open("a", encoding="utf-8") as readme:

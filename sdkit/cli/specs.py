@@ -49,22 +49,20 @@ def plan(
 
     For a method page: its objective, teacher and sampler.
     """
-    from sdkit.plan.machine import machine_for, other_shapes, shape_of
-    from sdkit.plan.plan import make_plan, plan_method
+    from sdkit.api import plan_spec
+    from sdkit.plan.plan import MethodPlan
     from sdkit.plan.text import render_method, render_plan
 
     checked = check_spec(spec, overrides, run_file=data > 0)
-    if checked.kind == "method":
-        return typer.echo(render_method(plan_method(checked.spec)))
-    run = checked.spec
-    shapes = other_shapes(run, spec.parent)
-    the_plan = make_plan(run, machine_for(run), shape_of(run, spec.parent), other_shapes=shapes)
-    typer.echo(render_plan(run, the_plan))
+    the_plan = plan_spec(checked.spec, spec.parent)
+    if isinstance(the_plan, MethodPlan):
+        return typer.echo(render_method(the_plan))
+    typer.echo(render_plan(checked.spec, the_plan))
     if data:
         from sdkit.train.preview import preview
 
         with placing(checked):
-            preview(run, spec.parent, data, make_console())
+            preview(checked.spec, spec.parent, data, make_console())
     return None
 
 

@@ -44,6 +44,21 @@ class Problem:
     place: Place | None = None
     severity: Literal["error", "warning"] = "error"
 
+    def as_dict(self) -> dict[str, object]:
+        """Returns the problem as JSON values, with the keys of `sdkit validate --format json`."""
+        place = self.place
+        return {
+            "file": place.file if place else None,
+            "line": place.line if place else None,
+            "column": place.column if place else None,
+            "length": place.length if place else None,
+            "path": list(self.path),
+            "code": self.code,
+            "severity": self.severity,
+            "message": self.message,
+            "hint": self.hint,
+        }
+
 
 # ── errors that end a command ──────────────────────────────────────────────────────────────────────
 
@@ -68,6 +83,14 @@ class SdkitError(Exception):
 
 class RunFailed(SdkitError):
     """The spec has problems, or the run failed."""
+
+
+class InvalidSpec(RunFailed):
+    """A spec has errors.  `problems` lists them and any warnings; the message shows them with their source lines."""
+
+    def __init__(self, problems: Sequence[Problem], sources: Mapping[str, str]) -> None:
+        super().__init__(render(problems, sources))
+        self.problems = tuple(problems)
 
 
 class UnreadableInput(SdkitError):
@@ -269,22 +292,7 @@ def as_json(problems: Sequence[Problem]) -> str:
     """Formats problems as a JSON list."""
     import json
 
-    return json.dumps([_as_dict(p) for p in sorted(problems, key=by_position)], indent=2)
-
-
-def _as_dict(problem: Problem) -> dict[str, object]:
-    place = problem.place
-    return {
-        "file": place.file if place else None,
-        "line": place.line if place else None,
-        "column": place.column if place else None,
-        "length": place.length if place else None,
-        "path": list(problem.path),
-        "code": problem.code,
-        "severity": problem.severity,
-        "message": problem.message,
-        "hint": problem.hint,
-    }
+    return json.dumps([p.as_dict() for p in sorted(problems, key=by_position)], indent=2)
 
 
 def as_github(problems: Sequence[Problem]) -> str:

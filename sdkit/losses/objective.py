@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import assert_never
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
 from sdkit.batches import Counts, Tokens, TopKLogprobs
@@ -51,6 +52,7 @@ from sdkit.losses.policy_terms import (
     needs_sequence_means,
     policy_gradient,
     reference_kl,
+    sequence_means,
 )
 from sdkit.losses.support import sampled_token
 from sdkit.losses.top_k import on_served_top_k, on_top_k
@@ -230,6 +232,33 @@ class Objective:
                 return self._functions[name](student, teacher.detach())
             case _:
                 assert_never(spec)
+
+
+@torch.no_grad()
+def with_sequence_statistics(
+    objective: Objective,
+    tokens: Tokens,
+    rows: int,
+    current_logprobs: Callable[[], Tensor],
+    teacher_logprobs: Callable[[], Tensor | None],
+) -> Tokens:
+    """Returns the tokens with `Tokens.ratio` and `Tokens.sequence_means`, where a term needs them.
+
+    Chunks cannot compute these: they take complete sequences.  The functions return the log-probabilities of the sampled
+    tokens at the sampling temperature, [M]; they are called only if needed.
+    """
+    needs_ratio = objective.needs_sequence_ratio and tokens.sampler_logprobs is not None
+    if not needs_ratio and not objective.needs_sequence_means:
+        return tokens
+    old = tokens.old_logprobs
+    current = current_logprobs() if old is None or objective.needs_sequence_means else old
+    if needs_ratio:
+        trainer = current if old is None else old
+        tokens = evolve(tokens, ratio=sampler_ratio(objective.losses, trainer, tokens, rows))
+    if objective.needs_sequence_means:
+        means = sequence_means(objective.losses, current, teacher_logprobs(), tokens, rows)
+        tokens = evolve(tokens, sequence_means=means)
+    return tokens
 
 
 def sampler_ratio(losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: Tokens, rows: int) -> Tensor:

@@ -42,12 +42,12 @@ def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
         case TopKLogprobs():
             raise ValueError("a top-k teacher has no logits over the vocabulary")
         case BlendedScores(parts=parts, factors=factors):
-            return _summed([widen(logits(part, at)) for part in parts], factors)
+            return weighted_sum([widen(logits(part, at)) for part in parts], factors)
         case _:
             assert_never(scores)
 
 
-def _summed(parts: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+def weighted_sum(parts: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
     """Σ factor · part.  [C, V] each -> [C, V].
 
     A token that any part excludes (-inf) stays excluded whatever the factors, so inf − inf never occurs.

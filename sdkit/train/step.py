@@ -97,21 +97,26 @@ def average_metrics(sums: Mapping[str, Tensor], collated: CollatedBatch) -> dict
     values = collectives.sum_scalars(sums)
     if not values:
         return {}
-    metrics: dict[str, float] = {"loss": sum(v for k, v in values.items() if k.startswith("loss/"))}
-    for key, value in values.items():
-        name, _, figure = key.partition("/")
-        if name == "loss":
-            metrics[key] = value
-        elif figure != "tokens":
-            # Tokens of weight 0 count in the loss's average but not here.
-            metrics[key] = value / max(values[f"{name}/tokens"], 1)
-    metrics |= _route_shares(collated)
+    metrics = token_means(values) | _route_shares(collated)
     tokens = sum(b.student.tokens for b in collated.micro_batches)
     all_tokens, all_padded = collectives.all_reduce_sum(torch.tensor([tokens, collated.padded_tokens])).tolist()
     metrics["padding"] = 1 - all_tokens / max(all_padded, 1)
     for name, counts in collated.counts.items():
         metrics[f"{name}/tokens"] = counts.tokens
         metrics[f"{name}/empty_rows"] = 1 - counts.filled_rows / max(counts.rows, 1)
+    return metrics
+
+
+def token_means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Return the loss, each term's share of it, and the mean of every other metric over its term's tokens."""
+    metrics = {"loss": sum(v for k, v in sums.items() if k.startswith("loss/"))}
+    for key, value in sums.items():
+        name, _, figure = key.partition("/")
+        if name == "loss":
+            metrics[key] = value
+        elif figure != "tokens":
+            # Tokens of weight 0 count in the loss's average but not here.
+            metrics[key] = value / max(sums[f"{name}/tokens"], 1)
     return metrics
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from attrs import evolve
 from torch import Tensor, nn
 
 from sdkit.batches import LogitTransform, MicroBatch, TeacherScores, Tokens
 from sdkit.language.specs import Loss, Table
 from sdkit.losses.chunks import projected_loss, scored_logprobs, token_logprobs, token_logprobs_and_entropy
-from sdkit.losses.objective import Objective, UserDivergence, sampler_ratio
-from sdkit.losses.policy_terms import sequence_means
+from sdkit.losses.objective import Objective, UserDivergence, with_sequence_statistics
 from sdkit.models.weights import Weights
 
 
@@ -76,35 +74,19 @@ class Student(nn.Module):
             self.transform,
         )
 
-    @torch.no_grad()
     def _with_sequence_statistics(
         self, batch: MicroBatch, hidden: Tensor, scores: TeacherScores | None, objective: Objective
     ) -> Tokens:
-        """Return the tokens with their sequence-level ratio and means, if a term needs them.
+        """Return the tokens with their sequence-level ratio and means, if a term needs them."""
+        token, settings = batch.tokens.token, (self.temperature, self.chunk_tokens)
 
-        Chunks cannot compute these: they take complete sequences.
-        """
-        tokens, losses = batch.tokens, objective.losses
-        needs_ratio = objective.needs_sequence_ratio and tokens.sampler_logprobs is not None
-        if not needs_ratio and not objective.needs_sequence_means:
-            return tokens
-        old = tokens.old_logprobs
-        if old is None or objective.needs_sequence_means:
-            current = self._logprobs(hidden, tokens.token)
-        else:
-            current = old
-        if needs_ratio:
-            trainer = current if old is None else old
-            tokens = evolve(tokens, ratio=sampler_ratio(losses, trainer, tokens, batch.rows))
-        if objective.needs_sequence_means:
-            teacher = scores and scored_logprobs(scores, tokens.token, self.temperature, self.chunk_tokens)
-            means = sequence_means(losses, current, teacher, tokens, batch.rows)
-            tokens = evolve(tokens, sequence_means=means)
-        return tokens
+        def current() -> Tensor:
+            return token_logprobs(hidden, self.head, token, *settings, self.transform)
 
-    def _logprobs(self, hidden: Tensor, token: Tensor) -> Tensor:
-        settings = self.temperature, self.chunk_tokens, self.transform
-        return token_logprobs(hidden, self.head, token, *settings)
+        def teacher() -> Tensor | None:
+            return scores and scored_logprobs(scores, token, *settings)
+
+        return with_sequence_statistics(objective, batch.tokens, batch.rows, current, teacher)
 
     @torch.no_grad()
     def token_statistics(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:

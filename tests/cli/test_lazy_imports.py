@@ -1,9 +1,16 @@
-"""The command line imports only the language until a command runs, so that `sdkit --help` and `validate` start fast."""
+"""The command line imports only the language until a command runs, so that `sdkit --help` and `validate` start fast.
+
+`import sdkit` imports nothing, and its functions for specs, plans and runs need no torch.
+"""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import sdkit
 
 CLI = Path(__file__).resolve().parents[2] / "sdkit" / "cli"
 ALLOWED = ("sdkit.cli", "sdkit.language", "sdkit.plan", "sdkit.__version__")
@@ -28,3 +35,27 @@ def top_level_imports(path):
 def test_heavy_imports_stand_inside_the_commands(path):
     imports = {name for name in top_level_imports(path) if name.startswith("sdkit")}
     assert {name for name in imports if not name.startswith(ALLOWED)} == set()
+
+
+def loaded_by(code):
+    """The modules that are loaded after the code has run in a process of its own."""
+    code += "\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_import_sdkit_loads_no_other_module_of_it():
+    assert {name for name in loaded_by("import sdkit") if name.startswith("sdkit.")} == set()
+
+
+def test_specs_and_plans_need_no_torch():
+    loaded = loaded_by("import sdkit; sdkit.plan_spec(sdkit.load_spec('sdft')); sdkit.read_status; sdkit.SdkitError")
+    assert "sdkit.api" in loaded
+    assert loaded & {"torch", "numpy", "transformers", "deepspeed", "vllm"} == set()
+
+
+def test_every_exported_name_can_be_imported():
+    for name in sdkit.__all__:
+        assert getattr(sdkit, name).__module__.startswith("sdkit.")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sdkit.nothing  # noqa: B018

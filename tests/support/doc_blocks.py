@@ -1,0 +1,111 @@
+"""Runs the code blocks of a page of documentation, in order, and compares what they print with the page.
+
+A page has four kinds of fenced blocks:
+
+- a block with a `title` is a file: it is written to the working folder under that name,
+- `sh` is run by bash; the command `sdkit` is this clone's,
+- `python` is run in one namespace for all blocks of the page,
+- `text` is what the block before it prints; a line `…` stands for any lines.
+
+An HTML comment on the line before a block changes how it is treated: `<!-- exit 1 -->` names the exit code of `sh`
+(default 0), `<!-- figures vary -->` compares the text without numbers and sampled answers, and `<!-- not run -->` skips
+the block.
+"""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+FENCE = re.compile(
+    r"(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<info>\w+[^\n]*)\n(?P<body>.*?)```$", re.DOTALL | re.MULTILINE
+)
+NUMBER = re.compile(r"[-+−]?\d+(,\d{3})*(\.\d+)?(e[-+]\d+)?")
+SECONDS = re.compile(r"\d+(\.\d+)? s\b( \(rollout [^)]*\))?")
+
+
+class Block(NamedTuple):
+    kind: str  # the language of the fence, or `file`
+    title: str
+    body: str
+    note: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        title = re.search(r'title="([^"]+)"', match["info"])
+        kind = "file" if title else match["info"].split()[0]
+        line = text[: match.start()].count("\n") + 1
+        found.append(Block(kind, title[1] if title else "", match["body"], match["note"] or "", line))
+    return found
+
+
+def run_page(page: Path, folder: Path) -> None:
+    """Run every block of the page in `folder`.  Raises AssertionError, which names the line of the block."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    printed = ""
+    with contextlib.chdir(folder):
+        for block in blocks(page):
+            place = f"{page.name}:{block.line}"
+            match block.kind:
+                case _ if block.note == "not run":
+                    continue
+                case "file":
+                    Path(block.title).write_text(block.body, encoding="utf-8")
+                case "sh":
+                    printed = run_shell(block, folder, place)
+                case "python":
+                    output = io.StringIO()
+                    with contextlib.redirect_stdout(output):
+                        exec(compile("\n" * block.line + block.body, str(page), "exec"), namespace)
+                    printed = output.getvalue()
+                case "text":
+                    varies = block.note == "figures vary"
+                    expected, actual = normal(block.body, folder, varies), normal(printed, folder, varies)
+                    assert matches(expected, actual), f"{place}: printed\n{printed}\ninstead of\n{block.body}"
+
+
+def run_shell(block: Block, folder: Path, place: str) -> str:
+    shim = folder / ".bin" / "sdkit"
+    shim.parent.mkdir(exist_ok=True)
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m sdkit "$@"\n')
+    shim.chmod(0o755)
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PATH": f"{shim.parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        ["bash", "-e", "-o", "pipefail", "-c", block.body],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    expected = int(block.note.removeprefix("exit ")) if block.note.startswith("exit ") else 0
+    assert done.returncode == expected, f"{place}: exit code {done.returncode}\n{done.stdout}"
+    return done.stdout
+
+
+def normal(text: str, folder: Path, varies: bool) -> list[str]:
+    """The lines without times, folders, widths and, if figures vary, numbers."""
+    text = SECONDS.sub("#", text.replace(str(folder), "FOLDER"))
+    if varies:
+        text = re.sub(r"(?m)^  sample: .*", "  sample:", NUMBER.sub("#", text))
+    text = re.sub(r"[─━═]+", "─", text)
+    lines = [re.sub(r"\s+", " ", line).strip() for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+def matches(expected: list[str], actual: list[str]) -> bool:
+    """Whether the lines are equal; `…` in `expected` stands for any lines."""
+    if not expected:
+        return not actual
+    if expected[0] == "…":
+        return any(matches(expected[1:], actual[i:]) for i in range(len(actual) + 1))
+    return bool(actual) and expected[0] == actual[0] and matches(expected[1:], actual[1:])
