@@ -338,7 +338,7 @@ def test_what_a_program_may_not_do(sandbox, program, said):
 def test_threads_are_counted(sandbox):
     program = """
 import threading, time
-threading.stack_size(32768)
+threading.stack_size(65536)
 for i in range(500):
     threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 """
