@@ -1,4 +1,4 @@
-"""Processes: telling them apart, killing them, and keeping idle workers for reuse.  Knows nothing of what they run."""
+"""Processes: telling them apart and killing them; worker processes and threads.  Knows nothing of what they run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import os
 import queue
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any, AnyStr, Generic
+from concurrent.futures import Future
+from typing import Any, AnyStr, Generic, TypeVar
 
 import psutil
+
+T = TypeVar("T")
 
 CLOCK_ACCURACY = 0.05
 """Seconds by which two readings of one process's start may differ."""
@@ -77,3 +81,37 @@ class WorkerPool(Generic[AnyStr]):
                 return self._start()
             if worker.poll() is None:
                 return worker
+
+
+class DaemonThreads:
+    """Threads that run submitted functions, first in, first out.
+
+    Unlike those of a ThreadPoolExecutor, they do not keep the process alive: a thread cannot be killed.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._work.put((function, future))
+        return future
+
+    def end(self, seconds: float) -> None:
+        """End the threads after all submitted functions; wait for each up to `seconds`."""
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join(seconds)
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            function, future = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:  # raised again where the result is awaited
+                    future.set_exception(error)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from sdkit.language import specs
-from sdkit.language.errors import BadData, BadEnvironment, first_line, listed, nearest, shorten
+from sdkit.language.errors import BadData, BadEnvironment, did_you_mean, first_line, listed, shorten
 from sdkit.language.files import UnreadableFile, irregular_kind, needs_package, read_file
 from sdkit.language.row_text import Fault, describe_value
 
@@ -228,5 +228,4 @@ def _check_options(source: specs.ReasoningGymSource, config: type) -> None:
 
 
 def _unknown(message: str, word: str, known: Sequence[str]) -> BadData:
-    close = nearest(word, known)
-    return BadData(message, hint=f"did you mean '{close}'?" if close else f"it has {listed(known)}")
+    return BadData(message, hint=did_you_mean(word, known) or f"it has {listed(known)}")

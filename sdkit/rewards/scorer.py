@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from types import MappingProxyType
 
 from attrs import field, frozen
 
 from sdkit.batches import Row
+from sdkit.processes import DaemonThreads
 
 Pair = tuple[str, Row]
 """A completion, and the row of its prompt."""
@@ -62,58 +63,36 @@ def score_in_threads(
 ) -> list[ScoredCompletion]:
     """Scores the pairs, `threads` at a time.
 
-    Raises what `score` raises, and DeadlineExceeded if a pair takes more than `seconds`.  A thread cannot be killed: a
-    late one keeps running, but as a daemon it does not keep the process alive.
+    Raises what `score` raises, and DeadlineExceeded if a pair takes more than `seconds`; a late thread keeps running.
     """
-    indices = iter(range(len(pairs)))
-    lock, stopped = threading.Lock(), threading.Event()
     started: dict[int, float] = {}
-    done: queue.SimpleQueue[tuple[int, ScoredCompletion | BaseException]] = queue.SimpleQueue()
 
-    def work() -> None:
-        while not stopped.is_set():
-            with lock:
-                index = next(indices, None)
-                if index is None:
-                    return
-                started[index] = time.monotonic()
-            try:
-                done.put((index, score(*pairs[index])))
-            except BaseException as error:  # raised again in the caller's thread
-                done.put((index, error))
+    def score_one(index: int) -> ScoredCompletion:
+        started[index] = time.monotonic()
+        return score(*pairs[index])
 
-    for _ in range(min(threads, len(pairs))):
-        threading.Thread(target=work, daemon=True, name="sdkit reward").start()
-    scored: dict[int, ScoredCompletion] = {}
+    pool = DaemonThreads(min(threads, len(pairs)), "sdkit reward")
+    futures = [pool.submit(functools.partial(score_one, index)) for index in range(len(pairs))]
+
+    def running() -> list[int]:
+        """The pairs being scored, oldest first."""
+        return [index for index in started.copy() if not futures[index].done()]
+
     try:
-        while len(scored) < len(pairs):
-            index, outcome = _next_outcome(done, started, lock, seconds)
-            if isinstance(outcome, BaseException):
-                raise outcome
-            scored[index] = outcome
+        while not all(future.done() for future in futures):
+            timeout = None
+            if seconds is not None:
+                oldest = min((started[index] for index in running()), default=time.monotonic())
+                timeout = max(oldest + seconds - time.monotonic(), 0.0)
+            wait(futures, timeout, FIRST_EXCEPTION)
+            for future in futures:
+                if future.done():
+                    future.result()  # raises what the pair raised
+            for index in running():
+                if seconds is not None and time.monotonic() >= started[index] + seconds:
+                    raise DeadlineExceeded(index)
+        return [future.result() for future in futures]
     finally:
-        stopped.set()
-    return [scored[index] for index in range(len(pairs))]
-
-
-def _next_outcome(
-    done: queue.SimpleQueue[tuple[int, ScoredCompletion | BaseException]],
-    started: dict[int, float],
-    lock: threading.Lock,
-    seconds: float | None,
-) -> tuple[int, ScoredCompletion | BaseException]:
-    """Returns the next outcome.  Raises DeadlineExceeded if a pair runs out of time first."""
-    while True:
-        with lock:
-            oldest = min(started, key=started.__getitem__, default=None)
-            since = time.monotonic() if oldest is None else started[oldest]
-        left = None if seconds is None else since + seconds - time.monotonic()
-        try:
-            outcome = done.get(timeout=None if left is None else max(left, 0.0))
-        except queue.Empty:
-            if oldest is not None:
-                raise DeadlineExceeded(oldest) from None
-            continue
-        with lock:
-            del started[outcome[0]]
-        return outcome
+        for future in futures:
+            future.cancel()
+        pool.end(0.0)

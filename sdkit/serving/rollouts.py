@@ -9,10 +9,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import queue
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar, cast
 
@@ -22,6 +20,7 @@ from sdkit.batches import Completion, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
 from sdkit.language.errors import ProcessDied, SdkitError
 from sdkit.models.weights import Weights
+from sdkit.processes import DaemonThreads
 from sdkit.sampling.canary import Canary
 from sdkit.serving.pool import ServerPool
 from sdkit.serving.weight_files import WeightFile
@@ -61,7 +60,7 @@ class ServerRollouts:
     def __init__(self, pool: ServerPool | None, canary: Canary, end_ids: tuple[int, ...]) -> None:
         self.pool = pool
         self.canary = canary
-        self._thread = _WorkerThread() if pool else None
+        self._thread = DaemonThreads(1, "rollout servers") if pool else None
         if pool:
             pool.set_canary(canary, end_ids)
         self._newest_weights: tuple[int, int] | None = None  # id and version of the weights last written
@@ -125,7 +124,8 @@ class ServerRollouts:
         """Stop the worker thread, close the connections and remove the weight files."""
         if self.pool and self._thread:
             self.pool.abort()
-            self._thread.end(self.pool.close)
+            self._thread.submit(self.pool.close)
+            self._thread.end(SHUTDOWN_SECONDS)
 
     def _broadcast_result(self, future: Future[T] | None) -> T:
         """Returns the worker thread's result on every rank, or raises its error on every rank.
@@ -162,32 +162,3 @@ def _load_and_sample(
     metrics = pool.load(file)
     completions = tuple(pool.sample(file, requests, sampling))
     return SampledBatch(completions=completions, transfer_metrics=metrics, seconds=time.perf_counter() - started)
-
-
-class _WorkerThread:
-    """Runs submitted functions one after the other, in a daemon thread."""
-
-    def __init__(self) -> None:
-        self._work: queue.SimpleQueue[tuple[Callable[[], object], Future[object]] | None]
-        self._work = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="rollout servers", daemon=True)
-        self._thread.start()
-
-    def submit(self, work: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        self._work.put((work, future))  # pyright: ignore[reportArgumentType]
-        return future
-
-    def end(self, last: Callable[[], None]) -> None:
-        """Run `last` after all submitted work, and wait up to SHUTDOWN_SECONDS for it."""
-        self.submit(last)
-        self._work.put(None)
-        self._thread.join(SHUTDOWN_SECONDS)
-
-    def _run(self) -> None:
-        while (item := self._work.get()) is not None:
-            work, future = item
-            try:
-                future.set_result(work())
-            except BaseException as error:  # raised again where the result is awaited
-                future.set_exception(error)

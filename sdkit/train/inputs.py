@@ -53,6 +53,12 @@ class RunData:
                 now=now,
                 keep_text=spec.model.control_tokens == "text",
             )
+        weights = spec.teacher and spec.teacher.weights
+        self._slots = list(spec.slots.values())
+        self.needs_rollouts_for_context = any(isinstance(slot, specs.OfRollouts) for slot in self._slots)
+        self.strips_thinking = any(getattr(slot, "strip_thinking", False) for slot in self._slots)
+        self.routed = weights if isinstance(weights, specs.RoutedWeights) else None
+        self.routes = list(self.routed.routes) if self.routed else []
         only = next(iter(spec.rewards)) if len(spec.rewards) == 1 else None
         self.reward = spec.reward or only  # the name of the reward that training uses
         self.turn_end = end_token(tokenizer, self.prompter.options)
@@ -63,16 +69,12 @@ class RunData:
         for name, suite in spec.suites.items():
             self.suites[name], self.dropped_repeats[name] = self._load_suite(name, suite, base)
         self.train, self.dropped = self._load_training_rows(spec.suites, base)
-        slots = spec.sees.slots.values() if spec.sees else ()
-        self.needs_rollouts_for_context = any(isinstance(slot, specs.OfRollouts) for slot in slots)
-        self.strips_thinking = any(getattr(slot, "strip_thinking", False) for slot in slots)
-        self.rewards: dict[str, dict[str, Scorer]] = {
-            name: self._open_suite_rewards(suite, base) for name, suite in spec.suites.items()
+        self.rewards = {
+            name: self._open_rewards(self._suite_rewards(suite), suite.data, base)
+            for name, suite in spec.suites.items()
         }
-        self.train_rewards = self._open_training_rewards(base)
-        weights = spec.teacher and spec.teacher.weights
-        self.routed = weights if isinstance(weights, specs.RoutedWeights) else None
-        self.routes = list(self.routed.routes) if self.routed else []
+        # Every reward that can score training rows: for metrics, whether or not the loss uses it.
+        self.train_rewards = self._open_rewards(self._training_rewards(), spec.data, base)
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
         self.rows_used = 0  # number of training rows that the run uses
@@ -102,19 +104,14 @@ class RunData:
 
     def _text_columns(self, suite: specs.Suite | None) -> set[str]:
         """The columns that must have text, in a suite's rows or (None) in the training rows."""
-        spec = self.spec
         names = self._shown_columns if suite is None else self._slot_columns
-        weights = spec.teacher and spec.teacher.weights
-        if isinstance(weights, specs.RoutedWeights):
-            names = [*names, weights.by]
+        by = [self.routed.by] if self.routed else []
         rewards = self._suite_rewards(suite) if suite else self._training_rewards()
-        return {*names, *answer_columns(spec.rewards, rewards)}
+        return {*names, *by, *answer_columns(self.spec.rewards, rewards)}
 
     @property
     def _slot_columns(self) -> list[str]:
-        sees = self.spec.sees
-        slots = sees.slots.values() if sees else ()
-        return [slot.name for slot in slots if isinstance(slot, specs.ColumnSlot)]
+        return [slot.name for slot in self._slots if isinstance(slot, specs.ColumnSlot)]
 
     @property
     def _shown_columns(self) -> list[str]:
@@ -126,16 +123,10 @@ class RunData:
         """Names of the rewards that score a suite's completions."""
         return dict.fromkeys((suite.score, *suite.also, *filter(None, [self.reward])))
 
-    def _open_suite_rewards(self, suite: specs.Suite, base: Path) -> dict[str, Scorer]:
-        source = suite.data.source
-        task = source if isinstance(source, specs.ReasoningGymSource) else None
-        return open_rewards(self.spec.rewards, self._suite_rewards(suite), base, task, self._now)
-
-    def _open_training_rewards(self, base: Path) -> dict[str, Scorer]:
-        """Scorers of every reward that can score training rows: for metrics, whether or not the loss uses it."""
-        source = self.spec.data.source
-        task = source if isinstance(source, specs.ReasoningGymSource) else None
-        return open_rewards(self.spec.rewards, self._training_rewards(), base, task, self._now)
+    def _open_rewards(self, names: Iterable[str], data: specs.DataSpec, base: Path) -> dict[str, Scorer]:
+        """Scorers of these rewards, for rows of this data set."""
+        task = data.source if isinstance(data.source, specs.ReasoningGymSource) else None
+        return open_rewards(self.spec.rewards, names, base, task, self._now)
 
     def _now(self) -> datetime:
         """The date that chat templates print; rank 0 sets it for all ranks after the rewards are opened."""
@@ -301,7 +292,7 @@ class RunData:
         longest = max(max(len(s), len(t.ids) if t else 0) for s, t in prompts)
         if sees is None or not self.needs_rollouts_for_context:
             return longest
-        slots = sum(isinstance(slot, specs.OfRollouts) for slot in sees.slots.values())
+        slots = sum(isinstance(slot, specs.OfRollouts) for slot in self._slots)
         upper_bound = longest + TEMPLATE_TOKENS + slots * spec.rollout.max_new_tokens
         return max(longest, min(upper_bound, sees.max_prompt_tokens or upper_bound))
 

@@ -12,7 +12,7 @@ import torch
 
 from sdkit.batches import Rollout
 from sdkit.distributed import collectives
-from sdkit.language.specs import OfRollouts, SuccessfulSibling, TeacherSpec
+from sdkit.language.specs import OfRollouts, Slot, SuccessfulSibling
 from sdkit.losses.policy_terms import group_relative
 from sdkit.train.collect_rollouts import CollectedRollouts, completion_text
 from sdkit.train.inputs import RunData
@@ -46,7 +46,7 @@ def step_metrics(
         | {"rollout/kept": (trained, sampled), "rollout/hedging": _hedging(data, rollouts)}
         | _rollout_sums(data, rollouts)
         | _group_sums(data, rollouts)
-        | _context_sums(data.spec.teacher, rollouts)
+        | _context_sums(data.spec.slots, rollouts)
     )
     metrics |= {
         "skipped_steps": float(sum(not result.applied for result in results)),
@@ -99,9 +99,8 @@ def _group_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
     return {"rollout/constant_groups": _mean(len(set(g)) == 1 for g in groups.values())}
 
 
-def _context_sums(teacher: TeacherSpec | None, rollouts: Sequence[Rollout]) -> Sums:
+def _context_sums(slots: Mapping[str, Slot], rollouts: Sequence[Rollout]) -> Sums:
     """The share of rollouts whose teacher prompt fills each slot, and of groups with a successful rollout."""
-    slots = teacher.sees.slots if teacher and teacher.sees else {}
     sums: Sums = {}
     for name, slot in slots.items():
         if isinstance(slot, OfRollouts):

@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -98,8 +99,7 @@ class Report:
         for trip in triggered(self.recent_steps, patience):
             facts = {"since": trip.first, "wire": trip.wire, "cause": trip.cause}
             self.run.warning(step, facts | {"look_at": trip.look_at})
-            self.console.print(f"[yellow]warning[/]: {escape(str(trip))}", highlight=False)
-            self.console.print(f"  = {escape(trip.look_at)}", highlight=False)
+            _warn(self.console, str(trip), trip.look_at)
 
     def evaluated(self, step: int, result: EvaluationResult, losses: Mapping[str, float], seconds: float) -> None:
         """Report the evaluation after `step`: scores on the console, every completion to evaluations/."""
@@ -119,9 +119,9 @@ class Report:
         """Report the teacher's lift, measured before training."""
         if not lift:
             return
-        table = Table(title="teacher lift: score under the teacher's view minus the student's, before training")
-        for column in ("suite", "decoding", "score", "lift", "95 % interval", "prompts"):
-            table.add_column(column)
+        columns = ("suite", "decoding", "score", "lift", "95 % interval", "prompts")
+        title = "teacher lift: score under the teacher's view minus the student's, before training"
+        table = Table(*columns, title=title)
         for (suite, decoding, reward), interval in lift.items():
             table.add_row(suite, decoding, reward, *signed(interval), str(interval.n))
         self.console.print(table)
@@ -160,32 +160,27 @@ def comparison_table(before: EvaluationResult, after: EvaluationResult, first: K
 
 def scores_table(result: EvaluationResult) -> Table:
     """A table of every score with its interval."""
-    table = Table(title="held-out prompts, from the model's own prompt")
-    for column in ("suite", "decoding", "score", "mean [95 % interval]", "n"):
-        table.add_column(column)
+    columns = ("suite", "decoding", "score", "mean [95 % interval]", "n")
+    table = Table(*columns, title="held-out prompts, from the model's own prompt")
     for key in result.scores:
         interval = result.interval(key)
         table.add_row(*key, with_interval(interval), str(interval.n))
     return table
 
 
-def comparison_records(before: EvaluationResult, after: EvaluationResult) -> list[dict[str, object]]:
+def comparison_records(before: EvaluationResult, after: EvaluationResult) -> list[dict[str, Any]]:
     """The rows of `comparison_table` as JSON values, for result.json."""
-    rows: list[dict[str, object]] = []
-    for key in before.scores:
-        change, b, a = after.difference(before, key), before.interval(key), after.interval(key)
-        rows.append(
-            {
-                "suite": key[0],
-                "decoding": key[1],
-                "score": key[2],
-                "before": [b.mean, b.low, b.high],
-                "after": [a.mean, a.low, a.high],
-                "change": [change.mean, change.low, change.high],
-                "n": change.n,
-            }
-        )
-    return rows
+    changes = {key: after.difference(before, key) for key in before.scores}
+    return [
+        dict(zip(("suite", "decoding", "score"), key, strict=True))
+        | {"before": _ends(before.interval(key)), "after": _ends(after.interval(key)), "change": _ends(change)}
+        | {"n": change.n}
+        for key, change in changes.items()
+    ]
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [interval.mean, interval.low, interval.high]
 
 
 def print_objective_card(
@@ -220,8 +215,7 @@ def print_objective_card(
     if rows := data.control_token_rows:
         shown = ", ".join(f"row {row.index} {name}" for row, name in rows[:5])
         text = f"{counted(len(rows), 'row')} spell control tokens, which the model reads as such: {shown}"
-        console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
-        console.print("  = model.control_tokens: text keeps them as text", highlight=False)
+        _warn(console, text, "model.control_tokens: text keeps them as text")
     _warn_of_cut_completions(console, data, run, resumed=resumed)
 
 
@@ -231,10 +225,14 @@ def _warn_of_cut_completions(console: Console, data: RunData, run: RunDirectory,
     if completions is None or text is None:
         return
     advice = f"set rollout.max_new_tokens: {completions.longest}, or drop these rows"
-    console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
-    console.print(f"  = {escape(advice)}", highlight=False)
+    _warn(console, text, advice)
     if not resumed:  # a resumed run has warned already
         run.warning(0, {"wire": "cut_completions", "cause": text, "look_at": advice})
+
+
+def _warn(console: Console, text: str, advice: str) -> None:
+    console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
+    console.print(f"  = {escape(advice)}", highlight=False)
 
 
 def peak_gib() -> float:

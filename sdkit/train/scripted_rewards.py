@@ -17,9 +17,8 @@ def thresholds(spec: MethodSpec) -> list[float]:
 
 
 def _thresholds(spec: MethodSpec) -> Iterator[float]:
-    slots = spec.sees.slots.values() if spec.sees else ()
     weights = (term.token_weight for term in spec.losses.values())
-    for part in (spec.route, *spec.rollout.keep, *slots, *weights):
+    for part in (spec.route, *spec.rollout.keep, *spec.slots.values(), *weights):
         threshold = getattr(part, "threshold", None)
         if threshold is not None:
             yield threshold

@@ -241,9 +241,7 @@ def _few_rows(spec: specs.MethodSpec) -> specs.DataSpec:
         names |= set(spec.data.columns or ())
     if column := spec.rollout.sampled_by.completion_column:
         names.add(column)
-    if spec.teacher and isinstance(spec.teacher.sees, specs.Context):
-        slots = spec.teacher.sees.slots.values()
-        names |= {slot.name for slot in slots if isinstance(slot, specs.ColumnSlot)}
+    names |= {slot.name for slot in spec.slots.values() if isinstance(slot, specs.ColumnSlot)}
     routed = spec.teacher and spec.teacher.weights
     routed = routed if isinstance(routed, specs.RoutedWeights) else None
     names |= {routed.by} if routed else set()

@@ -156,8 +156,8 @@ def test_reasoning_gym_rows_keep_the_whole_entry():
 
 
 def test_reasoning_gym_names_the_nearest():
-    assert fault(gym(task="chain_sums")).hint == "did you mean 'chain_sum'?"
-    assert fault(gym(min_term=2)).hint == "did you mean 'min_terms'?"
+    assert fault(gym(task="chain_sums")).hint == 'did you mean "chain_sum"?'
+    assert fault(gym(min_term=2)).hint == 'did you mean "min_terms"?'
     assert "'min_terms', 'max_terms'" in fault(gym(colour=2)).hint
     assert "no option 'seed'" in fault(gym(seed=2)).message
     assert "max_terms must be >= min_terms" in fault(gym(min_terms=9, max_terms=2)).message

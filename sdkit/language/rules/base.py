@@ -9,26 +9,11 @@ from typing import Any, Literal, TypeVar
 
 from attrs import frozen
 
+from sdkit.language import specs
 from sdkit.language.bundled import BUNDLED, PREFIX
 from sdkit.language.errors import Path, did_you_mean, outside, shorten
 from sdkit.language.model_shapes import shape_at
 from sdkit.language.overlay import LoadedSpec
-from sdkit.language.specs import (
-    DataSpec,
-    ExperimentSpec,
-    FileDivergence,
-    FileReward,
-    FileWeight,
-    GroupRelative,
-    LogRatio,
-    LossSpec,
-    MethodSpec,
-    PolicyGradient,
-    ReferenceKl,
-    Sees,
-    ShapeSpec,
-    UserTurn,
-)
 from sdkit.language.templates import Field, TemplateError, parse
 from sdkit.language.user_functions import fault_of
 
@@ -76,8 +61,8 @@ class Rule:
         return " ".join((self.check.__doc__ or "").split())
 
 
-MethodCheck = Callable[[MethodSpec, Context], Iterator[Finding]]
-RunCheck = Callable[[ExperimentSpec, Context], Iterator[Finding]]
+MethodCheck = Callable[[specs.MethodSpec, Context], Iterator[Finding]]
+RunCheck = Callable[[specs.ExperimentSpec, Context], Iterator[Finding]]
 
 
 def method_rule(summary: str, severity: Literal["error", "warning"] = "error") -> Callable[[MethodCheck], Rule]:
@@ -93,61 +78,61 @@ def run_rule(summary: str, severity: Literal["error", "warning"] = "error") -> C
 # ── queries shared by several rules ───────────────────────────────────────────────────────────
 
 
-def terms(spec: MethodSpec, *kinds: type[T]) -> Iterator[tuple[Path, T]]:
+def terms(spec: specs.MethodSpec, *kinds: type[T]) -> Iterator[tuple[Path, T]]:
     """The loss terms of these classes, each with its path."""
     for name, term in spec.losses.items():
         if isinstance(term, kinds):
             yield ("losses", name), term
 
 
-def reward_advantages(spec: MethodSpec) -> Iterator[tuple[Path, GroupRelative]]:
+def reward_advantages(spec: specs.MethodSpec) -> Iterator[tuple[Path, specs.GroupRelative]]:
     """The reward advantages of the policy gradients, each with its path."""
-    for path, term in terms(spec, PolicyGradient):
+    for path, term in terms(spec, specs.PolicyGradient):
         if part := term.advantage.group_relative:
             inner = () if part is term.advantage else ("group_relative",)
             yield (*path, "advantage", *inner), part
 
 
-def log_ratios(spec: MethodSpec) -> Iterator[tuple[Path, PolicyGradient, LogRatio]]:
+def log_ratios(spec: specs.MethodSpec) -> Iterator[tuple[Path, specs.PolicyGradient, specs.LogRatio]]:
     """The teacher's log-ratios in the advantages of policy gradients, each with its path and its term."""
-    for path, term in terms(spec, PolicyGradient):
+    for path, term in terms(spec, specs.PolicyGradient):
         if part := term.advantage.log_ratio:
             inner = () if part is term.advantage else ("log_ratio",)
             yield (*path, "advantage", *inner), term, part
 
 
-def k2_terms(spec: MethodSpec) -> list[Path]:
+def k2_terms(spec: specs.MethodSpec) -> list[Path]:
     """Paths of the terms that estimate the KL to the reference from the sampled token."""
-    return [path for path, term in terms(spec, ReferenceKl) if term.estimator == "k2"]
+    return [path for path, term in terms(spec, specs.ReferenceKl) if term.estimator == "k2"]
 
 
-def of_teacher(spec: MethodSpec) -> list[tuple[Path, LossSpec]]:
+def of_teacher(spec: specs.MethodSpec) -> list[tuple[Path, specs.LossSpec]]:
     """The terms whose loss needs the teacher, each with its path."""
-    return [(path, term) for path, term in terms(spec, LossSpec) if term.needs_teacher]
+    return [(path, term) for path, term in terms(spec, specs.LossSpec) if term.needs_teacher]
 
 
-def consultations(spec: MethodSpec) -> Iterator[tuple[Path, str]]:
+def consultations(spec: specs.MethodSpec) -> Iterator[tuple[Path, str]]:
     """Masks and weights that need the teacher in terms whose loss does not, each with the statistic it needs."""
-    for path, term in terms(spec, LossSpec):
+    for path, term in terms(spec, specs.LossSpec):
         for statistic, key in () if term.needs_teacher else term.statistics():
             model, _, quantity = statistic.partition("_")
             if model == "teacher":
                 yield (*path, *key), f"teacher's {quantity.replace('logprobs', 'log-probabilities')}"
 
 
-def slots(spec: MethodSpec, *kinds: type[T]) -> Iterator[tuple[Path, T]]:
+def slots(spec: specs.MethodSpec, *kinds: type[T]) -> Iterator[tuple[Path, T]]:
     """The slots of these classes in the teacher's context, each with its path."""
-    for name, slot in spec.sees.slots.items() if spec.sees else ():
+    for name, slot in spec.slots.items():
         if isinstance(slot, kinds):
             yield ("teacher", "sees", "slots", name), slot
 
 
-def adds_no_view(sees: Sees | None) -> bool:
+def adds_no_view(sees: specs.Sees | None) -> bool:
     """Whether the teacher's prompt equals the student's: no context, or a user turn with the prompt alone."""
     if sees is None:
         return True
     # unused_slot reports slots that the template does not use; contexts of other kinds have text.
-    if not isinstance(sees, UserTurn) or sees.slots:
+    if not isinstance(sees, specs.UserTurn) or sees.slots:
         return False
     try:
         parts = parse(sees.template)
@@ -156,25 +141,25 @@ def adds_no_view(sees: Sees | None) -> bool:
     return [part for part in parts if not isinstance(part, str) or part.strip()] == [Field("prompt")]
 
 
-def data_of(spec: ExperimentSpec) -> Iterator[tuple[Path, DataSpec]]:
+def data_of(spec: specs.ExperimentSpec) -> Iterator[tuple[Path, specs.DataSpec]]:
     """The training data and the data of every suite, each with its path."""
     yield ("data",), spec.data
     for name, suite in spec.suites.items():
         yield ("evaluation", "suites", name, "data"), suite.data
 
 
-def columns_of(spec: ExperimentSpec, data: DataSpec) -> Mapping[str, Any]:
+def columns_of(spec: specs.ExperimentSpec, data: specs.DataSpec) -> Mapping[str, Any]:
     """The columns of a data set; a suite without columns uses those of the training data."""
     return data.columns or spec.data.columns or {}
 
 
-def total_updates(spec: ExperimentSpec) -> int | None:
+def total_updates(spec: specs.ExperimentSpec) -> int | None:
     """The run's number of optimizer steps; None if the spec gives epochs."""
     steps = spec.training.steps
     return steps and steps * spec.training.updates_per_rollout
 
 
-def shape_of(spec: ExperimentSpec, context: Context) -> ShapeSpec | None:
+def shape_of(spec: specs.ExperimentSpec, context: Context) -> specs.ShapeSpec | None:
     """The model's shape, if the spec states it or the model is bundled or local."""
     return spec.model.shape or shape_at(spec.model.path, Folder(context.loaded.folder))
 
@@ -182,7 +167,7 @@ def shape_of(spec: ExperimentSpec, context: Context) -> ShapeSpec | None:
 def uncallable(
     where: Path,
     context: Context,
-    user: FileDivergence | FileReward | FileWeight,
+    user: specs.FileDivergence | specs.FileReward | specs.FileWeight,
     *values: str,
     given: Sequence[str] = (),
 ) -> Iterator[Finding]:

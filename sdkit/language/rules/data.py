@@ -5,26 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from sdkit.language import specs
 from sdkit.language.errors import counted, did_you_mean, outside, shorten, spelled
 from sdkit.language.files import file_names
 from sdkit.language.row_text import describe_value, is_empty
 from sdkit.language.rules.base import Context, Finding, columns_of, data_of, run_rule, slots
-from sdkit.language.specs import (
-    ColumnSlot,
-    ColumnTemplate,
-    DataSpec,
-    DiskSource,
-    ExperimentSpec,
-    FileSource,
-    InlineSource,
-    LocalFile,
-    ReasoningGymSource,
-)
 from sdkit.language.templates import TemplateError, fields, parse
 
 
 @run_rule("rows have a prompt")
-def prompt_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def prompt_column(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """The column `prompt` is what the student is asked."""
     for path, data in data_of(spec):
         if data.columns is None and path != ("data",):
@@ -35,21 +25,21 @@ def prompt_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 
 @run_rule("column slots use columns of the data")
-def slot_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def slot_column(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A slot of kind column uses a name declared under data.columns."""
     known = columns_of(spec, spec.data)
-    for path, slot in slots(spec, ColumnSlot):
+    for path, slot in slots(spec, specs.ColumnSlot):
         if slot.name not in known:
             hint = did_you_mean(slot.name, known) or f"add data.columns.{slot.name}"
             yield (*path, "name"), f"column {shorten(slot.name)} {outside(known)}", hint
 
 
 @run_rule("inline rows have a text prompt")
-def inline_prompt(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def inline_prompt(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A prompt is text or a list of messages, and not empty.  Rows from files are checked when they are read."""
     for path, data in data_of(spec):
         column = columns_of(spec, data).get("prompt")
-        if not isinstance(data.source, InlineSource) or not isinstance(column, str):
+        if not isinstance(data.source, specs.InlineSource) or not isinstance(column, str):
             continue
         for i, row in enumerate(data.source.rows[: data.limit]):
             where, prompt = (*path, "source", "rows", i, column), row.get(column, "")
@@ -60,7 +50,7 @@ def inline_prompt(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 
 @run_rule("the completion column is in the data")
-def dataset_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def dataset_column(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """With `sampled_by: dataset` or `mixture`, completions come from a column of the training rows."""
     column, known = spec.rollout.sampled_by.completion_column, columns_of(spec, spec.data)
     if column and column not in known:
@@ -70,7 +60,7 @@ def dataset_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 
 @run_rule("columns exist in the source")
-def source_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def source_column(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """For sources whose columns are known in advance, a wrong name is reported before any data is read."""
     for path, data in data_of(spec):
         known = _source_columns(data)
@@ -84,16 +74,16 @@ def source_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
                 yield (*written_at, "columns", name), message, did_you_mean(wanted, known)
 
 
-def _source_columns(data: DataSpec) -> set[str] | None:
+def _source_columns(data: specs.DataSpec) -> set[str] | None:
     """The columns that every row has; None if they are unknown before reading."""
-    if isinstance(data.source, ReasoningGymSource):
+    if isinstance(data.source, specs.ReasoningGymSource):
         return {"question", "answer", "metadata"}
-    if isinstance(data.source, InlineSource):
+    if isinstance(data.source, specs.InlineSource):
         return set.intersection(*(set(row) for row in data.source.rows))
     return None
 
 
-def _wanted(column: str | ColumnTemplate) -> list[str]:
+def _wanted(column: str | specs.ColumnTemplate) -> list[str]:
     if isinstance(column, str):
         return [column]
     try:
@@ -103,22 +93,22 @@ def _wanted(column: str | ColumnTemplate) -> list[str]:
 
 
 @run_rule("data files exist")
-def data_path(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def data_path(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Paths are relative to the spec's folder.  A file with an `origin` may be fetched later, before the run."""
     for path, data in data_of(spec):
         source = data.source
         where = (*path, "source", "path")
-        there = isinstance(source, FileSource) and os.path.exists(context.file(source.path))
-        if isinstance(source, FileSource) and source.origin and not there:
+        there = isinstance(source, specs.FileSource) and os.path.exists(context.file(source.path))
+        if isinstance(source, specs.FileSource) and source.origin and not there:
             continue
-        if isinstance(source, LocalFile):
+        if isinstance(source, specs.LocalFile):
             if not there:
                 yield where, f"there is no file {source.path}", _folder_hint(context, source.path)
             elif os.path.isdir(context.file(source.path)):
                 yield where, f"{source.path} is a folder, not a file", None
             elif not os.path.isfile(context.file(source.path)):
                 yield where, f"{source.path} is a pipe or a device, not a file", None
-        elif isinstance(source, DiskSource) and not os.path.isdir(context.file(source.path)):
+        elif isinstance(source, specs.DiskSource) and not os.path.isdir(context.file(source.path)):
             yield where, f"there is no folder {source.path}", _folder_hint(context, source.path)
 
 
@@ -131,13 +121,13 @@ def _folder_hint(context: Context, path: str) -> str | None:
 
 
 @run_rule("a rollout batch does not repeat prompts", "warning")
-def few_rows(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def few_rows(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """With fewer rows than prompts per batch, every batch contains some prompt twice."""
     source, limit = spec.data.source, spec.data.limit
     rows = limit
-    if isinstance(source, InlineSource):
+    if isinstance(source, specs.InlineSource):
         rows = min(len(source.rows), limit or len(source.rows))
-    elif isinstance(source, ReasoningGymSource):
+    elif isinstance(source, specs.ReasoningGymSource):
         rows = min(source.size, limit or source.size)
     if rows and rows < spec.training.prompts_per_step:
         prompts = spec.training.prompts_per_step

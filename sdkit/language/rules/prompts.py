@@ -50,7 +50,7 @@ def template_syntax(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         return
     for path, text in _templates(spec.sees):
         yield from _syntax(path, text, allow_keys=False)
-    for name, slot in spec.sees.slots.items():
+    for name, slot in spec.slots.items():
         if not isinstance(slot, Wording):
             where = ("teacher", "sees", "slots", name, "wrap")
             yield from _syntax(where, slot.wrap, allow_keys=False)
@@ -83,9 +83,8 @@ def column_template_syntax(spec: ExperimentSpec, context: Context) -> Iterator[F
 @method_rule("templates use declared slots")
 def unknown_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """A field without a slot could not be filled in."""
-    sees = spec.sees
-    known = ["prompt", *(sees.slots if sees else ())]
-    for path, field in _used(sees) if sees else ():
+    known = ["prompt", *spec.slots]
+    for path, field in _used(spec.sees) if spec.sees else ():
         if field.name not in known:
             hint = did_you_mean(field.name, known) or f"declare it: slots: {{{field.name}: …}}"
             yield path, f"{{{field}}} {outside(known)}", hint
@@ -118,6 +117,6 @@ def prompt_missing(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 @method_rule("no slot is named prompt")
 def reserved_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """{prompt} is always the student's last user message."""
-    if spec.sees and "prompt" in spec.sees.slots:
+    if "prompt" in spec.slots:
         path = ("teacher", "sees", "slots", "prompt")
         yield path, "'prompt' is always the user's message and cannot be a slot", "rename the slot"

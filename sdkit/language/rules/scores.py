@@ -6,25 +6,14 @@ import os
 import re
 from collections.abc import Iterator
 
+from sdkit.language import specs
 from sdkit.language.errors import did_you_mean, outside, shorten
 from sdkit.language.files import file_names
 from sdkit.language.rules.base import ADAPTER_CONFIG, IS_ADAPTER, Context, Finding, T, columns_of, run_rule, uncallable
-from sdkit.language.specs import (
-    ExperimentSpec,
-    FileReward,
-    PythonTests,
-    ReasoningGymReward,
-    ReasoningGymSource,
-    RegexReward,
-    RewardModel,
-    Suite,
-    WeightedReward,
-    column_of,
-)
 
 
 @run_rule("suites use declared rewards")
-def unknown_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def unknown_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A suite refers to its rewards, declared under `rewards`, by name."""
     known = list(spec.rewards)
     for suite_name, suite in spec.suites.items():
@@ -37,15 +26,15 @@ def unknown_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
                 yield where, f"reward {shorten(name)} {fault}", did_you_mean(name, known) or f"add rewards.{name}"
 
 
-def _rewards(spec: ExperimentSpec, kind: type[T]) -> list[tuple[str, T]]:
+def _rewards(spec: specs.ExperimentSpec, kind: type[T]) -> list[tuple[str, T]]:
     """The rewards of a class, by name."""
     return [(name, reward) for name, reward in spec.rewards.items() if isinstance(reward, kind)]
 
 
-def _users(spec: ExperimentSpec) -> dict[str, list[tuple[str, Suite]]]:
+def _users(spec: specs.ExperimentSpec) -> dict[str, list[tuple[str, specs.Suite]]]:
     """The suites that use each reward, directly or as part of a weighted sum."""
     reached = {name: _with_parts(spec, name) for name in spec.rewards}
-    users: dict[str, list[tuple[str, Suite]]] = {name: [] for name in spec.rewards}
+    users: dict[str, list[tuple[str, specs.Suite]]] = {name: [] for name in spec.rewards}
     for name, suite in spec.suites.items():
         scores = [reached[used] for used in {suite.score, *suite.also} if used in reached]
         for reward in users.keys() & set().union(*scores):
@@ -53,7 +42,7 @@ def _users(spec: ExperimentSpec) -> dict[str, list[tuple[str, Suite]]]:
     return users
 
 
-def _with_parts(spec: ExperimentSpec, name: str) -> set[str]:
+def _with_parts(spec: specs.ExperimentSpec, name: str) -> set[str]:
     """A reward and all parts of its sum, at any depth."""
     names, pending = set(), [name]
     while pending:
@@ -64,42 +53,42 @@ def _with_parts(spec: ExperimentSpec, name: str) -> set[str]:
     return names
 
 
-def _parts(spec: ExperimentSpec, name: str) -> Iterator[str]:
+def _parts(spec: specs.ExperimentSpec, name: str) -> Iterator[str]:
     reward = spec.rewards.get(name)
-    yield from reward.parts if isinstance(reward, WeightedReward) else ()
+    yield from reward.parts if isinstance(reward, specs.WeightedReward) else ()
 
 
 @run_rule("a reasoning_gym reward scores reasoning_gym rows")
-def reasoning_gym_reward(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def reasoning_gym_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """reasoning-gym's scorer needs the entry that its task generated."""
     users = _users(spec)
-    for name, _ in _rewards(spec, ReasoningGymReward):
+    for name, _ in _rewards(spec, specs.ReasoningGymReward):
         for suite_name, suite in users[name]:
-            if not isinstance(suite.data.source, ReasoningGymSource):
+            if not isinstance(suite.data.source, specs.ReasoningGymSource):
                 message = f"reward {shorten(name)} scores reasoning_gym rows, but suite {shorten(suite_name)} has {suite.data.source.kind}"
                 hint = "use a reward of kind exact, number or choice"
                 yield ("evaluation", "suites", suite_name, "score"), message, hint
 
 
 @run_rule("suites have the columns that their rewards read")
-def answer_column(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def answer_column(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A reward that reads an answer or tests from a column needs it in every suite that uses the reward."""
     users = _users(spec)
     for name, reward in spec.rewards.items():
-        column = column_of(reward)
+        column = specs.column_of(reward)
         for suite_name, suite in users[name] if column else ():
             known = columns_of(spec, suite.data)
             if column and known and column not in known:
-                path = ("rewards", name, "tests" if isinstance(reward, PythonTests) else "answer")
+                path = ("rewards", name, "tests" if isinstance(reward, specs.PythonTests) else "answer")
                 setting = context.stated(path, column)
                 message = f"{setting}, which {outside(known)}, the columns of suite {shorten(suite_name)}"
                 yield path, message, did_you_mean(column, known)
 
 
 @run_rule("the parts of a weighted reward are declared rewards")
-def unknown_part(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def unknown_part(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A weighted reward refers to other rewards by name."""
-    for name, reward in _rewards(spec, WeightedReward):
+    for name, reward in _rewards(spec, specs.WeightedReward):
         known = [other for other in spec.rewards if other != name]
         for part in reward.parts:
             if part not in spec.rewards:
@@ -108,7 +97,7 @@ def unknown_part(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 
 @run_rule("no weighted reward contains itself")
-def part_of_itself(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def part_of_itself(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Nested sums must end in rewards that score the completion."""
     with_parts = {name: _with_parts(spec, name) for name in spec.rewards}
     for name in spec.rewards:
@@ -119,17 +108,17 @@ def part_of_itself(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 
 @run_rule("a weighted reward has a nonzero weight")
-def zero_weights(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def zero_weights(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """If all weights are 0, every completion gets the same reward."""
-    for name, reward in _rewards(spec, WeightedReward):
+    for name, reward in _rewards(spec, specs.WeightedReward):
         if not any(reward.parts.values()):
             yield ("rewards", name, "parts"), f"all weights of {shorten(name)} are 0", None
 
 
 @run_rule("the time limit of one test is at most the total")
-def test_seconds(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def test_seconds(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A completion's tests share `total_seconds`, so a longer `seconds` could never take effect."""
-    for name, reward in _rewards(spec, PythonTests):
+    for name, reward in _rewards(spec, specs.PythonTests):
         if reward.seconds > reward.total_seconds:
             path = ("rewards", name)
             total = context.stated((*path, "total_seconds"), reward.total_seconds)
@@ -139,9 +128,9 @@ def test_seconds(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 
 @run_rule("a reward model is a local model folder")
-def reward_model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def reward_model_folder(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """The folder has a config.json and safetensors weights; other formats can run code when loaded."""
-    for name, reward in _rewards(spec, RewardModel):
+    for name, reward in _rewards(spec, specs.RewardModel):
         path = ("rewards", name, "path")
         folder = context.file(reward.path)
         if not os.path.isdir(folder):
@@ -155,9 +144,9 @@ def reward_model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Find
 
 
 @run_rule("patterns are valid regular expressions")
-def pattern(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def pattern(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A pattern uses the syntax of Python's `re` module."""
-    for name, reward in _rewards(spec, RegexReward):
+    for name, reward in _rewards(spec, specs.RegexReward):
         try:
             re.compile(reward.pattern)
         except (re.error, OverflowError, RecursionError) as error:
@@ -165,9 +154,9 @@ def pattern(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 
 @run_rule("user-defined reward functions exist")
-def reward_file(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+def reward_file(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """The file is parsed, not executed.  It must define the function at its top level, and the function must
     accept a completion and a row.
     """
-    for name, reward in _rewards(spec, FileReward):
+    for name, reward in _rewards(spec, specs.FileReward):
         yield from uncallable(("rewards", name), context, reward, "completion", "row")

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+from sdkit.language import specs
 from sdkit.language.errors import Path, shorten, spelled
 from sdkit.language.rules.base import Context, Finding, method_rule, terms
-from sdkit.language.specs import Distillation, MethodSpec, PolicyGradient, SampledTokenSupport, TopKSupport
 
 
 @method_rule("a served teacher has a valid address")
-def server_url(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def server_url(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """Prompts and completions leave this machine only if the spec allows it, and specs contain no passwords."""
     for path, weights in spec.served_teachers():
         for message, hint in address_faults(weights.url, weights.allow_remote, "prompts would be sent there"):
@@ -51,7 +51,7 @@ def is_loopback(host: str) -> bool:
 
 
 @method_rule("a server's key is in an environment variable")
-def server_key(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def server_key(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """Specs are shared and copied into every run directory, so they contain no keys; `key_from` names the
     environment variable that holds one.
     """
@@ -68,17 +68,17 @@ def variable_fault(name: str | None) -> str | None:
 
 
 @method_rule("a served teacher is used with a support that a server can return")
-def served_support(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def served_support(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """A server returns log-probabilities of its own k likeliest tokens and of the sampled one, but not of the
     whole vocabulary or of tokens chosen by the student.
     """
     if spec.served_top_k is None:
         return
-    for path, term in terms(spec, Distillation):
+    for path, term in terms(spec, specs.Distillation):
         match term.support:
-            case SampledTokenSupport() | TopKSupport(chosen_by="teacher"):
+            case specs.SampledTokenSupport() | specs.TopKSupport(chosen_by="teacher"):
                 continue
-            case TopKSupport(chosen_by=chosen_by):
+            case specs.TopKSupport(chosen_by=chosen_by):
                 message = f"a server returns its own likeliest tokens, but chosen_by is {chosen_by}"
                 yield (*path, "support", "chosen_by"), message, "use chosen_by: teacher"
             case _:
@@ -87,22 +87,25 @@ def served_support(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 
 @method_rule("a served teacher's log-probabilities are used at temperature 1")
-def served_temperature(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def served_temperature(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """vLLM always returns prompt_logprobs at temperature 1.  A renormalized top-k can be brought to another
     temperature afterwards; the mass outside it, and a single sampled token, cannot.
     """
     if spec.served_top_k is None:
         return
     sampled = spec.rollout.temperature
-    for path, term in terms(spec, Distillation):
+    for path, term in terms(spec, specs.Distillation):
         support = term.support
-        rescaled = isinstance(support, TopKSupport) and support.remainder in ("renormalize", "renormalize_teacher")
+        rescaled = isinstance(support, specs.TopKSupport) and support.remainder in (
+            "renormalize",
+            "renormalize_teacher",
+        )
         temperature = sampled if term.temperature is None else term.temperature
         if temperature != 1 and not rescaled:
             where = (*path, "temperature") if term.temperature else ("rollout", "temperature")
             what = "the sampled token" if support.kind == "sampled_token" else "this remainder"
             hint = f"set {spelled((*path, 'temperature'))}: 1"
-            if isinstance(support, TopKSupport):
+            if isinstance(support, specs.TopKSupport):
                 hint += ", or use remainder: renormalize"
             yield (where, f"a server returns temperature 1, but {what} needs {_at(temperature)}", hint)
     if sampled != 1:
@@ -115,9 +118,9 @@ def _at(temperature: object) -> str:
     return f"{temperature:g}" if isinstance(temperature, int | float) else "one that moves"
 
 
-def _at_sampling_temperature(spec: MethodSpec) -> Iterator[Path]:
+def _at_sampling_temperature(spec: specs.MethodSpec) -> Iterator[Path]:
     """The settings that need the teacher's log-probability at the sampling temperature."""
-    for path, term in terms(spec, PolicyGradient):
+    for path, term in terms(spec, specs.PolicyGradient):
         if term.advantage.log_ratio:
             yield (*path, "advantage")
     for name, term in spec.losses.items():
@@ -127,7 +130,7 @@ def _at_sampling_temperature(spec: MethodSpec) -> Iterator[Path]:
 
 
 @method_rule("no term needs a served teacher's entropy")
-def served_entropy(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def served_entropy(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """The entropy needs the full distribution; a server returns a few tokens."""
     if spec.served_top_k is None:
         return
@@ -139,7 +142,7 @@ def served_entropy(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 
 
 @method_rule("a served teacher is not blended")
-def served_blend(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+def served_blend(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """A blend multiplies full distributions and takes the top k of the result; a server returns the top k of
     its own distribution.
     """

@@ -23,15 +23,11 @@ from sdkit.language.specs import CopyWeights, ExperimentSpec, MethodSpec, indivi
 @method_rule("names are plain")
 def plain_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Names of terms, slots, rewards, suites and decodings appear in metric names, file names and overrides."""
-    sees = spec.sees
-    tables: dict[Path, Mapping[str, Any]] = {("losses",): spec.losses}
-    if sees:
-        tables["teacher", "sees", "slots"] = sees.slots
+    tables: dict[Path, Mapping[str, Any]] = {("losses",): spec.losses, ("teacher", "sees", "slots"): spec.slots}
     if isinstance(spec, ExperimentSpec):
         tables["rewards",] = spec.rewards
-        suites = spec.suites
-        tables["evaluation", "suites"] = suites
-        for name, suite in suites.items():
+        tables["evaluation", "suites"] = spec.suites
+        for name, suite in spec.suites.items():
             tables["evaluation", "suites", name, "decoding"] = suite.decoding
     for path, table in tables.items():
         for name in table:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from attrs import frozen
 
 from sdkit.language.specs.blends import Blend
-from sdkit.language.specs.contexts import Sees
+from sdkit.language.specs.contexts import Sees, Slot
 from sdkit.language.specs.fields import NOT_EMPTY, Table, spec_field
 from sdkit.language.specs.losses import Distillation, Loss, ReferenceKl
 from sdkit.language.specs.rollouts import RolloutSpec
@@ -58,6 +58,11 @@ class MethodSpec:
     def sees(self) -> Sees | None:
         """The teacher's context, if there is one."""
         return self.teacher.sees if self.teacher else None
+
+    @property
+    def slots(self) -> Table[Slot]:
+        """The slots of the teacher's context, by name; empty if there is no context."""
+        return self.sees.slots if self.sees else Table()
 
     @property
     def blend(self) -> Blend | None:
