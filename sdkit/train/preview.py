@@ -16,7 +16,7 @@ from sdkit.data.prompts import Prompter
 from sdkit.data.rows import load_rows
 from sdkit.data.turn_ends import end_token
 from sdkit.language.errors import counted
-from sdkit.language.specs import ExperimentSpec
+from sdkit.language.specs import ExperimentSpec, OfRollouts
 from sdkit.models.loading import load_tokenizer, resolve_model
 
 SPLICE = "▶ completion goes here"
@@ -34,8 +34,7 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
         if spec.teacher:
             teacher = prompter.teacher_ids(row, spec.teacher.sees)
             if teacher is None:
-                empty = Text("no teacher: a slot that the context requires is empty")
-                views.append(Panel(empty, title="teacher"))
+                views.append(Panel(Text(_no_teacher(spec)), title="teacher"))
             else:
                 cut = f", {teacher.cut_tokens} context tokens cut" if teacher.cut_tokens else ""
                 views.append(_panel("teacher", tokenizer.decode(teacher.ids), len(teacher.ids), cut))
@@ -47,6 +46,13 @@ def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> N
         table.add_row(*views)
         console.rule(f"row {row.index}")
         console.print(table)
+
+
+def _no_teacher(spec: ExperimentSpec) -> str:
+    later = [name for name, slot in spec.slots.items() if isinstance(slot, OfRollouts)]
+    if later:
+        return f"known after sampling (slots: {', '.join(later)})"
+    return "no teacher: a slot that the context requires is empty"
 
 
 def _completion(spec: ExperimentSpec, prompter: Prompter, end: int | None, text: str) -> Panel:

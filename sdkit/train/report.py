@@ -214,7 +214,7 @@ def print_objective_card(
     console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
     if rows := data.control_token_rows:
         shown = ", ".join(f"row {row.index} {name}" for row, name in rows[:5])
-        text = f"{counted(len(rows), 'row')} spell control tokens, which the model reads as such: {shown}"
+        text = f"control tokens in {counted(len(rows), 'row')}, which the model reads as such: {shown}"
         _warn(console, text, "model.control_tokens: text keeps them as text")
     _warn_of_cut_completions(console, data, run, resumed=resumed)
 

@@ -245,6 +245,13 @@ def test_plan_shows_prompts_side_by_side(sdkit, run_file):
     assert "1 + 1 (1 + 1 = 2)" in out
 
 
+def test_plan_says_which_context_is_known_only_after_sampling(sdkit, run_file):
+    sees = "teacher.sees={kind: user_turn, template: '{prompt} {try}', slots: {try: {kind: own_attempt}}}"
+    code, out, _ = sdkit("plan", run_file, "--data", 1, sees)
+    assert code == 0
+    assert "known after sampling (slots: try)" in " ".join(out.split())
+
+
 # ── smoke, train, eval ────────────────────────────────────────────────────────────────────────
 
 

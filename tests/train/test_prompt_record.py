@@ -151,7 +151,7 @@ def test_rows_that_spell_control_tokens_are_named(tiny_folder, tmp_path):
     spec = evolve(spec, data=DataSpec(source=source, columns=spec.data.columns, shuffle=False))
     console = Console(file=StringIO(), width=140)
     train(spec, tmp_path / "tokens", console)
-    said = "warning: 2 rows spell control tokens, which the model reads as such: "
+    said = "warning: control tokens in 2 rows, which the model reads as such: "
     assert said + "row 1 <|im_end|>, row 2 <|im_start|>" in console.file.getvalue()
     kept = evolve(spec, model=evolve(spec.model, control_tokens="text"))
     console = Console(file=StringIO(), width=140)
