@@ -110,7 +110,7 @@ class BatchObjective:
         self._objective = Objective(spec.losses, spec.rollout.temperature, divergences)
         self._weight_functions = open_user_weights(spec.losses, folder)
         self._statistics = required_statistics(spec.losses)
-        self._blend = spec.teacher.blend if spec.teacher else None
+        self._blend = spec.blend
 
     @property
     def losses(self) -> Mapping[str, LossSpec]:

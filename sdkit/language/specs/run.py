@@ -88,7 +88,7 @@ class ShapeSpec:
     vocab_size: int = spec_field("rows of the output projection", range=AT_LEAST_ONE)
     max_position_embeddings: int = spec_field("longest sequence the model takes, tokens", range=AT_LEAST_ONE)
     kv_width: int | None = spec_field(
-        "width of a layer's keys over all heads, for the size of the key-value cache (default: hidden)",
+        "width of a layer's keys over all heads, for the size of the key-value cache (default: hidden_size)",
         default=None,
         range=AT_LEAST_ONE,
     )
