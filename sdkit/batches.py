@@ -181,9 +181,11 @@ class PaddedSequences:
     """Padded token ids for one forward pass, and where the M counted tokens are predicted."""
 
     input_ids: Tensor  # [R, S] long; R = N rows, or fewer where rollouts share their prompt
-    attention_mask: Tensor  # [R, S] long, 1 on tokens, padding on the right; [R, 1, S, S] bool where rows are shared
+    # [R, 1, S, S] bool where rows are shared.  None: causal; padding is on the right, where no token attends to it.
+    attention_mask: Tensor | None
     positions: Tensor | None  # [R, S] long where rows are shared
     tokens: int  # without padding
+    shared_prefix: int  # number of tokens that start every row; none of them predicts a counted token
     # [M] long; index into the flattened [R * S] of the hidden state that predicts a token.
     predictor_index: Tensor
     texts: tuple[UnpaddedSequence, ...]  # the N sequences, unpadded

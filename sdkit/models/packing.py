@@ -99,15 +99,23 @@ def pad_sequences(
     shared = any(len(pack.members) > 1 for pack in rows)
     return PaddedSequences(
         input_ids=ids.to(device),
-        attention_mask=(_shared_prompt_mask(owner) if shared else (owner >= 0).long()).to(device),
+        attention_mask=_shared_prompt_mask(owner).to(device) if shared else None,
         positions=positions.to(device) if shared else None,
         tokens=sum(pack.width for pack in rows),
+        shared_prefix=_shared_prefix([pack.prompt for pack in rows]),
         predictor_index=torch.tensor(predicts, dtype=torch.long, device=device),
         texts=tuple(
             UnpaddedSequence(prompt=p, completion=c, positions=tuple(k))
             for p, c, k in zip(prompts, completions, wanted, strict=True)
         ),
     )
+
+
+def _shared_prefix(prompts: Sequence[Ids]) -> int:
+    """Returns the number of tokens that all prompts start with, without the last token of any."""
+    first, last = min(prompts), max(prompts)  # what these two share, all prompts between them share
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return min(shared, *(len(prompt) - 1 for prompt in prompts))
 
 
 def _shared_prompt_mask(owner: Tensor) -> Tensor:
@@ -147,8 +155,18 @@ def completions_leak(weights: Weights, device: torch.device) -> bool:
     """
     prompt, long, short, other = probe_texts(weights, SHORT)
     a, b = (last_states(weights, device, prompt, [x, short], LONGEST_PACK)[1] for x in (long, other))
-    bound = 1e-4 if weights.head.dtype == torch.float32 else 5e-3
-    return not bool(((a - b).norm(dim=-1) / b.norm(dim=-1)).mean() < bound)
+    return differs(weights, a, b)
+
+
+@torch.no_grad()
+def sees_ahead(weights: Weights, device: torch.device) -> bool:
+    """Whether a token's states depend on the tokens after it, so that padding would need a mask.
+
+    Both passes have the same shapes, which reveals leaks below the tolerance of `same_states`.
+    """
+    prompt, long, short, other = probe_texts(weights, SHORT)
+    batches = [pad_sequences([prompt], [short + x], [range(1, SHORT + 1)], 0, device) for x in (long, other)]
+    return differs(weights, *(weights.hidden(batch).float() for batch in batches))
 
 
 def probe_texts(weights: Weights, length: int) -> tuple[Ids, Ids, Ids, Ids]:
@@ -178,3 +196,9 @@ def same_states(weights: Weights, actual: Tensor, expected: Tensor) -> bool:
     difference = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
     is_exact = weights.head.dtype == torch.float32
     return bool(difference.max() < 1e-3 if is_exact else difference.median() < 0.05)
+
+
+def differs(weights: Weights, actual: Tensor, expected: Tensor) -> bool:
+    """Whether the states of the same tokens in two forward passes of the same shapes differ by more than rounding."""
+    bound = 1e-4 if weights.head.dtype == torch.float32 else 5e-3
+    return not bool(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).mean() < bound)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from attrs import evolve
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sdkit.batches import HiddenStateScores, LogitTransform, PaddedSequences
 from sdkit.models.logit_transform import decoder, measure_transform
+from sdkit.models.prefix import prefix_pays, states_after_prefix
 
 Result = TypeVar("Result")
 
@@ -58,6 +59,7 @@ class Sharding:
 UNSHARDED = Sharding()
 _SHARDINGS: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
 _TRANSFORMS: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
+_PREFIX_MODELS: WeakSet[nn.Module] = WeakSet()
 
 
 class Weights:
@@ -86,6 +88,18 @@ class Weights:
     @sharding.setter
     def sharding(self, sharding: Sharding) -> None:
         _SHARDINGS[self.model] = sharding
+
+    @property
+    def takes_prefix(self) -> bool:
+        """Whether a pass without gradients may run a prefix that all rows share apart (models/prefix.py).
+
+        False until it is measured, and under ZeRO stage 3, which would gather every parameter once more on all ranks.
+        """
+        return self.model in _PREFIX_MODELS and self.sharding is UNSHARDED
+
+    @takes_prefix.setter
+    def takes_prefix(self, measured: bool) -> None:
+        (_PREFIX_MODELS.add if measured else _PREFIX_MODELS.discard)(self.model)
 
     @property
     def head(self) -> nn.Parameter:
@@ -143,6 +157,8 @@ class Weights:
     def selected_states(self, sequences: PaddedSequences) -> Tensor:
         """Returns `hidden`; call it inside `Sharding.run_forward`."""
         with self.active() as causal:
+            if self.takes_prefix and not torch.is_grad_enabled() and prefix_pays(sequences):
+                return states_after_prefix(decoder(causal), sequences)
             out = decoder(causal)(
                 input_ids=sequences.input_ids,
                 attention_mask=sequences.attention_mask,

@@ -35,9 +35,10 @@ class Canary:
         predicted = torch.arange(len(self.ids) - 1, device=ids.device)
         sequences = PaddedSequences(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=None,
             positions=None,
             tokens=len(self.ids),
+            shared_prefix=0,
             predictor_index=predicted,
             texts=(),
         )

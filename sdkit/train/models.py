@@ -17,7 +17,7 @@ from sdkit.models.teachers import Teacher, open_teacher
 from sdkit.models.weights import Weights
 from sdkit.serving.teacher_client import ServedModel
 from sdkit.train.model_checks import check_models, compared_vocabulary, probe_models
-from sdkit.train.row_probe import may_pad_samples, measure_longest_pack
+from sdkit.train.row_probe import may_pad_samples, measure_longest_pack, takes_prefix
 from sdkit.train.setup import RunSetup
 
 
@@ -97,7 +97,11 @@ def open_models(setup: RunSetup, served: Mapping[specs.ServedWeights, ServedMode
         longest_pack=measure_longest_pack(setup, named, device),
         pads_samples=may_pad_samples(setup, named, ends),
     )
+    for _, weights in named:
+        weights.takes_prefix = takes_prefix(weights, device, setup.longest_sequence, models.longest_pack)
     for weights in models.others.values():
+        if not weights.foreign:
+            weights.takes_prefix = student.takes_prefix
         _ = weights.transform  # cached before ZeRO-3 shards the parameters
     return models
 

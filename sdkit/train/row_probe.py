@@ -10,20 +10,27 @@ import re
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sdkit.batches import SamplingParams, SamplingRequest
 from sdkit.language.errors import BadData
 from sdkit.language.specs import TransformersBackend
+from sdkit.models.logit_transform import decoder
 from sdkit.models.packing import (
     LONGEST_PACK,
     PROMPT,
     SHORT,
+    Ids,
     completions_leak,
+    differs,
     last_states,
+    pad_sequences,
     probe_texts,
     same_states,
+    sees_ahead,
     shares_rows,
 )
+from sdkit.models.prefix import states_after_prefix
 from sdkit.models.weights import Weights
 from sdkit.sampling.transformers import TransformersRollouts
 from sdkit.train.model_checks import NamedModels
@@ -42,7 +49,7 @@ def measure_longest_pack(setup: RunSetup, models: NamedModels, device: torch.dev
     training, text = setup.spec.training, setup.longest_sequence
     for who, weights in models:
         width = min(text, training.micro_batch_tokens // 2)  # longest row that fits beside another
-        if width > PROMPT + SHORT and padding_shows(weights, device, width):
+        if width > PROMPT + SHORT and (padding_shows(weights, device, width) or sees_ahead(weights, device)):
             raise BadData(
                 f"the {who} gives a text other hidden states where it is padded to {width} tokens, so losses would "
                 "depend on what stands beside it in a micro-batch",
@@ -91,6 +98,44 @@ def padding_shows(weights: Weights, device: torch.device, width: int) -> bool:
     padded = last_states(weights, device, prompt, [long, short], 0)[1]
     (alone,) = last_states(weights, device, prompt, [short], 0)
     return not same_states(weights, padded, alone)
+
+
+def takes_prefix(weights: Weights, device: torch.device, text: int, longest_pack: int) -> bool:
+    """Whether tokens get the same states after a prefix that a pass of its own computed once for all rows.
+
+    text: tokens of the longest prompt and completion.  A prefix longer than each attention window is tried too.
+    """
+    windows = _attention_windows(weights.causal.config)
+    lengths = [PROMPT + SHORT, *(w + SHORT for w in windows if w < text)]
+    try:
+        return not any(prefix_shows(weights, device, length, longest_pack) for length in lengths)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):  # its cache is of another kind
+        return False
+
+
+@torch.no_grad()
+def prefix_shows(weights: Weights, device: torch.device, length: int, longest_pack: int) -> bool:
+    """Whether running a prefix of `length` tokens apart changes the states after it, in shared rows or others.
+
+    Passes of the same shapes reveal leaks below the tolerance of `same_states`: tokens must see neither later ones nor
+    another completion of a shared row.
+    """
+    prompt, prefix, short, other = probe_texts(weights, length)
+    prompts = [prefix + prompt, prefix + prompt, prefix + short]
+    wanted = [range(1, SHORT + 1), range(SHORT), range(SHORT)]
+
+    def states(later: Ids, longest: int, *, apart: bool) -> Tensor:
+        batch = pad_sequences(prompts, [short + later, prompt, prompt], wanted, longest, device)
+        with weights.active() as causal:
+            return (states_after_prefix(decoder(causal), batch) if apart else weights.hidden(batch)).float()
+
+    together = states(other[:SHORT], 0, apart=False)
+    for longest in {0, longest_pack}:
+        apart, changed = (states(later[:SHORT], longest, apart=True) for later in (other, prefix))
+        by_text = zip(apart.split(SHORT), changed.split(SHORT), strict=True)
+        if not same_states(weights, apart, together) or any(differs(weights, *pair) for pair in by_text):
+            return True
+    return False
 
 
 def may_pad_samples(setup: RunSetup, models: NamedModels, end_ids: tuple[int, ...]) -> bool:
