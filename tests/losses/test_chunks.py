@@ -30,6 +30,7 @@ from sdkit.language.specs import (
     TopKSupport,
     VocabularySupport,
 )
+from sdkit.losses import chunks
 from sdkit.losses.chunks import projected_loss, token_logprobs
 from sdkit.losses.objective import Objective, row_weights, sampler_ratio
 from sdkit.losses.policy_terms import sequence_means
@@ -156,8 +157,10 @@ def same(left, right, **close):
         assert_close(a, b, **close)
 
 
+@pytest.mark.parametrize("block_bytes", [1, 2 * 13 * 4, chunks.BLOCK_BYTES])
 @pytest.mark.parametrize("chunk", [1, 3, 18, 1000])
-def test_every_chunk_size_gives_what_plain_autograd_gives(problem_of, chunk):
+def test_every_chunk_and_block_size_gives_what_plain_autograd_gives(problem_of, chunk, block_bytes, monkeypatch):
+    monkeypatch.setattr(chunks, "BLOCK_BYTES", block_bytes)
     problem = problem_of(LENGTHS)
     same(run(problem, chunk=chunk), dense(problem, terms_of(PerSequence(empty_rows="count"))))
 
