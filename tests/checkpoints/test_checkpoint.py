@@ -55,9 +55,6 @@ def chosen(three, run, ranks=1, hashes=True):
     return found.name, said
 
 
-# ── what a checkpoint holds ───────────────────────────────────────────────────────────────────
-
-
 def test_the_manifest_names_every_file_and_its_origin(three):
     spec, folder = three
     last = folder / "checkpoints" / "step_000003"
@@ -110,9 +107,6 @@ def test_a_checkpoint_holds_the_teacher(open_tiny, tiny_folder, tmp_path):
     same(states(other, other.models.student), states(world, world.models.student))
 
 
-# ── which are kept ────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(("keep", "left"), [(1, [10]), (2, [2, 10])])
 def test_the_newest_are_kept(open_tiny, tmp_path, keep, left):
     world = open_tiny(output=OutputSpec(keep_checkpoints=keep, tensorboard=False))
@@ -145,9 +139,6 @@ def test_the_best_model_is_kept(tiny_folder, tmp_path, monkeypatch):
     assert json.loads((run / "best/best.json").read_text()) == {"step": 1, "eval/loss": 1.0}
     best, last = ((run / n / "model.safetensors").read_bytes() for n in ("best/model", "model"))
     assert best != last
-
-
-# ── which are taken up ────────────────────────────────────────────────────────────────────────
 
 
 def test_the_newest_whole_one_is_taken_up(three, run):
@@ -235,9 +226,6 @@ def test_other_rows_are_refused(three, run):
         train(three[0], run, resume=True)
 
 
-# ── how the last attempt ended ────────────────────────────────────────────────────────────────
-
-
 def left(run, **status):
     (run / "status.json").write_text(json.dumps(status))
     said = []
@@ -266,9 +254,6 @@ def test_the_mark_of_an_older_sdkit_is_understood(tmp_path):
         left(tmp_path, state="running", pid=os.getpid(), process=f"f3b1c9d2/{ticks}")
     for mark in (f"f3b1c9d2/{ticks + 100}", "unreadable", None):
         assert left(tmp_path, state="running", pid=os.getpid(), process=mark)
-
-
-# ── a full disk ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture

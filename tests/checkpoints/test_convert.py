@@ -122,9 +122,6 @@ def test_a_further_rank_begins_streams_of_its_own():
         assert len(set(draws)) == len(begun)
 
 
-# ── what is refused, and what is left where it ends early ─────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
 def three(tiny_folder, tmp_path_factory):
     """A run of one rank under stage 2 that has checkpoints of its first three steps."""

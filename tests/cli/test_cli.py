@@ -81,9 +81,6 @@ def broken(tmp_path):
     return path
 
 
-# ── help ──────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_version(sdkit):
     assert sdkit("--version") == (0, f"sdkit {__version__}\n", "")
 
@@ -110,9 +107,6 @@ def test_examples_of_the_help_texts_name_files_that_exist():
     named = set(re.findall(r"specs/[\w/]+\.yaml", text))
     assert named
     assert all((ROOT / name).is_file() for name in named)
-
-
-# ── validate ──────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("path", "code"), [(DEMO, 0), (ROOT / "tests/err/seven.yaml", 1), ("nowhere.yaml", 2)])
@@ -185,9 +179,6 @@ def test_a_spec_with_problems_ends_with_1(sdkit, broken, command):
     assert "'forwards_kl' is not one of" in err
 
 
-# ── show ──────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("path", [DEMO, METHOD, ROOT / "tests/ok/every_union.yaml"])
 def test_show_reads_back_as_the_same_spec(sdkit, tmp_path, path):
     code, out, _ = sdkit("show", path)
@@ -215,9 +206,6 @@ def test_an_override_that_is_wrong_is_blamed_on_the_command_line(sdkit):
     assert code == 1
     assert err.count(COMMAND_LINE) >= 2
     assert "training.steps=many" in err
-
-
-# ── plan ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_plan_prints_the_objective(sdkit):
@@ -250,9 +238,6 @@ def test_plan_says_which_context_is_known_only_after_sampling(sdkit, run_file):
     code, out, _ = sdkit("plan", run_file, "--data", 1, sees)
     assert code == 0
     assert "known after sampling (slots: try)" in " ".join(out.split())
-
-
-# ── smoke, train, eval ────────────────────────────────────────────────────────────────────────
 
 
 SHIPPED = sorted([*PAGES.glob("*.yaml"), *SPECS.rglob("*.yaml")])

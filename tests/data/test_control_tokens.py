@@ -119,9 +119,6 @@ def test_private_characters_of_the_last_plane_are_refused(keeping, make_row):
         keeping.student_ids(make_row("\U00100000", index=3))
 
 
-# ── other tokenizers ──────────────────────────────────────────────────────────────────────────
-
-
 def unigram(scheme):
     """Pieces of SentencePiece, whose vocabulary has the control tokens too."""
     letters = [(c, -3.0) for c in "▁abcdefghi<>/s\n"]

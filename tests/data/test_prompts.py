@@ -44,9 +44,6 @@ def seen(row, sees):
     return [(m["role"], m["content"]) for m in teacher_messages(row, sees, slot_values(row, sees))]
 
 
-# ── where the context goes ────────────────────────────────────────────────────────────────────
-
-
 def test_user_turn_replaces_the_last_user_message_only(make_row):
     row = make_row("Q", before=(SYSTEM, *EXCHANGE), demonstration="D")
     assert seen(row, user_turn()) == [("system", "S"), ("user", "u0"), ("assistant", "a0"), ("user", "Q\nExample: D")]
@@ -93,9 +90,6 @@ def test_a_template_with_an_unknown_name(make_row):
     assert caught.value.hint == "did you mean {demo}?"
 
 
-# ── what is required ──────────────────────────────────────────────────────────────────────────
-
-
 TWO = Table({"a": column("a"), "b": column("b"), "fixed": TextSlot(text="F")})
 
 
@@ -122,9 +116,6 @@ def test_requires(prompter, make_row, requires, columns, content):
 def test_fixed_texts_require_nothing(prompter, make_row, requires):
     sees = user_turn("{prompt} {hint}", slots=Table({"hint": TextSlot(text="H")}), requires=requires)
     assert prompter.teacher_ids(make_row(), sees) is not None
-
-
-# ── the splice ────────────────────────────────────────────────────────────────────────────────
 
 
 def test_one_completion_follows_both_prompts(prompter, make_row, tiny_tokenizer):
@@ -163,9 +154,6 @@ def test_a_context_that_switches_the_thinking_mode_is_refused(switching_tokenize
         check_generation_prompt(prompter, row, prompter.teacher_ids(row, sees))
 
 
-# ── tokenizers ────────────────────────────────────────────────────────────────────────────────
-
-
 def test_without_a_chat_template_contents_are_joined(plain_tokenizer, make_row):
     prompter = Prompter(plain_tokenizer, {})
     row = make_row("Q", before=(SYSTEM,), demonstration="D")
@@ -190,9 +178,6 @@ def test_a_chat_template_that_refuses_names_the_row(tiny_tokenizer, make_row):
     tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
     with pytest.raises(BadData, match=r"row 5: .* roles 'system', 'user': no system messages"):
         Prompter(tokenizer, {}).student_ids(make_row(index=5, before=(SYSTEM,)))
-
-
-# ── truncation ────────────────────────────────────────────────────────────────────────────────
 
 
 LONG = "one two three four five six seven eight 漢字 nine ten é"
@@ -256,9 +241,6 @@ def test_templates_too_long_on_their_own_are_an_error(prompter, make_row):
         prompter.teacher_ids(make_row(index=3, demonstration="D"), sees)
 
 
-# ── all rows ──────────────────────────────────────────────────────────────────────────────────
-
-
 def test_check_prompts_names_every_row(prompter, make_row, tiny_tokenizer):
     rows = [make_row("word " * n, index=n, demonstration="D") for n in (1, 30, 40)]
     check_prompts(prompter, rows, user_turn())
@@ -269,9 +251,6 @@ def test_check_prompts_names_every_row(prompter, make_row, tiny_tokenizer):
     many = [make_row("word " * 30, index=i) for i in range(23)]
     with pytest.raises(BadData, match=r"… and 3 more$"):
         check_prompts(prompter, many, None, max_prompt_tokens=30)
-
-
-# ── real data ─────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("name", ["sciknoweval/physics-test.json", "tooluse/test.json"])

@@ -52,9 +52,6 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-# ── sources ───────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture
 def sources(tmp_path):
     """The same rows in every kind of file."""
@@ -138,9 +135,6 @@ def test_a_hub_out_of_reach_is_the_environment():
         load_rows(spec(HubSource(path="nobody/nothing")), "/")
 
 
-# ── reasoning-gym ─────────────────────────────────────────────────────────────────────────────
-
-
 def gym(task="chain_sum", size=3, **options):
     source = ReasoningGymSource(task=task, size=size, seed=7, options=Table(options))
     return spec(source, prompt="question", answer="answer")
@@ -168,9 +162,6 @@ def test_reasoning_gym_missing(monkeypatch):
     with pytest.raises(BadEnvironment) as caught:
         load_rows(gym(), "/")
     assert caught.value.hint == "pip install reasoning-gym"
-
-
-# ── columns ───────────────────────────────────────────────────────────────────────────────────
 
 
 def test_templates_of_columns():
@@ -220,9 +211,6 @@ def test_needed_columns():
         f"data.source.rows row {i}: 'demonstration' must not be empty" for i in (1, 2, 3)
     ]
     assert "'demonstration'" in fault(inline({"q": "a"}), needed=["demonstration"]).message
-
-
-# ── messages ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_system_column_goes_in_front():
@@ -275,9 +263,6 @@ def test_a_system_message_must_be_text():
     assert "'system' is 3, not text" in fault(inline({"q": "a", "s": 3}, **SYSTEM)).message
 
 
-# ── all faults at once ────────────────────────────────────────────────────────────────────────
-
-
 def test_all_bad_lines_are_named_with_their_numbers(tmp_path):
     source = lines(
         tmp_path, '{"q": "fine"}', "", "{q: 1}", '{"q": ""}', "3", '{"p": "x"}', '{"q": "a"', '{"q": 3}'
@@ -309,9 +294,6 @@ def test_twenty_faults_are_shown_and_the_rest_counted():
     shown = fault(inline(*[{"q": ""}] * 24)).message.splitlines()
     assert len(shown) == 21
     assert shown[-1] == "… and 4 more"
-
-
-# ── values that are no text ───────────────────────────────────────────────────────────────────
 
 
 def said(text, role="assistant"):
@@ -397,8 +379,6 @@ def test_a_missing_value_is_empty_where_it_is_needed():
     assert fault(inline({"q": math.nan})).message == "data.source.rows row 0: the prompt is empty"
 
 
-# ── rows that cannot be read ──────────────────────────────────────────────────────────────────
-
 DEEP = "[" * 100_000 + "]" * 100_000
 DIGITS = "1" * 5000
 UNREADABLE = [
@@ -478,9 +458,6 @@ def test_a_pipe_is_no_data_file(kind, tmp_path):
     assert error.message == "cannot read pipe: this is a pipe or a device, not a regular file"
 
 
-# ── order, overlap, fingerprint ───────────────────────────────────────────────────────────────
-
-
 def test_an_epoch_visits_every_row_once():
     walk = positions(0, 30, 10, seed=3, shuffle=True)
     epochs = [walk[0:10], walk[10:20], walk[20:30]]
@@ -526,9 +503,6 @@ def test_fingerprint_sees_content_and_order(make_row):
     different = [[b, a], [a], [make_row("a", answer="3"), b]]
     assert len({fingerprint(rows) for rows in [[a, b], *different]}) == 4
     assert len(fingerprint([])) == 64
-
-
-# ── real data ─────────────────────────────────────────────────────────────────────────────────
 
 
 def test_sciknoweval(real_data):

@@ -27,9 +27,6 @@ def tokenizer(tiny_tokenizer):
     return made
 
 
-# ── the token that ends a turn ────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     ("behind", "token"),
     {
@@ -79,9 +76,6 @@ def test_without_either_there_is_none(tokenizer):
     assert end_token(tokenizer, {}) is None
 
 
-# ── a data set's completions ──────────────────────────────────────────────────────────────────
-
-
 def test_a_completion_ends_once(tokenizer):
     end, own = tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>"])
     text = tuple(tokenizer("12")["input_ids"])
@@ -89,9 +83,6 @@ def test_a_completion_ends_once(tokenizer):
     assert Prompter(tokenizer, {}).completion_ids("12<|end|>", end) == (*text, end)
     assert Prompter(tokenizer, {}).completion_ids("12<|im_end|>", end) == (*text, own)
     assert Prompter(tokenizer, {}).completion_ids("", end) == (end,)
-
-
-# ── tokens that a tokenizer adds ──────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(params=["$A <|im_end|>", "$A <|endoftext|> <|im_end|>", "<s> $A", "<s> $A <|im_end|>", "$A"])

@@ -20,8 +20,6 @@ from sdkit.distributed.launch import launch
 from sdkit.language.errors import ProcessDied, UnreadableInput
 from sdkit.language.load import load_spec
 
-# ── the launcher alone: ranks that import nothing ─────────────────────────────────────────────
-
 
 def script(text):
     return [sys.executable, "-c", f"import os, signal, sys, time\nrank = os.environ['RANK']\n{text}"]
@@ -143,9 +141,6 @@ def test_under_another_launcher_none_is_started(monkeypatch):
     assert [launching.must_launch(n) for n in (None, 2)] == [False, False]
     with pytest.raises(UnreadableInput, match="has started 2"):
         launching.must_launch(4)
-
-
-# ── real runs ─────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")

@@ -123,9 +123,6 @@ def test_a_bad_gradient_of_one_rank_skips_the_step_on_all(found):
         assert kept == {"applied": [False, True], "unchanged": True}
 
 
-# ── samples ───────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
 def sampled_alone(tiny_folder, _leave_at_the_end, tmp_path_factory):
     from sdkit.distributed import zero
@@ -157,9 +154,6 @@ def test_ranks_may_end_at_other_lengths_and_have_other_numbers_of_prompts(found,
     first, second = found["sampled"][stage]["unequal"]
     assert first == [whole[:2]] * 5
     assert second == [whole[:9]]
-
-
-# ── weights out, and written down ─────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("name", "lora"), [("full", None), ("lora", LORA)])

@@ -108,8 +108,6 @@ def test_a_bad_gradient_skips_the_step_and_the_next_one_works(process_group, sta
     engine.close()
 
 
-# ── weight decay ──────────────────────────────────────────────────────────────────────────────
-
 DECAY = OptimizerSpec(lr=1e-2, max_grad_norm=0.5, weight_decay=2.0)
 
 
@@ -216,8 +214,6 @@ def test_without_decay_there_is_one_group():
         (group,) = parameter_groups(Normed(), optimizer)
         assert len(group["params"]) == 6
 
-
-# ── several ranks ─────────────────────────────────────────────────────────────────────────────
 
 RANK = """
 import sys, torch

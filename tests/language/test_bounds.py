@@ -51,9 +51,6 @@ def no_files(folder):
     return ["pipe", "folder", "loop", "to_zero", "sparse", "/dev/zero", "/dev/stdin", "gone", "run.yaml/x", "x" * 3000]
 
 
-# ── files ─────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_only_a_regular_file_within_its_limit_is_read(tmp_path):
     for name in no_files(tmp_path):
         with pytest.raises(UnreadableFile):
@@ -127,8 +124,6 @@ def test_a_file_that_no_parser_takes_is_a_problem(run_file, bomb):
         assert any(p.code.endswith("_file") and "mine.py" in p.message for p in checked.problems)
 
 
-# ── a model's own files ───────────────────────────────────────────────────────────────────────
-
 SIZES = {
     "hidden_size": 8,
     "num_hidden_layers": 2,
@@ -176,8 +171,6 @@ def test_a_file_that_is_no_json_object_is_none(tmp_path):
         (tmp_path / "x.json").write_text(text)
         assert not read_json_object(tmp_path / "x.json", MAX_CONFIG_BYTES)
 
-
-# ── floods ────────────────────────────────────────────────────────────────────────────────────
 
 MANY = 30_000
 FLOODS = {

@@ -90,9 +90,6 @@ def test_what_makes_a_run_file():
     assert not is_run_file([])
 
 
-# ── overrides ─────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-6", 1e-6), ("off", "off"), ("'8'", "8"), ("", None), ("[1, x]", [1, "x"]), ("a=b", "a=b")]
 )
@@ -143,9 +140,6 @@ def test_a_bad_override_is_a_problem(laid, text):
     assert problems[0].place.file == "<command line>"
 
 
-# ── method pages ──────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("value", ["3", "null", "''", "[a]", "missing.yaml", ".", "methods"])
 def test_a_method_that_cannot_be_read_is_a_problem_at_its_place(tmp_path, value):
     (tmp_path / "methods").mkdir()
@@ -184,9 +178,6 @@ def test_a_linked_run_file_finds_its_method_page(tmp_path, laid):
     link = tmp_path / "elsewhere/link.yaml"
     link.symlink_to(tmp_path / "run.yaml")
     assert load(link).problems == ()
-
-
-# ── packaged pages ────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_bare_name_is_a_packaged_page(tmp_path, monkeypatch):

@@ -202,9 +202,6 @@ def said_exactly(logits):
     return HiddenStateScores(hidden=torch.ones(1, 1), head=logits.T)
 
 
-# ── as an advantage ───────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture
 def enumerated(logits, tokens_of):
     """Gradient of the policy gradient over all tokens of one state, each weighed by its probability."""

@@ -205,9 +205,6 @@ def test_skewed_kls_near_the_kls(pair):
     assert skewed_reverse_kl(s, t, 1e-9).item() == pytest.approx(reverse_kl(s, t).item(), abs=1e-7)
 
 
-# ── bounds ────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_golden_entry_bound(pair):
     """reference/methods.md §5.9: OPSD's clip at 0.05."""
     s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
@@ -253,9 +250,6 @@ def test_an_entry_that_is_cut_has_no_gradient_of_its_own():
     forward_kl(student, teacher, Bounds(entry=0.05)).backward()
     assert student.grad is not None
     assert_close(student.grad, torch.tensor([0.0, -0.1], dtype=torch.float64))
-
-
-# ── a weight without gradient ─────────────────────────────────────────────────────────────────
 
 
 def test_golden_gradients_over_part_of_the_vocabulary(pair):

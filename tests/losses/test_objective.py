@@ -66,9 +66,6 @@ def figures(objective, logits, tokens):
     return loss.detach(), grad, stats
 
 
-# ── value and gradient against loops ──────────────────────────────────────────────────────────
-
-
 def by_loops(naive, logits, token_loss):
     """Σ_j weight_j ℓ_j and its gradient, position by position; token_loss(j, student, teacher)."""
     loss, grads = 0.0, []
@@ -256,9 +253,6 @@ def test_terms_add_up_with_their_coefficients(logits, tokens_of):
     assert_close(stats["loss/imitate"], 0.5 * other[0])
 
 
-# ── invariances ───────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
 def test_uncounted_rows_and_the_order_change_nothing(logits, tokens_of, divergence):
     objective = objective_of(distil(divergence, importance=BOTH))
@@ -354,8 +348,6 @@ def test_low_precision_is_widened_and_no_argument_changes(logits, tokens_of):
     assert student.grad.dtype == torch.bfloat16
     assert [x._version for x in held] == versions
 
-
-# ── importance ────────────────────────────────────────────────────────────────────────────────
 
 OLD = torch.tensor([-1.0, -2.0, -3.0, -0.5, -1.5])
 SAMPLER = torch.tensor([-1.2, -2.5, -2.9, -0.5, -2.4])
@@ -458,9 +450,6 @@ def test_a_missing_sequence_ratio_is_an_error(logits, tokens_of):
         figures(objective_of(distil(importance=PER_SEQUENCE)), logits, tokens)
 
 
-# ── what is measured ──────────────────────────────────────────────────────────────────────────
-
-
 def test_figures_of_a_top_k_term(naive, logits, tokens):
     support = TopKSupport(k=3, chosen_by="student", remainder="renormalize")
     objective = objective_of(distil(Jsd(teacher_share=0.5), support, coefficient=2.0))
@@ -522,9 +511,6 @@ def test_no_distribution_is_computed_twice(monkeypatch, logits, tokens_of):
     tokens = tokens_of(TOKEN, weights=weights)
     objective(logits.student, logits.teacher, tokens)
     assert len(calls) == 4  # two sides, two temperatures
-
-
-# ── reading the spec ──────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

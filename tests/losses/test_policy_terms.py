@@ -82,9 +82,6 @@ def figures(term, logits, tokens, temperature=1.0):
     return loss.detach(), grad, stats
 
 
-# ── value and gradient against loops ──────────────────────────────────────────────────────────
-
-
 def logprobs(naive, rows, temperature):
     return [math.log(naive.softmax(z, temperature)[y]) for z, y in zip(rows, TOKEN, strict=True)]
 
@@ -252,9 +249,6 @@ def test_a_sampler_ratio_may_be_averaged_over_the_sequence(logits, tokens):
     assert_close(found[1], expected[1])
 
 
-# ── in expectation ────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("term", [pull(LogRatio(), clip=ClipSpec(low=0.2, high=0.2)), ReferenceKl(estimator="k2")])
 def test_the_expected_gradient_is_that_of_the_reverse_kl(logits, tokens_of, term):
     """Enumerates the vocabulary: weight S_y for every y of one position."""
@@ -269,8 +263,6 @@ def test_the_expected_gradient_is_that_of_the_reverse_kl(logits, tokens_of, term
     exact, _ = near(student, None, one, other)
     assert_close(grad, *torch.autograd.grad(exact, logits.student))
 
-
-# ── invariances ───────────────────────────────────────────────────────────────────────────────
 
 TERMS = [
     pull(clip=CLIP, importance=TOKEN_SAMPLER),
@@ -375,9 +367,6 @@ def test_a_chunk_without_tokens_has_a_graph_and_every_figure(logits, tokens, ter
     assert all(x == 0 for x in stats.values())
 
 
-# ── what is measured ──────────────────────────────────────────────────────────────────────────
-
-
 def test_figures_of_a_policy_gradient(logits, tokens):
     clip = ClipSpec(low=0.3, high=0.4, dual=1.2)
     _, _, stats = figures(pull(clip=clip, coefficient=2.0), logits, tokens)
@@ -427,9 +416,6 @@ def test_which_figures_a_term_has(logits, tokens):
     assert keys(pull(clip=CLIP)) == two_sided | {"clip_dual"}
     assert keys(pull(importance=TOKEN_SAMPLER)) == plain | {"sampler_ratio", "ratio_capped"}
     assert keys(ReferenceKl(estimator="k2")) == common | {"k1", "reference_kl"}
-
-
-# ── what a term needs ─────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,6 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-# ── advantages ────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     ("scale", "eps", "right", "wrong"), [("none", 1e-4, 0.75, -0.25), ("group_std", 1e-4, 1.619835, -0.539945)]
 )
@@ -117,9 +114,6 @@ def test_the_order_of_rollouts_does_not_matter():
         assert_close(mixed, found[order])
 
 
-# ── the surrogate ─────────────────────────────────────────────────────────────────────────────
-
-
 def by_hand(ratio, advantage, low, high, dual):
     """−min(ρA, clip(ρ)A) with the dual clip, as the papers write it."""
     clipped = min(max(ratio, 1 - low), 1 + high)
@@ -201,9 +195,6 @@ def test_ratios_stay_finite():
     assert torch.equal(log_ratio.grad, torch.zeros(4))
 
 
-# ── the sequence ratio ────────────────────────────────────────────────────────────────────────
-
-
 def sequence_log_ratio(now, then, row, rows):
     return own_gradient(sequence_mean((now - then).detach(), row, rows), now)
 
@@ -253,9 +244,6 @@ def test_own_gradient_has_the_value_and_the_tokens_gradient():
     value = own_gradient(doubles(5.0, 7.0).requires_grad_(), now)
     assert torch.equal(value, doubles(5.0, 7.0))
     assert torch.equal(torch.autograd.grad(value.sum(), now)[0], doubles(1.0, 1.0))
-
-
-# ── what they are in expectation ──────────────────────────────────────────────────────────────
 
 
 def expected_gradient(token_loss, pair, drawn_from=None):

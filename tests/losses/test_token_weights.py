@@ -17,9 +17,6 @@ def long(*values):
     return torch.tensor(values, dtype=torch.long)
 
 
-# ── golden figures: reference/methods.md §5.9 ─────────────────────────────────────────────────
-
-
 def test_position_golden():
     found = sigmoid_ramp(f64(0.1, 0.3, 0.6, 1.0), smallest=0.25, middle=0.30, width=0.10)
     assert_close(found, f64(0.339402, 0.625, 0.964431, 0.999317), atol=1e-6, rtol=0)
@@ -51,9 +48,6 @@ def test_perplexity_by_hand():
     assert_close(perplexity(logprobs, row, long(5, 5, 9), 1.0), expected)
 
 
-# ── the share with the largest values ─────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     ("count", "share", "kept"),
     [(10, 0.2, 2), (7, 0.2, 2), (30, 0.1, 3), (1, 0.01, 1), (5, 1.0, 5), (0, 0.5, 0), (3, 1 / 3, 1)],
@@ -71,8 +65,6 @@ def test_of_equal_values_the_first_count():
     assert top_share(f64(1, 2, 1, 2, 2), 0.4).tolist() == [False, True, False, True, False]
     assert top_share(f64(3, 3, 3), 0.3).tolist() == [True, False, False]
 
-
-# ── against loops ─────────────────────────────────────────────────────────────────────────────
 
 LENGTHS = [3, 0, 1, 4]
 owner = long(*(i for i, n in enumerate(LENGTHS) for _ in range(n)))
@@ -113,9 +105,6 @@ def test_weights_over_a_mean_have_mean_one(values):
     weights = perplexity(values, owner, long(0, 0, 0, 0), 1.0)
     each = [weights[owner == i][0].item() for i in (0, 2, 3)]
     assert sum(each) / 3 == pytest.approx(1)
-
-
-# ── edges ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_nothing_gives_nothing():

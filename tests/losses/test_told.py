@@ -156,9 +156,6 @@ def test_a_users_divergence_sees_the_support(logits, tokens_of):
         assert_close(side, torch.ones(5, dtype=torch.float64))
 
 
-# ── in chunks ─────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_chunks_of_a_narrowed_teacher_are_the_whole_one(problem_of, tokens_of, chunk):
     problem = problem_of([4, 2, 3])

@@ -54,9 +54,6 @@ FIGURES = json.loads((HERE / "figures.json").read_text(encoding="utf-8"))
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-# ── what sdkit makes of a case ────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
 def specs(tmp_path_factory):
     """Each case as a method page that `sdkit validate` accepts."""
@@ -181,9 +178,6 @@ def test_a_step_has_the_stored_value_and_gradient(specs, name):
         torch.testing.assert_close(own, wanted, rtol=1e-6, atol=1e-6)
 
 
-# ── what is stored ────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "golden" in case])
 def test_stored_figures_are_those_known_beforehand(name):
     golden, stored = CASES[name]["golden"], FIGURES[name]
@@ -216,8 +210,6 @@ def test_the_stored_figures_are_the_generators():
 def _flat(numbers):
     return [x for part in numbers for x in _flat(part)] if isinstance(numbers, list) else [numbers]
 
-
-# ── that nothing is left out ──────────────────────────────────────────────────────────────────
 
 MODULES = (advantages, loss_parts, losses, divergences, token_weights)
 NOT_ARITHMETIC = {("FileDivergence", key) for key in ("file", "function", "zero_when_equal", "exact_gradient")} | {("FileWeight", "file"), ("FileWeight", "function")}  # fmt: skip

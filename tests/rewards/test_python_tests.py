@@ -97,9 +97,6 @@ def cases(*pairs, **more):
 ADDS = "print(sum(map(int, input().split())))"
 
 
-# ── which part is the program ─────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     ("text", "program"),
     [
@@ -114,9 +111,6 @@ ADDS = "print(sum(map(int, input().split())))"
 )
 def test_the_last_code_block(text, program):
     assert extract(LastCodeBlock(), text) == program
-
-
-# ── tests as rows have them ───────────────────────────────────────────────────────────────────
 
 
 def test_forms_of_tests(make_row):
@@ -172,9 +166,6 @@ def test_tests_that_cannot_be_read(make_row, judge, value, message):
 )
 def test_printed_lines(got, expected, same):
     assert Case(kind="stdin", input="", expected=expected).passed(got) is same
-
-
-# ── what passes, and what is said of what fails ───────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -284,9 +275,6 @@ def test_the_environment_is_not_handed_on(judge, make_row, monkeypatch):
     monkeypatch.setenv("LD_PRELOAD", "")
     program = "import os\nprint(*sorted(set(os.environ) & {'SECRET_TOKEN', 'LD_PRELOAD'}))"
     assert judge(program, make_row(tests=cases(("", "")))).reward == 1
-
-
-# ── hostile programs ──────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -441,9 +429,6 @@ def test_a_source_of_tests_comes_after_the_program(judge, make_row):
     assert judge(program, make_row(tests="assert found == 0")).reward == 1
 
 
-# ── time ──────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_all_tests_of_a_completion_share_a_time(reward, make_row):
     sleeps, quick = "import time\ntime.sleep(60)", "assert True"
     shared = reward(seconds=20, total_seconds=1, credit="share")
@@ -519,9 +504,6 @@ time.sleep(600)
         assert members(group)
         parent.kill()
     wait_until(lambda: not members(group), seconds=20)
-
-
-# ── where the walls cannot be built ───────────────────────────────────────────────────────────
 
 
 def test_without_user_namespaces_it_is_refused_unless_told_otherwise(sandboxes, tmp_path, monkeypatch):

@@ -43,9 +43,6 @@ def numbers(rewards, completions, rows):
     return reward_values(score(rewards, completions, rows))
 
 
-# ── extraction ────────────────────────────────────────────────────────────────────────────────
-
-
 def test_the_whole_text_is_stripped():
     assert extract(WholeText(), " \n a b\n") == "a b"
 
@@ -105,9 +102,6 @@ def test_last_number(text, answer):
 )
 def test_last_choice(text, answer):
     assert extract(LastChoice(), text) == answer
-
-
-# ── comparisons ───────────────────────────────────────────────────────────────────────────────
 
 
 def test_exact(make_row):
@@ -185,9 +179,6 @@ def test_score(make_row):
         score(rewards, ["1"], rows)
 
 
-# ── reasoning-gym ─────────────────────────────────────────────────────────────────────────────
-
-
 def gym(task, **options):
     source = ReasoningGymSource(task=task, size=3, seed=1, options=Table(options))
     columns = Table({"prompt": "question", "answer": "answer"})
@@ -225,9 +216,6 @@ def test_an_answer_on_which_a_scorer_breaks_is_wrong(make_row):
 def test_a_task_must_be_known():
     with pytest.raises(BadData, match="needs data of kind reasoning_gym"):
         opened(ReasoningGymReward())
-
-
-# ── a user's own ──────────────────────────────────────────────────────────────────────────────
 
 
 OWN = """
@@ -375,9 +363,6 @@ def test_a_function_that_leaves_has_failed(own, make_row):
         own("leaves")("x", make_row())
 
 
-# ── weighted sums ─────────────────────────────────────────────────────────────────────────────
-
-
 def test_a_sum_measures_its_parts_and_asks_them_once(own, make_row, tmp_path):
     rewards = {
         "total": WeightedReward(parts=Table({"right": 1.0, "told": 0.5, "half": 2.0})),
@@ -407,9 +392,6 @@ def test_what_cannot_be_opened_is_named(tmp_path):
     rewards = {"mine": FileReward(file="none.py", function="f")}
     with pytest.raises(BadData, match=r"rewards\.mine: there is no file none\.py"):
         open_rewards(rewards, ["mine"], tmp_path, None)
-
-
-# ── mathematics ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
@@ -468,9 +450,6 @@ def test_math_verify_may_be_missing(monkeypatch):
     monkeypatch.setattr(rewards_math.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadEnvironment, match="math-verify"):
         open_reward(MathVerifyReward(), "/", None)
-
-
-# ── real data ─────────────────────────────────────────────────────────────────────────────────
 
 
 def test_sciknoweval_answers_score_themselves(real_data):

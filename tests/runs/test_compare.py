@@ -94,9 +94,6 @@ def compared_scores(a, b, axis="tokens", score=None):
     return differences([common_budget(*runs, axis)], score_keys(runs, score))
 
 
-# ── what a run had cost ───────────────────────────────────────────────────────────────────────
-
-
 def test_a_run_is_read_back(make_run):
     folder = make_run("one", {0: score_of(0.1), 2: score_of(0.3)}, tokens=50, seconds=4.0)
     (run,) = read_runs([folder])
@@ -150,9 +147,6 @@ def test_folders_of_one_name_go_by_their_paths(make_run):
     assert [run.name for run in read_runs([a, b])] == [str(a), str(b)]
 
 
-# ── common budgets ────────────────────────────────────────────────────────────────────────────
-
-
 def test_equal_budgets_meet_at_the_end(make_run):
     every = dict.fromkeys((0, 5, 10), score_of(0.5))
     assert common_steps(make_run("a", every), make_run("b", every)) == (10, 10)
@@ -179,9 +173,6 @@ def test_a_tenth_more_is_the_same_budget_and_more_is_not(make_run):
 def test_two_untrained_models_do_not_meet(make_run):
     a, b = (make_run(name, {0: score_of(0.5)}) for name in "ab")
     assert common_steps(a, b) is None
-
-
-# ── significance ──────────────────────────────────────────────────────────────────────────────
 
 
 def test_sixty_right_is_above_thirty(make_run):
@@ -263,9 +254,6 @@ def test_an_unpaired_difference_has_both_sides_spread():
     assert found.high == pytest.approx(0.3 + half, abs=0.02)
 
 
-# ── settings ──────────────────────────────────────────────────────────────────────────────────
-
-
 def changed(*path, to):
     spec = json.loads(json.dumps(SPEC))
     place = spec
@@ -290,9 +278,6 @@ def test_scores_that_are_not_of_one_kind(make_run):
     warm = ("evaluation", "suites", "sums", "decoding", "greedy", "temperature")
     paths = [warm, ("rewards", "right", "kind"), ("rewards", "unused", "kind"), ("training", "seed")]
     assert differing_evaluation(paths, [GREEDY]) == paths[:2]
-
-
-# ── on screen ─────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture

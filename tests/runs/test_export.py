@@ -157,9 +157,6 @@ def test_the_base_is_the_specs_path(runs, tmp_path, path, hub, base):
     assert yaml.safe_load(head).get("base_model") == hub
 
 
-# ── refusals ──────────────────────────────────────────────────────────────────────────────────
-
-
 def test_what_exists_is_left_alone(runs, tmp_path):
     spec, run, _ = runs["full"]
     (tmp_path / "old").mkdir()

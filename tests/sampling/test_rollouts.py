@@ -61,9 +61,6 @@ def chosen(logprobs, ids):
     return logprobs.gather(-1, torch.tensor(ids)[:, None])[:, 0]
 
 
-# ── seeds ─────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_tokens_depend_on_prompt_and_seed_alone(sampled, requests, batch_size):
     # Padding and neighbours move float32 logits by 1e-6, so a draw would have to fall that close to an edge.
@@ -90,9 +87,6 @@ def test_the_global_generator_is_left_alone(sampled, requests):
     before = torch.get_rng_state()
     sampled(requests)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ── log-probabilities ─────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
@@ -155,9 +149,6 @@ def test_draws_follow_the_probabilities(sampled, weights, requests):
     assert chi_square < freedom + 3 * (2 * freedom) ** 0.5
 
 
-# ── ends ──────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_the_end_token_is_kept_and_nothing_follows(sampled, requests, end):
     plain = sampled(requests, max_new_tokens=16)
     ends = {end, *(c.ids[5] for c in plain[:3])}  # tokens that do come
@@ -188,9 +179,6 @@ def test_stop_texts_end_a_completion_in_a_batch_of_others(sampled, tiny_tokenize
         assert completion.ids == whole.ids[: stops[0] if stops else None]
         assert completion.finished == (bool(stops) or whole.finished)
         assert len(completion.logprobs) == len(completion.ids)
-
-
-# ── replay ────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")

@@ -172,9 +172,6 @@ def weights_of(world):
     return found
 
 
-# ── what only several ranks can show ──────────────────────────────────────────────────────────
-
-
 def skipped(folder, work, stage):
     """A gradient that is not finite on the last rank alone, then a good step."""
     world = open_run(small(folder, stage=stage), work)

@@ -66,8 +66,6 @@ class TinySampler:
 
     close = kill
 
-    # ── what the gateway asks of vLLM's engine ──
-
     @property
     def model_config(self):
         config = self.causal.config.to_dict() | self.config
@@ -91,8 +89,6 @@ class TinySampler:
         assert not unknown
         self.loads.append(args[0])
         return [1]
-
-    # ── what stands for vLLM's application ──
 
     async def _behind(self, scope, receive, send):
         body, more = b"", True

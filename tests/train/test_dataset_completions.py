@@ -61,9 +61,6 @@ def test_ends_of_the_models_own_settings_are_kept(tiny_folder, open_tiny):
     assert end_ids(model, world.setup.data.tokenizer, 5) == (5, world.models.end_ids[0], 7, 9)
 
 
-# ── completions that are too long ─────────────────────────────────────────────────────────────
-
-
 def lengths(tokenizer):
     """Tokens of each row's completion, end token included."""
     return [len(tokenizer(f"{i} + {i} = {2 * i}")["input_ids"]) + 1 for i in range(6)]

@@ -176,8 +176,6 @@ def test_the_cases_have_both_outcomes():
     assert counted["one of each"].tokens == 3
 
 
-# ── whole runs ────────────────────────────────────────────────────────────────────────────────
-
 SIBLING = UserTurn(template="{prompt}\nExample: {sibling}", slots=Table({"sibling": SuccessfulSibling()}))
 NEVER = Table({"never": RegexReward(pattern="zzzzzz")})
 

@@ -189,9 +189,6 @@ def test_a_whole_run_with_evaluation_and_checkpoints(tiny_folder, other_folder, 
     assert told == [{"path": str(other_folder), "revision": None, "located": str(other_folder)}]
 
 
-# ── what is refused, before any weights are loaded ────────────────────────────────────────────
-
-
 def swapped(source, target):
     """The folder with two tokens of its vocabulary exchanged."""
     shutil.copytree(source, target)

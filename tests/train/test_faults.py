@@ -46,9 +46,6 @@ def status(folder):
     return json.loads((folder / "status.json").read_text())
 
 
-# ── asked to stop ─────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
 def spec(tiny_folder):
     spec = make_spec(
@@ -156,9 +153,6 @@ def test_an_interrupted_command_ends_with_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
-# ── faults ────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
 def found(tiny_folder, tmp_path_factory):
     """How every run of fault_scenario.py ended."""
@@ -243,9 +237,6 @@ def test_an_interrupt_is_heeded_and_a_second_one_at_once(found):
     assert twice["codes"] == [INTERRUPTED]
     assert twice["status"]["state"] == "failed"
     assert twice["checkpoints"] == ["step_000001", "step_000002"]
-
-
-# ── numbers that are not finite ───────────────────────────────────────────────────────────────
 
 
 def test_a_loss_that_is_not_finite_ends_a_run_before_its_step(found):

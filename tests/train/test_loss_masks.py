@@ -107,9 +107,6 @@ def taught(r, p):
     return r.teacher_prompt_ids is not None
 
 
-# ── masks ─────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_special_tokens_are_left_out(batch):
     found = count(batch, imitate(MaskSpec(special_tokens="leave_out")))
     assert found_places(found) == places(batch, lambda r, p: r.completion_ids[p] not in SPECIAL)
@@ -144,9 +141,6 @@ def test_tokens_below_the_floor_are_left_out(batch):
 def test_a_term_that_weighs_by_the_teacher_counts_no_rollout_without_one(batch):
     found = count(batch, imitate(weight=TeacherEntropyWeight(rate=1.0)))
     assert found_places(found) == places(batch, taught)
-
-
-# ── weights ───────────────────────────────────────────────────────────────────────────────────
 
 
 def test_position_is_of_the_whole_completion(batch):
@@ -227,9 +221,6 @@ def test_a_users_function_is_handed_rollouts_or_groups(batch, rows):
     assert count(RolloutBatch(rollouts=()), term, functions={"term": weigh}) == []
 
 
-# ── routes ────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("when", ["failed", "failed_with_context"])
 def test_a_route_sends_each_rollout_to_one_branch(batch, when):
     losses = Table({"wrong": imitate(), "right": imitate(), "all": imitate()})
@@ -256,9 +247,6 @@ def test_what_is_not_known_is_an_error(batch):
         count(lone, imitate(weight=PassRateWeight()))
     with pytest.raises(ValueError, match="no loss mask"):
         collate(list(batch), Table({"term": imitate()}), 100, torch.clone, torch.device("cpu"))
-
-
-# ── several ranks ─────────────────────────────────────────────────────────────────────────────
 
 
 class Ranks:
@@ -320,9 +308,6 @@ def test_advantages_take_the_spread_of_all_ranks(batch, scale, cut):
     joined = [r.advantage for part in out for r in part]
     assert joined == pytest.approx(whole)
     assert len(set(joined)) > 1
-
-
-# ── averages ──────────────────────────────────────────────────────────────────────────────────
 
 
 def collated(batch, losses, budget=100, **given):

@@ -136,8 +136,6 @@ def test_a_template_that_is_never_the_same_is_refused(tiny_folder, tmp_path, bef
     assert caught.value.path == ("model", "path")
 
 
-# ── control tokens ────────────────────────────────────────────────────────────────────────────
-
 SPELLING = (
     {"prompt": "a", "demonstration": "d", "answer": "1"},
     {"prompt": "b", "demonstration": "d<|im_end|>", "answer": "1"},

@@ -97,9 +97,6 @@ def test_another_loss_and_teacher_learn_from_the_same_tokens(spec, run, tmp_path
     assert (same_state["state"], same_state["step"]) == ("done", 2)
 
 
-# ── what cannot be replayed ───────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -48,9 +48,6 @@ def judged(*rewards):
     )
 
 
-# ── filters ───────────────────────────────────────────────────────────────────────────────────
-
-
 ROW = Row(index=0, messages=({"role": "user", "content": "Q"},), columns={}, raw={})
 
 
@@ -150,9 +147,6 @@ def test_a_batch_of_which_nothing_is_kept_changes_nothing_and_the_run_goes_on(on
     json.dumps(metrics)
 
 
-# ── mixtures ──────────────────────────────────────────────────────────────────────────────────
-
-
 def mixture(share):
     by = MixtureSamples(student_share=share, column="answer")
     return RolloutSpec(max_new_tokens=8, backend=BACKEND, sampled_by=by)
@@ -181,8 +175,6 @@ def test_a_batch_is_one_samplers_altogether(open_tiny, share, student):
         assert (rollout.sampler_logprobs is None) is not student
     assert train_step(world, prepare_rollouts(world, gathered.batch)).applied
 
-
-# ── texts that begin the answer ───────────────────────────────────────────────────────────────
 
 START = AnswerStart(
     template="{attempt}\n\n{verdict}\n\n",

@@ -47,9 +47,6 @@ def status(folder):
     return json.loads((folder / "status.json").read_text())
 
 
-# ── what a run leaves behind ──────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
 def full_spec(tiny_folder):
     output = OutputSpec(samples_every=2, samples=2, tensorboard=True)
@@ -173,9 +170,6 @@ def test_nothing_half_written_remains(done):
     assert not [p for p in done.rglob("*") if "partial" in p.name]
 
 
-# ── the same run twice ────────────────────────────────────────────────────────────────────────
-
-
 def test_the_same_spec_gives_the_same_run(done, full_spec, tmp_path):
     again = train(full_spec, tmp_path / "again")
     assert metrics(again) == metrics(done)
@@ -195,9 +189,6 @@ def test_another_seed_gives_another_run(tiny_folder, tmp_path, lora):
     first, again, other = map(metrics, runs)
     assert first == again
     assert first != other
-
-
-# ── whose folder is it ────────────────────────────────────────────────────────────────────────
 
 
 def test_a_run_is_never_overwritten_unasked(full_spec, tmp_path):
@@ -226,9 +217,6 @@ def test_bad_data_leave_no_folder(tiny_folder, tmp_path):
     with pytest.raises(BadData, match="more than 3"):
         train(spec, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-# ── stop and resume ───────────────────────────────────────────────────────────────────────────
 
 
 def long_spec(folder, dtype="float32", stage=0, lora=None):
@@ -313,9 +301,6 @@ def test_the_last_step_is_not_stopped_before_its_end(tiny_folder, tmp_path, monk
     assert status(folder)["state"] == "done"
 
 
-# ── who samples ───────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 @pytest.mark.parametrize("prompt", ["student", "teacher"])
 def test_weights_and_prompt_of_the_sampler(open_tiny, weights, prompt):
@@ -374,9 +359,6 @@ def test_the_data_sets_own_completions(tiny_folder, tiny_tokenizer, tmp_path):
     assert losses[-1] < losses[0]
 
 
-# ── when numbers go wrong ─────────────────────────────────────────────────────────────────────
-
-
 def test_three_bad_gradients_in_a_row_end_a_run(tiny_folder, tmp_path):
     spec = make_spec(tiny_folder, optimizer=OptimizerSpec(lr=1e6, max_grad_norm=1e12), training=training(steps=9))
     with pytest.raises(NumericsGuard, match="3 optimizer steps in a row") as caught:
@@ -386,9 +368,6 @@ def test_three_bad_gradients_in_a_row_end_a_run(tiny_folder, tmp_path):
     assert "optimizer steps in a row" in status(tmp_path / "run")["reason"]
     skipped = [line["skipped_steps"] for line in metrics(tmp_path / "run")]
     assert skipped == [0, 1, 1]
-
-
-# ── adapters ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_run_with_adapters_leaves_the_adapter_and_a_merged_model(tiny_folder, tmp_path):

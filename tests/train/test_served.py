@@ -214,9 +214,6 @@ def test_smoke_asks_a_server_in_miniature(tmp_path, process_group, support):
     assert len(smoke(spec, silent())) == 2
 
 
-# ── what is refused, before any weights are loaded ────────────────────────────────────────────
-
-
 @pytest.fixture
 def refused(tiny_folder, tmp_path, monkeypatch, process_group):
     monkeypatch.setattr("sdkit.train.models.load_model", lambda *_: pytest.fail("weights loaded"))
@@ -284,9 +281,6 @@ def test_values_that_are_no_log_probabilities(refused, served, server, monkeypat
 
     monkeypatch.setattr(server, "reply", logits)
     refused(served(), BadEnvironment, "without the log-probabilities of the prompt")
-
-
-# ── what ends a run ───────────────────────────────────────────────────────────────────────────
 
 
 def test_a_server_that_dies_ends_the_run_in_one_line(open_tiny, tiny_folder, served, other_folder):

@@ -132,9 +132,6 @@ def forward_kl_by_hand(causal, rollout):
     return (told.exp() * (told - logprobs(rollout.prompt_ids))).sum(-1).mean()
 
 
-# ── several updates on one batch ──────────────────────────────────────────────────────────────
-
-
 OLD_RATIO = distil(importance=ImportanceSpec(old_policy=OldPolicyRatio(cap=2.0)))
 
 
@@ -181,9 +178,6 @@ def test_a_batch_is_split_into_whole_groups(open_tiny):
 
 def test_one_update_needs_no_old_logprobs(open_tiny):
     assert not open_tiny(losses=OLD_RATIO).setup.plan.needs_old_logprobs
-
-
-# ── what each side is shown ───────────────────────────────────────────────────────────────────
 
 
 def collated(world, batch):
@@ -234,9 +228,6 @@ def test_a_live_teacher_gets_no_gradient(open_tiny):
         advance(world, 1)
         moves.append({name: before[name] - value for name, value in masters(world).items()})
     torch.testing.assert_close(*moves, atol=1e-6, rtol=1e-4)
-
-
-# ── numbers along the way ─────────────────────────────────────────────────────────────────────
 
 
 def rates(total=10, **changes):

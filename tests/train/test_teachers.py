@@ -202,9 +202,6 @@ def test_an_incomplete_walk_over_the_masters_is_refused(world_with):
         world.models.teacher.follow(lambda: iter(some), EmaWeights(update_rate=0.5), "optimizer_step", 1)
 
 
-# ── adapters ──────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("weights", [EmaWeights(update_rate=0.3), CopyWeights(every=1)])
 @pytest.mark.parametrize(("dtype", "stage"), PRECISIONS)
 def test_adapters_leave_the_base_alone(world_with, weights, dtype, stage):

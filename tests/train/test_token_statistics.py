@@ -109,9 +109,6 @@ def judged_world(open_tiny):
     return opened
 
 
-# ── the pass ──────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("budget", [1, 10**6])
 def test_the_pass_measures_what_plain_torch_does(open_tiny, budget):
     world = open_tiny(rollout=rollout(temperature=0.7), training=training(micro_batch_tokens=budget, chunk_tokens=5))
@@ -174,9 +171,6 @@ def test_the_pass_moves_nothing_and_the_second_update_sees_its_figures(open_tiny
     again = prepare_rollouts(world, whole)
     assert [r.token_statistics for r in again] != [r.token_statistics for r in whole]
     assert train_step(world, second).applied
-
-
-# ── a step by hand ────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("budget", [60, 10**6])
@@ -297,9 +291,6 @@ def test_tokens_that_the_teacher_finds_absurd_are_left_out(open_tiny):
         counted, tokens = counted + int(kept.sum()), tokens + len(kept)
     assert 0 < counted < tokens
     check_step(world, batch, loss / counted)
-
-
-# ── through runs ──────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_data_sets_completions_have_entropies_too(open_tiny):

@@ -32,9 +32,6 @@ def wires(*steps, patience=2):
     return [trip.wire for trip in triggered(run_of(*steps), patience)]
 
 
-# ── which steps teach nothing ─────────────────────────────────────────────────────────────────
-
-
 NO_UPDATE = {"rollout/kept": 0.0, "rollout/finished": 0.5}
 DEGENERATE = {
     "flat": (FLAT, "flat_rewards", "no advantage is left"),
@@ -92,9 +89,6 @@ def test_the_single_sample_estimate_counts_where_it_is_all_there_is():
     assert wires(*[{"loss/d": 0.0, "d/tokens": 3.0, "d/k1": 0.0, "grad_norm": 1.0}] * 2) == ["no_divergence"]
 
 
-# ── when ──────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_a_warning_comes_once_per_onset():
     steps = [FLAT, FLAT, FLAT, FLAT, FINE, FLAT, FLAT, FLAT, FLAT]
     off = [bool(wires(*steps[:n], patience=3)) for n in range(1, len(steps) + 1)]
@@ -112,9 +106,6 @@ def test_one_wire_does_not_hide_another():
     cut = FINE | {"rollout/finished": 0.0}
     both = cut | {"rollout/no_advantage": 1.0}
     assert wires(cut, cut, both, both) == ["flat_rewards"]
-
-
-# ── through a run ─────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
