@@ -56,18 +56,18 @@ def process_group(_leave_at_the_end):
 
 @pytest.fixture
 def open_tiny(tiny_folder, process_group, tmp_path):
-    """Open a world from changes to the small run; closed at the end of the test."""
+    """Open a trainer from changes to the small run; closed at the end of the test."""
     from sdkit.train.run import open_run
 
-    worlds = []
+    trainers = []
 
     def opened(spec=None, **changes):
-        worlds.append(open_run(spec or make_spec(tiny_folder, **changes), tmp_path))
-        return worlds[-1]
+        trainers.append(open_run(spec or make_spec(tiny_folder, **changes), tmp_path))
+        return trainers[-1]
 
     yield opened
-    for world in worlds:
-        world.close()
+    for trainer in trainers:
+        trainer.close()
 
 
 @pytest.fixture(scope="session")

@@ -93,26 +93,26 @@ def test_random_streams_go_on_where_they_stood():
 
 def test_a_checkpoint_holds_the_teacher(open_tiny, tiny_folder, tmp_path):
     spec = make_spec(tiny_folder, teacher=EMA, training=training(zero_stage=1))
-    world = open_tiny(spec)
-    advance(world, 2)
-    saved = checkpoint.save(world.state, tmp_path, world.setup.spec)
-    advance(world, 1)
+    trainer = open_tiny(spec)
+    advance(trainer, 2)
+    saved = checkpoint.save(trainer.state, tmp_path, trainer.setup.spec)
+    advance(trainer, 1)
     other = open_tiny(spec)
     checkpoint.load(other.state, saved, other.setup.spec.training.seed)
     assert other.progress.optimizer_steps == 2
     advance(other, 1)
-    for name, value in world.models.teacher.state().items():
+    for name, value in trainer.models.teacher.state().items():
         same(other.models.teacher.state()[name], value)
-    same(states(other, other.models.teacher.weights), states(world, world.models.teacher.weights))
-    same(states(other, other.models.student), states(world, world.models.student))
+    same(states(other, other.models.teacher.weights), states(trainer, trainer.models.teacher.weights))
+    same(states(other, other.models.student), states(trainer, trainer.models.student))
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [10]), (2, [2, 10])])
 def test_the_newest_are_kept(open_tiny, tmp_path, keep, left):
-    world = open_tiny(output=OutputSpec(keep_checkpoints=keep, tensorboard=False))
+    trainer = open_tiny(output=OutputSpec(keep_checkpoints=keep, tensorboard=False))
     (tmp_path / "checkpoints" / "step_000099").mkdir(parents=True)
-    for world.progress.step in (1, 2, 10):
-        checkpoint.save(world.state, tmp_path, world.setup.spec)
+    for trainer.progress.step in (1, 2, 10):
+        checkpoint.save(trainer.state, tmp_path, trainer.setup.spec)
     kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert kept == [f"step_{n:06d}" for n in left]
 
@@ -269,21 +269,21 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(three, open_tiny, small_disk):
-    world = open_tiny(three[0])
-    world.progress.step = 1
-    first = checkpoint.save(world.state, small_disk, world.setup.spec)
+    trainer = open_tiny(three[0])
+    trainer.progress.step = 1
+    first = checkpoint.save(trainer.state, small_disk, trainer.setup.spec)
     size = sum(p.stat().st_size for p in first.iterdir())
     free = os.statvfs(small_disk)
     room = free.f_bavail * free.f_frsize
     (small_disk / "ballast").write_bytes(bytes(room - size // 2))
-    world.progress.step = 2
+    trainer.progress.step = 2
     with pytest.raises(BadEnvironment, match=r"cannot write .*step_000002: ") as caught:
-        checkpoint.save(world.state, small_disk, world.setup.spec)
+        checkpoint.save(trainer.state, small_disk, trainer.setup.spec)
     assert caught.value.exit_code == 4
     assert "--resume" in caught.value.hint
     assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["step_000001"]
     manifest.read(first, hashes=True)
     (small_disk / "ballast").unlink()
-    assert checkpoint.save(world.state, small_disk, world.setup.spec).name == "step_000002"
+    assert checkpoint.save(trainer.state, small_disk, trainer.setup.spec).name == "step_000002"
     left = sorted(p.name for p in (small_disk / "checkpoints").iterdir())
     assert left == ["step_000001", "step_000002"]  # of five that may stay

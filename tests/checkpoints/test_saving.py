@@ -79,20 +79,20 @@ def test_what_cannot_be_saved_ends_a_run_before_its_first_step(tiny_folder, tmp_
 
 
 def test_a_full_disk_is_said_as_one(tiny_folder, open_tiny, monkeypatch):
-    world = open_tiny(make_spec(tiny_folder))
+    trainer = open_tiny(make_spec(tiny_folder))
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(world.setup.data.tokenizer), "save_pretrained", full)
+    monkeypatch.setattr(type(trainer.setup.data.tokenizer), "save_pretrained", full)
     with pytest.raises(BadEnvironment, match="no space left on device"):
-        checkpoint.check_saving(world.models.student, world.setup.data.tokenizer)
+        checkpoint.check_saving(trainer.models.student, trainer.setup.data.tokenizer)
 
 
 def test_nothing_remains_of_the_attempt(tiny_folder, open_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    world = open_tiny(make_spec(tiny_folder))
-    checkpoint.check_saving(world.models.student, world.setup.data.tokenizer)
+    trainer = open_tiny(make_spec(tiny_folder))
+    checkpoint.check_saving(trainer.models.student, trainer.setup.data.tokenizer)
     assert not list(tmp_path.iterdir())
 
 

@@ -62,7 +62,7 @@ def test_recomputing_changes_no_bit_and_wakes_no_dropout(family, tmp_path):
 def test_training_is_the_same_and_every_block_is_recomputed(open_tiny, tiny_folder, stage, lora):
     seen = []
     for checkpointing in (False, True):
-        world = open_tiny(
+        trainer = open_tiny(
             make_spec(
                 tiny_folder,
                 model=evolve(model(tiny_folder, lora=lora), activation_checkpointing=checkpointing),
@@ -70,14 +70,14 @@ def test_training_is_the_same_and_every_block_is_recomputed(open_tiny, tiny_fold
                 teacher=teacher(EmaWeights(update_rate=0.1)),
             )
         )
-        batch = rollouts_of(world)
-        before = [forward.runs for forward in wrapped(world.models.student)]
-        norms = [each.metrics["grad_norm"] for each in advance(world, 2)]
-        after = [forward.runs for forward in wrapped(world.models.student)]
-        seen.append(([each.completion_ids for each in batch.rollouts], norms, masters(world)))
+        batch = rollouts_of(trainer)
+        before = [forward.runs for forward in wrapped(trainer.models.student)]
+        norms = [each.metrics["grad_norm"] for each in advance(trainer, 2)]
+        after = [forward.runs for forward in wrapped(trainer.models.student)]
+        seen.append(([each.completion_ids for each in batch.rollouts], norms, masters(trainer)))
         assert len(after) == (2 if checkpointing else 0)
         assert all(late > early for early, late in zip(before, after, strict=True))
-        assert not any(module.training for module in world.models.student.model.modules())
+        assert not any(module.training for module in trainer.models.student.model.modules())
     (ids, norms, plain), (other_ids, other_norms, recomputed) = seen
     assert (ids, norms) == (other_ids, other_norms)
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)

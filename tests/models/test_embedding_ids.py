@@ -87,10 +87,10 @@ def test_an_end_token_without_embedding_is_refused(open_tiny, beyond, tmp_path):
 
 
 def test_a_teachers_prompt_that_only_rollouts_complete_is_checked_when_it_is_written(open_tiny, beyond):
-    world = open_tiny(make_spec(beyond))
-    world.setup.data.known_ids = KnownIds("a model", 30)
+    trainer = open_tiny(make_spec(beyond))
+    trainer.setup.data.known_ids = KnownIds("a model", 30)
     with pytest.raises(BadData, match="row 0: the teacher's prompt has the token"):
-        world.setup.data.teacher_prompt(world.setup.data.train[0], None)
+        trainer.setup.data.teacher_prompt(trainer.setup.data.train[0], None)
 
 
 def test_a_padding_id_that_the_configuration_puts_beyond_the_embedding_is_no_traceback(

@@ -181,18 +181,18 @@ def own_logprobs(causal, rollout_, prompt):
 
 @pytest.mark.parametrize("name", ["nested softcap", "divided", "bias"])
 def test_a_step_sees_the_logits_that_the_sampler_drew_from(open_tiny, folders, name):
-    world = open_tiny(make_spec(folders / name, rollout=rollout(completions_per_prompt=2)))
-    rollouts = rollouts_of(world)
+    trainer = open_tiny(make_spec(folders / name, rollout=rollout(completions_per_prompt=2)))
+    rollouts = rollouts_of(trainer)
     expected = []
     for each in rollouts:
-        student = own_logprobs(world.models.student.causal, each, each.prompt_ids)
-        teacher = own_logprobs(world.models.teacher.weights.causal, each, each.teacher_prompt_ids)
+        student = own_logprobs(trainer.models.student.causal, each, each.prompt_ids)
+        teacher = own_logprobs(trainer.models.teacher.weights.causal, each, each.teacher_prompt_ids)
         expected.append((teacher.exp() * (teacher - student)).sum(-1))
-    measured = compute_token_statistics(world, rollouts, {"student_logprobs"})
+    measured = compute_token_statistics(trainer, rollouts, {"student_logprobs"})
     for each in measured:
         found = torch.tensor(each.token_statistics["student_logprobs"])
         torch.testing.assert_close(found, torch.tensor(each.sampler_logprobs), atol=1e-4, rtol=1e-4)
-    found = train_step(world, rollouts).metrics
+    found = train_step(trainer, rollouts).metrics
     assert found["loss"] == pytest.approx(float(torch.cat(expected).mean()), rel=1e-3)
 
 
@@ -200,11 +200,11 @@ def test_a_trained_bias_moves_alike_in_pieces(open_tiny, folders):
     found = []
     for stage in (0, 3):
         spec = make_spec(folders / "bias", training=training(zero_stage=stage))
-        world = open_tiny(spec)
-        name = next(n for n, _ in world.learner.masters() if n.endswith("lm_head.bias"))
-        before = masters(world)[name]
-        advance(world, 2)
-        after = masters(world)[name]
+        trainer = open_tiny(spec)
+        name = next(n for n, _ in trainer.learner.masters() if n.endswith("lm_head.bias"))
+        before = masters(trainer)[name]
+        advance(trainer, 2)
+        after = masters(trainer)[name]
         assert (after != before).all()
         found.append(after)
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)

@@ -82,12 +82,12 @@ def test_a_run_with_experts_trains_each_kind_of_adapter_and_saves_it(open_tiny, 
         teacher=teacher(EmaWeights(update_rate=0.1)),
         training=training(zero_stage=1),
     )
-    world = open_tiny(spec)
-    advance(world, 1)
-    assert all(layer.lora_B["default"].weight.any() for layer in adapter_layers(world.models.student.model))
-    saved = save_model(world.models.student, world.setup.data.tokenizer, tmp_path)
+    trainer = open_tiny(spec)
+    advance(trainer, 1)
+    assert all(layer.lora_B["default"].weight.any() for layer in adapter_layers(trainer.models.student.model))
+    saved = save_model(trainer.models.student, trainer.setup.data.tokenizer, tmp_path)
     merged = opened(saved, family, lora=False)
-    torch.testing.assert_close(states(merged), states(world.models.student), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(states(merged), states(trainer.models.student), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

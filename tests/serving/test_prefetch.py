@@ -75,28 +75,28 @@ def test_two_updates_a_batch_count_as_two(server, tiny_folder, tmp_path):
 
 
 def test_the_rollouts_are_those_of_the_weights_that_are_named(server, tiny_folder, tmp_path, open_tiny):
-    """Batch 2 under look-ahead against batch 2 of a world that stands where batch 1 stood."""
-    world = open_tiny(ahead(server, tmp_path, tiny_folder))
+    """Batch 2 under look-ahead against batch 2 of a trainer that stands where batch 1 stood."""
+    trainer = open_tiny(ahead(server, tmp_path, tiny_folder))
     held = []
     for step in range(3):
-        gathered = drawn(world, step)
+        gathered = drawn(trainer, step)
         held.append([r.completion_ids for r in gathered.batch])
         if step == 1:
             plain = served_by([server], tmp_path, tiny_folder, losses=CORRECTED)
             other = open_tiny(plain)
             with torch.no_grad():
-                own = dict(world.models.student.model.named_parameters())
+                own = dict(trainer.models.student.model.named_parameters())
                 for name, parameter in other.models.student.model.named_parameters():
                     parameter.copy_(own[name])
             expected = [r.completion_ids for r in drawn(other, 2).batch]
-        _update(world, gathered)
+        _update(trainer, gathered)
     assert held[2] == expected
     assert held[1] != held[2]
 
 
-def _update(world, gathered):
-    train_step(world, prepare_rollouts(world, gathered.batch))
-    world.progress.step += 1
+def _update(trainer, gathered):
+    train_step(trainer, prepare_rollouts(trainer, gathered.batch))
+    trainer.progress.step += 1
 
 
 def test_sampling_overlaps_training(server, tiny_folder, tmp_path, monkeypatch):
@@ -107,10 +107,10 @@ def test_sampling_overlaps_training(server, tiny_folder, tmp_path, monkeypatch):
     seen = []
     update = loop._update
 
-    def watched(world, report, gathered, part):
-        if world.progress.step == 1:
+    def watched(trainer, report, gathered, part):
+        if trainer.progress.step == 1:
             seen.append(began.wait(20))
-        return update(world, report, gathered, part)
+        return update(trainer, report, gathered, part)
 
     monkeypatch.setattr(loop, "_update", watched)
     train(spec, tmp_path / "run")
@@ -144,10 +144,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_also_on_another_server(
     cut = tmp_path / "cut"
     step = loop._train_on_batch
 
-    def dies(world, report, number):
+    def dies(trainer, report, number):
         if number == 3:
             raise KeyboardInterrupt
-        step(world, report, number)
+        step(trainer, report, number)
 
     monkeypatch.setattr(loop, "_train_on_batch", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -130,8 +130,8 @@ def test_without_vllm_it_says_what_to_install(tiny_folder, tmp_path, monkeypatch
 
 def test_the_longest_sequence_is_that_of_the_run(tiny_folder, tmp_path, open_tiny):
     spec = served(tiny_folder)
-    world = open_tiny(make_spec(tiny_folder))
-    assert inputs.longest_sequence(spec, tmp_path, str(tiny_folder)) == world.setup.longest_sequence
+    trainer = open_tiny(make_spec(tiny_folder))
+    assert inputs.longest_sequence(spec, tmp_path, str(tiny_folder)) == trainer.setup.longest_sequence
 
 
 def test_the_command_line_hands_everything_on(tiny_folder, tmp_path, monkeypatch):

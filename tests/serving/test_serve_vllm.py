@@ -133,31 +133,32 @@ def spec_of(served, folder, **changes):
 
 
 def test_both_sides_agree_after_every_update(served, tiny_folder, open_tiny):
-    world = open_tiny(spec_of(served, tiny_folder))
+    trainer = open_tiny(spec_of(served, tiny_folder))
     before = []
     for step in range(3):
-        gathered = drawn(world, step)
+        gathered = drawn(trainer, step)
         assert gathered.figures["canary_mean"] < 1e-4
         assert gathered.figures["canary_max"] < 1e-3
         state = json.loads(served.ask("GET", "/sdkit/state")[1])
-        assert state["weights"]["version"] == world.progress.optimizer_steps
+        assert state["weights"]["version"] == trainer.progress.optimizer_steps
         before.append(tokens(gathered))
-        _assert_logprobs_are_the_trainers(world, gathered)
-        advance(world, 1)
-    backend, _ = world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
+        _assert_logprobs_are_the_trainers(trainer, gathered)
+        advance(trainer, 1)
+    backend, _ = trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)
     requests = gathered.requests
     again = [
-        backend.sample(requests, sampling_params(world.setup.spec.rollout, world.models.ids_below)) for _ in range(2)
+        backend.sample(requests, sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below))
+        for _ in range(2)
     ]
     assert [c.ids for c in again[0]] == [c.ids for c in again[1]]
-    few = backend.sample(requests[3:1:-1], sampling_params(world.setup.spec.rollout, world.models.ids_below))
+    few = backend.sample(requests[3:1:-1], sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below))
     assert [c.ids for c in few[::-1]] == [c.ids for c in again[0][2:4]]
 
 
-def _assert_logprobs_are_the_trainers(world, gathered):
+def _assert_logprobs_are_the_trainers(trainer, gathered):
     for rollout_ in list(gathered.batch)[:3]:
         ids = torch.tensor([[*rollout_.prompt_ids, *rollout_.completion_ids]])
-        with torch.no_grad(), world.models.student.active() as causal:
+        with torch.no_grad(), trainer.models.student.active() as causal:
             logits = causal(ids).logits[0, len(rollout_.prompt_ids) - 1 : -1]
         told = (logits / 0.7).log_softmax(-1)
         own = told.gather(-1, torch.tensor(rollout_.completion_ids)[:, None])[:, 0]
@@ -170,18 +171,21 @@ def test_stop_texts_cut_as_without_vllm(served, tiny_folder, open_tiny):
     stop = tuple(sorted({c for text in said for c in text[3:] if c.isalnum() and c.isascii()})[:2])
     assert stop
     changes = {"max_new_tokens": 16, "stop": stop}
-    worlds = [
+    trainers = [
         open_tiny(make_spec(tiny_folder, rollout=rollout(**changes))),
         open_tiny(spec_of(served, tiny_folder, rollout=rollout(**changes, backend=served.backend))),
     ]
     sampling = [
-        evolve(sampling_params(world.setup.spec.rollout, world.models.ids_below), temperature=0.0) for world in worlds
+        evolve(sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below), temperature=0.0)
+        for trainer in trainers
     ]
     done = []
-    for world, how in zip(worlds, sampling, strict=True):
-        requests = drawn(world).requests
+    for trainer, how in zip(trainers, sampling, strict=True):
+        requests = drawn(trainer).requests
         done.append(
-            world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)[0].sample(requests, how)
+            trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)[0].sample(
+                requests, how
+            )
         )
     assert [(c.ids, c.finished) for c in done[0]] == [(c.ids, c.finished) for c in done[1]]
 
@@ -217,14 +221,14 @@ def test_a_server_killed_in_the_middle_of_a_run_changes_nothing(served, tiny_fol
     assert versions(whole) == [{0}, {0}, {1}, {2}]
     update, killed = loop._update, []
 
-    def watched(world, report, gathered, part):
-        if world.progress.step == 2:
+    def watched(trainer, report, gathered, part):
+        if trainer.progress.step == 2:
             killed.extend(served.descendants())
             os.kill(killed[0], signal.SIGKILL)
             assert served.process.wait(60) == 6
             assert "ended by SIGKILL" in served.log.read_text()
             served.start()
-        return update(world, report, gathered, part)
+        return update(trainer, report, gathered, part)
 
     monkeypatch.setattr(loop, "_update", watched)
     again = train(spec, tmp_path / "again")

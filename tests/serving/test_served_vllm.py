@@ -116,9 +116,9 @@ def test_its_scores_are_those_of_the_model_held_here(served, other_folder, tiny_
 def test_two_steps_are_those_under_the_model_held_here(open_tiny, tiny_folder, served, other_folder):
     runs = []
     for weights in (served, ExternalWeights(path=str(other_folder), dtype="float32")):
-        world = open_tiny(make_spec(tiny_folder, teacher=teacher(weights), losses=TOP))
-        tokens = [r.completion_ids for r in rollouts_of(world)]
-        runs.append((tokens, [step.metrics for step in advance(world, 2)]))
+        trainer = open_tiny(make_spec(tiny_folder, teacher=teacher(weights), losses=TOP))
+        tokens = [r.completion_ids for r in rollouts_of(trainer)]
+        runs.append((tokens, [step.metrics for step in advance(trainer, 2)]))
     (told_tokens, told), (tokens, whole) = runs
     assert told_tokens == tokens
     for ours, theirs in zip(told, whole, strict=True):

@@ -47,8 +47,8 @@ def served_by(servers, tmp_path, folder, **changes):
     return evolve(spec, rollout=evolve(spec.rollout, backend=backend))
 
 
-def drawn(world, step=0):
-    return collect(world, step)
+def drawn(trainer, step=0):
+    return collect(trainer, step)
 
 
 def tokens(gathered):
@@ -80,12 +80,12 @@ def test_a_run_is_that_of_the_model_held_here(serve, tiny_folder, tmp_path, lora
 def test_groups_are_dealt_out_whole_and_sampled_by_the_newest_weights(serve, tiny_folder, tmp_path, open_tiny):
     servers = serve(2)
     changes = {"rollout": rollout(completions_per_prompt=3)}
-    world = open_tiny(served_by(servers, tmp_path, tiny_folder, **changes))
+    trainer = open_tiny(served_by(servers, tmp_path, tiny_folder, **changes))
     for step in range(2):
-        found = drawn(world, step)
+        found = drawn(trainer, step)
         assert found.figures["servers"] == 2
         assert {r.policy_version for r in found.batch} == {step}
-        advance(world, 1)
+        advance(trainer, 1)
     assert [len(server.asked) for server in servers] == [24, 24]  # `advance` gathers too
     for server in servers:
         prompts = [asked["prompt"] for asked in server.asked]
@@ -98,21 +98,21 @@ def test_a_server_that_was_started_anew_gets_its_weights_and_the_batch_is_asked_
     serve, tiny_folder, tmp_path, open_tiny, capsys
 ):
     [server] = serve()
-    world = open_tiny(served_by([server], tmp_path, tiny_folder))
-    expected = tokens(drawn(world))
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
+    expected = tokens(drawn(trainer))
     server.kill()
     server.start()
-    assert tokens(drawn(world)) == expected
+    assert tokens(drawn(trainer)) == expected
     assert len(server.loads) == 2
     assert "has restarted; sending the weights again" in capsys.readouterr().err
-    assert any("has restarted" in told for told in world.sampler.backends.server_messages())
-    assert world.sampler.backends.server_messages() == []
+    assert any("has restarted" in told for told in trainer.sampler.backends.server_messages())
+    assert trainer.sampler.backends.server_messages() == []
 
 
 def test_a_server_killed_in_the_middle_of_a_batch_is_waited_for(serve, tiny_folder, tmp_path, open_tiny, capsys):
     [server] = serve()
-    world = open_tiny(served_by([server], tmp_path, tiny_folder))
-    expected = tokens(drawn(world))
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
+    expected = tokens(drawn(trainer))
     asked = len(server.asked)
 
     def fault(number):
@@ -122,7 +122,7 @@ def test_a_server_killed_in_the_middle_of_a_batch_is_waited_for(serve, tiny_fold
             threading.Timer(0.5, server.start).start()
 
     server.fault = fault
-    assert tokens(drawn(world)) == expected
+    assert tokens(drawn(trainer)) == expected
     said = capsys.readouterr().err
     assert "a rollout server is unavailable" in said
     assert "no rollout server answers; waiting up to 20 s" in said
@@ -133,20 +133,20 @@ def test_where_one_of_several_dies_the_others_go_on_and_it_comes_back(
     serve, tiny_folder, tmp_path, open_tiny, capsys, monkeypatch
 ):
     servers = serve(2)
-    world = open_tiny(served_by(servers, tmp_path, tiny_folder))
-    expected = tokens(drawn(world))
+    trainer = open_tiny(served_by(servers, tmp_path, tiny_folder))
+    expected = tokens(drawn(trainer))
     servers[0].kill()
-    alone = drawn(world)
+    alone = drawn(trainer)
     assert tokens(alone) == expected
     assert servers[0].url in capsys.readouterr().err
-    advance(world, 1)
-    assert drawn(world, 1).figures["servers"] == 1
+    advance(trainer, 1)
+    assert drawn(trainer, 1).figures["servers"] == 1
     servers[0].start()
     monkeypatch.setattr(pool, "RECHECK_SECONDS", 0.0)
-    for member in world.sampler.backends.pool._members:
+    for member in trainer.sampler.backends.pool._members:
         member.retry_at = 0.0
     before = len(servers[0].asked)
-    drawn(world, 1)
+    drawn(trainer, 1)
     assert len(servers[0].asked) > before
     assert "is back, with weights 1" in capsys.readouterr().err
 
@@ -154,11 +154,11 @@ def test_where_one_of_several_dies_the_others_go_on_and_it_comes_back(
 def test_a_server_that_stays_away_ends_the_run_and_is_named(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
     spec = served_by([server], tmp_path, tiny_folder, backend={"deadline_seconds": 0.5})
-    world = open_tiny(spec)
-    drawn(world)
+    trainer = open_tiny(spec)
+    drawn(trainer)
     server.kill()
     with pytest.raises(ProcessDied, match=r"no rollout server for 0\.5 s") as caught:
-        drawn(world)
+        drawn(trainer)
     assert server.url in str(caught.value)
     assert "sdkit serve" in caught.value.hint
     assert "--resume" in caught.value.hint
@@ -167,21 +167,21 @@ def test_a_server_that_stays_away_ends_the_run_and_is_named(serve, tiny_folder, 
 def test_a_completion_that_takes_too_long_is_given_up(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
     spec = served_by([server], tmp_path, tiny_folder, backend={"deadline_seconds": 0.5})
-    world = open_tiny(spec)
-    drawn(world)
+    trainer = open_tiny(spec)
+    drawn(trainer)
     released = threading.Event()
     server.fault = lambda _: released.wait(30) and None
     try:
         with pytest.raises(ProcessDied, match=r"lost a batch|no rollout server"):
-            drawn(world)
+            drawn(trainer)
     finally:
         released.set()
 
 
 def test_a_server_that_loses_every_batch_ends_the_run(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
-    world = open_tiny(served_by([server], tmp_path, tiny_folder))
-    drawn(world)
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
+    drawn(trainer)
 
     def forgets(_):
         server.gateway.loaded = None
@@ -189,28 +189,28 @@ def test_a_server_that_loses_every_batch_ends_the_run(serve, tiny_folder, tmp_pa
 
     server.fault = forgets
     with pytest.raises(ProcessDied, match="lost a batch 8 times"):
-        drawn(world)
+        drawn(trainer)
 
 
 def test_a_refused_request_ends_the_run_at_once(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
-    world = open_tiny(served_by([server], tmp_path, tiny_folder))
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
     server.fault = lambda _: 400
     with pytest.raises(BadEnvironment, match="answered 400: as the test wants"):
-        drawn(world)
+        drawn(trainer)
 
 
 def test_other_weights_than_the_trainers_are_seen(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
-    world = open_tiny(served_by([server], tmp_path, tiny_folder))
-    drawn(world)
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
+    drawn(trainer)
 
     async def loses(method, timeout, args):
         return [1]
 
     server.collective_rpc = loses
     with pytest.raises(NumericsGuard, match="of the server http"):
-        advance(world, 2)
+        advance(trainer, 2)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_the_teacher_samples_from_servers_too(serve, tiny_folder, tmp_path, open
 
     [server] = serve()
     changes = {"rollout": rollout(sampled_by=TeacherSamples(prompt="student"))}
-    world = open_tiny(served_by([server], tmp_path, tiny_folder, **changes))
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder, **changes))
     expected = open_tiny(make_spec(tiny_folder, **changes))
     assert isinstance(expected.setup.plan.backend, TransformersBackend)
-    assert tokens(drawn(world)) == tokens(drawn(expected))
+    assert tokens(drawn(trainer)) == tokens(drawn(expected))

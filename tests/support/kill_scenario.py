@@ -96,19 +96,19 @@ def spec_of(folder, work, weights, form, stage):
 def arm(phase, at):
     """End this process in a phase of its step number `at`, counted from 0; after it, for what stands between steps."""
     owner, name, place = PHASES[phase]
-    worlds = []
+    trainers = []
     opened = loop._evaluate_start
 
-    def begin(world, *args):
-        worlds.append(world)
-        return opened(world, *args)
+    def begin(trainer, *args):
+        trainers.append(trainer)
+        return opened(trainer, *args)
 
     loop._evaluate_start = begin
     whole = getattr(owner, name)
 
     def deadly(*args, **options):
         found = whole(*args, **options) if place == "after" else None
-        if worlds and worlds[0].progress.step == at:
+        if trainers and trainers[0].progress.step == at:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(*args, **options) if place == "before" else found
 

@@ -151,39 +151,39 @@ def whole(shards, parameter, piece):
 
 def trained(spec, work):
     """Losses, norms, distances, masters and the teacher's average after three updates."""
-    world = open_run(spec, work)
+    trainer = open_run(spec, work)
     found = {"loss": [], "grad_norm": [], "distance": [], "micro_batches": []}
     for step in range(STEPS):
-        measured = train_step(world, rollouts_of(world, step))
+        measured = train_step(trainer, rollouts_of(trainer, step))
         for name in ("loss", "grad_norm"):
             found[name].append(measured.metrics[name])
         found["distance"].append(measured.metrics.get("teacher_distance", 0.0))
-    found |= weights_of(world)
-    world.close()
+    found |= weights_of(trainer)
+    trainer.close()
     return found
 
 
-def weights_of(world):
-    own = {n.removeprefix("model."): p for n, p in world.learner.zero.named}
-    shards = world.models.student.sharding
-    found = {"masters": {n: whole(shards, own[n], v) for n, v in world.learner.masters()}}
-    parts = [part for part in world.models.teacher.leaves if part.moves]
+def weights_of(trainer):
+    own = {n.removeprefix("model."): p for n, p in trainer.learner.zero.named}
+    shards = trainer.models.student.sharding
+    found = {"masters": {n: whole(shards, own[n], v) for n, v in trainer.learner.masters()}}
+    parts = [part for part in trainer.models.teacher.leaves if part.moves]
     found["shadow"] = {n: whole(shards, part.parameters[n], v) for part in parts for n, v in part.shadow.items()}
     return found
 
 
 def skipped(folder, work, stage):
     """A gradient that is not finite on the last rank alone, then a good step."""
-    world = open_run(small(folder, stage=stage), work)
-    before = weights_of(world)
-    _, parameter = world.learner.zero.named[0]
+    trainer = open_run(small(folder, stage=stage), work)
+    before = weights_of(trainer)
+    _, parameter = trainer.learner.zero.named[0]
     last = collectives.rank() == collectives.world_size() - 1
     spoiled = parameter.register_hook(lambda g: g * float("nan") if last else g)
-    bad = train_step(world, rollouts_of(world, 0))
+    bad = train_step(trainer, rollouts_of(trainer, 0))
     spoiled.remove()
-    after = weights_of(world)
-    good = train_step(world, rollouts_of(world, 0))
-    world.close()
+    after = weights_of(trainer)
+    good = train_step(trainer, rollouts_of(trainer, 0))
+    trainer.close()
     same = all(torch.equal(v, after[kind][n]) for kind in ("masters", "shadow") for n, v in before[kind].items())
     return {"applied": [bad.applied, good.applied], "unchanged": same}
 
@@ -196,36 +196,36 @@ def sampled(folder, work, stage):
         rollout=rollout(completions_per_prompt=2, max_new_tokens=6, backend=TransformersBackend(batch_size=3)),
         training=training(zero_stage=stage),
     )
-    world = open_run(evaluated(spec, teacher_lift=3), work)
-    gathered = collect(world, 0)
-    backend, _ = world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
-    ids = world.setup.data.student_ids(world.setup.data.train[0])
+    trainer = open_run(evaluated(spec, teacher_lift=3), work)
+    gathered = collect(trainer, 0)
+    backend, _ = trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)
+    ids = trainer.setup.data.student_ids(trainer.setup.data.train[0])
     limit = 2 + 7 * collectives.rank() if collectives.world_size() > 1 else 9
-    settings = evolve(sampling_params(world.setup.spec.rollout, world.models.ids_below), max_new_tokens=limit)
+    settings = evolve(sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below), max_new_tokens=limit)
     mine = [SamplingRequest(prompt_ids=ids, seed=5)] * (1 + 4 * (collectives.rank() == 0))
     own = [c.ids for c in backend.sample(mine, settings)]
-    evaluation = world.setup.spec.evaluation
-    held = evaluate(world.sampler, evaluation, world.progress.optimizer_steps)
-    lift = teacher_lift(world.sampler, evaluation, held, world.specs)
+    evaluation = trainer.setup.spec.evaluation
+    held = evaluate(trainer.sampler, evaluation, trainer.progress.optimizer_steps)
+    lift = teacher_lift(trainer.sampler, evaluation, held, trainer.specs)
     found = {
         "rollouts": sort_records(collectives.gather_object(rollout_records(gathered))),
         "unequal": collectives.all_gather_object(own),
         "scores": held.scores,
         "records": held.records,
         "lift": {key: value.mean for key, value in lift.items()},
-        "held out": held_out_loss(world),
+        "held out": held_out_loss(trainer),
     }
-    world.close()
+    trainer.close()
     return found
 
 
 def streamed(folder, work, lora):
     """The tensors of student and teacher, and how much of the model was ever whole."""
-    world = open_run(small(folder, stage=3, lora=lora), work)
-    train_step(world, rollouts_of(world, 0))
-    every = list(world.models.student.model.parameters())
+    trainer = open_run(small(folder, stage=3, lora=lora), work)
+    train_step(trainer, rollouts_of(trainer, 0))
+    every = list(trainer.models.student.model.parameters())
     found = {}
-    for who, weights in (("student", world.models.student), ("teacher", world.models.teacher.weights)):
+    for who, weights in (("student", trainer.models.student), ("teacher", trainer.models.teacher.weights)):
         most, tensors = 0, {}
         for name, tensor in weights.named_tensors():
             most = max(most, sum(p.numel() for p in weights.model.parameters()))
@@ -233,7 +233,7 @@ def streamed(folder, work, lora):
         found[who] = tensors
         found[f"{who} whole"] = most / sum(p.ds_numel for p in every)
     found["left whole"] = sum(p.numel() for p in every)
-    world.close()
+    trainer.close()
     return found
 
 
@@ -241,19 +241,19 @@ def resumed(folder, work, stage, lora):
     """Two updates, written down; one more, and the same from what was written."""
     spec = small(folder, stage=stage, lora=lora)
     place = work / f"resumed-{stage}-{bool(lora)}"
-    world = open_run(spec, work)
+    trainer = open_run(spec, work)
     for step in range(2):
-        train_step(world, rollouts_of(world, step))
-    world.progress.step = 2
-    saved = checkpoint.save(world.state, place, world.setup.spec)
-    train_step(world, rollouts_of(world, 2))
-    straight = weights_of(world)
-    world.close()
-    world = open_run(spec, work)
-    checkpoint.load(world.state, saved, world.setup.spec.training.seed)
-    train_step(world, rollouts_of(world, 2))
-    again = weights_of(world)
-    world.close()
+        train_step(trainer, rollouts_of(trainer, step))
+    trainer.progress.step = 2
+    saved = checkpoint.save(trainer.state, place, trainer.setup.spec)
+    train_step(trainer, rollouts_of(trainer, 2))
+    straight = weights_of(trainer)
+    trainer.close()
+    trainer = open_run(spec, work)
+    checkpoint.load(trainer.state, saved, trainer.setup.spec.training.seed)
+    train_step(trainer, rollouts_of(trainer, 2))
+    again = weights_of(trainer)
+    trainer.close()
     return {"straight": straight, "again": again}
 
 

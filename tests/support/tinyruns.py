@@ -110,65 +110,65 @@ def evaluated(spec, **changes):
     return evolve(spec, evaluation=EvaluationSpec(**(parts | changes)), rewards=Table(rewards))
 
 
-def collect(world, step=0):
+def collect(trainer, step=0):
     """The rollouts of a training step, with their requests and scores."""
     from sdkit.train.collect_rollouts import collect_rollouts
 
-    rows = world.setup.data.batch_rows(step)
-    return collect_rollouts(world.sampler, rows, ("rollout", step), world.specs)
+    rows = trainer.setup.data.batch_rows(step)
+    return collect_rollouts(trainer.sampler, rows, ("rollout", step), trainer.specs)
 
 
-def prepare_rollouts(world, batch):
+def prepare_rollouts(trainer, batch):
     from sdkit.train import token_statistics
 
-    old = world.setup.plan.needs_old_logprobs
-    return token_statistics.prepare_rollouts(world.learner, batch, world.specs, with_old_logprobs=old)
+    old = trainer.setup.plan.needs_old_logprobs
+    return token_statistics.prepare_rollouts(trainer.learner, batch, trainer.specs, with_old_logprobs=old)
 
 
-def compute_token_statistics(world, batch, names):
+def compute_token_statistics(trainer, batch, names):
     from sdkit.train import token_statistics
 
-    return token_statistics.compute_token_statistics(world.learner, batch, names, world.specs.blend)
+    return token_statistics.compute_token_statistics(trainer.learner, batch, names, trainer.specs.blend)
 
 
-def rollouts_of(world, step=0):
-    return prepare_rollouts(world, collect(world, step).batch)
+def rollouts_of(trainer, step=0):
+    return prepare_rollouts(trainer, collect(trainer, step).batch)
 
 
-def score_teacher(world, batch, reference=None):
-    return world.learner.scorer.score_teacher(batch, world.specs.blend, reference)
+def score_teacher(trainer, batch, reference=None):
+    return trainer.learner.scorer.score_teacher(batch, trainer.specs.blend, reference)
 
 
-def train_step(world, batch):
+def train_step(trainer, batch):
     from sdkit.train import step
 
-    result = step.train_step(world.learner, batch, world.specs)
-    world.progress.record(applied=result.applied)
+    result = step.train_step(trainer.learner, batch, trainer.specs)
+    trainer.progress.record(applied=result.applied)
     return result
 
 
-def evaluate_objective(world, batch):
+def evaluate_objective(trainer, batch):
     from sdkit.train import step
 
-    return step.evaluate_objective(world.learner, batch, world.specs)
+    return step.evaluate_objective(trainer.learner, batch, trainer.specs)
 
 
-def held_out_loss(world):
+def held_out_loss(trainer):
     from sdkit.train import evaluate
 
-    return evaluate.held_out_loss(world.sampler, world.learner, world.setup.spec.evaluation, world.specs)
+    return evaluate.held_out_loss(trainer.sampler, trainer.learner, trainer.setup.spec.evaluation, trainer.specs)
 
 
-def advance(world, updates=3):
+def advance(trainer, updates=3):
     """Optimizer steps without a loop around them; what each measured."""
-    return [train_step(world, rollouts_of(world, step)) for step in range(updates)]
+    return [train_step(trainer, rollouts_of(trainer, step)) for step in range(updates)]
 
 
-def masters(world):
-    return {name: value.clone() for name, value in world.learner.masters()}
+def masters(trainer):
+    return {name: value.clone() for name, value in trainer.learner.masters()}
 
 
-def states(world, weights):
+def states(trainer, weights):
     """Hidden states of these weights on the first rollouts' tokens, [N, S, H] flattened."""
     ids = torch.arange(2, 42).reshape(2, 20)
     with torch.no_grad(), weights.active() as causal:

@@ -27,19 +27,19 @@ def main(folder, work):
         optimizer=OptimizerSpec(lr=1e-2),
         training=training(zero_stage=3),
     )
-    world = open_run(spec, work)
-    every = list(world.models.student.model.parameters())
+    trainer = open_run(spec, work)
+    every = list(trainer.models.student.model.parameters())
     whole = sum(p.ds_numel for p in every)
-    most = watched(world.models.student, every)
+    most = watched(trainer.models.student, every)
     figures = []
     for step in range(3):
-        gathered = collect(world, step)
+        gathered = collect(trainer, step)
         if step == 0:  # a collective: every rank takes part, or none
             rolled = sort_records(collectives.gather_object(rollout_records(gathered)))
         figures.append(gathered.figures)
-        advance(world, 1)
-    figures.append(world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)[1])
-    figures.append(world.sampler.backends.load(world.models.teacher.weights, world.progress.optimizer_steps)[1])
+        advance(trainer, 1)
+    figures.append(trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)[1])
+    figures.append(trainer.sampler.backends.load(trainer.models.teacher.weights, trainer.progress.optimizer_steps)[1])
     found = {
         "syncs": collectives.all_gather_object([f["canary_mean"] for f in figures]),
         "most": max(most) / whole,
@@ -48,7 +48,7 @@ def main(folder, work):
         "ranks": collectives.world_size(),
     }
     first = collectives.rank() == 0
-    world.close()
+    trainer.close()
     zero.stop()
     if first:
         (work / "found.json").write_text(json.dumps(found))

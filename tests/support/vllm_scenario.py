@@ -35,15 +35,15 @@ def main(folder, work):
         rollout=rollout(temperature=0.7, backend=VllmBackend(kv_cache_gib=0.1)),
         optimizer=OptimizerSpec(lr=1e-2),
     )
-    world = open_run(spec, work)
+    trainer = open_run(spec, work)
     before = generators()
-    backend, first = world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
+    backend, first = trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)
     found = {"generators untouched": generators() == before, "first load": first}
-    found |= syncs(world)
-    found |= sampling(world, backend)
-    found |= stale(world, backend)
-    found |= adapters(world, backend, folder)
-    world.close()
+    found |= syncs(trainer)
+    found |= sampling(trainer, backend)
+    found |= stale(trainer, backend)
+    found |= adapters(trainer, backend, folder)
+    trainer.close()
     zero.stop()
     return found
 
@@ -53,34 +53,34 @@ def generators():
     return torch.get_rng_state().tolist(), random.getstate(), state[1].tolist(), state[2]
 
 
-def syncs(world):
+def syncs(trainer):
     """The figures of the transfer after each of three updates, of the teacher, and of a second ask."""
     figures = []
     for step in range(3):
-        advance(world, 1)
-        figures.append(collect(world, step).figures)
-    again = collect(world, 3).figures
-    other = world.sampler.backends.load(world.models.teacher.weights, world.progress.optimizer_steps)[1]
+        advance(trainer, 1)
+        figures.append(collect(trainer, step).figures)
+    again = collect(trainer, 3).figures
+    other = trainer.sampler.backends.load(trainer.models.teacher.weights, trainer.progress.optimizer_steps)[1]
     return {"syncs": figures, "unchanged weights": again, "teacher": other}
 
 
-def sampling(world, backend):
+def sampling(trainer, backend):
     """Sampled tokens and their log-probabilities against a plain forward pass."""
-    world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
-    ids = [world.setup.data.student_ids(row) for row in world.setup.data.train]
+    trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)
+    ids = [trainer.setup.data.student_ids(row) for row in trainer.setup.data.train]
     requests = [SamplingRequest(prompt_ids=p, seed=derive(3, i)) for i, p in enumerate(ids * 2)]
-    settings = sampling_params(world.setup.spec.rollout, world.models.ids_below)
+    settings = sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below)
     done = backend.sample(requests, settings)
     greedy = backend.sample(requests, evolve(settings, temperature=0.0))
     few = backend.sample(requests[4:1:-1], settings)[::-1]
     truncated = backend.sample(requests, evolve(settings, top_k=3))
     apart, whole, likeliest, kept = [], [], [], []
     for request, drawn, best, cut in zip(requests, done, greedy, truncated, strict=True):
-        told = logits(world, request, drawn)
+        told = logits(trainer, request, drawn)
         apart.append(gap((told / 0.7).log_softmax(-1), drawn))
         whole.append(gap(told.log_softmax(-1), drawn))
-        likeliest.append(logits(world, request, best).argmax(-1).tolist() == list(best.ids))
-        scaled = logits(world, request, cut) / 0.7
+        likeliest.append(logits(trainer, request, best).argmax(-1).tolist() == list(best.ids))
+        scaled = logits(trainer, request, cut) / 0.7
         top = scaled.topk(3, dim=-1).values[:, -1:]
         kept.append(gap(scaled.masked_fill(scaled < top, float("-inf")).log_softmax(-1), cut))
     return {
@@ -91,13 +91,13 @@ def sampling(world, backend):
         "same seeds, same tokens": [c.ids for c in backend.sample(requests, settings)] == [c.ids for c in done],
         "another batch, same tokens": [c.ids for c in few] == [c.ids for c in done[2:5]],
         "other seeds, other tokens": done[0].ids != done[len(ids)].ids,
-        "stop texts": stop_texts(world, backend, requests, settings, done),
+        "stop texts": stop_texts(trainer, backend, requests, settings, done),
     }
 
 
-def stop_texts(world, backend, requests, settings, done):
+def stop_texts(trainer, backend, requests, settings, done):
     """Whether a stop text ends each completion at the token that completes it."""
-    decode = world.setup.data.tokenizer.decode
+    decode = trainer.setup.data.tokenizer.decode
     said = [[decode(c.ids[:n]) for n in range(1, len(c.ids) + 1)] for c in done]
     words = {decode(c.ids[n]) for c in done for n in range(2, len(c.ids))}
     stop = sorted(word for word in words if word.isascii() and word.isprintable())[:3]
@@ -110,9 +110,9 @@ def stop_texts(world, backend, requests, settings, done):
     return {"stopped": sum(end for _, end in expected), "of": len(cut), "same": same}
 
 
-def logits(world, request, completion):
+def logits(trainer, request, completion):
     ids = torch.tensor([[*request.prompt_ids, *completion.ids]])
-    with torch.no_grad(), world.models.student.active() as causal:
+    with torch.no_grad(), trainer.models.student.active() as causal:
         return causal(ids).logits[0, len(request.prompt_ids) - 1 : -1]
 
 
@@ -121,23 +121,23 @@ def gap(logprobs, completion):
     return (told - torch.tensor(completion.logprobs)).abs().max().item()
 
 
-def stale(world, backend):
+def stale(trainer, backend):
     """A transfer that loses the tensors must be noticed; a whole one afterwards mends it."""
     send = backend.engine.collective_rpc
     with torch.no_grad():
-        for parameter in world.models.student.model.parameters():
+        for parameter in trainer.models.student.model.parameters():
             parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.05)
     backend.engine.collective_rpc = lambda *_, **__: [1]
     try:
-        backend.load(world.models.student, 9)
+        backend.load(trainer.models.student, 9)
         caught = None
     except NumericsGuard as error:
         caught = str(error)
     backend.engine.collective_rpc = send
-    return {"stale": caught, "mended": backend.load(world.models.student, 9)}
+    return {"stale": caught, "mended": backend.load(trainer.models.student, 9)}
 
 
-def adapters(world, backend, folder):
+def adapters(trainer, backend, folder):
     """Merged copies of a model with adapters of its own, and of its teacher."""
     tuned = Weights(load_model(model(folder, lora=LORA), str(folder), 5))
     kept = open_teacher(EmaWeights(update_rate=0.3), tuned, None, None)

@@ -71,18 +71,18 @@ def other_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def world_with(open_tiny, tiny_folder):
-    """A world whose student has left the start: no two parts of a blend are alike."""
+def open_trainer(open_tiny, tiny_folder):
+    """A trainer whose student has left the start: no two parts of a blend are alike."""
 
     def opened(blend, weights=None, lora=None, apart=0.05, **changes):
         taught = evolve(teacher(weights or EmaWeights(update_rate=0.1)), blend=blend)
         parts = {"model": model(tiny_folder, lora=lora), "optimizer": MINUS_GRADIENT}
-        world = open_tiny(make_spec(tiny_folder, **(parts | {"teacher": taught} | changes)))
+        trainer = open_tiny(make_spec(tiny_folder, **(parts | {"teacher": taught} | changes)))
         draw = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for _, p in world.learner.zero.named:
+            for _, p in trainer.learner.zero.named:
                 p.add_(apart * torch.randn(p.shape, generator=draw))
-        return world
+        return trainer
 
     return opened
 
@@ -94,93 +94,93 @@ def plain_logits(weights, prompt, completion, ids=None):
     return logits[0, len(prompt) - 1 : -1, :ids]
 
 
-def by_hand(world, blend, r, base=None):
+def by_hand(trainer, blend, r, base=None):
     """The blend's logits at each completion token of a rollout."""
     own, seen = r.prompt_ids, r.teacher_prompt_ids
-    done, ids = r.completion_ids, world.models.compared_ids
+    done, ids = r.completion_ids, trainer.models.compared_ids
     with torch.no_grad():
-        t = plain_logits(world.models.teacher.leaves[r.teacher_route].weights, seen, done, ids)
+        t = plain_logits(trainer.models.teacher.leaves[r.teacher_route].weights, seen, done, ids)
         match blend:
             case TrustRegionBlend(student_share=c):
-                return (1 - c) * t + c * plain_logits(world.models.student, seen, done, ids)
+                return (1 - c) * t + c * plain_logits(trainer.models.student, seen, done, ids)
             case ProductBlend(student_power=b):
-                return t + b * plain_logits(world.models.student, own, done, ids)
+                return t + b * plain_logits(trainer.models.student, own, done, ids)
             case GeometricBlend(teacher_share=w):
-                start = plain_logits(world.models.reference.weights, own, done, ids)
+                start = plain_logits(trainer.models.reference.weights, own, done, ids)
                 return (1 - w) * start + w * t
             case ExtrapolateBlend(factor=f):
-                start = plain_logits(base or world.models.reference.weights, own, done, ids)
+                start = plain_logits(base or trainer.models.reference.weights, own, done, ids)
                 return f * t + (1 - f) * start
 
 
-def plain_loss(world, blend, batch, base=None):
+def plain_loss(trainer, blend, batch, base=None):
     """Mean forward KL to the blend, by a loop over rollouts."""
     total, tokens = 0.0, 0
     for r in batch:
-        s = plain_logits(world.models.student, r.prompt_ids, r.completion_ids, world.models.compared_ids).log_softmax(
-            -1
-        )
-        q = by_hand(world, blend, r, base).log_softmax(-1)
+        s = plain_logits(
+            trainer.models.student, r.prompt_ids, r.completion_ids, trainer.models.compared_ids
+        ).log_softmax(-1)
+        q = by_hand(trainer, blend, r, base).log_softmax(-1)
         total = total + (q.exp() * (q - s)).sum()
         tokens += len(r.completion_ids)
     return total / tokens
 
 
-def step_is_plain(world, blend, base=None):
+def step_is_plain(trainer, blend, base=None):
     """Value and gradient of a step are those of the loop."""
-    batch = rollouts_of(world)
-    expected = plain_loss(world, blend, batch, base)
-    named = dict(world.learner.zero.named)
+    batch = rollouts_of(trainer)
+    expected = plain_loss(trainer, blend, batch, base)
+    named = dict(trainer.learner.zero.named)
     slopes = torch.autograd.grad(expected, named.values())
-    assert evaluate_objective(world, batch)["loss"] == pytest.approx(expected.item(), abs=2e-5)
+    assert evaluate_objective(trainer, batch)["loss"] == pytest.approx(expected.item(), abs=2e-5)
     before = {name: p.detach().clone() for name, p in named.items()}
-    assert train_step(world, batch).applied
+    assert train_step(trainer, batch).applied
     assert max(slope.abs().max() for slope in slopes) > 1e-3
     for (name, p), slope in zip(named.items(), slopes, strict=True):
         torch.testing.assert_close(before[name] - p.detach(), slope, atol=5e-5, rtol=2e-3)
 
 
-def whole(world):
+def whole(trainer):
     """One micro-batch with every completion token of some rollouts, and the rollouts."""
-    found = list(rollouts_of(world))
-    ((order, batch),) = collate_completions(found, 10**6, world.models.device, 0, teacher=True)
+    found = list(rollouts_of(trainer))
+    ((order, batch),) = collate_completions(found, 10**6, trainer.models.device, 0, teacher=True)
     return order, batch
 
 
 @BOTH_FORMS
 @EVERY_BLEND
-def test_value_and_gradient_are_those_of_the_blend_by_hand(world_with, blend, lora):
-    world = world_with(blend, lora=lora)
-    start = None if world.models.reference is None else states(world, world.models.reference.weights)
-    step_is_plain(world, blend)
+def test_value_and_gradient_are_those_of_the_blend_by_hand(open_trainer, blend, lora):
+    trainer = open_trainer(blend, lora=lora)
+    start = None if trainer.models.reference is None else states(trainer, trainer.models.reference.weights)
+    step_is_plain(trainer, blend)
     if start is not None:
-        same(states(world, world.models.reference.weights), start)
-        assert (states(world, world.models.student) - start).abs().max() > 1e-3
-    if lora and world.models.reference:
-        assert world.models.reference.weights.model is world.models.student.model
+        same(states(trainer, trainer.models.reference.weights), start)
+        assert (states(trainer, trainer.models.student) - start).abs().max() > 1e-3
+    if lora and trainer.models.reference:
+        assert trainer.models.reference.weights.model is trainer.models.student.model
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["equal heads", "padded heads"])
-def test_another_model_is_the_base(world_with, tiny_folder, other_folder, tmp_path, padded):
+def test_another_model_is_the_base(open_trainer, tiny_folder, other_folder, tmp_path, padded):
     base = resized(other_folder, tmp_path / "base", 420) if padded else other_folder
     blend = ExtrapolateBlend(factor=1.5, base=ExternalWeights(path=str(base), dtype="float32"))
-    world = world_with(blend, FrozenWeights())
-    assert world.models.reference is None
-    assert world.models.compared_ids == 404
-    assert world.models.ids_below == (404 if padded else None)
-    step_is_plain(world, blend, world.models.blend_partner.weights)
-    assert not any(p.requires_grad for p in world.models.blend_partner.weights.model.parameters())
+    trainer = open_trainer(blend, FrozenWeights())
+    assert trainer.models.reference is None
+    assert trainer.models.compared_ids == 404
+    assert trainer.models.ids_below == (404 if padded else None)
+    step_is_plain(trainer, blend, trainer.models.blend_partner.weights)
+    assert not any(p.requires_grad for p in trainer.models.blend_partner.weights.model.parameters())
 
 
-def test_a_base_that_teaches_too_is_loaded_once(world_with, other_folder):
+def test_a_base_that_teaches_too_is_loaded_once(open_trainer, other_folder):
     other = ExternalWeights(path=str(other_folder), dtype="float32")
     both = RoutedWeights(by="answer", routes=Table({str(2 * i): other for i in range(6)}))
-    world = world_with(ExtrapolateBlend(factor=1.25, base=other), both)
-    assert world.models.blend_partner is world.models.teacher.leaves[0]
+    trainer = open_trainer(ExtrapolateBlend(factor=1.25, base=other), both)
+    assert trainer.models.blend_partner is trainer.models.teacher.leaves[0]
 
 
 @EVERY_BLEND
-def test_each_route_is_blended_alike(world_with, other_folder, blend):
+def test_each_route_is_blended_alike(open_trainer, other_folder, blend):
     weights = RoutedWeights(
         by="domain",
         routes=Table(
@@ -195,46 +195,48 @@ def test_each_route_is_blended_alike(world_with, other_folder, blend):
     held = zip(rows(6), domains, strict=True)
     source = InlineSource(rows=tuple(Table({**row, "domain": d}) for row, d in held))
     columns = Table({**COLUMNS, "domain": "domain"})
-    world = world_with(
+    trainer = open_trainer(
         blend, weights, data=DataSpec(source=source, columns=columns), training=training(prompts_per_step=6)
     )
-    step_is_plain(world, blend)
+    step_is_plain(trainer, blend)
 
 
 @EVERY_BLEND
-def test_the_measuring_pass_and_an_advantage_ask_the_blend(world_with, blend):
+def test_the_measuring_pass_and_an_advantage_ask_the_blend(open_trainer, blend):
     pull = PolicyGradient(advantage=LogRatio(center="sequence", floor=-9.0, below_floor="leave_out"))
-    world = world_with(blend, losses=Table({"pull": pull}))
-    batch = rollouts_of(world)
+    trainer = open_trainer(blend, losses=Table({"pull": pull}))
+    batch = rollouts_of(trainer)
     for r in batch:
-        told = by_hand(world, blend, r).log_softmax(-1)
+        told = by_hand(trainer, blend, r).log_softmax(-1)
         expected = told[range(len(r.completion_ids)), r.completion_ids].tolist()
         assert r.token_statistics["teacher_logprobs"] == pytest.approx(expected, abs=1e-4)
-    assert train_step(world, batch).metrics["grad_norm"] > 0
+    assert train_step(trainer, batch).metrics["grad_norm"] > 0
 
 
-def test_a_power_that_moves_is_that_of_the_optimizer_step(world_with):
+def test_a_power_that_moves_is_that_of_the_optimizer_step(open_trainer):
     """0, then a half, then 1 and no more of the teacher."""
-    world = world_with(TrustRegionBlend(student_share=Schedule(start=0, to=1, steps=2)), training=training(steps=4))
-    _, batch = whole(world)
-    told = [score_teacher(world, batch)]
+    trainer = open_trainer(
+        TrustRegionBlend(student_share=Schedule(start=0, to=1, steps=2)), training=training(steps=4)
+    )
+    _, batch = whole(trainer)
+    told = [score_teacher(trainer, batch)]
     assert isinstance(told[0], HiddenStateScores)
-    same(told[0].hidden, world.models.teacher.weights.hidden(batch.teacher))
-    (measured,) = advance(world, 1)
+    same(told[0].hidden, trainer.models.teacher.weights.hidden(batch.teacher))
+    (measured,) = advance(trainer, 1)
     assert measured.metrics["teacher/blend/student_share"] == 0.0
-    order, batch = whole(world)
-    halves = score_teacher(world, batch)
+    order, batch = whole(trainer)
+    halves = score_teacher(trainer, batch)
     assert isinstance(halves, BlendedScores)
     assert halves.factors == (0.5, 0.5)
     half = TrustRegionBlend(student_share=0.5)
-    expected = torch.cat([by_hand(world, half, r) for r in order])
+    expected = torch.cat([by_hand(trainer, half, r) for r in order])
     torch.testing.assert_close(logits_of(halves, slice(None)), expected, atol=1e-4, rtol=1e-4)
-    advance(world, 2)
-    _, batch = whole(world)
-    alone = score_teacher(world, batch)
+    advance(trainer, 2)
+    _, batch = whole(trainer)
+    alone = score_teacher(trainer, batch)
     assert isinstance(alone, HiddenStateScores)
     with torch.no_grad():
-        same(alone.hidden, world.models.student.hidden(batch.teacher))
+        same(alone.hidden, trainer.models.student.hidden(batch.teacher))
 
 
 @pytest.mark.parametrize(
@@ -247,52 +249,52 @@ def test_a_power_that_moves_is_that_of_the_optimizer_step(world_with):
     ],
     ids=BLENDS,
 )
-def test_at_its_limit_a_blend_is_the_teacher(world_with, blend):
-    world, plain = world_with(blend), world_with(None)
-    found, expected = (w for w in (world, plain))
+def test_at_its_limit_a_blend_is_the_teacher(open_trainer, blend):
+    trainer, plain = open_trainer(blend), open_trainer(None)
+    found, expected = (w for w in (trainer, plain))
     same(*(score_teacher(w, whole(w)[1]).hidden for w in (found, expected)))
-    step_is_plain(world, TrustRegionBlend(student_share=0.0))
+    step_is_plain(trainer, TrustRegionBlend(student_share=0.0))
 
 
-def test_the_start_model_is_asked_once_for_a_term_and_a_blend(world_with):
+def test_the_start_model_is_asked_once_for_a_term_and_a_blend(open_trainer):
     losses = Table({**distil(), "stay": ReferenceKl(estimator="vocabulary", coefficient=0.1)})
-    world = world_with(GeometricBlend(teacher_share=0.5), losses=losses)
-    assert world.models.blend_partner is world.models.reference
-    _, batch = whole(world)
-    reference = world.learner.scorer.score_reference(batch)
-    assert score_teacher(world, batch, reference).parts[1] is reference
-    found = evaluate_objective(world, rollouts_of(world))
+    trainer = open_trainer(GeometricBlend(teacher_share=0.5), losses=losses)
+    assert trainer.models.blend_partner is trainer.models.reference
+    _, batch = whole(trainer)
+    reference = trainer.learner.scorer.score_reference(batch)
+    assert score_teacher(trainer, batch, reference).parts[1] is reference
+    found = evaluate_objective(trainer, rollouts_of(trainer))
     assert found["stay/reference_kl"] > 0
 
 
-def test_a_blend_alone_gives_no_term_a_reference(world_with):
-    world = world_with(GeometricBlend(teacher_share=0.5))
-    assert world.models.reference is not None
-    assert world.learner.scorer.score_reference(whole(world)[1]) is None
+def test_a_blend_alone_gives_no_term_a_reference(open_trainer):
+    trainer = open_trainer(GeometricBlend(teacher_share=0.5))
+    assert trainer.models.reference is not None
+    assert trainer.learner.scorer.score_reference(whole(trainer)[1]) is None
 
 
-def test_a_frozen_teacher_is_the_start_model_of_its_blend(world_with):
-    world = world_with(GeometricBlend(teacher_share=0.5), FrozenWeights())
-    assert world.models.blend_partner is world.models.reference is world.models.teacher
-    step_is_plain(world, GeometricBlend(teacher_share=0.5))
+def test_a_frozen_teacher_is_the_start_model_of_its_blend(open_trainer):
+    trainer = open_trainer(GeometricBlend(teacher_share=0.5), FrozenWeights())
+    assert trainer.models.blend_partner is trainer.models.reference is trainer.models.teacher
+    step_is_plain(trainer, GeometricBlend(teacher_share=0.5))
 
 
 @pytest.mark.parametrize(("dtype", "stage"), [("float32", 2), ("bfloat16", 1)])
 @pytest.mark.parametrize("blend", [BLENDS["trust region"], BLENDS["product"]], ids=["seen", "own"])
-def test_the_live_student_is_asked_beside_its_training_under_zero(world_with, tiny_folder, blend, dtype, stage):
-    world = world_with(
+def test_the_live_student_is_asked_beside_its_training_under_zero(open_trainer, tiny_folder, blend, dtype, stage):
+    trainer = open_trainer(
         blend,
         model=model(tiny_folder, dtype),
         training=training(zero_stage=stage),
         optimizer=OptimizerSpec(lr=1e-3),
         apart=0.0,
     )
-    before = masters(world)
-    assert all(m.applied and m.metrics["grad_norm"] > 0 for m in advance(world, 2))
-    assert any((value - before[name]).abs().max() > 0 for name, value in masters(world).items())
+    before = masters(trainer)
+    assert all(m.applied and m.metrics["grad_norm"] > 0 for m in advance(trainer, 2))
+    assert any((value - before[name]).abs().max() > 0 for name, value in masters(trainer).items())
 
 
-def test_a_base_with_another_vocabulary_is_refused(world_with, other_folder, tmp_path):
+def test_a_base_with_another_vocabulary_is_refused(open_trainer, other_folder, tmp_path):
     from transformers import AutoTokenizer
 
     odd = tmp_path / "odd"
@@ -302,14 +304,14 @@ def test_a_base_with_another_vocabulary_is_refused(world_with, other_folder, tmp
     tokenizer.save_pretrained(odd)
     blend = ExtrapolateBlend(factor=1.25, base=ExternalWeights(path=str(odd)))
     with pytest.raises(BadData, match="has another vocabulary than the student"):
-        world_with(blend)
+        open_trainer(blend)
 
 
-def test_a_base_without_rows_for_every_token_is_refused(world_with, other_folder, tmp_path):
+def test_a_base_without_rows_for_every_token_is_refused(open_trainer, other_folder, tmp_path):
     small = resized(other_folder, tmp_path / "small", 403)
     blend = ExtrapolateBlend(factor=1.25, base=ExternalWeights(path=str(small)))
     with pytest.raises(BadData, match="the base of the blend has 403 output rows for 404"):
-        world_with(blend)
+        open_trainer(blend)
 
 
 def test_a_whole_run_samples_the_lift_without_the_blend(tiny_folder, other_folder, tmp_path, process_group):

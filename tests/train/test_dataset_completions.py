@@ -46,19 +46,19 @@ def test_they_end_as_the_template_ends_a_turn(other_end, tmp_path):
 
 def test_a_sampled_completion_ends_there_too(other_end, open_tiny):
     folder, end = other_end
-    world = open_tiny(imitation(folder))
-    assert world.models.end_ids == (end, world.setup.data.tokenizer.eos_token_id)
-    assert end in world.models.special_ids
+    trainer = open_tiny(imitation(folder))
+    assert trainer.models.end_ids == (end, trainer.setup.data.tokenizer.eos_token_id)
+    assert end in trainer.models.special_ids
 
 
 def test_ends_of_the_models_own_settings_are_kept(tiny_folder, open_tiny):
     from sdkit.models.loading import end_ids
 
-    world = open_tiny(imitation(tiny_folder))
-    model = copy.copy(world.models.student.causal)
+    trainer = open_tiny(imitation(tiny_folder))
+    model = copy.copy(trainer.models.student.causal)
     model.generation_config = copy.deepcopy(model.generation_config)
-    model.generation_config.eos_token_id = [7, world.models.end_ids[0], 9]
-    assert end_ids(model, world.setup.data.tokenizer, 5) == (5, world.models.end_ids[0], 7, 9)
+    model.generation_config.eos_token_id = [7, trainer.models.end_ids[0], 9]
+    assert end_ids(model, trainer.setup.data.tokenizer, 5) == (5, trainer.models.end_ids[0], 7, 9)
 
 
 def lengths(tokenizer):

@@ -259,16 +259,16 @@ def test_the_batch_that_ended_a_run_can_be_replayed(found):
 
 
 def test_a_loss_that_is_not_finite_moves_no_weight(open_tiny):
-    world = open_tiny()
-    advance(world, 1)
-    before = masters(world)
+    trainer = open_tiny()
+    advance(trainer, 1)
+    before = masters(trainer)
     with torch.no_grad():
-        spoilt = world.models.student.head[0, 0].item()
-        world.models.student.head[0, 0] = float("inf")
+        spoilt = trainer.models.student.head[0, 0].item()
+        trainer.models.student.head[0, 0] = float("inf")
     with pytest.raises(LossNotFinite):
-        advance(world, 1)
+        advance(trainer, 1)
     with torch.no_grad():
-        world.models.student.head[0, 0] = spoilt
-    assert world.progress.optimizer_steps == 1
-    for name, value in masters(world).items():
+        trainer.models.student.head[0, 0] = spoilt
+    assert trainer.progress.optimizer_steps == 1
+    for name, value in masters(trainer).items():
         same(value, before[name])

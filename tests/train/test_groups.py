@@ -60,27 +60,27 @@ def judged(*rewards, feedback=None):
 
 
 @pytest.fixture
-def group_world(open_tiny):
+def open_group_trainer(open_tiny):
     def opened(scorer, **changes):
-        world = open_tiny(**({"rollout": ROLLOUT, "rewards": REWARDS} | changes))
-        world.setup.data.train_rewards = {"right": scorer}
-        return world
+        trainer = open_tiny(**({"rollout": ROLLOUT, "rewards": REWARDS} | changes))
+        trainer.setup.data.train_rewards = {"right": scorer}
+        return trainer
 
     return opened
 
 
-def step(world):
-    return collect(world, 0)
+def step(trainer):
+    return collect(trainer, 0)
 
 
-def batch_of(world):
-    return prepare_rollouts(world, step(world).batch)
+def batch_of(trainer):
+    return prepare_rollouts(trainer, step(trainer).batch)
 
 
-def test_the_teacher_sees_the_first_success_of_the_group_but_nobody_its_own(group_world):
-    world = group_world(judged(0, 1, 0, 1), teacher=TEACHER, losses=DISTIL)
-    decode = world.setup.data.tokenizer.decode
-    batch = list(step(world).batch)
+def test_the_teacher_sees_the_first_success_of_the_group_but_nobody_its_own(open_group_trainer):
+    trainer = open_group_trainer(judged(0, 1, 0, 1), teacher=TEACHER, losses=DISTIL)
+    decode = trainer.setup.data.tokenizer.decode
+    batch = list(step(trainer).batch)
     for start in range(0, len(batch), GROUP):
         group = batch[start : start + GROUP]
         texts = [decode(r.completion_ids, skip_special_tokens=True).strip() for r in group]
@@ -88,133 +88,133 @@ def test_the_teacher_sees_the_first_success_of_the_group_but_nobody_its_own(grou
             shown = texts[3] if place == 1 else texts[1]
             if shown:
                 assert f"Solution: {shown}" in decode(rollout.teacher_prompt_ids)
-            assert rollout.prompt_ids == world.setup.data.student_ids(rollout.row)
+            assert rollout.prompt_ids == trainer.setup.data.student_ids(rollout.row)
 
 
-def test_without_success_and_feedback_there_is_no_teacher_and_no_gradient(group_world):
-    world = group_world(judged(0), teacher=TEACHER, losses=DISTIL)
-    gathered = step(world)
+def test_without_success_and_feedback_there_is_no_teacher_and_no_gradient(open_group_trainer):
+    trainer = open_group_trainer(judged(0), teacher=TEACHER, losses=DISTIL)
+    gathered = step(trainer)
     assert all(r.teacher_prompt_ids is None for r in gathered.batch)
-    measured = train_step(world, prepare_rollouts(world, gathered.batch))
+    measured = train_step(trainer, prepare_rollouts(trainer, gathered.batch))
     assert measured.metrics["grad_norm"] == 0
     assert measured.metrics["distil/empty_rows"] == 1
     assert measured.metrics["loss"] == 0
 
 
-def test_feedback_stands_in_where_nobody_succeeded(group_world):
-    world = group_world(judged(0, feedback="off by one"), teacher=TEACHER, losses=DISTIL)
-    decode = world.setup.data.tokenizer.decode
-    for rollout in step(world).batch:
+def test_feedback_stands_in_where_nobody_succeeded(open_group_trainer):
+    trainer = open_group_trainer(judged(0, feedback="off by one"), teacher=TEACHER, losses=DISTIL)
+    decode = trainer.setup.data.tokenizer.decode
+    for rollout in step(trainer).batch:
         assert "Feedback: off by one" in decode(rollout.teacher_prompt_ids)
         assert rollout.filled_slots == ("feedback",)
 
 
-def test_advantages_are_rewards_against_their_group(group_world):
+def test_advantages_are_rewards_against_their_group(open_group_trainer):
     losses = Table({"policy": PolicyGradient(advantage=GroupRelative())})
-    world = group_world(judged(1, 0, 0, 1, 0, 0, 0, 0), teacher=None, losses=losses)
-    found = [r.advantage for r in step(world).batch]
+    trainer = open_group_trainer(judged(1, 0, 0, 1, 0, 0, 0, 0), teacher=None, losses=losses)
+    found = [r.advantage for r in step(trainer).batch]
     assert found[:8] == [0.5, -0.5, -0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
 
 
-def test_overlong_completions_lose_advantage_and_no_reward(group_world):
+def test_overlong_completions_lose_advantage_and_no_reward(open_group_trainer):
     """Of 8 tokens the last 4 are punished, half a point for all of them; the reward itself stays 1."""
     spec = GroupRelative(baseline="none", overlong=OverlongPenalty(stretch=4, amount=0.5))
     losses = Table({"policy": PolicyGradient(advantage=spec)})
-    batch = step(group_world(judged(1), teacher=None, losses=losses)).batch
+    batch = step(open_group_trainer(judged(1), teacher=None, losses=losses)).batch
     lost = [0.5 * max(0, len(r.completion_ids) - 4) / 4 for r in batch]
     assert max(lost) == 0.5
     assert [r.advantage for r in batch] == [1 - x for x in lost]
     assert {r.reward for r in batch} == {1.0}
 
 
-def test_an_advantage_of_two_parts_keeps_rollouts_without_a_teacher(group_world):
+def test_an_advantage_of_two_parts_keeps_rollouts_without_a_teacher(open_group_trainer):
     """Group 0 has a success, so its failures have a teacher; in group 1 nobody has."""
     two = AdvantageAdd(group_relative=GroupRelative(baseline="none"), log_ratio_weight=0.5)
     losses = Table({"policy": PolicyGradient(advantage=two)})
-    world = group_world(judged(1, 0, 0, 0, 0.5, 0, 0, 0), teacher=TEACHER, losses=losses)
-    batch = batch_of(world)
+    trainer = open_group_trainer(judged(1, 0, 0, 0, 0.5, 0, 0, 0), teacher=TEACHER, losses=losses)
+    batch = batch_of(trainer)
     taught = [r.teacher_prompt_ids is not None for r in batch][:8]
     assert taught == [False, True, True, True, False, False, False, False]
-    measured = train_step(world, batch)
+    measured = train_step(trainer, batch)
     assert measured.metrics["policy/empty_rows"] == 0
     alone = Table({"policy": PolicyGradient(advantage=GroupRelative(baseline="none"))})
-    world = group_world(judged(1, 0, 0, 0, 0.5, 0, 0, 0), teacher=None, losses=alone)
-    without = train_step(world, batch_of(world))
+    trainer = open_group_trainer(judged(1, 0, 0, 0, 0.5, 0, 0, 0), teacher=None, losses=alone)
+    without = train_step(trainer, batch_of(trainer))
     assert without.metrics["policy/tokens"] == measured.metrics["policy/tokens"]
     assert without.metrics["grad_norm"] != measured.metrics["grad_norm"]
 
 
-def test_rewarded_completions_become_likelier(group_world):
+def test_rewarded_completions_become_likelier(open_group_trainer):
     losses = Table({"policy": PolicyGradient(advantage=GroupRelative(), clip=ClipSpec(low=0.2, high=0.2))})
-    world = group_world(judged(1, 0, 0, 0), teacher=None, losses=losses)
-    batch = batch_of(world)
+    trainer = open_group_trainer(judged(1, 0, 0, 0), teacher=None, losses=losses)
+    batch = batch_of(trainer)
     best = [r for r in batch if (r.advantage or 0) > 0]
-    before = _logprob(world, best)
+    before = _logprob(trainer, best)
     for _ in range(3):
-        train_step(world, batch)
-    assert _logprob(world, best) > before
+        train_step(trainer, batch)
+    assert _logprob(trainer, best) > before
 
 
-def test_two_updates_share_the_log_probabilities_before_the_first(group_world):
+def test_two_updates_share_the_log_probabilities_before_the_first(open_group_trainer):
     """Whoever the sampler was, the ratio of a batch's later update is to the weights before its first."""
     losses = Table({"policy": PolicyGradient(advantage=GroupRelative())})
-    world = group_world(
+    trainer = open_group_trainer(
         judged(1, 0, 0, 0),
         teacher=None,
         losses=losses,
         optimizer=OptimizerSpec(lr=1e-2),
         training=TrainingSpec(steps=1, prompts_per_step=2, updates_per_rollout=2, zero_stage=0),
     )
-    first, second = batch_of(world).split(2)
-    measured = train_step(world, first).metrics
+    first, second = batch_of(trainer).split(2)
+    measured = train_step(trainer, first).metrics
     assert measured["policy/ratio"] == pytest.approx(1, abs=1e-4)
     assert measured["policy/old_kl"] == pytest.approx(0, abs=1e-6)
-    now = compute_token_statistics(world, second, {"student_logprobs"})
+    now = compute_token_statistics(trainer, second, {"student_logprobs"})
     ratios = [
         math.exp(after - before)
         for r, m in zip(second, now, strict=True)
         for before, after in zip(r.old_logprobs, m.token_statistics["student_logprobs"], strict=True)
     ]
-    moved = train_step(world, second).metrics
+    moved = train_step(trainer, second).metrics
     assert abs(moved["policy/ratio"] - 1) > 1e-3
     assert moved["policy/ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
     kl = sum(ratio - 1 - math.log(ratio) for ratio in ratios) / len(ratios)
     assert moved["policy/old_kl"] == pytest.approx(kl, rel=1e-3)
 
 
-def test_equal_rewards_move_nothing(group_world):
+def test_equal_rewards_move_nothing(open_group_trainer):
     losses = Table({"policy": PolicyGradient(advantage=GroupRelative())})
-    world = group_world(judged(1), teacher=None, losses=losses)
-    assert train_step(world, batch_of(world)).metrics["grad_norm"] == 0
+    trainer = open_group_trainer(judged(1), teacher=None, losses=losses)
+    assert train_step(trainer, batch_of(trainer)).metrics["grad_norm"] == 0
 
 
-def test_the_reference_pulls_back_to_the_start_model(group_world):
+def test_the_reference_pulls_back_to_the_start_model(open_group_trainer):
     losses = Table(
         {"policy": PolicyGradient(advantage=GroupRelative()), "anchor": ReferenceKl(estimator="vocabulary")}
     )
-    world = group_world(judged(1, 0, 0, 0), teacher=None, losses=losses)
-    batch = batch_of(world)
-    first = train_step(world, batch).metrics
+    trainer = open_group_trainer(judged(1, 0, 0, 0), teacher=None, losses=losses)
+    batch = batch_of(trainer)
+    first = train_step(trainer, batch).metrics
     assert first["loss/anchor"] == pytest.approx(0, abs=1e-6)
-    later = train_step(world, batch).metrics
+    later = train_step(trainer, batch).metrics
     assert later["loss/anchor"] > 1e-6
-    start = world.models.reference.weights.head.clone()
-    train_step(world, batch)
-    assert torch.equal(world.models.reference.weights.head, start)
+    start = trainer.models.reference.weights.head.clone()
+    train_step(trainer, batch)
+    assert torch.equal(trainer.models.reference.weights.head, start)
 
 
-def test_micro_batches_change_no_gradient(group_world):
+def test_micro_batches_change_no_gradient(open_group_trainer):
     losses = Table({"policy": PolicyGradient(advantage=GroupRelative(), ratio="sequence")})
     norms = []
     for budget in (64, 8192):
         sizes = training(micro_batch_tokens=budget)
-        world = group_world(judged(1, 0, 0, 1), teacher=None, losses=losses, training=sizes)
-        norms.append(train_step(world, batch_of(world)).metrics["grad_norm"])
+        trainer = open_group_trainer(judged(1, 0, 0, 1), teacher=None, losses=losses, training=sizes)
+        norms.append(train_step(trainer, batch_of(trainer)).metrics["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     assert norms[0] > 0
 
 
-def _logprob(world, rollouts):
+def _logprob(trainer, rollouts):
     asked = {"student_logprobs"}
-    scored = compute_token_statistics(world, RolloutBatch(rollouts=tuple(rollouts)), asked)
+    scored = compute_token_statistics(trainer, RolloutBatch(rollouts=tuple(rollouts)), asked)
     return sum(sum(r.token_statistics["student_logprobs"]) for r in scored)

@@ -133,7 +133,7 @@ def test_a_step_on_real_prompts(real_data, open_tiny, tiny_folder, name, file, c
         optimizer=evolve(spec.optimizer, warmup_steps=0),
         training=evolve(spec.training, steps=1, epochs=None, prompts_per_step=2, updates_per_rollout=1),
     )
-    world = open_tiny(small)
-    world.setup.data.train_rewards = dict.fromkeys(world.setup.data.train_rewards, scripted_rewards.scorer(spec))
-    measured = advance(world, 1)[0]
+    trainer = open_tiny(small)
+    trainer.setup.data.train_rewards = dict.fromkeys(trainer.setup.data.train_rewards, scripted_rewards.scorer(spec))
+    measured = advance(trainer, 1)[0]
     assert 0 < measured.metrics["grad_norm"] < float("inf")

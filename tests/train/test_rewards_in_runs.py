@@ -32,12 +32,12 @@ def test_parts_are_measured_and_feedback_is_kept(tiny_folder, tmp_path):
     }
     suite = Suite(data=inline(3, 100), score="total", decoding=Table({"greedy": Decoding(temperature=0.0)}))
     spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
-    world = open_run(evolve(spec, rewards=Table(rewards)), tmp_path)
+    trainer = open_run(evolve(spec, rewards=Table(rewards)), tmp_path)
     try:
-        found = evaluate(world.sampler, spec.evaluation, 0)
+        found = evaluate(trainer.sampler, spec.evaluation, 0)
         metrics = found.metrics(headline(spec.evaluation))
     finally:
-        world.close()
+        trainer.close()
         zero.stop()
     names = ["total", "total/runs", "total/length"]
     assert [key[2] for key in found.scores] == names
@@ -60,11 +60,11 @@ def test_programs_are_tested_in_a_run(tiny_folder, tmp_path):
     suite = Suite(data=inline(3, 100), score="passes", decoding=Table({"greedy": Decoding(temperature=0.0)}))
     spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
     spec = evolve(spec, rewards=Table({"passes": reward}))
-    world = open_run(spec, tmp_path)
+    trainer = open_run(spec, tmp_path)
     try:
-        found = evaluate(world.sampler, spec.evaluation, 0)
+        found = evaluate(trainer.sampler, spec.evaluation, 0)
     finally:
-        world.close()
+        trainer.close()
         zero.stop()
     # A model of random weights writes no Python: its programs fail, and say so.
     assert list(found.scores["sums", "greedy", "passes"]) == [0.0] * 3

@@ -117,11 +117,11 @@ class Lines:
 @pytest.fixture
 def one_step(open_tiny):
     def stepped(scorer, **changes):
-        world = open_tiny(**({"rewards": REWARDS} | changes))
-        world.setup.data.train_rewards = {"right": scorer}
+        trainer = open_tiny(**({"rewards": REWARDS} | changes))
+        trainer.setup.data.train_rewards = {"right": scorer}
         report = Lines()
-        loop._train_on_batch(world, report, 0)
-        return world, report.metrics[0]
+        loop._train_on_batch(trainer, report, 0)
+        return trainer, report.metrics[0]
 
     return stepped
 
@@ -129,21 +129,21 @@ def one_step(open_tiny):
 def test_only_what_is_kept_is_trained_on(one_step):
     rollout = RolloutSpec(max_new_tokens=8, completions_per_prompt=2, backend=BACKEND, keep=(RewardAtLeast(),))
     imitate = Table({"imitate": CrossEntropy()})
-    world, metrics = one_step(judged(1, 0), rollout=rollout, teacher=None, losses=imitate)
+    trainer, metrics = one_step(judged(1, 0), rollout=rollout, teacher=None, losses=imitate)
     assert metrics["keep/reward_at_least"] == metrics["rollout/kept"] == 0.5
     assert metrics["imitate/tokens"] < metrics["rollout/tokens"]
     assert metrics["reward/right"] == 0.5  # of all that were sampled
-    assert world.progress.optimizer_steps == 1
+    assert trainer.progress.optimizer_steps == 1
 
 
 def test_a_batch_of_which_nothing_is_kept_changes_nothing_and_the_run_goes_on(one_step):
     rollout = RolloutSpec(max_new_tokens=8, backend=BACKEND, keep=(RewardAtLeast(),))
     teacher = TeacherSpec(weights=EmaWeights(update_rate=0.5, every="rollout_batch"))
-    world, metrics = one_step(judged(0), rollout=rollout, teacher=teacher, losses=DISTIL)
+    trainer, metrics = one_step(judged(0), rollout=rollout, teacher=teacher, losses=DISTIL)
     assert metrics["rollout/kept"] == 0
     assert "loss" not in metrics
     assert "teacher_distance" not in metrics
-    assert (world.progress.step, world.progress.optimizer_steps) == (1, 0)
+    assert (trainer.progress.step, trainer.progress.optimizer_steps) == (1, 0)
     json.dumps(metrics)
 
 
@@ -153,8 +153,8 @@ def mixture(share):
 
 
 def test_the_coin_is_the_batchs_own_and_always_falls_the_same_way(open_tiny):
-    world = open_tiny(rollout=mixture(0.3), losses=DISTIL)
-    by, seed = world.specs.sampled_by, world.setup.spec.training.seed
+    trainer = open_tiny(rollout=mixture(0.3), losses=DISTIL)
+    by, seed = trainer.specs.sampled_by, trainer.setup.spec.training.seed
     tossed, again = ([resolve_sampler(by, seed, ("rollout", n), evaluation=False) for n in range(400)] for _ in "ab")
     assert tossed == again
     by_student = sum(isinstance(one, StudentSamples) for one in tossed)
@@ -165,15 +165,15 @@ def test_the_coin_is_the_batchs_own_and_always_falls_the_same_way(open_tiny):
 
 @pytest.mark.parametrize(("share", "student"), [(0.0, False), (1.0, True)])
 def test_a_batch_is_one_samplers_altogether(open_tiny, share, student):
-    world = open_tiny(rollout=mixture(share), losses=DISTIL)
-    gathered = collect(world, 0)
+    trainer = open_tiny(rollout=mixture(share), losses=DISTIL)
+    gathered = collect(trainer, 0)
     assert gathered.figures["by_student"] == student
-    decode = world.setup.data.tokenizer.decode
+    decode = trainer.setup.data.tokenizer.decode
     for rollout in gathered.batch:
         said = decode(rollout.completion_ids, skip_special_tokens=True)
         assert (said == rollout.row.columns["answer"]) is not student
         assert (rollout.sampler_logprobs is None) is not student
-    assert train_step(world, prepare_rollouts(world, gathered.batch)).applied
+    assert train_step(trainer, prepare_rollouts(trainer, gathered.batch)).applied
 
 
 START = AnswerStart(
@@ -187,10 +187,10 @@ START = AnswerStart(
 def test_the_teacher_reads_the_attempt_and_a_verdict_before_it_scores_the_attempt(open_tiny):
     rollout = RolloutSpec(max_new_tokens=8, backend=BACKEND)
     teacher = TeacherSpec(weights=FrozenWeights(), sees=START)
-    world = open_tiny(rollout=rollout, teacher=teacher, losses=DISTIL, rewards=REWARDS)
-    world.setup.data.train_rewards = {"right": judged(1, 0)}
-    gathered = collect(world, 0)
-    tokenizer = world.setup.data.tokenizer
+    trainer = open_tiny(rollout=rollout, teacher=teacher, losses=DISTIL, rewards=REWARDS)
+    trainer.setup.data.train_rewards = {"right": judged(1, 0)}
+    gathered = collect(trainer, 0)
+    tokenizer = trainer.setup.data.tokenizer
     for rollout in gathered.batch:
         seen = rollout.teacher_prompt_ids
         if seen is None:  # the attempt says nothing
@@ -201,5 +201,5 @@ def test_the_teacher_reads_the_attempt_and_a_verdict_before_it_scores_the_attemp
         verdict = "Let me rephrase." if rollout.reward else "Wait, that is wrong."
         assert tokenizer.decode(seen[own:]) == f"{attempt}\n\n{verdict}\n\n"
     assert sum(r.teacher_prompt_ids is not None for r in gathered.batch) > 1
-    measured = train_step(world, prepare_rollouts(world, gathered.batch))
+    measured = train_step(trainer, prepare_rollouts(trainer, gathered.batch))
     assert torch.tensor(measured.metrics["grad_norm"]) > 0

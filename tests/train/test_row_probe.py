@@ -155,8 +155,8 @@ def test_a_sampler_that_sees_padding_is_noticed(tiny_tokenizer):
 
 def test_where_padding_shows_in_samples_prompts_are_sampled_one_by_one(open_tiny, monkeypatch):
     monkeypatch.setattr("sdkit.train.row_probe.padding_shows_in_samples", lambda *_: True)
-    world = open_tiny()
-    assert world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)[0].batch_size == 1
+    trainer = open_tiny()
+    assert trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)[0].batch_size == 1
 
 
 def test_where_padding_shows_in_training_the_run_is_refused(open_tiny, tiny_folder, monkeypatch):
@@ -175,8 +175,8 @@ def test_a_run_with_a_window_trains_on_what_was_sampled(open_tiny, tiny_folder, 
         Table({"prompt": "the lazy dog " * 30 + str(i), "demonstration": "x", "answer": "y"}) for i in range(4)
     )
     data = DataSpec(source=InlineSource(rows=rows), columns=COLUMNS)
-    world = open_tiny(make_spec(folder, data=data, rollout=rollout(completions_per_prompt=2)))
-    assert 0 < world.models.longest_pack <= WINDOW < world.setup.longest_sequence
-    for each in compute_token_statistics(world, rollouts_of(world), {"student_logprobs"}):
+    trainer = open_tiny(make_spec(folder, data=data, rollout=rollout(completions_per_prompt=2)))
+    assert 0 < trainer.models.longest_pack <= WINDOW < trainer.setup.longest_sequence
+    for each in compute_token_statistics(trainer, rollouts_of(trainer), {"student_logprobs"}):
         found = torch.tensor(each.token_statistics["student_logprobs"])
         torch.testing.assert_close(found, torch.tensor(each.sampler_logprobs), atol=1e-4, rtol=1e-4)

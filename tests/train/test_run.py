@@ -304,16 +304,16 @@ def test_the_last_step_is_not_stopped_before_its_end(tiny_folder, tmp_path, monk
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 @pytest.mark.parametrize("prompt", ["student", "teacher"])
 def test_weights_and_prompt_of_the_sampler(open_tiny, weights, prompt):
-    world = open_tiny(
+    trainer = open_tiny(
         teacher=teacher(FrozenWeights()),
         rollout=rollout(sampled_by=TeacherSamples(weights=weights, prompt=prompt)),
         optimizer=OptimizerSpec(lr=1e-2),
     )
-    advance(world)
-    for r in rollouts_of(world, 3):
+    advance(trainer)
+    for r in rollouts_of(trainer, 3):
         seen = {
             (w, p): logprobs(of, ids, r.completion_ids)
-            for w, of in (("student", world.models.student), ("teacher", world.models.teacher.weights))
+            for w, of in (("student", trainer.models.student), ("teacher", trainer.models.teacher.weights))
             for p, ids in (("student", r.prompt_ids), ("teacher", r.teacher_prompt_ids))
         }
         for pair, expected in seen.items():

@@ -79,12 +79,12 @@ def external(folder):
     return ExternalWeights(path=str(folder), dtype="float32")
 
 
-def gradient(world, batch):
+def gradient(trainer, batch):
 
-    before = masters(world)
-    measured = train_step(world, batch)
+    before = masters(trainer)
+    measured = train_step(trainer, batch)
     assert measured.applied
-    return measured.metrics, {n: before[n] - value for n, value in masters(world).items()}
+    return measured.metrics, {n: before[n] - value for n, value in masters(trainer).items()}
 
 
 def both(open_tiny, folder, served, other_folder, **changes):
@@ -92,8 +92,8 @@ def both(open_tiny, folder, served, other_folder, **changes):
     found = []
     for weights in (served(), external(other_folder)):
         spec = make_spec(folder, teacher=teacher(weights), optimizer=MINUS_GRADIENT, **({"losses": TOP} | changes))
-        world = open_tiny(spec)
-        found.append(gradient(world, rollouts_of(world)))
+        trainer = open_tiny(spec)
+        found.append(gradient(trainer, rollouts_of(trainer)))
     return found
 
 
@@ -144,18 +144,18 @@ def test_how_a_step_is_cut_changes_nothing(open_tiny, tiny_folder, served):
             rollout=rollout(completions_per_prompt=3),
             training=training(micro_batch_tokens=budget),
         )
-        world = open_tiny(spec)
-        losses.append(evaluate_objective(world, rollouts_of(world))["loss"])
+        trainer = open_tiny(spec)
+        losses.append(evaluate_objective(trainer, rollouts_of(trainer))["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_it_teaches(open_tiny, tiny_folder, served):
     spec = make_spec(tiny_folder, teacher=teacher(served()), losses=TOP, optimizer=OptimizerSpec(lr=1e-2))
-    world = open_tiny(spec)
-    before = evaluate_objective(world, rollouts_of(world))["loss"]
-    advance(world, 8)
-    assert evaluate_objective(world, rollouts_of(world))["loss"] < 0.7 * before
-    assert world.models.teacher.state() == {}
+    trainer = open_tiny(spec)
+    before = evaluate_objective(trainer, rollouts_of(trainer))["loss"]
+    advance(trainer, 8)
+    assert evaluate_objective(trainer, rollouts_of(trainer))["loss"] < 0.7 * before
+    assert trainer.models.teacher.state() == {}
 
 
 @pytest.mark.parametrize("cut", [10**6, 90])
@@ -171,16 +171,16 @@ def test_on_one_of_several_routes(open_tiny, tiny_folder, served, other_folder, 
             losses=TOP,
             training=training(prompts_per_step=6, micro_batch_tokens=cut),
         )
-        world = open_tiny(spec)
-        losses.append(evaluate_objective(world, rollouts_of(world)))
+        trainer = open_tiny(spec)
+        losses.append(evaluate_objective(trainer, rollouts_of(trainer)))
     assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], abs=1e-5)
     assert losses[1].keys() - losses[0].keys() == ENTROPY
 
 
 def test_ids_that_the_student_has_not_are_left_out(open_tiny, tiny_folder, served, server):
-    world = open_tiny(make_spec(tiny_folder, teacher=teacher(served()), losses=TOP))
-    batch = next(iter(_micro_batches(world)))
-    fewer = evolve(world.learner.scorer, models=evolve(world.models, compared_ids=300))
+    trainer = open_tiny(make_spec(tiny_folder, teacher=teacher(served()), losses=TOP))
+    batch = next(iter(_micro_batches(trainer)))
+    fewer = evolve(trainer.learner.scorer, models=evolve(trainer.models, compared_ids=300))
     told = fewer.score_teacher(batch, None)
     assert (told.ids < 300).all()
     gaps = told.logprobs == -torch.inf
@@ -189,10 +189,10 @@ def test_ids_that_the_student_has_not_are_left_out(open_tiny, tiny_folder, serve
     assert torch.isfinite(told.sampled).all()
 
 
-def _micro_batches(world):
+def _micro_batches(trainer):
     from sdkit.train.step import _collate
 
-    return _collate(world.learner, rollouts_of(world), world.specs.losses).micro_batches
+    return _collate(trainer.learner, rollouts_of(trainer), trainer.specs.losses).micro_batches
 
 
 def test_a_whole_run_with_evaluation(tiny_folder, served, tmp_path, process_group, server):
@@ -286,17 +286,17 @@ def test_values_that_are_no_log_probabilities(refused, served, server, monkeypat
 def test_a_server_that_dies_ends_the_run_in_one_line(open_tiny, tiny_folder, served, other_folder):
     mortal = TinyServer(other_folder, "big")
     weights = served(url=mortal.url, retries=2)
-    world = open_tiny(make_spec(tiny_folder, teacher=teacher(weights), losses=TOP))
-    advance(world, 1)
+    trainer = open_tiny(make_spec(tiny_folder, teacher=teacher(weights), losses=TOP))
+    advance(trainer, 1)
     mortal.close()
     with pytest.raises(ProcessDied, match=r"cannot be reached: .* \(3 attempts") as caught:
-        advance(world, 1)
+        advance(trainer, 1)
     assert caught.value.exit_code == 6
     assert "\n" not in caught.value.message
 
 
 def test_a_server_that_answers_nonsense_ends_the_run(open_tiny, tiny_folder, served, server, monkeypatch):
-    world = open_tiny(make_spec(tiny_folder, teacher=teacher(served()), losses=TOP))
+    trainer = open_tiny(make_spec(tiny_folder, teacher=teacher(served()), losses=TOP))
     for said, message in (
         ({"choices": [{"prompt_logprobs": None}]}, "without the log-probabilities of the prompt"),
         ({"choices": [{"prompt_logprobs": [None]}]}, "returned 1 tokens for"),
@@ -304,12 +304,12 @@ def test_a_server_that_answers_nonsense_ends_the_run(open_tiny, tiny_folder, ser
     ):
         monkeypatch.setattr(server, "reply", lambda path, body, said=said: (200, said))
         with pytest.raises(ProcessDied, match=message):
-            advance(world, 1)
+            advance(trainer, 1)
 
 
 def test_a_busy_server_is_waited_for(open_tiny, tiny_folder, served, server, monkeypatch):
-    world = open_tiny(make_spec(tiny_folder, teacher=teacher(served()), losses=TOP))
+    trainer = open_tiny(make_spec(tiny_folder, teacher=teacher(served()), losses=TOP))
     busy, plain = [503, 429, 500], server.answer
     monkeypatch.setattr(server, "reply", lambda path, body: (busy.pop(), {}) if busy else plain(path, body))
-    assert advance(world, 1)[0].applied
+    assert advance(trainer, 1)[0].applied
     assert not busy

@@ -73,16 +73,16 @@ OBJECTIVES = {
 
 def one_step(open_tiny, folder, losses, **sizes):
     """Gradient and metrics of one step, cut as `sizes` say."""
-    world = open_tiny(
+    trainer = open_tiny(
         model=model(folder, lora=sizes.pop("lora", None)),
         losses=losses,
         optimizer=MINUS_GRADIENT,
         training=training(**sizes),
         rollout=rollout(completions_per_prompt=2, max_new_tokens=10),
     )
-    before = masters(world)
-    (measured,) = advance(world, 1)
-    gradient = {name: before[name] - value for name, value in masters(world).items()}
+    before = masters(trainer)
+    (measured,) = advance(trainer, 1)
+    gradient = {name: before[name] - value for name, value in masters(trainer).items()}
     metrics = {k: v for k, v in measured.metrics.items() if k != "padding"}
     return gradient, metrics
 
@@ -108,16 +108,16 @@ def test_how_a_step_is_cut_changes_nothing(open_tiny, tiny_folder, losses, lora)
 
 def test_the_step_is_the_gradient_of_plain_torch(open_tiny, tiny_folder):
     """Forward KL by hand, sequence by sequence, against the whole path."""
-    world = open_tiny(optimizer=MINUS_GRADIENT, losses=distil(average=PerSequence()))
-    batch = rollouts_of(world)
-    causal = world.models.student.causal
+    trainer = open_tiny(optimizer=MINUS_GRADIENT, losses=distil(average=PerSequence()))
+    batch = rollouts_of(trainer)
+    causal = trainer.models.student.causal
     parameters = [p for _, p in causal.named_parameters()]
     loss = sum(forward_kl_by_hand(causal, r) for r in batch) / len(batch)
     expected = torch.autograd.grad(loss, parameters)
-    before = masters(world)
-    measured = train_step(world, batch)
+    before = masters(trainer)
+    measured = train_step(trainer, batch)
     assert measured.metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    for (name, value), gradient in zip(masters(world).items(), expected, strict=True):
+    for (name, value), gradient in zip(masters(trainer).items(), expected, strict=True):
         torch.testing.assert_close(before[name] - value, gradient, atol=1e-5, rtol=1e-3)
 
 
@@ -138,16 +138,16 @@ OLD_RATIO = distil(importance=ImportanceSpec(old_policy=OldPolicyRatio(cap=2.0))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("budget", [1, 10**6])
 def test_old_logprobs_are_those_before_the_first_update(open_tiny, temperature, budget):
-    world = open_tiny(
+    trainer = open_tiny(
         losses=OLD_RATIO,
         rollout=rollout(temperature=temperature),
         training=training(micro_batch_tokens=budget, updates_per_rollout=2),
     )
-    batch = rollouts_of(world)
+    batch = rollouts_of(trainer)
     for r in batch:
         ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
         with torch.no_grad():
-            logits = world.models.student.causal(ids).logits[0, len(r.prompt_ids) - 1 : -1]
+            logits = trainer.models.student.causal(ids).logits[0, len(r.prompt_ids) - 1 : -1]
         told = (logits / temperature).log_softmax(-1)
         expected = told.gather(-1, torch.tensor(r.completion_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(r.old_logprobs), expected, atol=1e-4, rtol=0)
@@ -156,20 +156,20 @@ def test_old_logprobs_are_those_before_the_first_update(open_tiny, temperature, 
 
 
 def test_the_ratio_is_one_at_the_first_update_and_moves_after(open_tiny):
-    world = open_tiny(
+    trainer = open_tiny(
         losses=OLD_RATIO, optimizer=OptimizerSpec(lr=1e-2), training=training(updates_per_rollout=2, steps=1)
     )
-    assert world.setup.plan.needs_old_logprobs
-    first, second = rollouts_of(world).split(2)
-    assert train_step(world, first).metrics["distil/old_ratio"] == pytest.approx(1.0, abs=1e-4)
-    moved = train_step(world, second).metrics["distil/old_ratio"]
+    assert trainer.setup.plan.needs_old_logprobs
+    first, second = rollouts_of(trainer).split(2)
+    assert train_step(trainer, first).metrics["distil/old_ratio"] == pytest.approx(1.0, abs=1e-4)
+    moved = train_step(trainer, second).metrics["distil/old_ratio"]
     assert abs(moved - 1) > 1e-2
-    assert world.progress.optimizer_steps == 2
+    assert trainer.progress.optimizer_steps == 2
 
 
 def test_a_batch_is_split_into_whole_groups(open_tiny):
-    world = open_tiny(rollout=rollout(completions_per_prompt=3), training=training(prompts_per_step=5))
-    parts = rollouts_of(world).split(2)
+    trainer = open_tiny(rollout=rollout(completions_per_prompt=3), training=training(prompts_per_step=5))
+    parts = rollouts_of(trainer).split(2)
     groups = [{r.group for r in part} for part in parts]
     assert groups[0] | groups[1] == set(range(5))
     assert not groups[0] & groups[1]
@@ -180,16 +180,16 @@ def test_one_update_needs_no_old_logprobs(open_tiny):
     assert not open_tiny(losses=OLD_RATIO).setup.plan.needs_old_logprobs
 
 
-def collated(world, batch):
+def collated(trainer, batch):
     (micro,) = collate(
-        list(batch), world.setup.spec.losses, 10**6, collectives.all_reduce_sum, world.models.device
+        list(batch), trainer.setup.spec.losses, 10**6, collectives.all_reduce_sum, trainer.models.device
     ).micro_batches
     return micro
 
 
 def test_the_teacher_scores_the_very_completion(open_tiny):
-    world = open_tiny()
-    micro = collated(world, rollouts_of(world))
+    trainer = open_tiny()
+    micro = collated(trainer, rollouts_of(trainer))
     for side in (micro.student, micro.teacher):
         assert torch.equal(side.input_ids.flatten()[side.predictor_index + 1], micro.tokens.token)
     assert not torch.equal(micro.student.input_ids, micro.teacher.input_ids)
@@ -213,8 +213,8 @@ def test_another_teacher_prompt_changes_the_teacher_alone(open_tiny):
 
 
 def test_a_teacher_that_sees_and_is_what_the_student_is_has_nothing_to_teach(open_tiny):
-    world = open_tiny(teacher=teacher(StudentWeights(), sees=None))
-    (measured,) = advance(world, 1)
+    trainer = open_tiny(teacher=teacher(StudentWeights(), sees=None))
+    (measured,) = advance(trainer, 1)
     assert measured.metrics["distil/forward_kl"] == pytest.approx(0, abs=1e-6)
     assert measured.metrics["grad_norm"] < 1e-4
 
@@ -223,10 +223,10 @@ def test_a_live_teacher_gets_no_gradient(open_tiny):
     """The gradient with a live teacher is that with a frozen one, as long as they are the same."""
     moves = []
     for weights in (StudentWeights(), FrozenWeights()):
-        world = open_tiny(teacher=teacher(weights), optimizer=MINUS_GRADIENT)
-        before = masters(world)
-        advance(world, 1)
-        moves.append({name: before[name] - value for name, value in masters(world).items()})
+        trainer = open_tiny(teacher=teacher(weights), optimizer=MINUS_GRADIENT)
+        before = masters(trainer)
+        advance(trainer, 1)
+        moves.append({name: before[name] - value for name, value in masters(trainer).items()})
     torch.testing.assert_close(*moves, atol=1e-6, rtol=1e-4)
 
 
@@ -248,24 +248,24 @@ def test_learning_rates():
 
 
 def test_the_rate_that_is_logged_is_the_rate_that_is_used(open_tiny):
-    world = open_tiny(optimizer=OptimizerSpec(lr=1e-3, lr_scheduler_type="linear", warmup_steps=2))
-    logged = [m.metrics["lr"] for m in advance(world)]
+    trainer = open_tiny(optimizer=OptimizerSpec(lr=1e-3, lr_scheduler_type="linear", warmup_steps=2))
+    logged = [m.metrics["lr"] for m in advance(trainer)]
     assert logged == pytest.approx([0.5e-3, 1e-3, 1e-3])
-    assert world.learner.zero.engine.basic_optimizer.param_groups[0]["lr"] == logged[-1]
+    assert trainer.learner.zero.engine.basic_optimizer.param_groups[0]["lr"] == logged[-1]
 
 
 def test_a_term_with_a_scheduled_coefficient(open_tiny):
     losses = Table({"imitate": CrossEntropy(coefficient=Schedule(start=0.0, to=1.0, steps=2))})
-    world = open_tiny(losses=losses, teacher=None)
-    shares = [m.metrics["loss/imitate"] / m.metrics["imitate/token_loss"] for m in advance(world)]
+    trainer = open_tiny(losses=losses, teacher=None)
+    shares = [m.metrics["loss/imitate"] / m.metrics["imitate/token_loss"] for m in advance(trainer)]
     assert shares == pytest.approx([0.0, 0.5, 1.0])
 
 
 def test_every_metric_of_the_objective_is_measured_on_held_out_prompts(open_tiny, tiny_folder):
-    world = open_tiny(evaluated(make_spec(tiny_folder, losses=OBJECTIVES["two terms"])))
-    (measured,) = advance(world, 1)
+    trainer = open_tiny(evaluated(make_spec(tiny_folder, losses=OBJECTIVES["two terms"])))
+    (measured,) = advance(trainer, 1)
     update = {"grad_norm", "lr", "padding", "teacher_distance"}
-    held_out = held_out_loss(world)
+    held_out = held_out_loss(trainer)
     assert "distil/teacher_entropy" in measured.metrics
     for prefix in ("eval/", "eval/more/"):
         names = {k.removeprefix(prefix) for k in held_out if k.startswith(prefix)}
@@ -274,25 +274,25 @@ def test_every_metric_of_the_objective_is_measured_on_held_out_prompts(open_tiny
 
 
 def test_measuring_changes_no_weight(open_tiny):
-    world = open_tiny(teacher=teacher(EmaWeights(update_rate=0.5)))
-    before = masters(world)
-    found = evaluate_objective(world, rollouts_of(world))
-    for name, value in masters(world).items():
+    trainer = open_tiny(teacher=teacher(EmaWeights(update_rate=0.5)))
+    before = masters(trainer)
+    found = evaluate_objective(trainer, rollouts_of(trainer))
+    for name, value in masters(trainer).items():
         same(value, before[name])
-    assert world.progress.optimizer_steps == 0
-    assert found["loss"] == pytest.approx(advance(world, 1)[0].metrics["loss"])
+    assert trainer.progress.optimizer_steps == 0
+    assert found["loss"] == pytest.approx(advance(trainer, 1)[0].metrics["loss"])
 
 
 def test_the_version_counts_applied_updates(open_tiny, tmp_path):
-    world = open_tiny(training=training(steps=2, updates_per_rollout=2))
+    trainer = open_tiny(training=training(steps=2, updates_per_rollout=2))
     run = directory.create(tmp_path / "run", tensorboard=False)
-    loop.run(world, Report(run, silent(), world.setup))
+    loop.run(trainer, Report(run, silent(), trainer.setup))
     assert [line["policy_version"] for line in run.history()] == [2, 4]
-    assert {r.policy_version for r in rollouts_of(world)} == {4}
+    assert {r.policy_version for r in rollouts_of(trainer)} == {4}
 
 
 def test_forward_kl_falls_when_the_same_batch_is_trained_on(open_tiny):
-    world = open_tiny(optimizer=OptimizerSpec(lr=3e-3))
-    batch = rollouts_of(world)
-    losses = [train_step(world, batch).metrics["loss"] for _ in range(8)]
+    trainer = open_tiny(optimizer=OptimizerSpec(lr=3e-3))
+    batch = rollouts_of(trainer)
+    losses = [train_step(trainer, batch).metrics["loss"] for _ in range(8)]
     assert losses[-1] < 0.6 * losses[0]

@@ -77,17 +77,17 @@ def entropy(logprobs):
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def gradient_of_step(world, batch):
-    before = masters(world)
-    measured = train_step(world, batch)
-    return measured, {name: before[name] - value for name, value in masters(world).items()}
+def gradient_of_step(trainer, batch):
+    before = masters(trainer)
+    measured = train_step(trainer, batch)
+    return measured, {name: before[name] - value for name, value in masters(trainer).items()}
 
 
-def check_step(world, batch, loss):
+def check_step(trainer, batch, loss):
     """The step is the gradient of a loss by hand."""
-    parameters = [p for _, p in world.models.student.causal.named_parameters()]
+    parameters = [p for _, p in trainer.models.student.causal.named_parameters()]
     expected = torch.autograd.grad(loss, parameters)
-    measured, found = gradient_of_step(world, batch)
+    measured, found = gradient_of_step(trainer, batch)
     assert measured.metrics["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
     assert measured.metrics["grad_norm"] > 1e-4
     for (_, value), wanted in zip(found.items(), expected, strict=True):
@@ -100,23 +100,23 @@ def in_turn(*rewards):
 
 
 @pytest.fixture
-def judged_world(open_tiny):
+def open_judged_trainer(open_tiny):
     def opened(*rewards, **changes):
-        world = open_tiny(**({"rewards": REWARDS, "rollout": GROUPS} | changes))
-        world.setup.data.train_rewards = {"right": in_turn(*rewards)}
-        return world
+        trainer = open_tiny(**({"rewards": REWARDS, "rollout": GROUPS} | changes))
+        trainer.setup.data.train_rewards = {"right": in_turn(*rewards)}
+        return trainer
 
     return opened
 
 
 @pytest.mark.parametrize("budget", [1, 10**6])
 def test_the_pass_measures_what_plain_torch_does(open_tiny, budget):
-    world = open_tiny(rollout=rollout(temperature=0.7), training=training(micro_batch_tokens=budget, chunk_tokens=5))
-    batch = compute_token_statistics(world, rollouts_of(world), STATISTICS)
+    trainer = open_tiny(rollout=rollout(temperature=0.7), training=training(micro_batch_tokens=budget, chunk_tokens=5))
+    batch = compute_token_statistics(trainer, rollouts_of(trainer), STATISTICS)
     for r in batch:
         with torch.no_grad():
-            student = logprobs(world.models.student.causal, r.prompt_ids, r, 0.7)
-            told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r, 0.7)
+            student = logprobs(trainer.models.student.causal, r.prompt_ids, r, 0.7)
+            told = logprobs(trainer.models.teacher.weights.causal, r.teacher_prompt_ids, r, 0.7)
         wanted = {
             "student_logprobs": picked(student, r),
             "student_entropy": entropy(student),
@@ -131,15 +131,15 @@ def test_the_pass_measures_what_plain_torch_does(open_tiny, budget):
 def test_only_what_is_asked_is_measured(open_tiny):
     plain = rollouts_of(open_tiny())
     assert all(not r.token_statistics and r.old_logprobs is None for r in plain)
-    world = open_tiny(losses=distil(mask=MaskSpec(student_entropy_top=0.5)))
-    assert {tuple(r.token_statistics) for r in rollouts_of(world)} == {("student_entropy",)}
+    trainer = open_tiny(losses=distil(mask=MaskSpec(student_entropy_top=0.5)))
+    assert {tuple(r.token_statistics) for r in rollouts_of(trainer)} == {("student_entropy",)}
 
 
-def test_a_rollout_without_teacher_has_no_measures_of_it(judged_world):
+def test_a_rollout_without_teacher_has_no_measures_of_it(open_judged_trainer):
     sees = UserTurn(template="{prompt}{s}", slots=Table({"s": SuccessfulSibling(wrap=" {value}")}))
     losses = distil(weight=TeacherEntropyWeight(rate=1.0))
-    world = judged_world(0, 0, 1, teacher=teacher(FrozenWeights(), sees), losses=losses)
-    for r in rollouts_of(world):
+    trainer = open_judged_trainer(0, 0, 1, teacher=teacher(FrozenWeights(), sees), losses=losses)
+    for r in rollouts_of(trainer):
         assert ("teacher_entropy" in r.token_statistics) == (r.teacher_prompt_ids is not None)
 
 
@@ -147,8 +147,8 @@ def test_the_plan_says_what_is_measured_and_why(open_tiny):
     losses = distil(
         weight=TeacherEntropyWeight(rate=1.0), importance=ImportanceSpec(old_policy=OldPolicyRatio(cap=2.0))
     )
-    world = open_tiny(losses=losses, training=training(updates_per_rollout=2))
-    assert world.setup.plan.statistics == (
+    trainer = open_tiny(losses=losses, training=training(updates_per_rollout=2))
+    assert trainer.setup.plan.statistics == (
         "student log-probabilities for training.updates_per_rollout",
         "teacher entropy for losses.distil.weight",
     )
@@ -157,61 +157,61 @@ def test_the_plan_says_what_is_measured_and_why(open_tiny):
 
 def test_the_pass_moves_nothing_and_the_second_update_sees_its_figures(open_tiny):
     losses = distil(mask=MaskSpec(student_entropy_top=0.5), weight=TeacherEntropyWeight(rate=1.0))
-    world = open_tiny(
+    trainer = open_tiny(
         losses=losses, optimizer=OptimizerSpec(lr=1e-2), training=training(updates_per_rollout=2, steps=1)
     )
-    before = masters(world)
-    whole = rollouts_of(world)
-    for name, value in masters(world).items():
+    before = masters(trainer)
+    whole = rollouts_of(trainer)
+    for name, value in masters(trainer).items():
         assert torch.equal(value, before[name])
     tokens = sum(len(r.completion_ids) for r in whole)
     assert sum(len(r.loss_masks["distil"].positions) for r in whole) == math.ceil(0.5 * tokens)
     first, second = whole.split(2)
-    assert train_step(world, first).applied
-    again = prepare_rollouts(world, whole)
+    assert train_step(trainer, first).applied
+    again = prepare_rollouts(trainer, whole)
     assert [r.token_statistics for r in again] != [r.token_statistics for r in whole]
-    assert train_step(world, second).applied
+    assert train_step(trainer, second).applied
 
 
 @pytest.mark.parametrize("budget", [60, 10**6])
 def test_the_unsure_fifth_of_the_batch(open_tiny, budget):
-    world = open_tiny(
+    trainer = open_tiny(
         losses=distil(mask=MaskSpec(student_entropy_top=0.2, skip_first=1)),
         optimizer=MINUS_GRADIENT,
         training=training(micro_batch_tokens=budget),
     )
-    batch = rollouts_of(world)
-    causal, kls, spreads = world.models.student.causal, [], []
+    batch = rollouts_of(trainer)
+    causal, kls, spreads = trainer.models.student.causal, [], []
     for r in batch:
         student = logprobs(causal, r.prompt_ids, r)[1:]
-        told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r)[1:].detach()
+        told = logprobs(trainer.models.teacher.weights.causal, r.teacher_prompt_ids, r)[1:].detach()
         kls.append((told.exp() * (told - student)).sum(-1))
         spreads.append(entropy(student).detach())
     kept = torch.cat(spreads).topk(math.ceil(0.2 * sum(map(len, kls)) - 1e-9)).indices
-    check_step(world, batch, torch.cat(kls)[kept].mean())
+    check_step(trainer, batch, torch.cat(kls)[kept].mean())
 
 
-def test_routed_by_outcome_with_a_joint_denominator(judged_world):
+def test_routed_by_outcome_with_a_joint_denominator(open_judged_trainer):
     """Failed rollouts with a sibling's success distil, weighted by the teacher's sureness; the others go by their advantage."""
     sees = UserTurn(template="{prompt}{s}", slots=Table({"s": SuccessfulSibling(wrap=" {value}")}))
     distilled = Distillation(
         divergence=ReverseKl(), support=VocabularySupport(), weight=TeacherEntropyWeight(rate=1.0), average=JOINT
     )
     policy = PolicyGradient(advantage=GroupRelative(), average=JOINT)
-    world = judged_world(
+    trainer = open_judged_trainer(
         *(1, 0, 0, 0, 0, 0),
         teacher=teacher(FrozenWeights(), sees),
         losses=Table({"distil": distilled, "policy": policy}),
         route=RouteSpec(when="failed_with_context", then=("distil",), otherwise=("policy",)),
         optimizer=MINUS_GRADIENT,
     )
-    batch = rollouts_of(world)
+    batch = rollouts_of(trainer)
     tokens = sum(len(r.completion_ids) for r in batch)
     kls, sure, pulled = [], [], []
     for r in batch:
-        student = logprobs(world.models.student.causal, r.prompt_ids, r)
+        student = logprobs(trainer.models.student.causal, r.prompt_ids, r)
         if r.reward < 1 and r.teacher_prompt_ids is not None:
-            told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
+            told = logprobs(trainer.models.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
             kls.append((student.exp() * (student - told)).sum(-1))
             sure.append((-entropy(told)).exp())
         else:
@@ -219,45 +219,45 @@ def test_routed_by_outcome_with_a_joint_denominator(judged_world):
             pulled.append(-(now - now.detach()).exp() * r.advantage)
     weights = torch.cat(sure) / torch.cat(sure).mean()
     loss = ((weights * torch.cat(kls)).sum() + torch.cat(pulled).sum()) / tokens
-    figures = evaluate_objective(world, batch)
+    figures = evaluate_objective(trainer, batch)
     assert figures["route/then"] == pytest.approx(len(kls) / len(batch))
     assert figures["route/then"] + figures["route/otherwise"] == pytest.approx(1)
-    check_step(world, batch, loss)
+    check_step(trainer, batch, loss)
 
 
-def test_prompts_half_solved_weigh_most(judged_world):
-    world = judged_world(
+def test_prompts_half_solved_weigh_most(open_judged_trainer):
+    trainer = open_judged_trainer(
         *(1, 0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 1),
         losses=distil(weight=PassRateWeight(power=0.5)),
         optimizer=MINUS_GRADIENT,
     )
-    batch = rollouts_of(world)
+    batch = rollouts_of(trainer)
     loss = torch.zeros(())
     worth = [math.sqrt(2) / 3, 0.0, math.sqrt(2) / 3, 0.0]
     for r in batch:
-        student = logprobs(world.models.student.causal, r.prompt_ids, r)
-        told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
+        student = logprobs(trainer.models.student.causal, r.prompt_ids, r)
+        told = logprobs(trainer.models.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
         loss = loss + worth[r.group] * (told.exp() * (told - student)).sum()
-    check_step(world, batch, loss / sum(len(r.completion_ids) for r in batch))
+    check_step(trainer, batch, loss / sum(len(r.completion_ids) for r in batch))
 
 
-def test_right_ones_by_the_students_perplexity_wrong_ones_by_the_teachers(judged_world):
+def test_right_ones_by_the_students_perplexity_wrong_ones_by_the_teachers(open_judged_trainer):
     wrong = Distillation(
         divergence=ReverseKl(), support=SampledTokenSupport(), weight=PerplexityWeight(of="teacher", power=-1.0)
     )
     right = CrossEntropy(weight=PerplexityWeight(of="student", power=1.0))
-    world = judged_world(
+    trainer = open_judged_trainer(
         *(1, 0, 1, 0, 1, 0),
         losses=Table({"wrong": wrong, "right": right}),
         route=RouteSpec(when="failed", then=("wrong",), otherwise=("right",)),
         optimizer=MINUS_GRADIENT,
     )
-    batch = rollouts_of(world)
+    batch = rollouts_of(trainer)
     parts = {"wrong": [], "right": []}
     for r in batch:
-        now = picked(logprobs(world.models.student.causal, r.prompt_ids, r), r)
+        now = picked(logprobs(trainer.models.student.causal, r.prompt_ids, r), r)
         with torch.no_grad():
-            told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r)
+            told = logprobs(trainer.models.teacher.weights.causal, r.teacher_prompt_ids, r)
         told = picked(told, r)
         name, side, power = ("right", now.detach(), 1) if r.reward else ("wrong", told, -1)
         each = -now if r.reward else (now.detach() - told) * now
@@ -268,20 +268,20 @@ def test_right_ones_by_the_students_perplexity_wrong_ones_by_the_teachers(judged
         for group, worth, each in held:
             peers = [w for g, w, _ in held if g == group]
             loss = loss + each.sum() * worth / (sum(peers) / len(peers)) / tokens
-    check_step(world, batch, loss)
+    check_step(trainer, batch, loss)
 
 
 def test_tokens_that_the_teacher_finds_absurd_are_left_out(open_tiny):
     """And the others weigh by the drift before them, over counted tokens alone."""
     floor = -0.01
     term = PolicyGradient(advantage=LogRatio(floor=floor, below_floor="leave_out"), weight=DriftWeight(strength=0.5))
-    world = open_tiny(losses=Table({"pull": term}), optimizer=MINUS_GRADIENT)
-    batch = rollouts_of(world)
+    trainer = open_tiny(losses=Table({"pull": term}), optimizer=MINUS_GRADIENT)
+    batch = rollouts_of(trainer)
     loss, counted, tokens = torch.zeros(()), 0, 0
     for r in batch:
-        now = picked(logprobs(world.models.student.causal, r.prompt_ids, r), r)
+        now = picked(logprobs(trainer.models.student.causal, r.prompt_ids, r), r)
         with torch.no_grad():
-            told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r)
+            told = logprobs(trainer.models.teacher.weights.causal, r.teacher_prompt_ids, r)
         worth = picked(told, r) - now.detach()
         kept = worth >= floor
         now, worth = now[kept], worth[kept]
@@ -290,33 +290,33 @@ def test_tokens_that_the_teacher_finds_absurd_are_left_out(open_tiny):
         loss = loss - (weights * worth * (now - now.detach()).exp()).sum()
         counted, tokens = counted + int(kept.sum()), tokens + len(kept)
     assert 0 < counted < tokens
-    check_step(world, batch, loss / counted)
+    check_step(trainer, batch, loss / counted)
 
 
 def test_a_data_sets_completions_have_entropies_too(open_tiny):
     losses = Table({"imitate": CrossEntropy(mask=MaskSpec(student_entropy_top=0.5))})
     sampled_by = DatasetSamples(column="demonstration")
-    world = open_tiny(losses=losses, teacher=None, rollout=rollout(sampled_by=sampled_by))
-    batch = rollouts_of(world)
+    trainer = open_tiny(losses=losses, teacher=None, rollout=rollout(sampled_by=sampled_by))
+    batch = rollouts_of(trainer)
     tokens = sum(len(r.completion_ids) for r in batch)
-    assert train_step(world, batch).metrics["imitate/tokens"] == math.ceil(0.5 * tokens)
+    assert train_step(trainer, batch).metrics["imitate/tokens"] == math.ceil(0.5 * tokens)
 
 
 def test_special_tokens_do_not_count(open_tiny):
     losses = Table({"imitate": CrossEntropy(mask=MaskSpec(special_tokens="leave_out"))})
     sampled_by = DatasetSamples(column="demonstration")
-    world = open_tiny(losses=losses, teacher=None, rollout=rollout(sampled_by=sampled_by))
-    assert world.setup.data.tokenizer.eos_token_id in world.models.special_ids
-    for r in collect(world, 0).batch:
-        assert not set(r.completion_ids[:-1]) & world.models.special_ids
-    for r in rollouts_of(world):
-        ended = r.completion_ids[-1] in world.models.special_ids
+    trainer = open_tiny(losses=losses, teacher=None, rollout=rollout(sampled_by=sampled_by))
+    assert trainer.setup.data.tokenizer.eos_token_id in trainer.models.special_ids
+    for r in collect(trainer, 0).batch:
+        assert not set(r.completion_ids[:-1]) & trainer.models.special_ids
+    for r in rollouts_of(trainer):
+        ended = r.completion_ids[-1] in trainer.models.special_ids
         assert len(r.loss_masks["imitate"].positions) == len(r.completion_ids) - ended
 
 
 def test_nothing_unsure_is_no_gradient_and_no_nan(open_tiny):
-    world = open_tiny(losses=distil(mask=MaskSpec(teacher_entropy_above=1e3)))
-    measured = train_step(world, rollouts_of(world))
+    trainer = open_tiny(losses=distil(mask=MaskSpec(teacher_entropy_above=1e3)))
+    measured = train_step(trainer, rollouts_of(trainer))
     assert measured.metrics["grad_norm"] == 0
     assert measured.metrics["loss"] == 0
     assert measured.metrics["distil/empty_rows"] == 1
@@ -363,15 +363,15 @@ def bold(tmp_path):
 
 
 def test_a_users_weight_trains(open_tiny, bold):
-    world = open_tiny(losses=distil(weight=TEACHERS_CHOICE), optimizer=MINUS_GRADIENT)
-    batch = rollouts_of(world)
+    trainer = open_tiny(losses=distil(weight=TEACHERS_CHOICE), optimizer=MINUS_GRADIENT)
+    batch = rollouts_of(trainer)
     loss = torch.zeros(())
     for r in batch:
-        student = logprobs(world.models.student.causal, r.prompt_ids, r)
-        told = logprobs(world.models.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
+        student = logprobs(trainer.models.student.causal, r.prompt_ids, r)
+        told = logprobs(trainer.models.teacher.weights.causal, r.teacher_prompt_ids, r).detach()
         kl = (told.exp() * (told - student)).sum(-1)
         loss = loss + (picked(told, r).exp() * len(kl) * kl).sum()
-    check_step(world, batch, loss / sum(len(r.completion_ids) for r in batch))
+    check_step(trainer, batch, loss / sum(len(r.completion_ids) for r in batch))
 
 
 def test_a_miniature_finds_the_users_file(tiny_folder, bold, tmp_path):
