@@ -39,7 +39,7 @@ def real_data():
 
 
 @pytest.fixture(scope="session")
-def _leave_at_the_end():
+def _stop_process_group():
     yield
     from sdkit.distributed import zero
 
@@ -47,8 +47,8 @@ def _leave_at_the_end():
 
 
 @pytest.fixture
-def process_group(_leave_at_the_end):
-    """DeepSpeed's process group of one; a whole run leaves it, so each test joins anew where it must."""
+def process_group(_stop_process_group):
+    """DeepSpeed's process group of one.  A complete run leaves it, so each test joins again if needed."""
     from sdkit.distributed import zero
 
     zero.start()
@@ -56,16 +56,16 @@ def process_group(_leave_at_the_end):
 
 @pytest.fixture
 def open_tiny(tiny_folder, process_group, tmp_path):
-    """Open a trainer from changes to the small run; closed at the end of the test."""
+    """Opens a trainer from changes to the small run; closes it at the end of the test."""
     from sdkit.train.run import open_run
 
     trainers = []
 
-    def opened(spec=None, **changes):
+    def open_trainer(spec=None, **changes):
         trainers.append(open_run(spec or make_spec(tiny_folder, **changes), tmp_path))
         return trainers[-1]
 
-    yield opened
+    yield open_trainer
     for trainer in trainers:
         trainer.close()
 
@@ -80,7 +80,7 @@ def plain_tokenizer(tiny_tokenizer):
 
 @pytest.fixture(scope="session")
 def switching_tokenizer(tiny_tokenizer):
-    """Its generation prompt closes the thinking at once unless the system message says /think."""
+    """The tiny tokenizer; its generation prompt closes the thinking unless the system message says /think."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
     closed = "{% if '/think' not in messages[0]['content'] %}<think></think>{% endif %}"
     invite = "<|im_start|>assistant\n"
@@ -91,11 +91,11 @@ def switching_tokenizer(tiny_tokenizer):
 
 @pytest.fixture
 def make_row():
-    """A row from a prompt and columns; `before` stands before the prompt."""
+    """Makes a row from a prompt and columns; `before` are the messages before the prompt."""
 
-    def made(prompt="What is 2 + 2?", index=0, before=(), **columns):
+    def make(prompt="What is 2 + 2?", index=0, before=(), **columns):
         messages = (*before, {"role": "user", "content": prompt})
         columns = {"prompt": prompt, **columns}
         return Row(index=index, messages=messages, columns=columns, raw=columns)
 
-    return made
+    return make

@@ -93,7 +93,7 @@ def make_spec(folder, **changes):
     return ExperimentSpec(**(parts | changes))
 
 
-def evaluated(spec, **changes):
+def with_evaluation(spec, **changes):
     """The same run with two held-out suites."""
     suites = {
         "sums": Suite(
@@ -160,7 +160,7 @@ def held_out_loss(trainer):
 
 
 def advance(trainer, updates=3):
-    """Optimizer steps without a loop around them; what each measured."""
+    """Optimizer steps outside the training loop; returns each step's StepResult."""
     return [train_step(trainer, rollouts_of(trainer, step)) for step in range(updates)]
 
 
@@ -168,32 +168,34 @@ def masters(trainer):
     return {name: value.clone() for name, value in trainer.learner.masters()}
 
 
-def states(trainer, weights):
-    """Hidden states of these weights on the first rollouts' tokens, [N, S, H] flattened."""
+def hidden_states(trainer, weights):
+    """Hidden states of these weights for fixed token ids, [2, 20, H]."""
     ids = torch.arange(2, 42).reshape(2, 20)
     with torch.no_grad(), weights.active() as causal:
         return causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def same(a, b):
+def assert_equal(a, b):
     torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
-def silent():
+def silent_console():
     return Console(file=StringIO(), width=140)
 
 
 def train(spec, folder, console=None, **options):
-    """A whole run, in this process."""
+    """A complete run in this process; returns its folder."""
     from sdkit.language.resolved import resolved
     from sdkit.train.run import train as run
 
     text = json.dumps(resolved(spec))
-    return run(spec, folder.parent, folder, console or silent(), written="# as written\n", resolved=text, **options)
+    return run(
+        spec, folder.parent, folder, console or silent_console(), written="# as written\n", resolved=text, **options
+    )
 
 
 def run_scenario(script, folder, work, cases, seconds=600):
-    """A scenario of attempts in processes of their own, on the model in `folder`; returns where it left its runs."""
+    """Runs a scenario script in a process of its own on the model in `folder`; returns `work`, where its runs are."""
     done = subprocess.run(
         [sys.executable, script, folder, work, *cases],
         capture_output=True,
@@ -210,7 +212,7 @@ def lines(path):
 
 
 def metrics(folder):
-    """Every metric of a run but those that depend on the machine."""
+    """All metrics of a run except those that depend on the machine."""
     return [
         {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))}
         for line in lines(folder / "metrics.jsonl")
@@ -223,8 +225,8 @@ def weights_of(folder):
     return load_file(str(folder / "model" / "model.safetensors"))
 
 
-def resized(source, target, rows):
-    """The model with another number of output rows; new ones are drawn as the others were."""
+def resize_model(source, target, rows):
+    """Writes a copy of the model with `rows` output rows, new ones initialized like the others; returns `target`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     causal = AutoModelForCausalLM.from_pretrained(source)

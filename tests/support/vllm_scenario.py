@@ -1,6 +1,6 @@
-"""vLLM beside the trainer, in a process of its own: prints what it measured as one JSON object.
+"""vLLM beside the trainer, in a process of its own: prints its measurements as one JSON object.
 
-`python vllm_scenario.py MODEL_FOLDER WORK_FOLDER`; test_vllm.py says what the figures must be.
+`python vllm_scenario.py MODEL_FOLDER WORK_FOLDER`; test_vllm.py checks them.
 """
 
 import json
@@ -38,14 +38,14 @@ def main(folder, work):
     trainer = open_run(spec, work)
     before = generators()
     backend, first = trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)
-    found = {"generators untouched": generators() == before, "first load": first}
-    found |= syncs(trainer)
-    found |= sampling(trainer, backend)
-    found |= stale(trainer, backend)
-    found |= adapters(trainer, backend, folder)
+    results = {"generators untouched": generators() == before, "first load": first}
+    results |= syncs(trainer)
+    results |= sampling(trainer, backend)
+    results |= stale(trainer, backend)
+    results |= adapters(trainer, backend, folder)
     trainer.close()
     zero.stop()
-    return found
+    return results
 
 
 def generators():
@@ -54,7 +54,7 @@ def generators():
 
 
 def syncs(trainer):
-    """The figures of the transfer after each of three updates, of the teacher, and of a second ask."""
+    """Figures of the weight transfer after each of three updates, of a repeated transfer, and of the teacher's."""
     figures = []
     for step in range(3):
         advance(trainer, 1)
@@ -74,20 +74,20 @@ def sampling(trainer, backend):
     greedy = backend.sample(requests, evolve(settings, temperature=0.0))
     few = backend.sample(requests[4:1:-1], settings)[::-1]
     truncated = backend.sample(requests, evolve(settings, top_k=3))
-    apart, whole, likeliest, kept = [], [], [], []
+    gaps, gaps_at_1, greedy_matches, top_k_gaps = [], [], [], []
     for request, drawn, best, cut in zip(requests, done, greedy, truncated, strict=True):
-        told = logits(trainer, request, drawn)
-        apart.append(gap((told / 0.7).log_softmax(-1), drawn))
-        whole.append(gap(told.log_softmax(-1), drawn))
-        likeliest.append(logits(trainer, request, best).argmax(-1).tolist() == list(best.ids))
+        token_logits = logits(trainer, request, drawn)
+        gaps.append(gap((token_logits / 0.7).log_softmax(-1), drawn))
+        gaps_at_1.append(gap(token_logits.log_softmax(-1), drawn))
+        greedy_matches.append(logits(trainer, request, best).argmax(-1).tolist() == list(best.ids))
         scaled = logits(trainer, request, cut) / 0.7
         top = scaled.topk(3, dim=-1).values[:, -1:]
-        kept.append(gap(scaled.masked_fill(scaled < top, float("-inf")).log_softmax(-1), cut))
+        top_k_gaps.append(gap(scaled.masked_fill(scaled < top, float("-inf")).log_softmax(-1), cut))
     return {
-        "sampled logprobs": max(apart),
-        "at temperature 1": max(whole),
-        "top_k logprobs": max(kept),
-        "greedy is the arg max": all(likeliest),
+        "sampled logprobs": max(gaps),
+        "at temperature 1": max(gaps_at_1),
+        "top_k logprobs": max(top_k_gaps),
+        "greedy is the arg max": all(greedy_matches),
         "same seeds, same tokens": [c.ids for c in backend.sample(requests, settings)] == [c.ids for c in done],
         "another batch, same tokens": [c.ids for c in few] == [c.ids for c in done[2:5]],
         "other seeds, other tokens": done[0].ids != done[len(ids)].ids,
@@ -96,14 +96,14 @@ def sampling(trainer, backend):
 
 
 def stop_texts(trainer, backend, requests, settings, done):
-    """Whether a stop text ends each completion at the token that completes it."""
+    """Whether each completion ends at the token that completes a stop text."""
     decode = trainer.setup.data.tokenizer.decode
-    said = [[decode(c.ids[:n]) for n in range(1, len(c.ids) + 1)] for c in done]
+    prefixes = [[decode(c.ids[:n]) for n in range(1, len(c.ids) + 1)] for c in done]
     words = {decode(c.ids[n]) for c in done for n in range(2, len(c.ids))}
     stop = sorted(word for word in words if word.isascii() and word.isprintable())[:3]
     cut = backend.sample(requests, evolve(settings, stop=tuple(stop)))
     expected = []
-    for completion, texts in zip(done, said, strict=True):
+    for completion, texts in zip(done, prefixes, strict=True):
         ends = [n for n, text in enumerate(texts, 1) if any(word in text for word in stop)]
         expected.append((completion.ids[: ends[0] if ends else None], bool(ends)))
     same = [(c.ids, c.finished) for c in cut] == expected
@@ -117,12 +117,12 @@ def logits(trainer, request, completion):
 
 
 def gap(logprobs, completion):
-    told = logprobs.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
-    return (told - torch.tensor(completion.logprobs)).abs().max().item()
+    own = logprobs.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
+    return (own - torch.tensor(completion.logprobs)).abs().max().item()
 
 
 def stale(trainer, backend):
-    """A transfer that loses the tensors must be noticed; a whole one afterwards mends it."""
+    """A transfer that loses the tensors must be detected, and a complete one must repair it."""
     send = backend.engine.collective_rpc
     with torch.no_grad():
         for parameter in trainer.models.student.model.parameters():
@@ -134,13 +134,13 @@ def stale(trainer, backend):
     except NumericsGuard as error:
         caught = str(error)
     backend.engine.collective_rpc = send
-    return {"stale": caught, "mended": backend.load(trainer.models.student, 9)}
+    return {"stale": caught, "repaired": backend.load(trainer.models.student, 9)}
 
 
 def adapters(trainer, backend, folder):
-    """Merged copies of a model with adapters of its own, and of its teacher."""
+    """Transfers of merged copies: a model with its own adapters, and its teacher."""
     tuned = Weights(load_model(model(folder, lora=LORA), str(folder), 5))
-    kept = open_teacher(EmaWeights(update_rate=0.3), tuned, None, None)
+    average = open_teacher(EmaWeights(update_rate=0.3), tuned, None, None)
     with torch.no_grad():
         for name, parameter in tuned.model.named_parameters():
             if ".lora_B." in name:
@@ -148,7 +148,7 @@ def adapters(trainer, backend, folder):
     before = {n: p.detach().clone() for n, p in tuned.model.named_parameters()}
     figures = [
         backend.load(weights, version)["canary_mean"]
-        for version, weights in enumerate((tuned, kept.weights, Weights(tuned.model, None), tuned))
+        for version, weights in enumerate((tuned, average.weights, Weights(tuned.model, None), tuned))
     ]
     untouched = all(torch.equal(p, before[n]) for n, p in tuned.model.named_parameters())
     return {"merged": figures, "adapters untouched": untouched}
