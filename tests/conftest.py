@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,6 +21,14 @@ def tiny_folder(tmp_path_factory):
     from sdkit.models import tiny
 
     return tiny.build(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory):
+    """The tiny model with other random weights."""
+    from sdkit.models import tiny
+
+    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
 @pytest.fixture(scope="session")
@@ -87,6 +96,24 @@ def switching_tokenizer(tiny_tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace(invite, invite + closed)
     assert closed in tokenizer.chat_template
     return tokenizer
+
+
+@pytest.fixture
+def sdkit(monkeypatch, capsys):
+    """Runs a command line in this process; returns exit code, standard output and standard error."""
+    from sdkit.cli import main
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["sdkit", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

@@ -91,10 +91,10 @@ def test_every_teacher_form_and_stage_can_be_converted(tiny_folder, tmp_path):
 
 def test_converted_checkpoint_is_complete(work):
     folder = work / "ema-full-3-2" / "other" / "checkpoints" / "step_000002"
-    contents = manifest.read(folder, hashes=True)
-    assert contents.universal
-    assert (contents.origin.ranks, contents.step, contents.updates) == (1, 2, 2)
-    rank_files = {name for name in contents.files if not name.startswith(("zero/", "zero_pp_rank_"))}
+    converted = manifest.read(folder, hashes=True)
+    assert converted.universal
+    assert (converted.origin.ranks, converted.step, converted.updates) == (1, 2, 2)
+    rank_files = {name for name in converted.files if not name.startswith(("zero/", "zero_pp_rank_"))}
     assert rank_files == {"random_rank_0.json", "teacher_rank_0.safetensors"}
     assert not list(folder.parent.glob(".*")) + list(folder.parent.glob("latest*"))
     # Left out because no rank reads it: the optimizer state of the previous first rank.
@@ -235,7 +235,7 @@ def test_checkpoint_before_the_first_update_cannot_be_converted(three_checkpoint
 
 
 def test_full_disk_leaves_the_run_unchanged(three_checkpoints, run, monkeypatch):
-    def full(folder, contents):
+    def full(folder, written):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(manifest, "write", full)

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from sdkit import __version__
-from sdkit.cli import main
 from sdkit.language.errors import COMMAND_LINE, EXIT_CODES
 from sdkit.language.load import load_spec
 from sdkit.language.resolved import resolved
@@ -41,24 +40,6 @@ optimizer: {lr: 1.0e-3}
 training: {steps: 1, prompts_per_step: 2}
 output: {tensorboard: false}
 """
-
-
-@pytest.fixture
-def sdkit(monkeypatch, capsys):
-    """Runs a command line in this process; returns exit code, standard output and standard error."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["sdkit", *map(str, args)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as done:
-            code = done.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def process(*args, cwd=None):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from os_processes import free_port, wait_until
 from tinyruns import lines, metrics, train, weights_of
 
 from sdkit.distributed import launch as launching
@@ -79,15 +79,8 @@ def start_launcher(tmp_path, text):
     ready = f"open(r'{tmp_path}/' + rank, 'w').write(str(os.getpid()))\n"
     process = subprocess.Popen([sys.executable, "-c", LAUNCHER, *script(ready + text)])
     for rank in range(2):
-        wait_until(lambda rank=rank: (tmp_path / str(rank)).is_file() and (tmp_path / str(rank)).read_text())
+        wait_until(lambda rank=rank: (tmp_path / str(rank)).is_file() and (tmp_path / str(rank)).read_text(), 60)
     return process, [int((tmp_path / str(rank)).read_text()) for rank in range(2)]
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -104,7 +97,7 @@ def test_stop_request_reaches_every_rank_once(tmp_path, number):
     )
     time.sleep(0.5)
     process.send_signal(number)
-    wait_until(lambda: all((tmp_path / f"got{rank}").is_file() for rank in range(2)))
+    wait_until(lambda: all((tmp_path / f"got{rank}").is_file() for rank in range(2)), 60)
     (tmp_path / "end").touch()
     assert process.wait(timeout=60) == 7
     assert [(tmp_path / f"got{rank}").read_text() for rank in range(2)] == [f"{number:d} "] * 2
@@ -125,7 +118,7 @@ def test_ranks_end_with_their_launcher(tmp_path):
     process, pids = start_launcher(tmp_path, "time.sleep(600)")
     process.kill()
     process.wait(timeout=60)
-    wait_until(lambda: not any(alive(pid) for pid in pids))
+    wait_until(lambda: not any(alive(pid) for pid in pids), 60)
 
 
 def alive(pid):
@@ -211,12 +204,6 @@ def one_process_run(spec_file, _stop_process_group, tmp_path_factory):
     return train(load_spec(spec_file).spec, tmp_path_factory.mktemp("one") / "run")
 
 
-def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def assert_same_run(folder, one):
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     for kind in ("rollouts", "evaluations"):
@@ -249,17 +236,17 @@ def test_processes_option_trains_like_one_process(spec_file, one_process_run, tm
 
 def test_torchrun_on_two_nodes_trains_like_one_process(spec_file, one_process_run, tmp_path):
     """Two groups of one process on loopback stand for two machines."""
-    rendezvous = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port()]
-    start_launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
+    rendezvous = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
     command = ["-m", "sdkit", "train", spec_file, "--to", tmp_path / "run"]
-    out, _ = run(*([*start_launcher, "--node-rank", node, *command] for node in (0, 1)))
+    out, _ = run(*([*launcher, "--node-rank", node, *command] for node in (0, 1)))
     assert_same_run(tmp_path / "run", one_process_run)
     assert out.count("step 2/2") == 1
 
 
 def test_deepspeed_launcher_trains_like_one_process(spec_file, one_process_run, tmp_path):
-    start_launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", port()]
-    run([*start_launcher, "--module", "sdkit", "train", spec_file, "training.zero_stage=2", "--to", tmp_path / "run"])
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
+    run([*launcher, "--module", "sdkit", "train", spec_file, "training.zero_stage=2", "--to", tmp_path / "run"])
     assert_same_run(tmp_path / "run", one_process_run)
 
 

@@ -6,7 +6,6 @@ three updates, and this process makes the same ones alone, under stage 0.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +13,10 @@ from pathlib import Path
 import pytest
 import ranks_scenario as scenario
 import torch
+from os_processes import free_port
 from tinyruns import LORA
 
 DEADLINE = 400
-
-
-@pytest.fixture(scope="module")
-def other_folder(tmp_path_factory):
-    from sdkit.models import tiny
-
-    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +29,7 @@ def two_ranks(tiny_folder, other_folder, tmp_path_factory):
 
 def run_ranks(count, command):
     """Runs one process per rank; all must exit with 0 within the deadline."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     rendezvous = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = []
     for rank in range(count):

@@ -15,6 +15,7 @@ from typing import Literal
 import pytest
 import torch
 import yaml
+from one_rank import all_gather
 from torch import nn
 
 from sdkit.batches import HiddenStateScores, LogitTransform, Rollout, RolloutBatch, Row
@@ -143,11 +144,11 @@ def answer(case, spec):
         )
         for i, r in enumerate(case_rollouts)
     ]  # fmt: skip
-    batch = with_advantages(spec.losses, RolloutBatch(rollouts=tuple(rollouts)), _alone, LONGEST)
+    batch = with_advantages(spec.losses, RolloutBatch(rollouts=tuple(rollouts)), all_gather, LONGEST)
     batch = build_loss_masks(
         batch,
         spec.losses,
-        all_gather=_alone,
+        all_gather=all_gather,
         route=spec.route,
         special={3},
         functions=open_user_weights(spec.losses, HERE),
@@ -162,10 +163,6 @@ def answer(case, spec):
     logits = [tables["student"].model[str(i)] for i in range(len(case_rollouts))]
     gradient = [torch.zeros_like(x) if x.grad is None else x.grad for x in logits]
     return total.item(), gradient
-
-
-def _alone(values):
-    return values, slice(0, len(values))
 
 
 @every_case

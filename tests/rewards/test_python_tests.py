@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from groups import members
+from os_processes import members, wait_until
 
 from sdkit.language.errors import BadData, BadEnvironment
 from sdkit.language.specs import LastCodeBlock, PythonTests, Tagged, WholeText
@@ -80,13 +80,6 @@ def run(sandbox, program, given="", seconds=20.0):
         assert process is jail.process
         wait_until(lambda: not psutil.Process(process.pid).children())
     return result
-
-
-def wait_until(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def cases(*pairs, **more):

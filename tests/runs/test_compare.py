@@ -9,7 +9,6 @@ import pytest
 import yaml
 from rich.console import Console
 
-from sdkit.cli import main
 from sdkit.language.errors import UnreadableInput
 from sdkit.runs.compare import common_budget, differences, differing_evaluation, differing_settings, score_keys
 from sdkit.runs.compare_text import compare
@@ -278,22 +277,6 @@ def test_differing_evaluation_settings_are_listed(make_run):
     temperature = ("evaluation", "suites", "sums", "decoding", "greedy", "temperature")
     paths = [temperature, ("rewards", "right", "kind"), ("rewards", "unused", "kind"), ("training", "seed")]
     assert differing_evaluation(paths, [GREEDY]) == paths[:2]
-
-
-@pytest.fixture
-def sdkit(monkeypatch, capsys):
-    """Run a command line in this process; its exit code, standard output and standard error."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["sdkit", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as done:
-            code = done.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def compare_output(folders, *options):

@@ -11,10 +11,21 @@ import torch
 import yaml
 from attrs import evolve
 from ranks_scenario import SMOOTH
-from tinyruns import distil, lines, metrics, prepare_rollouts, train, train_step, training, weights_of, with_evaluation
+from tinyruns import (
+    collect,
+    distil,
+    lines,
+    metrics,
+    prepare_rollouts,
+    train,
+    train_step,
+    training,
+    weights_of,
+    with_evaluation,
+)
 
 pytest.importorskip("uvicorn", reason="the servers of these tests run on uvicorn")
-from test_servers import drawn, served_by
+from test_servers import served_by
 from tinyservers import TinySampler
 
 from sdkit.language.errors import ProcessDied
@@ -79,7 +90,7 @@ def test_prefetched_rollouts_come_from_the_named_weights(server, tiny_folder, tm
     trainer = open_tiny(prefetching_spec(server, tmp_path, tiny_folder))
     completions = []
     for step in range(3):
-        collected = drawn(trainer, step)
+        collected = collect(trainer, step)
         completions.append([r.completion_ids for r in collected.batch])
         if step == 1:
             plain = served_by([server], tmp_path, tiny_folder, losses=CORRECTED)
@@ -88,7 +99,7 @@ def test_prefetched_rollouts_come_from_the_named_weights(server, tiny_folder, tm
                 parameters = dict(trainer.models.student.model.named_parameters())
                 for name, parameter in other.models.student.model.named_parameters():
                     parameter.copy_(parameters[name])
-            expected = [r.completion_ids for r in drawn(other, 2).batch]
+            expected = [r.completion_ids for r in collect(other, 2).batch]
         _update(trainer, collected)
     assert completions[2] == expected
     assert completions[1] != completions[2]

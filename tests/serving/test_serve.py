@@ -5,12 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
 from attrs import evolve
-from groups import members
+from os_processes import members, wait_until
 from tinyruns import make_spec
 from typer.testing import CliRunner
 
@@ -190,19 +189,12 @@ def running_server():
         [sys.executable, "-c", SERVING, STAND_IN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     group = int(process.stdout.readline())
-    _until(lambda: len(members(group)) == 2)
+    wait_until(lambda: len(members(group)) == 2, 20)
     yield process, group
     process.kill()
     process.wait()
     for pid in members(group):
         os.kill(pid, signal.SIGKILL)
-
-
-def _until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_sigterm_stops_server_and_children(running_server):
@@ -225,4 +217,4 @@ def test_killed_server_is_reported_and_leaves_no_process(running_server):
 def test_server_dies_with_a_killed_serve_process(running_server):
     process, group = running_server
     process.kill()
-    _until(lambda: not members(group))
+    wait_until(lambda: not members(group), 20)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,9 +14,10 @@ import pytest
 import torch
 import yaml
 from attrs import evolve
+from os_processes import free_port
 from test_prefetch import CORRECTED, versions
-from test_servers import drawn, tokens
-from tinyruns import advance, lines, make_spec, metrics, rollout, train, training
+from test_servers import tokens
+from tinyruns import advance, collect, lines, make_spec, metrics, rollout, train, training
 
 from sdkit.language.specs import OptimizerSpec, VllmServerBackend
 from sdkit.train import loop
@@ -33,11 +33,8 @@ class Served:
     """`sdkit serve` as a process; after a kill it can be started again on the same port."""
 
     def __init__(self, model, work):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.backend = VllmServerBackend(
-            urls=(f"http://127.0.0.1:{port}",),
+            urls=(f"http://127.0.0.1:{free_port()}",),
             folder=str(work / "weights"),
             max_num_seqs=16,
             kv_cache_gib=0.1,
@@ -136,7 +133,7 @@ def test_logprobs_agree_after_every_update(served, tiny_folder, open_tiny):
     trainer = open_tiny(spec_of(served, tiny_folder))
     before = []
     for step in range(3):
-        collected = drawn(trainer, step)
+        collected = collect(trainer, step)
         assert collected.figures["canary_mean"] < 1e-4
         assert collected.figures["canary_max"] < 1e-3
         state = json.loads(served.ask("GET", "/sdkit/state")[1])
@@ -167,7 +164,7 @@ def _assert_logprobs_match_the_trainer(trainer, collected):
 
 def test_stop_texts_cut_as_without_vllm(served, tiny_folder, open_tiny):
     plain = open_tiny(make_spec(tiny_folder, rollout=rollout(max_new_tokens=16)))
-    texts = [plain.setup.data.tokenizer.decode(ids) for ids in tokens(drawn(plain))]
+    texts = [plain.setup.data.tokenizer.decode(ids) for ids in tokens(collect(plain))]
     stop = tuple(sorted({c for text in texts for c in text[3:] if c.isalnum() and c.isascii()})[:2])
     assert stop
     changes = {"max_new_tokens": 16, "stop": stop}
@@ -181,7 +178,7 @@ def test_stop_texts_cut_as_without_vllm(served, tiny_folder, open_tiny):
     ]
     done = []
     for trainer, params in zip(trainers, sampling, strict=True):
-        requests = drawn(trainer).requests
+        requests = collect(trainer).requests
         done.append(
             trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)[0].sample(
                 requests, params

@@ -1,7 +1,6 @@
 """A real vLLM server on loopback as the teacher: scores and training match those with the same model in process."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,12 +9,12 @@ import urllib.request
 
 import pytest
 import torch
+from os_processes import free_port
 from tinyruns import advance, distil, make_spec, rollouts_of, teacher
 
 from sdkit.batches import UnpaddedSequence
 from sdkit.language.errors import BadEnvironment
 from sdkit.language.specs import ExternalWeights, ServedWeights, TopKSupport
-from sdkit.models import tiny
 from sdkit.serving.teacher_client import ServedModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -25,17 +24,6 @@ K = 24
 START_SECONDS = 600  # seconds; 42 on a quiet machine
 TOP = distil(support=TopKSupport(k=K, chosen_by="teacher", remainder="tail_bucket"))
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def other_folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
 @pytest.fixture(scope="module")

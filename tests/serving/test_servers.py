@@ -47,10 +47,6 @@ def served_by(servers, tmp_path, folder, **changes):
     return evolve(spec, rollout=evolve(spec.rollout, backend=backend))
 
 
-def drawn(trainer, step=0):
-    return collect(trainer, step)
-
-
 def tokens(collected):
     return [r.completion_ids for r in collected.batch]
 
@@ -82,7 +78,7 @@ def test_complete_groups_are_sampled_by_the_newest_weights(serve, tiny_folder, t
     changes = {"rollout": rollout(completions_per_prompt=3)}
     trainer = open_tiny(served_by(servers, tmp_path, tiny_folder, **changes))
     for step in range(2):
-        collected = drawn(trainer, step)
+        collected = collect(trainer, step)
         assert collected.figures["servers"] == 2
         assert {r.policy_version for r in collected.batch} == {step}
         advance(trainer, 1)
@@ -97,10 +93,10 @@ def test_complete_groups_are_sampled_by_the_newest_weights(serve, tiny_folder, t
 def test_restarted_server_gets_weights_and_the_batch_again(serve, tiny_folder, tmp_path, open_tiny, capsys):
     [server] = serve()
     trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
-    expected = tokens(drawn(trainer))
+    expected = tokens(collect(trainer))
     server.kill()
     server.start()
-    assert tokens(drawn(trainer)) == expected
+    assert tokens(collect(trainer)) == expected
     assert len(server.loads) == 2
     assert "has restarted; sending the weights again" in capsys.readouterr().err
     assert any("has restarted" in message for message in trainer.sampler.backends.server_messages())
@@ -110,7 +106,7 @@ def test_restarted_server_gets_weights_and_the_batch_again(serve, tiny_folder, t
 def test_server_killed_during_a_batch_is_waited_for(serve, tiny_folder, tmp_path, open_tiny, capsys):
     [server] = serve()
     trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
-    expected = tokens(drawn(trainer))
+    expected = tokens(collect(trainer))
     already_served = len(server.requests)
 
     def fault(number):
@@ -120,7 +116,7 @@ def test_server_killed_during_a_batch_is_waited_for(serve, tiny_folder, tmp_path
             threading.Timer(0.5, server.start).start()
 
     server.fault = fault
-    assert tokens(drawn(trainer)) == expected
+    assert tokens(collect(trainer)) == expected
     messages = capsys.readouterr().err
     assert "a rollout server is unavailable" in messages
     assert "no rollout server answers; waiting up to 20 s" in messages
@@ -132,19 +128,19 @@ def test_other_servers_take_over_until_a_failed_one_returns(
 ):
     servers = serve(2)
     trainer = open_tiny(served_by(servers, tmp_path, tiny_folder))
-    expected = tokens(drawn(trainer))
+    expected = tokens(collect(trainer))
     servers[0].kill()
-    alone = drawn(trainer)
+    alone = collect(trainer)
     assert tokens(alone) == expected
     assert servers[0].url in capsys.readouterr().err
     advance(trainer, 1)
-    assert drawn(trainer, 1).figures["servers"] == 1
+    assert collect(trainer, 1).figures["servers"] == 1
     servers[0].start()
     monkeypatch.setattr(pool, "RECHECK_SECONDS", 0.0)
     for member in trainer.sampler.backends.pool._members:
         member.retry_at = 0.0
     before = len(servers[0].requests)
-    drawn(trainer, 1)
+    collect(trainer, 1)
     assert len(servers[0].requests) > before
     assert "is back, with weights 1" in capsys.readouterr().err
 
@@ -153,10 +149,10 @@ def test_unavailable_server_ends_the_run_and_is_named(serve, tiny_folder, tmp_pa
     [server] = serve()
     spec = served_by([server], tmp_path, tiny_folder, backend={"deadline_seconds": 0.5})
     trainer = open_tiny(spec)
-    drawn(trainer)
+    collect(trainer)
     server.kill()
     with pytest.raises(ProcessDied, match=r"no rollout server for 0\.5 s") as caught:
-        drawn(trainer)
+        collect(trainer)
     assert server.url in str(caught.value)
     assert "sdkit serve" in caught.value.hint
     assert "--resume" in caught.value.hint
@@ -166,12 +162,12 @@ def test_completion_beyond_the_deadline_ends_the_run(serve, tiny_folder, tmp_pat
     [server] = serve()
     spec = served_by([server], tmp_path, tiny_folder, backend={"deadline_seconds": 0.5})
     trainer = open_tiny(spec)
-    drawn(trainer)
+    collect(trainer)
     released = threading.Event()
     server.fault = lambda _: released.wait(30) and None
     try:
         with pytest.raises(ProcessDied, match=r"lost a batch|no rollout server"):
-            drawn(trainer)
+            collect(trainer)
     finally:
         released.set()
 
@@ -179,7 +175,7 @@ def test_completion_beyond_the_deadline_ends_the_run(serve, tiny_folder, tmp_pat
 def test_server_that_loses_every_batch_ends_the_run(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
     trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
-    drawn(trainer)
+    collect(trainer)
 
     def lose_weights(_):
         server.gateway.loaded = None
@@ -187,7 +183,7 @@ def test_server_that_loses_every_batch_ends_the_run(serve, tiny_folder, tmp_path
 
     server.fault = lose_weights
     with pytest.raises(ProcessDied, match="lost a batch 8 times"):
-        drawn(trainer)
+        collect(trainer)
 
 
 def test_refused_request_ends_the_run_at_once(serve, tiny_folder, tmp_path, open_tiny):
@@ -195,13 +191,13 @@ def test_refused_request_ends_the_run_at_once(serve, tiny_folder, tmp_path, open
     trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
     server.fault = lambda _: 400
     with pytest.raises(BadEnvironment, match="answered 400: as the test wants"):
-        drawn(trainer)
+        collect(trainer)
 
 
 def test_weights_that_differ_from_the_trainers_are_detected(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
     trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
-    drawn(trainer)
+    collect(trainer)
 
     async def ignore_weights(method, timeout, args):
         return [1]
@@ -275,7 +271,7 @@ def test_key_comes_from_the_environment(serve, tiny_folder, tmp_path, process_gr
         run.open_run(spec, tmp_path)
     assert "key_from" in caught.value.hint
     monkeypatch.setenv("ROLLOUT_KEY", "open sesame")
-    assert tokens(drawn(open_tiny(spec)))
+    assert tokens(collect(open_tiny(spec)))
 
 
 def test_teacher_can_sample_on_servers(serve, tiny_folder, tmp_path, open_tiny):
@@ -286,4 +282,4 @@ def test_teacher_can_sample_on_servers(serve, tiny_folder, tmp_path, open_tiny):
     trainer = open_tiny(served_by([server], tmp_path, tiny_folder, **changes))
     expected = open_tiny(make_spec(tiny_folder, **changes))
     assert isinstance(expected.setup.plan.backend, TransformersBackend)
-    assert tokens(drawn(trainer)) == tokens(drawn(expected))
+    assert tokens(collect(trainer)) == tokens(collect(expected))

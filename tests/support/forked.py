@@ -6,12 +6,12 @@ That process must have a single thread and must not have used torch yet.
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 
 from attrs import frozen
+from os_processes import free_port
 
 DEADLINE = 120.0
 PATIENCE = 20.0
@@ -49,9 +49,7 @@ def ranks(count, run, folder, patience=PATIENCE):
 
     A process that has not ended in time is killed.  Output goes to files beside `folder`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     started = time.monotonic()
     deadline = started + DEADLINE
     output = [folder.with_name(f"{folder.name} output {rank}") for rank in range(count)]

@@ -38,6 +38,8 @@ from sdkit.language.specs import (
 
 LORA = LoraSpec(r=4, lora_alpha=8.0)
 COLUMNS = Table({"prompt": "prompt", "demonstration": "demonstration", "answer": "answer"})
+# The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
+MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 PRECISIONS = [("float32", 0), ("float32", 1), ("float32", 2), ("bfloat16", 1)]
 
 
@@ -108,6 +110,17 @@ def with_evaluation(spec, **changes):
     parts = {"suites": Table(suites), "teacher_lift": 2}
     rewards = {"right": ExactReward(), "number": RegexReward(pattern=r"\d")}
     return evolve(spec, evaluation=EvaluationSpec(**(parts | changes)), rewards=Table(rewards))
+
+
+def scorer_of(*rewards, feedback=None):
+    """A scorer that gives these rewards to the rollouts of a step, in order."""
+    from sdkit.rewards.scorer import ScoredCompletion, Scorer
+
+    return Scorer(
+        lambda pairs: [
+            ScoredCompletion(reward=float(rewards[i % len(rewards)]), feedback=feedback) for i in range(len(pairs))
+        ]
+    )
 
 
 def collect(trainer, step=0):
@@ -209,6 +222,10 @@ def run_scenario(script, folder, work, cases, seconds=600):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_status(folder):
+    return json.loads((folder / "status.json").read_text())
 
 
 def metrics(folder):

@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-import socket
 import threading
 import time
 from types import SimpleNamespace
 
 import uvicorn
+from os_processes import free_port
 from safetensors.torch import load_file
 
 from sdkit.batches import SamplingParams, SamplingRequest
@@ -27,7 +27,7 @@ class TinySampler:
         self.model_folder, self.folder, self.key = model, folder, key
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.load = lambda: AutoModelForCausalLM.from_pretrained(model).eval()
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.max_tokens = 512
         self.config = {}  # overrides of the model's config in the server's state
@@ -134,9 +134,3 @@ class TinySampler:
             "finish_reason": "stop" if done.finished else "length",
         }
         return 200, {"choices": [choice]}
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -6,6 +6,7 @@ from attrs import evolve
 from tinyruns import (
     COLUMNS,
     LORA,
+    MINUS_GRADIENT,
     advance,
     assert_equal,
     distil,
@@ -49,12 +50,9 @@ from sdkit.language.specs import (
     TrustRegionBlend,
 )
 from sdkit.losses.scores import logits as logits_of
-from sdkit.models import tiny
 from sdkit.train.collate import collate_completions
 from sdkit.train.smoke import smoke
 
-# The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 BLENDS = {
     "trust region": TrustRegionBlend(student_share=0.3),
     "product": ProductBlend(student_power=0.8),
@@ -63,11 +61,6 @@ BLENDS = {
 }
 EVERY_BLEND = pytest.mark.parametrize("blend", BLENDS.values(), ids=BLENDS)
 BOTH_FORMS = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-
-
-@pytest.fixture(scope="module")
-def other_folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
 @pytest.fixture

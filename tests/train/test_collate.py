@@ -1,6 +1,7 @@
 """Micro-batches: positions are aligned, token ids are reused, and the split changes no gradient."""
 
 import torch
+from one_rank import all_gather
 
 from sdkit.batches import Rollout, RolloutBatch, Row
 from sdkit.language.specs import CrossEntropy, Distillation, ForwardKl, MaskSpec, PerSequence, Table, VocabularySupport
@@ -32,13 +33,9 @@ def clone(x):
     return x.clone()
 
 
-def single_rank_gather(values):
-    return values, slice(0, len(values))
-
-
 def collate_rollouts(rollouts, losses, *rest):
     batch = RolloutBatch(rollouts=tuple(rollouts))
-    return collate(list(build_loss_masks(batch, losses, all_gather=single_rank_gather)), losses, *rest)
+    return collate(list(build_loss_masks(batch, losses, all_gather=all_gather)), losses, *rest)
 
 
 def test_states_predict_the_next_token_under_both_prompts():

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attrs import evolve
-from test_collate import CPU, clone, rollout, single_rank_gather
+from one_rank import all_gather
+from test_collate import CPU, clone, rollout
 from tinyruns import distil, lines, make_spec, metrics, train, training
 from tinyruns import rollout as sampling
 from tinyruns import teacher as teacher_of
@@ -141,7 +142,7 @@ def gradients(term, batch, kind, chunk=2):
 
 def micro_batches(rollouts, term):
     losses = Table({"term": term})
-    batch = build_loss_masks(RolloutBatch(rollouts=tuple(rollouts)), losses, all_gather=single_rank_gather)
+    batch = build_loss_masks(RolloutBatch(rollouts=tuple(rollouts)), losses, all_gather=all_gather)
     collated = collate(list(batch), losses, 100, clone, CPU)
     empty = empty_micro_batch(losses, teacher=term.needs_teacher, device=CPU)
     return collated.counts["term"], collated.micro_batches or (empty,)

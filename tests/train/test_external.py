@@ -8,6 +8,7 @@ import torch
 from attrs import evolve
 from tinyruns import (
     LORA,
+    MINUS_GRADIENT,
     advance,
     assert_equal,
     distil,
@@ -25,17 +26,9 @@ from tinyruns import (
 
 from sdkit.language.errors import BadData
 from sdkit.language.specs import ExternalWeights, OptimizerSpec, ReverseKl, SampledTokenSupport, TeacherSamples
-from sdkit.models import tiny
 
 ROWS = 404
 """Token ids of the tiny tokenizer, and output rows of the tiny model."""
-# The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
-
-
-@pytest.fixture(scope="module")
-def other_folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
 @pytest.fixture(scope="module")

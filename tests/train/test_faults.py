@@ -18,6 +18,7 @@ from tinyruns import (
     make_spec,
     masters,
     metrics,
+    read_status,
     rollout,
     teacher,
     train,
@@ -40,10 +41,6 @@ from sdkit.train import loop, stop_requests
 from sdkit.train.step import LossNotFinite
 
 SCENARIO = Path(__file__).parents[1] / "support" / "fault_scenario.py"
-
-
-def read_status(folder):
-    return json.loads((folder / "status.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tinyruns import collect, compute_token_statistics, prepare_rollouts, train_step, training
+from tinyruns import collect, compute_token_statistics, prepare_rollouts, scorer_of, train_step, training
 
 from sdkit.batches import RolloutBatch
 from sdkit.language.specs import (
@@ -29,7 +29,6 @@ from sdkit.language.specs import (
     UserTurn,
     VocabularySupport,
 )
-from sdkit.rewards.scorer import ScoredCompletion, Scorer
 
 GROUP = 4
 ROLLOUT = RolloutSpec(max_new_tokens=8, completions_per_prompt=GROUP, backend=TransformersBackend())
@@ -48,15 +47,6 @@ TEACHER = TeacherSpec(
     ),
 )
 DISTIL = Table({"distil": Distillation(divergence=ForwardKl(), support=VocabularySupport())})
-
-
-def scorer_of(*rewards, feedback=None):
-    """A scorer that gives these rewards to the rollouts of a step, in order."""
-    return Scorer(
-        lambda pairs: [
-            ScoredCompletion(reward=float(rewards[i % len(rewards)]), feedback=feedback) for i in range(len(pairs))
-        ]
-    )
 
 
 @pytest.fixture

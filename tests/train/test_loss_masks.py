@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from attrs import evolve
+from one_rank import all_gather
 
 from sdkit.batches import Rollout, RolloutBatch, Row
 from sdkit.language.specs import (
@@ -35,10 +36,6 @@ from sdkit.train.loss_masks import build_loss_masks
 
 SPECIAL = {7, 9}
 GROUP = 3
-
-
-def single_rank_gather(values):
-    return values, slice(0, len(values))
 
 
 def rollout(draw, group, length, reward, teacher=True):
@@ -86,7 +83,7 @@ def imitate(mask=None, **changes):
 
 
 def loss_masks_of(batch, term, **options):
-    options = {"all_gather": single_rank_gather, "special": SPECIAL} | options
+    options = {"all_gather": all_gather, "special": SPECIAL} | options
     return [r.loss_masks["term"] for r in build_loss_masks(batch, Table({"term": term}), **options)]
 
 
@@ -228,7 +225,7 @@ def test_user_weight_gets_rollouts_or_groups(batch, rows):
 def test_route_sends_each_rollout_to_one_branch(batch, when):
     losses = Table({"wrong": imitate(), "right": imitate(), "all": imitate()})
     route = RouteSpec(when=when, then=("wrong",), otherwise=("right",))
-    routed = build_loss_masks(batch, losses, all_gather=single_rank_gather, route=route)
+    routed = build_loss_masks(batch, losses, all_gather=all_gather, route=route)
     for r in routed:
         with_context = when == "failed" or r.teacher_prompt_ids is not None
         branch = "then" if r.reward < 1 and with_context else "otherwise"
@@ -304,7 +301,7 @@ def test_masks_over_two_ranks_equal_one(batch, term, cut):
 @pytest.mark.parametrize("cut", [0, 3, 9])
 def test_advantages_use_the_std_of_all_ranks(batch, scale, cut):
     losses = Table({"policy": PolicyGradient(advantage=GroupRelative(scale=scale))})
-    expected = [r.advantage for r in with_advantages(losses, batch, single_rank_gather, 12)]
+    expected = [r.advantage for r in with_advantages(losses, batch, all_gather, 12)]
     rollouts = tuple(batch)
     parts = [RolloutBatch(rollouts=part) for part in (rollouts[:cut], rollouts[cut:])]
     out = Ranks(2).run(lambda rank, all_gather: with_advantages(losses, parts[rank], all_gather, 12))
@@ -314,12 +311,12 @@ def test_advantages_use_the_std_of_all_ranks(batch, scale, cut):
 
 
 def collate_masked(batch, losses, budget=100, **options):
-    masked = build_loss_masks(batch, losses, all_gather=single_rank_gather, special=SPECIAL, **options)
+    masked = build_loss_masks(batch, losses, all_gather=all_gather, special=SPECIAL, **options)
     return collate(list(masked), losses, budget, torch.clone, torch.device("cpu"))
 
 
-def collated_weights(collate_masked, name):
-    return torch.cat([m.tokens.weights[name] for m in collate_masked.micro_batches])
+def collated_weights(result, name):
+    return torch.cat([m.tokens.weights[name] for m in result.micro_batches])
 
 
 def test_joint_terms_share_one_denominator(batch):
@@ -369,17 +366,17 @@ def test_split_into_micro_batches_changes_no_weight(batch, budget):
 def test_split_batch_keeps_its_weights(batch):
     term = distil(MaskSpec(student_entropy_top=0.4), weight=TeacherEntropyWeight(rate=1.0))
     losses = Table({"term": term})
-    masked = build_loss_masks(batch, losses, all_gather=single_rank_gather)
+    masked = build_loss_masks(batch, losses, all_gather=all_gather)
     masks = [r.loss_masks["term"] for part in masked.split(2) for r in part]
     assert [c.positions for c in masks] == [r.loss_masks["term"].positions for r in masked]
     assert sum(map(sum, (c.weights for c in masks))) == pytest.approx(sum(len(c.positions) for c in masks))
     # Each part is divided by its own number of tokens, as without weights.
     part = masked.split(2)[0]
-    collate_masked = collate(list(part), losses, 100, torch.clone, torch.device("cpu"))
+    result = collate(list(part), losses, 100, torch.clone, torch.device("cpu"))
     tokens = sum(len(r.loss_masks["term"].positions) for r in part)
     total_weight = sum(sum(r.loss_masks["term"].weights) for r in part)
-    assert collate_masked.counts["term"].tokens == tokens
-    assert collated_weights(collate_masked, "term").sum() == pytest.approx(total_weight / tokens)
+    assert result.counts["term"].tokens == tokens
+    assert collated_weights(result, "term").sum() == pytest.approx(total_weight / tokens)
 
 
 ALL_WEIGHTS = [

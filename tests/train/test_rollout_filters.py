@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tinyruns import collect, prepare_rollouts, train_step
+from tinyruns import collect, prepare_rollouts, scorer_of, train_step
 
 from sdkit.batches import Rollout, RolloutBatch, Row
 from sdkit.language.specs import (
@@ -29,7 +29,6 @@ from sdkit.language.specs import (
     Verdict,
     VocabularySupport,
 )
-from sdkit.rewards.scorer import ScoredCompletion, Scorer
 from sdkit.train import loop
 from sdkit.train.rollout_filters import filter_rollouts
 from sdkit.train.rollout_sampler import resolve_sampler
@@ -37,15 +36,6 @@ from sdkit.train.rollout_sampler import resolve_sampler
 BACKEND = TransformersBackend()
 REWARDS = Table({"right": RegexReward(pattern=".")})
 DISTIL = Table({"distil": Distillation(divergence=ForwardKl(), support=VocabularySupport())})
-
-
-def scorer_of(*rewards):
-    """A scorer that gives these rewards to the rollouts of a step, in order."""
-    return Scorer(
-        lambda pairs: [
-            ScoredCompletion(reward=float(rewards[i % len(rewards)]), feedback=None) for i in range(len(pairs))
-        ]
-    )
 
 
 ROW = Row(index=0, messages=({"role": "user", "content": "Q"},), columns={}, raw={})

@@ -5,6 +5,7 @@ import torch
 from attrs import evolve
 from tinyruns import (
     LORA,
+    MINUS_GRADIENT,
     SEES_DEMONSTRATION,
     advance,
     assert_equal,
@@ -33,25 +34,16 @@ from sdkit.language.specs import (
     FrozenWeights,
     InlineSource,
     LogRatio,
-    OptimizerSpec,
     PolicyGradient,
     RoutedWeights,
     StudentWeights,
     Table,
     TeacherSpec,
 )
-from sdkit.models import tiny
 from sdkit.train.smoke import smoke
 
-# The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 COLUMNS = Table({n: n for n in ("prompt", "demonstration", "answer")} | {"domain": "domain"})
 DOMAINS = ("math", "code", "math", "chat", "code", "math")
-
-
-@pytest.fixture(scope="module")
-def other_folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
 def routed_data(domains=DOMAINS, start=0):

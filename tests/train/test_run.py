@@ -16,6 +16,7 @@ from tinyruns import (
     make_spec,
     metrics,
     model,
+    read_status,
     rollout,
     rollouts_of,
     teacher,
@@ -41,10 +42,6 @@ from sdkit.train.inputs import RunData
 from sdkit.train.report import Report
 
 EMA = teacher(EmaWeights(update_rate=0.3))
-
-
-def read_status(folder):
-    return json.loads((folder / "status.json").read_text())
 
 
 @pytest.fixture(scope="module")

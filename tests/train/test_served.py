@@ -8,6 +8,7 @@ from attrs import evolve
 from test_external import copy_with_swapped_tokens
 from test_routed import routed_data, routed_teacher
 from tinyruns import (
+    MINUS_GRADIENT,
     advance,
     distil,
     evaluate_objective,
@@ -40,7 +41,6 @@ from sdkit.language.specs import (
     Table,
     TopKSupport,
 )
-from sdkit.models import tiny
 from sdkit.serving import client
 from sdkit.serving.tiny_server import TinyServer
 from sdkit.train.run import open_run
@@ -48,14 +48,7 @@ from sdkit.train.smoke import smoke
 
 K = 7
 TOP = distil(support=TopKSupport(k=K, chosen_by="teacher", remainder="tail_bucket"))
-# The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 ENTROPY = {"distil/teacher_entropy"}
-
-
-@pytest.fixture(scope="module")
-def other_folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tinyruns import (
     LORA,
+    MINUS_GRADIENT,
     advance,
     assert_equal,
     distil,
@@ -52,8 +53,6 @@ from sdkit.train.collate import collate
 from sdkit.train.report import Report
 from sdkit.train.step_specs import learning_rate
 
-# The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 SAMPLER = ImportanceSpec(sampler=SamplerRatio(cap=2.0, level="sequence_mean"))
 OBJECTIVES = {
     "forward": distil(average=PerSequence(empty_rows="count"), importance=SAMPLER),

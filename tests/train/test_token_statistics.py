@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tinyruns import (
+    MINUS_GRADIENT,
     collect,
     compute_token_statistics,
     distil,
@@ -15,6 +16,7 @@ from tinyruns import (
     prepare_rollouts,
     rollout,
     rollouts_of,
+    scorer_of,
     silent_console,
     teacher,
     train_step,
@@ -52,11 +54,8 @@ from sdkit.language.specs import (
     UserTurn,
     VocabularySupport,
 )
-from sdkit.rewards.scorer import ScoredCompletion, Scorer
 from sdkit.train.smoke import smoke
 
-# The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 REWARDS = Table({"right": RegexReward(pattern=".")})
 JOINT = PerToken(denominator="joint")
 GROUPS = rollout(completions_per_prompt=3)
@@ -94,11 +93,6 @@ def assert_step_matches(trainer, batch, loss):
         torch.testing.assert_close(value, reference, atol=1e-5, rtol=1e-3)
 
 
-def scorer_of(*rewards):
-    """A scorer that gives these rewards to the rollouts of a step, in order."""
-    return Scorer(lambda pairs: [ScoredCompletion(reward=float(rewards[i % len(rewards)])) for i in range(len(pairs))])
-
-
 @pytest.fixture
 def open_trainer_with_rewards(open_tiny):
     def make_trainer(*rewards, **changes):
@@ -116,12 +110,12 @@ def test_token_statistics_match_plain_torch(open_tiny, budget):
     for r in batch:
         with torch.no_grad():
             student = logprobs(trainer.models.student.causal, r.prompt_ids, r, 0.7)
-            teacher = logprobs(trainer.models.teacher.weights.causal, r.teacher_prompt_ids, r, 0.7)
+            teacher_logprobs = logprobs(trainer.models.teacher.weights.causal, r.teacher_prompt_ids, r, 0.7)
         expected = {
             "student_logprobs": sampled_logprobs(student, r),
             "student_entropy": entropy(student),
-            "teacher_logprobs": sampled_logprobs(teacher, r),
-            "teacher_entropy": entropy(teacher),
+            "teacher_logprobs": sampled_logprobs(teacher_logprobs, r),
+            "teacher_entropy": entropy(teacher_logprobs),
         }
         for name, values in expected.items():
             actual = torch.tensor(r.token_statistics[name])
