@@ -44,7 +44,7 @@ def _words(identifier: str) -> set[str]:
 
 
 def _docstrings(tree: ast.AST) -> set[int]:
-    """Strings that stand as statements: docstrings of modules, classes, functions and constants."""
+    """Ids of strings that are statements: docstrings of modules, classes, functions and constants."""
     expressions = (node for node in ast.walk(tree) if isinstance(node, ast.Expr))
     return {id(e.value) for e in expressions if isinstance(e.value, ast.Constant)}
 

@@ -116,7 +116,7 @@ def advantages_of(advantage, deltas, has_teacher):
 
 
 def policy_loss(naive, term, logits, temperature, old, weights=WEIGHTS, has_teacher=(True,) * 5):
-    """Σ_j w_j c_j L(ρ_j, A_j) as a function of the students' logits; `old`: OLD, or the student as it stands."""
+    """Σ_j w_j c_j L(ρ_j, A_j) as a function of the student's logits; `old`: OLD, or the current logprobs."""
     teacher = logprobs(naive, logits.teacher.tolist(), temperature)
     deltas = [t - o for t, o in zip(teacher, old, strict=True)]
     advantages = advantages_of(term.advantage, deltas, has_teacher)

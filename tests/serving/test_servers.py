@@ -190,7 +190,7 @@ def test_refused_request_ends_the_run_at_once(serve, tiny_folder, tmp_path, open
     [server] = serve()
     trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
     server.fault = lambda _: 400
-    with pytest.raises(BadEnvironment, match="answered 400: as the test wants"):
+    with pytest.raises(BadEnvironment, match="answered 400: refused by the test"):
         collect(trainer)
 
 

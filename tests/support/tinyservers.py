@@ -114,7 +114,7 @@ class TinySampler:
             ]
             return 200, {"choices": [{"prompt_logprobs": [None, *places]}]}
         if self.fault and (status := self.fault(len(self.requests))):
-            return status, {"error": {"message": "as the test wants"}}
+            return status, {"error": {"message": "refused by the test"}}
         self.requests.append({"prompt": tuple(ids), "seed": body.get("seed"), "weights": dict(self.gateway.loaded)})
         backend = TransformersRollouts(self.tokenizer, 1, tuple(body["stop_token_ids"]))
         backend.load(Weights(self.causal), 0)
