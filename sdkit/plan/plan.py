@@ -143,9 +143,6 @@ def _count_steps(spec: ExperimentSpec, rows: int | None) -> int | None:
     return training.steps
 
 
-# ── derived settings ──────────────────────────────────────────────────────────────────────────
-
-
 def _precision_notes(spec: ExperimentSpec, machine: Machine, stage: int) -> Iterator[str]:
     if stage != spec.training.zero_stage:
         yield "training.zero_stage 0 runs as 1: stage 0 has no float32 gradients in bfloat16"
