@@ -16,7 +16,7 @@ from sdkit.language.specs import (
     TrainingSpec,
     VllmServerBackend,
 )
-from sdkit.plan.accelerators import Machine
+from sdkit.plan.accelerators import ACCELERATORS, Machine
 from sdkit.plan.plan import make_plan
 from sdkit.plan.text import render_plan
 
@@ -63,6 +63,6 @@ def test_the_oldest_rollout_counts_the_batches_between(staleness, updates, oldes
 
 
 def test_servers_take_none_of_the_trainers_memory_and_no_time_is_guessed_for_them():
-    _, plan = planned(accelerator="h100")
+    _, plan = planned(accelerator=ACCELERATORS["h100"])
     assert not [share for share in plan.memory if "vLLM" in share.label]
     assert plan.step_time.unknown_reason == "how fast the rollout servers sample is not known"
