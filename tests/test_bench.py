@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -102,14 +103,19 @@ def test_the_fit_finds_the_utilizations_that_the_points_were_made_with(monkeypat
     made = {"seconds": 15.0, "sampling": 4.0, "teacher": 5.0, "update": 5.0, "tokens": 100.0}
     done = [Measurement(shape=name, side="sdkit, vLLM", round=0, steps=[made, made]) for name in points]
 
-    def predict(_session, device, _measured):
-        return [1 / device.bandwidth_utilization, 1 / device.compute_utilization, 1 / device.compute_utilization]
+    class Made(scaling.Point):
+        def predict(self, device):
+            return [1 / device.bandwidth_utilization, *[1 / device.compute_utilization] * 2]
 
-    monkeypatch.setattr(scaling, "predict", predict)
+    def made_point(session, measured):
+        unused: Any = None
+        return Made(shape=session.shapes[measured.shape], measured=measured, spec=unused, model=unused)
+
+    monkeypatch.setattr(scaling, "read_point", made_point)
     failed = Measurement(shape="ranks 2", side="sdkit, vLLM", round=1, error="one core")
     text = scaling.section(session(points, [*done, failed]), tmp_path / "assets/scaling.png")
     assert "40% and 60% by default" in text
     assert "fitted to these points they are 20% and 25%" in " ".join(text.split())
     assert "| vocabulary 49152 | 4.00 + 5.00 + 5.00 | 1.67 + 2.50 + 2.50 | 4.00 + 5.00 + 5.00 |" in text
-    assert "| ranks 2 | failed: one core |  |  |" in text
+    assert "| ranks 2 | failed: one core | | |" in text
     assert (tmp_path / "assets/scaling.png").stat().st_size > 10_000

@@ -43,10 +43,12 @@ def parse() -> argparse.Namespace:
 
 
 def choose(names: Sequence[str], dtype: str | None) -> dict[str, Shape]:
-    """Return the named shapes and sets by shape's name, in `dtype` if given."""
+    """Return the named shapes and sets by shape's name.  In a given `dtype` the shape `float32` is left out."""
     shapes = {shape.name: shape for group in SETS.values() for shape in group}
     chosen = [shape.name for name in names for shape in SETS.get(name, (shapes.get(name),)) if shape]
-    return {name: evolve(shapes[name], dtype=dtype or shapes[name].dtype) for name in chosen}
+    if dtype is None:
+        return {name: shapes[name] for name in chosen}
+    return {name: evolve(shapes[name], dtype=dtype) for name in chosen if name != "float32"}
 
 
 def schedule(shapes: Sequence[Shape], rounds: int) -> Iterator[tuple[int, Shape, Side]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -68,6 +69,7 @@ def write_rows(shape: Shape, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+@functools.cache
 def prompt_lengths(shape: Shape, model: Path) -> tuple[float, float]:
     """Return the mean tokens of the student's and of the teacher's prompts.
 
@@ -149,4 +151,4 @@ def _write_random_weights(folder: Path, vocabulary: int) -> None:
         eos_token_id=ids[END],
         pad_token_id=ids[END],
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)

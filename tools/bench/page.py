@@ -45,8 +45,9 @@ own, which shares torch and transformers with sdkit's. `python -m tools.bench --
 
 Both sides read the same model, rows and templates, sample completions of the same length at temperature 1, and make one
 AdamW step per rollout batch; the teacher is a moving average of the student. TRL trains weights in the row's precision,
-as it loads them; sdkit keeps float32 masters and averages besides. Each row is a process of its own, both sides in
-alternation. A figure is the median over rounds, a range its lowest and highest value.
+without autocast and without gradient checkpointing; sdkit keeps float32 masters and averages besides. Each row is a
+process of its own, both sides in alternation; TRL and **sdkit** sample with transformers' `generate`, **sdkit, vLLM**
+with vLLM. A figure is the median over rounds, a range its lowest and highest value.
 
 - **batch**: prompts × completions per prompt × tokens per completion. Prompts have 78 tokens where nothing else is said,
   teacher prompts 50 more.

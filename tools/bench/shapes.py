@@ -37,8 +37,8 @@ class Shape:
         return f"{self.prompts} × {self.group} × {self.max_new_tokens}"
 
 
-SDFT = Shape(name="sdft", about="forward KL over the vocabulary", steps=4, sides=(*GENERATE, "sdkit, vLLM"))
-EXTRA = evolve(SDFT, steps=3, sides=GENERATE)
+SDFT = Shape(name="sdft", about="forward KL over the vocabulary", sides=(*GENERATE, "sdkit, vLLM"))
+EXTRA = evolve(SDFT, sides=GENERATE)
 WIDE = evolve(EXTRA, name="wide", about="V 152k, width 256", vocabulary=151_936, prompts=28, max_new_tokens=62)
 SDPO = Shape(
     name="sdpo",
@@ -70,7 +70,7 @@ FURTHER = (
 
 
 def _point(axis: str, value: int, **changes: object) -> Shape:
-    base = evolve(SDFT, steps=3, sides=("sdkit, vLLM",))
+    base = evolve(SDFT, sides=("sdkit, vLLM",))
     return evolve(base, name=f"{axis} {value}", about=axis, **changes)  # pyright: ignore[reportArgumentType]
 
 

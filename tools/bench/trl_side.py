@@ -1,6 +1,6 @@
 """Runs TRL's trainer on a shape: `python trl_side.py SHAPE.json MODEL ROWS OUT` in the environment with TRL.
 
-The weights are in the shape's precision, without float32 masters, as TRL loads them.
+The weights are in the shape's precision, without float32 masters and without autocast.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
-from trl.experimental.sdft import SDFTConfig, SDFTTrainer
-from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer  # pyright: ignore[reportMissingImports]
+from trl.experimental.sdpo import SDPOConfig, SDPOTrainer  # pyright: ignore[reportMissingImports]
 
 MODES = {"vocabulary": "full_logits", "top_k": "topk_logits", "sampled_token": "sampled_token"}
 
