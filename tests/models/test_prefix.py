@@ -39,7 +39,7 @@ def apart(weights, sequences):
         return states_after_prefix(decoder(causal), sequences)
 
 
-def test_the_prefix_leaves_every_prompt_a_token():
+def test_shared_prefix_leaves_every_prompt_a_token():
     def shared(*prompts):
         return pad_sequences(prompts, [(9,)] * len(prompts), [range(1)] * len(prompts), 100, CPU).shared_prefix
 
@@ -64,7 +64,7 @@ def test_padding_on_the_right_needs_no_mask(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", families.SETTINGS)
-def test_states_after_a_prefix_are_those_of_one_pass(tmp_path, family):
+def test_states_after_prefix_equal_those_of_one_pass(tmp_path, family):
     weights = build(tmp_path, family)
     longest = longest_shared(weights, CPU, LONG, TEXT)
     assert takes_prefix(weights, CPU, TEXT, longest) == (family not in RECURRENT)
@@ -102,7 +102,7 @@ def see_others(layer, values):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fault", [misplace, see_ahead, see_others])
-def test_a_cache_that_changes_the_states_is_noticed(tiny_folder, monkeypatch, dtype, fault):
+def test_cache_that_changes_states_is_detected(tiny_folder, monkeypatch, dtype, fault):
     weights = Weights(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype).eval())
     assert takes_prefix(weights, CPU, TEXT, LONG)
     update = PrefixCache.update
@@ -116,7 +116,7 @@ def test_a_cache_that_changes_the_states_is_noticed(tiny_folder, monkeypatch, dt
     assert not takes_prefix(weights, CPU, TEXT, LONG)
 
 
-def test_a_model_that_sees_later_tokens_is_noticed(tiny_folder):
+def test_model_that_sees_later_tokens_is_detected(tiny_folder):
     weights = Weights(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16).eval())
     assert not sees_ahead(weights, CPU)
     for layer in weights.causal.model.layers:
@@ -124,7 +124,7 @@ def test_a_model_that_sees_later_tokens_is_noticed(tiny_folder):
     assert sees_ahead(weights, CPU)
 
 
-def test_a_pass_takes_the_prefix_apart_only_without_gradients_and_where_it_pays(tiny_folder, monkeypatch):
+def test_prefix_runs_apart_only_without_gradients_and_where_it_pays(tiny_folder, monkeypatch):
     weights = Weights(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval())
     rows = []
     weights.causal.model.register_forward_pre_hook(
@@ -149,7 +149,7 @@ def test_a_pass_takes_the_prefix_apart_only_without_gradients_and_where_it_pays(
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "adapters"])
-def test_a_run_learns_the_same_with_and_without(open_tiny, tiny_folder, monkeypatch, lora):
+def test_training_is_equal_with_and_without(open_tiny, tiny_folder, monkeypatch, lora):
     counts = []
     count = prefix.states_after_prefix
     monkeypatch.setattr("sdkit.models.weights.states_after_prefix", lambda *args: counts.append(args) or count(*args))
