@@ -1,7 +1,7 @@
 """Runs the prefix that all rows of a forward pass share once, at batch size 1.
 
-The other tokens of each row attend to the prefix's keys and values, expanded to all rows.  Only for passes without
-gradients, and only for models whose states `takes_prefix` (train/row_probe.py) compared.
+The other tokens of each row attend to the prefix's keys and values, expanded to all rows, and gradients flow back through
+them.  Only for models whose states `takes_prefix` (train/row_probe.py) compared.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from sdkit.batches import PaddedSequences
 
-LEAST_SAVED = 512
-"""Tokens that a shared prefix must save, since a pass of its own costs as much as some hundred tokens."""
-LEAST_SHARE = 0.25
+LEAST_SAVED = 256
+"""Tokens that a shared prefix must save; below, a pass of its own costs as much."""
+LEAST_SHARE = 0.05
 """Share of the padded tokens that it must save, since attention after a prefix needs a mask, which slower kernels take."""
 
 
 class PrefixCache(DynamicCache):
-    """The keys and values of a prefix, at batch size 1.  Once frozen, a pass of any batch size reads them only."""
+    """The keys and values of a prefix, at batch size 1.  Once frozen, a pass of several rows reads them only."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
@@ -36,6 +36,8 @@ class PrefixCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Returns a layer's keys and values of the prefix and of these tokens, both [R, heads, prefix + tokens, width]."""
+        if key_states.shape[0] == 1 and self.frozen:  # activation checkpointing repeats the prefix's own pass
+            return key_states, value_states
         if not self.frozen:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer: Any = self.layers[layer_idx]
@@ -54,7 +56,7 @@ def prefix_pays(sequences: PaddedSequences) -> bool:
 def states_after_prefix(decoder: Any, sequences: PaddedSequences) -> Tensor:
     """Returns the hidden states that predict the counted tokens, [M, H], from one pass for the prefix and one for the rest.
 
-    Raises TypeError if the model caches more than keys and values.
+    There must be at least two rows.  Raises TypeError if the model caches more than keys and values.
     """
     ids, mask, positions = sequences.input_ids, sequences.attention_mask, sequences.positions
     start, width = sequences.shared_prefix, ids.shape[1]

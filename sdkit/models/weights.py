@@ -91,7 +91,7 @@ class Weights:
 
     @property
     def takes_prefix(self) -> bool:
-        """Whether a pass without gradients may run a prefix that all rows share apart (models/prefix.py).
+        """Whether a pass may run a prefix that all rows share apart (models/prefix.py).
 
         False until it is measured, and under ZeRO stage 3, which would gather every parameter once more on all ranks.
         """
@@ -157,7 +157,7 @@ class Weights:
     def selected_states(self, sequences: PaddedSequences) -> Tensor:
         """Returns `hidden`; call it inside `Sharding.run_forward`."""
         with self.active() as causal:
-            if self.takes_prefix and not torch.is_grad_enabled() and prefix_pays(sequences):
+            if self.takes_prefix and prefix_pays(sequences):
                 return states_after_prefix(decoder(causal), sequences)
             out = decoder(causal)(
                 input_ids=sequences.input_ids,

@@ -7,7 +7,7 @@ from attrs import evolve
 from tinyruns import LORA, advance, make_spec, model
 from transformers import AutoModelForCausalLM
 
-from sdkit.models import prefix
+from sdkit.models import activation_checkpointing, prefix
 from sdkit.models.logit_transform import decoder
 from sdkit.models.packing import pad_sequences, sees_ahead
 from sdkit.models.prefix import PrefixCache, prefix_pays, states_after_prefix
@@ -84,6 +84,28 @@ def test_rows_may_share_prompts_after_the_prefix(tiny_folder):
         torch.testing.assert_close(apart(weights, shared), weights.hidden(batch()), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("longest", [0, LONG])
+def test_gradients_flow_through_the_prefix(tiny_folder, checkpointing, longest):
+    weights = Weights(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval())
+    if checkpointing:
+        activation_checkpointing.enable(weights.model)
+    sequences = batch(longest)
+
+    def gradients_of(hidden):
+        (hidden * torch.arange(hidden.numel()).view_as(hidden).sin()).sum().backward()
+        gradients = {name: p.grad for name, p in weights.model.named_parameters() if p.grad is not None}
+        weights.model.zero_grad(set_to_none=True)
+        return gradients
+
+    expected = gradients_of(weights.hidden(sequences))
+    with weights.active() as causal:
+        actual = gradients_of(states_after_prefix(decoder(causal), sequences))
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
 def misplace(layer, values):
     """The prefix's keys stand one place late."""
     layer.keys = layer.keys.roll(1, dims=-2)
@@ -124,17 +146,16 @@ def test_model_that_sees_later_tokens_is_detected(tiny_folder):
     assert sees_ahead(weights, CPU)
 
 
-def test_prefix_runs_apart_only_without_gradients_and_where_it_pays(tiny_folder, monkeypatch):
+def test_prefix_runs_apart_only_where_it_pays(tiny_folder, monkeypatch):
     weights = Weights(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval())
     rows = []
     weights.causal.model.register_forward_pre_hook(
         lambda _module, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
 
-    def rows_of_passes(grad=False):
+    def rows_of_passes():
         rows.clear()
-        with torch.set_grad_enabled(grad):
-            weights.hidden(batch())
+        weights.hidden(batch())
         return list(rows)
 
     assert rows_of_passes() == [4]
@@ -143,7 +164,6 @@ def test_prefix_runs_apart_only_without_gradients_and_where_it_pays(tiny_folder,
     assert rows_of_passes() == [4]
     monkeypatch.setattr(prefix, "LEAST_SAVED", 3 * len(PREFIX))
     assert rows_of_passes() == [1, 4]
-    assert rows_of_passes(grad=True) == [4]
     weights.sharding = Sharding()  # one that shards: all ranks must run equally many passes
     assert rows_of_passes() == [4]
 
