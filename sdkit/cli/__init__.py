@@ -6,11 +6,8 @@ import os
 import sys
 import warnings
 
-# These must be set before torch is imported.  Two libraries' threads that spin at barriers slow each other to a crawl.
+# Must be set before torch is imported: two libraries' threads that spin at barriers slow each other to a crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Tensors of 2 MiB and more in huge pages (Linux): each temporary of a chunk's logits is fresh memory, and the kernel
-# clears it page by page, which takes longer than the arithmetic.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if not os.environ.get("SDKIT_DEBUG"):
     # Libraries' deprecation warnings about each other do not concern a user.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
