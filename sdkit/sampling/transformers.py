@@ -70,8 +70,8 @@ class TransformersRollouts:
                 tokenizer=self.tokenizer if sampling.stop else None,
                 synced_gpus=self.weights is not None and self.weights.sharding is not UNSHARDED,
             )
-        rows = out[:, width:].tolist()
-        return [self._completion(row, i, sampler, sampling) for i, row in enumerate(rows)]
+        rows, logprobs = out[:, width:].tolist(), torch.stack(sampler.logprobs, dim=1).tolist()
+        return [self._completion(*row, sampling.stop) for row in zip(rows, logprobs, strict=True)]
 
     def _settings(self, sampling: SamplingParams) -> dict[str, Any]:
         """Returns greedy settings: `SeededSampler` draws the tokens, `generate` only decides when to stop."""
@@ -83,13 +83,12 @@ class TransformersRollouts:
             "stop_strings": list(sampling.stop) or None,
         }
 
-    def _completion(self, row: list[int], index: int, sampler: SeededSampler, sampling: SamplingParams) -> Completion:
+    def _completion(self, row: list[int], logprobs: list[float], stop: tuple[str, ...]) -> Completion:
         end = next((i + 1 for i, token in enumerate(row) if token in self.end_ids), None)
         # `generate` pads a row that a stop string ended with an end token that was not sampled: check the string first.
-        cut = self._stop_length(row[:end], sampling.stop)
+        cut = self._stop_length(row[:end], stop)
         ids = row[: cut or end]
-        logprobs = tuple(step[index] for step in sampler.logprobs[: len(ids)])
-        return Completion(ids=tuple(ids), logprobs=logprobs, finished=bool(cut or end))
+        return Completion(ids=tuple(ids), logprobs=tuple(logprobs[: len(ids)]), finished=bool(cut or end))
 
     def _stop_length(self, row: list[int], stop: tuple[str, ...]) -> int | None:
         """Returns the number of tokens up to and including the one that completes a stop string; None without one."""
@@ -128,7 +127,7 @@ class SeededSampler:
     def __init__(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> None:
         self.sampling = sampling
         self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
-        self.logprobs: list[list[float]] = []
+        self.logprobs: list[Tensor] = []  # of the drawn tokens, [rows] for each step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores.float()
@@ -139,12 +138,13 @@ class SeededSampler:
             chosen = logits.argmax(-1, keepdim=True)
             logprobs = logits.log_softmax(-1)
         else:
-            logprobs = self._truncated(logits / self.sampling.temperature).log_softmax(-1)
+            heated = logits if self.sampling.temperature == 1 else logits / self.sampling.temperature
+            logprobs = self._truncated(heated).log_softmax(-1)
             draws = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])
-            cumulative = logprobs.double().exp().cumsum(-1)
+            cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
             target = draws.to(cumulative.device)[:, None] * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
-        self.logprobs.append(logprobs.gather(-1, chosen)[:, 0].tolist())
+        self.logprobs.append(logprobs.gather(-1, chosen)[:, 0])
         return torch.full_like(logits, float("-inf")).scatter(-1, chosen, 0.0)
 
     def _truncated(self, logits: Tensor) -> Tensor:

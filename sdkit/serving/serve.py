@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import torch
 from attrs import frozen
 from rich.console import Console
 from rich.markup import escape
@@ -148,6 +149,8 @@ def server_environment(environment: Mapping[str, str], folder: Path, key: str | 
     required = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_NO_USAGE_STATS": "1", FOLDER: str(folder)}
     quiet_env = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     defaults = {} if environment.get("SDKIT_DEBUG") else quiet_env
+    if not torch.cuda.is_available():
+        defaults["TORCHDYNAMO_DISABLE"] = "1"  # as in VllmRollouts: no compiler during the first request
     return defaults | inherited | required | ({KEY: key} if key else {})
 
 

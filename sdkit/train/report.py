@@ -219,6 +219,12 @@ def print_objective_card(
     _warn_of_cut_completions(console, data, run, resumed=resumed)
 
 
+def print_start_up(console: Console, seconds: Mapping[str, float]) -> None:
+    """Print how long the parts of the start-up took, by name."""
+    parts = ", ".join(f"{name} {part:.1f} s" for name, part in seconds.items())
+    console.print(f"[cyan]start-up[/]: {parts}", highlight=False)
+
+
 def _warn_of_cut_completions(console: Console, data: RunData, run: RunDirectory, *, resumed: bool) -> None:
     completions = data.completions
     text = completions and completions.warning(data.spec.rollout.max_new_tokens)

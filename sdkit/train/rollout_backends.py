@@ -1,4 +1,4 @@
-"""The rollout backends of a run, opened on first use, and the weights that each has loaded."""
+"""The rollout backends of a run, each opened once, and the weights that each has loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdkit.train.setup import RunSetup
 
 
 class RolloutBackends:
-    """Opens the plan's backends and loads weights into them, each only when needed."""
+    """Opens the plan's backends, at the latest on first use, and loads weights into them only when they changed."""
 
     def __init__(self, setup: RunSetup, models: Models, pool: ServerPool | None) -> None:
         self.setup = setup
@@ -38,7 +38,7 @@ class RolloutBackends:
         spec = plan.evaluation_backend if evaluation else plan.backend
         if weights.foreign and isinstance(spec, VllmEngine):
             spec = TransformersBackend()  # vLLM's engine has the student's architecture
-        backend = self._get_or_open(spec)
+        backend = self.open(spec)
         if self._loaded.get(spec.kind) == (id(weights), version):
             return backend, {}
         metrics = dict(backend.load(weights, version))
@@ -48,7 +48,7 @@ class RolloutBackends:
     def servers(self) -> ServerRollouts:
         """Return the backend of the rollout servers, whose weights the caller may replace."""
         self._loaded.pop(VllmServerBackend.kind, None)
-        backend = self._get_or_open(self.setup.plan.backend)
+        backend = self.open(self.setup.plan.backend)
         assert isinstance(backend, ServerRollouts), "the plan's backend is no rollout server"
         return backend
 
@@ -66,7 +66,8 @@ class RolloutBackends:
         if self.pool and VllmServerBackend.kind not in self._backends:
             self.pool.close()
 
-    def _get_or_open(self, spec: ChosenBackend | ReplayBackend) -> RolloutBackend:
+    def open(self, spec: ChosenBackend | ReplayBackend) -> RolloutBackend:
+        """Return the backend of this kind, which is opened if it is not open yet."""
         if spec.kind not in self._backends:
             with blaming("rollout", "backend"):
                 self._backends[spec.kind] = self._open(spec)

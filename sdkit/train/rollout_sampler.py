@@ -50,6 +50,14 @@ class RolloutSampler:
     backends: RolloutBackends
     prefetcher: RolloutPrefetcher | None
 
+    def start_engines(self) -> None:
+        """Open the backends that sample from the student, so that no step waits for an engine to start."""
+        sampled_by = self.setup.spec.rollout.sampled_by
+        if not isinstance(sampled_by, DatasetSamples) and not sampled_by.uses_teacher_weights:
+            self.backends.open(self.setup.plan.backend)
+        if self.setup.spec.evaluation:
+            self.backends.open(self.setup.plan.evaluation_backend)
+
     def sample(self, rows: Sequence[Row], stream: Stream, specs: StepSpecs, *, evaluation: bool) -> SampledCompletions:
         """Sample the completions of this rank's rows, one group of them per row."""
         requests = sampling_requests(self.setup.data, rows, stream)

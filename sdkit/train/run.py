@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import sys
+import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -174,8 +175,10 @@ def train(
     if recording and recording.checkpoint:
         recorded_run = recording.origin.get("run")
         resuming.check_usable(recording.checkpoint, recorded_run, launched() or 1, hashes=_is_first_rank())
-    started = prompt_record.template_date(directory.provenance(folder)) if resume else None
-    trainer = open_run(spec, base, recording, started)
+    started = time.perf_counter()
+    date = prompt_record.template_date(directory.provenance(folder)) if resume else None
+    trainer = open_run(spec, base, recording, date)
+    seconds = {"data and models": time.perf_counter() - started}
     resume_from = collectives.broadcast_object(resume_from)
     run = _open_run_directory(folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard)
     try:
@@ -193,6 +196,9 @@ def train(
         resumed = trainer.progress.step > 0
         report.print_objective_card(console, trainer.setup, trainer.models, run, resumed=resumed)
         run.status("running", step=trainer.progress.step)
+        started = time.perf_counter()
+        trainer.sampler.start_engines()
+        report.print_start_up(console, seconds | {"rollout engine": time.perf_counter() - started})
         _train(trainer, run, console)
         run.status("done", step=trainer.progress.step)
     except BaseException as error:

@@ -62,7 +62,7 @@ class Trainer:
 
 
 def open_trainer(setup: RunSetup, served: Mapping[ServedWeights, ServedModel], pool: ServerPool | None) -> Trainer:
-    """Load the models and DeepSpeed; backends open on first use.  `pool`: of rollout servers, on the first rank only."""
+    """Load the models and DeepSpeed; backends open later.  `pool`: of rollout servers, on the first rank only."""
     models = open_models(setup, served)
     learner = open_learner(setup, models)
     backends = RolloutBackends(setup, models, pool)

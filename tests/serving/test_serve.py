@@ -104,6 +104,7 @@ def test_environment_has_no_development_mode_and_only_this_servers_key(tmp_path)
         "PYTHONWARNINGS": "ignore",
         "VLLM_NO_USAGE_STATS": "1",
         "SDKIT_WEIGHTS_FOLDER": str(tmp_path),
+        "TORCHDYNAMO_DISABLE": "1",
     }
     assert serve.server_environment(outer, tmp_path, "mine")["VLLM_API_KEY"] == "mine"
 
