@@ -62,8 +62,8 @@ def assert_close(found, expected):
 
 
 @pytest.fixture(scope="module")
-def work(tiny_folder, tmp_path_factory):
-    return run_scenario(SCENARIO, tiny_folder, tmp_path_factory.mktemp("converted"), COVER)
+def work(warm, tiny_folder, tmp_path_factory):
+    return run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("converted"), COVER)
 
 
 @pytest.mark.parametrize("name", COVER)
@@ -73,8 +73,8 @@ def test_a_converted_run_is_as_if_it_never_changed(work, name):
 
 @pytest.mark.full
 @pytest.mark.timeout(0)
-def test_every_teacher_form_and_stage(tiny_folder, tmp_path):
-    run_scenario(SCENARIO, tiny_folder, tmp_path, MATRIX, seconds=7200)
+def test_every_teacher_form_and_stage(warm, tiny_folder, tmp_path):
+    run_scenario(warm, SCENARIO, tiny_folder, tmp_path, MATRIX)
     for name in MATRIX:
         assert_as_if_never_changed(tmp_path / name)
 

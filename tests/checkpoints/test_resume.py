@@ -56,8 +56,8 @@ def assert_same_run(folder, straight):
 
 
 @pytest.fixture(scope="module")
-def work(tiny_folder, tmp_path_factory):
-    return run_scenario(SCENARIO, tiny_folder, tmp_path_factory.mktemp("killed"), COVER)
+def work(warm, tiny_folder, tmp_path_factory):
+    return run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("killed"), COVER)
 
 
 def test_every_pair_is_covered():
@@ -87,20 +87,20 @@ def test_a_killed_run_is_taken_up_as_it_was(work, name):
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_whole_matrix(tiny_folder, tmp_path, stage, ranks):
+def test_the_whole_matrix(warm, tiny_folder, tmp_path, stage, ranks):
     cases = matrix(stage, ranks)
-    run_scenario(SCENARIO, tiny_folder, tmp_path, cases, seconds=7200)
+    run_scenario(warm, SCENARIO, tiny_folder, tmp_path, cases)
     for name in cases:
         assert_same_run(tmp_path / name, tmp_path / name.rsplit("-", 1)[0])
 
 
 @pytest.mark.full
 @pytest.mark.timeout(0)
-def test_a_run_that_vllm_samples_is_taken_up_as_it_was(tiny_folder, tmp_path):
+def test_a_run_that_vllm_samples_is_taken_up_as_it_was(warm, tiny_folder, tmp_path):
     """The same tokens; numbers within what vLLM's kernels leave open."""
     pytest.importorskip("vllm")
     name = "ema-vllm-0-1-rollout@2,boundary@3"
-    run_scenario(SCENARIO, tiny_folder, tmp_path, [name])
+    run_scenario(warm, SCENARIO, tiny_folder, tmp_path, [name])
     folder, straight = tmp_path / name, tmp_path / name.rsplit("-", 1)[0]
     for ours, theirs in zip(metrics(folder), metrics(straight), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)

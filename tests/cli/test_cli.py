@@ -381,7 +381,7 @@ def test_bad_data_end_with_3(sdkit, run_file, tmp_path):
     assert "more than 2" in err
 
 
-def test_a_stopped_run_ends_with_7_and_goes_on(run_file, tmp_path):
+def test_a_stopped_run_ends_with_7_and_goes_on(warm, run_file, tmp_path):
     """SIGTERM to a real process; the next one finishes the run."""
     folder = tmp_path / "run"
     args = ["train", str(run_file), "training.steps=400", "--to", str(folder)]
@@ -402,6 +402,6 @@ def test_a_stopped_run_ends_with_7_and_goes_on(run_file, tmp_path):
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
     at = len((folder / "metrics.jsonl").read_text().splitlines())
     steps = f"training.steps={at + 3}"
-    done = process("train", run_file, steps, "--to", folder, "--resume")
+    done = warm.run("-m", "sdkit", "train", run_file, steps, "--to", folder, "--resume")
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "status.json").read_text())["state"] == "done"

@@ -5,18 +5,13 @@ updates, and this process makes the same ones alone, under stage 0.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ranks_scenario as scenario
 import torch
-from tinyruns import LORA
-
-DEADLINE = 400
+from tinyruns import LORA, run_scenario
+from warm import VLLM
 
 
 @pytest.fixture(scope="module")
@@ -27,37 +22,10 @@ def other_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(tiny_folder, other_folder, tmp_path_factory):
+def found(warm, tiny_folder, other_folder, tmp_path_factory):
     """What two ranks measured."""
-    work = tmp_path_factory.mktemp("ranks")
-    run_ranks(2, [scenario.__file__, tiny_folder, other_folder, work])
+    work = run_scenario(warm, scenario.__file__, tiny_folder, tmp_path_factory.mktemp("ranks"), [other_folder])
     return torch.load(work / "found.pt", weights_only=False)
-
-
-def run_ranks(count, command):
-    """One process a rank; all must end well within the deadline."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meet = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    running = []
-    for rank in range(count):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", *map(str, command)],
-                env=os.environ | meet | own,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        for process in running:
-            _, said = process.communicate(timeout=DEADLINE)
-            assert process.returncode == 0, said[-3000:]
-    finally:
-        for process in running:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +156,15 @@ def test_what_was_written_down_goes_on_the_same(found, case):
             torch.testing.assert_close(kept["again"][kind][name], value, atol=0, rtol=0)
 
 
-def test_vllm_takes_adapters_out_of_pieces(tiny_folder, tmp_path):
+def test_vllm_takes_adapters_out_of_pieces(warm, tiny_folder, tmp_path):
     """An engine beside each of two ranks: both sides agree after every update, and no model is ever whole."""
     pytest.importorskip("vllm")
     script = Path(scenario.__file__).with_name("vllm_ranks_scenario.py")
-    run_ranks(2, [script, tiny_folder, tmp_path])
-    found = json.loads((tmp_path / "found.json").read_text())
+    work = tmp_path / "work"
+    work.mkdir()
+    done = warm.run(script, tiny_folder, work, imports=VLLM)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((work / "found.json").read_text())
     assert found["ranks"] == 2
     assert found["rollouts"] == 4
     for syncs in found["syncs"]:

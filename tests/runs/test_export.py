@@ -1,9 +1,6 @@
 """Exported folders: other libraries read them, and find the weights that were trained."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 import yaml
 from attrs import evolve
 from tinyruns import LORA, evaluated, make_spec, model, same, train, training, weights_of
+from warm import VLLM
 
 from sdkit.checkpoints import checkpoint
 from sdkit.language.errors import BadData, BadEnvironment, UnreadableInput
@@ -91,17 +89,11 @@ def test_peft_reads_the_adapter_and_finds_its_base(runs, exported, tiny_folder):
     assert not (exported / "adapter" / "model.safetensors").exists()
 
 
-def test_vllm_reads_both(runs, exported, tiny_folder):
+def test_vllm_reads_both(warm, runs, exported, tiny_folder):
     pytest.importorskip("vllm")
     scenario = Path(__file__).parents[1] / "support" / "vllm_export.py"
     folders = [exported / "merged", tiny_folder, exported / "adapter"]
-    done = subprocess.run(
-        [sys.executable, *map(str, (scenario, *folders)), json.dumps(IDS)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
-        timeout=600,
-    )
+    done = warm.run(scenario, *folders, json.dumps(IDS), imports=VLLM)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     for name in ("whole", "adapter"):

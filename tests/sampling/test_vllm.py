@@ -4,38 +4,33 @@ vLLM keeps global state, so it runs in processes of its own: one for the scenari
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 import yaml
 from tinyruns import metrics, weights_of
+from warm import VLLM
 
 pytest.importorskip("vllm")
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
-QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 
-def run(*command):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=os.environ | QUIET, timeout=240
-    )
+def run(warm, *command):
+    done = warm.run(*command, imports=VLLM)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def found(tiny_folder, tmp_path_factory):
+def found(warm, tiny_folder, tmp_path_factory):
     """What the scenario measured, of a checkpoint whose own settings would change what is sampled."""
     work = tmp_path_factory.mktemp("vllm")
     model = copytree(tiny_folder, work / "model")
     own = {"repetition_penalty": 1.5, "min_p": 0.3, "min_new_tokens": 4, "top_k": 2}
     (model / "generation_config.json").write_text(json.dumps(own | {"do_sample": True}))
-    out = run(SUPPORT / "vllm_scenario.py", model, work)
+    out = run(warm, SUPPORT / "vllm_scenario.py", model, work)
     return json.loads(out.splitlines()[-1])
 
 
@@ -82,7 +77,7 @@ def test_adapters_travel_as_a_merged_copy(found):
     assert found["adapters untouched"]
 
 
-def test_two_runs_from_the_command_line_are_the_same(tiny_folder, tmp_path):
+def test_two_runs_from_the_command_line_are_the_same(warm, tiny_folder, tmp_path):
     columns = {"prompt": "q", "demonstration": "d"}
     rows = [{"q": f"What is {i} + 1?", "d": str(i + 1)} for i in range(8)]
     spec = {
@@ -108,7 +103,7 @@ def test_two_runs_from_the_command_line_are_the_same(tiny_folder, tmp_path):
     path.write_text(yaml.safe_dump(spec))
     runs = [tmp_path / name for name in ("one", "two")]
     for folder in runs:
-        run("-m", "sdkit", "train", path, "--to", folder)
+        run(warm, "-m", "sdkit", "train", path, "--to", folder)
     one, two = map(metrics, runs)
     assert [line["step"] for line in one] == [0, 0, 1, 2, 2]
     assert one[2]["rollout/canary_mean"] < 1e-4

@@ -1,10 +1,8 @@
 """Rollouts ahead of their turn: which weights sample which batch, and that a resumed run is the uninterrupted one."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from sdkit.language.specs import ImportanceSpec, OutputSpec, SamplerRatio
 from sdkit.serving import client, pool
 from sdkit.train import loop
 
+ON_RANKS = Path(__file__).parents[1] / "support" / "command_on_ranks.py"
 STEPS = 5
 CORRECTED = distil(importance=ImportanceSpec(sampler=SamplerRatio(cap=2.0, level="token")))
 
@@ -212,25 +211,18 @@ def test_a_server_that_is_started_anew_changes_nothing(server, tiny_folder, tmp_
     assert "rollout_server" in {line["wire"] for line in told}
 
 
-def on_two_ranks(spec, folder):
-    """The command line with two ranks; stage 3, so that the weights come together for the file."""
+def on_two_ranks(warm, spec, folder):
+    """The command line on two ranks; stage 3, so that the weights come together for the file."""
     path = folder.parent / f"{folder.name}.yaml"
     path.write_text(yaml.safe_dump(resolved(spec)))
-    command = [sys.executable, "-m", "sdkit", "train", path, "--to", folder, "--processes", "2"]
-    return subprocess.run(
-        [*map(str, command), "training.zero_stage=3"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        timeout=240,
-    )
+    return warm.run(ON_RANKS, 2, folder, "train", path, "--to", folder, "training.zero_stage=3")
 
 
-def test_two_ranks_sample_as_one_and_end_together(server, tiny_folder, tmp_path):
+def test_two_ranks_sample_as_one_and_end_together(warm, server, tiny_folder, tmp_path):
     output = OutputSpec(tensorboard=False, checkpoint_every=2)
     spec = ahead(server, tmp_path, tiny_folder, output=output, optimizer=SMOOTH)
     alone = train(spec, tmp_path / "alone")
-    done = on_two_ranks(spec, tmp_path / "both")
+    done = on_two_ranks(warm, spec, tmp_path / "both")
     assert done.returncode == 0, done.stderr[-3000:]
     assert versions(tmp_path / "both") == versions(alone)
     for step in range(STEPS):
@@ -244,6 +236,6 @@ def test_two_ranks_sample_as_one_and_end_together(server, tiny_folder, tmp_path)
     brief = evolve(spec, rollout=evolve(spec.rollout, backend=backend))
     asked = len(server.asked)
     server.fault = lambda number: server.kill(wait=False) if number == asked + 9 else None
-    done = on_two_ranks(brief, tmp_path / "ended")
+    done = on_two_ranks(warm, brief, tmp_path / "ended")
     assert done.returncode == 6, done.stderr[-3000:]
     assert f"no rollout server for 1 s: {server.url}" in done.stderr

@@ -4,6 +4,7 @@ The process must have one thread and have done nothing with torch yet but import
 """
 
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -16,6 +17,31 @@ from attrs import frozen
 DEADLINE = 120.0
 PATIENCE = 20.0
 """Seconds for all to end, and for the others once one has failed."""
+SLOW_TO_IMPORT = (
+    "deepspeed",
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.moe.ep_repack",
+    "deepspeed.ops.op_builder.cpu",
+    "deepspeed.ops.triton_ops",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "matplotlib.pyplot",
+    "peft",
+    "scipy.stats",
+    "sdkit.cli.runs",
+    "sdkit.cli.saved",
+    "sdkit.cli.specs",
+    "sdkit.runs.plot",
+    "sdkit.train.replay",
+    "sdkit.train.smoke",
+    "setuptools",
+    "torch.profiler._cupti_monitor",
+    "torch.utils.cpp_extension",
+    "torch.utils.serialization",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer_pt_utils",
+)
+"""What every attempt imports, partly in the middle of a run."""
 
 
 @frozen
@@ -30,21 +56,14 @@ class Ended:
 def warm():
     """Import what every attempt needs."""
     from sdkit.distributed import zero
-    from sdkit.runs import plot
 
     zero.prepare()
-    import deepspeed
-    import matplotlib.pyplot
-    import peft
-    import transformers.models.llama.modeling_llama
-    from deepspeed.runtime.zero.muon import original_muon
-
-    llama = transformers.models.llama.modeling_llama
-    assert all((plot, deepspeed, original_muon, matplotlib.pyplot, peft, llama))
+    for name in SLOW_TO_IMPORT:
+        importlib.import_module(name)
     zero._freeze_imported_objects()
 
 
-def ranks(count, run, folder, patience=PATIENCE):
+def ranks(count, run, folder, patience=PATIENCE, deadline=DEADLINE):
     """`run` in `count` processes side by side, each a rank where there are several; in the order of ranks.
 
     What has not ended in time is killed.  What they write goes to files beside `folder`.
@@ -53,7 +72,7 @@ def ranks(count, run, folder, patience=PATIENCE):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = time.monotonic()
-    deadline = started + DEADLINE
+    ends = started + deadline
     said = [folder.with_name(f"{folder.name} said {rank}") for rank in range(count)]
     running = {_fork(rank, count, port, run, said[rank]): rank for rank in range(count)}
     ended = {}
@@ -64,8 +83,8 @@ def ranks(count, run, folder, patience=PATIENCE):
                 rank, code = running.pop(pid), os.waitstatus_to_exitcode(status)
                 ended[rank] = Ended(code, said[rank].read_text(), time.monotonic() - started)
                 if code:
-                    deadline = min(deadline, time.monotonic() + patience)
-        if time.monotonic() > deadline:
+                    ends = min(ends, time.monotonic() + patience)
+        if time.monotonic() > ends:
             for pid in running:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)

@@ -1,12 +1,13 @@
 """Several ranks: small runs under every ZeRO stage, to be compared with one plain process.
 
-`python ranks_scenario.py MODEL_FOLDER OTHER_MODEL WORK_FOLDER` once a rank, under the environment that a launcher sets;
-the first rank writes what was found to WORK_FOLDER/found.pt.  test_ranks.py says what it must be.
+`python ranks_scenario.py MODEL_FOLDER WORK_FOLDER OTHER_MODEL` runs two ranks; the first one writes what was found to
+WORK_FOLDER/found.pt.  test_ranks.py says what it must be.
 """
 
 import sys
 from pathlib import Path
 
+import forked
 import torch
 from attrs import evolve
 from tinyruns import (
@@ -52,6 +53,7 @@ from sdkit.train.evaluate import evaluate, teacher_lift
 from sdkit.train.run import open_run
 from sdkit.train.sampling_requests import sampling_params
 
+DEADLINE = 400.0  # seconds
 STEPS, PROMPTS = 3, 4
 # With eps far above every gradient Adam is plain momentum: no element's step is its sign alone.
 # Norms are not decayed, so there are two groups of parameters.
@@ -260,7 +262,7 @@ def resumed(folder, work, stage, lora):
     return {"straight": straight, "again": again}
 
 
-def main(folder, other, work):
+def rank(folder, work, other):
     zero.start()
     made = kinds(other)
     found = {
@@ -281,6 +283,12 @@ def main(folder, other, work):
     if collectives.rank() == 0:
         torch.save(found, work / "found.pt")
     zero.stop()
+
+
+def main(folder, work, other):
+    forked.warm()
+    for ended in forked.ranks(2, lambda: rank(folder, work, other), work, deadline=DEADLINE):
+        assert ended.code == 0, ended.said
 
 
 if __name__ == "__main__":

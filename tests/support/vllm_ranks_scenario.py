@@ -1,4 +1,4 @@
-"""vLLM beside a trainer under ZeRO stage 3, once a rank: prints the figures of each transfer as one JSON object.
+"""vLLM beside a trainer under ZeRO stage 3, on two ranks: the first one writes the figures to WORK_FOLDER/found.json.
 
 `python vllm_ranks_scenario.py MODEL_FOLDER WORK_FOLDER`; test_ranks.py says what they must be.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import forked
 from tinyruns import LORA, advance, collect, make_spec, model, rollout, teacher, training
 
 from sdkit.distributed import collectives, zero
@@ -17,8 +18,10 @@ from sdkit.language.specs import EmaWeights, OptimizerSpec, VllmBackend
 from sdkit.train.collect_rollouts import rollout_records, sort_records
 from sdkit.train.run import open_run
 
+DEADLINE = 400.0  # seconds
 
-def main(folder, work):
+
+def rank(folder, work):
     spec = make_spec(
         folder,
         model=model(folder, lora=LORA),
@@ -65,6 +68,12 @@ def watched(weights, every):
 
     weights.named_tensors = tensors
     return seen
+
+
+def main(folder, work):
+    forked.warm()
+    for ended in forked.ranks(2, lambda: rank(folder, work), work, deadline=DEADLINE):
+        assert ended.code == 0, ended.said
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from tinyruns import (
     masters,
     metrics,
     rollout,
+    run_scenario,
     same,
     teacher,
     train,
@@ -160,17 +159,9 @@ def test_an_interrupted_command_ends_with_130(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def found(tiny_folder, tmp_path_factory):
+def found(warm, tiny_folder, tmp_path_factory):
     """How every run of fault_scenario.py ended."""
-    work = tmp_path_factory.mktemp("faults")
-    done = subprocess.run(
-        [sys.executable, SCENARIO, tiny_folder, work],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    work = run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("faults"))
     return {"work": work, **json.loads((work / "found.json").read_text())}
 
 
