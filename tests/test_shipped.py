@@ -1,4 +1,4 @@
-"""What sdkit ships is sound: every spec is free of problems and warnings, and plans as it did when last looked at."""
+"""Every shipped spec has no problem and no warning, and its plan is the frozen one."""
 
 import re
 import subprocess
@@ -16,21 +16,21 @@ PAGES = sorted((ROOT / "sdkit" / "methods").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", sorted([*PAGES, *SPECS.rglob("*.yaml")]), ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_shipped_spec_has_no_problem_and_no_warning(path):
+def test_shipped_spec_has_no_problem_and_no_warning(path):
     checked = load_spec(path)
     assert not checked.problems, render(checked.problems, checked.texts)
     assert checked.kind == ("method" if path.parent.name == "methods" else "run")
 
 
-def test_no_two_run_files_share_a_name():
+def test_names_of_run_files_are_unique():
     names = [p.stem for folder in (SPECS, SPECS / "papers") for p in folder.glob("*.yaml")]
     assert len(names) == len(set(names))
 
 
-def test_a_page_whose_teacher_is_not_named_yet_says_so_in_a_run_file(tmp_path):
-    """Before anything is loaded, and at the place where the page has its stand-in."""
+def test_run_file_must_name_the_teacher_of_its_page(tmp_path):
+    """The problem is at the place of the page's placeholder."""
     page = ROOT / "sdkit" / "methods" / "gkd.yaml"
-    rest = "\n".join(
+    run_keys = "\n".join(
         [
             "data: {source: {kind: inline, rows: [{q: a, demonstration: b}]}, columns: {prompt: q, demonstration: demonstration}}",
             "model: {path: bundled:smollm2-135m-instruct}",
@@ -39,7 +39,7 @@ def test_a_page_whose_teacher_is_not_named_yet_says_so_in_a_run_file(tmp_path):
         ]
     )
     run = tmp_path / "run.yaml"
-    run.write_text(f"method: {page}\n{rest}\n")
+    run.write_text(f"method: {page}\n{run_keys}\n")
     (problem,) = load_spec(run).problems
     assert problem.code == "teacher_model"
     assert problem.place.file == str(page)
@@ -59,13 +59,13 @@ def test_every_method_page_is_listed_in_the_docs():
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))],
     ids=lambda page: page.name,
 )
-def test_links_between_pages_lead_to_files(page):
+def test_links_between_pages_exist(page):
     targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
-def test_plans_are_the_frozen_ones():
+def test_plans_match_the_frozen_ones():
     tool = ROOT / "tools" / "freeze_plans.py"
     done = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,13 +18,13 @@ def _build(folder):
     )
 
 
-def test_the_site_has_every_page_and_refuses_broken_links(tmp_path):
+def test_site_has_every_page_and_refuses_broken_links(tmp_path):
     for part in PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
         (tmp_path / part).parent.mkdir(exist_ok=True)
         copy(ROOT / part, tmp_path / part)
-    good = _build(tmp_path)
-    assert good.returncode == 0, good.stderr
+    built = _build(tmp_path)
+    assert built.returncode == 0, built.stderr
     pages = {path.stem for path in (tmp_path / "site").glob("*.html")}
     assert {path.stem for path in (ROOT / "docs").glob("*.md")} | {"index", "contributing"} <= pages
     assert "revers" in (tmp_path / "site/search/search_index.json").read_text(encoding="utf-8")
@@ -32,6 +32,6 @@ def test_the_site_has_every_page_and_refuses_broken_links(tmp_path):
 
     with (tmp_path / "README.md").open("a", encoding="utf-8") as readme:
         readme.write(BROKEN)
-    bad = _build(tmp_path)
-    assert bad.returncode == 1
-    assert all(target in bad.stderr for target in ("'none.md'", "'glossary.md#none'", "'files/specs/none.yaml.md'"))
+    failed = _build(tmp_path)
+    assert failed.returncode == 1
+    assert all(target in failed.stderr for target in ("'none.md'", "'glossary.md#none'", "'files/specs/none.yaml.md'"))

@@ -1,4 +1,4 @@
-"""The wheel works outside a clone: installed into an environment of its own, from an empty folder."""
+"""The wheel works outside a clone: installed in its own environment, run from an empty folder."""
 
 import os
 import subprocess
@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Run the installed `sdkit` in an empty folder; its dependencies are those of the tests' environment."""
+def run_installed(tmp_path_factory):
+    """Runs the installed `sdkit` in an empty folder; its dependencies are those of the tests' environment."""
     work = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", work / "dist"]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
@@ -25,11 +25,11 @@ def installed(tmp_path_factory):
     subprocess.run(install, check=True, capture_output=True)
     empty = work / "empty"
     empty.mkdir()
-    # A folder on PYTHONPATH gives its packages but none of its .pth files, so not the clone that is installed there.
+    # A folder on PYTHONPATH offers its packages but not its .pth files, hence not the clone installed there.
     environment = os.environ | {"PYTHONPATH": sysconfig.get_paths()["purelib"]}
 
-    def run(*words):
-        command = [work / "env" / "bin" / "sdkit", *words]
+    def run(*arguments):
+        command = [work / "env" / "bin" / "sdkit", *arguments]
         done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -37,11 +37,11 @@ def installed(tmp_path_factory):
     return run
 
 
-def test_a_packaged_method_trains_two_steps(installed):
-    assert "smoke run passed" in installed("smoke", "sdft")
+def test_packaged_method_trains_two_steps(run_installed):
+    assert "smoke run passed" in run_installed("smoke", "sdft")
 
 
-def test_a_packaged_method_is_shown_from_the_environment(installed):
-    origin = installed("show", "grpo").splitlines()[-1]
+def test_packaged_method_is_read_from_the_environment(run_installed):
+    origin = run_installed("show", "grpo").splitlines()[-1]
     assert "site-packages/sdkit/methods/grpo.yaml" in origin or "default" in origin
-    assert "grpo: ok (method page)" in installed("validate", "grpo")
+    assert "grpo: ok (method page)" in run_installed("validate", "grpo")

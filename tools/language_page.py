@@ -85,9 +85,6 @@ def page() -> str:
     return "\n".join([*parts, _names_elsewhere()])
 
 
-# ── sections ────────────────────────────────────────────────────────────────────────────────
-
-
 @attrs.frozen
 class Place:
     """Where a class is used first: its path in YAML, with NAME for a chosen name, and its key."""
@@ -169,9 +166,6 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-# ── keys ────────────────────────────────────────────────────────────────────────────────────
-
-
 def _table(keys: Iterable[Key]) -> str:
     """A row for each key; empty without keys."""
     rows = []
@@ -248,9 +242,6 @@ def _end(limit: float, sign: str) -> str:
     if 0 < abs(limit - whole) <= 0.001:
         return f"{sign} {whole}"
     return f"{'≥' if sign == '>' else '≤'} {limit:g}"
-
-
-# ── other toolkits ──────────────────────────────────────────────────────────────────────────
 
 
 def _names_elsewhere() -> str:

@@ -13,8 +13,6 @@ from typing import Any
 
 from parity_losses import Number, entropy, greater, held, keys, kind, lesser, softmax
 
-# ── a batch ───────────────────────────────────────────────────────────────────────────────────
-
 
 class Batch:
     """Rollouts with the student's logits as complex numbers; figures of tokens at the sampling temperature."""
@@ -59,9 +57,6 @@ class Batch:
         if figure == "entropy":
             return entropy(held_side)
         return math.log(held(held_side[self.token(i, p)]))
-
-
-# ── policy gradients ──────────────────────────────────────────────────────────────────────────
 
 
 LONGEST = 4
@@ -148,8 +143,6 @@ def ratio(term: Any, batch: Batch, i: int, places: list[int], p: int) -> Number:
         return cmath.exp(sum(moved.values()) / len(moved))
     return cmath.exp(moved[p])
 
-
-# ── which tokens count, what they weigh, how they are averaged ────────────────────────────────
 
 OF_TEACHER = ("teacher_entropy", "drift")
 

@@ -23,9 +23,6 @@ FOLDER = Path(__file__).resolve().parent.parent / "tests" / "parity"
 STEP = 1e-30
 
 
-# ── the cases ─────────────────────────────────────────────────────────────────────────────────
-
-
 def cases() -> dict[str, dict[str, Any]]:
     """Every case by name: `batch`, a method page's `losses` (and `route`, `temperature`), perhaps `golden`."""
     written = yaml.safe_load((FOLDER / "cases.yaml").read_text(encoding="utf-8"))
@@ -44,9 +41,6 @@ def cases() -> dict[str, dict[str, Any]]:
 
 def _label(choice: Any) -> str:
     return choice if isinstance(choice, str) else " ".join(map(str, choice.values()))
-
-
-# ── the objective ─────────────────────────────────────────────────────────────────────────────
 
 
 def objective(case: Mapping[str, Any], batch: Batch) -> Number:

@@ -13,9 +13,6 @@ from typing import Any
 Number = complex
 
 
-# ── numbers ───────────────────────────────────────────────────────────────────────────────────
-
-
 def held(x: Number) -> float:
     """The number without its gradient."""
     return complex(x).real
@@ -61,9 +58,6 @@ def kind(spec: Any) -> str:
 def keys(spec: Any) -> Mapping[str, Any]:
     """A member's keys."""
     return {} if isinstance(spec, str) or spec is None else spec
-
-
-# ── distillation ──────────────────────────────────────────────────────────────────────────────
 
 
 def on_support(s: list[Number], t: list[Number], support: Any) -> tuple[Sequence[Number], Sequence[Number]]:

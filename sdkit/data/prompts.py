@@ -212,9 +212,6 @@ def _truncate(text: str, starts: Sequence[int], count: int, cut: str) -> str:
     return text[starts[len(starts) - count] :] if count else ""
 
 
-# ── checks ────────────────────────────────────────────────────────────────────────
-
-
 def check_generation_prompt(prompter: Prompter, row: Row, teacher: TeacherPrompt) -> None:
     """Raises BadData unless both prompts of a row end with the same generation prompt.
 

@@ -23,8 +23,6 @@ from sdkit.language.specs import ColumnTemplate, DataSpec, Table
 from sdkit.language.templates import Field, Template, TemplateError, fields, fill, parse
 from sdkit.seeds import derive
 
-# ── rows ──────────────────────────────────────────────────────────────────────────────────────
-
 
 def load_rows(
     data: DataSpec,
@@ -141,9 +139,6 @@ def _epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-# ── columns ───────────────────────────────────────────────────────────────────────────────────
-
-
 def _parse_column(name: str, column: str | ColumnTemplate) -> str | Template:
     if isinstance(column, str):
         return column
@@ -197,9 +192,6 @@ def _look_up(raw: Raw, field: Field) -> Any:
             raise Fault(f"no '{field}' (write null where a row has none)")
         value = value[key]
     return value
-
-
-# ── messages ──────────────────────────────────────────────────────────────────────────────────
 
 
 def _messages(mapped: Raw) -> tuple[Message, ...]:

@@ -7,7 +7,7 @@ import functools
 import gc
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ class Zero:
         # Stage 0 in float32 is plain AdamW: DeepSpeed neither skips a step nor returns the norm.
         if world_size() > 1:
             self.engine.buffered_allreduce_fallback()
-        norm = _norm(p.grad for _, p in self.named)
+        norm = nn.utils.get_total_norm([p.grad for _, p in self.named if p.grad is not None])
         if not torch.isfinite(norm):
             self.engine.zero_grad()
             return OptimizerStepResult(applied=False, grad_norm=float("inf"))
@@ -235,11 +235,6 @@ def parameter_groups(module: nn.Module, optimizer: OptimizerSpec) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def _norm(gradients: Iterable[Tensor | None]) -> Tensor:
-    squares = [g.detach().float().square().sum() for g in gradients if g is not None]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
-
-
 def _config(optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[str]) -> dict[str, Any]:
     sharding: dict[str, Any] = zero_shards.settings(offload) if stage == 3 else {"stage": stage}
     if "optimizer" in offload:
@@ -261,6 +256,7 @@ def _config(optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
                 "torch_adam": True,
+                "fused": True,
             },
         },
         "steps_per_print": 10**9,

@@ -60,9 +60,6 @@ class Problem:
         }
 
 
-# ── errors that end a command ──────────────────────────────────────────────────────────────────────
-
-
 class SdkitError(Exception):
     """Base class of the errors that end a command: a one-line message, an exit code, an optional hint and place.
 
@@ -162,9 +159,6 @@ def first_of(faults: Sequence[str], limit: int = 20) -> str:
     return "\n".join([*faults[:limit], *more])
 
 
-# ── wording ─────────────────────────────────────────────────────────────────────────────────────
-
-
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """Returns the choice spelled most like `word`, or None if none of the first `MAX_CHOICES` is close."""
     from difflib import get_close_matches
@@ -235,9 +229,6 @@ def printable(text: str) -> str:
 def spelled(path: Path) -> str:
     """Returns a path as written on the command line: `losses.distil.support`."""
     return ".".join(str(part) for part in path)
-
-
-# ── output ────────────────────────────────────────────────────────────────────────────────────
 
 
 def by_position(problem: Problem) -> tuple[str, int, int, str, str]:

@@ -125,9 +125,6 @@ def _kind(node: Node) -> Any:
     return node.value
 
 
-# ── the method page ───────────────────────────────────────────────────────────────────────────
-
-
 def _folder(name: str) -> str:
     return os.path.dirname(os.path.realpath(name) if os.path.islink(name) else name)
 
@@ -203,9 +200,6 @@ def _without_run_keys(page: Node, name: str, problems: list[Problem]) -> Node:
         place = page.value[key].key
         problems.append(Problem((key,), message, "method_page", hint, place))
     return evolve(page, value={k: v for k, v in page.value.items() if k not in FORBIDDEN_ON_METHOD_PAGES})
-
-
-# ── overrides ─────────────────────────────────────────────────────────────────────────────────
 
 
 @frozen(eq=False)

@@ -37,9 +37,6 @@ def structure(loaded: LoadedSpec) -> tuple[MethodSpec | ExperimentSpec | None, l
     return (None if structurer.problems else spec), structurer.problems
 
 
-# ── values ──────────────────────────────────────────────────────────────────────────────────
-
-
 class _Structurer:
     """Builds values and collects problems; `path` is always the path of the value."""
 
@@ -132,8 +129,6 @@ class _Structurer:
             empty = not isinstance(value, int | float) and len(value) == 0
             self.report(path, f"'{name}' is " + ("empty" if empty else f"{shorten(value)}, not {range.text}"), "range")
 
-    # ── unions ──
-
     def _of_kind(self, kinds: dict[str, type], data: Any, path: Path) -> Any:
         if isinstance(data, str):
             if data not in kinds:
@@ -172,8 +167,6 @@ class _Structurer:
             hint = rename_hint(path, data) or f"write [{data}]" if isinstance(data, str) else None
             return self._report_wrong_type(data, f"{listed(choices)} or a list", path, hint=hint)
         return self._scalar(tuple(o for o in options if o in _SCALAR_NAMES), data, path)
-
-    # ── single types ──
 
     def _scalar(self, wanted: tuple[type, ...], data: Any, path: Path) -> Any:
         if type(data) in wanted:
@@ -217,8 +210,6 @@ class _Structurer:
             return INVALID
         items = {name: self.value(tp, x, (*path, name)) for name, x in data.items()}
         return INVALID if any(x is INVALID for x in items.values()) else Table(items)
-
-    # ── problems ──
 
     def _report_wrong_type(
         self, data: Any, wanted: str, path: Path, scalars: tuple[type, ...] = (), hint: str | None = None

@@ -20,6 +20,11 @@ from sdkit.losses.scores import logits as logits_of
 from sdkit.losses.scores import sampled_logprobs, select_scores
 from sdkit.losses.support import sampled_token, top_k_ids
 
+BLOCK_BYTES = 4 * 2**20
+"""Size of a float32 block of logits on a CPU.  The objective makes some twenty tensors of this size.  Small ones stay in
+the cache and in the allocator; the pages of large ones go back to the kernel, and getting new ones takes longer than the
+arithmetic (measured at 152k ids: docs/decisions.md, 2026-11-28)."""
+
 
 def projected_loss(
     hidden: Tensor,
@@ -46,29 +51,71 @@ def projected_loss(
     transform = transform.detached()
     losses: list[Tensor] = []
     stats: dict[str, Tensor] = {}
+    buffer = hidden.new_empty(min(chunk_tokens, len(tokens)), len(head))
     for start in range(0, max(len(tokens), 1), chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        with torch.no_grad():
-            products = hidden[part] @ head.T
-            teacher_part = teacher and select_scores(teacher, part)
-            reference_part = reference and logits_of(reference, part)
-        products.requires_grad_(needs_grad)
         chunk = tokens.slice(part.start, part.stop)
-        loss, sums = objective(transform(products), teacher_part, chunk, reference_part)
-        losses.append(loss.detach())
-        stats = {name: value + stats.get(name, 0.0) for name, value in sums.items()}
-        if grad_hidden is not None:
-            (grad,) = torch.autograd.grad(loss, products)
-            grad_hidden[part] = grad @ head.detach()
-            if grad_head is not None:
-                grad_head += grad.T @ hidden.detach()[part]
-            if grad_bias is not None:  # the bias is added to the products, so it has their gradient
-                grad_bias += grad.sum(0, dtype=grad_bias.dtype)
+        with torch.no_grad():
+            products = torch.mm(hidden[part], head.T, out=buffer[: len(chunk)])
+            others = teacher and select_scores(teacher, part), reference and logits_of(reference, part)
+        for loss, sums in _block_losses(products, chunk, objective, transform, *others, needs_grad=needs_grad):
+            losses.append(loss)
+            stats = {name: value + stats.get(name, 0.0) for name, value in sums.items()}
+        if grad_hidden is None:
+            continue
+        gradient = products  # _block_losses has replaced each product by its gradient
+        torch.mm(gradient, head.detach(), out=grad_hidden[part])
+        if grad_head is not None:
+            _add_product(grad_head, gradient.T, hidden.detach()[part])
+        if grad_bias is not None:  # the bias is added to the products, so it has their gradient
+            grad_bias += gradient.sum(0, dtype=grad_bias.dtype)
     value = torch.stack(losses).sum()
     if grad_hidden is None:
         return value, stats
-    gradients = grad_hidden, grad_head, grad_bias
-    return _WithGradients.apply(value, hidden, head, bias, *gradients), stats
+    return _WithGradients.apply(value, hidden, head, bias, grad_hidden, grad_head, grad_bias), stats
+
+
+def _block_losses(
+    products: Tensor,
+    tokens: Tokens,
+    objective: Objective,
+    transform: LogitTransform,
+    teacher: Tensor | TopKLogprobs | None,
+    reference: Tensor | None,
+    *,
+    needs_grad: bool,
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yields the loss and sums of each block of a chunk; overwrites `products` [C, V] by the gradient if one is needed."""
+    rows = _block_rows(products)
+    for start in range(0, max(len(products), 1), rows):
+        at = slice(start, start + rows)
+        own = products[at].requires_grad_(needs_grad)
+        teacher_rows = None if teacher is None else _at(teacher, at)
+        reference_rows = None if reference is None else reference[at]
+        loss, sums = objective(transform(own), teacher_rows, tokens.slice(at.start, at.stop), reference_rows)
+        if needs_grad:
+            (gradient,) = torch.autograd.grad(loss, own)
+            own.detach().copy_(gradient)
+        yield loss.detach(), sums
+
+
+def _block_rows(products: Tensor) -> int:
+    """Returns how many rows of a chunk [C, V] the objective takes at once: all on an accelerator, few on a CPU."""
+    if products.device.type != "cpu":
+        return max(len(products), 1)
+    return max(BLOCK_BYTES // (4 * products.shape[1]), 1)
+
+
+def _at(scores: Tensor | TopKLogprobs, rows: slice) -> Tensor | TopKLogprobs:
+    return scores[rows] if isinstance(scores, Tensor) else scores.at(rows)
+
+
+def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """total += first @ second, in one pass where the dtypes are the same."""
+    if total.dtype == first.dtype:
+        total.addmm_(first, second)
+    else:
+        total += first @ second
 
 
 def token_logprobs(

@@ -30,6 +30,7 @@ class Distributions:
                     raise ValueError(f"logits of student and {side} differ in shape: {sizes}")
                 self._logits[side] = logits
         self._logprobs: dict[tuple[str, float], Tensor] = {}
+        self._probabilities: dict[tuple[str, float], Tensor] = {}
         self._entropy: dict[tuple[str, float], Tensor] = {}
 
     def student(self, temperature: float) -> Tensor:
@@ -68,9 +69,15 @@ class Distributions:
         known = [side for side in sides if side != "teacher" or self.top_k is None]
         for side in known:
             if (side, temperature) not in self._entropy:
-                logprobs = self._log_softmax(side, temperature).detach()
-                self._entropy[side, temperature] = entropy(logprobs)
+                logprobs, probabilities = self._log_softmax(side, temperature), self.probabilities(side, temperature)
+                self._entropy[side, temperature] = entropy(logprobs.detach(), probabilities.detach())
         return {f"{side}_entropy": self._entropy[side, temperature] for side in known}
+
+    def probabilities(self, side: str, temperature: float) -> Tensor:
+        """Returns exp of the side's log-probabilities, [C, V], with the student's gradient."""
+        if (side, temperature) not in self._probabilities:
+            self._probabilities[side, temperature] = self._log_softmax(side, temperature).exp()
+        return self._probabilities[side, temperature]
 
     def _log_softmax(self, side: str, temperature: float) -> Tensor:
         if (side, temperature) not in self._logprobs:

@@ -27,29 +27,41 @@ class Bounds:
 
 UNBOUNDED = Bounds()
 
+SMALLEST_LOGPROB = -87.0
+"""exp of anything above is a normal float32."""
 
-def forward_kl(student: Tensor, teacher: Tensor, bounds: Bounds = UNBOUNDED) -> Tensor:
+
+def forward_kl(
+    student: Tensor, teacher: Tensor, bounds: Bounds = UNBOUNDED, *, probabilities: Tensor | None = None
+) -> Tensor:
     """KL(teacher‖student) = Σ T (log T − log S).  [..., K], [..., K] -> [...] of the same float dtype.
 
     Gradient in the student's logits, full vocabulary: S − T.  Shenfeld 2026 (code); Agarwal 2023.  Entries bounded at
     τ = 0.05: Zhao 2026 (OPSD code); the sum may then be negative.  An entry at its bound has no gradient.
+    `probabilities`: exp(teacher), if it is at hand.
     """
-    return _kl(teacher.detach(), student, Bounds(low=-bounds.high, high=-bounds.low, entry=bounds.entry))
+    mirrored = Bounds(low=-bounds.high, high=-bounds.low, entry=bounds.entry)
+    return _kl(teacher.detach(), student, mirrored, probabilities)
 
 
 def reverse_kl(
-    student: Tensor, teacher: Tensor, bounds: Bounds = UNBOUNDED, *, detach_weights: bool = False
+    student: Tensor,
+    teacher: Tensor,
+    bounds: Bounds = UNBOUNDED,
+    *,
+    detach_weights: bool = False,
+    probabilities: Tensor | None = None,
 ) -> Tensor:
     """KL(student‖teacher) = Σ S (log S − log T).  [..., K], [..., K] -> [...] of the same float dtype.
 
     Gradient in logit v, full vocabulary: S_v [(log S_v − log T_v) − KL].  Hübotter 2026, Eq. 1; Gu 2023.
     With `detach_weights` the value is the same and the gradient is Σ S (log S − log T) ∇log S.  Over the full vocabulary
     that is the same gradient; over part of it, it lacks the spurious + 1 (arXiv 2605.11182; reference/methods.md §5.3).
+    `probabilities`: exp(student) with its gradient, if it is at hand.
     """
     if not detach_weights:
-        return _kl(student, teacher.detach(), bounds)
-    absent = student.detach().exp() == 0
-    now = student.masked_fill(absent, 0.0)
+        return _kl(student, teacher.detach(), bounds, probabilities)
+    now = _without_absent(student, student)[0]
     entries = _entries(student.detach(), teacher.detach(), bounds)
     return (entries * (now - now.detach())).sum(-1) + entries.sum(-1)
 
@@ -94,30 +106,42 @@ def linear_mix(student: Tensor, teacher: Tensor, forward_share: float) -> Tensor
     return forward_share * forward + (1 - forward_share) * reverse
 
 
-def entropy(logprobs: Tensor) -> Tensor:
-    """−Σ p log p in nats.  [..., K] -> [...]."""
-    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
+def entropy(logprobs: Tensor, probabilities: Tensor | None = None) -> Tensor:
+    """−Σ p log p in nats.  [..., K] -> [...].  `probabilities`: exp(logprobs), if it is at hand."""
+    present, _ = _without_absent(logprobs, logprobs)
+    weights = logprobs.exp() if probabilities is None else probabilities
+    return -(weights * present).sum(-1)
 
 
-def _kl(first: Tensor, second: Tensor, bounds: Bounds = UNBOUNDED) -> Tensor:
+def _kl(first: Tensor, second: Tensor, bounds: Bounds = UNBOUNDED, probabilities: Tensor | None = None) -> Tensor:
     """Σ p (log p − log q), p = exp(first), q = exp(second), over the entries with p > 0.  [..., K] -> [...]."""
-    return _entries(first, second, bounds).sum(-1)
+    return _entries(first, second, bounds, probabilities).sum(-1)
 
 
-def _entries(first: Tensor, second: Tensor, bounds: Bounds) -> Tensor:
-    """p (log p − log q) within the bounds, 0 where p is 0.  [..., K] -> [..., K].
-
-    Entries with p = 0 are replaced before the arithmetic: masking a NaN afterwards would leave it in the gradient.
-    """
-    absent = first.detach().exp() == 0
-    first, second = first.masked_fill(absent, 0.0), second.masked_fill(absent, 0.0)
-    ratio = first - second
+def _entries(first: Tensor, second: Tensor, bounds: Bounds, probabilities: Tensor | None = None) -> Tensor:
+    """p (log p − log q) within the bounds, 0 where p is 0.  [..., K] -> [..., K]."""
+    present, other = _without_absent(first, second)
+    ratio = present - other
     if bounds.low > -math.inf or bounds.high < math.inf:
         ratio = ratio.clamp(bounds.low, bounds.high)
-    entries = first.exp() * ratio
+    if probabilities is None or present is not first:
+        probabilities = present.exp()
+    entries = probabilities * ratio
     if bounds.entry < math.inf:
         entries = entries.clamp(max=bounds.entry)
     return entries
+
+
+def _without_absent(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns both with 0 at the entries whose probability under `first` is 0, so that no arithmetic meets 0 · inf.
+
+    Masking a NaN after the arithmetic would leave it in the gradient.  Most chunks have no such entry, and looking for
+    one is far cheaper than masking.
+    """
+    if not first.numel() or first.detach().amin() > SMALLEST_LOGPROB:
+        return first, second
+    absent = first.detach().exp() == 0
+    return first.masked_fill(absent, 0.0), second.masked_fill(absent, 0.0)
 
 
 def _mixture(student: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:

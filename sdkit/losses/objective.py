@@ -57,6 +57,9 @@ from sdkit.losses.policy_terms import (
 from sdkit.losses.support import sampled_token
 from sdkit.losses.top_k import on_served_top_k, on_top_k
 
+Probabilities = tuple[Tensor | None, Tensor | None]
+"""Probabilities of student and teacher on the support, twice [C, K], where the objective has computed them already."""
+
 UserDivergence = Callable[[Tensor, Tensor], Tensor]
 """A user-defined divergence: log-probabilities of student and teacher on the support, [C, K], [C, K] -> [C]."""
 
@@ -193,12 +196,14 @@ class Objective:
         if sides.has_sampled_logprobs(temperature):
             teacher = sides.teacher_logprobs(tokens.token, temperature, counts)
             metrics["k1"] = policy.k1(student, teacher).detach()
+        known: Probabilities = None, None
         match term.support:
             case SampledTokenSupport():
                 teacher = sides.teacher_logprobs(tokens.token, temperature, counts)
                 return policy.sampled_token_surrogate(student, teacher, term.clip.log_ratio), metrics
             case VocabularySupport():
                 pair = sides.student_and("teacher", temperature, counts)
+                known = sides.probabilities("student", temperature), sides.probabilities("teacher", temperature)
             case TopKSupport() as support if sides.top_k is not None:
                 pair, shares = on_served_top_k(support, sides, temperature)
                 metrics |= shares
@@ -207,19 +212,22 @@ class Objective:
                 metrics |= shares
             case _:
                 assert_never(term.support)
-        token_loss = self._divergence(name, term, *pair)
+        token_loss = self._divergence(name, term, *pair, known)
         if term.clip.token is not None:
             metrics["token_clipped"] = (token_loss.detach() > term.clip.token).to(token_loss.dtype)
             token_loss = token_loss.clamp(max=term.clip.token)
-        return token_loss, metrics | _both_kls(term, token_loss.detach(), *pair)
+        return token_loss, metrics | _both_kls(term, token_loss.detach(), *pair, known)
 
-    def _divergence(self, name: str, term: Distillation, student: Tensor, teacher: Tensor) -> Tensor:
+    def _divergence(
+        self, name: str, term: Distillation, student: Tensor, teacher: Tensor, known: Probabilities
+    ) -> Tensor:
         """[C, K], [C, K] -> [C]."""
         match spec := term.divergence:
             case ForwardKl():
-                return divergence.forward_kl(student, teacher, _bounds(term.clip))
+                return divergence.forward_kl(student, teacher, _bounds(term.clip), probabilities=known[1])
             case ReverseKl(detach_weights=detach):
-                return divergence.reverse_kl(student, teacher, _bounds(term.clip), detach_weights=detach)
+                bounds = _bounds(term.clip)
+                return divergence.reverse_kl(student, teacher, bounds, detach_weights=detach, probabilities=known[0])
             case Jsd(teacher_share=share):
                 return divergence.jsd(student, teacher, share)
             case LinearMix(forward_share=share):
@@ -294,11 +302,16 @@ def _bounds(clip: DivergenceClip) -> divergence.Bounds:
 
 
 @torch.no_grad()
-def _both_kls(term: Distillation, token_loss: Tensor, student: Tensor, teacher: Tensor) -> LossMetrics:
+def _both_kls(
+    term: Distillation, token_loss: Tensor, student: Tensor, teacher: Tensor, known: Probabilities
+) -> LossMetrics:
     """Both directions on the support; the one that equals the loss is not computed again."""
-    unclipped = term.clip == DivergenceClip()
-    forward, reverse = (
-        token_loss if unclipped and isinstance(term.divergence, kind) else function(student, teacher)
-        for kind, function in ((ForwardKl, divergence.forward_kl), (ReverseKl, divergence.reverse_kl))
-    )
+    forward = reverse = None
+    if term.clip == DivergenceClip():
+        forward = token_loss if isinstance(term.divergence, ForwardKl) else None
+        reverse = token_loss if isinstance(term.divergence, ReverseKl) else None
+    if forward is None:
+        forward = divergence.forward_kl(student, teacher, probabilities=known[1])
+    if reverse is None:
+        reverse = divergence.reverse_kl(student, teacher, probabilities=known[0])
     return {"forward_kl": forward, "reverse_kl": reverse}

@@ -72,9 +72,6 @@ def k3(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-# ── advantages and the surrogate ──────────────────────────────────────────────────────────────
-
-
 def group_advantages(rewards: Tensor, group: Tensor, baseline: Baseline, scale: Scale, eps: float) -> Tensor:
     """Returns A = (R − baseline) / (std + eps) of every rollout.  rewards [N], group [N] long -> [N] of rewards' dtype.
 
@@ -160,9 +157,6 @@ def clip_binds(ratio: Tensor, advantages: Tensor, low: float, high: float) -> tu
     """Returns where the ratio is clipped at 1 − low (A < 0), and where at 1 + high (A > 0).  [...], [...] -> twice [...] bool."""
     ratio = ratio.detach()
     return (advantages < 0) & (ratio < 1 - low), (advantages > 0) & (ratio > 1 + high)
-
-
-# ── advantages from reward and teacher ───────────────────────────────────────────────────────────────────
 
 
 def scaled_advantages(advantages: Tensor, log_ratio: Tensor, share: float, low: float, high: float) -> Tensor:

@@ -33,9 +33,6 @@ LossMetrics = dict[str, Tensor]
 """Metrics per token, detached: name -> [C]."""
 
 
-# ── before the first chunk ────────────────────────────────────────────────────────────────────
-
-
 def policy_gradients(losses: Mapping[str, LossSpec]) -> dict[str, PolicyGradient]:
     """Returns the policy-gradient terms, by name."""
     return {name: term for name, term in losses.items() if isinstance(term, PolicyGradient)}
@@ -110,9 +107,6 @@ def _sequence_mean(tokens: Tokens, name: str) -> Tensor:
     if name not in tokens.sequence_means:
         raise ValueError(f"{name} needs Tokens.sequence_means")
     return tokens.sequence_means[name]
-
-
-# ── for each chunk ────────────────────────────────────────────────────────────────────────────
 
 
 def policy_gradient(

@@ -74,7 +74,7 @@ class AveragedTeacher(Teacher):
     """Weights that follow the student: shadow += rate × (master − shadow), in float32.
 
     bfloat16 cannot represent a slow average (at rate 0.01, nine in ten updates round to zero), so the average is kept
-    in a float32 shadow, and the forward pass uses a cast of it.
+    in a float32 shadow, and the forward pass uses a cast of it.  The shadow of a float32 parameter is the parameter.
     """
 
     moves = True
@@ -89,7 +89,7 @@ class AveragedTeacher(Teacher):
 
     def initialize(self) -> None:
         local_shard = self._sharding().local_shard
-        self.shadow = {name: local_shard(p).float().clone() for name, p in self.parameters.items()}
+        self.shadow = {name: local_shard(p).float() for name, p in self.parameters.items()}
 
     def follow(self, masters: Masters, spec: specs.TeacherWeights, after: Event, updates: int) -> bool:
         match spec:
@@ -109,9 +109,11 @@ class AveragedTeacher(Teacher):
             student = master.to(shadow.device)
             if student.shape != shadow.shape:
                 raise RuntimeError(f"{name} is sharded differently in the teacher")
+            before = torch.dist(student, shadow)
             shadow.lerp_(student, rate)
-            sharding.local_shard(self.parameters[name]).copy_(shadow)
-            squares += torch.stack([(shadow - student).square().sum(), student.square().sum()]).cpu()
+            self._write(name, shadow)
+            norms = torch.stack([before * (1 - rate), torch.linalg.vector_norm(student)])
+            squares += norms.double().square().cpu()
             updated += 1
         if updated != len(self.shadow):
             raise RuntimeError(f"{updated} of {len(self.shadow)} teacher tensors were updated")
@@ -126,7 +128,13 @@ class AveragedTeacher(Teacher):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
-            self._sharding().local_shard(self.parameters[name]).copy_(shadow)
+            self._write(name, shadow)
+
+    def _write(self, name: str, shadow: Tensor) -> None:
+        """Write a shadow into its parameter, unless it is the parameter itself."""
+        parameter = self._sharding().local_shard(self.parameters[name])
+        if parameter.data_ptr() != shadow.data_ptr() or not shadow.numel():
+            parameter.copy_(shadow)
 
 
 class ServedTeacher(Teacher):

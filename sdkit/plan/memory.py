@@ -54,11 +54,12 @@ def estimate_memory(
     trained = trained_parameters(spec, shape)
     moments = (8 if stage == 0 else 12) / (machine.ranks if stage >= 1 else 1)
     gradients = 4 / (machine.ranks if stage >= 2 else 1)
+    shadow = 0 if width == 4 else 4  # a float32 average is the teacher's weights themselves
     items = [
         ("student weights", local * width),
         ("masters and moments", trained * moments),
         ("gradients", trained * gradients),
-        *(("teacher weights", local * (width + 4 * weights.follows_student)) for weights in teacher_copies(spec)),
+        *(("teacher weights", local * (width + shadow * weights.follows_student)) for weights in teacher_copies(spec)),
     ]
     for weights in dict.fromkeys(weights for _, weights in spec.other_models()):
         if other_shape := other_shapes.get(weights.path):

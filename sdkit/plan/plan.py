@@ -143,12 +143,11 @@ def _count_steps(spec: ExperimentSpec, rows: int | None) -> int | None:
     return training.steps
 
 
-# ── derived settings ──────────────────────────────────────────────────────────────────────────
-
-
 def _precision_notes(spec: ExperimentSpec, machine: Machine, stage: int) -> Iterator[str]:
     if stage != spec.training.zero_stage:
         yield "training.zero_stage 0 runs as 1: stage 0 has no float32 gradients in bfloat16"
+    if stage in (1, 2) and machine.ranks == 1 and spec.model.dtype == "float32" and not spec.training.offload:
+        yield f"training.zero_stage {stage}: one rank has nothing to shard; 0 trains the same with fewer copies"
     if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
         yield "model.dtype bfloat16 is emulated on this machine: float32 is several times faster"
 

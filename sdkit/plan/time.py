@@ -128,9 +128,6 @@ def _rollouts_per_rank(spec: ExperimentSpec, machine: Machine) -> int:
     return prompts * spec.rollout.completions_per_prompt
 
 
-# ── operations ────────────────────────────────────────────────────────────────────────────────
-
-
 def _operations_per_token(shape: ShapeSpec, length: float) -> float:
     """Forward operations per token of a sequence of `length`, averaged over positions."""
     return 2 * shape.parameters + 2 * shape.num_hidden_layers * shape.hidden_size * length
@@ -176,9 +173,6 @@ def _scoring_operations(
 
 def _compute_seconds(device: Accelerator, operations: float) -> float:
     return operations / (device.teraflops * 1e12 * COMPUTE_UTILIZATION)
-
-
-# ── sampling ──────────────────────────────────────────────────────────────────────────────────
 
 
 def _rollout_phase(

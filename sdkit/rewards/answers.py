@@ -28,9 +28,6 @@ _BLOCK = re.compile(r"^[ \t]*(`{3,})[^`\n]*\n(.*?)^[ \t]*\1`*[ \t]*$", re.MULTIL
 _EXACT = decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])
 
 
-# ── extracting the answer ──────────────────────────────────────────────────
-
-
 def extract(how: specs.Extract, completion: str) -> str | None:
     """Returns the answer in a completion, or None if there is none."""
     match how:
@@ -54,9 +51,6 @@ def extract(how: specs.Extract, completion: str) -> str | None:
 def _last(pattern: re.Pattern[str], text: str) -> str | None:
     matches = pattern.findall(text)
     return matches[-1] if matches else None
-
-
-# ── comparisons ───────────────────────────────────────────────────────────────────────────────
 
 
 def right_answer(row: Row, column: str) -> Any:
@@ -147,9 +141,6 @@ def regex(reward: specs.RegexReward) -> Scorer:
     except re.error as error:
         raise BadData(f"the pattern {shorten(reward.pattern)} cannot be read: {error}") from error
     return score_each(lambda completion, row: float(pattern.search(completion.strip()) is not None))
-
-
-# ── scored by the task ─────────────────────────────────────────────────────────────────────
 
 
 def task_scorer(reward: specs.ReasoningGymReward, source: specs.ReasoningGymSource | None) -> Scorer:

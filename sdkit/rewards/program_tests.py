@@ -155,9 +155,6 @@ def _equal(got: Any, expected: Any) -> bool:
         return False
 
 
-# ── comparing printed lines ─────────────────────────────────────────────────────────────────────────────
-
-
 def _same_lines(got: str, expected: str) -> bool:
     """Compares lines without surrounding white space; numbers are compared by value."""
     ours, theirs = got.strip().splitlines(), expected.strip().splitlines()

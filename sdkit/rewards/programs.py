@@ -65,9 +65,6 @@ def _run_tests(program: str, tests: Sequence[Test], reward: PythonTests, sandbox
     return ScoredCompletion(reward=share if reward.credit == "share" else float(share == 1), feedback=feedback)
 
 
-# ── feedback ─────────────────────────────────────────────────────────────────────
-
-
 def _describe(test: Test, outcome: Outcome) -> str:
     """The input, the actual result and the expected one."""
     parts = []

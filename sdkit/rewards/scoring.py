@@ -124,9 +124,6 @@ def reward_values(scores: RewardScores) -> dict[str, list[float]]:
     return values
 
 
-# ── weighted sums ─────────────────────────────────────────────────────────────────────────────
-
-
 class WeightedSum(Scorer):
     """A weighted sum of other scorers, by name with their weights."""
 

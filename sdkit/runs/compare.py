@@ -131,9 +131,6 @@ def _difference(
     )
 
 
-# ── the specs ─────────────────────────────────────────────────────────────────────────────────
-
-
 def differing_settings(runs: Sequence[Run]) -> list[Path]:
     """Settings that are not the same in all runs, without `output`, which does not affect training."""
     return [path for path in differing([run.settings for run in runs]) if path[0] != "output"]

@@ -76,9 +76,6 @@ def _runs_table(runs: Sequence[Run]) -> Table:
     return table
 
 
-# ── settings ──────────────────────────────────────────────────────────────────────────────────
-
-
 def _print_settings(runs: Sequence[Run], keys: Sequence[Key], console: Console) -> None:
     paths, origins = differing_settings(runs), differing([run.origins for run in runs])
     if not paths:
@@ -104,9 +101,6 @@ def _cell(settings: Mapping[SpecPath, object], path: SpecPath) -> str:
     return escape(shorten(settings[path], 32)) if path in settings else "[dim]–[/]"
 
 
-# ── scores ────────────────────────────────────────────────────────────────────────────────────
-
-
 def _scores_table(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
     """Each run's first and last scores, and the paired change between them."""
     table = _table(
@@ -124,9 +118,6 @@ def _scores_table(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
             names = key if place == 0 else ("", "", "")
             table.add_row(*names, escape(run.name), *values, *signed(change), str(change.n))
     return table
-
-
-# ── verdicts ──────────────────────────────────────────────────────────────────────────────────
 
 
 def _print_verdicts(runs: Sequence[Run], keys: Sequence[Key], axis: Axis, console: Console) -> None:

@@ -72,9 +72,6 @@ def _length(axis: Any, lines: Lines) -> None:
     axis.set_ylim(bottom=0)
 
 
-# ── several runs ──────────────────────────────────────────────────────────────────────────────
-
-
 def check_plot_path(target: Path) -> None:
     """Raise UnreadableInput if no picture can be written to `target`."""
     if target.suffix.lower() not in FORMATS:

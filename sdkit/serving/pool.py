@@ -92,8 +92,6 @@ class ServerPool:
             runner=self._runner,
         )
 
-    # ── before the model is loaded ─────────────────────────────────────────────────────────────
-
     def check(self) -> None:
         """Raise BadEnvironment unless every server is up and serves the student's model in the run's dtype.  No retries."""
         states = self._run(self._read_states())
@@ -125,8 +123,6 @@ class ServerPool:
         path = f"/sdkit/state?probe={self.expected.folder.probe}"
         responses = await member.server.request_all(path, [None], retries=retries, deadline_seconds=PROBE_SECONDS)
         return protocol.read_state(member.url, responses[0], self.expected)
-
-    # ── during the run ────────────────────────────────────────────────────────────────────────
 
     def load(self, file: WeightFile) -> dict[str, float]:
         """Load these weights on every server and check the canary; returns the largest canary metrics and the server count.
@@ -215,8 +211,6 @@ class ServerPool:
         headers = {WEIGHTS_HEADER: file.sha256}
         answers = await member.server.request_all("/v1/completions", bodies, headers=headers)
         return [protocol.read_completion(member.url, answer) for answer in answers]
-
-    # ── loading weights ─────────────────────────────────────────────────────────────────────────
 
     async def _ready_members(self, file: WeightFile) -> list[_Member]:
         """Returns the servers that have these weights, after sending them to the others; waits if there are none."""

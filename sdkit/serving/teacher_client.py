@@ -47,8 +47,6 @@ class ServedModel:
             retries=spec.retries,
         )
 
-    # ── before the model is loaded ─────────────────────────────────────────────────────────────
-
     def check(self, tokenizer: Any) -> None:
         """Check that the server is up, serves the model, has the student's vocabulary and returns log-probabilities.
 
@@ -124,8 +122,6 @@ class ServedModel:
             raise
         except (KeyError, TypeError):
             raise RequestFailed(f"{self.server.url}/detokenize answered without a text") from None
-
-    # ── during the run ────────────────────────────────────────────────────────────────────────
 
     def score(self, texts: Sequence[UnpaddedSequence], rows: int) -> TopKLogprobs:
         """Returns the top-k log-probabilities at the requested positions of the texts, over ids below `rows`.  [M, k]

@@ -1,4 +1,4 @@
-"""Which checkpoint is taken up: whole, this run's own, and the newest of these; and what is left where none can be written."""
+"""Which checkpoint a run resumes from: the newest complete one of its own; and what a failed save leaves."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 from attrs import evolve
 from rich.console import Console
-from tinyruns import advance, evaluated, make_spec, same, states, teacher, train, training
+from tinyruns import advance, assert_equal, hidden_states, make_spec, teacher, train, training, with_evaluation
 
 from sdkit import processes
 from sdkit.checkpoints import checkpoint, manifest, resume, rng
@@ -28,50 +28,49 @@ def console():
 
 
 @pytest.fixture(scope="module")
-def three(tiny_folder, tmp_path_factory):
-    """A run of four steps with every checkpoint kept."""
+def four_step_run(tiny_folder, tmp_path_factory):
+    """Spec and folder of a run of four steps that keeps every checkpoint."""
     output = OutputSpec(checkpoint_every=1, keep_checkpoints=5, tensorboard=False)
     spec = make_spec(tiny_folder, teacher=EMA, training=training(steps=4), output=output)
     return spec, train(spec, tmp_path_factory.mktemp("three") / "run")
 
 
 @pytest.fixture
-def run(three, tmp_path):
-    """A copy of it, to be spoilt."""
+def run(four_step_run, tmp_path):
+    """A copy of that run for the test to damage."""
     target = tmp_path / "run"
-    subprocess.run(["cp", "-r", three[1], target], check=True)
+    subprocess.run(["cp", "-r", four_step_run[1], target], check=True)
     return target
 
 
-def own(three, run, ranks=1):
+def own_origin(four_step_run, run, ranks=1):
     return Origin(
-        run=json.loads((run / "provenance.json").read_text())["run"], spec=manifest.spec_digest(three[0]), ranks=ranks
+        run=json.loads((run / "provenance.json").read_text())["run"],
+        spec=manifest.spec_digest(four_step_run[0]),
+        ranks=ranks,
     )
 
 
-def chosen(three, run, ranks=1, hashes=True):
-    said = []
-    found = resume.newest_checkpoint(run, own(three, run, ranks), said.append, hashes=hashes)
-    return found.name, said
+def newest_checkpoint(four_step_run, run, ranks=1, hashes=True):
+    messages = []
+    newest = resume.newest_checkpoint(run, own_origin(four_step_run, run, ranks), messages.append, hashes=hashes)
+    return newest.name, messages
 
 
-# ── what a checkpoint holds ───────────────────────────────────────────────────────────────────
-
-
-def test_the_manifest_names_every_file_and_its_origin(three):
-    spec, folder = three
+def test_manifest_names_every_file_and_its_origin(four_step_run):
+    spec, folder = four_step_run
     last = folder / "checkpoints" / "step_000003"
-    held = json.loads((last / "MANIFEST.json").read_text())
-    assert set(held["files"]) == {p.name for p in last.iterdir()} - {"MANIFEST.json"}
-    assert {"random_rank_0.json", "teacher.safetensors"} <= set(held["files"])
-    assert held["files"]["teacher.safetensors"]["bytes"] == ((last / "teacher.safetensors").stat().st_size)
-    assert (held["step"], held["updates"], held["skipped"], held["zero_stage"]) == (3, 3, 0, 0)
-    assert held["origin"]["ranks"] == 1
-    assert held["origin"]["spec"] == manifest.spec_digest(spec)
+    contents = json.loads((last / "MANIFEST.json").read_text())
+    assert set(contents["files"]) == {p.name for p in last.iterdir()} - {"MANIFEST.json"}
+    assert {"random_rank_0.json", "teacher.safetensors"} <= set(contents["files"])
+    assert contents["files"]["teacher.safetensors"]["bytes"] == ((last / "teacher.safetensors").stat().st_size)
+    assert (contents["step"], contents["updates"], contents["skipped"], contents["zero_stage"]) == (3, 3, 0, 0)
+    assert contents["origin"]["ranks"] == 1
+    assert contents["origin"]["spec"] == manifest.spec_digest(spec)
 
 
-def test_length_memory_and_output_do_not_make_another_spec(three):
-    spec, _ = three
+def test_length_memory_and_output_do_not_change_the_spec_digest(four_step_run):
+    spec, _ = four_step_run
     free = evolve(spec.training, steps=9, micro_batch_tokens=500, chunk_tokens=9)
     same_run = evolve(spec, training=free, output=OutputSpec(folder="elsewhere"))
     assert manifest.spec_digest(same_run) == manifest.spec_digest(spec)
@@ -79,79 +78,75 @@ def test_length_memory_and_output_do_not_make_another_spec(three):
     assert manifest.spec_digest(other) != manifest.spec_digest(spec)
 
 
-def test_random_streams_go_on_where_they_stood():
+def test_random_streams_continue_after_restore():
     rng.seed_all(3, 0)
-    held = json.loads(json.dumps(rng.state()))
+    state = json.loads(json.dumps(rng.state()))
 
     def draw():
         return random.random(), random.gauss(0, 1), np.random.normal(), torch.rand(2).tolist()
 
     first = draw()
     assert draw() != first
-    rng.restore(held)
+    rng.restore(state)
     assert draw() == first
     rng.seed_all(3, 1)
     assert draw() != first
 
 
-def test_a_checkpoint_holds_the_teacher(open_tiny, tiny_folder, tmp_path):
+def test_checkpoint_restores_the_teacher(open_tiny, tiny_folder, tmp_path):
     spec = make_spec(tiny_folder, teacher=EMA, training=training(zero_stage=1))
-    world = open_tiny(spec)
-    advance(world, 2)
-    saved = checkpoint.save(world.state, tmp_path, world.setup.spec)
-    advance(world, 1)
+    trainer = open_tiny(spec)
+    advance(trainer, 2)
+    saved = checkpoint.save(trainer.state, tmp_path, trainer.setup.spec)
+    advance(trainer, 1)
     other = open_tiny(spec)
     checkpoint.load(other.state, saved, other.setup.spec.training.seed)
     assert other.progress.optimizer_steps == 2
     advance(other, 1)
-    for name, value in world.models.teacher.state().items():
-        same(other.models.teacher.state()[name], value)
-    same(states(other, other.models.teacher.weights), states(world, world.models.teacher.weights))
-    same(states(other, other.models.student), states(world, world.models.student))
+    for name, value in trainer.models.teacher.state().items():
+        assert_equal(other.models.teacher.state()[name], value)
+    assert_equal(
+        hidden_states(other, other.models.teacher.weights), hidden_states(trainer, trainer.models.teacher.weights)
+    )
+    assert_equal(hidden_states(other, other.models.student), hidden_states(trainer, trainer.models.student))
 
 
-# ── which are kept ────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(("keep", "left"), [(1, [10]), (2, [2, 10])])
-def test_the_newest_are_kept(open_tiny, tmp_path, keep, left):
-    world = open_tiny(output=OutputSpec(keep_checkpoints=keep, tensorboard=False))
+@pytest.mark.parametrize(("keep", "steps"), [(1, [10]), (2, [2, 10])])
+def test_only_the_newest_checkpoints_are_kept(open_tiny, tmp_path, keep, steps):
+    trainer = open_tiny(output=OutputSpec(keep_checkpoints=keep, tensorboard=False))
     (tmp_path / "checkpoints" / "step_000099").mkdir(parents=True)
-    for world.progress.step in (1, 2, 10):
-        checkpoint.save(world.state, tmp_path, world.setup.spec)
-    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert kept == [f"step_{n:06d}" for n in left]
+    for trainer.progress.step in (1, 2, 10):
+        checkpoint.save(trainer.state, tmp_path, trainer.setup.spec)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step_{n:06d}" for n in steps]
 
 
-def test_the_best_model_is_kept(tiny_folder, tmp_path, monkeypatch):
+def test_best_model_is_saved(tiny_folder, tmp_path, monkeypatch):
     """Losses 3, 1, 2 at steps 0, 1, 2: the model of step 1 stays."""
     from sdkit.train import loop
 
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(loop, "held_out_loss", lambda *_: {"eval/loss": next(losses)})
-    kept = []
-    written = checkpoint.save_model
+    saved = []
+    save_model = checkpoint.save_model
 
-    def noted(student, tokenizer, run):
+    def save_and_record(student, tokenizer, run):
         status = json.loads((tmp_path / "run" / "status.json").read_text())
-        kept.append((run.name, status["step"]))
-        return written(student, tokenizer, run)
+        saved.append((run.name, status["step"]))
+        return save_model(student, tokenizer, run)
 
-    monkeypatch.setattr(checkpoint, "save_model", noted)
+    monkeypatch.setattr(checkpoint, "save_model", save_and_record)
     output = OutputSpec(keep_best="loss", tensorboard=False)
     spec = make_spec(tiny_folder, training=training(steps=2), output=output)
-    run = train(evaluated(spec, every=1, teacher_lift=0), tmp_path / "run")
-    assert kept == [("best", 0), ("best", 1), ("run", 2)]
+    run = train(with_evaluation(spec, every=1, teacher_lift=0), tmp_path / "run")
+    assert saved == [("best", 0), ("best", 1), ("run", 2)]
     assert json.loads((run / "best/best.json").read_text()) == {"step": 1, "eval/loss": 1.0}
     best, last = ((run / n / "model.safetensors").read_bytes() for n in ("best/model", "model"))
     assert best != last
 
 
-# ── which are taken up ────────────────────────────────────────────────────────────────────────
-
-
-def test_the_newest_whole_one_is_taken_up(three, run):
-    assert chosen(three, run) == ("step_000003", [])
+def test_newest_complete_checkpoint_is_chosen(four_step_run, run):
+    assert newest_checkpoint(four_step_run, run) == ("step_000003", [])
 
 
 def cut(path):
@@ -159,9 +154,9 @@ def cut(path):
 
 
 def flip(path):
-    held = bytearray(path.read_bytes())
-    held[len(held) // 2] ^= 1
-    path.write_bytes(held)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def edit(path):
@@ -169,7 +164,7 @@ def edit(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "told"),
+    ("name", "spoil", "expected"),
     [
         ("teacher.safetensors", cut, "is damaged: teacher.safetensors has"),
         ("teacher.safetensors", flip, "is damaged: teacher.safetensors is not what was written"),
@@ -181,94 +176,88 @@ def edit(path):
         ("MANIFEST.json", edit, "has a MANIFEST.json that was changed"),
     ],
 )
-def test_a_spoilt_one_is_named_and_passed_over(three, run, name, spoil, told):
-    at = run / "checkpoints/step_000003" / name
-    spoil(at)
+def test_damaged_checkpoint_is_named_and_skipped(four_step_run, run, name, spoil, expected):
+    damaged = run / "checkpoints/step_000003" / name
+    spoil(damaged)
     if name == "MANIFEST.json" and spoil is cut:
-        cut(at)  # the first cut took the newline
-    found, (said,) = chosen(three, run)
-    assert found == "step_000002"
-    assert said.startswith("passed over: step_000003 ")
-    assert told in said
+        cut(damaged)  # the first cut took the newline
+    newest, (message,) = newest_checkpoint(four_step_run, run)
+    assert newest == "step_000002"
+    assert message.startswith("passed over: step_000003 ")
+    assert expected in message
 
 
-def test_only_the_first_rank_reads_every_byte(three, run):
+def test_only_the_first_rank_reads_every_byte(four_step_run, run):
     flip(run / "checkpoints/step_000003/teacher.safetensors")
-    assert chosen(three, run, hashes=False)[0] == "step_000003"
+    assert newest_checkpoint(four_step_run, run, hashes=False)[0] == "step_000003"
 
 
-def test_a_foreign_one_is_passed_over(three, run):
-    marks = json.loads((run / "provenance.json").read_text())
+def test_checkpoint_of_another_run_or_spec_is_skipped(four_step_run, run):
+    provenance = json.loads((run / "provenance.json").read_text())
     for folder in sorted((run / "checkpoints").iterdir())[1:]:
-        found = manifest.read(folder, hashes=False)
+        contents = manifest.read(folder, hashes=False)
         changed = {"step_000002": {"run": "another"}, "step_000003": {"spec": "another"}}
-        mine = evolve(found.origin, **changed[folder.name])
-        manifest.write(folder, evolve(found, origin=mine))
-    assert marks["run"] != "another"
-    assert chosen(three, run) == (
+        foreign = evolve(contents.origin, **changed[folder.name])
+        manifest.write(folder, evolve(contents, origin=foreign))
+    assert provenance["run"] != "another"
+    assert newest_checkpoint(four_step_run, run) == (
         "step_000001",
         ["passed over: step_000003 was written under another spec", "passed over: step_000002 belongs to another run"],
     )
 
 
-def test_where_none_is_left_all_are_named(three, run):
+def test_error_names_every_checkpoint_if_none_is_usable(four_step_run, run):
     for folder in (run / "checkpoints").iterdir():
         (folder / "MANIFEST.json").unlink()
     with pytest.raises(UnreadableInput, match="no checkpoint that can be resumed from") as caught:
-        train(three[0], run, resume=True)
+        train(four_step_run[0], run, resume=True)
     assert caught.value.message.count("is not complete") == 3
     assert "--overwrite" in caught.value.hint
 
 
-def test_another_number_of_ranks_is_refused_with_what_to_do(three, run):
+def test_another_number_of_ranks_is_refused_with_a_hint(four_step_run, run):
     with pytest.raises(UnreadableInput, match="fits 1 rank, but there are 2 now") as caught:
-        chosen(three, run, ranks=2)
+        newest_checkpoint(four_step_run, run, ranks=2)
     assert "continue with --processes 1" in caught.value.hint
     assert f"`sdkit checkpoint convert {run} --processes 2`" in caught.value.hint
 
 
-def test_other_rows_are_refused(three, run):
-    held = json.loads((run / "provenance.json").read_text())
-    held["data"]["train"] = "0" * 64
-    (run / "provenance.json").write_text(json.dumps(held))
+def test_changed_rows_are_refused(four_step_run, run):
+    provenance = json.loads((run / "provenance.json").read_text())
+    provenance["data"]["train"] = "0" * 64
+    (run / "provenance.json").write_text(json.dumps(provenance))
     with pytest.raises(UnreadableInput, match="not those that this run began with: train"):
-        train(three[0], run, resume=True)
+        train(four_step_run[0], run, resume=True)
 
 
-# ── how the last attempt ended ────────────────────────────────────────────────────────────────
-
-
-def left(run, **status):
+def report_previous_attempt(run, **status):
     (run / "status.json").write_text(json.dumps(status))
-    said = []
-    resume.report_previous_attempt(run, said.append)
-    return said
+    messages = []
+    resume.report_previous_attempt(run, messages.append)
+    return messages
 
 
-def test_a_silent_end_is_named(tmp_path):
-    (said,) = left(tmp_path, state="running", pid=2**22 + 1, process="boot/1", step=7)
-    assert "exited without updating its status after step 7" in said
-    assert "dmesg" in said
-    assert left(tmp_path, state="stopped", pid=1, step=7) == []
+def test_attempt_that_exited_silently_is_reported(tmp_path):
+    (message,) = report_previous_attempt(tmp_path, state="running", pid=2**22 + 1, process="boot/1", step=7)
+    assert "exited without updating its status after step 7" in message
+    assert "dmesg" in message
+    assert report_previous_attempt(tmp_path, state="stopped", pid=1, step=7) == []
 
 
-def test_a_run_that_is_being_trained_is_left_alone(tmp_path):
+def test_run_in_training_cannot_be_resumed(tmp_path):
     start = processes.own_start()
     with pytest.raises(UnreadableInput, match=f"by process {os.getpid()}"):
-        left(tmp_path, state="running", pid=os.getpid(), process=start)
+        report_previous_attempt(tmp_path, state="running", pid=os.getpid(), process=start)
     # The same number after another start is another process.
-    assert left(tmp_path, state="running", pid=os.getpid(), process=start + 1)
+    assert report_previous_attempt(tmp_path, state="running", pid=os.getpid(), process=start + 1)
 
 
-def test_the_mark_of_an_older_sdkit_is_understood(tmp_path):
+def test_process_mark_of_older_versions_is_understood(tmp_path):
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     with pytest.raises(UnreadableInput, match=f"by process {os.getpid()}"):
-        left(tmp_path, state="running", pid=os.getpid(), process=f"f3b1c9d2/{ticks}")
+        report_previous_attempt(tmp_path, state="running", pid=os.getpid(), process=f"f3b1c9d2/{ticks}")
     for mark in (f"f3b1c9d2/{ticks + 100}", "unreadable", None):
-        assert left(tmp_path, state="running", pid=os.getpid(), process=mark)
-
-
-# ── a full disk ───────────────────────────────────────────────────────────────────────────────
+        assert report_previous_attempt(tmp_path, state="running", pid=os.getpid(), process=mark)
 
 
 @pytest.fixture
@@ -283,22 +272,22 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk_leaves_the_older_checkpoint(three, open_tiny, small_disk):
-    world = open_tiny(three[0])
-    world.progress.step = 1
-    first = checkpoint.save(world.state, small_disk, world.setup.spec)
+def test_full_disk_keeps_the_older_checkpoint(four_step_run, open_tiny, small_disk):
+    trainer = open_tiny(four_step_run[0])
+    trainer.progress.step = 1
+    first = checkpoint.save(trainer.state, small_disk, trainer.setup.spec)
     size = sum(p.stat().st_size for p in first.iterdir())
     free = os.statvfs(small_disk)
     room = free.f_bavail * free.f_frsize
     (small_disk / "ballast").write_bytes(bytes(room - size // 2))
-    world.progress.step = 2
+    trainer.progress.step = 2
     with pytest.raises(BadEnvironment, match=r"cannot write .*step_000002: ") as caught:
-        checkpoint.save(world.state, small_disk, world.setup.spec)
+        checkpoint.save(trainer.state, small_disk, trainer.setup.spec)
     assert caught.value.exit_code == 4
     assert "--resume" in caught.value.hint
     assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["step_000001"]
     manifest.read(first, hashes=True)
     (small_disk / "ballast").unlink()
-    assert checkpoint.save(world.state, small_disk, world.setup.spec).name == "step_000002"
-    left = sorted(p.name for p in (small_disk / "checkpoints").iterdir())
-    assert left == ["step_000001", "step_000002"]  # of five that may stay
+    assert checkpoint.save(trainer.state, small_disk, trainer.setup.spec).name == "step_000002"
+    names = sorted(p.name for p in (small_disk / "checkpoints").iterdir())
+    assert names == ["step_000001", "step_000002"]  # up to five are kept

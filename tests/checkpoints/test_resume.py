@@ -1,4 +1,4 @@
-"""A run that was killed, wherever that was, and taken up again is the run that nobody killed: bit by bit."""
+"""A run that was killed anywhere and resumed equals an uninterrupted run bit by bit."""
 
 import itertools
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill_scenario import FORMS, PHASES, TEACHERS
-from tinyruns import metrics, run_scenario, same, weights_of
+from tinyruns import assert_equal, metrics, run_scenario, weights_of
 
 SCENARIO = Path(__file__).parents[1] / "support" / "kill_scenario.py"
 COVER = (
@@ -26,33 +26,33 @@ COVER = (
 )
 """Every pair of teacher, form, stage, number of ranks and phase; one attempt after the other.
 
-A run has six steps; checkpoints stand at 2 and 4, evaluations at 0, 3 and 6.
+A run has six steps, checkpoints after 2 and 4, evaluations at 0, 3 and 6.
 """
-WHOLE = (
+EVERY_PLACE = (
     "rollout@0,update@0,boundary@1,teacher@1,boundary@2,save@2,manifest@2,naming@2,rollout@2,update@2,boundary@3,"
     "evaluation@3,boundary@4,save@4,manifest@4,naming@4,teacher@4,update@4,boundary@5,rollout@5,model@6"
 )
-"""Every boundary between steps, and every phase: before, between and behind the checkpoints."""
+"""Every boundary between steps, and every phase: before, between and after the checkpoints."""
 
 
 def matrix(stage, ranks):
-    """Every teacher and form, killed everywhere."""
+    """Cases of every teacher and form, killed at every place."""
     names = itertools.product(TEACHERS, FORMS)
-    return [f"{weights}-{form}-{stage}-{ranks}-{WHOLE}" for weights, form in names]
+    return [f"{weights}-{form}-{stage}-{ranks}-{EVERY_PLACE}" for weights, form in names]
 
 
 def assert_same_run(folder, straight):
     assert metrics(folder) == metrics(straight)
     trained = weights_of(straight)
     for name, value in weights_of(folder).items():
-        same(value, trained[name])
-    for kept in ("rollouts", "samples", "evaluations"):
-        texts = [{p.name: p.read_text() for p in (f / kept).iterdir()} for f in (folder, straight)]
+        assert_equal(value, trained[name])
+    for folder_name in ("rollouts", "samples", "evaluations"):
+        texts = [{p.name: p.read_text() for p in (f / folder_name).iterdir()} for f in (folder, straight)]
         assert texts[0] == texts[1]
-    left = {p.name for p in (folder / "checkpoints").iterdir()}
-    # Killed between the naming of a checkpoint and the end of the one before, a run keeps both until its next.
+    checkpoints = {p.name for p in (folder / "checkpoints").iterdir()}
+    # A run killed between naming a checkpoint and deleting the previous one keeps both until the next save.
     older = {"step_000002"} if "naming@4" in folder.name else set()
-    assert left - older == {"step_000004"}
+    assert checkpoints - older == {"step_000004"}
 
 
 @pytest.fixture(scope="module")
@@ -60,26 +60,26 @@ def work(warm, tiny_folder, tmp_path_factory):
     return run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("killed"), COVER)
 
 
-def test_every_pair_is_covered():
+def test_cases_cover_every_pair():
     def settings(case):
-        *found, places = case.split("-")
-        return *found, [place.split("@")[0] for place in places.split(",")]
+        *case_settings, places = case.split("-")
+        return *case_settings, [place.split("@")[0] for place in places.split(",")]
 
-    # What remains is for the whole matrix: other moves of the same state, stage 1, and a run that is done but for its model.
+    # The full matrix has the rest: teachers with the same state, stage 1, and a kill while the final model is saved.
     kinds = ("student", "frozen", "ema", "copy")
     axes = (kinds, FORMS, "023", "12", PHASES.keys() - {"model"})
-    held = [
-        [pair for phase in phases for pair in itertools.combinations(enumerate((*found, phase)), 2)]
-        for *found, phases in map(settings, COVER)
+    pairs = [
+        [pair for phase in phases for pair in itertools.combinations(enumerate((*case_settings, phase)), 2)]
+        for *case_settings, phases in map(settings, COVER)
     ]
-    covered = set(itertools.chain(*held))
+    covered = set(itertools.chain(*pairs))
     for (i, left), (j, right) in itertools.combinations(enumerate(axes), 2):
         missing = {(a, b) for a in left for b in right if ((i, a), (j, b)) not in covered}
         assert not missing
 
 
 @pytest.mark.parametrize("name", COVER)
-def test_a_killed_run_is_taken_up_as_it_was(work, name):
+def test_killed_run_resumes_to_the_same_result(work, name):
     assert_same_run(work / name, work / name.rsplit("-", 1)[0])
 
 
@@ -87,7 +87,7 @@ def test_a_killed_run_is_taken_up_as_it_was(work, name):
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_whole_matrix(warm, tiny_folder, tmp_path, stage, ranks):
+def test_full_matrix_resumes_to_the_same_results(warm, tiny_folder, tmp_path, stage, ranks):
     cases = matrix(stage, ranks)
     run_scenario(warm, SCENARIO, tiny_folder, tmp_path, cases)
     for name in cases:
@@ -96,8 +96,8 @@ def test_the_whole_matrix(warm, tiny_folder, tmp_path, stage, ranks):
 
 @pytest.mark.full
 @pytest.mark.timeout(0)
-def test_a_run_that_vllm_samples_is_taken_up_as_it_was(warm, tiny_folder, tmp_path):
-    """The same tokens; numbers within what vLLM's kernels leave open."""
+def test_killed_run_with_vllm_resumes_to_the_same_result(warm, tiny_folder, tmp_path):
+    """The same tokens; other figures agree within the noise of vLLM's kernels."""
     pytest.importorskip("vllm")
     name = "ema-vllm-0-1-rollout@2,boundary@3"
     run_scenario(warm, SCENARIO, tiny_folder, tmp_path, [name])

@@ -1,11 +1,11 @@
-"""What the end of a run writes is tried before its first step, and a checkpoint's own settings are written as they were."""
+"""Saving is tried before the first step, and a model's own generation settings are saved unchanged."""
 
 import json
 from shutil import copytree
 
 import pytest
 from attrs import evolve
-from tinyruns import LORA, evaluated, make_spec, model, train, training
+from tinyruns import LORA, make_spec, model, train, training, with_evaluation
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sdkit.checkpoints import checkpoint
@@ -31,44 +31,44 @@ def with_settings(source, target, settings):
 
 
 @pytest.mark.parametrize("name", INVALID)
-def test_settings_that_the_library_refuses_to_write_are_written_as_they_were(tiny_folder, tmp_path, name):
+def test_settings_that_transformers_refuses_to_save_are_saved_unchanged(tiny_folder, tmp_path, name):
     with pytest.raises(ValueError, match="GenerationConfig is invalid"):
         GenerationConfig(**INVALID[name]).save_pretrained(tmp_path / "refused")
     folder = with_settings(tiny_folder, tmp_path / "model", INVALID[name])
     spec = make_spec(folder, training=training(steps=1))
     if name == "sampling":
         output = OutputSpec(checkpoint_every=1, keep_best="score", tensorboard=False)
-        spec = evolve(evaluated(spec), output=output)
+        spec = evolve(with_evaluation(spec), output=output)
     run = train(spec, tmp_path / "run")
     written = [run / "model", *([run / "best" / "model"] if name == "sampling" else [])]
     export(spec, tmp_path, run, tmp_path / "exported", merge=False)
-    for each in [*written, tmp_path / "exported"]:
-        found = json.loads((each / "generation_config.json").read_text())
-        assert INVALID[name].items() <= found.items()
-        AutoModelForCausalLM.from_pretrained(each)
+    for saved in [*written, tmp_path / "exported"]:
+        settings = json.loads((saved / "generation_config.json").read_text())
+        assert INVALID[name].items() <= settings.items()
+        AutoModelForCausalLM.from_pretrained(saved)
 
 
 @pytest.fixture
 def refuse(monkeypatch):
-    """Let the library refuse to save a tokenizer, a configuration or an adapter's; with a reason of several lines."""
+    """Makes a class refuse to save, with a reason of several lines."""
 
-    def now(owner):
+    def refuse_for(owner):
         def save_pretrained(*_, **__):
             raise ValueError("the settings are invalid: \n- `temperature`: too hot\n- `top_p`: low")
 
         monkeypatch.setattr(owner, "save_pretrained", save_pretrained)
 
-    return now
+    return refuse_for
 
 
-@pytest.mark.parametrize("what", ["tokenizer", "configuration", "adapter"])
-def test_what_cannot_be_saved_ends_a_run_before_its_first_step(tiny_folder, tmp_path, refuse, what):
+@pytest.mark.parametrize("part", ["tokenizer", "configuration", "adapter"])
+def test_run_that_cannot_be_saved_ends_before_its_first_step(tiny_folder, tmp_path, refuse, part):
     from peft import PeftConfig
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     owners = {"tokenizer": PreTrainedTokenizerBase, "configuration": PreTrainedConfig}
-    refuse(owners.get(what, PeftConfig))
-    spec = make_spec(tiny_folder, model=model(tiny_folder, lora=LORA if what == "adapter" else None))
+    refuse(owners.get(part, PeftConfig))
+    spec = make_spec(tiny_folder, model=model(tiny_folder, lora=LORA if part == "adapter" else None))
     with pytest.raises(BadData, match="could not be saved") as caught:
         train(spec, tmp_path / "run")
     assert caught.value.message.endswith("`temperature`: too hot - `top_p`: low")
@@ -78,25 +78,25 @@ def test_what_cannot_be_saved_ends_a_run_before_its_first_step(tiny_folder, tmp_
     assert (state["state"], state["step"]) == ("failed", 0)
 
 
-def test_a_full_disk_is_said_as_one(tiny_folder, open_tiny, monkeypatch):
-    world = open_tiny(make_spec(tiny_folder))
+def test_full_disk_is_reported_as_such(tiny_folder, open_tiny, monkeypatch):
+    trainer = open_tiny(make_spec(tiny_folder))
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(world.setup.data.tokenizer), "save_pretrained", full)
+    monkeypatch.setattr(type(trainer.setup.data.tokenizer), "save_pretrained", full)
     with pytest.raises(BadEnvironment, match="no space left on device"):
-        checkpoint.check_saving(world.models.student, world.setup.data.tokenizer)
+        checkpoint.check_saving(trainer.models.student, trainer.setup.data.tokenizer)
 
 
-def test_nothing_remains_of_the_attempt(tiny_folder, open_tiny, tmp_path, monkeypatch):
+def test_check_of_saving_leaves_no_file(tiny_folder, open_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    world = open_tiny(make_spec(tiny_folder))
-    checkpoint.check_saving(world.models.student, world.setup.data.tokenizer)
+    trainer = open_tiny(make_spec(tiny_folder))
+    checkpoint.check_saving(trainer.models.student, trainer.setup.data.tokenizer)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_nobody_expected_is_told_in_full(tmp_path):
+def test_unexpected_error_is_reported_in_full(tmp_path):
     (tmp_path / "run").mkdir()
     run = directory.RunDirectory(tmp_path / "run", tensorboard=False)
     error = ValueError("it is invalid: \n- this\n\n- and that")
@@ -116,5 +116,5 @@ def test_an_error_nobody_expected_is_told_in_full(tmp_path):
         ("", "ValueError"),
     ],
 )
-def test_a_first_line_is_followed_by_what_it_announces(text, line):
+def test_first_line_includes_the_list_it_announces(text, line):
     assert first_line(ValueError(text)) == line

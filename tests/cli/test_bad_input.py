@@ -1,4 +1,4 @@
-"""What a user gets wrong is said before training, with file, line and column, and the exit code of its kind."""
+"""A user's mistakes are reported before training, with file, line, column and the exit code of their kind."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ REWARD = "rewards: {r: {kind: regex, pattern: x}}"
 
 @pytest.fixture
 def sdkit(monkeypatch, capsys, tmp_path, tiny_folder):
-    """Run a command on the run file with these texts replaced, in its folder; exit code and standard error."""
+    """Runs a command on the run file with these texts replaced, in its folder; returns exit code and standard error."""
 
     def run(command, *replaced):
         monkeypatch.chdir(tmp_path)
@@ -102,12 +102,12 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_what_the_file_shows_is_found_by_validate(sdkit, what):
-    replaced, said = WRONG[what]
+@pytest.mark.parametrize("case", WRONG)
+def test_validate_reports_what_the_file_shows(sdkit, case):
+    replaced, message = WRONG[case]
     code, err = sdkit("validate", POLICY, replaced)
     assert code == 1
-    assert said in err
+    assert message in err
 
 
 FAILING = {
@@ -154,19 +154,19 @@ FAILING = {
 }
 
 
-@pytest.mark.parametrize("what", FAILING)
-def test_what_only_a_run_can_know_ends_it_before_training(sdkit, tmp_path, what):
-    replaced, said, more = FAILING[what]
+@pytest.mark.parametrize("case", FAILING)
+def test_mistakes_that_only_a_run_can_see_end_it_before_training(sdkit, tmp_path, case):
+    replaced, message, hint = FAILING[case]
     code, err = sdkit("train", POLICY, replaced)
     assert code == 3
-    assert said in err
-    assert more in err
+    assert message in err
+    assert hint in err
     assert "run.yaml:" in err
     assert not (tmp_path / "runs").exists()
 
 
-def test_k_above_the_vocabulary_of_a_model_whose_sizes_are_not_read(sdkit, tmp_path, tiny_folder):
-    """What the folder does not tell, the loaded model does."""
+def test_k_above_the_vocabulary_is_refused_if_the_folder_has_no_size(sdkit, tmp_path, tiny_folder):
+    """The loaded model knows the size that the folder lacks."""
     folder = tmp_path / "unsized"
     shutil.copytree(tiny_folder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -180,8 +180,8 @@ def test_k_above_the_vocabulary_of_a_model_whose_sizes_are_not_read(sdkit, tmp_p
     )
 
 
-def test_a_teacher_with_another_tokenizer(sdkit, tmp_path, tiny_folder):
-    """Where a folder cannot tell, the tokenizers are compared before any weights are loaded: tests/train/test_external.py."""
+def test_teacher_with_another_vocabulary_is_refused(sdkit, tmp_path, tiny_folder):
+    """Without this file, the tokenizers are compared before any weights are loaded: tests/train/test_external.py."""
     folder = tmp_path / "other"
     shutil.copytree(tiny_folder, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -195,7 +195,7 @@ def test_a_teacher_with_another_tokenizer(sdkit, tmp_path, tiny_folder):
     assert "run.yaml:7:35: another vocabulary than the student's: " in err
 
 
-def test_rows_without_their_context_count_no_token_and_are_reported(sdkit, tmp_path):
+def test_rows_without_their_context_are_reported_and_not_counted(sdkit, tmp_path):
     code, err = sdkit("train", ('d: "2 + 2 = 4"', "d: null"))
     assert (code, err) == (0, "")
     (line,) = (

@@ -1,4 +1,4 @@
-"""The command line: what each command prints, and with which code it ends."""
+"""The command line: output and exit code of each command."""
 
 import json
 import os
@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from sdkit import __version__
-from sdkit.cli import main
 from sdkit.language.errors import COMMAND_LINE, EXIT_CODES
 from sdkit.language.load import load_spec
 from sdkit.language.resolved import resolved
@@ -43,26 +42,8 @@ output: {tensorboard: false}
 """
 
 
-@pytest.fixture
-def sdkit(monkeypatch, capsys):
-    """Run a command line in this process; its exit code, standard output and standard error."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["sdkit", *map(str, args)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as done:
-            code = done.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def process(*args, cwd=None):
-    """The same in a process of its own."""
+    """Runs a command line in a process of its own."""
     command = [sys.executable, "-m", "sdkit", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
 
@@ -79,9 +60,6 @@ def broken(tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text(RUN.replace("forward_kl", "forwards_kl").replace("steps: 1", "steps: 0"))
     return path
-
-
-# ── help ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_version(sdkit):
@@ -112,17 +90,14 @@ def test_examples_of_the_help_texts_name_files_that_exist():
     assert all((ROOT / name).is_file() for name in named)
 
 
-# ── validate ──────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(("path", "code"), [(DEMO, 0), (ROOT / "tests/err/seven.yaml", 1), ("nowhere.yaml", 2)])
-def test_exit_codes_of_a_process(path, code):
+def test_process_has_the_exit_code(path, code):
     done = process("validate", path)
     assert done.returncode == code
     assert "Traceback" not in done.stderr
 
 
-def test_validate_says_what_is_fine(sdkit):
+def test_validate_reports_specs_without_problems(sdkit):
     assert sdkit("validate", DEMO, METHOD) == (0, f"{DEMO}: ok (run file)\n{METHOD}: ok (method page)\n", "")
 
 
@@ -136,7 +111,7 @@ def test_validate_shows_every_problem_of_every_file(sdkit, broken):
     assert "steps" in err
 
 
-def test_validate_for_programs(sdkit, broken):
+def test_validate_prints_json(sdkit, broken):
     code, out, err = sdkit("validate", DEMO, broken, broken, "--format", "json")
     problems = json.loads(out)
     assert (code, err) == (1, "")
@@ -146,7 +121,7 @@ def test_validate_for_programs(sdkit, broken):
     assert (code, json.loads(out)) == (0, [])
 
 
-def test_validate_for_github(sdkit, broken):
+def test_validate_prints_github_annotations(sdkit, broken):
     code, out, _ = sdkit("validate", broken, "--format", "github")
     assert code == 1
     assert all(line.startswith(f"::error file={broken},line=") for line in out.splitlines())
@@ -171,7 +146,7 @@ def test_validate_for_github(sdkit, broken):
         ("unknown",),
     ],
 )
-def test_a_wrong_command_line_ends_with_2(sdkit, args):
+def test_wrong_command_line_exits_with_2(sdkit, args):
     code, _, err = sdkit(*args)
     assert code == 2
     assert err
@@ -179,13 +154,10 @@ def test_a_wrong_command_line_ends_with_2(sdkit, args):
 
 
 @pytest.mark.parametrize("command", ["show", "plan", "smoke", "train", "eval"])
-def test_a_spec_with_problems_ends_with_1(sdkit, broken, command):
+def test_spec_with_problems_exits_with_1(sdkit, broken, command):
     code, _, err = sdkit(command, broken)
     assert code == 1
     assert "'forwards_kl' is not one of" in err
-
-
-# ── show ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("path", [DEMO, METHOD, ROOT / "tests/ok/every_union.yaml"])
@@ -198,7 +170,7 @@ def test_show_reads_back_as_the_same_spec(sdkit, tmp_path, path):
     assert again.spec == load_spec(path).spec
 
 
-def test_show_says_where_a_value_comes_from(sdkit):
+def test_show_names_the_origin_of_each_value(sdkit):
     _, out, _ = sdkit("show", DEMO, "optimizer.lr=1e-6")
     origins = {}
     for line in out.splitlines():
@@ -210,14 +182,11 @@ def test_show_says_where_a_value_comes_from(sdkit):
     assert yaml.safe_load(out)["optimizer"]["lr"] == 1e-6
 
 
-def test_an_override_that_is_wrong_is_blamed_on_the_command_line(sdkit):
+def test_wrong_override_is_attributed_to_the_command_line(sdkit):
     code, _, err = sdkit("show", DEMO, "optimizer.learning_rate=1", "training.steps=many")
     assert code == 1
     assert err.count(COMMAND_LINE) >= 2
     assert "training.steps=many" in err
-
-
-# ── plan ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_plan_prints_the_objective(sdkit):
@@ -228,7 +197,7 @@ def test_plan_prints_the_objective(sdkit):
 
 
 @pytest.mark.parametrize("name", ["sdft", "srpo"])
-def test_plan_of_a_method_page_is_its_golden_text(sdkit, name):
+def test_plan_of_a_method_page_matches_the_golden_text(sdkit, name):
     golden = ROOT / "tests" / "plans" / "methods" / f"{name}.txt"
     assert sdkit("plan", PAGES / f"{name}.yaml") == (0, golden.read_text(), "")
 
@@ -238,36 +207,33 @@ def test_plan_of_a_method_page_takes_overrides(sdkit):
     assert "reverse KL(student‖teacher)" in out
 
 
-def test_plan_shows_prompts_side_by_side(sdkit, run_file):
+def test_plan_shows_both_prompts_of_a_row(sdkit, run_file):
     code, out, _ = sdkit("plan", run_file, "--data", 2)
     assert code == 0
     assert out.count("completion goes here") == 4
     assert "1 + 1 (1 + 1 = 2)" in out
 
 
-def test_plan_says_which_context_is_known_only_after_sampling(sdkit, run_file):
+def test_plan_names_context_known_only_after_sampling(sdkit, run_file):
     sees = "teacher.sees={kind: user_turn, template: '{prompt} {try}', slots: {try: {kind: own_attempt}}}"
     code, out, _ = sdkit("plan", run_file, "--data", 1, sees)
     assert code == 0
     assert "known after sampling (slots: try)" in " ".join(out.split())
 
 
-# ── smoke, train, eval ────────────────────────────────────────────────────────────────────────
-
-
 SHIPPED = sorted([*PAGES.glob("*.yaml"), *SPECS.rglob("*.yaml")])
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_shipped_spec_makes_real_steps(sdkit, path):
+def test_every_shipped_spec_passes_the_smoke_run(sdkit, path):
     code, out, err = sdkit("smoke", path)
     assert code == 0, err
     assert "step 2/2" in out
     assert "smoke run passed" in out
 
 
-def test_a_process_keeps_standard_output_to_itself(run_file, tmp_path):
-    """From another folder, with a relative run directory; no library speaks up."""
+def test_train_alone_writes_to_standard_output(run_file, tmp_path):
+    """From another folder, with a relative run directory; no library prints a warning."""
     done = process("train", run_file, "--to", "here/run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("╭")
@@ -281,8 +247,8 @@ def test_train_then_eval(sdkit, run_file, tmp_path):
     assert code == 0, err
     assert "step 2/2" in out
     assert "run directory:" in out
-    kept = (folder / "spec.yaml").read_text()
-    assert kept == run_file.read_text()
+    written = (folder / "spec.yaml").read_text()
+    assert written == run_file.read_text()
     again = load_spec(folder / "resolved.yaml", base=run_file.parent)
     assert again.spec == load_spec(run_file, ["training.steps=2"]).spec
     code, out, err = sdkit("eval", folder)
@@ -299,7 +265,7 @@ def test_train_then_eval(sdkit, run_file, tmp_path):
     assert "--overwrite" in err
 
 
-def test_a_run_directory_is_no_pattern(sdkit, run_file, tmp_path):
+def test_run_directory_with_glob_characters_is_refused(sdkit, run_file, tmp_path):
     code, _, err = sdkit("train", run_file, "--to", tmp_path / "runs[1]")
     assert code == 2
     assert "may have none of [ ] * ?" in err
@@ -330,7 +296,7 @@ def test_train_then_replay_then_export(sdkit, run_file, tmp_path):
 
 
 def completions(folder):
-    """What a run sampled in its first step."""
+    """Token ids that a run sampled in its first step."""
     records = (folder / "rollouts" / "step_000000.jsonl").read_text().splitlines()
     return [json.loads(record)["completion_ids"] for record in records]
 
@@ -344,7 +310,7 @@ training: {steps: 12, prompts_per_step: 3}
 
 
 def test_eval_of_a_run_uses_its_trained_model(sdkit, run_file, tmp_path):
-    """Trained on one answer until it comes, with an adapter that the run merges into its model."""
+    """Trained on one answer until the model gives it; the run merges its adapter into the model."""
     spec = yaml.safe_load(run_file.read_text()) | yaml.safe_load(IMITATE)
     del spec["teacher"]
     spec["rollout"] = {"sampled_by": "dataset", "max_new_tokens": 4, "backend": "transformers"}
@@ -360,7 +326,7 @@ def test_eval_of_a_run_uses_its_trained_model(sdkit, run_file, tmp_path):
     assert "greedy   │ right │ 1.000" in sdkit("eval", folder)[1]
 
 
-def test_the_run_directory_is_named_after_the_spec(sdkit, run_file, tmp_path, monkeypatch):
+def test_run_directory_is_named_after_the_spec(sdkit, run_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sdkit("train", run_file, "output.folder=elsewhere")[0] == 0
     assert (tmp_path / "elsewhere" / "small" / "resolved.yaml").is_file()
@@ -375,33 +341,33 @@ def test_dry_run_trains_nothing(sdkit, run_file, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_bad_data_end_with_3(sdkit, run_file, tmp_path):
+def test_bad_data_exits_with_3(sdkit, run_file, tmp_path):
     code, _, err = sdkit("train", run_file, "rollout.max_prompt_tokens=2", "--to", tmp_path / "x")
     assert code == 3
     assert "more than 2" in err
 
 
-def test_a_stopped_run_ends_with_7_and_goes_on(warm, run_file, tmp_path):
-    """SIGTERM to a real process; the next one finishes the run."""
+def test_stopped_run_exits_with_7_and_can_be_resumed(warm, run_file, tmp_path):
+    """SIGTERM to a real process; a second process finishes the run."""
     folder = tmp_path / "run"
     args = ["train", str(run_file), "training.steps=400", "--to", str(folder)]
-    running = subprocess.Popen(
+    stopped = subprocess.Popen(
         [sys.executable, "-m", "sdkit", *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
-    for line in running.stdout:
+    for line in stopped.stdout:
         if line.startswith("step"):
-            running.terminate()
+            stopped.terminate()
             break
-    _, err = running.communicate(timeout=60)
-    assert running.returncode == 7, err
+    _, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 7, err
     assert "--resume" in err
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
-    at = len((folder / "metrics.jsonl").read_text().splitlines())
-    steps = f"training.steps={at + 3}"
+    lines_written = len((folder / "metrics.jsonl").read_text().splitlines())
+    steps = f"training.steps={lines_written + 3}"
     done = warm.run("-m", "sdkit", "train", run_file, steps, "--to", folder, "--resume")
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "status.json").read_text())["state"] == "done"

@@ -17,7 +17,7 @@ ALLOWED = ("sdkit.cli", "sdkit.language", "sdkit.plan", "sdkit.__version__")
 
 
 def top_level_imports(path):
-    """Dotted names of what importing the file itself brings in."""
+    """Dotted names that importing the file imports directly."""
     pending, names = list(ast.parse(path.read_text(encoding="utf-8")).body), set()
     while pending:
         node = pending.pop()
@@ -32,19 +32,19 @@ def top_level_imports(path):
 
 
 @pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.stem)
-def test_heavy_imports_stand_inside_the_commands(path):
+def test_commands_import_heavy_modules_inside_functions(path):
     imports = {name for name in top_level_imports(path) if name.startswith("sdkit")}
     assert {name for name in imports if not name.startswith(ALLOWED)} == set()
 
 
 def loaded_by(code):
-    """The modules that are loaded after the code has run in a process of its own."""
+    """Names of the modules loaded after running the code in a process of its own."""
     code += "\nimport sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
 
-def test_import_sdkit_loads_no_other_module_of_it():
+def test_importing_sdkit_loads_no_submodule():
     assert {name for name in loaded_by("import sdkit") if name.startswith("sdkit.")} == set()
 
 

@@ -1,4 +1,4 @@
-"""Checking and planning load nothing heavy: a typing error must not cost the user seconds."""
+"""Checking and planning load no heavy module: a typing error must not cost the user seconds."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ HEAVY = ("torch", "numpy", "transformers", "deepspeed", "vllm", "peft", "dataset
 
 
 @pytest.mark.parametrize("command", ["validate", "show", "plan"])
-def test_what_a_command_loads(command):
+def test_command_loads_no_heavy_module(command):
     code = (
         "import sys; from sdkit.cli import main\n"
         f"sys.argv = ['sdkit', {command!r}, {str(DEMO)!r}]\n"

@@ -1,4 +1,4 @@
-"""Control tokens that rows and rollouts spell: named, and kept as text where the spec asks for it."""
+"""Control tokens spelled in the text of rows and rollouts: named, and encoded as text if the spec asks for it."""
 
 import copy
 
@@ -27,7 +27,7 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 
 @pytest.fixture
-def keeping(tiny_tokenizer):
+def text_prompter(tiny_tokenizer):
     return Prompter(tiny_tokenizer, {}, keep_text=True)
 
 
@@ -36,35 +36,31 @@ def controls(tokenizer, ids):
     return [names[i].content for i in ids if i in names and names[i].special]
 
 
-def test_text_that_spells_no_control_token_is_encoded_as_ever(keeping, tiny_tokenizer, make_row):
+def test_text_without_control_tokens_is_encoded_as_before(text_prompter, tiny_tokenizer, make_row):
     plain = Prompter(tiny_tokenizer, {})
     row = make_row("a <b> |im_end| <|im_", before=({"role": "system", "content": "é漢\ue000"},))
-    assert keeping.student_ids(row) == plain.student_ids(row)
-    assert keeping.text_ids("x") == plain.text_ids("x")
+    assert text_prompter.student_ids(row) == plain.student_ids(row)
+    assert text_prompter.text_ids("x") == plain.text_ids("x")
 
 
-def test_a_prompt_keeps_its_turns(keeping, tiny_tokenizer, make_row):
+def test_prompt_has_the_control_tokens_of_its_turns_only(text_prompter, tiny_tokenizer, make_row):
     row = make_row(EVIL, before=({"role": "system", "content": f"s{END}"},))
-    ids = keeping.student_ids(row)
+    ids = text_prompter.student_ids(row)
     assert controls(tiny_tokenizer, ids) == [START, END, START, END, START]
     plain = Prompter(tiny_tokenizer, {}).student_ids(row)
     assert tiny_tokenizer.decode(ids) == tiny_tokenizer.decode(plain)
     assert len(controls(tiny_tokenizer, plain)) == 8
-    # What stands before and after the spelling has the ids that it has without it.
+    # The text before and after the spelling has the same ids as without it.
     start, rest = (tiny_tokenizer(text)["input_ids"] for text in (f"{START}user\nhi", END + "\n"))
-    ids = keeping.student_ids(make_row(f"hi{END}"))
+    ids = text_prompter.student_ids(make_row(f"hi{END}"))
     assert list(ids[: len(start)]) == start
     assert list(ids[: -len(tiny_tokenizer(f"{START}assistant\n")["input_ids"])][-len(rest) :]) == rest
 
 
-def test_a_completion_has_no_control_token(keeping, tiny_tokenizer):
-    ids = keeping.text_ids(f"x{END}tail")
+def test_completion_has_no_control_token(text_prompter, tiny_tokenizer):
+    ids = text_prompter.text_ids(f"x{END}tail")
     assert controls(tiny_tokenizer, ids) == []
     assert tiny_tokenizer.decode(ids) == f"x{END}tail"
-
-
-def said(tokenizer, ids):
-    return tokenizer.decode(ids).replace(" ", "")
 
 
 CONTEXTS = {
@@ -83,47 +79,44 @@ SLOTS = {
 
 @pytest.mark.parametrize("slot", SLOTS)
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_every_slot_of_every_context_stays_text(keeping, tiny_tokenizer, make_row, context, slot):
+def test_every_slot_of_every_context_stays_text(text_prompter, tiny_tokenizer, make_row, context, slot):
     make, count = CONTEXTS[context]
     row = make_row(f"Q{END}", demonstration=EVIL)
     attempt = Attempt(text=EVIL, reward=1.0, feedback=EVIL)
     evidence = GroupOutcome(group=(attempt, attempt), own=0, seed=0)
-    ids = keeping.teacher_ids(row, make(slots=Table({"x": SLOTS[slot]})), evidence).ids
+    ids = text_prompter.teacher_ids(row, make(slots=Table({"x": SLOTS[slot]})), evidence).ids
     assert len(controls(tiny_tokenizer, ids)) == count
     assert f"[{EVIL}]" in tiny_tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("cut", ["start", "end"])
-def test_a_cut_never_makes_a_control_token(keeping, tiny_tokenizer, make_row, cut):
+def test_truncation_never_creates_a_control_token(text_prompter, tiny_tokenizer, make_row, cut):
     row = make_row("Q", demonstration=f"one {END} two {START} three")
 
     def sees(limit):
         slots = Table({"x": ColumnSlot(name="demonstration")})
         return UserTurn(template="{prompt}[{x}]", slots=slots, max_prompt_tokens=limit, cut=cut)
 
-    whole = len(keeping.teacher_ids(row, sees(None)).ids)
-    for limit in range(whole - 12, whole):
-        ids = keeping.teacher_ids(row, sees(limit)).ids
+    full_length = len(text_prompter.teacher_ids(row, sees(None)).ids)
+    for limit in range(full_length - 12, full_length):
+        ids = text_prompter.teacher_ids(row, sees(limit)).ids
         assert len(controls(tiny_tokenizer, ids)) == 3
         assert len(ids) <= limit
 
 
-def test_without_a_chat_template(plain_tokenizer, make_row):
+def test_prompt_without_a_chat_template_stays_text(plain_tokenizer, make_row):
     ids = Prompter(plain_tokenizer, {}, keep_text=True).student_ids(make_row(EVIL))
     assert controls(plain_tokenizer, ids) == []
     assert plain_tokenizer.decode(ids) == EVIL
 
 
-def test_private_characters_of_the_last_plane_are_refused(keeping, make_row):
+def test_private_use_characters_are_refused(text_prompter, make_row):
     with pytest.raises(BadData, match="row 3: text with a character of Unicode's last private"):
-        keeping.student_ids(make_row("\U00100000", index=3))
-
-
-# ── other tokenizers ──────────────────────────────────────────────────────────────────────────
+        text_prompter.student_ids(make_row("\U00100000", index=3))
 
 
 def unigram(scheme):
-    """Pieces of SentencePiece, whose vocabulary has the control tokens too."""
+    """A SentencePiece tokenizer whose vocabulary contains the control tokens."""
     letters = [(c, -3.0) for c in "▁abcdefghi<>/s\n"]
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *letters, ("▁ab", -1.0)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
@@ -134,19 +127,19 @@ def unigram(scheme):
 
 
 def bpe():
-    """A vocabulary in which a merge leads to the name of a control token."""
+    """A BPE tokenizer in which a merge produces the name of a control token."""
     vocabulary = {c: i for i, c in enumerate(["<unk>", "</s>", "<", "/", "s", ">", "a", "</", "</s"])}
     merges = [("<", "/"), ("</", "s"), ("</s", ">")]
     return Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
 
 
 @pytest.mark.parametrize(
-    "made", [lambda: unigram("first"), lambda: unigram("never"), bpe], ids=["first", "never", "bpe"]
+    "build", [lambda: unigram("first"), lambda: unigram("never"), bpe], ids=["first", "never", "bpe"]
 )
-def test_tokenizers_of_other_kinds(made, make_row):
+def test_other_tokenizers_keep_control_tokens_as_text(build, make_row):
     from transformers import PreTrainedTokenizerFast
 
-    backend = made()
+    backend = build()
     backend.add_special_tokens([AddedToken("<unk>"), AddedToken("</s>")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
@@ -160,7 +153,7 @@ def test_tokenizers_of_other_kinds(made, make_row):
     assert spelled.replace(" ", "") == "a</s>a</s>"
 
 
-def test_merges_of_a_renamed_piece_are_left_out(tiny_tokenizer):
+def test_merges_of_a_renamed_token_are_left_out(tiny_tokenizer):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["the", "the end"]})
     control = ControlTokens(tokenizer)

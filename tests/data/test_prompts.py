@@ -1,4 +1,4 @@
-"""What student and teacher see, and that a completion fits behind both."""
+"""The prompts of student and teacher, and that one completion follows both."""
 
 import copy
 
@@ -40,30 +40,32 @@ def prompter(tiny_tokenizer):
     return Prompter(tiny_tokenizer, {})
 
 
-def seen(row, sees):
+def teacher_view(row, sees):
     return [(m["role"], m["content"]) for m in teacher_messages(row, sees, slot_values(row, sees))]
-
-
-# ── where the context goes ────────────────────────────────────────────────────────────────────
 
 
 def test_user_turn_replaces_the_last_user_message_only(make_row):
     row = make_row("Q", before=(SYSTEM, *EXCHANGE), demonstration="D")
-    assert seen(row, user_turn()) == [("system", "S"), ("user", "u0"), ("assistant", "a0"), ("user", "Q\nExample: D")]
+    assert teacher_view(row, user_turn()) == [
+        ("system", "S"),
+        ("user", "u0"),
+        ("assistant", "a0"),
+        ("user", "Q\nExample: D"),
+    ]
 
 
-def test_system_message_is_made_or_appended(make_row):
+def test_system_message_is_created_or_extended(make_row):
     sees = SystemMessage(template="See {demo}.", slots=Table({"demo": column()}))
-    assert seen(make_row("Q", demonstration="D"), sees) == [("system", "See D."), ("user", "Q")]
+    assert teacher_view(make_row("Q", demonstration="D"), sees) == [("system", "See D."), ("user", "Q")]
     row = make_row("Q", before=(SYSTEM,), demonstration="D")
-    assert seen(row, sees) == [("system", "S\n\nSee D."), ("user", "Q")]
+    assert teacher_view(row, sees) == [("system", "S\n\nSee D."), ("user", "Q")]
 
 
-def test_earlier_turns_stand_between_system_and_prompt(make_row):
+def test_earlier_turns_come_between_system_message_and_prompt(make_row):
     turns = (Turn(user="Solve: {prompt}", assistant="{demo}"), Turn(user="Sure?", assistant="Yes."))
     sees = EarlierTurns(turns=turns, slots=Table({"demo": column()}))
     row = make_row("Q", before=(SYSTEM, *EXCHANGE), demonstration="D")
-    assert seen(row, sees) == [
+    assert teacher_view(row, sees) == [
         ("system", "S"),
         ("user", "Solve: Q"),
         ("assistant", "D"),
@@ -75,7 +77,7 @@ def test_earlier_turns_stand_between_system_and_prompt(make_row):
     ]
 
 
-def test_without_a_context_the_teacher_sees_what_the_student_sees(prompter, make_row):
+def test_teacher_without_context_sees_the_students_prompt(prompter, make_row):
     row = make_row()
     assert prompter.teacher_ids(row, None).ids == prompter.student_ids(row)
 
@@ -83,17 +85,14 @@ def test_without_a_context_the_teacher_sees_what_the_student_sees(prompter, make
 def test_texts_with_braces_are_never_interpreted(prompter, make_row, tiny_tokenizer):
     row = make_row("{demo} {{x}} {0}", demonstration="{prompt} {nothing} }{")
     sees = user_turn("{{{prompt}}} / {demo}")
-    assert seen(row, sees) == [("user", "{{demo} {{x}} {0}} / {prompt} {nothing} }{")]
+    assert teacher_view(row, sees) == [("user", "{{demo} {{x}} {0}} / {prompt} {nothing} }{")]
     assert "{demo} {{x}} {0}" in tiny_tokenizer.decode(prompter.student_ids(row))
 
 
-def test_a_template_with_an_unknown_name(make_row):
+def test_template_with_an_unknown_name_is_refused(make_row):
     with pytest.raises(BadData, match=r"\{demos\}, which is not a slot") as caught:
-        seen(make_row(demonstration="D"), user_turn("{prompt} {demos}"))
+        teacher_view(make_row(demonstration="D"), user_turn("{prompt} {demos}"))
     assert caught.value.hint == "did you mean {demo}?"
-
-
-# ── what is required ──────────────────────────────────────────────────────────────────────────
 
 
 TWO = Table({"a": column("a"), "b": column("b"), "fixed": TextSlot(text="F")})
@@ -112,19 +111,16 @@ TWO = Table({"a": column("a"), "b": column("b"), "fixed": TextSlot(text="F")})
         ("any", {"a": 0}, "0F"),
     ],
 )
-def test_requires(prompter, make_row, requires, columns, content):
+def test_requires_decides_which_rows_have_a_context(prompter, make_row, requires, columns, content):
     row, sees = make_row(**columns), user_turn("{a}{b}{fixed}", slots=TWO, requires=requires)
     assert (prompter.teacher_ids(row, sees) is None) == (content is None)
-    assert content is None or seen(row, sees) == [("user", content)]
+    assert content is None or teacher_view(row, sees) == [("user", content)]
 
 
 @pytest.mark.parametrize("requires", ["all", "any"])
-def test_fixed_texts_require_nothing(prompter, make_row, requires):
+def test_fixed_texts_are_never_missing(prompter, make_row, requires):
     sees = user_turn("{prompt} {hint}", slots=Table({"hint": TextSlot(text="H")}), requires=requires)
     assert prompter.teacher_ids(make_row(), sees) is not None
-
-
-# ── the splice ────────────────────────────────────────────────────────────────────────────────
 
 
 def test_one_completion_follows_both_prompts(prompter, make_row, tiny_tokenizer):
@@ -135,7 +131,7 @@ def test_one_completion_follows_both_prompts(prompter, make_row, tiny_tokenizer)
         spliced = prompt + completion
         assert spliced[len(prompt) :] == completion
         assert tiny_tokenizer.decode(spliced).endswith(INVITE + "The answer is 4<|im_end|>")
-        # The same ids as rendering the finished chat, so nothing is lost at the seam.
+        # The same ids as tokenizing the complete chat.
         assert tuple(tiny_tokenizer(tiny_tokenizer.decode(spliced))["input_ids"]) == spliced
 
 
@@ -154,7 +150,7 @@ def test_both_prompts_end_with_the_generation_prompt(prompter, make_row):
     assert prompter.teacher_ids(make_row("Q"), user_turn()) is None
 
 
-def test_a_context_that_switches_the_thinking_mode_is_refused(switching_tokenizer, make_row):
+def test_context_that_switches_the_thinking_mode_is_refused(switching_tokenizer, make_row):
     prompter = Prompter(switching_tokenizer, {})
     row = make_row(before=(SYSTEM,), demonstration="D")
     check_generation_prompt(prompter, row, prompter.teacher_ids(row, user_turn()))
@@ -163,10 +159,7 @@ def test_a_context_that_switches_the_thinking_mode_is_refused(switching_tokenize
         check_generation_prompt(prompter, row, prompter.teacher_ids(row, sees))
 
 
-# ── tokenizers ────────────────────────────────────────────────────────────────────────────────
-
-
-def test_without_a_chat_template_contents_are_joined(plain_tokenizer, make_row):
+def test_contents_are_joined_without_a_chat_template(plain_tokenizer, make_row):
     prompter = Prompter(plain_tokenizer, {})
     row = make_row("Q", before=(SYSTEM,), demonstration="D")
     assert plain_tokenizer.decode(prompter.student_ids(row)) == "S\n\nQ"
@@ -174,7 +167,7 @@ def test_without_a_chat_template_contents_are_joined(plain_tokenizer, make_row):
     assert prompter.generation_prompt(row, row.messages) == ()
 
 
-def test_options_reach_the_chat_template(tiny_tokenizer, plain_tokenizer, make_row):
+def test_chat_template_gets_its_options(tiny_tokenizer, plain_tokenizer, make_row):
     tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }}{% if loud %}!{% endif %}"
     assert tokenizer.decode(Prompter(tokenizer, {"loud": True}).student_ids(make_row("Q"))) == "Q!"
@@ -185,14 +178,11 @@ def test_options_reach_the_chat_template(tiny_tokenizer, plain_tokenizer, make_r
         Prompter(plain_tokenizer, {"loud": True})
 
 
-def test_a_chat_template_that_refuses_names_the_row(tiny_tokenizer, make_row):
+def test_refusal_of_a_chat_template_names_the_row(tiny_tokenizer, make_row):
     tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer.backend_tokenizer)
     tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
     with pytest.raises(BadData, match=r"row 5: .* roles 'system', 'user': no system messages"):
         Prompter(tokenizer, {}).student_ids(make_row(index=5, before=(SYSTEM,)))
-
-
-# ── truncation ────────────────────────────────────────────────────────────────────────────────
 
 
 LONG = "one two three four five six seven eight 漢字 nine ten é"
@@ -200,7 +190,7 @@ LONG = "one two three four five six seven eight 漢字 nine ten é"
 
 @pytest.mark.parametrize("cut", ["start", "end"])
 @pytest.mark.parametrize("kind", ["user_turn", "system_message", "earlier_turns"])
-def test_a_cut_takes_the_context_only_at_every_length(prompter, make_row, tiny_tokenizer, kind, cut):
+def test_truncation_shortens_only_the_context(prompter, make_row, tiny_tokenizer, kind, cut):
     row = make_row("the prompt stays", before=(SYSTEM,), demonstration=LONG)
 
     def sees(limit):
@@ -211,34 +201,34 @@ def test_a_cut_takes_the_context_only_at_every_length(prompter, make_row, tiny_t
             return SystemMessage(template="[{demo}] stay", **common)
         return EarlierTurns(turns=(Turn(user="[{demo}]", assistant="stay"),), **common)
 
-    whole = prompter.teacher_ids(row, sees(None))
-    bare = prompter.teacher_ids(make_row(row.prompt_text, before=(SYSTEM,), demonstration="x"), sees(None))  # fmt: skip
-    shortest, kept_before = len(bare.ids) - 1, -1
-    for limit in range(shortest, len(whole.ids) + 2):
-        found = prompter.teacher_ids(row, sees(limit))
-        text = tiny_tokenizer.decode(found.ids)
-        assert len(found.ids) <= limit
-        assert found.cut_tokens == len(whole.ids) - len(found.ids)
+    full = prompter.teacher_ids(row, sees(None))
+    bare_prompt = prompter.teacher_ids(make_row(row.prompt_text, before=(SYSTEM,), demonstration="x"), sees(None))  # fmt: skip
+    shortest, previous_length = len(bare_prompt.ids) - 1, -1
+    for limit in range(shortest, len(full.ids) + 2):
+        cut_prompt = prompter.teacher_ids(row, sees(limit))
+        text = tiny_tokenizer.decode(cut_prompt.ids)
+        assert len(cut_prompt.ids) <= limit
+        assert cut_prompt.cut_tokens == len(full.ids) - len(cut_prompt.ids)
         assert text.endswith(INVITE)
         assert "the prompt stays" in text
-        kept = text.partition("[")[2].partition("]")[0]
-        assert (LONG.startswith if cut == "end" else LONG.endswith)(kept)
-        assert len(kept) >= kept_before
-        kept_before = len(kept)
-    assert found.ids == whole.ids
+        remaining = text.partition("[")[2].partition("]")[0]
+        assert (LONG.startswith if cut == "end" else LONG.endswith)(remaining)
+        assert len(remaining) >= previous_length
+        previous_length = len(remaining)
+    assert cut_prompt.ids == full.ids
     with pytest.raises(BadData, match=f"row 0: .* with every slot empty, more than {shortest - 1}"):
         prompter.teacher_ids(row, sees(shortest - 1))
 
 
-def test_the_longest_slot_gives_first(prompter, make_row):
+def test_longest_slot_is_truncated_first(prompter, make_row):
     slots = Table({"a": column("a"), "b": column("b"), "fixed": TextSlot(text="fixed text stays")})
     row = make_row("Q", a="x y z", b="w " * 60)
 
     def sees(limit):
         return user_turn("A[{a}] B[{b}] {fixed} {prompt}", slots=slots, max_prompt_tokens=limit)
 
-    whole = len(prompter.teacher_ids(row, sees(None)).ids)
-    content = prompter.teacher_ids(row, sees(whole - 30)).messages[0]["content"]
+    full_length = len(prompter.teacher_ids(row, sees(None)).ids)
+    content = prompter.teacher_ids(row, sees(full_length - 30)).messages[0]["content"]
     assert "A[x y z]" in content
     assert 0 < content.count("w") < 60
     assert content.endswith("] fixed text stays Q")
@@ -249,14 +239,11 @@ def test_the_longest_slot_gives_first(prompter, make_row):
     assert content.endswith("] fixed text stays Q")
 
 
-def test_templates_too_long_on_their_own_are_an_error(prompter, make_row):
+def test_template_longer_than_the_limit_is_refused(prompter, make_row):
     turns = (Turn(user="w " * 50, assistant="{demo}"),)
     sees = EarlierTurns(turns=turns, slots=Table({"demo": column()}), max_prompt_tokens=20)
     with pytest.raises(BadData, match="row 3: the teacher's prompt has"):
         prompter.teacher_ids(make_row(index=3, demonstration="D"), sees)
-
-
-# ── all rows ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_check_prompts_names_every_row(prompter, make_row, tiny_tokenizer):
@@ -271,11 +258,8 @@ def test_check_prompts_names_every_row(prompter, make_row, tiny_tokenizer):
         check_prompts(prompter, many, None, max_prompt_tokens=30)
 
 
-# ── real data ─────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("name", ["sciknoweval/physics-test.json", "tooluse/test.json"])
-def test_real_prompts_splice_at_the_same_place(real_data, prompter, tiny_tokenizer, name):
+def test_real_prompts_end_with_the_generation_prompt(real_data, prompter, tiny_tokenizer, name):
     columns = Table({"prompt": "prompt", "system": "system", "demonstration": "answer"})
     data = DataSpec(source=JsonLinesSource(path=name), columns=columns, limit=20)
     rows = load_rows(data, real_data)
@@ -287,7 +271,7 @@ def test_real_prompts_splice_at_the_same_place(real_data, prompter, tiny_tokeniz
 
 
 @pytest.mark.parametrize("program", ["{{ 1 + messages }}", "{{ range(10**9) }}", "{{ 1 // 0 }}", "{% for %}"])
-def test_a_chat_template_may_raise_anything(tiny_tokenizer, make_row, program):
+def test_any_error_of_a_chat_template_names_the_row(tiny_tokenizer, make_row, program):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = program
     with pytest.raises(BadData, match="row 4: the chat template refuses messages"):

@@ -1,4 +1,4 @@
-"""Which token ends a turn, what a data set's completion ends with, and that no prompt ends with a token appended."""
+"""The token that ends a turn or a data set's completion, and that no token is appended to a prompt."""
 
 import copy
 
@@ -16,22 +16,19 @@ ANSWER = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}
 
 @pytest.fixture
 def tokenizer(tiny_tokenizer):
-    """One with more markers than the tokenizer's own end, `<|im_end|>`; the last of them is no special token."""
-    made = PreTrainedTokenizerFast(
+    """A tokenizer with more end markers than its own `<|im_end|>`; the last, `<end>`, is not a special token."""
+    extended = PreTrainedTokenizerFast(
         tokenizer_object=copy.deepcopy(tiny_tokenizer.backend_tokenizer),
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
         additional_special_tokens=["<|end|>", "<|endoftext|>", "<s>"],
     )
-    made.add_tokens(["<end>", "</think>"])
-    return made
-
-
-# ── the token that ends a turn ────────────────────────────────────────────────────────────────
+    extended.add_tokens(["<end>", "</think>"])
+    return extended
 
 
 @pytest.mark.parametrize(
-    ("behind", "token"),
+    ("suffix", "token"),
     {
         "<|im_end|>\n": "<|im_end|>",
         "<|end|>\n": "<|end|>",
@@ -43,16 +40,16 @@ def tokenizer(tiny_tokenizer):
         "{{ eos_token }}": "<|im_end|>",
         "{% if loop.last %}<|endoftext|>{% else %}<|end|>{% endif %}": "<|endoftext|>",
         "{% if not add_generation_prompt %}<|end|>{% endif %}": "<|end|>",
-        "\n### Next": "<|im_end|>",  # no marker: the tokenizer's
+        "\n### Next": "<|im_end|>",  # no marker: the tokenizer's end token
         "": "<|im_end|>",
     }.items(),
 )
-def test_a_turn_ends_with_what_the_template_writes_behind_an_answer(tokenizer, behind, token):
-    tokenizer.chat_template = ANSWER.replace("%END", behind)
+def test_end_token_is_the_one_that_the_template_writes_after_an_answer(tokenizer, suffix, token):
+    tokenizer.chat_template = ANSWER.replace("%END", suffix)
     assert tokenizer.convert_ids_to_tokens(end_token(tokenizer, {})) == token
 
 
-def test_options_of_the_template_are_heeded(tokenizer):
+def test_end_token_depends_on_the_templates_options(tokenizer):
     end = "{% if short %}<end>{% else %}<|end|>{% endif %}"
     tokenizer.chat_template = ANSWER.replace("%END", end)
     ends = [end_token(tokenizer, {"short": short}) for short in (True, False)]
@@ -69,20 +66,17 @@ def test_options_of_the_template_are_heeded(tokenizer):
         "{{ messages[1]['content'] | length + 'a' }}",
     ],
 )
-def test_without_an_answer_of_the_template_it_is_the_tokenizers_end(tokenizer, template):
+def test_end_token_falls_back_to_the_tokenizers(tokenizer, template):
     tokenizer.chat_template = template
     assert end_token(tokenizer, {}) == tokenizer.eos_token_id
 
 
-def test_without_either_there_is_none(tokenizer):
+def test_end_token_is_none_without_template_and_tokenizer_end(tokenizer):
     tokenizer.chat_template, tokenizer.eos_token = None, None
     assert end_token(tokenizer, {}) is None
 
 
-# ── a data set's completions ──────────────────────────────────────────────────────────────────
-
-
-def test_a_completion_ends_once(tokenizer):
+def test_completion_gets_one_end_token(tokenizer):
     end, own = tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>"])
     text = tuple(tokenizer("12")["input_ids"])
     assert Prompter(tokenizer, {}).completion_ids("12", end) == (*text, end)
@@ -91,12 +85,9 @@ def test_a_completion_ends_once(tokenizer):
     assert Prompter(tokenizer, {}).completion_ids("", end) == (end,)
 
 
-# ── tokens that a tokenizer adds ──────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(params=["$A <|im_end|>", "$A <|endoftext|> <|im_end|>", "<s> $A", "<s> $A <|im_end|>", "$A"])
-def adding(request, tokenizer):
-    """A tokenizer that adds tokens at the ends, and how many it adds before."""
+def adding_tokenizer(request, tokenizer):
+    """A tokenizer that adds tokens before or after a text, and how many it adds before."""
     words = [word for word in request.param.split() if word != "$A"]
     marks = list(zip(words, tokenizer.convert_tokens_to_ids(words), strict=True))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=request.param, special_tokens=marks)
@@ -105,16 +96,16 @@ def adding(request, tokenizer):
 
 
 @pytest.mark.parametrize("text", ["What is 3 + 9?", "one <|im_end|>", "<s>one", "<s>", ""])
-def test_a_prompt_has_what_a_tokenizer_puts_before_it_and_nothing_that_it_appends(adding, text):
-    tokenizer, before = adding
+def test_prompt_has_prepended_but_no_appended_tokens(adding_tokenizer, text):
+    tokenizer, before = adding_tokenizer
     bare = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    begin = tuple(tokenizer.convert_tokens_to_ids(["<s>"])) * before
-    assert encode_prompt(tokenizer, text) == begin + bare
+    prefix = tuple(tokenizer.convert_tokens_to_ids(["<s>"])) * before
+    assert encode_prompt(tokenizer, text) == prefix + bare
 
 
 @pytest.mark.parametrize("template", [None, "<s>" + ANSWER.replace("%END", "<|im_end|>\n")])
-def test_prompts_of_both_and_completions_have_no_appended_token(adding, make_row, template):
-    tokenizer, before = adding
+def test_prompts_and_completions_have_no_appended_token(adding_tokenizer, make_row, template):
+    tokenizer, before = adding_tokenizer
     tokenizer.chat_template = template
     row = make_row(demonstration="3 + 9 = 12")
     slots = Table({"demonstration": ColumnSlot(name="demonstration")})
@@ -128,11 +119,11 @@ def test_prompts_of_both_and_completions_have_no_appended_token(adding, make_row
         text = f"<s>{text}"
     assert tokenizer.decode(student) == text
     assert tokenizer.decode(teacher.ids) == f"{text}So 3 + 9 = 12"
-    own = tokenizer("12", add_special_tokens=False)["input_ids"]
-    assert Prompter(tokenizer, {}).completion_ids("12", 7) == (*own, 7)
+    ids = tokenizer("12", add_special_tokens=False)["input_ids"]
+    assert Prompter(tokenizer, {}).completion_ids("12", 7) == (*ids, 7)
 
 
-def test_a_tokenizer_that_writes_the_text_otherwise_is_refused():
+def test_tokenizer_that_changes_the_text_is_refused():
     def tokenizer(text, add_special_tokens=True):
         return {"input_ids": [1, 5, 6, 2] if add_special_tokens else [7, 8]}
 

@@ -1,9 +1,8 @@
-"""How several ranks are started and ended: by sdkit, `torchrun` and `deepspeed`, in good times and bad."""
+"""Starting and ending several ranks by sdkit, `torchrun` and `deepspeed`, with and without failures."""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from os_processes import free_port, wait_until
 from tinyruns import lines, metrics, train, weights_of
 
 from sdkit.distributed import launch as launching
@@ -20,27 +20,27 @@ from sdkit.distributed.launch import launch
 from sdkit.language.errors import ProcessDied, UnreadableInput
 from sdkit.language.load import load_spec
 
-# ── the launcher alone: ranks that import nothing ─────────────────────────────────────────────
-
 
 def script(text):
     return [sys.executable, "-c", f"import os, signal, sys, time\nrank = os.environ['RANK']\n{text}"]
 
 
-def test_every_rank_knows_its_place(tmp_path):
+def test_every_rank_gets_its_environment(tmp_path):
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_WAIT_POLICY"
-    tell = f"print({{n: os.environ[n] for n in '{names}'.split()}}, file=open(r'{tmp_path}/' + rank, 'w'))"
-    assert launch(3, script(tell)) == 0
-    told = [yaml.safe_load((tmp_path / str(rank)).read_text()) for rank in range(3)]
-    for rank, each in enumerate(told):
+    write_environment = (
+        f"print({{n: os.environ[n] for n in '{names}'.split()}}, file=open(r'{tmp_path}/' + rank, 'w'))"
+    )
+    assert launch(3, script(write_environment)) == 0
+    environments = [yaml.safe_load((tmp_path / str(rank)).read_text()) for rank in range(3)]
+    for rank, each in enumerate(environments):
         assert each["RANK"] == each["LOCAL_RANK"] == str(rank)
         assert each["WORLD_SIZE"] == each["LOCAL_WORLD_SIZE"] == "3"
         assert each["MASTER_ADDR"] == "127.0.0.1"
         assert each["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert len({each["MASTER_PORT"] for each in told}) == 1
+    assert len({each["MASTER_PORT"] for each in environments}) == 1
 
 
-def test_cores_are_shared_unless_the_user_says_otherwise(monkeypatch):
+def test_cores_are_shared_unless_the_user_sets_them(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     assert launching._environment(0, 3, 1)["OMP_NUM_THREADS"] == "2"
@@ -50,20 +50,20 @@ def test_cores_are_shared_unless_the_user_says_otherwise(monkeypatch):
 
 
 @pytest.mark.parametrize("code", [1, 3, 5, 8])
-def test_the_first_cause_decides_and_is_told(capfd, code):
+def test_exit_code_is_that_of_the_rank_that_failed_first(capfd, code):
     """Rank 1 fails; rank 0 notices first and ends with the code of a rank that has lost another."""
     fail = f"time.sleep(0.2 * (rank == '1'))\nprint('of rank', rank, file=sys.stderr)\nsys.exit({code} if rank == '1' else 6)"
     assert launch(2, script(fail)) == code
     assert "of rank 1" in capfd.readouterr().err
 
 
-def test_a_killed_rank_is_named_and_ends_the_others(tmp_path, monkeypatch):
+def test_killed_rank_is_named_and_the_others_end(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "GRACE_SECONDS", 0.5)
-    wait = f"print(os.getpid(), file=open(r'{tmp_path}/' + rank, 'w'))\n"
+    write_pid = f"print(os.getpid(), file=open(r'{tmp_path}/' + rank, 'w'))\n"
     die = "rank == '2' and os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
     started = time.monotonic()
     with pytest.raises(ProcessDied, match="rank 2 was killed by SIGKILL"):
-        launch(3, script(wait + "time.sleep(0.3)\n" + die))
+        launch(3, script(write_pid + "time.sleep(0.3)\n" + die))
     assert time.monotonic() - started < 20
     for rank in range(3):
         assert not psutil.pid_exists(int((tmp_path / str(rank)).read_text()))
@@ -74,44 +74,37 @@ LAUNCHER = (
 )
 
 
-def launcher(tmp_path, text):
-    """A launcher of two ranks in a process of its own, once both have begun."""
+def start_launcher(tmp_path, text):
+    """Starts a launcher of two ranks and waits for both; returns its process and the ranks' process ids."""
     ready = f"open(r'{tmp_path}/' + rank, 'w').write(str(os.getpid()))\n"
     process = subprocess.Popen([sys.executable, "-c", LAUNCHER, *script(ready + text)])
     for rank in range(2):
-        waited(lambda rank=rank: (tmp_path / str(rank)).is_file() and (tmp_path / str(rank)).read_text())
+        wait_until(lambda rank=rank: (tmp_path / str(rank)).is_file() and (tmp_path / str(rank)).read_text(), 60)
     return process, [int((tmp_path / str(rank)).read_text()) for rank in range(2)]
 
 
-def waited(holds, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_request_to_stop_reaches_every_rank_once(tmp_path, number):
-    note = "signal.signal(signal.SIGINT, stop); signal.signal(signal.SIGTERM, stop)\n"
-    stop = f"def stop(n, _):\n    open(r'{tmp_path}/got' + rank, 'a').write(str(n) + ' ')\n"
-    process, _ = launcher(
+def test_stop_request_reaches_every_rank_once(tmp_path, number):
+    install = "signal.signal(signal.SIGINT, stop); signal.signal(signal.SIGTERM, stop)\n"
+    handler = f"def stop(n, _):\n    open(r'{tmp_path}/got' + rank, 'a').write(str(n) + ' ')\n"
+    process, _ = start_launcher(
         tmp_path,
-        stop
-        + note
+        handler
+        + install
         + "time.sleep(0.2)\nwhile not os.path.exists('"
         + str(tmp_path / "end")
         + "'): time.sleep(0.02)\nsys.exit(7)",
     )
     time.sleep(0.5)
     process.send_signal(number)
-    waited(lambda: all((tmp_path / f"got{rank}").is_file() for rank in range(2)))
+    wait_until(lambda: all((tmp_path / f"got{rank}").is_file() for rank in range(2)), 60)
     (tmp_path / "end").touch()
     assert process.wait(timeout=60) == 7
     assert [(tmp_path / f"got{rank}").read_text() for rank in range(2)] == [f"{number:d} "] * 2
 
 
-def test_a_second_interrupt_ends_ranks_that_do_not(tmp_path):
-    process, pids = launcher(tmp_path, "signal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(600)")
+def test_second_interrupt_kills_ranks_that_ignore_it(tmp_path):
+    process, pids = start_launcher(tmp_path, "signal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(600)")
     time.sleep(0.5)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
@@ -121,22 +114,22 @@ def test_a_second_interrupt_ends_ranks_that_do_not(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux ends the ranks")
-def test_no_rank_outlives_its_launcher(tmp_path):
-    process, pids = launcher(tmp_path, "time.sleep(600)")
+def test_ranks_end_with_their_launcher(tmp_path):
+    process, pids = start_launcher(tmp_path, "time.sleep(600)")
     process.kill()
     process.wait(timeout=60)
-    waited(lambda: not any(alive(pid) for pid in pids))
+    wait_until(lambda: not any(alive(pid) for pid in pids), 60)
 
 
 def alive(pid):
-    """Whether the process runs; one that is dead and not yet waited for does not."""
+    """Whether the process runs; a zombie does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def test_under_another_launcher_none_is_started(monkeypatch):
+def test_another_launcher_prevents_a_second_launch(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert [launching.must_launch(n) for n in (None, 1, 2)] == [False, False, True]
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -145,12 +138,9 @@ def test_under_another_launcher_none_is_started(monkeypatch):
         launching.must_launch(4)
 
 
-# ── real runs ─────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
 def spec_file(tiny_folder, tmp_path_factory):
-    """A run file whose reward ends the process of rank 1 where KILL says so."""
+    """A run file whose reward kills the rank that the variable KILL names."""
     folder = tmp_path_factory.mktemp("spec")
     (folder / "reward.py").write_text(
         "import os, signal\n"
@@ -176,7 +166,7 @@ def spec_file(tiny_folder, tmp_path_factory):
         "rollout": {"max_new_tokens": 8, "backend": "transformers"},
         "teacher": {"sees": {"max_prompt_tokens": 4096}},
         "rewards": {"long": {"kind": "file", "file": str(folder / "reward.py"), "function": "score"}},
-        "evaluation": {"suites": {"held": {"data": rows(100), "score": "long", "loss_prompts": 3}}},
+        "evaluation": {"suites": {"held_out": {"data": rows(100), "score": "long", "loss_prompts": 3}}},
         "optimizer": {"lr": 300, "eps": 1e4},
         "training": {"steps": 2, "prompts_per_step": 4, "zero_stage": 1},
         "output": {"tensorboard": False},
@@ -186,8 +176,8 @@ def spec_file(tiny_folder, tmp_path_factory):
 
 
 def run(*commands, code=0, env=None):
-    """These processes side by side; what the first wrote on each stream."""
-    running = [
+    """Runs these processes at once; returns standard output and error of the first."""
+    processes = [
         subprocess.Popen(
             list(map(str, command)),
             stdout=subprocess.PIPE,
@@ -198,26 +188,20 @@ def run(*commands, code=0, env=None):
         for command in commands
     ]
     try:
-        told = [process.communicate(timeout=300) for process in running]
+        outputs = [process.communicate(timeout=300) for process in processes]
     finally:
-        for process in running:
+        for process in processes:
             process.kill()
-    assert [p.returncode for p in running] == [code] * len(running), told[0][1][-3000:]
-    return told[0]
+    assert [p.returncode for p in processes] == [code] * len(processes), outputs[0][1][-3000:]
+    return outputs[0]
 
 
 TRAIN = [sys.executable, "-m", "sdkit", "train"]
 
 
 @pytest.fixture(scope="module")
-def one_process(spec_file, _leave_at_the_end, tmp_path_factory):
+def one_process_run(spec_file, _stop_process_group, tmp_path_factory):
     return train(load_spec(spec_file).spec, tmp_path_factory.mktemp("one") / "run")
-
-
-def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def assert_same_run(folder, one):
@@ -241,43 +225,43 @@ def assert_same_run(folder, one):
         torch.testing.assert_close(weights_of(folder)[name], value, atol=1e-5, rtol=1e-4)
 
 
-def test_processes(spec_file, one_process, tmp_path):
-    """Under stage 3, with one console."""
+def test_processes_option_trains_like_one_process(spec_file, one_process_run, tmp_path):
+    """Two processes under stage 3 equal one; one console."""
     command = [*TRAIN, spec_file, "training.zero_stage=3", "--processes", 2]
     out, err = run([*command, "--to", tmp_path / "run"])
-    assert_same_run(tmp_path / "run", one_process)
+    assert_same_run(tmp_path / "run", one_process_run)
     assert out.count("step 2/2") == 1
     assert err == ""
 
 
-def test_torchrun_on_two_nodes(spec_file, one_process, tmp_path):
-    """Two groups of one process on loopback, as two machines would have."""
-    meet = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port()]
-    launcher = [sys.executable, "-m", "torch.distributed.run", *meet]
+def test_torchrun_on_two_nodes_trains_like_one_process(spec_file, one_process_run, tmp_path):
+    """Two groups of one process on loopback stand for two machines."""
+    rendezvous = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
     command = ["-m", "sdkit", "train", spec_file, "--to", tmp_path / "run"]
     out, _ = run(*([*launcher, "--node-rank", node, *command] for node in (0, 1)))
-    assert_same_run(tmp_path / "run", one_process)
+    assert_same_run(tmp_path / "run", one_process_run)
     assert out.count("step 2/2") == 1
 
 
-def test_the_deepspeed_launcher(spec_file, one_process, tmp_path):
-    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", port()]
+def test_deepspeed_launcher_trains_like_one_process(spec_file, one_process_run, tmp_path):
+    launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
     run([*launcher, "--module", "sdkit", "train", spec_file, "training.zero_stage=2", "--to", tmp_path / "run"])
-    assert_same_run(tmp_path / "run", one_process)
+    assert_same_run(tmp_path / "run", one_process_run)
 
 
-def test_a_rank_that_dies_ends_the_run(spec_file, tmp_path):
+def test_killed_rank_ends_the_run(spec_file, tmp_path):
     command = [*TRAIN, spec_file, "--to", tmp_path / "run", "--processes", 2]
     started = time.monotonic()
     _, err = run(command, code=ProcessDied.exit_code, env={"KILL": "1"})
     assert time.monotonic() - started < 120
     assert "error: rank 1 was killed by SIGKILL" in err
-    kept = json.loads((tmp_path / "run/status.json").read_text())
-    assert kept["state"] == "failed"
-    assert "lost rank 1" in kept["reason"]
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "failed"
+    assert "lost rank 1" in status["reason"]
 
 
-def test_prompts_that_cannot_be_dealt_start_nothing(spec_file, tmp_path):
+def test_indivisible_prompts_start_no_process(spec_file, tmp_path):
     command = [*TRAIN, spec_file, "--to", tmp_path / "run", "--processes", 3]
     _, err = run(command, code=UnreadableInput.exit_code)
     assert "prompts_per_step is 4, which 3 ranks cannot share equally" in err

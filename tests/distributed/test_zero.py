@@ -1,4 +1,4 @@
-"""DeepSpeed against one plain torch loop: accumulation, clipping, masters, the guard against bad gradients."""
+"""DeepSpeed against a plain torch loop: accumulation, clipping, masters, skipping of bad gradients."""
 
 import subprocess
 import sys
@@ -31,14 +31,14 @@ def batches(dtype, steps=3):
     ]
 
 
-def trained(stage, dtype, pieces):
-    """Masters after three steps, each step cut into pieces of these sizes."""
+def train_with_deepspeed(stage, dtype, sizes):
+    """Masters and gradient norms of three steps; each step has micro-batches of these sizes."""
     from sdkit.distributed.zero import Zero
 
     engine = Zero(Net(dtype), OPTIMIZER, stage, dtype == torch.bfloat16)
     norms = []
     for x, y in batches(dtype):
-        for a, b in zip(x.split(pieces), y.split(pieces), strict=True):
+        for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
             loss, _ = engine.forward(a, b, 1 / 48)
             engine.backward(loss)
         norms.append(engine.step(OPTIMIZER.lr).grad_norm)
@@ -47,7 +47,7 @@ def trained(stage, dtype, pieces):
     return masters, norms
 
 
-def plain():
+def train_with_torch():
     net = Net(torch.float32)
     adam = torch.optim.AdamW(net.parameters(), lr=OPTIMIZER.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     norms = []
@@ -60,21 +60,21 @@ def plain():
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("pieces", [[12], [3, 4, 5], [1, 11]])
-def test_any_number_of_micro_batches_gives_the_same_weights_as_plain_torch(process_group, stage, pieces):
-    masters, norms = trained(stage, torch.float32, pieces)
-    expected, expected_norms = plain()
+@pytest.mark.parametrize("sizes", [[12], [3, 4, 5], [1, 11]])
+def test_micro_batches_give_the_weights_of_plain_torch(process_group, stage, sizes):
+    masters, norms = train_with_deepspeed(stage, torch.float32, sizes)
+    expected, expected_norms = train_with_torch()
     torch.testing.assert_close(masters, expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected_norms), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_bfloat16_keeps_float32_masters_and_accumulates_in_float32(process_group, stage):
-    whole, _ = trained(stage, torch.bfloat16, [12])
-    pieces, _ = trained(stage, torch.bfloat16, [3, 4, 5])
-    assert whole.dtype == torch.float32
-    assert (whole - pieces).abs().mean() < 1e-3
-    assert (whole != whole.bfloat16().float()).any(), "masters are finer than bfloat16"
+    unsplit, _ = train_with_deepspeed(stage, torch.bfloat16, [12])
+    split, _ = train_with_deepspeed(stage, torch.bfloat16, [3, 4, 5])
+    assert unsplit.dtype == torch.float32
+    assert (unsplit - split).abs().mean() < 1e-3
+    assert (unsplit != unsplit.bfloat16().float()).any(), "masters are finer than bfloat16"
 
 
 def test_stage_0_in_bfloat16_is_refused(process_group):
@@ -87,7 +87,7 @@ def test_stage_0_in_bfloat16_is_refused(process_group):
 @pytest.mark.parametrize(
     ("stage", "dtype"), [(0, torch.float32), (1, torch.float32), (1, torch.bfloat16), (2, torch.bfloat16)]
 )
-def test_a_bad_gradient_skips_the_step_and_the_next_one_works(process_group, stage, dtype):
+def test_bad_gradient_skips_only_its_step(process_group, stage, dtype):
     from sdkit.distributed.zero import Zero
 
     engine = Zero(Net(dtype), OPTIMIZER, stage, dtype == torch.bfloat16)
@@ -100,21 +100,19 @@ def test_a_bad_gradient_skips_the_step_and_the_next_one_works(process_group, sta
     torch.testing.assert_close(after, before, atol=0, rtol=0)
     loss, _ = engine.forward(x, y, 1 / 48)
     engine.backward(loss)
-    stepped = engine.step(1e-2)
-    assert stepped.applied
-    assert stepped.grad_norm > 0
+    result = engine.step(1e-2)
+    assert result.applied
+    assert result.grad_norm > 0
     moved = torch.cat([value.flatten().clone() for _, value in engine.masters()])
     assert (moved != before).any()
     engine.close()
 
 
-# ── weight decay ──────────────────────────────────────────────────────────────────────────────
-
 DECAY = OptimizerSpec(lr=1e-2, max_grad_norm=0.5, weight_decay=2.0)
 
 
 class Normed(Net):
-    """With a norm beside its linear layers."""
+    """`Net` followed by a layer norm."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__(dtype)
@@ -125,11 +123,11 @@ class Normed(Net):
         return [self.layers[0].weight, self.layers[2].weight]
 
 
-def plain_decayed(optimizer):
+def train_decayed_with_torch(optimizer):
     net = Normed()
-    apart = net.decayed if optimizer.decay == "weights" else list(net.parameters())
-    rest = [p for p in net.parameters() if all(p is not own for own in apart)]
-    groups = [{"params": apart, "weight_decay": optimizer.weight_decay}]
+    decayed = net.decayed if optimizer.decay == "weights" else list(net.parameters())
+    rest = [p for p in net.parameters() if all(p is not chosen for chosen in decayed)]
+    groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}]
     groups += [{"params": rest, "weight_decay": 0.0}] if rest else []
     adam = torch.optim.AdamW(groups, lr=optimizer.lr)
     for x, y in batches(torch.float32):
@@ -142,7 +140,7 @@ def plain_decayed(optimizer):
 
 @pytest.mark.parametrize("decay", ["weights", "all"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_weight_decay_is_that_of_plain_torch_also_after_a_resume(process_group, tmp_path, stage, decay):
+def test_weight_decay_matches_plain_torch_across_a_resume(process_group, tmp_path, stage, decay):
     from sdkit.distributed.zero import Zero
 
     optimizer = evolve(DECAY, decay=decay)
@@ -155,12 +153,12 @@ def test_weight_decay_is_that_of_plain_torch_also_after_a_resume(process_group, 
             engine.load(tmp_path, "two", universal=False)
         engine.backward(engine.forward(x, y, 1 / 48)[0])
         engine.step(optimizer.lr)
-    found = {name: value.flatten().clone() for name, value in engine.masters()}
+    masters = {name: value.flatten().clone() for name, value in engine.masters()}
     engine.close()
-    expected = plain_decayed(optimizer)
-    assert list(found) == list(expected)
+    expected = train_decayed_with_torch(optimizer)
+    assert list(masters) == list(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value.flatten(), atol=2e-5, rtol=0)
+        torch.testing.assert_close(masters[name], value.flatten(), atol=2e-5, rtol=0)
 
 
 def tiny_families():
@@ -187,7 +185,7 @@ def tiny_families():
 
 @pytest.mark.parametrize("config", tiny_families(), ids=lambda config: config.model_type)
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_trainer_of_transformers_decays_the_same_parameters(config, lora):
+def test_transformers_trainer_decays_the_same_parameters(config, lora):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer
 
@@ -199,25 +197,23 @@ def test_the_trainer_of_transformers_decays_the_same_parameters(config, lora):
         targets = r".*\.(q_proj|query_key_value|c_attn|in_proj)"
         fan_in = config.model_type == "gpt2"
         model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, fan_in_fan_out=fan_in))
-    theirs = set(Trainer.get_decay_parameter_names(None, model))
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    decayed = {id(p) for n, p in trained.items() if n in theirs}
+    decayed_names = set(Trainer.get_decay_parameter_names(None, model))
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    decayed = {id(p) for n, p in trainable.items() if n in decayed_names}
     groups = parameter_groups(Root(model), DECAY)
     assert {id(p) for g in groups if g["weight_decay"] for p in g["params"]} == decayed
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, trained.values()))
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, trainable.values()))
     assert all(group["params"] for group in groups)
-    assert len(groups) == (1 if len(decayed) == len(trained) else 2)
+    assert len(groups) == (1 if len(decayed) == len(trainable) else 2)
 
 
-def test_without_decay_there_is_one_group():
+def test_without_selective_decay_there_is_one_group():
     from sdkit.distributed.zero import parameter_groups
 
     for optimizer in (OPTIMIZER, evolve(DECAY, decay="all")):
         (group,) = parameter_groups(Normed(), optimizer)
         assert len(group["params"]) == 6
 
-
-# ── several ranks ─────────────────────────────────────────────────────────────────────────────
 
 RANK = """
 import sys, torch
@@ -227,15 +223,15 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet"
 for sizes in ((2, 3), (0, 2), (2, 0), (0, 0)):
     for dtype in (torch.long, torch.float64):
         values = torch.arange(sizes[rank], dtype=dtype) + 10 * rank
-        found, own = collectives.all_gather(values)
+        gathered, own = collectives.all_gather(values)
         joined = [*range(sizes[0]), *range(10, 10 + sizes[1])]
-        assert found.tolist() == joined and found.dtype == dtype, found
-        assert torch.equal(found[own], values), own
+        assert gathered.tolist() == joined and gathered.dtype == dtype, gathered
+        assert torch.equal(gathered[own], values), own
 torch.distributed.destroy_process_group()
 """
 
 
-def test_values_of_all_ranks_stand_one_rank_after_the_other(tmp_path):
+def test_all_gather_concatenates_in_rank_order(tmp_path):
     ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)]) for rank in (0, 1)]
     try:
         assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
@@ -244,9 +240,9 @@ def test_values_of_all_ranks_stand_one_rank_after_the_other(tmp_path):
             rank.kill()
 
 
-def test_one_rank_is_all_ranks(process_group):
+def test_all_gather_on_one_rank_returns_its_values(process_group):
     from sdkit.distributed import collectives as ranks
 
     values = torch.tensor([3.0, 1.0])
-    found, own = ranks.all_gather(values)
-    assert found[own].tolist() == found.tolist() == [3.0, 1.0]
+    gathered, own = ranks.all_gather(values)
+    assert gathered[own].tolist() == gathered.tolist() == [3.0, 1.0]

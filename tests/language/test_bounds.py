@@ -22,7 +22,7 @@ losses: {a: {kind: cross_entropy}}
 optimizer: {lr: 1e-3}
 training: {steps: 1, prompts_per_step: 1}
 """
-SOON = 10.0  # seconds, on a slow machine
+LIMIT_SECONDS = 10.0  # seconds, on a slow machine
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def run_file(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def soon():
-    """Fails a test of this file that takes longer than `SOON`."""
+def within_limit():
+    """Fails a test of this file that takes longer than `LIMIT_SECONDS`."""
     began = time.perf_counter()
     yield
-    assert time.perf_counter() - began < SOON
+    assert time.perf_counter() - began < LIMIT_SECONDS
 
 
-def no_files(folder):
+def make_irregular_files(folder):
     """Creates paths that are not regular files or are too large, and returns their names."""
     os.mkfifo(folder / "pipe")
     (folder / "folder").mkdir()
@@ -51,11 +51,8 @@ def no_files(folder):
     return ["pipe", "folder", "loop", "to_zero", "sparse", "/dev/zero", "/dev/stdin", "gone", "run.yaml/x", "x" * 3000]
 
 
-# ── files ─────────────────────────────────────────────────────────────────────────────────────
-
-
 def test_only_a_regular_file_within_its_limit_is_read(tmp_path):
-    for name in no_files(tmp_path):
+    for name in make_irregular_files(tmp_path):
         with pytest.raises(UnreadableFile):
             read_file(tmp_path / name, MAX_CONFIG_BYTES)
     (tmp_path / "small").write_bytes(b"12345")
@@ -67,8 +64,8 @@ def test_only_a_regular_file_within_its_limit_is_read(tmp_path):
             read_file(name, 5)
 
 
-def test_a_spec_that_is_no_file_is_unreadable(tmp_path):
-    for name in no_files(tmp_path):
+def test_spec_that_is_no_regular_file_is_unreadable(tmp_path):
+    for name in make_irregular_files(tmp_path):
         with pytest.raises(UnreadableInput):
             load_spec(tmp_path / name)
 
@@ -94,8 +91,8 @@ READABLE = {("jsonl", "./sparse"), ("json", "./sparse"), ("parquet", "./sparse")
 
 
 @pytest.mark.parametrize("key", NAMING)
-def test_no_path_of_a_spec_holds_its_check_up(run_file, key):
-    bad = [*no_files(run_file.parent), '"a\\0b"', '"a\\nb"', '"a\\u2028b"', "x" * 5000]
+def test_irregular_path_in_a_spec_is_a_problem(run_file, key):
+    bad = [*make_irregular_files(run_file.parent), '"a\\0b"', '"a\\nb"', '"a\\u2028b"', "x" * 5000]
     for name in bad:
         name = name if name[0] in "'\"" else f"./{name}"
         checked = load_spec(run_file, [NAMING[key].format(name=name)])
@@ -119,15 +116,13 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_file_that_no_parser_takes_is_a_problem(run_file, bomb):
+def test_source_file_that_cannot_be_parsed_is_a_problem(run_file, bomb):
     text = BOMBS[bomb].encode("utf-8", "surrogateescape")
     (run_file.parent / "mine.py").write_bytes(text)
     for key in ("divergence", "weight", "reward"):
         checked = load_spec(run_file, [NAMING[key].format(name="mine.py")])
         assert any(p.code.endswith("_file") and "mine.py" in p.message for p in checked.problems)
 
-
-# ── a model's own files ───────────────────────────────────────────────────────────────────────
 
 SIZES = {
     "hidden_size": 8,
@@ -138,46 +133,44 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 ODD = [0, -1, 10**400, 1.5, float("nan"), float("inf"), True, None, "8", [], [8], {}, {"a": 8}]
-WHOLE = ["", "[", "[" * 100_000, "{}", "[]", "3", "null", '"x"', "\0", "9" * 5000]
+NO_OBJECTS = ["", "[", "[" * 100_000, "{}", "[]", "3", "null", '"x"', "\0", "9" * 5000]
 
 
-def config(folder, text):
+def write_config(folder, text):
     (folder / "m").mkdir(exist_ok=True)
     (folder / "m" / "config.json").write_text(text)
     (folder / "m" / "tokenizer.json").write_text(text)
 
 
-def test_a_config_of_any_shape_tells_sizes_or_nothing(run_file):
+def test_odd_config_gives_sizes_or_none(run_file):
     path = ["model.path=./m", "teacher={weights: {kind: external, path: ./m}}"]
     cases = [json.dumps(SIZES | {name: odd}) for name in SIZES for odd in ODD]
     cases += [json.dumps(SIZES | {"head_dim": odd, "num_key_value_heads": odd}) for odd in ODD]
-    for text in [*WHOLE, *cases]:
-        config(run_file.parent, text)
+    for text in [*NO_OBJECTS, *cases]:
+        write_config(run_file.parent, text)
         checked = load_spec(run_file, path)
         assert checked.loaded.problems == ()
         if checked.spec:
             shape_of(checked.spec, run_file.parent)
             other_shapes(checked.spec, run_file.parent)
-    config(run_file.parent, json.dumps(SIZES))
+    write_config(run_file.parent, json.dumps(SIZES))
     assert shape_of(load_spec(run_file, path).spec, run_file.parent)
 
 
 @pytest.mark.parametrize("model", [*ODD, {"vocab": 3}, {"vocab": [[]]}, {"vocab": [3]}, {"vocab": {"a": "x"}}])
 @pytest.mark.parametrize("added", [*ODD, [{}], [{"content": "a", "id": float("nan")}]])
-def test_a_tokenizer_of_any_shape_is_a_table_or_nothing(tmp_path, model, added):
-    config(tmp_path, json.dumps({"model": model, "added_tokens": added}))
+def test_odd_tokenizer_file_gives_no_vocabulary(tmp_path, model, added):
+    write_config(tmp_path, json.dumps({"model": model, "added_tokens": added}))
     assert of_folder(tmp_path / "m") is None
 
 
-def test_a_file_that_is_no_json_object_is_none(tmp_path):
-    for name in no_files(tmp_path):
+def test_file_without_a_json_object_gives_none(tmp_path):
+    for name in make_irregular_files(tmp_path):
         assert read_json_object(tmp_path / name, MAX_CONFIG_BYTES) is None
-    for text in WHOLE:
+    for text in NO_OBJECTS:
         (tmp_path / "x.json").write_text(text)
         assert not read_json_object(tmp_path / "x.json", MAX_CONFIG_BYTES)
 
-
-# ── floods ────────────────────────────────────────────────────────────────────────────────────
 
 MANY = 30_000
 FLOODS = {
@@ -197,7 +190,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("flood", FLOODS)
-def test_a_flood_of_problems_ends_soon_and_is_counted(tmp_path, flood):
+def test_flood_of_problems_is_counted_and_cut_within_the_limit(tmp_path, flood):
     path = tmp_path / "run.yaml"
     path.write_text(FLOODS[flood])
     checked = load_spec(path)
@@ -212,7 +205,7 @@ def test_a_flood_of_problems_ends_soon_and_is_counted(tmp_path, flood):
     assert len(json.loads(as_json(checked.problems))) == len(checked.problems)
 
 
-def test_what_rules_compare_pairwise_has_an_end(run_file):
+def test_pairwise_rules_have_a_limit(run_file):
     """The largest allowed number of names, each of them invalid or a prefix of the others."""
     names = [f"r{i}" for i in range(MAX_ENTRIES)]
     parts = {
@@ -220,15 +213,15 @@ def test_what_rules_compare_pairwise_has_an_end(run_file):
     }
     data = {"source": {"kind": "inline", "rows": [{"q": "a"}]}, "columns": {"prompt": "q"}}
     suites = {n: {"data": data, "score": n, "also": [*names[1:], "nope"]} for n in names[:50]}
-    given = [f"rewards={json.dumps(parts)}", f"evaluation={json.dumps({'suites': suites})}"]
-    checked = load_spec(run_file, given)
+    overrides = [f"rewards={json.dumps(parts)}", f"evaluation={json.dumps({'suites': suites})}"]
+    checked = load_spec(run_file, overrides)
     assert {"unknown_part", "unknown_reward"} <= {p.code for p in checked.problems}
-    over = json.dumps({name: {"kind": "regex", "pattern": "x"} for name in [*names, "more"]})
-    (problem,) = load_spec(run_file, [f"rewards={over}"]).problems
+    too_many = json.dumps({name: {"kind": "regex", "pattern": "x"} for name in [*names, "more"]})
+    (problem,) = load_spec(run_file, [f"rewards={too_many}"]).problems
     assert problem.message == f"{MAX_ENTRIES + 1} entries, more than {MAX_ENTRIES}"
 
 
-def test_rows_and_their_contents_may_be_many(run_file):
+def test_rows_may_exceed_the_limit_on_entries(run_file):
     rows = json.dumps([{"q": "a", "d": [{"x": i}] * (MAX_ENTRIES + 1)} for i in range(MAX_ENTRIES + 1)][:100])
     assert load_spec(run_file, [f"data.source.rows={rows}"]).ok
 

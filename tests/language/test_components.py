@@ -1,4 +1,4 @@
-"""Every kind of answer to a question of the language describes itself and says what it needs."""
+"""Every component describes itself and answers the questions of its union."""
 
 import types
 from typing import Any, Literal, get_args, get_origin
@@ -73,29 +73,29 @@ def value_of(tp, range=None):
     return next(tp(n) for n in NUMBERS if range is None or range.accepts(tp(n)))
 
 
-def described(union, component):
+def description(union, component):
     return component.describe(1.0) if union == Loss else component.describe()
 
 
 @pytest.mark.parametrize(("union", "cls"), KINDS, ids=IDS)
-def test_each_kind_describes_itself_in_one_line(union, cls):
-    text = described(union, smallest(cls))
+def test_component_describes_itself_in_one_line(union, cls):
+    text = description(union, smallest(cls))
     assert text.strip() == text != ""
     assert not set("{}\n") & set(text)
 
 
 @pytest.mark.parametrize(("union", "cls"), KINDS, ids=IDS)
-def test_each_schedule_is_described(union, cls):
+def test_schedule_appears_in_the_description(union, cls):
     component = GroupRelative(scale="group_std") if cls is GroupRelative else smallest(cls)  # else eps is not used
     for key in keys_of(cls).values():
         if Schedule in members(key.type):
             end = next(float(n) for n in NUMBERS if key.range.accepts(n))
             moving = evolve(component, **{key.field: Schedule(start=end, to=end, steps=7)})
-            assert f"{end:g} → {end:g} over 7 steps" in described(union, moving)
+            assert f"{end:g} → {end:g} over 7 steps" in description(union, moving)
 
 
 @pytest.mark.parametrize(("union", "cls"), KINDS, ids=IDS)
-def test_each_kind_answers_every_question(union, cls):
+def test_component_answers_every_question(union, cls):
     component = smallest(cls)
     for question in QUESTIONS[union]:
         answer = getattr(component, question)
@@ -103,7 +103,7 @@ def test_each_kind_answers_every_question(union, cls):
             answer(*(False,) * (question == "describe_place"))
 
 
-def test_no_component_is_left_out():
+def test_every_component_is_tested():
     reached = set()
 
     def visit(tp):

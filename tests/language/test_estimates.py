@@ -87,28 +87,28 @@ def phases(spec, machine=H100):
 @pytest.mark.parametrize(
     ("stage", "dtype", "moments", "gradients"), [(0, "float32", 8, 4), (1, "bfloat16", 3, 4), (2, "bfloat16", 3, 1)]
 )
-def test_zero_deals_masters_and_moments_out_and_then_gradients(stage, dtype, moments, gradients):
+def test_zero_stages_shard_masters_moments_and_gradients(stage, dtype, moments, gradients):
     training = TrainingSpec(steps=1, prompts_per_step=4, zero_stage=stage)
-    found = memory(run(model=ModelSpec(path="m", dtype=dtype), training=training))
-    assert found["student weights"] == (4 if dtype == "float32" else 2)
-    assert (found["masters and moments"], found["gradients"]) == (moments, gradients)
+    shares = memory(run(model=ModelSpec(path="m", dtype=dtype), training=training))
+    assert shares["student weights"] == (4 if dtype == "float32" else 2)
+    assert (shares["masters and moments"], shares["gradients"]) == (moments, gradients)
 
 
-def test_one_rank_holds_all():
-    found = memory(run(), Machine(ranks=1))
-    assert (found["masters and moments"], found["gradients"]) == (12, 4)
+def test_one_rank_stores_everything():
+    shares = memory(run(), Machine(ranks=1))
+    assert (shares["masters and moments"], shares["gradients"]) == (12, 4)
 
 
-def test_a_moving_teacher_has_a_copy_and_a_shadow():
+def test_average_teacher_has_a_copy_and_a_shadow():
     assert memory(distilled())["teacher weights"] == 2 + 4
 
 
-def test_vllm_takes_its_share_of_an_accelerator_and_what_was_asked_elsewhere():
+def test_vllm_memory_is_a_share_of_an_accelerator_or_the_requested_size():
     assert memory(run())["vLLM weights and cache"] == 40
     assert memory(run(), Machine(ranks=4, memory_gib=80.0))["vLLM weights and cache"] == 2 + 1
 
 
-def test_a_step_is_sampling_scoring_and_updating():
+def test_step_time_is_sampling_scoring_and_updating():
     """4 rollouts per rank.  Each of 900 decoding steps reads 2 GiB; the teacher scores 1500 tokens; 1000 are trained at three passes each."""
     rollout, teacher, update = phases(distilled())
     prompts = 2 * 100 * PASS / SPEED
@@ -119,32 +119,32 @@ def test_a_step_is_sampling_scoring_and_updating():
 
 @pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec(teacher_entropy_above=0.5)])
 @pytest.mark.parametrize(
-    ("blend", "beside", "first"),
+    ("blend", "partner_tokens", "partner_tokens_in_statistics"),
     [
         (TrustRegionBlend(student_share=0.01), 1500, 1500),
         (ProductBlend(student_power=0.8), 1000, 1000),
-        (GeometricBlend(teacher_share=0.5), 0, 1000),  # the update counts it as the reference's pass
+        (GeometricBlend(teacher_share=0.5), 0, 1000),  # the update includes it as the reference's pass
         (ExtrapolateBlend(factor=1.25), 0, 1000),
     ],
 )
-def test_what_a_blend_costs_in_tokens_scored(mask, blend, beside, first):
+def test_blend_adds_scored_tokens(mask, blend, partner_tokens, partner_tokens_in_statistics):
     """4 rollouts of 1500 tokens with the teacher's prompt and 1000 with the student's.  A statistics pass scores them again."""
     spec = distilled()
-    taught = evolve(spec.teacher, blend=blend)
-    spec = evolve(spec, teacher=taught, losses=Table({"distil": evolve(DISTIL, mask=mask)}))
-    tokens = 1500 + beside + (1500 + first) * (mask != MaskSpec())
+    with_blend = evolve(spec.teacher, blend=blend)
+    spec = evolve(spec, teacher=with_blend, losses=Table({"distil": evolve(DISTIL, mask=mask)}))
+    tokens = 1500 + partner_tokens + (1500 + partner_tokens_in_statistics) * (mask != MaskSpec())
     _, teacher, update = phases(spec)
     assert teacher == pytest.approx(4 * tokens * PASS / SPEED, rel=1e-3)
-    assert update == pytest.approx((3 + (beside == 0)) * 4 * 1000 * PASS / SPEED, rel=1e-3)
+    assert update == pytest.approx((3 + (partner_tokens == 0)) * 4 * 1000 * PASS / SPEED, rel=1e-3)
 
 
-def test_rows_beyond_the_engine_wait_for_another_wave():
-    whole = phases(run())[0]
-    halves = run(rollout=evolve(run().rollout, backend=VllmBackend(gpu_memory_utilization=0.5, max_num_seqs=2)))
-    assert phases(halves)[0] == pytest.approx(2 * whole, rel=0.02)
+def test_more_rows_than_max_num_seqs_take_another_wave():
+    one_wave = phases(run())[0]
+    two_waves = run(rollout=evolve(run().rollout, backend=VllmBackend(gpu_memory_utilization=0.5, max_num_seqs=2)))
+    assert phases(two_waves)[0] == pytest.approx(2 * one_wave, rel=0.02)
 
 
-def test_long_sequences_cost_attention_and_cache():
+def test_long_sequences_add_attention_and_cache_reads():
     """Layers × width are such that attention costs as much as the weights, so a pass takes twice as long."""
     wide = evolve(GIGA, hidden_size=2**10, num_hidden_layers=2**10, kv_width=2**10)
     spec = run(rollout=evolve(run().rollout, max_prompt_tokens=124))
@@ -155,8 +155,8 @@ def test_long_sequences_cost_attention_and_cache():
     assert long.phases[1].seconds == pytest.approx(2 * short.phases[1].seconds, rel=1e-3)
     # Each step reads 4 rows × 4 MiB per token × 574 tokens, and 2 GiB of weights.
     added = 900 * 4 * 2**22 * 574 / READING
-    grown = long.phases[0].seconds - short.phases[0].seconds
-    assert grown == pytest.approx(added, rel=0.01)
+    increase = long.phases[0].seconds - short.phases[0].seconds
+    assert increase == pytest.approx(added, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -168,35 +168,35 @@ def test_long_sequences_cost_attention_and_cache():
         ({"losses": {"imitate": CrossEntropy(), "near": ReferenceKl(estimator="vocabulary")}}, 4),
     ],
 )
-def test_what_an_update_costs_in_forward_passes(changes, passes):
+def test_update_time_in_forward_passes(changes, passes):
     assert phases(run(**changes))[-1] == pytest.approx(passes * 4000 * PASS / SPEED, rel=1e-3)
 
 
-def test_a_data_set_is_not_sampled():
+def test_data_set_completions_take_no_sampling_time():
     spec = run(rollout=evolve(run().rollout, sampled_by=DatasetSamples()))
     assert phases(spec)[0] == 0
 
 
-def test_without_an_accelerator_there_is_no_estimate():
+def test_no_step_time_without_an_accelerator():
     assert make_plan(run(), Machine(ranks=4), GIGA).step_time is None
 
 
 @pytest.mark.parametrize(
-    ("spec", "why"),
+    ("spec", "reason"),
     [
         (run(model=ModelSpec(path="m", dtype="float32")), "model.dtype is float32"),
         (run(rollout=RolloutSpec(max_prompt_tokens=9, backend=TransformersBackend())), "vLLM's"),
         (run(rollout=RolloutSpec(backend=VllmBackend())), "rollout.max_prompt_tokens"),
     ],
 )
-def test_an_estimate_that_would_be_a_guess_is_not_made(spec, why):
+def test_step_time_is_unknown_with_a_reason(spec, reason):
     time = make_plan(spec, H100, GIGA).step_time
     assert time is not None
     assert not time.phases
-    assert why in time.unknown_reason
+    assert reason in time.unknown_reason
 
 
-def test_a_shape_from_a_config_counts_heads_of_their_own_width(tmp_path):
+def test_shape_from_a_config_uses_head_dim(tmp_path):
     """Qwen3-4B: 32 heads of 128 at a hidden size of 2560, 8 key-value heads; 4,022,468,096 parameters including its q and k norms."""
     config = {
         "hidden_size": 2560,

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden import BAD, GOOD, TESTS, printed
+from golden import BAD, GOOD, TESTS, validate_output
 
 from sdkit.language.load import load_spec
 from sdkit.language.rules import RULES
@@ -39,12 +39,12 @@ def _code(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", BAD, ids=lambda p: p.stem)
-def test_a_bad_spec_prints_its_golden_text(path):
-    assert printed(path) == path.with_suffix(".out").read_text(encoding="utf-8")
+def test_bad_spec_prints_its_golden_text(path):
+    assert validate_output(path) == path.with_suffix(".out").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", [p for p in BAD if p.stem not in SEVERAL], ids=lambda p: p.stem)
-def test_a_bad_spec_shows_its_one_code(path):
+def test_bad_spec_has_exactly_its_code(path):
     checked = load_spec(path)
     assert {p.code for p in checked.problems} == {_code(path)}
     severities = {rule.code: rule.severity for rule in RULES}
@@ -53,14 +53,14 @@ def test_a_bad_spec_shows_its_one_code(path):
 
 
 @pytest.mark.parametrize("path", GOOD, ids=lambda p: p.stem)
-def test_a_good_spec_is_clean(path):
+def test_good_spec_has_no_problem(path):
     checked = load_spec(path)
     assert checked.ok
     assert checked.spec is not None
-    assert bool(checked.problems) == path.stem.endswith("_warns"), printed(path)
+    assert bool(checked.problems) == path.stem.endswith("_warns"), validate_output(path)
 
 
-def test_every_rule_has_a_bad_and_a_good_example_and_a_reason():
+def test_every_rule_has_examples_and_a_reason():
     codes = {rule.code for rule in RULES}
     assert codes <= {_code(path) for path in BAD}
     assert codes <= {_code(path) for path in GOOD}
@@ -68,19 +68,19 @@ def test_every_rule_has_a_bad_and_a_good_example_and_a_reason():
     assert len(codes) == len(RULES)
 
 
-def test_the_page_of_rules_is_up_to_date():
+def test_rules_page_is_up_to_date():
     tool = TESTS.parent / "tools/freeze_rules.py"
     done = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-def test_every_code_of_reading_and_structuring_has_a_bad_example():
+def test_every_code_outside_the_rules_has_a_bad_example():
     # Overrides are not in a file: test_overlay.py tests them.
     assert SHAPE_CODES - {"override"} <= {_code(path) for path in BAD}
     assert not SHAPE_CODES & {rule.code for rule in RULES}
 
 
-def test_messages_keep_the_house_style():
+def test_messages_follow_the_style():
     for path in BAD:
         for problem in load_spec(path).problems:
             text = problem.message
@@ -92,7 +92,7 @@ def test_messages_keep_the_house_style():
             assert problem.place.line > 0
 
 
-def test_seven_problems_of_one_file_are_shown_at_once():
+def test_problems_of_one_file_are_shown_together():
     text = next(path for path in BAD if path.stem == "seven").with_suffix(".out").read_text()
     codes = [line.rsplit("[", 1)[1].rstrip("]") for line in text.splitlines() if line[-1] == "]"]
     assert codes == ["unknown_key", "kind", "type", "choice", "type", "type", "duplicate_key"]

@@ -1,4 +1,4 @@
-"""docs/language.md shows parts of specs, written without their defaults: the language reads them as the same specs."""
+"""Parts of specs are shown without their defaults in docs/language.md; they load as the same specs."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ FOLDERS = ("sdkit/methods", "specs", "specs/papers", "tests/ok")
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_specs_written_without_defaults_are_the_same(folder, tmp_path, monkeypatch):
+def test_specs_without_defaults_load_as_the_same_specs(folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     from language_examples import to_yaml, written
 

@@ -2,6 +2,7 @@
 
 import pytest
 from golden import TESTS
+from one_rank import all_gather
 
 from sdkit.batches import Rollout, RolloutBatch, Row
 from sdkit.language.introspection import members
@@ -26,7 +27,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("rule", REFUSED)
-def test_a_rule_refuses_its_bad_example(rule):
+def test_rule_refuses_its_bad_example(rule):
     path = TESTS / "err" / f"{REFUSED[rule]}.yaml"
     checked = load_spec(path)
     code = REFUSED[rule].split("-")[0]
@@ -34,7 +35,7 @@ def test_a_rule_refuses_its_bad_example(rule):
     assert checked.problems[0].place is not None
 
 
-def test_5_the_kls_are_kinds_of_their_own_and_no_ends_of_the_mixture():
+def test_5_forward_and_reverse_kl_are_kinds_of_their_own():
     from sdkit.language.introspection import keys_of
     from sdkit.language.specs import ForwardKl, Jsd, ReverseKl
 
@@ -46,7 +47,7 @@ def test_5_the_kls_are_kinds_of_their_own_and_no_ends_of_the_mixture():
 
 
 @pytest.mark.parametrize("example", ["served_support", "served_support-student"])
-def test_6_and_9_a_served_teacher_tells_a_few_ids_of_its_own(example):
+def test_6_and_9_served_teacher_returns_only_its_own_top_k(example):
     """A server cannot return scores on a support it did not choose, or logits to blend."""
     if "served" not in {weights.kind for weights in members(TeacherWeights)}:
         pytest.skip("no teacher is served")
@@ -54,7 +55,7 @@ def test_6_and_9_a_served_teacher_tells_a_few_ids_of_its_own(example):
     assert {p.code for p in checked.problems} == {"served_support"}
 
 
-def test_7_a_rollout_without_its_context_counts_no_token_and_its_share_is_logged():
+def test_7_rollout_without_context_counts_no_token():
     """The metric rollout/with_teacher is the share of rollouts with a teacher prompt (tests/cli/test_bad_input.py)."""
     checked = load_spec(TESTS / "ok" / "sampled_token_divergence.yaml")
     assert checked.spec is not None
@@ -72,23 +73,19 @@ def test_7_a_rollout_without_its_context_counts_no_token_and_its_share_is_logged
         )
         for teacher in ((2, 1), None)
     )
-    counted = build_loss_masks(
-        RolloutBatch(rollouts=with_and_without),
-        checked.spec.losses,
-        all_gather=lambda values: (values, slice(0, len(values))),
-    )
-    positions = [r.loss_masks["distil"].positions for r in counted if r.loss_masks]
+    masked = build_loss_masks(RolloutBatch(rollouts=with_and_without), checked.spec.losses, all_gather=all_gather)
+    positions = [r.loss_masks["distil"].positions for r in masked if r.loss_masks]
     assert positions == [(0, 1), ()]
 
 
 @pytest.mark.parametrize(
-    ("weights", "said"),
+    ("weights", "expected"),
     [
         ("frozen", "the student with its adapter off"),
         ("{kind: ema, update_rate: 0.05}", "a second adapter, float32 shadow"),
     ],
 )
-def test_10_adapters_of_a_teacher_are_said(tmp_path, weights, said):
+def test_10_plan_names_the_adapters_of_a_teacher(tmp_path, weights, expected):
     """The start model is the student with its adapter off; an EMA teacher averages the adapter's factors."""
     page = (TESTS / "ok" / "sampled_token_divergence.yaml").read_text(encoding="utf-8")
     page = page.replace("weights: frozen", f"weights: {weights}")
@@ -103,10 +100,10 @@ def test_10_adapters_of_a_teacher_are_said(tmp_path, weights, said):
     checked = load_spec(path)
     assert checked.ok
     plan = make_plan(checked.spec, Machine(ranks=1, memory_gib=24.0, vllm=None), None)
-    assert said in render_plan(checked.spec, plan)
+    assert expected in render_plan(checked.spec, plan)
 
 
-def test_every_number_of_the_twelve_stands_here():
+def test_every_rule_number_appears_here():
     import re
     from pathlib import Path
 

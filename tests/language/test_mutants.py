@@ -1,4 +1,4 @@
-"""Mutated shipped specs give problems, or a plan and a text that reads back, but never a traceback."""
+"""Mutated shipped specs give problems, or a plan and a text that loads as the same spec, but never a traceback."""
 
 import copy
 import random
@@ -37,25 +37,25 @@ MAPS = (
 HOSTILE = "{}[]:,\"'&*!|>%@`#- \t\\?\x85"
 
 
-def places(value, path=()):
+def paths_in(value, path=()):
     yield path
     if isinstance(value, dict | list):
         for name in value if isinstance(value, dict) else range(len(value)):
-            yield from places(value[name], (*path, name))
+            yield from paths_in(value[name], (*path, name))
 
 
-def at(data, path):
+def value_at(data, path):
     for name in path:
         data = data[name]
     return data
 
 
-def with_a_fault(draw, data):
+def mutate_data(draw, data):
     """Returns the data with one value replaced, removed, moved or copied under another name."""
     data = copy.deepcopy(data)
-    every = [path for path in places(data) if path]
+    every = [path for path in paths_in(data) if path]
     path, other = draw.choice(every), draw.choice(every)
-    node, name = at(data, path[:-1]), path[-1]
+    node, name = value_at(data, path[:-1]), path[-1]
     match draw.randrange(6):
         case 0 | 1 | 2:
             node[name] = copy.deepcopy(draw.choice(SCALARS + MAPS))
@@ -64,28 +64,28 @@ def with_a_fault(draw, data):
         case 4 if isinstance(node, dict):
             node[draw.choice(["", "true", "kind", "loss", "a b", str(other[-1])])] = node[name]
         case _:
-            node[name] = copy.deepcopy(at(data, other))
+            node[name] = copy.deepcopy(value_at(data, other))
     return data
 
 
-def with_a_slip(draw, text):
+def mutate_text(draw, text):
     """Returns the text with one line deleted, repeated or indented, or one character inserted."""
     lines = text.split("\n")
-    at = draw.randrange(len(lines))
+    index = draw.randrange(len(lines))
     match draw.randrange(4):
         case 0:
-            del lines[at]
+            del lines[index]
         case 1:
-            lines.insert(at, draw.choice(lines))
+            lines.insert(index, draw.choice(lines))
         case 2:
-            lines[at] = " " * draw.randint(1, 3) + lines[at]
+            lines[index] = " " * draw.randint(1, 3) + lines[index]
         case _:
-            cut = draw.randint(0, len(lines[at]))
-            lines[at] = lines[at][:cut] + draw.choice(HOSTILE) + lines[at][cut:]
+            cut = draw.randint(0, len(lines[index]))
+            lines[index] = lines[index][:cut] + draw.choice(HOSTILE) + lines[index][cut:]
     return "\n".join(lines)
 
 
-def used(path, again):
+def check_plan_and_show(path, again):
     """Runs everything that `validate`, `plan` and `show` do."""
     checked = load_spec(path, base=path.parent)
     assert checked.ok or checked.problems
@@ -109,11 +109,11 @@ def test_no_mutant_of_a_shipped_spec_ends_in_a_traceback(page, tmp_path):
     draw = random.Random(page.stem)
     source = read(page)
     mutant = tmp_path / "mutant.yaml"
-    for turn in range(10):
-        text = with_a_slip(draw, source.text) if turn % 4 == 3 else dump(with_a_fault(draw, source.data))
+    for number in range(10):
+        text = mutate_text(draw, source.text) if number % 4 == 3 else dump(mutate_data(draw, source.data))
         mutant.write_text(text, encoding="utf-8")
         try:
-            used(mutant, tmp_path / "again.yaml")
+            check_plan_and_show(mutant, tmp_path / "again.yaml")
         except UnreadableInput:
             continue
         except Exception as error:

@@ -54,62 +54,62 @@ WEIGHTS = {
 }
 
 
-def said(term):
+def objective_line(term):
     (line,) = plan_method(MethodSpec(losses=Table({"term": term}))).objective
     return line
 
 
-def test_every_weight_is_said():
+def test_every_weight_is_described():
     for text, weight in WEIGHTS.items():
-        assert said(CrossEntropy(weight=weight)).endswith(f", mean over tokens, weighted by {text}")
+        assert objective_line(CrossEntropy(weight=weight)).endswith(f", mean over tokens, weighted by {text}")
 
 
-def test_every_mask_is_said():
+def test_every_mask_is_described():
     mask = MaskSpec(
         skip_first=3, prefix=100, special_tokens="leave_out", teacher_entropy_above=0.8, student_entropy_top=0.2
     )
-    assert said(CrossEntropy(mask=mask)) == (
+    assert objective_line(CrossEntropy(mask=mask)) == (
         "term: cross entropy of the completion's tokens, first 3 tokens left out, only the first 100 tokens, "
         "special tokens left out, only where the teacher's entropy exceeds 0.8, "
         "only the 20 % of tokens with the student's largest entropies, mean over tokens"
     )
 
 
-def test_a_joint_denominator_and_a_floor_that_leaves_out_are_said():
+def test_joint_denominator_and_floor_are_described():
     term = PolicyGradient(
         advantage=LogRatio(floor=-2.5, below_floor="leave_out"), average=PerToken(denominator="joint")
     )
-    line = said(term)
+    line = objective_line(term)
     assert "advantage log teacher − log student (where it is at least -2.5)" in line
     assert line.endswith("sum over tokens / tokens of all terms that say joint")
 
 
-def test_a_denominator_of_all_completions_is_said():
+def test_denominator_of_all_completions_is_described():
     term = CrossEntropy(average=PerToken(denominator="completions"))
-    assert said(term).endswith("tokens, sum over tokens / tokens of all completions")
+    assert objective_line(term).endswith("tokens, sum over tokens / tokens of all completions")
 
 
-def test_what_long_completions_lose_is_said():
+def test_overlong_penalty_is_described():
     penalty = OverlongPenalty(stretch=4096, amount=0.5)
-    line = said(PolicyGradient(advantage=GroupRelative(scale="group_std", overlong=penalty)))
+    line = objective_line(PolicyGradient(advantage=GroupRelative(scale="group_std", overlong=penalty)))
     reward = "reward (0.5 off a full-length completion, less over its last 4096 tokens)"
     assert f"advantage ({reward} − group mean) / (group std + 0.0001)," in line
 
 
-def test_a_moving_coefficient_stands_in_brackets():
-    line = said(CrossEntropy(coefficient=Schedule(start=1, to=0, steps=5)))
+def test_scheduled_coefficient_is_shown_in_parentheses():
+    line = objective_line(CrossEntropy(coefficient=Schedule(start=1, to=0, steps=5)))
     assert line.startswith("term: (1 → 0 over 5 steps) × cross entropy")
 
 
-def test_detached_weights_are_said_behind_the_support():
+def test_detached_weights_are_described_after_the_support():
     term = Distillation(
         divergence=ReverseKl(detach_weights=True), support=TopKSupport(k=5, chosen_by="student", remainder="drop")
     )
     text = "reverse KL(student‖teacher) over the student's top 5 tokens (drop), weights detached,"
-    assert text in said(term)
+    assert text in objective_line(term)
 
 
-def test_a_route_is_said():
+def test_route_is_described():
     losses = Table({"distil": CrossEntropy(), "policy": CrossEntropy()})
     routes = {
         RouteSpec(when="failed", then=("distil",)): (
@@ -138,7 +138,7 @@ BLENDS = {
 }
 
 
-def planned(blend, weights=None, lora=None):
+def plan_with_blend(blend, weights=None, lora=None):
     distil = Distillation(divergence=ForwardKl(), support=VocabularySupport())
     shape = ShapeSpec(parameters=2**30, hidden_size=8, num_hidden_layers=1, vocab_size=16, max_position_embeddings=64)
     spec = ExperimentSpec(
@@ -152,29 +152,29 @@ def planned(blend, weights=None, lora=None):
     return make_plan(spec, Machine(), shape, other_shapes={"org/base": shape})
 
 
-def test_every_blend_is_said():
+def test_every_blend_is_described():
     for text, blend in BLENDS.items():
-        plan = planned(blend)
+        plan = plan_with_blend(blend)
         assert plan.objective[1:] == (f"blend: teacher Q ∝ {text}",)
-    assert len(planned(None).objective) == 1
+    assert len(plan_with_blend(None).objective) == 1
 
 
-def test_a_blend_has_its_roles_and_its_memory():
-    def told(blend, **given):
-        plan = planned(blend, **given)
+def test_blend_adds_roles_and_memory():
+    def roles_and_memory(blend, **changes):
+        plan = plan_with_blend(blend, **changes)
         roles = [role for role in plan.roles if role.startswith(("reference", "base"))]
-        held = [share.label for share in plan.memory if share.label.startswith(("ref", "model"))]
-        return roles, held
+        shares = [share.label for share in plan.memory if share.label.startswith(("ref", "model"))]
+        return roles, shares
 
     start = "reference: the frozen start model"
     lora = LoraSpec(r=4, lora_alpha=8.0)
-    assert told(TrustRegionBlend(student_share=0.1)) == ([], [])
-    assert told(ProductBlend(student_power=0.1)) == ([], [])
+    assert roles_and_memory(TrustRegionBlend(student_share=0.1)) == ([], [])
+    assert roles_and_memory(ProductBlend(student_power=0.1)) == ([], [])
     for blend in (GeometricBlend(teacher_share=0.5), ExtrapolateBlend(factor=1.25)):
-        assert told(blend) == ([f"{start} (a copy of the model)"], ["reference weights"])
-        assert told(blend, lora=lora) == ([f"{start} (the student with its adapter off)"], [])
-        assert told(blend, weights=FrozenWeights()) == ([f"{start} (the teacher)"], [])
-    assert told(ExtrapolateBlend(factor=1.25, base=BASE)) == (
+        assert roles_and_memory(blend) == ([f"{start} (a copy of the model)"], ["reference weights"])
+        assert roles_and_memory(blend, lora=lora) == ([f"{start} (the student with its adapter off)"], [])
+        assert roles_and_memory(blend, weights=FrozenWeights()) == ([f"{start} (the teacher)"], [])
+    assert roles_and_memory(ExtrapolateBlend(factor=1.25, base=BASE)) == (
         ["base of the blend: the model org/base (a second model, bfloat16)"],
         ["model org/base"],
     )

@@ -17,53 +17,53 @@ losses:
 
 
 @pytest.fixture
-def laid(tmp_path):
+def load_over_page(tmp_path):
     """Returns a function that writes a run file next to the method page and calls load()."""
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods/page.yaml").write_text(PAGE)
 
-    def loaded(text="", *overrides):
+    def load_run_file(text="", *overrides):
         path = tmp_path / "run.yaml"
         path.write_text("method: methods/page.yaml\n" + text)
         return load(path, overrides)
 
-    return loaded
+    return load_run_file
 
 
 def distil(loaded):
     return loaded.data["losses"]["distil"]
 
 
-def test_maps_merge_and_the_rest_is_replaced(laid):
-    loaded = laid("rollout: {stop: [c], top_k: 5}\nteacher: null\n")
+def test_maps_merge_and_other_values_are_replaced(load_over_page):
+    loaded = load_over_page("rollout: {stop: [c], top_k: 5}\nteacher: null\n")
     assert loaded.data["rollout"] == {"temperature": 0.5, "stop": ["c"], "top_k": 5}
     assert loaded.data["teacher"] is None
     assert "method" not in loaded.data
 
 
-def test_a_map_whose_kind_stays_merges(laid):
-    support = distil(laid("losses: {distil: {support: {k: 9}}}"))["support"]
+def test_map_with_the_same_kind_is_merged(load_over_page):
+    support = distil(load_over_page("losses: {distil: {support: {k: 9}}}"))["support"]
     assert support == {"kind": "top_k", "k": 9, "chosen_by": "student", "remainder": "drop"}
 
 
 @pytest.mark.parametrize("kind", ["vocabulary", {"kind": "vocabulary"}])
-def test_a_map_whose_kind_changes_is_replaced(laid, kind):
+def test_map_with_another_kind_is_replaced(load_over_page, kind):
     written = kind if isinstance(kind, str) else "{kind: vocabulary}"
-    assert distil(laid(f"losses: {{distil: {{support: {written}}}}}"))["support"] == kind
+    assert distil(load_over_page(f"losses: {{distil: {{support: {written}}}}}"))["support"] == kind
 
 
-def test_a_bare_kind_is_short_for_a_map(laid):
-    assert distil(laid("losses: {distil: {divergence: reverse_kl}}"))["divergence"] == "reverse_kl"
-    jsd = distil(laid("losses: {distil: {divergence: {kind: jsd, teacher_share: 0.1}}}"))
+def test_bare_kind_stands_for_a_map(load_over_page):
+    assert distil(load_over_page("losses: {distil: {divergence: reverse_kl}}"))["divergence"] == "reverse_kl"
+    jsd = distil(load_over_page("losses: {distil: {divergence: {kind: jsd, teacher_share: 0.1}}}"))
     assert jsd["divergence"] == {"kind": "jsd", "teacher_share": 0.1}
-    merged = distil(laid("losses: {distil: {divergence: {x: 1}}}"))
+    merged = distil(load_over_page("losses: {distil: {divergence: {x: 1}}}"))
     assert merged["divergence"] == {"kind": "forward_kl", "x": 1}
-    same = distil(laid("losses: {distil: {support: top_k}}"))
-    assert same["support"]["k"] == 5
+    unchanged = distil(load_over_page("losses: {distil: {support: top_k}}"))
+    assert unchanged["support"]["k"] == 5
 
 
-def test_every_value_knows_where_it_was_written(laid):
-    loaded = laid("rollout: {top_k: 5}\n", "losses.distil.support.k=20", "rollout.top_p=0.9")
+def test_every_value_knows_its_place(load_over_page):
+    loaded = load_over_page("rollout: {top_k: 5}\n", "losses.distil.support.k=20", "rollout.top_p=0.9")
     files = {path: node.place.file.rsplit("/", 1)[-1] for path, node in loaded.nodes.items()}
     assert files["rollout", "temperature"] == "page.yaml"
     assert files["rollout", "top_k"] == "run.yaml"
@@ -74,7 +74,7 @@ def test_every_value_knows_where_it_was_written(laid):
     assert loaded.texts["<command line>"].splitlines()[1] == "rollout.top_p=0.9"
 
 
-def test_a_run_file_stands_alone_too(tmp_path):
+def test_run_file_needs_no_method(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(PAGE + "model: {path: x}\n")
     loaded = load(path)
@@ -83,41 +83,38 @@ def test_a_run_file_stands_alone_too(tmp_path):
     assert load(path).kind == "method"
 
 
-def test_what_makes_a_run_file():
+def test_run_file_is_recognized_by_its_keys():
     assert is_run_file({"model": 1})
     assert is_run_file({"method": 1})
     assert not is_run_file({"losses": {}})
     assert not is_run_file([])
 
 
-# ── overrides ─────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-6", 1e-6), ("off", "off"), ("'8'", "8"), ("", None), ("[1, x]", [1, "x"]), ("a=b", "a=b")]
 )
-def test_override_values_are_yaml(laid, text, value):
-    assert laid("", f"rollout.temperature={text}").data["rollout"]["temperature"] == value
+def test_override_values_are_yaml(load_over_page, text, value):
+    assert load_over_page("", f"rollout.temperature={text}").data["rollout"]["temperature"] == value
 
 
-def test_overrides_lead_into_lists_and_new_maps(laid):
-    data = laid("", "rollout.stop.1=z", "model.lora.r=4").data
+def test_overrides_reach_into_lists_and_new_maps(load_over_page):
+    data = load_over_page("", "rollout.stop.1=z", "model.lora.r=4").data
     assert data["rollout"]["stop"] == ["a", "z"]
     assert data["model"] == {"lora": {"r": 4}}
 
 
-def test_an_override_of_a_kind_replaces_the_map(laid):
-    assert distil(laid("", "losses.distil.support.kind=vocabulary"))["support"] == {"kind": "vocabulary"}
-    assert distil(laid("", "losses.distil.support.kind=top_k"))["support"]["k"] == 5
+def test_override_of_a_kind_replaces_the_map(load_over_page):
+    assert distil(load_over_page("", "losses.distil.support.kind=vocabulary"))["support"] == {"kind": "vocabulary"}
+    assert distil(load_over_page("", "losses.distil.support.kind=top_k"))["support"]["k"] == 5
 
 
-def test_a_later_override_wins(laid):
-    assert laid("", "rollout.top_k=1", "rollout.top_k=2").data["rollout"]["top_k"] == 2
+def test_later_override_wins(load_over_page):
+    assert load_over_page("", "rollout.top_k=1", "rollout.top_k=2").data["rollout"]["top_k"] == 2
 
 
-def test_the_method_itself_can_be_overridden(tmp_path, laid):
+def test_method_can_be_overridden(tmp_path, load_over_page):
     (tmp_path / "methods/other.yaml").write_text("rollout: {temperature: 2}\n")
-    loaded = laid("", "method=methods/other.yaml")
+    loaded = load_over_page("", "method=methods/other.yaml")
     assert loaded.data == {"rollout": {"temperature": 2}}
 
 
@@ -136,18 +133,15 @@ def test_the_method_itself_can_be_overridden(tmp_path, laid):
         "training.steps=.inf",
     ],
 )
-def test_a_bad_override_is_a_problem(laid, text):
-    problems = laid("", text).problems
+def test_bad_override_is_a_problem(load_over_page, text):
+    problems = load_over_page("", text).problems
     assert [p.code for p in problems] == ["override"]
     assert problems[0].place
     assert problems[0].place.file == "<command line>"
 
 
-# ── method pages ──────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("value", ["3", "null", "''", "[a]", "missing.yaml", ".", "methods"])
-def test_a_method_that_cannot_be_read_is_a_problem_at_its_place(tmp_path, value):
+def test_unreadable_method_is_a_problem_with_its_place(tmp_path, value):
     (tmp_path / "methods").mkdir()
     path = tmp_path / "run.yaml"
     path.write_text(f"model: {{path: x}}\nmethod: {value}\n")
@@ -158,7 +152,7 @@ def test_a_method_that_cannot_be_read_is_a_problem_at_its_place(tmp_path, value)
     assert not loaded.is_complete
 
 
-def test_a_broken_method_page_is_shown_in_its_own_file(tmp_path):
+def test_problem_of_a_method_page_names_the_pages_file(tmp_path):
     (tmp_path / "page.yaml").write_text("rollout: {a: [}\n")
     path = tmp_path / "run.yaml"
     path.write_text("method: page.yaml\n")
@@ -168,7 +162,7 @@ def test_a_broken_method_page_is_shown_in_its_own_file(tmp_path):
     assert loaded.kind == "run"
 
 
-def test_an_empty_method_page_leaves_its_keys_missing(tmp_path):
+def test_empty_method_page_leaves_its_keys_missing(tmp_path):
     (tmp_path / "page.yaml").write_text("# nothing\n")
     path = tmp_path / "run.yaml"
     path.write_text(
@@ -178,18 +172,15 @@ def test_an_empty_method_page_leaves_its_keys_missing(tmp_path):
     assert [p.code for p in load_spec(path).problems] == ["missing_key"]
 
 
-def test_a_linked_run_file_finds_its_method_page(tmp_path, laid):
-    laid()
+def test_linked_run_file_finds_its_method_page(tmp_path, load_over_page):
+    load_over_page()
     (tmp_path / "elsewhere").mkdir()
     link = tmp_path / "elsewhere/link.yaml"
     link.symlink_to(tmp_path / "run.yaml")
     assert load(link).problems == ()
 
 
-# ── packaged pages ────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_bare_name_is_a_packaged_page(tmp_path, monkeypatch):
+def test_bare_name_is_a_packaged_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run.yaml"
     run.write_text("method: sdft\nmodel: {path: x}\n")
@@ -199,14 +190,14 @@ def test_a_bare_name_is_a_packaged_page(tmp_path, monkeypatch):
     assert load("sdft").data == load(packaged_page("sdft")).data
 
 
-def test_a_file_beside_the_run_file_is_written_as_a_path(tmp_path):
+def test_path_with_a_dot_is_a_file_next_to_the_run_file(tmp_path):
     (tmp_path / "sdft.yaml").write_text("rollout: {max_new_tokens: 7}\n")
     run = tmp_path / "run.yaml"
     run.write_text("method: ./sdft.yaml\nmodel: {path: x}\n")
     assert load(run).data["rollout"] == {"max_new_tokens": 7}
 
 
-def test_an_unknown_name_gets_the_nearest(tmp_path):
+def test_unknown_method_name_gets_a_suggestion(tmp_path):
     run = tmp_path / "run.yaml"
     run.write_text("method: sdtf\nmodel: {path: x}\n")
     [problem] = load(run).problems

@@ -27,7 +27,7 @@ PROBLEM = Problem(
 )
 
 
-def test_a_problem_is_shown_with_its_line():
+def test_problem_is_shown_with_its_line():
     assert render([PROBLEM], {"a.yaml": TEXT}) == (
         "a.yaml:2:15: 'revers_kl' is not 'reverse_kl' [choice]\n"
         "2 |   divergence: revers_kl\n"
@@ -43,7 +43,7 @@ def test_problems_are_sorted_by_file_and_position():
     assert lines == [f"{p}: warning: x [c]" for p in sorted(map(str, places))]
 
 
-def test_a_long_line_is_shown_around_the_marker():
+def test_long_line_is_cut_around_the_marker():
     line = "x" * 500 + "HERE" + "y" * 500
     shown = render([Problem((), "m", "c", None, Place("a", 1, 501, 4))], {"a": line}).splitlines()
     start = shown[2].index("^")
@@ -56,38 +56,38 @@ def test_tabs_before_the_marker_stay_tabs():
     assert shown.splitlines()[2] == "  | \t\t^"
 
 
-def test_a_place_outside_the_text_needs_no_line():
+def test_place_outside_the_text_shows_no_line():
     assert render([Problem((), "m", "c", None, Place("a", 9, 1))], {"a": "x"}) == "a:9:1: m [c]"
 
 
-def test_json_holds_everything():
+def test_json_contains_every_field():
     (entry,) = json.loads(as_json([PROBLEM]))
     assert entry["path"] == ["losses", "divergence"]
     assert (entry["file"], entry["line"], entry["column"]) == ("a.yaml", 2, 15)
     assert json.loads(as_json([])) == []
 
 
-def test_github_lines_escape_what_would_end_them():
+def test_github_annotations_are_escaped():
     problem = Problem((), "50% a\nb", "c", None, Place("a,b:c.yaml", 1, 2, 3))
     assert as_github([problem]) == "::error file=a%2Cb%3Ac.yaml,line=1,col=2,endColumn=5,title=c::50%25 a%0Ab"
 
 
-def test_nearest_is_silent_when_nothing_is_near():
+def test_nearest_is_none_without_a_close_name():
     assert nearest("revers_kl", ["reverse_kl", "jsd"]) == "reverse_kl"
     assert nearest("zebra", ["reverse_kl", "jsd"]) is None
 
 
-def test_values_are_shown_as_yaml_writes_them():
+def test_values_are_shown_as_yaml():
     assert [shorten(v) for v in (True, None, 3, "a\nb\x00")] == ["true", "null", "3", r"'a\nb\x00'"]
     assert len(shorten("x" * 500)) < 70
 
 
-def test_every_error_has_an_exit_code_of_the_table():
+def test_exit_codes_of_errors_match_the_table():
     codes = {cls.exit_code for cls in SdkitError.__subclasses__()}
     assert codes == set(EXIT_CODES) - {0, INTERRUPTED} == set(range(1, 9))
 
 
-def test_the_docs_have_the_table_of_exit_codes():
+def test_exit_codes_in_the_docs_match_the_table():
     text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
     rows = re.findall(r"^\| (\d+) \| (.+) \|$", text, re.M)
     assert {int(code): meaning for code, meaning in rows} == EXIT_CODES

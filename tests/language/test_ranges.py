@@ -58,7 +58,7 @@ def entries(key: Key):
 
 
 @pytest.mark.parametrize(("cls", "key"), KEYS, ids=IDS)
-def test_a_number_has_both_ends_and_float32_bears_them(cls, key):
+def test_number_is_bounded_within_float32(cls, key):
     for tp, range in entries(key):
         if tp not in (int, float):
             continue
@@ -82,7 +82,7 @@ def test_a_number_has_both_ends_and_float32_bears_them(cls, key):
 
 
 @pytest.mark.parametrize(("cls", "key"), KEYS, ids=IDS)
-def test_a_text_is_not_empty(cls, key):
+def test_text_is_not_empty(cls, key):
     for tp, range in entries(key):
         if tp is not str or key.name in DATA | FREE:
             continue
@@ -92,14 +92,14 @@ def test_a_text_is_not_empty(cls, key):
 
 
 @pytest.mark.parametrize(("cls", "key"), KEYS, ids=IDS)
-def test_the_names_of_a_table_are_not_blank(cls, key):
+def test_names_of_a_table_are_not_blank(cls, key):
     tables = [t for t in members(key.type) if typing.get_origin(t) is Table]
     if tables and key.name not in PLAIN_NAMES | DATA:
         assert key.names is not None
         assert not any(map(key.names.accepts, ("", " ", "a\0b", "a\nb")))
 
 
-def test_a_path_has_no_control_characters_and_a_length():
+def test_path_has_no_control_characters_and_limited_length():
     paths = [key.range for _, key in KEYS if key.name in ("path", "file", "folder", "run") and key.range]
     assert len(paths) > 10
     for range in paths:
@@ -107,28 +107,28 @@ def test_a_path_has_no_control_characters_and_a_length():
         assert range.accepts("./models/Größe 2")
 
 
-def test_sampling_is_not_colder_than_vllm_samples():
+def test_lowest_temperature_is_vllms():
     vllm = importlib.util.find_spec("vllm")
     if vllm is None or not vllm.submodule_search_locations:
         pytest.skip("vLLM is not installed")
     source = Path(vllm.submodule_search_locations[0], "sampling_params.py").read_text()
-    coldest = float(re.search(r"^_MAX_TEMP = (\S+)", source, re.M)[1])
+    lowest = float(re.search(r"^_MAX_TEMP = (\S+)", source, re.M)[1])
     for cls, key in KEYS:
         if key.name == "temperature":
             assert key.range is not None
-            assert key.range.accepts(coldest), cls
-            assert not key.range.accepts(coldest / 2), cls
+            assert key.range.accepts(lowest), cls
+            assert not key.range.accepts(lowest / 2), cls
 
 
-def test_no_template_option_is_an_argument_of_rendering():
+def test_template_options_exclude_arguments_of_rendering():
     """Reads the installed transformers, so that this test fails when an argument is added there."""
     from transformers import PreTrainedTokenizerBase
     from transformers.utils.chat_template_utils import render_jinja_template
 
     for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template):
         parameters = inspect.signature(function).parameters.values()
-        taken = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
-        assert taken <= RENDERING_ARGUMENTS
+        arguments = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        assert arguments <= RENDERING_ARGUMENTS
     special = PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES
     refused = [*RENDERING_ARGUMENTS, *special, "additional_special_tokens", "image_token", "", "a b"]
     assert not any(map(TEMPLATE_OPTION.accepts, refused))
@@ -164,7 +164,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("override", REFUSED)
-def test_what_is_outside_is_one_problem_at_its_place(tmp_path, override):
+def test_value_out_of_range_is_one_problem_with_its_place(tmp_path, override):
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
     _, problems = structure(load(path, [override]))
@@ -182,6 +182,6 @@ def test_what_is_outside_is_one_problem_at_its_place(tmp_path, override):
         lambda: ServedWeights(url="", model="m"),
     ],
 )
-def test_a_spec_that_is_built_in_python_has_the_same_ranges(build):
+def test_spec_built_in_python_has_the_same_ranges(build):
     with pytest.raises(ValueError, match="must be"):
         build()

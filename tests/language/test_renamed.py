@@ -1,4 +1,4 @@
-"""Keys that took the name of other libraries: the old name is an error with a hint, except in a run's resolved spec."""
+"""Renamed keys: the old name is an error with a hint, except in a run's resolved spec."""
 
 import re
 
@@ -32,7 +32,7 @@ PLACES = {old.replace("*", "judge") for old in RENAMED if "=" not in old}
 
 
 @pytest.fixture
-def written(tmp_path):
+def write_run_file(tmp_path):
     def write(text):
         path = tmp_path / "run.yaml"
         path.write_text(text)
@@ -47,10 +47,10 @@ def with_new_names(text):
     return text
 
 
-def test_an_old_key_is_an_error_that_names_the_new_one(written):
+def test_old_key_is_an_error_that_names_the_new_one(write_run_file):
     seen = set()
     for backend in BACKENDS.values():
-        path = written(FIXED + OLD + backend)
+        path = write_run_file(FIXED + OLD + backend)
         lines = path.read_text().splitlines()
         for problem in load_spec(path).problems:
             *above, old = problem.path
@@ -62,25 +62,25 @@ def test_an_old_key_is_an_error_that_names_the_new_one(written):
     assert seen == PLACES
 
 
-def test_an_old_value_is_an_error_that_names_the_new_one(written):
+def test_old_value_is_an_error_that_names_the_new_one(write_run_file):
     text = (
         FIXED
         + "model: {path: org/name, lora: {r: 1, lora_alpha: 1, target_modules: all_linear}}\noptimizer: {lr: 1.0}\n"
     )
-    (problem,) = load_spec(written(text)).problems
+    (problem,) = load_spec(write_run_file(text)).problems
     assert (problem.code, problem.hint) == ("type", 'renamed to "all-linear", as in PEFT')
 
 
-def test_an_override_with_an_old_key_gets_the_hint(written):
+def test_override_with_an_old_key_gets_the_hint(write_run_file):
     text = FIXED + "model: {path: org/name}\noptimizer: {lr: 1.0}\n"
-    (problem,) = load_spec(written(text), ["optimizer.clip=0.5"]).problems
+    (problem,) = load_spec(write_run_file(text), ["optimizer.clip=0.5"]).problems
     assert (str(problem.place), problem.code) == ("<command line>:1:1", "unknown_key")
     assert problem.hint == 'renamed to "max_grad_norm", as in transformers'
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_runs_resolved_spec_may_have_the_old_names(written, tmp_path, backend):
+def test_resolved_spec_of_a_run_may_use_the_old_names(write_run_file, tmp_path, backend):
     text = (FIXED + OLD + BACKENDS[backend]).replace("[q_proj]", '"all_linear"')
-    recorded = load_spec(written(text), base=tmp_path)
+    recorded = load_spec(write_run_file(text), base=tmp_path)
     assert recorded.spec is not None
-    assert recorded.spec == load_spec(written(with_new_names(text))).spec
+    assert recorded.spec == load_spec(write_run_file(with_new_names(text))).spec

@@ -64,7 +64,7 @@ def spec_data(draw):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_spec_reads_back_as_itself(tmp_path, seed):
+def test_shown_spec_loads_as_the_same_spec(tmp_path, seed):
     draw = random.Random(seed)
     data = spec_data(draw)
     folder = tmp_path / "fol\nder \x7f # é"
@@ -79,16 +79,16 @@ def test_a_spec_reads_back_as_itself(tmp_path, seed):
     again = tmp_path / "resolved.yaml"
     again.write_text(shown + "\n", encoding="utf-8")
     back = load_spec(again, base=folder)
-    assert back.ok  # defaults that are written out may be warned of
+    assert back.ok  # a default written out may cause a warning
     assert back.spec == checked.spec
-    assert repr(back.spec) == repr(checked.spec)  # 1 is not true, nor 1.0
+    assert repr(back.spec) == repr(checked.spec)  # tells 1 from true and 1.0
     assert [line.partition("  # ")[0] for line in annotated(back).splitlines()] == [
         line.partition("  # ")[0] for line in shown.splitlines()
     ]
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_every_text_is_read_back_as_value_and_key(text):
+def test_every_text_round_trips_as_value_and_key(text):
     for key in (text[:100], f"a{text[:99]}"):
         source = read_text(f"{_key(key)}: {_text([text])}  # x:1", "x")
         assert source.problems == ()
@@ -97,7 +97,7 @@ def test_every_text_is_read_back_as_value_and_key(text):
 
 
 @pytest.mark.parametrize("path", GOOD, ids=lambda p: p.stem)
-def test_every_good_example_is_shown_so_that_it_reads_back(path, tmp_path):
+def test_every_good_example_round_trips(path, tmp_path):
     checked = load_spec(path)
     again = tmp_path / path.name
     again.write_text(annotated(checked), encoding="utf-8")
@@ -105,7 +105,7 @@ def test_every_good_example_is_shown_so_that_it_reads_back(path, tmp_path):
     assert back.spec == checked.spec
 
 
-def test_the_largest_spec_reads_back(tmp_path):
+def test_largest_spec_round_trips(tmp_path):
     """A resolved spec, with defaults and places, may be larger than a spec written by hand."""
     text = "x" * (MAX_SPEC_BYTES // 4 - 500)
     path = tmp_path / "run.yaml"
@@ -123,7 +123,7 @@ def test_the_largest_spec_reads_back(tmp_path):
 
 
 @pytest.mark.parametrize("text", ['"\\ud800"', "0x" + "f" * 33, "1" + "0" * 39, '"' + "k" * 101 + '": 1'])
-def test_what_could_not_be_written_again_is_not_read(text):
+def test_text_that_cannot_be_written_is_not_read(text):
     assert read_text(f"a: {{{text}}}" if ":" in text else f"a: {text}", "x").problems
 
 
@@ -135,7 +135,7 @@ DEEP = "[" * 20 + "]" * 20
     "override",
     ["rewards." + "r" * 101 + "=1", "rewards.\udcff=1", f"data.source.rows.0.{LONG}={DEEP}", "x." * 5000 + "x=1"],
 )
-def test_an_override_writes_nothing_that_could_not_be_written_again(tmp_path, override):
+def test_override_that_cannot_be_written_is_a_problem(tmp_path, override):
     path = tmp_path / "run.yaml"
     path.write_text(dump(spec_data(random.Random(0))), encoding="utf-8")
     checked = load_spec(path, [override])

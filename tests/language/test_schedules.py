@@ -1,4 +1,4 @@
-"""Schedules are found anywhere in a spec and resolved without changing anything else."""
+"""Schedules anywhere in a spec are listed and resolved; nothing else changes."""
 
 import pytest
 
@@ -36,7 +36,7 @@ LOSSES = Table(
 )
 
 
-def test_every_schedule_is_found_under_its_path():
+def test_every_schedule_is_listed_with_its_path():
     assert {path for path, _ in schedules(LOSSES)} == {
         ("distil", "divergence", "teacher_share"),
         ("distil", "weight", "middle"),
@@ -45,20 +45,20 @@ def test_every_schedule_is_found_under_its_path():
 
 
 @pytest.mark.parametrize(("step", "value"), [(0, 0.2), (1, 0.3), (4, 0.6), (9, 0.6)])
-def test_each_becomes_the_number_of_its_step(step, value):
-    now = at_step(LOSSES, step)
-    distil, policy = now["distil"], now["policy"]
+def test_schedules_resolve_to_the_value_of_a_step(step, value):
+    resolved = at_step(LOSSES, step)
+    distil, policy = resolved["distil"], resolved["policy"]
     assert isinstance(distil, Distillation)
     assert isinstance(policy, PolicyGradient)
     assert distil.divergence.teacher_share == pytest.approx(value)
     assert distil.weight.middle == pytest.approx(value)
     assert policy.advantage.group_weight == pytest.approx(value)
-    assert list(schedules(now)) == []
+    assert list(schedules(resolved)) == []
     assert distil.clip == LOSSES["distil"].clip
     assert policy.clip is LOSSES["policy"].clip
 
 
-def test_every_number_of_terms_and_teachers_may_move():
+def test_every_number_of_losses_and_teachers_can_be_scheduled():
     """Except counts, and the reward threshold of a success, which belongs to the task."""
     modules = (loss_parts, losses, divergences, token_weights, teachers)
     fixed = {
@@ -77,9 +77,9 @@ def test_every_number_of_terms_and_teachers_may_move():
     }
 
 
-def test_what_does_not_move_is_handed_back_itself():
-    still = Table({"policy": PolicyGradient(advantage=AdvantageAdd())})
-    assert at_step(still, 3)["policy"] is still["policy"]
+def test_spec_without_schedules_is_returned_itself():
+    constant = Table({"policy": PolicyGradient(advantage=AdvantageAdd())})
+    assert at_step(constant, 3)["policy"] is constant["policy"]
 
 
 def test_cosine_has_flat_ends():
@@ -91,6 +91,6 @@ def test_cosine_has_flat_ends():
     assert values[0] - values[1] < values[4] - values[5]
 
 
-def test_half_a_cosine_rises_or_falls():
+def test_half_cosine_rises_or_falls():
     assert [half_cosine(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0, 0.5, 1])
     assert [half_cosine(p, falling=True) for p in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0])

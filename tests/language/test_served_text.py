@@ -34,7 +34,7 @@ SHAPE = ShapeSpec(parameters=2**30, hidden_size=8, num_hidden_layers=1, vocab_si
 ENTROPY = "the teacher's entropy is not measured: a server returns only the likeliest tokens"
 
 
-def planned(weights, k, evaluation=None):
+def make_served_plan(weights, k, evaluation=None):
     term = Distillation(divergence=ReverseKl(), support=SampledTokenSupport())
     if k:
         top = TopKSupport(k=k, chosen_by="teacher", remainder="tail_bucket")
@@ -52,12 +52,12 @@ def planned(weights, k, evaluation=None):
     return make_plan(spec, Machine(), SHAPE)
 
 
-def told(weights, k, **given):
-    return [line for line in planned(weights, k, **given).derived if "teacher" in line]
+def teacher_lines(weights, k, **changes):
+    return [line for line in make_served_plan(weights, k, **changes).derived if "teacher" in line]
 
 
-def test_its_role_costs_no_memory():
-    plan = planned(SERVED, 20)
+def test_served_teacher_needs_no_memory():
+    plan = make_served_plan(SERVED, 20)
     assert (
         "teacher: the model big served at http://127.0.0.1:8000, sees the student's prompt "
         "(no weights here, 8 requests at once)"
@@ -65,29 +65,29 @@ def test_its_role_costs_no_memory():
     assert [share.label for share in plan.memory if share.label.startswith("teacher")] == []
 
 
-def test_what_each_server_is_asked_for():
-    asked = "each server is asked for the sampled token's log-probability"
-    assert told(SERVED, 20) == [f"{asked} and for the teacher's 20 likeliest tokens", ENTROPY]
-    assert told(SERVED, 21)[0] == (
-        f"{asked} and for the teacher's 21 likeliest tokens, so it must be started with --max-logprobs 21 or more"
+def test_plan_names_what_each_server_returns():
+    request = "each server is asked for the sampled token's log-probability"
+    assert teacher_lines(SERVED, 20) == [f"{request} and for the teacher's 20 likeliest tokens", ENTROPY]
+    assert teacher_lines(SERVED, 21)[0] == (
+        f"{request} and for the teacher's 21 likeliest tokens, so it must be started with --max-logprobs 21 or more"
     )
-    assert planned(SERVED, 0).derived[-2:] == (asked, ENTROPY)
+    assert make_served_plan(SERVED, 0).derived[-2:] == (request, ENTROPY)
 
 
-def test_other_routes_tell_as_little():
+def test_other_routes_are_limited_to_the_same_top_k():
     routed = RoutedWeights(by="field", routes=Table({"a": SERVED, "b": FrozenWeights()}))
-    assert told(routed, 4)[-1] == ("the other routes' teachers are limited to their 4 likeliest tokens, too")
-    assert "the other routes" not in told(RoutedWeights(by="f", routes=Table({"a": SERVED})), 4)[-1]
+    assert teacher_lines(routed, 4)[-1] == ("the other routes' teachers are limited to their 4 likeliest tokens, too")
+    assert "the other routes" not in teacher_lines(RoutedWeights(by="f", routes=Table({"a": SERVED})), 4)[-1]
 
 
-def test_the_lift_is_not_measured():
+def test_teacher_lift_is_not_measured():
     evaluation = EvaluationSpec(suites=Table({"held_out": Suite(data=ROWS, score="right")}))
     line = "evaluation.teacher_lift is not measured: a served teacher does not sample"
-    assert line in told(SERVED, 4, evaluation=evaluation)
+    assert line in teacher_lines(SERVED, 4, evaluation=evaluation)
 
 
 @pytest.mark.parametrize(
-    ("host", "here"),
+    ("host", "expected"),
     [
         ("localhost", True),
         ("127.0.0.1", True),
@@ -99,5 +99,5 @@ def test_the_lift_is_not_measured():
         ("2130706433", False),
     ],
 )
-def test_this_machine(host, here):
-    assert is_loopback(host) == here
+def test_loopback_addresses(host, expected):
+    assert is_loopback(host) == expected

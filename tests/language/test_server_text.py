@@ -26,7 +26,7 @@ SHAPE = ShapeSpec(
 )
 
 
-def planned(backend=TWO, staleness=0, updates=1, lora=None, shape=SHAPE, accelerator=None):
+def make_server_plan(backend=TWO, staleness=0, updates=1, lora=None, shape=SHAPE, accelerator=None):
     spec = ExperimentSpec(
         rollout=RolloutSpec(backend=backend, max_staleness=staleness, max_prompt_tokens=8),
         losses=Table({"imitate": CrossEntropy()}),
@@ -50,19 +50,19 @@ def planned(backend=TWO, staleness=0, updates=1, lora=None, shape=SHAPE, acceler
         ({"lora": LoraSpec(r=2, lora_alpha=2)}, "2.00 GiB (adapters merged into a copy) before"),
     ],
 )
-def test_the_plan_says_how_weights_reach_the_servers(changes, text):
-    spec, plan = planned(**changes)
+def test_plan_says_how_weights_reach_the_servers(changes, text):
+    spec, plan = make_server_plan(**changes)
     assert text in plan.weight_sync
     assert plan.weight_sync in render_plan(spec, plan)
     assert "backend: vllm_server (the spec says so)" in render_plan(spec, plan)
 
 
 @pytest.mark.parametrize(("staleness", "updates", "oldest"), [(0, 1, 0), (1, 1, 1), (2, 1, 2), (0, 3, 2), (2, 3, 8)])
-def test_the_oldest_rollout_counts_the_batches_between(staleness, updates, oldest):
-    assert planned(staleness=staleness, updates=updates)[1].oldest_rollout == oldest
+def test_oldest_rollout_counts_updates_between(staleness, updates, oldest):
+    assert make_server_plan(staleness=staleness, updates=updates)[1].oldest_rollout == oldest
 
 
-def test_servers_take_none_of_the_trainers_memory_and_no_time_is_guessed_for_them():
-    _, plan = planned(accelerator="h100")
+def test_servers_use_no_trainer_memory_and_have_no_time_estimate():
+    _, plan = make_server_plan(accelerator="h100")
     assert not [share for share in plan.memory if "vLLM" in share.label]
     assert plan.step_time.unknown_reason == "how fast the rollout servers sample is not known"

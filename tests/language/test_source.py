@@ -62,7 +62,7 @@ def test_every_value_and_key_has_its_place():
     assert source.data == {"a": [{"b": "xy"}], "c": "long\ntext\n"}
 
 
-def test_crlf_and_byte_order_mark_are_fine(tmp_path):
+def test_crlf_and_byte_order_mark_are_accepted(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xef\xbb\xbfa: 1\r\nb: 2\r\n")
     source = read(path)
@@ -106,7 +106,7 @@ def test_non_ascii_columns_count_characters():
         ("- " * 5_000, "yaml"),
     ],
 )
-def test_broken_and_hostile_texts_are_one_problem_with_a_place(text, code):
+def test_broken_or_hostile_text_is_one_problem_with_a_place(text, code):
     assert codes(text) == [code]
     assert all(p.place and p.place.line > 0 for p in read_text(text, "x").problems)
 
@@ -123,20 +123,20 @@ def test_deep_aliases_are_bounded():
     assert codes("\n".join(chain)) == ["yaml"]
 
 
-def test_an_alias_stands_for_the_whole_value():
+def test_alias_stands_for_its_complete_value():
     source = read_text("a: &x {b: [1, 2]}\nc: *x\n", "x")
     assert source.data["c"] == {"b": [1, 2]}
     assert node(source, "c").place.line == 2
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "\n\n"])
-def test_an_empty_text_has_no_data(text):
+def test_empty_text_has_no_data(text):
     source = read_text(text, "x")
     assert source.data is None
     assert source.problems == ()
 
 
-def test_unreadable_files_say_why(tmp_path):
+def test_unreadable_file_is_reported_with_the_reason(tmp_path):
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("a: 1\nb: é\n".encode("latin-1"))
     with pytest.raises(UnreadableInput, match=r"latin\.yaml:2: byte 0xe9 is not UTF-8"):
@@ -157,7 +157,7 @@ def test_unreadable_files_say_why(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_forbidden_file_says_so(tmp_path):
+def test_forbidden_file_is_reported(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("a: 1")
     path.chmod(0)
@@ -165,7 +165,7 @@ def test_a_forbidden_file_says_so(tmp_path):
         read(path)
 
 
-def test_dump_reads_back_unchanged():
+def test_dump_round_trips():
     texts = ["1e-6", "off", "yes", "~", "", "null", "a: b", "#x", "0o7", ".inf", "x\n y\n", "é", "<<"]
     data = {"list": texts, "map": {t or "empty": 1e-6 for t in texts}, "n": [1, 2.0, None, True]}
     source = read_text(dump(data), "x")

@@ -20,7 +20,7 @@ EVERY_UNION = next(path for path in GOOD if path.stem == "every_union")
 
 
 @pytest.mark.parametrize("path", GOOD, ids=lambda p: p.stem)
-def test_a_resolved_spec_structures_back_to_an_equal_one(path, tmp_path):
+def test_resolved_spec_loads_as_an_equal_one(path, tmp_path):
     checked = load_spec(path)
     again = tmp_path / path.name
     again.write_text(dump(resolved(checked.spec)), encoding="utf-8")
@@ -44,7 +44,7 @@ def test_values_have_the_types_of_their_fields():
     assert spec.teacher.sees.template == "{prompt} {demonstration}"
 
 
-def test_resolved_says_every_default_and_kind_first():
+def test_resolved_spec_has_every_default_and_kind_first():
     data = resolved(load_spec(EVERY_UNION).spec)
     assert next(iter(data["losses"]["distil"])) == "kind"
     assert data["teacher"]["weights"]["update_rate"] == {"from": 0.1, "to": 0.01, "steps": 5, "shape": "cosine"}
@@ -52,7 +52,7 @@ def test_resolved_says_every_default_and_kind_first():
     assert resolved(LinearMix()) == {"kind": "linear_mix", "forward_share": 0.5}
 
 
-def test_the_hash_is_the_same_in_every_process():
+def test_hash_is_the_same_in_every_process():
     code = f"from sdkit.language.load import load_spec; from sdkit.language.resolved import canonical_hash; print(canonical_hash(load_spec({str(EVERY_UNION)!r}).spec))"
     runs = {subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(2)}
     assert runs == {canonical_hash(load_spec(EVERY_UNION).spec) + "\n"}
@@ -61,7 +61,7 @@ def test_the_hash_is_the_same_in_every_process():
 @pytest.mark.parametrize(
     ("text", "code"), [("", "type"), ("[1, 2]", "type"), ("text", "type"), ("3", "type"), ("{}", "missing_key")]
 )
-def test_a_file_that_is_no_map_is_one_problem(tmp_path, text, code):
+def test_file_without_a_map_is_one_problem(tmp_path, text, code):
     path = tmp_path / "x.yaml"
     path.write_text(text)
     checked = load_spec(path)
@@ -76,12 +76,12 @@ def test_hostile_texts_never_raise(tmp_path):
         assert not load_spec(path).ok
 
 
-def test_an_unreadable_file_raises(tmp_path):
+def test_unreadable_file_raises(tmp_path):
     with pytest.raises(UnreadableInput):
         load_spec(tmp_path / "none.yaml")
 
 
-def test_every_value_in_every_place_is_structured_without_a_traceback(tmp_path):
+def test_any_value_in_any_place_gives_problems_only(tmp_path):
     """Puts a value of each type at every written place of a spec; the result must be problems only."""
     base = load(EVERY_UNION)
     values = ("null", "true", "-1", "1.5", "x", "''", "[]", "[x]", "{}", "{x: 1}", "[[{}]]", "{kind: x}")
@@ -93,7 +93,7 @@ def test_every_value_in_every_place_is_structured_without_a_traceback(tmp_path):
             assert all(p.place for p in checked.problems)
 
 
-def test_a_missing_method_page_does_not_make_its_keys_missing(tmp_path):
+def test_missing_method_page_hides_its_missing_keys(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         "method: none.yaml\nmodel: {path: x}\ndata: {source: {kind: hub, path: x}}\n"
@@ -102,7 +102,7 @@ def test_a_missing_method_page_does_not_make_its_keys_missing(tmp_path):
     assert [p.code for p in load_spec(path).problems] == ["method_file", "type"]
 
 
-def test_paths_can_start_elsewhere(tmp_path):
+def test_paths_can_be_relative_to_another_folder(tmp_path):
     spec = next(path for path in GOOD if path.stem == "data_path")
     moved = tmp_path / "resolved.yaml"
     moved.write_text(dump(resolved(load_spec(spec).spec)))
@@ -110,7 +110,7 @@ def test_paths_can_start_elsewhere(tmp_path):
     assert load_spec(moved, base=spec.parent).ok
 
 
-def test_validating_loads_nothing_heavy():
+def test_validation_loads_no_heavy_module():
     code = (
         "import sys; from sdkit.language.load import load_spec\n"
         f"checked = load_spec({str(EVERY_UNION)!r}); assert checked.ok\n"
@@ -120,7 +120,7 @@ def test_validating_loads_nothing_heavy():
     assert ast.literal_eval(subprocess.check_output([sys.executable, "-c", code], text=True)) == []
 
 
-def test_the_surface_is_the_frozen_one():
+def test_surface_matches_the_frozen_one():
     tool = Path(__file__).resolve().parents[2] / "tools/freeze_surface.py"
     done = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

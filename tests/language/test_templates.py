@@ -5,13 +5,13 @@ import pytest
 from sdkit.language.templates import Field, TemplateError, fields, fill, parse
 
 
-def test_fields_and_text():
+def test_template_is_parsed_into_fields_and_text():
     assert parse("a {b} {c.d.0}!") == ("a ", Field("b"), " ", Field("c", ("d", "0")), "!")
     assert parse("") == ()
     assert [str(f) for f in fields(parse("{a}{b.c}{a}"))] == ["a", "b.c", "a"]
 
 
-def test_doubled_braces_are_braces():
+def test_doubled_braces_are_literal_braces():
     assert parse("{{a}} {{{b}}}") == ("{a} {", Field("b"), "}")
 
 
@@ -38,6 +38,6 @@ def test_anything_else_in_braces_is_an_error(text, offset):
     assert caught.value.offset == offset
 
 
-def test_what_is_inserted_is_not_read_again():
+def test_inserted_text_is_not_parsed_again():
     values = {"a": "{b}", "b": "{a} {{"}
     assert fill(parse("{a}|{b}|{{a}}"), lambda field: values[field.name]) == "{b}|{a} {{|{a}"

@@ -97,9 +97,9 @@ def logits() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def tokens_of() -> Callable[..., Tokens]:
-    """Tokens from ids, weights per term and, where given, the rest."""
+    """Builds `Tokens` from ids, with weight 1 in the term `distil`; keywords replace its fields."""
 
-    def build(token: Sequence[int] | Tensor, **given: object) -> Tokens:
+    def build(token: Sequence[int] | Tensor, **changes: object) -> Tokens:
         ids = torch.as_tensor(token)
         fields = {
             "row": torch.zeros_like(ids),
@@ -107,14 +107,14 @@ def tokens_of() -> Callable[..., Tokens]:
             "sampler_logprobs": None,
             "old_logprobs": None,
         }
-        return Tokens(token=ids, **{**fields, **given})  # type: ignore[arg-type]
+        return Tokens(token=ids, **{**fields, **changes})  # type: ignore[arg-type]
 
     return build
 
 
 @pytest.fixture(scope="session")
 def problem_of() -> Callable[..., SimpleNamespace]:
-    """Hidden states, heads and ragged rows: what a micro-batch looks like after the forward pass."""
+    """Builds a micro-batch after the forward pass: hidden states, heads and ragged rows."""
 
     def build(lengths: Sequence[int], dtype: torch.dtype = torch.float64) -> SimpleNamespace:
         draw = torch.Generator().manual_seed(11)

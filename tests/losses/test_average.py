@@ -39,19 +39,19 @@ def test_golden_values(spec, golden):
 
 @pytest.mark.parametrize(("spec", "golden"), GOLDEN)
 @pytest.mark.parametrize("parts", [[(0, 1), (1, 4)], [(0, 2), (2, 3), (3, 4)], [(0, 4), (4, 4)]])
-def test_micro_batches_add_up_to_the_whole(spec, golden, parts):
+def test_micro_batches_add_up_to_the_batch(spec, golden, parts):
     counts = counts_of(ROWS)
-    halves = sum(loss_of(spec, ROWS[a:b], counts) for a, b in parts)
-    assert halves == pytest.approx(golden, abs=1e-6)
+    total = sum(loss_of(spec, ROWS[a:b], counts) for a, b in parts)
+    assert total == pytest.approx(golden, abs=1e-6)
 
 
 @pytest.mark.parametrize(("spec", "golden"), GOLDEN)
-def test_the_order_of_rows_does_not_matter(spec, golden):
+def test_row_order_changes_nothing(spec, golden):
     assert loss_of(spec, ROWS[::-1], counts_of(ROWS)) == pytest.approx(golden, abs=1e-6)
 
 
 @pytest.mark.parametrize("spec", [spec for spec, _ in GOLDEN])
-def test_nothing_to_count_weighs_nothing(spec):
+def test_empty_rows_have_no_weight(spec):
     empty = torch.zeros(3, dtype=torch.long)
     none = Counts(rows=0, filled_rows=0, tokens=0)
     for counts in (none, Counts(rows=3, filled_rows=0, tokens=0)):
@@ -60,11 +60,11 @@ def test_nothing_to_count_weighs_nothing(spec):
 
 
 @pytest.mark.parametrize("spec", [spec for spec, _ in GOLDEN if spec != Sum()])
-def test_zero_global_counts_give_zero_never_nan(spec):
+def test_global_counts_of_zero_give_zero_weights(spec):
     none = Counts(rows=0, filled_rows=0, tokens=0)
     assert row_weights(spec, torch.tensor([2, 0]), none).tolist() == [0.0, 0.0]
 
 
-def test_constant_keeps_a_fractional_length():
+def test_constant_average_accepts_a_fractional_length():
     weights = average.constant(torch.tensor([3]), Counts(rows=3, filled_rows=1, tokens=3), 2.5)
     assert_close(weights, torch.tensor([1 / 7.5]))

@@ -30,6 +30,7 @@ from sdkit.language.specs import (
     TopKSupport,
     VocabularySupport,
 )
+from sdkit.losses import chunks
 from sdkit.losses.chunks import projected_loss, token_logprobs
 from sdkit.losses.objective import Objective, row_weights, sampler_ratio
 from sdkit.losses.policy_terms import sequence_means
@@ -84,27 +85,27 @@ def terms_of(average):
     )
 
 
-def with_whole_sequences(losses, tokens, rows, student, teacher, chunk=100):
-    """The tokens with what a first pass adds; student and teacher are pairs of hidden states and head."""
-    now, theirs = (token_logprobs(*x, tokens.token, 1.0, chunk) for x in (student, teacher))
-    unread = torch.full_like(now, torch.nan)  # old_logprobs are given
+def with_sequence_statistics(losses, tokens, rows, student, teacher, chunk=100):
+    """Adds the statistics of full sequences; student and teacher are pairs of hidden states and head."""
+    student_logprobs, teacher_logprobs = (token_logprobs(*x, tokens.token, 1.0, chunk) for x in (student, teacher))
+    unread = torch.full_like(student_logprobs, torch.nan)  # old_logprobs are given
     return evolve(
         tokens,
         ratio=sampler_ratio(losses, unread, tokens, rows),
-        sequence_means=sequence_means(losses, now, theirs, tokens, rows),
+        sequence_means=sequence_means(losses, student_logprobs, teacher_logprobs, tokens, rows),
     )
 
 
-def sides(scores):
+def hidden_and_head(scores):
     return scores.hidden, scores.head
 
 
-def picked(scores, pick):
+def select_tokens(scores, pick):
     return HiddenStateScores(hidden=scores.hidden[pick], head=scores.head)
 
 
-def run(problem, rows=None, average=None, chunk=100):
-    """Loss, gradients of the chosen rows' hidden states and of the head, sums; counts stay global."""
+def chunked_loss(problem, rows=None, average=None, chunk=100):
+    """Loss, gradients of the rows' hidden states and of the head, and metric sums; counts stay global."""
     losses = terms_of(average or PerSequence(empty_rows="count"))
     rows = list(range(len(problem.lengths))) if rows is None else rows
     pick = torch.cat([torch.nonzero(problem.row == r).flatten() for r in rows])
@@ -120,8 +121,8 @@ def run(problem, rows=None, average=None, chunk=100):
         old_logprobs=problem.old_logprobs[pick],
         advantages=problem.advantages[pick],
     )
-    teacher, reference = picked(problem.teacher, pick), picked(problem.reference, pick)
-    tokens = with_whole_sequences(losses, tokens, len(rows), (hidden, head), sides(teacher), chunk)
+    teacher, reference = select_tokens(problem.teacher, pick), select_tokens(problem.reference, pick)
+    tokens = with_sequence_statistics(losses, tokens, len(rows), (hidden, head), hidden_and_head(teacher), chunk)
     objective = Objective(losses, 1.0)
     loss, stats = projected_loss(hidden, head, teacher, tokens, objective, chunk, reference)
     if loss.requires_grad:
@@ -129,7 +130,7 @@ def run(problem, rows=None, average=None, chunk=100):
     return loss.detach(), hidden.grad, head.grad, stats
 
 
-def dense(problem, losses):
+def dense_loss(problem, losses):
     """The same loss with plain autograd through [M, V]."""
     hidden = problem.hidden.detach().clone().requires_grad_()
     head = problem.head.detach().clone().requires_grad_()
@@ -142,8 +143,8 @@ def dense(problem, losses):
         "old_logprobs": problem.old_logprobs,
         "advantages": problem.advantages,
     }
-    tokens = with_whole_sequences(
-        losses, Tokens(**fields), len(problem.lengths), (hidden, head), sides(problem.teacher)
+    tokens = with_sequence_statistics(
+        losses, Tokens(**fields), len(problem.lengths), (hidden, head), hidden_and_head(problem.teacher)
     )
     scores, reference = (x.hidden @ x.head.T for x in (problem.teacher, problem.reference))
     loss, stats = Objective(losses, 1.0)(hidden @ head.T, scores, tokens, reference)
@@ -151,24 +152,28 @@ def dense(problem, losses):
     return loss.detach(), hidden.grad, head.grad, stats
 
 
-def same(left, right, **close):
+def assert_all_close(left, right, **close):
     for a, b in zip(left, right, strict=True):
         assert_close(a, b, **close)
 
 
+@pytest.mark.parametrize("block_bytes", [1, 2 * 13 * 4, chunks.BLOCK_BYTES])
 @pytest.mark.parametrize("chunk", [1, 3, 18, 1000])
-def test_every_chunk_size_gives_what_plain_autograd_gives(problem_of, chunk):
+def test_any_chunk_and_block_size_matches_plain_autograd(problem_of, chunk, block_bytes, monkeypatch):
+    monkeypatch.setattr(chunks, "BLOCK_BYTES", block_bytes)
     problem = problem_of(LENGTHS)
-    same(run(problem, chunk=chunk), dense(problem, terms_of(PerSequence(empty_rows="count"))))
+    assert_all_close(
+        chunked_loss(problem, chunk=chunk), dense_loss(problem, terms_of(PerSequence(empty_rows="count")))
+    )
 
 
 @pytest.mark.parametrize("average", AVERAGES, ids=lambda a: a.kind)
 @pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4], [5, 6, 7]], [[r] for r in range(8)]])
-def test_micro_batches_and_ranks_add_up_to_one_batch(problem_of, average, parts):
+def test_micro_batches_add_up_to_one_batch(problem_of, average, parts):
     """5 + 3 rows, and one row at a time (one of them empty), against all 8."""
     problem = problem_of(LENGTHS)
-    loss, grad_hidden, grad_head, stats = run(problem, average=average)
-    shares = [run(problem, rows, average, chunk=2) for rows in parts]
+    loss, grad_hidden, grad_head, stats = chunked_loss(problem, average=average)
+    shares = [chunked_loss(problem, rows, average, chunk=2) for rows in parts]
     assert_close(sum(s[0] for s in shares), loss)
     assert_close(torch.cat([s[1] for s in shares]), grad_hidden)
     assert_close(sum(s[2] for s in shares), grad_head)
@@ -177,24 +182,24 @@ def test_micro_batches_and_ranks_add_up_to_one_batch(problem_of, average, parts)
 
 
 @pytest.mark.parametrize("average", AVERAGES, ids=lambda a: a.kind)
-def test_the_order_of_rows_does_not_matter(problem_of, average):
+def test_row_order_changes_nothing(problem_of, average):
     problem = problem_of(LENGTHS)
-    loss, _, grad_head, _ = run(problem, average=average)
-    mixed, _, mixed_head, _ = run(problem, rows=[6, 1, 0, 7, 3, 5, 2, 4], average=average)
-    assert_close(mixed, loss)
-    assert_close(mixed_head, grad_head)
+    loss, _, grad_head, _ = chunked_loss(problem, average=average)
+    shuffled, _, shuffled_head, _ = chunked_loss(problem, rows=[6, 1, 0, 7, 3, 5, 2, 4], average=average)
+    assert_close(shuffled, loss)
+    assert_close(shuffled_head, grad_head)
 
 
-def test_no_tokens_give_a_zero_loss_with_a_graph(problem_of):
-    loss, grad_hidden, grad_head, stats = run(problem_of(LENGTHS), rows=[3])  # an empty row
+def test_empty_row_gives_a_zero_loss_with_a_graph(problem_of):
+    loss, grad_hidden, grad_head, stats = chunked_loss(problem_of(LENGTHS), rows=[3])  # an empty row
     assert loss == 0
     assert grad_hidden.shape == (0, 5)
     assert_close(grad_head, torch.zeros_like(grad_head))
-    assert stats.keys() == run(problem_of(LENGTHS))[3].keys()
+    assert stats.keys() == chunked_loss(problem_of(LENGTHS))[3].keys()
     assert all(x == 0 for x in stats.values())
 
 
-def test_no_rows_at_all_give_a_zero_loss_with_a_graph(problem_of):
+def test_no_rows_give_a_zero_loss_with_a_graph(problem_of):
     problem = problem_of([2])
     hidden = problem.hidden.detach()[:0].requires_grad_()
     none = torch.zeros(0)
@@ -206,9 +211,9 @@ def test_no_rows_at_all_give_a_zero_loss_with_a_graph(problem_of):
         old_logprobs=none,
         advantages=none,
     )
-    teacher, reference = (picked(x, slice(0)) for x in (problem.teacher, problem.reference))
+    teacher, reference = (select_tokens(x, slice(0)) for x in (problem.teacher, problem.reference))
     losses = terms_of(PerToken())
-    tokens = with_whole_sequences(losses, tokens, 0, (hidden, problem.head), sides(teacher))
+    tokens = with_sequence_statistics(losses, tokens, 0, (hidden, problem.head), hidden_and_head(teacher))
     loss, _ = projected_loss(hidden, problem.head, teacher, tokens, Objective(losses, 1.0), 8, reference)
     loss.backward()
     assert loss == 0
@@ -216,7 +221,7 @@ def test_no_rows_at_all_give_a_zero_loss_with_a_graph(problem_of):
     assert_close(problem.head.grad, torch.zeros_like(problem.head))
 
 
-def test_backward_scales_with_what_comes_from_above(problem_of):
+def test_backward_scales_with_the_upstream_gradient(problem_of):
     problem = problem_of([3, 2])
     losses = Table({"imitate": CrossEntropy(average=Sum())})
     tokens = Tokens(
@@ -232,27 +237,27 @@ def test_backward_scales_with_what_comes_from_above(problem_of):
         loss, _ = projected_loss(problem.hidden, problem.head, None, tokens, objective, 2)
         return torch.autograd.grad(scale * loss, [problem.hidden, problem.head])
 
-    same(grads(4.0), [4 * g for g in grads(1.0)])
+    assert_all_close(grads(4.0), [4 * g for g in grads(1.0)])
 
 
-def test_without_grad_mode_only_values(problem_of):
+def test_without_grad_mode_only_values_are_computed(problem_of):
     problem = problem_of(LENGTHS)
     with torch.no_grad():
-        loss, *_, stats = run(problem)
-    expected = run(problem)
+        loss, *_, stats = chunked_loss(problem)
+    expected = chunked_loss(problem)
     assert_close(loss, expected[0])
     assert_close(stats, expected[3])
     problem.hidden.requires_grad_(False)
     problem.head.requires_grad_(False)
-    assert_close(run(problem)[0], loss)
+    assert_close(chunked_loss(problem)[0], loss)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
-def test_one_frozen_side_leaves_the_others_gradient(problem_of, frozen):
+def test_frozen_input_leaves_the_other_gradient(problem_of, frozen):
     problem = problem_of(LENGTHS)
-    expected = run(problem, chunk=3)
+    expected = chunked_loss(problem, chunk=3)
     getattr(problem, frozen).requires_grad_(False)
-    loss, grad_hidden, grad_head, _ = run(problem, chunk=3)
+    loss, grad_hidden, grad_head, _ = chunked_loss(problem, chunk=3)
     assert_close(loss, expected[0])
     if frozen == "hidden":
         assert grad_hidden is None
@@ -264,14 +269,14 @@ def test_one_frozen_side_leaves_the_others_gradient(problem_of, frozen):
 
 def test_bfloat16_logits_are_projected_in_bfloat16_and_widened(problem_of):
     problem = problem_of(LENGTHS, torch.bfloat16)
-    loss, grad_hidden, grad_head, _ = run(problem)
-    expected = dense(problem, terms_of(PerSequence(empty_rows="count")))
+    loss, grad_hidden, grad_head, _ = chunked_loss(problem)
+    expected = dense_loss(problem, terms_of(PerSequence(empty_rows="count")))
     assert (loss.dtype, grad_hidden.dtype, grad_head.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
-    same((loss, grad_hidden, grad_head), expected[:3])
+    assert_all_close((loss, grad_hidden, grad_head), expected[:3])
 
 
-def test_the_heads_gradient_is_summed_in_float32():
-    """300 tokens pull by ½ each: 150.  In bfloat16 the sum would stand still at 128."""
+def test_head_gradient_is_summed_in_float32():
+    """300 tokens contribute ½ each: 150.  A sum in bfloat16 would stop at 128."""
     head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     hidden = torch.ones(300, 1, dtype=torch.bfloat16)
     tokens = Tokens(
@@ -289,7 +294,7 @@ def test_the_heads_gradient_is_summed_in_float32():
 
 
 class Sizes(TorchFunctionMode):
-    """Notes how large every tensor is that a call makes."""
+    """Records the number of elements of the largest tensor that a call creates."""
 
     def __init__(self):
         super().__init__()
@@ -304,16 +309,16 @@ class Sizes(TorchFunctionMode):
 
 
 @pytest.mark.parametrize(("chunk", "fits"), [(3, True), (1000, False)])
-def test_no_tensor_holds_all_tokens_and_the_vocabulary(problem_of, chunk, fits):
+def test_no_tensor_has_all_tokens_and_the_vocabulary(problem_of, chunk, fits):
     problem = problem_of(LENGTHS)
-    with Sizes() as seen:
-        run(problem, chunk=chunk)
-    assert (seen.largest < 18 * 13) == fits
+    with Sizes() as sizes:
+        chunked_loss(problem, chunk=chunk)
+    assert (sizes.largest < 18 * 13) == fits
 
 
 def test_no_argument_changes(problem_of):
     problem = problem_of(LENGTHS)
-    held = [
+    arguments = [
         problem.hidden,
         problem.head,
         problem.teacher.hidden,
@@ -335,18 +340,18 @@ def test_no_argument_changes(problem_of):
         advantages=problem.advantages,
     )
     losses = terms_of(Sum())
-    tokens = with_whole_sequences(losses, tokens, 8, sides(problem), sides(problem.teacher))
-    held += [tokens.ratio, *tokens.sequence_means.values()]
-    versions = [x._version for x in [*held, weights]]
+    tokens = with_sequence_statistics(losses, tokens, 8, hidden_and_head(problem), hidden_and_head(problem.teacher))
+    arguments += [tokens.ratio, *tokens.sequence_means.values()]
+    versions = [x._version for x in [*arguments, weights]]
     loss, _ = projected_loss(
         problem.hidden, problem.head, problem.teacher, tokens, Objective(losses, 1.0), 4, problem.reference
     )
     loss.backward()
-    assert [x._version for x in [*held, weights]] == versions
+    assert [x._version for x in [*arguments, weights]] == versions
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_token_logprobs(problem_of, chunk):
+def test_token_logprobs_match_a_log_softmax(problem_of, chunk):
     problem = problem_of([3, 4])
     values = token_logprobs(problem.hidden, problem.head, problem.token, 0.7, chunk)
     full = (problem.hidden @ problem.head.T / 0.7).log_softmax(-1)
@@ -356,7 +361,7 @@ def test_token_logprobs(problem_of, chunk):
     assert not values.requires_grad
 
 
-def test_token_logprobs_of_nothing(problem_of):
+def test_token_logprobs_of_no_tokens(problem_of):
     problem = problem_of([2])
     empty = token_logprobs(problem.hidden[:0], problem.head, problem.token[:0], 1.0, 8)
     assert empty.shape == (0,)
@@ -367,7 +372,7 @@ TRANSFORMS = {"softcap": {"softcap": 2.0}, "scale": {"scale": 0.3}, "bias": {}, 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("chunk", [2, 100])
-def test_a_transforms_gradients_are_those_of_the_logits_written_out(problem_of, name, chunk):
+def test_logit_transform_gradients_match_plain_autograd(problem_of, name, chunk):
     problem = problem_of([3, 4])
     draw = torch.Generator().manual_seed(5)
     with_bias = name in ("bias", "all")
@@ -382,20 +387,20 @@ def test_a_transforms_gradients_are_those_of_the_logits_written_out(problem_of, 
     )
     forward = Distillation(divergence=ForwardKl(), support=VocabularySupport())
     objective = Objective(Table({"imitate": CrossEntropy(), "distil": forward}), 1.0)
-    asked = [problem.hidden, problem.head, *([bias] if with_bias else [])]
+    inputs = [problem.hidden, problem.head, *([bias] if with_bias else [])]
     teacher = evolve(problem.teacher, transform=LogitTransform(softcap=1.5))
     loss, _ = projected_loss(problem.hidden, problem.head, teacher, tokens, objective, chunk, transform=transform)
-    found = torch.autograd.grad(loss, asked)
+    gradients = torch.autograd.grad(loss, inputs)
 
     z = problem.hidden @ problem.head.T + (bias if with_bias else 0)
     z = z * transform.scale
     cap = transform.softcap
-    now = (cap * torch.tanh(z / cap) if cap else z).log_softmax(-1)
-    theirs = (1.5 * torch.tanh(teacher.hidden @ teacher.head.T / 1.5)).log_softmax(-1)
-    own = now.gather(-1, problem.token[:, None])[:, 0]
-    apart = (theirs.exp() * (theirs - now)).sum(-1)
-    expected = (tokens.weights["distil"] * apart - tokens.weights["imitate"] * own).sum()
+    student_logprobs = (cap * torch.tanh(z / cap) if cap else z).log_softmax(-1)
+    teacher_logprobs = (1.5 * torch.tanh(teacher.hidden @ teacher.head.T / 1.5)).log_softmax(-1)
+    sampled_logprobs = student_logprobs.gather(-1, problem.token[:, None])[:, 0]
+    divergences = (teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)).sum(-1)
+    expected = (tokens.weights["distil"] * divergences - tokens.weights["imitate"] * sampled_logprobs).sum()
     assert_close(loss, expected, check_dtype=False)
-    assert_close(found, torch.autograd.grad(expected, asked), atol=1e-12, rtol=1e-9)
-    told = token_logprobs(problem.hidden, problem.head, problem.token, 1.0, chunk, transform)
-    assert_close(told, own.float())
+    assert_close(gradients, torch.autograd.grad(expected, inputs), atol=1e-12, rtol=1e-9)
+    values = token_logprobs(problem.hidden, problem.head, problem.token, 1.0, chunk, transform)
+    assert_close(values, sampled_logprobs.float())

@@ -29,7 +29,7 @@ FORMS = {
 
 
 @pytest.fixture(params=FORMS)
-def form(request):
+def divergence(request):
     return request.param, *FORMS[request.param]
 
 
@@ -43,12 +43,12 @@ def form(request):
         (lambda s, t: jsd(s, t, 0.7), 0.0778729),
     ],
 )
-def test_golden_values(pair, function, golden):
+def test_divergence_golden_values(pair, function, golden):
     value = function(pair.student.log_softmax(-1), pair.teacher.log_softmax(-1))
     assert value.item() == pytest.approx(golden, abs=1e-6)
 
 
-def test_golden_gradients(pair):
+def test_divergence_golden_gradients(pair):
     s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
     (grad,) = torch.autograd.grad(forward_kl(s, t), pair.student, retain_graph=True)
     assert_close(grad, s.exp() - t.exp())
@@ -57,8 +57,8 @@ def test_golden_gradients(pair):
     assert_close(grad, torch.tensor(golden, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-def test_value_and_gradient_by_loops(logits, naive, form):
-    name, share, function = form
+def test_value_and_gradient_match_loops(logits, naive, divergence):
+    name, share, function = divergence
     values = function(logits.student.log_softmax(-1), logits.teacher.log_softmax(-1))
     (grads,) = torch.autograd.grad(values.sum(), logits.student)
     for value, grad, z, q in zip(values, grads, logits.student.tolist(), logits.teacher.tolist(), strict=True):
@@ -70,20 +70,20 @@ def test_value_and_gradient_by_loops(logits, naive, form):
         assert grad.tolist() == pytest.approx(naive.slope(loss, z), abs=1e-8)
 
 
-def test_gradcheck_on_unnormalised_entries(logits, form):
+def test_gradcheck_on_unnormalized_entries(logits, divergence):
     teacher = logits.teacher - 4
-    assert torch.autograd.gradcheck(lambda s: form[2](s - 3, teacher), logits.student)
+    assert torch.autograd.gradcheck(lambda s: divergence[2](s - 3, teacher), logits.student)
 
 
-def test_equal_distributions_are_at_zero_with_zero_gradient(logits, form):
-    value = form[2](logits.student.log_softmax(-1), logits.student.log_softmax(-1))
+def test_equal_distributions_give_zero_value_and_gradient(logits, divergence):
+    value = divergence[2](logits.student.log_softmax(-1), logits.student.log_softmax(-1))
     (grad,) = torch.autograd.grad(value.sum(), logits.student)
     assert_close(value, torch.zeros_like(value), atol=1e-14, rtol=0)
     assert_close(grad, torch.zeros_like(grad), atol=1e-14, rtol=0)
 
 
 @pytest.mark.parametrize(("share", "scale", "golden"), [(0.001, 0.001, 0.37941), (0.999, 0.001, 0.38409)])
-def test_jsd_over_its_small_share_nears_the_kls(pair, share, scale, golden):
+def test_jsd_divided_by_a_small_share_approaches_the_kls(pair, share, scale, golden):
     value = jsd(pair.student.log_softmax(-1), pair.teacher.log_softmax(-1), share)
     assert value.item() / scale == pytest.approx(golden, abs=1e-5)
 
@@ -94,48 +94,48 @@ def test_jsd_of_disjoint_distributions_is_log_2():
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_jsd_has_no_ends(pair, share):
+def test_jsd_rejects_shares_of_0_and_1(pair, share):
     with pytest.raises(ValueError, match=r"math domain|expected a positive"):
         jsd(pair.student, pair.teacher, share)
 
 
-def test_linear_mix_ends_are_the_two_kls_even_where_the_other_is_infinite():
+def test_linear_mix_at_its_ends_is_one_kl_even_if_the_other_is_infinite():
     half, all_first = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, NEVER])
     assert linear_mix(half, all_first, 1.0).item() == pytest.approx(math.log(2))
     assert linear_mix(all_first, half, 0.0).item() == pytest.approx(math.log(2))
     assert linear_mix(half, all_first, 0.0).item() == math.inf
 
 
-def test_an_entry_that_nobody_has_changes_nothing(logits, form):
+def test_entry_absent_on_both_sides_changes_nothing(logits, divergence):
     never = torch.full((5, 1), NEVER, dtype=torch.float64)
     s, t = logits.student.log_softmax(-1), logits.teacher.log_softmax(-1)
-    plain = form[2](s, t)
-    value = form[2](torch.cat([s, never], -1), torch.cat([t, never], -1))
+    plain = divergence[2](s, t)
+    value = divergence[2](torch.cat([s, never], -1), torch.cat([t, never], -1))
     assert_close(value, plain)
     (grad,) = torch.autograd.grad(value.sum(), logits.student, retain_graph=True)
     assert_close(grad, *torch.autograd.grad(plain.sum(), logits.student))
 
 
-def test_an_entry_that_the_weighting_side_lacks_is_zero_with_a_finite_gradient():
-    some = torch.tensor([0.5, 0.3, 0.2]).log().requires_grad_()
-    lacking = torch.tensor([0.6, 0.4, 0.0]).log()
+def test_entry_absent_on_the_weighting_side_counts_zero():
+    complete = torch.tensor([0.5, 0.3, 0.2]).log().requires_grad_()
+    incomplete = torch.tensor([0.6, 0.4, 0.0]).log()
     by_hand = 0.6 * math.log(0.6 / 0.5) + 0.4 * math.log(0.4 / 0.3)
 
-    value = forward_kl(some, lacking)
+    value = forward_kl(complete, incomplete)
     value.backward()
     assert value.item() == pytest.approx(by_hand, abs=1e-6)
-    assert_close(some.grad, torch.tensor([-0.6, -0.4, 0.0]))
+    assert_close(complete.grad, torch.tensor([-0.6, -0.4, 0.0]))
 
-    student = lacking.clone().requires_grad_()
-    value = reverse_kl(student, some)
+    student = incomplete.clone().requires_grad_()
+    value = reverse_kl(student, complete)
     value.backward()
     assert value.item() == pytest.approx(by_hand, abs=1e-6)
     assert student.grad is not None
-    assert_close(student.grad[:2], student.exp()[:2] * (student - some + 1)[:2])
+    assert_close(student.grad[:2], student.exp()[:2] * (student - complete + 1)[:2])
     assert student.grad[2] == 0
 
 
-def test_jsd_is_finite_whoever_lacks_an_entry():
+def test_jsd_is_finite_if_one_side_lacks_an_entry():
     for s, t in [([0.6, 0.4, 0.0], [0.5, 0.3, 0.2]), ([0.5, 0.3, 0.2], [0.6, 0.4, 0.0])]:
         student = torch.tensor(s).log().requires_grad_()
         value = jsd(student, torch.tensor(t).log(), 0.5)
@@ -148,49 +148,49 @@ def test_jsd_is_finite_whoever_lacks_an_entry():
         assert torch.isfinite(student.grad).all()
 
 
-def test_a_position_where_nobody_has_anything_is_zero(form):
+def test_position_without_entries_counts_zero(divergence):
     student = torch.full((2, 4), NEVER, requires_grad=True)
-    value = form[2](student, torch.full((2, 4), NEVER))
+    value = divergence[2](student, torch.full((2, 4), NEVER))
     value.sum().backward()
     assert_close(value, torch.zeros(2))
     assert_close(student.grad, torch.zeros(2, 4))
 
 
-def test_probabilities_below_float32_weigh_nothing(form):
+def test_probabilities_below_float32_count_zero(divergence):
     s = torch.tensor([0.0, -200.0, NEVER, -300.0], requires_grad=True)
-    value = form[2](s, torch.tensor([0.0, NEVER, -200.0, -400.0]))
+    value = divergence[2](s, torch.tensor([0.0, NEVER, -200.0, -400.0]))
     value.backward()
     assert value.item() == pytest.approx(0.0, abs=6e-8)  # jsd: half an ulp of the mixture's log
     assert s.grad is not None
     assert torch.isfinite(s.grad).all()
 
 
-def test_nothing_flows_to_the_teacher_and_no_argument_changes(logits, form):
+def test_teacher_gets_no_gradient_and_no_argument_changes(logits, divergence):
     s, t = logits.student.log_softmax(-1), logits.teacher.requires_grad_().log_softmax(-1)
     versions = s._version, t._version
-    form[2](s, t).sum().backward()
+    divergence[2](s, t).sum().backward()
     assert logits.teacher.grad is None
     assert (s._version, t._version) == versions
 
 
-def test_dtype_and_leading_shape_stay(form):
+def test_dtype_and_leading_shape_are_kept(divergence):
     s = torch.randn(2, 3, 4).log_softmax(-1)
-    value = form[2](s, s.flip(-1))
+    value = divergence[2](s, s.flip(-1))
     assert value.shape == (2, 3)
     assert value.dtype == torch.float32
 
 
-def test_entropy():
+def test_entropy_by_hand():
     assert entropy(torch.tensor([0.5, 0.5, 0.0]).log()).item() == pytest.approx(math.log(2))
     assert entropy(torch.tensor([0.0, NEVER])).item() == 0
 
 
-def test_every_built_in_divergence_passes_the_self_test(form):
-    assert list(find_problems(form[2])) == []
+def test_every_built_in_divergence_passes_the_self_test(divergence):
+    assert list(find_problems(divergence[2])) == []
 
 
 @pytest.mark.parametrize("function", [skewed_forward_kl, skewed_reverse_kl])
-def test_a_skewed_kl_is_finite_where_the_kl_is_not(function):
+def test_skewed_kl_is_finite_where_the_kl_is_infinite(function):
     """KL(T‖s T + (1 − s) S) is at most −log s, and the other way round."""
     one, other = torch.tensor([0.0, NEVER]), torch.tensor([NEVER, 0.0])
     assert function(one, other, 0.1).item() == pytest.approx(-math.log(0.1))
@@ -199,13 +199,10 @@ def test_a_skewed_kl_is_finite_where_the_kl_is_not(function):
             function(one, other, share)
 
 
-def test_skewed_kls_near_the_kls(pair):
+def test_skewed_kls_approach_the_kls(pair):
     s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
     assert skewed_forward_kl(s, t, 1e-9).item() == pytest.approx(forward_kl(s, t).item(), abs=1e-7)
     assert skewed_reverse_kl(s, t, 1e-9).item() == pytest.approx(reverse_kl(s, t).item(), abs=1e-7)
-
-
-# ── bounds ────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_golden_entry_bound(pair):
@@ -226,7 +223,7 @@ BOUNDS = [
 
 @pytest.mark.parametrize("bounds", BOUNDS, ids=str)
 @pytest.mark.parametrize("function", [forward_kl, reverse_kl])
-def test_bounds_by_loops(logits, naive, function, bounds):
+def test_bounds_match_loops(logits, naive, function, bounds):
     """log S − log T is bounded for both, whichever way the KL goes; then each entry."""
 
     def loss(z, q):
@@ -247,7 +244,7 @@ def test_bounds_by_loops(logits, naive, function, bounds):
         assert grad.tolist() == pytest.approx(naive.slope(lambda z, q=q: loss(z, q), z), abs=1e-7)
 
 
-def test_an_entry_that_is_cut_has_no_gradient_of_its_own():
+def test_bounded_entry_has_no_gradient_of_its_own():
     student = torch.tensor([0.2, 0.8], dtype=torch.float64).log().requires_grad_()
     teacher = torch.tensor([0.9, 0.1], dtype=torch.float64).log()
     forward_kl(student, teacher, Bounds(entry=0.05)).backward()
@@ -255,11 +252,8 @@ def test_an_entry_that_is_cut_has_no_gradient_of_its_own():
     assert_close(student.grad, torch.tensor([0.0, -0.1], dtype=torch.float64))
 
 
-# ── a weight without gradient ─────────────────────────────────────────────────────────────────
-
-
-def test_golden_gradients_over_part_of_the_vocabulary(pair):
-    """reference/methods.md §5.3: autograd has a + 1 too many, detached weights have not."""
+def test_golden_gradients_on_part_of_the_vocabulary(pair):
+    """reference/methods.md §5.3: autograd has an extra + 1, detached weights do not."""
     s, t = pair.student.log_softmax(-1)[:3], pair.teacher.log_softmax(-1)[:3]
     golden = {
         False: [0.390223, -0.266465, 0.024898, -0.098893, -0.036381, -0.013384],
@@ -272,7 +266,7 @@ def test_golden_gradients_over_part_of_the_vocabulary(pair):
         assert_close(grad, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-def test_over_the_whole_vocabulary_detached_weights_change_nothing(logits):
+def test_detached_weights_change_nothing_on_the_full_vocabulary(logits):
     s, t = logits.student.log_softmax(-1), logits.teacher.log_softmax(-1)
     values = [reverse_kl(s, t, detach_weights=detach) for detach in (False, True)]
     grads = [torch.autograd.grad(v.sum(), logits.student, retain_graph=True)[0] for v in values]
@@ -280,7 +274,7 @@ def test_over_the_whole_vocabulary_detached_weights_change_nothing(logits):
     assert_close(*grads)
 
 
-def test_detached_weights_are_bounded_too_and_leave_out_what_the_student_lacks():
+def test_detached_weights_are_bounded_and_skip_absent_entries():
     student = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64).log().requires_grad_()
     teacher = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64).log()
     bounds = Bounds(high=0.5)

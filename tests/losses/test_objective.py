@@ -51,8 +51,8 @@ def name_of(spec):
     return spec.kind if hasattr(spec, "kind") else str(spec)
 
 
-def distil(divergence=None, support=None, **given):
-    return Distillation(divergence=divergence or ForwardKl(), support=support or VocabularySupport(), **given)
+def distil(divergence=None, support=None, **settings):
+    return Distillation(divergence=divergence or ForwardKl(), support=support or VocabularySupport(), **settings)
 
 
 def objective_of(*terms, temperature=1.0, **named):
@@ -60,13 +60,10 @@ def objective_of(*terms, temperature=1.0, **named):
     return Objective(table, temperature)
 
 
-def figures(objective, logits, tokens):
+def loss_gradient_stats(objective, logits, tokens):
     loss, stats = objective(logits.student, logits.teacher, tokens)
     (grad,) = torch.autograd.grad(loss, logits.student)
     return loss.detach(), grad, stats
-
-
-# ── value and gradient against loops ──────────────────────────────────────────────────────────
 
 
 def by_loops(naive, logits, token_loss):
@@ -82,8 +79,8 @@ def by_loops(naive, logits, token_loss):
     return loss, torch.tensor(grads, dtype=torch.float64)
 
 
-def agree(naive, logits, tokens, objective, token_loss):
-    loss, grad, _ = figures(objective, logits, tokens)
+def assert_matches_loops(naive, logits, tokens, objective, token_loss):
+    loss, grad, _ = loss_gradient_stats(objective, logits, tokens)
     expected, slopes = by_loops(naive, logits, token_loss)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
     assert_close(grad, slopes, atol=1e-8, rtol=0)
@@ -96,42 +93,42 @@ def tokens(tokens_of):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
-def test_vocabulary(naive, logits, tokens, divergence, temperature):
+def test_vocabulary_support_matches_loops(naive, logits, tokens, divergence, temperature):
     def token_loss(_j, z, q):
         s, t = naive.softmax(z, temperature), naive.softmax(q, temperature)
         return naive.diverge(divergence.kind, SHARE.get(divergence.kind, 0), s, t)
 
     objective = objective_of(distil(divergence), temperature=temperature)
-    agree(naive, logits, tokens, objective, token_loss)
+    assert_matches_loops(naive, logits, tokens, objective, token_loss)
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
 @pytest.mark.parametrize("chosen_by", ["student", "teacher", "union"])
 @pytest.mark.parametrize("remainder", ["tail_bucket", "renormalize", "renormalize_teacher", "drop"])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
-def test_top_k(naive, logits, tokens, divergence, remainder, chosen_by, k):
+def test_top_k_support_matches_loops(naive, logits, tokens, divergence, remainder, chosen_by, k):
     def token_loss(_j, z, q):
         s, t = naive.softmax(z), naive.softmax(q)
         pair = naive.cut(s, t, naive.chosen(s, t, k, chosen_by), remainder)
         return naive.diverge(divergence.kind, SHARE.get(divergence.kind, 0), *pair)
 
     support = TopKSupport(k=k, chosen_by=chosen_by, remainder=remainder)
-    agree(naive, logits, tokens, objective_of(distil(divergence, support)), token_loss)
+    assert_matches_loops(naive, logits, tokens, objective_of(distil(divergence, support)), token_loss)
 
 
-def test_sampled_token(naive, logits, tokens):
-    held = [naive.softmax(z) for z in logits.student.tolist()]  # what the stop-gradient holds
+def test_sampled_token_support_matches_loops(naive, logits, tokens):
+    detached = [naive.softmax(z) for z in logits.student.tolist()]  # the value under the stop-gradient
 
     def token_loss(j, z, q):
         y = TOKEN[j]
-        weight = math.log(held[j][y]) - math.log(naive.softmax(q)[y])
+        weight = math.log(detached[j][y]) - math.log(naive.softmax(q)[y])
         return weight * math.log(naive.softmax(z)[y])
 
     objective = objective_of(distil(ReverseKl(), SampledTokenSupport()))
-    agree(naive, logits, tokens, objective, token_loss)
+    assert_matches_loops(naive, logits, tokens, objective, token_loss)
 
 
-def test_bounds_of_entries_and_log_ratios_reach_the_divergence(naive, logits, tokens):
+def test_entry_and_log_ratio_bounds_match_loops(naive, logits, tokens):
     def token_loss(_j, z, q):
         total = 0.0
         for a, b in zip(naive.softmax(z), naive.softmax(q), strict=True):
@@ -140,45 +137,45 @@ def test_bounds_of_entries_and_log_ratios_reach_the_divergence(naive, logits, to
         return total
 
     clip = DivergenceClip(entry=0.04, log_ratio=(-0.6, 0.5))
-    agree(naive, logits, tokens, objective_of(distil(ForwardKl(), clip=clip)), token_loss)
+    assert_matches_loops(naive, logits, tokens, objective_of(distil(ForwardKl(), clip=clip)), token_loss)
 
 
-def test_a_bound_of_the_token_takes_its_gradient_and_is_counted(naive, logits, tokens):
-    each = [
+def test_token_bound_matches_loops_and_is_counted(naive, logits, tokens):
+    token_losses = [
         naive.kl(naive.softmax(q), naive.softmax(z))
         for z, q in zip(logits.student.tolist(), logits.teacher.tolist(), strict=True)
     ]
-    limit = sum(sorted(each)[2:4]) / 2
+    limit = sum(sorted(token_losses)[2:4]) / 2
 
     def token_loss(_j, z, q):
         return min(naive.kl(naive.softmax(q), naive.softmax(z)), limit)
 
     objective = objective_of(distil(ForwardKl(), clip=DivergenceClip(token=limit)))
-    agree(naive, logits, tokens, objective, token_loss)
-    stats = figures(objective, logits, tokens)[2]
-    over = sum(each[j] > limit for j in (0, 2, 3, 4))
+    assert_matches_loops(naive, logits, tokens, objective, token_loss)
+    stats = loss_gradient_stats(objective, logits, tokens)[2]
+    over = sum(token_losses[j] > limit for j in (0, 2, 3, 4))
     assert stats["distil/token_clipped"].item() == over
-    assert stats["distil/forward_kl"].item() == pytest.approx(sum(each[j] for j in (0, 2, 3, 4)))
+    assert stats["distil/forward_kl"].item() == pytest.approx(sum(token_losses[j] for j in (0, 2, 3, 4)))
 
 
-def test_a_bound_of_the_sampled_tokens_log_ratio(naive, logits, tokens):
-    held = [naive.softmax(z) for z in logits.student.tolist()]
+def test_log_ratio_bound_of_a_sampled_token_matches_loops(naive, logits, tokens):
+    detached = [naive.softmax(z) for z in logits.student.tolist()]
 
     def token_loss(j, z, q):
         y = TOKEN[j]
-        weight = math.log(held[j][y]) - math.log(naive.softmax(q)[y])
+        weight = math.log(detached[j][y]) - math.log(naive.softmax(q)[y])
         return min(max(weight, -0.3), 0.2) * math.log(naive.softmax(z)[y])
 
     clip = DivergenceClip(log_ratio=(-0.3, 0.2))
     objective = objective_of(distil(ReverseKl(), SampledTokenSupport(), clip=clip))
-    agree(naive, logits, tokens, objective, token_loss)
+    assert_matches_loops(naive, logits, tokens, objective, token_loss)
 
 
-def test_weights_without_gradient_over_part_of_the_vocabulary(naive, logits, tokens):
+def test_detached_weights_on_part_of_the_vocabulary(naive, logits, tokens):
     """The gradient of Σ_I sg(S (log S − log T)) log S."""
     support = TopKSupport(k=3, chosen_by="teacher", remainder="drop")
     objective = objective_of(distil(ReverseKl(detach_weights=True), support))
-    loss, grad, _ = figures(objective, logits, tokens)
+    loss, grad, _ = loss_gradient_stats(objective, logits, tokens)
     s, t = logits.student.log_softmax(-1), logits.teacher.log_softmax(-1)
     ids = t.topk(3).indices
     s, t = s.gather(-1, ids), t.gather(-1, ids)
@@ -188,18 +185,18 @@ def test_weights_without_gradient_over_part_of_the_vocabulary(naive, logits, tok
     assert_close(grad, *torch.autograd.grad(by_hand, logits.student))
 
 
-def test_a_users_divergence_gets_both_sides_on_the_support(logits, tokens):
+def test_user_divergence_gets_both_sides_on_the_support(logits, tokens):
     def symmetric(student, teacher):
         absent = student.detach() == -torch.inf  # duplicates of the union, on both sides
         s, t = student.masked_fill(absent, 0.0), teacher.masked_fill(absent, 0.0)
         return ((s.exp() - t.exp()) * (s - t)).sum(-1) / 2
 
     support = TopKSupport(k=3, chosen_by="union", remainder="tail_bucket")
-    own = Table({"distil": distil(FileDivergence(file="mine.py", function="f"), support)})
-    found = figures(Objective(own, 1.0, {"distil": symmetric}), logits, tokens)
-    expected = figures(objective_of(distil(LinearMix(forward_share=0.5), support)), logits, tokens)
-    assert_close(found[0], expected[0])
-    assert_close(found[1], expected[1])
+    losses = Table({"distil": distil(FileDivergence(file="mine.py", function="f"), support)})
+    actual = loss_gradient_stats(Objective(losses, 1.0, {"distil": symmetric}), logits, tokens)
+    expected = loss_gradient_stats(objective_of(distil(LinearMix(forward_share=0.5), support)), logits, tokens)
+    assert_close(actual[0], expected[0])
+    assert_close(actual[1], expected[1])
 
 
 @pytest.mark.parametrize(
@@ -210,7 +207,7 @@ def test_a_users_divergence_gets_both_sides_on_the_support(logits, tokens):
         (PolicyGradient(advantage=GroupRelative(eps=MOVES)), "distil.advantage.eps"),
     ],
 )
-def test_a_schedule_has_no_value_without_a_step(term, place):
+def test_schedule_without_a_step_is_an_error(term, place):
     with pytest.raises(TypeError, match=f"{place} is a schedule.*call at_step first"):
         objective_of(term)
     objective_of(at_step(term, 1))
@@ -228,45 +225,42 @@ def test_expected_sampled_token_gradient_is_that_of_the_reverse_kl(logits, token
     assert_close(grad, *torch.autograd.grad(exact, logits.student))
 
 
-def test_cross_entropy_is_at_temperature_one(naive, logits, tokens):
+def test_cross_entropy_uses_temperature_one(naive, logits, tokens):
     def token_loss(j, z, _q):
         return -math.log(naive.softmax(z)[TOKEN[j]])
 
-    agree(naive, logits, tokens, objective_of(CrossEntropy(), temperature=0.5), token_loss)
+    assert_matches_loops(naive, logits, tokens, objective_of(CrossEntropy(), temperature=0.5), token_loss)
 
 
-def test_a_terms_own_temperature_goes_before_the_sampling_temperature(logits, tokens):
-    own = figures(objective_of(distil(temperature=2.0), temperature=0.5), logits, tokens)
-    inherited = figures(objective_of(distil(), temperature=2.0), logits, tokens)
+def test_temperature_of_a_term_overrides_the_sampling_temperature(logits, tokens):
+    own = loss_gradient_stats(objective_of(distil(temperature=2.0), temperature=0.5), logits, tokens)
+    inherited = loss_gradient_stats(objective_of(distil(), temperature=2.0), logits, tokens)
     assert own[0] == inherited[0]
     assert_close(own[1], inherited[1])
 
 
-def test_terms_add_up_with_their_coefficients(logits, tokens_of):
+def test_terms_are_summed_with_their_coefficients(logits, tokens_of):
     weights = {"distil": WEIGHTS, "imitate": WEIGHTS.flip(0)}
     tokens = tokens_of(TOKEN, weights=weights)
-    pull, imitate = distil(Jsd()), CrossEntropy()
-    both = objective_of(evolve(pull, coefficient=2.0), imitate=evolve(imitate, coefficient=0.5))
-    loss, grad, stats = figures(both, logits, tokens)
-    one = figures(objective_of(pull), logits, tokens)
-    other = figures(objective_of(imitate=imitate), logits, tokens)
-    assert_close(loss, 2 * one[0] + 0.5 * other[0])
-    assert_close(grad, 2 * one[1] + 0.5 * other[1])
-    assert_close(stats["loss/distil"], 2 * one[0])
-    assert_close(stats["loss/imitate"], 0.5 * other[0])
-
-
-# ── invariances ───────────────────────────────────────────────────────────────────────────────
+    distillation, imitate = distil(Jsd()), CrossEntropy()
+    both = objective_of(evolve(distillation, coefficient=2.0), imitate=evolve(imitate, coefficient=0.5))
+    loss, grad, stats = loss_gradient_stats(both, logits, tokens)
+    first = loss_gradient_stats(objective_of(distillation), logits, tokens)
+    second = loss_gradient_stats(objective_of(imitate=imitate), logits, tokens)
+    assert_close(loss, 2 * first[0] + 0.5 * second[0])
+    assert_close(grad, 2 * first[1] + 0.5 * second[1])
+    assert_close(stats["loss/distil"], 2 * first[0])
+    assert_close(stats["loss/imitate"], 0.5 * second[0])
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
-def test_uncounted_rows_and_the_order_change_nothing(logits, tokens_of, divergence):
+def test_uncounted_rows_and_row_order_change_nothing(logits, tokens_of, divergence):
     objective = objective_of(distil(divergence, importance=BOTH))
     extra = torch.tensor([[50.0, -1e30, 0, 0, 0, 0, -torch.inf]], dtype=torch.float64)
     finite = torch.zeros(1, 7, dtype=torch.float64)  # so the forward KL of this row is inf
     ratios = {"old_logprobs": OLD, "sampler_logprobs": SAMPLER}
     tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, **ratios)
-    plain, grad, _ = figures(objective, logits, tokens)
+    plain, grad, _ = loss_gradient_stats(objective, logits, tokens)
 
     student = torch.cat([logits.student.detach(), extra]).requires_grad_()
     teacher = torch.cat([logits.teacher, finite])
@@ -285,9 +279,9 @@ def test_uncounted_rows_and_the_order_change_nothing(logits, tokens_of, divergen
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
-def test_a_token_that_both_sides_forbid_changes_nothing(logits, tokens, divergence):
+def test_token_forbidden_on_both_sides_changes_nothing(logits, tokens, divergence):
     objective = objective_of(distil(divergence))
-    plain, grad, _ = figures(objective, logits, tokens)
+    plain, grad, _ = loss_gradient_stats(objective, logits, tokens)
     never = torch.full((5, 1), -torch.inf, dtype=torch.float64)
     student = torch.cat([logits.student.detach(), never], -1).requires_grad_()
     loss, stats = objective(student, torch.cat([logits.teacher, never], -1), tokens)
@@ -299,10 +293,10 @@ def test_a_token_that_both_sides_forbid_changes_nothing(logits, tokens, divergen
 
 
 @pytest.mark.parametrize("support", [VocabularySupport(), SampledTokenSupport()], ids=name_of)
-def test_a_token_that_does_not_count_may_be_impossible_for_the_teacher(logits, tokens, support):
+def test_uncounted_token_may_be_impossible_for_the_teacher(logits, tokens, support):
     """Token 1 has weight 0; the difference of the sides is infinite there."""
     objective = objective_of(distil(ReverseKl(), support))
-    loss, grad, _ = figures(objective, logits, tokens)
+    loss, grad, _ = loss_gradient_stats(objective, logits, tokens)
     teacher = logits.teacher.clone()
     teacher[1, TOKEN[1]] = -torch.inf
     other, stats = objective(logits.student, teacher, tokens)
@@ -311,18 +305,18 @@ def test_a_token_that_does_not_count_may_be_impossible_for_the_teacher(logits, t
     assert all(torch.isfinite(x) for x in stats.values())
 
 
-def test_equal_sides_are_at_zero(logits, tokens):
+def test_equal_sides_give_zero(logits, tokens):
     for support in (None, TopKSupport(k=3, chosen_by="union", remainder="tail_bucket")):
         for divergence in DIVERGENCES:
             objective = objective_of(distil(divergence, support))
-            same = logits.student.detach()
-            loss, _ = objective(logits.student, same, tokens)
+            student = logits.student.detach()
+            loss, _ = objective(logits.student, student, tokens)
             (grad,) = torch.autograd.grad(loss, logits.student)
             assert abs(loss.item()) < 1e-12
             assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
 
 
-def test_a_chunk_without_tokens_has_a_graph_and_every_figure(logits, tokens_of):
+def test_chunk_without_tokens_has_a_graph_and_every_metric(logits, tokens_of):
     terms = {
         "a": distil(importance=BOTH),
         "b": distil(ReverseKl(), TopKSupport(k=3, chosen_by="union", remainder="tail_bucket")),
@@ -343,8 +337,8 @@ def test_low_precision_is_widened_and_no_argument_changes(logits, tokens_of):
     student = logits.student.detach().bfloat16().requires_grad_()
     teacher = logits.teacher.bfloat16()
     tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, old_logprobs=OLD, sampler_logprobs=SAMPLER)
-    held = (student, teacher, tokens.token, WEIGHTS, OLD, SAMPLER)
-    versions = [x._version for x in held]
+    arguments = (student, teacher, tokens.token, WEIGHTS, OLD, SAMPLER)
+    versions = [x._version for x in arguments]
     objective = objective_of(distil(Jsd(), importance=BOTH), temperature=0.9)
     loss, _ = objective(student, teacher, tokens)
     loss.backward()
@@ -352,10 +346,8 @@ def test_low_precision_is_widened_and_no_argument_changes(logits, tokens_of):
     assert loss.dtype == torch.float32
     assert loss == wide
     assert student.grad.dtype == torch.bfloat16
-    assert [x._version for x in held] == versions
+    assert [x._version for x in arguments] == versions
 
-
-# ── importance ────────────────────────────────────────────────────────────────────────────────
 
 OLD = torch.tensor([-1.0, -2.0, -3.0, -0.5, -1.5])
 SAMPLER = torch.tensor([-1.2, -2.5, -2.9, -0.5, -2.4])
@@ -367,14 +359,14 @@ def at_tokens(p):
     return p.gather(-1, torch.tensor(TOKEN)[:, None]).squeeze(-1)
 
 
-def test_both_ratios_multiply_the_token_loss_as_constants(logits, tokens_of):
+def test_importance_ratios_multiply_the_token_loss_as_constants(logits, tokens_of):
     tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, old_logprobs=OLD, sampler_logprobs=SAMPLER)
-    loss, grad, stats = figures(objective_of(distil(importance=BOTH)), logits, tokens)
+    loss, grad, stats = loss_gradient_stats(objective_of(distil(importance=BOTH)), logits, tokens)
     now = at_tokens(logits.student.detach().log_softmax(-1))
     first = (now - OLD).exp().clamp(max=1.5)
     second = (OLD - SAMPLER).exp().clamp(max=1.3)
     by_hand = tokens_of(TOKEN, weights={"distil": WEIGHTS * first * second})
-    expected = figures(objective_of(distil()), logits, by_hand)
+    expected = loss_gradient_stats(objective_of(distil()), logits, by_hand)
     assert_close(loss, expected[0])
     assert_close(grad, expected[1])
     counts = WEIGHTS > 0
@@ -385,38 +377,38 @@ def test_both_ratios_multiply_the_token_loss_as_constants(logits, tokens_of):
     assert 0 < stats["distil/ratio_capped"] < 4
 
 
-def test_without_old_logprobs_the_old_ratio_is_one_and_the_sampler_is_met_now(logits, tokens_of):
+def test_without_old_logprobs_the_sampler_ratio_uses_current_logprobs(logits, tokens_of):
     tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, sampler_logprobs=SAMPLER)
-    loss, grad, _ = figures(objective_of(distil(importance=BOTH)), logits, tokens)
+    loss, grad, _ = loss_gradient_stats(objective_of(distil(importance=BOTH)), logits, tokens)
     ratio = importance_ratio(at_tokens(logits.student.log_softmax(-1)), SAMPLER, 1.3)
     by_hand = tokens_of(TOKEN, weights={"distil": WEIGHTS * ratio})
-    expected = figures(objective_of(distil()), logits, by_hand)
+    expected = loss_gradient_stats(objective_of(distil()), logits, by_hand)
     assert_close(loss, expected[0])
     assert_close(grad, expected[1])
 
 
-def test_ratios_are_taken_at_the_sampling_temperature(logits, tokens_of):
+def test_ratios_use_the_sampling_temperature(logits, tokens_of):
     tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, sampler_logprobs=SAMPLER)
     importance = ImportanceSpec(sampler=SamplerRatio(cap=1.3, level="token"))
     term = distil(importance=importance, temperature=2.0)
-    loss, _, _ = figures(objective_of(term, temperature=0.5), logits, tokens)
+    loss, _, _ = loss_gradient_stats(objective_of(term, temperature=0.5), logits, tokens)
     ratio = importance_ratio(at_tokens((logits.student / 0.5).log_softmax(-1)), SAMPLER, 1.3)
     by_hand = tokens_of(TOKEN, weights={"distil": WEIGHTS * ratio})
-    expected = figures(objective_of(distil(temperature=2.0)), logits, by_hand)
+    expected = loss_gradient_stats(objective_of(distil(temperature=2.0)), logits, by_hand)
     assert_close(loss, expected[0])
 
 
 @pytest.mark.parametrize("importance", [BOTH, PER_SEQUENCE])
-def test_a_sampler_without_logprobs_corrects_nothing(logits, tokens, importance):
-    loss, grad, stats = figures(objective_of(distil(importance=importance)), logits, tokens)
-    expected = figures(objective_of(distil()), logits, tokens)
+def test_sampler_without_logprobs_is_not_corrected(logits, tokens, importance):
+    loss, grad, stats = loss_gradient_stats(objective_of(distil(importance=importance)), logits, tokens)
+    expected = loss_gradient_stats(objective_of(distil()), logits, tokens)
     assert_close(loss, expected[0])
     assert_close(grad, expected[1])
     assert stats["distil/sampler_ratio"] == 4
     assert stats["distil/ratio_capped"] == 0
 
 
-def test_golden_sequence_mean(tokens_of):
+def test_golden_sequence_mean_ratio(tokens_of):
     old, sampler = torch.tensor([0.55, 0.9, 0.7]).log(), torch.tensor([0.5, 0.4, 0.2]).log()
     importance = ImportanceSpec(sampler=SamplerRatio(cap=2.0, level="sequence_mean"))
     tokens = tokens_of([0, 0, 0], sampler_logprobs=sampler)
@@ -424,7 +416,7 @@ def test_golden_sequence_mean(tokens_of):
     assert_close(ratio, torch.full((3,), 1.7))
 
 
-def test_sequence_mean_is_over_the_tokens_that_the_term_counts(tokens_of):
+def test_sequence_mean_covers_the_terms_counted_tokens(tokens_of):
     losses = Table({"distil": distil(importance=PER_SEQUENCE), "other": CrossEntropy()})
     weights = {"distil": torch.tensor([0.0, 1, 1, 0, 1]), "other": torch.ones(5)}
     tokens = tokens_of(
@@ -440,31 +432,28 @@ def test_sequence_mean_is_over_the_tokens_that_the_term_counts(tokens_of):
     assert sampler_ratio(losses, torch.zeros(0), tokens.slice(0, 0), 0).shape == (0,)
 
 
-def test_a_given_sequence_ratio_multiplies_the_token_loss(logits, tokens_of):
+def test_given_sequence_ratio_multiplies_the_token_loss(logits, tokens_of):
     ratio = torch.tensor([0.5, 0.5, 2.0, 2.0, 3.0])
     tokens = tokens_of(TOKEN, weights={"distil": WEIGHTS}, sampler_logprobs=SAMPLER, old_logprobs=OLD, ratio=ratio)
     objective = objective_of(distil(importance=PER_SEQUENCE))
     assert objective.needs_sequence_ratio
-    loss, grad, _ = figures(objective, logits, tokens)
+    loss, grad, _ = loss_gradient_stats(objective, logits, tokens)
     by_hand = tokens_of(TOKEN, weights={"distil": WEIGHTS * ratio})
-    expected = figures(objective_of(distil()), logits, by_hand)
+    expected = loss_gradient_stats(objective_of(distil()), logits, by_hand)
     assert_close(loss, expected[0])
     assert_close(grad, expected[1])
 
 
-def test_a_missing_sequence_ratio_is_an_error(logits, tokens_of):
+def test_missing_sequence_ratio_is_an_error(logits, tokens_of):
     tokens = tokens_of(TOKEN, sampler_logprobs=SAMPLER)
     with pytest.raises(ValueError, match=r"needs Tokens\.ratio"):
-        figures(objective_of(distil(importance=PER_SEQUENCE)), logits, tokens)
+        loss_gradient_stats(objective_of(distil(importance=PER_SEQUENCE)), logits, tokens)
 
 
-# ── what is measured ──────────────────────────────────────────────────────────────────────────
-
-
-def test_figures_of_a_top_k_term(naive, logits, tokens):
+def test_metrics_of_a_top_k_term(naive, logits, tokens):
     support = TopKSupport(k=3, chosen_by="student", remainder="renormalize")
     objective = objective_of(distil(Jsd(teacher_share=0.5), support, coefficient=2.0))
-    loss, _, stats = figures(objective, logits, tokens)
+    loss, _, stats = loss_gradient_stats(objective, logits, tokens)
     sums: defaultdict[str, float] = defaultdict(float)
     for j in (0, 2, 3, 4):
         s = naive.softmax(logits.student[j].tolist())
@@ -488,8 +477,8 @@ def test_figures_of_a_top_k_term(naive, logits, tokens):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
-def test_both_kls_are_measured_whichever_is_the_loss(logits, tokens, divergence):
-    stats = figures(objective_of(distil(divergence)), logits, tokens)[2]
+def test_both_kls_are_measured_for_any_divergence(logits, tokens, divergence):
+    stats = loss_gradient_stats(objective_of(distil(divergence)), logits, tokens)[2]
     counts = WEIGHTS > 0
     s, t = logits.student.detach().log_softmax(-1), logits.teacher.log_softmax(-1)
     forward, reverse = (t.exp() * (t - s)).sum(-1), (s.exp() * (s - t)).sum(-1)
@@ -497,9 +486,9 @@ def test_both_kls_are_measured_whichever_is_the_loss(logits, tokens, divergence)
     assert_close(stats["distil/reverse_kl"], reverse[counts].sum())
 
 
-def test_which_figures_a_term_has(logits, tokens):
+def test_metric_names_of_each_term(logits, tokens):
     def keys(term):
-        stats = figures(objective_of(term), logits, tokens)[2]
+        stats = loss_gradient_stats(objective_of(term), logits, tokens)[2]
         return {key.removeprefix("distil/") for key in stats} - {"loss/distil"}
 
     common = {"tokens", "token_loss", "student_entropy"}
@@ -524,9 +513,6 @@ def test_no_distribution_is_computed_twice(monkeypatch, logits, tokens_of):
     assert len(calls) == 4  # two sides, two temperatures
 
 
-# ── reading the spec ──────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     ("mask", "length", "expected"),
     [
@@ -540,23 +526,23 @@ def test_no_distribution_is_computed_twice(monkeypatch, logits, tokens_of):
         (MaskSpec(), 0, []),
     ],
 )
-def test_counted(mask, length, expected):
+def test_unmasked_span(mask, length, expected):
     assert list(unmasked_span(mask, length)) == expected
 
 
-def test_what_an_objective_needs():
+def test_objective_states_its_needs():
     assert objective_of(distil()).needs_teacher
     assert not objective_of(CrossEntropy()).needs_teacher
     assert not objective_of(distil(importance=BOTH)).needs_sequence_ratio
 
 
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != ReverseKl()], ids=name_of)
-def test_a_sampled_token_estimates_only_the_reverse_kl(divergence):
+def test_sampled_token_supports_only_the_reverse_kl(divergence):
     with pytest.raises(ValueError, match="distil: one sampled token can only estimate reverse_kl"):
         objective_of(distil(divergence, SampledTokenSupport()))
 
 
-def test_one_term_at_most_has_a_sequence_ratio(tokens_of):
+def test_at_most_one_term_has_a_sequence_ratio(tokens_of):
     term = distil(importance=PER_SEQUENCE)
     with pytest.raises(ValueError, match="only one term"):
         objective_of(term, again=term)
@@ -564,7 +550,7 @@ def test_one_term_at_most_has_a_sequence_ratio(tokens_of):
         sampler_ratio(Table({"distil": distil()}), torch.zeros(1), tokens_of([0]), 1)
 
 
-def test_a_missing_or_misshapen_teacher_is_an_error(logits, tokens):
+def test_missing_or_misshapen_teacher_is_an_error(logits, tokens):
     with pytest.raises(ValueError, match="needs the teacher's logits"):
         objective_of(distil())(logits.student, None, tokens)
     with pytest.raises(ValueError, match=r"differ in shape: \(5, 7\) and \(5, 6\)"):

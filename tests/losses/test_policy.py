@@ -20,7 +20,7 @@ OLD, NEW = torch.tensor([0.5, 0.4, 0.2]).log(), torch.tensor([0.55, 0.9, 0.7]).l
 
 
 def expected_gradient(estimate, pair):
-    """Σ_y S_y ∇estimate(y): the expectation over the sampled token, S_y held fixed."""
+    """Σ_y S_y ∇estimate(y): the expectation over the sampled token, with S_y constant."""
     s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
     return torch.autograd.grad((s.exp().detach() * estimate(s, t)).sum(), pair.student)[0]
 
@@ -37,14 +37,14 @@ def test_golden_ratios():
     assert cap_binds(NEW, OLD, 2.0).tolist() == [False, True, True]
 
 
-def test_ratios_are_clamped_before_exp_and_carry_no_gradient():
+def test_ratios_are_clamped_before_exp_and_have_no_gradient():
     now = torch.tensor([100.0, -100.0], requires_grad=True)
     ratio = importance_ratio(now, torch.zeros(2), 1e30)
     assert_close(ratio, torch.tensor([20.0, -20.0]).exp())
     assert not ratio.requires_grad
 
 
-def test_sequence_mean_is_handed_back_to_every_token():
+def test_sequence_mean_is_returned_for_every_token():
     values, row = torch.tensor([1.0, 3.0, 10.0, 5.0]), torch.tensor([0, 0, 2, 2])
     assert sequence_mean(values, row, 3).tolist() == [2.0, 2.0, 7.5, 7.5]
     assert sequence_mean(values[:0], row[:0], 0).shape == (0,)
@@ -65,7 +65,7 @@ def test_golden_surrogate(pair):
     assert_close(grad, torch.tensor(golden, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-def test_a_bounded_surrogate_keeps_its_sign_and_its_tokens_gradient():
+def test_bounded_surrogate_has_the_sign_and_gradient_of_its_token():
     student = torch.tensor([-1.0, -2.0, -9.0], requires_grad=True)
     value = sampled_token_surrogate(student, torch.tensor([-8.0, -2.5, -1.0]), (-5.0, 4.0))
     (grad,) = torch.autograd.grad(value.sum(), student)
@@ -73,7 +73,7 @@ def test_a_bounded_surrogate_keeps_its_sign_and_its_tokens_gradient():
     assert_close(value, torch.tensor([-4.0, -1.0, 45.0]))
 
 
-def test_expected_values_are_the_reverse_kl(pair):
+def test_expected_k1_and_k3_are_the_reverse_kl(pair):
     s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
     for function in (k1, k3):
         assert_close((s.exp() * function(s, t)).sum(), reverse_kl(s, t))
@@ -89,7 +89,7 @@ def test_k1_has_no_expected_gradient(pair):
     assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
 
 
-def test_k3_pulls_by_the_forward_kl(pair):
+def test_expected_k3_gradient_is_that_of_the_forward_kl(pair):
     assert_close(expected_gradient(k3, pair), exact_gradient(forward_kl, pair))
 
 
@@ -99,7 +99,7 @@ def test_k3_is_exact_near_equality():
 
 
 @pytest.mark.parametrize("function", [sampled_token_surrogate, k1, k2, k3])
-def test_nothing_flows_to_the_teacher_and_no_argument_changes(function):
+def test_teacher_gets_no_gradient_and_no_argument_changes(function):
     s, t = OLD.clone().requires_grad_(), NEW.clone().requires_grad_()
     function(s, t).sum().backward()
     assert t.grad is None
@@ -107,7 +107,7 @@ def test_nothing_flows_to_the_teacher_and_no_argument_changes(function):
     assert (s._version, t._version) == (0, 0)
 
 
-def test_overlong_completions_lose_by_how_far_they_reach_into_the_last_tokens():
-    """Longest 20, the last 8 of them: free up to 12, then an eighth a token."""
+def test_overlong_share_grows_over_the_stretch():
+    """Limit 20, stretch 8: no penalty up to 12 tokens, then an eighth for each token."""
     lengths = torch.tensor([0, 12, 13, 16, 19, 20])
     assert overlong_share(lengths, 20, 8).tolist() == [0, 0, 0.125, 0.5, 0.875, 1]

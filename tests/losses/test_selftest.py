@@ -1,4 +1,4 @@
-"""The self-test finds each fault that a divergence can have, and nothing else."""
+"""The self-test reports each fault of a divergence, and nothing else."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ def detached_half(student, teacher):
     return (s.detach() * s).sum(-1) - 2 * (s * teacher.exp()).sum(-1)
 
 
-def blows_up_at_nothing(student, teacher):
-    """The NaN of −inf − −inf is hidden in the value, not in the gradient."""
+def nan_gradient_at_absent_token(student, teacher):
+    """The NaN of −inf − −inf shows in the gradient, not in the value."""
     entries = student.exp() * (student - teacher)
     return entries.where(student.isfinite(), 0.0).sum(-1)
 
@@ -46,21 +46,21 @@ FAULTS = {
     "has no gradient": lambda s, t: quadratic(s.detach(), t),
     "has another gradient than its value": detached_half,
     "changes with a token that neither side has": lambda s, t: quadratic(s, t) * s.shape[-1],
-    "not finite at a token that neither side has": blows_up_at_nothing,
+    "not finite at a token that neither side has": nan_gradient_at_absent_token,
     "is not 0 where student and teacher agree": lambda s, t: quadratic(s, t) + 1,
     "pulls where student and teacher agree": lambda s, t: quadratic(s, t) + s[..., 0] - t[..., 0],
 }
 
 
 @pytest.mark.parametrize(("fault", "function"), FAULTS.items())
-def test_each_fault_is_found(fault, function):
-    assert any(fault in found for found in find_problems(function))
+def test_each_fault_is_reported(fault, function):
+    assert any(fault in problem for problem in find_problems(function))
 
 
-def test_what_is_meant_can_be_said():
+def test_declared_properties_are_not_faults():
     assert list(find_problems(lambda s, t: quadratic(s, t) + 1, zero_when_equal=False)) == []
-    found = list(find_problems(detached_half, zero_when_equal=False, exact_gradient=False))
-    assert found == []
+    problems = list(find_problems(detached_half, zero_when_equal=False, exact_gradient=False))
+    assert problems == []
 
 
 GOOD = {
@@ -72,5 +72,5 @@ GOOD = {
 
 
 @pytest.mark.parametrize("function", GOOD.values(), ids=GOOD)
-def test_nothing_is_found_where_all_is_well(function):
+def test_good_divergence_has_no_problem(function):
     assert list(find_problems(function)) == []

@@ -71,16 +71,16 @@ def test_golden_gradient_of_a_dropped_remainder(pair):
 
 
 def test_tail_bucket_completes_the_distribution():
-    kept = torch.tensor([0.5, 0.3]).log()
-    assert_close(tail_bucket(kept).exp(), torch.tensor([0.5, 0.3, 0.2]))
+    top = torch.tensor([0.5, 0.3]).log()
+    assert_close(tail_bucket(top).exp(), torch.tensor([0.5, 0.3, 0.2]))
 
 
 def test_renormalize_rescales():
-    kept = torch.tensor([0.6, 0.2]).log()
-    assert_close(renormalize(kept).exp(), torch.tensor([0.75, 0.25]))
+    top = torch.tensor([0.6, 0.2]).log()
+    assert_close(renormalize(top).exp(), torch.tensor([0.75, 0.25]))
 
 
-def test_tail_bucket_of_everything_is_its_floor():
+def test_tail_bucket_of_the_full_vocabulary_is_its_floor():
     full = torch.randn(100, 50).log_softmax(-1)  # rounding puts some sums above 1
     tail = tail_bucket(full)[:, -1]
     assert torch.isfinite(tail).all()
@@ -90,7 +90,7 @@ def test_tail_bucket_of_everything_is_its_floor():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("function", [forward_kl, reverse_kl, half_jsd])
 @pytest.mark.parametrize("remainder", ["tail_bucket", "renormalize", "drop"])
-def test_the_whole_vocabulary_as_support_is_the_full_divergence(logits, dtype, function, remainder):
+def test_support_of_the_full_vocabulary_gives_the_full_divergence(logits, dtype, function, remainder):
     student = logits.student.detach().to(dtype).requires_grad_()
     s, t = student.log_softmax(-1), logits.teacher.to(dtype).log_softmax(-1)
     ids = top_k_ids(s, 7)
@@ -112,7 +112,7 @@ def test_tail_bucket_is_a_lower_bound_that_grows_with_k(logits, function):
     assert (bounds[0] < bounds[-1]).all()
 
 
-def test_the_tail_has_a_gradient(pair):
+def test_tail_bucket_has_a_gradient(pair):
     (grad,) = torch.autograd.grad(forward_kl(*over_top_k(pair, 2, "tail_bucket")), pair.student)
     s, t = pair.student.softmax(-1), pair.teacher.softmax(-1)
     outside = s[2:] * (1 - t[2:].sum() / s[2:].sum())  # ∂/∂z_v = S_v − T_tail S_v / S_tail
@@ -121,7 +121,7 @@ def test_the_tail_has_a_gradient(pair):
 
 @pytest.mark.parametrize("function", [forward_kl, reverse_kl, half_jsd])
 @pytest.mark.parametrize("remainder", REMAINDERS)
-def test_equal_distributions(logits, function, remainder):
+def test_equal_distributions_have_no_divergence_and_no_gradient(logits, function, remainder):
     s = logits.student.log_softmax(-1)
     ids = top_k_ids(s, 3)
     value = function(*on_support(s, s.detach(), ids, none_of(ids), remainder))
@@ -173,20 +173,20 @@ def test_duplicates_count_once_in_value_and_gradient(logits, function, remainder
 
 
 @pytest.mark.parametrize("rule", [tail_bucket, renormalize])
-def test_rows_without_any_entry_stay_finite_in_the_gradient(rule):
-    kept = torch.full((2, 3), NEVER, requires_grad=True)
-    p = rule(kept).exp()
+def test_rows_without_entries_have_finite_gradients(rule):
+    logprobs = torch.full((2, 3), NEVER, requires_grad=True)
+    p = rule(logprobs).exp()
     p.sum().backward()
     assert_close(p[:, :3], torch.zeros(2, 3))
-    assert_close(kept.grad, torch.zeros(2, 3))
+    assert_close(logprobs.grad, torch.zeros(2, 3))
 
 
-def test_no_argument_changes_and_choosing_has_no_gradient(pair):
+def test_support_changes_no_argument_and_its_ids_have_no_gradient(pair):
     s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
     ids, duplicate = union_ids(top_k_ids(s, 2), top_k_ids(t, 2))
-    given = (s, t, ids, duplicate)
-    versions = [x._version for x in given]
+    arguments = (s, t, ids, duplicate)
+    versions = [x._version for x in arguments]
     for remainder in REMAINDERS:
-        on_support(*given, remainder)
-    assert [x._version for x in given] == versions
+        on_support(*arguments, remainder)
+    assert [x._version for x in arguments] == versions
     assert not ids.requires_grad

@@ -1,4 +1,4 @@
-"""Advantages and the clipped surrogate, against numbers known beforehand and plain loops."""
+"""Advantages and the clipped surrogate, against golden values and plain loops."""
 
 import math
 import statistics
@@ -30,9 +30,6 @@ def doubles(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-# ── advantages ────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
     ("scale", "eps", "right", "wrong"), [("none", 1e-4, 0.75, -0.25), ("group_std", 1e-4, 1.619835, -0.539945)]
 )
@@ -44,36 +41,36 @@ def test_golden_advantages(scale, eps, right, wrong):
 
 @pytest.mark.parametrize("baseline", ["group_mean", "none"])
 @pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])
-def test_advantages_against_loops(baseline, scale):
+def test_advantages_match_loops(baseline, scale):
     rewards = [0.3, 2.0, -1.0, 0.3, 5.0, 0.1, 0.1, 0.1, 7.0, 1.5]
-    group = [9, 4, 9, 4, 4, 2, 2, 2, 100, 9]  # not together, not counted from 0; one alone, one alike
+    group = [9, 4, 9, 4, 4, 2, 2, 2, 100, 9]  # not contiguous, not from 0; one group of one, one with equal rewards
     expected = []
     for r, g in zip(rewards, group, strict=True):
         own = [x for x, h in zip(rewards, group, strict=True) if h == g]
-        alike = max(own) == min(own)
+        equal = max(own) == min(own)
         value = r - statistics.mean(own) if baseline == "group_mean" else r
-        if alike and (baseline == "group_mean" or scale == "group_std"):
+        if equal and (baseline == "group_mean" or scale == "group_std"):
             expected.append(0.0)
         elif scale == "none":
             expected.append(value)
         else:
             std = statistics.stdev(own if scale == "group_std" else rewards)
             expected.append(value / (std + 0.01))
-    found = group_advantages(doubles(*rewards), torch.tensor(group), baseline, scale, 0.01)
-    assert_close(found, doubles(*expected))
+    actual = group_advantages(doubles(*rewards), torch.tensor(group), baseline, scale, 0.01)
+    assert_close(actual, doubles(*expected))
 
 
 @pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1e6 / 3, -2.7])
 @pytest.mark.parametrize("size", [1, 3, 7])
-def test_equal_rewards_are_exactly_at_zero(scale, value, size):
-    """Three times 0.1 has a mean that is not quite 0.1: divided by a tiny eps that would count."""
+def test_equal_rewards_have_zero_advantage_exactly(scale, value, size):
+    """The mean of three times 0.1 is not exactly 0.1; divided by a tiny eps, the difference would show."""
     rewards, group = torch.full((size,), value), torch.zeros(size, dtype=torch.long)
     advantages = group_advantages(rewards, group, "group_mean", scale, 1e-12)
     assert torch.equal(advantages, torch.zeros(size))
 
 
-def test_a_group_of_one_without_a_baseline_keeps_its_reward():
+def test_group_of_one_without_baseline_keeps_its_reward():
     rewards, group = torch.tensor([3.0, -1.0]), torch.tensor([0, 1])
     assert torch.equal(group_advantages(rewards, group, "none", "none", 1e-4), rewards)
     assert not group_advantages(rewards, group, "none", "group_std", 1e-4).any()
@@ -81,43 +78,40 @@ def test_a_group_of_one_without_a_baseline_keeps_its_reward():
     assert_close(scaled, rewards / math.sqrt(8))
 
 
-def test_a_batch_of_equal_rewards_has_no_scaled_advantage():
+def test_batch_of_equal_rewards_has_no_scaled_advantage():
     assert not group_advantages(torch.ones(4), torch.arange(4), "none", "batch_std", 1e-4).any()
 
 
-def test_a_missing_reward_is_not_hidden():
+def test_nan_reward_stays_visible():
     rewards = torch.tensor([1.0, math.nan, 0.0])
     for scale in ("none", "group_std"):
-        found = group_advantages(rewards, torch.tensor([0, 0, 1]), "group_mean", scale, 1e-4)
-        assert found.isnan().tolist() == [True, True, False]
+        advantages = group_advantages(rewards, torch.tensor([0, 0, 1]), "group_mean", scale, 1e-4)
+        assert advantages.isnan().tolist() == [True, True, False]
 
 
 def test_golden_scaled_advantages():
     """reference/methods.md §5.9: RLSD at A = −1, share ½, clip 0.8 … 1.2."""
-    found = scaled_advantages(doubles(-1, -1, -1), doubles(0.5, -0.5, 2), 0.5, 0.2, 0.2)
-    assert_close(found, doubles(-0.9, -1.1, -0.9))
-    still = doubles(2.0, -3.0, 0.0)
-    assert_close(scaled_advantages(still, doubles(9, -9, 4), 0.0, 0.2, 0.2), still)
-    assert_close(scaled_advantages(still, doubles(0, 0, 0), 1.0, 0.2, 0.2), still)
-    assert_close(scaled_advantages(still, doubles(1, 1, 1), 1.0, 0.2, 0.2), doubles(2.4, -2.4, 0))
+    scaled = scaled_advantages(doubles(-1, -1, -1), doubles(0.5, -0.5, 2), 0.5, 0.2, 0.2)
+    assert_close(scaled, doubles(-0.9, -1.1, -0.9))
+    unscaled = doubles(2.0, -3.0, 0.0)
+    assert_close(scaled_advantages(unscaled, doubles(9, -9, 4), 0.0, 0.2, 0.2), unscaled)
+    assert_close(scaled_advantages(unscaled, doubles(0, 0, 0), 1.0, 0.2, 0.2), unscaled)
+    assert_close(scaled_advantages(unscaled, doubles(1, 1, 1), 1.0, 0.2, 0.2), doubles(2.4, -2.4, 0))
 
 
-def test_no_rewards_no_advantages():
+def test_no_rewards_give_no_advantages():
     none = torch.zeros(0, dtype=torch.long)
     for scale in ("none", "group_std", "batch_std"):
         assert group_advantages(torch.zeros(0), none, "group_mean", scale, 1e-4).shape == (0,)
 
 
-def test_the_order_of_rollouts_does_not_matter():
+def test_rollout_order_changes_nothing():
     rewards, group = torch.arange(6.0).square(), torch.tensor([0, 1, 0, 1, 0, 2])
     order = torch.tensor([4, 2, 5, 0, 3, 1])
     for scale in ("none", "group_std", "batch_std"):
-        found = group_advantages(rewards, group, "group_mean", scale, 1e-4)
-        mixed = group_advantages(rewards[order], group[order], "group_mean", scale, 1e-4)
-        assert_close(mixed, found[order])
-
-
-# ── the surrogate ─────────────────────────────────────────────────────────────────────────────
+        advantages = group_advantages(rewards, group, "group_mean", scale, 1e-4)
+        reordered = group_advantages(rewards[order], group[order], "group_mean", scale, 1e-4)
+        assert_close(reordered, advantages[order])
 
 
 def by_hand(ratio, advantage, low, high, dual):
@@ -131,7 +125,7 @@ CLIPS = [(0.2, 0.2, None), (0.2, 0.28, 3.0), (3e-4, 4e-4, None), (INF, INF, None
 
 
 @pytest.mark.parametrize(("low", "high", "dual"), CLIPS)
-def test_the_surrogate_and_its_gradient_by_hand(naive, low, high, dual):
+def test_surrogate_and_gradient_by_hand(naive, low, high, dual):
     for advantage in (-1.5, 0.0, 0.7):
         for ratio in (0.01, 0.5, 0.79, 0.81, 0.9999, 1.0, 1.0003, 1.19, 1.29, 1.9, 2.5, 9.0):
 
@@ -147,8 +141,8 @@ def test_the_surrogate_and_its_gradient_by_hand(naive, low, high, dual):
 
 @pytest.mark.parametrize("advantage", [-2.0, 2.0])
 @pytest.mark.parametrize("edge", [0.5, 1.5])
-def test_at_its_very_bounds_the_clip_does_not_bind(edge, advantage):
-    """Half an ulp outside there is no gradient, at the bound there is."""
+def test_clip_does_not_bind_at_its_bounds(edge, advantage):
+    """The clip binds one ulp outside its bound, not at the bound."""
     for ratio, inside in [
         (edge, True),
         (math.nextafter(edge, 1.0), True),
@@ -159,7 +153,7 @@ def test_at_its_very_bounds_the_clip_does_not_bind(edge, advantage):
         assert above.item() == (not inside and edge > 1 and advantage > 0)
 
 
-def test_a_clip_of_nothing_binds_on_either_side_of_one_only():
+def test_clip_of_zero_binds_on_one_side_of_one():
     log_ratio = doubles(-1e-9, 0.0, 1e-9).requires_grad_()
     for advantage, slopes in [(1.0, [1, 1, 0]), (-1.0, [0, 1, 1])]:
         loss = clipped_surrogate(log_ratio, torch.full_like(log_ratio, advantage), 0.0, 0.0)
@@ -167,7 +161,7 @@ def test_a_clip_of_nothing_binds_on_either_side_of_one_only():
         assert_close(grad, -advantage * doubles(*slopes))
 
 
-def test_the_dual_clip_bounds_a_bad_tokens_loss():
+def test_dual_clip_bounds_the_loss_of_a_bad_token():
     log_ratio = doubles(2.0, 4.0, 5.0).log().requires_grad_()
     loss = clipped_surrogate(log_ratio, doubles(-1.0, -1.0, 1.0), 0.2, 0.2, 3.0)
     (grad,) = torch.autograd.grad(loss.sum(), log_ratio)
@@ -175,7 +169,7 @@ def test_the_dual_clip_bounds_a_bad_tokens_loss():
     assert_close(grad, doubles(2.0, 0.0, 0.0))
 
 
-def test_no_advantage_no_gradient():
+def test_zero_advantage_has_no_gradient():
     log_ratio = doubles(-9.0, -0.1, 0.0, 0.5, 30.0).requires_grad_()
     for clip in CLIPS:
         loss = clipped_surrogate(log_ratio, torch.zeros_like(log_ratio), *clip)
@@ -184,7 +178,7 @@ def test_no_advantage_no_gradient():
         assert not grad.any()
 
 
-def test_the_surrogate_changes_no_argument_and_reaches_no_advantage():
+def test_surrogate_changes_no_argument_and_advantages_get_no_gradient():
     log_ratio, advantages = torch.randn(2, 5).unbind()
     log_ratio.requires_grad_()
     advantages.requires_grad_()
@@ -201,9 +195,6 @@ def test_ratios_stay_finite():
     assert torch.equal(log_ratio.grad, torch.zeros(4))
 
 
-# ── the sequence ratio ────────────────────────────────────────────────────────────────────────
-
-
 def sequence_log_ratio(now, then, row, rows):
     return own_gradient(sequence_mean((now - then).detach(), row, rows), now)
 
@@ -215,8 +206,8 @@ def test_golden_sequence_ratio():
 
 
 @pytest.mark.parametrize("clip", [(INF, INF, None), (0.05, 0.05, None), (0.02, 0.3, 1.2)])
-def test_the_sequence_ratios_gradient_is_the_true_one(naive, clip):
-    """Own gradients, summed over a sequence, are the gradient of the ratio of the whole sequence.
+def test_sequence_ratio_gradient_matches_brute_force(naive, clip):
+    """Token gradients, summed over a sequence, are the gradient of the sequence's ratio.
 
     Brute force: Σ_i w_i |y_i| L(s_i, A_i) with s_i = exp(mean_t(now − then)) differentiated through every token.
     """
@@ -225,7 +216,7 @@ def test_the_sequence_ratios_gradient_is_the_true_one(naive, clip):
     then = [-1.3, -1.9, -0.6, -1.5, -2.9, -0.4]
     advantage, weight = [1.0, 9.0, -0.5, -2.0], [0.3, 9.0, 0.5, 0.25]
 
-    def whole(now):
+    def sequence_loss(now):
         loss = 0.0
         for i in range(4):
             own = [n - t for n, t, r in zip(now, then, row, strict=True) if r == i]
@@ -234,69 +225,67 @@ def test_the_sequence_ratios_gradient_is_the_true_one(naive, clip):
                 loss += weight[i] * len(own) * by_hand(ratio, advantage[i], *clip)
         return loss
 
-    place, x = torch.tensor(row), doubles(*now).requires_grad_()
-    log_ratio = sequence_log_ratio(x, doubles(*then), place, 4)
-    token_loss = clipped_surrogate(log_ratio, doubles(*advantage)[place], *clip)
-    loss = (doubles(*weight)[place] * token_loss).sum()
+    rows, x = torch.tensor(row), doubles(*now).requires_grad_()
+    log_ratio = sequence_log_ratio(x, doubles(*then), rows, 4)
+    token_loss = clipped_surrogate(log_ratio, doubles(*advantage)[rows], *clip)
+    loss = (doubles(*weight)[rows] * token_loss).sum()
     (grad,) = torch.autograd.grad(loss, x)
-    # A token's own gradient stands for its share of the sequence's: only their sums can be compared …
-    sums = torch.zeros(4, dtype=torch.float64).index_add(0, place, grad)
-    slopes = doubles(*naive.slope(whole, now))
-    assert loss.item() == pytest.approx(whole(now), abs=1e-12)
-    assert_close(sums, torch.zeros_like(sums).index_add(0, place, slopes), atol=1e-8, rtol=0)
-    # … and here every token's is equal, as the ratio is one number.
+    # A token's gradient stands for its share of the sequence's, so the sums must agree …
+    sums = torch.zeros(4, dtype=torch.float64).index_add(0, rows, grad)
+    slopes = doubles(*naive.slope(sequence_loss, now))
+    assert loss.item() == pytest.approx(sequence_loss(now), abs=1e-12)
+    assert_close(sums, torch.zeros_like(sums).index_add(0, rows, slopes), atol=1e-8, rtol=0)
+    # … and here every token's must too, because the ratio is one number.
     assert_close(grad, slopes, atol=1e-8, rtol=0)
 
 
-def test_own_gradient_has_the_value_and_the_tokens_gradient():
+def test_own_gradient_keeps_the_value_and_the_tokens_gradient():
     now = doubles(-1.0, -2.0).requires_grad_()
     value = own_gradient(doubles(5.0, 7.0).requires_grad_(), now)
     assert torch.equal(value, doubles(5.0, 7.0))
     assert torch.equal(torch.autograd.grad(value.sum(), now)[0], doubles(1.0, 1.0))
 
 
-# ── what they are in expectation ──────────────────────────────────────────────────────────────
-
-
 def expected_gradient(token_loss, pair, drawn_from=None):
-    """Σ_y p_y ∇ℓ(y), p held fixed: the student itself unless said otherwise."""
+    """Σ_y p_y ∇ℓ(y) with p constant: the student's distribution unless `drawn_from` is given."""
     s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
     p = s.exp().detach() if drawn_from is None else drawn_from.exp()
     return torch.autograd.grad((p * token_loss(s, t)).sum(), pair.student)[0]
 
 
-def exact(divergence, pair):
+def exact_gradient(divergence, pair):
     value = divergence(pair.student.log_softmax(-1), pair.teacher.log_softmax(-1))
     return torch.autograd.grad(value, pair.student)[0]
 
 
-def test_the_log_ratio_as_an_advantage_is_the_reverse_kl(pair):
+def test_log_ratio_advantage_gives_the_reverse_kl_gradient(pair):
     def surrogate(s, t):
         return clipped_surrogate(s - s.detach(), (t - s).detach(), 0.2, 0.2)
 
-    assert_close(expected_gradient(surrogate, pair), exact(reverse_kl, pair))
+    assert_close(expected_gradient(surrogate, pair), exact_gradient(reverse_kl, pair))
 
 
-def test_only_k2_has_the_gradient_of_the_kl_to_the_reference(pair):
-    wanted = exact(reverse_kl, pair)
-    assert_close(expected_gradient(k2, pair), wanted)
-    assert_close(expected_gradient(k1, pair), torch.zeros_like(wanted), atol=1e-12, rtol=0)
-    assert_close(expected_gradient(k3, pair), exact(forward_kl, pair))
-    assert (exact(forward_kl, pair) - wanted).abs().max() > 0.05
+def test_only_k2_has_the_gradient_of_the_reference_kl(pair):
+    expected = exact_gradient(reverse_kl, pair)
+    assert_close(expected_gradient(k2, pair), expected)
+    assert_close(expected_gradient(k1, pair), torch.zeros_like(expected), atol=1e-12, rtol=0)
+    assert_close(expected_gradient(k3, pair), exact_gradient(forward_kl, pair))
+    assert (exact_gradient(forward_kl, pair) - expected).abs().max() > 0.05
 
 
-def test_the_ratio_makes_old_samples_those_of_now(pair):
-    """E over old samples of ∇(−ρA) is −∇ Σ_y S_y A_y, whatever A."""
+def test_importance_ratio_corrects_old_samples(pair):
+    """E over old samples of ∇(−ρA) is −∇ Σ_y S_y A_y for any A."""
     old = doubles(0.5, -1, 0.3, 0.2, 1, 0).log_softmax(-1)
-    worth = doubles(1.0, -2.0, 0.5, 3.0, 0.0, -1.0)
-    found = expected_gradient(lambda s, _t: clipped_surrogate(s - old, worth), pair, old)
-    gain = (pair.student.softmax(-1) * worth).sum()
-    assert_close(found, -torch.autograd.grad(gain, pair.student)[0])
+    advantages = doubles(1.0, -2.0, 0.5, 3.0, 0.0, -1.0)
+    actual = expected_gradient(lambda s, _t: clipped_surrogate(s - old, advantages), pair, old)
+    expected_advantage = (pair.student.softmax(-1) * advantages).sum()
+    assert_close(actual, -torch.autograd.grad(expected_advantage, pair.student)[0])
 
 
-def test_a_constant_baseline_changes_no_expected_gradient(pair):
-    worth = doubles(1.0, -2.0, 0.5, 3.0, 0.0, -1.0)
-    plain, moved = (
-        expected_gradient(lambda s, _t, a=a: clipped_surrogate(s - s.detach(), a), pair) for a in (worth, worth - 7.0)
+def test_constant_baseline_changes_no_expected_gradient(pair):
+    advantages = doubles(1.0, -2.0, 0.5, 3.0, 0.0, -1.0)
+    plain, shifted = (
+        expected_gradient(lambda s, _t, a=a: clipped_surrogate(s - s.detach(), a), pair)
+        for a in (advantages, advantages - 7.0)
     )
-    assert_close(plain, moved)
+    assert_close(plain, shifted)

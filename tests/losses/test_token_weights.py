@@ -17,25 +17,22 @@ def long(*values):
     return torch.tensor(values, dtype=torch.long)
 
 
-# ── golden figures: reference/methods.md §5.9 ─────────────────────────────────────────────────
-
-
 def test_position_golden():
-    found = sigmoid_ramp(f64(0.1, 0.3, 0.6, 1.0), smallest=0.25, middle=0.30, width=0.10)
-    assert_close(found, f64(0.339402, 0.625, 0.964431, 0.999317), atol=1e-6, rtol=0)
+    weights = sigmoid_ramp(f64(0.1, 0.3, 0.6, 1.0), smallest=0.25, middle=0.30, width=0.10)
+    assert_close(weights, f64(0.339402, 0.625, 0.964431, 0.999317), atol=1e-6, rtol=0)
 
 
 def test_teacher_entropy_golden():
-    found = entropy_weight(f64(0.1, 1.0, 2.0), rate=1.0)
-    assert_close(found, f64(1.927849, 0.783805, 0.288346), atol=1e-6, rtol=0)
+    weights = entropy_weight(f64(0.1, 1.0, 2.0), rate=1.0)
+    assert_close(weights, f64(1.927849, 0.783805, 0.288346), atol=1e-6, rtol=0)
 
 
 def test_drift_golden():
-    found = drift(f64(-0.1, -2.0, 0.5, -0.4), long(0, 0, 0, 0), rows=1, strength=0.5)
-    assert_close(found, f64(1.5, 1.483333, 1.15, 1.066667), atol=1e-6, rtol=0)
+    weights = drift(f64(-0.1, -2.0, 0.5, -0.4), long(0, 0, 0, 0), rows=1, strength=0.5)
+    assert_close(weights, f64(1.5, 1.483333, 1.15, 1.066667), atol=1e-6, rtol=0)
 
 
-def test_half_solved_by_hand():
+def test_pass_rate_variance_by_hand():
     assert_close(pass_rate_variance(f64(0.0, 0.25, 0.5, 1.0), 0.5), f64(0, math.sqrt(3) / 4, 0.5, 0))
     assert_close(pass_rate_variance(f64(0.25), 1.0), f64(0.1875))
 
@@ -51,31 +48,26 @@ def test_perplexity_by_hand():
     assert_close(perplexity(logprobs, row, long(5, 5, 9), 1.0), expected)
 
 
-# ── the share with the largest values ─────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize(
-    ("count", "share", "kept"),
+    ("count", "share", "expected"),
     [(10, 0.2, 2), (7, 0.2, 2), (30, 0.1, 3), (1, 0.01, 1), (5, 1.0, 5), (0, 0.5, 0), (3, 1 / 3, 1)],
 )
-def test_the_number_of_tokens_is_exact(count, share, kept):
+def test_top_share_selects_an_exact_number_of_tokens(count, share, expected):
     draw = torch.Generator().manual_seed(count)
     values = torch.rand(count, generator=draw)
     chosen = top_share(values, share)
-    assert chosen.sum() == kept
-    if 0 < kept < count:
+    assert chosen.sum() == expected
+    if 0 < expected < count:
         assert values[chosen].min() > values[~chosen].max()
 
 
-def test_of_equal_values_the_first_count():
+def test_top_share_prefers_the_first_of_equal_values():
     assert top_share(f64(1, 2, 1, 2, 2), 0.4).tolist() == [False, True, False, True, False]
     assert top_share(f64(3, 3, 3), 0.3).tolist() == [True, False, False]
 
 
-# ── against loops ─────────────────────────────────────────────────────────────────────────────
-
 LENGTHS = [3, 0, 1, 4]
-owner = long(*(i for i, n in enumerate(LENGTHS) for _ in range(n)))
+row_of_token = long(*(i for i, n in enumerate(LENGTHS) for _ in range(n)))
 
 
 @pytest.fixture
@@ -85,40 +77,37 @@ def values():
 
 
 def by_row(values):
-    return [values[owner == i].tolist() for i in range(len(LENGTHS))]
+    return [values[row_of_token == i].tolist() for i in range(len(LENGTHS))]
 
 
-def test_drift_is_a_loop_over_each_sequence(values):
+def test_drift_matches_a_loop_over_each_sequence(values):
     expected = []
     for gaps in by_row(values):
         for t in range(len(gaps)):
             share = sum(map(abs, gaps[:t])) / sum(map(abs, gaps))
             expected.append(1 + 0.7 * (1 - share))
-    assert_close(drift(values, owner, len(LENGTHS), 0.7), f64(*expected))
+    assert_close(drift(values, row_of_token, len(LENGTHS), 0.7), f64(*expected))
 
 
 @pytest.mark.parametrize("power", [1.0, -2.0, 0.0])
-def test_perplexity_is_a_loop_over_each_group(values, power):
+def test_perplexity_matches_a_loop_over_each_group(values, power):
     groups = [4, 4, 4, 1]
-    worth = [math.exp(-sum(x) / len(x)) ** power if x else None for x in by_row(values)]
+    powers = [math.exp(-sum(x) / len(x)) ** power if x else None for x in by_row(values)]
     expected = []
     for i, tokens in enumerate(by_row(values)):
-        peers = [w for w, g in zip(worth, groups, strict=True) if g == groups[i] and w is not None]
-        expected += [worth[i] / (sum(peers) / len(peers)) for _ in tokens]
-    assert_close(perplexity(values, owner, long(*groups), power), f64(*expected))
+        peers = [w for w, g in zip(powers, groups, strict=True) if g == groups[i] and w is not None]
+        expected += [powers[i] / (sum(peers) / len(peers)) for _ in tokens]
+    assert_close(perplexity(values, row_of_token, long(*groups), power), f64(*expected))
 
 
-def test_weights_over_a_mean_have_mean_one(values):
+def test_weights_divided_by_a_mean_have_mean_one(values):
     assert entropy_weight(values.abs(), 2.0).mean() == pytest.approx(1)
-    weights = perplexity(values, owner, long(0, 0, 0, 0), 1.0)
-    each = [weights[owner == i][0].item() for i in (0, 2, 3)]
-    assert sum(each) / 3 == pytest.approx(1)
+    weights = perplexity(values, row_of_token, long(0, 0, 0, 0), 1.0)
+    row_weights = [weights[row_of_token == i][0].item() for i in (0, 2, 3)]
+    assert sum(row_weights) / 3 == pytest.approx(1)
 
 
-# ── edges ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_nothing_gives_nothing():
+def test_no_tokens_give_no_weights():
     none, no_rows = f64(), long()
     assert entropy_weight(none, 1.0).shape == (0,)
     assert drift(none, no_rows, 2, 0.5).shape == (0,)
@@ -130,16 +119,16 @@ def test_nothing_gives_nothing():
 
 def test_large_numbers_stay_finite():
     assert_close(entropy_weight(f64(1e4, 2e4), 10.0), f64(2.0, 0.0))
-    far = perplexity(f64(-1e4, -2e4), long(0, 1), long(0, 0), -1.0)
-    assert_close(far, f64(2.0, 0.0))
+    weights = perplexity(f64(-1e4, -2e4), long(0, 1), long(0, 0), -1.0)
+    assert_close(weights, f64(2.0, 0.0))
 
 
-def test_without_any_gap_no_token_weighs_less_than_another():
+def test_drift_without_gaps_gives_equal_weights():
     assert drift(f64(0, 0, 1), long(0, 0, 1), 2, 0.5).tolist() == [1.5, 1.5, 1.5]
 
 
-def test_inputs_stay_as_they_are(values):
+def test_weights_change_no_input(values):
     before = values.clone()
-    entropy_weight(values, 1.0), drift(values, owner, 4, 1.0), top_share(values, 0.5)
-    perplexity(values, owner, long(0, 0, 1, 1), 1.0)
+    entropy_weight(values, 1.0), drift(values, row_of_token, 4, 1.0), top_share(values, 0.5)
+    perplexity(values, row_of_token, long(0, 0, 1, 1), 1.0)
     assert torch.equal(values, before)

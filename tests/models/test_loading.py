@@ -1,4 +1,4 @@
-"""Model folders that cannot be used: what is said of them."""
+"""Errors for model folders that cannot be used."""
 
 import json
 import shutil
@@ -28,10 +28,10 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize(("file", "how"), DAMAGED)
-def test_a_damaged_file_of_a_model_is_no_traceback(tiny_folder, tmp_path, file, how):
+@pytest.mark.parametrize(("file", "damage"), DAMAGED)
+def test_damaged_model_file_is_reported(tiny_folder, tmp_path, file, damage):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    content = DAMAGED[file, how]
+    content = DAMAGED[file, damage]
     if isinstance(content, dict):
         content = json.dumps(json.loads((folder / file).read_text()) | content)
     (folder / file).write_text(content)
@@ -49,7 +49,7 @@ def open_all(spec, folder):
     load_model(spec, folder, seed=0)
 
 
-def test_what_is_no_fault_of_a_file_is_passed_on():
+def test_errors_outside_a_file_are_passed_on():
     class OutOfMemoryError(RuntimeError):
         pass
 
@@ -59,7 +59,7 @@ def test_what_is_no_fault_of_a_file_is_passed_on():
         assert caught.value is error
 
 
-def test_a_model_without_the_attention_kernel_is_pointed_at_another(tmp_path):
+def test_model_without_the_attention_kernel_gets_a_hint(tmp_path):
     spec = make_spec(build(tmp_path / "bloom", "bloom")).model
     with pytest.raises(BadData, match="the model has no sdpa attention") as caught:
         load_model(spec, str(tmp_path / "bloom"), seed=0)

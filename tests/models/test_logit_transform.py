@@ -1,4 +1,4 @@
-"""What models compute from head × hidden: measured, applied in every loss, or refused."""
+"""What a model computes from head × hidden is measured and applied in every loss, or refused."""
 
 import pytest
 import torch
@@ -94,25 +94,25 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_transform_gives_the_models_own_logits(name, dtype):
+def test_transform_gives_the_models_logits(name, dtype):
     make, scale, softcap = MODELS[name]
     weights = Weights(make().to(dtype))
     with torch.no_grad():
-        weights.head.mul_(5)  # that a softcap shows
+        weights.head.mul_(5)  # so that a softcap has an effect
     assert weights.transform.scale == pytest.approx(scale, rel=1e-6)
     assert weights.transform.softcap == (softcap and pytest.approx(softcap, rel=1e-6))
     ids = tuple(range(3, 30))
     with torch.no_grad():
-        own = weights.model(torch.tensor([ids])).logits[0, 3:-1]
+        expected = weights.model(torch.tensor([ids])).logits[0, 3:-1]
         batch = pad_sequences([ids[:4]], [ids[4:]], [range(len(ids) - 4)], 0, CPU)
         scores = weights.scores(batch)
-        found = scores.transform(scores.hidden @ scores.head.T)
-    loose = {"atol": 0.2, "rtol": 0.05} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(found, own, **loose)
+        actual = scores.transform(scores.hidden @ scores.head.T)
+    tolerance = {"atol": 0.2, "rtol": 0.05} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(actual, expected, **tolerance)
 
 
 class Changed(transformers.LlamaForCausalLM):
-    """A model whose forward pass does something of its own."""
+    """A model with its own forward pass."""
 
     def forward(self, input_ids, **_):
         return transformers.modeling_outputs.CausalLMOutput(
@@ -139,7 +139,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("message", CHANGES)
-def test_what_cannot_be_expressed_is_refused(message):
+def test_transform_that_cannot_be_expressed_is_refused(message):
     causal = build("Llama")
     causal.__class__ = type("Own", (Changed,), {"compute": CHANGES[message]})
     with pytest.raises(BadData) as caught:
@@ -147,14 +147,14 @@ def test_what_cannot_be_expressed_is_refused(message):
     assert message in caught.value.message
 
 
-def test_a_head_that_is_not_linear_is_refused():
+def test_nonlinear_head_is_refused():
     causal = build("Llama")
     causal.lm_head.register_forward_hook(lambda _module, _args, output: output.relu())
     with pytest.raises(BadData, match="not linear"):
         measure_transform(causal)
 
 
-def test_measuring_leaves_the_model_as_it_was():
+def test_measuring_changes_no_model():
     causal = build("Gemma4", NESTED)
     ids = torch.arange(2, 12)[None]
     before = causal(ids).logits
@@ -180,37 +180,37 @@ def own_logprobs(causal, rollout_, prompt):
 
 
 @pytest.mark.parametrize("name", ["nested softcap", "divided", "bias"])
-def test_a_step_sees_the_logits_that_the_sampler_drew_from(open_tiny, folders, name):
-    world = open_tiny(make_spec(folders / name, rollout=rollout(completions_per_prompt=2)))
-    rollouts = rollouts_of(world)
+def test_step_uses_the_logits_of_the_sampler(open_tiny, folders, name):
+    trainer = open_tiny(make_spec(folders / name, rollout=rollout(completions_per_prompt=2)))
+    rollouts = rollouts_of(trainer)
     expected = []
-    for each in rollouts:
-        student = own_logprobs(world.models.student.causal, each, each.prompt_ids)
-        teacher = own_logprobs(world.models.teacher.weights.causal, each, each.teacher_prompt_ids)
+    for one in rollouts:
+        student = own_logprobs(trainer.models.student.causal, one, one.prompt_ids)
+        teacher = own_logprobs(trainer.models.teacher.weights.causal, one, one.teacher_prompt_ids)
         expected.append((teacher.exp() * (teacher - student)).sum(-1))
-    measured = compute_token_statistics(world, rollouts, {"student_logprobs"})
-    for each in measured:
-        found = torch.tensor(each.token_statistics["student_logprobs"])
-        torch.testing.assert_close(found, torch.tensor(each.sampler_logprobs), atol=1e-4, rtol=1e-4)
-    found = train_step(world, rollouts).metrics
-    assert found["loss"] == pytest.approx(float(torch.cat(expected).mean()), rel=1e-3)
+    measured = compute_token_statistics(trainer, rollouts, {"student_logprobs"})
+    for one in measured:
+        metrics = torch.tensor(one.token_statistics["student_logprobs"])
+        torch.testing.assert_close(metrics, torch.tensor(one.sampler_logprobs), atol=1e-4, rtol=1e-4)
+    metrics = train_step(trainer, rollouts).metrics
+    assert metrics["loss"] == pytest.approx(float(torch.cat(expected).mean()), rel=1e-3)
 
 
-def test_a_trained_bias_moves_alike_in_pieces(open_tiny, folders):
-    found = []
+def test_bias_trains_equally_when_sharded(open_tiny, folders):
+    biases = []
     for stage in (0, 3):
         spec = make_spec(folders / "bias", training=training(zero_stage=stage))
-        world = open_tiny(spec)
-        name = next(n for n, _ in world.learner.masters() if n.endswith("lm_head.bias"))
-        before = masters(world)[name]
-        advance(world, 2)
-        after = masters(world)[name]
+        trainer = open_tiny(spec)
+        name = next(n for n, _ in trainer.learner.masters() if n.endswith("lm_head.bias"))
+        before = masters(trainer)[name]
+        advance(trainer, 2)
+        after = masters(trainer)[name]
         assert (after != before).all()
-        found.append(after)
-    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+        biases.append(after)
+    torch.testing.assert_close(biases[0], biases[1], atol=1e-5, rtol=1e-4)
 
 
-def test_an_external_model_is_measured_and_blamed_by_its_key(open_tiny, tiny_folder, folders, monkeypatch):
+def test_transform_error_of_a_model_names_its_key(open_tiny, tiny_folder, folders, monkeypatch):
     def refuse(causal):
         if causal.config.model_type == "granite":
             raise BadData("refused")

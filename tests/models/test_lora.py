@@ -1,4 +1,4 @@
-"""Adapters: the loss reaches each, merged weights act as they do, and targets that cannot work are refused."""
+"""Adapters: the loss reaches each, merged weights are equivalent, and unsuitable targets are refused."""
 
 import families
 import pytest
@@ -23,13 +23,13 @@ def attention(family):
     return "eager" if family in families.EAGER else "sdpa"
 
 
-def opened(folder, family="llama", targets="all-linear", lora=True):
+def open_weights(folder, family="llama", targets="all-linear", lora=True):
     spec = model(folder, lora=evolve(LORA, target_modules=targets) if lora else None)
     return Weights(load_model(evolve(spec, attn_implementation=attention(family)), str(folder), 5))
 
 
-def moved(weights):
-    """The same weights, every factor of the adapter random."""
+def randomize_adapters(weights):
+    """Set every adapter factor to random numbers; returns `weights`."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in weights.model.parameters():
@@ -39,42 +39,42 @@ def moved(weights):
 
 
 @torch.no_grad()
-def states(weights):
+def hidden_states(weights):
     return weights.hidden(probes.probe_sequence(weights, CPU))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_merged_weights_teachers_and_saved_adapters_follow_what_is_attached(family, tmp_path):
+def test_merged_weights_teachers_and_saved_adapters_are_equivalent(family, tmp_path):
     from peft import PeftModel
 
     folder = families.build(tmp_path / family, family)
-    student = opened(folder, family)
-    start = states(student)
+    student = open_weights(folder, family)
+    start = hidden_states(student)
     adapters.check(student, CPU, 0)
-    assert torch.equal(states(student), start)  # the check leaves no trace
-    plain = opened(folder, family, lora=False)
-    assert torch.equal(states(plain), start)
-    moved(student)
-    own = states(student)
-    assert probes.relative_difference(own, start) > 0.1
+    assert torch.equal(hidden_states(student), start)  # the check changes nothing
+    plain = open_weights(folder, family, lora=False)
+    assert torch.equal(hidden_states(plain), start)
+    randomize_adapters(student)
+    adapted = hidden_states(student)
+    assert probes.relative_difference(adapted, start) > 0.1
 
-    def opened_teacher(spec):
+    def open_teacher_weights(spec):
         return open_teacher(spec, student, None, None).weights
 
-    torch.testing.assert_close(states(opened_teacher(EmaWeights(update_rate=0.1))), own)
-    assert torch.equal(states(opened_teacher(FrozenWeights())), start)
+    torch.testing.assert_close(hidden_states(open_teacher_weights(EmaWeights(update_rate=0.1))), adapted)
+    assert torch.equal(hidden_states(open_teacher_weights(FrozenWeights())), start)
     merged = dict(student.named_tensors())
     assert set(merged) == set(dict(plain.causal.named_parameters()))
     plain.causal.load_state_dict(merged, strict=False)
-    torch.testing.assert_close(states(plain), own, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(hidden_states(plain), adapted, rtol=1e-3, atol=1e-3)
     student.model.save_pretrained(tmp_path / "adapter", selected_adapters=["default"])
-    base = opened(folder, family, lora=False)
+    base = open_weights(folder, family, lora=False)
     reread = PeftModel.from_pretrained(base.causal, tmp_path / "adapter").eval()
-    torch.testing.assert_close(states(Weights(reread)), own)
+    torch.testing.assert_close(hidden_states(Weights(reread)), adapted)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
-def test_a_run_with_experts_trains_each_kind_of_adapter_and_saves_it(open_tiny, tmp_path, family):
+def test_run_with_experts_trains_and_saves_each_kind_of_adapter(open_tiny, tmp_path, family):
     folder = families.build(tmp_path / family, family)
     spec = make_spec(
         folder,
@@ -82,12 +82,12 @@ def test_a_run_with_experts_trains_each_kind_of_adapter_and_saves_it(open_tiny, 
         teacher=teacher(EmaWeights(update_rate=0.1)),
         training=training(zero_stage=1),
     )
-    world = open_tiny(spec)
-    advance(world, 1)
-    assert all(layer.lora_B["default"].weight.any() for layer in adapter_layers(world.models.student.model))
-    saved = save_model(world.models.student, world.setup.data.tokenizer, tmp_path)
-    merged = opened(saved, family, lora=False)
-    torch.testing.assert_close(states(merged), states(world.models.student), rtol=1e-3, atol=1e-3)
+    trainer = open_tiny(spec)
+    advance(trainer, 1)
+    assert all(layer.lora_B["default"].weight.any() for layer in adapter_layers(trainer.models.student.model))
+    saved = save_model(trainer.models.student, trainer.setup.data.tokenizer, tmp_path)
+    merged = open_weights(saved, family, lora=False)
+    torch.testing.assert_close(hidden_states(merged), hidden_states(trainer.models.student), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -105,81 +105,81 @@ def test_a_run_with_experts_trains_each_kind_of_adapter_and_saves_it(open_tiny, 
         ("mixtral", ("q_proj", "experts"), "experts is no linear layer"),
     ],
 )
-def test_targets_that_cannot_work_are_refused_with_those_that_can(family, targets, message, tmp_path):
+def test_unsuitable_targets_are_refused_with_suitable_ones(family, targets, message, tmp_path):
     folder = families.build(tmp_path / family, family)
     with pytest.raises(BadData, match=message) as refusal:
-        opened(folder, family, targets)
+        open_weights(folder, family, targets)
     assert refusal.value.path == ("model", "lora", "target_modules")
     working = refusal.value.hint.partition(": ")[2].split(", ")
     assert "lm_head" not in working
-    adapters.check(opened(folder, family, tuple(working)), CPU, 0)
+    adapters.check(open_weights(folder, family, tuple(working)), CPU, 0)
 
 
-def test_an_adapter_that_the_loss_does_not_reach_is_refused(tmp_path):
+def test_adapter_that_the_loss_does_not_reach_is_refused(tmp_path):
     folder = families.build(tmp_path / "llama", "llama")
-    weights = opened(folder)
+    weights = open_weights(folder)
     for layer in weights.causal.model.layers:
         layer.mlp.down_proj.forward = layer.mlp.down_proj.base_layer.forward
     with pytest.raises(BadData, match=r"does not reach the adapter of .*down_proj"):
         adapters.check(weights, CPU, 0)
 
 
-def test_an_adapter_whose_merge_is_something_else_is_refused(tmp_path):
+def test_adapter_whose_merge_differs_is_refused(tmp_path):
     folder = families.build(tmp_path / "llama", "llama")
-    weights = opened(folder)
+    weights = open_weights(folder)
     for layer in weights.causal.model.layers:
         layer.mlp.up_proj.get_delta_weight = lambda adapter: torch.zeros(128, 64)
     with pytest.raises(BadData, match=r"merged weights of .*up_proj do not act"):
         adapters.check(weights, CPU, 0)
 
 
-def test_a_layer_that_returns_no_tensor_is_refused_and_not_recommended(tmp_path):
+def test_layer_that_returns_no_tensor_is_refused_and_not_suggested(tmp_path):
     folder = families.build(tmp_path / "phimoe", "phimoe")
     with pytest.raises(BadData, match="does not run with these adapters") as refusal:
-        adapters.check(opened(folder, "phimoe"), CPU, 0)
+        adapters.check(open_weights(folder, "phimoe"), CPU, 0)
     working = tuple(refusal.value.hint.partition(": ")[2].split(", "))
     assert "router" not in working
-    adapters.check(opened(folder, "phimoe", working), CPU, 0)
+    adapters.check(open_weights(folder, "phimoe", working), CPU, 0)
 
 
-def test_layers_that_share_their_weights_are_refused(tmp_path, monkeypatch):
+def test_layers_that_share_weights_are_refused(tmp_path, monkeypatch):
     import transformers
 
     folder = families.build(tmp_path / "llama", "llama")
     read = transformers.AutoModelForCausalLM.from_pretrained
 
-    def tied(*args, **kwargs):
-        found = read(*args, **kwargs)
-        first, second = found.model.layers
+    def load_with_shared_weights(*args, **kwargs):
+        loaded = read(*args, **kwargs)
+        first, second = loaded.model.layers
         second.mlp.up_proj.weight = first.mlp.up_proj.weight
-        return found
+        return loaded
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", tied)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_with_shared_weights)
     with pytest.raises(BadData, match="shares its weights"):
-        opened(folder)
-    adapters.check(opened(folder, targets=("q_proj",)), CPU, 0)
+        open_weights(folder)
+    adapters.check(open_weights(folder, targets=("q_proj",)), CPU, 0)
 
 
-def test_fused_experts_are_refused_where_their_parameters_are_sharded(tmp_path):
+def test_fused_experts_are_refused_under_stage_3(tmp_path):
     folder = families.build(tmp_path / "mixtral", "mixtral")
     with pytest.raises(BadData, match="zero_stage: 3") as refusal:
-        adapters.check(opened(folder, "mixtral"), CPU, 3)
+        adapters.check(open_weights(folder, "mixtral"), CPU, 3)
     working = tuple(refusal.value.hint.partition(": ")[2].split(", "))
-    adapters.check(opened(folder, "mixtral", working), CPU, 3)
+    adapters.check(open_weights(folder, "mixtral", working), CPU, 3)
 
 
-def test_a_folder_with_an_adapter_is_no_model(tmp_path):
+def test_folder_with_an_adapter_is_no_model(tmp_path):
     folder = families.build(tmp_path / "llama", "llama")
-    opened(folder).model.save_pretrained(tmp_path / "adapter")
+    open_weights(folder).model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(BadData, match="is a PEFT adapter, not a model"):
-        opened(tmp_path / "adapter", lora=False)
-    opened(folder).model.save_pretrained(folder)
+        open_weights(tmp_path / "adapter", lora=False)
+    open_weights(folder).model.save_pretrained(folder)
     with pytest.raises(BadData, match="is a PEFT adapter, not a model"):
-        opened(folder, lora=False)
+        open_weights(folder, lora=False)
 
 
-def test_logits_are_measured_without_adapters(tmp_path):
-    student = opened(families.build(tmp_path / "llama4", "llama4_text"))
+def test_logit_transform_is_measured_without_adapters(tmp_path):
+    student = open_weights(families.build(tmp_path / "llama4", "llama4_text"))
     assert student.transform.scale == 1
     with pytest.raises(BadData, match=r"model\.lora\.target_modules: the model does not run") as caught:
         adapters.check(student, CPU, 0)  # its routers return two tensors
@@ -187,8 +187,8 @@ def test_logits_are_measured_without_adapters(tmp_path):
     assert "router" not in caught.value.hint
 
 
-def test_a_layer_that_peft_refuses_is_not_offered(tmp_path):
+def test_layer_that_peft_refuses_is_not_suggested(tmp_path):
     with pytest.raises(BadData, match="'out_proj' is incompatible") as caught:
-        opened(families.build(tmp_path / "hybrid", "falcon_h1"))
+        open_weights(families.build(tmp_path / "hybrid", "falcon_h1"))
     assert "o_proj" in caught.value.hint
     assert "out_proj" not in caught.value.hint

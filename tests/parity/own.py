@@ -6,7 +6,7 @@ def squared(student, teacher):
     return (student.exp() - teacher.exp()).square().sum(-1)
 
 
-def of_everything(
+def of_all_statistics(
     counts, position, length, reward, student_logprobs, student_entropy, teacher_logprobs, teacher_entropy
 ):
     """1 + t / |y| + reward + H_S · H_T + log S · log T."""
@@ -15,6 +15,6 @@ def of_everything(
     return 1 + place + reward[:, None] + both
 
 
-def against_the_group(counts, reward):
+def minus_group_mean(counts, reward):
     """1 + reward − the group's mean."""
     return (1 + reward - reward.mean())[:, None].expand(counts.shape)

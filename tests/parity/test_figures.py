@@ -1,7 +1,7 @@
-"""Stored figures of every answer of the losses, value and gradient, against what a training step makes of it.
+"""Stored values and gradients of every component of the losses, against those of a training step.
 
-How each number was made stands at the top of cases.yaml.  Counting, advantages, collating and the student's module are
-the engine's; the model is a sheet of logits.
+The top of cases.yaml says how each number was made.  Loss masks, advantages, collation and the student's module are
+sdkit's; the model is a table of logits.
 """
 
 import importlib
@@ -15,6 +15,7 @@ from typing import Literal
 import pytest
 import torch
 import yaml
+from one_rank import all_gather
 from torch import nn
 
 from sdkit.batches import HiddenStateScores, LogitTransform, Rollout, RolloutBatch, Row
@@ -34,12 +35,12 @@ HERE = Path(__file__).resolve().parent
 ROW = Row(index=0, messages=({"role": "user", "content": "x"},), columns={}, raw={})
 SEES = {"template": "{prompt} {hint}", "slots": {"hint": {"kind": "text", "text": "think"}}}
 
-ALONE = {"nothing_pulls", "unused_teacher"}
-"""What is wrong with these terms only because they stand alone."""
+SINGLE_TERM_PROBLEMS = {"nothing_pulls", "unused_teacher"}
+"""Problems of these terms that come only from their being the single term."""
 
 
 def _generator():
-    """tools/parity_figures.py, which shares nothing with sdkit."""
+    """The module tools/parity_figures.py, which shares no code with sdkit."""
     sys.path.insert(0, str(HERE.parents[1] / "tools"))
     try:
         return importlib.import_module("parity_figures")
@@ -54,14 +55,11 @@ FIGURES = json.loads((HERE / "figures.json").read_text(encoding="utf-8"))
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-# ── what sdkit makes of a case ────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
 def specs(tmp_path_factory):
     """Each case as a method page that `sdkit validate` accepts."""
     page = tmp_path_factory.mktemp("pages") / "page.yaml"
-    found = {}
+    specs_by_case = {}
     for name, case in CASES.items():
         rollout = {"completions_per_prompt": 8, "max_new_tokens": 16}
         written = {
@@ -72,14 +70,14 @@ def specs(tmp_path_factory):
         }
         page.write_text(yaml.safe_dump(written), encoding="utf-8")
         checked = load_spec(page, base=HERE)
-        problems = [p for p in checked.problems if p.severity == "error" and p.code not in ALONE]
+        problems = [p for p in checked.problems if p.severity == "error" and p.code not in SINGLE_TERM_PROBLEMS]
         assert not problems, (name, problems)
-        found[name] = checked.spec
-    return found
+        specs_by_case[name] = checked.spec
+    return specs_by_case
 
 
-class Sheet:
-    """A model whose hidden states are stored logits, and whose head is the identity: one sheet per prompt."""
+class LogitTable:
+    """A model whose hidden states are stored logits, and whose head is the identity: one table per prompt."""
 
     def __init__(self, sheets, vocabulary):
         self.model = nn.ParameterDict({k: nn.Parameter(x) for k, x in sheets.items()})
@@ -97,134 +95,125 @@ class Sheet:
         return HiddenStateScores(hidden=self.hidden(sequences).detach(), head=self.head)
 
 
-def _sheet(rollouts, side):
-    """The logits of a side, by the place of the rollout; those of the student where it has none."""
+def _logit_table(rollouts, side):
+    """The logits of one model for each rollout; the student's if the rollout has none."""
     vocabulary = len(rollouts[0]["student"][0])
-    sheets = {
+    tables = {
         str(i): torch.tensor(r.get(side) or r["student"], dtype=torch.float64).reshape(-1, vocabulary)
         for i, r in enumerate(rollouts)
     }
-    return Sheet(sheets, vocabulary)
+    return LogitTable(tables, vocabulary)
 
 
-def _rollout(place, written, rewards, sheets, temperature):
-    token = torch.tensor(written["completion"], dtype=torch.long)
+def _rollout(place, case_rollout, rewards, tables, temperature):
+    token = torch.tensor(case_rollout["completion"], dtype=torch.long)
 
-    def told(side):
-        scores = HiddenStateScores(hidden=sheets[side].model[str(place)].detach(), head=sheets[side].head)
+    def statistics_of(side):
+        scores = HiddenStateScores(hidden=tables[side].model[str(place)].detach(), head=tables[side].head)
         return [tuple(x.tolist()) for x in token_logprobs_and_entropy(scores, token, temperature, 100)]
 
-    taught = written.get("teacher") is not None
-    measures = {}
-    for side, whose in (("before", "student"), ("teacher", "teacher")):
-        if side != "teacher" or taught:
-            measures |= dict(zip((f"{whose}_logprobs", f"{whose}_entropy"), told(side), strict=True))
+    has_teacher = case_rollout.get("teacher") is not None
+    statistics = {}
+    for side, role in (("before", "student"), ("teacher", "teacher")):
+        if side != "teacher" or has_teacher:
+            statistics |= dict(zip((f"{role}_logprobs", f"{role}_entropy"), statistics_of(side), strict=True))
     return Rollout(
         row=ROW,
-        group=written.get("group", place),
+        group=case_rollout.get("group", place),
         prompt_ids=(place,),
-        teacher_prompt_ids=(place,) if taught else None,
-        completion_ids=tuple(written["completion"]),
-        sampler_logprobs=tuple(written["sampler"]) if "sampler" in written else None,
-        old_logprobs=measures["student_logprobs"] if "before" in written else None,
+        teacher_prompt_ids=(place,) if has_teacher else None,
+        completion_ids=tuple(case_rollout["completion"]),
+        sampler_logprobs=tuple(case_rollout["sampler"]) if "sampler" in case_rollout else None,
+        old_logprobs=statistics["student_logprobs"] if "before" in case_rollout else None,
         policy_version=0,
         finished=True,
-        reward=written.get("reward"),
+        reward=case_rollout.get("reward"),
         group_rewards=tuple(rewards),
-        token_statistics=measures | {k: tuple(v) for k, v in written.get("measures", {}).items()},
+        token_statistics=statistics | {k: tuple(v) for k, v in case_rollout.get("measures", {}).items()},
     )
 
 
 def answer(case, spec):
     """Loss, and gradient per rollout, position and id."""
-    written, temperature = case["rollouts"], spec.rollout.temperature
-    sheets = {side: _sheet(written, side) for side in ("student", "before", "teacher", "reference")}
+    case_rollouts, temperature = case["rollouts"], spec.rollout.temperature
+    tables = {side: _logit_table(case_rollouts, side) for side in ("student", "before", "teacher", "reference")}
     rollouts = [
         _rollout(
-            i, r, [x["reward"] for x in written if "reward" in r and x["group"] == r["group"]],
-            sheets, temperature,
+            i, r, [x["reward"] for x in case_rollouts if "reward" in r and x["group"] == r["group"]],
+            tables, temperature,
         )
-        for i, r in enumerate(written)
+        for i, r in enumerate(case_rollouts)
     ]  # fmt: skip
-    batch = with_advantages(spec.losses, RolloutBatch(rollouts=tuple(rollouts)), _alone, LONGEST)
+    batch = with_advantages(spec.losses, RolloutBatch(rollouts=tuple(rollouts)), all_gather, LONGEST)
     batch = build_loss_masks(
         batch,
         spec.losses,
-        all_gather=_alone,
+        all_gather=all_gather,
         route=spec.route,
         special={3},
         functions=open_user_weights(spec.losses, HERE),
     )
     functions = open_user_divergences(spec.losses, HERE)
-    student = Student(sheets["student"], temperature, 2, len(sheets["student"].head), functions)
+    student = Student(tables["student"], temperature, 2, len(tables["student"].head), functions)
     total = torch.zeros((), dtype=torch.float64)
     for micro in collate(list(batch), spec.losses, 10, torch.clone, torch.device("cpu")).micro_batches:
-        scores = sheets["teacher"].scores(micro.teacher) if micro.teacher else None
-        total = total + student(micro, scores, sheets["reference"].scores(micro.student), spec.losses)[0]
+        scores = tables["teacher"].scores(micro.teacher) if micro.teacher else None
+        total = total + student(micro, scores, tables["reference"].scores(micro.student), spec.losses)[0]
     total.backward()
-    logits = [sheets["student"].model[str(i)] for i in range(len(written))]
+    logits = [tables["student"].model[str(i)] for i in range(len(case_rollouts))]
     gradient = [torch.zeros_like(x) if x.grad is None else x.grad for x in logits]
     return total.item(), gradient
 
 
-def _alone(values):
-    return values, slice(0, len(values))
-
-
 @every_case
-def test_a_step_has_the_stored_value_and_gradient(specs, name):
+def test_step_matches_the_stored_value_and_gradient(specs, name):
     value, gradient = answer(CASES[name], specs[name])
     expected = FIGURES[name]
     assert value == pytest.approx(expected["value"], rel=1e-6, abs=1e-6)
-    for own, stored in zip(gradient, expected["gradient"], strict=True):
-        wanted = torch.tensor(stored, dtype=torch.float64).reshape(own.shape)
-        torch.testing.assert_close(own, wanted, rtol=1e-6, atol=1e-6)
-
-
-# ── what is stored ────────────────────────────────────────────────────────────────────────────
+    for actual, stored in zip(gradient, expected["gradient"], strict=True):
+        reference = torch.tensor(stored, dtype=torch.float64).reshape(actual.shape)
+        torch.testing.assert_close(actual, reference, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "golden" in case])
-def test_stored_figures_are_those_known_beforehand(name):
+def test_stored_figures_match_golden_values(name):
     golden, stored = CASES[name]["golden"], FIGURES[name]
     if "value" in golden:
         assert stored["value"] == pytest.approx(golden["value"], abs=1e-6)
     if "gradient" in golden:
         assert stored["gradient"][0][0] == pytest.approx(golden["gradient"], abs=1e-6)
     pulls = golden.get("pull", {})
-    found = list(_pulls(CASES[name], stored))
+    actual = list(_pulls(CASES[name], stored))
     for place, pull in pulls.items() if isinstance(pulls, dict) else enumerate(pulls):
-        assert found[place] == pytest.approx(pull, abs=1e-6)
+        assert actual[place] == pytest.approx(pull, abs=1e-6)
 
 
 def _pulls(case, stored):
-    """What multiplies ∇log S of each sampled token, from −∂/∂z of that token's own logit, which is 1 − S."""
+    """The factor of ∇log S of each sampled token: −∂loss/∂z of that token's logit, divided by 1 − S."""
     for rollout, gradient in zip(case["rollouts"], stored["gradient"], strict=True):
-        for y, z, own in zip(rollout["completion"], rollout["student"], gradient, strict=True):
+        for y, z, logit_gradients in zip(rollout["completion"], rollout["student"], gradient, strict=True):
             share = math.exp(z[y]) / sum(map(math.exp, z))
-            yield -own[y] / (1 - share)
+            yield -logit_gradients[y] / (1 - share)
 
 
-def test_the_stored_figures_are_the_generators():
+def test_stored_figures_match_the_generator():
     assert list(CASES) == list(FIGURES)
     for name, case in CASES.items():
-        found, stored = GENERATOR.figures(case), FIGURES[name]
-        assert found["value"] == pytest.approx(stored["value"], abs=1e-11), name
-        assert _flat(found["gradient"]) == pytest.approx(_flat(stored["gradient"]), abs=1e-11), name
+        generated, stored = GENERATOR.figures(case), FIGURES[name]
+        assert generated["value"] == pytest.approx(stored["value"], abs=1e-11), name
+        assert _flat(generated["gradient"]) == pytest.approx(_flat(stored["gradient"]), abs=1e-11), name
 
 
 def _flat(numbers):
     return [x for part in numbers for x in _flat(part)] if isinstance(numbers, list) else [numbers]
 
 
-# ── that nothing is left out ──────────────────────────────────────────────────────────────────
-
 MODULES = (advantages, loss_parts, losses, divergences, token_weights)
 NOT_ARITHMETIC = {("FileDivergence", key) for key in ("file", "function", "zero_when_equal", "exact_gradient")} | {("FileWeight", "file"), ("FileWeight", "function")}  # fmt: skip
 
 
 def _classes():
-    """Every class of the language in the modules that this covers, without the bases of others."""
+    """Every class of the language in `MODULES` that is not a base class."""
     for module in MODULES:
         yield from (
             c
@@ -233,8 +222,8 @@ def _classes():
         )
 
 
-def _answers(cls, key):
-    """What a case must show of a key: each of its choices, its absence, a number that is not the default."""
+def _required_values(cls, key):
+    """The values of a key that cases must have: each choice, null, a number that is not the default."""
     for option in members(key.type):
         origin = typing.get_origin(option)
         if origin is Literal:
@@ -249,41 +238,41 @@ def _answers(cls, key):
             yield "another value than the default"
 
 
-def _shown(spec, found):
-    """Notes every class in a spec, and (class, key, answer) of each of its keys."""
-    found.add(type(spec))
+def _add_covered(spec, covered):
+    """Adds to `covered` every class in a spec, and (class, key, value) for each of its keys."""
+    covered.add(type(spec))
     for name, key in keys_of(type(spec)).items():
         value = getattr(spec, key.field)
-        each = value if isinstance(value, tuple) and name == "given" else (value,)
-        for one in each:
-            if is_spec(type(one)):
-                _shown(one, found)
+        values = value if isinstance(value, tuple) and name == "given" else (value,)
+        for item in values:
+            if is_spec(type(item)):
+                _add_covered(item, covered)
             else:
-                found.add((type(spec), name, one))
-            if one != key.default:
-                found.add((type(spec), name, "another value than the default"))
+                covered.add((type(spec), name, item))
+            if item != key.default:
+                covered.add((type(spec), name, "another value than the default"))
 
 
-def test_every_answer_of_the_losses_has_a_reference_value(specs):
-    found = set()
+def test_every_loss_component_has_a_reference_value(specs):
+    covered = set()
     for spec in specs.values():
         for part in (*spec.losses.values(), *filter(None, [spec.route])):
-            _shown(part, found)
+            _add_covered(part, covered)
     missing = [
         f"{cls.__name__}.{name}: {answer}"
         for cls in _classes()
         for name, key in keys_of(cls).items()
         if (cls.__name__, name) not in NOT_ARITHMETIC
-        for answer in _answers(cls, key)
-        if (cls, name, answer) not in found
+        for answer in _required_values(cls, key)
+        if (cls, name, answer) not in covered
     ]
     assert missing == []
-    assert set(_classes()) <= found
+    assert set(_classes()) <= covered
 
 
-def test_every_divergence_meets_every_support_and_remainder(specs):
-    """Of those that rules allow together."""
-    met = {
+def test_every_divergence_has_a_case_with_every_support_and_remainder(specs):
+    """All combinations that the rules allow."""
+    covered = {
         (type(t.divergence), getattr(t.support, "chosen_by", None), getattr(t.support, "remainder", None))
         for spec in specs.values()
         for t in spec.losses.values()
@@ -293,12 +282,12 @@ def test_every_divergence_meets_every_support_and_remainder(specs):
     chosen, remainders = (typing.get_args(support[k].type) for k in ("chosen_by", "remainder"))
     for divergence in members(divergences.Divergence):
         allowed = [r for r in remainders if r != "renormalize_teacher" or divergence is divergences.ForwardKl]  # fmt: skip
-        wanted = {(divergence, by, r) for by in chosen for r in allowed} | {(divergence, None, None)}
-        assert wanted <= met, divergence
+        required = {(divergence, by, r) for by in chosen for r in allowed} | {(divergence, None, None)}
+        assert required <= covered, divergence
 
 
-def test_the_coverage_would_notice_a_new_member():
-    """All classes of the unions stand in the modules that are looked at."""
+def test_modules_contain_every_component():
+    """`MODULES` contains all classes of the unions."""
     unions = (loss_parts.Support, loss_parts.Average, losses.Advantage, losses.Loss, divergences.Divergence, token_weights.Weight)  # fmt: skip
     assert {c for union in unions for c in members(union)} <= set(_classes())
     assert losses.ClipSpec in set(_classes())

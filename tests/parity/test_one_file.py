@@ -1,4 +1,4 @@
-"""The engine against its plain twin: the same rows, the same start, the same loss at every step."""
+"""sdkit against the one-file version: with the same rows and start, the same loss at every step."""
 
 import json
 import sys
@@ -23,8 +23,8 @@ output: {{tensorboard: false}}
 
 
 @pytest.fixture(scope="module")
-def twin(tiny_folder, tmp_path_factory):
-    """Losses of the one-file version."""
+def one_file_losses(tiny_folder, tmp_path_factory):
+    """The file of rows, and the losses of the one-file version."""
     rows = tmp_path_factory.mktemp("twin") / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     sys.path.insert(0, str(ROOT / "tools"))
@@ -36,8 +36,8 @@ def twin(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_the_engine_trains_as_the_plain_algorithm_does(warm, twin, tiny_folder, tmp_path, stage):
-    rows, expected = twin
+def test_sdkit_trains_like_the_one_file_version(warm, one_file_losses, tiny_folder, tmp_path, stage):
+    rows, expected = one_file_losses
     spec = tmp_path / "run.yaml"
     method = ROOT / "sdkit" / "methods" / "sdft.yaml"
     spec.write_text(

@@ -15,19 +15,19 @@ DEMO = Path(__file__).resolve().parents[2] / "specs" / "sdft.yaml"
 @pytest.mark.parametrize(
     ("flags", "emulated"), [("fpu sse avx2", True), ("avx512f avx512_bf16", False), ("bf16", False)]
 )
-def test_the_processor_says_whether_it_multiplies_bfloat16(tmp_path, flags, emulated):
+def test_processor_flags_tell_if_bfloat16_is_emulated(tmp_path, flags, emulated):
     (tmp_path / "cpuinfo").write_text(f"model name: x\nflags\t: {flags}\n")
     assert emulates_bfloat16(tmp_path / "cpuinfo") is emulated
 
 
-def test_nothing_is_said_where_nothing_is_known(tmp_path):
+def test_bfloat16_is_not_emulated_if_flags_are_unknown(tmp_path):
     assert not emulates_bfloat16(tmp_path / "missing")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "emulates", "said"), [("bfloat16", True, 1), ("float32", True, 0), ("bfloat16", False, 0)]
+    ("dtype", "emulates", "expected"), [("bfloat16", True, 1), ("float32", True, 0), ("bfloat16", False, 0)]
 )
-def test_the_plan_says_that_bfloat16_is_slow_here(dtype, emulates, said):
+def test_plan_warns_of_emulated_bfloat16(dtype, emulates, expected):
     spec = load_spec(DEMO, [f"model.dtype={dtype}"]).spec
     plan = make_plan(spec, Machine(emulates_bfloat16=emulates), None)
-    assert sum("emulated" in line for line in plan.derived) == said
+    assert sum("emulated" in line for line in plan.derived) == expected

@@ -1,4 +1,4 @@
-"""Programs and their tests: what passes, what is said of what fails, and what no hostile program can do."""
+"""Programs and their tests: what passes, the feedback for what fails, and what hostile programs cannot do."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from groups import members
+from os_processes import members, wait_until
 
 from sdkit.language.errors import BadData, BadEnvironment
 from sdkit.language.specs import LastCodeBlock, PythonTests, Tagged, WholeText
@@ -31,18 +31,18 @@ LIMITS = {"extract": WholeText(), "seconds": 20.0, "cpu_seconds": 1, "memory_mib
 
 @pytest.fixture(scope="module")
 def sandboxes():
-    """One sandbox per mode, opened when first asked for."""
-    found = {}
+    """Opens one sandbox per mode, on first use."""
+    open_with = {}
 
     def get(mode):
-        if mode not in found:
+        if mode not in open_with:
             try:
-                found[mode] = Sandbox(PythonTests(**LIMITS, files_mib=8, isolation=mode))
+                open_with[mode] = Sandbox(PythonTests(**LIMITS, files_mib=8, isolation=mode))
             except BadEnvironment as error:
                 if mode == "namespaces":
                     pytest.skip(f"no user namespaces here: {error.message}")
                 raise
-        return found[mode]
+        return open_with[mode]
 
     return get
 
@@ -54,9 +54,9 @@ def sandbox(request, sandboxes):
 
 @pytest.fixture(scope="module")
 def reward(sandboxes):
-    """Open the reward in the mode that this machine allows, with the fields given."""
+    """Opens the reward with these fields, in the mode that this machine allows."""
 
-    def opened(**fields):
+    def open_with(**fields):
         try:
             sandboxes("namespaces")
             mode = "namespaces"
@@ -64,7 +64,7 @@ def reward(sandboxes):
             mode = "without_namespaces"
         return open_reward(PythonTests(**(LIMITS | {"isolation": mode} | fields)), None, None)
 
-    return opened
+    return open_with
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +73,13 @@ def judge(reward):
 
 
 def run(sandbox, program, given="", seconds=20.0):
-    """One case of standard input; nothing of it may be left behind."""
+    """Result of a program on standard input; checks that no process remains."""
     with sandbox.open_jail(program, 2 * seconds) as jail:
-        found = jail.run_test(Case(kind="stdin", input=given, expected=""), seconds)
+        result = jail.run_test(Case(kind="stdin", input=given, expected=""), seconds)
     with sandbox._workers.worker() as process:
         assert process is jail.process
         wait_until(lambda: not psutil.Process(process.pid).children())
-    return found
-
-
-def wait_until(true, seconds=10):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    return result
 
 
 def cases(*pairs, **more):
@@ -95,9 +88,6 @@ def cases(*pairs, **more):
 
 
 ADDS = "print(sum(map(int, input().split())))"
-
-
-# ── which part is the program ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -112,14 +102,11 @@ ADDS = "print(sum(map(int, input().split())))"
         ("`x = 1`", None),
     ],
 )
-def test_the_last_code_block(text, program):
+def test_last_code_block_is_extracted(text, program):
     assert extract(LastCodeBlock(), text) == program
 
 
-# ── tests as rows have them ───────────────────────────────────────────────────────────────────
-
-
-def test_forms_of_tests(make_row):
+def test_every_form_of_tests_is_read(make_row):
     def read(value):
         return read_tests(make_row(tests=value), "tests")
 
@@ -154,13 +141,13 @@ def test_forms_of_tests(make_row):
         ([{"input": "1", "output": "1", "time_limit": 0}], "time_limit 0 is no number above 0"),
     ],
 )
-def test_tests_that_cannot_be_read(make_row, judge, value, message):
+def test_unreadable_tests_are_refused(make_row, judge, value, message):
     with pytest.raises(BadData, match=f"row 5: tests in the column 'tests': {message}"):
         judge.check_row(make_row(index=5, tests=value))
 
 
 @pytest.mark.parametrize(
-    ("got", "expected", "same"),
+    ("printed", "expected", "passes"),
     [
         (" 1 \n2\n", "1\n2", True),
         ("1.0 2", "1 2.00", True),
@@ -170,28 +157,25 @@ def test_tests_that_cannot_be_read(make_row, judge, value, message):
         ("nan", "nan", True),
     ],
 )
-def test_printed_lines(got, expected, same):
-    assert Case(kind="stdin", input="", expected=expected).passed(got) is same
-
-
-# ── what passes, and what is said of what fails ───────────────────────────────────────────────
+def test_printed_lines_are_compared(printed, expected, passes):
+    assert Case(kind="stdin", input="", expected=expected).passed(printed) is passes
 
 
 @pytest.mark.parametrize(
     "program", [ADDS, "import sys\nprint(sum(int(x) for x in sys.stdin.read().split()))\nsys.exit()"]
 )
-def test_a_program_that_reads_and_prints(judge, make_row, program):
+def test_program_that_reads_and_prints_passes(judge, make_row, program):
     judged = judge(program, make_row(tests=cases(("1 2\n", "3\n"), ("4 5\n", "9"))))
     assert (judged.reward, judged.feedback) == (1.0, None)
 
 
-def test_what_is_said_of_a_wrong_output(judge, make_row):
+def test_feedback_on_a_wrong_output(judge, make_row):
     judged = judge("print(3 if input() == '1 2' else 8)", make_row(tests=cases(("1 2", "3"), ("4 5", "9"))))
     assert judged.reward == 0
     assert judged.feedback == ("Test 2 of 2 failed.\n\nInput:\n4 5\n\nOutput:\n8\n\nExpected:\n9")
 
 
-def test_what_is_said_of_an_error(judge, make_row):
+def test_feedback_on_an_error(judge, make_row):
     judged = judge("def half(x):\n    return x / 0\n\nhalf(1)", make_row(tests=cases(("", "3"))))
     assert judged.reward == 0
     assert judged.feedback.startswith("Test 1 of 1 failed.\n\nInput:\n(nothing)\n\nTraceback (most")
@@ -200,7 +184,7 @@ def test_what_is_said_of_an_error(judge, make_row):
     assert "rewards/jail" not in judged.feedback
 
 
-def test_functions_and_methods(judge, make_row):
+def test_functions_and_methods_are_tested(judge, make_row):
     tests = [{"input": "[1, 2]\n3", "output": "[1, 2, 3]", "fn_name": "put"}]
     row = make_row(tests=tests)
     plain = "def put(a: List[int], b: int):\n    return (*a, b)"
@@ -212,14 +196,14 @@ def test_functions_and_methods(judge, make_row):
     assert wrong.feedback == (
         "Test 1 of 1 failed.\n\nInput:\nput([1, 2], 3)\n\nOutput:\n[1, 2]\n\nExpected:\n[1, 2, 3]"
     )
-    for program, said in (
+    for program, message in (
         ("x = 1", "NameError: name 'put' is not defined"),
         ("def put(a, b):\n    return {1}", "put returned what JSON cannot say: Object of type set"),
         ("def put(a, b):\n    raise KeyError(b)", "KeyError: 3"),
     ):
         judged = judge(program, row)
         assert judged.reward == 0
-        assert said in judged.feedback
+        assert message in judged.feedback
 
 
 CLASS = """
@@ -233,7 +217,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("tests", "said"),
+    ("tests", "message"),
     [
         ("assert double(1) == 2\nassert double(2) == 4, 'two'", "AssertionError: two"),
         ("def test_two():\n    assert double(2) == 4", 'File "tests.py", line 2, in test_two'),
@@ -242,15 +226,15 @@ if __name__ == "__main__":
         ("def check(f):\n    assert f(2) == 4\ncheck(double)", "assert f(2) == 4"),
     ],
 )
-def test_asserts(judge, make_row, tests, said):
+def test_asserts_are_tested(judge, make_row, tests, message):
     row = make_row(tests=tests)
     assert judge("def double(x):\n    return 2 * x", row).reward == 1
     wrong = judge("def double(x):\n    return x + 1", row)
     assert wrong.reward == 0
-    assert said in wrong.feedback
+    assert message in wrong.feedback
 
 
-def test_credit(reward, make_row):
+def test_credit_is_all_or_a_share(reward, make_row):
     row = make_row(tests=["assert x == 1", "assert x == 2", "assert x > 0", "assert x < 3"])
     assert reward()("x = 1", row).reward == 0
     share = reward(credit="share")("x = 1", row)
@@ -259,7 +243,7 @@ def test_credit(reward, make_row):
     assert reward(credit="share")("x = 1", make_row(tests=["assert x == 1"] * 2)).reward == 1
 
 
-def test_answers_without_a_program(reward, make_row):
+def test_answer_without_a_program_gets_feedback(reward, make_row):
     row = make_row(tests="assert True")
     judged = reward(extract=LastCodeBlock())("no code", row)
     assert judged.reward == 0
@@ -268,25 +252,22 @@ def test_answers_without_a_program(reward, make_row):
     assert judged.feedback == "There is no program in the answer."
 
 
-def test_feedback_is_trimmed(reward, make_row):
+def test_feedback_is_cut_to_its_limit(reward, make_row):
     judged = reward(feedback_characters=40)("raise ValueError('x' * 9999)", make_row(tests="1"))
     assert len(judged.feedback) == 40
 
 
-def test_packages_are_there_where_they_are_asked_for(reward, make_row):
+def test_packages_are_importable_only_if_requested(reward, make_row):
     row = make_row(tests="assert attrs")
     assert "No module named 'attrs'" in reward()("import attrs", row).feedback
     assert reward(packages=True)("import attrs", row).reward == 1
 
 
-def test_the_environment_is_not_handed_on(judge, make_row, monkeypatch):
+def test_environment_is_not_passed_on(judge, make_row, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "s3cret")
     monkeypatch.setenv("LD_PRELOAD", "")
     program = "import os\nprint(*sorted(set(os.environ) & {'SECRET_TOKEN', 'LD_PRELOAD'}))"
     assert judge(program, make_row(tests=cases(("", "")))).reward == 1
-
-
-# ── hostile programs ──────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -298,20 +279,20 @@ def test_the_environment_is_not_handed_on(judge, make_row, monkeypatch):
         "import os, threading\nos._exit = print\nthreading.Thread(target=sum, args=(iter(int, 1),)).start()",
     ],
 )
-def test_endless_programs_are_ended(sandbox, program):
-    found = run(sandbox, program)
-    assert found.failure == "It took more than 1 s of processor time."
+def test_endless_program_is_stopped(sandbox, program):
+    result = run(sandbox, program)
+    assert result.failure == "It took more than 1 s of processor time."
 
 
-def test_a_program_that_sleeps_is_ended(sandbox):
+def test_sleeping_program_is_stopped(sandbox):
     started = time.monotonic()
-    found = run(sandbox, "import time\ntime.sleep(600)", seconds=0.4)
-    assert found.failure.startswith("All tests together took more than")
+    result = run(sandbox, "import time\ntime.sleep(600)", seconds=0.4)
+    assert result.failure.startswith("All tests together took more than")
     assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(
-    ("program", "said"),
+    ("program", "error"),
     [
         ("import os\nwhile True: os.fork()", "PermissionError"),
         ("import os\nif os.fork() == 0: os.setsid()", "PermissionError"),
@@ -329,13 +310,13 @@ def test_a_program_that_sleeps_is_ended(sandbox):
         ("import sys\nsys.stdout.close()\nprint(1)", "ValueError"),
     ],
 )
-def test_what_a_program_may_not_do(sandbox, program, said):
-    found = run(sandbox, program)
-    assert found.failure
-    assert said in found.stderr
+def test_forbidden_operation_fails(sandbox, program, error):
+    result = run(sandbox, program)
+    assert result.failure
+    assert error in result.stderr
 
 
-def test_threads_are_counted(sandbox):
+def test_number_of_threads_is_limited(sandbox):
     program = """
 import threading, time
 threading.stack_size(65536)
@@ -347,18 +328,18 @@ for i in range(500):
     assert run(sandbox, few).result == "1\n"
 
 
-def test_long_outputs_end_the_program(sandbox):
+def test_long_output_stops_the_program(sandbox):
     assert run(sandbox, "while True: print('x' * 9999)").failure == "It wrote more than 1024 KiB."
     noisy = run(sandbox, "import sys\nsys.stderr.write('x' * 10**6)\nraise KeyError('last')")
     assert noisy.stderr.endswith("KeyError: 'last'\n")
     assert len(noisy.stderr) == 16_000
 
 
-def test_a_crash_is_told(sandbox):
+def test_crash_is_reported(sandbox):
     assert run(sandbox, "import ctypes\nctypes.string_at(0)").failure == "It was ended by SIGSEGV."
 
 
-def test_nothing_is_written_outside(sandbox, tmp_path):
+def test_files_outside_cannot_be_written(sandbox, tmp_path):
     (tmp_path / "here").write_text("as it was")
     for program in (
         f"open({str(tmp_path / 'there')!r}, 'w').write('x')",
@@ -373,19 +354,19 @@ def test_nothing_is_written_outside(sandbox, tmp_path):
     assert (tmp_path / "here").read_text() == "as it was"
 
 
-def test_namespaces_show_no_file_of_the_users(sandboxes, tmp_path):
+def test_namespaces_hide_the_users_files(sandboxes, tmp_path):
     sandbox = sandboxes("namespaces")
     (tmp_path / "secret").write_text("s3cret")
     for path in (tmp_path / "secret", "/etc/passwd", f"/proc/{os.getpid()}/environ", "/proc/self"):
-        found = run(sandbox, f"open({str(path)!r})")
-        assert "FileNotFoundError" in found.stderr
-    seen = run(sandbox, "import os\nprint(os.getpid(), os.getcwd(), len(os.listdir('.')))")
-    assert seen.result == "2 /sandbox 0\n"
+        result = run(sandbox, f"open({str(path)!r})")
+        assert "FileNotFoundError" in result.stderr
+    listing = run(sandbox, "import os\nprint(os.getpid(), os.getcwd(), len(os.listdir('.')))")
+    assert listing.result == "2 /sandbox 0\n"
     interfaces = run(sandbox, "import socket\nprint([name for _, name in socket.if_nameindex()])")
     assert "PermissionError" in interfaces.stderr
 
 
-def test_what_is_written_is_small_and_gone_with_the_test(sandboxes):
+def test_written_files_are_limited_and_deleted_after_the_test(sandboxes):
     sandbox = sandboxes("namespaces")
     fills = "import itertools\nfor i in itertools.count(): open(f'{i}', 'wb').write(bytes(1 << 20))"
     assert "No space left on device" in run(sandbox, fills).stderr
@@ -409,13 +390,13 @@ def test_what_is_written_is_small_and_gone_with_the_test(sandboxes):
         "def f(): return 1\nimport builtins\nbuiltins.AssertionError = None",
     ],
 )
-def test_to_leave_early_passes_no_asserts(judge, make_row, program):
+def test_early_exit_passes_no_asserts(judge, make_row, program):
     judged = judge(program, make_row(tests="assert f() == 2"))
     assert judged.reward == 0
     assert judged.feedback
 
 
-def test_values_are_compared_outside(judge, make_row):
+def test_values_are_compared_outside_the_sandbox(judge, make_row):
     tests = [{"input": "1", "output": "2", "fn_name": "f"}]
     equal = "class A(int):\n    def __eq__(self, other): return True\ndef f(x): return A(7)"
     searching = (
@@ -429,22 +410,19 @@ def test_values_are_compared_outside(judge, make_row):
 
 
 @pytest.mark.parametrize("depth", [900, 960, 990, 100_000])
-def test_values_nested_deeply_are_wrong_and_no_error(judge, make_row, depth):
+def test_deeply_nested_values_are_wrong_without_an_error(judge, make_row, depth):
     program = f"import os\ndef f(x):\n    os.write(3, b'[' * {depth} + b']' * {depth})\n    os._exit(0)"
     judged = judge(program, make_row(tests=[{"input": "1", "output": "2", "fn_name": "f"}]))
     assert judged.reward == 0
     assert judged.feedback
 
 
-def test_a_source_of_tests_comes_after_the_program(judge, make_row):
+def test_source_of_tests_is_sent_after_the_program_ran(judge, make_row):
     program = "import os\nfound = os.fstat(5).st_size"
     assert judge(program, make_row(tests="assert found == 0")).reward == 1
 
 
-# ── time ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_all_tests_of_a_completion_share_a_time(reward, make_row):
+def test_tests_of_a_completion_share_a_time_limit(reward, make_row):
     sleeps, quick = "import time\ntime.sleep(60)", "assert True"
     shared = reward(seconds=20, total_seconds=1, credit="share")
     judged = shared("pass", make_row(tests=[quick, sleeps, quick, quick]))
@@ -455,42 +433,42 @@ def test_all_tests_of_a_completion_share_a_time(reward, make_row):
     assert alone.feedback.endswith("It took more than 0.5 s.")
 
 
-def test_a_rows_own_time_limit(reward, make_row):
+def test_time_limit_of_a_row_overrides(reward, make_row):
     tests = cases(("", "1"), testtype="stdin", time_limit=1)
     judged = reward(cpu_seconds=30)("while True: pass", make_row(tests=tests))
     assert "It took more than 1 s of processor time." in judged.feedback
 
 
-def test_programs_run_at_the_same_time(reward, make_row):
+def test_programs_run_in_parallel(reward, make_row):
     rows = [make_row(index=i, tests=cases(("", str(i)))) for i in range(6)]
     texts = [f"import time\ntime.sleep(0.7)\nprint({i})" for i in range(6)]
     many = {"many": reward(at_once=6)}
-    score(many, texts, rows)  # the processes are there from now on
+    score(many, texts, rows)  # starts the processes
     started = time.monotonic()
     assert [j.reward for j in score(many, texts, rows)["many"]] == [1] * 6
     assert time.monotonic() - started < 6 * 0.7
 
 
-def test_a_jail_that_does_not_answer_is_ended(sandboxes, monkeypatch):
+def test_jail_that_does_not_answer_is_killed(sandboxes, monkeypatch):
     monkeypatch.setattr(rewards_sandbox, "GRACE", 0.0)
     sandbox = sandboxes("without_namespaces")
     with sandbox.open_jail("import time\ntime.sleep(600)", 1.0) as jail:
         process = jail.process
-        found = jail.run_test(Case(kind="stdin", input="", expected=""), 300.0)
-    assert found.failure == "It was ended with its sandbox."
+        result = jail.run_test(Case(kind="stdin", input="", expected=""), 300.0)
+    assert result.failure == "It was ended with its sandbox."
     wait_until(lambda: not members(process.pid))
     assert run(sandbox, "print(1)").result == "1\n"
 
 
-def test_a_process_that_is_being_ended_is_not_taken_again(sandboxes, monkeypatch):
-    def slowly(process):
-        with process._waitpid_lock:  # as `wait` has it; `poll` then knows nothing
+def test_process_being_killed_is_not_reused(sandboxes, monkeypatch):
+    def kill_slowly(process):
+        with process._waitpid_lock:  # held during `wait`, so that `poll` returns None
             os.killpg(process.pid, signal.SIGKILL)
             time.sleep(0.5)
         process.wait()
 
     monkeypatch.setattr(rewards_sandbox, "GRACE", 0.0)
-    monkeypatch.setattr(rewards_sandbox, "kill_group", slowly)
+    monkeypatch.setattr(rewards_sandbox, "kill_group", kill_slowly)
     sandbox = sandboxes("without_namespaces")
     with sandbox.open_jail("import time\ntime.sleep(600)", 0.5) as jail:
         jail.run_test(Case(kind="stdin", input="", expected=""), 300.0)
@@ -498,7 +476,7 @@ def test_a_process_that_is_being_ended_is_not_taken_again(sandboxes, monkeypatch
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_outlives_a_trainer_that_was_killed(sandboxes, mode):
+def test_killed_trainer_leaves_no_process(sandboxes, mode):
     sandboxes(mode)
     job = {"program": "import time\ntime.sleep(600)", "namespaces": mode == "namespaces"}
     job |= {"paths": [], "memory_bytes": 1 << 28, "file_bytes": 1 << 20, "output_bytes": 1 << 20}
@@ -521,10 +499,7 @@ time.sleep(600)
     wait_until(lambda: not members(group), seconds=20)
 
 
-# ── where the walls cannot be built ───────────────────────────────────────────────────────────
-
-
-def test_without_user_namespaces_it_is_refused_unless_told_otherwise(sandboxes, tmp_path, monkeypatch):
+def test_missing_user_namespaces_are_refused_unless_disabled(sandboxes, tmp_path, monkeypatch):
     sandboxes("namespaces")
     python = tmp_path / "python"
     inside = f'echo 0 > /proc/sys/user/max_user_namespaces; exec {sys.executable} "$@"'

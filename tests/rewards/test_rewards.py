@@ -1,4 +1,4 @@
-"""Answers in completions, and what they are worth; sums, users' functions, mathematics."""
+"""Rewards: extraction of answers, comparisons, weighted sums, users' functions, mathematics."""
 
 import math
 import re
@@ -33,20 +33,17 @@ from sdkit.rewards.answers import extract
 from sdkit.rewards.scoring import ScoredCompletion, open_reward, open_rewards, reward_values, score
 
 
-def opened(reward, base="/", source=None):
-    """The reward as a function to a number."""
+def open_value(reward, base="/", source=None):
+    """The reward as a function of completion and row that returns a number."""
     scorer = open_reward(reward, base, source)
     return lambda completion, row: scorer(completion, row).reward
 
 
-def numbers(rewards, completions, rows):
+def reward_lists(rewards, completions, rows):
     return reward_values(score(rewards, completions, rows))
 
 
-# ── extraction ────────────────────────────────────────────────────────────────────────────────
-
-
-def test_the_whole_text_is_stripped():
+def test_whole_text_is_stripped():
     assert extract(WholeText(), " \n a b\n") == "a b"
 
 
@@ -61,7 +58,7 @@ def test_the_whole_text_is_stripped():
         ("<answer></answer>", ""),
     ],
 )
-def test_tagged(text, answer):
+def test_tagged_extracts_the_last_complete_tag(text, answer):
     assert extract(Tagged(), text) == answer
 
 
@@ -87,7 +84,7 @@ def test_tagged(text, answer):
         ("", None),
     ],
 )
-def test_last_number(text, answer):
+def test_last_number_is_extracted(text, answer):
     assert extract(LastNumber(), text) == answer
 
 
@@ -103,20 +100,17 @@ def test_last_number(text, answer):
         ("I", "I"),
     ],
 )
-def test_last_choice(text, answer):
+def test_last_choice_is_extracted(text, answer):
     assert extract(LastChoice(), text) == answer
 
 
-# ── comparisons ───────────────────────────────────────────────────────────────────────────────
-
-
-def test_exact(make_row):
+def test_exact_reward(make_row):
     row = make_row(answer=" Paris ")
-    assert opened(ExactReward())("Paris\n", row) == 1.0
-    assert opened(ExactReward())("paris", row) == 0.0
-    assert opened(ExactReward(ignore_case=True))("pARIS", row) == 1.0
-    assert opened(ExactReward(extract=Tagged()))("Paris", row) == 0.0
-    assert opened(ExactReward(answer="n"))("7", make_row(n=7)) == 1.0
+    assert open_value(ExactReward())("Paris\n", row) == 1.0
+    assert open_value(ExactReward())("paris", row) == 0.0
+    assert open_value(ExactReward(ignore_case=True))("pARIS", row) == 1.0
+    assert open_value(ExactReward(extract=Tagged()))("Paris", row) == 0.0
+    assert open_value(ExactReward(answer="n"))("7", make_row(n=7)) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -135,32 +129,32 @@ def test_exact(make_row):
         ("no number", "5", 0.0),
     ],
 )
-def test_number(make_row, completion, answer, value):
-    assert opened(NumberReward())(completion, make_row(answer=answer)) == value
+def test_number_reward(make_row, completion, answer, value):
+    assert open_value(NumberReward())(completion, make_row(answer=answer)) == value
 
 
 def test_number_tolerance(make_row):
-    reward = opened(NumberReward(tolerance=0.5))
+    reward = open_value(NumberReward(tolerance=0.5))
     assert [reward(text, make_row(answer="10")) for text in ("10.5", "9.5", "10.51")] == [1, 1, 0]
-    tagged = opened(NumberReward(extract=Tagged()))
+    tagged = open_value(NumberReward(extract=Tagged()))
     assert tagged("<answer>10</answer> 11", make_row(answer="10")) == 1.0
     assert tagged("<answer>10 apples</answer>", make_row(answer="10")) == 0.0
 
 
-def test_choice(make_row):
+def test_choice_reward(make_row):
     row = make_row(answer="B")
-    assert opened(ChoiceReward())("Not A but (B).", row) == 1.0
-    assert opened(ChoiceReward())("Not B but A.", row) == 0.0
-    tagged = opened(ChoiceReward(extract=Tagged()))
+    assert open_value(ChoiceReward())("Not A but (B).", row) == 1.0
+    assert open_value(ChoiceReward())("Not B but A.", row) == 0.0
+    tagged = open_value(ChoiceReward(extract=Tagged()))
     assert tagged("A <answer>\n(B)\n</answer>", row) == 1.0
     assert tagged("B", row) == 0.0
 
 
-def test_regex(make_row):
-    reward = opened(RegexReward(pattern="^yes$"))
+def test_regex_reward(make_row):
+    reward = open_value(RegexReward(pattern="^yes$"))
     assert [reward(text, make_row()) for text in (" yes\n", "yes, sir", "no\nyes")] == [1, 0, 0]
     with pytest.raises(BadData, match="cannot be read: "):
-        opened(RegexReward(pattern="("))
+        open_value(RegexReward(pattern="("))
 
 
 @pytest.mark.parametrize(
@@ -172,20 +166,17 @@ def test_regex(make_row):
         (ChoiceReward(), {"answer": "BC"}, "row 4: 'BC' in the column 'answer' is not a capital"),
     ],
 )
-def test_rows_without_a_right_answer(make_row, reward, columns, message):
+def test_row_without_a_right_answer_is_named(make_row, reward, columns, message):
     with pytest.raises(BadData, match=message):
-        opened(reward)("5 B", make_row(index=4, **columns))
+        open_value(reward)("5 B", make_row(index=4, **columns))
 
 
-def test_score(make_row):
+def test_score_returns_every_reward_of_every_row(make_row):
     rows = [make_row(answer="1"), make_row(answer="2")]
     rewards = {n: open_reward(r, "/", None) for n, r in (("exact", ExactReward()), ("number", NumberReward()))}
-    assert numbers(rewards, ["1", "it is 2"], rows) == {"exact": [1.0, 0.0], "number": [1.0, 1.0]}
+    assert reward_lists(rewards, ["1", "it is 2"], rows) == {"exact": [1.0, 0.0], "number": [1.0, 1.0]}
     with pytest.raises(ValueError, match="longer"):
         score(rewards, ["1"], rows)
-
-
-# ── reasoning-gym ─────────────────────────────────────────────────────────────────────────────
 
 
 def gym(task, **options):
@@ -196,8 +187,8 @@ def gym(task, **options):
 
 def test_reasoning_gym_scores_its_own_answers():
     source, rows = gym("chain_sum")
-    reward = opened(ReasoningGymReward(), source=source)
-    tagged = opened(ReasoningGymReward(extract=Tagged()), source=source)
+    reward = open_value(ReasoningGymReward(), source=source)
+    tagged = open_value(ReasoningGymReward(extract=Tagged()), source=source)
     for row in rows:
         assert reward(f" {row.columns['answer']}\n", row) == 1.0
         assert reward("no idea", row) == 0.0
@@ -205,32 +196,29 @@ def test_reasoning_gym_scores_its_own_answers():
         assert tagged(row.columns["answer"], row) == 0.0
 
 
-def test_partial_credit_counts_only_where_it_is_wanted():
+def test_partial_credit_counts_only_if_requested():
     source, rows = gym("chain_sum")
-    near = f"it is {rows[0].columns['answer']}"
-    partial = opened(ReasoningGymReward(full_marks_only=False), source=source)(near, rows[0])
+    almost_right = f"it is {rows[0].columns['answer']}"
+    partial = open_value(ReasoningGymReward(full_marks_only=False), source=source)(almost_right, rows[0])
     assert 0 < partial < 1
-    assert opened(ReasoningGymReward(), source=source)(near, rows[0]) == 0.0
+    assert open_value(ReasoningGymReward(), source=source)(almost_right, rows[0]) == 0.0
 
 
-def test_an_answer_on_which_a_scorer_breaks_is_wrong(make_row):
+def test_answer_that_breaks_the_scorer_is_wrong(make_row):
     source, rows = gym("prime_factorization")
-    reward = opened(ReasoningGymReward(), source=source)
+    reward = open_value(ReasoningGymReward(), source=source)
     assert reward(rows[0].columns["answer"], rows[0]) == 1.0
     assert reward("two times three", rows[0]) == 0.0
     with pytest.raises(BadData, match="row 2 cannot be scored by its task"):
         reward("2 × 3", make_row(index=2))  # no row of the task
 
 
-def test_a_task_must_be_known():
+def test_reasoning_gym_reward_needs_its_task():
     with pytest.raises(BadData, match="needs data of kind reasoning_gym"):
-        opened(ReasoningGymReward())
+        open_value(ReasoningGymReward())
 
 
-# ── a user's own ──────────────────────────────────────────────────────────────────────────────
-
-
-OWN = """
+USER_FILE = """
 from dataclasses import dataclass
 @dataclass
 class Length:
@@ -248,7 +236,7 @@ def text(completion, row):
     return "1"
 def nan(completion, row):
     return float("nan")
-def told(completion, row):
+def commented(completion, row):
     return (0.5, "too short") if len(completion) < 3 else (1, None)
 def numbered(completion, row):
     return 1.0, 2
@@ -273,32 +261,32 @@ def leaves(completion, row):
 
 
 @pytest.fixture
-def own(tmp_path):
-    """Open a function of the file above."""
-    (tmp_path / "mine.py").write_text(OWN)
+def user_reward(tmp_path):
+    """Opens a function of `OWN`."""
+    (tmp_path / "mine.py").write_text(USER_FILE)
     return lambda name, **more: open_reward(FileReward(file="mine.py", function=name, **more), tmp_path, None)
 
 
-def test_a_function_of_the_users(own, make_row):
+def test_user_function_returns_a_number_or_boolean(user_reward, make_row):
     row = make_row("P", answer="yes")
-    assert own("share")("hello", row).reward == 0.5
+    assert user_reward("share")("hello", row).reward == 0.5
     assert row.columns["prompt"] == "P"
-    assert own("right")("yes", row) == ScoredCompletion(reward=1.0)
-    assert own("right")("no", row) == ScoredCompletion(reward=0.0)
+    assert user_reward("right")("yes", row) == ScoredCompletion(reward=1.0)
+    assert user_reward("right")("no", row) == ScoredCompletion(reward=0.0)
 
 
-def test_a_function_may_say_something_too(own, make_row):
-    assert own("told")("x", make_row()) == ScoredCompletion(reward=0.5, feedback="too short")
-    assert own("told")("long enough", make_row()) == ScoredCompletion(reward=1.0)
+def test_user_function_can_return_feedback(user_reward, make_row):
+    assert user_reward("commented")("x", make_row()) == ScoredCompletion(reward=0.5, feedback="too short")
+    assert user_reward("commented")("long enough", make_row()) == ScoredCompletion(reward=1.0)
 
 
-def test_a_function_that_fails_names_its_line_and_the_sample(own, make_row):
+def test_failing_function_names_its_line_and_the_sample(user_reward, make_row):
     with pytest.raises(BadData) as caught:
-        own("fails")("the text", make_row(index=6))
+        user_reward("fails")("the text", make_row(index=6))
     error = caught.value
     assert error.message == "fails failed on row 6, completion 'the text': KeyError: 'nothing'"
     assert (error.place.file, error.place.line) == ("mine.py", 14)
-    assert OWN.splitlines()[13].strip() == 'return row["nothing"]'
+    assert USER_FILE.splitlines()[13].strip() == 'return row["nothing"]'
 
 
 @pytest.mark.parametrize(
@@ -312,38 +300,38 @@ def test_a_function_that_fails_names_its_line_and_the_sample(own, make_row):
         ("huge", "1000"),
     ],
 )
-def test_a_function_must_return_a_finite_number(own, make_row, name, value):
+def test_function_must_return_a_finite_number(user_reward, make_row, name, value):
     with pytest.raises(BadData, match=f"{name} in mine.py returned {re.escape(value)}.* for row 2, completion 'x'"):
-        own(name)("x", make_row(index=2))
+        user_reward(name)("x", make_row(index=2))
 
 
-def test_files_that_cannot_be_opened(own, tmp_path):
+def test_file_that_cannot_be_loaded_is_named(user_reward, tmp_path):
     with pytest.raises(BadData, match="no function 'shar'") as caught:
-        own("shar")
+        user_reward("shar")
     assert caught.value.hint == 'did you mean "share"?'
     with pytest.raises(BadData, match=r"there is no file none\.py"):
-        opened(FileReward(file="none.py", function="f"), tmp_path)
+        open_value(FileReward(file="none.py", function="f"), tmp_path)
     (tmp_path / "bad.py").write_text("x = 1\nimport nothing_of_this_name\n")
     with pytest.raises(BadData, match=r"bad\.py cannot be loaded: ModuleNotFoundError") as caught:
-        opened(FileReward(file="bad.py", function="f"), tmp_path)
+        open_value(FileReward(file="bad.py", function="f"), tmp_path)
     assert caught.value.place.line == 2
     (tmp_path / "bad.py").write_text("x = 1\ndef f(:\n")
     with pytest.raises(BadData, match="SyntaxError") as caught:
-        opened(FileReward(file="bad.py", function="f"), tmp_path)
+        open_value(FileReward(file="bad.py", function="f"), tmp_path)
     assert caught.value.place.line == 2
 
 
-def test_a_slow_function_ends_the_run_and_names_the_sample(own, make_row):
+def test_slow_function_ends_the_run_and_names_the_sample(user_reward, make_row):
     rows = [make_row(index=i) for i in range(3)]
     started = time.monotonic()
     with pytest.raises(BadData, match=r"sleepy in mine.py took more than 0.5 s on row 1, completion 'slow'"):
-        score({"own": own("sleepy", seconds=0.5)}, ["x", "slow", "y"], rows)
+        score({"own": user_reward("sleepy", seconds=0.5)}, ["x", "slow", "y"], rows)
     assert time.monotonic() - started < 5
-    assert numbers({"own": own("sleepy", seconds=20)}, ["x"], rows[:1]) == {"own": [1.0]}
+    assert reward_lists({"own": user_reward("sleepy", seconds=20)}, ["x"], rows[:1]) == {"own": [1.0]}
 
 
-def test_a_slow_function_does_not_keep_the_process(tmp_path):
-    (tmp_path / "mine.py").write_text(OWN)
+def test_slow_function_does_not_keep_the_process_alive(tmp_path):
+    (tmp_path / "mine.py").write_text(USER_FILE)
     program = f"""
 from pathlib import Path
 from sdkit.batches import Row
@@ -359,61 +347,55 @@ scorer("slow", Row(index=1, messages=(), columns={{}}, raw={{}}))
     assert time.monotonic() - started < 40
 
 
-def test_calls_at_once_keep_their_order(own, make_row):
+def test_parallel_calls_keep_their_order(user_reward, make_row):
     rows = [make_row(index=i) for i in range(8)]
     texts = [str(i) for i in range(8)]
     started = time.monotonic()
-    found = numbers({"own": own("together", at_once=8, seconds=20)}, texts, rows)
-    assert found == {"own": [float(i) for i in range(8)]}
+    rewards = reward_lists({"own": user_reward("together", at_once=8, seconds=20)}, texts, rows)
+    assert rewards == {"own": [float(i) for i in range(8)]}
     assert time.monotonic() - started < 8 * 0.3
     with pytest.raises(BadData, match=r"fails failed on row \d, completion '\d'"):
-        score({"own": own("fails", at_once=8)}, texts, rows)
+        score({"own": user_reward("fails", at_once=8)}, texts, rows)
 
 
-def test_a_function_that_leaves_has_failed(own, make_row):
+def test_function_that_exits_has_failed(user_reward, make_row):
     with pytest.raises(BadData, match="leaves failed on row 0"):
-        own("leaves")("x", make_row())
+        user_reward("leaves")("x", make_row())
 
 
-# ── weighted sums ─────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_sum_measures_its_parts_and_asks_them_once(own, make_row, tmp_path):
+def test_weighted_sum_reports_its_parts_and_calls_each_once(user_reward, make_row, tmp_path):
     rewards = {
-        "total": WeightedReward(parts=Table({"right": 1.0, "told": 0.5, "half": 2.0})),
+        "total": WeightedReward(parts=Table({"right": 1.0, "commented": 0.5, "half": 2.0})),
         "half": WeightedReward(parts=Table({"right": 0.5})),
         "right": ExactReward(),
-        "told": FileReward(file="mine.py", function="told"),
+        "commented": FileReward(file="mine.py", function="commented"),
     }
-    opened = open_rewards(rewards, ["total", "told"], tmp_path, None)
+    scorers = open_rewards(rewards, ["total", "commented"], tmp_path, None)
     calls = []
-    many = opened["told"].score_all
-    object.__setattr__(opened["told"], "score_all", lambda pairs: calls.append(pairs) or many(pairs))
-    judged = score(opened, ["4", "five"], [make_row(answer="4")] * 2)
+    score_all = scorers["commented"].score_all
+    object.__setattr__(scorers["commented"], "score_all", lambda pairs: calls.append(pairs) or score_all(pairs))
+    judged = score(scorers, ["4", "five"], [make_row(answer="4")] * 2)
     assert reward_values(judged) == {
         "total": [1 + 0.25 + 1, 0.5],
         "total/right": [1.0, 0.0],
-        "total/told": [0.5, 1.0],
+        "total/commented": [0.5, 1.0],
         "total/half": [0.5, 0.0],
-        "told": [0.5, 1.0],
+        "commented": [0.5, 1.0],
     }
     assert [j.feedback for j in judged["total"]] == ["too short", None]
     assert len(calls) == 1
-    assert opened["total"]("4", make_row(answer="4")).reward == 2.25
-    assert score(opened, [], []) == {"total": [], "told": []}
+    assert scorers["total"]("4", make_row(answer="4")).reward == 2.25
+    assert score(scorers, [], []) == {"total": [], "commented": []}
 
 
-def test_what_cannot_be_opened_is_named(tmp_path):
+def test_reward_that_cannot_be_opened_is_named(tmp_path):
     rewards = {"mine": FileReward(file="none.py", function="f")}
     with pytest.raises(BadData, match=r"rewards\.mine: there is no file none\.py"):
         open_rewards(rewards, ["mine"], tmp_path, None)
 
 
-# ── mathematics ───────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
-def equal():
+def math_reward():
     scorer = open_reward(MathVerifyReward(seconds=20), "/", None)
     return lambda completion, row: scorer(completion, row).reward
 
@@ -435,19 +417,19 @@ def equal():
         ("", "7", 0.0),
     ],
 )
-def test_math_verify(equal, make_row, completion, answer, value):
-    assert equal(completion, make_row(answer=answer)) == value
+def test_math_verify_compares_values(math_reward, make_row, completion, answer, value):
+    assert math_reward(completion, make_row(answer=answer)) == value
 
 
-def test_math_verify_in_parallel_and_with_another_extract(make_row):
+def test_math_verify_in_parallel_with_another_extract(make_row):
     rows = [make_row(answer=f"{i}/4") for i in range(1, 9)]
     scorer = open_reward(MathVerifyReward(extract=Tagged(), seconds=20), "/", None)
     texts = [f"9 <answer>{i * 0.25}</answer>" for i in range(1, 9)]
-    assert numbers({"m": scorer}, texts, rows) == {"m": [1.0] * 8}
+    assert reward_lists({"m": scorer}, texts, rows) == {"m": [1.0] * 8}
     assert scorer("0.25", rows[0]).reward == 0.0
 
 
-def test_a_power_tower_is_wrong_and_does_not_hold_the_run(make_row):
+def test_power_tower_is_wrong_and_does_not_block_the_run(make_row):
     scorer = open_reward(MathVerifyReward(seconds=2), "/", None)
     started = time.monotonic()
     judged = scorer("\\boxed{9^{9^{9^{9}}} + 1}", make_row(answer="7"))
@@ -456,7 +438,7 @@ def test_a_power_tower_is_wrong_and_does_not_hold_the_run(make_row):
     assert scorer("\\boxed{7}", make_row(answer="7")).reward == 1.0
 
 
-def test_a_right_answer_must_be_mathematics(make_row):
+def test_right_answer_must_be_mathematics(make_row):
     scorer = open_reward(MathVerifyReward(seconds=20), "/", None)
     with pytest.raises(BadData, match=r"row 3: '\$\$' in the column 'answer' is nothing that math-verify"):
         scorer("7", make_row(index=3, answer="$$"))
@@ -464,16 +446,13 @@ def test_a_right_answer_must_be_mathematics(make_row):
         scorer("7", make_row(index=4))
 
 
-def test_math_verify_may_be_missing(monkeypatch):
+def test_missing_math_verify_is_reported(monkeypatch):
     monkeypatch.setattr(rewards_math.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadEnvironment, match="math-verify"):
         open_reward(MathVerifyReward(), "/", None)
 
 
-# ── real data ─────────────────────────────────────────────────────────────────────────────────
-
-
-def test_sciknoweval_answers_score_themselves(real_data):
+def test_sciknoweval_answers_score_one(real_data):
     columns = Table({"prompt": "prompt", "system": "system", "answer": "answer"})
     source = JsonLinesSource(path="sciknoweval/physics-test.json")
     rows = load_rows(DataSpec(source=source, columns=columns), real_data)
@@ -482,8 +461,8 @@ def test_sciknoweval_answers_score_themselves(real_data):
         "choice": open_reward(ChoiceReward(), "/", None),
     }
     right = [f"<reasoning>I saw.</reasoning><answer>\n{r.columns['answer']}\n</answer>" for r in rows]
-    assert numbers(rewards, right, rows) == {"tagged": [1.0] * 80, "choice": [1.0] * 80}
-    guesses = numbers(rewards, ["<answer>A</answer>"] * 80, rows)
+    assert reward_lists(rewards, right, rows) == {"tagged": [1.0] * 80, "choice": [1.0] * 80}
+    guesses = reward_lists(rewards, ["<answer>A</answer>"] * 80, rows)
     assert guesses["tagged"] == guesses["choice"]
     assert 0 < math.fsum(guesses["tagged"]) < 80
 
@@ -494,5 +473,5 @@ def test_tooluse_answers_match_as_text(real_data):
     rows = load_rows(DataSpec(source=source, columns=columns), real_data)
     reward = {"exact": open_reward(ExactReward(), "/", None)}
     texts = [row.columns["answer"] for row in rows]
-    assert numbers(reward, texts, rows) == {"exact": [1.0] * 68}
-    assert numbers(reward, ["{}"] * 68, rows) == {"exact": [0.0] * 68}
+    assert reward_lists(reward, texts, rows) == {"exact": [1.0] * 68}
+    assert reward_lists(reward, ["{}"] * 68, rows) == {"exact": [0.0] * 68}

@@ -9,7 +9,6 @@ import pytest
 import yaml
 from rich.console import Console
 
-from sdkit.cli import main
 from sdkit.language.errors import UnreadableInput
 from sdkit.runs.compare import common_budget, differences, differing_evaluation, differing_settings, score_keys
 from sdkit.runs.compare_text import compare
@@ -26,9 +25,9 @@ SPEC = {
 }
 
 
-def right(*places, of=100):
-    """1 for the prompts at these places, 0 for the others; by prompt."""
-    return {f"prompt {i}": float(i in places) for i in range(of)}
+def right(*numbers, of=100):
+    """Scores by prompt: 1 for the prompts with these numbers, 0 for the others."""
+    return {f"prompt {i}": float(i in numbers) for i in range(of)}
 
 
 def score_of(share, of=100):
@@ -37,9 +36,9 @@ def score_of(share, of=100):
 
 @pytest.fixture
 def make_run(tmp_path):
-    """A run directory with these evaluations: step -> what each prompt scored."""
+    """Writes a run directory with these evaluations: step -> score of each prompt."""
 
-    def made(name, evaluations, *, tokens=100, seconds=10.0, spec=None, status=None, **origins):
+    def make(name, evaluations, *, tokens=100, seconds=10.0, spec=None, status=None, **origins):
         folder = tmp_path / name
         (folder / "evaluations").mkdir(parents=True)
         (folder / "resolved.yaml").write_text(yaml.safe_dump(spec or SPEC, sort_keys=False))
@@ -57,7 +56,7 @@ def make_run(tmp_path):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         return folder
 
-    return made
+    return make
 
 
 def by_key(scores):
@@ -65,14 +64,14 @@ def by_key(scores):
 
 
 def figures(scores):
-    found = {}
+    metrics = {}
     for key, prompts in by_key(scores).items():
         interval = mean_interval(list(prompts.values()))
         name = "eval/" + "/".join(key)
-        for each in (name, "eval/score"):
-            found |= {each: interval.mean, f"{each}_low": interval.low}
-            found |= {f"{each}_high": interval.high, f"{each}_n": interval.n}
-    return found
+        for prefix in (name, "eval/score"):
+            metrics |= {prefix: interval.mean, f"{prefix}_low": interval.low}
+            metrics |= {f"{prefix}_high": interval.high, f"{prefix}_n": interval.n}
+    return metrics
 
 
 def write(path, scores):
@@ -94,10 +93,7 @@ def compared_scores(a, b, axis="tokens", score=None):
     return differences([common_budget(*runs, axis)], score_keys(runs, score))
 
 
-# ── what a run had cost ───────────────────────────────────────────────────────────────────────
-
-
-def test_a_run_is_read_back(make_run):
+def test_run_is_read(make_run):
     folder = make_run("one", {0: score_of(0.1), 2: score_of(0.3)}, tokens=50, seconds=4.0)
     (run,) = read_runs([folder])
     assert (run.name, run.state, run.headline) == ("one", "done", GREEDY)
@@ -107,7 +103,7 @@ def test_a_run_is_read_back(make_run):
     assert run.per_prompt(run.points[1])[GREEDY] == score_of(0.3)
 
 
-def test_an_evaluation_whose_completions_are_not_written_yet_is_left_out(make_run):
+def test_evaluation_without_completions_is_left_out(make_run):
     folder = make_run("live", {0: score_of(0.1), 1: score_of(0.2), 2: score_of(0.3)})
     (folder / "evaluations" / "step_000002.jsonl").unlink()
     with (folder / "metrics.jsonl").open("a") as file:
@@ -117,49 +113,46 @@ def test_an_evaluation_whose_completions_are_not_written_yet_is_left_out(make_ru
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "expected"),
     [
         ({"state": "running", "step": 7}, "unfinished, running or killed after step 7"),
-        ({"state": "stopped", "step": 3, "reason": "asked\nmore"}, "stopped after step 3: asked"),
+        ({"state": "stopped", "step": 3, "reason": "requested\nmore"}, "stopped after step 3: requested"),
         ({"state": "failed", "step": 3, "reason": "boom"}, "failed after step 3: boom"),
         ({"unheard": "of"}, "of unknown state"),
     ],
 )
-def test_the_state_of_a_run_is_said(make_run, status, said):
+def test_state_of_a_run_is_described(make_run, status, expected):
     (run,) = read_runs([make_run("one", {0: score_of(0.1)}, status=status)])
-    assert run.state == said
+    assert run.state == expected
 
 
-def test_every_folder_without_a_run_is_named_at_once(make_run, tmp_path):
-    fine = make_run("fine", {0: score_of(0.1)})
+def test_every_folder_without_a_run_is_named(make_run, tmp_path):
+    complete = make_run("fine", {0: score_of(0.1)})
     empty = make_run("empty", {}, status={"state": "failed", "step": 0, "reason": "no disk"})
     torn = make_run("torn", {0: score_of(0.1)})
     (torn / "metrics.jsonl").write_text('{"no": "step", "eval/score": 1}\n')
     with pytest.raises(UnreadableInput) as caught:
-        read_runs([fine, tmp_path / "nowhere", empty, torn])
+        read_runs([complete, tmp_path / "nowhere", empty, torn])
     nowhere, nothing, broken = caught.value.message.splitlines()
     assert nowhere == f"{tmp_path / 'nowhere'} is not a run directory: it has no resolved.yaml"
     assert "no evaluation to compare (failed after step 0: no disk)" in nothing
     assert "torn" in broken
     with pytest.raises(UnreadableInput, match="named twice"):
-        read_runs([fine, tmp_path / "." / "fine"])
+        read_runs([complete, tmp_path / "." / "fine"])
 
 
-def test_folders_of_one_name_go_by_their_paths(make_run):
+def test_runs_of_the_same_name_are_named_by_path(make_run):
     a, b = make_run("a/run", {0: score_of(0.1)}), make_run("b/run", {0: score_of(0.1)})
     assert [run.name for run in read_runs([a, b])] == [str(a), str(b)]
 
 
-# ── common budgets ────────────────────────────────────────────────────────────────────────────
-
-
-def test_equal_budgets_meet_at_the_end(make_run):
+def test_common_budget_of_equal_runs_is_the_end(make_run):
     every = dict.fromkeys((0, 5, 10), score_of(0.5))
     assert common_steps(make_run("a", every), make_run("b", every)) == (10, 10)
 
 
-def test_the_largest_common_budget(make_run):
-    """100 tokens a step against 50: ten steps of the first are twenty of the second, which stopped after ten."""
+def test_largest_common_budget(make_run):
+    """100 tokens per step against 50: ten steps of the first equal twenty of the second, which stopped after ten."""
     a = make_run("a", dict.fromkeys((0, 5, 10), score_of(0.5)))
     b = make_run("b", dict.fromkeys((0, 2, 10), score_of(0.5)), tokens=50)
     assert common_steps(a, b) == (5, 10)
@@ -168,7 +161,7 @@ def test_the_largest_common_budget(make_run):
     assert common_steps(a, b, "time") == (10, 10)
 
 
-def test_a_tenth_more_is_the_same_budget_and_more_is_not(make_run):
+def test_budgets_within_a_tenth_are_equal(make_run):
     a = make_run("a", dict.fromkeys((0, 10), score_of(0.5)))
     near = make_run("near", dict.fromkeys((0, 10), score_of(0.5)), tokens=109)
     far = make_run("far", dict.fromkeys((0, 10), score_of(0.5)), tokens=120)
@@ -176,142 +169,117 @@ def test_a_tenth_more_is_the_same_budget_and_more_is_not(make_run):
     assert common_steps(a, far) is None
 
 
-def test_two_untrained_models_do_not_meet(make_run):
+def test_untrained_models_have_no_common_budget(make_run):
     a, b = (make_run(name, {0: score_of(0.5)}) for name in "ab")
     assert common_steps(a, b) is None
 
 
-# ── significance ──────────────────────────────────────────────────────────────────────────────
-
-
-def test_sixty_right_is_above_thirty(make_run):
+def test_sixty_right_is_significantly_above_thirty(make_run):
     a = make_run("a", {0: score_of(0.1), 2: score_of(0.3)})
     b = make_run("b", {0: score_of(0.1), 2: score_of(0.6)})
-    (found,) = compared_scores(a, b)
-    assert found.significant
-    assert found.paired
-    assert found.sizes == (100, 100)
-    assert found.interval.mean == pytest.approx(-0.3)
-    half = 1.96 * (0.3 * 0.7 / 100) ** 0.5
-    assert found.interval.low == pytest.approx(-0.3 - half, abs=0.011)
-    assert found.interval.high == pytest.approx(-0.3 + half, abs=0.011)
-    low, high = -found.interval.high, -found.interval.low
-    assert found.verdict() == f"b is above a by 0.300 [{low:.3f}, {high:.3f}]"
-    (turned,) = compared_scores(b, a)
-    assert turned.verdict().startswith("b is above a by 0.300 [")
+    (difference,) = compared_scores(a, b)
+    assert difference.significant
+    assert difference.paired
+    assert difference.sizes == (100, 100)
+    assert difference.interval.mean == pytest.approx(-0.3)
+    half_width = 1.96 * (0.3 * 0.7 / 100) ** 0.5
+    assert difference.interval.low == pytest.approx(-0.3 - half_width, abs=0.011)
+    assert difference.interval.high == pytest.approx(-0.3 + half_width, abs=0.011)
+    low, high = -difference.interval.high, -difference.interval.low
+    assert difference.verdict() == f"b is above a by 0.300 [{low:.3f}, {high:.3f}]"
+    (reversed_difference,) = compared_scores(b, a)
+    assert reversed_difference.verdict().startswith("b is above a by 0.300 [")
 
 
-def test_three_more_of_a_hundred_are_noise(make_run):
-    """13 gained, 10 lost: 0.03 with a standard error of 0.048."""
+def test_three_more_of_a_hundred_is_noise(make_run):
+    """13 gained, 10 lost: a difference of 0.03 with a standard error of 0.048."""
     a = make_run("a", {1: right(*range(30))})
     b = make_run("b", {1: right(*range(10, 43))})
-    (found,) = compared_scores(b, a)
-    assert found.interval.mean == pytest.approx(0.03)
-    assert found.interval.low < 0 < found.interval.high
-    assert found.verdict() == "no significant difference"
+    (difference,) = compared_scores(b, a)
+    assert difference.interval.mean == pytest.approx(0.03)
+    assert difference.interval.low < 0 < difference.interval.high
+    assert difference.verdict() == "no significant difference"
 
 
-def test_pairs_tell_what_two_samples_cannot(make_run):
-    """30 against 42: the same 30 and 12 more; of other prompts it would be noise (standard error 0.067)."""
+def test_paired_difference_is_more_sensitive(make_run):
+    """30 against 42: the same 30 and 12 more.  With other prompts this is noise (standard error 0.067)."""
     a = make_run("a", {1: right(*range(30))})
     b = make_run("b", {1: right(*range(42))})
-    (found,) = compared_scores(b, a)
-    assert found.significant
+    (difference,) = compared_scores(b, a)
+    assert difference.significant
     other = make_run("c", {1: {f"other {k}": v for k, v in right(*range(42)).items()}})
-    (found,) = compared_scores(other, a)
-    assert (found.paired, found.significant) == (False, False)
-    assert found.interval.mean == pytest.approx(0.12)
-    assert found.interval.low == pytest.approx(0.12 - 1.96 * 0.0672, abs=0.015)
+    (difference,) = compared_scores(other, a)
+    assert (difference.paired, difference.significant) == (False, False)
+    assert difference.interval.mean == pytest.approx(0.12)
+    assert difference.interval.low == pytest.approx(0.12 - 1.96 * 0.0672, abs=0.015)
 
 
-def test_a_handful_of_prompts_tells_nothing(make_run):
-    """Four of four gained: the bootstrap never draws anything but 1, yet a coin does this one time in eight."""
+def test_four_prompts_are_too_few(make_run):
+    """Four of four gained: every bootstrap mean is 1, but the permutation test has p = 1/8."""
     a, b = (make_run("a", {1: score_of(0.0, of=4)}), make_run("b", {1: score_of(1.0, of=4)}))
-    (found,) = compared_scores(b, a)
-    assert found.interval.low == found.interval.high == 1
-    assert not found.significant
+    (difference,) = compared_scores(b, a)
+    assert difference.interval.low == difference.interval.high == 1
+    assert not difference.significant
 
 
-def test_more_comparisons_ask_for_more(make_run):
-    """Six gained of a hundred, none lost: 2/64 is below 0.05 and not below a half of it."""
-    drawn = ("sums", "drawn", "right")
-    a = make_run("a", {1: {GREEDY: right(), drawn: right()}})
-    b = make_run("b", {1: {GREEDY: right(*range(6)), drawn: right()}})
+def test_more_comparisons_need_a_smaller_p_value(make_run):
+    """Six gained of a hundred, none lost: p = 2/64 is below 0.05, but not below 0.05 / 2."""
+    sampled = ("sums", "drawn", "right")
+    a = make_run("a", {1: {GREEDY: right(), sampled: right()}})
+    b = make_run("b", {1: {GREEDY: right(*range(6)), sampled: right()}})
     first, second = compared_scores(b, a)
     assert not first.significant
     assert not second.significant
-    (alone,) = compared_scores(b, a, score="sums/greedy/right")
-    assert alone.significant
-    assert alone.interval.low > first.interval.low
+    (single,) = compared_scores(b, a, score="sums/greedy/right")
+    assert single.significant
+    assert single.interval.low > first.interval.low
     with pytest.raises(UnreadableInput, match="no run has a score 'wrong'; there are right"):
         compared_scores(a, b, score="wrong")
 
 
-def test_chances():
-    """Two of two: ++, −−, +−, −+ are equally likely, and half of them as far from 0."""
+def test_p_values_by_hand():
+    """Two of two: ++, −−, +−, −+ are equally likely, and half of them are as far from 0."""
     assert paired_p_value([0, 0], [1, 1]) == pytest.approx(0.5, abs=0.02)
     assert paired_p_value([0, 1], [0, 1]) == 1
-    # The pairs of four: one of six puts both ones on the right side, one on the left.
+    # Of the six ways to choose two of four, one puts both ones right, and one puts both left.
     assert unpaired_p_value([0, 0], [1, 1]) == pytest.approx(1 / 3, abs=0.02)
 
 
-def test_an_unpaired_difference_has_both_sides_spread():
-    found = unpaired_difference(list(score_of(0.2).values()), list(score_of(0.5, of=50).values()))
-    assert (found.mean, found.n) == (pytest.approx(0.3), 50)
-    half = 1.96 * (0.2 * 0.8 / 100 + 0.5 * 0.5 / 50) ** 0.5
-    assert found.low == pytest.approx(0.3 - half, abs=0.02)
-    assert found.high == pytest.approx(0.3 + half, abs=0.02)
+def test_unpaired_difference_includes_both_variances():
+    difference = unpaired_difference(list(score_of(0.2).values()), list(score_of(0.5, of=50).values()))
+    assert (difference.mean, difference.n) == (pytest.approx(0.3), 50)
+    half_width = 1.96 * (0.2 * 0.8 / 100 + 0.5 * 0.5 / 50) ** 0.5
+    assert difference.low == pytest.approx(0.3 - half_width, abs=0.02)
+    assert difference.high == pytest.approx(0.3 + half_width, abs=0.02)
 
 
-# ── settings ──────────────────────────────────────────────────────────────────────────────────
-
-
-def changed(*path, to):
+def spec_with(*path, to):
     spec = json.loads(json.dumps(SPEC))
-    place = spec
+    part = spec
     for name in path[:-1]:
-        place = place[name]
-    place[path[-1]] = to
+        part = part[name]
+    part[path[-1]] = to
     return spec
 
 
-def test_what_differs_is_found_whatever_is_left_behind(make_run):
+def test_differing_settings_are_listed(make_run):
     scores = {0: score_of(0.1)}
     a = make_run("a", scores)
-    b = make_run("b", scores, spec=changed("training", "seed", to=1))
-    c = make_run("c", scores, spec=changed("output", "folder", to="elsewhere"))
-    d = make_run("d", scores, spec=changed("losses", "distil", "coefficient", to=True))
+    b = make_run("b", scores, spec=spec_with("training", "seed", to=1))
+    c = make_run("c", scores, spec=spec_with("output", "folder", to="elsewhere"))
+    d = make_run("d", scores, spec=spec_with("losses", "distil", "coefficient", to=True))
     assert differing_settings(read_runs([a, c])) == []
     assert differing_settings(read_runs([a, b, c])) == [("training", "seed")]
     assert differing_settings(read_runs([a, d])) == [("losses", "distil", "coefficient")]
 
 
-def test_scores_that_are_not_of_one_kind(make_run):
-    warm = ("evaluation", "suites", "sums", "decoding", "greedy", "temperature")
-    paths = [warm, ("rewards", "right", "kind"), ("rewards", "unused", "kind"), ("training", "seed")]
+def test_differing_evaluation_settings_are_listed(make_run):
+    temperature = ("evaluation", "suites", "sums", "decoding", "greedy", "temperature")
+    paths = [temperature, ("rewards", "right", "kind"), ("rewards", "unused", "kind"), ("training", "seed")]
     assert differing_evaluation(paths, [GREEDY]) == paths[:2]
 
 
-# ── on screen ─────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def sdkit(monkeypatch, capsys):
-    """Run a command line in this process; its exit code, standard output and standard error."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["sdkit", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as done:
-            code = done.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def compared(folders, *options):
+def compare_output(folders, *options):
     console = Console(file=StringIO(), width=140)
     target = folders[0].parent / "picture.png"
     compare(folders, console, target, *(options or ("tokens", None)))
@@ -319,9 +287,9 @@ def compared(folders, *options):
     return console.file.getvalue()
 
 
-def test_the_command(sdkit, make_run, tmp_path):
+def test_compare_command(sdkit, make_run, tmp_path):
     a = make_run("small", {0: score_of(0.1), 2: score_of(0.3)})
-    b = make_run("large", {0: score_of(0.1), 2: score_of(0.6)}, spec=changed("training", "seed", to=7))
+    b = make_run("large", {0: score_of(0.1), 2: score_of(0.6)}, spec=spec_with("training", "seed", to=7))
     picture = tmp_path / "both.png"
     code, out, err = sdkit("compare", a, b, "--to", picture)
     assert (code, err) == (0, "")
@@ -334,7 +302,7 @@ def test_the_command(sdkit, make_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "broken"])
-def test_what_is_no_run_ends_with_2(sdkit, make_run, tmp_path, name):
+def test_folder_without_a_run_exits_with_2(sdkit, make_run, tmp_path, name):
     (make_run("broken", {0: score_of(0.1)}) / "metrics.jsonl").write_text("no json\n{}\n")
     code, _, err = sdkit("compare", tmp_path / name, "--to", tmp_path / "x.png")
     assert code == 2
@@ -344,13 +312,13 @@ def test_what_is_no_run_ends_with_2(sdkit, make_run, tmp_path, name):
 
 
 @pytest.mark.parametrize("target", ["picture.txt", "no/such/folder/x.png"])
-def test_a_picture_that_cannot_be_written_ends_with_2(sdkit, make_run, tmp_path, target):
+def test_picture_that_cannot_be_written_exits_with_2(sdkit, make_run, tmp_path, target):
     code, _, err = sdkit("compare", make_run("a", {0: score_of(0.1)}), "--to", tmp_path / target)
     assert code == 2
     assert "picture" in err or "folder" in err
 
 
-def test_it_loads_no_torch(make_run, tmp_path):
+def test_compare_loads_no_torch(make_run, tmp_path):
     folder = make_run("a", {0: score_of(0.1), 1: score_of(0.2)})
     code = (
         "import sys; from sdkit.cli import main\n"
@@ -363,67 +331,67 @@ def test_it_loads_no_torch(make_run, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_one_run_is_shown_alone(make_run):
-    shown = compared([make_run("one", {0: score_of(0.1), 2: score_of(0.4)})])
-    assert "0.100 [" in shown
-    assert "+0.300" in shown
-    assert "what differs" not in shown
-    assert "Bonferroni" not in shown
+def test_single_run_is_shown(make_run):
+    output = compare_output([make_run("one", {0: score_of(0.1), 2: score_of(0.4)})])
+    assert "0.100 [" in output
+    assert "+0.300" in output
+    assert "what differs" not in output
+    assert "Bonferroni" not in output
 
 
-def test_three_runs_are_compared_two_by_two_and_seeds_stay_apart(make_run):
-    folders = [make_run(f"seed{i}", {2: score_of(0.5)}, spec=changed("training", "seed", to=i)) for i in range(3)]
-    shown = compared(folders)
-    assert shown.count("no significant difference") == 3
-    assert "Bonferroni over 3" in shown
-    assert "is above" not in shown
+def test_three_runs_are_compared_pairwise(make_run):
+    folders = [make_run(f"seed{i}", {2: score_of(0.5)}, spec=spec_with("training", "seed", to=i)) for i in range(3)]
+    output = compare_output(folders)
+    assert output.count("no significant difference") == 3
+    assert "Bonferroni over 3" in output
+    assert "is above" not in output
 
 
-def test_runs_that_never_met_get_no_verdict(make_run):
+def test_runs_without_a_common_budget_get_no_verdict(make_run):
     a = make_run("a", {0: score_of(0.1), 1: score_of(0.1)})
     b = make_run("b", {0: score_of(0.1), 9: score_of(0.9)})
-    shown = compared([a, b])
-    assert "a and b: no verdict, no two evaluations within 10% of each other" in shown
-    assert "(a after 0, 100; b after 0, 900)" in " ".join(shown.split())
-    assert "above" not in shown
+    output = compare_output([a, b])
+    assert "a and b: no verdict, no two evaluations within 10% of each other" in output
+    assert "(a after 0, 100; b after 0, 900)" in " ".join(output.split())
+    assert "above" not in output
 
 
-def test_it_says_where_a_longer_run_went_on_and_that_prompts_differ(make_run):
+def test_compare_names_longer_runs_and_different_prompts(make_run):
     a = make_run("a", {1: score_of(0.5), 4: score_of(0.9)})
     b = make_run("b", {1: score_of(0.5, of=50)}, status={"state": "stopped", "step": 1})
-    shown = compared([a, b])
-    assert "after 100 (of 400) and 100 generated tokens (steps 1 and 1)" in shown
-    assert "100 and 50, not the same" in shown
-    assert "each run is resampled by itself" in " ".join(shown.split())
-    assert "stopped after step 1" in shown
+    output = compare_output([a, b])
+    assert "after 100 (of 400) and 100 generated tokens (steps 1 and 1)" in output
+    assert "100 and 50, not the same" in output
+    assert "each run is resampled by itself" in " ".join(output.split())
+    assert "stopped after step 1" in output
 
 
-def test_it_warns_where_decoding_differs(make_run):
-    warm = changed("evaluation", "suites", "sums", "decoding", "greedy", "temperature", to=1.0)
-    a, b = make_run("a", {1: score_of(0.5)}), make_run("b", {1: score_of(0.5)}, spec=warm)
-    shown = compared([a, b])
-    assert "evaluations differ (evaluation.suites.sums.decoding.greedy.temperature)" in shown
+def test_compare_warns_of_different_decoding(make_run):
+    other_spec = spec_with("evaluation", "suites", "sums", "decoding", "greedy", "temperature", to=1.0)
+    a, b = make_run("a", {1: score_of(0.5)}), make_run("b", {1: score_of(0.5)}, spec=other_spec)
+    output = compare_output([a, b])
+    assert "evaluations differ (evaluation.suites.sums.decoding.greedy.temperature)" in output
 
 
-def test_versions_and_data_that_differ_are_shown(make_run):
+def test_different_versions_and_data_are_shown(make_run):
     a = make_run("a", {1: score_of(0.5)}, versions={"torch": "2.1", "vllm": "0.9"})
     b = make_run("b", {1: score_of(0.5)}, versions={"torch": "2.2", "vllm": "0.9"})
-    shown = compared([a, b])
-    assert "versions.torch" in shown
-    assert "versions.vllm" not in shown
-    assert "the specs are the same" in shown
+    output = compare_output([a, b])
+    assert "versions.torch" in output
+    assert "versions.vllm" not in output
+    assert "the specs are the same" in output
 
 
-def test_a_picture_of_many_runs(make_run):
-    """More runs than colours, two decodings."""
-    drawn = ("sums", "drawn", "right")
+def test_picture_of_many_runs(make_run):
+    """More runs than colors, two decodings."""
+    sampled = ("sums", "drawn", "right")
     folders = [
-        make_run(f"run{i}", {s: {GREEDY: score_of(0.1 * s, of=9), drawn: right(of=9)} for s in (0, 2)})
+        make_run(f"run{i}", {s: {GREEDY: score_of(0.1 * s, of=9), sampled: right(of=9)} for s in (0, 2)})
         for i in range(9)
     ]
-    assert "Bonferroni over 72" in compared(folders)
+    assert "Bonferroni over 72" in compare_output(folders)
 
 
-def test_names_with_brackets_are_no_markup(make_run):
+def test_brackets_in_names_are_no_markup(make_run):
     a, b = make_run("a[bold]", {1: score_of(0.1)}), make_run("b[x]", {1: score_of(0.9)})
-    assert "b[x] is above a[bold] by 0.800" in compared([a, b])
+    assert "b[x] is above a[bold] by 0.800" in compare_output([a, b])

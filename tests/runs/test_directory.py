@@ -1,4 +1,4 @@
-"""What a run directory reads back."""
+"""Records of a run directory, written and read."""
 
 import pytest
 
@@ -6,14 +6,14 @@ from sdkit.language.errors import UnreadableInput
 from sdkit.runs.directory import RunDirectory, read_lines
 
 
-def test_text_with_line_separators_of_unicode_is_read_back(tmp_path):
+def test_unicode_line_separators_round_trip(tmp_path):
     run = RunDirectory(tmp_path, tensorboard=False)
     records = [{"completion": "one\u2028two\x85three"}, {"completion": "four"}]
     run.lines("rollouts", 0, records)
     assert run.records("rollouts", 0) == records
 
 
-def test_an_incomplete_last_line_is_left_out(tmp_path):
+def test_incomplete_last_line_is_ignored(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st')
     assert read_lines(path) == [{"step": 1}]

@@ -1,14 +1,16 @@
-"""Exported folders: other libraries read them, and find the weights that were trained."""
+"""Exported folders: other libraries load them with the trained weights."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from attrs import evolve
-from tinyruns import LORA, evaluated, make_spec, model, same, train, training, weights_of
-from warm import VLLM
+from tinyruns import LORA, assert_equal, make_spec, model, train, training, weights_of, with_evaluation
 
 from sdkit.checkpoints import checkpoint
 from sdkit.language.errors import BadData, BadEnvironment, UnreadableInput
@@ -20,26 +22,26 @@ NAMES = ["full", "lora"]
 
 
 def logprobs(causal):
-    """Of every id after the first, in float32."""
+    """Log-probabilities of every id after the first, in float32."""
     with torch.no_grad():
-        told = causal(torch.tensor([IDS])).logits[0, :-1].float().log_softmax(-1)
-    return told.gather(-1, torch.tensor(IDS[1:])[:, None])[:, 0]
+        all_logprobs = causal(torch.tensor([IDS])).logits[0, :-1].float().log_softmax(-1)
+    return all_logprobs.gather(-1, torch.tensor(IDS[1:])[:, None])[:, 0]
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_folder, tmp_path_factory):
-    """A full run and one with adapters: spec, directory, and what the trained weights say as the run ends."""
-    found = {}
-    written = checkpoint.save_model
+    """A full run and one with adapters: spec, folder, and log-probabilities of the trained weights at the end."""
+    results = {}
+    save_model = checkpoint.save_model
 
-    def noted(student, tokenizer, run):
+    def save_and_record(student, tokenizer, run):
         with student.active() as causal:
-            found[run.name] = [logprobs(causal)]
-        return written(student, tokenizer, run)
+            results[run.name] = [logprobs(causal)]
+        return save_model(student, tokenizer, run)
 
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save_model", noted)
+        patch.setattr(checkpoint, "save_model", save_and_record)
         for name, lora in zip(NAMES, (None, LORA), strict=True):
             spec = make_spec(
                 tiny_folder,
@@ -47,23 +49,23 @@ def runs(tiny_folder, tmp_path_factory):
                 training=training(steps=2),
                 optimizer=OptimizerSpec(lr=3e-2),
             )
-            spec = evaluated(spec, teacher_lift=0) if lora is None else spec
-            found[name] = (spec, train(spec, folder / name), *found.get(name, ()))
-    return found
+            spec = with_evaluation(spec, teacher_lift=0) if lora is None else spec
+            results[name] = (spec, train(spec, folder / name), *results.get(name, ()))
+    return results
 
 
 @pytest.fixture(scope="module")
 def exported(runs, tmp_path_factory):
-    """The three kinds of folder."""
-    to = tmp_path_factory.mktemp("exported")
+    """Folder with the three kinds of export."""
+    folder = tmp_path_factory.mktemp("exported")
     for name, source, merge in (("full", "full", False), ("merged", "lora", True), ("adapter", "lora", False)):
         spec, run, _ = runs[source]
-        export(spec, run.parent, run, to / name, merge=merge)
-    return to
+        export(spec, run.parent, run, folder / name, merge=merge)
+    return folder
 
 
 @pytest.mark.parametrize(("name", "source"), [("full", "full"), ("merged", "lora")])
-def test_transformers_reads_the_trained_weights(runs, exported, tiny_folder, name, source):
+def test_transformers_loads_the_trained_weights(runs, exported, tiny_folder, name, source):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, run, trained = runs[source]
@@ -72,11 +74,11 @@ def test_transformers_reads_the_trained_weights(runs, exported, tiny_folder, nam
     start = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert (logprobs(start) - trained).abs().max() > 1e-2
     for key, value in weights_of(run).items():
-        same(causal.get_parameter(key).detach(), value)
+        assert_equal(causal.get_parameter(key).detach(), value)
     assert AutoTokenizer.from_pretrained(exported / name).chat_template
 
 
-def test_peft_reads_the_adapter_and_finds_its_base(runs, exported, tiny_folder):
+def test_peft_loads_the_adapter_and_its_base(runs, exported, tiny_folder):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
@@ -89,18 +91,24 @@ def test_peft_reads_the_adapter_and_finds_its_base(runs, exported, tiny_folder):
     assert not (exported / "adapter" / "model.safetensors").exists()
 
 
-def test_vllm_reads_both(warm, runs, exported, tiny_folder):
+def test_vllm_loads_merged_model_and_adapter(runs, exported, tiny_folder):
     pytest.importorskip("vllm")
     scenario = Path(__file__).parents[1] / "support" / "vllm_export.py"
     folders = [exported / "merged", tiny_folder, exported / "adapter"]
-    done = warm.run(scenario, *folders, json.dumps(IDS), imports=VLLM)
+    done = subprocess.run(
+        [sys.executable, *map(str, (scenario, *folders)), json.dumps(IDS)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"},
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    for name in ("whole", "adapter"):
-        torch.testing.assert_close(torch.tensor(found[name]), runs["lora"][2], atol=1e-4, rtol=0)
+    logprobs_by_name = json.loads(done.stdout.splitlines()[-1])
+    for name in ("merged", "adapter"):
+        torch.testing.assert_close(torch.tensor(logprobs_by_name[name]), runs["lora"][2], atol=1e-4, rtol=0)
 
 
-def test_tensors_are_safetensors_alone(exported):
+def test_tensors_are_stored_only_as_safetensors(exported):
     for folder in exported.iterdir():
         kinds = {p.suffix for p in folder.rglob("*") if p.is_file()}
         assert ".safetensors" in kinds
@@ -108,16 +116,16 @@ def test_tensors_are_safetensors_alone(exported):
     assert not list(exported.rglob(".*"))
 
 
-def test_the_card(runs, exported, tiny_folder):
+def test_model_card(runs, exported, tiny_folder):
     card = (exported / "full" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sdkit"]}
-    facts = json.loads((runs["full"][1] / "provenance.json").read_text())
+    provenance = json.loads((runs["full"][1] / "provenance.json").read_text())
     for words in (
         "# full",
         "objective: distil: forward KL(teacher‖student)",
-        facts["data"]["train"],
-        f"torch {facts['versions']['torch']}",
+        provenance["data"]["train"],
+        f"torch {provenance['versions']['torch']}",
         "| sums | greedy | right |",
         "2 steps of 4 rollouts",
     ):
@@ -137,7 +145,7 @@ def test_the_card(runs, exported, tiny_folder):
         ("here", None, "{folder}/here"),
     ],
 )
-def test_the_base_is_the_specs_path(runs, tmp_path, path, hub, base):
+def test_adapter_base_is_the_path_of_the_spec(runs, tmp_path, path, hub, base):
     spec, run, _ = runs["lora"]
     (tmp_path / "here").mkdir()
     spec = evolve(spec, model=evolve(spec.model, path=path, revision="v1"))
@@ -149,10 +157,7 @@ def test_the_base_is_the_specs_path(runs, tmp_path, path, hub, base):
     assert yaml.safe_load(head).get("base_model") == hub
 
 
-# ── refusals ──────────────────────────────────────────────────────────────────────────────────
-
-
-def test_what_exists_is_left_alone(runs, tmp_path):
+def test_existing_folder_is_not_overwritten(runs, tmp_path):
     spec, run, _ = runs["full"]
     (tmp_path / "old").mkdir()
     with pytest.raises(UnreadableInput, match="exists"):
@@ -162,12 +167,12 @@ def test_what_exists_is_left_alone(runs, tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["old"]
 
 
-def test_an_unfinished_run_has_nothing_to_export(runs, tmp_path):
+def test_unfinished_run_has_nothing_to_export(runs, tmp_path):
     with pytest.raises(UnreadableInput, match="no model/ yet"):
         export(runs["full"][0], tmp_path, tmp_path, tmp_path / "out", merge=False)
 
 
-def test_damaged_weights_are_found(runs, tmp_path):
+def test_damaged_weights_are_refused(runs, tmp_path):
     import shutil
 
     spec, run, _ = runs["full"]
@@ -179,7 +184,7 @@ def test_damaged_weights_are_found(runs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_leaves_nothing(runs, tmp_path):
+def test_unwritable_folder_leaves_no_file(runs, tmp_path):
     spec, run, _ = runs["full"]
     (tmp_path / "file").touch()
     with pytest.raises(BadEnvironment, match="cannot write"):

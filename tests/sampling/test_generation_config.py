@@ -1,11 +1,11 @@
-"""The checkpoint's `generation_config` changes nothing that is sampled, whatever stands in it."""
+"""The checkpoint's `generation_config` never changes what is sampled."""
 
 import json
 from shutil import copytree
 
 import pytest
 import torch
-from tinyruns import distil, evaluated, lines, make_spec, metrics, rollout, train, training
+from tinyruns import distil, lines, make_spec, metrics, rollout, train, training, with_evaluation
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sdkit.batches import SamplingParams, SamplingRequest
@@ -18,8 +18,8 @@ from sdkit.seeds import derive
 SETTINGS = {"temperature": 0.8, "top_p": 1.0, "top_k": 0, "max_new_tokens": 10}
 COMMON = list(range(40, 90))
 
-# Each of these changed the tokens or their log-probabilities, or raised an error.
-OF_A_CHECKPOINT = {
+# Without sdkit's own settings, each of these changes tokens or log-probabilities or raises an error.
+CHECKPOINT_SETTINGS = {
     "repetition_penalty": {"repetition_penalty": 1.3},
     "encoder_repetition_penalty": {"encoder_repetition_penalty": 3.0},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
@@ -58,80 +58,80 @@ def weights(tiny_folder):
 def requests(tiny_tokenizer):
     texts = [f"What is {i} + {3 * i}?" + " How many letters?" * (i % 3) for i in range(6)]
     ids = [tuple(tiny_tokenizer(text)["input_ids"]) for text in texts]
-    return [SamplingRequest(prompt_ids=each, seed=derive(3, i)) for i, each in enumerate(ids)]
+    return [SamplingRequest(prompt_ids=prompt_ids, seed=derive(3, i)) for i, prompt_ids in enumerate(ids)]
 
 
-def sampled(weights, tokenizer, requests, **changes):
+def sample(weights, tokenizer, requests, **changes):
     backend = TransformersRollouts(tokenizer, 4, (tokenizer.eos_token_id,))
     backend.load(weights, 0)
     done = backend.sample(requests, SamplingParams(**(SETTINGS | changes)))
     return [(c.ids, c.logprobs, c.finished) for c in done]
 
 
-@pytest.mark.parametrize("name", OF_A_CHECKPOINT)
+@pytest.mark.parametrize("name", CHECKPOINT_SETTINGS)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_no_setting_of_the_checkpoint_changes_a_sample(weights, tiny_tokenizer, requests, name, temperature):
-    plain = sampled(weights, tiny_tokenizer, requests, temperature=temperature)
+def test_generation_config_changes_no_sample(weights, tiny_tokenizer, requests, name, temperature):
+    plain = sample(weights, tiny_tokenizer, requests, temperature=temperature)
     causal, before = weights.causal, weights.causal.generation_config
-    causal.generation_config = named = GenerationConfig(**OF_A_CHECKPOINT[name])
+    causal.generation_config = config = GenerationConfig(**CHECKPOINT_SETTINGS[name])
     try:
-        found = sampled(weights, tiny_tokenizer, requests, temperature=temperature)
-        assert causal.generation_config is named, "sampling must leave the model's settings alone"
+        with_settings_of_checkpoint = sample(weights, tiny_tokenizer, requests, temperature=temperature)
+        assert causal.generation_config is config, "sampling must leave the model's settings alone"
     finally:
         causal.generation_config = before
-    assert found == plain
+    assert with_settings_of_checkpoint == plain
 
 
-def test_generate_reads_no_field_of_the_checkpoint(weights):
-    """Of every field that this version of transformers knows, listed above or not."""
-    mark = object()
-    named = GenerationConfig()
-    fields = [name for name in vars(named) if not name.startswith("_")]
+def test_generate_reads_no_field_of_the_generation_config(weights):
+    """Covers every field of this version of transformers, listed above or not."""
+    sentinel = object()
+    config = GenerationConfig()
+    fields = [name for name in vars(config) if not name.startswith("_")]
     assert {"repetition_penalty", "num_beams", "eos_token_id", "max_time"} <= set(fields)
     for name in [*fields, "an_entry_of_its_own"]:
-        setattr(named, name, mark)
+        setattr(config, name, sentinel)
     causal, before = weights.causal, weights.causal.generation_config
-    causal.generation_config = named
+    causal.generation_config = config
     try:
         with own_settings(causal, {"do_sample": False, "max_new_tokens": 3}) as settings:
             used, rest = causal._prepare_generation_config(settings)
-            assert not [name for name, value in vars(used).items() if value is mark]
-            assert mark not in rest.values()
+            assert not [name for name, value in vars(used).items() if value is sentinel]
+            assert sentinel not in rest.values()
             assert (used.max_new_tokens, used.num_beams, used.use_cache) == (3, 1, True)
-        assert causal.generation_config is named
+        assert causal.generation_config is config
     finally:
         causal.generation_config = before
 
 
-def test_the_models_settings_return_after_an_error(weights):
+def test_generation_config_is_restored_after_an_error(weights):
     before = weights.causal.generation_config
     with pytest.raises(ZeroDivisionError), own_settings(weights.causal, {}):
         1 / 0  # noqa: B018
     assert weights.causal.generation_config is before
 
 
-def with_settings(source, target, **settings):
-    """The model, with these settings in its generation_config.json."""
+def copy_with_settings(source, target, **settings):
+    """A copy of the model with these settings in its generation_config.json."""
     path = copytree(source, target) / "generation_config.json"
-    own = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(own | settings))
+    current = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(current | settings))
     return target
 
 
-def test_a_run_and_its_evaluation_are_those_of_the_plain_checkpoint(tiny_folder, tmp_path):
+def test_generation_config_changes_no_run_and_no_evaluation(tiny_folder, tmp_path):
     settings = {"repetition_penalty": 1.5, "suppress_tokens": COMMON, "num_beams": 3}
-    other = with_settings(tiny_folder, tmp_path / "model", **settings, max_length=7)
-    short = {
+    other = copy_with_settings(tiny_folder, tmp_path / "model", **settings, max_length=7)
+    changes = {
         "training": training(steps=1),
         "rollout": rollout(max_new_tokens=8),
         "losses": distil(importance=ImportanceSpec(sampler=SamplerRatio(cap=10.0, level="token"))),
     }
     runs = [
-        train(evaluated(make_spec(folder, **short)), tmp_path / name)
+        train(with_evaluation(make_spec(folder, **changes)), tmp_path / name)
         for name, folder in {"plain": tiny_folder, "other": other}.items()
     ]
-    plain, found = (metrics(run) for run in runs)
-    assert found == plain
+    plain, with_settings_of_checkpoint = (metrics(run) for run in runs)
+    assert with_settings_of_checkpoint == plain
     ratios = [line["distil/sampler_ratio"] for line in plain if "distil/sampler_ratio" in line]
     assert ratios == pytest.approx([1.0], abs=1e-3)
     recorded = [lines(run / "rollouts" / "step_000000.jsonl") for run in runs]
@@ -140,8 +140,8 @@ def test_a_run_and_its_evaluation_are_those_of_the_plain_checkpoint(tiny_folder,
     assert settings.items() <= saved.items()
 
 
-def test_vllm_is_started_without_the_checkpoints_settings_and_asked_for_none():
+def test_vllm_ignores_the_generation_config():
     assert engine_settings(VllmBackend(), "float32", 100)["generation_config"] == "vllm"
-    asked = sampling_settings(SamplingParams(**SETTINGS), [1])
+    request_settings = sampling_settings(SamplingParams(**SETTINGS), [1])
     neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    assert (neutral | {"min_p": 0.0, "min_tokens": 0}).items() <= asked.items()
+    assert (neutral | {"min_p": 0.0, "min_tokens": 0}).items() <= request_settings.items()

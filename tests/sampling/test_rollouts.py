@@ -1,4 +1,4 @@
-"""Sampling on the training weights, and replay: tokens depend on the seed alone, log-probabilities are the trainer's."""
+"""Sampling on the training weights, and replay: tokens depend only on the seed; log-probabilities are the trainer's."""
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ def end(tiny_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def sampled(weights, tiny_tokenizer, end):
-    """Sample on the tiny model: (requests, batch_size, settings) → completions."""
+def sample_tiny(weights, tiny_tokenizer, end):
+    """Samples on the tiny model: (requests, batch_size, settings) → completions."""
 
     def run(requests, batch_size=64, end_ids=(end,), **settings):
         parts = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 12}
@@ -57,172 +57,160 @@ def logits_of(weights, request, completion):
     return logits[len(request.prompt_ids) - 1 : -1]
 
 
-def chosen(logprobs, ids):
+def gather_logprobs(logprobs, ids):
     return logprobs.gather(-1, torch.tensor(ids)[:, None])[:, 0]
 
 
-# ── seeds ─────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_tokens_depend_on_prompt_and_seed_alone(sampled, requests, batch_size):
-    # Padding and neighbours move float32 logits by 1e-6, so a draw would have to fall that close to an edge.
-    alone = sampled(requests)
-    again = sampled(requests[::-1], batch_size)[::-1]
-    assert [c.ids for c in again] == [c.ids for c in alone]
-    for a, b in zip(alone, again, strict=True):
+def test_tokens_depend_only_on_prompt_and_seed(sample_tiny, requests, batch_size):
+    # Padding and other rows change float32 logits by 1e-6, so a draw changes only if it falls that close to an edge.
+    together = sample_tiny(requests)
+    in_batches = sample_tiny(requests[::-1], batch_size)[::-1]
+    assert [c.ids for c in in_batches] == [c.ids for c in together]
+    for a, b in zip(together, in_batches, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
-    assert sampled(requests[3:5])[1].ids == alone[4].ids
+    assert sample_tiny(requests[3:5])[1].ids == together[4].ids
 
 
-def test_the_same_call_gives_the_same_bits(sampled, requests):
-    first, second = sampled(requests), sampled(requests)
+def test_same_call_is_bitwise_reproducible(sample_tiny, requests):
+    first, second = sample_tiny(requests), sample_tiny(requests)
     assert [(c.ids, c.logprobs) for c in first] == [(c.ids, c.logprobs) for c in second]
 
 
-def test_another_seed_gives_other_tokens(sampled, requests):
+def test_another_seed_gives_other_tokens(sample_tiny, requests):
     others = [SamplingRequest(prompt_ids=r.prompt_ids, seed=r.seed + 1) for r in requests]
-    pairs = zip(sampled(requests), sampled(others), strict=True)
+    pairs = zip(sample_tiny(requests), sample_tiny(others), strict=True)
     assert all(a.ids != b.ids for a, b in pairs)
 
 
-def test_the_global_generator_is_left_alone(sampled, requests):
+def test_sampling_leaves_the_global_generator_unchanged(sample_tiny, requests):
     before = torch.get_rng_state()
-    sampled(requests)
+    sample_tiny(requests)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# ── log-probabilities ─────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
-def test_logprobs_are_the_trainers_under_the_temperature(sampled, weights, requests, temperature):
-    for request, completion in zip(requests, sampled(requests, temperature=temperature), strict=True):
+def test_logprobs_match_the_trainer_at_the_temperature(sample_tiny, weights, requests, temperature):
+    for request, completion in zip(requests, sample_tiny(requests, temperature=temperature), strict=True):
         expected = (logits_of(weights, request, completion) / temperature).log_softmax(-1)
-        found = torch.tensor(completion.logprobs)
-        torch.testing.assert_close(found, chosen(expected, completion.ids), atol=1e-4, rtol=0)
+        actual = torch.tensor(completion.logprobs)
+        torch.testing.assert_close(actual, gather_logprobs(expected, completion.ids), atol=1e-4, rtol=0)
 
 
-def test_temperature_0_takes_the_likeliest_token(sampled, weights, requests):
-    for request, completion in zip(requests, sampled(requests, temperature=0.0), strict=True):
+def test_temperature_0_samples_the_likeliest_token(sample_tiny, weights, requests):
+    for request, completion in zip(requests, sample_tiny(requests, temperature=0.0), strict=True):
         logprobs = logits_of(weights, request, completion).log_softmax(-1)
         assert list(completion.ids) == logprobs.argmax(-1).tolist()
-        found = torch.tensor(completion.logprobs)
-        torch.testing.assert_close(found, chosen(logprobs, completion.ids), atol=1e-4, rtol=0)
+        actual = torch.tensor(completion.logprobs)
+        torch.testing.assert_close(actual, gather_logprobs(logprobs, completion.ids), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.5}])
-def test_truncation_keeps_to_its_set_and_renormalises(sampled, weights, requests, settings):
-    for request, completion in zip(requests, sampled(requests, temperature=1.2, **settings), strict=True):
+def test_truncation_samples_allowed_tokens_and_renormalizes(sample_tiny, weights, requests, settings):
+    for request, completion in zip(requests, sample_tiny(requests, temperature=1.2, **settings), strict=True):
         for logits, token, logprob in zip(
             logits_of(weights, request, completion) / 1.2, completion.ids, completion.logprobs, strict=True
         ):
-            kept = kept_tokens(logits, **settings)
-            assert token in kept
-            expected = logits[kept].log_softmax(-1)[kept.index(token)]
+            allowed = allowed_tokens(logits, **settings)
+            assert token in allowed
+            expected = logits[allowed].log_softmax(-1)[allowed.index(token)]
             assert logprob == pytest.approx(expected.item(), abs=1e-4)
 
 
-def kept_tokens(logits, top_k=0, top_p=1.0):
-    """The likeliest k; of these, the fewest that hold top_p of their probability."""
+def allowed_tokens(logits, top_k=0, top_p=1.0):
+    """The top k tokens; of these, the fewest with at least top_p of their probability."""
     order = logits.argsort(descending=True).tolist()
     order = order[:top_k] if top_k else order
-    held, kept = 0.0, []
+    mass, allowed = 0.0, []
     for token, share in zip(order, logits[order].softmax(-1).tolist(), strict=True):
-        if held >= top_p:
+        if mass >= top_p:
             break
-        kept.append(token)
-        held += share
-    return kept
+        allowed.append(token)
+        mass += share
+    return allowed
 
 
-def test_draws_follow_the_probabilities(sampled, weights, requests):
+def test_draws_follow_the_probabilities(sample_tiny, weights, requests):
     draws = 10_000
     many = [SamplingRequest(prompt_ids=requests[0].prompt_ids, seed=derive(1, i)) for i in range(draws)]
-    first = [c.ids[0] for c in sampled(many, batch_size=1000, max_new_tokens=1)]
+    first = [c.ids[0] for c in sample_tiny(many, batch_size=1000, max_new_tokens=1)]
     ids = torch.tensor([requests[0].prompt_ids])
     with torch.no_grad():
         shares = weights.model(input_ids=ids).logits[0, -1].double().softmax(-1)
-    expected, seen = shares * draws, torch.bincount(torch.tensor(first), minlength=len(shares))
-    kolmogorov_smirnov = (seen.cumsum(0) - expected.cumsum(0)).abs().max() / draws
+    expected, observed = shares * draws, torch.bincount(torch.tensor(first), minlength=len(shares))
+    kolmogorov_smirnov = (observed.cumsum(0) - expected.cumsum(0)).abs().max() / draws
     assert kolmogorov_smirnov < 1.63 / draws**0.5
     rare = expected < 5
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
     freedom = len(expected) - 1
     assert freedom > 20
-    chi_square = ((seen - expected).square() / expected).sum()
+    chi_square = ((observed - expected).square() / expected).sum()
     assert chi_square < freedom + 3 * (2 * freedom) ** 0.5
 
 
-# ── ends ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_the_end_token_is_kept_and_nothing_follows(sampled, requests, end):
-    plain = sampled(requests, max_new_tokens=16)
-    ends = {end, *(c.ids[5] for c in plain[:3])}  # tokens that do come
-    cut = sampled(requests, end_ids=tuple(ends), max_new_tokens=16)
+def test_completion_ends_with_its_end_token(sample_tiny, requests, end):
+    plain = sample_tiny(requests, max_new_tokens=16)
+    ends = {end, *(c.ids[5] for c in plain[:3])}  # tokens that are sampled
+    cut = sample_tiny(requests, end_ids=tuple(ends), max_new_tokens=16)
     assert {c.finished for c in cut} == {True, False}
-    for whole, completion in zip(plain, cut, strict=True):
-        stops = [i + 1 for i, token in enumerate(whole.ids) if token in ends]
-        assert completion.ids == whole.ids[: stops[0] if stops else None]
+    for uncut, completion in zip(plain, cut, strict=True):
+        stops = [i + 1 for i, token in enumerate(uncut.ids) if token in ends]
+        assert completion.ids == uncut.ids[: stops[0] if stops else None]
         assert completion.finished == bool(stops)
         assert len(completion.logprobs) == len(completion.ids)
 
 
-def test_a_completion_that_ends_at_the_limit_is_finished(sampled, requests):
+def test_completion_that_ends_at_the_limit_is_finished(sample_tiny, requests):
     one = requests[:1]
-    ids = sampled(one, max_new_tokens=4)[0].ids
-    assert sampled(one, end_ids=(ids[-1],), max_new_tokens=4)[0].finished
+    ids = sample_tiny(one, max_new_tokens=4)[0].ids
+    assert sample_tiny(one, end_ids=(ids[-1],), max_new_tokens=4)[0].finished
 
 
-def test_stop_texts_end_a_completion_in_a_batch_of_others(sampled, tiny_tokenizer, requests):
-    plain = sampled(requests, max_new_tokens=16)
-    said = [[tiny_tokenizer.decode(c.ids[:n]) for n in range(1, 17)] for c in plain]
+def test_stop_texts_end_a_completion_within_a_batch(sample_tiny, tiny_tokenizer, requests):
+    plain = sample_tiny(requests, max_new_tokens=16)
+    prefixes = [[tiny_tokenizer.decode(c.ids[:n]) for n in range(1, 17)] for c in plain]
     words = {tiny_tokenizer.decode(c.ids[n]) for c in plain[:3] for n in (5, 6, 7, 8)}
     stop = tuple(word for word in words if word.isascii() and word.isprintable())
-    cut = sampled(requests, max_new_tokens=16, stop=stop)
+    cut = sample_tiny(requests, max_new_tokens=16, stop=stop)
     assert {c.finished for c in cut} == {True, False}
-    for whole, so_far, completion in zip(plain, said, cut, strict=True):
+    for uncut, so_far, completion in zip(plain, prefixes, cut, strict=True):
         stops = [n for n, text in enumerate(so_far, 1) if any(word in text for word in stop)]
-        assert completion.ids == whole.ids[: stops[0] if stops else None]
-        assert completion.finished == (bool(stops) or whole.finished)
+        assert completion.ids == uncut.ids[: stops[0] if stops else None]
+        assert completion.finished == (bool(stops) or uncut.finished)
         assert len(completion.logprobs) == len(completion.ids)
 
 
-# ── replay ────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
-def recorded(tiny_folder, tmp_path_factory):
+def recorded_run(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("recorded") / "run"
     return train(make_spec(tiny_folder, rollout=rollout(completions_per_prompt=2)), folder)
 
 
-def replayed(tiny_folder, recorded, **changes):
-    backend = ReplayBackend(run=str(recorded))
+def replay_spec(tiny_folder, recorded_run, **changes):
+    backend = ReplayBackend(run=str(recorded_run))
     return make_spec(tiny_folder, rollout=rollout(completions_per_prompt=2, backend=backend), **changes)
 
 
-def test_a_replayed_run_is_the_run(tiny_folder, recorded, tmp_path):
-    again = train(replayed(tiny_folder, recorded), tmp_path / "again")
-    assert metrics(again) == metrics(recorded)
-    before, after = weights_of(recorded), weights_of(again)
+def test_replayed_run_equals_the_recording(tiny_folder, recorded_run, tmp_path):
+    replayed_run = train(replay_spec(tiny_folder, recorded_run), tmp_path / "again")
+    assert metrics(replayed_run) == metrics(recorded_run)
+    before, after = weights_of(recorded_run), weights_of(replayed_run)
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_a_prompt_that_was_not_recorded_is_an_error(tiny_folder, recorded, tmp_path):
-    other = replayed(tiny_folder, recorded, training=training(seed=1))
+def test_prompt_without_a_recorded_completion_is_an_error(tiny_folder, recorded_run, tmp_path):
+    other = replay_spec(tiny_folder, recorded_run, training=training(seed=1))
     with pytest.raises(BadData, match="did not record a completion"):
         train(other, tmp_path / "other")
 
 
-def test_a_folder_without_rollouts_is_an_error(tmp_path):
+def test_folder_without_rollouts_is_an_error(tmp_path):
     with pytest.raises(BadData, match="holds no recorded rollouts"):
         ReplayRollouts(tmp_path)
 
 
-def test_a_damaged_record_is_an_error_with_its_line(tmp_path):
+def test_damaged_record_is_an_error_with_its_line(tmp_path):
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / "step_000000.jsonl").write_text('{"seed": 1, "sampl\n')
     with pytest.raises(UnreadableInput, match=r"step_000000.jsonl:1: not a JSON object"):

@@ -1,4 +1,4 @@
-"""The client against a server of a few lines: order, bounds, further attempts, deadlines, and errors in one line."""
+"""The HTTP client against a scripted server: order, concurrency, retries, deadlines, one-line errors."""
 
 import json
 import socket
@@ -14,11 +14,11 @@ from sdkit.serving.tiny_server import LoopbackServer
 
 
 class Scripted:
-    """Answers with what `script(number of the request, body)` gives: (status, body) or None, which hangs up."""
+    """A server that answers with `script(request number, body)`: (status, body), or None to drop the connection."""
 
     def __init__(self, script):
         self.requests, self.headers = [], []
-        self.in_flight = self.most = self.connections = 0
+        self.in_flight = self.most_in_flight = self.connections = 0
         self.gone = False
         self.lock = threading.Lock()
         outer = self
@@ -41,15 +41,15 @@ class Scripted:
                     outer.requests.append(body)
                     outer.headers.append(dict(self.headers))
                     outer.in_flight += 1
-                    outer.most = max(outer.most, outer.in_flight)
+                    outer.most_in_flight = max(outer.most_in_flight, outer.in_flight)
                 answer = None if outer.gone else script(number, body)
                 with outer.lock:
                     outer.in_flight -= 1
                 if answer is None:
                     self.close_connection = True
                     return
-                status, said = answer
-                data = said if isinstance(said, bytes) else json.dumps(said).encode()
+                status, answer_body = answer
+                data = answer_body if isinstance(answer_body, bytes) else json.dumps(answer_body).encode()
                 self.send_response(status)
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()
@@ -63,21 +63,21 @@ class Scripted:
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
     def close(self):
-        self.gone = True  # connections that are open are hung up on
+        self.gone = True  # drops the open connections
         self.http.shutdown()
         self.http.server_close()
 
 
 @pytest.fixture
 def serve(monkeypatch):
-    """A scripted server and a client of it."""
+    """Starts a scripted server and a client of it."""
     monkeypatch.setattr(vllm_http, "FIRST_RETRY_DELAY", 0.01)
     opened = []
 
     def start(script, **settings):
         scripted = Scripted(script)
-        patience = {"max_concurrent": 4, "request_seconds": 5.0, "deadline_seconds": 10.0, "retries": 3}
-        client = Server(scripted.url + "/", **(patience | settings))
+        limits = {"max_concurrent": 4, "request_seconds": 5.0, "deadline_seconds": 10.0, "retries": 3}
+        client = Server(scripted.url + "/", **(limits | settings))
         opened.extend((client, scripted))
         return scripted, client
 
@@ -87,42 +87,42 @@ def serve(monkeypatch):
 
 
 def echo(number, body):
-    time.sleep(0.02 * (body % 3))  # later ones overtake
-    return 200, {"told": body}
+    time.sleep(0.02 * (body % 3))  # later requests are answered first
+    return 200, {"echo": body}
 
 
-def test_answers_come_in_order_and_no_more_at_once_than_asked(serve):
+def test_answers_keep_their_order_within_the_concurrency_limit(serve):
     scripted, client = serve(echo)
     for _ in range(2):
-        assert [a["told"] for a in client.post("/x", range(20))] == list(range(20))
-    assert 1 < scripted.most <= 4
-    assert scripted.connections <= 4  # kept from one call to the next
+        assert [a["echo"] for a in client.post("/x", range(20))] == list(range(20))
+    assert 1 < scripted.most_in_flight <= 4
+    assert scripted.connections <= 4  # reused by the second call
 
 
-def test_nothing_asked_is_nothing_answered(serve):
+def test_no_requests_give_no_answers(serve):
     assert serve(echo)[1].post("/x", []) == []
 
 
 @pytest.mark.parametrize("bad", [(503, {}), (429, {}), (500, {}), None], ids=str)
-def test_what_passes_is_tried_again(serve, bad):
+def test_temporary_failure_is_retried(serve, bad):
     scripted, client = serve(lambda n, _: bad if n < 3 else (200, {"n": n}))
     assert client.get("/x") == {"n": 3}
     assert len(scripted.requests) == 4
 
 
-def test_tried_no_more_often_than_asked(serve):
+def test_number_of_retries_is_limited(serve):
     scripted, client = serve(lambda *_: (503, {"error": {"message": "still\nloading"}}))
     with pytest.raises(RequestFailed) as caught:
         client.get("/x")
     assert len(scripted.requests) == 4
-    begins = f"{client.url}/x answered 503: still loading (4 attempts in "
-    assert str(caught.value).startswith(begins)
+    start = f"{client.url}/x answered 503: still loading (4 attempts in "
+    assert str(caught.value).startswith(start)
     with pytest.raises(RequestFailed, match=r"answered 503: still loading$"):
         client.get("/x", retries=0)
     assert len(scripted.requests) == 5
 
 
-def test_a_refusal_is_final_and_gives_up_the_others(serve):
+def test_refusal_is_final_and_cancels_the_other_requests(serve):
     def refuse(number, body):
         if body == 0:
             return 400, {"error": {"message": "too long"}}
@@ -134,11 +134,11 @@ def test_a_refusal_is_final_and_gives_up_the_others(serve):
     with pytest.raises(RequestFailed, match="answered 400: too long") as caught:
         client.post("/x", range(40))
     assert caught.value.status == 400
-    assert time.monotonic() - started < 2  # all of them would take as long
+    assert time.monotonic() - started < 2  # all 40 would take 2 s
     assert len(scripted.requests) <= 8
 
 
-def test_a_request_has_a_time_and_all_of_its_attempts_have_one(serve):
+def test_requests_and_all_their_attempts_have_deadlines(serve):
     released = threading.Event()
     scripted, client = serve(
         lambda *_: (released.wait(20), (200, {}))[1], request_seconds=0.2, deadline_seconds=0.5, retries=50
@@ -151,9 +151,9 @@ def test_a_request_has_a_time_and_all_of_its_attempts_have_one(serve):
     released.set()
 
 
-def test_a_server_that_is_gone(serve):
+def test_unreachable_server_is_reported(serve):
     scripted, client = serve(echo)
-    assert client.post("/x", [3]) == [{"told": 3}]
+    assert client.post("/x", [3]) == [{"echo": 3}]
     scripted.close()
     with pytest.raises(RequestFailed, match=r"cannot be reached: .*\(4 attempts") as caught:
         client.post("/x", [3, 4])
@@ -165,13 +165,13 @@ def test_a_server_that_is_gone(serve):
     [
         ((200, b"<html>"), "answered no JSON: is it a vLLM server?"),
         ((404, {"detail": "Not Found"}), "answered 404: Not Found"),
-        ((302, b""), "answered 302"),  # another address is not followed
+        ((302, b""), "answered 302"),  # redirects are not followed
         ((400, b"[1]"), r"answered 400: \[1\]"),
         ((403, {"error": "no"}), "answered 403: no"),
     ],
     ids=str,
 )
-def test_what_a_server_says_is_one_line(serve, answer, message):
+def test_server_errors_are_reported_in_one_line(serve, answer, message):
     scripted, client = serve(lambda *_: answer)
     with pytest.raises(RequestFailed, match=message) as caught:
         client.get("/x")
@@ -180,7 +180,7 @@ def test_what_a_server_says_is_one_line(serve, answer, message):
     assert ("key_from" in (caught.value.hint or "")) == (answer[0] == 403)
 
 
-def test_the_key_is_sent_and_proxies_do_not_see_this_machines_servers(serve, monkeypatch):
+def test_key_is_sent_and_proxies_are_ignored_for_loopback(serve, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY", raising=False)
@@ -190,8 +190,10 @@ def test_the_key_is_sent_and_proxies_do_not_see_this_machines_servers(serve, mon
     assert scripted.headers[0]["authorization"] == "Bearer open sesame"
 
 
-@pytest.mark.parametrize(("error", "printed"), [(BrokenPipeError(), False), (KeyError("a mistake"), True)], ids=repr)
-def test_a_stand_in_prints_its_own_errors_alone(capfd, error, printed):
+@pytest.mark.parametrize(
+    ("error", "is_printed"), [(BrokenPipeError(), False), (KeyError("a mistake"), True)], ids=repr
+)
+def test_test_server_prints_only_its_own_errors(capfd, error, is_printed):
     class Handler(BaseHTTPRequestHandler):
         def handle(self):
             raise error
@@ -203,4 +205,4 @@ def test_a_stand_in_prints_its_own_errors_alone(capfd, error, printed):
     socket.create_connection(server.server_address).close()
     thread.join(10)
     server.server_close()
-    assert ("a mistake" in capfd.readouterr().err) == printed
+    assert ("a mistake" in capfd.readouterr().err) == is_printed

@@ -1,4 +1,4 @@
-"""The gateway of a rollout server: what it lets through, what it refuses, and that no completion mixes two sets of weights."""
+"""The gateway of a rollout server: which requests pass, and that no completion mixes two sets of weights."""
 
 import asyncio
 import hashlib
@@ -12,7 +12,7 @@ from sdkit.serving.gateway import FOLDER, KEY, WEIGHTS_HEADER, Gateway
 
 
 class Engine:
-    """What the gateway asks of vLLM's engine; says in which order."""
+    """The parts of vLLM's engine that the gateway calls; records the calls."""
 
     def __init__(self):
         self.calls = []
@@ -41,27 +41,27 @@ class Engine:
         return self.emptied
 
 
-class Behind:
-    """vLLM's application: says which paths came through; a completion may be held back."""
+class FakeApp:
+    """vLLM's application; records the paths that reach it and can delay completions."""
 
     def __init__(self):
         self.paths = []
-        self.held = None
+        self.release = None
 
     async def __call__(self, scope, receive, send):
         self.paths.append(scope["path"])
-        if self.held and scope["path"] == "/v1/completions":
-            await self.held.wait()
+        if self.release and scope["path"] == "/v1/completions":
+            await self.release.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b'{"through": true}'})
 
 
 class Served:
-    """A gateway with an engine and an application behind it, asked without a network."""
+    """A gateway with an engine and an application, called without a network."""
 
     def __init__(self, folder, key=None):
-        self.folder, self.engine, self.behind = folder, Engine(), Behind()
-        self.gateway = Gateway(self.behind, {FOLDER: str(folder)} | ({KEY: key} if key else {}))
+        self.folder, self.engine, self.app = folder, Engine(), FakeApp()
+        self.gateway = Gateway(self.app, {FOLDER: str(folder)} | ({KEY: key} if key else {}))
 
     async def ask(self, method, path, body=None, headers=(), kind="http"):
         path, _, query = path.partition("?")
@@ -119,18 +119,18 @@ def ask(served, *args, **options):
         ("POST", "/v1/completions/"),
     ],
 )
-def test_nothing_but_the_known_routes_passes(served, method, path):
+def test_only_known_routes_pass(served, method, path):
     assert ask(served, method, path, {})[0] == 404
-    assert served.behind.paths == []
+    assert served.app.paths == []
     assert served.engine.calls == []
 
 
-def test_a_websocket_is_closed(served):
+def test_websocket_is_closed(served):
     assert [m["type"] for m in ask(served, "GET", "/v1/realtime", kind="websocket")] == ["websocket.close"]
-    assert served.behind.paths == []
+    assert served.app.paths == []
 
 
-def test_the_key_guards_every_route_but_the_health_check(tmp_path):
+def test_every_route_but_the_health_check_needs_the_key(tmp_path):
     served = Served(tmp_path, key="open sesame")
     routes = [
         ("GET", "/v1/models"),
@@ -139,28 +139,28 @@ def test_the_key_guards_every_route_but_the_health_check(tmp_path):
         ("POST", "/v1/completions"),
         ("POST", "/collective_rpc"),
     ]
-    for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "open sesame"}):
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "open sesame"}):
         for method, path in routes:
-            assert ask(served, method, path, {}, given)[0] == 401, (path, given)
+            assert ask(served, method, path, {}, headers)[0] == 401, (path, headers)
     assert ask(served, "GET", "/health")[0] == 200
     right = {"authorization": "Bearer open sesame"}
     assert ask(served, "GET", "/sdkit/state", headers=right)[0] == 200
-    assert served.behind.paths == ["/health"]
+    assert served.app.paths == ["/health"]
 
 
-def test_web_pages_are_not_answered(served):
+def test_requests_from_web_pages_are_refused(served):
     update = served.file()
-    status, said = ask(served, "POST", "/sdkit/weights", update, {"origin": "http://evil.example"})
+    status, answer = ask(served, "POST", "/sdkit/weights", update, {"origin": "http://evil.example"})
     assert (status, served.engine.calls) == (403, [])
-    assert "web pages" in said["error"]["message"]
+    assert "web pages" in answer["error"]["message"]
 
 
-def test_weights_are_loaded_while_generation_is_paused_and_stamped_afterwards(served, tmp_path):
+def test_weights_load_while_generation_is_paused_and_are_stamped(served, tmp_path):
     assert ask(served, "GET", "/sdkit/state")[1]["weights"] is None
     update = served.file()
-    status, said = ask(served, "POST", "/sdkit/weights", update)
+    status, answer = ask(served, "POST", "/sdkit/weights", update)
     assert status == 200
-    assert (said["version"], said["sha256"]) == (3, update["sha256"])
+    assert (answer["version"], answer["sha256"]) == (3, update["sha256"])
     path = str(tmp_path / "a.safetensors")
     assert served.engine.calls == ["pause", ("sync_file", path), "reset", "resume"]
     (tmp_path / "mine.probe").touch()
@@ -173,7 +173,7 @@ def test_weights_are_loaded_while_generation_is_paused_and_stamped_afterwards(se
 
 
 @pytest.mark.parametrize("probe", ["", "other.probe", "../mine.probe", "a.safetensors", "%2e%2e/x"])
-def test_a_probe_is_a_plain_name_in_the_folder(served, tmp_path, probe):
+def test_probe_must_be_a_plain_name_in_the_folder(served, tmp_path, probe):
     (tmp_path.parent / "mine.probe").touch()
     served.file()
     assert not ask(served, "GET", f"/sdkit/state?probe={probe}")[1]["sees_probe"]
@@ -198,14 +198,14 @@ def test_a_probe_is_a_plain_name_in_the_folder(served, tmp_path, probe):
         None,
     ],
 )
-def test_only_a_plain_file_of_the_folder_is_taken(served, tmp_path, name):
+def test_weight_file_must_be_a_regular_file_in_the_folder(served, tmp_path, name):
     update = served.file()
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.safetensors").write_bytes(b"tensors")
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "a.safetensors")
-    status, said = ask(served, "POST", "/sdkit/weights", update | {"file": name})
-    assert status == 400, said
+    status, answer = ask(served, "POST", "/sdkit/weights", update | {"file": name})
+    assert status == 400, answer
     assert served.engine.calls == []
     assert served.gateway.loaded is None
 
@@ -222,62 +222,62 @@ def test_only_a_plain_file_of_the_folder_is_taken(served, tmp_path, name):
         (b"x" * 5000, 413),
     ],
 )
-def test_a_damaged_update_changes_nothing(served, body, status):
+def test_invalid_update_changes_nothing(served, body, status):
     served.file()
     assert ask(served, "POST", "/sdkit/weights", body)[0] == status
     assert served.engine.calls == []
 
 
 @pytest.mark.parametrize("fault", ["fails", "repacked", "emptied"])
-def test_a_transfer_that_fails_leaves_no_stamp(served, fault):
+def test_failed_transfer_leaves_no_stamp(served, fault):
     update = served.file()
     assert ask(served, "POST", "/sdkit/weights", update)[0] == 200
     setattr(served.engine, fault, {"fails": True, "repacked": [1, 0], "emptied": False}[fault])
-    again = served.file("b.safetensors", b"other")
-    status, said = ask(served, "POST", "/sdkit/weights", again)
+    second_update = served.file("b.safetensors", b"other")
+    status, answer = ask(served, "POST", "/sdkit/weights", second_update)
     assert status == 500
-    assert "\n" not in said["error"]["message"]
+    assert "\n" not in answer["error"]["message"]
     assert served.engine.calls[-1] == "resume"
     headers = {WEIGHTS_HEADER: update["sha256"]}
     assert ask(served, "POST", "/v1/completions", {}, headers)[0] == 409
 
 
-def test_a_completion_is_of_the_weights_that_it_names(served):
+def test_completion_uses_the_weights_that_it_names(served):
     update = served.file()
     headers = {WEIGHTS_HEADER: update["sha256"]}
-    status, said = ask(served, "POST", "/v1/completions", {}, headers)
-    assert (status, served.behind.paths) == (409, [])
-    assert "no weights of a run" in said["error"]["message"]
+    status, answer = ask(served, "POST", "/v1/completions", {}, headers)
+    assert (status, served.app.paths) == (409, [])
+    assert "no weights of a run" in answer["error"]["message"]
     ask(served, "POST", "/sdkit/weights", update)
     assert ask(served, "POST", "/v1/completions", {}, headers)[0] == 200
     for other in ({}, {WEIGHTS_HEADER: ""}, {WEIGHTS_HEADER: "0" * 64}):
-        status, said = ask(served, "POST", "/v1/completions", {}, other)
+        status, answer = ask(served, "POST", "/v1/completions", {}, other)
         assert status == 409
-        assert "has weights 3" in said["error"]["message"]
-    assert served.behind.paths == ["/v1/completions"]
+        assert "has weights 3" in answer["error"]["message"]
+    assert served.app.paths == ["/v1/completions"]
 
 
-def test_an_update_waits_for_completions_and_lets_none_in(served):
+def test_update_waits_for_running_completions_and_admits_no_new_ones(served):
     async def scene():
         first, second = served.file(), served.file("b.safetensors", b"other")
         await served.ask("POST", "/sdkit/weights", first)
-        served.behind.held = asyncio.Event()
+        served.app.release = asyncio.Event()
         old = {WEIGHTS_HEADER: first["sha256"]}
-        under_way = asyncio.create_task(served.ask("POST", "/v1/completions", {}, old))
+        running = asyncio.create_task(served.ask("POST", "/v1/completions", {}, old))
         await asyncio.sleep(0.01)
         before = len(served.engine.calls)
         update = asyncio.create_task(served.ask("POST", "/sdkit/weights", second))
         while served.gateway.loaded:
             await asyncio.sleep(0.001)
-        late = await served.ask("POST", "/v1/completions", {}, old)
+        refused = await served.ask("POST", "/v1/completions", {}, old)
         waited = len(served.engine.calls) == before
-        served.behind.held.set()
-        return (await under_way)[0], late[0], waited, (await update)[0]
+        served.app.release.set()
+        return (await running)[0], refused[0], waited, (await update)[0]
 
     assert asyncio.run(asyncio.wait_for(scene(), 10)) == (200, 409, True, 200)
 
 
-def test_an_update_does_not_wait_for_ever(served, monkeypatch):
+def test_update_waits_only_for_a_limited_time(served, monkeypatch):
     from sdkit.serving import gateway
 
     monkeypatch.setattr(gateway, "DRAIN_SECONDS", 0.05)
@@ -285,13 +285,13 @@ def test_an_update_does_not_wait_for_ever(served, monkeypatch):
     async def scene():
         first, second = served.file(), served.file("b.safetensors", b"other")
         await served.ask("POST", "/sdkit/weights", first)
-        served.behind.held = asyncio.Event()
+        served.app.release = asyncio.Event()
         headers = {WEIGHTS_HEADER: first["sha256"]}
-        under_way = asyncio.create_task(served.ask("POST", "/v1/completions", {}, headers))
+        running = asyncio.create_task(served.ask("POST", "/v1/completions", {}, headers))
         await asyncio.sleep(0.01)
         status, _ = await served.ask("POST", "/sdkit/weights", second)
-        served.behind.held.set()
-        await under_way
+        served.app.release.set()
+        await running
         return (status, served.gateway.loaded, (await served.ask("POST", "/sdkit/weights", second))[0])
 
     assert asyncio.run(asyncio.wait_for(scene(), 10)) == (503, None, 200)

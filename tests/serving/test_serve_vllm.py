@@ -1,9 +1,8 @@
-"""Real servers: `sdkit serve` of the tiny model, weights after real steps, and a server that is killed in the middle of a run."""
+"""Real servers: `sdkit serve` of the tiny model, weights after real steps, and a server killed during a run."""
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,9 +14,10 @@ import pytest
 import torch
 import yaml
 from attrs import evolve
+from os_processes import free_port
 from test_prefetch import CORRECTED, versions
-from test_servers import drawn, tokens
-from tinyruns import advance, lines, make_spec, metrics, rollout, train, training
+from test_servers import tokens
+from tinyruns import advance, collect, lines, make_spec, metrics, rollout, train, training
 
 from sdkit.language.specs import OptimizerSpec, VllmServerBackend
 from sdkit.train import loop
@@ -26,22 +26,19 @@ from sdkit.train.sampling_requests import sampling_params
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.timeout(900)
 
-UP_WITHIN = 600  # seconds; about 30 on a quiet machine
+START_SECONDS = 600  # seconds; about 30 on a quiet machine
 
 
 class Served:
-    """`sdkit serve` as a process; started again on the same port after it was killed."""
+    """`sdkit serve` as a process; after a kill it can be started again on the same port."""
 
     def __init__(self, model, work):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.backend = VllmServerBackend(
-            urls=(f"http://127.0.0.1:{port}",),
+            urls=(f"http://127.0.0.1:{free_port()}",),
             folder=str(work / "weights"),
             max_num_seqs=16,
             kv_cache_gib=0.1,
-            deadline_seconds=float(UP_WITHIN),
+            deadline_seconds=float(START_SECONDS),
         )
         self.url, self.log = self.backend.urls[0], work / "log.txt"
         spec = {
@@ -77,13 +74,13 @@ class Served:
             )
 
     def wait(self):
-        ends = time.monotonic() + UP_WITHIN
-        while time.monotonic() < ends:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             if self.ask("GET", "/health")[0] == 200:
                 return
             time.sleep(0.3)
-        pytest.fail(f"no server within {UP_WITHIN} s: {self.log.read_text()[-3000:]}")
+        pytest.fail(f"no server within {START_SECONDS} s: {self.log.read_text()[-3000:]}")
 
     def ask(self, method, path, body=None):
         data = None if body is None else json.dumps(body).encode()
@@ -98,7 +95,7 @@ class Served:
             return None, str(error).encode()
 
     def descendants(self):
-        """The server's processes, `sdkit serve` itself left out."""
+        """Process ids of the server, without `sdkit serve` itself."""
         return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
 
     def stop(self):
@@ -132,56 +129,60 @@ def spec_of(served, folder, **changes):
     return make_spec(folder, **(parts | changes))
 
 
-def test_both_sides_agree_after_every_update(served, tiny_folder, open_tiny):
-    world = open_tiny(spec_of(served, tiny_folder))
+def test_logprobs_agree_after_every_update(served, tiny_folder, open_tiny):
+    trainer = open_tiny(spec_of(served, tiny_folder))
     before = []
     for step in range(3):
-        gathered = drawn(world, step)
-        assert gathered.figures["canary_mean"] < 1e-4
-        assert gathered.figures["canary_max"] < 1e-3
+        collected = collect(trainer, step)
+        assert collected.figures["canary_mean"] < 1e-4
+        assert collected.figures["canary_max"] < 1e-3
         state = json.loads(served.ask("GET", "/sdkit/state")[1])
-        assert state["weights"]["version"] == world.progress.optimizer_steps
-        before.append(tokens(gathered))
-        _assert_logprobs_are_the_trainers(world, gathered)
-        advance(world, 1)
-    backend, _ = world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
-    requests = gathered.requests
-    again = [
-        backend.sample(requests, sampling_params(world.setup.spec.rollout, world.models.ids_below)) for _ in range(2)
+        assert state["weights"]["version"] == trainer.progress.optimizer_steps
+        before.append(tokens(collected))
+        _assert_logprobs_match_the_trainer(trainer, collected)
+        advance(trainer, 1)
+    backend, _ = trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)
+    requests = collected.requests
+    repeated = [
+        backend.sample(requests, sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below))
+        for _ in range(2)
     ]
-    assert [c.ids for c in again[0]] == [c.ids for c in again[1]]
-    few = backend.sample(requests[3:1:-1], sampling_params(world.setup.spec.rollout, world.models.ids_below))
-    assert [c.ids for c in few[::-1]] == [c.ids for c in again[0][2:4]]
+    assert [c.ids for c in repeated[0]] == [c.ids for c in repeated[1]]
+    few = backend.sample(requests[3:1:-1], sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below))
+    assert [c.ids for c in few[::-1]] == [c.ids for c in repeated[0][2:4]]
 
 
-def _assert_logprobs_are_the_trainers(world, gathered):
-    for rollout_ in list(gathered.batch)[:3]:
+def _assert_logprobs_match_the_trainer(trainer, collected):
+    for rollout_ in list(collected.batch)[:3]:
         ids = torch.tensor([[*rollout_.prompt_ids, *rollout_.completion_ids]])
-        with torch.no_grad(), world.models.student.active() as causal:
+        with torch.no_grad(), trainer.models.student.active() as causal:
             logits = causal(ids).logits[0, len(rollout_.prompt_ids) - 1 : -1]
-        told = (logits / 0.7).log_softmax(-1)
-        own = told.gather(-1, torch.tensor(rollout_.completion_ids)[:, None])[:, 0]
-        torch.testing.assert_close(own, torch.tensor(rollout_.sampler_logprobs), atol=1e-3, rtol=0)
+        all_logprobs = (logits / 0.7).log_softmax(-1)
+        logprobs = all_logprobs.gather(-1, torch.tensor(rollout_.completion_ids)[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, torch.tensor(rollout_.sampler_logprobs), atol=1e-3, rtol=0)
 
 
 def test_stop_texts_cut_as_without_vllm(served, tiny_folder, open_tiny):
     plain = open_tiny(make_spec(tiny_folder, rollout=rollout(max_new_tokens=16)))
-    said = [plain.setup.data.tokenizer.decode(ids) for ids in tokens(drawn(plain))]
-    stop = tuple(sorted({c for text in said for c in text[3:] if c.isalnum() and c.isascii()})[:2])
+    texts = [plain.setup.data.tokenizer.decode(ids) for ids in tokens(collect(plain))]
+    stop = tuple(sorted({c for text in texts for c in text[3:] if c.isalnum() and c.isascii()})[:2])
     assert stop
     changes = {"max_new_tokens": 16, "stop": stop}
-    worlds = [
+    trainers = [
         open_tiny(make_spec(tiny_folder, rollout=rollout(**changes))),
         open_tiny(spec_of(served, tiny_folder, rollout=rollout(**changes, backend=served.backend))),
     ]
     sampling = [
-        evolve(sampling_params(world.setup.spec.rollout, world.models.ids_below), temperature=0.0) for world in worlds
+        evolve(sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below), temperature=0.0)
+        for trainer in trainers
     ]
     done = []
-    for world, how in zip(worlds, sampling, strict=True):
-        requests = drawn(world).requests
+    for trainer, params in zip(trainers, sampling, strict=True):
+        requests = collect(trainer).requests
         done.append(
-            world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)[0].sample(requests, how)
+            trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)[0].sample(
+                requests, params
+            )
         )
     assert [(c.ids, c.finished) for c in done[0]] == [(c.ids, c.finished) for c in done[1]]
 
@@ -199,49 +200,49 @@ def test_stop_texts_cut_as_without_vllm(served, tiny_folder, open_tiny):
         ("GET", "/openapi.json"),
     ],
 )
-def test_vllms_other_routes_are_shut(served, method, path):
+def test_other_routes_of_vllm_are_closed(served, method, path):
     assert served.ask(method, path, {} if method == "POST" else None)[0] == 404
 
 
-def test_a_file_outside_of_the_folder_is_not_loaded(served, tiny_folder):
+def test_file_outside_the_folder_is_not_loaded(served, tiny_folder):
     for name in ("../model.safetensors", str(tiny_folder / "model.safetensors")):
         update = {"version": 1, "file": name, "sha256": "0" * 64}
         assert served.ask("POST", "/sdkit/weights", update)[0] == 400
 
 
-def test_a_server_killed_in_the_middle_of_a_run_changes_nothing(served, tiny_folder, tmp_path, monkeypatch, capsys):
-    """Look-ahead of one batch; the server dies while step 2 trains, and is started again by hand."""
+def test_server_killed_during_a_run_changes_nothing(served, tiny_folder, tmp_path, monkeypatch, capsys):
+    """One batch is prefetched; the server is killed while step 2 trains, and started again."""
     spec = spec_of(served, tiny_folder, training=training(steps=4))
     spec = evolve(spec, rollout=evolve(spec.rollout, max_staleness=1))
-    whole = train(spec, tmp_path / "whole")
-    assert versions(whole) == [{0}, {0}, {1}, {2}]
+    expected = train(spec, tmp_path / "uninterrupted")
+    assert versions(expected) == [{0}, {0}, {1}, {2}]
     update, killed = loop._update, []
 
-    def watched(world, report, gathered, part):
-        if world.progress.step == 2:
+    def kill_during_step_2(trainer, report, collected, part):
+        if trainer.progress.step == 2:
             killed.extend(served.descendants())
             os.kill(killed[0], signal.SIGKILL)
             assert served.process.wait(60) == 6
             assert "ended by SIGKILL" in served.log.read_text()
             served.start()
-        return update(world, report, gathered, part)
+        return update(trainer, report, collected, part)
 
-    monkeypatch.setattr(loop, "_update", watched)
-    again = train(spec, tmp_path / "again")
-    assert versions(again) == versions(whole)
+    monkeypatch.setattr(loop, "_update", kill_during_step_2)
+    restarted = train(spec, tmp_path / "again")
+    assert versions(restarted) == versions(expected)
     for step in range(4):
         name = f"rollouts/step_{step:06d}.jsonl"
-        ours, theirs = lines(again / name), lines(whole / name)
+        ours, theirs = lines(restarted / name), lines(expected / name)
         assert [a["completion_ids"] for a in ours] == [b["completion_ids"] for b in theirs]
-    for a, b in zip(metrics(again), metrics(whole), strict=True):
+    for a, b in zip(metrics(restarted), metrics(expected), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
         assert a["rollout/canary_mean"] < 1e-4
     assert "is back, with weights" in capsys.readouterr().err
     assert not [pid for pid in killed if psutil.pid_exists(pid)]
 
 
-def test_it_ends_when_it_is_asked_to(served):
-    """The last test of the module: nothing of the server is left."""
+def test_server_stops_on_request(served):
+    """The last test of the module: no process of the server remains."""
     started = served.descendants()
     assert started
     assert served.stop() == 0

@@ -1,7 +1,6 @@
-"""A real vLLM server on loopback as the teacher: its scores and a run under it are those of the same model held here."""
+"""A real vLLM server on loopback as the teacher: scores and training match those with the same model in process."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,37 +9,26 @@ import urllib.request
 
 import pytest
 import torch
+from os_processes import free_port
 from tinyruns import advance, distil, make_spec, rollouts_of, teacher
 
 from sdkit.batches import UnpaddedSequence
 from sdkit.language.errors import BadEnvironment
 from sdkit.language.specs import ExternalWeights, ServedWeights, TopKSupport
-from sdkit.models import tiny
 from sdkit.serving.teacher_client import ServedModel
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.timeout(900)
 
 K = 24
-UP_WITHIN = 600  # seconds; 42 on a quiet machine
+START_SECONDS = 600  # seconds; 42 on a quiet machine
 TOP = distil(support=TopKSupport(k=K, chosen_by="teacher", remainder="tail_bucket"))
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def other_folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
-
-
 @pytest.fixture(scope="module")
 def served(other_folder, tmp_path_factory):
-    """The model behind `python -m vllm.entrypoints.openai.api_server`, ended by its process id."""
+    """A teacher served by `python -m vllm.entrypoints.openai.api_server`."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
     options = {
         "--model": other_folder,
@@ -75,18 +63,18 @@ def served(other_folder, tmp_path_factory):
 
 
 def _wait(url, process, log):
-    ends = time.monotonic() + UP_WITHIN
-    while time.monotonic() < ends:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-3000:]
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(1)
-    pytest.fail(f"no server within {UP_WITHIN} s: {log.read_text()[-3000:]}")
+    pytest.fail(f"no server within {START_SECONDS} s: {log.read_text()[-3000:]}")
 
 
-def test_its_scores_are_those_of_the_model_held_here(served, other_folder, tiny_tokenizer):
+def test_served_scores_match_the_model_in_process(served, other_folder, tiny_tokenizer):
     from transformers import AutoModelForCausalLM
 
     causal = AutoModelForCausalLM.from_pretrained(other_folder)
@@ -98,35 +86,35 @@ def test_its_scores_are_those_of_the_model_held_here(served, other_folder, tiny_
             UnpaddedSequence(prompt=tuple(range(5 + i, 60)), completion=tuple(range(70, 90)), positions=(0, 3, 19))
             for i in range(5)
         ]
-        told = model.score(texts, 404)
+        scores = model.score(texts, 404)
     finally:
         model.close()
     with torch.no_grad():
         for i, text in enumerate(texts):
-            whole = torch.tensor([[*text.prompt, *text.completion]])
-            logprobs = causal(whole).logits[0, len(text.prompt) - 1 : -1].log_softmax(-1)
-            own = logprobs[list(text.positions)]
-            mine = told.at(slice(3 * i, 3 * i + 3))
-            torch.testing.assert_close(mine.logprobs, own.topk(K).values, atol=1e-3, rtol=0)
-            torch.testing.assert_close(own.gather(1, mine.ids), mine.logprobs, atol=1e-3, rtol=0)
-            sampled = own[range(3), [text.completion[p] for p in text.positions]]
-            torch.testing.assert_close(mine.sampled, sampled, atol=1e-3, rtol=0)
+            ids = torch.tensor([[*text.prompt, *text.completion]])
+            logprobs = causal(ids).logits[0, len(text.prompt) - 1 : -1].log_softmax(-1)
+            expected = logprobs[list(text.positions)]
+            actual = scores.at(slice(3 * i, 3 * i + 3))
+            torch.testing.assert_close(actual.logprobs, expected.topk(K).values, atol=1e-3, rtol=0)
+            torch.testing.assert_close(expected.gather(1, actual.ids), actual.logprobs, atol=1e-3, rtol=0)
+            sampled = expected[range(3), [text.completion[p] for p in text.positions]]
+            torch.testing.assert_close(actual.sampled, sampled, atol=1e-3, rtol=0)
 
 
-def test_two_steps_are_those_under_the_model_held_here(open_tiny, tiny_folder, served, other_folder):
+def test_steps_with_a_served_teacher_match_the_model_in_process(open_tiny, tiny_folder, served, other_folder):
     runs = []
     for weights in (served, ExternalWeights(path=str(other_folder), dtype="float32")):
-        world = open_tiny(make_spec(tiny_folder, teacher=teacher(weights), losses=TOP))
-        tokens = [r.completion_ids for r in rollouts_of(world)]
-        runs.append((tokens, [step.metrics for step in advance(world, 2)]))
-    (told_tokens, told), (tokens, whole) = runs
-    assert told_tokens == tokens
-    for ours, theirs in zip(told, whole, strict=True):
+        trainer = open_tiny(make_spec(tiny_folder, teacher=teacher(weights), losses=TOP))
+        tokens = [r.completion_ids for r in rollouts_of(trainer)]
+        runs.append((tokens, [step.metrics for step in advance(trainer, 2)]))
+    (served_tokens, served_metrics), (tokens, expected_metrics) = runs
+    assert served_tokens == tokens
+    for ours, theirs in zip(served_metrics, expected_metrics, strict=True):
         for name in ("loss", "distil/teacher_mass", "distil/k1", "distil/overlap", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-3), name
 
 
-def test_what_the_server_was_not_started_for_is_refused(served, tiny_tokenizer):
+def test_more_logprobs_than_the_server_allows_are_refused(served, tiny_tokenizer):
     model = ServedModel(served, K + 1, {})
     try:
         with pytest.raises(BadEnvironment, match="greater than max allowed: 24") as caught:

@@ -1,10 +1,10 @@
-"""A run whose rollouts come from servers: the tokens are those without, and a server that fails is noticed and named."""
+"""Runs with rollout servers: the tokens are those without servers, and a failing server is detected and named."""
 
 import threading
 
 import pytest
 from attrs import evolve
-from tinyruns import LORA, advance, collect, evaluated, make_spec, metrics, model, rollout, train
+from tinyruns import LORA, advance, collect, make_spec, metrics, model, rollout, train, with_evaluation
 
 pytest.importorskip("uvicorn", reason="the servers of these tests run on uvicorn")
 from tinyservers import TinySampler
@@ -15,8 +15,8 @@ from sdkit.serving import pool, protocol
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Short pauses: what is waited for here is never far away."""
+def short_delays(monkeypatch):
+    """Short delays between attempts."""
     from sdkit.serving import client
 
     monkeypatch.setattr(client, "FIRST_RETRY_DELAY", 0.01)
@@ -25,7 +25,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def serve(tiny_folder, tmp_path):
-    """Start servers of the tiny model; a spec that names them."""
+    """Starts servers of the tiny model; stops them at the end of the test."""
     started = []
 
     def start(count=1, **options):
@@ -47,24 +47,20 @@ def served_by(servers, tmp_path, folder, **changes):
     return evolve(spec, rollout=evolve(spec.rollout, backend=backend))
 
 
-def drawn(world, step=0):
-    return collect(world, step)
-
-
-def tokens(gathered):
-    return [r.completion_ids for r in gathered.batch]
+def tokens(collected):
+    return [r.completion_ids for r in collected.batch]
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "adapters"])
-def test_a_run_is_that_of_the_model_held_here(serve, tiny_folder, tmp_path, lora, open_tiny):
+def test_run_with_servers_matches_a_run_without(serve, tiny_folder, tmp_path, lora, open_tiny):
     servers = serve(2)
     changes = {
         "model": model(tiny_folder, lora=lora),
         "rollout": rollout(completions_per_prompt=2, temperature=0.7, stop=("5",)),
     }
-    own = evaluated(make_spec(tiny_folder, **changes))
-    spec = evaluated(served_by(servers, tmp_path, tiny_folder, **changes))
-    runs = [train(s, tmp_path / name) for s, name in ((own, "own"), (spec, "served"))]
+    plain_spec = with_evaluation(make_spec(tiny_folder, **changes))
+    spec = with_evaluation(served_by(servers, tmp_path, tiny_folder, **changes))
+    runs = [train(s, tmp_path / name) for s, name in ((plain_spec, "own"), (spec, "served"))]
     ours, theirs = map(metrics, runs)
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -73,144 +69,142 @@ def test_a_run_is_that_of_the_model_held_here(serve, tiny_folder, tmp_path, lora
     trained = [line for line in theirs if "grad_norm" in line]
     assert all(line["rollout/canary_mean"] < 1e-5 for line in trained if line["step"] > 1)
     assert all(server.loads for server in servers)
-    assert all(server.asked for server in servers)
+    assert all(server.requests for server in servers)
     assert list((tmp_path / "weights").iterdir()) == []
 
 
-def test_groups_are_dealt_out_whole_and_sampled_by_the_newest_weights(serve, tiny_folder, tmp_path, open_tiny):
+def test_complete_groups_are_sampled_by_the_newest_weights(serve, tiny_folder, tmp_path, open_tiny):
     servers = serve(2)
     changes = {"rollout": rollout(completions_per_prompt=3)}
-    world = open_tiny(served_by(servers, tmp_path, tiny_folder, **changes))
+    trainer = open_tiny(served_by(servers, tmp_path, tiny_folder, **changes))
     for step in range(2):
-        found = drawn(world, step)
-        assert found.figures["servers"] == 2
-        assert {r.policy_version for r in found.batch} == {step}
-        advance(world, 1)
-    assert [len(server.asked) for server in servers] == [24, 24]  # `advance` gathers too
+        collected = collect(trainer, step)
+        assert collected.figures["servers"] == 2
+        assert {r.policy_version for r in collected.batch} == {step}
+        advance(trainer, 1)
+    assert [len(server.requests) for server in servers] == [24, 24]  # `advance` samples too
     for server in servers:
-        prompts = [asked["prompt"] for asked in server.asked]
+        prompts = [request["prompt"] for request in server.requests]
         assert all(prompts.count(prompt) % 3 == 0 for prompt in prompts)
-        assert {asked["weights"]["version"] for asked in server.asked} == {0, 1}
+        assert {request["weights"]["version"] for request in server.requests} == {0, 1}
     assert len(list((tmp_path / "weights").glob("*.safetensors"))) == 1
 
 
-def test_a_server_that_was_started_anew_gets_its_weights_and_the_batch_is_asked_again(
-    serve, tiny_folder, tmp_path, open_tiny, capsys
-):
+def test_restarted_server_gets_weights_and_the_batch_again(serve, tiny_folder, tmp_path, open_tiny, capsys):
     [server] = serve()
-    world = open_tiny(served_by([server], tmp_path, tiny_folder))
-    expected = tokens(drawn(world))
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
+    expected = tokens(collect(trainer))
     server.kill()
     server.start()
-    assert tokens(drawn(world)) == expected
+    assert tokens(collect(trainer)) == expected
     assert len(server.loads) == 2
     assert "has restarted; sending the weights again" in capsys.readouterr().err
-    assert any("has restarted" in told for told in world.sampler.backends.server_messages())
-    assert world.sampler.backends.server_messages() == []
+    assert any("has restarted" in message for message in trainer.sampler.backends.server_messages())
+    assert trainer.sampler.backends.server_messages() == []
 
 
-def test_a_server_killed_in_the_middle_of_a_batch_is_waited_for(serve, tiny_folder, tmp_path, open_tiny, capsys):
+def test_server_killed_during_a_batch_is_waited_for(serve, tiny_folder, tmp_path, open_tiny, capsys):
     [server] = serve()
-    world = open_tiny(served_by([server], tmp_path, tiny_folder))
-    expected = tokens(drawn(world))
-    asked = len(server.asked)
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
+    expected = tokens(collect(trainer))
+    already_served = len(server.requests)
 
     def fault(number):
-        if number == asked + 1:
+        if number == already_served + 1:
             server.fault = None
             server.kill(wait=False)
             threading.Timer(0.5, server.start).start()
 
     server.fault = fault
-    assert tokens(drawn(world)) == expected
-    said = capsys.readouterr().err
-    assert "a rollout server is unavailable" in said
-    assert "no rollout server answers; waiting up to 20 s" in said
-    assert "is back, with weights 0" in said
+    assert tokens(collect(trainer)) == expected
+    messages = capsys.readouterr().err
+    assert "a rollout server is unavailable" in messages
+    assert "no rollout server answers; waiting up to 20 s" in messages
+    assert "is back, with weights 0" in messages
 
 
-def test_where_one_of_several_dies_the_others_go_on_and_it_comes_back(
+def test_other_servers_take_over_until_a_failed_one_returns(
     serve, tiny_folder, tmp_path, open_tiny, capsys, monkeypatch
 ):
     servers = serve(2)
-    world = open_tiny(served_by(servers, tmp_path, tiny_folder))
-    expected = tokens(drawn(world))
+    trainer = open_tiny(served_by(servers, tmp_path, tiny_folder))
+    expected = tokens(collect(trainer))
     servers[0].kill()
-    alone = drawn(world)
+    alone = collect(trainer)
     assert tokens(alone) == expected
     assert servers[0].url in capsys.readouterr().err
-    advance(world, 1)
-    assert drawn(world, 1).figures["servers"] == 1
+    advance(trainer, 1)
+    assert collect(trainer, 1).figures["servers"] == 1
     servers[0].start()
     monkeypatch.setattr(pool, "RECHECK_SECONDS", 0.0)
-    for member in world.sampler.backends.pool._members:
+    for member in trainer.sampler.backends.pool._members:
         member.retry_at = 0.0
-    before = len(servers[0].asked)
-    drawn(world, 1)
-    assert len(servers[0].asked) > before
+    before = len(servers[0].requests)
+    collect(trainer, 1)
+    assert len(servers[0].requests) > before
     assert "is back, with weights 1" in capsys.readouterr().err
 
 
-def test_a_server_that_stays_away_ends_the_run_and_is_named(serve, tiny_folder, tmp_path, open_tiny):
+def test_unavailable_server_ends_the_run_and_is_named(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
     spec = served_by([server], tmp_path, tiny_folder, backend={"deadline_seconds": 0.5})
-    world = open_tiny(spec)
-    drawn(world)
+    trainer = open_tiny(spec)
+    collect(trainer)
     server.kill()
     with pytest.raises(ProcessDied, match=r"no rollout server for 0\.5 s") as caught:
-        drawn(world)
+        collect(trainer)
     assert server.url in str(caught.value)
     assert "sdkit serve" in caught.value.hint
     assert "--resume" in caught.value.hint
 
 
-def test_a_completion_that_takes_too_long_is_given_up(serve, tiny_folder, tmp_path, open_tiny):
+def test_completion_beyond_the_deadline_ends_the_run(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
     spec = served_by([server], tmp_path, tiny_folder, backend={"deadline_seconds": 0.5})
-    world = open_tiny(spec)
-    drawn(world)
+    trainer = open_tiny(spec)
+    collect(trainer)
     released = threading.Event()
     server.fault = lambda _: released.wait(30) and None
     try:
         with pytest.raises(ProcessDied, match=r"lost a batch|no rollout server"):
-            drawn(world)
+            collect(trainer)
     finally:
         released.set()
 
 
-def test_a_server_that_loses_every_batch_ends_the_run(serve, tiny_folder, tmp_path, open_tiny):
+def test_server_that_loses_every_batch_ends_the_run(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
-    world = open_tiny(served_by([server], tmp_path, tiny_folder))
-    drawn(world)
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
+    collect(trainer)
 
-    def forgets(_):
+    def lose_weights(_):
         server.gateway.loaded = None
         return 503
 
-    server.fault = forgets
+    server.fault = lose_weights
     with pytest.raises(ProcessDied, match="lost a batch 8 times"):
-        drawn(world)
+        collect(trainer)
 
 
-def test_a_refused_request_ends_the_run_at_once(serve, tiny_folder, tmp_path, open_tiny):
+def test_refused_request_ends_the_run_at_once(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
-    world = open_tiny(served_by([server], tmp_path, tiny_folder))
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
     server.fault = lambda _: 400
-    with pytest.raises(BadEnvironment, match="answered 400: as the test wants"):
-        drawn(world)
+    with pytest.raises(BadEnvironment, match="answered 400: refused by the test"):
+        collect(trainer)
 
 
-def test_other_weights_than_the_trainers_are_seen(serve, tiny_folder, tmp_path, open_tiny):
+def test_weights_that_differ_from_the_trainers_are_detected(serve, tiny_folder, tmp_path, open_tiny):
     [server] = serve()
-    world = open_tiny(served_by([server], tmp_path, tiny_folder))
-    drawn(world)
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder))
+    collect(trainer)
 
-    async def loses(method, timeout, args):
+    async def ignore_weights(method, timeout, args):
         return [1]
 
-    server.collective_rpc = loses
+    server.collective_rpc = ignore_weights
     with pytest.raises(NumericsGuard, match="of the server http"):
-        advance(world, 2)
+        advance(trainer, 2)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +217,7 @@ def test_other_weights_than_the_trainers_are_seen(serve, tiny_folder, tmp_path, 
     ],
     ids=["another model", "another vocabulary", "too short", "another folder"],
 )
-def test_a_server_that_does_not_fit_is_refused_before_anything_is_loaded(
+def test_unsuitable_server_is_refused_before_models_load(
     serve, tiny_folder, tmp_path, process_group, monkeypatch, change, message
 ):
     from sdkit.train import run
@@ -234,14 +228,14 @@ def test_a_server_that_does_not_fit_is_refused_before_anything_is_loaded(
             server.gateway.folder = tmp_path / value
         else:
             setattr(server, name, value)
-    monkeypatch.setattr(run, "open_trainer", None)  # whoever loads a model calls it
+    monkeypatch.setattr(run, "open_trainer", None)  # called only after loading models
     with pytest.raises(BadEnvironment, match=message) as caught:
         run.open_run(served_by([server], tmp_path, tiny_folder), tmp_path)
     assert "sdkit serve" in caught.value.hint
     assert list((tmp_path / "weights").iterdir()) == []
 
 
-def test_another_precision_or_version_is_refused(serve, tiny_folder, tmp_path, process_group, monkeypatch):
+def test_other_precision_or_version_is_refused(serve, tiny_folder, tmp_path, process_group, monkeypatch):
     from sdkit.train import run
 
     [server] = serve()
@@ -253,7 +247,7 @@ def test_another_precision_or_version_is_refused(serve, tiny_folder, tmp_path, p
         run.open_run(served_by([server], tmp_path, tiny_folder), tmp_path)
 
 
-def test_no_server_and_a_server_of_another_kind(serve, tiny_folder, tmp_path, process_group):
+def test_unreachable_server_is_refused(serve, tiny_folder, tmp_path, process_group):
     from sdkit.train import run
 
     [server] = serve()
@@ -264,7 +258,7 @@ def test_no_server_and_a_server_of_another_kind(serve, tiny_folder, tmp_path, pr
     assert caught.value.path == ("rollout", "backend")
 
 
-def test_the_key_comes_from_the_environment(serve, tiny_folder, tmp_path, process_group, monkeypatch, open_tiny):
+def test_key_comes_from_the_environment(serve, tiny_folder, tmp_path, process_group, monkeypatch, open_tiny):
     from sdkit.train import run
 
     [server] = serve(key="open sesame")
@@ -277,15 +271,15 @@ def test_the_key_comes_from_the_environment(serve, tiny_folder, tmp_path, proces
         run.open_run(spec, tmp_path)
     assert "key_from" in caught.value.hint
     monkeypatch.setenv("ROLLOUT_KEY", "open sesame")
-    assert tokens(drawn(open_tiny(spec)))
+    assert tokens(collect(open_tiny(spec)))
 
 
-def test_the_teacher_samples_from_servers_too(serve, tiny_folder, tmp_path, open_tiny):
+def test_teacher_can_sample_on_servers(serve, tiny_folder, tmp_path, open_tiny):
     from sdkit.language.specs import TeacherSamples
 
     [server] = serve()
     changes = {"rollout": rollout(sampled_by=TeacherSamples(prompt="student"))}
-    world = open_tiny(served_by([server], tmp_path, tiny_folder, **changes))
+    trainer = open_tiny(served_by([server], tmp_path, tiny_folder, **changes))
     expected = open_tiny(make_spec(tiny_folder, **changes))
     assert isinstance(expected.setup.plan.backend, TransformersBackend)
-    assert tokens(drawn(world)) == tokens(drawn(expected))
+    assert tokens(collect(trainer)) == tokens(collect(expected))

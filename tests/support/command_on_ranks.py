@@ -19,9 +19,9 @@ def main(count, log, *words):
         cli.main()
 
     forked.warm()
-    ended = forked.ranks(int(count), command, Path(log), deadline=DEADLINE)
-    sys.stderr.writelines(each.said for each in ended)
-    sys.exit(ended[0].code)
+    results = forked.ranks(int(count), command, Path(log), deadline=DEADLINE)
+    sys.stderr.writelines(each.output for each in results)
+    sys.exit(results[0].code)
 
 
 if __name__ == "__main__":

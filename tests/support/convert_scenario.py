@@ -1,9 +1,9 @@
 """Runs whose number of ranks changes between two steps.
 
 `python convert_scenario.py MODEL_FOLDER WORK_FOLDER CASE…`: a case is TEACHER-FORM-STAGE-RANKS.  WORK_FOLDER/CASE has the
-run with that many ranks from end to end, `straight`, and three that part from it after the second step: `back` is converted
-for `OTHER` ranks, then for as many as before, and goes on with these; `other` goes on with the others to the end, and
-`again` with as many as before from `other`'s fourth step.  test_convert.py says what they must be.
+run with that many ranks from end to end, `straight`, and three that branch off: after the second step `back` is converted
+for `OTHER` ranks and back again, and continues; `other` is converted after the second step and continues to the end; and
+`again` is converted back after `other`'s fourth step.  test_convert.py checks the results.
 """
 
 import shutil
@@ -22,7 +22,7 @@ from sdkit.train import run
 
 STEPS, PROMPTS = 7, 6
 OTHER = {2: 1, 3: 2}
-"""The other number of ranks; of three, not every parameter is a multiple."""
+"""The other number of ranks.  Three do not divide every parameter."""
 COPY = CopyWeights(every=3)
 TEACHERS = {
     "student": LIVE,
@@ -55,8 +55,8 @@ def spec_of(folder, weights, form, stage):
     )
 
 
-def parted(run, target, step):
-    """A run as it was at a step, whose checkpoint is its newest."""
+def copy_up_to_step(run, target, step):
+    """Copy a run as it was at `step`, without later checkpoints."""
     shutil.copytree(run, target)
     for checkpoint in (target / "checkpoints").glob("step_*"):
         if checkpoint.name > f"step_{step:06d}":
@@ -77,23 +77,23 @@ def main(folder, work, *cases):
 def all_runs(spec, work, ranks, other):
     work.mkdir()
 
-    def on(count, function):
-        for ended in forked.ranks(count, function, work):
-            assert ended.code == 0, f"{work.name}: {ended.said}"
+    def run_ranks(count, function):
+        for result in forked.ranks(count, function, work):
+            assert result.code == 0, f"{work.name}: {result.output}"
 
-    def converted(name, *counts):
+    def convert_to(name, *counts):
         for count in counts:
-            on(1, lambda count=count: convert(spec, work / name, count, print))
+            run_ranks(1, lambda count=count: convert(spec, work / name, count, print))
 
-    on(ranks, lambda: train(spec, work / "straight"))
+    run_ranks(ranks, lambda: train(spec, work / "straight"))
     for name, source, step, counts in (
         ("back", "straight", 2, (other, ranks)),
         ("other", "straight", 2, (other,)),
         ("again", "other", 4, (ranks,)),
     ):
-        parted(work / source, work / name, step)
-        converted(name, *counts)
-        on(counts[-1], lambda name=name: train(spec, work / name, resume=True))
+        copy_up_to_step(work / source, work / name, step)
+        convert_to(name, *counts)
+        run_ranks(counts[-1], lambda name=name: train(spec, work / name, resume=True))
 
 
 if __name__ == "__main__":

@@ -39,13 +39,13 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    found = []
+    parsed = []
     for match in FENCE.finditer(text):
         title = re.search(r'title="([^"]+)"', match["info"])
         kind = "file" if title else match["info"].split()[0]
         line = text[: match.start()].count("\n") + 1
-        found.append(Block(kind, title[1] if title else "", match["body"], match["note"] or "", line))
-    return found
+        parsed.append(Block(kind, title[1] if title else "", match["body"], match["note"] or "", line))
+    return parsed
 
 
 def run_page(page: Path, folder: Path, warm: WarmProcess) -> None:

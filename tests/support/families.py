@@ -47,11 +47,11 @@ SETTINGS = {
     | {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 64},
 }
 EAGER = ("bloom", "gpt_oss")
-"""What has no scaled-dot-product attention."""
+"""Families without scaled-dot-product attention."""
 
 
 def build(folder, family, **changes):
-    """Write a tiny model of this family and the tiny model's tokenizer; the folder."""
+    """Write a tiny model of this family and the tiny model's tokenizer; returns the folder."""
     tokenizer = tiny._tokenizer(512)
     settings = SETTINGS[family] | {"vocab_size": len(tokenizer)} | changes
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,7 @@
 """`sdkit train` under faults, one rank or two, each in processes of its own.
 
-`python fault_scenario.py MODEL_FOLDER WORK_FOLDER` writes how each ended to WORK_FOLDER/found.json; test_faults.py says
-what that must be.  A fault comes from within, through the run's own reward, in its third step; checkpoints stand before.
+`python fault_scenario.py MODEL_FOLDER WORK_FOLDER` writes how each ended to WORK_FOLDER/results.json; test_faults.py
+checks it.  The run's own reward causes the fault, in the third step, when there are checkpoints already.
 """
 
 import json
@@ -18,7 +18,7 @@ SILENCE = 5
 REWARD = """
 import os, resource, signal, threading, time
 
-calls = -1  # the first is no rollout's: it only tries the function
+calls = -1  # the first call only tries the function
 
 
 def faulty(completion, row):
@@ -101,10 +101,10 @@ def command(*words):
 class Scenario:
     def __init__(self, work):
         self.work = work
-        self.found = {}
+        self.results = {}
 
     def run(self, name, ranks, *words, fault=None, who=0, folder=None, patience=forked.PATIENCE):
-        """`sdkit` with these words; `found` keeps how each rank ended and what the run directory says."""
+        """`sdkit` with these words; `results` stores how each rank ended and what the run directory says."""
         run = self.work / (folder or name)
 
         def attempt():
@@ -112,11 +112,11 @@ class Scenario:
                 os.environ |= {"FAULT": fault, "WHO": str(who)}
             command(*words, "--to", run)
 
-        ended = forked.ranks(ranks, attempt, run, patience)
-        self.found[name] = {
-            "codes": [each.code for each in ended],
-            "said": [each.said for each in ended],
-            "seconds": [each.seconds for each in ended],
+        attempts = forked.ranks(ranks, attempt, run, patience)
+        self.results[name] = {
+            "codes": [each.code for each in attempts],
+            "output": [each.output for each in attempts],
+            "seconds": [each.seconds for each in attempts],
             "status": json.loads((run / "status.json").read_text()),
             "checkpoints": sorted(p.name for p in (run / "checkpoints").glob("*step_*")),
         }
@@ -145,13 +145,13 @@ def main(folder, work):
     for fault in ("kill", "interrupt", "interrupt_twice"):
         scenario.train(f"{fault} alone", 1, fault=fault)
     scenario.resume("kill alone", 1)
-    # The first step makes the weights so large that nothing which they give is a number, the samples' own included.
+    # The first step makes the weights so large that every output is NaN, the sampler's included.
     scenario.train("not finite", 2, "optimizer.lr=1e6", "optimizer.weight_decay=1e6", "optimizer.decay=all")
     again = work / "not finite"
     scenario.run("replayed", 2, "replay", f"{again}@1")
     calmer = ("optimizer.lr=1e-3", "optimizer.weight_decay=0", "losses.distil.importance.sampler=null")
     scenario.run("replayed otherwise", 2, "replay", f"{again}@0", *calmer)
-    (work / "found.json").write_text(json.dumps(scenario.found))
+    (work / "results.json").write_text(json.dumps(scenario.results))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Ranks forked from one process that has imported all that is slow to import: real processes, and cheap ones.
+"""Ranks forked from one process that has already imported the slow modules: real processes that start fast.
 
-The process must have one thread and have done nothing with torch yet but import it.
+That process must have a single thread and must not have used torch yet.
 """
 
 import contextlib
 import importlib
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 
 from attrs import frozen
+from os_processes import free_port
 
 DEADLINE = 120.0
 PATIENCE = 20.0
-"""Seconds for all to end, and for the others once one has failed."""
-SLOW_TO_IMPORT = (
+"""Seconds until all must have ended, and until the others must have ended once one has failed."""
+SLOW_IMPORTS = (
     "deepspeed",
     "deepspeed.comm.mori",
     "deepspeed.module_inject.auto_ep_layer",
@@ -36,20 +36,19 @@ SLOW_TO_IMPORT = (
     "sdkit.train.smoke",
     "setuptools",
     "torch.profiler._cupti_monitor",
-    "torch.utils.cpp_extension",
     "torch.utils.serialization",
     "transformers.models.llama.modeling_llama",
     "transformers.trainer_pt_utils",
 )
-"""What every attempt imports, partly in the middle of a run."""
+"""What every attempt imports, some of it only in the middle of a run."""
 
 
 @frozen
-class Ended:
-    """How a process ended (negative: by which signal), what it wrote, and after how many seconds."""
+class ProcessResult:
+    """Exit code of a process (negative: the signal that ended it), what it wrote, and its seconds."""
 
     code: int
-    said: str
+    output: str
     seconds: float
 
 
@@ -58,30 +57,28 @@ def warm():
     from sdkit.distributed import zero
 
     zero.prepare()
-    for name in SLOW_TO_IMPORT:
+    for name in SLOW_IMPORTS:
         importlib.import_module(name)
     zero._freeze_imported_objects()
 
 
 def ranks(count, run, folder, patience=PATIENCE, deadline=DEADLINE):
-    """`run` in `count` processes side by side, each a rank where there are several; in the order of ranks.
+    """Runs `run` in `count` processes at once, as ranks if there are several; returns results in rank order.
 
-    What has not ended in time is killed.  What they write goes to files beside `folder`.
+    A process that has not ended in time is killed.  Output goes to files beside `folder`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     started = time.monotonic()
     ends = started + deadline
-    said = [folder.with_name(f"{folder.name} said {rank}") for rank in range(count)]
-    running = {_fork(rank, count, port, run, said[rank]): rank for rank in range(count)}
+    output = [folder.with_name(f"{folder.name} output {rank}") for rank in range(count)]
+    running = {_fork(rank, count, port, run, output[rank]): rank for rank in range(count)}
     ended = {}
     while running:
         for pid in list(running):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 rank, code = running.pop(pid), os.waitstatus_to_exitcode(status)
-                ended[rank] = Ended(code, said[rank].read_text(), time.monotonic() - started)
+                ended[rank] = ProcessResult(code, output[rank].read_text(), time.monotonic() - started)
                 if code:
                     ends = min(ends, time.monotonic() + patience)
         if time.monotonic() > ends:
@@ -91,13 +88,13 @@ def ranks(count, run, folder, patience=PATIENCE, deadline=DEADLINE):
     return [ended[rank] for rank in range(count)]
 
 
-def _fork(rank, count, port, run, said):
+def _fork(rank, count, port, run, output):
     pid = os.fork()
     if pid:
         return pid
     code = 1
     with contextlib.suppress(BaseException):
-        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(out, 1)
         os.dup2(out, 2)
         if count > 1:

@@ -1,6 +1,6 @@
 """The golden error texts: each tests/err/CODE[-variant].yaml beside what sdkit prints for it.
 
-`python tests/support/golden.py` writes them anew; read the diff.
+`python tests/support/golden.py` rewrites them; read the diff.
 """
 
 import os
@@ -14,8 +14,8 @@ BAD = sorted((TESTS / "err").glob("*.yaml"))
 GOOD = sorted((TESTS / "ok").glob("*.yaml"))
 
 
-def printed(path: Path) -> str:
-    """What `sdkit validate` prints for a spec, seen from its folder."""
+def validate_output(path: Path) -> str:
+    """What `sdkit validate` prints for a spec, run from its folder."""
     before = Path.cwd()
     os.chdir(path.parent)
     try:
@@ -28,4 +28,4 @@ def printed(path: Path) -> str:
 
 if __name__ == "__main__":
     for spec in BAD:
-        spec.with_suffix(".out").write_text(printed(spec), encoding="utf-8")
+        spec.with_suffix(".out").write_text(validate_output(spec), encoding="utf-8")

@@ -1,7 +1,7 @@
 """Several ranks: small runs under every ZeRO stage, to be compared with one plain process.
 
-`python ranks_scenario.py MODEL_FOLDER WORK_FOLDER OTHER_MODEL` runs two ranks; the first one writes what was found to
-WORK_FOLDER/found.pt.  test_ranks.py says what it must be.
+`python ranks_scenario.py MODEL_FOLDER WORK_FOLDER OTHER_MODEL` runs two ranks; the first one writes the results to
+WORK_FOLDER/results.pt.  test_ranks.py checks them.
 """
 
 import sys
@@ -14,7 +14,6 @@ from tinyruns import (
     LORA,
     collect,
     distil,
-    evaluated,
     held_out_loss,
     make_spec,
     model,
@@ -23,6 +22,7 @@ from tinyruns import (
     teacher,
     train_step,
     training,
+    with_evaluation,
 )
 
 from sdkit.batches import SamplingRequest
@@ -55,7 +55,7 @@ from sdkit.train.sampling_requests import sampling_params
 
 DEADLINE = 400.0  # seconds
 STEPS, PROMPTS = 3, 4
-# With eps far above every gradient Adam is plain momentum: no element's step is its sign alone.
+# With eps far above every gradient, Adam is plain momentum: no step depends on a gradient's sign alone.
 # Norms are not decayed, so there are two groups of parameters.
 SMOOTH = OptimizerSpec(lr=3e2, eps=1e4, max_grad_norm=1.0, weight_decay=1e-4)
 EMA, COPY, FROZEN, LIVE = (EmaWeights(update_rate=0.3), CopyWeights(every=2), FrozenWeights(), StudentWeights())
@@ -64,7 +64,7 @@ ONE, SEVERAL = 8192, 100
 
 
 def completion(i):
-    """Of unequal lengths.  In the second step every second row, all of one rank of two, has nothing behind the mask."""
+    """Completions of unequal lengths.  In the second step, the mask leaves no token of every second row (one of two ranks)."""
     return "9" if i in (5, 7) else " ".join(f"{n} + {i}" for n in range(1 + i % 5))
 
 
@@ -92,7 +92,7 @@ SEES = UserTurn(
 
 
 def small(folder, weights=EMA, stage=0, budget=ONE, lora=None, dtype="float32", **changes):
-    """A run on completions of the data set, so that rounding cannot change what is trained on."""
+    """A run on the data set's completions, so that rounding cannot change the tokens that it trains on."""
     losses = changes.pop("losses", distil(mask=MaskSpec(skip_first=2)))
     blend = changes.pop("blend", None)
     return make_spec(
@@ -108,10 +108,10 @@ def small(folder, weights=EMA, stage=0, budget=ONE, lora=None, dtype="float32", 
 
 
 def kinds(other):
-    """Teachers by name, with what goes with each; the same whatever the stage and the number of ranks."""
+    """Settings by name: teachers with their other settings, for any stage and number of ranks."""
     external = ExternalWeights(path=str(other), dtype="float32")
     routed = RoutedWeights(by="topic", routes=Table({"a": EMA, "b": external, "c": LIVE}))
-    held = Table({"near": ReferenceKl(estimator="vocabulary", coefficient=0.5)})
+    anchor = Table({"near": ReferenceKl(estimator="vocabulary", coefficient=0.5)})
     measured = distil(mask=MaskSpec(student_entropy_top=0.5))
     return {
         "average": {"weights": EMA},
@@ -127,7 +127,7 @@ def kinds(other):
         "trust region, reference": {
             "weights": EMA,
             "blend": TrustRegionBlend(student_share=0.3),
-            "losses": Table({**distil(), **held}),
+            "losses": Table({**distil(), **anchor}),
         },
         "measured": {"weights": EMA, "losses": measured},
     }
@@ -142,58 +142,57 @@ ON_TWO_RANKS = [
 ]
 
 
-def whole(shards, parameter, piece):
-    """A parameter from the pieces of all ranks."""
+def full_parameter(shards, parameter, shard):
+    """The full parameter, from the shards of all ranks."""
     shape = getattr(parameter, "ds_shape", None)
     if shape is None:
-        return piece.clone()
-    joined = torch.cat(collectives.all_gather_object(piece.clone()))
+        return shard.clone()
+    joined = torch.cat(collectives.all_gather_object(shard.clone()))
     return joined[: shape.numel()].view(shape)
 
 
-def trained(spec, work):
+def train_run(spec, work):
     """Losses, norms, distances, masters and the teacher's average after three updates."""
-    world = open_run(spec, work)
-    found = {"loss": [], "grad_norm": [], "distance": [], "micro_batches": []}
+    trainer = open_run(spec, work)
+    results = {"loss": [], "grad_norm": [], "distance": [], "micro_batches": []}
     for step in range(STEPS):
-        measured = train_step(world, rollouts_of(world, step))
+        step_result = train_step(trainer, rollouts_of(trainer, step))
         for name in ("loss", "grad_norm"):
-            found[name].append(measured.metrics[name])
-        found["distance"].append(measured.metrics.get("teacher_distance", 0.0))
-    found |= weights_of(world)
-    world.close()
-    return found
+            results[name].append(step_result.metrics[name])
+        results["distance"].append(step_result.metrics.get("teacher_distance", 0.0))
+    results |= weights_of(trainer)
+    trainer.close()
+    return results
 
 
-def weights_of(world):
-    own = {n.removeprefix("model."): p for n, p in world.learner.zero.named}
-    shards = world.models.student.sharding
-    found = {"masters": {n: whole(shards, own[n], v) for n, v in world.learner.masters()}}
-    parts = [part for part in world.models.teacher.leaves if part.moves]
-    found["shadow"] = {n: whole(shards, part.parameters[n], v) for part in parts for n, v in part.shadow.items()}
-    return found
+def weights_of(trainer):
+    own = {n.removeprefix("model."): p for n, p in trainer.learner.zero.named}
+    shards = trainer.models.student.sharding
+    weights = {"masters": {n: full_parameter(shards, own[n], v) for n, v in trainer.learner.masters()}}
+    parts = [part for part in trainer.models.teacher.leaves if part.moves]
+    weights["shadow"] = {
+        n: full_parameter(shards, part.parameters[n], v) for part in parts for n, v in part.shadow.items()
+    }
+    return weights
 
 
-# ── what only several ranks can show ──────────────────────────────────────────────────────────
-
-
-def skipped(folder, work, stage):
+def train_with_a_skipped_step(folder, work, stage):
     """A gradient that is not finite on the last rank alone, then a good step."""
-    world = open_run(small(folder, stage=stage), work)
-    before = weights_of(world)
-    _, parameter = world.learner.zero.named[0]
+    trainer = open_run(small(folder, stage=stage), work)
+    before = weights_of(trainer)
+    _, parameter = trainer.learner.zero.named[0]
     last = collectives.rank() == collectives.world_size() - 1
     spoiled = parameter.register_hook(lambda g: g * float("nan") if last else g)
-    bad = train_step(world, rollouts_of(world, 0))
+    bad = train_step(trainer, rollouts_of(trainer, 0))
     spoiled.remove()
-    after = weights_of(world)
-    good = train_step(world, rollouts_of(world, 0))
-    world.close()
+    after = weights_of(trainer)
+    good = train_step(trainer, rollouts_of(trainer, 0))
+    trainer.close()
     same = all(torch.equal(v, after[kind][n]) for kind in ("masters", "shadow") for n, v in before[kind].items())
     return {"applied": [bad.applied, good.applied], "unchanged": same}
 
 
-def sampled(folder, work, stage):
+def sample_and_evaluate(folder, work, stage):
     """Rollouts, evaluations, and completions that end at other lengths on each rank."""
     spec = make_spec(
         folder,
@@ -201,94 +200,94 @@ def sampled(folder, work, stage):
         rollout=rollout(completions_per_prompt=2, max_new_tokens=6, backend=TransformersBackend(batch_size=3)),
         training=training(zero_stage=stage),
     )
-    world = open_run(evaluated(spec, teacher_lift=3), work)
-    gathered = collect(world, 0)
-    backend, _ = world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
-    ids = world.setup.data.student_ids(world.setup.data.train[0])
+    trainer = open_run(with_evaluation(spec, teacher_lift=3), work)
+    collected = collect(trainer, 0)
+    backend, _ = trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)
+    ids = trainer.setup.data.student_ids(trainer.setup.data.train[0])
     limit = 2 + 7 * collectives.rank() if collectives.world_size() > 1 else 9
-    settings = evolve(sampling_params(world.setup.spec.rollout, world.models.ids_below), max_new_tokens=limit)
-    mine = [SamplingRequest(prompt_ids=ids, seed=5)] * (1 + 4 * (collectives.rank() == 0))
-    own = [c.ids for c in backend.sample(mine, settings)]
-    evaluation = world.setup.spec.evaluation
-    held = evaluate(world.sampler, evaluation, world.progress.optimizer_steps)
-    lift = teacher_lift(world.sampler, evaluation, held, world.specs)
-    found = {
-        "rollouts": sort_records(collectives.gather_object(rollout_records(gathered))),
-        "unequal": collectives.all_gather_object(own),
-        "scores": held.scores,
-        "records": held.records,
+    settings = evolve(sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below), max_new_tokens=limit)
+    requests = [SamplingRequest(prompt_ids=ids, seed=5)] * (1 + 4 * (collectives.rank() == 0))
+    completion_ids = [c.ids for c in backend.sample(requests, settings)]
+    evaluation = trainer.setup.spec.evaluation
+    held_out = evaluate(trainer.sampler, evaluation, trainer.progress.optimizer_steps)
+    lift = teacher_lift(trainer.sampler, evaluation, held_out, trainer.specs)
+    results = {
+        "rollouts": sort_records(collectives.gather_object(rollout_records(collected))),
+        "unequal": collectives.all_gather_object(completion_ids),
+        "scores": held_out.scores,
+        "records": held_out.records,
         "lift": {key: value.mean for key, value in lift.items()},
-        "held out": held_out_loss(world),
+        "held out": held_out_loss(trainer),
     }
-    world.close()
-    return found
+    trainer.close()
+    return results
 
 
-def streamed(folder, work, lora):
-    """The tensors of student and teacher, and how much of the model was ever whole."""
-    world = open_run(small(folder, stage=3, lora=lora), work)
-    train_step(world, rollouts_of(world, 0))
-    every = list(world.models.student.model.parameters())
-    found = {}
-    for who, weights in (("student", world.models.student), ("teacher", world.models.teacher.weights)):
-        most, tensors = 0, {}
+def stream_tensors(folder, work, lora):
+    """The tensors of student and teacher, and the largest share of the model that was gathered at once."""
+    trainer = open_run(small(folder, stage=3, lora=lora), work)
+    train_step(trainer, rollouts_of(trainer, 0))
+    every = list(trainer.models.student.model.parameters())
+    results = {}
+    for who, weights in (("student", trainer.models.student), ("teacher", trainer.models.teacher.weights)):
+        peak, tensors = 0, {}
         for name, tensor in weights.named_tensors():
-            most = max(most, sum(p.numel() for p in weights.model.parameters()))
+            peak = max(peak, sum(p.numel() for p in weights.model.parameters()))
             tensors[name] = tensor.clone()
-        found[who] = tensors
-        found[f"{who} whole"] = most / sum(p.ds_numel for p in every)
-    found["left whole"] = sum(p.numel() for p in every)
-    world.close()
-    return found
+        results[who] = tensors
+        results[f"{who} gathered"] = peak / sum(p.ds_numel for p in every)
+    results["gathered at end"] = sum(p.numel() for p in every)
+    trainer.close()
+    return results
 
 
-def resumed(folder, work, stage, lora):
-    """Two updates, written down; one more, and the same from what was written."""
+def save_and_resume(folder, work, stage, lora):
+    """Two updates and a checkpoint; a third update, and the same one after loading the checkpoint."""
     spec = small(folder, stage=stage, lora=lora)
-    place = work / f"resumed-{stage}-{bool(lora)}"
-    world = open_run(spec, work)
+    run_folder = work / f"resumed-{stage}-{bool(lora)}"
+    trainer = open_run(spec, work)
     for step in range(2):
-        train_step(world, rollouts_of(world, step))
-    world.progress.step = 2
-    saved = checkpoint.save(world.state, place, world.setup.spec)
-    train_step(world, rollouts_of(world, 2))
-    straight = weights_of(world)
-    world.close()
-    world = open_run(spec, work)
-    checkpoint.load(world.state, saved, world.setup.spec.training.seed)
-    train_step(world, rollouts_of(world, 2))
-    again = weights_of(world)
-    world.close()
+        train_step(trainer, rollouts_of(trainer, step))
+    trainer.progress.step = 2
+    saved = checkpoint.save(trainer.state, run_folder, trainer.setup.spec)
+    train_step(trainer, rollouts_of(trainer, 2))
+    straight = weights_of(trainer)
+    trainer.close()
+    trainer = open_run(spec, work)
+    checkpoint.load(trainer.state, saved, trainer.setup.spec.training.seed)
+    train_step(trainer, rollouts_of(trainer, 2))
+    again = weights_of(trainer)
+    trainer.close()
     return {"straight": straight, "again": again}
 
 
-def rank(folder, work, other):
+def run_rank(folder, work, other):
     zero.start()
-    made = kinds(other)
-    found = {
+    settings = kinds(other)
+    results = {
         "trained": {
-            (name, stage, budget): trained(small(folder, stage=stage, budget=budget, **made[name]), work)
+            (name, stage, budget): train_run(small(folder, stage=stage, budget=budget, **settings[name]), work)
             for name, stage, budget in ON_TWO_RANKS
         },
-        "offloaded": trained(small(folder, stage=3, offload=("optimizer", "parameters")), work),
-        "bfloat16": trained(small(folder, stage=3, dtype="bfloat16"), work),
-        "skipped": {stage: skipped(folder, work, stage) for stage in (0, 2, 3)},
-        "sampled": {stage: sampled(folder, work, stage) for stage in (1, 3)},
-        "streamed": {name: streamed(folder, work, lora) for name, lora in (("full", None), ("lora", LORA))},
+        "offloaded": train_run(small(folder, stage=3, offload=("optimizer", "parameters")), work),
+        "bfloat16": train_run(small(folder, stage=3, dtype="bfloat16"), work),
+        "skipped": {stage: train_with_a_skipped_step(folder, work, stage) for stage in (0, 2, 3)},
+        "sampled": {stage: sample_and_evaluate(folder, work, stage) for stage in (1, 3)},
+        "streamed": {name: stream_tensors(folder, work, lora) for name, lora in (("full", None), ("lora", LORA))},
         "resumed": {
-            (stage, bool(lora)): resumed(folder, work, stage, lora)
+            (stage, bool(lora)): save_and_resume(folder, work, stage, lora)
             for stage, lora in ((2, None), (3, None), (3, LORA))
         },
     }
     if collectives.rank() == 0:
-        torch.save(found, work / "found.pt")
+        torch.save(results, work / "results.pt")
     zero.stop()
 
 
 def main(folder, work, other):
     forked.warm()
-    for ended in forked.ranks(2, lambda: rank(folder, work, other), work, deadline=DEADLINE):
-        assert ended.code == 0, ended.said
+    for result in forked.ranks(2, lambda: run_rank(folder, work, other), work, deadline=DEADLINE):
+        assert result.code == 0, result.output
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ from sdkit.language.specs import (
 
 LORA = LoraSpec(r=4, lora_alpha=8.0)
 COLUMNS = Table({"prompt": "prompt", "demonstration": "demonstration", "answer": "answer"})
+# The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
+MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 PRECISIONS = [("float32", 0), ("float32", 1), ("float32", 2), ("bfloat16", 1)]
 
 
@@ -90,7 +92,7 @@ def make_spec(folder, **changes):
     return ExperimentSpec(**(parts | changes))
 
 
-def evaluated(spec, **changes):
+def with_evaluation(spec, **changes):
     """The same run with two held-out suites."""
     suites = {
         "sums": Suite(
@@ -107,90 +109,103 @@ def evaluated(spec, **changes):
     return evolve(spec, evaluation=EvaluationSpec(**(parts | changes)), rewards=Table(rewards))
 
 
-def collect(world, step=0):
+def scorer_of(*rewards, feedback=None):
+    """A scorer that gives these rewards to the rollouts of a step, in order."""
+    from sdkit.rewards.scorer import ScoredCompletion, Scorer
+
+    return Scorer(
+        lambda pairs: [
+            ScoredCompletion(reward=float(rewards[i % len(rewards)]), feedback=feedback) for i in range(len(pairs))
+        ]
+    )
+
+
+def collect(trainer, step=0):
     """The rollouts of a training step, with their requests and scores."""
     from sdkit.train.collect_rollouts import collect_rollouts
 
-    rows = world.setup.data.batch_rows(step)
-    return collect_rollouts(world.sampler, rows, ("rollout", step), world.specs)
+    rows = trainer.setup.data.batch_rows(step)
+    return collect_rollouts(trainer.sampler, rows, ("rollout", step), trainer.specs)
 
 
-def prepare_rollouts(world, batch):
+def prepare_rollouts(trainer, batch):
     from sdkit.train import token_statistics
 
-    old = world.setup.plan.needs_old_logprobs
-    return token_statistics.prepare_rollouts(world.learner, batch, world.specs, with_old_logprobs=old)
+    old = trainer.setup.plan.needs_old_logprobs
+    return token_statistics.prepare_rollouts(trainer.learner, batch, trainer.specs, with_old_logprobs=old)
 
 
-def compute_token_statistics(world, batch, names):
+def compute_token_statistics(trainer, batch, names):
     from sdkit.train import token_statistics
 
-    return token_statistics.compute_token_statistics(world.learner, batch, names, world.specs.blend)
+    return token_statistics.compute_token_statistics(trainer.learner, batch, names, trainer.specs.blend)
 
 
-def rollouts_of(world, step=0):
-    return prepare_rollouts(world, collect(world, step).batch)
+def rollouts_of(trainer, step=0):
+    return prepare_rollouts(trainer, collect(trainer, step).batch)
 
 
-def score_teacher(world, batch, reference=None):
-    return world.learner.scorer.score_teacher(batch, world.specs.blend, reference)
+def score_teacher(trainer, batch, reference=None):
+    return trainer.learner.scorer.score_teacher(batch, trainer.specs.blend, reference)
 
 
-def train_step(world, batch):
+def train_step(trainer, batch):
     from sdkit.train import step
 
-    result = step.train_step(world.learner, batch, world.specs)
-    world.progress.record(applied=result.applied)
+    result = step.train_step(trainer.learner, batch, trainer.specs)
+    trainer.progress.record(applied=result.applied)
     return result
 
 
-def evaluate_objective(world, batch):
+def evaluate_objective(trainer, batch):
     from sdkit.train import step
 
-    return step.evaluate_objective(world.learner, batch, world.specs)
+    return step.evaluate_objective(trainer.learner, batch, trainer.specs)
 
 
-def held_out_loss(world):
+def held_out_loss(trainer):
     from sdkit.train import evaluate
 
-    return evaluate.held_out_loss(world.sampler, world.learner, world.setup.spec.evaluation, world.specs)
+    return evaluate.held_out_loss(trainer.sampler, trainer.learner, trainer.setup.spec.evaluation, trainer.specs)
 
 
-def advance(world, updates=3):
-    """Optimizer steps without a loop around them; what each measured."""
-    return [train_step(world, rollouts_of(world, step)) for step in range(updates)]
+def advance(trainer, updates=3):
+    """Optimizer steps outside the training loop; returns each step's StepResult."""
+    return [train_step(trainer, rollouts_of(trainer, step)) for step in range(updates)]
 
 
-def masters(world):
-    return {name: value.clone() for name, value in world.learner.masters()}
+def masters(trainer):
+    return {name: value.clone() for name, value in trainer.learner.masters()}
 
 
-def states(world, weights):
-    """Hidden states of these weights on the first rollouts' tokens, [N, S, H] flattened."""
+def hidden_states(trainer, weights):
+    """Hidden states of these weights for fixed token ids, [2, 20, H]."""
     ids = torch.arange(2, 42).reshape(2, 20)
     with torch.no_grad(), weights.active() as causal:
         return causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def same(a, b):
+def assert_equal(a, b):
     torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
-def silent():
+def silent_console():
     return Console(file=StringIO(), width=140)
 
 
 def train(spec, folder, console=None, **options):
-    """A whole run, in this process."""
+    """A complete run in this process; returns its folder."""
     from sdkit.language.resolved import resolved
     from sdkit.train.run import train as run
 
     text = json.dumps(resolved(spec))
-    return run(spec, folder.parent, folder, console or silent(), written="# as written\n", resolved=text, **options)
+    return run(
+        spec, folder.parent, folder, console or silent_console(), written="# as written\n", resolved=text, **options
+    )
 
 
 def run_scenario(warm, script, folder, work, cases=()):
-    """A scenario of attempts in processes of their own, on the model in `folder`; returns where it left its runs."""
+    """Runs a scenario script in a process of its own on the model in `folder`; returns `work`, where its runs are."""
     done = warm.run(script, folder, work, *cases)
     assert done.returncode == 0, done.stderr[-3000:]
     return work
@@ -200,8 +215,12 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def read_status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
 def metrics(folder):
-    """Every metric of a run but those that depend on the machine."""
+    """All metrics of a run except those that depend on the machine."""
     return [
         {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))}
         for line in lines(folder / "metrics.jsonl")
@@ -214,8 +233,8 @@ def weights_of(folder):
     return load_file(str(folder / "model" / "model.safetensors"))
 
 
-def resized(source, target, rows):
-    """The model with another number of output rows; new ones are drawn as the others were."""
+def resize_model(source, target, rows):
+    """Writes a copy of the model with `rows` output rows, new ones initialized like the others; returns `target`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     causal = AutoModelForCausalLM.from_pretrained(source)

@@ -1,13 +1,13 @@
-"""Rollout servers in threads of the test: the real gateway over HTTP, and behind it the tiny model instead of vLLM."""
+"""Rollout servers in threads of the test: the real gateway over HTTP in front of the tiny model instead of vLLM."""
 
 import asyncio
 import json
-import socket
 import threading
 import time
 from types import SimpleNamespace
 
 import uvicorn
+from os_processes import free_port
 from safetensors.torch import load_file
 
 from sdkit.batches import SamplingParams, SamplingRequest
@@ -15,11 +15,11 @@ from sdkit.models.weights import Weights
 from sdkit.sampling.transformers import TransformersRollouts
 from sdkit.serving.gateway import FOLDER, KEY, Gateway
 
-WITHIN = 20  # seconds that a server may take to come up or down
+START_STOP_SECONDS = 20  # seconds that a server may take to start or stop
 
 
 class TinySampler:
-    """A server on `port`; `kill` leaves whoever waits for it, and `start` makes a new one without weights."""
+    """A server on `port`; `kill` drops its connections, and `start` starts a new one without the synced weights."""
 
     def __init__(self, model, folder, key=None, port=None):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,18 +27,18 @@ class TinySampler:
         self.model_folder, self.folder, self.key = model, folder, key
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.load = lambda: AutoModelForCausalLM.from_pretrained(model).eval()
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.max_tokens = 512
-        self.config = {}  # what the state says otherwise than the model
+        self.config = {}  # overrides of the model's config in the server's state
         self.fault = None  # called with the number of a completion; may raise, kill or return a status
-        self.loads, self.asked, self.log = [], [], []
+        self.loads, self.requests, self.log = [], [], []
         self.start()
 
     def start(self):
         self.causal = self.load()
         self.lock = threading.Lock()
-        gateway = Gateway(self._behind, {FOLDER: str(self.folder)} | ({KEY: self.key} if self.key else {}))
+        gateway = Gateway(self._vllm_app, {FOLDER: str(self.folder)} | ({KEY: self.key} if self.key else {}))
         state = SimpleNamespace(engine_client=self)
 
         async def app(scope, receive, send):
@@ -51,22 +51,20 @@ class TinySampler:
         self.http.install_signal_handlers = lambda: None
         self.thread = threading.Thread(target=self.http.run, daemon=True)
         self.thread.start()
-        ends = time.monotonic() + WITHIN
+        ends = time.monotonic() + START_STOP_SECONDS
         while not self.http.started:
             assert time.monotonic() < ends, "the server did not come up"
             time.sleep(0.01)
 
     def kill(self, wait=True):
-        """Stop listening and hang up; a completion that kills is hung up on, and does not wait for its own end."""
+        """Stop listening and drop connections; a completion that kills its server passes `wait=False`."""
         self.http.should_exit = self.http.force_exit = True
         if wait:
-            self.thread.join(WITHIN)
+            self.thread.join(START_STOP_SECONDS)
         else:
-            time.sleep(0.4)  # uvicorn looks every 0.1 s
+            time.sleep(0.4)  # uvicorn checks every 0.1 s
 
     close = kill
-
-    # ── what the gateway asks of vLLM's engine ──
 
     @property
     def model_config(self):
@@ -92,9 +90,7 @@ class TinySampler:
         self.loads.append(args[0])
         return [1]
 
-    # ── what stands for vLLM's application ──
-
-    async def _behind(self, scope, receive, send):
+    async def _vllm_app(self, scope, receive, send):
         body, more = b"", True
         while more:
             message = await receive()
@@ -112,14 +108,14 @@ class TinySampler:
         ids = body["prompt"]
         if "prompt_logprobs" in body:
             with self.lock, torch.no_grad():
-                told = self.causal(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+                logprobs = self.causal(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
             places = [
-                {str(token): {"logprob": place[token].item()}} for place, token in zip(told, ids[1:], strict=True)
+                {str(token): {"logprob": place[token].item()}} for place, token in zip(logprobs, ids[1:], strict=True)
             ]
             return 200, {"choices": [{"prompt_logprobs": [None, *places]}]}
-        if self.fault and (status := self.fault(len(self.asked))):
-            return status, {"error": {"message": "as the test wants"}}
-        self.asked.append({"prompt": tuple(ids), "seed": body.get("seed"), "weights": dict(self.gateway.loaded)})
+        if self.fault and (status := self.fault(len(self.requests))):
+            return status, {"error": {"message": "refused by the test"}}
+        self.requests.append({"prompt": tuple(ids), "seed": body.get("seed"), "weights": dict(self.gateway.loaded)})
         backend = TransformersRollouts(self.tokenizer, 1, tuple(body["stop_token_ids"]))
         backend.load(Weights(self.causal), 0)
         sampling = SamplingParams(
@@ -138,9 +134,3 @@ class TinySampler:
             "finish_reason": "stop" if done.finished else "length",
         }
         return 200, {"choices": [choice]}
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -1,6 +1,6 @@
 """vLLM on exported folders, in a process of its own: prints log-probabilities of one prompt as JSON.
 
-`python vllm_export.py WHOLE BASE ADAPTER IDS`; test_export.py says what they must be.
+`python vllm_export.py MERGED BASE ADAPTER IDS`; test_export.py checks them.
 """
 
 import json
@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 
 
 def logprobs(folder, ids, lora=None, **options):
-    """Of every id after the first."""
+    """Log-probabilities of every id after the first."""
     size = {"max_model_len": 64, "max_num_seqs": 2, "kv_cache_memory_bytes": 2**26}
     engine = LLM(model=folder, dtype="float32", enforce_eager=True, **size, **options)
     settings = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
@@ -25,9 +25,9 @@ def logprobs(folder, ids, lora=None, **options):
     return [entry[token].logprob for entry, token in scored]
 
 
-def main(whole, base, adapter, ids):
+def main(merged, base, adapter, ids):
     lora = LoRARequest("exported", 1, adapter)
-    return {"whole": logprobs(whole, ids), "adapter": logprobs(base, ids, lora, enable_lora=True, max_lora_rank=8)}
+    return {"merged": logprobs(merged, ids), "adapter": logprobs(base, ids, lora, enable_lora=True, max_lora_rank=8)}
 
 
 if __name__ == "__main__":

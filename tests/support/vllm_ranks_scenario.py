@@ -1,6 +1,6 @@
-"""vLLM beside a trainer under ZeRO stage 3, on two ranks: the first one writes the figures to WORK_FOLDER/found.json.
+"""vLLM beside a trainer under ZeRO stage 3, once a rank: writes the figures of each weight transfer as JSON.
 
-`python vllm_ranks_scenario.py MODEL_FOLDER WORK_FOLDER`; test_ranks.py says what they must be.
+`python vllm_ranks_scenario.py MODEL_FOLDER WORK_FOLDER`; test_ranks.py checks them.
 """
 
 import json
@@ -10,7 +10,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import forked
 from tinyruns import LORA, advance, collect, make_spec, model, rollout, teacher, training
 
 from sdkit.distributed import collectives, zero
@@ -18,10 +17,8 @@ from sdkit.language.specs import EmaWeights, OptimizerSpec, VllmBackend
 from sdkit.train.collect_rollouts import rollout_records, sort_records
 from sdkit.train.run import open_run
 
-DEADLINE = 400.0  # seconds
 
-
-def rank(folder, work):
+def main(folder, work):
     spec = make_spec(
         folder,
         model=model(folder, lora=LORA),
@@ -30,50 +27,44 @@ def rank(folder, work):
         optimizer=OptimizerSpec(lr=1e-2),
         training=training(zero_stage=3),
     )
-    world = open_run(spec, work)
-    every = list(world.models.student.model.parameters())
-    whole = sum(p.ds_numel for p in every)
-    most = watched(world.models.student, every)
+    trainer = open_run(spec, work)
+    every = list(trainer.models.student.model.parameters())
+    total = sum(p.ds_numel for p in every)
+    gathered_counts = record_gathered(trainer.models.student, every)
     figures = []
     for step in range(3):
-        gathered = collect(world, step)
+        collected = collect(trainer, step)
         if step == 0:  # a collective: every rank takes part, or none
-            rolled = sort_records(collectives.gather_object(rollout_records(gathered)))
-        figures.append(gathered.figures)
-        advance(world, 1)
-    figures.append(world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)[1])
-    figures.append(world.sampler.backends.load(world.models.teacher.weights, world.progress.optimizer_steps)[1])
-    found = {
+            records = sort_records(collectives.gather_object(rollout_records(collected)))
+        figures.append(collected.figures)
+        advance(trainer, 1)
+    figures.append(trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)[1])
+    figures.append(trainer.sampler.backends.load(trainer.models.teacher.weights, trainer.progress.optimizer_steps)[1])
+    results = {
         "syncs": collectives.all_gather_object([f["canary_mean"] for f in figures]),
-        "most": max(most) / whole,
-        "left whole": sum(p.numel() for p in every),
-        "rollouts": len(rolled),
+        "peak": max(gathered_counts) / total,
+        "gathered at end": sum(p.numel() for p in every),
+        "rollouts": len(records),
         "ranks": collectives.world_size(),
     }
     first = collectives.rank() == 0
-    world.close()
+    trainer.close()
     zero.stop()
     if first:
-        (work / "found.json").write_text(json.dumps(found))
+        (work / "results.json").write_text(json.dumps(results))
 
 
-def watched(weights, every):
-    """How many elements are whole at each tensor that goes out."""
-    seen, stream = [], weights.named_tensors
+def record_gathered(weights, every):
+    """Returns a list that receives the number of gathered elements at each tensor sent to vLLM."""
+    counts, stream = [], weights.named_tensors
 
     def tensors():
         for pair in stream():
-            seen.append(sum(p.numel() for p in every))
+            counts.append(sum(p.numel() for p in every))
             yield pair
 
     weights.named_tensors = tensors
-    return seen
-
-
-def main(folder, work):
-    forked.warm()
-    for ended in forked.ranks(2, lambda: rank(folder, work), work, deadline=DEADLINE):
-        assert ended.code == 0, ended.said
+    return counts
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""vLLM beside the trainer, in a process of its own: prints what it measured as one JSON object.
+"""vLLM beside the trainer, in a process of its own: prints its measurements as one JSON object.
 
-`python vllm_scenario.py MODEL_FOLDER WORK_FOLDER`; test_vllm.py says what the figures must be.
+`python vllm_scenario.py MODEL_FOLDER WORK_FOLDER`; test_vllm.py checks them.
 """
 
 import json
@@ -35,17 +35,17 @@ def main(folder, work):
         rollout=rollout(temperature=0.7, backend=VllmBackend(kv_cache_gib=0.1)),
         optimizer=OptimizerSpec(lr=1e-2),
     )
-    world = open_run(spec, work)
+    trainer = open_run(spec, work)
     before = generators()
-    backend, first = world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
-    found = {"generators untouched": generators() == before, "first load": first}
-    found |= syncs(world)
-    found |= sampling(world, backend)
-    found |= stale(world, backend)
-    found |= adapters(world, backend, folder)
-    world.close()
+    backend, first = trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)
+    results = {"generators untouched": generators() == before, "first load": first}
+    results |= syncs(trainer)
+    results |= sampling(trainer, backend)
+    results |= stale(trainer, backend)
+    results |= adapters(trainer, backend, folder)
+    trainer.close()
     zero.stop()
-    return found
+    return results
 
 
 def generators():
@@ -53,94 +53,94 @@ def generators():
     return torch.get_rng_state().tolist(), random.getstate(), state[1].tolist(), state[2]
 
 
-def syncs(world):
-    """The figures of the transfer after each of three updates, of the teacher, and of a second ask."""
+def syncs(trainer):
+    """Figures of the weight transfer after each of three updates, of a repeated transfer, and of the teacher's."""
     figures = []
     for step in range(3):
-        advance(world, 1)
-        figures.append(collect(world, step).figures)
-    again = collect(world, 3).figures
-    other = world.sampler.backends.load(world.models.teacher.weights, world.progress.optimizer_steps)[1]
+        advance(trainer, 1)
+        figures.append(collect(trainer, step).figures)
+    again = collect(trainer, 3).figures
+    other = trainer.sampler.backends.load(trainer.models.teacher.weights, trainer.progress.optimizer_steps)[1]
     return {"syncs": figures, "unchanged weights": again, "teacher": other}
 
 
-def sampling(world, backend):
+def sampling(trainer, backend):
     """Sampled tokens and their log-probabilities against a plain forward pass."""
-    world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)
-    ids = [world.setup.data.student_ids(row) for row in world.setup.data.train]
+    trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)
+    ids = [trainer.setup.data.student_ids(row) for row in trainer.setup.data.train]
     requests = [SamplingRequest(prompt_ids=p, seed=derive(3, i)) for i, p in enumerate(ids * 2)]
-    settings = sampling_params(world.setup.spec.rollout, world.models.ids_below)
+    settings = sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below)
     done = backend.sample(requests, settings)
     greedy = backend.sample(requests, evolve(settings, temperature=0.0))
     few = backend.sample(requests[4:1:-1], settings)[::-1]
     truncated = backend.sample(requests, evolve(settings, top_k=3))
-    apart, whole, likeliest, kept = [], [], [], []
+    gaps, gaps_at_1, greedy_matches, top_k_gaps = [], [], [], []
     for request, drawn, best, cut in zip(requests, done, greedy, truncated, strict=True):
-        told = logits(world, request, drawn)
-        apart.append(gap((told / 0.7).log_softmax(-1), drawn))
-        whole.append(gap(told.log_softmax(-1), drawn))
-        likeliest.append(logits(world, request, best).argmax(-1).tolist() == list(best.ids))
-        scaled = logits(world, request, cut) / 0.7
+        token_logits = logits(trainer, request, drawn)
+        gaps.append(gap((token_logits / 0.7).log_softmax(-1), drawn))
+        gaps_at_1.append(gap(token_logits.log_softmax(-1), drawn))
+        greedy_matches.append(logits(trainer, request, best).argmax(-1).tolist() == list(best.ids))
+        scaled = logits(trainer, request, cut) / 0.7
         top = scaled.topk(3, dim=-1).values[:, -1:]
-        kept.append(gap(scaled.masked_fill(scaled < top, float("-inf")).log_softmax(-1), cut))
+        top_k_gaps.append(gap(scaled.masked_fill(scaled < top, float("-inf")).log_softmax(-1), cut))
     return {
-        "sampled logprobs": max(apart),
-        "at temperature 1": max(whole),
-        "top_k logprobs": max(kept),
-        "greedy is the arg max": all(likeliest),
+        "sampled logprobs": max(gaps),
+        "at temperature 1": max(gaps_at_1),
+        "top_k logprobs": max(top_k_gaps),
+        "greedy is the arg max": all(greedy_matches),
         "same seeds, same tokens": [c.ids for c in backend.sample(requests, settings)] == [c.ids for c in done],
         "another batch, same tokens": [c.ids for c in few] == [c.ids for c in done[2:5]],
         "other seeds, other tokens": done[0].ids != done[len(ids)].ids,
-        "stop texts": stop_texts(world, backend, requests, settings, done),
+        "stop texts": stop_texts(trainer, backend, requests, settings, done),
     }
 
 
-def stop_texts(world, backend, requests, settings, done):
-    """Whether a stop text ends each completion at the token that completes it."""
-    decode = world.setup.data.tokenizer.decode
-    said = [[decode(c.ids[:n]) for n in range(1, len(c.ids) + 1)] for c in done]
+def stop_texts(trainer, backend, requests, settings, done):
+    """Whether each completion ends at the token that completes a stop text."""
+    decode = trainer.setup.data.tokenizer.decode
+    prefixes = [[decode(c.ids[:n]) for n in range(1, len(c.ids) + 1)] for c in done]
     words = {decode(c.ids[n]) for c in done for n in range(2, len(c.ids))}
     stop = sorted(word for word in words if word.isascii() and word.isprintable())[:3]
     cut = backend.sample(requests, evolve(settings, stop=tuple(stop)))
     expected = []
-    for completion, texts in zip(done, said, strict=True):
+    for completion, texts in zip(done, prefixes, strict=True):
         ends = [n for n, text in enumerate(texts, 1) if any(word in text for word in stop)]
         expected.append((completion.ids[: ends[0] if ends else None], bool(ends)))
     same = [(c.ids, c.finished) for c in cut] == expected
     return {"stopped": sum(end for _, end in expected), "of": len(cut), "same": same}
 
 
-def logits(world, request, completion):
+def logits(trainer, request, completion):
     ids = torch.tensor([[*request.prompt_ids, *completion.ids]])
-    with torch.no_grad(), world.models.student.active() as causal:
+    with torch.no_grad(), trainer.models.student.active() as causal:
         return causal(ids).logits[0, len(request.prompt_ids) - 1 : -1]
 
 
 def gap(logprobs, completion):
-    told = logprobs.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
-    return (told - torch.tensor(completion.logprobs)).abs().max().item()
+    own = logprobs.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
+    return (own - torch.tensor(completion.logprobs)).abs().max().item()
 
 
-def stale(world, backend):
-    """A transfer that loses the tensors must be noticed; a whole one afterwards mends it."""
+def stale(trainer, backend):
+    """A transfer that loses the tensors must be detected, and a complete one must repair it."""
     send = backend.engine.collective_rpc
     with torch.no_grad():
-        for parameter in world.models.student.model.parameters():
+        for parameter in trainer.models.student.model.parameters():
             parameter.add_(torch.randn_like(parameter) * parameter.std() * 0.05)
     backend.engine.collective_rpc = lambda *_, **__: [1]
     try:
-        backend.load(world.models.student, 9)
+        backend.load(trainer.models.student, 9)
         caught = None
     except NumericsGuard as error:
         caught = str(error)
     backend.engine.collective_rpc = send
-    return {"stale": caught, "mended": backend.load(world.models.student, 9)}
+    return {"stale": caught, "repaired": backend.load(trainer.models.student, 9)}
 
 
-def adapters(world, backend, folder):
-    """Merged copies of a model with adapters of its own, and of its teacher."""
+def adapters(trainer, backend, folder):
+    """Transfers of merged copies: a model with its own adapters, and its teacher."""
     tuned = Weights(load_model(model(folder, lora=LORA), str(folder), 5))
-    kept = open_teacher(EmaWeights(update_rate=0.3), tuned, None, None)
+    average = open_teacher(EmaWeights(update_rate=0.3), tuned, None, None)
     with torch.no_grad():
         for name, parameter in tuned.model.named_parameters():
             if ".lora_B." in name:
@@ -148,7 +148,7 @@ def adapters(world, backend, folder):
     before = {n: p.detach().clone() for n, p in tuned.model.named_parameters()}
     figures = [
         backend.load(weights, version)["canary_mean"]
-        for version, weights in enumerate((tuned, kept.weights, Weights(tuned.model, None), tuned))
+        for version, weights in enumerate((tuned, average.weights, Weights(tuned.model, None), tuned))
     ]
     untouched = all(torch.equal(p, before[n]) for n, p in tuned.model.named_parameters())
     return {"merged": figures, "adapters untouched": untouched}

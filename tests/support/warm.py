@@ -3,7 +3,6 @@
 A fork is a real process, with streams, a folder and an environment of its own; it only skips seconds of imports.
 """
 
-import importlib
 import json
 import os
 import runpy
@@ -14,9 +13,6 @@ from pathlib import Path
 
 import forked
 
-VLLM = ("vllm.entrypoints.llm",)
-"""What a command that samples with vLLM imports beside the rest."""
-
 
 class WarmProcess:
     """Starts with the first command; an interrupted command ends it, and the next one starts another."""
@@ -24,18 +20,14 @@ class WarmProcess:
     def __init__(self):
         self.server = None
 
-    def run(self, *command, cwd=None, merged=False, imports=()):
-        """Runs `python COMMAND…`, a script or `-m` a module.
-
-        `merged`: standard error goes to standard output.  `imports`: modules to import once, before this fork.
-        """
+    def run(self, *command, cwd=None, merged=False):
+        """Runs `python COMMAND…`, a script or `-m` a module; `merged`: standard error goes to standard output."""
         if self.server is None:
             self.server = subprocess.Popen(
                 [sys.executable, __file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                # Further threads would not survive a fork; vLLM sets up its log where it is imported.
-                env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"},  # other threads would not survive a fork
                 text=True,
             )
         command = [*map(str, command)]
@@ -44,7 +36,7 @@ class WarmProcess:
             err = out if merged else Path(folder, "stderr")
             request = (command, str(cwd or Path.cwd()), dict(os.environ), str(out), str(err))
             try:
-                self.server.stdin.write(json.dumps((imports, request)) + "\n")
+                self.server.stdin.write(json.dumps(request) + "\n")
                 self.server.stdin.flush()
                 code = int(self.server.stdout.readline())
             except BaseException:
@@ -65,12 +57,9 @@ def serve():
     os.dup2(2, 1)  # libraries print while they are imported
     forked.warm()
     for line in sys.stdin:
-        imports, request = json.loads(line)
-        for name in imports:
-            importlib.import_module(name)
         pid = os.fork()
         if not pid:
-            return run_request(*request)
+            return run_request(*json.loads(line))
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
     return None
 

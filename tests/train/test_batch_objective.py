@@ -1,4 +1,4 @@
-"""The objective on tensors is the engine's: same loss, metrics and gradient for every method page."""
+"""The objective on tensors matches a run: same loss, metrics and gradient for every method page."""
 
 import contextlib
 from pathlib import Path
@@ -7,7 +7,7 @@ import attrs
 import pytest
 import torch
 from attrs import evolve
-from tinyruns import silent
+from tinyruns import silent_console
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,14 +21,14 @@ PAGES = sorted(Path(smoke.__file__).parents[1].joinpath("methods").glob("*.yaml"
 
 
 def logits_of(causal, records, prompt):
-    """The logits that predict each completion token after the record's prompt, [N, T, V]; zeros where there is none."""
+    """The logits that predict each completion token after the record's prompt, [N, T, V]; zeros as padding."""
     longest = max(len(r["completion_ids"]) for r in records)
     rows = []
     for record in records:
-        before = record[prompt] or record["prompt_ids"]
-        ids = torch.tensor([before + record["completion_ids"]])
+        prefix = record[prompt] or record["prompt_ids"]
+        ids = torch.tensor([prefix + record["completion_ids"]])
         rows.append(
-            pad(causal(input_ids=ids).logits[0, len(before) - 1 : -1], (0, 0, 0, longest - ids.shape[1] + len(before)))
+            pad(causal(input_ids=ids).logits[0, len(prefix) - 1 : -1], (0, 0, 0, longest - ids.shape[1] + len(prefix)))
         )
     return torch.stack(rows)
 
@@ -41,7 +41,7 @@ def padded(records, name):
 
 
 def batch_of(records):
-    """A recorded step as tensors, as a training loop of one's own would have them."""
+    """A recorded step as tensors, as another training loop would have them."""
     lengths = torch.tensor([len(r["completion_ids"]) for r in records])
     rewards = [r["reward"] for r in records]
     return sdkit.build_rollout_batch(
@@ -96,14 +96,14 @@ class Models:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_loss_metrics_and_gradient_are_the_engines(page, tmp_path, monkeypatch):
+def test_loss_metrics_and_gradient_match_a_run(page, tmp_path, monkeypatch):
     method = sdkit.load_spec(page)
     if method.rollout.keep:
         pytest.skip("the run filters rollouts before the loss")
     monkeypatch.setattr(smoke.tempfile, "TemporaryDirectory", lambda prefix: contextlib.nullcontext(tmp_path))
     spec = in_float32(smoke.miniature(method, 1, tmp_path))
     monkeypatch.setattr(smoke, "miniature", lambda *_: spec)
-    (engine,) = smoke.smoke(method, silent(), steps=1)
+    (step_metrics,) = smoke.smoke(method, silent_console(), steps=1)
     records = read_lines(tmp_path / "run" / "rollouts" / "step_000000.jsonl")
     models = Models(tmp_path, spec)
     special = special_ids(AutoTokenizer.from_pretrained(tmp_path / "model"), ())
@@ -118,8 +118,8 @@ def test_loss_metrics_and_gradient_are_the_engines(page, tmp_path, monkeypatch):
     )
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in models.student.parameters() if p.grad is not None]).norm()
-    assert norm.item() == pytest.approx(engine["grad_norm"], rel=1e-4)
-    assert metrics == pytest.approx({name: engine[name] for name in metrics}, rel=1e-4, abs=1e-6)
+    assert norm.item() == pytest.approx(step_metrics["grad_norm"], rel=1e-4)
+    assert metrics == pytest.approx({name: step_metrics[name] for name in metrics}, rel=1e-4, abs=1e-6)
     assert loss.item() == pytest.approx(metrics["loss"])
 
 
@@ -129,17 +129,17 @@ def rollouts(**tensors):
 
 
 @pytest.mark.parametrize("mask", [torch.tensor([[1, 0, 1], [1, 1, 1]]), torch.ones(2, 2), torch.ones(3, 3)])
-def test_a_mask_is_padded_on_the_right(mask):
+def test_mask_must_be_padded_on_the_right(mask):
     with pytest.raises(ValueError, match="all 1s before the first 0"):
         rollouts(completion_mask=mask)
 
 
-def test_a_group_stands_together():
+def test_group_must_be_contiguous():
     with pytest.raises(ValueError, match="group 0 is not contiguous"):
         sdkit.build_rollout_batch(torch.zeros(3, 1).long(), torch.ones(3, 1), groups=torch.tensor([0, 1, 0]))
 
 
-def test_padding_and_absent_teachers_have_no_influence():
+def test_padding_and_missing_teachers_have_no_influence():
     """Two tokens against none: the mean is over the completion that has a teacher."""
     objective = sdkit.build_objective(sdkit.load_spec("gkd"))
     mask, has_teacher = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([True, False])
@@ -150,22 +150,22 @@ def test_padding_and_absent_teachers_have_no_influence():
     assert student.grad[0, :2].abs().min() > 0
     assert not student.grad[0, 2].any()
     assert not student.grad[1].any()
-    alone, _ = objective(
+    expected, _ = objective(
         rollouts(completion_ids=torch.zeros(1, 2).long(), completion_mask=mask[:1, :2]), student[:1], teacher[:1]
     )
-    assert loss.item() == pytest.approx(alone.item())
+    assert loss.item() == pytest.approx(expected.item())
 
 
-def test_log_probabilities_may_take_the_place_of_logits():
+def test_log_probabilities_can_replace_logits():
     objective = sdkit.build_objective(sdkit.load_spec("gkd", ["rollout.temperature=0.7"]))
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     loss, metrics = objective(rollouts(), student, teacher)
-    same, others = objective(rollouts(), student.log_softmax(-1), teacher.log_softmax(-1))
-    torch.testing.assert_close(same, loss)
-    assert others == pytest.approx(metrics, rel=1e-5)
+    expected_loss, other_metrics = objective(rollouts(), student.log_softmax(-1), teacher.log_softmax(-1))
+    torch.testing.assert_close(expected_loss, loss)
+    assert other_metrics == pytest.approx(metrics, rel=1e-5)
 
 
-def test_top_k_log_probabilities_are_those_of_the_logits():
+def test_top_k_log_probabilities_match_the_logits():
     objective = sdkit.build_objective(sdkit.load_spec("sdft_top20_frozen", ["losses.distil.support.k=3"]))
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5).log_softmax(-1)
     top = teacher.topk(3)
@@ -173,7 +173,7 @@ def test_top_k_log_probabilities_are_those_of_the_logits():
     torch.testing.assert_close(objective(rollouts(), student, served)[0], objective(rollouts(), student, teacher)[0])
 
 
-def test_advantages_of_ones_own_replace_the_rewards():
+def test_given_advantages_replace_the_rewards():
     objective = sdkit.build_objective(sdkit.load_spec("grpo"))
     groups, student = torch.tensor([0, 0]), torch.randn(2, 3, 5)
     rewards, advantages = torch.tensor([1.0, 0.0]), torch.tensor([0.5, -0.5])
@@ -183,7 +183,7 @@ def test_advantages_of_ones_own_replace_the_rewards():
     assert doubled["policy/advantage"] == pytest.approx(2 * expected["policy/advantage"])
 
 
-def test_a_missing_or_misshapen_input_is_named():
+def test_missing_or_misshapen_input_is_named():
     objective = sdkit.build_objective(sdkit.load_spec("gkd"))
     student = torch.randn(2, 3, 5)
     for arguments, message in (
@@ -199,7 +199,7 @@ def test_a_missing_or_misshapen_input_is_named():
         blended(rollouts(), student, student)
 
 
-def test_schedules_have_their_value_at_the_step():
+def test_schedules_have_the_value_of_the_step():
     text = "losses.distil.coefficient={from: 0, to: 1, steps: 10}"
     spec = sdkit.load_spec("gkd", [text])
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)

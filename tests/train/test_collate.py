@@ -1,10 +1,11 @@
-"""Micro-batches: positions line up, nothing is encoded again, and the split changes no gradient."""
+"""Micro-batches: positions are aligned, token ids are reused, and the split changes no gradient."""
 
 import torch
+from one_rank import all_gather
 
 from sdkit.batches import Rollout, RolloutBatch, Row
 from sdkit.language.specs import CrossEntropy, Distillation, ForwardKl, MaskSpec, PerSequence, Table, VocabularySupport
-from sdkit.train.collate import collate as collate_counted
+from sdkit.train.collate import collate
 from sdkit.train.loss_masks import build_loss_masks
 
 CPU = torch.device("cpu")
@@ -28,21 +29,19 @@ def distil(**changes):
     return Distillation(divergence=ForwardKl(), support=VocabularySupport(), **changes)
 
 
-def same(x):
+def clone(x):
     return x.clone()
 
 
-def alone(values):
-    return values, slice(0, len(values))
-
-
-def collate(rollouts, losses, *rest):
+def collate_rollouts(rollouts, losses, *rest):
     batch = RolloutBatch(rollouts=tuple(rollouts))
-    return collate_counted(list(build_loss_masks(batch, losses, all_gather=alone)), losses, *rest)
+    return collate(list(build_loss_masks(batch, losses, all_gather=all_gather)), losses, *rest)
 
 
-def test_a_state_predicts_the_next_token_under_both_prompts():
-    batch = collate([rollout([1, 2, 3], [9, 8, 7, 6, 5], [10, 11, 12])], Table({"d": distil()}), 100, same, CPU)
+def test_states_predict_the_next_token_under_both_prompts():
+    batch = collate_rollouts(
+        [rollout([1, 2, 3], [9, 8, 7, 6, 5], [10, 11, 12])], Table({"d": distil()}), 100, clone, CPU
+    )
     (micro,) = batch.micro_batches
     for sequences in (micro.student, micro.teacher):
         flat = sequences.input_ids.flatten()
@@ -50,18 +49,18 @@ def test_a_state_predicts_the_next_token_under_both_prompts():
     assert micro.tokens.token.tolist() == [10, 11, 12]
 
 
-def test_skipped_tokens_are_not_projected_but_stay_in_the_sequence():
+def test_skipped_tokens_stay_in_the_sequence_but_are_not_projected():
     term = distil(mask=MaskSpec(skip_first=2))
-    (micro,) = collate([rollout([1], [2], [10, 11, 12])], Table({"d": term}), 100, same, CPU).micro_batches
+    (micro,) = collate_rollouts([rollout([1], [2], [10, 11, 12])], Table({"d": term}), 100, clone, CPU).micro_batches
     assert micro.tokens.token.tolist() == [12]
     assert micro.student.input_ids.tolist() == [[1, 10, 11, 12]]
     torch.testing.assert_close(micro.tokens.sampler_logprobs, torch.tensor([-0.3]))
 
 
-def test_a_row_without_teacher_has_no_weight_in_distillation_but_counts_as_a_row():
+def test_row_without_teacher_has_no_distillation_weight_but_counts_as_row():
     losses = Table({"d": distil(average=PerSequence(empty_rows="count"))})
     rollouts = [rollout([1], [2], [10, 11]), rollout([1], None, [12, 13], group=1)]
-    batch = collate(rollouts, losses, 100, same, CPU)
+    batch = collate_rollouts(rollouts, losses, 100, clone, CPU)
     weights = torch.cat([m.tokens.weights["d"] for m in batch.micro_batches])
     assert weights.sum().item() == 0.5
     assert (batch.counts["d"].rows, batch.counts["d"].filled_rows, batch.counts["d"].tokens) == (2, 1, 2)
@@ -69,22 +68,22 @@ def test_a_row_without_teacher_has_no_weight_in_distillation_but_counts_as_a_row
 
 def test_terms_with_different_masks_share_tokens():
     losses = Table({"d": distil(mask=MaskSpec(skip_first=1)), "c": CrossEntropy()})
-    (micro,) = collate([rollout([1], [2], [10, 11])], losses, 100, same, CPU).micro_batches
+    (micro,) = collate_rollouts([rollout([1], [2], [10, 11])], losses, 100, clone, CPU).micro_batches
     assert micro.tokens.weights["d"].tolist() == [0.0, 1.0]
     assert micro.tokens.weights["c"].tolist() == [0.5, 0.5]
 
 
-def test_the_budget_bounds_padded_tokens_and_keeps_every_rollout():
+def test_budget_limits_padded_tokens_and_keeps_every_rollout():
     rollouts = [rollout([1] * n, [2] * n, [3] * (1 + n % 4), group=n) for n in range(1, 20)]
-    batch = collate(rollouts, Table({"d": distil()}), 64, same, CPU)
+    batch = collate_rollouts(rollouts, Table({"d": distil()}), 64, clone, CPU)
     sizes = [max(m.student.input_ids.numel(), m.teacher.input_ids.numel()) for m in batch.micro_batches]
     assert max(sizes) <= 64
     assert sum(m.rows for m in batch.micro_batches) == len(batch.order) == 19
     assert len(batch.micro_batches) > 3
 
 
-def test_weights_add_up_to_one_over_all_micro_batches():
+def test_weights_sum_to_one_over_all_micro_batches():
     rollouts = [rollout([1], [2], [3] * n, group=n) for n in (1, 5, 9, 2)]
-    batch = collate(rollouts, Table({"d": distil(average=PerSequence())}), 12, same, CPU)
+    batch = collate_rollouts(rollouts, Table({"d": distil(average=PerSequence())}), 12, clone, CPU)
     total = sum(m.tokens.weights["d"].sum() for m in batch.micro_batches)
     torch.testing.assert_close(total, torch.tensor(1.0))

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attrs import evolve
-from test_collate import CPU, alone, rollout, same
+from one_rank import all_gather
+from test_collate import CPU, clone, rollout
 from tinyruns import distil, lines, make_spec, metrics, train, training
 from tinyruns import rollout as sampling
 from tinyruns import teacher as teacher_of
@@ -51,10 +52,10 @@ from sdkit.train.student import Student
 
 HIDDEN, VOCABULARY = 6, 16
 SAMPLER = SamplerRatio(cap=2.0, level="sequence_mean")
-OF_TEACHER_TOP_K = TopKSupport(k=3, chosen_by="teacher", remainder="tail_bucket")
+TEACHER_TOP_K = TopKSupport(k=3, chosen_by="teacher", remainder="tail_bucket")
 
 
-def gradient(advantage, **parts):
+def policy_gradient(advantage, **parts):
     return PolicyGradient(advantage=advantage, **parts)
 
 
@@ -62,19 +63,21 @@ TERMS = {
     "forward_kl": Distillation(divergence=ForwardKl(), support=VocabularySupport()),
     "jsd": Distillation(
         divergence=Jsd(),
-        support=OF_TEACHER_TOP_K,
+        support=TEACHER_TOP_K,
         average=PerSequence(empty_rows="count"),
         importance=ImportanceSpec(sampler=SAMPLER),
     ),
     "sampled_token": Distillation(divergence=ReverseKl(), support=SampledTokenSupport()),
-    "weighted": Distillation(divergence=ForwardKl(), support=OF_TEACHER_TOP_K, weight=TeacherEntropyWeight(rate=1.0)),
-    "drift": gradient(LogRatio(), weight=DriftWeight(strength=1.0)),
-    "log_ratio": gradient(LogRatio()),
-    "floor": gradient(LogRatio(floor=-1.0, below_floor="leave_out")),
-    "centered": gradient(LogRatio(center="sequence"), ratio="sequence", importance=PolicyImportance(sampler=SAMPLER)),
-    "add": gradient(AdvantageAdd(log_ratio=LogRatio(center="sequence"))),
-    "scale": gradient(AdvantageScale()),
-    "group_relative": gradient(GroupRelative(), ratio="sequence"),
+    "weighted": Distillation(divergence=ForwardKl(), support=TEACHER_TOP_K, weight=TeacherEntropyWeight(rate=1.0)),
+    "drift": policy_gradient(LogRatio(), weight=DriftWeight(strength=1.0)),
+    "log_ratio": policy_gradient(LogRatio()),
+    "floor": policy_gradient(LogRatio(floor=-1.0, below_floor="leave_out")),
+    "centered": policy_gradient(
+        LogRatio(center="sequence"), ratio="sequence", importance=PolicyImportance(sampler=SAMPLER)
+    ),
+    "add": policy_gradient(AdvantageAdd(log_ratio=LogRatio(center="sequence"))),
+    "scale": policy_gradient(AdvantageScale()),
+    "group_relative": policy_gradient(GroupRelative(), ratio="sequence"),
     "k2": ReferenceKl(estimator="k2"),
     "reference": ReferenceKl(estimator="vocabulary"),
     "cross_entropy": CrossEntropy(weight=PerplexityWeight(of="student")),
@@ -82,46 +85,46 @@ TERMS = {
 ALL_MASKED = MaskSpec(skip_first=9)
 
 
-def told(prompt=(9, 8), completion=(4, 5, 6), group=0):
-    measures = ("student_logprobs", "student_entropy", "teacher_logprobs", "teacher_entropy")
-    made = rollout([1, 2], prompt, completion, group)
-    values = {name: (-0.5,) * len(completion) for name in measures}
-    return evolve(made, advantage=1.0, token_statistics=values, group_rewards=(0.0, 1.0))
+def scored_rollout(prompt=(9, 8), completion=(4, 5, 6), group=0):
+    statistics = ("student_logprobs", "student_entropy", "teacher_logprobs", "teacher_entropy")
+    scored = rollout([1, 2], prompt, completion, group)
+    values = {name: (-0.5,) * len(completion) for name in statistics}
+    return evolve(scored, advantage=1.0, token_statistics=values, group_rewards=(0.0, 1.0))
 
 
 BATCHES = {
-    "no teacher prompt": ([told(None), told(None)], None),
-    "all masked": ([told(), told()], ALL_MASKED),
-    "empty completions": ([told(completion=()), told(completion=())], None),
-    "no teacher prompt, all masked": ([told(None), told(None)], ALL_MASKED),
-    "no teacher prompt, empty completion": ([told(None, ()), told(None)], None),
+    "no teacher prompt": ([scored_rollout(None), scored_rollout(None)], None),
+    "all masked": ([scored_rollout(), scored_rollout()], ALL_MASKED),
+    "empty completions": ([scored_rollout(completion=()), scored_rollout(completion=())], None),
+    "no teacher prompt, all masked": ([scored_rollout(None), scored_rollout(None)], ALL_MASKED),
+    "no teacher prompt, empty completion": ([scored_rollout(None, ()), scored_rollout(None)], None),
     "no rollout": ([], None),
-    "one of each": ([told(), told(None), told(completion=())], None),
+    "one of each": ([scored_rollout(), scored_rollout(None), scored_rollout(completion=())], None),
 }
 
 
 def scores(kind, count, token):
-    """What a teacher of this kind says of `count` tokens."""
+    """Teacher scores of this kind for `count` tokens."""
     draw = torch.Generator().manual_seed(5)
-    whole = HiddenStateScores(
+    full = HiddenStateScores(
         hidden=torch.randn(count, HIDDEN, generator=draw), head=torch.randn(VOCABULARY, HIDDEN, generator=draw)
     )
     match kind:
         case "hidden":
-            return whole
+            return full
         case "routed":
             part = torch.zeros(count, dtype=torch.long)
             place = torch.arange(count)
-            nobody = HiddenStateScores(hidden=whole.hidden[:0], head=whole.head)
-            return RoutedScores(parts=(whole, nobody), part=part, place=place, vocabulary=VOCABULARY)
+            empty_part = HiddenStateScores(hidden=full.hidden[:0], head=full.head)
+            return RoutedScores(parts=(full, empty_part), part=part, place=place, vocabulary=VOCABULARY)
         case "blended":
-            return BlendedScores(parts=(whole, whole), factors=(0.5, 1.5))
+            return BlendedScores(parts=(full, full), factors=(0.5, 1.5))
         case "served":
-            return top_k_logprobs(whole, token, 3, 4)
+            return top_k_logprobs(full, token, 3, 4)
 
 
 def gradients(term, batch, kind, chunk=2):
-    """The loss of one micro-batch, and its gradients to hidden states and head, through the student's own path."""
+    """Loss and metrics of one micro-batch, and the gradients of hidden states and head, computed by `Student`."""
     draw = torch.Generator().manual_seed(3)
     count = len(batch.tokens)
     hidden = torch.randn(count, HIDDEN, generator=draw).requires_grad_()
@@ -130,34 +133,34 @@ def gradients(term, batch, kind, chunk=2):
         model=None, sharding=UNSHARDED, head=head, transform=LogitTransform(), selected_states=lambda _: hidden
     )
     student = Student(weights, 1.0, chunk, VOCABULARY)
-    of_teacher = scores(kind, count, batch.tokens.token) if term.needs_teacher else None
+    teacher_scores = scores(kind, count, batch.tokens.token) if term.needs_teacher else None
     reference = scores("hidden", count, batch.tokens.token)
-    loss, stats = student(batch, of_teacher, reference, Table({"term": term}))
+    loss, stats = student(batch, teacher_scores, reference, Table({"term": term}))
     loss.backward()
     return loss, stats, [hidden.grad, head.grad]
 
 
 def micro_batches(rollouts, term):
     losses = Table({"term": term})
-    batch = build_loss_masks(RolloutBatch(rollouts=tuple(rollouts)), losses, all_gather=alone)
-    made = collate(list(batch), losses, 100, same, CPU)
+    batch = build_loss_masks(RolloutBatch(rollouts=tuple(rollouts)), losses, all_gather=all_gather)
+    collated = collate(list(batch), losses, 100, clone, CPU)
     empty = empty_micro_batch(losses, teacher=term.needs_teacher, device=CPU)
-    return made.counts["term"], made.micro_batches or (empty,)
+    return collated.counts["term"], collated.micro_batches or (empty,)
 
 
 def teachers_for(term):
-    """The kinds of teacher that the term can ask; one stands for all where it asks none."""
+    """The kinds of teacher that the term can use; just one if it uses none."""
     if not term.needs_teacher:
         return ["hidden"]
-    needs_whole = isinstance(getattr(term, "support", None), VocabularySupport)
-    return ["hidden", "routed", "blended"] + ["served"] * (not needs_whole)
+    needs_vocabulary = isinstance(getattr(term, "support", None), VocabularySupport)
+    return ["hidden", "routed", "blended"] + ["served"] * (not needs_vocabulary)
 
 
 @pytest.mark.parametrize(
     ("name", "kind"), [(name, kind) for name, term in TERMS.items() for kind in teachers_for(term)]
 )
 @pytest.mark.parametrize("case", BATCHES)
-def test_what_is_not_counted_gives_no_gradient_and_no_nan(case, name, kind):
+def test_uncounted_tokens_give_no_gradient_and_no_nan(case, name, kind):
     rollouts, mask = BATCHES[case]
     term = TERMS[name]
     counts, batches = micro_batches(rollouts, term if mask is None else evolve(term, mask=mask))
@@ -170,20 +173,18 @@ def test_what_is_not_counted_gives_no_gradient_and_no_nan(case, name, kind):
         assert bool(counts.tokens) == any(bool(g.any()) for g in grads)
 
 
-def test_the_cases_have_both_outcomes():
-    counted = {case: micro_batches(BATCHES[case][0], TERMS["log_ratio"])[0] for case in BATCHES}
-    assert counted["no teacher prompt"].tokens == counted["no rollout"].tokens == 0
-    assert counted["one of each"].tokens == 3
+def test_cases_include_empty_and_nonempty_batches():
+    counts = {case: micro_batches(BATCHES[case][0], TERMS["log_ratio"])[0] for case in BATCHES}
+    assert counts["no teacher prompt"].tokens == counts["no rollout"].tokens == 0
+    assert counts["one of each"].tokens == 3
 
-
-# ── whole runs ────────────────────────────────────────────────────────────────────────────────
 
 SIBLING = UserTurn(template="{prompt}\nExample: {sibling}", slots=Table({"sibling": SuccessfulSibling()}))
 NEVER = Table({"never": RegexReward(pattern="zzzzzz")})
 
 
 def failing_run(folder, path, term, keep=(), updates=1):
-    """Two steps without any success."""
+    """Metrics and warnings of two steps in which no rollout succeeds."""
     spec = make_spec(
         folder,
         losses=Table({"term": term}),
@@ -200,17 +201,17 @@ def failing_run(folder, path, term, keep=(), updates=1):
 @pytest.mark.parametrize(
     ("term", "updates"),
     [
-        (gradient(LogRatio()), 1),
-        (gradient(LogRatio(center="sequence"), ratio="sequence"), 2),
-        (gradient(AdvantageAdd()), 1),
+        (policy_gradient(LogRatio()), 1),
+        (policy_gradient(LogRatio(center="sequence"), ratio="sequence"), 2),
+        (policy_gradient(AdvantageAdd()), 1),
         (distil()["distil"], 1),
     ],
     ids=["log_ratio", "centered", "add", "distil"],
 )
-def test_a_run_without_any_success_ends(tiny_folder, tmp_path, term, updates):
-    steps, warned = failing_run(tiny_folder, tmp_path / "run", term, updates=updates)
+def test_run_without_success_completes(tiny_folder, tmp_path, term, updates):
+    steps, warnings = failing_run(tiny_folder, tmp_path / "run", term, updates=updates)
     assert len(steps) == 2
-    assert set(warned) & {"nothing_counted", "no_success"}
+    assert set(warnings) & {"nothing_counted", "no_success"}
     for step in steps:
         assert step["rollout/with_teacher"] == 0
         assert step["grad_norm"] == 0
@@ -218,9 +219,9 @@ def test_a_run_without_any_success_ends(tiny_folder, tmp_path, term, updates):
 
 
 @pytest.mark.parametrize("keep", [RewardAtLeast(threshold=1.0), NonConstantGroup()])
-def test_a_run_that_keeps_nothing_ends(tiny_folder, tmp_path, keep):
-    term = gradient(AdvantageAdd())
-    steps, warned = failing_run(tiny_folder, tmp_path / "run", term, keep=(keep,))
-    assert "nothing_counted" in warned
+def test_run_whose_filters_drop_everything_completes(tiny_folder, tmp_path, keep):
+    term = policy_gradient(AdvantageAdd())
+    steps, warnings = failing_run(tiny_folder, tmp_path / "run", term, keep=(keep,))
+    assert "nothing_counted" in warnings
     assert [step["rollout/kept"] for step in steps] == [0, 0]
     assert not any("grad_norm" in step for step in steps)

@@ -1,4 +1,4 @@
-"""Another model as the teacher: what it says, which ids are compared, how it samples, and what is refused."""
+"""Another model as the teacher: scores, compared ids, sampling, and refusals."""
 
 import json
 import shutil
@@ -8,42 +8,35 @@ import torch
 from attrs import evolve
 from tinyruns import (
     LORA,
+    MINUS_GRADIENT,
     advance,
+    assert_equal,
     distil,
     evaluate_objective,
+    hidden_states,
     make_spec,
     masters,
     model,
-    resized,
+    resize_model,
     rollout,
     rollouts_of,
-    same,
-    states,
     teacher,
     train,
 )
 
 from sdkit.language.errors import BadData
 from sdkit.language.specs import ExternalWeights, OptimizerSpec, ReverseKl, SampledTokenSupport, TeacherSamples
-from sdkit.models import tiny
 
 ROWS = 404
 """Token ids of the tiny tokenizer, and output rows of the tiny model."""
-# The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
-
-
-@pytest.fixture(scope="module")
-def other_folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
 @pytest.fixture(scope="module")
 def folders(tiny_folder, other_folder, tmp_path_factory):
-    """(student, teacher) by how many rows each has."""
+    """(student, teacher) folders by their numbers of output rows."""
     base = tmp_path_factory.mktemp("padded")
-    wide = resized(tiny_folder, base / "student", ROWS + 8)
-    wider = resized(other_folder, base / "teacher", ROWS + 16)
+    wide = resize_model(tiny_folder, base / "student", ROWS + 8)
+    wider = resize_model(other_folder, base / "teacher", ROWS + 16)
     return {
         "equal": (tiny_folder, other_folder),
         "student padded": (wide, other_folder),
@@ -53,8 +46,8 @@ def folders(tiny_folder, other_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def world_with(open_tiny, tiny_folder, other_folder):
-    def opened(student=tiny_folder, other=other_folder, dtype="float32", lora=None, **changes):
+def open_trainer(open_tiny, tiny_folder, other_folder):
+    def make_trainer(student=tiny_folder, other=other_folder, dtype="float32", lora=None, **changes):
         return open_tiny(
             make_spec(
                 student,
@@ -64,11 +57,11 @@ def world_with(open_tiny, tiny_folder, other_folder):
             )
         )
 
-    return opened
+    return make_trainer
 
 
 def logprobs(folder, prompt, completion, dtype=torch.float32):
-    """Of the tokenizer's ids at each completion token, by plain transformers.  -> [T, 404]"""
+    """Log-probabilities of the tokenizer's ids at each completion token, by plain transformers.  -> [T, 404]"""
     from transformers import AutoModelForCausalLM
 
     causal = folder
@@ -90,110 +83,107 @@ def plain_loss(student, other, batch, divergence="forward_kl"):
     return total / tokens
 
 
-@pytest.mark.parametrize("which", ["equal", "student padded", "teacher padded", "both padded"])
+@pytest.mark.parametrize("case", ["equal", "student padded", "teacher padded", "both padded"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-def test_value_and_gradient_are_those_over_the_tokenizers_ids(world_with, folders, which, divergence):
+def test_value_and_gradient_cover_the_tokenizers_ids(open_trainer, folders, case, divergence):
     from transformers import AutoModelForCausalLM
 
-    student, other = folders[which]
+    student, other = folders[case]
     terms = distil(divergence=ReverseKl()) if divergence == "reverse_kl" else distil()
-    world = world_with(student, other, losses=terms, optimizer=MINUS_GRADIENT)
-    assert world.models.compared_ids == ROWS
-    batch = rollouts_of(world)
+    trainer = open_trainer(student, other, losses=terms, optimizer=MINUS_GRADIENT)
+    assert trainer.models.compared_ids == ROWS
+    batch = rollouts_of(trainer)
     assert all(i < ROWS for r in batch for i in r.completion_ids)
-    own = AutoModelForCausalLM.from_pretrained(student)
-    expected = plain_loss(own, other, batch, divergence)
+    student_model = AutoModelForCausalLM.from_pretrained(student)
+    expected = plain_loss(student_model, other, batch, divergence)
     expected.backward()
-    assert evaluate_objective(world, batch)["loss"] == pytest.approx(expected.item(), abs=1e-5)
-    before = masters(world)
-    (measured,) = advance(world, 1)
-    assert measured.applied
-    gradient = dict(own.named_parameters())
-    for name, value in masters(world).items():
+    assert evaluate_objective(trainer, batch)["loss"] == pytest.approx(expected.item(), abs=1e-5)
+    before = masters(trainer)
+    (result,) = advance(trainer, 1)
+    assert result.applied
+    gradient = dict(student_model.named_parameters())
+    for name, value in masters(trainer).items():
         torch.testing.assert_close(before[name] - value, gradient[name].grad, atol=2e-5, rtol=1e-3)
 
 
-def test_ids_beyond_the_tokenizer_are_not_sampled(world_with, folders):
-    """Both padded models would draw them: some of their rows are as likely as any token."""
+def test_ids_beyond_the_tokenizer_are_not_sampled(open_trainer, folders):
+    """Both padded models would sample them: some padding rows are as likely as any token."""
     student, other = folders["both padded"]
-    hot = rollout(temperature=3.0, max_new_tokens=64)
-    world = world_with(student, other, rollout=hot)
-    assert max(i for r in rollouts_of(world) for i in r.completion_ids) < ROWS
-    world = evolve(world, sampler=evolve(world.sampler, models=evolve(world.models, ids_below=None)))
-    assert max(i for r in rollouts_of(world) for i in r.completion_ids) >= ROWS
+    hot_rollout = rollout(temperature=3.0, max_new_tokens=64)
+    trainer = open_trainer(student, other, rollout=hot_rollout)
+    assert max(i for r in rollouts_of(trainer) for i in r.completion_ids) < ROWS
+    trainer = evolve(trainer, sampler=evolve(trainer.sampler, models=evolve(trainer.models, ids_below=None)))
+    assert max(i for r in rollouts_of(trainer) for i in r.completion_ids) >= ROWS
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_it_never_changes_and_has_no_gradients(world_with, lora):
-    world = world_with(lora=lora, optimizer=OptimizerSpec(lr=1e-2))
-    weights = world.models.teacher.weights
+def test_external_teacher_never_changes_and_has_no_gradients(open_trainer, lora):
+    trainer = open_trainer(lora=lora, optimizer=OptimizerSpec(lr=1e-2))
+    weights = trainer.models.teacher.weights
     assert weights.foreign
     assert not weights.model.training
     assert not any(p.requires_grad for p in weights.model.parameters())
-    before = states(world, weights)
-    own = states(world, world.models.student)
-    advance(world)
-    same(states(world, weights), before)
-    assert (states(world, world.models.student) - own).abs().max() > 1e-3
-    assert not {id(p) for p in weights.model.parameters()} & {id(p) for _, p in world.learner.zero.named}
-    assert world.models.teacher.state() == {}
+    before = hidden_states(trainer, weights)
+    student_states = hidden_states(trainer, trainer.models.student)
+    advance(trainer)
+    assert_equal(hidden_states(trainer, weights), before)
+    assert (hidden_states(trainer, trainer.models.student) - student_states).abs().max() > 1e-3
+    assert not {id(p) for p in weights.model.parameters()} & {id(p) for _, p in trainer.learner.zero.named}
+    assert trainer.models.teacher.state() == {}
 
 
-def test_its_precision_is_its_own(world_with, other_folder):
-    world = world_with(dtype="bfloat16")
-    assert {p.dtype for p in world.models.teacher.weights.model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in world.models.student.model.parameters()} == {torch.float32}
-    (measured,) = advance(world, 1)
-    assert measured.applied
+def test_external_teacher_has_its_own_precision(open_trainer, other_folder):
+    trainer = open_trainer(dtype="bfloat16")
+    assert {p.dtype for p in trainer.models.teacher.weights.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in trainer.models.student.model.parameters()} == {torch.float32}
+    (result,) = advance(trainer, 1)
+    assert result.applied
 
 
-def test_it_teaches(world_with):
-    world = world_with(optimizer=OptimizerSpec(lr=1e-2))
-    before = evaluate_objective(world, rollouts_of(world))["loss"]
-    advance(world, 8)
-    assert evaluate_objective(world, rollouts_of(world))["loss"] < 0.7 * before
+def test_training_on_an_external_teacher_lowers_the_loss(open_trainer):
+    trainer = open_trainer(optimizer=OptimizerSpec(lr=1e-2))
+    before = evaluate_objective(trainer, rollouts_of(trainer))["loss"]
+    advance(trainer, 8)
+    assert evaluate_objective(trainer, rollouts_of(trainer))["loss"] < 0.7 * before
 
 
-def test_it_samples_as_it_would_in_a_world_of_its_own(world_with, open_tiny, other_folder):
+def test_external_teacher_samples_as_it_would_as_a_student(open_trainer, open_tiny, other_folder):
     by = TeacherSamples(prompt="student")
-    world = world_with(rollout=rollout(sampled_by=by))
-    own = open_tiny(make_spec(other_folder))
-    told, expected = rollouts_of(world), rollouts_of(own)
-    assert [r.completion_ids for r in told] == [r.completion_ids for r in expected]
-    for ours, theirs in zip(told, expected, strict=True):
+    trainer = open_trainer(rollout=rollout(sampled_by=by))
+    as_student = open_tiny(make_spec(other_folder))
+    actual, expected = rollouts_of(trainer), rollouts_of(as_student)
+    assert [r.completion_ids for r in actual] == [r.completion_ids for r in expected]
+    for ours, theirs in zip(actual, expected, strict=True):
         assert ours.sampler_logprobs == pytest.approx(theirs.sampler_logprobs, abs=1e-5)
 
 
-def test_a_sampled_token_is_scored(world_with, other_folder):
-    one = distil(divergence=ReverseKl(), support=SampledTokenSupport())
-    world = world_with(losses=one)
-    batch = rollouts_of(world)
-    found = evaluate_objective(world, batch)["distil/k1"]
+def test_sampled_token_is_scored(open_trainer, other_folder):
+    losses = distil(divergence=ReverseKl(), support=SampledTokenSupport())
+    trainer = open_trainer(losses=losses)
+    batch = rollouts_of(trainer)
+    k1 = evaluate_objective(trainer, batch)["distil/k1"]
     pairs = [
-        logprobs(world.models.student.causal, r.prompt_ids, r.completion_ids)
+        logprobs(trainer.models.student.causal, r.prompt_ids, r.completion_ids)
         - logprobs(other_folder, r.teacher_prompt_ids, r.completion_ids)
         for r in batch
     ]
-    each = [p[range(len(r.completion_ids)), r.completion_ids] for p, r in zip(pairs, batch, strict=True)]
-    assert found == pytest.approx(torch.cat(each).mean().item(), abs=1e-5)
+    log_ratios = [p[range(len(r.completion_ids)), r.completion_ids] for p, r in zip(pairs, batch, strict=True)]
+    assert k1 == pytest.approx(torch.cat(log_ratios).mean().item(), abs=1e-5)
 
 
-def test_a_whole_run_with_evaluation_and_checkpoints(tiny_folder, other_folder, tmp_path, process_group):
-    from tinyruns import evaluated, lines
+def test_complete_run_with_evaluation_and_checkpoints(tiny_folder, other_folder, tmp_path, process_group):
+    from tinyruns import lines, with_evaluation
 
-    spec = evaluated(make_spec(tiny_folder, teacher=teacher(ExternalWeights(path=str(other_folder)))))
+    spec = with_evaluation(make_spec(tiny_folder, teacher=teacher(ExternalWeights(path=str(other_folder)))))
     spec = evolve(spec, output=evolve(spec.output, checkpoint_every=1))
     folder = train(spec, tmp_path / "run")
     assert [line["step"] for line in lines(folder / "metrics.jsonl") if "grad_norm" in line] == [1, 2, 3]
-    told = json.loads((folder / "provenance.json").read_text())["other_models"]
-    assert told == [{"path": str(other_folder), "revision": None, "located": str(other_folder)}]
+    other_models = json.loads((folder / "provenance.json").read_text())["other_models"]
+    assert other_models == [{"path": str(other_folder), "revision": None, "located": str(other_folder)}]
 
 
-# ── what is refused, before any weights are loaded ────────────────────────────────────────────
-
-
-def swapped(source, target):
-    """The folder with two tokens of its vocabulary exchanged."""
+def copy_with_swapped_tokens(source, target):
+    """A copy of the folder with two tokens of its vocabulary exchanged."""
     shutil.copytree(source, target)
     path = target / "tokenizer.json"
     data = json.loads(path.read_text())
@@ -203,40 +193,40 @@ def swapped(source, target):
     return target
 
 
-def test_another_vocabulary_is_refused_before_weights_are_loaded(world_with, other_folder, tmp_path, monkeypatch):
+def test_other_vocabulary_is_refused_before_weights_load(open_trainer, other_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("sdkit.train.models.load_model", lambda *_: pytest.fail("weights loaded"))
-    other = swapped(other_folder, tmp_path / "swapped")
+    other = copy_with_swapped_tokens(other_folder, tmp_path / "swapped")
     with pytest.raises(BadData, match="another vocabulary than the student: 'a' has the id"):
-        world_with(other=other)
+        open_trainer(other=other)
 
 
-def test_a_teacher_without_rows_for_every_token_is_refused(world_with, other_folder, tmp_path):
-    small = resized(other_folder, tmp_path / "small", ROWS - 1)
+def test_teacher_without_rows_for_every_token_is_refused(open_trainer, other_folder, tmp_path):
+    small = resize_model(other_folder, tmp_path / "small", ROWS - 1)
     with pytest.raises(BadData, match="the teacher has 403 output rows for 404 token ids"):
-        world_with(other=small)
+        open_trainer(other=small)
 
 
-def test_a_teacher_with_too_short_a_context_is_refused(world_with, other_folder, tmp_path):
+def test_teacher_with_too_short_a_context_is_refused(open_trainer, other_folder, tmp_path):
     shutil.copytree(other_folder, tmp_path / "short")
     path = tmp_path / "short" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 16}))
     with pytest.raises(BadData, match="the teacher takes 16"):
-        world_with(other=tmp_path / "short")
+        open_trainer(other=tmp_path / "short")
 
 
-def test_pickled_weights_are_refused(world_with, other_folder, tmp_path):
+def test_pickled_weights_are_refused(open_trainer, other_folder, tmp_path):
     shutil.copytree(other_folder, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(BadData, match="cannot load"):
-        world_with(other=tmp_path / "pickled")
+        open_trainer(other=tmp_path / "pickled")
 
 
-def test_smoke_runs_a_sibling(tmp_path, process_group, tiny_folder):
-    from tinyruns import silent
+def test_smoke_replaces_an_external_teacher(tmp_path, process_group, tiny_folder):
+    from tinyruns import silent_console
 
     from sdkit.train.smoke import smoke
 
     weights = ExternalWeights(path="org/never-there", revision="main")
     sees_nothing = make_spec("org/never-there", teacher=teacher(weights, sees=None))
-    assert len(smoke(sees_nothing, silent())) == 2
+    assert len(smoke(sees_nothing, silent_console())) == 2

@@ -1,4 +1,4 @@
-"""Requests to stop wherever they come, and faults of memory, disk, processes and numbers: how a run ends, what it leaves."""
+"""Requests to stop in every phase, and faults of memory, disk, processes and numbers: how a run ends, what it leaves."""
 
 import json
 import os
@@ -10,19 +10,20 @@ import pytest
 import torch
 from tinyruns import (
     advance,
-    evaluated,
+    assert_equal,
     inline,
     lines,
     make_spec,
     masters,
     metrics,
+    read_status,
     rollout,
     run_scenario,
-    same,
     teacher,
     train,
     training,
     weights_of,
+    with_evaluation,
 )
 
 from sdkit.language.errors import (
@@ -41,13 +42,6 @@ from sdkit.train.step import LossNotFinite
 SCENARIO = Path(__file__).parents[1] / "support" / "fault_scenario.py"
 
 
-def status(folder):
-    return json.loads((folder / "status.json").read_text())
-
-
-# ── asked to stop ─────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
 def spec(tiny_folder):
     spec = make_spec(
@@ -57,7 +51,7 @@ def spec(tiny_folder):
         training=training(steps=2, prompts_per_step=2),
     )
     suite = Suite(data=inline(2, 100), score="right", loss_prompts=1)
-    return evaluated(spec, every=1, teacher_lift=1, suites=Table({"held": suite}))
+    return with_evaluation(spec, every=1, teacher_lift=1, suites=Table({"held_out": suite}))
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +60,25 @@ def straight(spec, tmp_path_factory):
 
 
 def send(number):
-    """A signal to this process; the sleep ends early where its handler raises."""
+    """Send a signal to this process; the sleep ends early if the handler raises."""
     os.kill(os.getpid(), number)
     time.sleep(0.01)
 
 
-def at_call(monkeypatch, owner, name, call, how):
-    """Have `how` happen before this call, counted from 1, of a function."""
-    whole, calls = getattr(owner, name), []
+def run_before_call(monkeypatch, owner, name, call, action):
+    """Run `action` before call number `call` (from 1) of a function."""
+    original, calls = getattr(owner, name), []
 
-    def counted(*args, **options):
+    def count_calls(*args, **options):
         calls.append(None)
         if len(calls) == call:
-            how()
-        return whole(*args, **options)
+            action()
+        return original(*args, **options)
 
-    monkeypatch.setattr(owner, name, counted)
+    monkeypatch.setattr(owner, name, count_calls)
 
 
-ASKED = {
+PHASES = {
     "first evaluation": (loop, "evaluate", 1, 0),
     "teacher lift": (loop, "teacher_lift", 1, 0),
     "evaluation after a step": (loop, "evaluate", 2, 1),
@@ -94,46 +88,46 @@ ASKED = {
 }
 
 
-REQUESTS = [*((where, signal.SIGTERM) for where in ASKED), ("rollout", signal.SIGINT)]
+REQUESTS = [*((where, signal.SIGTERM) for where in PHASES), ("rollout", signal.SIGINT)]
 
 
-@pytest.mark.parametrize(("where", "number"), REQUESTS)
-def test_a_request_is_heeded_wherever_it_comes(spec, straight, tmp_path, monkeypatch, where, number):
-    owner, name, call, step = ASKED[where]
+@pytest.mark.parametrize(("phase", "number"), REQUESTS)
+def test_stop_request_is_obeyed_in_every_phase(spec, straight, tmp_path, monkeypatch, phase, number):
+    owner, name, call, step = PHASES[phase]
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        at_call(patch, owner, name, call, lambda: send(number))
+        run_before_call(patch, owner, name, call, lambda: send(number))
         with pytest.raises(Stopped, match=f"stopped after step {step}") as caught:
             train(spec, folder)
     assert caught.value.exit_code == 7
-    assert status(folder)["state"] == "stopped"
+    assert read_status(folder)["state"] == "stopped"
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{step:06d}"]
     train(spec, folder, resume=True)
     assert metrics(folder) == metrics(straight)
     for key, value in weights_of(folder).items():
-        same(value, weights_of(straight)[key])
+        assert_equal(value, weights_of(straight)[key])
 
 
-def test_a_second_interrupt_ends_a_run_at_once(spec, tmp_path, monkeypatch):
-    def twice():
+def test_second_interrupt_ends_a_run_at_once(spec, tmp_path, monkeypatch):
+    def interrupt_twice():
         send(signal.SIGINT)
         send(signal.SIGINT)
 
-    at_call(monkeypatch, loop, "collect_rollouts", 1, twice)
+    run_before_call(monkeypatch, loop, "collect_rollouts", 1, interrupt_twice)
     with pytest.raises(KeyboardInterrupt):
         train(spec, tmp_path / "run")
-    assert status(tmp_path / "run")["state"] == "failed"
-    assert status(tmp_path / "run")["reason"] == "interrupted"
+    assert read_status(tmp_path / "run")["state"] == "failed"
+    assert read_status(tmp_path / "run")["reason"] == "interrupted"
 
 
-def test_a_request_while_the_model_is_written_changes_nothing(spec, tmp_path, monkeypatch):
+def test_stop_request_during_the_final_save_changes_nothing(spec, tmp_path, monkeypatch):
     from sdkit.checkpoints import checkpoint
 
-    at_call(monkeypatch, checkpoint, "save_model", 1, lambda: send(signal.SIGTERM))
-    assert status(train(spec, tmp_path / "run"))["state"] == "done"
+    run_before_call(monkeypatch, checkpoint, "save_model", 1, lambda: send(signal.SIGTERM))
+    assert read_status(train(spec, tmp_path / "run"))["state"] == "done"
 
 
-def test_handlers_are_put_back():
+def test_signal_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with stop_requests.stop_requests() as stop:
         send(signal.SIGTERM)
@@ -142,133 +136,127 @@ def test_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_an_interrupted_command_ends_with_130(monkeypatch, capsys):
+def test_interrupted_command_exits_with_130(monkeypatch, capsys):
     from sdkit import cli
 
-    def interrupted():
+    def raise_interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(cli, "app", raise_interrupt)
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
-# ── faults ────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
-def found(warm, tiny_folder, tmp_path_factory):
-    """How every run of fault_scenario.py ended."""
+def results(warm, tiny_folder, tmp_path_factory):
+    """Results of fault_scenario.py: how each run ended."""
     work = run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("faults"))
-    return {"work": work, **json.loads((work / "found.json").read_text())}
+    return {"work": work, **json.loads((work / "results.json").read_text())}
 
 
-def assert_same_run(found, name, straight):
-    assert found[name]["codes"] == [0] * len(found[name]["codes"])
-    folders = [found["work"] / each.removesuffix(", resumed") for each in (name, straight)]
+def assert_same_run(results, name, straight):
+    assert results[name]["codes"] == [0] * len(results[name]["codes"])
+    folders = [results["work"] / each.removesuffix(", resumed") for each in (name, straight)]
     assert metrics(folders[0]) == metrics(folders[1])
     for key, value in weights_of(folders[1]).items():
-        same(weights_of(folders[0])[key], value)
+        assert_equal(weights_of(folders[0])[key], value)
 
 
-def test_a_rank_without_memory_says_what_to_lower(found):
-    kept = found["no_memory"]
-    assert kept["codes"] == [ProcessDied.exit_code, OutOfMemory.exit_code]
-    assert "rank 1: error: out of memory: " in kept["said"][1]
-    assert "lower training.micro_batch_tokens" in kept["said"][1]
-    assert "lost rank 1" in kept["said"][0]
+def test_rank_out_of_memory_says_what_to_lower(results):
+    result = results["no_memory"]
+    assert result["codes"] == [ProcessDied.exit_code, OutOfMemory.exit_code]
+    assert "rank 1: error: out of memory: " in result["output"][1]
+    assert "lower training.micro_batch_tokens" in result["output"][1]
+    assert "lost rank 1" in result["output"][0]
 
 
-def test_a_full_disk_of_one_rank_stops_all_and_spoils_nothing(found):
-    kept = found["full_disk"]
-    assert BadEnvironment.exit_code in kept["codes"]
-    assert kept["codes"][0] != 0
-    assert "cannot write" in "".join(kept["said"])
-    assert kept["checkpoints"] == ["step_000001", "step_000002"]
-    assert_same_run(found, "full_disk, resumed", "straight 2")
+def test_full_disk_of_one_rank_stops_all_ranks(results):
+    result = results["full_disk"]
+    assert BadEnvironment.exit_code in result["codes"]
+    assert result["codes"][0] != 0
+    assert "cannot write" in "".join(result["output"])
+    assert result["checkpoints"] == ["step_000001", "step_000002"]
+    assert_same_run(results, "full_disk, resumed", "straight 2")
 
 
-def test_a_reward_that_hangs_is_named(found):
-    kept = found["hang"]
-    assert kept["codes"] == [ProcessDied.exit_code, BadData.exit_code]
-    assert "faulty in reward.py took more than 2 s on row" in kept["said"][1]
+def test_hanging_reward_is_named(results):
+    result = results["hang"]
+    assert result["codes"] == [ProcessDied.exit_code, BadData.exit_code]
+    assert "faulty in reward.py took more than 2 s on row" in result["output"][1]
 
 
 @pytest.mark.parametrize(("name", "lost"), [("kill", 1), ("kill the first", 0), ("freeze", 1)])
-def test_ranks_that_are_left_end_and_say_who_is_gone(found, name, lost):
-    kept = found[name]
-    left = 1 - lost
-    assert kept["codes"][lost] == -signal.SIGKILL
-    assert kept["codes"][left] == ProcessDied.exit_code
-    assert f"error: lost rank {lost}, which ended or was silent for too long" in kept["said"][left]
-    assert kept["seconds"][left] < 60
+def test_remaining_ranks_end_and_name_the_lost_one(results, name, lost):
+    result = results[name]
+    remaining = 1 - lost
+    assert result["codes"][lost] == -signal.SIGKILL
+    assert result["codes"][remaining] == ProcessDied.exit_code
+    assert f"error: lost rank {lost}, which ended or was silent for too long" in result["output"][remaining]
+    assert result["seconds"][remaining] < 60
 
 
-def test_a_run_goes_on_after_a_rank_was_killed(found):
-    assert_same_run(found, "kill, resumed", "straight 2")
+def test_run_resumes_after_a_rank_was_killed(results):
+    assert_same_run(results, "kill, resumed", "straight 2")
 
 
-def test_a_killed_run_is_named_by_the_next(found):
-    assert found["kill alone"]["codes"] == [-signal.SIGKILL]
-    assert found["kill alone"]["status"]["state"] == "running"
-    assert "exited without updating its status after step 2" in found["kill alone, resumed"]["said"][0]
-    assert "dmesg" in found["kill alone, resumed"]["said"][0]
-    assert_same_run(found, "kill alone, resumed", "straight 1")
+def test_resume_reports_a_killed_attempt(results):
+    assert results["kill alone"]["codes"] == [-signal.SIGKILL]
+    assert results["kill alone"]["status"]["state"] == "running"
+    assert "exited without updating its status after step 2" in results["kill alone, resumed"]["output"][0]
+    assert "dmesg" in results["kill alone, resumed"]["output"][0]
+    assert_same_run(results, "kill alone, resumed", "straight 1")
 
 
-def test_a_request_to_one_rank_stops_all_in_good_order(found):
-    kept = found["terminate"]
-    assert kept["codes"] == [Stopped.exit_code] * 2
-    assert kept["status"]["state"] == "stopped"
-    assert kept["checkpoints"] == ["step_000002", "step_000003"]
-    assert "continue with --resume" in kept["said"][0]
-    assert_same_run(found, "terminate, resumed", "straight 2")
+def test_stop_request_to_one_rank_stops_all_ranks(results):
+    result = results["terminate"]
+    assert result["codes"] == [Stopped.exit_code] * 2
+    assert result["status"]["state"] == "stopped"
+    assert result["checkpoints"] == ["step_000002", "step_000003"]
+    assert "continue with --resume" in result["output"][0]
+    assert_same_run(results, "terminate, resumed", "straight 2")
 
 
-def test_an_interrupt_is_heeded_and_a_second_one_at_once(found):
-    once, twice = found["interrupt alone"], found["interrupt_twice alone"]
+def test_interrupt_stops_and_a_second_one_aborts(results):
+    once, interrupt_twice = results["interrupt alone"], results["interrupt_twice alone"]
     assert once["codes"] == [Stopped.exit_code]
     assert once["checkpoints"] == ["step_000002", "step_000003"]
-    assert twice["codes"] == [INTERRUPTED]
-    assert twice["status"]["state"] == "failed"
-    assert twice["checkpoints"] == ["step_000001", "step_000002"]
+    assert interrupt_twice["codes"] == [INTERRUPTED]
+    assert interrupt_twice["status"]["state"] == "failed"
+    assert interrupt_twice["checkpoints"] == ["step_000001", "step_000002"]
 
 
-# ── numbers that are not finite ───────────────────────────────────────────────────────────────
+def test_loss_that_is_not_finite_ends_a_run_before_its_step(results):
+    result, folder = results["not finite"], results["work"] / "not finite"
+    assert result["codes"] == [NumericsGuard.exit_code] * 2
+    assert result["status"] == result["status"] | {"state": "failed", "step": 1}
+    assert "the loss is not finite, in step 2" in result["output"][0]
+    assert f"sdkit replay {folder}@1" in result["output"][0].replace("\n", "")
+    (bad_batch,) = (folder / "bad_batches").iterdir()
+    failed, recorded = lines(bad_batch), lines(folder / "rollouts" / bad_batch.name)
+    assert len(recorded) == 4
+    assert all(record in recorded for record in failed)
 
 
-def test_a_loss_that_is_not_finite_ends_a_run_before_its_step(found):
-    kept, folder = found["not finite"], found["work"] / "not finite"
-    assert kept["codes"] == [NumericsGuard.exit_code] * 2
-    assert kept["status"] == kept["status"] | {"state": "failed", "step": 1}
-    assert "the loss is not finite, in step 2" in kept["said"][0]
-    assert f"sdkit replay {folder}@1" in kept["said"][0].replace("\n", "")
-    (bad,) = (folder / "bad_batches").iterdir()
-    failed, whole = lines(bad), lines(folder / "rollouts" / bad.name)
-    assert len(whole) == 4
-    assert all(record in whole for record in failed)
+def test_failed_batch_can_be_replayed(results):
+    assert results["replayed"]["codes"] == [NumericsGuard.exit_code] * 2
+    assert "the loss is not finite, in step 2" in results["replayed"]["output"][0]
+    assert results["replayed otherwise"]["codes"] == [0, 0]
+    assert results["replayed otherwise"]["status"]["step"] == 2
 
 
-def test_the_batch_that_ended_a_run_can_be_replayed(found):
-    assert found["replayed"]["codes"] == [NumericsGuard.exit_code] * 2
-    assert "the loss is not finite, in step 2" in found["replayed"]["said"][0]
-    assert found["replayed otherwise"]["codes"] == [0, 0]
-    assert found["replayed otherwise"]["status"]["step"] == 2
-
-
-def test_a_loss_that_is_not_finite_moves_no_weight(open_tiny):
-    world = open_tiny()
-    advance(world, 1)
-    before = masters(world)
+def test_loss_that_is_not_finite_changes_no_weight(open_tiny):
+    trainer = open_tiny()
+    advance(trainer, 1)
+    before = masters(trainer)
     with torch.no_grad():
-        spoilt = world.models.student.head[0, 0].item()
-        world.models.student.head[0, 0] = float("inf")
+        original = trainer.models.student.head[0, 0].item()
+        trainer.models.student.head[0, 0] = float("inf")
     with pytest.raises(LossNotFinite):
-        advance(world, 1)
+        advance(trainer, 1)
     with torch.no_grad():
-        world.models.student.head[0, 0] = spoilt
-    assert world.progress.optimizer_steps == 1
-    for name, value in masters(world).items():
-        same(value, before[name])
+        trainer.models.student.head[0, 0] = original
+    assert trainer.progress.optimizer_steps == 1
+    for name, value in masters(trainer).items():
+        assert_equal(value, before[name])

@@ -1,7 +1,7 @@
-"""The names of metrics that a run writes are those of floor 0's list, and every one means one thing."""
+"""The metric names of a run are those of sdkit/language/metric_names.py."""
 
 from attrs import evolve
-from tinyruns import distil, evaluated, lines, make_spec, rollout, teacher, train
+from tinyruns import distil, lines, make_spec, rollout, teacher, train, with_evaluation
 
 from sdkit.language.metric_names import FAMILIES, INTERVAL_SUFFIXES, LENGTH_METRIC, SINGLE
 from sdkit.language.specs import (
@@ -16,11 +16,11 @@ from sdkit.language.specs import (
 )
 
 
-def test_a_run_writes_the_families_of_the_list_and_no_others(tiny_folder, tmp_path):
-    """A run that has all that has metrics: a route, filters, slots, numbers that move, rewards, suites, a lift."""
+def test_run_writes_exactly_the_listed_metric_families(tiny_folder, tmp_path):
+    """The run has every source of metrics: a route, filters, slots, schedules, rewards, suites, a teacher lift."""
     sees = UserTurn(template="{prompt} {sibling}", slots=Table({"sibling": SuccessfulSibling(threshold=0.0)}))
     moving = Schedule(start=0.1, to=0.2, steps=2)
-    spec = evaluated(
+    spec = with_evaluation(
         make_spec(
             tiny_folder,
             teacher=teacher(EmaWeights(update_rate=moving), sees),

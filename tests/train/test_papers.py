@@ -1,4 +1,4 @@
-"""The baselines of papers on the real prompts of their data sets, where SDKIT_TEST_DATA names a folder of them."""
+"""The papers' run files on real prompts of their data sets, if SDKIT_TEST_DATA names their folder."""
 
 import json
 from pathlib import Path
@@ -23,22 +23,22 @@ SETS = {
 }
 SHOWN = "data.columns={system: system, prompt: prompt, answer: answer, demonstration: answer}"
 DEMONSTRATIONS = {"science": ("sciknoweval/biology-test.json", SHOWN), "tool_use": ("tooluse/test.json", SHOWN)}
-"""Sets that are not the paper's own, whose rows have the same questions and no demonstrations: the answer is shown."""
+"""Other data sets with the same questions but without demonstrations; the teacher sees the answer instead."""
 
 
-def paper(name, *overrides):
+def load_paper(name, *overrides):
     checked = load_spec(PAPERS / f"{name}.yaml", overrides)
     assert not checked.problems
     return checked.spec
 
 
-def on(real_data, name, file, *overrides):
-    """The run file with its training rows taken from the folder of real data."""
+def load_with_rows(real_data, name, file, *overrides):
+    """The run file with training rows from the folder of real data."""
     source = f"data.source={{kind: jsonl, path: {real_data / file}}}"
-    return paper(name, source, *overrides)
+    return load_paper(name, source, *overrides)
 
 
-def judged(spec, rows, texts):
+def rewards_of(spec, rows, texts):
     scorers = open_rewards(spec.rewards, spec.rewards, PAPERS, None)
     return [j.reward for j in score(scorers, texts, rows)["correct"]]
 
@@ -47,43 +47,45 @@ def calls(row):
     return json.loads(row.columns["answer"])
 
 
-def written(called):
-    """Calls in the form that the prompts ask for."""
-    return "\n".join(f"Thought: so\nAction: {call['Action']}\nAction Input: {call['Action_Input']}" for call in called)
+def format_calls(tool_calls):
+    """The tool calls in the format that the prompts require."""
+    return "\n".join(
+        f"Thought: so\nAction: {call['Action']}\nAction Input: {call['Action_Input']}" for call in tool_calls
+    )
 
 
 @pytest.mark.parametrize(("name", "rows"), [("biology", 450), ("physics", 720)])
 @pytest.mark.parametrize("method", ["sdpo", "grpo", "grpo_on_policy"])
-def test_letters_are_scored(real_data, method, name, rows):
-    spec = on(real_data, f"{method}_{name}", SETS[name])
-    found = load_rows(spec.data, PAPERS)
-    assert len(found) == rows
-    letters = [row.columns["answer"] for row in found]
+def test_answer_letters_are_scored(real_data, method, name, rows):
+    spec = load_with_rows(real_data, f"{method}_{name}", SETS[name])
+    loaded = load_rows(spec.data, PAPERS)
+    assert len(loaded) == rows
+    letters = [row.columns["answer"] for row in loaded]
     others = ["A" if letter != "A" else "B" for letter in letters]
     form = "<reasoning>It is {0}.</reasoning>\n<answer>\n{1}\n</answer>"
     right = [form.format("B", letter) for letter in letters]
-    assert set(judged(spec, found, right)) == {1.0}
-    assert set(judged(spec, found, [form.format(*p) for p in zip(letters, others, strict=True)])) == {0.0}
-    assert set(judged(spec, found, letters)) == {0.0}
+    assert set(rewards_of(spec, loaded, right)) == {1.0}
+    assert set(rewards_of(spec, loaded, [form.format(*p) for p in zip(letters, others, strict=True)])) == {0.0}
+    assert set(rewards_of(spec, loaded, letters)) == {0.0}
 
 
-def test_tool_calls_are_scored_by_the_rule_of_the_released_verifiers(real_data):
-    """2 of the 68 references hold an object within an object or a name in brackets, which the rule cannot read."""
-    spec = on(real_data, "sdpo_tool_use", SETS["tool_use"])
+def test_tool_calls_are_scored_like_the_released_verifiers(real_data):
+    """2 of the 68 references contain a nested object or a name in brackets, which the rule cannot read."""
+    spec = load_with_rows(real_data, "sdpo_tool_use", SETS["tool_use"])
     rows = load_rows(spec.data, PAPERS)
-    right = judged(spec, rows, [written(calls(row)) for row in rows])
+    right = rewards_of(spec, rows, [format_calls(calls(row)) for row in rows])
     assert (len(right), sum(right)) == (68, 66)
     renamed = [[{**call, "Action": "nothing"} for call in calls(row)] for row in rows]
-    assert set(judged(spec, rows, [written(called) for called in renamed])) == {0.0}
-    assert sum(judged(spec, rows, [written([*calls(row), calls(row)[0]]) for row in rows])) == 0
-    backwards = judged(spec, rows, [written(calls(row)[::-1]) for row in rows])
-    alone = [len(calls(row)) == 1 for row in rows]
-    assert all(b == r for b, r, one in zip(backwards, right, alone, strict=True) if one)
-    assert sum(backwards) < sum(right)  # of equal keys the later call's value counts
+    assert set(rewards_of(spec, rows, [format_calls(called) for called in renamed])) == {0.0}
+    assert sum(rewards_of(spec, rows, [format_calls([*calls(row), calls(row)[0]]) for row in rows])) == 0
+    backwards = rewards_of(spec, rows, [format_calls(calls(row)[::-1]) for row in rows])
+    single_call = [len(calls(row)) == 1 for row in rows]
+    assert all(b == r for b, r, one in zip(backwards, right, single_call, strict=True) if one)
+    assert sum(backwards) < sum(right)  # for equal keys the later call wins
 
 
-def test_a_teacher_sees_a_sibling_behind_the_real_question(real_data, tiny_tokenizer):
-    spec = on(real_data, "sdpo_physics", SETS["physics"])
+def test_teacher_sees_a_sibling_after_the_question(real_data, tiny_tokenizer):
+    spec = load_with_rows(real_data, "sdpo_physics", SETS["physics"])
     row = load_rows(spec.data, PAPERS)[0]
     group = [Attempt(text="none", reward=0.0), Attempt(text="It is {B}.", reward=1.0)]
     evidence = GroupOutcome(group=group, own=0, seed=0)
@@ -100,14 +102,14 @@ def test_a_teacher_sees_a_sibling_behind_the_real_question(real_data, tiny_token
 
 
 @pytest.mark.parametrize("task", list(DEMONSTRATIONS))
-def test_a_teacher_sees_the_demonstration(real_data, tiny_tokenizer, task):
+def test_teacher_sees_the_demonstration(real_data, tiny_tokenizer, task):
     file, columns = DEMONSTRATIONS[task]
-    spec = on(real_data, f"sdft_{task}", file, columns)
+    spec = load_with_rows(real_data, f"sdft_{task}", file, columns)
     row = load_rows(spec.data, PAPERS)[0]
     teacher = Prompter(tiny_tokenizer, {}).teacher_ids(row, spec.teacher.sees)
     assert teacher is not None
-    shown = f"\n{row.prompt_text}\n\nThis is an example for a response to the question:\n"
-    assert shown + row.columns["demonstration"] in tiny_tokenizer.decode(teacher.ids)
+    expected = f"\n{row.prompt_text}\n\nThis is an example for a response to the question:\n"
+    assert expected + row.columns["demonstration"] in tiny_tokenizer.decode(teacher.ids)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +121,8 @@ def test_a_teacher_sees_the_demonstration(real_data, tiny_tokenizer, task):
         ("sft_science", *DEMONSTRATIONS["science"]),
     ],
 )
-def test_a_step_on_real_prompts(real_data, open_tiny, tiny_folder, name, file, columns):
-    spec = on(real_data, name, file, *([columns] if columns else []))
+def test_step_on_real_prompts(real_data, open_tiny, tiny_folder, name, file, columns):
+    spec = load_with_rows(real_data, name, file, *([columns] if columns else []))
     backend = TransformersBackend()
     small = evolve(
         spec,
@@ -133,7 +135,7 @@ def test_a_step_on_real_prompts(real_data, open_tiny, tiny_folder, name, file, c
         optimizer=evolve(spec.optimizer, warmup_steps=0),
         training=evolve(spec.training, steps=1, epochs=None, prompts_per_step=2, updates_per_rollout=1),
     )
-    world = open_tiny(small)
-    world.setup.data.train_rewards = dict.fromkeys(world.setup.data.train_rewards, scripted_rewards.scorer(spec))
-    measured = advance(world, 1)[0]
-    assert 0 < measured.metrics["grad_norm"] < float("inf")
+    trainer = open_tiny(small)
+    trainer.setup.data.train_rewards = dict.fromkeys(trainer.setup.data.train_rewards, scripted_rewards.scorer(spec))
+    result = advance(trainer, 1)[0]
+    assert 0 < result.metrics["grad_norm"] < float("inf")

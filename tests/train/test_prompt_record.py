@@ -1,4 +1,4 @@
-"""Chat templates that print the date: a run keeps its own, and knows its prompts again."""
+"""Chat templates that print the date: a run keeps its date and recognizes its prompts."""
 
 import json
 from datetime import datetime
@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 from attrs import evolve
 from rich.console import Console
-from tinyruns import distil, evaluated, lines, make_spec, metrics, train, training
+from tinyruns import distil, lines, make_spec, metrics, train, training, with_evaluation
 from transformers import AutoTokenizer
 
 from sdkit.language.errors import BadData, UnreadableInput
@@ -20,8 +20,8 @@ DATED = "{{ strftime_now('%d %b %Y %H:%M:%S.%f') }}\n"
 FIXED = datetime(2024, 7, 26, 12, 30, 15, 250)
 
 
-def dated(folder, target, before=DATED):
-    """The model with a template that prints the date to the microsecond."""
+def copy_with_date(folder, target, before=DATED):
+    """A copy of the model with a template that prints the date to the microsecond."""
     import shutil
 
     shutil.copytree(folder, target)
@@ -33,9 +33,9 @@ def dated(folder, target, before=DATED):
 
 @pytest.fixture(scope="module")
 def spec(tiny_folder, tmp_path_factory):
-    model = dated(tiny_folder, tmp_path_factory.mktemp("dated") / "model")
+    model = copy_with_date(tiny_folder, tmp_path_factory.mktemp("dated") / "model")
     output = OutputSpec(checkpoint_every=1, tensorboard=False)
-    return evaluated(make_spec(model, training=training(steps=2), output=output), teacher_lift=0)
+    return with_evaluation(make_spec(model, training=training(steps=2), output=output), teacher_lift=0)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,14 @@ def run(spec, tmp_path_factory):
     return train(spec, tmp_path_factory.mktemp("runs") / "run")
 
 
-def prompts(folder):
-    """The date of every prompt that a run has shown to the student or to the teacher."""
+def prompt_dates(folder):
+    """The dates in all prompts of student and teacher in a run."""
     texts = [line for path in (folder / "samples").iterdir() for line in lines(path)]
-    return {line[who].partition("\n")[0] for line in texts for who in ("prompt", "teacher_prompt")}
+    return {line[key].partition("\n")[0] for line in texts for key in ("prompt", "teacher_prompt")}
 
 
-def changed(spec, text):
-    """The template prints something else, the rows stay: undone by calling what is returned."""
+def change_template(spec, text):
+    """Changes the text that the template prints; returns a function that restores it."""
     from pathlib import Path
 
     path = Path(spec.model.path) / "chat_template.jinja"
@@ -60,35 +60,35 @@ def changed(spec, text):
 
 
 def test_all_prompts_of_a_run_have_one_date(run):
-    facts = json.loads((run / "provenance.json").read_text())["prompts"]
-    date = datetime.fromisoformat(facts["date"])
-    assert prompts(run) == {date.strftime("%d %b %Y %H:%M:%S.%f")}
-    assert facts["rows"] == 6
-    assert set(facts["sha256"]) == {
-        f"{name}{who}" for name in ("train", "suite sums", "suite more") for who in ("", " (teacher)")
+    record = json.loads((run / "provenance.json").read_text())["prompts"]
+    date = datetime.fromisoformat(record["date"])
+    assert prompt_dates(run) == {date.strftime("%d %b %Y %H:%M:%S.%f")}
+    assert record["rows"] == 6
+    assert set(record["sha256"]) == {
+        f"{name}{suffix}" for name in ("train", "suite sums", "suite more") for suffix in ("", " (teacher)")
     }
 
 
-def test_a_resumed_run_goes_on_under_its_date(spec, tmp_path):
+def test_resumed_run_keeps_its_date(spec, tmp_path):
     folder = train(spec, tmp_path / "run")
     longer = evolve(spec, training=training(steps=3))
     train(longer, folder, resume=True)
-    assert len(prompts(folder)) == 1
+    assert len(prompt_dates(folder)) == 1
 
 
-def test_a_replay_has_the_date_of_the_recording(spec, run, tmp_path):
+def test_replay_has_the_date_of_the_recording(spec, run, tmp_path):
     other = evolve(spec, losses=distil(divergence=ReverseKl()))
     folder = train(other, tmp_path / "replay", recording=open_recording(f"{run}@0"))
-    assert prompts(folder) == prompts(run)
+    assert prompt_dates(folder) == prompt_dates(run)
     backend = evolve(spec.rollout, backend=ReplayBackend(run=str(run)))
     again = train(evolve(spec, rollout=backend), tmp_path / "again")
-    assert prompts(again) == prompts(run)
+    assert prompt_dates(again) == prompt_dates(run)
     losses = [[line["loss"] for line in metrics(each) if "loss" in line] for each in (run, again)]
     assert losses[0] == losses[1] != []
 
 
-def test_a_changed_template_is_refused(spec, run, tmp_path):
-    undo = changed(spec, "now: ")
+def test_changed_template_is_refused(spec, run, tmp_path):
+    undo = change_template(spec, "now: ")
     try:
         with pytest.raises(UnreadableInput, match=r"rendered prompts are not those .*'train'") as caught:
             train(evolve(spec, training=training(steps=3)), run, resume=True)
@@ -99,22 +99,22 @@ def test_a_changed_template_is_refused(spec, run, tmp_path):
         undo()
 
 
-def test_fingerprints_of_prompts_tell_what_changed(spec, tmp_path):
-    def found(spec, now=FIXED):
+def test_prompt_fingerprints_tell_what_changed(spec, tmp_path):
+    def fingerprints(spec, now=FIXED):
         tokenizer = AutoTokenizer.from_pretrained(spec.model.path)
         return RunData(spec, tmp_path, tokenizer, now=now).prompt_fingerprints(6)
 
-    first = found(spec)
-    assert found(spec) == first
-    assert all(digest != first[name] for name, digest in found(spec, datetime.now()).items())
+    first = fingerprints(spec)
+    assert fingerprints(spec) == first
+    assert all(digest != first[name] for name, digest in fingerprints(spec, datetime.now()).items())
     teacher = evolve(spec.teacher, sees=evolve(spec.teacher.sees, template="{prompt} {demonstration}"))
-    other = found(evolve(spec, teacher=teacher))
+    other = fingerprints(evolve(spec, teacher=teacher))
     assert {name for name in first if other[name] != first[name]} == {
         "train (teacher)", "suite sums (teacher)", "suite more (teacher)"
     }  # fmt: skip
 
 
-def test_the_date_of_a_run_that_did_not_fix_it_is_its_start():
+def test_date_defaults_to_the_start_of_the_run():
     assert prompt_record.template_date({}) is None
     assert prompt_record.template_date({"started": "2024-07-26T12:00:00+00:00"}).year == 2024
 
@@ -125,18 +125,16 @@ def test_the_date_of_a_run_that_did_not_fix_it_is_its_start():
         "{{ [1, 2, 3, 4] | random }}",
         "{{ range(9) | random }}",
         "{{ lipsum() }}",
-        "{% if range(10**5) | random == 0 %}Hurray.{% endif %}",  # which nobody will see
+        "{% if range(10**5) | random == 0 %}Hurray.{% endif %}",  # almost never rendered
     ],
 )
-def test_a_template_that_is_never_the_same_is_refused(tiny_folder, tmp_path, before):
-    model = dated(tiny_folder, tmp_path / "model", before)
+def test_random_template_is_refused(tiny_folder, tmp_path, before):
+    model = copy_with_date(tiny_folder, tmp_path / "model", before)
     data = RunData(make_spec(model), tmp_path, AutoTokenizer.from_pretrained(model))
     with pytest.raises(BadData, match=r"row [0-9]: the chat template renders .* differently") as caught:
         data.check(1)
     assert caught.value.path == ("model", "path")
 
-
-# ── control tokens ────────────────────────────────────────────────────────────────────────────
 
 SPELLING = (
     {"prompt": "a", "demonstration": "d", "answer": "1"},
@@ -151,11 +149,11 @@ def test_rows_that_spell_control_tokens_are_named(tiny_folder, tmp_path):
     spec = evolve(spec, data=DataSpec(source=source, columns=spec.data.columns, shuffle=False))
     console = Console(file=StringIO(), width=140)
     train(spec, tmp_path / "tokens", console)
-    said = "warning: control tokens in 2 rows, which the model reads as such: "
-    assert said + "row 1 <|im_end|>, row 2 <|im_start|>" in console.file.getvalue()
-    kept = evolve(spec, model=evolve(spec.model, control_tokens="text"))
+    message = "warning: control tokens in 2 rows, which the model reads as such: "
+    assert message + "row 1 <|im_end|>, row 2 <|im_start|>" in console.file.getvalue()
+    as_text = evolve(spec, model=evolve(spec.model, control_tokens="text"))
     console = Console(file=StringIO(), width=140)
-    folder = train(kept, tmp_path / "text", console)
+    folder = train(as_text, tmp_path / "text", console)
     assert "control tokens" not in console.file.getvalue()
     ends = AutoTokenizer.from_pretrained(tiny_folder).convert_tokens_to_ids("<|im_end|>")
     for record in lines(folder / "rollouts" / "step_000000.jsonl"):

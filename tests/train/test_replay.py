@@ -1,4 +1,4 @@
-"""Replay: recorded rollouts, trained on again, are the run; with another loss or teacher the tokens stay."""
+"""Replay: training again on recorded rollouts gives the same run; another loss or teacher sees the same tokens."""
 
 import json
 import shutil
@@ -6,18 +6,18 @@ import shutil
 import pytest
 from attrs import evolve
 from tinyruns import (
+    assert_equal,
     distil,
-    evaluated,
     inline,
     lines,
     make_spec,
     metrics,
     rollout,
-    same,
     teacher,
     train,
     training,
     weights_of,
+    with_evaluation,
 )
 
 from sdkit.language.errors import BadData, UnreadableInput
@@ -29,8 +29,8 @@ TRAINING = training(steps=4, prompts_per_step=3)
 
 @pytest.fixture(scope="module")
 def spec(tiny_folder):
-    """Four steps under a moving teacher and a moving learning rate; the checkpoint of step 3 stays."""
-    return evaluated(
+    """Four steps with a changing teacher and learning rate; the checkpoint of step 3 is kept."""
+    return with_evaluation(
         make_spec(
             tiny_folder,
             teacher=teacher(EmaWeights(update_rate=0.3)),
@@ -54,54 +54,51 @@ def replay(spec, run, start, folder, steps=None, **options):
 
 
 def tokens(folder, start=0):
-    """Of each rollout batch from `start` on, what was sampled from which prompt."""
+    """Prompt ids, completion ids and log-probabilities of each rollout batch from `start` on."""
     return [
         [(r["sampled_from_ids"], r["completion_ids"], r["sampler_logprobs"]) for r in lines(path)]
         for path in sorted((folder / "rollouts").iterdir())[start:]
     ]
 
 
-def test_a_replay_of_the_whole_run_is_the_run(spec, run, tmp_path):
-    again = replay(spec, run, 0, tmp_path / "again")
-    assert metrics(again) == metrics(run)
+def test_full_replay_equals_the_run(spec, run, tmp_path):
+    replayed = replay(spec, run, 0, tmp_path / "again")
+    assert metrics(replayed) == metrics(run)
     for name, value in weights_of(run).items():
-        same(weights_of(again)[name], value)
+        assert_equal(weights_of(replayed)[name], value)
     for path in (run / "rollouts").iterdir():
-        assert path.read_text() == (again / "rollouts" / path.name).read_text()
-    told = json.loads((again / "provenance.json").read_text())["replayed"]
-    assert told == {"run": str(run), "start": 0, "end": 4}
+        assert path.read_text() == (replayed / "rollouts" / path.name).read_text()
+    record = json.loads((replayed / "provenance.json").read_text())["replayed"]
+    assert record == {"run": str(run), "start": 0, "end": 4}
 
 
-def test_a_replay_from_a_checkpoint_ends_as_the_run(spec, run, tmp_path):
-    again = replay(spec, run, 3, tmp_path / "again")
-    assert metrics(again) == metrics(run)
-    assert [p.name for p in (again / "rollouts").iterdir()] == ["step_000003.jsonl"]
+def test_replay_from_a_checkpoint_ends_like_the_run(spec, run, tmp_path):
+    replayed = replay(spec, run, 3, tmp_path / "again")
+    assert metrics(replayed) == metrics(run)
+    assert [p.name for p in (replayed / "rollouts").iterdir()] == ["step_000003.jsonl"]
     for name, value in weights_of(run).items():
-        same(weights_of(again)[name], value)
-    assert (again / "result.json").read_text() == (run / "result.json").read_text()
+        assert_equal(weights_of(replayed)[name], value)
+    assert (replayed / "result.json").read_text() == (run / "result.json").read_text()
 
 
-def test_another_loss_and_teacher_learn_from_the_same_tokens(spec, run, tmp_path):
+def test_other_loss_and_teacher_train_on_the_same_tokens(spec, run, tmp_path):
     changes = {"losses": distil(divergence=ReverseKl()), "teacher": teacher(FrozenWeights())}
     other = replay(evolve(spec, **changes), run, 0, tmp_path / "other", steps=2)
     assert tokens(other) == tokens(run)[:2]
     before, after = ([m for m in metrics(f) if "grad_norm" in m] for f in (run, other))
     assert [m["step"] for m in after] == [1, 2]
-    assert after[0]["lr"] == before[0]["lr"]  # of four steps, though two are made
+    assert after[0]["lr"] == before[0]["lr"]  # the schedule of four steps, although only two run
     assert after[1]["lr"] == before[1]["lr"]
     assert all("distil/reverse_kl" in m for m in after)
     assert after[0]["grad_norm"] != before[0]["grad_norm"]
     assert metrics(other)[-1]["step"] == 2
     assert "eval/score" in metrics(other)[-1]
-    same_state = json.loads((other / "status.json").read_text())
-    assert (same_state["state"], same_state["step"]) == ("done", 2)
-
-
-# ── what cannot be replayed ───────────────────────────────────────────────────────────────────
+    status = json.loads((other / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("done", 2)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"rollout": rollout(completions_per_prompt=2, temperature=0.5)}, "rollout.temperature"),
         ({"training": training(steps=4, prompts_per_step=2)}, "training.prompts_per_step"),
@@ -111,39 +108,39 @@ def test_another_loss_and_teacher_learn_from_the_same_tokens(spec, run, tmp_path
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_what_would_change_a_token_is_refused(spec, run, tmp_path, changes, said):
+def test_change_that_affects_tokens_is_refused(spec, run, tmp_path, changes, message):
     with pytest.raises(UnreadableInput, match=r"a replay of .* cannot change") as caught:
         open_recording(f"{run}@0").check_spec(evolve(spec, **changes), tmp_path)
-    assert said in caught.value.message
+    assert message in caught.value.message
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "key"),
     [
         ({"optimizer": OptimizerSpec(lr=1e-3, weight_decay=0.1)}, "optimizer.weight_decay"),
         ({"training": evolve(TRAINING, zero_stage=1)}, "training.zero_stage"),
     ],
 )
-def test_what_a_checkpoint_holds_can_change_from_the_start_alone(spec, run, tmp_path, changes, said):
+def test_checkpointed_settings_can_change_only_from_the_start(spec, run, tmp_path, changes, key):
     other = evolve(spec, **changes)
     open_recording(f"{run}@0").check_spec(other, tmp_path)
-    with pytest.raises(UnreadableInput, match=f"{said}: .*replay from @0"):
+    with pytest.raises(UnreadableInput, match=f"{key}: .*replay from @0"):
         open_recording(f"{run}@3").check_spec(other, tmp_path)
 
 
-def test_a_checkpoint_has_the_recorded_runs_teacher_alone(spec, run, tmp_path):
+def test_checkpoint_needs_the_recorded_teacher(spec, run, tmp_path):
     recording = open_recording(f"{run}@3")
     frozen = evolve(spec, teacher=teacher(FrozenWeights()))
     faster = evolve(spec, teacher=teacher(EmaWeights(update_rate=0.5)))
-    for fine in (frozen, faster):
-        recording.check_spec(fine, tmp_path)
-    moving = evolve(recording, settings={**recording.settings, ("teacher", "weights", "kind"): "x"})
+    for allowed in (frozen, faster):
+        recording.check_spec(allowed, tmp_path)
+    other_recording = evolve(recording, settings={**recording.settings, ("teacher", "weights", "kind"): "x"})
     with pytest.raises(UnreadableInput, match="no such teacher"):
-        moving.check_spec(spec, tmp_path)
+        other_recording.check_spec(spec, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("named", "steps", "said", "hint"),
+    ("argument", "steps", "message", "hint"),
     [
         ("{run}", None, "not of the form RUN@STEP", "@0 replays the whole run"),
         ("{run}@two", None, "not of the form RUN@STEP", ""),
@@ -152,45 +149,45 @@ def test_a_checkpoint_has_the_recorded_runs_teacher_alone(spec, run, tmp_path):
         ("{run}/rollouts@0", None, "is not a run directory", ""),
     ],
 )
-def test_what_is_no_recording(run, named, steps, said, hint):
-    with pytest.raises(UnreadableInput, match=said) as caught:
-        open_recording(named.format(run=run), steps)
+def test_invalid_recording_is_refused(run, argument, steps, message, hint):
+    with pytest.raises(UnreadableInput, match=message) as caught:
+        open_recording(argument.format(run=run), steps)
     assert hint in (caught.value.hint or "")
 
 
-def test_an_incomplete_recording_is_told(run, tmp_path):
-    torn = shutil.copytree(run, tmp_path / "torn")
-    (torn / "rollouts" / "step_000001.jsonl").unlink()
-    cut = torn / "rollouts" / "step_000002.jsonl"
-    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:5]))
+def test_incomplete_recording_is_reported(run, tmp_path):
+    incomplete = shutil.copytree(run, tmp_path / "torn")
+    (incomplete / "rollouts" / "step_000001.jsonl").unlink()
+    shortened = incomplete / "rollouts" / "step_000002.jsonl"
+    shortened.write_text("".join(shortened.read_text().splitlines(keepends=True)[:5]))
     with pytest.raises(UnreadableInput, match="incomplete") as caught:
-        open_recording(f"{torn}@0")
+        open_recording(f"{incomplete}@0")
     assert "step_000001.jsonl is missing\nstep_000002.jsonl holds 5 of 6 rollouts" in str(caught.value)
-    assert open_recording(f"{torn}@3").end == 4
+    assert open_recording(f"{incomplete}@3").end == 4
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"), [("teacher.safetensors", "is damaged"), ("MANIFEST.json", "is not complete")]
+    ("file_name", "message"), [("teacher.safetensors", "is damaged"), ("MANIFEST.json", "is not complete")]
 )
-def test_a_spoilt_checkpoint_is_not_replayed_from(spec, run, tmp_path, spoil, said):
-    torn = shutil.copytree(run, tmp_path / "torn")
-    (torn / "checkpoints/step_000003" / spoil).unlink()
-    with pytest.raises(UnreadableInput, match=f"step_000003 {said}"):
-        replay(spec, torn, 3, tmp_path / "again")
+def test_damaged_checkpoint_is_not_replayed(spec, run, tmp_path, file_name, message):
+    damaged = shutil.copytree(run, tmp_path / "torn")
+    (damaged / "checkpoints/step_000003" / file_name).unlink()
+    with pytest.raises(UnreadableInput, match=f"step_000003 {message}"):
+        replay(spec, damaged, 3, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
-def test_other_rows_are_an_error(spec, run, tmp_path):
-    """A suite that holds a training row out."""
+def test_other_rows_are_refused(spec, run, tmp_path):
+    """A suite that holds out a training row."""
     suites = spec.evaluation.suites
-    held = evolve(suites["more"], data=inline(1))
-    other = evolve(spec, evaluation=evolve(spec.evaluation, suites=type(suites)({"more": held})))
+    overlapping = evolve(suites["more"], data=inline(1))
+    other = evolve(spec, evaluation=evolve(spec.evaluation, suites=type(suites)({"more": overlapping})))
     with pytest.raises(BadData, match=r"not those that .* was recorded with"):
         replay(other, run, 0, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
-def test_the_recording_is_never_written_over(spec, run):
+def test_recording_is_never_overwritten(spec, run):
     with pytest.raises(UnreadableInput, match="is the recording itself"):
         replay(spec, run, 0, run, overwrite=True)
     assert (run / "rollouts").is_dir()

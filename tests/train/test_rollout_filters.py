@@ -1,10 +1,10 @@
-"""Filters of rollouts, mixtures of samplers, and texts that begin the answer."""
+"""Filters of rollouts, mixtures of samplers, and contexts that start the answer."""
 
 import json
 
 import pytest
 import torch
-from tinyruns import collect, prepare_rollouts, train_step
+from tinyruns import collect, prepare_rollouts, scorer_of, train_step
 
 from sdkit.batches import Rollout, RolloutBatch, Row
 from sdkit.language.specs import (
@@ -29,7 +29,6 @@ from sdkit.language.specs import (
     Verdict,
     VocabularySupport,
 )
-from sdkit.rewards.scorer import ScoredCompletion, Scorer
 from sdkit.train import loop
 from sdkit.train.rollout_filters import filter_rollouts
 from sdkit.train.rollout_sampler import resolve_sampler
@@ -39,23 +38,11 @@ REWARDS = Table({"right": RegexReward(pattern=".")})
 DISTIL = Table({"distil": Distillation(divergence=ForwardKl(), support=VocabularySupport())})
 
 
-def judged(*rewards):
-    """A scorer that gives these rewards to the rollouts of a step, in order."""
-    return Scorer(
-        lambda pairs: [
-            ScoredCompletion(reward=float(rewards[i % len(rewards)]), feedback=None) for i in range(len(pairs))
-        ]
-    )
-
-
-# ── filters ───────────────────────────────────────────────────────────────────────────────────
-
-
 ROW = Row(index=0, messages=({"role": "user", "content": "Q"},), columns={}, raw={})
 
 
 def batch_of(rewards, ids=None):
-    """Groups of two; every completion is its own number, or one of `ids`."""
+    """Groups of two; the ids of completion i are (i + 1,) or `ids[i]`."""
     rollouts = [
         Rollout(
             row=ROW,
@@ -74,7 +61,7 @@ def batch_of(rewards, ids=None):
     return RolloutBatch(rollouts=tuple(rollouts))
 
 
-def text(ids):
+def text_of(ids):
     return " ".join(str(i) for i in ids if i)
 
 
@@ -87,28 +74,28 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("keep", "places", "shares"), CASES, ids=str)
-def test_a_rollout_passes_every_filter_or_goes(keep, places, shares):
-    found, passed = filter_rollouts(keep, batch_of(REWARDED), text)
-    assert [r.completion_ids[0] - 1 for r in found] == places
-    assert passed == pytest.approx(shares)
+@pytest.mark.parametrize(("keep", "indices", "shares"), CASES, ids=str)
+def test_rollout_must_pass_every_filter(keep, indices, shares):
+    filtered, pass_shares = filter_rollouts(keep, batch_of(REWARDED), text_of)
+    assert [r.completion_ids[0] - 1 for r in filtered] == indices
+    assert pass_shares == pytest.approx(shares)
 
 
-def test_white_space_and_special_tokens_say_nothing():
+def test_white_space_and_special_tokens_count_as_empty():
     batch = batch_of([0.0] * 4, ids=[(0,), (7,), (), (0, 0)])
-    found, passed = filter_rollouts((NonEmpty(),), batch, text)
-    assert [r.completion_ids for r in found] == [(7,)]
-    assert passed == {"non_empty": 0.25}
+    filtered, pass_shares = filter_rollouts((NonEmpty(),), batch, text_of)
+    assert [r.completion_ids for r in filtered] == [(7,)]
+    assert pass_shares == {"non_empty": 0.25}
 
 
-def test_nothing_passes_nothing():
-    found, passed = filter_rollouts((NonEmpty(),), RolloutBatch(rollouts=()), text)
-    assert len(found) == 0
-    assert passed == {"non_empty": 0.0}
+def test_filter_of_an_empty_batch():
+    filtered, pass_shares = filter_rollouts((NonEmpty(),), RolloutBatch(rollouts=()), text_of)
+    assert len(filtered) == 0
+    assert pass_shares == {"non_empty": 0.0}
 
 
-class Lines:
-    """A report that only remembers the figures of each step."""
+class MetricsReport:
+    """A report that only records the metrics of each step."""
 
     def __init__(self):
         self.metrics = []
@@ -119,70 +106,67 @@ class Lines:
 
 @pytest.fixture
 def one_step(open_tiny):
-    def stepped(scorer, **changes):
-        world = open_tiny(**({"rewards": REWARDS} | changes))
-        world.setup.data.train_rewards = {"right": scorer}
-        report = Lines()
-        loop._train_on_batch(world, report, 0)
-        return world, report.metrics[0]
+    def train_one_step(scorer, **changes):
+        trainer = open_tiny(**({"rewards": REWARDS} | changes))
+        trainer.setup.data.train_rewards = {"right": scorer}
+        report = MetricsReport()
+        loop._train_on_batch(trainer, report, 0)
+        return trainer, report.metrics[0]
 
-    return stepped
+    return train_one_step
 
 
-def test_only_what_is_kept_is_trained_on(one_step):
+def test_only_kept_rollouts_are_trained_on(one_step):
     rollout = RolloutSpec(max_new_tokens=8, completions_per_prompt=2, backend=BACKEND, keep=(RewardAtLeast(),))
     imitate = Table({"imitate": CrossEntropy()})
-    world, metrics = one_step(judged(1, 0), rollout=rollout, teacher=None, losses=imitate)
+    trainer, metrics = one_step(scorer_of(1, 0), rollout=rollout, teacher=None, losses=imitate)
     assert metrics["keep/reward_at_least"] == metrics["rollout/kept"] == 0.5
     assert metrics["imitate/tokens"] < metrics["rollout/tokens"]
-    assert metrics["reward/right"] == 0.5  # of all that were sampled
-    assert world.progress.optimizer_steps == 1
+    assert metrics["reward/right"] == 0.5  # over all sampled rollouts
+    assert trainer.progress.optimizer_steps == 1
 
 
-def test_a_batch_of_which_nothing_is_kept_changes_nothing_and_the_run_goes_on(one_step):
+def test_batch_without_kept_rollouts_changes_nothing(one_step):
     rollout = RolloutSpec(max_new_tokens=8, backend=BACKEND, keep=(RewardAtLeast(),))
     teacher = TeacherSpec(weights=EmaWeights(update_rate=0.5, every="rollout_batch"))
-    world, metrics = one_step(judged(0), rollout=rollout, teacher=teacher, losses=DISTIL)
+    trainer, metrics = one_step(scorer_of(0), rollout=rollout, teacher=teacher, losses=DISTIL)
     assert metrics["rollout/kept"] == 0
     assert "loss" not in metrics
     assert "teacher_distance" not in metrics
-    assert (world.progress.step, world.progress.optimizer_steps) == (1, 0)
+    assert (trainer.progress.step, trainer.progress.optimizer_steps) == (1, 0)
     json.dumps(metrics)
 
 
-# ── mixtures ──────────────────────────────────────────────────────────────────────────────────
-
-
-def mixture(share):
+def mixture_rollout(share):
     by = MixtureSamples(student_share=share, column="answer")
     return RolloutSpec(max_new_tokens=8, backend=BACKEND, sampled_by=by)
 
 
-def test_the_coin_is_the_batchs_own_and_always_falls_the_same_way(open_tiny):
-    world = open_tiny(rollout=mixture(0.3), losses=DISTIL)
-    by, seed = world.specs.sampled_by, world.setup.spec.training.seed
-    tossed, again = ([resolve_sampler(by, seed, ("rollout", n), evaluation=False) for n in range(400)] for _ in "ab")
-    assert tossed == again
-    by_student = sum(isinstance(one, StudentSamples) for one in tossed)
+def test_mixture_choice_is_random_but_reproducible(open_tiny):
+    trainer = open_tiny(rollout=mixture_rollout(0.3), losses=DISTIL)
+    by, seed = trainer.specs.sampled_by, trainer.setup.spec.training.seed
+    choices, repeated = (
+        [resolve_sampler(by, seed, ("rollout", n), evaluation=False) for n in range(400)] for _ in "ab"
+    )
+    assert choices == repeated
+    by_student = sum(isinstance(choice, StudentSamples) for choice in choices)
     assert 90 < by_student < 150  # 120 expected, standard deviation 9
-    assert {one.column for one in tossed if isinstance(one, DatasetSamples)} == {"answer"}
+    assert {choice.column for choice in choices if isinstance(choice, DatasetSamples)} == {"answer"}
     assert isinstance(resolve_sampler(by, seed, ("evaluation", 0), evaluation=True), StudentSamples)
 
 
 @pytest.mark.parametrize(("share", "student"), [(0.0, False), (1.0, True)])
-def test_a_batch_is_one_samplers_altogether(open_tiny, share, student):
-    world = open_tiny(rollout=mixture(share), losses=DISTIL)
-    gathered = collect(world, 0)
-    assert gathered.figures["by_student"] == student
-    decode = world.setup.data.tokenizer.decode
-    for rollout in gathered.batch:
-        said = decode(rollout.completion_ids, skip_special_tokens=True)
-        assert (said == rollout.row.columns["answer"]) is not student
+def test_mixture_batch_has_a_single_sampler(open_tiny, share, student):
+    trainer = open_tiny(rollout=mixture_rollout(share), losses=DISTIL)
+    collected = collect(trainer, 0)
+    assert collected.figures["by_student"] == student
+    decode = trainer.setup.data.tokenizer.decode
+    for rollout in collected.batch:
+        completion = decode(rollout.completion_ids, skip_special_tokens=True)
+        assert (completion == rollout.row.columns["answer"]) is not student
         assert (rollout.sampler_logprobs is None) is not student
-    assert train_step(world, prepare_rollouts(world, gathered.batch)).applied
+    assert train_step(trainer, prepare_rollouts(trainer, collected.batch)).applied
 
-
-# ── texts that begin the answer ───────────────────────────────────────────────────────────────
 
 START = AnswerStart(
     template="{attempt}\n\n{verdict}\n\n",
@@ -192,22 +176,22 @@ START = AnswerStart(
 )
 
 
-def test_the_teacher_reads_the_attempt_and_a_verdict_before_it_scores_the_attempt(open_tiny):
+def test_teacher_prompt_contains_the_attempt_and_a_verdict(open_tiny):
     rollout = RolloutSpec(max_new_tokens=8, backend=BACKEND)
     teacher = TeacherSpec(weights=FrozenWeights(), sees=START)
-    world = open_tiny(rollout=rollout, teacher=teacher, losses=DISTIL, rewards=REWARDS)
-    world.setup.data.train_rewards = {"right": judged(1, 0)}
-    gathered = collect(world, 0)
-    tokenizer = world.setup.data.tokenizer
-    for rollout in gathered.batch:
-        seen = rollout.teacher_prompt_ids
-        if seen is None:  # the attempt says nothing
+    trainer = open_tiny(rollout=rollout, teacher=teacher, losses=DISTIL, rewards=REWARDS)
+    trainer.setup.data.train_rewards = {"right": scorer_of(1, 0)}
+    collected = collect(trainer, 0)
+    tokenizer = trainer.setup.data.tokenizer
+    for rollout in collected.batch:
+        teacher_prompt = rollout.teacher_prompt_ids
+        if teacher_prompt is None:  # an empty attempt
             continue
-        own = len(rollout.prompt_ids)
-        assert seen[:own] == rollout.prompt_ids
+        prompt_length = len(rollout.prompt_ids)
+        assert teacher_prompt[:prompt_length] == rollout.prompt_ids
         attempt = tokenizer.decode(rollout.completion_ids, skip_special_tokens=True).strip()
         verdict = "Let me rephrase." if rollout.reward else "Wait, that is wrong."
-        assert tokenizer.decode(seen[own:]) == f"{attempt}\n\n{verdict}\n\n"
-    assert sum(r.teacher_prompt_ids is not None for r in gathered.batch) > 1
-    measured = train_step(world, prepare_rollouts(world, gathered.batch))
-    assert torch.tensor(measured.metrics["grad_norm"]) > 0
+        assert tokenizer.decode(teacher_prompt[prompt_length:]) == f"{attempt}\n\n{verdict}\n\n"
+    assert sum(r.teacher_prompt_ids is not None for r in collected.batch) > 1
+    result = train_step(trainer, prepare_rollouts(trainer, collected.batch))
+    assert torch.tensor(result.metrics["grad_norm"]) > 0

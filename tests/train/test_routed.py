@@ -1,14 +1,16 @@
-"""A teacher for each value of a column: every row is scored by its own, however the batch is cut."""
+"""A teacher for each value of a column: it scores its own rows, for any split into micro-batches."""
 
 import pytest
 import torch
 from attrs import evolve
 from tinyruns import (
     LORA,
+    MINUS_GRADIENT,
     SEES_DEMONSTRATION,
     advance,
+    assert_equal,
     evaluate_objective,
-    evaluated,
+    hidden_states,
     lines,
     make_spec,
     masters,
@@ -16,12 +18,11 @@ from tinyruns import (
     rollout,
     rollouts_of,
     rows,
-    same,
-    silent,
-    states,
+    silent_console,
     train,
     train_step,
     training,
+    with_evaluation,
 )
 
 from sdkit.language.errors import BadData
@@ -33,58 +34,51 @@ from sdkit.language.specs import (
     FrozenWeights,
     InlineSource,
     LogRatio,
-    OptimizerSpec,
     PolicyGradient,
     RoutedWeights,
     StudentWeights,
     Table,
     TeacherSpec,
 )
-from sdkit.models import tiny
 from sdkit.train.smoke import smoke
 
-# The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
-MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)
 COLUMNS = Table({n: n for n in ("prompt", "demonstration", "answer")} | {"domain": "domain"})
 DOMAINS = ("math", "code", "math", "chat", "code", "math")
 
 
-@pytest.fixture(scope="module")
-def other_folder(tmp_path_factory):
-    return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
+def routed_data(domains=DOMAINS, start=0):
+    rows_with_domains = zip(rows(len(domains), start), domains, strict=True)
+    return DataSpec(
+        source=InlineSource(rows=tuple(Table({**row, "domain": d}) for row, d in rows_with_domains)), columns=COLUMNS
+    )
 
 
-def data(domains=DOMAINS, start=0):
-    made = zip(rows(len(domains), start), domains, strict=True)
-    return DataSpec(source=InlineSource(rows=tuple(Table({**row, "domain": d}) for row, d in made)), columns=COLUMNS)
-
-
-def routed(**routes):
+def routed_teacher(**routes):
     return TeacherSpec(weights=RoutedWeights(by="domain", routes=Table(routes)), sees=SEES_DEMONSTRATION)
 
 
 @pytest.fixture
-def world_with(open_tiny, tiny_folder, other_folder):
-    def opened(routes=None, lora=None, **changes):
+def open_trainer(open_tiny, tiny_folder, other_folder):
+    def make_trainer(routes=None, lora=None, **changes):
         routes = routes or {
             "math": FrozenWeights(),
             "code": ExternalWeights(path=str(other_folder), dtype="float32"),
             "chat": StudentWeights(),
         }
-        parts = {"data": data(), "training": training(prompts_per_step=6)}
+        parts = {"data": routed_data(), "training": training(prompts_per_step=6)}
         return open_tiny(
             make_spec(
                 tiny_folder,
-                **({"teacher": routed(**routes), "model": model(tiny_folder, lora=lora)} | parts | changes),
+                **({"teacher": routed_teacher(**routes), "model": model(tiny_folder, lora=lora)} | parts | changes),
             )
         )
 
-    return opened
+    return make_trainer
 
 
-def plain_loss(world, batch):
-    """By a loop over rollouts, each against the model of its own route."""
-    leaves = dict(zip(("math", "code", "chat"), world.models.teacher.leaves, strict=True))
+def plain_loss(trainer, batch):
+    """Mean forward KL by a loop over rollouts, each against the model of its route."""
+    leaves = dict(zip(("math", "code", "chat"), trainer.models.teacher.leaves, strict=True))
     total, tokens = 0.0, 0
     for r in batch:
 
@@ -92,147 +86,148 @@ def plain_loss(world, batch):
             ids = torch.tensor([[*prompt, *r.completion_ids]])
             return causal(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
 
-        s = logprobs(world.models.student.causal, r.prompt_ids)
-        own = leaves[r.row.columns["domain"]].weights
+        s = logprobs(trainer.models.student.causal, r.prompt_ids)
+        teacher_weights = leaves[r.row.columns["domain"]].weights
         with torch.no_grad():
-            t = logprobs(own.causal, r.teacher_prompt_ids)
+            t = logprobs(teacher_weights.causal, r.teacher_prompt_ids)
         total = total + (t.exp() * (t - s)).sum()
         tokens += len(r.completion_ids)
     return total / tokens
 
 
-def gradient(world, batch):
+def gradient(trainer, batch):
 
-    before = masters(world)
-    assert train_step(world, batch).applied
-    return {name: before[name] - value for name, value in masters(world).items()}
+    before = masters(trainer)
+    assert train_step(trainer, batch).applied
+    return {name: before[name] - value for name, value in masters(trainer).items()}
 
 
-def test_each_row_is_scored_by_its_own_teacher(world_with):
-    world = world_with(optimizer=MINUS_GRADIENT)
-    batch = rollouts_of(world)
+def test_each_row_is_scored_by_its_own_teacher(open_trainer):
+    trainer = open_trainer(optimizer=MINUS_GRADIENT)
+    batch = rollouts_of(trainer)
     assert sorted(r.teacher_route for r in batch) == [0, 0, 0, 1, 1, 2]
-    expected = plain_loss(world, batch)
-    named = dict(world.models.student.causal.named_parameters())
+    expected = plain_loss(trainer, batch)
+    named = dict(trainer.models.student.causal.named_parameters())
     slopes = dict(zip(named, torch.autograd.grad(expected, named.values()), strict=True))
-    assert evaluate_objective(world, batch)["loss"] == pytest.approx(expected.item(), abs=1e-5)
-    for name, value in gradient(world, batch).items():
+    assert evaluate_objective(trainer, batch)["loss"] == pytest.approx(expected.item(), abs=1e-5)
+    for name, value in gradient(trainer, batch).items():
         torch.testing.assert_close(value, slopes[name], atol=2e-5, rtol=1e-3)
 
 
-def test_how_a_step_is_cut_changes_nothing(world_with):
+def test_split_into_micro_batches_changes_nothing(open_trainer):
     groups = rollout(completions_per_prompt=3)
-    found = []
+    results = []
     for budget, share in ((10**6, True), (10**6, False), (200, True), (90, False)):
         cut = training(prompts_per_step=6, micro_batch_tokens=budget, share_prompts=share)
-        world = world_with(optimizer=MINUS_GRADIENT, rollout=groups, training=cut)
-        batch = rollouts_of(world)
-        found.append((evaluate_objective(world, batch)["loss"], gradient(world, batch)))
-    for loss, slopes in found[1:]:
-        assert loss == pytest.approx(found[0][0], abs=1e-5)
+        trainer = open_trainer(optimizer=MINUS_GRADIENT, rollout=groups, training=cut)
+        batch = rollouts_of(trainer)
+        results.append((evaluate_objective(trainer, batch)["loss"], gradient(trainer, batch)))
+    for loss, slopes in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=1e-5)
         for name, value in slopes.items():
-            torch.testing.assert_close(value, found[0][1][name], atol=2e-5, rtol=1e-3)
+            torch.testing.assert_close(value, results[0][1][name], atol=2e-5, rtol=1e-3)
 
 
-def test_one_prompt_may_have_two_teachers(world_with):
-    """Rows with the same prompt share a row of the forward pass; their routes part them again."""
+def test_one_prompt_can_have_two_teachers(open_trainer):
+    """Rollouts of the same prompt share a row of the forward pass, even with different routes."""
     twice = tuple(Table({**row, "domain": d}) for row in rows(3) for d in ("math", "code"))
-    both = DataSpec(source=InlineSource(rows=twice), columns=COLUMNS)
-    world = world_with(data=both)
-    batch = rollouts_of(world)
-    assert evaluate_objective(world, batch)["loss"] == pytest.approx(plain_loss(world, batch).item(), abs=1e-5)
+    both_routes = DataSpec(source=InlineSource(rows=twice), columns=COLUMNS)
+    trainer = open_trainer(data=both_routes)
+    batch = rollouts_of(trainer)
+    assert evaluate_objective(trainer, batch)["loss"] == pytest.approx(plain_loss(trainer, batch).item(), abs=1e-5)
 
 
-def test_routes_to_one_model_are_that_model(world_with, open_tiny, tiny_folder):
-    alike = dict.fromkeys(("math", "code", "chat"), FrozenWeights())
-    world = world_with(alike)
-    assert len({id(leaf) for leaf in world.models.teacher.leaves}) == 1
-    changes = {"data": data(), "training": training(prompts_per_step=6)}
+def test_routes_to_one_model_equal_that_model(open_trainer, open_tiny, tiny_folder):
+    same_teacher = dict.fromkeys(("math", "code", "chat"), FrozenWeights())
+    trainer = open_trainer(same_teacher)
+    assert len({id(leaf) for leaf in trainer.models.teacher.leaves}) == 1
+    changes = {"data": routed_data(), "training": training(prompts_per_step=6)}
     plain = open_tiny(make_spec(tiny_folder, **changes))
-    found, expected = (advance(w, 2)[-1].metrics for w in (world, plain))
-    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
-    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    actual, expected = (advance(w, 2)[-1].metrics for w in (trainer, plain))
+    assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert actual["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_routes_that_move_follow_each_at_its_pace(world_with, lora):
-    moving = {"math": EmaWeights(update_rate=0.3), "code": CopyWeights(every=2), "chat": FrozenWeights()}
-    world = world_with(moving, lora=lora)
-    average, copied, frozen = world.models.teacher.leaves
-    start = states(world, world.models.student)
-    expected = masters(world)
-    (first,) = advance(world, 1)
-    now = masters(world)
+def test_each_route_is_updated_at_its_own_rate(open_trainer, lora):
+    routes = {"math": EmaWeights(update_rate=0.3), "code": CopyWeights(every=2), "chat": FrozenWeights()}
+    trainer = open_trainer(routes, lora=lora)
+    average, copied, frozen = trainer.models.teacher.leaves
+    start = hidden_states(trainer, trainer.models.student)
+    expected = masters(trainer)
+    (first,) = advance(trainer, 1)
+    current = masters(trainer)
     for name, value in expected.items():
-        same(average.shadow[name], value.lerp(now[name], 0.3))
-    same(states(world, copied.weights), start)
-    same(states(world, frozen.weights), start)
+        assert_equal(average.shadow[name], value.lerp(current[name], 0.3))
+    assert_equal(hidden_states(trainer, copied.weights), start)
+    assert_equal(hidden_states(trainer, frozen.weights), start)
     assert first.metrics["teacher_distance"] > 0
-    advance(world, 1)
-    same(states(world, copied.weights), states(world, world.models.student))
-    same(states(world, frozen.weights), start)
-    assert (states(world, average.weights) - states(world, world.models.student)).abs().max() > 0
+    advance(trainer, 1)
+    assert_equal(hidden_states(trainer, copied.weights), hidden_states(trainer, trainer.models.student))
+    assert_equal(hidden_states(trainer, frozen.weights), start)
+    assert (hidden_states(trainer, average.weights) - hidden_states(trainer, trainer.models.student)).abs().max() > 0
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_a_state_restores_every_route(world_with, lora):
-    moving = {"math": EmaWeights(update_rate=0.3), "code": EmaWeights(update_rate=0.9)}
-    world = world_with(moving, lora=lora, data=data(("math", "code") * 3))
-    advance(world, 1)
-    kept = {name: t.clone() for name, t in world.models.teacher.state().items()}
-    seen = [states(world, leaf.weights) for leaf in world.models.teacher.leaves]
-    assert (seen[0] - seen[1]).abs().max() > 0
-    advance(world, 1)
-    world.models.teacher.load_state(kept)
-    for leaf, before in zip(world.models.teacher.leaves, seen, strict=True):
-        same(states(world, leaf.weights), before)
+def test_state_restores_every_route(open_trainer, lora):
+    routes = {"math": EmaWeights(update_rate=0.3), "code": EmaWeights(update_rate=0.9)}
+    trainer = open_trainer(routes, lora=lora, data=routed_data(("math", "code") * 3))
+    advance(trainer, 1)
+    state = {name: t.clone() for name, t in trainer.models.teacher.state().items()}
+    expected = [hidden_states(trainer, leaf.weights) for leaf in trainer.models.teacher.leaves]
+    assert (expected[0] - expected[1]).abs().max() > 0
+    advance(trainer, 1)
+    trainer.models.teacher.load_state(state)
+    for leaf, before in zip(trainer.models.teacher.leaves, expected, strict=True):
+        assert_equal(hidden_states(trainer, leaf.weights), before)
 
 
-def test_a_log_ratio_and_the_measuring_pass_ask_each_rows_own(world_with):
+def test_log_ratio_and_token_statistics_use_the_routes(open_trainer):
     terms = Table({"pull": PolicyGradient(advantage=LogRatio(center="sequence", floor=-9.0, below_floor="leave_out"))})
-    world = world_with(losses=terms)
-    batch = rollouts_of(world)
-    leaves = world.models.teacher.leaves
+    trainer = open_trainer(losses=terms)
+    batch = rollouts_of(trainer)
+    leaves = trainer.models.teacher.leaves
     for r in batch:
-        own = leaves[r.teacher_route].weights.causal
+        causal = leaves[r.teacher_route].weights.causal
         ids = torch.tensor([[*r.teacher_prompt_ids, *r.completion_ids]])
         with torch.no_grad():
-            told = own(ids).logits[0, len(r.teacher_prompt_ids) - 1 : -1].log_softmax(-1)
-        expected = told[range(len(r.completion_ids)), r.completion_ids].tolist()
+            logprobs = causal(ids).logits[0, len(r.teacher_prompt_ids) - 1 : -1].log_softmax(-1)
+        expected = logprobs[range(len(r.completion_ids)), r.completion_ids].tolist()
         assert r.token_statistics["teacher_logprobs"] == pytest.approx(expected, abs=1e-4)
-    (measured,) = advance(world, 1)
-    assert measured.metrics["grad_norm"] > 0
+    (result,) = advance(trainer, 1)
+    assert result.metrics["grad_norm"] > 0
 
 
-def test_a_row_without_a_route_is_refused_by_name(world_with):
-    odd = ("math", "code", "math", "poetry", "code", None)
-    with pytest.raises(BadData) as refused:
-        world_with(data=data(odd))
-    assert str(refused.value) == (
+def test_row_without_a_route_is_named(open_trainer):
+    domains = ("math", "code", "math", "poetry", "code", None)
+    with pytest.raises(BadData) as caught:
+        open_trainer(data=routed_data(domains))
+    assert str(caught.value) == (
         "row 3: domain is 'poetry', which is not one of 'math', 'code', 'chat'\n"
         "row 5: domain is null, which is not one of 'math', 'code', 'chat'"
     )
 
 
-def test_a_held_out_row_without_a_route_is_refused(world_with, tiny_folder):
-    spec = evaluated(make_spec(tiny_folder))
+def test_held_out_row_without_a_route_is_refused(open_trainer, tiny_folder):
+    spec = with_evaluation(make_spec(tiny_folder))
     suites = {
-        name: evolve(suite, data=data(("math", "poetry"), 100)) for name, suite in spec.evaluation.suites.items()
+        name: evolve(suite, data=routed_data(("math", "poetry"), 100))
+        for name, suite in spec.evaluation.suites.items()
     }
     evaluation = evolve(spec.evaluation, suites=Table(suites))
     with pytest.raises(BadData, match="row 1: domain is 'poetry'"):
-        world_with(evaluation=evaluation, rewards=spec.rewards)
+        open_trainer(evaluation=evaluation, rewards=spec.rewards)
 
 
-def test_a_whole_run_with_evaluation(tiny_folder, other_folder, tmp_path, process_group):
+def test_complete_run_with_evaluation(tiny_folder, other_folder, tmp_path, process_group):
     base = make_spec(
         tiny_folder,
-        data=data(),
-        teacher=routed(math=EmaWeights(update_rate=0.1), code=FrozenWeights(), chat=StudentWeights()),
+        data=routed_data(),
+        teacher=routed_teacher(math=EmaWeights(update_rate=0.1), code=FrozenWeights(), chat=StudentWeights()),
     )
-    spec = evaluated(base)
+    spec = with_evaluation(base)
     suites = {
-        name: evolve(suite, data=data(("math", "code", "chat"), 100 * (1 + i)))
+        name: evolve(suite, data=routed_data(("math", "code", "chat"), 100 * (1 + i)))
         for i, (name, suite) in enumerate(spec.evaluation.suites.items())
     }
     spec = evolve(spec, evaluation=evolve(spec.evaluation, suites=Table(suites)))
@@ -243,7 +238,7 @@ def test_a_whole_run_with_evaluation(tiny_folder, other_folder, tmp_path, proces
 def test_smoke_runs_every_route(process_group, tiny_folder):
     spec = make_spec(
         tiny_folder,
-        teacher=routed(math=ExternalWeights(path="org/never-there"), code=FrozenWeights()),
-        data=data(("math", "code")),
+        teacher=routed_teacher(math=ExternalWeights(path="org/never-there"), code=FrozenWeights()),
+        data=routed_data(("math", "code")),
     )
-    assert len(smoke(spec, silent())) == 2
+    assert len(smoke(spec, silent_console())) == 2

@@ -1,4 +1,4 @@
-"""How long rows may be that completions share, and whether padding shows: measured on the model."""
+"""Probes of a model: the longest row that completions can share, and whether padding changes results."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ SIZES = {
     "pad_token_id": 1,
 }
 WINDOW = 64
-LONG, TEXT = 300, 150  # tokens of a shared row, of the longest text in it
+LONG, TEXT = 300, 150  # tokens of a shared row, and of the longest sequence in it
 
 
 def build(architecture, **changes):
@@ -43,16 +43,16 @@ SLIDING = {
     ),
     "another model": lambda: build("Gemma2", sliding_window=WINDOW, head_dim=32),
 }
-ALONE = {
+NOT_SHARED = {
     "attention and recurrence": lambda: build(
         "FalconH1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_state=16, mamba_d_head=16
     ),
     "recurrence alone": lambda: build("Mamba"),
     "convolution": lambda: build("Lfm2", layer_types=["conv", "full_attention"]),
     "positions by distance in the row": lambda: build("Bloom", n_head=2, n_layer=2),
-    "a kernel without such masks": lambda: kernel("flash_attention_2"),
+    "a kernel without such masks": lambda: with_kernel("flash_attention_2"),
 }
-FREE = {
+UNLIMITED = {
     "plain": lambda: build("Llama"),
     "window switched off": lambda: build("Qwen2", sliding_window=WINDOW, use_sliding_window=False),
     "window longer than any row": lambda: build("Mistral", sliding_window=4096),
@@ -60,7 +60,7 @@ FREE = {
 }
 
 
-def kernel(name):
+def with_kernel(name):
     weights = build("Llama")
     weights.causal.config._attn_implementation = name
     weights.hidden = lambda _: pytest.fail("a kernel that takes no mask was tried")
@@ -69,28 +69,28 @@ def kernel(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SLIDING)
-def test_shared_rows_end_where_a_window_does(name, dtype, monkeypatch):
+def test_shared_rows_are_limited_by_a_window(name, dtype, monkeypatch):
     weights = SLIDING[name]()
     weights.model.to(dtype)
     assert longest_shared(weights, CPU, LONG, TEXT) == WINDOW
     if dtype == torch.bfloat16:
         return
-    # The configuration says nothing.
+    # Without the window in the configuration, the probe measures it.
     monkeypatch.setattr(row_probe, "_attention_windows", lambda _: [])
     assert WINDOW // 2 < longest_shared(weights, CPU, LONG, TEXT) <= WINDOW
 
 
-@pytest.mark.parametrize("name", ALONE)
-def test_models_whose_completions_would_see_each_other_share_no_rows(name):
-    assert longest_shared(ALONE[name](), CPU, LONG, TEXT) == 0
+@pytest.mark.parametrize("name", NOT_SHARED)
+def test_models_that_mix_completions_share_no_rows(name):
+    assert longest_shared(NOT_SHARED[name](), CPU, LONG, TEXT) == 0
 
 
-@pytest.mark.parametrize("name", FREE)
-def test_others_share_rows_as_long_as_the_run_can_form(name):
-    assert longest_shared(FREE[name](), CPU, LONG, TEXT) == LONG
+@pytest.mark.parametrize("name", UNLIMITED)
+def test_other_models_share_rows_up_to_the_runs_limit(name):
+    assert longest_shared(UNLIMITED[name](), CPU, LONG, TEXT) == LONG
 
 
-def test_a_pass_with_a_row_longer_than_the_window_shares_none():
+def test_pass_with_a_row_longer_than_the_window_shares_no_rows():
     weights = SLIDING["every layer"]()
     draw = torch.Generator().manual_seed(1)
 
@@ -99,14 +99,14 @@ def test_a_pass_with_a_row_longer_than_the_window_shares_none():
 
     prompt, long = ids(10), ids(90)
     prompts, completions = [prompt, prompt, long], [ids(8), ids(8), ids(8)]
-    kept = [range(8)] * 3
+    positions = [range(8)] * 3
     with torch.no_grad():
-        found = weights.hidden(pad_sequences(prompts, completions, kept, WINDOW, CPU))
-        alone = [
+        packed = weights.hidden(pad_sequences(prompts, completions, positions, WINDOW, CPU))
+        separate = [
             weights.hidden(pad_sequences([p], [c], [range(8)], 0, CPU))
             for p, c in zip(prompts, completions, strict=True)
         ]
-    torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(packed, torch.cat(separate), atol=1e-5, rtol=1e-4)
     assert padded_tokens(prompts, completions, WINDOW) == 3 * 98
     assert padded_tokens(prompts[:2], completions[:2], WINDOW) == 10 + 16
 
@@ -124,21 +124,21 @@ LENGTH_DEPENDENT = {
 
 
 @pytest.mark.parametrize("name", LENGTH_DEPENDENT)
-def test_positions_that_depend_on_the_longest_row_show(name):
+def test_length_dependent_positions_are_detected(name):
     weights = build("Llama", max_position_embeddings=64, rope_scaling=LENGTH_DEPENDENT[name])
     assert padding_shows(weights, CPU, 200)
     assert not padding_shows(weights, CPU, 60)
 
 
 @pytest.mark.parametrize("name", ["every layer", "attention and recurrence", "recurrence alone"])
-def test_padding_does_not_show_under_windows_or_recurrence(name, tiny_tokenizer):
-    weights = (SLIDING | ALONE)[name]()
+def test_windows_and_recurrence_do_not_depend_on_padding(name, tiny_tokenizer):
+    weights = (SLIDING | NOT_SHARED)[name]()
     assert not padding_shows(weights, CPU, 200)
     assert not padding_shows_in_samples(weights, tiny_tokenizer, (1,))
 
 
-def unmasked(weights):
-    """The model, deaf to the mask of padding."""
+def ignore_mask(weights):
+    """The model, made to ignore the padding mask."""
     forward = weights.causal.model.forward
 
     def without_mask(*args, attention_mask=None, position_ids=None, **kwargs):
@@ -148,18 +148,18 @@ def unmasked(weights):
     return weights
 
 
-def test_a_sampler_that_sees_padding_is_noticed(tiny_tokenizer):
-    assert padding_shows_in_samples(unmasked(build("Llama")), tiny_tokenizer, (1,))
+def test_sampler_that_depends_on_padding_is_detected(tiny_tokenizer):
+    assert padding_shows_in_samples(ignore_mask(build("Llama")), tiny_tokenizer, (1,))
     assert not padding_shows_in_samples(build("Llama"), tiny_tokenizer, (1,))
 
 
-def test_where_padding_shows_in_samples_prompts_are_sampled_one_by_one(open_tiny, monkeypatch):
+def test_prompts_are_sampled_singly_if_padding_changes_samples(open_tiny, monkeypatch):
     monkeypatch.setattr("sdkit.train.row_probe.padding_shows_in_samples", lambda *_: True)
-    world = open_tiny()
-    assert world.sampler.backends.load(world.models.student, world.progress.optimizer_steps)[0].batch_size == 1
+    trainer = open_tiny()
+    assert trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)[0].batch_size == 1
 
 
-def test_where_padding_shows_in_training_the_run_is_refused(open_tiny, tiny_folder, monkeypatch):
+def test_run_is_refused_if_padding_changes_training(open_tiny, tiny_folder, monkeypatch):
     monkeypatch.setattr("sdkit.train.row_probe.padding_shows", lambda *_: True)
     with pytest.raises(BadData, match="other hidden states where it is padded") as caught:
         open_tiny()
@@ -167,7 +167,7 @@ def test_where_padding_shows_in_training_the_run_is_refused(open_tiny, tiny_fold
     assert open_tiny(make_spec(tiny_folder, training=training(micro_batch_tokens=1)))
 
 
-def test_a_run_with_a_window_trains_on_what_was_sampled(open_tiny, tiny_folder, tmp_path):
+def test_run_with_a_window_trains_on_the_sampled_tokens(open_tiny, tiny_folder, tmp_path):
     folder = tmp_path / "sliding"
     SLIDING["every layer"]().causal.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
@@ -175,8 +175,8 @@ def test_a_run_with_a_window_trains_on_what_was_sampled(open_tiny, tiny_folder, 
         Table({"prompt": "the lazy dog " * 30 + str(i), "demonstration": "x", "answer": "y"}) for i in range(4)
     )
     data = DataSpec(source=InlineSource(rows=rows), columns=COLUMNS)
-    world = open_tiny(make_spec(folder, data=data, rollout=rollout(completions_per_prompt=2)))
-    assert 0 < world.models.longest_pack <= WINDOW < world.setup.longest_sequence
-    for each in compute_token_statistics(world, rollouts_of(world), {"student_logprobs"}):
-        found = torch.tensor(each.token_statistics["student_logprobs"])
-        torch.testing.assert_close(found, torch.tensor(each.sampler_logprobs), atol=1e-4, rtol=1e-4)
+    trainer = open_tiny(make_spec(folder, data=data, rollout=rollout(completions_per_prompt=2)))
+    assert 0 < trainer.models.longest_pack <= WINDOW < trainer.setup.longest_sequence
+    for r in compute_token_statistics(trainer, rollouts_of(trainer), {"student_logprobs"}):
+        logprobs = torch.tensor(r.token_statistics["student_logprobs"])
+        torch.testing.assert_close(logprobs, torch.tensor(r.sampler_logprobs), atol=1e-4, rtol=1e-4)

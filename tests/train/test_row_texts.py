@@ -1,8 +1,8 @@
-"""What of a row reaches a model as text, in a run: completions, slots, attempts without their thinking."""
+"""The parts of a row that a run uses as text: completions, slots, attempts without their thinking."""
 
 import pytest
 from attrs import evolve
-from test_prompt_record import dated
+from test_prompt_record import copy_with_date
 from tinyruns import FrozenWeights, lines, make_spec, rollout, teacher, train, training
 from transformers import AutoTokenizer
 
@@ -23,27 +23,27 @@ def spec_of(folder, demonstration="d", answer="1", **changes):
 
 
 @pytest.mark.parametrize(
-    ("values", "named"), [({"demonstration": ["a", "b"]}, "demonstration"), ({"answer": [1]}, "answer")]
+    ("values", "column"), [({"demonstration": ["a", "b"]}, "demonstration"), ({"answer": [1]}, "answer")]
 )
-def test_a_column_that_a_run_reads_as_text_must_be_text(tiny_folder, tmp_path, values, named):
+def test_column_used_as_text_must_be_text(tiny_folder, tmp_path, values, column):
     spec = evolve(spec_of(tiny_folder, **values), rewards=Table({"right": ExactReward()}))
-    with pytest.raises(BadData, match=f"row 0: '{named}' is a list, not text") as caught:
+    with pytest.raises(BadData, match=f"row 0: '{column}' is a list, not text") as caught:
         RunData(spec, tmp_path, AutoTokenizer.from_pretrained(tiny_folder))
     assert caught.value.path == ("data",)
 
 
-def test_an_attempt_is_shown_without_the_thinking_that_its_prompt_opened(tiny_folder, tmp_path):
+def test_attempt_is_shown_without_the_thinking_opened_by_the_prompt(tiny_folder, tmp_path):
     invite = "<|im_start|>assistant\n"
-    model = dated(tiny_folder, tmp_path / "model", "")
+    model = copy_with_date(tiny_folder, tmp_path / "model", "")
     path = model / "chat_template.jinja"
-    opened = path.read_text().replace(invite, invite + "<think>\n")
-    assert opened != path.read_text()
-    path.write_text(opened)
+    opened_template = path.read_text().replace(invite, invite + "<think>\n")
+    assert opened_template != path.read_text()
+    path.write_text(opened_template)
     sees = UserTurn(template="{prompt} [{own}]", slots=Table({"own": OwnAttempt()}))
-    said = [{"role": "assistant", "content": "PRIVATE </think> 4"}]
-    spec = spec_of(model, said, teacher=teacher(FrozenWeights(), sees))
+    answer = [{"role": "assistant", "content": "PRIVATE </think> 4"}]
+    spec = spec_of(model, answer, teacher=teacher(FrozenWeights(), sees))
     spec = evolve(spec, rewards=Table({"right": ExactReward()}))
     folder = train(spec, tmp_path / "run")
-    shown = lines(next((folder / "samples").iterdir()))[0]
-    assert "q [4]" in shown["teacher_prompt"]
-    assert shown["completion"].startswith("PRIVATE </think> 4")
+    sample = lines(next((folder / "samples").iterdir()))[0]
+    assert "q [4]" in sample["teacher_prompt"]
+    assert sample["completion"].startswith("PRIVATE </think> 4")

@@ -1,4 +1,4 @@
-"""A whole run: what it leaves behind, that it repeats itself, and that a stopped one goes on as if nothing had been."""
+"""A complete run: its files, that it is reproducible, and that a stopped run resumes to the same result."""
 
 import json
 import os
@@ -9,20 +9,21 @@ import torch
 from tinyruns import (
     LORA,
     advance,
+    assert_equal,
     distil,
-    evaluated,
     inline,
     lines,
     make_spec,
     metrics,
     model,
+    read_status,
     rollout,
     rollouts_of,
-    same,
     teacher,
     train,
     training,
     weights_of,
+    with_evaluation,
 )
 
 from sdkit.language.errors import BadData, NumericsGuard, RunFailed, Stopped, UnreadableInput
@@ -43,17 +44,10 @@ from sdkit.train.report import Report
 EMA = teacher(EmaWeights(update_rate=0.3))
 
 
-def status(folder):
-    return json.loads((folder / "status.json").read_text())
-
-
-# ── what a run leaves behind ──────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
 def full_spec(tiny_folder):
     output = OutputSpec(samples_every=2, samples=2, tensorboard=True)
-    return evaluated(make_spec(tiny_folder, teacher=EMA, output=output), every=2)
+    return with_evaluation(make_spec(tiny_folder, teacher=EMA, output=output), every=2)
 
 
 @pytest.fixture(scope="module")
@@ -61,29 +55,29 @@ def done(full_spec, tmp_path_factory):
     return train(full_spec, tmp_path_factory.mktemp("runs") / "run")
 
 
-def test_the_spec_is_kept_as_written_and_as_resolved(done, full_spec):
+def test_spec_is_stored_as_written_and_resolved(done, full_spec):
     from sdkit.language.resolved import resolved
 
     assert (done / "spec.yaml").read_text() == "# as written\n"
     assert json.loads((done / "resolved.yaml").read_text()) == json.loads(json.dumps(resolved(full_spec)))
 
 
-def test_provenance(done):
-    kept = json.loads((done / "provenance.json").read_text())
-    assert {"argv", "started", "python", "platform", "versions", "git"} <= kept.keys()
-    assert {"torch", "transformers", "deepspeed"} <= kept["versions"].keys()
-    assert kept["seed"] == 0
-    assert set(kept["data"]) == {"train", "suite sums", "suite more"}
-    assert all(len(digest) == 64 for digest in kept["data"].values())
-    assert kept["model"]["located"]
+def test_provenance_is_stored(done):
+    provenance = json.loads((done / "provenance.json").read_text())
+    assert {"argv", "started", "python", "platform", "versions", "git"} <= provenance.keys()
+    assert {"torch", "transformers", "deepspeed"} <= provenance["versions"].keys()
+    assert provenance["seed"] == 0
+    assert set(provenance["data"]) == {"train", "suite sums", "suite more"}
+    assert all(len(digest) == 64 for digest in provenance["data"].values())
+    assert provenance["model"]["located"]
 
 
 def test_status_is_done(done):
-    assert status(done)["state"] == "done"
-    assert status(done)["step"] == 3
+    assert read_status(done)["state"] == "done"
+    assert read_status(done)["step"] == 3
 
 
-def test_metrics_are_one_object_a_line(done):
+def test_metrics_have_one_object_per_line(done):
     trained = [line for line in lines(done / "metrics.jsonl") if "grad_norm" in line]
     assert [line["step"] for line in trained] == [1, 2, 3]
     for line in trained:
@@ -93,10 +87,10 @@ def test_metrics_are_one_object_a_line(done):
     assert [line["tokens_generated"] for line in trained] == sorted(line["tokens_generated"] for line in trained)
 
 
-def test_evaluations_stand_at_both_ends_and_in_between(done):
-    found = [line for line in lines(done / "metrics.jsonl") if "eval/score" in line]
-    assert [line["step"] for line in found] == [0, 2, 3]
-    for line in found:
+def test_evaluations_run_first_last_and_in_between(done):
+    evaluations = [line for line in lines(done / "metrics.jsonl") if "eval/score" in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 3]
+    for line in evaluations:
         for name in ("eval/score", "eval/sums/greedy/right", "eval/sums/drawn/number"):
             assert line[f"{name}_low"] <= line[name] <= line[f"{name}_high"]
             assert line[f"{name}_n"] == 4
@@ -107,7 +101,7 @@ def test_evaluations_stand_at_both_ends_and_in_between(done):
     assert lift["step"] == 0
 
 
-def test_every_completion_and_its_scores_are_kept(done):
+def test_every_completion_and_its_scores_are_stored(done):
     assert sorted(p.name for p in (done / "evaluations").iterdir()) == [
         f"step_00000{step}.jsonl" for step in (0, 2, 3)
     ]
@@ -115,12 +109,12 @@ def test_every_completion_and_its_scores_are_kept(done):
     assert len(records) == 4 * (1 + 2) + 3 * 2
     keys = {"suite", "decoding", "row", "prompt", "completion", "scores", "feedback"}
     assert keys == records[0].keys()
-    kept = [r["scores"]["number"] for r in records if (r["suite"], r["decoding"]) == ("sums", "drawn")]
-    measured = metrics(done)[-1]["eval/sums/drawn/number"]
-    assert sum(kept) / len(kept) == pytest.approx(measured)
+    values = [r["scores"]["number"] for r in records if (r["suite"], r["decoding"]) == ("sums", "drawn")]
+    expected = metrics(done)[-1]["eval/sums/drawn/number"]
+    assert sum(values) / len(values) == pytest.approx(expected)
 
 
-def test_rollouts_and_samples(done):
+def test_rollouts_and_samples_are_stored(done):
     for step in range(3):
         (records,) = [lines(done / "rollouts" / f"step_{step:06d}.jsonl")]
         assert len(records) == 4
@@ -137,17 +131,17 @@ def test_rollouts_and_samples(done):
         assert isinstance(sample["completion"], str)
 
 
-def test_tensorboard_has_the_same_figures(done):
+def test_tensorboard_has_the_same_metrics(done):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(done / "tensorboard")).Reload()
-    drawn = {event.step: event.value for event in events.Scalars("loss")}
-    kept = {m["step"]: m["loss"] for m in metrics(done) if "loss" in m}
-    assert drawn == pytest.approx(kept, rel=1e-5)
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    expected = {m["step"]: m["loss"] for m in metrics(done) if "loss" in m}
+    assert logged == pytest.approx(expected, rel=1e-5)
     assert len(events.Scalars("eval/score")) == 3
 
 
-def test_plot_and_result(done):
+def test_plot_and_result_are_written(done):
     assert (done / "plot.png").read_bytes()[:4] == b"\x89PNG"
     result = json.loads((done / "result.json").read_text())
     assert len(result) == 2 * 2 + 2 * 1
@@ -155,7 +149,7 @@ def test_plot_and_result(done):
     assert result[0]["after"][0] - result[0]["before"][0] == pytest.approx(result[0]["change"][0])
 
 
-def test_the_model_is_the_trained_one(done, tiny_folder):
+def test_saved_model_is_the_trained_one(done, tiny_folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     trained = AutoModelForCausalLM.from_pretrained(done / "model")
@@ -166,21 +160,18 @@ def test_the_model_is_the_trained_one(done, tiny_folder):
     with torch.no_grad():
         assert (trained(ids).logits - start(ids).logits).abs().max() > 1e-2
     for name, value in weights_of(done).items():
-        same(value, trained.get_parameter(name).detach())
+        assert_equal(value, trained.get_parameter(name).detach())
 
 
-def test_nothing_half_written_remains(done):
+def test_no_partial_file_remains(done):
     assert not [p for p in done.rglob("*") if "partial" in p.name]
 
 
-# ── the same run twice ────────────────────────────────────────────────────────────────────────
-
-
-def test_the_same_spec_gives_the_same_run(done, full_spec, tmp_path):
-    again = train(full_spec, tmp_path / "again")
-    assert metrics(again) == metrics(done)
+def test_run_is_reproducible(done, full_spec, tmp_path):
+    repeated = train(full_spec, tmp_path / "again")
+    assert metrics(repeated) == metrics(done)
     for name, value in weights_of(done).items():
-        same(weights_of(again)[name], value)
+        assert_equal(weights_of(repeated)[name], value)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
@@ -192,15 +183,12 @@ def test_another_seed_gives_another_run(tiny_folder, tmp_path, lora):
         )
         for i, s in enumerate((3, 3, 4))
     ]
-    first, again, other = map(metrics, runs)
-    assert first == again
+    first, repeated, other = map(metrics, runs)
+    assert first == repeated
     assert first != other
 
 
-# ── whose folder is it ────────────────────────────────────────────────────────────────────────
-
-
-def test_a_run_is_never_overwritten_unasked(full_spec, tmp_path):
+def test_run_is_not_overwritten_by_default(full_spec, tmp_path):
     spec = make_spec(full_spec.model.path, training=training(steps=1))
     folder = train(spec, tmp_path / "run")
     with pytest.raises(UnreadableInput, match="exists"):
@@ -208,10 +196,10 @@ def test_a_run_is_never_overwritten_unasked(full_spec, tmp_path):
     (folder / "old").touch()
     train(spec, folder, overwrite=True)
     assert not (folder / "old").exists()
-    assert status(folder)["state"] == "done"
+    assert read_status(folder)["state"] == "done"
 
 
-def test_a_folder_that_is_not_a_run_is_left_alone(full_spec, tmp_path):
+def test_folder_without_a_run_is_never_overwritten(full_spec, tmp_path):
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / "chapter.tex").write_text("precious")
@@ -228,11 +216,8 @@ def test_bad_data_leave_no_folder(tiny_folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# ── stop and resume ───────────────────────────────────────────────────────────────────────────
-
-
 def long_spec(folder, dtype="float32", stage=0, lora=None):
-    return evaluated(
+    return with_evaluation(
         make_spec(
             folder,
             model=model(folder, dtype, lora),
@@ -245,23 +230,23 @@ def long_spec(folder, dtype="float32", stage=0, lora=None):
     )
 
 
-def stop_after(monkeypatch, step, how):
-    """Have `how` happen while the report of this step is written."""
+def act_after_step(monkeypatch, step, action):
+    """Call `action` while the report of this step is written."""
     report = Report.step
 
-    def reported(self, done, *args):
-        report(self, done, *args)
-        if done == step:
-            how()
+    def report_and_act(self, finished_step, *args):
+        report(self, finished_step, *args)
+        if finished_step == step:
+            action()
 
-    monkeypatch.setattr(Report, "step", reported)
+    monkeypatch.setattr(Report, "step", report_and_act)
 
 
-def terminated():
+def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def crashed():
+def crash():
     raise RuntimeError("the power went")
 
 
@@ -275,87 +260,84 @@ def straight(request, tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("step", "how", "error", "state"),
-    [(2, terminated, Stopped, "stopped"), (3, terminated, Stopped, "stopped"), (3, crashed, RunFailed, "failed")],
-    ids=["asked after 2", "asked after 3", "crashed after 3"],
+    ("step", "action", "error", "state"),
+    [(2, terminate, Stopped, "stopped"), (3, terminate, Stopped, "stopped"), (3, crash, RunFailed, "failed")],
+    ids=["stopped after 2", "stopped after 3", "crashed after 3"],
 )
-def test_a_resumed_run_is_the_run(straight, tmp_path, monkeypatch, step, how, error, state):
-    spec, whole = straight
+def test_resumed_run_equals_the_uninterrupted_run(straight, tmp_path, monkeypatch, step, action, error, state):
+    spec, uninterrupted = straight
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_after(patch, step, how)
+        act_after_step(patch, step, action)
         with pytest.raises(error) as caught:
             train(spec, folder)
-    assert status(folder)["state"] == state
+    assert read_status(folder)["state"] == state
     if error is Stopped:
         assert caught.value.exit_code == 7
         assert "--resume" in caught.value.hint
     train(spec, folder, resume=True)
-    assert status(folder)["state"] == "done"
-    assert metrics(folder) == metrics(whole)
-    for name, value in weights_of(whole).items():
-        same(weights_of(folder)[name], value)
-    assert (folder / "result.json").read_text() == (whole / "result.json").read_text()
-    for kept in ("rollouts", "samples", "evaluations"):
-        texts = [{p.name: p.read_text() for p in (f / kept).iterdir()} for f in (folder, whole)]
+    assert read_status(folder)["state"] == "done"
+    assert metrics(folder) == metrics(uninterrupted)
+    for name, value in weights_of(uninterrupted).items():
+        assert_equal(weights_of(folder)[name], value)
+    assert (folder / "result.json").read_text() == (uninterrupted / "result.json").read_text()
+    for name_of_folder in ("rollouts", "samples", "evaluations"):
+        texts = [{p.name: p.read_text() for p in (f / name_of_folder).iterdir()} for f in (folder, uninterrupted)]
         assert texts[0] == texts[1]
 
 
-def test_a_run_without_checkpoints_cannot_be_resumed(done, full_spec):
+def test_run_without_checkpoints_cannot_be_resumed(done, full_spec):
     with pytest.raises(UnreadableInput, match="no checkpoint to resume from"):
         train(full_spec, done, resume=True)
-    assert status(done)["state"] == "done"
+    assert read_status(done)["state"] == "done"
 
 
-def test_the_last_step_is_not_stopped_before_its_end(tiny_folder, tmp_path, monkeypatch):
-    stop_after(monkeypatch, 1, terminated)
+def test_stop_during_the_last_step_lets_the_run_finish(tiny_folder, tmp_path, monkeypatch):
+    act_after_step(monkeypatch, 1, terminate)
     folder = train(make_spec(tiny_folder, training=training(steps=1)), tmp_path / "run")
-    assert status(folder)["state"] == "done"
-
-
-# ── who samples ───────────────────────────────────────────────────────────────────────────────
+    assert read_status(folder)["state"] == "done"
 
 
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 @pytest.mark.parametrize("prompt", ["student", "teacher"])
-def test_weights_and_prompt_of_the_sampler(open_tiny, weights, prompt):
-    world = open_tiny(
+def test_sampler_uses_the_chosen_weights_and_prompt(open_tiny, weights, prompt):
+    trainer = open_tiny(
         teacher=teacher(FrozenWeights()),
         rollout=rollout(sampled_by=TeacherSamples(weights=weights, prompt=prompt)),
         optimizer=OptimizerSpec(lr=1e-2),
     )
-    advance(world)
-    for r in rollouts_of(world, 3):
-        seen = {
+    advance(trainer)
+    for r in rollouts_of(trainer, 3):
+        logprobs_by_sampler = {
             (w, p): logprobs(of, ids, r.completion_ids)
-            for w, of in (("student", world.models.student), ("teacher", world.models.teacher.weights))
+            for w, of in (("student", trainer.models.student), ("teacher", trainer.models.teacher.weights))
             for p, ids in (("student", r.prompt_ids), ("teacher", r.teacher_prompt_ids))
         }
-        for pair, expected in seen.items():
-            apart = (torch.tensor(r.sampler_logprobs) - expected).abs().max()
-            assert (apart < 1e-4) == (pair == (weights, prompt))
+        for pair, expected in logprobs_by_sampler.items():
+            gap = (torch.tensor(r.sampler_logprobs) - expected).abs().max()
+            assert (gap < 1e-4) == (pair == (weights, prompt))
 
 
 def logprobs(weights, prompt, completion):
     ids = torch.tensor([[*prompt, *completion]])
     with torch.no_grad(), weights.active() as causal:
-        told = causal(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    return told.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+        all_logprobs = causal(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return all_logprobs.gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 @pytest.mark.parametrize("prompt", ["student", "teacher"])
-def test_a_whole_run_sampled_by(tiny_folder, tmp_path, weights, prompt):
+def test_complete_run_with_each_sampler(tiny_folder, tmp_path, weights, prompt):
     sampler = TeacherSamples(weights=weights, prompt=prompt)
     spec = make_spec(tiny_folder, teacher=EMA, rollout=rollout(sampled_by=sampler), training=training(steps=2))
     folder = train(spec, tmp_path / "run")
     name = "prompt_ids" if prompt == "student" else "teacher_prompt_ids"
     for record in lines(folder / "rollouts" / "step_000001.jsonl"):
         assert record["sampled_from_ids"] == record[name]
-    assert status(folder)["state"] == "done"
+    assert read_status(folder)["state"] == "done"
 
 
-def test_the_data_sets_own_completions(tiny_folder, tiny_tokenizer, tmp_path):
+def test_run_on_completions_of_the_data_set(tiny_folder, tiny_tokenizer, tmp_path):
     spec = make_spec(
         tiny_folder,
         teacher=None,
@@ -374,24 +356,18 @@ def test_the_data_sets_own_completions(tiny_folder, tiny_tokenizer, tmp_path):
     assert losses[-1] < losses[0]
 
 
-# ── when numbers go wrong ─────────────────────────────────────────────────────────────────────
-
-
-def test_three_bad_gradients_in_a_row_end_a_run(tiny_folder, tmp_path):
+def test_three_skipped_steps_in_a_row_end_a_run(tiny_folder, tmp_path):
     spec = make_spec(tiny_folder, optimizer=OptimizerSpec(lr=1e6, max_grad_norm=1e12), training=training(steps=9))
     with pytest.raises(NumericsGuard, match="3 optimizer steps in a row") as caught:
         train(spec, tmp_path / "run")
     assert caught.value.exit_code == 8
-    assert status(tmp_path / "run")["state"] == "failed"
-    assert "optimizer steps in a row" in status(tmp_path / "run")["reason"]
+    assert read_status(tmp_path / "run")["state"] == "failed"
+    assert "optimizer steps in a row" in read_status(tmp_path / "run")["reason"]
     skipped = [line["skipped_steps"] for line in metrics(tmp_path / "run")]
     assert skipped == [0, 1, 1]
 
 
-# ── adapters ──────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_run_with_adapters_leaves_the_adapter_and_a_merged_model(tiny_folder, tmp_path):
+def test_run_with_adapters_saves_the_adapter_and_a_merged_model(tiny_folder, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -414,9 +390,9 @@ def test_a_run_with_adapters_leaves_the_adapter_and_a_merged_model(tiny_folder, 
     assert not any("lora" in name for name in weights_of(folder))
 
 
-@pytest.mark.parametrize(("choice", "left"), [("drop", 2), ("keep", 6)])
-def test_a_suite_may_keep_its_prompts_in_training(tiny_folder, tiny_tokenizer, tmp_path, choice, left):
-    """Four of the six training rows are held out too."""
+@pytest.mark.parametrize(("choice", "expected"), [("drop", 2), ("keep", 6)])
+def test_suite_can_keep_its_prompts_in_training(tiny_folder, tiny_tokenizer, tmp_path, choice, expected):
+    """Four of the six training rows are also held out."""
     suite = Suite(data=inline(4), score="right", same_prompts=choice)
-    spec = evaluated(make_spec(tiny_folder), suites=Table({"sums": suite}))
-    assert len(RunData(spec, tmp_path, tiny_tokenizer).train) == left
+    spec = with_evaluation(make_spec(tiny_folder), suites=Table({"sums": suite}))
+    assert len(RunData(spec, tmp_path, tiny_tokenizer).train) == expected

@@ -1,8 +1,20 @@
-"""What the teacher is: live, frozen, averaged or copied weights, with full fine-tuning and with adapters."""
+"""Teacher weights: live, frozen, averaged or copied, with full fine-tuning and with adapters."""
 
 import pytest
 import torch
-from tinyruns import LORA, PRECISIONS, advance, masters, model, rollouts_of, same, silent, states, teacher, training
+from tinyruns import (
+    LORA,
+    PRECISIONS,
+    advance,
+    assert_equal,
+    hidden_states,
+    masters,
+    model,
+    rollouts_of,
+    silent_console,
+    teacher,
+    training,
+)
 
 from sdkit.language.schedules import scalar_at
 from sdkit.language.specs import CopyWeights, EmaWeights, FrozenWeights, OptimizerSpec, Schedule, StudentWeights
@@ -17,8 +29,8 @@ ONE_FORM = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 
 
 @pytest.fixture
-def world_with(open_tiny, tiny_folder):
-    def opened(weights, dtype="float32", stage=0, lora=None, lr=1e-2, **more):
+def open_trainer(open_tiny, tiny_folder):
+    def make_trainer(weights, dtype="float32", stage=0, lora=None, lr=1e-2, **more):
         return open_tiny(
             model=model(tiny_folder, dtype, lora),
             teacher=teacher(weights),
@@ -26,95 +38,99 @@ def world_with(open_tiny, tiny_folder):
             optimizer=OptimizerSpec(lr=lr),
         )
 
-    return opened
+    return make_trainer
 
 
-def moved(before, after):
+def differs(before, after):
     return (before - after).abs().max() > 0
 
 
 @EVERY_FORM
-def test_a_live_teacher_is_the_student(world_with, dtype, stage, lora):
-    world = world_with(StudentWeights(), dtype, stage, lora)
-    start = states(world, world.models.student)
-    advance(world)
-    same(states(world, world.models.teacher.weights), states(world, world.models.student))
-    assert moved(start, states(world, world.models.student))
+def test_live_teacher_is_the_student(open_trainer, dtype, stage, lora):
+    trainer = open_trainer(StudentWeights(), dtype, stage, lora)
+    start = hidden_states(trainer, trainer.models.student)
+    advance(trainer)
+    assert_equal(
+        hidden_states(trainer, trainer.models.teacher.weights), hidden_states(trainer, trainer.models.student)
+    )
+    assert differs(start, hidden_states(trainer, trainer.models.student))
 
 
 @EVERY_FORM
-def test_a_frozen_teacher_stays_the_start_model(world_with, dtype, stage, lora):
-    world = world_with(FrozenWeights(), dtype, stage, lora)
-    start = states(world, world.models.student)
-    advance(world)
-    same(states(world, world.models.teacher.weights), start)
-    assert moved(start, states(world, world.models.student))
+def test_frozen_teacher_stays_the_start_model(open_trainer, dtype, stage, lora):
+    trainer = open_trainer(FrozenWeights(), dtype, stage, lora)
+    start = hidden_states(trainer, trainer.models.student)
+    advance(trainer)
+    assert_equal(hidden_states(trainer, trainer.models.teacher.weights), start)
+    assert differs(start, hidden_states(trainer, trainer.models.student))
 
 
 @EVERY_FORM
-def test_an_average_is_the_float32_average_of_the_masters(world_with, dtype, stage, lora):
+def test_average_teacher_follows_the_float32_masters(open_trainer, dtype, stage, lora):
     rate = 0.3
-    world = world_with(EmaWeights(update_rate=rate), dtype, stage, lora)
-    expected = masters(world)
+    trainer = open_trainer(EmaWeights(update_rate=rate), dtype, stage, lora)
+    expected = masters(trainer)
     for _ in range(4):
-        advance(world, 1)
-        now = masters(world)
-        expected = {name: value.lerp(now[name], rate) for name, value in expected.items()}
-    assert world.models.teacher.shadow.keys() == expected.keys()
+        advance(trainer, 1)
+        current = masters(trainer)
+        expected = {name: value.lerp(current[name], rate) for name, value in expected.items()}
+    assert trainer.models.teacher.shadow.keys() == expected.keys()
     for name, value in expected.items():
-        assert world.models.teacher.shadow[name].dtype == torch.float32
-        same(world.models.teacher.shadow[name], value)
-        same(world.models.teacher.parameters[name], value.to(world.models.teacher.parameters[name].dtype))
-    assert moved(states(world, world.models.teacher.weights), states(world, world.models.student))
+        assert trainer.models.teacher.shadow[name].dtype == torch.float32
+        assert_equal(trainer.models.teacher.shadow[name], value)
+        assert_equal(trainer.models.teacher.parameters[name], value.to(trainer.models.teacher.parameters[name].dtype))
+    assert differs(
+        hidden_states(trainer, trainer.models.teacher.weights), hidden_states(trainer, trainer.models.student)
+    )
 
 
 @EVERY_FORM
-def test_rate_0_is_frozen_and_rate_1_is_live(world_with, dtype, stage, lora):
-    still = world_with(EmaWeights(update_rate=0.0), dtype, stage, lora)
-    start = states(still, still.models.student)
-    advance(still)
-    same(states(still, still.models.teacher.weights), start)
-    close = world_with(EmaWeights(update_rate=1.0), dtype, stage, lora)
-    advance(close)
-    same(states(close, close.models.teacher.weights), states(close, close.models.student))
+def test_rate_0_is_frozen_and_rate_1_is_live(open_trainer, dtype, stage, lora):
+    frozen = open_trainer(EmaWeights(update_rate=0.0), dtype, stage, lora)
+    start = hidden_states(frozen, frozen.models.student)
+    advance(frozen)
+    assert_equal(hidden_states(frozen, frozen.models.teacher.weights), start)
+    live = open_trainer(EmaWeights(update_rate=1.0), dtype, stage, lora)
+    advance(live)
+    assert_equal(hidden_states(live, live.models.teacher.weights), hidden_states(live, live.models.student))
 
 
 @EVERY_FORM
-def test_only_the_student_is_trained(world_with, dtype, stage, lora):
-    world = world_with(EmaWeights(update_rate=0.5), dtype, stage, lora)
-    asked = {n for n, p in world.models.student.model.named_parameters() if p.requires_grad}
-    assert {n for n, _ in world.learner.masters()} == asked
-    own = {id(t) for t in world.models.teacher.parameters.values()}
-    optimized = {id(p) for g in world.learner.zero.engine.basic_optimizer.param_groups for p in g["params"]}
-    assert not own & ({id(p) for _, p in world.learner.zero.named} | optimized)
-    assert not any(t.requires_grad for t in world.models.teacher.parameters.values())
+def test_only_the_student_is_trained(open_trainer, dtype, stage, lora):
+    trainer = open_trainer(EmaWeights(update_rate=0.5), dtype, stage, lora)
+    trainable = {n for n, p in trainer.models.student.model.named_parameters() if p.requires_grad}
+    assert {n for n, _ in trainer.learner.masters()} == trainable
+    teacher_tensors = {id(t) for t in trainer.models.teacher.parameters.values()}
+    optimized = {id(p) for g in trainer.learner.zero.engine.basic_optimizer.param_groups for p in g["params"]}
+    assert not teacher_tensors & ({id(p) for _, p in trainer.learner.zero.named} | optimized)
+    assert not any(t.requires_grad for t in trainer.models.teacher.parameters.values())
     if lora:
-        assert asked == {n for n, _ in world.models.student.model.named_parameters() if ".default." in n}
+        assert trainable == {n for n, _ in trainer.models.student.model.named_parameters() if ".default." in n}
     else:
-        assert not any(p.requires_grad for p in world.models.teacher.weights.model.parameters())
-        assert asked == {n for n, _ in world.models.student.model.named_parameters()}
+        assert not any(p.requires_grad for p in trainer.models.teacher.weights.model.parameters())
+        assert trainable == {n for n, _ in trainer.models.student.model.named_parameters()}
 
 
 @EVERY_FORM
-def test_a_skipped_step_moves_nothing(world_with, dtype, stage, lora):
-    world = world_with(EmaWeights(update_rate=0.5), dtype, stage, lora)
-    before, start = masters(world), dict(world.models.teacher.state())
-    _, parameter = world.learner.zero.named[0]
-    spoiled = parameter.register_hook(lambda gradient: gradient * float("nan"))
-    (measured,) = advance(world, 1)
-    spoiled.remove()
-    assert not measured.applied
-    assert world.progress.optimizer_steps == 0
-    for name, value in masters(world).items():
-        same(value, before[name])
-        same(world.models.teacher.shadow[name], start[name])
-    (measured,) = advance(world, 1)
-    assert measured.applied
-    assert any(moved(value, before[name]) for name, value in masters(world).items())
+def test_skipped_step_changes_no_weights(open_trainer, dtype, stage, lora):
+    trainer = open_trainer(EmaWeights(update_rate=0.5), dtype, stage, lora)
+    before, start = masters(trainer), dict(trainer.models.teacher.state())
+    _, parameter = trainer.learner.zero.named[0]
+    hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+    (result,) = advance(trainer, 1)
+    hook.remove()
+    assert not result.applied
+    assert trainer.progress.optimizer_steps == 0
+    for name, value in masters(trainer).items():
+        assert_equal(value, before[name])
+        assert_equal(trainer.models.teacher.shadow[name], start[name])
+    (result,) = advance(trainer, 1)
+    assert result.applied
+    assert any(differs(value, before[name]) for name, value in masters(trainer).items())
 
 
 @pytest.mark.parametrize(
-    ("weights", "moves"),
+    ("weights", "updates"),
     [
         (EmaWeights(update_rate=0.5, every="optimizer_step"), [1, 2, 3, 4]),
         (EmaWeights(update_rate=0.5, every="rollout_batch"), [2, 4]),
@@ -123,169 +139,168 @@ def test_a_skipped_step_moves_nothing(world_with, dtype, stage, lora):
         (FrozenWeights(), []),
     ],
 )
-def test_when_the_teacher_follows(world_with, tmp_path, monkeypatch, weights, moves):
+def test_teacher_is_updated_at_its_interval(open_trainer, tmp_path, monkeypatch, weights, updates):
     from sdkit.runs import directory
     from sdkit.train import loop
     from sdkit.train.report import Report
 
-    world = world_with(weights, steps=2, updates_per_rollout=2)
-    seen = []
-    if moves:
-        follow = world.models.teacher._update_shadow
+    trainer = open_trainer(weights, steps=2, updates_per_rollout=2)
+    calls = []
+    if updates:
+        follow = trainer.models.teacher._update_shadow
         monkeypatch.setattr(
-            world.models.teacher,
+            trainer.models.teacher,
             "_update_shadow",
-            lambda *given: seen.append((world.learner.zero.engine.global_steps, given[1])) or follow(*given),
+            lambda *arguments: (
+                calls.append((trainer.learner.zero.engine.global_steps, arguments[1])) or follow(*arguments)
+            ),
         )
     run = directory.create(tmp_path / "run", tensorboard=False)
-    loop.run(world, Report(run, silent(), world.setup))
-    assert world.progress.optimizer_steps == 4
+    loop.run(trainer, Report(run, silent_console(), trainer.setup))
+    assert trainer.progress.optimizer_steps == 4
     rate = getattr(weights, "update_rate", 1.0)
-    assert seen == [(update, rate) for update in moves]
+    assert calls == [(update, rate) for update in updates]
 
 
 @ONE_FORM
-def test_a_copy_is_the_student_of_its_last_renewal(world_with, lora):
-    world = world_with(CopyWeights(every=2), lora=lora)
-    advance(world, 2)
-    renewed = states(world, world.models.student)
-    same(states(world, world.models.teacher.weights), renewed)
-    advance(world, 1)
-    same(states(world, world.models.teacher.weights), renewed)
-    assert moved(states(world, world.models.student), renewed)
+def test_copy_stays_until_its_next_renewal(open_trainer, lora):
+    trainer = open_trainer(CopyWeights(every=2), lora=lora)
+    advance(trainer, 2)
+    renewed = hidden_states(trainer, trainer.models.student)
+    assert_equal(hidden_states(trainer, trainer.models.teacher.weights), renewed)
+    advance(trainer, 1)
+    assert_equal(hidden_states(trainer, trainer.models.teacher.weights), renewed)
+    assert differs(hidden_states(trainer, trainer.models.student), renewed)
 
 
-def test_a_schedule_moves_the_rate(world_with):
+def test_update_rate_can_be_scheduled(open_trainer):
     rate = Schedule(start=1.0, to=0.0, steps=2)
-    world = world_with(EmaWeights(update_rate=rate))
-    expected = masters(world)
+    trainer = open_trainer(EmaWeights(update_rate=rate))
+    expected = masters(trainer)
     for share in (0.5, 0.0, 0.0):
-        advance(world, 1)
-        now = masters(world)
-        expected = {name: value.lerp(now[name], share) for name, value in expected.items()}
+        advance(trainer, 1)
+        current = masters(trainer)
+        expected = {name: value.lerp(current[name], share) for name, value in expected.items()}
     for name, value in expected.items():
-        same(world.models.teacher.shadow[name], value)
+        assert_equal(trainer.models.teacher.shadow[name], value)
 
 
-def test_a_scheduled_scalar():
-    line, curve = (Schedule(start=2.0, to=4.0, steps=4, shape=s) for s in ("linear", "cosine"))
-    assert [scalar_at(line, step) for step in (0, 1, 2, 4, 9)] == [2.0, 2.5, 3.0, 4.0, 4.0]
-    assert scalar_at(curve, 2) == pytest.approx(3.0)
-    assert scalar_at(curve, 1) == pytest.approx(3 - 2**-0.5)
+def test_scheduled_scalar_values():
+    linear, cosine = (Schedule(start=2.0, to=4.0, steps=4, shape=s) for s in ("linear", "cosine"))
+    assert [scalar_at(linear, step) for step in (0, 1, 2, 4, 9)] == [2.0, 2.5, 3.0, 4.0, 4.0]
+    assert scalar_at(cosine, 2) == pytest.approx(3.0)
+    assert scalar_at(cosine, 1) == pytest.approx(3 - 2**-0.5)
     assert scalar_at(0.7, 5) == 0.7
 
 
-def test_distance_is_relative_to_the_student(world_with):
-    world = world_with(EmaWeights(update_rate=0.25))
-    (measured,) = advance(world, 1)
-    now = masters(world)
-    apart = sum((world.models.teacher.shadow[n] - v).square().sum() for n, v in now.items())
-    size = sum(v.square().sum() for v in now.values())
-    assert measured.metrics["teacher_distance"] == pytest.approx((apart / size).sqrt().item())
+def test_distance_is_relative_to_the_student(open_trainer):
+    trainer = open_trainer(EmaWeights(update_rate=0.25))
+    (result,) = advance(trainer, 1)
+    current = masters(trainer)
+    squared_distance = sum((trainer.models.teacher.shadow[n] - v).square().sum() for n, v in current.items())
+    squared_norm = sum(v.square().sum() for v in current.values())
+    assert result.metrics["teacher_distance"] == pytest.approx((squared_distance / squared_norm).sqrt().item())
 
 
-def test_a_state_restores_an_average(world_with):
-    world = world_with(EmaWeights(update_rate=0.5), "bfloat16", 1)
-    advance(world, 2)
-    kept = {name: value.clone() for name, value in world.models.teacher.state().items()}
-    seen = states(world, world.models.teacher.weights)
-    advance(world, 1)
-    assert moved(states(world, world.models.teacher.weights), seen)
-    world.models.teacher.load_state(kept)
-    same(states(world, world.models.teacher.weights), seen)
+def test_state_restores_an_average(open_trainer):
+    trainer = open_trainer(EmaWeights(update_rate=0.5), "bfloat16", 1)
+    advance(trainer, 2)
+    state = {name: value.clone() for name, value in trainer.models.teacher.state().items()}
+    expected = hidden_states(trainer, trainer.models.teacher.weights)
+    advance(trainer, 1)
+    assert differs(hidden_states(trainer, trainer.models.teacher.weights), expected)
+    trainer.models.teacher.load_state(state)
+    assert_equal(hidden_states(trainer, trainer.models.teacher.weights), expected)
 
 
-def test_an_incomplete_walk_over_the_masters_is_refused(world_with):
-    world = world_with(EmaWeights(update_rate=0.5))
-    some = list(world.learner.masters())[:-1]
+def test_update_from_incomplete_masters_is_refused(open_trainer):
+    trainer = open_trainer(EmaWeights(update_rate=0.5))
+    some = list(trainer.learner.masters())[:-1]
     with pytest.raises(RuntimeError, match="teacher tensors were updated"):
-        world.models.teacher.follow(lambda: iter(some), EmaWeights(update_rate=0.5), "optimizer_step", 1)
-
-
-# ── adapters ──────────────────────────────────────────────────────────────────────────────────
+        trainer.models.teacher.follow(lambda: iter(some), EmaWeights(update_rate=0.5), "optimizer_step", 1)
 
 
 @pytest.mark.parametrize("weights", [EmaWeights(update_rate=0.3), CopyWeights(every=1)])
 @pytest.mark.parametrize(("dtype", "stage"), PRECISIONS)
-def test_adapters_leave_the_base_alone(world_with, weights, dtype, stage):
-    world = world_with(weights, dtype, stage, LORA)
-    base = {n: p.detach().clone() for n, p in world.models.student.model.named_parameters() if ".lora_" not in n}
+def test_adapter_teachers_leave_the_base_unchanged(open_trainer, weights, dtype, stage):
+    trainer = open_trainer(weights, dtype, stage, LORA)
+    base = {n: p.detach().clone() for n, p in trainer.models.student.model.named_parameters() if ".lora_" not in n}
     assert len(base) > 10
-    advance(world)
-    parameters = dict(world.models.student.model.named_parameters())
+    advance(trainer)
+    parameters = dict(trainer.models.student.model.named_parameters())
     for name, value in base.items():
-        same(parameters[name].detach(), value)
+        assert_equal(parameters[name].detach(), value)
 
 
-def test_the_second_adapter_starts_as_the_students(world_with):
-    world = world_with(EmaWeights(update_rate=0.3), lora=LORA)
-    parameters = dict(world.models.student.model.named_parameters())
-    mine = {n: p for n, p in parameters.items() if ".default." in n}
-    assert len(mine) == 2 * 7 * 2  # two factors of seven projections of two layers
-    for name, parameter in mine.items():
-        same(parameters[name.replace(".default.", ".teacher.")].detach(), parameter.detach())
-    assert any(".lora_A." in name and moved(p, 0 * p) for name, p in mine.items())
+def test_teacher_adapter_starts_as_the_students(open_trainer):
+    trainer = open_trainer(EmaWeights(update_rate=0.3), lora=LORA)
+    parameters = dict(trainer.models.student.model.named_parameters())
+    students = {n: p for n, p in parameters.items() if ".default." in n}
+    assert len(students) == 2 * 7 * 2  # two factors of seven projections of two layers
+    for name, parameter in students.items():
+        assert_equal(parameters[name.replace(".default.", ".teacher.")].detach(), parameter.detach())
+    assert any(".lora_A." in name and differs(p, 0 * p) for name, p in students.items())
 
 
-def switches(weights):
+def adapter_states(weights):
     from peft.tuners.lora import LoraLayer
 
     layers = [m for m in weights.model.modules() if isinstance(m, LoraLayer)]
     return [(layer.active_adapters, layer.disable_adapters) for layer in layers]
 
 
-def test_whose_weights_are_on_ends_with_the_block(world_with):
-    world = world_with(EmaWeights(update_rate=0.3), lora=LORA)
-    advance(world)
-    outside = switches(world.models.student)
-    with Weights(world.models.student.model, None).active():
-        assert switches(world.models.student) == [(["default"], True)] * len(outside)
-        with world.models.teacher.weights.active():
-            assert switches(world.models.student) == [(["teacher"], False)] * len(outside)
-        assert switches(world.models.student) == [(["default"], True)] * len(outside)
-    assert switches(world.models.student) == outside
-    with pytest.raises(ZeroDivisionError), world.models.teacher.weights.active():
+def test_active_adapter_is_restored_after_the_block(open_trainer):
+    trainer = open_trainer(EmaWeights(update_rate=0.3), lora=LORA)
+    advance(trainer)
+    outside = adapter_states(trainer.models.student)
+    with Weights(trainer.models.student.model, None).active():
+        assert adapter_states(trainer.models.student) == [(["default"], True)] * len(outside)
+        with trainer.models.teacher.weights.active():
+            assert adapter_states(trainer.models.student) == [(["teacher"], False)] * len(outside)
+        assert adapter_states(trainer.models.student) == [(["default"], True)] * len(outside)
+    assert adapter_states(trainer.models.student) == outside
+    with pytest.raises(ZeroDivisionError), trainer.models.teacher.weights.active():
         _ = 1 / 0
-    assert switches(world.models.student) == outside
-    assert all(p.requires_grad == (".default." in n) for n, p in world.models.student.model.named_parameters())
+    assert adapter_states(trainer.models.student) == outside
+    assert all(p.requires_grad == (".default." in n) for n, p in trainer.models.student.model.named_parameters())
 
 
-@pytest.mark.parametrize("whose", ["student", "teacher", "base"])
-def test_a_merged_copy_says_what_the_adapter_says(world_with, whose):
+@pytest.mark.parametrize("owner", ["student", "teacher", "base"])
+def test_merged_copy_matches_the_adapter(open_trainer, owner):
     from transformers import LlamaForCausalLM
 
-    world = world_with(EmaWeights(update_rate=0.3), lora=LORA)
-    advance(world)
-    before = {n: p.detach().clone() for n, p in world.models.student.model.named_parameters()}
+    trainer = open_trainer(EmaWeights(update_rate=0.3), lora=LORA)
+    advance(trainer)
+    before = {n: p.detach().clone() for n, p in trainer.models.student.model.named_parameters()}
     weights = {
-        "student": world.models.student,
-        "teacher": world.models.teacher.weights,
-        "base": Weights(world.models.student.model, None),
-    }[whose]
-    plain = LlamaForCausalLM(world.models.student.causal.config).eval()
-    found = plain.load_state_dict(dict(weights.named_tensors()), strict=False)
-    assert found.missing_keys == ["lm_head.weight"]  # tied
-    assert not found.unexpected_keys
-    batch = rollouts_of(world)
+        "student": trainer.models.student,
+        "teacher": trainer.models.teacher.weights,
+        "base": Weights(trainer.models.student.model, None),
+    }[owner]
+    plain = LlamaForCausalLM(trainer.models.student.causal.config).eval()
+    loading = plain.load_state_dict(dict(weights.named_tensors()), strict=False)
+    assert loading.missing_keys == ["lm_head.weight"]  # tied
+    assert not loading.unexpected_keys
+    batch = rollouts_of(trainer)
     ids = torch.tensor([[*r.prompt_ids, *r.completion_ids][:20] for r in batch])
     with torch.no_grad(), weights.active() as causal:
         torch.testing.assert_close(plain(ids).logits, causal(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
-    for name, parameter in world.models.student.model.named_parameters():
-        same(parameter.detach(), before[name])
+    for name, parameter in trainer.models.student.model.named_parameters():
+        assert_equal(parameter.detach(), before[name])
 
 
-def test_a_plain_model_streams_its_own_tensors(open_tiny):
-    world = open_tiny()
-    streamed = dict(world.models.student.named_tensors())
-    for name, parameter in world.models.student.model.named_parameters():
-        same(streamed.pop(name), parameter.detach())
+def test_plain_model_streams_its_own_tensors(open_tiny):
+    trainer = open_tiny()
+    streamed = dict(trainer.models.student.named_tensors())
+    for name, parameter in trainer.models.student.model.named_parameters():
+        assert_equal(streamed.pop(name), parameter.detach())
     assert not streamed
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_adapters_are_drawn_from_the_runs_seed(world_with, seed):
+def test_adapters_are_initialized_from_the_runs_seed(open_trainer, seed):
     torch.manual_seed(5)
-    first, *others = (world_with(FrozenWeights(), lora=LORA, seed=s) for s in (seed, seed, seed + 1))
+    first, *others = (open_trainer(FrozenWeights(), lora=LORA, seed=s) for s in (seed, seed, seed + 1))
     assert torch.initial_seed() == 5
     torch.testing.assert_close(masters(others[0]), masters(first), atol=0, rtol=0)
-    assert any(moved(value, masters(first)[name]) for name, value in masters(others[1]).items())
+    assert any(differs(value, masters(first)[name]) for name, value in masters(others[1]).items())

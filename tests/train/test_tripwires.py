@@ -1,7 +1,7 @@
-"""Tripwires: which steps are degenerate, when a warning comes, and that a run says it once."""
+"""Tripwires: degenerate steps, when a warning comes, and that a run warns once."""
 
 import pytest
-from tinyruns import lines, make_spec, rollout, silent, teacher, train, training
+from tinyruns import lines, make_spec, rollout, silent_console, teacher, train, training
 
 from sdkit.language.errors import RunFailed
 from sdkit.language.specs import ExactReward, GroupRelative, OutputSpec, PolicyGradient, StudentWeights, Table
@@ -32,9 +32,6 @@ def wires(*steps, patience=2):
     return [trip.wire for trip in triggered(run_of(*steps), patience)]
 
 
-# ── which steps teach nothing ─────────────────────────────────────────────────────────────────
-
-
 NO_UPDATE = {"rollout/kept": 0.0, "rollout/finished": 0.5}
 DEGENERATE = {
     "flat": (FLAT, "flat_rewards", "no advantage is left"),
@@ -58,7 +55,7 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize(("figures", "wire", "cause"), DEGENERATE.values(), ids=DEGENERATE)
-def test_a_degenerate_step_trips_its_wire_and_no_other(figures, wire, cause):
+def test_degenerate_step_trips_only_its_wire(figures, wire, cause):
     (trip,) = triggered(run_of(figures, figures), 2)
     assert trip.wire == wire
     assert cause in trip.cause
@@ -84,21 +81,18 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("figures", HARMLESS.values(), ids=HARMLESS)
-def test_other_steps_trip_nothing(figures):
+def test_harmless_step_trips_no_wire(figures):
     assert wires(*[figures] * 2) == []
 
 
-def test_the_single_sample_estimate_counts_where_it_is_all_there_is():
+def test_single_sample_estimate_is_used_if_nothing_else_exists():
     assert wires(*[{"loss/d": 0.0, "d/tokens": 3.0, "d/k1": 0.0, "grad_norm": 1.0}] * 2) == ["no_divergence"]
 
 
-# ── when ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_warning_comes_once_per_onset():
+def test_warning_comes_once_per_onset():
     steps = [FLAT, FLAT, FLAT, FLAT, FINE, FLAT, FLAT, FLAT, FLAT]
-    off = [bool(wires(*steps[:n], patience=3)) for n in range(1, len(steps) + 1)]
-    assert off == [False, False, True, False, False, False, False, True, False]
+    warned = [bool(wires(*steps[:n], patience=3)) for n in range(1, len(steps) + 1)]
+    assert warned == [False, False, True, False, False, False, False, True, False]
     (trip,) = triggered(run_of(*steps[:8]), 3)
     assert (trip.first, trip.step) == (6, 8)
 
@@ -114,12 +108,9 @@ def test_one_wire_does_not_hide_another():
     assert wires(cut, cut, both, both) == ["flat_rewards"]
 
 
-# ── through a run ─────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture(scope="module")
-def same_teacher(tiny_folder):
-    """The student is its own teacher and sees nothing more: no step can teach it anything."""
+def spec_without_signal(tiny_folder):
+    """The student is its own teacher with the same prompt, so no step can teach it anything."""
     return make_spec(
         tiny_folder,
         teacher=teacher(StudentWeights(), sees=None),
@@ -132,37 +123,37 @@ def warnings_of(folder):
     return [w for w in lines(folder / "warnings.jsonl") if w["wire"] == "no_divergence"]
 
 
-def test_a_run_that_learns_nothing_says_so_once(same_teacher, tmp_path):
-    console = silent()
-    folder = train(same_teacher, tmp_path / "run", console)
+def test_run_without_signal_warns_once(spec_without_signal, tmp_path):
+    console = silent_console()
+    folder = train(spec_without_signal, tmp_path / "run", console)
     (warning,) = warnings_of(folder)
     assert (warning["since"], warning["step"]) == (1, 2)
     assert "no divergence" in warning["cause"]
-    shown = console.file.getvalue()
-    assert shown.count("distil finds no divergence") == 1
-    assert "warning: steps 1 to 2" in shown
-    assert warning["look_at"].split()[0] in shown
+    output = console.file.getvalue()
+    assert output.count("distil finds no divergence") == 1
+    assert "warning: steps 1 to 2" in output
+    assert warning["look_at"].split()[0] in output
 
 
 @pytest.mark.parametrize("crash_after", [2, 3])
-def test_a_resumed_run_warns_as_if_it_had_not_stopped(same_teacher, tmp_path, monkeypatch, crash_after):
+def test_resumed_run_warns_like_an_uninterrupted_one(spec_without_signal, tmp_path, monkeypatch, crash_after):
     report = Report.step
 
-    def reported(self, step, *args):
+    def report_then_crash(self, step, *args):
         report(self, step, *args)
         if step == crash_after:
             raise RuntimeError("the power went")
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Report, "step", reported)
+        patch.setattr(Report, "step", report_then_crash)
         with pytest.raises(RunFailed):
-            train(same_teacher, folder)
-    train(same_teacher, folder, resume=True)
+            train(spec_without_signal, folder)
+    train(spec_without_signal, folder, resume=True)
     assert [(w["since"], w["step"]) for w in warnings_of(folder)] == [(1, 2)]
 
 
-def test_without_patience_there_is_no_warning(tiny_folder, tmp_path):
+def test_no_warning_without_tripwire_steps(tiny_folder, tmp_path):
     spec = make_spec(
         tiny_folder,
         teacher=teacher(StudentWeights(), sees=None),
@@ -171,7 +162,7 @@ def test_without_patience_there_is_no_warning(tiny_folder, tmp_path):
     assert not (train(spec, tmp_path / "run") / "warnings.jsonl").exists()
 
 
-def test_flat_rewards_leave_no_advantage(tiny_folder, tmp_path):
+def test_constant_rewards_leave_no_advantage(tiny_folder, tmp_path):
     """A random model never answers right, so all groups are constant."""
     spec = make_spec(
         tiny_folder,

@@ -1,4 +1,4 @@
-"""A user's weights: what is handed over, what is refused, and where the error points."""
+"""A user's weights: arguments, refused results, and the places of errors."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ FEATURES = {
 }
 
 
-def weight(folder, body, given=("student_entropy",), name="weigh", **changes):
+def user_weight(folder, body, given=("student_entropy",), name="weigh", **changes):
     signature = ", ".join(["counts", *given])
     text = f"import torch\ncalls = []\ndef {name}({signature}):\n" + "".join(
         f"    {line}\n" for line in body.splitlines()
@@ -25,23 +25,23 @@ def weight(folder, body, given=("student_entropy",), name="weigh", **changes):
     return UserWeight(spec, folder)
 
 
-def test_it_gets_what_it_asks_for_and_gives_weights(tmp_path):
-    function = weight(tmp_path, "return student_entropy * (1 + reward[:, None])", ("student_entropy", "reward"))
-    found = function(COUNTS, FEATURES)
-    assert found.dtype == torch.float64
-    assert found.tolist() == [[1.0, 2.0, 0.0], [0.0, 2.0, 0.0]]
+def test_function_gets_its_arguments_and_returns_weights(tmp_path):
+    function = user_weight(tmp_path, "return student_entropy * (1 + reward[:, None])", ("student_entropy", "reward"))
+    weights = function(COUNTS, FEATURES)
+    assert weights.dtype == torch.float64
+    assert weights.tolist() == [[1.0, 2.0, 0.0], [0.0, 2.0, 0.0]]
     function.try_out()
 
 
-def test_what_does_not_count_weighs_nothing_whatever_it_returns(tmp_path):
-    function = weight(tmp_path, "return torch.where(counts, 1.0, torch.nan)")
+def test_uncounted_tokens_have_weight_0(tmp_path):
+    function = user_weight(tmp_path, "return torch.where(counts, 1.0, torch.nan)")
     assert function(COUNTS, FEATURES).tolist() == [[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
-    assert weight(tmp_path, "return counts")(COUNTS, FEATURES).tolist() == COUNTS.double().tolist()
+    assert user_weight(tmp_path, "return counts")(COUNTS, FEATURES).tolist() == COUNTS.double().tolist()
 
 
-def test_it_cannot_change_what_it_is_given(tmp_path):
+def test_function_cannot_change_its_arguments(tmp_path):
     before = FEATURES["student_entropy"].clone()
-    weight(tmp_path, "return student_entropy.add_(1)")(COUNTS, FEATURES)
+    user_weight(tmp_path, "return student_entropy.add_(1)")(COUNTS, FEATURES)
     assert torch.equal(FEATURES["student_entropy"], before)
 
 
@@ -57,19 +57,19 @@ BAD_RESULTS = {
 
 
 @pytest.mark.parametrize(("body", "message"), BAD_RESULTS.items())
-def test_what_is_no_weight_is_refused(tmp_path, body, message):
+def test_result_that_is_no_weight_is_refused(tmp_path, body, message):
     with pytest.raises(BadData, match=f"weigh in mine.py {message}"):
-        weight(tmp_path, body)(COUNTS, FEATURES)
+        user_weight(tmp_path, body)(COUNTS, FEATURES)
 
 
-def test_an_error_of_the_function_points_at_its_line(tmp_path):
-    function = weight(tmp_path, "x = 1\nreturn counts[99]")
+def test_error_of_the_function_points_at_its_line(tmp_path):
+    function = user_weight(tmp_path, "x = 1\nreturn counts[99]")
     with pytest.raises(BadData, match="weigh failed: IndexError") as caught:
         function(COUNTS, FEATURES)
     assert str(caught.value.place) == "mine.py:5:1"
 
 
-def test_an_error_while_loading_points_at_its_line(tmp_path):
+def test_error_while_loading_points_at_its_line(tmp_path):
     (tmp_path / "mine.py").write_text("x = 1\nraise KeyError('no')\n")
     with pytest.raises(BadData, match=r"mine\.py cannot be loaded: KeyError") as caught:
         UserWeight(FileWeight(file="mine.py", function="weigh"), tmp_path)
@@ -87,24 +87,24 @@ BAD_HABITS = {
 
 
 @pytest.mark.parametrize(("body", "message"), BAD_HABITS.items())
-def test_bad_habits_show_before_training(tmp_path, body, message):
-    function = weight(tmp_path, body)
+def test_dependence_on_other_rollouts_is_detected_before_training(tmp_path, body, message):
+    function = user_weight(tmp_path, body)
     function(COUNTS, FEATURES)
     with pytest.raises(BadData, match=message):
         function.try_out()
 
 
-def test_a_group_may_be_looked_at_together(tmp_path):
+def test_function_can_see_a_group_together(tmp_path):
     body = "return student_entropy / student_entropy.sum()"
-    weight(tmp_path, body, rows="group").try_out()
+    user_weight(tmp_path, body, rows="group").try_out()
 
 
-def test_functions_of_all_terms_are_tried_out(tmp_path):
-    weight(tmp_path, "return student_entropy")
+def test_functions_of_all_terms_are_tried(tmp_path):
+    user_weight(tmp_path, "return student_entropy")
     spec = FileWeight(file="mine.py", function="weigh", given=("student_entropy",))
     losses = Table({"a": CrossEntropy(weight=spec), "b": CrossEntropy()})
     assert list(open_user_weights(losses, tmp_path)) == ["a"]
-    weight(tmp_path, "return -student_entropy")
+    user_weight(tmp_path, "return -student_entropy")
     with pytest.raises(BadData, match="at least 0"):
         open_user_weights(losses, tmp_path)
 
@@ -128,7 +128,7 @@ SIGNATURES = [
 
 
 @pytest.mark.parametrize(("signature", "given", "fits"), SIGNATURES)
-def test_a_signature_fits_where_python_could_call_it(tmp_path, signature, given, fits):
+def test_signature_fits_if_python_could_call_it(tmp_path, signature, given, fits):
     path = tmp_path / "mine.py"
     path.write_text(f"def weigh({signature}): return 1\n")
     assert (fault_of(str(path), "mine.py", "weigh", ("counts",), given) is None) == fits
@@ -142,13 +142,13 @@ def test_a_signature_fits_where_python_could_call_it(tmp_path, signature, given,
     assert called == fits
 
 
-def test_a_file_that_cannot_be_read_is_a_fault(tmp_path):
+def test_file_that_cannot_be_read_is_a_fault(tmp_path):
     (tmp_path / "broken.py").write_text("def weigh(:\n")
     (tmp_path / "null.py").write_bytes(b"\0")
-    found = {
+    faults = {
         name: fault_of(str(tmp_path / name), name, "weigh", ("counts",))
         for name in ("broken.py", "null.py", "gone.py", ".")
     }
-    assert [fault[0] for fault in found.values()] == ["file"] * 4
-    assert "broken.py:1: " in found["broken.py"][1]
-    assert "is a folder" in found["."][1]
+    assert [fault[0] for fault in faults.values()] == ["file"] * 4
+    assert "broken.py:1: " in faults["broken.py"][1]
+    assert "is a folder" in faults["."][1]

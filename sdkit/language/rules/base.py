@@ -75,9 +75,6 @@ def run_rule(summary: str, severity: Literal["error", "warning"] = "error") -> C
     return lambda check: Rule(check.__name__, summary, severity, check, True)
 
 
-# ── queries shared by several rules ───────────────────────────────────────────────────────────
-
-
 def terms(spec: specs.MethodSpec, *kinds: type[T]) -> Iterator[tuple[Path, T]]:
     """The loss terms of these classes, each with its path."""
     for name, term in spec.losses.items():

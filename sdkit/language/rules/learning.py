@@ -8,8 +8,6 @@ from sdkit.language import specs
 from sdkit.language.errors import shorten
 from sdkit.language.rules.base import Context, Finding, adds_no_view, log_ratios, method_rule, of_teacher, terms
 
-# ── single terms ──────────────────────────────────────────────────────────────────────────────
-
 
 def has_weight(term: specs.LossSpec) -> bool:
     """Whether the term's coefficient is ever above 0."""
@@ -62,9 +60,6 @@ def centered_token(spec: specs.MethodSpec, context: Context) -> Iterator[Finding
             yield (*path, "center"), message, "use center: none"
 
 
-# ── rollouts that no term counts ──────────────────────────────────────────────────────────────
-
-
 @method_rule("the filters keep the failures that a route needs")
 def failures_not_kept(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
     """`route.then` counts rollouts with rewards below the route's threshold; a filter with the same or a higher
@@ -95,9 +90,6 @@ def never_filled(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
                 f"{context.stated(('teacher', 'sees', 'requires'), sees.requires)}"
             )
             yield ("teacher", "sees", "slots", name, "when"), message, "use requires: any"
-
-
-# ── a teacher that equals the student ─────────────────────────────────────────────────────────
 
 
 @method_rule("a blended teacher has a nonzero share")

@@ -173,9 +173,6 @@ def _check(range: Range, value: Any, field: str) -> None:
         raise ValueError(f"{field} must be {range.text}, not {value!r}")
 
 
-# ── numbers that change over a run ────────────────────────────────────────────────────────────
-
-
 @frozen(kw_only=True)
 class Schedule:
     """A number that changes from one value to another over the first optimizer steps of a run."""

@@ -126,9 +126,6 @@ class MixtureSamples(BaseSampler):
 SampledBy = StudentSamples | TeacherSamples | DatasetSamples | MixtureSamples
 
 
-# ── which rollouts are trained on ─────────────────────────────────────────────────────────────
-
-
 class BaseFilter(Component):
     """A filter of rollouts."""
 

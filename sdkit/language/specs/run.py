@@ -64,8 +64,6 @@ TEMPLATE_OPTION = Range(
     ),
 )
 
-# ── model ─────────────────────────────────────────────────────────────────────────────────────
-
 
 @frozen(kw_only=True)
 class LoraSpec:
@@ -116,9 +114,6 @@ class ModelSpec:
         default="tokens",
     )
     shape: ShapeSpec | None = spec_field("the model's shape, for `sdkit plan` without access to the hub", default=None)
-
-
-# ── training ──────────────────────────────────────────────────────────────────────────────────
 
 
 @frozen(kw_only=True)
