@@ -11,8 +11,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from tinyruns import make_spec
+from warm import WarmProcess
 
 from sdkit.batches import Row
+
+LONGEST_FILES = (
+    "test_resume.py",
+    "test_docs.py",
+    "test_launch.py",
+    "test_cli.py",
+    "test_serve_vllm.py",
+    "test_ranks.py",
+    "test_faults.py",
+    "test_vllm.py",
+    "test_convert.py",
+    "test_prefetch.py",
+    "test_served_vllm.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Run the longest files first, so that all workers end at about the same time."""
+    order = {name: i for i, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +50,14 @@ def other_folder(tmp_path_factory):
     from sdkit.models import tiny
 
     return tiny.build(tmp_path_factory.mktemp("other") / "model", seed=1)
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Runs commands in forks of a process that has already imported the heavy libraries."""
+    process = WarmProcess()
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="session")

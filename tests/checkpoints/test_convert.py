@@ -72,8 +72,8 @@ def assert_close(actual, expected):
 
 
 @pytest.fixture(scope="module")
-def work(tiny_folder, tmp_path_factory):
-    return run_scenario(SCENARIO, tiny_folder, tmp_path_factory.mktemp("converted"), COVER)
+def work(warm, tiny_folder, tmp_path_factory):
+    return run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("converted"), COVER)
 
 
 @pytest.mark.parametrize("name", COVER)
@@ -83,8 +83,8 @@ def test_converted_run_equals_the_unchanged_run(work, name):
 
 @pytest.mark.full
 @pytest.mark.timeout(0)
-def test_every_teacher_form_and_stage_can_be_converted(tiny_folder, tmp_path):
-    run_scenario(SCENARIO, tiny_folder, tmp_path, MATRIX, seconds=7200)
+def test_every_teacher_form_and_stage_can_be_converted(warm, tiny_folder, tmp_path):
+    run_scenario(warm, SCENARIO, tiny_folder, tmp_path, MATRIX)
     for name in MATRIX:
         assert_equals_unchanged_run(tmp_path / name)
 

@@ -56,8 +56,8 @@ def assert_same_run(folder, straight):
 
 
 @pytest.fixture(scope="module")
-def work(tiny_folder, tmp_path_factory):
-    return run_scenario(SCENARIO, tiny_folder, tmp_path_factory.mktemp("killed"), COVER)
+def work(warm, tiny_folder, tmp_path_factory):
+    return run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("killed"), COVER)
 
 
 def test_cases_cover_every_pair():
@@ -87,20 +87,20 @@ def test_killed_run_resumes_to_the_same_result(work, name):
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_full_matrix_resumes_to_the_same_results(tiny_folder, tmp_path, stage, ranks):
+def test_full_matrix_resumes_to_the_same_results(warm, tiny_folder, tmp_path, stage, ranks):
     cases = matrix(stage, ranks)
-    run_scenario(SCENARIO, tiny_folder, tmp_path, cases, seconds=7200)
+    run_scenario(warm, SCENARIO, tiny_folder, tmp_path, cases)
     for name in cases:
         assert_same_run(tmp_path / name, tmp_path / name.rsplit("-", 1)[0])
 
 
 @pytest.mark.full
 @pytest.mark.timeout(0)
-def test_killed_run_with_vllm_resumes_to_the_same_result(tiny_folder, tmp_path):
+def test_killed_run_with_vllm_resumes_to_the_same_result(warm, tiny_folder, tmp_path):
     """The same tokens; other figures agree within the noise of vLLM's kernels."""
     pytest.importorskip("vllm")
     name = "ema-vllm-0-1-rollout@2,boundary@3"
-    run_scenario(SCENARIO, tiny_folder, tmp_path, [name])
+    run_scenario(warm, SCENARIO, tiny_folder, tmp_path, [name])
     folder, straight = tmp_path / name, tmp_path / name.rsplit("-", 1)[0]
     for ours, theirs in zip(metrics(folder), metrics(straight), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)

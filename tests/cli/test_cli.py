@@ -347,7 +347,7 @@ def test_bad_data_exits_with_3(sdkit, run_file, tmp_path):
     assert "more than 2" in err
 
 
-def test_stopped_run_exits_with_7_and_can_be_resumed(run_file, tmp_path):
+def test_stopped_run_exits_with_7_and_can_be_resumed(warm, run_file, tmp_path):
     """SIGTERM to a real process; a second process finishes the run."""
     folder = tmp_path / "run"
     args = ["train", str(run_file), "training.steps=400", "--to", str(folder)]
@@ -368,6 +368,6 @@ def test_stopped_run_exits_with_7_and_can_be_resumed(run_file, tmp_path):
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
     lines_written = len((folder / "metrics.jsonl").read_text().splitlines())
     steps = f"training.steps={lines_written + 3}"
-    done = process("train", run_file, steps, "--to", folder, "--resume")
+    done = warm.run("-m", "sdkit", "train", run_file, steps, "--to", folder, "--resume")
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "status.json").read_text())["state"] == "done"

@@ -14,16 +14,15 @@ import pytest
 import ranks_scenario as scenario
 import torch
 from os_processes import free_port
-from tinyruns import LORA
+from tinyruns import LORA, run_scenario
 
 DEADLINE = 400
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_folder, other_folder, tmp_path_factory):
+def two_ranks(warm, tiny_folder, other_folder, tmp_path_factory):
     """The results of two ranks."""
-    work = tmp_path_factory.mktemp("ranks")
-    run_ranks(2, [scenario.__file__, tiny_folder, other_folder, work])
+    work = run_scenario(warm, scenario.__file__, tiny_folder, tmp_path_factory.mktemp("ranks"), [other_folder])
     return torch.load(work / "results.pt", weights_only=False)
 
 

@@ -1,7 +1,6 @@
 """sdkit against the one-file version: with the same rows and start, the same loss at every step."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -37,15 +36,15 @@ def one_file_losses(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_sdkit_trains_like_the_one_file_version(one_file_losses, tiny_folder, tmp_path, stage):
+def test_sdkit_trains_like_the_one_file_version(warm, one_file_losses, tiny_folder, tmp_path, stage):
     rows, expected = one_file_losses
     spec = tmp_path / "run.yaml"
     method = ROOT / "sdkit" / "methods" / "sdft.yaml"
     spec.write_text(
         RUN.format(method=method, model=tiny_folder, rows=rows, steps=STEPS, stage=stage), encoding="utf-8"
     )
-    command = [sys.executable, "-m", "sdkit", "train", str(spec), "--to", str(tmp_path / "run")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    done = warm.run("-m", "sdkit", "train", spec, "--to", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines if "grad_norm" in line]
     assert losses == pytest.approx(expected, rel=1e-4)

@@ -1,10 +1,8 @@
 """Prefetched rollouts: which weights sample which batch, and that a resumed run equals an uninterrupted one."""
 
-import os
-import subprocess
-import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +32,7 @@ from sdkit.language.specs import ImportanceSpec, OutputSpec, SamplerRatio
 from sdkit.serving import client, pool
 from sdkit.train import loop
 
+ON_RANKS = Path(__file__).parents[1] / "support" / "command_on_ranks.py"
 STEPS = 5
 CORRECTED = distil(importance=ImportanceSpec(sampler=SamplerRatio(cap=2.0, level="token")))
 
@@ -223,25 +222,18 @@ def test_restarted_server_changes_nothing(server, tiny_folder, tmp_path, capsys)
     assert "rollout_server" in {line["wire"] for line in warnings}
 
 
-def run_two_ranks(spec, folder):
+def run_two_ranks(warm, spec, folder):
     """Runs the command line on two ranks under stage 3, where weights are gathered for the weight file."""
     path = folder.parent / f"{folder.name}.yaml"
     path.write_text(yaml.safe_dump(resolved(spec)))
-    command = [sys.executable, "-m", "sdkit", "train", path, "--to", folder, "--processes", "2"]
-    return subprocess.run(
-        [*map(str, command), "training.zero_stage=3"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        timeout=240,
-    )
+    return warm.run(ON_RANKS, 2, folder, "train", path, "--to", folder, "training.zero_stage=3")
 
 
-def test_two_ranks_sample_like_one_and_fail_together(server, tiny_folder, tmp_path):
+def test_two_ranks_sample_like_one_and_fail_together(warm, server, tiny_folder, tmp_path):
     output = OutputSpec(tensorboard=False, checkpoint_every=2)
     spec = prefetching_spec(server, tmp_path, tiny_folder, output=output, optimizer=SMOOTH)
     alone = train(spec, tmp_path / "alone")
-    done = run_two_ranks(spec, tmp_path / "both")
+    done = run_two_ranks(warm, spec, tmp_path / "both")
     assert done.returncode == 0, done.stderr[-3000:]
     assert versions(tmp_path / "both") == versions(alone)
     for step in range(STEPS):
@@ -255,6 +247,6 @@ def test_two_ranks_sample_like_one_and_fail_together(server, tiny_folder, tmp_pa
     short_deadline = evolve(spec, rollout=evolve(spec.rollout, backend=backend))
     already_served = len(server.requests)
     server.fault = lambda number: server.kill(wait=False) if number == already_served + 9 else None
-    done = run_two_ranks(short_deadline, tmp_path / "ended")
+    done = run_two_ranks(warm, short_deadline, tmp_path / "ended")
     assert done.returncode == 6, done.stderr[-3000:]
     assert f"no rollout server for 1 s: {server.url}" in done.stderr

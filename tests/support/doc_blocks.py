@@ -3,7 +3,7 @@
 A page has four kinds of fenced blocks:
 
 - a block with a `title` is a file: it is written to the working folder under that name,
-- `sh` is run by bash; the command `sdkit` is this clone's,
+- each line of `sh` is a command, run in a process of its own; the command `sdkit` is this clone's,
 - `python` is run in one namespace for all blocks of the page,
 - `text` is what the block before it prints; a line `…` stands for any lines.
 
@@ -14,12 +14,13 @@ the block.
 
 import contextlib
 import io
-import os
 import re
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from warm import WarmProcess
 
 FENCE = re.compile(
     r"(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<info>\w+[^\n]*)\n(?P<body>.*?)```$", re.DOTALL | re.MULTILINE
@@ -47,7 +48,7 @@ def blocks(page: Path) -> list[Block]:
     return parsed
 
 
-def run_page(page: Path, folder: Path) -> None:
+def run_page(page: Path, folder: Path, warm: WarmProcess) -> None:
     """Run every block of the page in `folder`.  Raises AssertionError, which names the line of the block."""
     namespace: dict[str, object] = {"__name__": "__main__"}
     printed = ""
@@ -60,7 +61,7 @@ def run_page(page: Path, folder: Path) -> None:
                 case "file":
                     Path(block.title).write_text(block.body, encoding="utf-8")
                 case "sh":
-                    printed = run_shell(block, folder, place)
+                    printed = run_shell(block, folder, place, warm)
                 case "python":
                     output = io.StringIO()
                     with contextlib.redirect_stdout(output):
@@ -72,24 +73,21 @@ def run_page(page: Path, folder: Path) -> None:
                     assert matches(expected, actual), f"{place}: printed\n{printed}\ninstead of\n{block.body}"
 
 
-def run_shell(block: Block, folder: Path, place: str) -> str:
-    shim = folder / ".bin" / "sdkit"
-    shim.parent.mkdir(exist_ok=True)
-    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m sdkit "$@"\n')
-    shim.chmod(0o755)
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PATH": f"{shim.parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        ["bash", "-e", "-o", "pipefail", "-c", block.body],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
+def run_shell(block: Block, folder: Path, place: str, warm: WarmProcess) -> str:
+    """Run the commands until one fails; returns what they print on both streams."""
     expected = int(block.note.removeprefix("exit ")) if block.note.startswith("exit ") else 0
-    assert done.returncode == expected, f"{place}: exit code {done.returncode}\n{done.stdout}"
-    return done.stdout
+    printed, code = "", 0
+    for line in block.body.splitlines():
+        command, *words = shlex.split(line)
+        if command == "sdkit":
+            done = warm.run("-m", "sdkit", *words, cwd=folder, merged=True)
+        else:
+            done = subprocess.run([command, *words], cwd=folder, capture_output=True, text=True)
+        printed, code = printed + done.stdout, done.returncode
+        if code:
+            break
+    assert code == expected, f"{place}: exit code {code}\n{printed}"
+    return printed
 
 
 def normal(text: str, folder: Path, varies: bool) -> list[str]:

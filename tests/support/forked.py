@@ -4,6 +4,7 @@ That process must have a single thread and must not have used torch yet.
 """
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -16,6 +17,30 @@ from os_processes import free_port
 DEADLINE = 120.0
 PATIENCE = 20.0
 """Seconds until all must have ended, and until the others must have ended once one has failed."""
+SLOW_IMPORTS = (
+    "deepspeed",
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.moe.ep_repack",
+    "deepspeed.ops.op_builder.cpu",
+    "deepspeed.ops.triton_ops",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "matplotlib.pyplot",
+    "peft",
+    "scipy.stats",
+    "sdkit.cli.runs",
+    "sdkit.cli.saved",
+    "sdkit.cli.specs",
+    "sdkit.runs.plot",
+    "sdkit.train.replay",
+    "sdkit.train.smoke",
+    "setuptools",
+    "torch.profiler._cupti_monitor",
+    "torch.utils.serialization",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer_pt_utils",
+)
+"""What every attempt imports, some of it only in the middle of a run."""
 
 
 @frozen
@@ -30,28 +55,21 @@ class ProcessResult:
 def warm():
     """Import what every attempt needs."""
     from sdkit.distributed import zero
-    from sdkit.runs import plot
 
     zero.prepare()
-    import deepspeed
-    import matplotlib.pyplot
-    import peft
-    import transformers.models.llama.modeling_llama
-    from deepspeed.runtime.zero.muon import original_muon
-
-    llama = transformers.models.llama.modeling_llama
-    assert all((plot, deepspeed, original_muon, matplotlib.pyplot, peft, llama))
+    for name in SLOW_IMPORTS:
+        importlib.import_module(name)
     zero._freeze_imported_objects()
 
 
-def ranks(count, run, folder, patience=PATIENCE):
+def ranks(count, run, folder, patience=PATIENCE, deadline=DEADLINE):
     """Runs `run` in `count` processes at once, as ranks if there are several; returns results in rank order.
 
     A process that has not ended in time is killed.  Output goes to files beside `folder`.
     """
     port = free_port()
     started = time.monotonic()
-    deadline = started + DEADLINE
+    ends = started + deadline
     output = [folder.with_name(f"{folder.name} output {rank}") for rank in range(count)]
     running = {_fork(rank, count, port, run, output[rank]): rank for rank in range(count)}
     ended = {}
@@ -62,8 +80,8 @@ def ranks(count, run, folder, patience=PATIENCE):
                 rank, code = running.pop(pid), os.waitstatus_to_exitcode(status)
                 ended[rank] = ProcessResult(code, output[rank].read_text(), time.monotonic() - started)
                 if code:
-                    deadline = min(deadline, time.monotonic() + patience)
-        if time.monotonic() > deadline:
+                    ends = min(ends, time.monotonic() + patience)
+        if time.monotonic() > ends:
             for pid in running:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)

@@ -1,12 +1,13 @@
 """Several ranks: small runs under every ZeRO stage, to be compared with one plain process.
 
-`python ranks_scenario.py MODEL_FOLDER OTHER_MODEL WORK_FOLDER` once a rank, under the environment that a launcher sets;
-the first rank writes the results to WORK_FOLDER/results.pt.  test_ranks.py checks them.
+`python ranks_scenario.py MODEL_FOLDER WORK_FOLDER OTHER_MODEL` runs two ranks; the first one writes the results to
+WORK_FOLDER/results.pt.  test_ranks.py checks them.
 """
 
 import sys
 from pathlib import Path
 
+import forked
 import torch
 from attrs import evolve
 from tinyruns import (
@@ -52,6 +53,7 @@ from sdkit.train.evaluate import evaluate, teacher_lift
 from sdkit.train.run import open_run
 from sdkit.train.sampling_requests import sampling_params
 
+DEADLINE = 400.0  # seconds
 STEPS, PROMPTS = 3, 4
 # With eps far above every gradient, Adam is plain momentum: no step depends on a gradient's sign alone.
 # Norms are not decayed, so there are two groups of parameters.
@@ -259,7 +261,7 @@ def save_and_resume(folder, work, stage, lora):
     return {"straight": straight, "again": again}
 
 
-def main(folder, other, work):
+def run_rank(folder, work, other):
     zero.start()
     settings = kinds(other)
     results = {
@@ -280,6 +282,12 @@ def main(folder, other, work):
     if collectives.rank() == 0:
         torch.save(results, work / "results.pt")
     zero.stop()
+
+
+def main(folder, work, other):
+    forked.warm()
+    for result in forked.ranks(2, lambda: run_rank(folder, work, other), work, deadline=DEADLINE):
+        assert result.code == 0, result.output
 
 
 if __name__ == "__main__":

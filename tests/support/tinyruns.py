@@ -1,9 +1,6 @@
 """Small runs on the tiny model: their specs, and a few steps of them."""
 
 import json
-import os
-import subprocess
-import sys
 from io import StringIO
 
 import torch
@@ -207,15 +204,9 @@ def train(spec, folder, console=None, **options):
     )
 
 
-def run_scenario(script, folder, work, cases, seconds=600):
+def run_scenario(warm, script, folder, work, cases=()):
     """Runs a scenario script in a process of its own on the model in `folder`; returns `work`, where its runs are."""
-    done = subprocess.run(
-        [sys.executable, script, folder, work, *cases],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=seconds,
-    )
+    done = warm.run(script, folder, work, *cases)
     assert done.returncode == 0, done.stderr[-3000:]
     return work
 

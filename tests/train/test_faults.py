@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from tinyruns import (
     metrics,
     read_status,
     rollout,
+    run_scenario,
     teacher,
     train,
     training,
@@ -151,17 +150,9 @@ def test_interrupted_command_exits_with_130(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def results(tiny_folder, tmp_path_factory):
+def results(warm, tiny_folder, tmp_path_factory):
     """Results of fault_scenario.py: how each run ended."""
-    work = tmp_path_factory.mktemp("faults")
-    done = subprocess.run(
-        [sys.executable, SCENARIO, tiny_folder, work],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    work = run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("faults"))
     return {"work": work, **json.loads((work / "results.json").read_text())}
 
 

@@ -1,0 +1,85 @@
+"""A process that has imported what is slow to import, and runs each command in a fork of itself.
+
+A fork is a real process, with streams, a folder and an environment of its own; it only skips seconds of imports.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import forked
+
+
+class WarmProcess:
+    """Starts with the first command; an interrupted command ends it, and the next one starts another."""
+
+    def __init__(self):
+        self.server = None
+
+    def run(self, *command, cwd=None, merged=False):
+        """Runs `python COMMAND…`, a script or `-m` a module; `merged`: standard error goes to standard output."""
+        if self.server is None:
+            self.server = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},  # other threads would not survive a fork
+                text=True,
+            )
+        command = [*map(str, command)]
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "stdout")
+            err = out if merged else Path(folder, "stderr")
+            request = (command, str(cwd or Path.cwd()), dict(os.environ), str(out), str(err))
+            try:
+                self.server.stdin.write(json.dumps(request) + "\n")
+                self.server.stdin.flush()
+                code = int(self.server.stdout.readline())
+            except BaseException:
+                self.close()
+                raise
+            return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+    def close(self):
+        if self.server:
+            self.server.kill()
+            self.server.communicate()
+            self.server = None
+
+
+def serve():
+    """Answers each line, a request, with the code with which its command ended."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print while they are imported
+    forked.warm()
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            return run_request(*json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
+    return None
+
+
+def run_request(command, cwd, environment, out, err):
+    """Becomes the process of this command; it ends, and fails, as a script does."""
+    for path, stream in ((os.devnull, 0), (out, 1), (err, 2)):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(file, stream)
+        os.close(file)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve()
