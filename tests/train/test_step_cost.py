@@ -19,8 +19,8 @@ from sdkit.train.run import open_run
 VOCABULARY, HIDDEN = 49_152, 256  # the bundled model's vocabulary; wide enough that arithmetic dominates
 ROWS, WARM_UP, PAIRS = 8, 1, 5
 RATE, LR, DECAY, CLIP = 0.05, 1e-4, 0.01, 1.0
-MARGIN = 2.6
-"""The largest accepted ratio.  It was 2.15 to 2.29 in nine pairs on a machine with other work on all cores."""
+MARGIN = 1.6
+"""The largest accepted ratio.  Medians were 1.1 to 1.2 on a machine with other work on all cores."""
 
 
 @pytest.fixture
@@ -65,9 +65,9 @@ def wide_run(wide_folder, process_group, tmp_path):
         optimizer=OptimizerSpec(lr=LR, weight_decay=DECAY, decay="all", max_grad_norm=CLIP),
         training=training(steps=WARM_UP + PAIRS, prompts_per_step=ROWS, zero_stage=1),
     )
-    world = open_run(spec, tmp_path)
-    yield world
-    world.close()
+    trainer = open_run(spec, tmp_path)
+    yield trainer
+    trainer.close()
 
 
 class PlainTwin:
