@@ -29,6 +29,7 @@ HEADER = (
     "trained tokens/s",
     "peak GiB",
     "of the matrix rate",
+    "limit",
     "first step",
 )
 
@@ -45,7 +46,7 @@ own, which shares torch and transformers with sdkit's. `python -m tools.bench --
 
 Both sides read the same model, rows and templates, sample completions of the same length at temperature 1, and make one
 AdamW step per rollout batch; the teacher is a moving average of the student. TRL trains weights in the row's precision,
-without autocast and without gradient checkpointing; sdkit keeps float32 masters and averages besides. Each row is a
+without autocast and without gradient checkpointing; sdkit keeps float32 masters and averages besides (in float32, on one rank: ZeRO stage 0). Each row is a
 process of its own, both sides in alternation; TRL and **sdkit** sample with transformers' `generate`, **sdkit, vLLM**
 with vLLM. A figure is the median over rounds, a range its lowest and highest value.
 
@@ -56,6 +57,8 @@ with vLLM. A figure is the median over rounds, a range its lowest and highest va
 - **peak GiB**: of all the side's processes, or of the GPU if there is one. vLLM's includes its cache of 1 GiB.
 - **of the matrix rate**: the operations that the step's mathematics needs (below), per second, as a share of what
   this machine reaches in a matrix product of the row's precision.
+- **limit**: tokens/s if those operations took the whole step, at that rate; a prefix that prompts share, computed once,
+  can get beyond it.
 - **first step**: its seconds as a multiple of a later step's.
 """
 
@@ -108,6 +111,7 @@ def _figures(session: Session, shape: Shape, side: Side) -> list[str]:
     ratios = [m.rate() / trl[m.round].rate() for m in found if m.round in trl and side != "TRL"]
     matrix_rate = median(float(machine[shape.dtype]) for machine in session.machines)
     needed = operations(session, shape).total
+    tokens = median(m.tokens() for m in found)
     return [
         f"{median(m.rate() for m in found):.0f}",
         _spread(ratios),
@@ -115,6 +119,7 @@ def _figures(session: Session, shape: Shape, side: Side) -> list[str]:
         f"{median(m.tokens() / (m.seconds() - m.seconds('sampling')) for m in found):.0f}",
         f"{median(m.peak_gib for m in found):.1f}",
         f"{median(needed / m.seconds() for m in found) / matrix_rate:.0%}",
+        f"{tokens * matrix_rate / needed:.0f}",
         f"{median(m.steps[0]['seconds'] / m.seconds() for m in found):.1f} ×",
     ]
 

@@ -21,6 +21,7 @@ SUPPORTS: dict[str, dict[str, Any]] = {
 def write_spec(shape: Shape, side: Side, model: Path, rows: Path, path: Path) -> None:
     """Write the run file with the objective, batch, optimizer and templates that TRL is given."""
     shows_demonstration = shape.trainer == "sdft"
+    stage = 0 if shape.ranks == 1 and shape.dtype == "float32" else 1  # as `sdkit plan` advises
     spec: dict[str, Any] = {
         "model": {"path": str(model), "dtype": shape.dtype},
         "data": {
@@ -55,7 +56,7 @@ def write_spec(shape: Shape, side: Side, model: Path, rows: Path, path: Path) ->
             }
         },
         "optimizer": {"lr": 1e-5},
-        "training": {"steps": shape.steps, "prompts_per_step": shape.prompts},
+        "training": {"steps": shape.steps, "prompts_per_step": shape.prompts, "zero_stage": stage},
         "output": {"tensorboard": False, "tripwire_steps": None},
     }
     if shape.lora:
