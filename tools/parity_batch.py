@@ -216,12 +216,12 @@ def token_weights(term: Any, batch: Batch, rows: list[list[int]]) -> list[dict[i
                 weight = (passed * (1 - passed)) ** spec.get("power", 0.5)
             case "perplexity":
                 weight = perplexity(spec, batch, i, rows)
-            case "of_everything":
+            case "of_all_statistics":
                 told = [
                     batch.measure(f"{a}_{b}", i, p) for a in ("student", "teacher") for b in ("entropy", "logprobs")
                 ]
                 weight = 1 + p / length + rollout["reward"] + told[0] * told[2] + told[1] * told[3]
-            case "against_the_group":
+            case "minus_group_mean":
                 weight = 1 + rollout["reward"] - statistics.mean(group)
             case _:
                 weight = 1.0

@@ -280,7 +280,7 @@ def test_live_student_is_a_partner_under_zero(open_trainer, tiny_folder, blend, 
         model=model(tiny_folder, dtype),
         training=training(zero_stage=stage),
         optimizer=OptimizerSpec(lr=1e-3),
-        apart=0.0,
+        noise=0.0,
     )
     before = masters(trainer)
     assert all(m.applied and m.metrics["grad_norm"] > 0 for m in advance(trainer, 2))
