@@ -83,6 +83,10 @@ def main() -> None:
         done.append(measure.measure(session, shape, side, number))
         print(describe(done[-1]), flush=True)
     session = evolve(session, done=done)
+    try:
+        session = evolve(session, rollouts=measure.measure_rollouts(folder, options.dtype or "bfloat16"))
+    except measure.ChildFailed as failure:
+        print(f"vLLM alone was not measured: {failure}")
     print(page.speed_table(session, list(shapes)))
     if options.page:
         page.write(options.page, session)

@@ -61,6 +61,7 @@ class Session:
     cache: Path
     shapes: Mapping[str, Shape]
     machines: Sequence[Mapping[str, float | str]]  # see measure_machine
+    rollouts: Mapping[str, float | str] | None = None  # see rollouts.py
     done: Sequence[Measurement] = ()
 
     def of(self, shape: Shape, side: Side) -> list[Measurement]:
@@ -116,10 +117,21 @@ def _read_run(run: Path) -> list[dict[str, float]]:
 
 def measure_machine(folder: Path, number: int) -> dict[str, float | str]:
     """Return operations per second by dtype, `bytes` per second of a copy, and the `device`."""
-    result = folder / f"machine-{number}.json"
+    return _printed_json("tools.bench.matrix_rate", folder / f"machine-{number}.json")
+
+
+def measure_rollouts(folder: Path, dtype: str) -> dict[str, float | str]:
+    """Return what `rollouts.py` prints."""
+    return _printed_json("tools.bench.rollouts", folder / f"rollouts-{dtype}.json", dtype)
+
+
+def _printed_json(module: str, result: Path, *arguments: str) -> dict[str, float | str]:
+    """Return the JSON that a module prints last; a result that the session has is read instead.  Raises ChildFailed."""
     if not result.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        run_process([sys.executable, "-m", "tools.bench.matrix_rate"], result, threads=os.cpu_count() or 1)
+        result.parent.mkdir(parents=True, exist_ok=True)
+        log = result.with_suffix(".log")
+        run_process([sys.executable, "-m", module, *arguments], log, threads=os.cpu_count() or 1)
+        log.rename(result)
     return json.loads(result.read_text().splitlines()[-1])
 
 

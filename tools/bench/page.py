@@ -62,6 +62,14 @@ with vLLM. A figure is the median over rounds, a range its lowest and highest va
 - **first step**: its seconds as a multiple of a later step's.
 """
 
+ROLLOUTS = """\
+### Rollouts
+
+On the bundled model, 32 prompts of 100 tokens, 64 new tokens each, one vLLM engine: sdkit's backend, with a seed and
+log-probabilities for every request, took {sdkit:.1f} s, and vLLM's own `generate` without them {alone:.1f} s: **{ratio:.2f}** of its
+speed ({low:.2f} to {high:.2f} in five rounds in alternation).
+"""
+
 OPERATIONS = """\
 ### Operations of a step
 
@@ -172,6 +180,8 @@ def write(path: Path, session: Session) -> None:
     for title, group in (("### Main steps", MAIN), ("### Other steps", FURTHER)):
         if names := [shape.name for shape in group if shape.name in measured]:
             parts.append(f"{title}\n\n{speed_table(session, names)}\n")
+    if session.rollouts:
+        parts.append(ROLLOUTS.format_map(session.rollouts))
     if not measured:
         parts.append("There are no figures yet.\n")
     parts.append(OPERATIONS)
