@@ -8,6 +8,11 @@ import sys
 from collections.abc import Iterator
 
 
+def is_first_rank() -> bool:
+    """Whether this is the first or only rank, also before the process group exists; others print nothing but errors."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Inside the block, discard what libraries print to stdout; with SDKIT_DEBUG set, redirect it to stderr."""

@@ -16,8 +16,9 @@ if not os.environ.get("SDKIT_DEBUG"):
 import typer
 
 from sdkit.cli import runs, saved, specs  # each module adds its commands to `app`
-from sdkit.cli.app import FIRST, app
+from sdkit.cli.app import app
 from sdkit.language.errors import INTERRUPTED, SdkitError
+from sdkit.stdout import is_first_rank
 
 __all__ = ["app", "main", "runs", "saved", "specs"]
 
@@ -28,7 +29,7 @@ def main() -> None:
         app()
     except SdkitError as error:
         place = f"{error.place}: " if error.place else ""
-        rank = "" if FIRST else f"rank {os.environ['RANK']}: "
+        rank = "" if is_first_rank() else f"rank {os.environ['RANK']}: "
         typer.echo(f"{rank}error: {place}{error}", err=True)
         if error.hint:
             typer.echo(f"  = {error.hint}", err=True)

@@ -10,9 +10,6 @@ import typer
 from sdkit import __version__
 from sdkit.language.errors import EXIT_CODES
 
-FIRST = os.environ.get("RANK", "0") == "0"
-"""Whether this process is the first or only rank.  Other ranks print nothing but errors."""
-
 app = typer.Typer(
     name="sdkit",
     help="Self-distillation and on-policy distillation of language models: a method is a page of YAML.",

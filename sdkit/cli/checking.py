@@ -10,8 +10,8 @@ from typing import Any
 
 import typer
 
-from sdkit.cli.app import FIRST
 from sdkit.language.errors import SdkitError
+from sdkit.stdout import is_first_rank
 
 
 def check_spec(
@@ -25,7 +25,7 @@ def check_spec(
     from sdkit.language.load import load_spec
 
     checked = load_spec(path, overrides or (), base=base)
-    if not checked.ok or (FIRST and warn):
+    if not checked.ok or (is_first_rank() and warn):
         print_problems([checked], "text")
     if not checked.ok:
         raise typer.Exit(1)
@@ -83,4 +83,4 @@ def make_console() -> Any:
     """The console that a run prints to; on ranks other than the first it prints nothing."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140, quiet=not FIRST)
+    return Console(width=None if sys.stdout.isatty() else 140, quiet=not is_first_rank())

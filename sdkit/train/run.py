@@ -32,6 +32,7 @@ from sdkit.serving.pool import ServerPool
 from sdkit.serving.protocol import ExpectedServer
 from sdkit.serving.teacher_client import ServedModel
 from sdkit.serving.weight_files import WeightFolder
+from sdkit.stdout import is_first_rank
 from sdkit.train import failures, loop, prompt_record, report, stop_requests
 from sdkit.train.evaluate import evaluate, headline
 from sdkit.train.inputs import RunData
@@ -131,7 +132,7 @@ def _connect_teachers(
 def _connect_servers(spec: specs.ExperimentSpec, base: Path, located: str) -> ServerPool | None:
     """The rollout servers, checked; None on every rank but the first, which alone talks to them."""
     backend = spec.rollout.backend
-    if not isinstance(backend, specs.VllmServerBackend) or not _is_first_rank():
+    if not isinstance(backend, specs.VllmServerBackend) or not is_first_rank():
         return None
 
     def warn(text: str) -> None:
@@ -174,7 +175,7 @@ def train(
     resume_from = _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
     if recording and recording.checkpoint:
         recorded_run = recording.origin.get("run")
-        resuming.check_usable(recording.checkpoint, recorded_run, launched() or 1, hashes=_is_first_rank())
+        resuming.check_usable(recording.checkpoint, recorded_run, launched() or 1, hashes=is_first_rank())
     started = time.perf_counter()
     date = prompt_record.template_date(directory.provenance(folder)) if resume else None
     trainer = open_run(spec, base, recording, date)
@@ -241,12 +242,7 @@ def _checkpoint_to_resume(
     resuming.report_previous_attempt(folder, warn)
     resuming.check_same_spec(folder, resolved)
     expected = manifest.origin(folder, spec, launched() or 1)
-    return resuming.newest_checkpoint(folder, expected, warn, hashes=_is_first_rank())
-
-
-def _is_first_rank() -> bool:
-    """Whether this is the first rank; works before the process group exists."""
-    return os.environ.get("RANK", "0") == "0"
+    return resuming.newest_checkpoint(folder, expected, warn, hashes=is_first_rank())
 
 
 def _restore(trainer: Trainer, run: directory.RunDirectory, saved: Path) -> None:
