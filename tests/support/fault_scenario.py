@@ -46,7 +46,7 @@ def hang():
 def send(*numbers):
     for number in numbers:
         os.kill(os.getpid(), number)
-        time.sleep(0.2)
+        time.sleep(1)  # a signal that comes before the last one was handled is lost
 
 
 def kill():
