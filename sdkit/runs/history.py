@@ -24,6 +24,9 @@ AXES: Mapping[Axis, str] = {
     "time": "training time without evaluation, s",
 }
 
+ORIGINS = ("versions", "data", "code", "models", "accepted_changes")
+"""The parts of provenance.json that are compared: versions, and hashes of rows, code and local models."""
+
 
 @frozen(kw_only=True)
 class Point:
@@ -47,7 +50,7 @@ class Run:
     path: Path
     state: str
     settings: Mapping[SpecPath, Any]  # every scalar of the resolved spec
-    origins: Mapping[SpecPath, Any]  # of provenance.json: versions and data hashes
+    origins: Mapping[SpecPath, Any]  # of provenance.json: ORIGINS
     points: Sequence[Point]  # evaluations in order, at least one
 
     @property
@@ -109,7 +112,7 @@ def read_run(path: Path, name: str) -> Run:
     if not points:
         raise UnreadableInput(f"{path} holds no evaluation to compare ({state})")
     provenance = read_json_object(path / "provenance.json") or {}
-    origins = {part: provenance.get(part) or {} for part in ("versions", "data")}
+    origins = {part: provenance[part] for part in ORIGINS if provenance.get(part)}
     return Run(
         name=name, path=path, state=state, settings=dict(leaves(spec)), origins=dict(leaves(origins)), points=points
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sdkit.language.bundled import PREFIX
+from sdkit.language.bundled import PREFIX, local_folder
 from sdkit.language.resolved import canonical_hash
 from sdkit.language.source import read
 from sdkit.language.specs import ExperimentSpec, ModelSpec
@@ -19,8 +19,7 @@ from sdkit.runs.directory import origin
 
 def base_of(spec: ModelSpec, base: Path) -> str:
     """The start model as the spec names it; a local folder as an absolute path."""
-    local = (base / spec.path).resolve()
-    return str(local) if not spec.path.startswith(PREFIX) and local.is_dir() else spec.path
+    return str(local_folder(spec.path, base) or spec.path)
 
 
 def write(spec: ExperimentSpec, base: Path, run: Path, *, adapter: bool) -> str:
