@@ -6,6 +6,7 @@ Imports whose names are computed at run time, and files that the code reads as d
 from __future__ import annotations
 
 import ast
+import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,7 +63,7 @@ def _files_of(names: Sequence[str], search: Sequence[Path]) -> Iterator[Path]:
     """The files that Python runs to import `names`, joined by dots, from the folders `search`."""
     for name in names:
         paths = (path for folder in search for path in (folder / name / "__init__.py", folder / f"{name}.py"))
-        file = next(filter(Path.is_file, paths), None)
+        file = next(filter(os.path.isfile, paths), None)  # False where a folder cannot be searched
         if file:
             yield file.resolve()
         if file and file.name != "__init__.py":

@@ -56,13 +56,18 @@ def of_models(spec: ExperimentSpec, base: Path, cache: Path, notify: Callable[[s
         return {_name(path, base): digest for path, digest in _hash_cached(files, cache, notify).items()}
 
 
-def copy_code(names: Iterable[str], base: Path, folder: Path) -> None:
-    """Copy these files into `folder`; for files outside the spec's folder, `..` becomes `__`.  Raises BadEnvironment."""
-    for name in names:
+def copy_code(code: Hashes, base: Path, folder: Path) -> None:
+    """Copy these files into `folder`; for files outside the spec's folder, `..` becomes `__`.
+
+    Raises BadEnvironment if a copy cannot be written, or if a file is no longer the one that was hashed.
+    """
+    for name, digest in code.items():
         target = folder.joinpath(*("__" if part == ".." else part for part in Path(name).parts))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / name, target)
+            if sha256_of(target) != digest:
+                raise BadEnvironment(f"{name} was changed while the run started", hint="start it again")
         except OSError as error:
             raise BadEnvironment(f"cannot copy {name} to {target}: {error.strerror}") from None
 

@@ -15,6 +15,7 @@ from sdkit.language.source import read
 from sdkit.language.specs import ExperimentSpec, ModelSpec
 from sdkit.plan.plan import MethodPlan, plan_method
 from sdkit.runs.directory import origin
+from sdkit.runs.history import accepted_changes
 
 
 def base_of(spec: ModelSpec, base: Path) -> str:
@@ -93,6 +94,8 @@ def _origin(spec: ExperimentSpec, facts: Mapping[str, Any], start: str) -> Itera
     if git := facts.get("git"):
         changed = ", with uncommitted changes" if git["changed"] else ""
         yield f"commit of the spec: `{git['commit']}`{changed}"
+    for name, step in accepted_changes(facts).items():
+        yield f"changed during the run, after step {step}: `{Path(name).name}`"
     if replayed := facts.get("replayed"):
         yield f"rollouts: recorded by the run {Path(replayed['run']).name}, from step {replayed['start']} on"
     versions = {"python": facts.get("python"), **facts.get("versions", {})}

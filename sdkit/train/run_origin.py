@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,26 +58,29 @@ def check_files(
     }
     if checkpoint:
         before, since = _of_checkpoint(checkpoint), f"{checkpoint} was written"
-        copies = checkpoint.parents[1] / "code"
+        copies = [folder for folder in _all_copies(checkpoint.parents[1]) if folder.name < checkpoint.name]
     elif recording:
         before, since = _of_recording(recording, now), f"{recording.run} was recorded"
-        copies = recording.run / "code"
+        copies = _all_copies(recording.run)
     else:
         return RunFiles(hashes=now, accepted={})
     changes = {kind: fingerprints.differences(before[kind], now[kind]) for kind in KINDS}
-    refused = [kind for kind in KINDS if changes[kind] and kind not in accept]
+    refused: list[Kind] = [kind for kind in KINDS if changes[kind] and kind not in accept]
     if refused:
         faults = [f"{name}: {what}" for kind in refused for name, what in changes[kind].items()]
-        options = " ".join(f"--changed-{kind}" for kind in refused)
-        kept = f" ({copies} has the code)" if "code" in refused and copies.is_dir() else ""
-        raise UnreadableInput(
-            f"files of the run have changed since {since}:\n" + first_of(faults),
-            hint=f"bring them back{kept}, or accept them as they are now with {options}",
-        )
+        message = f"files of the run have changed since {since}:\n" + first_of(faults)
+        raise UnreadableInput(message, hint=_ways_out(refused, copies))
     accepted: dict[Kind, dict[str, str | None]] = {
         kind: {name: (before[kind] or {}).get(name) for name in changes[kind]} for kind in KINDS if changes[kind]
     }
     return RunFiles(hashes=now, accepted=accepted)
+
+
+def _ways_out(refused: Collection[Kind], copies: Sequence[Path]) -> str:
+    """The hint that says where the files are as they were, and which options accept them as they are."""
+    kept = f" ({copies[-1]} has the code)" if "code" in refused and copies else ""
+    options = " ".join(f"--changed-{kind}" for kind in refused)
+    return f"bring them back{kept}, or accept them as they are now with {options}"
 
 
 def warn_of_changed_code(spec: ExperimentSpec, base: Path, run: Path, console: Any) -> None:
@@ -127,9 +130,12 @@ def update(run: RunDirectory, base: Path, step: int, files: RunFiles) -> None:
     before = facts.get("code")
     facts |= {**files.hashes, "accepted_changes": earlier, **_accepted(files, step, earlier)}
     run.write_json(directory.ORIGIN, facts)
+    target = _copies(run, step)
+    for folder in _all_copies(run.path):
+        if folder.name > target.name or (folder.name == target.name and before != files.hashes["code"]):
+            shutil.rmtree(folder)
     if before != files.hashes["code"]:
-        shutil.rmtree(_copies(run, step), ignore_errors=True)
-        fingerprints.copy_code(files.hashes["code"], base, _copies(run, step))
+        fingerprints.copy_code(files.hashes["code"], base, target)
 
 
 def _accepted(files: RunFiles, step: int, earlier: Collection[Any] = ()) -> dict[str, Any]:
@@ -141,7 +147,12 @@ def _accepted(files: RunFiles, step: int, earlier: Collection[Any] = ()) -> dict
 
 
 def _copies(run: RunDirectory, step: int) -> Path:
+    """The folder with the code that a run uses after this step; it has the name of the step's checkpoint."""
     return run.path / "code" / f"step_{step:06d}"
+
+
+def _all_copies(run: Path) -> list[Path]:
+    return sorted((run / "code").glob("step_*"))
 
 
 def _facts(trainer: Trainer, recording: Recording | None) -> dict[str, Any]:

@@ -54,6 +54,13 @@ def test_copies_keep_their_folders(spec, base, tmp_path):
     assert (tmp_path / "code/own.py").read_text() == "import own_part"
 
 
+def test_file_that_changes_while_a_run_starts_is_an_error(spec, base, tmp_path):
+    code = fingerprints.of_code(spec, base)
+    (base / "own.py").write_text("")
+    with pytest.raises(BadEnvironment, match=r"own\.py was changed while the run started"):
+        fingerprints.copy_code(code, base, tmp_path / "code")
+
+
 def test_missing_file_is_an_error_with_its_name(spec, base):
     (base / "own.py").unlink()
     with pytest.raises(BadEnvironment, match=r"cannot read .*own\.py: No such file"):

@@ -93,7 +93,7 @@ def test_resume_refuses_changed_files_by_name(copy):
     assert "step_000001 was written" in listed[0]
     assert {"score.py: changed", "student/config.json: changed", "student/more.json: new"} <= set(listed)
     assert caught.value.hint == (
-        f"bring them back ({folder}/run/code has the code), "
+        f"bring them back ({folder}/run/code/step_000000 has the code), "
         "or accept them as they are now with --changed-code --changed-models"
     )
 
