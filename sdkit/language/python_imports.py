@@ -8,14 +8,13 @@ from __future__ import annotations
 import ast
 import os
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sdkit.language.files import MAX_SOURCE_CODE_BYTES, UnreadableFile, read_file
 
 _SDKIT = Path(__file__).resolve().parents[1]
-_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
+_STANDARD_LIBRARY = Path(os.__file__).resolve().parent
 
 
 def with_imports(files: Iterable[Path], search: Sequence[Path]) -> list[Path]:
