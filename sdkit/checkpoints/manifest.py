@@ -15,9 +15,11 @@ from attrs import asdict, frozen
 
 from sdkit.checkpoints import atomic
 from sdkit.checkpoints.changeable import may_change_on_resume
+from sdkit.language.files import sha256_of
 from sdkit.language.resolved import leaves, resolved
 from sdkit.language.specs import ExperimentSpec
 from sdkit.runs import directory
+from sdkit.runs.fingerprints import KINDS, Hashes
 
 NAME = "MANIFEST.json"
 
@@ -37,6 +39,8 @@ class Origin:
     run: str | None  # random identifier, drawn when the run started
     spec: str
     ranks: int
+    code: Hashes | None = None  # None: written by an sdkit that did not record them
+    models: Hashes | None = None
 
 
 @frozen(kw_only=True)
@@ -65,7 +69,9 @@ def spec_digest(spec: ExperimentSpec) -> str:
 
 def origin(run: Path, spec: ExperimentSpec, ranks: int) -> Origin:
     """The origin of the checkpoints that `ranks` ranks write to a run directory under this spec."""
-    return Origin(run=directory.provenance(run).get("run"), spec=spec_digest(spec), ranks=ranks)
+    facts = directory.provenance(run)
+    files = {kind: facts.get(kind) for kind in KINDS}
+    return Origin(run=facts.get("run"), spec=spec_digest(spec), ranks=ranks, **files)
 
 
 def file_names(folder: Path) -> list[str]:
@@ -76,9 +82,7 @@ def file_names(folder: Path) -> list[str]:
 
 def file_entry(path: Path) -> FileEntry:
     """Size and hash of a file on disk.  Raises OSError."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(bytes=path.stat().st_size, sha256=digest)
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
 
 
 def write(folder: Path, manifest: Manifest) -> None:
@@ -97,14 +101,14 @@ def read(folder: Path, *, hashes: bool) -> Manifest:
     """
     try:
         facts = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        stated = facts.pop("digest")
+        intact = facts.pop("digest") == _digest(facts)
         files = {name: FileEntry(**file) for name, file in facts.pop("files").items()}
         manifest = Manifest(origin=Origin(**facts.pop("origin")), files=files, **facts)
     except FileNotFoundError:
         raise UnusableCheckpoint(f"is not complete: it has no {NAME}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UnusableCheckpoint(f"has a {NAME} that cannot be read") from None
-    if _digest(asdict(manifest)) != stated:
+    if not intact:
         raise UnusableCheckpoint(f"has a {NAME} that was changed")
     present = file_names(folder)
     if unknown := set(present) - set(files):

@@ -22,6 +22,13 @@ Processes = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run directory.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the run directory.")]
+ChangedCode = Annotated[
+    bool,
+    typer.Option("--changed-code", help="Accept that Python files of the run have changed: use them as they are now."),
+]
+ChangedModels = Annotated[
+    bool, typer.Option("--changed-models", help="Accept that local models have changed: use them as they are now.")
+]
 Format = Annotated[
     Literal["text", "json", "github"],
     typer.Option("--format", help="Output for people, for programs, or for GitHub Actions."),

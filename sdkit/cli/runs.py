@@ -9,7 +9,7 @@ import typer
 
 from sdkit.cli.app import app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
-from sdkit.cli.options import Overrides, Overwrite, Processes, Resume, SpecPath
+from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, SpecPath
 from sdkit.cli.specs import plan, smoke_spec
 
 
@@ -24,19 +24,24 @@ def train(
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    changed_code: ChangedCode = False,
+    changed_models: ChangedModels = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, plan and smoke-run; train nothing.")] = False,
     processes: Processes = None,
 ) -> None:
     """Run a spec: evaluate, train, evaluate, and write a run directory."""
     _check_exclusive(resume, overwrite)
+    accept = _accepted(code=changed_code, models=changed_models)
+    if accept and not resume:
+        raise typer.BadParameter(f"--changed-{accept[0]} needs --resume: a new run takes the files as they are")
     checked = check_spec(spec, overrides, run_file=True)
     if dry_run:
         plan(spec, overrides)
         return smoke_spec(checked, 2)
     _launch_ranks(checked.spec, processes)
     folder = to or Path(checked.spec.output.folder) / spec.stem
-    written = checked.texts[checked.loaded.name]
-    _train(checked, spec.resolve().parent, folder, make_console(), written, resume=resume, overwrite=overwrite)
+    base, written = spec.resolve().parent, checked.texts[checked.loaded.name]
+    _train(checked, base, folder, make_console(), written, resume=resume, overwrite=overwrite, accept=accept)
     return None
 
 
@@ -133,6 +138,8 @@ def replay(
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    changed_code: ChangedCode = False,
+    changed_models: ChangedModels = False,
     processes: Processes = None,
 ) -> None:
     """Train again on a run's recorded rollouts: the same tokens under another loss, teacher, reward or optimizer.
@@ -150,12 +157,19 @@ def replay(
     console = make_console()
     console.print(f"replay: {recording}", markup=False, highlight=False)
     folder, written = to or run.with_name(f"{run.name}-replay"), read(run / "spec.yaml").text
-    _train(checked, base, folder, console, written, resume=resume, overwrite=overwrite, recording=recording)
+    accept = _accepted(code=changed_code, models=changed_models)
+    options = {"resume": resume, "overwrite": overwrite, "recording": recording, "accept": accept}
+    _train(checked, base, folder, console, written, **options)
 
 
 def _check_exclusive(resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
+
+
+def _accepted(**options: bool) -> list[str]:
+    """The names of the options that are set."""
+    return [name for name, is_set in options.items() if is_set]
 
 
 def _train(checked: Any, base: Path, folder: Path, console: Any, written: str, **options: Any) -> None:

@@ -1,8 +1,9 @@
-"""Models shipped inside Python packages, which load without a connection to the Hugging Face Hub."""
+"""Models shipped inside Python packages, which load without a connection to the Hugging Face Hub; models in local folders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from attrs import frozen
 
@@ -38,3 +39,9 @@ BUNDLED: Mapping[str, BundledModel] = {
         ),
     )
 }
+
+
+def local_folder(path: str, base: Path) -> Path | None:
+    """Returns the folder that a model's path names, relative to `base`; None for a bundled model or a hub id."""
+    folder = (base / path).resolve()
+    return folder if not path.startswith(PREFIX) and folder.is_dir() else None

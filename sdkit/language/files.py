@@ -6,6 +6,7 @@ A path may lead to a device, a pipe or a huge file.  Checking a spec must finish
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import stat
@@ -79,6 +80,12 @@ def file_names(folder: str | os.PathLike[str]) -> list[str]:
         return sorted(os.listdir(folder))
     except (OSError, ValueError):
         return []
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Returns the SHA-256 of a file, which is read in pieces.  Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

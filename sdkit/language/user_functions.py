@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,10 +66,15 @@ def _parameter(arg: ast.arg, kind: str, optional: bool = False) -> inspect.Param
     return inspect.Parameter(arg.arg, getattr(inspect.Parameter, kind), default=default)
 
 
+def module_search_path(files: Iterable[Path]) -> list[str]:
+    """Returns `sys.path` followed by the folders of these files: no module of the user's takes an installed one's place."""
+    return list(dict.fromkeys([*sys.path, *(str(file.parent) for file in files)]))
+
+
 class UserFunction:
     """A function from a user's file, which is run once.  Raises BadData if it cannot be loaded or fails.
 
-    `file` is the path as written in the spec, relative to `base`.
+    `file` is the path as written in the spec, relative to `base`.  The file can import the modules beside it.
     """
 
     def __init__(self, file: str, name: str, base: Path) -> None:
@@ -97,6 +102,7 @@ class UserFunction:
             raise BadData(f"{self.file} is not a Python file")
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module  # dataclasses look up their module while it runs
+        sys.path[:] = module_search_path([self._path])  # for good: functions may import when they are called
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdkit.language.bundled import BUNDLED, PREFIX
+from sdkit.language.bundled import BUNDLED, PREFIX, local_folder
 from sdkit.language.errors import BadData, BadEnvironment
 from sdkit.language.files import library_reads
 from sdkit.language.rules.base import IS_ADAPTER, MERGE_FIRST
@@ -37,8 +37,7 @@ def resolve_model(path: str, base: Path) -> str:
     """Returns a folder or hub id that both `from_pretrained` and vLLM accept."""
     if path.startswith(PREFIX):
         return str(_bundled_folder(path.removeprefix(PREFIX)))
-    local = (base / path).resolve()
-    return str(local) if local.is_dir() else path
+    return str(local_folder(path, base) or path)
 
 
 def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:

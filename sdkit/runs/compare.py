@@ -151,3 +151,10 @@ def differing_evaluation(paths: Sequence[Path], keys: Sequence[Key]) -> list[Pat
         if (path[:2] == ("evaluation", "suites") and "loss_prompts" not in path)
         or (path[0] == "rewards" and path[1] in scores)
     ]
+
+
+def differing_reward_code(runs: Sequence[Run], origins: Sequence[Path], keys: Sequence[Key]) -> list[Path]:
+    """The differing files of code, if one of these scores is, or may contain, a function of the user's."""
+    scores = {key[2].partition("/")[0] for key in keys}
+    kinds = {run.settings.get(("rewards", score, "kind")) for run in runs for score in scores}
+    return [path for path in origins if path[0] == "code"] if kinds & {"file", "weighted"} else []

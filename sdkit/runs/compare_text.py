@@ -20,6 +20,7 @@ from sdkit.runs.compare import (
     differences,
     differing,
     differing_evaluation,
+    differing_reward_code,
     differing_settings,
     score_keys,
 )
@@ -89,7 +90,9 @@ def _print_settings(runs: Sequence[Run], keys: Sequence[Key], console: Console) 
         console.print(table)
     if len(rows) > SETTINGS_SHOWN:
         console.print(f"… and {len(rows) - SETTINGS_SHOWN} more", highlight=False)
-    if affected := differing_evaluation(paths, keys):
+    if any(path[0] in ("code", "accepted_changes") for path in origins):
+        console.print("the runs' code differs; each run's copy is in its code/", highlight=False)
+    if affected := [*differing_evaluation(paths, keys), *differing_reward_code(runs, origins, keys)]:
         console.print(
             f"[yellow]warning[/]: the runs' evaluations differ ({escape(spelled(affected[0]))}), so their scores "
             "may not be comparable",

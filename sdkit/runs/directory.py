@@ -8,6 +8,8 @@ warnings.jsonl    tripwires that went off         tensorboard/    events
 plot.png          loss, score, length             error.txt       traceback of an unexpected failure
 model/            the trained model               checkpoints/    what --resume continues from
 best/             the model of the best evaluation, with output.keep_best
+code/             the user's Python files: step_N/ has those that the run used after step N
+git.diff          uncommitted changes of the spec's repository
 bad_batches/      rollouts of a step whose loss or gradient was not finite
 """
 

@@ -15,6 +15,7 @@ from sdkit.language.resolved import leaves
 from sdkit.language.source import read
 from sdkit.runs.directory import MARK, read_lines, step_file
 from sdkit.runs.evaluations import EvaluationResult, Key, per_prompt, read_back
+from sdkit.runs.fingerprints import KINDS
 from sdkit.runs.intervals import Interval
 
 Axis = Literal["tokens", "steps", "time"]
@@ -23,6 +24,9 @@ AXES: Mapping[Axis, str] = {
     "steps": "steps",
     "time": "training time without evaluation, s",
 }
+
+ORIGINS = ("versions", "data", "code", "models")
+"""The parts of provenance.json that are compared: versions, and hashes of rows, code and local models."""
 
 
 @frozen(kw_only=True)
@@ -47,7 +51,7 @@ class Run:
     path: Path
     state: str
     settings: Mapping[SpecPath, Any]  # every scalar of the resolved spec
-    origins: Mapping[SpecPath, Any]  # of provenance.json: versions and data hashes
+    origins: Mapping[SpecPath, Any]  # of provenance.json: ORIGINS, and which files have changed during the run
     points: Sequence[Point]  # evaluations in order, at least one
 
     @property
@@ -109,10 +113,18 @@ def read_run(path: Path, name: str) -> Run:
     if not points:
         raise UnreadableInput(f"{path} holds no evaluation to compare ({state})")
     provenance = read_json_object(path / "provenance.json") or {}
-    origins = {part: provenance.get(part) or {} for part in ("versions", "data")}
+    origins = {part: provenance[part] for part in ORIGINS if provenance.get(part)}
+    if changes := accepted_changes(provenance):
+        origins["accepted_changes"] = {name: f"after step {step}" for name, step in changes.items()}
     return Run(
         name=name, path=path, state=state, settings=dict(leaves(spec)), origins=dict(leaves(origins)), points=points
     )
+
+
+def accepted_changes(provenance: Mapping[str, Any]) -> dict[str, int]:
+    """The files of code and local models that changed during a run, with the step after the latest change."""
+    changes = provenance.get("accepted_changes") or ()
+    return {name: change["step"] for change in changes for kind in KINDS for name in change.get(kind, ())}
 
 
 def _points(path: Path) -> Iterator[Point]:

@@ -9,18 +9,18 @@ from typing import Any
 
 import yaml
 
-from sdkit.language.bundled import PREFIX
+from sdkit.language.bundled import PREFIX, local_folder
 from sdkit.language.resolved import canonical_hash
 from sdkit.language.source import read
 from sdkit.language.specs import ExperimentSpec, ModelSpec
 from sdkit.plan.plan import MethodPlan, plan_method
 from sdkit.runs.directory import origin
+from sdkit.runs.history import accepted_changes
 
 
 def base_of(spec: ModelSpec, base: Path) -> str:
     """The start model as the spec names it; a local folder as an absolute path."""
-    local = (base / spec.path).resolve()
-    return str(local) if not spec.path.startswith(PREFIX) and local.is_dir() else spec.path
+    return str(local_folder(spec.path, base) or spec.path)
 
 
 def write(spec: ExperimentSpec, base: Path, run: Path, *, adapter: bool) -> str:
@@ -94,6 +94,8 @@ def _origin(spec: ExperimentSpec, facts: Mapping[str, Any], start: str) -> Itera
     if git := facts.get("git"):
         changed = ", with uncommitted changes" if git["changed"] else ""
         yield f"commit of the spec: `{git['commit']}`{changed}"
+    for name, step in accepted_changes(facts).items():
+        yield f"changed during the run, after step {step}: `{Path(name).name}`"
     if replayed := facts.get("replayed"):
         yield f"rollouts: recorded by the run {Path(replayed['run']).name}, from step {replayed['start']} on"
     versions = {"python": facts.get("python"), **facts.get("versions", {})}

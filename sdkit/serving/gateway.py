@@ -17,7 +17,6 @@ therefore sampled by the weights that its request named.  Knows no torch.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from urllib.parse import parse_qs
 
 from sdkit import __version__
 from sdkit.language.errors import first_line
+from sdkit.language.files import sha256_of
 
 FOLDER = "SDKIT_WEIGHTS_FOLDER"
 KEY = "VLLM_API_KEY"
@@ -191,12 +191,6 @@ class Gateway:
                 raise RejectedRequest(500, "vLLM kept an old output projection or old prefixes")
             self.loaded = {"version": version, "sha256": sha256}
             return self.loaded | {"seconds": time.monotonic() - started}
-
-
-def sha256_of(path: Path) -> str:
-    """Returns the SHA-256 of a weight file, which identifies its weights.  Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 async def _body(receive: Receive) -> bytes:

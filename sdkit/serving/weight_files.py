@@ -19,8 +19,8 @@ from attrs import frozen
 from torch import Tensor
 
 from sdkit.language.errors import BadEnvironment
+from sdkit.language.files import sha256_of
 from sdkit.models.weights import Weights
-from sdkit.serving.gateway import sha256_of
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Dtypes by their safetensors names."""

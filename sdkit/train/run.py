@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,14 @@ from sdkit.models.embedding_ids import known_ids
 from sdkit.models.loading import check_vocabulary, load_config, load_tokenizer, resolve_model, weights_folder
 from sdkit.plan.machine import machine_for
 from sdkit.plan.plan import make_plan
-from sdkit.runs import directory
+from sdkit.runs import directory, fingerprints
 from sdkit.runs.plot import plot
-from sdkit.runs.provenance import provenance
 from sdkit.serving.pool import ServerPool
 from sdkit.serving.protocol import ExpectedServer
 from sdkit.serving.teacher_client import ServedModel
 from sdkit.serving.weight_files import WeightFolder
 from sdkit.stdout import is_first_rank
-from sdkit.train import failures, loop, prompt_record, report, stop_requests
+from sdkit.train import failures, loop, prompt_record, report, run_origin, stop_requests
 from sdkit.train.evaluate import evaluate, headline
 from sdkit.train.inputs import RunData
 from sdkit.train.replay import Recording, check_same_recording
@@ -164,10 +162,12 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     recording: Recording | None = None,
+    accept: Collection[fingerprints.Kind] = (),
 ) -> Path:
     """Train a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after resolution.
 
-    With a recording, train again on its rollouts, from the checkpoint before the first of them.
+    With a recording, train again on its rollouts, from the checkpoint before the first of them.  `accept`: what may have
+    changed since the checkpoint or recording that the run starts from.
     """
     if recording:
         recording.check_spec(spec, folder)
@@ -176,6 +176,7 @@ def train(
     if recording and recording.checkpoint:
         recorded_run = recording.origin.get("run")
         resuming.check_usable(recording.checkpoint, recorded_run, launched() or 1, hashes=is_first_rank())
+    files = run_origin.check_files(spec, base, resume_from, recording, accept, console) if is_first_rank() else None
     started = time.perf_counter()
     date = prompt_record.template_date(directory.provenance(folder)) if resume else None
     trainer = open_run(spec, base, recording, date)
@@ -185,11 +186,14 @@ def train(
     try:
         if resume_from:
             _restore(trainer, run, resume_from)
+            if files:
+                run_origin.update(run, base, trainer.progress.step, files)
         else:
             rng.seed_all(spec.training.seed, collectives.rank())
             run.write_text("spec.yaml", written)
             run.write_text(directory.MARK, resolved)
-            run.write_json(directory.ORIGIN, _provenance(trainer, recording))
+            if files:
+                run_origin.write(run, trainer, recording, files)
             if recording and recording.checkpoint:
                 checkpoint.load(trainer.state, recording.checkpoint, spec.training.seed)
                 recording.write_history(run)
@@ -283,7 +287,12 @@ def _train(trainer: Trainer, run: directory.RunDirectory, console: Console) -> N
 def evaluate_only(
     spec: specs.ExperimentSpec, base: Path, console: Console, run: Path | None = None
 ) -> dict[str, float]:
-    """Run the spec's evaluation on its start model; returns the metrics.  Templates print the date of `run`, if given."""
+    """Run the spec's evaluation on its start model; returns the metrics.
+
+    With `run`, templates print the run's date, and a warning names code that has changed since.
+    """
+    if run:
+        run_origin.warn_of_changed_code(spec, base, run, console)
     trainer = open_run(spec, base, now=run and prompt_record.template_date(directory.provenance(run)))
     together = False
     try:
@@ -296,27 +305,3 @@ def evaluate_only(
     finally:
         trainer.close(together=together)
         zero.stop(together=together)
-
-
-def _provenance(trainer: Trainer, recording: Recording | None) -> dict[str, Any]:
-    setup = trainer.setup
-    spec, data, base = setup.spec, setup.data, setup.base
-    model = {"path": spec.model.path, "revision": spec.model.revision, "located": setup.model_folder}
-    config = trainer.models.student.causal.config
-    model["commit"] = getattr(config, "_commit_hash", None)
-    others = [
-        {"path": w.path, "revision": w.revision, "located": resolve_model(w.path, base)}
-        for _, w in spec.other_models()
-    ]
-    served = [{"url": w.url, "model": w.model, "root": model.root} for w, model in trainer.served.items()]
-    return provenance(
-        base,
-        run=secrets.token_hex(8),
-        data=data.fingerprints(),
-        prompts=prompt_record.provenance_entry(data),
-        model=model,
-        other_models=others,
-        served_teachers=served,
-        seed=spec.training.seed,
-        **({"replayed": recording.facts} if recording else {}),
-    )

@@ -139,6 +139,7 @@ def test_validate_prints_github_annotations(sdkit, broken):
         ("eval", METHOD),
         ("eval", ROOT / "specs"),
         ("train", DEMO, "--resume", "--overwrite"),
+        ("train", DEMO, "--changed-code"),
         ("replay", "nowhere@0"),
         ("replay", ROOT / "specs"),
         ("export", ROOT / "specs", "--to", "nowhere"),

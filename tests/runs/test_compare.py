@@ -382,6 +382,38 @@ def test_different_versions_and_data_are_shown(make_run):
     assert "the specs are the same" in output
 
 
+def test_different_code_and_models_are_shown(make_run):
+    """Runs of an older sdkit have no hashes, as `c` has none."""
+    models = {"student/model.safetensors": "7" * 64}
+    a = make_run("a", {1: score_of(0.5)}, code={"score.py": "1" * 64, "same.py": "3" * 64}, models=models)
+    b = make_run("b", {1: score_of(0.5)}, code={"score.py": "2" * 64, "same.py": "3" * 64}, models={})
+    output = compare_output([a, b])
+    assert "code.score.py" in output
+    assert "code.same.py" not in output
+    assert "models.student/model.safetensors" in output
+    assert "the runs' code differs; each run's copy is in its code/" in output
+    assert "may not be comparable" not in output  # its only score is an exact match
+    assert "code.same.py" in compare_output([a, make_run("c", {1: score_of(0.5)})])
+
+
+def test_changes_during_a_run_are_shown(make_run):
+    change = {"step": 7, "at": "2026-11-28T16:06:43+00:00", "code": {"score.py": "1" * 64}}
+    a = make_run("a", {1: score_of(0.5)}, code={"score.py": "2" * 64}, accepted_changes=[change])
+    b = make_run("b", {1: score_of(0.5)}, code={"score.py": "2" * 64})
+    output = compare_output([a, b])
+    assert "accepted_changes.score.py" in output
+    assert "after step 7" in output
+    assert "code.score.py" not in output
+    assert "the runs' code differs" in output
+
+
+def test_different_code_of_a_reward_is_warned_about(make_run):
+    spec = SPEC | {"rewards": {"right": {"kind": "file", "file": "score.py"}}}
+    a = make_run("a", {1: score_of(0.5)}, spec=spec, code={"score.py": "1" * 64})
+    b = make_run("b", {1: score_of(0.5)}, spec=spec, code={"score.py": "2" * 64})
+    assert "the runs' evaluations differ (code.score.py)" in compare_output([a, b])
+
+
 def test_picture_of_many_runs(make_run):
     """More runs than colors, two decodings."""
     sampled = ("sums", "drawn", "right")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from sdkit.language import specs
 from sdkit.language.errors import did_you_mean, outside, shorten
 from sdkit.language.files import file_names
+from sdkit.language.python_imports import modules_beside
 from sdkit.language.rules.base import ADAPTER_CONFIG, IS_ADAPTER, Context, Finding, T, columns_of, run_rule, uncallable
 
 
@@ -160,3 +162,17 @@ def reward_file(spec: specs.ExperimentSpec, context: Context) -> Iterator[Findin
     """
     for name, reward in _rewards(spec, specs.FileReward):
         yield from uncallable(("rewards", name), context, reward, "completion", "row")
+
+
+@run_rule("modules that files in different folders import have different names")
+def same_module(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A file can import the modules beside it.  Python loads one module of a name, so if files in different folders import
+    modules with the same name, all of them get the first.
+    """
+    first: dict[str, str] = {}
+    for where, file in spec.user_files():
+        for name in sorted(modules_beside(Path(context.file(file)))):
+            other = first.setdefault(name, file)
+            if not os.path.samefile(os.path.dirname(context.file(other)), os.path.dirname(context.file(file))):
+                message = f"{file} and {other} each import a module {name} beside them, but Python loads only one"
+                yield where, message, "rename one of the two modules"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Literal
 
 from attrs import frozen
 
 from sdkit.language.specs.data import DataSpec
+from sdkit.language.specs.divergences import FileDivergence
 from sdkit.language.specs.fields import (
     AT_LEAST_ONE,
     GIBIBYTES,
@@ -26,8 +28,10 @@ from sdkit.language.specs.fields import (
     between,
     spec_field,
 )
+from sdkit.language.specs.losses import Distillation
 from sdkit.language.specs.method import MethodSpec
-from sdkit.language.specs.scores import EvaluationSpec, Reward, Suite
+from sdkit.language.specs.scores import EvaluationSpec, FileReward, Reward, RewardModel, Suite
+from sdkit.language.specs.token_weights import FileWeight
 
 BETA = between(0.0, 0.999999)
 """AdamW divides by 1 − beta."""
@@ -226,6 +230,23 @@ class ExperimentSpec(MethodSpec):
     def suites(self) -> Table[Suite]:
         """The suites of the evaluation, by name; empty if nothing is evaluated."""
         return self.evaluation.suites if self.evaluation else Table()
+
+    def user_files(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The key and the value of each path of a user's Python file."""
+        for name, term in self.losses.items():
+            if isinstance(term, Distillation) and isinstance(term.divergence, FileDivergence):
+                yield ("losses", name, "divergence", "file"), term.divergence.file
+            if isinstance(term.token_weight, FileWeight):
+                yield ("losses", name, "weight", "file"), term.token_weight.file
+        for name, reward in self.rewards.items():
+            if isinstance(reward, FileReward):
+                yield ("rewards", name, "file"), reward.file
+
+    def model_paths(self) -> Iterator[str]:
+        """The paths of every model that this process loads: the student's, teachers', reward models'."""
+        yield self.model.path
+        yield from (weights.path for _, weights in self.other_models())
+        yield from (reward.path for reward in self.rewards.values() if isinstance(reward, RewardModel))
 
     @property
     def needs_old_logprobs(self) -> bool:
