@@ -77,7 +77,17 @@ def test_a_row_has_medians_and_the_range_of_the_ratio_within_rounds(monkeypatch)
     trl = [measurement("wide", "TRL", n, seconds) for n, seconds in enumerate((20.0, 30.0, 40.0))]
     own = [measurement("wide", "sdkit", n, 10.0) for n in range(3)]
     rows = page.speed_table(session(["wide"], [*trl, *own]), ["wide"]).splitlines()[2:]
-    assert [cell.strip() for cell in rows[0].split("|")[3:-1]] == ["TRL", "3", "", "17", "4", "1.5", "3%", "100", "2.0 ×"]
+    assert [cell.strip() for cell in rows[0].split("|")[3:-1]] == [
+        "TRL",
+        "3",
+        "",
+        "17",
+        "4",
+        "1.5",
+        "3%",
+        "100",
+        "2.0 ×",
+    ]
     ratio = "**3.00** (2.00 to 4.00)"
     expected = ["sdkit", "10", ratio, "17", "25", "1.5", "10%", "100", "2.0 ×"]
     assert [cell.strip() for cell in rows[1].split("|")[3:-1]] == expected
