@@ -6,13 +6,14 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import attrs
 import yaml
 
-from sdkit.language.introspection import Key, is_spec, keys_of, kinds_of, members
+from sdkit.language.introspection import Key, entry_type, is_spec, keys_of
 from sdkit.language.load import load_spec
+from sdkit.language.resolved import without_defaults
 from sdkit.language.specs import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ class Use:
     @property
     def data(self) -> Any:
         """The value as plain data, without the keys that have their defaults."""
-        return written(self.value, self.key.type if self.name is None else _entry_type(self.key.type))
+        return without_defaults(self.value, self.key.type if self.name is None else entry_type(self.key.type))
 
     @property
     def text(self) -> str:
@@ -66,26 +67,6 @@ def uses() -> dict[type, list[Use]]:
             if spec := load_spec(file).spec:
                 visit(spec, file)
     return found
-
-
-def written(value: Any, tp: Any) -> Any:
-    """Plain data that the language reads as `value` under a key of type `tp`, as short as it can be."""
-    if isinstance(value, Table):
-        return {name: written(entry, _entry_type(tp)) for name, entry in value.items()}
-    if isinstance(value, tuple):
-        return [written(entry, _entry_type(tp)) for entry in value]
-    if not is_spec(type(value)):
-        return value
-    keys = [key for key in keys_of(type(value)).values() if getattr(value, key.field) != key.default]
-    data = {key.name: written(getattr(value, key.field), key.type) for key in keys}
-    if type(value) not in kinds_of(members(tp)).values():
-        return data
-    return {"kind": value.kind, **data} if data else value.kind
-
-
-def _entry_type(tp: Any) -> Any:
-    """The type of the entries of a list or table."""
-    return next(get_args(option)[0] for option in members(tp) if get_origin(option) in (tuple, Table))
 
 
 def run_file() -> str:

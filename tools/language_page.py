@@ -13,10 +13,11 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 import attrs
-from language_examples import example, run_file, to_yaml, written
+from language_examples import example, run_file, to_yaml
 
 from sdkit.language import specs, suggestions
 from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, members
+from sdkit.language.resolved import without_defaults
 from sdkit.language.specs import LARGEST, ExperimentSpec, Range, Schedule, Table
 
 INTRODUCTION = """# The language, key by key
@@ -177,7 +178,7 @@ def _table(keys: Iterable[Key]) -> str:
 
 
 def _default(key: Key) -> str:
-    return to_yaml(written(key.default, key.type), flow=True)
+    return to_yaml(without_defaults(key.default, key.type), flow=True)
 
 
 def _takes(key: Key) -> str:

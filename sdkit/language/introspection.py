@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from sdkit.language.specs import DEFAULT_KIND, Range
+from sdkit.language.specs import DEFAULT_KIND, Range, Table
 
 
 @attrs.frozen
@@ -68,6 +68,11 @@ def members(tp: Any) -> tuple[Any, ...]:
     """Returns the members of a union, or the type itself if it is no union."""
     union = isinstance(tp, types.UnionType) or typing.get_origin(tp) is typing.Union
     return typing.get_args(tp) if union else (tp,)
+
+
+def entry_type(tp: Any) -> Any:
+    """Returns the type of the entries of a list or table; raises StopIteration if the type is neither."""
+    return next(typing.get_args(option)[0] for option in members(tp) if typing.get_origin(option) in (tuple, Table))
 
 
 def kinds_of(options: Sequence[Any]) -> dict[str, type]:
