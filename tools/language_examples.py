@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import attrs
-import yaml
 
 from sdkit.language.introspection import Key, entry_type, is_spec, keys_of
 from sdkit.language.load import load_spec
 from sdkit.language.resolved import without_defaults
+from sdkit.language.scalars import compact
 from sdkit.language.specs import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +41,7 @@ class Use:
         if isinstance(self.data, str) and self.name is None:
             return f"{self.key.name}: {self.data}"
         entry = {str: {self.name: self.data}, int: [self.data]}.get(type(self.name), self.data)
-        return to_yaml({self.key.name: entry})
+        return compact({self.key.name: entry})
 
 
 @cache
@@ -98,24 +96,3 @@ def _rank(use: Use) -> tuple[bool, int, int]:
 
 def _fenced(text: str) -> str:
     return f"```yaml\n{text.rstrip()}\n```"
-
-
-def to_yaml(data: Any, flow: bool | None = None) -> str:
-    """YAML with maps and lists of scalars on one line each, or all of it on one line with `flow`."""
-
-    class Dumper(yaml.SafeDumper):
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-        style = None if re.fullmatch(r"[\w./][\w./ -]*", value) else '"'
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-    def number(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
-        plain = re.sub(r"^(-?\d+)e-0?", r"\1.0e-", json.dumps(value))
-        return dumper.represent_scalar("tag:yaml.org,2002:float", plain)
-
-    Dumper.add_representer(str, text)
-    Dumper.add_representer(float, number)
-    result = yaml.dump(data, Dumper=Dumper, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=10**6)
-    return result.removesuffix("\n").removesuffix("\n...")

@@ -86,3 +86,14 @@ def default_kind(classes: frozenset[type]) -> type | None:
     """Returns the class a union defaults to when `kind` is omitted, if it has one."""
     known = {frozenset(members(union)): cls for union, cls in DEFAULT_KIND.items()}
     return known.get(classes)
+
+
+def is_inherited(key: Key, cls: Any) -> bool:
+    """Whether a class has the key from a base class."""
+    return getattr(attrs.fields(cls), key.field).inherited
+
+
+def shared_keys(classes: Sequence[Any]) -> list[Key]:
+    """Returns the keys that all kinds of a union have from a common base class."""
+    inherited = [key for key in keys_of(classes[0]).values() if is_inherited(key, classes[0])]
+    return [key for key in inherited if all(key in keys_of(cls).values() for cls in classes)]
