@@ -15,6 +15,7 @@ import attrs
 from language_examples import example, run_file
 
 from sdkit.language import specs, suggestions, wording
+from sdkit.language.errors import spelled
 from sdkit.language.introspection import Key, default_kind, is_inherited, is_spec, keys_of, members, shared_keys
 from sdkit.language.specs import ExperimentSpec, Schedule, Table
 
@@ -176,8 +177,8 @@ def _link(label: str, target: type | Sequence[type]) -> str:
 def _names_elsewhere() -> str:
     """A table of the names that other toolkits use, from the hints for unknown keys."""
     paths: dict[str, set[str]] = {}
-    for name, path in suggestions.all_keys():
-        paths.setdefault(name, set()).add(path)
+    for at in suggestions.all_keys():
+        paths.setdefault(at.key.name, set()).add(spelled(at.path))
     rows = []
     for name, keys in sorted(suggestions.SYNONYMS.items()):
         # A key that stands in several places is named without its path.
