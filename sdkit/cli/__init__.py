@@ -15,11 +15,11 @@ if not os.environ.get("SDKIT_DEBUG"):
 
 import typer
 
-from sdkit.cli import reference, runs, saved, specs  # each module adds its commands to `app`
+from sdkit.cli import runs, saved, specs, syntax  # each module adds its commands to `app`
 from sdkit.cli.app import FIRST, app
 from sdkit.language.errors import INTERRUPTED, SdkitError
 
-__all__ = ["app", "main", "reference", "runs", "saved", "specs"]
+__all__ = ["app", "main", "runs", "saved", "specs", "syntax"]
 
 
 def main() -> None:

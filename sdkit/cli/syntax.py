@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from sdkit.cli import completion
 from sdkit.cli.app import app
 
 
@@ -18,6 +19,7 @@ def explain(
             help="A key or its path, a kind, or the code in brackets at the end of a message; "
             "without it, the keys of a run file.",
             show_default=False,
+            autocompletion=completion.explained_names,
         ),
     ] = None,
 ) -> None:
