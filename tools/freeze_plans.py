@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.language.load import load_spec
-from sdkit.plan.accelerators import Machine
+from sdkit.plan.accelerators import ACCELERATORS, Machine
 from sdkit.plan.machine import other_shapes, shape_of
 from sdkit.plan.plan import make_plan, plan_method
 from sdkit.plan.text import render_method, render_plan
@@ -43,7 +43,7 @@ def plan_of(path: Path) -> str:
         ranks=stated.ranks if stated else 1,
         memory_gib=stated.memory_gib if stated and stated.memory_gib else 24.0,
         vllm="0.32.0",
-        accelerator=stated.accelerator if stated else None,
+        accelerator=ACCELERATORS[stated.accelerator] if stated and stated.accelerator else None,
     )
     shape, teachers = shape_of(run, path.parent), other_shapes(run, path.parent)
     return render_plan(run, make_plan(run, machine, shape, other_shapes=teachers)) + "\n"

@@ -12,11 +12,14 @@ AcceleratorName = Literal["a100_80", "h100", "h200", "gh200"]
 
 @frozen(kw_only=True)
 class Accelerator:
-    """Published figures of one device."""
+    """Figures of one device: published or measured rates, and the assumed fractions of them that a step reaches."""
 
     title: str
-    teraflops: float  # dense, bfloat16
+    teraflops: float  # dense, in `dtype`
     terabytes: float  # per second, memory bandwidth
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compute_utilization: float = 0.4  # in passes over full sequences
+    bandwidth_utilization: float = 0.6  # in decoding
 
 
 ACCELERATORS: Mapping[AcceleratorName, Accelerator] = {
@@ -36,4 +39,4 @@ class Machine:
     memory_gib: float | None = None
     vllm: str | None = None  # version, if installed
     emulates_bfloat16: bool = False  # no hardware support for bfloat16
-    accelerator: AcceleratorName | None = None
+    accelerator: Accelerator | None = None

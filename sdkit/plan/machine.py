@@ -9,13 +9,13 @@ from pathlib import Path
 
 from sdkit.language.model_shapes import shape_at
 from sdkit.language.specs import ExperimentSpec, ShapeSpec
-from sdkit.plan.accelerators import Machine
+from sdkit.plan.accelerators import ACCELERATORS, Machine
 
 
 def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
     """Returns this machine's properties.  The spec's `machine` takes precedence, but `ranks`, if given, over both."""
     stated = spec.machine
-    accelerator = stated.accelerator if stated else None
+    accelerator = ACCELERATORS[stated.accelerator] if stated and stated.accelerator else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Machine(
         ranks=ranks or (stated.ranks if stated else 1),

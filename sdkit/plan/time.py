@@ -1,4 +1,4 @@
-"""Estimates the time of a step from spec, machine and model shape.  Pure arithmetic on published device figures.
+"""Estimates the time of a step from spec, machine and model shape.  Pure arithmetic on the device's figures.
 
 A forward pass takes 2 operations per parameter and token, plus 2 · layers · hidden · length per token for causal
 attention in a sequence of `length`.  A backward pass takes twice as much, or as much as the forward pass if the base
@@ -26,13 +26,8 @@ from sdkit.language.specs import (
     VllmServerBackend,
     required_statistics,
 )
-from sdkit.plan.accelerators import ACCELERATORS, Accelerator, Machine
+from sdkit.plan.accelerators import Accelerator, Machine
 from sdkit.plan.memory import BYTES, GIB, engine_gib
-
-COMPUTE_UTILIZATION = 0.4
-"""Assumed fraction of the peak operations per second in passes over full sequences."""
-BANDWIDTH_UTILIZATION = 0.6
-"""Assumed fraction of the peak memory bandwidth in decoding."""
 
 
 @frozen(kw_only=True)
@@ -66,8 +61,8 @@ def estimate_step_time(
     """Returns an upper estimate of the time of one rollout batch; None if the spec states no accelerator."""
     if machine.accelerator is None:
         return None
-    device = ACCELERATORS[machine.accelerator]
-    if missing := _missing_figure(spec, backend, shape, other_shapes):
+    device = machine.accelerator
+    if missing := _missing_figure(spec, backend, device, shape, other_shapes):
         return StepTime(unknown_reason=missing)
     assert shape is not None
     rollouts = _rollouts_per_rank(spec, machine)
@@ -85,13 +80,17 @@ def estimate_step_time(
 
 def _assumptions(device: Accelerator) -> str:
     return (
-        f"every sequence at its longest; {COMPUTE_UTILIZATION:.0%} of the {device.teraflops:g} TFLOP/s and {BANDWIDTH_UTILIZATION:.0%} of the "
+        f"every sequence at its longest; {device.compute_utilization:.0%} of the {device.teraflops:g} TFLOP/s and {device.bandwidth_utilization:.0%} of the "
         f"{device.terabytes:g} TB/s that an {device.title} has; no rewards, communication or weight syncs"
     )
 
 
 def _missing_figure(
-    spec: ExperimentSpec, backend: Backend, shape: ShapeSpec | None, other_shapes: Mapping[str, ShapeSpec]
+    spec: ExperimentSpec,
+    backend: Backend,
+    device: Accelerator,
+    shape: ShapeSpec | None,
+    other_shapes: Mapping[str, ShapeSpec],
 ) -> str | None:
     """The first figure that the estimate needs and does not have; None if it has all."""
     sees = spec.sees
@@ -102,8 +101,8 @@ def _missing_figure(
         return "another model's shape is not at hand"
     if any(spec.served_teachers()):
         return "how fast the teacher's server answers is not known"
-    if spec.model.dtype != "bfloat16":
-        return f"the figures are bfloat16's, and model.dtype is {spec.model.dtype}"
+    if spec.model.dtype != device.dtype:
+        return f"the figures are {device.dtype}'s, and model.dtype is {spec.model.dtype}"
     if sampled and isinstance(backend, VllmServerBackend):
         return "how fast the rollout servers sample is not known"
     if sampled and not isinstance(backend, VllmBackend | ReplayBackend):
@@ -172,7 +171,7 @@ def _scoring_operations(
 
 
 def _compute_seconds(device: Accelerator, operations: float) -> float:
-    return operations / (device.teraflops * 1e12 * COMPUTE_UTILIZATION)
+    return operations / (device.teraflops * 1e12 * device.compute_utilization)
 
 
 def _rollout_phase(
@@ -191,7 +190,7 @@ def _rollout_phase(
     max_cached_rows = (engine_gib(spec, backend, machine, shape) * GIB - weights) / (cached * (prompt + new))
     rows = max(1, min(rollouts, backend.max_num_seqs, int(max_cached_rows)))
     middle = prompt + new / 2
-    reading = (weights + rows * cached * middle) / (device.terabytes * 1e12 * BANDWIDTH_UTILIZATION)
+    reading = (weights + rows * cached * middle) / (device.terabytes * 1e12 * device.bandwidth_utilization)
     token = max(reading, _compute_seconds(device, rows * _operations_per_token(shape, 2 * middle)))
     prefill = _forward_operations(shape, rollouts // spec.rollout.completions_per_prompt, prompt)
     seconds = _compute_seconds(device, prefill) + math.ceil(rollouts / rows) * new * token

@@ -33,7 +33,7 @@ from sdkit.language.specs import (
     VllmBackend,
     VocabularySupport,
 )
-from sdkit.plan.accelerators import Machine
+from sdkit.plan.accelerators import ACCELERATORS, Machine
 from sdkit.plan.machine import shape_of
 from sdkit.plan.plan import make_plan
 
@@ -41,7 +41,7 @@ GIGA = ShapeSpec(
     parameters=2**30, hidden_size=1, num_hidden_layers=1, vocab_size=1, max_position_embeddings=10_000, kv_width=1
 )
 """One layer of width 1, so that attention and cache are negligible."""
-H100 = Machine(ranks=4, memory_gib=80.0, accelerator="h100")
+H100 = Machine(ranks=4, memory_gib=80.0, accelerator=ACCELERATORS["h100"])
 SPEED = 989e12 * 0.4
 READING = 3.35e12 * 0.6
 PASS = 2 * 2**30  # operations of a forward pass for one token
