@@ -47,6 +47,6 @@ def test_packaged_method_is_read_from_the_environment(run_installed):
     assert "grpo: ok (method page)" in run_installed("validate", "grpo")
 
 
-def test_examples_of_explanations_are_installed(installed):
-    assert "Keeps it:" in installed("explain", "no_teacher")
-    assert "example, from" in installed("explain", "update_rate")
+def test_examples_of_explanations_are_installed(run_installed):
+    assert "Keeps it:" in run_installed("explain", "no_teacher")
+    assert "example, from" in run_installed("explain", "update_rate")

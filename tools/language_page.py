@@ -24,7 +24,8 @@ INTRODUCTION = """# The language, key by key
 A **method page** has the keys `rollout`, `teacher`, `losses` and `route`.  A **run file** names a method page
 (`method: sdft`, or `method: ./mine.yaml`), may override its keys, and adds the model, the data and the rest.  The
 [glossary](glossary.md) defines the terms, the [rules](rules.md) say which keys fit together, and
-`sdkit show SPEC` prints every value of a spec with the line it comes from.
+`sdkit show SPEC` prints every value of a spec with the line it comes from.  `sdkit explain KEY` prints in the terminal
+what stands here, and [editors](editors.md) complete and check keys.
 
 **Kinds.** Where there is a choice, `kind` names it: `divergence: {kind: jsd, teacher_share: 0.3}`.  A kind whose other
 keys all have defaults can be written as its bare name: `divergence: jsd`.
