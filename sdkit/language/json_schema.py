@@ -30,9 +30,9 @@ def json_schema() -> Json:
     """Returns one schema for run files and method pages, as JSON values."""
     definitions = _Definitions()
     method = {"description": METHOD_HELP, "anyOf": [{"enum": packaged_methods()}, {"pattern": PAGE_PATH}]}
-    page = definitions.object(MethodSpec, partial=False)
-    run_file = definitions.object(ExperimentSpec, partial=False)
-    over_a_page = definitions.object(ExperimentSpec, partial=True)
+    page = definitions.object(MethodSpec, "method page", partial=False)
+    run_file = definitions.object(ExperimentSpec, "run file", partial=False)
+    over_a_page = definitions.object(ExperimentSpec, "run file", partial=True)
     over_a_page["properties"] = {"method": method, **over_a_page["properties"]}
     definitions.schemas |= {"method_page": page, "run_file": run_file, "run_file_over_a_page": over_a_page}
     return {
@@ -58,12 +58,13 @@ class _Definitions:
     def __init__(self) -> None:
         self.schemas: dict[str, Json] = {}
 
-    def object(self, cls: Any, *, partial: bool) -> Json:
-        """Returns the schema of a spec class written as a map, without `kind`."""
+    def object(self, cls: Any, title: str, *, partial: bool) -> Json:
+        """Returns the schema of a spec class written as a map, without `kind`.  Editors show its title."""
         keys = keys_of(cls).values()
         of_page = keys_of(MethodSpec) if cls is ExperimentSpec else keys_of(cls)
         required = [key.name for key in keys if key.required and not (partial and key.name in of_page)]
         return {
+            "title": title,
             "description": inspect.cleandoc(cls.__doc__ or ""),
             "type": "object",
             "properties": {key.name: self.key(key, partial=partial and key.name in of_page) for key in keys},
@@ -98,7 +99,7 @@ class _Definitions:
             return {}
         if option is Schedule:
             ends = {name: dict(key.range.schema) for name in ("from", "to")} if key.range else {}
-            return {**self._reference(Schedule, partial, "none"), "properties": ends}
+            return {**self._reference(Schedule, "schedule", partial, "none"), "properties": ends}
         if origin is Literal:
             return {"enum": list(args)}
         if origin is tuple:
@@ -111,7 +112,7 @@ class _Definitions:
             size = _size("Properties", key, args[0], partial=partial)
             entries = self._entry(args[0], key, partial=partial)
             return {"type": "object", "additionalProperties": entries, "propertyNames": names, **size}
-        return self._reference(option, partial, "optional" if hasattr(option, "kind") else "none")
+        return self._reference(option, key.name, partial, "optional" if hasattr(option, "kind") else "none")
 
     def _entry(self, tp: Any, key: Key, *, partial: bool) -> Json:
         """Returns the schema of an entry of type `tp` in the key's list or table."""
@@ -131,7 +132,7 @@ class _Definitions:
         implied = {default_kind(frozenset(kinds.values())), kinds.get("file")}
         for cls in kinds.values():
             branches.append(
-                self._reference(cls, partial, "optional" if cls in implied and not partial else "required")
+                self._reference(cls, cls.kind, partial, "optional" if cls in implied and not partial else "required")
             )
         return branches
 
@@ -139,19 +140,20 @@ class _Definitions:
         """Returns the schema of a map without `kind`, over a page's map of any of these kinds."""
         properties: dict[str, list[Json]] = {}
         for cls in classes:
-            for name, schema in self.object(cls, partial=True)["properties"].items():
-                if schema not in properties.setdefault(name, []):
-                    properties[name].append(schema)
+            for key in keys_of(cls).values():
+                schema = self.key(key, partial=True)
+                if schema not in properties.setdefault(key.name, []):
+                    properties[key.name].append(schema)
         merged = {
             name: schemas[0] if len(schemas) == 1 else {"anyOf": schemas} for name, schemas in properties.items()
         }
         return {"type": "object", "properties": merged, "additionalProperties": False}
 
-    def _reference(self, cls: Any, partial: bool, kind: Literal["required", "optional", "none"]) -> Json:
+    def _reference(self, cls: Any, title: str, partial: bool, kind: Literal["required", "optional", "none"]) -> Json:
         name = cls.__name__ + ("Override" if partial else "") + ("OptionalKind" if kind == "optional" else "")
         if name not in self.schemas:
             self.schemas[name] = {}  # defined below; a class may contain itself
-            schema = self.object(cls, partial=partial)
+            schema = self.object(cls, getattr(cls, "kind", title), partial=partial)
             if kind != "none":
                 schema["properties"] = {"kind": {"const": cls.kind}, **schema["properties"]}
             if kind == "required":
