@@ -162,7 +162,8 @@ def _choices(key: Key, width: int) -> list[str]:
     if not classes:
         return []
     if not kinds_of(classes):
-        return [line for cls in classes for line in ["", f"  {_noun(cls)}:", *_keys_of_class(cls, width)]]
+        heading = "  a schedule has the keys:" if classes == [Schedule] else "  its keys:"
+        return ["", heading, *_keys_of_class(classes[0], width)]
     default = default_kind(frozenset(classes))
     lines = ["", "  kinds:" + (f" (without `kind` it is {default.kind})" if default else "")]
     shared = shared_keys(classes)
@@ -176,10 +177,6 @@ def _choices(key: Key, width: int) -> list[str]:
 
 def _keys_of_class(cls: Any, width: int) -> list[str]:
     return _key_list(keys_of(cls).values(), 4, width)
-
-
-def _noun(cls: Any) -> str:
-    return "a schedule has" if cls is Schedule else "its keys"
 
 
 def _key_list(keys: Iterable[Key], indent: int, width: int) -> list[str]:
