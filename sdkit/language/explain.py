@@ -265,7 +265,8 @@ def _example(*names: str, fallback: Key | None = None) -> list[str]:
     shown = next((examples[name] for name in names if name in examples), None)
     if shown:
         text = shown["text"] + (f"  # {shown['comment']}" if "comment" in shown else "")
-        return ["", f"  example, from {shown['file']}:", "", textwrap.indent(text, "    ")]
+        source = f", from {shown['file']}" if "file" in shown else ""
+        return ["", f"  example{source}:", "", textwrap.indent(text, "    ")]
     if fallback and fallback.default is not None and not fallback.required:
         return ["", f"  example: {fallback.name}: {wording.default(fallback).strip('`')}"]
     return []
