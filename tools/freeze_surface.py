@@ -1,11 +1,12 @@
 """The surface of the language: every key of every spec class, with type, default, range and help.
 
-`python tools/freeze_surface.py` writes tests/spec_surface.txt and docs/language.md; `--check` only compares.  A change
-of the first is a change of what users rely on, to be seen as such in review.
+`python tools/freeze_surface.py` writes tests/spec_surface.txt, docs/language.md and the examples of `sdkit explain`;
+`--check` only compares.  A change of the first is a change of what users rely on, to be seen as such in review.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 import typing
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import attrs
+import language_examples
 import language_page
 
 from sdkit.language.introspection import Key, is_spec, keys_of, members
@@ -76,9 +78,27 @@ def _type(tp: Any) -> str:
     return words.get(tp) or getattr(tp, "__name__", str(tp))
 
 
+def examples() -> str:
+    """An example of each kind and of each key that some spec sets, as JSON."""
+    kinds = {
+        cls.__name__: language_examples.kind_example(cls, place.key)
+        for cls, place in language_page.places().items()
+        if hasattr(cls, "kind") and place.key
+    }
+    found = kinds | language_examples.key_examples()
+    for example in found.values():
+        if example["file"].startswith("tests/"):  # a user has no such file
+            del example["file"]
+    return json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
 def main() -> int:
-    """Write both files, or check them; the exit code."""
-    files = {ROOT / "tests" / "spec_surface.txt": surface(), ROOT / "docs" / "language.md": language_page.page()}
+    """Write the files, or check them; the exit code."""
+    files = {
+        ROOT / "tests" / "spec_surface.txt": surface(),
+        ROOT / "docs" / "language.md": language_page.page(),
+        ROOT / "sdkit" / "language" / "key_examples.json": examples(),
+    }
     if "--check" not in sys.argv[1:]:
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")

@@ -1,18 +1,18 @@
-"""The examples in docs/language.md: each is part of a spec that the tests load, so none can go out of date."""
+"""The examples in docs/language.md and of `sdkit explain`: parts of specs that the tests load, so none is out of date."""
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import attrs
-import yaml
 
-from sdkit.language.introspection import Key, is_spec, keys_of, kinds_of, members
-from sdkit.language.load import load_spec
+from sdkit.language.introspection import Key, entry_type, is_spec, keys_of
+from sdkit.language.load import CheckedSpec, load_spec
+from sdkit.language.resolved import without_defaults
+from sdkit.language.scalars import compact
 from sdkit.language.specs import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,11 +30,12 @@ class Use:
     key: Key
     name: str | int | None
     file: Path
+    path: tuple[str | int, ...]
 
     @property
     def data(self) -> Any:
         """The value as plain data, without the keys that have their defaults."""
-        return written(self.value, self.key.type if self.name is None else _entry_type(self.key.type))
+        return without_defaults(self.value, self.key.type if self.name is None else entry_type(self.key.type))
 
     @property
     def text(self) -> str:
@@ -42,7 +43,14 @@ class Use:
         if isinstance(self.data, str) and self.name is None:
             return f"{self.key.name}: {self.data}"
         entry = {str: {self.name: self.data}, int: [self.data]}.get(type(self.name), self.data)
-        return to_yaml({self.key.name: entry})
+        return compact({self.key.name: entry})
+
+
+@cache
+def loaded_specs() -> dict[Path, CheckedSpec]:
+    """The specs of `FOLDERS` that have no problems of shape, by file."""
+    files = [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.yaml"))]
+    return {file: checked for file in files if (checked := load_spec(file)).spec}
 
 
 @cache
@@ -50,7 +58,7 @@ def uses() -> dict[type, list[Use]]:
     """The uses of each spec class, in the order of `FOLDERS`."""
     found: dict[type, list[Use]] = {}
 
-    def visit(spec: Any, file: Path) -> None:
+    def visit(spec: Any, file: Path, path: tuple[str | int, ...]) -> None:
         for key in keys_of(type(spec)).values():
             value = getattr(spec, key.field)
             entries = [(None, value)]
@@ -58,34 +66,53 @@ def uses() -> dict[type, list[Use]]:
                 entries = list(value.items() if isinstance(value, Table) else enumerate(value))
             for name, entry in entries:
                 if is_spec(type(entry)):
-                    found.setdefault(type(entry), []).append(Use(entry, key, name, file))
-                    visit(entry, file)
+                    below = (*path, key.name) if name is None else (*path, key.name, name)
+                    found.setdefault(type(entry), []).append(Use(entry, key, name, file, below))
+                    visit(entry, file, below)
 
-    for folder in FOLDERS:
-        for file in sorted((ROOT / folder).glob("*.yaml")):
-            if spec := load_spec(file).spec:
-                visit(spec, file)
+    for file, checked in loaded_specs().items():
+        visit(checked.spec, file, ())
     return found
 
 
-def written(value: Any, tp: Any) -> Any:
-    """Plain data that the language reads as `value` under a key of type `tp`, as short as it can be."""
-    if isinstance(value, Table):
-        return {name: written(entry, _entry_type(tp)) for name, entry in value.items()}
-    if isinstance(value, tuple):
-        return [written(entry, _entry_type(tp)) for entry in value]
-    if not is_spec(type(value)):
-        return value
-    keys = [key for key in keys_of(type(value)).values() if getattr(value, key.field) != key.default]
-    data = {key.name: written(getattr(value, key.field), key.type) for key in keys}
-    if type(value) not in kinds_of(members(tp)).values():
-        return data
-    return {"kind": value.kind, **data} if data else value.kind
+def key_examples() -> dict[str, dict[str, str]]:
+    """`CLASS.KEY` → a value other than the default, the file that has it, and the comment of its line, if there is one."""
+    objects: dict[type, list[tuple[Any, Path, tuple[str | int, ...]]]] = {}
+    for file, checked in loaded_specs().items():
+        objects.setdefault(type(checked.spec), []).append((checked.spec, file, ()))
+    for cls, found in uses().items():
+        objects[cls] = [(use.value, use.file, use.path) for use in found]
+    examples: dict[str, dict[str, str]] = {}
+    for cls, instances in objects.items():
+        for key in keys_of(cls).values():
+            candidates = [
+                _key_example(key, getattr(spec, key.field), file, path)
+                for spec, file, path in instances
+                if getattr(spec, key.field) != key.default
+            ]
+            if candidates:
+                examples[f"{cls.__name__}.{key.name}"] = min(candidates, key=_key_rank)
+    return dict(sorted(examples.items()))
 
 
-def _entry_type(tp: Any) -> Any:
-    """The type of the entries of a list or table."""
-    return next(get_args(option)[0] for option in members(tp) if get_origin(option) in (tuple, Table))
+def _key_example(key: Key, value: Any, file: Path, path: tuple[str | int, ...]) -> dict[str, str]:
+    data = without_defaults(value, key.type)
+    text = compact({key.name: data}) if isinstance(data, dict | list) else f"{key.name}: {compact(data)}"
+    loaded = loaded_specs()[file].loaded
+    where = (*path, key.name)
+    if not loaded.written(where):
+        return {"text": text, "file": str(file.relative_to(ROOT))}
+    place = loaded.place(where)
+    line = loaded.texts[place.file].splitlines()[place.line - 1]
+    comment = re.search(r" # (.*)$", line) if "\n" not in text else None
+    note = {"comment": comment[1]} if comment else {}
+    return {"text": text, "file": str(Path(place.file).resolve().relative_to(ROOT)), **note}
+
+
+def _key_rank(example: dict[str, str]) -> tuple[bool, bool, bool, int, str]:
+    """Shipped files first, then values that are short enough, then those with a comment, then the shortest."""
+    text, file = example["text"], example["file"]
+    return file.startswith(FOLDERS[-1]), len(text) > LONGEST, "comment" not in example, len(text), file
 
 
 def run_file() -> str:
@@ -93,20 +120,28 @@ def run_file() -> str:
     return f"A whole run file, [`{RUN_FILE}`](../{RUN_FILE}):\n\n" + _fenced((ROOT / RUN_FILE).read_text("utf-8"))
 
 
-def example(cls: type, key: Key) -> str:
-    """The use under `key` with the most keys that is short enough, or else the shortest.
+def kind_example(cls: type, key: Key) -> dict[str, str]:
+    """The use of a kind under `key`, and its file."""
+    best = _best_use(cls, key)
+    return {"text": best.text, "file": str(best.file.relative_to(ROOT))}
 
-    Raises ValueError if no spec has one.
-    """
+
+def example(cls: type, key: Key) -> str:
+    """The use of a class under `key`, with a link to its file if that is shipped."""
+    best = _best_use(cls, key)
+    # A bare kind says nothing about its file: it may be there by default.
+    linked = best.file.parent != ROOT / FOLDERS[-1] and not isinstance(best.data, str)
+    source = f"From [`{best.file.stem}`](../{best.file.relative_to(ROOT)}):\n\n" if linked else ""
+    return source + _fenced(best.text)
+
+
+def _best_use(cls: type, key: Key) -> Use:
+    """The use with the most keys that is short enough, or else the shortest.  Raises ValueError if no spec has one."""
     candidates = [use for use in uses().get(cls, []) if use.key.name == key.name and use.data]
     shipped = [use for use in candidates if use.file.parent != ROOT / FOLDERS[-1]]
     if not candidates:
         raise ValueError(f"no spec has {key.name}: {cls.__name__}; add one to tests/ok/examples.yaml")
-    best = min(shipped or candidates, key=_rank)
-    # A bare kind says nothing about its file: it may be there by default.
-    linked = shipped and not isinstance(best.data, str)
-    source = f"From [`{best.file.stem}`](../{best.file.relative_to(ROOT)}):\n\n" if linked else ""
-    return source + _fenced(best.text)
+    return min(shipped or candidates, key=_rank)
 
 
 def _rank(use: Use) -> tuple[bool, int, int]:
@@ -117,24 +152,3 @@ def _rank(use: Use) -> tuple[bool, int, int]:
 
 def _fenced(text: str) -> str:
     return f"```yaml\n{text.rstrip()}\n```"
-
-
-def to_yaml(data: Any, flow: bool | None = None) -> str:
-    """YAML with maps and lists of scalars on one line each, or all of it on one line with `flow`."""
-
-    class Dumper(yaml.SafeDumper):
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-        style = None if re.fullmatch(r"[\w./][\w./ -]*", value) else '"'
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-    def number(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
-        plain = re.sub(r"^(-?\d+)e-0?", r"\1.0e-", json.dumps(value))
-        return dumper.represent_scalar("tag:yaml.org,2002:float", plain)
-
-    Dumper.add_representer(str, text)
-    Dumper.add_representer(float, number)
-    result = yaml.dump(data, Dumper=Dumper, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=10**6)
-    return result.removesuffix("\n").removesuffix("\n...")

@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import inspect
 import re
-import types
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import attrs
-from language_examples import example, run_file, to_yaml, written
+from language_examples import example, run_file
 
-from sdkit.language import specs, suggestions
-from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, members
-from sdkit.language.specs import LARGEST, ExperimentSpec, Range, Schedule, Table
+from sdkit.language import specs, suggestions, wording
+from sdkit.language.errors import spelled
+from sdkit.language.introspection import Key, default_kind, is_inherited, is_spec, keys_of, members, shared_keys
+from sdkit.language.specs import ExperimentSpec, Schedule, Table
 
 INTRODUCTION = """# The language, key by key
 
 A **method page** has the keys `rollout`, `teacher`, `losses` and `route`.  A **run file** names a method page
 (`method: sdft`, or `method: ./mine.yaml`), may override its keys, and adds the model, the data and the rest.  The
 [glossary](glossary.md) defines the terms, the [rules](rules.md) say which keys fit together, and
-`sdkit show SPEC` prints every value of a spec with the line it comes from.
+`sdkit show SPEC` prints every value of a spec with the line it comes from.  `sdkit explain KEY` prints in the terminal
+what stands here, and [editors](editors.md) complete and check keys.
 
 **Kinds.** Where there is a choice, `kind` names it: `divergence: {kind: jsd, teacher_share: 0.3}`.  A kind whose other
 keys all have defaults can be written as its bare name: `divergence: jsd`.
@@ -66,9 +67,6 @@ CHAPTERS: list[tuple[str, list[Any]]] = [
 TITLES: dict[type, str] = {ExperimentSpec: "Run files", Schedule: "Schedules"}
 """Headings of classes that have no path of their own."""
 NAMES = "What is it called elsewhere?"
-PLURALS = {"number": "numbers", "table of anything": "tables"}
-LONGEST_LIST = 4
-"""The most kinds that a cell of a table names; in place of more it links to the choice."""
 
 
 def page() -> str:
@@ -104,7 +102,7 @@ def places() -> dict[type, Place]:
             if tp not in found:
                 found[tp] = Place(path or "run file", key, owner)
                 for below in keys_of(tp).values():
-                    owner = tp if hasattr(tp, "kind") and not _is_inherited(below, tp) else None
+                    owner = tp if hasattr(tp, "kind") and not is_inherited(below, tp) else None
                     visit(below.type, f"{path}.{below.name}".lstrip("."), below, owner)
         else:
             for part in get_args(tp):
@@ -112,10 +110,6 @@ def places() -> dict[type, Place]:
 
     visit(ExperimentSpec, "", None, None)
     return found
-
-
-def _is_inherited(key: Key, cls: Any) -> bool:
-    return getattr(attrs.fields(cls), key.field).inherited
 
 
 def heading(cls: type) -> str:
@@ -142,9 +136,8 @@ def _union_sections(union: Any) -> Iterator[str]:
     classes = members(union)
     place = places()[classes[0]]
     assert place.key
-    inherited = [key for key in keys_of(classes[0]).values() if _is_inherited(key, classes[0])]
-    shared = [key for key in inherited if all(key in keys_of(cls).values() for cls in classes)]
-    text = f"### `{place.path}`\n\n{_sentence(place.key.help)} One of {_links(classes)}."
+    shared = shared_keys(classes)
+    text = f"### `{place.path}`\n\n{_sentence(place.key.help)} One of {wording.kinds(classes, _link)}."
     if default := default_kind(frozenset(classes)):
         text += f" Without `kind` it is `{default.kind}`."
     if shared:
@@ -170,90 +163,28 @@ def _table(keys: Iterable[Key]) -> str:
     """A row for each key; empty without keys."""
     rows = []
     for key in keys:
-        default = "**required**" if key.required else "none" if key.default is None else f"`{_default(key)}`"
-        cells = (f"`{key.name}`", _takes(key), default, key.help)
+        default = "**required**" if key.required else wording.default(key)
+        cells = (f"`{key.name}`", wording.takes(key, _link), default, key.help)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(["| key | takes | default | meaning |", "|---|---|---|---|", *rows]) if rows else ""
 
 
-def _default(key: Key) -> str:
-    return to_yaml(written(key.default, key.type), flow=True)
-
-
-def _takes(key: Key) -> str:
-    """What a key takes, in the reader's words; a class links to its section."""
-    options = [option for option in members(key.type) if option is not types.NoneType]
-    schedule = Schedule in options
-    bounds = [_bounds(range) for range in (key.range, key.each) if range]
-    parts = [_type(float if schedule else key.type), *filter(None, bounds)]
-    if schedule:
-        parts.append(f"or a [schedule](#{anchor(heading(Schedule))})")
-    if key.default is not None and len(options) < len(members(key.type)):
-        parts.append("or `null`")
-    return ", ".join(parts)
-
-
-def _type(tp: Any) -> str:
-    options = [option for option in members(tp) if option is not types.NoneType]
-    if all(is_spec(option) and hasattr(option, "kind") for option in options):
-        if len(options) <= LONGEST_LIST:
-            return _links(options)
-        return f"one of [{len(options)} kinds](#{anchor(places()[options[0]].path)})"
-    if len(options) > 1:
-        return _either([_type(option) for option in options if option is not int or float not in options])
-    [option], origin, args = options, get_origin(options[0]), get_args(options[0])
-    if origin is Literal:
-        return _either([f"`{arg}`" for arg in args])
-    if origin in (tuple, Table):
-        noun = "list" if origin is tuple else "table"
-        entry = _type(args[0])
-        if entry.startswith("one of"):
-            return f"{noun}, each {entry}"
-        count = f"{len(args)} " if origin is tuple and args[-1] is not ... else ""
-        return f"{noun} of {count}{PLURALS.get(entry, entry)}"
-    if is_spec(option):
-        required = [f"{key.name}: …" for key in keys_of(option).values() if key.required]
-        return f"[`{{{', '.join(required) or '…'}}}`](#{anchor(heading(option))})"
-    return {int: "whole number", float: "number", str: "text", bool: "`true` or `false`", Any: "anything"}[option]
-
-
-def _links(classes: Sequence[type]) -> str:
-    return _either([f"[`{cls.kind}`](#{anchor(heading(cls))})" for cls in classes])
-
-
-def _either(words: list[str]) -> str:
-    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-
-
-def _bounds(range: Range) -> str:
-    """A range in short, without limits that no useful value comes near."""
-    if range is specs.NOT_EMPTY:
-        return "at least one"
-    low, high = range.ends or (-LARGEST, LARGEST)
-    ends = [_end(low, ">") if low > -LARGEST else "", _end(high, "<") if high < LARGEST else ""]
-    if all(end.startswith(("≥", "≤")) for end in ends):
-        return f"{low:g} to {high:g}"
-    return ", ".join(filter(None, ends))
-
-
-def _end(limit: float, sign: str) -> str:
-    """`< 1` for 0.999999, `≤ 1` for 1."""
-    whole = round(limit)
-    if 0 < abs(limit - whole) <= 0.001:
-        return f"{sign} {whole}"
-    return f"{'≥' if sign == '>' else '≤'} {limit:g}"
+def _link(label: str, target: type | Sequence[type]) -> str:
+    """A link to the section of a class, or of a choice between classes."""
+    title = heading(target) if isinstance(target, type) else places()[target[0]].path
+    return f"[{label}](#{anchor(title)})"
 
 
 def _names_elsewhere() -> str:
     """A table of the names that other toolkits use, from the hints for unknown keys."""
     paths: dict[str, set[str]] = {}
-    for name, path in suggestions.all_keys():
-        paths.setdefault(name, set()).add(path)
+    for at in suggestions.all_keys():
+        paths.setdefault(at.key.name, set()).add(spelled(at.path))
     rows = []
     for name, keys in sorted(suggestions.SYNONYMS.items()):
         # A key that stands in several places is named without its path.
         here = [f"`{min(paths[key]) if len(paths[key]) == 1 else key}`" for key in keys if key in paths]
         if here and name not in paths:
-            rows.append(f"| `{name}` | {_either(here)} |")
+            rows.append(f"| `{name}` | {wording.either(here)} |")
     table = "\n".join(["| elsewhere | here |", "|---|---|", *rows])
     return f"## {NAMES}\n\nAn unknown key with one of these names is an error that says sdkit's name.\n\n{table}\n"

@@ -15,7 +15,6 @@ app = typer.Typer(
     help="Self-distillation and on-policy distillation of language models: a method is a page of YAML.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

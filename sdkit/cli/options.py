@@ -7,9 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
-SpecPath = Annotated[Path, typer.Argument(help="A run file or a method page.", show_default=False)]
+from sdkit.cli import completion
+
+SpecPath = Annotated[
+    Path, typer.Argument(help="A run file or a method page.", show_default=False, autocompletion=completion.spec_files)
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="`key.path=value` overrides, applied last.", show_default=False)
+    list[str] | None,
+    typer.Argument(
+        help="`key.path=value` overrides, applied last.", show_default=False, autocompletion=completion.overrides
+    ),
 ]
 Processes = Annotated[
     int | None,

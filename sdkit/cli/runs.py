@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sdkit.cli import completion
 from sdkit.cli.app import app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
 from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, SpecPath
@@ -92,7 +93,12 @@ def serve(
 
 @app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
 def evaluate(
-    spec: Annotated[Path, typer.Argument(help="A run file, or a run directory.", show_default=False)],
+    spec: Annotated[
+        Path,
+        typer.Argument(
+            help="A run file, or a run directory.", show_default=False, autocompletion=completion.spec_files
+        ),
+    ],
     overrides: Overrides = None,
     processes: Processes = None,
 ) -> None:

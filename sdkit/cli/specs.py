@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sdkit.cli import completion
 from sdkit.cli.app import app
 from sdkit.cli.checking import check_spec, make_console, placing, print_problems
 from sdkit.cli.options import Format, Overrides, SpecPath
@@ -14,7 +15,10 @@ from sdkit.cli.options import Format, Overrides, SpecPath
 
 @app.command(epilog="Example: `sdkit validate specs/*.yaml`")
 def validate(
-    specs: Annotated[list[Path], typer.Argument(help="Run files or method pages.", show_default=False)],
+    specs: Annotated[
+        list[Path],
+        typer.Argument(help="Run files or method pages.", show_default=False, autocompletion=completion.spec_files),
+    ],
     format: Format = "text",
 ) -> None:
     """Check specs and print every problem at once, with file and line.  Loads nothing heavy."""

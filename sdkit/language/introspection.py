@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from sdkit.language.specs import DEFAULT_KIND, Range
+from sdkit.language.specs import DEFAULT_KIND, Range, Table
 
 
 @attrs.frozen
@@ -70,6 +70,11 @@ def members(tp: Any) -> tuple[Any, ...]:
     return typing.get_args(tp) if union else (tp,)
 
 
+def entry_type(tp: Any) -> Any:
+    """Returns the type of the entries of a list or table; raises StopIteration if the type is neither."""
+    return next(typing.get_args(option)[0] for option in members(tp) if typing.get_origin(option) in (tuple, Table))
+
+
 def kinds_of(options: Sequence[Any]) -> dict[str, type]:
     """Returns kind → class if the options are classes distinguished by `kind`, else an empty map."""
     classes = [o for o in options if is_spec(o) and hasattr(o, "kind")]
@@ -81,3 +86,14 @@ def default_kind(classes: frozenset[type]) -> type | None:
     """Returns the class a union defaults to when `kind` is omitted, if it has one."""
     known = {frozenset(members(union)): cls for union, cls in DEFAULT_KIND.items()}
     return known.get(classes)
+
+
+def is_inherited(key: Key, cls: Any) -> bool:
+    """Whether a class has the key from a base class."""
+    return getattr(attrs.fields(cls), key.field).inherited
+
+
+def shared_keys(classes: Sequence[Any]) -> list[Key]:
+    """Returns the keys that all kinds of a union have from a common base class."""
+    inherited = [key for key in keys_of(classes[0]).values() if is_inherited(key, classes[0])]
+    return [key for key in inherited if all(key in keys_of(cls).values() for cls in classes)]

@@ -7,6 +7,7 @@ keeps the place where it was written, so that a problem or `sdkit show` can name
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ from sdkit.language.source import MAX_DEPTH, TOO_DEEP, Node, Source, key_fault, 
 RUN_KEYS = ("model", "data", "optimizer", "training", "evaluation", "output")
 PACKAGED_PAGES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "methods")
 """The folder of the method pages that come with sdkit."""
+METHOD_HELP = "the name of a packaged method, or the path of a method page such as ./mine.yaml"
+PAGE_PATH = r"/|\.ya?ml$"
+"""A regular expression found in the path of a method page, and not in a name."""
 FORBIDDEN_ON_METHOD_PAGES = ("method", *RUN_KEYS, "rewards", "machine")
 
 
@@ -137,7 +141,7 @@ def _method_page(root: Node, folder: str, problems: list[Problem]) -> tuple[str 
     if named is None:
         return None, None, root
     if not isinstance(named.value, str) or not named.value:
-        message = "'method' is the name of a packaged method, or the path of a method page such as ./mine.yaml"
+        message = f"'method' is {METHOD_HELP}"
         problems.append(Problem(("method",), message, "method_file", None, named.place))
         return "", None, root
     if is_page_name(named.value):
@@ -157,7 +161,7 @@ def _method_page(root: Node, folder: str, problems: list[Problem]) -> tuple[str 
 
 def is_page_name(text: str) -> bool:
     """Whether `method` (or a command's argument) names a packaged page; else it is the path of a file."""
-    return "/" not in text and os.sep not in text and not text.endswith((".yaml", ".yml"))
+    return not re.search(PAGE_PATH, text) and os.sep not in text
 
 
 def packaged_page(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A spec as plain data with every default written out, and its hash."""
+"""A spec as plain data, with every default written out or with none, and its hash."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import attrs
 
 from sdkit.language.errors import Path
-from sdkit.language.introspection import keys_of
-from sdkit.language.specs import MethodSpec
+from sdkit.language.introspection import entry_type, is_spec, keys_of, kinds_of, members
+from sdkit.language.specs import MethodSpec, Table
 
 
 def resolved(spec: Any) -> Any:
@@ -25,6 +25,21 @@ def resolved(spec: Any) -> Any:
     if isinstance(spec, tuple | list):
         return [resolved(value) for value in spec]
     return spec
+
+
+def without_defaults(value: Any, tp: Any) -> Any:
+    """Returns plain data that the language reads as `value` under a key of type `tp`, as short as it can be."""
+    if isinstance(value, Table):
+        return {name: without_defaults(entry, entry_type(tp)) for name, entry in value.items()}
+    if isinstance(value, tuple):
+        return [without_defaults(entry, entry_type(tp)) for entry in value]
+    if not is_spec(type(value)):
+        return value
+    keys = [key for key in keys_of(type(value)).values() if getattr(value, key.field) != key.default]
+    data = {key.name: without_defaults(getattr(value, key.field), key.type) for key in keys}
+    if type(value) not in kinds_of(members(tp)).values():
+        return data
+    return {"kind": value.kind, **data} if data else value.kind
 
 
 def canonical_hash(spec: MethodSpec) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -55,3 +56,24 @@ def dump(data: Any) -> str:
 
     Dumper.add_representer(str, text)
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def compact(data: Any, flow: bool | None = None) -> str:
+    """Formats plain data as YAML with maps and lists of scalars on one line each, or all of it on one line with `flow`."""
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+        style = None if re.fullmatch(r"[\w./][\w./ -]*", value) else '"'
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    def number(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
+        plain = re.sub(r"^(-?\d+)e-0?", r"\1.0e-", json.dumps(value))
+        return dumper.represent_scalar("tag:yaml.org,2002:float", plain)
+
+    Dumper.add_representer(str, text)
+    Dumper.add_representer(float, number)
+    result = yaml.dump(data, Dumper=Dumper, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=10**6)
+    return result.removesuffix("\n").removesuffix("\n...")

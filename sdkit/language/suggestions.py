@@ -6,11 +6,14 @@ Imported only when a spec has such a key or value.
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
-from sdkit.language.errors import did_you_mean
-from sdkit.language.introspection import is_spec, keys_of, members
+from attrs import frozen
+
+from sdkit.language.errors import Path, did_you_mean, spelled
+from sdkit.language.introspection import Key, is_spec, keys_of, members
 from sdkit.language.specs import ExperimentSpec, Table
 
 _OTHER_NAMES = (
@@ -92,27 +95,40 @@ def advice(name: str, cls: type) -> str | None:
     if name == "kind":
         return "remove it: there is only one kind here"
     words = [name, *synonyms]
-    places = ((path.count("."), words.index(word), path) for word, path in all_keys() if word in words)
+    found = ((at.key.name, spelled(at.path)) for at in all_keys())
+    places = ((path.count("."), words.index(word), path) for word, path in found if word in words)
     for _, other, path in sorted(places)[:1]:
         return f'sdkit has "{path}"' if other else f"it belongs at {path}"
     return None
 
 
-def all_keys() -> Iterator[tuple[str, str]]:
-    """Yields every key of the language with its path; NAME stands for a user-chosen name."""
+@frozen
+class Occurrence:
+    """A key at one path; NAME stands for a user-chosen name, 0 for the index of a list."""
+
+    path: Path
+    key: Key
+    owner: Any  # the class that has the key
+
+
+@cache
+def all_keys() -> list[Occurrence]:
+    """Returns every key of the language at each of its paths."""
+    found: list[Occurrence] = []
     seen: set[Any] = set()
 
-    def below(tp: Any, path: str) -> Iterator[tuple[str, str]]:
+    def visit(tp: Any, path: Path) -> None:
         for option in members(tp):
             origin, args = typing.get_origin(option), typing.get_args(option)
             if origin is Table:
-                yield from below(args[0], f"{path}NAME.")
+                visit(args[0], (*path, "NAME"))
             elif origin is tuple:
-                yield from below(args[0], f"{path}0.")
+                visit(args[0], (*path, 0))
             elif is_spec(option) and (option, path) not in seen:
                 seen.add((option, path))
                 for key in keys_of(option).values():
-                    yield key.name, f"{path}{key.name}"
-                    yield from below(key.type, f"{path}{key.name}.")
+                    found.append(Occurrence((*path, key.name), key, option))
+                    visit(key.type, (*path, key.name))
 
-    yield from below(ExperimentSpec, "")
+    visit(ExperimentSpec, ())
+    return found

@@ -19,7 +19,20 @@ SPECS = ROOT / "specs"
 DEMO = SPECS / "sdft.yaml"
 PAGES = ROOT / "sdkit" / "methods"
 METHOD = PAGES / "sdft.yaml"
-COMMANDS = ("validate", "show", "plan", "smoke", "train", "eval", "replay", "compare", "export", "checkpoint")
+COMMANDS = (
+    "validate",
+    "show",
+    "plan",
+    "smoke",
+    "train",
+    "eval",
+    "replay",
+    "compare",
+    "export",
+    "checkpoint",
+    "explain",
+    "schema",
+)
 RUN = """
 model: {path: MODEL, dtype: float32}
 data:
@@ -97,6 +110,14 @@ def test_process_has_the_exit_code(path, code):
     assert "Traceback" not in done.stderr
 
 
+def test_explain_and_schema_print_to_standard_output(sdkit):
+    code, out, err = sdkit("explain", "optimizer.lr")
+    assert (code, out.splitlines()[:2], err) == (0, ["optimizer.lr", "  peak learning rate"], "")
+    assert "A run file has these keys" in sdkit("explain")[1]
+    code, out, err = sdkit("schema")
+    assert (code, json.loads(out)["type"], err) == (0, "object", "")
+
+
 def test_validate_reports_specs_without_problems(sdkit):
     assert sdkit("validate", DEMO, METHOD) == (0, f"{DEMO}: ok (run file)\n{METHOD}: ok (method page)\n", "")
 
@@ -145,6 +166,7 @@ def test_validate_prints_github_annotations(sdkit, broken):
         ("export", ROOT / "specs", "--to", "nowhere"),
         ("export", ROOT / "specs"),
         ("unknown",),
+        ("explain", "divergnce"),
     ],
 )
 def test_wrong_command_line_exits_with_2(sdkit, args):

@@ -59,10 +59,15 @@ class Component:
 
 @frozen
 class Range:
-    """The values a field accepts; `text` describes them in error messages, `ends` are the bounds of a number."""
+    """The values a field accepts.
+
+    `text` describes them in error messages, `schema` has the keywords of JSON Schema for them (a schema may accept
+    more), `ends` are the bounds of a number.
+    """
 
     text: str
     accepts: Callable[[Any], bool]
+    schema: Mapping[str, Any] = attrs.field(eq=False)
     ends: tuple[float, float] | None = None
 
 
@@ -77,7 +82,10 @@ def between(low: float, high: float, *, apart_from: tuple[float, ...] = ()) -> R
     text = f"{noun} from {_figure(low)} to {_figure(high)}"
     text = ", ".join([*map(_figure, apart_from), f"or {text}" if apart_from else text])
     ends = (min(low, *apart_from), max(high, *apart_from)) if apart_from else (low, high)
-    return Range(text, lambda v: low <= v <= high or v in apart_from, ends)
+    schema: dict[str, Any] = {"minimum": low, "maximum": high}
+    if apart_from:
+        schema = {"anyOf": [{"enum": list(apart_from)}, schema]}
+    return Range(text, lambda v: low <= v <= high or v in apart_from, schema, ends)
 
 
 def _figure(number: float) -> str:
@@ -92,6 +100,7 @@ NEGATIVE = between(-LARGEST, -SMALLEST)
 SIGNED = Range(
     f"0, or a number of magnitude {_figure(SMALLEST)} to {_figure(LARGEST)}",
     lambda v: v == 0 or SMALLEST <= abs(v) <= LARGEST,
+    {"anyOf": [{"enum": [0]}, POSITIVE.schema, NEGATIVE.schema]},
     (-LARGEST, LARGEST),
 )
 ABOVE_ONE = between(1.00001, LARGEST)
@@ -116,22 +125,31 @@ PARAMETERS = between(1, 10**15)
 OPTION = Range(
     "text, true, false, or a number of magnitude up to 1e15",
     lambda v: isinstance(v, str) or abs(v) <= 1e15,
+    {"minimum": -1e15, "maximum": 1e15},
     (-1e15, 1e15),
 )
 
-NOT_EMPTY = Range("at least one entry", lambda v: len(v) > 0)
-TEXT = Range("text with more than white space", lambda v: bool(v.strip()))
-SOME_TEXT = Range("at least one character", lambda v: len(v) > 0)
-PATTERN = Range("a pattern of 1 to 10000 characters", lambda v: 0 < len(v) <= 10_000)
+NOT_EMPTY = Range("at least one entry", lambda v: len(v) > 0, {"minItems": 1, "minProperties": 1})
+TEXT = Range("text with more than white space", lambda v: bool(v.strip()), {"pattern": r"\S"})
+SOME_TEXT = Range("at least one character", lambda v: len(v) > 0, {"minLength": 1})
+PATTERN = Range(
+    "a pattern of 1 to 10000 characters", lambda v: 0 < len(v) <= 10_000, {"minLength": 1, "maxLength": 10_000}
+)
+_CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+_HAS_CONTROL = re.compile(f"[{_CONTROL}]")
+TEXT_END = r"(?![\s\S])"
+"""The end of a text, in the regular expressions of ECMAScript and Python; Python's `$` ignores a last line break."""
+_ONE_LINE = rf"^(?=.*\S)[^{_CONTROL}]*{TEXT_END}"
 NAME = Range(
     "a name of at most 1000 characters on one line",
-    lambda v: bool(v.strip()) and len(v) <= 1000 and not _CONTROL.search(v),
+    lambda v: bool(v.strip()) and len(v) <= 1000 and not _HAS_CONTROL.search(v),
+    {"pattern": _ONE_LINE, "maxLength": 1000},
 )
 PATH = Range(
     "a path of at most 4000 bytes on one line",
-    lambda v: bool(v.strip()) and len(v.encode("utf-8", "surrogatepass")) <= 4000 and not _CONTROL.search(v),
+    lambda v: bool(v.strip()) and len(v.encode("utf-8", "surrogatepass")) <= 4000 and not _HAS_CONTROL.search(v),
+    {"pattern": _ONE_LINE, "maxLength": 4000},
 )
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def spec_field(

@@ -23,6 +23,7 @@ from sdkit.language.specs.fields import (
     POSITIVE,
     SEED,
     SHARE,
+    TEXT_END,
     Range,
     Table,
     between,
@@ -59,13 +60,16 @@ RENDERING_ARGUMENTS = {
     "strftime_now",
 }
 """Arguments of `apply_chat_template` itself, and variables it passes to every template."""
+_OPTION_NAME = "[A-Za-z_][A-Za-z0-9_]{0,99}"
 TEMPLATE_OPTION = Range(
     "the name of an option that only the template reads, such as enable_thinking",
     lambda v: (
-        bool(re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,99}", v))
-        and v not in RENDERING_ARGUMENTS
-        and not v.endswith(("_token", "_tokens"))
+        bool(re.fullmatch(_OPTION_NAME, v)) and v not in RENDERING_ARGUMENTS and not v.endswith(("_token", "_tokens"))
     ),
+    {
+        "pattern": f"^{_OPTION_NAME}{TEXT_END}",
+        "not": {"anyOf": [{"enum": sorted(RENDERING_ARGUMENTS)}, {"pattern": "_tokens?$"}]},
+    },
 )
 
 
