@@ -20,7 +20,7 @@ from sdkit.losses.scores import logits as logits_of
 from sdkit.losses.scores import sampled_logprobs, select_scores
 from sdkit.losses.support import sampled_token, top_k_ids
 
-BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """Size of a float32 block of logits on a CPU.  The objective makes some twenty tensors of this size.  Small ones stay in
 the cache and in the allocator; the pages of large ones go back to the kernel, and getting new ones takes longer than the
 arithmetic (measured at 152k ids: docs/decisions.md, 2026-11-28)."""
