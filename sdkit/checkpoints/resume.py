@@ -51,7 +51,7 @@ def newest_checkpoint(run: Path, expected: Origin, notify: Notify, *, hashes: bo
             f"continue with --processes {facts.origin.ranks}, or make it fit first: {convert}",
         )
         return folder
-    if (read_json_object(run / "status.json") or {}).get("state") == "done":
+    if (read_json_object(run / "status.json") or {}).get("state") in ("done", "diverged"):
         raise UnreadableInput(
             f"{run} has no checkpoint to resume from",
             hint="set output.checkpoint_every, or start again with --overwrite",

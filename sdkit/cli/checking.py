@@ -37,15 +37,24 @@ def check_spec(
     return checked
 
 
-def check_run(run: Path, overrides: list[str] | None = None, *, warn: bool = False) -> tuple[Any, Path]:
+def check_run(run: Path, overrides: Sequence[str] = (), *, fixed: Sequence[str] = ()) -> tuple[Any, Path]:
     """Check a run's resolved spec; return it and the folder that its paths start from.
 
-    Warnings were printed when the run began, so `warn` is False by default.  Raises and exits as `check_spec` does.
+    `overrides` are the user's, `fixed` the command's own.  Prints only warnings that the former cause: the others were
+    printed when the run began, and many are about defaults that the resolved spec spells out.  Raises and exits as
+    `check_spec` does.
     """
+    from attrs import evolve
+
+    from sdkit.language.load import load_spec
     from sdkit.runs.directory import MARK, origin
 
     base = Path(origin(run)["base"])
-    checked = check_spec(run / MARK, overrides, run_file=True, base=base, warn=warn)
+    checked = check_spec(run / MARK, [*fixed, *overrides], run_file=True, base=base, warn=False)
+    if overrides and checked.problems and FIRST:
+        before = load_spec(run / MARK, fixed, base=base).problems
+        new = tuple(problem for problem in checked.problems if problem not in before)
+        print_problems([evolve(checked, problems=new)], "text")
     return checked, base
 
 

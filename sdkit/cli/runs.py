@@ -118,7 +118,7 @@ def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
     from sdkit.runs.directory import trained_model
 
     trained = [f"model.path={trained_model(path).resolve()}", "model.lora=null"]
-    return check_run(path, [*trained, *overrides], warn=bool(overrides))
+    return check_run(path, overrides, fixed=trained)
 
 
 @app.command(
@@ -158,7 +158,7 @@ def replay(
 
     recording = open_recording(recorded, steps)
     run = recording.run
-    checked, base = check_run(run, overrides, warn=bool(overrides))
+    checked, base = check_run(run, overrides or ())
     _launch_ranks(checked.spec, processes)
     console = make_console()
     console.print(f"replay: {recording}", markup=False, highlight=False)

@@ -132,6 +132,12 @@ class NumericsGuard(SdkitError):
     exit_code = 8
 
 
+class Diverged(SdkitError):
+    """The run reached its last step, but it diverged: its loss, gradient or score is far from its own history."""
+
+    exit_code = 9
+
+
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 plus the signal number, the convention of shells."""
 

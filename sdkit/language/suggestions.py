@@ -20,7 +20,7 @@ _OTHER_NAMES = (
     ("update_rate", "alpha tau decay ema_decay mixup ref_model_mixup_alpha rate"),
     ("teacher_share", "alpha beta"),
     ("update_rate", "beta"),
-    ("coefficient", "beta kl_coef weight"),
+    ("coefficient", "kl_coef weight"),
     ("temperature", "tau"),
     ("scale", "scale_rewards"),
     ("low", "epsilon clip_ratio_low"),
@@ -34,7 +34,6 @@ _OTHER_NAMES = (
     ("lr", "learning_rate rate"),
     ("max_grad_norm", "grad_clip gradient_clipping"),
     ("prompts_per_step", "batch_size train_batch_size"),
-    ("micro_batch_tokens", "per_device_train_batch_size micro_batch_size"),
     ("epochs", "num_train_epochs"),
     ("steps", "max_steps"),
     ("updates_per_rollout", "num_iterations ppo_epochs"),
@@ -64,6 +63,19 @@ SYNONYMS: Mapping[str, list[str]] = {
 }
 """Names in other toolkits → sdkit's keys, likeliest first."""
 
+_ROWS = (
+    "it counts rows: training.micro_batch_tokens counts tokens, and training.prompts_per_step the prompts of a step on all "
+    "ranks"
+)
+BY_PEER: Mapping[str, str] = {
+    "beta": "beta of TRL's GKDConfig is teacher_share in divergence: {kind: jsd}; beta of GRPOConfig is the coefficient of a "
+    "loss term of kind reference_kl",
+    "per_device_train_batch_size": _ROWS,
+    "micro_batch_size": _ROWS,
+    "ppo_micro_batch_size_per_gpu": _ROWS,
+}
+"""Names whose meaning depends on the toolkit, or that count something else → how to say in sdkit what each of them means."""
+
 _NO_K1 = "use k2 or vocabulary: the expected gradient of k1 is 0"
 _NO_K3 = "use k2 or vocabulary: the gradient of k3 is that of the forward KL"
 _ONE_TOKEN = (
@@ -90,6 +102,8 @@ def advice(name: str, cls: type) -> str | None:
     for word in synonyms:
         if word in here:
             return f'sdkit calls it "{word}"' + (f", which is 1 − {name}" if name.endswith("decay") else "")
+    if name in BY_PEER:
+        return BY_PEER[name]
     if hint := did_you_mean(name, here):
         return hint
     if name == "kind":

@@ -24,7 +24,7 @@ from sdkit.runs.compare import (
     differing_settings,
     score_keys,
 )
-from sdkit.runs.evaluations import Key, signed, with_interval
+from sdkit.runs.evaluations import FEW_PROMPTS_ADVICE, Key, few_prompts_warning, interval_note, signed, with_interval
 from sdkit.runs.history import AXES, Axis, Run, read_runs
 from sdkit.runs.plot import check_plot_path, plot_runs
 
@@ -43,6 +43,9 @@ def compare(paths: Sequence[Path], console: Console, target: Path, axis: Axis, s
     if len(runs) > 1:
         _print_settings(runs, keys, console)
     console.print(_scores_table(runs, keys))
+    sizes = {key[0]: i.n for run in runs for key, i in run.points[-1].scores.items() if key in keys}
+    if few := few_prompts_warning(sizes):
+        console.print(f"[yellow]warning[/]: {escape(few)}\n  = {FEW_PROMPTS_ADVICE}", highlight=False)
     if len(runs) > 1:
         _print_verdicts(runs, keys, axis, console)
     headline = runs[0].headline if score is None else keys[0]
@@ -111,15 +114,18 @@ def _scores_table(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
         ("suite", "decoding", "score", "run"),
         ("start", "end", "change", "95 % interval", "n"),
     )
+    methods: list[str | None] = []
     ends = [(run.evaluated(run.points[0]), run.evaluated(run.points[-1])) for run in runs]
     for key in keys:
         for place, (run, (start, end)) in enumerate(zip(runs, ends, strict=True)):
             if key not in start.scores or key not in end.scores:
                 continue
-            values = [with_interval(start.interval(key)), with_interval(end.interval(key))]
-            change = end.difference(start, key)
+            first, last, change = start.interval(key), end.interval(key), end.difference(start, key)
             names = key if place == 0 else ("", "", "")
-            table.add_row(*names, escape(run.name), *values, *signed(change), str(change.n))
+            values = with_interval(first), with_interval(last), *signed(change)
+            table.add_row(*names, escape(run.name), *values, str(change.n))
+            methods += [first.method, last.method, change.method]
+    table.caption = interval_note(methods)
     return table
 
 
@@ -178,10 +184,9 @@ def _no_common_budget(first: Run, second: Run, axis: Axis) -> str:
 
 
 def _significance_note(differences: Sequence[Difference]) -> str:
+    methods = ", ".join(dict.fromkeys(str(difference.interval.method) for difference in differences))
     text = (
         f"the intervals of differences hold simultaneously with 95 % probability (Bonferroni over {len(differences)}, "
-        "bootstrap over prompts); a difference is significant if its interval excludes 0 and a permutation test agrees"
+        f"{methods}); a difference is significant if its interval excludes 0 and a permutation test agrees"
     )
-    if not all(difference.paired for difference in differences):
-        text += "; where the prompts are not the same, each run is resampled by itself"
     return text + ". One run per setting says nothing about other seeds."

@@ -3,7 +3,7 @@
 spec.yaml         the run file as written         metrics.jsonl   one object a line, with `step`
 resolved.yaml     every value of the spec         rollouts/       every rollout of every step
 provenance.json   versions, git, data, argv       samples/        a few, with prompts as text
-status.json       running, done, failed, stopped  evaluations/    each held-out completion and its scores
+status.json       state: running, done, …         evaluations/    each held-out completion and its scores
 warnings.jsonl    tripwires that went off         tensorboard/    events
 plot.png          loss, score, length             error.txt       traceback of an unexpected failure
 model/            the trained model               checkpoints/    what --resume continues from
@@ -49,7 +49,7 @@ class RunDirectory:
         write_atomically(path, text)
 
     def status(self, state: str, **facts: Any) -> None:
-        """Write status.json: running, done, stopped or failed, with the process and other facts."""
+        """Write status.json: running, done, diverged, stopped or failed, with the process and other facts."""
         process = {"pid": os.getpid(), "process": processes.own_start()}
         self.write_json("status.json", {"state": state, **process, **facts})
 

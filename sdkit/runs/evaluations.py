@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
 
+from sdkit.language.errors import counted
 from sdkit.runs.intervals import Interval, mean_interval, paired_difference
 
 Key = tuple[str, str, str]
 """Suite, decoding, reward."""
+FEW_PROMPTS = 30
+"""Suites with fewer prompts get a warning: the 95 % interval of a score of 0.5 is then wider than ±0.17."""
+FEW_PROMPTS_ADVICE = f"hold out at least {FEW_PROMPTS} prompts; with 400, a score of 0.5 is known to ±0.05"
 
 
 @frozen(eq=False, kw_only=True)
@@ -27,8 +31,13 @@ class EvaluationResult:
         return mean_interval(self.scores[key])
 
     def difference(self, before: EvaluationResult, key: Key) -> Interval:
-        """The paired change since `before`, with its bootstrap interval over prompts."""
+        """The paired change since `before`, with its interval over prompts."""
         return paired_difference(before.scores[key], self.scores[key])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of prompts by suite."""
+        return {key[0]: len(scores) for key, scores in self.scores.items()}
 
     def metrics(self, headline: Key) -> dict[str, float]:
         """Metrics under eval/: every score by name, and the headline as eval/score, each with its interval and n."""
@@ -62,6 +71,18 @@ def per_prompt(records: Sequence[Mapping[str, Any]]) -> dict[Key, dict[tuple[int
         key: {prompt: sum(values) / len(values) for prompt, values in prompts.items()}
         for key, prompts in scores.items()
     }
+
+
+def interval_note(methods: Iterable[str | None]) -> str:
+    """What the intervals of a table are, from the names of their methods."""
+    names = ", ".join(dict.fromkeys(filter(None, methods)))
+    return "95 % intervals over prompts" + (f": {names}" if names else "")
+
+
+def few_prompts_warning(sizes: Mapping[str, int]) -> str | None:
+    """A warning that names the suites with fewer than `FEW_PROMPTS` prompts; None if there are none."""
+    few = [f"suite {name} has {counted(n, 'prompt')}" for name, n in sizes.items() if n < FEW_PROMPTS]
+    return f"{', '.join(few)}: too few to tell small differences from chance" if few else None
 
 
 def with_interval(interval: Interval) -> str:

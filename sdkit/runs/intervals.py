@@ -1,23 +1,41 @@
-"""Confidence intervals and permutation tests for means over prompts.  Knows numbers; knows nothing of models or rewards."""
+"""Confidence intervals and permutation tests for means over prompts.  Knows numbers; knows nothing of models or rewards.
+
+No interval has zero width: that few prompts agree does not make a mean certain.
+
+| scores | their mean | their paired change |
+|---|---|---|
+| all 0 or 1 | Wilson's score interval | Tango's score interval |
+| from 0 to 1 | Gaffke's interval | Gaffke's interval |
+| any other | Student's t interval | Student's t interval |
+
+The difference of means over different prompts has Newcombe's hybrid interval, made from the means' own intervals.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from attrs import frozen
 
-DRAWS_AT_ONCE = 4_000_000  # most indices that the bootstrap draws at one time
+DRAWS_AT_ONCE = 4_000_000  # most random numbers that Gaffke's interval holds at one time
+WILSON = "Wilson's score interval"
+TANGO = "Tango's score interval"
+GAFFKE = "Gaffke's interval"
+STUDENT = "Student's t interval"
+NEWCOMBE = "Newcombe's hybrid interval"
 
 
 @frozen(kw_only=True)
 class Interval:
-    """A mean over n prompts and the interval around it."""
+    """A mean over n prompts and the interval around it; the ends are infinite where the prompts cannot limit the mean."""
 
     mean: float
     low: float
     high: float
     n: int
+    method: str | None = None  # by name; None in a run directory, which does not store it
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -35,38 +53,66 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def tango(gained: int, lost: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Tango's score interval of the change of a proportion: of n pairs, `gained` went from 0 to 1 and `lost` from 1 to 0.
+
+    Source: Tango 1998, Statistics in Medicine 17, 891-908.  Raises ValueError if n is 0 or the counts exceed it.
+    """
+    if n < 1 or min(gained, lost) < 0 or gained + lost > n:
+        raise ValueError(f"{gained} gained and {lost} lost of {n}")
+    return -_tango_upper(lost, gained, n, level), _tango_upper(gained, lost, n, level)
+
+
 def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10_000, level: float = 0.95) -> Interval:
-    """The mean over prompts with Wilson's interval if every prompt scored 0 or 1, else with a percentile bootstrap.
+    """The mean over prompts, with an interval.
 
     One value per prompt: several samples of a prompt are not independent.  Raises ValueError if there are no values.
     """
     scores = _values(values)
-    if not np.isin(scores, (0.0, 1.0)).all():
-        return _bootstrap([scores], seed, resamples, level)
-    low, high = wilson(int(scores.sum()), scores.size, level)
-    return Interval(mean=float(scores.mean()), low=low, high=high, n=scores.size)
+    if _all_binary(scores):
+        ends, method = wilson(int(scores.sum()), scores.size, level), WILSON
+    elif _all_bounded(scores):
+        ends, method = _gaffke(scores, (0.0, 1.0), seed, resamples, level), GAFFKE
+    else:
+        ends, method = _student(scores, level), STUDENT
+    return Interval(mean=float(scores.mean()), low=ends[0], high=ends[1], n=scores.size, method=method)
 
 
 def paired_difference(
     before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000, *, level: float = 0.95
 ) -> Interval:
-    """The mean of after − before, one value per prompt, with a percentile bootstrap over prompts.
+    """The mean of after − before, one value per prompt, with an interval.
 
     Raises ValueError if there are no prompts or the lengths differ.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} values before, {len(after)} after")
-    return _bootstrap([_values(after) - _values(before)], seed, resamples, level)
+    both = _values([*before, *after])
+    changes = both[len(before) :] - both[: len(before)]
+    if _all_binary(both):
+        gained, lost = int((changes > 0).sum()), int((changes < 0).sum())
+        ends, method = tango(gained, lost, changes.size, level), TANGO
+    elif _all_bounded(both):
+        ends, method = _gaffke(changes, (-1.0, 1.0), seed, resamples, level), GAFFKE
+    else:
+        ends, method = _student(changes, level), STUDENT
+    return Interval(mean=float(changes.mean()), low=ends[0], high=ends[1], n=changes.size, method=method)
 
 
 def unpaired_difference(
     before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000, *, level: float = 0.95
 ) -> Interval:
-    """The mean of `after` minus the mean of `before`, which have different prompts: each side is resampled by itself.
+    """The mean of `after` minus the mean of `before`, which have different prompts; combines the two means' intervals.
 
-    `n` is the size of the smaller side.  Raises ValueError if a side is empty.
+    `n` is the size of the smaller side.  Sources: for scores of 0 or 1 method 10 of Newcombe 1998, Statistics in Medicine
+    17, 873-890; for others the same with their intervals, Zou and Donner 2008, Statistics in Medicine 27, 1693-1702.
+    Raises ValueError if a side is empty.
     """
-    return _bootstrap([_values(after), _values(before)], seed, resamples, level)
+    a, b = (mean_interval(values, seed=seed, resamples=resamples, level=level) for values in (before, after))
+    mean = b.mean - a.mean
+    low = mean - math.hypot(b.mean - b.low, a.high - a.mean)
+    high = mean + math.hypot(b.high - b.mean, a.mean - a.low)
+    return Interval(mean=mean, low=low, high=high, n=min(a.n, b.n), method=NEWCOMBE)
 
 
 def paired_p_value(before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000) -> float:
@@ -104,22 +150,60 @@ def _values(values: Sequence[float]) -> np.ndarray:
     return np.asarray(values, dtype=float)
 
 
-def _bootstrap(sides: Sequence[np.ndarray], seed: int, resamples: int, level: float) -> Interval:
-    """A side's mean, or the first side's mean minus the second's, with its percentile interval."""
-    from scipy import stats
+def _all_binary(scores: np.ndarray) -> bool:
+    return bool(np.isin(scores, (0.0, 1.0)).all())
 
-    def statistic(first: np.ndarray, *second: np.ndarray, axis: int) -> np.ndarray:
-        return first.mean(axis) - sum(side.mean(axis) for side in second)
 
-    sizes = [side.size for side in sides]
-    interval = stats.bootstrap(
-        [np.resize(side, max(side.size, 2)) for side in sides],  # scipy refuses a single value
-        statistic,
-        n_resamples=resamples,
-        batch=max(1, DRAWS_AT_ONCE // sum(sizes)),
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    mean = float(statistic(*sides, axis=0))
-    return Interval(mean=mean, low=float(interval.low), high=float(interval.high), n=min(sizes))
+def _all_bounded(scores: np.ndarray) -> bool:
+    return bool(((scores >= 0) & (scores <= 1)).all())
+
+
+def _tango_upper(gained: int, lost: int, n: int, level: float) -> float:
+    """The largest change that a score test at this level does not reject, by bisection."""
+    from scipy.stats import norm
+
+    critical = float(norm.ppf((1 + level) / 2)) ** 2
+
+    def rejected(change: float) -> bool:
+        """Whether the squared score statistic exceeds its critical value; `q` is the most likely share lost, given `change`."""
+        b = (2 * n - gained + lost) * change - gained - lost
+        q = (math.sqrt(b * b + 8 * n * lost * change * (1 - change)) - b) / (4 * n)
+        return (gained - lost - n * change) ** 2 > critical * n * (2 * q + change * (1 - change))
+
+    low, high = (gained - lost) / n, 1.0
+    if not rejected(high):
+        return high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if rejected(middle) else (middle, high)
+    return high
+
+
+def _gaffke(
+    values: np.ndarray, bounds: tuple[float, float], seed: int, resamples: int, level: float
+) -> tuple[float, float]:
+    """Gaffke's interval of the mean of values that lie within `bounds`.
+
+    A Bayesian bootstrap with one more value, at the bound: with 0 and 1 it is Clopper and Pearson's interval.  Source:
+    Learned-Miller and Thomas 2019 (arXiv 1905.06208), who conjecture that it covers at least as often as it says.
+    """
+    rng, rows = np.random.default_rng(seed), max(1, DRAWS_AT_ONCE // (values.size + 1))
+    lowest, highest = (np.append(values, bound) for bound in bounds)
+    ends: list[tuple[np.ndarray, np.ndarray]] = []
+    for start in range(0, resamples, rows):
+        weights = rng.standard_exponential((min(rows, resamples - start), values.size + 1))
+        totals = weights.sum(axis=1)
+        ends.append((weights @ lowest / totals, weights @ highest / totals))
+    low, high = (np.concatenate(side) for side in zip(*ends, strict=True))
+    return float(np.quantile(low, (1 - level) / 2)), float(np.quantile(high, (1 + level) / 2))
+
+
+def _student(values: np.ndarray, level: float) -> tuple[float, float]:
+    """Student's t interval of the mean; infinite if the values are all the same, since nothing else limits them."""
+    from scipy.stats import t
+
+    spread = float(values.std(ddof=1)) if values.size > 1 else 0.0
+    if spread == 0:
+        return -math.inf, math.inf
+    half = float(t.ppf((1 + level) / 2, values.size - 1)) * spread / math.sqrt(values.size)
+    return float(values.mean()) - half, float(values.mean()) + half

@@ -15,6 +15,7 @@ from sdkit.language.source import read
 from sdkit.language.specs import ExperimentSpec, ModelSpec
 from sdkit.plan.plan import MethodPlan, plan_method
 from sdkit.runs.directory import origin
+from sdkit.runs.evaluations import few_prompts_warning, interval_note
 from sdkit.runs.history import accepted_changes
 
 
@@ -61,6 +62,8 @@ def _training(spec: ExperimentSpec, run: Path, method: MethodPlan) -> Iterator[s
         yield f"LoRA: rank {lora.r}, alpha {lora.lora_alpha:g}"
     per_step = spec.training.prompts_per_step * spec.rollout.completions_per_prompt
     status = json.loads((run / "status.json").read_text(encoding="utf-8"))
+    if status.get("state") == "diverged":
+        yield str(status["reason"])
     yield f"{status['step']} steps of {per_step} rollouts, learning rate {spec.optimizer.lr:g}, {spec.model.dtype}"
 
 
@@ -75,13 +78,18 @@ def _scores(run: Path) -> str:
     path = run / "result.json"
     if not path.is_file():
         return ""
+    records = json.loads(path.read_text(encoding="utf-8"))
     rows = ["| suite | decoding | score | before | after | change | n |", "|---|---|---|---|---|---|---|"]
-    for row in json.loads(path.read_text(encoding="utf-8")):
+    for row in records:
         figures = " | ".join(
             "{:.3f} [{:.3f}, {:.3f}]".format(*row[column]) for column in ("before", "after", "change")
         )
         rows.append(f"| {row['suite']} | {row['decoding']} | {row['score']} | {figures} | {row['n']} |")
-    return "\n".join(rows) + "\n\nIntervals are 95 % bootstrap intervals over prompts."
+    methods = (method for row in records for method in row.get("methods", {}).values())
+    notes = [f"Intervals are {interval_note(methods)}."]
+    if few := few_prompts_warning({row["suite"]: row["n"] for row in records}):
+        notes.append(f"Warning: {few}.")
+    return "\n".join([*rows, "", *notes])
 
 
 def _origin(spec: ExperimentSpec, facts: Mapping[str, Any], start: str) -> Iterator[str]:

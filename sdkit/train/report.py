@@ -19,14 +19,26 @@ from sdkit.distributed import collectives
 from sdkit.language.errors import counted
 from sdkit.models.packing import LONGEST_PACK
 from sdkit.runs.directory import RunDirectory
-from sdkit.runs.evaluations import EvaluationResult, Key, read_back, signed, with_interval
+from sdkit.runs.evaluations import (
+    FEW_PROMPTS_ADVICE,
+    EvaluationResult,
+    Key,
+    few_prompts_warning,
+    interval_note,
+    read_back,
+    signed,
+    with_interval,
+)
 from sdkit.runs.intervals import Interval
 from sdkit.train.collect_rollouts import CollectedRollouts, rollout_records, sample_texts, sort_records
+from sdkit.train.divergence import DivergenceWatch, fallen_score, has_collapsed
 from sdkit.train.evaluate import headline
 from sdkit.train.inputs import RunData
 from sdkit.train.models import Models
 from sdkit.train.setup import RunSetup
 from sdkit.train.tripwires import triggered
+
+FALLEN_SCORE_ADVICE = "end the run earlier or lower optimizer.lr; output.keep_best: score saves the best model"
 
 
 class Report:
@@ -44,6 +56,12 @@ class Report:
         self.evaluated_at = collectives.broadcast_object({line["step"] for line in history if "eval/score" in line})
         self.lifted = collectives.broadcast_object(any(key.startswith("lift/") for line in history for key in line))
         self.recent_steps = [line for line in history if "time/step" in line]  # for the tripwires
+        patience = setup.spec.output.tripwire_steps
+        self.watch = DivergenceWatch(patience, self.recent_steps) if patience else None
+        scores = {line["step"]: line["eval/score"] for line in history if "eval/score" in line}
+        at_best = run.records("evaluations", max(scores, key=scores.__getitem__)) if scores else []
+        self.best = read_back(at_best) if at_best else None
+        self.collapse: str | None = None  # how far the score of the last evaluation is below its best
         # Tokens sampled for training so far.
         self.generated = max((line.get("tokens_generated", 0.0) for line in history), default=0.0)
         self.bar = Progress(
@@ -96,7 +114,8 @@ class Report:
         if patience is None:
             return
         self.recent_steps = [*self.recent_steps[-patience:], {"step": step, **metrics}]
-        for trip in triggered(self.recent_steps, patience):
+        diverging = self.watch and self.watch.add(self.recent_steps[-1])
+        for trip in [*triggered(self.recent_steps, patience), *([diverging] if diverging else [])]:
             facts = {"since": trip.first, "wire": trip.wire, "cause": trip.cause}
             self.run.warning(step, facts | {"look_at": trip.look_at})
             _warn(self.console, str(trip), trip.look_at)
@@ -114,6 +133,25 @@ class Report:
         self.console.print(
             f"[cyan]evaluation after step {step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]", highlight=False
         )
+        self._compare_with_best(step, result)
+
+    def _compare_with_best(self, step: int, result: EvaluationResult) -> None:
+        """Warn if the headline score has fallen from its best by more than chance."""
+        key, best = self._headline, self.best
+        self.collapse = None
+        if best is None or result.interval(key).mean >= best.interval(key).mean:
+            self.best = result
+            return
+        fall = self.watch and fallen_score(best, result, key, len(self.evaluated_at))
+        if fall:
+            self.collapse = fall if has_collapsed(best, result, key) else None
+            self.run.warning(step, {"wire": "fallen_score", "cause": fall, "look_at": FALLEN_SCORE_ADVICE})
+            _warn(self.console, fall, FALLEN_SCORE_ADVICE)
+
+    def divergence(self) -> str | None:
+        """How the run has diverged by now, the same on every rank; None if it has not."""
+        causes = self.watch and self.watch.verdict(), self.collapse
+        return collectives.broadcast_object("; ".join(filter(None, causes)) or None)
 
     def lift(self, lift: Mapping[Key, Interval]) -> None:
         """Report the teacher's lift, measured before training."""
@@ -121,7 +159,7 @@ class Report:
             return
         columns = ("suite", "decoding", "score", "lift", "95 % interval", "prompts")
         title = "teacher lift: score under the teacher's view minus the student's, before training"
-        table = Table(*columns, title=title)
+        table = Table(*columns, title=title, caption=interval_note(i.method for i in lift.values()))
         for (suite, decoding, reward), interval in lift.items():
             table.add_row(suite, decoding, reward, *signed(interval), str(interval.n))
         self.console.print(table)
@@ -137,6 +175,7 @@ class Report:
         """Print the table of scores before and after training, and write result.json, if the run has both scores."""
         if self.first and self.last and self.first is not self.last:
             self.console.print(comparison_table(self.first, self.last, self._headline))
+            warn_of_few_prompts(self.console, self.last)
             self.run.write_json("result.json", comparison_records(self.first, self.last))
 
     @property
@@ -146,12 +185,14 @@ class Report:
 
 
 def comparison_table(before: EvaluationResult, after: EvaluationResult, first: Key) -> Table:
-    """A table of every score before and after, with the paired bootstrap interval of the change."""
-    table = Table(title="held-out prompts, from the student's own prompt")
+    """A table of every score before and after, with the interval of the paired change."""
+    changes = {key: after.difference(before, key) for key in before.scores}
+    shown = [interval for key, change in changes.items() for interval in (before.interval(key), change)]
+    note = interval_note(interval.method for interval in shown)
+    table = Table(title="held-out prompts, from the student's own prompt", caption=note)
     for column in ("suite", "decoding", "score", "before", "after", "change", "95 % interval", "n"):
         table.add_column(column, justify="left" if column in ("suite", "decoding", "score") else "right")
-    for key in before.scores:
-        change = after.difference(before, key)
+    for key, change in changes.items():
         values = [with_interval(before.interval(key)), with_interval(after.interval(key)), *signed(change)]
         style = "bold" if key[0] == first[0] and key[2] == first[2] else None
         table.add_row(*key, *values, str(change.n), style=style)
@@ -161,32 +202,37 @@ def comparison_table(before: EvaluationResult, after: EvaluationResult, first: K
 def scores_table(result: EvaluationResult) -> Table:
     """A table of every score with its interval."""
     columns = ("suite", "decoding", "score", "mean [95 % interval]", "n")
-    table = Table(*columns, title="held-out prompts, from the model's own prompt")
-    for key in result.scores:
-        interval = result.interval(key)
+    intervals = {key: result.interval(key) for key in result.scores}
+    note = interval_note(interval.method for interval in intervals.values())
+    table = Table(*columns, title="held-out prompts, from the model's own prompt", caption=note)
+    for key, interval in intervals.items():
         table.add_row(*key, with_interval(interval), str(interval.n))
     return table
 
 
 def comparison_records(before: EvaluationResult, after: EvaluationResult) -> list[dict[str, Any]]:
     """The rows of `comparison_table` as JSON values, for result.json."""
-    changes = {key: after.difference(before, key) for key in before.scores}
-    return [
-        dict(zip(("suite", "decoding", "score"), key, strict=True))
-        | {"before": _ends(before.interval(key)), "after": _ends(after.interval(key)), "change": _ends(change)}
-        | {"n": change.n}
-        for key, change in changes.items()
-    ]
+    records: list[dict[str, Any]] = []
+    for key in before.scores:
+        change = after.difference(before, key)
+        intervals = {"before": before.interval(key), "after": after.interval(key), "change": change}
+        ends = {name: [interval.mean, interval.low, interval.high] for name, interval in intervals.items()}
+        methods = {name: interval.method for name, interval in intervals.items()}
+        names = dict(zip(("suite", "decoding", "score"), key, strict=True))
+        records.append({**names, **ends, "n": change.n, "methods": methods})
+    return records
 
 
-def _ends(interval: Interval) -> list[float]:
-    return [interval.mean, interval.low, interval.high]
+def warn_of_few_prompts(console: Console, result: EvaluationResult) -> None:
+    """Print a warning if a suite has too few prompts to tell small differences from chance."""
+    if text := few_prompts_warning(result.sizes):
+        _warn(console, text, FEW_PROMPTS_ADVICE)
 
 
 def print_objective_card(
-    console: Console, setup: RunSetup, models: Models, run: RunDirectory, *, resumed: bool = False
+    console: Console, setup: RunSetup, models: Models, run: RunDirectory, *, start: int = 0
 ) -> None:
-    """Print the objective card, which says in words what is trained, and warnings about the data."""
+    """Print the objective card, which says in words what is trained from step `start` on, and warnings about the data."""
     plan, spec, data = setup.plan, setup.spec, setup.data
     lines = [f"[bold]{escape(line)}[/]" for line in plan.objective]
     lines += [escape(line) for line in plan.roles]
@@ -207,8 +253,10 @@ def print_objective_card(
         )
     if not models.pads_samples:
         lines.append("[dim]derived: prompts are sampled one by one, as padding changes what this model samples[/]")
+    steps = setup.end - start  # a replay or a resumed run may have fewer than the plan
+    of_plan = "" if steps == plan.steps else f" of {plan.steps}"
     lines.append(
-        f"{plan.steps} steps × {spec.training.prompts_per_step} prompts × "
+        f"{steps}{of_plan} steps × {spec.training.prompts_per_step} prompts × "
         f"{spec.rollout.completions_per_prompt} completions, {len(data.train)} training rows"
     )
     console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
@@ -216,7 +264,7 @@ def print_objective_card(
         shown = ", ".join(f"row {row.index} {name}" for row, name in rows[:5])
         text = f"control tokens in {counted(len(rows), 'row')}, which the model reads as such: {shown}"
         _warn(console, text, "model.control_tokens: text keeps them as text")
-    _warn_of_cut_completions(console, data, run, resumed=resumed)
+    _warn_of_cut_completions(console, data, run, resumed=start > 0)
 
 
 def print_start_up(console: Console, seconds: Mapping[str, float]) -> None:

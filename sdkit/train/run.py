@@ -19,7 +19,7 @@ from sdkit.checkpoints import resume as resuming
 from sdkit.distributed import collectives, zero
 from sdkit.distributed.launch import launched
 from sdkit.language import specs
-from sdkit.language.errors import BadEnvironment, SdkitError, Stopped, blaming
+from sdkit.language.errors import BadEnvironment, Diverged, SdkitError, Stopped, blaming
 from sdkit.models.embedding_ids import known_ids
 from sdkit.models.loading import check_vocabulary, load_config, load_tokenizer, resolve_model, weights_folder
 from sdkit.plan.machine import machine_for
@@ -32,11 +32,15 @@ from sdkit.serving.teacher_client import ServedModel
 from sdkit.serving.weight_files import WeightFolder
 from sdkit.stdout import is_first_rank
 from sdkit.train import failures, loop, prompt_record, report, run_origin, stop_requests
+from sdkit.train.divergence import LOOK_AT
 from sdkit.train.evaluate import evaluate, headline
 from sdkit.train.inputs import RunData
 from sdkit.train.replay import Recording, check_same_recording
 from sdkit.train.setup import RunSetup
 from sdkit.train.trainer import Trainer, open_trainer
+
+ORDERLY_ENDS = {Stopped: "stopped", Diverged: "diverged"}
+"""Errors that all ranks raise together, with the state that status.json then names."""
 
 
 def open_run(
@@ -167,7 +171,8 @@ def train(
     """Train a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after resolution.
 
     With a recording, train again on its rollouts, from the checkpoint before the first of them.  `accept`: what may have
-    changed since the checkpoint or recording that the run starts from.
+    changed since the checkpoint or recording that the run starts from.  Raises Diverged after everything is written if
+    the run has diverged.
     """
     if recording:
         recording.check_spec(spec, folder)
@@ -198,13 +203,13 @@ def train(
                 checkpoint.load(trainer.state, recording.checkpoint, spec.training.seed)
                 recording.write_history(run)
         checkpoint.check_saving(trainer.models.student, trainer.setup.data.tokenizer)
-        resumed = trainer.progress.step > 0
-        report.print_objective_card(console, trainer.setup, trainer.models, run, resumed=resumed)
+        report.print_objective_card(console, trainer.setup, trainer.models, run, start=trainer.progress.step)
         run.status("running", step=trainer.progress.step)
         started = time.perf_counter()
         trainer.sampler.start_engines()
         report.print_start_up(console, seconds | {"rollout engine": time.perf_counter() - started})
-        _train(trainer, run, console)
+        if cause := _train(trainer, run, console):
+            raise Diverged(f"the run diverged: {cause}", hint=f"{LOOK_AT}; {run.path / 'model'} has the last weights")
         run.status("done", step=trainer.progress.step)
     except BaseException as error:
         raise _report_failure(error, trainer, run) from error
@@ -216,9 +221,9 @@ def _report_failure(error: BaseException, trainer: Trainer, run: directory.RunDi
     """Close a run that ends early and record why in status.json; returns the error that the command reports."""
     roll_call = collectives.RollCall() if failures.is_rank_lost(error) else None
     reported = failures.reported_error(error, run)
-    stopped = isinstance(reported, Stopped)
-    _write_failure_status(run, "stopped" if stopped else "failed", trainer.progress.step, reported)
-    _close(trainer, run, together=stopped)
+    state = next((name for kind, name in ORDERLY_ENDS.items() if isinstance(reported, kind)), "failed")
+    _write_failure_status(run, state, trainer.progress.step, reported)
+    _close(trainer, run, together=state != "failed")
     if roll_call:
         reported = failures.rank_lost(roll_call.missing_ranks(), error)
         _write_failure_status(run, "failed", trainer.progress.step, reported)
@@ -272,7 +277,8 @@ def _close(trainer: Trainer, run: directory.RunDirectory, *, together: bool) -> 
     zero.stop(together=together)
 
 
-def _train(trainer: Trainer, run: directory.RunDirectory, console: Console) -> None:
+def _train(trainer: Trainer, run: directory.RunDirectory, console: Console) -> str | None:
+    """Train, save the model and print the results; returns how the run has diverged, if it has."""
     reporter = report.Report(run, console, trainer.setup)
     with reporter.bar:
         loop.run(trainer, reporter)
@@ -282,6 +288,7 @@ def _train(trainer: Trainer, run: directory.RunDirectory, console: Console) -> N
             plot(run.history(), run.path / "plot.png", run.path.name)
     reporter.finished()
     console.print(f"run directory: {run.path}", highlight=False)
+    return reporter.divergence()
 
 
 def evaluate_only(
@@ -300,6 +307,7 @@ def evaluate_only(
         result = evaluate(trainer.sampler, spec.evaluation, version=0)
         metrics = result.metrics(headline(spec.evaluation))
         console.print(report.scores_table(result))
+        report.warn_of_few_prompts(console, result)
         together = True
         return metrics
     finally:

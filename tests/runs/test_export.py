@@ -128,6 +128,8 @@ def test_model_card(runs, exported, tiny_folder):
         f"torch {provenance['versions']['torch']}",
         "| sums | greedy | right |",
         "2 steps of 4 rollouts",
+        "95 % intervals over prompts: Wilson's score interval, Tango's score interval",
+        "too few to tell small differences from chance",
     ):
         assert words in card
     assert str(tiny_folder.parent) not in card

@@ -13,6 +13,7 @@ from tinyruns import (
     make_spec,
     metrics,
     rollout,
+    silent_console,
     teacher,
     train,
     training,
@@ -83,7 +84,9 @@ def test_replay_from_a_checkpoint_ends_like_the_run(spec, run, tmp_path):
 
 def test_other_loss_and_teacher_train_on_the_same_tokens(spec, run, tmp_path):
     changes = {"losses": distil(divergence=ReverseKl()), "teacher": teacher(FrozenWeights())}
-    other = replay(evolve(spec, **changes), run, 0, tmp_path / "other", steps=2)
+    console = silent_console()
+    other = replay(evolve(spec, **changes), run, 0, tmp_path / "other", steps=2, console=console)
+    assert "2 of 4 steps × 3 prompts" in console.file.getvalue()
     assert tokens(other) == tokens(run)[:2]
     before, after = ([m for m in metrics(f) if "grad_norm" in m] for f in (run, other))
     assert [m["step"] for m in after] == [1, 2]

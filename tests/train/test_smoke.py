@@ -6,6 +6,7 @@ import yaml
 from sdkit.language.errors import NumericsGuard
 from sdkit.language.load import load_spec
 from sdkit.train import scripted_rewards
+from sdkit.train.divergence import DivergenceWatch
 from sdkit.train.gradient_signal import NOISE_RATIO, GradientNorms, is_noise
 from sdkit.train.smoke import smoke
 
@@ -108,6 +109,7 @@ def test_good_method_passes(tmp_path, parts):
     assert checked.ok, checked.problems
     steps = [line for line in smoke(checked.spec, silent_console(), home=tmp_path) if "grad_norm" in line]
     assert len(steps) == 2
+    assert DivergenceWatch(5, steps).verdict() is None
 
 
 EQUALS_STUDENT = {

@@ -208,7 +208,8 @@ class OutputSpec:
     tensorboard: bool = spec_field("write TensorBoard events", default=True)
     tripwire_steps: int | None = spec_field(
         "consecutive steps without learning signal (constant rewards, no counted tokens, no divergence, no gradient, or all "
-        "completions truncated) before a warning; null: never",
+        "completions truncated), or with a loss or gradient norm far above the run's history, before a warning; a run that "
+        "ends this way, or with less than half of its best score, ends as diverged; null: never",
         default=5,
         range=AT_LEAST_ONE,
     )

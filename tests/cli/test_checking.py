@@ -1,0 +1,44 @@
+"""Checks of a run's resolved spec: warnings are about what the user overrides, not about defaults spelled out there."""
+
+import json
+
+import pytest
+
+from sdkit.cli.checking import check_run
+from sdkit.language.load import load_spec
+from sdkit.language.show import annotated
+
+RUN_FILE = """
+method: sft
+model: {path: bundled:smollm2-135m-instruct}
+data:
+  source: {kind: inline, rows: [{q: one, d: two}]}
+  columns: {prompt: q, demonstration: d}
+optimizer: {lr: 1e-5}
+training: {steps: 2, prompts_per_step: 1}
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "run.yaml").write_text(RUN_FILE)
+    checked = load_spec(tmp_path / "run.yaml")
+    assert not checked.problems
+    (tmp_path / "resolved.yaml").write_text(annotated(checked))
+    (tmp_path / "provenance.json").write_text(json.dumps({"base": str(tmp_path)}))
+    return tmp_path
+
+
+def test_resolved_defaults_give_no_warning(run, capsys):
+    assert load_spec(run / "resolved.yaml", ["optimizer.lr=2e-5"]).problems  # a default that has no effect here
+    for overrides in [(), ("optimizer.lr=2e-5",)]:
+        check_run(run, overrides)
+        assert capsys.readouterr().err == ""
+
+
+def test_overrides_give_their_own_warnings(run, capsys):
+    check_run(run, ["output.keep_checkpoints=3"])
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if "warning" in text]
+    assert "keep_checkpoints has no effect without checkpoint_every" in line
+    check_run(run, ["optimizer.lr=2e-5"], fixed=["output.keep_checkpoints=3"])
+    assert "keep_checkpoints" not in capsys.readouterr().err
