@@ -51,7 +51,7 @@ def check_run(run: Path, overrides: Sequence[str] = (), *, fixed: Sequence[str] 
 
     base = Path(origin(run)["base"])
     checked = check_spec(run / MARK, [*fixed, *overrides], run_file=True, base=base, warn=False)
-    if overrides and checked.problems and FIRST:
+    if overrides and checked.problems and is_first_rank():
         before = load_spec(run / MARK, fixed, base=base).problems
         new = tuple(problem for problem in checked.problems if problem not in before)
         print_problems([evolve(checked, problems=new)], "text")
