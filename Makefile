@@ -13,7 +13,7 @@ BACKEND := $(if $(filter vllm,$(VLLM)),auto,cpu)
 .PHONY: help setup demo test suite test-full lint docs bench bench-startup clean
 
 help:
-	@echo "make demo   set up and train the demo (specs/sdft.yaml), 10 to 20 minutes on two cores"
+	@echo "make demo   set up and train the demo (specs/sdft.yaml), five minutes on two cores after the set-up"
 	@echo "make test   set up, lint, type-check and run the whole test suite"
 	@echo "make test-full  the same, and runs of every teacher, form and ZeRO stage killed in every phase and resumed: an hour"
 	@echo "make docs   build the documentation site: site/index.html; a broken link is an error"

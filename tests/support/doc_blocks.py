@@ -3,7 +3,8 @@
 A page has four kinds of fenced blocks:
 
 - a block with a `title` is a file: it is written to the working folder under that name,
-- each line of `sh` is a command, run in a process of its own; the command `sdkit` is this clone's,
+- each line of `sh` is a command, run in a process of its own; the command `sdkit` is this clone's, and its output may go
+  to a file with `>`,
 - `python` is run in one namespace for all blocks of the page,
 - `text` is what the block before it prints; a line `…` stands for any lines.
 
@@ -79,11 +80,16 @@ def run_shell(block: Block, folder: Path, place: str, warm: WarmProcess) -> str:
     printed, code = "", 0
     for line in block.body.splitlines():
         command, *words = shlex.split(line)
+        target = words.pop() if ">" in words[-2:-1] else None
         if command == "sdkit":
-            done = warm.run("-m", "sdkit", *words, cwd=folder, merged=True)
+            done = warm.run("-m", "sdkit", *words[: -1 if target else None], cwd=folder, merged=True)
         else:
             done = subprocess.run([command, *words], cwd=folder, capture_output=True, text=True)
-        printed, code = printed + done.stdout, done.returncode
+        if target:
+            Path(target).write_text(done.stdout, encoding="utf-8")
+        else:
+            printed += done.stdout
+        code = done.returncode
         if code:
             break
     assert code == expected, f"{place}: exit code {code}\n{printed}"
