@@ -391,6 +391,6 @@ def test_stopped_run_exits_with_7_and_can_be_resumed(warm, run_file, tmp_path):
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
     lines_written = len((folder / "metrics.jsonl").read_text().splitlines())
     steps = f"training.steps={lines_written + 3}"
-    done = warm.run("-m", "sdkit", "train", run_file, steps, "--to", folder, "--resume")
+    done = warm.run("-m", "sdkit", "train", run_file, steps, "--to", folder, "--resume", timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "status.json").read_text())["state"] == "done"

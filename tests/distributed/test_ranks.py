@@ -22,7 +22,9 @@ DEADLINE = 400
 @pytest.fixture(scope="module")
 def two_ranks(warm, tiny_folder, other_folder, tmp_path_factory):
     """The results of two ranks."""
-    work = run_scenario(warm, scenario.__file__, tiny_folder, tmp_path_factory.mktemp("ranks"), [other_folder])
+    work = run_scenario(
+        warm, scenario.__file__, tiny_folder, tmp_path_factory.mktemp("ranks"), [other_folder], timeout=400
+    )
     return torch.load(work / "results.pt", weights_only=False)
 
 

@@ -43,7 +43,7 @@ def test_sdkit_trains_like_the_one_file_version(warm, one_file_losses, tiny_fold
     spec.write_text(
         RUN.format(method=method, model=tiny_folder, rows=rows, steps=STEPS, stage=stage), encoding="utf-8"
     )
-    done = warm.run("-m", "sdkit", "train", spec, "--to", tmp_path / "run")
+    done = warm.run("-m", "sdkit", "train", spec, "--to", tmp_path / "run", timeout=300)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines if "grad_norm" in line]

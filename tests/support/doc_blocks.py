@@ -82,9 +82,9 @@ def run_shell(block: Block, folder: Path, place: str, warm: WarmProcess) -> str:
         command, *words = shlex.split(line)
         target = words.pop() if ">" in words[-2:-1] else None
         if command == "sdkit":
-            done = warm.run("-m", "sdkit", *words[: -1 if target else None], cwd=folder, merged=True)
+            done = warm.run("-m", "sdkit", *words[: -1 if target else None], cwd=folder, merged=True, timeout=900)
         else:
-            done = subprocess.run([command, *words], cwd=folder, capture_output=True, text=True)
+            done = subprocess.run([command, *words], cwd=folder, capture_output=True, text=True, timeout=900)
         if target:
             Path(target).write_text(done.stdout, encoding="utf-8")
         else:

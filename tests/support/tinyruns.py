@@ -204,9 +204,9 @@ def train(spec, folder, console=None, **options):
     )
 
 
-def run_scenario(warm, script, folder, work, cases=()):
+def run_scenario(warm, script, folder, work, cases=(), timeout=None):
     """Runs a scenario script in a process of its own on the model in `folder`; returns `work`, where its runs are."""
-    done = warm.run(script, folder, work, *cases)
+    done = warm.run(script, folder, work, *cases, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return work
 

@@ -6,6 +6,8 @@ A fork is a real process, with streams, a folder and an environment of its own; 
 import json
 import os
 import runpy
+import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,8 +22,11 @@ class WarmProcess:
     def __init__(self):
         self.server = None
 
-    def run(self, *command, cwd=None, merged=False):
-        """Runs `python COMMAND…`, a script or `-m` a module; `merged`: standard error goes to standard output."""
+    def run(self, *command, cwd=None, merged=False, timeout=None):
+        """Runs `python COMMAND…`, a script or `-m` a module; `merged`: standard error goes to standard output.
+
+        Raises TimeoutExpired after `timeout` seconds; the command's processes are then killed.
+        """
         if self.server is None:
             self.server = subprocess.Popen(
                 [sys.executable, __file__],
@@ -29,6 +34,7 @@ class WarmProcess:
                 stdout=subprocess.PIPE,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},  # other threads would not survive a fork
                 text=True,
+                start_new_session=True,
             )
         command = [*map(str, command)]
         with tempfile.TemporaryDirectory() as folder:
@@ -38,6 +44,8 @@ class WarmProcess:
             try:
                 self.server.stdin.write(json.dumps(request) + "\n")
                 self.server.stdin.flush()
+                if not select.select([self.server.stdout], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired(command, timeout)
                 code = int(self.server.stdout.readline())
             except BaseException:
                 self.close()
@@ -46,7 +54,7 @@ class WarmProcess:
 
     def close(self):
         if self.server:
-            self.server.kill()
+            os.killpg(self.server.pid, signal.SIGKILL)  # its forks too
             self.server.communicate()
             self.server = None
 

@@ -152,7 +152,7 @@ def test_interrupted_command_exits_with_130(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def results(warm, tiny_folder, tmp_path_factory):
     """Results of fault_scenario.py: how each run ended."""
-    work = run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("faults"))
+    work = run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("faults"), timeout=400)
     return {"work": work, **json.loads((work / "results.json").read_text())}
 
 
