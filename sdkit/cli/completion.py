@@ -64,7 +64,7 @@ def _data(spec: Any) -> Any:
 def _paths(incomplete: str) -> list[tuple[str, str]]:
     """The folders and YAML files beside an incomplete path."""
     folder, start = os.path.split(incomplete)
-    found = []
+    words = []
     try:
         with os.scandir(os.path.expanduser(folder) or ".") as entries:
             for entry in islice(entries, MAX_LISTED):
@@ -72,9 +72,9 @@ def _paths(incomplete: str) -> list[tuple[str, str]]:
                     continue
                 path = os.path.join(folder, entry.name)
                 if entry.is_dir():
-                    found.append((f"{path}/", "folder"))
+                    words.append((f"{path}/", "folder"))
                 elif entry.name.endswith((".yaml", ".yml")):
-                    found.append((path, "spec"))
+                    words.append((path, "spec"))
     except OSError:
         return []
-    return sorted(found)
+    return sorted(words)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from attrs import frozen
 
 from sdkit.language.explain import METHOD
-from sdkit.language.introspection import Key, default_kind, entry_type, is_spec, keys_of, kinds_of, members
+from sdkit.language.introspection import Key, default_kind, entry_type, is_spec, keys_of, kinds_of, members, options_of
 from sdkit.language.overlay import packaged_methods
 from sdkit.language.resolved import resolved, without_defaults
 from sdkit.language.scalars import compact
@@ -54,12 +54,12 @@ class _Entry:
 
     @property
     def is_list(self) -> bool:
-        return any(get_origin(option) is tuple for option in _options(self.key))
+        return any(get_origin(option) is tuple for option in options_of(self.key.type))
 
     @property
     def has_keys(self) -> bool:
         """Whether the path can go on: into a map, a table, or a list of maps."""
-        options = [o for o in _options(self.key) if o is not Schedule or isinstance(self.current, dict)]
+        options = [o for o in options_of(self.key.type) if o is not Schedule or isinstance(self.current, dict)]
         if self.is_list:
             options += members(entry_type(self.key.type))
         return self.key.name != "kind" and any(is_spec(option) or get_origin(option) is Table for option in options)
@@ -84,7 +84,7 @@ class _Entry:
                 yield from ("true", "false")
             elif option is types.NoneType:
                 yield "null"
-        for kind, cls in kinds_of(_options(self.key)).items():
+        for kind, cls in kinds_of(options_of(self.key.type)).items():
             if self.key.name == "kind" or not any(key.required for key in keys_of(cls).values()):
                 yield kind
         default = None if self.key.required else without_defaults(self.key.default, self.key.type)
@@ -103,7 +103,7 @@ def _entries(path: str, data: Any) -> list[_Entry]:
 def _below(entry: _Entry) -> Iterator[_Entry]:
     """The keys of the map, or the entries of the table or list, that an entry is."""
     prefix = f"{entry.path}." if entry.path else ""
-    options, data = _options(entry.key), entry.current
+    options, data = options_of(entry.key.type), entry.current
     for option in options:
         origin = get_origin(option)
         if origin in (Table, tuple):
@@ -130,7 +130,3 @@ def _chosen(kinds: dict[str, type], data: Any) -> list[Any]:
         return [kinds[kind]]
     default = default_kind(frozenset(kinds.values())) if isinstance(data, dict) else None
     return [default] if default else list(kinds.values())
-
-
-def _options(key: Key) -> list[Any]:
-    return [option for option in members(key.type) if option is not types.NoneType]

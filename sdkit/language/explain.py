@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import os
 import textwrap
-import types
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, get_origin
@@ -27,6 +26,7 @@ from sdkit.language.introspection import (
     keys_of,
     kinds_of,
     members,
+    options_of,
     shared_keys,
 )
 from sdkit.language.overlay import METHOD_HELP, packaged_methods
@@ -75,9 +75,6 @@ def names() -> list[str]:
     return list(dict.fromkeys(["method", *(at.key.name for at in all_keys()), *_all_kinds(), *codes()]))
 
 
-# ── keys ────────────────────────────────────────────────────────────────────────────────────
-
-
 @frozen
 class _Group:
     """A key with all of its places."""
@@ -103,7 +100,7 @@ def _keys(words: Sequence[str], width: int) -> list[str]:
     """Explains the keys whose paths end with `words`, or lists them if there are too many."""
     groups = _groups(at for at in [METHOD, *all_keys()] if _ends_with(at.path, words))
     if not groups and len(words) > 1:  # an entry of a table, such as losses.distil
-        tables = (at for at in all_keys() if get_origin(_options(at.key)[0]) is Table)
+        tables = (at for at in all_keys() if get_origin(options_of(at.key.type)[0]) is Table)
         groups = _groups(at for at in tables if _ends_with((*at.path, "NAME"), words))
     if len({path for group in groups for path in group.paths}) <= MAX_EXPLAINED or len(groups) == 1:
         return [_key(group, width) for group in groups]
@@ -114,9 +111,9 @@ def _keys(words: Sequence[str], width: int) -> list[str]:
     return ["\n".join(lines)]
 
 
-def _groups(found: Iterable[Occurrence]) -> list[_Group]:
+def _groups(occurrences: Iterable[Occurrence]) -> list[_Group]:
     groups: list[tuple[Key, list[Occurrence]]] = []
-    for at in found:
+    for at in occurrences:
         for key, places in groups:
             if key == at.key:
                 places.append(at)
@@ -195,29 +192,22 @@ def _takes(key: Key) -> str:
     return wording.takes(key, lambda label, _: label)
 
 
-def _options(key: Key) -> list[Any]:
-    return [option for option in members(key.type) if option is not types.NoneType]
-
-
 def _classes(key: Key) -> list[Any]:
     """The spec classes that a key, or an entry of its list or table, takes."""
-    options = _options(key)
+    options = options_of(key.type)
     if get_origin(options[0]) in (Table, tuple):
         options = list(members(entry_type(key.type)))
     return [option for option in options if is_spec(option)]
 
 
-# ── kinds ───────────────────────────────────────────────────────────────────────────────────
-
-
 @cache
 def _all_kinds() -> dict[str, list[tuple[type, Occurrence]]]:
     """Every kind by its name, with each place of its key."""
-    found: dict[str, list[tuple[type, Occurrence]]] = {}
+    places: dict[str, list[tuple[type, Occurrence]]] = {}
     for at in all_keys():
         for kind, cls in kinds_of(_classes(at.key)).items():
-            found.setdefault(kind, []).append((cls, at))
-    return found
+            places.setdefault(kind, []).append((cls, at))
+    return places
 
 
 def _kinds(words: Sequence[str], width: int) -> Iterator[str]:
@@ -242,9 +232,6 @@ def _documentation(cls: Any, width: int) -> list[str]:
     return [line for paragraph in paragraphs for line in _wrapped(paragraph, 2, width)]
 
 
-# ── codes ───────────────────────────────────────────────────────────────────────────────────
-
-
 def _code(code: Rule | ShapeCode, width: int) -> str:
     scope = f"{code.severity}, run files only" if code.runs_only else code.severity
     summary = f"{code.summary[0].upper()}{code.summary[1:]}."
@@ -254,9 +241,6 @@ def _code(code: Rule | ShapeCode, width: int) -> str:
         lines += ["", textwrap.indent(example["message"], "  ")]
         lines += ["", "Keeps it:", "", textwrap.indent(example["keeps"], "    ")]
     return "\n".join(lines)
-
-
-# ── examples, and names that do not exist ───────────────────────────────────────────────────
 
 
 def _example(*names: str, fallback: Key | None = None) -> list[str]:

@@ -70,6 +70,11 @@ def members(tp: Any) -> tuple[Any, ...]:
     return typing.get_args(tp) if union else (tp,)
 
 
+def options_of(tp: Any) -> list[Any]:
+    """Returns the members of a union without None, or the type itself if it is no union."""
+    return [member for member in members(tp) if member is not types.NoneType]
+
+
 def entry_type(tp: Any) -> Any:
     """Returns the type of the entries of a list or table; raises StopIteration if the type is neither."""
     return next(typing.get_args(option)[0] for option in members(tp) if typing.get_origin(option) in (tuple, Table))

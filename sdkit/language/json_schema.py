@@ -8,14 +8,13 @@ such as a limit in bytes, and the rules.  A run file that names a method page ma
 from __future__ import annotations
 
 import inspect
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from attrs import evolve
 
-from sdkit.language.introspection import Key, default_kind, keys_of, kinds_of, members
+from sdkit.language.introspection import Key, default_kind, keys_of, kinds_of, members, options_of
 from sdkit.language.overlay import METHOD_HELP, PAGE_PATH, RUN_KEYS, packaged_methods
 from sdkit.language.resolved import without_defaults
 from sdkit.language.source import MAX_KEY_LENGTH
@@ -80,7 +79,7 @@ class _Definitions:
         return {"description": key.help, **default, **self._value(key.type, key, partial)}
 
     def _value(self, tp: Any, key: Key, partial: bool) -> Json:
-        options = [option for option in members(tp) if option is not types.NoneType]
+        options = options_of(tp)
         if kinds := kinds_of(options):
             branches = self._kinds(kinds, partial)
         else:
@@ -117,8 +116,6 @@ class _Definitions:
     def _entry(self, tp: Any, key: Key, *, partial: bool) -> Json:
         """Returns the schema of an entry of type `tp` in the key's list or table."""
         return self._value(tp, evolve(key, type=tp, range=key.each), partial)
-
-    # ── kinds ──
 
     def _kinds(self, kinds: Mapping[str, type], partial: bool) -> list[Json]:
         """Returns schemas of which a value fits at most one: a bare kind, or a map of one kind."""

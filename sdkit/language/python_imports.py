@@ -24,15 +24,15 @@ def with_imports(files: Iterable[Path], search: Sequence[Path]) -> list[Path]:
     are left out, since their versions identify them.
     """
     pending = [file.resolve() for file in files]
-    found = set(pending)
+    reached = set(pending)
     while pending:
         file = pending.pop()
         modules = (m for names, start in _imports(file) for m in _files_of(names, [start] if start else search))
         for module in modules:
-            if module not in found and not _is_library(module):
-                found.add(module)
+            if module not in reached and not _is_library(module):
+                reached.add(module)
                 pending.append(module)
-    return sorted(found)
+    return sorted(reached)
 
 
 def modules_beside(file: Path) -> set[str]:

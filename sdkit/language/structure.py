@@ -11,7 +11,7 @@ import typing
 from typing import Any, Literal, TypeVar
 
 from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Path, Problem, did_you_mean, listed, outside, shorten, spelled
-from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, kinds_of, members
+from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, kinds_of, members, options_of
 from sdkit.language.overlay import LoadedSpec
 from sdkit.language.renamed import current_name, rename_hint
 from sdkit.language.scalars import scalar
@@ -51,10 +51,9 @@ class _Structurer:
 
     def value(self, tp: Any, data: Any, path: Path) -> Any:
         """Returns `data` as a value of type `tp`, or INVALID."""
-        options = members(tp)
-        if data is None and types.NoneType in options:
+        if data is None and types.NoneType in members(tp):
             return None
-        options = [o for o in options if o is not types.NoneType]
+        options = options_of(tp)
         if kinds := kinds_of(options):
             return self._of_kind(kinds, data, path)
         if len(options) > 1:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from sdkit.language import specs
-from sdkit.language.introspection import Key, is_spec, keys_of, members
+from sdkit.language.introspection import Key, is_spec, keys_of, members, options_of
 from sdkit.language.resolved import without_defaults
 from sdkit.language.scalars import compact
 from sdkit.language.specs import LARGEST, Range, Schedule, Table
@@ -26,7 +25,7 @@ def default(key: Key) -> str:
 
 def takes(key: Key, link: Link) -> str:
     """Returns the type and range of a key's values, in the reader's words."""
-    options = [option for option in members(key.type) if option is not types.NoneType]
+    options = options_of(key.type)
     schedule = Schedule in options
     bounds = [_bounds(range) for range in (key.range, key.each) if range]
     parts = [_type(float if schedule else key.type, link), *filter(None, bounds)]
@@ -38,7 +37,7 @@ def takes(key: Key, link: Link) -> str:
 
 
 def _type(tp: Any, link: Link) -> str:
-    options = [option for option in members(tp) if option is not types.NoneType]
+    options = options_of(tp)
     if all(is_spec(option) and hasattr(option, "kind") for option in options):
         if len(options) <= LONGEST_LIST:
             return kinds(options, link)

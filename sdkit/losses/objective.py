@@ -203,6 +203,7 @@ class Objective:
                 return policy.sampled_token_surrogate(student, teacher, term.clip.log_ratio), metrics
             case VocabularySupport():
                 pair = sides.student_and("teacher", temperature, counts)
+                # They weigh differences that student_and has made 0 at tokens that do not count.
                 known = sides.probabilities("student", temperature), sides.probabilities("teacher", temperature)
             case TopKSupport() as support if sides.top_k is not None:
                 pair, shares = on_served_top_k(support, sides, temperature)

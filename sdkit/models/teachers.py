@@ -133,7 +133,7 @@ class AveragedTeacher(Teacher):
     def _write(self, name: str, shadow: Tensor) -> None:
         """Write a shadow into its parameter, unless it is the parameter itself."""
         parameter = self._sharding().local_shard(self.parameters[name])
-        if parameter.data_ptr() != shadow.data_ptr() or not shadow.numel():
+        if parameter.data_ptr() != shadow.data_ptr():
             parameter.copy_(shadow)
 
 

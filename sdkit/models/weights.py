@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from attrs import evolve
@@ -59,7 +59,7 @@ class Sharding:
 UNSHARDED = Sharding()
 _SHARDINGS: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
 _TRANSFORMS: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
-_PREFIX_MODELS: WeakSet[nn.Module] = WeakSet()
+_TAKES_PREFIX: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class Weights:
@@ -95,11 +95,11 @@ class Weights:
 
         False until it is measured, and under ZeRO stage 3, which would gather every parameter once more on all ranks.
         """
-        return self.model in _PREFIX_MODELS and self.sharding is UNSHARDED
+        return _TAKES_PREFIX.get(self.model, False) and self.sharding is UNSHARDED
 
     @takes_prefix.setter
     def takes_prefix(self, measured: bool) -> None:
-        (_PREFIX_MODELS.add if measured else _PREFIX_MODELS.discard)(self.model)
+        _TAKES_PREFIX[self.model] = measured
 
     @property
     def head(self) -> nn.Parameter:

@@ -27,6 +27,7 @@ from sdkit.runs.compare import (
 from sdkit.runs.evaluations import FEW_PROMPTS_ADVICE, Key, few_prompts_warning, interval_note, signed, with_interval
 from sdkit.runs.history import AXES, Axis, Run, read_runs
 from sdkit.runs.plot import check_plot_path, plot_runs
+from sdkit.stdout import print_warning
 
 SETTINGS_SHOWN = 30
 
@@ -45,7 +46,7 @@ def compare(paths: Sequence[Path], console: Console, target: Path, axis: Axis, s
     console.print(_scores_table(runs, keys))
     sizes = {key[0]: i.n for run in runs for key, i in run.points[-1].scores.items() if key in keys}
     if few := few_prompts_warning(sizes):
-        console.print(f"[yellow]warning[/]: {escape(few)}\n  = {FEW_PROMPTS_ADVICE}", highlight=False)
+        print_warning(console, few, FEW_PROMPTS_ADVICE)
     if len(runs) > 1:
         _print_verdicts(runs, keys, axis, console)
     headline = runs[0].headline if score is None else keys[0]
@@ -96,11 +97,8 @@ def _print_settings(runs: Sequence[Run], keys: Sequence[Key], console: Console) 
     if any(path[0] in ("code", "accepted_changes") for path in origins):
         console.print("the runs' code differs; each run's copy is in its code/", highlight=False)
     if affected := [*differing_evaluation(paths, keys), *differing_reward_code(runs, origins, keys)]:
-        console.print(
-            f"[yellow]warning[/]: the runs' evaluations differ ({escape(spelled(affected[0]))}), so their scores "
-            "may not be comparable",
-            highlight=False,
-        )
+        what = f"the runs' evaluations differ ({spelled(affected[0])})"
+        print_warning(console, f"{what}, so their scores may not be comparable")
 
 
 def _cell(settings: Mapping[SpecPath, object], path: SpecPath) -> str:

@@ -61,7 +61,7 @@ class VllmRollouts:
         greedy, text = sampling.temperature == 0, bool(sampling.stop)
         params = [SamplingParams(**settings, seed=None if greedy else r.seed, detokenize=text) for r in requests]
         prompts = [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in requests]
-        return [_completion(output.outputs[0]) for output in self._generate(prompts, params)]
+        return [_completion(output.outputs[0]) for output in self.generate(prompts, params)]
 
     def _engine_canary_logprobs(self) -> list[float]:
         from vllm import SamplingParams, TokensPrompt
@@ -69,13 +69,14 @@ class VllmRollouts:
         ids = list(self.canary.ids)
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         prompt = TokensPrompt(prompt_token_ids=ids)
-        output = self._generate([prompt], [params])[0]
+        output = self.generate([prompt], [params])[0]
         if output.num_cached_tokens:
             raise NumericsGuard("vLLM used a prefix cache of older weights")
         scored = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
         return [entry[token].logprob for entry, token in scored]
 
-    def _generate(self, prompts: list[Any], params: list[Any]) -> list[Any]:
+    def generate(self, prompts: list[Any], params: list[Any]) -> list[Any]:
+        """Returns the engine's outputs of these prompts, one set of vLLM's parameters for each."""
         # vLLM compiles the function that ranks a sampled token, also in eager mode: seconds of a C++ compiler on a CPU.
         stance = "default" if torch.cuda.is_available() else "force_eager"
         with torch.compiler.set_stance(stance):

@@ -97,8 +97,9 @@ def open_models(setup: RunSetup, served: Mapping[specs.ServedWeights, ServedMode
         longest_pack=measure_longest_pack(setup, named, device),
         pads_samples=may_pad_samples(setup, named, ends),
     )
-    for _, weights in named:
-        weights.takes_prefix = takes_prefix(weights, device, setup.longest_sequence, models.longest_pack)
+    if setup.plan.zero_stage < 3:  # under stage 3 it would not be used
+        for _, weights in named:
+            weights.takes_prefix = takes_prefix(weights, device, setup.longest_sequence, models.longest_pack)
     for weights in models.others.values():
         if not weights.foreign:
             weights.takes_prefix = student.takes_prefix

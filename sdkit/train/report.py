@@ -30,6 +30,7 @@ from sdkit.runs.evaluations import (
     with_interval,
 )
 from sdkit.runs.intervals import Interval
+from sdkit.stdout import print_warning
 from sdkit.train.collect_rollouts import CollectedRollouts, rollout_records, sample_texts, sort_records
 from sdkit.train.divergence import DivergenceWatch, fallen_score, has_collapsed
 from sdkit.train.evaluate import headline
@@ -118,7 +119,7 @@ class Report:
         for trip in [*triggered(self.recent_steps, patience), *([diverging] if diverging else [])]:
             facts = {"since": trip.first, "wire": trip.wire, "cause": trip.cause}
             self.run.warning(step, facts | {"look_at": trip.look_at})
-            _warn(self.console, str(trip), trip.look_at)
+            print_warning(self.console, str(trip), trip.look_at)
 
     def evaluated(self, step: int, result: EvaluationResult, losses: Mapping[str, float], seconds: float) -> None:
         """Report the evaluation after `step`: scores on the console, every completion to evaluations/."""
@@ -146,7 +147,7 @@ class Report:
         if fall:
             self.collapse = fall if has_collapsed(best, result, key) else None
             self.run.warning(step, {"wire": "fallen_score", "cause": fall, "look_at": FALLEN_SCORE_ADVICE})
-            _warn(self.console, fall, FALLEN_SCORE_ADVICE)
+            print_warning(self.console, fall, FALLEN_SCORE_ADVICE)
 
     def divergence(self) -> str | None:
         """How the run has diverged by now, the same on every rank; None if it has not."""
@@ -164,19 +165,18 @@ class Report:
             table.add_row(suite, decoding, reward, *signed(interval), str(interval.n))
         self.console.print(table)
         if all(interval.low <= 0 for interval in lift.values()):
-            self.console.print(
-                "[yellow]warning[/]: the teacher's view lifts no score clearly above the student's; "
-                "there may be nothing to distil"
-            )
+            text = "the teacher's view lifts no score clearly above the student's; there may be nothing to distil"
+            print_warning(self.console, text)
         named = {"lift/" + "/".join(key): interval.mean for key, interval in lift.items()}
         self.run.metrics(0, named)
 
     def finished(self) -> None:
         """Print the table of scores before and after training, and write result.json, if the run has both scores."""
         if self.first and self.last and self.first is not self.last:
-            self.console.print(comparison_table(self.first, self.last, self._headline))
+            changes = score_changes(self.first, self.last)
+            self.console.print(comparison_table(changes, self._headline))
             warn_of_few_prompts(self.console, self.last)
-            self.run.write_json("result.json", comparison_records(self.first, self.last))
+            self.run.write_json("result.json", comparison_records(changes))
 
     @property
     def _headline(self) -> Key:
@@ -184,18 +184,28 @@ class Report:
         return headline(self.setup.spec.evaluation)
 
 
-def comparison_table(before: EvaluationResult, after: EvaluationResult, first: Key) -> Table:
+Change = Mapping[str, Interval]
+"""The intervals of one score: `before` and `after` training, and of the paired `change`."""
+
+
+def score_changes(before: EvaluationResult, after: EvaluationResult) -> dict[Key, Change]:
+    """The intervals of every score."""
+    return {
+        key: {"before": before.interval(key), "after": after.interval(key), "change": after.difference(before, key)}
+        for key in before.scores
+    }
+
+
+def comparison_table(changes: Mapping[Key, Change], first: Key) -> Table:
     """A table of every score before and after, with the interval of the paired change."""
-    changes = {key: after.difference(before, key) for key in before.scores}
-    shown = [interval for key, change in changes.items() for interval in (before.interval(key), change)]
-    note = interval_note(interval.method for interval in shown)
+    note = interval_note(change[name].method for change in changes.values() for name in ("before", "change"))
     table = Table(title="held-out prompts, from the student's own prompt", caption=note)
     for column in ("suite", "decoding", "score", "before", "after", "change", "95 % interval", "n"):
         table.add_column(column, justify="left" if column in ("suite", "decoding", "score") else "right")
     for key, change in changes.items():
-        values = [with_interval(before.interval(key)), with_interval(after.interval(key)), *signed(change)]
+        values = with_interval(change["before"]), with_interval(change["after"]), *signed(change["change"])
         style = "bold" if key[0] == first[0] and key[2] == first[2] else None
-        table.add_row(*key, *values, str(change.n), style=style)
+        table.add_row(*key, *values, str(change["change"].n), style=style)
     return table
 
 
@@ -210,23 +220,21 @@ def scores_table(result: EvaluationResult) -> Table:
     return table
 
 
-def comparison_records(before: EvaluationResult, after: EvaluationResult) -> list[dict[str, Any]]:
+def comparison_records(changes: Mapping[Key, Change]) -> list[dict[str, Any]]:
     """The rows of `comparison_table` as JSON values, for result.json."""
     records: list[dict[str, Any]] = []
-    for key in before.scores:
-        change = after.difference(before, key)
-        intervals = {"before": before.interval(key), "after": after.interval(key), "change": change}
-        ends = {name: [interval.mean, interval.low, interval.high] for name, interval in intervals.items()}
-        methods = {name: interval.method for name, interval in intervals.items()}
+    for key, change in changes.items():
+        ends = {name: [interval.mean, interval.low, interval.high] for name, interval in change.items()}
+        methods = {name: interval.method for name, interval in change.items()}
         names = dict(zip(("suite", "decoding", "score"), key, strict=True))
-        records.append({**names, **ends, "n": change.n, "methods": methods})
+        records.append({**names, **ends, "n": change["change"].n, "methods": methods})
     return records
 
 
 def warn_of_few_prompts(console: Console, result: EvaluationResult) -> None:
     """Print a warning if a suite has too few prompts to tell small differences from chance."""
     if text := few_prompts_warning(result.sizes):
-        _warn(console, text, FEW_PROMPTS_ADVICE)
+        print_warning(console, text, FEW_PROMPTS_ADVICE)
 
 
 def print_objective_card(
@@ -263,7 +271,7 @@ def print_objective_card(
     if rows := data.control_token_rows:
         shown = ", ".join(f"row {row.index} {name}" for row, name in rows[:5])
         text = f"control tokens in {counted(len(rows), 'row')}, which the model reads as such: {shown}"
-        _warn(console, text, "model.control_tokens: text keeps them as text")
+        print_warning(console, text, "model.control_tokens: text keeps them as text")
     _warn_of_cut_completions(console, data, run, resumed=start > 0)
 
 
@@ -279,14 +287,9 @@ def _warn_of_cut_completions(console: Console, data: RunData, run: RunDirectory,
     if completions is None or text is None:
         return
     advice = f"set rollout.max_new_tokens: {completions.longest}, or drop these rows"
-    _warn(console, text, advice)
+    print_warning(console, text, advice)
     if not resumed:  # a resumed run has warned already
         run.warning(0, {"wire": "cut_completions", "cause": text, "look_at": advice})
-
-
-def _warn(console: Console, text: str, advice: str) -> None:
-    console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
-    console.print(f"  = {escape(advice)}", highlight=False)
 
 
 def peak_gib() -> float:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from sdkit.checkpoints import checkpoint, manifest, rng
 from sdkit.checkpoints import resume as resuming
@@ -30,7 +29,7 @@ from sdkit.serving.pool import ServerPool
 from sdkit.serving.protocol import ExpectedServer
 from sdkit.serving.teacher_client import ServedModel
 from sdkit.serving.weight_files import WeightFolder
-from sdkit.stdout import is_first_rank
+from sdkit.stdout import is_first_rank, print_warning
 from sdkit.train import failures, loop, prompt_record, report, run_origin, stop_requests
 from sdkit.train.divergence import LOOK_AT
 from sdkit.train.evaluate import evaluate, headline
@@ -245,7 +244,7 @@ def _checkpoint_to_resume(
     """
 
     def warn(text: str) -> None:
-        console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
+        print_warning(console, text)
 
     check_same_recording(folder, recording)
     resuming.report_previous_attempt(folder, warn)

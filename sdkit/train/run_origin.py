@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
-from rich.markup import escape
 
 from sdkit.checkpoints import manifest
 from sdkit.language.errors import UnreadableInput, first_of
@@ -20,6 +19,7 @@ from sdkit.runs import directory, fingerprints, git
 from sdkit.runs.directory import RunDirectory
 from sdkit.runs.fingerprints import KINDS, Hashes, Kind
 from sdkit.runs.provenance import provenance
+from sdkit.stdout import print_warning
 from sdkit.train import prompt_record
 from sdkit.train.replay import Recording
 from sdkit.train.trainer import Trainer
@@ -88,8 +88,7 @@ def warn_of_changed_code(spec: ExperimentSpec, base: Path, run: Path, console: A
     changed = fingerprints.differences(directory.provenance(run).get("code"), fingerprints.of_code(spec, base))
     if changed:
         files = ", ".join(f"{name} ({what})" for name, what in changed.items())
-        text = f"code has changed since {run} used it, so its scores may not be comparable: {files}"
-        console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
+        print_warning(console, f"code has changed since {run} used it, so its scores may not be comparable: {files}")
 
 
 def _of_checkpoint(checkpoint: Path) -> dict[Kind, Hashes | None]:

@@ -142,9 +142,6 @@ def test_differences_name_what_happened():
     assert fingerprints.differences(None, now) == {}
 
 
-# ── git ───────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.fixture
 def repository(tmp_path):
     """A repository with one committed file of two lines."""

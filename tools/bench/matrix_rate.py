@@ -28,14 +28,14 @@ def main() -> None:
     """Print the operations per second of products of square matrices, and the bytes per second of a copy."""
     cuda = torch.cuda.is_available()
     device, n = ("cuda", 8192) if cuda else ("cpu", 1024)
-    found: dict[str, float | str] = {"device": torch.cuda.get_device_name() if cuda else "CPU"}
+    rates: dict[str, float | str] = {"device": torch.cuda.get_device_name() if cuda else "CPU"}
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        found[str(dtype).removeprefix("torch.")] = 2 * n**3 / _best_seconds(lambda a=a, b=b: a @ b)
+        rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / _best_seconds(lambda a=a, b=b: a @ b)
     source = torch.empty(2**28 // 4, device=device).zero_()
     target = torch.empty_like(source)
-    found["bytes"] = 2 * 2**28 / _best_seconds(lambda: target.copy_(source))
-    print(json.dumps(found))
+    rates["bytes"] = 2 * 2**28 / _best_seconds(lambda: target.copy_(source))
+    print(json.dumps(rates))
 
 
 if __name__ == "__main__":

@@ -189,5 +189,5 @@ def _gpu_mib() -> float | None:
     if not shutil.which("nvidia-smi"):
         return None
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    found = subprocess.run(query, capture_output=True, text=True)
-    return float(found.stdout) if found.returncode == 0 else None
+    answer = subprocess.run(query, capture_output=True, text=True)
+    return float(answer.stdout) if answer.returncode == 0 else None

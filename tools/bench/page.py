@@ -95,12 +95,12 @@ def speed_table(session: Session, names: Sequence[str]) -> str:
     rows = []
     for shape in (session.shapes[name] for name in names):
         for side in shape.sides:
-            found = [m for m in session.done if (m.shape, m.side) == (shape.name, side)]
+            measurements = [m for m in session.done if (m.shape, m.side) == (shape.name, side)]
             start = [f"{shape.name}: {shape.about}", shape.batch, side]
             if session.of(shape, side):
                 rows.append([*start, *_figures(session, shape, side)])
-            elif found:
-                rows.append([*start, f"failed: {found[0].error}", *[""] * (len(HEADER) - len(start) - 1)])
+            elif measurements:
+                rows.append([*start, f"failed: {measurements[0].error}", *[""] * (len(HEADER) - len(start) - 1)])
     return table(HEADER, rows)
 
 
@@ -114,21 +114,21 @@ def operations(session: Session, shape: Shape) -> Operations:
 
 def _figures(session: Session, shape: Shape, side: Side) -> list[str]:
     """Return the cells of a row from `tokens/s` on."""
-    found = session.of(shape, side)
+    measurements = session.of(shape, side)
     trl = {m.round: m for m in session.of(shape, "TRL")}
-    ratios = [m.rate() / trl[m.round].rate() for m in found if m.round in trl and side != "TRL"]
+    ratios = [m.rate() / trl[m.round].rate() for m in measurements if m.round in trl and side != "TRL"]
     matrix_rate = median(float(machine[shape.dtype]) for machine in session.machines)
     needed = operations(session, shape).total
-    tokens = median(m.tokens() for m in found)
+    tokens = median(m.tokens() for m in measurements)
     return [
-        f"{median(m.rate() for m in found):.0f}",
+        f"{median(m.rate() for m in measurements):.0f}",
         _spread(ratios),
-        f"{median(m.tokens() / m.seconds('sampling') for m in found):.0f}",
-        f"{median(m.tokens() / (m.seconds() - m.seconds('sampling')) for m in found):.0f}",
-        f"{median(m.peak_gib for m in found):.1f}",
-        f"{median(needed / m.seconds() for m in found) / matrix_rate:.0%}",
+        f"{median(m.tokens() / m.seconds('sampling') for m in measurements):.0f}",
+        f"{median(m.tokens() / (m.seconds() - m.seconds('sampling')) for m in measurements):.0f}",
+        f"{median(m.peak_gib for m in measurements):.1f}",
+        f"{median(needed / m.seconds() for m in measurements) / matrix_rate:.0%}",
         f"{tokens * matrix_rate / needed:.0f}",
-        f"{median(m.steps[0]['seconds'] / m.seconds() for m in found):.1f} ×",
+        f"{median(m.steps[0]['seconds'] / m.seconds() for m in measurements):.1f} ×",
     ]
 
 

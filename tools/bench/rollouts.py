@@ -52,10 +52,8 @@ def _alone(backend: VllmRollouts, prompts: torch.Tensor) -> None:
     import vllm
 
     params = vllm.SamplingParams(temperature=1.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-    with torch.compiler.set_stance("force_eager"):
-        backend.engine.generate(
-            [vllm.TokensPrompt(prompt_token_ids=ids) for ids in prompts.tolist()], params, use_tqdm=False
-        )
+    rows = [vllm.TokensPrompt(prompt_token_ids=ids) for ids in prompts.tolist()]
+    backend.generate(rows, [params] * len(rows))
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def read_point(session: Session, measured: Measurement) -> Point:
 
 def section(session: Session, plot: Path) -> str:
     """Return the section of the page; writes the plot."""
-    found = [measured for measured in session.done if measured.shape in NAMES]
-    points = [read_point(session, measured) for measured in found if not measured.error]
+    measurements = [measured for measured in session.done if measured.shape in NAMES]
+    points = [read_point(session, measured) for measured in measurements if not measured.error]
     default = accelerator(session)
     fitted = fit(default, points)
     draw(fitted, points, plot)
@@ -95,7 +95,7 @@ def section(session: Session, plot: Path) -> str:
     for point in points:
         phases = (point.seconds, point.predict(default), point.predict(fitted))
         rows.append(f"| {' | '.join([point.shape.name, *(' + '.join(f'{s:.2f}' for s in p) for p in phases)])} |")
-    rows += [f"| {measured.shape} | failed: {measured.error} | | |" for measured in found if measured.error]
+    rows += [f"| {measured.shape} | failed: {measured.error} | | |" for measured in measurements if measured.error]
     return TEXT.format(table="\n".join(rows), default=_constants(default), fitted=_constants(fitted))
 
 
@@ -138,12 +138,12 @@ def draw(device: Accelerator, points: Sequence[Point], target: Path) -> None:
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     for axes, (axis, shapes) in zip(figure.subplots(1, len(SCALING)), SCALING.items(), strict=True):
         names = {shape.name for shape in shapes}
-        found = [point for point in points if point.shape.name in names]
-        places = [point.value for point in found]
+        on_axis = [point for point in points if point.shape.name in names]
+        places = [point.value for point in on_axis]
         for i, phase in enumerate(PHASES):
-            axes.plot(places, [point.seconds[i] for point in found], "o-", label=phase)
-        axes.plot(places, [point.measured.seconds() for point in found], "ks-", label="step")
-        axes.plot(places, [sum(point.predict(device)) for point in found], "k:", label="predicted, fitted")
+            axes.plot(places, [point.seconds[i] for point in on_axis], "o-", label=phase)
+        axes.plot(places, [point.measured.seconds() for point in on_axis], "ks-", label="step")
+        axes.plot(places, [sum(point.predict(device)) for point in on_axis], "k:", label="predicted, fitted")
         axes.set_xlabel(axis)
         axes.set_xticks(places)
         axes.set_ylim(bottom=0)
