@@ -18,6 +18,7 @@ from sdkit.language.show import annotated
 from sdkit.language.specs import ExperimentSpec, MethodSpec
 from sdkit.plan.machine import machine_for, other_shapes, shape_of
 from sdkit.plan.plan import MethodPlan, Plan, make_plan, plan_method
+from sdkit.plan.rows import count_rows
 from sdkit.runs.directory import origin, read_lines
 
 PathLike = str | os.PathLike[str]
@@ -59,7 +60,8 @@ def plan_spec(spec: MethodSpec, folder: PathLike = ".") -> Plan | MethodPlan:
     if not isinstance(spec, ExperimentSpec):
         return plan_method(spec)
     base = Path(folder)
-    return make_plan(spec, machine_for(spec), shape_of(spec, base), other_shapes=other_shapes(spec, base))
+    shapes, rows = other_shapes(spec, base), count_rows(spec.data, base)
+    return make_plan(spec, machine_for(spec), shape_of(spec, base), rows, shapes)
 
 
 def read_status(run: PathLike) -> dict[str, Any]:

@@ -58,6 +58,16 @@ def check_run(run: Path, overrides: Sequence[str] = (), *, fixed: Sequence[str] 
     return checked, base
 
 
+def check_spec_or_run(path: Path, overrides: list[str] | None, *, run_file: bool = False) -> tuple[Any, Path]:
+    """Check a spec, or the resolved spec of a run directory; return it and the folder that its paths start from.
+
+    Raises and exits as `check_spec` does.
+    """
+    if path.is_dir():
+        return check_run(path, overrides or ())
+    return check_spec(path, overrides, run_file=run_file), path.parent
+
+
 @contextlib.contextmanager
 def placing(checked: Any) -> Iterator[None]:
     """Add to an error that names a key of the spec the file and line where the key is written."""

@@ -9,8 +9,8 @@ import typer
 
 from sdkit.cli import completion
 from sdkit.cli.app import app
-from sdkit.cli.checking import check_spec, make_console, placing, print_problems
-from sdkit.cli.options import Format, Overrides, SpecPath
+from sdkit.cli.checking import check_spec, check_spec_or_run, make_console, placing, print_problems
+from sdkit.cli.options import Format, Overrides, SpecOrRun, SpecPath
 
 
 @app.command(epilog="Example: `sdkit validate specs/*.yaml`")
@@ -33,17 +33,18 @@ def validate(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: `sdkit show specs/sdft.yaml optimizer.lr=1e-5`")
-def show(spec: SpecPath, overrides: Overrides = None) -> None:
+@app.command(epilog="Examples: `sdkit show specs/sdft.yaml optimizer.lr=1e-5`, `sdkit show runs/sdft`")
+def show(spec: SpecOrRun, overrides: Overrides = None) -> None:
     """Print the resolved spec, each value with the file and line it comes from."""
     from sdkit.language.show import annotated
 
-    typer.echo(annotated(check_spec(spec, overrides)))
+    checked, _ = check_spec_or_run(spec, overrides)
+    typer.echo(annotated(checked))
 
 
-@app.command(epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`")
+@app.command(epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`, `sdkit plan runs/sdft`")
 def plan(
-    spec: SpecPath,
+    spec: SpecOrRun,
     overrides: Overrides = None,
     data: Annotated[
         int, typer.Option("--data", help="Show student and teacher prompt of this many rows, side by side.", min=0)
@@ -57,8 +58,8 @@ def plan(
     from sdkit.plan.plan import MethodPlan
     from sdkit.plan.text import render_method, render_plan
 
-    checked = check_spec(spec, overrides, run_file=data > 0)
-    the_plan = plan_spec(checked.spec, spec.parent)
+    checked, base = check_spec_or_run(spec, overrides, run_file=data > 0)
+    the_plan = plan_spec(checked.spec, base)
     if isinstance(the_plan, MethodPlan):
         return typer.echo(render_method(the_plan))
     typer.echo(render_plan(checked.spec, the_plan))
@@ -66,7 +67,7 @@ def plan(
         from sdkit.train.preview import preview
 
         with placing(checked):
-            preview(checked.spec, spec.parent, data, make_console())
+            preview(checked.spec, base, data, make_console())
     return None
 
 

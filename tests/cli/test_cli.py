@@ -212,6 +212,22 @@ def test_wrong_override_is_attributed_to_the_command_line(sdkit):
     assert "training.steps=many" in err
 
 
+def test_plan_and_show_accept_a_run_directory(sdkit, tmp_path):
+    spec = load_spec(DEMO).spec
+    (tmp_path / "resolved.yaml").write_text(json.dumps(resolved(spec)))
+    (tmp_path / "provenance.json").write_text(json.dumps({"base": str(SPECS)}))
+    assert sdkit("plan", tmp_path) == sdkit("plan", DEMO)
+    code, out, err = sdkit("show", tmp_path, "training.steps=7")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load(out)["training"]["steps"] == 7
+
+
+def test_show_of_another_folder_says_what_is_missing(sdkit, tmp_path):
+    code, _, err = sdkit("show", tmp_path)
+    assert code == 2
+    assert "is not a run directory: it has no resolved.yaml" in err
+
+
 def test_plan_prints_the_objective(sdkit):
     code, out, _ = sdkit("plan", DEMO, "training.steps=7")
     assert code == 0

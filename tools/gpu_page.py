@@ -1,0 +1,132 @@
+"""The table of docs/gpu.md: which models fit which machines, by `sdkit plan`.
+
+`python tools/gpu_page.py` writes the table into the page; `--check` only compares.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdkit.language.load import load_spec
+from sdkit.language.model_shapes import shape_from_config
+from sdkit.plan.accelerators import ACCELERATORS, AcceleratorName, Machine
+from sdkit.plan.plan import make_plan
+from sdkit.plan.text import NEARLY_FULL
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
+BEGIN, END = "<!-- written by tools/gpu_page.py -->", "<!-- until here -->"
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+}
+
+
+def _qwen3(hidden: int, layers: int, inner: int, heads: int, *, tied: bool) -> dict[str, Any]:
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+    }
+    return QWEN3 | sizes | {"tie_word_embeddings": tied}
+
+
+MODELS: Mapping[str, dict[str, Any]] = {
+    "Qwen3-0.6B": _qwen3(1024, 28, 3072, 16, tied=True),
+    "Qwen3-1.7B": _qwen3(2048, 28, 6144, 16, tied=True),
+    "Qwen3-4B": _qwen3(2560, 36, 9728, 32, tied=True),
+    "Qwen3-8B": _qwen3(4096, 36, 12288, 32, tied=False),
+    "Qwen3-14B": _qwen3(5120, 40, 17408, 40, tied=False),
+    "Qwen3-32B": _qwen3(5120, 64, 25600, 64, tied=False),
+}
+"""The models' config.json."""
+
+MACHINES: Mapping[str, tuple[AcceleratorName, float, int]] = {
+    "1 × H100 80 GB": ("h100", 79, 1),
+    "8 × H100 80 GB": ("h100", 79, 8),
+    "8 × H200": ("h200", 140, 8),
+    "2 nodes, 16 × H100": ("h100", 79, 16),
+}
+"""Accelerator, GiB that the driver reports for each, and ranks."""
+
+CHECKPOINTING = "model.activation_checkpointing=true"
+LADDER: Sequence[Sequence[str]] = (
+    ("training.zero_stage=1",),
+    ("training.zero_stage=2",),
+    ("training.zero_stage=2", CHECKPOINTING),
+    ("training.zero_stage=3", CHECKPOINTING),
+    ("training.zero_stage=3", CHECKPOINTING, "training.offload=[optimizer]"),
+)
+"""Settings in the order in which they slow training down; the first that fits is shown."""
+LORA = "model.lora={r: 64, lora_alpha: 128}"
+SHORT = {
+    "training.zero_stage=1": "stage 1",
+    "training.zero_stage=2": "stage 2",
+    "training.zero_stage=3": "stage 3",
+    CHECKPOINTING: "checkpointing",
+    "training.offload=[optimizer]": "offload",
+}
+
+
+def run_file() -> str:
+    """Returns the run file that the page shows first."""
+    block = re.search(r'```yaml title="run.yaml"\n(.*?)```', PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert block, "docs/gpu.md shows no run.yaml"
+    return block[1]
+
+
+def cell(path: Path, config: Mapping[str, Any], machine: Machine, extra: Sequence[str]) -> str:
+    """Returns the first settings of the ladder that fit, with the memory of a rank, or `–`."""
+    for settings in LADDER:
+        spec: Any = load_spec(path, [*extra, *settings]).spec
+        assert spec, settings
+        plan = make_plan(spec, machine, shape_from_config(config))
+        assert plan.peak_gib is not None
+        assert machine.memory_gib is not None
+        if plan.peak_gib <= NEARLY_FULL * machine.memory_gib:
+            return f"{', '.join(SHORT[s] for s in settings)}: {plan.peak_gib:.0f} GiB"
+    return "–"
+
+
+def table() -> str:
+    """Returns one row for each model and way to train it, one column for each machine."""
+    lines = ["| model | trained | " + " | ".join(MACHINES) + " |", "|---" * (2 + len(MACHINES)) + "|"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "run.yaml")
+        path.write_text(run_file(), encoding="utf-8")
+        for model, config in MODELS.items():
+            for name, extra in (("all weights", ()), ("LoRA", (LORA,))):
+                cells = []
+                for accelerator, memory, ranks in MACHINES.values():
+                    machine = Machine(
+                        ranks=ranks, memory_gib=memory, vllm="0.32.0", accelerator=ACCELERATORS[accelerator]
+                    )
+                    cells.append(cell(path, config, machine, [f"model.path=Qwen/{model}", *extra]))
+                lines.append(f"| {model} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Write the table, or check it; the exit code."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    written = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    if "--check" in sys.argv[1:]:
+        if written != page:
+            print("the table of docs/gpu.md has changed: run tools/gpu_page.py and read the diff")
+        return int(written != page)
+    PAGE.write_text(written, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
