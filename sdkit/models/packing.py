@@ -13,6 +13,7 @@ from attrs import frozen
 from torch import Tensor
 
 from sdkit.batches import PaddedSequences, UnpaddedSequence
+from sdkit.models.prefix import group_by_prefix
 from sdkit.models.weights import Weights
 
 LONGEST_PACK = 2048
@@ -102,20 +103,13 @@ def pad_sequences(
         attention_mask=_shared_prompt_mask(owner).to(device) if shared else None,
         positions=positions.to(device) if shared else None,
         tokens=sum(pack.width for pack in rows),
-        shared_prefix=_shared_prefix([pack.prompt for pack in rows]),
+        prefix_groups=group_by_prefix([pack.prompt for pack in rows], [pack.width for pack in rows]),
         predictor_index=torch.tensor(predicts, dtype=torch.long, device=device),
         texts=tuple(
             UnpaddedSequence(prompt=p, completion=c, positions=tuple(k))
             for p, c, k in zip(prompts, completions, wanted, strict=True)
         ),
     )
-
-
-def _shared_prefix(prompts: Sequence[Ids]) -> int:
-    """Returns the number of tokens that all prompts start with, without the last token of any."""
-    first, last = min(prompts), max(prompts)  # what these two share, all prompts between them share
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return min(shared, *(len(prompt) - 1 for prompt in prompts))
 
 
 def _shared_prompt_mask(owner: Tensor) -> Tensor:

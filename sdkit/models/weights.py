@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdkit.batches import HiddenStateScores, LogitTransform, PaddedSequences
 from sdkit.models.logit_transform import decoder, measure_transform
-from sdkit.models.prefix import prefix_pays, states_after_prefix
+from sdkit.models.prefix import states_by_group
 
 Result = TypeVar("Result")
 
@@ -157,8 +157,8 @@ class Weights:
     def selected_states(self, sequences: PaddedSequences) -> Tensor:
         """Returns `hidden`; call it inside `Sharding.run_forward`."""
         with self.active() as causal:
-            if self.takes_prefix and prefix_pays(sequences):
-                return states_after_prefix(decoder(causal), sequences)
+            if self.takes_prefix and any(group.prefix for group in sequences.prefix_groups):
+                return states_by_group(decoder(causal), sequences)
             out = decoder(causal)(
                 input_ids=sequences.input_ids,
                 attention_mask=sequences.attention_mask,
