@@ -19,7 +19,7 @@ from sdkit.language.files import library_reads
 from sdkit.language.rules.base import IS_ADAPTER, MERGE_FIRST
 from sdkit.language.specs import ExternalWeights, ModelSpec, VllmServerBackend
 from sdkit.language.vocabulary import first_difference
-from sdkit.models import activation_checkpointing, lora
+from sdkit.models import activation_checkpointing, attention, lora
 from sdkit.stdout import quiet
 
 CONFIG = "config.json"
@@ -102,6 +102,7 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     logging.disable_progress_bar()
+    attention.install()
     with library_reads(f"cannot load {located}"):
         if find_adapter_config_file(located, revision=spec.revision) is not None:
             # transformers would load its base model and apply the adapter.
