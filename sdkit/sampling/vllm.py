@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
-from sdkit.language.errors import BadEnvironment, NumericsGuard
+from sdkit.language.errors import BadData, BadEnvironment, NumericsGuard
 from sdkit.language.specs import VllmBackend, VllmEngine
 from sdkit.models.device import rank_device
 from sdkit.models.weights import Weights
@@ -26,6 +26,11 @@ from sdkit.sampling.canary import draw_canary
 EXTENSION = "sdkit.sampling.vllm_worker.SyncExtension"
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0, "min_tokens": 0}
 """Settings that vLLM may have other defaults for.  They are sent with every request: only the spec decides how to sample."""
+
+MOST_BIASED_IDS = 1024
+"""MAX_NUM_LOGIT_BIAS_TOKENS of vLLM's GPU runner, which takes as many `allowed_token_ids`."""
+FORBIDDING_BIAS = -1e9
+"""What is added to the logits of ids that must not be sampled.  vLLM's HTTP API raises it to -100."""
 
 
 class VllmRollouts:
@@ -36,8 +41,8 @@ class VllmRollouts:
     def __init__(self, spec: VllmBackend, model: str, dtype: str, max_tokens: int, end_ids: tuple[int, ...]) -> None:
         self.end_ids = end_ids
         self.engine = _start_engine(spec, model, dtype, max_tokens)
-        vocabulary = self.engine.model_config.get_vocab_size()
-        self.canary = draw_canary(spec, dtype, vocabulary, max_tokens)
+        self.vocabulary = self.engine.model_config.get_vocab_size()
+        self.canary = draw_canary(spec, dtype, self.vocabulary, max_tokens)
 
     def load(self, weights: Weights, version: int) -> Mapping[str, float]:
         """Transfer the weights, reset the prefix cache, compare trainer and engine on the canary.
@@ -59,7 +64,7 @@ class VllmRollouts:
     def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
         from vllm import SamplingParams, TokensPrompt
 
-        settings = sampling_settings(sampling, self.end_ids)
+        settings = sampling_settings(sampling, self.end_ids, self.vocabulary)
         greedy, text = sampling.temperature == 0, bool(sampling.stop)
         params = [SamplingParams(**settings, seed=None if greedy else r.seed, detokenize=text) for r in requests]
         prompts = [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in requests]
@@ -125,8 +130,11 @@ def _preserved_generators() -> Iterator[None]:
     np.random.set_state(states[1])
 
 
-def sampling_settings(sampling: SamplingParams, end_ids: Sequence[int]) -> dict[str, Any]:
-    """Returns sampling settings under names shared by vLLM's `SamplingParams` and HTTP API.  Each request adds its seed."""
+def sampling_settings(sampling: SamplingParams, end_ids: Sequence[int], vocabulary: int) -> dict[str, Any]:
+    """Returns sampling settings under names shared by vLLM's `SamplingParams` and HTTP API.  Each request adds its seed.
+
+    `vocabulary` is the number of ids of the engine's model.  Raises BadData if too many of them must not be sampled.
+    """
     settings: dict[str, Any] = {
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
@@ -139,8 +147,22 @@ def sampling_settings(sampling: SamplingParams, end_ids: Sequence[int]) -> dict[
     if sampling.stop:
         settings["stop"] = list(sampling.stop)
     if sampling.ids_below is not None:
-        settings["allowed_token_ids"] = list(range(sampling.ids_below))
+        settings["logit_bias"] = _forbid(range(sampling.ids_below, vocabulary))
     return settings
+
+
+def _forbid(ids: range) -> dict[int, float]:
+    """A bias for each id, so large that none is sampled.
+
+    There are hundreds of padded ids but some 150,000 others, too many for a list of those that are allowed.
+    """
+    if len(ids) > MOST_BIASED_IDS:
+        raise BadData(
+            f"the student has {len(ids)} output rows that are no tokens, and vLLM can leave out {MOST_BIASED_IDS}",
+            hint="use rollout.backend: transformers",
+            path=("rollout", "backend"),
+        )
+    return dict.fromkeys(ids, FORBIDDING_BIAS)
 
 
 def engine_settings(spec: VllmEngine, dtype: str, max_tokens: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 from attrs import define
 
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
-from sdkit.language.errors import BadEnvironment, ProcessDied
+from sdkit.language.errors import BadData, BadEnvironment, ProcessDied
 from sdkit.language.specs import VllmServerBackend
 from sdkit.sampling.canary import Canary
 from sdkit.sampling.vllm import sampling_settings
@@ -37,6 +37,8 @@ RECHECK_SECONDS = 30.0
 """Seconds between checks of an unavailable server while others answer."""
 POLL_SECONDS = 1.0
 """Seconds between checks if none answers."""
+HOTTEST_WITH_FORBIDDEN_IDS = 3.0
+"""The temperature up to which a server leaves out ids: it adds -100 to their logits before it divides by the temperature."""
 MAX_ROUNDS = 8
 """How often the unfinished part of a batch is redistributed before the run ends."""
 
@@ -73,6 +75,7 @@ class ServerPool:
         self._log = log
         self._canary: Canary | None = None
         self._end_ids: tuple[int, ...] = ()
+        self._vocabulary = 0
         self.max_tokens = 0  # longest sequence that every server accepts; known after `check`
         key = key_from(spec.key_from, environment, "rollout.backend")
         self._runner = asyncio.Runner()
@@ -105,9 +108,9 @@ class ServerPool:
                 hint=f"start it with `sdkit serve` and this spec, or with --max-tokens {longest}",
             )
 
-    def set_canary(self, canary: Canary, end_ids: tuple[int, ...]) -> None:
-        """Set the canary and the end tokens, which are known once the model is loaded."""
-        self._canary, self._end_ids = canary, end_ids
+    def set_model(self, canary: Canary, end_ids: tuple[int, ...], vocabulary: int) -> None:
+        """Set the canary, the end tokens and the number of ids, which are known once the model is loaded."""
+        self._canary, self._end_ids, self._vocabulary = canary, end_ids, vocabulary
 
     async def _read_states(self) -> list[protocol.ServerState]:
         states = await _outcomes(self._read_state(member, retries=0) for member in self._members)
@@ -139,8 +142,14 @@ class ServerPool:
     ) -> list[Completion]:
         """Returns one completion per request, in order, sampled by these weights; requests of one prompt go to one server.
 
-        Raises as `load` does.
+        Raises as `load` does, and BadData if the servers might sample ids that are no tokens.
         """
+        if sampling.ids_below is not None and sampling.temperature > HOTTEST_WITH_FORBIDDEN_IDS:
+            raise BadData(
+                f"at temperature {sampling.temperature:g} a server may sample output rows that are no tokens",
+                hint=f"sample at {HOTTEST_WITH_FORBIDDEN_IDS:g} or below, or use rollout.backend: vllm",
+                path=("rollout", "temperature"),
+            )
         return self._run(self._sample(file, requests, sampling))
 
     def abort(self) -> None:
@@ -206,7 +215,7 @@ class ServerPool:
     async def _sample_on(
         self, member: _Member, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
     ) -> list[Completion]:
-        settings = sampling_settings(sampling, self._end_ids)
+        settings = sampling_settings(sampling, self._end_ids, self._vocabulary)
         bodies = [protocol.completion_body(request, settings) for request in requests]
         headers = {WEIGHTS_HEADER: file.sha256}
         answers = await member.server.request_all("/v1/completions", bodies, headers=headers)
@@ -253,7 +262,7 @@ class ServerPool:
 
     async def _check_canary(self, member: _Member, file: WeightFile) -> dict[str, float]:
         canary = self._canary
-        assert canary is not None, "call set_canary before a transfer"
+        assert canary is not None, "call set_model before a transfer"
         bodies, headers = [protocol.canary_body(canary.ids)], {WEIGHTS_HEADER: file.sha256}
         answer = (await member.server.request_all("/v1/completions", bodies, headers=headers))[0]
         engine_logprobs = protocol.read_canary(member.url, answer, canary.ids)

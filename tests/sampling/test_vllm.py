@@ -62,6 +62,11 @@ def test_sampled_logprobs_match_the_trainer_at_the_temperature(results):
     assert results["greedy is the arg max"]
 
 
+def test_ids_from_the_limit_on_are_not_sampled(results):
+    assert 150 < results["largest id"] < 200
+    assert results["limited logprobs"] < 1e-3
+
+
 def test_tokens_depend_only_on_prompt_and_seed(results):
     assert results["same seeds, same tokens"]
     assert results["another batch, same tokens"]

@@ -27,6 +27,8 @@ from sdkit.seeds import derive
 from sdkit.train.run import open_run
 from sdkit.train.sampling_requests import sampling_params
 
+LIMIT = 200  # of the 404 ids
+
 
 def main(folder, work):
     spec = make_spec(
@@ -74,6 +76,7 @@ def sampling(trainer, backend):
     greedy = backend.sample(requests, evolve(settings, temperature=0.0))
     few = backend.sample(requests[4:1:-1], settings)[::-1]
     truncated = backend.sample(requests, evolve(settings, top_k=3))
+    limited = backend.sample(requests, evolve(settings, temperature=3.0, ids_below=LIMIT))
     gaps, gaps_at_1, greedy_matches, top_k_gaps = [], [], [], []
     for request, drawn, best, cut in zip(requests, done, greedy, truncated, strict=True):
         token_logits = logits(trainer, request, drawn)
@@ -83,7 +86,12 @@ def sampling(trainer, backend):
         scaled = logits(trainer, request, cut) / 0.7
         top = scaled.topk(3, dim=-1).values[:, -1:]
         top_k_gaps.append(gap(scaled.masked_fill(scaled < top, float("-inf")).log_softmax(-1), cut))
+    logprobs_below = [
+        (logits(trainer, r, c)[:, :LIMIT] / 3.0).log_softmax(-1) for r, c in zip(requests, limited, strict=True)
+    ]
     return {
+        "largest id": max(i for c in limited for i in c.ids),
+        "limited logprobs": max(map(gap, logprobs_below, limited)),
         "sampled logprobs": max(gaps),
         "at temperature 1": max(gaps_at_1),
         "top_k logprobs": max(top_k_gaps),
