@@ -46,6 +46,11 @@ def test_logprobs_agree_after_every_update(results):
         assert figures["canary_max"] < 1e-3
 
 
+def test_weights_take_the_reload_of_vllms_worker(results):
+    assert len(results["reload has vLLM's configuration"]) > 5
+    assert all(results["reload has vLLM's configuration"])
+
+
 def test_unchanged_weights_are_not_sent(results):
     assert results["unchanged weights"] == {}
 
