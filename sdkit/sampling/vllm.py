@@ -30,7 +30,8 @@ NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalt
 MOST_BIASED_IDS = 1024
 """MAX_NUM_LOGIT_BIAS_TOKENS of vLLM's GPU runner, which takes as many `allowed_token_ids`."""
 FORBIDDING_BIAS = -1e9
-"""What is added to the logits of ids that must not be sampled.  vLLM's HTTP API raises it to -100."""
+"""What is added to the logits of ids that must not be sampled.  vLLM's HTTP API raises it to -100, enough for its
+temperatures, which end at 2."""
 
 
 class VllmRollouts:

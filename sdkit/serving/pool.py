@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 from attrs import define
 
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
-from sdkit.language.errors import BadData, BadEnvironment, ProcessDied
+from sdkit.language.errors import BadEnvironment, ProcessDied
 from sdkit.language.specs import VllmServerBackend
 from sdkit.sampling.canary import Canary
 from sdkit.sampling.vllm import sampling_settings
@@ -37,8 +37,6 @@ RECHECK_SECONDS = 30.0
 """Seconds between checks of an unavailable server while others answer."""
 POLL_SECONDS = 1.0
 """Seconds between checks if none answers."""
-HOTTEST_WITH_FORBIDDEN_IDS = 3.0
-"""The temperature up to which a server leaves out ids: it adds -100 to their logits before it divides by the temperature."""
 MAX_ROUNDS = 8
 """How often the unfinished part of a batch is redistributed before the run ends."""
 
@@ -142,14 +140,8 @@ class ServerPool:
     ) -> list[Completion]:
         """Returns one completion per request, in order, sampled by these weights; requests of one prompt go to one server.
 
-        Raises as `load` does, and BadData if the servers might sample ids that are no tokens.
+        Raises as `load` does.
         """
-        if sampling.ids_below is not None and sampling.temperature > HOTTEST_WITH_FORBIDDEN_IDS:
-            raise BadData(
-                f"at temperature {sampling.temperature:g} a server may sample output rows that are no tokens",
-                hint=f"sample at {HOTTEST_WITH_FORBIDDEN_IDS:g} or below, or use rollout.backend: vllm",
-                path=("rollout", "temperature"),
-            )
         return self._run(self._sample(file, requests, sampling))
 
     def abort(self) -> None:
