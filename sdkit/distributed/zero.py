@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sdkit.distributed import zero_shards
 from sdkit.distributed.collectives import barrier, rank, world_size
 from sdkit.language.specs import OptimizerSpec
+from sdkit.models.device import rank_device
 from sdkit.stdout import quiet
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=600)
@@ -66,8 +67,9 @@ def start() -> None:
     # Otherwise its shared-memory collective is compiled at every start (33 s measured), and never used.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = rank_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "WORLD_SIZE" not in os.environ:  # no launcher: a group of one needs no port

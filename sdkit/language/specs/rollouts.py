@@ -26,6 +26,9 @@ from sdkit.language.specs.fields import (
     spec_field,
 )
 
+HOTTEST_VLLM = 2.0
+"""The highest temperature that vLLM accepts."""
+
 
 class BaseSampler(Component):
     """What training, the plan and the rules ask of a sampler."""

@@ -236,6 +236,13 @@ class ExperimentSpec(MethodSpec):
         """The suites of the evaluation, by name; empty if nothing is evaluated."""
         return self.evaluation.suites if self.evaluation else Table()
 
+    def temperatures(self) -> Iterator[tuple[tuple[str, ...], float]]:
+        """The key and the value of each temperature at which completions are sampled."""
+        yield ("rollout", "temperature"), self.rollout.temperature
+        for name, suite in self.suites.items():
+            for decoding, settings in suite.decoding.items():
+                yield ("evaluation", "suites", name, "decoding", decoding, "temperature"), settings.temperature
+
     def user_files(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """The key and the value of each path of a user's Python file."""
         for name, term in self.losses.items():
