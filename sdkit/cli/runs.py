@@ -41,8 +41,8 @@ def train(
         return smoke_spec(checked, 2)
     _launch_ranks(checked.spec, processes)
     folder = to or Path(checked.spec.output.folder) / spec.stem
-    base, written = spec.resolve().parent, checked.texts[checked.loaded.name]
-    _train(checked, base, folder, make_console(), written, resume=resume, overwrite=overwrite, accept=accept)
+    written = checked.texts[checked.loaded.name]
+    _train(checked, checked.base, folder, make_console(), written, resume=resume, overwrite=overwrite, accept=accept)
     return None
 
 
@@ -83,12 +83,11 @@ def serve(
 
     with placing(checked):
         address = serving.address_of(checked.spec, host, port, allow_remote=allow_remote)
-        base = spec.resolve().parent
 
         def longest(model_folder: str) -> int:
-            return max_tokens or longest_sequence(checked.spec, base, model_folder)
+            return max_tokens or longest_sequence(checked.spec, checked.base, model_folder)
 
-        serving.serve(checked.spec, base, address, make_console(), longest)
+        serving.serve(checked.spec, checked.base, address, make_console(), longest)
 
 
 @app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
@@ -114,7 +113,8 @@ def evaluate(
 def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
     """Check the run file, or the spec of the run with its trained model; return it and the folder its paths start from."""
     if not path.is_dir():
-        return check_spec(path, overrides, run_file=True), path.resolve().parent
+        checked = check_spec(path, overrides, run_file=True)
+        return checked, checked.base
     from sdkit.runs.directory import trained_model
 
     trained = [f"model.path={trained_model(path).resolve()}", "model.lora=null"]

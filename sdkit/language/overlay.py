@@ -88,7 +88,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolve
         texts[COMMAND_LINE] = "\n".join(text.replace("\n", " ") for text in overrides)
     problems = [*source.problems, *(o for o in parsed if isinstance(o, Problem))]
     root, method, is_complete = source.root, None, True
-    folder = _folder(source.name)
+    folder = folder_of(source.name)
     is_run = root is not None and is_run_file(root.data)
     if root and is_run:
         root = _apply([o for o in applicable if o.path == ("method",)], root, problems)
@@ -129,7 +129,8 @@ def _kind(node: Node) -> Any:
     return node.value
 
 
-def _folder(name: str) -> str:
+def folder_of(name: str) -> str:
+    """Returns the folder of a file, or of the file that it links to."""
     return os.path.dirname(os.path.realpath(name) if os.path.islink(name) else name)
 
 
@@ -147,7 +148,8 @@ def _method_page(root: Node, folder: str, problems: list[Problem]) -> tuple[str 
     if is_page_name(named.value):
         path = packaged_page(named.value)
     else:
-        path = os.path.normpath(os.path.join(folder, named.value))
+        start = os.getcwd() if named.place.file == COMMAND_LINE else folder
+        path = os.path.normpath(os.path.join(start, os.path.expanduser(named.value)))
     try:
         return path, read(path), root
     except UnreadableInput as error:

@@ -13,9 +13,10 @@ from typing import Any, Literal, TypeVar
 from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Path, Problem, did_you_mean, listed, outside, shorten, spelled
 from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, kinds_of, members, options_of
 from sdkit.language.overlay import LoadedSpec
+from sdkit.language.paths import start_of, stored_path
 from sdkit.language.renamed import current_name, rename_hint
 from sdkit.language.scalars import scalar
-from sdkit.language.specs import ExperimentSpec, MethodSpec, Range, Schedule, Table
+from sdkit.language.specs import ExperimentSpec, MethodSpec, PathTo, Range, Schedule, Table
 
 S = TypeVar("S")
 
@@ -111,7 +112,18 @@ class _Structurer:
         for at, number in written.items():
             self._check_range(key.range, number, at)
         self._check_entries(key, value, path)
-        return value if len(self.problems) == known_problems else INVALID
+        if len(self.problems) > known_problems:
+            return INVALID
+        return self._path(key.path_to, value, path) if key.path_to and isinstance(value, str) else value
+
+    def _path(self, to: PathTo, text: str, path: Path) -> str | Any:
+        """Returns a path as the spec stores it, or INVALID."""
+        start, rule = start_of(self.loaded, path)
+        try:
+            return stored_path(text, to, start, self.loaded.folder)
+        except LookupError as error:
+            message = f"{shorten(text)} is a folder beside the run file, but {rule}"
+            return self.report(path, message, "path", f"write {error.args[0]}")
 
     def _check_entries(self, key: Key, value: Any, path: Path) -> None:
         """Reports the names and scalar entries of a list or table that are not in their ranges."""

@@ -112,7 +112,8 @@ def test_later_override_wins(load_over_page):
     assert load_over_page("", "rollout.top_k=1", "rollout.top_k=2").data["rollout"]["top_k"] == 2
 
 
-def test_method_can_be_overridden(tmp_path, load_over_page):
+def test_method_can_be_overridden(tmp_path, load_over_page, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "methods/other.yaml").write_text("rollout: {temperature: 2}\n")
     loaded = load_over_page("", "method=methods/other.yaml")
     assert loaded.data == {"rollout": {"temperature": 2}}
