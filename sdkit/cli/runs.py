@@ -10,7 +10,7 @@ import typer
 from sdkit.cli import completion
 from sdkit.cli.app import app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
-from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, SpecPath
+from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, RunPath
 from sdkit.cli.specs import plan, smoke_spec
 
 
@@ -18,7 +18,7 @@ from sdkit.cli.specs import plan, smoke_spec
     epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`"
 )
 def train(
-    spec: SpecPath,
+    spec: RunPath,
     overrides: Overrides = None,
     to: Annotated[
         Path | None, typer.Option("--to", help="Run directory (default: runs/NAME of the spec).", show_default=False)
@@ -50,7 +50,7 @@ def train(
     epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`"
 )
 def serve(
-    spec: SpecPath,
+    spec: RunPath,
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[

@@ -8,6 +8,7 @@ from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Problem
 from sdkit.language.overlay import LoadedSpec
 from sdkit.language.rules import (
     data,
+    kinds,
     learning,
     losses,
     names,
@@ -37,6 +38,7 @@ _MODULES = (
     data,
     scores,
     names,
+    kinds,
     training,
 )
 RULES = tuple(rule for module in _MODULES for rule in vars(module).values() if isinstance(rule, Rule))

@@ -25,7 +25,8 @@ def unknown_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Fin
         for where, name in named:
             if name not in known:
                 fault = outside(known) if known else "is not declared: there are no rewards"
-                yield where, f"reward {shorten(name)} {fault}", did_you_mean(name, known) or f"add rewards.{name}"
+                declare = f"declare it under rewards, such as rewards: {{{name}: exact}}"
+                yield where, f"reward {shorten(name)} {fault}", did_you_mean(name, known) or declare
 
 
 def _rewards(spec: specs.ExperimentSpec, kind: type[T]) -> list[tuple[str, T]]:
