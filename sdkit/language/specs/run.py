@@ -19,7 +19,6 @@ from sdkit.language.specs.fields import (
     NOT_NEGATIVE_COUNT,
     OPTION,
     PARAMETERS,
-    PATH,
     POSITIVE,
     SEED,
     SHARE,
@@ -104,7 +103,7 @@ class ShapeSpec:
 class ModelSpec:
     """The student model, also the initial weights of most teachers."""
 
-    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", range=PATH)
+    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", path_to="model")
     revision: str | None = spec_field("commit or tag of a hub model", default=None, range=NAME)
     dtype: Literal["float32", "bfloat16"] = spec_field(
         "precision of the forward pass; master weights stay float32", default="bfloat16"
@@ -189,7 +188,7 @@ class OutputSpec:
     """What a run writes."""
 
     folder: str = spec_field(
-        "where run directories are created, relative to the working directory", default="runs", range=PATH
+        "where run directories are created, relative to the working directory", default="runs", path_to="output"
     )
     samples_every: int = spec_field(
         "steps between samples shown on screen and written to samples/", default=5, range=AT_LEAST_ONE
