@@ -148,6 +148,24 @@ def test_validate_prints_github_annotations(sdkit, broken):
     assert all(line.startswith(f"::error file={broken},line=") for line in out.splitlines())
 
 
+def test_validate_prints_sarif(sdkit, broken):
+    code, out, err = sdkit("validate", broken, "--format", "sarif")
+    results = json.loads(out)["runs"][0]["results"]
+    assert (code, err, [result["level"] for result in results]) == (1, "", ["error", "error"])
+
+
+def test_strict_validation_counts_warnings_as_errors(sdkit, tmp_path):
+    run_file = tmp_path / "warned.yaml"
+    text = RUN.replace("MODEL", "bundled:smollm2-135m-instruct")
+    run_file.write_text(text.replace("tensorboard: false", "keep_checkpoints: 2"))
+    code, out, err = sdkit("validate", run_file)
+    assert (code, out) == (0, f"{run_file}: ok (run file)\n")
+    assert "warning: " in err
+    code, out, strict = sdkit("validate", run_file, "--strict")
+    assert (code, out, strict) == (1, "", err.replace("warning: ", ""))
+    assert sdkit("validate", DEMO, "--strict")[0] == 0
+
+
 @pytest.mark.parametrize(
     "args",
     [
