@@ -31,6 +31,7 @@ COMMANDS = (
     "export",
     "checkpoint",
     "explain",
+    "methods",
     "schema",
 )
 RUN = """
@@ -116,6 +117,20 @@ def test_explain_and_schema_print_to_standard_output(sdkit):
     assert "A run file has these keys" in sdkit("explain")[1]
     code, out, err = sdkit("schema")
     assert (code, json.loads(out)["type"], err) == (0, "object", "")
+
+
+def test_methods_are_listed_and_searched(sdkit):
+    code, out, err = sdkit("methods")
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (0, "", 1 + len(list(PAGES.glob("*.yaml"))))
+    code, out, _ = sdkit("methods", "SIBLING", "2601.20802", "feedback")
+    assert [line.split()[:3] for line in out.splitlines()[1:]] == [
+        ["sdpo", "2601.20802", "a"],
+        ["sdpo_rich_feedback", "2601.20802", "a"],
+    ]
+    code, out, err = sdkit("methods", "sdfs")
+    assert (code, out) == (2, "")
+    assert err == "error: no packaged method has 'sdfs' in its page\n  = did you mean \"sdft\"?\n"
 
 
 def test_validate_reports_specs_without_problems(sdkit):
