@@ -15,7 +15,7 @@ from sdkit.stdout import is_first_rank
 
 
 def check_spec(
-    path: Path, overrides: list[str] | None, *, run_file: bool = False, base: Path | None = None, warn: bool = True
+    path: Path, overrides: Sequence[str] | None, *, run_file: bool = False, base: Path | None = None, warn: bool = True
 ) -> Any:
     """Load and check a spec; print its problems, and exit with code 1 if there are errors.
 

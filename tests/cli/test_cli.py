@@ -28,6 +28,7 @@ COMMANDS = (
     "eval",
     "replay",
     "compare",
+    "diff",
     "export",
     "checkpoint",
     "explain",
