@@ -33,6 +33,7 @@ COMMANDS = (
     "checkpoint",
     "explain",
     "methods",
+    "new",
     "schema",
 )
 RUN = """
@@ -132,6 +133,27 @@ def test_methods_are_listed_and_searched(sdkit):
     code, out, err = sdkit("methods", "sdfs")
     assert (code, out) == (2, "")
     assert err == "error: no packaged method has 'sdfs' in its page\n  = did you mean \"sdft\"?\n"
+
+
+def test_new_writes_a_run_file_once(sdkit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"question": "1 + 1", "worked": "1 + 1 = 2", "answer": "2"}\n' * 3)
+    command = ("new", "mine.yaml", "--method", "sdft", "--data", "rows.jsonl", "--column", "demonstration=worked")
+    code, out, err = sdkit(*command)
+    assert (code, out, err) == (0, "mine.yaml: written; `sdkit plan mine.yaml` shows what it would do\n", "")
+    assert sdkit("validate", "mine.yaml", "--strict")[0] == 0
+    text = Path("mine.yaml").read_text()
+    code, _, err = sdkit(*command)
+    assert (code, "mine.yaml exists" in err, Path("mine.yaml").read_text()) == (2, True, text)
+
+
+def test_new_leaves_no_file_that_has_errors(sdkit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    code, out, err = sdkit("new", "a.yaml", "--method", "grpo", "--data", "rows.jsonl", "--reward", "no.py:f")
+    assert (code, out, Path("a.yaml").exists()) == (1, "", False)
+    assert "no.py" in err
+    assert sdkit("new", "a.yaml", "--method", "sft")[0] == 2  # no terminal to ask for the data
 
 
 def test_validate_reports_specs_without_problems(sdkit):
