@@ -16,12 +16,12 @@ if not os.environ.get("SDKIT_DEBUG"):
 
 import typer
 
-from sdkit.cli import runs, saved, specs, syntax  # each module adds its commands to `app`
+from sdkit.cli import runs, saved, specs, syntax, writing  # each module adds its commands to `app`
 from sdkit.cli.app import app
 from sdkit.language.errors import INTERRUPTED, SdkitError, UnreadableInput
 from sdkit.stdout import is_first_rank
 
-__all__ = ["app", "main", "runs", "saved", "specs", "syntax"]
+__all__ = ["app", "main", "runs", "saved", "specs", "syntax", "writing"]
 
 
 _DASHED_OVERRIDE = re.compile(r"--?(\w+(?:\.\w+)+)(?:=.*)?", re.DOTALL)

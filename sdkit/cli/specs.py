@@ -13,18 +13,21 @@ from sdkit.cli.checking import check_spec, make_console, placing, print_problems
 from sdkit.cli.options import Format, Overrides, SpecPath
 
 
-@app.command(epilog="Example: `sdkit validate specs/*.yaml`")
+@app.command(epilog="Examples: `sdkit validate specs/*.yaml`, `sdkit validate specs/*.yaml --strict --format sarif`")
 def validate(
     specs: Annotated[
         list[Path],
         typer.Argument(help="Run files or method pages.", show_default=False, autocompletion=completion.spec_files),
     ],
     format: Format = "text",
+    strict: Annotated[bool, typer.Option("--strict", help="Count warnings as errors.")] = False,
 ) -> None:
     """Check specs and print every problem at once, with file and line.  Loads nothing heavy."""
-    from sdkit.language.load import load_spec
+    from sdkit.language.load import load_spec, strictly
 
     loaded = {path: load_spec(path) for path in specs}
+    if strict:
+        loaded = {path: strictly(checked) for path, checked in loaded.items()}
     print_problems(list(loaded.values()), format)
     for path, checked in loaded.items():
         if checked.ok and format == "text":
