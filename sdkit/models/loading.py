@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sdkit.language.bundled import BUNDLED, PREFIX, local_folder
-from sdkit.language.errors import BadData, BadEnvironment
+from sdkit.language.errors import BadData, BadEnvironment, first_line
 from sdkit.language.files import library_reads
 from sdkit.language.rules.base import IS_ADAPTER, MERGE_FIRST
 from sdkit.language.specs import ExternalWeights, ModelSpec, VllmServerBackend
@@ -116,6 +116,14 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
                 trust_remote_code=False,
                 use_safetensors=True,
             )
+        except ImportError as error:
+            if spec.attn_implementation != "flash_attention_2":
+                raise
+            raise BadData(
+                f"flash_attention_2 does not run here: {first_line(error)}",
+                hint="install flash-attn, or set model.attn_implementation: sdpa",
+                path=("model", "attn_implementation"),
+            ) from None
         except ValueError as error:
             if spec.attn_implementation == "eager" or 'attn_implementation="eager"' not in str(error):
                 raise

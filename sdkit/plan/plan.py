@@ -128,6 +128,7 @@ def make_plan(
         step_time=estimate_step_time(spec, backend, machine, shape, other_shapes),
         derived=(
             *_precision_notes(spec, machine, stage),
+            *_attention_notes(spec),
             *_backend_notes(spec, backend, reason, stage),
             *_default_notes(spec, steps, rows),
             *_teacher_lift_notes(spec, backend),
@@ -151,6 +152,12 @@ def _precision_notes(spec: ExperimentSpec, machine: Machine, stage: int) -> Iter
         yield f"training.zero_stage {stage}: one rank has nothing to shard; 0 trains the same with fewer copies"
     if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
         yield "model.dtype bfloat16 is emulated on this machine: float32 is several times faster"
+
+
+def _attention_notes(spec: ExperimentSpec) -> Iterator[str]:
+    several = spec.rollout.completions_per_prompt > 1
+    if several and spec.training.share_prompts and spec.model.attn_implementation == "flash_attention_2":
+        yield "training.share_prompts is off: flash_attention_2 takes no mask for shared rows"
 
 
 def _backend_notes(

@@ -37,8 +37,6 @@ from sdkit.sampling.transformers import TransformersRollouts
 from sdkit.train.model_checks import NamedModels
 from sdkit.train.setup import RunSetup
 
-MASKED_ATTENTION = ("sdpa", "eager")
-"""Attention implementations that accept a mask over all queries and keys."""
 WINDOW_KEY = re.compile(r"(window|window_size|chunk_size)$")
 
 
@@ -71,11 +69,10 @@ def longest_shared(weights: Weights, device: torch.device, wanted: int, text: in
     text: tokens of the longest prompt and completion.  Within a sliding window a shared row changes nothing, so if a
     long row fails, shorter ones are tried.
     """
-    config = weights.causal.config
-    if getattr(config, "_attn_implementation", None) not in MASKED_ATTENTION:
+    if not weights.takes_mask:
         return 0
     shortest = PROMPT + 2 * SHORT
-    longest = min(wanted, *_attention_windows(config), LONGEST_PACK)
+    longest = min(wanted, *_attention_windows(weights.causal.config), LONGEST_PACK)
     if longest < shortest or not shares_rows(weights, device) or completions_leak(weights, device):
         return 0
     while longest > shortest and not shares_rows(weights, device, longest, text):

@@ -109,7 +109,11 @@ class ModelSpec:
         "precision of the forward pass; master weights stay float32", default="bfloat16"
     )
     lora: LoraSpec | None = spec_field("train adapters instead of all weights", default=None)
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = spec_field("attention kernel", default="sdpa")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = spec_field(
+        "attention kernel; `flash_attention_2` needs the package flash-attn, a GPU and bfloat16, and shares no prompts "
+        "(`training.share_prompts`)",
+        default="sdpa",
+    )
     activation_checkpointing: bool = spec_field(
         "recompute activations in the backward pass to save memory", default=False
     )
