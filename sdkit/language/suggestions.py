@@ -90,7 +90,7 @@ REFUSED: Mapping[tuple[str | int, str], str] = {
     ("divergence", "k2"): _ONE_TOKEN,
     ("divergence", "k3"): _ONE_TOKEN,
 }
-"""(key, value) → what to write instead, and why sdkit does not accept it.  Source: reference/methods.md §5.4."""
+"""(key, value) → what to write instead, and why sdkit does not accept it."""
 
 
 def advice(name: str, cls: type) -> str | None:
