@@ -17,6 +17,7 @@ import typer
 
 from sdkit.cli import runs, saved, specs, syntax  # each module adds its commands to `app`
 from sdkit.cli.app import app
+from sdkit.devices import hide_gpus_if_requested
 from sdkit.language.errors import INTERRUPTED, SdkitError
 from sdkit.stdout import is_first_rank
 
@@ -26,6 +27,7 @@ __all__ = ["app", "main", "runs", "saved", "specs", "syntax"]
 def main() -> None:
     """Run the command line; an expected failure prints one message and exits with its code."""
     try:
+        hide_gpus_if_requested()
         app()
     except SdkitError as error:
         place = f"{error.place}: " if error.place else ""
