@@ -1,8 +1,6 @@
 """Estimates the time of a step from spec, machine and model shape.  Pure arithmetic on the device's figures.
 
-A forward pass takes 2 operations per parameter and token, plus 2 · layers · hidden · length per token for causal
-attention in a sequence of `length`.  A backward pass takes twice as much, or as much as the forward pass if the base
-weights are frozen under adapters.  Each decoding step reads the weights once, and the cached keys and values of all
+Passes take the operations of operations.py, with the logits of every token.  Each decoding step reads the weights once, and the cached keys and values of all
 rows; it takes as long as the reads or the operations, whichever is slower.  Every sequence is assumed to have its
 maximum length.  Rewards, communication and weight syncs are not included.
 """
@@ -28,6 +26,7 @@ from sdkit.language.specs import (
 )
 from sdkit.plan.accelerators import Accelerator, Machine
 from sdkit.plan.memory import BYTES, GIB, engine_gib
+from sdkit.plan.operations import forward_operations, training_factor
 
 
 @frozen(kw_only=True)
@@ -127,22 +126,16 @@ def _rollouts_per_rank(spec: ExperimentSpec, machine: Machine) -> int:
     return prompts * spec.rollout.completions_per_prompt
 
 
-def _operations_per_token(shape: ShapeSpec, length: float) -> float:
-    """Forward operations per token of a sequence of `length`, averaged over positions."""
-    return 2 * shape.parameters + 2 * shape.num_hidden_layers * shape.hidden_size * length
-
-
 def _forward_operations(shape: ShapeSpec, sequences: int, length: int) -> float:
     """Operations of one forward pass over `sequences` sequences of `length` tokens."""
-    return sequences * length * _operations_per_token(shape, length)
+    return forward_operations(shape, sequences * length, length, sequences * length)
 
 
 def _training_passes(spec: ExperimentSpec) -> int:
     """The cost of the student's update in forward passes, with the reference and the statistics pass."""
-    forward_and_backward = 2 if spec.model.lora else 3
     statistics = any(name.startswith("student") for name in required_statistics(spec.losses))
     return (
-        forward_and_backward
+        training_factor(adapters=spec.model.lora is not None)
         + spec.model.activation_checkpointing
         + spec.needs_reference
         + (statistics or spec.needs_old_logprobs)
@@ -191,7 +184,7 @@ def _rollout_phase(
     rows = max(1, min(rollouts, backend.max_num_seqs, int(max_cached_rows)))
     middle = prompt + new / 2
     reading = (weights + rows * cached * middle) / (device.terabytes * 1e12 * device.bandwidth_utilization)
-    token = max(reading, _compute_seconds(device, rows * _operations_per_token(shape, 2 * middle)))
+    token = max(reading, _compute_seconds(device, forward_operations(shape, rows, 2 * middle, rows)))
     prefill = _forward_operations(shape, rollouts // spec.rollout.completions_per_prompt, prompt)
     seconds = _compute_seconds(device, prefill) + math.ceil(rollouts / rows) * new * token
     label = f"rollout, {rollouts} completions of {new} tokens, {rows} at once"
