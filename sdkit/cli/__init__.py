@@ -15,13 +15,13 @@ if not os.environ.get("SDKIT_DEBUG"):
 
 import typer
 
-from sdkit.cli import runs, saved, specs, syntax  # each module adds its commands to `app`
+from sdkit.cli import doctor, runs, saved, specs, syntax  # each module adds its commands to `app`
 from sdkit.cli.app import app
 from sdkit.devices import hide_gpus_if_requested
 from sdkit.language.errors import INTERRUPTED, SdkitError
 from sdkit.stdout import is_first_rank
 
-__all__ = ["app", "main", "runs", "saved", "specs", "syntax"]
+__all__ = ["app", "doctor", "main", "runs", "saved", "specs", "syntax"]
 
 
 def main() -> None:
