@@ -32,6 +32,7 @@ COMMANDS = (
     "checkpoint",
     "explain",
     "schema",
+    "doctor",
 )
 RUN = """
 model: {path: MODEL, dtype: float32}
