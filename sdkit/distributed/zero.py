@@ -16,7 +16,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from sdkit.distributed import zero_shards
+from sdkit.distributed import health, zero_shards
 from sdkit.distributed.collectives import barrier, rank, world_size
 from sdkit.language.specs import OptimizerSpec
 from sdkit.models.device import rank_device
@@ -82,6 +82,7 @@ def start() -> None:
             deepspeed.init_distributed(backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     if world_size() != launched:
         raise RuntimeError(f"{launched} processes were launched, but {world_size()} joined")
+    health.start()
 
 
 def stop(*, together: bool = True) -> None:
@@ -94,7 +95,11 @@ def stop(*, together: bool = True) -> None:
 
         if together:
             barrier()
+            health.stop()
+        else:
+            health.fail()
         comm.destroy_process_group()  # torch's own function leaves DeepSpeed with a dead group, which breaks a second run
+        health.stop()  # until here it ends a rank that hangs
 
 
 class Zero:

@@ -1,4 +1,9 @@
-"""Counts the operations of a forward pass."""
+"""The operations that passes over a model need, whoever computes them: one formula for plans, metrics and benchmarks.
+
+A forward pass takes 2 operations per parameter of the layers and token, 2 · layers · width · length per token for causal
+attention in a sequence of `length` tokens, and 2 · width · vocabulary for each token whose logits are needed.  A token
+after a prompt attends to all of it: there, `length` is twice the prompt and once the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,9 @@ from sdkit.language.specs import ShapeSpec
 
 
 def forward_operations(shape: ShapeSpec, tokens: float, length: float, scored: float) -> float:
-    """Returns the operations of a forward pass over `tokens` tokens, `scored` of which need logits.
+    """Returns the operations of a forward pass over `tokens` tokens of sequences of `length`, with `scored` logits.
 
-    2 per token and parameter of the layers, 2 · layers · width · length per token for causal attention in sequences of
-    `length` (a token attends to half of them on average, in two products), and 2 · width · vocabulary per scored token.
-    Embeddings apart from the output projection count as layers, for a shape does not say whether they are tied.
+    Embeddings apart from the output projection count as layers, unless `shape` leaves them out.
     """
     head = shape.vocab_size * shape.hidden_size
     attention = 2 * shape.num_hidden_layers * shape.hidden_size * length
@@ -22,3 +25,11 @@ def shared_prompt_operations(shape: ShapeSpec, prompts: float, prompt: float, co
     tokens = completions * new
     after = forward_operations(shape, tokens, 2 * prompt + new, tokens)  # a completion attends to its whole prompt
     return forward_operations(shape, prompts * prompt, prompt, 0) + after
+
+
+def training_factor(*, adapters: bool) -> int:
+    """Returns a forward and backward pass in forward passes.
+
+    The backward pass takes twice as much as the forward pass, or as much if the base weights are frozen under adapters.
+    """
+    return 2 if adapters else 3

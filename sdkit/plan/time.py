@@ -1,9 +1,9 @@
 """Estimates the time of a step from spec, machine and model shape.  Pure arithmetic on the device's figures.
 
-A backward pass takes twice as many operations as a forward pass, or as many if the base weights are frozen under
-adapters.  The update computes the prompt of a group once if `training.share_prompts` is set; teachers are assumed to
-have another prompt for each completion.  Each decoding step reads the weights once, and the cached keys and values of
-all rows; it takes as long as the reads or the operations, whichever is slower.  Every sequence is assumed to have its
+A forward and backward pass takes `training_factor` forward passes.  The update computes the prompt of a group once if
+`training.share_prompts` is set; teachers are assumed to have another prompt for each completion.  Each decoding step
+reads the weights once, and the cached keys and values of all rows; it takes as long as the reads or the operations,
+whichever is slower.  Every sequence is assumed to have its
 maximum length.  Rewards, communication and weight syncs are not included.
 """
 
@@ -28,7 +28,7 @@ from sdkit.language.specs import (
 )
 from sdkit.plan.accelerators import Accelerator, Machine
 from sdkit.plan.memory import BYTES, GIB, engine_gib
-from sdkit.plan.operations import forward_operations, shared_prompt_operations
+from sdkit.plan.operations import forward_operations, shared_prompt_operations, training_factor
 
 
 @frozen(kw_only=True)
@@ -134,10 +134,9 @@ def _rollouts_per_rank(spec: ExperimentSpec, machine: Machine) -> int:
 
 def _training_passes(spec: ExperimentSpec) -> int:
     """The cost of the student's update in forward passes, with the reference and the statistics pass."""
-    forward_and_backward = 2 if spec.model.lora else 3
     statistics = any(name.startswith("student") for name in required_statistics(spec.losses))
     return (
-        forward_and_backward
+        training_factor(adapters=spec.model.lora is not None)
         + spec.model.activation_checkpointing
         + spec.needs_reference
         + (statistics or spec.needs_old_logprobs)

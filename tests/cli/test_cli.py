@@ -35,6 +35,7 @@ COMMANDS = (
     "methods",
     "new",
     "schema",
+    "doctor",
 )
 RUN = """
 model: {path: MODEL, dtype: float32}

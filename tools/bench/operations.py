@@ -1,16 +1,16 @@
-"""The operations that a step's mathematics needs, whoever computes it.
+"""The operations that a step's mathematics needs, whoever computes it (sdkit/plan/operations.py).
 
-A backward pass takes twice as many as a forward pass, or as many if the weights are frozen under adapters.  Sampling
-computes each prompt once per group and each completion token once; the student's update, each prompt once per group;
+Sampling computes each prompt once per group and each completion token once; the student's update, each prompt once per group;
 the teacher's pass, each prompt.
 """
 
 from __future__ import annotations
 
+
 from attrs import frozen
 
 from sdkit.language.specs import ShapeSpec
-from sdkit.plan.operations import forward_operations, shared_prompt_operations
+from sdkit.plan.operations import forward_operations, shared_prompt_operations, training_factor
 from tools.bench.shapes import Shape
 
 
@@ -34,4 +34,4 @@ def count_operations(shape: Shape, model: ShapeSpec, prompt: float, teacher_prom
     sampling += forward_operations(model, completions, 2 * prompt + new, completions)
     teacher = shared_prompt_operations(model, rollouts, teacher_prompt, rollouts, new)
     student = shared_prompt_operations(model, shape.prompts, prompt, rollouts, new)
-    return Operations(sampling=sampling, training=teacher + (2 if shape.lora else 3) * student)
+    return Operations(sampling=sampling, training=teacher + training_factor(adapters=shape.lora) * student)
