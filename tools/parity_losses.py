@@ -1,6 +1,6 @@
 """Formulas of a token's loss, in plain Python numbers: what tools/parity_figures.py makes its figures of.
 
-A number with a gradient is complex; what carries none is `held`.  The formulas are those of reference/methods.md §5.
+A number with a gradient is complex; what carries none is `held`.
 """
 
 from __future__ import annotations

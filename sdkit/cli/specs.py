@@ -13,18 +13,21 @@ from sdkit.cli.checking import check_spec, check_spec_or_run, make_console, plac
 from sdkit.cli.options import Format, Overrides, SpecOrRun, SpecPath
 
 
-@app.command(epilog="Example: `sdkit validate specs/*.yaml`")
+@app.command(epilog="Examples: `sdkit validate specs/*.yaml`, `sdkit validate specs/*.yaml --strict --format sarif`")
 def validate(
     specs: Annotated[
         list[Path],
         typer.Argument(help="Run files or method pages.", show_default=False, autocompletion=completion.spec_files),
     ],
     format: Format = "text",
+    strict: Annotated[bool, typer.Option("--strict", help="Count warnings as errors.")] = False,
 ) -> None:
     """Check specs and print every problem at once, with file and line.  Loads nothing heavy."""
-    from sdkit.language.load import load_spec
+    from sdkit.language.load import load_spec, strictly
 
     loaded = {path: load_spec(path) for path in specs}
+    if strict:
+        loaded = {path: strictly(checked) for path, checked in loaded.items()}
     print_problems(list(loaded.values()), format)
     for path, checked in loaded.items():
         if checked.ok and format == "text":
@@ -38,8 +41,7 @@ def show(spec: SpecOrRun, overrides: Overrides = None) -> None:
     """Print the resolved spec, each value with the file and line it comes from."""
     from sdkit.language.show import annotated
 
-    checked, _ = check_spec_or_run(spec, overrides)
-    typer.echo(annotated(checked))
+    typer.echo(annotated(check_spec_or_run(spec, overrides), show_paths=True))
 
 
 @app.command(epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`, `sdkit plan runs/sdft`")
@@ -58,8 +60,8 @@ def plan(
     from sdkit.plan.plan import MethodPlan
     from sdkit.plan.text import render_method, render_plan
 
-    checked, base = check_spec_or_run(spec, overrides, run_file=data > 0)
-    the_plan = plan_spec(checked.spec, base)
+    checked = check_spec_or_run(spec, overrides, run_file=data > 0)
+    the_plan = plan_spec(checked.spec, checked.base)
     if isinstance(the_plan, MethodPlan):
         return typer.echo(render_method(the_plan))
     typer.echo(render_plan(checked.spec, the_plan))
@@ -67,7 +69,7 @@ def plan(
         from sdkit.train.preview import preview
 
         with placing(checked):
-            preview(checked.spec, base, data, make_console())
+            preview(checked.spec, checked.base, data, make_console())
     return None
 
 
@@ -87,6 +89,6 @@ def smoke_spec(checked: Any, steps: int) -> None:
     from sdkit.train.smoke import smoke as run_smoke
 
     with placing(checked):
-        lines = run_smoke(checked.spec, make_console(), steps, Path(checked.loaded.folder))
+        lines = run_smoke(checked.spec, make_console(), steps, checked.base)
     norms = ", ".join(f"{line['grad_norm']:.3g}" for line in lines if "grad_norm" in line)
     typer.echo(f"{checked.loaded.name}: smoke run passed, gradient norms {norms}")

@@ -48,30 +48,30 @@ def micro_batch_tokens(spec: ExperimentSpec, ranks: int) -> int:
     return max(min(budget, rollouts * longest), longest)
 
 
-def stored_bytes(spec: ExperimentSpec, shape: ShapeSpec, width: int, tokens: int) -> float:
+def stored_bytes(spec: ExperimentSpec, shape: ShapeSpec, width: int, tokens: int, *, on_cpu: bool) -> float:
     """Returns the bytes of the activations of `tokens` tokens between the forward and the backward pass.
 
     `width` is the size of a value of the model in bytes.
     """
     hidden = width * shape.hidden_size
-    layer = hidden if spec.model.activation_checkpointing else layer_bytes(spec, shape, width, tokens)
+    layer = hidden if spec.model.activation_checkpointing else layer_bytes(spec, shape, width, tokens, on_cpu=on_cpu)
     norm = FLOAT32 * shape.hidden_size + 2 * hidden
     sides = 2 + (spec.teacher is not None) + spec.needs_reference  # hidden states, and the gradient of the student's
     return tokens * (shape.num_hidden_layers * layer + norm + sides * hidden)
 
 
-def recomputed_bytes(spec: ExperimentSpec, shape: ShapeSpec, width: int, tokens: int) -> float:
+def recomputed_bytes(spec: ExperimentSpec, shape: ShapeSpec, width: int, tokens: int, *, on_cpu: bool) -> float:
     """Returns the bytes of the one layer that activation checkpointing recomputes at a time, with its gradients."""
     if not spec.model.activation_checkpointing:
         return 0.0
-    return tokens * (layer_bytes(spec, shape, width, tokens) + 2 * width * intermediate_size(shape))
+    return tokens * (layer_bytes(spec, shape, width, tokens, on_cpu=on_cpu) + 2 * width * intermediate_size(shape))
 
 
-def layer_bytes(spec: ExperimentSpec, shape: ShapeSpec, width: int, tokens: int) -> float:
+def layer_bytes(spec: ExperimentSpec, shape: ShapeSpec, width: int, tokens: int, *, on_cpu: bool) -> float:
     """Returns the bytes that autograd saves of one layer, per token of a pass over `tokens` tokens.
 
     An RMSNorm saves its input in float32, the normalized input and its output.  Attention saves queries, keys, values
-    and its result; with the mask of shared prompts transformers first repeats keys and values for every head.  A gated
+    and its result; with the mask of shared prompts, GPUs first repeat keys and values for every head.  A gated
     feed-forward part saves the gate before and after its activation, the other factor, and their product.
     """
     queries = shape.q_width or shape.hidden_size
@@ -86,7 +86,7 @@ def layer_bytes(spec: ExperimentSpec, shape: ShapeSpec, width: int, tokens: int)
         scores = FLOAT32 + (width if width < FLOAT32 else 0)
         attention = 4 * width * queries + scores * heads * row
     elif shares_rows(spec):
-        attention = 4 * width * queries + FLOAT32 * heads + width * row
+        attention += width * row + (0 if on_cpu else 2 * width * (queries - keys))
     feed_forward = (4 if shape.gated_mlp else 2) * width * intermediate_size(shape)
     return norms + attention + feed_forward
 

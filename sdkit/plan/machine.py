@@ -8,9 +8,13 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from sdkit.devices import cpu_requested
 from sdkit.language.model_shapes import shape_at
 from sdkit.language.specs import ExperimentSpec, ShapeSpec
 from sdkit.plan.accelerators import ACCELERATORS, Machine
+
+GPU_FILES = ("/dev/nvidiactl", "/dev/kfd")
+"""Files of the drivers of NVIDIA's and AMD's GPUs."""
 
 
 def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
@@ -28,8 +32,8 @@ def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
 
 
 def has_gpu() -> bool:
-    """Whether the driver of a GPU is loaded."""
-    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
+    """Whether the driver of a GPU is loaded and the run may use it."""
+    return not cpu_requested() and any(Path(device).exists() for device in GPU_FILES)
 
 
 def memory_gib() -> float | None:
@@ -45,7 +49,7 @@ def memory_gib() -> float | None:
 
 
 def emulates_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether there is no GPU and the CPU has no bfloat16 instructions (9 times slower than float32 on AVX2)."""
+    """Whether no GPU is used and the CPU has no bfloat16 instructions (9 times slower than float32 on AVX2)."""
     if has_gpu():
         return False
     try:

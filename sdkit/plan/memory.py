@@ -164,10 +164,10 @@ def _update_items(run: _Run, *, on_cpu: bool) -> Items:
             ("gradient of the output projection", in_loss),
         ),
         (("gradient of the output projection, and its scaled copy", in_backward),),
-        (("one layer, recomputed", recomputed_bytes(spec, shape, width, tokens)),),
+        (("one layer, recomputed", recomputed_bytes(spec, shape, width, tokens, on_cpu=on_cpu)),),
     ]
     return (
-        (f"activations of a micro-batch of {tokens} tokens", stored_bytes(spec, shape, width, tokens)),
+        (f"activations of a micro-batch of {tokens} tokens", stored_bytes(spec, shape, width, tokens, on_cpu=on_cpu)),
         *max(on_top, key=lambda items: sum(size for _, size in items)),
         *_communication(run, on_cpu=on_cpu),
     )

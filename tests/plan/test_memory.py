@@ -5,6 +5,8 @@ import torch
 from attrs import evolve
 from memory_ledger import bytes_since, ledger, live_storages
 from tinyruns import COLUMNS, distil, make_spec, model, rollout, rollouts_of, teacher, train_step, training
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sdkit.batches import HiddenStateScores, Tokens
 from sdkit.distributed import zero
@@ -32,6 +34,7 @@ from sdkit.language.specs import (
 from sdkit.losses import chunks
 from sdkit.losses.objective import Objective
 from sdkit.models import packing
+from sdkit.models.attention import grouped_sdpa
 from sdkit.plan import activations, memory
 from sdkit.plan.accelerators import Machine
 from sdkit.plan.plan import make_plan
@@ -103,6 +106,7 @@ def saved_bytes(folder, dtype, attention, mask):
     [
         ("Llama", "float32", "sdpa", False, {}),
         ("Llama", "bfloat16", "sdpa", True, {}),
+        ("Llama", "bfloat16", "repeated", True, {}),  # as on a GPU
         ("Llama", "bfloat16", "eager", False, {}),
         ("Qwen2", "bfloat16", "sdpa", False, {"intermediate_size": 677}),  # Qwen2.5-7B's proportions
         ("Qwen3", "bfloat16", "sdpa", False, {"intermediate_size": 384}),  # Qwen3-8B's
@@ -110,13 +114,15 @@ def saved_bytes(folder, dtype, attention, mask):
 )
 def test_saved_bytes_of_a_layer(write_model, family, dtype, attention, packed, sizes):
     """The difference between models of three layers and of one, with the same number of rows."""
+    on_cpu, attention = attention != "repeated", attention.replace("repeated", "sdpa")
+    AttentionInterface.register("sdpa", grouped_sdpa if on_cpu else sdpa_attention_forward)
     mask = torch.ones(2, 1, 64, 64, dtype=torch.bool).tril() if packed else None
     folders = [write_model(family, num_hidden_layers=layers, **sizes) for layers in (1, 3)]
     one, three = (saved_bytes(folder, getattr(torch, dtype), attention, mask) for folder in folders)
     spec = make_spec("m", model=evolve(model("m", dtype=dtype), attn_implementation=attention))
     spec = evolve(spec, rollout=evolve(spec.rollout, completions_per_prompt=1 + packed))
     shape = shape_at(str(folders[0]), folders[0])
-    expected = activations.layer_bytes(spec, shape, memory.BYTES[dtype], 64)
+    expected = activations.layer_bytes(spec, shape, memory.BYTES[dtype], 64, on_cpu=on_cpu)
     assert (three - one) / 2 / 128 == pytest.approx(expected, rel=0.05)
 
 
