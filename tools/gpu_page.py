@@ -1,6 +1,6 @@
-"""The table of docs/gpu.md: which models fit which machines, by `sdkit plan`.
+"""What fits which machine, by `sdkit plan`: the table of docs/gpu.md, and comments of the papers' run files.
 
-`python tools/gpu_page.py` writes the table into the page; `--check` only compares.
+`python tools/gpu_page.py` writes them; `--check` only compares.
 """
 
 from __future__ import annotations
@@ -12,13 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
+
 from sdkit.language.load import load_spec
 from sdkit.language.model_shapes import shape_from_config
 from sdkit.plan.accelerators import ACCELERATORS, AcceleratorName, Machine
+from sdkit.plan.machine import shape_of
 from sdkit.plan.plan import make_plan
 from sdkit.plan.text import NEARLY_FULL
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "gpu.md"
+PAPERS = sorted((ROOT / "specs" / "papers").glob("*.yaml"))
+OWN = re.compile(r"(\nmachine: \{.*\} # one node of 8 × H200: )\d+ GiB")
+SMALLER = re.compile(r"(\n# 8 × H100 of 80 GB with training\.zero_stage=3: )\d+ GiB")
 BEGIN, END = "<!-- written by tools/gpu_page.py -->", "<!-- until here -->"
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -52,10 +59,10 @@ MODELS: Mapping[str, dict[str, Any]] = {
 MACHINES: Mapping[str, tuple[AcceleratorName, float, int]] = {
     "1 × H100 80 GB": ("h100", 79, 1),
     "8 × H100 80 GB": ("h100", 79, 8),
-    "8 × H200": ("h200", 140, 8),
+    "8 × H200": ("h200", 139, 8),
     "2 nodes, 16 × H100": ("h100", 79, 16),
 }
-"""Accelerator, GiB that the driver reports for each, and ranks."""
+"""Accelerator, GiB that each has, and ranks."""
 
 CHECKPOINTING = "model.activation_checkpointing=true"
 LADDER: Sequence[Sequence[str]] = (
@@ -83,16 +90,21 @@ def run_file() -> str:
     return block[1]
 
 
-def cell(path: Path, config: Mapping[str, Any], machine: Machine, extra: Sequence[str]) -> str:
+def ladder(path: Path, extra: Sequence[str]) -> list[tuple[str, Any]]:
+    """Returns the specs of the ladder, each with its settings in words."""
+    specs = [load_spec(path, [*extra, *settings]).spec for settings in LADDER]
+    assert all(specs), "the run file of docs/gpu.md has problems"
+    return [(", ".join(SHORT[s] for s in settings), spec) for settings, spec in zip(LADDER, specs, strict=True)]
+
+
+def cell(specs: Sequence[tuple[str, Any]], config: Mapping[str, Any], machine: Machine) -> str:
     """Returns the first settings of the ladder that fit, with the memory of a rank, or `–`."""
-    for settings in LADDER:
-        spec: Any = load_spec(path, [*extra, *settings]).spec
-        assert spec, settings
+    assert machine.memory_gib is not None
+    for settings, spec in specs:
         plan = make_plan(spec, machine, shape_from_config(config))
         assert plan.peak_gib is not None
-        assert machine.memory_gib is not None
         if plan.peak_gib <= NEARLY_FULL * machine.memory_gib:
-            return f"{', '.join(SHORT[s] for s in settings)}: {plan.peak_gib:.0f} GiB"
+            return f"{settings}: {plan.peak_gib:.0f} GiB"
     return "–"
 
 
@@ -102,29 +114,44 @@ def table() -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "run.yaml")
         path.write_text(run_file(), encoding="utf-8")
-        for model, config in MODELS.items():
-            for name, extra in (("all weights", ()), ("LoRA", (LORA,))):
-                cells = []
-                for accelerator, memory, ranks in MACHINES.values():
-                    machine = Machine(
-                        ranks=ranks, memory_gib=memory, vllm="0.32.0", accelerator=ACCELERATORS[accelerator]
-                    )
-                    cells.append(cell(path, config, machine, [f"model.path=Qwen/{model}", *extra]))
-                lines.append(f"| {model} | {name} | {' | '.join(cells)} |")
+        ways = {"all weights": ladder(path, ()), "LoRA": ladder(path, (LORA,))}
+    for model, config in MODELS.items():
+        for way, specs in ways.items():
+            cells = [cell(specs, config, machine(name)) for name in MACHINES]
+            lines.append(f"| {model} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def machine(name: str) -> Machine:
+    """Returns the machine of a column."""
+    accelerator, memory, ranks = MACHINES[name]
+    return Machine(ranks=ranks, memory_gib=memory, vllm="0.32.0", accelerator=ACCELERATORS[accelerator])
+
+
+def paper_text(path: Path) -> str:
+    """Returns a paper's run file with the memory of a rank in its comments as the plan says it is now."""
+    spec: Any = load_spec(path).spec
+    sharded = evolve(spec, training=evolve(spec.training, zero_stage=3))
+    text = path.read_text(encoding="utf-8")
+    for pattern, one, name in ((OWN, spec, "8 × H200"), (SMALLER, sharded, "8 × H100 80 GB")):
+        peak = make_plan(one, machine(name), shape_of(one, path.parent)).peak_gib
+        text = pattern.sub(rf"\g<1>{peak:.0f} GiB", text)
+    return text
+
+
 def main() -> int:
-    """Write the table, or check it; the exit code."""
+    """Write the table and the papers' comments, or check them; the exit code."""
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    written = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    texts = {PAGE: f"{before}{BEGIN}\n{table()}\n{END}{after}"} | {path: paper_text(path) for path in PAPERS}
+    changed = {path: text for path, text in texts.items() if text != path.read_text(encoding="utf-8")}
     if "--check" in sys.argv[1:]:
-        if written != page:
-            print("the table of docs/gpu.md has changed: run tools/gpu_page.py and read the diff")
-        return int(written != page)
-    PAGE.write_text(written, encoding="utf-8")
+        for path in changed:
+            print(f"the memory in {path.relative_to(ROOT)} has changed: run tools/gpu_page.py and read the diff")
+        return 1 if changed else 0
+    for path, text in changed.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 
