@@ -11,7 +11,7 @@ from attrs import evolve
 from torch import Tensor
 
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
-from sdkit.models.weights import UNSHARDED, Weights
+from sdkit.models.weights import Weights
 
 DUMMY_REQUEST = SamplingRequest(prompt_ids=(0,), seed=0)
 """Keeps a rank in step with the others once it has no prompts left."""
@@ -68,7 +68,7 @@ class TransformersRollouts:
                 generation_config=settings,
                 logits_processor=[sampler],
                 tokenizer=self.tokenizer if sampling.stop else None,
-                synced_gpus=self.weights is not None and self.weights.sharding is not UNSHARDED,
+                synced_gpus=self.weights is not None and self.weights.sharding.in_step,
             )
         rows, logprobs = out[:, width:].tolist(), torch.stack(sampler.logprobs, dim=1).tolist()
         return [self._completion(*row, sampling.stop) for row in zip(rows, logprobs, strict=True)]
