@@ -6,7 +6,6 @@ the teacher's pass, each prompt.
 
 from __future__ import annotations
 
-
 from attrs import frozen
 
 from sdkit.language.specs import ShapeSpec
