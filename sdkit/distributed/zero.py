@@ -16,9 +16,10 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from sdkit.distributed import zero_shards
+from sdkit.distributed import health, zero_shards
 from sdkit.distributed.collectives import barrier, rank, world_size
 from sdkit.language.specs import OptimizerSpec, TrainingSpec
+from sdkit.models.device import rank_device
 from sdkit.stdout import quiet
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=600)
@@ -85,8 +86,9 @@ def start() -> None:
     # Otherwise its shared-memory collective is compiled at every start (33 s measured), and never used.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = rank_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "WORLD_SIZE" not in os.environ:  # no launcher: a group of one needs no port
@@ -99,6 +101,7 @@ def start() -> None:
             deepspeed.init_distributed(backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     if world_size() != launched:
         raise RuntimeError(f"{launched} processes were launched, but {world_size()} joined")
+    health.start()
 
 
 def stop(*, together: bool = True) -> None:
@@ -111,7 +114,11 @@ def stop(*, together: bool = True) -> None:
 
         if together:
             barrier()
+            health.stop()
+        else:
+            health.fail()
         comm.destroy_process_group()  # torch's own function leaves DeepSpeed with a dead group, which breaks a second run
+        health.stop()  # until here it ends a rank that hangs
 
 
 class Zero:

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from sdkit.language.bundled import BUNDLED, PREFIX, local_folder
-from sdkit.language.errors import BadData, BadEnvironment
+from sdkit.language.errors import BadData, BadEnvironment, first_line
 from sdkit.language.files import library_reads
 from sdkit.language.rules.base import IS_ADAPTER, MERGE_FIRST
 from sdkit.language.specs import ExternalWeights, ModelSpec, VllmServerBackend
 from sdkit.language.vocabulary import first_difference
-from sdkit.models import activation_checkpointing, lora
+from sdkit.models import activation_checkpointing, attention, lora
 from sdkit.stdout import quiet
 
 CONFIG = "config.json"
@@ -101,6 +101,7 @@ def load_model(spec: ModelSpec, located: str, seed: int, read: ReadWeights | Non
 
     `read` returns the model without adapters (default: `read_weights`).  Raises BadData if the weights cannot be read.
     """
+    attention.install()
     model: Any = (read or read_weights)(spec, located)
     if spec.activation_checkpointing:
         activation_checkpointing.enable(model)
@@ -145,6 +146,14 @@ def read_weights(spec: ModelSpec, located: str) -> nn.Module:
                 trust_remote_code=False,
                 use_safetensors=True,
             )
+        except ImportError as error:
+            if spec.attn_implementation != "flash_attention_2":
+                raise
+            raise BadData(
+                f"flash_attention_2 does not run here: {first_line(error)}",
+                hint="install flash-attn, or set model.attn_implementation: sdpa",
+                path=("model", "attn_implementation"),
+            ) from None
         except ValueError as error:
             if spec.attn_implementation == "eager" or 'attn_implementation="eager"' not in str(error):
                 raise

@@ -15,6 +15,7 @@ from torch import nn
 from sdkit.distributed import zero_loading
 from sdkit.language import specs
 from sdkit.language.errors import blaming
+from sdkit.models.device import rank_device
 from sdkit.models.loading import end_ids, load_model, read_weights, resolve_model, special_ids
 from sdkit.models.logit_transform import check_parts
 from sdkit.models.offloading import HostParameters
@@ -63,7 +64,7 @@ def open_models(setup: RunSetup, served: Mapping[specs.ServedWeights, ServedMode
     Raises BadData naming the key to change.
     """
     spec = setup.spec
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = rank_device()
     with blaming("model", "path"):
         student = _load(setup, spec.model, setup.model_folder, device)
     copy_model = zero_loading.empty_copy if setup.plan.zero_stage == SHARDED else copy.deepcopy

@@ -15,6 +15,7 @@ import ranks_scenario as scenario
 import torch
 from os_processes import free_port
 from tinyruns import LORA, run_scenario
+from vllm_build import require_vllm
 
 DEADLINE = 400
 
@@ -218,11 +219,12 @@ def test_loaded_checkpoint_continues_identically(two_ranks, case):
 
 def test_vllm_gets_merged_adapters_from_shards(tiny_folder, tmp_path):
     """One vLLM engine for each of two ranks: log-probabilities agree after every update; the model is never gathered."""
-    pytest.importorskip("vllm")
+    require_vllm()
     script = Path(scenario.__file__).with_name("vllm_ranks_scenario.py")
     run_ranks(2, [script, tiny_folder, tmp_path])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["ranks"] == 2
+    assert results["local ranks"] == [0, 1]
     assert results["rollouts"] == 4
     for syncs in results["syncs"]:
         assert len(syncs) == 5

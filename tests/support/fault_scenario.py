@@ -7,6 +7,7 @@ checks it.  The run's own reward causes the fault, in the third step, when there
 import json
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -98,6 +99,20 @@ def command(*words):
     cli.main()
 
 
+COLLECTIVES = ("all_reduce", "all_gather_object", "gather_object", "broadcast_object_list", "barrier")
+HEALTH = {"INTERVAL": 0.2, "SILENCE_SECONDS": 8, "GRACE_SECONDS": 1}
+
+
+def never_fails(function):
+    def call(*args, **options):
+        try:
+            return function(*args, **options)
+        except RuntimeError:
+            time.sleep(3600)
+
+    return call
+
+
 class Scenario:
     def __init__(self, work):
         self.work = work
@@ -121,6 +136,23 @@ class Scenario:
             "checkpoints": sorted(p.name for p in (run / "checkpoints").glob("*step_*")),
         }
 
+    def train_stuck(self, name, who):
+        """`sdkit train` whose rank `who` is killed; to the others a collective does not end then, as under NCCL."""
+        import torch
+
+        from sdkit.distributed import health
+
+        before = {each: getattr(torch.distributed, each) for each in COLLECTIVES}
+        limits = {each: getattr(health, each) for each in HEALTH}
+        for each, function in before.items():
+            setattr(torch.distributed, each, never_fails(function))
+        for each, seconds in HEALTH.items():
+            setattr(health, each, seconds)
+        self.train(name, 2, fault="kill", who=who, patience=60)
+        for module, values in ((torch.distributed, before), (health, limits)):
+            for each, value in values.items():
+                setattr(module, each, value)
+
     def train(self, name, ranks, *words, spec="run.yaml", **options):
         self.run(name, ranks, "train", self.work / spec, *words, **options)
 
@@ -139,6 +171,8 @@ def main(folder, work):
     for fault in ("full_disk", "hang", "kill", "terminate"):
         scenario.train(fault, 2, fault=fault, who=1)
     scenario.train("kill the first", 2, fault="kill", who=0)
+    scenario.train_stuck("stuck", who=1)
+    scenario.train_stuck("stuck without the first", who=0)
     scenario.train("freeze", 2, fault="freeze", who=1, patience=1)
     for resumed in ("full_disk", "kill", "terminate"):
         scenario.resume(resumed, 2)
