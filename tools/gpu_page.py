@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from sdkit.language.load import load_spec
 from sdkit.language.model_shapes import shape_from_config
 from sdkit.plan.accelerators import ACCELERATORS, AcceleratorName, Machine
 from sdkit.plan.machine import shape_of
+from sdkit.plan.memory import BYTES, GIB
 from sdkit.plan.plan import make_plan
 from sdkit.plan.text import NEARLY_FULL
 
@@ -71,15 +73,19 @@ LADDER: Sequence[Sequence[str]] = (
     ("training.zero_stage=2", CHECKPOINTING),
     ("training.zero_stage=3", CHECKPOINTING),
     ("training.zero_stage=3", CHECKPOINTING, "training.offload=[optimizer]"),
+    ("training.zero_stage=3", CHECKPOINTING, "training.offload=[optimizer, parameters]"),
 )
 """Settings in the order in which they slow training down; the first that fits is shown."""
+CACHE_GIB = 8
+"""Smallest cache of vLLM, beside its weights."""
 LORA = "model.lora={r: 64, lora_alpha: 128}"
 SHORT = {
     "training.zero_stage=1": "stage 1",
     "training.zero_stage=2": "stage 2",
     "training.zero_stage=3": "stage 3",
     CHECKPOINTING: "checkpointing",
-    "training.offload=[optimizer]": "offload",
+    "training.offload=[optimizer]": "optimizer offloaded",
+    "training.offload=[optimizer, parameters]": "all offloaded",
 }
 
 
@@ -98,13 +104,20 @@ def ladder(path: Path, extra: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def cell(specs: Sequence[tuple[str, Any]], config: Mapping[str, Any], machine: Machine) -> str:
-    """Returns the first settings of the ladder that fit, with the memory of a rank, or `–`."""
+    """Returns the first settings of the ladder that fit, vLLM's share, and the memory of a rank; or `–`."""
     assert machine.memory_gib is not None
+    shape = shape_from_config(config)
     for settings, spec in specs:
-        plan = make_plan(spec, machine, shape_from_config(config))
-        assert plan.peak_gib is not None
-        if plan.peak_gib <= NEARLY_FULL * machine.memory_gib:
-            return f"{settings}: {plan.peak_gib:.0f} GiB"
+        weights = shape.parameters * BYTES[spec.model.dtype] / GIB
+        share = math.ceil(10 * (weights + CACHE_GIB) / machine.memory_gib) / 10
+        if share >= 1:
+            break
+        backend = evolve(spec.rollout.backend, gpu_memory_utilization=share)
+        spec = evolve(spec, rollout=evolve(spec.rollout, backend=backend))
+        peak = make_plan(spec, machine, shape).peak_gib
+        assert peak is not None
+        if peak <= NEARLY_FULL * machine.memory_gib:
+            return f"{settings}; {share:g}: {peak:.0f} GiB"
     return "–"
 
 

@@ -27,8 +27,6 @@ GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
 WEIGHT_SHARDING_STAGE = 3
 """The ZeRO stage from which the weights are sharded."""
-REDUCE_BUCKET = 500_000_000
-"""Values in DeepSpeed's buffer for the gradients that it reduces next (`reduce_bucket_size`, its default)."""
 SUB_GROUP = 1_000_000_000
 """Values that stage 3 updates at a time (`sub_group_size`, DeepSpeed's default)."""
 FLOAT64 = 8
@@ -107,8 +105,12 @@ def estimate_memory(
     resident = [
         ("student weights", run.sharded(shape.parameters, WEIGHT_SHARDING_STAGE) * run.width, "parameters" in offload),
         *((label, size, "optimizer" in offload) for label, size in _optimizer_states(run)),
-        *((label, size, "parameters" in offload) for label, size in _other_models(run, other_shapes)),
+        *((label, size, "parameters" in offload) for label, size in _moving_teachers(run)),
     ]
+    frozen = _frozen_models(run, other_shapes)
+    if frozen and "frozen_models" in offload:
+        resident.append(("largest offloaded model, during its use", max(size for _, size in frozen), False))
+    resident += ((label, size, bool({"parameters", "frozen_models"} & {*offload})) for label, size in frozen)
     if isinstance(backend, VllmBackend):
         resident.append(("vLLM weights and cache", engine_gib(spec, backend, machine, shape) * GIB, False))
     phases = {
@@ -134,20 +136,32 @@ def _optimizer_states(run: _Run) -> Iterator[tuple[str, float]]:
     yield "gradients", run.sharded(run.trained, 2) * (FLOAT32 + second)
 
 
-def _other_models(run: _Run, other_shapes: Mapping[str, ShapeSpec]) -> Iterator[tuple[str, float]]:
-    """Teachers, the reference and blend partners; stage 3 shards all of them.  The first three have the student's shape."""
+def _moving_teachers(run: _Run) -> Iterator[tuple[str, float]]:
+    """Teachers that follow the student: a copy of its weights, or of its adapter, and a float32 average.
+
+    The average of float32 weights is the copy itself.  Other averages are sharded as the masters are.
+    """
     spec = run.spec
-    shadow = 0 if run.width == FLOAT32 else FLOAT32  # a float32 average is the teacher's weights themselves
     copied = run.trained if spec.model.lora else run.shape.parameters
+    shadow = 0 if run.width == FLOAT32 else run.sharded(run.trained, 1) * FLOAT32
     for weights in teacher_copies(spec):
-        size = copied * run.width + run.trained * shadow * weights.follows_student
-        yield f"teacher {'adapter' if spec.model.lora else 'weights'}", run.sharded(size, WEIGHT_SHARDING_STAGE)
+        if weights.follows_student:
+            label = "teacher adapter" if spec.model.lora else "teacher weights"
+            yield label, run.sharded(copied, WEIGHT_SHARDING_STAGE) * run.width + shadow
+
+
+def _frozen_models(run: _Run, other_shapes: Mapping[str, ShapeSpec]) -> list[tuple[str, float]]:
+    """Frozen copies of the student, and other models; stage 3 shards all of them."""
+    spec, models = run.spec, []
+    student_size = run.sharded(run.shape.parameters, WEIGHT_SHARDING_STAGE) * run.width
+    models += [("teacher weights", student_size) for weights in teacher_copies(spec) if not weights.follows_student]
     for weights in dict.fromkeys(weights for _, weights in spec.other_models()):
         if other_shape := other_shapes.get(weights.path):
-            size = other_shape.parameters * BYTES[weights.dtype]
-            yield f"model {weights.path}", run.sharded(size, WEIGHT_SHARDING_STAGE)
+            size = run.sharded(other_shape.parameters, WEIGHT_SHARDING_STAGE) * BYTES[weights.dtype]
+            models.append((f"model {weights.path}", size))
     if spec.needs_reference and not spec.model.lora and not has_frozen_teacher(spec):
-        yield "reference weights", run.sharded(run.shape.parameters * run.width, WEIGHT_SHARDING_STAGE)
+        models.append(("reference weights", student_size))
+    return models
 
 
 def _update_items(run: _Run, *, on_cpu: bool) -> Items:
@@ -176,16 +190,20 @@ def _update_items(run: _Run, *, on_cpu: bool) -> Items:
 def _communication(run: _Run, *, on_cpu: bool) -> Iterator[tuple[str, float]]:
     """DeepSpeed's buffers in the backward pass.
 
-    Stages 1 (in float32) to 3 reduce gradients in buckets; several ranks also copy a bucket to sort it by rank.  Stage 1
-    in bfloat16 reduces all gradients at once, rounded.  On a CPU the part of a bucket that is never written takes no
-    memory.
+    Stages 1 (in float32) to 3 reduce gradients in buckets, copied to be sorted by rank and to have `reduce_dtype`.  Stage
+    1 in bfloat16 reduces its float32 gradients at once, copied if that is not `reduce_dtype`.  On a CPU the part of a
+    bucket that is never written takes no memory.
     """
+    training = run.spec.training
+    reduced = BYTES[training.reduce_dtype]
     if run.stage == 1 and run.width < FLOAT32:
-        yield "gradients being reduced", run.trained * run.width if run.ranks > 1 else 0.0
+        yield "gradients being reduced", run.trained * reduced if reduced < FLOAT32 else 0.0
     elif run.stage:
-        filled = min(REDUCE_BUCKET, run.trained)
-        bucket, copy = filled if on_cpu else REDUCE_BUCKET, filled if run.ranks > 1 else 0
-        yield "gradients being reduced", (bucket + copy) * run.width
+        size = training.reduce_bucket_size
+        filled = min(size, run.trained)
+        stored = reduced if run.stage == WEIGHT_SHARDING_STAGE else run.width
+        copies = (run.width if run.ranks > 1 else 0) + (reduced if reduced != stored else 0)
+        yield "gradients being reduced", (filled if on_cpu else size) * stored + filled * copies
     if run.stage == WEIGHT_SHARDING_STAGE:
         yield "gathered parameters", min(run.shape.parameters, MAX_LIVE) * run.width
 
@@ -236,5 +254,9 @@ def engine_gib(spec: ExperimentSpec, backend: VllmBackend, machine: Machine, sha
     """Returns vLLM's memory in GiB: its share of the accelerator's memory if known, else its weights and `kv_cache_gib`."""
     if machine.accelerator and machine.memory_gib:
         return backend.gpu_memory_utilization * machine.memory_gib
-    weights = shape.parameters * BYTES[backend.dtype or spec.model.dtype] / GIB
-    return weights + backend.kv_cache_gib
+    return engine_weights_gib(spec, backend, shape) + backend.kv_cache_gib
+
+
+def engine_weights_gib(spec: ExperimentSpec, backend: VllmBackend, shape: ShapeSpec) -> float:
+    """Returns the size of vLLM's weights in GiB."""
+    return shape.parameters * BYTES[backend.dtype or spec.model.dtype] / GIB

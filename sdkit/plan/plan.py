@@ -29,7 +29,15 @@ from sdkit.language.specs import (
 )
 from sdkit.plan.accelerators import Machine
 from sdkit.plan.disk import DiskEstimate, estimate_disk
-from sdkit.plan.memory import BYTES, GIB, MemoryEstimate, has_frozen_teacher, zero_stage
+from sdkit.plan.memory import (
+    BYTES,
+    GIB,
+    MemoryEstimate,
+    engine_gib,
+    engine_weights_gib,
+    has_frozen_teacher,
+    zero_stage,
+)
 from sdkit.plan.processes import describe_processes
 from sdkit.plan.savings import plan_memory
 from sdkit.plan.time import StepTime, estimate_step_time
@@ -138,6 +146,7 @@ def make_plan(
             *_precision_notes(spec, machine, stage),
             *_attention_notes(spec),
             *_backend_notes(spec, backend, reason, stage),
+            *_engine_notes(spec, backend, machine, shape),
             *_default_notes(spec, steps, rows),
             *_teacher_lift_notes(spec, backend),
             *_served_teacher_notes(spec),
@@ -176,6 +185,19 @@ def _backend_notes(
         yield "sampling gathers every layer for every token: vLLM gathers the weights once per batch"
     if isinstance(spec.rollout.backend, AutoBackend):
         yield f"rollout.backend auto is {backend.kind}: {reason}"
+
+
+def _engine_notes(
+    spec: ExperimentSpec, backend: ChosenBackend | ReplayBackend, machine: Machine, shape: ShapeSpec | None
+) -> Iterator[str]:
+    """A vLLM engine whose share of the memory does not hold its weights."""
+    if shape and isinstance(backend, VllmBackend):
+        share, weights = engine_gib(spec, backend, machine, shape), engine_weights_gib(spec, backend, shape)
+        if share <= weights:
+            yield (
+                f"rollout.backend.gpu_memory_utilization {backend.gpu_memory_utilization:g} is {share:.1f} GiB, too "
+                f"little for vLLM's weights of {weights:.1f} GiB and its cache"
+            )
 
 
 def _default_notes(spec: ExperimentSpec, steps: int | None, rows: int | None) -> Iterator[str]:
