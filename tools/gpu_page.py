@@ -147,7 +147,10 @@ def paper_text(path: Path) -> str:
     sharded = evolve(spec, training=evolve(spec.training, zero_stage=3))
     text = path.read_text(encoding="utf-8")
     for pattern, one, name in ((OWN, spec, "8 × H200"), (SMALLER, sharded, "8 × H100 80 GB")):
-        peak = make_plan(one, machine(name), shape_of(one, path.parent)).peak_gib
+        where = machine(name)
+        peak = make_plan(one, where, shape_of(one, path.parent)).peak_gib
+        if peak is None or where.memory_gib is None or peak > NEARLY_FULL * where.memory_gib:
+            raise SystemExit(f"{path.name} does not fit {name}")
         text = pattern.sub(rf"\g<1>{peak:.0f} GiB", text)
     return text
 

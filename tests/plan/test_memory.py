@@ -205,7 +205,7 @@ def step_run(folder, **changes):
 
 
 def measure_step(spec, folder):
-    """Returns the peak of the second training step in bytes, and the largest micro-batch in tokens."""
+    """Returns bytes at the peak of the second training step and of a checkpoint, and the largest micro-batch in tokens."""
     before = live_storages()
     trainer = open_run(spec, folder)
     batch = rollouts_of(trainer)
@@ -215,9 +215,12 @@ def measure_step(spec, folder):
         train_step(trainer, batch)
     assert book.end < 1000  # so nothing older was freed, which the ledger would not see
     parts = _collate(trainer.learner, batch, trainer.specs.losses).micro_batches
-    trainer.close()
     assert len(parts) > 1
-    return resident + book.peak, max(part.student.input_ids.numel() for part in parts)
+    trainer.learner.zero.save(folder, "checkpoint")
+    saved = sum(path.stat().st_size for path in (folder / "checkpoint").rglob("*") if path.is_file())
+    saved += sum(average.nbytes for average in trainer.models.teacher.state().values())
+    trainer.close()
+    return resident + book.peak, saved, max(part.student.input_ids.numel() for part in parts)
 
 
 EMA = teacher(EmaWeights(update_rate=0.1))
@@ -242,7 +245,8 @@ def test_step_takes_what_the_plan_says(name, write_model, process_group, tmp_pat
         training=training(micro_batch_tokens=400, reduce_bucket_size=BUCKET, **train),
         **others,
     )
-    measured, tokens = measure_step(spec, tmp_path)
+    measured, saved, tokens = measure_step(spec, tmp_path)
     spec = evolve(spec, training=evolve(spec.training, micro_batch_tokens=tokens))
-    estimate = make_plan(spec, ON_CPU, shape_at(str(folder), folder)).memory
-    assert estimate.peak_gib * 2**30 == pytest.approx(measured, rel=MARGIN), estimate
+    plan = make_plan(spec, ON_CPU, shape_at(str(folder), folder))
+    assert plan.peak_gib * 2**30 == pytest.approx(measured, rel=MARGIN), plan.memory
+    assert plan.disk.checkpoint * 2**30 == pytest.approx(saved, rel=MARGIN)
