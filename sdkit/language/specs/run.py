@@ -21,6 +21,7 @@ from sdkit.language.specs.fields import (
     PARAMETERS,
     PATH,
     POSITIVE,
+    SECONDS,
     SEED,
     SHARE,
     TEXT_END,
@@ -169,6 +170,12 @@ class TrainingSpec:
     offload: tuple[Literal["optimizer", "parameters"], ...] = spec_field(
         "what to offload to CPU memory: `optimizer` (master weights and moments) and, under stage 3, `parameters`",
         default=(),
+    )
+    deadline_seconds: float = spec_field(
+        "longest time that ranks wait for each other, at the start and in one collective operation; raise it if one rank "
+        "works alone for longer, as on hashing large files from a slow disk",
+        default=600.0,
+        range=SECONDS,
     )
     seed: int = spec_field("seed from which all others are derived", default=0, range=SEED)
 
