@@ -10,7 +10,7 @@ import typer
 from sdkit.cli import completion
 from sdkit.cli.app import app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
-from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, SpecPath
+from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, RunPath
 from sdkit.cli.specs import plan, smoke_spec
 from sdkit.language.errors import ProcessDied
 
@@ -19,7 +19,7 @@ from sdkit.language.errors import ProcessDied
     epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`"
 )
 def train(
-    spec: SpecPath,
+    spec: RunPath,
     overrides: Overrides = None,
     to: Annotated[
         Path | None, typer.Option("--to", help="Run directory (default: runs/NAME of the spec).", show_default=False)
@@ -42,8 +42,8 @@ def train(
         return smoke_spec(checked, 2)
     folder = to or Path(checked.spec.output.folder) / spec.stem
     _launch_ranks(checked.spec, processes, folder)
-    base, written = spec.resolve().parent, checked.texts[checked.loaded.name]
-    _train(checked, base, folder, make_console(), written, resume=resume, overwrite=overwrite, accept=accept)
+    written = checked.texts[checked.loaded.name]
+    _train(checked, checked.base, folder, make_console(), written, resume=resume, overwrite=overwrite, accept=accept)
     return None
 
 
@@ -51,7 +51,7 @@ def train(
     epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`"
 )
 def serve(
-    spec: SpecPath,
+    spec: RunPath,
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -84,12 +84,11 @@ def serve(
 
     with placing(checked):
         address = serving.address_of(checked.spec, host, port, allow_remote=allow_remote)
-        base = spec.resolve().parent
 
         def longest(model_folder: str) -> int:
-            return max_tokens or longest_sequence(checked.spec, base, model_folder)
+            return max_tokens or longest_sequence(checked.spec, checked.base, model_folder)
 
-        serving.serve(checked.spec, base, address, make_console(), longest)
+        serving.serve(checked.spec, checked.base, address, make_console(), longest)
 
 
 @app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
@@ -115,7 +114,8 @@ def evaluate(
 def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
     """Check the run file, or the spec of the run with its trained model; return it and the folder its paths start from."""
     if not path.is_dir():
-        return check_spec(path, overrides, run_file=True), path.resolve().parent
+        checked = check_spec(path, overrides, run_file=True)
+        return checked, checked.base
     from sdkit.runs.directory import trained_model
 
     trained = [f"model.path={trained_model(path).resolve()}", "model.lora=null"]

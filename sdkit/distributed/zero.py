@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sdkit.distributed import health, zero_shards
 from sdkit.distributed.collectives import barrier, rank, world_size
 from sdkit.language.specs import OptimizerSpec
+from sdkit.models.device import rank_device
 from sdkit.stdout import quiet
 
 NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
@@ -68,8 +69,9 @@ def start(deadline_seconds: float = 600.0) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(seconds=deadline_seconds)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = rank_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "WORLD_SIZE" not in os.environ:  # no launcher: a group of one needs no port

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from sdkit.language.bundled import BUNDLED, PREFIX, local_folder
-from sdkit.language.errors import BadData, BadEnvironment
+from sdkit.language.errors import BadData, BadEnvironment, first_line
 from sdkit.language.files import library_reads
 from sdkit.language.rules.base import IS_ADAPTER, MERGE_FIRST
 from sdkit.language.specs import ExternalWeights, ModelSpec, VllmServerBackend
 from sdkit.language.vocabulary import first_difference
-from sdkit.models import activation_checkpointing, lora
+from sdkit.models import activation_checkpointing, attention, lora
 from sdkit.stdout import quiet
 
 CONFIG = "config.json"
@@ -102,6 +102,7 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     logging.disable_progress_bar()
+    attention.install()
     with library_reads(f"cannot load {located}"):
         if find_adapter_config_file(located, revision=spec.revision) is not None:
             # transformers would load its base model and apply the adapter.
@@ -115,6 +116,14 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
                 trust_remote_code=False,
                 use_safetensors=True,
             )
+        except ImportError as error:
+            if spec.attn_implementation != "flash_attention_2":
+                raise
+            raise BadData(
+                f"flash_attention_2 does not run here: {first_line(error)}",
+                hint="install flash-attn, or set model.attn_implementation: sdpa",
+                path=("model", "attn_implementation"),
+            ) from None
         except ValueError as error:
             if spec.attn_implementation == "eager" or 'attn_implementation="eager"' not in str(error):
                 raise

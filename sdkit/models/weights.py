@@ -17,9 +17,13 @@ from torch import Tensor, nn
 
 from sdkit.batches import HiddenStateScores, LogitTransform, PaddedSequences
 from sdkit.models.logit_transform import decoder, measure_transform
-from sdkit.models.prefix import prefix_pays, states_after_prefix
+from sdkit.models.prefix import states_by_group
 
 Result = TypeVar("Result")
+
+MASKED_ATTENTION = ("sdpa", "eager")
+"""Attention implementations that accept a mask over all queries and keys.  Flash kernels read such a mask as one of padding:
+an index error on a CPU, on a GPU the end of the CUDA context."""
 
 STUDENT_ADAPTER = "default"
 TEACHER_ADAPTER = "teacher"
@@ -102,6 +106,11 @@ class Weights:
         _TAKES_PREFIX[self.model] = measured
 
     @property
+    def takes_mask(self) -> bool:
+        """Whether a pass may have a mask over all queries and keys, as rows that share a prompt do."""
+        return getattr(self.causal.config, "_attn_implementation", None) in MASKED_ATTENTION
+
+    @property
     def head(self) -> nn.Parameter:
         """The output projection, [V, H]; if sharded, complete only inside `Sharding.run_with_head`."""
         return self.causal.get_output_embeddings().weight
@@ -155,10 +164,17 @@ class Weights:
         return self.sharding.run_forward(self.selected_states, sequences)
 
     def selected_states(self, sequences: PaddedSequences) -> Tensor:
-        """Returns `hidden`; call it inside `Sharding.run_forward`."""
+        """Returns `hidden`; call it inside `Sharding.run_forward`.
+
+        Raises ValueError for rows that share a prompt if the model's attention takes no mask for them.
+        """
+        if sequences.attention_mask is not None and not self.takes_mask:
+            raise ValueError(
+                f"rows share prompts, but {self.causal.config._attn_implementation} takes no mask for them"
+            )
         with self.active() as causal:
-            if self.takes_prefix and prefix_pays(sequences):
-                return states_after_prefix(decoder(causal), sequences)
+            if self.takes_prefix and any(group.prefix for group in sequences.prefix_groups):
+                return states_by_group(decoder(causal), sequences)
             out = decoder(causal)(
                 input_ids=sequences.input_ids,
                 attention_mask=sequences.attention_mask,

@@ -42,7 +42,7 @@ class Canary:
             attention_mask=None,
             positions=None,
             tokens=len(self.ids),
-            shared_prefix=0,
+            prefix_groups=(),
             predictor_index=predicted,
             texts=(),
         )

@@ -12,6 +12,7 @@ from torch import nn
 
 from sdkit.language import specs
 from sdkit.language.errors import blaming
+from sdkit.models.device import rank_device
 from sdkit.models.loading import end_ids, load_model, resolve_model, special_ids
 from sdkit.models.teachers import Teacher, open_teacher
 from sdkit.models.weights import Weights
@@ -62,7 +63,7 @@ def open_models(setup: RunSetup, served: Mapping[specs.ServedWeights, ServedMode
     Raises BadData naming the key to change.
     """
     spec, data = setup.spec, setup.data
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = rank_device()
     with blaming("model", "path"):
         student = _load(setup, spec.model, setup.model_folder, device)
 

@@ -182,6 +182,7 @@ def test_vllm_gets_merged_adapters_from_shards(tiny_folder, tmp_path):
     run_ranks(2, [script, tiny_folder, tmp_path])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["ranks"] == 2
+    assert results["local ranks"] == [0, 1]
     assert results["rollouts"] == 4
     for syncs in results["syncs"]:
         assert len(syncs) == 5

@@ -6,12 +6,10 @@ the teacher's pass, each prompt.
 
 from __future__ import annotations
 
-from functools import partial
-
 from attrs import frozen
 
 from sdkit.language.specs import ShapeSpec
-from sdkit.plan.operations import forward_operations, training_factor
+from sdkit.plan.operations import forward_operations, shared_prompt_operations, training_factor
 from tools.bench.shapes import Shape
 
 
@@ -30,12 +28,9 @@ class Operations:
 def count_operations(shape: Shape, model: ShapeSpec, prompt: float, teacher_prompt: float) -> Operations:
     """Return the operations of a step whose prompts have `prompt` and `teacher_prompt` tokens on average."""
     new, rollouts = shape.max_new_tokens, shape.prompts * shape.group
-    forward = partial(forward_operations, model)
-
     completions = rollouts * new
-    sampling = forward(shape.prompts * prompt, prompt, shape.prompts) + forward(
-        completions, 2 * prompt + new, completions
-    )
-    teacher = forward(rollouts * (teacher_prompt + new), teacher_prompt + new, completions)
-    student = forward(shape.prompts * prompt, prompt, 0) + forward(completions, 2 * prompt + new, completions)
+    sampling = forward_operations(model, shape.prompts * prompt, prompt, shape.prompts)
+    sampling += forward_operations(model, completions, 2 * prompt + new, completions)
+    teacher = shared_prompt_operations(model, rollouts, teacher_prompt, rollouts, new)
+    student = shared_prompt_operations(model, shape.prompts, prompt, rollouts, new)
     return Operations(sampling=sampling, training=teacher + training_factor(adapters=shape.lora) * student)

@@ -91,6 +91,18 @@ def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield culprit, message, "lower max_new_tokens or max_prompt_tokens"
 
 
+@run_rule("the dtype suits flash_attention_2")
+def flash_dtype(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The kernel has no float32 form.  External models use the student's attention implementation."""
+    if spec.model.attn_implementation != "flash_attention_2":
+        return
+    models = [(("model",), spec.model), *spec.other_models()]
+    for path, model in models:
+        if model.dtype != "bfloat16":
+            stated = context.stated((*path, "dtype"), model.dtype)
+            yield (*path, "dtype"), f"{stated}, but flash_attention_2 needs bfloat16", "use sdpa, or dtype: bfloat16"
+
+
 @run_rule("every rank gets the same number of prompts")
 def equal_shares(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Ranks run in lockstep, and the rollouts of a group stay on one rank.  The number of ranks that a launcher
@@ -167,6 +179,10 @@ def unused_setting(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     sees = spec.sees
     if sees and context.loaded.written(path) and sees.max_prompt_tokens is None:
         yield path, "cut has no effect without max_prompt_tokens", "add max_prompt_tokens"
+    path = ("training", "share_prompts")
+    if context.loaded.written(path) and spec.training.share_prompts:
+        if spec.model.attn_implementation == "flash_attention_2":
+            yield path, "share_prompts has no effect: flash_attention_2 takes no mask for shared rows", "use sdpa"
     path = ("output", "keep_checkpoints")
     if context.loaded.written(path) and not spec.output.checkpoint_every:
         yield path, "keep_checkpoints has no effect without checkpoint_every", "add checkpoint_every"

@@ -13,7 +13,6 @@ from sdkit.language.specs.fields import (
     NAME,
     NOT_EMPTY,
     NOT_NEGATIVE_COUNT,
-    PATH,
     POSITIVE,
     SECONDS,
     SHARE,
@@ -25,6 +24,9 @@ from sdkit.language.specs.fields import (
     Scheduled,
     spec_field,
 )
+
+HOTTEST_VLLM = 2.0
+"""The highest temperature that vLLM accepts."""
 
 
 class BaseSampler(Component):
@@ -226,7 +228,7 @@ class VllmServerBackend(VllmEngine):
         "folder for the weight files, relative to the spec (default: weights/ in sdkit's cache folder, for servers on "
         "this machine)",
         default=None,
-        range=PATH,
+        path_to="file",
     )
     deadline_seconds: float = spec_field(
         "longest time for one completion or one weight transfer, retries included; a single server may be unreachable "
@@ -241,7 +243,7 @@ class ReplayBackend:
     """Replays the recorded rollouts of an earlier run, without sampling."""
 
     kind: ClassVar[str] = "replay"
-    run: str = spec_field("run directory, relative to the spec", range=PATH)
+    run: str = spec_field("run directory, relative to the spec", path_to="file")
 
 
 Backend = AutoBackend | TransformersBackend | VllmBackend | VllmServerBackend | ReplayBackend

@@ -19,7 +19,6 @@ from sdkit.language.specs.fields import (
     NOT_NEGATIVE_COUNT,
     OPTION,
     PARAMETERS,
-    PATH,
     POSITIVE,
     SECONDS,
     SEED,
@@ -105,13 +104,17 @@ class ShapeSpec:
 class ModelSpec:
     """The student model, also the initial weights of most teachers."""
 
-    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", range=PATH)
+    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", path_to="model")
     revision: str | None = spec_field("commit or tag of a hub model", default=None, range=NAME)
     dtype: Literal["float32", "bfloat16"] = spec_field(
         "precision of the forward pass; master weights stay float32", default="bfloat16"
     )
     lora: LoraSpec | None = spec_field("train adapters instead of all weights", default=None)
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = spec_field("attention kernel", default="sdpa")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = spec_field(
+        "attention kernel; `flash_attention_2` needs the package flash-attn, a GPU and bfloat16, and shares no prompts "
+        "(`training.share_prompts`)",
+        default="sdpa",
+    )
     activation_checkpointing: bool = spec_field(
         "recompute activations in the backward pass to save memory", default=False
     )
@@ -196,7 +199,7 @@ class OutputSpec:
     """What a run writes."""
 
     folder: str = spec_field(
-        "where run directories are created, relative to the working directory", default="runs", range=PATH
+        "where run directories are created, relative to the working directory", default="runs", path_to="output"
     )
     samples_every: int = spec_field(
         "steps between samples shown on screen and written to samples/", default=5, range=AT_LEAST_ONE
@@ -242,6 +245,13 @@ class ExperimentSpec(MethodSpec):
     def suites(self) -> Table[Suite]:
         """The suites of the evaluation, by name; empty if nothing is evaluated."""
         return self.evaluation.suites if self.evaluation else Table()
+
+    def temperatures(self) -> Iterator[tuple[tuple[str, ...], float]]:
+        """The key and the value of each temperature at which completions are sampled."""
+        yield ("rollout", "temperature"), self.rollout.temperature
+        for name, suite in self.suites.items():
+            for decoding, settings in suite.decoding.items():
+                yield ("evaluation", "suites", name, "decoding", decoding, "temperature"), settings.temperature
 
     def user_files(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """The key and the value of each path of a user's Python file."""
