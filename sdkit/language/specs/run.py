@@ -20,6 +20,7 @@ from sdkit.language.specs.fields import (
     OPTION,
     PARAMETERS,
     POSITIVE,
+    SECONDS,
     SEED,
     SHARE,
     TEXT_END,
@@ -209,6 +210,12 @@ class TrainingSpec:
         "train with CUDA kernels that give the same bits in every run: slower, and an operation without one is an error; a "
         "CPU needs no setting",
         default=False,
+    )
+    deadline_seconds: float = spec_field(
+        "longest time that ranks wait for each other, at the start and in one collective operation; raise it if one rank "
+        "works alone for longer, as on hashing large files from a slow disk",
+        default=600.0,
+        range=SECONDS,
     )
     seed: int = spec_field("seed from which all others are derived", default=0, range=SEED)
 
