@@ -26,8 +26,8 @@ from sdkit.plan.text import NEARLY_FULL
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
 PAPERS = sorted((ROOT / "specs" / "papers").glob("*.yaml"))
-OWN = re.compile(r"(\nmachine: \{.*\} # one node of 8 × H200: )\d+ GiB")
-SMALLER = re.compile(r"(\n# 8 × H100 of 80 GB with training\.zero_stage=3: )\d+ GiB")
+OWN = re.compile(r"(# Memory of a rank: )\d+ GiB(?= on 8 × H200;)")
+SMALLER = re.compile(r"(; )\d+ GiB(?= on 8 × H100 of 80 GB with training\.zero_stage=3\.)")
 BEGIN, END = "<!-- written by tools/gpu_page.py -->", "<!-- until here -->"
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
