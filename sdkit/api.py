@@ -10,13 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
+
 from sdkit.language import load
 from sdkit.language.errors import InvalidSpec, Problem
 from sdkit.language.files import MAX_CONFIG_BYTES, read_json_object
 from sdkit.language.resolved import resolved
 from sdkit.language.show import annotated
 from sdkit.language.specs import ExperimentSpec, MethodSpec
-from sdkit.plan.machine import machine_for, other_shapes, shape_of
+from sdkit.plan.machine import machine_for, memory_gib, other_shapes, shape_of
 from sdkit.plan.plan import MethodPlan, Plan, make_plan, plan_method
 from sdkit.plan.rows import count_rows
 from sdkit.runs.directory import origin, read_lines
@@ -60,8 +62,9 @@ def plan_spec(spec: MethodSpec, folder: PathLike = ".") -> Plan | MethodPlan:
     if not isinstance(spec, ExperimentSpec):
         return plan_method(spec)
     base = Path(folder)
-    shapes, rows = other_shapes(spec, base), count_rows(spec.data, base)
-    return make_plan(spec, machine_for(spec), shape_of(spec, base), rows, shapes)
+    machine = machine_for(spec)
+    machine = evolve(machine, memory_gib=machine.memory_gib or memory_gib())
+    return make_plan(spec, machine, shape_of(spec, base), count_rows(spec.data, base), other_shapes(spec, base))
 
 
 def read_status(run: PathLike) -> dict[str, Any]:

@@ -18,12 +18,15 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/kfd")
 
 
 def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
-    """Returns this machine's properties.  The spec's `machine` takes precedence, but `ranks`, if given, over both."""
+    """Returns this machine's properties, but its memory only if the spec states it (else see `memory_gib`).
+
+    The spec's `machine` takes precedence, but `ranks`, if given, over both.
+    """
     stated = spec.machine
     accelerator = ACCELERATORS[stated.accelerator] if stated and stated.accelerator else None
     return Machine(
         ranks=ranks or (stated.ranks if stated else 1),
-        memory_gib=stated.memory_gib if stated and stated.memory_gib else memory_gib(),
+        memory_gib=stated.memory_gib if stated else None,
         vllm=vllm_version(),
         emulates_bfloat16=accelerator is None and emulates_bfloat16(),
         accelerator=accelerator,

