@@ -11,6 +11,9 @@ _OUTPUT_AND_LIMITS: Sequence[SpecPath] = (
     ("training", "deadline_seconds"),
     ("training", "micro_batch_tokens"),
     ("training", "chunk_tokens"),
+    ("training", "reduce_bucket_size"),
+    ("training", "allgather_bucket_size"),
+    ("training", "deterministic"),
 )
 """What a run writes, how long ranks wait, and how much memory a pass takes: these may change on resume and on replay."""
 
@@ -33,6 +36,7 @@ CHANGEABLE_ON_REPLAY: Sequence[SpecPath] = (
     ("training", "updates_per_rollout"),
     ("training", "share_prompts"),
     ("training", "zero_stage"),
+    ("training", "reduce_dtype"),
 )
 """Keys that may differ from the recorded run, with all keys below them: none of them changes a prompt or a token."""
 

@@ -178,7 +178,7 @@ def probe_texts(weights: Weights, length: int) -> tuple[Ids, Ids, Ids, Ids]:
     generator = torch.Generator().manual_seed(0)
 
     def ids(size: int) -> Ids:
-        return tuple(torch.randint(1, weights.head.shape[0], (size,), generator=generator).tolist())
+        return tuple(torch.randint(1, weights.head_shape[0], (size,), generator=generator).tolist())
 
     return ids(PROMPT), ids(length), ids(SHORT), ids(length)
 

@@ -36,7 +36,7 @@ class Canary:
 
         Collective if the weights are sharded.
         """
-        ids = torch.tensor([self.ids], device=weights.head.device)
+        ids = torch.tensor([self.ids], device=weights.sharding.device_of(weights.head))
         predicted = torch.arange(len(self.ids) - 1, device=ids.device)
         sequences = PaddedSequences(
             input_ids=ids,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
 from sdkit.models.logit_transform import decoder
-from sdkit.models.weights import UNSHARDED, Weights
+from sdkit.models.weights import Weights
 from sdkit.sampling.few_rows import few_rows_are_columns
 from sdkit.sampling.prefill import allocate_cache
 
@@ -75,7 +75,7 @@ class TransformersRollouts:
                 generation_config=settings,
                 logits_processor=[sampler],
                 tokenizer=self.tokenizer if sampling.stop else None,
-                synced_gpus=self.weights is not None and self.weights.sharding is not UNSHARDED,
+                synced_gpus=self.weights is not None and self.weights.sharding.in_step,
             )
         rows, logprobs = out[:, width:].tolist(), torch.stack(sampler.logprobs, dim=1).tolist()
         return [self._completion(*row, sampling.stop) for row in zip(rows, logprobs, strict=True)]

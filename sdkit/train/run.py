@@ -30,7 +30,7 @@ from sdkit.serving.protocol import ExpectedServer
 from sdkit.serving.teacher_client import ServedModel
 from sdkit.serving.weight_files import WeightFolder
 from sdkit.stdout import is_first_rank, print_warning
-from sdkit.train import failures, loop, prompt_record, report, run_origin, stop_requests
+from sdkit.train import determinism, failures, loop, prompt_record, report, run_origin, stop_requests
 from sdkit.train.divergence import LOOK_AT
 from sdkit.train.evaluate import evaluate, headline
 from sdkit.train.inputs import RunData
@@ -51,6 +51,7 @@ def open_run(
     With a recording, the run uses its completions and ends with them.  `now` is the date that chat templates print.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    determinism.prepare(spec.training.deterministic)
     zero.prepare()
     with blaming("model", "path"):
         located = resolve_model(spec.model.path, base)
