@@ -14,6 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from sdkit.batches import PaddedSequences, UnpaddedSequence
+from sdkit.models.prefix import group_by_prefix
 from sdkit.models.weights import Weights
 
 LONGEST_PACK = 2048
@@ -100,20 +101,13 @@ def pad_sequences(
         attention_mask=_shared_prompt_mask(rows, completions, width, device) if shared else None,
         positions=positions.to(device) if shared else None,
         tokens=sum(pack.width for pack in rows),
-        shared_prefix=_shared_prefix([pack.prompt for pack in rows]),
+        prefix_groups=group_by_prefix([pack.prompt for pack in rows], [pack.width for pack in rows]),
         predictor_index=torch.tensor(predicts, dtype=torch.long, device=device),
         texts=tuple(
             UnpaddedSequence(prompt=p, completion=c, positions=tuple(k))
             for p, c, k in zip(prompts, completions, wanted, strict=True)
         ),
     )
-
-
-def _shared_prefix(prompts: Sequence[Ids]) -> int:
-    """Returns the number of tokens that all prompts start with, without the last token of any."""
-    first, last = min(prompts), max(prompts)  # what these two share, all prompts between them share
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return min(shared, *(len(prompt) - 1 for prompt in prompts))
 
 
 def _shared_prompt_mask(rows: Sequence[Pack], completions: Sequence[Ids], width: int, device: torch.device) -> Tensor:
@@ -184,7 +178,7 @@ def probe_texts(weights: Weights, length: int) -> tuple[Ids, Ids, Ids, Ids]:
     generator = torch.Generator().manual_seed(0)
 
     def ids(size: int) -> Ids:
-        return tuple(torch.randint(1, weights.head.shape[0], (size,), generator=generator).tolist())
+        return tuple(torch.randint(1, weights.head_shape[0], (size,), generator=generator).tolist())
 
     return ids(PROMPT), ids(length), ids(SHORT), ids(length)
 

@@ -9,6 +9,7 @@ from attrs import field, frozen
 
 from sdkit.language.errors import UnreadableInput, counted
 from sdkit.language.specs import (
+    HOTTEST_VLLM,
     AutoBackend,
     DatasetSamples,
     Distillation,
@@ -245,6 +246,8 @@ def _choose_backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBacke
             return (TransformersBackend(), "the data set holds the completions, so nothing is sampled")
         case AutoBackend() if _external_teacher_samples(spec):
             return TransformersBackend(), "an external teacher samples, and vLLM holds the student"
+        case AutoBackend() if any(temperature > HOTTEST_VLLM for _, temperature in spec.temperatures()):
+            return TransformersBackend(), f"vLLM samples at temperatures up to {HOTTEST_VLLM:g}"
         case AutoBackend():
             if machine.vllm:
                 return VllmBackend(), f"vLLM {machine.vllm} is installed"

@@ -115,14 +115,20 @@ def equal_shares(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 @run_rule("offloading has the ZeRO stage it needs")
 def offload_stage(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """DeepSpeed offloads a rank's shard: optimizer states from stage 1 on, parameters under stage 3."""
+    """DeepSpeed offloads a rank's shard: optimizer states from stage 1 on, parameters under stage 3.  Frozen models are
+    offloaded as a whole, so under stage 3, which shards them, `parameters` offloads them too.
+    """
     stage = spec.training.zero_stage
-    needed = {"optimizer": 1, "parameters": 3}
+    needed = {"optimizer": 1, "parameters": 3, "frozen_models": 0}
     for place, what in enumerate(spec.training.offload):
+        path, stated = ("training", "offload", place), context.stated(("training", "zero_stage"), stage)
         if stage < needed[what]:
-            stated = context.stated(("training", "zero_stage"), stage)
             hint = f"use zero_stage: {needed[what]}" + (" or more" if needed[what] < 3 else "")
-            yield ("training", "offload", place), f"{what} cannot be offloaded: {stated}", hint
+            yield path, f"{what} cannot be offloaded: {stated}", hint
+        elif what == "frozen_models" and stage == 3:
+            yield path, f"frozen_models cannot be offloaded as a whole: {stated}", "use offload: [parameters]"
+        elif what == "frozen_models" and not spec.has_frozen_models:
+            yield path, "the run stores no model with fixed weights beside the student", "remove frozen_models"
 
 
 @run_rule("the longest sequence fits one forward pass")
