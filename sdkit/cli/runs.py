@@ -8,14 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
+from sdkit.cli.app import RUNNING, app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
 from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, SpecPath
 from sdkit.cli.specs import plan, smoke_spec
 
 
 @app.command(
-    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`"
+    rich_help_panel=RUNNING,
+    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`",
 )
 def train(
     spec: SpecPath,
@@ -47,7 +48,8 @@ def train(
 
 
 @app.command(
-    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`"
+    rich_help_panel=RUNNING,
+    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`",
 )
 def serve(
     spec: SpecPath,
@@ -91,7 +93,7 @@ def serve(
         serving.serve(checked.spec, base, address, make_console(), longest)
 
 
-@app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
+@app.command("eval", rich_help_panel=RUNNING, epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
 def evaluate(
     spec: Annotated[
         Path,
@@ -122,8 +124,9 @@ def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
 
 
 @app.command(
+    rich_help_panel=RUNNING,
     epilog="Examples: `sdkit replay runs/sdft@0`, "
-    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`"
+    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`",
 )
 def replay(
     recorded: Annotated[

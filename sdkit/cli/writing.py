@@ -10,14 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
+from sdkit.cli.app import WRITING, app
 from sdkit.cli.checking import print_problems, print_source_problems
 
 DEFAULT_MODEL = "bundled:smollm2-135m-instruct"
 
 
 @app.command(
-    epilog="Examples: `sdkit new mine.yaml`, `sdkit new mine.yaml --method sdft --data train.jsonl --model Qwen/Qwen3-8B`"
+    rich_help_panel=WRITING,
+    epilog="Examples: `sdkit new mine.yaml`, `sdkit new mine.yaml --method sdft --data train.jsonl --model Qwen/Qwen3-8B`",
 )
 def new(
     run_file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.", show_default=False)],
@@ -80,7 +81,10 @@ def new(
     typer.echo(f"{run_file}: written; `sdkit plan {run_file}` shows what it would do")
 
 
-@app.command(epilog="Examples: `sdkit fmt specs/*.yaml`, `sdkit fmt --check specs/*.yaml methods/*.yaml`")
+@app.command(
+    rich_help_panel=WRITING,
+    epilog="Examples: `sdkit fmt specs/*.yaml`, `sdkit fmt --check specs/*.yaml methods/*.yaml`",
+)
 def fmt(
     specs: Annotated[
         list[Path],
@@ -114,6 +118,7 @@ def fmt(
 
 @app.command(
     "import",
+    rich_help_panel=WRITING,
     epilog="Examples: `sdkit import trl_config.yaml --to mine.yaml`, "
     "`sdkit import sdpo.yaml --to mine.yaml --from verl actor_rollout_ref.actor.optim.lr=1e-5`",
 )
