@@ -12,6 +12,7 @@ from sdkit.cli import completion
 SpecPath = Annotated[
     Path, typer.Argument(help="A run file or a method page.", show_default=False, autocompletion=completion.spec_files)
 ]
+RunPath = Annotated[Path, typer.Argument(help="A run file.", show_default=False, autocompletion=completion.spec_files)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

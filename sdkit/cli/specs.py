@@ -44,7 +44,7 @@ def show(spec: SpecPath, overrides: Overrides = None) -> None:
     """Print the resolved spec, each value with the file and line it comes from."""
     from sdkit.language.show import annotated
 
-    typer.echo(annotated(check_spec(spec, overrides)))
+    typer.echo(annotated(check_spec(spec, overrides), show_paths=True))
 
 
 @app.command(rich_help_panel=CHECKING, epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`")
@@ -64,7 +64,7 @@ def plan(
     from sdkit.plan.text import render_method, render_plan
 
     checked = check_spec(spec, overrides, run_file=data > 0)
-    the_plan = plan_spec(checked.spec, spec.parent)
+    the_plan = plan_spec(checked.spec, checked.base)
     if isinstance(the_plan, MethodPlan):
         return typer.echo(render_method(the_plan))
     typer.echo(render_plan(checked.spec, the_plan))
@@ -72,7 +72,7 @@ def plan(
         from sdkit.train.preview import preview
 
         with placing(checked):
-            preview(checked.spec, spec.parent, data, make_console())
+            preview(checked.spec, checked.base, data, make_console())
     return None
 
 
@@ -92,6 +92,6 @@ def smoke_spec(checked: Any, steps: int) -> None:
     from sdkit.train.smoke import smoke as run_smoke
 
     with placing(checked):
-        lines = run_smoke(checked.spec, make_console(), steps, Path(checked.loaded.folder))
+        lines = run_smoke(checked.spec, make_console(), steps, checked.base)
     norms = ", ".join(f"{line['grad_norm']:.3g}" for line in lines if "grad_norm" in line)
     typer.echo(f"{checked.loaded.name}: smoke run passed, gradient norms {norms}")

@@ -38,6 +38,7 @@ class Node:
     value: Any  # scalar | dict[str, Node] | list[Node]
     place: Place
     key: Place | None = None
+    replaced: Node | None = None  # the value that it takes the place of, where the two are of different kinds
 
     @property
     def data(self) -> Any:

@@ -37,6 +37,7 @@ COMMANDS = (
     "import",
     "fmt",
     "schema",
+    "doctor",
 )
 RUN = """
 model: {path: MODEL, dtype: float32}
