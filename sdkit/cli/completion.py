@@ -57,6 +57,13 @@ def method_names(incomplete: str) -> list[str]:
     return [name for name in packaged_methods() if name.startswith(incomplete)]
 
 
+def peer_names(incomplete: str) -> list[tuple[str, str]]:
+    """Completes the name of a trainer whose configuration can be imported."""
+    from sdkit.language.peers import peers
+
+    return [(name, summary) for name, summary in peers().items() if name.startswith(incomplete)]
+
+
 def _data(spec: Any) -> Any:
     """The data of a spec merged onto its method page, or None if there is no such file."""
     from sdkit.language.errors import SdkitError

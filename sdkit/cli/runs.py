@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
+from sdkit.cli.app import RUNNING, app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
 from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, RunPath
 from sdkit.cli.specs import plan, smoke_spec
@@ -16,7 +16,8 @@ from sdkit.language.errors import ProcessDied
 
 
 @app.command(
-    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`"
+    rich_help_panel=RUNNING,
+    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`",
 )
 def train(
     spec: RunPath,
@@ -48,7 +49,8 @@ def train(
 
 
 @app.command(
-    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`"
+    rich_help_panel=RUNNING,
+    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`",
 )
 def serve(
     spec: RunPath,
@@ -91,7 +93,7 @@ def serve(
         serving.serve(checked.spec, checked.base, address, make_console(), longest)
 
 
-@app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
+@app.command("eval", rich_help_panel=RUNNING, epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
 def evaluate(
     spec: Annotated[
         Path,
@@ -123,8 +125,9 @@ def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
 
 
 @app.command(
+    rich_help_panel=RUNNING,
     epilog="Examples: `sdkit replay runs/sdft@0`, "
-    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`"
+    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`",
 )
 def replay(
     recorded: Annotated[

@@ -8,12 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
+from sdkit.cli.app import CHECKING, app
 from sdkit.cli.checking import check_spec, check_spec_or_run, make_console, placing, print_problems
 from sdkit.cli.options import Format, Overrides, SpecOrRun, SpecPath
 
 
-@app.command(epilog="Examples: `sdkit validate specs/*.yaml`, `sdkit validate specs/*.yaml --strict --format sarif`")
+@app.command(
+    rich_help_panel=CHECKING,
+    epilog="Examples: `sdkit validate specs/*.yaml`, `sdkit validate specs/*.yaml --strict --format sarif`",
+)
 def validate(
     specs: Annotated[
         list[Path],
@@ -36,7 +39,9 @@ def validate(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Examples: `sdkit show specs/sdft.yaml optimizer.lr=1e-5`, `sdkit show runs/sdft`")
+@app.command(
+    rich_help_panel=CHECKING, epilog="Examples: `sdkit show specs/sdft.yaml optimizer.lr=1e-5`, `sdkit show runs/sdft`"
+)
 def show(spec: SpecOrRun, overrides: Overrides = None) -> None:
     """Print the resolved spec, each value with the file and line it comes from."""
     from sdkit.language.show import annotated
@@ -44,7 +49,10 @@ def show(spec: SpecOrRun, overrides: Overrides = None) -> None:
     typer.echo(annotated(check_spec_or_run(spec, overrides), show_paths=True))
 
 
-@app.command(epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`, `sdkit plan runs/sdft`")
+@app.command(
+    rich_help_panel=CHECKING,
+    epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`, `sdkit plan runs/sdft`",
+)
 def plan(
     spec: SpecOrRun,
     overrides: Overrides = None,
@@ -73,7 +81,7 @@ def plan(
     return None
 
 
-@app.command(epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke sdft --steps 20`")
+@app.command(rich_help_panel=CHECKING, epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke sdft --steps 20`")
 def smoke(
     spec: SpecPath,
     overrides: Overrides = None,

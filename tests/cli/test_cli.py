@@ -34,6 +34,8 @@ COMMANDS = (
     "explain",
     "methods",
     "new",
+    "import",
+    "fmt",
     "schema",
     "doctor",
 )
@@ -155,6 +157,40 @@ def test_new_leaves_no_file_that_has_errors(sdkit, tmp_path, monkeypatch):
     assert (code, out, Path("a.yaml").exists()) == (1, "", False)
     assert "no.py" in err
     assert sdkit("new", "a.yaml", "--method", "sft")[0] == 2  # no terminal to ask for the data
+
+
+def test_fmt_checks_and_formats(sdkit, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("optimizer: {lr: 1e-5} # the rate\nmethod: sft\n")
+    path.chmod(0o600)
+    assert sdkit("fmt", "--check", path) == (1, f"{path}: would change\n", "")
+    assert sdkit("fmt", path) == (0, f"{path}: formatted\n", "")
+    assert path.read_text() == "method: sft\noptimizer: {lr: 1.0e-5} # the rate\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert sdkit("fmt", "--check", path) == (0, "", "")
+    path.write_text("a: [")
+    code, out, err = sdkit("fmt", path)
+    assert (code, out, path.read_text()) == (1, "", "a: [")
+    assert err.startswith(f"{path}:1:")
+    assert sdkit("fmt", "sft")[0] == 2  # a packaged page is no file of the user's
+
+
+def test_import_writes_a_formatted_run_file_and_a_list(sdkit, tmp_path):
+    config, target = tmp_path / "config.yaml", tmp_path / "run.yaml"
+    config.write_text("lmbda: 0.5\nmodel_name_or_path: org/model\npacking: true\n")
+    code, out, _ = sdkit("import", config, "--to", target, "learning_rate=3e-4")
+    assert (code, out.splitlines()[:3]) == (
+        0,
+        [
+            f"{target}: written, from TRL's GKDConfig",
+            "no equivalent:",
+            "  packing: true – rows are packed by training.micro_batch_tokens",
+        ],
+    )
+    assert target.read_text().startswith("# From config.yaml, TRL's GKDConfig.")
+    assert "  lr: 0.0003 # learning_rate\n" in target.read_text()
+    assert sdkit("fmt", "--check", target)[0] == 0
+    assert sdkit("import", config, "--to", target)[0] == 2  # the file exists
 
 
 def test_validate_reports_specs_without_problems(sdkit):
