@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,24 +14,73 @@ from sdkit.cli.checking import check_spec, make_console, placing, print_problems
 from sdkit.cli.options import Format, Overrides, SpecPath
 
 
-@app.command(epilog="Example: `sdkit validate specs/*.yaml`")
+@app.command(epilog="Examples: `sdkit validate specs/*.yaml`, `sdkit validate mine.yaml training.steps=20 --data 2`")
 def validate(
-    specs: Annotated[
-        list[Path],
-        typer.Argument(help="Run files or method pages.", show_default=False, autocompletion=completion.spec_files),
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SPEC... [KEY.PATH=VALUE]...",
+            help="Run files or method pages, and overrides for all of them.",
+            show_default=False,
+            autocompletion=completion.specs_and_overrides,
+        ),
     ],
     format: Format = "text",
+    data: Annotated[
+        int | None,
+        typer.Option(
+            "--data",
+            help="Also load all rows, render and check the prompts as a run does, and show those of this many rows.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Check specs and print every problem at once, with file and line.  Loads nothing heavy."""
-    from sdkit.language.load import load_spec
+    """Check specs and the first row of their local data; print every problem at once, with file and line.
 
-    loaded = {path: load_spec(path) for path in specs}
-    print_problems(list(loaded.values()), format)
-    for path, checked in loaded.items():
+    Loads nothing heavy without `--data`.
+    """
+    paths, overrides = _split(words)
+    checked_specs = {path: _check_with_first_rows(path, overrides) for path in paths}
+    print_problems([checked for checked, _ in checked_specs.values()], format)
+    for path, (checked, descriptions) in checked_specs.items():
         if checked.ok and format == "text":
             typer.echo(f"{path}: ok ({'run file' if checked.kind == 'run' else 'method page'})")
-    if not all(checked.ok for checked in loaded.values()):
+            for line in descriptions:
+                typer.echo(f"  {line}")
+    if not all(checked.ok for checked, _ in checked_specs.values()):
         raise typer.Exit(1)
+    if data is not None:
+        for path in paths:
+            _check_data(path, overrides, data)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The specs and the overrides among the arguments."""
+    paths = [word for word in words if "=" not in word or os.path.exists(word)]
+    if not paths:
+        raise typer.BadParameter("name a run file or a method page")
+    return paths, [word for word in words if word not in paths]
+
+
+def _check_with_first_rows(path: str, overrides: list[str]) -> tuple[Any, list[str]]:
+    """The checked spec, with the problems of its data's first rows, and what these rows have."""
+    from attrs import evolve
+
+    from sdkit.data.first_row import check_first_rows
+    from sdkit.language.load import load_spec
+
+    checked = load_spec(path, overrides)
+    first_rows = check_first_rows(checked)
+    return evolve(checked, problems=(*checked.problems, *first_rows.problems)), first_rows.descriptions
+
+
+def _check_data(path: str, overrides: list[str], shown: int) -> None:
+    from sdkit.train.data_report import report_data
+
+    checked = check_spec(Path(path), overrides, run_file=True, warn=False)
+    with placing(checked):
+        report_data(checked.spec, checked.base, make_console(), shown)
 
 
 @app.command(epilog="Example: `sdkit show specs/sdft.yaml optimizer.lr=1e-5`")
@@ -79,6 +129,11 @@ def smoke(
     """Take two real optimizer steps on a tiny random model: the same code as training, in seconds."""
     checked = check_spec(spec, overrides)
     smoke_spec(checked, steps)
+    if checked.kind == "run":
+        typer.echo(
+            f"  rows and rewards were stand-ins: `sdkit validate {spec} --data 2` reads your rows, "
+            f"`sdkit train {spec} --dry-run` also calls your rewards"
+        )
 
 
 def smoke_spec(checked: Any, steps: int) -> None:
