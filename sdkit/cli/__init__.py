@@ -16,12 +16,13 @@ if not os.environ.get("SDKIT_DEBUG"):
 
 import typer
 
-from sdkit.cli import runs, saved, specs, syntax  # each module adds its commands to `app`
+from sdkit.cli import doctor, runs, saved, specs, syntax, writing  # each module adds its commands to `app`
 from sdkit.cli.app import app
+from sdkit.devices import hide_gpus_if_requested
 from sdkit.language.errors import INTERRUPTED, SdkitError, UnreadableInput
 from sdkit.stdout import is_first_rank
 
-__all__ = ["app", "main", "runs", "saved", "specs", "syntax"]
+__all__ = ["app", "doctor", "main", "runs", "saved", "specs", "syntax", "writing"]
 
 
 _DASHED_OVERRIDE = re.compile(r"--?(\w+(?:\.\w+)+)(?:=.*)?", re.DOTALL)
@@ -39,6 +40,7 @@ def main() -> None:
     """Run the command line; an expected failure prints one message and exits with its code."""
     try:
         _refuse_dashed_overrides(sys.argv[1:])
+        hide_gpus_if_requested()
         app()
     except SdkitError as error:
         place = f"{error.place}: " if error.place else ""

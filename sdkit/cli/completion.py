@@ -28,7 +28,7 @@ def spec_files(incomplete: str) -> list[tuple[str, str]]:
 
 def specs_and_overrides(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """Completes a spec or, after the first one, also `key.path=value` for it."""
-    words = list(context.params.get("words") or ())
+    words: list[str] = list(context.params.get("words") or ())
     specs = [] if "=" in incomplete else spec_files(incomplete)
     return specs + (_override_words(words[0], words[1:], incomplete) if words else [])
 
@@ -58,6 +58,13 @@ def explained_names(incomplete: str) -> list[str]:
 
     known = [spelled(at.path) for at in all_keys()] if "." in incomplete else names()
     return list(dict.fromkeys(name for name in known if name.startswith(incomplete)))
+
+
+def method_names(incomplete: str) -> list[str]:
+    """Completes the name of a packaged method page."""
+    from sdkit.language.overlay import packaged_methods
+
+    return [name for name in packaged_methods() if name.startswith(incomplete)]
 
 
 def _data(spec: Any) -> Any:

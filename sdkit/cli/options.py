@@ -38,6 +38,6 @@ ChangedModels = Annotated[
     bool, typer.Option("--changed-models", help="Accept that local models have changed: use them as they are now.")
 ]
 Format = Annotated[
-    Literal["text", "json", "github"],
-    typer.Option("--format", help="Output for people, for programs, or for GitHub Actions."),
+    Literal["text", "json", "github", "sarif"],
+    typer.Option("--format", help="Output for people, for programs, for GitHub Actions, or for code scanning."),
 ]

@@ -12,6 +12,7 @@ from sdkit.cli.app import app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
 from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, RunPath
 from sdkit.cli.specs import plan, smoke_spec
+from sdkit.language.errors import ProcessDied
 
 
 @app.command(
@@ -44,8 +45,8 @@ def train(
     checked = check_spec(spec, overrides, run_file=True)
     if dry_run:
         return _rehearse(checked, spec, overrides)
-    _launch_ranks(checked.spec, processes)
     folder = to or Path(checked.spec.output.folder) / spec.stem
+    _launch_ranks(checked.spec, processes, folder)
     written = checked.texts[checked.loaded.name]
     _train(checked, checked.base, folder, make_console(), written, resume=resume, overwrite=overwrite, accept=accept)
     return None
@@ -176,10 +177,10 @@ def replay(
     recording = open_recording(recorded, steps)
     run = recording.run
     checked, base = check_run(run, overrides or ())
-    _launch_ranks(checked.spec, processes)
+    folder, written = to or run.with_name(f"{run.name}-replay"), read(run / "spec.yaml").text
+    _launch_ranks(checked.spec, processes, folder)
     console = make_console()
     console.print(f"replay: {recording}", markup=False, highlight=False)
-    folder, written = to or run.with_name(f"{run.name}-replay"), read(run / "spec.yaml").text
     accept = _accepted(code=changed_code, models=changed_models)
     options = {"resume": resume, "overwrite": overwrite, "recording": recording, "accept": accept}
     _train(checked, base, folder, console, written, **options)
@@ -205,12 +206,24 @@ def _train(checked: Any, base: Path, folder: Path, console: Any, written: str, *
         run_spec(checked.spec, base, folder, console, written=written, resolved=resolved, **options)
 
 
-def _launch_ranks(spec: Any, processes: int | None) -> None:
-    """Run the command on several ranks if requested, then exit with their code."""
+def _launch_ranks(spec: Any, processes: int | None, folder: Path | None = None) -> None:
+    """Run the command on several ranks if requested, then exit with their code.
+
+    If the ranks fail and leave the run directory `folder` in the state `running`, its state becomes `failed`.
+    """
     from sdkit.distributed.launch import launch, must_launch, this_command
 
     if must_launch(processes):
         from sdkit.plan.plan import prompts_per_rank
+        from sdkit.runs.directory import read_status, record_failure
 
         prompts_per_rank(spec, processes or 1)
-        raise typer.Exit(launch(processes or 1, this_command()))
+        before = read_status(folder) if folder else {}
+        died: ProcessDied | None = None
+        try:
+            code = launch(processes or 1, this_command())
+        except ProcessDied as error:
+            died, code = error, error.exit_code
+        if code and folder and read_status(folder) != before:  # else these ranks did not get to their run
+            record_failure(folder, str(died or f"a rank ended with code {code}"))
+        raise died or typer.Exit(code)

@@ -14,7 +14,10 @@ from sdkit.cli.checking import check_spec, make_console, placing, print_problems
 from sdkit.cli.options import Format, Overrides, SpecPath
 
 
-@app.command(epilog="Examples: `sdkit validate specs/*.yaml`, `sdkit validate mine.yaml training.steps=20 --data 2`")
+@app.command(
+    epilog="Examples: `sdkit validate specs/*.yaml --strict --format sarif`, "
+    "`sdkit validate mine.yaml training.steps=20 --data 2`"
+)
 def validate(
     words: Annotated[
         list[str],
@@ -26,6 +29,7 @@ def validate(
         ),
     ],
     format: Format = "text",
+    strict: Annotated[bool, typer.Option("--strict", help="Count warnings as errors.")] = False,
     data: Annotated[
         int | None,
         typer.Option(
@@ -41,7 +45,7 @@ def validate(
     Loads nothing heavy without `--data`.
     """
     paths, overrides = _split(words)
-    checked_specs = {path: _check_with_first_rows(path, overrides) for path in paths}
+    checked_specs = {path: _check_with_first_rows(path, overrides, strict) for path in paths}
     print_problems([checked for checked, _ in checked_specs.values()], format)
     for path, (checked, descriptions) in checked_specs.items():
         if checked.ok and format == "text":
@@ -63,16 +67,17 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     return paths, [word for word in words if word not in paths]
 
 
-def _check_with_first_rows(path: str, overrides: list[str]) -> tuple[Any, list[str]]:
+def _check_with_first_rows(path: str, overrides: list[str], strict: bool) -> tuple[Any, list[str]]:
     """The checked spec, with the problems of its data's first rows, and what these rows have."""
     from attrs import evolve
 
     from sdkit.data.first_row import check_first_rows
-    from sdkit.language.load import load_spec
+    from sdkit.language.load import load_spec, strictly
 
     checked = load_spec(path, overrides)
     first_rows = check_first_rows(checked)
-    return evolve(checked, problems=(*checked.problems, *first_rows.problems)), first_rows.descriptions
+    checked = evolve(checked, problems=(*checked.problems, *first_rows.problems))
+    return strictly(checked) if strict else checked, first_rows.descriptions
 
 
 def _check_data(path: str, overrides: list[str], shown: int) -> None:

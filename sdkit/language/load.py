@@ -61,3 +61,8 @@ def load_spec(
     if spec and not problems:
         problems += check(spec, loaded)
     return CheckedSpec(loaded=loaded, spec=spec, kind=loaded.kind, problems=tuple(sorted(problems, key=by_position)))
+
+
+def strictly(checked: CheckedSpec) -> CheckedSpec:
+    """Returns the checked spec with every warning as an error."""
+    return evolve(checked, problems=tuple(evolve(problem, severity="error") for problem in checked.problems))

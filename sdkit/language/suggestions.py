@@ -100,7 +100,7 @@ REFUSED: Mapping[tuple[str | int, str], str] = {
     ("dtype", "float16"): _BFLOAT16,
     ("dtype", "half"): _BFLOAT16,
 }
-"""(key, value) → what to write instead, and why sdkit does not accept it.  Source: reference/methods.md §5.4."""
+"""(key, value) → what to write instead, and why sdkit does not accept it."""
 
 
 _FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

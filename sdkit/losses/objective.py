@@ -276,7 +276,7 @@ def sampler_ratio(losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: 
     Applies to the one term with `sampler.level: sequence_mean`; raises ValueError if there is none.  The mean is over
     the tokens that this term counts, so complete sequences are needed.  student_logprobs [M] are those of the sampled
     tokens, now, at the sampling temperature; they replace missing `old_logprobs`.  -> [M]; 1 at tokens that the term
-    does not count, and everywhere if the sampler gave no log-probabilities.  Shenfeld 2026 (code), reference/methods.md §5.5.
+    does not count, and everywhere if the sampler gave no log-probabilities.  Shenfeld 2026 (code).
     """
     names = _sequence_mean_terms(losses)
     if not names:

@@ -12,7 +12,7 @@ Baseline = Literal["group_mean", "none"]
 Scale = Literal["none", "group_std", "batch_std"]
 
 LARGEST_LOG_RATIO = 20.0
-"""Log-ratios are clamped to ± this before exp (Hübotter 2026, core_algos.py)."""
+"""Log-ratios are clamped to ± this before exp (Hübotter 2026, code)."""
 
 
 def importance_ratio(now: Tensor, then: Tensor, cap: float) -> Tensor:
@@ -40,8 +40,8 @@ def sampled_token_surrogate(student: Tensor, teacher: Tensor, bounds: tuple[floa
     """sg(log S_y − log T_y) · log S_y for y ~ S.  Log-probabilities of y [...], [...] -> [...].
 
     Its expected gradient is that of KL(S‖T) at fixed prefixes.  Its value is not the KL; report `k1` for that.
-    Lu 2025 (Thinking Machines), as in reference/methods.md §5.4.  `bounds` clamp the log-ratio; the
-    gradient is then not that of any divergence (Hübotter 2026, Table 12, clips it at 5).
+    Lu 2025 (Thinking Machines).  `bounds` clamp the log-ratio; the gradient is then not that of any divergence
+    (Hübotter 2026, Table 12, clips it at 5).
     """
     weight = (student - teacher).detach()
     return (weight if bounds is None else weight.clamp(*bounds)) * student
@@ -163,7 +163,7 @@ def scaled_advantages(advantages: Tensor, log_ratio: Tensor, share: float, low: 
     """A [(1 − λ) + λ clip(exp(sign(A) δ), 1 − low, 1 + high)], λ = share, δ = log T − log S.  [...], [...] -> [...].
 
     A token that the teacher finds likelier than the student gets more credit for a good outcome, less blame for a bad one.
-    RLSD, arXiv 2604.03128 (reference/methods.md §5.9).
+    RLSD, arXiv 2604.03128.
     """
     signed = (advantages.sign() * log_ratio).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     factor = signed.exp().clamp(1 - low, 1 + high)

@@ -8,6 +8,7 @@ from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Problem
 from sdkit.language.overlay import LoadedSpec
 from sdkit.language.rules import (
     data,
+    engines,
     kinds,
     learning,
     losses,
@@ -34,6 +35,7 @@ _MODULES = (
     teachers,
     served,
     servers,
+    engines,
     prompts,
     data,
     scores,
