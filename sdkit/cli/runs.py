@@ -29,7 +29,13 @@ def train(
     overwrite: Overwrite = False,
     changed_code: ChangedCode = False,
     changed_models: ChangedModels = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, plan and smoke-run; train nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Plan, check all rows, call every reward on the rows' own answers, and smoke-run; train nothing.",
+        ),
+    ] = False,
     processes: Processes = None,
 ) -> None:
     """Run a spec: evaluate, train, evaluate, and write a run directory."""
@@ -39,13 +45,24 @@ def train(
         raise typer.BadParameter(f"--changed-{accept[0]} needs --resume: a new run takes the files as they are")
     checked = check_spec(spec, overrides, run_file=True)
     if dry_run:
-        plan(spec, overrides)
-        return smoke_spec(checked, 2)
+        return _rehearse(checked, spec, overrides)
     folder = to or Path(checked.spec.output.folder) / spec.stem
     _launch_ranks(checked.spec, processes, folder)
     written = checked.texts[checked.loaded.name]
     _train(checked, checked.base, folder, make_console(), written, resume=resume, overwrite=overwrite, accept=accept)
     return None
+
+
+def _rehearse(checked: Any, spec: Path, overrides: list[str] | None) -> None:
+    """Do everything that a run does before it loads its model, and a smoke run."""
+    plan(spec, overrides)
+    from sdkit.train.data_report import report_data
+    from sdkit.train.reward_trial import try_rewards
+
+    console = make_console()
+    with placing(checked):
+        try_rewards(report_data(checked.spec, checked.base, console, 0), console)
+    smoke_spec(checked, 2)
 
 
 @app.command(

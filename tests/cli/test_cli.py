@@ -197,6 +197,23 @@ def test_validate_reports_specs_without_problems(sdkit):
     assert sdkit("validate", DEMO, METHOD) == (0, f"{DEMO}: ok (run file)\n{METHOD}: ok (method page)\n", "")
 
 
+def test_validate_takes_overrides(sdkit):
+    assert sdkit("validate", DEMO, "training.steps=3", METHOD)[0] == 0
+    code, _, err = sdkit("validate", DEMO, "training.steps=none")
+    assert code == 1
+    assert "'none' is text, not a whole number" in err
+    assert sdkit("validate", "training.steps=3")[0] == 2
+
+
+def test_validate_with_data_shows_prompts(sdkit, run_file):
+    code, out, err = sdkit("validate", run_file, "training.steps=2", "--data", "1")
+    assert code == 0, err
+    assert f"{run_file}: ok (run file)" in out
+    assert "completion goes here" in out
+    assert "longest prompt and completion" in out
+    assert sdkit("validate", METHOD, "--data", "1")[0] == 2
+
+
 def test_validate_shows_every_problem_of_every_file(sdkit, broken):
     code, out, err = sdkit("validate", DEMO, broken)
     assert code == 1
@@ -469,8 +486,13 @@ def test_dry_run_trains_nothing(sdkit, run_file, tmp_path, monkeypatch):
     code, out, _ = sdkit("train", run_file, "--dry-run")
     assert code == 0
     assert "objective:" in out
+    assert "reward right, training rows: " in out
     assert "smoke run passed" in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_smoke_says_what_it_did_not_try(sdkit, run_file):
+    assert "rows and rewards were stand-ins" in sdkit("smoke", run_file)[1]
 
 
 def test_bad_data_exits_with_3(sdkit, run_file, tmp_path):
