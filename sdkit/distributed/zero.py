@@ -281,7 +281,8 @@ def parameter_groups(module: nn.Module, optimizer: OptimizerSpec) -> list[dict[s
 def _config(optimizer: OptimizerSpec, stage: int, bf16: bool, options: ZeroOptions) -> dict[str, Any]:
     sharding: dict[str, Any] = zero_shards.settings(options.offload) if stage == 3 else {"stage": stage}
     sharding["reduce_bucket_size"] = options.reduce_bucket_size
-    sharding["allgather_bucket_size"] = options.allgather_bucket_size
+    # DeepSpeed takes even numbers only.
+    sharding["allgather_bucket_size"] = options.allgather_bucket_size + options.allgather_bucket_size % 2
     if "optimizer" in options.offload:
         sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
