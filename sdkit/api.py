@@ -63,9 +63,9 @@ def plan_spec(spec: MethodSpec, folder: PathLike = ".") -> Plan | MethodPlan:
 
 
 def read_status(run: PathLike) -> dict[str, Any]:
-    """Returns the status of a run: `state` (running, done, stopped or failed), `step`, and the reason of a failure.
+    """Returns the status of a run: `state`, `step`, and the reason of an early end.
 
-    A killed process leaves `running` behind.  Raises UnreadableInput if the folder is not a run directory, as the next
+    States are running, done, diverged, stopped, interrupted and failed.  A killed process leaves `running` behind.  Raises UnreadableInput if the folder is not a run directory, as the next
     functions do.
     """
     return dict(read_json_object(_run(run) / "status.json", MAX_CONFIG_BYTES) or {})

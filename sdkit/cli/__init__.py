@@ -24,16 +24,17 @@ __all__ = ["app", "main", "runs", "saved", "specs", "syntax"]
 
 
 def main() -> None:
-    """Run the command line; an expected failure prints one message and exits with its code."""
+    """Run the command line; an expected failure, or a stop on request, prints one message and exits with its code."""
     try:
         app()
     except SdkitError as error:
         place = f"{error.place}: " if error.place else ""
         rank = "" if is_first_rank() else f"rank {os.environ['RANK']}: "
-        typer.echo(f"{rank}error: {place}{error}", err=True)
+        kind = "error: " if error.is_failure else ""
+        typer.echo(f"{rank}{kind}{place}{error}", err=True)
         if error.hint:
             typer.echo(f"  = {error.hint}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        typer.echo("error: interrupted", err=True)
+        typer.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
