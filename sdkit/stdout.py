@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 Advance = Callable[[float], None]
 
@@ -41,11 +42,8 @@ class Phases:
     """Shows what a command is doing: on a terminal as bars below the printed lines, in a log as a line for each phase."""
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
         self._console = console
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bars = self._new_bars(capture=False)
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None, *, done: int = 0, log: bool = True) -> Iterator[Advance]:
@@ -56,6 +54,7 @@ class Phases:
         if log and not self._console.is_terminal:
             self._console.print(f"[dim]{name} …[/]", highlight=False)
         if not self._bars.tasks:
+            self._bars = self._new_bars(capture=not log)
             self._bars.start()
         task = self._bars.add_task(name, total=total, completed=done)
         try:
@@ -64,6 +63,24 @@ class Phases:
             self._bars.remove_task(task)
             if not self._bars.tasks:
                 self._bars.stop()
+
+    def _new_bars(self, *, capture: bool) -> Progress:
+        """New bars.  `capture`: print what libraries write above them; a library that loads meanwhile would keep the
+        replaced streams.
+        """
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            redirect_stdout=capture,
+            redirect_stderr=capture,
+            disable=not self._console.is_terminal,
+        )
 
 
 class TimestampedStream:

@@ -113,7 +113,8 @@ def _train_on_batch(trainer: Trainer, report: Report, step: int) -> None:
     seconds = time.perf_counter() - started
     metrics = step_metrics(setup.data, collected, results, shares, len(batch), version, seconds)
     metrics |= {"time/measure": prepared_at - collected_at} | distance
-    report.step(step + 1, collected, metrics, sampler.backends.server_messages())
+    divergences = {key: values for result in results for key, values in result.divergences.items()}
+    report.step(step + 1, collected, metrics, sampler.backends.server_messages(), divergences)
 
 
 def _on_any_rank(part: RolloutBatch) -> bool:

@@ -26,6 +26,7 @@ from sdkit.runs.intervals import Interval
 from sdkit.runs.samples import as_markdown
 from sdkit.runs.score_tables import comparison_records, comparison_table, score_changes, warn_of_few_prompts
 from sdkit.stdout import Advance, Phases, print_warning
+from sdkit.train.collate import RolloutKey, rollout_key
 from sdkit.train.collect_rollouts import CollectedRollouts, rollout_records, sample_texts, sort_records
 from sdkit.train.divergence import DivergenceWatch, fallen_score, has_collapsed
 from sdkit.train.evaluate import headline
@@ -81,7 +82,12 @@ class Report:
             self.console.print(f"[yellow]{text}[/]", highlight=False)
 
     def step(
-        self, step: int, collected: CollectedRollouts, metrics: dict[str, float], server_messages: Sequence[str] = ()
+        self,
+        step: int,
+        collected: CollectedRollouts,
+        metrics: dict[str, float],
+        server_messages: Sequence[str] = (),
+        divergences: Mapping[RolloutKey, Sequence[float | None]] | None = None,
     ) -> None:
         """Report training step `step`: a console line, a line of metrics, all rollouts and, at intervals, samples."""
         self.generated += metrics["rollout/tokens"]
@@ -90,7 +96,7 @@ class Report:
         self.seconds["time/step"] = metrics["time/step"]
         self.run.metrics(step, metrics)
         self.run.status("running", step=step)
-        records = collectives.gather_object(rollout_records(collected))
+        records = collectives.gather_object(rollout_records(collected, divergences))
         self.run.lines("rollouts", step - 1, sort_records(records))
         self.console.print(_step_line(step, self.setup.end, metrics), no_wrap=True)
         output = self.setup.spec.output
@@ -110,7 +116,7 @@ class Report:
 
         `step` is the number of steps before it.  Returns the path of the former.
         """
-        failed_keys = {(r.group, r.completion_ids) for r in part}
+        failed_keys = {rollout_key(r) for r in part}
         step_records = rollout_records(collected)
         failed = [r for r in step_records if (r["group"], r["completion_ids"]) in failed_keys]
         for folder, records in (("rollouts", step_records), ("bad_batches", failed)):

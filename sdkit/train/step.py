@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from sdkit.batches import MicroBatch, RolloutBatch
 from sdkit.distributed import collectives
 from sdkit.language.specs import Loss, Table, TeacherWeights
+from sdkit.losses.objective import TOKEN_DIVERGENCE
 from sdkit.models.teachers import Event
-from sdkit.train.collate import CollatedBatch, collate, empty_micro_batch
+from sdkit.train.collate import CollatedBatch, RolloutKey, collate, counted_positions, empty_micro_batch, rollout_key
 from sdkit.train.learner import Learner
 from sdkit.train.step_specs import StepSpecs
 
@@ -29,6 +30,8 @@ class StepResult:
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
     applied: bool  # False if a gradient was not finite
+    # By rollout of this rank: the divergence at each token of its completion, None where no term counts it.
+    divergences: Mapping[RolloutKey, Sequence[float | None]] = field(factory=dict)
 
 
 class LossNotFinite(Exception):
@@ -42,6 +45,7 @@ def train_step(learner: Learner, rollouts: RolloutBatch, specs: StepSpecs) -> St
     """
     collated = _collate(learner, rollouts, specs.losses)
     sums: dict[str, Tensor] = {}
+    divergences: list[Tensor] = []
     seconds = {"teacher": 0.0, "update": 0.0}
     for batch in collated.micro_batches:
         started = time.perf_counter()
@@ -50,6 +54,7 @@ def train_step(learner: Learner, rollouts: RolloutBatch, specs: StepSpecs) -> St
         scored = time.perf_counter()
         loss, stats = learner.zero.forward(learner.student, batch, scores, reference, specs.losses)
         learner.zero.backward(loss)
+        divergences += [stats.pop(TOKEN_DIVERGENCE)] if TOKEN_DIVERGENCE in stats else []
         _accumulate(sums, stats, batch)
         seconds["teacher"] += scored - started
         seconds["update"] += time.perf_counter() - scored
@@ -62,7 +67,22 @@ def train_step(learner: Learner, rollouts: RolloutBatch, specs: StepSpecs) -> St
     metrics |= {"grad_norm": stepped.grad_norm, "lr": specs.lr, **specs.scheduled}
     if stepped.applied:
         metrics |= update_teacher(learner, specs.next_teacher, "optimizer_step", specs.optimizer_steps + 1)
-    return StepResult(metrics=metrics, seconds=seconds, applied=stepped.applied)
+    by_rollout = _divergences(divergences, collated, specs.losses)
+    return StepResult(metrics=metrics, seconds=seconds, applied=stepped.applied, divergences=by_rollout)
+
+
+def _divergences(
+    parts: Sequence[Tensor], collated: CollatedBatch, losses: Table[Loss]
+) -> dict[RolloutKey, list[float | None]]:
+    """Return the divergence at each completion token of the rollouts; `parts` are those of the micro-batches, [M] each."""
+    if not parts:
+        return {}
+    values = iter(torch.cat(list(parts)).tolist())
+    by_rollout: dict[RolloutKey, list[float | None]] = {}
+    for rollout in collated.order:
+        counted = dict(zip(counted_positions(rollout, losses), values, strict=False))
+        by_rollout[rollout_key(rollout)] = [counted.get(position) for position in range(len(rollout.completion_ids))]
+    return by_rollout
 
 
 @torch.no_grad()

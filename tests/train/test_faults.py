@@ -210,6 +210,12 @@ def test_rank_out_of_memory_says_what_to_lower(results):
     assert "lost rank 1" in result["output"][0]
 
 
+def test_both_ranks_record_the_divergence_at_each_token(results):
+    records = lines(results["work"] / "straight 2" / "rollouts" / "step_000000.jsonl")
+    assert [len(record["token_divergence"]) for record in records] == [len(r["completion_ids"]) for r in records]
+    assert any(value for record in records for value in record["token_divergence"])
+
+
 def test_full_disk_of_one_rank_stops_all_ranks(results):
     result = results["full_disk"]
     assert BadEnvironment.exit_code in result["codes"]
