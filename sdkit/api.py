@@ -43,7 +43,7 @@ def load_spec(path: PathLike, overrides: Sequence[str] = ()) -> ExperimentSpec |
 
 def show_spec(path: PathLike, overrides: Sequence[str] = ()) -> str:
     """Returns the text of `sdkit show`: every value, and the file and line it comes from.  Raises as `load_spec`."""
-    return annotated(_checked(path, overrides)[0])
+    return annotated(_checked(path, overrides)[0], show_paths=True)
 
 
 def resolve_spec(spec: MethodSpec) -> dict[str, Any]:

@@ -176,6 +176,16 @@ class UnpaddedSequence:
     positions: tuple[int, ...]
 
 
+@frozen(kw_only=True)
+class PrefixGroup:
+    """Consecutive rows of a forward pass whose first tokens are equal, and computed once where the model allows it."""
+
+    start: int
+    end: int  # of the rows
+    prefix: int  # number of those tokens; none of them predicts a counted token.  0: nothing is worth computing apart
+    width: int  # tokens of the widest row
+
+
 @frozen(eq=False, kw_only=True)
 class PaddedSequences:
     """Padded token ids for one forward pass, and where the M counted tokens are predicted."""
@@ -185,7 +195,7 @@ class PaddedSequences:
     attention_mask: Tensor | None
     positions: Tensor | None  # [R, S] long where rows are shared
     tokens: int  # without padding
-    shared_prefix: int  # number of tokens that start every row; none of them predicts a counted token
+    prefix_groups: tuple[PrefixGroup, ...]  # all R rows, in order
     # [M] long; index into the flattened [R * S] of the hidden state that predicts a token.
     predictor_index: Tensor
     texts: tuple[UnpaddedSequence, ...]  # the N sequences, unpadded

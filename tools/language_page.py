@@ -30,6 +30,9 @@ what stands here, and [editors](editors.md) complete and check keys.
 **Kinds.** Where there is a choice, `kind` names it: `divergence: {kind: jsd, teacher_share: 0.3}`.  A kind whose other
 keys all have defaults can be written as its bare name: `divergence: jsd`.
 
+**Paths.** A relative path starts at the folder of the file that names it, be that a run file or a method page; on the
+command line it starts at the working directory.  `~` is your home folder.  `sdkit show SPEC` prints what each path means.
+
 **Tables.** `takes` is the type of the value.  A *table* is a map from names of your choice to values; `NAME` stands for
 such a name in headings.  `{…}` is a map whose keys the link shows.  Numbers have an upper limit of 1e6, whole numbers of
 1e9, where nothing else is said; an error gives the exact range.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdkit.models.device import rank_device
 from sdkit.seeds import derive
 
 
@@ -29,7 +30,7 @@ def state() -> dict[str, Any]:
         "python": [version, list(words), left_over],
         "numpy": [name, np.asarray(keys).tolist(), place, has_gauss, gauss],
         "torch": _text(torch.get_rng_state()),
-        "cuda": _text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+        "cuda": _text(torch.cuda.get_rng_state(rank_device())) if torch.cuda.is_available() else None,
     }
 
 
@@ -41,7 +42,7 @@ def restore(saved: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
     torch.set_rng_state(_bytes(saved["torch"]))
     if saved["cuda"]:
-        torch.cuda.set_rng_state(_bytes(saved["cuda"]))
+        torch.cuda.set_rng_state(_bytes(saved["cuda"]), rank_device())
 
 
 def _text(state: torch.Tensor) -> str:

@@ -16,7 +16,7 @@ from sdkit.stdout import TimestampedStream, is_first_rank
 
 
 def check_spec(
-    path: Path, overrides: list[str] | None, *, run_file: bool = False, base: Path | None = None, warn: bool = True
+    path: Path, overrides: Sequence[str] | None, *, run_file: bool = False, base: Path | None = None, warn: bool = True
 ) -> Any:
     """Load and check a spec; print its problems, and exit with code 1 if there are errors.
 
@@ -75,18 +75,21 @@ def placing(checked: Any) -> Iterator[None]:
 
 
 def print_problems(specs: Sequence[Any], format: str) -> None:
-    """Print every problem of these checked specs once: text to standard error, `json` and `github` to standard output."""
-    from sdkit.language import errors
-
+    """Print every problem of these checked specs once: text to standard error, other formats to standard output."""
     # Run files that share a method page share its problems.
     problems = list(dict.fromkeys(p for checked in specs for p in checked.problems))
-    if format == "json":
-        typer.echo(errors.as_json(problems))
-    elif problems and format == "github":
-        typer.echo(errors.as_github(problems))
-    elif problems:
-        texts = {name: text for checked in specs for name, text in checked.texts.items()}
-        typer.echo(errors.render(problems, texts), err=True)
+    if format == "text":
+        from sdkit.language.errors import render
+
+        if problems:
+            texts = {name: text for checked in specs for name, text in checked.texts.items()}
+            typer.echo(render(problems, texts), err=True)
+        return
+    from sdkit.language import formats
+
+    write = {"json": formats.as_json, "github": formats.as_github, "sarif": formats.as_sarif}[format]
+    if text := write(problems):
+        typer.echo(text)
 
 
 def make_console(*, log: bool = False, stderr: bool = False) -> Any:

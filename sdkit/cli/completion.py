@@ -50,6 +50,13 @@ def explained_names(incomplete: str) -> list[str]:
     return list(dict.fromkeys(name for name in known if name.startswith(incomplete)))
 
 
+def method_names(incomplete: str) -> list[str]:
+    """Completes the name of a packaged method page."""
+    from sdkit.language.overlay import packaged_methods
+
+    return [name for name in packaged_methods() if name.startswith(incomplete)]
+
+
 def _data(spec: Any) -> Any:
     """The data of a spec merged onto its method page, or None if there is no such file."""
     from sdkit.language.errors import SdkitError

@@ -11,8 +11,9 @@ import typer
 from sdkit.cli import completion
 from sdkit.cli.app import app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
-from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, SpecPath
+from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, RunPath
 from sdkit.cli.specs import plan, smoke_spec
+from sdkit.language.errors import ProcessDied
 from sdkit.stdout import is_first_rank
 
 
@@ -20,7 +21,7 @@ from sdkit.stdout import is_first_rank
     epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`"
 )
 def train(
-    spec: SpecPath,
+    spec: RunPath,
     overrides: Overrides = None,
     to: Annotated[
         Path | None, typer.Option("--to", help="Run directory (default: runs/NAME of the spec).", show_default=False)
@@ -41,10 +42,10 @@ def train(
     if dry_run:
         plan(spec, overrides)
         return smoke_spec(checked, 2)
-    _launch_ranks(checked.spec, processes)
     folder = to or Path(checked.spec.output.folder) / spec.stem
-    base, written = spec.resolve().parent, checked.texts[checked.loaded.name]
-    _train(checked, base, folder, make_console(log=True), written, resume=resume, overwrite=overwrite, accept=accept)
+    _launch_ranks(checked.spec, processes, folder)
+    written, console = checked.texts[checked.loaded.name], make_console(log=True)
+    _train(checked, checked.base, folder, console, written, resume=resume, overwrite=overwrite, accept=accept)
     return None
 
 
@@ -52,7 +53,7 @@ def train(
     epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`"
 )
 def serve(
-    spec: SpecPath,
+    spec: RunPath,
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -85,12 +86,11 @@ def serve(
 
     with placing(checked):
         address = serving.address_of(checked.spec, host, port, allow_remote=allow_remote)
-        base = spec.resolve().parent
 
         def longest(model_folder: str) -> int:
-            return max_tokens or longest_sequence(checked.spec, base, model_folder)
+            return max_tokens or longest_sequence(checked.spec, checked.base, model_folder)
 
-        serving.serve(checked.spec, base, address, make_console(log=True), longest)
+        serving.serve(checked.spec, checked.base, address, make_console(log=True), longest)
 
 
 @app.command(
@@ -143,7 +143,8 @@ def evaluate(
 def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
     """Check the run file, or the spec of the run with its trained model; return it and the folder its paths start from."""
     if not path.is_dir():
-        return check_spec(path, overrides, run_file=True), path.resolve().parent
+        checked = check_spec(path, overrides, run_file=True)
+        return checked, checked.base
     from sdkit.runs.directory import trained_model
 
     trained = [f"model.path={trained_model(path).resolve()}", "model.lora=null"]
@@ -188,10 +189,10 @@ def replay(
     recording = open_recording(recorded, steps)
     run = recording.run
     checked, base = check_run(run, overrides or ())
-    _launch_ranks(checked.spec, processes)
+    folder, written = to or run.with_name(f"{run.name}-replay"), read(run / "spec.yaml").text
+    _launch_ranks(checked.spec, processes, folder)
     console = make_console(log=True)
     console.print(f"replay: {recording}", markup=False, highlight=False)
-    folder, written = to or run.with_name(f"{run.name}-replay"), read(run / "spec.yaml").text
     accept = _accepted(code=changed_code, models=changed_models)
     options = {"resume": resume, "overwrite": overwrite, "recording": recording, "accept": accept}
     _train(checked, base, folder, console, written, **options)
@@ -221,12 +222,24 @@ def _train(checked: Any, base: Path, folder: Path, console: Any, written: str, *
         run_spec(checked.spec, base, folder, console, written=written, resolved=resolved, phases=phases, **options)
 
 
-def _launch_ranks(spec: Any, processes: int | None) -> None:
-    """Run the command on several ranks if requested, then exit with their code."""
+def _launch_ranks(spec: Any, processes: int | None, folder: Path | None = None) -> None:
+    """Run the command on several ranks if requested, then exit with their code.
+
+    If the ranks fail and leave the run directory `folder` in the state `running`, its state becomes `failed`.
+    """
     from sdkit.distributed.launch import launch, must_launch, this_command
 
     if must_launch(processes):
         from sdkit.plan.plan import prompts_per_rank
+        from sdkit.runs.directory import read_status, record_failure
 
         prompts_per_rank(spec, processes or 1)
-        raise typer.Exit(launch(processes or 1, this_command()))
+        before = read_status(folder) if folder else {}
+        died: ProcessDied | None = None
+        try:
+            code = launch(processes or 1, this_command())
+        except ProcessDied as error:
+            died, code = error, error.exit_code
+        if code and folder and read_status(folder) != before:  # else these ranks did not get to their run
+            record_failure(folder, str(died or f"a rank ended with code {code}"))
+        raise died or typer.Exit(code)

@@ -1,14 +1,15 @@
-"""Commands on run directories: compare, export, show rollouts, convert checkpoints."""
+"""Commands on run directories: compare, diff, export, show rollouts, convert checkpoints."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from sdkit.cli import completion
 from sdkit.cli.app import app
-from sdkit.cli.checking import check_run, make_console
+from sdkit.cli.checking import check_run, check_spec, make_console
 
 
 @app.command(
@@ -33,6 +34,41 @@ def compare(
     from sdkit.runs.compare_text import compare as compare_runs
 
     compare_runs(runs, make_console(), to, x, score)
+
+
+SpecOrRun = Annotated[
+    Path,
+    typer.Argument(
+        help="A run file, a method page, or a run directory.", show_default=False, autocompletion=completion.spec_files
+    ),
+]
+
+
+@app.command(epilog="Examples: `sdkit diff specs/grpo.yaml specs/sdpo.yaml`, `sdkit diff runs/sdft sdft`")
+def diff(first: SpecOrRun, second: SpecOrRun) -> None:
+    """Print what differs between two specs or runs: settings, derived numbers, code, data, environment."""
+    from sdkit.runs.diff import print_differences
+
+    print_differences(_side(first), _side(second), make_console())
+
+
+def _side(path: Path) -> Any:
+    """A spec as it is now, or a run as it was recorded."""
+    from sdkit.api import plan_spec
+    from sdkit.plan.numbers import derived_numbers
+    from sdkit.plan.plan import MethodPlan
+    from sdkit.runs.diff import Side, origins_of_run, origins_of_spec
+
+    if path.is_dir():
+        checked, base = check_run(path)
+        origins = origins_of_run(path)
+    else:
+        checked = check_spec(path, (), warn=False)
+        base = Path(checked.loaded.folder)
+        origins = origins_of_spec(checked.spec, base)
+    plan = plan_spec(checked.spec, base)
+    numbers = {} if isinstance(plan, MethodPlan) else derived_numbers(checked.spec, plan)
+    return Side(name=str(path), spec=checked.spec, numbers=numbers, origins=origins)
 
 
 @app.command(

@@ -13,18 +13,21 @@ from sdkit.cli.checking import check_spec, make_console, placing, print_problems
 from sdkit.cli.options import Format, Overrides, SpecPath
 
 
-@app.command(epilog="Example: `sdkit validate specs/*.yaml`")
+@app.command(epilog="Examples: `sdkit validate specs/*.yaml`, `sdkit validate specs/*.yaml --strict --format sarif`")
 def validate(
     specs: Annotated[
         list[Path],
         typer.Argument(help="Run files or method pages.", show_default=False, autocompletion=completion.spec_files),
     ],
     format: Format = "text",
+    strict: Annotated[bool, typer.Option("--strict", help="Count warnings as errors.")] = False,
 ) -> None:
     """Check specs and print every problem at once, with file and line.  Loads nothing heavy."""
-    from sdkit.language.load import load_spec
+    from sdkit.language.load import load_spec, strictly
 
     loaded = {path: load_spec(path) for path in specs}
+    if strict:
+        loaded = {path: strictly(checked) for path, checked in loaded.items()}
     print_problems(list(loaded.values()), format)
     for path, checked in loaded.items():
         if checked.ok and format == "text":
@@ -38,7 +41,7 @@ def show(spec: SpecPath, overrides: Overrides = None) -> None:
     """Print the resolved spec, each value with the file and line it comes from."""
     from sdkit.language.show import annotated
 
-    typer.echo(annotated(check_spec(spec, overrides)))
+    typer.echo(annotated(check_spec(spec, overrides), show_paths=True))
 
 
 @app.command(epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`")
@@ -58,7 +61,7 @@ def plan(
     from sdkit.plan.text import render_method, render_plan
 
     checked = check_spec(spec, overrides, run_file=data > 0)
-    the_plan = plan_spec(checked.spec, spec.parent)
+    the_plan = plan_spec(checked.spec, checked.base)
     if isinstance(the_plan, MethodPlan):
         return typer.echo(render_method(the_plan))
     typer.echo(render_plan(checked.spec, the_plan))
@@ -66,7 +69,7 @@ def plan(
         from sdkit.train.preview import preview
 
         with placing(checked):
-            preview(checked.spec, spec.parent, data, make_console())
+            preview(checked.spec, checked.base, data, make_console())
     return None
 
 
@@ -86,6 +89,6 @@ def smoke_spec(checked: Any, steps: int) -> None:
     from sdkit.train.smoke import smoke as run_smoke
 
     with placing(checked):
-        lines = run_smoke(checked.spec, make_console(), steps, Path(checked.loaded.folder))
+        lines = run_smoke(checked.spec, make_console(), steps, checked.base)
     norms = ", ".join(f"{line['grad_norm']:.3g}" for line in lines if "grad_norm" in line)
     typer.echo(f"{checked.loaded.name}: smoke run passed, gradient norms {norms}")

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sdkit.models.device import rank_device
+
 T = TypeVar("T")
 RESPONSE_SECONDS = 3.0
 """Seconds that a rank has to answer the roll call after a collective has failed."""
@@ -37,7 +39,7 @@ def all_reduce_max(value: int) -> int:
     """Returns the largest value over all ranks."""
     if world_size() == 1:
         return value
-    tensor = torch.tensor(int(value), device=_device())
+    tensor = torch.tensor(int(value), device=rank_device())
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
     return int(tensor.item())
 
@@ -72,21 +74,16 @@ def sum_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:
     names = list(dict.fromkeys(name for named in all_gather_object(list(values)) for name in named))
     if not names:
         return {}
-    zero = torch.zeros((), device=_device())
+    zero = torch.zeros((), device=rank_device())
     stacked = torch.stack([values.get(name, zero).double() for name in names])
     return dict(zip(names, all_reduce_sum(stacked).tolist(), strict=True))
-
-
-def _device() -> torch.device:
-    """Returns the device that collectives need their tensors on."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Returns the sum over all ranks, as a new tensor of the same shape."""
     if world_size() == 1:
         return values.clone()
-    summed = values.to(_device(), copy=True)
+    summed = values.to(rank_device(), copy=True)
     torch.distributed.all_reduce(summed)
     return summed.to(values.device)
 

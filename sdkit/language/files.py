@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sdkit.language.errors import BadData, BadEnvironment, SdkitError, one_line
@@ -25,6 +26,8 @@ MAX_CONFIG_BYTES = 4 * 2**20
 """A model's config.json and similar files."""
 MAX_TOKENIZER_BYTES = 2**26
 """A tokenizer.json."""
+HASHING_THREADS = min(16, os.cpu_count() or 1)
+"""Hashing releases Python's lock.  A disk seldom delivers more than 16 cores can hash."""
 
 
 class UnreadableFile(Exception):
@@ -86,6 +89,12 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     """Returns the SHA-256 of a file, which is read in pieces.  Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_all(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Returns the SHA-256 of each file, several at a time.  Raises OSError."""
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        return list(threads.map(sha256_of, paths))
 
 
 @contextlib.contextmanager

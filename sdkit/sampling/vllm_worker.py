@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from safetensors import safe_open
@@ -13,20 +13,23 @@ class SyncExtension:
     """A mixin that vLLM adds to its worker class (`worker_extension_cls`)."""
 
     model_runner: Any
+    reload_weights: Callable[..., None]  # the worker's
 
     def sync_weights(self, weights: Iterable[tuple[str, Tensor]]) -> int:
-        """Load Hugging Face tensors, one by one; returns the number of output projections repacked.
+        """Load Hugging Face tensors, one by one; returns the number of output projections.
 
+        The worker's own `reload_weights` copies into the tensors that the model has, so CUDA graphs see the new values.
         The model must be complete: part of a fused group leaves garbage.  vLLM holds the tensors of a fused group until
         the group is complete.  A result of 0 means that the output projection may be stale.
         """
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
-        self.model_runner.reload_weights(weights_iterator=weights)
+        self.reload_weights(weights_iterator=weights)
         heads = [m for m in self.model_runner.get_model().modules() if isinstance(m, ParallelLMHead)]
         for head in heads:
-            # A tied head keeps a packed copy of its own, which the reload does not refresh.
-            head.quant_method.process_weights_after_loading(head)
+            # On a CPU a tied head keeps a packed copy of its own, which the reload does not refresh.
+            if isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+                head.quant_method.process_weights_after_loading(head)
         return len(heads)
 
     def sync_file(self, path: str) -> int:

@@ -73,6 +73,7 @@ class ServerPool:
         self._log = log
         self._canary: Canary | None = None
         self._end_ids: tuple[int, ...] = ()
+        self._vocabulary = 0
         self.max_tokens = 0  # longest sequence that every server accepts; known after `check`
         key = key_from(spec.key_from, environment, "rollout.backend")
         self._runner = asyncio.Runner()
@@ -105,9 +106,9 @@ class ServerPool:
                 hint=f"start it with `sdkit serve` and this spec, or with --max-tokens {longest}",
             )
 
-    def set_canary(self, canary: Canary, end_ids: tuple[int, ...]) -> None:
-        """Set the canary and the end tokens, which are known once the model is loaded."""
-        self._canary, self._end_ids = canary, end_ids
+    def set_model(self, canary: Canary, end_ids: tuple[int, ...], vocabulary: int) -> None:
+        """Set the canary, the end tokens and the number of ids, which are known once the model is loaded."""
+        self._canary, self._end_ids, self._vocabulary = canary, end_ids, vocabulary
 
     async def _read_states(self) -> list[protocol.ServerState]:
         states = await _outcomes(self._read_state(member, retries=0) for member in self._members)
@@ -206,7 +207,7 @@ class ServerPool:
     async def _sample_on(
         self, member: _Member, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
     ) -> list[Completion]:
-        settings = sampling_settings(sampling, self._end_ids)
+        settings = sampling_settings(sampling, self._end_ids, self._vocabulary)
         bodies = [protocol.completion_body(request, settings) for request in requests]
         headers = {WEIGHTS_HEADER: file.sha256}
         answers = await member.server.request_all("/v1/completions", bodies, headers=headers)
@@ -253,7 +254,7 @@ class ServerPool:
 
     async def _check_canary(self, member: _Member, file: WeightFile) -> dict[str, float]:
         canary = self._canary
-        assert canary is not None, "call set_canary before a transfer"
+        assert canary is not None, "call set_model before a transfer"
         bodies, headers = [protocol.canary_body(canary.ids)], {WEIGHTS_HEADER: file.sha256}
         answer = (await member.server.request_all("/v1/completions", bodies, headers=headers))[0]
         engine_logprobs = protocol.read_canary(member.url, answer, canary.ids)

@@ -57,12 +57,12 @@ class ServerRollouts:
 
     name = "vllm_server"
 
-    def __init__(self, pool: ServerPool | None, canary: Canary, end_ids: tuple[int, ...]) -> None:
+    def __init__(self, pool: ServerPool | None, canary: Canary, end_ids: tuple[int, ...], vocabulary: int) -> None:
         self.pool = pool
         self.canary = canary
         self._thread = DaemonThreads(1, "rollout servers") if pool else None
         if pool:
-            pool.set_canary(canary, end_ids)
+            pool.set_model(canary, end_ids, vocabulary)
         self._newest_weights: tuple[int, int] | None = None  # id and version of the weights last written
         self._files: list[WeightFile] = []  # oldest first
         self._jobs: list[Job] = []

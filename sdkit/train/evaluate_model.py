@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sdkit.distributed import zero
+from sdkit.distributed import health, zero
 from sdkit.language.errors import UnreadableInput
 from sdkit.language.specs import ExperimentSpec
 from sdkit.runs import directory
@@ -18,7 +18,7 @@ from sdkit.runs.provenance import this_process
 from sdkit.runs.samples import as_markdown
 from sdkit.runs.score_tables import score_records, scores_table, warn_of_few_prompts
 from sdkit.stdout import Phases, is_first_rank
-from sdkit.train import prompt_record, run_origin
+from sdkit.train import failures, prompt_record, run_origin
 from sdkit.train.evaluate import evaluate, number_of_parts
 from sdkit.train.run import open_run
 
@@ -41,13 +41,15 @@ def evaluate_model(
     together = False
     try:
         assert spec.evaluation is not None
-        with phases.phase("evaluation", number_of_parts(spec.evaluation)) as advance:
+        with phases.phase("evaluation", number_of_parts(spec.evaluation)) as advance, failures.explained():
             result = evaluate(trainer.sampler, spec.evaluation, 0, advance)
         console.print(scores_table(result))
         warn_of_few_prompts(console, result)
         together = True
         return result
     finally:
+        if not together:
+            health.fail()
         trainer.close(together=together)
         zero.stop(together=together)
 

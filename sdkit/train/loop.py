@@ -15,7 +15,7 @@ from sdkit.language.errors import NumericsGuard, Stopped
 from sdkit.language.schedules import at_step
 from sdkit.runs.evaluations import EvaluationResult
 from sdkit.stdout import Advance
-from sdkit.train import stop_requests
+from sdkit.train import determinism, stop_requests
 from sdkit.train.collect_rollouts import CollectedRollouts, collect_rollouts, completion_text
 from sdkit.train.evaluate import evaluate, headline, held_out_loss, number_of_parts, teacher_lift
 from sdkit.train.metrics import step_metrics
@@ -100,15 +100,16 @@ def _train_on_batch(trainer: Trainer, report: Report, step: int) -> None:
     collected_at = time.perf_counter()
     decode = partial(completion_text, setup.data)
     passing, shares = filter_rollouts(setup.spec.rollout.keep, collected.batch, decode)
-    with report.part("token statistics"):
-        batch = prepare_rollouts(trainer.learner, passing, specs, with_old_logprobs=setup.plan.needs_old_logprobs)
-    prepared_at = time.perf_counter()
-    parts = batch.split(setup.plan.updates_per_step)
-    with report.part("updates", len(parts)) as advance:
-        results = [_update(trainer, report, collected, part, advance) for part in parts if _on_any_rank(part)]
-    version = trainer.progress.optimizer_steps
-    weights = setup.spec.teacher and at_step(setup.spec.teacher.weights, version)
-    distance = update_teacher(trainer.learner, weights, "rollout_batch", version) if results else {}
+    with determinism.kernels(setup.spec.training.deterministic):
+        with report.part("token statistics"):
+            batch = prepare_rollouts(trainer.learner, passing, specs, with_old_logprobs=setup.plan.needs_old_logprobs)
+        prepared_at = time.perf_counter()
+        parts = batch.split(setup.plan.updates_per_step)
+        with report.part("updates", len(parts)) as advance:
+            results = [_update(trainer, report, collected, part, advance) for part in parts if _on_any_rank(part)]
+        version = trainer.progress.optimizer_steps
+        weights = setup.spec.teacher and at_step(setup.spec.teacher.weights, version)
+        distance = update_teacher(trainer.learner, weights, "rollout_batch", version) if results else {}
     trainer.progress.step = step + 1
     seconds = time.perf_counter() - started
     metrics = step_metrics(setup.data, collected, results, shares, len(batch), version, seconds)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
@@ -92,7 +93,7 @@ class Report:
         """Report training step `step`: a console line, a line of metrics, all rollouts and, at intervals, samples."""
         self.generated += metrics["rollout/tokens"]
         metrics["tokens_generated"] = self.generated
-        metrics["memory/peak_gib"] = peak_gib()
+        metrics |= memory_peaks()
         self.seconds["time/step"] = metrics["time/step"]
         self.run.metrics(step, metrics)
         self.run.status("running", step=step)
@@ -257,10 +258,18 @@ def _warn_of_cut_completions(console: Console, data: RunData, run: RunDirectory,
         run.warning(0, {"wire": "cut_completions", "cause": text, "look_at": advice})
 
 
-def peak_gib() -> float:
-    """Peak resident memory of this process in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
+def memory_peaks() -> dict[str, float]:
+    """The peak resident memory of this process, and of a GPU the largest peaks over all ranks, in GiB.
+
+    `allocated` is what tensors took, `reserved` what PyTorch took from the GPU for them.
+    """
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peaks = {"memory/peak_gib": resident / 2**20 if sys.platform != "darwin" else resident / 2**30}
+    if torch.cuda.is_available():
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        peaks["memory/device_allocated_gib"] = collectives.all_reduce_max(allocated) / 2**30
+        peaks["memory/device_reserved_gib"] = collectives.all_reduce_max(reserved) / 2**30
+    return peaks
 
 
 def _step_line(step: int, end: int, metrics: Mapping[str, float]) -> Text:

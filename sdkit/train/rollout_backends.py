@@ -86,7 +86,7 @@ class RolloutBackends:
             case VllmServerBackend():
                 vocabulary = models.student.causal.config.get_text_config().vocab_size
                 canary = draw_canary(spec, setup.spec.model.dtype, vocabulary, setup.longest_sequence)
-                return ServerRollouts(self.pool, canary, models.end_ids)
+                return ServerRollouts(self.pool, canary, models.end_ids, vocabulary)
             case ReplayBackend():
                 return ReplayRollouts((setup.base / spec.run).resolve())
             case _:

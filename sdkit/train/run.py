@@ -15,10 +15,10 @@ from rich.console import Console
 
 from sdkit.checkpoints import checkpoint, manifest, rng
 from sdkit.checkpoints import resume as resuming
-from sdkit.distributed import collectives, zero
+from sdkit.distributed import collectives, health, zero
 from sdkit.distributed.launch import launched
 from sdkit.language import specs
-from sdkit.language.errors import BadEnvironment, Diverged, SdkitError, Stopped, blaming
+from sdkit.language.errors import INTERRUPTED, BadEnvironment, Diverged, SdkitError, Stopped, blaming
 from sdkit.models.embedding_ids import known_ids
 from sdkit.models.loading import check_vocabulary, load_config, load_tokenizer, resolve_model, weights_folder
 from sdkit.plan.machine import machine_for
@@ -30,11 +30,12 @@ from sdkit.serving.protocol import ExpectedServer
 from sdkit.serving.teacher_client import ServedModel
 from sdkit.serving.weight_files import WeightFolder
 from sdkit.stdout import Phases, is_first_rank, print_warning
-from sdkit.train import failures, loop, prompt_record, report, run_origin, stop_requests
+from sdkit.train import determinism, failures, loop, prompt_record, report, run_origin, stop_requests
 from sdkit.train.divergence import LOOK_AT
 from sdkit.train.inputs import RunData
 from sdkit.train.replay import Recording, check_same_recording
 from sdkit.train.setup import RunSetup
+from sdkit.train.shared_folder import check_shared
 from sdkit.train.trainer import Trainer, open_trainer
 
 ORDERLY_ENDS = {Stopped: "stopped", Diverged: "diverged"}
@@ -51,6 +52,7 @@ def open_run(
     With a recording, the run uses its completions and ends with them.  `now` is the date that chat templates print.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    determinism.prepare(spec.training.deterministic)
     zero.prepare()
     with blaming("model", "path"):
         located = resolve_model(spec.model.path, base)
@@ -80,38 +82,51 @@ def _open_with_data(
     servers: ServerPool | None,
     recording: Recording | None,
 ) -> Trainer:
-    spec = data.spec
     if recording:
         recording.check_rows(data)
-    zero.start()
+    zero.start(data.spec.training.deadline_seconds)
     try:
-        # Ranks start at different times.
-        data.prompter.now = collectives.broadcast_object(data.prompter.now)
-        plan = make_plan(spec, machine_for(spec, collectives.world_size()), None, rows=len(data.train))
-        steps = plan.steps
-        assert steps is not None, "steps are known once the data are loaded"
-        longest = data.check(steps)
-        if recording:
-            prompt_record.check_same_prompts(data, recording.origin, f"{recording.run} was recorded with", "train")
-        for model in served.values():
-            model.check_length(longest)
-        if servers:
-            servers.check_length(longest)
-        if recording:
-            plan = recording.with_replay_backend(plan)
-        setup = RunSetup(
-            spec=spec,
-            plan=plan,
-            base=base,
-            data=data,
-            model_folder=located,
-            longest_sequence=longest,
-            end=recording.end if recording else steps,
-        )
-        return open_trainer(setup, served, servers)
+        with failures.explained():
+            return _open_in_group(base, data, located, served, servers, recording)
     except BaseException:
         zero.stop(together=False)
         raise
+
+
+def _open_in_group(
+    base: Path,
+    data: RunData,
+    located: str,
+    served: Mapping[specs.ServedWeights, ServedModel],
+    servers: ServerPool | None,
+    recording: Recording | None,
+) -> Trainer:
+    """Open the trainer once the process group exists."""
+    spec = data.spec
+    # Ranks start at different times.
+    data.prompter.now = collectives.broadcast_object(data.prompter.now)
+    plan = make_plan(spec, machine_for(spec, collectives.world_size()), None, rows=len(data.train))
+    steps = plan.steps
+    assert steps is not None, "steps are known once the data are loaded"
+    longest = data.check(steps)
+    if recording:
+        prompt_record.check_same_prompts(data, recording.origin, f"{recording.run} was recorded with", "train")
+    for model in served.values():
+        model.check_length(longest)
+    if servers:
+        servers.check_length(longest)
+    if recording:
+        plan = recording.with_replay_backend(plan)
+    setup = RunSetup(
+        spec=spec,
+        plan=plan,
+        base=base,
+        data=data,
+        model_folder=located,
+        longest_sequence=longest,
+        end=recording.end if recording else steps,
+    )
+    return open_trainer(setup, served, servers)
 
 
 def _connect_teachers(
@@ -179,9 +194,7 @@ def train(
         recording.check_spec(spec, folder)
     directory.claim(folder, resume=resume, overwrite=overwrite)
     resume_from = _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
-    if recording and recording.checkpoint:
-        recorded_run = recording.origin.get("run")
-        resuming.check_usable(recording.checkpoint, recorded_run, launched() or 1, hashes=is_first_rank())
+    _check_recorded_checkpoint(recording)
     files = run_origin.check_files(spec, base, resume_from, recording, accept, console)
     phases = phases or Phases(console)
     started = time.perf_counter()
@@ -192,11 +205,14 @@ def train(
     seconds = {"data and models": time.perf_counter() - started}
     resume_from = collectives.broadcast_object(resume_from)
     run = _open_run_directory(folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard)
+    health.on_exit(lambda reason: directory.record_failure(folder, reason))
     try:
+        check_shared(folder)
         run_origin.check_same_code(files)
         if resume_from:
             _restore(trainer, run, resume_from, files)
-            console.print(f"resuming {_position(trainer)}, from {resume_from}", markup=False, highlight=False)
+            step = trainer.progress.step
+            console.print(f"resuming after step {step}, from {resume_from}", markup=False, highlight=False)
         else:
             _begin(trainer, run, recording, files, {"spec.yaml": written, directory.MARK: resolved}, attempts)
         checkpoint.check_saving(trainer.models.student, trainer.setup.data.tokenizer)
@@ -220,11 +236,18 @@ def _report_failure(error: BaseException, trainer: Trainer, run: directory.RunDi
     roll_call = collectives.RollCall() if failures.is_rank_lost(error) else None
     reported = failures.reported_error(error, run)
     state = next((name for kind, name in STATES.items() if isinstance(reported, kind)), "failed")
+    if not isinstance(reported, tuple(ORDERLY_ENDS)):
+        code = reported.exit_code if isinstance(reported, SdkitError) else INTERRUPTED
+        health.fail(code, str(reported), is_cause=roll_call is None)
     _write_failure_status(run, state, trainer.progress.step, reported)
     _close(trainer, run, together=isinstance(reported, tuple(ORDERLY_ENDS)))
     if roll_call:
-        reported = failures.rank_lost(roll_call.missing_ranks(), error)
+        missing = roll_call.missing_ranks()
+        reported = failures.rank_lost(missing, error)
         _write_failure_status(run, "failed", trainer.progress.step, reported)
+        if 0 in missing:  # it wrote the status
+            with contextlib.suppress(BadEnvironment):
+                directory.record_failure(run.path, str(reported))
     return reported
 
 
@@ -252,6 +275,12 @@ def _checkpoint_to_resume(
     return resuming.newest_checkpoint(folder, expected, warn, hashes=is_first_rank())
 
 
+def _check_recorded_checkpoint(recording: Recording | None) -> None:
+    if recording and recording.checkpoint:
+        run = recording.origin.get("run")
+        resuming.check_usable(recording.checkpoint, run, launched() or 1, hashes=is_first_rank())
+
+
 def _restore(trainer: Trainer, run: directory.RunDirectory, saved: Path, files: run_origin.RunFiles) -> None:
     """Continue from the checkpoint in `saved`."""
     data = trainer.setup.data
@@ -261,10 +290,6 @@ def _restore(trainer: Trainer, run: directory.RunDirectory, saved: Path, files: 
     run.forget_after(trainer.progress.step)
     if is_first_rank():
         run_origin.update(run, trainer.setup.base, trainer.progress.step, files)
-
-
-def _position(trainer: Trainer) -> str:
-    return f"after step {trainer.progress.step} of {trainer.setup.end}"
 
 
 def _begin(

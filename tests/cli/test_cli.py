@@ -29,10 +29,14 @@ COMMANDS = (
     "eval",
     "replay",
     "compare",
+    "diff",
     "export",
     "checkpoint",
     "explain",
+    "methods",
+    "new",
     "schema",
+    "doctor",
 )
 RUN = """
 model: {path: MODEL, dtype: float32}
@@ -119,6 +123,41 @@ def test_explain_and_schema_print_to_standard_output(sdkit):
     assert (code, json.loads(out)["type"], err) == (0, "object", "")
 
 
+def test_methods_are_listed_and_searched(sdkit):
+    code, out, err = sdkit("methods")
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (0, "", 1 + len(list(PAGES.glob("*.yaml"))))
+    code, out, _ = sdkit("methods", "SIBLING", "2601.20802", "feedback")
+    assert [line.split()[:3] for line in out.splitlines()[1:]] == [
+        ["sdpo", "2601.20802", "a"],
+        ["sdpo_rich_feedback", "2601.20802", "a"],
+    ]
+    code, out, err = sdkit("methods", "sdfs")
+    assert (code, out) == (2, "")
+    assert err == "error: no packaged method has 'sdfs' in its page\n  = did you mean \"sdft\"?\n"
+
+
+def test_new_writes_a_run_file_once(sdkit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"question": "1 + 1", "worked": "1 + 1 = 2", "answer": "2"}\n' * 3)
+    command = ("new", "mine.yaml", "--method", "sdft", "--data", "rows.jsonl", "--column", "demonstration=worked")
+    code, out, err = sdkit(*command)
+    assert (code, out, err) == (0, "mine.yaml: written; `sdkit plan mine.yaml` shows what it would do\n", "")
+    assert sdkit("validate", "mine.yaml", "--strict")[0] == 0
+    text = Path("mine.yaml").read_text()
+    code, _, err = sdkit(*command)
+    assert (code, "mine.yaml exists" in err, Path("mine.yaml").read_text()) == (2, True, text)
+
+
+def test_new_leaves_no_file_that_has_errors(sdkit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    code, out, err = sdkit("new", "a.yaml", "--method", "grpo", "--data", "rows.jsonl", "--reward", "no.py:f")
+    assert (code, out, Path("a.yaml").exists()) == (1, "", False)
+    assert "no.py" in err
+    assert sdkit("new", "a.yaml", "--method", "sft")[0] == 2  # no terminal to ask for the data
+
+
 def test_validate_reports_specs_without_problems(sdkit):
     assert sdkit("validate", DEMO, METHOD) == (0, f"{DEMO}: ok (run file)\n{METHOD}: ok (method page)\n", "")
 
@@ -147,6 +186,24 @@ def test_validate_prints_github_annotations(sdkit, broken):
     code, out, _ = sdkit("validate", broken, "--format", "github")
     assert code == 1
     assert all(line.startswith(f"::error file={broken},line=") for line in out.splitlines())
+
+
+def test_validate_prints_sarif(sdkit, broken):
+    code, out, err = sdkit("validate", broken, "--format", "sarif")
+    results = json.loads(out)["runs"][0]["results"]
+    assert (code, err, [result["level"] for result in results]) == (1, "", ["error", "error"])
+
+
+def test_strict_validation_counts_warnings_as_errors(sdkit, tmp_path):
+    run_file = tmp_path / "warned.yaml"
+    text = RUN.replace("MODEL", "bundled:smollm2-135m-instruct")
+    run_file.write_text(text.replace("tensorboard: false", "keep_checkpoints: 2"))
+    code, out, err = sdkit("validate", run_file)
+    assert (code, out) == (0, f"{run_file}: ok (run file)\n")
+    assert "warning: " in err
+    code, out, strict = sdkit("validate", run_file, "--strict")
+    assert (code, out, strict) == (1, "", err.replace("warning: ", ""))
+    assert sdkit("validate", DEMO, "--strict")[0] == 0
 
 
 @pytest.mark.parametrize(

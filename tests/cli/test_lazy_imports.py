@@ -13,7 +13,7 @@ import pytest
 import sdkit
 
 CLI = Path(__file__).resolve().parents[2] / "sdkit" / "cli"
-ALLOWED = ("sdkit.cli", "sdkit.language", "sdkit.plan", "sdkit.stdout", "sdkit.__version__")
+ALLOWED = ("sdkit.cli", "sdkit.devices", "sdkit.language", "sdkit.plan", "sdkit.stdout", "sdkit.__version__")
 
 
 def top_level_imports(path):

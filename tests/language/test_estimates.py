@@ -45,6 +45,7 @@ H100 = Machine(ranks=4, memory_gib=80.0, accelerator=ACCELERATORS["h100"])
 SPEED = 989e12 * 0.4
 READING = 3.35e12 * 0.6
 PASS = 2 * 2**30  # operations of a forward pass for one token
+UPDATED = 2 * 100 + 4 * 900  # tokens of a rank in a pass of the update: each group's prompt once
 DISTIL = Distillation(divergence=ForwardKl(), support=VocabularySupport())
 
 
@@ -109,12 +110,13 @@ def test_vllm_memory_is_a_share_of_an_accelerator_or_the_requested_size():
 
 
 def test_step_time_is_sampling_scoring_and_updating():
-    """4 rollouts per rank.  Each of 900 decoding steps reads 2 GiB; the teacher scores 1500 tokens; 1000 are trained at three passes each."""
+    """4 rollouts of 2 prompts per rank.  Each of 900 decoding steps reads 2 GiB; the teacher scores 1500 tokens per rollout;
+    the update is three passes, each over 2 prompts of 100 and 4 completions of 900."""
     rollout, teacher, update = phases(distilled())
     prompts = 2 * 100 * PASS / SPEED
     assert rollout == pytest.approx(900 * 2**31 / READING + prompts, rel=1e-3)
     assert teacher == pytest.approx(4 * 1500 * PASS / SPEED, rel=1e-3)
-    assert update == pytest.approx(3 * 4 * 1000 * PASS / SPEED, rel=1e-3)
+    assert update == pytest.approx(3 * UPDATED * PASS / SPEED, rel=1e-3)
 
 
 @pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec(teacher_entropy_above=0.5)])
@@ -135,7 +137,7 @@ def test_blend_adds_scored_tokens(mask, blend, partner_tokens, partner_tokens_in
     tokens = 1500 + partner_tokens + (1500 + partner_tokens_in_statistics) * (mask != MaskSpec())
     _, teacher, update = phases(spec)
     assert teacher == pytest.approx(4 * tokens * PASS / SPEED, rel=1e-3)
-    assert update == pytest.approx((3 + (partner_tokens == 0)) * 4 * 1000 * PASS / SPEED, rel=1e-3)
+    assert update == pytest.approx((3 + (partner_tokens == 0)) * UPDATED * PASS / SPEED, rel=1e-3)
 
 
 def test_more_rows_than_max_num_seqs_take_another_wave():
@@ -148,6 +150,7 @@ def test_long_sequences_add_attention_and_cache_reads():
     """Layers × width are such that attention costs as much as the weights, so a pass takes twice as long."""
     wide = evolve(GIGA, hidden_size=2**10, num_hidden_layers=2**10, kv_width=2**10)
     spec = run(rollout=evolve(run().rollout, max_prompt_tokens=124))
+    spec = evolve(spec, training=evolve(spec.training, share_prompts=False))
     short = make_plan(spec, H100, GIGA).step_time
     long = make_plan(spec, H100, wide).step_time
     assert short is not None
@@ -157,6 +160,16 @@ def test_long_sequences_add_attention_and_cache_reads():
     added = 900 * 4 * 2**22 * 574 / READING
     increase = long.phases[0].seconds - short.phases[0].seconds
     assert increase == pytest.approx(added, rel=0.01)
+
+
+def test_only_completion_tokens_have_logits():
+    """With all parameters in the output projection, a pass costs nothing for the prompts."""
+    head = evolve(GIGA, hidden_size=2**10, vocab_size=2**20, num_hidden_layers=1)
+    time = make_plan(distilled(), H100, head).step_time
+    assert time is not None
+    _, teacher, update = (phase.seconds for phase in time.phases)
+    assert teacher == pytest.approx(4 * 900 * PASS / SPEED, rel=0.01)
+    assert update == pytest.approx(3 * 4 * 900 * PASS / SPEED, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +182,7 @@ def test_long_sequences_add_attention_and_cache_reads():
     ],
 )
 def test_update_time_in_forward_passes(changes, passes):
-    assert phases(run(**changes))[-1] == pytest.approx(passes * 4000 * PASS / SPEED, rel=1e-3)
+    assert phases(run(**changes))[-1] == pytest.approx(passes * UPDATED * PASS / SPEED, rel=1e-3)
 
 
 def test_data_set_completions_take_no_sampling_time():

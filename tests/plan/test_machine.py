@@ -31,3 +31,10 @@ def test_plan_warns_of_emulated_bfloat16(dtype, emulates, expected):
     spec = load_spec(DEMO, [f"model.dtype={dtype}"]).spec
     plan = make_plan(spec, Machine(emulates_bfloat16=emulates), None)
     assert sum("emulated" in line for line in plan.derived) == expected
+
+
+@pytest.mark.parametrize(("attention", "expected"), [("flash_attention_2", 1), ("sdpa", 0)])
+def test_plan_says_that_flash_attention_shares_no_rows(attention, expected):
+    overrides = ["model.dtype=bfloat16", f"model.attn_implementation={attention}", "rollout.completions_per_prompt=4"]
+    plan = make_plan(load_spec(DEMO, overrides).spec, Machine(), None)
+    assert sum("takes no mask for shared rows" in line for line in plan.derived) == expected

@@ -142,6 +142,6 @@ def test_generation_config_changes_no_run_and_no_evaluation(tiny_folder, tmp_pat
 
 def test_vllm_ignores_the_generation_config():
     assert engine_settings(VllmBackend(), "float32", 100)["generation_config"] == "vllm"
-    request_settings = sampling_settings(SamplingParams(**SETTINGS), [1])
+    request_settings = sampling_settings(SamplingParams(**SETTINGS), [1], 404)
     neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     assert (neutral | {"min_p": 0.0, "min_tokens": 0}).items() <= request_settings.items()

@@ -13,8 +13,9 @@ from shutil import copytree
 import pytest
 import yaml
 from tinyruns import metrics, weights_of
+from vllm_build import require_vllm
 
-pytest.importorskip("vllm")
+require_vllm()
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
@@ -46,6 +47,11 @@ def test_logprobs_agree_after_every_update(results):
         assert figures["canary_max"] < 1e-3
 
 
+def test_weights_take_the_reload_of_vllms_worker(results):
+    assert len(results["reload has vLLM's configuration"]) > 5
+    assert all(results["reload has vLLM's configuration"])
+
+
 def test_unchanged_weights_are_not_sent(results):
     assert results["unchanged weights"] == {}
 
@@ -60,6 +66,11 @@ def test_sampled_logprobs_match_the_trainer_at_the_temperature(results):
     assert results["top_k logprobs"] < 1e-3
     assert results["at temperature 1"] > 0.1  # so they include the temperature
     assert results["greedy is the arg max"]
+
+
+def test_ids_from_the_limit_on_are_not_sampled(results):
+    assert 150 < results["largest id"] < 200
+    assert results["limited logprobs"] < 1e-3
 
 
 def test_tokens_depend_only_on_prompt_and_seed(results):

@@ -18,12 +18,13 @@ from os_processes import free_port
 from test_prefetch import CORRECTED, versions
 from test_servers import tokens
 from tinyruns import advance, collect, lines, make_spec, metrics, rollout, train, training
+from vllm_build import require_vllm
 
 from sdkit.language.specs import OptimizerSpec, VllmServerBackend
 from sdkit.train import loop
 from sdkit.train.sampling_requests import sampling_params
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
+require_vllm()
 pytestmark = pytest.mark.timeout(900)
 
 START_SECONDS = 600  # seconds; about 30 on a quiet machine
@@ -150,6 +151,10 @@ def test_logprobs_agree_after_every_update(served, tiny_folder, open_tiny):
     assert [c.ids for c in repeated[0]] == [c.ids for c in repeated[1]]
     few = backend.sample(requests[3:1:-1], sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below))
     assert [c.ids for c in few[::-1]] == [c.ids for c in repeated[0][2:4]]
+    limit = 200  # of the 404 ids
+    settings = sampling_params(trainer.setup.spec.rollout, limit)
+    limited = backend.sample(requests, evolve(settings, temperature=2.0))
+    assert max(i for c in limited for i in c.ids) < limit
 
 
 def _assert_logprobs_match_the_trainer(trainer, collected):

@@ -42,6 +42,7 @@ def main(folder, work):
     figures.append(trainer.sampler.backends.load(trainer.models.teacher.weights, trainer.progress.optimizer_steps)[1])
     results = {
         "syncs": collectives.all_gather_object([f["canary_mean"] for f in figures]),
+        "local ranks": collectives.all_gather_object(local_rank(trainer)),
         "peak": max(gathered_counts) / total,
         "gathered at end": sum(p.numel() for p in every),
         "rollouts": len(records),
@@ -52,6 +53,12 @@ def main(folder, work):
     zero.stop()
     if first:
         (work / "results.json").write_text(json.dumps(results))
+
+
+def local_rank(trainer):
+    """Returns the local rank of this rank's engine, which is the index of its GPU."""
+    backend = trainer.sampler.backends.open(trainer.setup.plan.backend)
+    return backend.engine.collective_rpc(lambda worker: worker.local_rank)[0]
 
 
 def record_gathered(weights, every):

@@ -27,6 +27,8 @@ from sdkit.seeds import derive
 from sdkit.train.run import open_run
 from sdkit.train.sampling_requests import sampling_params
 
+LIMIT = 200  # of the 404 ids
+
 
 def main(folder, work):
     spec = make_spec(
@@ -39,6 +41,7 @@ def main(folder, work):
     before = generators()
     backend, first = trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)
     results = {"generators untouched": generators() == before, "first load": first}
+    results["reload has vLLM's configuration"] = watch_reload(backend)
     results |= syncs(trainer)
     results |= sampling(trainer, backend)
     results |= stale(trainer, backend)
@@ -51,6 +54,25 @@ def main(folder, work):
 def generators():
     state = np.random.get_state()
     return torch.get_rng_state().tolist(), random.getstate(), state[1].tolist(), state[2]
+
+
+def watch_reload(backend):
+    """Returns a list that receives, at each transfer, whether vLLM's configuration is set as its worker sets it."""
+    has_config = []
+
+    def watch(worker):
+        from vllm.config import get_current_vllm_config_or_none
+
+        reload = worker.model_runner.reload_weights
+
+        def watched(**weights):
+            has_config.append(get_current_vllm_config_or_none() is not None)
+            reload(**weights)
+
+        worker.model_runner.reload_weights = watched
+
+    backend.engine.collective_rpc(watch)
+    return has_config
 
 
 def syncs(trainer):
@@ -74,6 +96,7 @@ def sampling(trainer, backend):
     greedy = backend.sample(requests, evolve(settings, temperature=0.0))
     few = backend.sample(requests[4:1:-1], settings)[::-1]
     truncated = backend.sample(requests, evolve(settings, top_k=3))
+    limited = backend.sample(requests, evolve(settings, temperature=2.0, ids_below=LIMIT))
     gaps, gaps_at_1, greedy_matches, top_k_gaps = [], [], [], []
     for request, drawn, best, cut in zip(requests, done, greedy, truncated, strict=True):
         token_logits = logits(trainer, request, drawn)
@@ -83,7 +106,12 @@ def sampling(trainer, backend):
         scaled = logits(trainer, request, cut) / 0.7
         top = scaled.topk(3, dim=-1).values[:, -1:]
         top_k_gaps.append(gap(scaled.masked_fill(scaled < top, float("-inf")).log_softmax(-1), cut))
+    logprobs_below = [
+        (logits(trainer, r, c)[:, :LIMIT] / 2.0).log_softmax(-1) for r, c in zip(requests, limited, strict=True)
+    ]
     return {
+        "largest id": max(i for c in limited for i in c.ids),
+        "limited logprobs": max(map(gap, logprobs_below, limited)),
         "sampled logprobs": max(gaps),
         "at temperature 1": max(gaps_at_1),
         "top_k logprobs": max(top_k_gaps),

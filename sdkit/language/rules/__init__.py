@@ -8,6 +8,8 @@ from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Problem
 from sdkit.language.overlay import LoadedSpec
 from sdkit.language.rules import (
     data,
+    engines,
+    kinds,
     learning,
     losses,
     names,
@@ -33,10 +35,12 @@ _MODULES = (
     teachers,
     served,
     servers,
+    engines,
     prompts,
     data,
     scores,
     names,
+    kinds,
     training,
 )
 RULES = tuple(rule for module in _MODULES for rule in vars(module).values() if isinstance(rule, Rule))

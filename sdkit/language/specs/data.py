@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from attrs import frozen
 
-from sdkit.language.specs.fields import AT_LEAST_ONE, NAME, NOT_EMPTY, OPTION, PATH, SEED, TEXT, Table, spec_field
+from sdkit.language.specs.fields import AT_LEAST_ONE, NAME, NOT_EMPTY, OPTION, SEED, TEXT, Table, spec_field
 
 ORIGIN_HELP = "where to get the file; if set, a missing file stops `train` but not `validate`, `plan` and `smoke`"
 
@@ -15,7 +15,7 @@ ORIGIN_HELP = "where to get the file; if set, a missing file stops `train` but n
 class LocalFile:
     """The keys of a source that is one file."""
 
-    path: str = spec_field("file, relative to the spec", range=PATH)
+    path: str = spec_field("file, relative to the spec", path_to="file")
     origin: str | None = spec_field(ORIGIN_HELP, default=None, range=NAME)
 
 
@@ -56,7 +56,7 @@ class DiskSource:
     """A data set written by `datasets.save_to_disk`."""
 
     kind: ClassVar[str] = "saved_dataset"
-    path: str = spec_field("folder, relative to the spec", range=PATH)
+    path: str = spec_field("folder, relative to the spec", path_to="file")
     split: str | None = spec_field("split, if the folder has several", default=None, range=NAME)
     origin: str | None = spec_field(ORIGIN_HELP, default=None, range=NAME)
 

@@ -19,8 +19,8 @@ from sdkit.language.specs.fields import (
     NOT_NEGATIVE_COUNT,
     OPTION,
     PARAMETERS,
-    PATH,
     POSITIVE,
+    SECONDS,
     SEED,
     SHARE,
     TEXT_END,
@@ -32,6 +32,7 @@ from sdkit.language.specs.fields import (
 from sdkit.language.specs.losses import Distillation
 from sdkit.language.specs.method import MethodSpec
 from sdkit.language.specs.scores import EvaluationSpec, FileReward, Reward, RewardModel, Suite
+from sdkit.language.specs.teachers import FrozenWeights
 from sdkit.language.specs.token_weights import FileWeight
 
 BETA = between(0.0, 0.999999)
@@ -104,13 +105,17 @@ class ShapeSpec:
 class ModelSpec:
     """The student model, also the initial weights of most teachers."""
 
-    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", range=PATH)
+    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", path_to="model")
     revision: str | None = spec_field("commit or tag of a hub model", default=None, range=NAME)
     dtype: Literal["float32", "bfloat16"] = spec_field(
         "precision of the forward pass; master weights stay float32", default="bfloat16"
     )
     lora: LoraSpec | None = spec_field("train adapters instead of all weights", default=None)
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = spec_field("attention kernel", default="sdpa")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = spec_field(
+        "attention kernel; `flash_attention_2` needs the package flash-attn, a GPU and bfloat16, and shares no prompts "
+        "(`training.share_prompts`)",
+        default="sdpa",
+    )
     activation_checkpointing: bool = spec_field(
         "recompute activations in the backward pass to save memory", default=False
     )
@@ -166,9 +171,36 @@ class TrainingSpec:
         "what DeepSpeed ZeRO shards across ranks: 0 nothing, 1 optimizer states (master weights and moments), 2 gradients too, 3 parameters too",
         default=1,
     )
-    offload: tuple[Literal["optimizer", "parameters"], ...] = spec_field(
-        "what to offload to CPU memory: `optimizer` (master weights and moments) and, under stage 3, `parameters`",
+    offload: tuple[Literal["optimizer", "parameters", "frozen_models"], ...] = spec_field(
+        "what to offload to CPU memory: `optimizer` (master weights and moments); under stage 3 `parameters`; under stages 0 "
+        "to 2 `frozen_models` (a frozen teacher, the reference and other models), which are copied to the device for each use",
         default=(),
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = spec_field(
+        "precision in which gradients are summed over ranks: bfloat16 sends half as much, with a relative error of "
+        "about 2e-3",
+        default="float32",
+    )
+    reduce_bucket_size: int = spec_field(
+        "gradient elements that are summed over ranks at a time; fewer need less memory",
+        default=500_000_000,
+        range=AT_LEAST_ONE,
+    )
+    allgather_bucket_size: int = spec_field(
+        "weights that stages 1 and 2 gather at a time after an optimizer step; fewer need less memory",
+        default=500_000_000,
+        range=AT_LEAST_ONE,
+    )
+    deterministic: bool = spec_field(
+        "train with CUDA kernels that give the same bits in every run: slower, and an operation without one is an error; a "
+        "CPU needs no setting",
+        default=False,
+    )
+    deadline_seconds: float = spec_field(
+        "longest time that ranks wait for each other, at the start and in one collective operation; raise it if one rank "
+        "works alone for longer, as on hashing large files from a slow disk",
+        default=600.0,
+        range=SECONDS,
     )
     seed: int = spec_field("seed from which all others are derived", default=0, range=SEED)
 
@@ -189,7 +221,7 @@ class OutputSpec:
     """What a run writes."""
 
     folder: str = spec_field(
-        "where run directories are created, relative to the working directory", default="runs", range=PATH
+        "where run directories are created, relative to the working directory", default="runs", path_to="output"
     )
     samples_every: int = spec_field(
         "steps between samples shown on screen and written to samples/", default=5, range=AT_LEAST_ONE
@@ -236,6 +268,13 @@ class ExperimentSpec(MethodSpec):
         """The suites of the evaluation, by name; empty if nothing is evaluated."""
         return self.evaluation.suites if self.evaluation else Table()
 
+    def temperatures(self) -> Iterator[tuple[tuple[str, ...], float]]:
+        """The key and the value of each temperature at which completions are sampled."""
+        yield ("rollout", "temperature"), self.rollout.temperature
+        for name, suite in self.suites.items():
+            for decoding, settings in suite.decoding.items():
+                yield ("evaluation", "suites", name, "decoding", decoding, "temperature"), settings.temperature
+
     def user_files(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """The key and the value of each path of a user's Python file."""
         for name, term in self.losses.items():
@@ -252,6 +291,12 @@ class ExperimentSpec(MethodSpec):
         yield self.model.path
         yield from (weights.path for _, weights in self.other_models())
         yield from (reward.path for reward in self.rewards.values() if isinstance(reward, RewardModel))
+
+    @property
+    def has_frozen_models(self) -> bool:
+        """Whether models with fixed weights are stored beside the student."""
+        frozen_weights = any(isinstance(weights, FrozenWeights) for _, weights in self.teachers())
+        return any(self.other_models()) or (self.model.lora is None and (frozen_weights or self.needs_reference))
 
     @property
     def needs_old_logprobs(self) -> bool:
