@@ -273,20 +273,22 @@ def memory_peaks() -> dict[str, float]:
 
 
 def _step_line(step: int, end: int, metrics: Mapping[str, float]) -> Text:
-    """The main figures of a step on one line of at most `STEP_LINE` characters; rewards that do not fit are left out."""
+    """The main figures of a step on one line of at most `STEP_LINE` characters; what does not fit is left out."""
     trained = "[yellow]no rollout kept, no update[/]"
     if "loss" in metrics:
         trained = f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2f}"
     skipped = "  [red]skipped[/]" if metrics["skipped_steps"] else ""
-    first = f"step [bold]{step}[/]/{end}  {trained}  length {metrics['rollout/completion_tokens']:.1f}"
-    line, last = Text.from_markup(first), Text.from_markup(f"  [dim]{metrics['time/step']:.1f} s[/]{skipped}")
-    rewards = [f"  {k.removeprefix('reward/')} {v:.2f}" for k, v in metrics.items() if k.startswith("reward/")]
-    for i, reward in enumerate(rewards):
-        more = len("  …") if i + 1 < len(rewards) else 0
-        if line.cell_len + cell_len(reward) + more + last.cell_len > STEP_LINE:
-            line.append("  …")
+    line = Text.from_markup(f"step [bold]{step}[/]/{end}  {trained}")
+    last = Text.from_markup(f"  [dim]{metrics['time/step']:.1f} s[/]{skipped}")
+    parts = [f"  length {metrics['rollout/completion_tokens']:.1f}"]
+    parts += [f"  {k.removeprefix('reward/')} {v:.2f}" for k, v in metrics.items() if k.startswith("reward/")]
+    room = STEP_LINE - last.cell_len
+    for i, part in enumerate(parts):
+        more = "  …" if i + 1 < len(parts) else ""
+        if line.cell_len + cell_len(part + more) > room:
+            line.append("  …" if line.cell_len + len("  …") <= room else "")
             break
-        line.append(reward)
+        line.append(part)
     return line.append_text(last)
 
 

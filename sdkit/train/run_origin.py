@@ -163,11 +163,16 @@ def update(run: RunDirectory, base: Path, step: int, files: RunFiles) -> None:
 
 
 def earlier_attempts(run: Path) -> list[dict[str, Any]]:
-    """The attempts in provenance.json of a run, the latest with how it ended."""
-    attempts = directory.provenance(run).get("attempts", [])
-    status = read_json_object(run / "status.json") or {}
-    if attempts:
-        attempts[-1]["ended"] = {name: status[name] for name in ("state", "step", "reason") if name in status}
+    """The attempts in provenance.json of a run, the latest with when and how it ended.
+
+    Of one that was killed, the last step that it reported.
+    """
+    attempts, file = directory.provenance(run).get("attempts", []), run / "status.json"
+    status = read_json_object(file) or {}
+    if attempts and status:
+        facts = {name: status[name] for name in ("state", "step", "reason") if name in status}
+        at = datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
+        attempts[-1]["ended"] = {"at": at, **facts}
     return attempts
 
 

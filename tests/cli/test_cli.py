@@ -28,6 +28,7 @@ COMMANDS = (
     "train",
     "eval",
     "replay",
+    "rollouts",
     "compare",
     "diff",
     "export",

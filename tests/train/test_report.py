@@ -20,13 +20,18 @@ def test_step_line_has_the_main_figures():
 
 
 @pytest.mark.parametrize("rewards", [0, 1, 3, 12])
-@pytest.mark.parametrize("skipped", [0.0, 1.0])
-def test_step_line_with_a_time_fits_80_columns(rewards, skipped):
+@pytest.mark.parametrize("changes", [{}, {"skipped_steps": 1.0}, {"loss": 12345.6789, "grad_norm": 98765.4321}])
+def test_step_line_with_a_time_fits_80_columns(rewards, changes):
     scores = {f"reward/reward_{i}": 0.5 for i in range(rewards)}
-    line = _step_line(10, 9999, METRICS | scores | {"skipped_steps": skipped})
+    line = _step_line(1000, 99999, METRICS | scores | changes)
     assert line.cell_len <= STEP_LINE == 80 - len("18:03:12 ")
-    assert ("…" in line.plain) >= (rewards > 1)
-    assert line.plain.endswith("skipped" if skipped else "12.3 s")
+    assert line.plain.endswith("skipped" if "skipped_steps" in changes else "12.3 s")
+    assert f"grad {(METRICS | changes)['grad_norm']:.2f}" in line.plain
+
+
+def test_step_line_shows_that_rewards_are_left_out():
+    scores = {f"reward/reward_{i}": 0.5 for i in range(12)}
+    assert _step_line(1, 9, METRICS | scores).plain.endswith("  …  12.3 s")
 
 
 def test_step_without_an_update_says_so():
