@@ -68,10 +68,11 @@ def plan_spec(spec: MethodSpec, folder: PathLike = ".") -> Plan | MethodPlan:
 
 
 def read_status(run: PathLike) -> dict[str, Any]:
-    """Returns the status of a run: `state` (running, done, stopped or failed), `step`, and the reason of a failure.
+    """Returns the status of a run: `state`, `step`, and the reason of an early end.
 
-    A killed process leaves `running` behind, unless another rank or the launcher is left to report it.  Raises
-    UnreadableInput if the folder is not a run directory, as the next functions do.
+    States are running, done, diverged, stopped, interrupted and failed.  A killed process leaves `running` behind, unless
+    another rank or the launcher is left to report it.  Raises UnreadableInput if the folder is not a run directory, as
+    the next functions do.
     """
     return dict(directory.read_status(_run(run)))
 

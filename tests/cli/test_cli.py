@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ COMMANDS = (
     "train",
     "eval",
     "replay",
+    "rollouts",
     "compare",
     "diff",
     "export",
@@ -385,7 +387,9 @@ def test_train_alone_writes_to_standard_output(run_file, tmp_path):
     """From another folder, with a relative run directory; no library prints a warning."""
     done = process("train", run_file, "--to", "here/run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("╭")
+    first, *_, last = [line.partition(" ") for line in done.stdout.splitlines()]
+    assert (first[2], last[2]) == ("loading libraries …", "run directory: here/run")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", first[0])
     assert "WARNING" not in done.stdout + done.stderr
     assert (tmp_path / "here" / "run" / "model" / "config.json").is_file()
 
@@ -396,13 +400,25 @@ def test_train_then_eval(sdkit, run_file, tmp_path):
     assert code == 0, err
     assert "step 2/2" in out
     assert "run directory:" in out
+    assert "# samples of step 1" in (folder / "samples/step_000001.md").read_text()
     written = (folder / "spec.yaml").read_text()
     assert written == run_file.read_text()
     again = load_spec(folder / "resolved.yaml", base=run_file.parent)
     assert again.spec == load_spec(run_file, ["training.steps=2"]).spec
-    code, out, err = sdkit("eval", folder)
+    code, out, err = sdkit("eval", folder, "--to", tmp_path / "measured", "--format", "json")
     assert code == 0, err
-    assert "held_out" in out
+    facts = json.loads(out)
+    assert facts == json.loads((tmp_path / "measured/evaluation.json").read_text())
+    assert {score["suite"] for score in facts["scores"]} == {"held_out"}
+    for score in facts["scores"]:
+        assert score["low"] <= score["mean"] <= score["high"]
+        assert score["method"]
+    completions = [json.loads(line) for line in (tmp_path / "measured/completions.jsonl").read_text().splitlines()]
+    assert len({record["row"] for record in completions}) == facts["scores"][0]["n"]
+    assert completions[0]["completion"] in (tmp_path / "measured/completions.md").read_text()
+    assert load_spec(tmp_path / "measured/spec.yaml", base=run_file.parent).spec.model.lora is None
+    code, _, err = sdkit("eval", folder, "--to", tmp_path / "measured")
+    assert (code, "exists" in err) == (2, True)
     code, out, err = sdkit("compare", folder, "--to", tmp_path / "run.png")
     assert code == 0, err
     assert "digit" in out

@@ -15,6 +15,7 @@ import yaml
 
 SILENCE = 5
 """Seconds that a rank may be silent here."""
+DIVERGING = ("optimizer.lr=20", "teacher.weights=frozen", "losses.distil.importance.sampler=null", "training.steps=3")
 REWARD = """
 import os, resource, signal, threading, time
 
@@ -173,6 +174,13 @@ def main(folder, work):
     scenario.train("freeze", 2, fault="freeze", who=1, patience=1)
     for resumed in ("full_disk", "kill", "terminate"):
         scenario.resume(resumed, 2)
+    scenario.train("diverged", 2, *DIVERGING)
+    with (work / "reward.py").open("a") as code:
+        code.write("\n# changed\n")
+    changed = {"folder": "kill the first"}
+    scenario.train("changed code", 2, "--resume", **changed)
+    scenario.train("accepted code", 2, "--resume", "--changed-code", **changed)
+    write_spec(folder, work, "run.yaml")
     for fault in ("kill", "interrupt", "interrupt_twice"):
         scenario.train(f"{fault} alone", 1, fault=fault)
     scenario.resume("kill alone", 1)
