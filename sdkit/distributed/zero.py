@@ -22,8 +22,6 @@ from sdkit.language.specs import OptimizerSpec, TrainingSpec
 from sdkit.models.device import rank_device
 from sdkit.stdout import quiet
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=600)
-
 NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
 """Name patterns of biases and norms, from transformers' `Trainer.get_decay_parameter_names`."""
 
@@ -71,8 +69,11 @@ def _freeze_imported_objects() -> None:
     atexit.register(gc.unfreeze)  # native bindings check for leaked objects at exit
 
 
-def start() -> None:
-    """Join the process group, or create one with a single process.  Call before vLLM starts."""
+def start(deadline_seconds: float = 600.0) -> None:
+    """Join the process group, or create one with a single process.  Call before vLLM starts.
+
+    `deadline_seconds` is the time limit of joining and of each collective operation.
+    """
     prepare()
     with quiet():
         import deepspeed
@@ -85,6 +86,7 @@ def start() -> None:
     log.propagate = True
     # Otherwise its shared-memory collective is compiled at every start (33 s measured), and never used.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=deadline_seconds)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     device = rank_device()
     if device.type == "cuda":
@@ -94,11 +96,9 @@ def start() -> None:
         if "WORLD_SIZE" not in os.environ:  # no launcher: a group of one needs no port
             os.environ.setdefault("LOCAL_RANK", "0")
             store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-            torch.distributed.init_process_group(
-                backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
-            )
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         with quiet():
-            deepspeed.init_distributed(backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+            deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
     if world_size() != launched:
         raise RuntimeError(f"{launched} processes were launched, but {world_size()} joined")
     health.start()

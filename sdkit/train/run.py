@@ -36,6 +36,7 @@ from sdkit.train.evaluate import evaluate, headline
 from sdkit.train.inputs import RunData
 from sdkit.train.replay import Recording, check_same_recording
 from sdkit.train.setup import RunSetup
+from sdkit.train.shared_folder import check_shared
 from sdkit.train.trainer import Trainer, open_trainer
 
 ORDERLY_ENDS = {Stopped: "stopped", Diverged: "diverged"}
@@ -82,7 +83,7 @@ def _open_with_data(
 ) -> Trainer:
     if recording:
         recording.check_rows(data)
-    zero.start()
+    zero.start(data.spec.training.deadline_seconds)
     try:
         with failures.explained():
             return _open_in_group(base, data, located, served, servers, recording)
@@ -203,6 +204,7 @@ def train(
     run = _open_run_directory(folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard)
     health.on_exit(lambda reason: directory.record_failure(folder, reason))
     try:
+        check_shared(folder)
         if resume_from:
             _restore(trainer, run, resume_from)
             if files:

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import forked
@@ -83,7 +82,7 @@ def write_spec(folder, work, name, tail=""):
         "teacher": {"sees": {"max_prompt_tokens": 4096}},
         "rewards": {"long": {"kind": "file", "file": "reward.py", "function": "faulty", "seconds": 2}},
         "optimizer": {"lr": 1e-3},
-        "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2},
+        "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2, "deadline_seconds": SILENCE},
         "output": {"tensorboard": False, "checkpoint_every": 1, "keep_checkpoints": 2},
     }
     (work / name).write_text(yaml.safe_dump(spec))
@@ -92,9 +91,7 @@ def write_spec(folder, work, name, tail=""):
 def command(*words):
     """The command line, in this process."""
     from sdkit import cli
-    from sdkit.distributed import zero
 
-    zero.COLLECTIVE_TIMEOUT = timedelta(seconds=SILENCE)
     sys.argv = ["sdkit", *map(str, words)]
     cli.main()
 

@@ -190,7 +190,8 @@ class VllmEngine:
     kv_cache_gib: float = spec_field("key-value cache on CPU, GiB", default=1.0, range=GIBIBYTES)
     gpu_memory_utilization: float = spec_field("share of GPU memory for the engine", default=0.4, range=INSIDE_SHARE)
     canary_bound: float | None = spec_field(
-        "largest mean difference of log-probabilities after a weight sync (default: 1e-3 in float32, 0.25 in bfloat16)",
+        "largest mean difference of log-probabilities after a weight sync (default: 1e-3 in float32, 0.02 in float32 on a "
+        "GPU with TF32, 0.25 in bfloat16)",
         default=None,
         range=POSITIVE,
     )

@@ -20,6 +20,7 @@ from sdkit.language.specs.fields import (
     OPTION,
     PARAMETERS,
     POSITIVE,
+    SECONDS,
     SEED,
     SHARE,
     TEXT_END,
@@ -94,10 +95,25 @@ class ShapeSpec:
     vocab_size: int = spec_field("rows of the output projection", range=AT_LEAST_ONE)
     max_position_embeddings: int = spec_field("longest sequence the model takes, tokens", range=AT_LEAST_ONE)
     kv_width: int | None = spec_field(
-        "width of a layer's keys over all heads, for the size of the key-value cache (default: hidden_size)",
+        "width of a layer's keys over all heads, for caches and activations (default: hidden_size)",
         default=None,
         range=AT_LEAST_ONE,
     )
+    q_width: int | None = spec_field(
+        "width of a layer's queries over all heads (default: hidden_size)", default=None, range=AT_LEAST_ONE
+    )
+    intermediate_size: int | None = spec_field(
+        "width of a layer's feed-forward part (default: what `parameters` leave for it)",
+        default=None,
+        range=AT_LEAST_ONE,
+    )
+    num_attention_heads: int | None = spec_field(
+        "attention heads of a layer, for eager attention (default: one for each 128 of q_width)",
+        default=None,
+        range=AT_LEAST_ONE,
+    )
+    gated_mlp: bool = spec_field("whether the feed-forward part has a gate, as in Llama and Qwen", default=True)
+    qk_norm: bool = spec_field("whether queries and keys are normalized, as in Qwen3", default=False)
 
 
 @frozen(kw_only=True)
@@ -194,6 +210,12 @@ class TrainingSpec:
         "train with CUDA kernels that give the same bits in every run: slower, and an operation without one is an error; a "
         "CPU needs no setting",
         default=False,
+    )
+    deadline_seconds: float = spec_field(
+        "longest time that ranks wait for each other, at the start and in one collective operation; raise it if one rank "
+        "works alone for longer, as on hashing large files from a slow disk",
+        default=600.0,
+        range=SECONDS,
     )
     seed: int = spec_field("seed from which all others are derived", default=0, range=SEED)
 
