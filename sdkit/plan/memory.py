@@ -90,4 +90,4 @@ def engine_gib(spec: ExperimentSpec, backend: VllmBackend, machine: Machine, sha
     if machine.accelerator and machine.memory_gib:
         return backend.gpu_memory_utilization * machine.memory_gib
     weights = shape.parameters * BYTES[backend.dtype or spec.model.dtype] / GIB
-    return weights + backend.kv_cache_gib
+    return weights / backend.tensor_parallel_size + backend.kv_cache_gib

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sdkit.language.specs import ExperimentSpec
+from sdkit.language.specs import ExperimentSpec, VllmEngine
 from sdkit.plan.plan import MethodPlan, Plan
 
 STATISTICS = "measured before the first update on each batch"
@@ -39,6 +39,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
         "weights": [
             f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments{_placement(spec, plan)}",
             f"backend: {plan.backend.kind} ({plan.backend_reason})",
+            *([f"engine: {plan.backend.describe()}"] if isinstance(plan.backend, VllmEngine) else ()),
             plan.weight_sync,
         ],
         "memory per rank (estimate)": _memory(plan),

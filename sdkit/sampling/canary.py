@@ -64,5 +64,5 @@ def draw_canary(spec: VllmEngine, dtype: str, vocabulary: int, max_tokens: int) 
     """Returns the canary for a model in `dtype` with `vocabulary` ids and sequences of at most `max_tokens`."""
     draw = random.Random(derive(0, "canary"))
     ids = tuple(draw.randrange(vocabulary) for _ in range(min(LONGEST, max_tokens - 1)))
-    exact = "float32" == (spec.dtype or dtype) == dtype
+    exact = spec.is_exact and "float32" == (spec.dtype or dtype) == dtype
     return Canary(ids=ids, bound=spec.canary_bound or (1e-3 if exact else 0.25))

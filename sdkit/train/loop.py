@@ -91,6 +91,7 @@ def _train_on_batch(trainer: Trainer, report: Report, step: int) -> None:
     setup, sampler, specs = trainer.setup, trainer.sampler, trainer.specs
     started = time.perf_counter()
     collected = collect_rollouts(sampler, setup.data.batch_rows(step), ("rollout", step), specs)
+    sampler.backends.sleep()
     collected_at = time.perf_counter()
     decode = partial(completion_text, setup.data)
     passing, shares = filter_rollouts(setup.spec.rollout.keep, collected.batch, decode)
@@ -147,6 +148,7 @@ def _evaluate(trainer: Trainer, report: Report, stop: StopRequests) -> Evaluatio
     started = time.perf_counter()
     with _abandonable(trainer, report, stop):
         result = evaluate(trainer.sampler, spec.evaluation, specs.optimizer_steps)
+        trainer.sampler.backends.sleep()
         losses = held_out_loss(trainer.sampler, trainer.learner, spec.evaluation, specs)
     if metric := spec.output.keep_best:
         metrics = result.metrics(headline(spec.evaluation)) | losses
