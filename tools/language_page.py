@@ -30,6 +30,9 @@ what stands here, and [editors](editors.md) complete and check keys.
 **Kinds.** Where there is a choice, `kind` names it: `divergence: {kind: jsd, teacher_share: 0.3}`.  A kind whose other
 keys all have defaults can be written as its bare name: `divergence: jsd`.
 
+**Paths.** A relative path starts at the folder of the file that names it, be that a run file or a method page; on the
+command line it starts at the working directory.  `~` is your home folder.  `sdkit show SPEC` prints what each path means.
+
 **Tables.** `takes` is the type of the value.  A *table* is a map from names of your choice to values; `NAME` stands for
 such a name in headings.  `{…}` is a map whose keys the link shows.  Numbers have an upper limit of 1e6, whole numbers of
 1e9, where nothing else is said; an error gives the exact range.
@@ -55,7 +58,10 @@ CHAPTERS: list[tuple[str, list[Any]]] = [
     ("How are losses averaged?", [specs.Average]),
     ("How does a number change during a run?", [Schedule]),
     ("Which model is trained?", [specs.ModelSpec, specs.LoraSpec, specs.ShapeSpec]),
-    ("Where does the data come from?", [specs.DataSpec, specs.ColumnTemplate, specs.Source]),
+    (
+        "Where does the data come from?",
+        [specs.DataSpec, specs.ColumnTemplate, specs.LastTurn, specs.JsonColumn, specs.Source],
+    ),
     ("How are completions rewarded?", [specs.Reward, specs.Extract]),
     ("How is a run evaluated?", [specs.EvaluationSpec, specs.Suite, specs.Decoding]),
     ("How are the weights updated?", [specs.OptimizerSpec]),

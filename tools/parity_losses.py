@@ -1,6 +1,6 @@
 """Formulas of a token's loss, in plain Python numbers: what tools/parity_figures.py makes its figures of.
 
-A number with a gradient is complex; what carries none is `held`.  The formulas are those of reference/methods.md §5.
+A number with a gradient is complex; what carries none is `held`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def mixed(p: Sequence[Number], q: Sequence[Number], share: float) -> list[Number
 def kind(spec: Any) -> str:
     """Of a union's member, written with keys or bare; of a user's function, its name."""
     found = spec if isinstance(spec, str) else keys(spec).get("kind", "")
-    return spec["function"] if found == "file" else found
+    return keys(spec)["function"] if found == "file" else found
 
 
 def keys(spec: Any) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Hooks of the documentation site (mkdocs.yml): README and CONTRIBUTING are pages, and so is each file of the
+"""Hooks of the documentation site (mkdocs.yml): README and other files of the root are pages, and so is each file of the
 repository that a page links to.
 """
 
@@ -12,7 +12,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = {ROOT / "README.md": "index.md", ROOT / "CONTRIBUTING.md": "contributing.md"}
+PAGES = {ROOT / "README.md": "index.md"}
+PAGES |= {ROOT / f"{name.upper()}.md": f"{name}.md" for name in ("contributing", "changelog", "security")}
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 """The target of a relative link, without its anchor."""
 

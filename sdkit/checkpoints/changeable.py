@@ -6,25 +6,29 @@ from collections.abc import Mapping, Sequence
 
 from sdkit.language.errors import Path as SpecPath
 
-_OUTPUT_AND_BATCH_MEMORY: Sequence[SpecPath] = (
+_OUTPUT_AND_LIMITS: Sequence[SpecPath] = (
     ("output",),
+    ("training", "deadline_seconds"),
     ("training", "micro_batch_tokens"),
     ("training", "chunk_tokens"),
+    ("training", "reduce_bucket_size"),
+    ("training", "allgather_bucket_size"),
+    ("training", "deterministic"),
 )
-"""What a run writes and how much memory a pass takes: these may change on resume and on replay."""
+"""What a run writes, how long ranks wait, and how much memory a pass takes: these may change on resume and on replay."""
 
 CHANGEABLE_ON_RESUME: Sequence[SpecPath] = (
-    *_OUTPUT_AND_BATCH_MEMORY,
+    *_OUTPUT_AND_LIMITS,
     *(("rollout", "backend", key) for key in ("urls", "key_from", "allow_remote", "folder", "deadline_seconds")),
     ("training", "steps"),
     ("training", "epochs"),
     ("model", "activation_checkpointing"),
 )
-"""Keys that may change on resume, with all keys below them: the run's length and output, its memory settings, and the
-addresses of its rollout servers."""
+"""Keys that may change on resume, with all keys below them: the run's length and output, its time limit and memory settings,
+and the addresses of its rollout servers."""
 
 CHANGEABLE_ON_REPLAY: Sequence[SpecPath] = (
-    *_OUTPUT_AND_BATCH_MEMORY,
+    *_OUTPUT_AND_LIMITS,
     *((key,) for key in ("losses", "teacher", "route", "rewards", "reward")),
     *((key,) for key in ("optimizer", "evaluation", "machine")),
     ("data", "columns"),
@@ -32,6 +36,7 @@ CHANGEABLE_ON_REPLAY: Sequence[SpecPath] = (
     ("training", "updates_per_rollout"),
     ("training", "share_prompts"),
     ("training", "zero_stage"),
+    ("training", "reduce_dtype"),
 )
 """Keys that may differ from the recorded run, with all keys below them: none of them changes a prompt or a token."""
 

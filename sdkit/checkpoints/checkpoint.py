@@ -18,12 +18,13 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from attrs import define, frozen
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sdkit import __version__
@@ -57,6 +58,25 @@ class Progress:
         self.skipped = 0 if applied else self.skipped + 1
 
 
+class _StoredTensors(Mapping[str, Tensor]):
+    """The tensors of an open safetensors file, each read when it is looked up."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._names = frozenset(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Prefetched(Protocol):
     """Rollout batches that are sampled and not yet trained on (train/prefetch.py)."""
 
@@ -88,7 +108,8 @@ def save(state: TrainState, run: Path, spec: ExperimentSpec) -> Path:
     with atomic.delete_partial_on_error(partial, final):
         _write_together(lambda: atomic.empty_folder(partial) if collectives.rank() == 0 else None)
         state.zero.save(folder, partial.name)
-        _write_together(lambda: _write_rank_files(state, partial))
+        averages = state.teacher.state() if state.teacher else {}
+        _write_together(lambda: _write_rank_files(state, averages, partial))
         _write_manifest(state, manifest.origin(run, spec, collectives.world_size()), partial)
         if collectives.rank() == 0:
             atomic.replace_folder(partial, final)
@@ -109,14 +130,13 @@ def _write_together(write: Callable[[], None]) -> None:
         raise OSError(faults[0])
 
 
-def _write_rank_files(state: TrainState, folder: Path) -> None:
+def _write_rank_files(state: TrainState, averages: Mapping[str, Tensor], folder: Path) -> None:
     """Write what DeepSpeed does not save: this rank's random state and its part of the teacher's averages."""
     generators = json.dumps(rng.state())
     (folder / rng_state_file(collectives.rank())).write_text(generators, encoding="utf-8")
-    if collectives.rank() == 0 or state.zero.stage == 3:
-        if state.teacher and (averages := state.teacher.state()):
-            tensors = {name: t.contiguous() for name, t in averages.items()}
-            save_file(tensors, str(folder / _teacher_file(state.zero)))
+    if averages and (collectives.rank() == 0 or state.zero.stage == 3):
+        tensors = {name: t.contiguous() for name, t in averages.items()}
+        save_file(tensors, str(folder / _teacher_file(state.zero)))
     if state.prefetched:
         state.prefetched.write(folder)
 
@@ -172,7 +192,8 @@ def load(state: TrainState, checkpoint: Path, seed: int) -> None:
     progress = state.progress
     progress.step, progress.optimizer_steps, progress.skipped = facts.step, facts.updates, facts.skipped
     if state.teacher and state.teacher.moves:
-        state.teacher.load_state(load_file(str(checkpoint / _teacher_file(state.zero))))
+        with safe_open(str(checkpoint / _teacher_file(state.zero)), framework="pt") as file:
+            state.teacher.load_state(_StoredTensors(file))
     if state.prefetched:
         state.prefetched.read(checkpoint)
     own = checkpoint / rng_state_file(collectives.rank())

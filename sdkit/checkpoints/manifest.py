@@ -15,7 +15,7 @@ from attrs import asdict, frozen
 
 from sdkit.checkpoints import atomic
 from sdkit.checkpoints.changeable import may_change_on_resume
-from sdkit.language.files import sha256_of
+from sdkit.language.files import sha256_of, sha256_of_all
 from sdkit.language.resolved import leaves, resolved
 from sdkit.language.specs import ExperimentSpec
 from sdkit.runs import directory
@@ -113,22 +113,26 @@ def read(folder: Path, *, hashes: bool) -> Manifest:
     present = file_names(folder)
     if unknown := set(present) - set(files):
         raise UnusableCheckpoint(f"has a file that does not belong to it: {min(unknown)}")
-    for name, file in files.items():
-        _check_file(folder / name, name, file, hashes=hashes)
+    try:
+        _check_files(folder, files, hashes=hashes)
+    except OSError as error:
+        name = Path(error.filename).relative_to(folder)
+        raise UnusableCheckpoint(f"cannot be read: {name}: {error.strerror}") from None
     return manifest
 
 
-def _check_file(path: Path, name: str, file: FileEntry, *, hashes: bool) -> None:
-    try:
-        size = path.stat().st_size
-        if size != file.bytes:
+def _check_files(folder: Path, files: Mapping[str, FileEntry], *, hashes: bool) -> None:
+    """Raise UnusableCheckpoint at the first file that is not what was written; OSError if one cannot be read."""
+    for name, file in files.items():
+        if not (folder / name).is_file():
+            raise UnusableCheckpoint(f"is damaged: {name} is missing")
+        if (size := (folder / name).stat().st_size) != file.bytes:
             raise UnusableCheckpoint(f"is damaged: {name} has {size} bytes instead of {file.bytes}")
-        if hashes and file_entry(path) != file:
-            raise UnusableCheckpoint(f"is damaged: {name} is not what was written (SHA-256)")
-    except FileNotFoundError:
-        raise UnusableCheckpoint(f"is damaged: {name} is missing") from None
-    except OSError as error:
-        raise UnusableCheckpoint(f"cannot be read: {name}: {error.strerror}") from None
+    if hashes:
+        digests = sha256_of_all([folder / name for name in files])
+        changed = [name for name, digest in zip(files, digests, strict=True) if digest != files[name].sha256]
+        if changed:
+            raise UnusableCheckpoint(f"is damaged: {changed[0]} is not what was written (SHA-256)")
 
 
 def _digest(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 
@@ -15,17 +16,31 @@ if not os.environ.get("SDKIT_DEBUG"):
 
 import typer
 
-from sdkit.cli import runs, saved, specs, syntax  # each module adds its commands to `app`
+from sdkit.cli import doctor, runs, saved, specs, syntax, writing  # each module adds its commands to `app`
 from sdkit.cli.app import app
-from sdkit.language.errors import INTERRUPTED, SdkitError
+from sdkit.devices import hide_gpus_if_requested
+from sdkit.language.errors import INTERRUPTED, SdkitError, UnreadableInput
 from sdkit.stdout import is_first_rank
 
-__all__ = ["app", "main", "runs", "saved", "specs", "syntax"]
+__all__ = ["app", "doctor", "main", "runs", "saved", "specs", "syntax", "writing"]
+
+
+_DASHED_OVERRIDE = re.compile(r"--?(\w+(?:\.\w+)+)(?:=.*)?", re.DOTALL)
+"""No option of sdkit has a dot in its name."""
+
+
+def _refuse_dashed_overrides(words: list[str]) -> None:
+    for word in words:
+        if match := _DASHED_OVERRIDE.fullmatch(word):
+            key, value = match[1], word.partition("=")[2] or "VALUE"
+            raise UnreadableInput(f"{word} is no option: overrides have no dashes", hint=f"write {key}={value}")
 
 
 def main() -> None:
     """Run the command line; an expected failure prints one message and exits with its code."""
     try:
+        _refuse_dashed_overrides(sys.argv[1:])
+        hide_gpus_if_requested()
         app()
     except SdkitError as error:
         place = f"{error.place}: " if error.place else ""

@@ -15,7 +15,7 @@ from sdkit.stdout import is_first_rank
 
 
 def check_spec(
-    path: Path, overrides: list[str] | None, *, run_file: bool = False, base: Path | None = None, warn: bool = True
+    path: Path, overrides: Sequence[str] | None, *, run_file: bool = False, base: Path | None = None, warn: bool = True
 ) -> Any:
     """Load and check a spec; print its problems, and exit with code 1 if there are errors.
 
@@ -58,6 +58,13 @@ def check_run(run: Path, overrides: Sequence[str] = (), *, fixed: Sequence[str] 
     return checked, base
 
 
+def check_spec_or_run(path: Path, overrides: list[str] | None, *, run_file: bool = False) -> Any:
+    """Check a spec, or the resolved spec of a run directory.  Raises and exits as `check_spec` does."""
+    if path.is_dir():
+        return check_run(path, overrides or ())[0]
+    return check_spec(path, overrides, run_file=run_file)
+
+
 @contextlib.contextmanager
 def placing(checked: Any) -> Iterator[None]:
     """Add to an error that names a key of the spec the file and line where the key is written."""
@@ -74,18 +81,28 @@ def placing(checked: Any) -> Iterator[None]:
 
 
 def print_problems(specs: Sequence[Any], format: str) -> None:
-    """Print every problem of these checked specs once: text to standard error, `json` and `github` to standard output."""
-    from sdkit.language import errors
-
+    """Print every problem of these checked specs once: text to standard error, other formats to standard output."""
     # Run files that share a method page share its problems.
     problems = list(dict.fromkeys(p for checked in specs for p in checked.problems))
-    if format == "json":
-        typer.echo(errors.as_json(problems))
-    elif problems and format == "github":
-        typer.echo(errors.as_github(problems))
-    elif problems:
-        texts = {name: text for checked in specs for name, text in checked.texts.items()}
-        typer.echo(errors.render(problems, texts), err=True)
+    if format == "text":
+        from sdkit.language.errors import render
+
+        if problems:
+            texts = {name: text for checked in specs for name, text in checked.texts.items()}
+            typer.echo(render(problems, texts), err=True)
+        return
+    from sdkit.language import formats
+
+    write = {"json": formats.as_json, "github": formats.as_github, "sarif": formats.as_sarif}[format]
+    if text := write(problems):
+        typer.echo(text)
+
+
+def print_source_problems(source: Any) -> None:
+    """Print the YAML problems of one file to standard error."""
+    from sdkit.language.errors import render
+
+    typer.echo(render(source.problems, {source.name: source.text}), err=True)
 
 
 def make_console() -> Any:

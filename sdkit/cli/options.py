@@ -12,6 +12,13 @@ from sdkit.cli import completion
 SpecPath = Annotated[
     Path, typer.Argument(help="A run file or a method page.", show_default=False, autocompletion=completion.spec_files)
 ]
+SpecOrRun = Annotated[
+    Path,
+    typer.Argument(
+        help="A run file, a method page, or a run directory.", show_default=False, autocompletion=completion.spec_files
+    ),
+]
+RunPath = Annotated[Path, typer.Argument(help="A run file.", show_default=False, autocompletion=completion.spec_files)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -37,6 +44,6 @@ ChangedModels = Annotated[
     bool, typer.Option("--changed-models", help="Accept that local models have changed: use them as they are now.")
 ]
 Format = Annotated[
-    Literal["text", "json", "github"],
-    typer.Option("--format", help="Output for people, for programs, or for GitHub Actions."),
+    Literal["text", "json", "github", "sarif"],
+    typer.Option("--format", help="Output for people, for programs, for GitHub Actions, or for code scanning."),
 ]

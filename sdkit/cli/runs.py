@@ -8,17 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
+from sdkit.cli.app import RUNNING, app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
-from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, SpecPath
+from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, RunPath
 from sdkit.cli.specs import plan, smoke_spec
+from sdkit.language.errors import ProcessDied
 
 
 @app.command(
-    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`"
+    rich_help_panel=RUNNING,
+    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`",
 )
 def train(
-    spec: SpecPath,
+    spec: RunPath,
     overrides: Overrides = None,
     to: Annotated[
         Path | None, typer.Option("--to", help="Run directory (default: runs/NAME of the spec).", show_default=False)
@@ -27,7 +29,13 @@ def train(
     overwrite: Overwrite = False,
     changed_code: ChangedCode = False,
     changed_models: ChangedModels = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, plan and smoke-run; train nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Plan, check all rows, call every reward on the rows' own answers, and smoke-run; train nothing.",
+        ),
+    ] = False,
     processes: Processes = None,
 ) -> None:
     """Run a spec: evaluate, train, evaluate, and write a run directory."""
@@ -37,20 +45,32 @@ def train(
         raise typer.BadParameter(f"--changed-{accept[0]} needs --resume: a new run takes the files as they are")
     checked = check_spec(spec, overrides, run_file=True)
     if dry_run:
-        plan(spec, overrides)
-        return smoke_spec(checked, 2)
-    _launch_ranks(checked.spec, processes)
+        return _rehearse(checked, spec, overrides)
     folder = to or Path(checked.spec.output.folder) / spec.stem
-    base, written = spec.resolve().parent, checked.texts[checked.loaded.name]
-    _train(checked, base, folder, make_console(), written, resume=resume, overwrite=overwrite, accept=accept)
+    _launch_ranks(checked.spec, processes, folder)
+    written = checked.texts[checked.loaded.name]
+    _train(checked, checked.base, folder, make_console(), written, resume=resume, overwrite=overwrite, accept=accept)
     return None
 
 
+def _rehearse(checked: Any, spec: Path, overrides: list[str] | None) -> None:
+    """Do everything that a run does before it loads its model, and a smoke run."""
+    plan(spec, overrides)
+    from sdkit.train.data_report import report_data
+    from sdkit.train.reward_trial import try_rewards
+
+    console = make_console()
+    with placing(checked):
+        try_rewards(report_data(checked.spec, checked.base, console, 0), console)
+    smoke_spec(checked, 2)
+
+
 @app.command(
-    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`"
+    rich_help_panel=RUNNING,
+    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`",
 )
 def serve(
-    spec: SpecPath,
+    spec: RunPath,
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -83,15 +103,14 @@ def serve(
 
     with placing(checked):
         address = serving.address_of(checked.spec, host, port, allow_remote=allow_remote)
-        base = spec.resolve().parent
 
         def longest(model_folder: str) -> int:
-            return max_tokens or longest_sequence(checked.spec, base, model_folder)
+            return max_tokens or longest_sequence(checked.spec, checked.base, model_folder)
 
-        serving.serve(checked.spec, base, address, make_console(), longest)
+        serving.serve(checked.spec, checked.base, address, make_console(), longest)
 
 
-@app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
+@app.command("eval", rich_help_panel=RUNNING, epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
 def evaluate(
     spec: Annotated[
         Path,
@@ -114,7 +133,8 @@ def evaluate(
 def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
     """Check the run file, or the spec of the run with its trained model; return it and the folder its paths start from."""
     if not path.is_dir():
-        return check_spec(path, overrides, run_file=True), path.resolve().parent
+        checked = check_spec(path, overrides, run_file=True)
+        return checked, checked.base
     from sdkit.runs.directory import trained_model
 
     trained = [f"model.path={trained_model(path).resolve()}", "model.lora=null"]
@@ -122,8 +142,9 @@ def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
 
 
 @app.command(
+    rich_help_panel=RUNNING,
     epilog="Examples: `sdkit replay runs/sdft@0`, "
-    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`"
+    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`",
 )
 def replay(
     recorded: Annotated[
@@ -159,10 +180,10 @@ def replay(
     recording = open_recording(recorded, steps)
     run = recording.run
     checked, base = check_run(run, overrides or ())
-    _launch_ranks(checked.spec, processes)
+    folder, written = to or run.with_name(f"{run.name}-replay"), read(run / "spec.yaml").text
+    _launch_ranks(checked.spec, processes, folder)
     console = make_console()
     console.print(f"replay: {recording}", markup=False, highlight=False)
-    folder, written = to or run.with_name(f"{run.name}-replay"), read(run / "spec.yaml").text
     accept = _accepted(code=changed_code, models=changed_models)
     options = {"resume": resume, "overwrite": overwrite, "recording": recording, "accept": accept}
     _train(checked, base, folder, console, written, **options)
@@ -188,12 +209,24 @@ def _train(checked: Any, base: Path, folder: Path, console: Any, written: str, *
         run_spec(checked.spec, base, folder, console, written=written, resolved=resolved, **options)
 
 
-def _launch_ranks(spec: Any, processes: int | None) -> None:
-    """Run the command on several ranks if requested, then exit with their code."""
+def _launch_ranks(spec: Any, processes: int | None, folder: Path | None = None) -> None:
+    """Run the command on several ranks if requested, then exit with their code.
+
+    If the ranks fail and leave the run directory `folder` in the state `running`, its state becomes `failed`.
+    """
     from sdkit.distributed.launch import launch, must_launch, this_command
 
     if must_launch(processes):
         from sdkit.plan.plan import prompts_per_rank
+        from sdkit.runs.directory import read_status, record_failure
 
         prompts_per_rank(spec, processes or 1)
-        raise typer.Exit(launch(processes or 1, this_command()))
+        before = read_status(folder) if folder else {}
+        died: ProcessDied | None = None
+        try:
+            code = launch(processes or 1, this_command())
+        except ProcessDied as error:
+            died, code = error, error.exit_code
+        if code and folder and read_status(folder) != before:  # else these ranks did not get to their run
+            record_failure(folder, str(died or f"a rank ended with code {code}"))
+        raise died or typer.Exit(code)

@@ -1,18 +1,20 @@
-"""Commands on run directories: compare, export, convert checkpoints."""
+"""Commands on run directories: compare, diff, export, convert checkpoints."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from sdkit.cli.app import app
-from sdkit.cli.checking import check_run, make_console
+from sdkit.cli import completion
+from sdkit.cli.app import RESULTS, app
+from sdkit.cli.checking import check_run, check_spec, make_console
 
 
 @app.command(
-    epilog="Examples: `sdkit compare runs/sdft`, `sdkit compare runs/grpo runs/sdpo --x steps --to runs/both.png`"
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit compare runs/sdft`, `sdkit compare runs/grpo runs/sdpo --x steps --to runs/both.png`",
 )
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)],
@@ -35,8 +37,47 @@ def compare(
     compare_runs(runs, make_console(), to, x, score)
 
 
+SpecOrRun = Annotated[
+    Path,
+    typer.Argument(
+        help="A run file, a method page, or a run directory.", show_default=False, autocompletion=completion.spec_files
+    ),
+]
+
+
 @app.command(
-    epilog="Examples: `sdkit export runs/sdft --to sdft`, `sdkit export runs/sdft --merge-lora --to sdft-merged`"
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit diff specs/grpo.yaml specs/sdpo.yaml`, `sdkit diff runs/sdft sdft`",
+)
+def diff(first: SpecOrRun, second: SpecOrRun) -> None:
+    """Print what differs between two specs or runs: settings, derived numbers, code, data, environment."""
+    from sdkit.runs.diff import print_differences
+
+    print_differences(_side(first), _side(second), make_console())
+
+
+def _side(path: Path) -> Any:
+    """A spec as it is now, or a run as it was recorded."""
+    from sdkit.api import plan_spec
+    from sdkit.plan.numbers import derived_numbers
+    from sdkit.plan.plan import MethodPlan
+    from sdkit.runs.diff import Side, origins_of_run, origins_of_spec
+
+    if path.is_dir():
+        checked, base = check_run(path)
+        origins = origins_of_run(path)
+    else:
+        checked = check_spec(path, (), warn=False)
+        base = Path(checked.loaded.folder)
+        origins = origins_of_spec(checked.spec, base)
+    plan = plan_spec(checked.spec, base)
+    numbers = {} if isinstance(plan, MethodPlan) else derived_numbers(checked.spec, plan)
+    return Side(name=str(path), spec=checked.spec, numbers=numbers, origins=origins)
+
+
+@app.command(
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit export runs/sdft --to sdft`, `sdkit export runs/sdft --merge-lora --to sdft-merged`",
 )
 def export(
     run: Annotated[Path, typer.Argument(help="The directory of a finished run.", show_default=False)],
@@ -54,7 +95,7 @@ def export(
 
 CONVERT = "Example: `sdkit checkpoint convert runs/sdft --processes 1`"
 checkpoint = typer.Typer(help="Work with the checkpoints of a run.", no_args_is_help=True, epilog=CONVERT)
-app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(checkpoint, name="checkpoint", rich_help_panel=RESULTS)
 
 
 @checkpoint.command(epilog=CONVERT)

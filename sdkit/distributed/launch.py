@@ -27,6 +27,12 @@ POLL_SECONDS = 0.05
 RANK_LOST_CODE = ProcessDied.exit_code
 """The exit code of a rank that lost another rank; such a rank is never the cause."""
 
+KILLERS = {
+    signal.SIGKILL: "probably the kernel's out-of-memory killer: see `dmesg`",
+    signal.SIGABRT: "probably NCCL's watchdog: ranks waited longer for each other than training.deadline_seconds",
+}
+"""By signal: what probably sent it to a rank."""
+
 
 def launched() -> int | None:
     """Returns the number of ranks that a launcher started, this process included; None without a launcher."""
@@ -167,8 +173,11 @@ def _exit_code(ended: list[tuple[_Rank, int]]) -> int:
     """
 
     def priority(code: int) -> int:
-        # A killed rank comes first.  SIGABRT is no cause: a process that lost its group may abort at exit.
-        return 0 if code < 0 and code != -signal.SIGABRT else 2 if code == RANK_LOST_CODE else 1
+        # A killed rank comes first.  SIGABRT is no cause: a process that lost its group may abort at exit, and NCCL aborts
+        # one whose collective exceeds its time limit.
+        if code == -signal.SIGABRT:
+            return 3
+        return 0 if code < 0 else 2 if code == RANK_LOST_CODE else 1
 
     failed = [(priority(code), rank, code) for rank, code in ended if code]
     if not failed:
@@ -180,6 +189,6 @@ def _exit_code(ended: list[tuple[_Rank, int]]) -> int:
     if code < 0:
         raise ProcessDied(
             f"rank {rank.number} was killed by {signal.Signals(-code).name}; the run ended with it",
-            hint="probably the kernel's out-of-memory killer: see `dmesg`" if -code == signal.SIGKILL else None,
+            hint=KILLERS.get(signal.Signals(-code)),
         )
     return code

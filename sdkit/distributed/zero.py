@@ -16,16 +16,33 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from sdkit.distributed import zero_shards
+from sdkit.distributed import health, zero_shards
 from sdkit.distributed.collectives import barrier, rank, world_size
-from sdkit.language.specs import OptimizerSpec
+from sdkit.language.specs import OptimizerSpec, TrainingSpec
 from sdkit.models.device import rank_device
 from sdkit.stdout import quiet
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=600)
-
 NO_DECAY_PATTERNS = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
 """Name patterns of biases and norms, from transformers' `Trainer.get_decay_parameter_names`."""
+
+
+@frozen(kw_only=True)
+class ZeroOptions:
+    """What ZeRO offloads to CPU memory, and how ranks exchange gradients and weights."""
+
+    offload: Sequence[str] = ()
+    reduce_dtype: str = "float32"
+    reduce_bucket_size: int = 500_000_000
+    allgather_bucket_size: int = 500_000_000
+
+    @classmethod
+    def of(cls, training: TrainingSpec) -> ZeroOptions:
+        return cls(
+            offload=training.offload,
+            reduce_dtype=training.reduce_dtype,
+            reduce_bucket_size=training.reduce_bucket_size,
+            allgather_bucket_size=training.allgather_bucket_size,
+        )
 
 
 @frozen(kw_only=True)
@@ -52,8 +69,11 @@ def _freeze_imported_objects() -> None:
     atexit.register(gc.unfreeze)  # native bindings check for leaked objects at exit
 
 
-def start() -> None:
-    """Join the process group, or create one with a single process.  Call before vLLM starts."""
+def start(deadline_seconds: float = 600.0) -> None:
+    """Join the process group, or create one with a single process.  Call before vLLM starts.
+
+    `deadline_seconds` is the time limit of joining and of each collective operation.
+    """
     prepare()
     with quiet():
         import deepspeed
@@ -66,6 +86,7 @@ def start() -> None:
     log.propagate = True
     # Otherwise its shared-memory collective is compiled at every start (33 s measured), and never used.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=deadline_seconds)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     device = rank_device()
     if device.type == "cuda":
@@ -75,13 +96,12 @@ def start() -> None:
         if "WORLD_SIZE" not in os.environ:  # no launcher: a group of one needs no port
             os.environ.setdefault("LOCAL_RANK", "0")
             store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-            torch.distributed.init_process_group(
-                backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
-            )
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         with quiet():
-            deepspeed.init_distributed(backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+            deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
     if world_size() != launched:
         raise RuntimeError(f"{launched} processes were launched, but {world_size()} joined")
+    health.start()
 
 
 def stop(*, together: bool = True) -> None:
@@ -94,7 +114,11 @@ def stop(*, together: bool = True) -> None:
 
         if together:
             barrier()
+            health.stop()
+        else:
+            health.fail()
         comm.destroy_process_group()  # torch's own function leaves DeepSpeed with a dead group, which breaks a second run
+        health.stop()  # until here it ends a rank that hangs
 
 
 class Zero:
@@ -106,7 +130,7 @@ class Zero:
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[str] = ()
+        self, module: nn.Module, optimizer: OptimizerSpec, stage: int, bf16: bool, options: ZeroOptions = ZeroOptions()
     ) -> None:
         import deepspeed
 
@@ -118,7 +142,7 @@ class Zero:
         self._decays: list[float] = [group["weight_decay"] for group in groups]
         with quiet():
             self.engine: Any = deepspeed.initialize(
-                model=module, model_parameters=groups, config=_config(optimizer, stage, bf16, offload)
+                model=module, model_parameters=groups, config=_config(optimizer, stage, bf16, options)
             )[0]
         # Stage 0 all-reduces in `_unsharded_step`, which needs the gradient norm before the step.
         self.engine.enable_backward_allreduce = stage > 0
@@ -152,21 +176,24 @@ class Zero:
         self.engine.step()
         return OptimizerStepResult(applied=True, grad_norm=norm.item())
 
-    def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields name and float32 value of every trained parameter; under stage 3 this rank's shard, flat.
+    @property
+    def shards_masters(self) -> bool:
+        """Whether a rank has only a part of the masters."""
+        return self.stage > 0 and world_size() > 1
 
-        Collective under stages 1-2.
-        """
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields name and float32 value of every trained parameter; if ranks share the masters, this rank's shard, flat."""
+        from deepspeed.utils import safe_get_local_fp32_param
 
         for name, parameter in self.named:
-            value: Any = None
+            value: Any = parameter.detach()
             if self.stage == 3:
                 shard: Any = safe_get_local_fp32_param(parameter)
                 value = zero_shards.unpadded(parameter, shard.flatten())
             elif self.stage > 0:
-                value = safe_get_full_fp32_param(parameter)
-            value = parameter.detach() if value is None else value
+                fragment = _master_fragment(parameter)
+                value = fragment.hp_fragment.detach() if fragment else parameter.new_empty(0, dtype=torch.float32)
+                value = value if self.shards_masters else value.view_as(parameter)
             if value.dtype != torch.float32:
                 raise RuntimeError(f"{name} has no float32 master")
             yield name, value
@@ -176,6 +203,15 @@ class Zero:
         optimizer = self.engine.basic_optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return sum(2 * p.nbytes for p in parameters if p.device == device and not optimizer.state.get(p))
+
+    def own_parts(self) -> dict[str, slice]:
+        """Returns the part of each trained parameter, flattened, of which this rank has the masters (stages 1 and 2)."""
+        parts: dict[str, slice] = {}
+        for name, parameter in self.named:
+            fragment = _master_fragment(parameter)
+            address = fragment and fragment.lp_fragment_address
+            parts[name] = slice(address.start, address.start + address.numel) if address else slice(0, 0)
+        return parts
 
     def save(self, folder: Path, tag: str) -> None:
         """Write model and optimizer to folder/tag; every rank must call.  Raises OSError or RuntimeError."""
@@ -227,6 +263,11 @@ def open_forward_only(root: zero_shards.Root, offload: Sequence[str]) -> Any:
         )[0]
 
 
+def _master_fragment(parameter: Any) -> Any:
+    """Returns where DeepSpeed has this rank's part of a parameter's master under stages 1 and 2; None if it has none."""
+    return parameter._hp_mapping
+
+
 def parameter_groups(module: nn.Module, optimizer: OptimizerSpec) -> list[dict[str, Any]]:
     """Returns the optimizer's parameter groups: trained parameters with and without weight decay.  No group is empty."""
     from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
@@ -243,9 +284,11 @@ def parameter_groups(module: nn.Module, optimizer: OptimizerSpec) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def _config(optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[str]) -> dict[str, Any]:
-    sharding: dict[str, Any] = zero_shards.settings(offload) if stage == 3 else {"stage": stage}
-    if "optimizer" in offload:
+def _config(optimizer: OptimizerSpec, stage: int, bf16: bool, options: ZeroOptions) -> dict[str, Any]:
+    sharding: dict[str, Any] = zero_shards.settings(options.offload) if stage == 3 else {"stage": stage}
+    sharding["reduce_bucket_size"] = options.reduce_bucket_size
+    sharding["allgather_bucket_size"] = options.allgather_bucket_size
+    if "optimizer" in options.offload:
         sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -253,6 +296,8 @@ def _config(optimizer: OptimizerSpec, stage: int, bf16: bool, offload: Sequence[
         "managed_gradient_accumulation": False,
         "gradient_clipping": optimizer.max_grad_norm,
         "zero_optimization": sharding,
+        # DeepSpeed's default is the dtype of the forward pass.
+        "communication_data_type": {"float32": "fp32", "bfloat16": "bf16"}[options.reduce_dtype],
         # The same AdamW with and without offload: DeepSpeed's own CPU optimizer is compiled at its first start.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},

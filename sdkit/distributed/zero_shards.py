@@ -44,24 +44,10 @@ class Projection(nn.Module):
         return function(hidden, *args)
 
 
-class Zero3Sharding(Sharding):
-    """A model under ZeRO stage 3."""
+class ShardedParameters(Sharding):
+    """The parameters of a model that is sharded by ZeRO stage 3 and cannot run yet."""
 
-    def __init__(self, root: Root, head: Sequence[nn.Parameter]) -> None:
-        import deepspeed
-
-        self.root = root
-        for parameter in head:
-            deepspeed.zero.register_external_parameter(root.projection, parameter)
-        persistent = [n for n, p in root.named_parameters() if getattr(p, "ds_persist", False)]
-        if persistent:  # writes to their shards would have no effect
-            raise RuntimeError(f"stage 3 keeps {persistent[0]} gathered between forward passes")
-
-    def run_forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        return self.root(function, *args)
-
-    def run_with_head(self, function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
-        return self.root.projection(function, hidden, *args)
+    in_step = True
 
     @contextlib.contextmanager
     def gather(self, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -78,11 +64,45 @@ class Zero3Sharding(Sharding):
             raise RuntimeError(f"{sharded.ds_summary()} is gathered: a write to its shards would be lost")
         return unpadded(parameter, sharded.ds_tensor.data.view(-1))
 
+    def full_shape(self, parameter: Tensor) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def write(self, parameter: Tensor, values: Tensor) -> None:
+        sharded: Any = parameter
+        shard, start = self.local_shard(parameter), rank() * sharded.ds_tensor.numel()
+        shard.copy_(values.flatten()[start : start + shard.numel()])
+
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return all_reduce_sum(values)
 
     def all_reduce_max(self, value: int) -> int:
         return all_reduce_max(value)
+
+
+class Zero3Sharding(ShardedParameters):
+    """A model under ZeRO stage 3, with DeepSpeed's hooks: it can run."""
+
+    def __init__(
+        self, root: Root, head: Sequence[nn.Parameter], release_all: Callable[[], None] = lambda: None
+    ) -> None:
+        import deepspeed
+
+        self.root = root
+        self._release_all = release_all
+        for parameter in head:
+            deepspeed.zero.register_external_parameter(root.projection, parameter)
+        persistent = [n for n, p in root.named_parameters() if getattr(p, "ds_persist", False)]
+        if persistent:  # writes to their shards would have no effect
+            raise RuntimeError(f"stage 3 keeps {persistent[0]} gathered between forward passes")
+
+    def run_forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.root(function, *args)
+
+    def run_with_head(self, function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
+        return self.root.projection(function, hidden, *args)
+
+    def release(self) -> None:
+        self._release_all()
 
 
 def unpadded(parameter: Tensor, shard: Tensor) -> Tensor:

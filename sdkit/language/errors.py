@@ -1,4 +1,4 @@
-"""Problems and errors: their classes, exit codes and printed forms.  Knows nothing of YAML, specs or rules."""
+"""Problems and errors: their classes, exit codes and text on a terminal.  Knows nothing of YAML, specs or rules."""
 
 from __future__ import annotations
 
@@ -165,14 +165,17 @@ def first_of(faults: Sequence[str], limit: int = 20) -> str:
     return "\n".join([*faults[:limit], *more])
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """Returns the choice spelled most like `word`, or None if none of the first `MAX_CHOICES` is close."""
+def nearest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the choice spelled most like `word`, or None if none of the first `MAX_CHOICES` is close.
+
+    Two words are close if difflib's ratio of their common letters is at least `cutoff`.
+    """
     from difflib import get_close_matches
 
     if len(word) > MAX_WORD_LENGTH:
         return None
     candidates = [c for c in islice(choices, MAX_CHOICES) if len(c) <= 3 * len(word)]
-    return next(iter(get_close_matches(word, candidates, n=1)), None)
+    return next(iter(get_close_matches(word, candidates, n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str | None:
@@ -246,12 +249,12 @@ def by_position(problem: Problem) -> tuple[str, int, int, str, str]:
 def render(problems: Sequence[Problem], sources: Mapping[str, str]) -> str:
     """Formats problems for a terminal, each with its source line; at most `MAX_SHOWN_PROBLEMS`, then how many remain."""
     lines = {name: text.splitlines() for name, text in sources.items()}
-    shown, footer = _select_shown(problems)
+    shown, footer = select_shown(problems)
     return "\n".join([*(_render_one(p, lines) for p in shown), *footer])
 
 
-def _select_shown(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
-    """The problems to show, errors before warnings, and a line that counts the remaining ones, if any."""
+def select_shown(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
+    """Returns the problems to show, errors before warnings, and a line that counts the remaining ones, if any."""
     ranked = sorted(problems, key=lambda p: (p.severity == "warning", by_position(p)))
     shown = sorted(ranked[:MAX_SHOWN_PROBLEMS], key=by_position)
     remaining = len(problems) - len(shown)
@@ -283,32 +286,3 @@ def _excerpt(line: str, start: int, length: int) -> tuple[str, str]:
     # Keep tabs as tabs, so that the marker lines up at any tab width.
     indent = "".join(c if c == "\t" else " " for c in line[:start].ljust(start))
     return line, indent + "^" * max(1, min(length, len(line) - start))
-
-
-def as_json(problems: Sequence[Problem]) -> str:
-    """Formats problems as a JSON list."""
-    import json
-
-    return json.dumps([p.as_dict() for p in sorted(problems, key=by_position)], indent=2)
-
-
-def as_github(problems: Sequence[Problem]) -> str:
-    """Formats problems as GitHub Actions workflow commands, which annotate the lines of a pull request."""
-    shown, footer = _select_shown(problems)
-    return "\n".join([*map(_github_line, shown), *(f"::notice::{line}" for line in footer)])
-
-
-def _github_line(problem: Problem) -> str:
-    text = f"{problem.message} ({problem.hint})" if problem.hint else problem.message
-    at = ""
-    if place := problem.place:
-        end = place.column + place.length
-        at = f"file={_escape(place.file)},line={place.line},col={place.column},endColumn={end},"
-    message = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    return f"::{problem.severity} {at}title={_escape(problem.code)}::{message}"
-
-
-def _escape(text: str) -> str:
-    for char, code in {"%": "%25", "\r": "%0D", "\n": "%0A", ":": "%3A", ",": "%2C"}.items():
-        text = text.replace(char, code)
-    return text

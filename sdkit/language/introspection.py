@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from sdkit.language.specs import DEFAULT_KIND, Range, Table
+from sdkit.language.specs import DEFAULT_KIND, PathTo, Range, Table
 
 
 @attrs.frozen
@@ -25,6 +25,7 @@ class Key:
     help: str
     each: Range | None = None  # range of the strings and numbers in a list or table
     names: Range | None = None  # range of a table's names
+    path_to: PathTo | None = None  # what the value names if it is a path
 
     @property
     def bounds(self) -> str:
@@ -55,6 +56,7 @@ def keys_of(cls: type) -> dict[str, Key]:
             meta.get("help", ""),
             meta.get("each"),
             meta.get("names"),
+            meta.get("path_to"),
         )
     return keys
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 from attrs import evolve, frozen
@@ -30,6 +31,11 @@ class CheckedSpec:
         return self.spec is not None and not any(p.severity == "error" for p in self.problems)
 
     @property
+    def base(self) -> Path:
+        """The folder that relative paths in the spec start from, absolute."""
+        return Path(self.loaded.folder).resolve()
+
+    @property
     def texts(self) -> Mapping[str, str]:
         """File name → text, for `errors.render`."""
         return self.loaded.texts
@@ -40,7 +46,7 @@ def load_spec(
 ) -> CheckedSpec:
     """Reads and checks a run file or a method page.  Raises UnreadableInput only if the file cannot be read.
 
-    Paths in the spec are relative to the file's folder, or to `base` for a resolved spec stored elsewhere.
+    Relative paths in the spec start at the file's folder, or at `base` for a resolved spec stored elsewhere.
     """
     loaded = load(path, overrides, resolved=base is not None)
     if base is not None:
@@ -55,3 +61,8 @@ def load_spec(
     if spec and not problems:
         problems += check(spec, loaded)
     return CheckedSpec(loaded=loaded, spec=spec, kind=loaded.kind, problems=tuple(sorted(problems, key=by_position)))
+
+
+def strictly(checked: CheckedSpec) -> CheckedSpec:
+    """Returns the checked spec with every warning as an error."""
+    return evolve(checked, problems=tuple(evolve(problem, severity="error") for problem in checked.problems))

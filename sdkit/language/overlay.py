@@ -20,6 +20,8 @@ from sdkit.language.source import MAX_DEPTH, TOO_DEEP, Node, Source, key_fault, 
 RUN_KEYS = ("model", "data", "optimizer", "training", "evaluation", "output")
 PACKAGED_PAGES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "methods")
 """The folder of the method pages that come with sdkit."""
+QUESTION = "?"
+"""The value of an override that asks what its key takes."""
 METHOD_HELP = "the name of a packaged method, or the path of a method page such as ./mine.yaml"
 PAGE_PATH = r"/|\.ya?ml$"
 """A regular expression found in the path of a method page, and not in a name."""
@@ -88,7 +90,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolve
         texts[COMMAND_LINE] = "\n".join(text.replace("\n", " ") for text in overrides)
     problems = [*source.problems, *(o for o in parsed if isinstance(o, Problem))]
     root, method, is_complete = source.root, None, True
-    folder = _folder(source.name)
+    folder = folder_of(source.name)
     is_run = root is not None and is_run_file(root.data)
     if root and is_run:
         root = _apply([o for o in applicable if o.path == ("method",)], root, problems)
@@ -110,17 +112,17 @@ def merge(base: Node, over: Node) -> Node:
     kind_before, kind_after = _kind(base), _kind(over)
     if isinstance(over.value, str) and isinstance(base.value, dict) and kind_after == kind_before:
         return base
-    if not isinstance(over.value, dict) or not isinstance(base.value, dict | str):
+    if not isinstance(over.value, dict | str) or not isinstance(base.value, dict | str):
         return over
-    if "kind" in over.value and kind_after != kind_before:
-        return over
+    if isinstance(over.value, str) or ("kind" in over.value and kind_after != kind_before):
+        return evolve(over, replaced=base)
     if isinstance(base.value, str):  # a bare kind is shorthand for {kind: …}
         items = {"kind": Node(base.value, base.place, base.key)}
     else:
         items = dict(base.value)
     for name, child in over.value.items():
         items[name] = merge(items[name], child) if name in items else child
-    return Node(items, over.place, over.key)
+    return Node(items, over.place, over.key, base.replaced)
 
 
 def _kind(node: Node) -> Any:
@@ -129,7 +131,8 @@ def _kind(node: Node) -> Any:
     return node.value
 
 
-def _folder(name: str) -> str:
+def folder_of(name: str) -> str:
+    """Returns the folder of a file, or of the file that it links to."""
     return os.path.dirname(os.path.realpath(name) if os.path.islink(name) else name)
 
 
@@ -147,7 +150,8 @@ def _method_page(root: Node, folder: str, problems: list[Problem]) -> tuple[str 
     if is_page_name(named.value):
         path = packaged_page(named.value)
     else:
-        path = os.path.normpath(os.path.join(folder, named.value))
+        start = os.getcwd() if named.place.file == COMMAND_LINE else folder
+        path = os.path.normpath(os.path.join(start, os.path.expanduser(named.value)))
     try:
         return path, read(path), root
     except UnreadableInput as error:
@@ -223,6 +227,8 @@ def _parse_override(text: str, line: int) -> _Override | Problem:
         return Problem((), message, "override", "example: optimizer.lr=1e-5", key)
     if fault := key_fault(path):
         return Problem((), fault, "override", None, key)
+    if value == QUESTION:  # in YAML, the start of a key
+        return _Override(path, Node(value, Place(COMMAND_LINE, line, len(name) + 2), key), key)
     source = read_text(value, COMMAND_LINE)
     if source.problems:
         problem = source.problems[0]
@@ -279,5 +285,8 @@ def _set(node: Node, override: _Override, depth: int) -> Node:
     value = override.value
     for name in reversed(override.path[depth:]):
         value = Node({name: value}, value.place, override.key)
-    merged = value if node.value is None else merge(node, value)
-    return evolve(merged, place=node.place, key=node.key)
+    if node.value is None:
+        return value
+    merged = merge(node, value)
+    # A map of another kind has the place of the override, which is to blame for what it lacks.
+    return evolve(merged, place=node.place, key=node.key) if _kind(merged) == _kind(node) else merged

@@ -57,7 +57,7 @@ SHAPE_CODES: Mapping[str, ShapeCode] = {
             "method_file",
             "`method` names a packaged method or a file that can be read",
             "A name without a slash or an ending is that of a packaged page; anything else is a path that starts at "
-            "the run file's folder.",
+            "the run file's folder, or at the working directory if it is an override.",
         ),
         (
             "method_page",
@@ -98,6 +98,19 @@ SHAPE_CODES: Mapping[str, ShapeCode] = {
             "a value lies in the range of its key",
             "Outside it a number has no meaning, or arithmetic in float32 overflows; an empty list or text would be "
             "silently without effect.",
+        ),
+        (
+            "path",
+            "a path has one meaning",
+            "A path starts at the folder of the file that names it, on the command line at the working directory.  A "
+            "model's path that is no folder from there is the id of a model of the hub; if it is a folder beside the "
+            "run file, that would be loaded instead.",
+        ),
+        (
+            "first_row",
+            "the first row of a local data file has what the run reads",
+            "A wrong column would otherwise show when the run starts.  `sdkit validate --data 2` checks every row and "
+            "renders the prompts.",
         ),
     )
 }

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sdkit.language.errors import Path, Place, printable
 from sdkit.language.load import CheckedSpec
 from sdkit.language.overlay import LoadedSpec
+from sdkit.language.paths import meanings
 from sdkit.language.resolved import resolved
 from sdkit.language.scalars import scalar
 
 _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
 
 
-def annotated(checked: CheckedSpec) -> str:
-    """Returns every value of the spec, defaults included, with `# file:line` or `# default`.  Reads back as the same spec."""
-    lines = list(_lines(resolved(checked.spec), (), checked.loaded))
+def annotated(checked: CheckedSpec, *, show_paths: bool = False) -> str:
+    """Returns every value of the spec, defaults included, with `# file:line` or `# default`.  Reads back as the same spec.
+
+    With `show_paths`, the comment on a relative path also has what it means.
+    """
+    notes = meanings(checked.spec, checked.base) if show_paths else {}
+    lines = list(_lines(resolved(checked.spec), (), checked.loaded, notes))
     width = min(max((len(text) for text, _ in lines), default=0), 72)
     return "\n".join(f"{text.ljust(width)}  # {origin}" if origin else text for text, origin in lines)
 
 
-def _lines(value: Any, path: Path, loaded: LoadedSpec) -> Iterator[tuple[str, str]]:
+def _lines(value: Any, path: Path, loaded: LoadedSpec, notes: Mapping[Path, str]) -> Iterator[tuple[str, str]]:
     indent = "  " * len(path)
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, child in items:
@@ -31,9 +36,10 @@ def _lines(value: Any, path: Path, loaded: LoadedSpec) -> Iterator[tuple[str, st
         head = f"{indent}{_key(name)}:" if isinstance(name, str) else f"{indent}-"
         if isinstance(child, dict | list) and child and not _flat(child):
             yield head, ""
-            yield from _lines(child, here, loaded)
+            yield from _lines(child, here, loaded, notes)
         else:
-            yield f"{head} {_text(child)}", _origin(here, child, loaded)
+            note = f" → {printable(notes[here])}" if here in notes else ""
+            yield f"{head} {_text(child)}", _origin(here, child, loaded) + note
 
 
 def _key(name: str) -> str:

@@ -22,6 +22,8 @@ from sdkit.language.scalars import scalar
 MAX_DEPTH = 40
 TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 MAX_VALUES = 100_000
+MULTILINE = 10_000
+"""The length of a place whose value goes on in the next line: more characters than a line shows."""
 MAX_KEY_LENGTH = 100  # characters; quoted and escaped, it stays below the 1024 characters that YAML allows for a key
 
 _FORBIDDEN = re.compile("[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|\ufeff")
@@ -36,6 +38,7 @@ class Node:
     value: Any  # scalar | dict[str, Node] | list[Node]
     place: Place
     key: Place | None = None
+    replaced: Node | None = None  # the value that it takes the place of, where the two are of different kinds
 
     @property
     def data(self) -> Any:
@@ -259,7 +262,7 @@ class _Reader:
 
     def _place(self, event: Any) -> Place:
         start, end = event.start_mark, event.end_mark
-        length = max(1, end.column - start.column) if end.line == start.line else 10_000
+        length = max(1, end.column - start.column) if end.line == start.line else MULTILINE
         return Place(self.name, start.line + 1, start.column + 1, length)
 
     def _problem(self, path: Path, message: str, event: Any, code: str = "yaml", hint: str | None = None) -> Problem:

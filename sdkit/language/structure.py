@@ -12,10 +12,11 @@ from typing import Any, Literal, TypeVar
 
 from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Path, Problem, did_you_mean, listed, outside, shorten, spelled
 from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, kinds_of, members, options_of
-from sdkit.language.overlay import LoadedSpec
+from sdkit.language.overlay import QUESTION, LoadedSpec
+from sdkit.language.paths import start_of, stored_path
 from sdkit.language.renamed import current_name, rename_hint
 from sdkit.language.scalars import scalar
-from sdkit.language.specs import ExperimentSpec, MethodSpec, Range, Schedule, Table
+from sdkit.language.specs import ExperimentSpec, MethodSpec, PathTo, Range, Schedule, Table
 
 S = TypeVar("S")
 
@@ -111,7 +112,18 @@ class _Structurer:
         for at, number in written.items():
             self._check_range(key.range, number, at)
         self._check_entries(key, value, path)
-        return value if len(self.problems) == known_problems else INVALID
+        if len(self.problems) > known_problems:
+            return INVALID
+        return self._path(key.path_to, value, path) if key.path_to and isinstance(value, str) else value
+
+    def _path(self, to: PathTo, text: str, path: Path) -> str | Any:
+        """Returns a path as the spec stores it, or INVALID."""
+        start, rule = start_of(self.loaded, path)
+        try:
+            return stored_path(text, to, start, self.loaded.folder)
+        except LookupError as error:
+            message = f"{shorten(text)} is a folder beside the run file, but {rule}"
+            return self.report(path, message, "path", f"write {error.args[0]}")
 
     def _check_entries(self, key: Key, value: Any, path: Path) -> None:
         """Reports the names and scalar entries of a list or table that are not in their ranges."""
@@ -142,7 +154,7 @@ class _Structurer:
             if default:
                 return self.instance(default, data, path, tagged=True)
             matching = [n for n, cls in kinds.items() if data and set(data) <= set(keys_of(cls))]
-            hint = f"add kind: {matching[0]}" if len(matching) == 1 else None
+            hint = self._similar_entry(path) or (f"add kind: {matching[0]}" if len(matching) == 1 else None)
             message = f"'kind' is missing; it is one of {listed(kinds)}"
             return self.report(path, message, "missing_key", hint, at_key=True)
         kind = data["kind"]
@@ -154,8 +166,11 @@ class _Structurer:
         """A union without kinds, whose members differ in shape: a map, a list or a scalar."""
         shapes: dict[Any, Any] = {}
         for option in options:
-            origin = typing.get_origin(option)
-            shapes[dict if is_spec(option) else list if origin is tuple else None] = option
+            if is_spec(option):  # of several classes, the first with one of the keys, else the first
+                fits = isinstance(data, dict) and not data.keys().isdisjoint(keys_of(option))
+                shapes[dict] = option if fits else shapes.get(dict, option)
+            else:
+                shapes[list if typing.get_origin(option) is tuple else None] = option
         for shape in (dict, list):
             if isinstance(data, shape) and shape in shapes:
                 return self.value(shapes[shape], data, path)
@@ -214,22 +229,37 @@ class _Structurer:
         self, data: Any, wanted: str, path: Path, scalars: tuple[type, ...] = (), hint: str | None = None
     ) -> Any:
         message = f"the value is missing; {wanted} is expected"
-        if data is not None:
+        if data == QUESTION:
+            message, hint = f"{shorten(path[-1])} is {wanted}", f"`sdkit explain {spelled(path)}` says more"
+        elif data is not None:
             message = f"{_describe_type(data)}, not {wanted}"
+        if wanted == "a map" and isinstance(data, list) and len(data) == 1 and isinstance(data[0], dict):
+            hint = "remove the dash before its keys"
         return self.report(path, message, "type", hint or _suggest_fix(data, scalars))
 
     def _report_not_a_choice(self, choices: Any, data: Any, path: Path, code: str) -> Any:
-        from sdkit.language.suggestions import REFUSED
+        from sdkit.language.suggestions import REFUSED, file_source
 
         hint = None
+        if data == QUESTION:
+            return self.report(path, f"{shorten(path[-1])} is one of {listed(choices)}", code)
         if isinstance(data, str):
-            hint = REFUSED.get((path[-1], data))
+            hint = REFUSED.get((path[-1], data)) or (file_source(data) if path[-1] == "source" else None)
             if _parse_unquoted(data) in choices:
                 hint = "remove the quotes"
             elif not hint and len(self.problems) < MAX_SHOWN_PROBLEMS:  # slow, so only for problems that are shown
                 hint = did_you_mean(data, [c for c in choices if isinstance(c, str)])
         shown = "this" if isinstance(data, dict | list) else shorten(data)
         return self.report(path, f"{shown} {outside(choices)}", code, hint)
+
+    def _similar_entry(self, path: Path) -> str | None:
+        """A hint if an entry of a table may be a misspelled one, which the method page or run file has."""
+        siblings = self.loaded.nodes[path[:-1]].value if path[:-1] in self.loaded.nodes else None
+        if not path or not isinstance(siblings, dict):
+            return None
+        file = self.loaded.place(path).file
+        others = [name for name, node in siblings.items() if node.place.file != file and isinstance(node.value, dict)]
+        return did_you_mean(str(path[-1]), others)
 
     def _report_missing_keys(self, cls: type, missing: list[str], path: Path) -> None:
         kind = getattr(cls, "kind", None)
@@ -239,6 +269,8 @@ class _Structurer:
         hint = None
         if kind and self.loaded.is_bare(path):
             hint = f"write {{kind: {kind}, {', '.join(f'{m}: …' for m in missing)}}}"
+        elif not kind and path:
+            hint = self._similar_entry(path)
         self.report((*path, missing[0]), message, "missing_key", hint)
 
     def _report_unknown_key(self, cls: type, name: str, path: Path) -> None:
@@ -246,7 +278,7 @@ class _Structurer:
 
         hint = None
         if len(self.problems) < MAX_SHOWN_PROBLEMS:
-            hint = rename_hint((*path, name)) or advice(name, cls)
+            hint = rename_hint((*path, name)) or advice(name, cls, path)
         message = f"unknown key {shorten(name)}"
         self.report((*path, name), message, "unknown_key", hint, at_key=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import frozen
 
-from sdkit.language.errors import Path, did_you_mean, spelled
+from sdkit.language.errors import Path, did_you_mean, listed, nearest, spelled
 from sdkit.language.introspection import Key, is_spec, keys_of, members
 from sdkit.language.specs import ExperimentSpec, Table
 
@@ -52,6 +52,8 @@ _OTHER_NAMES = (
     ("sees", "privileged_context context"),
     ("rewards", "reward"),
     ("losses", "loss"),
+    ("lora", "adapter peft peft_config lora_config use_peft"),
+    ("tensorboard", "report_to logger"),
     ("kind", "loss_type mode type"),
 )
 """sdkit's keys and their names in other toolkits; of several keys with one such name, the likelier comes first."""
@@ -73,6 +75,8 @@ BY_PEER: Mapping[str, str] = {
     "per_device_train_batch_size": _ROWS,
     "micro_batch_size": _ROWS,
     "ppo_micro_batch_size_per_gpu": _ROWS,
+    "gradient_accumulation_steps": "sdkit accumulates over the micro-batches of a step: training.prompts_per_step is the size of "
+    "the step, training.micro_batch_tokens that of a forward pass",
 }
 """Names whose meaning depends on the toolkit, or that count something else → how to say in sdkit what each of them means."""
 
@@ -81,6 +85,7 @@ _NO_K3 = "use k2 or vocabulary: the gradient of k3 is that of the forward KL"
 _ONE_TOKEN = (
     "use reverse_kl with support: sampled_token; differentiated, k1 teaches nothing and k3 pulls by the forward KL"
 )
+_BFLOAT16 = "write bfloat16, which has the range of float32 and needs no loss scaling"
 REFUSED: Mapping[tuple[str | int, str], str] = {
     ("estimator", "k1"): _NO_K1,
     ("estimator", "kl"): _NO_K1,
@@ -89,12 +94,27 @@ REFUSED: Mapping[tuple[str | int, str], str] = {
     ("divergence", "k1"): _ONE_TOKEN,
     ("divergence", "k2"): _ONE_TOKEN,
     ("divergence", "k3"): _ONE_TOKEN,
+    ("dtype", "fp32"): "write float32",
+    ("dtype", "bf16"): "write bfloat16",
+    ("dtype", "fp16"): _BFLOAT16,
+    ("dtype", "float16"): _BFLOAT16,
+    ("dtype", "half"): _BFLOAT16,
 }
-"""(key, value) → what to write instead, and why sdkit does not accept it.  Source: reference/methods.md §5.4."""
+"""(key, value) → what to write instead, and why sdkit does not accept it."""
 
 
-def advice(name: str, cls: type) -> str | None:
-    """Returns a hint for the unknown key `name` in a map read as `cls`."""
+_FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""Endings of data files → the kind of source that reads them."""
+
+
+def file_source(text: str) -> str | None:
+    """Returns a hint for a data source that is a file's name alone; None if the text is no such name."""
+    kind = next((kind for ending, kind in _FILE_KINDS.items() if text.endswith(ending)), None)
+    return kind and f"write source: {{kind: {kind}, path: {text}}}"
+
+
+def advice(name: str, cls: type, parent: Path) -> str | None:
+    """Returns a hint for the unknown key `name` in the map at `parent`, which is read as `cls`."""
     here = [*keys_of(cls), *(["kind"] if hasattr(cls, "kind") else [])]
     if cls is ExperimentSpec:
         here.append("method")
@@ -104,16 +124,40 @@ def advice(name: str, cls: type) -> str | None:
             return f'sdkit calls it "{word}"' + (f", which is 1 − {name}" if name.endswith("decay") else "")
     if name in BY_PEER:
         return BY_PEER[name]
-    if hint := did_you_mean(name, here):
-        return hint
+    if close := nearest(name, here, cutoff=0.85):
+        return f'did you mean "{close}"?'
     if name == "kind":
         return "remove it: there is only one kind here"
-    words = [name, *synonyms]
-    found = ((at.key.name, spelled(at.path)) for at in all_keys())
-    places = ((path.count("."), words.index(word), path) for word, path in found if word in words)
-    for _, other, path in sorted(places)[:1]:
-        return f'sdkit has "{path}"' if other else f"it belongs at {path}"
-    return None
+    if kinds := _kinds_with(name, parent):
+        noun, has = ("kind", "has") if len(kinds) == 1 else ("kinds", "have")
+        return f"only {noun} {listed(kinds, ' and ')} {has} it"
+    return _home(name, parent) or did_you_mean(name, here) or _home_of_synonym(synonyms, parent)
+
+
+def _kinds_with(name: str, parent: Path) -> list[str]:
+    """The kinds that have the key at this place; the map is of another kind."""
+    owners = (at.owner for at in all_keys() if at.key.name == name and _is_at(at.path[:-1], parent))
+    return list(dict.fromkeys(owner.kind for owner in owners if hasattr(owner, "kind")))
+
+
+def _is_at(pattern: Path, path: Path) -> bool:
+    """Whether a path is one that the pattern of an occurrence stands for."""
+    pairs = zip(pattern, path, strict=False)
+    return len(pattern) == len(path) and all(part in ("NAME", 0) or part == other for part, other in pairs)
+
+
+def _home(name: str, parent: Path) -> str | None:
+    """Where the key `name` belongs: in a map below, else at the shortest path."""
+    places = [at.path for at in all_keys() if at.key.name == name]
+    below = [path for path in places if _is_at(path[: len(parent)], parent)]
+    home = min(below or places, key=len, default=None)
+    return f"it belongs at {spelled(home)}" if home else None
+
+
+def _home_of_synonym(words: list[str], parent: Path) -> str | None:
+    places = [at.path for word in words for at in all_keys() if at.key.name == word]
+    home = min(places, key=lambda path: (len(path), words.index(str(path[-1]))), default=None)
+    return f'sdkit has "{spelled(home)}"' if home else None
 
 
 @frozen

@@ -27,7 +27,7 @@ def fault_of(path: str, shown: str, function: str, values: Sequence[str], given:
     try:
         tree = ast.parse(read_file(path, MAX_SOURCE_CODE_BYTES))
     except UnreadableFile as error:
-        return "file", f"{printable(shown)}: {error}", "paths start at the spec's folder"
+        return "file", f"{printable(shown)}: {error}", None
     except SyntaxError as error:
         return "file", f"{printable(shown)}:{error.lineno or 1}: {error.msg}", None
     except (ValueError, RecursionError, MemoryError, OverflowError):  # nested too deeply

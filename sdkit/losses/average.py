@@ -3,7 +3,6 @@
 The weights are computed from the counts of the *global* batch, so the sum over micro-batches and ranks does not depend
 on how the rows are distributed.  `lengths` [N] long is the number of counted tokens of each row.  The weight is 0 for a
 row without tokens, and for every row if the global count is 0.  Every function: [N] long -> [N] float32.
-reference/methods.md §5.6.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def reverse_kl(
 
     Gradient in logit v, full vocabulary: S_v [(log S_v − log T_v) − KL].  Hübotter 2026, Eq. 1; Gu 2023.
     With `detach_weights` the value is the same and the gradient is Σ S (log S − log T) ∇log S.  Over the full vocabulary
-    that is the same gradient; over part of it, it lacks the spurious + 1 (arXiv 2605.11182; reference/methods.md §5.3).
+    that is the same gradient; over part of it, it lacks the spurious + 1 (arXiv 2605.11182).
     `probabilities`: exp(student) with its gradient, if it is at hand.
     """
     if not detach_weights:
@@ -96,7 +96,7 @@ def skewed_reverse_kl(student: Tensor, teacher: Tensor, share: float) -> Tensor:
 def linear_mix(student: Tensor, teacher: Tensor, forward_share: float) -> Tensor:
     """forward_share · forward KL + (1 − forward_share) · reverse KL.  [..., K], [..., K] -> [...].
 
-    NeMo-RL's "mixed" (reference/methods.md §5.1).  At 0 and 1 the other divergence is not computed, because it may be inf.
+    NeMo-RL's "mixed".  At 0 and 1 the other divergence is not computed, because it may be inf.
     """
     if forward_share == 0:
         return reverse_kl(student, teacher)

@@ -190,7 +190,7 @@ class Objective:
     ) -> tuple[Tensor, LossMetrics]:
         """Returns ℓ [C] of a distillation term, and its metrics."""
         temperature = self._temperature if term.temperature is None else term.temperature
-        counts = tokens.weights[name] > 0
+        counts = tokens.counts(name)
         student = sampled_token(sides.student(temperature), tokens.token)
         metrics = sides.entropies(temperature, "student", "teacher")
         if sides.has_sampled_logprobs(temperature):
@@ -276,7 +276,7 @@ def sampler_ratio(losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: 
     Applies to the one term with `sampler.level: sequence_mean`; raises ValueError if there is none.  The mean is over
     the tokens that this term counts, so complete sequences are needed.  student_logprobs [M] are those of the sampled
     tokens, now, at the sampling temperature; they replace missing `old_logprobs`.  -> [M]; 1 at tokens that the term
-    does not count, and everywhere if the sampler gave no log-probabilities.  Shenfeld 2026 (code), reference/methods.md §5.5.
+    does not count, and everywhere if the sampler gave no log-probabilities.  Shenfeld 2026 (code).
     """
     names = _sequence_mean_terms(losses)
     if not names:
@@ -287,8 +287,8 @@ def sampler_ratio(losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: 
         return ratio
     old = student_logprobs if tokens.old_logprobs is None else tokens.old_logprobs
     counts = tokens.weights[name] > 0
-    capped = policy.importance_ratio(old, tokens.sampler_logprobs, cap)[counts]
-    return ratio.masked_scatter(counts, policy.sequence_mean(capped, tokens.row[counts], rows))
+    capped = policy.importance_ratio(old, tokens.sampler_logprobs, cap)
+    return torch.where(counts, policy.sequence_mean(capped, tokens.row, rows, counts), ratio)
 
 
 def _sequence_mean_terms(losses: Mapping[str, Loss]) -> dict[str, float]:

@@ -12,7 +12,7 @@ Baseline = Literal["group_mean", "none"]
 Scale = Literal["none", "group_std", "batch_std"]
 
 LARGEST_LOG_RATIO = 20.0
-"""Log-ratios are clamped to ± this before exp (Hübotter 2026, core_algos.py)."""
+"""Log-ratios are clamped to ± this before exp (Hübotter 2026, code)."""
 
 
 def importance_ratio(now: Tensor, then: Tensor, cap: float) -> Tensor:
@@ -29,10 +29,15 @@ def cap_binds(now: Tensor, then: Tensor, cap: float) -> Tensor:
     return (now - then).detach() > math.log(cap)
 
 
-def sequence_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Returns to every token the mean over its sequence.  [M], row [M] long -> [M]."""
-    sums = values.new_zeros(rows).index_add(0, row, values)
-    sizes = values.new_zeros(rows).index_add(0, row, torch.ones_like(values))
+def sequence_mean(values: Tensor, row: Tensor, rows: int, counts: Tensor | None = None) -> Tensor:
+    """Returns to every token the mean over its sequence, or over those of its tokens that `counts` marks.
+
+    [M], row [M] long, [M] bool -> [M].
+    """
+    if counts is None:
+        counts = torch.ones_like(values, dtype=torch.bool)
+    sums = values.new_zeros(rows).index_add(0, row, values.masked_fill(~counts, 0.0))
+    sizes = values.new_zeros(rows).index_add(0, row, counts.to(values.dtype))
     return (sums / sizes.clamp(min=1))[row]
 
 
@@ -40,8 +45,8 @@ def sampled_token_surrogate(student: Tensor, teacher: Tensor, bounds: tuple[floa
     """sg(log S_y − log T_y) · log S_y for y ~ S.  Log-probabilities of y [...], [...] -> [...].
 
     Its expected gradient is that of KL(S‖T) at fixed prefixes.  Its value is not the KL; report `k1` for that.
-    Lu 2025 (Thinking Machines), as in reference/methods.md §5.4.  `bounds` clamp the log-ratio; the
-    gradient is then not that of any divergence (Hübotter 2026, Table 12, clips it at 5).
+    Lu 2025 (Thinking Machines).  `bounds` clamp the log-ratio; the gradient is then not that of any divergence
+    (Hübotter 2026, Table 12, clips it at 5).
     """
     weight = (student - teacher).detach()
     return (weight if bounds is None else weight.clamp(*bounds)) * student
@@ -163,7 +168,7 @@ def scaled_advantages(advantages: Tensor, log_ratio: Tensor, share: float, low: 
     """A [(1 − λ) + λ clip(exp(sign(A) δ), 1 − low, 1 + high)], λ = share, δ = log T − log S.  [...], [...] -> [...].
 
     A token that the teacher finds likelier than the student gets more credit for a good outcome, less blame for a bad one.
-    RLSD, arXiv 2604.03128 (reference/methods.md §5.9).
+    RLSD, arXiv 2604.03128.
     """
     signed = (advantages.sign() * log_ratio).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
     factor = signed.exp().clamp(1 - low, 1 + high)

@@ -51,14 +51,14 @@ def mass(logprobs: Tensor, ids: Tensor, duplicate: Tensor) -> Tensor:
 def tail_bucket(logprobs: Tensor) -> Tensor:
     """Appends log(1 − Σ exp(logprobs)), at least log(1e-7).  [..., K] -> [..., K + 1].
 
-    This is coarse graining: a divergence over the result is a lower bound of the full one.  Hübotter 2026 (core_algos.py).
+    This is coarse graining: a divergence over the result is a lower bound of the full one.  Hübotter 2026 (code).
     """
     tail = torch.log(-torch.expm1(_log_mass(logprobs).clamp(max=-SMALLEST_TAIL)))
     return torch.cat([logprobs, tail], dim=-1)
 
 
 def renormalize(logprobs: Tensor) -> Tensor:
-    """Rescales the support to probability 1.  [..., K] -> [..., K].  reference/methods.md §5.3."""
+    """Rescales the support to probability 1.  [..., K] -> [..., K].  arXiv 2603.25562."""
     return logprobs - _log_mass(logprobs)
 
 

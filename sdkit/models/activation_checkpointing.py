@@ -93,6 +93,7 @@ def _run_pass(weights: Weights, forwards: list[RecomputedForward], device: torch
         generator = torch.Generator().manual_seed(0)
         cotangent = torch.randn(hidden.shape, generator=generator).to(hidden)
         gradient = torch.autograd.grad(hidden, embedded[0], cotangent)[0]
+        weights.sharding.release()
     finally:
         for forward in forwards:
             forward.active = True

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ import torch
 from torch import nn
 
 from sdkit.language.bundled import BUNDLED, PREFIX, local_folder
-from sdkit.language.errors import BadData, BadEnvironment
+from sdkit.language.errors import BadData, BadEnvironment, first_line
 from sdkit.language.files import library_reads
 from sdkit.language.rules.base import IS_ADAPTER, MERGE_FIRST
 from sdkit.language.specs import ExternalWeights, ModelSpec, VllmServerBackend
 from sdkit.language.vocabulary import first_difference
-from sdkit.models import activation_checkpointing, lora
+from sdkit.models import activation_checkpointing, attention, lora
 from sdkit.stdout import quiet
 
 CONFIG = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+ReadWeights = Callable[[ModelSpec, str], nn.Module]
+"""Returns the model in a folder or under a hub id, without adapters."""
 
 
 def cache_folder() -> Path:
@@ -92,8 +96,35 @@ def check_vocabulary(student: Any, other: Any, path: str) -> None:
         )
 
 
-def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
+def load_model(spec: ModelSpec, located: str, seed: int, read: ReadWeights | None = None) -> nn.Module:
     """Returns the causal language model in the spec's dtype, with adapters (initialized from `seed`) if it has any.
+
+    `read` returns the model without adapters (default: `read_weights`).  Raises BadData if the weights cannot be read.
+    """
+    attention.install()
+    model: Any = (read or read_weights)(spec, located)
+    if spec.activation_checkpointing:
+        activation_checkpointing.enable(model)
+    if spec.lora:
+        model = lora.attach(model, spec.lora, seed)
+    # Never in training mode: dropout and noise would change importance ratios and recomputed activations.
+    model.eval()
+    return model
+
+
+def build_without_weights(spec: ModelSpec, located: str) -> nn.Module:
+    """Returns the causal language model in the spec's dtype on the `meta` device, without reading its weights."""
+    from transformers import AutoModelForCausalLM
+
+    config, kind = _config(spec, located), DTYPES[spec.dtype]
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=kind, attn_implementation=spec.attn_implementation, trust_remote_code=False
+        )
+
+
+def read_weights(spec: ModelSpec, located: str) -> nn.Module:
+    """Returns the causal language model in the spec's dtype, in host memory.
 
     Raises BadData if the weights cannot be read; pickled weights are refused.
     """
@@ -107,7 +138,7 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
             # transformers would load its base model and apply the adapter.
             raise BadData(f"{located} {IS_ADAPTER}", hint=MERGE_FIRST)
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            return AutoModelForCausalLM.from_pretrained(
                 located,
                 revision=spec.revision,
                 dtype=DTYPES[spec.dtype],
@@ -115,6 +146,14 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
                 trust_remote_code=False,
                 use_safetensors=True,
             )
+        except ImportError as error:
+            if spec.attn_implementation != "flash_attention_2":
+                raise
+            raise BadData(
+                f"flash_attention_2 does not run here: {first_line(error)}",
+                hint="install flash-attn, or set model.attn_implementation: sdpa",
+                path=("model", "attn_implementation"),
+            ) from None
         except ValueError as error:
             if spec.attn_implementation == "eager" or 'attn_implementation="eager"' not in str(error):
                 raise
@@ -123,13 +162,6 @@ def load_model(spec: ModelSpec, located: str, seed: int) -> nn.Module:
                 hint="set model.attn_implementation: eager",
                 path=("model", "attn_implementation"),
             ) from None
-    if spec.activation_checkpointing:
-        activation_checkpointing.enable(model)
-    if spec.lora:
-        model = lora.attach(model, spec.lora, seed)
-    # Never in training mode: dropout and noise would change importance ratios and recomputed activations.
-    model.eval()
-    return model
 
 
 def _bundled_folder(name: str) -> Path:

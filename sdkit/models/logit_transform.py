@@ -25,20 +25,26 @@ def decoder(causal: Any) -> Any:
     return getattr(causal, "model", causal) if base is causal else base
 
 
+def check_parts(causal: Any) -> None:
+    """Raise BadData if a causal language model has no output projection or no base model."""
+    head = causal.get_output_embeddings()
+    if head is None or decoder(causal) is causal:
+        missing = "output projection" if head is None else "base model that returns hidden states"
+        raise BadData(f"the model has no {missing}, which the losses need")
+
+
 @torch.no_grad()
-def measure_transform(causal: Any) -> LogitTransform:
+def measure_transform(causal: Any, head_shape: torch.Size | None = None) -> LogitTransform:
     """Returns the transform of a causal language model, without its bias.
 
     One forward pass with known values in place of the last hidden state and of the head's output shows what the model
-    computes before and after its head.  Raises BadData if `LogitTransform` cannot express it.  Call it before the
-    parameters are sharded.
+    computes before and after its head.  `head_shape`: (V, H), needed if the parameters are sharded; then call this
+    inside `Sharding.run_forward`.  Raises BadData if `LogitTransform` cannot express it.
     """
+    check_parts(causal)
     head, base = causal.get_output_embeddings(), decoder(causal)
-    if head is None or base is causal:
-        missing = "output projection" if head is None else "base model that returns hidden states"
-        raise BadData(f"the model has no {missing}, which the losses need")
-    probe = _Probe(head)
-    ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] % head.weight.shape[0]
+    probe = _Probe(head, head_shape or head.weight.shape)
+    ids = torch.arange(PROBE_TOKENS, device=head.weight.device)[None] % probe.known_outputs.shape[-1]
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(base.register_forward_hook(probe.replace_hidden))
@@ -60,8 +66,8 @@ def measure_transform(causal: Any) -> LogitTransform:
 class _Probe:
     """Replaces a model's last hidden state and its head's output by known values, and records the head's inputs."""
 
-    def __init__(self, head: Any) -> None:
-        width, rows = head.weight.shape[1], head.weight.shape[0]
+    def __init__(self, head: Any, head_shape: torch.Size) -> None:
+        rows, width = head_shape
         kind: Any = {"dtype": torch.float64, "device": head.weight.device}
         self.head = head
         self.known_states = torch.linspace(-2, 2, PROBE_TOKENS * width, **kind).view(1, -1, width)
@@ -72,6 +78,8 @@ class _Probe:
         self.known_outputs[:, 1] = HUGE * self.known_outputs[:, 1].sign()
         self.last_hidden: Tensor | None = None  # the model's own last hidden state
         self.head_inputs: list[Tensor] = []  # one per call of the head
+        self.weight: Tensor | None = None  # the head's
+        self.bias: Tensor | None = None
         self.head_is_linear = True  # whether the head is weight × input + bias
 
     def replace_hidden(self, _module: nn.Module, _args: Any, output: Any) -> Any:
@@ -81,11 +89,14 @@ class _Probe:
 
     def replace_head_input(self, _module: nn.Module, args: Any) -> Any:
         self.head_inputs.append(args[0])
+        # Sharded parameters are complete here, and released when `replace_head_output` is called.
+        bias = getattr(self.head, "bias", None)
+        self.weight, self.bias = self.head.weight.detach(), None if bias is None else bias.detach()
         return (self.known_states.to(self.head.weight.dtype), *args[1:])
 
     def replace_head_output(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        bias = getattr(self.head, "bias", None)
-        expected = functional.linear(args[0], self.head.weight, bias)
+        assert self.weight is not None
+        expected = functional.linear(args[0], self.weight, self.bias)
         self.head_is_linear &= expected.shape == output.shape and _is_close(output, expected)
         return self.known_outputs
 

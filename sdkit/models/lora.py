@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from sdkit.language.errors import BadData, first_line
 from sdkit.language.specs import LoraSpec
 from sdkit.models.probes import probe_sequence
-from sdkit.models.weights import STUDENT_ADAPTER, Weights, adapted_parameter, adapter_layers
+from sdkit.models.weights import STUDENT_ADAPTER, Sharding, Weights, adapted_parameter, adapter_layers
 from sdkit.seeds import derive
 
 KEY = ("model", "lora", "target_modules")
@@ -134,7 +134,7 @@ def _check(weights: Weights, layers: Sequence[Any], device: torch.device, stage:
 
     if stage == 3 and any(isinstance(layer, ParamWrapper) for layer in layers):
         raise _CheckFailed("adapters of fused experts do not work under training.zero_stage: 3")
-    with _random_factors(layers), _recorded_calls(layers) as calls:
+    with _random_factors(weights.sharding, layers), _recorded_calls(layers) as calls:
         with torch.enable_grad():
             try:
                 hidden = weights.hidden(probe_sequence(weights, device))
@@ -144,6 +144,7 @@ def _check(weights: Weights, layers: Sequence[Any], device: torch.device, stage:
             generator = torch.Generator().manual_seed(0)
             loss = (hidden.float() * torch.randn(hidden.shape, generator=generator).to(device)).sum()
             _check_gradients(weights, loss)
+        weights.sharding.release()
         with torch.no_grad():
             _check_merged(weights, layers, calls)
 
@@ -192,11 +193,24 @@ def _check_merged(weights: Weights, layers: Sequence[Any], calls: Mapping[int, A
         args, kwargs, output = calls[id(layer)]
         base = layer.get_base_layer()
         own = [adapter for adapter in layers if adapter.get_base_layer() is base]
-        merged = {getattr(adapter, "parameter_name", "weight"): weights.merged(adapter) for adapter in own}
-        expected = _first_tensor(torch.func.functional_call(base, merged, args, kwargs))
-        effect = (output - _first_tensor(base(*args, **kwargs))).float().norm()
+        plain = _Unhooked(base)
+        with weights.sharding.gather([parameter for adapter in own for parameter in adapter.parameters()]):
+            merged = {f"base.{getattr(a, 'parameter_name', 'weight')}": weights.merged(a) for a in own}
+            expected = _first_tensor(torch.func.functional_call(plain, merged, args, kwargs))
+            effect = (output - _first_tensor(plain(*args, **kwargs))).float().norm()
         if not (output - expected).float().norm() <= MERGE_ERROR * effect:
             raise _CheckFailed(f"merged weights of {kind} do not act as their adapter")
+
+
+class _Unhooked(nn.Module):
+    """Calls a layer without its hooks: those of ZeRO stage 3 would release the parameters that the caller gathered."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base.forward(*args, **kwargs)
 
 
 def _first_tensor(output: Any) -> Tensor:
@@ -205,21 +219,19 @@ def _first_tensor(output: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _random_factors(layers: Sequence[Any]) -> Iterator[None]:
+def _random_factors(sharding: Sharding, layers: Sequence[Any]) -> Iterator[None]:
     """Inside the block, the student's factors B are random, and large enough to show in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     factors = [layer.lora_B[STUDENT_ADAPTER].weight for layer in layers]
-    originals = [factor.detach().clone() for factor in factors]
-    with torch.no_grad():
-        for layer, factor in zip(layers, factors, strict=True):
-            size = 1 / (layer.scaling[STUDENT_ADAPTER] * math.sqrt(layer.r[STUDENT_ADAPTER]))
-            factor.copy_(torch.randn(factor.shape, generator=generator) * size)
+    originals = [sharding.local_shard(factor).clone() for factor in factors]
+    for layer, factor in zip(layers, factors, strict=True):
+        size = 1 / (layer.scaling[STUDENT_ADAPTER] * math.sqrt(layer.r[STUDENT_ADAPTER]))
+        sharding.write(factor, torch.randn(sharding.full_shape(factor), generator=generator) * size)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for factor, value in zip(factors, originals, strict=True):
-                factor.copy_(value)
+        for factor, value in zip(factors, originals, strict=True):
+            sharding.local_shard(factor).copy_(value)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ their own completion, with positions counted from the end of the prompt, so each
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from sdkit.batches import PaddedSequences, UnpaddedSequence
+from sdkit.models.prefix import group_by_prefix
 from sdkit.models.weights import Weights
 
 LONGEST_PACK = 2048
@@ -79,30 +81,27 @@ def pad_sequences(
     rows = _pass_rows(prompts, completions, longest) or [Pack((0,), (), 1)]
     width = max(pack.width for pack in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
-    # Which completion of its row a token belongs to: 0 the prompt, 1… the completions, -1 padding.
-    owner = torch.full((len(rows), width), -1)
     positions = torch.zeros(len(rows), width, dtype=torch.long)
     # Of each completion: flat indices of the prompt's last token and of its own first token.
     starts: dict[int, tuple[int, int]] = {}
     for i, pack in enumerate(rows):
         end = len(pack.prompt)
         ids[i, :end] = torch.tensor(pack.prompt)
-        owner[i, :end], positions[i, :end] = 0, torch.arange(end)
-        for number, member in enumerate(pack.members, start=1):
+        positions[i, :end] = torch.arange(end)
+        for member in pack.members:
             start, end = end, end + len(completions[member])
             starts[member] = i * width + len(pack.prompt) - 1, i * width + start
             ids[i, start:end] = torch.tensor(completions[member], dtype=torch.long)
-            owner[i, start:end] = number
             positions[i, start:end] = torch.arange(end - start) + len(pack.prompt)
     # The state at position j predicts token j + 1.
     predicts = [starts[m][1] + p - 1 if p else starts[m][0] for m, ps in enumerate(wanted) for p in ps]
     shared = any(len(pack.members) > 1 for pack in rows)
     return PaddedSequences(
         input_ids=ids.to(device),
-        attention_mask=_shared_prompt_mask(owner).to(device) if shared else None,
+        attention_mask=_shared_prompt_mask(rows, completions, width, device) if shared else None,
         positions=positions.to(device) if shared else None,
         tokens=sum(pack.width for pack in rows),
-        shared_prefix=_shared_prefix([pack.prompt for pack in rows]),
+        prefix_groups=group_by_prefix([pack.prompt for pack in rows], [pack.width for pack in rows]),
         predictor_index=torch.tensor(predicts, dtype=torch.long, device=device),
         texts=tuple(
             UnpaddedSequence(prompt=p, completion=c, positions=tuple(k))
@@ -111,19 +110,24 @@ def pad_sequences(
     )
 
 
-def _shared_prefix(prompts: Sequence[Ids]) -> int:
-    """Returns the number of tokens that all prompts start with, without the last token of any."""
-    first, last = min(prompts), max(prompts)  # what these two share, all prompts between them share
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return min(shared, *(len(prompt) - 1 for prompt in prompts))
+def _shared_prompt_mask(rows: Sequence[Pack], completions: Sequence[Ids], width: int, device: torch.device) -> Tensor:
+    """Returns the attention mask, [R, 1, S, S] bool with S = width; every token attends at least to itself.
 
-
-def _shared_prompt_mask(owner: Tensor) -> Tensor:
-    """Returns the attention mask.  owner [N, S] -> [N, 1, S, S] bool; every token attends at least to itself."""
-    width = owner.shape[1]
-    query, key = owner[:, :, None], owner[:, None, :]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    return (causal & ((key == query) | (key == 0)))[:, None]
+    It is written block by block, on the device that uses it: comparing every query with every key takes several times as
+    long and as much memory (docs/decisions.md, 2026-11-28).
+    """
+    # Prompt, completions and padding of each row are blocks of their own.
+    blocks = [
+        (len(pack.prompt), *(len(completions[member]) for member in pack.members), width - pack.width) for pack in rows
+    ]
+    longest = max(max(sizes) for sizes in blocks)
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril_()
+    mask = torch.zeros(len(rows), 1, width, width, dtype=torch.bool, device=device)
+    for (row,), sizes in zip(mask, blocks, strict=True):
+        row[sizes[0] :, : sizes[0]] = True
+        for size, end in zip(sizes, itertools.accumulate(sizes), strict=True):
+            row[end - size : end, end - size : end] = causal[:size, :size]
+    return mask
 
 
 @torch.no_grad()
@@ -140,7 +144,7 @@ def shares_rows(
     prompt, long, short, _ = probe_texts(weights, room // count)
     try:
         together = last_states(weights, device, prompt, [*[long] * count, short], longest)
-    except (RuntimeError, TypeError, ValueError):  # the attention needs another kind of mask
+    except (RuntimeError, TypeError, ValueError, IndexError):  # the attention needs another kind of mask
         return False
     alone = last_states(weights, device, prompt, [long, short], 0)
     expected = [*[alone[0]] * count, alone[1]]
@@ -174,7 +178,7 @@ def probe_texts(weights: Weights, length: int) -> tuple[Ids, Ids, Ids, Ids]:
     generator = torch.Generator().manual_seed(0)
 
     def ids(size: int) -> Ids:
-        return tuple(torch.randint(1, weights.head.shape[0], (size,), generator=generator).tolist())
+        return tuple(torch.randint(1, weights.head_shape[0], (size,), generator=generator).tolist())
 
     return ids(PROMPT), ids(length), ids(SHORT), ids(length)
 

@@ -1,23 +1,28 @@
-"""Runs the prefix that all rows of a forward pass share once, at batch size 1.
+"""Runs a prefix that rows of a forward pass share once, at batch size 1.
 
-The other tokens of each row attend to the prefix's keys and values, expanded to all rows, and gradients flow back through
-them.  Only for models whose states `takes_prefix` (train/row_probe.py) compared.
+The other tokens of each row attend to the prefix's keys and values, expanded to all those rows, and gradients flow back
+through them.  Only for models whose states `takes_prefix` (train/row_probe.py) compared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from sdkit.batches import PaddedSequences
+from sdkit.batches import PaddedSequences, PrefixGroup
 
 LEAST_SAVED = 256
-"""Tokens that a shared prefix must save; below, a pass of its own costs as much."""
+"""Padded tokens that another pass must save; below, the pass costs as much."""
 LEAST_SHARE = 0.05
-"""Share of the padded tokens that it must save, since attention after a prefix needs a mask, which slower kernels take."""
+"""Share of the padded tokens that a prefix must save, since attention after it needs a mask, which slower kernels take."""
+
+Ids = tuple[int, ...]
 
 
 class PrefixCache(DynamicCache):
@@ -47,30 +52,77 @@ class PrefixCache(DynamicCache):
         return keys, values
 
 
-def prefix_pays(sequences: PaddedSequences) -> bool:
-    """Whether to run the shared prefix apart."""
-    saved = (sequences.input_ids.shape[0] - 1) * sequences.shared_prefix
-    return saved >= max(LEAST_SAVED, LEAST_SHARE * sequences.input_ids.numel())
+def group_by_prefix(prompts: Sequence[Ids], widths: Sequence[int]) -> tuple[PrefixGroup, ...]:
+    """Returns the rows of a pass in groups of consecutive rows, such that few padded tokens are computed.
 
-
-def states_after_prefix(decoder: Any, sequences: PaddedSequences) -> Tensor:
-    """Returns the hidden states that predict the counted tokens, [M, H], from one pass for the prefix and one for the rest.
-
-    There must be at least two rows.  Raises TypeError if the model caches more than keys and values.
+    prompts, widths: of each row, its first tokens and its number of tokens.  The last token of a prompt is in no prefix,
+    since it predicts the first one after it.
     """
+    shared = [shared_tokens(*pair) for pair in pairwise(prompts)]
+
+    def split(start: int, end: int) -> tuple[PrefixGroup, ...]:
+        one = _group(start, end, prompts, widths, shared)
+        inside = shared[start : end - 1]
+        if not inside or min(inside) == max(inside):
+            return (one,)
+        cuts = [start + i + 1 for i, tokens in enumerate(inside) if tokens == min(inside)]
+        parts = [part for a, b in pairwise([start, *cuts, end]) for part in split(a, b)]
+        saved = _padded_tokens(one) - sum(_padded_tokens(part) for part in parts)
+        return tuple(parts) if saved >= LEAST_SAVED * (len(parts) - 1) else (one,)
+
+    return split(0, len(prompts))
+
+
+def _group(start: int, end: int, prompts: Sequence[Ids], widths: Sequence[int], shared: Sequence[int]) -> PrefixGroup:
+    """Returns the group of rows `start` to `end`, with a prefix if it pays."""
+    width = max(widths[start:end])
+    prefix = min([*shared[start : end - 1], *(len(prompt) - 1 for prompt in prompts[start:end])])
+    saved = (end - start - 1) * prefix
+    pays = saved >= max(LEAST_SAVED, LEAST_SHARE * (end - start) * width)
+    return PrefixGroup(start=start, end=end, prefix=prefix if pays else 0, width=width)
+
+
+def _padded_tokens(group: PrefixGroup) -> int:
+    return group.prefix + (group.end - group.start) * (group.width - group.prefix)
+
+
+def shared_tokens(a: Ids, b: Ids) -> int:
+    """Returns the number of tokens that both start with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def states_by_group(decoder: Any, sequences: PaddedSequences) -> Tensor:
+    """Returns the hidden states that predict the counted tokens, [M, H], with each group's prefix computed once.
+
+    Raises TypeError if the model caches more than keys and values.
+    """
+    width = sequences.input_ids.shape[1]
+    states = [
+        pad(_group_states(decoder, sequences, group), (0, 0, group.prefix, width - group.width))
+        for group in sequences.prefix_groups
+    ]
+    return torch.cat(states).flatten(0, 1)[sequences.predictor_index]
+
+
+def _group_states(decoder: Any, sequences: PaddedSequences, group: PrefixGroup) -> Tensor:
+    """Returns the hidden states of a group's rows after its prefix, [rows, width - prefix, H]."""
+    rows, after = slice(group.start, group.end), slice(group.prefix, group.width)
     ids, mask, positions = sequences.input_ids, sequences.attention_mask, sequences.positions
-    start, width = sequences.shared_prefix, ids.shape[1]
+    cache = _run_prefix(decoder, ids[group.start : group.start + 1, : group.prefix]) if group.prefix else None
+    return decoder(
+        input_ids=ids[rows, after],
+        attention_mask=None if mask is None else mask[rows, :, after, : group.width],
+        position_ids=None if positions is None else positions[rows, after],
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def _run_prefix(decoder: Any, ids: Tensor) -> PrefixCache:
+    """Returns the keys and values of a prefix.  ids [1, prefix]"""
     cache = PrefixCache(decoder.config)
     if not cache.is_plain:
         raise TypeError("the model caches more than keys and values")
-    decoder(input_ids=ids[:1, :start], past_key_values=cache, use_cache=True)
+    decoder(input_ids=ids, past_key_values=cache, use_cache=True)
     cache.frozen = True
-    out = decoder(
-        input_ids=ids[:, start:],
-        attention_mask=None if mask is None else mask[:, :, start:],
-        position_ids=None if positions is None else positions[:, start:],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    row, column = sequences.predictor_index // width, sequences.predictor_index % width
-    return out.last_hidden_state[row, column - start]
+    return cache

@@ -17,7 +17,7 @@ ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 def probe_sequence(weights: Weights, device: torch.device) -> PaddedSequences:
     """Returns one sequence of ids spread over the vocabulary; every state but the last is wanted."""
-    ids = tuple(torch.linspace(1, weights.head.shape[0] - 1, PROBE_TOKENS).long().tolist())
+    ids = tuple(torch.linspace(1, weights.head_shape[0] - 1, PROBE_TOKENS).long().tolist())
     return pad_sequences([ids[:1]], [ids[1:]], [range(PROBE_TOKENS - 1)], 0, device)
 
 

@@ -15,13 +15,19 @@ from torch import Tensor
 
 from sdkit.batches import PaddedSequences, TeacherScores, TopKLogprobs, UnpaddedSequence
 from sdkit.language import specs
-from sdkit.models.weights import STUDENT_ADAPTER, TEACHER_ADAPTER, Weights
+from sdkit.models.weights import STUDENT_ADAPTER, TEACHER_ADAPTER, UNSHARDED, Sharding, Weights
 
 Masters = Callable[[], Iterator[tuple[str, Tensor]]]
 """Yields names and float32 master weights of the student's trained parameters; this rank's shards if they are sharded."""
 
+ShardTensors = Callable[[Mapping[str, Tensor]], Sharding]
+"""Shards tensors, given by the student's parameter names, as the masters of these parameters are sharded."""
+
 Event = Literal["optimizer_step", "rollout_batch"]
 """When a teacher may follow the student: after an optimizer step, or after all updates on a rollout batch."""
+
+CopyModel = Callable[[torch.nn.Module], torch.nn.Module]
+"""Copies the student's model."""
 
 LoadModel = Callable[[specs.ExternalWeights], torch.nn.Module]
 """Loads another model onto the student's device."""
@@ -52,8 +58,11 @@ class Teacher:
         assert self.weights is not None
         return self.weights.scores(sequences, rows)
 
-    def initialize(self) -> None:
-        """Copy this rank's shards.  Call once, after DeepSpeed has wrapped all models and before the first update."""
+    def initialize(self, shard: ShardTensors | None = None) -> None:
+        """Copy this rank's shards.  Call once, after DeepSpeed has wrapped all models and before the first update.
+
+        `shard`: how to shard an average if the weights themselves are not sharded (default: every rank has all of it).
+        """
 
     def follow(self, masters: Masters, spec: specs.TeacherWeights, after: Event, updates: int) -> bool:
         """Follow the student if it is time; returns whether the teacher changed.
@@ -63,7 +72,10 @@ class Teacher:
         return False
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the float32 tensors, by name, that a checkpoint needs in addition to the student."""
+        """Returns the float32 tensors, by name, that this rank's checkpoint file needs in addition to the student.
+
+        Every rank must call.
+        """
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -81,15 +93,16 @@ class AveragedTeacher(Teacher):
 
     def __init__(self, weights: Weights, pairs: Mapping[str, Tensor]) -> None:
         super().__init__(weights)
-        self._sharding = lambda: weights.sharding
+        self._sharding = UNSHARDED
         self.parameters = dict(pairs)  # student's parameter name → teacher's parameter
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
         self.shadow: dict[str, Tensor] = {}  # this rank's shards
 
-    def initialize(self) -> None:
-        local_shard = self._sharding().local_shard
-        self.shadow = {name: local_shard(p).float() for name, p in self.parameters.items()}
+    def initialize(self, shard: ShardTensors | None = None) -> None:
+        assert self.weights is not None
+        self._sharding = shard(self.parameters) if shard else self.weights.sharding
+        self.shadow = {name: self._sharding.local_shard(p).float() for name, p in self.parameters.items()}
 
     def follow(self, masters: Masters, spec: specs.TeacherWeights, after: Event, updates: int) -> bool:
         match spec:
@@ -101,8 +114,7 @@ class AveragedTeacher(Teacher):
 
     @torch.no_grad()
     def _update_shadow(self, masters: Masters, rate: float) -> bool:
-        sharding = self._sharding()
-        squares = torch.zeros(2, dtype=torch.float64)
+        squares: Tensor | None = None
         updated = 0
         for name, master in masters():
             shadow = self.shadow[name]
@@ -113,28 +125,34 @@ class AveragedTeacher(Teacher):
             shadow.lerp_(student, rate)
             self._write(name, shadow)
             norms = torch.stack([before * (1 - rate), torch.linalg.vector_norm(student)])
-            squares += norms.double().square().cpu()
+            # Added up on the device: reading each number would make the host wait for every parameter.
+            added = norms.double().square()
+            squares = added if squares is None else squares + added
             updated += 1
         if updated != len(self.shadow):
             raise RuntimeError(f"{updated} of {len(self.shadow)} teacher tensors were updated")
-        difference, norm = sharding.all_reduce_sum(squares).tolist()
+        if squares is None:
+            squares = torch.zeros(2, dtype=torch.float64)
+        difference, norm = self._sharding.all_reduce_sum(squares.cpu()).tolist()
         self.distance = (difference / max(norm, 1e-30)) ** 0.5
         return True
 
     def state(self) -> dict[str, Tensor]:
-        return dict(self.shadow)
+        return {name: self._sharding.to_file(self.parameters[name], s) for name, s in self.shadow.items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for name, shadow in self.shadow.items():
-            shadow.copy_(state[name])
+            shadow.copy_(self._sharding.from_file(self.parameters[name], state[name]))
             self._write(name, shadow)
 
     def _write(self, name: str, shadow: Tensor) -> None:
         """Write a shadow into its parameter, unless it is the parameter itself."""
-        parameter = self._sharding().local_shard(self.parameters[name])
-        if parameter.data_ptr() != shadow.data_ptr():
-            parameter.copy_(shadow)
+        parameter = self.parameters[name]
+        shard = self._sharding.local_shard(parameter)
+        if shard.data_ptr() != shadow.data_ptr():
+            shard.copy_(shadow)
+        self._sharding.complete(parameter)
 
 
 class ServedTeacher(Teacher):
@@ -164,9 +182,9 @@ class RoutedTeacher(Teacher):
     def leaves(self) -> tuple[Teacher, ...]:
         return self.routes
 
-    def initialize(self) -> None:
+    def initialize(self, shard: ShardTensors | None = None) -> None:
         for part in self.parts:
-            part.initialize()
+            part.initialize(shard)
 
     def score(self, route: int, sequences: PaddedSequences, rows: int) -> TeacherScores:
         return self.routes[route].score(0, sequences, rows)
@@ -185,34 +203,45 @@ class RoutedTeacher(Teacher):
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         for i, part in enumerate(self.parts):
             prefix = f"{i}/"
-            own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+            own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
             part.load_state(own)
 
 
-def open_teacher(spec: specs.TeacherWeights, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
+def open_teacher(
+    spec: specs.TeacherWeights,
+    student: Weights,
+    load: LoadModel,
+    connect: ConnectServed,
+    copy_model: CopyModel = copy.deepcopy,
+) -> Teacher:
     """Returns the teacher that `spec` describes, initialized from the student's current weights."""
     if not isinstance(spec, specs.RoutedWeights):
-        return _open_one(spec, student, load, connect)
+        return _open_one(spec, student, load, connect, copy_model)
     opened: dict[specs.OneTeacher, Teacher] = {}
     for one in spec.routes.values():
         if one not in opened:
-            opened[one] = _open_one(one, student, load, connect)
+            opened[one] = _open_one(one, student, load, connect, copy_model)
     return RoutedTeacher([opened[one] for one in spec.routes.values()])
 
 
-def _open_one(spec: specs.OneTeacher, student: Weights, load: LoadModel, connect: ConnectServed) -> Teacher:
+def _open_one(
+    spec: specs.OneTeacher, student: Weights, load: LoadModel, connect: ConnectServed, copy_model: CopyModel
+) -> Teacher:
+    def copy_weights() -> Weights:
+        return Weights(copy_model(student.model).requires_grad_(False).eval())
+
     match spec:
         case specs.StudentWeights():
             return Teacher(student)
         case specs.FrozenWeights():
-            return Teacher(Weights(student.model, None) if student.has_adapters else _copy_weights(student))
+            return Teacher(Weights(student.model, None) if student.has_adapters else copy_weights())
         case specs.EmaWeights() | specs.CopyWeights() if student.has_adapters:
             model: Any = student.model
             name = TEACHER_ADAPTER + "_" * (len(model.peft_config) - 1)
             pairs = _add_teacher_adapter(student, name)
             return AveragedTeacher(Weights(student.model, name), pairs)
         case specs.EmaWeights() | specs.CopyWeights():
-            weights = _copy_weights(student)
+            weights = copy_weights()
             own = dict(weights.model.named_parameters())
             trained = [n for n, p in student.model.named_parameters() if p.requires_grad]
             return AveragedTeacher(weights, {name: own[name] for name in trained})
@@ -222,10 +251,6 @@ def _open_one(spec: specs.OneTeacher, student: Weights, load: LoadModel, connect
             return ServedTeacher(connect(spec))
         case _:
             assert_never(spec)
-
-
-def _copy_weights(student: Weights) -> Weights:
-    return Weights(copy.deepcopy(student.model).requires_grad_(False).eval())
 
 
 def _add_teacher_adapter(student: Weights, adapter: str) -> dict[str, Tensor]:
@@ -242,7 +267,8 @@ def _add_teacher_adapter(student: Weights, adapter: str) -> dict[str, Tensor]:
         parameter.requires_grad_(name in pairs)
     with torch.no_grad():
         for name, tensor in pairs.items():
-            tensor.copy_(parameters[name])
+            if not parameters[name].is_meta:  # under ZeRO stage 3, only the first rank has values yet
+                tensor.copy_(parameters[name])
     model.set_adapter(STUDENT_ADAPTER)
     model.eval()  # new modules start in training mode
     return pairs

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 
 from sdkit.batches import HiddenStateScores, LogitTransform, PaddedSequences
 from sdkit.models.logit_transform import decoder, measure_transform
-from sdkit.models.prefix import prefix_pays, states_after_prefix
+from sdkit.models.prefix import states_by_group
 
 Result = TypeVar("Result")
+
+MASKED_ATTENTION = ("sdpa", "eager")
+"""Attention implementations that accept a mask over all queries and keys.  Flash kernels read such a mask as one of padding:
+an index error on a CPU, on a GPU the end of the CUDA context."""
 
 STUDENT_ADAPTER = "default"
 TEACHER_ADAPTER = "teacher"
@@ -28,8 +32,12 @@ TEACHER_ADAPTER = "teacher"
 class Sharding:
     """How a model's parameters are sharded over ranks, and how to read and write them: here every rank has all of them.
 
-    Zero3Sharding (distributed/zero_shards.py) overrides every method.  Every rank must call, in the same order.
+    Zero3Sharding (distributed/zero_shards.py) overrides the methods for ZeRO stage 3.  Under stages 1 and 2 a teacher's
+    average is sharded by MasterSharding (distributed/master_shards.py).  Every rank must call, in the same order.
     """
+
+    in_step = False
+    """Whether all ranks must run equally many forward passes, because each pass gathers parameters from all of them."""
 
     def run_forward(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call the function inside a forward pass of the model and return its result."""
@@ -46,6 +54,32 @@ class Sharding:
     def local_shard(self, parameter: Tensor) -> Tensor:
         """Returns this rank's shard of a parameter, to read and write; flat if the parameter is sharded."""
         return parameter.detach()
+
+    def device_of(self, parameter: Tensor) -> torch.device:
+        """Returns the device on which forward passes use a parameter."""
+        return parameter.device
+
+    def complete(self, parameter: Tensor) -> None:
+        """Make a parameter complete again after every rank has written to its `local_shard`."""
+
+    def to_file(self, parameter: Tensor, shard: Tensor) -> Tensor:
+        """Returns what this rank's checkpoint file stores of a tensor that is sharded like `parameter`."""
+        return shard
+
+    def from_file(self, parameter: Tensor, stored: Tensor) -> Tensor:
+        """Returns this rank's shard of a tensor that `to_file` stored."""
+        return stored
+
+    def full_shape(self, parameter: Tensor) -> torch.Size:
+        """Returns the shape of a parameter as if it were not sharded."""
+        return parameter.shape
+
+    def write(self, parameter: Tensor, values: Tensor) -> None:
+        """Set a parameter to `values`, which has the parameter's full shape; every rank must pass the same."""
+        parameter.detach().copy_(values)
+
+    def release(self) -> None:
+        """Release the parameters that a backward pass without an optimizer step has left gathered."""
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Returns the sum of per-shard values over all ranks if parameters are sharded; otherwise the values."""
@@ -95,16 +129,31 @@ class Weights:
 
         False until it is measured, and under ZeRO stage 3, which would gather every parameter once more on all ranks.
         """
-        return _TAKES_PREFIX.get(self.model, False) and self.sharding is UNSHARDED
+        return _TAKES_PREFIX.get(self.model, False) and not self.sharding.in_step
 
     @takes_prefix.setter
     def takes_prefix(self, measured: bool) -> None:
         _TAKES_PREFIX[self.model] = measured
 
     @property
+    def takes_mask(self) -> bool:
+        """Whether a pass may have a mask over all queries and keys, as rows that share a prompt do."""
+        return getattr(self.causal.config, "_attn_implementation", None) in MASKED_ATTENTION
+
+    @property
     def head(self) -> nn.Parameter:
         """The output projection, [V, H]; if sharded, complete only inside `Sharding.run_with_head`."""
         return self.causal.get_output_embeddings().weight
+
+    @property
+    def head_shape(self) -> torch.Size:
+        """The full shape of the output projection, (V, H)."""
+        return self.sharding.full_shape(self.head)
+
+    @property
+    def embedding_rows(self) -> int:
+        """The number of token ids that the model has an embedding for."""
+        return self.sharding.full_shape(self.causal.get_input_embeddings().weight)[0]
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -120,13 +169,15 @@ class Weights:
     def transform(self) -> LogitTransform:
         """The transform from head × hidden to logits.
 
-        Measured once per module, without adapters and before its parameters are sharded.  Raises BadData where it
-        cannot be expressed.
+        Measured once per module, without adapters.  Raises BadData where it cannot be expressed.
         """
         if self.model not in _TRANSFORMS:
-            with Weights(self.model, None).active() as causal:
-                _TRANSFORMS[self.model] = measure_transform(causal)
+            (_TRANSFORMS[self.model],) = self.sharding.run_forward(Weights(self.model, None)._measure_transform)
         return evolve(_TRANSFORMS[self.model], bias=self.bias)
+
+    def _measure_transform(self) -> tuple[LogitTransform]:
+        with self.active() as causal:
+            return (measure_transform(causal, self.head_shape),)  # a tuple: DeepSpeed searches the result for tensors
 
     def scores(self, sequences: PaddedSequences, rows: int | None = None) -> HiddenStateScores:
         """Returns scores of the counted tokens, over ids below `rows` (None: all); the head gets no gradient."""
@@ -155,10 +206,17 @@ class Weights:
         return self.sharding.run_forward(self.selected_states, sequences)
 
     def selected_states(self, sequences: PaddedSequences) -> Tensor:
-        """Returns `hidden`; call it inside `Sharding.run_forward`."""
+        """Returns `hidden`; call it inside `Sharding.run_forward`.
+
+        Raises ValueError for rows that share a prompt if the model's attention takes no mask for them.
+        """
+        if sequences.attention_mask is not None and not self.takes_mask:
+            raise ValueError(
+                f"rows share prompts, but {self.causal.config._attn_implementation} takes no mask for them"
+            )
         with self.active() as causal:
-            if self.takes_prefix and prefix_pays(sequences):
-                return states_after_prefix(decoder(causal), sequences)
+            if self.takes_prefix and any(group.prefix for group in sequences.prefix_groups):
+                return states_by_group(decoder(causal), sequences)
             out = decoder(causal)(
                 input_ids=sequences.input_ids,
                 attention_mask=sequences.attention_mask,

@@ -1,9 +1,9 @@
 """Estimates the time of a step from spec, machine and model shape.  Pure arithmetic on the device's figures.
 
-A forward pass takes 2 operations per parameter and token, plus 2 · layers · hidden · length per token for causal
-attention in a sequence of `length`.  A backward pass takes twice as much, or as much as the forward pass if the base
-weights are frozen under adapters.  Each decoding step reads the weights once, and the cached keys and values of all
-rows; it takes as long as the reads or the operations, whichever is slower.  Every sequence is assumed to have its
+A forward and backward pass takes `training_factor` forward passes.  The update computes the prompt of a group once if
+`training.share_prompts` is set; teachers are assumed to have another prompt for each completion.  Each decoding step
+reads the weights once, and the cached keys and values of all rows; it takes as long as the reads or the operations,
+whichever is slower.  Every sequence is assumed to have its
 maximum length.  Rewards, communication and weight syncs are not included.
 """
 
@@ -28,6 +28,7 @@ from sdkit.language.specs import (
 )
 from sdkit.plan.accelerators import Accelerator, Machine
 from sdkit.plan.memory import BYTES, GIB, engine_gib
+from sdkit.plan.operations import forward_operations, shared_prompt_operations, training_factor
 
 
 @frozen(kw_only=True)
@@ -67,7 +68,8 @@ def estimate_step_time(
     assert shape is not None
     rollouts = _rollouts_per_rank(spec, machine)
     prompt, teacher_prompt, new = _max_lengths(spec)
-    training = _training_passes(spec) * _forward_operations(shape, rollouts, prompt + new)
+    prompts = _prompts_per_rank(spec, machine) if spec.training.share_prompts else rollouts
+    training = _training_passes(spec) * shared_prompt_operations(shape, prompts, prompt, rollouts, new)
     phases = [_rollout_phase(spec, backend, machine, device, shape)]
     if any(term.needs_teacher for term in spec.losses.values()):
         scoring = _scoring_operations(spec, shape, other_shapes, rollouts)
@@ -124,27 +126,19 @@ def _max_lengths(spec: ExperimentSpec) -> tuple[int, int, int]:
     return prompt, teacher_prompt, spec.rollout.max_new_tokens
 
 
+def _prompts_per_rank(spec: ExperimentSpec, machine: Machine) -> int:
+    return math.ceil(spec.training.prompts_per_step / machine.ranks)
+
+
 def _rollouts_per_rank(spec: ExperimentSpec, machine: Machine) -> int:
-    prompts = math.ceil(spec.training.prompts_per_step / machine.ranks)
-    return prompts * spec.rollout.completions_per_prompt
-
-
-def _operations_per_token(shape: ShapeSpec, length: float) -> float:
-    """Forward operations per token of a sequence of `length`, averaged over positions."""
-    return 2 * shape.parameters + 2 * shape.num_hidden_layers * shape.hidden_size * length
-
-
-def _forward_operations(shape: ShapeSpec, sequences: int, length: int) -> float:
-    """Operations of one forward pass over `sequences` sequences of `length` tokens."""
-    return sequences * length * _operations_per_token(shape, length)
+    return _prompts_per_rank(spec, machine) * spec.rollout.completions_per_prompt
 
 
 def _training_passes(spec: ExperimentSpec) -> int:
     """The cost of the student's update in forward passes, with the reference and the statistics pass."""
-    forward_and_backward = 2 if spec.model.lora else 3
     statistics = any(name.startswith("student") for name in required_statistics(spec.losses))
     return (
-        forward_and_backward
+        training_factor(adapters=spec.model.lora is not None)
         + spec.model.activation_checkpointing
         + spec.needs_reference
         + (statistics or spec.needs_old_logprobs)
@@ -159,12 +153,12 @@ def _scoring_operations(
     external = [other_shapes[weights.path] for _, weights in spec.external_teachers()]
     largest = max(external, key=lambda model: model.parameters, default=shape)
     statistics = any(name.startswith("teacher") for name in required_statistics(spec.losses))
-    scores = _forward_operations(largest, rollouts, teacher_prompt + new)
+    scores = shared_prompt_operations(largest, rollouts, teacher_prompt, rollouts, new)
     blend, start = spec.blend, 0.0
     if blend:
         partner = other_shapes[blend.base.path] if isinstance(blend.base, ExternalWeights) else shape
         seen = teacher_prompt if blend.partner_prompt == "teacher" else prompt
-        operations = _forward_operations(partner, rollouts, seen + new)
+        operations = shared_prompt_operations(partner, rollouts, seen, rollouts, new)
         if isinstance(blend.base, FrozenWeights):
             start = operations  # in the update, this pass is counted as the reference's: see _training_passes
         else:
@@ -193,8 +187,9 @@ def _rollout_phase(
     rows = max(1, min(rollouts, backend.max_num_seqs, int(max_cached_rows)))
     middle = prompt + new / 2
     reading = (weights + rows * cached * middle) / (device.terabytes * 1e12 * device.bandwidth_utilization)
-    token = max(reading, _compute_seconds(device, rows * _operations_per_token(shape, 2 * middle)))
-    prefill = _forward_operations(shape, rollouts // spec.rollout.completions_per_prompt, prompt)
+    token = max(reading, _compute_seconds(device, forward_operations(shape, rows, 2 * middle, rows)))
+    prompts = _prompts_per_rank(spec, machine)
+    prefill = forward_operations(shape, prompts * prompt, prompt, prompts)
     seconds = _compute_seconds(device, prefill) + math.ceil(rollouts / rows) * new * token
     label = f"rollout, {rollouts} completions of {new} tokens, {rows} at once"
     return Phase(label=label, seconds=seconds)

@@ -30,6 +30,8 @@ from sdkit.runs.plot import check_plot_path, plot_runs
 from sdkit.stdout import print_warning
 
 SETTINGS_SHOWN = 30
+MISSING = "[dim]–[/]"
+"""What a table shows where a run does not have a setting."""
 
 
 def compare(paths: Sequence[Path], console: Console, target: Path, axis: Axis, score: str | None) -> None:
@@ -88,10 +90,10 @@ def _print_settings(runs: Sequence[Run], keys: Sequence[Key], console: Console) 
     rows = [(spelled(path), [run.settings for run in runs], path) for path in paths]
     rows += [(f"{spelled(path)} (origin)", [run.origins for run in runs], path) for path in origins]
     if rows:
-        table = _table("what differs", ("setting", *(escape(run.name) for run in runs)), ())
-        for name, settings, path in rows[:SETTINGS_SHOWN]:
-            table.add_row(escape(name), *(_cell(values, path) for values in settings))
-        console.print(table)
+        shown = [
+            (name, [_cell(values, path) for values in settings]) for name, settings, path in rows[:SETTINGS_SHOWN]
+        ]
+        console.print(differences_table("what differs", [run.name for run in runs], shown))
     if len(rows) > SETTINGS_SHOWN:
         console.print(f"… and {len(rows) - SETTINGS_SHOWN} more", highlight=False)
     if any(path[0] in ("code", "accepted_changes") for path in origins):
@@ -101,8 +103,16 @@ def _print_settings(runs: Sequence[Run], keys: Sequence[Key], console: Console) 
         print_warning(console, f"{what}, so their scores may not be comparable")
 
 
+def differences_table(title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
+    """Returns a table of what differs: in each row a setting, and its value for each of the runs `names`, as markup."""
+    table = _table(title, ("setting", *map(escape, names)), ())
+    for setting, cells in rows:
+        table.add_row(escape(setting), *cells)
+    return table
+
+
 def _cell(settings: Mapping[SpecPath, object], path: SpecPath) -> str:
-    return escape(shorten(settings[path], 32)) if path in settings else "[dim]–[/]"
+    return escape(shorten(settings[path], 32)) if path in settings else MISSING
 
 
 def _scores_table(runs: Sequence[Run], keys: Sequence[Key]) -> Table:

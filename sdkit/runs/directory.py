@@ -24,9 +24,11 @@ from typing import Any
 
 from sdkit import processes
 from sdkit.language.errors import BadEnvironment, UnreadableInput
+from sdkit.language.files import MAX_CONFIG_BYTES, read_json_object
 
 MARK = "resolved.yaml"
 ORIGIN = "provenance.json"
+STATUS = "status.json"
 
 
 class RunDirectory:
@@ -40,7 +42,7 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a small file atomically."""
-        self.write_text(name, json.dumps(value, indent=2, default=str) + "\n")
+        self.write_text(name, _json(value))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file atomically."""
@@ -51,7 +53,7 @@ class RunDirectory:
     def status(self, state: str, **facts: Any) -> None:
         """Write status.json: running, done, diverged, stopped or failed, with the process and other facts."""
         process = {"pid": os.getpid(), "process": processes.own_start()}
-        self.write_json("status.json", {"state": state, **process, **facts})
+        self.write_json(STATUS, {"state": state, **process, **facts})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl, and write the same figures to TensorBoard."""
@@ -128,6 +130,10 @@ class ReadOnly(RunDirectory):
         pass
 
 
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, default=str) + "\n"
+
+
 def step_file(folder: str, step: int) -> str:
     """The name of the file with one step's records, relative to the run directory."""
     return f"{folder}/step_{step:06d}.jsonl"
@@ -184,6 +190,18 @@ def create(path: Path, *, tensorboard: bool) -> RunDirectory:
     except OSError as error:
         raise UnreadableInput(f"cannot write to {path}: {error.strerror}") from None
     return RunDirectory(path, tensorboard)
+
+
+def read_status(path: Path) -> Mapping[str, Any]:
+    """The contents of status.json; empty if there is none."""
+    return read_json_object(path / STATUS, MAX_CONFIG_BYTES) or {}
+
+
+def record_failure(path: Path, reason: str) -> None:
+    """Replace the state `running` in a run's status.json by `failed`, for a process of the run that can no longer do so."""
+    status = read_status(path)
+    if status.get("state") == "running":
+        write_atomically(path / STATUS, _json({**status, "state": "failed", "reason": reason}))
 
 
 def write_atomically(path: Path, text: str) -> None:

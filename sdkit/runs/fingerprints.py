@@ -10,13 +10,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_args
 
 from sdkit.language.bundled import local_folder
 from sdkit.language.errors import BadEnvironment
-from sdkit.language.files import read_json_object, sha256_of
+from sdkit.language.files import read_json_object, sha256_of, sha256_of_all
 from sdkit.language.python_imports import with_imports
 from sdkit.language.specs import ExperimentSpec
 from sdkit.language.user_functions import module_search_path
@@ -32,7 +31,6 @@ MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt"}
 CACHE = "hashes.json"
 """File of the cache folder: path → [size, time of last change, SHA-256]."""
 SLOW_BYTES = 2**31
-THREADS = 4
 
 
 def of_code(spec: ExperimentSpec, base: Path) -> Hashes:
@@ -111,9 +109,8 @@ def _hash_cached(paths: Iterable[Path], cache: Path, notify: Callable[[str], Non
     size = sum(states[path][0] for path in unknown)
     if size > SLOW_BYTES:
         notify(f"hashing {size / 2**30:.0f} GiB of local models, once")
-    with ThreadPoolExecutor(THREADS) as threads:
-        hashes = zip(unknown, threads.map(sha256_of, unknown), strict=True)
-        stored |= {str(path): [*states[path], digest] for path, digest in hashes}
+    hashes = zip(unknown, sha256_of_all(unknown), strict=True)
+    stored |= {str(path): [*states[path], digest] for path, digest in hashes}
     if unknown:
         _store(stored, cache)
     return {path: stored[str(path)][-1] for path in states}

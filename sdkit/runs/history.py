@@ -13,7 +13,7 @@ from sdkit.language.errors import UnreadableInput
 from sdkit.language.files import read_json_object
 from sdkit.language.resolved import leaves
 from sdkit.language.source import read
-from sdkit.runs.directory import MARK, read_lines, step_file
+from sdkit.runs.directory import MARK, read_lines, read_status, step_file
 from sdkit.runs.evaluations import EvaluationResult, Key, per_prompt, read_back
 from sdkit.runs.fingerprints import KINDS
 from sdkit.runs.intervals import Interval
@@ -105,20 +105,26 @@ def read_run(path: Path, name: str) -> Run:
     spec = read(path / MARK, resolved=True).data
     if not isinstance(spec, dict):
         raise UnreadableInput(f"{path / MARK} is not a resolved spec")
-    state = _state(read_json_object(path / "status.json") or {})
+    state = _state(read_status(path))
     try:
         points = tuple(_points(path))
     except (KeyError, TypeError, AttributeError) as error:
         raise UnreadableInput(f"{path / 'metrics.jsonl'} is not a run's: {error!r}") from None
     if not points:
         raise UnreadableInput(f"{path} holds no evaluation to compare ({state})")
-    provenance = read_json_object(path / "provenance.json") or {}
-    origins = {part: provenance[part] for part in ORIGINS if provenance.get(part)}
-    if changes := accepted_changes(provenance):
-        origins["accepted_changes"] = {name: f"after step {step}" for name, step in changes.items()}
+    origins = {part: value for part, value in read_origins(path).items() if value}
     return Run(
         name=name, path=path, state=state, settings=dict(leaves(spec)), origins=dict(leaves(origins)), points=points
     )
+
+
+def read_origins(run: Path) -> dict[str, Any]:
+    """The parts `ORIGINS` of a run's provenance.json, and `accepted_changes`: changed file → after which step."""
+    provenance = read_json_object(run / "provenance.json") or {}
+    origins = {part: provenance[part] for part in ORIGINS if part in provenance}
+    if changes := accepted_changes(provenance):
+        origins["accepted_changes"] = {name: f"after step {step}" for name, step in changes.items()}
+    return origins
 
 
 def accepted_changes(provenance: Mapping[str, Any]) -> dict[str, int]:

@@ -11,7 +11,10 @@ from attrs import evolve
 from torch import Tensor
 
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
-from sdkit.models.weights import UNSHARDED, Weights
+from sdkit.models.logit_transform import decoder
+from sdkit.models.weights import Weights
+from sdkit.sampling.few_rows import few_rows_are_columns
+from sdkit.sampling.prefill import allocate_cache
 
 DUMMY_REQUEST = SamplingRequest(prompt_ids=(0,), seed=0)
 """Keeps a rank in step with the others once it has no prompts left."""
@@ -61,14 +64,18 @@ class TransformersRollouts:
         mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
         device = next(model.parameters()).device
         sampler = SeededSampler(requests, sampling)
-        with own_settings(model, self._settings(sampling)) as settings:
+        prompts = [r.prompt_ids for r in requests]
+        takes_prefix = self.weights is not None and self.weights.takes_prefix
+        cache = allocate_cache(decoder(model), prompts, sampling.max_new_tokens) if takes_prefix else None
+        with few_rows_are_columns(model), own_settings(model, self._settings(sampling)) as settings:
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
+                past_key_values=cache,
                 generation_config=settings,
                 logits_processor=[sampler],
                 tokenizer=self.tokenizer if sampling.stop else None,
-                synced_gpus=self.weights is not None and self.weights.sharding is not UNSHARDED,
+                synced_gpus=self.weights is not None and self.weights.sharding.in_step,
             )
         rows, logprobs = out[:, width:].tolist(), torch.stack(sampler.logprobs, dim=1).tolist()
         return [self._completion(*row, sampling.stop) for row in zip(rows, logprobs, strict=True)]

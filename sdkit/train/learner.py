@@ -9,6 +9,8 @@ from attrs import frozen
 from torch import Tensor
 
 from sdkit.distributed import zero, zero_shards
+from sdkit.distributed.master_shards import MasterSharding
+from sdkit.models.teachers import ShardTensors
 from sdkit.train.loss_masks import UserFunction
 from sdkit.train.models import Models
 from sdkit.train.setup import RunSetup
@@ -29,7 +31,7 @@ class Learner:
     user_weights: Mapping[str, UserFunction]  # by loss term
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name (as in the model) and the float32 master weights of each trained parameter."""
+        """Yield the name (as in the model) and the float32 master weights of each trained parameter, as `Zero.masters`."""
         for name, value in self.zero.masters():
             yield name.removeprefix("model."), value
 
@@ -54,7 +56,7 @@ def open_learner(setup: RunSetup, models: Models) -> Learner:
     )
     stage, offload, bf16 = setup.plan.zero_stage, spec.training.offload, spec.model.dtype == "bfloat16"
     root, head = zero_shards.Root(student.model), student.head_parameters
-    engine = zero.Zero(root, spec.optimizer, stage, bf16, offload)
+    engine = zero.Zero(root, spec.optimizer, stage, bf16, zero.ZeroOptions.of(spec.training))
     frozen_engines: list[Any] = []
     if stage == 3:
         student.sharding = zero_shards.Zero3Sharding(root, head)
@@ -63,7 +65,7 @@ def open_learner(setup: RunSetup, models: Models) -> Learner:
             frozen_engines.append(zero.open_forward_only(root, offload))
             weights.sharding = zero_shards.Zero3Sharding(root, head)
     if models.teacher:
-        models.teacher.initialize()
+        models.teacher.initialize(_master_sharding(engine) if stage in (1, 2) and engine.shards_masters else None)
     return Learner(
         models=models,
         student=module,
@@ -73,3 +75,8 @@ def open_learner(setup: RunSetup, models: Models) -> Learner:
         micro_batch_tokens=spec.training.micro_batch_tokens,
         user_weights=data.user_weights,
     )
+
+
+def _master_sharding(engine: zero.Zero) -> ShardTensors:
+    own_parts = {name.removeprefix("model."): part for name, part in engine.own_parts().items()}
+    return lambda tensors: MasterSharding(tensors, own_parts)

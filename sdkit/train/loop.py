@@ -14,7 +14,7 @@ from sdkit.distributed import collectives
 from sdkit.language.errors import NumericsGuard, Stopped
 from sdkit.language.schedules import at_step
 from sdkit.runs.evaluations import EvaluationResult
-from sdkit.train import stop_requests
+from sdkit.train import determinism, stop_requests
 from sdkit.train.collect_rollouts import CollectedRollouts, collect_rollouts, completion_text
 from sdkit.train.evaluate import evaluate, headline, held_out_loss, teacher_lift
 from sdkit.train.metrics import step_metrics
@@ -95,13 +95,14 @@ def _train_on_batch(trainer: Trainer, report: Report, step: int) -> None:
     collected_at = time.perf_counter()
     decode = partial(completion_text, setup.data)
     passing, shares = filter_rollouts(setup.spec.rollout.keep, collected.batch, decode)
-    batch = prepare_rollouts(trainer.learner, passing, specs, with_old_logprobs=setup.plan.needs_old_logprobs)
-    prepared_at = time.perf_counter()
-    parts = batch.split(setup.plan.updates_per_step)
-    results = [_update(trainer, report, collected, part) for part in parts if collectives.all_reduce_max(len(part))]
-    version = trainer.progress.optimizer_steps
-    weights = setup.spec.teacher and at_step(setup.spec.teacher.weights, version)
-    distance = update_teacher(trainer.learner, weights, "rollout_batch", version) if results else {}
+    with determinism.kernels(setup.spec.training.deterministic):
+        batch = prepare_rollouts(trainer.learner, passing, specs, with_old_logprobs=setup.plan.needs_old_logprobs)
+        prepared_at = time.perf_counter()
+        parts = batch.split(setup.plan.updates_per_step)
+        results = [_update(trainer, report, collected, p) for p in parts if collectives.all_reduce_max(len(p))]
+        version = trainer.progress.optimizer_steps
+        weights = setup.spec.teacher and at_step(setup.spec.teacher.weights, version)
+        distance = update_teacher(trainer.learner, weights, "rollout_batch", version) if results else {}
     trainer.progress.step = step + 1
     seconds = time.perf_counter() - started
     metrics = step_metrics(setup.data, collected, results, shares, len(batch), version, seconds)

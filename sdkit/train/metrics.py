@@ -6,6 +6,7 @@ metrics of a weight transfer are those of this process.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -14,6 +15,8 @@ from sdkit.batches import Rollout
 from sdkit.distributed import collectives
 from sdkit.language.specs import OfRollouts, Slot, SuccessfulSibling
 from sdkit.losses.policy_terms import group_relative
+from sdkit.models.device import rank_device
+from sdkit.plan.accelerators import accelerator_named
 from sdkit.train.collect_rollouts import CollectedRollouts, completion_text
 from sdkit.train.inputs import RunData
 from sdkit.train.step import StepResult
@@ -54,7 +57,7 @@ def step_metrics(
         **{f"rollout/{name}": value for name, value in collected.figures.items()},
     }
     own_tokens = sum(len(r.completion_ids) for r in rollouts)
-    return metrics | _times(collected, results, own_tokens, seconds)
+    return metrics | _times(collected, results, own_tokens, seconds) | _rates(results, data.spec.model.dtype)
 
 
 def _average_updates(results: Sequence[StepResult]) -> dict[str, float]:
@@ -133,6 +136,30 @@ def _times(
     if sampling > 0:
         metrics["time/tokens_per_second"] = tokens / sampling
     return metrics
+
+
+def _rates(results: Sequence[StepResult], dtype: str) -> dict[str, float]:
+    """How fast this rank scored and updated: completion tokens and operations per second.
+
+    `time/mfu` is the share of the device's peak rate in `dtype`, left out where that rate is not known.
+    """
+    seconds = sum(sum(result.seconds.values()) for result in results)
+    if seconds <= 0:
+        return {}
+    metrics = {"time/trained_tokens_per_second": sum(result.tokens for result in results) / seconds}
+    teraflops = sum(result.operations for result in results) / seconds / 1e12
+    if math.isfinite(teraflops):
+        metrics["time/teraflops"] = teraflops
+        if peak := peak_teraflops(dtype):
+            metrics["time/mfu"] = teraflops / peak
+    return metrics
+
+
+def peak_teraflops(dtype: str) -> float | None:
+    """The published dense rate of this process's GPU in `dtype`; None without a GPU, or if it is not known."""
+    device = rank_device()
+    accelerator = accelerator_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return accelerator.teraflops if accelerator and accelerator.dtype == dtype else None
 
 
 def _mean(values: Iterable[float]) -> tuple[float, float]:

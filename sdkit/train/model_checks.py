@@ -27,15 +27,15 @@ def compared_vocabulary(models: NamedModels, data: RunData, any_served: bool) ->
     If they do, rows beyond the tokenizer's ids are no token for any model.  The number of rows of a served model is not
     known, so `any_served` counts as a difference.  Raises BadData if a model has fewer rows than the tokenizer has ids.
     """
-    student_rows = models[0][1].head.shape[0]
+    student_rows = models[0][1].head_shape[0]
     token_ids = max(data.tokenizer.get_vocab().values()) + 1
-    same = all(weights.head.shape[0] == student_rows for _, weights in models)
+    same = all(weights.head_shape[0] == student_rows for _, weights in models)
     if same and (not any_served or student_rows == token_ids):
         return student_rows, None
     for name, weights in models:
-        if weights.head.shape[0] < token_ids:
+        if weights.head_shape[0] < token_ids:
             raise BadData(
-                f"the {name} has {weights.head.shape[0]} output rows for {token_ids} token ids",
+                f"the {name} has {weights.head_shape[0]} output rows for {token_ids} token ids",
                 path=_model_path(weights),
             )
     return token_ids, token_ids
@@ -62,6 +62,9 @@ def check_models(setup: RunSetup, models: NamedModels, end_ids: tuple[int, ...],
 def probe_models(spec: ExperimentSpec, models: NamedModels, device: torch.device, zero_stage: int) -> None:
     """Run the checks that need a forward pass.  Raises BadData naming the key to change."""
     student = models[0][1]
+    for _, weights in models:
+        with blaming(*_model_path(weights)):
+            _ = weights.transform  # measured here under stage 3
     if spec.model.lora:
         lora.check(student, device, zero_stage)
     for name, weights in models:
@@ -72,7 +75,7 @@ def probe_models(spec: ExperimentSpec, models: NamedModels, device: torch.device
 
 def _check_ids(name: str, weights: Weights, data: RunData, end_ids: tuple[int, ...]) -> None:
     """Raise BadData if the model has no embedding for an id of the data or for an end token."""
-    known = KnownIds(f"the {name}", weights.causal.get_input_embeddings().weight.shape[0])
+    known = KnownIds(f"the {name}", weights.embedding_rows)
     with blaming(*_model_path(weights)):
         known.check(data.tokenizer, "the text", (data.largest_id,))
         known.check(data.tokenizer, "the list of end tokens", end_ids)

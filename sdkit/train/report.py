@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -17,6 +18,7 @@ from rich.table import Table
 from sdkit.batches import RolloutBatch
 from sdkit.distributed import collectives
 from sdkit.language.errors import counted
+from sdkit.models.device import rank_device
 from sdkit.models.packing import LONGEST_PACK
 from sdkit.runs.directory import RunDirectory
 from sdkit.runs.evaluations import (
@@ -82,7 +84,7 @@ class Report:
         """Report training step `step`: a console line, a line of metrics, all rollouts and, at intervals, samples."""
         self.generated += metrics["rollout/tokens"]
         metrics["tokens_generated"] = self.generated
-        metrics["memory/peak_gib"] = peak_gib()
+        metrics |= memory_peaks()
         self.run.metrics(step, metrics)
         self.run.status("running", step=step)
         records = collectives.gather_object(rollout_records(collected))
@@ -268,11 +270,16 @@ def print_objective_card(
         f"{spec.rollout.completions_per_prompt} completions, {len(data.train)} training rows"
     )
     console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
+    warn_of_control_tokens(console, data)
+    _warn_of_cut_completions(console, data, run, resumed=start > 0)
+
+
+def warn_of_control_tokens(console: Console, data: RunData) -> None:
+    """Print a warning if rows spell control tokens."""
     if rows := data.control_token_rows:
         shown = ", ".join(f"row {row.index} {name}" for row, name in rows[:5])
         text = f"control tokens in {counted(len(rows), 'row')}, which the model reads as such: {shown}"
         print_warning(console, text, "model.control_tokens: text keeps them as text")
-    _warn_of_cut_completions(console, data, run, resumed=start > 0)
 
 
 def print_start_up(console: Console, seconds: Mapping[str, float]) -> None:
@@ -292,10 +299,19 @@ def _warn_of_cut_completions(console: Console, data: RunData, run: RunDirectory,
         run.warning(0, {"wire": "cut_completions", "cause": text, "look_at": advice})
 
 
-def peak_gib() -> float:
-    """Peak resident memory of this process in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
+def memory_peaks() -> dict[str, float]:
+    """The peak resident memory of this process, and of a GPU the largest peaks over all ranks, in GiB.
+
+    `allocated` is what tensors took, `reserved` what PyTorch took from the GPU for them.
+    """
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peaks = {"memory/peak_gib": resident / 2**20 if sys.platform != "darwin" else resident / 2**30}
+    device = rank_device()
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        peaks["memory/device_allocated_gib"] = collectives.all_reduce_max(allocated) / 2**30
+        peaks["memory/device_reserved_gib"] = collectives.all_reduce_max(reserved) / 2**30
+    return peaks
 
 
 def _step_line(step: int, end: int, metrics: Mapping[str, float]) -> str:

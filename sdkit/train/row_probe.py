@@ -10,9 +10,10 @@ import re
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor
 
-from sdkit.batches import SamplingParams, SamplingRequest
+from sdkit.batches import PrefixGroup, SamplingParams, SamplingRequest
 from sdkit.language.errors import BadData
 from sdkit.language.specs import TransformersBackend
 from sdkit.models.logit_transform import decoder
@@ -30,14 +31,12 @@ from sdkit.models.packing import (
     sees_ahead,
     shares_rows,
 )
-from sdkit.models.prefix import states_after_prefix
+from sdkit.models.prefix import states_by_group
 from sdkit.models.weights import Weights
 from sdkit.sampling.transformers import TransformersRollouts
 from sdkit.train.model_checks import NamedModels
 from sdkit.train.setup import RunSetup
 
-MASKED_ATTENTION = ("sdpa", "eager")
-"""Attention implementations that accept a mask over all queries and keys."""
 WINDOW_KEY = re.compile(r"(window|window_size|chunk_size)$")
 
 
@@ -70,11 +69,10 @@ def longest_shared(weights: Weights, device: torch.device, wanted: int, text: in
     text: tokens of the longest prompt and completion.  Within a sliding window a shared row changes nothing, so if a
     long row fails, shorter ones are tried.
     """
-    config = weights.causal.config
-    if getattr(config, "_attn_implementation", None) not in MASKED_ATTENTION:
+    if not weights.takes_mask:
         return 0
     shortest = PROMPT + 2 * SHORT
-    longest = min(wanted, *_attention_windows(config), LONGEST_PACK)
+    longest = min(wanted, *_attention_windows(weights.causal.config), LONGEST_PACK)
     if longest < shortest or not shares_rows(weights, device) or completions_leak(weights, device):
         return 0
     while longest > shortest and not shares_rows(weights, device, longest, text):
@@ -126,8 +124,11 @@ def prefix_shows(weights: Weights, device: torch.device, length: int, longest_pa
 
     def states(later: Ids, longest: int, *, apart: bool) -> Tensor:
         batch = pad_sequences(prompts, [short + later, prompt, prompt], wanted, longest, device)
+        rows, width = batch.input_ids.shape
+        group = PrefixGroup(start=0, end=rows, prefix=length, width=width)
         with weights.active() as causal:
-            return (states_after_prefix(decoder(causal), batch) if apart else weights.hidden(batch)).float()
+            grouped = evolve(batch, prefix_groups=(group,))
+            return (states_by_group(decoder(causal), grouped) if apart else weights.hidden(batch)).float()
 
     together = states(other[:SHORT], 0, apart=False)
     for longest in {0, longest_pack}:

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from sdkit.checkpoints import checkpoint, manifest, rng
 from sdkit.checkpoints import resume as resuming
-from sdkit.distributed import collectives, zero
+from sdkit.distributed import collectives, health, zero
 from sdkit.distributed.launch import launched
 from sdkit.language import specs
-from sdkit.language.errors import BadEnvironment, Diverged, SdkitError, Stopped, blaming
+from sdkit.language.errors import INTERRUPTED, BadEnvironment, Diverged, SdkitError, Stopped, blaming
 from sdkit.models.embedding_ids import known_ids
 from sdkit.models.loading import check_vocabulary, load_config, load_tokenizer, resolve_model, weights_folder
 from sdkit.plan.machine import machine_for
@@ -30,13 +30,14 @@ from sdkit.serving.protocol import ExpectedServer
 from sdkit.serving.teacher_client import ServedModel
 from sdkit.serving.weight_files import WeightFolder
 from sdkit.stdout import is_first_rank, print_warning
-from sdkit.train import failures, loop, prompt_record, report, run_origin, stop_requests
+from sdkit.train import determinism, failures, loop, prompt_record, report, run_origin, stop_requests
 from sdkit.train.divergence import LOOK_AT
 from sdkit.train.engine_memory import check_engine_fits
 from sdkit.train.evaluate import evaluate, headline
 from sdkit.train.inputs import RunData
 from sdkit.train.replay import Recording, check_same_recording
 from sdkit.train.setup import RunSetup
+from sdkit.train.shared_folder import check_shared
 from sdkit.train.trainer import Trainer, open_trainer
 
 ORDERLY_ENDS = {Stopped: "stopped", Diverged: "diverged"}
@@ -51,6 +52,7 @@ def open_run(
     With a recording, the run uses its completions and ends with them.  `now` is the date that chat templates print.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    determinism.prepare(spec.training.deterministic)
     zero.prepare()
     with blaming("model", "path"):
         located = resolve_model(spec.model.path, base)
@@ -80,38 +82,51 @@ def _open_with_data(
     servers: ServerPool | None,
     recording: Recording | None,
 ) -> Trainer:
-    spec = data.spec
     if recording:
         recording.check_rows(data)
-    zero.start()
+    zero.start(data.spec.training.deadline_seconds)
     try:
-        # Ranks start at different times.
-        data.prompter.now = collectives.broadcast_object(data.prompter.now)
-        plan = make_plan(spec, machine_for(spec, collectives.world_size()), None, rows=len(data.train))
-        steps = plan.steps
-        assert steps is not None, "steps are known once the data are loaded"
-        longest = data.check(steps)
-        if recording:
-            prompt_record.check_same_prompts(data, recording.origin, f"{recording.run} was recorded with", "train")
-        for model in served.values():
-            model.check_length(longest)
-        if servers:
-            servers.check_length(longest)
-        if recording:
-            plan = recording.with_replay_backend(plan)
-        setup = RunSetup(
-            spec=spec,
-            plan=plan,
-            base=base,
-            data=data,
-            model_folder=located,
-            longest_sequence=longest,
-            end=recording.end if recording else steps,
-        )
-        return open_trainer(setup, served, servers)
+        with failures.explained():
+            return _open_in_group(base, data, located, served, servers, recording)
     except BaseException:
         zero.stop(together=False)
         raise
+
+
+def _open_in_group(
+    base: Path,
+    data: RunData,
+    located: str,
+    served: Mapping[specs.ServedWeights, ServedModel],
+    servers: ServerPool | None,
+    recording: Recording | None,
+) -> Trainer:
+    """Open the trainer once the process group exists."""
+    spec = data.spec
+    # Ranks start at different times.
+    data.prompter.now = collectives.broadcast_object(data.prompter.now)
+    plan = make_plan(spec, machine_for(spec, collectives.world_size()), None, rows=len(data.train))
+    steps = plan.steps
+    assert steps is not None, "steps are known once the data are loaded"
+    longest = data.check(steps)
+    if recording:
+        prompt_record.check_same_prompts(data, recording.origin, f"{recording.run} was recorded with", "train")
+    for model in served.values():
+        model.check_length(longest)
+    if servers:
+        servers.check_length(longest)
+    if recording:
+        plan = recording.with_replay_backend(plan)
+    setup = RunSetup(
+        spec=spec,
+        plan=plan,
+        base=base,
+        data=data,
+        model_folder=located,
+        longest_sequence=longest,
+        end=recording.end if recording else steps,
+    )
+    return open_trainer(setup, served, servers)
 
 
 def _connect_teachers(
@@ -188,7 +203,9 @@ def train(
     seconds = {"data and models": time.perf_counter() - started}
     resume_from = collectives.broadcast_object(resume_from)
     run = _open_run_directory(folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard)
+    health.on_exit(lambda reason: directory.record_failure(folder, reason))
     try:
+        check_shared(folder)
         if resume_from:
             _restore(trainer, run, resume_from)
             if files:
@@ -223,11 +240,18 @@ def _report_failure(error: BaseException, trainer: Trainer, run: directory.RunDi
     roll_call = collectives.RollCall() if failures.is_rank_lost(error) else None
     reported = failures.reported_error(error, run)
     state = next((name for kind, name in ORDERLY_ENDS.items() if isinstance(reported, kind)), "failed")
+    if state == "failed":
+        code = reported.exit_code if isinstance(reported, SdkitError) else INTERRUPTED
+        health.fail(code, str(reported), is_cause=roll_call is None)
     _write_failure_status(run, state, trainer.progress.step, reported)
     _close(trainer, run, together=state != "failed")
     if roll_call:
-        reported = failures.rank_lost(roll_call.missing_ranks(), error)
+        missing = roll_call.missing_ranks()
+        reported = failures.rank_lost(missing, error)
         _write_failure_status(run, "failed", trainer.progress.step, reported)
+        if 0 in missing:  # it wrote the status
+            with contextlib.suppress(BadEnvironment):
+                directory.record_failure(run.path, str(reported))
     return reported
 
 
@@ -305,12 +329,15 @@ def evaluate_only(
     together = False
     try:
         assert spec.evaluation is not None
-        result = evaluate(trainer.sampler, spec.evaluation, version=0)
+        with failures.explained():
+            result = evaluate(trainer.sampler, spec.evaluation, version=0)
         metrics = result.metrics(headline(spec.evaluation))
         console.print(report.scores_table(result))
         report.warn_of_few_prompts(console, result)
         together = True
         return metrics
     finally:
+        if not together:
+            health.fail()
         trainer.close(together=together)
         zero.stop(together=together)

@@ -6,7 +6,6 @@ To follow a step, read this file, `collate.py` (rollouts to micro-batches) and `
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 
 import torch
@@ -16,18 +15,23 @@ from torch import Tensor
 from sdkit.batches import MicroBatch, RolloutBatch
 from sdkit.distributed import collectives
 from sdkit.language.specs import Loss, Table, TeacherWeights
+from sdkit.models.operations import pass_operations
 from sdkit.models.teachers import Event
+from sdkit.plan.operations import training_factor
 from sdkit.train.collate import CollatedBatch, collate, empty_micro_batch
 from sdkit.train.learner import Learner
 from sdkit.train.step_specs import StepSpecs
+from sdkit.train.stopwatch import Stopwatch
 
 
 @frozen(kw_only=True)
 class StepResult:
-    """The metrics of one optimizer step, its timings, and whether it was applied."""
+    """The metrics of one optimizer step, what this rank computed for it, and whether it was applied."""
 
     metrics: Mapping[str, float]
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float]  # of scoring (`teacher`) and of the rest (`update`)
+    operations: float  # of both; nan if a model's are not known
+    tokens: int  # of the completions
     applied: bool  # False if a gradient was not finite
 
 
@@ -42,27 +46,37 @@ def train_step(learner: Learner, rollouts: RolloutBatch, specs: StepSpecs) -> St
     """
     collated = _collate(learner, rollouts, specs.losses)
     sums: dict[str, Tensor] = {}
-    seconds = {"teacher": 0.0, "update": 0.0}
+    stopwatch = Stopwatch(learner.models.device)
     for batch in collated.micro_batches:
-        started = time.perf_counter()
-        reference = learner.scorer.score_reference(batch)
-        scores = learner.scorer.score_teacher(batch, specs.blend, reference)
-        scored = time.perf_counter()
-        loss, stats = learner.zero.forward(learner.student, batch, scores, reference, specs.losses)
-        learner.zero.backward(loss)
-        _accumulate(sums, stats, batch)
-        seconds["teacher"] += scored - started
-        seconds["update"] += time.perf_counter() - scored
-    started = time.perf_counter()
-    metrics = average_metrics(sums, collated)
-    if not math.isfinite(metrics.get("loss", 0.0)):
-        raise LossNotFinite
-    stepped = learner.zero.step(specs.lr)
-    seconds["update"] += time.perf_counter() - started
+        with stopwatch.phase("teacher"):
+            reference = learner.scorer.score_reference(batch)
+            scores = learner.scorer.score_teacher(batch, specs.blend, reference)
+        with stopwatch.phase("update"):
+            loss, stats = learner.zero.forward(learner.student, batch, scores, reference, specs.losses)
+            learner.zero.backward(loss)
+            _accumulate(sums, stats, batch)
+    with stopwatch.phase("update"):
+        metrics = average_metrics(sums, collated)
+        if not math.isfinite(metrics.get("loss", 0.0)):
+            raise LossNotFinite
+        stepped = learner.zero.step(specs.lr)
     metrics |= {"grad_norm": stepped.grad_norm, "lr": specs.lr, **specs.scheduled}
     if stepped.applied:
         metrics |= update_teacher(learner, specs.next_teacher, "optimizer_step", specs.optimizer_steps + 1)
-    return StepResult(metrics=metrics, seconds=seconds, applied=stepped.applied)
+    return StepResult(
+        metrics=metrics,
+        seconds=stopwatch.seconds(),
+        operations=sum(_operations(learner, batch, specs) for batch in collated.micro_batches),
+        tokens=sum(len(text.completion) for batch in collated.micro_batches for text in batch.student.texts),
+        applied=stepped.applied,
+    )
+
+
+def _operations(learner: Learner, batch: MicroBatch, specs: StepSpecs) -> float:
+    """Return the operations that scoring a micro-batch and the update on it need, without recomputed activations."""
+    student = learner.models.student
+    update = training_factor(adapters=student.has_adapters) * pass_operations(student, batch.student.texts)
+    return learner.scorer.operations(batch, specs.blend) + update
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 from sdkit.batches import BlendedScores, MicroBatch, PaddedSequences, RoutedScores, TeacherScores, TopKLogprobs
 from sdkit.language.specs import Blend
 from sdkit.losses.chunks import top_k_logprobs
+from sdkit.models.operations import pass_operations
 from sdkit.models.packing import pad_sequences
 from sdkit.models.teachers import Teacher
 from sdkit.train.models import Models
@@ -54,6 +55,24 @@ class TeacherScorer:
             return partner
         teacher = self._score_by_route(self.models.teacher, batch, batch.teacher)
         return BlendedScores(parts=(teacher, partner), factors=(teacher_factor, partner_factor))
+
+    def operations(self, batch: MicroBatch, blend: Blend | None) -> float:
+        """Return the operations of `score_reference` and of `score_teacher` with its result; nan if not known."""
+        models, passes = self.models, []
+        if self.has_reference_term and models.reference:
+            passes.append((models.reference, batch.student.texts))
+        if models.teacher and batch.teacher:
+            teacher_factor, partner_factor = blend.factors if blend else (1.0, 0.0)
+            if blend and partner_factor and not (passes and models.blend_partner is models.reference):
+                prompt = batch.teacher if blend.partner_prompt == "teacher" else batch.student
+                passes.append((models.blend_partner, prompt.texts))
+            if teacher_factor:
+                routed = list(zip(batch.teacher_routes, batch.teacher.texts, strict=True))
+                passes += [
+                    (leaf, [text for route, text in routed if route == number])
+                    for number, leaf in enumerate(models.teacher.leaves)
+                ]
+        return sum(pass_operations(one.weights, texts) for one, texts in passes if one and one.weights)
 
     def _score_blend_partner(self, prompt: PaddedSequences, reference: TeacherScores | None) -> TeacherScores:
         """Return the scores of the model that the teacher is blended with."""

@@ -1,9 +1,11 @@
 """Which checkpoint a run resumes from: the newest complete one of its own; and what a failed save leaves."""
 
+import itertools
 import json
 import os
 import random
 import subprocess
+import threading
 from io import StringIO
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tinyruns import advance, assert_equal, hidden_states, make_spec, teacher, t
 from sdkit import processes
 from sdkit.checkpoints import checkpoint, manifest, resume, rng
 from sdkit.checkpoints.manifest import Origin
+from sdkit.language import files
 from sdkit.language.errors import BadEnvironment, UnreadableInput
 from sdkit.language.specs import EmaWeights, OutputSpec
 
@@ -33,6 +36,20 @@ def four_step_run(tiny_folder, tmp_path_factory):
     output = OutputSpec(checkpoint_every=1, keep_checkpoints=5, tensorboard=False)
     spec = make_spec(tiny_folder, teacher=EMA, training=training(steps=4), output=output)
     return spec, train(spec, tmp_path_factory.mktemp("three") / "run")
+
+
+def test_files_of_a_checkpoint_are_hashed_at_the_same_time(four_step_run, monkeypatch):
+    """The first two calls wait for each other."""
+    both, calls, hash_file = threading.Barrier(2), itertools.count(), files.sha256_of
+
+    def wait_for_the_other(path):
+        if next(calls) < 2:
+            both.wait(timeout=60)
+        return hash_file(path)
+
+    monkeypatch.setattr(files, "HASHING_THREADS", 2)
+    monkeypatch.setattr(files, "sha256_of", wait_for_the_other)
+    manifest.read(four_step_run[1] / "checkpoints" / "step_000003", hashes=True)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 from kill_scenario import FORMS, PHASES, TEACHERS
 from tinyruns import assert_equal, metrics, run_scenario, weights_of
+from vllm_build import require_vllm
 
 SCENARIO = Path(__file__).parents[1] / "support" / "kill_scenario.py"
 COVER = (
@@ -98,7 +99,7 @@ def test_full_matrix_resumes_to_the_same_results(warm, tiny_folder, tmp_path, st
 @pytest.mark.timeout(0)
 def test_killed_run_with_vllm_resumes_to_the_same_result(warm, tiny_folder, tmp_path):
     """The same tokens; other figures agree within the noise of vLLM's kernels."""
-    pytest.importorskip("vllm")
+    require_vllm()
     name = "ema-vllm-0-1-rollout@2,boundary@3"
     run_scenario(warm, SCENARIO, tiny_folder, tmp_path, [name])
     folder, straight = tmp_path / name, tmp_path / name.rsplit("-", 1)[0]

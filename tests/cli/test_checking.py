@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from typer.testing import CliRunner
 
+from sdkit.cli import app, main
 from sdkit.cli.checking import check_run
 from sdkit.language.load import load_spec
 from sdkit.language.show import annotated
@@ -42,3 +44,20 @@ def test_overrides_give_their_own_warnings(run, capsys):
     assert "keep_checkpoints has no effect without checkpoint_every" in line
     check_run(run, ["optimizer.lr=2e-5"], fixed=["output.keep_checkpoints=3"])
     assert "keep_checkpoints" not in capsys.readouterr().err
+
+
+def test_override_with_dashes_is_refused_with_its_spelling(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sdkit", "plan", "sdft", "--training.steps=3"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: --training.steps=3 is no option: overrides have no dashes\n  = write training.steps=3\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "serve"])
+def test_commands_that_need_a_run_file_promise_no_method_page(command):
+    shown = CliRunner().invoke(app, [command, "--help"]).output
+    assert "A run file." in shown
+    assert "method page" not in shown

@@ -35,6 +35,7 @@ def values(path, data=DEMO):
         (["train", "specs/sdft.yaml", "optimizer.lr", "=", "1", "machine.r"], ["machine.ranks=", "machine.ranks=1"]),
         (["train", "none.yaml", "machine.r"], ["machine.ranks=", "machine.ranks=1"]),
         (["explain", "no_teach"], ["no_teacher"]),
+        (["methods", "dr_"], ["dr_grpo"]),
     ],
 )
 def test_bash_completes(words, completions):

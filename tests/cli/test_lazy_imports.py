@@ -13,7 +13,7 @@ import pytest
 import sdkit
 
 CLI = Path(__file__).resolve().parents[2] / "sdkit" / "cli"
-ALLOWED = ("sdkit.cli", "sdkit.language", "sdkit.plan", "sdkit.stdout", "sdkit.__version__")
+ALLOWED = ("sdkit.cli", "sdkit.devices", "sdkit.language", "sdkit.plan", "sdkit.stdout", "sdkit.__version__")
 
 
 def top_level_imports(path):
@@ -52,6 +52,11 @@ def test_specs_and_plans_need_no_torch():
     loaded = loaded_by("import sdkit; sdkit.plan_spec(sdkit.load_spec('sdft')); sdkit.read_status; sdkit.SdkitError")
     assert "sdkit.api" in loaded
     assert loaded & {"torch", "numpy", "transformers", "deepspeed", "vllm"} == set()
+
+
+def test_first_rows_are_checked_without_torch():
+    loaded = loaded_by("import sdkit.data.first_row")
+    assert loaded & {"torch", "numpy", "transformers", "datasets", "pyarrow"} == set()
 
 
 def test_every_exported_name_can_be_imported():

@@ -49,6 +49,18 @@ def test_cores_are_shared_unless_the_user_sets_them(monkeypatch):
     assert launching._environment(0, 3, 1)["OMP_NUM_THREADS"] == "5"
 
 
+def test_aborted_rank_is_not_the_cause(capfd):
+    """NCCL aborts a rank that waits for too long: here for one that ran out of memory."""
+    assert launch(2, script("os.abort() if rank == '0' else sys.exit(5)")) == 5
+    assert launch(2, script("os.abort() if rank == '0' else sys.exit(6)")) == 6
+
+
+def test_aborted_ranks_name_the_time_limit():
+    with pytest.raises(ProcessDied, match="rank 0 was killed by SIGABRT") as caught:
+        launch(2, script("os.abort()"))
+    assert "training.deadline_seconds" in caught.value.hint
+
+
 @pytest.mark.parametrize("code", [1, 3, 5, 8])
 def test_exit_code_is_that_of_the_rank_that_failed_first(capfd, code):
     """Rank 1 fails; rank 0 notices first and ends with the code of a rank that has lost another."""
@@ -259,6 +271,32 @@ def test_killed_rank_ends_the_run(spec_file, tmp_path):
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "failed"
     assert "lost rank 1" in status["reason"]
+
+
+@pytest.mark.parametrize(
+    ("written", "state"),
+    [({"state": "running", "step": 3}, "failed"), ({"state": "stopped"}, "stopped"), (None, "running")],
+)
+def test_launcher_records_a_failure_that_no_rank_recorded(sdkit, spec_file, tmp_path, monkeypatch, written, state):
+    """Without a new status the ranks did not get to their run: the one of an earlier attempt stays."""
+    status = tmp_path / "run" / "status.json"
+    status.parent.mkdir()
+    status.write_text('{"state": "running"}')
+
+    def fail(processes, command):
+        if written:
+            status.write_text(json.dumps(written))
+        raise ProcessDied("rank 0 was killed by SIGKILL")
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(launching, "launch", fail)
+    code, _, err = sdkit("train", spec_file, "--to", status.parent, "--processes", 2)
+    assert code == ProcessDied.exit_code
+    assert "rank 0 was killed" in err
+    now = json.loads(status.read_text())
+    assert now["state"] == state
+    if state == "failed":
+        assert now == {"state": "failed", "step": 3, "reason": "rank 0 was killed by SIGKILL"}
 
 
 def test_indivisible_prompts_start_no_process(spec_file, tmp_path):

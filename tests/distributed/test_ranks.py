@@ -16,6 +16,7 @@ import ranks_scenario as scenario
 import torch
 from os_processes import free_port
 from tinyruns import LORA, run_scenario
+from vllm_build import require_vllm
 
 DEADLINE = 400
 
@@ -99,16 +100,38 @@ def test_frozen_teacher_gives_other_losses(train_alone):
     assert min(abs(a - b) for a, b in zip(moving[1:], still[1:], strict=True)) > 1e-3
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_recomputing_activations_changes_nothing(two_ranks, train_alone, stage):
+    results = two_ranks["checkpointed"][stage]
+    assert results["runs"] == 2 * scenario.STEPS * 2  # blocks × steps × (forward and backward pass)
+    assert_same_training(results, train_alone("average"))
+
+
 def test_offloading_changes_nothing(two_ranks, train_alone):
     assert_same_training(two_ranks["offloaded"], train_alone("average"))
 
 
-def test_bfloat16_average_follows_float32_masters(two_ranks):
-    results = two_ranks["bfloat16"]
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_average_follows_float32_masters(two_ranks, stage):
+    results = two_ranks["bfloat16"][stage]
+    assert max(results["own_shadow"]) < 0.51 * sum(value.numel() for value in results["masters"].values())
+    assert all(results["complete"])
     for name, shadow in results["shadow"].items():
         assert shadow.dtype == results["masters"][name].dtype == torch.float32
     assert any((s != s.bfloat16().float()).any() for s in results["shadow"].values())
     assert all(distance > 0 for distance in results["distance"])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_rank_keeps_its_part_of_the_average(two_ranks, stage):
+    results = two_ranks["trained"]["average", stage, scenario.SEVERAL]
+    total = sum(value.numel() for value in results["masters"].values())
+    if stage == 0:
+        assert results["own_shadow"] == [total, total]
+    else:
+        assert sum(results["own_shadow"]) == total
+        assert max(results["own_shadow"]) < 0.51 * total
+    assert all(results["complete"])
 
 
 def test_bad_gradient_of_one_rank_skips_the_step_on_all(two_ranks):
@@ -167,7 +190,27 @@ def test_weights_are_streamed_block_by_block(two_ranks, tiny_folder, name, lora)
         assert moved == masters.keys()
 
 
-@pytest.mark.parametrize("case", [(2, False), (3, False), (3, True)])
+def test_only_the_first_rank_reads_weights_and_no_rank_holds_a_model(two_ranks):
+    """Stage 3: the first rank reads student and external teacher; the two teachers made of the student are never read."""
+    first, second = two_ranks["sharded"]
+    assert (first["models"], second["models"]) == (4, 4)
+    assert (first["reads"], second["reads"]) == (2, 0)
+    assert 0 < second["peak"] < 0.3  # the embedding
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_are_summed_in_float32(two_ranks, stage):
+    assert two_ranks["reduced"][stage, "float32"] < 1e-5
+    assert two_ranks["reduced"][stage, "bfloat16"] > 5e-4
+
+
+def test_every_rank_reports_weights_that_the_first_cannot_read(two_ranks):
+    first, second = two_ranks["damaged"]
+    assert first == second
+    assert first.startswith("cannot load")
+
+
+@pytest.mark.parametrize("case", scenario.RESUMED, ids=lambda case: f"{case[0]}-{case[2]}-{bool(case[1])}")
 def test_loaded_checkpoint_continues_identically(two_ranks, case):
     results = two_ranks["resumed"][case]
     for kind in ("masters", "shadow"):
@@ -178,7 +221,7 @@ def test_loaded_checkpoint_continues_identically(two_ranks, case):
 @pytest.fixture(scope="module")
 def with_vllm(tiny_folder, tmp_path_factory):
     """Runs two ranks with an engine for each, or with one that both share; returns the results and caches them."""
-    pytest.importorskip("vllm")
+    require_vllm()
     script = Path(scenario.__file__).with_name("vllm_ranks_scenario.py")
 
     @functools.cache

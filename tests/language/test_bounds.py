@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from sdkit.language.errors import MAX_SHOWN_PROBLEMS, UnreadableInput, as_github, as_json, render
+from sdkit.language.errors import MAX_SHOWN_PROBLEMS, UnreadableInput, render
 from sdkit.language.files import MAX_CONFIG_BYTES, MAX_SOURCE_CODE_BYTES, UnreadableFile, read_file, read_json_object
+from sdkit.language.formats import as_github, as_json
 from sdkit.language.load import load_spec
 from sdkit.language.overlay import load
 from sdkit.language.structure import MAX_ENTRIES

@@ -1,4 +1,4 @@
-"""The twelve legality rules of reference/methods.md §4.3: each is refused, impossible to write, or always true."""
+"""The twelve rules about which answers exclude each other: each is refused, impossible to write, or always true."""
 
 import pytest
 from golden import TESTS

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sdkit.language.errors import UnreadableInput, as_github, as_json, render
+from sdkit.language.errors import UnreadableInput, render
+from sdkit.language.formats import as_github, as_json, as_sarif
 from sdkit.language.load import load_spec
 from sdkit.language.scalars import dump
 from sdkit.language.show import annotated
@@ -89,8 +90,9 @@ def check_plan_and_show(path, again):
     """Runs everything that `validate`, `plan` and `show` do."""
     checked = load_spec(path, base=path.parent)
     assert checked.ok or checked.problems
-    for text in (render(checked.problems, checked.texts), as_json(checked.problems), as_github(checked.problems)):  # fmt: skip
-        assert "Traceback" not in text
+    assert "Traceback" not in render(checked.problems, checked.texts)
+    for write in (as_json, as_github, as_sarif):
+        assert "Traceback" not in write(checked.problems)
     if not checked.ok:
         return
     if checked.kind == "method":

@@ -112,7 +112,8 @@ def test_later_override_wins(load_over_page):
     assert load_over_page("", "rollout.top_k=1", "rollout.top_k=2").data["rollout"]["top_k"] == 2
 
 
-def test_method_can_be_overridden(tmp_path, load_over_page):
+def test_method_can_be_overridden(tmp_path, load_over_page, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "methods/other.yaml").write_text("rollout: {temperature: 2}\n")
     loaded = load_over_page("", "method=methods/other.yaml")
     assert loaded.data == {"rollout": {"temperature": 2}}
@@ -202,3 +203,33 @@ def test_unknown_method_name_gets_a_suggestion(tmp_path):
     run.write_text("method: sdtf\nmodel: {path: x}\n")
     [problem] = load(run).problems
     assert (problem.message, problem.hint) == ("there is no packaged method 'sdtf'", 'did you mean "sdft"?')
+
+
+def test_override_of_a_kind_is_blamed_for_the_keys_that_the_new_kind_lacks(load_over_page, tmp_path):
+    load_over_page()
+    problems = load_spec(tmp_path / "run.yaml", ["teacher.weights.kind=copy"]).problems
+    (missing,) = [p for p in problems if p.path == ("teacher", "weights", "every")]
+    assert missing.place
+    assert missing.place.file == "<command line>"
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("losses.distil.support.kind", "'kind' is one of 'vocabulary', 'top_k', 'sampled_token'"),
+        ("losses.distil.support", "'support' is one of 'vocabulary', 'top_k', 'sampled_token'"),
+        ("rollout.temperature", "'temperature' is a number"),
+    ],
+)
+def test_a_question_mark_asks_what_a_key_takes(load_over_page, tmp_path, key, message):
+    load_over_page()
+    problems = load_spec(tmp_path / "run.yaml", [f"{key}=?"]).problems
+    assert message in [p.message for p in problems]
+
+
+def test_an_override_that_changes_a_kind_names_what_it_drops():
+    checked = load_spec("sdft", ["teacher.sees.kind=system_message", "teacher.sees.template=An expert answers."])
+    (problem,) = [p for p in checked.problems if p.code == "dropped_keys"]
+    assert "'slots'" in problem.message
+    assert problem.place
+    assert problem.place.file == "<command line>"

@@ -4,18 +4,10 @@ import json
 import re
 from pathlib import Path
 
-from sdkit.language.errors import (
-    EXIT_CODES,
-    INTERRUPTED,
-    Place,
-    Problem,
-    SdkitError,
-    as_github,
-    as_json,
-    nearest,
-    render,
-    shorten,
-)
+from sdkit.language.errors import EXIT_CODES, INTERRUPTED, Place, Problem, SdkitError, nearest, render, shorten
+from sdkit.language.explain import codes
+from sdkit.language.formats import as_github, as_json, as_sarif
+from sdkit.language.source import MULTILINE
 
 TEXT = "losses:\n  divergence: revers_kl\n"
 PROBLEM = Problem(
@@ -70,6 +62,35 @@ def test_json_contains_every_field():
 def test_github_annotations_are_escaped():
     problem = Problem((), "50% a\nb", "c", None, Place("a,b:c.yaml", 1, 2, 3))
     assert as_github([problem]) == "::error file=a%2Cb%3Ac.yaml,line=1,col=2,endColumn=5,title=c::50%25 a%0Ab"
+
+
+def test_sarif_names_the_rule_and_the_region():
+    log = json.loads(as_sarif([PROBLEM]))
+    (run,) = log["runs"]
+    (result,) = run["results"]
+    assert (log["version"], run["tool"]["driver"]["name"]) == ("2.1.0", "sdkit")
+    assert (result["ruleId"], result["level"]) == ("choice", "error")
+    assert result["message"]["text"] == """'revers_kl' is not 'reverse_kl' (did you mean "reverse_kl"?)"""
+    (location,) = result["locations"]
+    assert location["physicalLocation"] == {
+        "artifactLocation": {"uri": "a.yaml"},
+        "region": {"startLine": 2, "startColumn": 15, "endColumn": 24},
+    }
+    (rule,) = run["tool"]["driver"]["rules"]
+    assert (rule["id"], rule["shortDescription"]["text"]) == ("choice", codes()["choice"].summary)
+
+
+def test_sarif_without_problems_or_places():
+    (run,) = json.loads(as_sarif([]))["runs"]
+    assert run["results"] == run["tool"]["driver"]["rules"] == []
+    (run,) = json.loads(as_sarif([Problem((), "m", "yaml")]))["runs"]
+    assert "locations" not in run["results"][0]
+    place = Place("/a b/ä.yaml", 1, 2, MULTILINE)
+    (run,) = json.loads(as_sarif([Problem((), "m", "yaml", None, place)]))["runs"]
+    assert run["results"][0]["locations"][0]["physicalLocation"] == {
+        "artifactLocation": {"uri": "file:///a%20b/%C3%A4.yaml"},
+        "region": {"startLine": 1, "startColumn": 2},
+    }
 
 
 def test_nearest_is_none_without_a_close_name():

@@ -48,7 +48,7 @@ def normalized_product(factors, *distributions):
 
 
 def test_golden_product(pair):
-    """reference/methods.md §5.8: Veto at 0.8."""
+    """Veto (arXiv 2601.07155) at 0.8."""
     scores = blend_scores((1.0, 0.8), scores_of(pair.teacher[None]), scores_of(pair.student.detach()[None]))
     golden = [-0.906503, -0.706503, -3.106503, -3.006503, -4.806503, -8.106503]
     expected = torch.tensor([golden], dtype=torch.float64)

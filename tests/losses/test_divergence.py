@@ -206,7 +206,7 @@ def test_skewed_kls_approach_the_kls(pair):
 
 
 def test_golden_entry_bound(pair):
-    """reference/methods.md §5.9: OPSD's clip at 0.05."""
+    """OPSD's clip (arXiv 2601.18734) at 0.05."""
     s, t = pair.student.log_softmax(-1), pair.teacher.log_softmax(-1)
     value = forward_kl(s, t, Bounds(entry=0.05))
     assert value.item() == pytest.approx(-0.1247944, abs=1e-7)
@@ -253,7 +253,7 @@ def test_bounded_entry_has_no_gradient_of_its_own():
 
 
 def test_golden_gradients_on_part_of_the_vocabulary(pair):
-    """reference/methods.md §5.3: autograd has an extra + 1, detached weights do not."""
+    """Autograd has an extra + 1, detached weights do not."""
     s, t = pair.student.log_softmax(-1)[:3], pair.teacher.log_softmax(-1)[:3]
     golden = {
         False: [0.390223, -0.266465, 0.024898, -0.098893, -0.036381, -0.013384],

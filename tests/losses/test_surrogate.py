@@ -90,7 +90,7 @@ def test_nan_reward_stays_visible():
 
 
 def test_golden_scaled_advantages():
-    """reference/methods.md §5.9: RLSD at A = −1, share ½, clip 0.8 … 1.2."""
+    """RLSD (arXiv 2604.03128) at A = −1, share ½, clip 0.8 … 1.2."""
     scaled = scaled_advantages(doubles(-1, -1, -1), doubles(0.5, -0.5, 2), 0.5, 0.2, 0.2)
     assert_close(scaled, doubles(-0.9, -1.1, -0.9))
     unscaled = doubles(2.0, -3.0, 0.0)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from attrs import evolve
 from families import build
 from tinyruns import make_spec
 
@@ -65,3 +66,11 @@ def test_model_without_the_attention_kernel_gets_a_hint(tmp_path):
         load_model(spec, str(tmp_path / "bloom"), seed=0)
     assert caught.value.path == ("model", "attn_implementation")
     assert caught.value.hint == "set model.attn_implementation: eager"
+
+
+def test_missing_flash_attention_gets_a_hint(tiny_folder):
+    spec = evolve(make_spec(tiny_folder).model, attn_implementation="flash_attention_2", dtype="bfloat16")
+    with pytest.raises(BadData, match="flash_attention_2 does not run here") as caught:
+        load_model(spec, str(tiny_folder), seed=0)
+    assert caught.value.path == ("model", "attn_implementation")
+    assert caught.value.hint == "install flash-attn, or set model.attn_implementation: sdpa"

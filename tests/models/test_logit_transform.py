@@ -211,7 +211,7 @@ def test_bias_trains_equally_when_sharded(open_tiny, folders):
 
 
 def test_transform_error_of_a_model_names_its_key(open_tiny, tiny_folder, folders, monkeypatch):
-    def refuse(causal):
+    def refuse(causal, head_shape):
         if causal.config.model_type == "granite":
             raise BadData("refused")
         return LogitTransform()

@@ -31,6 +31,15 @@ def test_completion_attends_to_its_prompt_and_itself():
     assert row[0].int().tolist() == expected
 
 
+def test_mask_equals_the_rule_for_each_pair_of_tokens():
+    """A token attends to the earlier tokens of its prompt and of its own completion; padding is a completion too."""
+    batch = pad_sequences(PROMPTS, COMPLETIONS, ALL_TOKENS, 100, CPU)
+    owners = torch.tensor([[0] * 3 + [1] * 2 + [2] + [3] * 4, [0] * 2 + [1] * 3 + [-1] * 5])
+    query, key = owners[:, :, None], owners[:, None, :]
+    expected = torch.ones(10, 10, dtype=torch.bool).tril() & ((query == key) | (key == 0))
+    assert torch.equal(batch.attention_mask, expected[:, None])
+
+
 def test_positions_continue_from_the_prompt():
     batch = pad_sequences([(1, 2)] * 2, [(3, 4), (5,)], [range(2), range(1)], 100, CPU)
     assert batch.positions is not None
@@ -52,6 +61,17 @@ def test_packed_states_and_gradients_match_separate_rows(tiny_folder, positions)
         (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
         results.append((hidden.detach(), [p.grad.clone() for p in model.base_model.parameters()]))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+def test_attention_without_masks_never_meets_shared_rows(tiny_folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    model.config._attn_implementation = "flash_attention_2"
+    batch = pad_sequences(PROMPTS, COMPLETIONS, ALL_TOKENS, 100, CPU)
+    with pytest.raises(ValueError, match="flash_attention_2 takes no mask"):
+        Weights(model).hidden(batch)
+    assert not shares_rows(Weights(model), CPU)
 
 
 def test_model_that_ignores_the_mask_is_detected(tiny_folder):

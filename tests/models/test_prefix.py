@@ -7,10 +7,11 @@ from attrs import evolve
 from tinyruns import LORA, advance, make_spec, model
 from transformers import AutoModelForCausalLM
 
+from sdkit.batches import PrefixGroup
 from sdkit.models import activation_checkpointing, prefix
 from sdkit.models.logit_transform import decoder
 from sdkit.models.packing import pad_sequences, sees_ahead
-from sdkit.models.prefix import PrefixCache, prefix_pays, states_after_prefix
+from sdkit.models.prefix import PrefixCache, group_by_prefix, states_by_group
 from sdkit.models.weights import Sharding, Weights
 from sdkit.train.row_probe import longest_shared, takes_prefix
 
@@ -31,24 +32,61 @@ def build(folder, family, dtype=torch.float32):
 
 
 def batch(longest=0):
-    return pad_sequences(PROMPTS, COMPLETIONS, WANTED, longest, CPU)
+    """The rows in one group, with a prefix, whether it pays or not."""
+    sequences = pad_sequences(PROMPTS, COMPLETIONS, WANTED, longest, CPU)
+    rows, width = sequences.input_ids.shape
+    return evolve(sequences, prefix_groups=(PrefixGroup(start=0, end=rows, prefix=len(PREFIX), width=width),))
 
 
 def apart(weights, sequences):
     with torch.no_grad(), weights.active() as causal:
-        return states_after_prefix(decoder(causal), sequences)
+        return states_by_group(decoder(causal), sequences)
 
 
-def test_shared_prefix_leaves_every_prompt_a_token():
-    def shared(*prompts):
-        return pad_sequences(prompts, [(9,)] * len(prompts), [range(1)] * len(prompts), 100, CPU).shared_prefix
+def groups_of(*prompts, own=1):
+    """Start, end and prefix of each group of rows that have `own` tokens after their prompts."""
+    groups = group_by_prefix(prompts, [len(prompt) + own for prompt in prompts])
+    return [(group.start, group.end, group.prefix) for group in groups]
 
-    assert shared((1, 2, 3, 4), (1, 2, 5), (1, 2, 3)) == 2
-    assert shared((1, 2), (1, 2, 3)) == 1
-    assert shared((1, 2), (3, 2)) == 0
-    assert shared((1, 2, 3)) == 2
-    assert pad_sequences([], [], [], 0, CPU).shared_prefix == 0
-    assert batch().shared_prefix == len(PREFIX)
+
+def test_prefix_leaves_every_prompt_a_token(monkeypatch):
+    monkeypatch.setattr(prefix, "LEAST_SAVED", 1)
+    assert groups_of((1, 2, 3, 4), (1, 2, 5), (1, 2, 3)) == [(0, 3, 2)]
+    assert groups_of((1, 2), (1, 2, 3)) == [(0, 2, 1)]
+    assert groups_of((1, 2), (3, 2)) == [(0, 2, 0)]
+    assert groups_of((1, 2, 3)) == [(0, 1, 0)]
+    assert pad_sequences([], [], [], 0, CPU).prefix_groups == (PrefixGroup(start=0, end=1, prefix=0, width=1),)
+
+
+def test_prefix_runs_apart_only_where_it_pays(monkeypatch):
+    """Four rows save three times their prefix of 80 tokens."""
+    monkeypatch.setattr(prefix, "LEAST_SAVED", 3 * len(PREFIX))
+    assert groups_of(*PROMPTS) == [(0, 4, len(PREFIX))]
+    monkeypatch.setattr(prefix, "LEAST_SAVED", 3 * len(PREFIX) + 1)
+    assert groups_of(*PROMPTS) == [(0, 4, 0)]
+    monkeypatch.setattr(prefix, "LEAST_SAVED", 3 * len(PREFIX))
+    assert groups_of(*PROMPTS, own=3 * 20 * len(PREFIX)) == [(0, 4, 0)]
+
+
+def test_rows_are_grouped_by_prompts_that_share_more():
+    """Two prompts in three copies each, with a common start: a prefix for each prompt saves more than one for both."""
+    head, a, b = tuple(range(50)), (*range(100, 500),), (*range(500, 900),)
+    prompts = [(*head, *text, end) for text in (a, b) for end in range(3)]
+    assert groups_of(*prompts) == [(0, 3, 450), (3, 6, 450)]
+    assert groups_of(*[p[-60:] for p in prompts]) == [(0, 6, 0)]  # too short to pay for two passes each
+    assert groups_of(*prompts[:3], *prompts[3:4]) == [(0, 3, 450), (3, 4, 0)]
+
+
+def test_states_of_several_groups_equal_those_of_one_pass(tiny_folder):
+    weights = Weights(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval())
+    sequences = pad_sequences(PROMPTS, COMPLETIONS, WANTED, 0, CPU)
+    groups = (
+        PrefixGroup(start=0, end=1, prefix=0, width=85),
+        PrefixGroup(start=1, end=3, prefix=80, width=85),
+        PrefixGroup(start=3, end=4, prefix=0, width=85),
+    )
+    actual = apart(weights, evolve(sequences, prefix_groups=groups))
+    torch.testing.assert_close(actual, weights.hidden(sequences).detach(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", families.SETTINGS)
@@ -100,7 +138,7 @@ def test_gradients_flow_through_the_prefix(tiny_folder, checkpointing, longest):
 
     expected = gradients_of(weights.hidden(sequences))
     with weights.active() as causal:
-        actual = gradients_of(states_after_prefix(decoder(causal), sequences))
+        actual = gradients_of(states_by_group(decoder(causal), sequences))
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
@@ -146,7 +184,7 @@ def test_model_that_sees_later_tokens_is_detected(tiny_folder):
     assert sees_ahead(weights, CPU)
 
 
-def test_prefix_runs_apart_only_where_it_pays(tiny_folder, monkeypatch):
+def test_prefix_runs_apart_only_if_the_model_takes_it(tiny_folder):
     weights = Weights(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval())
     rows = []
     weights.causal.model.register_forward_pre_hook(
@@ -160,9 +198,6 @@ def test_prefix_runs_apart_only_where_it_pays(tiny_folder, monkeypatch):
 
     assert rows_of_passes() == [4]
     weights.takes_prefix = True
-    assert not prefix_pays(batch())
-    assert rows_of_passes() == [4]
-    monkeypatch.setattr(prefix, "LEAST_SAVED", 3 * len(PREFIX))
     assert rows_of_passes() == [1, 4]
     weights.sharding = Sharding()  # one that shards: all ranks must run equally many passes
     assert rows_of_passes() == [4]
@@ -171,8 +206,8 @@ def test_prefix_runs_apart_only_where_it_pays(tiny_folder, monkeypatch):
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "adapters"])
 def test_training_is_equal_with_and_without(open_tiny, tiny_folder, monkeypatch, lora):
     counts = []
-    count = prefix.states_after_prefix
-    monkeypatch.setattr("sdkit.models.weights.states_after_prefix", lambda *args: counts.append(args) or count(*args))
+    count = prefix.states_by_group
+    monkeypatch.setattr("sdkit.models.weights.states_by_group", lambda *args: counts.append(args) or count(*args))
     monkeypatch.setattr(prefix, "LEAST_SHARE", 0)
     results = []
     for least in (10**9, 1):

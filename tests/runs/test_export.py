@@ -11,6 +11,7 @@ import torch
 import yaml
 from attrs import evolve
 from tinyruns import LORA, assert_equal, make_spec, model, train, training, weights_of, with_evaluation
+from vllm_build import require_vllm
 
 from sdkit.checkpoints import checkpoint
 from sdkit.language.errors import BadData, BadEnvironment, UnreadableInput
@@ -92,7 +93,7 @@ def test_peft_loads_the_adapter_and_its_base(runs, exported, tiny_folder):
 
 
 def test_vllm_loads_merged_model_and_adapter(runs, exported, tiny_folder):
-    pytest.importorskip("vllm")
+    require_vllm()
     scenario = Path(__file__).parents[1] / "support" / "vllm_export.py"
     folders = [exported / "merged", tiny_folder, exported / "adapter"]
     done = subprocess.run(

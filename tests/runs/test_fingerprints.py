@@ -9,6 +9,7 @@ import pytest
 from attrs import evolve
 from tinyruns import distil, make_spec
 
+from sdkit.language import files
 from sdkit.language.errors import BadEnvironment
 from sdkit.language.specs import CrossEntropy, FileDivergence, FileReward, FileWeight, RewardModel, Table
 from sdkit.runs import fingerprints, git
@@ -94,7 +95,7 @@ def test_local_models_are_hashed_without_files_that_are_not_read(spec, base, tmp
 def test_file_is_read_again_only_if_it_has_changed(spec, base, tmp_path, monkeypatch):
     model_folder(base / "student", config_json="{}", model_safetensors="w")
     weights, read = base / "student/model.safetensors", []
-    monkeypatch.setattr(fingerprints, "sha256_of", lambda path: read.append(path.name) or sha256(path.read_text()))
+    monkeypatch.setattr(files, "sha256_of", lambda path: read.append(path.name) or sha256(path.read_text()))
 
     def names_read():
         read.clear()

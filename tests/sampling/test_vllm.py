@@ -13,8 +13,9 @@ from shutil import copytree
 import pytest
 import yaml
 from tinyruns import metrics, weights_of
+from vllm_build import require_vllm
 
-pytest.importorskip("vllm")
+require_vllm()
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}

@@ -18,12 +18,13 @@ from os_processes import free_port
 from test_prefetch import CORRECTED, versions
 from test_servers import tokens
 from tinyruns import advance, collect, lines, make_spec, metrics, rollout, train, training
+from vllm_build import require_vllm
 
 from sdkit.language.specs import OptimizerSpec, VllmServerBackend
 from sdkit.train import loop
 from sdkit.train.sampling_requests import sampling_params
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
+require_vllm()
 pytestmark = pytest.mark.timeout(900)
 
 START_SECONDS = 600  # seconds; about 30 on a quiet machine

@@ -11,13 +11,14 @@ import pytest
 import torch
 from os_processes import free_port
 from tinyruns import advance, distil, make_spec, rollouts_of, teacher
+from vllm_build import require_vllm
 
 from sdkit.batches import UnpaddedSequence
 from sdkit.language.errors import BadEnvironment
 from sdkit.language.specs import ExternalWeights, ServedWeights, TopKSupport
 from sdkit.serving.teacher_client import ServedModel
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
+require_vllm()
 pytestmark = pytest.mark.timeout(900)
 
 K = 24

@@ -7,7 +7,7 @@ checks it.  The run's own reward causes the fault, in the third step, when there
 import json
 import os
 import sys
-from datetime import timedelta
+import time
 from pathlib import Path
 
 import forked
@@ -82,7 +82,7 @@ def write_spec(folder, work, name, tail=""):
         "teacher": {"sees": {"max_prompt_tokens": 4096}},
         "rewards": {"long": {"kind": "file", "file": "reward.py", "function": "faulty", "seconds": 2}},
         "optimizer": {"lr": 1e-3},
-        "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2},
+        "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2, "deadline_seconds": SILENCE},
         "output": {"tensorboard": False, "checkpoint_every": 1, "keep_checkpoints": 2},
     }
     (work / name).write_text(yaml.safe_dump(spec))
@@ -91,11 +91,23 @@ def write_spec(folder, work, name, tail=""):
 def command(*words):
     """The command line, in this process."""
     from sdkit import cli
-    from sdkit.distributed import zero
 
-    zero.COLLECTIVE_TIMEOUT = timedelta(seconds=SILENCE)
     sys.argv = ["sdkit", *map(str, words)]
     cli.main()
+
+
+COLLECTIVES = ("all_reduce", "all_gather_object", "gather_object", "broadcast_object_list", "barrier")
+HEALTH = {"INTERVAL": 0.2, "SILENCE_SECONDS": 8, "GRACE_SECONDS": 1}
+
+
+def never_fails(function):
+    def call(*args, **options):
+        try:
+            return function(*args, **options)
+        except RuntimeError:
+            time.sleep(3600)
+
+    return call
 
 
 class Scenario:
@@ -121,6 +133,23 @@ class Scenario:
             "checkpoints": sorted(p.name for p in (run / "checkpoints").glob("*step_*")),
         }
 
+    def train_stuck(self, name, who):
+        """`sdkit train` whose rank `who` is killed; to the others a collective does not end then, as under NCCL."""
+        import torch
+
+        from sdkit.distributed import health
+
+        before = {each: getattr(torch.distributed, each) for each in COLLECTIVES}
+        limits = {each: getattr(health, each) for each in HEALTH}
+        for each, function in before.items():
+            setattr(torch.distributed, each, never_fails(function))
+        for each, seconds in HEALTH.items():
+            setattr(health, each, seconds)
+        self.train(name, 2, fault="kill", who=who, patience=60)
+        for module, values in ((torch.distributed, before), (health, limits)):
+            for each, value in values.items():
+                setattr(module, each, value)
+
     def train(self, name, ranks, *words, spec="run.yaml", **options):
         self.run(name, ranks, "train", self.work / spec, *words, **options)
 
@@ -139,6 +168,8 @@ def main(folder, work):
     for fault in ("full_disk", "hang", "kill", "terminate"):
         scenario.train(fault, 2, fault=fault, who=1)
     scenario.train("kill the first", 2, fault="kill", who=0)
+    scenario.train_stuck("stuck", who=1)
+    scenario.train_stuck("stuck without the first", who=0)
     scenario.train("freeze", 2, fault="freeze", who=1, patience=1)
     for resumed in ("full_disk", "kill", "terminate"):
         scenario.resume(resumed, 2)

@@ -4,14 +4,17 @@
 WORK_FOLDER/results.pt.  test_ranks.py checks them.
 """
 
+import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import forked
 import torch
 from attrs import evolve
 from tinyruns import (
     LORA,
+    MINUS_GRADIENT,
     collect,
     distil,
     held_out_loss,
@@ -24,10 +27,12 @@ from tinyruns import (
     training,
     with_evaluation,
 )
+from torch.nn import functional
 
 from sdkit.batches import SamplingRequest
 from sdkit.checkpoints import checkpoint
-from sdkit.distributed import collectives, zero
+from sdkit.distributed import collectives, zero, zero_loading, zero_shards
+from sdkit.language.errors import BadData
 from sdkit.language.specs import (
     ColumnSlot,
     CopyWeights,
@@ -48,6 +53,7 @@ from sdkit.language.specs import (
     TrustRegionBlend,
     UserTurn,
 )
+from sdkit.models.activation_checkpointing import RecomputedForward
 from sdkit.train.collect_rollouts import rollout_records, sort_records
 from sdkit.train.evaluate import evaluate, teacher_lift
 from sdkit.train.run import open_run
@@ -142,11 +148,21 @@ ON_TWO_RANKS = [
 ]
 
 
-def full_parameter(shards, parameter, shard):
+RESUMED = [
+    (2, None, "float32"),
+    (2, None, "bfloat16"),
+    (2, LORA, "bfloat16"),
+    (3, None, "float32"),
+    (3, LORA, "float32"),
+]
+"""ZeRO stage, adapters, dtype."""
+
+
+def full_parameter(engine, parameter, shard):
     """The full parameter, from the shards of all ranks."""
-    shape = getattr(parameter, "ds_shape", None)
-    if shape is None:
-        return shard.clone()
+    if not engine.shards_masters:
+        return shard.clone().view_as(parameter) if engine.stage < 3 else shard.clone().view(parameter.ds_shape)
+    shape = getattr(parameter, "ds_shape", parameter.shape)
     joined = torch.cat(collectives.all_gather_object(shard.clone()))
     return joined[: shape.numel()].view(shape)
 
@@ -161,19 +177,45 @@ def train_run(spec, work):
             results[name].append(step_result.metrics[name])
         results["distance"].append(step_result.metrics.get("teacher_distance", 0.0))
     results |= weights_of(trainer)
+    shadows = [shadow for part in trainer.models.teacher.leaves if part.moves for shadow in part.shadow.values()]
+    results["own_shadow"] = collectives.all_gather_object(sum(shadow.numel() for shadow in shadows))
+    results["complete"] = collectives.all_gather_object(teacher_is_complete(trainer, results["shadow"]))
     trainer.close()
     return results
 
 
 def weights_of(trainer):
     own = {n.removeprefix("model."): p for n, p in trainer.learner.zero.named}
-    shards = trainer.models.student.sharding
-    weights = {"masters": {n: full_parameter(shards, own[n], v) for n, v in trainer.learner.masters()}}
+    engine = trainer.learner.zero
+    weights = {"masters": {n: full_parameter(engine, own[n], v) for n, v in trainer.learner.masters()}}
     parts = [part for part in trainer.models.teacher.leaves if part.moves]
     weights["shadow"] = {
-        n: full_parameter(shards, part.parameters[n], v) for part in parts for n, v in part.shadow.items()
+        n: full_parameter(engine, part.parameters[n], v) for part in parts for n, v in part.shadow.items()
     }
     return weights
+
+
+def teacher_is_complete(trainer, shadow):
+    """Whether this rank's teacher has every rank's part of the average, in the model's dtype."""
+    if trainer.learner.zero.stage == 3:
+        return True
+    parts = [part for part in trainer.models.teacher.leaves if part.moves]
+    pairs = [(p, shadow[name]) for part in parts for name, p in part.parameters.items()]
+    return all(torch.equal(parameter.detach(), value.to(parameter.dtype)) for parameter, value in pairs)
+
+
+def train_checkpointed(folder, work, stage):
+    """Three updates with activation checkpointing, and how often the student's blocks ran in them."""
+    spec = small(folder, stage=stage)
+    trainer = open_run(evolve(spec, model=evolve(spec.model, activation_checkpointing=True)), work)
+    forwards = [m.forward for m in trainer.models.student.model.modules() if isinstance(m.forward, RecomputedForward)]
+    start = sum(forward.runs for forward in forwards)
+    steps = [train_step(trainer, rollouts_of(trainer, step)) for step in range(STEPS)]
+    results = {name: [step.metrics[name] for step in steps] for name in ("loss", "grad_norm")}
+    results["distance"] = [step.metrics["teacher_distance"] for step in steps]
+    results |= weights_of(trainer) | {"runs": sum(forward.runs for forward in forwards) - start}
+    trainer.close()
+    return results
 
 
 def train_with_a_skipped_step(folder, work, stage):
@@ -241,10 +283,10 @@ def stream_tensors(folder, work, lora):
     return results
 
 
-def save_and_resume(folder, work, stage, lora):
+def save_and_resume(folder, work, stage, lora, dtype):
     """Two updates and a checkpoint; a third update, and the same one after loading the checkpoint."""
-    spec = small(folder, stage=stage, lora=lora)
-    run_folder = work / f"resumed-{stage}-{bool(lora)}"
+    spec = small(folder, stage=stage, lora=lora, dtype=dtype)
+    run_folder = work / f"resumed-{stage}-{bool(lora)}-{dtype}"
     trainer = open_run(spec, work)
     for step in range(2):
         train_step(trainer, rollouts_of(trainer, step))
@@ -261,6 +303,83 @@ def save_and_resume(folder, work, stage, lora):
     return {"straight": straight, "again": again}
 
 
+def open_sharded(folder, work, other):
+    """What a rank reads, and the largest share of all parameters that it holds at once while models are sharded."""
+    import deepspeed.comm
+
+    reads, opened, peak = [], [], 0
+    read, shard, broadcast = zero_loading.read_weights, zero_loading.shard, deepspeed.comm.broadcast
+
+    def count_read(spec, located):
+        reads.append(located)
+        return read(spec, located)
+
+    def remember(weights, *rest):
+        opened.append(weights.model)
+        shard(weights, *rest)
+
+    def watch(tensor, *rest, **more):
+        nonlocal peak
+        parameters = [p for module in opened for p in module.parameters()]
+        total = sum(zero_shards.ShardedParameters().full_shape(p).numel() for p in parameters)
+        peak = max(peak, sum(p.numel() for p in parameters if not p.is_meta) / total)
+        return broadcast(tensor, *rest, **more)
+
+    patches = (
+        mock.patch.object(zero_loading, "read_weights", count_read),
+        mock.patch.object(zero_loading, "shard", remember),
+        mock.patch.object(deepspeed.comm, "broadcast", watch),
+    )
+    with patches[0], patches[1], patches[2]:
+        routed = RoutedWeights(
+            by="topic", routes=Table({"a": EMA, "b": ExternalWeights(path=str(other)), "c": FROZEN})
+        )
+        open_run(small(folder, stage=3, weights=routed), work).close()
+    return collectives.all_gather_object({"reads": len(reads), "models": len(opened), "peak": peak})
+
+
+def read_damaged_weights(folder, work):
+    """The error of each rank where the first one cannot read the weights."""
+    damaged = work / "damaged"
+    if collectives.rank() == 0:
+        shutil.copytree(folder, damaged)
+        (damaged / "model.safetensors").write_bytes(b"damaged")
+    collectives.barrier()
+    try:
+        zero_loading.read_on_first_rank(model(damaged), str(damaged))
+    except BadData as error:
+        return collectives.all_gather_object(str(error))
+    return []
+
+
+def reduction_error(stage, reduce_dtype):
+    """Relative error of the sum over ranks and micro-batches of a bfloat16 model's gradients."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 64, bias=False).bfloat16()
+    start = linear.weight.detach().float().flatten()
+    engine = zero.Zero(
+        zero_shards.Root(linear), MINUS_GRADIENT, stage, True, zero.ZeroOptions(reduce_dtype=reduce_dtype)
+    )
+
+    def loss(x, weight=None):
+        return functional.linear(x, linear.weight if weight is None else weight).float().square().sum() / 1e4
+
+    own = torch.zeros(64, 64)
+    generator = torch.Generator().manual_seed(collectives.rank())
+    for _ in range(4):
+        x = torch.randn(64, 64, generator=generator).bfloat16()
+        weight = start.view(64, 64).bfloat16().requires_grad_()
+        loss(x, weight).backward()
+        own += weight.grad.float()
+        engine.backward(engine.forward(loss, x))
+    engine.step(MINUS_GRADIENT.lr)
+    ((_, shard),) = engine.masters()
+    exact = collectives.all_reduce_sum(own).flatten()
+    summed = start - torch.cat(collectives.all_gather_object(shard.clone()))
+    engine.close()
+    return ((summed - exact).norm() / exact.norm()).item()
+
+
 def run_rank(folder, work, other):
     zero.start()
     settings = kinds(other)
@@ -269,16 +388,19 @@ def run_rank(folder, work, other):
             (name, stage, budget): train_run(small(folder, stage=stage, budget=budget, **settings[name]), work)
             for name, stage, budget in ON_TWO_RANKS
         },
+        "checkpointed": {stage: train_checkpointed(folder, work, stage) for stage in (2, 3)},
         "offloaded": train_run(small(folder, stage=3, offload=("optimizer", "parameters")), work),
-        "bfloat16": train_run(small(folder, stage=3, dtype="bfloat16"), work),
+        "bfloat16": {stage: train_run(small(folder, stage=stage, dtype="bfloat16"), work) for stage in (1, 2, 3)},
         "skipped": {stage: train_with_a_skipped_step(folder, work, stage) for stage in (0, 2, 3)},
         "sampled": {stage: sample_and_evaluate(folder, work, stage) for stage in (1, 3)},
         "streamed": {name: stream_tensors(folder, work, lora) for name, lora in (("full", None), ("lora", LORA))},
-        "resumed": {
-            (stage, bool(lora)): save_and_resume(folder, work, stage, lora)
-            for stage, lora in ((2, None), (3, None), (3, LORA))
-        },
+        "resumed": {case: save_and_resume(folder, work, *case) for case in RESUMED},
     }
+    results["sharded"] = open_sharded(folder, work, other)
+    results["reduced"] = {
+        (stage, dtype): reduction_error(stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16")
+    }
+    results["damaged"] = read_damaged_weights(folder, work)
     if collectives.rank() == 0:
         torch.save(results, work / "results.pt")
     zero.stop()

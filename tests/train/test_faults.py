@@ -195,6 +195,21 @@ def test_remaining_ranks_end_and_name_the_lost_one(results, name, lost):
     assert result["codes"][remaining] == ProcessDied.exit_code
     assert f"error: lost rank {lost}, which ended or was silent for too long" in result["output"][remaining]
     assert result["seconds"][remaining] < 60
+    assert result["status"]["state"] == "failed"
+    assert f"lost rank {lost}" in result["status"]["reason"]
+
+
+@pytest.mark.parametrize(("name", "lost"), [("stuck", 1), ("stuck without the first", 0)])
+def test_rank_that_hangs_without_the_lost_one_is_ended(results, name, lost):
+    result = results[name]
+    remaining = 1 - lost
+    assert result["codes"][lost] == -signal.SIGKILL
+    assert result["codes"][remaining] == ProcessDied.exit_code
+    assert (
+        f"rank {remaining}: error: lost rank {lost}, which ended or was silent for 8 s" in result["output"][remaining]
+    )
+    assert result["status"]["state"] == "failed"
+    assert f"lost rank {lost}" in result["status"]["reason"]
 
 
 def test_run_resumes_after_a_rank_was_killed(results):

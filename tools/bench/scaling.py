@@ -37,8 +37,7 @@ machine.
 **Measured** are sampling, teacher and update; the rest of a step is not predicted. **Predicted** is the time model of
 `sdkit plan` (`sdkit/plan/time.py`) with this machine's measured rates. Its two constants, the share of the matrix rate
 that a pass over full sequences reaches and the share of the bandwidth that decoding reaches, are {default} by default,
-for data-center GPUs; fitted to these points they are {fitted}. The model is an upper estimate: it counts the output
-projection for prompt tokens too, and a group's prompt once per completion, so it is high for a large vocabulary or group.
+for data-center GPUs; fitted to these points they are {fitted}.
 """
 
 

@@ -9,6 +9,7 @@ from sdkit.language.overlay import LoadedSpec
 from sdkit.language.rules import (
     data,
     engines,
+    kinds,
     learning,
     losses,
     names,
@@ -39,6 +40,7 @@ _MODULES = (
     data,
     scores,
     names,
+    kinds,
     training,
 )
 RULES = tuple(rule for module in _MODULES for rule in vars(module).values() if isinstance(rule, Rule))

@@ -14,6 +14,7 @@ from sdkit.language.bundled import BUNDLED, PREFIX
 from sdkit.language.errors import Path, did_you_mean, outside, shorten
 from sdkit.language.model_shapes import shape_at
 from sdkit.language.overlay import LoadedSpec
+from sdkit.language.paths import is_local_model, start_of
 from sdkit.language.templates import Field, TemplateError, parse
 from sdkit.language.user_functions import fault_of
 
@@ -43,6 +44,10 @@ class Context:
     def file(self, path: str) -> str:
         """A path from the spec, resolved against the spec's folder."""
         return os.path.join(self.loaded.folder, path)
+
+    def start_of(self, where: Path) -> str:
+        """A hint: where the path at a key starts."""
+        return start_of(self.loaded, where)[1]
 
 
 @frozen(eq=False)
@@ -171,7 +176,8 @@ def uncallable(
     """A finding if a user's function is missing or does not take these arguments; `user` is the spec at `where`."""
     if fault := fault_of(context.file(user.file), user.file, user.function, values, given):
         key, message, hint = fault
-        yield (*where, key), message, hint
+        there = key != "file" or os.path.exists(context.file(user.file))
+        yield (*where, key), message, hint if there else context.start_of((*where, key))
 
 
 def unknown_bundled(where: Path, path: str) -> Iterator[Finding]:
@@ -184,11 +190,10 @@ def unknown_bundled(where: Path, path: str) -> Iterator[Finding]:
 def no_model(where: Path, path: str, context: Context) -> Iterator[Finding]:
     """A finding for a local path that contains no model."""
     folder = context.file(path)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if path.startswith(PREFIX) or not (looks_local or os.path.isdir(folder)):
+    if not is_local_model(path, context.loaded.folder):
         return
     if not os.path.isdir(folder):
-        yield where, f"there is no folder {path}", "paths start at the spec's folder"
+        yield where, f"there is no folder {path}", context.start_of(where)
     elif os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
         yield where, f"folder {path} {IS_ADAPTER}", MERGE_FIRST
     elif not os.path.isfile(os.path.join(folder, "config.json")):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from sdkit.language import specs
-from sdkit.language.errors import counted, did_you_mean, outside, shorten, spelled
+from sdkit.language.errors import Path, counted, did_you_mean, outside, shorten, spelled
 from sdkit.language.files import file_names
 from sdkit.language.row_text import describe_value, is_empty
 from sdkit.language.rules.base import Context, Finding, columns_of, data_of, run_rule, slots
@@ -69,7 +69,7 @@ def source_column(spec: specs.ExperimentSpec, context: Context) -> Iterator[Find
         written_at = path if data.columns else ("data",)
         where = "" if data.columns else f" of {spelled(path)}"
         for name, column in columns_of(spec, data).items():
-            for wanted in (w for w in _wanted(column) if w not in known):
+            for wanted in (w for w in _wanted(column) if known.isdisjoint((w, w.partition(".")[0]))):
                 message = f"source column {shorten(wanted)}{where} {outside(sorted(known))}"
                 yield (*written_at, "columns", name), message, did_you_mean(wanted, known)
 
@@ -83,9 +83,14 @@ def _source_columns(data: specs.DataSpec) -> set[str] | None:
     return None
 
 
-def _wanted(column: str | specs.ColumnTemplate) -> list[str]:
-    if isinstance(column, str):
-        return [column]
+def _wanted(column: specs.Column) -> list[str]:
+    match column:
+        case str():
+            return [column]
+        case specs.LastTurn():
+            return [column.last_turn]
+        case specs.JsonColumn():
+            return [column.json]
     try:
         return [field.name for field in fields(parse(column.template))]
     except TemplateError:
@@ -94,7 +99,7 @@ def _wanted(column: str | specs.ColumnTemplate) -> list[str]:
 
 @run_rule("data files exist")
 def data_path(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Paths are relative to the spec's folder.  A file with an `origin` may be fetched later, before the run."""
+    """A path starts at the folder of the file that names it, or on the command line at the working directory.  A file with an `origin` may be fetched later, before the run."""
     for path, data in data_of(spec):
         source = data.source
         where = (*path, "source", "path")
@@ -103,21 +108,20 @@ def data_path(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]
             continue
         if isinstance(source, specs.LocalFile):
             if not there:
-                yield where, f"there is no file {source.path}", _folder_hint(context, source.path)
+                yield where, f"there is no file {source.path}", _folder_hint(context, where, source.path)
             elif os.path.isdir(context.file(source.path)):
                 yield where, f"{source.path} is a folder, not a file", None
             elif not os.path.isfile(context.file(source.path)):
                 yield where, f"{source.path} is a pipe or a device, not a file", None
         elif isinstance(source, specs.DiskSource) and not os.path.isdir(context.file(source.path)):
-            yield where, f"there is no folder {source.path}", _folder_hint(context, source.path)
+            yield where, f"there is no folder {source.path}", _folder_hint(context, where, source.path)
 
 
-def _folder_hint(context: Context, path: str) -> str | None:
+def _folder_hint(context: Context, where: Path, path: str) -> str:
     folder, name = os.path.split(context.file(path))
     if not os.path.isdir(folder or "."):
-        return f"there is no folder {os.path.dirname(path)} either; paths start at the spec's folder"
-    near = did_you_mean(name, file_names(folder or "."))
-    return near or "paths start at the spec's folder"
+        return f"there is no folder {os.path.dirname(path)} either; {context.start_of(where)}"
+    return did_you_mean(name, file_names(folder or ".")) or context.start_of(where)
 
 
 @run_rule("a rollout batch does not repeat prompts", "warning")

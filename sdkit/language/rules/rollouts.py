@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import chain
 
 from sdkit.language import specs
 from sdkit.language.errors import Path, counted, did_you_mean, outside, shorten
@@ -140,19 +139,22 @@ def training_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Fi
     if spec.reward is not None and spec.reward not in spec.rewards:
         hint = did_you_mean(spec.reward, spec.rewards) or "declare it under rewards"
         yield ("reward",), f"{shorten(spec.reward)} {outside(spec.rewards)}", hint
-    relative = (
-        (*path, "advantage") for path, term in terms(spec, specs.PolicyGradient) if term.advantage.group_relative
-    )
-    weights = (
-        ("losses", name, *setting)
-        for name, term in spec.losses.items()
-        if term.token_weight and (setting := term.token_weight.reward_setting)
-    )
-    routed: list[Path] = [("route",)] if spec.route else []
-    filters: list[Path] = [("rollout", "keep", i) for i, filter in enumerate(spec.rollout.keep) if filter.needs_reward]
-    users = chain((path for path, _ in _slots(spec)), relative, weights, routed, filters)
-    needed = next(users, None)
+    needed = next(reward_users(spec), None)
     if needed and spec.reward is None and len(spec.rewards) != 1:
         count = "there are none" if not spec.rewards else f"there are {len(spec.rewards)}"
         hint = f"add reward: {next(iter(spec.rewards))}" if spec.rewards else "declare one under rewards"
         yield needed, f"this needs the reward that training uses, and {count}", hint
+
+
+def reward_users(spec: specs.MethodSpec) -> Iterator[Path]:
+    """The paths of the settings that need the reward of training."""
+    yield from (path for path, _ in _slots(spec))
+    for path, term in terms(spec, specs.PolicyGradient):
+        if term.advantage.group_relative:
+            yield (*path, "advantage")
+    for name, term in spec.losses.items():
+        if term.token_weight and (setting := term.token_weight.reward_setting):
+            yield ("losses", name, *setting)
+    if spec.route:
+        yield ("route",)
+    yield from (("rollout", "keep", i) for i, filter in enumerate(spec.rollout.keep) if filter.needs_reward)

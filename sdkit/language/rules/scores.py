@@ -25,7 +25,8 @@ def unknown_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Fin
         for where, name in named:
             if name not in known:
                 fault = outside(known) if known else "is not declared: there are no rewards"
-                yield where, f"reward {shorten(name)} {fault}", did_you_mean(name, known) or f"add rewards.{name}"
+                declare = f"declare it under rewards, such as rewards: {{{name}: exact}}"
+                yield where, f"reward {shorten(name)} {fault}", did_you_mean(name, known) or declare
 
 
 def _rewards(spec: specs.ExperimentSpec, kind: type[T]) -> list[tuple[str, T]]:
@@ -136,7 +137,7 @@ def reward_model_folder(spec: specs.ExperimentSpec, context: Context) -> Iterato
         path = ("rewards", name, "path")
         folder = context.file(reward.path)
         if not os.path.isdir(folder):
-            yield path, f"there is no folder {reward.path}", "paths start at the spec's folder"
+            yield path, f"there is no folder {reward.path}", context.start_of(path)
         elif os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
             yield path, f"{reward.path} {IS_ADAPTER}", "merge it into its base model first"
         elif not os.path.isfile(os.path.join(folder, "config.json")):

@@ -91,6 +91,18 @@ def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield culprit, message, "lower max_new_tokens or max_prompt_tokens"
 
 
+@run_rule("the dtype suits flash_attention_2")
+def flash_dtype(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The kernel has no float32 form.  External models use the student's attention implementation."""
+    if spec.model.attn_implementation != "flash_attention_2":
+        return
+    models = [(("model",), spec.model), *spec.other_models()]
+    for path, model in models:
+        if model.dtype != "bfloat16":
+            stated = context.stated((*path, "dtype"), model.dtype)
+            yield (*path, "dtype"), f"{stated}, but flash_attention_2 needs bfloat16", "use sdpa, or dtype: bfloat16"
+
+
 @run_rule("every rank gets the same number of prompts")
 def equal_shares(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Ranks run in lockstep, and the rollouts of a group stay on one rank.  The number of ranks that a launcher
@@ -103,14 +115,20 @@ def equal_shares(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 @run_rule("offloading has the ZeRO stage it needs")
 def offload_stage(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """DeepSpeed offloads a rank's shard: optimizer states from stage 1 on, parameters under stage 3."""
+    """DeepSpeed offloads a rank's shard: optimizer states from stage 1 on, parameters under stage 3.  Frozen models are
+    offloaded as a whole, so under stage 3, which shards them, `parameters` offloads them too.
+    """
     stage = spec.training.zero_stage
-    needed = {"optimizer": 1, "parameters": 3}
+    needed = {"optimizer": 1, "parameters": 3, "frozen_models": 0}
     for place, what in enumerate(spec.training.offload):
+        path, stated = ("training", "offload", place), context.stated(("training", "zero_stage"), stage)
         if stage < needed[what]:
-            stated = context.stated(("training", "zero_stage"), stage)
             hint = f"use zero_stage: {needed[what]}" + (" or more" if needed[what] < 3 else "")
-            yield ("training", "offload", place), f"{what} cannot be offloaded: {stated}", hint
+            yield path, f"{what} cannot be offloaded: {stated}", hint
+        elif what == "frozen_models" and stage == 3:
+            yield path, f"frozen_models cannot be offloaded as a whole: {stated}", "use offload: [parameters]"
+        elif what == "frozen_models" and not spec.has_frozen_models:
+            yield path, "the run stores no model with fixed weights beside the student", "remove frozen_models"
 
 
 @run_rule("the longest sequence fits one forward pass")
@@ -167,6 +185,10 @@ def unused_setting(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     sees = spec.sees
     if sees and context.loaded.written(path) and sees.max_prompt_tokens is None:
         yield path, "cut has no effect without max_prompt_tokens", "add max_prompt_tokens"
+    path = ("training", "share_prompts")
+    if context.loaded.written(path) and spec.training.share_prompts:
+        if spec.model.attn_implementation == "flash_attention_2":
+            yield path, "share_prompts has no effect: flash_attention_2 takes no mask for shared rows", "use sdpa"
     path = ("output", "keep_checkpoints")
     if context.loaded.written(path) and not spec.output.checkpoint_every:
         yield path, "keep_checkpoints has no effect without checkpoint_every", "add checkpoint_every"

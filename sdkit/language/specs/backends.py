@@ -14,7 +14,6 @@ from sdkit.language.specs.fields import (
     NAME,
     NOT_EMPTY,
     OPTION,
-    PATH,
     POSITIVE,
     SECONDS,
     TEXT_END,
@@ -90,7 +89,8 @@ class VllmEngine:
     kv_cache_gib: float = spec_field("key-value cache on CPU, GiB", default=1.0, range=GIBIBYTES)
     gpu_memory_utilization: float = spec_field("share of GPU memory for the engine", default=0.4, range=INSIDE_SHARE)
     canary_bound: float | None = spec_field(
-        "largest mean difference of log-probabilities after a weight sync (default: 1e-3 in float32, 0.25 in bfloat16)",
+        "largest mean difference of log-probabilities after a weight sync (default: 1e-3 in float32, 0.02 in float32 on a "
+        "GPU with TF32, 0.25 otherwise)",
         default=None,
         range=POSITIVE,
     )
@@ -162,7 +162,7 @@ class VllmServerBackend(VllmEngine):
         "folder for the weight files, relative to the spec (default: weights/ in sdkit's cache folder, for servers on "
         "this machine)",
         default=None,
-        range=PATH,
+        path_to="file",
     )
     deadline_seconds: float = spec_field(
         "longest time for one completion or one weight transfer, retries included; a single server may be unreachable "
@@ -177,7 +177,7 @@ class ReplayBackend:
     """Replays the recorded rollouts of an earlier run, without sampling."""
 
     kind: ClassVar[str] = "replay"
-    run: str = spec_field("run directory, relative to the spec", range=PATH)
+    run: str = spec_field("run directory, relative to the spec", path_to="file")
 
 
 Backend = AutoBackend | TransformersBackend | VllmBackend | VllmServerBackend | ReplayBackend

@@ -9,7 +9,6 @@ from attrs import frozen
 from sdkit.language.specs.fields import (
     INSIDE_SHARE,
     NAME,
-    PATH,
     POSITIVE,
     SHARE,
     SIGNED,
@@ -112,7 +111,7 @@ class FileDivergence(BaseDivergence):
 
     kind: ClassVar[str] = "file"
     description: ClassVar[str] = "{0.function} in {0.file}"
-    file: str = spec_field("Python file, relative to the spec", range=PATH)
+    file: str = spec_field("Python file, relative to the spec", path_to="file")
     function: str = spec_field("name of the function", range=NAME)
     zero_when_equal: bool = spec_field(
         "whether value and gradient are 0 where student and teacher agree", default=True

@@ -152,6 +152,12 @@ PATH = Range(
 )
 
 
+PathTo = Literal["file", "model", "output"]
+"""What a path names: a file or folder; a model, which may also be bundled or of the hub; or what a run writes, whose path
+starts at the working directory wherever it is written.
+"""
+
+
 def spec_field(
     help: str,
     *,
@@ -160,11 +166,14 @@ def spec_field(
     each: Range | None = None,
     names: Range | None = None,
     key: str | None = None,
+    path_to: PathTo | None = None,
 ) -> Any:
     """One key of the language: its help text, default, range and, if Python reserves the name, its YAML key.
 
-    `each` is the range of each text or number in a list or table, `names` that of a table's names.
+    `each` is the range of each text or number in a list or table, `names` that of a table's names.  `path_to` says what
+    the path names if the value is one.
     """
+    range = PATH if path_to else range
 
     def check(_instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         if range and value is not None and not isinstance(value, Schedule):
@@ -176,7 +185,7 @@ def spec_field(
             for item in scalars_of(value):
                 _check(each, item, attribute.name)
 
-    meta = {"help": help, "range": range, "each": each, "names": names, "key": key}
+    meta = {"help": help, "range": range, "each": each, "names": names, "key": key, "path_to": path_to}
     return attrs.field(default=default, validator=check, metadata=meta, kw_only=True)
 
 

@@ -19,8 +19,8 @@ from sdkit.language.specs.fields import (
     NOT_NEGATIVE_COUNT,
     OPTION,
     PARAMETERS,
-    PATH,
     POSITIVE,
+    SECONDS,
     SEED,
     SHARE,
     TEXT_END,
@@ -32,6 +32,7 @@ from sdkit.language.specs.fields import (
 from sdkit.language.specs.losses import Distillation
 from sdkit.language.specs.method import MethodSpec
 from sdkit.language.specs.scores import EvaluationSpec, FileReward, Reward, RewardModel, Suite
+from sdkit.language.specs.teachers import FrozenWeights
 from sdkit.language.specs.token_weights import FileWeight
 
 BETA = between(0.0, 0.999999)
@@ -94,23 +95,42 @@ class ShapeSpec:
     vocab_size: int = spec_field("rows of the output projection", range=AT_LEAST_ONE)
     max_position_embeddings: int = spec_field("longest sequence the model takes, tokens", range=AT_LEAST_ONE)
     kv_width: int | None = spec_field(
-        "width of a layer's keys over all heads, for the size of the key-value cache (default: hidden_size)",
+        "width of a layer's keys over all heads, for caches and activations (default: hidden_size)",
         default=None,
         range=AT_LEAST_ONE,
     )
+    q_width: int | None = spec_field(
+        "width of a layer's queries over all heads (default: hidden_size)", default=None, range=AT_LEAST_ONE
+    )
+    intermediate_size: int | None = spec_field(
+        "width of a layer's feed-forward part (default: what `parameters` leave for it)",
+        default=None,
+        range=AT_LEAST_ONE,
+    )
+    num_attention_heads: int | None = spec_field(
+        "attention heads of a layer, for eager attention (default: one for each 128 of q_width)",
+        default=None,
+        range=AT_LEAST_ONE,
+    )
+    gated_mlp: bool = spec_field("whether the feed-forward part has a gate, as in Llama and Qwen", default=True)
+    qk_norm: bool = spec_field("whether queries and keys are normalized, as in Qwen3", default=False)
 
 
 @frozen(kw_only=True)
 class ModelSpec:
     """The student model, also the initial weights of most teachers."""
 
-    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", range=PATH)
+    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", path_to="model")
     revision: str | None = spec_field("commit or tag of a hub model", default=None, range=NAME)
     dtype: Literal["float32", "bfloat16"] = spec_field(
         "precision of the forward pass; master weights stay float32", default="bfloat16"
     )
     lora: LoraSpec | None = spec_field("train adapters instead of all weights", default=None)
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = spec_field("attention kernel", default="sdpa")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = spec_field(
+        "attention kernel; `flash_attention_2` needs the package flash-attn, a GPU and bfloat16, and shares no prompts "
+        "(`training.share_prompts`)",
+        default="sdpa",
+    )
     activation_checkpointing: bool = spec_field(
         "recompute activations in the backward pass to save memory", default=False
     )
@@ -166,9 +186,36 @@ class TrainingSpec:
         "what DeepSpeed ZeRO shards across ranks: 0 nothing, 1 optimizer states (master weights and moments), 2 gradients too, 3 parameters too",
         default=1,
     )
-    offload: tuple[Literal["optimizer", "parameters"], ...] = spec_field(
-        "what to offload to CPU memory: `optimizer` (master weights and moments) and, under stage 3, `parameters`",
+    offload: tuple[Literal["optimizer", "parameters", "frozen_models"], ...] = spec_field(
+        "what to offload to CPU memory: `optimizer` (master weights and moments); under stage 3 `parameters`; under stages 0 "
+        "to 2 `frozen_models` (a frozen teacher, the reference and other models), which are copied to the device for each use",
         default=(),
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = spec_field(
+        "precision in which gradients are summed over ranks: bfloat16 sends half as much, with a relative error of "
+        "about 2e-3",
+        default="float32",
+    )
+    reduce_bucket_size: int = spec_field(
+        "gradient elements that are summed over ranks at a time; fewer need less memory",
+        default=500_000_000,
+        range=AT_LEAST_ONE,
+    )
+    allgather_bucket_size: int = spec_field(
+        "weights that stages 1 and 2 gather at a time after an optimizer step; fewer need less memory",
+        default=500_000_000,
+        range=AT_LEAST_ONE,
+    )
+    deterministic: bool = spec_field(
+        "train with CUDA kernels that give the same bits in every run: slower, and an operation without one is an error; a "
+        "CPU needs no setting",
+        default=False,
+    )
+    deadline_seconds: float = spec_field(
+        "longest time that ranks wait for each other, at the start and in one collective operation; raise it if one rank "
+        "works alone for longer, as on hashing large files from a slow disk",
+        default=600.0,
+        range=SECONDS,
     )
     seed: int = spec_field("seed from which all others are derived", default=0, range=SEED)
 
@@ -189,7 +236,7 @@ class OutputSpec:
     """What a run writes."""
 
     folder: str = spec_field(
-        "where run directories are created, relative to the working directory", default="runs", range=PATH
+        "where run directories are created, relative to the working directory", default="runs", path_to="output"
     )
     samples_every: int = spec_field(
         "steps between samples shown on screen and written to samples/", default=5, range=AT_LEAST_ONE
@@ -259,6 +306,12 @@ class ExperimentSpec(MethodSpec):
         yield self.model.path
         yield from (weights.path for _, weights in self.other_models())
         yield from (reward.path for reward in self.rewards.values() if isinstance(reward, RewardModel))
+
+    @property
+    def has_frozen_models(self) -> bool:
+        """Whether models with fixed weights are stored beside the student."""
+        frozen_weights = any(isinstance(weights, FrozenWeights) for _, weights in self.teachers())
+        return any(self.other_models()) or (self.model.lora is None and (frozen_weights or self.needs_reference))
 
     @property
     def needs_old_logprobs(self) -> bool:

@@ -15,7 +15,6 @@ from sdkit.language.specs.fields import (
     NOT_EMPTY,
     NOT_NEGATIVE,
     NOT_NEGATIVE_COUNT,
-    PATH,
     PATTERN,
     SECONDS,
     SIGNED,
@@ -176,7 +175,7 @@ class RewardModel:
     """The single output of a sequence-classification model applied to prompt and completion as a chat."""
 
     kind: ClassVar[str] = "reward_model"
-    path: str = spec_field("local folder, relative to the spec; safetensors only", range=PATH)
+    path: str = spec_field("local folder, relative to the spec; safetensors only", path_to="file")
     batch_size: int = spec_field("completions per forward pass", default=8, range=AT_LEAST_ONE)
 
 
@@ -188,7 +187,7 @@ class FileReward:
     """
 
     kind: ClassVar[str] = "file"
-    file: str = spec_field("Python file, relative to the spec", range=PATH)
+    file: str = spec_field("Python file, relative to the spec", path_to="file")
     function: str = spec_field("name of the function", range=NAME)
     seconds: float = spec_field(
         "time limit of one completion; the run ends if it is exceeded", default=60.0, range=SECONDS

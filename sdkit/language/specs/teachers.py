@@ -11,7 +11,6 @@ from sdkit.language.specs.fields import (
     NAME,
     NOT_EMPTY,
     NOT_NEGATIVE_COUNT,
-    PATH,
     SECONDS,
     SHARE,
     Component,
@@ -100,7 +99,7 @@ class ExternalWeights(BaseWeights):
     kind: ClassVar[str] = "external"
     description: ClassVar[str] = "the model {0.path}"
     is_other_model: ClassVar[bool] = True
-    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", range=PATH)
+    path: str = spec_field("`bundled:NAME`, a local folder, or a hub id", path_to="model")
     revision: str | None = spec_field("commit or tag of a hub model", default=None, range=NAME)
     dtype: Literal["float32", "bfloat16"] = spec_field("precision of its forward pass", default="bfloat16")
 
@@ -127,7 +126,7 @@ class ServedWeights(BaseWeights):
         "tokenizer to compare with the student's: `bundled:NAME`, a local folder, or a hub id; the server's text for each "
         "token id is compared in any case",
         default=None,
-        range=PATH,
+        path_to="model",
     )
     key_from: str | None = spec_field(
         "environment variable with the server's API key; the key itself is never in a spec", default=None, range=NAME

@@ -14,7 +14,6 @@ from sdkit.language.specs.fields import (
     NAME,
     NOT_EMPTY,
     NOT_NEGATIVE,
-    PATH,
     POSITIVE,
     SHARE,
     SIGNED,
@@ -142,7 +141,7 @@ class FileWeight(BaseWeight):
 
     kind: ClassVar[str] = "file"
     description: ClassVar[str] = "{0.function} in {0.file}"
-    file: str = spec_field("Python file, relative to the spec", range=PATH)
+    file: str = spec_field("Python file, relative to the spec", path_to="file")
     function: str = spec_field("name of the function", range=NAME)
     given: tuple[Given, ...] = spec_field("keyword arguments to pass", default=())
     rows: Literal["rollout", "group"] = spec_field(
