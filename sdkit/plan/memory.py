@@ -258,5 +258,5 @@ def engine_gib(spec: ExperimentSpec, backend: VllmBackend, machine: Machine, sha
 
 
 def engine_weights_gib(spec: ExperimentSpec, backend: VllmBackend, shape: ShapeSpec) -> float:
-    """Returns the size of vLLM's weights in GiB."""
-    return shape.parameters * BYTES[backend.dtype or spec.model.dtype] / GIB
+    """Returns the size of one rank's share of vLLM's weights in GiB."""
+    return shape.parameters * BYTES[backend.dtype or spec.model.dtype] / backend.tensor_parallel_size / GIB
