@@ -98,6 +98,13 @@ def print_problems(specs: Sequence[Any], format: str) -> None:
         typer.echo(text)
 
 
+def print_source_problems(source: Any) -> None:
+    """Print the YAML problems of one file to standard error."""
+    from sdkit.language.errors import render
+
+    typer.echo(render(source.problems, {source.name: source.text}), err=True)
+
+
 def make_console() -> Any:
     """The console that a run prints to; on ranks other than the first it prints nothing."""
     from rich.console import Console

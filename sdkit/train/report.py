@@ -270,11 +270,16 @@ def print_objective_card(
         f"{spec.rollout.completions_per_prompt} completions, {len(data.train)} training rows"
     )
     console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
+    warn_of_control_tokens(console, data)
+    _warn_of_cut_completions(console, data, run, resumed=start > 0)
+
+
+def warn_of_control_tokens(console: Console, data: RunData) -> None:
+    """Print a warning if rows spell control tokens."""
     if rows := data.control_token_rows:
         shown = ", ".join(f"row {row.index} {name}" for row, name in rows[:5])
         text = f"control tokens in {counted(len(rows), 'row')}, which the model reads as such: {shown}"
         print_warning(console, text, "model.control_tokens: text keeps them as text")
-    _warn_of_cut_completions(console, data, run, resumed=start > 0)
 
 
 def print_start_up(console: Console, seconds: Mapping[str, float]) -> None:
