@@ -15,13 +15,9 @@ from sdkit.cli.options import Format, Overrides, SpecOrRun, SpecPath
 
 
 @app.command(
-<<<<<<< HEAD
     rich_help_panel=CHECKING,
-    epilog="Examples: `sdkit validate specs/*.yaml`, `sdkit validate specs/*.yaml --strict --format sarif`",
-=======
     epilog="Examples: `sdkit validate specs/*.yaml --strict --format sarif`, "
-    "`sdkit validate mine.yaml training.steps=20 --data 2`"
->>>>>>> h-paths
+    "`sdkit validate mine.yaml training.steps=20 --data 2`",
 )
 def validate(
     words: Annotated[
