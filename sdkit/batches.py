@@ -237,6 +237,7 @@ class Tokens:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
         """Returns the tokens with every tensor changed."""
+        from torch import Tensor
 
         def changed(value: Any) -> Any:
             if isinstance(value, Mapping):

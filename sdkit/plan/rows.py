@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import assert_never
 
 from sdkit.language.files import UnreadableFile, irregular_kind, read_file
 from sdkit.language.specs import (
+    CsvSource,
     DataSpec,
     DiskSource,
     HubSource,
@@ -40,6 +43,8 @@ def _source_rows(source: Source, base: Path) -> int | None:
             return _count_lines(base / path)
         case JsonSource(path=path):
             return _count_items(base / path)
+        case CsvSource(path=path, delimiter=delimiter):
+            return _count_csv_rows(base / path, delimiter)
         case ParquetSource(path=path):
             return _parquet_rows(base / path)
         case HubSource() | DiskSource():
@@ -61,6 +66,14 @@ def _count_items(path: Path) -> int | None:
     except (UnreadableFile, ValueError, RecursionError):
         return None
     return len(rows) if isinstance(rows, list) else None
+
+
+def _count_csv_rows(path: Path, delimiter: str) -> int | None:
+    try:
+        text = read_file(path, MAX_BYTES).decode()
+        return max(sum(map(bool, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))) - 1, 0)
+    except (UnreadableFile, UnicodeDecodeError, csv.Error):
+        return None
 
 
 def _parquet_rows(path: Path) -> int | None:

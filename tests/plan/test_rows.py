@@ -6,6 +6,7 @@ import pytest
 
 from sdkit.language.load import load_spec
 from sdkit.language.specs import (
+    CsvSource,
     DataSpec,
     DiskSource,
     HubSource,
@@ -41,6 +42,7 @@ def files(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"a": "\u2028"}\n\n{"a": 2}\n')
     (tmp_path / "rows.json").write_text(json.dumps([{"a": 1}, {"a": 2}]))
     (tmp_path / "map.json").write_text("{}")
+    (tmp_path / "rows.csv").write_text('a;b\n1;"two\nlines"\n\n3;4\n')
     (tmp_path / "damaged.parquet").write_text("rows")
     pyarrow.parquet.write_table(pyarrow.table({"a": [1, 2]}), tmp_path / "rows.parquet")
     return tmp_path
@@ -53,6 +55,7 @@ def files(tmp_path):
         (ReasoningGymSource(task="chain_sum", size=2), 2),
         (JsonLinesSource(path="rows.jsonl"), 2),
         (JsonSource(path="rows.json"), 2),
+        (CsvSource(path="rows.csv", delimiter=";"), 2),
         (ParquetSource(path="rows.parquet"), 2),
         (JsonLinesSource(path="missing.jsonl"), None),
         (JsonLinesSource(path="."), None),
