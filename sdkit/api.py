@@ -12,12 +12,12 @@ from typing import Any
 
 from sdkit.language import load
 from sdkit.language.errors import InvalidSpec, Problem
-from sdkit.language.files import MAX_CONFIG_BYTES, read_json_object
 from sdkit.language.resolved import resolved
 from sdkit.language.show import annotated
 from sdkit.language.specs import ExperimentSpec, MethodSpec
 from sdkit.plan.machine import machine_for, other_shapes, shape_of
 from sdkit.plan.plan import MethodPlan, Plan, make_plan, plan_method
+from sdkit.runs import directory
 from sdkit.runs.directory import origin, read_lines
 
 PathLike = str | os.PathLike[str]
@@ -65,10 +65,10 @@ def plan_spec(spec: MethodSpec, folder: PathLike = ".") -> Plan | MethodPlan:
 def read_status(run: PathLike) -> dict[str, Any]:
     """Returns the status of a run: `state` (running, done, stopped or failed), `step`, and the reason of a failure.
 
-    A killed process leaves `running` behind.  Raises UnreadableInput if the folder is not a run directory, as the next
-    functions do.
+    A killed process leaves `running` behind, unless another rank or the launcher is left to report it.  Raises
+    UnreadableInput if the folder is not a run directory, as the next functions do.
     """
-    return dict(read_json_object(_run(run) / "status.json", MAX_CONFIG_BYTES) or {})
+    return dict(directory.read_status(_run(run)))
 
 
 def read_metrics(run: PathLike) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from rich.table import Table
 from sdkit.batches import RolloutBatch
 from sdkit.distributed import collectives
 from sdkit.language.errors import counted
+from sdkit.models.device import rank_device
 from sdkit.models.packing import LONGEST_PACK
 from sdkit.runs.directory import RunDirectory
 from sdkit.runs.evaluations import (
@@ -305,8 +306,9 @@ def memory_peaks() -> dict[str, float]:
     """
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peaks = {"memory/peak_gib": resident / 2**20 if sys.platform != "darwin" else resident / 2**30}
-    if torch.cuda.is_available():
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    device = rank_device()
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         peaks["memory/device_allocated_gib"] = collectives.all_reduce_max(allocated) / 2**30
         peaks["memory/device_reserved_gib"] = collectives.all_reduce_max(reserved) / 2**30
     return peaks
