@@ -1,4 +1,4 @@
-"""Commands on run directories: compare, diff, export, convert checkpoints."""
+"""Commands on run directories: compare, diff, export, show rollouts, convert checkpoints."""
 
 from __future__ import annotations
 
@@ -91,6 +91,40 @@ def export(
 
     checked, base = check_run(run)
     typer.echo(write(checked.spec, base, run, to, merge=merge_lora))
+
+
+@app.command(
+    epilog="Examples: `sdkit rollouts runs/sdft`, `sdkit rollouts runs/sdft@12 --row 3`, "
+    "`sdkit rollouts runs/sdft@12 --to rollouts.html`"
+)
+def rollouts(
+    recorded: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN[@STEP]",
+            help="A run directory and a training step, as metrics.jsonl counts them: 1 is the first (default: the newest).",
+            show_default=False,
+        ),
+    ],
+    row: Annotated[
+        int | None, typer.Option("--row", help="Only the rollouts of this row of the data.", min=0, show_default=False)
+    ] = None,
+    first: Annotated[int, typer.Option("--first", help="How many rollouts to show.", min=1)] = 8,
+    prompts: Annotated[bool, typer.Option("--prompts", help="Show the prompts of student and teacher, too.")] = False,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Write this page (.html) instead of printing.", show_default=False)
+    ] = None,
+) -> None:
+    """Show a step's rollouts as text: scores, and each token coloured by how far teacher and student are apart."""
+    from sdkit.train.show_rollouts import select, show, write_page
+
+    run, records = select(recorded, row, first)
+    checked, base = check_run(run)
+    if to:
+        write_page(checked.spec, base, records, to, prompts=prompts)
+        return typer.echo(f"wrote {to}")
+    show(checked.spec, base, records, make_console(), prompts=prompts)
+    return None
 
 
 CONVERT = "Example: `sdkit checkpoint convert runs/sdft --processes 1`"

@@ -36,6 +36,7 @@ ENDINGS: Mapping[str, type] = {
     ".jsonl": specs.JsonLinesSource,
     ".ndjson": specs.JsonLinesSource,
     ".json": specs.JsonSource,
+    ".csv": specs.CsvSource,
     ".parquet": specs.ParquetSource,
 }
 GUESSES: Mapping[str, tuple[str, ...]] = {

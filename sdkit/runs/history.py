@@ -58,7 +58,16 @@ class Run:
     def headline(self) -> Key:
         """The run's main score: that of the first suite under its first decoding."""
         suite, decoding, _ = next(iter(self.points[0].scores))
-        return suite, decoding, str(self.settings["evaluation", "suites", suite, "score"])
+        return suite, decoding, self.main_score(suite)[1]
+
+    @property
+    def suites(self) -> list[str]:
+        """The names of the suites, in order."""
+        return list(dict.fromkeys(suite for suite, _, _ in self.points[0].scores))
+
+    def main_score(self, suite: str) -> tuple[str, str]:
+        """A suite with its main reward."""
+        return suite, str(self.settings["evaluation", "suites", suite, "score"])
 
     def records(self, point: Point) -> list[dict[str, Any]]:
         """Every completion of an evaluation with its scores."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ COMMANDS = (
     "train",
     "eval",
     "replay",
+    "rollouts",
     "compare",
     "diff",
     "export",
@@ -197,6 +199,23 @@ def test_validate_reports_specs_without_problems(sdkit):
     assert sdkit("validate", DEMO, METHOD) == (0, f"{DEMO}: ok (run file)\n{METHOD}: ok (method page)\n", "")
 
 
+def test_validate_takes_overrides(sdkit):
+    assert sdkit("validate", DEMO, "training.steps=3", METHOD)[0] == 0
+    code, _, err = sdkit("validate", DEMO, "training.steps=none")
+    assert code == 1
+    assert "'none' is text, not a whole number" in err
+    assert sdkit("validate", "training.steps=3")[0] == 2
+
+
+def test_validate_with_data_shows_prompts(sdkit, run_file):
+    code, out, err = sdkit("validate", run_file, "training.steps=2", "--data", "1")
+    assert code == 0, err
+    assert f"{run_file}: ok (run file)" in out
+    assert "completion goes here" in out
+    assert "longest prompt and completion" in out
+    assert sdkit("validate", METHOD, "--data", "1")[0] == 2
+
+
 def test_validate_shows_every_problem_of_every_file(sdkit, broken):
     code, out, err = sdkit("validate", DEMO, broken)
     assert code == 1
@@ -305,6 +324,22 @@ def test_wrong_override_is_attributed_to_the_command_line(sdkit):
     assert "training.steps=many" in err
 
 
+def test_plan_and_show_accept_a_run_directory(sdkit, tmp_path):
+    spec = load_spec(DEMO).spec
+    (tmp_path / "resolved.yaml").write_text(json.dumps(resolved(spec)))
+    (tmp_path / "provenance.json").write_text(json.dumps({"base": str(SPECS)}))
+    assert sdkit("plan", tmp_path)[:2] == sdkit("plan", DEMO)[:2]
+    code, out, err = sdkit("show", tmp_path, "training.steps=7")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load(out)["training"]["steps"] == 7
+
+
+def test_show_of_another_folder_says_what_is_missing(sdkit, tmp_path):
+    code, _, err = sdkit("show", tmp_path)
+    assert code == 2
+    assert "is not a run directory: it has no resolved.yaml" in err
+
+
 def test_plan_prints_the_objective(sdkit):
     code, out, _ = sdkit("plan", DEMO, "training.steps=7")
     assert code == 0
@@ -352,7 +387,9 @@ def test_train_alone_writes_to_standard_output(run_file, tmp_path):
     """From another folder, with a relative run directory; no library prints a warning."""
     done = process("train", run_file, "--to", "here/run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("╭")
+    first, *_, last = [line.partition(" ") for line in done.stdout.splitlines()]
+    assert (first[2], last[2]) == ("loading libraries …", "run directory: here/run")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", first[0])
     assert "WARNING" not in done.stdout + done.stderr
     assert (tmp_path / "here" / "run" / "model" / "config.json").is_file()
 
@@ -363,13 +400,25 @@ def test_train_then_eval(sdkit, run_file, tmp_path):
     assert code == 0, err
     assert "step 2/2" in out
     assert "run directory:" in out
+    assert "# samples of step 1" in (folder / "samples/step_000001.md").read_text()
     written = (folder / "spec.yaml").read_text()
     assert written == run_file.read_text()
     again = load_spec(folder / "resolved.yaml", base=run_file.parent)
     assert again.spec == load_spec(run_file, ["training.steps=2"]).spec
-    code, out, err = sdkit("eval", folder)
+    code, out, err = sdkit("eval", folder, "--to", tmp_path / "measured", "--format", "json")
     assert code == 0, err
-    assert "held_out" in out
+    facts = json.loads(out)
+    assert facts == json.loads((tmp_path / "measured/evaluation.json").read_text())
+    assert {score["suite"] for score in facts["scores"]} == {"held_out"}
+    for score in facts["scores"]:
+        assert score["low"] <= score["mean"] <= score["high"]
+        assert score["method"]
+    completions = [json.loads(line) for line in (tmp_path / "measured/completions.jsonl").read_text().splitlines()]
+    assert len({record["row"] for record in completions}) == facts["scores"][0]["n"]
+    assert completions[0]["completion"] in (tmp_path / "measured/completions.md").read_text()
+    assert load_spec(tmp_path / "measured/spec.yaml", base=run_file.parent).spec.model.lora is None
+    code, _, err = sdkit("eval", folder, "--to", tmp_path / "measured")
+    assert (code, "exists" in err) == (2, True)
     code, out, err = sdkit("compare", folder, "--to", tmp_path / "run.png")
     assert code == 0, err
     assert "digit" in out
@@ -453,8 +502,13 @@ def test_dry_run_trains_nothing(sdkit, run_file, tmp_path, monkeypatch):
     code, out, _ = sdkit("train", run_file, "--dry-run")
     assert code == 0
     assert "objective:" in out
+    assert "reward right, training rows: " in out
     assert "smoke run passed" in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_smoke_says_what_it_did_not_try(sdkit, run_file):
+    assert "rows and rewards were stand-ins" in sdkit("smoke", run_file)[1]
 
 
 def test_bad_data_exits_with_3(sdkit, run_file, tmp_path):
