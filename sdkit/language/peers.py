@@ -57,10 +57,11 @@ class Translation:
     def _tree(self) -> dict[str, Any]:
         tree: dict[str, Any] = {}
         for path, value in self.values.items():
-            here = tree
+            here: Any = tree
             for part in path[:-1]:
-                here = here.setdefault(str(part), {})
-            here[str(path[-1])] = value
+                here = here.setdefault(str(part), {}) if isinstance(here, dict) else here
+            if isinstance(here, dict):  # otherwise a kind without keys, such as `transformers`
+                here[str(path[-1])] = value
         return tree
 
 
@@ -99,6 +100,7 @@ def translate(
     """
     config, unresolved = _read_config(path, overrides)
     table = read_table(peer) if peer in peers() else _recognise(config, peer)
+    config = _gathered(config, table)
     translation = Translation()
     for where, value in table.spec:
         translation.values[where] = (value, "")
@@ -147,6 +149,17 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _gathered(config: Config, table: Table) -> dict[str, Any]:
+    """The configuration, in which a map that a rule reads is one value again."""
+    gathered = dict(config)
+    for key in filter(None, (rule.get("key") for rule in table.rules)):
+        below = {name: value for name, value in gathered.items() if name.startswith(f"{key}.")}
+        if below and key not in gathered and not any(table.knows(name) for name in below):
+            gathered = {name: value for name, value in gathered.items() if name not in below}
+            gathered[key] = {name.removeprefix(f"{key}."): value for name, value in below.items()}
+    return gathered
 
 
 def read_table(name: str) -> Table:
@@ -245,7 +258,11 @@ def _apply(rule: Mapping[str, Any], config: Config, given: Config, translation: 
     elif "otherwise" in rule:
         result = _filled(rule["otherwise"], value, config)
     elif "formula" in rule:
-        result = FORMULAS[rule["formula"]][0](value, config)
+        try:
+            result = FORMULAS[rule["formula"]][0](value, config)
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
+            result = None
+            translation.missing.append(f"{key}: {shorten(value)} – cannot be computed from these values")
     elif "values" in rule:
         result = None
         if key in given:
@@ -280,7 +297,8 @@ def _fill_in(table: Table, translation: Translation) -> None:
             translation.to_fill_in.append(f"{where}: the configuration does not say it")
     values = {spelled(path): value for path, (value, _) in translation.values.items()}
     prompts = [values.get("rollout.max_prompt_tokens"), values.get("teacher.sees.max_prompt_tokens")]
-    longest = max((n for n in prompts if isinstance(n, int)), default=0) + values.get("rollout.max_new_tokens", 0)
+    new = values.get("rollout.max_new_tokens")
+    longest = max((n for n in prompts if isinstance(n, int)), default=0) + (new if isinstance(new, int) else 0)
     if longest > keys_of(TrainingSpec)["micro_batch_tokens"].default:
         translation.values["training", "micro_batch_tokens"] = (longest, "the longest sequence")
     translation.to_fill_in += [f"{where}: {why}" for where, why in table.to_fill_in.items()]

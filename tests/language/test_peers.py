@@ -198,6 +198,33 @@ def test_a_value_without_equivalent_is_listed_with_what_there_is(imported):
     assert "num_iterations: 2 – " in report
 
 
+def test_nested_settings_are_read_as_one(imported):
+    spec, _ = imported(TRL | {"epsilon": 0.2, "chat_template_kwargs": {"enable_thinking": False}})
+    assert dict(spec.model.chat_template_kwargs) == {"enable_thinking": False}
+
+
+def test_a_setting_of_another_backend_is_left_out(imported):
+    options = ("actor_rollout_ref.rollout.name=hf", "actor_rollout_ref.rollout.max_num_seqs=8")
+    spec, _ = imported(VERL.replace("LOSS", "vanilla"), *options)
+    assert spec.rollout.backend.kind == "transformers"
+
+
+@pytest.mark.parametrize("wrong", ["many", 0, [], None])
+def test_wrong_values_end_in_no_traceback(tmp_path, wrong):
+    names = [
+        "per_device_train_batch_size",
+        "num_generations",
+        "max_completion_length",
+        "max_steps",
+        "epsilon",
+        "temperature",
+    ]
+    for name in names:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(TRL | {"epsilon": 0.1, name: wrong}))
+        assert translate(path, peer="trl_grpo")[1].text
+
+
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
