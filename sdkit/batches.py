@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-from attrs import evolve, field, frozen
-from torch import Tensor
+from attrs import evolve, field, fields, frozen
 
 from sdkit.language.errors import BadData
 from sdkit.language.row_text import Fault, text_of
+
+if TYPE_CHECKING:  # rows are checked without torch
+    import torch
+    from torch import Tensor
 
 Message = Mapping[str, str]
 """One chat message: {"role": "system" | "user" | "assistant", "content": text}."""
@@ -212,6 +214,7 @@ class Tokens:
     sampler_logprobs: Tensor | None  # [M] float32
     old_logprobs: Tensor | None  # [M] float32; None: use the current log-probabilities, detached
     ratio: Tensor | None = None  # [M] float32; sampler correction, if it needs complete sequences
+    fully_counted: frozenset[str] = frozenset()  # terms known, without asking the device, to count every token
     advantages: Tensor | None = None  # [M] float32; from the reward of the token's rollout
     has_teacher: Tensor | None = None  # [M] bool; whether the rollout has a teacher (None: all)
     # [M] float32 each: means over complete sequences (losses/policy_terms.py).
@@ -219,6 +222,10 @@ class Tokens:
 
     def __len__(self) -> int:
         return self.token.numel()
+
+    def counts(self, term: str) -> Tensor | None:
+        """Returns which tokens a loss term counts, [M] bool; None if it is known to count all."""
+        return None if term in self.fully_counted else self.weights[term] > 0
 
     def slice(self, start: int, end: int) -> Tokens:
         """Returns tokens start..end as views."""
@@ -229,20 +236,15 @@ class Tokens:
         return self._map(lambda x: x.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
-        def optional(x: Tensor | None) -> Tensor | None:
-            return None if x is None else change(x)
+        """Returns the tokens with every tensor changed."""
+        from torch import Tensor
 
-        return Tokens(
-            token=change(self.token),
-            row=change(self.row),
-            weights={name: change(w) for name, w in self.weights.items()},
-            sampler_logprobs=optional(self.sampler_logprobs),
-            old_logprobs=optional(self.old_logprobs),
-            ratio=optional(self.ratio),
-            advantages=optional(self.advantages),
-            has_teacher=optional(self.has_teacher),
-            sequence_means={name: change(x) for name, x in self.sequence_means.items()},
-        )
+        def changed(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: change(x) for name, x in value.items()}
+            return change(value) if isinstance(value, Tensor) else value
+
+        return Tokens(**{part.name: changed(getattr(self, part.name)) for part in fields(Tokens)})
 
 
 @frozen(eq=False, kw_only=True)

@@ -59,6 +59,13 @@ def check_run(run: Path, overrides: Sequence[str] = (), *, fixed: Sequence[str] 
     return checked, base
 
 
+def check_spec_or_run(path: Path, overrides: list[str] | None, *, run_file: bool = False) -> Any:
+    """Check a spec, or the resolved spec of a run directory.  Raises and exits as `check_spec` does."""
+    if path.is_dir():
+        return check_run(path, overrides or ())[0]
+    return check_spec(path, overrides, run_file=run_file)
+
+
 @contextlib.contextmanager
 def placing(checked: Any) -> Iterator[None]:
     """Add to an error that names a key of the spec the file and line where the key is written."""
@@ -90,6 +97,13 @@ def print_problems(specs: Sequence[Any], format: str) -> None:
     write = {"json": formats.as_json, "github": formats.as_github, "sarif": formats.as_sarif}[format]
     if text := write(problems):
         typer.echo(text)
+
+
+def print_source_problems(source: Any) -> None:
+    """Print the YAML problems of one file to standard error."""
+    from sdkit.language.errors import render
+
+    typer.echo(render(source.problems, {source.name: source.text}), err=True)
 
 
 def make_console(*, log: bool = False, stderr: bool = False) -> Any:

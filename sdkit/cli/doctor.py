@@ -28,7 +28,7 @@ def doctor(
     from sdkit.doctor import examine
     from sdkit.doctor.findings import findings_table
 
-    findings = examine(checked.spec, spec.resolve().parent) if checked and spec else examine()
+    findings = examine(checked.spec, checked.base) if checked else examine()
     if as_json:
         typer.echo(json.dumps([each.as_dict() for each in findings], indent=1, ensure_ascii=False))
     else:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
+from sdkit.cli.app import RUNNING, app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
 from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, RunPath
 from sdkit.cli.specs import plan, smoke_spec
@@ -18,7 +18,8 @@ from sdkit.stdout import is_first_rank
 
 
 @app.command(
-    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`"
+    rich_help_panel=RUNNING,
+    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`",
 )
 def train(
     spec: RunPath,
@@ -30,7 +31,13 @@ def train(
     overwrite: Overwrite = False,
     changed_code: ChangedCode = False,
     changed_models: ChangedModels = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, plan and smoke-run; train nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Plan, check all rows, call every reward on the rows' own answers, and smoke-run; train nothing.",
+        ),
+    ] = False,
     processes: Processes = None,
 ) -> None:
     """Run a spec: evaluate, train, evaluate, and write a run directory."""
@@ -40,8 +47,7 @@ def train(
         raise typer.BadParameter(f"--changed-{accept[0]} needs --resume: a new run takes the files as they are")
     checked = check_spec(spec, overrides, run_file=True)
     if dry_run:
-        plan(spec, overrides)
-        return smoke_spec(checked, 2)
+        return _rehearse(checked, spec, overrides)
     folder = to or Path(checked.spec.output.folder) / spec.stem
     _launch_ranks(checked.spec, processes, folder)
     written, console = checked.texts[checked.loaded.name], make_console(log=True)
@@ -49,8 +55,21 @@ def train(
     return None
 
 
+def _rehearse(checked: Any, spec: Path, overrides: list[str] | None) -> None:
+    """Do everything that a run does before it loads its model, and a smoke run."""
+    plan(spec, overrides)
+    from sdkit.train.data_report import report_data
+    from sdkit.train.reward_trial import try_rewards
+
+    console = make_console()
+    with placing(checked):
+        try_rewards(report_data(checked.spec, checked.base, console, 0), console)
+    smoke_spec(checked, 2)
+
+
 @app.command(
-    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`"
+    rich_help_panel=RUNNING,
+    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`",
 )
 def serve(
     spec: RunPath,
@@ -95,6 +114,7 @@ def serve(
 
 @app.command(
     "eval",
+    rich_help_panel=RUNNING,
     epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft --to evaluations/sdft`, "
     "`sdkit eval runs/sdft --format json`",
 )
@@ -152,8 +172,9 @@ def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
 
 
 @app.command(
+    rich_help_panel=RUNNING,
     epilog="Examples: `sdkit replay runs/sdft@0`, "
-    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`"
+    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`",
 )
 def replay(
     recorded: Annotated[

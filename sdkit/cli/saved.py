@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
+from sdkit.cli.app import RESULTS, app
 from sdkit.cli.checking import check_run, check_spec, make_console
 
 
 @app.command(
-    epilog="Examples: `sdkit compare runs/sdft`, `sdkit compare runs/grpo runs/sdpo --x steps --to runs/both.png`"
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit compare runs/sdft`, `sdkit compare runs/grpo runs/sdpo --x steps --to runs/both.png`",
 )
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)],
@@ -44,7 +45,10 @@ SpecOrRun = Annotated[
 ]
 
 
-@app.command(epilog="Examples: `sdkit diff specs/grpo.yaml specs/sdpo.yaml`, `sdkit diff runs/sdft sdft`")
+@app.command(
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit diff specs/grpo.yaml specs/sdpo.yaml`, `sdkit diff runs/sdft sdft`",
+)
 def diff(first: SpecOrRun, second: SpecOrRun) -> None:
     """Print what differs between two specs or runs: settings, derived numbers, code, data, environment."""
     from sdkit.runs.diff import print_differences
@@ -72,7 +76,8 @@ def _side(path: Path) -> Any:
 
 
 @app.command(
-    epilog="Examples: `sdkit export runs/sdft --to sdft`, `sdkit export runs/sdft --merge-lora --to sdft-merged`"
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit export runs/sdft --to sdft`, `sdkit export runs/sdft --merge-lora --to sdft-merged`",
 )
 def export(
     run: Annotated[Path, typer.Argument(help="The directory of a finished run.", show_default=False)],
@@ -89,8 +94,9 @@ def export(
 
 
 @app.command(
+    rich_help_panel=RESULTS,
     epilog="Examples: `sdkit rollouts runs/sdft`, `sdkit rollouts runs/sdft@12 --row 3`, "
-    "`sdkit rollouts runs/sdft@12 --to rollouts.html`"
+    "`sdkit rollouts runs/sdft@12 --to rollouts.html`",
 )
 def rollouts(
     recorded: Annotated[
@@ -124,7 +130,7 @@ def rollouts(
 
 CONVERT = "Example: `sdkit checkpoint convert runs/sdft --processes 1`"
 checkpoint = typer.Typer(help="Work with the checkpoints of a run.", no_args_is_help=True, epilog=CONVERT)
-app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(checkpoint, name="checkpoint", rich_help_panel=RESULTS)
 
 
 @checkpoint.command(epilog=CONVERT)

@@ -103,7 +103,7 @@ REFUSED: Mapping[tuple[str | int, str], str] = {
 """(key, value) → what to write instead, and why sdkit does not accept it."""
 
 
-_FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
+_FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Endings of data files → the kind of source that reads them."""
 
 

@@ -48,19 +48,18 @@ class Distributions:
         other than 1.
         """
         if self.top_k is None:
-            if counts is None:
-                counts = torch.ones_like(token, dtype=torch.bool)
             return sampled_token(self.student_and("teacher", temperature, counts)[1], token)
         return sampled_logprobs(self.top_k, temperature)
 
-    def student_and(self, side: str, temperature: float, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def student_and(self, side: str, temperature: float, counts: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the student's and the other side's log-probabilities, twice [C, V].
 
-        counts [C] bool marks the tokens that matter.  At all others the other side is the student itself: an infinite
-        difference would give a NaN gradient even with a weight of 0.
+        counts [C] bool marks the tokens that matter (None: all do).  At all others the other side is the student itself:
+        an infinite difference would give a NaN gradient even with a weight of 0.
         """
         student, other = self.student(temperature), self._log_softmax(side, temperature).detach()
-        if not bool(counts.all()):
+        # Asking is free on a CPU only: elsewhere the host would wait for the device, once a chunk.
+        if counts is not None and not (counts.device.type == "cpu" and bool(counts.all())):
             other = torch.where(counts[:, None], other, student.detach())
         return student, other
 

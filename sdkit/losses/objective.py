@@ -207,7 +207,7 @@ class Objective:
     ) -> tuple[Tensor, LossMetrics]:
         """Returns ℓ [C] of a distillation term, and its metrics."""
         temperature = self._temperature if term.temperature is None else term.temperature
-        counts = tokens.weights[name] > 0
+        counts = tokens.counts(name)
         student = sampled_token(sides.student(temperature), tokens.token)
         metrics = sides.entropies(temperature, "student", "teacher")
         if sides.has_sampled_logprobs(temperature):
@@ -317,8 +317,8 @@ def sampler_ratio(losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: 
         return ratio
     old = student_logprobs if tokens.old_logprobs is None else tokens.old_logprobs
     counts = tokens.weights[name] > 0
-    capped = policy.importance_ratio(old, tokens.sampler_logprobs, cap)[counts]
-    return ratio.masked_scatter(counts, policy.sequence_mean(capped, tokens.row[counts], rows))
+    capped = policy.importance_ratio(old, tokens.sampler_logprobs, cap)
+    return torch.where(counts, policy.sequence_mean(capped, tokens.row, rows, counts), ratio)
 
 
 def _sequence_mean_terms(losses: Mapping[str, Loss]) -> dict[str, float]:

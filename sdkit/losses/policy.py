@@ -29,10 +29,15 @@ def cap_binds(now: Tensor, then: Tensor, cap: float) -> Tensor:
     return (now - then).detach() > math.log(cap)
 
 
-def sequence_mean(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Returns to every token the mean over its sequence.  [M], row [M] long -> [M]."""
-    sums = values.new_zeros(rows).index_add(0, row, values)
-    sizes = values.new_zeros(rows).index_add(0, row, torch.ones_like(values))
+def sequence_mean(values: Tensor, row: Tensor, rows: int, counts: Tensor | None = None) -> Tensor:
+    """Returns to every token the mean over its sequence, or over those of its tokens that `counts` marks.
+
+    [M], row [M] long, [M] bool -> [M].
+    """
+    if counts is None:
+        counts = torch.ones_like(values, dtype=torch.bool)
+    sums = values.new_zeros(rows).index_add(0, row, values.masked_fill(~counts, 0.0))
+    sizes = values.new_zeros(rows).index_add(0, row, counts.to(values.dtype))
     return (sums / sizes.clamp(min=1))[row]
 
 

@@ -78,8 +78,7 @@ def sequence_means(
         counts = tokens.weights[name] > 0
 
         def mean(values: Tensor, counts: Tensor = counts) -> Tensor:
-            counted = policy.sequence_mean(values[counts], tokens.row[counts], rows)
-            return torch.zeros_like(values).masked_scatter(counts, counted)
+            return policy.sequence_mean(values, tokens.row, rows, counts).masked_fill(~counts, 0.0)
 
         if term.ratio == "sequence" and tokens.old_logprobs is not None:
             means[f"{name}/log_ratio"] = mean(now - then)
@@ -172,7 +171,7 @@ def reference_kl(
     name: str, term: ReferenceKl, sides: Distributions, tokens: Tokens, temperature: float
 ) -> tuple[Tensor, LossMetrics]:
     """Returns ℓ [C] of the term `name`, and its metrics."""
-    student, reference = sides.student_and("reference", temperature, tokens.weights[name] > 0)
+    student, reference = sides.student_and("reference", temperature, tokens.counts(name))
     pair = [_counted_logprobs(side, tokens, name) for side in (student, reference)]
     match term.estimator:
         case "k2":

@@ -114,7 +114,7 @@ class AveragedTeacher(Teacher):
 
     @torch.no_grad()
     def _update_shadow(self, masters: Masters, rate: float) -> bool:
-        squares = torch.zeros(2, dtype=torch.float64)
+        squares: Tensor | None = None
         updated = 0
         for name, master in masters():
             shadow = self.shadow[name]
@@ -125,11 +125,15 @@ class AveragedTeacher(Teacher):
             shadow.lerp_(student, rate)
             self._write(name, shadow)
             norms = torch.stack([before * (1 - rate), torch.linalg.vector_norm(student)])
-            squares += norms.double().square().cpu()
+            # Added up on the device: reading each number would make the host wait for every parameter.
+            added = norms.double().square()
+            squares = added if squares is None else squares + added
             updated += 1
         if updated != len(self.shadow):
             raise RuntimeError(f"{updated} of {len(self.shadow)} teacher tensors were updated")
-        difference, norm = self._sharding.all_reduce_sum(squares).tolist()
+        if squares is None:
+            squares = torch.zeros(2, dtype=torch.float64)
+        difference, norm = self._sharding.all_reduce_sum(squares.cpu()).tolist()
         self.distance = (difference / max(norm, 1e-30)) ** 0.5
         return True
 

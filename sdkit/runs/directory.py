@@ -24,7 +24,7 @@ from typing import Any
 
 from sdkit import processes
 from sdkit.language.errors import BadEnvironment, UnreadableInput
-from sdkit.language.files import read_json_object
+from sdkit.language.files import MAX_CONFIG_BYTES, read_json_object
 
 MARK = "resolved.yaml"
 ORIGIN = "provenance.json"
@@ -205,7 +205,7 @@ def create(path: Path, *, tensorboard: bool) -> RunDirectory:
 
 def read_status(path: Path) -> Mapping[str, Any]:
     """The contents of status.json; empty if there is none."""
-    return read_json_object(path / STATUS) or {}
+    return read_json_object(path / STATUS, MAX_CONFIG_BYTES) or {}
 
 
 def record_failure(path: Path, reason: str) -> None:

@@ -180,13 +180,15 @@ def _micro_batch(
     completions = [r.completion_ids for r in rollouts]
     advantages = [None if r.advantage is None else (r.advantage,) * len(r.completion_ids) for r in rollouts]
     rows = [i for i, ps in enumerate(positions) for _ in ps]
+    weights = {name: _token_weights(name, rollouts, positions, own) for name, own in row_weights.items()}
     has_teacher = [r.teacher_prompt_ids is not None for r in rollouts]
     tokens = Tokens(
         token=torch.tensor([completions[i][p] for i, ps in enumerate(positions) for p in ps], dtype=torch.long),
         row=torch.tensor(rows, dtype=torch.long),
-        weights={name: _token_weights(name, rollouts, positions, own) for name, own in row_weights.items()},
+        weights=weights,
         sampler_logprobs=_select_floats([r.sampler_logprobs for r in rollouts], positions),
         old_logprobs=_select_floats([r.old_logprobs for r in rollouts], positions),
+        fully_counted=frozenset(name for name, own in weights.items() if bool((own > 0).all())),
         advantages=_select_floats(advantages, positions),
         has_teacher=None if all(has_teacher) else torch.tensor([has_teacher[i] for i in rows], dtype=torch.bool),
     )

@@ -20,6 +20,7 @@ from sdkit.batches import RolloutBatch
 from sdkit.distributed import collectives
 from sdkit.language.errors import counted
 from sdkit.language.resolved import leaves, resolved
+from sdkit.models.device import rank_device
 from sdkit.models.packing import LONGEST_PACK
 from sdkit.runs.directory import RunDirectory
 from sdkit.runs.evaluations import EvaluationResult, Key, interval_note, read_back, signed
@@ -234,11 +235,16 @@ def print_objective_card(
         f"{spec.rollout.completions_per_prompt} completions, {len(data.train)} training rows"
     )
     console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
+    warn_of_control_tokens(console, data)
+    _warn_of_cut_completions(console, data, run, resumed=start > 0)
+
+
+def warn_of_control_tokens(console: Console, data: RunData) -> None:
+    """Print a warning if rows spell control tokens."""
     if rows := data.control_token_rows:
         shown = ", ".join(f"row {row.index} {name}" for row, name in rows[:5])
         text = f"control tokens in {counted(len(rows), 'row')}, which the model reads as such: {shown}"
         print_warning(console, text, "model.control_tokens: text keeps them as text")
-    _warn_of_cut_completions(console, data, run, resumed=start > 0)
 
 
 def print_start_up(console: Console, seconds: Mapping[str, float]) -> None:
@@ -265,8 +271,9 @@ def memory_peaks() -> dict[str, float]:
     """
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peaks = {"memory/peak_gib": resident / 2**20 if sys.platform != "darwin" else resident / 2**30}
-    if torch.cuda.is_available():
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    device = rank_device()
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         peaks["memory/device_allocated_gib"] = collectives.all_reduce_max(allocated) / 2**30
         peaks["memory/device_reserved_gib"] = collectives.all_reduce_max(reserved) / 2**30
     return peaks

@@ -50,6 +50,13 @@ def test_sequence_mean_is_returned_for_every_token():
     assert sequence_mean(values[:0], row[:0], 0).shape == (0,)
 
 
+def test_mean_over_the_counted_tokens_of_a_sequence():
+    """What is not counted may be infinite; a sequence without counted tokens has the mean 0."""
+    values = torch.tensor([1.0, torch.inf, 3.0, 5.0])
+    row, counts = torch.tensor([0, 0, 0, 1]), torch.tensor([True, False, True, False])
+    assert sequence_mean(values, row, 2, counts).tolist() == [2.0, 2.0, 2.0, 0.0]
+
+
 def test_golden_estimators(pair):
     s, t = pair.student.log_softmax(-1)[1], pair.teacher.log_softmax(-1)[1]
     for function, golden in [(k1, -0.9885193), (k2, 0.4885852), (k3, 0.6987332)]:

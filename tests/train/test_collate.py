@@ -71,6 +71,8 @@ def test_terms_with_different_masks_share_tokens():
     (micro,) = collate_rollouts([rollout([1], [2], [10, 11])], losses, 100, clone, CPU).micro_batches
     assert micro.tokens.weights["d"].tolist() == [0.0, 1.0]
     assert micro.tokens.weights["c"].tolist() == [0.5, 0.5]
+    assert micro.tokens.counts("d").tolist() == [False, True]
+    assert micro.tokens.counts("c") is None  # all, which is known without asking a device
 
 
 def test_budget_limits_padded_tokens_and_keeps_every_rollout():
