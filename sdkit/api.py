@@ -71,8 +71,8 @@ def read_status(run: PathLike) -> dict[str, Any]:
     """Returns the status of a run: `state`, `step`, and the reason of an early end.
 
     States are running, done, diverged, stopped, interrupted and failed.  A killed process leaves `running` behind, unless
-    another rank or the launcher is left to report it.  Raises UnreadableInput if the folder is not a run directory, as the
-    next functions do.
+    another rank or the launcher is left to report it.  Raises UnreadableInput if the folder is not a run directory, as
+    the next functions do.
     """
     return dict(directory.read_status(_run(run)))
 

@@ -49,9 +49,8 @@ class MemoryEstimate:
 
     shares: tuple[MemoryShare, ...]
     phase: str
-    savings: tuple[
-        tuple[str, float], ...
-    ] = ()  # where it exceeds the machine: changes, and the peak that each leads to
+    savings: tuple[tuple[str, float], ...] = ()
+    """Where the peak exceeds the machine: changes that lower it, and the GiB that each leads to."""
 
     @property
     def peak_gib(self) -> float:
@@ -184,6 +183,7 @@ def _update_items(run: _Run, *, on_cpu: bool) -> Items:
         (f"activations of a micro-batch of {tokens} tokens", stored_bytes(spec, shape, width, tokens, on_cpu=on_cpu)),
         *max(on_top, key=lambda items: sum(size for _, size in items)),
         *_communication(run, on_cpu=on_cpu),
+        *_gathered(run),
     )
 
 
@@ -204,8 +204,14 @@ def _communication(run: _Run, *, on_cpu: bool) -> Iterator[tuple[str, float]]:
         stored = reduced if run.stage == WEIGHT_SHARDING_STAGE else run.width
         copies = (run.width if run.ranks > 1 else 0) + (reduced if reduced != stored else 0)
         yield "gradients being reduced", (filled if on_cpu else size) * stored + filled * copies
+
+
+def _gathered(run: _Run) -> Iterator[tuple[str, float]]:
+    """What stage 3 gathers: parameters of the model that runs, and the output projection of each model that has scored."""
     if run.stage == WEIGHT_SHARDING_STAGE:
-        yield "gathered parameters", min(run.shape.parameters, MAX_LIVE) * run.width
+        models = len([*_moving_teachers(run), *_frozen_models(run, {})]) if run.spec.model.lora is None else 0
+        heads = models * run.shape.vocab_size * run.shape.hidden_size
+        yield "gathered parameters", (min(run.shape.parameters, MAX_LIVE) + heads) * run.width
 
 
 def _step_items(run: _Run, *, on_cpu: bool) -> Items:
@@ -258,5 +264,5 @@ def engine_gib(spec: ExperimentSpec, backend: VllmBackend, machine: Machine, sha
 
 
 def engine_weights_gib(spec: ExperimentSpec, backend: VllmBackend, shape: ShapeSpec) -> float:
-    """Returns the size of vLLM's weights in GiB."""
-    return shape.parameters * BYTES[backend.dtype or spec.model.dtype] / GIB
+    """Returns the size of one rank's share of vLLM's weights in GiB."""
+    return shape.parameters * BYTES[backend.dtype or spec.model.dtype] / backend.tensor_parallel_size / GIB

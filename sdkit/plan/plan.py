@@ -117,6 +117,7 @@ def make_plan(
     """
     stage = zero_stage(spec)
     backend, reason = _choose_backend(spec, machine)
+    _check_engine_ranks(backend, machine.ranks)
     steps = _count_steps(spec, rows)
     updates = spec.training.updates_per_rollout
     other_shapes = other_shapes or {}
@@ -245,6 +246,16 @@ def prompts_per_rank(spec: ExperimentSpec, ranks: int) -> int:
     if fault := indivisible(spec, ranks):
         raise UnreadableInput(f"training.{fault}", hint=f"use a multiple of {ranks}")
     return spec.training.prompts_per_step // ranks
+
+
+def _check_engine_ranks(backend: ChosenBackend | ReplayBackend, ranks: int) -> None:
+    """Raise UnreadableInput unless the ranks can be divided into groups that share an engine."""
+    if isinstance(backend, VllmBackend) and ranks % backend.tensor_parallel_size:
+        raise UnreadableInput(
+            f"rollout.backend.tensor_parallel_size is {backend.tensor_parallel_size}, but there "
+            f"{'is' if ranks == 1 else 'are'} {counted(ranks, 'rank')}, which share the engines",
+            hint="start a multiple of it (--processes, or machine.ranks in `sdkit plan`)",
+        )
 
 
 def _objective(spec: MethodSpec) -> tuple[str, ...]:

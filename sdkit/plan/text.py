@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from sdkit.language.errors import counted
-from sdkit.language.specs import ExperimentSpec
+from sdkit.language.specs import ExperimentSpec, VllmEngine
 from sdkit.plan.plan import MethodPlan, Plan
 
 NEARLY_FULL = 0.9
@@ -45,6 +45,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
             f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments{_placement(spec, plan)}",
             *_reduction(spec, plan),
             f"backend: {plan.backend.kind} ({plan.backend_reason})",
+            *([f"engine: {plan.backend.describe()}"] if isinstance(plan.backend, VllmEngine) else ()),
             plan.weight_sync,
         ],
         f"memory per rank (estimate){_at_phase(plan)}": _memory(plan),

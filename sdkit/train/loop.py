@@ -97,6 +97,7 @@ def _train_on_batch(trainer: Trainer, report: Report, step: int) -> None:
     started = time.perf_counter()
     with report.part("rollouts"):
         collected = collect_rollouts(sampler, setup.data.batch_rows(step), ("rollout", step), specs)
+        sampler.backends.sleep()
     collected_at = time.perf_counter()
     decode = partial(completion_text, setup.data)
     passing, shares = filter_rollouts(setup.spec.rollout.keep, collected.batch, decode)
@@ -166,6 +167,7 @@ def _evaluate(trainer: Trainer, report: Report, stop: StopRequests) -> Evaluatio
     bar = report.phases.phase(f"evaluation after step {step}", number_of_parts(spec.evaluation))
     with _abandonable(trainer, report, stop), bar as advance:
         result = evaluate(trainer.sampler, spec.evaluation, specs.optimizer_steps, advance)
+        trainer.sampler.backends.sleep()
         losses = held_out_loss(trainer.sampler, trainer.learner, spec.evaluation, specs)
     if metric := spec.output.keep_best:
         metrics = result.metrics(headline(spec.evaluation)) | losses

@@ -32,6 +32,7 @@ from sdkit.serving.weight_files import WeightFolder
 from sdkit.stdout import Phases, is_first_rank, print_warning
 from sdkit.train import determinism, failures, loop, prompt_record, report, run_origin, stop_requests
 from sdkit.train.divergence import LOOK_AT
+from sdkit.train.engine_memory import check_engine_fits
 from sdkit.train.inputs import RunData
 from sdkit.train.replay import Recording, check_same_recording
 from sdkit.train.setup import RunSetup
@@ -219,6 +220,7 @@ def train(
         report.print_objective_card(console, trainer.setup, trainer.models, run, start=trainer.progress.step)
         run.status("running", step=trainer.progress.step)
         started = time.perf_counter()
+        check_engine_fits(trainer.setup, trainer.learner.zero)
         with phases.phase("starting the rollout engine"):
             trainer.sampler.start_engines()
         report.print_start_up(console, seconds | {"rollout engine": time.perf_counter() - started})

@@ -12,6 +12,7 @@ from sdkit.language.specs import (
     Distillation,
     EmaWeights,
     ExperimentSpec,
+    ExternalWeights,
     ExtrapolateBlend,
     ForwardKl,
     GeometricBlend,
@@ -34,6 +35,7 @@ from sdkit.language.specs import (
     VocabularySupport,
 )
 from sdkit.plan.accelerators import ACCELERATORS, Machine
+from sdkit.plan.activations import intermediate_size, micro_batch_tokens
 from sdkit.plan.machine import shape_of
 from sdkit.plan.plan import make_plan
 
@@ -114,6 +116,47 @@ def test_average_teacher_has_a_copy_and_a_sharded_shadow():
 def test_vllm_memory_is_a_share_of_an_accelerator_or_the_requested_size():
     assert memory(run())["vLLM weights and cache"] == 40
     assert memory(run(), Machine(ranks=4, memory_gib=80.0))["vLLM weights and cache"] == 2 + 1
+
+
+@pytest.mark.parametrize(("stage", "gib"), [(2, 2), (3, 0.5)])
+def test_stage_3_shards_other_models_too(stage, gib):
+    teacher = TeacherSpec(weights=ExternalWeights(path="org/other"))
+    training = TrainingSpec(steps=1, prompts_per_step=4, zero_stage=stage)
+    plan = make_plan(
+        run({"distil": DISTIL}, teacher=teacher, training=training), H100, GIGA, None, {"org/other": GIGA}
+    )
+    assert plan.memory is not None
+    assert {share.label: share.gib for share in plan.memory.shares}["model org/other"] == gib
+
+
+@pytest.mark.parametrize(("ranks", "copies"), [(1, 0), (4, 1)])
+def test_buckets_are_allocated_whole_and_copied_to_be_sorted(ranks, copies):
+    """2^29 values of 2 bytes; a copy in float32 for the sum, and on several ranks one of 2 bytes that is sorted by rank."""
+    training = TrainingSpec(steps=1, prompts_per_step=4, zero_stage=2, reduce_bucket_size=2**29)
+    shares = memory(run(training=training), evolve(H100, ranks=ranks))
+    assert shares["gradients being reduced"] == 1 + 2 + copies
+
+
+def test_unstated_feed_forward_width_follows_from_the_parameters():
+    """Two layers of width 4: 2 · 4 · (4 + 4) in attention, 3 · 4 · 10 in the feed-forward part; 4 · 8 in the embedding."""
+    shape = ShapeSpec(
+        parameters=2 * (64 + 120) + 32, hidden_size=4, num_hidden_layers=2, vocab_size=8, max_position_embeddings=9
+    )
+    assert intermediate_size(shape) == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, 4000),  # four rollouts of 1000 tokens on each rank
+        ({"updates_per_rollout": 4}, 1000),
+        ({"micro_batch_tokens": 2500}, 2500),
+        ({"micro_batch_tokens": 10}, 1000),  # one rollout has to fit
+    ],
+)
+def test_largest_micro_batch(changes, tokens):
+    spec = run()
+    assert micro_batch_tokens(evolve(spec, training=evolve(spec.training, **changes)), ranks=4) == tokens
 
 
 def test_offloaded_states_are_in_cpu_memory():
@@ -296,5 +339,5 @@ def test_shape_from_a_config_uses_head_dim(tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     shape = shape_of(run(), tmp_path)
     assert shape is not None
-    assert shape.kv_width == 1024
+    assert (shape.kv_width, shape.q_width, shape.intermediate_size) == (1024, 4096, 9728)
     assert shape.parameters == 4_022_468_096 - 36 * 2 * 128

@@ -83,7 +83,7 @@ def write_spec(folder, work, name, tail=""):
         "teacher": {"sees": {"max_prompt_tokens": 4096}},
         "rewards": {"long": {"kind": "file", "file": "reward.py", "function": "faulty", "seconds": 2}},
         "optimizer": {"lr": 1e-3},
-        "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2, "deadline_seconds": SILENCE},
+        "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2},
         "output": {"tensorboard": False, "checkpoint_every": 1, "keep_checkpoints": 2},
     }
     (work / name).write_text(yaml.safe_dump(spec))
@@ -171,7 +171,7 @@ def main(folder, work):
     scenario.train("kill the first", 2, fault="kill", who=0)
     scenario.train_stuck("stuck", who=1)
     scenario.train_stuck("stuck without the first", who=0)
-    scenario.train("freeze", 2, fault="freeze", who=1, patience=1)
+    scenario.train("freeze", 2, f"training.deadline_seconds={SILENCE}", fault="freeze", who=1, patience=1)
     for resumed in ("full_disk", "kill", "terminate"):
         scenario.resume(resumed, 2)
     scenario.train("diverged", 2, *DIVERGING)
