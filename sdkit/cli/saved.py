@@ -94,8 +94,9 @@ def export(
 
 
 @app.command(
+    rich_help_panel=RESULTS,
     epilog="Examples: `sdkit rollouts runs/sdft`, `sdkit rollouts runs/sdft@12 --row 3`, "
-    "`sdkit rollouts runs/sdft@12 --to rollouts.html`"
+    "`sdkit rollouts runs/sdft@12 --to rollouts.html`",
 )
 def rollouts(
     recorded: Annotated[
