@@ -35,6 +35,7 @@ WIDE_BOUND = 30.0
 """Nats, wider than the difference of two tiny random models; trained models differ by much less than those."""
 VOCABULARY = 512
 MAX_NEW_TOKENS = 16  # tokens of a completion
+MAX_COMPLETIONS = 32  # in a group
 
 
 def smoke(
@@ -151,6 +152,7 @@ def _small_rollout(rollout: specs.RolloutSpec, for_accelerator: bool) -> specs.R
         rollout,
         backend=backend,
         max_staleness=0,
+        completions_per_prompt=min(rollout.completions_per_prompt, MAX_COMPLETIONS),
         max_new_tokens=min(rollout.max_new_tokens, MAX_NEW_TOKENS),
         max_prompt_tokens=None,
         top_k=min(rollout.top_k, 64),
