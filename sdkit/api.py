@@ -10,14 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
+
 from sdkit.language import load
 from sdkit.language.errors import InvalidSpec, Problem
-from sdkit.language.files import MAX_CONFIG_BYTES, read_json_object
 from sdkit.language.resolved import resolved
 from sdkit.language.show import annotated
 from sdkit.language.specs import ExperimentSpec, MethodSpec
-from sdkit.plan.machine import machine_for, other_shapes, shape_of
+from sdkit.plan.machine import machine_for, memory_gib, other_shapes, shape_of
 from sdkit.plan.plan import MethodPlan, Plan, make_plan, plan_method
+from sdkit.plan.rows import count_rows
+from sdkit.runs import directory
 from sdkit.runs.directory import origin, read_lines
 
 PathLike = str | os.PathLike[str]
@@ -59,16 +62,19 @@ def plan_spec(spec: MethodSpec, folder: PathLike = ".") -> Plan | MethodPlan:
     if not isinstance(spec, ExperimentSpec):
         return plan_method(spec)
     base = Path(folder)
-    return make_plan(spec, machine_for(spec), shape_of(spec, base), other_shapes=other_shapes(spec, base))
+    machine = machine_for(spec)
+    machine = evolve(machine, memory_gib=machine.memory_gib or memory_gib())
+    return make_plan(spec, machine, shape_of(spec, base), count_rows(spec.data, base), other_shapes(spec, base))
 
 
 def read_status(run: PathLike) -> dict[str, Any]:
-    """Returns the status of a run: `state` (running, done, stopped or failed), `step`, and the reason of a failure.
+    """Returns the status of a run: `state`, `step`, and the reason of an early end.
 
-    A killed process leaves `running` behind.  Raises UnreadableInput if the folder is not a run directory, as the next
-    functions do.
+    States are running, done, diverged, stopped, interrupted and failed.  A killed process leaves `running` behind, unless
+    another rank or the launcher is left to report it.  Raises UnreadableInput if the folder is not a run directory, as
+    the next functions do.
     """
-    return dict(read_json_object(_run(run) / "status.json", MAX_CONFIG_BYTES) or {})
+    return dict(directory.read_status(_run(run)))
 
 
 def read_metrics(run: PathLike) -> list[dict[str, Any]]:

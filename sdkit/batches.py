@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
 from attrs import evolve, field, fields, frozen
-from torch import Tensor
 
 from sdkit.language.errors import BadData
 from sdkit.language.row_text import Fault, text_of
+
+if TYPE_CHECKING:  # rows are checked without torch
+    import torch
+    from torch import Tensor
 
 Message = Mapping[str, str]
 """One chat message: {"role": "system" | "user" | "assistant", "content": text}."""
@@ -235,6 +237,7 @@ class Tokens:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
         """Returns the tokens with every tensor changed."""
+        from torch import Tensor
 
         def changed(value: Any) -> Any:
             if isinstance(value, Mapping):

@@ -1,20 +1,32 @@
-"""What sdkit prints: warnings in one form, on the first rank, and nothing of what libraries print."""
+"""What sdkit prints: warnings in one form, what it is doing, and nothing of what libraries print.  Only the first rank
+prints.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
+
+Advance = Callable[[float], None]
 
 
 def is_first_rank() -> bool:
     """Whether this is the first or only rank, also before the process group exists; others print nothing but errors."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_on_machine() -> bool:
+    """Whether this is the first or only rank of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def print_warning(console: Console, text: str, advice: str | None = None) -> None:
@@ -24,6 +36,70 @@ def print_warning(console: Console, text: str, advice: str | None = None) -> Non
     console.print(f"[yellow]warning[/]: {escape(text)}", highlight=False)
     if advice is not None:
         console.print(f"  = {escape(advice)}", highlight=False)
+
+
+class Phases:
+    """Shows what a command is doing: on a terminal as bars below the printed lines, in a log as a line for each phase."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = self._new_bars(capture=False)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None = None, *, done: int = 0, log: bool = True) -> Iterator[Advance]:
+        """Show a phase until the block ends; yields a function that adds to the number of parts done.
+
+        `total` is the number of parts, if it is known.  With `log` False, the phase is shown on terminals only.
+        """
+        if log and not self._console.is_terminal:
+            self._console.print(f"[dim]{name} …[/]", highlight=False)
+        if not self._bars.tasks:
+            self._bars = self._new_bars(capture=not log)
+            self._bars.start()
+        task = self._bars.add_task(name, total=total, completed=done)
+        try:
+            yield partial(self._bars.advance, task)
+        finally:
+            self._bars.remove_task(task)
+            if not self._bars.tasks:
+                self._bars.stop()
+
+    def _new_bars(self, *, capture: bool) -> Progress:
+        """New bars.  `capture`: print what libraries write above them; a library that loads meanwhile would keep the
+        replaced streams.
+        """
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            redirect_stdout=capture,
+            redirect_stderr=capture,
+            disable=not self._console.is_terminal,
+        )
+
+
+class TimestampedStream:
+    """A text stream that begins every line with the time of day, for logs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._at_line_start = True
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines(keepends=True):
+            if self._at_line_start:
+                self._stream.write(time.strftime("%H:%M:%S "))
+            self._stream.write(line)
+            self._at_line_start = line.endswith("\n")
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from doc_blocks import matches, normal, run_page
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["api.md", "editors.md"])
+@pytest.mark.parametrize("page", ["api.md", "editors.md", "gpu.md"])
 def test_page_examples(page, warm, tmp_path):
     run_page(DOCS / page, tmp_path, warm)
 

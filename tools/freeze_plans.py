@@ -13,11 +13,13 @@ from sdkit.language.load import load_spec
 from sdkit.plan.accelerators import ACCELERATORS, Machine
 from sdkit.plan.machine import other_shapes, shape_of
 from sdkit.plan.plan import make_plan, plan_method
+from sdkit.plan.rows import count_rows
 from sdkit.plan.text import render_method, render_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = ROOT / "specs"
 FROZEN = ROOT / "tests" / "plans"
+NO_DATA = FROZEN / "no-data"  # so that the plans do not depend on which data files are here
 
 
 def plans() -> dict[str, str]:
@@ -44,9 +46,10 @@ def plan_of(path: Path) -> str:
         memory_gib=stated.memory_gib if stated and stated.memory_gib else 24.0,
         vllm="0.32.0",
         accelerator=ACCELERATORS[stated.accelerator] if stated and stated.accelerator else None,
+        on_cpu=not (stated and stated.accelerator),
     )
     shape, teachers = shape_of(run, path.parent), other_shapes(run, path.parent)
-    return render_plan(run, make_plan(run, machine, shape, other_shapes=teachers)) + "\n"
+    return render_plan(run, make_plan(run, machine, shape, count_rows(run.data, NO_DATA), teachers)) + "\n"
 
 
 def main() -> int:

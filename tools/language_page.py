@@ -58,7 +58,10 @@ CHAPTERS: list[tuple[str, list[Any]]] = [
     ("How are losses averaged?", [specs.Average]),
     ("How does a number change during a run?", [Schedule]),
     ("Which model is trained?", [specs.ModelSpec, specs.LoraSpec, specs.ShapeSpec]),
-    ("Where does the data come from?", [specs.DataSpec, specs.ColumnTemplate, specs.Source]),
+    (
+        "Where does the data come from?",
+        [specs.DataSpec, specs.ColumnTemplate, specs.LastTurn, specs.JsonColumn, specs.Source],
+    ),
     ("How are completions rewarded?", [specs.Reward, specs.Extract]),
     ("How is a run evaluated?", [specs.EvaluationSpec, specs.Suite, specs.Decoding]),
     ("How are the weights updated?", [specs.OptimizerSpec]),

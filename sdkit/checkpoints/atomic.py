@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,14 @@ def empty_folder(partial: Path) -> None:
     """Create an empty folder; deletes an existing one first.  Raises OSError."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+
+
+def follow_umask(path: Path) -> None:
+    """Give the file the mode of any new file; safetensors writes files that only their owner can read.  Raises OSError."""
+    probe = path.with_name(f".{path.name}.mode")
+    probe.touch()
+    path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    probe.unlink()
 
 
 def fsync(path: Path) -> None:

@@ -136,7 +136,8 @@ def _write_rank_files(state: TrainState, averages: Mapping[str, Tensor], folder:
     (folder / rng_state_file(collectives.rank())).write_text(generators, encoding="utf-8")
     if averages and (collectives.rank() == 0 or state.zero.stage == 3):
         tensors = {name: t.contiguous() for name, t in averages.items()}
-        save_file(tensors, str(folder / _teacher_file(state.zero)))
+        save_file(tensors, folder / _teacher_file(state.zero))
+        atomic.follow_umask(folder / _teacher_file(state.zero))
     if state.prefetched:
         state.prefetched.write(folder)
 
@@ -265,7 +266,8 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path | None) -
 
     def write(folder: Path) -> None:
         parts.append(folder / f"part-{len(parts)}.safetensors")
-        save_file(pending, str(parts[-1]), metadata={"format": "pt"})
+        save_file(pending, parts[-1], metadata={"format": "pt"})
+        atomic.follow_umask(parts[-1])
         pending.clear()
 
     for name, tensor in tensors:
@@ -297,6 +299,8 @@ def _save_adapter(student: Weights, folder: Path | None) -> None:
         tensors = {name: p.detach() for name, p in adapter.items()}
     if folder is not None:
         model.save_pretrained(str(folder), selected_adapters=[student.adapter], state_dict=tensors)
+        for path in folder.glob("*.safetensors"):
+            atomic.follow_umask(path)
 
 
 def _delete_older(final: Path, keep: int) -> None:

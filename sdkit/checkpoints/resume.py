@@ -11,7 +11,6 @@ from sdkit.checkpoints import atomic, manifest
 from sdkit.checkpoints.changeable import may_change_on_resume
 from sdkit.checkpoints.manifest import Manifest, Origin, UnusableCheckpoint
 from sdkit.language.errors import UnreadableInput, counted, first_of, shorten, spelled
-from sdkit.language.files import read_json_object
 from sdkit.language.resolved import leaves
 from sdkit.language.source import read, read_text
 from sdkit.runs import directory
@@ -21,7 +20,7 @@ Notify = Callable[[str], None]
 
 def report_previous_attempt(run: Path, notify: Notify) -> None:
     """Report a previous process that exited without updating status.json.  Raises UnreadableInput if it is still running."""
-    status = read_json_object(run / "status.json") or {}
+    status = directory.read_status(run)
     if status.get("state") != "running":
         return
     if processes.is_running(status.get("pid"), status.get("process")):
@@ -51,7 +50,7 @@ def newest_checkpoint(run: Path, expected: Origin, notify: Notify, *, hashes: bo
             f"continue with --processes {facts.origin.ranks}, or make it fit first: {convert}",
         )
         return folder
-    if (read_json_object(run / "status.json") or {}).get("state") in ("done", "diverged"):
+    if directory.read_status(run).get("state") in ("done", "diverged"):
         raise UnreadableInput(
             f"{run} has no checkpoint to resume from",
             hint="set output.checkpoint_every, or start again with --overwrite",

@@ -37,7 +37,7 @@ def _refuse_dashed_overrides(words: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the command line; an expected failure prints one message and exits with its code."""
+    """Run the command line; an expected failure, or a stop on request, prints one message and exits with its code."""
     try:
         _refuse_dashed_overrides(sys.argv[1:])
         hide_gpus_if_requested()
@@ -45,10 +45,11 @@ def main() -> None:
     except SdkitError as error:
         place = f"{error.place}: " if error.place else ""
         rank = "" if is_first_rank() else f"rank {os.environ['RANK']}: "
-        typer.echo(f"{rank}error: {place}{error}", err=True)
+        kind = "error: " if error.is_failure else ""
+        typer.echo(f"{rank}{kind}{place}{error}", err=True)
         if error.hint:
             typer.echo(f"  = {error.hint}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        typer.echo("error: interrupted", err=True)
+        typer.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)

@@ -10,6 +10,9 @@ import typer
 from sdkit import __version__
 from sdkit.language.errors import EXIT_CODES
 
+CHECKING, RUNNING, RESULTS, WRITING = "Check a spec", "Run it", "Use the results", "Write a spec"
+"""The panels of `sdkit --help`."""
+
 app = typer.Typer(
     name="sdkit",
     help="Self-distillation and on-policy distillation of language models: a method is a page of YAML.",

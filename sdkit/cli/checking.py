@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import typer
 
 from sdkit.language.errors import SdkitError
-from sdkit.stdout import is_first_rank
+from sdkit.stdout import TimestampedStream, is_first_rank
 
 
 def check_spec(
@@ -58,6 +59,13 @@ def check_run(run: Path, overrides: Sequence[str] = (), *, fixed: Sequence[str] 
     return checked, base
 
 
+def check_spec_or_run(path: Path, overrides: list[str] | None, *, run_file: bool = False) -> Any:
+    """Check a spec, or the resolved spec of a run directory.  Raises and exits as `check_spec` does."""
+    if path.is_dir():
+        return check_run(path, overrides or ())[0]
+    return check_spec(path, overrides, run_file=run_file)
+
+
 @contextlib.contextmanager
 def placing(checked: Any) -> Iterator[None]:
     """Add to an error that names a key of the spec the file and line where the key is written."""
@@ -91,8 +99,23 @@ def print_problems(specs: Sequence[Any], format: str) -> None:
         typer.echo(text)
 
 
-def make_console() -> Any:
-    """The console that a run prints to; on ranks other than the first it prints nothing."""
+def print_source_problems(source: Any) -> None:
+    """Print the YAML problems of one file to standard error."""
+    from sdkit.language.errors import render
+
+    typer.echo(render(source.problems, {source.name: source.text}), err=True)
+
+
+def make_console(*, log: bool = False, stderr: bool = False) -> Any:
+    """The console that a command prints to; on ranks other than the first it prints nothing.
+
+    It is as wide as COLUMNS says, or else the terminal; elsewhere 140 characters.  `log`: outside of a terminal, every
+    line begins with the time.
+    """
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140, quiet=not is_first_rank())
+    stream = sys.stderr if stderr else sys.stdout
+    terminal, columns = stream.isatty(), os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdecimal() and int(columns) else None if terminal else 140
+    file: Any = TimestampedStream(stream) if log and not terminal else stream
+    return Console(width=width, file=file, quiet=not is_first_rank())

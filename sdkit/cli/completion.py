@@ -26,12 +26,22 @@ def spec_files(incomplete: str) -> list[tuple[str, str]]:
     return matching
 
 
+def specs_and_overrides(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Completes a spec or, after the first one, also `key.path=value` for it."""
+    words: list[str] = list(context.params.get("words") or ())
+    specs = [] if "=" in incomplete else spec_files(incomplete)
+    return specs + (_override_words(words[0], words[1:], incomplete) if words else [])
+
+
 def overrides(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """Completes `key.path=value` for the spec before it on the command line."""
+    return _override_words(context.params.get("spec"), list(context.params.get("overrides") or ()), incomplete)
+
+
+def _override_words(spec: Any, before: list[str], incomplete: str) -> list[tuple[str, str]]:
     from sdkit.language.completions import override_words, value_words
 
-    data = _data(context.params.get("spec"))
-    before = list(context.params.get("overrides") or ())
+    data = _data(spec)
     # bash splits a word at `=`: what is before the cursor is then `key.path`, `=` and the start of the value.
     if before[-1:] == ["="]:
         return value_words(before[-2], data) if len(before) > 1 else []
@@ -55,6 +65,13 @@ def method_names(incomplete: str) -> list[str]:
     from sdkit.language.overlay import packaged_methods
 
     return [name for name in packaged_methods() if name.startswith(incomplete)]
+
+
+def peer_names(incomplete: str) -> list[tuple[str, str]]:
+    """Completes the name of a trainer whose configuration can be imported."""
+    from sdkit.language.peers import peers
+
+    return [(name, summary) for name, summary in peers().items() if name.startswith(incomplete)]
 
 
 def _data(spec: Any) -> Any:

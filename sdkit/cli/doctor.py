@@ -9,13 +9,15 @@ from typing import Annotated
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
+from sdkit.cli.app import CHECKING, app
 from sdkit.cli.checking import check_spec, make_console
 from sdkit.cli.options import Overrides
 from sdkit.language.errors import BadEnvironment, counted
 
 
-@app.command(epilog="Examples: `sdkit doctor`, `sdkit doctor specs/sdft.yaml`, `sdkit doctor --json`")
+@app.command(
+    rich_help_panel=CHECKING, epilog="Examples: `sdkit doctor`, `sdkit doctor specs/sdft.yaml`, `sdkit doctor --json`"
+)
 def doctor(
     spec: Annotated[
         Path | None, typer.Argument(help="A run file.", show_default=False, autocompletion=completion.spec_files)
@@ -28,7 +30,7 @@ def doctor(
     from sdkit.doctor import examine
     from sdkit.doctor.findings import findings_table
 
-    findings = examine(checked.spec, spec.resolve().parent) if checked and spec else examine()
+    findings = examine(checked.spec, checked.base) if checked else examine()
     if as_json:
         typer.echo(json.dumps([each.as_dict() for each in findings], indent=1, ensure_ascii=False))
     else:

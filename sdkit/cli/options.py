@@ -12,6 +12,12 @@ from sdkit.cli import completion
 SpecPath = Annotated[
     Path, typer.Argument(help="A run file or a method page.", show_default=False, autocompletion=completion.spec_files)
 ]
+SpecOrRun = Annotated[
+    Path,
+    typer.Argument(
+        help="A run file, a method page, or a run directory.", show_default=False, autocompletion=completion.spec_files
+    ),
+]
 RunPath = Annotated[Path, typer.Argument(help="A run file.", show_default=False, autocompletion=completion.spec_files)]
 Overrides = Annotated[
     list[str] | None,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
+from sdkit.cli.app import RUNNING, app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
 from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, RunPath
 from sdkit.cli.specs import plan, smoke_spec
 from sdkit.language.errors import ProcessDied
+from sdkit.stdout import is_first_rank
 
 
 @app.command(
-    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`"
+    rich_help_panel=RUNNING,
+    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`",
 )
 def train(
     spec: RunPath,
@@ -28,7 +31,13 @@ def train(
     overwrite: Overwrite = False,
     changed_code: ChangedCode = False,
     changed_models: ChangedModels = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, plan and smoke-run; train nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Plan, check all rows, call every reward on the rows' own answers, and smoke-run; train nothing.",
+        ),
+    ] = False,
     processes: Processes = None,
 ) -> None:
     """Run a spec: evaluate, train, evaluate, and write a run directory."""
@@ -38,17 +47,29 @@ def train(
         raise typer.BadParameter(f"--changed-{accept[0]} needs --resume: a new run takes the files as they are")
     checked = check_spec(spec, overrides, run_file=True)
     if dry_run:
-        plan(spec, overrides)
-        return smoke_spec(checked, 2)
+        return _rehearse(checked, spec, overrides)
     folder = to or Path(checked.spec.output.folder) / spec.stem
     _launch_ranks(checked.spec, processes, folder)
-    written = checked.texts[checked.loaded.name]
-    _train(checked, checked.base, folder, make_console(), written, resume=resume, overwrite=overwrite, accept=accept)
+    written, console = checked.texts[checked.loaded.name], make_console(log=True)
+    _train(checked, checked.base, folder, console, written, resume=resume, overwrite=overwrite, accept=accept)
     return None
 
 
+def _rehearse(checked: Any, spec: Path, overrides: list[str] | None) -> None:
+    """Do everything that a run does before it loads its model, and a smoke run."""
+    plan(spec, overrides)
+    from sdkit.train.data_report import report_data
+    from sdkit.train.reward_trial import try_rewards
+
+    console = make_console()
+    with placing(checked):
+        try_rewards(report_data(checked.spec, checked.base, console, 0), console)
+    smoke_spec(checked, 2)
+
+
 @app.command(
-    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`"
+    rich_help_panel=RUNNING,
+    epilog="Examples: `sdkit serve specs/sdft.yaml rollout.backend=vllm_server`, `sdkit serve mine.yaml --port 8001`",
 )
 def serve(
     spec: RunPath,
@@ -88,10 +109,15 @@ def serve(
         def longest(model_folder: str) -> int:
             return max_tokens or longest_sequence(checked.spec, checked.base, model_folder)
 
-        serving.serve(checked.spec, checked.base, address, make_console(), longest)
+        serving.serve(checked.spec, checked.base, address, make_console(log=True), longest)
 
 
-@app.command("eval", epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft`")
+@app.command(
+    "eval",
+    rich_help_panel=RUNNING,
+    epilog="Examples: `sdkit eval specs/sdft.yaml`, `sdkit eval runs/sdft --to evaluations/sdft`, "
+    "`sdkit eval runs/sdft --format json`",
+)
 def evaluate(
     spec: Annotated[
         Path,
@@ -100,15 +126,38 @@ def evaluate(
         ),
     ],
     overrides: Overrides = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="A new folder for scores, intervals and every completion (default: none).", show_default=False
+        ),
+    ] = None,
+    format: Annotated[
+        Literal["text", "json"], typer.Option("--format", help="Scores for people, or for programs.")
+    ] = "text",
     processes: Processes = None,
 ) -> None:
     """Run a run file's evaluation on its start model, or on the model of a finished run."""
     checked, base = _check_evaluation(spec, overrides or [])
     _launch_ranks(checked.spec, processes)
-    from sdkit.train.run import evaluate_only
+    from sdkit.language.show import annotated
+    from sdkit.stdout import Phases
+
+    console = make_console(log=True, stderr=format == "json")
+    phases = Phases(console)
+    with phases.phase("loading libraries"):
+        from sdkit.train import evaluate_model as evaluation
 
     with placing(checked):
-        evaluate_only(checked.spec, base, make_console(), spec if spec.is_dir() else None)
+        if to:
+            evaluation.check_target(to)
+        result = evaluation.evaluate_model(checked.spec, base, console, spec if spec.is_dir() else None, phases)
+    facts = evaluation.report(checked.spec, result)
+    if to:
+        evaluation.write(to, annotated(checked) + "\n", facts, result)
+        console.print(f"evaluation: {to}", markup=False, highlight=False)
+    if format == "json" and is_first_rank():
+        typer.echo(json.dumps(facts, indent=2))
 
 
 def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
@@ -123,8 +172,9 @@ def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
 
 
 @app.command(
+    rich_help_panel=RUNNING,
     epilog="Examples: `sdkit replay runs/sdft@0`, "
-    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`"
+    "`sdkit replay runs/sdft@0 losses.distil.divergence=reverse_kl --to runs/reverse`",
 )
 def replay(
     recorded: Annotated[
@@ -162,7 +212,7 @@ def replay(
     checked, base = check_run(run, overrides or ())
     folder, written = to or run.with_name(f"{run.name}-replay"), read(run / "spec.yaml").text
     _launch_ranks(checked.spec, processes, folder)
-    console = make_console()
+    console = make_console(log=True)
     console.print(f"replay: {recording}", markup=False, highlight=False)
     accept = _accepted(code=changed_code, models=changed_models)
     options = {"resume": resume, "overwrite": overwrite, "recording": recording, "accept": accept}
@@ -182,11 +232,15 @@ def _accepted(**options: bool) -> list[str]:
 def _train(checked: Any, base: Path, folder: Path, console: Any, written: str, **options: Any) -> None:
     """Train a checked spec, whose text is `written` and whose paths start at `base`, in the run directory `folder`."""
     from sdkit.language.show import annotated
-    from sdkit.train.run import train as run_spec
+    from sdkit.stdout import Phases
+
+    phases = Phases(console)
+    with phases.phase("loading libraries"):
+        from sdkit.train.run import train as run_spec
 
     with placing(checked):
         resolved = annotated(checked) + "\n"
-        run_spec(checked.spec, base, folder, console, written=written, resolved=resolved, **options)
+        run_spec(checked.spec, base, folder, console, written=written, resolved=resolved, phases=phases, **options)
 
 
 def _launch_ranks(spec: Any, processes: int | None, folder: Path | None = None) -> None:

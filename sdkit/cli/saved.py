@@ -1,4 +1,4 @@
-"""Commands on run directories: compare, diff, export, convert checkpoints."""
+"""Commands on run directories: compare, diff, export, show rollouts, convert checkpoints."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
+from sdkit.cli.app import RESULTS, app
 from sdkit.cli.checking import check_run, check_spec, make_console
 
 
 @app.command(
-    epilog="Examples: `sdkit compare runs/sdft`, `sdkit compare runs/grpo runs/sdpo --x steps --to runs/both.png`"
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit compare runs/sdft`, `sdkit compare runs/grpo runs/sdpo --x steps --to runs/both.png`",
 )
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)],
@@ -44,7 +45,10 @@ SpecOrRun = Annotated[
 ]
 
 
-@app.command(epilog="Examples: `sdkit diff specs/grpo.yaml specs/sdpo.yaml`, `sdkit diff runs/sdft sdft`")
+@app.command(
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit diff specs/grpo.yaml specs/sdpo.yaml`, `sdkit diff runs/sdft sdft`",
+)
 def diff(first: SpecOrRun, second: SpecOrRun) -> None:
     """Print what differs between two specs or runs: settings, derived numbers, code, data, environment."""
     from sdkit.runs.diff import print_differences
@@ -72,7 +76,8 @@ def _side(path: Path) -> Any:
 
 
 @app.command(
-    epilog="Examples: `sdkit export runs/sdft --to sdft`, `sdkit export runs/sdft --merge-lora --to sdft-merged`"
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit export runs/sdft --to sdft`, `sdkit export runs/sdft --merge-lora --to sdft-merged`",
 )
 def export(
     run: Annotated[Path, typer.Argument(help="The directory of a finished run.", show_default=False)],
@@ -88,9 +93,44 @@ def export(
     typer.echo(write(checked.spec, base, run, to, merge=merge_lora))
 
 
+@app.command(
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit rollouts runs/sdft`, `sdkit rollouts runs/sdft@12 --row 3`, "
+    "`sdkit rollouts runs/sdft@12 --to rollouts.html`",
+)
+def rollouts(
+    recorded: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN[@STEP]",
+            help="A run directory and a training step, as metrics.jsonl counts them: 1 is the first (default: the newest).",
+            show_default=False,
+        ),
+    ],
+    row: Annotated[
+        int | None, typer.Option("--row", help="Only the rollouts of this row of the data.", min=0, show_default=False)
+    ] = None,
+    first: Annotated[int, typer.Option("--first", help="How many rollouts to show.", min=1)] = 8,
+    prompts: Annotated[bool, typer.Option("--prompts", help="Show the prompts of student and teacher, too.")] = False,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Write this page (.html) instead of printing.", show_default=False)
+    ] = None,
+) -> None:
+    """Show a step's rollouts as text: scores, and each token coloured by how far teacher and student are apart."""
+    from sdkit.train.show_rollouts import select, show, write_page
+
+    run, records = select(recorded, row, first)
+    checked, base = check_run(run)
+    if to:
+        write_page(checked.spec, base, records, to, prompts=prompts)
+        return typer.echo(f"wrote {to}")
+    show(checked.spec, base, records, make_console(), prompts=prompts)
+    return None
+
+
 CONVERT = "Example: `sdkit checkpoint convert runs/sdft --processes 1`"
 checkpoint = typer.Typer(help="Work with the checkpoints of a run.", no_args_is_help=True, epilog=CONVERT)
-app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(checkpoint, name="checkpoint", rich_help_panel=RESULTS)
 
 
 @checkpoint.command(epilog=CONVERT)

@@ -2,51 +2,109 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
-from sdkit.cli.checking import check_spec, make_console, placing, print_problems
-from sdkit.cli.options import Format, Overrides, SpecPath
+from sdkit.cli.app import CHECKING, app
+from sdkit.cli.checking import check_spec, check_spec_or_run, make_console, placing, print_problems
+from sdkit.cli.options import Format, Overrides, SpecOrRun, SpecPath
 
 
-@app.command(epilog="Examples: `sdkit validate specs/*.yaml`, `sdkit validate specs/*.yaml --strict --format sarif`")
+@app.command(
+    rich_help_panel=CHECKING,
+    epilog="Examples: `sdkit validate specs/*.yaml --strict --format sarif`, "
+    "`sdkit validate mine.yaml training.steps=20 --data 2`",
+)
 def validate(
-    specs: Annotated[
-        list[Path],
-        typer.Argument(help="Run files or method pages.", show_default=False, autocompletion=completion.spec_files),
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SPEC... [KEY.PATH=VALUE]...",
+            help="Run files or method pages, and overrides for all of them.",
+            show_default=False,
+            autocompletion=completion.specs_and_overrides,
+        ),
     ],
     format: Format = "text",
     strict: Annotated[bool, typer.Option("--strict", help="Count warnings as errors.")] = False,
+    data: Annotated[
+        int | None,
+        typer.Option(
+            "--data",
+            help="Also load all rows, render and check the prompts as a run does, and show those of this many rows.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Check specs and print every problem at once, with file and line.  Loads nothing heavy."""
-    from sdkit.language.load import load_spec, strictly
+    """Check specs and the first row of their local data; print every problem at once, with file and line.
 
-    loaded = {path: load_spec(path) for path in specs}
-    if strict:
-        loaded = {path: strictly(checked) for path, checked in loaded.items()}
-    print_problems(list(loaded.values()), format)
-    for path, checked in loaded.items():
+    Loads nothing heavy without `--data`.
+    """
+    paths, overrides = _split(words)
+    checked_specs = {path: _check_with_first_rows(path, overrides, strict) for path in paths}
+    print_problems([checked for checked, _ in checked_specs.values()], format)
+    for path, (checked, descriptions) in checked_specs.items():
         if checked.ok and format == "text":
             typer.echo(f"{path}: ok ({'run file' if checked.kind == 'run' else 'method page'})")
-    if not all(checked.ok for checked in loaded.values()):
+            for line in descriptions:
+                typer.echo(f"  {line}")
+    if not all(checked.ok for checked, _ in checked_specs.values()):
         raise typer.Exit(1)
+    if data is not None:
+        for path in paths:
+            _check_data(path, overrides, data)
 
 
-@app.command(epilog="Example: `sdkit show specs/sdft.yaml optimizer.lr=1e-5`")
-def show(spec: SpecPath, overrides: Overrides = None) -> None:
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """The specs and the overrides among the arguments."""
+    paths = [word for word in words if "=" not in word or os.path.exists(word)]
+    if not paths:
+        raise typer.BadParameter("name a run file or a method page")
+    return paths, [word for word in words if word not in paths]
+
+
+def _check_with_first_rows(path: str, overrides: list[str], strict: bool) -> tuple[Any, list[str]]:
+    """The checked spec, with the problems of its data's first rows, and what these rows have."""
+    from attrs import evolve
+
+    from sdkit.data.first_row import check_first_rows
+    from sdkit.language.load import load_spec, strictly
+
+    checked = load_spec(path, overrides)
+    first_rows = check_first_rows(checked)
+    checked = evolve(checked, problems=(*checked.problems, *first_rows.problems))
+    return strictly(checked) if strict else checked, first_rows.descriptions
+
+
+def _check_data(path: str, overrides: list[str], shown: int) -> None:
+    from sdkit.train.data_report import report_data
+
+    checked = check_spec(Path(path), overrides, run_file=True, warn=False)
+    with placing(checked):
+        report_data(checked.spec, checked.base, make_console(), shown)
+
+
+@app.command(
+    rich_help_panel=CHECKING, epilog="Examples: `sdkit show specs/sdft.yaml optimizer.lr=1e-5`, `sdkit show runs/sdft`"
+)
+def show(spec: SpecOrRun, overrides: Overrides = None) -> None:
     """Print the resolved spec, each value with the file and line it comes from."""
     from sdkit.language.show import annotated
 
-    typer.echo(annotated(check_spec(spec, overrides), show_paths=True))
+    typer.echo(annotated(check_spec_or_run(spec, overrides), show_paths=True))
 
 
-@app.command(epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`")
+@app.command(
+    rich_help_panel=CHECKING,
+    epilog="Examples: `sdkit plan specs/sdft.yaml --data 2`, `sdkit plan sdpo`, `sdkit plan runs/sdft`",
+)
 def plan(
-    spec: SpecPath,
+    spec: SpecOrRun,
     overrides: Overrides = None,
     data: Annotated[
         int, typer.Option("--data", help="Show student and teacher prompt of this many rows, side by side.", min=0)
@@ -60,7 +118,7 @@ def plan(
     from sdkit.plan.plan import MethodPlan
     from sdkit.plan.text import render_method, render_plan
 
-    checked = check_spec(spec, overrides, run_file=data > 0)
+    checked = check_spec_or_run(spec, overrides, run_file=data > 0)
     the_plan = plan_spec(checked.spec, checked.base)
     if isinstance(the_plan, MethodPlan):
         return typer.echo(render_method(the_plan))
@@ -73,7 +131,7 @@ def plan(
     return None
 
 
-@app.command(epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke sdft --steps 20`")
+@app.command(rich_help_panel=CHECKING, epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke sdft --steps 20`")
 def smoke(
     spec: SpecPath,
     overrides: Overrides = None,
@@ -82,6 +140,11 @@ def smoke(
     """Take two real optimizer steps on a tiny random model: the same code as training, in seconds."""
     checked = check_spec(spec, overrides)
     smoke_spec(checked, steps)
+    if checked.kind == "run":
+        typer.echo(
+            f"  rows and rewards were stand-ins: `sdkit validate {spec} --data 2` reads your rows, "
+            f"`sdkit train {spec} --dry-run` also calls your rewards"
+        )
 
 
 def smoke_spec(checked: Any, steps: int) -> None:

@@ -7,10 +7,13 @@ from typing import Annotated
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
+from sdkit.cli.app import WRITING, app
 
 
-@app.command(epilog="Examples: `sdkit explain optimizer.lr`, `sdkit explain divergence`, `sdkit explain no_teacher`")
+@app.command(
+    rich_help_panel=WRITING,
+    epilog="Examples: `sdkit explain optimizer.lr`, `sdkit explain divergence`, `sdkit explain no_teacher`",
+)
 def explain(
     name: Annotated[
         str | None,
@@ -32,7 +35,10 @@ def explain(
     typer.echo(explanations.explain(name, width) if name else explanations.overview(width))
 
 
-@app.command(epilog="Examples: `sdkit methods`, `sdkit methods feedback`, `sdkit methods reverse teacher`")
+@app.command(
+    rich_help_panel=WRITING,
+    epilog="Examples: `sdkit methods`, `sdkit methods feedback`, `sdkit methods reverse teacher`",
+)
 def methods(
     words: Annotated[
         list[str] | None,
@@ -54,7 +60,10 @@ def methods(
     typer.echo(list_pages(find_pages(words or ()), width))
 
 
-@app.command(epilog="Example: `sdkit schema > sdkit.schema.json`; docs/editors.md shows how editors read it.")
+@app.command(
+    rich_help_panel=WRITING,
+    epilog="Example: `sdkit schema > sdkit.schema.json`; docs/editors.md shows how editors read it.",
+)
 def schema() -> None:
     """Print the JSON Schema of run files and method pages, with which editors complete and check specs."""
     import json

@@ -10,14 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from sdkit.cli import completion
-from sdkit.cli.app import app
-from sdkit.cli.checking import print_problems
+from sdkit.cli.app import WRITING, app
+from sdkit.cli.checking import print_problems, print_source_problems
 
 DEFAULT_MODEL = "bundled:smollm2-135m-instruct"
 
 
 @app.command(
-    epilog="Examples: `sdkit new mine.yaml`, `sdkit new mine.yaml --method sdft --data train.jsonl --model Qwen/Qwen3-8B`"
+    rich_help_panel=WRITING,
+    epilog="Examples: `sdkit new mine.yaml`, `sdkit new mine.yaml --method sdft --data train.jsonl --model Qwen/Qwen3-8B`",
 )
 def new(
     run_file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.", show_default=False)],
@@ -80,10 +81,92 @@ def new(
     typer.echo(f"{run_file}: written; `sdkit plan {run_file}` shows what it would do")
 
 
-def _ask(question: str, choices: Sequence[str]) -> str:
-    import click
+@app.command(
+    rich_help_panel=WRITING,
+    epilog="Examples: `sdkit fmt specs/*.yaml`, `sdkit fmt --check specs/*.yaml methods/*.yaml`",
+)
+def fmt(
+    specs: Annotated[
+        list[Path],
+        typer.Argument(help="Run files or method pages.", show_default=False, autocompletion=completion.spec_files),
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit with code 1 if a file would change.")
+    ] = False,
+) -> None:
+    """Put keys in the language's order and spell them its way; comments and layout stay, and the spec is the same."""
+    from sdkit.language.formatting import format_spec
+    from sdkit.runs.directory import write_atomically
 
-    return typer.prompt(question, type=click.Choice(list(choices)) if choices else str, err=True)
+    changed = unreadable = 0
+    for path in specs:
+        source, text = format_spec(path)
+        if source.problems:
+            unreadable += 1
+            print_source_problems(source)
+        elif text != source.text:
+            changed += 1
+            if not check:
+                file = path.resolve()
+                mode = file.stat().st_mode
+                write_atomically(file, text)
+                file.chmod(mode)
+            typer.echo(f"{path}: {'would change' if check else 'formatted'}")
+    if unreadable or (check and changed):
+        raise typer.Exit(1)
+
+
+@app.command(
+    "import",
+    rich_help_panel=WRITING,
+    epilog="Examples: `sdkit import trl_config.yaml --to mine.yaml`, "
+    "`sdkit import sdpo.yaml --to mine.yaml --from verl actor_rollout_ref.actor.optim.lr=1e-5`",
+)
+def import_(
+    config: Annotated[Path, typer.Argument(help="The configuration, as YAML or JSON.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", help="The run file to write; it must not exist.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="`key=value` of the configuration's own keys, applied last.", show_default=False),
+    ] = None,
+    peer: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Whose configuration it is: trl_sdft, trl_sdpo, trl_gkd, trl_grpo or verl (default: read off its keys).",
+            show_default=False,
+            autocompletion=completion.peer_names,
+        ),
+    ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(
+            "--processes", help="Processes that the configuration is for: TRL's batch depends on them.", min=1
+        ),
+    ] = 1,
+) -> None:
+    """Translate a configuration of TRL, verl or the SDPO repository into a run file, and list what has no equivalent."""
+    from sdkit.language.formatting import format_spec
+    from sdkit.language.load import load_spec
+    from sdkit.language.peers import translate
+
+    table, translation = translate(config, overrides or (), peer, processes)
+    head = f"# From {config.name}, {table.summary}.  Comments name the setting that a value comes from.\n"
+    _write_new(to, head + translation.text)
+    _, text = format_spec(to)
+    to.write_text(text, encoding="utf-8")
+    checked = load_spec(to)
+    print_problems([checked], "text")
+    typer.echo("\n".join(filter(None, [f"{to}: written, from {table.summary}", translation.report()])))
+    if not checked.ok:
+        raise typer.Exit(1)
+
+
+def _ask(question: str, choices: Sequence[str]) -> str:
+    shown = f"{question} ({', '.join(choices)})" if choices else question
+    while (answer := typer.prompt(shown, err=True)) not in (choices or [answer]):
+        typer.echo(f"{answer} is not one of them", err=True)
+    return answer
 
 
 def _required(option: str, question: str, ask: Any) -> str:
@@ -105,8 +188,20 @@ def _pairs(columns: Sequence[str]) -> dict[str, str]:
 
 def _write_checked(target: Path, text: str) -> None:
     """Write a spec that has no errors; otherwise print them and leave no file.  Raises UnreadableInput if one is there."""
-    from sdkit.language.errors import UnreadableInput
     from sdkit.language.load import load_spec
+
+    _write_new(target, text)
+    checked = load_spec(target)
+    print_problems([checked], "text")
+    if not checked.ok:
+        target.unlink()
+        typer.echo(f"error: {target} would have these errors, so it was not written", err=True)
+        raise typer.Exit(1)
+
+
+def _write_new(target: Path, text: str) -> None:
+    """Write a file that does not exist yet.  Raises UnreadableInput if it does, or cannot be written."""
+    from sdkit.language.errors import UnreadableInput
 
     try:
         with target.open("x", encoding="utf-8") as file:
@@ -115,9 +210,3 @@ def _write_checked(target: Path, text: str) -> None:
         raise UnreadableInput(f"{target} exists", hint="name another file: this one is left as it is") from None
     except OSError as error:
         raise UnreadableInput(f"cannot write {target}: {error.strerror}") from None
-    checked = load_spec(target)
-    print_problems([checked], "text")
-    if not checked.ok:
-        target.unlink()
-        typer.echo(f"error: {target} would have these errors, so it was not written", err=True)
-        raise typer.Exit(1)

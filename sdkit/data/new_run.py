@@ -36,6 +36,7 @@ ENDINGS: Mapping[str, type] = {
     ".jsonl": specs.JsonLinesSource,
     ".ndjson": specs.JsonLinesSource,
     ".json": specs.JsonSource,
+    ".csv": specs.CsvSource,
     ".parquet": specs.ParquetSource,
 }
 GUESSES: Mapping[str, tuple[str, ...]] = {
@@ -250,7 +251,7 @@ def _data(data: _Data, columns: Mapping[str, str], answers: Answers) -> str:
         "  columns: # sdkit's name: the data's name",
     ]
     for name, column in columns.items():
-        guessed = "" if column == name or name in answers.columns else " # guessed from its name"
+        guessed = " # guessed from its name" if name not in answers.columns and column in GUESSES.get(name, ()) else ""
         lines.append(f"    {name}: {compact(column, flow=True)}{guessed}")
     return "\n".join(lines)
 

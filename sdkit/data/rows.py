@@ -1,7 +1,7 @@
 """Reads rows from a source and maps their columns to chat prompts.  Knows nothing of tokens, teachers or rewards.
 
-Error messages name a line of a JSON Lines file as `file:line`, counted from 1, and a row of any other source by its
-index, counted from 0, which is `Row.index`.
+Error messages name a line of a JSON Lines or CSV file as `file:line`, counted from 1, and a row of any other source by
+its index, counted from 0, which is `Row.index`.
 """
 
 from __future__ import annotations
@@ -10,24 +10,26 @@ import hashlib
 import json
 import random
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sdkit.batches import Message, Row
+from attrs import frozen
+
+from sdkit.batches import Row
+from sdkit.data.columns import ParsedColumn, chat_of, in_column, is_in, parse_column, read_columns, sources
 from sdkit.data.sources import Raw, RawRows, read_source, source_name
-from sdkit.language.errors import BadData, first_of, listed, nearest, shorten
-from sdkit.language.row_text import Fault, check_value, describe_value, is_empty, is_missing, lines_of, text_of
-from sdkit.language.specs import ColumnTemplate, DataSpec, Table
-from sdkit.language.templates import Field, Template, TemplateError, fields, fill, parse
+from sdkit.language.errors import BadData, first_of, listed, nearest
+from sdkit.language.row_text import Fault, is_empty, text_of
+from sdkit.language.specs import Column, DataSpec, Table
 from sdkit.seeds import derive
 
 
 def load_rows(
     data: DataSpec,
     base: Path,
-    fallback_columns: Table[str | ColumnTemplate] | None = None,
+    fallback_columns: Table[Column] | None = None,
     needed: Collection[str] = (),
     texts: Collection[str] = (),
 ) -> list[Row]:
@@ -47,40 +49,70 @@ def load_rows(
     name, raw_rows = source_name(data.source), read_source(data.source, base, data.limit)
     if not raw_rows:
         raise BadData(f"{name} has no rows")
-    templates = {key: _parse_column(key, column) for key, column in columns.items()}
-    present, faults = _drop_absent(templates, raw_rows, name)
-    rows = []
+    mapped = map_rows(raw_rows, columns, needed, texts)
+    if faults := [*(column.message(name) for column in mapped.absent), *mapped.faults]:
+        raise BadData(first_of(faults))
+    return mapped.rows
+
+
+@frozen
+class AbsentColumn:
+    """A column of the source that a spec names and no row has."""
+
+    name: str
+    users: Sequence[str]  # sdkit's columns that need it
+    available: Sequence[str]
+
+    def message(self, source: str) -> str:
+        """Says what is missing, and what the source has."""
+        hint = f"; did you mean '{self.close}'?" if self.close else ""
+        return f"{source} has no column '{self.name}'{hint} (it has {listed(self.available)})"
+
+    @property
+    def close(self) -> str | None:
+        """The column of the source with the most similar name."""
+        return nearest(self.name, self.available)
+
+
+@frozen
+class MappedRows:
+    """Rows with their columns under sdkit's names, and what is wrong with the others."""
+
+    rows: list[Row]
+    absent: list[AbsentColumn]
+    faults: list[str]  # each with the location of its row
+
+
+def map_rows(
+    raw_rows: RawRows, columns: Mapping[str, Column], needed: Collection[str] = (), texts: Collection[str] = ()
+) -> MappedRows:
+    """Maps the columns of rows, as `load_rows` does."""
+    templates = {key: parse_column(key, column) for key, column in columns.items()}
+    absent = _absent_columns(templates, raw_rows)
+    gone = {column.name for column in absent}
+    present = {n: c for n, c in templates.items() if not gone.intersection(sources(c))}
+    rows, faults = [], []
     for index, (place, raw) in enumerate(raw_rows):
         try:
             rows.append(_row(index, raw, present, needed, texts))
         except Fault as fault:
             faults.append(f"{place}: {fault}")
-    if faults:
-        raise BadData(first_of(faults))
-    return rows
+    return MappedRows(rows, absent, faults)
 
 
 def _row(
-    index: int, raw: Raw | Fault, columns: Mapping[str, str | Template], needed: Iterable[str], texts: Iterable[str]
+    index: int, raw: Raw | Fault, columns: Mapping[str, ParsedColumn], needed: Iterable[str], texts: Iterable[str]
 ) -> Row:
     if isinstance(raw, Fault):
         raise raw
-    mapped = {name: _value(name, column, raw) for name, column in columns.items()}
+    mapped = read_columns(columns, raw)
     empty = [name for name in needed if name in mapped and is_empty(mapped[name])]
     if empty:
         raise Fault(f"{listed(empty)} must not be empty")
     for name in texts:
-        _in_column(name, text_of, mapped.get(name))
-    messages = _messages(mapped) if "prompt" in mapped else ()
+        in_column(name, text_of, mapped.get(name))
+    messages = chat_of(mapped) if "prompt" in mapped else ()
     return Row(index=index, messages=messages, columns=mapped, raw=raw)
-
-
-def _in_column(name: str, read: Callable[[Any], Any], value: Any) -> Any:
-    """Reads a value with `read`; a fault names the column."""
-    try:
-        return read(value)
-    except Fault as fault:
-        raise Fault(f"'{name}' is {fault}") from None
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
@@ -139,97 +171,12 @@ def _epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _parse_column(name: str, column: str | ColumnTemplate) -> str | Template:
-    if isinstance(column, str):
-        return column
-    try:
-        return parse(column.template)
-    except TemplateError as error:
-        raise BadData(f"the template of column '{name}': {error}") from error
-
-
-def _sources(column: str | Template) -> list[str]:
-    """The source columns that a column uses."""
-    return [column] if isinstance(column, str) else [field.name for field in fields(column)]
-
-
-def _drop_absent(
-    columns: Mapping[str, str | Template], raw_rows: RawRows, name: str
-) -> tuple[dict[str, str | Template], list[str]]:
-    """Returns the columns that some row has, and a fault for each source column that none has."""
+def _absent_columns(columns: Mapping[str, ParsedColumn], raw_rows: RawRows) -> list[AbsentColumn]:
+    """The source columns that no row has; none if no row could be read."""
     rows = [raw for _, raw in raw_rows if isinstance(raw, Mapping)]
     available = list(dict.fromkeys(key for raw in rows for key in raw))
-    wanted = dict.fromkeys(key for column in columns.values() for key in _sources(column))
-    absent = [key for key in wanted if rows and key not in available]
-    faults = []
-    for key in absent:
-        close = nearest(key, available)
-        hint = f"; did you mean '{close}'?" if close else ""
-        faults.append(f"{name} has no column '{key}'{hint} (it has {listed(available)})")
-    present = {n: c for n, c in columns.items() if not set(absent).intersection(_sources(c))}
-    return present, faults
-
-
-def _value(name: str, column: str | Template, raw: Raw) -> Any:
-    """The value of a column in a row: the source's value unchanged, or the text of a template."""
-    if isinstance(column, str):
-        value = _look_up(raw, Field(column))
-        _in_column(name, check_value, value)
-        return value
-    values = {field: _look_up(raw, field) for field in fields(column)}
-    texts = {field: _in_column(str(field), lines_of, value) for field, value in values.items()}
-    if None in texts.values():
-        return None
-    return fill(column, lambda field: texts[field])
-
-
-def _look_up(raw: Raw, field: Field) -> Any:
-    value: Any = raw
-    for key in (field.name, *field.path):
-        if value is None:
-            return None
-        if not isinstance(value, Mapping) or key not in value:
-            raise Fault(f"no '{field}' (write null where a row has none)")
-        value = value[key]
-    return value
-
-
-def _messages(mapped: Raw) -> tuple[Message, ...]:
-    prompt, system = mapped["prompt"], mapped.get("system")
-    if is_empty(prompt) or (isinstance(prompt, list | tuple) and not prompt):
-        raise Fault("the prompt is empty")
-    if isinstance(prompt, str):
-        content = _in_column("prompt", text_of, prompt)
-        chat: tuple[Message, ...] = ({"role": "user", "content": content},)
-    elif isinstance(prompt, list | tuple):
-        chat = _chat(prompt)
-    else:
-        raise Fault(f"the prompt is {describe_value(prompt)}, not text or a list of messages")
-    if is_missing(system) or system == "":
-        return chat
-    if not isinstance(system, str):
-        raise Fault(f"'system' is {describe_value(system)}, not text")
-    system = _in_column("system", text_of, system)
-    if chat[0]["role"] == "system":
-        raise Fault("the prompt brings a system message of its own, and 'system' is another")
-    return ({"role": "system", "content": system}, *chat)
-
-
-def _chat(prompt: Sequence[Any]) -> tuple[Message, ...]:
-    for i, message in enumerate(prompt):
-        entries = message if isinstance(message, Mapping) else {}
-        if {key for key, value in entries.items() if value is not None} != {"role", "content"}:
-            raise Fault(f"message {i} of the prompt is not {{role: …, content: …}}")
-        role, content = message["role"], message["content"]
-        if role not in ("system", "user", "assistant"):
-            raise Fault(f"message {i} of the prompt has the role {shorten(role)}, not 'system', 'user' or 'assistant'")
-        if role == "system" and i:
-            raise Fault(f"message {i} of the prompt is a system message, but not the first")
-        if not isinstance(content, str):
-            raise Fault(f"message {i} of the prompt holds {describe_value(content)}, not text")
-        _in_column("prompt", text_of, content)
-    if prompt[-1]["role"] != "user":
-        raise Fault(f"the prompt ends with a message of role '{prompt[-1]['role']}', not 'user'")
-    if is_empty(prompt[-1]["content"]):
-        raise Fault("the last message of the prompt is empty")
-    return tuple({"role": m["role"], "content": m["content"]} for m in prompt)
+    users: dict[str, list[str]] = {}
+    for name, column in columns.items():
+        for key in sources(column):
+            users.setdefault(key, []).append(name)
+    return [AbsentColumn(key, by, available) for key, by in users.items() if rows and not is_in(key, available)]

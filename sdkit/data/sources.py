@@ -1,11 +1,13 @@
 """Reads raw rows, with their locations, from files, data sets and reasoning-gym.  Knows nothing of columns or prompts.
 
-A line of a JSON Lines file is named `file:line`, counted from 1; a row of any other source by its index, from 0.
+A line of a JSON Lines or CSV file is named `file:line`, counted from 1; a row of any other source by its index, from 0.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,11 +16,13 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from sdkit.language import specs
-from sdkit.language.errors import BadData, BadEnvironment, did_you_mean, first_line, listed, shorten
-from sdkit.language.files import UnreadableFile, irregular_kind, needs_package, read_file
+from sdkit.language.errors import BadData, BadEnvironment, counted, did_you_mean, first_line, listed, shorten
+from sdkit.language.files import UnreadableFile, irregular_kind, needs_package, read_start
 from sdkit.language.row_text import Fault, describe_value
 
 Raw = Mapping[str, Any]
+START = 2**24
+"""Bytes of a file that are read for its first row."""
 LONGEST_NUMBER = 4300
 """Digits of the longest integer that is read: Python's own limit."""
 
@@ -46,6 +50,8 @@ def read_source(source: specs.Source, base: Path, limit: int | None) -> RawRows:
     match source:
         case specs.JsonLinesSource():
             return _json_lines(_read_bytes(base / source.path, name), name, limit)
+        case specs.CsvSource():
+            return list(islice(_csv(_read_bytes(base / source.path, name), name, source.delimiter), limit))
         case specs.JsonSource():
             rows = _json(_read_bytes(base / source.path, name), name)
         case specs.ParquetSource():
@@ -65,15 +71,47 @@ def read_source(source: specs.Source, base: Path, limit: int | None) -> RawRows:
     return [(f"{name} row {i}", _as_row(row)) for i, row in enumerate(islice(rows, limit))]
 
 
+def read_first(source: specs.Source, base: Path) -> RawRows:
+    """Returns the first row of a local file, of which only the start is read; none for other sources, for a file that is
+    not there yet, and where the row is longer than `START` bytes.  Raises as `read_source` does.
+    """
+    if not isinstance(source, specs.LocalFile) or not (base / source.path).exists():
+        return []
+    name, path = source_name(source), base / source.path
+    if isinstance(source, specs.ParquetSource):
+        rows = _with_library(lambda: islice(_parquet_file(path), 1), name)
+        return [(f"{name} row 0", _as_row(row)) for row in rows]
+    start = _read_bytes(path, name, START + 1)
+    if len(start) <= START:
+        return read_source(source, base, 1)
+    if isinstance(source, specs.JsonSource):
+        return [(f"{name} row 0", _as_row(row)) for row in _first_of_list(start)]
+    complete = start.rpartition(b"\n")[0]
+    if isinstance(source, specs.CsvSource):
+        return list(islice(_csv(complete, name, source.delimiter), 1))
+    return _json_lines(complete, name, 1)
+
+
+def _first_of_list(start: bytes) -> list[Any]:
+    """The first element of a JSON list whose end is not read; none if that element has no end."""
+    text = start.decode(errors="replace").lstrip()
+    decoder = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_object)
+    try:
+        return [decoder.raw_decode(text[1:].lstrip())[0]] if text.startswith("[") else []
+    except (ValueError, RecursionError):
+        return []
+
+
 def _as_row(value: Any) -> Raw | Fault:
     if isinstance(value, Mapping | Fault):
         return value
     return Fault(f"{describe_value(value)}, not a map")
 
 
-def _read_bytes(path: Path, name: str) -> bytes:
+def _read_bytes(path: Path, name: str, size: int | None = None) -> bytes:
+    """The first `size` bytes of a file, or all of them, without a byte order mark."""
     try:
-        return read_file(path).removeprefix(b"\xef\xbb\xbf")
+        return read_start(path, size).removeprefix(b"\xef\xbb\xbf")
     except UnreadableFile as error:
         raise BadData(f"cannot read {name}: {error}") from error
 
@@ -89,7 +127,7 @@ def _json_lines(content: bytes, name: str, limit: int | None) -> RawRows:
 
 def _json_line(text: bytes) -> Raw | Fault:
     try:
-        return _as_row(_parse_json(text.decode()))
+        return _as_row(parse_json(text.decode()))
     except json.JSONDecodeError as error:
         return Fault(f"not JSON: {error.msg.lower()} at column {error.colno}")
     except UnicodeDecodeError:
@@ -98,12 +136,36 @@ def _json_line(text: bytes) -> Raw | Fault:
         return Fault("nested too deeply")
 
 
-def _json(content: bytes, name: str) -> list[Any]:
+def _csv(content: bytes, name: str, delimiter: str) -> Iterator[tuple[str, Raw | Fault]]:
+    """Yields the records after the first one, which names the columns.  A record may have several lines."""
+    csv.field_size_limit(2**31 - 1)  # of the process; by default a cell has at most 131,072 characters
+    reader = csv.reader(io.StringIO(_decode(content, name), newline=""), delimiter=delimiter, strict=True)
     try:
-        value = _parse_json(content.decode())
+        header = next(reader, [])
+        if repeated := [column for column in header if header.count(column) > 1]:
+            raise BadData(f"{name} has the column {shorten(repeated[0])} twice")
+        start = reader.line_num + 1
+        for cells in reader:
+            if len(cells) == len(header):
+                yield f"{name}:{start}", dict(zip(header, cells, strict=True))
+            elif cells:  # an empty line has none
+                yield f"{name}:{start}", Fault(f"{counted(len(cells), 'cell')}, but {counted(len(header), 'column')}")
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise BadData(f"{name}:{reader.line_num}: not CSV: {error}") from error
+
+
+def _decode(content: bytes, name: str) -> str:
+    try:
+        return content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise BadData(f"{name}:{line}: not UTF-8") from error
+
+
+def _json(content: bytes, name: str) -> list[Any]:
+    try:
+        value = parse_json(_decode(content, name))
     except RecursionError as error:
         raise BadData(f"{name} is nested too deeply") from error
     except json.JSONDecodeError as error:
@@ -118,7 +180,7 @@ def _json(content: bytes, name: str) -> list[Any]:
     return value
 
 
-def _parse_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Parses JSON; a value that cannot be read becomes a Fault, which matters only if it is used."""
     return json.loads(text, parse_int=_integer, object_pairs_hook=_object)
 
@@ -165,6 +227,15 @@ def _parquet(path: Path, limit: int | None) -> Iterable[Any]:
         return table.to_pylist()
     except Exception:  # read the rows one by one, to name the faulty one
         return list(_parquet_rows(table))
+
+
+def _parquet_file(path: Path) -> Iterator[Any]:
+    """The rows of a Parquet file, of which only what is needed is read."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1):
+            yield from batch.to_pylist()
 
 
 def _parquet_rows(table: Any) -> Iterator[Any]:

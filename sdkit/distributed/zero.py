@@ -198,6 +198,12 @@ class Zero:
                 raise RuntimeError(f"{name} has no float32 master")
             yield name, value
 
+    def moments_to_come(self, device: torch.device) -> int:
+        """Returns the bytes of this device that AdamW's moments will take: it allocates them in its first step."""
+        optimizer = self.engine.basic_optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return sum(2 * p.nbytes for p in parameters if p.device == device and not optimizer.state.get(p))
+
     def own_parts(self) -> dict[str, slice]:
         """Returns the part of each trained parameter, flattened, of which this rank has the masters (stages 1 and 2)."""
         parts: dict[str, slice] = {}
@@ -281,7 +287,8 @@ def parameter_groups(module: nn.Module, optimizer: OptimizerSpec) -> list[dict[s
 def _config(optimizer: OptimizerSpec, stage: int, bf16: bool, options: ZeroOptions) -> dict[str, Any]:
     sharding: dict[str, Any] = zero_shards.settings(options.offload) if stage == 3 else {"stage": stage}
     sharding["reduce_bucket_size"] = options.reduce_bucket_size
-    sharding["allgather_bucket_size"] = options.allgather_bucket_size
+    # DeepSpeed takes even numbers only.
+    sharding["allgather_bucket_size"] = options.allgather_bucket_size + options.allgather_bucket_size % 2
     if "optimizer" in options.offload:
         sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {

@@ -18,6 +18,7 @@ from torch.utils import swap_tensors
 from sdkit.distributed import zero, zero_shards
 from sdkit.distributed.collectives import all_gather_object, broadcast_object, rank
 from sdkit.language.errors import BadData, SdkitError
+from sdkit.language.specs import ModelSpec
 from sdkit.models.loading import build_without_weights, read_weights
 from sdkit.models.weights import Weights
 
@@ -26,12 +27,14 @@ _HOOK_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_
 """What a DeepSpeed engine leaves in a module, and the next engine would take for its own."""
 
 
-def read_on_first_rank(spec: Any, located: str) -> nn.Module:
+def read_on_first_rank(spec: ModelSpec, located: str) -> nn.Module:
     """Returns the model without adapters: with its weights on the first rank, on the `meta` device on the others.
 
     Raises the same BadData on every rank if the weights cannot be read.
     """
-    model: Any = _on_first_rank(lambda: read_weights(spec, located)) or build_without_weights(spec, located)
+    model: Any = _on_first_rank(lambda: read_weights(spec, located))
+    if model is None:
+        model = build_without_weights(spec, located)
     main = next(model.parameters()).dtype
     for parameter in model.parameters():  # as DeepSpeed does to a model that is not sharded yet
         if parameter.is_floating_point() and parameter.dtype != main:
@@ -48,7 +51,7 @@ def empty_copy(model: nn.Module) -> nn.Module:
 
 
 def shard(weights: Weights, device: torch.device, offload: Sequence[str]) -> None:
-    """Move a model to `device` and keep this rank's shard of each parameter, from the first rank's values; buffers become the first rank's.
+    """Move a model to `device`, with the first rank's buffers and this rank's shards of the first rank's parameters.
 
     Parameters that are on the `meta` device on every rank get undefined values.
     """
@@ -120,7 +123,7 @@ def _build_like_first_rank(model: nn.Module, located: str) -> None:
         groups.setdefault(id(parameter), []).append(name)
     layout = broadcast_object([(names, own[names[0]].shape, own[names[0]].dtype) for names in groups.values()])
     if any(all_gather_object(sorted(own) != sorted(name for names, _, _ in layout for name in names))):
-        raise BadData(f"{located} holds other parameters than its config.json describes", path=("model", "path"))
+        raise BadData(f"{located} holds other parameters than its config.json describes")
     for names, shape, dtype in layout if rank() else ():
         parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
         for name in names:
@@ -131,7 +134,7 @@ def _share_buffers(model: nn.Module, device: torch.device) -> None:
     """Move the buffers to `device`, with the first rank's values."""
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         value = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device).contiguous()
-        torch.distributed.broadcast(value, src=0)
+        torch.distributed.broadcast(value.view(-1).view(torch.uint8), src=0)
         _set_tensor(model, name, value)
 
 

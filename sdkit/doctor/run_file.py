@@ -12,9 +12,10 @@ import torch
 from sdkit.api import plan_spec
 from sdkit.doctor.findings import Finding
 from sdkit.doctor.host import check_disk
-from sdkit.language.specs import ExperimentSpec, ShapeSpec, VllmBackend, VllmServerBackend
-from sdkit.plan.machine import shape_of, vllm_version
-from sdkit.plan.memory import BYTES, trained_parameters
+from sdkit.language.specs import ExperimentSpec, VllmBackend, VllmServerBackend
+from sdkit.plan.disk import DiskEstimate
+from sdkit.plan.machine import vllm_version
+from sdkit.plan.memory import GIB, MemoryEstimate
 from sdkit.plan.plan import Plan
 
 ANSWER_SECONDS = 2.0
@@ -29,9 +30,9 @@ def check_run_file(spec: ExperimentSpec, base: Path) -> Iterator[Finding]:
         if not line.startswith("rollout.backend "):
             yield Finding(check="plan", found=line)
     if plan.memory:
-        yield _check_memory(plan)
-    if shape := shape_of(spec, base):
-        yield check_disk("disk of the run", Path(spec.output.folder), _disk_bytes(spec, shape))
+        yield _check_memory(plan, plan.memory)
+    if plan.disk:
+        yield check_disk("disk of the run", Path(spec.output.folder), _disk_bytes(spec, plan.disk))
     if isinstance(plan.backend, VllmServerBackend):
         yield from map(_check_server, plan.backend.urls)
 
@@ -46,29 +47,25 @@ def _check_backend(plan: Plan) -> Finding:
     return Finding(check="rollout.backend", found=found)
 
 
-def _check_memory(plan: Plan) -> Finding:
+def _check_memory(plan: Plan, memory: MemoryEstimate) -> Finding:
     available, place = plan.memory_gib, "this machine has"
     if torch.cuda.is_available():
         sizes = [torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count())]
         available, place = min(sizes) / 2**30, "the smallest GPU has"
-    found = f"about {plan.peak_gib:.1f} GiB a rank"
+    found = f"about {memory.peak_gib:.1f} GiB a rank"
     if available is None:
         return Finding(check="memory of the run", found=found)
     found += f", {place} {available:.1f}"
-    if plan.peak_gib <= available:
+    if memory.peak_gib <= available:
         return Finding(check="memory of the run", found=found)
-    advice = "`sdkit plan` shows the parts: train LoRA adapters, shard over more ranks, or lower training.micro_batch_tokens"
+    advice = "`sdkit plan` shows the parts and the settings that lower them"
     return Finding(check="memory of the run", state="problem", found=found, advice=advice)
 
 
-def _disk_bytes(spec: ExperimentSpec, shape: ShapeSpec) -> float:
-    """The trained model, and checkpoints: weights, masters and moments, and averages of a teacher that follows."""
-    model = shape.parameters * BYTES[spec.model.dtype]
-    trained = trained_parameters(spec, shape)
-    averages = any(weights.follows_student for _, weights in spec.teachers())
-    checkpoint = trained * (BYTES[spec.model.dtype] + 12 + 4 * averages)
+def _disk_bytes(spec: ExperimentSpec, disk: DiskEstimate) -> float:
+    """The trained model, the best one, and the checkpoints that are there at the same time."""
     kept = spec.output.keep_checkpoints + 1 if spec.output.checkpoint_every else 1
-    return model * (1 + (spec.output.keep_best is not None)) + kept * checkpoint
+    return (disk.model * (1 + (spec.output.keep_best is not None)) + kept * disk.checkpoint) * GIB
 
 
 def _check_server(url: str) -> Finding:

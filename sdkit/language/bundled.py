@@ -36,6 +36,8 @@ BUNDLED: Mapping[str, BundledModel] = {
             vocab_size=49_152,
             max_position_embeddings=8_192,
             kv_width=192,
+            intermediate_size=1_536,
+            num_attention_heads=9,
         ),
     )
 }

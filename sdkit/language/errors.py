@@ -67,6 +67,7 @@ class SdkitError(Exception):
     """
 
     exit_code = 1
+    is_failure = True
 
     def __init__(
         self, message: str, *, hint: str | None = None, place: Place | None = None, path: Path | None = None
@@ -124,6 +125,7 @@ class Stopped(SdkitError):
     """Stopped on request; `--resume` continues."""
 
     exit_code = 7
+    is_failure = False
 
 
 class NumericsGuard(SdkitError):

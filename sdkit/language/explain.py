@@ -35,7 +35,7 @@ from sdkit.language.rules import RULES
 from sdkit.language.rules.base import Rule
 from sdkit.language.shape_codes import SHAPE_CODES, ShapeCode
 from sdkit.language.specs import ExperimentSpec, Schedule, Table
-from sdkit.language.suggestions import SYNONYMS, Occurrence, all_keys
+from sdkit.language.suggestions import BY_PEER, SYNONYMS, Occurrence, all_keys
 
 MAX_EXPLAINED = 3
 """More keys of one name are listed, each with its path, instead of explained."""
@@ -268,6 +268,8 @@ def _closest(words: Sequence[str]) -> str | None:
         return hint
     if paths := [spelled(at.path) for at in all_keys() if at.key.name == name]:
         return did_you_mean(spelled(tuple(words)), paths) or f'sdkit has "{paths[0]}"'
+    if name in BY_PEER:
+        return BY_PEER[name]
     if ours := SYNONYMS.get(name):
         return f'sdkit calls it "{ours[0]}"'
     known = names()

@@ -36,6 +36,14 @@ class UnreadableFile(Exception):
 
 def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     """Returns the content of a regular file of at most `limit` bytes.  Raises UnreadableFile."""
+    content = read_start(path, None if limit is None else limit + 1)
+    if limit is not None and len(content) > limit:
+        raise UnreadableFile(f"larger than {_format_size(limit)}")
+    return content
+
+
+def read_start(path: str | os.PathLike[str], size: int | None) -> bytes:
+    """Returns the first `size` bytes of a regular file, or all of them.  Raises UnreadableFile."""
     try:
         if kind := irregular_kind(path):  # opening a pipe or a device can have side effects
             raise UnreadableFile(kind)
@@ -43,16 +51,13 @@ def read_file(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise UnreadableFile("this is not a regular file")
-            content = file.read() if limit is None else file.read(limit + 1)
+            return file.read() if size is None else file.read(size)
     except FileNotFoundError:
         raise UnreadableFile("there is no such file") from None
     except OSError as error:
         raise UnreadableFile((error.strerror or str(error)).lower()) from None
     except ValueError:  # a NUL byte, or characters that are invalid in file names
         raise UnreadableFile("this is not a file name") from None
-    if limit is not None and len(content) > limit:
-        raise UnreadableFile(f"larger than {_format_size(limit)}")
-    return content
 
 
 def irregular_kind(path: str | os.PathLike[str]) -> str | None:

@@ -10,6 +10,11 @@ from sdkit.language.bundled import BUNDLED, PREFIX
 from sdkit.language.files import MAX_CONFIG_BYTES, read_json_object
 from sdkit.language.specs import ShapeSpec
 
+PLAIN_MLP = frozenset({"gpt_neox", "nemotron", "phi", "starcoder2"})
+"""Model types whose feed-forward part has no gate."""
+QK_NORM = ("exaone4", "gemma3", "olmo2", "olmo3", "qwen3")
+"""Beginnings of the model types that normalize queries and keys."""
+
 
 def shape_at(path: str, base: Path) -> ShapeSpec | None:
     """Returns the shape of a bundled model or of a local folder (relative to `base`), or None if it is unknown."""
@@ -18,23 +23,26 @@ def shape_at(path: str, base: Path) -> ShapeSpec | None:
         return bundled and bundled.shape
     config = read_json_object(base / path / "config.json", MAX_CONFIG_BYTES)
     try:
-        return _shape_from_config(config) if config else None
+        return shape_from_config(config) if config else None
     except (ValueError, LookupError, TypeError, ArithmeticError):
         return None
 
 
-def _shape_from_config(config: Mapping[str, Any]) -> ShapeSpec:
+def shape_from_config(config: Mapping[str, Any]) -> ShapeSpec:
+    """Returns the shape that a model's config.json describes.  Raises LookupError for a missing key."""
     sizes = {name: value for name, value in config.items() if type(value) is int}
-    return _shape_from_sizes(sizes, tied=config.get("tie_word_embeddings") is True)
+    kind = str(config.get("model_type"))
+    tied = config.get("tie_word_embeddings") is True
+    return _shape_from_sizes(sizes, tied, gated=kind not in PLAIN_MLP, qk_norm=kind.startswith(QK_NORM))
 
 
-def _shape_from_sizes(config: Mapping[str, int], tied: bool) -> ShapeSpec:
+def _shape_from_sizes(config: Mapping[str, int], tied: bool, *, gated: bool, qk_norm: bool) -> ShapeSpec:
     hidden, layers, vocabulary = (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"])
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads
     keys = width * (config.get("num_key_value_heads") or heads)
     attention = 2 * hidden * (heads * width + keys)
-    feed_forward = 3 * hidden * config["intermediate_size"]
+    feed_forward = (3 if gated else 2) * hidden * config["intermediate_size"]
     embeddings = vocabulary * hidden * (1 if tied else 2)
     return ShapeSpec(
         parameters=layers * (attention + feed_forward + 2 * hidden) + embeddings + hidden,
@@ -43,4 +51,9 @@ def _shape_from_sizes(config: Mapping[str, int], tied: bool) -> ShapeSpec:
         vocab_size=vocabulary,
         max_position_embeddings=config["max_position_embeddings"],
         kv_width=keys,
+        q_width=heads * width,
+        intermediate_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        gated_mlp=gated,
+        qk_norm=qk_norm,
     )

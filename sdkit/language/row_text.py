@@ -53,6 +53,24 @@ def lines_of(value: Any) -> str | None:
     return text_of(value)
 
 
+def content_text(content: Any) -> str:
+    """Returns the text of a message's content: text, or a list of parts of type text, joined by newlines as vLLM does.
+
+    Raises Fault for anything else.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple) or not all(isinstance(part, Mapping) for part in content):
+        raise Fault(f"{describe_value(content)}, not text")
+    texts = []
+    for part in content:
+        entries = {key: value for key, value in part.items() if value is not None}
+        if not isinstance(text := entries.get("text"), str) or entries != {"type": "text", "text": text}:
+            raise Fault(f"a list with a part of type {shorten(entries.get('type'))}, not {{type: text, text: …}}")
+        texts.append(text)
+    return "\n".join(texts)
+
+
 def is_missing(value: Any) -> bool:
     """Whether the value is null or NaN."""
     if isinstance(value, Decimal):
@@ -131,9 +149,10 @@ def _message_content(message: Mapping[Any, Any]) -> str:
         raise Fault("a map, not text or an assistant message {role: assistant, content: …}")
     if message["role"] != "assistant":
         raise Fault(f"a message of the role {shorten(message['role'])}, not 'assistant'")
-    if not isinstance(message["content"], str):
-        raise Fault(f"an assistant message that holds {describe_value(message['content'])}, not text")
-    return _checked_text(message["content"])
+    try:
+        return _checked_text(content_text(message["content"]))
+    except Fault as fault:
+        raise Fault(f"an assistant message that holds {fault}") from None
 
 
 def _checked_text(text: str) -> str:

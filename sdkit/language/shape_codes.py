@@ -106,6 +106,12 @@ SHAPE_CODES: Mapping[str, ShapeCode] = {
             "model's path that is no folder from there is the id of a model of the hub; if it is a folder beside the "
             "run file, that would be loaded instead.",
         ),
+        (
+            "first_row",
+            "the first row of a local data file has what the run reads",
+            "A wrong column would otherwise show when the run starts.  `sdkit validate --data 2` checks every row and "
+            "renders the prompts.",
+        ),
     )
 }
 """Code → its explanation, in the order in which the problems are found."""

@@ -166,8 +166,11 @@ class _Structurer:
         """A union without kinds, whose members differ in shape: a map, a list or a scalar."""
         shapes: dict[Any, Any] = {}
         for option in options:
-            origin = typing.get_origin(option)
-            shapes[dict if is_spec(option) else list if origin is tuple else None] = option
+            if is_spec(option):  # of several classes, the first with one of the keys, else the first
+                fits = isinstance(data, dict) and not data.keys().isdisjoint(keys_of(option))
+                shapes[dict] = option if fits else shapes.get(dict, option)
+            else:
+                shapes[list if typing.get_origin(option) is tuple else None] = option
         for shape in (dict, list):
             if isinstance(data, shape) and shape in shapes:
                 return self.value(shapes[shape], data, path)

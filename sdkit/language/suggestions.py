@@ -69,12 +69,20 @@ _ROWS = (
     "it counts rows: training.micro_batch_tokens counts tokens, and training.prompts_per_step the prompts of a step on all "
     "ranks"
 )
+_ALPHA = (
+    "alpha of the SDPO repository, distillation_alpha of TRL, is the divergence: 0 is forward_kl, 1 reverse_kl, a number between "
+    "them {kind: jsd, teacher_share: alpha}"
+)
 BY_PEER: Mapping[str, str] = {
+    "alpha": _ALPHA,
+    "distillation_alpha": _ALPHA,
     "beta": "beta of TRL's GKDConfig is teacher_share in divergence: {kind: jsd}; beta of GRPOConfig is the coefficient of a "
     "loss term of kind reference_kl",
     "per_device_train_batch_size": _ROWS,
     "micro_batch_size": _ROWS,
     "ppo_micro_batch_size_per_gpu": _ROWS,
+    "ppo_mini_batch_size": "it counts the prompts of one optimizer step in verl: training.updates_per_rollout is train_batch_size "
+    "divided by it",
     "gradient_accumulation_steps": "sdkit accumulates over the micro-batches of a step: training.prompts_per_step is the size of "
     "the step, training.micro_batch_tokens that of a forward pass",
 }
@@ -103,7 +111,7 @@ REFUSED: Mapping[tuple[str | int, str], str] = {
 """(key, value) → what to write instead, and why sdkit does not accept it."""
 
 
-_FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
+_FILE_KINDS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Endings of data files → the kind of source that reads them."""
 
 
@@ -121,7 +129,7 @@ def advice(name: str, cls: type, parent: Path) -> str | None:
     synonyms = SYNONYMS.get(name, [])
     for word in synonyms:
         if word in here:
-            return f'sdkit calls it "{word}"' + (f", which is 1 − {name}" if name.endswith("decay") else "")
+            return f'sdkit calls it "{word}"{_conversion(name, word)}'
     if name in BY_PEER:
         return BY_PEER[name]
     if close := nearest(name, here, cutoff=0.85):
@@ -132,6 +140,15 @@ def advice(name: str, cls: type, parent: Path) -> str | None:
         noun, has = ("kind", "has") if len(kinds) == 1 else ("kinds", "have")
         return f"only {noun} {listed(kinds, ' and ')} {has} it"
     return _home(name, parent) or did_you_mean(name, here) or _home_of_synonym(synonyms, parent)
+
+
+def _conversion(name: str, key: str) -> str:
+    """How a peer's value becomes that of sdkit's key, if the two are not the same for certain."""
+    if name.endswith("decay"):
+        return f", which is 1 − {name}"
+    if key == "update_rate" and name in ("alpha", "beta", "tau"):
+        return f", the student's share in an update; it is 1 − {name} if {name} is the share that stays"
+    return ""
 
 
 def _kinds_with(name: str, parent: Path) -> list[str]:

@@ -36,7 +36,7 @@ def projected_loss(
     reference: TeacherScores | None = None,
     transform: LogitTransform = IDENTITY,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the scalar loss, with a graph, and the objective's sums over all M tokens.
+    """Returns the scalar loss, with a graph, and the objective's sums over all M tokens (its values per token, [M]).
 
     hidden [M, H] and head [V, H] have the model's dtype.  Logits are computed in that dtype, with the student's
     `transform`, and converted to float32 afterwards (objective.py).  Without grad mode, or if no input requires a
@@ -60,7 +60,7 @@ def projected_loss(
             others = teacher and select_scores(teacher, part), reference and logits_of(reference, part)
         for loss, sums in _block_losses(products, chunk, objective, transform, *others, needs_grad=needs_grad):
             losses.append(loss)
-            stats = {name: value + stats.get(name, 0.0) for name, value in sums.items()}
+            stats = {name: _joined(stats.get(name), value) for name, value in sums.items()}
         if grad_hidden is None:
             continue
         gradient = products  # _block_losses has replaced each product by its gradient
@@ -104,6 +104,13 @@ def _block_rows(products: Tensor) -> int:
     if products.device.type != "cpu":
         return max(len(products), 1)
     return max(BLOCK_BYTES // (4 * products.shape[1]), 1)
+
+
+def _joined(first: Tensor | None, second: Tensor) -> Tensor:
+    """The sum of two scalars, or two vectors one after the other."""
+    if first is None:
+        return second
+    return torch.cat([first, second]) if second.ndim else first + second
 
 
 def _at(scores: Tensor | TopKLogprobs, rows: slice) -> Tensor | TopKLogprobs:

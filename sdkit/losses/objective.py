@@ -27,6 +27,7 @@ from sdkit.language.specs import (
     ImportanceSpec,
     Jsd,
     LinearMix,
+    LogRatio,
     Loss,
     MaskSpec,
     PerSequence,
@@ -64,6 +65,11 @@ UserDivergence = Callable[[Tensor, Tensor], Tensor]
 """A user-defined divergence: log-probabilities of student and teacher on the support, [C, K], [C, K] -> [C]."""
 
 
+TOKEN_DIVERGENCE = "token_divergence"
+"""The one entry of an objective's sums that has a value for each token, [C]: the divergence between teacher and student,
+summed over the terms that compare them; 0 at tokens that they do not count."""
+
+
 def unmasked_span(mask: MaskSpec, length: int) -> range:
     """Returns the positions of a completion of `length` tokens that a term counts; both bounds start at 0."""
     end = length if mask.prefix is None else min(length, mask.prefix)
@@ -92,7 +98,7 @@ def row_weights(average: Average, lengths: Tensor, counts: Counts) -> Tensor:
 class Objective:
     """Σ_terms coefficient · Σ_j weight_j · correction_j · ℓ_j over the tokens j of a chunk.
 
-    `temperature` is the sampling temperature.  It applies to every term without a temperature of its own, and always to
+    With `per_token`, the sums have TOKEN_DIVERGENCE too.  `temperature` is the sampling temperature.  It applies to every term without a temperature of its own, and always to
     importance ratios (both sides are probabilities of sampling the token).  `functions` holds the user-defined
     divergences by term.  Raises TypeError for a schedule (`schedules.at_step` resolves them), ValueError for a sampled
     token with a divergence other than the reverse KL, for more than one term whose sampler ratio is a sequence mean,
@@ -101,7 +107,12 @@ class Objective:
     """
 
     def __init__(
-        self, losses: Mapping[str, Loss], temperature: float, functions: Mapping[str, UserDivergence] | None = None
+        self,
+        losses: Mapping[str, Loss],
+        temperature: float,
+        functions: Mapping[str, UserDivergence] | None = None,
+        *,
+        per_token: bool = False,
     ) -> None:
         for path, _ in schedules(losses):
             raise TypeError(f"{spelled(path)} is a schedule, which has no value without a step: call at_step first")
@@ -115,6 +126,7 @@ class Objective:
         self.losses = losses
         self._functions = functions or {}
         self._temperature = temperature
+        self._per_token = per_token
 
     @property
     def needs_teacher(self) -> bool:
@@ -151,6 +163,7 @@ class Objective:
         """
         sides = Distributions(student_logits, teacher, reference_logits)
         parts: list[Tensor] = []
+        divergences: list[Tensor] = []
         stats: dict[str, Tensor] = {}
         for name, term in self.losses.items():
             token_loss, corrected, metrics = self._term(name, sides, tokens)
@@ -162,6 +175,10 @@ class Objective:
             metrics = {"tokens": torch.ones_like(token_loss), "token_loss": token_loss, **metrics}
             for key, values in metrics.items():
                 stats[f"{name}/{key}"] = values.detach().masked_fill(~counts, 0.0).sum()
+            if self._per_token and (values := _teacher_divergence(term, metrics)) is not None:
+                divergences.append(values.detach().masked_fill(~counts, 0.0))
+        if divergences:
+            stats[TOKEN_DIVERGENCE] = torch.stack(divergences).sum(0)
         return torch.stack(parts).sum(), stats
 
     def _term(self, name: str, sides: Distributions, tokens: Tokens) -> tuple[Tensor, Tensor | float, LossMetrics]:
@@ -268,6 +285,19 @@ def with_sequence_statistics(
         means = sequence_means(objective.losses, current, teacher_logprobs(), tokens, rows)
         tokens = evolve(tokens, sequence_means=means)
     return tokens
+
+
+def _teacher_divergence(term: Loss, metrics: LossMetrics) -> Tensor | None:
+    """Returns how far teacher and student are apart at each token, [C]; None for a term that does not compare them."""
+    match term:
+        case Distillation(support=SampledTokenSupport()):
+            return metrics.get("k1")
+        case Distillation():
+            return metrics["token_loss"]
+        case PolicyGradient(advantage=LogRatio()):
+            return -metrics["advantage"]
+        case _:
+            return None
 
 
 def sampler_ratio(losses: Mapping[str, Loss], student_logprobs: Tensor, tokens: Tokens, rows: int) -> Tensor:

@@ -50,4 +50,5 @@ class Machine:
     memory_gib: float | None = None
     vllm: str | None = None  # version, if installed
     emulates_bfloat16: bool = False  # no hardware support for bfloat16
+    on_cpu: bool = False  # no accelerator: the models are in the host's memory
     accelerator: Accelerator | None = None

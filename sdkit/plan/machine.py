@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 from importlib import metadata
 from pathlib import Path
 
@@ -17,22 +18,42 @@ GPU_FILES = ("/dev/nvidiactl", "/dev/kfd")
 
 
 def machine_for(spec: ExperimentSpec, ranks: int | None = None) -> Machine:
-    """Returns this machine's properties.  The spec's `machine` takes precedence, but `ranks`, if given, over both."""
+    """Returns this machine's properties, but its memory only if the spec states it (else see `memory_gib`).
+
+    The spec's `machine` takes precedence, but `ranks`, if given, over both.
+    """
     stated = spec.machine
     accelerator = ACCELERATORS[stated.accelerator] if stated and stated.accelerator else None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Machine(
         ranks=ranks or (stated.ranks if stated else 1),
-        memory_gib=stated.memory_gib if stated and stated.memory_gib else memory,
+        memory_gib=stated.memory_gib if stated else None,
         vllm=vllm_version(),
         emulates_bfloat16=accelerator is None and emulates_bfloat16(),
         accelerator=accelerator,
+        on_cpu=accelerator is None and not has_gpu(),
     )
+
+
+def has_gpu() -> bool:
+    """Whether the driver of a GPU is loaded and the run may use it."""
+    return not cpu_requested() and any(Path(device).exists() for device in GPU_FILES)
+
+
+def memory_gib() -> float | None:
+    """Returns the memory of the smallest NVIDIA GPU, or the host's if there is no GPU; None if it is not known."""
+    if not has_gpu():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        printed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        return min(float(mib) for mib in printed.split()) / 1024
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def emulates_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether no GPU is used and the CPU has no bfloat16 instructions (9 times slower than float32 on AVX2)."""
-    if not cpu_requested() and any(Path(device).exists() for device in GPU_FILES):
+    if has_gpu():
         return False
     try:
         words = set(cpuinfo.read_text(encoding="utf-8").split())

@@ -28,7 +28,18 @@ from sdkit.language.specs import (
     required_statistics,
 )
 from sdkit.plan.accelerators import Machine
-from sdkit.plan.memory import BYTES, GIB, MemoryShare, estimate_memory, has_frozen_teacher
+from sdkit.plan.disk import DiskEstimate, estimate_disk
+from sdkit.plan.memory import (
+    BYTES,
+    GIB,
+    MemoryEstimate,
+    engine_gib,
+    engine_weights_gib,
+    has_frozen_teacher,
+    zero_stage,
+)
+from sdkit.plan.processes import describe_processes
+from sdkit.plan.savings import plan_memory
 from sdkit.plan.time import StepTime, estimate_step_time
 
 ChosenBackend = TransformersBackend | VllmBackend | VllmServerBackend
@@ -47,6 +58,7 @@ class Plan:
     prompts_per_rank: int
     rollouts_per_step: int
     updates_per_step: int
+    rows: int | None  # training rows, if known
     steps: int | None  # rollout batches; None for epochs until the data is read
     oldest_rollout: int  # optimizer steps between sampling and the last update on a batch
     needs_old_logprobs: bool
@@ -54,7 +66,9 @@ class Plan:
     objective: tuple[str, ...]
     roles: tuple[str, ...]
     weight_sync: str
-    memory: tuple[MemoryShare, ...]
+    processes: tuple[str, ...]
+    disk: DiskEstimate | None  # None if the model's shape is not known
+    memory: MemoryEstimate | None  # None if the model's shape is not known
     memory_gib: float | None  # of the machine, per rank
     step_time: StepTime | None  # None if the spec states no accelerator
     derived: tuple[str, ...] = field(factory=tuple)
@@ -65,8 +79,9 @@ class Plan:
         return None if self.steps is None else self.steps * self.updates_per_step
 
     @property
-    def peak_gib(self) -> float:
-        return sum(share.gib for share in self.memory)
+    def peak_gib(self) -> float | None:
+        """The most memory that a rank uses; None if the model's shape is not known."""
+        return self.memory.peak_gib if self.memory else None
 
 
 @frozen(kw_only=True)
@@ -100,10 +115,9 @@ def make_plan(
     `rows` is the number of training rows, if known; epochs need it.  `other_shapes` maps the path of each model besides
     the student's to its shape, if known.
     """
-    stage: int = spec.training.zero_stage
-    if stage == 0 and spec.model.dtype == "bfloat16":
-        stage = 1  # DeepSpeed's stage 0 has no float32 gradients in bfloat16
+    stage = zero_stage(spec)
     backend, reason = _choose_backend(spec, machine)
+    _check_engine_ranks(backend, machine.ranks)
     steps = _count_steps(spec, rows)
     updates = spec.training.updates_per_rollout
     other_shapes = other_shapes or {}
@@ -116,6 +130,7 @@ def make_plan(
         prompts_per_rank=prompts_per_rank(spec, machine.ranks),
         rollouts_per_step=spec.training.prompts_per_step * spec.rollout.completions_per_prompt,
         updates_per_step=updates,
+        rows=rows,
         steps=steps,
         oldest_rollout=(spec.rollout.max_staleness + 1) * updates - 1,
         needs_old_logprobs=spec.needs_old_logprobs,
@@ -123,13 +138,16 @@ def make_plan(
         objective=_objective(spec),
         roles=tuple(_roles(spec)),
         weight_sync=_describe_sync(spec, backend, shape),
-        memory=estimate_memory(spec, backend, stage, machine, shape, other_shapes) if shape else (),
+        processes=describe_processes(spec, backend, machine),
+        disk=estimate_disk(spec, shape) if shape else None,
+        memory=plan_memory(spec, backend, machine, shape, other_shapes) if shape else None,
         memory_gib=machine.memory_gib,
         step_time=estimate_step_time(spec, backend, machine, shape, other_shapes),
         derived=(
             *_precision_notes(spec, machine, stage),
             *_attention_notes(spec),
             *_backend_notes(spec, backend, reason, stage),
+            *_engine_notes(spec, backend, machine, shape),
             *_default_notes(spec, steps, rows),
             *_teacher_lift_notes(spec, backend),
             *_served_teacher_notes(spec),
@@ -170,6 +188,19 @@ def _backend_notes(
         yield f"rollout.backend auto is {backend.kind}: {reason}"
 
 
+def _engine_notes(
+    spec: ExperimentSpec, backend: ChosenBackend | ReplayBackend, machine: Machine, shape: ShapeSpec | None
+) -> Iterator[str]:
+    """A vLLM engine whose share of the memory does not hold its weights."""
+    if shape and isinstance(backend, VllmBackend):
+        share, weights = engine_gib(spec, backend, machine, shape), engine_weights_gib(spec, backend, shape)
+        if share <= weights:
+            yield (
+                f"rollout.backend.gpu_memory_utilization {backend.gpu_memory_utilization:g} is {share:.1f} GiB, too "
+                f"little for vLLM's weights of {weights:.1f} GiB and its cache"
+            )
+
+
 def _default_notes(spec: ExperimentSpec, steps: int | None, rows: int | None) -> Iterator[str]:
     sampling = f"{spec.rollout.temperature:g}, the sampling temperature"
     for name, term in spec.losses.items():
@@ -177,6 +208,9 @@ def _default_notes(spec: ExperimentSpec, steps: int | None, rows: int | None) ->
             yield f"losses.{name}.temperature is {sampling}"
     if spec.training.steps is None and steps is not None:
         yield f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps"
+    if rows and spec.training.prompts_per_step > rows:
+        repeats = spec.training.prompts_per_step / rows
+        yield f"training.prompts_per_step is more than the {rows} rows: a batch holds each row {repeats:.3g} times"
 
 
 def _teacher_lift_notes(spec: ExperimentSpec, backend: ChosenBackend | ReplayBackend) -> Iterator[str]:
@@ -212,6 +246,16 @@ def prompts_per_rank(spec: ExperimentSpec, ranks: int) -> int:
     if fault := indivisible(spec, ranks):
         raise UnreadableInput(f"training.{fault}", hint=f"use a multiple of {ranks}")
     return spec.training.prompts_per_step // ranks
+
+
+def _check_engine_ranks(backend: ChosenBackend | ReplayBackend, ranks: int) -> None:
+    """Raise UnreadableInput unless the ranks can be divided into groups that share an engine."""
+    if isinstance(backend, VllmBackend) and ranks % backend.tensor_parallel_size:
+        raise UnreadableInput(
+            f"rollout.backend.tensor_parallel_size is {backend.tensor_parallel_size}, but there "
+            f"{'is' if ranks == 1 else 'are'} {counted(ranks, 'rank')}, which share the engines",
+            hint="start a multiple of it (--processes, or machine.ranks in `sdkit plan`)",
+        )
 
 
 def _objective(spec: MethodSpec) -> tuple[str, ...]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from sdkit.language.specs import ExperimentSpec
+from sdkit.language.errors import counted
+from sdkit.language.specs import ExperimentSpec, VllmEngine
 from sdkit.plan.plan import MethodPlan, Plan
 
+NEARLY_FULL = 0.9
+"""Share of the memory above which an estimate may not fit."""
 STATISTICS = "measured before the first update on each batch"
 
 
@@ -30,19 +33,23 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
         "roles": plan.roles,
         STATISTICS: plan.statistics,
         "batches": [
+            *_rows(spec, plan),
             f"rollout batches: {steps}",
             f"each: {batch}; {plan.prompts_per_rank} prompts on each of {plan.ranks} rank{'s' * (plan.ranks > 1)}",
             f"optimizer steps: {updates} ({plan.updates_per_step} per rollout batch)",
             f"micro-batches: up to {training.micro_batch_tokens} padded tokens, sorted by length{sharing}",
             f"oldest rollout: {plan.oldest_rollout} optimizer steps behind",
         ],
+        "processes": plan.processes,
         "weights": [
             f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments{_placement(spec, plan)}",
             *_reduction(spec, plan),
             f"backend: {plan.backend.kind} ({plan.backend_reason})",
+            *([f"engine: {plan.backend.describe()}"] if isinstance(plan.backend, VllmEngine) else ()),
             plan.weight_sync,
         ],
-        "memory per rank (estimate)": _memory(plan),
+        f"memory per rank (estimate){_at_phase(plan)}": _memory(plan),
+        "disk (estimate)": _disk(spec, plan),
         "time of a step (estimate)": _time(plan),
         "derived": plan.derived,
     }
@@ -60,11 +67,41 @@ def _format_sections(sections: Mapping[str, Sequence[str]]) -> str:
     )
 
 
+def _rows(spec: ExperimentSpec, plan: Plan) -> Iterator[str]:
+    """The number of rows and how often the run uses each; nothing if it is not known."""
+    if plan.rows is None:
+        return
+    suites = ", before those held out are dropped" if spec.suites else ""
+    uses = ""
+    if plan.steps is not None:
+        uses = f"; the run uses each {plan.steps * spec.training.prompts_per_step / plan.rows:.3g} times"
+    yield f"rows: {plan.rows}{suites}{uses}"
+
+
+def _disk(spec: ExperimentSpec, plan: Plan) -> list[str]:
+    if plan.disk is None:
+        return []
+    output = spec.output
+    when = "if the run is stopped"
+    if output.checkpoint_every:
+        kept = f", {output.keep_checkpoints + 1} of them while one is written"
+        when = f"every {counted(output.checkpoint_every, 'step')}{kept}"
+    best = ", and as much for the best one" if output.keep_best else ""
+    return [
+        f"{plan.disk.checkpoint:8.2f} GiB  a checkpoint, {when}",
+        f"{plan.disk.model:8.2f} GiB  the trained model{best}",
+    ]
+
+
 def _placement(spec: ExperimentSpec, plan: Plan) -> str:
     """How weights are sharded and offloaded."""
     sharded = "; every model sharded over the ranks" if plan.zero_stage == 3 else ""
     offloaded = " and ".join(what.replace("_", " ") for what in spec.training.offload)
     return sharded + (f"; {offloaded} in CPU memory" if offloaded else "")
+
+
+def _at_phase(plan: Plan) -> str:
+    return f", at its peak in the {plan.memory.phase}" if plan.memory else ""
 
 
 def _reduction(spec: ExperimentSpec, plan: Plan) -> list[str]:
@@ -75,15 +112,19 @@ def _reduction(spec: ExperimentSpec, plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    if not plan.memory:
+    memory = plan.memory
+    if memory is None:
         return ["unknown: the model's shape is not at hand; state it as model.shape"]
-    lines = [f"{share.gib:8.2f} GiB  {share.label}" for share in plan.memory]
-    lines.append(f"{plan.peak_gib:8.2f} GiB  total")
+    lines = [f"{share.gib:8.2f} GiB  {share.label}" for share in memory.shares if not share.host]
+    lines.append(f"{memory.peak_gib:8.2f} GiB  total")
     if plan.memory_gib:
         lines.append(f"{plan.memory_gib:8.2f} GiB  available")
-        if plan.peak_gib > plan.memory_gib:
-            lines.append("more than available: train LoRA adapters, or lower training.micro_batch_tokens")
-    return lines
+        if memory.peak_gib > plan.memory_gib:
+            lines.append("more than available" + (": one of these changes alone leads to" if memory.savings else ""))
+            lines += [f"{gib:8.2f} GiB  {change}" for change, gib in memory.savings]
+        elif memory.peak_gib > NEARLY_FULL * plan.memory_gib:
+            lines.append("nearly all of it: the estimate leaves out the device's context, NCCL and fragmentation")
+    return [*lines, *(f"{share.gib:8.2f} GiB  {share.label}, in CPU memory" for share in memory.shares if share.host)]
 
 
 def _time(plan: Plan) -> list[str]:

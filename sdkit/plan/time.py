@@ -109,6 +109,8 @@ def _missing_figure(
         return "how fast the rollout servers sample is not known"
     if sampled and not isinstance(backend, VllmBackend | ReplayBackend):
         return f"the figures are vLLM's, and the backend is {backend.kind}"
+    if sampled and isinstance(backend, VllmBackend) and (backend.tensor_parallel_size > 1 or not backend.is_exact):
+        return "how fast quantized or shared engines sample is not known"
     if spec.rollout.max_prompt_tokens is None:
         return "how long prompts are is not known; state rollout.max_prompt_tokens"
     if sees and sees.max_prompt_tokens is None:

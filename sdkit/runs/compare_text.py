@@ -51,8 +51,8 @@ def compare(paths: Sequence[Path], console: Console, target: Path, axis: Axis, s
         print_warning(console, few, FEW_PROMPTS_ADVICE)
     if len(runs) > 1:
         _print_verdicts(runs, keys, axis, console)
-    headline = runs[0].headline if score is None else keys[0]
-    shown = [key for key in keys if (key[0], key[2]) == (headline[0], headline[2])]
+    main = {run.main_score(suite) for run in runs for suite in run.suites}
+    shown = [key for key in keys if score is not None or (key[0], key[2]) in main]
     try:
         plot_runs(runs, shown, target)
     except OSError as error:

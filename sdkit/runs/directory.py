@@ -2,7 +2,7 @@
 
 spec.yaml         the run file as written         metrics.jsonl   one object a line, with `step`
 resolved.yaml     every value of the spec         rollouts/       every rollout of every step
-provenance.json   versions, git, data, argv       samples/        a few, with prompts as text
+provenance.json   versions, git, data, attempts   samples/        a few as text, as JSON lines and Markdown
 status.json       state: running, done, …         evaluations/    each held-out completion and its scores
 warnings.jsonl    tripwires that went off         tensorboard/    events
 plot.png          loss, score, length             error.txt       traceback of an unexpected failure
@@ -24,7 +24,7 @@ from typing import Any
 
 from sdkit import processes
 from sdkit.language.errors import BadEnvironment, UnreadableInput
-from sdkit.language.files import read_json_object
+from sdkit.language.files import MAX_CONFIG_BYTES, read_json_object
 
 MARK = "resolved.yaml"
 ORIGIN = "provenance.json"
@@ -51,7 +51,7 @@ class RunDirectory:
         write_atomically(path, text)
 
     def status(self, state: str, **facts: Any) -> None:
-        """Write status.json: running, done, diverged, stopped or failed, with the process and other facts."""
+        """Write status.json: running, done, diverged, stopped, interrupted or failed, with the process and other facts."""
         process = {"pid": os.getpid(), "process": processes.own_start()}
         self.write_json(STATUS, {"state": state, **process, **facts})
 
@@ -63,6 +63,17 @@ class RunDirectory:
                 if isinstance(value, int | float):
                     self._writer().add_scalar(name, value, step)
             self._writer().flush()
+
+    def event_text(self, name: str, step: int, text: str) -> None:
+        """Write a text, read as Markdown, to TensorBoard."""
+        if self._tensorboard:
+            self._writer().add_text(name, text, step)
+
+    def hyperparameters(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
+        """Write a run's scalar settings and its results to TensorBoard, for its table of runs."""
+        if self._tensorboard:
+            scalars = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
+            self._writer().add_hparams(scalars, dict(results), run_name=".")
 
     def warning(self, step: int, facts: Mapping[str, Any]) -> None:
         """Append a line to warnings.jsonl."""
@@ -101,7 +112,7 @@ class RunDirectory:
                 lines = [line for line in read_lines(path) if line["step"] <= step]
                 write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
         for folder in ("rollouts", "samples", "evaluations", "bad_batches"):
-            for path in (self.path / folder).glob("step_*.jsonl"):
+            for path in [p for ending in ("jsonl", "md") for p in (self.path / folder).glob(f"step_*.{ending}")]:
                 if int(path.stem.removeprefix("step_")) > step:
                     path.unlink()
 
@@ -194,7 +205,7 @@ def create(path: Path, *, tensorboard: bool) -> RunDirectory:
 
 def read_status(path: Path) -> Mapping[str, Any]:
     """The contents of status.json; empty if there is none."""
-    return read_json_object(path / STATUS) or {}
+    return read_json_object(path / STATUS, MAX_CONFIG_BYTES) or {}
 
 
 def record_failure(path: Path, reason: str) -> None:

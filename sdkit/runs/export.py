@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def export(spec: ExperimentSpec, base: Path, run: Path, to: Path, *, merge: bool
         _check(weights)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
+        partial = to.with_name(f".{to.name}-{secrets.token_hex(4)}")
+        partial.mkdir()  # with the umask's mode, unlike mkdtemp
         try:
             if adapter:
                 _write_adapter(spec.model, base, run, partial)
@@ -85,7 +86,6 @@ def _publish(partial: Path, to: Path) -> None:
     for path in [p for p in partial.rglob("*") if p.is_file()]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    partial.chmod(0o755)
     partial.rename(to)
 
 

@@ -13,7 +13,7 @@ from sdkit.language.errors import UnreadableInput
 from sdkit.language.files import read_json_object
 from sdkit.language.resolved import leaves
 from sdkit.language.source import read
-from sdkit.runs.directory import MARK, read_lines, step_file
+from sdkit.runs.directory import MARK, read_lines, read_status, step_file
 from sdkit.runs.evaluations import EvaluationResult, Key, per_prompt, read_back
 from sdkit.runs.fingerprints import KINDS
 from sdkit.runs.intervals import Interval
@@ -58,7 +58,16 @@ class Run:
     def headline(self) -> Key:
         """The run's main score: that of the first suite under its first decoding."""
         suite, decoding, _ = next(iter(self.points[0].scores))
-        return suite, decoding, str(self.settings["evaluation", "suites", suite, "score"])
+        return suite, decoding, self.main_score(suite)[1]
+
+    @property
+    def suites(self) -> list[str]:
+        """The names of the suites, in order."""
+        return list(dict.fromkeys(suite for suite, _, _ in self.points[0].scores))
+
+    def main_score(self, suite: str) -> tuple[str, str]:
+        """A suite with its main reward."""
+        return suite, str(self.settings["evaluation", "suites", suite, "score"])
 
     def records(self, point: Point) -> list[dict[str, Any]]:
         """Every completion of an evaluation with its scores."""
@@ -105,7 +114,7 @@ def read_run(path: Path, name: str) -> Run:
     spec = read(path / MARK, resolved=True).data
     if not isinstance(spec, dict):
         raise UnreadableInput(f"{path / MARK} is not a resolved spec")
-    state = _state(read_json_object(path / "status.json") or {})
+    state = _state(read_status(path))
     try:
         points = tuple(_points(path))
     except (KeyError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Plots: a run's loss, scores and completion length over steps; several runs' scores over tokens, steps and time."""
+"""Plots: a run's loss, completion length and scores over steps; several runs' scores over tokens, steps and time."""
 
 from __future__ import annotations
 
@@ -16,22 +16,35 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Distinguishable with any colour vision (Okabe and Ito, the yellow darkened)."""
 MARKERS = "osD^vP*X"
 STYLES = ("-", "--", ":", "-.")
+PANELS = 3
+"""Panels of a run's plot side by side."""
 
 
 def plot(lines: Lines, target: Path, title: str) -> None:
     """Write a run's plot to `target`.  `lines` are the objects of metrics.jsonl."""
+    figure_of_run(lines, title).savefig(target, dpi=130)
+
+
+def figure_of_run(lines: Lines, title: str) -> Any:
+    """A run's loss and completion length, and the scores of each suite, over steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
+    suites = _score_names(lines)
+    panels = 2 + len(suites)
+    rows, columns = -(-panels // PANELS), min(panels, PANELS)
+    figure = Figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     _loss(axes[0], lines)
-    _scores(axes[1], lines)
-    _length(axes[2], lines)
-    for axis in axes:
+    for axis, (suite, names) in zip(axes[1:], suites.items(), strict=False):
+        _scores(axis, lines, suite, names)
+    _length(axes[panels - 1], lines)
+    for axis in axes[:panels]:
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
+    for axis in axes[panels:]:
+        axis.set_axis_off()
     figure.suptitle(title)
-    figure.savefig(target, dpi=130)
+    return figure
 
 
 def _series(lines: Lines, name: str) -> tuple[list[int], list[float]]:
@@ -42,33 +55,47 @@ def _series(lines: Lines, name: str) -> tuple[list[int], list[float]]:
 
 def _loss(axis: Any, lines: Lines) -> None:
     axis.set_title("loss")
-    axis.plot(*_series(lines, "loss"), label="training", color="tab:blue")
+    axis.plot(*_series(lines, "loss"), label="training", color=COLOURS[0])
     steps, values = _series(lines, "eval/loss")
     if steps:
-        axis.plot(steps, values, "o-", label="held out", color="tab:orange")
+        axis.plot(steps, values, "o-", label="held out", color=COLOURS[1])
         axis.legend(frameon=False)
 
 
-def _scores(axis: Any, lines: Lines) -> None:
-    axis.set_title("held-out scores, 95 % intervals")
-    names = sorted({k for line in lines for k in line if k.startswith("eval/") and f"{k}_low" in line})
+def _score_names(lines: Lines) -> dict[str, list[Key]]:
+    """The keys of the scores by suite, in the order of the metrics."""
+    names = dict.fromkeys(name for line in lines for name in line if name.count("/") >= 3 and f"{name}_low" in line)
+    suites: dict[str, list[Key]] = {}
     for name in names:
-        if name == "eval/score":
-            continue
-        steps, values = _series(lines, name)
-        _, low = _series(lines, f"{name}_low")
-        _, high = _series(lines, f"{name}_high")
-        label = name.removeprefix("eval/").partition("/")[2]
-        (line,) = axis.plot(steps, values, "o-", label=label, markersize=3)
-        axis.fill_between(steps, low, high, alpha=0.12, color=line.get_color())
-    axis.set_ylim(-0.02, 1.02)
-    if any(n != "eval/score" for n in names):
-        axis.legend(frameon=False, fontsize=7)
+        suite, decoding, reward = name.removeprefix("eval/").split("/", 2)
+        suites.setdefault(suite, []).append((suite, decoding, reward))
+    return suites
+
+
+def _scores(axis: Any, lines: Lines, suite: str, keys: Sequence[Key]) -> None:
+    """One suite's scores: a colour for each reward, a line style and marker for each decoding."""
+    axis.set_title(f"{suite} (held out), 95 % intervals")
+    rewards, decodings = ([*dict.fromkeys(key[part] for key in keys)] for part in (2, 1))
+    for key in keys:
+        name = "eval/" + "/".join(key)
+        steps, means = _series(lines, name)
+        bounds = [_series(lines, f"{name}_{end}")[1] for end in ("low", "high")]
+        look = _look(decodings.index(key[1])) | {"color": COLOURS[rewards.index(key[2]) % len(COLOURS)]}
+        axis.plot(steps, means, markersize=4, label=f"{key[2]}, {key[1]}", **look)
+        axis.fill_between(steps, *bounds, alpha=0.12, color=look["color"], linewidth=0)
+        if all(0 <= value <= 1 for value in [*means, *bounds[0], *bounds[1]]):
+            axis.set_ylim(-0.02, 1.02)
+    axis.legend(frameon=False, fontsize=7)
+
+
+def _look(decoding: int) -> dict[str, Any]:
+    """Line style and marker of a decoding, by its number."""
+    return {"linestyle": STYLES[decoding % len(STYLES)], "marker": MARKERS[decoding % len(MARKERS)]}
 
 
 def _length(axis: Any, lines: Lines) -> None:
     axis.set_title("completion length, tokens")
-    axis.plot(*_series(lines, "rollout/completion_tokens"), color="tab:green")
+    axis.plot(*_series(lines, "rollout/completion_tokens"), color=COLOURS[2])
     axis.set_ylim(bottom=0)
 
 
@@ -81,41 +108,44 @@ def check_plot_path(target: Path) -> None:
 
 
 def plot_runs(runs: Sequence[Run], keys: Sequence[Key], target: Path) -> None:
-    """Plot scores over tokens, steps and time: a colour per run, a line style per decoding, intervals as bands.
+    """Plot these scores over tokens, steps and time.  Raises OSError if the file cannot be written."""
+    figure_of_runs(runs, keys).savefig(target, dpi=130)
 
-    `keys` may differ in their decoding only.  Raises OSError if the file cannot be written.
-    """
+
+def figure_of_runs(runs: Sequence[Run], keys: Sequence[Key]) -> Any:
+    """A row of panels for each suite and reward: a colour for each run, a line style and marker for each decoding."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    rows = [*dict.fromkeys((suite, reward) for suite, _, reward in keys)]
+    decodings = [*dict.fromkeys(key[1] for key in keys)]
+    figure = Figure(figsize=(14, 0.4 + 3.8 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), len(AXES), sharey="row", squeeze=False)
     spread = [i / (len(runs) - 1) for i in range(len(runs))] if len(runs) > len(COLOURS) else []
     colours = list(colormaps["turbo"](spread)) if spread else COLOURS
-    for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
-        panel.set_title(f"over {axis}")
-        panel.set_xlabel(label)
-        panel.grid(alpha=0.25)
-        for i, run in enumerate(runs):
-            for j, key in enumerate(keys):
-                style = {
-                    "color": colours[i],
-                    "marker": MARKERS[i % len(MARKERS)],
-                    "linestyle": STYLES[j % len(STYLES)],
-                    "label": run.name if len(keys) == 1 else f"{run.name}, {key[1]}",
-                }
-                _plot_scores(panel, run, key, axis, style)
-    panels[0].set_ylabel("score")
-    panels[0].legend(frameon=False, fontsize=7)
-    suite, _, reward = keys[0]
-    figure.suptitle(f"{reward} on {suite} (held out), bands: 95 % intervals over prompts")
-    figure.savefig(target, dpi=130)
+    for (suite, reward), row in zip(rows, panels, strict=True):
+        of_row = [key for key in keys if (key[0], key[2]) == (suite, reward)]
+        for panel, (axis, label) in zip(row, AXES.items(), strict=True):
+            panel.set_title(f"over {axis}")
+            panel.set_xlabel(label)
+            panel.grid(alpha=0.25)
+            for colour, run in zip(colours, runs, strict=False):
+                for key in of_row:
+                    name = run.name if len(of_row) == 1 else f"{run.name}, {key[1]}"
+                    look = _look(decodings.index(key[1])) | {"color": colour, "label": name}
+                    _plot_scores(panel, run, key, axis, look)
+        row[0].set_ylabel(f"{reward} on {suite}")
+        row[0].legend(frameon=False, fontsize=7)
+    figure.suptitle("held-out scores, bands: 95 % intervals over prompts")
+    return figure
 
 
-def _plot_scores(panel: Any, run: Run, key: Key, axis: Axis, style: Mapping[str, Any]) -> None:
+def _plot_scores(panel: Any, run: Run, key: Key, axis: Axis, look: Mapping[str, Any]) -> None:
     points = [point for point in run.points if key in point.scores]
+    if not points:
+        return
     x = [point.at(axis) for point in points]
     intervals = [point.scores[key] for point in points]
-    panel.plot(x, [interval.mean for interval in intervals], markersize=4, **style)
+    panel.plot(x, [interval.mean for interval in intervals], markersize=4, **look)
     low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
-    panel.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    panel.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)

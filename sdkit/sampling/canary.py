@@ -12,6 +12,7 @@ from sdkit.batches import PaddedSequences
 from sdkit.language.errors import NumericsGuard
 from sdkit.language.specs import VllmEngine
 from sdkit.losses.chunks import scored_logprobs
+from sdkit.models.device import rank_device
 from sdkit.models.weights import Weights
 from sdkit.seeds import derive
 
@@ -68,13 +69,14 @@ def draw_canary(spec: VllmEngine, dtype: str, vocabulary: int, max_tokens: int) 
     """Returns the canary for a model in `dtype` with `vocabulary` ids and sequences of at most `max_tokens`."""
     draw = random.Random(derive(0, "canary"))
     ids = tuple(draw.randrange(vocabulary) for _ in range(min(LONGEST, max_tokens - 1)))
-    return Canary(ids=ids, bound=spec.canary_bound or default_bound(spec.dtype or dtype, dtype))
+    return Canary(ids=ids, bound=spec.canary_bound or default_bound(spec, dtype))
 
 
-def default_bound(engine_dtype: str, trainer_dtype: str) -> float:
-    """Returns the bound for the coarsest precision in which trainer or engine multiply."""
-    if engine_dtype != "float32" or trainer_dtype != "float32":
+def default_bound(spec: VllmEngine, trainer_dtype: str) -> float:
+    """Returns the bound for the coarsest precision in which trainer or engine compute."""
+    if not spec.is_exact or {spec.dtype or trainer_dtype, trainer_dtype} != {"float32"}:
         return BFLOAT16_BOUND
     # vLLM's attention kernel for float32 uses TF32 wherever the GPU has it, whatever torch's settings are.
-    has_tf32 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    device = rank_device()
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return TF32_BOUND if has_tf32 else FLOAT32_BOUND

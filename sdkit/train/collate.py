@@ -13,6 +13,9 @@ from sdkit.language.specs import LossSpec, PerToken, Table
 from sdkit.losses.objective import row_weights
 from sdkit.models.packing import pad_sequences, padded_tokens
 
+RolloutKey = tuple[int, tuple[int, ...]]
+"""Group and completion of a rollout."""
+
 
 @frozen(eq=False, kw_only=True)
 class CollatedBatch:
@@ -51,10 +54,20 @@ def collate(
     for start, end in _micro_batch_bounds(order, budget, longest_pack):
         part = order[start:end]
         rows = {name: w[start:end] for name, w in weights.items()}
-        positions = [sorted({p for name in losses for p in _loss_mask(r, name).positions}) for r in part]
+        positions = [counted_positions(r, losses) for r in part]
         batches.append(_micro_batch(part, positions, rows, teacher, longest_pack, device))
         padded += batches[-1].student.input_ids.numel()
     return CollatedBatch(micro_batches=tuple(batches), order=tuple(order), counts=counts, padded_tokens=padded)
+
+
+def rollout_key(rollout: Rollout) -> RolloutKey:
+    """Return what tells a rollout of a batch from the others; those of one group with the same tokens are alike."""
+    return rollout.group, rollout.completion_ids
+
+
+def counted_positions(rollout: Rollout, losses: Iterable[str]) -> list[int]:
+    """Return the positions in the completion that some term counts, ascending."""
+    return sorted({p for name in losses for p in _loss_mask(rollout, name).positions})
 
 
 def collate_completions(

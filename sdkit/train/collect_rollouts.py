@@ -12,6 +12,7 @@ from sdkit.batches import Completion, GroupOutcome, Rollout, RolloutBatch, Row, 
 from sdkit.distributed import collectives
 from sdkit.rewards.scoring import ScoredCompletion, reward_values, score
 from sdkit.train.advantages import group_outcomes, with_advantages
+from sdkit.train.collate import RolloutKey, rollout_key
 from sdkit.train.inputs import RunData
 from sdkit.train.rollout_sampler import RolloutSampler, SampledCompletions
 from sdkit.train.sampling_requests import Stream, group_numbers
@@ -102,8 +103,13 @@ def _make_rollout(
     )
 
 
-def rollout_records(collected: CollectedRollouts) -> list[dict[str, Any]]:
-    """Return the record of each rollout in the run directory, which is enough to train on it again."""
+def rollout_records(
+    collected: CollectedRollouts, divergences: Mapping[RolloutKey, Sequence[float | None]] | None = None
+) -> list[dict[str, Any]]:
+    """Return the record of each rollout in the run directory, which is enough to train on it again.
+
+    `divergences` are those of `StepResult`; a rollout that was not trained on has none.
+    """
     return [
         {
             "row": r.row.index,
@@ -117,9 +123,16 @@ def rollout_records(collected: CollectedRollouts) -> list[dict[str, Any]]:
             "sampler_logprobs": r.sampler_logprobs,
             "finished": r.finished,
             "reward": r.reward,
+            "scores": {name: values[i] for name, values in collected.scores.items()},
+            "token_divergence": _rounded((divergences or {}).get(rollout_key(r))),
         }
-        for r, request in zip(collected.batch, collected.requests, strict=True)
+        for i, (r, request) in enumerate(zip(collected.batch, collected.requests, strict=True))
     ]
+
+
+def _rounded(values: Sequence[float | None] | None) -> list[float | None] | None:
+    """The values with four digits, which are enough to look at."""
+    return None if values is None else [None if v is None else float(f"{v:.4g}") for v in values]
 
 
 def sort_records(by_rank: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:

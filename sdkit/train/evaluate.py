@@ -12,6 +12,7 @@ from sdkit.rewards.scoring import reward_values, score
 from sdkit.runs.evaluations import EvaluationResult, Key
 from sdkit.runs.intervals import Interval, paired_difference
 from sdkit.seeds import derive
+from sdkit.stdout import Advance
 from sdkit.train.collect_rollouts import collect_rollouts, completion_text
 from sdkit.train.inputs import RunData
 from sdkit.train.learner import Learner
@@ -27,15 +28,25 @@ def headline(evaluation: EvaluationSpec) -> Key:
     return name, next(iter(suite.decoding)), suite.score
 
 
-def evaluate(sampler: RolloutSampler, evaluation: EvaluationSpec, version: int) -> EvaluationResult:
-    """Sample and score every suite from the student's prompts.  `version` is the student's policy version."""
+def number_of_parts(evaluation: EvaluationSpec) -> int:
+    """The number of parts of an evaluation: one for each decoding of each suite."""
+    return sum(len(suite.decoding) for suite in evaluation.suites.values())
+
+
+def evaluate(
+    sampler: RolloutSampler, evaluation: EvaluationSpec, version: int, advance: Advance = lambda _: None
+) -> EvaluationResult:
+    """Sample and score every suite from the student's prompts.
+
+    `version` is the student's policy version; `advance` is called with 1 after each of `number_of_parts`.
+    """
     data = sampler.setup.data
     backend, _ = sampler.backends.load(sampler.models.student, version, evaluation=True)
-    parts: list[EvaluationResult] = []
+    results: list[EvaluationResult] = []
     for name, suite in evaluation.suites.items():
         prompts = [(row, data.student_ids(row)) for row in data.suites[name]]
-        parts.append(_evaluate_suite(data, name, suite, prompts, backend))
-    return _merge(parts)
+        results.append(_evaluate_suite(data, name, suite, prompts, backend, advance))
+    return _merge(results)
 
 
 def teacher_lift(
@@ -101,20 +112,26 @@ def held_out_loss(
 
 
 def _evaluate_suite(
-    data: RunData, name: str, suite: Suite, prompts: Sequence[tuple[Row, tuple[int, ...]]], backend: RolloutBackend
+    data: RunData,
+    name: str,
+    suite: Suite,
+    prompts: Sequence[tuple[Row, tuple[int, ...]]],
+    backend: RolloutBackend,
+    advance: Advance = lambda _: None,
 ) -> EvaluationResult:
     """Sample and score the rows, each from its prompt."""
     spec, rows = data.spec, [row for row, _ in prompts]
     limit = suite.max_new_tokens or spec.rollout.max_new_tokens
-    parts: list[EvaluationResult] = []
+    results: list[EvaluationResult] = []
     for decoding_name, decoding in suite.decoding.items():
         jobs = [(i, copy) for i in collectives.shard_indices(len(rows)) for copy in range(decoding.samples)]
         seeds = [derive(spec.training.seed, "evaluation", name, decoding_name, i, copy) for i, copy in jobs]
         owners = [i for i, _ in jobs]
         requests = [SamplingRequest(prompt_ids=prompts[i][1], seed=n) for i, n in zip(owners, seeds, strict=True)]
         completions = backend.sample(requests, _sampling_params(decoding, limit, spec.rollout.stop))
-        parts.append(_score_completions(data, (name, decoding_name), rows, owners, completions))
-    return _merge(parts)
+        results.append(_score_completions(data, (name, decoding_name), rows, owners, completions))
+        advance(1)
+    return _merge(results)
 
 
 def _sampling_params(decoding: Decoding, limit: int, stop: tuple[str, ...]) -> SamplingParams:

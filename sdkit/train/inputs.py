@@ -14,7 +14,7 @@ from sdkit.data.prompts import Prompter, TeacherPrompt, check_prompts, check_rep
 from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.data.thinking import answer_text
 from sdkit.data.turn_ends import end_token
-from sdkit.language import specs
+from sdkit.language import columns, specs
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
 from sdkit.models.embedding_ids import HINT, KnownIds
 from sdkit.models.loading import load_tokenizer
@@ -22,7 +22,7 @@ from sdkit.plan.machine import machine_for
 from sdkit.plan.plan import make_plan
 from sdkit.rewards.scoring import Scorer, open_rewards
 from sdkit.train.dataset_completions import DatasetCompletions, measure_completions
-from sdkit.train.reward_checks import answer_columns, check_rewards, scores_training_rows
+from sdkit.train.reward_checks import check_rewards
 from sdkit.user_code.divergences import open_user_divergences
 from sdkit.user_code.token_weights import open_user_weights
 
@@ -59,8 +59,7 @@ class RunData:
         self.strips_thinking = any(getattr(slot, "strip_thinking", False) for slot in self._slots)
         self.routed = weights if isinstance(weights, specs.RoutedWeights) else None
         self.routes = list(self.routed.routes) if self.routed else []
-        only = next(iter(spec.rewards)) if len(spec.rewards) == 1 else None
-        self.reward = spec.reward or only  # the name of the reward that training uses
+        self.reward = columns.training_reward(spec)
         self.turn_end = end_token(tokenizer, self.prompter.options)
         self.completions: DatasetCompletions | None = None
         self.suites: dict[str, list[Row]] = {}
@@ -70,58 +69,37 @@ class RunData:
             self.suites[name], self.dropped_repeats[name] = self._load_suite(name, suite, base)
         self.train, self.dropped = self._load_training_rows(spec.suites, base)
         self.rewards = {
-            name: self._open_rewards(self._suite_rewards(suite), suite.data, base)
+            name: self._open_rewards(columns.suite_rewards(spec, suite), suite.data, base)
             for name, suite in spec.suites.items()
         }
         # Every reward that can score training rows: for metrics, whether or not the loss uses it.
-        self.train_rewards = self._open_rewards(self._training_rewards(), spec.data, base)
+        self.train_rewards = self._open_rewards(columns.training_rewards(spec), spec.data, base)
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
         self.rows_used = 0  # number of training rows that the run uses
         # Rows used that spell a control token, with the token.
         self.control_token_rows: list[tuple[Row, str]] = []
+        self.cut_contexts: list[tuple[Row, int]] = []  # rows whose teacher's prompt is cut, with the tokens lost
         self._student: dict[int, tuple[int, ...]] = {}
         self._teacher: dict[int, tuple[int, ...] | None] = {}
         self._opening: dict[int, str] = {}  # the thinking tag that a row's prompt leaves open
 
     def _load_suite(self, name: str, suite: specs.Suite, base: Path) -> tuple[list[Row], int]:
         """A suite's rows without repeated prompts, and the number of rows dropped."""
-        columns, texts = self.spec.data.columns, self._text_columns(suite)
+        texts = columns.text_columns(self.spec, suite)
         with blaming("evaluation", "suites", name, "data"):
-            return drop_duplicates(load_rows(suite.data, base, columns, texts=texts))
+            return drop_duplicates(load_rows(suite.data, base, self.spec.data.columns, texts=texts))
 
     def _load_training_rows(self, suites: Mapping[str, specs.Suite], base: Path) -> tuple[list[Row], int]:
         """The training rows without those held out in a suite, and the number of rows dropped."""
-        column = self.spec.rollout.sampled_by.completion_column
-        needed = (column,) if column else ()
+        needed, texts = columns.required_columns(self.spec), columns.text_columns(self.spec, None)
         with blaming("data"):
-            rows = load_rows(self.spec.data, base, needed=needed, texts=self._text_columns(None))
+            rows = load_rows(self.spec.data, base, needed=needed, texts=texts)
         held_out = [row for name, suite in suites.items() for row in self.suites[name] if suite.same_prompts == "drop"]
         kept, dropped = drop_overlap(rows, held_out)
         if not kept:
             raise BadData("every training row is held out too, so nothing is left to train on", path=("data",))
         return kept, dropped
-
-    def _text_columns(self, suite: specs.Suite | None) -> set[str]:
-        """The columns that must have text, in a suite's rows or (None) in the training rows."""
-        names = self._shown_columns if suite is None else self._slot_columns
-        by = [self.routed.by] if self.routed else []
-        rewards = self._suite_rewards(suite) if suite else self._training_rewards()
-        return {*names, *by, *answer_columns(self.spec.rewards, rewards)}
-
-    @property
-    def _slot_columns(self) -> list[str]:
-        return [slot.name for slot in self._slots if isinstance(slot, specs.ColumnSlot)]
-
-    @property
-    def _shown_columns(self) -> list[str]:
-        """The columns of training rows that a model reads or is trained on, besides the prompt."""
-        column = self.spec.rollout.sampled_by.completion_column
-        return [*self._slot_columns, *filter(None, [column])]
-
-    def _suite_rewards(self, suite: specs.Suite) -> Iterable[str]:
-        """Names of the rewards that score a suite's completions."""
-        return dict.fromkeys((suite.score, *suite.also, *filter(None, [self.reward])))
 
     def _open_rewards(self, names: Iterable[str], data: specs.DataSpec, base: Path) -> dict[str, Scorer]:
         """Scorers of these rewards, for rows of this data set."""
@@ -131,9 +109,6 @@ class RunData:
     def _now(self) -> datetime:
         """The date that chat templates print; rank 0 sets it for all ranks after the rewards are opened."""
         return self.prompter.now
-
-    def _training_rewards(self) -> list[str]:
-        return [name for name in self.spec.rewards if scores_training_rows(self.spec, name)]
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the training rows and of each suite."""
@@ -243,8 +218,8 @@ class RunData:
         if self.prompter.keep_text:
             return
         for row in rows:
-            columns = (row.text(name) or "" for name in self._shown_columns)
-            texts = (*(m["content"] for m in row.messages), *columns)
+            shown = (row.text(name) or "" for name in columns.shown_columns(self.spec))
+            texts = (*(m["content"] for m in row.messages), *shown)
             if name := next(filter(None, map(self.prompter.control.find, texts)), None):
                 yield row, name
 
@@ -278,6 +253,8 @@ class RunData:
         for row, (student, teacher) in zip(rows, prompts, strict=True):
             self._student[id(row)] = student
             self._teacher[id(row)] = teacher.ids if teacher and spec.teacher else None
+            if teacher and teacher.cut_tokens:
+                self.cut_contexts.append((row, teacher.cut_tokens))
         self._check_ids(
             (row, f"the {who}'s prompt", ids)
             for row, (student, teacher) in zip(rows, prompts, strict=True)
@@ -306,7 +283,16 @@ def _digest(prompts: Iterable[Sequence[int] | None]) -> str:
 
 def longest_sequence(spec: specs.ExperimentSpec, base: Path, located: str) -> int:
     """Length of the longest prompt with its completion in a run of the spec, in tokens."""
-    data = RunData(spec, base, load_tokenizer(spec.model, located))
+    return checked_data(spec, base, located)[1]
+
+
+def checked_data(
+    spec: specs.ExperimentSpec, base: Path, located: str, known: KnownIds | None = None
+) -> tuple[RunData, int]:
+    """The data of a run of the spec, checked as the run would, and its longest prompt with completion in tokens."""
+    with blaming("model", "path"):
+        tokenizer = load_tokenizer(spec.model, located)
+    data = RunData(spec, base, tokenizer, known=known)
     plan = make_plan(spec, machine_for(spec), None, rows=len(data.train))
     assert plan.steps is not None
-    return data.check(plan.steps)
+    return data, data.check(plan.steps)

@@ -14,9 +14,10 @@ from sdkit.distributed import collectives
 from sdkit.language.errors import NumericsGuard, Stopped
 from sdkit.language.schedules import at_step
 from sdkit.runs.evaluations import EvaluationResult
+from sdkit.stdout import Advance
 from sdkit.train import determinism, stop_requests
 from sdkit.train.collect_rollouts import CollectedRollouts, collect_rollouts, completion_text
-from sdkit.train.evaluate import evaluate, headline, held_out_loss, teacher_lift
+from sdkit.train.evaluate import evaluate, headline, held_out_loss, number_of_parts, teacher_lift
 from sdkit.train.metrics import step_metrics
 from sdkit.train.report import Report
 from sdkit.train.rollout_filters import filter_rollouts
@@ -37,15 +38,19 @@ def run(trainer: Trainer, report: Report) -> None:
     """
     setup, progress = trainer.setup, trainer.progress
     every = setup.spec.output.checkpoint_every
-    with stop_requests.stop_requests() as stop:
+    training = report.phases.phase("training", setup.end, done=progress.step, log=False)
+    with stop_requests.stop_requests(report.notify) as stop, training as advance:
         _evaluate_start(trainer, report, stop)
         for step in range(progress.step, setup.end):
-            _train_on_batch(trainer, report, step)
+            with stop.during("this step", report.seconds.get("time/step")):
+                _train_on_batch(trainer, report, step)
+            advance(1)
             _stop_if_requested(trainer, report, stop)
             if _evaluation_due(trainer):
                 _evaluate(trainer, report, stop)
             if every and progress.step % every == 0 and progress.step < setup.end:
-                checkpoint.save(trainer.state, report.run.path, setup.spec)
+                with report.part("saving a checkpoint"):
+                    checkpoint.save(trainer.state, report.run.path, setup.spec)
 
 
 def _evaluate_start(trainer: Trainer, report: Report, stop: StopRequests) -> None:
@@ -56,7 +61,7 @@ def _evaluate_start(trainer: Trainer, report: Report, stop: StopRequests) -> Non
     baseline = report.first if step in report.evaluated_at else _evaluate(trainer, report, stop)
     if step or evaluation is None or baseline is None or report.lifted:
         return
-    with _abandonable(trainer, report, stop):
+    with _abandonable(trainer, report, stop), report.part("teacher lift"):
         lift = teacher_lift(trainer.sampler, evaluation, baseline, trainer.specs)
     report.lift(lift)
 
@@ -80,7 +85,7 @@ def _abandonable(trainer: Trainer, report: Report, stop: StopRequests) -> Iterat
     """
     rng_state = rng.state()
     try:
-        with stop.abandonable():
+        with stop.during("this evaluation", report.seconds.get("time/evaluation")), stop.abandonable():
             yield
     except EvaluationAbandoned:
         rng.restore(rng_state)
@@ -90,15 +95,19 @@ def _abandonable(trainer: Trainer, report: Report, stop: StopRequests) -> Iterat
 def _train_on_batch(trainer: Trainer, report: Report, step: int) -> None:
     setup, sampler, specs = trainer.setup, trainer.sampler, trainer.specs
     started = time.perf_counter()
-    collected = collect_rollouts(sampler, setup.data.batch_rows(step), ("rollout", step), specs)
+    with report.part("rollouts"):
+        collected = collect_rollouts(sampler, setup.data.batch_rows(step), ("rollout", step), specs)
+        sampler.backends.sleep()
     collected_at = time.perf_counter()
     decode = partial(completion_text, setup.data)
     passing, shares = filter_rollouts(setup.spec.rollout.keep, collected.batch, decode)
     with determinism.kernels(setup.spec.training.deterministic):
-        batch = prepare_rollouts(trainer.learner, passing, specs, with_old_logprobs=setup.plan.needs_old_logprobs)
+        with report.part("token statistics"):
+            batch = prepare_rollouts(trainer.learner, passing, specs, with_old_logprobs=setup.plan.needs_old_logprobs)
         prepared_at = time.perf_counter()
         parts = batch.split(setup.plan.updates_per_step)
-        results = [_update(trainer, report, collected, p) for p in parts if collectives.all_reduce_max(len(p))]
+        with report.part("updates", len(parts)) as advance:
+            results = [_update(trainer, report, collected, part, advance) for part in parts if _on_any_rank(part)]
         version = trainer.progress.optimizer_steps
         weights = setup.spec.teacher and at_step(setup.spec.teacher.weights, version)
         distance = update_teacher(trainer.learner, weights, "rollout_batch", version) if results else {}
@@ -106,15 +115,24 @@ def _train_on_batch(trainer: Trainer, report: Report, step: int) -> None:
     seconds = time.perf_counter() - started
     metrics = step_metrics(setup.data, collected, results, shares, len(batch), version, seconds)
     metrics |= {"time/measure": prepared_at - collected_at} | distance
-    report.step(step + 1, collected, metrics, sampler.backends.server_messages())
+    divergences = {key: values for result in results for key, values in result.divergences.items()}
+    report.step(step + 1, collected, metrics, sampler.backends.server_messages(), divergences)
 
 
-def _update(trainer: Trainer, report: Report, collected: CollectedRollouts, part: RolloutBatch) -> StepResult:
+def _on_any_rank(part: RolloutBatch) -> bool:
+    """Whether any rank has rollouts of this update."""
+    return bool(collectives.all_reduce_max(len(part)))
+
+
+def _update(
+    trainer: Trainer, report: Report, collected: CollectedRollouts, part: RolloutBatch, advance: Advance
+) -> StepResult:
     try:
         result = train_step(trainer.learner, part, trainer.specs)
     except LossNotFinite:
         raise _numerics_failure(trainer, report, collected, part, "the loss is not finite") from None
     trainer.progress.record(applied=result.applied)
+    advance(1)
     if trainer.progress.skipped >= SKIPS_ALLOWED:
         what = f"{SKIPS_ALLOWED} optimizer steps in a row had a gradient that is not finite"
         raise _numerics_failure(trainer, report, collected, part, what)
@@ -146,8 +164,10 @@ def _evaluate(trainer: Trainer, report: Report, stop: StopRequests) -> Evaluatio
     if spec.evaluation is None:
         return None
     started = time.perf_counter()
-    with _abandonable(trainer, report, stop):
-        result = evaluate(trainer.sampler, spec.evaluation, specs.optimizer_steps)
+    bar = report.phases.phase(f"evaluation after step {step}", number_of_parts(spec.evaluation))
+    with _abandonable(trainer, report, stop), bar as advance:
+        result = evaluate(trainer.sampler, spec.evaluation, specs.optimizer_steps, advance)
+        trainer.sampler.backends.sleep()
         losses = held_out_loss(trainer.sampler, trainer.learner, spec.evaluation, specs)
     if metric := spec.output.keep_best:
         metrics = result.metrics(headline(spec.evaluation)) | losses

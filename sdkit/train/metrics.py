@@ -15,6 +15,7 @@ from sdkit.batches import Rollout
 from sdkit.distributed import collectives
 from sdkit.language.specs import OfRollouts, Slot, SuccessfulSibling
 from sdkit.losses.policy_terms import group_relative
+from sdkit.models.device import rank_device
 from sdkit.plan.accelerators import accelerator_named
 from sdkit.train.collect_rollouts import CollectedRollouts, completion_text
 from sdkit.train.inputs import RunData
@@ -156,9 +157,8 @@ def _rates(results: Sequence[StepResult], dtype: str) -> dict[str, float]:
 
 def peak_teraflops(dtype: str) -> float | None:
     """The published dense rate of this process's GPU in `dtype`; None without a GPU, or if it is not known."""
-    if not torch.cuda.is_available():
-        return None
-    accelerator = accelerator_named(torch.cuda.get_device_name())
+    device = rank_device()
+    accelerator = accelerator_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return accelerator.teraflops if accelerator and accelerator.dtype == dtype else None
 
 

@@ -105,11 +105,16 @@ def open_models(setup: RunSetup, served: Mapping[specs.ServedWeights, ServedMode
         )
         _measure_others(setup, models, named)
     if "frozen_models" in setup.spec.training.offload:
-        moving = {leaf.weights.model for leaf in (teacher.leaves if teacher else ()) if leaf.moves and leaf.weights}
-        for model, weights in others.items():
-            if model not in moving:
-                weights.sharding = HostParameters(model, device)
+        _offload_frozen(models)
     return models
+
+
+def _offload_frozen(models: Models) -> None:
+    leaves = models.teacher.leaves if models.teacher else ()
+    moving = {leaf.weights.model for leaf in leaves if leaf.moves and leaf.weights}
+    for model, weights in models.others.items():
+        if model not in moving:
+            weights.sharding = HostParameters(model, models.device)
 
 
 def _measure_others(setup: RunSetup, models: Models, named: NamedModels) -> None:

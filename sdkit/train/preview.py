@@ -1,10 +1,11 @@
-"""`sdkit plan --data N`: prints student and teacher prompts side by side and marks where the completion goes.
+"""`sdkit plan --data N` and `sdkit validate --data N`: prints student and teacher prompts side by side and marks where the completion goes.
 
 Loads no weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from sdkit.batches import Row
 from sdkit.data.prompts import Prompter
 from sdkit.data.rows import load_rows
 from sdkit.data.turn_ends import end_token
@@ -23,12 +25,18 @@ SPLICE = "▶ completion goes here"
 
 
 def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> None:
-    """Print the prompts of the first `count` training rows.  Raises BadData if a row cannot be used."""
+    """Print the prompts of the first `count` training rows as the source has them.  Raises BadData if a row is unusable."""
     tokenizer = load_tokenizer(spec.model, resolve_model(spec.model.path, base))
     keep_text = spec.model.control_tokens == "text"
     prompter = Prompter(tokenizer, dict(spec.model.chat_template_kwargs), keep_text=keep_text)
+    show_prompts(spec, prompter, load_rows(spec.data, base)[:count], console)
+
+
+def show_prompts(spec: ExperimentSpec, prompter: Prompter, rows: Iterable[Row], console: Console) -> None:
+    """Print the prompts of rows, student and teacher side by side, and a completion if the data has them."""
+    tokenizer = prompter.tokenizer
     end = end_token(tokenizer, prompter.options)
-    for row in load_rows(spec.data, base)[:count]:
+    for row in rows:
         student = prompter.student_ids(row)
         views = [_panel("student", tokenizer.decode(student), len(student))]
         if spec.teacher:

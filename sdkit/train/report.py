@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from sdkit.batches import RolloutBatch
 from sdkit.distributed import collectives
 from sdkit.language.errors import counted
+from sdkit.language.resolved import leaves, resolved
+from sdkit.models.device import rank_device
 from sdkit.models.packing import LONGEST_PACK
 from sdkit.runs.directory import RunDirectory
-from sdkit.runs.evaluations import (
-    FEW_PROMPTS_ADVICE,
-    EvaluationResult,
-    Key,
-    few_prompts_warning,
-    interval_note,
-    read_back,
-    signed,
-    with_interval,
-)
+from sdkit.runs.evaluations import EvaluationResult, Key, interval_note, read_back, signed
 from sdkit.runs.intervals import Interval
-from sdkit.stdout import print_warning
+from sdkit.runs.samples import as_markdown
+from sdkit.runs.score_tables import comparison_records, comparison_table, score_changes, warn_of_few_prompts
+from sdkit.stdout import Advance, Phases, print_warning
+from sdkit.train.collate import RolloutKey, rollout_key
 from sdkit.train.collect_rollouts import CollectedRollouts, rollout_records, sample_texts, sort_records
 from sdkit.train.divergence import DivergenceWatch, fallen_score, has_collapsed
 from sdkit.train.evaluate import headline
@@ -40,15 +37,22 @@ from sdkit.train.models import Models
 from sdkit.train.setup import RunSetup
 from sdkit.train.tripwires import triggered
 
+STEP_LINE = 80 - len("00:00:00 ")
+"""Characters of a step's line: it fits 80 columns, also in a log, whose lines begin with the time."""
+RESULTS = ("loss", "eval/score", "eval/loss")
+"""The metrics that TensorBoard's table of runs shows, from the last step that has them."""
+NO_SETTINGS = ("data.source", "output.", "evaluation.suites")
+"""Keys that are left out of that table."""
 FALLEN_SCORE_ADVICE = "end the run earlier or lower optimizer.lr; output.keep_best: score saves the best model"
 
 
 class Report:
     """Reports one run to the console and its run directory."""
 
-    def __init__(self, run: RunDirectory, console: Console, setup: RunSetup) -> None:
+    def __init__(self, run: RunDirectory, console: Console, setup: RunSetup, phases: Phases | None = None) -> None:
         self.run = run
         self.console = console
+        self.phases = phases or Phases(console)
         self.setup = setup
         at_start = run.records("evaluations", 0)
         self.first: EvaluationResult | None = read_back(at_start) if at_start else None
@@ -66,45 +70,55 @@ class Report:
         self.collapse: str | None = None  # how far the score of the last evaluation is below its best
         # Tokens sampled for training so far.
         self.generated = max((line.get("tokens_generated", 0.0) for line in history), default=0.0)
-        self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task("training", total=setup.end)
+        # How long the latest step and evaluation took.
+        names = ("time/step", "time/evaluation")
+        self.seconds = {name: line[name] for line in history for name in names if name in line}
+
+    def part(self, name: str, total: int | None = None) -> contextlib.AbstractContextManager[Advance]:
+        """Show a part of a step on a terminal; returns what `Phases.phase` returns."""
+        return self.phases.phase(name, total, log=False)
+
+    def notify(self, text: str) -> None:
+        """Print an answer to a signal."""
+        with contextlib.suppress(RuntimeError):  # the signal came while the same stream was being written
+            self.console.print(f"[yellow]{text}[/]", highlight=False)
 
     def step(
-        self, step: int, collected: CollectedRollouts, metrics: dict[str, float], server_messages: Sequence[str] = ()
+        self,
+        step: int,
+        collected: CollectedRollouts,
+        metrics: dict[str, float],
+        server_messages: Sequence[str] = (),
+        divergences: Mapping[RolloutKey, Sequence[float | None]] | None = None,
     ) -> None:
         """Report training step `step`: a console line, a line of metrics, all rollouts and, at intervals, samples."""
         self.generated += metrics["rollout/tokens"]
         metrics["tokens_generated"] = self.generated
         metrics |= memory_peaks()
+        self.seconds["time/step"] = metrics["time/step"]
         self.run.metrics(step, metrics)
         self.run.status("running", step=step)
-        records = collectives.gather_object(rollout_records(collected))
+        records = collectives.gather_object(rollout_records(collected, divergences))
         self.run.lines("rollouts", step - 1, sort_records(records))
-        self.console.print(_step_line(step, self.setup.end, metrics), highlight=False)
+        self.console.print(_step_line(step, self.setup.end, metrics), no_wrap=True)
         output = self.setup.spec.output
         self._warn_of_tripwires(step, metrics, output.tripwire_steps)
         for text in server_messages:
             self.run.warning(step, {"wire": "rollout_server", "cause": text})
         if (step - 1) % output.samples_every == 0:
             shown = sample_texts(self.setup.data, collected.batch, collected.scores, output.samples)
+            page = as_markdown(f"samples of step {step}", shown)
             self.run.lines("samples", step, shown)
+            self.run.write_text(f"samples/step_{step:06d}.md", page)
+            self.run.event_text("samples", step, page)
             self.console.print(f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False)
-        self.bar.update(self.task, completed=step)
 
     def bad_batch(self, step: int, collected: CollectedRollouts, part: RolloutBatch) -> Path:
         """Write the rollouts of a failed update to bad_batches/ and those of its step to rollouts/.
 
         `step` is the number of steps before it.  Returns the path of the former.
         """
-        failed_keys = {(r.group, r.completion_ids) for r in part}
+        failed_keys = {rollout_key(r) for r in part}
         step_records = rollout_records(collected)
         failed = [r for r in step_records if (r["group"], r["completion_ids"]) in failed_keys]
         for folder, records in (("rollouts", step_records), ("bad_batches", failed)):
@@ -127,14 +141,12 @@ class Report:
         self.first = self.first or result
         self.last = result
         self.evaluated_at.add(step)
-        key = self._headline
-        metrics = result.metrics(key) | dict(losses)
+        metrics = result.metrics(self._headline) | dict(losses)
         self.run.metrics(step, metrics | {"time/evaluation": seconds})
         self.run.lines("evaluations", step, result.records)
-        parts = [f"{'/'.join(k[1:])} {result.interval(k).mean:.3f}" for k in result.scores if k[0] == key[0]]
-        self.console.print(
-            f"[cyan]evaluation after step {step}[/]: {', '.join(parts)} [dim]({seconds:.0f} s)[/]", highlight=False
-        )
+        self.seconds["time/evaluation"] = seconds
+        for text in _evaluation_lines(step, result, seconds):
+            self.console.print(text, highlight=False)
         self._compare_with_best(step, result)
 
     def _compare_with_best(self, step: int, result: EvaluationResult) -> None:
@@ -172,70 +184,24 @@ class Report:
         self.run.metrics(0, named)
 
     def finished(self) -> None:
-        """Print the table of scores before and after training, and write result.json, if the run has both scores."""
+        """Print the table of scores before and after training, and write result.json, if the run has both scores.
+
+        Also write the settings and results to TensorBoard.
+        """
         if self.first and self.last and self.first is not self.last:
             changes = score_changes(self.first, self.last)
             self.console.print(comparison_table(changes, self._headline))
             warn_of_few_prompts(self.console, self.last)
             self.run.write_json("result.json", comparison_records(changes))
+        lines = self.run.history()
+        results = {name: line[name] for line in lines for name in RESULTS if name in line}
+        settings = {".".join(map(str, path)): value for path, value in leaves(resolved(self.setup.spec))}
+        self.run.hyperparameters({k: v for k, v in settings.items() if not k.startswith(NO_SETTINGS)}, results)
 
     @property
     def _headline(self) -> Key:
         assert self.setup.spec.evaluation is not None
         return headline(self.setup.spec.evaluation)
-
-
-Change = Mapping[str, Interval]
-"""The intervals of one score: `before` and `after` training, and of the paired `change`."""
-
-
-def score_changes(before: EvaluationResult, after: EvaluationResult) -> dict[Key, Change]:
-    """The intervals of every score."""
-    return {
-        key: {"before": before.interval(key), "after": after.interval(key), "change": after.difference(before, key)}
-        for key in before.scores
-    }
-
-
-def comparison_table(changes: Mapping[Key, Change], first: Key) -> Table:
-    """A table of every score before and after, with the interval of the paired change."""
-    note = interval_note(change[name].method for change in changes.values() for name in ("before", "change"))
-    table = Table(title="held-out prompts, from the student's own prompt", caption=note)
-    for column in ("suite", "decoding", "score", "before", "after", "change", "95 % interval", "n"):
-        table.add_column(column, justify="left" if column in ("suite", "decoding", "score") else "right")
-    for key, change in changes.items():
-        values = with_interval(change["before"]), with_interval(change["after"]), *signed(change["change"])
-        style = "bold" if key[0] == first[0] and key[2] == first[2] else None
-        table.add_row(*key, *values, str(change["change"].n), style=style)
-    return table
-
-
-def scores_table(result: EvaluationResult) -> Table:
-    """A table of every score with its interval."""
-    columns = ("suite", "decoding", "score", "mean [95 % interval]", "n")
-    intervals = {key: result.interval(key) for key in result.scores}
-    note = interval_note(interval.method for interval in intervals.values())
-    table = Table(*columns, title="held-out prompts, from the model's own prompt", caption=note)
-    for key, interval in intervals.items():
-        table.add_row(*key, with_interval(interval), str(interval.n))
-    return table
-
-
-def comparison_records(changes: Mapping[Key, Change]) -> list[dict[str, Any]]:
-    """The rows of `comparison_table` as JSON values, for result.json."""
-    records: list[dict[str, Any]] = []
-    for key, change in changes.items():
-        ends = {name: [interval.mean, interval.low, interval.high] for name, interval in change.items()}
-        methods = {name: interval.method for name, interval in change.items()}
-        names = dict(zip(("suite", "decoding", "score"), key, strict=True))
-        records.append({**names, **ends, "n": change["change"].n, "methods": methods})
-    return records
-
-
-def warn_of_few_prompts(console: Console, result: EvaluationResult) -> None:
-    """Print a warning if a suite has too few prompts to tell small differences from chance."""
-    if text := few_prompts_warning(result.sizes):
-        print_warning(console, text, FEW_PROMPTS_ADVICE)
 
 
 def print_objective_card(
@@ -269,11 +235,16 @@ def print_objective_card(
         f"{spec.rollout.completions_per_prompt} completions, {len(data.train)} training rows"
     )
     console.print(Panel("\n".join(lines), title=escape(str(run.path)), expand=False))
+    warn_of_control_tokens(console, data)
+    _warn_of_cut_completions(console, data, run, resumed=start > 0)
+
+
+def warn_of_control_tokens(console: Console, data: RunData) -> None:
+    """Print a warning if rows spell control tokens."""
     if rows := data.control_token_rows:
         shown = ", ".join(f"row {row.index} {name}" for row, name in rows[:5])
         text = f"control tokens in {counted(len(rows), 'row')}, which the model reads as such: {shown}"
         print_warning(console, text, "model.control_tokens: text keeps them as text")
-    _warn_of_cut_completions(console, data, run, resumed=start > 0)
 
 
 def print_start_up(console: Console, seconds: Mapping[str, float]) -> None:
@@ -300,24 +271,44 @@ def memory_peaks() -> dict[str, float]:
     """
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peaks = {"memory/peak_gib": resident / 2**20 if sys.platform != "darwin" else resident / 2**30}
-    if torch.cuda.is_available():
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    device = rank_device()
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         peaks["memory/device_allocated_gib"] = collectives.all_reduce_max(allocated) / 2**30
         peaks["memory/device_reserved_gib"] = collectives.all_reduce_max(reserved) / 2**30
     return peaks
 
 
-def _step_line(step: int, end: int, metrics: Mapping[str, float]) -> str:
-    rewards = [f"{k.removeprefix('reward/')} {v:.2f}" for k, v in metrics.items() if k.startswith("reward/")]
-    times = " ".join(f"{n} {metrics.get(f'time/{n}', 0):.1f}" for n in ("rollout", "teacher", "update", "sync"))
-    skipped = " [red]skipped[/]" if metrics["skipped_steps"] else ""
+def _step_line(step: int, end: int, metrics: Mapping[str, float]) -> Text:
+    """The main figures of a step on one line of at most `STEP_LINE` characters; what does not fit is left out."""
     trained = "[yellow]no rollout kept, no update[/]"
     if "loss" in metrics:
         trained = f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2f}"
-    return (
-        f"step [bold]{step}[/]/{end}  {trained}  length {metrics['rollout/completion_tokens']:.1f}  "
-        f"{'  '.join(rewards)}  [dim]{metrics['time/step']:.1f} s ({times})[/]{skipped}"
-    )
+    skipped = "  [red]skipped[/]" if metrics["skipped_steps"] else ""
+    line = Text.from_markup(f"step [bold]{step}[/]/{end}  {trained}")
+    last = Text.from_markup(f"  [dim]{metrics['time/step']:.1f} s[/]{skipped}")
+    parts = [f"  length {metrics['rollout/completion_tokens']:.1f}"]
+    parts += [f"  {k.removeprefix('reward/')} {v:.2f}" for k, v in metrics.items() if k.startswith("reward/")]
+    room = STEP_LINE - last.cell_len
+    for i, part in enumerate(parts):
+        more = "  …" if i + 1 < len(parts) else ""
+        if line.cell_len + cell_len(part + more) > room:
+            line.append("  …" if line.cell_len + len("  …") <= room else "")
+            break
+        line.append(part)
+    return line.append_text(last)
+
+
+def _evaluation_lines(step: int, result: EvaluationResult, seconds: float) -> list[str]:
+    """A line of scores for each suite, with the suite's name if there are several."""
+    suites = list(result.sizes)
+    lines: list[str] = []
+    for suite in suites:
+        name = f"evaluation after step {step}" + (f", {escape(suite)}" if len(suites) > 1 else "")
+        scores = [f"{'/'.join(key[1:])} {result.interval(key).mean:.3f}" for key in result.scores if key[0] == suite]
+        lines.append(f"[cyan]{name}[/]: {escape(', '.join(scores))}")
+    lines[-1] += f" [dim]({seconds:.0f} s)[/]"
+    return lines
 
 
 def _one_line(text: str) -> str:

@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from sdkit.batches import Row
+from sdkit.language.columns import leaf_rewards
 from sdkit.language.errors import BadData, first_of
 from sdkit.language.specs import (
     ChoiceReward,
     ExactReward,
-    ExperimentSpec,
-    MathVerifyReward,
     NumberReward,
     ReasoningGymReward,
-    ReasoningGymSource,
     RegexReward,
     Reward,
     RewardModel,
-    WeightedReward,
-    column_of,
 )
 from sdkit.rewards.scoring import Scorer, score
 
 COMPARING_REWARDS = {ExactReward, NumberReward, ChoiceReward, RegexReward, ReasoningGymReward}
 """Rewards that only compare a completion with its row, without running user code or a model."""
-TextReward = ExactReward | NumberReward | ChoiceReward | MathVerifyReward
-"""Rewards that read a column as text."""
-
-
-def leaf_rewards(rewards: Mapping[str, Reward], name: str) -> Iterator[Reward]:
-    """The reward `name`, or the leaves of the weighted sum that it is."""
-    reward = rewards[name]
-    if not isinstance(reward, WeightedReward):
-        yield reward
-        return
-    for part in reward.parts:
-        yield from leaf_rewards(rewards, part)
-
-
-def answer_columns(rewards: Mapping[str, Reward], names: Iterable[str]) -> set[str]:
-    """The columns that these rewards read as text."""
-    leaves = (leaf for name in names for leaf in leaf_rewards(rewards, name))
-    return {leaf.answer for leaf in leaves if isinstance(leaf, TextReward)}
-
-
-def scores_training_rows(spec: ExperimentSpec, name: str) -> bool:
-    """Whether the training rows have what the reward `name` reads."""
-    reward, data = spec.rewards[name], spec.data
-    if isinstance(reward, WeightedReward):
-        return all(scores_training_rows(spec, part) for part in reward.parts)
-    if isinstance(reward, ReasoningGymReward):
-        return isinstance(data.source, ReasoningGymSource)
-    return column_of(reward) in (None, *(data.columns or {}))
 
 
 def check_rewards(rewards: Mapping[str, Reward], scorers: Mapping[str, Scorer], rows: Sequence[Row]) -> None:

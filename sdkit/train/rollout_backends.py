@@ -59,6 +59,12 @@ class RolloutBackends:
         del queue[: len(messages)]  # the pool's threads may have added more meanwhile
         return messages
 
+    def sleep(self) -> None:
+        """Free the GPU memory of vLLM's engine in this process, if the spec says so; the next `load` wakes it."""
+        backend = self._backends.get(VllmBackend.kind)
+        if isinstance(backend, VllmRollouts) and backend.sleep():
+            self._loaded.pop(VllmBackend.kind, None)
+
     def close(self) -> None:
         """Close every open backend, and the server pool even if no backend has used it."""
         for backend in self._backends.values():

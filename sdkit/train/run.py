@@ -1,4 +1,4 @@
-"""`sdkit train` and `sdkit eval`: from a checked spec to a finished run directory."""
+"""`sdkit train`: from a checked spec to a finished run directory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from sdkit.serving.pool import ServerPool
 from sdkit.serving.protocol import ExpectedServer
 from sdkit.serving.teacher_client import ServedModel
 from sdkit.serving.weight_files import WeightFolder
-from sdkit.stdout import is_first_rank, print_warning
+from sdkit.stdout import Phases, is_first_rank, print_warning
 from sdkit.train import determinism, failures, loop, prompt_record, report, run_origin, stop_requests
 from sdkit.train.divergence import LOOK_AT
-from sdkit.train.evaluate import evaluate, headline
+from sdkit.train.engine_memory import check_engine_fits
 from sdkit.train.inputs import RunData
 from sdkit.train.replay import Recording, check_same_recording
 from sdkit.train.setup import RunSetup
@@ -41,6 +41,8 @@ from sdkit.train.trainer import Trainer, open_trainer
 
 ORDERLY_ENDS = {Stopped: "stopped", Diverged: "diverged"}
 """Errors that all ranks raise together, with the state that status.json then names."""
+STATES: Mapping[type[BaseException], str] = {**ORDERLY_ENDS, KeyboardInterrupt: "interrupted"}
+"""The states of runs that end early; of any other error: failed."""
 
 
 def open_run(
@@ -181,6 +183,7 @@ def train(
     overwrite: bool = False,
     recording: Recording | None = None,
     accept: Collection[fingerprints.Kind] = (),
+    phases: Phases | None = None,
 ) -> Path:
     """Train a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after resolution.
 
@@ -192,39 +195,36 @@ def train(
         recording.check_spec(spec, folder)
     directory.claim(folder, resume=resume, overwrite=overwrite)
     resume_from = _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
-    if recording and recording.checkpoint:
-        recorded_run = recording.origin.get("run")
-        resuming.check_usable(recording.checkpoint, recorded_run, launched() or 1, hashes=is_first_rank())
-    files = run_origin.check_files(spec, base, resume_from, recording, accept, console) if is_first_rank() else None
+    _check_recorded_checkpoint(recording)
+    files = run_origin.check_files(spec, base, resume_from, recording, accept, console)
+    phases = phases or Phases(console)
     started = time.perf_counter()
     date = prompt_record.template_date(directory.provenance(folder)) if resume else None
-    trainer = open_run(spec, base, recording, date)
+    attempts = run_origin.earlier_attempts(folder) if resume else []
+    with phases.phase("loading data and models"):
+        trainer = open_run(spec, base, recording, date)
     seconds = {"data and models": time.perf_counter() - started}
     resume_from = collectives.broadcast_object(resume_from)
     run = _open_run_directory(folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard)
     health.on_exit(lambda reason: directory.record_failure(folder, reason))
     try:
         check_shared(folder)
+        run_origin.check_same_code(files)
         if resume_from:
-            _restore(trainer, run, resume_from)
-            if files:
-                run_origin.update(run, base, trainer.progress.step, files)
+            _restore(trainer, run, resume_from, files)
+            step = trainer.progress.step
+            console.print(f"resuming after step {step}, from {resume_from}", markup=False, highlight=False)
         else:
-            rng.seed_all(spec.training.seed, collectives.rank())
-            run.write_text("spec.yaml", written)
-            run.write_text(directory.MARK, resolved)
-            if files:
-                run_origin.write(run, trainer, recording, files)
-            if recording and recording.checkpoint:
-                checkpoint.load(trainer.state, recording.checkpoint, spec.training.seed)
-                recording.write_history(run)
+            _begin(trainer, run, recording, files, {"spec.yaml": written, directory.MARK: resolved}, attempts)
         checkpoint.check_saving(trainer.models.student, trainer.setup.data.tokenizer)
         report.print_objective_card(console, trainer.setup, trainer.models, run, start=trainer.progress.step)
         run.status("running", step=trainer.progress.step)
         started = time.perf_counter()
-        trainer.sampler.start_engines()
+        check_engine_fits(trainer.setup, trainer.learner.zero)
+        with phases.phase("starting the rollout engine"):
+            trainer.sampler.start_engines()
         report.print_start_up(console, seconds | {"rollout engine": time.perf_counter() - started})
-        if cause := _train(trainer, run, console):
+        if cause := _train(trainer, run, console, phases):
             raise Diverged(f"the run diverged: {cause}", hint=f"{LOOK_AT}; {run.path / 'model'} has the last weights")
         run.status("done", step=trainer.progress.step)
     except BaseException as error:
@@ -237,12 +237,12 @@ def _report_failure(error: BaseException, trainer: Trainer, run: directory.RunDi
     """Close a run that ends early and record why in status.json; returns the error that the command reports."""
     roll_call = collectives.RollCall() if failures.is_rank_lost(error) else None
     reported = failures.reported_error(error, run)
-    state = next((name for kind, name in ORDERLY_ENDS.items() if isinstance(reported, kind)), "failed")
-    if state == "failed":
+    state = next((name for kind, name in STATES.items() if isinstance(reported, kind)), "failed")
+    if not isinstance(reported, tuple(ORDERLY_ENDS)):
         code = reported.exit_code if isinstance(reported, SdkitError) else INTERRUPTED
         health.fail(code, str(reported), is_cause=roll_call is None)
     _write_failure_status(run, state, trainer.progress.step, reported)
-    _close(trainer, run, together=state != "failed")
+    _close(trainer, run, together=isinstance(reported, tuple(ORDERLY_ENDS)))
     if roll_call:
         missing = roll_call.missing_ranks()
         reported = failures.rank_lost(missing, error)
@@ -254,7 +254,7 @@ def _report_failure(error: BaseException, trainer: Trainer, run: directory.RunDi
 
 
 def _write_failure_status(run: directory.RunDirectory, state: str, step: int, error: BaseException) -> None:
-    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    reason = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
     with contextlib.suppress(BadEnvironment):  # if the disk is full, `error` says so
         run.status(state, step=step, reason=reason or type(error).__name__)
 
@@ -277,12 +277,47 @@ def _checkpoint_to_resume(
     return resuming.newest_checkpoint(folder, expected, warn, hashes=is_first_rank())
 
 
-def _restore(trainer: Trainer, run: directory.RunDirectory, saved: Path) -> None:
+def _check_recorded_checkpoint(recording: Recording | None) -> None:
+    if recording and recording.checkpoint:
+        run = recording.origin.get("run")
+        resuming.check_usable(recording.checkpoint, run, launched() or 1, hashes=is_first_rank())
+
+
+def _restore(trainer: Trainer, run: directory.RunDirectory, saved: Path, files: run_origin.RunFiles) -> None:
+    """Continue from the checkpoint in `saved`."""
     data = trainer.setup.data
     resuming.check_same_data(run.path, data.fingerprints())
     prompt_record.check_same_prompts(data, directory.provenance(run.path), "this run began with")
     checkpoint.load(trainer.state, saved, data.spec.training.seed)
     run.forget_after(trainer.progress.step)
+    if is_first_rank():
+        run_origin.update(run, trainer.setup.base, trainer.progress.step, files)
+
+
+def _begin(
+    trainer: Trainer,
+    run: directory.RunDirectory,
+    recording: Recording | None,
+    files: run_origin.RunFiles,
+    texts: Mapping[str, str],
+    attempts: Sequence[Mapping[str, Any]],
+) -> None:
+    """Begin a new run: seed the random streams, and write where the run comes from.
+
+    `texts` are the spec's, by file name; `attempts` are earlier ones, which left no checkpoint.
+    """
+    seed = trainer.setup.spec.training.seed
+    rng.seed_all(seed, collectives.rank())
+    for name, text in texts.items():
+        run.write_text(name, text)
+        run.event_text(name, 0, f"```yaml\n{text}\n```")
+    plan = trainer.setup.plan
+    run.event_text("objective", 0, "\n\n".join([*plan.objective, *plan.roles, *plan.derived]))
+    if is_first_rank():
+        run_origin.write(run, trainer, recording, files, attempts)
+    if recording and recording.checkpoint:
+        checkpoint.load(trainer.state, recording.checkpoint, seed)
+        recording.write_history(run)
 
 
 def _open_run_directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.RunDirectory:
@@ -300,42 +335,16 @@ def _close(trainer: Trainer, run: directory.RunDirectory, *, together: bool) -> 
     zero.stop(together=together)
 
 
-def _train(trainer: Trainer, run: directory.RunDirectory, console: Console) -> str | None:
+def _train(trainer: Trainer, run: directory.RunDirectory, console: Console, phases: Phases) -> str | None:
     """Train, save the model and print the results; returns how the run has diverged, if it has."""
-    reporter = report.Report(run, console, trainer.setup)
-    with reporter.bar:
-        loop.run(trainer, reporter)
-    with stop_requests.stop_requests():  # training is done: let the model be written
+    reporter = report.Report(run, console, trainer.setup, phases)
+    loop.run(trainer, reporter)
+    saving = phases.phase("saving the model", log=False)
+    # Training is done: let the model be written.
+    with stop_requests.stop_requests(reporter.notify) as stop, stop.during("the model is saved"), saving:
         checkpoint.save_model(trainer.models.student, trainer.setup.data.tokenizer, run.path)
         if collectives.rank() == 0:
             plot(run.history(), run.path / "plot.png", run.path.name)
     reporter.finished()
     console.print(f"run directory: {run.path}", highlight=False)
     return reporter.divergence()
-
-
-def evaluate_only(
-    spec: specs.ExperimentSpec, base: Path, console: Console, run: Path | None = None
-) -> dict[str, float]:
-    """Run the spec's evaluation on its start model; returns the metrics.
-
-    With `run`, templates print the run's date, and a warning names code that has changed since.
-    """
-    if run:
-        run_origin.warn_of_changed_code(spec, base, run, console)
-    trainer = open_run(spec, base, now=run and prompt_record.template_date(directory.provenance(run)))
-    together = False
-    try:
-        assert spec.evaluation is not None
-        with failures.explained():
-            result = evaluate(trainer.sampler, spec.evaluation, version=0)
-        metrics = result.metrics(headline(spec.evaluation))
-        console.print(report.scores_table(result))
-        report.warn_of_few_prompts(console, result)
-        together = True
-        return metrics
-    finally:
-        if not together:
-            health.fail()
-        trainer.close(together=together)
-        zero.stop(together=together)

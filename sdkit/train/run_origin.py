@@ -9,17 +9,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from attrs import frozen
 
 from sdkit.checkpoints import manifest
+from sdkit.distributed import collectives
 from sdkit.language.errors import UnreadableInput, first_of
+from sdkit.language.files import read_json_object
 from sdkit.language.specs import ExperimentSpec
 from sdkit.models.loading import cache_folder, resolve_model
 from sdkit.runs import directory, fingerprints, git
 from sdkit.runs.directory import RunDirectory
-from sdkit.runs.fingerprints import KINDS, Hashes, Kind
-from sdkit.runs.provenance import provenance
-from sdkit.stdout import print_warning
+from sdkit.runs.fingerprints import Hashes, Kind
+from sdkit.runs.provenance import attempt, provenance
+from sdkit.stdout import is_first_on_machine, print_warning
 from sdkit.train import prompt_record
 from sdkit.train.replay import Recording
 from sdkit.train.trainer import Trainer
@@ -29,7 +32,10 @@ DIFF = "git.diff"
 
 @frozen(eq=False, kw_only=True)
 class RunFiles:
-    """The hashes of a run's code and local models, and which changes of them an option accepted."""
+    """The hashes of a run's code and local models, and which changes of them an option accepted.
+
+    Every rank hashes the code; of the ranks on one machine, the first alone hashes the models.
+    """
 
     hashes: Mapping[Kind, Hashes]
     accepted: Mapping[Kind, Mapping[str, str | None]]  # each changed file's hash before; None: the file is new
@@ -52,10 +58,9 @@ def check_files(
     def notify(text: str) -> None:
         console.print(text, markup=False, highlight=False)
 
-    now: dict[Kind, Hashes] = {
-        "code": fingerprints.of_code(spec, base),
-        "models": fingerprints.of_models(spec, base, cache_folder(), notify),
-    }
+    now: dict[Kind, Hashes] = {"code": fingerprints.of_code(spec, base)}
+    if is_first_on_machine():
+        now["models"] = fingerprints.of_models(spec, base, cache_folder(), notify)
     if checkpoint:
         before, since = _of_checkpoint(checkpoint), f"{checkpoint} was written"
         copies = [folder for folder in _all_copies(checkpoint.parents[1]) if folder.name < checkpoint.name]
@@ -64,16 +69,25 @@ def check_files(
         copies = _all_copies(recording.run)
     else:
         return RunFiles(hashes=now, accepted={})
-    changes = {kind: fingerprints.differences(before[kind], now[kind]) for kind in KINDS}
-    refused: list[Kind] = [kind for kind in KINDS if changes[kind] and kind not in accept]
+    changes = {kind: fingerprints.differences(before[kind], now[kind]) for kind in now}
+    refused: list[Kind] = [kind for kind in now if changes[kind] and kind not in accept]
     if refused:
         faults = [f"{name}: {what}" for kind in refused for name, what in changes[kind].items()]
         message = f"files of the run have changed since {since}:\n" + first_of(faults)
         raise UnreadableInput(message, hint=_ways_out(refused, copies))
     accepted: dict[Kind, dict[str, str | None]] = {
-        kind: {name: (before[kind] or {}).get(name) for name in changes[kind]} for kind in KINDS if changes[kind]
+        kind: {name: (before[kind] or {}).get(name) for name in changes[kind]} for kind in now if changes[kind]
     }
     return RunFiles(hashes=now, accepted=accepted)
+
+
+def check_same_code(files: RunFiles) -> None:
+    """Raise UnreadableInput on every rank if one has other code than the first: a machine may have an older copy."""
+    first = collectives.broadcast_object(files.hashes["code"])
+    differences = collectives.all_gather_object(fingerprints.differences(first, files.hashes["code"]))
+    faults = [f"rank {rank}, {name}: {what}" for rank, files in enumerate(differences) for name, what in files.items()]
+    if faults:
+        raise UnreadableInput("the code of the ranks is not that of the first rank:\n" + first_of(faults))
 
 
 def _ways_out(refused: Collection[Kind], copies: Sequence[Path]) -> str:
@@ -102,7 +116,7 @@ def _of_recording(recording: Recording, now: Mapping[Kind, Hashes]) -> dict[Kind
     A file that the recorded run changed on its way has no hash there that holds for all batches.
     """
     before: dict[Kind, Hashes | None] = {}
-    for kind in KINDS:
+    for kind in now:
         recorded: Mapping[str, str] = recording.origin.get(kind, {})
         later = (c for c in recording.origin.get("accepted_changes", ()) if c["step"] > recording.start)
         several = {name for change in later for name in change.get(kind, ())}
@@ -112,10 +126,20 @@ def _of_recording(recording: Recording, now: Mapping[Kind, Hashes]) -> dict[Kind
     return before
 
 
-def write(run: RunDirectory, trainer: Trainer, recording: Recording | None, files: RunFiles) -> None:
-    """Write provenance.json of a new run, the uncommitted changes of the spec's repository, and copies of the code."""
+def write(
+    run: RunDirectory,
+    trainer: Trainer,
+    recording: Recording | None,
+    files: RunFiles,
+    earlier: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write provenance.json of a new run, the uncommitted changes of the spec's repository, and copies of the code.
+
+    `earlier` are attempts that ended before their first checkpoint.
+    """
     base, step = trainer.setup.base, recording.start if recording else 0
     facts = {**_facts(trainer, recording), **files.hashes, **_accepted(files, step)}
+    facts["attempts"] = [*earlier, _attempt(step)]
     run.write_json(directory.ORIGIN, provenance(base, **facts))
     if changes := git.diff(base):
         run.write_text(DIFF, changes)
@@ -127,6 +151,7 @@ def update(run: RunDirectory, base: Path, step: int, files: RunFiles) -> None:
     facts = directory.provenance(run.path)
     earlier = [change for change in facts.get("accepted_changes", []) if change["step"] < step]
     before = facts.get("code")
+    facts["attempts"] = [*earlier_attempts(run.path), _attempt(step)]
     facts |= {**files.hashes, "accepted_changes": earlier, **_accepted(files, step, earlier)}
     run.write_json(directory.ORIGIN, facts)
     target = _copies(run, step)
@@ -135,6 +160,25 @@ def update(run: RunDirectory, base: Path, step: int, files: RunFiles) -> None:
             shutil.rmtree(folder)
     if before != files.hashes["code"]:
         fingerprints.copy_code(files.hashes["code"], base, target)
+
+
+def earlier_attempts(run: Path) -> list[dict[str, Any]]:
+    """The attempts in provenance.json of a run, the latest with when and how it ended.
+
+    Of one that was killed, the last step that it reported.
+    """
+    attempts, file = directory.provenance(run).get("attempts", []), run / "status.json"
+    status = read_json_object(file) or {}
+    if attempts and status:
+        facts = {name: status[name] for name in ("state", "step", "reason") if name in status}
+        at = datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
+        attempts[-1]["ended"] = {"at": at, **facts}
+    return attempts
+
+
+def _attempt(step: int) -> dict[str, Any]:
+    accelerators = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return attempt(step, collectives.world_size(), accelerators)
 
 
 def _accepted(files: RunFiles, step: int, earlier: Collection[Any] = ()) -> dict[str, Any]:

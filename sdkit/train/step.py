@@ -6,19 +6,20 @@ To follow a step, read this file, `collate.py` (rollouts to micro-batches) and `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from sdkit.batches import MicroBatch, RolloutBatch
 from sdkit.distributed import collectives
 from sdkit.language.specs import Loss, Table, TeacherWeights
+from sdkit.losses.objective import TOKEN_DIVERGENCE
 from sdkit.models.operations import pass_operations
 from sdkit.models.teachers import Event
 from sdkit.plan.operations import training_factor
-from sdkit.train.collate import CollatedBatch, collate, empty_micro_batch
+from sdkit.train.collate import CollatedBatch, RolloutKey, collate, counted_positions, empty_micro_batch, rollout_key
 from sdkit.train.learner import Learner
 from sdkit.train.step_specs import StepSpecs
 from sdkit.train.stopwatch import Stopwatch
@@ -33,6 +34,8 @@ class StepResult:
     operations: float  # of both; nan if a model's are not known
     tokens: int  # of the completions
     applied: bool  # False if a gradient was not finite
+    # By rollout of this rank: the divergence at each token of its completion, None where no term counts it.
+    divergences: Mapping[RolloutKey, Sequence[float | None]] = field(factory=dict)
 
 
 class LossNotFinite(Exception):
@@ -46,6 +49,7 @@ def train_step(learner: Learner, rollouts: RolloutBatch, specs: StepSpecs) -> St
     """
     collated = _collate(learner, rollouts, specs.losses)
     sums: dict[str, Tensor] = {}
+    divergences: list[Tensor] = []
     stopwatch = Stopwatch(learner.models.device)
     for batch in collated.micro_batches:
         with stopwatch.phase("teacher"):
@@ -54,6 +58,7 @@ def train_step(learner: Learner, rollouts: RolloutBatch, specs: StepSpecs) -> St
         with stopwatch.phase("update"):
             loss, stats = learner.zero.forward(learner.student, batch, scores, reference, specs.losses)
             learner.zero.backward(loss)
+            divergences += [stats.pop(TOKEN_DIVERGENCE)] if TOKEN_DIVERGENCE in stats else []
             _accumulate(sums, stats, batch)
     with stopwatch.phase("update"):
         metrics = average_metrics(sums, collated)
@@ -69,6 +74,7 @@ def train_step(learner: Learner, rollouts: RolloutBatch, specs: StepSpecs) -> St
         operations=sum(_operations(learner, batch, specs) for batch in collated.micro_batches),
         tokens=sum(len(text.completion) for batch in collated.micro_batches for text in batch.student.texts),
         applied=stepped.applied,
+        divergences=_divergences(divergences, collated, specs.losses),
     )
 
 
@@ -77,6 +83,20 @@ def _operations(learner: Learner, batch: MicroBatch, specs: StepSpecs) -> float:
     student = learner.models.student
     update = training_factor(adapters=student.has_adapters) * pass_operations(student, batch.student.texts)
     return learner.scorer.operations(batch, specs.blend) + update
+
+
+def _divergences(
+    parts: Sequence[Tensor], collated: CollatedBatch, losses: Table[Loss]
+) -> dict[RolloutKey, list[float | None]]:
+    """Return the divergence at each completion token of the rollouts; `parts` are those of the micro-batches, [M] each."""
+    if not parts:
+        return {}
+    values = iter(torch.cat(list(parts)).tolist())
+    by_rollout: dict[RolloutKey, list[float | None]] = {}
+    for rollout in collated.order:
+        counted = dict(zip(counted_positions(rollout, losses), values, strict=False))
+        by_rollout[rollout_key(rollout)] = [counted.get(position) for position in range(len(rollout.completion_ids))]
+    return by_rollout
 
 
 @torch.no_grad()

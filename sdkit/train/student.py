@@ -62,7 +62,7 @@ class Student(nn.Module):
         reference: TeacherScores | None,
         losses: Table[Loss],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        objective = Objective(losses, self.temperature, self.functions)
+        objective = Objective(losses, self.temperature, self.functions, per_token=torch.is_grad_enabled())
         return projected_loss(
             hidden,
             self.head,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ COMMANDS = (
     "train",
     "eval",
     "replay",
+    "rollouts",
     "compare",
     "diff",
     "export",
@@ -34,6 +36,8 @@ COMMANDS = (
     "explain",
     "methods",
     "new",
+    "import",
+    "fmt",
     "schema",
     "doctor",
 )
@@ -157,8 +161,59 @@ def test_new_leaves_no_file_that_has_errors(sdkit, tmp_path, monkeypatch):
     assert sdkit("new", "a.yaml", "--method", "sft")[0] == 2  # no terminal to ask for the data
 
 
+def test_fmt_checks_and_formats(sdkit, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("optimizer: {lr: 1e-5} # the rate\nmethod: sft\n")
+    path.chmod(0o600)
+    assert sdkit("fmt", "--check", path) == (1, f"{path}: would change\n", "")
+    assert sdkit("fmt", path) == (0, f"{path}: formatted\n", "")
+    assert path.read_text() == "method: sft\noptimizer: {lr: 1.0e-5} # the rate\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert sdkit("fmt", "--check", path) == (0, "", "")
+    path.write_text("a: [")
+    code, out, err = sdkit("fmt", path)
+    assert (code, out, path.read_text()) == (1, "", "a: [")
+    assert err.startswith(f"{path}:1:")
+    assert sdkit("fmt", "sft")[0] == 2  # a packaged page is no file of the user's
+
+
+def test_import_writes_a_formatted_run_file_and_a_list(sdkit, tmp_path):
+    config, target = tmp_path / "config.yaml", tmp_path / "run.yaml"
+    config.write_text("lmbda: 0.5\nmodel_name_or_path: org/model\npacking: true\n")
+    code, out, _ = sdkit("import", config, "--to", target, "learning_rate=3e-4")
+    assert (code, out.splitlines()[:3]) == (
+        0,
+        [
+            f"{target}: written, from TRL's GKDConfig",
+            "no equivalent:",
+            "  packing: true – rows are packed by training.micro_batch_tokens",
+        ],
+    )
+    assert target.read_text().startswith("# From config.yaml, TRL's GKDConfig.")
+    assert "  lr: 0.0003 # learning_rate\n" in target.read_text()
+    assert sdkit("fmt", "--check", target)[0] == 0
+    assert sdkit("import", config, "--to", target)[0] == 2  # the file exists
+
+
 def test_validate_reports_specs_without_problems(sdkit):
     assert sdkit("validate", DEMO, METHOD) == (0, f"{DEMO}: ok (run file)\n{METHOD}: ok (method page)\n", "")
+
+
+def test_validate_takes_overrides(sdkit):
+    assert sdkit("validate", DEMO, "training.steps=3", METHOD)[0] == 0
+    code, _, err = sdkit("validate", DEMO, "training.steps=none")
+    assert code == 1
+    assert "'none' is text, not a whole number" in err
+    assert sdkit("validate", "training.steps=3")[0] == 2
+
+
+def test_validate_with_data_shows_prompts(sdkit, run_file):
+    code, out, err = sdkit("validate", run_file, "training.steps=2", "--data", "1")
+    assert code == 0, err
+    assert f"{run_file}: ok (run file)" in out
+    assert "completion goes here" in out
+    assert "longest prompt and completion" in out
+    assert sdkit("validate", METHOD, "--data", "1")[0] == 2
 
 
 def test_validate_shows_every_problem_of_every_file(sdkit, broken):
@@ -269,6 +324,22 @@ def test_wrong_override_is_attributed_to_the_command_line(sdkit):
     assert "training.steps=many" in err
 
 
+def test_plan_and_show_accept_a_run_directory(sdkit, tmp_path):
+    spec = load_spec(DEMO).spec
+    (tmp_path / "resolved.yaml").write_text(json.dumps(resolved(spec)))
+    (tmp_path / "provenance.json").write_text(json.dumps({"base": str(SPECS)}))
+    assert sdkit("plan", tmp_path)[:2] == sdkit("plan", DEMO)[:2]
+    code, out, err = sdkit("show", tmp_path, "training.steps=7")
+    assert (code, err) == (0, "")
+    assert yaml.safe_load(out)["training"]["steps"] == 7
+
+
+def test_show_of_another_folder_says_what_is_missing(sdkit, tmp_path):
+    code, _, err = sdkit("show", tmp_path)
+    assert code == 2
+    assert "is not a run directory: it has no resolved.yaml" in err
+
+
 def test_plan_prints_the_objective(sdkit):
     code, out, _ = sdkit("plan", DEMO, "training.steps=7")
     assert code == 0
@@ -316,7 +387,9 @@ def test_train_alone_writes_to_standard_output(run_file, tmp_path):
     """From another folder, with a relative run directory; no library prints a warning."""
     done = process("train", run_file, "--to", "here/run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("╭")
+    first, *_, last = [line.partition(" ") for line in done.stdout.splitlines()]
+    assert (first[2], last[2]) == ("loading libraries …", "run directory: here/run")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", first[0])
     assert "WARNING" not in done.stdout + done.stderr
     assert (tmp_path / "here" / "run" / "model" / "config.json").is_file()
 
@@ -327,13 +400,25 @@ def test_train_then_eval(sdkit, run_file, tmp_path):
     assert code == 0, err
     assert "step 2/2" in out
     assert "run directory:" in out
+    assert "# samples of step 1" in (folder / "samples/step_000001.md").read_text()
     written = (folder / "spec.yaml").read_text()
     assert written == run_file.read_text()
     again = load_spec(folder / "resolved.yaml", base=run_file.parent)
     assert again.spec == load_spec(run_file, ["training.steps=2"]).spec
-    code, out, err = sdkit("eval", folder)
+    code, out, err = sdkit("eval", folder, "--to", tmp_path / "measured", "--format", "json")
     assert code == 0, err
-    assert "held_out" in out
+    facts = json.loads(out)
+    assert facts == json.loads((tmp_path / "measured/evaluation.json").read_text())
+    assert {score["suite"] for score in facts["scores"]} == {"held_out"}
+    for score in facts["scores"]:
+        assert score["low"] <= score["mean"] <= score["high"]
+        assert score["method"]
+    completions = [json.loads(line) for line in (tmp_path / "measured/completions.jsonl").read_text().splitlines()]
+    assert len({record["row"] for record in completions}) == facts["scores"][0]["n"]
+    assert completions[0]["completion"] in (tmp_path / "measured/completions.md").read_text()
+    assert load_spec(tmp_path / "measured/spec.yaml", base=run_file.parent).spec.model.lora is None
+    code, _, err = sdkit("eval", folder, "--to", tmp_path / "measured")
+    assert (code, "exists" in err) == (2, True)
     code, out, err = sdkit("compare", folder, "--to", tmp_path / "run.png")
     assert code == 0, err
     assert "digit" in out
@@ -417,8 +502,13 @@ def test_dry_run_trains_nothing(sdkit, run_file, tmp_path, monkeypatch):
     code, out, _ = sdkit("train", run_file, "--dry-run")
     assert code == 0
     assert "objective:" in out
+    assert "reward right, training rows: " in out
     assert "smoke run passed" in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_smoke_says_what_it_did_not_try(sdkit, run_file):
+    assert "rows and rewards were stand-ins" in sdkit("smoke", run_file)[1]
 
 
 def test_bad_data_exits_with_3(sdkit, run_file, tmp_path):

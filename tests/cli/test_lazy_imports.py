@@ -54,6 +54,11 @@ def test_specs_and_plans_need_no_torch():
     assert loaded & {"torch", "numpy", "transformers", "deepspeed", "vllm"} == set()
 
 
+def test_first_rows_are_checked_without_torch():
+    loaded = loaded_by("import sdkit.data.first_row")
+    assert loaded & {"torch", "numpy", "transformers", "datasets", "pyarrow"} == set()
+
+
 def test_every_exported_name_can_be_imported():
     for name in sdkit.__all__:
         assert getattr(sdkit, name).__module__.startswith("sdkit.")

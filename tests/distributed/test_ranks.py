@@ -4,6 +4,7 @@ With one rank or one update a stale teacher would go unnoticed, so two ranks (on
 three updates, and this process makes the same ones alone, under stage 0.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -217,12 +218,32 @@ def test_loaded_checkpoint_continues_identically(two_ranks, case):
             torch.testing.assert_close(results["again"][kind][name], value, atol=0, rtol=0)
 
 
-def test_vllm_gets_merged_adapters_from_shards(tiny_folder, tmp_path):
-    """One vLLM engine for each of two ranks: log-probabilities agree after every update; the model is never gathered."""
+@pytest.fixture(scope="module")
+def with_vllm(tiny_folder, tmp_path_factory):
+    """Runs two ranks with an engine for each, or with one that both share; returns the results and caches them."""
     require_vllm()
     script = Path(scenario.__file__).with_name("vllm_ranks_scenario.py")
-    run_ranks(2, [script, tiny_folder, tmp_path])
-    results = json.loads((tmp_path / "results.json").read_text())
+
+    @functools.cache
+    def run(ranks_per_engine):
+        work = tmp_path_factory.mktemp("engines")
+        run_ranks(2, [script, tiny_folder, work, ranks_per_engine])
+        return json.loads((work / "results.json").read_text())
+
+    return run
+
+
+@pytest.mark.full
+def test_ranks_that_share_an_engine_sample_what_they_sample_alone(with_vllm):
+    alone, shared = with_vllm(1), with_vllm(2)
+    assert shared["tokens"] == alone["tokens"]
+    assert shared["local ranks"] == [0, 1]
+    assert max(max(syncs) for syncs in shared["syncs"]) < 1e-4
+
+
+def test_vllm_gets_merged_adapters_from_shards(with_vllm):
+    """One vLLM engine for each of two ranks: log-probabilities agree after every update; the model is never gathered."""
+    results = with_vllm(1)
     assert results["ranks"] == 2
     assert results["local ranks"] == [0, 1]
     assert results["rollouts"] == 4

@@ -12,6 +12,7 @@ from sdkit.language.specs import (
     Distillation,
     EmaWeights,
     ExperimentSpec,
+    ExternalWeights,
     ExtrapolateBlend,
     ForwardKl,
     GeometricBlend,
@@ -34,13 +35,20 @@ from sdkit.language.specs import (
     VocabularySupport,
 )
 from sdkit.plan.accelerators import ACCELERATORS, Machine
+from sdkit.plan.activations import intermediate_size, micro_batch_tokens
 from sdkit.plan.machine import shape_of
 from sdkit.plan.plan import make_plan
 
 GIGA = ShapeSpec(
-    parameters=2**30, hidden_size=1, num_hidden_layers=1, vocab_size=1, max_position_embeddings=10_000, kv_width=1
+    parameters=2**30,
+    hidden_size=1,
+    num_hidden_layers=1,
+    vocab_size=1,
+    max_position_embeddings=10_000,
+    kv_width=1,
+    intermediate_size=1,
 )
-"""One layer of width 1, so that attention and cache are negligible."""
+"""One layer of width 1, so that attention, activations and cache are negligible."""
 H100 = Machine(ranks=4, memory_gib=80.0, accelerator=ACCELERATORS["h100"])
 SPEED = 989e12 * 0.4
 READING = 3.35e12 * 0.6
@@ -75,7 +83,7 @@ def distilled(**changes):
 
 
 def memory(spec, machine=H100):
-    return {share.label: share.gib for share in make_plan(spec, machine, GIGA).memory}
+    return {share.label: share.gib for share in make_plan(spec, machine, GIGA).memory.shares}
 
 
 def phases(spec, machine=H100):
@@ -86,12 +94,13 @@ def phases(spec, machine=H100):
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype", "moments", "gradients"), [(0, "float32", 8, 4), (1, "bfloat16", 3, 4), (2, "bfloat16", 3, 1)]
+    ("stage", "dtype", "moments", "gradients"),
+    [(0, "float32", 8, 4), (1, "bfloat16", 3, 4 + 2), (2, "bfloat16", 3, 1), (3, "float32", 2, 1)],
 )
 def test_zero_stages_shard_masters_moments_and_gradients(stage, dtype, moments, gradients):
     training = TrainingSpec(steps=1, prompts_per_step=4, zero_stage=stage)
     shares = memory(run(model=ModelSpec(path="m", dtype=dtype), training=training))
-    assert shares["student weights"] == (4 if dtype == "float32" else 2)
+    assert shares["student weights"] == (4 if dtype == "float32" else 2) / (4 if stage == 3 else 1)
     assert (shares["masters and moments"], shares["gradients"]) == (moments, gradients)
 
 
@@ -100,13 +109,117 @@ def test_one_rank_stores_everything():
     assert (shares["masters and moments"], shares["gradients"]) == (12, 4)
 
 
-def test_average_teacher_has_a_copy_and_a_shadow():
-    assert memory(distilled())["teacher weights"] == 2 + 4
+def test_average_teacher_has_a_copy_and_a_sharded_shadow():
+    assert memory(distilled())["teacher weights"] == 2 + 4 / 4
 
 
 def test_vllm_memory_is_a_share_of_an_accelerator_or_the_requested_size():
     assert memory(run())["vLLM weights and cache"] == 40
     assert memory(run(), Machine(ranks=4, memory_gib=80.0))["vLLM weights and cache"] == 2 + 1
+
+
+@pytest.mark.parametrize(("stage", "gib"), [(2, 2), (3, 0.5)])
+def test_stage_3_shards_other_models_too(stage, gib):
+    teacher = TeacherSpec(weights=ExternalWeights(path="org/other"))
+    training = TrainingSpec(steps=1, prompts_per_step=4, zero_stage=stage)
+    plan = make_plan(
+        run({"distil": DISTIL}, teacher=teacher, training=training), H100, GIGA, None, {"org/other": GIGA}
+    )
+    assert plan.memory is not None
+    assert {share.label: share.gib for share in plan.memory.shares}["model org/other"] == gib
+
+
+@pytest.mark.parametrize(("ranks", "copies"), [(1, 0), (4, 1)])
+def test_buckets_are_allocated_whole_and_copied_to_be_sorted(ranks, copies):
+    """2^29 values of 2 bytes; a copy in float32 for the sum, and on several ranks one of 2 bytes that is sorted by rank."""
+    training = TrainingSpec(steps=1, prompts_per_step=4, zero_stage=2, reduce_bucket_size=2**29)
+    shares = memory(run(training=training), evolve(H100, ranks=ranks))
+    assert shares["gradients being reduced"] == 1 + 2 + copies
+
+
+def test_unstated_feed_forward_width_follows_from_the_parameters():
+    """Two layers of width 4: 2 · 4 · (4 + 4) in attention, 3 · 4 · 10 in the feed-forward part; 4 · 8 in the embedding."""
+    shape = ShapeSpec(
+        parameters=2 * (64 + 120) + 32, hidden_size=4, num_hidden_layers=2, vocab_size=8, max_position_embeddings=9
+    )
+    assert intermediate_size(shape) == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, 4000),  # four rollouts of 1000 tokens on each rank
+        ({"updates_per_rollout": 4}, 1000),
+        ({"micro_batch_tokens": 2500}, 2500),
+        ({"micro_batch_tokens": 10}, 1000),  # one rollout has to fit
+    ],
+)
+def test_largest_micro_batch(changes, tokens):
+    spec = run()
+    assert micro_batch_tokens(evolve(spec, training=evolve(spec.training, **changes)), ranks=4) == tokens
+
+
+def test_offloaded_states_are_in_cpu_memory():
+    training = TrainingSpec(steps=1, prompts_per_step=4, zero_stage=2, offload=("optimizer",))
+    estimate = make_plan(run(training=training), H100, GIGA).memory
+    assert estimate is not None
+    assert estimate.host_gib == 3 + 1
+    assert estimate.peak_gib == sum(share.gib for share in estimate.shares) - 4
+
+
+def test_savings_are_listed_where_memory_is_short():
+    """Of a model of 2^30 parameters on four ranks, stage 3 divides the weights, LoRA drops masters, moments, gradients."""
+    machine = evolve(H100, memory_gib=10.0)
+    estimate = make_plan(run(), machine, GIGA).memory
+    assert estimate is not None
+    assert estimate.peak_gib > 10
+    changes = dict(estimate.savings)
+    assert {"training.zero_stage=3", "training.offload=[optimizer]", "model.lora={r: 64, lora_alpha: 128}"} <= {
+        *changes
+    }
+    assert sorted(changes.values()) == list(changes.values())
+    assert all(gib < estimate.peak_gib for gib in changes.values())
+    enough = make_plan(run(), evolve(H100, memory_gib=200.0), GIGA).memory
+    assert enough is not None
+    assert not enough.savings
+
+
+def test_plan_warns_of_an_engine_whose_weights_do_not_fit():
+    backend = VllmBackend(gpu_memory_utilization=0.02)
+    small = make_plan(run(rollout=evolve(run().rollout, backend=backend)), H100, GIGA)
+    assert any(
+        "gpu_memory_utilization 0.02 is 1.6 GiB, too little for vLLM's weights of 2.0 GiB" in n for n in small.derived
+    )
+    assert not any("gpu_memory_utilization" in note for note in make_plan(run(), H100, GIGA).derived)
+
+
+@pytest.mark.parametrize(
+    ("spec", "gib"),
+    [
+        (run(), 2 + 12),
+        (distilled(), 2 + 12 + 4),
+        (run(training=TrainingSpec(steps=1, prompts_per_step=4, zero_stage=3)), 12),
+        (
+            run(
+                model=ModelSpec(path="m", dtype="float32"),
+                training=TrainingSpec(steps=1, prompts_per_step=4, zero_stage=0),
+            ),
+            4 + 8,
+        ),
+    ],
+)
+def test_disk_of_a_checkpoint(spec, gib):
+    disk = make_plan(spec, H100, GIGA).disk
+    assert disk is not None
+    assert disk.checkpoint == gib
+
+
+def test_processes_are_described():
+    plan = make_plan(run(), H100, GIGA)
+    assert plan.processes == (
+        "4 ranks train, each on its own GPU, started by `--processes 4` or `torchrun`; the first writes the run directory",
+        "rollouts: each rank samples 4 completions a step with its own vLLM engine, in the same process",
+    )
 
 
 def test_step_time_is_sampling_scoring_and_updating():
@@ -226,5 +339,5 @@ def test_shape_from_a_config_uses_head_dim(tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     shape = shape_of(run(), tmp_path)
     assert shape is not None
-    assert shape.kv_width == 1024
+    assert (shape.kv_width, shape.q_width, shape.intermediate_size) == (1024, 4096, 9728)
     assert shape.parameters == 4_022_468_096 - 36 * 2 * 128

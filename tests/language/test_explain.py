@@ -6,7 +6,7 @@ from sdkit.language.errors import UnreadableInput
 from sdkit.language.explain import codes, explain, names, overview
 from sdkit.language.introspection import keys_of
 from sdkit.language.specs import ExperimentSpec
-from sdkit.language.suggestions import all_keys
+from sdkit.language.suggestions import BY_PEER, all_keys
 
 
 def test_every_name_is_explained():
@@ -71,6 +71,7 @@ def test_a_code_is_explained_with_a_bad_and_a_good_example(code):
         ("no_techer", 'did you mean "no_teacher"?'),
         ("group_relativ", 'did you mean "group_relative"?'),
         ("learning_rate", 'sdkit calls it "lr"'),
+        ("beta", BY_PEER["beta"]),
         ("model.lora.rank", 'renamed to "r", as in PEFT'),
         ("zzzzzz", "`sdkit explain` lists the keys of a run file"),
         ("", "`sdkit explain` lists the keys of a run file"),

@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden import BAD, GOOD, TESTS, validate_output
+from golden import BAD, GOOD, TESTS, validate_output, validated
 
-from sdkit.language.load import load_spec
 from sdkit.language.rules import RULES
 from sdkit.language.shape_codes import SHAPE_CODES
 
@@ -26,7 +25,7 @@ def test_bad_spec_prints_its_golden_text(path):
 
 @pytest.mark.parametrize("path", [p for p in BAD if p.stem not in SEVERAL], ids=lambda p: p.stem)
 def test_bad_spec_has_exactly_its_code(path):
-    checked = load_spec(path)
+    checked = validated(path)
     assert {p.code for p in checked.problems} == {_code(path)}
     severities = {rule.code: rule.severity for rule in RULES}
     assert {p.severity for p in checked.problems} == {severities.get(_code(path), "error")}
@@ -35,7 +34,7 @@ def test_bad_spec_has_exactly_its_code(path):
 
 @pytest.mark.parametrize("path", GOOD, ids=lambda p: p.stem)
 def test_good_spec_has_no_problem(path):
-    checked = load_spec(path)
+    checked = validated(path)
     assert checked.ok
     assert checked.spec is not None
     assert bool(checked.problems) == path.stem.endswith("_warns"), validate_output(path)
@@ -63,7 +62,7 @@ def test_every_code_outside_the_rules_has_a_bad_example():
 
 def test_messages_follow_the_style():
     for path in BAD:
-        for problem in load_spec(path).problems:
+        for problem in validated(path).problems:
             text = problem.message
             assert "\n" not in text
             assert not text.endswith(".")

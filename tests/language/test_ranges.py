@@ -12,7 +12,7 @@ import pytest
 
 from sdkit.language.introspection import Key, is_spec, keys_of, members
 from sdkit.language.overlay import load
-from sdkit.language.specs import ExperimentSpec, LoraSpec, OptimizerSpec, ServedWeights, Table
+from sdkit.language.specs import HOTTEST_VLLM, ExperimentSpec, LoraSpec, OptimizerSpec, ServedWeights, Table
 from sdkit.language.specs.run import RENDERING_ARGUMENTS, TEMPLATE_OPTION
 from sdkit.language.structure import structure
 
@@ -22,8 +22,8 @@ PLAIN_NAMES = {"losses", "slots", "rewards", "suites", "decoding"}
 DATA = {"rows"}
 """Keys that hold the user's own data."""
 WHITE_SPACE_COUNTS = {"stop", "pattern"}
-FREE = {"options", "chat_template_kwargs"}
-"""Keys whose strings a task or a template interprets."""
+FREE = {"options", "chat_template_kwargs", "engine_args"}
+"""Keys whose strings a task, a template or an engine interprets."""
 
 
 def classes():
@@ -107,7 +107,7 @@ def test_path_has_no_control_characters_and_limited_length():
         assert range.accepts("./models/Größe 2")
 
 
-def test_lowest_temperature_is_vllms():
+def test_lowest_and_highest_temperature_are_vllms():
     vllm = importlib.util.find_spec("vllm")
     if vllm is None or not vllm.submodule_search_locations:
         pytest.skip("vLLM is not installed")
@@ -118,6 +118,7 @@ def test_lowest_temperature_is_vllms():
             assert key.range is not None
             assert key.range.accepts(lowest), cls
             assert not key.range.accepts(lowest / 2), cls
+    assert f"if self.temperature > {HOTTEST_VLLM}:" in source
 
 
 def test_template_options_exclude_arguments_of_rendering():

@@ -17,6 +17,7 @@ from sdkit.language.specs import (
     ImportanceSpec,
     Jsd,
     LinearMix,
+    LogRatio,
     MaskSpec,
     OldPolicyRatio,
     PolicyGradient,
@@ -30,7 +31,7 @@ from sdkit.language.specs import (
     TopKSupport,
     VocabularySupport,
 )
-from sdkit.losses.objective import Objective, sampler_ratio, unmasked_span
+from sdkit.losses.objective import TOKEN_DIVERGENCE, Objective, sampler_ratio, unmasked_span
 from sdkit.losses.policy import importance_ratio
 
 DIVERGENCES = [
@@ -555,3 +556,28 @@ def test_missing_or_misshapen_teacher_is_an_error(logits, tokens):
         objective_of(distil())(logits.student, None, tokens)
     with pytest.raises(ValueError, match=r"differ in shape: \(5, 7\) and \(5, 6\)"):
         objective_of(distil())(logits.student, logits.teacher[:, :6], tokens)
+
+
+@pytest.mark.parametrize(
+    ("term", "metric", "sign"),
+    [
+        (distil(Jsd()), "token_loss", 1),
+        (distil(ReverseKl(), TopKSupport(k=3, chosen_by="student", remainder="tail_bucket")), "token_loss", 1),
+        (distil(ReverseKl(), SampledTokenSupport()), "k1", 1),
+        (PolicyGradient(advantage=LogRatio()), "advantage", -1),
+    ],
+    ids=["vocabulary", "top k", "sampled token", "log-ratio"],
+)
+def test_divergences_of_tokens_sum_to_the_metric(logits, tokens, term, metric, sign):
+    objective = Objective(Table({"distil": term}), 1.0, per_token=True)
+    _, stats = objective(logits.student, logits.teacher, tokens)
+    values = stats.pop(TOKEN_DIVERGENCE)
+    assert values.shape == WEIGHTS.shape
+    assert not values.requires_grad
+    assert values[1] == 0  # its weight is 0
+    assert_close(values.sum(), sign * stats[f"distil/{metric}"])
+
+
+def test_terms_without_a_teacher_have_no_divergence(logits, tokens):
+    objective = Objective(Table({"distil": CrossEntropy()}), 1.0, per_token=True)
+    assert TOKEN_DIVERGENCE not in objective(logits.student, None, tokens)[1]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from sdkit.language.load import load_spec
+from sdkit.plan import machine
 from sdkit.plan.accelerators import Machine
 from sdkit.plan.machine import emulates_bfloat16
 from sdkit.plan.plan import make_plan
@@ -38,3 +39,18 @@ def test_plan_says_that_flash_attention_shares_no_rows(attention, expected):
     overrides = ["model.dtype=bfloat16", f"model.attn_implementation={attention}", "rollout.completions_per_prompt=4"]
     plan = make_plan(load_spec(DEMO, overrides).spec, Machine(), None)
     assert sum("takes no mask for shared rows" in line for line in plan.derived) == expected
+
+
+@pytest.mark.parametrize(("printed", "gib"), [("81920\\n40960\\n", 40.0), ("[N/A]\\n", None)])
+def test_memory_is_that_of_the_smallest_gpu(printed, gib, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{printed}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    assert machine.memory_gib() == gib
+
+
+def test_memory_of_a_gpu_is_unknown_without_its_tool(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    assert machine.memory_gib() is None

@@ -428,6 +428,17 @@ def test_picture_of_many_runs(make_run):
     assert "Bonferroni over 72" in compare_output(folders)
 
 
+def test_picture_has_the_main_score_of_every_suite(make_run, tmp_path, monkeypatch):
+    keys = [(suite, "greedy", reward) for suite in ("sums", "words") for reward in ("right", "form")]
+    suites = {suite: {"score": "right"} for suite in ("sums", "words")}
+    folder = make_run("one", {0: dict.fromkeys(keys, right(of=4))}, spec=SPEC | {"evaluation": {"suites": suites}})
+    drawn = []
+    monkeypatch.setattr("sdkit.runs.compare_text.plot_runs", lambda _, keys, __: drawn.append(keys))
+    for score in (None, "form"):
+        compare([folder], Console(file=StringIO()), tmp_path / "picture.png", "tokens", score)
+    assert drawn == [[keys[0], keys[2]], [keys[1], keys[3]]]
+
+
 def test_brackets_in_names_are_no_markup(make_run):
     a, b = make_run("a[bold]", {1: score_of(0.1)}), make_run("b[x]", {1: score_of(0.9)})
     assert "b[x] is above a[bold] by 0.800" in compare_output([a, b])

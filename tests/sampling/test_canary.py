@@ -19,7 +19,8 @@ from sdkit.sampling.canary import BFLOAT16_BOUND, FLOAT32_BOUND, TF32_BOUND, dra
 )
 def test_bound_follows_the_precision(monkeypatch, capability, dtypes, bound):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     engine, trainer = dtypes
     assert draw_canary(VllmBackend(dtype=engine), trainer, 512, 100).bound == bound
     assert draw_canary(VllmBackend(dtype=engine, canary_bound=0.5), trainer, 512, 100).bound == 0.5

@@ -8,7 +8,7 @@ import pytest
 
 from sdkit.batches import SamplingParams
 from sdkit.language.errors import BadData
-from sdkit.sampling import vllm
+from sdkit.sampling import vllm_settings as vllm
 
 QWEN_ROWS, QWEN_IDS = 152_064, 151_665
 

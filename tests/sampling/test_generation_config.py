@@ -12,7 +12,7 @@ from sdkit.batches import SamplingParams, SamplingRequest
 from sdkit.language.specs import ImportanceSpec, SamplerRatio, VllmBackend
 from sdkit.models.weights import Weights
 from sdkit.sampling.transformers import TransformersRollouts, own_settings
-from sdkit.sampling.vllm import engine_settings, sampling_settings
+from sdkit.sampling.vllm_settings import engine_settings, sampling_settings
 from sdkit.seeds import derive
 
 SETTINGS = {"temperature": 0.8, "top_p": 1.0, "top_k": 0, "max_new_tokens": 10}

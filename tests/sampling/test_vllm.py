@@ -56,6 +56,11 @@ def test_unchanged_weights_are_not_sent(results):
     assert results["unchanged weights"] == {}
 
 
+def test_engine_that_slept_gets_the_same_weights_again(results):
+    assert results["sleeping"] == [False, True, False]
+    assert results["woken"]["canary_mean"] < 1e-4
+
+
 def test_lost_transfer_is_detected(results):
     assert "differ from the trainer's" in results["stale"]
     assert results["repaired"]["canary_mean"] < 1e-4

@@ -14,7 +14,7 @@ from tinyruns import make_spec
 from typer.testing import CliRunner
 
 from sdkit.language.errors import BadEnvironment, UnreadableInput
-from sdkit.language.specs import ModelSpec, VllmBackend, VllmServerBackend
+from sdkit.language.specs import ModelSpec, Table, VllmBackend, VllmServerBackend
 from sdkit.serving import serve
 from sdkit.train import inputs
 
@@ -69,21 +69,25 @@ def test_spec_without_servers_is_refused(tiny_folder):
 
 
 def test_command_starts_vllm_with_the_gateway_and_the_in_process_settings(tiny_folder):
-    from sdkit.sampling.vllm import engine_settings
+    from sdkit.sampling.vllm_settings import engine_settings
 
-    backend = VllmServerBackend(max_num_seqs=7, kv_cache_gib=0.5)
+    backend = VllmServerBackend(
+        max_num_seqs=7, kv_cache_gib=0.5, engine_args=Table({"attention_backend": "--host", "enable_dbo": True})
+    )
     where = serve.Address(host="127.0.0.1", port=8000)
     student = ModelSpec(path="org/model", dtype="float32", revision="abc")
     command = serve.server_command(backend, student, "org/model", 300, where)
     flags = command[3:]
-    assert flags[flags.index("--middleware") + 1] == "sdkit.serving.gateway.Gateway"
-    assert flags[flags.index("--max-model-len") + 1] == "300"
-    assert flags[flags.index("--revision") + 1] == "abc"
-    assert flags[flags.index("--generation-config") + 1] == "vllm"
-    assert flags[flags.index("--kv-cache-memory-bytes") + 1] == str(1 << 29)
-    assert {"--enforce-eager", "--no-enable-chunked-prefill"} <= set(flags)
+    values = dict(flag.split("=") for flag in flags if "=" in flag)
+    assert values["--middleware"] == "sdkit.serving.gateway.Gateway"
+    assert values["--max-model-len"] == "300"
+    assert values["--revision"] == "abc"
+    assert values["--generation-config"] == "vllm"
+    assert values["--kv-cache-memory-bytes"] == str(1 << 29)
+    assert values["--attention-backend"] == "--host"  # no flag of its own
+    assert {"--enforce-eager", "--no-enable-chunked-prefill", "--enable-dbo"} <= set(flags)
     settings = engine_settings(VllmBackend(max_num_seqs=7, kv_cache_gib=0.5), "float32", 300)
-    flag_names = {f.removeprefix("--").removeprefix("no-") for f in flags if f.startswith("--")}
+    flag_names = {f.removeprefix("--").removeprefix("no-").split("=")[0] for f in flags}
     assert {name.replace("_", "-") for name in settings} <= flag_names
     assert not {f for f in flags if "key" in f}  # a list of processes must not show the key
 
@@ -107,6 +111,7 @@ def test_environment_has_no_development_mode_and_only_this_servers_key(tmp_path)
         "TORCHDYNAMO_DISABLE": "1",
     }
     assert serve.server_environment(outer, tmp_path, "mine")["VLLM_API_KEY"] == "mine"
+    assert "TORCHDYNAMO_DISABLE" not in serve.server_environment(outer, tmp_path, None, compiles=True)
 
 
 def test_occupied_port_is_reported_before_anything_starts(tiny_folder, tmp_path, monkeypatch):

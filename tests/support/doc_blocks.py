@@ -27,7 +27,9 @@ FENCE = re.compile(
     r"(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<info>\w+[^\n]*)\n(?P<body>.*?)```$", re.DOTALL | re.MULTILINE
 )
 NUMBER = re.compile(r"[-+−]?\d+(,\d{3})*(\.\d+)?(e[-+]\d+)?")
-SECONDS = re.compile(r"\d+(\.\d+)? s\b( \(rollout [^)]*\))?")
+SECONDS = re.compile(r"\d+(\.\d+)? s\b")
+TIME_OF_DAY = re.compile(r"(?m)^\d\d:\d\d:\d\d ")
+"""The start of a line in a log, which a terminal does not show."""
 
 
 class Block(NamedTuple):
@@ -98,7 +100,7 @@ def run_shell(block: Block, folder: Path, place: str, warm: WarmProcess) -> str:
 
 def normal(text: str, folder: Path, varies: bool) -> list[str]:
     """The lines without times, folders, widths and, if figures vary, numbers."""
-    text = SECONDS.sub("#", text.replace(str(folder), "FOLDER"))
+    text = SECONDS.sub("#", TIME_OF_DAY.sub("", text).replace(str(folder), "FOLDER"))
     if varies:
         text = re.sub(r"(?m)^  sample: .*", "  sample:", NUMBER.sub("#", text))
     text = re.sub(r"[─━═]+", "─", text)

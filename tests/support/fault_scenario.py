@@ -15,6 +15,7 @@ import yaml
 
 SILENCE = 5
 """Seconds that a rank may be silent here."""
+DIVERGING = ("optimizer.lr=20", "teacher.weights=frozen", "losses.distil.importance.sampler=null", "training.steps=3")
 REWARD = """
 import os, resource, signal, threading, time
 
@@ -82,7 +83,7 @@ def write_spec(folder, work, name, tail=""):
         "teacher": {"sees": {"max_prompt_tokens": 4096}},
         "rewards": {"long": {"kind": "file", "file": "reward.py", "function": "faulty", "seconds": 2}},
         "optimizer": {"lr": 1e-3},
-        "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2, "deadline_seconds": SILENCE},
+        "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2},
         "output": {"tensorboard": False, "checkpoint_every": 1, "keep_checkpoints": 2},
     }
     (work / name).write_text(yaml.safe_dump(spec))
@@ -170,9 +171,16 @@ def main(folder, work):
     scenario.train("kill the first", 2, fault="kill", who=0)
     scenario.train_stuck("stuck", who=1)
     scenario.train_stuck("stuck without the first", who=0)
-    scenario.train("freeze", 2, fault="freeze", who=1, patience=1)
+    scenario.train("freeze", 2, f"training.deadline_seconds={SILENCE}", fault="freeze", who=1, patience=1)
     for resumed in ("full_disk", "kill", "terminate"):
         scenario.resume(resumed, 2)
+    scenario.train("diverged", 2, *DIVERGING)
+    with (work / "reward.py").open("a") as code:
+        code.write("\n# changed\n")
+    changed = {"folder": "kill the first"}
+    scenario.train("changed code", 2, "--resume", **changed)
+    scenario.train("accepted code", 2, "--resume", "--changed-code", **changed)
+    write_spec(folder, work, "run.yaml")
     for fault in ("kill", "interrupt", "interrupt_twice"):
         scenario.train(f"{fault} alone", 1, fault=fault)
     scenario.resume("kill alone", 1)

@@ -6,22 +6,31 @@
 import os
 from pathlib import Path
 
+from attrs import evolve
+
+from sdkit.data.first_row import check_first_rows
 from sdkit.language.errors import render
-from sdkit.language.load import load_spec
+from sdkit.language.load import CheckedSpec, load_spec
 
 TESTS = Path(__file__).resolve().parent.parent
 BAD = sorted((TESTS / "err").glob("*.yaml"))
 GOOD = sorted((TESTS / "ok").glob("*.yaml"))
 
 
-def validate_output(path: Path) -> str:
-    """What `sdkit validate` prints for a spec, run from its folder."""
+def validated(path: Path) -> CheckedSpec:
+    """The spec with the problems that `sdkit validate` prints, run from its folder."""
     before = Path.cwd()
     os.chdir(path.parent)
     try:
         checked = load_spec(path.name)
+        return evolve(checked, problems=(*checked.problems, *check_first_rows(checked).problems))
     finally:
         os.chdir(before)
+
+
+def validate_output(path: Path) -> str:
+    """What `sdkit validate` prints for a spec, run from its folder."""
+    checked = validated(path)
     text = render(checked.problems, checked.texts)
     return text + "\n" if text else ""
 

@@ -1,6 +1,6 @@
 """vLLM beside a trainer under ZeRO stage 3, once a rank: writes the figures of each weight transfer as JSON.
 
-`python vllm_ranks_scenario.py MODEL_FOLDER WORK_FOLDER`; test_ranks.py checks them.
+`python vllm_ranks_scenario.py MODEL_FOLDER WORK_FOLDER [RANKS_PER_ENGINE]`; test_ranks.py checks them.
 """
 
 import json
@@ -18,12 +18,12 @@ from sdkit.train.collect_rollouts import rollout_records, sort_records
 from sdkit.train.run import open_run
 
 
-def main(folder, work):
+def main(folder, work, ranks_per_engine):
     spec = make_spec(
         folder,
         model=model(folder, lora=LORA),
         teacher=teacher(EmaWeights(update_rate=0.3)),
-        rollout=rollout(temperature=0.7, backend=VllmBackend(kv_cache_gib=0.1)),
+        rollout=rollout(temperature=0.7, backend=VllmBackend(kv_cache_gib=0.1, tensor_parallel_size=ranks_per_engine)),
         optimizer=OptimizerSpec(lr=1e-2),
         training=training(zero_stage=3),
     )
@@ -46,6 +46,7 @@ def main(folder, work):
         "peak": max(gathered_counts) / total,
         "gathered at end": sum(p.numel() for p in every),
         "rollouts": len(records),
+        "tokens": [record["completion_ids"] for record in records],
         "ranks": collectives.world_size(),
     }
     first = collectives.rank() == 0
@@ -75,4 +76,4 @@ def record_gathered(weights, every):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1)

@@ -34,7 +34,7 @@ def main(folder, work):
     spec = make_spec(
         folder,
         teacher=teacher(EmaWeights(update_rate=0.3)),
-        rollout=rollout(temperature=0.7, backend=VllmBackend(kv_cache_gib=0.1)),
+        rollout=rollout(temperature=0.7, backend=VllmBackend(kv_cache_gib=0.1, enable_sleep_mode=True)),
         optimizer=OptimizerSpec(lr=1e-2),
     )
     trainer = open_run(spec, work)
@@ -44,6 +44,7 @@ def main(folder, work):
     results["reload has vLLM's configuration"] = watch_reload(backend)
     results |= syncs(trainer)
     results |= sampling(trainer, backend)
+    results |= sleeping(trainer, backend)
     results |= stale(trainer, backend)
     results |= adapters(trainer, backend, folder)
     trainer.close()
@@ -84,6 +85,17 @@ def syncs(trainer):
     again = collect(trainer, 3).figures
     other = trainer.sampler.backends.load(trainer.models.teacher.weights, trainer.progress.optimizer_steps)[1]
     return {"syncs": figures, "unchanged weights": again, "teacher": other}
+
+
+def sleeping(trainer, backend):
+    """Whether the engine sleeps, by vLLM's own state, and the figures of the transfer that wakes it."""
+    executor = backend.engine.llm_engine.engine_core.engine_core.model_executor
+    before = executor.is_sleeping
+    trainer.sampler.backends.sleep()
+    trainer.sampler.backends.sleep()  # has no effect
+    asleep = executor.is_sleeping
+    woken = trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)[1]
+    return {"sleeping": [before, asleep, executor.is_sleeping], "woken": woken}
 
 
 def sampling(trainer, backend):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attrs import evolve
 from tinyruns import (
     advance,
     assert_equal,
@@ -19,6 +20,7 @@ from tinyruns import (
     read_status,
     rollout,
     run_scenario,
+    silent_console,
     teacher,
     train,
     training,
@@ -30,13 +32,16 @@ from sdkit.language.errors import (
     INTERRUPTED,
     BadData,
     BadEnvironment,
+    Diverged,
     NumericsGuard,
     OutOfMemory,
     ProcessDied,
     Stopped,
+    UnreadableInput,
 )
 from sdkit.language.specs import EmaWeights, Suite, Table
 from sdkit.train import loop, stop_requests
+from sdkit.train.metrics import step_metrics
 from sdkit.train.step import LossNotFinite
 
 SCENARIO = Path(__file__).parents[1] / "support" / "fault_scenario.py"
@@ -88,6 +93,10 @@ PHASES = {
 }
 
 
+ANSWERS = {
+    "update": "stopping after this step",
+    "evaluation": "stopping: the evaluation is abandoned, --resume repeats it",
+}
 REQUESTS = [*((where, signal.SIGTERM) for where in PHASES), ("rollout", signal.SIGINT)]
 
 
@@ -98,11 +107,16 @@ def test_stop_request_is_obeyed_in_every_phase(spec, straight, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         run_before_call(patch, owner, name, call, lambda: send(number))
         with pytest.raises(Stopped, match=f"stopped after step {step}") as caught:
-            train(spec, folder)
+            train(spec, folder, console := silent_console())
     assert caught.value.exit_code == 7
+    assert not caught.value.is_failure
+    assert ANSWERS["update" if phase in ("rollout", "update") else "evaluation"] in console.file.getvalue()
     assert read_status(folder)["state"] == "stopped"
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{step:06d}"]
-    train(spec, folder, resume=True)
+    train(spec, folder, console := silent_console(), resume=True)
+    assert f"resuming after step {step}, from {folder}/checkpoints/step_{step:06d}" in console.file.getvalue()
+    first, second = json.loads((folder / "provenance.json").read_text())["attempts"]
+    assert (first["ended"]["state"], first["ended"]["step"], second["after_step"]) == ("stopped", step, step)
     assert metrics(folder) == metrics(straight)
     for key, value in weights_of(folder).items():
         assert_equal(value, weights_of(straight)[key])
@@ -116,8 +130,7 @@ def test_second_interrupt_ends_a_run_at_once(spec, tmp_path, monkeypatch):
     run_before_call(monkeypatch, loop, "collect_rollouts", 1, interrupt_twice)
     with pytest.raises(KeyboardInterrupt):
         train(spec, tmp_path / "run")
-    assert read_status(tmp_path / "run")["state"] == "failed"
-    assert read_status(tmp_path / "run")["reason"] == "interrupted"
+    assert read_status(tmp_path / "run")["state"] == "interrupted"
 
 
 def test_stop_request_during_the_final_save_changes_nothing(spec, tmp_path, monkeypatch):
@@ -129,11 +142,36 @@ def test_stop_request_during_the_final_save_changes_nothing(spec, tmp_path, monk
 
 def test_signal_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
-    with stop_requests.stop_requests() as stop:
+    answers = []
+    with stop_requests.stop_requests(answers.append) as stop:
         send(signal.SIGTERM)
         send(signal.SIGTERM)
         assert stop.asked
     assert signal.getsignal(signal.SIGTERM) is before
+    assert answers == ["stopping after the current work"]
+
+
+@pytest.mark.parametrize(("seconds", "left"), [(9.2, ", 9 s left"), (None, ""), (0.1, "")])
+def test_interrupt_is_answered_at_once(seconds, left):
+    answers = []
+    with stop_requests.stop_requests(answers.append) as stop, stop.during("this step", seconds):
+        send(signal.SIGINT)
+        assert answers == [f"stopping after this step{left}; again to abort"]
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_run_expects_a_step_to_take_as_long_as_the_latest(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "step_metrics", lambda *args: step_metrics(*args) | {"time/step": 100.0})
+    run_before_call(monkeypatch, loop, "collect_rollouts", 2, lambda: send(signal.SIGINT))
+    quick = evolve(spec, evaluation=None)
+    with pytest.raises(Stopped):
+        train(
+            evolve(quick, training=training(steps=4, prompts_per_step=2)),
+            tmp_path / "run",
+            console := silent_console(),
+        )
+    assert "stopping after this step, 100 s left; again to abort" in console.file.getvalue()
 
 
 def test_interrupted_command_exits_with_130(monkeypatch, capsys):
@@ -146,7 +184,7 @@ def test_interrupted_command_exits_with_130(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 130
-    assert capsys.readouterr().err == "error: interrupted\n"
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +208,12 @@ def test_rank_out_of_memory_says_what_to_lower(results):
     assert "rank 1: error: out of memory: " in result["output"][1]
     assert "lower training.micro_batch_tokens" in result["output"][1]
     assert "lost rank 1" in result["output"][0]
+
+
+def test_both_ranks_record_the_divergence_at_each_token(results):
+    records = lines(results["work"] / "straight 2" / "rollouts" / "step_000000.jsonl")
+    assert [len(record["token_divergence"]) for record in records] == [len(r["completion_ids"]) for r in records]
+    assert any(value for record in records for value in record["token_divergence"])
 
 
 def test_full_disk_of_one_rank_stops_all_ranks(results):
@@ -230,6 +274,7 @@ def test_stop_request_to_one_rank_stops_all_ranks(results):
     assert result["status"]["state"] == "stopped"
     assert result["checkpoints"] == ["step_000002", "step_000003"]
     assert "continue with --resume" in result["output"][0]
+    assert "error" not in "".join(result["output"])
     assert_same_run(results, "terminate, resumed", "straight 2")
 
 
@@ -238,8 +283,42 @@ def test_interrupt_stops_and_a_second_one_aborts(results):
     assert once["codes"] == [Stopped.exit_code]
     assert once["checkpoints"] == ["step_000002", "step_000003"]
     assert interrupt_twice["codes"] == [INTERRUPTED]
-    assert interrupt_twice["status"]["state"] == "failed"
+    assert interrupt_twice["status"]["state"] == "interrupted"
     assert interrupt_twice["checkpoints"] == ["step_000001", "step_000002"]
+
+
+def test_diverged_run_ends_so_on_every_rank(results):
+    result = results["diverged"]
+    assert result["codes"] == [Diverged.exit_code] * 2
+    assert result["status"]["state"] == "diverged"
+    assert "error: the run diverged: steps 2 to 3: the loss is" in result["output"][0]
+
+
+def test_every_rank_refuses_changed_code_at_once(results):
+    result = results["changed code"]
+    assert result["codes"] == [UnreadableInput.exit_code] * 2
+    assert "reward.py: changed" in result["output"][0]
+    assert "reward.py: changed" in result["output"][1]
+
+
+def test_accepted_code_is_recorded_on_two_ranks(results):
+    assert results["accepted code"]["codes"] == [0, 0]
+    facts = json.loads((results["work"] / "kill the first" / "provenance.json").read_text())
+    (change,) = facts["accepted_changes"]
+    assert list(change["code"]) == ["reward.py"]
+    first, second = facts["attempts"]
+    assert (first["after_step"], first["ranks"]) == (0, 2)
+    assert (first["ended"]["state"], first["ended"]["step"]) == ("failed", 2)  # the second rank lost the first
+    assert first["ended"]["at"] <= second["started"]
+    assert (second["after_step"], second["ranks"]) == (2, 2)
+    assert {"host", "cores", "memory_gib", "accelerators"} == set(second["hardware"])
+    assert second["argv"][1:] == [
+        *second["argv"][1:3],
+        "--resume",
+        "--changed-code",
+        "--to",
+        str(results["work"] / "kill the first"),
+    ]
 
 
 def test_loss_that_is_not_finite_ends_a_run_before_its_step(results):

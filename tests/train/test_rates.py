@@ -30,7 +30,8 @@ class Event:
     def __init__(self, stream):
         self.stream = stream
 
-    def record(self):
+    def record(self, stream):
+        assert stream == "cuda:1", "another device's stream knows nothing of this one's work"
         self.at = self.stream.now
 
     def synchronize(self):
@@ -44,7 +45,8 @@ class Event:
 def test_phases_last_as_long_as_the_work_of_the_device(monkeypatch):
     stream = Stream()
     monkeypatch.setattr(torch.cuda, "Event", stream.event)
-    stopwatch = Stopwatch(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_stream", str)
+    stopwatch = Stopwatch(torch.device("cuda", 1))
     for _ in range(2):
         with stopwatch.phase("teacher"):
             stream.now += 3
@@ -58,12 +60,13 @@ def cuda(monkeypatch):
     """torch.cuda of an H100 whose tensors took 3 of 4 GiB."""
     values = {
         "is_available": True,
+        "device_count": 1,
         "get_device_name": "NVIDIA H100 80GB HBM3",
         "max_memory_allocated": 3 * 2**30,
         "max_memory_reserved": 4 * 2**30,
     }
     for name, value in values.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
 
 
 RESULTS = [
@@ -79,9 +82,9 @@ def test_rates_divide_by_the_seconds_of_scoring_and_update(cuda):
 def test_no_mfu_without_a_known_peak(cuda, monkeypatch):
     assert "time/mfu" not in metrics._rates(RESULTS, "float32")
     for name in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert metrics.peak_teraflops("bfloat16") is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert metrics.peak_teraflops("bfloat16") == ACCELERATORS["h200"].teraflops
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert metrics._rates(RESULTS, "bfloat16").keys() == {"time/trained_tokens_per_second", "time/teraflops"}

@@ -69,7 +69,7 @@ def source_column(spec: specs.ExperimentSpec, context: Context) -> Iterator[Find
         written_at = path if data.columns else ("data",)
         where = "" if data.columns else f" of {spelled(path)}"
         for name, column in columns_of(spec, data).items():
-            for wanted in (w for w in _wanted(column) if w not in known):
+            for wanted in (w for w in _wanted(column) if known.isdisjoint((w, w.partition(".")[0]))):
                 message = f"source column {shorten(wanted)}{where} {outside(sorted(known))}"
                 yield (*written_at, "columns", name), message, did_you_mean(wanted, known)
 
@@ -83,9 +83,14 @@ def _source_columns(data: specs.DataSpec) -> set[str] | None:
     return None
 
 
-def _wanted(column: str | specs.ColumnTemplate) -> list[str]:
-    if isinstance(column, str):
-        return [column]
+def _wanted(column: specs.Column) -> list[str]:
+    match column:
+        case str():
+            return [column]
+        case specs.LastTurn():
+            return [column.last_turn]
+        case specs.JsonColumn():
+            return [column.json]
     try:
         return [field.name for field in fields(parse(column.template))]
     except TemplateError:

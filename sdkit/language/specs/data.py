@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from attrs import frozen
 
@@ -31,6 +31,14 @@ class JsonSource(LocalFile):
     """A JSON file with a list of objects."""
 
     kind: ClassVar[str] = "json"
+
+
+@frozen(kw_only=True)
+class CsvSource(LocalFile):
+    """A CSV file whose first record names the columns; every value is text, and an empty cell is empty text."""
+
+    kind: ClassVar[str] = "csv"
+    delimiter: Literal[",", ";", "\t", "|"] = spec_field("what separates two cells", default=",")
 
 
 @frozen(kw_only=True)
@@ -82,9 +90,18 @@ class InlineSource:
     rows: tuple[Table[Any], ...] = spec_field("the rows", range=NOT_EMPTY)
 
 
-FileSource = JsonLinesSource | JsonSource | ParquetSource | DiskSource
+FileSource = JsonLinesSource | JsonSource | CsvSource | ParquetSource | DiskSource
 """Sources that are a local file or folder."""
-Source = JsonLinesSource | JsonSource | ParquetSource | HubSource | DiskSource | ReasoningGymSource | InlineSource
+Source = (
+    JsonLinesSource
+    | JsonSource
+    | CsvSource
+    | ParquetSource
+    | HubSource
+    | DiskSource
+    | ReasoningGymSource
+    | InlineSource
+)
 
 
 @frozen(kw_only=True)
@@ -98,13 +115,35 @@ class ColumnTemplate:
 
 
 @frozen(kw_only=True)
+class LastTurn:
+    """The text of the assistant's turn that ends a chat, such as the answer to learn from.
+
+    A prompt from the same column is then the chat before that turn.
+    """
+
+    last_turn: str = spec_field("the source's column: a list of messages, or JSON text of one", range=NAME)
+
+
+@frozen(kw_only=True)
+class JsonColumn:
+    """The value of a column whose text is JSON, such as a chat in a CSV file."""
+
+    json: str = spec_field("the source's column", range=NAME)
+
+
+Column = str | ColumnTemplate | LastTurn | JsonColumn
+"""A column of the source, or what is made of one; `column.key` leads into a map, or into JSON text of one."""
+
+
+@frozen(kw_only=True)
 class DataSpec:
     """A source of rows and the meaning of its columns."""
 
     source: Source = spec_field("the rows")
-    columns: Table[str | ColumnTemplate] | None = spec_field(
-        "sdkit's name → the source's column or a template; `prompt` (text or chat messages) is required; `system`, "
-        "`demonstration`, `answer` and any other names are optional; evaluation data defaults to the training data's",
+    columns: Table[Column] | None = spec_field(
+        "sdkit's name → the source's column (`column.key` leads into a map), a template, the last turn of a chat, or a column "
+        "of JSON text; `prompt` (text or chat messages) is required; `system`, `demonstration`, `answer` and any other names "
+        "are optional; evaluation data defaults to the training data's",
         default=None,
         each=NAME,
         names=NAME,

@@ -1,4 +1,4 @@
-"""Rollouts: who samples, on which engine, and which rollouts are trained on."""
+"""Rollouts: who samples, and which rollouts are trained on."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from typing import ClassVar, Literal
 
 from attrs import frozen
 
+from sdkit.language.specs.backends import AutoBackend, Backend
 from sdkit.language.specs.fields import (
     AT_LEAST_ONE,
-    GIBIBYTES,
-    INSIDE_SHARE,
     NAME,
-    NOT_EMPTY,
     NOT_NEGATIVE_COUNT,
-    POSITIVE,
-    SECONDS,
     SHARE,
     SIGNED,
     SOME_TEXT,
@@ -24,9 +20,6 @@ from sdkit.language.specs.fields import (
     Scheduled,
     spec_field,
 )
-
-HOTTEST_VLLM = 2.0
-"""The highest temperature that vLLM accepts."""
 
 
 class BaseSampler(Component):
@@ -162,91 +155,6 @@ class NonConstantGroup(BaseFilter):
 
 
 Keep = NonEmpty | RewardAtLeast | NonConstantGroup
-
-
-@frozen(kw_only=True)
-class AutoBackend:
-    """vLLM if it is installed, otherwise transformers; `sdkit plan` says which and why."""
-
-    kind: ClassVar[str] = "auto"
-
-
-@frozen(kw_only=True)
-class TransformersBackend:
-    """transformers' `generate` on the training weights."""
-
-    kind: ClassVar[str] = "transformers"
-    batch_size: int = spec_field("rows generated at once", default=64, range=AT_LEAST_ONE)
-
-
-@frozen(kw_only=True)
-class VllmEngine:
-    """The settings of a vLLM engine, in the trainer's process or in a server."""
-
-    dtype: Literal["float32", "bfloat16"] | None = spec_field(
-        "precision of the engine (default: the model's)", default=None
-    )
-    max_num_seqs: int = spec_field("sequences decoded at once", default=64, range=AT_LEAST_ONE)
-    kv_cache_gib: float = spec_field("key-value cache on CPU, GiB", default=1.0, range=GIBIBYTES)
-    gpu_memory_utilization: float = spec_field("share of GPU memory for the engine", default=0.4, range=INSIDE_SHARE)
-    canary_bound: float | None = spec_field(
-        "largest mean difference of log-probabilities after a weight sync (default: 1e-3 in float32, 0.02 in float32 on a "
-        "GPU with TF32, 0.25 in bfloat16)",
-        default=None,
-        range=POSITIVE,
-    )
-
-
-@frozen(kw_only=True)
-class VllmBackend(VllmEngine):
-    """vLLM in the trainer's process."""
-
-    kind: ClassVar[str] = "vllm"
-
-
-@frozen(kw_only=True)
-class VllmServerBackend(VllmEngine):
-    """One or more vLLM servers, here or on other machines; `sdkit serve` starts one that matches the spec.
-
-    Weights are passed as files in a folder that the trainer and all servers can read.
-    """
-
-    kind: ClassVar[str] = "vllm_server"
-    urls: tuple[str, ...] = spec_field(
-        "addresses of the servers; groups are distributed among them",
-        default=("http://127.0.0.1:8000",),
-        range=NOT_EMPTY,
-        each=NAME,
-    )
-    key_from: str | None = spec_field(
-        "environment variable with the servers' API key; the key itself is never in a spec", default=None, range=NAME
-    )
-    allow_remote: bool = spec_field(
-        "allow servers on other machines, which receive prompts and weights", default=False
-    )
-    folder: str | None = spec_field(
-        "folder for the weight files, relative to the spec (default: weights/ in sdkit's cache folder, for servers on "
-        "this machine)",
-        default=None,
-        path_to="file",
-    )
-    deadline_seconds: float = spec_field(
-        "longest time for one completion or one weight transfer, retries included; a single server may be unreachable "
-        "for this long",
-        default=600.0,
-        range=SECONDS,
-    )
-
-
-@frozen(kw_only=True)
-class ReplayBackend:
-    """Replays the recorded rollouts of an earlier run, without sampling."""
-
-    kind: ClassVar[str] = "replay"
-    run: str = spec_field("run directory, relative to the spec", path_to="file")
-
-
-Backend = AutoBackend | TransformersBackend | VllmBackend | VllmServerBackend | ReplayBackend
 
 
 @frozen(kw_only=True)

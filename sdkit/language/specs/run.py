@@ -95,10 +95,25 @@ class ShapeSpec:
     vocab_size: int = spec_field("rows of the output projection", range=AT_LEAST_ONE)
     max_position_embeddings: int = spec_field("longest sequence the model takes, tokens", range=AT_LEAST_ONE)
     kv_width: int | None = spec_field(
-        "width of a layer's keys over all heads, for the size of the key-value cache (default: hidden_size)",
+        "width of a layer's keys over all heads, for caches and activations (default: hidden_size)",
         default=None,
         range=AT_LEAST_ONE,
     )
+    q_width: int | None = spec_field(
+        "width of a layer's queries over all heads (default: hidden_size)", default=None, range=AT_LEAST_ONE
+    )
+    intermediate_size: int | None = spec_field(
+        "width of a layer's feed-forward part (default: what `parameters` leave for it)",
+        default=None,
+        range=AT_LEAST_ONE,
+    )
+    num_attention_heads: int | None = spec_field(
+        "attention heads of a layer, for eager attention (default: one for each 128 of q_width)",
+        default=None,
+        range=AT_LEAST_ONE,
+    )
+    gated_mlp: bool = spec_field("whether the feed-forward part has a gate, as in Llama and Qwen", default=True)
+    qk_norm: bool = spec_field("whether queries and keys are normalized, as in Qwen3", default=False)
 
 
 @frozen(kw_only=True)

@@ -1,0 +1,95 @@
+"""Checks the first row of each local data file against a spec, as a run would read it, without torch or the user's code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path as Folder
+from typing import Any
+
+from attrs import frozen
+
+from sdkit.batches import Row
+from sdkit.data.rows import AbsentColumn, map_rows
+from sdkit.data.sources import read_first, source_name
+from sdkit.language import columns as reads
+from sdkit.language.errors import BadData, BadEnvironment, Path, Problem, listed, spelled
+from sdkit.language.load import CheckedSpec
+from sdkit.language.row_text import describe_value
+from sdkit.language.specs import DataSpec, ExperimentSpec
+
+CODE = "first_row"
+
+
+@frozen
+class FirstRows:
+    """What is wrong with the first rows of a spec's data, and a line on each data set that is right."""
+
+    problems: list[Problem]
+    descriptions: list[str]
+
+
+def check_first_rows(checked: CheckedSpec) -> FirstRows:
+    """Reads the first row of the training data and of every suite, where they are local files."""
+    found = FirstRows([], [])
+    if not checked.ok or not isinstance(checked.spec, ExperimentSpec):
+        return found
+    spec = checked.spec
+    _check(found, checked, ("data",), spec.data, reads.required_columns(spec), reads.text_columns(spec, None))
+    for name, suite in spec.suites.items():
+        path = ("evaluation", "suites", name, "data")
+        _check(found, checked, path, suite.data, [], reads.text_columns(spec, suite))
+    return found
+
+
+def _check(
+    found: FirstRows, checked: CheckedSpec, path: Path, data: DataSpec, needed: Sequence[str], texts: set[str]
+) -> None:
+    assert isinstance(checked.spec, ExperimentSpec)
+    columns = data.columns or checked.spec.data.columns or {}
+
+    def report(where: Path, message: str, hint: str | None = None) -> None:
+        found.problems.append(Problem(where, message, CODE, hint, checked.loaded.place(where)))
+
+    source = (*path, "source", "path")
+    try:
+        raw_rows = read_first(data.source, Folder(checked.loaded.folder))
+        mapped = map_rows(raw_rows, columns, needed, texts)
+    except BadEnvironment:  # without the package that reads the file, the row is not checked
+        return
+    except BadData as error:
+        report(source, error.message, error.hint)
+        return
+    written_at = path if data.columns else ("data",)
+    for column in mapped.absent:
+        for user in column.users:
+            report((*written_at, "columns", user), *_absence(source_name(data.source), column))
+    for fault in mapped.faults:
+        report(source, fault)
+    for row in mapped.rows if not mapped.absent else ():
+        if _is_chat_as_text(row.columns["prompt"]):
+            where = (*written_at, "columns", "prompt")
+            hint = f"write prompt: {{json: {columns['prompt']}}}"
+            message = "the prompt is a text that holds a chat as JSON, and the model would read the JSON"
+            found.problems.append(Problem(where, message, CODE, hint, checked.loaded.place(where), "warning"))
+        found.descriptions.append(f"{spelled(path)}: {'; '.join(_describe(row, columns))}")
+
+
+def _absence(source: str, column: AbsentColumn) -> tuple[str, str | None]:
+    hint = f'did you mean "{column.close}"?' if column.close else None
+    return f"{source} has no column '{column.name}', only {listed(column.available)}", hint
+
+
+def _is_chat_as_text(prompt: Any) -> bool:
+    try:
+        chat = json.loads(prompt) if isinstance(prompt, str) and prompt.lstrip().startswith("[") else None
+    except ValueError:
+        return False
+    return isinstance(chat, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in chat)
+
+
+def _describe(row: Row, columns: Any) -> Iterator[str]:
+    """What each column of a row is, the prompt first."""
+    roles = ", ".join(message["role"] for message in row.messages)
+    yield "prompt is text" if roles == "user" else f"prompt is a chat ({roles})"
+    yield from (f"{name} is {describe_value(row.columns[name])}" for name in columns if name != "prompt")

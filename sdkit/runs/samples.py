@@ -1,0 +1,36 @@
+"""Samples as Markdown, to read beside the JSON lines: prompts, completions and scores of a few rollouts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+TEXTS = {"prompt": "prompt", "teacher_prompt": "teacher's prompt", "completion": "completion"}
+"""Fields of a record that are texts, with their headings."""
+
+
+def as_markdown(title: str, records: Iterable[Mapping[str, Any]]) -> str:
+    """The records of `sample_texts` or of an evaluation as one page."""
+    parts = [f"# {title}"]
+    for record in records:
+        parts.append(f"## {_heading(record)}")
+        for field, name in TEXTS.items():
+            if (text := record.get(field)) is not None:
+                parts.append(f"{name}:\n\n{_fenced(text)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(record: Mapping[str, Any]) -> str:
+    """A record's suite and decoding, its row, whether it was cut, and its scores."""
+    parts = [str(record[field]) for field in ("suite", "decoding") if field in record]
+    parts.append(f"row {record['row']}")
+    parts += ["cut at the length limit"] if record.get("finished") is False else []
+    scores = record.get("rewards", record.get("scores", {}))
+    return ", ".join([*parts, *(f"{name} {value:.3g}" for name, value in scores.items())])
+
+
+def _fenced(text: str) -> str:
+    """The text in a code block, whose fence is longer than any row of backticks in the text."""
+    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
+    return f"{fence}text\n{text}\n{fence}"

@@ -1,0 +1,37 @@
+"""Samples as Markdown: headings with scores, and texts that cannot break out of their blocks."""
+
+from sdkit.runs.samples import as_markdown
+
+
+def test_sample_of_a_step():
+    record = {
+        "row": 3,
+        "prompt": "1 + 1?",
+        "teacher_prompt": None,
+        "completion": "2",
+        "finished": False,
+        "rewards": {"right": 1.0},
+    }
+    assert as_markdown("samples of step 1", [record]) == (
+        "# samples of step 1\n\n"
+        "## row 3, cut at the length limit, right 1\n\n"
+        "prompt:\n\n```text\n1 + 1?\n```\n\n"
+        "completion:\n\n```text\n2\n```\n"
+    )
+
+
+def test_completion_of_an_evaluation():
+    record = {
+        "suite": "sums",
+        "decoding": "greedy",
+        "row": 0,
+        "prompt": "p",
+        "completion": "c",
+        "scores": {"right": 0.5},
+    }
+    assert "## sums, greedy, row 0, right 0.5\n" in as_markdown("completions", [record])
+
+
+def test_backticks_in_a_text_stay_in_its_block():
+    page = as_markdown("x", [{"row": 0, "completion": "```python\nprint()\n```"}])
+    assert "````text\n```python\nprint()\n```\n````" in page
