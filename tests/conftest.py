@@ -20,6 +20,7 @@ from sdkit.batches import Row
 LONGEST_FILES = (
     "test_resume.py",
     "test_docs.py",
+    "test_accelerator.py",
     "test_launch.py",
     "test_cli.py",
     "test_serve_vllm.py",
