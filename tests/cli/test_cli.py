@@ -200,7 +200,7 @@ def test_validate_reports_specs_without_problems(sdkit):
 
 
 def test_validate_takes_overrides(sdkit):
-    assert sdkit("validate", DEMO, "training.steps=3", METHOD)[0] == 0
+    assert sdkit("validate", DEMO, "rollout.temperature=0.5", METHOD)[0] == 0
     code, _, err = sdkit("validate", DEMO, "training.steps=none")
     assert code == 1
     assert "'none' is text, not a whole number" in err

@@ -14,7 +14,7 @@ from sdkit.language.specs import MethodSpec
 @method_rule("another kind keeps no keys of the former one", "warning")
 def dropped_keys(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Where a run file or an override changes a `kind`, it replaces the map: keys of the former kind would mean
-    something else.  A key that both kinds have may have been meant to stay.
+    something else.  A key that both kinds have may have been meant to stay, unless its default is what it was.
     """
     data = resolved(spec)
     for path, node in context.loaded.nodes.items():
@@ -22,7 +22,11 @@ def dropped_keys(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         now = _at(data, path)
         if not isinstance(former, dict) or not isinstance(now, Mapping) or "kind" not in now:
             continue
-        dropped = [key for key in former if key != "kind" and key in now and not context.loaded.written((*path, key))]
+        dropped = [
+            key
+            for key, value in former.items()
+            if key != "kind" and key in now and not context.loaded.written((*path, key)) and value.data != now[key]
+        ]
         if dropped:
             is_or_are, it = ("is", "it") if len(dropped) == 1 else ("are", "them")
             message = f"the kind is now '{now['kind']}', so {listed(dropped, ' and ')} of the former kind {is_or_are} dropped"
