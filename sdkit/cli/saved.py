@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sdkit.cli import completion
 from sdkit.cli.app import RESULTS, app
 from sdkit.cli.checking import check_run, check_spec, make_console
+from sdkit.cli.options import SpecOrRun
 
 
 @app.command(
@@ -35,14 +35,6 @@ def compare(
     from sdkit.runs.compare_text import compare as compare_runs
 
     compare_runs(runs, make_console(), to, x, score)
-
-
-SpecOrRun = Annotated[
-    Path,
-    typer.Argument(
-        help="A run file, a method page, or a run directory.", show_default=False, autocompletion=completion.spec_files
-    ),
-]
 
 
 @app.command(
@@ -94,8 +86,9 @@ def export(
 
 
 @app.command(
+    rich_help_panel=RESULTS,
     epilog="Examples: `sdkit rollouts runs/sdft`, `sdkit rollouts runs/sdft@12 --row 3`, "
-    "`sdkit rollouts runs/sdft@12 --to rollouts.html`"
+    "`sdkit rollouts runs/sdft@12 --to rollouts.html`",
 )
 def rollouts(
     recorded: Annotated[
