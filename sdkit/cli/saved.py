@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sdkit.cli import completion
 from sdkit.cli.app import RESULTS, app
 from sdkit.cli.checking import check_run, check_spec, make_console
+from sdkit.cli.options import SpecOrRun
 
 
 @app.command(
@@ -35,14 +35,6 @@ def compare(
     from sdkit.runs.compare_text import compare as compare_runs
 
     compare_runs(runs, make_console(), to, x, score)
-
-
-SpecOrRun = Annotated[
-    Path,
-    typer.Argument(
-        help="A run file, a method page, or a run directory.", show_default=False, autocompletion=completion.spec_files
-    ),
-]
 
 
 @app.command(

@@ -46,7 +46,7 @@ def validate(
     Loads nothing heavy without `--data`.
     """
     paths, overrides = _split(words)
-    checked_specs = {path: _check_with_first_rows(path, overrides, strict) for path in paths}
+    checked_specs = {path: check_with_first_rows(path, overrides, strict=strict) for path in paths}
     print_problems([checked for checked, _ in checked_specs.values()], format)
     for path, (checked, descriptions) in checked_specs.items():
         if checked.ok and format == "text":
@@ -68,7 +68,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     return paths, [word for word in words if word not in paths]
 
 
-def _check_with_first_rows(path: str, overrides: list[str], strict: bool) -> tuple[Any, list[str]]:
+def check_with_first_rows(path: str, overrides: list[str], *, strict: bool = False) -> tuple[Any, list[str]]:
     """The checked spec, with the problems of its data's first rows, and what these rows have."""
     from attrs import evolve
 

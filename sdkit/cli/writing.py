@@ -12,6 +12,7 @@ import typer
 from sdkit.cli import completion
 from sdkit.cli.app import WRITING, app
 from sdkit.cli.checking import print_problems, print_source_problems
+from sdkit.cli.specs import check_with_first_rows
 
 DEFAULT_MODEL = "bundled:smollm2-135m-instruct"
 
@@ -32,7 +33,9 @@ def new(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A .jsonl, .json or .parquet file, a saved data set, or a hub id.", show_default=False),
+        typer.Option(
+            help="A .jsonl, .json, .csv or .parquet file, a saved data set, or a hub id.", show_default=False
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="A local folder or a hub id.", show_default=False)] = None,
     column: Annotated[
@@ -188,10 +191,8 @@ def _pairs(columns: Sequence[str]) -> dict[str, str]:
 
 def _write_checked(target: Path, text: str) -> None:
     """Write a spec that has no errors; otherwise print them and leave no file.  Raises UnreadableInput if one is there."""
-    from sdkit.language.load import load_spec
-
     _write_new(target, text)
-    checked = load_spec(target)
+    checked, _ = check_with_first_rows(str(target), [])
     print_problems([checked], "text")
     if not checked.ok:
         target.unlink()

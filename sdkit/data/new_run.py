@@ -95,6 +95,12 @@ class _Data:
         """Whether a value of the column has several words."""
         return any(len(str(row.get(column, "")).split()) > 1 for row in self.rows)
 
+    def ends_in_answers(self, columns: Mapping[str, Any]) -> bool:
+        """Whether the prompts are chats whose last turn is the assistant's."""
+        chats = [row.get(columns["prompt"]) for row in self.rows]
+        lasts = [chat[-1] for chat in chats if isinstance(chat, list) and chat]
+        return bool(lasts) and all(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in lasts)
+
     @property
     def held_out(self) -> int:
         """How many of the first rows to evaluate on."""
@@ -111,7 +117,12 @@ def write_run_file(target: Path, answers: Answers, ask: Ask | None) -> str:
     data = _read_data(answers.data, folder)
     needs_reward = next(reward_users(page.spec), None) is not None
     names = ["prompt", *columns_of_method(page.spec)]
-    columns = {name: _column(name, data, answers, names, ask) for name in dict.fromkeys(names)}
+    columns: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
+        is_last_turn = (
+            name in TEXTS and name not in (*answers.columns, *data.columns) and data.ends_in_answers(columns)
+        )
+        columns[name] = {"last_turn": columns["prompt"]} if is_last_turn else _column(name, data, answers, names, ask)
     optional = [name for name in ("system", "answer", "tests") if name not in columns]
     columns |= {name: column for name in optional if (column := _guess(name, data, answers, names))}
     columns |= {name: column for name, column in answers.columns.items() if name not in columns}
@@ -251,7 +262,8 @@ def _data(data: _Data, columns: Mapping[str, str], answers: Answers) -> str:
         "  columns: # sdkit's name: the data's name",
     ]
     for name, column in columns.items():
-        guessed = " # guessed from its name" if name not in answers.columns and column in GUESSES.get(name, ()) else ""
+        is_guess = name not in answers.columns and column in GUESSES.get(name, ())
+        guessed = " # guessed from its name" if is_guess else ""
         lines.append(f"    {name}: {compact(column, flow=True)}{guessed}")
     return "\n".join(lines)
 

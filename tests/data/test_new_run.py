@@ -66,6 +66,13 @@ def test_a_demonstration_is_not_guessed_among_numbers(new):
     assert checked.spec.data.columns["demonstration"] == "worked"
 
 
+def test_the_answer_that_ends_a_chat_is_the_demonstration(new):
+    chat = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
+    checked = new([{"messages": chat}], method="sdft")
+    assert checked.spec.data.columns["prompt"] == "messages"
+    assert checked.spec.data.columns["demonstration"].last_turn == "messages"
+
+
 def test_what_is_missing_is_asked_for(new):
     asked = []
 
@@ -107,7 +114,7 @@ def test_data_of_the_hub_needs_its_columns(new):
         ({"method": "gkd"}, "method gkd needs 1 teacher model, and 0 are given"),
         ({"method": "sft", "teachers": ["x"]}, "method sft needs 0 teacher models, and 1 are given"),
         ({"method": "sft", "columns": {"prompt": "promt"}}, "the data has no column 'promt'"),
-        ({"method": "sft", "data": "rows.csv"}, "rows.csv: data is a file that ends in"),
+        ({"method": "sft", "data": "rows.txt"}, "rows.txt: data is a file that ends in"),
         ({"method": "sft", "reward": "exactly"}, "'exactly' is not one of"),
         ({"method": "sft", "reward": "python_tests"}, "reward python_tests reads the column 'tests'"),
     ],

@@ -124,6 +124,7 @@ def test_distillation_from_a_model(imported):
     assert (spec.rollout.temperature, spec.losses["distil"].temperature) == (0.9, 1.0)
     assert spec.losses["distil"].divergence.teacher_share == 0.1
     assert spec.teacher.weights.path == "org/teacher"
+    assert spec.data.columns["demonstration"].last_turn == "messages"
 
 
 def test_group_relative_rewards(imported):
