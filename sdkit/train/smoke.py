@@ -111,11 +111,12 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
     """
     spec = with_schedules(spec, _middle_part)
     full = spec if isinstance(spec, specs.ExperimentSpec) else None
-    rows = _few_rows(spec)
     # A spec for an accelerator may sample with vLLM, which may be missing here: use transformers.
     for_accelerator = bool(full and full.machine and full.machine.accelerator)
+    spec = evolve(spec, rollout=_small_rollout(spec.rollout, for_accelerator))
+    rows = _few_rows(spec)
     return specs.ExperimentSpec(
-        rollout=_small_rollout(spec.rollout, for_accelerator),
+        rollout=spec.rollout,
         teacher=spec.teacher and _tiny_teacher(spec.teacher, url),
         losses=specs.Table({name: _small_loss(term, home) for name, term in spec.losses.items()}),
         route=spec.route,
