@@ -529,7 +529,7 @@ def test_stopped_run_exits_with_7_and_can_be_resumed(warm, run_file, tmp_path):
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     for line in stopped.stdout:
-        if line.startswith("step"):
+        if "step 1/" in line:
             stopped.terminate()
             break
     _, err = stopped.communicate(timeout=60)

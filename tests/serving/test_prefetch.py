@@ -117,10 +117,10 @@ def test_sampling_overlaps_training(server, tiny_folder, tmp_path, monkeypatch):
     overlaps = []
     update = loop._update
 
-    def wait_for_sampling(trainer, report, collected, part):
+    def wait_for_sampling(trainer, *args):
         if trainer.progress.step == 1:
             overlaps.append(began.wait(20))
-        return update(trainer, report, collected, part)
+        return update(trainer, *args)
 
     monkeypatch.setattr(loop, "_update", wait_for_sampling)
     train(spec, tmp_path / "run")
