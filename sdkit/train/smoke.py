@@ -10,7 +10,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from attrs import evolve
 from rich.console import Console
@@ -39,12 +39,16 @@ MAX_COMPLETIONS = 32  # in a group
 
 
 def smoke(
-    spec: specs.MethodSpec, console: Console, steps: int = STEPS, home: Path | None = None
+    spec: specs.MethodSpec,
+    console: Console,
+    steps: int = STEPS,
+    home: Path | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> list[dict[str, Any]]:
     """Run `steps` steps of the spec in miniature; returns the lines of metrics.jsonl.
 
-    Paths in the spec are relative to `home` (default: the current folder).  Raises NumericsGuard if a step has no
-    gradient or one that is not finite.
+    Paths in the spec are relative to `home` (default: the current folder).  `dtype` is the student's (default: the
+    spec's).  Raises NumericsGuard if a step has no gradient or one that is not finite.
     """
     with tempfile.TemporaryDirectory(prefix="sdkit-smoke-") as folder:
         base = Path(folder)
@@ -55,7 +59,10 @@ def smoke(
             if spec.blend and isinstance(spec.blend.base, specs.ExternalWeights):
                 tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)
         with _teacher_server(spec, base / "teacher") as url:
-            return _run(miniature(spec, steps, (home or Path()).resolve(), url), base, console)
+            small = miniature(spec, steps, (home or Path()).resolve(), url)
+            if dtype:
+                small = evolve(small, model=evolve(small.model, dtype=dtype))
+            return _run(small, base, console)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-from accelerator import DEVICE, choose, pretended, waits
 from attrs import evolve
+from pretended_accelerator import DEVICE, choose, pretended, waits
 from tinyruns import (
     SEES_DEMONSTRATION,
     advance,

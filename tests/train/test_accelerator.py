@@ -1,6 +1,6 @@
-"""Whole steps on a pretended accelerator (tests/support/accelerator.py): every tensor of a run is on the right device, and
-the host waits for the device no more often than stored.
+"""Whole steps on a pretended accelerator (tests/support/pretended_accelerator.py).
 
+Every tensor of a run is on the right device, and the host waits for the device no more often than stored.
 `python tests/train/test_accelerator.py` rewrites the stored numbers; read the diff.
 """
 
