@@ -502,7 +502,7 @@ def test_dry_run_trains_nothing(sdkit, run_file, tmp_path, monkeypatch):
     code, out, _ = sdkit("train", run_file, "--dry-run")
     assert code == 0
     assert "objective:" in out
-    assert "reward right, training rows: " in out
+    assert "reward digit, training rows: " in out
     assert "smoke run passed" in out
     assert not (tmp_path / "runs").exists()
 

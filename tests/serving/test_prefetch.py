@@ -136,7 +136,7 @@ def test_evaluation_uses_current_weights_and_changes_no_batch(server, tiny_folde
     for step in range(STEPS):
         name = f"rollouts/step_{step:06d}.jsonl"
         ours, theirs = lines(evaluated_run / name), lines(without / name)
-        ignored = {"reward"}
+        ignored = {"reward", "scores"}
         assert [{k: v for k, v in a.items() if k not in ignored} for a in ours] == [
             {k: v for k, v in b.items() if k not in ignored} for b in theirs
         ]
