@@ -38,7 +38,12 @@ def report_data(spec: ExperimentSpec, base: Path, console: Console, shown: int) 
     show_prompts(spec, data.prompter, data.train[:shown], console)
     suites = [f"{counted(len(rows), 'prompt')} in suite {name}" for name, rows in data.suites.items()]
     sizes = ", ".join([counted(len(data.train), "training row"), *suites])
-    console.print(f"data: {sizes}; longest prompt and completion: {longest} tokens", markup=False, highlight=False)
+    console.print(
+        f"data: {sizes}; longest prompt and completion: {longest} tokens",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     warn_of_control_tokens(console, data)
     if data.completions and (text := data.completions.warning(spec.rollout.max_new_tokens)):
         print_warning(console, text, f"set rollout.max_new_tokens: {data.completions.longest}, or drop these rows")

@@ -92,7 +92,8 @@ READABLE = {("jsonl", "./sparse"), ("json", "./sparse"), ("parquet", "./sparse")
 
 
 @pytest.mark.parametrize("key", NAMING)
-def test_irregular_path_in_a_spec_is_a_problem(run_file, key):
+def test_irregular_path_in_a_spec_is_a_problem(run_file, key, monkeypatch):
+    monkeypatch.chdir(run_file.parent)  # where paths on the command line start
     bad = [*make_irregular_files(run_file.parent), '"a\\0b"', '"a\\nb"', '"a\\u2028b"', "x" * 5000]
     for name in bad:
         name = name if name[0] in "'\"" else f"./{name}"
@@ -143,7 +144,8 @@ def write_config(folder, text):
     (folder / "m" / "tokenizer.json").write_text(text)
 
 
-def test_odd_config_gives_sizes_or_none(run_file):
+def test_odd_config_gives_sizes_or_none(run_file, monkeypatch):
+    monkeypatch.chdir(run_file.parent)
     path = ["model.path=./m", "teacher={weights: {kind: external, path: ./m}}"]
     cases = [json.dumps(SIZES | {name: odd}) for name in SIZES for odd in ODD]
     cases += [json.dumps(SIZES | {"head_dim": odd, "num_key_value_heads": odd}) for odd in ODD]

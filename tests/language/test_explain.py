@@ -49,7 +49,7 @@ def test_a_kind_is_explained_by_name_and_at_its_key():
 def test_keys_of_one_name_are_listed():
     text = explain("path")
     assert "keys are named path" in text
-    assert "  data.source.path, evaluation.suites.NAME.data.source.path of jsonl, json, parquet\n" in text
+    assert "  data.source.path, evaluation.suites.NAME.data.source.path of jsonl, json, csv, parquet\n" in text
 
 
 @pytest.mark.parametrize("code", codes())

@@ -163,7 +163,7 @@ def test_blend_adds_roles_and_memory():
     def roles_and_memory(blend, **changes):
         plan = plan_with_blend(blend, **changes)
         roles = [role for role in plan.roles if role.startswith(("reference", "base"))]
-        shares = [share.label for share in plan.memory if share.label.startswith(("ref", "model"))]
+        shares = [share.label for share in plan.memory.shares if share.label.startswith(("ref", "model"))]
         return roles, shares
 
     start = "reference: the frozen start model"

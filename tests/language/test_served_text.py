@@ -62,7 +62,7 @@ def test_served_teacher_needs_no_memory():
         "teacher: the model big served at http://127.0.0.1:8000, sees the student's prompt "
         "(no weights here, 8 requests at once)"
     ) in plan.roles
-    assert [share.label for share in plan.memory if share.label.startswith("teacher")] == []
+    assert [share.label for share in plan.memory.shares if share.label.startswith("teacher")] == []
 
 
 def test_plan_names_what_each_server_returns():

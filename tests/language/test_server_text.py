@@ -64,5 +64,5 @@ def test_oldest_rollout_counts_updates_between(staleness, updates, oldest):
 
 def test_servers_use_no_trainer_memory_and_have_no_time_estimate():
     _, plan = make_server_plan(accelerator=ACCELERATORS["h100"])
-    assert not [share for share in plan.memory if "vLLM" in share.label]
+    assert not [share for share in plan.memory.shares if "vLLM" in share.label]
     assert plan.step_time.unknown_reason == "how fast the rollout servers sample is not known"
