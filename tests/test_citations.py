@@ -23,8 +23,8 @@ ENDINGS = {"/".join(file.parts[i:]) for file in FILES for i in range(len(file.pa
 
 CITED = re.compile(r"[\w./-]+\.(?:py|md|yaml|toml)\b")
 IN_FOLDERS = re.compile(rf"\b(?:{'|'.join(FOLDERS)})/[\w./-]+\.(?:py|md|yaml)\b")
-ELSEWHERE = {"spec.yaml", "resolved.yaml", "CODE-variant.yaml"}
-"""Files of a run directory, and a pattern."""
+ELSEWHERE = {"spec.yaml", "resolved.yaml", "completions.md", "CODE-variant.yaml", "FILE.py"}
+"""Files of a run directory and of an evaluation, and patterns."""
 EXAMPLES = {"sdkit/methods/mine.yaml", "sdkit/methods/NAME.yaml", "specs/broken.yaml", "specs/mine.yaml"}
 """Names that stand for others, or for files that a reader writes."""
 

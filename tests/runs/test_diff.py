@@ -18,6 +18,12 @@ training: {steps: 3, prompts_per_step: 2}
 """
 
 
+@pytest.fixture(autouse=True)
+def wide_tables(monkeypatch):
+    """Temporary folders with long names must not break lines."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
 @pytest.fixture
 def spec(tmp_path):
     def write(folder, reward="return 1.0", rows='{"q": "1 + 1", "a": "2"}', **changes):

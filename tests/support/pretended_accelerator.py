@@ -2,8 +2,8 @@
 
 torch's own FakeTensorMode with device="cuda" has no values for `.item()`, and a CPU build of torch has no guard for CUDA
 devices, so autograd aborts.  Here PrivateUse1 is a backend in Python: a wrapper subclass holds each tensor on the host,
-and a dispatch mode checks every operator as CUDA would.  Import it in a process of its own: the backend is registered for good.  Do not call this file accelerator.py:
-DeepSpeed imports a module of that name.
+and a dispatch mode checks every operator as CUDA would.  Import it in a process of its own: the backend is registered for
+good.  DeepSpeed imports a module named `accelerator`: this file must not have that name.
 """
 
 import collections
