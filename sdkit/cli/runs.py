@@ -213,7 +213,7 @@ def replay(
     folder, written = to or run.with_name(f"{run.name}-replay"), read(run / "spec.yaml").text
     _launch_ranks(checked.spec, processes, folder)
     console = make_console(log=True)
-    console.print(f"replay: {recording}", markup=False, highlight=False)
+    console.print(f"replay: {recording}", markup=False, highlight=False, soft_wrap=True)
     accept = _accepted(code=changed_code, models=changed_models)
     options = {"resume": resume, "overwrite": overwrite, "recording": recording, "accept": accept}
     _train(checked, base, folder, console, written, **options)

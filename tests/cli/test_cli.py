@@ -442,7 +442,7 @@ def test_train_then_replay_then_export(sdkit, run_file, tmp_path):
     assert sdkit("train", run_file, "training.steps=2", "--to", folder)[0] == 0
     code, out, err = sdkit("replay", f"{folder}@0", "losses.distil.divergence=reverse_kl")
     assert code == 0, err
-    assert f"replay: rollout batches 0 to 1 of {folder}" in out.replace("\n", "")
+    assert f"replay: rollout batches 0 to 1 of {folder}" in out
     other = tmp_path / "run-replay"
     assert completions(other) == completions(folder)
     code, out, err = sdkit("compare", folder, other, "--to", tmp_path / "both.png")

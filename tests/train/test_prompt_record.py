@@ -45,7 +45,7 @@ def run(spec, tmp_path_factory):
 
 def prompt_dates(folder):
     """The dates in all prompts of student and teacher in a run."""
-    texts = [line for path in (folder / "samples").iterdir() for line in lines(path)]
+    texts = [line for path in (folder / "samples").glob("*.jsonl") for line in lines(path)]
     return {line[key].partition("\n")[0] for line in texts for key in ("prompt", "teacher_prompt")}
 
 
