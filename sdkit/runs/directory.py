@@ -69,11 +69,11 @@ class RunDirectory:
         if self._tensorboard:
             self._writer().add_text(name, text, step)
 
-    def hyperparameters(self, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
-        """Write a run's scalar settings and its results to TensorBoard, for its table of runs."""
+    def hyperparameters(self, settings: Mapping[str, Any], results: Mapping[str, float], step: int) -> None:
+        """Write a run's scalar settings and its results after `step` to TensorBoard, for its table of runs."""
         if self._tensorboard:
             scalars = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
-            self._writer().add_hparams(scalars, dict(results), run_name=".")
+            self._writer().add_hparams(scalars, dict(results), run_name=".", global_step=step)
 
     def warning(self, step: int, facts: Mapping[str, Any]) -> None:
         """Append a line to warnings.jsonl."""

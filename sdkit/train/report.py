@@ -196,7 +196,8 @@ class Report:
         lines = self.run.history()
         results = {name: line[name] for line in lines for name in RESULTS if name in line}
         settings = {".".join(map(str, path)): value for path, value in leaves(resolved(self.setup.spec))}
-        self.run.hyperparameters({k: v for k, v in settings.items() if not k.startswith(NO_SETTINGS)}, results)
+        shown = {name: value for name, value in settings.items() if not name.startswith(NO_SETTINGS)}
+        self.run.hyperparameters(shown, results, max((line["step"] for line in lines), default=0))
 
     @property
     def _headline(self) -> Key:
