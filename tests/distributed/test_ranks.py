@@ -18,14 +18,14 @@ from os_processes import free_port
 from tinyruns import LORA, run_scenario
 from vllm_build import require_vllm
 
-DEADLINE = 400
+DEADLINE = 800
 
 
 @pytest.fixture(scope="module")
 def two_ranks(warm, tiny_folder, other_folder, tmp_path_factory):
     """The results of two ranks."""
     work = run_scenario(
-        warm, scenario.__file__, tiny_folder, tmp_path_factory.mktemp("ranks"), [other_folder], timeout=400
+        warm, scenario.__file__, tiny_folder, tmp_path_factory.mktemp("ranks"), [other_folder], timeout=DEADLINE
     )
     return torch.load(work / "results.pt", weights_only=False)
 
