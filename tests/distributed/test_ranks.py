@@ -19,6 +19,7 @@ from tinyruns import LORA, run_scenario
 from vllm_build import require_vllm
 
 DEADLINE = 800
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
