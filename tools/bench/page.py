@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from sdkit.language.model_shapes import shape_at
-from sdkit.plan.machine import emulates_bfloat16
+from sdkit.plan.machine import emulates_bfloat16, package_version
 from tools.bench import inputs, scaling
 from tools.bench.measure import Session
 from tools.bench.operations import Operations, count_operations
@@ -154,15 +153,8 @@ def machine_text(session: Session) -> str:
             f"{tera['float32']:.2f} in float32, copies at {tera['bytes'] * 1000:.0f} GB/s."
         )
     emulated = " It has no bfloat16 instructions and emulates them." if emulates_bfloat16() else ""
-    versions = [f"{p} {importlib.metadata.version(p)}" for p in PACKAGES if _installed(p)]
+    versions = [f"{name} {version}" for name in PACKAGES if (version := package_version(name))]
     return f"Machine: {where}.{emulated}{rates} Python {platform.python_version()}, {', '.join([*_trl_version(session.cache), *versions])}."
-
-
-def _installed(package: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return False
 
 
 def _trl_version(cache: Path) -> list[str]:
