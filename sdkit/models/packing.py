@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor
 
 from sdkit.batches import PaddedSequences, UnpaddedSequence
-from sdkit.models.prefix import group_by_prefix
+from sdkit.models.prefix import Ids, group_by_prefix
 from sdkit.models.weights import Weights
 
 LONGEST_PACK = 2048
@@ -23,8 +23,6 @@ than the shared prompt saves."""
 
 PROMPT, SHORT = 8, 8
 """Tokens of the prompt and of the short completion in a probe of the model."""
-
-Ids = tuple[int, ...]
 
 
 @frozen

@@ -108,7 +108,7 @@ def _group_states(decoder: Any, sequences: PaddedSequences, group: PrefixGroup) 
     """Returns the hidden states of a group's rows after its prefix, [rows, width - prefix, H]."""
     rows, after = slice(group.start, group.end), slice(group.prefix, group.width)
     ids, mask, positions = sequences.input_ids, sequences.attention_mask, sequences.positions
-    cache = _run_prefix(decoder, ids[group.start : group.start + 1, : group.prefix]) if group.prefix else None
+    cache = run_prefix(decoder, ids[group.start : group.start + 1, : group.prefix]) if group.prefix else None
     return decoder(
         input_ids=ids[rows, after],
         attention_mask=None if mask is None else mask[rows, :, after, : group.width],
@@ -118,8 +118,8 @@ def _group_states(decoder: Any, sequences: PaddedSequences, group: PrefixGroup) 
     ).last_hidden_state
 
 
-def _run_prefix(decoder: Any, ids: Tensor) -> PrefixCache:
-    """Returns the keys and values of a prefix.  ids [1, prefix]"""
+def run_prefix(decoder: Any, ids: Tensor) -> PrefixCache:
+    """Returns the keys and values of a prefix.  ids [1, prefix].  Raises TypeError if the model caches anything else."""
     cache = PrefixCache(decoder.config)
     if not cache.is_plain:
         raise TypeError("the model caches more than keys and values")

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from sdkit.models.prefix import LEAST_SAVED, shared_tokens
-
-Ids = tuple[int, ...]
+from sdkit.models.prefix import LEAST_SAVED, Ids, run_prefix, shared_tokens
 
 
 class AllocatedLayer(DynamicLayer):
@@ -49,17 +47,16 @@ def allocate_cache(decoder: Any, prompts: Sequence[Ids], new: int) -> DynamicCac
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None
     width = max(map(len, prompts))
-    allocated: Any = DynamicCache(config=decoder.config)
-    allocated.layers = [AllocatedLayer(width + new) for _ in cache.layers]
+    cache.layers = [AllocatedLayer(width + new) for _ in cache.layers]
     columns = min([width - 1, *(shared_tokens(*pair) for pair in pairwise(prompts))])
     if (len(prompts) - 1) * columns < LEAST_SAVED:
-        return allocated
+        return cache
     ids = torch.tensor([prompts[0][:columns]], device=next(decoder.parameters()).device)
-    decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+    prefix: Any = run_prefix(decoder, ids)
     padding = [width - len(prompt) for prompt in prompts]
-    for target, layer in zip(allocated.layers, cache.layers, strict=True):
+    for target, layer in zip(cache.layers, prefix.layers, strict=True):
         target.update(_shift(layer.keys, padding), _shift(layer.values, padding))
-    return allocated
+    return cache
 
 
 def _shift(states: Tensor, padding: Sequence[int]) -> Tensor:
