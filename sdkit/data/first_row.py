@@ -31,25 +31,25 @@ class FirstRows:
 
 def check_first_rows(checked: CheckedSpec) -> FirstRows:
     """Reads the first row of the training data and of every suite, where they are local files."""
-    found = FirstRows([], [])
+    first_rows = FirstRows([], [])
     if not checked.ok or not isinstance(checked.spec, ExperimentSpec):
-        return found
+        return first_rows
     spec = checked.spec
-    _check(found, checked, ("data",), spec.data, reads.required_columns(spec), reads.text_columns(spec, None))
+    _check(first_rows, checked, ("data",), spec.data, reads.required_columns(spec), reads.text_columns(spec, None))
     for name, suite in spec.suites.items():
         path = ("evaluation", "suites", name, "data")
-        _check(found, checked, path, suite.data, [], reads.text_columns(spec, suite))
-    return found
+        _check(first_rows, checked, path, suite.data, [], reads.text_columns(spec, suite))
+    return first_rows
 
 
 def _check(
-    found: FirstRows, checked: CheckedSpec, path: Path, data: DataSpec, needed: Sequence[str], texts: set[str]
+    first_rows: FirstRows, checked: CheckedSpec, path: Path, data: DataSpec, needed: Sequence[str], texts: set[str]
 ) -> None:
     assert isinstance(checked.spec, ExperimentSpec)
     columns = data.columns or checked.spec.data.columns or {}
 
     def report(where: Path, message: str, hint: str | None = None) -> None:
-        found.problems.append(Problem(where, message, CODE, hint, checked.loaded.place(where)))
+        first_rows.problems.append(Problem(where, message, CODE, hint, checked.loaded.place(where)))
 
     source = (*path, "source", "path")
     try:
@@ -71,8 +71,8 @@ def _check(
             where = (*written_at, "columns", "prompt")
             hint = f"write prompt: {{json: {columns['prompt']}}}"
             message = "the prompt is a text that holds a chat as JSON, and the model would read the JSON"
-            found.problems.append(Problem(where, message, CODE, hint, checked.loaded.place(where), "warning"))
-        found.descriptions.append(f"{spelled(path)}: {'; '.join(_describe(row, columns))}")
+            first_rows.problems.append(Problem(where, message, CODE, hint, checked.loaded.place(where), "warning"))
+        first_rows.descriptions.append(f"{spelled(path)}: {'; '.join(_describe(row, columns))}")
 
 
 def _absence(source: str, column: AbsentColumn) -> tuple[str, str | None]:

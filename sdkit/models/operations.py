@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from sdkit.batches import UnpaddedSequence
 from sdkit.language.specs import ShapeSpec
@@ -13,6 +16,8 @@ from sdkit.plan.operations import forward_operations
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Configuration keys of a mixture of experts."""
+_SHAPES: WeakKeyDictionary[nn.Module, ShapeSpec | None] = WeakKeyDictionary()
+"""By model: its shape, which takes a walk over all parameters."""
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")
 
 
@@ -21,7 +26,9 @@ def pass_operations(weights: Weights, texts: Sequence[UnpaddedSequence]) -> floa
 
     A prompt that several texts share counts once, however the pass computes it.
     """
-    if (shape := model_shape(weights)) is None:
+    if weights.causal not in _SHAPES:
+        _SHAPES[weights.causal] = model_shape(weights)
+    if (shape := _SHAPES[weights.causal]) is None:
         return math.nan
     prompts = sum(forward_operations(shape, len(p), len(p), 0) for p in {text.prompt for text in texts})
     completions = sum(
