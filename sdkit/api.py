@@ -12,6 +12,7 @@ from typing import Any
 
 from attrs import evolve
 
+from sdkit.data.sources import count_rows
 from sdkit.language import load
 from sdkit.language.errors import InvalidSpec, Problem
 from sdkit.language.resolved import resolved
@@ -19,7 +20,6 @@ from sdkit.language.show import annotated
 from sdkit.language.specs import ExperimentSpec, MethodSpec
 from sdkit.plan.machine import machine_for, memory_gib, other_shapes, shape_of
 from sdkit.plan.plan import MethodPlan, Plan, make_plan, plan_method
-from sdkit.plan.rows import count_rows
 from sdkit.runs import directory
 from sdkit.runs.directory import origin, read_lines
 

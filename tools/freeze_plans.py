@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sdkit.data.sources import count_rows
 from sdkit.language.load import load_spec
 from sdkit.plan.accelerators import ACCELERATORS, Machine
 from sdkit.plan.machine import other_shapes, shape_of
 from sdkit.plan.plan import make_plan, plan_method
-from sdkit.plan.rows import count_rows
 from sdkit.plan.text import render_method, render_plan
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,6 +23,8 @@ from sdkit.language.row_text import Fault, describe_value
 Raw = Mapping[str, Any]
 START = 2**24
 """Bytes of a file that are read for its first row."""
+MOST_COUNTED = 2**30
+"""Bytes of the largest file whose rows are counted."""
 LONGEST_NUMBER = 4300
 """Digits of the longest integer that is read: Python's own limit."""
 
@@ -92,6 +94,45 @@ def read_first(source: specs.Source, base: Path) -> RawRows:
     return _json_lines(complete, name, 1)
 
 
+def count_rows(data: specs.DataSpec, base: Path) -> int | None:
+    """Returns the number of rows that a run reads, before those held out are dropped; None if it takes loading to tell.
+
+    Lines are counted, not parsed.  None also where the source cannot be read, which the run reports.
+    """
+    try:
+        rows = _count(data.source, base, source_name(data.source))
+    except (BadData, BadEnvironment):
+        return None
+    return rows if rows is None or data.limit is None else min(rows, data.limit)
+
+
+def _count(source: specs.Source, base: Path, name: str) -> int | None:
+    match source:
+        case specs.InlineSource():
+            return len(source.rows)
+        case specs.ReasoningGymSource():
+            return source.size
+        case specs.HubSource() | specs.DiskSource():
+            return None
+        case specs.ParquetSource():
+            path = base / source.path
+            return None if irregular_kind(path) else _with_library(lambda: [_parquet_length(path)], name)[0]
+        case specs.JsonLinesSource():
+            return sum(1 for _ in _filled_lines(_countable(base / source.path, name)))
+        case specs.CsvSource():
+            return sum(1 for _ in _csv(_countable(base / source.path, name), name, source.delimiter))
+        case specs.JsonSource():
+            return len(_json(_countable(base / source.path, name), name))
+        case _:
+            assert_never(source)
+
+
+def _countable(path: Path, name: str) -> bytes:
+    if len(content := _read_bytes(path, name, MOST_COUNTED + 1)) > MOST_COUNTED:
+        raise BadData(f"{name} is too large to count its rows")
+    return content
+
+
 def _first_of_list(start: bytes) -> list[Any]:
     """The first element of a JSON list whose end is not read; none if that element has no end."""
     text = start.decode(errors="replace").lstrip()
@@ -119,10 +160,13 @@ def _read_bytes(path: Path, name: str, size: int | None = None) -> bytes:
 def _json_lines(content: bytes, name: str, limit: int | None) -> RawRows:
     if content.lstrip()[:1] == b"[":
         raise BadData(f"{name} is a JSON list, not JSON Lines", hint="use kind: json")
+    return [(f"{name}:{number}", _json_line(text)) for number, text in islice(_filled_lines(content), limit)]
+
+
+def _filled_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines with text and their numbers, from 1."""
     # Not splitlines(): JSON text may contain U+2028 and the like, which end a line only in Python.
-    texts = enumerate(content.split(b"\n"), 1)
-    filled = ((number, text) for number, text in texts if text.strip())
-    return [(f"{name}:{number}", _json_line(text)) for number, text in islice(filled, limit)]
+    return ((number, text) for number, text in enumerate(content.split(b"\n"), 1) if text.strip())
 
 
 def _json_line(text: bytes) -> Raw | Fault:
@@ -227,6 +271,14 @@ def _parquet(path: Path, limit: int | None) -> Iterable[Any]:
         return table.to_pylist()
     except Exception:  # read the rows one by one, to name the faulty one
         return list(_parquet_rows(table))
+
+
+def _parquet_length(path: Path) -> int:
+    """The number of rows in the file's footer; the rows are not read."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        return file.metadata.num_rows
 
 
 def _parquet_file(path: Path) -> Iterator[Any]:

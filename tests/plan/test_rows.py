@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sdkit.data.sources import count_rows
 from sdkit.language.load import load_spec
 from sdkit.language.specs import (
     CsvSource,
@@ -19,7 +20,6 @@ from sdkit.language.specs import (
 )
 from sdkit.plan.accelerators import Machine
 from sdkit.plan.plan import make_plan
-from sdkit.plan.rows import count_rows
 from sdkit.plan.text import render_plan
 
 RUN = """
