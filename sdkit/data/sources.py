@@ -28,7 +28,6 @@ MOST_COUNTED = 2**30
 LONGEST_NUMBER = 4300
 """Digits of the longest integer that is read: Python's own limit."""
 
-
 RawRows = list[tuple[str, Raw | Fault]]
 """Each row's location, and the row or the reason why it cannot be read."""
 
@@ -95,13 +94,10 @@ def read_first(source: specs.Source, base: Path) -> RawRows:
 
 
 def count_rows(data: specs.DataSpec, base: Path) -> int | None:
-    """Returns the number of rows that a run reads, before those held out are dropped; None if it takes loading to tell.
-
-    Lines are counted, not parsed.  None also where the source cannot be read, which the run reports.
-    """
+    """Returns the number of rows that a run reads, before those held out are dropped; None if it takes loading to tell."""
     try:
         rows = _count(data.source, base, source_name(data.source))
-    except (BadData, BadEnvironment):
+    except (BadData, BadEnvironment):  # the run reports it
         return None
     return rows if rows is None or data.limit is None else min(rows, data.limit)
 
