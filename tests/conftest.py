@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The suite is the same on a machine with GPUs: no process of it sees them.
 os.environ |= {"SDKIT_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+os.environ.pop("COLUMNS", None)  # what commands print is as wide as on a machine without a terminal
 
 import pytest
 from tinyruns import make_spec

@@ -223,14 +223,14 @@ def test_server_killed_during_a_run_changes_nothing(served, tiny_folder, tmp_pat
     assert versions(expected) == [{0}, {0}, {1}, {2}]
     update, killed = loop._update, []
 
-    def kill_during_step_2(trainer, report, collected, part):
+    def kill_during_step_2(trainer, *args):
         if trainer.progress.step == 2:
             killed.extend(served.descendants())
             os.kill(killed[0], signal.SIGKILL)
             assert served.process.wait(60) == 6
             assert "ended by SIGKILL" in served.log.read_text()
             served.start()
-        return update(trainer, report, collected, part)
+        return update(trainer, *args)
 
     monkeypatch.setattr(loop, "_update", kill_during_step_2)
     restarted = train(spec, tmp_path / "again")

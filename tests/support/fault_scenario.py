@@ -47,7 +47,7 @@ def hang():
 def send(*numbers):
     for number in numbers:
         os.kill(os.getpid(), number)
-        time.sleep(1)  # a signal that comes before the last one was handled is lost
+        time.sleep(0.3)  # a signal that comes before the last one was handled is lost
 
 
 def kill():
@@ -81,7 +81,7 @@ def write_spec(folder, work, name, tail=""):
         "data": {"source": {"kind": "inline", "rows": rows}, "columns": {"prompt": "q", "demonstration": "d"}},
         "rollout": {"max_new_tokens": 8, "backend": "transformers"},
         "teacher": {"sees": {"max_prompt_tokens": 4096}},
-        "rewards": {"long": {"kind": "file", "file": "reward.py", "function": "faulty", "seconds": 2}},
+        "rewards": {"long": {"kind": "file", "file": "reward.py", "function": "faulty", "seconds": 4}},
         "optimizer": {"lr": 1e-3},
         "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2},
         "output": {"tensorboard": False, "checkpoint_every": 1, "keep_checkpoints": 2},

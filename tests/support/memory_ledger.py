@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import time
 from itertools import accumulate
 
 import torch
@@ -26,6 +27,7 @@ def ledger():
     book = Ledger()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield book
+        time.sleep(0.2)  # threads of collectives free their buffers a moment after the operation has ended
     events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # below 0: freed
     book.peak = max(accumulate(changes), default=0)
