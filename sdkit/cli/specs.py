@@ -72,8 +72,8 @@ def check_with_first_rows(path: str, overrides: list[str], *, strict: bool = Fal
     """The checked spec, with the problems of its data's first rows, and what these rows have."""
     from attrs import evolve
 
-    from sdkit.data.first_row import check_first_rows
     from sdkit.language.load import load_spec, strictly
+    from sdkit.train.first_row import check_first_rows
 
     checked = load_spec(path, overrides)
     first_rows = check_first_rows(checked)
