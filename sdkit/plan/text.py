@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from sdkit.language.best_metric import best_metric
 from sdkit.language.errors import counted
 from sdkit.language.specs import ExperimentSpec, VllmEngine
 from sdkit.plan.plan import MethodPlan, Plan
@@ -86,7 +87,9 @@ def _disk(spec: ExperimentSpec, plan: Plan) -> list[str]:
     if output.checkpoint_every:
         kept = f", {output.keep_checkpoints + 1} of them while one is written"
         when = f"every {counted(output.checkpoint_every, 'step')}{kept}"
-    best = ", and as much for the best one" if output.keep_best else ""
+    best = ""
+    if metric := best_metric(spec):
+        best = f", and as much for the best one: {metric[1]} {metric[0]} is better"
     return [
         f"{plan.disk.checkpoint:8.2f} GiB  a checkpoint, {when}",
         f"{plan.disk.model:8.2f} GiB  the trained model{best}",
