@@ -35,7 +35,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
         STATISTICS: plan.statistics,
         "batches": [
             *_rows(spec, plan),
-            f"rollout batches: {steps}",
+            f"rollout batches: {steps}{_early_end(spec)}",
             f"each: {batch}; {plan.prompts_per_rank} prompts on each of {plan.ranks} rank{'s' * (plan.ranks > 1)}",
             f"optimizer steps: {updates} ({plan.updates_per_step} per rollout batch)",
             f"micro-batches: up to {training.micro_batch_tokens} padded tokens, sorted by length{sharing}",
@@ -77,6 +77,13 @@ def _rows(spec: ExperimentSpec, plan: Plan) -> Iterator[str]:
     if plan.steps is not None:
         uses = f"; the run uses each {plan.steps * spec.training.prompts_per_step / plan.rows:.3g} times"
     yield f"rows: {plan.rows}{suites}{uses}"
+
+
+def _early_end(spec: ExperimentSpec) -> str:
+    """What may end the run before its last step."""
+    output = spec.output
+    stops = output.collapse.stops if output.tripwire_steps else ()
+    return f", fewer if {' or '.join(stops)} collapses" if stops else ""
 
 
 def _disk(spec: ExperimentSpec, plan: Plan) -> list[str]:

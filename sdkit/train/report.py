@@ -147,7 +147,7 @@ class Report:
 
     def stopped(self) -> str | None:
         """Why a tripwire ends the run after this step, the same on every rank; None if none does."""
-        if not self.setup.spec.output.collapse.may_stop:
+        if not self.setup.spec.output.collapse.stops:
             return None
         return collectives.broadcast_object(self.watch.stop)
 

@@ -46,6 +46,7 @@ class CollapseSpec:
     )
 
     @property
-    def may_stop(self) -> bool:
-        """Whether one of the tripwires ends the run."""
-        return any(wire is not None and wire.action == "stop" for wire in (self.length, self.entropy, self.score))
+    def stops(self) -> tuple[str, ...]:
+        """The keys of the tripwires that end the run."""
+        wires = {"length": self.length, "entropy": self.entropy, "score": self.score}
+        return tuple(name for name, wire in wires.items() if wire is not None and wire.action == "stop")
