@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from attrs import frozen
 
 from sdkit.language.errors import Path, UnreadableInput
-from sdkit.runs.evaluations import Key
+from sdkit.runs.evaluations import Key, is_pass_at
 from sdkit.runs.history import Axis, Point, Run
 from sdkit.runs.intervals import Interval, paired_difference, paired_p_value, unpaired_difference, unpaired_p_value
 
@@ -52,10 +52,11 @@ class Difference:
 def score_keys(runs: Sequence[Run], score: str | None) -> list[Key]:
     """The keys of all scores of the runs, in order.
 
-    `score` selects those of one reward, or the one SUITE/DECODING/REWARD.  Raises UnreadableInput if no run has it.
+    `score` selects those of one reward or pass_at_K, or the one SUITE/DECODING/REWARD; None: all of rewards.  Raises
+    UnreadableInput if no run has it.
     """
     keys = list(dict.fromkeys(k for run in runs for point in run.points for k in point.scores))
-    selected = [k for k in keys if score in (None, k[2], "/".join(k))]
+    selected = [k for k in keys if (not is_pass_at(k) if score is None else score in (k[2], "/".join(k)))]
     if not selected:
         known = ", ".join(dict.fromkeys(k[2] for k in keys))
         raise UnreadableInput(f"no run has a score {score!r}; there are {known}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.language.errors import UnreadableInput
-from sdkit.runs.evaluations import Key
+from sdkit.runs.evaluations import Key, is_pass_at
 from sdkit.runs.history import AXES, Axis, Run
 
 Lines = Sequence[Mapping[str, Any]]
@@ -63,12 +63,13 @@ def _loss(axis: Any, lines: Lines) -> None:
 
 
 def _score_names(lines: Lines) -> dict[str, list[Key]]:
-    """The keys of the scores by suite, in the order of the metrics."""
+    """The keys of the scores by suite, in the order of the metrics, without pass@k."""
     names = dict.fromkeys(name for line in lines for name in line if name.count("/") >= 3 and f"{name}_low" in line)
     suites: dict[str, list[Key]] = {}
     for name in names:
         suite, decoding, reward = name.removeprefix("eval/").split("/", 2)
-        suites.setdefault(suite, []).append((suite, decoding, reward))
+        if not is_pass_at((suite, decoding, reward)):
+            suites.setdefault(suite, []).append((suite, decoding, reward))
     return suites
 
 

@@ -48,6 +48,7 @@ def step_metrics(
         | {f"keep/{name}": (share * sampled, sampled) for name, share in filter_shares.items()}
         | {"rollout/kept": (trained, sampled), "rollout/hedging": _hedging(data, rollouts)}
         | _rollout_sums(data, rollouts)
+        | _entropy_sum(data, collected)
         | _group_sums(data, rollouts)
         | _context_sums(data.spec.slots, rollouts)
     )
@@ -92,6 +93,14 @@ def _rollout_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
     if data.reward is not None and group_relative(data.spec.losses) is not None:
         sums["rollout/no_advantage"] = _mean(not r.advantage for r in rollouts)
     return sums
+
+
+def _entropy_sum(data: RunData, collected: CollectedRollouts) -> Sums:
+    """The mean of −log-probability over all sampled tokens; empty if the data set has the completions."""
+    if data.spec.rollout.sampled_by.completion_column and not collected.figures.get("by_student"):
+        return {}
+    logprobs = [value for r in collected.batch for value in r.sampler_logprobs or ()]
+    return {"rollout/entropy": (-sum(logprobs), float(len(logprobs)))}
 
 
 def _group_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
