@@ -27,7 +27,7 @@ SHOWN_MEASURES = {
     "completion_tokens": ("tokens", "{:.1f}"),
     "cut_at_limit": ("cut", "{:.0%}"),
     "entropy": ("entropy", "{:.3f}"),
-    "distinct_2": ("distinct-2", "{:.3f}"),
+    "distinct_2": ("distinct 2", "{:.3f}"),
     "self_repetition": ("repeated", "{:.1%}"),
 }
 """The measures that tables show: their column and format."""

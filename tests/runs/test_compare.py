@@ -171,6 +171,13 @@ def test_more_comparisons_need_a_smaller_p_value(make_run):
         compared_scores(a, b, score="wrong")
 
 
+def test_pass_at_k_is_compared_only_if_asked(make_run):
+    pass_at = (*GREEDY[:2], "pass_at_4")
+    runs = read_runs([make_run("one", {0: {GREEDY: right(1, of=4), pass_at: right(1, 2, of=4)}})])
+    assert score_keys(runs, None) == [GREEDY]
+    assert score_keys(runs, "pass_at_4") == [pass_at]
+
+
 def test_p_values_by_hand():
     """Two of two: ++, −−, +−, −+ are equally likely, and half of them are as far from 0."""
     assert paired_p_value([0, 0], [1, 1]) == pytest.approx(0.5, abs=0.02)

@@ -18,7 +18,7 @@ from sdkit.language.rules.base import (
     total_updates,
     unknown_bundled,
 )
-from sdkit.language.specs import CopyWeights, ExperimentSpec, MethodSpec, indivisible
+from sdkit.language.specs import CopyWeights, DatasetSamples, ExperimentSpec, MethodSpec, indivisible
 
 
 @method_rule("names are plain")
@@ -198,6 +198,25 @@ def beyond_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     for path, every, length in intervals:
         if every and every > length:
             yield path, f"{path[-1]} is {every}, but the run has {length} steps", None
+
+
+@run_rule("written tripwires for a collapse can go off", "warning")
+def silent_tripwire(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A tripwire that a run relies on, and that never goes off, is worse than none."""
+    path: Path = ("output", "collapse")
+    if spec.output.tripwire_steps is None and context.loaded.written(path):
+        yield path, "collapse has no effect: tripwire_steps is null", "set tripwire_steps: 5"
+        return
+    if context.loaded.written((*path, "entropy")) and isinstance(spec.rollout.sampled_by, DatasetSamples):
+        yield (*path, "entropy"), "collapse.entropy has no effect: the data set has the completions", "remove it"
+    wire, evaluation = spec.output.collapse.score, spec.evaluation
+    if wire is None or not context.loaded.written((*path, "score")):
+        return
+    if evaluation is None:
+        yield (*path, "score"), "collapse.score has no effect: nothing is evaluated", "add evaluation.suites"
+    elif not evaluation.every:
+        message = "collapse.score cannot stop the run: only its start and its end are evaluated"
+        yield (*path, "score"), message, "add evaluation.every"
 
 
 @run_rule("written settings have an effect", "warning")
