@@ -47,7 +47,7 @@ class RunWatch:
         self._evaluations += 1
         best, score = self._best, result.interval(key).mean
         has_fallen = best is not None and score < best.interval(key).mean
-        fall = self._fall(step, best, result, key) if has_fallen and self.patience else None
+        fall = self._fall(step, best, result, key) if best and has_fallen and self.patience else None
         collapsed = self._score.add(step, score, fall) if self._score else None
         self._collapsed_score = fall.cause if fall and self._score and self._score.is_below else None
         if not has_fallen:
