@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from sdkit.batches import RolloutBatch
 from sdkit.checkpoints import checkpoint, rng
@@ -49,8 +50,9 @@ def run(trainer: Trainer, report: Report) -> None:
             if _evaluation_due(trainer):
                 _evaluate(trainer, report, stop)
             if every and progress.step % every == 0 and progress.step < setup.end:
-                with report.part("saving a checkpoint"):
-                    checkpoint.save(trainer.state, report.run.path, setup.spec)
+                with stop.during("the checkpoint is saved"), report.part("saving a checkpoint"):
+                    saved = checkpoint.save(trainer.state, report.run.path, setup.spec)
+                _stop_if_requested(trainer, report, stop, saved=saved)
 
 
 def _evaluate_start(trainer: Trainer, report: Report, stop: StopRequests) -> None:
@@ -66,14 +68,16 @@ def _evaluate_start(trainer: Trainer, report: Report, stop: StopRequests) -> Non
     report.lift(lift)
 
 
-def _stop_if_requested(trainer: Trainer, report: Report, stop: StopRequests, *, unfinished: bool = False) -> None:
-    """Save a checkpoint and raise Stopped if a stop was requested and work is left.
+def _stop_if_requested(
+    trainer: Trainer, report: Report, stop: StopRequests, *, unfinished: bool = False, saved: Path | None = None
+) -> None:
+    """Save a checkpoint, unless this step's is `saved` already, and raise Stopped if a stop was requested and work is left.
 
     Work that is left is an `unfinished` evaluation, or more steps.
     """
     setup, step = trainer.setup, trainer.progress.step
     if collectives.all_reduce_max(stop.asked) and (unfinished or step < setup.end):
-        saved = checkpoint.save(trainer.state, report.run.path, setup.spec)
+        saved = saved or checkpoint.save(trainer.state, report.run.path, setup.spec)
         raise Stopped(f"stopped after step {step}, saved {saved}", hint="continue with --resume")
 
 
