@@ -22,6 +22,13 @@ def test_tutorial_examples(warm, tmp_path):
     shutil.rmtree(tmp_path)  # three models of half a gigabyte
 
 
+def test_blocks_can_press_ctrl_c(warm, tmp_path):
+    (tmp_path / "wait.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)")
+    done = warm.run(tmp_path / "wait.py", interrupt_after="ready", merged=True, timeout=120)
+    assert done.returncode
+    assert "KeyboardInterrupt" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("page", "printed", "equal"),
     [

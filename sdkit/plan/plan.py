@@ -209,8 +209,8 @@ def _default_notes(spec: ExperimentSpec, steps: int | None, rows: int | None) ->
     if spec.training.steps is None and steps is not None:
         yield f"{spec.training.epochs:g} epochs of {rows} rows are {steps} steps"
     if rows and spec.training.prompts_per_step > rows:
-        repeats = spec.training.prompts_per_step / rows
-        yield f"training.prompts_per_step is more than the {rows} rows: a batch holds each row {repeats:.3g} times"
+        repeats, there = spec.training.prompts_per_step / rows, counted(rows, "row")
+        yield f"training.prompts_per_step is more than the {there}: a batch holds each row {repeats:.3g} times"
 
 
 def _teacher_lift_notes(spec: ExperimentSpec, backend: ChosenBackend | ReplayBackend) -> Iterator[str]:

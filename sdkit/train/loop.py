@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from sdkit.batches import RolloutBatch
 from sdkit.checkpoints import checkpoint, rng
@@ -34,8 +35,9 @@ SKIPS_ALLOWED = 3
 def run(trainer: Trainer, report: Report) -> None:
     """Train from the current step to the last; evaluate at the start, at the end and in between.
 
-    Ends early, with a checkpoint, if a tripwire says so.  On SIGINT or SIGTERM, saves a checkpoint and raises Stopped.  Raises NumericsGuard before an optimizer step whose loss
-    is not finite, and after SKIPS_ALLOWED steps in a row whose gradient is not finite.
+    Ends early, with a checkpoint, if a tripwire says so.  On SIGINT or SIGTERM, saves a checkpoint and raises Stopped.  Raises
+    NumericsGuard before an optimizer step whose loss is not finite, and after SKIPS_ALLOWED steps in a row whose gradient is
+    not finite.
     """
     setup, progress = trainer.setup, trainer.progress
     every = setup.spec.output.checkpoint_every
@@ -52,8 +54,10 @@ def run(trainer: Trainer, report: Report) -> None:
             tripped = report.stopped()
             due = tripped or (every and progress.step % every == 0)
             if due and progress.step < setup.end:
-                with report.part("saving a checkpoint"):
-                    checkpoint.save(trainer.state, report.run.path, setup.spec)
+                with stop.during("the checkpoint is saved"), report.part("saving a checkpoint"):
+                    saved = checkpoint.save(trainer.state, report.run.path, setup.spec)
+                if not tripped:
+                    _stop_if_requested(trainer, report, stop, saved=saved)
             if tripped:
                 return
 
@@ -71,14 +75,16 @@ def _evaluate_start(trainer: Trainer, report: Report, stop: StopRequests) -> Non
     report.lift(lift)
 
 
-def _stop_if_requested(trainer: Trainer, report: Report, stop: StopRequests, *, unfinished: bool = False) -> None:
-    """Save a checkpoint and raise Stopped if a stop was requested and work is left.
+def _stop_if_requested(
+    trainer: Trainer, report: Report, stop: StopRequests, *, unfinished: bool = False, saved: Path | None = None
+) -> None:
+    """Save a checkpoint, unless this step's is `saved` already, and raise Stopped if a stop was requested and work is left.
 
     Work that is left is an `unfinished` evaluation, or more steps.
     """
     setup, step = trainer.setup, trainer.progress.step
     if collectives.all_reduce_max(stop.asked) and (unfinished or step < setup.end):
-        saved = checkpoint.save(trainer.state, report.run.path, setup.spec)
+        saved = saved or checkpoint.save(trainer.state, report.run.path, setup.spec)
         raise Stopped(f"stopped after step {step}, saved {saved}", hint="continue with --resume")
 
 

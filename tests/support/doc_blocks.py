@@ -9,7 +9,8 @@ A page has four kinds of fenced blocks:
 - `text` is what the block before it prints; a line `…` stands for any lines.
 
 An HTML comment on the line before a block changes how it is treated: `<!-- exit 1 -->` names the exit code of `sh`
-(default 0), `<!-- figures vary -->` compares the text without numbers and sampled answers, and `<!-- not run -->` skips
+(default 0), `<!-- exit 7, Ctrl-C after TEXT -->` also presses Ctrl-C once the command has printed the text,
+`<!-- figures vary -->` compares the text without numbers and sampled answers, and `<!-- not run -->` skips
 the block.
 """
 
@@ -26,6 +27,7 @@ from warm import WarmProcess
 FENCE = re.compile(
     r"(?:<!-- (?P<note>[^\n]*) -->\n)?```(?P<info>\w+[^\n]*)\n(?P<body>.*?)```$", re.DOTALL | re.MULTILINE
 )
+EXIT = re.compile(r"exit (?P<code>\d+)(?:, Ctrl-C after (?P<text>.+))?")
 NUMBER = re.compile(r"[-+−]?\d+(,\d{3})*(\.\d+)?(e[-+]\d+)?")
 SECONDS = re.compile(r"\d+(\.\d+)? s\b")
 TIME_OF_DAY = re.compile(r"(?m)^\d\d:\d\d:\d\d ")
@@ -78,13 +80,17 @@ def run_page(page: Path, folder: Path, warm: WarmProcess) -> None:
 
 def run_shell(block: Block, folder: Path, place: str, warm: WarmProcess) -> str:
     """Run the commands until one fails; returns what they print on both streams."""
-    expected = int(block.note.removeprefix("exit ")) if block.note.startswith("exit ") else 0
+    note = EXIT.fullmatch(block.note)
+    expected, interrupt_after = (int(note["code"]), note["text"]) if note else (0, None)
     printed, code = "", 0
     for line in block.body.splitlines():
         command, *words = shlex.split(line)
         target = words.pop() if ">" in words[-2:-1] else None
         if command == "sdkit":
-            done = warm.run("-m", "sdkit", *words[: -1 if target else None], cwd=folder, merged=True, timeout=900)
+            words = words[: -1 if target else None]
+            done = warm.run(
+                "-m", "sdkit", *words, cwd=folder, merged=True, timeout=900, interrupt_after=interrupt_after
+            )
         else:
             done = subprocess.run([command, *words], cwd=folder, capture_output=True, text=True, timeout=900)
         if target:

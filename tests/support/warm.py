@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import forked
@@ -22,10 +24,10 @@ class WarmProcess:
     def __init__(self):
         self.server = None
 
-    def run(self, *command, cwd=None, merged=False, timeout=None):
+    def run(self, *command, cwd=None, merged=False, timeout=None, interrupt_after=None):
         """Runs `python COMMAND…`, a script or `-m` a module; `merged`: standard error goes to standard output.
 
-        Raises TimeoutExpired after `timeout` seconds; the command's processes are then killed.
+        `interrupt_after`: the command gets SIGINT, as by Ctrl-C, once its standard output has this text.  Raises TimeoutExpired after `timeout` seconds; the command's processes are then killed.
         """
         if self.server is None:
             self.server = subprocess.Popen(
@@ -40,7 +42,7 @@ class WarmProcess:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "stdout")
             err = out if merged else Path(folder, "stderr")
-            request = (command, str(cwd or Path.cwd()), dict(os.environ), str(out), str(err))
+            request = (command, str(cwd or Path.cwd()), dict(os.environ), str(out), str(err), interrupt_after)
             try:
                 self.server.stdin.write(json.dumps(request) + "\n")
                 self.server.stdin.flush()
@@ -72,7 +74,7 @@ def serve():
     return None
 
 
-def run_request(command, cwd, environment, out, err):
+def run_request(command, cwd, environment, out, err, interrupt_after):
     """Becomes the process of this command; it ends, and fails, as a script does."""
     for path, stream in ((os.devnull, 0), (out, 1), (err, 2)):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -81,12 +83,21 @@ def run_request(command, cwd, environment, out, err):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    if interrupt_after:
+        threading.Thread(target=interrupt, args=(Path(out), interrupt_after), daemon=True).start()
     if command[0] == "-m":
         sys.argv = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = command
         runpy.run_path(command[0], run_name="__main__")
+
+
+def interrupt(out, text):
+    """Sends SIGINT to this process once `text` is in the file."""
+    while text not in out.read_text():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from sdkit.language.errors import (
     Stopped,
     UnreadableInput,
 )
-from sdkit.language.specs import EmaWeights, Suite, Table
+from sdkit.language.specs import EmaWeights, OutputSpec, Suite, Table
 from sdkit.train import loop, stop_requests
 from sdkit.train.metrics import step_metrics
 from sdkit.train.step import LossNotFinite
@@ -138,6 +138,17 @@ def test_stop_request_during_the_final_save_changes_nothing(spec, tmp_path, monk
 
     run_before_call(monkeypatch, checkpoint, "save_model", 1, lambda: send(signal.SIGTERM))
     assert read_status(train(spec, tmp_path / "run"))["state"] == "done"
+
+
+def test_stop_request_while_a_checkpoint_is_saved_is_obeyed_before_the_next_step(spec, tmp_path, monkeypatch):
+    from sdkit.checkpoints import checkpoint
+
+    run_before_call(monkeypatch, checkpoint, "save", 1, lambda: send(signal.SIGINT))
+    saving = evolve(spec, evaluation=None, output=OutputSpec(checkpoint_every=1, tensorboard=False))
+    with pytest.raises(Stopped, match="stopped after step 1"):
+        train(saving, tmp_path / "run", console := silent_console())
+    assert "stopping after the checkpoint is saved; again to abort" in console.file.getvalue()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000001"]
 
 
 def test_signal_handlers_are_restored():

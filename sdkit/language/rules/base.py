@@ -45,9 +45,9 @@ class Context:
         """A path from the spec, resolved against the spec's folder."""
         return os.path.join(self.loaded.folder, path)
 
-    def start_of(self, where: Path) -> str:
-        """A hint: where the path at a key starts."""
-        return start_of(self.loaded, where)[1]
+    def start_of(self, where: Path, path: str) -> str | None:
+        """A hint: where the relative path at a key starts; None for an absolute path."""
+        return None if os.path.isabs(path) else start_of(self.loaded, where)[1]
 
 
 @frozen(eq=False)
@@ -177,7 +177,7 @@ def uncallable(
     if fault := fault_of(context.file(user.file), user.file, user.function, values, given):
         key, message, hint = fault
         there = key != "file" or os.path.exists(context.file(user.file))
-        yield (*where, key), message, hint if there else context.start_of((*where, key))
+        yield (*where, key), message, hint if there else context.start_of((*where, key), user.file)
 
 
 def unknown_bundled(where: Path, path: str) -> Iterator[Finding]:
@@ -193,7 +193,7 @@ def no_model(where: Path, path: str, context: Context) -> Iterator[Finding]:
     if not is_local_model(path, context.loaded.folder):
         return
     if not os.path.isdir(folder):
-        yield where, f"there is no folder {path}", context.start_of(where)
+        yield where, f"there is no folder {path}", context.start_of(where, path)
     elif os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
         yield where, f"folder {path} {IS_ADAPTER}", MERGE_FIRST
     elif not os.path.isfile(os.path.join(folder, "config.json")):

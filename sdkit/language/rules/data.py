@@ -117,11 +117,12 @@ def data_path(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]
             yield where, f"there is no folder {source.path}", _folder_hint(context, where, source.path)
 
 
-def _folder_hint(context: Context, where: Path, path: str) -> str:
+def _folder_hint(context: Context, where: Path, path: str) -> str | None:
+    start = context.start_of(where, path)
     folder, name = os.path.split(context.file(path))
     if not os.path.isdir(folder or "."):
-        return f"there is no folder {os.path.dirname(path)} either; {context.start_of(where)}"
-    return did_you_mean(name, file_names(folder or ".")) or context.start_of(where)
+        return "; ".join(filter(None, [f"there is no folder {os.path.dirname(path)} either", start]))
+    return did_you_mean(name, file_names(folder or ".")) or start
 
 
 @run_rule("a rollout batch does not repeat prompts", "warning")

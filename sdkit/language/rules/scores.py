@@ -137,7 +137,7 @@ def reward_model_folder(spec: specs.ExperimentSpec, context: Context) -> Iterato
         path = ("rewards", name, "path")
         folder = context.file(reward.path)
         if not os.path.isdir(folder):
-            yield path, f"there is no folder {reward.path}", context.start_of(path)
+            yield path, f"there is no folder {reward.path}", context.start_of(path, reward.path)
         elif os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
             yield path, f"{reward.path} {IS_ADAPTER}", "merge it into its base model first"
         elif not os.path.isfile(os.path.join(folder, "config.json")):
