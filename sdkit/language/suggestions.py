@@ -53,6 +53,7 @@ _OTHER_NAMES = (
     ("rewards", "reward"),
     ("losses", "loss"),
     ("lora", "adapter peft peft_config lora_config use_peft"),
+    ("quantize_base", "load_in_4bit qlora"),
     ("tensorboard", "report_to logger"),
     ("kind", "loss_type mode type"),
 )

@@ -20,7 +20,7 @@ from sdkit.language.files import library_reads
 from sdkit.language.rules.base import IS_ADAPTER, MERGE_FIRST
 from sdkit.language.specs import ExternalWeights, ModelSpec, VllmServerBackend
 from sdkit.language.vocabulary import first_difference
-from sdkit.models import activation_checkpointing, attention, lora
+from sdkit.models import activation_checkpointing, attention, lora, quantization
 from sdkit.stdout import quiet
 
 CONFIG = "config.json"
@@ -99,10 +99,16 @@ def check_vocabulary(student: Any, other: Any, path: str) -> None:
 def load_model(spec: ModelSpec, located: str, seed: int, read: ReadWeights | None = None) -> nn.Module:
     """Returns the causal language model in the spec's dtype, with adapters (initialized from `seed`) if it has any.
 
-    `read` returns the model without adapters (default: `read_weights`).  Raises BadData if the weights cannot be read.
+    `read` returns the model without adapters (default: `read_weights`).  Raises BadData if the weights cannot be read, and
+    BadEnvironment if a package is missing.
     """
     attention.install()
+    quantized = spec.lora is not None and spec.lora.quantize_base is not None
+    if quantized:
+        quantization.check_installed()
     model: Any = (read or read_weights)(spec, located)
+    if quantized:
+        quantization.quantize(model)
     if spec.activation_checkpointing:
         activation_checkpointing.enable(model)
     if spec.lora:

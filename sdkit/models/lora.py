@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from sdkit.language.errors import BadData, first_line
 from sdkit.language.specs import LoraSpec
 from sdkit.models.probes import probe_sequence
+from sdkit.models.quantization import plain_layer
 from sdkit.models.weights import STUDENT_ADAPTER, Sharding, Weights, adapted_parameter, adapter_layers
 from sdkit.seeds import derive
 
@@ -193,7 +194,7 @@ def _check_merged(weights: Weights, layers: Sequence[Any], calls: Mapping[int, A
         args, kwargs, output = calls[id(layer)]
         base = layer.get_base_layer()
         own = [adapter for adapter in layers if adapter.get_base_layer() is base]
-        plain = _Unhooked(base)
+        plain = _Unhooked(plain_layer(base))
         with weights.sharding.gather([parameter for adapter in own for parameter in adapter.parameters()]):
             merged = {f"base.{getattr(a, 'parameter_name', 'weight')}": weights.merged(a) for a in own}
             expected = _first_tensor(torch.func.functional_call(plain, merged, args, kwargs))

@@ -11,6 +11,7 @@ from torch import nn
 
 from sdkit.batches import UnpaddedSequence
 from sdkit.language.specs import ShapeSpec
+from sdkit.models.quantization import quant_state
 from sdkit.models.weights import Weights
 from sdkit.plan.operations import forward_operations
 
@@ -56,4 +57,6 @@ def model_shape(weights: Weights) -> ShapeSpec | None:
 
 
 def _size(parameter: Any) -> int:
+    if (state := quant_state(parameter)) is not None:
+        return state.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())

@@ -267,6 +267,7 @@ def _add_teacher_adapter(student: Weights, adapter: str) -> dict[str, Tensor]:
         parameter.requires_grad_(name in pairs)
     with torch.no_grad():
         for name, tensor in pairs.items():
+            tensor.data = tensor.data.to(parameters[name].dtype)  # PEFT's choice over a quantized layer is float32
             if not parameters[name].is_meta:  # under ZeRO stage 3, only the first rank has values yet
                 tensor.copy_(parameters[name])
     model.set_adapter(STUDENT_ADAPTER)

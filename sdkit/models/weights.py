@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sdkit.batches import HiddenStateScores, LogitTransform, PaddedSequences
 from sdkit.models.logit_transform import decoder, measure_transform
 from sdkit.models.prefix import states_by_group
+from sdkit.models.quantization import dequantized
 
 Result = TypeVar("Result")
 
@@ -241,16 +242,16 @@ class Weights:
                     layer = adapted.get(id(parameter))
                     # PEFT nests the adapters of several parameters of one module.
                     own_name = name.replace(".base_layer", "")
-                    yield own_name, parameter.detach() if layer is None else self.merged(layer)
+                    yield own_name, dequantized(parameter) if layer is None else self.merged(layer)
 
     @torch.no_grad()
     def merged(self, layer: Any) -> Tensor:
         """Returns a copy of the weights under an adapter layer, with the active adapter merged in."""
-        parameter = adapted_parameter(layer)
+        base = dequantized(adapted_parameter(layer))
         if self.adapter is None:
-            return parameter.detach()
+            return base
         delta = layer.get_delta_weight(self.adapter).float()
-        return (parameter.detach().float() + delta).to(parameter.dtype)
+        return (base.float() + delta).to(base.dtype)
 
 
 def _blocks(causal: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

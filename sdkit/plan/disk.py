@@ -10,6 +10,7 @@ from sdkit.plan.memory import (
     FLOAT32,
     GIB,
     WEIGHT_SHARDING_STAGE,
+    student_bytes,
     teacher_copies,
     trained_parameters,
     zero_stage,
@@ -33,9 +34,11 @@ def estimate_disk(spec: ExperimentSpec, shape: ShapeSpec) -> DiskEstimate:
     stage, width, trained = zero_stage(spec), BYTES[spec.model.dtype], trained_parameters(spec, shape)
     states = trained * (8 + (FLOAT32 if stage else 0))
     weights = (shape.parameters - (trained if stage == WEIGHT_SHARDING_STAGE else 0)) * width
-    if spec.model.lora:  # adapters add to the model's parameters
-        weights = (shape.parameters + (0 if stage == WEIGHT_SHARDING_STAGE else trained)) * width
-    averages = FLOAT32 * trained * sum(weights.follows_student for weights in teacher_copies(spec))
+    moving = sum(weights.follows_student for weights in teacher_copies(spec))
+    if spec.model.lora:  # adapters, the teachers' as well, add to the model's parameters
+        adapters = moving + (stage < WEIGHT_SHARDING_STAGE)
+        weights = student_bytes(spec, shape) + adapters * trained * width
+    averages = FLOAT32 * trained * moving
     adapter = trained * width if spec.model.lora else 0
     return DiskEstimate(
         checkpoint=(states + weights + averages) / GIB, model=(shape.parameters * width + adapter) / GIB

@@ -25,6 +25,8 @@ from sdkit.plan.activations import (
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
+NF4 = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
+"""Bytes of a value in 4 bits: each block of 64 has a scale in 8 bits, each 256 scales one in float32."""
 WEIGHT_SHARDING_STAGE = 3
 """The ZeRO stage from which the weights are sharded."""
 SUB_GROUP = 1_000_000_000
@@ -102,7 +104,11 @@ def estimate_memory(
     run = _Run(spec=spec, stage=zero_stage(spec), ranks=machine.ranks, shape=shape)
     offload = () if machine.on_cpu else spec.training.offload
     resident = [
-        ("student weights", run.sharded(shape.parameters, WEIGHT_SHARDING_STAGE) * run.width, "parameters" in offload),
+        (
+            _student_label(spec),
+            run.sharded(student_bytes(spec, shape), WEIGHT_SHARDING_STAGE),
+            "parameters" in offload,
+        ),
         *((label, size, "optimizer" in offload) for label, size in _optimizer_states(run)),
         *((label, size, "parameters" in offload) for label, size in _moving_teachers(run)),
     ]
@@ -120,6 +126,23 @@ def estimate_memory(
     items = [*resident, *((label, size, False) for label, size in phases[phase])]
     shares = tuple(MemoryShare(label=label, gib=size / GIB, host=host) for label, size, host in items if size)
     return MemoryEstimate(shares=shares, phase=phase)
+
+
+def _student_label(spec: ExperimentSpec) -> str:
+    quantized = spec.model.lora.quantize_base if spec.model.lora else None
+    return f"student weights, linear layers in {quantized}" if quantized else "student weights"
+
+
+def student_bytes(spec: ExperimentSpec, shape: ShapeSpec) -> float:
+    """Returns the bytes of the student's weights, without adapters and before sharding."""
+    width = BYTES[spec.model.dtype]
+    if spec.model.lora is None or spec.model.lora.quantize_base is None:
+        return shape.parameters * width
+    hidden, keys = shape.hidden_size, shape.kv_width or shape.hidden_size
+    attention = 2 * hidden * ((shape.q_width or hidden) + keys)
+    feed_forward = (3 if shape.gated_mlp else 2) * hidden * intermediate_size(shape)
+    linear = shape.num_hidden_layers * (attention + feed_forward)
+    return linear * NF4 + (shape.parameters - linear) * width
 
 
 def _optimizer_states(run: _Run) -> Iterator[tuple[str, float]]:
@@ -177,7 +200,10 @@ def _update_items(run: _Run, *, on_cpu: bool) -> Items:
             ("gradient of the output projection", in_loss),
         ),
         (("gradient of the output projection, and its scaled copy", in_backward),),
-        (("one layer, recomputed", recomputed_bytes(spec, shape, width, tokens, on_cpu=on_cpu)),),
+        (
+            ("one layer, recomputed", recomputed_bytes(spec, shape, width, tokens, on_cpu=on_cpu)),
+            ("one weight, dequantized", _dequantized_bytes(run)),
+        ),
     ]
     return (
         (f"activations of a micro-batch of {tokens} tokens", stored_bytes(spec, shape, width, tokens, on_cpu=on_cpu)),
@@ -185,6 +211,13 @@ def _update_items(run: _Run, *, on_cpu: bool) -> Items:
         *_communication(run, on_cpu=on_cpu),
         *_gathered(run),
     )
+
+
+def _dequantized_bytes(run: _Run) -> float:
+    """The largest of the quantized weights in the model's dtype, as a forward or backward pass multiplies by it."""
+    lora = run.spec.model.lora
+    quantized = lora is not None and lora.quantize_base is not None
+    return run.width * run.shape.hidden_size * intermediate_size(run.shape) if quantized else 0.0
 
 
 def _communication(run: _Run, *, on_cpu: bool) -> Iterator[tuple[str, float]]:

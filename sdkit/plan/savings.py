@@ -51,3 +51,6 @@ def _changes(spec: ExperimentSpec, machine: Machine) -> Iterator[tuple[str, Expe
     if model.lora is None:
         lora = LoraSpec(r=64, lora_alpha=128)
         yield "model.lora={r: 64, lora_alpha: 128}", evolve(spec, model=evolve(model, lora=lora))
+    elif model.lora.quantize_base is None and training.zero_stage < 3:
+        quantized = evolve(model.lora, quantize_base="nf4")
+        yield "model.lora.quantize_base=nf4", evolve(spec, model=evolve(model, lora=quantized))

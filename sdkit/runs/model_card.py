@@ -59,7 +59,8 @@ def _training(spec: ExperimentSpec, run: Path, method: MethodPlan) -> Iterator[s
     yield from method.roles
     lora = spec.model.lora
     if lora:
-        yield f"LoRA: rank {lora.r}, alpha {lora.lora_alpha:g}"
+        base = f", over base weights in {lora.quantize_base}" if lora.quantize_base else ""
+        yield f"LoRA: rank {lora.r}, alpha {lora.lora_alpha:g}{base}"
     per_step = spec.training.prompts_per_step * spec.rollout.completions_per_prompt
     status = json.loads((run / "status.json").read_text(encoding="utf-8"))
     if status.get("state") == "diverged":

@@ -148,7 +148,7 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
 
 
 def _small_model(model: specs.ModelSpec) -> specs.ModelSpec:
-    lora = model.lora and specs.LoraSpec(r=min(model.lora.r, 4), lora_alpha=model.lora.lora_alpha)
+    lora = model.lora and evolve(model.lora, r=min(model.lora.r, 4), target_modules="all-linear")
     return specs.ModelSpec(path="model", dtype=model.dtype, lora=lora, attn_implementation="sdpa")
 
 

@@ -231,6 +231,16 @@ STEPS = {
     "bfloat16, stage 2, average": ({"dtype": "bfloat16"}, {"zero_stage": 2}, {"teacher": EMA}),
     "float32, stage 3": ({}, {"zero_stage": 3}, {}),
     "float32, LoRA": ({"lora": LoraSpec(r=8, lora_alpha=8)}, {"zero_stage": 1}, {"teacher": EMA}),
+    "float32, LoRA over nf4": (
+        {"lora": LoraSpec(r=8, lora_alpha=8, quantize_base="nf4")},
+        {"zero_stage": 1},
+        {"teacher": EMA},
+    ),
+    "bfloat16, LoRA over nf4": (
+        {"dtype": "bfloat16", "lora": LoraSpec(r=8, lora_alpha=8, quantize_base="nf4")},
+        {"zero_stage": 2},
+        {},
+    ),
     "float32, checkpointing": ({"activation_checkpointing": True}, {"zero_stage": 0}, {}),
 }
 

@@ -132,6 +132,18 @@ def offload_stage(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
             yield path, "the run stores no model with fixed weights beside the student", "remove frozen_models"
 
 
+@run_rule("quantized weights are not sharded")
+def quantized_base_stage(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Stage 3 cuts each parameter into equal shards, but a weight in 4 bits belongs to scales of its own.  Under stages 0 to 2
+    every rank has the frozen weights as a whole, in a quarter of the memory of bfloat16.
+    """
+    lora, path = spec.model.lora, ("training", "zero_stage")
+    if lora and lora.quantize_base and spec.training.zero_stage == 3:
+        stated = context.stated(path, 3)
+        message = f"the base weights cannot be quantized: {stated}"
+        yield ("model", "lora", "quantize_base"), message, "use zero_stage: 2 or less"
+
+
 @run_rule("the longest sequence fits one forward pass")
 def micro_batch(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A sequence is never split across forward passes."""

@@ -84,6 +84,11 @@ class LoraSpec:
     target_modules: tuple[str, ...] | Literal["all-linear"] = spec_field(
         "names of the modules that get an adapter", default="all-linear", range=NOT_EMPTY, each=NAME
     )
+    quantize_base: Literal["nf4"] | None = spec_field(
+        "`nf4` stores the frozen linear layers in 4 bits (QLoRA: NormalFloat with double quantization; embeddings and the "
+        "output projection stay in `dtype`); needs the extra `bitsandbytes`",
+        default=None,
+    )
 
 
 @frozen(kw_only=True)
