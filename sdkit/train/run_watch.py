@@ -46,12 +46,13 @@ class RunWatch:
         """The warnings that an evaluation after `step` causes: its headline score, `key`, has fallen by more than chance."""
         self._evaluations += 1
         best, score = self._best, result.interval(key).mean
-        has_fallen = best is not None and score < best.interval(key).mean
-        fall = self._fall(step, best, result, key) if best and has_fallen and self.patience else None
+        fall = None
+        if best is None or score >= best.interval(key).mean:
+            self._best, self._best_step = result, step
+        elif self.patience:
+            fall = self._fall(step, best, result, key)
         collapsed = self._score.add(step, score, fall) if self._score else None
         self._collapsed_score = fall.cause if fall and self._score and self._score.is_below else None
-        if not has_fallen:
-            self._best, self._best_step = result, step
         return self._heed([warning for warning in (collapsed or fall,) if warning])
 
     def _fall(self, step: int, best: EvaluationResult, result: EvaluationResult, key: Key) -> TripwireWarning | None:

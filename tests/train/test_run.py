@@ -46,8 +46,7 @@ EMA = teacher(EmaWeights(update_rate=0.3))
 
 @pytest.fixture(scope="module")
 def full_spec(tiny_folder):
-    best = {"keep_best": "sums/drawn/entropy", "best_is": "lower"}
-    output = OutputSpec(samples_every=2, samples=2, tensorboard=True, **best)
+    output = OutputSpec(samples_every=2, samples=2, tensorboard=True, keep_best="sums/drawn/entropy", best_is="lower")
     return with_evaluation(make_spec(tiny_folder, teacher=EMA, output=output), every=2)
 
 
