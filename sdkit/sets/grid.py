@@ -91,5 +91,5 @@ def _short_keys(keys: Sequence[str]) -> list[str]:
 
 def _folder_name(words: Sequence[str]) -> str:
     """`lr=1e-5,divergence=jsd`; of other characters than letters, digits and a few signs, one `_` is left."""
-    name = ",".join(re.sub(r"[^A-Za-z0-9.+=-]+", "_", word).strip("_") for word in words)
+    name = ",".join(re.sub(r"[^A-Za-z0-9.+=-]+", "_", word).replace("=_", "=").strip("_") for word in words)
     return name[:MAX_NAME].lstrip(".+=-") or "point"
