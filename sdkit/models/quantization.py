@@ -6,6 +6,7 @@ a weight starts from the same rounded values, in the dtype of the model, so merg
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections import Counter
 from typing import Any
@@ -52,11 +53,11 @@ def dequantized(parameter: Tensor) -> Tensor:
 
 def plain_layer(layer: nn.Module) -> nn.Module:
     """Returns the layer, or in place of a quantized one a linear layer with the same values."""
-    weight: Any = layer.weight
+    weight: Any = getattr(layer, "weight", None)  # None: stacked experts
     if quant_state(weight) is None:
         return layer
     values, bias = dequantized(weight), getattr(layer, "bias", None)
-    plain = nn.Linear(values.shape[1], values.shape[0], bias=bias is not None, device="meta")
+    plain: Any = nn.Linear(values.shape[1], values.shape[0], bias=bias is not None, device="meta")
     plain.weight, plain.bias = nn.Parameter(values, requires_grad=False), bias
     return plain
 
@@ -67,13 +68,12 @@ def quant_state(parameter: Tensor) -> Any:
 
 
 def _quantized(layer: nn.Linear) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
+    layers: Any = importlib.import_module("bitsandbytes.nn")  # Any: the types of its parameters are incomplete
     dtype = layer.weight.dtype
-    quantized: Any = Linear4bit(
+    quantized = layers.Linear4bit(
         layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype, device="meta"
     )
-    quantized.weight = Params4bit(layer.weight.data, quant_type="nf4", compress_statistics=True)
+    quantized.weight = layers.Params4bit(layer.weight.data, quant_type="nf4", compress_statistics=True)
     quantized.bias = layer.bias
     # On some CPUs it would repack the weights in the first pass without gradients, with kernels from the hub.
     quantized.support_avx512bf16_for_cpu = False
