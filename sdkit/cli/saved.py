@@ -1,4 +1,4 @@
-"""Commands on run directories: compare, diff, export, show rollouts, convert checkpoints."""
+"""Commands on run directories: compare, report, diff, export, show rollouts, convert checkpoints."""
 
 from __future__ import annotations
 
@@ -35,6 +35,24 @@ def compare(
     from sdkit.runs.compare_text import compare as compare_runs
 
     compare_runs(runs, make_console(), to, x, score)
+
+
+@app.command(
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit report runs/sdft`, `sdkit report runs/grpo runs/sdpo --to both.html`",
+)
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", help="The page to write (.html).")] = Path("report.html"),
+    x: Annotated[
+        Literal["tokens", "steps", "time"], typer.Option("--x", help="The budget at which runs are compared.")
+    ] = "tokens",
+) -> None:
+    """Write one page to read and to mail: scores, curves, held-out prompts, rollouts, settings, cost; it loads nothing."""
+    from sdkit.report.page import write_report
+
+    write_report(runs, to, x)
+    typer.echo(f"report: {to}")
 
 
 @app.command(

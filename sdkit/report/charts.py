@@ -1,0 +1,112 @@
+"""Which metrics a report plots together, and their values as columns."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attrs import asdict, frozen
+
+from sdkit.language.metric_names import INTERVAL_SUFFIXES, metric_named
+from sdkit.report.records import Line, RunRecord
+from sdkit.runs.history import spent
+
+STACKED = "stacked"
+"""The kind of a chart whose metrics are parts of a sum."""
+KIND = "lines"
+
+_TERM = r"(?:eval/)?(?:[^/]+/)?[^/]+"
+
+
+@frozen(kw_only=True)
+class Chart:
+    """Metrics that share a vertical axis."""
+
+    title: str
+    unit: str
+    metrics: Sequence[str]
+    labels: Sequence[str]  # of the metrics, in a legend
+    kind: str = KIND
+    notes: Sequence[str] = ()  # formulas of the metrics
+
+
+PATTERNS: Sequence[tuple[str, str, str, str]] = (
+    ("loss", "", r"loss|eval/loss", KIND),
+    ("training reward", "", r"reward/.+", KIND),
+    ("completion length", "tokens", r"rollout/completion_tokens|eval/[^/]+/[^/]+/completion_tokens", KIND),
+    ("entropy", "nats", rf"{_TERM}/(?:student|teacher)_entropy", KIND),
+    ("divergence of student and teacher", "nats", rf"{_TERM}/(?:forward_kl|reverse_kl|k1|reference_kl|old_kl)", KIND),
+    ("distance of the teacher's weights", "relative", r"teacher_distance", KIND),
+    ("gradient norm", "", r"grad_norm", KIND),
+    ("learning rate", "", r"lr", KIND),
+    ("completions and groups", "share", r"rollout/(?:finished|kept|no_advantage|constant_groups|with_teacher)", KIND),
+    ("time of a step", "s", r"time/(?:rollout|sync|judge|measure|teacher|update)", STACKED),
+    ("throughput", "tokens/s", r"time/(?:trained_)?tokens_per_second", KIND),
+    ("memory", "GiB", r"memory/.+", KIND),
+)
+"""Title, unit, metrics and kind of every chart besides those of scores."""
+
+
+def charts(records: Sequence[RunRecord]) -> list[Chart]:
+    """The charts of all metrics that the runs have: scores first, a chart for each suite and reward."""
+    names = list(dict.fromkeys(name for record in records for line in record.lines for name in line))
+    scores: dict[tuple[str, str], list[str]] = {}
+    keys = [key for record in records for point in record.run.points for key in point.scores]
+    for suite, decoding, reward in dict.fromkeys(keys):
+        scores.setdefault((suite, reward), []).append(f"eval/{suite}/{decoding}/{reward}")
+    shown = [
+        Chart(
+            title=f"{suite}: {reward}", unit="held-out score, 95 % interval", metrics=metrics, labels=_labels(metrics)
+        )
+        for (suite, reward), metrics in scores.items()
+    ]
+    for title, unit, pattern, kind in PATTERNS:
+        if metrics := [name for name in names if re.fullmatch(pattern, name)]:
+            names_and_notes = {"labels": _labels(metrics), "notes": _notes(metrics)}
+            shown.append(Chart(title=title, unit=unit, metrics=metrics, kind=kind, **names_and_notes))
+    return shown
+
+
+def _labels(metrics: Sequence[str]) -> list[str]:
+    """The parts of the names that differ; those of held-out metrics say so, unless all are held out."""
+    parts = [name.removeprefix("eval/").split("/") for name in metrics]
+    shortest = min(map(len, parts))
+    start = next((i for i in range(shortest) if len({part[i] for part in parts}) > 1), shortest)
+    end = next((i for i in range(shortest - start) if len({part[-1 - i] for part in parts}) > 1), shortest - start)
+    names = ["/".join(part[start : len(part) - end]) or part[-1] for part in parts]
+    held_out = [name.startswith("eval/") for name in metrics]
+    if all(held_out):
+        return names
+    return [f"{name}, held out" if is_held_out else name for name, is_held_out in zip(names, held_out, strict=True)]
+
+
+def _notes(metrics: Sequence[str]) -> list[str]:
+    found = [(name, metric_named(name)) for name in metrics]
+    return [f"{name}: {metric.formula}" for name, metric in found if metric]
+
+
+def columns(lines: Sequence[Line]) -> dict[str, Any]:
+    """The metrics of a run as columns of equal length, None where a line does not have a metric, and the axes."""
+    budgets = list(spent(lines))
+    names = dict.fromkeys(name for line in lines for name in line if name != "step")
+    return {
+        "steps": [line["step"] for line in lines],
+        "tokens": [tokens for tokens, _ in budgets],
+        "time": [seconds for _, seconds in budgets],
+        "metrics": {name: [_finite(line.get(name)) for line in lines] for name in names},
+    }
+
+
+def _finite(value: Any) -> float | None:
+    """A number as JSON can hold it; None for what is no finite number."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def data(shown: Sequence[Chart], records: Sequence[RunRecord]) -> Mapping[str, Any]:
+    """What the page's script reads: the charts, the columns of every run, and all metrics that can be chosen."""
+    runs = [{"name": record.run.name, **columns(record.lines)} for record in records]
+    names = sorted({name for run in runs for name in run["metrics"]})
+    selectable = [name for name in names if not (name.startswith("eval/") and name.endswith(INTERVAL_SUFFIXES))]
+    return {"charts": [asdict(chart) for chart in shown], "runs": runs, "metrics": selectable}

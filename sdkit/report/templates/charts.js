@@ -1,0 +1,188 @@
+"use strict";
+// Draws the charts.  Reads the page's data; knows nothing of completions.
+const report = JSON.parse(document.getElementById("report-data").textContent);
+const COLOURS = {
+  light: ["#0072b2", "#d55e00", "#009e73", "#b4558f", "#b47700", "#3b8fc4", "#444444", "#857300"],
+  dark: ["#56a8e0", "#ff8d4a", "#3cc99b", "#e597c4", "#e8b040", "#8fd0f5", "#cccccc", "#d8cb55"],
+};  // Okabe and Ito, each theme's own lightness
+const DASHES = ["solid", "dot", "dash", "dashdot"];
+const SMOOTHED = 0.22;  // opacity of the measured values behind a smoothed line
+
+function element(tag, properties, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+
+function theme() {
+  return document.documentElement.dataset.theme;
+}
+
+function setTheme(name) {
+  document.documentElement.dataset.theme = name;
+}
+
+function css(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+function series(run, metric, axis) {
+  const column = run.metrics[metric] || [];
+  const points = { x: [], y: [], step: [] };
+  column.forEach((value, i) => {
+    if (value !== null) {
+      points.x.push(run[axis][i]);
+      points.y.push(value);
+      points.step.push(run.steps[i]);
+    }
+  });
+  return points;
+}
+
+function smoothed(values, inertia) {
+  let mean = 0, weight = 0;
+  return values.map((value) => {
+    mean = inertia * mean + (1 - inertia) * value;
+    weight = inertia * weight + (1 - inertia);
+    return mean / weight;
+  });
+}
+
+// A metric and its held-out twin have one colour; the latter is dotted.
+function twin(metric) {
+  return metric.replace(/^eval\//, "");
+}
+
+function looks(chart, r, m) {
+  const metric = chart.metrics[m];
+  const twins = [...new Set(chart.metrics.map(twin))];
+  const isTwin = twins.length < chart.metrics.length && metric.startsWith("eval/");
+  const palette = COLOURS[theme()];
+  if (report.runs.length > 1) return [palette[r % palette.length], DASHES[m % DASHES.length]];
+  return [palette[twins.indexOf(twin(metric)) % palette.length], isTwin ? "dot" : "solid"];
+}
+
+function lineTraces(chart, axis, inertia) {
+  const several = report.runs.length > 1;
+  const traces = [];
+  report.runs.forEach((run, r) => chart.metrics.forEach((metric, m) => {
+    const points = series(run, metric, axis);
+    if (!points.x.length) return;
+    const [colour, dash] = looks(chart, r, m);
+    const label = chart.labels[m];
+    const name = !several ? label : chart.metrics.length > 1 ? `${run.name}, ${label}` : run.name;
+    traces.push(...bandTraces(run, metric, axis, colour));
+    const smooth = inertia > 0 && points.y.length > 3;
+    const mode = points.x.length < 40 ? "lines+markers" : "lines";
+    const shared = { x: points.x, customdata: points.step, type: "scatter", hovertemplate: hover(axis) };
+    if (smooth) traces.push({ ...shared, y: points.y, mode: "lines", line: { color: colour, width: 1 }, opacity: SMOOTHED, showlegend: false, hoverinfo: "skip", hovertemplate: null });
+    traces.push({ ...shared, y: smooth ? smoothed(points.y, inertia) : points.y, mode, name: escaped(name), line: { color: colour, width: 2, dash }, marker: { size: 5, color: colour } });
+  }));
+  return traces;
+}
+
+function hover(axis) {
+  return "%{y:.4~g}" + (axis === "steps" ? "" : " (step %{customdata})");
+}
+
+// Plotly reads a few HTML tags in texts; a name is shown as it is.
+function escaped(text) {
+  return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+}
+
+function bandTraces(run, metric, axis, colour) {
+  const low = series(run, `${metric}_low`, axis), high = series(run, `${metric}_high`, axis);
+  if (!low.x.length || low.x.length !== high.x.length) return [];
+  return [{
+    x: [...low.x, ...high.x.toReversed()], y: [...low.y, ...high.y.toReversed()], type: "scatter", mode: "lines", fill: "toself",
+    line: { width: 0 }, fillcolor: colour + "22", hoverinfo: "skip", showlegend: false,
+  }];
+}
+
+function stackedTraces(chart, axis) {
+  const palette = COLOURS[theme()];
+  const several = report.runs.length > 1;
+  return report.runs.flatMap((run, r) => chart.metrics.map((metric, m) => {
+    const points = series(run, metric, axis);
+    const name = chart.labels[m];
+    return {
+      x: points.x, y: points.y, customdata: points.step, type: "scatter", mode: "lines", stackgroup: `run ${r}`,
+      name: escaped(several ? `${run.name}, ${name}` : name), visible: several && r > 0 ? "legendonly" : true,
+      line: { width: 0.5, color: palette[m % palette.length] }, hovertemplate: hover(axis),
+    };
+  }));
+}
+
+function layout(chart, axis) {
+  const grid = { gridcolor: css("--grid"), zerolinecolor: css("--grid"), linecolor: css("--line"), automargin: true };
+  return {
+    margin: { l: 44, r: 8, t: 10, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: "system-ui, sans-serif", size: 11, color: css("--soft") }, hovermode: "x unified",
+    hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--text") } },
+    xaxis: { ...grid, title: { text: report.axes[axis], font: { size: 11 }, standoff: 6 } },
+    yaxis: { ...grid, rangemode: chart.kind === "stacked" ? "tozero" : "normal" },
+    legend: { orientation: "h", y: -0.2, x: 0, font: { size: 10.5 } }, dragmode: "zoom",
+    showlegend: report.runs.length > 1 || chart.metrics.length > 1,
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--accent") },
+  };
+}
+
+function draw(node, chart) {
+  const axis = document.getElementById("axis").value;
+  const inertia = Number(document.getElementById("smooth").value);
+  const traces = chart.kind === "stacked" ? stackedTraces(chart, axis) : lineTraces(chart, axis, inertia);
+  Plotly.react(node, traces, layout(chart, axis), {
+    responsive: true, displaylogo: false, showSendToCloud: false,
+    displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+  });
+}
+
+function addChart(chart) {
+  const title = element("h3", { textContent: chart.title + " " }, element("small", { textContent: chart.unit }));
+  const plot = element("div", { className: "plot" });
+  const card = element("div", { className: "chart" }, title, plot);
+  if (chart.notes.length) {
+    const formulas = element("details", {}, element("summary", { textContent: "formulas" }));
+    chart.notes.forEach((note) => formulas.append(element("div", { textContent: note })));
+    card.append(formulas);
+  }
+  document.getElementById("charts").append(card);
+  drawn.push([plot, chart]);
+  draw(plot, chart);
+  return card;
+}
+
+const drawn = [];
+function redraw() {
+  drawn.forEach(([node, chart]) => draw(node, chart));
+}
+
+setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+document.getElementById("theme").addEventListener("click", () => {
+  setTheme(theme() === "dark" ? "light" : "dark");
+  redraw();
+});
+report.charts.forEach(addChart);
+if (!report.charts.length) document.getElementById("charts").append(element("p", { textContent: "No step or evaluation is on record." }));
+for (const id of ["axis", "smooth"]) document.getElementById(id).addEventListener("change", redraw);
+
+let chosen = null;
+const metricSelect = document.getElementById("metric");
+report.metrics.forEach((name) => metricSelect.append(element("option", { value: name, textContent: name })));
+metricSelect.addEventListener("change", () => {
+  if (chosen) {
+    chosen.remove();
+    drawn.pop();
+  }
+  const name = metricSelect.value;
+  chosen = name ? addChart({ title: name, unit: "", metrics: [name], labels: [name], kind: "lines", notes: [] }) : null;
+  if (chosen) document.getElementById("charts").prepend(chosen);
+});
+
+document.getElementById("filter").addEventListener("input", (event) => {
+  const words = event.target.value.toLowerCase();
+  document.querySelectorAll("#all-settings tbody tr").forEach((row) => {
+    row.hidden = !row.textContent.toLowerCase().includes(words);
+  });
+});

@@ -1,0 +1,195 @@
+"""`sdkit report`: what the page shows, what it says is missing, and that text of models stays text."""
+
+import json
+import re
+import shutil
+from html import unescape
+from xml.etree import ElementTree
+
+import pytest
+from reportruns import HOSTILE, change_setting, damage, make_hostile
+from tinyruns import lines
+
+from sdkit.language.errors import UnreadableInput
+from sdkit.language.load import load_spec
+from sdkit.language.method_pages import find_pages
+from sdkit.report import completions, formula, page
+from sdkit.report.completions import Texts, spread
+from sdkit.report.records import read_records
+
+
+@pytest.fixture(scope="module")
+def text(report_run, tmp_path_factory):
+    target = tmp_path_factory.mktemp("page") / "report.html"
+    page.write_report([report_run], target, "tokens")
+    return target.read_text(encoding="utf-8")
+
+
+def data_of(text):
+    return json.loads(re.search(r'<script type="application/json" id="report-data">(.*?)</script>', text)[1])
+
+
+def rendered(*runs):
+    return page.render(read_records(runs))
+
+
+def table_of(text, section):
+    """The cells of the first table of a section."""
+    part = text[text.index(f'<section id="{section}">') :]
+    body = part[part.index("<tbody>") : part.index("</tbody>")]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("<tr")[1:]]
+
+
+def test_scores_are_those_of_the_metrics(text, report_run):
+    evaluated = [line for line in lines(report_run / "metrics.jsonl") if "eval/score" in line]
+    rows = {tuple(row[:3]): row for row in table_of(text, "scores")}
+    assert len(rows) == 6  # two suites: two rewards under two decodings, and one
+    for key, row in rows.items():
+        name = "eval/" + "/".join(key)
+        for cell, line in ((row[3], evaluated[0]), (row[4], evaluated[-1])):
+            assert cell == f"{line[name]:.3f} [{line[f'{name}_low']:.3f}, {line[f'{name}_high']:.3f}]"
+        assert float(row[5]) == pytest.approx(evaluated[-1][name] - evaluated[0][name], abs=6e-4)
+
+
+def test_curves_hold_every_metric(text, report_run):
+    written = lines(report_run / "metrics.jsonl")
+    [run] = data_of(text)["runs"]
+    assert run["steps"] == [line["step"] for line in written]
+    for name, column in run["metrics"].items():
+        assert column == [line.get(name) for line in written]
+    assert {name for line in written for name in line} - {"step"} == set(run["metrics"])
+
+
+def test_held_out_completions_are_those_of_the_evaluations(text, report_run):
+    data = data_of(text)
+    [part] = [p for p in data["completions"][0]["held_out"] if (p["suite"], p["decoding"]) == ("sums", "drawn")]
+    for place, step in enumerate(part["steps"]):
+        records = lines(report_run / f"evaluations/step_{step:06d}.jsonl")
+        for prompt in part["prompts"]:
+            of_prompt = [
+                r for r in records if (r["suite"], r["decoding"], r["row"]) == ("sums", "drawn", prompt["row"])
+            ]
+            assert data["texts"][prompt["prompt"]] == of_prompt[0]["prompt"]
+            shown = [(data["texts"][s["text"]], s["scores"]) for s in prompt["samples"][place]]
+            assert shown == [(page.visible(r["completion"]), r["scores"]) for r in of_prompt]
+
+
+def test_rollouts_have_their_divergence(text, report_run, tiny_tokenizer):
+    data = data_of(text)
+    steps = data["completions"][0]["rollouts"]["steps"]
+    assert [step["step"] for step in steps] == [1, 2]
+    records = lines(report_run / "rollouts/step_000001.jsonl")
+    assert [r["row"] for r in steps[1]["rollouts"]] == [r["row"] for r in records]
+    first, shown = records[0], steps[1]["rollouts"][0]
+    assert shown["scores"] == first["scores"]
+    assert "".join(shown["pieces"]) == page.visible(tiny_tokenizer.decode(first["completion_ids"]))
+    assert "Example:" in data["texts"][shown["teacher_prompt"]]
+    assert max(shown["divergence"]) == max(first["token_divergence"])
+
+
+def test_page_loads_nothing(text):
+    own = unescape(
+        re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    )  # Plotly names addresses that it does not ask for
+    assert "default-src 'none'" in own
+    assert "unsafe-eval" not in own
+    assert not re.search(r"\bsrc=|<link|@import|url\(|https?://", own)
+
+
+def test_text_of_models_cannot_leave_its_place(report_run, tmp_path):
+    run = make_hostile(report_run, tmp_path / "hostile")
+    text = rendered(run)
+    assert text.count("<script") == rendered(report_run).count("<script")
+    assert HOSTILE not in text
+    assert "<img" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    shown = data_of(text)["texts"]
+    assert any("</script><script>" in one and "␀" in one and "⟨U+202E⟩" in one for one in shown)
+
+
+def test_invisible_characters_are_named():
+    assert page.visible("a\x00\x1b[31m\r\n\tb\x7f\x85\u200b\u202eé🙂") == "a␀␛[31m␍\n\tb␡⟨U+0085⟩⟨U+200B⟩⟨U+202E⟩é🙂"
+
+
+def test_run_that_has_just_begun_gives_a_page(report_run, tmp_path):
+    run = shutil.copytree(report_run, tmp_path / "begun", ignore=shutil.ignore_patterns("model"))
+    for name in ("evaluations", "rollouts", "samples"):
+        shutil.rmtree(run / name)
+    (run / "metrics.jsonl").unlink()
+    (run / "status.json").write_text(json.dumps({"state": "failed", "step": 0, "reason": "out of memory"}))
+    text = rendered(run)
+    for words in (
+        "failed after step 0: out of memory",
+        "no step is on record yet",
+        "No held-out prompts were evaluated",
+    ):
+        assert words in text
+    assert data_of(text)["completions"][0]["rollouts"]["problem"] == "this run has recorded no rollouts"
+
+
+def test_tokenizer_of_the_trained_model_reads_rollouts(report_run, tmp_path):
+    run = shutil.copytree(report_run, tmp_path / "moved")
+    change_setting(run, "model", "path", str(tmp_path / "gone"))
+    assert data_of(rendered(run))["completions"][0]["rollouts"]["steps"]
+    shutil.rmtree(run / "model")
+    assert "cannot be loaded" in data_of(rendered(run))["completions"][0]["rollouts"]["problem"]
+
+
+def test_several_runs_show_what_differs(report_run, tmp_path):
+    other = shutil.copytree(report_run, tmp_path / "other")
+    change_setting(other, "optimizer", "lr", 0.5)
+    text = rendered(report_run, other)
+    assert ["optimizer.lr", "0.001", "0.5"] in table_of(text, "settings")
+    assert "no significant difference" in text
+    assert len(table_of(text, "scores")) == 12
+    assert [run["name"] for run in data_of(text)["runs"]] == [report_run.name, "other"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.jsonl", "{\n", "metrics.jsonl:1: not a JSON object"),
+        ("metrics.jsonl", '{"loss": 1}\n', "metrics.jsonl:1: not a line of a run"),
+        ("warnings.jsonl", "[1]\n", "warnings.jsonl:1: not a line of a run"),
+        ("rollouts/step_000000.jsonl", '{"row": 1}\n', "step_000000.jsonl: not the rollouts of a step"),
+        ("evaluations/step_000000.jsonl", '{"row": 1}\n', "evaluations/step_000000.jsonl"),
+        ("provenance.json", "{", "provenance.json"),
+    ],
+)
+def test_damaged_files_are_named(report_run, tmp_path, file, content, message):
+    run = damage(report_run, tmp_path / "damaged", file, content)
+    with pytest.raises(UnreadableInput, match=re.escape(message)):
+        rendered(run)
+
+
+def test_command_names_its_page(sdkit, report_run, tmp_path):
+    target = tmp_path / "report.html"
+    assert sdkit("report", report_run, "--to", target)[:2] == (0, f"report: {target}\n")
+    assert "must end in .html" in sdkit("report", report_run, "--to", tmp_path / "report.pdf")[2]
+    assert "is not a run directory" in sdkit("report", tmp_path, "--to", target)[2]
+
+
+def test_long_texts_and_many_steps_are_reduced():
+    texts = Texts()
+    number = texts.add("a" * 99_999)
+    assert (texts.add("a" * 99_999), len(texts.texts)) == (number, 1)
+    assert "87,999 characters left out" in texts.texts[0]
+    assert spread(range(10), 4) == [0, 3, 6, 9]
+    assert spread(range(3), 4) == [0, 1, 2]
+    steps = [{"step": i, "rollouts": ["x" * 100] * 8} for i in range(100)]
+    completions._reduce(steps, 20_000)
+    assert len(json.dumps(steps)) < 21_000
+    assert (steps[0]["step"], steps[-1]["step"], len(steps)) == (0, 99, 100)
+
+
+@pytest.mark.parametrize("name", [page.name for page in find_pages()])
+def test_objective_of_every_method_is_a_formula(name):
+    spec = load_spec(name).spec
+    elements = [ElementTree.fromstring(line) for line in formula.formulas(spec)]
+    assert len(elements) == len(spec.losses) + 1
+    text = "".join(elements[0].itertext())
+    assert all(term in text for term in spec.losses)
+
+
+def test_formula_of_a_divergence_has_its_direction():
+    spec = load_spec("sdft").spec
+    assert "".join(ElementTree.fromstring(formula.formulas(spec)[1]).itertext()).endswith("KL(Tt‖St)")

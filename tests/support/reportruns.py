@@ -1,0 +1,40 @@
+"""Run directories for tests of reports, made from one small run."""
+
+import json
+import shutil
+
+from tinyruns import lines, make_spec, train, training, with_evaluation
+
+HOSTILE = "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'><!--\x00\u202e &amp; {{ 7 * 7 }}"
+
+
+def train_small_run(tiny_folder, folder):
+    """Two steps, two suites, a teacher's lift and an evaluation after each step."""
+    spec = with_evaluation(make_spec(tiny_folder, training=training(steps=2)), every=1)
+    return train(spec, folder)
+
+
+def make_hostile(run, folder):
+    """A copy of a run in which completions, feedback, warnings and the run's own text try to become code."""
+    shutil.copytree(run, folder)
+    for path in (folder / "evaluations").glob("step_*.jsonl"):
+        changed = [r | {"completion": HOSTILE, "feedback": {"right": HOSTILE}} for r in lines(path)]
+        path.write_text("".join(json.dumps(r) + "\n" for r in changed))
+    (folder / "spec.yaml").write_text(f"# {HOSTILE}\n", encoding="utf-8")
+    warning = {"step": 1, "wire": "x", "cause": HOSTILE, "look_at": HOSTILE}
+    (folder / "warnings.jsonl").write_text(json.dumps(warning) + "\n")
+    return folder
+
+
+def damage(run, folder, file, content):
+    """A copy of a run with this content in one of its files."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("model"))
+    (folder / file).write_text(content)
+    return folder
+
+
+def change_setting(run, section, key, value):
+    """Change a setting in the resolved spec of a run, which the small runs store as JSON."""
+    spec = json.loads((run / "resolved.yaml").read_text())
+    spec[section][key] = value
+    (run / "resolved.yaml").write_text(json.dumps(spec))
