@@ -63,7 +63,8 @@ def charts(records: Sequence[RunRecord]) -> list[Chart]:
         for (suite, reward), metrics in scores.items()
     ]
     for title, unit, pattern, kind in PATTERNS:
-        if metrics := [name for name in names if re.fullmatch(pattern, name)]:
+        metrics = [name for name in names if re.fullmatch(pattern, name)]
+        if metrics := sorted(metrics, key=lambda name: name.startswith("eval/")):
             names_and_notes = {"labels": _labels(metrics), "notes": _notes(metrics)}
             shown.append(Chart(title=title, unit=unit, metrics=metrics, kind=kind, **names_and_notes))
     return shown

@@ -60,6 +60,10 @@ def legend(spec: MethodSpec) -> Iterator[str]:
         yield "w is a token's weight"
     if any(isinstance(term, PolicyGradient) for term in terms):
         yield "A is the advantage, ρ the ratio of S to the student before this batch"
+    if any(term.sampler_ratio for term in terms):
+        yield "ρ of the sampler is the ratio of S to the sampler's probabilities"
+    if any(isinstance(term, Distillation) and term.importance.old_policy for term in terms):
+        yield "old ρ is the ratio of S to the student before this batch"
     if any("<mi>sg</mi>" in line for line in formulas(spec)):
         yield "sg[·] stops the gradient"
 

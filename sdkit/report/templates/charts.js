@@ -120,7 +120,7 @@ function layout(chart, axis) {
     font: { family: "system-ui, sans-serif", size: 11, color: css("--soft") }, hovermode: "x unified",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--text") } },
     xaxis: { ...grid, title: { text: report.axes[axis], font: { size: 11 }, standoff: 6 } },
-    yaxis: { ...grid, rangemode: chart.kind === "stacked" ? "tozero" : "normal" },
+    yaxis: { ...grid, exponentformat: "e", rangemode: chart.kind === "stacked" ? "tozero" : "normal" },
     legend: { orientation: "h", y: -0.2, x: 0, font: { size: 10.5 } }, dragmode: "zoom",
     showlegend: report.runs.length > 1 || chart.metrics.length > 1,
     modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--accent") },

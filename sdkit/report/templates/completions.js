@@ -32,6 +32,17 @@ function scoreParts(scores) {
   return Object.entries(scores).map(([name, value]) => `${name} ${figure(value)}`);
 }
 
+// The number of characters before the first word in which the texts differ.
+function sharedStart(texts) {
+  let length = Math.min(...texts.map((text) => text.length));
+  for (const text of texts) while (text.slice(0, length) !== texts[0].slice(0, length)) length -= 1;
+  return texts.length > 1 ? texts[0].slice(0, length).search(/\S*$/) : 0;
+}
+
+function excerpt(text, start) {
+  return (start ? "… " : "") + text.slice(start, start + 200).trim();
+}
+
 // ---- held-out prompts
 
 function heldOut() {
@@ -73,11 +84,12 @@ function heldOut() {
     const evaluations = part.steps.length < part.all_evaluations ? `, ${part.steps.length} of ${part.all_evaluations} evaluations` : "";
     const sampled = part.prompts.length < part.all_prompts ? ` (a sample of ${part.prompts.length} of ${part.all_prompts} prompts is in this page)` : "";
     said.textContent = `${shown.length} prompts${sampled}${evaluations}`;
+    const start = sharedStart(part.prompts.map((prompt) => report.texts[prompt.prompt]));
     document.getElementById("prompts").replaceChildren(...shown.map((prompt, i) => {
       const means = prompt.means.map(figure);
       const trail = means.length > 6 ? [...means.slice(0, 3), "…", ...means.slice(-2)] : means;
       const button = element("button", { type: "button" },
-        element("span", { className: "words", textContent: report.texts[prompt.prompt].slice(-120).trim() }),
+        element("span", { className: "words", textContent: excerpt(report.texts[prompt.prompt], start) }),
         element("small", { textContent: `row ${prompt.row} · ${part.main} ${trail.join(" → ")}` }));
       button.addEventListener("click", () => show(shown, i));
       return element("li", {}, button);
