@@ -10,12 +10,15 @@ from typing import Any
 from attrs import asdict, frozen
 
 from sdkit.language.metric_names import INTERVAL_SUFFIXES, metric_named
-from sdkit.report.records import Line, RunRecord
+from sdkit.report.records import Contents, Line, RunRecord
+from sdkit.report.sampling import spread
 from sdkit.runs.history import spent
 
 STACKED = "stacked"
 """The kind of a chart whose metrics are parts of a sum."""
 KIND = "lines"
+MAX_CELLS = 300_000
+"""Most values of all runs' metrics in a page, about 20 bytes each."""
 
 _TERM = r"(?:eval/)?(?:[^/]+/)?[^/]+"
 
@@ -88,15 +91,22 @@ def _notes(metrics: Sequence[str]) -> list[str]:
     return [f"{name}: {metric.formula}" for name, metric in found if metric]
 
 
-def columns(lines: Sequence[Line]) -> dict[str, Any]:
-    """The metrics of a run as columns of equal length, None where a line does not have a metric, and the axes."""
-    budgets = list(spent(lines))
+def columns(lines: Sequence[Line], cells: int) -> dict[str, Any]:
+    """The metrics of a run as columns of equal length, None where a line does not have a metric, and the axes.
+
+    Of more values than `cells`, the lines of steps are a sample at even distances; evaluations stay.
+    """
     names = dict.fromkeys(name for line in lines for name in line if name != "step")
+    numbered = list(enumerate(spent(lines)))
+    steps = [i for i, _ in numbered if "eval/score" not in lines[i]]
+    kept = set(spread(steps, max(2, cells // max(1, len(names)))))
+    shown = [(lines[i], budget) for i, budget in numbered if i in kept or "eval/score" in lines[i]]
     return {
-        "steps": [line["step"] for line in lines],
-        "tokens": [tokens for tokens, _ in budgets],
-        "time": [seconds for _, seconds in budgets],
-        "metrics": {name: [_finite(line.get(name)) for line in lines] for name in names},
+        "steps": [line["step"] for line, _ in shown],
+        "tokens": [tokens for _, (tokens, _) in shown],
+        "time": [seconds for _, (_, seconds) in shown],
+        "metrics": {name: [_finite(line.get(name)) for line, _ in shown] for name in names},
+        "all_lines": len(lines),
     }
 
 
@@ -105,9 +115,18 @@ def _finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def data(shown: Sequence[Chart], records: Sequence[RunRecord]) -> Mapping[str, Any]:
-    """What the page's script reads: the charts, the columns of every run, and all metrics that can be chosen."""
-    runs = [{"name": record.run.name, **columns(record.lines)} for record in records]
+def data(shown: Sequence[Chart], contents: Contents) -> Mapping[str, Any]:
+    """What the page's script reads: the charts, the columns of every run, its subject, and all metrics to choose from."""
+    cells = MAX_CELLS // len(contents.records)
+    runs = [
+        {"name": record.run.name, "subject": number, **columns(record.lines, cells)}
+        for number, subject in enumerate(contents.subjects)
+        for record in subject.records
+    ]
     names = sorted({name for run in runs for name in run["metrics"]})
-    selectable = [name for name in names if not (name.startswith("eval/") and name.endswith(INTERVAL_SUFFIXES))]
-    return {"charts": [asdict(chart) for chart in shown], "runs": runs, "metrics": selectable}
+    return {
+        "charts": [asdict(chart) for chart in shown],
+        "subjects": [subject.name for subject in contents.subjects],
+        "runs": runs,
+        "metrics": [name for name in names if not (name.startswith("eval/") and name.endswith(INTERVAL_SUFFIXES))],
+    }

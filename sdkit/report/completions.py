@@ -10,18 +10,19 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from attrs import field, frozen
 
 from sdkit.language.errors import SdkitError, UnreadableInput, counted
 from sdkit.models.loading import load_tokenizer, resolve_model
 from sdkit.report.records import RunRecord
+from sdkit.report.sampling import spread
 from sdkit.runs.directory import step_file
 from sdkit.runs.history import Point
 from sdkit.train.show_rollouts import token_pieces
 
-HELD_OUT_BYTES, ROLLOUT_BYTES = 8_000_000, 12_000_000
+HELD_OUT_BYTES, ROLLOUT_BYTES = 7_000_000, 10_000_000
 """Most bytes of all runs' held-out completions, and of their rollouts: a page stays below 30 MB."""
 MAX_EVALUATIONS = 24
 MAX_ROLLOUTS = 2_000
@@ -29,9 +30,11 @@ ROLLOUTS_OF_STEP = 16
 SAMPLES_OF_PROMPT = 2
 MAX_TOKENS = 2_000
 MAX_CHARACTERS = 12_000
+MAX_FEEDBACK = 2_000
+PROMPTS = ("prompt", "teacher_prompt")
+"""The prompts of a rollout: the student's, and the teacher's if it has one."""
 Decode = Callable[[tuple[int, ...]], str]
 """Token ids to text."""
-Item = TypeVar("Item")
 
 
 @frozen
@@ -50,15 +53,6 @@ class Texts:
         if number == len(self.texts):
             self.texts.append(text)
         return number
-
-
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` items at even distances, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    if count == 1:
-        return [items[-1]]
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
 def held_out(record: RunRecord, texts: Texts, size: int) -> list[dict[str, Any]]:
@@ -97,7 +91,10 @@ def _prompts(
 ) -> dict[str, Any]:
     keys = list(dict.fromkeys(key for step in steps for key in step))
     shown = [e for step in steps for entries in step.values() for e in entries[:SAMPLES_OF_PROMPT]]
-    total = sum(min(len(e["completion"]), MAX_CHARACTERS) + 150 for e in shown)
+    total = sum(min(len(prompt), MAX_CHARACTERS) for _, prompt in keys)
+    total += sum(
+        min(len(text), MAX_CHARACTERS) + 150 for e in shown for text in (e["completion"], *_feedback(e).values())
+    )
     fitting = max(1, min(len(keys), len(keys) * size // max(total, 1)))
     prompts = [
         {
@@ -106,7 +103,7 @@ def _prompts(
             "means": [_mean(step.get((row, prompt), ()), main) for step in steps],
             "samples": [
                 [
-                    {"text": texts.add(e["completion"]), "scores": e["scores"], "feedback": e.get("feedback") or {}}
+                    {"text": texts.add(e["completion"]), "scores": e["scores"], "feedback": _feedback(e)}
                     for e in step.get((row, prompt), ())[:SAMPLES_OF_PROMPT]
                 ]
                 for step in steps
@@ -116,6 +113,10 @@ def _prompts(
     ]
     samples = max((len(entries) for step in steps for entries in step.values()), default=0)
     return {"prompts": prompts, "all_prompts": len(keys), "all_samples": samples}
+
+
+def _feedback(entry: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(text)[:MAX_FEEDBACK] for name, text in (entry.get("feedback") or {}).items()}
 
 
 def _mean(entries: Sequence[Mapping[str, Any]], reward: str) -> float | None:
@@ -136,14 +137,16 @@ def rollouts(record: RunRecord, texts: Texts, size: int) -> dict[str, Any]:
         }
     decode = lru_cache(maxsize=100_000)(lambda ids: tokenizer.decode(list(ids)))
     of_step = max(2, min(ROLLOUTS_OF_STEP, MAX_ROLLOUTS // len(files)))
-    steps = [_step(path, of_step, decode, texts) for path in spread(files, MAX_ROLLOUTS // of_step)]
+    steps = [_step(path, of_step, decode) for path in spread(files, MAX_ROLLOUTS // of_step)]
     _reduce(steps, size)
+    for rollout in (rollout for step in steps for rollout in step["rollouts"]):
+        rollout |= {n: None if rollout[n] is None else texts.add(rollout[n]) for n in PROMPTS}
     return {"steps": steps, "all_steps": len(files), "problem": None}
 
 
 def _reduce(steps: list[dict[str, Any]], size: int) -> None:
     """Leave out rollouts of every step, then steps, until all fit into `size` bytes."""
-    while sum(len(json.dumps(step)) for step in steps) > size:
+    while _size(steps) > size:
         most = max(len(step["rollouts"]) for step in steps)
         if most > 1:
             for step in steps:
@@ -152,6 +155,14 @@ def _reduce(steps: list[dict[str, Any]], size: int) -> None:
             steps[:] = spread(steps, -(-len(steps) // 2))
         else:
             return
+
+
+def _size(steps: Sequence[Mapping[str, Any]]) -> int:
+    """About how many bytes the rollouts take in a page, where each text is stored once."""
+    all_rollouts = [rollout for step in steps for rollout in step["rollouts"]]
+    prompts = {rollout[name] for rollout in all_rollouts for name in PROMPTS if rollout[name]}
+    own = (len(json.dumps({**rollout, **dict.fromkeys(PROMPTS, 0)})) for rollout in all_rollouts)
+    return sum(own) + sum(min(len(prompt), MAX_CHARACTERS) for prompt in prompts)
 
 
 def _tokenizer(record: RunRecord) -> Any:
@@ -165,28 +176,28 @@ def _tokenizer(record: RunRecord) -> Any:
     return None
 
 
-def _step(path: Path, count: int, decode: Decode, texts: Texts) -> dict[str, Any]:
+def _step(path: Path, count: int, decode: Decode) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             lines = [line for line in file if line.endswith("\n")]  # a killed run may leave half a line
-        chosen = [_rollout(json.loads(line), decode, texts) for line in spread(lines, count)]
+        chosen = [_rollout(json.loads(line), decode) for line in spread(lines, count)]
     except (ValueError, KeyError, TypeError) as error:
         raise UnreadableInput(f"{path}: not the rollouts of a step: {error!r}") from None
     return {"step": int(path.stem.removeprefix("step_")) + 1, "all_rollouts": len(lines), "rollouts": chosen}
 
 
-def _rollout(entry: Mapping[str, Any], decode: Decode, texts: Texts) -> dict[str, Any]:
+def _rollout(entry: Mapping[str, Any], decode: Decode) -> dict[str, Any]:
     ids, values = entry["completion_ids"], entry.get("token_divergence")
     pairs = list(zip(ids, values or [None] * len(ids), strict=True))
     pieces = list(_pieces(pairs, decode))
-    prompts = {name: entry.get(f"{name}_ids") for name in ("prompt", "teacher_prompt")}
+    prompts = {name: entry.get(f"{name}_ids") for name in PROMPTS}
     return {
         "row": entry["row"],
         "group": entry["group"],
         "finished": entry["finished"],
         "tokens": len(ids),
         "scores": entry.get("scores") or {},
-        **{name: texts.add(decode(tuple(of_prompt))) if of_prompt else None for name, of_prompt in prompts.items()},
+        **{name: decode(tuple(ids_of_prompt)) if ids_of_prompt else None for name, ids_of_prompt in prompts.items()},
         "pieces": [text for text, _ in pieces],
         "divergence": [value for _, value in pieces] if values else None,
     }

@@ -10,9 +10,10 @@ from attrs import frozen
 
 from sdkit.language.errors import Path as SpecPath
 from sdkit.language.errors import counted, spelled
+from sdkit.language.specs import MethodSpec
 from sdkit.plan.plan import plan_method
 from sdkit.report import formula
-from sdkit.report.records import RunRecord
+from sdkit.report.records import Contents, RunRecord, Subject
 from sdkit.runs.compare import differing, differing_settings
 
 MISSING = "–"
@@ -32,7 +33,7 @@ class Row:
 class Notice:
     """Something that a reader must know of a run."""
 
-    run: str
+    runs: str
     text: str
     advice: str = ""
     steps: str = ""
@@ -49,31 +50,47 @@ class Objective:
     lines: Sequence[str]
 
 
-def notices(records: Sequence[RunRecord]) -> list[Notice]:
-    """How each run ended, what is missing of it, and its warnings."""
-    return [notice for record in records for notice in _notices(record)]
+def notices(contents: Contents) -> list[Notice]:
+    """How each run ended, what is missing of it, and its warnings; and the members of sets that have not begun."""
+    found: list[Notice] = []
+    for run_set in contents.sets:
+        if waiting := [name for name, state, _ in run_set.members if state == "not started"]:
+            found.append(Notice(runs=run_set.name, text=f"not started: {', '.join(waiting)}", serious=True))
+    found += [notice for record in contents.records for notice in _notices(record)]
+    same: dict[tuple[Any, ...], list[str]] = {}
+    for notice in found:
+        same.setdefault((not notice.serious, notice.text, notice.advice, notice.steps), []).append(notice.runs)
+    return [
+        Notice(runs=few_names(runs), text=text, advice=advice, steps=steps, serious=not mild)
+        for (mild, text, advice, steps), runs in sorted(same.items(), key=lambda item: item[0][0])
+    ]
 
 
 def _notices(record: RunRecord) -> Iterator[Notice]:
     run = record.run
     if run.state != "done":
-        yield Notice(run=run.name, text=f"the run is not done: {run.state}", serious=True)
+        yield Notice(runs=run.name, text=f"the run is not done: {run.state}", serious=True)
     if not record.lines:
-        yield Notice(run=run.name, text="no step is on record yet", serious=True)
+        yield Notice(runs=run.name, text="no step is on record yet", serious=True)
     elif not run.points:
-        yield Notice(run=run.name, text="the run has no evaluation, so it has no held-out scores")
+        yield Notice(runs=run.name, text="the run has no evaluation, so it has no held-out scores")
     elif len(run.points) == 1:
-        yield Notice(run=run.name, text="the run has one evaluation, so no change of a score is known")
+        yield Notice(runs=run.name, text="the run has one evaluation, so no change of a score is known")
     if record.spec is None:
         yield Notice(
-            run=run.name, text="this version of sdkit does not accept the run's spec: no formula, no rollouts"
+            runs=run.name, text="this version of sdkit does not accept the run's spec: no formula, no rollouts"
         )
     warnings: dict[tuple[str, str], list[int]] = {}
     for line in record.warnings:
         text = re.sub(r"\s+", " ", str(line.get("cause", line.get("wire", "warning"))))
         warnings.setdefault((text, str(line.get("look_at") or "")), []).append(line["step"])
     for (text, advice), steps in warnings.items():
-        yield Notice(run=run.name, text=text, advice=advice, steps=_steps(steps))
+        yield Notice(runs=run.name, text=text, advice=advice, steps=_steps(steps))
+
+
+def few_names(names: Sequence[str]) -> str:
+    """The names, or the first of many and how many there are besides."""
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 
 
 def _steps(steps: Sequence[int]) -> str:
@@ -82,36 +99,35 @@ def _steps(steps: Sequence[int]) -> str:
     return f"{len(steps)} times, steps {min(steps)} to {max(steps)}"
 
 
-def objectives(records: Sequence[RunRecord]) -> list[Objective]:
+def objectives(subjects: Sequence[Subject]) -> list[Objective]:
     """The objectives of the runs; those that have the same one together."""
-    groups: dict[tuple[str, ...], list[RunRecord]] = {}
-    for record in records:
-        if record.spec:
-            plan = plan_method(record.spec)
-            groups.setdefault((*plan.objective, *plan.roles), []).append(record)
+    groups: dict[tuple[str, ...], list[tuple[str, MethodSpec]]] = {}
+    for subject in subjects:
+        if spec := subject.records[0].spec:
+            plan = plan_method(spec)
+            groups.setdefault((*plan.objective, *plan.roles), []).append((subject.name, spec))
     return [
         Objective(
-            runs=[record.run.name for record in group],
-            formulas=formula.formulas(group[0].spec),
-            legend=list(formula.legend(group[0].spec)),
+            runs=[name for name, _ in group],
+            formulas=formula.formulas(group[0][1]),
+            legend=list(formula.legend(group[0][1])),
             lines=lines,
         )
         for lines, group in groups.items()
-        if group[0].spec
     ]
 
 
-def differences(records: Sequence[RunRecord]) -> list[Row]:
-    """Settings and origins that differ between the runs."""
-    runs = [record.run for record in records]
+def differences(subjects: Sequence[Subject]) -> list[Row]:
+    """Settings and origins that differ between the subjects; of several seeds the first stands for all."""
+    runs = [subject.records[0].run for subject in subjects]
     origins = [run.origins for run in runs]
     rows = [_row(path, [run.settings for run in runs]) for path in differing_settings(runs)]
     return rows + [_row(path, origins, " (origin)") for path in differing(origins)]
 
 
-def settings(records: Sequence[RunRecord]) -> list[Row]:
-    """Every setting of the runs."""
-    maps = [record.run.settings for record in records]
+def settings(subjects: Sequence[Subject]) -> list[Row]:
+    """Every setting of the subjects; of several seeds the first stands for all."""
+    maps = [subject.records[0].run.settings for subject in subjects]
     return [_row(path, maps) for path in dict.fromkeys(path for values in maps for path in values)]
 
 
@@ -128,25 +144,28 @@ def _cell(values: Mapping[SpecPath, Any], path: SpecPath) -> str:
     return str(value)
 
 
-def cost(records: Sequence[RunRecord]) -> list[Row]:
-    """What the runs cost: steps, tokens, seconds by part, estimated device hours, memory."""
-    columns = [_cost(record) for record in records]
+def cost(subjects: Sequence[Subject]) -> list[Row]:
+    """What the subjects cost: steps, tokens, seconds by part, estimated device hours, memory; several seeds add up."""
+    columns = [_cost(subject.records) for subject in subjects]
     names = dict.fromkeys(name for column in columns for name in column)
     return [Row(name=name, cells=[column.get(name, MISSING) for column in columns]) for name in names]
 
 
-def _cost(record: RunRecord) -> dict[str, str]:
-    lines = record.lines
+def _cost(records: Sequence[RunRecord]) -> dict[str, str]:
+    lines = [line for record in records for line in record.lines]
     totals = {part: sum(line.get(f"time/{part}", 0.0) for line in lines) for part in ("step", "evaluation", *PARTS)}
+    tokens = sum(max((line.get("tokens_generated", 0) for line in record.lines), default=0) for record in records)
     figures = {
-        "steps": f"{record.last_step:,}",
-        "generated tokens, training": f"{max((line.get('tokens_generated', 0) for line in lines), default=0):,.0f}",
-        "evaluations": f"{len(record.run.points):,}",
+        **({"runs": str(len(records))} if len(records) > 1 else {}),
+        "steps": f"{sum(record.last_step for record in records):,}",
+        "generated tokens, training": f"{tokens:,.0f}",
+        "evaluations": f"{sum(len(record.run.points) for record in records):,}",
         "training steps": _duration(totals["step"]),
     }
     figures |= {f"… {part}": _duration(totals[part]) for part in PARTS if totals[part]}
     figures["evaluation"] = _duration(totals["evaluation"])
-    figures["device hours, estimated"] = f"{_device_seconds(record) / 3600:,.3g} × {_device(record)}"
+    seconds = sum(_device_seconds(record) for record in records)
+    figures["device hours, estimated"] = f"{seconds / 3600:,.3g} × {_device(records[0])}"
     for name in ("peak_gib", "device_allocated_gib", "device_reserved_gib"):
         if peaks := [line[f"memory/{name}"] for line in lines if f"memory/{name}" in line]:
             figures[f"memory, {name.removesuffix('_gib').replace('_', ' ')}"] = f"{max(peaks):.2f} GiB"
@@ -213,10 +232,13 @@ def _attempt(attempt: Mapping[str, Any]) -> Mapping[str, str]:
     }
 
 
-def headings(record: RunRecord) -> list[str]:
-    """A run in a few words: method, model, steps, state."""
-    setting = record.run.settings
-    model = setting.get(("model", "path"), "")
+def headings(subject: Subject) -> list[str]:
+    """A subject in a few words: model, steps, state."""
+    records = subject.records
+    setting = records[0].run.settings
     planned = setting.get(("training", "steps"))
-    steps = f"{record.last_step:,}" + (f" of {planned:,}" if isinstance(planned, int) else "")
-    return [str(model), f"{steps} steps", record.run.state]
+    last = max(record.last_step for record in records)
+    steps = f"{last:,}" + (f" of {planned:,}" if isinstance(planned, int) else "")
+    seeds = [f"{len(records)} seeds"] if len(records) > 1 else []
+    states = dict.fromkeys(record.run.state for record in records)
+    return [str(setting.get(("model", "path"), "")), f"{steps} steps", *seeds, "; ".join(states)]

@@ -20,7 +20,7 @@ from sdkit import __version__
 from sdkit.language.errors import BadEnvironment, UnreadableInput
 from sdkit.report import charts, completions, facts, scores
 from sdkit.report.completions import HELD_OUT_BYTES, ROLLOUT_BYTES, Texts
-from sdkit.report.records import RunRecord, read_records
+from sdkit.report.records import Contents, RunRecord, read_contents
 from sdkit.runs.history import AXES, Axis
 
 TEMPLATES = files("sdkit.report") / "templates"
@@ -36,7 +36,7 @@ def write_report(paths: Sequence[Path], target: Path, axis: Axis) -> None:
     cannot be written.
     """
     check_target(target)
-    text = render(read_records(paths), axis)
+    text = render(read_contents(paths), axis)
     try:
         target.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
@@ -51,7 +51,7 @@ def check_target(target: Path) -> None:
         raise UnreadableInput(f"{target.parent} is not a folder")
 
 
-def render(records: Sequence[RunRecord], axis: Axis = "tokens") -> str:
+def render(contents: Contents, axis: Axis = "tokens") -> str:
     """The page."""
     from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
@@ -59,29 +59,31 @@ def render(records: Sequence[RunRecord], axis: Axis = "tokens") -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["visible"] = visible
     scripts = [get_plotlyjs(), *((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)]
+    subjects, records = contents.subjects, contents.records
     several = len(records) > 1
-    pairs, without_pair = scores.verdicts(records, axis) if several else ([], [])
+    pairs, without_pair = scores.verdicts(subjects, axis) if several else ([], [])
     return environment.from_string((TEMPLATES / "page.html").read_text(encoding="utf-8")).render(
-        title=", ".join(record.run.name for record in records),
+        title=facts.few_names([subject.name for subject in subjects]),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         policy=_policy(scripts),
         style=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         scripts=scripts,
-        data=_embedded(_data(records)),
-        runs=[{"name": record.run.name, "facts": facts.headings(record)} for record in records],
+        data=_embedded(_data(contents)),
+        runs=[{"name": subject.name, "facts": facts.headings(subject)} for subject in subjects],
+        sets=contents.sets,
         several=several,
-        notices=facts.notices(records),
+        notices=facts.notices(contents),
         table=scores.score_table(records),
         verdicts=pairs,
         without_pair=without_pair,
         axes=AXES,
-        objectives=facts.objectives(records),
-        differences=facts.differences(records) if several else [],
-        settings=facts.settings(records),
-        written=[(record.run.name, _written(record)) for record in records],
+        objectives=facts.objectives(subjects),
+        differences=facts.differences(subjects) if len(subjects) > 1 else [],
+        settings=facts.settings(subjects),
+        written=[(subject.name, _written(subject.records[0])) for subject in subjects],
         origins=[(record.run.name, facts.origins(record), facts.attempts(record)) for record in records],
-        cost=facts.cost(records),
+        cost=facts.cost(subjects),
     )
 
 
@@ -105,8 +107,9 @@ def _written(record: RunRecord) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _data(records: Sequence[RunRecord]) -> dict[str, Any]:
+def _data(contents: Contents) -> dict[str, Any]:
     """What the scripts read."""
+    records = contents.records
     shown, texts = charts.charts(records), Texts()
     runs = [
         {
@@ -116,7 +119,7 @@ def _data(records: Sequence[RunRecord]) -> dict[str, Any]:
         }
         for record in records
     ]
-    return {**charts.data(shown, records), "axes": AXES, "completions": runs, "texts": texts.texts}
+    return {**charts.data(shown, contents), "axes": AXES, "completions": runs, "texts": texts.texts}
 
 
 def _embedded(data: Any) -> str:

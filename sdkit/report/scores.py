@@ -8,7 +8,7 @@ from itertools import combinations
 from attrs import frozen
 
 from sdkit.language.errors import counted
-from sdkit.report.records import RunRecord
+from sdkit.report.records import RunRecord, Subject
 from sdkit.runs.compare import CommonBudget, common_budget, differences
 from sdkit.runs.evaluations import Key, few_prompts_warning, interval_note, signed, with_interval
 from sdkit.runs.history import AXES, Axis
@@ -51,6 +51,16 @@ class ScoreTable:
     rows: Sequence[ScoreRow]
     note: str
     few_prompts: str | None
+
+    @property
+    def main_rows(self) -> list[ScoreRow]:
+        """The main score of each suite."""
+        return [row for row in self.rows if row.is_headline]
+
+    @property
+    def other_rows(self) -> list[ScoreRow]:
+        """All other scores."""
+        return [row for row in self.rows if not row.is_headline]
 
     @property
     def has_lift(self) -> bool:
@@ -103,9 +113,9 @@ class Verdict:
     significant: bool
 
 
-def verdicts(records: Sequence[RunRecord], axis: Axis) -> tuple[list[Verdict], list[str]]:
+def verdicts(subjects: Sequence[Subject], axis: Axis) -> tuple[list[Verdict], list[str]]:
     """The differences of all pairs of runs in the main scores of their suites, and the pairs that cannot be compared."""
-    runs = [record.run for record in records if record.run.points]
+    runs = [s.records[0].run for s in subjects if len(s.records) == 1 and s.records[0].run.points]
     main = {run.main_score(suite) for run in runs for suite in run.suites}
     keys = [k for k in dict.fromkeys(k for run in runs for p in run.points for k in p.scores) if (k[0], k[2]) in main]
     pairs = [(a, b, common_budget(a, b, axis)) for a, b in combinations(runs, 2)]

@@ -83,10 +83,10 @@ class Run:
         return {key: {text: mean for (_, text), mean in prompts.items()} for key, prompts in scores.items()}
 
 
-def read_runs(paths: Sequence[Path], *, unevaluated: bool = False) -> list[Run]:
+def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs in these folders; each named by its folder, or by the path where two folders have the same name.
 
-    `unevaluated`: also runs without an evaluation.  Raises UnreadableInput, which names all folders that hold no run.
+    Raises UnreadableInput, which names all folders that hold no evaluated run.
     """
     folders = [path.resolve() for path in paths]
     for folder in folders:
@@ -97,8 +97,7 @@ def read_runs(paths: Sequence[Path], *, unevaluated: bool = False) -> list[Run]:
     faults: list[str] = []
     for path, name in zip(paths, names, strict=True):
         try:
-            unique = name if names.count(name) == 1 else str(path)
-            runs.append(read_run(path, unique, unevaluated=unevaluated))
+            runs.append(read_run(path, name if names.count(name) == 1 else str(path)))
         except UnreadableInput as error:
             faults.append(error.message)
     if faults:

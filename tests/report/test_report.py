@@ -7,15 +7,16 @@ from html import unescape
 from xml.etree import ElementTree
 
 import pytest
-from reportruns import HOSTILE, change_setting, damage, make_hostile
+from reportruns import HOSTILE, change_setting, damage, make_hostile, make_seeds, make_set
 from tinyruns import lines
 
 from sdkit.language.errors import UnreadableInput
 from sdkit.language.load import load_spec
 from sdkit.language.method_pages import find_pages
 from sdkit.report import completions, formula, page
-from sdkit.report.completions import Texts, spread
-from sdkit.report.records import read_records
+from sdkit.report.completions import Texts
+from sdkit.report.records import read_contents
+from sdkit.report.sampling import spread
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def data_of(text):
 
 
 def rendered(*runs):
-    return page.render(read_records(runs))
+    return page.render(read_contents(runs))
 
 
 def table_of(text, section):
@@ -140,8 +141,34 @@ def test_several_runs_show_what_differs(report_run, tmp_path):
     text = rendered(report_run, other)
     assert ["optimizer.lr", "0.001", "0.5"] in table_of(text, "settings")
     assert "no significant difference" in text
-    assert len(table_of(text, "scores")) == 12
-    assert [run["name"] for run in data_of(text)["runs"]] == [report_run.name, "other"]
+    assert len(table_of(text, "scores")) == 8
+    assert data_of(text)["subjects"] == [report_run.name, "other"]
+
+
+def test_seeds_are_one_subject(report_run, tmp_path):
+    folder = make_seeds(report_run, tmp_path / "seeds", begun=2, waiting=1)
+    text = rendered(folder)
+    data = data_of(text)
+    assert data["subjects"] == ["seeds"]
+    assert [(run["name"], run["subject"]) for run in data["runs"]] == [("seeds/seed_0", 0), ("seeds/seed_1", 0)]
+    assert "not started: seed_2" in text
+    assert dict(map(tuple, table_of(text, "cost")))["runs"] == "2"
+
+
+def test_points_of_a_sweep_are_subjects(report_run, tmp_path):
+    point = make_seeds(report_run, tmp_path / "sweep" / "lr=0.1", begun=2)
+    make_set(tmp_path / "sweep", "sweep", {"lr=0.1": ["optimizer.lr=0.1"], "lr=0.2": ["optimizer.lr=0.2"]})
+    shutil.copytree(point / "seed_0", tmp_path / "sweep" / "lr=0.2")
+    change_setting(tmp_path / "sweep" / "lr=0.2", "optimizer", "lr", 0.2)
+    text = rendered(tmp_path / "sweep")
+    assert data_of(text)["subjects"] == ["sweep/lr=0.1", "sweep/lr=0.2"]
+    assert ["optimizer.lr", "0.001", "0.2"] in table_of(text, "settings")
+
+
+def test_set_that_has_not_begun_is_refused(tmp_path):
+    make_set(tmp_path / "sweep", "sweep", {"lr=0.1": []})
+    with pytest.raises(UnreadableInput, match="no run has begun"):
+        rendered(tmp_path / "sweep")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +202,8 @@ def test_long_texts_and_many_steps_are_reduced():
     assert "87,999 characters left out" in texts.texts[0]
     assert spread(range(10), 4) == [0, 3, 6, 9]
     assert spread(range(3), 4) == [0, 1, 2]
-    steps = [{"step": i, "rollouts": ["x" * 100] * 8} for i in range(100)]
+    rollout = {"pieces": ["x"] * 20, "prompt": "a", "teacher_prompt": None}
+    steps = [{"step": i, "rollouts": [rollout] * 8} for i in range(100)]
     completions._reduce(steps, 20_000)
     assert len(json.dumps(steps)) < 21_000
     assert (steps[0]["step"], steps[-1]["step"], len(steps)) == (0, 99, 100)

@@ -38,3 +38,19 @@ def change_setting(run, section, key, value):
     spec = json.loads((run / "resolved.yaml").read_text())
     spec[section][key] = value
     (run / "resolved.yaml").write_text(json.dumps(spec))
+
+
+def make_set(folder, kind, members):
+    """The manifest of a set of runs: member name → its overrides."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = [{"name": n, "spec": "run.yaml", "overrides": o, "settings": {}} for n, o in members.items()]
+    (folder / "set.json").write_text(json.dumps({"kind": kind, "members": listed}))
+
+
+def make_seeds(run, folder, begun, waiting=0):
+    """A set of seeds with `begun` copies of a run, and members that have not begun."""
+    make_set(folder, "seeds", {f"seed_{i}": [f"training.seed={i}"] for i in range(begun + waiting)})
+    for i in range(begun):
+        shutil.copytree(run, folder / f"seed_{i}", ignore=shutil.ignore_patterns("model"))
+        change_setting(folder / f"seed_{i}", "training", "seed", i)
+    return folder

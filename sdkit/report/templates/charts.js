@@ -7,6 +7,7 @@ const COLOURS = {
 };  // Okabe and Ito, each theme's own lightness
 const DASHES = ["solid", "dot", "dash", "dashdot"];
 const SMOOTHED = 0.22;  // opacity of the measured values behind a smoothed line
+const SEED = 0.35;  // opacity of a seed's line behind the mean
 
 function element(tag, properties, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
@@ -53,32 +54,63 @@ function twin(metric) {
   return metric.replace(/^eval\//, "");
 }
 
-function looks(chart, r, m) {
+function looks(chart, s, m) {
   const metric = chart.metrics[m];
   const twins = [...new Set(chart.metrics.map(twin))];
   const isTwin = twins.length < chart.metrics.length && metric.startsWith("eval/");
   const palette = COLOURS[theme()];
-  if (report.runs.length > 1) return [palette[r % palette.length], DASHES[m % DASHES.length]];
+  if (report.subjects.length > 1) return [palette[s % palette.length], DASHES[m % DASHES.length]];
   return [palette[twins.indexOf(twin(metric)) % palette.length], isTwin ? "dot" : "solid"];
 }
 
+function legendName(chart, s, m) {
+  if (report.subjects.length === 1) return escaped(chart.labels[m]);
+  return escaped(chart.metrics.length > 1 ? `${report.subjects[s]}, ${chart.labels[m]}` : report.subjects[s]);
+}
+
 function lineTraces(chart, axis, inertia) {
-  const several = report.runs.length > 1;
-  const traces = [];
-  report.runs.forEach((run, r) => chart.metrics.forEach((metric, m) => {
-    const points = series(run, metric, axis);
-    if (!points.x.length) return;
-    const [colour, dash] = looks(chart, r, m);
-    const label = chart.labels[m];
-    const name = !several ? label : chart.metrics.length > 1 ? `${run.name}, ${label}` : run.name;
-    traces.push(...bandTraces(run, metric, axis, colour));
-    const smooth = inertia > 0 && points.y.length > 3;
-    const mode = points.x.length < 40 ? "lines+markers" : "lines";
-    const shared = { x: points.x, customdata: points.step, type: "scatter", hovertemplate: hover(axis) };
-    if (smooth) traces.push({ ...shared, y: points.y, mode: "lines", line: { color: colour, width: 1 }, opacity: SMOOTHED, showlegend: false, hoverinfo: "skip", hovertemplate: null });
-    traces.push({ ...shared, y: smooth ? smoothed(points.y, inertia) : points.y, mode, name: escaped(name), line: { color: colour, width: 2, dash }, marker: { size: 5, color: colour } });
-  }));
-  return traces;
+  return report.subjects.flatMap((_, s) => {
+    const runs = report.runs.filter((run) => run.subject === s);
+    return chart.metrics.flatMap((metric, m) => {
+      const points = runs.map((run) => series(run, metric, axis)).filter((one) => one.x.length);
+      if (!points.length) return [];
+      const [colour, dash] = looks(chart, s, m);
+      const band = points.length > 1 ? [] : bandTraces(runs[0], metric, axis, colour);
+      const thin = points.length > 1 ? points.map((one) => thinTrace(one, inertia, colour)) : [];
+      const shown = points.length > 1 ? meanOf(points) : points[0];
+      return [...band, ...thin, ...mainTraces(shown, axis, inertia, colour, dash, legendName(chart, s, m))];
+    });
+  });
+}
+
+function thinTrace(points, inertia, colour) {
+  const y = inertia > 0 && points.y.length > 3 ? smoothed(points.y, inertia) : points.y;
+  return { x: points.x, y, type: "scatter", mode: "lines", line: { color: colour, width: 1 }, opacity: SEED, showlegend: false, hoverinfo: "skip" };
+}
+
+// The mean over seeds at the steps that all of them have.
+function meanOf(points) {
+  const mean = { x: [], y: [], step: [] };
+  points[0].step.forEach((step) => {
+    const at = points.map((one) => one.step.indexOf(step));
+    if (at.includes(-1)) return;
+    mean.x.push(at.reduce((sum, i, n) => sum + points[n].x[i], 0) / points.length);
+    mean.y.push(at.reduce((sum, i, n) => sum + points[n].y[i], 0) / points.length);
+    mean.step.push(step);
+  });
+  return mean;
+}
+
+function mainTraces(points, axis, inertia, colour, dash, name) {
+  const smooth = inertia > 0 && points.y.length > 3;
+  const shared = { x: points.x, customdata: points.step, type: "scatter" };
+  const measured = { ...shared, y: points.y, mode: "lines", line: { color: colour, width: 1 }, opacity: SMOOTHED, showlegend: false, hoverinfo: "skip" };
+  const mode = points.x.length < 40 ? "lines+markers" : "lines";
+  const main = {
+    ...shared, y: smooth ? smoothed(points.y, inertia) : points.y, mode, name, hovertemplate: hover(axis),
+    line: { color: colour, width: 2, dash }, marker: { size: 5, color: colour },
+  };
+  return smooth ? [measured, main] : [main];
 }
 
 function hover(axis) {
@@ -122,7 +154,7 @@ function layout(chart, axis) {
     xaxis: { ...grid, title: { text: report.axes[axis], font: { size: 11 }, standoff: 6 } },
     yaxis: { ...grid, exponentformat: "e", rangemode: chart.kind === "stacked" ? "tozero" : "normal" },
     legend: { orientation: "h", y: -0.2, x: 0, font: { size: 10.5 } }, dragmode: "zoom",
-    showlegend: report.runs.length > 1 || chart.metrics.length > 1,
+    showlegend: report.subjects.length > 1 || chart.metrics.length > 1,
     modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--accent") },
   };
 }
@@ -164,6 +196,8 @@ document.getElementById("theme").addEventListener("click", () => {
   redraw();
 });
 report.charts.forEach(addChart);
+const thinned = report.runs.filter((run) => run.steps.length < run.all_lines).length;
+if (thinned) document.getElementById("thinned").textContent = `Of ${thinned} runs not every step is drawn: a sample at even distances.`;
 if (!report.charts.length) document.getElementById("charts").append(element("p", { textContent: "No step or evaluation is on record." }));
 for (const id of ["axis", "smooth"]) document.getElementById(id).addEventListener("change", redraw);
 
