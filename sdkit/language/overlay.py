@@ -74,6 +74,11 @@ def is_run_file(data: Any) -> bool:
     return isinstance(data, dict) and any(key in data for key in ("method", *RUN_KEYS))
 
 
+def is_sequence_data(data: Any) -> bool:
+    """Whether this is the data of a sequence file."""
+    return isinstance(data, dict) and "stages" in data
+
+
 def load(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolved: bool = False, changes: Node | None = None
 ) -> LoadedSpec:

@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from attrs import evolve, frozen
 
 from sdkit.language import specs
 from sdkit.language.columns import training_reward
-from sdkit.language.errors import (
-    COMMAND_LINE,
-    Place,
-    Problem,
-    UnreadableInput,
-    by_position,
-    did_you_mean,
-    listed,
-    outside,
-    shorten,
-)
+from sdkit.language.errors import Place, Problem, UnreadableInput, by_position, did_you_mean, listed, outside, shorten
 from sdkit.language.load import CheckedSpec, check_loaded
-from sdkit.language.overlay import LoadedSpec, folder_of, load, merge
+from sdkit.language.overlay import LoadedSpec, folder_of, is_sequence_data, load, merge
 from sdkit.language.paths import is_local_model
 from sdkit.language.resolved import resolved
 from sdkit.language.rules.rollouts import reward_users
 from sdkit.language.source import Node, read
 from sdkit.language.structure import structure_as
 
-MARK = "stages"
-"""The key that makes a YAML file a sequence file."""
 _INHERITED = ", or state what differs: columns and max_new_tokens that a suite does not state are its run's"
 
 
@@ -57,11 +45,11 @@ class CheckedSequence:
     """A sequence file, its stages in order, and all problems found."""
 
     name: str
-    text: str
     spec: specs.SequenceSpec | None
     stages: tuple[Stage, ...]
     problems: tuple[Problem, ...]
     texts: Mapping[str, str]  # file name → text, for `errors.render`
+    kind: Literal["sequence"] = "sequence"
 
     @property
     def ok(self) -> bool:
@@ -78,10 +66,7 @@ class CheckedSequence:
 
 def is_sequence(path: str | os.PathLike[str]) -> bool:
     """Whether this is a sequence file: a YAML map with the key `stages`."""
-    if not os.path.isfile(path):
-        return False
-    data = read(path).data
-    return isinstance(data, dict) and MARK in data
+    return os.path.isfile(path) and is_sequence_data(read(path).data)
 
 
 def load_sequence(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> CheckedSequence:
@@ -111,9 +96,7 @@ def load_sequence(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
             stages = tuple(_stages(spec, alone))
             problems += [p for stage in stages for p in stage.checked.problems]
     unique = sorted(dict.fromkeys(problems), key=by_position)
-    return CheckedSequence(
-        name=source.name, text=source.text, spec=spec, stages=stages, problems=tuple(unique), texts=texts
-    )
+    return CheckedSequence(name=source.name, spec=spec, stages=stages, problems=tuple(unique), texts=texts)
 
 
 class _StageFault(Exception):
@@ -147,9 +130,7 @@ def _load_run(loaded: LoadedSpec, name: str, run: str | None, overrides: Sequenc
     return evolve(stage, texts={**loaded.texts, **stage.texts})
 
 
-def _misfits(
-    loaded: LoadedSpec, spec: specs.SequenceSpec, alone: Mapping[str, CheckedSpec]
-) -> Iterator[Problem]:
+def _misfits(loaded: LoadedSpec, spec: specs.SequenceSpec, alone: Mapping[str, CheckedSpec]) -> Iterator[Problem]:
     """What is wrong with the stages together."""
     yield from _other_models(alone)
     yield from _ambiguous_names(alone)
@@ -213,7 +194,10 @@ def _model(checked: CheckedSpec) -> tuple[str, str | None]:
 
 def _ambiguous_names(alone: Mapping[str, CheckedSpec]) -> Iterator[Problem]:
     """Suites, and rewards of suites, that have one name in two stages but are not the same."""
-    for kind, path, code in (("suite", ("evaluation", "suites"), "same_suite"), ("reward", ("rewards",), "same_reward")):
+    for kind, path, code in (
+        ("suite", ("evaluation", "suites"), "same_suite"),
+        ("reward", ("rewards",), "same_reward"),
+    ):
         first: dict[str, tuple[str, Any]] = {}
         for stage, checked in alone.items():
             spec = _spec(checked)

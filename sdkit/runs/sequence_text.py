@@ -12,14 +12,7 @@ from rich.table import Table
 from sdkit.language.errors import counted
 from sdkit.runs.evaluations import signed, with_interval
 from sdkit.runs.sequences import SequenceRuns, read_sequences
-from sdkit.runs.transfer import (
-    difference,
-    matrix,
-    metric_changes,
-    metrics,
-    retention,
-    retention_changes,
-)
+from sdkit.runs.transfer import difference, matrix, metric_changes, metrics, retention, retention_changes
 
 TITLES = {
     "accuracy": "accuracy",

@@ -152,9 +152,7 @@ def summary(sequence: SequenceRuns) -> dict[str, Any]:
         },
         "seeds": list(sequence.seeds),
         "complete": complete,
-        "matrix": [
-            {"after": stage, "scores": _as_json(row)} for stage, row in zip(after, rows, strict=True)
-        ],
+        "matrix": [{"after": stage, "scores": _as_json(row)} for stage, row in zip(after, rows, strict=True)],
         "metrics": _as_json(metrics(runs)) if complete else {},
         "retention": _as_json(retention(runs)) if complete else {},
         "definitions": dict(DEFINITIONS),

@@ -142,7 +142,9 @@ def _combine(parts: Sequence[Interval], seeds: Sequence[Sequence[float]]) -> Int
     if len(seeds) > 1:
         method += f"; Student's t over {len(seeds)} seeds"
     n = sum(part.n for part in parts)
-    return Interval(mean=mean, low=mean - math.hypot(low, spread), high=mean + math.hypot(high, spread), n=n, method=method)
+    return Interval(
+        mean=mean, low=mean - math.hypot(low, spread), high=mean + math.hypot(high, spread), n=n, method=method
+    )
 
 
 def _half_width(values: Sequence[float], level: float = 0.95) -> float:

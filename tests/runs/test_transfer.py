@@ -6,16 +6,7 @@ import numpy as np
 import pytest
 
 from sdkit.runs.intervals import difference_of_changes, mean_interval, paired_difference
-from sdkit.runs.transfer import (
-    Change,
-    Trajectory,
-    difference,
-    estimate,
-    matrix,
-    metric_changes,
-    metrics,
-    retention,
-)
+from sdkit.runs.transfer import Change, Trajectory, difference, estimate, matrix, metric_changes, metrics, retention
 
 SUITES = {"a": "one", "b": "two", "c": "three", "kept": None}
 
@@ -29,7 +20,9 @@ def trajectory(*rows, stages=("one", "two", "three")):
     """From rows of the numbers of right answers of 10, suite by suite."""
     suites = dict(list(SUITES.items())[: len(rows[0])])
     return Trajectory(
-        stages=stages, suites=suites, rows=tuple({s: scores(x) for s, x in zip(suites, row, strict=True)} for row in rows)
+        stages=stages,
+        suites=suites,
+        rows=tuple({s: scores(x) for s, x in zip(suites, row, strict=True)} for row in rows),
     )
 
 
@@ -65,7 +58,9 @@ def test_a_sequence_that_has_not_finished_has_the_rows_so_far():
 
 
 def test_one_suite_and_one_seed_has_the_interval_of_its_prompts():
-    assert estimate([RUN], [Change("a", 3, 1)]) == paired_difference(list(scores(6).values()), list(scores(2).values()))
+    assert estimate([RUN], [Change("a", 3, 1)]) == paired_difference(
+        list(scores(6).values()), list(scores(2).values())
+    )
     assert estimate([RUN], [Change("a", 3)]) == mean_interval(list(scores(2).values()))
 
 
