@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from sdkit.cli import completion
+from sdkit.cli import completion, sequences
 from sdkit.cli.app import RUNNING, app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
 from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, RunPath
-from sdkit.cli.specs import plan, smoke_spec
+from sdkit.cli.specs import print_plan, smoke_spec
 from sdkit.language.errors import ProcessDied
 from sdkit.stdout import is_first_rank
 
 
 @app.command(
     rich_help_panel=RUNNING,
-    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`",
+    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`, "
+    "`sdkit train specs/sequences/continual.yaml`",
 )
 def train(
     spec: RunPath,
@@ -39,25 +41,42 @@ def train(
         ),
     ] = False,
     processes: Processes = None,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", help="Only this stage of a sequence file, after the one before.", show_default=False),
+    ] = None,
 ) -> None:
-    """Run a spec: evaluate, train, evaluate, and write a run directory."""
+    """Run a spec: evaluate, train, evaluate, and write a run directory.  Of a sequence file, run every stage.
+
+    A sequence file has a folder with the run directory of each stage, and sequence.json with the accuracy matrix.
+    """
+    from sdkit.language.sequences import is_sequence
+
     _check_exclusive(resume, overwrite)
     accept = _accepted(code=changed_code, models=changed_models)
     if accept and not resume:
         raise typer.BadParameter(f"--changed-{accept[0]} needs --resume: a new run takes the files as they are")
-    checked = check_spec(spec, overrides, run_file=True)
+    if not stage and is_sequence(spec):
+        if dry_run:
+            return sequences.rehearse_stages(spec, overrides)
+        options = {"processes": processes, "accept": accept, "resume": resume, "overwrite": overwrite}
+        return sequences.train_stages(spec, overrides, to, **options)
+    if stage:
+        checked, folder = sequences.stage_to_train(spec, overrides, stage, to)
+    else:
+        checked = check_spec(spec, overrides, run_file=True)
+        folder = to or Path(checked.spec.output.folder) / spec.stem
     if dry_run:
-        return _rehearse(checked, spec, overrides)
-    folder = to or Path(checked.spec.output.folder) / spec.stem
+        return _rehearse(checked)
     _launch_ranks(checked.spec, processes, folder)
-    written, console = checked.texts[checked.loaded.name], make_console(log=True)
+    written, console = checked.texts[os.fspath(spec)], make_console(log=True)
     _train(checked, checked.base, folder, console, written, resume=resume, overwrite=overwrite, accept=accept)
     return None
 
 
-def _rehearse(checked: Any, spec: Path, overrides: list[str] | None) -> None:
+def _rehearse(checked: Any) -> None:
     """Do everything that a run does before it loads its model, and a smoke run."""
-    plan(spec, overrides)
+    print_plan(checked)
     from sdkit.train.data_report import report_data
     from sdkit.train.reward_trial import try_rewards
 

@@ -31,10 +31,17 @@ def compare(
         ),
     ] = None,
 ) -> None:
-    """Print and plot runs over tokens, steps and time, with intervals; no winner inside the noise."""
-    from sdkit.runs.compare_text import compare as compare_runs
+    """Print and plot runs over tokens, steps and time, with intervals; no winner inside the noise.
 
-    compare_runs(runs, make_console(), to, x, score)
+    Of sequences: the accuracy matrix, transfer, forgetting, and their differences.
+    """
+    from sdkit.runs import sequence_text
+    from sdkit.runs.compare_text import compare as compare_runs
+    from sdkit.runs.sequences import holds_sequence
+
+    if any(holds_sequence(run) for run in runs):
+        return sequence_text.compare(runs, make_console())
+    return compare_runs(runs, make_console(), to, x, score)
 
 
 @app.command(

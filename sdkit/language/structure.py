@@ -38,6 +38,13 @@ def structure(loaded: LoadedSpec) -> tuple[MethodSpec | ExperimentSpec | None, l
     return (None if structurer.problems else spec), structurer.problems
 
 
+def structure_as(cls: type[S], loaded: LoadedSpec) -> tuple[S | None, list[Problem]]:
+    """Returns the document as an instance of a spec class, or None if it has problems, and the problems."""
+    structurer = _Structurer(loaded)
+    value = structurer.instance(cls, loaded.data, ())
+    return (None if structurer.problems else value), structurer.problems
+
+
 class _Structurer:
     """Builds values and collects problems; `path` is always the path of the value."""
 
