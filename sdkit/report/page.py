@@ -18,7 +18,7 @@ from typing import Any
 
 from sdkit import __version__
 from sdkit.language.errors import BadEnvironment, UnreadableInput
-from sdkit.report import charts, completions, facts, scores
+from sdkit.report import charts, completions, facts, scores, sequences
 from sdkit.report.completions import HELD_OUT_BYTES, ROLLOUT_BYTES, Texts
 from sdkit.report.records import Contents, RunRecord, read_contents
 from sdkit.runs.history import AXES, Axis
@@ -57,13 +57,13 @@ def render(contents: Contents, axis: Axis = "tokens") -> str:
     from plotly.offline import get_plotlyjs
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["visible"] = visible
+    environment.filters |= {"visible": visible, "whole": lambda text: text.replace(", ", ",\N{NO-BREAK SPACE}")}
     scripts = [get_plotlyjs(), *((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)]
     subjects, records = contents.subjects, contents.records
     several = len(records) > 1
     pairs, without_pair = scores.verdicts(subjects, axis) if several else ([], [])
     return environment.from_string((TEMPLATES / "page.html").read_text(encoding="utf-8")).render(
-        title=facts.few_names([subject.name for subject in subjects]),
+        title=facts.few_names(contents.names),
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         policy=_policy(scripts),
@@ -75,6 +75,8 @@ def render(contents: Contents, axis: Axis = "tokens") -> str:
         several=several,
         notices=facts.notices(contents),
         table=scores.score_table(records),
+        sequences=[sequences.sequence_table(sequence) for sequence in contents.sequences],
+        sequence_differences=sequences.sequence_differences(contents.sequences),
         verdicts=pairs,
         without_pair=without_pair,
         axes=AXES,
@@ -119,7 +121,14 @@ def _data(contents: Contents) -> dict[str, Any]:
         }
         for record in records
     ]
-    return {**charts.data(shown, contents), "axes": AXES, "completions": runs, "texts": texts.texts}
+    plots = [sequences.sequence_table(sequence).plot for sequence in contents.sequences]
+    return {
+        **charts.data(shown, contents),
+        "sequences": plots,
+        "axes": AXES,
+        "completions": runs,
+        "texts": texts.texts,
+    }
 
 
 def _embedded(data: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from sdkit.language.errors import SdkitError, UnreadableInput
 from sdkit.language.load import load_spec
@@ -15,6 +16,7 @@ from sdkit.runs import directory
 from sdkit.runs.directory import MARK, read_lines, read_status
 from sdkit.runs.history import Run, read_run
 from sdkit.runs.run_sets import is_set, read_set
+from sdkit.runs.sequences import SequenceRuns, holds_sequence, read_sequence
 
 Line = Mapping[str, Any]
 
@@ -44,6 +46,7 @@ class Subject:
     name: str
     path: Path
     records: Sequence[RunRecord]
+    stage: str | None = None  # if it is a stage of a sequence
 
 
 @frozen(kw_only=True)
@@ -60,13 +63,18 @@ class SetState:
 class Contents:
     """Everything that a report is made of."""
 
+    names: Sequence[str]  # of the folders that were given
     subjects: Sequence[Subject]
     sets: Sequence[SetState]
+    sequences: Sequence[SequenceRuns]  # those whose start has been evaluated
 
     @property
     def records(self) -> list[RunRecord]:
         """The runs of all subjects."""
         return [record for subject in self.subjects for record in subject.records]
+
+
+Part = Subject | SetState | SequenceRuns
 
 
 def read_contents(paths: Sequence[Path]) -> Contents:
@@ -78,17 +86,23 @@ def read_contents(paths: Sequence[Path]) -> Contents:
     for folder in folders:
         if folders.count(folder) > 1:
             raise UnreadableInput(f"{folder} is named twice")
-    names = [folder.name for folder in folders]
-    parts: list[Subject | SetState] = []
-    for path, folder in zip(paths, folders, strict=True):
-        parts += _read_folder(path, folder.name if names.count(folder.name) == 1 else str(path))
+    short = [folder.name for folder in folders]
+    names = [name if short.count(name) == 1 else str(path) for path, name in zip(paths, short, strict=True)]
+    parts: list[Part] = []
+    for path, name in zip(paths, names, strict=True):
+        parts += _read_folder(path, name)
     subjects = [part for part in parts if isinstance(part, Subject)]
     if not subjects:
         raise UnreadableInput(f"{', '.join(map(str, paths))}: no run has begun")
-    return Contents(subjects=subjects, sets=[part for part in parts if isinstance(part, SetState)])
+    return Contents(
+        names=names,
+        subjects=subjects,
+        sets=[part for part in parts if isinstance(part, SetState)],
+        sequences=[part for part in parts if isinstance(part, SequenceRuns)],
+    )
 
 
-def _read_folder(path: Path, name: str) -> Iterator[Subject | SetState]:
+def _read_folder(path: Path, name: str) -> Iterator[Part]:
     """The run in a folder, or the set there and its subjects.  Members that have not begun are in the set alone."""
     if not is_set(path):
         yield Subject(name=name, path=path, records=[_read_record(path, name)])
@@ -98,13 +112,27 @@ def _read_folder(path: Path, name: str) -> Iterator[Subject | SetState]:
     members = [(m.name, states[m.name], " ".join(m.overrides)) for m in run_set.members]
     yield SetState(name=name, path=path, kind=run_set.kind, members=members)
     begun = [m for m in run_set.members if (run_set.folder(m) / MARK).is_file() or is_set(run_set.folder(m))]
-    runs = [m for m in begun if not is_set(run_set.folder(m))]
-    if run_set.kind == "seeds" and runs:
-        records = [_read_record(run_set.folder(member), f"{name}/{member.name}") for member in runs]
-        yield Subject(name=name, path=path, records=records)
-        begun = [member for member in begun if member not in runs]
-    for member in begun:
-        yield from _read_folder(run_set.folder(member), f"{name}/{member.name}")
+    folders = {f"{name}/{member.name}": run_set.folder(member) for member in begun}
+    parts = [part for member, folder in folders.items() for part in _read_folder(folder, member)]
+    subjects = [part for part in parts if isinstance(part, Subject)]
+    if holds_sequence(path):
+        with contextlib.suppress(UnreadableInput):  # its start has not been evaluated
+            yield read_sequence(path, name)
+    if run_set.kind == "sequence":
+        subjects = [evolve(subject, stage=subject.path.name) for subject in subjects]
+    if run_set.kind == "seeds":
+        yield from (part for part in parts if isinstance(part, SetState))
+        yield from _over_seeds(path, name, subjects)
+    else:
+        yield from (part for part in parts if not isinstance(part, Subject))
+        yield from subjects
+
+
+def _over_seeds(path: Path, name: str, subjects: Sequence[Subject]) -> Iterator[Subject]:
+    """The runs of several seeds as one, or each stage of their sequences."""
+    for stage in dict.fromkeys(subject.stage for subject in subjects):
+        records = [record for subject in subjects if subject.stage == stage for record in subject.records]
+        yield Subject(name=f"{name}/{stage}" if stage else name, path=path, records=records, stage=stage)
 
 
 def _read_record(path: Path, name: str) -> RunRecord:

@@ -114,8 +114,11 @@ class Verdict:
 
 
 def verdicts(subjects: Sequence[Subject], axis: Axis) -> tuple[list[Verdict], list[str]]:
-    """The differences of all pairs of runs in the main scores of their suites, and the pairs that cannot be compared."""
-    runs = [s.records[0].run for s in subjects if len(s.records) == 1 and s.records[0].run.points]
+    """The differences of all pairs of runs in the main scores of their suites, and the pairs that cannot be compared.
+
+    Stages of sequences are not in it.
+    """
+    runs = [s.records[0].run for s in subjects if not s.stage and len(s.records) == 1 and s.records[0].run.points]
     main = {run.main_score(suite) for run in runs for suite in run.suites}
     keys = [k for k in dict.fromkeys(k for run in runs for p in run.points for k in p.scores) if (k[0], k[2]) in main]
     pairs = [(a, b, common_budget(a, b, axis)) for a, b in combinations(runs, 2)]

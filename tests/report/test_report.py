@@ -7,7 +7,7 @@ from html import unescape
 from xml.etree import ElementTree
 
 import pytest
-from reportruns import HOSTILE, change_setting, damage, make_hostile, make_seeds, make_set
+from reportruns import HOSTILE, change_setting, damage, make_hostile, make_seeds, make_sequence, make_set
 from tinyruns import lines
 
 from sdkit.language.errors import UnreadableInput
@@ -38,7 +38,7 @@ def table_of(text, section):
     """The cells of the first table of a section."""
     part = text[text.index(f'<section id="{section}">') :]
     body = part[part.index("<tbody>") : part.index("</tbody>")]
-    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("<tr")[1:]]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row.replace("\xa0", " ")) for row in body.split("<tr")[1:]]
 
 
 def test_scores_are_those_of_the_metrics(text, report_run):
@@ -163,6 +163,29 @@ def test_points_of_a_sweep_are_subjects(report_run, tmp_path):
     text = rendered(tmp_path / "sweep")
     assert data_of(text)["subjects"] == ["sweep/lr=0.1", "sweep/lr=0.2"]
     assert ["optimizer.lr", "0.001", "0.2"] in table_of(text, "settings")
+
+
+def test_sequence_has_its_matrix(report_run, tmp_path):
+    folder = make_sequence(report_run, tmp_path / "both")
+    text = rendered(folder, make_sequence(report_run, tmp_path / "again"))
+    evaluated = [line for line in lines(report_run / "metrics.jsonl") if "eval/score" in line]
+    for row, line in zip(table_of(text, "sequences"), (evaluated[0], evaluated[-1], evaluated[-1]), strict=True):
+        names = ("eval/sums/greedy/right", "eval/more/greedy/number")
+        assert row[1:] == [f"{line[n]:.3f} [{line[f'{n}_low']:.3f}, {line[f'{n}_high']:.3f}]" for n in names]
+    assert data_of(text)["subjects"] == ["both/first", "both/second", "again/first", "again/second"]
+    assert [plot["stages"] for plot in data_of(text)["sequences"]] == [["the start", "first", "second"]] * 2
+    assert "both − again" in text
+    (folder / "second" / "status.json").write_text('{"state": "stopped", "step": 1}')
+    assert "transfer and forgetting are not known yet" in rendered(folder)
+
+
+def test_seeds_of_a_sequence_are_one(report_run, tmp_path):
+    for seed in ("seed_0", "seed_1"):
+        make_sequence(report_run, tmp_path / "seeds" / seed)
+    make_set(tmp_path / "seeds", "seeds", {"seed_0": [], "seed_1": []})
+    text = rendered(tmp_path / "seeds")
+    assert data_of(text)["subjects"] == ["seeds/first", "seeds/second"]
+    assert "seeds, 2 seeds: score of every suite after every stage" in text
 
 
 def test_set_that_has_not_begun_is_refused(tmp_path):

@@ -40,11 +40,11 @@ def change_setting(run, section, key, value):
     (run / "resolved.yaml").write_text(json.dumps(spec))
 
 
-def make_set(folder, kind, members):
-    """The manifest of a set of runs: member name → its overrides."""
+def make_set(folder, kind, members, **facts):
+    """The manifest of a set of runs: member name → its overrides; `facts` are the kind's own."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = [{"name": n, "spec": "run.yaml", "overrides": o, "settings": {}} for n, o in members.items()]
-    (folder / "set.json").write_text(json.dumps({"kind": kind, "members": listed}))
+    (folder / "set.json").write_text(json.dumps({"kind": kind, "members": listed, **facts}))
 
 
 def make_seeds(run, folder, begun, waiting=0):
@@ -53,4 +53,12 @@ def make_seeds(run, folder, begun, waiting=0):
     for i in range(begun):
         shutil.copytree(run, folder / f"seed_{i}", ignore=shutil.ignore_patterns("model"))
         change_setting(folder / f"seed_{i}", "training", "seed", i)
+    return folder
+
+
+def make_sequence(run, folder):
+    """A sequence of two stages, both of them copies of a run; the suite `sums` is the first one's task."""
+    make_set(folder, "sequence", {"first": [], "second": []}, suites={"sums": "first", "more": None})
+    for stage in ("first", "second"):
+        shutil.copytree(run, folder / stage, ignore=shutil.ignore_patterns("model"))
     return folder

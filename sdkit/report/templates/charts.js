@@ -5,6 +5,11 @@ const COLOURS = {
   light: ["#0072b2", "#d55e00", "#009e73", "#b4558f", "#b47700", "#3b8fc4", "#444444", "#857300"],
   dark: ["#56a8e0", "#ff8d4a", "#3cc99b", "#e597c4", "#e8b040", "#8fd0f5", "#cccccc", "#d8cb55"],
 };  // Okabe and Ito, each theme's own lightness
+const CONFIGURATION = {
+  responsive: true, displaylogo: false, showSendToCloud: false,
+  displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+};
 const DASHES = ["solid", "dot", "dash", "dashdot"];
 const SMOOTHED = 0.22;  // opacity of the measured values behind a smoothed line
 const SEED = 0.35;  // opacity of a seed's line behind the mean
@@ -163,11 +168,7 @@ function draw(node, chart) {
   const axis = document.getElementById("axis").value;
   const inertia = Number(document.getElementById("smooth").value);
   const traces = chart.kind === "stacked" ? stackedTraces(chart, axis) : lineTraces(chart, axis, inertia);
-  Plotly.react(node, traces, layout(chart, axis), {
-    responsive: true, displaylogo: false, showSendToCloud: false,
-    displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
-    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-  });
+  Plotly.react(node, traces, layout(chart, axis), CONFIGURATION);
 }
 
 function addChart(chart) {
@@ -185,10 +186,35 @@ function addChart(chart) {
   return card;
 }
 
-const drawn = [];
+const drawn = [], stagePlots = [];
 function redraw() {
   drawn.forEach(([node, chart]) => draw(node, chart));
+  stagePlots.forEach(([node, sequence]) => drawStages(node, sequence));
 }
+
+// Each suite's score at the start and after every stage, with its interval.
+function drawStages(node, sequence) {
+  const palette = COLOURS[theme()];
+  const traces = sequence.lines.map((line, i) => ({
+    x: sequence.stages, y: line.mean, name: escaped(line.suite), type: "scatter", mode: "lines+markers",
+    error_y: {
+      type: "data", symmetric: false, thickness: 1.2, array: line.high.map((high, n) => high - line.mean[n]),
+      arrayminus: line.low.map((low, n) => line.mean[n] - low),
+    },
+    line: { color: palette[i % palette.length], width: 2 }, hovertemplate: "%{y:.3f}",
+  }));
+  const chart = { kind: "lines", metrics: sequence.lines };
+  const base = layout(chart, "steps");
+  base.xaxis.title = { text: "" };
+  base.xaxis.type = "category";
+  Plotly.react(node, traces, { ...base, showlegend: true }, CONFIGURATION);
+}
+
+report.sequences.forEach((sequence) => {
+  const plot = element("div", { className: "plot" });
+  document.getElementById("stages").append(element("div", { className: "chart" }, element("h3", { textContent: sequence.name }), plot));
+  stagePlots.push([plot, sequence]);
+});
 
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 document.getElementById("theme").addEventListener("click", () => {
@@ -196,6 +222,7 @@ document.getElementById("theme").addEventListener("click", () => {
   redraw();
 });
 report.charts.forEach(addChart);
+stagePlots.forEach(([node, sequence]) => drawStages(node, sequence));
 const thinned = report.runs.filter((run) => run.steps.length < run.all_lines).length;
 if (thinned) document.getElementById("thinned").textContent = `Of ${thinned} runs not every step is drawn: a sample at even distances.`;
 if (!report.charts.length) document.getElementById("charts").append(element("p", { textContent: "No step or evaluation is on record." }));
