@@ -5,7 +5,6 @@ Texts that occur several times are stored once, in `Texts`, and named by their n
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -14,8 +13,8 @@ from typing import Any
 
 from attrs import field, frozen
 
-from sdkit.language.errors import SdkitError, UnreadableInput, counted
-from sdkit.models.loading import load_tokenizer, resolve_model
+from sdkit.language.errors import UnreadableInput, counted
+from sdkit.report.prompts import PromptKey, teacher_prompts
 from sdkit.report.records import RunRecord
 from sdkit.report.sampling import spread
 from sdkit.runs.directory import step_file
@@ -55,15 +54,16 @@ class Texts:
         return number
 
 
-def held_out(record: RunRecord, texts: Texts, size: int) -> list[dict[str, Any]]:
+def held_out(record: RunRecord, tokenizer: Any, texts: Texts, size: int) -> list[dict[str, Any]]:
     """For each suite and decoding, the same prompts at every evaluation: texts, scores, feedback; at most `size` bytes."""
     points = spread(record.run.points, MAX_EVALUATIONS)
-    groups: dict[tuple[str, str], list[dict[tuple[int, str], list[Mapping[str, Any]]]]] = {}
+    groups: dict[tuple[str, str], list[dict[PromptKey, list[Mapping[str, Any]]]]] = {}
     for place, point in enumerate(points):
         for entry in _evaluation(record, point):
             steps = groups.setdefault((entry["suite"], entry["decoding"]), [{} for _ in points])
             steps[place].setdefault((entry["row"], entry["prompt"]), []).append(entry)
     main = dict(record.run.main_score(suite) for suite, _ in groups)
+    teachers = teacher_prompts(record, tokenizer)
     return [
         {
             "suite": suite,
@@ -71,7 +71,7 @@ def held_out(record: RunRecord, texts: Texts, size: int) -> list[dict[str, Any]]
             "main": main[suite],
             "steps": [point.step for point in points],
             "all_evaluations": len(record.run.points),
-            **_prompts(steps, texts, size // len(groups), main[suite]),
+            **_prompts(steps, texts, size // len(groups), main[suite], teachers.get(suite, {})),
         }
         for (suite, decoding), steps in groups.items()
     ]
@@ -87,11 +87,15 @@ def _evaluation(record: RunRecord, point: Point) -> list[dict[str, Any]]:
 
 
 def _prompts(
-    steps: Sequence[Mapping[tuple[int, str], Sequence[Mapping[str, Any]]]], texts: Texts, size: int, main: str
+    steps: Sequence[Mapping[PromptKey, Sequence[Mapping[str, Any]]]],
+    texts: Texts,
+    size: int,
+    main: str,
+    teachers: Mapping[PromptKey, str],
 ) -> dict[str, Any]:
     keys = list(dict.fromkeys(key for step in steps for key in step))
     shown = [e for step in steps for entries in step.values() for e in entries[:SAMPLES_OF_PROMPT]]
-    total = sum(min(len(prompt), MAX_CHARACTERS) for _, prompt in keys)
+    total = sum(min(len(text), MAX_CHARACTERS) for key in keys for text in (key[1], teachers.get(key, "")))
     total += sum(
         min(len(text), MAX_CHARACTERS) + 150 for e in shown for text in (e["completion"], *_feedback(e).values())
     )
@@ -100,6 +104,7 @@ def _prompts(
         {
             "row": row,
             "prompt": texts.add(prompt),
+            "teacher_prompt": texts.add(teachers[row, prompt]) if (row, prompt) in teachers else None,
             "means": [_mean(step.get((row, prompt), ()), main) for step in steps],
             "samples": [
                 [
@@ -124,12 +129,11 @@ def _mean(entries: Sequence[Mapping[str, Any]], reward: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def rollouts(record: RunRecord, texts: Texts, size: int) -> dict[str, Any]:
+def rollouts(record: RunRecord, tokenizer: Any, texts: Texts, size: int) -> dict[str, Any]:
     """Rollouts of the steps as text, token by token; at most about `size` bytes.  `problem` says why there are none."""
     files = sorted((record.run.path / "rollouts").glob("step_*.jsonl"))
     if not files:
         return {"steps": [], "problem": "this run has recorded no rollouts"}
-    tokenizer = _tokenizer(record)
     if tokenizer is None:
         return {
             "steps": [],
@@ -163,17 +167,6 @@ def _size(steps: Sequence[Mapping[str, Any]]) -> int:
     prompts = {rollout[name] for rollout in all_rollouts for name in PROMPTS if rollout[name]}
     own = (len(json.dumps({**rollout, **dict.fromkeys(PROMPTS, 0)})) for rollout in all_rollouts)
     return sum(own) + sum(min(len(prompt), MAX_CHARACTERS) for prompt in prompts)
-
-
-def _tokenizer(record: RunRecord) -> Any:
-    """The tokenizer of the run's model, or of the trained model where the former is not at hand; None without both."""
-    if record.spec is None:
-        return None
-    model = record.spec.model
-    for find in (lambda: resolve_model(model.path, record.base), lambda: str(record.run.path / "model")):
-        with contextlib.suppress(SdkitError):
-            return load_tokenizer(model, find())
-    return None
 
 
 def _step(path: Path, count: int, decode: Decode) -> dict[str, Any]:

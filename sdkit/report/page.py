@@ -20,6 +20,7 @@ from sdkit import __version__
 from sdkit.language.errors import BadEnvironment, UnreadableInput
 from sdkit.report import charts, completions, facts, scores, sequences
 from sdkit.report.completions import HELD_OUT_BYTES, ROLLOUT_BYTES, Texts
+from sdkit.report.prompts import tokenizer_of
 from sdkit.report.records import Contents, RunRecord, read_contents
 from sdkit.runs.history import AXES, Axis
 
@@ -113,14 +114,12 @@ def _data(contents: Contents) -> dict[str, Any]:
     """What the scripts read."""
     records = contents.records
     shown, texts = charts.charts(records), Texts()
-    runs = [
-        {
-            "name": record.run.name,
-            "held_out": completions.held_out(record, texts, HELD_OUT_BYTES // len(records)),
-            "rollouts": completions.rollouts(record, texts, ROLLOUT_BYTES // len(records)),
-        }
-        for record in records
-    ]
+    runs: list[dict[str, Any]] = []
+    for record in records:
+        tokenizer = tokenizer_of(record)
+        held_out = completions.held_out(record, tokenizer, texts, HELD_OUT_BYTES // len(records))
+        rollouts = completions.rollouts(record, tokenizer, texts, ROLLOUT_BYTES // len(records))
+        runs.append({"name": record.run.name, "held_out": held_out, "rollouts": rollouts})
     plots = [sequences.sequence_table(sequence).plot for sequence in contents.sequences]
     return {
         **charts.data(shown, contents),

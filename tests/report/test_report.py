@@ -75,6 +75,17 @@ def test_held_out_completions_are_those_of_the_evaluations(text, report_run):
             assert shown == [(page.visible(r["completion"]), r["scores"]) for r in of_prompt]
 
 
+def test_teacher_prompts_of_held_out_rows_are_rendered_again(text, report_run, tmp_path):
+    data = data_of(text)
+    [part] = [p for p in data["completions"][0]["held_out"] if (p["suite"], p["decoding"]) == ("sums", "greedy")]
+    assert [data["texts"][p["prompt"]] for p in part["prompts"]] == [f"What is {i} + {i}?" for i in range(100, 104)]
+    for i, prompt in enumerate(part["prompts"], start=100):
+        assert f"What is {i} + {i}?\nExample: {i} + {i} = {2 * i}<|im_end|>" in data["texts"][prompt["teacher_prompt"]]
+    run = shutil.copytree(report_run, tmp_path / "changed", ignore=shutil.ignore_patterns("model"))
+    change_setting(run, "teacher", "sees", None)
+    assert data_of(rendered(run))["completions"][0]["held_out"][0]["prompts"][0]["teacher_prompt"] is None
+
+
 def test_rollouts_have_their_divergence(text, report_run, tiny_tokenizer):
     data = data_of(text)
     steps = data["completions"][0]["rollouts"]["steps"]

@@ -73,15 +73,18 @@ def test_prompts_can_be_clicked_through(browser, report_run):
     assert items == len([r for r in records if r["suite"] == "sums"]) == 4
     for i in range(items):
         browser.evaluate(f"document.querySelectorAll('#prompts button')[{i}].click()")
-        texts = browser.evaluate("[...document.querySelectorAll('#prompt .text')].map((node) => node.textContent)")
+        texts = browser.evaluate(
+            "[...document.querySelectorAll('#prompt .card .text')].map((node) => node.textContent)"
+        )
         assert texts[0] == records[i]["prompt"]
         assert len(texts) == 4  # the prompt, then before training and after each step
+        assert "Example:" in browser.evaluate("document.querySelector('#prompt details').textContent")
     assert browser.evaluate("document.querySelectorAll('#prompts [aria-current=true]').length") == 1
 
 
 def test_hostile_texts_are_shown_as_text(browser):
     browser.evaluate(choose("#held-out-controls select", "1"))
-    text = browser.evaluate("document.querySelectorAll('#prompt .text')[1].textContent")
+    text = browser.evaluate("document.querySelectorAll('#prompt .card .text')[1].textContent")
     assert text.startswith("</script><script>window.stolen = 1</script><img src=x")
     assert "␀⟨U+202E⟩ &amp; {{ 7 * 7 }}" in text
     assert browser.evaluate("document.querySelectorAll('main img').length") == 0

@@ -46,6 +46,7 @@ function excerpt(text, start) {
 // ---- held-out prompts
 
 function heldOut() {
+  let showTeacher = false;
   const controls = document.getElementById("held-out-controls");
   const runs = report.completions.filter((run) => run.held_out.length);
   if (!runs.length) {
@@ -101,6 +102,11 @@ function heldOut() {
     document.querySelectorAll("#prompts li").forEach((item, i) => item.setAttribute("aria-current", i === place));
     const prompt = shown[place], part = state.suite;
     const cards = [card([`prompt of row ${prompt.row}`, "the student's; evaluations sample from it alone"], textBlock(report.texts[prompt.prompt]))];
+    if (prompt.teacher_prompt !== null) {
+      const seen = element("details", { open: showTeacher }, element("summary", { textContent: "what the teacher sees of it" }), textBlock(report.texts[prompt.teacher_prompt], "", "dim"));
+      seen.addEventListener("toggle", () => { showTeacher = seen.open; });
+      cards.push(seen);
+    }
     let before = null;
     prompt.samples.forEach((samples, i) => {
       const same = before !== null && samples.length === 1 && samples[0].text === before;
