@@ -12,7 +12,7 @@ from attrs import asdict, frozen
 from sdkit.language.metric_names import INTERVAL_SUFFIXES, metric_named
 from sdkit.report.records import Contents, Line, RunRecord
 from sdkit.report.sampling import spread
-from sdkit.runs.history import spent
+from sdkit.runs.history import Run, spent
 
 STACKED = "stacked"
 """The kind of a chart whose metrics are parts of a sum."""
@@ -53,24 +53,35 @@ PATTERNS: Sequence[tuple[str, str, str, str]] = (
 
 
 def charts(records: Sequence[RunRecord]) -> list[Chart]:
-    """The charts of all metrics that the runs have: scores first, a chart for each suite and reward."""
+    """The charts of all metrics that the runs have: the suites' main scores, then training, then other held-out figures."""
     names = list(dict.fromkeys(name for record in records for line in record.lines for name in line))
-    scores: dict[tuple[str, str], list[str]] = {}
-    keys = [key for record in records for point in record.run.points for key in point.scores]
-    for suite, decoding, reward in dict.fromkeys(keys):
-        scores.setdefault((suite, reward), []).append(f"eval/{suite}/{decoding}/{reward}")
-    shown = [
-        Chart(
-            title=f"{suite}: {reward}", unit="held-out score, 95 % interval", metrics=metrics, labels=_labels(metrics)
-        )
-        for (suite, reward), metrics in scores.items()
-    ]
+    runs = [record.run for record in records if record.run.points]
+    main = {run.main_score(suite) for run in runs for suite in run.suites}
+    held_out = {pair: _score_chart(*pair, metrics) for pair, metrics in _score_metrics(runs).items()}
+    training: list[Chart] = []
     for title, unit, pattern, kind in PATTERNS:
         metrics = [name for name in names if re.fullmatch(pattern, name)]
         if metrics := sorted(metrics, key=lambda name: name.startswith("eval/")):
-            names_and_notes = {"labels": _labels(metrics), "notes": _notes(metrics)}
-            shown.append(Chart(title=title, unit=unit, metrics=metrics, kind=kind, **names_and_notes))
-    return shown
+            parts = {"labels": _labels(metrics), "notes": _notes(metrics)}
+            training.append(Chart(title=title, unit=unit, metrics=metrics, kind=kind, **parts))
+    first = [chart for pair, chart in held_out.items() if pair in main]
+    return [*first, *training, *(chart for pair, chart in held_out.items() if pair not in main)]
+
+
+def _score_metrics(runs: Sequence[Run]) -> dict[tuple[str, str], list[str]]:
+    """Suite and reward → the metrics of each decoding."""
+    metrics: dict[tuple[str, str], list[str]] = {}
+    keys = [key for run in runs for point in run.points for key in point.scores]
+    for suite, decoding, reward in dict.fromkeys(keys):
+        metrics.setdefault((suite, reward), []).append(f"eval/{suite}/{decoding}/{reward}")
+    return metrics
+
+
+def _score_chart(suite: str, reward: str, metrics: Sequence[str]) -> Chart:
+    unit = "held out, 95 % interval"
+    return Chart(
+        title=f"{suite}: {reward}", unit=unit, metrics=metrics, labels=_labels(metrics), notes=_notes(metrics)
+    )
 
 
 def _labels(metrics: Sequence[str]) -> list[str]:
