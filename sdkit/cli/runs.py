@@ -61,8 +61,9 @@ def train(
             return sequences.rehearse_stages(spec, overrides)
         options = {"processes": processes, "accept": accept, "resume": resume, "overwrite": overwrite}
         return sequences.train_stages(spec, overrides, to, **options)
+    carried = None
     if stage:
-        checked, folder = sequences.stage_to_train(spec, overrides, stage, to)
+        checked, folder, carried = sequences.stage_to_train(spec, overrides, stage, to)
     else:
         checked = check_spec(spec, overrides, run_file=True)
         folder = to or Path(checked.spec.output.folder) / spec.stem
@@ -70,7 +71,8 @@ def train(
         return _rehearse(checked)
     _launch_ranks(checked.spec, processes, folder)
     written, console = checked.texts[os.fspath(spec)], make_console(log=True)
-    _train(checked, checked.base, folder, console, written, resume=resume, overwrite=overwrite, accept=accept)
+    options = {"resume": resume, "overwrite": overwrite, "accept": accept, "carried": carried}
+    _train(checked, checked.base, folder, console, written, **options)
     return None
 
 

@@ -126,8 +126,10 @@ def train_stages(
     train_sequence(run_set, make_console(log=True), options, resume=resume, overwrite=overwrite)
 
 
-def stage_to_train(path: Path, overrides: Sequence[str] | None, name: str, to: Path | None) -> tuple[Any, Path]:
-    """The checked spec of one stage and its run directory; a later stage starts from the model of the one before.
+def stage_to_train(path: Path, overrides: Sequence[str] | None, name: str, to: Path | None) -> tuple[Any, Path, Any]:
+    """The checked spec of one stage, its run directory, and what it takes over besides weights (None: nothing).
+
+    A later stage starts from the model of the one before.
 
     Raises UnreadableInput if there is no such stage, or the one before it has no model yet.
     """
@@ -139,9 +141,13 @@ def stage_to_train(path: Path, overrides: Sequence[str] | None, name: str, to: P
     sequence = check_sequence(path, overrides)
     stage = sequence.stage(name)
     folder = to or Path(stage.spec.output.folder) / path.stem / name
-    position = sequence.stages.index(stage)
+    position, before = sequence.stages.index(stage), None
     if position:
         before = folder.parent / sequence.stages[position - 1].name
         model = trained_model(before).resolve()
         stage = check_sequence(path, [*(overrides or ()), f"model.path={model}"]).stage(name)
-    return stage.checked, folder
+    if not sequence.spec.carry_over:
+        return stage.checked, folder, None
+    from sdkit.train.carried import Carried
+
+    return stage.checked, folder, Carried(parts=sequence.spec.carry_over, before=before)

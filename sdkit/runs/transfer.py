@@ -174,10 +174,10 @@ def _paired(first: Sequence[Trajectory], second: Sequence[Trajectory], a: Change
     return difference_of_changes(*values[2:], *values[:2])
 
 
-def _over_seeds(runs: Sequence[Trajectory], suite: str, stage: int | None) -> np.ndarray:
+def _over_seeds(runs: Sequence[Trajectory], suite: str, stage: int | None) -> list[float]:
     """Each prompt's score, averaged over the seeds, in the order of the first seed's prompts."""
     assert stage is not None
-    return np.mean([_values(run, suite, stage, runs[0]) for run in runs], axis=0)
+    return np.mean([_values(run, suite, stage, runs[0]) for run in runs], axis=0).tolist()
 
 
 def _values(run: Trajectory, suite: str, stage: int, order: Trajectory | None = None) -> np.ndarray:
