@@ -12,16 +12,29 @@ import typer
 from sdkit.cli import completion, sequences
 from sdkit.cli.app import RUNNING, app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
-from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, RunPath
+from sdkit.cli.options import (
+    ChangedCode,
+    ChangedModels,
+    Overrides,
+    Overwrite,
+    Parallel,
+    Processes,
+    Resume,
+    RunPath,
+    Seeds,
+    accepted,
+    check_options,
+)
+from sdkit.cli.sets import check_run_file, evaluate_set, parsed_seeds, train_seeds
 from sdkit.cli.specs import print_plan, smoke_spec
-from sdkit.language.errors import ProcessDied
+from sdkit.language.errors import ProcessDied, UnreadableInput
 from sdkit.stdout import is_first_rank
 
 
 @app.command(
     rich_help_panel=RUNNING,
     epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`, "
-    "`sdkit train specs/sequences/continual.yaml`",
+    "`sdkit train specs/sdft.yaml --seeds 0,1,2`, `sdkit train specs/sequences/continual.yaml`",
 )
 def train(
     spec: RunPath,
@@ -41,6 +54,8 @@ def train(
         ),
     ] = False,
     processes: Processes = None,
+    seeds: Seeds = None,
+    parallel: Parallel = 1,
     stage: Annotated[
         str | None,
         typer.Option("--stage", help="Only this stage of a sequence file, after the one before.", show_default=False),
@@ -48,35 +63,49 @@ def train(
 ) -> None:
     """Run a spec: evaluate, train, evaluate, and write a run directory.  Of a sequence file, run every stage.
 
-    A sequence file has a folder with the run directory of each stage, and sequence.json with the accuracy matrix.
+    With `--seeds`, do so for each seed; `sdkit compare` reads the folder as one thing, as it does that of a sequence.
     """
     from sdkit.language.sequences import is_sequence
 
-    _check_exclusive(resume, overwrite)
-    accept = _accepted(code=changed_code, models=changed_models)
-    if accept and not resume:
-        raise typer.BadParameter(f"--changed-{accept[0]} needs --resume: a new run takes the files as they are")
+    check_options(resume, overwrite, accept := accepted(code=changed_code, models=changed_models))
+    if parallel > 1 and seeds is None:
+        raise typer.BadParameter("--parallel needs --seeds: there is one run")
+    numbers, carried = parsed_seeds(seeds), None
+    settings = {"resume": resume, "overwrite": overwrite, "accept": accept}
     if not stage and is_sequence(spec):
         if dry_run:
             return sequences.rehearse_stages(spec, overrides)
-        options = {"processes": processes, "accept": accept, "resume": resume, "overwrite": overwrite}
-        return sequences.train_stages(spec, overrides, to, **options)
+        return sequences.train_stages(
+            spec, overrides or [], numbers, to, processes=processes, parallel=parallel, **settings
+        )
     if stage:
-        checked, folder = sequences.stage_to_train(spec, overrides, stage, to)
+        checked, folder, carried = sequences.stage_to_train(spec, overrides, stage, to)
     else:
-        checked = check_spec(spec, overrides, run_file=True)
+        checked = check_run_file(spec, overrides or [], numbers)
         folder = to or Path(checked.spec.output.folder) / spec.stem
     if dry_run:
-        return _rehearse(checked)
+        return _rehearse(checked, seeds)
+    if numbers:
+        return train_seeds(
+            checked, spec, overrides or [], numbers, folder, processes=processes, parallel=parallel, **settings
+        )
+    if (folder / "set.json").is_file():
+        raise UnreadableInput(
+            f"{folder} holds several runs, not one", hint="add their --seeds, or name another with --to"
+        )
     _launch_ranks(checked.spec, processes, folder)
     written, console = checked.texts[os.fspath(spec)], make_console(log=True)
-    _train(checked, checked.base, folder, console, written, resume=resume, overwrite=overwrite, accept=accept)
+    _train(checked, checked.base, folder, console, written, carried=carried, **settings)
     return None
 
 
-def _rehearse(checked: Any) -> None:
+def _rehearse(checked: Any, seeds: str | None) -> None:
     """Do everything that a run does before it loads its model, and a smoke run."""
-    print_plan(checked)
+    the_plan = print_plan(checked)
+    if seeds is not None:
+        from sdkit.sets.seeds import parse_seeds, plan_seeds
+
+        typer.echo(plan_seeds(parse_seeds(seeds), the_plan))
     from sdkit.train.data_report import report_data
     from sdkit.train.reward_trial import try_rewards
 
@@ -156,7 +185,12 @@ def evaluate(
     ] = "text",
     processes: Processes = None,
 ) -> None:
-    """Run a run file's evaluation on its start model, or on the model of a finished run."""
+    """Run a run file's evaluation on its start model, or on the model of a finished run.
+
+    On the folder of several seeds: on each model, with the means over prompts and seeds.
+    """
+    if (spec / "set.json").is_file():
+        return evaluate_set(spec, overrides or [], to, format, processes)
     checked, base = _check_evaluation(spec, overrides or [])
     _launch_ranks(checked.spec, processes)
     from sdkit.language.show import annotated
@@ -177,6 +211,7 @@ def evaluate(
         console.print(f"evaluation: {to}", markup=False, highlight=False)
     if format == "json" and is_first_rank():
         typer.echo(json.dumps(facts, indent=2))
+    return None
 
 
 def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
@@ -222,7 +257,7 @@ def replay(
 
     Without overrides it repeats the run.  `sdkit compare` shows both.
     """
-    _check_exclusive(resume, overwrite)
+    check_options(resume, overwrite)
     from sdkit.language.source import read
     from sdkit.train.replay import open_recording
 
@@ -233,19 +268,9 @@ def replay(
     _launch_ranks(checked.spec, processes, folder)
     console = make_console(log=True)
     console.print(f"replay: {recording}", markup=False, highlight=False, soft_wrap=True)
-    accept = _accepted(code=changed_code, models=changed_models)
+    accept = accepted(code=changed_code, models=changed_models)
     options = {"resume": resume, "overwrite": overwrite, "recording": recording, "accept": accept}
     _train(checked, base, folder, console, written, **options)
-
-
-def _check_exclusive(resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise typer.BadParameter("--resume and --overwrite exclude each other")
-
-
-def _accepted(**options: bool) -> list[str]:
-    """The names of the options that are set."""
-    return [name for name, is_set in options.items() if is_set]
 
 
 def _train(checked: Any, base: Path, folder: Path, console: Any, written: str, **options: Any) -> None:

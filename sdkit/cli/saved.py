@@ -49,7 +49,12 @@ def compare(
     epilog="Examples: `sdkit report runs/sdft`, `sdkit report runs/grpo runs/sdpo --to both.html`",
 )
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, finished or not.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run directories, finished or not; folders of seeds, sweeps and sequences.", show_default=False
+        ),
+    ],
     to: Annotated[Path, typer.Option("--to", help="The page to write (.html).")] = Path("report.html"),
     x: Annotated[
         Literal["tokens", "steps", "time"], typer.Option("--x", help="The budget at which runs are compared.")

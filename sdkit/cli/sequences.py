@@ -101,33 +101,42 @@ def rehearse_stages(path: Path, overrides: Sequence[str] | None) -> None:
 
 def train_stages(
     path: Path,
-    overrides: Sequence[str] | None,
+    overrides: Sequence[str],
+    seeds: Sequence[int],
     to: Path | None,
     *,
     processes: int | None,
+    parallel: int,
     accept: Sequence[str],
     resume: bool,
     overwrite: bool,
 ) -> None:
-    """Run a sequence file: every stage as a run of its own, in a process of its own."""
+    """Run a sequence file: every stage as a run of its own, in a process of its own; with seeds, once for each."""
+    from sdkit.cli.sets import check_parallel
     from sdkit.sets.runner import Options
-    from sdkit.sets.sequences import sequence_set, train_sequence
-    from sdkit.sets.slots import make_slots
+    from sdkit.sets.sequences import seeds_of_sequence, sequence_set, train_seeds, train_sequence
 
     sequence = check_sequence(path, overrides)
-    folder = to or Path(sequence.stages[0].spec.output.folder) / path.stem
+    first = sequence.stages[0].spec
+    folder = to or Path(first.output.folder) / path.stem
     options = Options(
         processes=processes,
-        slots=make_slots(1, processes or 1),
-        stop_at_failure=True,
+        slots=check_parallel(first, parallel, processes),
+        stop_at_failure=not seeds,
         arguments=[f"--changed-{kind}" for kind in accept],
     )
-    run_set = sequence_set(sequence, overrides or (), folder)
-    train_sequence(run_set, make_console(log=True), options, resume=resume, overwrite=overwrite)
+    settings = {"resume": resume, "overwrite": overwrite}
+    if seeds:
+        return train_seeds(
+            seeds_of_sequence(sequence, overrides, seeds, folder), make_console(log=True), options, **settings
+        )
+    return train_sequence(sequence_set(sequence, overrides, folder), make_console(log=True), options, **settings)
 
 
-def stage_to_train(path: Path, overrides: Sequence[str] | None, name: str, to: Path | None) -> tuple[Any, Path]:
-    """The checked spec of one stage and its run directory; a later stage starts from the model of the one before.
+def stage_to_train(path: Path, overrides: Sequence[str] | None, name: str, to: Path | None) -> tuple[Any, Path, Any]:
+    """The checked spec of one stage, its run directory, and what it takes over besides weights (None: nothing).
+
+    A later stage starts from the model of the one before.
 
     Raises UnreadableInput if there is no such stage, or the one before it has no model yet.
     """
@@ -139,9 +148,13 @@ def stage_to_train(path: Path, overrides: Sequence[str] | None, name: str, to: P
     sequence = check_sequence(path, overrides)
     stage = sequence.stage(name)
     folder = to or Path(stage.spec.output.folder) / path.stem / name
-    position = sequence.stages.index(stage)
+    position, before = sequence.stages.index(stage), None
     if position:
         before = folder.parent / sequence.stages[position - 1].name
         model = trained_model(before).resolve()
         stage = check_sequence(path, [*(overrides or ()), f"model.path={model}"]).stage(name)
-    return stage.checked, folder
+    if not sequence.spec.carry_over:
+        return stage.checked, folder, None
+    from sdkit.train.carried import Carried
+
+    return stage.checked, folder, Carried(parts=sequence.spec.carry_over, before=before)

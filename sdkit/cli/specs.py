@@ -11,7 +11,7 @@ import typer
 from sdkit.cli import completion, sequences
 from sdkit.cli.app import CHECKING, app
 from sdkit.cli.checking import check_spec, check_spec_or_run, make_console, placing, print_problems
-from sdkit.cli.options import Format, Overrides, SpecOrRun, SpecPath
+from sdkit.cli.options import Format, Overrides, Seeds, SpecOrRun, SpecPath
 
 _KINDS = {"run": "run file", "method": "method page", "sequence": "sequence file"}
 
@@ -121,18 +121,24 @@ def plan(
     data: Annotated[
         int, typer.Option("--data", help="Show student and teacher prompt of this many rows, side by side.", min=0)
     ] = 0,
+    seeds: Seeds = None,
 ) -> None:
     """Print what a run would do: roles, batches, memory, every derived value.  Loads no weights.
 
     For a method page: its objective, teacher and sampler.  For a sequence file: every stage, and the sum.
     """
     from sdkit.language.sequences import is_sequence
+    from sdkit.plan.plan import MethodPlan
 
     if is_sequence(spec):
         sequences.plan_sequence(spec, overrides)
         return sequences.report_stages(spec, overrides, data) if data else None
     checked = check_spec_or_run(spec, overrides, run_file=data > 0)
-    print_plan(checked)
+    the_plan = print_plan(checked)
+    if seeds is not None and not isinstance(the_plan, MethodPlan):
+        from sdkit.sets.seeds import parse_seeds, plan_seeds
+
+        typer.echo(plan_seeds(parse_seeds(seeds), the_plan))
     if data:
         from sdkit.train.preview import preview
 
@@ -141,8 +147,8 @@ def plan(
     return None
 
 
-def print_plan(checked: Any) -> None:
-    """Print the plan of a checked run file, or what a method page fixes of it."""
+def print_plan(checked: Any) -> Any:
+    """Print and return the plan of a checked run file, or what a method page fixes of it."""
     from sdkit.api import plan_spec
     from sdkit.plan.plan import MethodPlan
     from sdkit.plan.text import render_method, render_plan
@@ -150,6 +156,7 @@ def print_plan(checked: Any) -> None:
     the_plan = plan_spec(checked.spec, checked.base)
     is_method = isinstance(the_plan, MethodPlan)
     typer.echo(render_method(the_plan) if is_method else render_plan(checked.spec, the_plan))
+    return the_plan
 
 
 @app.command(rich_help_panel=CHECKING, epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke sdft --steps 20`")

@@ -23,8 +23,6 @@ from sdkit.language.rules.rollouts import reward_users
 from sdkit.language.source import Node, read
 from sdkit.language.structure import structure_as
 
-_INHERITED = ", or state what differs: columns and max_new_tokens that a suite does not state are its run's"
-
 
 @frozen(eq=False, kw_only=True)
 class Stage:
@@ -133,7 +131,7 @@ def _load_run(loaded: LoadedSpec, name: str, run: str | None, overrides: Sequenc
 def _misfits(loaded: LoadedSpec, spec: specs.SequenceSpec, alone: Mapping[str, CheckedSpec]) -> Iterator[Problem]:
     """What is wrong with the stages together."""
     yield from _other_models(alone)
-    yield from _ambiguous_names(alone)
+    yield from _ambiguous_suites(alone)
     known = list(dict.fromkeys(suite for checked in alone.values() for suite in _spec(checked).suites))
     for i, name in enumerate(spec.retention):
         if name not in known:
@@ -146,14 +144,27 @@ def _misfits(loaded: LoadedSpec, spec: specs.SequenceSpec, alone: Mapping[str, C
             hint = "add a suite to its evaluation; suites that an earlier stage has, or that `retention` lists, do not count"
             where = ("stages", name)
             yield Problem(where, message, "stage_suite", hint, loaded.place(where, at_key=True))
-    if "teacher" in spec.carry_over and not any(_moves(_spec(checked)) for checked in alone.values()):
-        where = ("carry_over", spec.carry_over.index("teacher"))
-        message = "no stage has a teacher whose weights move, so there is none to carry over"
-        yield Problem(where, message, "carried_teacher", "remove teacher from the list", loaded.place(where))
+    for i, part in enumerate(spec.carry_over):
+        if fault := _uncarriable(part, [_spec(checked) for checked in alone.values()]):
+            where = ("carry_over", i)
+            yield Problem(where, fault, "carry_over", f"remove {part} from the list", loaded.place(where))
 
 
-def _moves(spec: specs.ExperimentSpec) -> bool:
-    return any(isinstance(weights, specs.UpdatedWeights) for _, weights in spec.teachers())
+def _uncarriable(part: str, runs: Sequence[specs.ExperimentSpec]) -> str | None:
+    """Why a part of a stage's state cannot go on in the next stage; None if it can."""
+    if any(run.model.lora for run in runs):
+        return f"the {part} of adapters cannot go on: a stage merges its adapters into the weights and starts new ones"
+    if len({run.training.zero_stage for run in runs}) > 1:
+        return f"the {part} cannot go on: the stages differ in training.zero_stage"
+    if part == "optimizer":
+        settings = (run.optimizer for run in runs)
+        alike = len({(s.betas, s.eps, s.weight_decay, s.decay) for s in settings}) == 1
+        return None if alike else "the optimizer cannot go on: the stages differ in its betas, eps or weight decay"
+    weights = {run.teacher and run.teacher.weights for run in runs}
+    if len(weights) > 1:
+        return "the teacher cannot go on: the stages differ in teacher.weights"
+    moving = any(isinstance(w, specs.UpdatedWeights) for run in runs for _, w in run.teachers())
+    return None if moving else "no stage has a teacher that moves (an average or a copy), so none can go on"
 
 
 def _spec(checked: CheckedSpec) -> specs.ExperimentSpec:
@@ -192,65 +203,94 @@ def _model(checked: CheckedSpec) -> tuple[str, str | None]:
     return os.path.realpath(os.path.join(checked.loaded.folder, model.path)) if local else model.path, model.revision
 
 
-def _ambiguous_names(alone: Mapping[str, CheckedSpec]) -> Iterator[Problem]:
-    """Suites, and rewards of suites, that have one name in two stages but are not the same."""
-    for kind, path, code in (
-        ("suite", ("evaluation", "suites"), "same_suite"),
-        ("reward", ("rewards",), "same_reward"),
-    ):
-        first: dict[str, tuple[str, Any]] = {}
-        for stage, checked in alone.items():
-            spec = _spec(checked)
-            meanings = {name: _meaning(spec, name) for name in spec.suites} if kind == "suite" else spec.rewards
-            for name, meaning in meanings.items():
-                before, other = first.setdefault(name, (stage, meaning))
-                if other != meaning:
-                    message = f"{kind} {shorten(name)} is not the one of that name in stage {shorten(before)}"
-                    place = checked.loaded.place((*path, name), at_key=True)
-                    hint = f"give one of them another name{_INHERITED if kind == 'suite' else ''}"
-                    yield Problem((*path, name), message, code, hint, place)
+def _ambiguous_suites(alone: Mapping[str, CheckedSpec]) -> Iterator[Problem]:
+    """Suites that have one name in two stages but do not measure the same."""
+    first: dict[str, tuple[str, Any]] = {}
+    for stage, checked in alone.items():
+        for name in _spec(checked).suites:
+            meaning = _meaning(checked, name)
+            before, other = first.setdefault(name, (stage, meaning))
+            if other != meaning:
+                message = (
+                    f"suite {shorten(name)} of stage {shorten(stage)} is not the one of that name in stage "
+                    f"{shorten(before)}"
+                )
+                path = ("evaluation", "suites", name)
+                hint = (
+                    "give one of them another name, or state what differs: columns and max_new_tokens that a suite does "
+                    "not state are its run's"
+                )
+                yield Problem(path, message, "same_suite", hint, checked.loaded.place(path, at_key=True))
 
 
-def _meaning(spec: specs.ExperimentSpec, name: str) -> Any:
+def _meaning(checked: CheckedSpec, name: str) -> Any:
     """What a suite measures: its rows, scores and decoding."""
+    spec = _spec(checked)
     suite = spec.suites[name]
     data = evolve(suite.data, columns=suite.data.columns or spec.data.columns)
     limit = suite.max_new_tokens or spec.rollout.max_new_tokens
-    return resolved(evolve(suite, data=data, max_new_tokens=limit, loss_prompts=0, same_prompts="drop"))
+    rewards = [_reward(checked, reward) for reward in (suite.score, *suite.also)]
+    folder = checked.loaded.folder if isinstance(data.source, specs.FileSource) else None
+    suite = evolve(suite, data=data, max_new_tokens=limit, loss_prompts=0, same_prompts="drop")
+    return resolved(suite), rewards, folder and os.path.realpath(folder)
+
+
+def _reward(checked: CheckedSpec, name: str) -> Any:
+    """What a reward of this name is, with the folder in which the paths of a user's file start."""
+    reward = _spec(checked).rewards[name]
+    has_path = isinstance(reward, specs.FileReward | specs.RewardModel)
+    return reward, os.path.realpath(checked.loaded.folder) if has_path else None
 
 
 def _stages(spec: specs.SequenceSpec, alone: Mapping[str, CheckedSpec]) -> Iterator[Stage]:
     own = _own_suites(spec, alone)
     for name, checked in alone.items():
-        others = [other for stage, other in alone.items() if stage != name]
+        others = {stage: other for stage, other in alone.items() if stage != name}
         combined = check_loaded(_with_suites_of(checked, others))
         yield Stage(name=name, checked=combined, suites=own[name])
 
 
-def _with_suites_of(checked: CheckedSpec, others: Sequence[CheckedSpec]) -> LoadedSpec:
+def _with_suites_of(checked: CheckedSpec, others: Mapping[str, CheckedSpec]) -> LoadedSpec:
     """The spec as written, with the other stages' suites and the rewards that these use.
 
-    Training drops rows whose prompt is in any of them.
+    Training drops rows whose prompt is in any of them.  A reward whose name is taken by another one gets the name of its
+    stage in front.
     """
     loaded, spec = checked.loaded, _spec(checked)
     assert loaded.root is not None
     suites: dict[str, Node] = {}
     rewards: dict[str, Node] = {}
-    for other in others:
+    taken = {name: _reward(checked, name) for name in spec.rewards}
+    for stage, other in others.items():
+        names = {}
+        for name in _spec(other).rewards:
+            reward = _reward(other, name)
+            names[name] = name if taken.setdefault(name, reward) == reward else f"{stage}_{name}"
+            taken[names[name]] = reward
+        nodes = {new: _renamed(other.loaded.nodes["rewards", name], names) for name, new in names.items()}
+        rewards |= {name: node for name, node in nodes.items() if name not in spec.rewards}
         for name in _spec(other).suites:
             if name not in spec.suites:
-                suites.setdefault(name, _foreign_suite(other, name))
-        rewards |= {
-            name: other.loaded.nodes["rewards", name] for name in _spec(other).rewards if name not in spec.rewards
-        }
+                suites.setdefault(name, _foreign_suite(other, name, names))
     added: dict[str, Any] = {"evaluation": {"suites": suites}, "rewards": rewards}
     if rewards and (only := training_reward(spec)) and next(reward_users(spec), None) is not None:
         added["reward"] = Node(only, loaded.place(("rewards", only)))  # no longer the only one
     root = merge(loaded.root, _as_node(added, loaded.root.place))
-    return evolve(loaded, root=root, texts={**loaded.texts, **{k: v for o in others for k, v in o.texts.items()}})
+    return evolve(
+        loaded, root=root, texts={**loaded.texts, **{k: v for o in others.values() for k, v in o.texts.items()}}
+    )
 
 
-def _foreign_suite(other: CheckedSpec, name: str) -> Node:
+def _renamed(reward: Node, names: Mapping[str, str]) -> Node:
+    """A reward whose parts, if it is a weighted sum, have their new names."""
+    if not isinstance(reward.value, dict) or "parts" not in reward.value:
+        return reward
+    parts = reward.value["parts"]
+    renamed = evolve(parts, value={names.get(name, name): weight for name, weight in parts.value.items()})
+    return evolve(reward, value={**reward.value, "parts": renamed})
+
+
+def _foreign_suite(other: CheckedSpec, name: str, rewards: Mapping[str, str]) -> Node:
     """A suite of another stage as it is evaluated in this one: its columns and lengths are those of its own stage."""
     spec, suite = _spec(other), other.loaded.nodes["evaluation", "suites", name]
     items, data = dict(suite.value), suite.value["data"]
@@ -260,6 +300,10 @@ def _foreign_suite(other: CheckedSpec, name: str) -> Node:
     items["max_new_tokens"] = items.get("max_new_tokens", Node(spec.rollout.max_new_tokens, here, here))
     items["same_prompts"] = Node("drop", here, here)
     items["loss_prompts"] = Node(0, here, here)
+    items["score"] = evolve(items["score"], value=rewards[items["score"].value])
+    if "also" in items:
+        also = [evolve(node, value=rewards[node.value]) for node in items["also"].value]
+        items["also"] = evolve(items["also"], value=also)
     return evolve(suite, value=items)
 
 

@@ -10,13 +10,12 @@ from typing import Any
 from attrs import asdict, frozen
 
 from sdkit.language.metric_names import INTERVAL_SUFFIXES, metric_named
-from sdkit.report.records import Contents, Line, RunRecord
+from sdkit.report.records import Contents, Line, RunRecord, Subject
 from sdkit.report.sampling import spread
-from sdkit.runs.history import Run, spent
+from sdkit.runs.history import AXES, Run, spent
 
-STACKED = "stacked"
-"""The kind of a chart whose metrics are parts of a sum."""
-KIND = "lines"
+LINES, STACKED = "lines", "stacked"
+"""The kinds of charts; the metrics of a stacked one are parts of a sum."""
 MAX_CELLS = 300_000
 """Most values of all runs' metrics in a page, about 20 bytes each."""
 
@@ -31,23 +30,23 @@ class Chart:
     unit: str
     metrics: Sequence[str]
     labels: Sequence[str]  # of the metrics, in a legend
-    kind: str = KIND
+    kind: str = LINES
     notes: Sequence[str] = ()  # formulas of the metrics
 
 
 PATTERNS: Sequence[tuple[str, str, str, str]] = (
-    ("loss", "", r"loss|eval/loss", KIND),
-    ("training reward", "", r"reward/.+", KIND),
-    ("completion length", "tokens", r"rollout/completion_tokens|eval/[^/]+/[^/]+/completion_tokens", KIND),
-    ("entropy", "nats", rf"{_TERM}/(?:student|teacher)_entropy", KIND),
-    ("divergence of student and teacher", "nats", rf"{_TERM}/(?:forward_kl|reverse_kl|k1|reference_kl|old_kl)", KIND),
-    ("distance of the teacher's weights", "relative", r"teacher_distance", KIND),
-    ("gradient norm", "", r"grad_norm", KIND),
-    ("learning rate", "", r"lr", KIND),
-    ("completions and groups", "share", r"rollout/(?:finished|kept|no_advantage|constant_groups|with_teacher)", KIND),
+    ("loss", "", r"loss|eval/loss", LINES),
+    ("training reward", "", r"reward/.+", LINES),
+    ("completion length", "tokens", r"rollout/completion_tokens|eval/[^/]+/[^/]+/completion_tokens", LINES),
+    ("entropy", "nats", rf"{_TERM}/(?:student|teacher)_entropy", LINES),
+    ("divergence of student and teacher", "nats", rf"{_TERM}/(?:forward_kl|reverse_kl|k1|reference_kl|old_kl)", LINES),
+    ("distance of the teacher's weights", "relative", r"teacher_distance", LINES),
+    ("gradient norm", "", r"grad_norm", LINES),
+    ("learning rate", "", r"lr", LINES),
+    ("completions and groups", "share", r"rollout/(?:finished|kept|no_advantage|constant_groups|with_teacher)", LINES),
     ("time of a step", "s", r"time/(?:rollout|sync|judge|measure|teacher|update)", STACKED),
-    ("throughput", "tokens/s", r"time/(?:trained_)?tokens_per_second", KIND),
-    ("memory", "GiB", r"memory/.+", KIND),
+    ("throughput", "tokens/s", r"time/(?:trained_)?tokens_per_second", LINES),
+    ("memory", "GiB", r"memory/.+", LINES),
 )
 """Title, unit, metrics and kind of every chart besides those of scores."""
 
@@ -137,7 +136,19 @@ def data(shown: Sequence[Chart], contents: Contents) -> Mapping[str, Any]:
     names = sorted({name for run in runs for name in run["metrics"]})
     return {
         "charts": [asdict(chart) for chart in shown],
-        "subjects": [subject.name for subject in contents.subjects],
+        "subjects": [{"name": subject.name, "bands": _bands(subject)} for subject in contents.subjects],
         "runs": runs,
         "metrics": [name for name in names if not (name.startswith("eval/") and name.endswith(INTERVAL_SUFFIXES))],
     }
+
+
+def _bands(subject: Subject) -> dict[str, Any]:
+    """The intervals of every score of a subject, with the budgets at which it was measured."""
+    points = subject.run.points
+    bands: dict[str, Any] = {}
+    for key in dict.fromkeys(key for point in points for key in point.scores):
+        scored = [point for point in points if key in point.scores]
+        ends = {end: [_finite(getattr(point.scores[key], end)) for point in scored] for end in ("low", "high")}
+        axes = {axis: [point.at(axis) for point in scored] for axis in AXES}
+        bands["eval/" + "/".join(key)] = {**axes, **ends}
+    return bands

@@ -24,12 +24,15 @@ from sdkit.train.show_rollouts import token_pieces
 HELD_OUT_BYTES, ROLLOUT_BYTES = 7_000_000, 10_000_000
 """Most bytes of all runs' held-out completions, and of their rollouts: a page stays below 30 MB."""
 MAX_EVALUATIONS = 24
-MAX_ROLLOUTS = 2_000
-ROLLOUTS_OF_STEP = 16
+"""Evaluations of a run."""
 SAMPLES_OF_PROMPT = 2
+"""Completions of a held-out prompt at one evaluation."""
+MAX_ROLLOUTS, ROLLOUTS_OF_STEP = 2_000, 16
+"""Rollouts of a run, and of one of its steps."""
 MAX_TOKENS = 2_000
-MAX_CHARACTERS = 12_000
-MAX_FEEDBACK = 2_000
+"""Tokens of a rollout; of a longer one the middle is left out."""
+MAX_CHARACTERS, MAX_FEEDBACK = 12_000, 2_000
+"""Characters of a text, and of a reward's feedback."""
 PROMPTS = ("prompt", "teacher_prompt")
 """The prompts of a rollout: the student's, and the teacher's if it has one."""
 Decode = Callable[[tuple[int, ...]], str]

@@ -53,7 +53,7 @@ def check_target(target: Path) -> None:
 
 
 def render(contents: Contents, axis: Axis = "tokens") -> str:
-    """The page."""
+    """The page; `axis` is the budget at which runs are compared.  Raises as `write_report`."""
     from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
 
@@ -62,6 +62,7 @@ def render(contents: Contents, axis: Axis = "tokens") -> str:
     scripts = [get_plotlyjs(), *((TEMPLATES / name).read_text(encoding="utf-8") for name in SCRIPTS)]
     subjects, records = contents.subjects, contents.records
     several = len(records) > 1
+    of_sequences = [sequences.sequence_table(sequence) for sequence in contents.sequences]
     pairs, without_pair = scores.verdicts(subjects, axis) if several else ([], [])
     return environment.from_string((TEMPLATES / "page.html").read_text(encoding="utf-8")).render(
         title=facts.few_names(contents.names),
@@ -70,13 +71,13 @@ def render(contents: Contents, axis: Axis = "tokens") -> str:
         policy=_policy(scripts),
         style=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         scripts=scripts,
-        data=_embedded(_data(contents)),
+        data=_embedded({**_data(contents), "sequences": [table.plot for table in of_sequences]}),
         runs=[{"name": subject.name, "facts": facts.headings(subject)} for subject in subjects],
         sets=contents.sets,
         several=several,
         notices=facts.notices(contents),
-        table=scores.score_table(records),
-        sequences=[sequences.sequence_table(sequence) for sequence in contents.sequences],
+        table=scores.score_table(subjects),
+        sequences=of_sequences,
         sequence_differences=sequences.sequence_differences(contents.sequences),
         verdicts=pairs,
         without_pair=without_pair,
@@ -111,7 +112,7 @@ def _written(record: RunRecord) -> str:
 
 
 def _data(contents: Contents) -> dict[str, Any]:
-    """What the scripts read."""
+    """What the scripts read, besides the sequences."""
     records = contents.records
     shown, texts = charts.charts(records), Texts()
     runs: list[dict[str, Any]] = []
@@ -120,14 +121,7 @@ def _data(contents: Contents) -> dict[str, Any]:
         held_out = completions.held_out(record, tokenizer, texts, HELD_OUT_BYTES // len(records))
         rollouts = completions.rollouts(record, tokenizer, texts, ROLLOUT_BYTES // len(records))
         runs.append({"name": record.run.name, "held_out": held_out, "rollouts": rollouts})
-    plots = [sequences.sequence_table(sequence).plot for sequence in contents.sequences]
-    return {
-        **charts.data(shown, contents),
-        "sequences": plots,
-        "axes": AXES,
-        "completions": runs,
-        "texts": texts.texts,
-    }
+    return {**charts.data(shown, contents), "axes": AXES, "completions": runs, "texts": texts.texts}
 
 
 def _embedded(data: Any) -> str:

@@ -16,6 +16,7 @@ from sdkit.runs import directory
 from sdkit.runs.directory import MARK, read_lines, read_status
 from sdkit.runs.history import Run, read_run
 from sdkit.runs.run_sets import is_set, read_set
+from sdkit.runs.seed_runs import mean_of_seeds
 from sdkit.runs.sequences import SequenceRuns, holds_sequence, read_sequence
 
 Line = Mapping[str, Any]
@@ -44,7 +45,7 @@ class Subject:
     """What tables and curves show as one: a run, or the runs of several seeds."""
 
     name: str
-    path: Path
+    run: Run  # the run, or the mean over the seeds
     records: Sequence[RunRecord]
     stage: str | None = None  # if it is a stage of a sequence
 
@@ -105,7 +106,8 @@ def read_contents(paths: Sequence[Path]) -> Contents:
 def _read_folder(path: Path, name: str) -> Iterator[Part]:
     """The run in a folder, or the set there and its subjects.  Members that have not begun are in the set alone."""
     if not is_set(path):
-        yield Subject(name=name, path=path, records=[_read_record(path, name)])
+        record = _read_record(path, name)
+        yield Subject(name=name, run=record.run, records=[record])
         return
     run_set = read_set(path)
     states = run_set.states()
@@ -119,7 +121,7 @@ def _read_folder(path: Path, name: str) -> Iterator[Part]:
         with contextlib.suppress(UnreadableInput):  # its start has not been evaluated
             yield read_sequence(path, name)
     if run_set.kind == "sequence":
-        subjects = [evolve(subject, stage=subject.path.name) for subject in subjects]
+        subjects = [evolve(subject, stage=subject.run.path.name) for subject in subjects]
     if run_set.kind == "seeds":
         yield from (part for part in parts if isinstance(part, SetState))
         yield from _over_seeds(path, name, subjects)
@@ -129,10 +131,16 @@ def _read_folder(path: Path, name: str) -> Iterator[Part]:
 
 
 def _over_seeds(path: Path, name: str, subjects: Sequence[Subject]) -> Iterator[Subject]:
-    """The runs of several seeds as one, or each stage of their sequences."""
+    """The runs of several seeds as one, or each stage of their sequences.
+
+    Seeds that have not been evaluated do not count in the mean.  Raises UnreadableInput if the specs differ.
+    """
     for stage in dict.fromkeys(subject.stage for subject in subjects):
         records = [record for subject in subjects if subject.stage == stage for record in subject.records]
-        yield Subject(name=f"{name}/{stage}" if stage else name, path=path, records=records, stage=stage)
+        evaluated = [record.run for record in records if record.run.points]
+        together = f"{name}/{stage}" if stage else name
+        run = mean_of_seeds(path, together, evaluated) if len(evaluated) > 1 else (*evaluated, records[0].run)[0]
+        yield Subject(name=together, run=evolve(run, name=together), records=records, stage=stage)
 
 
 def _read_record(path: Path, name: str) -> RunRecord:

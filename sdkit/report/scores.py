@@ -8,8 +8,8 @@ from itertools import combinations
 from attrs import frozen
 
 from sdkit.language.errors import counted
-from sdkit.report.records import RunRecord, Subject
-from sdkit.runs.compare import CommonBudget, common_budget, differences
+from sdkit.report.records import Subject
+from sdkit.runs.compare import CommonBudget, common_budget, differences, same_kind
 from sdkit.runs.evaluations import Key, few_prompts_warning, interval_note, signed, with_interval
 from sdkit.runs.history import AXES, Axis
 from sdkit.runs.intervals import Interval
@@ -24,7 +24,6 @@ class ScoreRow:
     is_headline: bool  # whether it is the main score of its suite
     start: Interval
     end: Interval
-    steps: tuple[int, int]
     change: Interval | None  # None if the run has one evaluation only
     lift: float | None  # of the teacher, before training; None if it was not measured
 
@@ -49,6 +48,7 @@ class ScoreTable:
     """The headline table and what is to be said below it."""
 
     rows: Sequence[ScoreRow]
+    over_seeds: bool  # whether a row is the mean of several seeds
     note: str
     few_prompts: str | None
 
@@ -68,35 +68,46 @@ class ScoreTable:
         return any(row.lift is not None for row in self.rows)
 
 
-def score_table(records: Sequence[RunRecord]) -> ScoreTable:
-    """Every score of every run, those of one suite, decoding and reward side by side."""
-    rows = [row for record in records if record.run.points for row in _rows(record)]
+def score_table(subjects: Sequence[Subject]) -> ScoreTable:
+    """Every score of every subject, those of one suite, decoding and reward side by side."""
+    rows = [row for subject in subjects if subject.run.points for row in _rows(subject)]
     keys = list(dict.fromkeys(row.key for row in rows))
     ordered = sorted(rows, key=lambda row: keys.index(row.key))
     methods = [interval.method for row in ordered for interval in (row.start, row.end, row.change) if interval]
     sizes = {row.key[0]: row.start.n for row in ordered}
-    return ScoreTable(rows=ordered, note=interval_note(methods), few_prompts=few_prompts_warning(sizes))
+    over_seeds = any(len(subject.run.members) > 1 for subject in subjects)
+    return ScoreTable(
+        rows=ordered,
+        over_seeds=over_seeds,
+        note=interval_note(methods, seeds=over_seeds),
+        few_prompts=few_prompts_warning(sizes),
+    )
 
 
-def _rows(record: RunRecord) -> list[ScoreRow]:
-    run, (first, last) = record.run, (record.run.points[0], record.run.points[-1])
-    before, after = run.evaluated(first), run.evaluated(last)
-    lift = {name: value for line in record.lines for name, value in line.items() if name.startswith("lift/")}
+def _rows(subject: Subject) -> list[ScoreRow]:
+    run = subject.run
+    first, last = run.points[0], run.points[-1]
+    lifts = [
+        {name: value for line in record.lines for name, value in line.items() if name.startswith("lift/")}
+        for record in subject.records
+    ]
     main = {run.main_score(suite) for suite in run.suites}
     return [
         ScoreRow(
-            run=run.name,
+            run=subject.name,
             key=key,
             is_headline=(key[0], key[2]) in main,
-            start=first.scores[key],
-            end=last.scores[key],
-            steps=(first.step, last.step),
-            change=after.difference(before, key) if last is not first else None,
-            lift=lift.get("lift/" + "/".join(key)),
+            start=start,
+            end=end,
+            change=change if last is not first else None,
+            lift=_mean([lift["lift/" + "/".join(key)] for lift in lifts if "lift/" + "/".join(key) in lift]),
         )
-        for key in first.scores
-        if key in last.scores and key in before.scores and key in after.scores
+        for key, (start, end, change) in run.changes(list(first.scores)).items()
     ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 @frozen(kw_only=True)
@@ -118,12 +129,16 @@ def verdicts(subjects: Sequence[Subject], axis: Axis) -> tuple[list[Verdict], li
 
     Stages of sequences are not in it.
     """
-    runs = [s.records[0].run for s in subjects if not s.stage and len(s.records) == 1 and s.records[0].run.points]
+    runs = [subject.run for subject in subjects if not subject.stage and subject.run.points]
     main = {run.main_score(suite) for run in runs for suite in run.suites}
     keys = [k for k in dict.fromkeys(k for run in runs for p in run.points for k in p.scores) if (k[0], k[2]) in main]
-    pairs = [(a, b, common_budget(a, b, axis)) for a, b in combinations(runs, 2)]
+    pairs = [(a, b, common_budget(a, b, axis) if same_kind(a, b) else None) for a, b in combinations(runs, 2)]
     without = [
-        f"{a.name} and {b.name}: no two evaluations at a common budget of {AXES[axis]}" for a, b, c in pairs if not c
+        f"{a.name} and {b.name}: no two evaluations at a common budget of {AXES[axis]}"
+        if same_kind(a, b)
+        else f"{a.name} and {b.name}: one run is not compared with several seeds"
+        for a, b, budget in pairs
+        if budget is None
     ]
     rows = [
         Verdict(

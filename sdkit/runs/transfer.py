@@ -14,9 +14,8 @@ Retention is R[T][i] − R[0][i] of a suite that no stage trains on.  A stage wi
 
 Prompts: each suite's mean or paired change has the interval of `sdkit.runs.intervals`; those of several suites, whose prompts
 are independent, are combined as in Zou and Donner 2008 (Statistics in Medicine 27, 1693-1702): the squares of the
-distances between mean and end add up.  Several seeds: a prompt's score is its mean over seeds, and the half-width of
-Student's t interval over the seeds' own values is added in the same way.  Part of the variance between seeds is then counted
-twice, so that intervals are rather too wide than too narrow.  Forgetting takes the best of several scores, which noise makes
+distances between mean and end add up.  Several seeds: a prompt's score is its mean over seeds, and the interval is widened by
+the error that is due to seeds (`sdkit.runs.seed_intervals`).  Forgetting takes the best of several scores, which noise makes
 larger; its interval is for the stage that turned out best.
 """
 
@@ -29,6 +28,7 @@ import numpy as np
 from attrs import frozen
 
 from sdkit.runs.intervals import Interval, difference_of_changes, mean_interval, paired_difference
+from sdkit.runs.seed_intervals import SeedError, widened
 
 Scores = Mapping[str, float]
 """Prompt → score, of one suite after one stage."""
@@ -108,7 +108,7 @@ def _best_stage(runs: Sequence[Trajectory], suite: str, last: int) -> int:
 def estimate(runs: Sequence[Trajectory], changes: Sequence[Change]) -> Interval:
     """The mean of these changes over suites, prompts and seeds, with its 95 % interval.  Raises ValueError without changes."""
     parts = [_over_prompts(runs, change) for change in changes]
-    return _combine(parts, [[_of_seed(run, change) for change in changes] for run in runs])
+    return _combine(parts, [_table(runs, change) for change in changes])
 
 
 def difference(
@@ -123,37 +123,36 @@ def difference(
     parts = [_paired(first, second, a, b) for a, b in zip(*changes, strict=True)]
     if not parts or any(part is None for part in parts):
         return None
-    seeds = [
-        [_of_seed(x, a) - _of_seed(y, b) for a, b in zip(*changes, strict=True)]
-        for x, y in zip(first, second, strict=True)
-    ]
-    return _combine([part for part in parts if part], seeds)
+    tables = [_table(first, a) - _table(second, b) for a, b in zip(*changes, strict=True)]
+    return _combine([part for part in parts if part], tables)
 
 
-def _combine(parts: Sequence[Interval], seeds: Sequence[Sequence[float]]) -> Interval:
-    """The mean of independent estimates, and the spread of the seeds' own means (seed → suite → value)."""
-    if len(parts) == len(seeds) == 1:
-        return parts[0]
-    mean = sum(part.mean for part in parts) / len(parts)
-    low = math.hypot(*(part.mean - part.low for part in parts)) / len(parts)
-    high = math.hypot(*(part.high - part.mean for part in parts)) / len(parts)
-    spread = _half_width([sum(values) / len(values) for values in seeds])
-    method = ", ".join(dict.fromkeys(part.method for part in parts if part.method))
-    if len(seeds) > 1:
-        method += f"; Student's t over {len(seeds)} seeds"
-    n = sum(part.n for part in parts)
-    return Interval(
-        mean=mean, low=mean - math.hypot(low, spread), high=mean + math.hypot(high, spread), n=n, method=method
-    )
+def _combine(parts: Sequence[Interval], tables: Sequence[np.ndarray]) -> Interval:
+    """The mean of independent estimates, widened by the error that is due to the seeds.  `tables`: of each suite [P, S]"""
+    interval = parts[0]
+    if len(parts) > 1:
+        mean = sum(part.mean for part in parts) / len(parts)
+        low = math.hypot(*(part.mean - part.low for part in parts)) / len(parts)
+        high = math.hypot(*(part.high - part.mean for part in parts)) / len(parts)
+        method = ", ".join(dict.fromkeys(part.method for part in parts if part.method))
+        n = sum(part.n for part in parts)
+        interval = Interval(mean=mean, low=mean - low, high=mean + high, n=n, method=method)
+    return widened(interval, [_seed_error(tables)] if tables[0].shape[1] > 1 else [])
 
 
-def _half_width(values: Sequence[float], level: float = 0.95) -> float:
-    """Half of Student's t interval of a mean; 0 for a single value, whose spread is unknown."""
-    from scipy.stats import t
+def _seed_error(tables: Sequence[np.ndarray]) -> SeedError:
+    """The standard error of the mean over suites that is due to the seeds; `error_of_columns` for several tables.  [P, S]"""
+    from scipy.stats import f
 
-    if len(values) < 2:
-        return 0.0
-    return float(t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    seeds = tables[0].shape[1]
+    between = float(np.mean([table.mean(axis=0) for table in tables], axis=0).var(ddof=1))
+    by_chance = 0.0
+    for table in tables:
+        rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+        freedom = max(1, (table.shape[0] - 1) * (seeds - 1))
+        share = float((rest**2).sum()) / freedom / table.shape[0] / len(tables) ** 2
+        by_chance += float(f.ppf(0.5, seeds - 1, freedom)) * share
+    return math.sqrt(max(0.0, between - by_chance) / seeds), seeds - 1
 
 
 def _over_prompts(runs: Sequence[Trajectory], change: Change) -> Interval:
@@ -174,10 +173,10 @@ def _paired(first: Sequence[Trajectory], second: Sequence[Trajectory], a: Change
     return difference_of_changes(*values[2:], *values[:2])
 
 
-def _over_seeds(runs: Sequence[Trajectory], suite: str, stage: int | None) -> np.ndarray:
+def _over_seeds(runs: Sequence[Trajectory], suite: str, stage: int | None) -> list[float]:
     """Each prompt's score, averaged over the seeds, in the order of the first seed's prompts."""
     assert stage is not None
-    return np.mean([_values(run, suite, stage, runs[0]) for run in runs], axis=0)
+    return np.mean([_values(run, suite, stage, runs[0]) for run in runs], axis=0).tolist()
 
 
 def _values(run: Trajectory, suite: str, stage: int, order: Trajectory | None = None) -> np.ndarray:
@@ -185,6 +184,11 @@ def _values(run: Trajectory, suite: str, stage: int, order: Trajectory | None = 
     return np.array([scores[prompt] for prompt in (order or run).rows[0][suite]])
 
 
-def _of_seed(run: Trajectory, change: Change) -> float:
-    before = 0.0 if change.before is None else float(_values(run, change.suite, change.before).mean())
-    return float(_values(run, change.suite, change.after).mean()) - before
+def _table(runs: Sequence[Trajectory], change: Change) -> np.ndarray:
+    """The change of every prompt under every seed.  [P, S]"""
+
+    def column(run: Trajectory) -> np.ndarray:
+        before = 0.0 if change.before is None else _values(run, change.suite, change.before, runs[0])
+        return _values(run, change.suite, change.after, runs[0]) - before
+
+    return np.stack([column(run) for run in runs], axis=1)

@@ -7,7 +7,7 @@ from html import unescape
 from xml.etree import ElementTree
 
 import pytest
-from reportruns import HOSTILE, change_setting, damage, make_hostile, make_seeds, make_sequence, make_set
+from reportruns import HOSTILE, change_setting, damage, make_hostile, make_long, make_seeds, make_sequence, make_set
 from tinyruns import lines
 
 from sdkit.language.errors import UnreadableInput
@@ -28,6 +28,10 @@ def text(report_run, tmp_path_factory):
 
 def data_of(text):
     return json.loads(re.search(r'<script type="application/json" id="report-data">(.*?)</script>', text)[1])
+
+
+def subjects_of(text):
+    return [subject["name"] for subject in data_of(text)["subjects"]]
 
 
 def rendered(*runs):
@@ -153,16 +157,22 @@ def test_several_runs_show_what_differs(report_run, tmp_path):
     assert ["optimizer.lr", "0.001", "0.5"] in table_of(text, "settings")
     assert "no significant difference" in text
     assert len(table_of(text, "scores")) == 8
-    assert data_of(text)["subjects"] == [report_run.name, "other"]
+    assert subjects_of(text) == [report_run.name, "other"]
 
 
 def test_seeds_are_one_subject(report_run, tmp_path):
     folder = make_seeds(report_run, tmp_path / "seeds", begun=2, waiting=1)
     text = rendered(folder)
     data = data_of(text)
-    assert data["subjects"] == ["seeds"]
+    assert subjects_of(text) == ["seeds"]
     assert [(run["name"], run["subject"]) for run in data["runs"]] == [("seeds/seed_0", 0), ("seeds/seed_1", 0)]
     assert "not started: seed_2" in text
+    assert "95 % intervals over prompts and seeds" in text
+    assert len(table_of(text, "scores")) == 4
+    [evaluated, *_] = [line for line in lines(report_run / "metrics.jsonl") if "eval/score" in line]
+    band = data["subjects"][0]["bands"]["eval/more/sampled/number"]
+    low = evaluated["eval/more/sampled/number_low"]
+    assert (band["steps"], band["low"][0]) == ([0, 1, 2], pytest.approx(low))  # equal seeds add nothing
     assert dict(map(tuple, table_of(text, "cost")))["runs"] == "2"
 
 
@@ -172,7 +182,7 @@ def test_points_of_a_sweep_are_subjects(report_run, tmp_path):
     shutil.copytree(point / "seed_0", tmp_path / "sweep" / "lr=0.2")
     change_setting(tmp_path / "sweep" / "lr=0.2", "optimizer", "lr", 0.2)
     text = rendered(tmp_path / "sweep")
-    assert data_of(text)["subjects"] == ["sweep/lr=0.1", "sweep/lr=0.2"]
+    assert subjects_of(text) == ["sweep/lr=0.1", "sweep/lr=0.2"]
     assert ["optimizer.lr", "0.001", "0.2"] in table_of(text, "settings")
 
 
@@ -183,7 +193,7 @@ def test_sequence_has_its_matrix(report_run, tmp_path):
     for row, line in zip(table_of(text, "sequences"), (evaluated[0], evaluated[-1], evaluated[-1]), strict=True):
         names = ("eval/sums/greedy/right", "eval/more/greedy/number")
         assert row[1:] == [f"{line[n]:.3f} [{line[f'{n}_low']:.3f}, {line[f'{n}_high']:.3f}]" for n in names]
-    assert data_of(text)["subjects"] == ["both/first", "both/second", "again/first", "again/second"]
+    assert subjects_of(text) == ["both/first", "both/second", "again/first", "again/second"]
     assert [plot["stages"] for plot in data_of(text)["sequences"]] == [["the start", "first", "second"]] * 2
     assert "both − again" in text
     (folder / "second" / "status.json").write_text('{"state": "stopped", "step": 1}')
@@ -195,7 +205,7 @@ def test_seeds_of_a_sequence_are_one(report_run, tmp_path):
         make_sequence(report_run, tmp_path / "seeds" / seed)
     make_set(tmp_path / "seeds", "seeds", {"seed_0": [], "seed_1": []})
     text = rendered(tmp_path / "seeds")
-    assert data_of(text)["subjects"] == ["seeds/first", "seeds/second"]
+    assert subjects_of(text) == ["seeds/first", "seeds/second"]
     assert "seeds, 2 seeds: score of every suite after every stage" in text
 
 
@@ -255,3 +265,14 @@ def test_objective_of_every_method_is_a_formula(name):
 def test_formula_of_a_divergence_has_its_direction():
     spec = load_spec("sdft").spec
     assert "".join(ElementTree.fromstring(formula.formulas(spec)[1]).itertext()).endswith("KL(Tt‖St)")
+
+
+@pytest.mark.full
+def test_page_of_a_long_run_is_below_30_mb(report_run, tmp_path):
+    run = shutil.copytree(report_run, tmp_path / "long")
+    make_long(run, steps=1000, rollouts=16, tokens=600)
+    text = rendered(run)
+    steps = data_of(text)["completions"][0]["rollouts"]["steps"]
+    assert [step["step"] for step in steps] == list(range(1, 1001))
+    assert len(data_of(text)["runs"][0]["steps"]) >= 1000
+    assert len(text.encode()) < 30_000_000

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sdkit.runs.intervals import difference_of_changes, mean_interval, paired_difference
+from sdkit.runs.seed_intervals import error_of_columns, widened
 from sdkit.runs.transfer import Change, Trajectory, difference, estimate, matrix, metric_changes, metrics, retention
 
 SUITES = {"a": "one", "b": "two", "c": "three", "kept": None}
@@ -78,9 +79,10 @@ def test_seeds_add_their_own_spread():
     alone, both = (estimate(runs, [Change("a", 3)]) for runs in ([RUN, RUN], [RUN, other]))
     assert both.mean == pytest.approx(0.3)
     assert alone.mean == pytest.approx(0.2)
-    # Two seeds of 0.2 and 0.4: t of one degree of freedom, 12.7062, times 0.1.
-    prompts = mean_interval([1.0] * 2 + [0.5] * 2 + [0.0] * 6)
-    assert both.mean - both.low == pytest.approx(math.hypot(prompts.mean - prompts.low, 1.27062), rel=1e-4)
+    # Two prompts are right under both seeds, two under one.
+    table = np.array([[1.0, 1.0]] * 2 + [[0.0, 1.0]] * 2 + [[0.0, 0.0]] * 6)
+    expected = widened(mean_interval(table.mean(axis=1).tolist()), [error_of_columns(table)])
+    assert [both.low, both.high] == pytest.approx([expected.low, expected.high])
 
 
 def test_two_sequences_are_compared_prompt_by_prompt():

@@ -62,3 +62,19 @@ def make_sequence(run, folder):
     for stage in ("first", "second"):
         shutil.copytree(run, folder / stage, ignore=shutil.ignore_patterns("model"))
     return folder
+
+
+def make_long(run, steps, rollouts, tokens):
+    """Give a run this many steps: metrics, and rollouts with as many tokens as a reasoning model writes."""
+    evaluated = [line for line in lines(run / "metrics.jsonl") if "eval/score" in line]
+    trained = next(line for line in lines(run / "metrics.jsonl") if "loss" in line)
+    written = evaluated + [
+        trained | {"step": i, "tokens_generated": i * rollouts * tokens} for i in range(1, steps + 1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+    record = lines(run / "rollouts/step_000000.jsonl")[0]
+    ids = [65 + i * 7 % 58 for i in range(tokens)]
+    long = record | {"completion_ids": ids, "token_divergence": [0.1234 + i / tokens for i in range(tokens)]}
+    text = (json.dumps(long) + "\n") * rollouts
+    for step in range(steps):
+        (run / f"rollouts/step_{step:06d}.jsonl").write_text(text)

@@ -15,7 +15,7 @@ STAGE_NAME = Range(
     lambda v: bool(re.fullmatch(_STAGE, v)),
     {"pattern": f"^{_STAGE}{TEXT_END}"},
 )
-SEVERAL = Range("at least two entries", lambda v: len(v) > 1, {"minProperties": 2})
+SEVERAL = Range("two or more", lambda v: len(v) > 1, {"minProperties": 2})
 
 
 @frozen(kw_only=True)

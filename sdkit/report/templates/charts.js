@@ -14,6 +14,8 @@ const DASHES = ["solid", "dot", "dash", "dashdot"];
 const SMOOTHED = 0.22;  // opacity of the measured values behind a smoothed line
 const SEED = 0.35;  // opacity of a seed's line behind the mean
 
+const lastStep = Math.max(0, ...report.runs.flatMap((run) => run.steps));
+
 function element(tag, properties, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
   node.append(...children);
@@ -70,17 +72,17 @@ function looks(chart, s, m) {
 
 function legendName(chart, s, m) {
   if (report.subjects.length === 1) return escaped(chart.labels[m]);
-  return escaped(chart.metrics.length > 1 ? `${report.subjects[s]}, ${chart.labels[m]}` : report.subjects[s]);
+  return escaped(chart.metrics.length > 1 ? `${report.subjects[s].name}, ${chart.labels[m]}` : report.subjects[s].name);
 }
 
 function lineTraces(chart, axis, inertia) {
-  return report.subjects.flatMap((_, s) => {
+  return report.subjects.flatMap((subject, s) => {
     const runs = report.runs.filter((run) => run.subject === s);
     return chart.metrics.flatMap((metric, m) => {
       const points = runs.map((run) => series(run, metric, axis)).filter((one) => one.x.length);
       if (!points.length) return [];
       const [colour, dash] = looks(chart, s, m);
-      const band = points.length > 1 ? [] : bandTraces(runs[0], metric, axis, colour);
+      const band = bandTraces(subject, metric, axis, colour);
       const thin = points.length > 1 ? points.map((one) => thinTrace(one, inertia, colour)) : [];
       const shown = points.length > 1 ? meanOf(points) : points[0];
       return [...band, ...thin, ...mainTraces(shown, axis, inertia, colour, dash, legendName(chart, s, m))];
@@ -127,12 +129,12 @@ function escaped(text) {
   return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 }
 
-function bandTraces(run, metric, axis, colour) {
-  const low = series(run, `${metric}_low`, axis), high = series(run, `${metric}_high`, axis);
-  if (!low.x.length || low.x.length !== high.x.length) return [];
+function bandTraces(subject, metric, axis, colour) {
+  const band = subject.bands[metric];
+  if (!band) return [];
   return [{
-    x: [...low.x, ...high.x.toReversed()], y: [...low.y, ...high.y.toReversed()], type: "scatter", mode: "lines", fill: "toself",
-    line: { width: 0 }, fillcolor: colour + "22", hoverinfo: "skip", showlegend: false,
+    x: [...band[axis], ...band[axis].toReversed()], y: [...band.low, ...band.high.toReversed()], type: "scatter", mode: "lines",
+    fill: "toself", line: { width: 0 }, fillcolor: colour + "22", hoverinfo: "skip", showlegend: false,
   }];
 }
 
@@ -156,7 +158,7 @@ function layout(chart, axis) {
     margin: { l: 44, r: 8, t: 10, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 11, color: css("--soft") }, hovermode: "x unified",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--text") } },
-    xaxis: { ...grid, title: { text: report.axes[axis], font: { size: 11 }, standoff: 6 } },
+    xaxis: { ...grid, dtick: axis === "steps" && lastStep <= 10 ? 1 : undefined, title: { text: report.axes[axis], font: { size: 11 }, standoff: 6 } },
     yaxis: { ...grid, exponentformat: "e", rangemode: chart.kind === "stacked" ? "tozero" : "normal" },
     legend: { orientation: "h", y: -0.2, x: 0, font: { size: 10.5 } }, dragmode: "zoom",
     showlegend: report.subjects.length > 1 || chart.metrics.length > 1,
