@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,9 +116,8 @@ def _read_folder(path: Path, name: str) -> Iterator[Part]:
     folders = {f"{name}/{member.name}": run_set.folder(member) for member in begun}
     parts = [part for member, folder in folders.items() for part in _read_folder(folder, member)]
     subjects = [part for part in parts if isinstance(part, Subject)]
-    if holds_sequence(path):
-        with contextlib.suppress(UnreadableInput):  # its start has not been evaluated
-            yield read_sequence(path, name)
+    if holds_sequence(path) and any(subject.run.points for subject in subjects):
+        yield read_sequence(path, name)
     if run_set.kind == "sequence":
         subjects = [evolve(subject, stage=subject.run.path.name) for subject in subjects]
     if run_set.kind == "seeds":
