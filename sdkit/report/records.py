@@ -78,7 +78,7 @@ Part = Subject | SetState | SequenceRuns
 
 
 def read_contents(paths: Sequence[Path]) -> Contents:
-    """The runs and sets of runs in these folders; each named by its folder, or by its path where two have the same name.
+    """The runs and sets of runs in these folders; each named by its folder, and by parents where two have the same name.
 
     Raises UnreadableInput if a folder is neither, nothing has begun, or a file is damaged.
     """
@@ -86,8 +86,7 @@ def read_contents(paths: Sequence[Path]) -> Contents:
     for folder in folders:
         if folders.count(folder) > 1:
             raise UnreadableInput(f"{folder} is named twice")
-    short = [folder.name for folder in folders]
-    names = [name if short.count(name) == 1 else str(path) for path, name in zip(paths, short, strict=True)]
+    names = [_short_name(folder, folders) for folder in folders]
     parts: list[Part] = []
     for path, name in zip(paths, names, strict=True):
         parts += _read_folder(path, name)
@@ -100,6 +99,14 @@ def read_contents(paths: Sequence[Path]) -> Contents:
         sets=[part for part in parts if isinstance(part, SetState)],
         sequences=[part for part in parts if isinstance(part, SequenceRuns)],
     )
+
+
+def _short_name(folder: Path, folders: Sequence[Path]) -> str:
+    """The folder's name, with as many of its parents as tell it from the others."""
+    depth = 1
+    while sum(other.parts[-depth:] == folder.parts[-depth:] for other in folders) > 1:
+        depth += 1
+    return "/".join(folder.parts[-depth:])
 
 
 def _read_folder(path: Path, name: str) -> Iterator[Part]:

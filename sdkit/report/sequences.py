@@ -23,7 +23,7 @@ class SequenceTable:
     """One sequence: the score of every suite after every stage, and what follows from it."""
 
     name: str
-    seeds: str
+    seeds: str  # how many, if there are several
     suites: Sequence[tuple[str, str]]  # name, and whose task it is
     matrix: Sequence[Row]
     metrics: Sequence[Row]  # empty until the last stage has finished
@@ -46,7 +46,7 @@ def sequence_table(sequence: SequenceRuns) -> SequenceTable:
     ]
     return SequenceTable(
         name=sequence.name,
-        seeds=counted(len(runs), "seed"),
+        seeds=f", {counted(len(runs), 'seed')}" if len(runs) > 1 else "",
         suites=[(suite, f"task of {stage}" if stage else "retention") for suite, stage in runs[0].suites.items()],
         matrix=[
             Row(name=stage, cells=[with_interval(interval) for interval in row.values()])

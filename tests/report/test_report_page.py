@@ -276,3 +276,10 @@ def test_page_of_a_long_run_is_below_30_mb(report_run, tmp_path):
     assert [step["step"] for step in steps] == list(range(1, 1001))
     assert len(data_of(text)["runs"][0]["steps"]) >= 1000
     assert len(text.encode()) < 30_000_000
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(report_run, tmp_path):
+    folders = [make_seeds(report_run, tmp_path / name, begun=1) / "seed_0" for name in ("a", "b")]
+    assert subjects_of(rendered(*folders)) == ["a/seed_0", "b/seed_0"]
+    with pytest.raises(UnreadableInput, match="is named twice"):
+        rendered(report_run, report_run)

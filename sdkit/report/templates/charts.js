@@ -152,6 +152,23 @@ function stackedTraces(chart, axis) {
   }));
 }
 
+const PLOT = { height: 236, bottom: 44, row: 18 };  // pixels: without legend, margin below, a row of the legend
+
+// A legend takes its own rows below the plot, so that all plots are equally high.
+function legendRows(node, traces) {
+  const names = traces.filter((trace) => trace.showlegend !== false).map((trace) => trace.name || "");
+  const widest = Math.max(0, ...names.map((name) => name.length)) * 6.2 + 50;
+  return Math.ceil(names.length / Math.max(1, Math.floor((node.clientWidth - 60) / widest)));
+}
+
+function plot(node, traces, shape) {
+  const rows = shape.showlegend ? legendRows(node, traces) : 0;
+  const bottom = PLOT.bottom + rows * PLOT.row;
+  node.style.height = `${PLOT.height + rows * PLOT.row}px`;
+  const legend = { ...shape.legend, y: -38 / (PLOT.height - PLOT.bottom - shape.margin.t) };
+  Plotly.react(node, traces, { ...shape, margin: { ...shape.margin, b: bottom }, legend }, CONFIGURATION);
+}
+
 function layout(chart, axis) {
   const grid = { gridcolor: css("--grid"), zerolinecolor: css("--grid"), linecolor: css("--line"), automargin: true };
   return {
@@ -160,7 +177,7 @@ function layout(chart, axis) {
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--text") } },
     xaxis: { ...grid, dtick: axis === "steps" && lastStep <= 10 ? 1 : undefined, title: { text: report.axes[axis], font: { size: 11 }, standoff: 6 } },
     yaxis: { ...grid, exponentformat: "e", rangemode: chart.kind === "stacked" ? "tozero" : "normal" },
-    legend: { orientation: "h", y: -0.2, x: 0, font: { size: 10.5 } }, dragmode: "zoom",
+    legend: { orientation: "h", x: 0, yanchor: "top", font: { size: 10.5 } }, dragmode: "zoom",
     showlegend: report.subjects.length > 1 || chart.metrics.length > 1,
     modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--accent") },
   };
@@ -170,7 +187,7 @@ function draw(node, chart) {
   const axis = document.getElementById("axis").value;
   const inertia = Number(document.getElementById("smooth").value);
   const traces = chart.kind === "stacked" ? stackedTraces(chart, axis) : lineTraces(chart, axis, inertia);
-  Plotly.react(node, traces, layout(chart, axis), CONFIGURATION);
+  plot(node, traces, layout(chart, axis));
 }
 
 function addChart(chart) {
@@ -209,7 +226,7 @@ function drawStages(node, sequence) {
   const base = layout(chart, "steps");
   base.xaxis.title = { text: "" };
   base.xaxis.type = "category";
-  Plotly.react(node, traces, { ...base, showlegend: true }, CONFIGURATION);
+  plot(node, traces, { ...base, showlegend: true });
 }
 
 report.sequences.forEach((sequence) => {
