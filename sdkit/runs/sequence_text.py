@@ -43,14 +43,14 @@ def compare(folders: Sequence, console: Console) -> None:
 
 
 def _matrix_table(sequence: SequenceRuns) -> Table:
-    runs = sequence.trajectories
+    runs, first = sequence.trajectories, sequence.trajectories[0]
     seeds = f", mean of {counted(len(runs), 'seed')}" if len(runs) > 1 else ""
     table = Table(title=f"{sequence.name}: score of every suite after every stage{seeds}", caption="95 % intervals")
     table.add_column("after")
-    for suite, stage in runs[0].suites.items():
+    for suite, stage in first.suites.items():
         note = f"task of {stage}" if stage else "retention"
         table.add_column(f"{escape(suite)}\n[dim]{escape(note)}[/]", justify="right")
-    for stage, row in zip(["the start", *runs[0].stages], matrix(runs), strict=False):
+    for stage, row in zip(["the start", *first.stages], matrix(runs), strict=False):
         table.add_row(escape(stage), *(with_interval(interval) for interval in row.values()))
     return table
 
