@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from sdkit.language.sequences import load_sequence
 from sdkit.runs.directory import read_lines, read_status
 from sdkit.runs.run_sets import read_set, write_set
 from sdkit.runs.sequences import holds_sequence, read_sequence, summary
-from sdkit.sets.sequences import sequence_set
+from sdkit.sets.sequences import seeds_of_sequence, sequence_set
 
 RUN = """
 model: {path: MODEL, dtype: float32}
@@ -113,7 +114,7 @@ def test_optimizer_and_teacher_go_on_where_the_file_says_so(trained):
     assert not torch.equal(teachers[0][name], model[name])  # an average behind the student, which a new one is not
 
 
-def test_a_finished_sequence_writes_the_matrix_and_is_compared(trained, sdkit, tmp_path, monkeypatch):
+def test_a_finished_sequence_writes_the_matrix_and_is_compared(trained, sdkit):
     path, runs = trained
     code, out, err = sdkit("train", path, "--to", runs, "--resume")
     assert (code, err) == (0, "")
@@ -132,13 +133,33 @@ def test_a_finished_sequence_writes_the_matrix_and_is_compared(trained, sdkit, t
     }  # fmt: skip
     assert holds_sequence(runs)
     assert not holds_sequence(runs / "first")
-    os.symlink(runs, tmp_path / "again")
     code, out, _ = sdkit("compare", runs)
     assert code == 0
     assert "backward transfer" in out
     code, _, err = sdkit("compare", runs, runs / "first")
     assert code == 2
     assert "hold none" in err
+
+
+def test_seeds_of_a_sequence_are_one_thing(trained, sdkit):
+    path, runs = trained
+    sdkit("train", path, "--to", runs, "--resume")
+    folder = runs.with_name("seeds")
+    write_set(seeds_of_sequence(load_sequence(path), (), (0, 1), folder))
+    for seed in (0, 1):
+        shutil.copytree(runs, folder / f"seed_{seed}")
+    code, out, err = sdkit("train", path, "--to", folder, "--resume", "--seeds", "0,1")
+    assert (code, err) == (0, "")
+    assert "2 of 2 runs are finished already" in out
+    both, one = (json.loads((f / "sequence.json").read_text()) for f in (folder, runs))
+    assert len(both["seeds"]) == 2
+    assert both["metrics"]["accuracy"]["mean"] == one["metrics"]["accuracy"]["mean"]
+    code, _, err = sdkit("train", path, "training.seed=3", "--to", folder, "--resume", "--seeds", "0,1")
+    assert code == 2
+    assert "training.seed is given here and by --seeds" in err
+    code, out, _ = sdkit("compare", runs, folder)
+    assert code == 0
+    assert "have no suite with the same prompts and as many seeds" in out
 
 
 def test_validate_plan_and_other_commands(trained, sdkit):
