@@ -33,21 +33,21 @@ class SequenceTable:
 
 def sequence_table(sequence: SequenceRuns) -> SequenceTable:
     """The tables of one sequence, over all of its seeds."""
-    runs = sequence.trajectories
+    runs, first = sequence.trajectories, sequence.trajectories[0]
     rows = matrix(runs)
-    stages = [START, *runs[0].stages][: len(rows)]
+    stages = [START, *first.stages][: len(rows)]
     figures: dict[str, Any] = {}
     if sequence.is_complete:
         figures = {TITLES[name]: interval for name, interval in metrics(runs).items()}
         figures |= {f"retention of {suite}": interval for suite, interval in retention(runs).items()}
     lines = [
         {"suite": suite, **{end: [getattr(row[suite], end) for row in rows] for end in ("mean", "low", "high")}}
-        for suite in runs[0].suites
+        for suite in first.suites
     ]
     return SequenceTable(
         name=sequence.name,
         seeds=f", {counted(len(runs), 'seed')}" if len(runs) > 1 else "",
-        suites=[(suite, f"task of {stage}" if stage else "retention") for suite, stage in runs[0].suites.items()],
+        suites=[(suite, f"task of {stage}" if stage else "retention") for suite, stage in first.suites.items()],
         matrix=[
             Row(name=stage, cells=[with_interval(interval) for interval in row.values()])
             for stage, row in zip(stages, rows, strict=True)
