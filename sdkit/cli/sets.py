@@ -23,7 +23,7 @@ from sdkit.cli.options import (
     accepted,
     check_options,
 )
-from sdkit.language.errors import UnreadableInput
+from sdkit.language.errors import UnreadableInput, counted
 
 
 def parsed_seeds(text: str | None) -> tuple[int, ...]:
@@ -33,28 +33,33 @@ def parsed_seeds(text: str | None) -> tuple[int, ...]:
     return () if text is None else parse_seeds(text)
 
 
-def check_run_file(spec: Path, overrides: Sequence[str], seeds: Sequence[int], *, warn: bool = True) -> Any:
+def check_run_file(spec: Path, overrides: Sequence[str], seeds: Sequence[int]) -> Any:
     """Check a run file, for the first of the seeds if there are any.  Exits as `check_spec` does.
 
     With seeds, no override may give training.seed; the value in the file does not count.
     """
+    from sdkit.sets.seeds import seed_overrides
+
+    refuse_second_seed(spec, overrides, seeds)
+    return check_spec(spec, [*overrides, *(o for seed in seeds[:1] for o in seed_overrides((), seed))], run_file=True)
+
+
+def refuse_second_seed(spec: Path, overrides: Sequence[str], seeds: Sequence[int]) -> None:
+    """Print a problem at the override, and exit with code 1, if one gives training.seed beside `--seeds`."""
     from attrs import evolve
 
     from sdkit.language.errors import COMMAND_LINE, Place, Problem
     from sdkit.language.load import load_spec
-    from sdkit.sets.seeds import SEED_KEY, seed_overrides
+    from sdkit.sets.seeds import SEED_KEY
 
     doubled = [i for i, text in enumerate(overrides, 1) if text.partition("=")[0] == SEED_KEY]
-    if not seeds:
-        return check_spec(spec, overrides, run_file=True, warn=warn)
-    if doubled:
+    if seeds and doubled:
         checked = load_spec(spec, overrides)
         place = Place(COMMAND_LINE, doubled[0], 1, len(overrides[doubled[0] - 1]))
         message = f"{SEED_KEY} is given here and by --seeds"
         problem = Problem(("training", "seed"), message, "override", "leave one of them out", place)
         print_problems([evolve(checked, problems=(*checked.problems, problem))], "text")
         raise typer.Exit(1)
-    return check_spec(spec, seed_overrides(overrides, seeds[0]), run_file=True, warn=warn)
 
 
 def check_parallel(spec: Any, parallel: int, processes: int | None) -> list[Any]:
@@ -225,12 +230,14 @@ def _check_points(spec: Path, overrides: Sequence[str], points: Sequence[Any], s
     """The checked spec of every point, after printing all problems of all points.  Exits with code 1 if there are errors."""
     from sdkit.sets.sweep import check_points, describe_problems
 
-    check_run_file(spec, overrides, seeds, warn=False)  # what is wrong without the grid comes first
+    first = [*overrides, *points[0].overrides]
+    refuse_second_seed(spec, first, seeds)
     checked = check_points(spec, overrides, points, seeds)
     if problems := describe_problems(checked):
         typer.echo(problems, err=True)
     if not all(each.ok for each in checked.values()):
         raise typer.Exit(1)
+    check_spec(spec, first, run_file=True, warn=False)  # raises for a method page
     return checked
 
 
@@ -253,9 +260,9 @@ def _print_grid(plans: Any, seeds: Sequence[int], choice: Any, processes: int | 
         peak = f", {plan.peak_gib:.1f} GiB per rank" if plan.peak_gib else ""
         lines.append(f"  {name}: {steps}{peak}" + (f", {hours:.1f} h" if hours is not None else ""))
     runs = len(plans) * max(1, len(seeds))
-    each = f" × {len(seeds)} seeds = {runs} runs" if seeds else ""
+    each = f" × {counted(len(seeds), 'seed')} = {counted(runs, 'run')}" if seeds else ""
     time = f"{total / parallel:.1f} h in all, without evaluation" if known else "time unknown: see machine.accelerator"
-    lines = [f"sweep: {len(plans)} points{each}, {time}", *lines]
+    lines = [f"sweep: {counted(len(plans), 'point')}{each}, {time}", *lines]
     lines.append(f"chosen by suite {choice.chooses}, reported on suite {choice.reports}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     spec = next(iter(plans.values()))[0]

@@ -1,11 +1,11 @@
 """Intervals that count prompts and seeds: of a mean over the runs of several seeds, and of the difference of two such means.
 
 The score of prompt p in the run of seed s is `mean + prompt_p + seed_s + rest_ps`, both effects random.  The mean over all
-of them has two sources of error.  The prompts' interval is that of `intervals` for the means over seeds.  The seeds' standard
-error comes from the analysis of variance of the crossed table, with Student's t for as many degrees of freedom as there are
-seeds, less one.  The distances of the ends from the mean are combined as the sides of a right triangle (Zou and Donner 2008,
-Statistics in Medicine 27, 1693-1702).  docs/decisions.md compares it with other intervals; tests/runs/test_coverage.py
-simulates how often it holds the true mean.
+of them has two sources of error.  The prompts' interval is that of `intervals` for the means over seeds; if every
+score is 0 or 1, Wilson's for the effective number of trials.  The seeds' standard error comes from the analysis of variance
+of the crossed table, with Student's t for as many degrees of freedom as there are seeds, less one.  The distances of the ends
+from the mean are combined as the sides of a right triangle (Zou and Donner 2008, Statistics in Medicine 27, 1693-1702).
+docs/decisions.md compares it with other intervals; tests/runs/test_coverage.py simulates how often it holds the true mean.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from attrs import evolve
 
 from sdkit.runs.intervals import Interval, mean_interval, paired_difference
 
+WILSON_CLUSTERED = "Wilson's interval for the effective number of trials"
 OVER_SEEDS = "and Student's t over seeds"
 
 BySeed = Mapping[int, Mapping[str, float]]
@@ -83,8 +84,34 @@ def widened(interval: Interval, errors: Sequence[SeedError], level: float = 0.95
 
 def seeds_mean(scores: BySeed) -> Interval:
     """The mean over prompts and seeds, with its 95 % interval.  Raises ValueError if the seeds have no common prompt."""
+    values = list(mean_over_seeds(scores).values())
     error = seed_error(scores)
-    return widened(mean_interval(list(mean_over_seeds(scores).values())), [error] if error else [])
+    if error is None:
+        return mean_interval(values)
+    singles = [value for prompts in scores.values() for value in prompts.values()]
+    binary = all(value in (0.0, 1.0) for value in singles)
+    interval = widened(clustered_wilson(values) if binary else mean_interval(values), [error])
+    if min(singles) < 0 or max(singles) > 1:
+        return interval
+    return evolve(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
+
+
+def clustered_wilson(shares: Sequence[float], level: float = 0.95) -> Interval:
+    """The mean of shares of successes, one for each prompt, with Wilson's interval for as many independent trials as would
+    give the mean the same variance.
+
+    If the shares do not differ, the number of trials is that of the prompts.  Source: Dean and Pagano 2015, Journal of
+    Survey Statistics and Methodology 3, 484-503.
+    """
+    from scipy.stats import norm
+
+    values = np.asarray(shares, dtype=float)
+    mean, variance = float(values.mean()), float(values.var(ddof=1)) / values.size if values.size > 1 else 0.0
+    trials = mean * (1 - mean) / variance if variance > 0 else float(values.size)
+    square = float(norm.ppf((1 + level) / 2)) ** 2
+    centre = (mean + square / (2 * trials)) / (1 + square / trials)
+    half = math.sqrt(square * (mean * (1 - mean) / trials + square / (4 * trials**2))) / (1 + square / trials)
+    return Interval(mean=mean, low=centre - half, high=centre + half, n=values.size, method=WILSON_CLUSTERED)
 
 
 def seeds_change(before: BySeed, after: BySeed) -> Interval:

@@ -13,7 +13,14 @@ from sdkit.runs.compare_text import compare
 from sdkit.runs.intervals import mean_interval
 from sdkit.runs.plot import figure_of_runs
 from sdkit.runs.run_sets import Member, RunSet, write_set
-from sdkit.runs.seed_intervals import difference_errors, error_of_columns, seed_error, seeds_change, seeds_mean
+from sdkit.runs.seed_intervals import (
+    clustered_wilson,
+    difference_errors,
+    error_of_columns,
+    seed_error,
+    seeds_change,
+    seeds_mean,
+)
 from sdkit.runs.seed_runs import read_runs
 
 
@@ -51,6 +58,15 @@ def test_one_seed_has_the_interval_of_a_single_run():
     scores = {3: score_of(0.4)}
     assert seed_error(scores) is None
     assert seeds_mean(scores) == mean_interval(list(score_of(0.4).values()))
+
+
+def test_shares_of_independent_trials_have_wilsons_interval():
+    """Shares of 0 and 1 are trials themselves; equal shares are as good as one trial for each prompt."""
+    single = mean_interval([1.0] * 40 + [0.0] * 60)
+    interval = clustered_wilson([1.0] * 40 + [0.0] * 60)
+    assert (interval.low, interval.high) == pytest.approx((single.low, single.high), abs=0.002)
+    nothing = clustered_wilson([0.0] * 100)
+    assert (nothing.low, nothing.high) == (0, pytest.approx(mean_interval([0.0] * 100).high))
 
 
 def test_seeds_that_differ_widen_the_interval():

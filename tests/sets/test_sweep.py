@@ -123,6 +123,14 @@ def test_all_problems_of_all_points_are_reported_before_anything_runs(sdkit, run
     assert not (tmp_path / "sweep").exists()
 
 
+def test_grid_may_give_a_key_that_the_run_file_lacks(sdkit, run_file):
+    data = yaml.safe_load(run_file.read_text())
+    del data["optimizer"]
+    run_file.write_text(yaml.safe_dump(data))
+    assert sdkit("sweep", run_file, "--over", "optimizer.lr=1e-5", "--dry-run")[0] == 0
+    assert "is a method page" in sdkit("sweep", "sdft", "--over", "rollout.max_new_tokens=8,16", "--dry-run")[2]
+
+
 def test_dry_run_plans_every_point(sdkit, run_file, tmp_path):
     command = ["sweep", run_file, "--over", "optimizer.lr=1e-5,3e-5", "--seeds", "0,1", "--to", tmp_path / "sweep"]
     code, out, _ = sdkit(*command, "--dry-run")
@@ -184,6 +192,8 @@ def test_seeds_in_two_places_are_refused_at_the_word(sdkit, run_file):
     code, _, err = sdkit("train", run_file, "training.steps=2", "training.seed=4", "--seeds", "0,1")
     assert code == 1
     assert "<command line>:2:1: training.seed is given here and by --seeds [override]" in err
+    code, _, err = sdkit("sweep", run_file, "--over", "training.seed=1,2", "--seeds", "0,1", "--dry-run")
+    assert (code, "<command line>:1:1: training.seed is given here and by --seeds" in err) == (1, True)
     code, _, err = sdkit("train", run_file, "--parallel", "2")
     assert (code, "--parallel needs --seeds" in err) == (2, True)
 
