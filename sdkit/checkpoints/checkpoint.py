@@ -18,9 +18,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from attrs import define, frozen
 from safetensors import safe_open
@@ -40,6 +40,8 @@ from sdkit.models.weights import Weights
 TEACHER = "teacher.safetensors"
 PREFETCHED = "ahead.jsonl"
 """The file of prefetched rollout batches."""
+Part = Literal["optimizer", "teacher"]
+"""A part of a checkpoint that another run can start with."""
 MAX_FILE_BYTES = 5 * 10**9
 """Largest file of a saved model; the first rank holds at most this much of it in memory."""
 
@@ -185,16 +187,10 @@ def load(state: TrainState, checkpoint: Path, seed: int) -> None:
 
     `seed` is the run's, for a rank that the checkpoint has no random state of.
     """
-    try:
-        facts = manifest.read(checkpoint, hashes=False)
-    except manifest.UnusableCheckpoint as error:
-        raise UnreadableInput(f"{checkpoint} {error}") from None
-    state.zero.load(checkpoint.parent, checkpoint.name, universal=facts.universal)
+    facts = _load_optimizer(state, checkpoint)
     progress = state.progress
     progress.step, progress.optimizer_steps, progress.skipped = facts.step, facts.updates, facts.skipped
-    if state.teacher and state.teacher.moves:
-        with safe_open(str(checkpoint / _teacher_file(state.zero)), framework="pt") as file:
-            state.teacher.load_state(_StoredTensors(file))
+    _load_teacher(state, checkpoint)
     if state.prefetched:
         state.prefetched.read(checkpoint)
     own = checkpoint / rng_state_file(collectives.rank())
@@ -202,6 +198,32 @@ def load(state: TrainState, checkpoint: Path, seed: int) -> None:
         rng.restore(json.loads(own.read_text(encoding="utf-8")))
     else:  # a rank added by `sdkit checkpoint convert`
         rng.seed_all(seed, collectives.rank(), facts.step)
+
+
+def load_parts(state: TrainState, checkpoint: Path, parts: Collection[Part]) -> None:
+    """Load parts of an intact checkpoint of another run of the user's own: same shapes, ZeRO stage and ranks.
+
+    `optimizer` includes the student's weights at the end of that run.  Progress and random streams stay as they are.
+    """
+    if "optimizer" in parts:
+        _load_optimizer(state, checkpoint)
+    if "teacher" in parts:
+        _load_teacher(state, checkpoint)
+
+
+def _load_optimizer(state: TrainState, checkpoint: Path) -> Manifest:
+    try:
+        facts = manifest.read(checkpoint, hashes=False)
+    except manifest.UnusableCheckpoint as error:
+        raise UnreadableInput(f"{checkpoint} {error}") from None
+    state.zero.load(checkpoint.parent, checkpoint.name, universal=facts.universal)
+    return facts
+
+
+def _load_teacher(state: TrainState, checkpoint: Path) -> None:
+    if state.teacher and state.teacher.moves:
+        with safe_open(str(checkpoint / _teacher_file(state.zero)), framework="pt") as file:
+            state.teacher.load_state(_StoredTensors(file))
 
 
 def newest_step(run: Path) -> int:

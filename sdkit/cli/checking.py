@@ -20,11 +20,17 @@ def check_spec(
 ) -> Any:
     """Load and check a spec; print its problems, and exit with code 1 if there are errors.
 
-    Raises UnreadableInput if `run_file` is required and this is a method page.
+    Raises UnreadableInput if `run_file` is required and this is a method page, and for a sequence file.
     """
     from sdkit.language.errors import UnreadableInput
     from sdkit.language.load import load_spec
+    from sdkit.language.sequences import is_sequence
 
+    if is_sequence(path):
+        raise UnreadableInput(
+            f"{path} is a sequence file, and this command reads one run",
+            hint="name the run file of a stage; `sdkit train`, `validate`, `plan` and `fmt` read sequence files",
+        )
     checked = load_spec(path, overrides or (), base=base)
     if not checked.ok or (is_first_rank() and warn):
         print_problems([checked], "text")

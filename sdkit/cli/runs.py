@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from sdkit.cli import completion
+from sdkit.cli import completion, sequences
 from sdkit.cli.app import RUNNING, app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
 from sdkit.cli.options import (
@@ -25,7 +26,7 @@ from sdkit.cli.options import (
     check_options,
 )
 from sdkit.cli.sets import check_run_file, evaluate_set, parsed_seeds, train_seeds
-from sdkit.cli.specs import plan, smoke_spec
+from sdkit.cli.specs import print_plan, smoke_spec
 from sdkit.language.errors import ProcessDied, UnreadableInput
 from sdkit.stdout import is_first_rank
 
@@ -33,7 +34,7 @@ from sdkit.stdout import is_first_rank
 @app.command(
     rich_help_panel=RUNNING,
     epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`, "
-    "`sdkit train specs/sdft.yaml --seeds 0,1,2`",
+    "`sdkit train specs/sdft.yaml --seeds 0,1,2`, `sdkit train specs/sequences/continual.yaml`",
 )
 def train(
     spec: RunPath,
@@ -55,21 +56,36 @@ def train(
     processes: Processes = None,
     seeds: Seeds = None,
     parallel: Parallel = 1,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", help="Only this stage of a sequence file, after the one before.", show_default=False),
+    ] = None,
 ) -> None:
-    """Run a spec: evaluate, train, evaluate, and write a run directory.
+    """Run a spec: evaluate, train, evaluate, and write a run directory.  Of a sequence file, run every stage.
 
-    With `--seeds`, do so for each seed; `sdkit compare` reads the folder as one thing.
+    With `--seeds`, do so for each seed; `sdkit compare` reads the folder as one thing, as it does that of a sequence.
     """
+    from sdkit.language.sequences import is_sequence
+
     check_options(resume, overwrite, accept := accepted(code=changed_code, models=changed_models))
     if parallel > 1 and seeds is None:
         raise typer.BadParameter("--parallel needs --seeds: there is one run")
-    numbers = parsed_seeds(seeds)
-    checked = check_run_file(spec, overrides or [], numbers)
+    numbers, carried = parsed_seeds(seeds), None
+    settings = {"resume": resume, "overwrite": overwrite, "accept": accept}
+    if not stage and is_sequence(spec):
+        if dry_run:
+            return sequences.rehearse_stages(spec, overrides)
+        return sequences.train_stages(
+            spec, overrides or [], numbers, to, processes=processes, parallel=parallel, **settings
+        )
+    if stage:
+        checked, folder, carried = sequences.stage_to_train(spec, overrides, stage, to)
+    else:
+        checked = check_run_file(spec, overrides or [], numbers)
+        folder = to or Path(checked.spec.output.folder) / spec.stem
     if dry_run:
-        return _rehearse(checked, spec, overrides, seeds)
-    folder = to or Path(checked.spec.output.folder) / spec.stem
+        return _rehearse(checked, seeds)
     if numbers:
-        settings = {"resume": resume, "overwrite": overwrite, "accept": accept}
         return train_seeds(
             checked, spec, overrides or [], numbers, folder, processes=processes, parallel=parallel, **settings
         )
@@ -78,14 +94,18 @@ def train(
             f"{folder} holds several runs, not one", hint="add their --seeds, or name another with --to"
         )
     _launch_ranks(checked.spec, processes, folder)
-    written, console = checked.texts[checked.loaded.name], make_console(log=True)
-    _train(checked, checked.base, folder, console, written, resume=resume, overwrite=overwrite, accept=accept)
+    written, console = checked.texts[os.fspath(spec)], make_console(log=True)
+    _train(checked, checked.base, folder, console, written, carried=carried, **settings)
     return None
 
 
-def _rehearse(checked: Any, spec: Path, overrides: list[str] | None, seeds: str | None) -> None:
+def _rehearse(checked: Any, seeds: str | None) -> None:
     """Do everything that a run does before it loads its model, and a smoke run."""
-    plan(spec, overrides, seeds=seeds)
+    the_plan = print_plan(checked)
+    if seeds is not None:
+        from sdkit.sets.seeds import parse_seeds, plan_seeds
+
+        typer.echo(plan_seeds(parse_seeds(seeds), the_plan))
     from sdkit.train.data_report import report_data
     from sdkit.train.reward_trial import try_rewards
 

@@ -1,4 +1,4 @@
-"""Commands on run directories: compare, diff, export, show rollouts, convert checkpoints."""
+"""Commands on run directories: compare, report, diff, export, show rollouts, convert checkpoints."""
 
 from __future__ import annotations
 
@@ -31,10 +31,40 @@ def compare(
         ),
     ] = None,
 ) -> None:
-    """Print and plot runs over tokens, steps and time, with intervals; no winner inside the noise."""
-    from sdkit.runs.compare_text import compare as compare_runs
+    """Print and plot runs over tokens, steps and time, with intervals; no winner inside the noise.
 
-    compare_runs(runs, make_console(), to, x, score)
+    Of sequences: the accuracy matrix, transfer, forgetting, and their differences.
+    """
+    from sdkit.runs import sequence_text
+    from sdkit.runs.compare_text import compare as compare_runs
+    from sdkit.runs.sequences import holds_sequence
+
+    if any(holds_sequence(run) for run in runs):
+        return sequence_text.compare(runs, make_console())
+    return compare_runs(runs, make_console(), to, x, score)
+
+
+@app.command(
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit report runs/sdft`, `sdkit report runs/grpo runs/sdpo --to both.html`",
+)
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run directories, finished or not; folders of seeds, sweeps and sequences.", show_default=False
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="The page to write (.html).")] = Path("report.html"),
+    x: Annotated[
+        Literal["tokens", "steps", "time"], typer.Option("--x", help="The budget at which runs are compared.")
+    ] = "tokens",
+) -> None:
+    """Write one page to read and to mail: scores, curves, held-out prompts, rollouts, settings, cost; it loads nothing."""
+    from sdkit.report.page import write_report
+
+    write_report(runs, to, x)
+    typer.echo(f"report: {to}")
 
 
 @app.command(

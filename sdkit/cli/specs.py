@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from sdkit.cli import completion
+from sdkit.cli import completion, sequences
 from sdkit.cli.app import CHECKING, app
 from sdkit.cli.checking import check_spec, check_spec_or_run, make_console, placing, print_problems
 from sdkit.cli.options import Format, Overrides, Seeds, SpecOrRun, SpecPath
+
+_KINDS = {"run": "run file", "method": "method page", "sequence": "sequence file"}
 
 
 @app.command(
@@ -46,18 +48,28 @@ def validate(
     Loads nothing heavy without `--data`.
     """
     paths, overrides = _split(words)
-    checked_specs = {path: check_with_first_rows(path, overrides, strict=strict) for path in paths}
+    from sdkit.language.sequences import CheckedSequence, is_sequence
+
+    checked_specs = {
+        path: (sequences.with_first_rows if is_sequence(path) else check_with_first_rows)(
+            path, overrides, strict=strict
+        )
+        for path in paths
+    }
     print_problems([checked for checked, _ in checked_specs.values()], format)
     for path, (checked, descriptions) in checked_specs.items():
         if checked.ok and format == "text":
-            typer.echo(f"{path}: ok ({'run file' if checked.kind == 'run' else 'method page'})")
+            typer.echo(f"{path}: ok ({_KINDS[checked.kind]})")
             for line in descriptions:
                 typer.echo(f"  {line}")
     if not all(checked.ok for checked, _ in checked_specs.values()):
         raise typer.Exit(1)
     if data is not None:
-        for path in paths:
-            _check_data(path, overrides, data)
+        for path, (checked, _) in checked_specs.items():
+            if isinstance(checked, CheckedSequence):
+                sequences.report_stages(Path(path), overrides, data)
+            else:
+                _check_data(path, overrides, data)
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -113,18 +125,17 @@ def plan(
 ) -> None:
     """Print what a run would do: roles, batches, memory, every derived value.  Loads no weights.
 
-    For a method page: its objective, teacher and sampler.
+    For a method page: its objective, teacher and sampler.  For a sequence file: every stage, and the sum.
     """
-    from sdkit.api import plan_spec
+    from sdkit.language.sequences import is_sequence
     from sdkit.plan.plan import MethodPlan
-    from sdkit.plan.text import render_method, render_plan
 
+    if is_sequence(spec):
+        sequences.plan_sequence(spec, overrides)
+        return sequences.report_stages(spec, overrides, data) if data else None
     checked = check_spec_or_run(spec, overrides, run_file=data > 0)
-    the_plan = plan_spec(checked.spec, checked.base)
-    if isinstance(the_plan, MethodPlan):
-        return typer.echo(render_method(the_plan))
-    typer.echo(render_plan(checked.spec, the_plan))
-    if seeds is not None:
+    the_plan = print_plan(checked)
+    if seeds is not None and not isinstance(the_plan, MethodPlan):
         from sdkit.sets.seeds import parse_seeds, plan_seeds
 
         typer.echo(plan_seeds(parse_seeds(seeds), the_plan))
@@ -134,6 +145,18 @@ def plan(
         with placing(checked):
             preview(checked.spec, checked.base, data, make_console())
     return None
+
+
+def print_plan(checked: Any) -> Any:
+    """Print and return the plan of a checked run file, or what a method page fixes of it."""
+    from sdkit.api import plan_spec
+    from sdkit.plan.plan import MethodPlan
+    from sdkit.plan.text import render_method, render_plan
+
+    the_plan = plan_spec(checked.spec, checked.base)
+    is_method = isinstance(the_plan, MethodPlan)
+    typer.echo(render_method(the_plan) if is_method else render_plan(checked.spec, the_plan))
+    return the_plan
 
 
 @app.command(rich_help_panel=CHECKING, epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke sdft --steps 20`")

@@ -17,11 +17,11 @@ from attrs import frozen
 
 from sdkit.language.errors import Path, UnreadableInput
 from sdkit.language.introspection import default_kind, is_spec, keys_of, kinds_of, options_of
-from sdkit.language.overlay import is_run_file, load
+from sdkit.language.overlay import is_run_file, is_sequence_data, load
 from sdkit.language.renamed import current_name
 from sdkit.language.scalars import scalar
 from sdkit.language.source import Source, read, read_text
-from sdkit.language.specs import ExperimentSpec, MethodSpec, Table
+from sdkit.language.specs import ExperimentSpec, MethodSpec, SequenceSpec, Table
 
 FIRST_KEYS = ("method", "model", "data")
 """The keys with which a run file begins, before those of a method page."""
@@ -36,8 +36,11 @@ def format_spec(path: str | os.PathLike[str]) -> tuple[Source, str]:
     if source.problems or source.root is None:
         return source, source.text
     text = source.text if source.text.endswith("\n") else f"{source.text}\n"
-    cls = ExperimentSpec if is_run_file(source.data) else MethodSpec
-    after = _Formatter(text).format(cls, load(path, resolved=True).data)
+    if is_sequence_data(source.data):
+        after = _Formatter(text).format(SequenceSpec, source.data)
+    else:
+        cls = ExperimentSpec if is_run_file(source.data) else MethodSpec
+        after = _Formatter(text).format(cls, load(path, resolved=True).data)
     before, now = read_text(source.text, source.name, resolved=True), read_text(after, source.name)
     if now.problems or now.data != before.data:
         raise UnreadableInput(f"{source.name} cannot be formatted without changing it; it is left as it is")

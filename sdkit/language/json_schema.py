@@ -1,4 +1,4 @@
-"""JSON Schema (draft 2020-12) of run files and method pages, for editors.
+"""JSON Schema (draft 2020-12) of run files, method pages and sequence files, for editors.
 
 The schema says what `structure` checks: keys, types, choices and ranges.  It leaves out what JSON Schema cannot say,
 such as a limit in bytes, and the rules.  A run file that names a method page may override parts of it, so below
@@ -18,7 +18,7 @@ from sdkit.language.introspection import Key, default_kind, keys_of, kinds_of, m
 from sdkit.language.overlay import METHOD_HELP, PAGE_PATH, RUN_KEYS, packaged_methods
 from sdkit.language.resolved import without_defaults
 from sdkit.language.source import MAX_KEY_LENGTH
-from sdkit.language.specs import NOT_EMPTY, ExperimentSpec, MethodSpec, Range, Schedule, Table
+from sdkit.language.specs import NOT_EMPTY, ExperimentSpec, MethodSpec, Range, Schedule, SequenceSpec, Table
 from sdkit.language.structure import MAX_ENTRIES
 
 Json = dict[str, Any]
@@ -26,26 +26,32 @@ TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 
 
 def json_schema() -> Json:
-    """Returns one schema for run files and method pages, as JSON values."""
+    """Returns one schema for run files, method pages and sequence files, as JSON values."""
     definitions = _Definitions()
     method = {"description": METHOD_HELP, "anyOf": [{"enum": packaged_methods()}, {"pattern": PAGE_PATH}]}
     page = definitions.object(MethodSpec, "method page", partial=False)
     run_file = definitions.object(ExperimentSpec, "run file", partial=False)
     over_a_page = definitions.object(ExperimentSpec, "run file", partial=True)
     over_a_page["properties"] = {"method": method, **over_a_page["properties"]}
-    definitions.schemas |= {"method_page": page, "run_file": run_file, "run_file_over_a_page": over_a_page}
+    sequence = definitions.object(SequenceSpec, "sequence file", partial=False)
+    files = {"method_page": page, "run_file": run_file, "run_file_over_a_page": over_a_page, "sequence_file": sequence}
+    definitions.schemas |= files
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "sdkit run file or method page",
+        "title": "sdkit run file, method page or sequence file",
         "type": "object",
         # An editor completes the keys of an empty file from these.
         "properties": {name: {"description": key["description"]} for name, key in over_a_page["properties"].items()},
         "if": {"required": ["method"]},
         "then": {"$ref": "#/$defs/run_file_over_a_page"},
         "else": {
-            "if": {"anyOf": [{"required": [key]} for key in RUN_KEYS]},
-            "then": {"$ref": "#/$defs/run_file"},
-            "else": {"$ref": "#/$defs/method_page"},
+            "if": {"required": ["stages"]},
+            "then": {"$ref": "#/$defs/sequence_file"},
+            "else": {
+                "if": {"anyOf": [{"required": [key]} for key in RUN_KEYS]},
+                "then": {"$ref": "#/$defs/run_file"},
+                "else": {"$ref": "#/$defs/method_page"},
+            },
         },
         "$defs": dict(sorted(definitions.schemas.items())),
     }

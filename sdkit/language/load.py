@@ -51,6 +51,11 @@ def load_spec(
     loaded = load(path, overrides, resolved=base is not None)
     if base is not None:
         loaded = evolve(loaded, folder=os.fspath(base))
+    return check_loaded(loaded)
+
+
+def check_loaded(loaded: LoadedSpec) -> CheckedSpec:
+    """Checks a spec as written."""
     problems = list(loaded.problems)
     spec = None
     if loaded.root or not problems:

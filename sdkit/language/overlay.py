@@ -74,10 +74,18 @@ def is_run_file(data: Any) -> bool:
     return isinstance(data, dict) and any(key in data for key in ("method", *RUN_KEYS))
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolved: bool = False) -> LoadedSpec:
+def is_sequence_data(data: Any) -> bool:
+    """Whether this is the data of a sequence file."""
+    return isinstance(data, dict) and "stages" in data
+
+
+def load(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolved: bool = False, changes: Node | None = None
+) -> LoadedSpec:
     """Reads a run file with its method page, or a method page, and applies the overrides.
 
-    A path without a slash or an ending that is no file names a packaged method page.
+    A path without a slash or an ending that is no file names a packaged method page.  `changes` is a map of a sequence
+    file, merged onto the run file before the overrides.
     """
     name = os.fspath(path)
     if is_page_name(name) and not os.path.exists(name) and name in packaged_methods():
@@ -92,15 +100,18 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, resolve
     root, method, is_complete = source.root, None, True
     folder = folder_of(source.name)
     is_run = root is not None and is_run_file(root.data)
+    named, changes = _split_method(changes)
     if root and is_run:
+        root = merge(root, named) if named else root
         root = _apply([o for o in applicable if o.path == ("method",)], root, problems)
-        method, page, root = _method_page(root, folder, problems)
+        method, page, root = _method_page(root, problems)
         is_complete = method is None or (page is not None and not (page.root is None and page.problems))
         if page:
             texts[page.name] = page.text
             problems += page.problems
         if page and page.root:
             root = merge(_without_run_keys(page.root, page.name, problems), root)
+        root = merge(root, changes) if changes else root
     if root:
         root = _apply([o for o in applicable if o.path != ("method",)], root, problems)
     kind = "run" if is_run or (root and is_run_file(root.data)) else "method"
@@ -125,6 +136,14 @@ def merge(base: Node, over: Node) -> Node:
     return Node(items, over.place, over.key, base.replaced)
 
 
+def _split_method(changes: Node | None) -> tuple[Node | None, Node | None]:
+    """The changes' `method` alone, and the other changes; None where there are none."""
+    if changes is None or "method" not in changes.value:
+        return None, changes
+    others = {name: child for name, child in changes.value.items() if name != "method"}
+    return evolve(changes, value={"method": changes.value["method"]}), evolve(changes, value=others)
+
+
 def _kind(node: Node) -> Any:
     if isinstance(node.value, dict):
         return node.value["kind"].value if "kind" in node.value else None
@@ -136,7 +155,7 @@ def folder_of(name: str) -> str:
     return os.path.dirname(os.path.realpath(name) if os.path.islink(name) else name)
 
 
-def _method_page(root: Node, folder: str, problems: list[Problem]) -> tuple[str | None, Source | None, Node]:
+def _method_page(root: Node, problems: list[Problem]) -> tuple[str | None, Source | None, Node]:
     """Returns the path in `method`, the page if it is readable, and the run file without that key."""
     items = dict(root.value)
     named = items.pop("method", None)
@@ -150,7 +169,7 @@ def _method_page(root: Node, folder: str, problems: list[Problem]) -> tuple[str 
     if is_page_name(named.value):
         path = packaged_page(named.value)
     else:
-        start = os.getcwd() if named.place.file == COMMAND_LINE else folder
+        start = os.getcwd() if named.place.file == COMMAND_LINE else folder_of(named.place.file)
         path = os.path.normpath(os.path.join(start, os.path.expanduser(named.value)))
     try:
         return path, read(path), root

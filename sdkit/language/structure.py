@@ -10,7 +10,17 @@ import types
 import typing
 from typing import Any, Literal, TypeVar
 
-from sdkit.language.errors import MAX_SHOWN_PROBLEMS, Path, Problem, did_you_mean, listed, outside, shorten, spelled
+from sdkit.language.errors import (
+    MAX_SHOWN_PROBLEMS,
+    Path,
+    Problem,
+    counted,
+    did_you_mean,
+    listed,
+    outside,
+    shorten,
+    spelled,
+)
 from sdkit.language.introspection import Key, default_kind, is_spec, keys_of, kinds_of, members, options_of
 from sdkit.language.overlay import QUESTION, LoadedSpec
 from sdkit.language.paths import start_of, stored_path
@@ -36,6 +46,13 @@ def structure(loaded: LoadedSpec) -> tuple[MethodSpec | ExperimentSpec | None, l
         return None, structurer.problems
     spec = structurer.instance(ExperimentSpec if loaded.kind == "run" else MethodSpec, loaded.data, ())
     return (None if structurer.problems else spec), structurer.problems
+
+
+def structure_as(cls: type[S], loaded: LoadedSpec) -> tuple[S | None, list[Problem]]:
+    """Returns the document as an instance of a spec class, or None if it has problems, and the problems."""
+    structurer = _Structurer(loaded)
+    value = structurer.instance(cls, loaded.data, ())
+    return (None if structurer.problems else value), structurer.problems
 
 
 class _Structurer:
@@ -137,8 +154,12 @@ class _Structurer:
     def _check_range(self, range: Range | None, value: Any, path: Path) -> None:
         if range and not range.accepts(value):
             name = path[-1] if isinstance(path[-1], str) else spelled(path[-2:])
-            empty = not isinstance(value, int | float) and len(value) == 0
-            self.report(path, f"'{name}' is " + ("empty" if empty else f"{shorten(value)}, not {range.text}"), "range")
+            fault = f"is {shorten(value)}, not {range.text}"
+            if isinstance(value, Table | tuple | str) and not value:
+                fault = "is empty"
+            elif isinstance(value, Table | tuple):
+                fault = f"has {counted(len(value), 'entry', 'entries')}, not {range.text}"
+            self.report(path, f"'{name}' {fault}", "range")
 
     def _of_kind(self, kinds: dict[str, type], data: Any, path: Path) -> Any:
         if isinstance(data, str):

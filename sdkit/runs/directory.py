@@ -251,8 +251,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; an incomplete last line (from a killed run) is left out."""
     if not path.is_file():
         return []
-    # Not splitlines(): JSON text may contain U+2028 and the like, which end a line only in Python.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        # Not splitlines(): JSON text may contain U+2028 and the like, which end a line only in Python.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableInput(f"cannot read {path}: {error}") from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ class Run:
     state: str
     settings: Mapping[SpecPath, Any]  # every scalar of the resolved spec
     origins: Mapping[SpecPath, Any]  # of provenance.json: ORIGINS, and which files have changed during the run
-    points: Sequence[Point]  # evaluations in order, at least one
+    points: Sequence[Point]  # evaluations in order; at least one, unless read with `unevaluated=True`
 
     @property
     def headline(self) -> Key:
@@ -107,8 +107,11 @@ class Run:
         }
 
 
-def read_run(path: Path, name: str) -> Run:
-    """One run.  Raises UnreadableInput if the folder is not a run directory, or has no evaluation."""
+def read_run(path: Path, name: str, *, unevaluated: bool = False) -> Run:
+    """One run.  Raises UnreadableInput if the folder is not a run directory, or has no evaluation.
+
+    `unevaluated`: a run without an evaluation is accepted.
+    """
     if not (path / MARK).is_file():
         raise UnreadableInput(f"{path} is not a run directory: it has no {MARK}")
     spec = read(path / MARK, resolved=True).data
@@ -119,7 +122,7 @@ def read_run(path: Path, name: str) -> Run:
         points = tuple(_points(path))
     except (KeyError, TypeError, AttributeError) as error:
         raise UnreadableInput(f"{path / 'metrics.jsonl'} is not a run's: {error!r}") from None
-    if not points:
+    if not points and not unevaluated:
         raise UnreadableInput(f"{path} holds no evaluation to compare ({state})")
     origins = {part: value for part, value in read_origins(path).items() if value}
     return Run(
@@ -144,12 +147,19 @@ def accepted_changes(provenance: Mapping[str, Any]) -> dict[str, int]:
 
 def _points(path: Path) -> Iterator[Point]:
     """The evaluations whose completions are on disk (a running run writes them after the metrics)."""
-    tokens = seconds = 0.0
-    for line in read_lines(path / "metrics.jsonl"):
-        tokens = line.get("tokens_generated", tokens)
-        seconds += line.get("time/step", 0.0)
+    lines = read_lines(path / "metrics.jsonl")
+    for line, (tokens, seconds) in zip(lines, spent(lines), strict=True):
         if "eval/score" in line and (path / step_file("evaluations", line["step"])).is_file():
             yield Point(step=line["step"], tokens=tokens, seconds=seconds, scores=_scores(line))
+
+
+def spent(lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[float, float]]:
+    """Generated tokens and seconds of training steps up to each line of metrics.jsonl."""
+    tokens = seconds = 0.0
+    for line in lines:
+        tokens = line.get("tokens_generated", tokens)
+        seconds += line.get("time/step", 0.0)
+        yield tokens, seconds
 
 
 def _scores(line: Mapping[str, Any]) -> dict[Key, Interval]:

@@ -112,6 +112,31 @@ def paired_difference(
     return Interval(mean=float(changes.mean()), low=ends[0], high=ends[1], n=changes.size, method=method)
 
 
+def difference_of_changes(
+    before: Sequence[float],
+    after: Sequence[float],
+    other_before: Sequence[float],
+    other_after: Sequence[float],
+    *,
+    seed: int = 0,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """The mean of (other_after − other_before) − (after − before), one value of each per prompt, with an interval.
+
+    Raises ValueError if there are no prompts or the lengths differ.
+    """
+    scores = [_values(values) for values in (before, after, other_before, other_after)]
+    if len({values.size for values in scores}) > 1:
+        raise ValueError(f"{', '.join(str(values.size) for values in scores)} values")
+    changes = (scores[3] - scores[2]) - (scores[1] - scores[0])
+    if all(_all_bounded(values) for values in scores):
+        ends, method = _gaffke(changes, (-2.0, 2.0), seed, resamples, level), GAFFKE
+    else:
+        ends, method = _student(changes, level), STUDENT
+    return Interval(mean=float(changes.mean()), low=ends[0], high=ends[1], n=changes.size, method=method)
+
+
 def unpaired_difference(
     before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000, *, level: float = 0.95
 ) -> Interval:

@@ -109,15 +109,26 @@ def read_seeds(run_set: RunSet, name: str) -> Run:
         runs[run.settings[SEED]] = run
     if not runs:
         raise UnreadableInput(f"{run_set.path} holds no evaluated run:\n" + first_of(faults))
-    members = list(runs.values())
-    _check_same_settings(run_set.path, members)
-    first = members[0]
-    settings = {path: value for path, value in first.settings.items() if path != SEED}
+    together = mean_of_seeds(run_set.path, name, list(runs.values()))
     missing = len(run_set.members) - len(runs)
-    states = ", ".join(dict.fromkeys(run.state for run in members))
-    state = f"{counted(len(runs), 'seed')} {states}" + (f"; {missing} not evaluated" if missing else "")
+    return evolve(together, state=f"{together.state}; {missing} not evaluated") if missing else together
+
+
+def mean_of_seeds(folder: Path, name: str, members: Sequence[Run]) -> SeedRuns:
+    """These evaluated runs of one spec under different seeds as one run, in the set of runs in `folder`.
+
+    Raises UnreadableInput if their specs differ in more than the seed, or no step was evaluated in all of them.
+    """
+    _check_same_settings(folder, members)
+    first = members[0]
     together = SeedRuns(
-        name=name, path=run_set.path, state=state, settings=settings, origins=first.origins, points=(), runs=runs
+        name=name,
+        path=folder,
+        state=f"{counted(len(members), 'seed')} {', '.join(dict.fromkeys(run.state for run in members))}",
+        settings={path: value for path, value in first.settings.items() if path != SEED},
+        origins=first.origins,
+        points=(),
+        runs={run.settings[SEED]: run for run in members},
     )
     return evolve(together, points=tuple(_points(together)))
 

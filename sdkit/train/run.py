@@ -31,6 +31,7 @@ from sdkit.serving.teacher_client import ServedModel
 from sdkit.serving.weight_files import WeightFolder
 from sdkit.stdout import Phases, is_first_rank, print_warning
 from sdkit.train import determinism, failures, loop, prompt_record, report, run_origin, stop_requests
+from sdkit.train.carried import Carried
 from sdkit.train.divergence import LOOK_AT
 from sdkit.train.engine_memory import check_engine_fits
 from sdkit.train.inputs import RunData
@@ -183,10 +184,12 @@ def train(
     overwrite: bool = False,
     recording: Recording | None = None,
     accept: Collection[fingerprints.Kind] = (),
+    carried: Carried | None = None,
     phases: Phases | None = None,
 ) -> Path:
     """Train a spec; returns the run directory.  `written` and `resolved` are the spec's text before and after resolution.
 
+    `carried`: the run is a stage of a sequence; what it starts with from the stage before, and saves for the next one.
     With a recording, train again on its rollouts, from the checkpoint before the first of them.  `accept`: what may have
     changed since the checkpoint or recording that the run starts from.  Raises Diverged after everything is written if
     the run has diverged.
@@ -196,6 +199,8 @@ def train(
     directory.claim(folder, resume=resume, overwrite=overwrite)
     resume_from = _checkpoint_to_resume(spec, folder, resolved, console, recording) if resume else None
     _check_recorded_checkpoint(recording)
+    if carried and not resume_from:
+        carried.check()
     files = run_origin.check_files(spec, base, resume_from, recording, accept, console)
     phases = phases or Phases(console)
     started = time.perf_counter()
@@ -205,7 +210,7 @@ def train(
         trainer = open_run(spec, base, recording, date)
     seconds = {"data and models": time.perf_counter() - started}
     resume_from = collectives.broadcast_object(resume_from)
-    run = _open_run_directory(folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard)
+    run = run_origin.open_directory(folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard)
     health.on_exit(lambda reason: directory.record_failure(folder, reason))
     try:
         check_shared(folder)
@@ -216,6 +221,8 @@ def train(
             console.print(f"resuming after step {step}, from {resume_from}", markup=False, highlight=False)
         else:
             _begin(trainer, run, recording, files, {"spec.yaml": written, directory.MARK: resolved}, attempts)
+            if carried:
+                carried.load(trainer.state)
         checkpoint.check_saving(trainer.models.student, trainer.setup.data.tokenizer)
         report.print_objective_card(console, trainer.setup, trainer.models, run, start=trainer.progress.step)
         run.status("running", step=trainer.progress.step)
@@ -224,7 +231,7 @@ def train(
         with phases.phase("starting the rollout engine"):
             trainer.sampler.start_engines()
         report.print_start_up(console, seconds | {"rollout engine": time.perf_counter() - started})
-        if cause := _train(trainer, run, console, phases):
+        if cause := _train(trainer, run, console, phases, carried is not None):
             raise Diverged(f"the run diverged: {cause}", hint=f"{LOOK_AT}; {run.path / 'model'} has the last weights")
         run.status("done", step=trainer.progress.step)
     except BaseException as error:
@@ -320,29 +327,22 @@ def _begin(
         recording.write_history(run)
 
 
-def _open_run_directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.RunDirectory:
-    """The run directory; only the first rank writes to it."""
-    if collectives.rank():
-        return directory.ReadOnly(folder, tensorboard=False)
-    if resume:
-        return directory.RunDirectory(folder, tensorboard)
-    return directory.create(folder, tensorboard=tensorboard)
-
-
 def _close(trainer: Trainer, run: directory.RunDirectory, *, together: bool) -> None:
     run.close()
     trainer.close(together=together)
     zero.stop(together=together)
 
 
-def _train(trainer: Trainer, run: directory.RunDirectory, console: Console, phases: Phases) -> str | None:
-    """Train, save the model and print the results; returns how the run has diverged, if it has."""
+def _train(trainer: Trainer, run: directory.RunDirectory, console: Console, phases: Phases, keep: bool) -> str | None:
+    """Train, save the model (with `keep` the state too) and print the results; returns how the run has diverged, if so."""
     reporter = report.Report(run, console, trainer.setup, phases)
     loop.run(trainer, reporter)
     saving = phases.phase("saving the model", log=False)
     # Training is done: let the model be written.
     with stop_requests.stop_requests(reporter.notify) as stop, stop.during("the model is saved"), saving:
         checkpoint.save_model(trainer.models.student, trainer.setup.data.tokenizer, run.path)
+        if keep:
+            checkpoint.save(trainer.state, run.path, trainer.setup.spec)
         if collectives.rank() == 0:
             plot(run.history(), run.path / "plot.png", run.path.name)
     reporter.finished()

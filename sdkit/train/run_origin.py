@@ -146,6 +146,15 @@ def write(
     fingerprints.copy_code(files.hashes["code"], base, _copies(run, step))
 
 
+def open_directory(folder: Path, *, resume: bool, tensorboard: bool) -> RunDirectory:
+    """The run directory; only the first rank writes to it."""
+    if collectives.rank():
+        return directory.ReadOnly(folder, tensorboard=False)
+    if resume:
+        return RunDirectory(folder, tensorboard)
+    return directory.create(folder, tensorboard=tensorboard)
+
+
 def update(run: RunDirectory, base: Path, step: int, files: RunFiles) -> None:
     """Record in provenance.json of a run that is resumed after `step` what it continues with, and copy changed code."""
     facts = directory.provenance(run.path)

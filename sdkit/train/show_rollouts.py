@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,24 +87,26 @@ def _coloured(tokenizer: Any, record: Record) -> Text:
     ids = record["completion_ids"]
     values = record.get("token_divergence") or [None] * len(ids)
     text = Text()
-    for piece, value in _pieces(tokenizer, zip(ids, values, strict=True)):
+    for piece, value in token_pieces(tokenizer.decode, zip(ids, values, strict=True)):
         text.append(piece, _style(value))
     return text
 
 
-def _pieces(tokenizer: Any, tokens: Iterable[tuple[int, float | None]]) -> Iterator[tuple[str, float | None]]:
+def token_pieces(
+    decode: Callable[[list[int]], str], tokens: Iterable[tuple[int, float | None]]
+) -> Iterator[tuple[str, float | None]]:
     """The text of each token with its value; the tokens of one character together, with their largest value."""
     ids: list[int] = []
     values: list[float] = []
     for token, value in tokens:
         ids.append(token)
         values += [] if value is None else [value]
-        piece = tokenizer.decode(ids)
+        piece = decode(ids)
         if not piece.endswith(INCOMPLETE):
             yield piece, max(values, default=None)
             ids, values = [], []
     if ids:
-        yield tokenizer.decode(ids), max(values, default=None)
+        yield decode(ids), max(values, default=None)
 
 
 def _style(value: float | None) -> str:

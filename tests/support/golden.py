@@ -10,18 +10,22 @@ from attrs import evolve
 
 from sdkit.language.errors import render
 from sdkit.language.load import CheckedSpec, load_spec
+from sdkit.language.sequences import CheckedSequence, load_sequence
 from sdkit.train.first_row import check_first_rows
 
 TESTS = Path(__file__).resolve().parent.parent
 BAD = sorted((TESTS / "err").glob("*.yaml"))
+BAD_SEQUENCES = sorted((TESTS / "err" / "sequences").glob("*.yaml"))
 GOOD = sorted((TESTS / "ok").glob("*.yaml"))
 
 
-def validated(path: Path) -> CheckedSpec:
-    """The spec with the problems that `sdkit validate` prints, run from its folder."""
+def validated(path: Path) -> CheckedSpec | CheckedSequence:
+    """The spec or sequence file with the problems that `sdkit validate` prints, run from its folder."""
     before = Path.cwd()
     os.chdir(path.parent)
     try:
+        if path in BAD_SEQUENCES:
+            return load_sequence(path.name)
         checked = load_spec(path.name)
         return evolve(checked, problems=(*checked.problems, *check_first_rows(checked).problems))
     finally:
@@ -36,5 +40,5 @@ def validate_output(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    for spec in BAD:
+    for spec in (*BAD, *BAD_SEQUENCES):
         spec.with_suffix(".out").write_text(validate_output(spec), encoding="utf-8")

@@ -85,7 +85,7 @@ def test_bytes_of_one_character_are_one_piece():
             return bytes(ids).decode(errors="replace")
 
     tokens = [(b, 0.1 * i) for i, b in enumerate("aé!".encode())]
-    assert [*show_rollouts._pieces(Bytes, tokens)] == [("a", 0.0), ("é", 0.2), ("!", pytest.approx(0.3))]
+    assert [*show_rollouts.token_pieces(Bytes.decode, tokens)] == [("a", 0.0), ("é", 0.2), ("!", pytest.approx(0.3))]
 
 
 def test_page_has_the_colours(spec, run, tmp_path):

@@ -2,7 +2,7 @@
 
 `fields` has the means to declare a class.  `rollouts`, `backends`, `contexts`, `teachers`, `blends`, `losses`,
 `divergences`, `advantages`, `token_weights` and `loss_parts` make up a `method`; `data`, `scores`, `collapse` and `run` have what
-a run needs besides.
+a run needs besides; `sequences` are runs one after the other.
 """
 
 from sdkit.language.specs.advantages import *  # noqa: F403
@@ -19,5 +19,6 @@ from sdkit.language.specs.method import *  # noqa: F403
 from sdkit.language.specs.rollouts import *  # noqa: F403
 from sdkit.language.specs.run import *  # noqa: F403
 from sdkit.language.specs.scores import *  # noqa: F403
+from sdkit.language.specs.sequences import *  # noqa: F403
 from sdkit.language.specs.teachers import *  # noqa: F403
 from sdkit.language.specs.token_weights import *  # noqa: F403
