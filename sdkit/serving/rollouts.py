@@ -24,6 +24,7 @@ from sdkit.processes import DaemonThreads
 from sdkit.sampling.canary import Canary
 from sdkit.serving.pool import ServerPool
 from sdkit.serving.weight_files import WeightFile
+from sdkit.stdout import Advance, no_progress
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 10.0
@@ -80,7 +81,9 @@ class ServerRollouts:
             future = self._thread.submit(lambda: pool.load(file))
         return {**self._broadcast_result(future), "sync_seconds": time.perf_counter() - started}
 
-    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
+    def sample(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
+    ) -> list[Completion]:
         job = self.submit(requests, sampling)
         return list(self.result(job).completions[job.own])
 

@@ -218,7 +218,7 @@ def train(
             _begin(trainer, run, recording, files, {"spec.yaml": written, directory.MARK: resolved}, attempts)
         checkpoint.check_saving(trainer.models.student, trainer.setup.data.tokenizer)
         report.print_objective_card(console, trainer.setup, trainer.models, run, start=trainer.progress.step)
-        run.status("running", step=trainer.progress.step)
+        run.status("running", step=trainer.progress.step, steps=trainer.setup.end)
         started = time.perf_counter()
         check_engine_fits(trainer.setup, trainer.learner.zero)
         with phases.phase("starting the rollout engine"):
@@ -226,7 +226,7 @@ def train(
         report.print_start_up(console, seconds | {"rollout engine": time.perf_counter() - started})
         if cause := _train(trainer, run, console, phases):
             raise Diverged(f"the run diverged: {cause}", hint=f"{LOOK_AT}; {run.path / 'model'} has the last weights")
-        run.status("done", step=trainer.progress.step)
+        run.status("done", step=trainer.progress.step, steps=trainer.setup.end)
     except BaseException as error:
         raise _report_failure(error, trainer, run) from error
     _close(trainer, run, together=True)
@@ -241,22 +241,22 @@ def _report_failure(error: BaseException, trainer: Trainer, run: directory.RunDi
     if not isinstance(reported, tuple(ORDERLY_ENDS)):
         code = reported.exit_code if isinstance(reported, SdkitError) else INTERRUPTED
         health.fail(code, str(reported), is_cause=roll_call is None)
-    _write_failure_status(run, state, trainer.progress.step, reported)
+    _write_failure_status(run, state, trainer, reported)
     _close(trainer, run, together=isinstance(reported, tuple(ORDERLY_ENDS)))
     if roll_call:
         missing = roll_call.missing_ranks()
         reported = failures.rank_lost(missing, error)
-        _write_failure_status(run, "failed", trainer.progress.step, reported)
+        _write_failure_status(run, "failed", trainer, reported)
         if 0 in missing:  # it wrote the status
             with contextlib.suppress(BadEnvironment):
                 directory.record_failure(run.path, str(reported))
     return reported
 
 
-def _write_failure_status(run: directory.RunDirectory, state: str, step: int, error: BaseException) -> None:
-    reason = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
+def _write_failure_status(run: directory.RunDirectory, state: str, trainer: Trainer, error: BaseException) -> None:
+    reason = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
     with contextlib.suppress(BadEnvironment):  # if the disk is full, `error` says so
-        run.status(state, step=step, reason=reason or type(error).__name__)
+        run.status(state, step=trainer.progress.step, steps=trainer.setup.end, reason=reason)
 
 
 def _checkpoint_to_resume(
