@@ -75,7 +75,7 @@ def write(folder: Path, spec_text: str, facts: Mapping[str, Any], result: Evalua
     """
     if not is_first_rank():
         return
-    target = directory.create(folder, tensorboard=False)
+    target = directory.create(folder)
     target.write_json("evaluation.json", facts)
     target.write_text("spec.yaml", spec_text)
     target.write_text("completions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in result.records))

@@ -20,6 +20,7 @@ from sdkit.language.errors import counted
 from sdkit.language.resolved import leaves, resolved
 from sdkit.models.device import rank_device
 from sdkit.models.packing import LONGEST_PACK
+from sdkit.plan.plan import Plan
 from sdkit.runs.directory import RunDirectory
 from sdkit.runs.evaluations import EvaluationResult, Key, interval_note, read_back, signed
 from sdkit.runs.intervals import Interval
@@ -38,7 +39,7 @@ from sdkit.train.time_left import TimeLeft
 from sdkit.train.tripwires import triggered
 
 RESULTS = ("loss", "eval/score", "eval/loss")
-"""The metrics that TensorBoard's table of runs shows, from the last step that has them."""
+"""The metrics that a tracker's table of runs shows, from the last step that has them."""
 NO_SETTINGS = ("data.source", "output.", "evaluation.suites")
 """Keys that are left out of that table."""
 FALLEN_SCORE_ADVICE = "end the run earlier or lower optimizer.lr; output.keep_best: score saves the best model"
@@ -107,9 +108,7 @@ class Report:
         if (step - 1) % output.samples_every == 0:
             shown = sample_texts(self.setup.data, collected.batch, collected.scores, output.samples)
             page = as_markdown(f"samples of step {step}", shown)
-            self.run.lines("samples", step, shown)
-            self.run.write_text(f"samples/step_{step:06d}.md", page)
-            self.run.event_text("samples", step, page)
+            self.run.samples(step, shown, page)
             self.console.print(
                 f"  [dim]sample:[/] {escape(console_lines.one_line(shown[0]['completion']))}", highlight=False
             )
@@ -200,7 +199,7 @@ class Report:
     def finished(self) -> None:
         """Print the table of scores before and after training, and write result.json, if the run has both scores.
 
-        Also write the settings and results to TensorBoard.
+        Also give settings and results to the trackers.
         """
         if self.first and self.last and self.first is not self.last:
             changes = score_changes(self.first, self.last)
@@ -211,12 +210,19 @@ class Report:
         results = {name: line[name] for line in lines for name in RESULTS if name in line}
         settings = {".".join(map(str, path)): value for path, value in leaves(resolved(self.setup.spec))}
         shown = {name: value for name, value in settings.items() if not name.startswith(NO_SETTINGS)}
-        self.run.hyperparameters(shown, results, max((line["step"] for line in lines), default=0))
+        self.run.results(shown, results, max((line["step"] for line in lines), default=0))
 
     @property
     def _headline(self) -> Key:
         assert self.setup.spec.evaluation is not None
         return headline(self.setup.spec.evaluation)
+
+
+def track_texts(run: RunDirectory, texts: Mapping[str, str], plan: Plan) -> None:
+    """Give the trackers the spec, whose `texts` are named by file, and the objective."""
+    for name, text in texts.items():
+        run.tracked_text(name, 0, f"```yaml\n{text}\n```")
+    run.tracked_text("objective", 0, "\n\n".join([*plan.objective, *plan.roles, *plan.derived]))
 
 
 def print_objective_card(

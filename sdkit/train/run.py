@@ -25,6 +25,7 @@ from sdkit.plan.machine import machine_for
 from sdkit.plan.plan import make_plan
 from sdkit.runs import directory, fingerprints
 from sdkit.runs.plot import plot
+from sdkit.runs.trackers import Trackers
 from sdkit.serving.pool import ServerPool
 from sdkit.serving.protocol import ExpectedServer
 from sdkit.serving.teacher_client import ServedModel
@@ -205,7 +206,7 @@ def train(
         trainer = open_run(spec, base, recording, date)
     seconds = {"data and models": time.perf_counter() - started}
     resume_from = collectives.broadcast_object(resume_from)
-    run = _open_run_directory(folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard)
+    run = _open_run_directory(folder, spec.output, console, resume=resume_from is not None)
     health.on_exit(lambda reason: directory.record_failure(folder, reason))
     try:
         check_shared(folder)
@@ -310,23 +311,22 @@ def _begin(
     rng.seed_all(seed, collectives.rank())
     for name, text in texts.items():
         run.write_text(name, text)
-        run.event_text(name, 0, f"```yaml\n{text}\n```")
-    plan = trainer.setup.plan
-    run.event_text("objective", 0, "\n\n".join([*plan.objective, *plan.roles, *plan.derived]))
     if is_first_rank():
         run_origin.write(run, trainer, recording, files, attempts)
+    report.track_texts(run, texts, trainer.setup.plan)
     if recording and recording.checkpoint:
         checkpoint.load(trainer.state, recording.checkpoint, seed)
         recording.write_history(run)
 
 
-def _open_run_directory(folder: Path, *, resume: bool, tensorboard: bool) -> directory.RunDirectory:
-    """The run directory; only the first rank writes to it."""
+def _open_run_directory(
+    folder: Path, output: specs.OutputSpec, console: Console, *, resume: bool
+) -> directory.RunDirectory:
+    """The run directory; only the first rank writes to it, and only that one has trackers."""
     if collectives.rank():
-        return directory.ReadOnly(folder, tensorboard=False)
-    if resume:
-        return directory.RunDirectory(folder, tensorboard)
-    return directory.create(folder, tensorboard=tensorboard)
+        return directory.ReadOnly(folder)
+    trackers = Trackers(output.trackers, warn=lambda text: print_warning(console, text))
+    return directory.RunDirectory(folder, trackers) if resume else directory.create(folder, trackers)
 
 
 def _close(trainer: Trainer, run: directory.RunDirectory, *, together: bool) -> None:

@@ -20,7 +20,7 @@ LINES_UP, CLEAR_LINE = re.compile(r"\x1b\[(\d*)A"), "\x1b[2K"
 
 @pytest.fixture(scope="module")
 def spec(tiny_folder):
-    spec = make_spec(tiny_folder, training=training(steps=2), output=OutputSpec(tensorboard=False, checkpoint_every=1))
+    spec = make_spec(tiny_folder, training=training(steps=2), output=OutputSpec(trackers=(), checkpoint_every=1))
     return with_evaluation(spec, teacher_lift=0)
 
 

@@ -252,7 +252,11 @@ class OutputSpec:
         "keep the best evaluated model in best/: by the headline `score` (higher is better) or by the first suite's `loss`",
         default=None,
     )
-    tensorboard: bool = spec_field("write TensorBoard events", default=True)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = spec_field(
+        "experiment trackers that get metrics, settings and samples: `tensorboard` (events in the run directory), `wandb` "
+        "(offline, unless you have logged in) and `trackio` (a local database), which are extras of sdkit",
+        default=("tensorboard",),
+    )
     tripwire_steps: int | None = spec_field(
         "consecutive steps without learning signal (constant rewards, no counted tokens, no divergence, no gradient, or all "
         "completions truncated), or with a loss or gradient norm far above the run's history, before a warning; a run that "
