@@ -24,6 +24,7 @@ from sdkit.language.source import read
 from sdkit.runs.directory import MARK, ORIGIN, STATUS
 from sdkit.runs.evaluations import with_interval
 from sdkit.runs.intervals import Interval
+from sdkit.runs.run_sets import FINISHED, MANIFEST, RunSet, read_set, state_of
 from sdkit.stdout import readable_duration
 
 COLOURS = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "unreadable": "red"}
@@ -32,9 +33,11 @@ COLOURS = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red
 
 @frozen(kw_only=True)
 class ListedRun:
-    """What a list shows of a run."""
+    """What a list shows of a run, or of a set of runs."""
 
     path: Path
+    kind: str = "run"  # or that of a set: seeds, sweep, sequence
+    members: Mapping[str, str] = {}  # of a set: name → state
     state: str  # as in status.json, or killed, or unreadable
     step: int | None = None
     steps: int | None = None  # of the whole run
@@ -56,6 +59,8 @@ class ListedRun:
         updated = self.updated and datetime.fromtimestamp(self.updated, UTC).isoformat(timespec="seconds")
         return {
             "path": str(self.path),
+            "kind": self.kind,
+            "members": dict(self.members),
             "state": self.state,
             "step": self.step,
             "steps": self.steps,
@@ -67,7 +72,7 @@ class ListedRun:
 
 
 def list_runs(folder: Path) -> list[ListedRun]:
-    """Returns the runs in and below a folder, the one that was active last first.
+    """Returns the runs in and below a folder, the one that was active last first; a set of runs is one entry.
 
     A run whose files are damaged is listed as unreadable.  Raises UnreadableInput if there is no such folder.
     """
@@ -75,7 +80,7 @@ def list_runs(folder: Path) -> list[ListedRun]:
         raise UnreadableInput(
             f"{folder} is not a folder", hint="name the folder that run directories are in: output.folder of the spec"
         )
-    runs = [_listed(path) for path in _run_directories(folder)]
+    runs = [_listed_set(path) if is_set else _listed(path) for path, is_set in _run_directories(folder)]
     return sorted(runs, key=lambda run: (-(run.updated or 0.0), run.path))
 
 
@@ -86,7 +91,8 @@ def print_runs(runs: Sequence[ListedRun], console: Console) -> None:
         colour = COLOURS.get(run.state, "yellow")
         score = f"{with_interval(run.score)} {run.score_name}" if run.score else "–"
         age = readable_duration(max(time.time() - run.updated, 0.0)) if run.updated else "–"
-        table.add_row(escape(str(run.path)), f"[{colour}]{run.state}[/]", _steps(run), escape(score), age)
+        name = str(run.path) + (f" ({run.kind})" if run.kind != "run" else "")
+        table.add_row(escape(name), f"[{colour}]{run.state}[/]", _steps(run), escape(score), age)
     console.print(table)
     print_plainly = console.print
     for run in runs:
@@ -110,18 +116,60 @@ def _commands(runs: Sequence[ListedRun]) -> Iterator[str]:
 
 
 def _steps(run: ListedRun) -> str:
+    if run.members:
+        return f"{sum(state in FINISHED for state in run.members.values())}/{len(run.members)} runs"
     if run.step is None:
         return "–"
     return f"{run.step}/{run.steps}" if run.steps else str(run.step)
 
 
-def _run_directories(folder: Path) -> Iterator[Path]:
-    """The run directories in and below a folder; nothing below a run, and no hidden folder, is looked at."""
+def _run_directories(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """The run directories and the sets of runs in and below a folder, and whether each is a set.
+
+    Nothing below them, and no hidden folder, is looked at.
+    """
     for path, folders, files in os.walk(folder):
-        if MARK in files:
+        if MARK in files or MANIFEST in files:
             folders.clear()
-            yield Path(path)
+            yield Path(path), MANIFEST in files
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+def _listed_set(path: Path) -> ListedRun:
+    """A set of runs, with the states of its members."""
+    try:
+        run_set = read_set(path)
+    except UnreadableInput as error:
+        return ListedRun(path=path, kind="set", state="unreadable", note=error.message)
+    states, state = run_set.states(), state_of(path)
+    written = [p.stat().st_mtime for p in (path / STATUS, *path.glob(f"*/{STATUS}")) if p.exists()]
+    command = None if state == "running" else _continue_set(run_set)
+    if all(member in FINISHED for member in states.values()):
+        command = shlex.join(["sdkit", "compare", str(path)])
+    return ListedRun(
+        path=path,
+        kind=run_set.kind,
+        members=states,
+        state=state,
+        updated=max(written, default=None),
+        note=", ".join(f"{name} {member}" for name, member in states.items()),
+        command=command,
+    )
+
+
+def _continue_set(run_set: RunSet) -> str | None:
+    """The command that runs the unfinished members of seeds or a sweep; None for a set of another kind."""
+    grid = dict(run_set.facts.get("grid", ()))
+    first = run_set.members[0]
+    # A member's overrides are the user's, then those that make this member.
+    own = {*grid, "training.seed"}
+    words = [first.spec, *(word for word in first.overrides if word.partition("=")[0] not in own)]
+    for key, values in grid.items():
+        words += ["--over", f"{key}={','.join(map(str, values))}"]
+    if seeds := run_set.facts.get("seeds"):
+        words += ["--seeds", ",".join(map(str, seeds))]
+    command = {"seeds": "train", "sweep": "sweep"}.get(run_set.kind)
+    return command and shlex.join(["sdkit", command, *words, "--to", str(run_set.path), "--resume"])
 
 
 def _listed(path: Path) -> ListedRun:
@@ -152,7 +200,7 @@ def _state(path: Path, status: Mapping[str, Any]) -> tuple[str, str | None]:
     """A run's state, and why it ended early.  A process that was killed leaves `running` behind."""
     state, reason = str(status.get("state", "unreadable")), status.get("reason")
     if state != "running":
-        return state, first_line(str(reason)) if reason else None
+        return state, str(reason).partition("\n")[0] if reason else None
     host = (_last_attempt(path).get("hardware") or {}).get("host")
     if host and host != platform.node():
         return "running", f"it runs, or was killed, on {host}"

@@ -135,9 +135,9 @@ class TrackioTracker:
         import trackio.utils
 
         for module in (trackio, trackio.run, trackio.utils):
-            vars(module)["print"] = _discard  # redirecting stdout in a thread would redirect that of the run
+            module.__dict__["print"] = _discard  # redirecting stdout in a thread would redirect that of the run
         if not (os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")):
-            vars(trackio.run)["_get_default_namespace"] = _discard  # asks the Hugging Face hub for the user's name
+            trackio.run.__dict__["_get_default_namespace"] = _discard  # asks the Hugging Face hub for the user's name
         self._trackio: Any = trackio
         self._run: Any = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),

@@ -8,6 +8,7 @@ import pytest
 
 from sdkit import processes
 from sdkit.runs.listing import list_runs
+from sdkit.runs.run_sets import Member, RunSet, write_set
 
 SCORES = {"eval/sums/greedy/number": 0.9, "eval/sums/greedy/right": 0.4, "eval/score": 0.4}
 ALIVE = {"state": "running", "pid": os.getpid(), "process": processes.own_start()}
@@ -120,6 +121,51 @@ def test_runs_are_found_at_any_depth_newest_first(make_run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("no run")
     assert [run.path.relative_to(tmp_path).as_posix() for run in list_runs(tmp_path)] == ["new", "deep/er/old"]
+
+
+@pytest.fixture
+def make_set(make_run, tmp_path):
+    """Writes a set of runs whose members have these states."""
+
+    def make(kind, states, overrides, status="stopped", **facts):
+        members = tuple(
+            Member(name=name, spec="my spec.yaml", overrides=("optimizer.lr=1", *own), settings={})
+            for name, own in zip(states, overrides, strict=True)
+        )
+        write_set(RunSet(path=tmp_path / "set", kind=kind, members=members, facts=facts))
+        (tmp_path / "set" / "status.json").write_text(json.dumps({"state": status}))
+        for name, state in states.items():
+            if state:
+                make_run(f"set/{name}", {"state": state})
+        return tmp_path / "set"
+
+    return make
+
+
+def test_set_of_seeds_is_one_entry_with_its_members(make_set, tmp_path):
+    seeds = [("training.seed=0",), ("training.seed=1",), ("training.seed=2",)]
+    states = {"seed-0": "done", "seed-1": "stopped", "seed-2": None}
+    folder = make_set("seeds", states, seeds, seeds=[0, 1, 2])
+    run = listed(tmp_path)
+    assert (run.kind, run.state) == ("seeds", "stopped")
+    assert run.members == {"seed-0": "done", "seed-1": "stopped", "seed-2": "not started"}
+    assert run.command == f"sdkit train 'my spec.yaml' optimizer.lr=1 --seeds 0,1,2 --to {folder} --resume"
+
+
+def test_sweep_is_continued_or_compared(make_set, tmp_path):
+    points = [("optimizer.eps=1",), ("optimizer.eps=2",)]
+    folder = make_set("sweep", {"a": "done", "b": "failed"}, points, grid=[["optimizer.eps", ["1", "2"]]])
+    assert (
+        listed(tmp_path).command
+        == f"sdkit sweep 'my spec.yaml' optimizer.lr=1 --over optimizer.eps=1,2 --to {folder} --resume"
+    )
+    (folder / "b" / "status.json").write_text('{"state": "done"}')
+    assert listed(tmp_path).command == f"sdkit compare {folder}"
+
+
+def test_damaged_set_is_unreadable(tmp_path):
+    (tmp_path / "set.json").write_text("{}")
+    assert listed(tmp_path).state == "unreadable"
 
 
 def test_command_prints_a_table_and_what_comes_next(make_run, tmp_path, sdkit, monkeypatch):
