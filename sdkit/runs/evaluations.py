@@ -73,10 +73,10 @@ def per_prompt(records: Sequence[Mapping[str, Any]]) -> dict[Key, dict[tuple[int
     }
 
 
-def interval_note(methods: Iterable[str | None]) -> str:
-    """What the intervals of a table are, from the names of their methods."""
+def interval_note(methods: Iterable[str | None], *, seeds: bool = False) -> str:
+    """What the intervals of a table are, from the names of their methods; `seeds`: they count seeds, too."""
     names = ", ".join(dict.fromkeys(filter(None, methods)))
-    return "95 % intervals over prompts" + (f": {names}" if names else "")
+    return f"95 % intervals over prompts{' and seeds' * seeds}" + (f": {names}" if names else "")
 
 
 def few_prompts_warning(sizes: Mapping[str, int]) -> str | None:

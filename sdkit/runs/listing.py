@@ -145,7 +145,8 @@ def _listed_set(path: Path) -> ListedRun:
     written = [p.stat().st_mtime for p in (path / STATUS, *path.glob(f"*/{STATUS}")) if p.exists()]
     command = None if state == "running" else _continue_set(run_set)
     if all(member in FINISHED for member in states.values()):
-        command = shlex.join(["sdkit", "compare", str(path)])
+        folders = [run_set.folder(member) for member in run_set.members] if run_set.kind == "sweep" else [path]
+        command = shlex.join(["sdkit", "compare", *map(str, folders)])
     return ListedRun(
         path=path,
         kind=run_set.kind,

@@ -38,13 +38,16 @@ class Options:
     processes: int | None = None  # ranks of each member
     slots: Sequence[Mapping[str, str]] = ({},)  # an environment for each member that runs at the same time
     stop_at_failure: bool = False  # do not start members after one has failed
-    arguments: Sequence[str] = ()  # further options of `sdkit train`
+    seeds: Sequence[int] = ()  # each member is trained with these seeds, as a set of its own
+    arguments: Sequence[str] = ()  # for runs that are resumed: further options of `sdkit train`
 
 
 def train_command(run_set: RunSet, member: Member, options: Options) -> list[str]:
     """The command line that trains a member, or resumes it if its folder holds a run."""
     folder = run_set.folder(member)
     words = [sys.executable, "-m", "sdkit", "train", member.spec, *member.overrides, "--to", str(folder)]
+    if options.seeds:
+        words += ["--seeds", ",".join(map(str, options.seeds))]
     if options.processes:
         words += ["--processes", str(options.processes)]
     if (folder / MARK).is_file() or is_set(folder):

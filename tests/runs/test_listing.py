@@ -160,7 +160,7 @@ def test_sweep_is_continued_or_compared(make_set, tmp_path):
         == f"sdkit sweep 'my spec.yaml' optimizer.lr=1 --over optimizer.eps=1,2 --to {folder} --resume"
     )
     (folder / "b" / "status.json").write_text('{"state": "done"}')
-    assert listed(tmp_path).command == f"sdkit compare {folder}"
+    assert listed(tmp_path).command == f"sdkit compare {folder / 'a'} {folder / 'b'}"
 
 
 def test_damaged_set_is_unreadable(tmp_path):
