@@ -84,7 +84,7 @@ class ServerRollouts:
     def sample(
         self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
     ) -> list[Completion]:
-        job = self.submit(requests, sampling)
+        job = self.submit(requests, sampling, advance)
         return list(self.result(job).completions[job.own])
 
     def retain_weights(self, weights: Weights, version: int) -> None:
@@ -101,8 +101,13 @@ class ServerRollouts:
                 pass
         self._newest_weights = id(weights), version
 
-    def submit(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> Job:
-        """Submit the requests of all ranks, to be sampled by the weights last passed to `retain_weights`."""
+    def submit(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
+    ) -> Job:
+        """Submit the requests of all ranks, to be sampled by the weights last passed to `retain_weights`.
+
+        `advance` receives this rank's share of each completion.
+        """
         assert self._newest_weights is not None, "call retain_weights before submit"
         parts = collectives.all_gather_object(tuple(requests))
         begin = sum(map(len, parts[: collectives.rank()]))
@@ -111,7 +116,9 @@ class ServerRollouts:
         file = future = None
         if self.pool and self._thread:
             file = self._files[-1]
-            future = self._thread.submit(functools.partial(_load_and_sample, self.pool, file, all_requests, sampling))
+            share = len(requests) / max(len(all_requests), 1)
+            load_and_sample = functools.partial(_load_and_sample, self.pool, file, all_requests, sampling)
+            future = self._thread.submit(lambda: load_and_sample(lambda number: advance(number * share)))
         job = Job(all_requests, own, self._newest_weights[1], file, future)
         if future:
             self._jobs.append(job)
@@ -159,9 +166,9 @@ class ServerRollouts:
 
 
 def _load_and_sample(
-    pool: ServerPool, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
+    pool: ServerPool, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance
 ) -> SampledBatch:
     started = time.perf_counter()
     metrics = pool.load(file)
-    completions = tuple(pool.sample(file, requests, sampling))
+    completions = tuple(pool.sample(file, requests, sampling, advance))
     return SampledBatch(completions=completions, transfer_metrics=metrics, seconds=time.perf_counter() - started)
