@@ -95,7 +95,7 @@ def _side(path: Path) -> Any:
     "`sdkit cite runs/sdft --format bibtex >> references.bib`",
 )
 def cite(
-    run: Annotated[Path, typer.Argument(help="The directory of a run.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="The directory of a run, or of several seeds.", show_default=False)],
     format: Annotated[
         Literal["markdown", "latex", "bibtex"],
         typer.Option(
@@ -104,11 +104,21 @@ def cite(
     ] = "markdown",
 ) -> None:
     """Print a run for a paper: a methods paragraph, a table of hyperparameters, and BibTeX of method and sdkit."""
+    from sdkit.language.errors import UnreadableInput
     from sdkit.runs.cite import cite as text_of
-    from sdkit.runs.cite import read
+    from sdkit.runs.cite import read, together
+    from sdkit.runs.run_sets import is_set, read_set
 
-    checked, base = check_run(run)
-    typer.echo(text_of(read(checked.spec, base, run), format))
+    folders = [run]
+    if is_set(run):
+        runs_of = read_set(run)
+        if runs_of.kind != "seeds":
+            raise UnreadableInput(
+                f"{run} holds runs of different specs", hint=f"name one: {runs_of.folder(runs_of.members[0])}"
+            )
+        folders = [runs_of.folder(member) for member in runs_of.members]
+    checked = [(*check_run(folder), folder) for folder in folders]
+    typer.echo(text_of(together([read(one.spec, base, folder) for one, base, folder in checked]), format))
 
 
 @app.command(

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from sdkit.language.bundled import PREFIX
-from sdkit.language.errors import counted
+from sdkit.language.errors import counted, listed
 from sdkit.language.method_pages import first_comment
 from sdkit.language.overlay import is_page_name, packaged_methods, packaged_page
 from sdkit.language.specs import (
@@ -37,7 +37,7 @@ Format = Literal["markdown", "latex", "bibtex"]
 
 @frozen(kw_only=True)
 class CitedRun:
-    """What a paper says of a run."""
+    """What a paper says of a run, or of the runs of one spec with several seeds."""
 
     spec: ExperimentSpec
     papers: Sequence[Paper]  # that the method page cites, the method's own first
@@ -45,6 +45,7 @@ class CitedRun:
     facts: Mapping[str, Any]  # provenance.json
     hours: float  # of steps and evaluations, over all devices
     tokens: float  # sampled for training
+    seeds: tuple[int, ...]
 
 
 def read(spec: ExperimentSpec, base: Path, run: Path) -> CitedRun:
@@ -58,6 +59,18 @@ def read(spec: ExperimentSpec, base: Path, run: Path) -> CitedRun:
         facts=facts,
         hours=device_hours(lines, facts.get("attempts") or ()),
         tokens=max((line.get("tokens_generated", 0.0) for line in lines), default=0.0),
+        seeds=(spec.training.seed,),
+    )
+
+
+def together(runs: Sequence[CitedRun]) -> CitedRun:
+    """Returns runs of one spec with several seeds as one: all seeds, and the sums of hours and tokens."""
+    return evolve(
+        runs[0],
+        steps=max(run.steps for run in runs),
+        hours=sum(run.hours for run in runs),
+        tokens=sum(run.tokens for run in runs),
+        seeds=tuple(seed for run in runs for seed in run.seeds),
     )
 
 
@@ -213,7 +226,9 @@ def _cost(run: CitedRun) -> str:
     where = f"on {ranks} × {device}" if accelerators or ranks > 1 else "on a CPU"
     sampled = f" and sampled {run.tokens:,.0f} tokens" if run.tokens and not _from_data(run.spec) else ""
     hours = f"{run.hours:.2g}" if run.hours < 10 else f"{run.hours:.0f}"
-    return f"The run, with seed {run.spec.training.seed}, took {hours} device hours {where}{sampled}."
+    seeds = listed(run.seeds, " and ")
+    who = f"The run, with seed {seeds}," if len(run.seeds) == 1 else f"The {len(run.seeds)} runs, with seeds {seeds},"
+    return f"{who} took {hours} device hours {where}{sampled}."
 
 
 def _from_data(spec: ExperimentSpec) -> bool:
@@ -243,7 +258,7 @@ def _settings(run: CitedRun) -> Iterator[tuple[str, str]]:
     yield "weight decay", f"{optimizer.weight_decay:g}"
     yield "gradient clipping", f"norm {optimizer.max_grad_norm:g}"
     yield "training data", _source(spec.data)
-    yield "seed", str(training.seed)
+    yield ("seed" if len(run.seeds) == 1 else "seeds"), ", ".join(map(str, run.seeds))
     yield "device hours", f"{run.hours:.3g}"
     versions: Mapping[str, str] = run.facts.get("versions") or {}
     if versions:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import yaml
+from attrs import evolve
 from tinyruns import LORA, distil, make_spec, model, teacher
 
 from sdkit import __version__
@@ -12,7 +13,7 @@ from sdkit.language.resolved import resolved
 from sdkit.language.specs import CrossEntropy, DatasetSamples, EmaWeights, RolloutSpec, Table
 from sdkit.runs import latex
 from sdkit.runs.bibliography import SOFTWARE_AUTHORS, SOFTWARE_TITLE, papers_in, software_bibtex
-from sdkit.runs.cite import cite, device_hours, read
+from sdkit.runs.cite import cite, device_hours, read, together
 
 HOURS = [{"step": 1, "time/step": 1800.0}, {"step": 1, "time/evaluation": 900.0}, {"step": 2, "time/step": 1800.0}]
 
@@ -155,6 +156,14 @@ def test_page_of_the_users_own(make_run, tmp_path):
     (tmp_path / "mine.yaml").write_text('# Mine.\n# Doe 2024, "A Title", arXiv 2401.00001.\nlosses: {}\n')
     spec = make_spec("hub/m")
     assert cite(read(spec, tmp_path, make_run(spec, "method: ./mine.yaml\n")), "bibtex").startswith("@misc{doe2024")
+
+
+def test_seeds_are_listed_and_their_hours_added(make_run, tmp_path):
+    spec = make_spec("hub/m")
+    run = read(spec, tmp_path, make_run(spec))
+    text = cite(together([run, evolve(run, seeds=(7,))]), "markdown")
+    assert "The 2 runs, with seeds 0 and 7, took 5 device hours on 2 × NVIDIA H200 and sampled 24,690 tokens." in text
+    assert "| seeds | 0, 7 |" in text
 
 
 def test_command_prints_bibtex(make_run, sdkit):
