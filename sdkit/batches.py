@@ -15,6 +15,7 @@ from attrs import evolve, field, fields, frozen
 
 from sdkit.language.errors import BadData
 from sdkit.language.row_text import Fault, text_of
+from sdkit.stdout import Advance, no_progress
 
 if TYPE_CHECKING:  # rows are checked without torch
     import torch
@@ -353,8 +354,13 @@ class RolloutBackend(Protocol):
         """Loads weights; returns metrics of the transfer (seconds, canary difference)."""
         ...
 
-    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
-        """Returns one completion per request, in order; equal requests give equal completions."""
+    def sample(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
+    ) -> list[Completion]:
+        """Returns one completion per request, in order; equal requests give equal completions.
+
+        `advance` receives numbers of completions as they are sampled, in all about one for each request.
+        """
         ...
 
     def close(self) -> None:

@@ -5,9 +5,10 @@ import re
 
 import pytest
 from rich.console import Console
+from rich.progress import Task, TaskID
 
 from sdkit.cli.checking import make_console
-from sdkit.stdout import Phases, TimestampedStream
+from sdkit.stdout import Phases, TimestampedStream, _time_left, readable_duration
 
 
 def test_every_line_of_a_log_has_the_time():
@@ -46,6 +47,43 @@ def test_phase_ends_with_an_error():
     with pytest.raises(KeyboardInterrupt), phases.phase("loading"):
         raise KeyboardInterrupt
     assert not phases._bars.live.is_started
+
+
+def test_bar_shows_parts_and_the_time_that_is_left():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    phases = Phases(console)
+    with phases.phase("training", 120, done=20, time_left=lambda: 5400.0) as advance, phases.phase("loading"):
+        advance(2.6)
+        phases._bars.refresh()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+    assert re.search(r"training +[━╸╺]+ +0:00:00 23/120, 90 min left", text)
+    assert re.search(r"loading +[━╸╺]+ +0:00:00 *[\r\n]", text)
+
+
+def test_time_left_follows_from_the_parts_done():
+    task = Task(
+        TaskID(0), "updates", total=8, completed=4, _get_time=lambda: 30.0, fields={"done": 1, "time_left": None}
+    )
+    task.start_time = 0.0
+    assert _time_left(task) == 30 / 3 * 4
+    task.completed = 1
+    assert _time_left(task) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (5400, "90 min"),
+        (7200, "2 h"),
+        (12000, "3 h 20 min"),
+        (190800, "2 d 5 h"),
+    ],
+)
+def test_duration_is_readable(seconds, text):
+    assert readable_duration(seconds) == text
 
 
 @pytest.mark.parametrize(("columns", "width"), [("72", 72), ("", 140), ("0", 140), ("wide", 140)])

@@ -13,7 +13,7 @@ from sdkit.language.metric_names import CHAPTERS, METRICS
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 INTRODUCTION = """# The metrics
 
-`metrics.jsonl` has a line for each training step, each evaluation and the teacher's lift; TensorBoard has the same figures.
+`metrics.jsonl` has a line for each training step, each evaluation and the teacher's lift; the run's trackers have the same figures.
 In a name, words in capitals stand for names of the spec: TERM is a loss term, REWARD a reward, SUITE and DECODING a suite of
 the evaluation and one of its decodings, FILTER a filter of `rollout.keep`, SLOT a slot of the teacher's context, KEY a key
 with a schedule. METRIC is any metric of the objective.

@@ -1,7 +1,8 @@
-"""Commands on run directories: compare, report, diff, export, show rollouts, convert checkpoints."""
+"""Commands on run directories: list, compare, report, diff, cite, export, show rollouts, convert checkpoints."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,27 @@ import typer
 from sdkit.cli.app import RESULTS, app
 from sdkit.cli.checking import check_run, check_spec, make_console
 from sdkit.cli.options import SpecOrRun
+
+
+@app.command(rich_help_panel=RESULTS, epilog="Examples: `sdkit runs`, `sdkit runs /scratch/me/runs --format json`")
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder to look in, at any depth; or one run directory.")] = Path(
+        "runs"
+    ),
+    format: Annotated[
+        Literal["text", "json"], typer.Option("--format", help="A table for people, or a list for programs.")
+    ] = "text",
+) -> None:
+    """List the runs below a folder: state, steps, headline score, age, and the command that comes next."""
+    from sdkit.runs.listing import list_runs, print_runs
+
+    listed = list_runs(folder)
+    if format == "json":
+        typer.echo(json.dumps([run.as_json() for run in listed], indent=2))
+    elif listed:
+        print_runs(listed, make_console())
+    else:
+        typer.echo(f"no run directory below {folder}")
 
 
 @app.command(
@@ -95,6 +117,38 @@ def _side(path: Path) -> Any:
     plan = plan_spec(checked.spec, base)
     numbers = {} if isinstance(plan, MethodPlan) else derived_numbers(checked.spec, plan)
     return Side(name=str(path), spec=checked.spec, numbers=numbers, origins=origins)
+
+
+@app.command(
+    rich_help_panel=RESULTS,
+    epilog="Examples: `sdkit cite runs/sdft`, `sdkit cite runs/sdft --format latex`, "
+    "`sdkit cite runs/sdft --format bibtex >> references.bib`",
+)
+def cite(
+    run: Annotated[Path, typer.Argument(help="The directory of a run, or of several seeds.", show_default=False)],
+    format: Annotated[
+        Literal["markdown", "latex", "bibtex"],
+        typer.Option(
+            "--format", help="Paragraph, table and BibTeX; paragraph and table; or the BibTeX entries alone."
+        ),
+    ] = "markdown",
+) -> None:
+    """Print a run for a paper: a methods paragraph, a table of hyperparameters, and BibTeX of method and sdkit."""
+    from sdkit.language.errors import UnreadableInput
+    from sdkit.runs.cite import cite as text_of
+    from sdkit.runs.cite import read, together
+    from sdkit.runs.run_sets import is_set, read_set
+
+    folders = [run]
+    if is_set(run):
+        runs_of = read_set(run)
+        if runs_of.kind != "seeds":
+            raise UnreadableInput(
+                f"{run} holds runs of different specs", hint=f"name one: {runs_of.folder(runs_of.members[0])}"
+            )
+        folders = [runs_of.folder(member) for member in runs_of.members]
+    checked = [(*check_run(folder), folder) for folder in folders]
+    typer.echo(text_of(together([read(one.spec, base, folder) for one, base, folder in checked]), format))
 
 
 @app.command(

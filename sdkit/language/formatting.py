@@ -18,7 +18,7 @@ from attrs import frozen
 from sdkit.language.errors import Path, UnreadableInput
 from sdkit.language.introspection import default_kind, is_spec, keys_of, kinds_of, options_of
 from sdkit.language.overlay import is_run_file, is_sequence_data, load
-from sdkit.language.renamed import current_name
+from sdkit.language.renamed import current_name, current_value
 from sdkit.language.scalars import scalar
 from sdkit.language.source import Source, read, read_text
 from sdkit.language.specs import ExperimentSpec, MethodSpec, SequenceSpec, Table
@@ -266,6 +266,8 @@ def _plain(written: str, path: Path) -> str:
     value = scalar(written)
     if isinstance(value, str):
         return current_name(path, value) or written
+    if isinstance(today := current_value(path, value), list):
+        return f"[{', '.join(today)}]"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, int):

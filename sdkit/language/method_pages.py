@@ -46,7 +46,7 @@ def method_page(name: str) -> MethodPage:
     spec = load_spec(path).spec
     if spec is None:
         raise UnreadableInput(f"{path} has errors", hint=f"`sdkit validate {path}` shows them")
-    comment = _first_comment(Path(path).read_text(encoding="utf-8"))
+    comment = first_comment(Path(path).read_text(encoding="utf-8"))
     cited = _ARXIV.search(comment) or _AUTHORS_AND_YEAR.search(comment)
     summary = _SENTENCE_END.split(comment)[0].removesuffix(".")
     return MethodPage(name=name, summary=summary, comment=comment, paper=cited[0] if cited else "", spec=spec)
@@ -101,8 +101,8 @@ def _needs(spec: MethodSpec) -> Iterator[str]:
         yield "a teacher server"
 
 
-def _first_comment(text: str) -> str:
-    """The comment lines that a file begins with, as one line."""
+def first_comment(text: str) -> str:
+    """Returns the comment lines that a file begins with, as one line."""
     lines: list[str] = []
     for line in text.splitlines():
         if not line.startswith("#"):

@@ -19,6 +19,7 @@ RENAMED: Mapping[str, tuple[str, str | None]] = {
     "model.shape.context": ("max_position_embeddings", "config.json"),
     "optimizer.clip": ("max_grad_norm", "transformers"),
     "optimizer.schedule": ("lr_scheduler_type", "transformers"),
+    "output.tensorboard": ("trackers", None),
     "rewards.*.batch_rows": ("batch_size", "transformers"),
     "rollout.backend.batch_rows": ("batch_size", "transformers"),
     "rollout.backend.cache_gib": ("kv_cache_gib", None),
@@ -31,6 +32,13 @@ RENAMED: Mapping[str, tuple[str, str | None]] = {
 def current_name(path: Path, value: str | None = None) -> str | None:
     """Returns the name that the last key of `path`, or a value at `path`, has today; None if it has no other."""
     return _entry(path, value)[0]
+
+
+def current_value(path: Path, value: object) -> object:
+    """Returns what a value at the current name `path` is today, if the key had another type under its old name."""
+    if path == ("output", "trackers") and isinstance(value, bool):
+        return ["tensorboard"] if value else []
+    return value
 
 
 def rename_hint(path: Path, value: str | None = None) -> str | None:

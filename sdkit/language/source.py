@@ -16,7 +16,7 @@ from attrs import evolve, frozen
 
 from sdkit.language.errors import Path, Place, Problem, UnreadableInput, printable, shorten
 from sdkit.language.files import MAX_RESOLVED_BYTES, MAX_SPEC_BYTES, UnreadableFile, read_file
-from sdkit.language.renamed import current_name
+from sdkit.language.renamed import current_name, current_value
 from sdkit.language.scalars import scalar
 
 MAX_DEPTH = 40
@@ -168,6 +168,8 @@ class _Reader:
             value = self._scalar(event, path)
             if self._resolved and isinstance(value, str):
                 value = current_name(path, value) or value
+            elif self._resolved and isinstance(today := current_value(path, value), list):
+                value = [Node(item, place) for item in today]
             node = Node(value, place, key)
         elif isinstance(event, yaml.SequenceStartEvent):
             node = self._list(path, place, key)

@@ -54,7 +54,7 @@ _OTHER_NAMES = (
     ("losses", "loss"),
     ("lora", "adapter peft peft_config lora_config use_peft"),
     ("quantize_base", "load_in_4bit qlora"),
-    ("tensorboard", "report_to logger"),
+    ("trackers", "report_to logger tracker log_with"),
     ("kind", "loss_type mode type"),
 )
 """sdkit's keys and their names in other toolkits; of several keys with one such name, the likelier comes first."""

@@ -12,6 +12,7 @@ result.json       scores before and after         measures.json   length, entrop
 lift.jsonl        completions from the teacher's prompt before training, each with the lift of its prompt
 code/             the user's Python files: step_N/ has those that the run used after step N
 git.diff          uncommitted changes of the spec's repository
+wandb/            what the tracker wandb writes
 bad_batches/      rollouts of a step whose loss or gradient was not finite
 """
 
@@ -20,13 +21,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdkit import processes
 from sdkit.language.errors import BadEnvironment, UnreadableInput
 from sdkit.language.files import MAX_CONFIG_BYTES, read_json_object
+from sdkit.language.source import read
+from sdkit.runs.trackers import TrackedRun, Trackers
 
 MARK = "resolved.yaml"
 ORIGIN = "provenance.json"
@@ -36,11 +39,10 @@ STATUS = "status.json"
 class RunDirectory:
     """Writes and reads one run's folder.  Knows names and formats; knows nothing of training."""
 
-    def __init__(self, path: Path, tensorboard: bool) -> None:
+    def __init__(self, path: Path, trackers: Trackers | None = None) -> None:
         self.path = path
-        self._events: Any = None
-        self._tensorboard = tensorboard
-        self._purged: int | None = None  # TensorBoard drops events from this step on
+        self._trackers = trackers or Trackers()
+        self._purged: int | None = None  # a resumed run writes this step and all later ones again
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a small file atomically."""
@@ -58,24 +60,24 @@ class RunDirectory:
         self.write_json(STATUS, {"state": state, **process, **facts})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a line to metrics.jsonl, and write the same figures to TensorBoard."""
+        """Append a line to metrics.jsonl, and give the same figures to the trackers."""
         self._append("metrics.jsonl", {"step": step, **values})
-        if self._tensorboard:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._writer().add_scalar(name, value, step)
-            self._writer().flush()
+        self._tracked().metrics(step, values)
 
-    def event_text(self, name: str, step: int, text: str) -> None:
-        """Write a text, read as Markdown, to TensorBoard."""
-        if self._tensorboard:
-            self._writer().add_text(name, text, step)
+    def tracked_text(self, name: str, step: int, text: str) -> None:
+        """Give the trackers a text in Markdown."""
+        self._tracked().text(name, step, text)
 
-    def hyperparameters(self, settings: Mapping[str, Any], results: Mapping[str, float], step: int) -> None:
-        """Write a run's scalar settings and its results after `step` to TensorBoard, for its table of runs."""
-        if self._tensorboard:
-            scalars = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
-            self._writer().add_hparams(scalars, dict(results), run_name=".", global_step=step)
+    def samples(self, step: int, records: Sequence[Mapping[str, Any]], page: str) -> None:
+        """Write rollouts as text to samples/, `page` is the same in Markdown, and give them to the trackers."""
+        self.lines("samples", step, records)
+        self.write_text(f"samples/step_{step:06d}.md", page)
+        self._tracked().text("samples", step, page)
+        self._tracked().samples(step, records)
+
+    def results(self, settings: Mapping[str, Any], results: Mapping[str, float], step: int) -> None:
+        """Give the trackers a run's settings and its results after `step`, for their tables of runs."""
+        self._tracked().results(settings, results, step)
 
     def warning(self, step: int, facts: Mapping[str, Any]) -> None:
         """Append a line to warnings.jsonl."""
@@ -126,15 +128,20 @@ class RunDirectory:
                     path.unlink()
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
+        """Close the trackers."""
+        self._trackers.close()
 
-    def _writer(self) -> Any:
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purged)
-        return self._events
+    def _tracked(self) -> Trackers:
+        """The trackers, open; their runs have the run's id, so that a resumed run continues them."""
+        self._trackers.start(
+            lambda: TrackedRun(
+                folder=self.path,
+                id=str(provenance(self.path).get("run") or self.path.name),
+                settings=read(self.path / MARK, resolved=True).data or {},
+                purge_from=self._purged,
+            )
+        )
+        return self._trackers
 
 
 class ReadOnly(RunDirectory):
@@ -201,7 +208,7 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise UnreadableInput(f"{path} is not a run directory, so --overwrite leaves it alone")
 
 
-def create(path: Path, *, tensorboard: bool) -> RunDirectory:
+def create(path: Path, trackers: Trackers | None = None) -> RunDirectory:
     """Create an empty run directory at `path`; an older run there is removed (see `claim`)."""
     try:
         if path.exists():
@@ -209,7 +216,7 @@ def create(path: Path, *, tensorboard: bool) -> RunDirectory:
         path.mkdir(parents=True)
     except OSError as error:
         raise UnreadableInput(f"cannot write to {path}: {error.strerror}") from None
-    return RunDirectory(path, tensorboard)
+    return RunDirectory(path, trackers)
 
 
 def read_status(path: Path) -> Mapping[str, Any]:

@@ -53,7 +53,7 @@ def _front_matter(on_hub: str | None, adapter: bool) -> str:
 
 
 def _training(spec: ExperimentSpec, run: Path, method: MethodPlan) -> Iterator[str]:
-    if page := _method_page(run):
+    if page := method_page(run):
         yield f"method: `{page}`"
     yield from (f"objective: {line}" for line in method.objective)
     yield from method.roles
@@ -68,8 +68,8 @@ def _training(spec: ExperimentSpec, run: Path, method: MethodPlan) -> Iterator[s
     yield f"{status['step']} steps of {per_step} rollouts, learning rate {spec.optimizer.lr:g}, {spec.model.dtype}"
 
 
-def _method_page(run: Path) -> str | None:
-    """The page that the run file names; None if the file holds the method itself."""
+def method_page(run: Path) -> str | None:
+    """Returns the page that the run file names; None if the file holds the method itself."""
     written = read(run / "spec.yaml").data if (run / "spec.yaml").is_file() else None
     return written.get("method") if isinstance(written, Mapping) else None
 

@@ -9,6 +9,7 @@ from sdkit.batches import Completion, SamplingParams, SamplingRequest
 from sdkit.language.errors import BadData
 from sdkit.models.weights import Weights
 from sdkit.runs.directory import read_lines
+from sdkit.stdout import Advance, no_progress
 
 
 class ReplayRollouts:
@@ -33,7 +34,9 @@ class ReplayRollouts:
     def load(self, weights: Weights, version: int) -> Mapping[str, float]:
         return {}
 
-    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
+    def sample(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
+    ) -> list[Completion]:
         try:
             return [self.recorded[r.prompt_ids, r.seed] for r in requests]
         except KeyError:

@@ -15,6 +15,7 @@ from sdkit.models.logit_transform import decoder
 from sdkit.models.weights import Weights
 from sdkit.sampling.few_rows import few_rows_are_columns
 from sdkit.sampling.prefill import allocate_cache
+from sdkit.stdout import Advance, no_progress
 
 DUMMY_REQUEST = SamplingRequest(prompt_ids=(0,), seed=0)
 """Keeps a rank in step with the others once it has no prompts left."""
@@ -36,7 +37,9 @@ class TransformersRollouts:
         return {}
 
     @torch.no_grad()
-    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
+    def sample(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
+    ) -> list[Completion]:
         assert self.weights is not None, "sample before load"
         # Similar lengths share a batch: less padding, and a row's result depends less on its neighbors.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
@@ -49,21 +52,23 @@ class TransformersRollouts:
                 chosen = order[number * self.batch_size :][: self.batch_size]
                 if not chosen:  # parameters are sharded, and another rank still has prompts
                     brief = evolve(sampling, max_new_tokens=1)
-                    self.weights.sharding.run_forward(self._generate, model, [DUMMY_REQUEST], brief)
+                    self.weights.sharding.run_forward(self._generate, model, [DUMMY_REQUEST], brief, no_progress)
                     continue
                 rows = [requests[i] for i in chosen]
-                batch = self.weights.sharding.run_forward(self._generate, model, rows, sampling)
+                batch = self.weights.sharding.run_forward(self._generate, model, rows, sampling, advance)
                 done.update(zip(chosen, batch, strict=True))
             model.train(was_training)
         return [done[i] for i in range(len(requests))]
 
-    def _generate(self, model: Any, requests: list[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
+    def _generate(
+        self, model: Any, requests: list[SamplingRequest], sampling: SamplingParams, advance: Advance
+    ) -> list[Completion]:
         width = max(len(r.prompt_ids) for r in requests)
         pad = self.end_ids[0]
         ids = torch.tensor([[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests])
         mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
         device = next(model.parameters()).device
-        sampler = SeededSampler(requests, sampling)
+        sampler = SeededSampler(requests, sampling, advance)
         prompts = [r.prompt_ids for r in requests]
         takes_prefix = self.weights is not None and self.weights.takes_prefix
         cache = allocate_cache(decoder(model), prompts, sampling.max_new_tokens) if takes_prefix else None
@@ -77,6 +82,7 @@ class TransformersRollouts:
                 tokenizer=self.tokenizer if sampling.stop else None,
                 synced_gpus=self.weights is not None and self.weights.sharding.in_step,
             )
+        advance(len(requests) * (1 - len(sampler.logprobs) / sampling.max_new_tokens))  # they ended early
         rows, logprobs = out[:, width:].tolist(), torch.stack(sampler.logprobs, dim=1).tolist()
         return [self._completion(*row, sampling.stop) for row in zip(rows, logprobs, strict=True)]
 
@@ -131,8 +137,11 @@ class SeededSampler:
     the global generator, and the log-probabilities are exact under temperature, top_k and top_p.
     """
 
-    def __init__(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> None:
+    def __init__(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
+    ) -> None:
         self.sampling = sampling
+        self.advance = advance  # receives each token's share of its completions
         self.generators = [torch.Generator().manual_seed(r.seed) for r in requests]
         self.logprobs: list[Tensor] = []  # of the drawn tokens, [rows] for each step
 
@@ -152,6 +161,7 @@ class SeededSampler:
             target = draws.to(cumulative.device)[:, None] * cumulative[:, -1:]
             chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
         self.logprobs.append(logprobs.gather(-1, chosen)[:, 0])
+        self.advance(len(chosen) / self.sampling.max_new_tokens)
         return torch.full_like(logits, float("-inf")).scatter(-1, chosen, 0.0)
 
     def _truncated(self, logits: Tensor) -> Tensor:

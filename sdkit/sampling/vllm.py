@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from sdkit.models.device import rank_device
 from sdkit.models.weights import Weights
 from sdkit.sampling.canary import draw_canary
 from sdkit.sampling.vllm_settings import check_engine_args, engine_settings, is_eager, sampling_settings
+from sdkit.stdout import Advance, no_progress
 
 
 class VllmRollouts:
@@ -61,7 +63,9 @@ class VllmRollouts:
             **self.canary.compare(trainer, self._engine_canary_logprobs(), version, "vLLM"),
         }
 
-    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
+    def sample(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
+    ) -> list[Completion]:
         from vllm import SamplingParams, TokensPrompt
 
         settings = sampling_settings(sampling, self.end_ids, self.vocabulary)
@@ -69,7 +73,7 @@ class VllmRollouts:
         shared, own = self._share(requests)
         params = [SamplingParams(**settings, seed=None if greedy else r.seed, detokenize=text) for r in shared]
         prompts = [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in shared]
-        return [_completion(output.outputs[0]) for output in self.generate(prompts, params)[own]]
+        return [_completion(output.outputs[0]) for output in self.generate(prompts, params, advance)[own]]
 
     def sleep(self) -> bool:
         """Free the engine's GPU memory until the next `load`; returns False if the spec keeps it awake."""
@@ -103,17 +107,44 @@ class VllmRollouts:
         scored = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
         return [entry[token].logprob for entry, token in scored]
 
-    def generate(self, prompts: list[Any], params: list[Any]) -> list[Any]:
+    def generate(self, prompts: list[Any], params: list[Any], advance: Advance = no_progress) -> list[Any]:
         """Returns the engine's outputs of these prompts, one set of vLLM's parameters for each."""
         # vLLM compiles the function that ranks a sampled token, also in eager mode: seconds of a C++ compiler on a CPU.
         stance = "force_eager" if is_eager(self.spec) and not torch.cuda.is_available() else "default"
         with torch.compiler.set_stance(stance):
-            return self.engine.generate(prompts, params, use_tqdm=False)
+            return self.engine.generate(prompts, params, use_tqdm=partial(_progress, advance))
 
     def close(self) -> None:
         """Shut down the engine.  This destroys the default process group, so close everything else first."""
         self.engine.llm_engine.engine_core.shutdown()
         del self.engine
+
+
+class _RequestCounter:
+    """The part of tqdm's bar that vLLM uses: reports finished requests instead of drawing them."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.n = 0
+        self.postfix = ""
+        self._advance = advance
+        self._started = time.perf_counter()
+
+    @property
+    def format_dict(self) -> dict[str, float]:
+        return {"elapsed": time.perf_counter() - self._started}
+
+    def update(self, n: int) -> None:
+        self.n += n
+        self._advance(n)
+
+    def refresh(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _progress(advance: Advance, prompts: Any = None, **_: Any) -> Any:
+    """What vLLM calls in tqdm's place: first with the prompts that it reads, then for the requests that it runs."""
+    return _RequestCounter(advance) if prompts is None else prompts
 
 
 def _start_engine(spec: VllmBackend, model: str, dtype: str, max_tokens: int) -> Any:

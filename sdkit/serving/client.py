@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from sdkit.language.errors import BadEnvironment, first_line
+from sdkit.stdout import Advance, no_progress
 
 RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses that are worth a retry."""
@@ -117,15 +118,21 @@ class Server:
         retries: int | None = None,
         deadline_seconds: float | None = None,
         headers: Mapping[str, str] | None = None,
+        advance: Advance = no_progress,
     ) -> list[Any]:
-        """Returns one JSON response per body (None: a GET), in order, as `post` does.  Raises RequestFailed."""
+        """Returns one JSON response per body (None: a GET), in order, as `post` does.  Raises RequestFailed.
+
+        `advance` receives 1 for each response.
+        """
         semaphore = asyncio.Semaphore(self.max_concurrent)
         retries = self.retries if retries is None else retries
         deadline = self.deadline_seconds if deadline_seconds is None else deadline_seconds
 
         async def request(body: Body | None) -> Any:
             async with semaphore:
-                return await self._request_with_retries(path, body, headers or {}, retries, deadline)
+                answer = await self._request_with_retries(path, body, headers or {}, retries, deadline)
+                advance(1)
+                return answer
 
         tasks = [asyncio.create_task(request(body)) for body in bodies]
         try:

@@ -24,6 +24,7 @@ from sdkit.serving import protocol
 from sdkit.serving.client import RETRYABLE_STATUSES, RequestFailed, Server, key_from
 from sdkit.serving.gateway import WEIGHTS_HEADER
 from sdkit.serving.weight_files import WeightFile
+from sdkit.stdout import Advance, no_progress
 
 T = TypeVar("T")
 Group = list[int]
@@ -136,13 +137,17 @@ class ServerPool:
         return metrics | {"servers": float(len(ready))}
 
     def sample(
-        self, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
+        self,
+        file: WeightFile,
+        requests: Sequence[SamplingRequest],
+        sampling: SamplingParams,
+        advance: Advance = no_progress,
     ) -> list[Completion]:
         """Returns one completion per request, in order, sampled by these weights; requests of one prompt go to one server.
 
-        Raises as `load` does.
+        `advance` receives 1 for each completion.  Raises as `load` does.
         """
-        return self._run(self._sample(file, requests, sampling))
+        return self._run(self._sample(file, requests, sampling, advance))
 
     def abort(self) -> None:
         """Cancel the current call, from any thread; later calls are cancelled too."""
@@ -177,7 +182,7 @@ class ServerPool:
             self._task = None
 
     async def _sample(
-        self, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
+        self, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance
     ) -> list[Completion]:
         done: dict[int, Completion] = {}
         pending = _groups(requests)
@@ -187,7 +192,7 @@ class ServerPool:
             members = await self._ready_members(file)
             parts = [pending[i :: len(members)] for i in range(len(members))]
             outcomes = await _outcomes(
-                self._sample_on(member, file, [requests[i] for i in _indices(part)], sampling)
+                self._sample_on(member, file, [requests[i] for i in _indices(part)], sampling, advance)
                 for member, part in zip(members, parts, strict=True)
             )
             pending = []
@@ -205,12 +210,17 @@ class ServerPool:
         return [done[i] for i in range(len(requests))]
 
     async def _sample_on(
-        self, member: _Member, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
+        self,
+        member: _Member,
+        file: WeightFile,
+        requests: Sequence[SamplingRequest],
+        sampling: SamplingParams,
+        advance: Advance,
     ) -> list[Completion]:
         settings = sampling_settings(sampling, self._end_ids, self._vocabulary)
         bodies = [protocol.completion_body(request, settings) for request in requests]
         headers = {WEIGHTS_HEADER: file.sha256}
-        answers = await member.server.request_all("/v1/completions", bodies, headers=headers)
+        answers = await member.server.request_all("/v1/completions", bodies, headers=headers, advance=advance)
         return [protocol.read_completion(member.url, answer) for answer in answers]
 
     async def _ready_members(self, file: WeightFile) -> list[_Member]:

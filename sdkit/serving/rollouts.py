@@ -24,6 +24,7 @@ from sdkit.processes import DaemonThreads
 from sdkit.sampling.canary import Canary
 from sdkit.serving.pool import ServerPool
 from sdkit.serving.weight_files import WeightFile
+from sdkit.stdout import Advance, no_progress
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 10.0
@@ -80,8 +81,10 @@ class ServerRollouts:
             future = self._thread.submit(lambda: pool.load(file))
         return {**self._broadcast_result(future), "sync_seconds": time.perf_counter() - started}
 
-    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
-        job = self.submit(requests, sampling)
+    def sample(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
+    ) -> list[Completion]:
+        job = self.submit(requests, sampling, advance)
         return list(self.result(job).completions[job.own])
 
     def retain_weights(self, weights: Weights, version: int) -> None:
@@ -98,8 +101,13 @@ class ServerRollouts:
                 pass
         self._newest_weights = id(weights), version
 
-    def submit(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> Job:
-        """Submit the requests of all ranks, to be sampled by the weights last passed to `retain_weights`."""
+    def submit(
+        self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
+    ) -> Job:
+        """Submit the requests of all ranks, to be sampled by the weights last passed to `retain_weights`.
+
+        `advance` receives this rank's share of each completion.
+        """
         assert self._newest_weights is not None, "call retain_weights before submit"
         parts = collectives.all_gather_object(tuple(requests))
         begin = sum(map(len, parts[: collectives.rank()]))
@@ -108,7 +116,9 @@ class ServerRollouts:
         file = future = None
         if self.pool and self._thread:
             file = self._files[-1]
-            future = self._thread.submit(functools.partial(_load_and_sample, self.pool, file, all_requests, sampling))
+            share = len(requests) / max(len(all_requests), 1)
+            load_and_sample = functools.partial(_load_and_sample, self.pool, file, all_requests, sampling)
+            future = self._thread.submit(lambda: load_and_sample(lambda number: advance(number * share)))
         job = Job(all_requests, own, self._newest_weights[1], file, future)
         if future:
             self._jobs.append(job)
@@ -156,9 +166,9 @@ class ServerRollouts:
 
 
 def _load_and_sample(
-    pool: ServerPool, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams
+    pool: ServerPool, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance
 ) -> SampledBatch:
     started = time.perf_counter()
     metrics = pool.load(file)
-    completions = tuple(pool.sample(file, requests, sampling))
+    completions = tuple(pool.sample(file, requests, sampling, advance))
     return SampledBatch(completions=completions, transfer_metrics=metrics, seconds=time.perf_counter() - started)

@@ -61,7 +61,7 @@ def run_members(run_set: RunSet, command: Command, console: Console, options: Op
     Raises Stopped after a request to stop; after all other members, an error of the class of the first failure if members
     failed.
     """
-    status = RunDirectory(run_set.path, tensorboard=False).status
+    status = RunDirectory(run_set.path).status
     status("running")
     run = _Running(run_set=run_set, command=command, console=console, options=options)
     try:

@@ -11,6 +11,7 @@ from attrs import frozen
 from sdkit.batches import Completion, GroupOutcome, Rollout, RolloutBatch, Row, SamplingRequest
 from sdkit.distributed import collectives
 from sdkit.rewards.scoring import ScoredCompletion, reward_values, score
+from sdkit.stdout import Advance, no_progress
 from sdkit.train.advantages import group_outcomes, with_advantages
 from sdkit.train.collate import RolloutKey, rollout_key
 from sdkit.train.inputs import RunData
@@ -31,14 +32,20 @@ class CollectedRollouts:
 
 
 def collect_rollouts(
-    sampler: RolloutSampler, rows: Sequence[Row], stream: Stream, specs: StepSpecs, *, suite: str | None = None
+    sampler: RolloutSampler,
+    rows: Sequence[Row],
+    stream: Stream,
+    specs: StepSpecs,
+    *,
+    suite: str | None = None,
+    advance: Advance = no_progress,
 ) -> CollectedRollouts:
     """Sample, score and return one group of rollouts for each of this rank's rows.
 
-    `suite` is the evaluation suite of held-out rows, None for training rows.
+    `suite` is the evaluation suite of held-out rows, None for training rows; `advance` as in `RolloutBackend`.
     """
     started = time.perf_counter()
-    sampled = sampler.sample(rows, stream, specs, evaluation=suite is not None)
+    sampled = sampler.sample(rows, stream, specs, evaluation=suite is not None, advance=advance)
     metrics = dict(sampled.figures)
     sync_seconds = metrics.pop("sync_seconds", 0.0)
     sampled_at = time.perf_counter()

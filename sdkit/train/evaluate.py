@@ -12,7 +12,7 @@ from sdkit.runs.evaluations import EvaluationResult, Key, read_back
 from sdkit.runs.sample_measures import completion_measures, prompt_measures
 from sdkit.runs.teacher_lift import TeacherLift, lift_of, merged
 from sdkit.seeds import derive
-from sdkit.stdout import Advance
+from sdkit.stdout import Advance, no_progress
 from sdkit.train.collect_rollouts import collect_rollouts, completion_text
 from sdkit.train.inputs import RunData
 from sdkit.train.learner import Learner
@@ -28,17 +28,21 @@ def headline(evaluation: EvaluationSpec) -> Key:
     return name, next(iter(suite.decoding)), suite.score
 
 
-def number_of_parts(evaluation: EvaluationSpec) -> int:
-    """The number of parts of an evaluation: one for each decoding of each suite."""
-    return sum(len(suite.decoding) for suite in evaluation.suites.values())
+def number_of_completions(data: RunData, evaluation: EvaluationSpec) -> int:
+    """The number of completions that this rank samples in an evaluation."""
+    return sum(
+        len(collectives.shard_indices(len(data.suites[name]))) * decoding.samples
+        for name, suite in evaluation.suites.items()
+        for decoding in suite.decoding.values()
+    )
 
 
 def evaluate(
-    sampler: RolloutSampler, evaluation: EvaluationSpec, version: int, advance: Advance = lambda _: None
+    sampler: RolloutSampler, evaluation: EvaluationSpec, version: int, advance: Advance = no_progress
 ) -> EvaluationResult:
     """Sample and score every suite from the student's prompts.
 
-    `version` is the student's policy version; `advance` is called with 1 after each of `number_of_parts`.
+    `version` is the student's policy version; `advance` receives numbers of sampled completions, in all `number_of_completions`.
     """
     data = sampler.setup.data
     backend, _ = sampler.backends.load(sampler.models.student, version, evaluation=True)
@@ -115,7 +119,7 @@ def _evaluate_suite(
     suite: Suite,
     prompts: Sequence[tuple[Row, tuple[int, ...]]],
     backend: RolloutBackend,
-    advance: Advance = lambda _: None,
+    advance: Advance = no_progress,
 ) -> EvaluationResult:
     """Sample and score the rows, each from its prompt."""
     spec, rows = data.spec, [row for row, _ in prompts]
@@ -126,9 +130,8 @@ def _evaluate_suite(
         seeds = [derive(spec.training.seed, "evaluation", name, decoding_name, i, copy) for i, copy in jobs]
         owners = [i for i, _ in jobs]
         requests = [SamplingRequest(prompt_ids=prompts[i][1], seed=n) for i, n in zip(owners, seeds, strict=True)]
-        completions = backend.sample(requests, _sampling_params(decoding, limit, spec.rollout.stop))
+        completions = backend.sample(requests, _sampling_params(decoding, limit, spec.rollout.stop), advance)
         results.append(_score_completions(data, (name, decoding_name), suite, rows, owners, completions))
-        advance(1)
     return _merge(results)
 
 

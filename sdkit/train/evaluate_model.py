@@ -19,7 +19,7 @@ from sdkit.runs.samples import as_markdown
 from sdkit.runs.score_tables import measure_records, measures_table, score_records, scores_table, warn_of_few_prompts
 from sdkit.stdout import Phases, is_first_rank
 from sdkit.train import failures, prompt_record, run_origin
-from sdkit.train.evaluate import evaluate, number_of_parts
+from sdkit.train.evaluate import evaluate, number_of_completions
 from sdkit.train.run import open_run
 
 PAGE_RECORDS = 20
@@ -41,7 +41,8 @@ def evaluate_model(
     together = False
     try:
         assert spec.evaluation is not None
-        with phases.phase("evaluation", number_of_parts(spec.evaluation)) as advance, failures.explained():
+        total = number_of_completions(trainer.setup.data, spec.evaluation)
+        with phases.phase("evaluation", total) as advance, failures.explained():
             result = evaluate(trainer.sampler, spec.evaluation, 0, advance)
         console.print(scores_table(result))
         if table := measures_table(result.measure_means()):
@@ -76,7 +77,7 @@ def write(folder: Path, spec_text: str, facts: Mapping[str, Any], result: Evalua
     """
     if not is_first_rank():
         return
-    target = directory.create(folder, tensorboard=False)
+    target = directory.create(folder)
     target.write_json("evaluation.json", facts)
     target.write_text("spec.yaml", spec_text)
     target.write_text("completions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in result.records))

@@ -19,7 +19,7 @@ from sdkit.runs.evaluations import EvaluationResult
 from sdkit.stdout import Advance
 from sdkit.train import determinism, stop_requests
 from sdkit.train.collect_rollouts import CollectedRollouts, collect_rollouts, completion_text
-from sdkit.train.evaluate import evaluate, headline, held_out_loss, number_of_parts, teacher_lift
+from sdkit.train.evaluate import evaluate, headline, held_out_loss, number_of_completions, teacher_lift
 from sdkit.train.metrics import step_metrics
 from sdkit.train.report import Report
 from sdkit.train.rollout_filters import filter_rollouts
@@ -41,7 +41,8 @@ def run(trainer: Trainer, report: Report) -> None:
     """
     setup, progress = trainer.setup, trainer.progress
     every = setup.spec.output.checkpoint_every
-    training = report.phases.phase("training", setup.end, done=progress.step, log=False)
+    left = report.time_left
+    training = report.phases.phase("training", setup.end, done=progress.step, log=False, time_left=left.seconds)
     with stop_requests.stop_requests(report.notify) as stop, training as advance:
         _evaluate_start(trainer, report, stop)
         for step in range(progress.step, setup.end):
@@ -106,8 +107,9 @@ def _abandonable(trainer: Trainer, report: Report, stop: StopRequests) -> Iterat
 def _train_on_batch(trainer: Trainer, report: Report, step: int) -> None:
     setup, sampler, specs = trainer.setup, trainer.sampler, trainer.specs
     started = time.perf_counter()
-    with report.part("rollouts"):
-        collected = collect_rollouts(sampler, setup.data.batch_rows(step), ("rollout", step), specs)
+    rows = setup.data.batch_rows(step)
+    with report.part("rollouts", len(rows) * setup.spec.rollout.completions_per_prompt) as advance:
+        collected = collect_rollouts(sampler, rows, ("rollout", step), specs, advance=advance)
         sampler.backends.sleep()
     collected_at = time.perf_counter()
     decode = partial(completion_text, setup.data)
@@ -175,7 +177,9 @@ def _evaluate(trainer: Trainer, report: Report, stop: StopRequests) -> Evaluatio
     if spec.evaluation is None:
         return None
     started = time.perf_counter()
-    bar = report.phases.phase(f"evaluation after step {step}", number_of_parts(spec.evaluation))
+    bar = report.phases.phase(
+        f"evaluation after step {step}", number_of_completions(trainer.setup.data, spec.evaluation)
+    )
     with _abandonable(trainer, report, stop), bar as advance:
         result = evaluate(trainer.sampler, spec.evaluation, specs.optimizer_steps, advance)
         trainer.sampler.backends.sleep()

@@ -9,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.text import Text
 
 from sdkit.batches import RolloutBatch
 from sdkit.distributed import collectives
@@ -21,8 +19,9 @@ from sdkit.language.errors import counted
 from sdkit.language.resolved import leaves, resolved
 from sdkit.models.device import rank_device
 from sdkit.models.packing import LONGEST_PACK
+from sdkit.plan.plan import Plan
 from sdkit.runs.directory import RunDirectory
-from sdkit.runs.evaluations import EvaluationResult, Key, main_keys, read_back
+from sdkit.runs.evaluations import EvaluationResult, Key, read_back
 from sdkit.runs.samples import as_markdown
 from sdkit.runs.score_tables import (
     comparison_records,
@@ -34,7 +33,8 @@ from sdkit.runs.score_tables import (
 )
 from sdkit.runs.teacher_lift import ADVICE as LIFT_ADVICE
 from sdkit.runs.teacher_lift import TeacherLift
-from sdkit.stdout import Advance, Phases, print_warning
+from sdkit.stdout import Advance, Phases, print_warning, readable_duration
+from sdkit.train import console_lines
 from sdkit.train.collate import RolloutKey, rollout_key
 from sdkit.train.collect_rollouts import CollectedRollouts, rollout_records, sample_texts, sort_records
 from sdkit.train.evaluate import headline
@@ -42,12 +42,11 @@ from sdkit.train.inputs import RunData
 from sdkit.train.models import Models
 from sdkit.train.run_watch import RunWatch
 from sdkit.train.setup import RunSetup
+from sdkit.train.time_left import TimeLeft
 from sdkit.train.tripwires import TripwireWarning
 
-STEP_LINE = 80 - len("00:00:00 ")
-"""Characters of a step's line: it fits 80 columns, also in a log, whose lines begin with the time."""
 RESULTS = ("loss", "eval/score", "eval/loss")
-"""The metrics that TensorBoard's table of runs shows, from the last step that has them."""
+"""The metrics that a tracker's table of runs shows, from the last step that has them."""
 NO_SETTINGS = ("data.source", "output.", "evaluation.suites")
 """Keys that are left out of that table."""
 
@@ -73,6 +72,7 @@ class Report:
         # How long the latest step and evaluation took.
         names = ("time/step", "time/evaluation")
         self.seconds = {name: line[name] for line in history for name in names if name in line}
+        self.time_left = TimeLeft(setup.end, setup.spec.evaluation, self.seconds.get("time/evaluation", 0.0))
 
     def part(self, name: str, total: int | None = None) -> contextlib.AbstractContextManager[Advance]:
         """Show a part of a step on a terminal; returns what `Phases.phase` returns."""
@@ -97,10 +97,10 @@ class Report:
         metrics |= memory_peaks()
         self.seconds["time/step"] = metrics["time/step"]
         self.run.metrics(step, metrics)
-        self.run.status("running", step=step)
+        self.run.status("running", step=step, steps=self.setup.end)
         records = collectives.gather_object(rollout_records(collected, divergences))
         self.run.lines("rollouts", step - 1, sort_records(records))
-        self.console.print(_step_line(step, self.setup.end, metrics), no_wrap=True)
+        self._print_step(step, metrics)
         output = self.setup.spec.output
         self._warn(self.watch.step({"step": step, **metrics}))
         for text in server_messages:
@@ -108,10 +108,22 @@ class Report:
         if (step - 1) % output.samples_every == 0:
             shown = sample_texts(self.setup.data, collected.batch, collected.scores, output.samples)
             page = as_markdown(f"samples of step {step}", shown)
-            self.run.lines("samples", step, shown)
-            self.run.write_text(f"samples/step_{step:06d}.md", page)
-            self.run.event_text("samples", step, page)
-            self.console.print(f"  [dim]sample:[/] {escape(_one_line(shown[0]['completion']))}", highlight=False)
+            self.run.samples(step, shown, page)
+            self.console.print(
+                f"  [dim]sample:[/] {escape(console_lines.one_line(shown[0]['completion']))}", highlight=False
+            )
+
+    def _print_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print a step's line and, in a log, from time to time how long the run still takes."""
+        terminal = self.console.is_terminal
+        room = self.console.width if terminal else console_lines.LOG_LINE
+        sampled = not self.setup.spec.rollout.sampled_by.completion_column or metrics.get("rollout/by_student") == 1
+        line = console_lines.step_line(step, self.setup.end, metrics, room, sampled=sampled)
+        self.console.print(line, no_wrap=True)
+        self.time_left.step(step, metrics["time/step"])
+        if not terminal and (left := self.time_left.due()):
+            text = f"about {readable_duration(left)} left, {step} of {self.setup.end} steps done"
+            self.console.print(f"[dim]{text}[/]", highlight=False)
 
     def bad_batch(self, step: int, collected: CollectedRollouts, part: RolloutBatch) -> Path:
         """Write the rollouts of a failed update to bad_batches/ and those of its step to rollouts/.
@@ -141,7 +153,8 @@ class Report:
         self.run.metrics(step, metrics | {"time/evaluation": seconds})
         self.run.lines("evaluations", step, result.records)
         self.seconds["time/evaluation"] = seconds
-        for text in _evaluation_lines(step, result, seconds):
+        self.time_left.evaluation(seconds)
+        for text in console_lines.evaluation_lines(step, result, seconds):
             self.console.print(text, highlight=False)
         self._warn(self.watch.evaluated(step, result, self._headline))
 
@@ -169,7 +182,7 @@ class Report:
     def finished(self) -> None:
         """Print scores and measures before and after training, and write result.json and measures.json, if the run has both.
 
-        Also write the settings and results to TensorBoard.
+        Also give settings and results to the trackers.
         """
         if self.first and self.last and self.first is not self.last:
             changes = score_changes(self.first, self.last)
@@ -184,12 +197,19 @@ class Report:
         results = {name: line[name] for line in lines for name in RESULTS if name in line}
         settings = {".".join(map(str, path)): value for path, value in leaves(resolved(self.setup.spec))}
         shown = {name: value for name, value in settings.items() if not name.startswith(NO_SETTINGS)}
-        self.run.hyperparameters(shown, results, max((line["step"] for line in lines), default=0))
+        self.run.results(shown, results, max((line["step"] for line in lines), default=0))
 
     @property
     def _headline(self) -> Key:
         assert self.setup.spec.evaluation is not None
         return headline(self.setup.spec.evaluation)
+
+
+def track_texts(run: RunDirectory, texts: Mapping[str, str], plan: Plan) -> None:
+    """Give the trackers the spec, whose `texts` are named by file, and the objective."""
+    for name, text in texts.items():
+        run.tracked_text(name, 0, f"```yaml\n{text}\n```")
+    run.tracked_text("objective", 0, "\n\n".join([*plan.objective, *plan.roles, *plan.derived]))
 
 
 def print_objective_card(
@@ -265,44 +285,3 @@ def memory_peaks() -> dict[str, float]:
         peaks["memory/device_allocated_gib"] = collectives.all_reduce_max(allocated) / 2**30
         peaks["memory/device_reserved_gib"] = collectives.all_reduce_max(reserved) / 2**30
     return peaks
-
-
-def _step_line(step: int, end: int, metrics: Mapping[str, float]) -> Text:
-    """The main figures of a step on one line of at most `STEP_LINE` characters; what does not fit is left out."""
-    trained = "[yellow]no rollout kept, no update[/]"
-    if "loss" in metrics:
-        trained = f"loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.2f}"
-    skipped = "  [red]skipped[/]" if metrics["skipped_steps"] else ""
-    line = Text.from_markup(f"step [bold]{step}[/]/{end}  {trained}")
-    last = Text.from_markup(f"  [dim]{metrics['time/step']:.1f} s[/]{skipped}")
-    parts = [f"  length {metrics['rollout/completion_tokens']:.1f}"]
-    parts += [f"  {k.removeprefix('reward/')} {v:.2f}" for k, v in metrics.items() if k.startswith("reward/")]
-    room = STEP_LINE - last.cell_len
-    for i, part in enumerate(parts):
-        more = "  …" if i + 1 < len(parts) else ""
-        if line.cell_len + cell_len(part + more) > room:
-            line.append("  …" if line.cell_len + len("  …") <= room else "")
-            break
-        line.append(part)
-    return line.append_text(last)
-
-
-def _evaluation_lines(step: int, result: EvaluationResult, seconds: float) -> list[str]:
-    """A line of scores for each suite, with the suite's name if there are several."""
-    suites = list(result.sizes)
-    lines: list[str] = []
-    for suite in suites:
-        name = f"evaluation after step {step}" + (f", {escape(suite)}" if len(suites) > 1 else "")
-        scores = [
-            f"{'/'.join(key[1:])} {result.interval(key).mean:.3f}"
-            for key in main_keys(result.scores)
-            if key[0] == suite
-        ]
-        lines.append(f"[cyan]{name}[/]: {escape(', '.join(scores))}")
-    lines[-1] += f" [dim]({seconds:.0f} s)[/]"
-    return lines
-
-
-def _one_line(text: str) -> str:
-    flat = " ⏎ ".join(text.splitlines())
-    return flat if len(flat) <= 160 else flat[:157] + "…"

@@ -19,6 +19,7 @@ from sdkit.language.specs import (
     TeacherSamples,
 )
 from sdkit.seeds import derive
+from sdkit.stdout import Advance, no_progress
 from sdkit.train.models import Models
 from sdkit.train.prefetch import RolloutPrefetcher
 from sdkit.train.rollout_backends import RolloutBackends
@@ -58,14 +59,22 @@ class RolloutSampler:
         if self.setup.spec.evaluation:
             self.backends.open(self.setup.plan.evaluation_backend)
 
-    def sample(self, rows: Sequence[Row], stream: Stream, specs: StepSpecs, *, evaluation: bool) -> SampledCompletions:
-        """Sample the completions of this rank's rows, one group of them per row."""
+    def sample(
+        self,
+        rows: Sequence[Row],
+        stream: Stream,
+        specs: StepSpecs,
+        *,
+        evaluation: bool,
+        advance: Advance = no_progress,
+    ) -> SampledCompletions:
+        """Sample the completions of this rank's rows, one group of them per row; `advance` as in `RolloutBackend`."""
         requests = sampling_requests(self.setup.data, rows, stream)
         sampler = resolve_sampler(specs.sampled_by, self.setup.spec.training.seed, stream, evaluation=evaluation)
         if self.prefetcher and not evaluation:
             sampled = _take_prefetched(self.prefetcher, requests, int(stream[-1]), specs.optimizer_steps)
         else:
-            sampled = self._sample_now(sampler, rows, requests, specs.optimizer_steps, evaluation)
+            sampled = self._sample_now(sampler, rows, requests, specs.optimizer_steps, evaluation, advance)
         if not isinstance(specs.sampled_by, MixtureSamples):
             return sampled
         return evolve(sampled, figures={**sampled.figures, "by_student": float(isinstance(sampler, StudentSamples))})
@@ -77,6 +86,7 @@ class RolloutSampler:
         requests: tuple[SamplingRequest, ...],
         version: int,
         evaluation: bool,
+        advance: Advance,
     ) -> SampledCompletions:
         rollout = self.setup.spec.rollout
         weights = self.models.student
@@ -93,7 +103,7 @@ class RolloutSampler:
                 case _:
                     assert_never(sampler)
         backend, figures = self.backends.load(weights, version, evaluation=evaluation)
-        completions = backend.sample(requests, sampling_params(rollout, self.models.ids_below))
+        completions = backend.sample(requests, sampling_params(rollout, self.models.ids_below), advance)
         return SampledCompletions(requests=requests, completions=completions, version=version, figures=figures)
 
     def _dataset_completion(self, row: Row, column: str) -> Completion:

@@ -210,7 +210,7 @@ def train(
         trainer = open_run(spec, base, recording, date)
     seconds = {"data and models": time.perf_counter() - started}
     resume_from = collectives.broadcast_object(resume_from)
-    run = run_origin.open_directory(folder, resume=resume_from is not None, tensorboard=spec.output.tensorboard)
+    run = run_origin.open_directory(folder, spec.output, console, resume=resume_from is not None)
     health.on_exit(lambda reason: directory.record_failure(folder, reason))
     try:
         check_shared(folder)
@@ -225,7 +225,7 @@ def train(
                 carried.load(trainer.state)
         checkpoint.check_saving(trainer.models.student, trainer.setup.data.tokenizer)
         report.print_objective_card(console, trainer.setup, trainer.models, run, start=trainer.progress.step)
-        run.status("running", step=trainer.progress.step)
+        run.status("running", step=trainer.progress.step, steps=trainer.setup.end)
         started = time.perf_counter()
         check_engine_fits(trainer.setup, trainer.learner.zero)
         with phases.phase("starting the rollout engine"):
@@ -233,7 +233,7 @@ def train(
         report.print_start_up(console, seconds | {"rollout engine": time.perf_counter() - started})
         if cause := _train(trainer, run, console, phases, carried is not None):
             raise Diverged(f"the run diverged: {cause}", hint=f"{LOOK_AT}; {run.path / 'model'} has the last weights")
-        run.status("done", step=trainer.progress.step)
+        run.status("done", step=trainer.progress.step, steps=trainer.setup.end)
     except BaseException as error:
         raise _report_failure(error, trainer, run) from error
     _close(trainer, run, together=True)
@@ -248,22 +248,22 @@ def _report_failure(error: BaseException, trainer: Trainer, run: directory.RunDi
     if not isinstance(reported, tuple(ORDERLY_ENDS)):
         code = reported.exit_code if isinstance(reported, SdkitError) else INTERRUPTED
         health.fail(code, str(reported), is_cause=roll_call is None)
-    _write_failure_status(run, state, trainer.progress.step, reported)
+    _write_failure_status(run, state, trainer, reported)
     _close(trainer, run, together=isinstance(reported, tuple(ORDERLY_ENDS)))
     if roll_call:
         missing = roll_call.missing_ranks()
         reported = failures.rank_lost(missing, error)
-        _write_failure_status(run, "failed", trainer.progress.step, reported)
+        _write_failure_status(run, "failed", trainer, reported)
         if 0 in missing:  # it wrote the status
             with contextlib.suppress(BadEnvironment):
                 directory.record_failure(run.path, str(reported))
     return reported
 
 
-def _write_failure_status(run: directory.RunDirectory, state: str, step: int, error: BaseException) -> None:
-    reason = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
+def _write_failure_status(run: directory.RunDirectory, state: str, trainer: Trainer, error: BaseException) -> None:
+    reason = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
     with contextlib.suppress(BadEnvironment):  # if the disk is full, `error` says so
-        run.status(state, step=step, reason=reason or type(error).__name__)
+        run.status(state, step=trainer.progress.step, steps=trainer.setup.end, reason=reason)
 
 
 def _checkpoint_to_resume(
@@ -317,11 +317,9 @@ def _begin(
     rng.seed_all(seed, collectives.rank())
     for name, text in texts.items():
         run.write_text(name, text)
-        run.event_text(name, 0, f"```yaml\n{text}\n```")
-    plan = trainer.setup.plan
-    run.event_text("objective", 0, "\n\n".join([*plan.objective, *plan.roles, *plan.derived]))
     if is_first_rank():
         run_origin.write(run, trainer, recording, files, attempts)
+    report.track_texts(run, texts, trainer.setup.plan)
     if recording and recording.checkpoint:
         checkpoint.load(trainer.state, recording.checkpoint, seed)
         recording.write_history(run)

@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 from attrs import frozen
+from rich.console import Console
 
 from sdkit.checkpoints import manifest
 from sdkit.distributed import collectives
 from sdkit.language.errors import UnreadableInput, first_of
 from sdkit.language.files import read_json_object
-from sdkit.language.specs import ExperimentSpec
+from sdkit.language.specs import ExperimentSpec, OutputSpec
 from sdkit.models.loading import cache_folder, resolve_model
 from sdkit.runs import directory, fingerprints, git
 from sdkit.runs.directory import RunDirectory
 from sdkit.runs.fingerprints import Hashes, Kind
 from sdkit.runs.provenance import attempt, provenance
+from sdkit.runs.trackers import Trackers
 from sdkit.stdout import is_first_on_machine, print_warning
 from sdkit.train import prompt_record
 from sdkit.train.replay import Recording
@@ -146,13 +148,12 @@ def write(
     fingerprints.copy_code(files.hashes["code"], base, _copies(run, step))
 
 
-def open_directory(folder: Path, *, resume: bool, tensorboard: bool) -> RunDirectory:
-    """The run directory; only the first rank writes to it."""
+def open_directory(folder: Path, output: OutputSpec, console: Console, *, resume: bool) -> RunDirectory:
+    """The run directory; only the first rank writes to it, and only that one has trackers."""
     if collectives.rank():
-        return directory.ReadOnly(folder, tensorboard=False)
-    if resume:
-        return RunDirectory(folder, tensorboard)
-    return directory.create(folder, tensorboard=tensorboard)
+        return directory.ReadOnly(folder)
+    trackers = Trackers(output.trackers, warn=lambda text: print_warning(console, text))
+    return directory.RunDirectory(folder, trackers) if resume else directory.create(folder, trackers)
 
 
 def update(run: RunDirectory, base: Path, step: int, files: RunFiles) -> None:

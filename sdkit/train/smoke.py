@@ -86,7 +86,7 @@ def _run(spec: specs.ExperimentSpec, base: Path, console: Console) -> list[dict[
     data.rewards = {name: dict.fromkeys(r, scorer) for name, r in data.rewards.items()}
     data.train_rewards = dict.fromkeys(data.train_rewards, scorer)
     passes = gradient_signal.record_gradient_norms(trainer.learner.student)
-    run = directory.create(base / "run", tensorboard=False)
+    run = directory.create(base / "run")
     try:
         report.print_objective_card(console, trainer.setup, trainer.models, run)
         loop.run(trainer, report.Report(run, console, trainer.setup))
@@ -143,7 +143,7 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
         training=_small_training(
             full.training if full else None, steps, max(2, len(scripted_rewards.group_rewards(spec)))
         ),
-        output=specs.OutputSpec(samples_every=1, samples=1, tensorboard=False),
+        output=specs.OutputSpec(samples_every=1, samples=1, trackers=()),
     )
 
 

@@ -33,7 +33,7 @@ def console():
 @pytest.fixture(scope="module")
 def four_step_run(tiny_folder, tmp_path_factory):
     """Spec and folder of a run of four steps that keeps every checkpoint."""
-    output = OutputSpec(checkpoint_every=1, keep_checkpoints=5, tensorboard=False)
+    output = OutputSpec(checkpoint_every=1, keep_checkpoints=5, trackers=())
     spec = make_spec(tiny_folder, teacher=EMA, training=training(steps=4), output=output)
     return spec, train(spec, tmp_path_factory.mktemp("three") / "run")
 
@@ -130,7 +130,7 @@ def test_checkpoint_restores_the_teacher(open_tiny, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize(("keep", "steps"), [(1, [10]), (2, [2, 10])])
 def test_only_the_newest_checkpoints_are_kept(open_tiny, tmp_path, keep, steps):
-    trainer = open_tiny(output=OutputSpec(keep_checkpoints=keep, tensorboard=False))
+    trainer = open_tiny(output=OutputSpec(keep_checkpoints=keep, trackers=()))
     (tmp_path / "checkpoints" / "step_000099").mkdir(parents=True)
     for trainer.progress.step in (1, 2, 10):
         checkpoint.save(trainer.state, tmp_path, trainer.setup.spec)
@@ -153,7 +153,7 @@ def test_best_model_is_saved(tiny_folder, tmp_path, monkeypatch):
         return save_model(student, tokenizer, run)
 
     monkeypatch.setattr(checkpoint, "save_model", save_and_record)
-    output = OutputSpec(keep_best="loss", tensorboard=False)
+    output = OutputSpec(keep_best="loss", trackers=())
     spec = make_spec(tiny_folder, training=training(steps=2), output=output)
     run = train(with_evaluation(spec, every=1, teacher_lift=0), tmp_path / "run")
     assert saved == [("best", 0), ("best", 1), ("run", 2)]

@@ -135,7 +135,7 @@ def test_additional_rank_starts_its_own_random_stream():
 @pytest.fixture(scope="module")
 def three_checkpoints(tiny_folder, tmp_path_factory):
     """Spec and folder of a one-rank run under stage 2 with checkpoints of its first three steps."""
-    output = OutputSpec(checkpoint_every=1, keep_checkpoints=5, tensorboard=False)
+    output = OutputSpec(checkpoint_every=1, keep_checkpoints=5, trackers=())
     spec = make_spec(
         tiny_folder,
         teacher=teacher(EmaWeights(update_rate=0.3)),

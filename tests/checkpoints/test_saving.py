@@ -37,7 +37,7 @@ def test_settings_that_transformers_refuses_to_save_are_saved_unchanged(tiny_fol
     folder = with_settings(tiny_folder, tmp_path / "model", INVALID[name])
     spec = make_spec(folder, training=training(steps=1))
     if name == "sampling":
-        output = OutputSpec(checkpoint_every=1, keep_best="score", tensorboard=False)
+        output = OutputSpec(checkpoint_every=1, keep_best="score", trackers=())
         spec = evolve(with_evaluation(spec), output=output)
     run = train(spec, tmp_path / "run")
     written = [run / "model", *([run / "best" / "model"] if name == "sampling" else [])]
@@ -98,7 +98,7 @@ def test_check_of_saving_leaves_no_file(tiny_folder, open_tiny, tmp_path, monkey
 
 def test_unexpected_error_is_reported_in_full(tmp_path):
     (tmp_path / "run").mkdir()
-    run = directory.RunDirectory(tmp_path / "run", tensorboard=False)
+    run = directory.RunDirectory(tmp_path / "run")
     error = ValueError("it is invalid: \n- this\n\n- and that")
     assert "ValueError: it is invalid: - this - and that" in str(failures.reported_error(error, run))
     cut = one_line(ValueError("a " * 900))

@@ -21,7 +21,7 @@ losses:
   distil: {kind: distillation, divergence: forward_kl, support: vocabulary}
 optimizer: {lr: 1.0e-3}
 training: {steps: 1, prompts_per_step: 2}
-output: {tensorboard: false}
+output: {trackers: []}
 rewards: {r: {kind: regex, pattern: x}}
 """
 MINE = """\

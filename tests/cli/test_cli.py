@@ -59,7 +59,7 @@ evaluation:
     held_out: {data: {source: {kind: inline, rows: [{q: 7 + 7, d: "7 + 7 = 14"}]}}, score: digit}
 optimizer: {lr: 1.0e-3}
 training: {steps: 1, prompts_per_step: 2}
-output: {tensorboard: false}
+output: {trackers: []}
 """
 
 
@@ -251,7 +251,7 @@ def test_validate_prints_sarif(sdkit, broken):
 def test_strict_validation_counts_warnings_as_errors(sdkit, tmp_path):
     run_file = tmp_path / "warned.yaml"
     text = RUN.replace("MODEL", "bundled:smollm2-135m-instruct")
-    run_file.write_text(text.replace("tensorboard: false", "keep_checkpoints: 2"))
+    run_file.write_text(text.replace("trackers: []", "keep_checkpoints: 2"))
     code, out, err = sdkit("validate", run_file)
     assert (code, out) == (0, f"{run_file}: ok (run file)\n")
     assert "warning: " in err

@@ -181,7 +181,7 @@ def spec_file(tiny_folder, tmp_path_factory):
         "evaluation": {"suites": {"held_out": {"data": rows(100), "score": "long", "loss_prompts": 3}}},
         "optimizer": {"lr": 300, "eps": 1e4},
         "training": {"steps": 2, "prompts_per_step": 4, "zero_stage": 1},
-        "output": {"tensorboard": False},
+        "output": {"trackers": []},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(spec))
     return folder / "run.yaml"

@@ -177,6 +177,11 @@ def test_old_names_become_current_ones(fmt):
     assert fmt(before) == after
 
 
+@pytest.mark.parametrize(("old", "new"), [("false", "[]"), ("true", "[tensorboard]")])
+def test_old_value_becomes_the_current_one(fmt, old, new):
+    assert fmt(f"output: {{tensorboard: {old}}}\n") == f"output: {{trackers: {new}}}\n"
+
+
 def test_tables_keep_their_order(fmt):
     text = "losses:\n  b: {kind: cross_entropy}\n  a: {kind: cross_entropy}\n"
     assert fmt(text) == text

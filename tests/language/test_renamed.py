@@ -20,6 +20,7 @@ model:
   lora: {rank: 4, alpha: 8, targets: [q_proj]}
   shape: {parameters: 9, hidden: 8, layers: 2, vocabulary: 7, context: 999}
 optimizer: {lr: 1.0, clip: 0.5, schedule: cosine}
+output: {tensorboard: false}
 rewards: {judge: {kind: reward_model, path: judge, batch_rows: 3}}
 """
 SAMPLED = "rollout: {sampled_by: {kind: dataset, column: demonstration}, max_new_tokens: 9, backend: {%s}}\n"
@@ -44,7 +45,7 @@ def write_run_file(tmp_path):
 def with_new_names(text):
     for old, (new, _) in RENAMED.items():
         text = re.sub(rf"\b{re.split('[.=]', old)[-1]}\b", new, text)
-    return text
+    return text.replace("trackers: false", "trackers: []")
 
 
 def test_old_key_is_an_error_that_names_the_new_one(write_run_file):

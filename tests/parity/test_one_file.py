@@ -18,7 +18,7 @@ rollout: {{max_new_tokens: 12, backend: transformers}}
 teacher: {{sees: {{max_prompt_tokens: 512}}}}
 optimizer: {{lr: 1.0e-3}}
 training: {{steps: {steps}, prompts_per_step: 4, zero_stage: {stage}, micro_batch_tokens: 300, chunk_tokens: 5}}
-output: {{tensorboard: false}}
+output: {{trackers: []}}
 """
 
 

@@ -7,7 +7,7 @@ from sdkit.runs.directory import RunDirectory, read_lines
 
 
 def test_unicode_line_separators_round_trip(tmp_path):
-    run = RunDirectory(tmp_path, tensorboard=False)
+    run = RunDirectory(tmp_path)
     records = [{"completion": "one\u2028two\x85three"}, {"completion": "four"}]
     run.lines("rollouts", 0, records)
     assert run.records("rollouts", 0) == records

@@ -11,6 +11,7 @@ from sdkit.models.weights import Weights
 from sdkit.sampling.replay import ReplayRollouts
 from sdkit.sampling.transformers import TransformersRollouts
 from sdkit.seeds import derive
+from sdkit.stdout import no_progress
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +30,11 @@ def end(tiny_tokenizer):
 def sample_tiny(weights, tiny_tokenizer, end):
     """Samples on the tiny model: (requests, batch_size, settings) → completions."""
 
-    def run(requests, batch_size=64, end_ids=(end,), **settings):
+    def run(requests, batch_size=64, end_ids=(end,), advance=no_progress, **settings):
         parts = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 12}
         backend = TransformersRollouts(tiny_tokenizer, batch_size, end_ids)
         backend.load(weights, 0)
-        return backend.sample(requests, SamplingParams(**(parts | settings)))
+        return backend.sample(requests, SamplingParams(**(parts | settings)), advance)
 
     return run
 
@@ -70,6 +71,13 @@ def test_tokens_depend_only_on_prompt_and_seed(sample_tiny, requests, batch_size
     for a, b in zip(together, in_batches, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     assert sample_tiny(requests[3:5])[1].ids == together[4].ids
+
+
+def test_progress_adds_up_to_the_number_of_requests(sample_tiny, requests):
+    done = []
+    sample_tiny(requests[:6], 4, advance=done.append, max_new_tokens=5)
+    assert sum(done) == pytest.approx(6)
+    assert len(done) > 4
 
 
 def test_same_call_is_bitwise_reproducible(sample_tiny, requests):

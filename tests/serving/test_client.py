@@ -99,6 +99,13 @@ def test_answers_keep_their_order_within_the_concurrency_limit(serve):
     assert scripted.connections <= 4  # reused by the second call
 
 
+def test_each_answer_is_progress_but_no_retry(serve):
+    _, client = serve(lambda n, _: (503, {}) if n < 2 else (200, {}))
+    done = []
+    client._runner.run(client.request_all("/x", range(3), advance=done.append))
+    assert done == [1, 1, 1]
+
+
 def test_no_requests_give_no_answers(serve):
     assert serve(echo)[1].post("/x", []) == []
 

@@ -148,7 +148,7 @@ def test_evaluation_uses_current_weights_and_changes_no_batch(server, tiny_folde
 def test_resumed_run_equals_the_uninterrupted_run_on_another_server(
     server, tiny_folder, tmp_path, batches, monkeypatch
 ):
-    output = OutputSpec(tensorboard=False, checkpoint_every=2)
+    output = OutputSpec(trackers=(), checkpoint_every=2)
     spec = prefetching_spec(server, tmp_path, tiny_folder, batches, output=output)
     uninterrupted = train(spec, tmp_path / "uninterrupted")
     cut = tmp_path / "cut"
@@ -230,7 +230,7 @@ def run_two_ranks(warm, spec, folder):
 
 
 def test_two_ranks_sample_like_one_and_fail_together(warm, server, tiny_folder, tmp_path):
-    output = OutputSpec(tensorboard=False, checkpoint_every=2)
+    output = OutputSpec(trackers=(), checkpoint_every=2)
     spec = prefetching_spec(server, tmp_path, tiny_folder, output=output, optimizer=SMOOTH)
     alone = train(spec, tmp_path / "alone")
     done = run_two_ranks(warm, spec, tmp_path / "both")

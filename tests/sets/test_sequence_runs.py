@@ -37,7 +37,7 @@ evaluation:
   teacher_lift: 0
 optimizer: {lr: 1.0e-2}
 training: {steps: 2, prompts_per_step: 2, zero_stage: 0}
-output: {tensorboard: false}
+output: {trackers: []}
 """
 SEQUENCE = """
 run: run.yaml

@@ -88,7 +88,7 @@ def replayed(folder, work):
             folder,
             teacher=teacher(CopyWeights(every=1)),
             training=training(steps=2, updates_per_rollout=2),
-            output=OutputSpec(checkpoint_every=1, tensorboard=False),
+            output=OutputSpec(checkpoint_every=1, trackers=()),
         )
     )
     run = train(spec, work / "recorded")

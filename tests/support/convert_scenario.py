@@ -51,7 +51,7 @@ def spec_of(folder, weights, form, stage):
         spec,
         optimizer=SMOOTH,
         training=evolve(spec.training, steps=STEPS, prompts_per_step=PROMPTS),
-        output=OutputSpec(checkpoint_every=2, keep_checkpoints=9, tensorboard=False),
+        output=OutputSpec(checkpoint_every=2, keep_checkpoints=9, trackers=()),
     )
 
 

@@ -84,7 +84,7 @@ def write_spec(folder, work, name, tail=""):
         "rewards": {"long": {"kind": "file", "file": "reward.py", "function": "faulty", "seconds": 4}},
         "optimizer": {"lr": 1e-3},
         "training": {"steps": 4, "prompts_per_step": 4, "zero_stage": 2},
-        "output": {"tensorboard": False, "checkpoint_every": 1, "keep_checkpoints": 2},
+        "output": {"trackers": [], "checkpoint_every": 1, "keep_checkpoints": 2},
     }
     (work / name).write_text(yaml.safe_dump(spec))
 

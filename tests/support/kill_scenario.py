@@ -86,7 +86,7 @@ def spec_of(folder, work, weights, form, stage):
         optimizer=OptimizerSpec(lr=3e-3, lr_scheduler_type="linear", warmup_steps=1),
         rollout=rollout(max_new_tokens=2, backend=backend),
         training=training(steps=STEPS, prompts_per_step=2, zero_stage=int(stage), updates_per_rollout=2),
-        output=OutputSpec(checkpoint_every=2, tensorboard=False),
+        output=OutputSpec(checkpoint_every=2, trackers=()),
     )
     suite = Suite(data=data_with_sides(2, 100), score="drawn", loss_prompts=1)
     spec = with_evaluation(spec, every=3, teacher_lift=0, suites=Table({"held_out": suite}))

@@ -87,7 +87,7 @@ def make_spec(folder, **changes):
         "losses": distil(),
         "optimizer": OptimizerSpec(lr=1e-3),
         "training": training(),
-        "output": OutputSpec(tensorboard=False),
+        "output": OutputSpec(trackers=()),
     }
     return ExperimentSpec(**(parts | changes))
 

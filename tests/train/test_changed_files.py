@@ -39,7 +39,7 @@ def project(tiny_folder, tmp_path_factory):
         "student",
         rewards=Table({"size": FileReward(file="score.py", function="score")}),
         training=training(steps=2),
-        output=OutputSpec(checkpoint_every=1, tensorboard=False),
+        output=OutputSpec(checkpoint_every=1, trackers=()),
     )
     train(spec, folder / "run")
     return folder, spec

@@ -102,7 +102,7 @@ def evaluation(right, of=100):
 
 
 def test_run_with_less_than_half_of_its_best_score_has_diverged(tmp_path):
-    watch = RunWatch(OutputSpec(), RunDirectory(tmp_path, tensorboard=False), [])
+    watch = RunWatch(OutputSpec(), RunDirectory(tmp_path), [])
     assert watch.evaluated(0, evaluation(60), KEY) == []
     (fall,) = watch.evaluated(5, evaluation(40), KEY)
     assert str(fall) == "steps 0 to 5: sums greedy right fell from 0.600 at its best to 0.400"
@@ -123,7 +123,7 @@ def test_run_that_stops_at_a_collapse_can_be_resumed(tiny_folder, tmp_path):
         tiny_folder,
         optimizer=OptimizerSpec(lr=20),
         training=training(steps=4),
-        output=OutputSpec(tensorboard=False, collapse=collapse),
+        output=OutputSpec(trackers=(), collapse=collapse),
     )
     console, folder = silent_console(), tmp_path / "run"
     with pytest.raises(Diverged, match=r"less than 0\.5 × its median of .* before; stopped, --resume continues"):

@@ -192,7 +192,7 @@ def failing_run(folder, path, term, keep=(), updates=1):
         rewards=NEVER,
         rollout=sampling(completions_per_prompt=2, keep=keep),
         training=training(steps=2, prompts_per_step=2, updates_per_rollout=updates),
-        output=OutputSpec(tensorboard=False, tripwire_steps=2),
+        output=OutputSpec(trackers=(), tripwire_steps=2),
     )
     train(spec, path)
     return metrics(path), [line["wire"] for line in lines(path / "warnings.jsonl")]

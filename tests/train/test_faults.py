@@ -144,7 +144,7 @@ def test_stop_request_while_a_checkpoint_is_saved_is_obeyed_before_the_next_step
     from sdkit.checkpoints import checkpoint
 
     run_before_call(monkeypatch, checkpoint, "save", 1, lambda: send(signal.SIGINT))
-    saving = evolve(spec, evaluation=None, output=OutputSpec(checkpoint_every=1, tensorboard=False))
+    saving = evolve(spec, evaluation=None, output=OutputSpec(checkpoint_every=1, trackers=()))
     with pytest.raises(Stopped, match="stopped after step 1"):
         train(saving, tmp_path / "run", console := silent_console())
     assert "stopping after the checkpoint is saved; again to abort" in console.file.getvalue()

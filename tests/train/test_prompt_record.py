@@ -34,7 +34,7 @@ def copy_with_date(folder, target, before=DATED):
 @pytest.fixture(scope="module")
 def spec(tiny_folder, tmp_path_factory):
     model = copy_with_date(tiny_folder, tmp_path_factory.mktemp("dated") / "model")
-    output = OutputSpec(checkpoint_every=1, tensorboard=False)
+    output = OutputSpec(checkpoint_every=1, trackers=())
     return with_evaluation(make_spec(model, training=training(steps=2), output=output), teacher_lift=0)
 
 

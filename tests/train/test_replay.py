@@ -38,7 +38,7 @@ def spec(tiny_folder):
             rollout=rollout(completions_per_prompt=2),
             training=TRAINING,
             optimizer=OptimizerSpec(lr=3e-3, lr_scheduler_type="linear", warmup_steps=1),
-            output=OutputSpec(checkpoint_every=3, tensorboard=False),
+            output=OutputSpec(checkpoint_every=3, trackers=()),
         ),
         every=2,
         teacher_lift=0,

@@ -46,7 +46,9 @@ EMA = teacher(EmaWeights(update_rate=0.3))
 
 @pytest.fixture(scope="module")
 def full_spec(tiny_folder):
-    output = OutputSpec(samples_every=2, samples=2, tensorboard=True, keep_best="sums/drawn/entropy", best_is="lower")
+    output = OutputSpec(
+        samples_every=2, samples=2, trackers=("tensorboard",), keep_best="sums/drawn/entropy", best_is="lower"
+    )
     return with_evaluation(make_spec(tiny_folder, teacher=EMA, output=output), every=2)
 
 
@@ -259,7 +261,7 @@ def long_spec(folder, dtype="float32", stage=0, lora=None):
             teacher=EMA,
             training=training(steps=4, zero_stage=stage),
             optimizer=OptimizerSpec(lr=3e-3, lr_scheduler_type="linear", warmup_steps=1),
-            output=OutputSpec(checkpoint_every=2, tensorboard=False),
+            output=OutputSpec(checkpoint_every=2, trackers=()),
         ),
         every=2,
     )

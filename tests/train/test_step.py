@@ -284,7 +284,7 @@ def test_evaluating_the_objective_changes_no_weight(open_tiny):
 
 def test_policy_version_counts_applied_updates(open_tiny, tmp_path):
     trainer = open_tiny(training=training(steps=2, updates_per_rollout=2))
-    run = directory.create(tmp_path / "run", tensorboard=False)
+    run = directory.create(tmp_path / "run")
     loop.run(trainer, Report(run, silent_console(), trainer.setup))
     assert [line["policy_version"] for line in run.history()] == [2, 4]
     assert {r.policy_version for r in rollouts_of(trainer)} == {4}

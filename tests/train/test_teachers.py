@@ -155,7 +155,7 @@ def test_teacher_is_updated_at_its_interval(open_trainer, tmp_path, monkeypatch,
                 calls.append((trainer.learner.zero.engine.global_steps, arguments[1])) or follow(*arguments)
             ),
         )
-    run = directory.create(tmp_path / "run", tensorboard=False)
+    run = directory.create(tmp_path / "run")
     loop.run(trainer, Report(run, silent_console(), trainer.setup))
     assert trainer.progress.optimizer_steps == 4
     rate = getattr(weights, "update_rate", 1.0)

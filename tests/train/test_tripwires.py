@@ -115,7 +115,7 @@ def spec_without_signal(tiny_folder):
         tiny_folder,
         teacher=teacher(StudentWeights(), sees=None),
         training=training(steps=4),
-        output=OutputSpec(tensorboard=False, tripwire_steps=2, checkpoint_every=1),
+        output=OutputSpec(trackers=(), tripwire_steps=2, checkpoint_every=1),
     )
 
 
@@ -155,9 +155,7 @@ def test_resumed_run_warns_like_an_uninterrupted_one(spec_without_signal, tmp_pa
 
 def test_no_warning_without_tripwire_steps(tiny_folder, tmp_path):
     spec = make_spec(
-        tiny_folder,
-        teacher=teacher(StudentWeights(), sees=None),
-        output=OutputSpec(tensorboard=False, tripwire_steps=None),
+        tiny_folder, teacher=teacher(StudentWeights(), sees=None), output=OutputSpec(trackers=(), tripwire_steps=None)
     )
     assert not (train(spec, tmp_path / "run") / "warnings.jsonl").exists()
 
@@ -171,7 +169,7 @@ def test_constant_rewards_leave_no_advantage(tiny_folder, tmp_path):
         rewards=Table({"right": ExactReward()}),
         rollout=rollout(completions_per_prompt=2),
         training=training(steps=2),
-        output=OutputSpec(tensorboard=False, tripwire_steps=2),
+        output=OutputSpec(trackers=(), tripwire_steps=2),
     )
     folder = train(spec, tmp_path / "run")
     trained = [line for line in lines(folder / "metrics.jsonl") if "grad_norm" in line]

@@ -57,7 +57,7 @@ def write_spec(shape: Shape, side: Side, model: Path, rows: Path, path: Path) ->
         },
         "optimizer": {"lr": 1e-5},
         "training": {"steps": shape.steps, "prompts_per_step": shape.prompts, "zero_stage": stage},
-        "output": {"tensorboard": False, "tripwire_steps": None},
+        "output": {"trackers": [], "tripwire_steps": None},
     }
     if shape.lora:
         spec["model"]["lora"] = {"r": 16, "lora_alpha": 32}

@@ -75,7 +75,7 @@ def base_spec(model: Path) -> Spec:
         "losses": {"distil": {"kind": "distillation", "divergence": "forward_kl", "support": "vocabulary"}},
         "optimizer": {"lr": 1e-3},
         "training": {"steps": 2, "prompts_per_step": 4, "zero_stage": 0},
-        "output": {"tensorboard": False, "checkpoint_every": 1},
+        "output": {"trackers": [], "checkpoint_every": 1},
     }
 
 

@@ -13,6 +13,7 @@ from sdkit.language.rules import (
     learning,
     losses,
     names,
+    output,
     policy,
     prompts,
     rollouts,
@@ -42,6 +43,7 @@ _MODULES = (
     names,
     kinds,
     training,
+    output,
 )
 RULES = tuple(rule for module in _MODULES for rule in vars(module).values() if isinstance(rule, Rule))
 """The rules, module by module, in the order in which they are written."""

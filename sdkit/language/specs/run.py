@@ -266,7 +266,11 @@ class OutputSpec:
         "`cut_at_limit`; the others have no default",
         default=None,
     )
-    tensorboard: bool = spec_field("write TensorBoard events", default=True)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = spec_field(
+        "experiment trackers that get metrics, settings and samples: `tensorboard` (events in the run directory), `wandb` "
+        "(offline, unless you have logged in) and `trackio` (a local database), which are extras of sdkit",
+        default=("tensorboard",),
+    )
     tripwire_steps: int | None = spec_field(
         "consecutive steps without learning signal (constant rewards, no counted tokens, no divergence, no gradient, or all "
         "completions truncated), or with a loss or gradient norm far above the run's history, before a warning; a run that "
