@@ -73,11 +73,11 @@ def counted_positions(rollout: Rollout, losses: Iterable[str]) -> list[int]:
 def collate_completions(
     rollouts: Sequence[Rollout], budget: int, device: torch.device, longest_pack: int, *, teacher: bool
 ) -> Iterator[tuple[Sequence[Rollout], MicroBatch]]:
-    """Yield the rollouts of each micro-batch and the micro-batch, which holds all completion tokens and no weights."""
+    """Yield the rollouts of each micro-batch and the micro-batch, which holds all sampled tokens and no weights."""
     order = _sort_by_width(rollouts, by_group=longest_pack > 0)
     for start, end in _micro_batch_bounds(order, budget, longest_pack):
         part = order[start:end]
-        positions = [list(range(len(r.completion_ids))) for r in part]
+        positions = [list(r.sampled) for r in part]
         yield part, _micro_batch(part, positions, {}, teacher, longest_pack, device)
 
 
@@ -104,7 +104,7 @@ def _divisors(losses: Table[LossSpec], counts: dict[str, Counts], completions: i
     """Return the counts that each term's average divides by.
 
     Terms with `denominator: joint` share the sum of their tokens.  Terms with `denominator: completions` divide by the
-    tokens of all completions.
+    sampled tokens of all completions.
     """
     joint = [n for n, t in losses.items() if t.average == PerToken(denominator="joint")]
     shared = dict.fromkeys(joint, sum(counts[name].tokens for name in joint)) | {
@@ -116,10 +116,10 @@ def _divisors(losses: Table[LossSpec], counts: dict[str, Counts], completions: i
 def _global_counts(
     lengths: dict[str, list[int]], rollouts: Sequence[Rollout], all_reduce_sum: Callable[[Tensor], Tensor]
 ) -> tuple[dict[str, Counts], int]:
-    """Return the counts of each term and the number of completion tokens, both over all ranks."""
+    """Return the counts of each term and the number of sampled tokens, both over all ranks."""
     rows = len(rollouts)
     flat = [n for ls in lengths.values() for n in (rows, sum(1 for x in ls if x), sum(ls))]
-    own_tokens = sum(len(r.completion_ids) for r in rollouts)
+    own_tokens = sum(len(r.sampled) for r in rollouts)
     sums = all_reduce_sum(torch.tensor([*flat, own_tokens], dtype=torch.long))
     *by_term, completions = sums.tolist()
     triples = zip(by_term[::3], by_term[1::3], by_term[2::3], strict=True)

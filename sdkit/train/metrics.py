@@ -56,7 +56,7 @@ def step_metrics(
         "policy_version": float(version),
         **{f"rollout/{name}": value for name, value in collected.figures.items()},
     }
-    own_tokens = sum(len(r.completion_ids) for r in rollouts)
+    own_tokens = sum(len(r.sampled) for r in rollouts)
     return metrics | _times(collected, results, own_tokens, seconds) | _rates(results, data.spec.model.dtype)
 
 
@@ -81,8 +81,8 @@ def _divide_sums(sums: Sums) -> dict[str, float]:
 
 def _rollout_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
     sums = {
-        "rollout/tokens": (float(sum(len(r.completion_ids) for r in rollouts)), 0.0),
-        "rollout/completion_tokens": _mean(len(r.completion_ids) for r in rollouts),
+        "rollout/tokens": (float(sum(len(r.sampled) for r in rollouts)), 0.0),
+        "rollout/completion_tokens": _mean(len(r.sampled) for r in rollouts),
         "rollout/finished": _mean(r.finished for r in rollouts),
         "rollout/with_teacher": _mean(r.teacher_prompt_ids is not None for r in rollouts),
     }
