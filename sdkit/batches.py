@@ -15,7 +15,7 @@ from attrs import evolve, field, fields, frozen
 
 from sdkit.language.errors import BadData
 from sdkit.language.row_text import Fault, text_of
-from sdkit.spans import Span, check_spans, sampled_positions
+from sdkit.spans import Ending, Span, check_spans, sampled_positions
 
 if TYPE_CHECKING:  # rows are checked without torch
     import torch
@@ -94,6 +94,8 @@ class Completion:
     logprobs: tuple[float, ...] | None  # at the sampling temperature, after top-p and top-k; 0 where not sampled
     finished: bool  # False if a limit cut it off
     spans: tuple[Span, ...] = ()  # none: one sampled turn
+    ending: Ending | None = None  # of a trajectory
+    turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns, as its environment judged them
 
 
 @frozen(eq=False, kw_only=True)
@@ -114,6 +116,8 @@ class Rollout:
     teacher_prompt_ids: tuple[int, ...] | None  # None: no teacher for this rollout
     completion_ids: tuple[int, ...]
     spans: tuple[Span, ...] = ()  # none: all of the completion was sampled
+    ending: Ending | None = None  # of a trajectory
+    turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns
     # One per completion token, as all values per token; arbitrary where it was not sampled.
     sampler_logprobs: tuple[float, ...] | None
     # Computed by the trainer, before the first update on this batch.

@@ -6,12 +6,15 @@ Knows nothing of tensors, rewards or environments.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from attrs import asdict, frozen
 
 ASSISTANT = "assistant"
 """The role of a sampled span."""
+Ending = Literal["done", "max_turns", "length", "max_tokens"]
+"""Why a trajectory ended: the environment ended it; its last turn was the last allowed; a turn reached
+`rollout.max_new_tokens`; the trajectory reached its own limit."""
 
 
 @frozen(kw_only=True)
@@ -35,6 +38,11 @@ def sampled_positions(spans: Sequence[Span], length: int) -> Sequence[int]:
     if not spans:
         return range(length)
     return [position for span in spans if span.sampled for position in range(span.start, span.end)]
+
+
+def last_turn(ids: Sequence[int], spans: Sequence[Span]) -> Sequence[int]:
+    """The ids of a completion's last turn; without spans, all of them."""
+    return ids[spans[-1].start :] if spans else ids
 
 
 def check_spans(spans: Sequence[Span], length: int) -> None:

@@ -76,7 +76,11 @@ class ObservationEncoder:
 
     def _around_text(self) -> tuple[str, str]:
         """What the template writes between an answer and an observation's text, and after that text."""
-        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": TEXT}]
+        chat = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": ANSWER},
+            {"role": "user", "content": TEXT},
+        ]
         dummy = Row(index=0, messages=tuple(chat), columns={}, raw={})
         rendered = self.prompter.chat(dummy, chat)
         if rendered.count(ANSWER) != 1 or rendered.count(TEXT) != 1:

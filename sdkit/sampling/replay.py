@@ -9,6 +9,7 @@ from sdkit.batches import Completion, SamplingParams, SamplingRequest
 from sdkit.language.errors import BadData
 from sdkit.models.weights import Weights
 from sdkit.runs.directory import read_lines
+from sdkit.spans import spans_of
 
 
 class ReplayRollouts:
@@ -26,6 +27,9 @@ class ReplayRollouts:
                     ids=tuple(record["completion_ids"]),
                     logprobs=None if logprobs is None else tuple(logprobs),
                     finished=record["finished"],
+                    spans=spans_of(record.get("spans", ())),
+                    ending=record.get("ending"),
+                    turn_rewards=tuple(record.get("turn_rewards", ())),
                 )
         if not self.recorded:
             raise BadData(f"{run} holds no recorded rollouts", hint="name the directory of an earlier run")

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.batches import GroupOutcome, Row
+from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import Prompter, TeacherPrompt, check_prompts, check_repeatable
 from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.data.thinking import answer_text
 from sdkit.data.turn_ends import end_token
+from sdkit.environments import open_environment
+from sdkit.environments.interface import Environment
 from sdkit.language import columns, specs
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
 from sdkit.models.embedding_ids import HINT, KnownIds
@@ -61,6 +64,7 @@ class RunData:
         self.routes = list(self.routed.routes) if self.routed else []
         self.reward = columns.training_reward(spec)
         self.turn_end = end_token(tokenizer, self.prompter.options)
+        self.observations = self._observation_encoder()
         self.completions: DatasetCompletions | None = None
         self.suites: dict[str, list[Row]] = {}
         # By suite: held-out rows dropped because an earlier row of the suite has the same prompt.
@@ -83,6 +87,19 @@ class RunData:
         self._student: dict[int, tuple[int, ...]] = {}
         self._teacher: dict[int, tuple[int, ...] | None] = {}
         self._opening: dict[int, str] = {}  # the thinking tag that a row's prompt leaves open
+
+    def _observation_encoder(self) -> ObservationEncoder | None:
+        """What encodes the observations of the environment; None without one."""
+        if self.spec.environment is None:
+            return None
+        with blaming("environment"):
+            return ObservationEncoder(self.prompter, self.turn_end, self.spec.environment.max_observation_tokens)
+
+    def environment(self, suite: str | None) -> Environment:
+        """The environment of training rows (None), or of a suite's; the spec must have one."""
+        assert self.spec.environment is not None
+        rewards = self.train_rewards if suite is None else self.rewards[suite]
+        return open_environment(self.spec.environment, rewards, self.reward)
 
     def _load_suite(self, name: str, suite: specs.Suite, base: Path) -> tuple[list[Row], int]:
         """A suite's rows without repeated prompts, and the number of rows dropped."""
@@ -204,14 +221,14 @@ class RunData:
             self.completions = self._dataset_completions(rows)
         self._check_routes(rows)
         check_rewards(self.spec.rewards, self.train_rewards, rows)
-        completion_limits = [self.spec.rollout.max_new_tokens]
+        longest_completion = self.spec.longest_completion()
         for name, suite in self.spec.suites.items():
             with blaming("evaluation", "suites", name, "data"):
                 longest = max(longest, self._render_prompts(self.suites[name]))
             check_rewards(self.spec.rewards, self.rewards[name], self.suites[name])
             self._check_routes(self.suites[name][: suite.loss_prompts])
-            completion_limits.append(suite.max_new_tokens or 0)
-        return longest + max(completion_limits)
+            longest_completion = max(longest_completion, self.spec.longest_completion(suite.max_new_tokens))
+        return longest + longest_completion
 
     def _find_control_tokens(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
         """Yields the rows whose text spells a control token that the tokenizer would encode as one, each with its first."""
