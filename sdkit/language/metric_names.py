@@ -108,7 +108,17 @@ TERM = (
 ROLLOUTS = (
     Metric("reward/REWARD", "mean reward of the rollouts", "as the reward", "rises; neither 0 nor 1 throughout"),
     Metric("rollout/tokens", "sampled tokens", "count"),
-    Metric("rollout/completion_tokens", "mean length of a completion", "tokens", "steady"),
+    Metric("rollout/completion_tokens", "mean number of sampled tokens of a completion", "tokens", "steady"),
+    Metric("trajectory/turns", "mean number of turns of a trajectory", "turns", "falls as more first turns are right"),
+    Metric("trajectory/ending_done", "trajectories that the environment ended / trajectories", "share", "rises"),
+    Metric(
+        "trajectory/ending_max_turns", "trajectories that had environment.max_turns / trajectories", "share", "falls"
+    ),
+    Metric("trajectory/ending_length", "trajectories whose last turn was cut / trajectories", "share", "near 0"),
+    Metric(
+        "trajectory/ending_max_tokens", "trajectories cut at their limit of tokens / trajectories", "share", "near 0"
+    ),
+    Metric("trajectory/observation_tokens", "mean number of tokens between the turns of a trajectory", "tokens"),
     Metric("rollout/finished", "completions that ended by themselves / completions", "share", "near 1"),
     Metric("rollout/with_teacher", "rollouts that have a teacher prompt / rollouts", "share", "above 0"),
     Metric("rollout/kept", "rollouts that pass every filter of rollout.keep / rollouts", "share", "above 0"),

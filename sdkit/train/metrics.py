@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
 
 import torch
 
@@ -17,6 +18,7 @@ from sdkit.language.specs import OfRollouts, Slot, SuccessfulSibling
 from sdkit.losses.policy_terms import group_relative
 from sdkit.models.device import rank_device
 from sdkit.plan.accelerators import accelerator_named
+from sdkit.spans import Ending
 from sdkit.train.collect_rollouts import CollectedRollouts, completion_text
 from sdkit.train.inputs import RunData
 from sdkit.train.step import StepResult
@@ -48,6 +50,7 @@ def step_metrics(
         | {f"keep/{name}": (share * sampled, sampled) for name, share in filter_shares.items()}
         | {"rollout/kept": (trained, sampled), "rollout/hedging": _hedging(data, rollouts)}
         | _rollout_sums(data, rollouts)
+        | _trajectory_sums(data, rollouts)
         | _group_sums(data, rollouts)
         | _context_sums(data.spec.slots, rollouts)
     )
@@ -92,6 +95,18 @@ def _rollout_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
     if data.reward is not None and group_relative(data.spec.losses) is not None:
         sums["rollout/no_advantage"] = _mean(not r.advantage for r in rollouts)
     return sums
+
+
+def _trajectory_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
+    """Turns, endings and observations, if there is an environment."""
+    if data.spec.environment is None:
+        return {}
+    endings = {f"trajectory/ending_{name}": _mean(r.ending == name for r in rollouts) for name in get_args(Ending)}
+    return {
+        "trajectory/turns": _mean(sum(span.sampled for span in r.spans) for r in rollouts),
+        "trajectory/observation_tokens": _mean(len(r.completion_ids) - len(r.sampled) for r in rollouts),
+        **endings,
+    }
 
 
 def _group_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:

@@ -122,8 +122,10 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
     for_accelerator = bool(full and full.machine and full.machine.accelerator)
     spec = evolve(spec, rollout=_small_rollout(spec.rollout, for_accelerator))
     rows = _few_rows(spec)
+    environment = full and full.environment
     return specs.ExperimentSpec(
-        rollout=spec.rollout,
+        rollout=evolve(spec.rollout, stop=(OFTEN,)) if environment else spec.rollout,
+        environment=environment and evolve(environment, **SHORT_TRAJECTORIES),
         teacher=spec.teacher and _tiny_teacher(spec.teacher, url),
         losses=specs.Table({name: _small_loss(term, home) for name, term in spec.losses.items()}),
         route=spec.route,
@@ -145,6 +147,11 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
         ),
         output=specs.OutputSpec(samples_every=1, samples=1, tensorboard=False),
     )
+
+
+OFTEN = "e"
+"""A text that ends turns of the tiny model, which samples an end token too rarely for a second turn."""
+SHORT_TRAJECTORIES = {"max_turns": 2, "max_observation_tokens": 16, "max_trajectory_tokens": None}
 
 
 def _small_model(model: specs.ModelSpec) -> specs.ModelSpec:
