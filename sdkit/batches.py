@@ -278,6 +278,7 @@ class Counts:
 
     rows: int
     filled_rows: int  # rows with at least one counted token
+    turns: int  # with at least one counted token
     tokens: int
 
 

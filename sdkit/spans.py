@@ -40,6 +40,17 @@ def sampled_positions(spans: Sequence[Span], length: int) -> Sequence[int]:
     return [position for span in spans if span.sampled for position in range(span.start, span.end)]
 
 
+def turns_at(spans: Sequence[Span], positions: Sequence[int]) -> list[int]:
+    """The turn of each of these positions, which are ascending; without spans, 1."""
+    turns, span = [], iter(spans)
+    current = next(span, None)
+    for position in positions:
+        while current and position >= current.end:
+            current = next(span, None)
+        turns.append(current.turn if current else 1)
+    return turns
+
+
 def last_turn(ids: Sequence[int], spans: Sequence[Span]) -> Sequence[int]:
     """The ids of a completion's last turn; without spans, all of them."""
     return ids[spans[-1].start :] if spans else ids
