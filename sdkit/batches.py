@@ -96,6 +96,7 @@ class Completion:
     spans: tuple[Span, ...] = ()  # none: one sampled turn
     ending: Ending | None = None  # of a trajectory
     turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns, as its environment judged them
+    reward: float | None = None  # of a trajectory, if its environment gives one
 
 
 @frozen(eq=False, kw_only=True)
@@ -118,6 +119,7 @@ class Rollout:
     spans: tuple[Span, ...] = ()  # none: all of the completion was sampled
     ending: Ending | None = None  # of a trajectory
     turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns
+    environment_reward: float | None = None
     # One per completion token, as all values per token; arbitrary where it was not sampled.
     sampler_logprobs: tuple[float, ...] | None
     # Computed by the trainer, before the first update on this batch.

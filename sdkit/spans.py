@@ -12,9 +12,9 @@ from attrs import asdict, frozen
 
 ASSISTANT = "assistant"
 """The role of a sampled span."""
-Ending = Literal["done", "max_turns", "length", "max_tokens"]
+Ending = Literal["done", "max_turns", "length", "max_tokens", "environment_error"]
 """Why a trajectory ended: the environment ended it; its last turn was the last allowed; a turn reached
-`rollout.max_new_tokens`; the trajectory reached its own limit."""
+`rollout.max_new_tokens`; the trajectory reached its own limit; the environment failed."""
 
 
 @frozen(kw_only=True)

@@ -7,13 +7,16 @@ and all tokens so far, the environment's reply is appended as an observation, an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
+import torch
 from attrs import define, field, frozen
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
 from sdkit.data.observations import ObservationEncoder
 from sdkit.distributed import collectives
 from sdkit.environments.interface import Environment, Reply
+from sdkit.language.errors import BadData
 from sdkit.seeds import derive
 from sdkit.spans import ASSISTANT, Ending, Span
 
@@ -25,6 +28,7 @@ class TrajectorySampler:
     environment: Environment
     observations: ObservationEncoder
     max_tokens: int  # of a trajectory
+    error_limit: float  # share of trajectories that may end by an error
     end_ids: Collection[int]  # that end a turn
     decode: Callable[[Sequence[int]], str]  # without special tokens
 
@@ -39,7 +43,9 @@ class TrajectorySampler:
 
         Every rank samples equally often, as sharded weights and servers need.  Raises BadData as the environment does.
         """
-        trajectories = [_Trajectory(request, row) for request, row in zip(requests, rows, strict=True)]
+        seeds = [derive(request.seed, "environment") for request in requests]
+        opened = self.environment.open(list(zip(rows, seeds, strict=True)))
+        trajectories = [_Trajectory(*pair) for pair in zip(requests, opened, strict=True)]
         for turn in range(1, self.environment.max_turns + 1):
             active = [t for t in trajectories if t.ending is None]
             if not collectives.all_reduce_max(len(active)):
@@ -47,10 +53,24 @@ class TrajectorySampler:
             sampled = backend.sample([t.next_request(turn) for t in active], sampling)
             for trajectory, completion in zip(active, sampled, strict=True):
                 trajectory.add_turn(turn, completion, self.max_tokens)
-            replies = self.environment.reply([(self.decode(t.last_turn), t.row) for t in active])
+            replies = self.environment.reply([(t.opened, self.decode(t.last_turn)) for t in active])
             for trajectory, reply in zip(active, replies, strict=True):
                 trajectory.add_reply(turn, reply, self)
-        return [trajectory.completion() for trajectory in trajectories]
+        rewards = self.environment.end(opened)
+        self._check_errors(trajectories)
+        return [trajectory.completion(reward) for trajectory, reward in zip(trajectories, rewards, strict=True)]
+
+    def _check_errors(self, trajectories: Sequence[_Trajectory]) -> None:
+        """Raise BadData if more than `error_limit` of the trajectories of all ranks ended by an error."""
+        errors = [t.error for t in trajectories if t.error]
+        failed, total = collectives.all_reduce_sum(torch.tensor([len(errors), len(trajectories)])).tolist()
+        if failed > self.error_limit * total:
+            first = f": {errors[0]}" if errors else ""
+            raise BadData(
+                f"{failed} of {total} trajectories ended by an error of the environment{first}",
+                path=("environment",),
+                hint=f"mend the environment, or raise max_error_share, which is {self.error_limit:g}",
+            )
 
 
 @define(eq=False)
@@ -58,12 +78,13 @@ class _Trajectory:
     """A trajectory while it grows."""
 
     request: SamplingRequest
-    row: Row
+    opened: Any  # what stands for it in the environment
     ids: list[int] = field(factory=list)
     logprobs: list[float] | None = field(factory=list)  # 0 for observations; None: the backend gives none
     spans: list[Span] = field(factory=list)
     turn_rewards: list[float] = field(factory=list)
     ending: Ending | None = None
+    error: str | None = None
 
     @property
     def last_turn(self) -> list[int]:
@@ -89,6 +110,8 @@ class _Trajectory:
         """Note the turn's reward, and append the observation if another turn follows."""
         if reply.reward is not None:
             self.turn_rewards.append(reply.reward)
+        if reply.error:
+            self.ending, self.error = "environment_error", reply.error
         if self.ending:
             return
         if reply.text is None:
@@ -112,7 +135,7 @@ class _Trajectory:
         within = body and (start + body[0], start + body[1])
         self.spans.append(Span(role=role, turn=turn, start=start, end=len(self.ids), body=within))
 
-    def completion(self) -> Completion:
+    def completion(self, reward: float | None) -> Completion:
         return Completion(
             ids=tuple(self.ids),
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
@@ -120,4 +143,5 @@ class _Trajectory:
             spans=tuple(self.spans),
             ending=self.ending,
             turn_rewards=tuple(self.turn_rewards),
+            reward=reward,
         )

@@ -118,6 +118,12 @@ ROLLOUTS = (
     Metric(
         "trajectory/ending_max_tokens", "trajectories cut at their limit of tokens / trajectories", "share", "near 0"
     ),
+    Metric(
+        "trajectory/ending_environment_error",
+        "trajectories whose environment failed / trajectories; they are not trained on",
+        "share",
+        "0",
+    ),
     Metric("trajectory/observation_tokens", "mean number of tokens between the turns of a trajectory", "tokens"),
     Metric("rollout/finished", "completions that ended by themselves / completions", "share", "near 1"),
     Metric("rollout/with_teacher", "rollouts that have a teacher prompt / rollouts", "share", "above 0"),

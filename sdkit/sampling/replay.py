@@ -30,6 +30,7 @@ class ReplayRollouts:
                     spans=spans_of(record.get("spans", ())),
                     ending=record.get("ending"),
                     turn_rewards=tuple(record.get("turn_rewards", ())),
+                    reward=record.get("environment_reward"),
                 )
         if not self.recorded:
             raise BadData(f"{run} holds no recorded rollouts", hint="name the directory of an earlier run")

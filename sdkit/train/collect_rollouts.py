@@ -66,7 +66,9 @@ def _score_completions(
     groups = group_numbers(len(rows), spec.completions_per_prompt)
     own_rows = [rows[group] for group in groups]
     texts = [completion_text(data, last_turn(c.ids, c.spans)) for c in completions]
-    scores = score(data.train_rewards if suite is None else data.rewards[suite], texts, own_rows)
+    scores = score(
+        data.train_rewards if suite is None else data.rewards[suite], texts, own_rows, [c.reward for c in completions]
+    )
     answers = [data.answer(row, last_turn(c.ids, c.spans)) for row, c in zip(own_rows, completions, strict=True)]
     seeds = [request.seed for request in sampled.requests]
     outcomes = group_outcomes(scores.get(data.reward or ""), texts, answers, spec.completions_per_prompt, seeds)
@@ -98,6 +100,7 @@ def _make_rollout(
         spans=completion.spans,
         ending=completion.ending,
         turn_rewards=completion.turn_rewards,
+        environment_reward=completion.reward,
         sampler_logprobs=completion.logprobs,
         policy_version=version,
         finished=completion.finished,
@@ -135,14 +138,15 @@ def rollout_records(
     ]
 
 
-def trajectory_record(completion: Completion | Rollout) -> dict[str, Any]:
-    """Return the spans, the ending and the rewards of a trajectory's turns; nothing for a completion of one turn."""
-    if not completion.spans:
+def trajectory_record(rollout: Rollout) -> dict[str, Any]:
+    """Return the spans, the ending and the environment's rewards of a trajectory; nothing for a completion of one turn."""
+    if not rollout.spans:
         return {}
     return {
-        "spans": span_records(completion.spans),
-        "ending": completion.ending,
-        "turn_rewards": completion.turn_rewards,
+        "spans": span_records(rollout.spans),
+        "ending": rollout.ending,
+        "turn_rewards": rollout.turn_rewards,
+        "environment_reward": rollout.environment_reward,
     }
 
 

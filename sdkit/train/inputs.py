@@ -78,6 +78,7 @@ class RunData:
         }
         # Every reward that can score training rows: for metrics, whether or not the loss uses it.
         self.train_rewards = self._open_rewards(columns.training_rewards(spec), spec.data, base)
+        self.environments = self._open_environments(base)
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
         self.rows_used = 0  # number of training rows that the run uses
@@ -95,11 +96,19 @@ class RunData:
         with blaming("environment"):
             return ObservationEncoder(self.prompter, self.turn_end, self.spec.environment.max_observation_tokens)
 
-    def environment(self, suite: str | None) -> Environment:
-        """The environment of training rows (None), or of a suite's; the spec must have one."""
-        assert self.spec.environment is not None
-        rewards = self.train_rewards if suite is None else self.rewards[suite]
-        return open_environment(self.spec.environment, rewards, self.reward)
+    def _open_environments(self, base: Path) -> dict[str | None, Environment]:
+        """The environment of the training rows (None) and of each suite's; none if the spec has none."""
+        spec = self.spec.environment
+        if spec is None:
+            return {}
+        with blaming("environment"):
+            rewards = {None: self.train_rewards, **self.rewards}
+            return {suite: open_environment(spec, scorers, self.reward, base) for suite, scorers in rewards.items()}
+
+    def close(self) -> None:
+        """End the processes of the environments."""
+        for environment in self.environments.values():
+            environment.close()
 
     def _load_suite(self, name: str, suite: specs.Suite, base: Path) -> tuple[list[Row], int]:
         """A suite's rows without repeated prompts, and the number of rows dropped."""

@@ -115,13 +115,14 @@ class RolloutSampler:
 
         `rows` are the requests' rows; a recording holds whole trajectories.
         """
-        data = self.setup.data
-        if data.observations is None or isinstance(backend, ReplayRollouts):
+        data, spec = self.setup.data, self.setup.spec.environment
+        if spec is None or data.observations is None or isinstance(backend, ReplayRollouts):
             return backend.sample(requests, sampling)
         trajectories = TrajectorySampler(
-            environment=data.environment(suite),
+            environment=data.environments[suite],
             observations=data.observations,
-            max_tokens=data.spec.longest_completion(sampling.max_new_tokens),
+            max_tokens=spec.longest(sampling.max_new_tokens),
+            error_limit=spec.error_limit,
             end_ids=self.models.end_ids,
             decode=partial(data.tokenizer.decode, skip_special_tokens=True),
         )

@@ -38,7 +38,7 @@ QUESTIONS: dict[Any, tuple[str, ...]] = {
     Sees: (),
     SampledBy: ("is_on_policy", "completion_column", "uses_teacher_weights", "uses_teacher_prompt"),
     Keep: ("needs_reward",),
-    Environment: ("reward_name",),
+    Environment: ("error_limit",),
     Loss: (
         "needs_teacher",
         "zero_when_equal",

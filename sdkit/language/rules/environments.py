@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from sdkit.language import specs
 from sdkit.language.columns import scores_training_rows, training_reward
-from sdkit.language.errors import did_you_mean, outside, shorten
+from sdkit.language.errors import did_you_mean, listed, outside, shorten
 from sdkit.language.rules.base import Context, Finding, reward_advantages, run_rule
 from sdkit.language.rules.prompts import template_faults
 from sdkit.language.templates import TemplateError, fields, parse
+from sdkit.language.user_functions import class_fault_of
+
+METHODS = ("reset", "reply")
 
 
-@run_rule("an environment has a reward that judges its turns")
+@run_rule("a retry environment has a reward that judges its turns")
 def environment_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """The environment asks the reward after every turn, in training and in every suite."""
-    if spec.environment is None:
+    if not isinstance(spec.environment, specs.RetryEnvironment):
         return
     path, name, known = ("environment", "reward"), spec.environment.reward or training_reward(spec), list(spec.rewards)
     if name is None:
@@ -50,7 +54,7 @@ def environment_sampler(spec: specs.ExperimentSpec, context: Context) -> Iterato
 @run_rule("an environment's texts are templates of the feedback")
 def environment_text(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """`{feedback}` is what the reward says about the turn; without it there is nothing to fill in."""
-    if spec.environment is None:
+    if not isinstance(spec.environment, specs.RetryEnvironment):
         return
     for key, allowed in (("says", ["feedback"]), ("without_feedback", [])):
         path, text = ("environment", key), getattr(spec.environment, key)
@@ -91,3 +95,33 @@ def environment_overlong(spec: specs.ExperimentSpec, context: Context) -> Iterat
                 "a trajectory of several turns has no length to count back from",
                 "set overlong: null",
             )
+
+
+@run_rule("a user-defined environment exists")
+def environment_class(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The file is parsed, not executed.  It must define the class at its top level, with the methods `reset` and `reply`
+    unless it has a base class, and its columns must be mapped.
+    """
+    environment = spec.environment
+    if not isinstance(environment, specs.FileEnvironment):
+        return
+    path = context.file(environment.file)
+    if fault := class_fault_of(path, environment.file, environment.class_name, METHODS):
+        key, message, hint = fault
+        yield ("environment", key), message, hint if os.path.exists(path) else context.start_of(("environment", key))
+    known = list(spec.data.columns or {})
+    for place, name in enumerate(environment.columns):
+        if known and name not in known:
+            message = f"column {shorten(name)} is not mapped: data.columns has {listed(known)}"
+            yield ("environment", "columns", place), message, did_you_mean(name, known)
+
+
+@run_rule("a reward of kind environment has an environment that gives it")
+def environment_gives_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """It is what `get_reward()` of the environment's class returns; `retry` judges by another reward."""
+    if isinstance(spec.environment, specs.FileEnvironment):
+        return
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, specs.EnvironmentReward):
+            stated = "there is no environment" if spec.environment is None else f"a {spec.environment.kind} gives none"
+            yield ("rewards", name), f"{shorten(name)} is the environment's reward, but {stated}", None

@@ -10,7 +10,7 @@ from attrs import frozen
 
 from sdkit.language.specs.data import DataSpec
 from sdkit.language.specs.divergences import FileDivergence
-from sdkit.language.specs.environments import Environment
+from sdkit.language.specs.environments import Environment, FileEnvironment
 from sdkit.language.specs.fields import (
     AT_LEAST_ONE,
     GIBIBYTES,
@@ -313,6 +313,8 @@ class ExperimentSpec(MethodSpec):
         for name, reward in self.rewards.items():
             if isinstance(reward, FileReward):
                 yield ("rewards", name, "file"), reward.file
+        if isinstance(self.environment, FileEnvironment):
+            yield ("environment", "file"), self.environment.file
 
     def model_paths(self) -> Iterator[str]:
         """The paths of every model that this process loads: the student's, teachers', reward models'."""
