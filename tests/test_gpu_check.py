@@ -80,3 +80,7 @@ def test_gradient_norms_are_compared_with_the_cpus():
 def test_every_page_has_a_stored_norm():
     pages = {path.stem for path in (ROOT / "sdkit" / "methods").glob("*.yaml")}
     assert set(read()["pages, float32"]) == set(read()["pages, bfloat16"]) == pages
+
+
+def test_every_form_of_training_has_a_stored_norm():
+    assert set(read()) >= {f"form: {name}" for name in FORM_CHANGES}

@@ -68,7 +68,7 @@ CHAPTERS: list[tuple[str, list[Any]]] = [
     ("How are the weights updated?", [specs.OptimizerSpec]),
     ("How long does a run train, and with which batches?", [specs.TrainingSpec]),
     ("Which machine is planned for?", [specs.MachineSpec]),
-    ("What does a run write?", [specs.OutputSpec]),
+    ("What does a run write?", [specs.OutputSpec, specs.CollapseSpec, specs.StepCollapse, specs.ScoreCollapse]),
 ]
 
 TITLES: dict[type, str] = {ExperimentSpec: "Run files", Schedule: "Schedules"}

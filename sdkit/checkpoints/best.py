@@ -18,7 +18,7 @@ NOTE = "best.json"
 
 
 def keep_best(
-    metric: Literal["score", "loss"],
+    metric: tuple[str, Literal["higher", "lower"]],
     step: int,
     metrics: Mapping[str, float],
     student: Weights,
@@ -27,12 +27,12 @@ def keep_best(
 ) -> None:
     """Write the model to best/ if the evaluation after `step` beats all earlier ones by `metric`.
 
-    On a tie the earlier model stays.
+    `metric` is a name and the values that are better.  On a tie the earlier model stays.
     """
-    key = f"eval/{metric}"
+    key, better_values = metric
     value = metrics[key]
     best = collectives.broadcast_object(_read_best(run.path / FOLDER / NOTE))
-    better = best is None or (value > best if metric == "score" else value < best)
+    better = best is None or (value > best if better_values == "higher" else value < best)
     if not math.isfinite(value) or not better:
         return
     checkpoint.save_model(student, tokenizer, run.path / FOLDER)

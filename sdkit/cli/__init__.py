@@ -16,13 +16,13 @@ if not os.environ.get("SDKIT_DEBUG"):
 
 import typer
 
-from sdkit.cli import doctor, runs, saved, specs, syntax, writing  # each module adds its commands to `app`
+from sdkit.cli import doctor, runs, saved, sets, specs, syntax, writing  # each module adds its commands to `app`
 from sdkit.cli.app import app
 from sdkit.devices import hide_gpus_if_requested
 from sdkit.language.errors import INTERRUPTED, SdkitError, UnreadableInput
 from sdkit.stdout import is_first_rank
 
-__all__ = ["app", "doctor", "main", "runs", "saved", "specs", "syntax", "writing"]
+__all__ = ["app", "doctor", "main", "runs", "saved", "sets", "specs", "syntax", "writing"]
 
 
 _DASHED_OVERRIDE = re.compile(r"--?(\w+(?:\.\w+)+)(?:=.*)?", re.DOTALL)

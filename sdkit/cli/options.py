@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,3 +48,31 @@ Format = Annotated[
     Literal["text", "json", "github", "sarif"],
     typer.Option("--format", help="Output for people, for programs, for GitHub Actions, or for code scanning."),
 ]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        "--seeds",
+        metavar="N,N,…",
+        help="Train once with each of these values of training.seed; the run directory then holds a run for each.",
+        show_default=False,
+    ),
+]
+Parallel = Annotated[
+    int,
+    typer.Option(
+        "--parallel", help="With several runs: how many at the same time, each on devices of its own.", min=1
+    ),
+]
+
+
+def check_options(resume: bool, overwrite: bool, accept: Sequence[str] = ()) -> None:
+    """Raise BadParameter if options of a command that trains contradict each other."""
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite exclude each other")
+    if accept and not resume:
+        raise typer.BadParameter(f"--changed-{accept[0]} needs --resume: a new run takes the files as they are")
+
+
+def accepted(**options: bool) -> list[str]:
+    """The names of the options that are set."""
+    return [name for name, is_set in options.items() if is_set]

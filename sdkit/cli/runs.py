@@ -11,15 +11,29 @@ import typer
 from sdkit.cli import completion
 from sdkit.cli.app import RUNNING, app
 from sdkit.cli.checking import check_run, check_spec, make_console, placing
-from sdkit.cli.options import ChangedCode, ChangedModels, Overrides, Overwrite, Processes, Resume, RunPath
+from sdkit.cli.options import (
+    ChangedCode,
+    ChangedModels,
+    Overrides,
+    Overwrite,
+    Parallel,
+    Processes,
+    Resume,
+    RunPath,
+    Seeds,
+    accepted,
+    check_options,
+)
+from sdkit.cli.sets import check_run_file, evaluate_set, parsed_seeds, train_seeds
 from sdkit.cli.specs import plan, smoke_spec
-from sdkit.language.errors import ProcessDied
+from sdkit.language.errors import ProcessDied, UnreadableInput
 from sdkit.stdout import is_first_rank
 
 
 @app.command(
     rich_help_panel=RUNNING,
-    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`",
+    epilog="Examples: `sdkit train specs/sdft.yaml`, `sdkit train specs/sdft.yaml training.steps=20 optimizer.lr=2e-5`, "
+    "`sdkit train specs/sdft.yaml --seeds 0,1,2`",
 )
 def train(
     spec: RunPath,
@@ -39,25 +53,39 @@ def train(
         ),
     ] = False,
     processes: Processes = None,
+    seeds: Seeds = None,
+    parallel: Parallel = 1,
 ) -> None:
-    """Run a spec: evaluate, train, evaluate, and write a run directory."""
-    _check_exclusive(resume, overwrite)
-    accept = _accepted(code=changed_code, models=changed_models)
-    if accept and not resume:
-        raise typer.BadParameter(f"--changed-{accept[0]} needs --resume: a new run takes the files as they are")
-    checked = check_spec(spec, overrides, run_file=True)
+    """Run a spec: evaluate, train, evaluate, and write a run directory.
+
+    With `--seeds`, do so for each seed; `sdkit compare` reads the folder as one thing.
+    """
+    check_options(resume, overwrite, accept := accepted(code=changed_code, models=changed_models))
+    if parallel > 1 and seeds is None:
+        raise typer.BadParameter("--parallel needs --seeds: there is one run")
+    numbers = parsed_seeds(seeds)
+    checked = check_run_file(spec, overrides or [], numbers)
     if dry_run:
-        return _rehearse(checked, spec, overrides)
+        return _rehearse(checked, spec, overrides, seeds)
     folder = to or Path(checked.spec.output.folder) / spec.stem
+    if numbers:
+        settings = {"resume": resume, "overwrite": overwrite, "accept": accept}
+        return train_seeds(
+            checked, spec, overrides or [], numbers, folder, processes=processes, parallel=parallel, **settings
+        )
+    if (folder / "set.json").is_file():
+        raise UnreadableInput(
+            f"{folder} holds several runs, not one", hint="add their --seeds, or name another with --to"
+        )
     _launch_ranks(checked.spec, processes, folder)
     written, console = checked.texts[checked.loaded.name], make_console(log=True)
     _train(checked, checked.base, folder, console, written, resume=resume, overwrite=overwrite, accept=accept)
     return None
 
 
-def _rehearse(checked: Any, spec: Path, overrides: list[str] | None) -> None:
+def _rehearse(checked: Any, spec: Path, overrides: list[str] | None, seeds: str | None) -> None:
     """Do everything that a run does before it loads its model, and a smoke run."""
-    plan(spec, overrides)
+    plan(spec, overrides, seeds=seeds)
     from sdkit.train.data_report import report_data
     from sdkit.train.reward_trial import try_rewards
 
@@ -137,7 +165,12 @@ def evaluate(
     ] = "text",
     processes: Processes = None,
 ) -> None:
-    """Run a run file's evaluation on its start model, or on the model of a finished run."""
+    """Run a run file's evaluation on its start model, or on the model of a finished run.
+
+    On the folder of several seeds: on each model, with the means over prompts and seeds.
+    """
+    if (spec / "set.json").is_file():
+        return evaluate_set(spec, overrides or [], to, format, processes)
     checked, base = _check_evaluation(spec, overrides or [])
     _launch_ranks(checked.spec, processes)
     from sdkit.language.show import annotated
@@ -158,6 +191,7 @@ def evaluate(
         console.print(f"evaluation: {to}", markup=False, highlight=False)
     if format == "json" and is_first_rank():
         typer.echo(json.dumps(facts, indent=2))
+    return None
 
 
 def _check_evaluation(path: Path, overrides: list[str]) -> tuple[Any, Path]:
@@ -203,7 +237,7 @@ def replay(
 
     Without overrides it repeats the run.  `sdkit compare` shows both.
     """
-    _check_exclusive(resume, overwrite)
+    check_options(resume, overwrite)
     from sdkit.language.source import read
     from sdkit.train.replay import open_recording
 
@@ -214,19 +248,9 @@ def replay(
     _launch_ranks(checked.spec, processes, folder)
     console = make_console(log=True)
     console.print(f"replay: {recording}", markup=False, highlight=False, soft_wrap=True)
-    accept = _accepted(code=changed_code, models=changed_models)
+    accept = accepted(code=changed_code, models=changed_models)
     options = {"resume": resume, "overwrite": overwrite, "recording": recording, "accept": accept}
     _train(checked, base, folder, console, written, **options)
-
-
-def _check_exclusive(resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise typer.BadParameter("--resume and --overwrite exclude each other")
-
-
-def _accepted(**options: bool) -> list[str]:
-    """The names of the options that are set."""
-    return [name for name, is_set in options.items() if is_set]
 
 
 def _train(checked: Any, base: Path, folder: Path, console: Any, written: str, **options: Any) -> None:

@@ -11,7 +11,7 @@ import typer
 from sdkit.cli import completion
 from sdkit.cli.app import CHECKING, app
 from sdkit.cli.checking import check_spec, check_spec_or_run, make_console, placing, print_problems
-from sdkit.cli.options import Format, Overrides, SpecOrRun, SpecPath
+from sdkit.cli.options import Format, Overrides, Seeds, SpecOrRun, SpecPath
 
 
 @app.command(
@@ -72,8 +72,8 @@ def check_with_first_rows(path: str, overrides: list[str], *, strict: bool = Fal
     """The checked spec, with the problems of its data's first rows, and what these rows have."""
     from attrs import evolve
 
-    from sdkit.data.first_row import check_first_rows
     from sdkit.language.load import load_spec, strictly
+    from sdkit.train.first_row import check_first_rows
 
     checked = load_spec(path, overrides)
     first_rows = check_first_rows(checked)
@@ -109,6 +109,7 @@ def plan(
     data: Annotated[
         int, typer.Option("--data", help="Show student and teacher prompt of this many rows, side by side.", min=0)
     ] = 0,
+    seeds: Seeds = None,
 ) -> None:
     """Print what a run would do: roles, batches, memory, every derived value.  Loads no weights.
 
@@ -123,6 +124,10 @@ def plan(
     if isinstance(the_plan, MethodPlan):
         return typer.echo(render_method(the_plan))
     typer.echo(render_plan(checked.spec, the_plan))
+    if seeds is not None:
+        from sdkit.sets.seeds import parse_seeds, plan_seeds
+
+        typer.echo(plan_seeds(parse_seeds(seeds), the_plan))
     if data:
         from sdkit.train.preview import preview
 

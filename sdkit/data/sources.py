@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, assert_never
 
+from sdkit.data.saved_datasets import first_saved, read_saved
 from sdkit.language import specs
 from sdkit.language.errors import BadData, BadEnvironment, counted, did_you_mean, first_line, listed, shorten
 from sdkit.language.files import UnreadableFile, irregular_kind, needs_package, read_start
@@ -62,7 +63,7 @@ def read_source(source: specs.Source, base: Path, limit: int | None) -> RawRows:
         case specs.HubSource():
             rows = _with_library(lambda: _hub(source, limit), name)
         case specs.DiskSource():
-            rows = _with_library(lambda: _disk(source, base, limit), name)
+            rows = _with_library(lambda: _take(read_saved(source, base), limit), name)
         case specs.ReasoningGymSource():
             rows = _reasoning_gym(source, limit)
         case specs.InlineSource():
@@ -73,12 +74,14 @@ def read_source(source: specs.Source, base: Path, limit: int | None) -> RawRows:
 
 
 def read_first(source: specs.Source, base: Path) -> RawRows:
-    """Returns the first row of a local file, of which only the start is read; none for other sources, for a file that is
-    not there yet, and where the row is longer than `START` bytes.  Raises as `read_source` does.
+    """Returns the first row of a local file or folder, of which only the start is read; none for other sources, for a file
+    that is not there yet, and where the row is longer than `START` bytes.  Raises as `read_source` does.
     """
-    if not isinstance(source, specs.LocalFile) or not (base / source.path).exists():
+    if not isinstance(source, specs.FileSource) or not (base / source.path).exists():
         return []
     name, path = source_name(source), base / source.path
+    if isinstance(source, specs.DiskSource):
+        return [(f"{name} row 0", _as_row(row)) for row in _with_library(lambda: first_saved(source, base), name)]
     if isinstance(source, specs.ParquetSource):
         rows = _with_library(lambda: islice(_parquet_file(path), 1), name)
         return [(f"{name} row 0", _as_row(row)) for row in rows]
@@ -298,23 +301,6 @@ def _hub(source: specs.HubSource, limit: int | None) -> Iterable[Any]:
     import datasets
 
     dataset = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    return _take(dataset, limit)
-
-
-def _disk(source: specs.DiskSource, base: Path, limit: int | None) -> Iterable[Any]:
-    import datasets
-
-    dataset: Any = datasets.load_from_disk(str(base / source.path))
-    splits = list(dataset) if isinstance(dataset, datasets.DatasetDict) else [str(dataset.split)]
-    if isinstance(dataset, datasets.DatasetDict):
-        if source.split not in splits:
-            raise BadData(
-                f"{source.path} holds the splits {listed(splits)}, not {shorten(source.split)}",
-                hint=f"write split: {splits[0]}" if splits else None,
-            )
-        dataset = dataset[source.split]
-    elif source.split not in (None, *splits):
-        raise BadData(f"{source.path} holds one split, {listed(splits)}, not '{source.split}'")
     return _take(dataset, limit)
 
 

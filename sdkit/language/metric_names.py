@@ -10,11 +10,37 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
+from typing import Literal
 
 from attrs import frozen
 
 LENGTH_METRIC = "completion_tokens"
 """Reported next to the scores of each decoding of a suite."""
+MEASURES: Mapping[str, Literal["higher", "lower"] | None] = {
+    LENGTH_METRIC: None,
+    "cut_at_limit": "lower",
+    "self_repetition": "lower",
+    "entropy": None,
+    "distinct_1": None,
+    "distinct_2": None,
+}
+"""What evaluations report of each decoding besides scores, and which is better; None: it depends on the task."""
+BOUNDED_MEASURES = frozenset({"cut_at_limit", "self_repetition", "distinct_1", "distinct_2"})
+"""The measures that are shares, from 0 to 1."""
+PASS_AT = "pass_at_"
+"""Begins the names of pass@k, which stand beside rewards."""
+
+
+def pass_at(k: int) -> str:
+    """The name of pass@k."""
+    return f"{PASS_AT}{k}"
+
+
+def attempts(samples: int) -> list[int]:
+    """The k for which pass@k is reported: the powers of two up to the number of samples, and that number."""
+    return sorted({samples, *(1 << i for i in range(samples.bit_length()))} - {0})
+
+
 INTERVAL_SUFFIXES = ("_low", "_high", "_n")
 """Suffixes of the extra metrics of a score that has a confidence interval."""
 
@@ -125,6 +151,12 @@ ROLLOUTS = (
         "0",
     ),
     Metric("trajectory/observation_tokens", "mean number of tokens between the turns of a trajectory", "tokens"),
+    Metric(
+        "rollout/entropy",
+        "mean of −log p(y) at the sampled tokens y, p as sampled from: an estimate of its entropy; not for the data set's",
+        "nats per token",
+        "falls slowly; near 0, samples no longer differ",
+    ),
     Metric("rollout/finished", "completions that ended by themselves / completions", "share", "near 1"),
     Metric("rollout/with_teacher", "rollouts that have a teacher prompt / rollouts", "share", "above 0"),
     Metric("rollout/kept", "rollouts that pass every filter of rollout.keep / rollouts", "share", "above 0"),
@@ -168,14 +200,60 @@ EVALUATIONS = (
         "eval/SUITE/METRIC", "a metric of the objective on another suite's held-out prompts", "as METRIC", "as METRIC"
     ),
     Metric("eval/SUITE/DECODING/completion_tokens", "mean length of a completion", "tokens", "steady"),
+    Metric("eval/SUITE/DECODING/cut_at_limit", "completions cut at the length limit / completions", "share", "near 0"),
     Metric(
-        "eval/SUITE/DECODING/REWARD", "mean over prompts of the mean over a prompt's samples", "as the reward", "rises"
+        "eval/SUITE/DECODING/entropy",
+        "mean of −log S(y) at the sampled tokens y, S as sampled from: an estimate of its entropy; none for greedy decoding",
+        "nats per token",
+        "falls slowly; near 0, samples no longer differ",
+    ),
+    Metric(
+        "eval/SUITE/DECODING/distinct_1",
+        "different tokens / tokens of all completions of a prompt, mean over prompts (arXiv 1510.03055)",
+        "share",
+        "steady; longer completions have less",
+    ),
+    Metric(
+        "eval/SUITE/DECODING/distinct_2",
+        "different pairs of adjacent tokens / pairs of all completions of a prompt, mean over prompts (arXiv 1510.03055)",
+        "share",
+        "steady; longer completions have less",
+    ),
+    Metric(
+        "eval/SUITE/DECODING/self_repetition",
+        "4-grams of tokens that occurred before in the completion / 4-grams (arXiv 1908.04319)",
+        "share",
+        "near 0",
+    ),
+    Metric(
+        "eval/SUITE/DECODING/pass_at_K",
+        "mean over prompts of 1 − C(n − c, K) / C(n, K): c of a prompt's n samples reach `pass_score` (arXiv 2107.03374)",
+        "share",
+        "rises; if only small K do, training sharpens what samples contained already",
+    ),
+    Metric(
+        "eval/SUITE/DECODING/REWARD",
+        "mean over prompts of the mean over a prompt's n samples, also known as avg@n",
+        "as the reward",
+        "rises",
     ),
     Metric(
         "lift/SUITE/DECODING/REWARD",
         "score from the teacher's prompt − score from the student's, before training",
         "as the reward",
         "above 0",
+    ),
+    Metric(
+        "lift/SUITE/DECODING/REWARD/helped",
+        "prompts whose score is higher from the teacher's prompt / prompts",
+        "share",
+        "well above the share that is hurt",
+    ),
+    Metric(
+        "lift/SUITE/DECODING/REWARD/hurt",
+        "prompts whose score is lower from the teacher's prompt / prompts",
+        "share",
+        "near 0",
     ),
 )
 TIMES = (
@@ -208,7 +286,7 @@ SINGLE = frozenset(metric.name for metric in METRICS if "/" not in metric.name)
 
 _PLACEHOLDER = re.compile(r"[A-Z]+")
 _SEVERAL_WORDS = {"KEY", "METRIC"}
-_SCORES = ("eval/score", "eval/SUITE/DECODING/REWARD")
+_SCORES = ("eval/score", "eval/SUITE/DECODING/pass_at_K", "eval/SUITE/DECODING/REWARD")
 
 
 def metric_named(name: str) -> Metric | None:

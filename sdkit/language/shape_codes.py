@@ -110,7 +110,8 @@ SHAPE_CODES: Mapping[str, ShapeCode] = {
             "first_row",
             "the first row of a local data file has what the run reads",
             "A wrong column would otherwise show when the run starts.  `sdkit validate --data 2` checks every row and "
-            "renders the prompts.",
+            "renders the prompts; it also reads data sets of the hub, where only the hub can tell which version a run "
+            "would get.",
         ),
     )
 }

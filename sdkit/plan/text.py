@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from sdkit.language.best_metric import best_metric
 from sdkit.language.errors import counted
 from sdkit.language.specs import ExperimentSpec, VllmEngine
 from sdkit.plan.plan import MethodPlan, Plan
@@ -34,7 +35,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
         STATISTICS: plan.statistics,
         "batches": [
             *_rows(spec, plan),
-            f"rollout batches: {steps}",
+            f"rollout batches: {steps}{_early_end(spec)}",
             f"each: {batch}; {plan.prompts_per_rank} prompts on each of {plan.ranks} rank{'s' * (plan.ranks > 1)}",
             f"optimizer steps: {updates} ({plan.updates_per_step} per rollout batch)",
             f"micro-batches: up to {training.micro_batch_tokens} padded tokens, sorted by length{sharing}",
@@ -78,6 +79,13 @@ def _rows(spec: ExperimentSpec, plan: Plan) -> Iterator[str]:
     yield f"rows: {plan.rows}{suites}{uses}"
 
 
+def _early_end(spec: ExperimentSpec) -> str:
+    """What may end the run before its last step."""
+    output = spec.output
+    stops = output.collapse.stops if output.tripwire_steps else ()
+    return f", fewer if {' or '.join(stops)} collapses" if stops else ""
+
+
 def _disk(spec: ExperimentSpec, plan: Plan) -> list[str]:
     if plan.disk is None:
         return []
@@ -86,7 +94,9 @@ def _disk(spec: ExperimentSpec, plan: Plan) -> list[str]:
     if output.checkpoint_every:
         kept = f", {output.keep_checkpoints + 1} of them while one is written"
         when = f"every {counted(output.checkpoint_every, 'step')}{kept}"
-    best = ", and as much for the best one" if output.keep_best else ""
+    best = ""
+    if metric := best_metric(spec):
+        best = f", and as much for the best one: {metric[1]} {metric[0]} is better"
     return [
         f"{plan.disk.checkpoint:8.2f} GiB  a checkpoint, {when}",
         f"{plan.disk.model:8.2f} GiB  the trained model{best}",

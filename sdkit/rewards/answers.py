@@ -74,6 +74,29 @@ def _checked(row: Row, column: str, right: T | None, what: str) -> T:
     return right
 
 
+def right_number(row: Row, column: str) -> Decimal:
+    """Returns the number that is the right answer.  Raises BadData if there is none."""
+    return _checked(row, column, _read_number(right_text(row, column)), "a number")
+
+
+def right_letter(row: Row, column: str) -> str:
+    """Returns the capital letter that is the right answer.  Raises BadData if there is none."""
+    return _checked(row, column, re.fullmatch("[A-Z]", _letter(right_text(row, column))), "a capital letter")[0]
+
+
+def check_right_answer(reward: specs.Reward, row: Row) -> None:
+    """Raises BadData if the reward compares text, a number or a letter, and the row has none to compare with."""
+    match reward:
+        case specs.ExactReward() | specs.MathVerifyReward():
+            right_text(row, reward.answer)
+        case specs.NumberReward():
+            right_number(row, reward.answer)
+        case specs.ChoiceReward():
+            right_letter(row, reward.answer)
+        case _:
+            pass
+
+
 def exact(reward: specs.ExactReward) -> Scorer:
     """Compares text.  Like all scorers of this module, raises BadData if a row lacks the right answer."""
 
@@ -95,7 +118,7 @@ def number(reward: specs.NumberReward) -> Scorer:
     tolerance = Decimal(repr(reward.tolerance))
 
     def right_answer_of(row: Row) -> Decimal:
-        return _checked(row, reward.answer, _read_number(right_text(row, reward.answer)), "a number")
+        return right_number(row, reward.answer)
 
     def score(completion: str, row: Row) -> float:
         right = right_answer_of(row)
@@ -120,8 +143,7 @@ def choice(reward: specs.ChoiceReward) -> Scorer:
     """Compares capital letters."""
 
     def right_answer_of(row: Row) -> str:
-        letter = re.fullmatch("[A-Z]", _letter(right_text(row, reward.answer)))
-        return _checked(row, reward.answer, letter, "a capital letter")[0]
+        return right_letter(row, reward.answer)
 
     def score(completion: str, row: Row) -> float:
         return float(_letter(extract(reward.extract, completion) or "") == right_answer_of(row))

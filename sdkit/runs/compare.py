@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from attrs import frozen
 
 from sdkit.language.errors import Path, UnreadableInput
-from sdkit.runs.evaluations import Key
+from sdkit.runs.evaluations import Key, is_pass_at
 from sdkit.runs.history import Axis, Point, Run
 from sdkit.runs.intervals import Interval, paired_difference, paired_p_value, unpaired_difference, unpaired_p_value
+from sdkit.runs.seed_intervals import BySeed, difference_errors, mean_over_seeds, widened
 
 BUDGET_TOLERANCE = 1.1
 """Budgets that differ by at most this factor count as equal: rollouts of equally many steps differ in length."""
@@ -52,14 +53,20 @@ class Difference:
 def score_keys(runs: Sequence[Run], score: str | None) -> list[Key]:
     """The keys of all scores of the runs, in order.
 
-    `score` selects those of one reward, or the one SUITE/DECODING/REWARD.  Raises UnreadableInput if no run has it.
+    `score` selects those of one reward or pass_at_K, or the one SUITE/DECODING/REWARD; None: all of rewards.  Raises
+    UnreadableInput if no run has it.
     """
     keys = list(dict.fromkeys(k for run in runs for point in run.points for k in point.scores))
-    selected = [k for k in keys if score in (None, k[2], "/".join(k))]
+    selected = [k for k in keys if (not is_pass_at(k) if score is None else score in (k[2], "/".join(k)))]
     if not selected:
         known = ", ".join(dict.fromkeys(k[2] for k in keys))
         raise UnreadableInput(f"no run has a score {score!r}; there are {known}")
     return selected
+
+
+def same_kind(first: Run, second: Run) -> bool:
+    """Whether both are single runs, or both have several seeds; of one run alone, no error over seeds is known."""
+    return (len(first.members) > 1) == (len(second.members) > 1)
 
 
 def common_budget(first: Run, second: Run, axis: Axis) -> CommonBudget | None:
@@ -90,27 +97,21 @@ def differences(budgets: Sequence[CommonBudget], keys: Sequence[Key]) -> list[Di
     The intervals are simultaneous: Bonferroni over all of them.  A difference is significant if its interval excludes 0
     and a permutation test at the same level agrees, which a handful of prompts cannot pass.
     """
-    candidates = [
-        (
-            budget,
-            key,
-            [
-                run.per_prompt(point).get(key)
-                for run, point in zip((budget.first, budget.second), budget.points, strict=True)
-            ],
-        )
-        for budget in budgets
-        for key in keys
-    ]
-    common = [(budget, key, a, b) for budget, key, (a, b) in candidates if a and b]
+    scores = {id(budget): _scores_at(budget) for budget in budgets}
+    candidates = [(budget, key, *(side.get(key) for side in scores[id(budget)])) for budget in budgets for key in keys]
+    common = [(budget, key, a, b) for budget, key, a, b in candidates if a and b]
     return [_difference(budget, key, a, b, len(common)) for budget, key, a, b in common]
 
 
-def _difference(
-    budget: CommonBudget, key: Key, a: Mapping[str, float], b: Mapping[str, float], comparisons: int
-) -> Difference:
+def _scores_at(budget: CommonBudget) -> list[Mapping[Key, BySeed]]:
+    """The scores of both runs, by seed and prompt."""
+    return [run.by_seed(point) for run, point in zip((budget.first, budget.second), budget.points, strict=True)]
+
+
+def _difference(budget: CommonBudget, key: Key, first: BySeed, second: BySeed, comparisons: int) -> Difference:
     error = (1 - LEVEL) / comparisons
     draws = min(MAX_DRAWS, max(DRAWS, 2_000 * comparisons))  # 50 beyond each end of the interval
+    a, b = mean_over_seeds(first), mean_over_seeds(second)
     paired = a.keys() == b.keys()
     if paired:
         values = [b[prompt] for prompt in a], list(a.values())
@@ -120,6 +121,7 @@ def _difference(
         values = list(b.values()), list(a.values())
         interval = unpaired_difference(*values, resamples=draws, level=1 - error)
         p_value = unpaired_p_value(*values, resamples=draws)
+    interval = widened(interval, difference_errors(second, first), 1 - error)
     excludes_zero = interval.low > 0 or interval.high < 0
     return Difference(
         budget=budget,

@@ -22,11 +22,13 @@ from sdkit.runs.compare import (
     differing_evaluation,
     differing_reward_code,
     differing_settings,
+    same_kind,
     score_keys,
 )
 from sdkit.runs.evaluations import FEW_PROMPTS_ADVICE, Key, few_prompts_warning, interval_note, signed, with_interval
-from sdkit.runs.history import AXES, Axis, Run, read_runs
+from sdkit.runs.history import AXES, Axis, Run
 from sdkit.runs.plot import check_plot_path, plot_runs
+from sdkit.runs.seed_runs import read_runs
 from sdkit.stdout import print_warning
 
 SETTINGS_SHOWN = 30
@@ -123,26 +125,28 @@ def _scores_table(runs: Sequence[Run], keys: Sequence[Key]) -> Table:
         ("start", "end", "change", "95 % interval", "n"),
     )
     methods: list[str | None] = []
-    ends = [(run.evaluated(run.points[0]), run.evaluated(run.points[-1])) for run in runs]
+    changes = [run.changes(keys) for run in runs]
     for key in keys:
-        for place, (run, (start, end)) in enumerate(zip(runs, ends, strict=True)):
-            if key not in start.scores or key not in end.scores:
+        for place, (run, of_run) in enumerate(zip(runs, changes, strict=True)):
+            if key not in of_run:
                 continue
-            first, last, change = start.interval(key), end.interval(key), end.difference(start, key)
+            first, last, change = of_run[key]
             names = key if place == 0 else ("", "", "")
             values = with_interval(first), with_interval(last), *signed(change)
             table.add_row(*names, escape(run.name), *values, str(change.n))
             methods += [first.method, last.method, change.method]
-    table.caption = interval_note(methods)
+    table.caption = interval_note(methods, seeds=any(len(run.members) > 1 for run in runs))
     return table
 
 
 def _print_verdicts(runs: Sequence[Run], keys: Sequence[Key], axis: Axis, console: Console) -> None:
-    pairs = [(a, b, common_budget(a, b, axis)) for a, b in combinations(runs, 2)]
+    pairs = [(a, b, common_budget(a, b, axis) if same_kind(a, b) else None) for a, b in combinations(runs, 2)]
     all_differences = differences([budget for _, _, budget in pairs if budget], keys)
     for first, second, budget in pairs:
         of_pair = [d for d in all_differences if d.budget is budget]
-        if budget is None:
+        if not same_kind(first, second):
+            console.print(_one_and_several(first, second), markup=False, highlight=False)
+        elif budget is None:
             console.print(_no_common_budget(first, second, axis), highlight=False)
         elif not of_pair:
             console.print(f"{first.name} and {second.name} have no score in common", markup=False)
@@ -167,8 +171,17 @@ def _differences_table(budget: CommonBudget, differences: Sequence[Difference], 
         means = [f"{interval.mean:.3f}" if interval else "–" for interval in intervals]
         n, m = difference.sizes
         prompts = f"{n} paired" if difference.paired else f"{n} and {m}, not the same"
+        prompts += _seeds_text(budget)
         table.add_row(*difference.key, *means, *signed(difference.interval), prompts)
     return table
+
+
+def _seeds_text(budget: CommonBudget) -> str:
+    """How many seeds two runs have, and whether they are paired; empty for single runs."""
+    first, second = budget.first.seeds, budget.second.seeds
+    if len(first) == len(second) == 1:
+        return ""
+    return f" × {len(first)} seeds" if first == second else f" × seeds {len(first)} and {len(second)}, not the same"
 
 
 def _budget_text(budget: CommonBudget, axis: Axis) -> str:
@@ -191,10 +204,22 @@ def _no_common_budget(first: Run, second: Run, axis: Axis) -> str:
     )
 
 
+def _one_and_several(first: Run, second: Run) -> str:
+    single, several = sorted((first, second), key=lambda run: len(run.members))
+    return (
+        f"{first.name} and {second.name}: no verdict, {single.name} is one run and {several.name} has "
+        f"{len(several.members)} seeds; train {single.name} with --seeds, too"
+    )
+
+
 def _significance_note(differences: Sequence[Difference]) -> str:
     methods = ", ".join(dict.fromkeys(str(difference.interval.method) for difference in differences))
     text = (
         f"the intervals of differences hold simultaneously with 95 % probability (Bonferroni over {len(differences)}, "
         f"{methods}); a difference is significant if its interval excludes 0 and a permutation test agrees"
     )
-    return text + ". One run per setting says nothing about other seeds."
+    seeds = {len(run.members) for d in differences for run in (d.budget.first, d.budget.second)}
+    if seeds == {1}:
+        return text + ". One run per setting says nothing about other seeds."
+    few = " With 2 seeds an interval can be wide: train 3 to 5." if 2 in seeds else ""
+    return text + f". The intervals count prompts and seeds, as random effects that cross.{few}"

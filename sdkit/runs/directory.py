@@ -8,6 +8,8 @@ warnings.jsonl    tripwires that went off         tensorboard/    events
 plot.png          loss, score, length             error.txt       traceback of an unexpected failure
 model/            the trained model               checkpoints/    what --resume continues from
 best/             the model of the best evaluation, with output.keep_best
+result.json       scores before and after         measures.json   length, entropy, diversity before and after
+lift.jsonl        completions from the teacher's prompt before training, each with the lift of its prompt
 code/             the user's Python files: step_N/ has those that the run used after step N
 git.diff          uncommitted changes of the spec's repository
 bad_batches/      rollouts of a step whose loss or gradient was not finite
@@ -88,8 +90,11 @@ class RunDirectory:
 
     def lines(self, folder: str, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Write all records of one step, one JSON object a line."""
-        text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
-        self.write_text(step_file(folder, step), text)
+        self.json_lines(step_file(folder, step), records)
+
+    def json_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write a file with one JSON object a line."""
+        self.write_text(name, "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records))
 
     def file(self, folder: str, step: int) -> Path:
         """The path that `lines` writes to."""
@@ -102,6 +107,10 @@ class RunDirectory:
     def history(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""
         return read_lines(self.path / "metrics.jsonl")
+
+    def warnings(self) -> list[dict[str, Any]]:
+        """Every line of warnings.jsonl."""
+        return read_lines(self.path / "warnings.jsonl")
 
     def forget_after(self, step: int) -> None:
         """Remove everything about steps later than `step`: a resumed run writes it again."""

@@ -17,6 +17,7 @@ from sdkit.runs.directory import MARK, read_lines, read_status, step_file
 from sdkit.runs.evaluations import EvaluationResult, Key, per_prompt, read_back
 from sdkit.runs.fingerprints import KINDS
 from sdkit.runs.intervals import Interval
+from sdkit.runs.seed_intervals import BySeed
 
 Axis = Literal["tokens", "steps", "time"]
 AXES: Mapping[Axis, str] = {
@@ -61,6 +62,16 @@ class Run:
         return suite, decoding, self.main_score(suite)[1]
 
     @property
+    def members(self) -> Sequence[Run]:
+        """The runs that this one averages: itself, or one for each seed."""
+        return (self,)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The values of training.seed, one for each of `members`."""
+        return [run.settings.get(("training", "seed"), 0) for run in self.members]
+
+    @property
     def suites(self) -> list[str]:
         """The names of the suites, in order."""
         return list(dict.fromkeys(suite for suite, _, _ in self.points[0].scores))
@@ -82,29 +93,18 @@ class Run:
         scores = per_prompt(self.records(point))
         return {key: {text: mean for (_, text), mean in prompts.items()} for key, prompts in scores.items()}
 
+    def by_seed(self, point: Point) -> Mapping[Key, BySeed]:
+        """For each score, seed and prompt, the mean over the prompt's samples."""
+        return {key: {self.seeds[0]: prompts} for key, prompts in self.per_prompt(point).items()}
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in these folders; each named by its folder, or by the path where two folders have the same name.
-
-    Raises UnreadableInput, which names all folders that hold no evaluated run.
-    """
-    folders = [path.resolve() for path in paths]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise UnreadableInput(f"{folder} is named twice")
-    names = [folder.name for folder in folders]
-    runs: list[Run] = []
-    faults: list[str] = []
-    for path, name in zip(paths, names, strict=True):
-        try:
-            runs.append(read_run(path, name if names.count(name) == 1 else str(path)))
-        except UnreadableInput as error:
-            faults.append(error.message)
-    if faults:
-        raise UnreadableInput(
-            "\n".join(faults), hint="pass run directories (runs/NAME) that `sdkit train` has written"
-        )
-    return runs
+    def changes(self, keys: Sequence[Key]) -> dict[Key, tuple[Interval, Interval, Interval]]:
+        """The first and the last score and the paired change, for the keys that both evaluations have."""
+        start, end = self.evaluated(self.points[0]), self.evaluated(self.points[-1])
+        return {
+            key: (start.interval(key), end.interval(key), end.difference(start, key))
+            for key in keys
+            if key in start.scores and key in end.scores
+        }
 
 
 def read_run(path: Path, name: str) -> Run:

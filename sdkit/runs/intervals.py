@@ -63,13 +63,18 @@ def tango(gained: int, lost: int, n: int, level: float = 0.95) -> tuple[float, f
     return -_tango_upper(lost, gained, n, level), _tango_upper(gained, lost, n, level)
 
 
-def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10_000, level: float = 0.95) -> Interval:
+def mean_interval(
+    values: Sequence[float], *, seed: int = 0, resamples: int = 10_000, level: float = 0.95, bounded: bool = True
+) -> Interval:
     """The mean over prompts, with an interval.
 
-    One value per prompt: several samples of a prompt are not independent.  Raises ValueError if there are no values.
+    One value per prompt: several samples of a prompt are not independent.  `bounded` says that values which are all from 0
+    to 1 cannot be others; without it, the interval is always Student's.  Raises ValueError if there are no values.
     """
     scores = _values(values)
-    if _all_binary(scores):
+    if not bounded:
+        ends, method = _student(scores, level), STUDENT
+    elif _all_binary(scores):
         ends, method = wilson(int(scores.sum()), scores.size, level), WILSON
     elif _all_bounded(scores):
         ends, method = _gaffke(scores, (0.0, 1.0), seed, resamples, level), GAFFKE
@@ -79,9 +84,15 @@ def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10
 
 
 def paired_difference(
-    before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000, *, level: float = 0.95
+    before: Sequence[float],
+    after: Sequence[float],
+    seed: int = 0,
+    resamples: int = 10_000,
+    *,
+    level: float = 0.95,
+    bounded: bool = True,
 ) -> Interval:
-    """The mean of after − before, one value per prompt, with an interval.
+    """The mean of after − before, one value per prompt, with an interval; `bounded` as for `mean_interval`.
 
     Raises ValueError if there are no prompts or the lengths differ.
     """
@@ -89,7 +100,9 @@ def paired_difference(
         raise ValueError(f"{len(before)} values before, {len(after)} after")
     both = _values([*before, *after])
     changes = both[len(before) :] - both[: len(before)]
-    if _all_binary(both):
+    if not bounded:
+        ends, method = _student(changes, level), STUDENT
+    elif _all_binary(both):
         gained, lost = int((changes > 0).sum()), int((changes < 0).sum())
         ends, method = tango(gained, lost, changes.size, level), TANGO
     elif _all_bounded(both):

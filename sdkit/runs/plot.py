@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.language.errors import UnreadableInput
-from sdkit.runs.evaluations import Key
+from sdkit.runs.evaluations import Key, is_pass_at
 from sdkit.runs.history import AXES, Axis, Run
 
 Lines = Sequence[Mapping[str, Any]]
@@ -63,12 +63,13 @@ def _loss(axis: Any, lines: Lines) -> None:
 
 
 def _score_names(lines: Lines) -> dict[str, list[Key]]:
-    """The keys of the scores by suite, in the order of the metrics."""
+    """The keys of the scores by suite, in the order of the metrics, without pass@k."""
     names = dict.fromkeys(name for line in lines for name in line if name.count("/") >= 3 and f"{name}_low" in line)
     suites: dict[str, list[Key]] = {}
     for name in names:
         suite, decoding, reward = name.removeprefix("eval/").split("/", 2)
-        suites.setdefault(suite, []).append((suite, decoding, reward))
+        if not is_pass_at((suite, decoding, reward)):
+            suites.setdefault(suite, []).append((suite, decoding, reward))
     return suites
 
 
@@ -113,7 +114,10 @@ def plot_runs(runs: Sequence[Run], keys: Sequence[Key], target: Path) -> None:
 
 
 def figure_of_runs(runs: Sequence[Run], keys: Sequence[Key]) -> Any:
-    """A row of panels for each suite and reward: a colour for each run, a line style and marker for each decoding."""
+    """A row of panels for each suite and reward: a colour for each run, a line style and marker for each decoding.
+
+    The runs of several seeds are a thick line, their mean, and a thin one for each seed.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -136,7 +140,9 @@ def figure_of_runs(runs: Sequence[Run], keys: Sequence[Key]) -> Any:
                     _plot_scores(panel, run, key, axis, look)
         row[0].set_ylabel(f"{reward} on {suite}")
         row[0].legend(frameon=False, fontsize=7)
-    figure.suptitle("held-out scores, bands: 95 % intervals over prompts")
+    several = any(len(run.members) > 1 for run in runs)
+    seeds = " and seeds; thin lines: single seeds" if several else ""
+    figure.suptitle(f"held-out scores, bands: 95 % intervals over prompts{seeds}")
     return figure
 
 
@@ -149,3 +155,12 @@ def _plot_scores(panel: Any, run: Run, key: Key, axis: Axis, look: Mapping[str, 
     panel.plot(x, [interval.mean for interval in intervals], markersize=4, **look)
     low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
     panel.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
+    for member in run.members if len(run.members) > 1 else ():
+        _plot_thin(panel, member, key, axis, look)
+
+
+def _plot_thin(panel: Any, run: Run, key: Key, axis: Axis, look: Mapping[str, Any]) -> None:
+    """One seed's scores, behind the mean."""
+    points = [point for point in run.points if key in point.scores]
+    x, means = [point.at(axis) for point in points], [point.scores[key].mean for point in points]
+    panel.plot(x, means, color=look["color"], linestyle=look["linestyle"], linewidth=0.7, alpha=0.6, zorder=1)

@@ -1,4 +1,4 @@
-"""The scores of an evaluation, or of two, as tables and as JSON values."""
+"""The scores and measures of an evaluation, or of two, as tables and as JSON values."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sdkit.runs.evaluations import (
     Key,
     few_prompts_warning,
     interval_note,
+    main_keys,
     signed,
     with_interval,
 )
@@ -21,7 +22,16 @@ from sdkit.runs.intervals import Interval
 from sdkit.stdout import print_warning
 
 Change = Mapping[str, Interval]
-"""The intervals of one score: `before` and `after` training, and of the paired `change`."""
+"""The intervals of one score or measure: `before` and `after` training, and of the paired `change`."""
+SHOWN_MEASURES = {
+    "completion_tokens": ("tokens", "{:.1f}"),
+    "cut_at_limit": ("cut", "{:.0%}"),
+    "entropy": ("entropy", "{:.3f}"),
+    "distinct_2": ("distinct 2", "{:.3f}"),
+    "self_repetition": ("repeated", "{:.1%}"),
+}
+"""The measures that tables show: their column and format."""
+MEASURES_NOTE = "* the 95 % interval of the paired change excludes 0; docs/metrics.md defines the columns"
 
 
 def score_changes(before: EvaluationResult, after: EvaluationResult) -> dict[Key, Change]:
@@ -32,13 +42,27 @@ def score_changes(before: EvaluationResult, after: EvaluationResult) -> dict[Key
     }
 
 
+def measure_changes(before: EvaluationResult, after: EvaluationResult) -> dict[Key, Change]:
+    """The intervals of every measure that both evaluations have."""
+    return {
+        key: {
+            "before": before.measure_interval(key),
+            "after": after.measure_interval(key),
+            "change": after.measure_difference(before, key),
+        }
+        for key in before.measures
+        if key in after.measures
+    }
+
+
 def comparison_table(changes: Mapping[Key, Change], first: Key) -> Table:
     """A table of every score before and after, with the interval of the paired change."""
     note = interval_note(change[name].method for change in changes.values() for name in ("before", "change"))
     table = Table(title="held-out prompts, from the student's own prompt", caption=note)
     for column in ("suite", "decoding", "score", "before", "after", "change", "95 % interval", "n"):
         table.add_column(column, justify="left" if column in ("suite", "decoding", "score") else "right")
-    for key, change in changes.items():
+    for key in main_keys(changes):
+        change = changes[key]
         values = with_interval(change["before"]), with_interval(change["after"]), *signed(change["change"])
         style = "bold" if key[0] == first[0] and key[2] == first[2] else None
         table.add_row(*key, *values, str(change["change"].n), style=style)
@@ -48,7 +72,7 @@ def comparison_table(changes: Mapping[Key, Change], first: Key) -> Table:
 def scores_table(result: EvaluationResult) -> Table:
     """A table of every score with its interval."""
     columns = ("suite", "decoding", "score", "mean [95 % interval]", "n")
-    intervals = {key: result.interval(key) for key in result.scores}
+    intervals = {key: result.interval(key) for key in main_keys(result.scores)}
     note = interval_note(interval.method for interval in intervals.values())
     table = Table(*columns, title="held-out prompts, from the model's own prompt", caption=note)
     for key, interval in intervals.items():
@@ -56,24 +80,56 @@ def scores_table(result: EvaluationResult) -> Table:
     return table
 
 
+def measures_table(means: Mapping[Key, float]) -> Table | None:
+    """A table with a row for each decoding: the means of its completions' measures; None if there are none."""
+    cells = {key: SHOWN_MEASURES[key[2]][1].format(mean) for key, mean in means.items() if key[2] in SHOWN_MEASURES}
+    return _measures_table("completions", None, cells) if cells else None
+
+
+def measure_changes_table(changes: Mapping[Key, Change]) -> Table | None:
+    """A table with a row for each decoding: its completions' measures before and after; None if there are none."""
+    cells: dict[Key, str] = {}
+    for key, change in changes.items():
+        if key[2] in SHOWN_MEASURES:
+            text = SHOWN_MEASURES[key[2]][1]
+            clear = " *" if change["change"].low > 0 or change["change"].high < 0 else ""
+            cells[key] = f"{text.format(change['before'].mean)} → {text.format(change['after'].mean)}{clear}"
+    return _measures_table("completions, before → after training", MEASURES_NOTE, cells) if cells else None
+
+
+def _measures_table(title: str, note: str | None, cells: Mapping[Key, str]) -> Table:
+    shown = [measure for measure in SHOWN_MEASURES if any(key[2] == measure for key in cells)]
+    table = Table("suite", "decoding", title=title, caption=note)
+    for measure in shown:
+        table.add_column(SHOWN_MEASURES[measure][0], justify="right")
+    for suite, decoding in dict.fromkeys(key[:2] for key in cells):
+        table.add_row(suite, decoding, *(cells.get((suite, decoding, measure), "–") for measure in shown))
+    return table
+
+
 def score_records(result: EvaluationResult) -> list[dict[str, Any]]:
-    """The rows of `scores_table` as JSON values: mean, interval, number of prompts, and the interval's method."""
-    records: list[dict[str, Any]] = []
-    for key in result.scores:
-        interval = result.interval(key)
-        names = dict(zip(("suite", "decoding", "score"), key, strict=True))
-        ends = {"mean": interval.mean, "low": interval.low, "high": interval.high}
-        records.append({**names, **ends, "n": interval.n, "method": interval.method})
-    return records
+    """Every score as JSON values: mean, interval, number of prompts, and the interval's method."""
+    return [_record(key, "score", result.interval(key)) for key in result.scores]
 
 
-def comparison_records(changes: Mapping[Key, Change]) -> list[dict[str, Any]]:
-    """The rows of `comparison_table` as JSON values, for result.json."""
+def measure_records(result: EvaluationResult) -> list[dict[str, Any]]:
+    """Every measure as JSON values, like `score_records`."""
+    return [_record(key, "measure", result.measure_interval(key)) for key in result.measures]
+
+
+def _record(key: Key, kind: str, interval: Interval) -> dict[str, Any]:
+    names = dict(zip(("suite", "decoding", kind), key, strict=True))
+    ends = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    return {**names, **ends, "n": interval.n, "method": interval.method}
+
+
+def comparison_records(changes: Mapping[Key, Change], kind: str = "score") -> list[dict[str, Any]]:
+    """Changes as JSON values, for result.json and, with the kind `measure`, for measures.json."""
     records: list[dict[str, Any]] = []
     for key, change in changes.items():
         ends = {name: [interval.mean, interval.low, interval.high] for name, interval in change.items()}
         methods = {name: interval.method for name, interval in change.items()}
-        names = dict(zip(("suite", "decoding", "score"), key, strict=True))
+        names = dict(zip(("suite", "decoding", kind), key, strict=True))
         records.append({**names, **ends, "n": change["change"].n, "methods": methods})
     return records
 

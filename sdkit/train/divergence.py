@@ -19,8 +19,6 @@ SMALLEST_SCALE: Mapping[str, float] = {"loss": 1.0, "grad_norm": 50.0}
 """Medians below these count as these, since a loss or gradient that begins near 0 may grow by any factor."""
 NAMES = {"loss": "the loss", "grad_norm": "the gradient norm"}
 LOOK_AT = "lower optimizer.lr, lengthen its warm-up, or lower optimizer.max_grad_norm"
-COLLAPSE = 0.5
-"""A score that ends below this share of its best, by more than chance, has collapsed; a smaller fall is a warning."""
 
 
 class DivergenceWatch:
@@ -81,8 +79,3 @@ def fallen_score(best: EvaluationResult, last: EvaluationResult, key: Key, evalu
         return None
     before, after = best.interval(key).mean, last.interval(key).mean
     return f"{' '.join(key)} fell from {before:.3f} at its best to {after:.3f}"
-
-
-def has_collapsed(best: EvaluationResult, last: EvaluationResult, key: Key) -> bool:
-    """Whether a score that has fallen is below `COLLAPSE` times its best."""
-    return last.interval(key).mean < COLLAPSE * best.interval(key).mean

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
 from sdkit.language.specs import Decoding, EvaluationSpec, Suite
 from sdkit.rewards.scoring import reward_values, score
-from sdkit.runs.evaluations import EvaluationResult, Key
-from sdkit.runs.intervals import Interval, paired_difference
+from sdkit.runs.evaluations import EvaluationResult, Key, read_back
+from sdkit.runs.sample_measures import completion_measures, prompt_measures
+from sdkit.runs.teacher_lift import TeacherLift, lift_of, merged
 from sdkit.seeds import derive
 from sdkit.stdout import Advance
 from sdkit.train.collect_rollouts import collect_rollouts, completion_text
@@ -51,7 +51,7 @@ def evaluate(
 
 def teacher_lift(
     sampler: RolloutSampler, evaluation: EvaluationSpec, before: EvaluationResult, specs: StepSpecs
-) -> dict[Key, Interval]:
+) -> TeacherLift:
     """Score from the teacher's prompt minus score from the student's, on the first prompts of each suite.
 
     Measured before training: if it is not above zero, there is nothing to distil.  It uses the teacher's weights alone,
@@ -60,10 +60,10 @@ def teacher_lift(
     data = sampler.setup.data
     teacher = data.spec.teacher
     if teacher is None or teacher.sees is None or not evaluation.teacher_lift:
-        return {}
+        return merged([])
     if teacher.weights.cannot_sample:
-        return {}
-    lift: dict[Key, Interval] = {}
+        return merged([])
+    lifts: list[TeacherLift] = []
     for name, suite in evaluation.suites.items():
         rows = data.suites[name][: evaluation.teacher_lift]
         with_prompt = {i: ids for i, ids in enumerate(_teacher_prompts(sampler, name, rows, specs)) if ids is not None}
@@ -71,10 +71,8 @@ def teacher_lift(
             continue
         prompts = [(rows[i], ids) for i, ids in with_prompt.items()]
         backend, _ = sampler.backends.load(sampler.models.teacher_weights, specs.optimizer_steps, evaluation=True)
-        for key, scores in _evaluate_suite(data, name, suite, prompts, backend).scores.items():
-            student = [before.scores[key][i] for i in with_prompt]
-            lift[key] = paired_difference(student, scores)
-    return lift
+        lifts.append(lift_of(before, list(with_prompt), _evaluate_suite(data, name, suite, prompts, backend)))
+    return merged(lifts)
 
 
 def _teacher_prompts(
@@ -129,7 +127,7 @@ def _evaluate_suite(
         owners = [i for i, _ in jobs]
         requests = [SamplingRequest(prompt_ids=prompts[i][1], seed=n) for i, n in zip(owners, seeds, strict=True)]
         completions = backend.sample(requests, _sampling_params(decoding, limit, spec.rollout.stop))
-        results.append(_score_completions(data, (name, decoding_name), rows, owners, completions))
+        results.append(_score_completions(data, (name, decoding_name), suite, rows, owners, completions))
         advance(1)
     return _merge(results)
 
@@ -141,42 +139,56 @@ def _sampling_params(decoding: Decoding, limit: int, stop: tuple[str, ...]) -> S
 
 
 def _score_completions(
-    data: RunData, key: tuple[str, str], rows: Sequence[Row], owners: Sequence[int], completions: Sequence[Completion]
+    data: RunData,
+    key: tuple[str, str],
+    suite: Suite,
+    rows: Sequence[Row],
+    owners: Sequence[int],
+    completions: Sequence[Completion],
 ) -> EvaluationResult:
     """Score this rank's completions; returns those of all ranks in the order of the rows.  key: suite and decoding."""
+    name, decoding = key
     texts = [completion_text(data, c.ids) for c in completions]
-    results = score(data.rewards[key[0]], texts, [rows[i] for i in owners])
+    results = score(data.rewards[name], texts, [rows[i] for i in owners])
     numbers = reward_values(results)
-    own_records = [
-        {
-            "suite": key[0],
-            "decoding": key[1],
-            "row": rows[i].index,
-            "prompt": rows[i].prompt_text,
-            "completion": text,
-            "scores": {reward: values[j] for reward, values in numbers.items()},
-            "feedback": {reward: values[j].feedback for reward, values in results.items() if values[j].feedback},
-        }
+    measures = _measures(owners, completions, greedy=suite.decoding[decoding].temperature == 0)
+    own = [
+        (
+            i,
+            {
+                "suite": name,
+                "decoding": decoding,
+                "row": rows[i].index,
+                "prompt": rows[i].prompt_text,
+                "completion": text,
+                "scores": {reward: values[j] for reward, values in numbers.items()},
+                "feedback": {reward: values[j].feedback for reward, values in results.items() if values[j].feedback},
+                **_passed(suite, numbers[suite.score][j]),
+                "measures": measures[j],
+            },
+        )
         for j, (text, i) in enumerate(zip(texts, owners, strict=True))
     ]
-    own = [(i, record, len(c.ids)) for i, record, c in zip(owners, own_records, completions, strict=True)]
     scored = sorted((item for part in collectives.all_gather_object(own) for item in part), key=lambda item: item[0])
-    records = [record for _, record, _ in scored]
-    lengths = [length for _, _, length in scored]
-    mean = {key: sum(lengths) / max(len(lengths), 1)}
-    scores = {(*key, reward): values for reward, values in _mean_per_prompt(scored).items()}
-    return EvaluationResult(scores=scores, records=records, tokens=sum(lengths), lengths=mean)
+    records = [record for _, record in scored]
+    return read_back(records, tokens=int(sum(record["measures"]["completion_tokens"] for record in records)))
 
 
-def _mean_per_prompt(scored: Sequence[tuple[int, Mapping[str, Any], int]]) -> dict[str, tuple[float, ...]]:
-    """Each prompt's mean over its completions, by reward, in the order of the prompts."""
-    values: dict[str, dict[int, list[float]]] = {}
-    for prompt, record, _ in scored:
-        for reward, value in record["scores"].items():
-            values.setdefault(reward, {}).setdefault(prompt, []).append(value)
-    return {
-        reward: tuple(sum(scores) / len(scores) for scores in prompts.values()) for reward, prompts in values.items()
-    }
+def _passed(suite: Suite, score: float) -> dict[str, bool]:
+    """Whether a completion passed, for pass@k; empty if the suite has no score to pass."""
+    return {} if suite.pass_score is None else {"passed": score >= suite.pass_score}
+
+
+def _measures(owners: Sequence[int], completions: Sequence[Completion], *, greedy: bool) -> list[dict[str, float]]:
+    """The measures of each completion; those of a prompt as a whole stand at each of its completions."""
+    by_prompt: dict[int, list[Sequence[int]]] = {}
+    for i, completion in zip(owners, completions, strict=True):
+        by_prompt.setdefault(i, []).append(completion.ids)
+    of_prompts = {i: prompt_measures(texts) for i, texts in by_prompt.items()}
+    return [
+        completion_measures(c.ids, None if greedy else c.logprobs, finished=c.finished) | of_prompts[i]
+        for i, c in zip(owners, completions, strict=True)
+    ]
 
 
 def _merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
@@ -184,5 +196,4 @@ def _merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
         scores={key: scores for part in parts for key, scores in part.scores.items()},
         records=[record for part in parts for record in part.records],
         tokens=sum(part.tokens for part in parts),
-        lengths={key: length for part in parts for key, length in part.lengths.items()},
     )

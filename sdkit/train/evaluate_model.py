@@ -16,7 +16,7 @@ from sdkit.runs import directory
 from sdkit.runs.evaluations import EvaluationResult
 from sdkit.runs.provenance import this_process
 from sdkit.runs.samples import as_markdown
-from sdkit.runs.score_tables import score_records, scores_table, warn_of_few_prompts
+from sdkit.runs.score_tables import measure_records, measures_table, score_records, scores_table, warn_of_few_prompts
 from sdkit.stdout import Phases, is_first_rank
 from sdkit.train import failures, prompt_record, run_origin
 from sdkit.train.evaluate import evaluate, number_of_parts
@@ -44,6 +44,8 @@ def evaluate_model(
         with phases.phase("evaluation", number_of_parts(spec.evaluation)) as advance, failures.explained():
             result = evaluate(trainer.sampler, spec.evaluation, 0, advance)
         console.print(scores_table(result))
+        if table := measures_table(result.measure_means()):
+            console.print(table)
         warn_of_few_prompts(console, result)
         together = True
         return result
@@ -55,9 +57,9 @@ def evaluate_model(
 
 
 def report(spec: ExperimentSpec, result: EvaluationResult) -> dict[str, Any]:
-    """The scores with their intervals, what was evaluated and by which command, as JSON values."""
+    """The scores and measures with their intervals, what was evaluated and by which command, as JSON values."""
     model = {"path": spec.model.path, "revision": spec.model.revision}
-    return {"model": model, **this_process(), "scores": score_records(result)}
+    return {"model": model, **this_process(), "scores": score_records(result), "measures": measure_records(result)}
 
 
 def check_target(folder: Path) -> None:

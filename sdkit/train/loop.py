@@ -11,6 +11,7 @@ from sdkit.batches import RolloutBatch
 from sdkit.checkpoints import checkpoint, rng
 from sdkit.checkpoints.best import keep_best
 from sdkit.distributed import collectives
+from sdkit.language.best_metric import best_metric
 from sdkit.language.errors import NumericsGuard, Stopped
 from sdkit.language.schedules import at_step
 from sdkit.runs.evaluations import EvaluationResult
@@ -33,7 +34,7 @@ SKIPS_ALLOWED = 3
 def run(trainer: Trainer, report: Report) -> None:
     """Train from the current step to the last; evaluate at the start, at the end and in between.
 
-    On SIGINT or SIGTERM, saves a checkpoint and raises Stopped.  Raises NumericsGuard before an optimizer step whose loss
+    Ends early, with a checkpoint, if a tripwire says so.  On SIGINT or SIGTERM, saves a checkpoint and raises Stopped.  Raises NumericsGuard before an optimizer step whose loss
     is not finite, and after SKIPS_ALLOWED steps in a row whose gradient is not finite.
     """
     setup, progress = trainer.setup, trainer.progress
@@ -48,9 +49,13 @@ def run(trainer: Trainer, report: Report) -> None:
             _stop_if_requested(trainer, report, stop)
             if _evaluation_due(trainer):
                 _evaluate(trainer, report, stop)
-            if every and progress.step % every == 0 and progress.step < setup.end:
+            tripped = report.stopped()
+            due = tripped or (every and progress.step % every == 0)
+            if due and progress.step < setup.end:
                 with report.part("saving a checkpoint"):
                     checkpoint.save(trainer.state, report.run.path, setup.spec)
+            if tripped:
+                return
 
 
 def _evaluate_start(trainer: Trainer, report: Report, stop: StopRequests) -> None:
@@ -169,7 +174,7 @@ def _evaluate(trainer: Trainer, report: Report, stop: StopRequests) -> Evaluatio
         result = evaluate(trainer.sampler, spec.evaluation, specs.optimizer_steps, advance)
         trainer.sampler.backends.sleep()
         losses = held_out_loss(trainer.sampler, trainer.learner, spec.evaluation, specs)
-    if metric := spec.output.keep_best:
+    if metric := best_metric(spec):
         metrics = result.metrics(headline(spec.evaluation)) | losses
         keep_best(metric, step, metrics, trainer.models.student, trainer.setup.data.tokenizer, report.run)
     report.evaluated(step, result, losses, time.perf_counter() - started)

@@ -51,6 +51,7 @@ def step_metrics(
         | {"rollout/kept": (trained, sampled), "rollout/hedging": _hedging(data, rollouts)}
         | _rollout_sums(data, rollouts)
         | _trajectory_sums(data, rollouts)
+        | _entropy_sum(data, collected)
         | _group_sums(data, rollouts)
         | _context_sums(data.spec.slots, rollouts)
     )
@@ -107,6 +108,14 @@ def _trajectory_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
         "trajectory/observation_tokens": _mean(len(r.completion_ids) - len(r.sampled) for r in rollouts),
         **endings,
     }
+
+
+def _entropy_sum(data: RunData, collected: CollectedRollouts) -> Sums:
+    """The mean of −log-probability over all sampled tokens; empty if the data set has the completions."""
+    if data.spec.rollout.sampled_by.completion_column and not collected.figures.get("by_student"):
+        return {}
+    logprobs = [r.sampler_logprobs[p] for r in collected.batch if r.sampler_logprobs for p in r.sampled]
+    return {"rollout/entropy": (-sum(logprobs), float(len(logprobs)))}
 
 
 def _group_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:

@@ -13,7 +13,6 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from sdkit.batches import RolloutBatch
@@ -23,19 +22,27 @@ from sdkit.language.resolved import leaves, resolved
 from sdkit.models.device import rank_device
 from sdkit.models.packing import LONGEST_PACK
 from sdkit.runs.directory import RunDirectory
-from sdkit.runs.evaluations import EvaluationResult, Key, interval_note, read_back, signed
-from sdkit.runs.intervals import Interval
+from sdkit.runs.evaluations import EvaluationResult, Key, main_keys, read_back
 from sdkit.runs.samples import as_markdown
-from sdkit.runs.score_tables import comparison_records, comparison_table, score_changes, warn_of_few_prompts
+from sdkit.runs.score_tables import (
+    comparison_records,
+    comparison_table,
+    measure_changes,
+    measure_changes_table,
+    score_changes,
+    warn_of_few_prompts,
+)
+from sdkit.runs.teacher_lift import ADVICE as LIFT_ADVICE
+from sdkit.runs.teacher_lift import TeacherLift
 from sdkit.stdout import Advance, Phases, print_warning
 from sdkit.train.collate import RolloutKey, rollout_key
 from sdkit.train.collect_rollouts import CollectedRollouts, rollout_records, sample_texts, sort_records
-from sdkit.train.divergence import DivergenceWatch, fallen_score, has_collapsed
 from sdkit.train.evaluate import headline
 from sdkit.train.inputs import RunData
 from sdkit.train.models import Models
+from sdkit.train.run_watch import RunWatch
 from sdkit.train.setup import RunSetup
-from sdkit.train.tripwires import triggered
+from sdkit.train.tripwires import TripwireWarning
 
 STEP_LINE = 80 - len("00:00:00 ")
 """Characters of a step's line: it fits 80 columns, also in a log, whose lines begin with the time."""
@@ -43,7 +50,6 @@ RESULTS = ("loss", "eval/score", "eval/loss")
 """The metrics that TensorBoard's table of runs shows, from the last step that has them."""
 NO_SETTINGS = ("data.source", "output.", "evaluation.suites")
 """Keys that are left out of that table."""
-FALLEN_SCORE_ADVICE = "end the run earlier or lower optimizer.lr; output.keep_best: score saves the best model"
 
 
 class Report:
@@ -61,13 +67,7 @@ class Report:
         # Only the first rank reads the run directory; the others use what it read.
         self.evaluated_at = collectives.broadcast_object({line["step"] for line in history if "eval/score" in line})
         self.lifted = collectives.broadcast_object(any(key.startswith("lift/") for line in history for key in line))
-        self.recent_steps = [line for line in history if "time/step" in line]  # for the tripwires
-        patience = setup.spec.output.tripwire_steps
-        self.watch = DivergenceWatch(patience, self.recent_steps) if patience else None
-        scores = {line["step"]: line["eval/score"] for line in history if "eval/score" in line}
-        at_best = run.records("evaluations", max(scores, key=scores.__getitem__)) if scores else []
-        self.best = read_back(at_best) if at_best else None
-        self.collapse: str | None = None  # how far the score of the last evaluation is below its best
+        self.watch = RunWatch(setup.spec.output, run, history)
         # Tokens sampled for training so far.
         self.generated = max((line.get("tokens_generated", 0.0) for line in history), default=0.0)
         # How long the latest step and evaluation took.
@@ -102,7 +102,7 @@ class Report:
         self.run.lines("rollouts", step - 1, sort_records(records))
         self.console.print(_step_line(step, self.setup.end, metrics), no_wrap=True)
         output = self.setup.spec.output
-        self._warn_of_tripwires(step, metrics, output.tripwire_steps)
+        self._warn(self.watch.step({"step": step, **metrics}))
         for text in server_messages:
             self.run.warning(step, {"wire": "rollout_server", "cause": text})
         if (step - 1) % output.samples_every == 0:
@@ -125,15 +125,11 @@ class Report:
             self.run.lines(folder, step, sort_records(collectives.gather_object(records)))
         return self.run.file("bad_batches", step)
 
-    def _warn_of_tripwires(self, step: int, metrics: Mapping[str, float], patience: int | None) -> None:
-        """Print a warning, and add a line to warnings.jsonl, for each tripwire that triggers at this step."""
-        if patience is None:
-            return
-        self.recent_steps = [*self.recent_steps[-patience:], {"step": step, **metrics}]
-        diverging = self.watch and self.watch.add(self.recent_steps[-1])
-        for trip in [*triggered(self.recent_steps, patience), *([diverging] if diverging else [])]:
-            facts = {"since": trip.first, "wire": trip.wire, "cause": trip.cause}
-            self.run.warning(step, facts | {"look_at": trip.look_at})
+    def _warn(self, warnings: Sequence[TripwireWarning]) -> None:
+        """Print a warning, and add a line to warnings.jsonl, for each tripwire that went off."""
+        for trip in warnings:
+            facts = {"since": trip.first, "wire": trip.wire, "cause": trip.cause, "look_at": trip.look_at}
+            self.run.warning(trip.step, facts)
             print_warning(self.console, str(trip), trip.look_at)
 
     def evaluated(self, step: int, result: EvaluationResult, losses: Mapping[str, float], seconds: float) -> None:
@@ -147,52 +143,43 @@ class Report:
         self.seconds["time/evaluation"] = seconds
         for text in _evaluation_lines(step, result, seconds):
             self.console.print(text, highlight=False)
-        self._compare_with_best(step, result)
+        self._warn(self.watch.evaluated(step, result, self._headline))
 
-    def _compare_with_best(self, step: int, result: EvaluationResult) -> None:
-        """Warn if the headline score has fallen from its best by more than chance."""
-        key, best = self._headline, self.best
-        self.collapse = None
-        if best is None or result.interval(key).mean >= best.interval(key).mean:
-            self.best = result
-            return
-        fall = self.watch and fallen_score(best, result, key, len(self.evaluated_at))
-        if fall:
-            self.collapse = fall if has_collapsed(best, result, key) else None
-            self.run.warning(step, {"wire": "fallen_score", "cause": fall, "look_at": FALLEN_SCORE_ADVICE})
-            print_warning(self.console, fall, FALLEN_SCORE_ADVICE)
+    def stopped(self) -> str | None:
+        """Why a tripwire ends the run after this step, the same on every rank; None if none does."""
+        if not self.setup.spec.output.collapse.stops:
+            return None
+        return collectives.broadcast_object(self.watch.stop)
 
     def divergence(self) -> str | None:
         """How the run has diverged by now, the same on every rank; None if it has not."""
-        causes = self.watch and self.watch.verdict(), self.collapse
-        return collectives.broadcast_object("; ".join(filter(None, causes)) or None)
+        return collectives.broadcast_object(self.watch.verdict())
 
-    def lift(self, lift: Mapping[Key, Interval]) -> None:
-        """Report the teacher's lift, measured before training."""
-        if not lift:
+    def lift(self, lift: TeacherLift) -> None:
+        """Report the teacher's lift, measured before training: a table, a metric and every completion in lift.jsonl."""
+        if not lift.pairs:
             return
-        columns = ("suite", "decoding", "score", "lift", "95 % interval", "prompts")
-        title = "teacher lift: score under the teacher's view minus the student's, before training"
-        table = Table(*columns, title=title, caption=interval_note(i.method for i in lift.values()))
-        for (suite, decoding, reward), interval in lift.items():
-            table.add_row(suite, decoding, reward, *signed(interval), str(interval.n))
-        self.console.print(table)
-        if all(interval.low <= 0 for interval in lift.values()):
-            text = "the teacher's view lifts no score clearly above the student's; there may be nothing to distil"
-            print_warning(self.console, text)
-        named = {"lift/" + "/".join(key): interval.mean for key, interval in lift.items()}
-        self.run.metrics(0, named)
+        self.console.print(lift.table())
+        if text := lift.warning():
+            print_warning(self.console, text, LIFT_ADVICE)
+            self.run.warning(0, {"wire": "no_lift", "cause": text, "look_at": LIFT_ADVICE})
+        self.run.json_lines("lift.jsonl", lift.records)
+        self.run.metrics(0, lift.metrics())
 
     def finished(self) -> None:
-        """Print the table of scores before and after training, and write result.json, if the run has both scores.
+        """Print scores and measures before and after training, and write result.json and measures.json, if the run has both.
 
         Also write the settings and results to TensorBoard.
         """
         if self.first and self.last and self.first is not self.last:
             changes = score_changes(self.first, self.last)
             self.console.print(comparison_table(changes, self._headline))
-            warn_of_few_prompts(self.console, self.last)
             self.run.write_json("result.json", comparison_records(changes))
+            measures = measure_changes(self.first, self.last)
+            if table := measure_changes_table(measures):
+                self.console.print(table)
+                self.run.write_json("measures.json", comparison_records(measures, "measure"))
+            warn_of_few_prompts(self.console, self.last)
         lines = self.run.history()
         results = {name: line[name] for line in lines for name in RESULTS if name in line}
         settings = {".".join(map(str, path)): value for path, value in leaves(resolved(self.setup.spec))}
@@ -306,7 +293,11 @@ def _evaluation_lines(step: int, result: EvaluationResult, seconds: float) -> li
     lines: list[str] = []
     for suite in suites:
         name = f"evaluation after step {step}" + (f", {escape(suite)}" if len(suites) > 1 else "")
-        scores = [f"{'/'.join(key[1:])} {result.interval(key).mean:.3f}" for key in result.scores if key[0] == suite]
+        scores = [
+            f"{'/'.join(key[1:])} {result.interval(key).mean:.3f}"
+            for key in main_keys(result.scores)
+            if key[0] == suite
+        ]
         lines.append(f"[cyan]{name}[/]: {escape(', '.join(scores))}")
     lines[-1] += f" [dim]({seconds:.0f} s)[/]"
     return lines

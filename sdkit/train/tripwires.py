@@ -29,6 +29,7 @@ class TripwireWarning:
     step: int
     cause: str
     look_at: str
+    stops: bool = False  # whether it ends the run
 
     def __str__(self) -> str:
         return f"steps {self.first} to {self.step}: {self.cause}"

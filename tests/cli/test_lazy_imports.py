@@ -55,7 +55,7 @@ def test_specs_and_plans_need_no_torch():
 
 
 def test_first_rows_are_checked_without_torch():
-    loaded = loaded_by("import sdkit.data.first_row")
+    loaded = loaded_by("import sdkit.train.first_row")
     assert loaded & {"torch", "numpy", "transformers", "datasets", "pyarrow"} == set()
 
 

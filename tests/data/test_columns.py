@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from sdkit.data.first_row import check_first_rows
 from sdkit.data.rows import load_rows
 from sdkit.language.errors import BadData
 from sdkit.language.load import load_spec
 from sdkit.language.specs import CsvSource, DataSpec, InlineSource, JsonColumn, LastTurn, Table
+from sdkit.train.first_row import check_first_rows
 
 CHAT = [
     {"role": "system", "content": "S"},

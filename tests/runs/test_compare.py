@@ -6,81 +6,14 @@ import sys
 from io import StringIO
 
 import pytest
-import yaml
 from rich.console import Console
+from run_directories import GREEDY, SPEC, right, score_of
 
 from sdkit.language.errors import UnreadableInput
 from sdkit.runs.compare import common_budget, differences, differing_evaluation, differing_settings, score_keys
 from sdkit.runs.compare_text import compare
-from sdkit.runs.history import read_runs
-from sdkit.runs.intervals import mean_interval, paired_p_value, unpaired_difference, unpaired_p_value
-
-GREEDY = ("sums", "greedy", "right")
-SPEC = {
-    "losses": {"distil": {"kind": "distillation", "coefficient": 1.0}},
-    "rewards": {"right": {"kind": "exact"}, "unused": {"kind": "exact"}},
-    "evaluation": {"suites": {"sums": {"score": "right", "decoding": {"greedy": {"temperature": 0.0}}}}},
-    "training": {"seed": 0, "steps": 2},
-    "output": {"folder": "runs"},
-}
-
-
-def right(*numbers, of=100):
-    """Scores by prompt: 1 for the prompts with these numbers, 0 for the others."""
-    return {f"prompt {i}": float(i in numbers) for i in range(of)}
-
-
-def score_of(share, of=100):
-    return right(*range(round(share * of)), of=of)
-
-
-@pytest.fixture
-def make_run(tmp_path):
-    """Writes a run directory with these evaluations: step -> score of each prompt."""
-
-    def make(name, evaluations, *, tokens=100, seconds=10.0, spec=None, status=None, **origins):
-        folder = tmp_path / name
-        (folder / "evaluations").mkdir(parents=True)
-        (folder / "resolved.yaml").write_text(yaml.safe_dump(spec or SPEC, sort_keys=False))
-        done = {"state": "done", "step": max(evaluations, default=0)}
-        (folder / "status.json").write_text(json.dumps(status or done))
-        (folder / "provenance.json").write_text(json.dumps(origins))
-        lines = []
-        for step in range(max(evaluations, default=0) + 1):
-            if step:
-                spent = {"time/step": seconds, "tokens_generated": step * tokens}
-                lines.append({"step": step, "loss": 1.0, **spent})
-            if step in evaluations:
-                lines.append({"step": step, "time/evaluation": 1000.0} | figures(evaluations[step]))
-                write(folder / "evaluations" / f"step_{step:06d}.jsonl", evaluations[step])
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        return folder
-
-    return make
-
-
-def by_key(scores):
-    return scores if isinstance(next(iter(scores)), tuple) else {GREEDY: scores}
-
-
-def figures(scores):
-    metrics = {}
-    for key, prompts in by_key(scores).items():
-        interval = mean_interval(list(prompts.values()))
-        name = "eval/" + "/".join(key)
-        for prefix in (name, "eval/score"):
-            metrics |= {prefix: interval.mean, f"{prefix}_low": interval.low}
-            metrics |= {f"{prefix}_high": interval.high, f"{prefix}_n": interval.n}
-    return metrics
-
-
-def write(path, scores):
-    records = [
-        {"suite": s, "decoding": d, "row": i, "prompt": prompt, "scores": {r: value}}
-        for (s, d, r), prompts in by_key(scores).items()
-        for i, (prompt, value) in enumerate(prompts.items())
-    ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+from sdkit.runs.intervals import paired_p_value, unpaired_difference, unpaired_p_value
+from sdkit.runs.seed_runs import read_runs
 
 
 def common_steps(a, b, axis="tokens"):
@@ -236,6 +169,13 @@ def test_more_comparisons_need_a_smaller_p_value(make_run):
     assert single.interval.low > first.interval.low
     with pytest.raises(UnreadableInput, match="no run has a score 'wrong'; there are right"):
         compared_scores(a, b, score="wrong")
+
+
+def test_pass_at_k_is_compared_only_if_asked(make_run):
+    pass_at = (*GREEDY[:2], "pass_at_4")
+    runs = read_runs([make_run("one", {0: {GREEDY: right(1, of=4), pass_at: right(1, 2, of=4)}})])
+    assert score_keys(runs, None) == [GREEDY]
+    assert score_keys(runs, "pass_at_4") == [pass_at]
 
 
 def test_p_values_by_hand():

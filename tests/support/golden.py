@@ -8,9 +8,9 @@ from pathlib import Path
 
 from attrs import evolve
 
-from sdkit.data.first_row import check_first_rows
 from sdkit.language.errors import render
 from sdkit.language.load import CheckedSpec, load_spec
+from sdkit.train.first_row import check_first_rows
 
 TESTS = Path(__file__).resolve().parent.parent
 BAD = sorted((TESTS / "err").glob("*.yaml"))

@@ -258,7 +258,7 @@ def sample_and_evaluate(folder, work, stage):
         "unequal": collectives.all_gather_object(completion_ids),
         "scores": held_out.scores,
         "records": held_out.records,
-        "lift": {key: value.mean for key, value in lift.items()},
+        "lift": {key: lift.interval(key).mean for key in lift.pairs},
         "held out": held_out_loss(trainer),
     }
     trainer.close()

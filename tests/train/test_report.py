@@ -40,7 +40,7 @@ def test_step_without_an_update_says_so():
 
 
 def evaluation(*keys):
-    return EvaluationResult(scores=dict.fromkeys(keys, (1.0, 0.0)), records=[], tokens=0, lengths={})
+    return EvaluationResult(scores=dict.fromkeys(keys, (1.0, 0.0)), records=[], tokens=0)
 
 
 def test_evaluation_of_one_suite_is_one_line():

@@ -46,7 +46,8 @@ EMA = teacher(EmaWeights(update_rate=0.3))
 
 @pytest.fixture(scope="module")
 def full_spec(tiny_folder):
-    output = OutputSpec(samples_every=2, samples=2, tensorboard=True)
+    best = {"keep_best": "sums/drawn/entropy", "best_is": "lower"}
+    output = OutputSpec(samples_every=2, samples=2, tensorboard=True, **best)
     return with_evaluation(make_spec(tiny_folder, teacher=EMA, output=output), every=2)
 
 
@@ -107,11 +108,45 @@ def test_every_completion_and_its_scores_are_stored(done):
     ]
     records = lines(done / "evaluations" / "step_000003.jsonl")
     assert len(records) == 4 * (1 + 2) + 3 * 2
-    keys = {"suite", "decoding", "row", "prompt", "completion", "scores", "feedback"}
+    keys = {"suite", "decoding", "row", "prompt", "completion", "scores", "feedback", "passed", "measures"}
     assert keys == records[0].keys()
     values = [r["scores"]["number"] for r in records if (r["suite"], r["decoding"]) == ("sums", "drawn")]
     expected = metrics(done)[-1]["eval/sums/drawn/number"]
     assert sum(values) / len(values) == pytest.approx(expected)
+
+
+def test_measures_of_completions_are_reported_before_and_after(done):
+    first, *_, last = [line for line in lines(done / "metrics.jsonl") if "eval/score" in line]
+    assert first["eval/sums/drawn/pass_at_1"] == first["eval/sums/drawn/right"]
+    assert last["eval/sums/drawn/pass_at_2_n"] == 4
+    assert "eval/sums/greedy/entropy" not in last
+    changes = {(c["suite"], c["decoding"], c["measure"]): c for c in json.loads((done / "measures.json").read_text())}
+    change = changes["sums", "drawn", "entropy"]
+    assert [change[name][0] for name in ("before", "after")] == pytest.approx(
+        [line["eval/sums/drawn/entropy"] for line in (first, last)]
+    )
+    assert change["change"][0] == pytest.approx(change["after"][0] - change["before"][0])
+    assert changes["more", "sampled", "distinct_2"]["n"] == 3
+
+
+def test_best_model_is_kept_by_a_measure(done):
+    entropies = {
+        line["step"]: line["eval/sums/drawn/entropy"] for line in lines(done / "metrics.jsonl") if "eval/score" in line
+    }
+    best = min(entropies, key=entropies.__getitem__)
+    note = json.loads((done / "best" / "best.json").read_text())
+    assert note == {"step": best, "eval/sums/drawn/entropy": entropies[best]}
+
+
+def test_teacher_lift_is_stored_prompt_by_prompt(done):
+    (lift,) = [line for line in lines(done / "metrics.jsonl") if "lift/sums/drawn/number" in line]
+    records = [r for r in lines(done / "lift.jsonl") if (r["suite"], r["decoding"]) == ("sums", "drawn")]
+    assert [record["row"] for record in records] == [0, 0, 1, 1]
+    lifts = [record["lift"]["number"] for record in records]
+    assert lift["lift/sums/drawn/number"] == pytest.approx(sum(lifts) / 4)
+    assert lift["lift/sums/drawn/number/hurt"] == pytest.approx(sum(value < 0 for value in lifts) / 4)
+    (warning,) = [w for w in lines(done / "warnings.jsonl") if w["wire"] == "no_lift"]
+    assert "lifts no score" in warning["cause"]
 
 
 def test_rollouts_and_samples_are_stored(done):

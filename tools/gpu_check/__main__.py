@@ -46,8 +46,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("call", choices=[*CHECKS, "both"], help="which half of the checks")
     parser.add_argument("--only", metavar="TEXT", default="", help="only checks whose name contains this")
-    parser.add_argument("--dry-run", action="store_true", help="in miniature, on the CPU")
-    parser.add_argument("--write-figures", action="store_true", help="store the CPU's figures, for the GPU to compare")
+    on_cpu = parser.add_mutually_exclusive_group()  # figures of a miniature are no figures for the GPU
+    on_cpu.add_argument("--dry-run", action="store_true", help="in miniature, on the CPU")
+    on_cpu.add_argument("--write-figures", action="store_true", help="store the CPU's figures, for the GPU to compare")
     return parser.parse_args()
 
 

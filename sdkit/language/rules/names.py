@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import Path, shorten
-from sdkit.language.metric_names import FAMILIES, INTERVAL_SUFFIXES, LENGTH_METRIC
+from sdkit.language.metric_names import FAMILIES, INTERVAL_SUFFIXES, LENGTH_METRIC, MEASURES, PASS_AT
 from sdkit.language.rules.base import Context, Finding, method_rule, run_rule
 from sdkit.language.specs import ExperimentSpec, MethodSpec
 
@@ -17,12 +17,12 @@ def reserved_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """
     paths: list[Path] = [("losses", name) for name in spec.losses]
     if isinstance(spec, ExperimentSpec):
-        paths += [("rewards", name) for name in spec.rewards if name == LENGTH_METRIC]
+        paths += [("rewards", name) for name in spec.rewards if name in MEASURES or name.startswith(PASS_AT)]
         for suite_name, suite in spec.suites.items():
             path = ("evaluation", "suites", suite_name)
             paths += [path, *((*path, "decoding", name) for name in suite.decoding)]
     for path in paths:
-        if path[-1] in FAMILIES or path[-1] == LENGTH_METRIC:
+        if path[0] == "rewards" or path[-1] in FAMILIES or path[-1] == LENGTH_METRIC:
             yield path, f"{shorten(path[-1])} stands in the names of sdkit's own metrics", "choose another name"
 
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sdkit.language.errors import Path, shorten
+from sdkit.language.best_metric import best_metrics
+from sdkit.language.errors import Path, did_you_mean, outside, shorten
 from sdkit.language.rules.base import (
     Context,
     Finding,
@@ -17,7 +18,7 @@ from sdkit.language.rules.base import (
     total_updates,
     unknown_bundled,
 )
-from sdkit.language.specs import CopyWeights, ExperimentSpec, MethodSpec, indivisible
+from sdkit.language.specs import CopyWeights, DatasetSamples, ExperimentSpec, MethodSpec, indivisible
 
 
 @method_rule("names are plain")
@@ -147,17 +148,38 @@ def micro_batch(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 @run_rule("keep_best has an evaluation to compare")
 def best_of_nothing(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """The best model is chosen by an evaluated score or loss."""
+    """The best model is chosen by an evaluated score, loss or measure."""
     which, path = spec.output.keep_best, ("output", "keep_best")
     if which is None:
         return
     if spec.evaluation is None:
-        yield path, f"keep_best is {which}, but nothing is evaluated", "add evaluation.suites"
+        yield path, f"keep_best is {shorten(which)}, but nothing is evaluated", "add evaluation.suites"
         return
-    name, suite = next(iter(spec.evaluation.suites.items()))
-    if which == "loss" and not suite.loss_prompts:
+    name = next(iter(spec.evaluation.suites))
+    known = best_metrics(spec)
+    if which == "loss" and which not in known:
         message = f"keep_best is loss, but suite {shorten(name)} measures none"
         yield path, message, f"set evaluation.suites.{name}.loss_prompts, or keep_best: score"
+    elif which not in known:
+        start = which.rpartition("/")[0] + "/"
+        beside = [metric for metric in known if "/" in which and metric.startswith(start)]
+        general = [metric.rpartition("/")[0] + "/NAME" if "/" in metric else metric for metric in known]
+        choices = beside or list(dict.fromkeys(general))
+        yield path, f"{shorten(which)} {outside(choices)}", did_you_mean(which, list(known))
+
+
+@run_rule("it is clear which value of keep_best is better")
+def better_value(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Whether a long or a varied completion is better depends on the task."""
+    which, better = spec.output.keep_best, spec.output.best_is
+    if which is None:
+        if better is not None:
+            yield ("output", "best_is"), "best_is has no effect without keep_best", "add keep_best"
+        return
+    known = best_metrics(spec)
+    if which in known and known[which] is None and better is None:
+        message = f"whether a higher or a lower {shorten(which)} is better depends on the task"
+        yield ("output", "keep_best"), message, "add best_is: higher, or best_is: lower"
 
 
 @run_rule("intervals are no longer than the run", "warning")
@@ -177,6 +199,25 @@ def beyond_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     for path, every, length in intervals:
         if every and every > length:
             yield path, f"{path[-1]} is {every}, but the run has {length} steps", None
+
+
+@run_rule("written tripwires for a collapse can go off", "warning")
+def silent_tripwire(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A tripwire that a run relies on, and that never goes off, is worse than none."""
+    path: Path = ("output", "collapse")
+    if spec.output.tripwire_steps is None and context.loaded.written(path):
+        yield path, "collapse has no effect: tripwire_steps is null", "set tripwire_steps: 5"
+        return
+    if context.loaded.written((*path, "entropy")) and isinstance(spec.rollout.sampled_by, DatasetSamples):
+        yield (*path, "entropy"), "collapse.entropy has no effect: the data set has the completions", "remove it"
+    wire, evaluation = spec.output.collapse.score, spec.evaluation
+    if wire is None or not context.loaded.written((*path, "score")):
+        return
+    if evaluation is None:
+        yield (*path, "score"), "collapse.score has no effect: nothing is evaluated", "add evaluation.suites"
+    elif not evaluation.every:
+        message = "collapse.score cannot stop the run: only its start and its end are evaluated"
+        yield (*path, "score"), message, "add evaluation.every"
 
 
 @run_rule("written settings have an effect", "warning")

@@ -1,13 +1,14 @@
 """Every spec class of the language.
 
 `fields` has the means to declare a class.  `rollouts`, `backends`, `contexts`, `teachers`, `blends`, `losses`,
-`divergences`, `advantages`, `token_weights` and `loss_parts` make up a `method`; `data`, `scores`, `environments` and `run` have
-what a run needs besides.
+`divergences`, `advantages`, `token_weights` and `loss_parts` make up a `method`; `data`, `scores`, `environments`, `collapse` and
+`run` have what a run needs besides.
 """
 
 from sdkit.language.specs.advantages import *  # noqa: F403
 from sdkit.language.specs.backends import *  # noqa: F403
 from sdkit.language.specs.blends import *  # noqa: F403
+from sdkit.language.specs.collapse import *  # noqa: F403
 from sdkit.language.specs.contexts import *  # noqa: F403
 from sdkit.language.specs.data import *  # noqa: F403
 from sdkit.language.specs.divergences import *  # noqa: F403

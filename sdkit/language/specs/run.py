@@ -8,6 +8,7 @@ from typing import Literal
 
 from attrs import frozen
 
+from sdkit.language.specs.collapse import CollapseSpec
 from sdkit.language.specs.data import DataSpec
 from sdkit.language.specs.divergences import FileDivergence
 from sdkit.language.specs.environments import Environment, FileEnvironment
@@ -249,18 +250,27 @@ class OutputSpec:
         range=AT_LEAST_ONE,
     )
     keep_checkpoints: int = spec_field("number of newest checkpoints to keep", default=1, range=AT_LEAST_ONE)
-    keep_best: Literal["score", "loss"] | None = spec_field(
-        "keep the best evaluated model in best/: by the headline `score` (higher is better) or by the first suite's `loss`",
+    keep_best: str | None = spec_field(
+        "keep the best evaluated model in best/: by the headline `score`, by the first suite's `loss`, or by "
+        "SUITE/DECODING/NAME, where NAME is a reward, `pass_at_K`, `entropy`, `distinct_1`, `distinct_2`, "
+        "`self_repetition`, `completion_tokens` or `cut_at_limit`",
+        default=None,
+        range=NAME,
+    )
+    best_is: Literal["higher", "lower"] | None = spec_field(
+        "which value of `keep_best` is better; default: higher for scores, lower for `loss`, `self_repetition` and "
+        "`cut_at_limit`; the others have no default",
         default=None,
     )
     tensorboard: bool = spec_field("write TensorBoard events", default=True)
     tripwire_steps: int | None = spec_field(
         "consecutive steps without learning signal (constant rewards, no counted tokens, no divergence, no gradient, or all "
         "completions truncated), or with a loss or gradient norm far above the run's history, before a warning; a run that "
-        "ends this way, or with less than half of its best score, ends as diverged; null: never",
+        "ends this way, or with a collapsed score (`collapse.score`), ends as diverged; null: never, nor those of `collapse`",
         default=5,
         range=AT_LEAST_ONE,
     )
+    collapse: CollapseSpec = spec_field("tripwires for a collapse of length, entropy or score", default=CollapseSpec())
 
 
 @frozen(kw_only=True)

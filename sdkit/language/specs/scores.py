@@ -259,6 +259,12 @@ class Suite:
         default="drop",
     )
     score: str = spec_field("the reward to report as the headline", range=NAME)
+    pass_score: float | None = spec_field(
+        "smallest `score` of a completion that counts as passed, for pass@k of decodings with several samples; null: no "
+        "pass@k",
+        default=1.0,
+        range=SIGNED,
+    )
     also: tuple[str, ...] = spec_field("further rewards to report", default=(), each=NAME)
     decoding: Table[Decoding] = spec_field("sampling settings, by name", default=GREEDY_AND_SAMPLED, range=NOT_EMPTY)
     max_new_tokens: int | None = spec_field(

@@ -1,9 +1,12 @@
-"""Checks the first row of each local data file against a spec, as a run would read it, without torch or the user's code."""
+"""Checks the first row of each local data file against a spec, as a run would read it, without torch or the user's code.
+
+The rewards that compare a completion with a column read their right answer; no other reward is opened.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path as Folder
 from typing import Any
 
@@ -13,10 +16,11 @@ from sdkit.batches import Row
 from sdkit.data.rows import AbsentColumn, map_rows
 from sdkit.data.sources import read_first, source_name
 from sdkit.language import columns as reads
-from sdkit.language.errors import BadData, BadEnvironment, Path, Problem, listed, spelled
+from sdkit.language.errors import BadData, BadEnvironment, Path, Problem, listed, outside, shorten, spelled
 from sdkit.language.load import CheckedSpec
 from sdkit.language.row_text import describe_value
-from sdkit.language.specs import DataSpec, ExperimentSpec
+from sdkit.language.specs import DataSpec, ExperimentSpec, RoutedWeights
+from sdkit.rewards.answers import check_right_answer
 
 CODE = "first_row"
 
@@ -35,16 +39,20 @@ def check_first_rows(checked: CheckedSpec) -> FirstRows:
     if not checked.ok or not isinstance(checked.spec, ExperimentSpec):
         return first_rows
     spec = checked.spec
-    _check(first_rows, checked, ("data",), spec.data, reads.required_columns(spec), reads.text_columns(spec, None))
+    needed, texts = reads.required_columns(spec), reads.text_columns(spec, None)
+    row = _check(first_rows, checked, ("data",), spec.data, needed, texts)
+    _check_values(first_rows, checked, row, reads.training_rewards(spec))
     for name, suite in spec.suites.items():
         path = ("evaluation", "suites", name, "data")
-        _check(first_rows, checked, path, suite.data, [], reads.text_columns(spec, suite))
+        row = _check(first_rows, checked, path, suite.data, [], reads.text_columns(spec, suite))
+        _check_values(first_rows, checked, row, reads.suite_rewards(spec, suite))
     return first_rows
 
 
 def _check(
     first_rows: FirstRows, checked: CheckedSpec, path: Path, data: DataSpec, needed: Sequence[str], texts: set[str]
-) -> None:
+) -> Row | None:
+    """Reports what keeps a run from reading the row; returns the row if nothing does."""
     assert isinstance(checked.spec, ExperimentSpec)
     columns = data.columns or checked.spec.data.columns or {}
 
@@ -56,23 +64,50 @@ def _check(
         raw_rows = read_first(data.source, Folder(checked.loaded.folder))
         mapped = map_rows(raw_rows, columns, needed, texts)
     except BadEnvironment:  # without the package that reads the file, the row is not checked
-        return
+        return None
     except BadData as error:
         report(source, error.message, error.hint)
-        return
+        return None
     written_at = path if data.columns else ("data",)
     for column in mapped.absent:
         for user in column.users:
             report((*written_at, "columns", user), *_absence(source_name(data.source), column))
     for fault in mapped.faults:
         report(source, fault)
-    for row in mapped.rows if not mapped.absent else ():
+    readable = mapped.rows if not mapped.absent else []
+    for row in readable:
         if _is_chat_as_text(row.columns["prompt"]):
             where = (*written_at, "columns", "prompt")
             hint = f"write prompt: {{json: {columns['prompt']}}}"
             message = "the prompt is a text that holds a chat as JSON, and the model would read the JSON"
             first_rows.problems.append(Problem(where, message, CODE, hint, checked.loaded.place(where), "warning"))
         first_rows.descriptions.append(f"{spelled(path)}: {'; '.join(_describe(row, columns))}")
+    return next(iter(readable), None)
+
+
+def _check_values(first_rows: FirstRows, checked: CheckedSpec, row: Row | None, rewards: Iterable[str]) -> None:
+    """Reports a right answer that a reward cannot compare with, and a value that no route of the teacher has."""
+    spec = checked.spec
+    assert isinstance(spec, ExperimentSpec)
+    if row is None:
+        return
+
+    def report(path: Path, message: str, hint: str | None = None) -> None:
+        problem = Problem(path, message, CODE, hint, checked.loaded.place(path))
+        if problem not in first_rows.problems:  # training rows and suites may be the same
+            first_rows.problems.append(problem)
+
+    used = [leaf for name in rewards for leaf in reads.leaf_rewards(spec.rewards, name)]
+    for name, reward in spec.rewards.items():
+        if reward in used:
+            try:
+                check_right_answer(reward, row)
+            except BadData as error:
+                report(("rewards", name), error.message)
+    weights = spec.teacher and spec.teacher.weights
+    if isinstance(weights, RoutedWeights) and (value := row.text(weights.by)) not in weights.routes:
+        message = f"row {row.index}: {weights.by} is {shorten(value)}, which {outside(weights.routes)}"
+        report(("teacher", "weights", "by"), message, "teacher.weights.routes must have every value")
 
 
 def _absence(source: str, column: AbsentColumn) -> tuple[str, str | None]:

@@ -1,12 +1,13 @@
 """The first row of local data, checked without reading the rest."""
 
 import json
+import sys
 
 import pytest
 
 from sdkit.data import sources
-from sdkit.data.first_row import check_first_rows
 from sdkit.language.load import load_spec
+from sdkit.train.first_row import FirstRows, check_first_rows
 
 RUN = """
 method: sdft
@@ -28,6 +29,10 @@ def write(path, kind, rows):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif kind == "json":
         path.write_text(json.dumps(rows))
+    elif kind == "saved_dataset":
+        import datasets
+
+        datasets.Dataset.from_list(rows).with_format("numpy").save_to_disk(path)
     else:
         import pyarrow
         import pyarrow.parquet
@@ -49,14 +54,14 @@ def first_rows(tmp_path):
     return check
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "saved_dataset"])
 def test_columns_are_described(first_rows, kind):
     found = first_rows(GOOD, {**GOOD, "a": None}, kind=kind)
     assert found.problems == []
     assert found.descriptions == ["data: prompt is a chat (system, user); demonstration is text; answer is 2"]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "saved_dataset"])
 def test_wrong_column_is_reported_where_it_is_written(first_rows, kind):
     (problem,) = first_rows({"question": "1 + 1?", "d": "two", "a": 2}, kind=kind).problems
     assert problem.path == ("data", "columns", "prompt")
@@ -103,3 +108,42 @@ def test_rewards_and_packages_of_the_user_are_not_loaded(first_rows, tmp_path):
     (tmp_path / "mine.py").write_text("raise SystemExit('imported')\ndef right(completion, row):\n    return 1.0\n")
     override = f"rewards={{right: {{kind: file, file: {tmp_path / 'mine.py'}, function: right}}}}"
     assert first_rows(GOOD, overrides=[override]).problems == []
+
+
+def test_first_row_of_a_saved_split_is_read_without_its_package(first_rows, tmp_path, monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_list([GOOD] * 3)
+    datasets.DatasetDict({"train": rows.select([]), "test": rows}).save_to_disk(tmp_path / "saved")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
+    source = f"data.source={{kind: saved_dataset, path: {tmp_path / 'saved'}, split: SPLIT}}"
+    assert len(first_rows(GOOD, overrides=[source.replace("SPLIT", "test")]).descriptions) == 1
+    assert first_rows(GOOD, overrides=[source.replace("SPLIT", "train")]) == FirstRows([], [])
+    (problem,) = first_rows(GOOD, overrides=[source.replace("SPLIT", "tset")]).problems
+    assert problem.message.endswith("holds the splits 'train', 'test', not 'tset'")
+    assert problem.place
+
+
+def test_saved_columns_that_need_decoding_are_not_checked(first_rows, tmp_path):
+    import datasets
+
+    features = datasets.Features({"q": datasets.Value("string"), "d": datasets.Json(), "a": datasets.Value("int64")})
+    rows = datasets.Dataset.from_list([{"q": "1 + 1?", "d": ["two"], "a": 2}], features=features)
+    rows.save_to_disk(tmp_path / "saved")
+    found = first_rows(GOOD, overrides=[f"data.source={{kind: saved_dataset, path: {tmp_path / 'saved'}}}"])
+    assert found == FirstRows([], [])
+
+
+def test_folder_without_a_data_set_is_reported(first_rows, tmp_path):
+    source = f"data.source={{kind: saved_dataset, path: {tmp_path}}}"
+    (problem,) = first_rows(GOOD, overrides=[source]).problems
+    assert problem.message.endswith("no data set of save_to_disk: dataset_info.json or state.json is missing")
+
+
+def test_answer_that_no_reward_can_compare_is_reported_at_the_reward(first_rows):
+    (problem,) = first_rows({**GOOD, "a": "two"}).problems
+    assert problem.path == ("rewards", "right")
+    assert problem.message == "row 0: 'two' in the column 'answer' is not a number"
+    assert (problem.place.line, problem.place.column) == (7, 18)
+    letters = ["rewards={all: {kind: weighted, parts: {letter: 1}}, letter: choice}"]
+    assert [p.path for p in first_rows(GOOD, overrides=letters).problems] == [("rewards", "letter")]
