@@ -98,6 +98,11 @@ class Completion:
     turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns, as its environment judged them
     reward: float | None = None  # of a trajectory, if its environment gives one
 
+    @property
+    def sampled(self) -> Sequence[int]:
+        """The positions that were sampled, ascending."""
+        return sampled_positions(self.spans, len(self.ids))
+
 
 @frozen(eq=False, kw_only=True)
 class LossMask:

@@ -9,7 +9,7 @@ from typing import Any
 from sdkit.batches import Row
 from sdkit.environments.host import Fault, Host, Process, finite
 from sdkit.environments.interface import Reply
-from sdkit.language.errors import BadData, Place
+from sdkit.language.errors import BadData, Place, shorten
 from sdkit.language.specs import FileEnvironment
 
 
@@ -86,7 +86,9 @@ class UserEnvironment:
     def _reply(self, value: Any) -> Reply:
         if isinstance(value, Fault):
             return Reply(text=None, error=value.message)
-        if value is None or isinstance(value, str):
-            return Reply(text=value)
-        fault = self._fault("reply", Fault(message=f"returned {type(value).__name__}; it must return text or None"))
+        text, reward = value if isinstance(value, list) and len(value) == 2 else (value, None)
+        if (text is None or isinstance(text, str)) and (reward is None or finite(reward)):
+            return Reply(text=text, reward=None if reward is None else float(reward))
+        wanted = "text or None, or such a value and a finite number"
+        fault = self._fault("reply", Fault(message=f"returned {shorten(value)}; it must return {wanted}"))
         return Reply(text=None, error=fault.message)

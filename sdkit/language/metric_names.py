@@ -31,6 +31,10 @@ PASS_AT = "pass_at_"
 """Begins the names of pass@k, which stand beside rewards."""
 
 
+WITHIN = "within_"
+"""Begins the name of the score of success within so many turns."""
+
+
 def pass_at(k: int) -> str:
     """The name of pass@k."""
     return f"{PASS_AT}{k}"
@@ -226,6 +230,18 @@ EVALUATIONS = (
         "near 0",
     ),
     Metric(
+        "eval/SUITE/DECODING/within_K",
+        "trajectories with a successful turn among the first K / trajectories",
+        "share",
+        "rises",
+    ),
+    Metric(
+        "eval/SUITE/DECODING/given_failure_K",
+        "trajectories that first succeed in turn K / those that had not before",
+        "share",
+        "rises: else a gain within K turns is that of the first turn",
+    ),
+    Metric(
         "eval/SUITE/DECODING/pass_at_K",
         "mean over prompts of 1 − C(n − c, K) / C(n, K): c of a prompt's n samples reach `pass_score` (arXiv 2107.03374)",
         "share",
@@ -286,7 +302,7 @@ SINGLE = frozenset(metric.name for metric in METRICS if "/" not in metric.name)
 
 _PLACEHOLDER = re.compile(r"[A-Z]+")
 _SEVERAL_WORDS = {"KEY", "METRIC"}
-_SCORES = ("eval/score", "eval/SUITE/DECODING/pass_at_K", "eval/SUITE/DECODING/REWARD")
+_SCORES = ("eval/score", "eval/SUITE/DECODING/within_K", "eval/SUITE/DECODING/pass_at_K", "eval/SUITE/DECODING/REWARD")
 
 
 def metric_named(name: str) -> Metric | None:

@@ -165,6 +165,12 @@ def completion_text(data: RunData, ids: Sequence[int]) -> str:
     return data.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def trajectory_text(data: RunData, completion: Completion) -> str:
+    """Return a trajectory as a person reads it, a line `[role] …` for each part; "" for a completion of one turn."""
+    parts = ((span.role, span.body or (span.start, span.end)) for span in completion.spans)
+    return "\n".join(f"[{role}] {completion_text(data, completion.ids[slice(*ends)])}" for role, ends in parts)
+
+
 def sample_texts(
     data: RunData, batch: RolloutBatch, scores: Mapping[str, Sequence[float]], count: int
 ) -> list[dict[str, Any]]:

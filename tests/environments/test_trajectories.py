@@ -3,7 +3,18 @@
 import pytest
 import torch
 from attrs import evolve
-from tinyruns import collect, make_spec, metrics, prepare_rollouts, rollout, train, weights_of
+from tinyruns import (
+    collect,
+    lines,
+    make_spec,
+    metrics,
+    prepare_rollouts,
+    rollout,
+    train,
+    training,
+    weights_of,
+    with_evaluation,
+)
 
 from sdkit.language.specs import RegexReward, ReplayBackend, RetryEnvironment, Table
 from sdkit.train.run import open_run
@@ -112,3 +123,21 @@ def test_recorded_trajectories_are_replayed_without_the_environment(tiny_folder,
     assert metrics(again) == metrics(run)
     for key, value in weights_of(run).items():
         assert torch.equal(value, weights_of(again)[key])
+
+
+def test_evaluation_plays_trajectories_and_counts_success_by_turn(tiny_folder, process_group, tmp_path):
+    spec = with_evaluation(spec_of(tiny_folder, training=training(steps=1)), teacher_lift=0)
+    environment = evolve(RETRY, reward="number", without_feedback="No.")
+    run = train(evolve(spec, reward="right", environment=environment), tmp_path / "run")
+    records = lines(run / "evaluations" / "step_000000.jsonl")
+    assert any(len(record["turn_rewards"]) > 1 for record in records)
+    for record in records:
+        assert record["completion"].startswith("[assistant] ")
+        assert record["completion"].count("[user] No.") == len(record["turn_rewards"]) - 1
+        found = [0.0, *record["turn_rewards"]].index(1.0) if 1.0 in record["turn_rewards"] else 99
+        assert [record["scores"][f"within_{k}"] for k in (1, 2, 3)] == [float(found <= k) for k in (1, 2, 3)]
+    start = metrics(run)[0]
+    drawn = [r["scores"] for r in records if (r["suite"], r["decoding"]) == ("sums", "drawn")]
+    first, second = (sum(scores[f"within_{k}"] for scores in drawn) for k in (1, 2))
+    assert start["eval/sums/drawn/within_2"] == pytest.approx(second / len(drawn))
+    assert start["eval/sums/drawn/given_failure_2"] == pytest.approx((second - first) / (len(drawn) - first))

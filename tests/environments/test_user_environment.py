@@ -120,7 +120,7 @@ def test_each_trajectory_has_an_instance_and_random_numbers_of_its_own(environme
         ("sleeps", "no answer within 1 s"),
         ("exits", "SystemExit: 3"),
         ("dies", "its process has ended"),
-        ("number", "returned int; it must return text or None"),
+        ("number", "returned 3; it must return text or None, or such a value and a finite number"),
         ("megabytes", "an answer of more than 1048576 bytes"),
     ],
 )

@@ -30,6 +30,9 @@ class BaseEnvironment(Component):
     """What every environment limits."""
 
     max_turns: int = spec_field("turns of the student at most", default=3, range=SEVERAL)
+    threshold: float = spec_field(
+        "smallest reward of a turn that is a success; `retry` then ends the trajectory", default=1.0, range=SIGNED
+    )
     max_observation_tokens: int = spec_field(
         "tokens of a user turn's text; more are cut off", default=256, range=AT_LEAST_ONE
     )
@@ -59,7 +62,6 @@ class RetryEnvironment(BaseEnvironment):
     reward: str | None = spec_field(
         "the reward that judges each turn (default: the one used in training)", default=None, range=NAME
     )
-    threshold: float = spec_field("smallest reward that ends the trajectory", default=1.0, range=SIGNED)
     says: str = spec_field(
         "the user turn after a failure, with {feedback} as the reward gives it",
         default="{feedback}\n\nTry again.",
@@ -80,8 +82,8 @@ class RetryEnvironment(BaseEnvironment):
 class FileEnvironment(BaseEnvironment):
     """A user-defined class, with an instance for each trajectory in a process of its own.
 
-    `reset(**columns)` begins a trajectory, `reply(text)` answers a turn with the next user turn, or with None to end; both are
-    required.  `get_reward()` gives the trajectory's reward (`kind: environment`), `close()` is called at the end.
+    `reset(**columns)` begins a trajectory, `reply(text)` answers a turn with the next user turn, or with None to end, and may
+    add a reward of the turn: `(text, reward)`.  Both are required.  `get_reward()` gives the trajectory's reward (`kind: environment`), `close()` is called at the end.
     """
 
     kind: ClassVar[str] = "file"
