@@ -33,6 +33,9 @@ PASS_AT = "pass_at_"
 
 WITHIN = "within_"
 """Begins the name of the score of success within so many turns."""
+GIVEN_FAILURE = "given_failure_"
+"""Begins the name of the metric of success in a turn after failures."""
+SCORE_PREFIXES = (PASS_AT, WITHIN, GIVEN_FAILURE)
 
 
 def pass_at(k: int) -> str:

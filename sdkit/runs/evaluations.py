@@ -9,7 +9,7 @@ from typing import Any, Literal
 from attrs import frozen
 
 from sdkit.language.errors import counted
-from sdkit.language.metric_names import BOUNDED_MEASURES, PASS_AT, WITHIN, pass_at
+from sdkit.language.metric_names import BOUNDED_MEASURES, GIVEN_FAILURE, PASS_AT, WITHIN, pass_at
 from sdkit.runs.intervals import Interval, mean_interval, paired_difference
 from sdkit.runs.sample_measures import passed_at
 
@@ -85,7 +85,7 @@ class EvaluationResult:
             turn = int(name.removeprefix(WITHIN))
             before = within.get((suite, decoding, f"{WITHIN}{turn - 1}"), 1.0)
             if before < 1:
-                shares[f"eval/{suite}/{decoding}/given_failure_{turn}"] = (mean - before) / (1 - before)
+                shares[f"eval/{suite}/{decoding}/{GIVEN_FAILURE}{turn}"] = (mean - before) / (1 - before)
         return shares
 
 

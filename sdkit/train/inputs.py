@@ -66,6 +66,8 @@ class RunData:
         self.turn_end = end_token(tokenizer, self.prompter.options)
         self.observations = self._observation_encoder()
         self.completions: DatasetCompletions | None = None
+        # Columns that tell rows with the same prompt apart, in alphabetical order.
+        self.task_columns = sorted(spec.environment.task_columns(spec.data.columns or ())) if spec.environment else []
         self.suites: dict[str, list[Row]] = {}
         # By suite: held-out rows dropped because an earlier row of the suite has the same prompt.
         self.dropped_repeats: dict[str, int] = {}
@@ -114,7 +116,7 @@ class RunData:
         """A suite's rows without repeated prompts, and the number of rows dropped."""
         texts = columns.text_columns(self.spec, suite)
         with blaming("evaluation", "suites", name, "data"):
-            return drop_duplicates(load_rows(suite.data, base, self.spec.data.columns, texts=texts))
+            return drop_duplicates(load_rows(suite.data, base, self.spec.data.columns, texts=texts), self.task_columns)
 
     def _load_training_rows(self, suites: Mapping[str, specs.Suite], base: Path) -> tuple[list[Row], int]:
         """The training rows without those held out in a suite, and the number of rows dropped."""
@@ -122,7 +124,7 @@ class RunData:
         with blaming("data"):
             rows = load_rows(self.spec.data, base, needed=needed, texts=texts)
         held_out = [row for name, suite in suites.items() for row in self.suites[name] if suite.same_prompts == "drop"]
-        kept, dropped = drop_overlap(rows, held_out)
+        kept, dropped = drop_overlap(rows, held_out, self.task_columns)
         if not kept:
             raise BadData("every training row is held out too, so nothing is left to train on", path=("data",))
         return kept, dropped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar, Literal
 
 from attrs import frozen
@@ -52,6 +53,10 @@ class BaseEnvironment(Component):
     def error_limit(self) -> float:
         """Share of a batch's trajectories that may end by an error of the environment."""
         return 1.0
+
+    def task_columns(self, mapped: Collection[str]) -> Collection[str]:
+        """The columns, of those mapped, that tell tasks with the same prompt apart."""
+        return ()
 
 
 @frozen(kw_only=True)
@@ -105,6 +110,9 @@ class FileEnvironment(BaseEnvironment):
     @property
     def error_limit(self) -> float:
         return self.max_error_share
+
+    def task_columns(self, mapped: Collection[str]) -> Collection[str]:
+        return self.columns or mapped
 
     def describe(self) -> str:
         return f"{self.class_name} in {self.file}, up to {self.max_turns} turns"
