@@ -15,6 +15,7 @@ from attrs import evolve, field, fields, frozen
 
 from sdkit.language.errors import BadData
 from sdkit.language.row_text import Fault, text_of
+from sdkit.spans import Ending, Span, check_spans, sampled_positions
 from sdkit.stdout import Advance, no_progress
 
 if TYPE_CHECKING:  # rows are checked without torch
@@ -88,11 +89,20 @@ class SamplingRequest:
 
 @frozen(eq=False, kw_only=True)
 class Completion:
-    """A backend's answer: ids up to and including the end token."""
+    """A backend's answer: ids up to and including the end token.  With `spans`: those of several turns."""
 
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...] | None  # at the sampling temperature, after top-p and top-k
-    finished: bool  # False if the length limit cut it off
+    logprobs: tuple[float, ...] | None  # at the sampling temperature, after top-p and top-k; 0 where not sampled
+    finished: bool  # False if a limit cut it off
+    spans: tuple[Span, ...] = ()  # none: one sampled turn
+    ending: Ending | None = None  # of a trajectory
+    turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns, as its environment judged them
+    reward: float | None = None  # of a trajectory, if its environment gives one
+
+    @property
+    def sampled(self) -> Sequence[int]:
+        """The positions that were sampled, ascending."""
+        return sampled_positions(self.spans, len(self.ids))
 
 
 @frozen(eq=False, kw_only=True)
@@ -105,13 +115,18 @@ class LossMask:
 
 @frozen(eq=False, kw_only=True)
 class Rollout:
-    """One prompt with one completion."""
+    """One prompt with one completion, which may have several turns."""
 
     row: Row
     group: int  # rollouts of a group share their prompt; ids are unique over all ranks
     prompt_ids: tuple[int, ...]  # the student's prompt in training
     teacher_prompt_ids: tuple[int, ...] | None  # None: no teacher for this rollout
     completion_ids: tuple[int, ...]
+    spans: tuple[Span, ...] = ()  # none: all of the completion was sampled
+    ending: Ending | None = None  # of a trajectory
+    turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns
+    environment_reward: float | None = None
+    # One per completion token, as all values per token; arbitrary where it was not sampled.
     sampler_logprobs: tuple[float, ...] | None
     # Computed by the trainer, before the first update on this batch.
     old_logprobs: tuple[float, ...] | None = None
@@ -126,6 +141,11 @@ class Rollout:
     token_statistics: Mapping[str, tuple[float, ...]] = field(factory=dict)
     loss_masks: Mapping[str, LossMask] | None = None  # per loss term; None: not computed yet
     branch: Literal["then", "otherwise"] | None = None  # branch of the method's route, if it has one
+
+    @property
+    def sampled(self) -> Sequence[int]:
+        """The positions of the completion that were sampled, ascending."""
+        return sampled_positions(self.spans, len(self.completion_ids))
 
 
 @frozen(eq=False, kw_only=True)
@@ -151,6 +171,7 @@ class RolloutBatch:
             for name, values in r.token_statistics.items():
                 if len(values) != len(r.completion_ids):
                     raise ValueError(f"{len(values)} {name} for {len(r.completion_ids)} tokens")
+            check_spans(r.spans, len(r.completion_ids))
             if not r.prompt_ids:
                 raise ValueError(f"rollout of row {r.row.index} has no prompt")
             if r.group in seen[:-1]:
@@ -265,6 +286,7 @@ class Counts:
 
     rows: int
     filled_rows: int  # rows with at least one counted token
+    turns: int  # with at least one counted token
     tokens: int
 
 

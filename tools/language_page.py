@@ -63,6 +63,7 @@ CHAPTERS: list[tuple[str, list[Any]]] = [
         [specs.DataSpec, specs.ColumnTemplate, specs.LastTurn, specs.JsonColumn, specs.Source],
     ),
     ("How are completions rewarded?", [specs.Reward, specs.Extract]),
+    ("What follows a turn?", [specs.Environment]),
     ("How is a run evaluated?", [specs.EvaluationSpec, specs.Suite, specs.Decoding]),
     ("How are the weights updated?", [specs.OptimizerSpec]),
     ("How long does a run train, and with which batches?", [specs.TrainingSpec]),

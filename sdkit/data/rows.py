@@ -132,26 +132,27 @@ def _jsonable(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
-def drop_overlap(train: Sequence[Row], held_out: Iterable[Row]) -> tuple[list[Row], int]:
-    """Returns the training rows whose prompt is not held out, and the number dropped.
+def drop_overlap(train: Sequence[Row], held_out: Iterable[Row], columns: Sequence[str] = ()) -> tuple[list[Row], int]:
+    """Returns the training rows whose task is not held out, and the number dropped.
 
-    Prompts are compared without case, white space, Unicode form and system message.
+    A task is a prompt, without case, white space, Unicode form and system message, and the values of `columns`.
     """
-    excluded = {_normalized_prompt(row) for row in held_out}
-    kept = [row for row in train if _normalized_prompt(row) not in excluded]
+    excluded = {_task(row, columns) for row in held_out}
+    kept = [row for row in train if _task(row, columns) not in excluded]
     return kept, len(train) - len(kept)
 
 
-def drop_duplicates(rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """Returns the first row of each prompt, and the number dropped: repeats would make confidence intervals too narrow."""
-    first = {_normalized_prompt(row): row for row in reversed(rows)}
-    kept = [row for row in rows if first[_normalized_prompt(row)] is row]
+def drop_duplicates(rows: Sequence[Row], columns: Sequence[str] = ()) -> tuple[list[Row], int]:
+    """Returns the first row of each task, and the number dropped: repeats would make confidence intervals too narrow."""
+    first = {_task(row, columns): row for row in reversed(rows)}
+    kept = [row for row in rows if first[_task(row, columns)] is row]
     return kept, len(rows) - len(kept)
 
 
-def _normalized_prompt(row: Row) -> tuple[str, ...]:
+def _task(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
     texts = (m["content"] for m in row.messages if m["role"] != "system")
-    return tuple(" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
+    prompt = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
+    return (*prompt, *(json.dumps(row.columns.get(name), sort_keys=True, default=str) for name in columns))
 
 
 def positions(start: int, n: int, rows: int, seed: int, shuffle: bool) -> list[int]:

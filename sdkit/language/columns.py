@@ -42,7 +42,8 @@ def scores_training_rows(spec: specs.ExperimentSpec, name: str) -> bool:
 
 def suite_rewards(spec: specs.ExperimentSpec, suite: specs.Suite) -> list[str]:
     """The rewards that score a suite's completions."""
-    return list(dict.fromkeys((suite.score, *suite.also, *filter(None, [training_reward(spec)]))))
+    judge = spec.environment.reward if isinstance(spec.environment, specs.RetryEnvironment) else None
+    return list(dict.fromkeys((suite.score, *suite.also, *filter(None, [training_reward(spec), judge]))))
 
 
 def answer_columns(spec: specs.ExperimentSpec, rewards: Iterable[str]) -> set[str]:

@@ -31,6 +31,13 @@ PASS_AT = "pass_at_"
 """Begins the names of pass@k, which stand beside rewards."""
 
 
+WITHIN = "within_"
+"""Begins the name of the score of success within so many turns."""
+GIVEN_FAILURE = "given_failure_"
+"""Begins the name of the metric of success in a turn after failures."""
+SCORE_PREFIXES = (PASS_AT, WITHIN, GIVEN_FAILURE)
+
+
 def pass_at(k: int) -> str:
     """The name of pass@k."""
     return f"{PASS_AT}{k}"
@@ -134,7 +141,23 @@ TERM = (
 ROLLOUTS = (
     Metric("reward/REWARD", "mean reward of the rollouts", "as the reward", "rises; neither 0 nor 1 throughout"),
     Metric("rollout/tokens", "sampled tokens", "count"),
-    Metric("rollout/completion_tokens", "mean length of a completion", "tokens", "steady"),
+    Metric("rollout/completion_tokens", "mean number of sampled tokens of a completion", "tokens", "steady"),
+    Metric("trajectory/turns", "mean number of turns of a trajectory", "turns", "falls as more first turns are right"),
+    Metric("trajectory/ending_done", "trajectories that the environment ended / trajectories", "share", "rises"),
+    Metric(
+        "trajectory/ending_max_turns", "trajectories that had environment.max_turns / trajectories", "share", "falls"
+    ),
+    Metric("trajectory/ending_length", "trajectories whose last turn was cut / trajectories", "share", "near 0"),
+    Metric(
+        "trajectory/ending_max_tokens", "trajectories cut at their limit of tokens / trajectories", "share", "near 0"
+    ),
+    Metric(
+        "trajectory/ending_environment_error",
+        "trajectories whose environment failed / trajectories; they are not trained on",
+        "share",
+        "0",
+    ),
+    Metric("trajectory/observation_tokens", "mean number of tokens between the turns of a trajectory", "tokens"),
     Metric(
         "rollout/entropy",
         "mean of −log p(y) at the sampled tokens y, p as sampled from: an estimate of its entropy; not for the data set's",
@@ -210,6 +233,18 @@ EVALUATIONS = (
         "near 0",
     ),
     Metric(
+        "eval/SUITE/DECODING/within_K",
+        "trajectories with a successful turn among the first K / trajectories",
+        "share",
+        "rises",
+    ),
+    Metric(
+        "eval/SUITE/DECODING/given_failure_K",
+        "trajectories that first succeed in turn K / those that had not before",
+        "share",
+        "rises: else a gain within K turns is that of the first turn",
+    ),
+    Metric(
         "eval/SUITE/DECODING/pass_at_K",
         "mean over prompts of 1 − C(n − c, K) / C(n, K): c of a prompt's n samples reach `pass_score` (arXiv 2107.03374)",
         "share",
@@ -270,7 +305,7 @@ SINGLE = frozenset(metric.name for metric in METRICS if "/" not in metric.name)
 
 _PLACEHOLDER = re.compile(r"[A-Z]+")
 _SEVERAL_WORDS = {"KEY", "METRIC"}
-_SCORES = ("eval/score", "eval/SUITE/DECODING/pass_at_K", "eval/SUITE/DECODING/REWARD")
+_SCORES = ("eval/score", "eval/SUITE/DECODING/within_K", "eval/SUITE/DECODING/pass_at_K", "eval/SUITE/DECODING/REWARD")
 
 
 def metric_named(name: str) -> Metric | None:

@@ -24,14 +24,9 @@ def fault_of(path: str, shown: str, function: str, values: Sequence[str], given:
     The file is parsed, never run.  `path` is the file to open, `shown` the path as written in the spec.  `values`
     are the documented names of the positional arguments, `given` the names of the keyword arguments.
     """
-    try:
-        tree = ast.parse(read_file(path, MAX_SOURCE_CODE_BYTES))
-    except UnreadableFile as error:
-        return "file", f"{printable(shown)}: {error}", None
-    except SyntaxError as error:
-        return "file", f"{printable(shown)}:{error.lineno or 1}: {error.msg}", None
-    except (ValueError, RecursionError, MemoryError, OverflowError):  # nested too deeply
-        return "file", f"{printable(shown)} is not Python that can be read", None
+    tree = _parsed(path, shown)
+    if isinstance(tree, tuple):
+        return tree
     defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if function not in defined:
         message = f"{shown} defines no function {shorten(function)} at its top level"
@@ -44,6 +39,43 @@ def fault_of(path: str, shown: str, function: str, values: Sequence[str], given:
         message = f"{shown}:{definition.lineno}: {function} cannot be called as {function}({call})"
         return "function", message, None
     return None
+
+
+def class_fault_of(
+    path: str, shown: str, name: str, methods: Sequence[str]
+) -> tuple[Literal["file", "class_name"], str, str | None] | None:
+    """Returns why a file has no class with these methods; None if it has, or may inherit them.
+
+    The file is parsed, never run.  `path` is the file to open, `shown` the path as written in the spec.
+    """
+    tree = _parsed(path, shown)
+    if isinstance(tree, tuple):
+        return "file", *tree[1:]
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    if name not in defined:
+        message = f"{shown} defines no class {shorten(name)} at its top level"
+        return "class_name", message, did_you_mean(name, defined)
+    found = {node.name for node in defined[name].body if isinstance(node, ast.FunctionDef)}
+    missing = [method for method in methods if method not in found]
+    if missing and not defined[name].bases:
+        return (
+            "class_name",
+            f"{shown}:{defined[name].lineno}: {name} has no method {' and no method '.join(missing)}",
+            None,
+        )
+    return None
+
+
+def _parsed(path: str, shown: str) -> ast.Module | Fault:
+    """The syntax tree of a file, or why there is none."""
+    try:
+        return ast.parse(read_file(path, MAX_SOURCE_CODE_BYTES))
+    except UnreadableFile as error:
+        return "file", f"{printable(shown)}: {error}", None
+    except SyntaxError as error:
+        return "file", f"{printable(shown)}:{error.lineno or 1}: {error.msg}", None
+    except (ValueError, RecursionError, MemoryError, OverflowError):  # nested too deeply
+        return "file", f"{printable(shown)} is not Python that can be read", None
 
 
 def _signature(args: ast.arguments) -> inspect.Signature:

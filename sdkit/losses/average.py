@@ -28,6 +28,12 @@ def per_sequence_skip(lengths: Tensor, counts: Counts) -> Tensor:
     return _one_over(lengths * counts.filled_rows, lengths)
 
 
+def per_turn(lengths: Tensor, counts: Counts) -> Tensor:
+    """Σ_turns s_t / n_t over the number of turns that have tokens.  The weight here is that of a row's whole turns;
+    each token's share of its turn, 1 / n_t, is a factor besides (train/collate.py)."""
+    return _one_over(torch.full_like(lengths, counts.turns), lengths)
+
+
 def sequence_sum(lengths: Tensor, counts: Counts) -> Tensor:
     """mean_i s_i over the rows that have tokens.  verl, seq-mean-token-sum."""
     return _one_over(torch.full_like(lengths, counts.filled_rows), lengths)

@@ -32,6 +32,7 @@ from sdkit.language.specs import (
     MaskSpec,
     PerSequence,
     PerToken,
+    PerTurn,
     PolicyGradient,
     ReferenceKl,
     ReverseKl,
@@ -85,6 +86,8 @@ def row_weights(average: Average, lengths: Tensor, counts: Counts) -> Tensor:
             return averages.per_sequence_count(lengths, counts)
         case PerSequence():
             return averages.per_sequence_skip(lengths, counts)
+        case PerTurn():
+            return averages.per_turn(lengths, counts)
         case SequenceSum():
             return averages.sequence_sum(lengths, counts)
         case Constant(length=length):

@@ -42,7 +42,7 @@ def micro_batch_tokens(spec: ExperimentSpec, ranks: int) -> int:
     budget, prompt = spec.training.micro_batch_tokens, spec.rollout.max_prompt_tokens
     if prompt is None:
         return budget
-    longest = prompt + spec.rollout.max_new_tokens
+    longest = prompt + spec.longest_completion()
     prompts = math.ceil(spec.training.prompts_per_step / ranks)
     rollouts = math.ceil(prompts * spec.rollout.completions_per_prompt / spec.training.updates_per_rollout)
     return max(min(budget, rollouts * longest), longest)
@@ -99,7 +99,7 @@ def shares_rows(spec: ExperimentSpec) -> bool:
 def longest_row(spec: ExperimentSpec, tokens: int) -> int:
     """Returns the tokens of the longest row of a pass over `tokens` tokens."""
     prompt = spec.rollout.max_prompt_tokens
-    longest = tokens if prompt is None else min(tokens, prompt + spec.rollout.max_new_tokens)
+    longest = tokens if prompt is None else min(tokens, prompt + spec.longest_completion())
     return max(longest, min(tokens, LONGEST_PACK)) if shares_rows(spec) else longest
 
 

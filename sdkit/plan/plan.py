@@ -323,6 +323,9 @@ def _roles(spec: ExperimentSpec) -> list[str]:
     if isinstance(base, ExternalWeights):
         roles.append(f"base of the blend: {base.describe()}{base.describe_place(bool(spec.model.lora))}")
     roles.append(f"sampler: {spec.rollout.describe()}")
+    if spec.environment:
+        longest = spec.longest_completion()
+        roles.append(f"environment: {spec.environment.describe()}; at most {longest} tokens after the prompt")
     return roles
 
 

@@ -123,7 +123,7 @@ def _max_lengths(spec: ExperimentSpec) -> tuple[int, int, int]:
     prompt = spec.rollout.max_prompt_tokens or 0
     sees = spec.sees
     teacher_prompt = max(prompt, sees.max_prompt_tokens or 0) if sees else prompt
-    return prompt, teacher_prompt, spec.rollout.max_new_tokens
+    return prompt, teacher_prompt, spec.longest_completion()
 
 
 def _prompts_per_rank(spec: ExperimentSpec, machine: Machine) -> int:

@@ -58,6 +58,8 @@ def open_reward(
             return python_tests(reward)
         case specs.FileReward():
             return function_reward(reward, base)
+        case specs.EnvironmentReward():
+            return FromEnvironment()
         case specs.WeightedReward():
             return WeightedSum({name: (weight, (opened or {})[name]) for name, weight in reward.parts.items()})
         case _:
@@ -91,11 +93,14 @@ def open_rewards(
 
 
 def score(
-    rewards: Mapping[str, Scorer], completions: Sequence[str], rows: Sequence[Row]
+    rewards: Mapping[str, Scorer],
+    completions: Sequence[str],
+    rows: Sequence[Row],
+    given: Sequence[float | None] | None = None,
 ) -> dict[str, list[ScoredCompletion]]:
     """Scores every completion with every reward; `rows` belong to the completions.  Raises BadData as the rewards do.
 
-    A reward that is also a part of another is computed once.
+    `given` are the rewards that an environment gave.  A reward that is also a part of another is computed once.
     """
     pairs = list(zip(completions, rows, strict=True))
     scores: dict[int, list[ScoredCompletion]] = {}
@@ -105,6 +110,8 @@ def score(
             if isinstance(scorer, WeightedSum):
                 parts = {name: scores_of(name, part) for name, (_, part) in scorer.parts.items()}
                 result = scorer.combine(parts)
+            elif isinstance(scorer, FromEnvironment) and given is not None:
+                result = [ScoredCompletion(reward=reward or 0.0) for reward in given]
             else:
                 with blaming("rewards", name):
                     result = scorer.score_all(pairs)
@@ -122,6 +129,13 @@ def reward_values(scores: RewardScores) -> dict[str, list[float]]:
         for part in scored[0].parts if scored else ():
             values[f"{name}/{part}"] = [s.parts[part] for s in scored]
     return values
+
+
+class FromEnvironment(Scorer):
+    """Rewards that an environment gives; without one, as when rewards are tried, every completion scores 0."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda pairs: [ScoredCompletion(reward=0.0) for _ in pairs])
 
 
 class WeightedSum(Scorer):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from attrs import frozen
 
 from sdkit.language.errors import counted
-from sdkit.language.metric_names import BOUNDED_MEASURES, PASS_AT, pass_at
+from sdkit.language.metric_names import BOUNDED_MEASURES, GIVEN_FAILURE, PASS_AT, WITHIN, pass_at
 from sdkit.runs.intervals import Interval, mean_interval, paired_difference
 from sdkit.runs.sample_measures import passed_at
 
@@ -74,7 +74,19 @@ class EvaluationResult:
             for name in names:
                 metrics |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
                 metrics[f"{name}_n"] = interval.n
+        metrics |= self._given_failure()
         return metrics | {"eval/" + "/".join(key): mean for key, mean in self.measure_means().items()}
+
+    def _given_failure(self) -> dict[str, float]:
+        """For each turn after the first: the share of trajectories that succeed in it, of those that had not before."""
+        within = {key: self.interval(key).mean for key in self.scores if key[2].startswith(WITHIN)}
+        shares: dict[str, float] = {}
+        for (suite, decoding, name), mean in within.items():
+            turn = int(name.removeprefix(WITHIN))
+            before = within.get((suite, decoding, f"{WITHIN}{turn - 1}"), 1.0)
+            if before < 1:
+                shares[f"eval/{suite}/{decoding}/{GIVEN_FAILURE}{turn}"] = (mean - before) / (1 - before)
+        return shares
 
 
 def read_back(records: Sequence[Mapping[str, Any]], tokens: int = 0) -> EvaluationResult:

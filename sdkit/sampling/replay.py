@@ -9,6 +9,7 @@ from sdkit.batches import Completion, SamplingParams, SamplingRequest
 from sdkit.language.errors import BadData
 from sdkit.models.weights import Weights
 from sdkit.runs.directory import read_lines
+from sdkit.spans import spans_of
 from sdkit.stdout import Advance, no_progress
 
 
@@ -27,6 +28,10 @@ class ReplayRollouts:
                     ids=tuple(record["completion_ids"]),
                     logprobs=None if logprobs is None else tuple(logprobs),
                     finished=record["finished"],
+                    spans=spans_of(record.get("spans", ())),
+                    ending=record.get("ending"),
+                    turn_rewards=tuple(record.get("turn_rewards", ())),
+                    reward=record.get("environment_reward"),
                 )
         if not self.recorded:
             raise BadData(f"{run} holds no recorded rollouts", hint="name the directory of an earlier run")

@@ -54,7 +54,7 @@ def with_advantages(
         return batch
     rewards = torch.tensor(own_rewards, dtype=torch.float32)
     if penalty := spec.overlong:
-        lengths = torch.tensor([len(r.completion_ids) for r in batch], dtype=torch.long)
+        lengths = torch.tensor([len(r.sampled) for r in batch], dtype=torch.long)
         rewards -= penalty.amount * overlong_share(lengths, max_new_tokens, penalty.stretch)
     groups = torch.tensor([r.group for r in batch], dtype=torch.long)
     all_rewards, own_slice = all_gather(rewards)

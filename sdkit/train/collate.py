@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from attrs import evolve, frozen
+from attrs import astuple, evolve, fields, frozen
 from torch import Tensor
 
 from sdkit.batches import Counts, LossMask, MicroBatch, PaddedSequences, Rollout, Tokens
-from sdkit.language.specs import LossSpec, PerToken, Table
+from sdkit.language.specs import LossSpec, PerToken, PerTurn, Table
 from sdkit.losses.objective import row_weights
 from sdkit.models.packing import pad_sequences, padded_tokens
+from sdkit.spans import turns_at
 
 RolloutKey = tuple[int, tuple[int, ...]]
 """Group and completion of a rollout."""
@@ -41,9 +43,9 @@ def collate(
     (models/packing.py).  Weights are normalised by the global batch, so the split into micro-batches changes no gradient.
     Raises ValueError if a rollout has no loss mask (loss_masks.py).
     """
-    order = _sort_by_width(rollouts, by_group=longest_pack > 0)
+    order = [_with_turn_shares(r, losses) for r in _sort_by_width(rollouts, by_group=longest_pack > 0)]
     lengths = {name: [len(_loss_mask(r, name).positions) for r in order] for name in losses}
-    counts, completions = _global_counts(lengths, order, all_reduce_sum)
+    counts, completions = _global_counts(losses, order, all_reduce_sum)
     divisors = _divisors(losses, counts, completions)
     weights = {
         name: row_weights(term.average, torch.tensor(lengths[name], dtype=torch.long), divisors[name])
@@ -73,11 +75,11 @@ def counted_positions(rollout: Rollout, losses: Iterable[str]) -> list[int]:
 def collate_completions(
     rollouts: Sequence[Rollout], budget: int, device: torch.device, longest_pack: int, *, teacher: bool
 ) -> Iterator[tuple[Sequence[Rollout], MicroBatch]]:
-    """Yield the rollouts of each micro-batch and the micro-batch, which holds all completion tokens and no weights."""
+    """Yield the rollouts of each micro-batch and the micro-batch, which holds all sampled tokens and no weights."""
     order = _sort_by_width(rollouts, by_group=longest_pack > 0)
     for start, end in _micro_batch_bounds(order, budget, longest_pack):
         part = order[start:end]
-        positions = [list(range(len(r.completion_ids))) for r in part]
+        positions = [list(r.sampled) for r in part]
         yield part, _micro_batch(part, positions, {}, teacher, longest_pack, device)
 
 
@@ -100,11 +102,24 @@ def _loss_mask(rollout: Rollout, name: str) -> LossMask:
     return rollout.loss_masks[name]
 
 
+def _with_turn_shares(rollout: Rollout, losses: Table[LossSpec]) -> Rollout:
+    """Return the rollout with each token's share of its turn, 1 / counted tokens of the turn, for averages per turn."""
+    changed = {}
+    for name, term in losses.items():
+        if isinstance(term.average, PerTurn):
+            mask = _loss_mask(rollout, name)
+            turns = turns_at(rollout.spans, mask.positions)
+            tokens, weights = Counter(turns), mask.weights or (1.0,) * len(turns)
+            shares = (weight / tokens[turn] for weight, turn in zip(weights, turns, strict=True))
+            changed[name] = evolve(mask, weights=tuple(shares))
+    return evolve(rollout, loss_masks={**(rollout.loss_masks or {}), **changed}) if changed else rollout
+
+
 def _divisors(losses: Table[LossSpec], counts: dict[str, Counts], completions: int) -> dict[str, Counts]:
     """Return the counts that each term's average divides by.
 
     Terms with `denominator: joint` share the sum of their tokens.  Terms with `denominator: completions` divide by the
-    tokens of all completions.
+    sampled tokens of all completions.
     """
     joint = [n for n, t in losses.items() if t.average == PerToken(denominator="joint")]
     shared = dict.fromkeys(joint, sum(counts[name].tokens for name in joint)) | {
@@ -114,17 +129,27 @@ def _divisors(losses: Table[LossSpec], counts: dict[str, Counts], completions: i
 
 
 def _global_counts(
-    lengths: dict[str, list[int]], rollouts: Sequence[Rollout], all_reduce_sum: Callable[[Tensor], Tensor]
+    losses: Iterable[str], rollouts: Sequence[Rollout], all_reduce_sum: Callable[[Tensor], Tensor]
 ) -> tuple[dict[str, Counts], int]:
-    """Return the counts of each term and the number of completion tokens, both over all ranks."""
-    rows = len(rollouts)
-    flat = [n for ls in lengths.values() for n in (rows, sum(1 for x in ls if x), sum(ls))]
-    own_tokens = sum(len(r.completion_ids) for r in rollouts)
-    sums = all_reduce_sum(torch.tensor([*flat, own_tokens], dtype=torch.long))
-    *by_term, completions = sums.tolist()
-    triples = zip(by_term[::3], by_term[1::3], by_term[2::3], strict=True)
-    counts = {name: Counts(rows=r, filled_rows=f, tokens=t) for name, (r, f, t) in zip(lengths, triples, strict=True)}
+    """Return the counts of each term and the number of sampled tokens, both over all ranks."""
+    own = {name: _counts(name, rollouts) for name in losses}
+    flat = [number for counts in own.values() for number in astuple(counts)]
+    own_tokens = sum(len(r.sampled) for r in rollouts)
+    *sums, completions = all_reduce_sum(torch.tensor([*flat, own_tokens], dtype=torch.long)).tolist()
+    sizes = [size.name for size in fields(Counts)]
+    by_term = zip(*[iter(sums)] * len(sizes), strict=True)
+    counts = {name: Counts(**dict(zip(sizes, term, strict=True))) for name, term in zip(own, by_term, strict=True)}
     return counts, completions
+
+
+def _counts(name: str, rollouts: Sequence[Rollout]) -> Counts:
+    positions = [_loss_mask(r, name).positions for r in rollouts]
+    return Counts(
+        rows=len(rollouts),
+        filled_rows=sum(1 for ps in positions if ps),
+        turns=sum(len(set(turns_at(r.spans, ps))) for r, ps in zip(rollouts, positions, strict=True)),
+        tokens=sum(map(len, positions)),
+    )
 
 
 def _sort_by_width(rollouts: Sequence[Rollout], by_group: bool) -> list[Rollout]:

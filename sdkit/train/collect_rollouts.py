@@ -11,6 +11,7 @@ from attrs import frozen
 from sdkit.batches import Completion, GroupOutcome, Rollout, RolloutBatch, Row, SamplingRequest
 from sdkit.distributed import collectives
 from sdkit.rewards.scoring import ScoredCompletion, reward_values, score
+from sdkit.spans import last_turn, span_records
 from sdkit.stdout import Advance, no_progress
 from sdkit.train.advantages import group_outcomes, with_advantages
 from sdkit.train.collate import RolloutKey, rollout_key
@@ -45,7 +46,7 @@ def collect_rollouts(
     `suite` is the evaluation suite of held-out rows, None for training rows; `advance` as in `RolloutBackend`.
     """
     started = time.perf_counter()
-    sampled = sampler.sample(rows, stream, specs, evaluation=suite is not None, advance=advance)
+    sampled = sampler.sample(rows, stream, specs, suite=suite, advance=advance)
     metrics = dict(sampled.figures)
     sync_seconds = metrics.pop("sync_seconds", 0.0)
     sampled_at = time.perf_counter()
@@ -71,9 +72,11 @@ def _score_completions(
     spec, completions = data.spec.rollout, sampled.completions
     groups = group_numbers(len(rows), spec.completions_per_prompt)
     own_rows = [rows[group] for group in groups]
-    texts = [completion_text(data, c.ids) for c in completions]
-    scores = score(data.train_rewards if suite is None else data.rewards[suite], texts, own_rows)
-    answers = [data.answer(row, c.ids) for row, c in zip(own_rows, completions, strict=True)]
+    texts = [completion_text(data, last_turn(c.ids, c.spans)) for c in completions]
+    scores = score(
+        data.train_rewards if suite is None else data.rewards[suite], texts, own_rows, [c.reward for c in completions]
+    )
+    answers = [data.answer(row, last_turn(c.ids, c.spans)) for row, c in zip(own_rows, completions, strict=True)]
     seeds = [request.seed for request in sampled.requests]
     outcomes = group_outcomes(scores.get(data.reward or ""), texts, answers, spec.completions_per_prompt, seeds)
     rollouts = [
@@ -101,6 +104,10 @@ def _make_rollout(
         teacher_prompt_ids=teacher_ids,
         teacher_route=data.teacher_route(row),
         completion_ids=completion.ids,
+        spans=completion.spans,
+        ending=completion.ending,
+        turn_rewards=completion.turn_rewards,
+        environment_reward=completion.reward,
         sampler_logprobs=completion.logprobs,
         policy_version=version,
         finished=completion.finished,
@@ -129,12 +136,25 @@ def rollout_records(
             "completion_ids": r.completion_ids,
             "sampler_logprobs": r.sampler_logprobs,
             "finished": r.finished,
+            **trajectory_record(r),
             "reward": r.reward,
             "scores": {name: values[i] for name, values in collected.scores.items()},
             "token_divergence": _rounded((divergences or {}).get(rollout_key(r))),
         }
         for i, (r, request) in enumerate(zip(collected.batch, collected.requests, strict=True))
     ]
+
+
+def trajectory_record(rollout: Rollout) -> dict[str, Any]:
+    """Return the spans, the ending and the environment's rewards of a trajectory; nothing for a completion of one turn."""
+    if not rollout.spans:
+        return {}
+    return {
+        "spans": span_records(rollout.spans),
+        "ending": rollout.ending,
+        "turn_rewards": rollout.turn_rewards,
+        "environment_reward": rollout.environment_reward,
+    }
 
 
 def _rounded(values: Sequence[float | None] | None) -> list[float | None] | None:
@@ -150,6 +170,12 @@ def sort_records(by_rank: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, 
 def completion_text(data: RunData, ids: Sequence[int]) -> str:
     """Return the text of a completion without special tokens, as rewards read it."""
     return data.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def trajectory_text(data: RunData, completion: Completion) -> str:
+    """Return a trajectory as a person reads it, a line `[role] …` for each part; "" for a completion of one turn."""
+    parts = ((span.role, span.body or (span.start, span.end)) for span in completion.spans)
+    return "\n".join(f"[{role}] {completion_text(data, completion.ids[slice(*ends)])}" for role, ends in parts)
 
 
 def sample_texts(

@@ -56,7 +56,7 @@ def oddities(data: RunData) -> Iterator[str]:
     """What is odd about rows that a run accepts: overlap, repeats, empty columns, cut contexts, leaks."""
     if data.dropped:
         yield f"{counted(data.dropped, 'training row')} dropped, because a suite holds the same prompt"
-    if repeats := drop_duplicates(data.train)[1]:
+    if repeats := drop_duplicates(data.train, data.task_columns)[1]:
         yield f"{counted(repeats, 'training row')} with the prompt of an earlier row"
     for name, repeats in data.dropped_repeats.items():
         if repeats:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
-from sdkit.language.specs import Decoding, EvaluationSpec, Suite
+from sdkit.language.metric_names import WITHIN
+from sdkit.language.specs import Decoding, Environment, EvaluationSpec, Suite
 from sdkit.rewards.scoring import reward_values, score
 from sdkit.runs.evaluations import EvaluationResult, Key, read_back
 from sdkit.runs.sample_measures import completion_measures, prompt_measures
 from sdkit.runs.teacher_lift import TeacherLift, lift_of, merged
 from sdkit.seeds import derive
+from sdkit.spans import last_turn
 from sdkit.stdout import Advance, no_progress
-from sdkit.train.collect_rollouts import collect_rollouts, completion_text
+from sdkit.train.collect_rollouts import collect_rollouts, completion_text, trajectory_text
 from sdkit.train.inputs import RunData
 from sdkit.train.learner import Learner
 from sdkit.train.rollout_sampler import RolloutSampler
@@ -49,7 +52,7 @@ def evaluate(
     results: list[EvaluationResult] = []
     for name, suite in evaluation.suites.items():
         prompts = [(row, data.student_ids(row)) for row in data.suites[name]]
-        results.append(_evaluate_suite(data, name, suite, prompts, backend, advance))
+        results.append(_evaluate_suite(sampler, name, suite, prompts, backend, advance))
     return _merge(results)
 
 
@@ -75,7 +78,7 @@ def teacher_lift(
             continue
         prompts = [(rows[i], ids) for i, ids in with_prompt.items()]
         backend, _ = sampler.backends.load(sampler.models.teacher_weights, specs.optimizer_steps, evaluation=True)
-        lifts.append(lift_of(before, list(with_prompt), _evaluate_suite(data, name, suite, prompts, backend)))
+        lifts.append(lift_of(before, list(with_prompt), _evaluate_suite(sampler, name, suite, prompts, backend)))
     return merged(lifts)
 
 
@@ -114,7 +117,7 @@ def held_out_loss(
 
 
 def _evaluate_suite(
-    data: RunData,
+    sampler: RolloutSampler,
     name: str,
     suite: Suite,
     prompts: Sequence[tuple[Row, tuple[int, ...]]],
@@ -122,7 +125,8 @@ def _evaluate_suite(
     advance: Advance = no_progress,
 ) -> EvaluationResult:
     """Sample and score the rows, each from its prompt."""
-    spec, rows = data.spec, [row for row, _ in prompts]
+    data, rows = sampler.setup.data, [row for row, _ in prompts]
+    spec = data.spec
     limit = suite.max_new_tokens or spec.rollout.max_new_tokens
     results: list[EvaluationResult] = []
     for decoding_name, decoding in suite.decoding.items():
@@ -130,7 +134,8 @@ def _evaluate_suite(
         seeds = [derive(spec.training.seed, "evaluation", name, decoding_name, i, copy) for i, copy in jobs]
         owners = [i for i, _ in jobs]
         requests = [SamplingRequest(prompt_ids=prompts[i][1], seed=n) for i, n in zip(owners, seeds, strict=True)]
-        completions = backend.sample(requests, _sampling_params(decoding, limit, spec.rollout.stop), advance)
+        sampling = _sampling_params(decoding, limit, spec.rollout.stop)
+        completions = sampler.complete(backend, requests, [rows[i] for i in owners], sampling, name, advance)
         results.append(_score_completions(data, (name, decoding_name), suite, rows, owners, completions))
     return _merge(results)
 
@@ -151,8 +156,8 @@ def _score_completions(
 ) -> EvaluationResult:
     """Score this rank's completions; returns those of all ranks in the order of the rows.  key: suite and decoding."""
     name, decoding = key
-    texts = [completion_text(data, c.ids) for c in completions]
-    results = score(data.rewards[name], texts, [rows[i] for i in owners])
+    texts = [completion_text(data, last_turn(c.ids, c.spans)) for c in completions]
+    results = score(data.rewards[name], texts, [rows[i] for i in owners], [c.reward for c in completions])
     numbers = reward_values(results)
     measures = _measures(owners, completions, greedy=suite.decoding[decoding].temperature == 0)
     own = [
@@ -163,17 +168,18 @@ def _score_completions(
                 "decoding": decoding,
                 "row": rows[i].index,
                 "prompt": rows[i].prompt_text,
-                "completion": text,
+                "completion": trajectory_text(data, completions[j]) or text,
                 "scores": {reward: values[j] for reward, values in numbers.items()},
                 "feedback": {reward: values[j].feedback for reward, values in results.items() if values[j].feedback},
                 **_passed(suite, numbers[suite.score][j]),
                 "measures": measures[j],
+                **_turns(completions[j]),
             },
         )
         for j, (text, i) in enumerate(zip(texts, owners, strict=True))
     ]
     scored = sorted((item for part in collectives.all_gather_object(own) for item in part), key=lambda item: item[0])
-    records = [record for _, record in scored]
+    records = with_success_by_turn([record for _, record in scored], data.spec.environment)
     return read_back(records, tokens=int(sum(record["measures"]["completion_tokens"] for record in records)))
 
 
@@ -186,12 +192,40 @@ def _measures(owners: Sequence[int], completions: Sequence[Completion], *, greed
     """The measures of each completion; those of a prompt as a whole stand at each of its completions."""
     by_prompt: dict[int, list[Sequence[int]]] = {}
     for i, completion in zip(owners, completions, strict=True):
-        by_prompt.setdefault(i, []).append(completion.ids)
+        by_prompt.setdefault(i, []).append([completion.ids[p] for p in completion.sampled])
     of_prompts = {i: prompt_measures(texts) for i, texts in by_prompt.items()}
-    return [
-        completion_measures(c.ids, None if greedy else c.logprobs, finished=c.finished) | of_prompts[i]
-        for i, c in zip(owners, completions, strict=True)
-    ]
+    return [_completion_measures(c, greedy=greedy) | of_prompts[i] for i, c in zip(owners, completions, strict=True)]
+
+
+def _completion_measures(completion: Completion, *, greedy: bool) -> dict[str, float]:
+    ids = [completion.ids[p] for p in completion.sampled]
+    logprobs = None if greedy or completion.logprobs is None else [completion.logprobs[p] for p in completion.sampled]
+    return completion_measures(ids, logprobs, finished=completion.finished)
+
+
+def _turns(completion: Completion) -> dict[str, Any]:
+    """How a trajectory went, turn by turn; empty for a completion of one turn."""
+    if not completion.spans:
+        return {}
+    return {"ending": completion.ending, "turn_rewards": completion.turn_rewards}
+
+
+def with_success_by_turn(
+    records: Sequence[dict[str, Any]], environment: Environment | None
+) -> Sequence[Mapping[str, Any]]:
+    """The records with a score within_K for each K: 1 if one of the first K turns reached the environment's threshold.
+
+    Unchanged if the environment rewards no turn, or if there is none.
+    """
+    if environment is None or not any(record["turn_rewards"] for record in records):
+        return records
+    turns = range(1, environment.max_turns + 1)
+
+    def success(rewards: Sequence[float]) -> dict[str, float]:
+        first = next((k for k, reward in enumerate(rewards, 1) if reward >= environment.threshold), None)
+        return {f"{WITHIN}{k}": float(first is not None and first <= k) for k in turns}
+
+    return [record | {"scores": record["scores"] | success(record["turn_rewards"])} for record in records]
 
 
 def _merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.batches import GroupOutcome, Row
+from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import Prompter, TeacherPrompt, check_prompts, check_repeatable
 from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.data.thinking import answer_text
 from sdkit.data.turn_ends import end_token
+from sdkit.environments import open_environment
+from sdkit.environments.interface import Environment
 from sdkit.language import columns, specs
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
 from sdkit.models.embedding_ids import HINT, KnownIds
@@ -61,7 +64,10 @@ class RunData:
         self.routes = list(self.routed.routes) if self.routed else []
         self.reward = columns.training_reward(spec)
         self.turn_end = end_token(tokenizer, self.prompter.options)
+        self.observations = self._observation_encoder()
         self.completions: DatasetCompletions | None = None
+        # Columns that tell rows with the same prompt apart, in alphabetical order.
+        self.task_columns = sorted(spec.environment.task_columns(spec.data.columns or ())) if spec.environment else []
         self.suites: dict[str, list[Row]] = {}
         # By suite: held-out rows dropped because an earlier row of the suite has the same prompt.
         self.dropped_repeats: dict[str, int] = {}
@@ -74,6 +80,7 @@ class RunData:
         }
         # Every reward that can score training rows: for metrics, whether or not the loss uses it.
         self.train_rewards = self._open_rewards(columns.training_rewards(spec), spec.data, base)
+        self.environments = self._open_environments(base)
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
         self.rows_used = 0  # number of training rows that the run uses
@@ -84,11 +91,32 @@ class RunData:
         self._teacher: dict[int, tuple[int, ...] | None] = {}
         self._opening: dict[int, str] = {}  # the thinking tag that a row's prompt leaves open
 
+    def _observation_encoder(self) -> ObservationEncoder | None:
+        """What encodes the observations of the environment; None without one."""
+        if self.spec.environment is None:
+            return None
+        with blaming("environment"):
+            return ObservationEncoder(self.prompter, self.turn_end, self.spec.environment.max_observation_tokens)
+
+    def _open_environments(self, base: Path) -> dict[str | None, Environment]:
+        """The environment of the training rows (None) and of each suite's; none if the spec has none."""
+        spec = self.spec.environment
+        if spec is None:
+            return {}
+        with blaming("environment"):
+            rewards = {None: self.train_rewards, **self.rewards}
+            return {suite: open_environment(spec, scorers, self.reward, base) for suite, scorers in rewards.items()}
+
+    def close(self) -> None:
+        """End the processes of the environments."""
+        for environment in self.environments.values():
+            environment.close()
+
     def _load_suite(self, name: str, suite: specs.Suite, base: Path) -> tuple[list[Row], int]:
         """A suite's rows without repeated prompts, and the number of rows dropped."""
         texts = columns.text_columns(self.spec, suite)
         with blaming("evaluation", "suites", name, "data"):
-            return drop_duplicates(load_rows(suite.data, base, self.spec.data.columns, texts=texts))
+            return drop_duplicates(load_rows(suite.data, base, self.spec.data.columns, texts=texts), self.task_columns)
 
     def _load_training_rows(self, suites: Mapping[str, specs.Suite], base: Path) -> tuple[list[Row], int]:
         """The training rows without those held out in a suite, and the number of rows dropped."""
@@ -96,7 +124,7 @@ class RunData:
         with blaming("data"):
             rows = load_rows(self.spec.data, base, needed=needed, texts=texts)
         held_out = [row for name, suite in suites.items() for row in self.suites[name] if suite.same_prompts == "drop"]
-        kept, dropped = drop_overlap(rows, held_out)
+        kept, dropped = drop_overlap(rows, held_out, self.task_columns)
         if not kept:
             raise BadData("every training row is held out too, so nothing is left to train on", path=("data",))
         return kept, dropped
@@ -204,14 +232,14 @@ class RunData:
             self.completions = self._dataset_completions(rows)
         self._check_routes(rows)
         check_rewards(self.spec.rewards, self.train_rewards, rows)
-        completion_limits = [self.spec.rollout.max_new_tokens]
+        longest_completion = self.spec.longest_completion()
         for name, suite in self.spec.suites.items():
             with blaming("evaluation", "suites", name, "data"):
                 longest = max(longest, self._render_prompts(self.suites[name]))
             check_rewards(self.spec.rewards, self.rewards[name], self.suites[name])
             self._check_routes(self.suites[name][: suite.loss_prompts])
-            completion_limits.append(suite.max_new_tokens or 0)
-        return longest + max(completion_limits)
+            longest_completion = max(longest_completion, self.spec.longest_completion(suite.max_new_tokens))
+        return longest + longest_completion
 
     def _find_control_tokens(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
         """Yields the rows whose text spells a control token that the tokenizer would encode as one, each with its first."""

@@ -98,21 +98,24 @@ def _term_masks(
 
 
 def _span(name: str, term: LossSpec, rollout: Rollout, route: RouteSpec | None) -> range:
-    """Return the completion positions within the term's mask; empty if the term does not apply to the rollout."""
+    """Return which sampled tokens are within the term's mask; none if the term does not apply to the rollout."""
     other_branch = {"then": "otherwise", "otherwise": "then"}
     routed_away = route and rollout.branch and name in getattr(route, other_branch[rollout.branch])
     if routed_away or (term.needs_teacher_prompt and rollout.teacher_prompt_ids is None):
         return range(0)
-    return unmasked_span(term.mask, len(rollout.completion_ids))
+    return unmasked_span(term.mask, len(rollout.sampled))
 
 
 @frozen(eq=False)
 class _Tokens:
-    """The tokens of one loss term, in the order of the rollouts and of their positions."""
+    """The tokens of one loss term, in the order of the rollouts and of their positions.
+
+    Positions number the sampled tokens of a completion: with several turns, what the student was shown is left out.
+    """
 
     rollouts: Sequence[Rollout]
     row: Tensor  # [M] long; index into `rollouts`
-    position: Tensor  # [M] long; position in the completion
+    position: Tensor  # [M] long; number of the sampled token
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], spans: Sequence[range]) -> _Tokens:
@@ -127,8 +130,8 @@ class _Tokens:
 
     @property
     def lengths(self) -> Tensor:
-        """Number of tokens of each completion, [N] long."""
-        return torch.tensor([len(r.completion_ids) for r in self.rollouts], dtype=torch.long)
+        """Number of sampled tokens of each completion, [N] long."""
+        return torch.tensor([len(r.sampled) for r in self.rollouts], dtype=torch.long)
 
     def ids(self) -> Tensor:
         """Return the token ids, [M] long."""
@@ -149,8 +152,10 @@ class _Tokens:
         return self._select_tokens(values, torch.float64)
 
     def _select_tokens(self, values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+        """Return the values of these tokens, [M]; `values` has one per completion token."""
         starts = self.lengths.cumsum(0) - self.lengths
-        flat = torch.tensor([x for row in values for x in row], dtype=dtype)
+        sampled = [[row[p] for p in r.sampled] for r, row in zip(self.rollouts, values, strict=True)]
+        flat = torch.tensor([x for row in sampled for x in row], dtype=dtype)
         return flat[starts[self.row] + self.position]
 
     def split(self, weights: Tensor | None) -> list[LossMask]:
@@ -159,9 +164,15 @@ class _Tokens:
         positions = self.position.split(sizes)
         row_weights = [None] * len(sizes) if weights is None else weights.split(sizes)
         return [
-            LossMask(positions=tuple(p.tolist()), weights=None if w is None else tuple(w.tolist()))
-            for p, w in zip(positions, row_weights, strict=True)
+            LossMask(positions=_in_completion(r, p.tolist()), weights=None if w is None else tuple(w.tolist()))
+            for r, p, w in zip(self.rollouts, positions, row_weights, strict=True)
         ]
+
+
+def _in_completion(rollout: Rollout, numbers: Sequence[int]) -> tuple[int, ...]:
+    """Return the positions in the completion of these sampled tokens."""
+    sampled = rollout.sampled
+    return tuple(sampled[number] for number in numbers)
 
 
 def _apply_mask(term: LossSpec, tokens: _Tokens, all_gather: AllGather, special: Collection[int]) -> _Tokens:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
 
 import torch
 
@@ -17,6 +18,7 @@ from sdkit.language.specs import OfRollouts, Slot, SuccessfulSibling
 from sdkit.losses.policy_terms import group_relative
 from sdkit.models.device import rank_device
 from sdkit.plan.accelerators import accelerator_named
+from sdkit.spans import Ending
 from sdkit.train.collect_rollouts import CollectedRollouts, completion_text
 from sdkit.train.inputs import RunData
 from sdkit.train.step import StepResult
@@ -48,6 +50,7 @@ def step_metrics(
         | {f"keep/{name}": (share * sampled, sampled) for name, share in filter_shares.items()}
         | {"rollout/kept": (trained, sampled), "rollout/hedging": _hedging(data, rollouts)}
         | _rollout_sums(data, rollouts)
+        | _trajectory_sums(data, rollouts)
         | _entropy_sum(data, collected)
         | _group_sums(data, rollouts)
         | _context_sums(data.spec.slots, rollouts)
@@ -57,7 +60,7 @@ def step_metrics(
         "policy_version": float(version),
         **{f"rollout/{name}": value for name, value in collected.figures.items()},
     }
-    own_tokens = sum(len(r.completion_ids) for r in rollouts)
+    own_tokens = sum(len(r.sampled) for r in rollouts)
     return metrics | _times(collected, results, own_tokens, seconds) | _rates(results, data.spec.model.dtype)
 
 
@@ -82,8 +85,8 @@ def _divide_sums(sums: Sums) -> dict[str, float]:
 
 def _rollout_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
     sums = {
-        "rollout/tokens": (float(sum(len(r.completion_ids) for r in rollouts)), 0.0),
-        "rollout/completion_tokens": _mean(len(r.completion_ids) for r in rollouts),
+        "rollout/tokens": (float(sum(len(r.sampled) for r in rollouts)), 0.0),
+        "rollout/completion_tokens": _mean(len(r.sampled) for r in rollouts),
         "rollout/finished": _mean(r.finished for r in rollouts),
         "rollout/with_teacher": _mean(r.teacher_prompt_ids is not None for r in rollouts),
     }
@@ -95,11 +98,23 @@ def _rollout_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
     return sums
 
 
+def _trajectory_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
+    """Turns, endings and observations, if there is an environment."""
+    if data.spec.environment is None:
+        return {}
+    endings = {f"trajectory/ending_{name}": _mean(r.ending == name for r in rollouts) for name in get_args(Ending)}
+    return {
+        "trajectory/turns": _mean(sum(span.sampled for span in r.spans) for r in rollouts),
+        "trajectory/observation_tokens": _mean(len(r.completion_ids) - len(r.sampled) for r in rollouts),
+        **endings,
+    }
+
+
 def _entropy_sum(data: RunData, collected: CollectedRollouts) -> Sums:
     """The mean of −log-probability over all sampled tokens; empty if the data set has the completions."""
     if data.spec.rollout.sampled_by.completion_column and not collected.figures.get("by_student"):
         return {}
-    logprobs = [value for r in collected.batch for value in r.sampler_logprobs or ()]
+    logprobs = [r.sampler_logprobs[p] for r in collected.batch if r.sampler_logprobs for p in r.sampled]
     return {"rollout/entropy": (-sum(logprobs), float(len(logprobs)))}
 
 
@@ -128,7 +143,7 @@ def _context_sums(slots: Mapping[str, Slot], rollouts: Sequence[Rollout]) -> Sum
 
 def _hedging(data: RunData, rollouts: Sequence[Rollout]) -> tuple[float, float]:
     """Hedging words per hundred words (arXiv 2603.24472 links losing them to worse reasoning on other tasks)."""
-    texts = [completion_text(data, r.completion_ids) for r in rollouts]
+    texts = [completion_text(data, [r.completion_ids[p] for p in r.sampled]) for r in rollouts]
     words = [w.strip(".,!?:;").lower() for text in texts for w in text.split()]
     return 100.0 * sum(w in HEDGES for w in words), len(words)
 

@@ -17,8 +17,11 @@ def filter_rollouts(
 ) -> tuple[RolloutBatch, dict[str, float]]:
     """Return the rollouts that pass every filter, and the share of rollouts that passes each filter.
 
+    Trajectories that ended by an error of their environment pass none and are not counted.
+
     Group statistics (advantages, siblings, pass rates) still cover every sampled rollout.
     """
+    batch = RolloutBatch(rollouts=tuple(r for r in batch if r.ending != "environment_error"))
     passes = [[_passes(rollout_filter, r, decode) for r in batch] for rollout_filter in filters]
     rollouts = tuple(r for i, r in enumerate(batch) if all(column[i] for column in passes))
     shares = {
@@ -31,7 +34,7 @@ def filter_rollouts(
 def _passes(rollout_filter: Keep, rollout: Rollout, decode: Decode) -> bool:
     match rollout_filter:
         case NonEmpty():
-            return bool(decode(rollout.completion_ids).strip())
+            return bool(decode([rollout.completion_ids[position] for position in rollout.sampled]).strip())
         case RewardAtLeast(threshold=threshold):
             return rollout.reward is not None and rollout.reward >= threshold
         case NonConstantGroup():

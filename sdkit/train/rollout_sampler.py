@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import assert_never
 
 from attrs import evolve, field, frozen
 
-from sdkit.batches import Completion, Row, SamplingRequest
+from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
+from sdkit.environments.trajectories import TrajectorySampler
 from sdkit.language.specs import (
     DatasetSamples,
     MixtureSamples,
@@ -18,6 +20,7 @@ from sdkit.language.specs import (
     StudentSamples,
     TeacherSamples,
 )
+from sdkit.sampling.replay import ReplayRollouts
 from sdkit.seeds import derive
 from sdkit.stdout import Advance, no_progress
 from sdkit.train.models import Models
@@ -65,16 +68,20 @@ class RolloutSampler:
         stream: Stream,
         specs: StepSpecs,
         *,
-        evaluation: bool,
+        suite: str | None = None,
         advance: Advance = no_progress,
     ) -> SampledCompletions:
-        """Sample the completions of this rank's rows, one group of them per row; `advance` as in `RolloutBackend`."""
+        """Sample the completions of this rank's rows, one group of them per row; `suite`: of held-out rows.
+
+        `advance` as in `RolloutBackend`.
+        """
+        evaluation = suite is not None
         requests = sampling_requests(self.setup.data, rows, stream)
         sampler = resolve_sampler(specs.sampled_by, self.setup.spec.training.seed, stream, evaluation=evaluation)
         if self.prefetcher and not evaluation:
             sampled = _take_prefetched(self.prefetcher, requests, int(stream[-1]), specs.optimizer_steps)
         else:
-            sampled = self._sample_now(sampler, rows, requests, specs.optimizer_steps, evaluation, advance)
+            sampled = self._sample_now(sampler, rows, requests, specs.optimizer_steps, suite, advance)
         if not isinstance(specs.sampled_by, MixtureSamples):
             return sampled
         return evolve(sampled, figures={**sampled.figures, "by_student": float(isinstance(sampler, StudentSamples))})
@@ -85,15 +92,15 @@ class RolloutSampler:
         rows: Sequence[Row],
         requests: tuple[SamplingRequest, ...],
         version: int,
-        evaluation: bool,
+        suite: str | None,
         advance: Advance,
     ) -> SampledCompletions:
-        rollout = self.setup.spec.rollout
+        rollout, evaluation = self.setup.spec.rollout, suite is not None
+        groups = group_numbers(len(rows), rollout.completions_per_prompt)
         weights = self.models.student
         if evaluation or not isinstance(self.setup.plan.backend, ReplayBackend):  # a recording has every completion
             match sampler:
                 case DatasetSamples(column=column):
-                    groups = group_numbers(len(rows), rollout.completions_per_prompt)
                     completions = [self._dataset_completion(rows[group], column) for group in groups]
                     return SampledCompletions(requests=requests, completions=completions, version=version)
                 case TeacherSamples(weights="teacher"):
@@ -103,8 +110,35 @@ class RolloutSampler:
                 case _:
                     assert_never(sampler)
         backend, figures = self.backends.load(weights, version, evaluation=evaluation)
-        completions = backend.sample(requests, sampling_params(rollout, self.models.ids_below), advance)
+        sampling = sampling_params(rollout, self.models.ids_below)
+        completions = self.complete(backend, requests, [rows[group] for group in groups], sampling, suite, advance)
         return SampledCompletions(requests=requests, completions=completions, version=version, figures=figures)
+
+    def complete(
+        self,
+        backend: RolloutBackend,
+        requests: Sequence[SamplingRequest],
+        rows: Sequence[Row],
+        sampling: SamplingParams,
+        suite: str | None,
+        advance: Advance = no_progress,
+    ) -> list[Completion]:
+        """Return one completion per request: a trajectory, if the spec has an environment.
+
+        `rows` are the requests' rows; a recording holds whole trajectories.  `advance` as in `RolloutBackend`.
+        """
+        data, spec = self.setup.data, self.setup.spec.environment
+        if spec is None or data.observations is None or isinstance(backend, ReplayRollouts):
+            return backend.sample(requests, sampling, advance)
+        trajectories = TrajectorySampler(
+            environment=data.environments[suite],
+            observations=data.observations,
+            max_tokens=spec.longest(sampling.max_new_tokens),
+            error_limit=spec.error_limit,
+            end_ids=self.models.end_ids,
+            decode=partial(data.tokenizer.decode, skip_special_tokens=True),
+        )
+        return trajectories.sample(backend, requests, rows, sampling, advance)
 
     def _dataset_completion(self, row: Row, column: str) -> Completion:
         """Return the data set's completion with the end-of-turn token, cut at `rollout.max_new_tokens`."""

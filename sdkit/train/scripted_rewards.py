@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sdkit.language.specs import MethodSpec
+from sdkit.language.specs import ExperimentSpec, MethodSpec
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
 PROMPTS = 2
@@ -18,7 +18,8 @@ def thresholds(spec: MethodSpec) -> list[float]:
 
 def _thresholds(spec: MethodSpec) -> Iterator[float]:
     weights = (term.token_weight for term in spec.losses.values())
-    for part in (spec.route, *spec.rollout.keep, *spec.slots.values(), *weights):
+    environment = spec.environment if isinstance(spec, ExperimentSpec) else None
+    for part in (spec.route, environment, *spec.rollout.keep, *spec.slots.values(), *weights):
         threshold = getattr(part, "threshold", None)
         if threshold is not None:
             yield threshold

@@ -122,14 +122,17 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
     for_accelerator = bool(full and full.machine and full.machine.accelerator)
     spec = evolve(spec, rollout=_small_rollout(spec.rollout, for_accelerator))
     rows = _few_rows(spec)
+    rewards = (full and list(full.rewards)) or ["reward"]
+    environment = full and full.environment and _small_environment(full.environment, rewards[0])
     return specs.ExperimentSpec(
-        rollout=spec.rollout,
+        rollout=evolve(spec.rollout, stop=(OFTEN,)) if environment else spec.rollout,
+        environment=environment,
         teacher=spec.teacher and _tiny_teacher(spec.teacher, url),
         losses=specs.Table({name: _small_loss(term, home) for name, term in spec.losses.items()}),
         route=spec.route,
         model=_small_model(full.model if full else specs.ModelSpec(path="model")),
         data=rows,
-        rewards=specs.Table(dict.fromkeys(full.rewards if full else ("reward",), specs.RegexReward(pattern="."))),
+        rewards=specs.Table(dict.fromkeys(rewards, specs.RegexReward(pattern="."))),
         reward=full and full.reward,
         evaluation=full
         and full.evaluation
@@ -145,6 +148,18 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
         ),
         output=specs.OutputSpec(samples_every=1, samples=1, trackers=()),
     )
+
+
+OFTEN = "e"
+"""A text that ends turns of the tiny model, which samples an end token too rarely for a second turn."""
+
+
+def _small_environment(environment: specs.Environment, reward: str) -> specs.Environment:
+    """Two short turns; a scripted reward stands in for a user's class, which could not do with a stand-in for a row."""
+    short = {"max_turns": 2, "max_observation_tokens": 16, "max_trajectory_tokens": None}
+    if isinstance(environment, specs.RetryEnvironment):
+        return evolve(environment, **short)
+    return specs.RetryEnvironment(reward=reward, **short)
 
 
 def _small_model(model: specs.ModelSpec) -> specs.ModelSpec:

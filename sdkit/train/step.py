@@ -32,7 +32,7 @@ class StepResult:
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]  # of scoring (`teacher`) and of the rest (`update`)
     operations: float  # of both; nan if a model's are not known
-    tokens: int  # of the completions
+    tokens: int  # sampled ones
     applied: bool  # False if a gradient was not finite
     # By rollout of this rank: the divergence at each token of its completion, None where no term counts it.
     divergences: Mapping[RolloutKey, Sequence[float | None]] = field(factory=dict)
@@ -72,7 +72,7 @@ def train_step(learner: Learner, rollouts: RolloutBatch, specs: StepSpecs) -> St
         metrics=metrics,
         seconds=stopwatch.seconds(),
         operations=sum(_operations(learner, batch, specs) for batch in collated.micro_batches),
-        tokens=sum(len(text.completion) for batch in collated.micro_batches for text in batch.student.texts),
+        tokens=sum(len(rollout.sampled) for rollout in collated.order),
         applied=stepped.applied,
         divergences=_divergences(divergences, collated, specs.losses),
     )

@@ -6,13 +6,13 @@ all updates on the batch see the same statistics.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from attrs import evolve
 from torch import Tensor
 
-from sdkit.batches import MicroBatch, RolloutBatch, TeacherScores, TopKLogprobs
+from sdkit.batches import MicroBatch, Rollout, RolloutBatch, TeacherScores, TopKLogprobs
 from sdkit.distributed import collectives
 from sdkit.language.specs import Blend, Statistic, required_statistics
 from sdkit.losses.chunks import scored_logprobs, token_logprobs_and_entropy
@@ -54,9 +54,9 @@ def prepare_rollouts(
 def compute_token_statistics(
     learner: Learner, rollouts: RolloutBatch, names: Collection[Statistic], blend: Blend | None
 ) -> RolloutBatch:
-    """Return the rollouts with these statistics of every completion token, at the sampling temperature.
+    """Return the rollouts with these statistics of every sampled token, at the sampling temperature.
 
-    A rollout without a teacher prompt gets no teacher statistics.
+    A rollout without a teacher prompt gets no teacher statistics.  Tokens that were not sampled get 0.
     """
     needs_teacher = any(name.startswith("teacher") for name in names)
     budget, device, longest_pack = learner.micro_batch_tokens, learner.models.device, learner.models.longest_pack
@@ -65,9 +65,9 @@ def compute_token_statistics(
     empty = empty_micro_batch((), teacher=needs_teacher, device=device)
     batches += [((), empty)] * (collectives.all_reduce_max(len(batches)) - len(batches))
     for part, batch in batches:
-        sizes = [len(r.completion_ids) for r in part]
+        sizes = [len(r.sampled) for r in part]
         by_name = {
-            name: [tuple(x.tolist()) for x in values.split(sizes)]
+            name: [_per_token(r, x.tolist()) for r, x in zip(part, values.split(sizes), strict=True)]
             for name, values in _batch_statistics(learner, batch, names, blend)
         }
         for i, rollout in enumerate(part):
@@ -77,6 +77,14 @@ def compute_token_statistics(
                 if rollout.teacher_prompt_ids is not None or not name.startswith("teacher")
             }
     return RolloutBatch(rollouts=tuple(evolve(r, token_statistics=statistics[id(r)]) for r in rollouts))
+
+
+def _per_token(rollout: Rollout, values: Sequence[float]) -> tuple[float, ...]:
+    """Return one value per completion token: those of the sampled tokens, 0 for the others."""
+    per_token = [0.0] * len(rollout.completion_ids)
+    for position, value in zip(rollout.sampled, values, strict=True):
+        per_token[position] = value
+    return tuple(per_token)
 
 
 def _batch_statistics(

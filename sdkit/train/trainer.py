@@ -59,6 +59,7 @@ class Trainer:
         if together:
             collectives.barrier()
         self.sampler.backends.close()
+        self.setup.data.close()
 
 
 def open_trainer(setup: RunSetup, served: Mapping[ServedWeights, ServedModel], pool: ServerPool | None) -> Trainer:

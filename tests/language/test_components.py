@@ -13,6 +13,7 @@ from sdkit.language.specs import (
     Blend,
     Component,
     Divergence,
+    Environment,
     ExperimentSpec,
     GroupRelative,
     Keep,
@@ -37,6 +38,7 @@ QUESTIONS: dict[Any, tuple[str, ...]] = {
     Sees: (),
     SampledBy: ("is_on_policy", "completion_column", "uses_teacher_weights", "uses_teacher_prompt"),
     Keep: ("needs_reward",),
+    Environment: ("error_limit",),
     Loss: (
         "needs_teacher",
         "zero_when_equal",

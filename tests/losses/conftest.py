@@ -132,7 +132,9 @@ def problem_of() -> Callable[..., SimpleNamespace]:
             token=torch.randint(vocabulary, (count,), generator=draw),
             sampler_logprobs=-2 + 0.5 * normal(count).float(),
             old_logprobs=-2 + 0.5 * normal(count).float(),
-            counts=Counts(rows=len(lengths), filled_rows=sum(n > 0 for n in lengths), tokens=count),
+            counts=Counts(
+                rows=len(lengths), filled_rows=(filled := sum(n > 0 for n in lengths)), turns=filled, tokens=count
+            ),
         )
         problem.reference = HiddenStateScores(hidden=normal(count, width), head=normal(vocabulary, width))
         problem.advantages = normal(len(lengths)).float()[problem.row]

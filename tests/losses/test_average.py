@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 
 from sdkit.batches import Counts
-from sdkit.language.specs import Constant, PerSequence, PerToken, SequenceSum, Sum
+from sdkit.language.specs import Constant, PerSequence, PerToken, PerTurn, SequenceSum, Sum
 from sdkit.losses import average
 from sdkit.losses.objective import row_weights
 
@@ -21,7 +21,8 @@ GOLDEN = [
 
 def counts_of(rows):
     lengths = [len(r) for r in rows]
-    return Counts(rows=len(rows), filled_rows=sum(n > 0 for n in lengths), tokens=sum(lengths))
+    filled = sum(n > 0 for n in lengths)
+    return Counts(rows=len(rows), filled_rows=filled, turns=filled, tokens=sum(lengths))
 
 
 def loss_of(spec, rows, counts):
@@ -50,21 +51,21 @@ def test_row_order_changes_nothing(spec, golden):
     assert loss_of(spec, ROWS[::-1], counts_of(ROWS)) == pytest.approx(golden, abs=1e-6)
 
 
-@pytest.mark.parametrize("spec", [spec for spec, _ in GOLDEN])
+@pytest.mark.parametrize("spec", [PerTurn(), *(spec for spec, _ in GOLDEN)])
 def test_empty_rows_have_no_weight(spec):
     empty = torch.zeros(3, dtype=torch.long)
-    none = Counts(rows=0, filled_rows=0, tokens=0)
-    for counts in (none, Counts(rows=3, filled_rows=0, tokens=0)):
+    none = Counts(rows=0, filled_rows=0, turns=0, tokens=0)
+    for counts in (none, Counts(rows=3, filled_rows=0, turns=0, tokens=0)):
         assert row_weights(spec, empty, counts).tolist() == [0.0, 0.0, 0.0]
     assert row_weights(spec, empty[:0], none).shape == (0,)
 
 
 @pytest.mark.parametrize("spec", [spec for spec, _ in GOLDEN if spec != Sum()])
 def test_global_counts_of_zero_give_zero_weights(spec):
-    none = Counts(rows=0, filled_rows=0, tokens=0)
+    none = Counts(rows=0, filled_rows=0, turns=0, tokens=0)
     assert row_weights(spec, torch.tensor([2, 0]), none).tolist() == [0.0, 0.0]
 
 
 def test_constant_average_accepts_a_fractional_length():
-    weights = average.constant(torch.tensor([3]), Counts(rows=3, filled_rows=1, tokens=3), 2.5)
+    weights = average.constant(torch.tensor([3]), Counts(rows=3, filled_rows=1, turns=1, tokens=3), 2.5)
     assert_close(weights, torch.tensor([1 / 7.5]))

@@ -1,10 +1,24 @@
 """Micro-batches: positions are aligned, token ids are reused, and the split changes no gradient."""
 
+import itertools
+
+import pytest
 import torch
+from attrs import evolve
 from one_rank import all_gather
 
 from sdkit.batches import Rollout, RolloutBatch, Row
-from sdkit.language.specs import CrossEntropy, Distillation, ForwardKl, MaskSpec, PerSequence, Table, VocabularySupport
+from sdkit.language.specs import (
+    CrossEntropy,
+    Distillation,
+    ForwardKl,
+    MaskSpec,
+    PerSequence,
+    PerTurn,
+    Table,
+    VocabularySupport,
+)
+from sdkit.spans import Span
 from sdkit.train.collate import collate
 from sdkit.train.loss_masks import build_loss_masks
 
@@ -89,3 +103,44 @@ def test_weights_sum_to_one_over_all_micro_batches():
     batch = collate_rollouts(rollouts, Table({"d": distil(average=PerSequence())}), 12, clone, CPU)
     total = sum(m.tokens.weights["d"].sum() for m in batch.micro_batches)
     torch.testing.assert_close(total, torch.tensor(1.0))
+
+
+def spans(*lengths):
+    """Turns and observations of these lengths, in alternation."""
+    ends = list(itertools.accumulate(lengths))
+    return tuple(
+        Span(role="user" if i % 2 else "assistant", turn=i // 2 + 1, start=end - length, end=end)
+        for i, (end, length) in enumerate(zip(ends, lengths, strict=True))
+    )
+
+
+def test_average_per_turn_is_the_mean_of_the_turns_means():
+    term = distil(average=PerTurn(), mask=MaskSpec(skip_first=1))
+    turns = evolve(rollout([1], [2], range(10, 22)), spans=spans(3, 4, 5))
+    alone = rollout([1], [2], [30, 31, 32], group=1)
+    for budget in (1, 1000):
+        batch = collate_rollouts([turns, alone], Table({"d": term}), budget, clone, CPU)
+        assert (batch.counts["d"].turns, batch.counts["d"].tokens) == (3, 2 + 5 + 2)
+        weights = {
+            token: weight
+            for micro in batch.micro_batches
+            for token, weight in zip(micro.tokens.token.tolist(), micro.tokens.weights["d"].tolist(), strict=True)
+        }
+        means = dict.fromkeys((11, 12), 1 / 2) | dict.fromkeys(range(17, 22), 1 / 5) | dict.fromkeys((31, 32), 1 / 2)
+        assert weights == {token: pytest.approx(share / 3) for token, share in means.items()}
+
+
+def test_average_per_turn_of_single_turns_is_per_sequence():
+    rollouts = [rollout([1], [2], [3] * n, group=n) for n in (1, 5, 0, 2)]
+    by_average = [
+        torch.cat([m.tokens.weights["d"] for m in collate_rollouts(rollouts, terms, 12, clone, CPU).micro_batches])
+        for terms in (Table({"d": distil(average=average)}) for average in (PerTurn(), PerSequence()))
+    ]
+    torch.testing.assert_close(*by_average)
+
+
+def test_mask_numbers_sampled_tokens_across_turns():
+    term = distil(mask=MaskSpec(skip_first=1, prefix=4))
+    turns = evolve(rollout([1], [2], range(10, 22)), spans=spans(3, 4, 5))
+    (micro,) = collate_rollouts([turns], Table({"d": term}), 1000, clone, CPU).micro_batches
+    assert micro.tokens.token.tolist() == [11, 12, 17]

@@ -22,6 +22,7 @@ from sdkit.language.specs import (
     PolicyGradient,
     PolicyImportance,
     ReferenceKl,
+    RetryEnvironment,
     ReverseKl,
     RouteSpec,
     SamplerRatio,
@@ -40,7 +41,7 @@ OF_GPUS = {"memory/device_allocated_gib", "memory/device_reserved_gib", "time/mf
 
 @pytest.fixture(scope="module")
 def routed(tiny_folder):
-    """A spec with a route, filters, slots, schedules, rewards, suites and a teacher lift."""
+    """A spec with a route, filters, slots, schedules, rewards, suites, an environment and a teacher lift."""
     sees = UserTurn(template="{prompt} {sibling}", slots=Table({"sibling": SuccessfulSibling(threshold=0.0)}))
     moving = Schedule(start=0.1, to=0.2, steps=2)
     spec = with_evaluation(
@@ -52,7 +53,8 @@ def routed(tiny_folder):
             route=RouteSpec(when="failed", then=("imitate",), otherwise=("distil",)),
         )
     )
-    return evolve(spec, reward="number", training=evolve(spec.training, steps=1))
+    environment = RetryEnvironment(max_turns=2)
+    return evolve(spec, reward="number", environment=environment, training=evolve(spec.training, steps=1))
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from sdkit.language.overlay import LoadedSpec
 from sdkit.language.rules import (
     data,
     engines,
+    environments,
     kinds,
     learning,
     losses,
@@ -37,6 +38,7 @@ _MODULES = (
     served,
     servers,
     engines,
+    environments,
     prompts,
     data,
     scores,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import Path, shorten
-from sdkit.language.metric_names import FAMILIES, INTERVAL_SUFFIXES, LENGTH_METRIC, MEASURES, PASS_AT
+from sdkit.language.metric_names import FAMILIES, INTERVAL_SUFFIXES, LENGTH_METRIC, MEASURES, SCORE_PREFIXES
 from sdkit.language.rules.base import Context, Finding, method_rule, run_rule
 from sdkit.language.specs import ExperimentSpec, MethodSpec
 
@@ -17,7 +17,7 @@ def reserved_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """
     paths: list[Path] = [("losses", name) for name in spec.losses]
     if isinstance(spec, ExperimentSpec):
-        paths += [("rewards", name) for name in spec.rewards if name in MEASURES or name.startswith(PASS_AT)]
+        paths += [("rewards", name) for name in spec.rewards if name in MEASURES or name.startswith(SCORE_PREFIXES)]
         for suite_name, suite in spec.suites.items():
             path = ("evaluation", "suites", suite_name)
             paths += [path, *((*path, "decoding", name) for name in suite.decoding)]

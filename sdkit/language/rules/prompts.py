@@ -30,7 +30,8 @@ def _used(sees: Sees) -> Iterator[tuple[Path, Field]]:
             continue
 
 
-def _syntax(path: Path, text: str, allow_keys: bool) -> Iterator[Finding]:
+def template_faults(path: Path, text: str, *, allow_keys: bool = False) -> Iterator[Finding]:
+    """What is wrong with a template: its braces, and keys below a name where none are allowed."""
     try:
         template = parse(text)
     except TemplateError as error:
@@ -49,11 +50,11 @@ def template_syntax(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if not spec.sees:
         return
     for path, text in _templates(spec.sees):
-        yield from _syntax(path, text, allow_keys=False)
+        yield from template_faults(path, text)
     for name, slot in spec.slots.items():
         if not isinstance(slot, Wording):
             where = ("teacher", "sees", "slots", name, "wrap")
-            yield from _syntax(where, slot.wrap, allow_keys=False)
+            yield from template_faults(where, slot.wrap)
             yield from _value_only(where, slot.wrap)
 
 
@@ -77,7 +78,7 @@ def column_template_syntax(spec: ExperimentSpec, context: Context) -> Iterator[F
         for name, column in (data.columns or {}).items():
             if isinstance(column, ColumnTemplate):
                 where = (*path, "columns", name, "template")
-                yield from _syntax(where, column.template, allow_keys=True)
+                yield from template_faults(where, column.template, allow_keys=True)
 
 
 @method_rule("templates use declared slots")
@@ -94,7 +95,7 @@ def unknown_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 def unused_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The teacher never sees a slot that no template uses."""
     sees = spec.sees
-    if not sees or any(list(_syntax((), text, True)) for _, text in _templates(sees)):
+    if not sees or any(list(template_faults((), text, allow_keys=True)) for _, text in _templates(sees)):
         return
     used = {field.name for _, field in _used(sees)}
     for name in sees.slots:
@@ -107,7 +108,7 @@ def unused_slot(spec: MethodSpec, context: Context) -> Iterator[Finding]:
 def prompt_missing(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """The template replaces the user's message; without {prompt} the teacher would answer another question."""
     sees = spec.sees
-    if not isinstance(sees, UserTurn) or any(_syntax((), sees.template, True)):
+    if not isinstance(sees, UserTurn) or any(template_faults((), sees.template, allow_keys=True)):
         return
     if not any(field.name == "prompt" for _, field in _used(sees)):
         message = "the template takes the user's place, but has no {prompt}"

@@ -74,14 +74,14 @@ def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     shape, rollout = shape_of(spec, context), spec.rollout
     if not shape:
         return
-    new = rollout.max_new_tokens
+    new = spec.longest_completion()
     longest: list[tuple[Path, int, int]] = [(("rollout",), rollout.max_prompt_tokens or 0, new)]
     if spec.sees:
         longest.append((("teacher", "sees"), spec.sees.max_prompt_tokens or 0, new))
     for name, suite in spec.suites.items():
         if suite.max_new_tokens:
             path = ("evaluation", "suites", name, "max_new_tokens")
-            longest.append((path, rollout.max_prompt_tokens or 0, suite.max_new_tokens))
+            longest.append((path, rollout.max_prompt_tokens or 0, spec.longest_completion(suite.max_new_tokens)))
     for path, prompt, new in longest:
         if prompt + new > shape.max_position_embeddings and (prompt or path[0] != "teacher"):
             key = "max_prompt_tokens" if prompt else "max_new_tokens"
@@ -147,13 +147,14 @@ def quantized_base_stage(spec: ExperimentSpec, context: Context) -> Iterator[Fin
 @run_rule("the longest sequence fits one forward pass")
 def micro_batch(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A sequence is never split across forward passes."""
-    budget, new = spec.training.micro_batch_tokens, spec.rollout.max_new_tokens
+    budget, new = spec.training.micro_batch_tokens, spec.longest_completion()
     prompt = spec.rollout.max_prompt_tokens
     need = new + (prompt or 1)
     if budget < need:
         path = ("training", "micro_batch_tokens")
         parts = f"max_prompt_tokens {prompt}" if prompt else "a prompt"
-        message = f"{context.stated(path, budget)}, less than one sequence: {parts} and max_new_tokens {new}"
+        what = "the longest trajectory," if spec.environment else "max_new_tokens"
+        message = f"{context.stated(path, budget)}, less than one sequence: {parts} and {what} {new}"
         yield path, message, f"use micro_batch_tokens: {need} or more"
 
 

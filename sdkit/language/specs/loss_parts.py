@@ -177,6 +177,14 @@ class PerSequence(Component):
 
 
 @frozen(kw_only=True)
+class PerTurn(Component):
+    """Mean over each turn's loss tokens, then over all turns; with one turn a completion, as `per_sequence`."""
+
+    kind: ClassVar[str] = "per_turn"
+    description: ClassVar[str] = "mean over each turn, then turns (empty ones skipped)"
+
+
+@frozen(kw_only=True)
 class SequenceSum(Component):
     """Sum over each sequence, then mean over sequences."""
 
@@ -201,4 +209,4 @@ class Sum(Component):
     description: ClassVar[str] = "sum over tokens"
 
 
-Average = PerToken | PerSequence | SequenceSum | Constant | Sum
+Average = PerToken | PerSequence | PerTurn | SequenceSum | Constant | Sum

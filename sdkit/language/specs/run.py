@@ -11,6 +11,7 @@ from attrs import frozen
 from sdkit.language.specs.collapse import CollapseSpec
 from sdkit.language.specs.data import DataSpec
 from sdkit.language.specs.divergences import FileDivergence
+from sdkit.language.specs.environments import Environment, FileEnvironment
 from sdkit.language.specs.fields import (
     AT_LEAST_ONE,
     GIBIBYTES,
@@ -292,6 +293,10 @@ class ExperimentSpec(MethodSpec):
         "the reward used in training, if the method needs one (default: the only one)", default=None, range=NAME
     )
     evaluation: EvaluationSpec | None = spec_field("evaluation on held-out prompts", default=None)
+    environment: Environment | None = spec_field(
+        "what the student is shown after a turn, before it samples another (default: a completion is one turn)",
+        default=None,
+    )
     optimizer: OptimizerSpec = spec_field("AdamW")
     training: TrainingSpec = spec_field("run length, batch sizes, and sharding")
     machine: MachineSpec | None = spec_field("a machine other than this one", default=None)
@@ -301,6 +306,14 @@ class ExperimentSpec(MethodSpec):
     def suites(self) -> Table[Suite]:
         """The suites of the evaluation, by name; empty if nothing is evaluated."""
         return self.evaluation.suites if self.evaluation else Table()
+
+    def longest_completion(self, max_new_tokens: int | None = None) -> int:
+        """Tokens of the longest completion: of all turns and observations of a trajectory, if there is an environment.
+
+        `max_new_tokens`: the limit of a turn (default: the rollout's).
+        """
+        limit = self.rollout.max_new_tokens if max_new_tokens is None else max_new_tokens
+        return self.environment.longest(limit) if self.environment else limit
 
     def temperatures(self) -> Iterator[tuple[tuple[str, ...], float]]:
         """The key and the value of each temperature at which completions are sampled."""
@@ -319,6 +332,8 @@ class ExperimentSpec(MethodSpec):
         for name, reward in self.rewards.items():
             if isinstance(reward, FileReward):
                 yield ("rewards", name, "file"), reward.file
+        if isinstance(self.environment, FileEnvironment):
+            yield ("environment", "file"), self.environment.file
 
     def model_paths(self) -> Iterator[str]:
         """The paths of every model that this process loads: the student's, teachers', reward models'."""

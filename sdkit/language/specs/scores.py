@@ -198,6 +198,13 @@ class FileReward:
 
 
 @frozen(kw_only=True)
+class EnvironmentReward:
+    """What the environment gives a trajectory: `get_reward()` of its class; 0 if it gives nothing."""
+
+    kind: ClassVar[str] = "environment"
+
+
+@frozen(kw_only=True)
 class WeightedReward:
     """A weighted sum of other rewards; the parts are logged too."""
 
@@ -215,6 +222,7 @@ Reward = (
     | PythonTests
     | RewardModel
     | FileReward
+    | EnvironmentReward
     | WeightedReward
 )
 

@@ -1,0 +1,127 @@
+"""Environments: the reward that judges turns, the texts between them, and the budgets of a trajectory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from sdkit.language import specs
+from sdkit.language.columns import scores_training_rows, training_reward
+from sdkit.language.errors import did_you_mean, listed, outside, shorten
+from sdkit.language.rules.base import Context, Finding, reward_advantages, run_rule
+from sdkit.language.rules.prompts import template_faults
+from sdkit.language.templates import TemplateError, fields, parse
+from sdkit.language.user_functions import class_fault_of
+
+METHODS = ("reset", "reply")
+
+
+@run_rule("a retry environment has a reward that judges its turns")
+def environment_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The environment asks the reward after every turn, in training and in every suite."""
+    if not isinstance(spec.environment, specs.RetryEnvironment):
+        return
+    path, name, known = ("environment", "reward"), spec.environment.reward or training_reward(spec), list(spec.rewards)
+    if name is None:
+        which = "there are several rewards" if known else "there are no rewards"
+        yield path[:1], f"nothing judges the turns: {which}", "name one of rewards as environment.reward"
+    elif name not in known:
+        if spec.environment.reward:  # an unknown `reward` is a finding of its own
+            yield path, f"reward {shorten(name)} {outside(known)}", did_you_mean(name, known)
+    elif not scores_training_rows(spec, name):
+        yield path, f"reward {shorten(name)} cannot score the training rows", "name a reward whose column they have"
+
+
+@run_rule("the student acts in an environment")
+def environment_sampler(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Completions of a data set or of a teacher would be judged, and answered, as if the student had written them.
+    Servers that sample ahead know nothing of the environment.
+    """
+    if spec.environment is None:
+        return
+    kind = spec.rollout.sampled_by.kind
+    if not isinstance(spec.rollout.sampled_by, specs.StudentSamples):
+        yield (
+            ("rollout", "sampled_by"),
+            f"sampled_by is {kind}, but there is an environment",
+            "use sampled_by: student",
+        )
+    if spec.rollout.max_staleness:
+        stated = context.stated(("rollout", "max_staleness"), spec.rollout.max_staleness)
+        yield ("rollout", "max_staleness"), f"{stated}, but there is an environment", "use max_staleness: 0"
+
+
+@run_rule("an environment's texts are templates of the feedback")
+def environment_text(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """`{feedback}` is what the reward says about the turn; without it there is nothing to fill in."""
+    if not isinstance(spec.environment, specs.RetryEnvironment):
+        return
+    for key, allowed in (("says", ["feedback"]), ("without_feedback", [])):
+        path, text = ("environment", key), getattr(spec.environment, key)
+        yield from template_faults(path, text)
+        try:
+            used = list(fields(parse(text)))
+        except TemplateError:
+            continue
+        for field in used:
+            if field.name not in allowed:
+                fault = outside(allowed) if allowed else "cannot be filled in: the reward gave no feedback"
+                yield path, f"{{{field}}} {fault}", did_you_mean(field.name, allowed)
+
+
+@run_rule("a trajectory has room for a turn")
+def environment_budget(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Otherwise every trajectory ends within its first turn."""
+    if spec.environment and (limit := spec.environment.max_trajectory_tokens):
+        new = spec.rollout.max_new_tokens
+        if limit <= new:
+            stated = context.stated(("rollout", "max_new_tokens"), new)
+            yield (
+                ("environment", "max_trajectory_tokens"),
+                f"max_trajectory_tokens is {limit}, but {stated}: no second turn fits",
+                f"use more than {new} tokens",
+            )
+
+
+@run_rule("the overlong penalty measures completions of one turn")
+def environment_overlong(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """It counts back from rollout.max_new_tokens, the limit of a turn, and would punish a second turn as such."""
+    if spec.environment is None:
+        return
+    for path, part in reward_advantages(spec):
+        if part.overlong:
+            yield (
+                (*path, "overlong"),
+                "a trajectory of several turns has no length to count back from",
+                "set overlong: null",
+            )
+
+
+@run_rule("a user-defined environment exists")
+def environment_class(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The file is parsed, not executed.  It must define the class at its top level, with the methods `reset` and `reply`
+    unless it has a base class, and its columns must be mapped.
+    """
+    environment = spec.environment
+    if not isinstance(environment, specs.FileEnvironment):
+        return
+    path = context.file(environment.file)
+    if fault := class_fault_of(path, environment.file, environment.class_name, METHODS):
+        key, message, hint = fault
+        yield ("environment", key), message, hint if os.path.exists(path) else context.start_of(("environment", key))
+    known = list(spec.data.columns or {})
+    for place, name in enumerate(environment.columns):
+        if known and name not in known:
+            message = f"column {shorten(name)} is not mapped: data.columns has {listed(known)}"
+            yield ("environment", "columns", place), message, did_you_mean(name, known)
+
+
+@run_rule("a reward of kind environment has an environment that gives it")
+def environment_gives_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """It is what `get_reward()` of the environment's class returns; `retry` judges by another reward."""
+    if isinstance(spec.environment, specs.FileEnvironment):
+        return
+    for name, reward in spec.rewards.items():
+        if isinstance(reward, specs.EnvironmentReward):
+            stated = "there is no environment" if spec.environment is None else f"a {spec.environment.kind} gives none"
+            yield ("rewards", name), f"{shorten(name)} is the environment's reward, but {stated}", None
