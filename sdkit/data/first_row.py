@@ -36,9 +36,8 @@ def check_first_rows(checked: CheckedSpec) -> FirstRows:
         return first_rows
     spec = checked.spec
     _check(first_rows, checked, ("data",), spec.data, reads.required_columns(spec), reads.text_columns(spec, None))
-    for name, suite in spec.suites.items():
-        path = ("evaluation", "suites", name, "data")
-        _check(first_rows, checked, path, suite.data, [], reads.text_columns(spec, suite))
+    for path, _, suite in spec.placed_suites():
+        _check(first_rows, checked, (*path, "data"), suite.data, [], reads.text_columns(spec, suite))
     return first_rows
 
 

@@ -7,6 +7,7 @@ status.json       state: running, done, …         evaluations/    each held-ou
 warnings.jsonl    tripwires that went off         tensorboard/    events
 plot.png          loss, score, length             error.txt       traceback of an unexpected failure
 model/            the trained model               checkpoints/    what --resume continues from
+result.json       scores before and after         retention.json  new skill and retention, with a panel
 best/             the model of the best evaluation, with output.keep_best
 code/             the user's Python files: step_N/ has those that the run used after step N
 git.diff          uncommitted changes of the spec's repository

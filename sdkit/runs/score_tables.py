@@ -25,10 +25,11 @@ Change = Mapping[str, Interval]
 
 
 def score_changes(before: EvaluationResult, after: EvaluationResult) -> dict[Key, Change]:
-    """The intervals of every score."""
+    """The intervals of every score that both have."""
     return {
         key: {"before": before.interval(key), "after": after.interval(key), "change": after.difference(before, key)}
         for key in before.scores
+        if key in after.scores
     }
 
 

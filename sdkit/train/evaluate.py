@@ -7,7 +7,7 @@ from typing import Any
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
-from sdkit.language.specs import Decoding, EvaluationSpec, Suite
+from sdkit.language.specs import Decoding, EvaluationSpec, HeldOutPrompts
 from sdkit.rewards.scoring import reward_values, score
 from sdkit.runs.evaluations import EvaluationResult, Key
 from sdkit.runs.intervals import Interval, paired_difference
@@ -45,8 +45,8 @@ def evaluate(
     results: list[EvaluationResult] = []
     for name, suite in evaluation.suites.items():
         prompts = [(row, data.student_ids(row)) for row in data.suites[name]]
-        results.append(_evaluate_suite(data, name, suite, prompts, backend, advance))
-    return _merge(results)
+        results.append(evaluate_suite(data, name, suite, prompts, backend, advance))
+    return merge(results)
 
 
 def teacher_lift(
@@ -71,7 +71,7 @@ def teacher_lift(
             continue
         prompts = [(rows[i], ids) for i, ids in with_prompt.items()]
         backend, _ = sampler.backends.load(sampler.models.teacher_weights, specs.optimizer_steps, evaluation=True)
-        for key, scores in _evaluate_suite(data, name, suite, prompts, backend).scores.items():
+        for key, scores in evaluate_suite(data, name, suite, prompts, backend).scores.items():
             student = [before.scores[key][i] for i in with_prompt]
             lift[key] = paired_difference(student, scores)
     return lift
@@ -111,10 +111,10 @@ def held_out_loss(
     return metrics
 
 
-def _evaluate_suite(
+def evaluate_suite(
     data: RunData,
     name: str,
-    suite: Suite,
+    suite: HeldOutPrompts,
     prompts: Sequence[tuple[Row, tuple[int, ...]]],
     backend: RolloutBackend,
     advance: Advance = lambda _: None,
@@ -131,7 +131,7 @@ def _evaluate_suite(
         completions = backend.sample(requests, _sampling_params(decoding, limit, spec.rollout.stop))
         results.append(_score_completions(data, (name, decoding_name), rows, owners, completions))
         advance(1)
-    return _merge(results)
+    return merge(results)
 
 
 def _sampling_params(decoding: Decoding, limit: int, stop: tuple[str, ...]) -> SamplingParams:
@@ -161,7 +161,8 @@ def _score_completions(
     ]
     own = [(i, record, len(c.ids)) for i, record, c in zip(owners, own_records, completions, strict=True)]
     scored = sorted((item for part in collectives.all_gather_object(own) for item in part), key=lambda item: item[0])
-    records = [record for _, record, _ in scored]
+    entry = data.panel[key[0]].entry if key[0] in data.panel else None
+    records = [{**record, "panel": entry} if entry else record for _, record, _ in scored]
     lengths = [length for _, _, length in scored]
     mean = {key: sum(lengths) / max(len(lengths), 1)}
     scores = {(*key, reward): values for reward, values in _mean_per_prompt(scored).items()}
@@ -179,7 +180,8 @@ def _mean_per_prompt(scored: Sequence[tuple[int, Mapping[str, Any], int]]) -> di
     }
 
 
-def _merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
+def merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
+    """Returns the results of several suites as one."""
     return EvaluationResult(
         scores={key: scores for part in parts for key, scores in part.scores.items()},
         records=[record for part in parts for record in part.records],

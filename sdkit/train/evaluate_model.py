@@ -18,8 +18,8 @@ from sdkit.runs.provenance import this_process
 from sdkit.runs.samples import as_markdown
 from sdkit.runs.score_tables import score_records, scores_table, warn_of_few_prompts
 from sdkit.stdout import Phases, is_first_rank
-from sdkit.train import failures, prompt_record, run_origin
-from sdkit.train.evaluate import evaluate, number_of_parts
+from sdkit.train import failures, panel, prompt_record, run_origin
+from sdkit.train.evaluate import evaluate, merge, number_of_parts
 from sdkit.train.run import open_run
 
 PAGE_RECORDS = 20
@@ -41,8 +41,11 @@ def evaluate_model(
     together = False
     try:
         assert spec.evaluation is not None
-        with phases.phase("evaluation", number_of_parts(spec.evaluation)) as advance, failures.explained():
+        parts = number_of_parts(spec.evaluation) + panel.number_of_parts(trainer.setup)
+        with phases.phase("evaluation", parts) as advance, failures.explained():
             result = evaluate(trainer.sampler, spec.evaluation, 0, advance)
+            if spec.evaluation.panel:
+                result = merge([result, panel.evaluate_panel(trainer.sampler, 0, console, advance)])
         console.print(scores_table(result))
         warn_of_few_prompts(console, result)
         together = True

@@ -15,9 +15,9 @@ from sdkit.language.errors import NumericsGuard, Stopped
 from sdkit.language.schedules import at_step
 from sdkit.runs.evaluations import EvaluationResult
 from sdkit.stdout import Advance
-from sdkit.train import determinism, stop_requests
+from sdkit.train import determinism, panel, stop_requests
 from sdkit.train.collect_rollouts import CollectedRollouts, collect_rollouts, completion_text
-from sdkit.train.evaluate import evaluate, headline, held_out_loss, number_of_parts, teacher_lift
+from sdkit.train.evaluate import evaluate, headline, held_out_loss, merge, number_of_parts, teacher_lift
 from sdkit.train.metrics import step_metrics
 from sdkit.train.report import Report
 from sdkit.train.rollout_filters import filter_rollouts
@@ -164,9 +164,15 @@ def _evaluate(trainer: Trainer, report: Report, stop: StopRequests) -> Evaluatio
     if spec.evaluation is None:
         return None
     started = time.perf_counter()
-    bar = report.phases.phase(f"evaluation after step {step}", number_of_parts(spec.evaluation))
+    with_panel = panel.is_due(spec.evaluation, step, trainer.setup.end)
+    parts = number_of_parts(spec.evaluation) + with_panel * panel.number_of_parts(trainer.setup)
+    bar = report.phases.phase(f"evaluation after step {step}", parts)
     with _abandonable(trainer, report, stop), bar as advance:
         result = evaluate(trainer.sampler, spec.evaluation, specs.optimizer_steps, advance)
+        if with_panel:
+            result = merge(
+                [result, panel.evaluate_panel(trainer.sampler, specs.optimizer_steps, report.console, advance)]
+            )
         trainer.sampler.backends.sleep()
         losses = held_out_loss(trainer.sampler, trainer.learner, spec.evaluation, specs)
     if metric := spec.output.keep_best:

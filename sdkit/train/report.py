@@ -22,6 +22,7 @@ from sdkit.language.errors import counted
 from sdkit.language.resolved import leaves, resolved
 from sdkit.models.device import rank_device
 from sdkit.models.packing import LONGEST_PACK
+from sdkit.runs import retention
 from sdkit.runs.directory import RunDirectory
 from sdkit.runs.evaluations import EvaluationResult, Key, interval_note, read_back, signed
 from sdkit.runs.intervals import Interval
@@ -41,7 +42,7 @@ STEP_LINE = 80 - len("00:00:00 ")
 """Characters of a step's line: it fits 80 columns, also in a log, whose lines begin with the time."""
 RESULTS = ("loss", "eval/score", "eval/loss")
 """The metrics that TensorBoard's table of runs shows, from the last step that has them."""
-NO_SETTINGS = ("data.source", "output.", "evaluation.suites")
+NO_SETTINGS = ("data.source", "output.", "evaluation.suites", "evaluation.panel")
 """Keys that are left out of that table."""
 FALLEN_SCORE_ADVICE = "end the run earlier or lower optimizer.lr; output.keep_best: score saves the best model"
 
@@ -141,7 +142,7 @@ class Report:
         self.first = self.first or result
         self.last = result
         self.evaluated_at.add(step)
-        metrics = result.metrics(self._headline) | dict(losses)
+        metrics = result.metrics(self._headline) | retention.metrics(result) | dict(losses)
         self.run.metrics(step, metrics | {"time/evaluation": seconds})
         self.run.lines("evaluations", step, result.records)
         self.seconds["time/evaluation"] = seconds
@@ -193,11 +194,19 @@ class Report:
             self.console.print(comparison_table(changes, self._headline))
             warn_of_few_prompts(self.console, self.last)
             self.run.write_json("result.json", comparison_records(changes))
+            if figures := retention.changes(self.first, self.last):
+                self.console.print(retention.retention_table({"": figures}))
+                self.run.write_json("retention.json", retention.retention_records(figures))
         lines = self.run.history()
         results = {name: line[name] for line in lines for name in RESULTS if name in line}
         settings = {".".join(map(str, path)): value for path, value in leaves(resolved(self.setup.spec))}
         shown = {name: value for name, value in settings.items() if not name.startswith(NO_SETTINGS)}
         self.run.hyperparameters(shown, results, max((line["step"] for line in lines), default=0))
+
+    @property
+    def panel(self) -> set[str]:
+        """The suites of the panel, as far as they are evaluated."""
+        return set(self.first.panel) if self.first else set()
 
     @property
     def _headline(self) -> Key:
@@ -301,13 +310,16 @@ def _step_line(step: int, end: int, metrics: Mapping[str, float]) -> Text:
 
 
 def _evaluation_lines(step: int, result: EvaluationResult, seconds: float) -> list[str]:
-    """A line of scores for each suite, with the suite's name if there are several."""
-    suites = list(result.sizes)
+    """A line of scores for each suite of the task, with the suite's name if there are several, and one for the panel."""
+    suites = [suite for suite in result.sizes if suite not in result.panel]
     lines: list[str] = []
     for suite in suites:
         name = f"evaluation after step {step}" + (f", {escape(suite)}" if len(suites) > 1 else "")
         scores = [f"{'/'.join(key[1:])} {result.interval(key).mean:.3f}" for key in result.scores if key[0] == suite]
         lines.append(f"[cyan]{name}[/]: {escape(', '.join(scores))}")
+    if figures := retention.means(result):
+        scores = ", ".join(f"{name} {mean:.3f}" for name, mean in figures.items())
+        lines.append(f"[cyan]evaluation after step {step}, panel[/]: {escape(scores)}")
     lines[-1] += f" [dim]({seconds:.0f} s)[/]"
     return lines
 

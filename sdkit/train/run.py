@@ -344,7 +344,7 @@ def _train(trainer: Trainer, run: directory.RunDirectory, console: Console, phas
     with stop_requests.stop_requests(reporter.notify) as stop, stop.during("the model is saved"), saving:
         checkpoint.save_model(trainer.models.student, trainer.setup.data.tokenizer, run.path)
         if collectives.rank() == 0:
-            plot(run.history(), run.path / "plot.png", run.path.name)
+            plot(run.history(), run.path / "plot.png", run.path.name, reporter.panel)
     reporter.finished()
     console.print(f"run directory: {run.path}", highlight=False)
     return reporter.divergence()

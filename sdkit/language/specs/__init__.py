@@ -1,8 +1,8 @@
 """Every spec class of the language.
 
 `fields` has the means to declare a class.  `rollouts`, `backends`, `contexts`, `teachers`, `blends`, `losses`,
-`divergences`, `advantages`, `token_weights` and `loss_parts` make up a `method`; `data`, `scores` and `run` have what a run
-needs besides.
+`divergences`, `advantages`, `token_weights` and `loss_parts` make up a `method`; `data`, `scores`, `evaluation` and `run`
+have what a run needs besides.
 """
 
 from sdkit.language.specs.advantages import *  # noqa: F403
@@ -11,6 +11,7 @@ from sdkit.language.specs.blends import *  # noqa: F403
 from sdkit.language.specs.contexts import *  # noqa: F403
 from sdkit.language.specs.data import *  # noqa: F403
 from sdkit.language.specs.divergences import *  # noqa: F403
+from sdkit.language.specs.evaluation import *  # noqa: F403
 from sdkit.language.specs.fields import *  # noqa: F403
 from sdkit.language.specs.loss_parts import *  # noqa: F403
 from sdkit.language.specs.losses import *  # noqa: F403
