@@ -16,7 +16,7 @@ COMMAND_LINE = "<command line>"
 MAX_LINE_WIDTH = 160  # characters of a source line on screen
 MAX_SHOWN_PROBLEMS = 50  # problems on screen
 MAX_WORD_LENGTH = 100  # characters; longer words get no spelling suggestion
-MAX_CHOICES = 300  # candidates searched for a spelling suggestion
+MAX_CHOICES = 1000  # candidates searched for a spelling suggestion
 MAX_LISTED_WORDS = 40  # words listed in one message
 
 
