@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import numbers
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from sdkit.stdout import quiet
 DECODING = "lm_eval"
 """What stands in the place of a decoding's name: the task itself says how it samples."""
 SEED = 1234
-"""Seed of lm-eval's few-shot examples and of everything else that it draws; lm-eval's own default for two of the four."""
+"""Seed of lm-eval's few-shot examples and of everything else that it draws; its own default, except for Python's generator."""
 OWN_FILES = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".txt", ".py")
 
 
@@ -134,7 +135,7 @@ def _records(entry: str, task: str, documents: Sequence[Mapping[str, Any]]) -> I
             _score_name(metric, answer["filter"]): float(answer[metric])
             for answer in answers
             for metric in answer["metrics"]
-            if isinstance(answer[metric], int | float)
+            if isinstance(answer[metric], numbers.Real)
         }
         if not scores:
             names = listed(dict.fromkeys(name for answer in answers for name in answer["metrics"]))
