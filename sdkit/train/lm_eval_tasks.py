@@ -48,21 +48,21 @@ def evaluate_tasks(entry: LmEvalTasks, folder: Path | None, weights: Weights, to
     score for each document.
     """
     with needs_package("panel entries of kind lm_eval", "lm-eval"):
-        import lm_eval  # noqa: F401
+        import lm_eval  # noqa: F401  # pyright: ignore[reportMissingImports]
     random_state = rng.state()
     try:
         samples = _run(entry, folder, weights, tokenizer)
     finally:
         rng.restore(random_state)
-    samples = collectives.broadcast_object(samples)
-    records = [record for task, docs in samples.items() for record in _records(entry.name, task, docs)]
+    documents = collectives.broadcast_object(samples) or {}
+    records = [record for task, docs in documents.items() for record in _records(entry.name, task, docs)]
     return read_back(records)
 
 
 def _run(entry: LmEvalTasks, folder: Path | None, weights: Weights, tokenizer: Any) -> dict[str, Any] | None:
     """lm-eval's documents by task, with the metrics of which more is better; None on ranks that report nothing."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
@@ -104,7 +104,7 @@ def _run(entry: LmEvalTasks, folder: Path | None, weights: Weights, tokenizer: A
 @cache
 def _task_manager(tasks: tuple[str, ...], folder: Path | None) -> Any:
     """lm-eval's index of task files: of the folder's alone if it has all the tasks, since reading its own takes long."""
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     if folder:
         own = TaskManager(include_path=folder, include_defaults=False)
