@@ -65,6 +65,7 @@ CHAPTERS: list[tuple[str, list[Any]]] = [
     ("How are completions rewarded?", [specs.Reward, specs.Extract]),
     ("What follows a turn?", [specs.Environment]),
     ("How is a run evaluated?", [specs.EvaluationSpec, specs.Suite, specs.Decoding]),
+    ("What must training not lose?", [specs.PanelEntry]),
     ("How are the weights updated?", [specs.OptimizerSpec]),
     ("How long does a run train, and with which batches?", [specs.TrainingSpec]),
     ("Which machine is planned for?", [specs.MachineSpec]),

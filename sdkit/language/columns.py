@@ -40,7 +40,7 @@ def scores_training_rows(spec: specs.ExperimentSpec, name: str) -> bool:
     return specs.column_of(reward) in (None, *(data.columns or {}))
 
 
-def suite_rewards(spec: specs.ExperimentSpec, suite: specs.Suite) -> list[str]:
+def suite_rewards(spec: specs.ExperimentSpec, suite: specs.HeldOutPrompts) -> list[str]:
     """The rewards that score a suite's completions."""
     judge = spec.environment.reward if isinstance(spec.environment, specs.RetryEnvironment) else None
     return list(dict.fromkeys((suite.score, *suite.also, *filter(None, [training_reward(spec), judge]))))
@@ -67,7 +67,7 @@ def required_columns(spec: specs.ExperimentSpec) -> list[str]:
     return list(filter(None, [spec.rollout.sampled_by.completion_column]))
 
 
-def text_columns(spec: specs.ExperimentSpec, suite: specs.Suite | None) -> set[str]:
+def text_columns(spec: specs.ExperimentSpec, suite: specs.HeldOutPrompts | None) -> set[str]:
     """The columns that must have text, in a suite's rows or (None) in the training rows."""
     weights = spec.teacher and spec.teacher.weights
     routed_by = [weights.by] if isinstance(weights, specs.RoutedWeights) else []

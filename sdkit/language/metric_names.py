@@ -202,6 +202,15 @@ ROLLOUTS = (
 )
 EVALUATIONS = (
     Metric("eval/score", "the main score: that of the first suite under its first decoding", "as the reward", "rises"),
+    Metric(
+        "eval/new_skill", "mean over the task's suites of their main scores; with a panel", "as the rewards", "rises"
+    ),
+    Metric(
+        "eval/retention",
+        "mean over the panel's entries of the mean over an entry's suites",
+        "as the rewards",
+        "steady: a fall is forgetting",
+    ),
     Metric("eval/METRIC", "a metric of the objective on the first suite's held-out prompts", "as METRIC", "as METRIC"),
     Metric(
         "eval/SUITE/METRIC", "a metric of the objective on another suite's held-out prompts", "as METRIC", "as METRIC"
@@ -305,7 +314,14 @@ SINGLE = frozenset(metric.name for metric in METRICS if "/" not in metric.name)
 
 _PLACEHOLDER = re.compile(r"[A-Z]+")
 _SEVERAL_WORDS = {"KEY", "METRIC"}
-_SCORES = ("eval/score", "eval/SUITE/DECODING/within_K", "eval/SUITE/DECODING/pass_at_K", "eval/SUITE/DECODING/REWARD")
+_SCORES = (
+    "eval/score",
+    "eval/new_skill",
+    "eval/retention",
+    "eval/SUITE/DECODING/within_K",
+    "eval/SUITE/DECODING/pass_at_K",
+    "eval/SUITE/DECODING/REWARD",
+)
 
 
 def metric_named(name: str) -> Metric | None:

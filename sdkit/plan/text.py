@@ -41,6 +41,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
             f"micro-batches: up to {training.micro_batch_tokens} padded tokens, sorted by length{sharing}",
             f"oldest rollout: {plan.oldest_rollout} optimizer steps behind",
         ],
+        "panel": _panel(spec),
         "processes": plan.processes,
         "weights": [
             f"ZeRO stage {plan.zero_stage}, {spec.model.dtype} forward, float32 masters and moments{_placement(spec, plan)}",
@@ -84,6 +85,15 @@ def _early_end(spec: ExperimentSpec) -> str:
     output = spec.output
     stops = output.collapse.stops if output.tripwire_steps else ()
     return f", fewer if {' or '.join(stops)} collapses" if stops else ""
+
+
+def _panel(spec: ExperimentSpec) -> list[str]:
+    """The entries of the evaluation's panel, and when they are evaluated."""
+    evaluation = spec.evaluation
+    if not evaluation or not evaluation.panel:
+        return []
+    when = f", and every {counted(evaluation.panel_every, 'step')}" if evaluation.panel_every else ""
+    return [*(entry.describe() for entry in evaluation.panel), f"evaluated at the start and the end{when}"]
 
 
 def _disk(spec: ExperimentSpec, plan: Plan) -> list[str]:

@@ -24,6 +24,7 @@ from sdkit.language.specs import (
     MethodSpec,
     PerSequence,
     PerToken,
+    PerTurn,
     PolicyGradient,
     ReferenceKl,
     ReverseKl,
@@ -99,6 +100,10 @@ def _average(average: Average) -> str:
             return _fraction("<mn>1</mn>", _text("tokens of all completions")) + sequences + tokens
         case PerSequence():
             return per_sequence + _fraction("<mn>1</mn>", _text("tokens of y")) + tokens
+        case PerTurn():
+            turns = _sum("<mi>u</mi>")
+            share = _fraction("<mn>1</mn>", _text("tokens of turn u"))
+            return _fraction("<mn>1</mn>", _text("turns")) + turns + share + tokens
         case SequenceSum():
             return per_sequence + tokens
         case Constant():

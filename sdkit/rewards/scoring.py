@@ -1,7 +1,7 @@
 """Opens rewards and scores completions: text and row in, number and optional feedback out.
 
-Knows nothing of tokens or groups.  `answers` and `math` compare answers, `programs` tests programs, `model` runs reward
-models, `file` calls user-defined functions.
+Knows nothing of tokens or groups.  `answers` and `math` compare answers, `instruction_checks` checks form and language,
+`programs` tests programs, `model` runs reward models, `file` calls user-defined functions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from sdkit.language import specs
 from sdkit.language.errors import SdkitError, blaming
 from sdkit.rewards import answers
 from sdkit.rewards.file import function_reward
+from sdkit.rewards.instruction_checks import instruction_checks
 from sdkit.rewards.math import math_verify
 from sdkit.rewards.model import reward_model
 from sdkit.rewards.programs import python_tests
@@ -60,6 +61,8 @@ def open_reward(
             return function_reward(reward, base)
         case specs.EnvironmentReward():
             return FromEnvironment()
+        case specs.InstructionChecks():
+            return instruction_checks(reward)
         case specs.WeightedReward():
             return WeightedSum({name: (weight, (opened or {})[name]) for name, weight in reward.parts.items()})
         case _:

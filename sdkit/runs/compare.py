@@ -150,7 +150,7 @@ def differing_evaluation(paths: Sequence[Path], keys: Sequence[Key]) -> list[Pat
     return [
         path
         for path in paths
-        if (path[:2] == ("evaluation", "suites") and "loss_prompts" not in path)
+        if (path[:2] in (("evaluation", "suites"), ("evaluation", "panel")) and "loss_prompts" not in path)
         or (path[0] == "rewards" and path[1] in scores)
     ]
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sdkit.language.errors import Path as SpecPath
 from sdkit.language.errors import UnreadableInput, shorten, spelled
+from sdkit.runs import retention
 from sdkit.runs.compare import (
     BUDGET_TOLERANCE,
     CommonBudget,
@@ -48,6 +49,13 @@ def compare(paths: Sequence[Path], console: Console, target: Path, axis: Axis, s
     if len(runs) > 1:
         _print_settings(runs, keys, console)
     console.print(_scores_table(runs, keys))
+    ends = {run.name: (run.evaluated(run.points[0]), run.evaluated(run.points[-1])) for run in runs}
+    retentions = {name: figures for name, pair in ends.items() if (figures := retention.changes(*pair))}
+    if retentions:
+        console.print(retention.retention_table(retentions))
+    if score is None:  # what must not be lost has its own table
+        panel = retention.panel_suites([start for start, _ in ends.values()])
+        keys = [key for key in keys if key[0] not in panel]
     sizes = {key[0]: i.n for run in runs for key, i in run.points[-1].scores.items() if key in keys}
     if few := few_prompts_warning(sizes):
         print_warning(console, few, FEW_PROMPTS_ADVICE)
@@ -56,7 +64,7 @@ def compare(paths: Sequence[Path], console: Console, target: Path, axis: Axis, s
     main = {run.main_score(suite) for run in runs for suite in run.suites}
     shown = [key for key in keys if score is not None or (key[0], key[2]) in main]
     try:
-        plot_runs(runs, shown, target)
+        plot_runs(runs, shown, target, retentions)
     except OSError as error:
         raise UnreadableInput(f"cannot write {target}: {error.strerror}") from None
     console.print(f"plot: {target}", highlight=False)

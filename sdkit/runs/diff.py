@@ -107,7 +107,7 @@ def _environment(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _data_files(spec: ExperimentSpec, base: Path) -> Iterator[tuple[str, str]]:
     """The path, as the spec has it, and the SHA-256 of each local data file that exists."""
-    for data in (spec.data, *(suite.data for suite in spec.suites.values())):
+    for data in (spec.data, *(suite.data for _, _, suite in spec.placed_suites())):
         if isinstance(data.source, LocalFile) and os.path.isfile(base / data.source.path):
             try:
                 yield data.source.path, sha256_of(base / data.source.path)

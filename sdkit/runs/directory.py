@@ -7,6 +7,7 @@ status.json       state: running, done, …         evaluations/    each held-ou
 warnings.jsonl    tripwires that went off         tensorboard/    events
 plot.png          loss, score, length             error.txt       traceback of an unexpected failure
 model/            the trained model               checkpoints/    what --resume continues from
+result.json       scores before and after         retention.json  new skill and retention, with a panel
 best/             the model of the best evaluation, with output.keep_best
 result.json       scores before and after         measures.json   length, entropy, diversity before and after
 lift.jsonl        completions from the teacher's prompt before training, each with the lift of its prompt

@@ -62,6 +62,11 @@ class EvaluationResult:
         """The number of prompts by suite."""
         return {key[0]: len(scores) for key, scores in self.scores.items()}
 
+    @property
+    def panel(self) -> dict[str, str]:
+        """The suites of the panel, each with the entry of the panel that it belongs to."""
+        return {record["suite"]: record["panel"] for record in self.records if "panel" in record}
+
     def metrics(self, headline: Key) -> dict[str, float]:
         """Metrics under eval/: every score by name, and the headline as eval/score, each with its interval and n.
 

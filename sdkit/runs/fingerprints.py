@@ -6,6 +6,7 @@ Models of the hub are identified by their commit, installed packages by their ve
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -52,6 +53,14 @@ def of_models(spec: ExperimentSpec, base: Path, cache: Path, notify: Callable[[s
     with _readable():
         files = [path for folder in _model_folders(spec, base) for path in _model_files(folder)]
         return {_name(path, base): digest for path, digest in _hash_cached(files, cache, notify).items()}
+
+
+def of_weights(folder: Path, cache: Path, notify: Callable[[str], None]) -> str:
+    """One hash of all files of the model in a folder.  Raises and caches as `of_models` does."""
+    with _readable():
+        hashes = _hash_cached(_model_files(folder), cache, notify)
+    named = {path.name: digest for path, digest in hashes.items()}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
 def copy_code(code: Hashes, base: Path, folder: Path) -> None:

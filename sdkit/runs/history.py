@@ -77,8 +77,9 @@ class Run:
         return list(dict.fromkeys(suite for suite, _, _ in self.points[0].scores))
 
     def main_score(self, suite: str) -> tuple[str, str]:
-        """A suite with its main reward."""
-        return suite, str(self.settings["evaluation", "suites", suite, "score"])
+        """A suite with its main reward; of a suite of the panel that is the first of its scores."""
+        first = next(key[2] for key in self.points[0].scores if key[0] == suite)
+        return suite, str(self.settings.get(("evaluation", "suites", suite, "score"), first))
 
     def records(self, point: Point) -> list[dict[str, Any]]:
         """Every completion of an evaluation with its scores."""

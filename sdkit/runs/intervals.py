@@ -8,7 +8,8 @@ No interval has zero width: that few prompts agree does not make a mean certain.
 | from 0 to 1 | Gaffke's interval | Gaffke's interval |
 | any other | Student's t interval | Student's t interval |
 
-The difference of means over different prompts has Newcombe's hybrid interval, made from the means' own intervals.
+The difference of means over different prompts has Newcombe's hybrid interval, and a weighted mean over suites Zou and
+Donner's; both are made from the means' own intervals.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ TANGO = "Tango's score interval"
 GAFFKE = "Gaffke's interval"
 STUDENT = "Student's t interval"
 NEWCOMBE = "Newcombe's hybrid interval"
+MOVER = "Zou and Donner's interval of a weighted mean"
 
 
 @frozen(kw_only=True)
@@ -151,6 +153,22 @@ def unpaired_difference(
     low = mean - math.hypot(b.mean - b.low, a.high - a.mean)
     high = mean + math.hypot(b.high - b.mean, a.mean - a.low)
     return Interval(mean=mean, low=low, high=high, n=min(a.n, b.n), method=NEWCOMBE)
+
+
+def combined(parts: Sequence[tuple[Interval, float]]) -> Interval:
+    """The weighted sum of means over different prompts, from their own intervals at the same level; n is their total.
+
+    Each part is an interval and its weight, which is above 0.  Source: Zou and Donner 2008, Statistics in Medicine 27,
+    1693-1702 (method of variance estimates recovery).  Raises ValueError if there are no parts.
+    """
+    if not parts:
+        raise ValueError("no intervals")
+    mean = sum(weight * interval.mean for interval, weight in parts)
+    low = math.hypot(*(weight * (interval.mean - interval.low) for interval, weight in parts))
+    high = math.hypot(*(weight * (interval.high - interval.mean) for interval, weight in parts))
+    method = parts[0][0].method if len(parts) == 1 else MOVER
+    n = sum(interval.n for interval, _ in parts)
+    return Interval(mean=mean, low=mean - low, high=mean + high, n=n, method=method)
 
 
 def paired_p_value(before: Sequence[float], after: Sequence[float], seed: int = 0, resamples: int = 10_000) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def write(spec: ExperimentSpec, base: Path, run: Path, *, adapter: bool) -> str:
     sections = {
         "Training": _bullets(_training(spec, run, method)),
         "Held-out scores": _scores(run),
+        "New skill and retention": _retention(run),
         "Origin": _bullets(_origin(spec, facts, start)),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
@@ -82,15 +83,32 @@ def _scores(run: Path) -> str:
     records = json.loads(path.read_text(encoding="utf-8"))
     rows = ["| suite | decoding | score | before | after | change | n |", "|---|---|---|---|---|---|---|"]
     for row in records:
-        figures = " | ".join(
-            "{:.3f} [{:.3f}, {:.3f}]".format(*row[column]) for column in ("before", "after", "change")
-        )
+        figures = " | ".join(_with_ends(row[column]) for column in ("before", "after", "change"))
         rows.append(f"| {row['suite']} | {row['decoding']} | {row['score']} | {figures} | {row['n']} |")
     methods = (method for row in records for method in row.get("methods", {}).values())
     notes = [f"Intervals are {interval_note(methods)}."]
     if few := few_prompts_warning({row["suite"]: row["n"] for row in records}):
         notes.append(f"Warning: {few}.")
     return "\n".join([*rows, "", *notes])
+
+
+def _retention(run: Path) -> str:
+    """The run's table of new skill and retention; empty without a panel."""
+    path = run / "retention.json"
+    if not path.is_file():
+        return ""
+    records = json.loads(path.read_text(encoding="utf-8"))
+    rows = ["| figure | before | after | change | prompts |", "|---|---|---|---|---|"]
+    for row in records:
+        figures = " | ".join(_with_ends(row[column]) for column in ("before", "after", "change"))
+        rows.append(f"| {row['figure']} | {figures} | {row['n']} |")
+    methods = (method for row in records for method in row["methods"].values())
+    what = "New skill is the mean of the task's suites, retention that of the panel's entries."
+    return "\n".join([*rows, "", f"{what} Intervals are {interval_note(methods)}."])
+
+
+def _with_ends(interval: Sequence[float]) -> str:
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
 
 
 def _origin(spec: ExperimentSpec, facts: Mapping[str, Any], start: str) -> Iterator[str]:

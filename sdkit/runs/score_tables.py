@@ -35,10 +35,11 @@ MEASURES_NOTE = "* the 95 % interval of the paired change excludes 0; docs/metri
 
 
 def score_changes(before: EvaluationResult, after: EvaluationResult) -> dict[Key, Change]:
-    """The intervals of every score."""
+    """The intervals of every score that both have."""
     return {
         key: {"before": before.interval(key), "after": after.interval(key), "change": after.difference(before, key)}
         for key in before.scores
+        if key in after.scores
     }
 
 

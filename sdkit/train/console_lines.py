@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.text import Text
 
+from sdkit.runs import retention
 from sdkit.runs.evaluations import EvaluationResult, main_keys
 
 LOG_LINE = 80 - len("00:00:00 ")
@@ -77,8 +78,8 @@ def _rate(value: float | None) -> str:
 
 
 def evaluation_lines(step: int, result: EvaluationResult, seconds: float) -> list[str]:
-    """Returns a line of scores for each suite, with the suite's name if there are several."""
-    suites = list(result.sizes)
+    """Returns a line of scores for each suite of the task, with its name if there are several, and one for the panel."""
+    suites = [suite for suite in result.sizes if suite not in result.panel]
     lines: list[str] = []
     for suite in suites:
         name = f"evaluation after step {step}" + (f", {escape(suite)}" if len(suites) > 1 else "")
@@ -88,6 +89,9 @@ def evaluation_lines(step: int, result: EvaluationResult, seconds: float) -> lis
             if key[0] == suite
         ]
         lines.append(f"[cyan]{name}[/]: {escape(', '.join(scores))}")
+    if figures := retention.means(result):
+        scores = ", ".join(f"{name} {mean:.3f}" for name, mean in figures.items())
+        lines.append(f"[cyan]evaluation after step {step}, panel[/]: {escape(scores)}")
     lines[-1] += f" [dim]({seconds:.0f} s)[/]"
     return lines
 

@@ -8,7 +8,7 @@ from typing import Any
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
 from sdkit.language.metric_names import WITHIN
-from sdkit.language.specs import Decoding, Environment, EvaluationSpec, Suite
+from sdkit.language.specs import Decoding, Environment, EvaluationSpec, HeldOutPrompts
 from sdkit.rewards.scoring import reward_values, score
 from sdkit.runs.evaluations import EvaluationResult, Key, read_back
 from sdkit.runs.sample_measures import completion_measures, prompt_measures
@@ -31,11 +31,11 @@ def headline(evaluation: EvaluationSpec) -> Key:
     return name, next(iter(suite.decoding)), suite.score
 
 
-def number_of_completions(data: RunData, evaluation: EvaluationSpec) -> int:
-    """The number of completions that this rank samples in an evaluation."""
+def number_of_completions(data: RunData, suites: Mapping[str, HeldOutPrompts]) -> int:
+    """The number of completions that this rank samples for these suites."""
     return sum(
         len(collectives.shard_indices(len(data.suites[name]))) * decoding.samples
-        for name, suite in evaluation.suites.items()
+        for name, suite in suites.items()
         for decoding in suite.decoding.values()
     )
 
@@ -52,8 +52,8 @@ def evaluate(
     results: list[EvaluationResult] = []
     for name, suite in evaluation.suites.items():
         prompts = [(row, data.student_ids(row)) for row in data.suites[name]]
-        results.append(_evaluate_suite(sampler, name, suite, prompts, backend, advance))
-    return _merge(results)
+        results.append(evaluate_suite(sampler, name, suite, prompts, backend, advance))
+    return merge(results)
 
 
 def teacher_lift(
@@ -78,7 +78,7 @@ def teacher_lift(
             continue
         prompts = [(rows[i], ids) for i, ids in with_prompt.items()]
         backend, _ = sampler.backends.load(sampler.models.teacher_weights, specs.optimizer_steps, evaluation=True)
-        lifts.append(lift_of(before, list(with_prompt), _evaluate_suite(sampler, name, suite, prompts, backend)))
+        lifts.append(lift_of(before, list(with_prompt), evaluate_suite(sampler, name, suite, prompts, backend)))
     return merged(lifts)
 
 
@@ -116,10 +116,10 @@ def held_out_loss(
     return metrics
 
 
-def _evaluate_suite(
+def evaluate_suite(
     sampler: RolloutSampler,
     name: str,
-    suite: Suite,
+    suite: HeldOutPrompts,
     prompts: Sequence[tuple[Row, tuple[int, ...]]],
     backend: RolloutBackend,
     advance: Advance = no_progress,
@@ -137,7 +137,7 @@ def _evaluate_suite(
         sampling = _sampling_params(decoding, limit, spec.rollout.stop)
         completions = sampler.complete(backend, requests, [rows[i] for i in owners], sampling, name, advance)
         results.append(_score_completions(data, (name, decoding_name), suite, rows, owners, completions))
-    return _merge(results)
+    return merge(results)
 
 
 def _sampling_params(decoding: Decoding, limit: int, stop: tuple[str, ...]) -> SamplingParams:
@@ -149,7 +149,7 @@ def _sampling_params(decoding: Decoding, limit: int, stop: tuple[str, ...]) -> S
 def _score_completions(
     data: RunData,
     key: tuple[str, str],
-    suite: Suite,
+    suite: HeldOutPrompts,
     rows: Sequence[Row],
     owners: Sequence[int],
     completions: Sequence[Completion],
@@ -179,11 +179,13 @@ def _score_completions(
         for j, (text, i) in enumerate(zip(texts, owners, strict=True))
     ]
     scored = sorted((item for part in collectives.all_gather_object(own) for item in part), key=lambda item: item[0])
-    records = with_success_by_turn([record for _, record in scored], data.spec.environment)
+    entry = data.panel[name].entry if name in data.panel else None
+    records = [record | {"panel": entry} if entry else record for _, record in scored]
+    records = with_success_by_turn(records, None if entry else data.spec.environment)
     return read_back(records, tokens=int(sum(record["measures"]["completion_tokens"] for record in records)))
 
 
-def _passed(suite: Suite, score: float) -> dict[str, bool]:
+def _passed(suite: HeldOutPrompts, score: float) -> dict[str, bool]:
     """Whether a completion passed, for pass@k; empty if the suite has no score to pass."""
     return {} if suite.pass_score is None else {"passed": score >= suite.pass_score}
 
@@ -228,7 +230,8 @@ def with_success_by_turn(
     return [record | {"scores": record["scores"] | success(record["turn_rewards"])} for record in records]
 
 
-def _merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
+def merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:
+    """Returns the results of several suites as one."""
     return EvaluationResult(
         scores={key: scores for part in parts for key, scores in part.scores.items()},
         records=[record for part in parts for record in part.records],

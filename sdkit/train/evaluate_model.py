@@ -18,8 +18,8 @@ from sdkit.runs.provenance import this_process
 from sdkit.runs.samples import as_markdown
 from sdkit.runs.score_tables import measure_records, measures_table, score_records, scores_table, warn_of_few_prompts
 from sdkit.stdout import Phases, is_first_rank
-from sdkit.train import failures, prompt_record, run_origin
-from sdkit.train.evaluate import evaluate, number_of_completions
+from sdkit.train import failures, panel, prompt_record, run_origin
+from sdkit.train.evaluate import evaluate, merge, number_of_completions
 from sdkit.train.run import open_run
 
 PAGE_RECORDS = 20
@@ -41,9 +41,11 @@ def evaluate_model(
     together = False
     try:
         assert spec.evaluation is not None
-        total = number_of_completions(trainer.setup.data, spec.evaluation)
+        total = number_of_completions(trainer.setup.data, spec.evaluation.suites) + panel.amount_of_work(trainer.setup)
         with phases.phase("evaluation", total) as advance, failures.explained():
             result = evaluate(trainer.sampler, spec.evaluation, 0, advance)
+            if spec.evaluation.panel:
+                result = merge([result, panel.evaluate_panel(trainer.sampler, 0, console, advance)])
         console.print(scores_table(result))
         if table := measures_table(result.measure_means()):
             console.print(table)

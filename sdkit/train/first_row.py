@@ -42,9 +42,8 @@ def check_first_rows(checked: CheckedSpec) -> FirstRows:
     needed, texts = reads.required_columns(spec), reads.text_columns(spec, None)
     row = _check(first_rows, checked, ("data",), spec.data, needed, texts)
     _check_values(first_rows, checked, row, reads.training_rewards(spec))
-    for name, suite in spec.suites.items():
-        path = ("evaluation", "suites", name, "data")
-        row = _check(first_rows, checked, path, suite.data, [], reads.text_columns(spec, suite))
+    for path, _, suite in spec.placed_suites():
+        row = _check(first_rows, checked, (*path, "data"), suite.data, [], reads.text_columns(spec, suite))
         _check_values(first_rows, checked, row, reads.suite_rewards(spec, suite))
     return first_rows
 

@@ -19,6 +19,7 @@ from sdkit.environments import open_environment
 from sdkit.environments.interface import Environment
 from sdkit.language import columns, specs
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
+from sdkit.language.panel import panel_suites
 from sdkit.models.embedding_ids import HINT, KnownIds
 from sdkit.models.loading import load_tokenizer
 from sdkit.plan.machine import machine_for
@@ -71,15 +72,24 @@ class RunData:
         self.suites: dict[str, list[Row]] = {}
         # By suite: held-out rows dropped because an earlier row of the suite has the same prompt.
         self.dropped_repeats: dict[str, int] = {}
+        self.panel = {part.name: part for part in panel_suites(spec)}
         for name, suite in spec.suites.items():
-            self.suites[name], self.dropped_repeats[name] = self._load_suite(name, suite, base)
-        self.train, self.dropped = self._load_training_rows(spec.suites, base)
+            with blaming("evaluation", "suites", name, "data"):
+                texts = columns.text_columns(spec, suite)
+                self.suites[name], self.dropped_repeats[name] = self._load_suite(suite, texts, base)
+        for name, part in self.panel.items():
+            with blaming(*part.path):
+                texts = set() if part.is_packaged else columns.text_columns(spec, part.suite)
+                self.suites[name], self.dropped_repeats[name] = self._load_suite(part.suite, texts, base)
+        self.train, self.dropped = self._load_training_rows(base)
         self.rewards = {
-            name: self._open_rewards(columns.suite_rewards(spec, suite), suite.data, base)
+            name: self._open_rewards(spec.rewards, columns.suite_rewards(spec, suite), suite.data, base)
             for name, suite in spec.suites.items()
         }
+        for name, part in self.panel.items():
+            self.rewards[name] = self._open_rewards(part.rewards, part.scores, part.suite.data, base)
         # Every reward that can score training rows: for metrics, whether or not the loss uses it.
-        self.train_rewards = self._open_rewards(columns.training_rewards(spec), spec.data, base)
+        self.train_rewards = self._open_rewards(spec.rewards, columns.training_rewards(spec), spec.data, base)
         self.environments = self._open_environments(base)
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
@@ -99,12 +109,12 @@ class RunData:
             return ObservationEncoder(self.prompter, self.turn_end, self.spec.environment.max_observation_tokens)
 
     def _open_environments(self, base: Path) -> dict[str | None, Environment]:
-        """The environment of the training rows (None) and of each suite's; none if the spec has none."""
+        """The environment of the training rows (None) and of each suite of the task; none if the spec has none."""
         spec = self.spec.environment
         if spec is None:
             return {}
         with blaming("environment"):
-            rewards = {None: self.train_rewards, **self.rewards}
+            rewards = {None: self.train_rewards, **{name: self.rewards[name] for name in self.spec.suites}}
             return {suite: open_environment(spec, scorers, self.reward, base) for suite, scorers in rewards.items()}
 
     def close(self) -> None:
@@ -112,27 +122,28 @@ class RunData:
         for environment in self.environments.values():
             environment.close()
 
-    def _load_suite(self, name: str, suite: specs.Suite, base: Path) -> tuple[list[Row], int]:
+    def _load_suite(self, suite: specs.HeldOutPrompts, texts: set[str], base: Path) -> tuple[list[Row], int]:
         """A suite's rows without repeated prompts, and the number of rows dropped."""
-        texts = columns.text_columns(self.spec, suite)
-        with blaming("evaluation", "suites", name, "data"):
-            return drop_duplicates(load_rows(suite.data, base, self.spec.data.columns, texts=texts), self.task_columns)
+        return drop_duplicates(load_rows(suite.data, base, self.spec.data.columns, texts=texts), self.task_columns)
 
-    def _load_training_rows(self, suites: Mapping[str, specs.Suite], base: Path) -> tuple[list[Row], int]:
-        """The training rows without those held out in a suite, and the number of rows dropped."""
+    def _load_training_rows(self, base: Path) -> tuple[list[Row], int]:
+        """The training rows without those held out in a suite or in the panel, and the number of rows dropped."""
         needed, texts = columns.required_columns(self.spec), columns.text_columns(self.spec, None)
         with blaming("data"):
             rows = load_rows(self.spec.data, base, needed=needed, texts=texts)
+        suites = {**self.spec.suites, **{name: part.suite for name, part in self.panel.items()}}
         held_out = [row for name, suite in suites.items() for row in self.suites[name] if suite.same_prompts == "drop"]
         kept, dropped = drop_overlap(rows, held_out, self.task_columns)
         if not kept:
             raise BadData("every training row is held out too, so nothing is left to train on", path=("data",))
         return kept, dropped
 
-    def _open_rewards(self, names: Iterable[str], data: specs.DataSpec, base: Path) -> dict[str, Scorer]:
-        """Scorers of these rewards, for rows of this data set."""
+    def _open_rewards(
+        self, rewards: Mapping[str, specs.Reward], names: Iterable[str], data: specs.DataSpec, base: Path
+    ) -> dict[str, Scorer]:
+        """Scorers of the named rewards, for rows of this data set."""
         task = data.source if isinstance(data.source, specs.ReasoningGymSource) else None
-        return open_rewards(self.spec.rewards, names, base, task, self._now)
+        return open_rewards(rewards, names, base, task, self._now)
 
     def _now(self) -> datetime:
         """The date that chat templates print; rank 0 sets it for all ranks after the rewards are opened."""
@@ -152,9 +163,11 @@ class RunData:
         order = positions(0, count, len(self.train), training.seed, self.spec.data.shuffle)
         parts = {"train": [self.train[i] for i in order]}
         parts |= {f"suite {name}": rows for name, rows in self.suites.items()}
-        digests = {name: _digest(map(self.student_ids, rows)) for name, rows in parts.items()}
+        digests = {name: digest_of_prompts(map(self.student_ids, rows)) for name, rows in parts.items()}
         for name, rows in parts.items():
-            digests[f"{name} (teacher)"] = _digest(map(self.teacher_ids, rows))
+            if name.removeprefix("suite ") in self.panel:
+                continue
+            digests[f"{name} (teacher)"] = digest_of_prompts(map(self.teacher_ids, rows))
         return digests
 
     def batch_rows(self, step: int) -> list[Row]:
@@ -239,7 +252,19 @@ class RunData:
             check_rewards(self.spec.rewards, self.rewards[name], self.suites[name])
             self._check_routes(self.suites[name][: suite.loss_prompts])
             longest_completion = max(longest_completion, self.spec.longest_completion(suite.max_new_tokens))
-        return longest + longest_completion
+        limits = (part.suite.max_new_tokens or 0 for part in self.panel.values())
+        return max(longest, self._check_panel()) + max(longest_completion, *limits, 0)
+
+    def _check_panel(self) -> int:
+        """Render the prompts of the panel, which only the student sees; returns the length of the longest in tokens."""
+        longest = 0
+        for name, part in self.panel.items():
+            rows = self.suites[name]
+            with blaming(*part.path):
+                self._check_ids((row, "the student's prompt", self.student_ids(row)) for row in rows)
+            check_rewards(part.rewards, self.rewards[name], rows)
+            longest = max(longest, *(len(self.student_ids(row)) for row in rows))
+        return longest
 
     def _find_control_tokens(self, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
         """Yields the rows whose text spells a control token that the tokenizer would encode as one, each with its first."""
@@ -302,7 +327,8 @@ class RunData:
         return max(longest, min(upper_bound, sees.max_prompt_tokens or upper_bound))
 
 
-def _digest(prompts: Iterable[Sequence[int] | None]) -> str:
+def digest_of_prompts(prompts: Iterable[Sequence[int] | None]) -> str:
+    """SHA-256 of prompts as token ids, in order."""
     digest = hashlib.sha256()
     for ids in prompts:
         digest.update(json.dumps(ids).encode() + b"\n")

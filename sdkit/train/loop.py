@@ -17,9 +17,9 @@ from sdkit.language.errors import NumericsGuard, Stopped
 from sdkit.language.schedules import at_step
 from sdkit.runs.evaluations import EvaluationResult
 from sdkit.stdout import Advance
-from sdkit.train import determinism, stop_requests
+from sdkit.train import determinism, panel, stop_requests
 from sdkit.train.collect_rollouts import CollectedRollouts, collect_rollouts, completion_text
-from sdkit.train.evaluate import evaluate, headline, held_out_loss, number_of_completions, teacher_lift
+from sdkit.train.evaluate import evaluate, headline, held_out_loss, merge, number_of_completions, teacher_lift
 from sdkit.train.metrics import step_metrics
 from sdkit.train.report import Report
 from sdkit.train.rollout_filters import filter_rollouts
@@ -177,11 +177,16 @@ def _evaluate(trainer: Trainer, report: Report, stop: StopRequests) -> Evaluatio
     if spec.evaluation is None:
         return None
     started = time.perf_counter()
-    bar = report.phases.phase(
-        f"evaluation after step {step}", number_of_completions(trainer.setup.data, spec.evaluation)
-    )
+    with_panel = panel.is_due(spec.evaluation, step, trainer.setup.end)
+    total = number_of_completions(trainer.setup.data, spec.evaluation.suites)
+    total += panel.amount_of_work(trainer.setup) if with_panel else 0
+    bar = report.phases.phase(f"evaluation after step {step}", total)
     with _abandonable(trainer, report, stop), bar as advance:
         result = evaluate(trainer.sampler, spec.evaluation, specs.optimizer_steps, advance)
+        if with_panel:
+            result = merge(
+                [result, panel.evaluate_panel(trainer.sampler, specs.optimizer_steps, report.console, advance)]
+            )
         trainer.sampler.backends.sleep()
         losses = held_out_loss(trainer.sampler, trainer.learner, spec.evaluation, specs)
     if metric := best_metric(spec):

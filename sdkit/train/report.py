@@ -20,6 +20,7 @@ from sdkit.language.resolved import leaves, resolved
 from sdkit.models.device import rank_device
 from sdkit.models.packing import LONGEST_PACK
 from sdkit.plan.plan import Plan
+from sdkit.runs import retention
 from sdkit.runs.directory import RunDirectory
 from sdkit.runs.evaluations import EvaluationResult, Key, read_back
 from sdkit.runs.samples import as_markdown
@@ -47,7 +48,7 @@ from sdkit.train.tripwires import TripwireWarning
 
 RESULTS = ("loss", "eval/score", "eval/loss")
 """The metrics that a tracker's table of runs shows, from the last step that has them."""
-NO_SETTINGS = ("data.source", "output.", "evaluation.suites")
+NO_SETTINGS = ("data.source", "output.", "evaluation.suites", "evaluation.panel")
 """Keys that are left out of that table."""
 
 
@@ -149,7 +150,7 @@ class Report:
         self.first = self.first or result
         self.last = result
         self.evaluated_at.add(step)
-        metrics = result.metrics(self._headline) | dict(losses)
+        metrics = result.metrics(self._headline) | retention.metrics(result) | dict(losses)
         self.run.metrics(step, metrics | {"time/evaluation": seconds})
         self.run.lines("evaluations", step, result.records)
         self.seconds["time/evaluation"] = seconds
@@ -192,12 +193,20 @@ class Report:
             if table := measure_changes_table(measures):
                 self.console.print(table)
                 self.run.write_json("measures.json", comparison_records(measures, "measure"))
+            if figures := retention.changes(self.first, self.last):
+                self.console.print(retention.retention_table({"": figures}))
+                self.run.write_json("retention.json", retention.retention_records(figures))
             warn_of_few_prompts(self.console, self.last)
         lines = self.run.history()
         results = {name: line[name] for line in lines for name in RESULTS if name in line}
         settings = {".".join(map(str, path)): value for path, value in leaves(resolved(self.setup.spec))}
         shown = {name: value for name, value in settings.items() if not name.startswith(NO_SETTINGS)}
         self.run.results(shown, results, max((line["step"] for line in lines), default=0))
+
+    @property
+    def panel(self) -> set[str]:
+        """The suites of the panel, as far as they are evaluated."""
+        return set(self.first.panel) if self.first else set()
 
     @property
     def _headline(self) -> Key:

@@ -10,6 +10,7 @@ from sdkit.language.errors import BadData, first_of
 from sdkit.language.specs import (
     ChoiceReward,
     ExactReward,
+    InstructionChecks,
     NumberReward,
     ReasoningGymReward,
     RegexReward,
@@ -18,7 +19,7 @@ from sdkit.language.specs import (
 )
 from sdkit.rewards.scoring import Scorer, score
 
-COMPARING_REWARDS = {ExactReward, NumberReward, ChoiceReward, RegexReward, ReasoningGymReward}
+COMPARING_REWARDS = {ExactReward, NumberReward, ChoiceReward, RegexReward, ReasoningGymReward, InstructionChecks}
 """Rewards that only compare a completion with its row, without running user code or a model."""
 
 

@@ -128,10 +128,11 @@ class RolloutSampler:
         `rows` are the requests' rows; a recording holds whole trajectories.  `advance` as in `RolloutBackend`.
         """
         data, spec = self.setup.data, self.setup.spec.environment
-        if spec is None or data.observations is None or isinstance(backend, ReplayRollouts):
+        environment = data.environments.get(suite)  # the panel has none
+        if not spec or not environment or not data.observations or isinstance(backend, ReplayRollouts):
             return backend.sample(requests, sampling, advance)
         trajectories = TrajectorySampler(
-            environment=data.environments[suite],
+            environment=environment,
             observations=data.observations,
             max_tokens=spec.longest(sampling.max_new_tokens),
             error_limit=spec.error_limit,

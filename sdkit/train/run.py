@@ -342,7 +342,7 @@ def _train(trainer: Trainer, run: directory.RunDirectory, console: Console, phas
         if keep:
             checkpoint.save(trainer.state, run.path, trainer.setup.spec)
         if collectives.rank() == 0:
-            plot(run.history(), run.path / "plot.png", run.path.name)
+            plot(run.history(), run.path / "plot.png", run.path.name, reporter.panel)
     reporter.finished()
     console.print(f"run directory: {run.path}", highlight=False)
     return reporter.divergence()

@@ -141,6 +141,8 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
             suites=specs.Table({n: _small_suite(s, rows) for n, s in full.evaluation.suites.items()}),
             every=None,
             teacher_lift=2,
+            panel=(),
+            panel_every=None,
         ),
         optimizer=evolve(full.optimizer, warmup_steps=0) if full else specs.OptimizerSpec(lr=1e-3),
         training=_small_training(

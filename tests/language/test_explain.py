@@ -47,9 +47,10 @@ def test_a_kind_is_explained_by_name_and_at_its_key():
 
 
 def test_keys_of_one_name_are_listed():
-    text = explain("path")
+    text = explain("path", 140)
     assert "keys are named path" in text
-    assert "  data.source.path, evaluation.suites.NAME.data.source.path of jsonl, json, csv, parquet\n" in text
+    places = ["data.source.path", "evaluation.suites.NAME.data.source.path", "evaluation.panel.0.data.source.path"]
+    assert f"  {', '.join(places)} of jsonl, json, csv, parquet\n" in text
 
 
 @pytest.mark.parametrize("code", codes())

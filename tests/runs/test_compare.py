@@ -373,7 +373,7 @@ def test_picture_has_the_main_score_of_every_suite(make_run, tmp_path, monkeypat
     suites = {suite: {"score": "right"} for suite in ("sums", "words")}
     folder = make_run("one", {0: dict.fromkeys(keys, right(of=4))}, spec=SPEC | {"evaluation": {"suites": suites}})
     drawn = []
-    monkeypatch.setattr("sdkit.runs.compare_text.plot_runs", lambda _, keys, __: drawn.append(keys))
+    monkeypatch.setattr("sdkit.runs.compare_text.plot_runs", lambda _, keys, *rest: drawn.append(keys))
     for score in (None, "form"):
         compare([folder], Console(file=StringIO()), tmp_path / "picture.png", "tokens", score)
     assert drawn == [[keys[0], keys[2]], [keys[1], keys[3]]]

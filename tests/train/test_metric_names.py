@@ -16,6 +16,7 @@ from sdkit.language.specs import (
     EmaWeights,
     GroupRelative,
     ImportanceSpec,
+    InstructionSuite,
     MixtureSamples,
     NonEmpty,
     OldPolicyRatio,
@@ -41,7 +42,7 @@ OF_GPUS = {"memory/device_allocated_gib", "memory/device_reserved_gib", "time/mf
 
 @pytest.fixture(scope="module")
 def routed(tiny_folder):
-    """A spec with a route, filters, slots, schedules, rewards, suites, an environment and a teacher lift."""
+    """A spec with a route, filters, slots, schedules, rewards, suites, an environment, a panel and a teacher lift."""
     sees = UserTurn(template="{prompt} {sibling}", slots=Table({"sibling": SuccessfulSibling(threshold=0.0)}))
     moving = Schedule(start=0.1, to=0.2, steps=2)
     spec = with_evaluation(
@@ -51,7 +52,8 @@ def routed(tiny_folder):
             losses=Table(dict(distil(coefficient=moving)) | {"imitate": CrossEntropy()}),
             rollout=rollout(completions_per_prompt=2, keep=(NonEmpty(),)),
             route=RouteSpec(when="failed", then=("imitate",), otherwise=("distil",)),
-        )
+        ),
+        panel=(InstructionSuite(size=2, max_new_tokens=2),),
     )
     environment = RetryEnvironment(max_turns=2)
     return evolve(spec, reward="number", environment=environment, training=evolve(spec.training, steps=1))

@@ -146,8 +146,8 @@ def adds_no_view(sees: specs.Sees | None) -> bool:
 def data_of(spec: specs.ExperimentSpec) -> Iterator[tuple[Path, specs.DataSpec]]:
     """The training data and the data of every suite, each with its path."""
     yield ("data",), spec.data
-    for name, suite in spec.suites.items():
-        yield ("evaluation", "suites", name, "data"), suite.data
+    for path, _, suite in spec.placed_suites():
+        yield (*path, "data"), suite.data
 
 
 def columns_of(spec: specs.ExperimentSpec, data: specs.DataSpec) -> Mapping[str, Any]:

@@ -108,7 +108,11 @@ def environment_class(spec: specs.ExperimentSpec, context: Context) -> Iterator[
     path = context.file(environment.file)
     if fault := class_fault_of(path, environment.file, environment.class_name, METHODS):
         key, message, hint = fault
-        yield ("environment", key), message, hint if os.path.exists(path) else context.start_of(("environment", key))
+        yield (
+            ("environment", key),
+            message,
+            hint if os.path.exists(path) else context.start_of(("environment", key), environment.file),
+        )
     known = list(spec.data.columns or {})
     for place, name in enumerate(environment.columns):
         if known and name not in known:

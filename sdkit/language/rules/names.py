@@ -18,9 +18,8 @@ def reserved_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     paths: list[Path] = [("losses", name) for name in spec.losses]
     if isinstance(spec, ExperimentSpec):
         paths += [("rewards", name) for name in spec.rewards if name in MEASURES or name.startswith(SCORE_PREFIXES)]
-        for suite_name, suite in spec.suites.items():
-            path = ("evaluation", "suites", suite_name)
-            paths += [path, *((*path, "decoding", name) for name in suite.decoding)]
+        paths += [("evaluation", "suites", name) for name in spec.suites]
+        paths += [(*path, name) for path, decodings in spec.decodings() for name in decodings]
     for path in paths:
         if path[0] == "rewards" or path[-1] in FAMILIES or path[-1] == LENGTH_METRIC:
             yield path, f"{shorten(path[-1])} stands in the names of sdkit's own metrics", "choose another name"
@@ -36,8 +35,8 @@ def ambiguous_score(spec: ExperimentSpec, context: Context) -> Iterator[Finding]
             if name.endswith(end) and (other := name.removesuffix(end)) in spec.rewards:
                 message = f"{shorten(name)} is how the interval of {shorten(other)} is written"
                 yield ("rewards", name), message, "choose another name"
-    for suite_name, suite in spec.suites.items():
-        for name in suite.decoding:
+    for path, decodings in spec.decodings():
+        for name in decodings:
             if name in spec.losses:
-                path = ("evaluation", "suites", suite_name, "decoding", name)
-                yield path, f"{shorten(name)} is a term of the losses too", "choose another name for this decoding"
+                message = f"{shorten(name)} is a term of the losses too"
+                yield (*path, name), message, "choose another name for this decoding"

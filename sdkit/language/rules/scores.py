@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdkit.language import specs
+from sdkit.language.errors import Path as SpecPath
 from sdkit.language.errors import did_you_mean, outside, shorten
 from sdkit.language.files import file_names
 from sdkit.language.python_imports import modules_beside
@@ -18,8 +19,7 @@ from sdkit.language.rules.base import ADAPTER_CONFIG, IS_ADAPTER, Context, Findi
 def unknown_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A suite refers to its rewards, declared under `rewards`, by name."""
     known = list(spec.rewards)
-    for suite_name, suite in spec.suites.items():
-        path = ("evaluation", "suites", suite_name)
+    for path, _, suite in spec.placed_suites():
         named = [((*path, "score"), suite.score)]
         named += [((*path, "also", i), name) for i, name in enumerate(suite.also)]
         for where, name in named:
@@ -34,14 +34,14 @@ def _rewards(spec: specs.ExperimentSpec, kind: type[T]) -> list[tuple[str, T]]:
     return [(name, reward) for name, reward in spec.rewards.items() if isinstance(reward, kind)]
 
 
-def _users(spec: specs.ExperimentSpec) -> dict[str, list[tuple[str, specs.Suite]]]:
-    """The suites that use each reward, directly or as part of a weighted sum."""
+def _users(spec: specs.ExperimentSpec) -> dict[str, list[tuple[SpecPath, str, specs.HeldOutPrompts]]]:
+    """The suites that use each reward, directly or as part of a weighted sum, each with its path and its name."""
     reached = {name: _with_parts(spec, name) for name in spec.rewards}
-    users: dict[str, list[tuple[str, specs.Suite]]] = {name: [] for name in spec.rewards}
-    for name, suite in spec.suites.items():
+    users: dict[str, list[tuple[SpecPath, str, specs.HeldOutPrompts]]] = {name: [] for name in spec.rewards}
+    for path, name, suite in spec.placed_suites():
         scores = [reached[used] for used in {suite.score, *suite.also} if used in reached]
         for reward in users.keys() & set().union(*scores):
-            users[reward].append((name, suite))
+            users[reward].append((path, name, suite))
     return users
 
 
@@ -66,11 +66,11 @@ def reasoning_gym_reward(spec: specs.ExperimentSpec, context: Context) -> Iterat
     """reasoning-gym's scorer needs the entry that its task generated."""
     users = _users(spec)
     for name, _ in _rewards(spec, specs.ReasoningGymReward):
-        for suite_name, suite in users[name]:
+        for path, suite_name, suite in users[name]:
             if not isinstance(suite.data.source, specs.ReasoningGymSource):
                 message = f"reward {shorten(name)} scores reasoning_gym rows, but suite {shorten(suite_name)} has {suite.data.source.kind}"
                 hint = "use a reward of kind exact, number or choice"
-                yield ("evaluation", "suites", suite_name, "score"), message, hint
+                yield (*path, "score"), message, hint
 
 
 @run_rule("suites have the columns that their rewards read")
@@ -79,10 +79,11 @@ def answer_column(spec: specs.ExperimentSpec, context: Context) -> Iterator[Find
     users = _users(spec)
     for name, reward in spec.rewards.items():
         column = specs.column_of(reward)
-        for suite_name, suite in users[name] if column else ():
+        for _, suite_name, suite in users[name] if column else ():
             known = columns_of(spec, suite.data)
             if column and known and column not in known:
-                path = ("rewards", name, "tests" if isinstance(reward, specs.PythonTests) else "answer")
+                keys = {specs.PythonTests: "tests", specs.InstructionChecks: "checks"}
+                path = ("rewards", name, keys.get(type(reward), "answer"))
                 setting = context.stated(path, column)
                 message = f"{setting}, which {outside(known)}, the columns of suite {shorten(suite_name)}"
                 yield path, message, did_you_mean(column, known)

@@ -28,8 +28,7 @@ def plain_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     if isinstance(spec, ExperimentSpec):
         tables["rewards",] = spec.rewards
         tables["evaluation", "suites"] = spec.suites
-        for name, suite in spec.suites.items():
-            tables["evaluation", "suites", name, "decoding"] = suite.decoding
+        tables |= dict(spec.decodings())
     for path, table in tables.items():
         for name in table:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", name):
@@ -78,10 +77,10 @@ def context_length(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     longest: list[tuple[Path, int, int]] = [(("rollout",), rollout.max_prompt_tokens or 0, new)]
     if spec.sees:
         longest.append((("teacher", "sees"), spec.sees.max_prompt_tokens or 0, new))
-    for name, suite in spec.suites.items():
+    for path, _, suite in spec.placed_suites():
         if suite.max_new_tokens:
-            path = ("evaluation", "suites", name, "max_new_tokens")
-            longest.append((path, rollout.max_prompt_tokens or 0, spec.longest_completion(suite.max_new_tokens)))
+            new = spec.longest_completion(suite.max_new_tokens) if path[1] == "suites" else suite.max_new_tokens
+            longest.append(((*path, "max_new_tokens"), rollout.max_prompt_tokens or 0, new))
     for path, prompt, new in longest:
         if prompt + new > shape.max_position_embeddings and (prompt or path[0] != "teacher"):
             key = "max_prompt_tokens" if prompt else "max_new_tokens"
@@ -205,6 +204,7 @@ def beyond_run(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     ]
     if spec.evaluation:
         intervals.append((("evaluation", "every"), spec.evaluation.every, steps))
+        intervals.append((("evaluation", "panel_every"), spec.evaluation.panel_every, steps))
     for path, weights in spec.teachers():
         if isinstance(weights, CopyWeights):
             intervals.append(((*path, "every"), weights.every, total))
@@ -250,8 +250,7 @@ def unused_setting(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
         schedule = context.stated(("optimizer", "lr_scheduler_type"), "constant")
         message = f"final_share has no effect: {schedule}"
         yield ("optimizer", "final_share"), message, "use lr_scheduler_type: linear or cosine"
-    for name, suite in spec.suites.items():
-        for decoding_name, decoding in suite.decoding.items():
+    for path, decodings in spec.decodings():
+        for name, decoding in decodings.items():
             if decoding.temperature == 0 and decoding.samples > 1:
-                path = ("evaluation", "suites", name, "decoding", decoding_name, "samples")
-                yield path, "greedy samples (temperature 0) are all alike", "use samples: 1"
+                yield (*path, name, "samples"), "greedy samples (temperature 0) are all alike", "use samples: 1"

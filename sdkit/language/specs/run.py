@@ -12,6 +12,7 @@ from sdkit.language.specs.collapse import CollapseSpec
 from sdkit.language.specs.data import DataSpec
 from sdkit.language.specs.divergences import FileDivergence
 from sdkit.language.specs.environments import Environment, FileEnvironment
+from sdkit.language.specs.evaluation import EvaluationSpec, LmEvalTasks, PanelSuite
 from sdkit.language.specs.fields import (
     AT_LEAST_ONE,
     GIBIBYTES,
@@ -33,7 +34,7 @@ from sdkit.language.specs.fields import (
 )
 from sdkit.language.specs.losses import Distillation
 from sdkit.language.specs.method import MethodSpec
-from sdkit.language.specs.scores import EvaluationSpec, FileReward, Reward, RewardModel, Suite
+from sdkit.language.specs.scores import Decoding, FileReward, HeldOutPrompts, Reward, RewardModel, Suite
 from sdkit.language.specs.teachers import FrozenWeights
 from sdkit.language.specs.token_weights import FileWeight
 
@@ -315,12 +316,28 @@ class ExperimentSpec(MethodSpec):
         limit = self.rollout.max_new_tokens if max_new_tokens is None else max_new_tokens
         return self.environment.longest(limit) if self.environment else limit
 
-    def temperatures(self) -> Iterator[tuple[tuple[str, ...], float]]:
+    def placed_suites(self) -> Iterator[tuple[tuple[str | int, ...], str, HeldOutPrompts]]:
+        """The path, the name and the spec of each suite of the user's: those of the task, and of the panel."""
+        for name, suite in self.suites.items():
+            yield ("evaluation", "suites", name), name, suite
+        for i, entry in enumerate(self.evaluation.panel if self.evaluation else ()):
+            if isinstance(entry, PanelSuite):
+                yield ("evaluation", "panel", i), entry.name, entry
+
+    def temperatures(self) -> Iterator[tuple[tuple[str | int, ...], float]]:
         """The key and the value of each temperature at which completions are sampled."""
         yield ("rollout", "temperature"), self.rollout.temperature
+        for path, table in self.decodings():
+            for decoding, settings in table.items():
+                yield (*path, decoding, "temperature"), settings.temperature
+
+    def decodings(self) -> Iterator[tuple[tuple[str | int, ...], Table[Decoding]]]:
+        """The path and the value of each table of decodings."""
         for name, suite in self.suites.items():
-            for decoding, settings in suite.decoding.items():
-                yield ("evaluation", "suites", name, "decoding", decoding, "temperature"), settings.temperature
+            yield ("evaluation", "suites", name, "decoding"), suite.decoding
+        for i, entry in enumerate(self.evaluation.panel if self.evaluation else ()):
+            if not isinstance(entry, LmEvalTasks):
+                yield ("evaluation", "panel", i, "decoding"), entry.decoding
 
     def user_files(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """The key and the value of each path of a user's Python file."""

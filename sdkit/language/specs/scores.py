@@ -1,4 +1,4 @@
-"""Rewards, answer extraction, and evaluation on held-out prompts."""
+"""Rewards, answer extraction, and suites of held-out prompts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,14 @@ class LastCodeBlock:
     kind: ClassVar[str] = "code_block"
 
 
-Extract = WholeText | Tagged | LastNumber | LastChoice | LastCodeBlock
+@frozen(kw_only=True)
+class LastWord:
+    """The last word of the completion, without the punctuation around it."""
+
+    kind: ClassVar[str] = "last_word"
+
+
+Extract = WholeText | Tagged | LastNumber | LastChoice | LastCodeBlock | LastWord
 
 
 @frozen(kw_only=True)
@@ -205,6 +212,20 @@ class EnvironmentReward:
 
 
 @frozen(kw_only=True)
+class InstructionChecks:
+    """Whether the completion passes the checks of its row, such as `[{check: words, at_most: 30}, {check: upper_case}]`.
+
+    docs/experiments.md lists the checks.
+    """
+
+    kind: ClassVar[str] = "instruction_checks"
+    checks: str = spec_field("column with the list of checks", default="checks", range=NAME)
+    credit: Literal["all", "share"] = spec_field(
+        "`all`: 1 if every check passes, else 0; `share`: the share of checks passed", default="all"
+    )
+
+
+@frozen(kw_only=True)
 class WeightedReward:
     """A weighted sum of other rewards; the parts are logged too."""
 
@@ -223,13 +244,14 @@ Reward = (
     | RewardModel
     | FileReward
     | EnvironmentReward
+    | InstructionChecks
     | WeightedReward
 )
 
 
 def column_of(reward: Reward) -> str | None:
     """The column that a reward reads; None if it reads none."""
-    return getattr(reward, "answer", None) or getattr(reward, "tests", None)
+    return next(filter(None, (getattr(reward, name, None) for name in ("answer", "tests", "checks"))), None)
 
 
 @frozen(kw_only=True)
@@ -250,8 +272,8 @@ GREEDY_AND_SAMPLED: Table[Decoding] = Table(
 
 
 @frozen(kw_only=True)
-class Suite:
-    """One named set of held-out prompts."""
+class HeldOutPrompts:
+    """Held-out prompts, how they are answered, and how the answers are scored."""
 
     data: DataSpec = spec_field("held-out rows")
     same_prompts: Literal["drop", "keep"] = spec_field(
@@ -270,21 +292,12 @@ class Suite:
     max_new_tokens: int | None = spec_field(
         "longest completion, tokens (default: the rollout's)", default=None, range=AT_LEAST_ONE
     )
-    loss_prompts: int = spec_field(
-        "number of held-out prompts on which all training metrics are computed", default=64, range=NOT_NEGATIVE_COUNT
-    )
 
 
 @frozen(kw_only=True)
-class EvaluationSpec:
-    """Evaluation on held-out prompts."""
+class Suite(HeldOutPrompts):
+    """One named set of held-out prompts."""
 
-    suites: Table[Suite] = spec_field("sets of held-out prompts, by name; the first is the headline", range=NOT_EMPTY)
-    every: int | None = spec_field(
-        "steps between evaluations; the run's start and end are always evaluated", default=None, range=AT_LEAST_ONE
-    )
-    teacher_lift: int = spec_field(
-        "number of held-out prompts on which the score with the teacher's context is measured before training; 0 skips it",
-        default=100,
-        range=NOT_NEGATIVE_COUNT,
+    loss_prompts: int = spec_field(
+        "number of held-out prompts on which all training metrics are computed", default=64, range=NOT_NEGATIVE_COUNT
     )
