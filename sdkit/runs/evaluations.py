@@ -111,7 +111,8 @@ def per_prompt(records: Sequence[Mapping[str, Any]]) -> dict[Key, dict[Prompt, f
         for prompt, samples in prompts.items():
             for k, estimate in passed_at(samples).items():
                 scores.setdefault((*part, pass_at(k)), {})[prompt] = estimate
-    return scores
+    parts = list(dict.fromkeys(key[:2] for key in scores))  # as if each decoding had been read back alone
+    return dict(sorted(scores.items(), key=lambda item: parts.index(item[0][:2])))
 
 
 def main_keys(keys: Iterable[Key]) -> list[Key]:

@@ -12,7 +12,7 @@ def evaluation(scores, panel):
     """An evaluation with these scores by suite, of which `panel` belong to an entry each."""
     records = [{"suite": suite, **({"panel": panel[suite]} if suite in panel else {})} for suite in scores]
     keyed = {(suite, "greedy", "right"): values for suite, values in scores.items()}
-    return EvaluationResult(scores=keyed, records=records, tokens=0, lengths={})
+    return EvaluationResult(scores=keyed, records=records, tokens=0)
 
 
 PANEL = {"logic": "reasoning", "sums": "reasoning", "form": "instructions"}
@@ -35,7 +35,6 @@ def test_a_suite_counts_with_its_first_decoding_and_reward():
         scores=several | {("form", "greedy", "x"): (0.5, 0.5)},
         records=[{"suite": "skill"}, {"suite": "form", "panel": "form"}],
         tokens=0,
-        lengths={},
     )
     assert retention.metrics(result)["eval/new_skill"] == 1.0
     assert retention.means(result) == {"form": 0.5}

@@ -9,12 +9,7 @@ RECORDS = [
     {"suite": "form", "decoding": "greedy", "row": i, "prompt": f"p{i}", "scores": {"right": 0.1 * i}, "panel": "form"}
     for i in range(3)
 ]
-RESULT = EvaluationResult(
-    scores={("form", "greedy", "right"): (0.0, 0.1, 0.2)},
-    records=RECORDS,
-    tokens=7,
-    lengths={("form", "greedy"): 7 / 3},
-)
+RESULT = EvaluationResult(scores={("form", "greedy", "right"): (0.0, 0.1, 0.2)}, records=RECORDS, tokens=7)
 FACTS = {"weights": "abc", "decoding": (0.0, 1)}
 
 
@@ -23,7 +18,7 @@ def test_scores_come_back_as_they_were(tmp_path):
     store_scores(tmp_path, FACTS, RESULT)
     stored = read_scores(tmp_path, FACTS)
     assert stored is not None
-    assert (stored.scores, stored.tokens, stored.lengths) == (RESULT.scores, RESULT.tokens, RESULT.lengths)
+    assert (stored.scores, stored.tokens) == (RESULT.scores, RESULT.tokens)
     assert stored.records == RECORDS
     assert stored.panel == {"form": "form"}
     assert read_scores(tmp_path, {**FACTS, "weights": "abd"}) is None
