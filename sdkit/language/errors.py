@@ -135,7 +135,7 @@ class NumericsGuard(SdkitError):
 
 
 class Diverged(SdkitError):
-    """The run reached its last step, but it diverged: its loss, gradient or score is far from its own history."""
+    """The run diverged: its loss, gradient or score was far from its own history at the last step, or a tripwire stopped it."""
 
     exit_code = 9
 

@@ -14,6 +14,7 @@ from sdkit import __version__
 from sdkit.language.errors import COMMAND_LINE, EXIT_CODES
 from sdkit.language.load import load_spec
 from sdkit.language.resolved import resolved
+from sdkit.language.sequences import is_sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = ROOT / "specs"
@@ -372,7 +373,7 @@ def test_plan_names_context_known_only_after_sampling(sdkit, run_file):
     assert "known after sampling (slots: try)" in " ".join(out.split())
 
 
-SHIPPED = sorted([*PAGES.glob("*.yaml"), *SPECS.rglob("*.yaml")])
+SHIPPED = [path for path in sorted([*PAGES.glob("*.yaml"), *SPECS.rglob("*.yaml")]) if not is_sequence(path)]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))

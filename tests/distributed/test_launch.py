@@ -225,6 +225,8 @@ def assert_same_run(folder, one):
             ours, theirs = lines(folder / kind / name), lines(one / kind / name)
             for a, b in zip(ours, theirs, strict=True):
                 assert a.pop("sampler_logprobs", None) == pytest.approx(b.pop("sampler_logprobs", None), abs=1e-4)
+                entropies = [each.get("measures", {}).pop("entropy", None) for each in (a, b)]
+                assert entropies[0] == pytest.approx(entropies[1], abs=1e-4)
                 assert a == b
     compared = []
     for a, b in zip(metrics(folder), metrics(one), strict=True):

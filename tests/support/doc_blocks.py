@@ -30,6 +30,8 @@ FENCE = re.compile(
 EXIT = re.compile(r"exit (?P<code>\d+)(?:, Ctrl-C after (?P<text>.+))?")
 NUMBER = re.compile(r"[-+−]?\d+(,\d{3})*(\.\d+)?(e[-+]\d+)?")
 SECONDS = re.compile(r"\d+(\.\d+)? s\b")
+STEP = re.compile(r"(?m)^(step \d+/\d+  loss \S+  grad \S+).*$")
+"""A step's line: which figures follow the gradient depends on the room that rates and times leave."""
 TIME_OF_DAY = re.compile(r"(?m)^\d\d:\d\d:\d\d ")
 """The start of a line in a log, which a terminal does not show."""
 
@@ -106,7 +108,7 @@ def run_shell(block: Block, folder: Path, place: str, warm: WarmProcess) -> str:
 
 def normal(text: str, folder: Path, varies: bool) -> list[str]:
     """The lines without times, folders, widths and, if figures vary, numbers."""
-    text = SECONDS.sub("#", TIME_OF_DAY.sub("", text).replace(str(folder), "FOLDER"))
+    text = SECONDS.sub("#", STEP.sub(r"\1", TIME_OF_DAY.sub("", text)).replace(str(folder), "FOLDER"))
     if varies:
         text = re.sub(r"(?m)^  sample: .*", "  sample:", NUMBER.sub("#", text))
     text = re.sub(r"[─━═]+", "─", text)
