@@ -256,6 +256,8 @@ def average(spec: Any, rows: list[list[int]], joint: int, whole: int) -> list[fl
     elif kind(spec) == "per_sequence":
         every = len(sizes) if own.get("empty_rows") == "count" else filled
         divisors = [n * every for n in sizes]
+    elif kind(spec) == "per_turn":  # the rollouts of the cases have one turn each
+        divisors = [n * filled for n in sizes]
     elif kind(spec) == "sequence_sum":
         divisors = [filled for _ in sizes]
     elif kind(spec) == "constant":

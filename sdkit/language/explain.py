@@ -98,7 +98,9 @@ class _Group:
 
 def _keys(words: Sequence[str], width: int) -> list[str]:
     """Explains the keys whose paths end with `words`, or lists them if there are too many."""
-    groups = _groups(at for at in [METHOD, *all_keys()] if _ends_with(at.path, words))
+    found = [at for at in [METHOD, *all_keys()] if _ends_with(at.path, words)]
+    whole = [at for at in found if at.path == tuple(words)]  # elsewhere a NAME may stand for one of the words
+    groups = _groups(whole or found)
     if not groups and len(words) > 1:  # an entry of a table, such as losses.distil
         tables = (at for at in all_keys() if get_origin(options_of(at.key.type)[0]) is Table)
         groups = _groups(at for at in tables if _ends_with((*at.path, "NAME"), words))

@@ -11,9 +11,11 @@ from golden import BAD, GOOD
 
 from sdkit.language.errors import UnreadableInput
 from sdkit.language.formatting import format_spec
+from sdkit.language.introspection import keys_of
 from sdkit.language.load import load_spec
 from sdkit.language.resolved import resolved
 from sdkit.language.source import read_text
+from sdkit.language.specs import SequenceSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted([*ROOT.glob("specs/**/*.yaml"), *ROOT.glob("sdkit/methods/*.yaml")])
@@ -80,7 +82,8 @@ def test_any_order_and_layout_comes_out_the_same(path, flow, tmp_path):
     assert in_order(checked.spec) == in_order(before.spec) if before.spec else checked.spec is None
     names = list(read_text(after, "after").data)
     order = ["method", "model", "data", "rollout", "teacher", "losses", "route", "rewards", "reward", "evaluation"]
-    assert names == [name for name in [*order, "optimizer", "training", "machine", "output"] if name in names]
+    order += ["environment", "optimizer", "training", "machine", "output", *keys_of(SequenceSpec)]
+    assert names == [name for name in order if name in names]
 
 
 @pytest.mark.parametrize("path", BAD, ids=lambda path: path.stem)

@@ -50,7 +50,7 @@ def table_of(text, section):
 def test_scores_are_those_of_the_metrics(text, report_run):
     evaluated = [line for line in lines(report_run / "metrics.jsonl") if "eval/score" in line]
     rows = {tuple(row[:3]): row for row in table_of(text, "scores")}
-    assert len(rows) == 6  # two suites: two rewards under two decodings, and one
+    assert len(rows) == 8  # two suites: two rewards under two decodings, and one; two samples have pass@1 and pass@2
     for key, row in rows.items():
         name = "eval/" + "/".join(key)
         for cell, line in ((row[3], evaluated[0]), (row[4], evaluated[-1])):

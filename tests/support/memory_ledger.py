@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import time
 from itertools import accumulate
 
 import torch
@@ -12,13 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 @define
 class Ledger:
-    """What a block allocated: the most bytes that were live at once, and those that still are at its end.
+    """What a block allocated: the most bytes that were live at once.
 
-    Freeing what is older than the block is not seen.
+    Freeing what is older than the block is not seen, nor what a collective's thread frees after it: a buffer or two.
     """
 
     peak: int = 0
-    end: int = 0
 
 
 @contextlib.contextmanager
@@ -27,11 +25,9 @@ def ledger():
     book = Ledger()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield book
-        time.sleep(0.2)  # threads of collectives free their buffers a moment after the operation has ended
     events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # below 0: freed
     book.peak = max(accumulate(changes), default=0)
-    book.end = sum(changes)
 
 
 def live_storages():
@@ -45,3 +41,8 @@ def live_storages():
 def bytes_since(before):
     """Bytes of all storages of this process that are not among `before`, which live_storages() returned earlier."""
     return sum(storage.nbytes() for address, storage in live_storages().items() if address not in before)
+
+
+def total_bytes(storages):
+    """Bytes of these storages."""
+    return sum(storage.nbytes() for storage in storages.values())
