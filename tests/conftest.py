@@ -22,6 +22,7 @@ LONGEST_FILES = (
     "test_resume.py",
     "test_docs.py",
     "test_accelerator.py",
+    "test_guarantee.py",
     "test_launch.py",
     "test_cli.py",
     "test_serve_vllm.py",

@@ -38,7 +38,8 @@ LEFT_TO_OTHERS = {
     "tokenizer": "a folder",
     "key_from": "an environment variable",
 }
-SET_HERE = {TrainingSpec: {"steps", "epochs", "prompts_per_step"}}
+SET_HERE = {TrainingSpec: {"steps", "epochs", "prompts_per_step"}, OptimizerSpec: {"lr"}}
+"""Keys that `run_files` gives values of its own; a learning rate at the end of its range ends every run as diverged."""
 
 
 def method_pages():
@@ -59,7 +60,7 @@ def run_files():
                 "columns": {"prompt": "question", "demonstration": "demonstration"},
             },
             "rewards": {"any": {"kind": "regex", "pattern": "a"}},
-            "optimizer": drawn.spec(OptimizerSpec),
+            "optimizer": drawn.spec(OptimizerSpec) | {"lr": drawn.one_of((1e-6, 1e-3, 0.01))},
             "training": drawn.spec(TrainingSpec) | {"steps": 2, "prompts_per_step": 2},
         }
 
