@@ -28,8 +28,8 @@ def check_sequence(path: Path, overrides: Sequence[str] | None) -> Any:
 
 def with_first_rows(path: str, overrides: Sequence[str], *, strict: bool = False) -> tuple[Any, list[str]]:
     """The checked sequence file, with the problems of its stages' first rows, and what it does."""
-    from sdkit.train.first_row import check_first_rows
     from sdkit.language.sequences import describe, load_sequence
+    from sdkit.train.first_row import check_first_rows
 
     sequence = load_sequence(path, overrides)
     rows = [check_first_rows(stage.checked) for stage in sequence.stages if sequence.ok]

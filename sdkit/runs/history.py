@@ -14,7 +14,7 @@ from sdkit.language.files import read_json_object
 from sdkit.language.resolved import leaves
 from sdkit.language.source import read
 from sdkit.runs.directory import MARK, read_lines, read_status, step_file
-from sdkit.runs.evaluations import EvaluationResult, Key, per_prompt, read_back
+from sdkit.runs.evaluations import EvaluationResult, Key, Prompt, per_prompt, read_back
 from sdkit.runs.fingerprints import KINDS
 from sdkit.runs.intervals import Interval
 from sdkit.runs.seed_intervals import BySeed
@@ -90,9 +90,13 @@ class Run:
         return read_back(self.records(point))
 
     def per_prompt(self, point: Point) -> dict[Key, dict[str, float]]:
-        """For each score and prompt, the mean over the prompt's samples.  A suite has no prompt twice."""
+        """For each score and prompt, the mean over the prompt's samples.
+
+        Prompts are known by their text, which tells runs on other rows apart; where tasks of an environment share one, by
+        their row, too.
+        """
         scores = per_prompt(self.records(point))
-        return {key: {text: mean for (_, text), mean in prompts.items()} for key, prompts in scores.items()}
+        return {key: _by_text(prompts) for key, prompts in scores.items()}
 
     def by_seed(self, point: Point) -> Mapping[Key, BySeed]:
         """For each score, seed and prompt, the mean over the prompt's samples."""
@@ -129,6 +133,13 @@ def read_run(path: Path, name: str, *, unevaluated: bool = False) -> Run:
     return Run(
         name=name, path=path, state=state, settings=dict(leaves(spec)), origins=dict(leaves(origins)), points=points
     )
+
+
+def _by_text(prompts: Mapping[Prompt, float]) -> dict[str, float]:
+    """The values by the prompt's text, with the row where several prompts have the same."""
+    if len({text for _, text in prompts}) == len(prompts):
+        return {text: value for (_, text), value in prompts.items()}
+    return {f"{text} (row {row})": value for (row, text), value in prompts.items()}
 
 
 def read_origins(run: Path) -> dict[str, Any]:
