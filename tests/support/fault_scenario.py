@@ -47,7 +47,7 @@ def hang():
 def send(*numbers):
     for number in numbers:
         os.kill(os.getpid(), number)
-        time.sleep(0.3)  # a signal that comes before the last one was handled is lost
+        time.sleep(1)  # a signal that comes before the last one was handled is lost
 
 
 def kill():
