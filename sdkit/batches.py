@@ -104,6 +104,11 @@ class Completion:
         """The positions that were sampled, ascending."""
         return sampled_positions(self.spans, len(self.ids))
 
+    @property
+    def sampled_ids(self) -> Sequence[int]:
+        """The ids of all turns, without what was shown in between."""
+        return [self.ids[position] for position in self.sampled]
+
 
 @frozen(eq=False, kw_only=True)
 class LossMask:
@@ -146,6 +151,11 @@ class Rollout:
     def sampled(self) -> Sequence[int]:
         """The positions of the completion that were sampled, ascending."""
         return sampled_positions(self.spans, len(self.completion_ids))
+
+    @property
+    def sampled_ids(self) -> Sequence[int]:
+        """The ids of all turns, without what was shown in between."""
+        return [self.completion_ids[position] for position in self.sampled]
 
 
 @frozen(eq=False, kw_only=True)

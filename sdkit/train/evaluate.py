@@ -181,7 +181,7 @@ def _score_completions(
     scored = sorted((item for part in collectives.all_gather_object(own) for item in part), key=lambda item: item[0])
     entry = data.panel[name].entry if name in data.panel else None
     records = [record | {"panel": entry} if entry else record for _, record in scored]
-    records = with_success_by_turn(records, None if entry else data.spec.environment)
+    records = _with_success_by_turn(records, None if entry else data.spec.environment)
     return read_back(records, tokens=int(sum(record["measures"]["completion_tokens"] for record in records)))
 
 
@@ -194,15 +194,14 @@ def _measures(owners: Sequence[int], completions: Sequence[Completion], *, greed
     """The measures of each completion; those of a prompt as a whole stand at each of its completions."""
     by_prompt: dict[int, list[Sequence[int]]] = {}
     for i, completion in zip(owners, completions, strict=True):
-        by_prompt.setdefault(i, []).append([completion.ids[p] for p in completion.sampled])
+        by_prompt.setdefault(i, []).append(completion.sampled_ids)
     of_prompts = {i: prompt_measures(texts) for i, texts in by_prompt.items()}
     return [_completion_measures(c, greedy=greedy) | of_prompts[i] for i, c in zip(owners, completions, strict=True)]
 
 
 def _completion_measures(completion: Completion, *, greedy: bool) -> dict[str, float]:
-    ids = [completion.ids[p] for p in completion.sampled]
     logprobs = None if greedy or completion.logprobs is None else [completion.logprobs[p] for p in completion.sampled]
-    return completion_measures(ids, logprobs, finished=completion.finished)
+    return completion_measures(completion.sampled_ids, logprobs, finished=completion.finished)
 
 
 def _turns(completion: Completion) -> dict[str, Any]:
@@ -212,7 +211,7 @@ def _turns(completion: Completion) -> dict[str, Any]:
     return {"ending": completion.ending, "turn_rewards": completion.turn_rewards}
 
 
-def with_success_by_turn(
+def _with_success_by_turn(
     records: Sequence[dict[str, Any]], environment: Environment | None
 ) -> Sequence[Mapping[str, Any]]:
     """The records with a score within_K for each K: 1 if one of the first K turns reached the environment's threshold.

@@ -143,7 +143,7 @@ def _context_sums(slots: Mapping[str, Slot], rollouts: Sequence[Rollout]) -> Sum
 
 def _hedging(data: RunData, rollouts: Sequence[Rollout]) -> tuple[float, float]:
     """Hedging words per hundred words (arXiv 2603.24472 links losing them to worse reasoning on other tasks)."""
-    texts = [completion_text(data, [r.completion_ids[p] for p in r.sampled]) for r in rollouts]
+    texts = [completion_text(data, r.sampled_ids) for r in rollouts]
     words = [w.strip(".,!?:;").lower() for text in texts for w in text.split()]
     return 100.0 * sum(w in HEDGES for w in words), len(words)
 

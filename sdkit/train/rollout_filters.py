@@ -34,7 +34,7 @@ def filter_rollouts(
 def _passes(rollout_filter: Keep, rollout: Rollout, decode: Decode) -> bool:
     match rollout_filter:
         case NonEmpty():
-            return bool(decode([rollout.completion_ids[position] for position in rollout.sampled]).strip())
+            return bool(decode(rollout.sampled_ids).strip())
         case RewardAtLeast(threshold=threshold):
             return rollout.reward is not None and rollout.reward >= threshold
         case NonConstantGroup():
