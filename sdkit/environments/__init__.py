@@ -13,17 +13,19 @@ from sdkit.language import specs
 from sdkit.rewards.scorer import Scorer
 
 
-def open_environment(
-    spec: specs.Environment, rewards: Mapping[str, Scorer], default: str | None, base: Path
-) -> Environment:
-    """Returns the environment of a spec; `rewards` score the rows at hand, `default` names the one used in training.
+def open_environments(
+    spec: specs.Environment, rewards: Mapping[str | None, Mapping[str, Scorer]], default: str | None, base: Path
+) -> dict[str | None, Environment]:
+    """Returns the environment for each data set of which `rewards` has the scorers; `default` names the training reward.
 
-    Paths start at `base`.  Raises BadData if a user's file cannot be loaded.
+    A user's class does not depend on the data set: one server hosts it.  Paths start at `base`.  Raises BadData if a
+    user's file cannot be loaded.
     """
     match spec:
         case specs.RetryEnvironment():
-            return Retry(spec, rewards[spec.reward or default or ""])
+            judge = spec.reward or default or ""
+            return {name: Retry(spec, scorers[judge]) for name, scorers in rewards.items()}
         case specs.FileEnvironment():
-            return UserEnvironment(spec, base)
+            return dict.fromkeys(rewards, UserEnvironment(spec, base))
         case _:
             assert_never(spec)

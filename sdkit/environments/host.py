@@ -88,15 +88,13 @@ class Host:
         """Return a new process.  Raises BadData if the server has ended."""
         assert self._channel is not None, "start the host first"
         ours, theirs = socket.socketpair()
-        try:
+        with theirs, contextlib.suppress(OSError):  # a server that has ended gives no answer
             socket.send_fds(self._channel, [b"f"], [theirs.fileno()])
-            pid = self._answer_of_server()["value"]
-        except OSError:
-            raise BadData(f"the process that loaded {self.file} has ended") from None
-        finally:
-            theirs.close()
+        answer = self._answer_of_server()
+        if "error" in answer:
+            raise BadData(f"the process that loaded {self.file}: {answer['error']}")
         ours.settimeout(self.seconds)  # of a request that the process does not read
-        return Process(pid, ours)
+        return Process(answer["value"], ours)
 
     def call(self, calls: Sequence[tuple[Process, Mapping[str, Any]]]) -> list[Any]:
         """Return the value of each call, or a Fault; all run side by side, each within `seconds`.
@@ -170,7 +168,7 @@ class Host:
         while not received.endswith(b"\n"):
             try:
                 part = self._channel.recv(2**16)
-            except TimeoutError:
+            except OSError:
                 part = b""
             if not part:
                 return {"error": f"no answer within {START_SECONDS:g} s, or its process has ended"}

@@ -43,7 +43,8 @@ class TrajectorySampler:
     ) -> list[Completion]:
         """Return one trajectory per request, in order; `rows` are the requests' rows.
 
-        `advance` receives how many have ended, after each turn.  Every rank samples equally often, as sharded weights and servers need.  Raises BadData as the environment does.
+        `advance` receives how many have ended, after each turn.  Every rank samples equally often, as sharded weights and
+        servers need.  Raises BadData as the environment does.
         """
         seeds = [derive(request.seed, "environment") for request in requests]
         opened = self.environment.open(list(zip(rows, seeds, strict=True)))

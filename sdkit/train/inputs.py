@@ -15,7 +15,7 @@ from sdkit.data.prompts import Prompter, TeacherPrompt, check_prompts, check_rep
 from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.data.thinking import answer_text
 from sdkit.data.turn_ends import end_token
-from sdkit.environments import open_environment
+from sdkit.environments import open_environments
 from sdkit.environments.interface import Environment
 from sdkit.language import columns, specs
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
@@ -115,11 +115,11 @@ class RunData:
             return {}
         with blaming("environment"):
             rewards = {None: self.train_rewards, **{name: self.rewards[name] for name in self.spec.suites}}
-            return {suite: open_environment(spec, scorers, self.reward, base) for suite, scorers in rewards.items()}
+            return open_environments(spec, rewards, self.reward, base)
 
     def close(self) -> None:
         """End the processes of the environments."""
-        for environment in self.environments.values():
+        for environment in set(self.environments.values()):
             environment.close()
 
     def _load_suite(self, suite: specs.HeldOutPrompts, texts: set[str], base: Path) -> tuple[list[Row], int]:

@@ -9,6 +9,7 @@ from attrs import evolve
 from tinyruns import lines, make_spec, metrics, rollout, train, training
 
 from sdkit.batches import Row
+from sdkit.environments import open_environments
 from sdkit.environments.file import UserEnvironment
 from sdkit.language.errors import BadData
 from sdkit.language.specs import EnvironmentReward, FileEnvironment, Table
@@ -227,3 +228,18 @@ def test_trajectories_that_end_by_an_error_are_counted_and_not_trained_on(
     strict = evolve(spec, environment=evolve(spec.environment, max_error_share=0.1))
     with pytest.raises(BadData, match="1 of 6 trajectories ended by an error of the environment: ValueError: broken"):
         train(strict, tmp_path / "strict")
+
+
+def test_server_that_has_ended_is_an_error(environment):
+    environment._host._server.kill()
+    environment._host._server.wait()
+    with pytest.raises(BadData, match=r"the process that loaded guess\.py: no answer"):
+        environment.open([(row(), 0)])
+
+
+def test_one_server_hosts_the_class_for_every_data_set(tmp_path):
+    (tmp_path / "guess.py").write_text(CODE)
+    spec = FileEnvironment(file="guess.py", class_name="Guess")
+    opened = open_environments(spec, {None: {}, "held out": {}}, None, tmp_path)
+    assert opened[None] is opened["held out"]
+    opened[None].close()
