@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from os_processes import free_port, wait_until
+from os_processes import alive, free_port, wait_until
 from tinyruns import lines, metrics, train, weights_of
 
 from sdkit.distributed import launch as launching
@@ -131,14 +131,6 @@ def test_ranks_end_with_their_launcher(tmp_path):
     process.kill()
     process.wait(timeout=60)
     wait_until(lambda: not any(alive(pid) for pid in pids), 60)
-
-
-def alive(pid):
-    """Whether the process runs; a zombie does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_another_launcher_prevents_a_second_launch(monkeypatch):

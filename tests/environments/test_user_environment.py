@@ -1,11 +1,8 @@
 """A user's class as an environment: its trajectories, its faults, its processes."""
 
-import contextlib
-import time
-
-import psutil
 import pytest
 from attrs import evolve
+from os_processes import alive, wait_until
 from tinyruns import lines, make_spec, metrics, rollout, train, training
 
 from sdkit.batches import Row
@@ -86,20 +83,6 @@ def environment(tmp_path):
     opened.close()
 
 
-def is_alive(pid):
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def all_end(pids):
-    """Whether all of these processes end within ten seconds."""
-    deadline = time.monotonic() + 10
-    while any(map(is_alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not any(map(is_alive, pids))
-
-
 def test_each_trajectory_has_an_instance_and_random_numbers_of_its_own(environment):
     starts = [(row(1), 7), (row(2), 7), (row(3), 8)]
     first, second = ([], [])
@@ -134,7 +117,7 @@ def test_fault_ends_only_its_own_trajectory(environment, text, message):
     assert again.error or text == "number"
     assert (fine.text, fine.error) == (None, None)
     assert environment.end([faulty, other])[1] == 1.0
-    assert all_end([faulty.pid])
+    wait_until(lambda: not alive(faulty.pid))
 
 
 @pytest.mark.parametrize(("text", "reply"), [("prints", "printed"), ("reseeds", "moved"), ("surrogate", "\ud800\0")])
@@ -150,7 +133,7 @@ def test_processes_end_with_the_trajectory_and_with_the_environment(environment)
     environment.end([ended])
     server = environment._host._server.pid
     environment.close()
-    assert all_end([ended.pid, running.pid, server])
+    wait_until(lambda: not any(map(alive, (ended.pid, running.pid, server))))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attrs import evolve
-from memory_ledger import bytes_since, ledger, live_storages, total_bytes
+from memory_ledger import bytes_since, ledger, live_storages
 from tinyruns import COLUMNS, distil, make_spec, model, rollout, rollouts_of, teacher, train_step, training
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -211,10 +211,10 @@ def measure_step(spec, folder):
     batch = rollouts_of(trainer)
     train_step(trainer, batch)
     resident = bytes_since(before)
-    held = total_bytes(live_storages())
+    held = bytes_since(())
     with ledger() as book:
         train_step(trainer, batch)
-    assert abs(total_bytes(live_storages()) - held) < 1000  # nothing older was freed, which the ledger would not see
+    assert abs(bytes_since(()) - held) < 1000  # nothing older was freed, which the ledger would not see
     parts = _collate(trainer.learner, batch, trainer.specs.losses).micro_batches
     assert len(parts) > 1
     trainer.learner.zero.save(folder, "checkpoint")

@@ -7,7 +7,17 @@ from html import unescape
 from xml.etree import ElementTree
 
 import pytest
-from reportruns import HOSTILE, change_setting, damage, make_hostile, make_long, make_seeds, make_sequence, make_set
+from reportruns import (
+    HOSTILE,
+    change_setting,
+    copy_run,
+    damage,
+    make_hostile,
+    make_long,
+    make_seeds,
+    make_sequence,
+    make_set,
+)
 from tinyruns import lines
 
 from sdkit.language.errors import UnreadableInput
@@ -87,7 +97,7 @@ def test_teacher_prompts_of_held_out_rows_are_rendered_again(text, report_run, t
     assert [data["texts"][p["prompt"]] for p in part["prompts"]] == [f"What is {i} + {i}?" for i in range(100, 104)]
     for i, prompt in enumerate(part["prompts"], start=100):
         assert f"What is {i} + {i}?\nExample: {i} + {i} = {2 * i}<|im_end|>" in data["texts"][prompt["teacher_prompt"]]
-    run = shutil.copytree(report_run, tmp_path / "changed", ignore=shutil.ignore_patterns("model"))
+    run = copy_run(report_run, tmp_path / "changed")
     change_setting(run, "teacher", "sees", None)
     assert data_of(rendered(run))["completions"][0]["held_out"][0]["prompts"][0]["teacher_prompt"] is None
 
@@ -129,7 +139,7 @@ def test_invisible_characters_are_named():
 
 
 def test_run_that_has_just_begun_gives_a_page(report_run, tmp_path):
-    run = shutil.copytree(report_run, tmp_path / "begun", ignore=shutil.ignore_patterns("model"))
+    run = copy_run(report_run, tmp_path / "begun")
     for name in ("evaluations", "rollouts", "samples"):
         shutil.rmtree(run / name)
     (run / "metrics.jsonl").unlink()

@@ -1,6 +1,5 @@
 """A headless Chromium, driven by the DevTools protocol over two pipes."""
 
-import base64
 import json
 import os
 import shutil
@@ -98,11 +97,6 @@ class Browser:
         result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
-
-    def screenshot(self, target, full=True):
-        """Write a picture of the page, `full`: from top to bottom."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=full)["data"]
-        target.write_bytes(base64.b64decode(data))
 
     def close(self):
         self._process.kill()

@@ -3,7 +3,7 @@
 `python tests/support/golden.py` rewrites them; read the diff.
 """
 
-import os
+import contextlib
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -24,15 +24,12 @@ GOOD = sorted((TESTS / "ok").glob("*.yaml"))
 
 def validated(path: Path) -> CheckedSpec | CheckedSequence:
     """The spec or sequence file with what `sdkit validate` prints, run from its folder without the trackers' packages."""
-    before, is_installed = Path.cwd(), panel.is_installed
-    os.chdir(path.parent)
-    panel.is_installed = lambda package: True  # which extras are there must not change the texts
-    try:
-        with patch.dict(sys.modules, wandb=None, trackio=None):
-            return load_sequence(path.name) if path in BAD_SEQUENCES else _validated(path.name)
-    finally:
-        os.chdir(before)
-        panel.is_installed = is_installed
+    with (
+        contextlib.chdir(path.parent),
+        patch.object(panel, "is_installed", lambda package: True),  # which extras are there must not change the texts
+        patch.dict(sys.modules, wandb=None, trackio=None),
+    ):
+        return load_sequence(path.name) if path in BAD_SEQUENCES else _validated(path.name)
 
 
 def _validated(name: str) -> CheckedSpec:

@@ -41,8 +41,3 @@ def live_storages():
 def bytes_since(before):
     """Bytes of all storages of this process that are not among `before`, which live_storages() returned earlier."""
     return sum(storage.nbytes() for address, storage in live_storages().items() if address not in before)
-
-
-def total_bytes(storages):
-    """Bytes of these storages."""
-    return sum(storage.nbytes() for storage in storages.values())

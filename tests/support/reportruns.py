@@ -5,6 +5,8 @@ import shutil
 
 from tinyruns import lines, make_spec, train, training, with_evaluation
 
+from sdkit.runs.run_sets import Member, RunSet, write_set
+
 HOSTILE = "</script><script>window.stolen = 1</script><img src=x onerror='window.stolen = 2'><!--\x00\u202e &amp; {{ 7 * 7 }}"
 
 
@@ -26,9 +28,14 @@ def make_hostile(run, folder):
     return folder
 
 
+def copy_run(run, folder):
+    """A copy of a run without its model."""
+    return shutil.copytree(run, folder, ignore=shutil.ignore_patterns("model"))
+
+
 def damage(run, folder, file, content):
     """A copy of a run with this content in one of its files."""
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("model"))
+    copy_run(run, folder)
     (folder / file).write_text(content)
     return folder
 
@@ -42,16 +49,15 @@ def change_setting(run, section, key, value):
 
 def make_set(folder, kind, members, **facts):
     """The manifest of a set of runs: member name → its overrides; `facts` are the kind's own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    listed = [{"name": n, "spec": "run.yaml", "overrides": o, "settings": {}} for n, o in members.items()]
-    (folder / "set.json").write_text(json.dumps({"kind": kind, "members": listed, **facts}))
+    listed = tuple(Member(name=n, spec="run.yaml", overrides=tuple(o), settings={}) for n, o in members.items())
+    write_set(RunSet(path=folder, kind=kind, members=listed, facts=facts))
 
 
 def make_seeds(run, folder, begun, waiting=0):
     """A set of seeds with `begun` copies of a run, and members that have not begun."""
     make_set(folder, "seeds", {f"seed_{i}": [f"training.seed={i}"] for i in range(begun + waiting)})
     for i in range(begun):
-        shutil.copytree(run, folder / f"seed_{i}", ignore=shutil.ignore_patterns("model"))
+        copy_run(run, folder / f"seed_{i}")
         change_setting(folder / f"seed_{i}", "training", "seed", i)
     return folder
 
@@ -60,7 +66,7 @@ def make_sequence(run, folder):
     """A sequence of two stages, both of them copies of a run; the suite `sums` is the first one's task."""
     make_set(folder, "sequence", {"first": [], "second": []}, suites={"sums": "first", "more": None})
     for stage in ("first", "second"):
-        shutil.copytree(run, folder / stage, ignore=shutil.ignore_patterns("model"))
+        copy_run(run, folder / stage)
     return folder
 
 

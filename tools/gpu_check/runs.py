@@ -106,8 +106,9 @@ def train(setup: Setup, spec: Spec, *options: str, run: str = "run") -> list[dic
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if "grad_norm" in line]
+    from sdkit.runs.directory import read_lines
+
+    return [line for line in read_lines(run / "metrics.jsonl") if "grad_norm" in line]
 
 
 LORA = {"r": 4, "lora_alpha": 8}
