@@ -26,7 +26,7 @@ def check_spec(
     from sdkit.language.load import load_spec
     from sdkit.language.sequences import is_sequence
 
-    if is_sequence(path):
+    if base is None and is_sequence(path):  # what a run has resolved is never one
         raise UnreadableInput(
             f"{path} is a sequence file, and this command reads one run",
             hint="name the run file of a stage; `sdkit train`, `validate`, `plan` and `fmt` read sequence files",

@@ -96,7 +96,7 @@ class Run:
         their row, too.
         """
         scores = per_prompt(self.records(point))
-        return {key: _by_text(prompts) for key, prompts in scores.items()}
+        return {key: by_text(prompts) for key, prompts in scores.items()}
 
     def by_seed(self, point: Point) -> Mapping[Key, BySeed]:
         """For each score, seed and prompt, the mean over the prompt's samples."""
@@ -135,8 +135,8 @@ def read_run(path: Path, name: str, *, unevaluated: bool = False) -> Run:
     )
 
 
-def _by_text(prompts: Mapping[Prompt, float]) -> dict[str, float]:
-    """The values by the prompt's text, with the row where several prompts have the same."""
+def by_text(prompts: Mapping[Prompt, float]) -> dict[str, float]:
+    """Returns the values by the prompt's text, with the row where several prompts have the same."""
     if len({text for _, text in prompts}) == len(prompts):
         return {text: value for (_, text), value in prompts.items()}
     return {f"{text} (row {row})": value for (row, text), value in prompts.items()}

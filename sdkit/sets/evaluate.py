@@ -16,6 +16,7 @@ from sdkit.distributed.launch import end_with_parent
 from sdkit.language.errors import RunFailed, SdkitError, UnreadableInput
 from sdkit.runs.directory import read_lines, trained_model
 from sdkit.runs.evaluations import Key, interval_note, per_prompt, with_interval
+from sdkit.runs.history import by_text
 from sdkit.runs.intervals import Interval
 from sdkit.runs.provenance import this_process
 from sdkit.runs.run_sets import RunSet
@@ -70,7 +71,7 @@ def read_scores(run_set: RunSet, to: Path) -> dict[Key, BySeed]:
     for member in run_set.members:
         seed = member.settings["training"]["seed"]
         for key, prompts in per_prompt(read_lines(to / member.name / "completions.jsonl")).items():
-            scores.setdefault(key, {})[seed] = {text: mean for (_, text), mean in prompts.items()}
+            scores.setdefault(key, {})[seed] = by_text(prompts)
     return {key: each for key, each in scores.items() if len(each) == len(run_set.members)}
 
 

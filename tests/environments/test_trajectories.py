@@ -17,7 +17,7 @@ from tinyruns import (
 )
 
 from sdkit.language.specs import RegexReward, ReplayBackend, RetryEnvironment, Table
-from sdkit.runs.history import _by_text
+from sdkit.runs.history import by_text
 from sdkit.train.run import open_run
 from sdkit.train.step import _collate
 
@@ -146,5 +146,5 @@ def test_evaluation_plays_trajectories_and_counts_success_by_turn(tiny_folder, p
 
 def test_games_with_the_same_prompt_are_compared_one_by_one():
     by_row = {(3, "guess"): 0.0, (5, "guess"): 1.0}
-    assert _by_text(by_row) == {"guess (row 3)": 0.0, "guess (row 5)": 1.0}
-    assert _by_text({(3, "one"): 0.0, (5, "two"): 1.0}) == {"one": 0.0, "two": 1.0}
+    assert by_text(by_row) == {"guess (row 3)": 0.0, "guess (row 5)": 1.0}
+    assert by_text({(3, "one"): 0.0, (5, "two"): 1.0}) == {"one": 0.0, "two": 1.0}
