@@ -15,6 +15,7 @@ from sdkit.plan.plan import plan_method
 from sdkit.report import formula
 from sdkit.report.records import Contents, RunRecord, Subject
 from sdkit.runs.compare import differing, differing_settings
+from sdkit.runs.history import device_hours
 
 MISSING = "–"
 PARTS = ("rollout", "sync", "judge", "measure", "teacher", "update")
@@ -164,23 +165,12 @@ def _cost(records: Sequence[RunRecord]) -> dict[str, str]:
     }
     figures |= {f"… {part}": _duration(totals[part]) for part in PARTS if totals[part]}
     figures["evaluation"] = _duration(totals["evaluation"])
-    seconds = sum(_device_seconds(record) for record in records)
-    figures["device hours, estimated"] = f"{seconds / 3600:,.3g} × {_device(records[0])}"
+    hours = sum(device_hours(record.lines, record.provenance.get("attempts") or ()) for record in records)
+    figures["device hours, estimated"] = f"{hours:,.3g} × {_device(records[0])}"
     for name in ("peak_gib", "device_allocated_gib", "device_reserved_gib"):
         if peaks := [line[f"memory/{name}"] for line in lines if f"memory/{name}" in line]:
             figures[f"memory, {name.removesuffix('_gib').replace('_', ' ')}"] = f"{max(peaks):.2f} GiB"
     return figures
-
-
-def _device_seconds(record: RunRecord) -> float:
-    """Seconds of steps and evaluations × ranks of the attempt that did them."""
-    attempts = record.provenance.get("attempts") or ()
-    total = 0.0
-    for line in record.lines:
-        ranks = [a.get("ranks", 1) for a in attempts if a.get("after_step", 0) < max(line["step"], 1)]
-        seconds = line.get("time/step", 0.0) + line.get("time/evaluation", 0.0)
-        total += seconds * (ranks[-1] if ranks else 1)
-    return total
 
 
 def _device(record: RunRecord) -> str:

@@ -30,6 +30,7 @@ from sdkit.plan.plan import plan_method
 from sdkit.runs import latex
 from sdkit.runs.bibliography import Paper, papers_in, software_bibtex
 from sdkit.runs.directory import provenance, read_lines, read_status
+from sdkit.runs.history import device_hours
 from sdkit.runs.model_card import method_page
 
 Format = Literal["markdown", "latex", "bibtex"]
@@ -85,19 +86,6 @@ def cite(run: CitedRun, format: Format) -> str:
         return f"{head}\n{paragraph}\n\n{latex.table(rows, 'Hyperparameters.', 'tab:hyperparameters')}"
     table = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows)
     return f"{paragraph}\n\n| setting | value |\n|---|---|\n{table}\n\n```bibtex\n{entries}\n```"
-
-
-def device_hours(lines: Sequence[Mapping[str, Any]], attempts: Sequence[Mapping[str, Any]]) -> float:
-    """Returns the hours of training steps and evaluations, times the ranks of the attempt that ran them.
-
-    Start-up, checkpoints and steps that were lost when a run was killed are not included.
-    """
-    seconds = 0.0
-    for line in lines:
-        spent = line.get("time/step", 0.0) + line.get("time/evaluation", 0.0)
-        ranks = [a.get("ranks", 1) for a in attempts if a.get("after_step", 0) < max(line["step"], 1)]
-        seconds += spent * (ranks[-1] if ranks else 1)
-    return seconds / 3600
 
 
 def _comment(base: Path, run: Path) -> str:

@@ -49,7 +49,7 @@ def compare(paths: Sequence[Path], console: Console, target: Path, axis: Axis, s
     if len(runs) > 1:
         _print_settings(runs, keys, console)
     console.print(_scores_table(runs, keys))
-    ends = {run.name: (run.evaluated(run.points[0]), run.evaluated(run.points[-1])) for run in runs}
+    ends = {run.name: run.ends for run in runs}
     retentions = {name: figures for name, pair in ends.items() if (figures := retention.changes(*pair))}
     if retentions:
         console.print(retention.retention_table(retentions))

@@ -9,7 +9,7 @@ plot.png          loss, score, length             error.txt       traceback of a
 model/            the trained model               checkpoints/    what --resume continues from
 result.json       scores before and after         retention.json  new skill and retention, with a panel
 best/             the model of the best evaluation, with output.keep_best
-result.json       scores before and after         measures.json   length, entropy, diversity before and after
+measures.json     length, entropy, diversity before and after
 lift.jsonl        completions from the teacher's prompt before training, each with the lift of its prompt
 code/             the user's Python files: step_N/ has those that the run used after step N
 git.diff          uncommitted changes of the spec's repository

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from attrs import frozen
+from attrs import field, frozen
 
 from sdkit.language.errors import counted
 from sdkit.language.metric_names import BOUNDED_MEASURES, GIVEN_FAILURE, PASS_AT, WITHIN, pass_at
@@ -30,9 +30,13 @@ class EvaluationResult:
     scores: Mapping[Key, tuple[float, ...]]
     records: Sequence[Mapping[str, Any]]
     tokens: int  # generated
+    _intervals: dict[Key, Interval] = field(factory=dict, init=False, repr=False)
 
     def interval(self, key: Key) -> Interval:
-        return mean_interval(self.scores[key])
+        """A score's mean over prompts with its interval, computed once: fractional scores need many draws."""
+        if key not in self._intervals:
+            self._intervals[key] = mean_interval(self.scores[key])
+        return self._intervals[key]
 
     def difference(self, before: EvaluationResult, key: Key) -> Interval:
         """The paired change since `before`, with its interval over prompts."""
@@ -77,8 +81,7 @@ class EvaluationResult:
             interval = self.interval(key)
             names = ["eval/" + "/".join(key)] + (["eval/score"] if key == headline else [])
             for name in names:
-                metrics |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-                metrics[f"{name}_n"] = interval.n
+                metrics |= interval_metrics(name, interval)
         metrics |= self._given_failure()
         return metrics | {"eval/" + "/".join(key): mean for key, mean in self.measure_means().items()}
 
@@ -92,6 +95,11 @@ class EvaluationResult:
             if before < 1:
                 shares[f"eval/{suite}/{decoding}/{GIVEN_FAILURE}{turn}"] = (mean - before) / (1 - before)
         return shares
+
+
+def interval_metrics(name: str, interval: Interval) -> dict[str, float]:
+    """A metric, the ends of its interval and its n, under `INTERVAL_SUFFIXES`."""
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high, f"{name}_n": interval.n}
 
 
 def read_back(records: Sequence[Mapping[str, Any]], tokens: int = 0) -> EvaluationResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +90,11 @@ class Run:
         """The evaluation at this point, prompt by prompt."""
         return read_back(self.records(point))
 
+    @cached_property
+    def ends(self) -> tuple[EvaluationResult, EvaluationResult]:
+        """The first and the last evaluation, read once."""
+        return self.evaluated(self.points[0]), self.evaluated(self.points[-1])
+
     def per_prompt(self, point: Point) -> dict[Key, dict[str, float]]:
         """For each score and prompt, the mean over the prompt's samples.
 
@@ -104,7 +110,7 @@ class Run:
 
     def changes(self, keys: Sequence[Key]) -> dict[Key, tuple[Interval, Interval, Interval]]:
         """The first and the last score and the paired change, for the keys that both evaluations have."""
-        start, end = self.evaluated(self.points[0]), self.evaluated(self.points[-1])
+        start, end = self.ends
         return {
             key: (start.interval(key), end.interval(key), end.difference(start, key))
             for key in keys
@@ -172,6 +178,19 @@ def spent(lines: Iterable[Mapping[str, Any]]) -> Iterator[tuple[float, float]]:
         tokens = line.get("tokens_generated", tokens)
         seconds += line.get("time/step", 0.0)
         yield tokens, seconds
+
+
+def device_hours(lines: Sequence[Mapping[str, Any]], attempts: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the hours of training steps and evaluations, times the ranks of the attempt that ran them.
+
+    Start-up, checkpoints and steps that were lost when a run was killed are not included.
+    """
+    seconds = 0.0
+    for line in lines:
+        spent = line.get("time/step", 0.0) + line.get("time/evaluation", 0.0)
+        ranks = [a.get("ranks", 1) for a in attempts if a.get("after_step", 0) < max(line["step"], 1)]
+        seconds += spent * (ranks[-1] if ranks else 1)
+    return seconds / 3600
 
 
 def _scores(line: Mapping[str, Any]) -> dict[Key, Interval]:

@@ -94,14 +94,13 @@ def print_runs(runs: Sequence[ListedRun], console: Console) -> None:
         name = str(run.path) + (f" ({run.kind})" if run.kind != "run" else "")
         table.add_row(escape(name), f"[{colour}]{run.state}[/]", _steps(run), escape(score), age)
     console.print(table)
-    print_plainly = console.print
     for run in runs:
         if run.note:
-            print_plainly(f"{run.path}: {run.note}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{run.path}: {run.note}", markup=False, highlight=False, soft_wrap=True)
     if commands := list(_commands(runs)):
         console.print("\n[bold]next[/]")
     for command in commands:
-        print_plainly(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _commands(runs: Sequence[ListedRun]) -> Iterator[str]:

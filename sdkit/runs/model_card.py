@@ -81,15 +81,10 @@ def _scores(run: Path) -> str:
     if not path.is_file():
         return ""
     records = json.loads(path.read_text(encoding="utf-8"))
-    rows = ["| suite | decoding | score | before | after | change | n |", "|---|---|---|---|---|---|---|"]
-    for row in records:
-        figures = " | ".join(_with_ends(row[column]) for column in ("before", "after", "change"))
-        rows.append(f"| {row['suite']} | {row['decoding']} | {row['score']} | {figures} | {row['n']} |")
-    methods = (method for row in records for method in row.get("methods", {}).values())
-    notes = [f"Intervals are {interval_note(methods)}."]
+    notes = [_intervals_are(records)]
     if few := few_prompts_warning({row["suite"]: row["n"] for row in records}):
         notes.append(f"Warning: {few}.")
-    return "\n".join([*rows, "", *notes])
+    return "\n".join([*_table(records, ("suite", "decoding", "score"), "n"), *notes])
 
 
 def _retention(run: Path) -> str:
@@ -98,17 +93,25 @@ def _retention(run: Path) -> str:
     if not path.is_file():
         return ""
     records = json.loads(path.read_text(encoding="utf-8"))
-    rows = ["| figure | before | after | change | prompts |", "|---|---|---|---|---|"]
-    for row in records:
-        figures = " | ".join(_with_ends(row[column]) for column in ("before", "after", "change"))
-        rows.append(f"| {row['figure']} | {figures} | {row['n']} |")
-    methods = (method for row in records for method in row["methods"].values())
     what = "New skill is the mean of the task's suites, retention that of the panel's entries."
-    return "\n".join([*rows, "", f"{what} Intervals are {interval_note(methods)}."])
+    return "\n".join([*_table(records, ("figure",), "prompts"), f"{what} {_intervals_are(records)}"])
 
 
-def _with_ends(interval: Sequence[float]) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
+def _table(records: Sequence[Mapping[str, Any]], names: Sequence[str], count: str) -> list[str]:
+    """The lines of a table of scores before and after training, and an empty one."""
+    columns = ("before", "after", "change")
+    header = [*names, *columns, count]
+    rows = [
+        [*(row[name] for name in names), *("{:.3f} [{:.3f}, {:.3f}]".format(*row[c]) for c in columns), row["n"]]
+        for row in records
+    ]
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:], ""]
+
+
+def _intervals_are(records: Sequence[Mapping[str, Any]]) -> str:
+    methods = (method for row in records for method in row.get("methods", {}).values())
+    return f"Intervals are {interval_note(methods)}."
 
 
 def _origin(spec: ExperimentSpec, facts: Mapping[str, Any], start: str) -> Iterator[str]:

@@ -12,9 +12,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from sdkit.runs.evaluations import EvaluationResult, Key, interval_note, signed, with_interval
+from sdkit.runs.evaluations import EvaluationResult, Key, interval_metrics, interval_note, signed, with_interval
 from sdkit.runs.intervals import Interval, combined
-from sdkit.runs.score_tables import Change
+from sdkit.runs.score_tables import Change, change_record
 
 NEW_SKILL = "new skill"
 RETENTION = "retention"
@@ -44,8 +44,7 @@ def metrics(result: EvaluationResult) -> dict[str, float]:
     weights = figures(result)
     for figure, name in METRICS.items() if weights else ():
         interval = combined([(result.interval(key), weight) for key, weight in weights[figure].items()])
-        values |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-        values[f"{name}_n"] = interval.n
+        values |= interval_metrics(name, interval)
     return values
 
 
@@ -107,12 +106,7 @@ def retention_table(runs: Mapping[str, Mapping[str, Change]]) -> Table:
 
 def retention_records(figures: Mapping[str, Change]) -> list[dict[str, Any]]:
     """The rows of the table as JSON values, for retention.json."""
-    records: list[dict[str, Any]] = []
-    for name, change in figures.items():
-        ends = {when: [interval.mean, interval.low, interval.high] for when, interval in change.items()}
-        methods = {when: interval.method for when, interval in change.items()}
-        records.append({"figure": name, **ends, "n": change["change"].n, "methods": methods})
-    return records
+    return [{"figure": name} | change_record(change) for name, change in figures.items()]
 
 
 def panel_suites(results: Sequence[EvaluationResult]) -> set[str]:

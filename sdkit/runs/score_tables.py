@@ -126,13 +126,16 @@ def _record(key: Key, kind: str, interval: Interval) -> dict[str, Any]:
 
 def comparison_records(changes: Mapping[Key, Change], kind: str = "score") -> list[dict[str, Any]]:
     """Changes as JSON values, for result.json and, with the kind `measure`, for measures.json."""
-    records: list[dict[str, Any]] = []
-    for key, change in changes.items():
-        ends = {name: [interval.mean, interval.low, interval.high] for name, interval in change.items()}
-        methods = {name: interval.method for name, interval in change.items()}
-        names = dict(zip(("suite", "decoding", kind), key, strict=True))
-        records.append({**names, **ends, "n": change["change"].n, "methods": methods})
-    return records
+    return [
+        dict(zip(("suite", "decoding", kind), key, strict=True)) | change_record(change)
+        for key, change in changes.items()
+    ]
+
+
+def change_record(change: Change) -> dict[str, Any]:
+    """The intervals of a change as JSON values."""
+    ends = {when: [interval.mean, interval.low, interval.high] for when, interval in change.items()}
+    return {**ends, "n": change["change"].n, "methods": {when: i.method for when, i in change.items()}}
 
 
 def warn_of_few_prompts(console: Console, result: EvaluationResult) -> None:

@@ -116,8 +116,8 @@ class WandbTracker:
     def text(self, name: str, step: int, text: str) -> None: ...
 
     def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        rows = [[_cell(record.get(name)) for name in COLUMNS] for record in records]
-        self._run.log({"step": step, "samples": self._wandb.Table(columns=list(COLUMNS), data=rows)})
+        table = self._wandb.Table(columns=list(COLUMNS), data=_rows(records))
+        self._run.log({"step": step, "samples": table})
 
     def results(self, settings: Mapping[str, Any], results: Mapping[str, float], step: int) -> None:
         self._run.summary.update(dict(results))
@@ -155,9 +155,8 @@ class TrackioTracker:
     def text(self, name: str, step: int, text: str) -> None: ...
 
     def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        rows = [{name: _cell(record.get(name)) for name in COLUMNS} for record in records]
-        columns, data = list(COLUMNS), [list(row.values()) for row in rows]
-        self._run.log({"samples": self._trackio.Table(columns=columns, data=data)}, step=step)
+        table = self._trackio.Table(columns=list(COLUMNS), data=_rows(records))
+        self._run.log({"samples": table}, step=step)
 
     def results(self, settings: Mapping[str, Any], results: Mapping[str, float], step: int) -> None: ...
 
@@ -274,6 +273,11 @@ def wandb_is_set_up() -> bool:
         return bool(netrc.netrc(os.environ.get("NETRC")).authenticators(host))
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _rows(records: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """The table of samples, a row for each record."""
+    return [[_cell(record.get(name)) for name in COLUMNS] for record in records]
 
 
 def _cell(value: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attrs import asdict
 from rich.console import Console
 from rich.table import Table
 
@@ -88,14 +89,7 @@ def means_table(intervals: Mapping[Key, Interval], seeds: int) -> Table:
 def report(run_set: RunSet, intervals: Mapping[Key, Interval]) -> dict[str, Any]:
     """The means with their intervals, of which runs and by which command, as JSON values."""
     scores = [
-        dict(zip(("suite", "decoding", "score"), key, strict=True))
-        | {
-            "mean": interval.mean,
-            "low": interval.low,
-            "high": interval.high,
-            "n": interval.n,
-            "method": interval.method,
-        }
+        dict(zip(("suite", "decoding", "score"), key, strict=True)) | asdict(interval)
         for key, interval in intervals.items()
     ]
     seeds = [member.settings["training"]["seed"] for member in run_set.members]

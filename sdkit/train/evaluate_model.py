@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def write(folder: Path, spec_text: str, facts: Mapping[str, Any], result: Evalua
     target = directory.create(folder)
     target.write_json("evaluation.json", facts)
     target.write_text("spec.yaml", spec_text)
-    target.write_text("completions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in result.records))
+    target.json_lines("completions.jsonl", result.records)
     shown: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for record in result.records:
         shown.setdefault((record["suite"], record["decoding"]), []).append(record)

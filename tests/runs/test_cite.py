@@ -13,7 +13,8 @@ from sdkit.language.resolved import resolved
 from sdkit.language.specs import CrossEntropy, DatasetSamples, EmaWeights, RolloutSpec, Table
 from sdkit.runs import latex
 from sdkit.runs.bibliography import SOFTWARE_AUTHORS, SOFTWARE_TITLE, papers_in, software_bibtex
-from sdkit.runs.cite import cite, device_hours, read, together
+from sdkit.runs.cite import cite, read, together
+from sdkit.runs.history import device_hours
 
 HOURS = [{"step": 1, "time/step": 1800.0}, {"step": 1, "time/evaluation": 900.0}, {"step": 2, "time/step": 1800.0}]
 
