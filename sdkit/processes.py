@@ -52,6 +52,17 @@ def kill_group(process: subprocess.Popen[Any]) -> None:
         process.wait()
 
 
+@contextlib.contextmanager
+def on_stop_signals(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM with `handler`, then restore what handled them before."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
 class WorkerPool(Generic[AnyStr]):
     """Worker processes, each leading a session, that `start` starts on demand.
 

@@ -40,19 +40,19 @@ def with_first_rows(path: str, overrides: Sequence[str], *, strict: bool = False
     return sequence, describe(sequence) if sequence.ok else []
 
 
-def report_stages(path: Path, overrides: Sequence[str] | None, shown: int) -> None:
-    """Load and check all rows of every stage, and show the prompts of `shown` of each."""
+def report_stages(sequence: Any, shown: int) -> None:
+    """Load and check all rows of every stage of a checked sequence file, and show the prompts of `shown` of each."""
     from sdkit.train.data_report import report_data
 
     console = make_console()
-    for stage in check_sequence(path, overrides).stages:
+    for stage in sequence.stages:
         console.print(f"stage {stage.name}:", markup=False, highlight=False)
         with placing(stage.checked):
             report_data(stage.spec, stage.checked.base, console, shown)
 
 
-def plan_sequence(path: Path, overrides: Sequence[str] | None) -> None:
-    """Print the stages, the plan of each, and their sum."""
+def plan_sequence(path: Path, overrides: Sequence[str] | None) -> Any:
+    """Print the stages, the plan of each, and their sum; returns the checked sequence file."""
     from sdkit.api import plan_spec
     from sdkit.language.sequences import describe
     from sdkit.plan.text import render_plan
@@ -63,25 +63,24 @@ def plan_sequence(path: Path, overrides: Sequence[str] | None) -> None:
     for stage, plan in zip(sequence.stages, plans, strict=True):
         lines += ["", f"stage {stage.name}", render_plan(stage.spec, plan)]
     typer.echo("\n".join([*lines, "", "the sequence:", *(f"  {line}" for line in _totals(sequence.stages, plans))]))
+    return sequence
 
 
 def _totals(stages: Sequence[Any], plans: Sequence[Any]) -> list[str]:
     """Steps, evaluations and the time of all stages."""
+    from sdkit.sets.seeds import run_hours
+
     lines = []
     if all(plan.steps is not None for plan in plans):
         lines.append(f"{sum(plan.steps for plan in plans)} rollout batches in {counted(len(plans), 'stage')}")
     suites = len(stages[0].spec.suites)
     lines.append(f"{counted(suites, 'suite')}, evaluated at the start and the end of every stage")
-    seconds = [plan.step_time.seconds * plan.steps for plan in plans if plan.steps and _is_known(plan.step_time)]
-    if len(seconds) == len(plans):
-        lines.append(f"{sum(seconds) / 3600:.1f} h, without evaluation")
+    hours = [known for plan in plans if (known := run_hours(plan)) is not None]
+    if len(hours) == len(plans):
+        lines.append(f"{sum(hours):.1f} h, without evaluation")
     else:
         lines.append("time: unknown; an estimate needs machine.accelerator and the number of steps of every stage")
     return lines
-
-
-def _is_known(time: Any) -> bool:
-    return time is not None and time.unknown_reason is None
 
 
 def rehearse_stages(path: Path, overrides: Sequence[str] | None) -> None:
@@ -90,9 +89,9 @@ def rehearse_stages(path: Path, overrides: Sequence[str] | None) -> None:
     from sdkit.train.data_report import report_data
     from sdkit.train.reward_trial import try_rewards
 
-    plan_sequence(path, overrides)
+    sequence = plan_sequence(path, overrides)
     console = make_console()
-    for stage in check_sequence(path, overrides).stages:
+    for stage in sequence.stages:
         console.print(f"stage {stage.name}:", markup=False, highlight=False)
         with placing(stage.checked):
             try_rewards(report_data(stage.spec, stage.checked.base, console, 0), console)

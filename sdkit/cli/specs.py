@@ -67,7 +67,7 @@ def validate(
     if data is not None:
         for path, (checked, _) in checked_specs.items():
             if isinstance(checked, CheckedSequence):
-                sequences.report_stages(Path(path), overrides, data)
+                sequences.report_stages(checked, data)
             else:
                 _check_data(path, overrides, data)
 
@@ -131,8 +131,8 @@ def plan(
     from sdkit.plan.plan import MethodPlan
 
     if is_sequence(spec):
-        sequences.plan_sequence(spec, overrides)
-        return sequences.report_stages(spec, overrides, data) if data else None
+        sequence = sequences.plan_sequence(spec, overrides)
+        return sequences.report_stages(sequence, data) if data else None
     checked = check_spec_or_run(spec, overrides, run_file=data > 0)
     the_plan = print_plan(checked)
     if seeds is not None and not isinstance(the_plan, MethodPlan):

@@ -19,7 +19,7 @@ from typing import IO, Any
 from attrs import field, frozen
 
 from sdkit.language.errors import ProcessDied, UnreadableInput
-from sdkit.processes import kill_group
+from sdkit.processes import kill_group, on_stop_signals
 
 GRACE_SECONDS = 20.0
 """Seconds that the other ranks have to exit by themselves once one has failed."""
@@ -136,13 +136,8 @@ def _forward_signals(ranks: list[_Rank]) -> Iterator[None]:
             rank.interrupts.append(time.monotonic())
             rank.send_signal(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
+    with on_stop_signals(forward):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _wait(ranks: list[_Rank]) -> list[tuple[_Rank, int]]:

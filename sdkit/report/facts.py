@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from sdkit.language.errors import Path as SpecPath
 from sdkit.language.errors import counted, spelled
@@ -58,13 +58,11 @@ def notices(contents: Contents) -> list[Notice]:
         if waiting := [name for name, state, _ in run_set.members if state == "not started"]:
             found.append(Notice(runs=run_set.name, text=f"not started: {', '.join(waiting)}", serious=True))
     found += [notice for record in contents.records for notice in _notices(record)]
-    same: dict[tuple[Any, ...], list[str]] = {}
+    same: dict[Notice, list[str]] = {}
     for notice in found:
-        same.setdefault((not notice.serious, notice.text, notice.advice, notice.steps), []).append(notice.runs)
-    return [
-        Notice(runs=few_names(runs), text=text, advice=advice, steps=steps, serious=not mild)
-        for (mild, text, advice, steps), runs in sorted(same.items(), key=lambda item: item[0][0])
-    ]
+        same.setdefault(evolve(notice, runs=""), []).append(notice.runs)
+    grouped = [evolve(notice, runs=few_names(runs)) for notice, runs in same.items()]
+    return sorted(grouped, key=lambda notice: not notice.serious)
 
 
 def _notices(record: RunRecord) -> Iterator[Notice]:

@@ -12,7 +12,7 @@ from sdkit.language.errors import SdkitError, UnreadableInput
 from sdkit.language.load import load_spec
 from sdkit.language.specs import ExperimentSpec
 from sdkit.runs import directory
-from sdkit.runs.directory import MARK, read_lines, read_status
+from sdkit.runs.directory import MARK, read_lines
 from sdkit.runs.history import Run, read_run
 from sdkit.runs.run_sets import is_set, read_set
 from sdkit.runs.seed_runs import mean_of_seeds
@@ -29,7 +29,6 @@ class RunRecord:
     lines: Sequence[Line]  # of metrics.jsonl
     warnings: Sequence[Line]  # of warnings.jsonl
     provenance: Mapping[str, Any]
-    status: Mapping[str, Any]
     spec: ExperimentSpec | None  # None if this sdkit refuses the run's spec
     base: Path  # where the spec's paths start
 
@@ -157,15 +156,7 @@ def _read_record(path: Path, name: str) -> RunRecord:
                 raise UnreadableInput(f"{path / file}:{number}: not a line of a run: it has no step")
     provenance = directory.provenance(path)
     base = Path(provenance.get("base", path))
-    return RunRecord(
-        run=run,
-        lines=lines,
-        warnings=warnings,
-        provenance=provenance,
-        status=read_status(path),
-        spec=_spec(path, base),
-        base=base,
-    )
+    return RunRecord(run=run, lines=lines, warnings=warnings, provenance=provenance, spec=_spec(path, base), base=base)
 
 
 def _spec(run: Path, base: Path) -> ExperimentSpec | None:

@@ -11,9 +11,9 @@ from attrs import frozen
 from sdkit.language.errors import counted
 from sdkit.report.facts import Row
 from sdkit.runs.evaluations import signed, with_interval
-from sdkit.runs.sequence_text import TITLES
+from sdkit.runs.sequence_text import TITLES, metric_differences
 from sdkit.runs.sequences import DEFINITIONS, SequenceRuns
-from sdkit.runs.transfer import Trajectory, difference, matrix, metric_changes, metrics, retention, retention_changes
+from sdkit.runs.transfer import matrix, metrics, retention
 
 START = "the start"
 
@@ -61,23 +61,8 @@ def sequence_table(sequence: SequenceRuns) -> SequenceTable:
 def sequence_differences(sequences: Sequence[SequenceRuns]) -> list[Row]:
     """Every metric of one complete sequence minus that of another, paired by prompt and seed."""
     complete = [sequence for sequence in sequences if sequence.is_complete]
-    rows: list[Row] = []
-    for first, second in combinations(complete, 2):
-        both = first.trajectories, second.trajectories
-        own, other = (_changes(runs) for runs in both)
-        for name in own:
-            interval = difference(*both, (own[name], other.get(name, []))) if own[name] else None
-            if interval is None:
-                continue
-            decided = interval.low > 0 or interval.high < 0
-            higher = first.name if interval.mean > 0 else second.name
-            verdict = f"higher in {higher}" if decided else "no significant difference"
-            rows.append(
-                Row(name=f"{first.name} − {second.name}", cells=[TITLES.get(name, name), *signed(interval), verdict])
-            )
-    return rows
-
-
-def _changes(runs: Sequence[Trajectory]) -> dict[str, Any]:
-    of_suites = {f"retention of {suite}": changes for suite, changes in retention_changes(runs[0]).items()}
-    return metric_changes(runs) | of_suites
+    return [
+        Row(name=f"{first.name} − {second.name}", cells=[metric, *signed(interval), verdict])
+        for first, second in combinations(complete, 2)
+        for metric, interval, verdict in metric_differences(first, second)
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sdkit.language.errors import counted
 from sdkit.runs.evaluations import signed, with_interval
+from sdkit.runs.intervals import Interval
 from sdkit.runs.sequences import SequenceRuns, read_sequences
 from sdkit.runs.transfer import difference, matrix, metric_changes, metrics, retention, retention_changes
 
@@ -71,20 +72,11 @@ def _print_difference(first: SequenceRuns, second: SequenceRuns, console: Consol
         unfinished = ", ".join(each.name for each in (first, second) if not each.is_complete)
         console.print(f"no differences yet: {unfinished} has not finished", markup=False, highlight=False)
         return
-    both = first.trajectories, second.trajectories
-    changes = [metric_changes(runs) | _named_retention(runs[0]) for runs in both]
     table = Table(title=f"{first.name} minus {second.name}", caption="paired by prompt and seed")
     for name in ("metric", "difference", "95 % interval", "verdict"):
         table.add_column(name, justify="left" if name in ("metric", "verdict") else "right")
-    for name in changes[0]:
-        own, other = changes[0][name], changes[1].get(name, [])
-        interval = difference(*both, (own, other)) if own else None
-        if interval is None:
-            continue
-        decided = interval.low > 0 or interval.high < 0
-        higher = first.name if interval.mean > 0 else second.name
-        verdict = f"higher in {higher}" if decided else "no significant difference"
-        table.add_row(TITLES.get(name, name), *signed(interval), escape(verdict))
+    for metric, interval, verdict in metric_differences(first, second):
+        table.add_row(metric, *signed(interval), escape(verdict))
     if table.row_count:
         console.print(table)
     else:
@@ -93,6 +85,19 @@ def _print_difference(first: SequenceRuns, second: SequenceRuns, console: Consol
             markup=False,
             highlight=False,
         )
+
+
+def metric_differences(first: SequenceRuns, second: SequenceRuns) -> Iterator[tuple[str, Interval, str]]:
+    """Every metric of the first minus that of the second, paired by prompt and seed, with a verdict; both are complete."""
+    both = first.trajectories, second.trajectories
+    own, other = (metric_changes(runs) | _named_retention(runs[0]) for runs in both)
+    for name, changes in own.items():
+        interval = difference(*both, (changes, other.get(name, []))) if changes else None
+        if interval is not None:
+            decided = interval.low > 0 or interval.high < 0
+            higher = first.name if interval.mean > 0 else second.name
+            verdict = f"higher in {higher}" if decided else "no significant difference"
+            yield TITLES.get(name, name), interval, verdict
 
 
 def _named_retention(run) -> dict:

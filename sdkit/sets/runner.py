@@ -21,7 +21,7 @@ from rich.console import Console
 
 from sdkit.distributed.launch import GRACE_SECONDS, POLL_SECONDS, end_with_parent
 from sdkit.language.errors import INTERRUPTED, Diverged, ProcessDied, RunFailed, SdkitError, Stopped, counted
-from sdkit.processes import kill_group
+from sdkit.processes import kill_group, on_stop_signals
 from sdkit.runs.directory import MARK, RunDirectory, record_failure
 from sdkit.runs.run_sets import FINISHED, LOGS, Member, RunSet, clear_unstarted, is_set
 
@@ -218,10 +218,5 @@ class _Running:
                 if child.process.poll() is None:
                     child.process.send_signal(number)
 
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, forward) for number in numbers}
-        try:
+        with on_stop_signals(forward):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

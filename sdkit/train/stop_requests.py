@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sdkit.distributed import collectives
+from sdkit.processes import on_stop_signals
 
 Notify = Callable[[str], None]
 
@@ -75,9 +76,5 @@ def stop_requests(notify: Notify) -> Iterator[StopRequests]:
     `notify` receives the answer to the first request.
     """
     stop = StopRequests(notify)
-    before = {n: signal.signal(n, stop.handle_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_stop_signals(stop.handle_signal):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
