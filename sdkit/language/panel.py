@@ -63,8 +63,7 @@ class PlacedSuite:
 
 def panel_suites(spec: specs.ExperimentSpec) -> Iterator[PlacedSuite]:
     """Yields every suite of the panel but those of lm-eval, in order."""
-    for i, entry in enumerate(spec.evaluation.panel if spec.evaluation else ()):
-        path = ("evaluation", "panel", i)
+    for path, entry in spec.panel_entries():
         match entry:
             case specs.InstructionSuite():
                 yield _instructions(entry, path)
@@ -82,10 +81,7 @@ def panel_suites(spec: specs.ExperimentSpec) -> Iterator[PlacedSuite]:
 
 def lm_eval_entries(spec: specs.ExperimentSpec) -> list[tuple[Path, specs.LmEvalTasks]]:
     """Returns the entries of the panel that lm-eval runs, each with its path."""
-    panel = spec.evaluation.panel if spec.evaluation else ()
-    return [
-        (("evaluation", "panel", i), entry) for i, entry in enumerate(panel) if isinstance(entry, specs.LmEvalTasks)
-    ]
+    return [(path, entry) for path, entry in spec.panel_entries() if isinstance(entry, specs.LmEvalTasks)]
 
 
 def is_installed(package: str) -> bool:

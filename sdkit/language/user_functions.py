@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sdkit.language.errors import BadData, Place, did_you_mean, printable, shorten
 from sdkit.language.files import MAX_SOURCE_CODE_BYTES, UnreadableFile, read_file
 
-Fault = tuple[Literal["file", "function"], str, str | None]
+Fault = tuple[Literal["file", "function", "class_name"], str, str | None]
 """The key at fault, the message, and an optional hint."""
 
 
@@ -41,16 +41,14 @@ def fault_of(path: str, shown: str, function: str, values: Sequence[str], given:
     return None
 
 
-def class_fault_of(
-    path: str, shown: str, name: str, methods: Sequence[str]
-) -> tuple[Literal["file", "class_name"], str, str | None] | None:
+def class_fault_of(path: str, shown: str, name: str, methods: Sequence[str]) -> Fault | None:
     """Returns why a file has no class with these methods; None if it has, or may inherit them.
 
     The file is parsed, never run.  `path` is the file to open, `shown` the path as written in the spec.
     """
     tree = _parsed(path, shown)
     if isinstance(tree, tuple):
-        return "file", *tree[1:]
+        return tree
     defined = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     if name not in defined:
         message = f"{shown} defines no class {shorten(name)} at its top level"

@@ -103,11 +103,10 @@ def load_model(spec: ModelSpec, located: str, seed: int, read: ReadWeights | Non
     BadEnvironment if a package is missing.
     """
     attention.install()
-    quantized = spec.lora is not None and spec.lora.quantize_base is not None
-    if quantized:
+    if spec.quantized:
         quantization.check_installed()
     model: Any = (read or read_weights)(spec, located)
-    if quantized:
+    if spec.quantized:
         quantization.quantize(model)
     if spec.activation_checkpointing:
         activation_checkpointing.enable(model)

@@ -108,9 +108,14 @@ def intermediate_size(shape: ShapeSpec) -> float:
     if shape.intermediate_size:
         return shape.intermediate_size
     hidden = shape.hidden_size
-    attention = 2 * hidden * ((shape.q_width or hidden) + (shape.kv_width or hidden))
     layer = (shape.parameters - shape.vocab_size * hidden) / shape.num_hidden_layers
-    return max(layer - attention, 0.0) / ((3 if shape.gated_mlp else 2) * hidden)
+    return max(layer - attention_parameters(shape), 0.0) / ((3 if shape.gated_mlp else 2) * hidden)
+
+
+def attention_parameters(shape: ShapeSpec) -> int:
+    """Returns the parameters of one layer's query, key, value and output projections."""
+    hidden = shape.hidden_size
+    return 2 * hidden * ((shape.q_width or hidden) + (shape.kv_width or hidden))
 
 
 def chunk_bytes(spec: ExperimentSpec, shape: ShapeSpec, width: int, *, on_cpu: bool) -> float:

@@ -15,6 +15,7 @@ from sdkit.language.specs import Backend, ExperimentSpec, FrozenWeights, OneTeac
 from sdkit.plan.accelerators import Machine
 from sdkit.plan.activations import (
     FLOAT32,
+    attention_parameters,
     chunk_bytes,
     head_gradient_bytes,
     intermediate_size,
@@ -129,19 +130,17 @@ def estimate_memory(
 
 
 def _student_label(spec: ExperimentSpec) -> str:
-    quantized = spec.model.lora.quantize_base if spec.model.lora else None
+    quantized = spec.model.quantized
     return f"student weights, linear layers in {quantized}" if quantized else "student weights"
 
 
 def student_bytes(spec: ExperimentSpec, shape: ShapeSpec) -> float:
     """Returns the bytes of the student's weights, without adapters and before sharding."""
     width = BYTES[spec.model.dtype]
-    if spec.model.lora is None or spec.model.lora.quantize_base is None:
+    if spec.model.quantized is None:
         return shape.parameters * width
-    hidden, keys = shape.hidden_size, shape.kv_width or shape.hidden_size
-    attention = 2 * hidden * ((shape.q_width or hidden) + keys)
-    feed_forward = (3 if shape.gated_mlp else 2) * hidden * intermediate_size(shape)
-    linear = shape.num_hidden_layers * (attention + feed_forward)
+    feed_forward = (3 if shape.gated_mlp else 2) * shape.hidden_size * intermediate_size(shape)
+    linear = shape.num_hidden_layers * (attention_parameters(shape) + feed_forward)
     return linear * NF4 + (shape.parameters - linear) * width
 
 
@@ -215,9 +214,7 @@ def _update_items(run: _Run, *, on_cpu: bool) -> Items:
 
 def _dequantized_bytes(run: _Run) -> float:
     """The largest of the quantized weights in the model's dtype, as a forward or backward pass multiplies by it."""
-    lora = run.spec.model.lora
-    quantized = lora is not None and lora.quantize_base is not None
-    return run.width * run.shape.hidden_size * intermediate_size(run.shape) if quantized else 0.0
+    return run.width * run.shape.hidden_size * intermediate_size(run.shape) if run.spec.model.quantized else 0.0
 
 
 def _communication(run: _Run, *, on_cpu: bool) -> Iterator[tuple[str, float]]:

@@ -309,8 +309,8 @@ def _external_teacher_samples(spec: ExperimentSpec) -> bool:
 def _roles(spec: ExperimentSpec) -> list[str]:
     lora = spec.model.lora
     trained = f"LoRA rank {lora.r}" if lora else "all weights"
-    if lora and lora.quantize_base:
-        trained += f" over base weights in {lora.quantize_base}"
+    if quantized := spec.model.quantized:
+        trained += f" over base weights in {quantized}"
     roles = [f"student: {spec.model.path}, {trained}, {spec.model.dtype}, float32 masters"]
     if spec.teacher:
         place = spec.teacher.weights.describe_place(bool(spec.model.lora))

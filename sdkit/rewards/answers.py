@@ -22,7 +22,7 @@ _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+
 _NUMBER = re.compile(rf"(?:(?<![\w.)\]}}])[-+−])?(?<![\w.])(?:{_UNSIGNED})(?:[eE][-+]?[0-9]+)?")
 # The pronoun in "I think" is not a choice.
 _CHOICE = re.compile(r"(?<![\w'’])(?!I [a-z])[A-Z](?![\w'’])")
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+WORD = re.compile(r"\w+(?:['’-]\w+)*")
 # A fence may be longer than three, to contain one of three; an opening fence does not close the previous block.
 _BLOCK = re.compile(r"^[ \t]*(`{3,})[^`\n]*\n(.*?)^[ \t]*\1`*[ \t]*$", re.MULTILINE | re.DOTALL)
 # 60 digits, and no exception whatever exponent a model writes.
@@ -46,7 +46,7 @@ def extract(how: specs.Extract, completion: str) -> str | None:
             blocks = _BLOCK.findall(completion)
             return textwrap.dedent(blocks[-1][1]) if blocks else None
         case specs.LastWord():
-            return _last(_WORD, completion)
+            return _last(WORD, completion)
         case _:
             assert_never(how)
 

@@ -16,9 +16,9 @@ from sdkit.batches import Row
 from sdkit.language import specs
 from sdkit.language.errors import BadData, did_you_mean, listed, shorten
 from sdkit.rewards.answer_language import LANGUAGES, is_in_language
+from sdkit.rewards.answers import WORD
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _SENTENCE_END = re.compile(r"[.!?…。！？]+[\"'”’)]*(?:\s+|$)")
 _CODE_FENCE = re.compile(r"^```[^\n]*\n(.*?)\n?```$", re.DOTALL)
 _THOUGHTS = re.compile(r"^.*</think>", re.DOTALL)
@@ -26,7 +26,7 @@ _THOUGHTS = re.compile(r"^.*</think>", re.DOTALL)
 
 def words(text: str, at_least: int = 0, at_most: int | None = None) -> bool:
     """Whether the number of words is within the bounds."""
-    return _within(len(_WORD.findall(text)), at_least, at_most)
+    return _within(len(WORD.findall(text)), at_least, at_most)
 
 
 def sentences(text: str, at_least: int = 0, at_most: int | None = None) -> bool:
@@ -124,22 +124,22 @@ def contains(text: str, words: Sequence[str]) -> bool:
 
 def excludes(text: str, words: Sequence[str]) -> bool:
     """Whether the text has at least one word, and none of these words or phrases, in any case."""
-    return bool(_WORD.search(text)) and not any(_occurrences(text, word) for word in words)
+    return bool(WORD.search(text)) and not any(_occurrences(text, word) for word in words)
 
 
 def occurs(text: str, word: str, at_least: int = 0, at_most: int | None = None) -> bool:
     """Whether the number of times that a word occurs, in any case, is within the bounds."""
-    return bool(_WORD.search(text)) and _within(_occurrences(text, word), at_least, at_most)
+    return bool(WORD.search(text)) and _within(_occurrences(text, word), at_least, at_most)
 
 
 def letter(text: str, letter: str, at_least: int = 0, at_most: int | None = None) -> bool:
     """Whether the number of times that a letter or sign occurs, in any case, is within the bounds."""
-    return bool(_WORD.search(text)) and _within(text.casefold().count(letter.casefold()), at_least, at_most)
+    return bool(WORD.search(text)) and _within(text.casefold().count(letter.casefold()), at_least, at_most)
 
 
 def initials(text: str, letter: str) -> bool:
     """Whether every word begins with this letter, in any case."""
-    found = _WORD.findall(text)
+    found = WORD.findall(text)
     return bool(found) and all(word.casefold().startswith(letter.casefold()) for word in found)
 
 
@@ -156,7 +156,7 @@ def repeats(text: str, sentence: str) -> bool:
 def digits(text: str, allowed: bool) -> bool:
     """Whether the text has a digit (`allowed`), or words but no digit (not `allowed`)."""
     has_digit = any(c.isdigit() for c in text)
-    return has_digit if allowed else bool(_WORD.search(text)) and not has_digit
+    return has_digit if allowed else bool(WORD.search(text)) and not has_digit
 
 
 def language(text: str, name: str) -> bool:

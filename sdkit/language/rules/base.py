@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path as Folder
 from typing import Any, Literal, TypeVar
@@ -16,7 +17,7 @@ from sdkit.language.model_shapes import shape_at
 from sdkit.language.overlay import LoadedSpec
 from sdkit.language.paths import is_local_model, start_of
 from sdkit.language.templates import Field, TemplateError, parse
-from sdkit.language.user_functions import fault_of
+from sdkit.language.user_functions import Fault, fault_of
 
 T = TypeVar("T")
 
@@ -166,6 +167,20 @@ def shape_of(spec: specs.ExperimentSpec, context: Context) -> specs.ShapeSpec | 
     return spec.model.shape or shape_at(spec.model.path, Folder(context.loaded.folder))
 
 
+def not_plain(where: Path, name: str) -> Iterator[Finding]:
+    """A finding for a name that metric names, file names or overrides could not have."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", name):
+        yield where, f"{shorten(name)} is not a plain name", "use letters, digits, _ and -, a letter first"
+
+
+def at_user_file(where: Path, context: Context, file: str, fault: Fault | None) -> Iterator[Finding]:
+    """The finding for a fault of a user's file; `where` is the path of the spec that names it."""
+    if fault:
+        key, message, hint = fault
+        there = key != "file" or os.path.exists(context.file(file))
+        yield (*where, key), message, hint if there else context.start_of((*where, key), file)
+
+
 def uncallable(
     where: Path,
     context: Context,
@@ -174,10 +189,9 @@ def uncallable(
     given: Sequence[str] = (),
 ) -> Iterator[Finding]:
     """A finding if a user's function is missing or does not take these arguments; `user` is the spec at `where`."""
-    if fault := fault_of(context.file(user.file), user.file, user.function, values, given):
-        key, message, hint = fault
-        there = key != "file" or os.path.exists(context.file(user.file))
-        yield (*where, key), message, hint if there else context.start_of((*where, key), user.file)
+    yield from at_user_file(
+        where, context, user.file, fault_of(context.file(user.file), user.file, user.function, values, given)
+    )
 
 
 def unknown_bundled(where: Path, path: str) -> Iterator[Finding]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 from sdkit.language import specs
 from sdkit.language.columns import scores_training_rows, training_reward
 from sdkit.language.errors import did_you_mean, listed, outside, shorten
-from sdkit.language.rules.base import Context, Finding, reward_advantages, run_rule
+from sdkit.language.rules.base import Context, Finding, at_user_file, reward_advantages, run_rule
 from sdkit.language.rules.prompts import template_faults
 from sdkit.language.templates import TemplateError, fields, parse
 from sdkit.language.user_functions import class_fault_of
@@ -105,14 +104,8 @@ def environment_class(spec: specs.ExperimentSpec, context: Context) -> Iterator[
     environment = spec.environment
     if not isinstance(environment, specs.FileEnvironment):
         return
-    path = context.file(environment.file)
-    if fault := class_fault_of(path, environment.file, environment.class_name, METHODS):
-        key, message, hint = fault
-        yield (
-            ("environment", key),
-            message,
-            hint if os.path.exists(path) else context.start_of(("environment", key), environment.file),
-        )
+    fault = class_fault_of(context.file(environment.file), environment.file, environment.class_name, METHODS)
+    yield from at_user_file(("environment",), context, environment.file, fault)
     known = list(spec.data.columns or {})
     for place, name in enumerate(environment.columns):
         if known and name not in known:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 
 from sdkit.language import panel
 from sdkit.language.errors import shorten
-from sdkit.language.rules.base import Context, Finding, run_rule
+from sdkit.language.rules.base import Context, Finding, not_plain, run_rule
 from sdkit.language.specs import ExperimentSpec, LmEvalTasks, PanelSuite, ReasoningSuites, entry_name
 
 PACKAGES = {ReasoningSuites: ("reasoning_gym", "sdkit[demo]"), LmEvalTasks: ("lm_eval", "sdkit[lm-eval]")}
@@ -19,15 +18,10 @@ PACKAGES = {ReasoningSuites: ("reasoning_gym", "sdkit[demo]"), LmEvalTasks: ("lm
 def panel_name(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Names of suites appear in metric names and tables.  An entry without a name has that of its kind."""
     taken = {name: f"evaluation.suites.{name}" for name in spec.suites}
-    for i, entry in enumerate(spec.evaluation.panel if spec.evaluation else ()):
-        path = ("evaluation", "panel", i)
+    for path, entry in spec.panel_entries():
         where = (*path, "name") if isinstance(entry, LmEvalTasks | PanelSuite) else path
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", entry_name(entry)):
-            yield (
-                where,
-                f"{shorten(entry_name(entry))} is not a plain name",
-                "use letters, digits, _ and -, a letter first",
-            )
+        if faults := list(not_plain(where, entry_name(entry))):
+            yield from faults
             continue
         names = [suite.name for suite in panel.panel_suites(spec) if suite.path == path] or [entry_name(entry)]
         for name in names:
@@ -35,7 +29,7 @@ def panel_name(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
                 hint = "choose another name" if where != path else "list it once"
                 yield where, f"{shorten(name)} is the name of {taken[name]} too", hint
                 break
-        taken |= dict.fromkeys(names, f"evaluation.panel[{i}]")
+        taken |= dict.fromkeys(names, f"evaluation.panel[{path[-1]}]")
 
 
 @run_rule("what the panel's entries need is there")
@@ -43,8 +37,7 @@ def panel_source(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Packages of benchmarks are extras of sdkit, and lm-eval finds tasks of your own as YAML files in their folder or
     below it.  Without them, a run would end at its first evaluation.
     """
-    for i, entry in enumerate(spec.evaluation.panel if spec.evaluation else ()):
-        path = ("evaluation", "panel", i)
+    for path, entry in spec.panel_entries():
         folder = entry.folder if isinstance(entry, LmEvalTasks) else None
         if folder and not os.path.isdir(context.file(folder)):
             yield (*path, "folder"), f"there is no folder {folder}", context.start_of((*path, "folder"), folder)

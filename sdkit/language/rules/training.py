@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from sdkit.language.rules.base import (
     Finding,
     method_rule,
     no_model,
+    not_plain,
     run_rule,
     shape_of,
     total_updates,
@@ -31,9 +31,7 @@ def plain_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         tables |= dict(spec.decodings())
     for path, table in tables.items():
         for name in table:
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,63}", name):
-                message = f"{shorten(name)} is not a plain name"
-                yield (*path, name), message, "use letters, digits, _ and -, a letter first"
+            yield from not_plain((*path, name), name)
 
 
 @run_rule("a bundled model exists")
@@ -136,8 +134,8 @@ def quantized_base_stage(spec: ExperimentSpec, context: Context) -> Iterator[Fin
     """Stage 3 cuts each parameter into equal shards, but a weight in 4 bits belongs to scales of its own.  Under stages 0 to 2
     every rank has the frozen weights as a whole, in a quarter of the memory of bfloat16.
     """
-    lora, path = spec.model.lora, ("training", "zero_stage")
-    if lora and lora.quantize_base and spec.training.zero_stage == 3:
+    path = ("training", "zero_stage")
+    if spec.model.quantized and spec.training.zero_stage == 3:
         stated = context.stated(path, 3)
         message = f"the base weights cannot be quantized: {stated}"
         yield ("model", "lora", "quantize_base"), message, "use zero_stage: 2 or less"

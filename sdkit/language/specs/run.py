@@ -12,7 +12,7 @@ from sdkit.language.specs.collapse import CollapseSpec
 from sdkit.language.specs.data import DataSpec
 from sdkit.language.specs.divergences import FileDivergence
 from sdkit.language.specs.environments import Environment, FileEnvironment
-from sdkit.language.specs.evaluation import EvaluationSpec, LmEvalTasks, PanelSuite
+from sdkit.language.specs.evaluation import EvaluationSpec, LmEvalTasks, PanelEntry, PanelSuite
 from sdkit.language.specs.fields import (
     AT_LEAST_ONE,
     GIBIBYTES,
@@ -150,6 +150,11 @@ class ModelSpec:
         default="tokens",
     )
     shape: ShapeSpec | None = spec_field("the model's shape, for `sdkit plan` without access to the hub", default=None)
+
+    @property
+    def quantized(self) -> Literal["nf4"] | None:
+        """How the base weights under adapters are stored; None: in `dtype`."""
+        return self.lora.quantize_base if self.lora else None
 
 
 @frozen(kw_only=True)
@@ -320,9 +325,14 @@ class ExperimentSpec(MethodSpec):
         """The path, the name and the spec of each suite of the user's: those of the task, and of the panel."""
         for name, suite in self.suites.items():
             yield ("evaluation", "suites", name), name, suite
-        for i, entry in enumerate(self.evaluation.panel if self.evaluation else ()):
+        for path, entry in self.panel_entries():
             if isinstance(entry, PanelSuite):
-                yield ("evaluation", "panel", i), entry.name, entry
+                yield path, entry.name, entry
+
+    def panel_entries(self) -> Iterator[tuple[tuple[str | int, ...], PanelEntry]]:
+        """The path and the spec of each entry of the evaluation's panel."""
+        for i, entry in enumerate(self.evaluation.panel if self.evaluation else ()):
+            yield ("evaluation", "panel", i), entry
 
     def temperatures(self) -> Iterator[tuple[tuple[str | int, ...], float]]:
         """The key and the value of each temperature at which completions are sampled."""
@@ -335,9 +345,9 @@ class ExperimentSpec(MethodSpec):
         """The path and the value of each table of decodings."""
         for name, suite in self.suites.items():
             yield ("evaluation", "suites", name, "decoding"), suite.decoding
-        for i, entry in enumerate(self.evaluation.panel if self.evaluation else ()):
+        for path, entry in self.panel_entries():
             if not isinstance(entry, LmEvalTasks):
-                yield ("evaluation", "panel", i, "decoding"), entry.decoding
+                yield (*path, "decoding"), entry.decoding
 
     def user_files(self) -> Iterator[tuple[tuple[str, ...], str]]:
         """The key and the value of each path of a user's Python file."""
