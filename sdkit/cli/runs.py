@@ -66,6 +66,7 @@ def train(
     With `--seeds`, do so for each seed; `sdkit compare` reads the folder as one thing, as it does that of a sequence.
     """
     from sdkit.language.sequences import is_sequence
+    from sdkit.runs.run_sets import is_set
 
     check_options(resume, overwrite, accept := accepted(code=changed_code, models=changed_models))
     if parallel > 1 and seeds is None:
@@ -89,7 +90,7 @@ def train(
         return train_seeds(
             checked, spec, overrides or [], numbers, folder, processes=processes, parallel=parallel, **settings
         )
-    if (folder / "set.json").is_file():
+    if is_set(folder):
         raise UnreadableInput(
             f"{folder} holds several runs, not one", hint="add their --seeds, or name another with --to"
         )
@@ -101,11 +102,7 @@ def train(
 
 def _rehearse(checked: Any, seeds: str | None) -> None:
     """Do everything that a run does before it loads its model, and a smoke run."""
-    the_plan = print_plan(checked)
-    if seeds is not None:
-        from sdkit.sets.seeds import parse_seeds, plan_seeds
-
-        typer.echo(plan_seeds(parse_seeds(seeds), the_plan))
+    print_plan(checked, seeds)
     from sdkit.train.data_report import report_data
     from sdkit.train.reward_trial import try_rewards
 
@@ -189,7 +186,9 @@ def evaluate(
 
     On the folder of several seeds: on each model, with the means over prompts and seeds.
     """
-    if (spec / "set.json").is_file():
+    from sdkit.runs.run_sets import is_set
+
+    if is_set(spec):
         return evaluate_set(spec, overrides or [], to, format, processes)
     checked, base = _check_evaluation(spec, overrides or [])
     _launch_ranks(checked.spec, processes)

@@ -38,10 +38,10 @@ def check_run_file(spec: Path, overrides: Sequence[str], seeds: Sequence[int]) -
 
     With seeds, no override may give training.seed; the value in the file does not count.
     """
-    from sdkit.sets.seeds import seed_overrides
+    from sdkit.sets.seeds import first_overrides
 
     refuse_second_seed(spec, overrides, seeds)
-    return check_spec(spec, [*overrides, *(o for seed in seeds[:1] for o in seed_overrides((), seed))], run_file=True)
+    return check_spec(spec, first_overrides(overrides, seeds), run_file=True)
 
 
 def refuse_second_seed(spec: Path, overrides: Sequence[str], seeds: Sequence[int]) -> None:

@@ -128,17 +128,12 @@ def plan(
     For a method page: its objective, teacher and sampler.  For a sequence file: every stage, and the sum.
     """
     from sdkit.language.sequences import is_sequence
-    from sdkit.plan.plan import MethodPlan
 
     if is_sequence(spec):
         sequence = sequences.plan_sequence(spec, overrides)
         return sequences.report_stages(sequence, data) if data else None
     checked = check_spec_or_run(spec, overrides, run_file=data > 0)
-    the_plan = print_plan(checked)
-    if seeds is not None and not isinstance(the_plan, MethodPlan):
-        from sdkit.sets.seeds import parse_seeds, plan_seeds
-
-        typer.echo(plan_seeds(parse_seeds(seeds), the_plan))
+    print_plan(checked, seeds)
     if data:
         from sdkit.train.preview import preview
 
@@ -147,16 +142,18 @@ def plan(
     return None
 
 
-def print_plan(checked: Any) -> Any:
-    """Print and return the plan of a checked run file, or what a method page fixes of it."""
+def print_plan(checked: Any, seeds: str | None) -> None:
+    """Print the plan of a checked run file, for the runs of `--seeds` too if given, or what a method page fixes of it."""
     from sdkit.api import plan_spec
     from sdkit.plan.plan import MethodPlan
     from sdkit.plan.text import render_method, render_plan
+    from sdkit.sets.seeds import parse_seeds, plan_seeds
 
     the_plan = plan_spec(checked.spec, checked.base)
-    is_method = isinstance(the_plan, MethodPlan)
-    typer.echo(render_method(the_plan) if is_method else render_plan(checked.spec, the_plan))
-    return the_plan
+    if isinstance(the_plan, MethodPlan):
+        return typer.echo(render_method(the_plan))
+    typer.echo(render_plan(checked.spec, the_plan))
+    return None if seeds is None else typer.echo(plan_seeds(parse_seeds(seeds), the_plan))
 
 
 @app.command(rich_help_panel=CHECKING, epilog="Examples: `sdkit smoke specs/sdft.yaml`, `sdkit smoke sdft --steps 20`")

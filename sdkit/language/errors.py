@@ -143,9 +143,12 @@ class Diverged(SdkitError):
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 plus the signal number, the convention of shells."""
 
+ERRORS: Mapping[int, type[SdkitError]] = {error.exit_code: error for error in SdkitError.__subclasses__()}
+"""Exit code → the error that ends a command with it."""
+
 EXIT_CODES: Mapping[int, str] = {
     0: "Success.",
-    **{error.exit_code: error.__doc__ or "" for error in SdkitError.__subclasses__()},
+    **{code: error.__doc__ or "" for code, error in ERRORS.items()},
     INTERRUPTED: "Interrupted at once.",
 }
 """The exit codes of the command, for its help text and docs/runs.md."""

@@ -53,7 +53,6 @@ class SetState:
     """A set of runs: its kind, and each member's state and overrides."""
 
     name: str
-    path: Path
     kind: str
     members: Sequence[tuple[str, str, str]]
 
@@ -117,7 +116,7 @@ def _read_folder(path: Path, name: str) -> Iterator[Part]:
     run_set = read_set(path)
     states = run_set.states()
     members = [(m.name, states[m.name], " ".join(m.overrides)) for m in run_set.members]
-    yield SetState(name=name, path=path, kind=run_set.kind, members=members)
+    yield SetState(name=name, kind=run_set.kind, members=members)
     begun = [m for m in run_set.members if (run_set.folder(m) / MARK).is_file() or is_set(run_set.folder(m))]
     folders = {f"{name}/{member.name}": run_set.folder(member) for member in begun}
     parts = [part for member, folder in folders.items() for part in _read_folder(folder, member)]

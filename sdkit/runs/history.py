@@ -59,8 +59,7 @@ class Run:
     @property
     def headline(self) -> Key:
         """The run's main score: that of the first suite under its first decoding."""
-        suite, decoding, _ = next(iter(self.points[0].scores))
-        return suite, decoding, self.main_score(suite)[1]
+        return self.main_key(self.suites[0])
 
     @property
     def members(self) -> Sequence[Run]:
@@ -81,6 +80,11 @@ class Run:
         """A suite with its main reward; of a suite of the panel that is the first of its scores."""
         first = next(key[2] for key in self.points[0].scores if key[0] == suite)
         return suite, str(self.settings.get(("evaluation", "suites", suite, "score"), first))
+
+    def main_key(self, suite: str) -> Key:
+        """A suite's main score under its first decoding."""
+        decoding = next(key[1] for key in self.points[0].scores if key[0] == suite)
+        return suite, decoding, self.main_score(suite)[1]
 
     def records(self, point: Point) -> list[dict[str, Any]]:
         """Every completion of an evaluation with its scores."""

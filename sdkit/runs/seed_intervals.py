@@ -41,21 +41,24 @@ def seed_error(scores: BySeed) -> SeedError | None:
     return error_of_columns(np.array([[each[prompt] for each in scores.values()] for prompt in prompts]))
 
 
-def error_of_columns(table: np.ndarray) -> SeedError:
-    """The standard error of the mean of a crossed table that is due to its columns.  [P, S]
+def error_of_columns(*tables: np.ndarray) -> SeedError:
+    """The standard error, due to their columns, of the mean of the means of crossed tables with the same columns.  [P, S] each
 
     The part of the columns' mean square that chance explains is subtracted at its median, not its mean: with 2 columns the
     difference of means would be 0 too often.
     """
     from scipy.stats import f
 
-    prompts, seeds = table.shape
-    columns = table.mean(axis=0) - table.mean()
-    rest = table - table.mean(axis=1, keepdims=True) - columns
-    between = prompts * float((columns**2).sum()) / (seeds - 1)
-    freedom = max(1, (prompts - 1) * (seeds - 1))
-    by_chance = float(f.ppf(0.5, seeds - 1, freedom)) * float((rest**2).sum()) / freedom
-    return math.sqrt(max(0.0, between - by_chance) / table.size), seeds - 1
+    seeds = tables[0].shape[1]
+    between = float(np.mean([table.mean(axis=0) for table in tables], axis=0).var(ddof=1))
+    by_chance = 0.0
+    for table in tables:
+        prompts = table.shape[0]
+        rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+        freedom = max(1, (prompts - 1) * (seeds - 1))
+        mean_square = float((rest**2).sum()) / freedom
+        by_chance += float(f.ppf(0.5, seeds - 1, freedom)) * mean_square / prompts / len(tables) ** 2
+    return math.sqrt(max(0.0, between - by_chance) / seeds), seeds - 1
 
 
 def difference_errors(before: BySeed, after: BySeed) -> list[SeedError]:

@@ -95,7 +95,7 @@ def read_sequence(folder: Path, name: str | None = None) -> SequenceRuns:
     if len(shape) > 1 or len(prompts) > 1:
         raise UnreadableInput(f"the seeds in {folder} are of different sequences: stages, suites or prompts differ")
     first = read[0][1]
-    keys = {suite: _key(first, suite) for suite in trajectories[0].suites}
+    keys = {suite: first.main_key(suite) for suite in trajectories[0].suites}
     seeds = tuple(int(run.settings["training", "seed"]) for _, run in read)
     return SequenceRuns(
         name=name or folder.resolve().name, path=folder, keys=keys, seeds=seeds, trajectories=trajectories
@@ -128,14 +128,7 @@ def _read_stages(run_set: RunSet) -> tuple[Trajectory, Run] | None:
 
 def _scores(run: Run, point: int, suites: Mapping[str, Any]) -> Mapping[str, Scores]:
     per_prompt = run.per_prompt(run.points[point])
-    return {suite: per_prompt[_key(run, suite)] for suite in suites}
-
-
-def _key(run: Run, suite: str) -> Key:
-    """A suite's score: its reward under its first decoding."""
-    reward = run.main_score(suite)[1]
-    decoding = next(key[1] for key in run.points[0].scores if key[0] == suite)
-    return suite, decoding, reward
+    return {suite: per_prompt[run.main_key(suite)] for suite in suites}
 
 
 def summary(sequence: SequenceRuns) -> dict[str, Any]:

@@ -21,18 +21,16 @@ larger; its interval is for the stage that turned out best.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 
-from sdkit.runs.intervals import Interval, difference_of_changes, mean_interval, paired_difference
-from sdkit.runs.seed_intervals import SeedError, widened
+from sdkit.runs.intervals import Interval, combined, difference_of_changes, mean_interval, paired_difference
+from sdkit.runs.seed_intervals import error_of_columns, widened
 
 Scores = Mapping[str, float]
 """Prompt → score, of one suite after one stage."""
-METRICS = ("accuracy", "learned", "backward_transfer", "forward_transfer", "forgetting")
 
 
 @frozen(kw_only=True)
@@ -129,30 +127,9 @@ def difference(
 
 def _combine(parts: Sequence[Interval], tables: Sequence[np.ndarray]) -> Interval:
     """The mean of independent estimates, widened by the error that is due to the seeds.  `tables`: of each suite [P, S]"""
-    interval = parts[0]
-    if len(parts) > 1:
-        mean = sum(part.mean for part in parts) / len(parts)
-        low = math.hypot(*(part.mean - part.low for part in parts)) / len(parts)
-        high = math.hypot(*(part.high - part.mean for part in parts)) / len(parts)
-        method = ", ".join(dict.fromkeys(part.method for part in parts if part.method))
-        n = sum(part.n for part in parts)
-        interval = Interval(mean=mean, low=mean - low, high=mean + high, n=n, method=method)
-    return widened(interval, [_seed_error(tables)] if tables[0].shape[1] > 1 else [])
-
-
-def _seed_error(tables: Sequence[np.ndarray]) -> SeedError:
-    """The standard error of the mean over suites that is due to the seeds; `error_of_columns` for several tables.  [P, S]"""
-    from scipy.stats import f
-
-    seeds = tables[0].shape[1]
-    between = float(np.mean([table.mean(axis=0) for table in tables], axis=0).var(ddof=1))
-    by_chance = 0.0
-    for table in tables:
-        rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
-        freedom = max(1, (table.shape[0] - 1) * (seeds - 1))
-        share = float((rest**2).sum()) / freedom / table.shape[0] / len(tables) ** 2
-        by_chance += float(f.ppf(0.5, seeds - 1, freedom)) * share
-    return math.sqrt(max(0.0, between - by_chance) / seeds), seeds - 1
+    method = ", ".join(dict.fromkeys(part.method for part in parts if part.method))
+    interval = evolve(combined([(part, 1 / len(parts)) for part in parts]), method=method)
+    return widened(interval, [error_of_columns(*tables)] if tables[0].shape[1] > 1 else [])
 
 
 def _over_prompts(runs: Sequence[Trajectory], change: Change) -> Interval:

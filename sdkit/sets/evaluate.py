@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdkit.distributed.launch import end_with_parent
-from sdkit.language.errors import RunFailed, SdkitError, UnreadableInput
+from sdkit.language.errors import ERRORS, RunFailed, UnreadableInput
 from sdkit.runs.directory import read_lines, trained_model
 from sdkit.runs.evaluations import Key, interval_note, per_prompt, with_interval
 from sdkit.runs.history import by_text
@@ -22,8 +22,6 @@ from sdkit.runs.intervals import Interval
 from sdkit.runs.provenance import this_process
 from sdkit.runs.run_sets import RunSet
 from sdkit.runs.seed_intervals import BySeed, seeds_mean
-
-_CODES = {error.exit_code: error for error in SdkitError.__subclasses__()}
 
 
 def check_seeds(run_set: RunSet) -> None:
@@ -57,7 +55,7 @@ def evaluate_seeds(
             preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
         if done.returncode:
-            error = _CODES.get(done.returncode, RunFailed)
+            error = ERRORS.get(done.returncode, RunFailed)
             raise error(
                 f"the evaluation of {folder} ended with exit code {done.returncode}", hint="the reason is above"
             )

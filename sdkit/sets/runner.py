@@ -20,14 +20,13 @@ from attrs import define, field, frozen
 from rich.console import Console
 
 from sdkit.distributed.launch import GRACE_SECONDS, POLL_SECONDS, end_with_parent
-from sdkit.language.errors import INTERRUPTED, Diverged, ProcessDied, RunFailed, SdkitError, Stopped, counted
+from sdkit.language.errors import ERRORS, INTERRUPTED, Diverged, ProcessDied, RunFailed, Stopped, counted
 from sdkit.processes import kill_group, on_stop_signals
 from sdkit.runs.directory import MARK, RunDirectory, record_failure
 from sdkit.runs.run_sets import FINISHED, LOGS, Member, RunSet, clear_unstarted, is_set
 
 Command = Callable[[Member], Sequence[str]]
 """The command that runs, or resumes, a member."""
-_CODES = {error.exit_code: error for error in SdkitError.__subclasses__()}
 _STOPPED = (Stopped.exit_code, INTERRUPTED)  # a member's exit codes after a request to stop
 
 
@@ -134,7 +133,7 @@ class _Running:
         names = ", ".join(f"{name} (exit code {code})" for name, code in self.failed.items())
         unstarted = [name for name, state in states.items() if state == "not started" and name not in self.failed]
         rest = f"; not started: {', '.join(unstarted)}" if unstarted else ""
-        raise _CODES.get(code, RunFailed)(
+        raise ERRORS.get(code, RunFailed)(
             f"{counted(len(self.failed), 'run')} of {len(states)} failed: {names}{rest}",
             hint="the reason is above, and in the run's status.json; --resume repeats what is not finished",
         )

@@ -35,6 +35,11 @@ def seed_overrides(overrides: Sequence[str], seed: int) -> tuple[str, ...]:
     return (*overrides, f"{SEED_KEY}={seed}")
 
 
+def first_overrides(overrides: Sequence[str], seeds: Sequence[int]) -> tuple[str, ...]:
+    """The overrides of the first seed's run; without seeds, of the only run."""
+    return seed_overrides(overrides, seeds[0]) if seeds else tuple(overrides)
+
+
 def seeds_set(
     spec: ExperimentSpec, written: Path, overrides: Sequence[str], seeds: Sequence[int], folder: Path
 ) -> RunSet:

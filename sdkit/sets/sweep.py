@@ -23,11 +23,14 @@ from sdkit.runs.run_sets import Member, RunSet
 from sdkit.runs.seed_intervals import difference_errors, mean_over_seeds, widened
 from sdkit.runs.seed_runs import read_runs
 from sdkit.sets.grid import GridKey, Point
-from sdkit.sets.seeds import seed_overrides
+from sdkit.sets.seeds import first_overrides
 from sdkit.stdout import print_warning
 
 CHOOSES, REPORTS = "validation", "test"
 """The suites that choose the best point and report its score, if the spec has suites with these names."""
+
+Last = Mapping[str, Mapping[Key, Interval]]
+"""Of each point the score that chooses, then the one that reports, at its last evaluation."""
 
 
 @frozen(kw_only=True)
@@ -42,13 +45,7 @@ def check_points(
     spec: Path, overrides: Sequence[str], points: Sequence[Point], seeds: Sequence[int]
 ) -> dict[Point, CheckedSpec]:
     """The checked spec of every point."""
-    first = seeds[:1]
-    return {
-        point: load_spec(
-            spec, [*overrides, *point.overrides, *(o for seed in first for o in seed_overrides((), seed))]
-        )
-        for point in points
-    }
+    return {point: load_spec(spec, first_overrides([*overrides, *point.overrides], seeds)) for point in points}
 
 
 def describe_problems(checked: Mapping[Point, CheckedSpec]) -> str:
@@ -144,30 +141,22 @@ def report_sweep(run_set: RunSet, choice: Choice, suites: Table[Suite], console:
     Raises UnreadableInput if no point has been evaluated.
     """
     runs = read_runs([run_set.path])
-    keys = [_key_of(runs[0], suite) for suite in dict.fromkeys((choice.chooses, choice.reports))]
+    keys = [runs[0].main_key(suite) for suite in dict.fromkeys((choice.chooses, choice.reports))]
+    last = {run.name: {key: change[1] for key, change in run.changes(keys).items()} for run in runs}
     best = max(runs, key=lambda run: run.points[-1].scores[keys[0]].mean)
     if warning := same_prompts_warning(choice, suites) or overlap_warning(choice, best):
         print_warning(
             console, warning, f"hold out other prompts for a suite named {REPORTS}, or name one with --report"
         )
-    console.print(_table(runs, keys, best, run_set))
-    console.print(_verdict(runs, keys, best), markup=False, highlight=False)
+    console.print(_table(runs, last, best, run_set))
+    console.print(_verdict(runs, last, best), markup=False, highlight=False)
     target = run_set.path / "sweep.png"
-    _figure(runs, keys, best).savefig(target, dpi=130)
+    _figure(runs, last, best).savefig(target, dpi=130)
     console.print(f"plot: {target}", markup=False, highlight=False)
 
 
-def _key_of(run: Run, suite: str) -> Key:
-    """The suite's main score under its first decoding."""
-    main = run.main_score(suite)[1]
-    return next(key for key in run.points[-1].scores if key[0] == suite and key[2] == main)
-
-
-def _last(run: Run, key: Key) -> Interval:
-    return run.changes([key])[key][1]
-
-
-def _table(runs: Sequence[Run], keys: Sequence[Key], best: Run, run_set: RunSet) -> RichTable:
+def _table(runs: Sequence[Run], last: Last, best: Run, run_set: RunSet) -> RichTable:
+    keys = list(last[best.name])
     several = any(len(run.members) > 1 for run in runs)
     columns = [escape("/".join(key)) for key in keys]
     table = RichTable(title="points, at their last evaluation, 95 % intervals")
@@ -177,20 +166,22 @@ def _table(runs: Sequence[Run], keys: Sequence[Key], best: Run, run_set: RunSet)
         table.add_column(f"{name} ({what if len(columns) > 1 else 'chooses and reports'})", justify="right")
     methods: list[str | None] = []
     for run in sorted(runs, key=lambda run: -run.points[-1].scores[keys[0]].mean):
-        intervals = [_last(run, key) for key in keys]
+        intervals = [last[run.name][key] for key in keys]
         methods += [interval.method for interval in intervals]
         style = "bold" if run is best else None
         table.add_row(escape(run.name), escape(run.state), *map(with_interval, intervals), style=style)
-    for name in [m.name for m in run_set.members if m.name not in {run.name for run in runs}]:
-        table.add_row(escape(name), run_set.states()[name], *["–"] * len(keys))
+    for name, state in run_set.states().items():
+        if name not in last:
+            table.add_row(escape(name), state, *["–"] * len(keys))
     table.caption = interval_note(methods, seeds=several)
     return table
 
 
-def _verdict(runs: Sequence[Run], keys: Sequence[Key], best: Run) -> str:
+def _verdict(runs: Sequence[Run], last: Last, best: Run) -> str:
     """The best point, what it scores where it was not chosen, and which other points are not significantly worse."""
+    keys = list(last[best.name])
     score = "/".join(keys[-1])
-    text = f"best by {'/'.join(keys[0])}: {best.name}; on {score} it has {with_interval(_last(best, keys[-1]))}"
+    text = f"best by {'/'.join(keys[0])}: {best.name}; on {score} it has {with_interval(last[best.name][keys[-1]])}"
     others = [run for run in runs if run is not best]
     close = [run.name for run in others if _difference(best, run, keys[0], len(others)).low <= 0]
     if close:
@@ -210,15 +201,16 @@ def _difference(best: Run, other: Run, key: Key, comparisons: int) -> Interval:
     return widened(interval, difference_errors(first, second), level)
 
 
-def _figure(runs: Sequence[Run], keys: Sequence[Key], best: Run) -> Any:
+def _figure(runs: Sequence[Run], last: Last, best: Run) -> Any:
     """The points' scores with their intervals, the best at the top."""
     from matplotlib.figure import Figure
 
+    keys = list(last[best.name])
     ordered = sorted(runs, key=lambda run: run.points[-1].scores[keys[0]].mean)
     figure = Figure(figsize=(9, 1.6 + 0.45 * len(ordered)), layout="constrained")
     axis = figure.subplots()
     for number, key in enumerate(keys):
-        intervals = [_last(run, key) for run in ordered]
+        intervals = [last[run.name][key] for run in ordered]
         places = [i - 0.15 * number for i in range(len(ordered))]
         means = [interval.mean for interval in intervals]
         errors = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]

@@ -172,7 +172,7 @@ function plot(node, traces, shape) {
 function layout(chart, axis) {
   const grid = { gridcolor: css("--grid"), zerolinecolor: css("--grid"), linecolor: css("--line"), automargin: true };
   return {
-    margin: { l: 44, r: 8, t: 10, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    margin: { l: 44, r: 8, t: 10 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: 11, color: css("--soft") }, hovermode: "x unified",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--text") } },
     xaxis: { ...grid, dtick: axis === "steps" && lastStep <= 10 ? 1 : undefined, title: { text: report.axes[axis], font: { size: 11 }, standoff: 6 } },
