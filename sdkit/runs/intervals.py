@@ -163,6 +163,8 @@ def combined(parts: Sequence[tuple[Interval, float]]) -> Interval:
     """
     if not parts:
         raise ValueError("no intervals")
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]  # unrounded
     mean = sum(weight * interval.mean for interval, weight in parts)
     low = math.hypot(*(weight * (interval.mean - interval.low) for interval, weight in parts))
     high = math.hypot(*(weight * (interval.high - interval.mean) for interval, weight in parts))
