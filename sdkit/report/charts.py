@@ -36,6 +36,7 @@ class Chart:
 
 PATTERNS: Sequence[tuple[str, str, str, str]] = (
     ("loss", "", r"loss|eval/loss", LINES),
+    ("new skill and retention", "held out", r"eval/(?:new_skill|retention)", LINES),
     ("training reward", "", r"reward/.+", LINES),
     ("completion length", "tokens", r"rollout/completion_tokens|eval/[^/]+/[^/]+/completion_tokens", LINES),
     ("entropy", "nats", rf"{_TERM}/(?:student|teacher)_entropy", LINES),

@@ -17,8 +17,6 @@ from sdkit.language.errors import UnreadableInput, counted
 from sdkit.report.prompts import PromptKey, teacher_prompts
 from sdkit.report.records import RunRecord
 from sdkit.report.sampling import spread
-from sdkit.runs.directory import step_file
-from sdkit.runs.history import Point
 from sdkit.train.show_rollouts import token_pieces
 
 HELD_OUT_BYTES, ROLLOUT_BYTES = 7_000_000, 10_000_000
@@ -62,7 +60,7 @@ def held_out(record: RunRecord, tokenizer: Any, texts: Texts, size: int) -> list
     points = spread(record.run.points, MAX_EVALUATIONS)
     groups: dict[tuple[str, str], list[dict[PromptKey, list[Mapping[str, Any]]]]] = {}
     for place, point in enumerate(points):
-        for entry in _evaluation(record, point):
+        for entry in record.run.records(point):
             steps = groups.setdefault((entry["suite"], entry["decoding"]), [{} for _ in points])
             steps[place].setdefault((entry["row"], entry["prompt"]), []).append(entry)
     main = dict(record.run.main_score(suite) for suite, _ in groups)
@@ -78,15 +76,6 @@ def held_out(record: RunRecord, tokenizer: Any, texts: Texts, size: int) -> list
         }
         for (suite, decoding), steps in groups.items()
     ]
-
-
-def _evaluation(record: RunRecord, point: Point) -> list[dict[str, Any]]:
-    entries, needed = record.run.records(point), {"suite", "decoding", "row", "prompt", "completion", "scores"}
-    for number, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict) or needed - entry.keys():
-            place = f"{record.run.path / step_file('evaluations', point.step)}:{number}"
-            raise UnreadableInput(f"{place}: not a held-out completion")
-    return entries
 
 
 def _prompts(

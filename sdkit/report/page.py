@@ -18,7 +18,7 @@ from typing import Any
 
 from sdkit import __version__
 from sdkit.language.errors import BadEnvironment, UnreadableInput
-from sdkit.report import charts, completions, facts, scores, sequences
+from sdkit.report import charts, completions, facts, retention, scores, sequences
 from sdkit.report.completions import HELD_OUT_BYTES, ROLLOUT_BYTES, Texts
 from sdkit.report.prompts import tokenizer_of
 from sdkit.report.records import Contents, RunRecord, read_contents
@@ -63,6 +63,7 @@ def render(contents: Contents, axis: Axis = "tokens") -> str:
     subjects, records = contents.subjects, contents.records
     several = len(records) > 1
     of_sequences = [sequences.sequence_table(sequence) for sequence in contents.sequences]
+    panel = retention.retention_tables(subjects)
     pairs, without_pair = scores.verdicts(subjects, axis) if several else ([], [])
     return environment.from_string((TEMPLATES / "page.html").read_text(encoding="utf-8")).render(
         title=facts.few_names(contents.names),
@@ -71,12 +72,19 @@ def render(contents: Contents, axis: Axis = "tokens") -> str:
         policy=_policy(scripts),
         style=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         scripts=scripts,
-        data=_embedded({**_data(contents), "sequences": [table.plot for table in of_sequences]}),
+        data=_embedded(
+            {
+                **_data(contents),
+                "sequences": [table.plot for table in of_sequences],
+                "retention": panel.plot if panel else [],
+            }
+        ),
         runs=[{"name": subject.name, "facts": facts.headings(subject)} for subject in subjects],
         sets=contents.sets,
         several=several,
         notices=facts.notices(contents),
         table=scores.score_table(subjects),
+        retention=panel,
         sequences=of_sequences,
         sequence_differences=sequences.sequence_differences(contents.sequences),
         verdicts=pairs,

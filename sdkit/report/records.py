@@ -9,12 +9,13 @@ from typing import Any
 from attrs import evolve, frozen
 
 from sdkit.language.errors import SdkitError, UnreadableInput
+from sdkit.language.files import read_json_object
 from sdkit.language.load import load_spec
 from sdkit.language.specs import ExperimentSpec
 from sdkit.runs import directory
 from sdkit.runs.directory import MARK, read_lines
 from sdkit.runs.history import Run, read_run
-from sdkit.runs.run_sets import is_set, read_set
+from sdkit.runs.run_sets import CHOICE, is_set, read_set
 from sdkit.runs.seed_runs import mean_of_seeds
 from sdkit.runs.sequences import SequenceRuns, holds_sequence, read_sequence
 
@@ -50,11 +51,12 @@ class Subject:
 
 @frozen(kw_only=True)
 class SetState:
-    """A set of runs: its kind, and each member's state and overrides."""
+    """A set of runs: its kind, each member's state and overrides, and which point of a sweep is best, once it is known."""
 
     name: str
     kind: str
     members: Sequence[tuple[str, str, str]]
+    verdict: str = ""
 
 
 @frozen(kw_only=True)
@@ -116,7 +118,8 @@ def _read_folder(path: Path, name: str) -> Iterator[Part]:
     run_set = read_set(path)
     states = run_set.states()
     members = [(m.name, states[m.name], " ".join(m.overrides)) for m in run_set.members]
-    yield SetState(name=name, kind=run_set.kind, members=members)
+    verdict = (read_json_object(path / CHOICE) or {}).get("verdict", "") if run_set.kind == "sweep" else ""
+    yield SetState(name=name, kind=run_set.kind, members=members, verdict=str(verdict))
     begun = [m for m in run_set.members if (run_set.folder(m) / MARK).is_file() or is_set(run_set.folder(m))]
     folders = {f"{name}/{member.name}": run_set.folder(member) for member in begun}
     parts = [part for member, folder in folders.items() for part in _read_folder(folder, member)]

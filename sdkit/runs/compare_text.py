@@ -49,12 +49,14 @@ def compare(paths: Sequence[Path], console: Console, target: Path, axis: Axis, s
     if len(runs) > 1:
         _print_settings(runs, keys, console)
     console.print(_scores_table(runs, keys))
-    ends = {run.name: run.ends for run in runs}
-    retentions = {name: figures for name, pair in ends.items() if (figures := retention.changes(*pair))}
+    retentions = {run.name: figures for run in runs if (figures := retention.of_run(run))}
     if retentions:
-        console.print(retention.retention_table(retentions))
+        several = any(len(run.members) > 1 for run in runs)
+        console.print(retention.retention_table(retentions, seeds=several))
+        if pairs := retention.differences(runs):
+            console.print(retention.differences_table(pairs))
     if score is None:  # what must not be lost has its own table
-        panel = retention.panel_suites([start for start, _ in ends.values()])
+        panel = retention.panel_suites(runs)
         keys = [key for key in keys if key[0] not in panel]
     sizes = {key[0]: i.n for run in runs for key, i in run.points[-1].scores.items() if key in keys}
     if few := few_prompts_warning(sizes):

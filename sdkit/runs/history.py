@@ -29,6 +29,8 @@ AXES: Mapping[Axis, str] = {
 
 ORIGINS = ("versions", "data", "code", "models")
 """The parts of provenance.json that are compared: versions, and hashes of rows, code and local models."""
+COMPLETION = {"suite", "decoding", "row", "prompt", "completion", "scores"}
+"""What the record of a held-out completion has."""
 
 
 @frozen(kw_only=True)
@@ -87,8 +89,13 @@ class Run:
         return suite, decoding, self.main_score(suite)[1]
 
     def records(self, point: Point) -> list[dict[str, Any]]:
-        """Every completion of an evaluation with its scores."""
-        return read_lines(self.path / step_file("evaluations", point.step))
+        """Every completion of an evaluation with its scores.  Raises UnreadableInput if the file is damaged."""
+        path = self.path / step_file("evaluations", point.step)
+        records = read_lines(path)
+        for number, record in enumerate(records, start=1):
+            if not isinstance(record, dict) or COMPLETION - record.keys():
+                raise UnreadableInput(f"{path}:{number}: not a held-out completion")
+        return records
 
     def evaluated(self, point: Point) -> EvaluationResult:
         """The evaluation at this point, prompt by prompt."""

@@ -124,7 +124,7 @@ def check_plot_path(target: Path) -> None:
 
 
 Retentions = Mapping[str, Mapping[str, Change]]
-"""For each run with a panel, by name, the figures of `retention.changes`."""
+"""For each run with a panel, by name, the figures of `retention.of_run`."""
 
 
 def plot_runs(runs: Sequence[Run], keys: Sequence[Key], target: Path, retentions: Retentions | None = None) -> None:

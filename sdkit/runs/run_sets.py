@@ -4,6 +4,7 @@ set.json      the kind, and the members in order: overrides and resolved spec; w
 status.json   state of the set: running, done, stopped, interrupted or failed, with the process
 NAME/         the run directory of a member, or a set of its own (the seeds of a sweep's point)
 logs/         what each member printed, where several run at the same time
+sweep.json    of a sweep: the scores that choose and report, the best point, and the verdict in words
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sdkit.runs.directory import MARK, STATUS, read_status, write_atomically
 
 MANIFEST = "set.json"
 LOGS = "logs"
+CHOICE = "sweep.json"
 Kind = Literal["seeds", "sweep", "sequence"]
 State = Literal["not started", "running", "stopped", "failed", "diverged", "done"]
 FINISHED: Sequence[State] = ("done", "diverged")

@@ -2,7 +2,8 @@
 
 sequence.json   in the folder of a sequence, and of a set of seeds whose members are sequences:
     stages      names, in order
-    suites      name → stage (null: retention), key (suite, decoding and reward of the score), prompts
+    suites      name → stage (null: retention), key (suite, decoding and reward of the score; null for an entry of the
+                panel, which has the main scores of all its suites), prompts
     seeds       training.seed of each sequence, in order
     complete    whether every stage of every seed has finished
     matrix      one object for the start and one after each finished stage: after (stage, null at the start) and scores,
@@ -42,7 +43,8 @@ DEFINITIONS: Mapping[str, str] = {
     "first (FWT, arXiv 1706.08840)",
     "forgetting": "mean of a task's best score after any stage before the last, minus that after the last (Chaudhry et al. "
     "2018, arXiv 1801.10112)",
-    "retention": "change of a suite that no stage trains on, from the start model to the last stage",
+    "retention": "change of a suite that no stage trains on, or of an entry of the panel, from the start model to the last "
+    "stage",
 }
 
 
@@ -52,7 +54,7 @@ class SequenceRuns:
 
     name: str
     path: Path
-    keys: Mapping[str, Key]  # suite → its score
+    keys: Mapping[str, Key]  # suite → its score; without the entries of the panel
     seeds: tuple[int, ...]
     trajectories: tuple[Trajectory, ...]  # by seed
 
@@ -95,7 +97,7 @@ def read_sequence(folder: Path, name: str | None = None) -> SequenceRuns:
     if len(shape) > 1 or len(prompts) > 1:
         raise UnreadableInput(f"the seeds in {folder} are of different sequences: stages, suites or prompts differ")
     first = read[0][1]
-    keys = {suite: first.main_key(suite) for suite in trajectories[0].suites}
+    keys = {suite: first.main_key(suite) for suite in trajectories[0].suites if suite in first.suites}
     seeds = tuple(int(run.settings["training", "seed"]) for _, run in read)
     return SequenceRuns(
         name=name or folder.resolve().name, path=folder, keys=keys, seeds=seeds, trajectories=trajectories
@@ -122,13 +124,19 @@ def _read_stages(run_set: RunSet) -> tuple[Trajectory, Run] | None:
         rows.append(_scores(run, -1, suites))
     if not runs:
         return None
+    panel = {entry: None for entry in rows[0] if entry not in suites and all(entry in row for row in rows)}
     stages = tuple(member.name for member in run_set.members)
-    return Trajectory(stages=stages, suites=suites, rows=tuple(rows)), runs[0]
+    return Trajectory(stages=stages, suites=suites | panel, rows=tuple(rows)), runs[0]
 
 
 def _scores(run: Run, point: int, suites: Mapping[str, Any]) -> Mapping[str, Scores]:
+    """Suite → its main score, also of each entry of the panel, with the prompts of all its suites."""
     per_prompt = run.per_prompt(run.points[point])
-    return {suite: per_prompt[run.main_key(suite)] for suite in suites}
+    scores = {suite: dict(per_prompt[run.main_key(suite)]) for suite in suites}
+    for suite, entry in run.evaluated(run.points[point]).panel.items():
+        of_suite = per_prompt[run.main_key(suite)]
+        scores.setdefault(entry, {}).update({f"{suite}: {prompt}": score for prompt, score in of_suite.items()})
+    return scores
 
 
 def summary(sequence: SequenceRuns) -> dict[str, Any]:
@@ -140,7 +148,11 @@ def summary(sequence: SequenceRuns) -> dict[str, Any]:
     return {
         "stages": list(first.stages),
         "suites": {
-            suite: {"stage": stage, "key": "/".join(sequence.keys[suite]), "prompts": len(first.rows[0][suite])}
+            suite: {
+                "stage": stage,
+                "key": "/".join(sequence.keys[suite]) if suite in sequence.keys else None,
+                "prompts": len(first.rows[0][suite]),
+            }
             for suite, stage in first.suites.items()
         },
         "seeds": list(sequence.seeds),

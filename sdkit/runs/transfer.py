@@ -129,7 +129,9 @@ def _combine(parts: Sequence[Interval], tables: Sequence[np.ndarray]) -> Interva
     """The mean of independent estimates, widened by the error that is due to the seeds.  `tables`: of each suite [P, S]"""
     method = ", ".join(dict.fromkeys(part.method for part in parts if part.method))
     interval = evolve(combined([(part, 1 / len(parts)) for part in parts]), method=method)
-    return widened(interval, [error_of_columns(*tables)] if tables[0].shape[1] > 1 else [])
+    return widened(
+        interval, [error_of_columns([(table, 1 / len(tables)) for table in tables])] if tables[0].shape[1] > 1 else []
+    )
 
 
 def _over_prompts(runs: Sequence[Trajectory], change: Change) -> Interval:

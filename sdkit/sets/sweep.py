@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from sdkit.language.errors import Problem, UnreadableInput, counted, did_you_mea
 from sdkit.language.load import CheckedSpec, load_spec
 from sdkit.language.resolved import resolved
 from sdkit.language.specs import ExperimentSpec, Suite, Table
+from sdkit.runs.directory import write_atomically
 from sdkit.runs.evaluations import Key, interval_note, with_interval
 from sdkit.runs.history import Run
 from sdkit.runs.intervals import Interval, paired_difference
 from sdkit.runs.plot import COLOURS
-from sdkit.runs.run_sets import Member, RunSet
+from sdkit.runs.run_sets import CHOICE, Member, RunSet
 from sdkit.runs.seed_intervals import difference_errors, mean_over_seeds, widened
 from sdkit.runs.seed_runs import read_runs
 from sdkit.sets.grid import GridKey, Point
@@ -149,7 +151,10 @@ def report_sweep(run_set: RunSet, choice: Choice, suites: Table[Suite], console:
             console, warning, f"hold out other prompts for a suite named {REPORTS}, or name one with --report"
         )
     console.print(_table(runs, last, best, run_set))
-    console.print(_verdict(runs, last, best), markup=False, highlight=False)
+    verdict = _verdict(runs, last, best)
+    console.print(verdict, markup=False, highlight=False)
+    facts = {"chooses": "/".join(keys[0]), "reports": "/".join(keys[-1]), "best": best.name, "verdict": verdict}
+    write_atomically(run_set.path / CHOICE, json.dumps(facts, indent=1) + "\n")
     target = run_set.path / "sweep.png"
     _figure(runs, last, best).savefig(target, dpi=130)
     console.print(f"plot: {target}", markup=False, highlight=False)

@@ -18,6 +18,7 @@ from reportruns import (
     make_sequence,
     make_set,
 )
+from run_directories import score_of, write_run
 from tinyruns import lines
 
 from sdkit.language.errors import UnreadableInput
@@ -66,6 +67,24 @@ def test_scores_are_those_of_the_metrics(text, report_run):
         for cell, line in ((row[3], evaluated[0]), (row[4], evaluated[-1])):
             assert cell == f"{line[name]:.3f} [{line[f'{name}_low']:.3f}, {line[f'{name}_high']:.3f}]"
         assert float(row[5]) == pytest.approx(evaluated[-1][name] - evaluated[0][name], abs=6e-4)
+
+
+def test_panel_is_shown_against_the_new_skill(tmp_path):
+    for name, letters in (("keeps", 0.8), ("loses", 0.2)):
+        start = {("sums", "greedy", "right"): score_of(0.1), ("letters", "greedy", "right"): score_of(0.8)}
+        end = {("sums", "greedy", "right"): score_of(0.5), ("letters", "greedy", "right"): score_of(letters)}
+        write_run(tmp_path / name, {0: start, 2: end})
+    text = rendered(tmp_path / "keeps", tmp_path / "loses")
+    rows = table_of(text, "retention")
+    assert [row[:2] for row in rows[:3]] == [["keeps", "new skill"], ["", "retention"], ["", "reasoning"]]
+    assert rows[4][1] == "retention"
+    assert rows[4][4] == "-0.600"
+    assert rows[4][-1] == "lost"
+    assert "<td>keeps − loses</td><td>retention</td>" in text
+    assert [(one["name"], round(one["x"]["mean"], 3)) for one in data_of(text)["retention"]] == [
+        ("keeps", 0.0),
+        ("loses", -0.6),
+    ]
 
 
 def test_curves_hold_every_metric(text, report_run):

@@ -20,6 +20,9 @@ from sdkit.runs.seed_intervals import (
     seed_error,
     seeds_change,
     seeds_mean,
+    weighted_change,
+    weighted_difference,
+    weighted_mean,
 )
 from sdkit.runs.seed_runs import read_runs
 
@@ -48,9 +51,9 @@ def seeds_at(*shares, seeds=(0, 1, 2)):
 
 def test_standard_error_of_columns_is_that_of_the_analysis_of_variance():
     table = np.array([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])  # no rest: 2 prompts whose seeds differ by 1
-    error, freedom = error_of_columns(table)
+    error, freedom = error_of_columns([(table, 1.0)])
     assert (error, freedom) == (pytest.approx((1 / 3) ** 0.5), 2)
-    same, _ = error_of_columns(np.array([[0.0, 0.0], [1.0, 1.0]]))
+    same, _ = error_of_columns([(np.array([[0.0, 0.0], [1.0, 1.0]]), 1.0)])
     assert same == 0
 
 
@@ -85,6 +88,43 @@ def test_change_is_paired_by_seed():
     assert [freedom for _, freedom in difference_errors(before, others)] == [2, 2]
     assert difference_errors(before, others)[0][0] > 0.04
     assert seeds_change(before, after).mean == pytest.approx(0.1)
+
+
+def noisy(seeds, shares, of=100):
+    """Scores of 0 and 1 by seed and prompt, drawn with these probabilities."""
+    rng = np.random.default_rng(0)
+    return {
+        seed: {f"prompt {i}": float(rng.random() < share) for i in range(of)}
+        for seed, share in zip(seeds, shares, strict=True)
+    }
+
+
+def test_mean_and_change_of_several_suites_are_those_of_one_where_there_is_one():
+    before, after = noisy((0, 1, 2), (0.1, 0.2, 0.4)), noisy((0, 1, 2), (0.6, 0.5, 0.9))
+    assert weighted_mean([(before, 1.0)]) == seeds_mean(before)
+    assert weighted_change([(before, after, 1.0)]) == seeds_change(before, after)
+    unchanged = noisy((0, 1, 2), (0.1, 0.2, 0.4))
+    difference = weighted_difference([((before, unchanged), (before, after), 1.0)])
+    assert difference.mean == pytest.approx(seeds_change(before, after).mean)
+
+
+def test_seeds_count_once_for_all_suites_of_a_mean():
+    """A seed that raises every suite is one draw: suites do not average its effect away."""
+    suites = [(noisy((0, 1, 2), (0.1, 0.5, 0.9)), 0.25)] * 4
+    one, four = weighted_mean([(suites[0][0], 1.0)]), weighted_mean(suites)
+    assert four.mean == pytest.approx(one.mean)
+    assert four.high - four.low > 0.95 * (one.high - one.low)
+
+
+def test_a_difference_of_changes_is_paired_by_seed_where_seeds_are_the_same():
+    start = noisy((0, 1, 2), (0.1,) * 3)
+    first = start, noisy((0, 1, 2), (0.2, 0.5, 0.8))
+    paired = weighted_difference([(first, first, 1.0)])
+    assert (paired.mean, paired.high) == (0, pytest.approx(-paired.low))
+    others = tuple({seed + 3: scores for seed, scores in side.items()} for side in first)
+    assert weighted_difference([(first, others, 1.0)]).high > 3 * paired.high
+    with pytest.raises(ValueError, match="prompts differ"):
+        weighted_difference([(first, (start, noisy((0, 1, 2), (0.2,) * 3, of=50)), 1.0)])
 
 
 def test_folder_is_read_as_one_run(make_seeds):
@@ -132,6 +172,22 @@ def printed(*folders, target):
     console = Console(file=StringIO(), width=200)
     compare(folders, console, target, "tokens", None)
     return console.file.getvalue()
+
+
+def test_retention_over_seeds_is_compared(make_seeds, tmp_path):
+    def scores(skill, letters):
+        parts = {"sums": skill, "letters": letters, "legs": 0.5}
+        return {(suite, "greedy", "right"): score_of(share) for suite, share in parts.items()}
+
+    keeps = make_seeds("keeps", {s: (scores(0.1, 0.8), scores(0.4 + s / 10, 0.8)) for s in (0, 1)})
+    loses = make_seeds("loses", {s: (scores(0.1, 0.8), scores(0.5 + s / 10, 0.1 + s / 10)) for s in (0, 1)})
+    text = printed(keeps, loses, target=tmp_path / "plot.png")
+    lines = [" ".join(line.replace("│", " ").replace("┃", " ").split()) for line in text.splitlines()]
+    assert any(line.startswith("keeps new skill 0.100") for line in lines)
+    assert any(line.startswith("retention 0.650") and line.endswith("200 lost") for line in lines)
+    assert any(
+        line.startswith("keeps − loses retention +0.325") and line.endswith("higher in keeps") for line in lines
+    )
 
 
 def test_comparison_says_what_its_intervals_are(make_seeds, make_run, tmp_path):

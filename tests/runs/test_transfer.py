@@ -81,7 +81,7 @@ def test_seeds_add_their_own_spread():
     assert alone.mean == pytest.approx(0.2)
     # Two prompts are right under both seeds, two under one.
     table = np.array([[1.0, 1.0]] * 2 + [[0.0, 1.0]] * 2 + [[0.0, 0.0]] * 6)
-    expected = widened(mean_interval(table.mean(axis=1).tolist()), [error_of_columns(table)])
+    expected = widened(mean_interval(table.mean(axis=1).tolist()), [error_of_columns([(table, 1.0)])])
     assert [both.low, both.high] == pytest.approx([expected.low, expected.high])
 
 

@@ -14,6 +14,7 @@ from tinyruns import make_spec, with_evaluation
 from sdkit.language.errors import UnreadableInput
 from sdkit.language.resolved import resolved
 from sdkit.language.specs import Table
+from sdkit.report.records import read_contents
 from sdkit.runs.run_sets import Member, RunSet, read_set, write_set
 from sdkit.sets.grid import GridKey, make_points, parse_key, split_values
 from sdkit.sets.seeds import parse_seeds
@@ -181,6 +182,11 @@ def test_best_point_is_chosen_on_one_suite_and_reported_on_the_other(tmp_path, s
     assert "not significantly worse (95 %, Bonferroni over 2): lr=2" in text
     assert "warning" not in text
     assert (run_set.path / "sweep.png").is_file()
+    written = json.loads((run_set.path / "sweep.json").read_text())
+    assert (written["best"], written["reports"]) == ("lr=1", "test/greedy/right")
+    assert written["verdict"].startswith("best by validation/greedy/right: lr=1; on test")
+    (state,) = read_contents([run_set.path]).sets
+    assert state.verdict == written["verdict"]
 
 
 def evolve_suites(spec):

@@ -7,6 +7,8 @@ import yaml
 from sdkit.runs.intervals import mean_interval
 
 GREEDY = ("sums", "greedy", "right")
+PANEL = {"letters": "reasoning", "legs": "reasoning"}
+"""Suites that belong to the panel, each with its entry."""
 SPEC = {
     "losses": {"distil": {"kind": "distillation", "coefficient": 1.0}},
     "rewards": {"right": {"kind": "exact"}, "unused": {"kind": "exact"}},
@@ -61,7 +63,8 @@ def figures(scores):
 
 def write(path, scores):
     records = [
-        {"suite": s, "decoding": d, "row": i, "prompt": prompt, "scores": {r: value}}
+        {"suite": s, "decoding": d, "row": i, "prompt": prompt, "completion": "", "scores": {r: value}}
+        | ({"panel": PANEL[s]} if s in PANEL else {})
         for (s, d, r), prompts in by_key(scores).items()
         for i, (prompt, value) in enumerate(prompts.items())
     ]

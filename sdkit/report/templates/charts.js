@@ -205,10 +205,33 @@ function addChart(chart) {
   return card;
 }
 
-const drawn = [], stagePlots = [];
+const drawn = [], ownAxes = [];  // charts, and functions that draw plots with horizontal axes of their own
 function redraw() {
   drawn.forEach(([node, chart]) => draw(node, chart));
-  stagePlots.forEach(([node, sequence]) => drawStages(node, sequence));
+  ownAxes.forEach((drawAgain) => drawAgain());
+}
+
+function addOwnAxis(place, title, drawPlot) {
+  const node = element("div", { className: "plot" });
+  document.getElementById(place).append(element("div", { className: "chart" }, element("h3", { textContent: title }), node));
+  ownAxes.push(() => drawPlot(node));
+}
+
+function errorBars(below, above) {
+  return { type: "data", symmetric: false, thickness: 1.2, array: above, arrayminus: below };
+}
+
+// A cross for each run: the change of retention and that of new skill, with their intervals.
+function drawRetention(node) {
+  const palette = COLOURS[theme()];
+  const traces = report.retention.map(({ name, x, y }, i) => ({
+    x: [x.mean], y: [y.mean], name: escaped(name), type: "scatter", mode: "markers", hovertemplate: "%{x:+.3f}, %{y:+.3f}",
+    error_x: errorBars([x.low], [x.high]), error_y: errorBars([y.low], [y.high]), marker: { size: 8, color: palette[i % palette.length] },
+  }));
+  const base = layout({ kind: "lines", metrics: [] }, "steps");
+  base.xaxis = { ...base.xaxis, dtick: undefined, zeroline: true, title: { ...base.xaxis.title, text: "change of retention" } };
+  base.yaxis = { ...base.yaxis, zeroline: true, title: { text: "change of new skill", font: { size: 11 } } };
+  plot(node, traces, { ...base, hovermode: "closest", showlegend: true });
 }
 
 // Each suite's score at the start and after every stage, with its interval.
@@ -216,10 +239,7 @@ function drawStages(node, sequence) {
   const palette = COLOURS[theme()];
   const traces = sequence.lines.map((line, i) => ({
     x: sequence.stages, y: line.mean, name: escaped(line.suite), type: "scatter", mode: "lines+markers",
-    error_y: {
-      type: "data", symmetric: false, thickness: 1.2, array: line.high.map((high, n) => high - line.mean[n]),
-      arrayminus: line.low.map((low, n) => line.mean[n] - low),
-    },
+    error_y: errorBars(line.low.map((low, n) => line.mean[n] - low), line.high.map((high, n) => high - line.mean[n])),
     line: { color: palette[i % palette.length], width: 2 }, hovertemplate: "%{y:.3f}",
   }));
   const chart = { kind: "lines", metrics: sequence.lines };
@@ -229,11 +249,8 @@ function drawStages(node, sequence) {
   plot(node, traces, { ...base, showlegend: true });
 }
 
-report.sequences.forEach((sequence) => {
-  const plot = element("div", { className: "plot" });
-  document.getElementById("stages").append(element("div", { className: "chart" }, element("h3", { textContent: sequence.name }), plot));
-  stagePlots.push([plot, sequence]);
-});
+report.sequences.forEach((sequence) => addOwnAxis("stages", sequence.name, (node) => drawStages(node, sequence)));
+if (report.retention.length) addOwnAxis("retention-plot", "new skill against retention, 95 % intervals", drawRetention);
 
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 document.getElementById("theme").addEventListener("click", () => {
@@ -241,7 +258,7 @@ document.getElementById("theme").addEventListener("click", () => {
   redraw();
 });
 report.charts.forEach(addChart);
-stagePlots.forEach(([node, sequence]) => drawStages(node, sequence));
+ownAxes.forEach((drawAgain) => drawAgain());
 const thinned = report.runs.filter((run) => run.steps.length < run.all_lines).length;
 if (thinned) document.getElementById("thinned").textContent = `Of ${thinned} runs not every step is drawn: a sample at even distances.`;
 if (!report.charts.length) document.getElementById("charts").append(element("p", { textContent: "No step or evaluation is on record." }));
