@@ -20,7 +20,7 @@ from sdkit.losses.scores import logits as logits_of
 from sdkit.losses.scores import sampled_logprobs, select_scores
 from sdkit.losses.support import sampled_token, top_k_ids
 
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 4 * 2**20
 """Size of a float32 block of logits on a CPU.  The objective makes some twenty tensors of this size.  Small ones stay in
 the cache and in the allocator; the pages of large ones go back to the kernel, and getting new ones takes longer than the
 arithmetic (measured at 152k ids: docs/decisions.md, 2026-11-28)."""
@@ -51,13 +51,18 @@ def projected_loss(
     transform = transform.detached()
     losses: list[Tensor] = []
     stats: dict[str, Tensor] = {}
-    buffer = hidden.new_empty(min(chunk_tokens, len(tokens)), len(head))
+    rows = min(chunk_tokens, len(tokens))
+    own_buffer = hidden.new_empty(rows, len(head))
+    teacher_buffer, reference_buffer = (_buffer(scores, rows) for scores in (teacher, reference))
     for start in range(0, max(len(tokens), 1), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         chunk = tokens.slice(part.start, part.stop)
         with torch.no_grad():
-            products = torch.mm(hidden[part], head.T, out=buffer[: len(chunk)])
-            others = teacher and select_scores(teacher, part), reference and logits_of(reference, part)
+            products = torch.mm(hidden[part], head.T, out=own_buffer[: len(chunk)])
+            others = (
+                teacher and select_scores(teacher, part, teacher_buffer),
+                reference and logits_of(reference, part, reference_buffer),
+            )
         for loss, sums in _block_losses(products, chunk, objective, transform, *others, needs_grad=needs_grad):
             losses.append(loss)
             stats = {name: _joined(stats.get(name), value) for name, value in sums.items()}
@@ -73,6 +78,11 @@ def projected_loss(
     if grad_hidden is None:
         return value, stats
     return _WithGradients.apply(value, hidden, head, bias, grad_hidden, grad_head, grad_bias), stats
+
+
+def _buffer(scores: TeacherScores | None, rows: int) -> Tensor | None:
+    """Memory for the logits of a chunk, which each chunk overwrites; None for scores that are no product of states."""
+    return scores.hidden.new_empty(rows, len(scores.head)) if isinstance(scores, HiddenStateScores) else None
 
 
 def _block_losses(
@@ -204,7 +214,7 @@ class _WithGradients(torch.autograd.Function):
         grad_bias: Tensor | None,
     ) -> Tensor:
         ctx.head_dtype = head.dtype
-        ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
+        ctx.gradients = grad_hidden, grad_head, grad_bias
         return value.clone()
 
     @staticmethod
@@ -213,6 +223,9 @@ class _WithGradients(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        grad_hidden, *head_grads = ctx.saved_tensors
-        scaled = [None if g is None else (g * scale).to(ctx.head_dtype) for g in head_grads]
-        return None, grad_hidden * scale, *scaled, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("a second backward pass: the first has overwritten the gradients")
+        # In place: at 7B another [V, H] in float32 takes 2 GiB.
+        grad_hidden, *head_grads = (None if g is None else g.mul_(scale) for g in ctx.gradients)
+        ctx.gradients = None
+        return None, grad_hidden, *(None if g is None else g.to(ctx.head_dtype) for g in head_grads), None, None, None

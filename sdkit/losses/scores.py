@@ -11,9 +11,9 @@ from torch import Tensor
 from sdkit.batches import BlendedScores, HiddenStateScores, RoutedScores, TeacherScores, TopKLogprobs
 
 
-def select_scores(scores: TeacherScores, at: slice | Tensor) -> Tensor | TopKLogprobs:
-    """Returns the logits [C, V] of the selected tokens, or their top-k log-probabilities."""
-    return scores.at(at) if isinstance(scores, TopKLogprobs) else logits(scores, at)
+def select_scores(scores: TeacherScores, at: slice | Tensor, buffer: Tensor | None = None) -> Tensor | TopKLogprobs:
+    """Returns the logits [C, V] of the selected tokens, in `buffer` as `logits`, or their top-k log-probabilities."""
+    return scores.at(at) if isinstance(scores, TopKLogprobs) else logits(scores, at, buffer)
 
 
 def sampled_logprobs(scores: TopKLogprobs, temperature: float) -> Tensor:
@@ -23,15 +23,16 @@ def sampled_logprobs(scores: TopKLogprobs, temperature: float) -> Tensor:
     return scores.sampled
 
 
-def logits(scores: TeacherScores, at: slice | Tensor) -> Tensor:
+def logits(scores: TeacherScores, at: slice | Tensor, buffer: Tensor | None = None) -> Tensor:
     """Returns the logits of the selected tokens, up to a constant per token.  -> [C, V], no gradient.
 
-    They have the model's dtype if there is one model, else float32 (float64 for float64).  Raises ValueError for
-    `TopKLogprobs`.
+    They have the model's dtype if there is one model, else float32 (float64 for float64).  buffer [≥ C, V]: memory that one
+    model's products may overwrite.  Raises ValueError for `TopKLogprobs`.
     """
     match scores:
         case HiddenStateScores(hidden=hidden, head=head, transform=transform):
-            return transform(hidden[at] @ head.T)
+            states = hidden[at]
+            return transform(torch.mm(states, head.T, out=None if buffer is None else buffer[: len(states)]))
         case RoutedScores(parts=parts, part=part, place=place, vocabulary=vocabulary):
             routes, places = part[at], place[at]
             routed = [widen(logits(p, places[routes == i])) for i, p in enumerate(parts)]

@@ -30,7 +30,7 @@ from sdkit.language.specs import (
 FLOAT32 = 4
 LONGEST_PACK = 2048
 """Tokens of the longest row that completions of one prompt share, as in models/packing.py."""
-CPU_BLOCK_BYTES = 16 * 2**20
+CPU_BLOCK_BYTES = 4 * 2**20
 """Size of the blocks of float32 logits in which a CPU computes the objective, as in losses/chunks.py."""
 
 
