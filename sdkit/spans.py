@@ -12,9 +12,9 @@ from attrs import asdict, frozen
 
 ASSISTANT = "assistant"
 """The role of a sampled span."""
-Ending = Literal["done", "no_call", "max_turns", "length", "max_tokens", "parse_error", "environment_error"]
+Ending = Literal["done", "no_call", "max_turns", "length", "max_tokens", "timeout", "parse_error", "environment_error"]
 """Why a trajectory ended: the environment ended it; a turn called no tool; its last turn was the last allowed; a turn reached
-`rollout.max_new_tokens`; the trajectory reached its own limit; a tool call could not be read; the environment failed."""
+`rollout.max_new_tokens`; the trajectory reached its own limit of tokens, or of seconds; a tool call could not be read; the environment failed."""
 FINISHED: tuple[Ending, ...] = ("done", "no_call", "max_turns", "parse_error")
 """Endings of trajectories whose last turn is complete."""
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attrs import evolve
+
 from sdkit.batches import Row
 from sdkit.environments.host import Fault, Host, Process, finite
 from sdkit.environments.interface import Message, Opened, Reply, Turn
@@ -43,8 +45,10 @@ class UserEnvironment:
 
     def reply(self, turns: Sequence[tuple[Process, Turn]]) -> list[Reply]:
         requests = [{"call": "reply", "arguments": {"text": turn.text}} for _, turn in turns]
-        values = self._call("reply", [process for process, _ in turns], requests)
-        return [self._reply(value) for value in values]
+        processes = [process for process, _ in turns]
+        values = self._call("reply", processes, requests)
+        pairs = zip(processes, values, strict=True)
+        return [evolve(self._reply(value), seconds=process.seconds) for process, value in pairs]
 
     def end(self, trajectories: Sequence[Process]) -> list[float | None]:
         rewards: list[float | None] = []

@@ -31,6 +31,7 @@ class Reply:
     error: str | None = None  # what went wrong; the trajectory ends
     feedback: str | None = None  # on the turn, for a teacher's context
     ending: Ending | None = None  # why the trajectory is done (default: `done`)
+    seconds: float = 0.0  # that the environment's calls took in the trajectory so far
 
 
 class Environment(Protocol):

@@ -159,6 +159,12 @@ ROLLOUTS = (
         "near 0",
     ),
     Metric(
+        "trajectory/ending_timeout",
+        "trajectories that reached environment.trajectory_seconds / trajectories",
+        "share",
+        "near 0",
+    ),
+    Metric(
         "trajectory/ending_environment_error",
         "trajectories whose environment failed / trajectories; they are not trained on",
         "share",

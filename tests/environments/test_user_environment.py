@@ -241,3 +241,31 @@ def test_one_server_hosts_the_class_for_every_data_set(tmp_path):
     opened = open_environments(spec, {None: {}, "held out": {}}, None, tmp_path)
     assert opened[None] is opened["held out"]
     opened[None].close()
+
+
+SLOW = """
+import time
+
+class Slow:
+    def reset(self, answer, **columns):
+        self.answer = int(answer)
+
+    def reply(self, text):
+        time.sleep(0.4 if self.answer == 4 else 0)
+        return "Again."
+"""
+
+
+def test_trajectory_ends_after_its_seconds_and_is_trained_on(tiny_folder, process_group, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slow.py").write_text(SLOW)
+    slow = FileEnvironment(file="slow.py", class_name="Slow", max_turns=4, trajectory_seconds=0.6)
+    spec = evolve(spec_of(tiny_folder, tmp_path), environment=slow, rewards=Table())
+    run = train(spec, tmp_path / "run")
+    (recorded,) = (run / "rollouts").iterdir()
+    turns = {r["row"]: (r["ending"], r["spans"][-1]["turn"], r["spans"][-1]["role"]) for r in lines(recorded)}
+    assert turns.pop(2) == ("timeout", 2, "assistant")  # the second call ends after 0.8 s
+    assert all(ending in ("max_turns", "length") for ending, _, _ in turns.values())
+    (line,) = [line for line in metrics(run) if "trajectory/turns" in line]
+    assert line["trajectory/ending_timeout"] == pytest.approx(1 / 6)
+    assert line["rollout/kept"] == 1
