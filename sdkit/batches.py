@@ -85,6 +85,8 @@ class SamplingRequest:
 
     prompt_ids: tuple[int, ...]
     seed: int
+    max_new_tokens: int | None = None  # if fewer than the sampling parameters allow
+    trajectory: int | None = None  # of a later turn: the seed of the first one
 
 
 @frozen(eq=False, kw_only=True)

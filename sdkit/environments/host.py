@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ class Process:
     pid: int
     connection: socket.socket
     received: bytes = b""
+    seconds: float = 0.0  # of its calls so far
     fault: Fault | None = None  # the first one; the process is gone then
 
     def end(self) -> None:
@@ -62,6 +64,7 @@ class Host:
     seconds: float  # for one call
     _server: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _channel: socket.socket | None = field(default=None, init=False)
+    _lock: threading.Lock = field(factory=threading.Lock, init=False)  # the server answers one thread at a time
 
     def start(self) -> None:
         """Start the server.  Raises BadData if the user's file cannot be loaded."""
@@ -88,9 +91,10 @@ class Host:
         """Return a new process.  Raises BadData if the server has ended."""
         assert self._channel is not None, "start the host first"
         ours, theirs = socket.socketpair()
-        with theirs, contextlib.suppress(OSError):  # a server that has ended gives no answer
-            socket.send_fds(self._channel, [b"f"], [theirs.fileno()])
-        answer = self._answer_of_server()
+        with self._lock:
+            with theirs, contextlib.suppress(OSError):  # a server that has ended gives no answer
+                socket.send_fds(self._channel, [b"f"], [theirs.fileno()])
+            answer = self._answer_of_server()
         if "error" in answer:
             raise BadData(f"the process that loaded {self.file}: {answer['error']}")
         ours.settimeout(self.seconds)  # of a request that the process does not read
@@ -101,7 +105,8 @@ class Host:
 
         A process with a fault is killed.
         """
-        deadline = time.monotonic() + self.seconds
+        started = time.monotonic()
+        deadline = started + self.seconds
         values: dict[int, tuple[Any] | Fault] = {}
         with selectors.DefaultSelector() as selector:
             for number, (process, request) in enumerate(calls):
@@ -116,6 +121,7 @@ class Host:
                     if value is not None:
                         selector.unregister(key.fileobj)
                         values[key.data] = value
+                        calls[key.data][0].seconds += time.monotonic() - started
                 if not events and time.monotonic() >= deadline:
                     for key in selector.get_map().values():
                         values[key.data] = Fault(message=f"no answer within {self.seconds:g} s")

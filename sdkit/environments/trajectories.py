@@ -1,4 +1,4 @@
-"""Samples trajectories turn by turn, all of a batch together.
+"""Samples trajectories turn by turn, all of a batch together; `continuous` samples each at its own pace.
 
 A trajectory is one completion of several turns.  What was sampled is never encoded again: a turn is sampled from the prompt
 and all tokens so far, the environment's reply is appended as an observation, and the next turn follows.
@@ -7,19 +7,27 @@ and all tokens so far, the environment's reply is appended as an observation, an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
-from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
+from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
 from sdkit.data.observations import ObservationEncoder
 from sdkit.distributed import collectives
 from sdkit.environments.interface import Environment, Reply
 from sdkit.language.errors import BadData
 from sdkit.seeds import derive
-from sdkit.spans import ASSISTANT, Ending, Span
+from sdkit.spans import ASSISTANT, FINISHED, Ending, Span, Turn
 from sdkit.stdout import Advance, no_progress
+
+
+class TurnSampler(Protocol):
+    """What samples turns: a rollout backend, or the rollout servers with the weights of one batch."""
+
+    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams, /) -> list[Completion]:
+        """Returns one completion per request, in order."""
+        ...
 
 
 @frozen(eq=False, kw_only=True)
@@ -29,13 +37,15 @@ class TrajectorySampler:
     environment: Environment
     observations: ObservationEncoder
     max_tokens: int  # of a trajectory
+    max_seconds: float | None  # of the environment's calls, after which no turn follows
     error_limit: float  # share of trajectories that may end by an error
     end_ids: Collection[int]  # that end a turn
     decode: Callable[[Sequence[int]], str]  # without special tokens
+    all_ranks: bool = False  # whether this rank samples the trajectories of all ranks
 
     def sample(
         self,
-        backend: RolloutBackend,
+        backend: TurnSampler,
         requests: Sequence[SamplingRequest],
         rows: Sequence[Row],
         sampling: SamplingParams,
@@ -46,28 +56,46 @@ class TrajectorySampler:
         `advance` receives how many have ended, after each turn.  Every rank samples equally often, as sharded weights and
         servers need.  Raises BadData as the environment does.
         """
+        trajectories = self.open(requests, rows)
+        for _ in range(self.environment.max_turns):
+            active = [t for t in trajectories if t.ending is None]
+            if not (len(active) if self.all_ranks else collectives.all_reduce_max(len(active))):
+                break
+            asked = [self.request(t, sampling) for t in active]
+            for trajectory, request, completion in zip(active, asked, backend.sample(asked, sampling), strict=True):
+                trajectory.add_turn(request, completion)
+            replies = self.environment.reply([(t.handle, self.turn(t)) for t in active])
+            for trajectory, reply in zip(active, replies, strict=True):
+                trajectory.add_reply(reply, self)
+            advance(sum(t.ending is not None for t in active))
+        return self.end(trajectories)
+
+    def open(self, requests: Sequence[SamplingRequest], rows: Sequence[Row]) -> list[Trajectory]:
+        """Return a new trajectory for each request."""
         seeds = [derive(request.seed, "environment") for request in requests]
         opened = self.environment.open(list(zip(rows, seeds, strict=True)))
-        trajectories = [_Trajectory(*pair) for pair in zip(requests, opened, strict=True)]
-        for turn in range(1, self.environment.max_turns + 1):
-            active = [t for t in trajectories if t.ending is None]
-            if not collectives.all_reduce_max(len(active)):
-                break
-            sampled = backend.sample([t.next_request(turn) for t in active], sampling)
-            for trajectory, completion in zip(active, sampled, strict=True):
-                trajectory.add_turn(turn, completion, self.max_tokens)
-            replies = self.environment.reply([(t.opened, self.decode(t.last_turn)) for t in active])
-            for trajectory, reply in zip(active, replies, strict=True):
-                trajectory.add_reply(turn, reply, self)
-            advance(sum(t.ending is not None for t in active))
-        rewards = self.environment.end(opened)
+        return [Trajectory(request, each.handle) for request, each in zip(requests, opened, strict=True)]
+
+    def end(self, trajectories: Sequence[Trajectory]) -> list[Completion]:
+        """End the trajectories in the environment, and return them.  Raises BadData if too many ended by an error."""
+        rewards = self.environment.end([t.handle for t in trajectories])
         self._check_errors(trajectories)
         return [trajectory.completion(reward) for trajectory, reward in zip(trajectories, rewards, strict=True)]
 
-    def _check_errors(self, trajectories: Sequence[_Trajectory]) -> None:
+    def request(self, trajectory: Trajectory, sampling: SamplingParams) -> SamplingRequest:
+        """Return the request of the next turn, for at most as many tokens as the trajectory has left."""
+        left = self.max_tokens - len(trajectory.ids)
+        return evolve(trajectory.next_request(), max_new_tokens=left if left < sampling.max_new_tokens else None)
+
+    def turn(self, trajectory: Trajectory) -> Turn:
+        """Return the last turn as the environment reads it."""
+        return Turn(text=self.decode(trajectory.last_turn), finished=trajectory.ending is None)
+
+    def _check_errors(self, trajectories: Sequence[Trajectory]) -> None:
         """Raise BadData if more than `error_limit` of the trajectories of all ranks ended by an error."""
         errors = [t.error for t in trajectories if t.error]
-        failed, total = collectives.all_reduce_sum(torch.tensor([len(errors), len(trajectories)])).tolist()
+        own = torch.tensor([len(errors), len(trajectories)])
+        failed, total = (own if self.all_ranks else collectives.all_reduce_sum(own)).tolist()
         if failed > self.error_limit * total:
             first = f": {errors[0]}" if errors else ""
             raise BadData(
@@ -78,11 +106,11 @@ class TrajectorySampler:
 
 
 @define(eq=False)
-class _Trajectory:
+class Trajectory:
     """A trajectory while it grows."""
 
     request: SamplingRequest
-    opened: Any  # what stands for it in the environment
+    handle: Any  # what stands for it in the environment
     ids: list[int] = field(factory=list)
     logprobs: list[float] | None = field(factory=list)  # 0 for observations; None: the backend gives none
     spans: list[Span] = field(factory=list)
@@ -95,22 +123,28 @@ class _Trajectory:
         """The ids of the last turn, which no observation follows yet."""
         return self.ids[self.spans[-1].start :]
 
-    def next_request(self, turn: int) -> SamplingRequest:
-        """Return the request of a turn; the first one is that of a completion of one turn."""
-        if turn == 1:
+    @property
+    def turns(self) -> int:
+        """The number of turns so far."""
+        return self.spans[-1].turn if self.spans else 0
+
+    def next_request(self) -> SamplingRequest:
+        """Return the request of the next turn; the first one is that of a completion of one turn."""
+        if not self.spans:
             return self.request
-        prompt_ids = (*self.request.prompt_ids, *self.ids)
-        return SamplingRequest(prompt_ids=prompt_ids, seed=derive(self.request.seed, "turn", turn))
+        return SamplingRequest(
+            prompt_ids=(*self.request.prompt_ids, *self.ids),
+            seed=derive(self.request.seed, "turn", self.turns + 1),
+            trajectory=self.request.seed,
+        )
 
-    def add_turn(self, turn: int, sampled: Completion, max_tokens: int) -> None:
-        ids = sampled.ids[: max_tokens - len(self.ids)]
-        self._append(ASSISTANT, turn, ids, sampled.logprobs, None)
-        if len(ids) < len(sampled.ids):
-            self.ending = "max_tokens"
-        elif not sampled.finished:
-            self.ending = "length"
+    def add_turn(self, request: SamplingRequest, sampled: Completion) -> None:
+        """Append a turn; one that was cut by a limit is the last."""
+        self._append(ASSISTANT, self.turns + 1, sampled.ids, sampled.logprobs, None)
+        if not sampled.finished:
+            self.ending = "length" if request.max_new_tokens is None else "max_tokens"
 
-    def add_reply(self, turn: int, reply: Reply, sampler: TrajectorySampler) -> None:
+    def add_reply(self, reply: Reply, sampler: TrajectorySampler) -> None:
         """Note the turn's reward, and append the observation if another turn follows."""
         if reply.reward is not None:
             self.turn_rewards.append(reply.reward)
@@ -118,15 +152,18 @@ class _Trajectory:
             self.ending, self.error = "environment_error", reply.error
         if self.ending:
             return
-        if reply.text is None:
-            self.ending = "done"
-        elif turn == sampler.environment.max_turns:
+        if not reply.messages:
+            self.ending = reply.ending or "done"
+        elif self.turns == sampler.environment.max_turns:
             self.ending = "max_turns"
+        elif sampler.max_seconds is not None and reply.seconds > sampler.max_seconds:
+            self.ending = "timeout"
         else:
             closed = bool(self.ids) and self.ids[-1] in sampler.end_ids
-            observation = sampler.observations.encode(reply.text, closed=closed)
-            if len(self.ids) + len(observation.ids) < sampler.max_tokens:
-                self._append("user", turn, observation.ids, (0.0,) * len(observation.ids), observation.body)
+            parts = sampler.observations.encode(reply.messages, closed=closed)
+            if len(self.ids) + sum(len(part.ids) for part in parts) < sampler.max_tokens:
+                for part in parts:
+                    self._append(part.role, self.turns, part.ids, (0.0,) * len(part.ids), part.body)
             else:
                 self.ending = "max_tokens"
 
@@ -143,7 +180,7 @@ class _Trajectory:
         return Completion(
             ids=tuple(self.ids),
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
-            finished=self.ending in ("done", "max_turns"),
+            finished=self.ending in FINISHED,
             spans=tuple(self.spans),
             ending=self.ending,
             turn_rewards=tuple(self.turn_rewards),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
@@ -27,6 +28,9 @@ class ScoredCompletion:
     """For a weighted sum: the reward of each part, before its weight."""
 
 
+_SCORING = threading.RLock()
+
+
 class Scorer:
     """An opened reward.  Call it for one completion and its row, or `score_all` for many.
 
@@ -38,8 +42,13 @@ class Scorer:
         score_all: Callable[[Sequence[Pair]], list[ScoredCompletion]],
         check_row: Callable[[Row], object] = lambda row: None,
     ) -> None:
-        self.score_all = score_all
+        self._score_all = score_all
         self.check_row = check_row
+
+    def score_all(self, pairs: Sequence[Pair]) -> list[ScoredCompletion]:
+        """Returns the score of each pair, in order.  Of several threads that call it, one scores at a time."""
+        with _SCORING:
+            return self._score_all(pairs)
 
     def __call__(self, completion: str, row: Row) -> ScoredCompletion:
         return self.score_all([(completion, row)])[0]

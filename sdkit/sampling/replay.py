@@ -4,13 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sdkit.batches import Completion, SamplingParams, SamplingRequest
 from sdkit.language.errors import BadData
 from sdkit.models.weights import Weights
 from sdkit.runs.directory import read_lines
-from sdkit.spans import spans_of
+from sdkit.spans import span_records, spans_of
 from sdkit.stdout import Advance, no_progress
+
+
+def completion_record(completion: Completion) -> dict[str, Any]:
+    """Return a completion as JSON values; `completion_from` reads them."""
+    record = {
+        "completion_ids": completion.ids,
+        "sampler_logprobs": completion.logprobs,
+        "finished": completion.finished,
+    }
+    if completion.spans:
+        record |= {
+            "spans": span_records(completion.spans),
+            "ending": completion.ending,
+            "turn_rewards": completion.turn_rewards,
+            "environment_reward": completion.reward,
+        }
+    return record
+
+
+def completion_from(record: Mapping[str, Any]) -> Completion:
+    """Return the completion of a record in `rollouts/`, or of one that `completion_record` wrote."""
+    logprobs = record["sampler_logprobs"]
+    return Completion(
+        ids=tuple(record["completion_ids"]),
+        logprobs=None if logprobs is None else tuple(logprobs),
+        finished=record["finished"],
+        spans=spans_of(record.get("spans", ())),
+        ending=record.get("ending"),
+        turn_rewards=tuple(record.get("turn_rewards", ())),
+        reward=record.get("environment_reward"),
+    )
 
 
 class ReplayRollouts:
@@ -23,16 +55,7 @@ class ReplayRollouts:
         self.recorded: dict[tuple[tuple[int, ...], int], Completion] = {}
         for path in sorted((run / "rollouts").glob("step_*.jsonl")):
             for record in read_lines(path):
-                logprobs = record["sampler_logprobs"]
-                self.recorded[tuple(record["sampled_from_ids"]), record["seed"]] = Completion(
-                    ids=tuple(record["completion_ids"]),
-                    logprobs=None if logprobs is None else tuple(logprobs),
-                    finished=record["finished"],
-                    spans=spans_of(record.get("spans", ())),
-                    ending=record.get("ending"),
-                    turn_rewards=tuple(record.get("turn_rewards", ())),
-                    reward=record.get("environment_reward"),
-                )
+                self.recorded[tuple(record["sampled_from_ids"]), record["seed"]] = completion_from(record)
         if not self.recorded:
             raise BadData(f"{run} holds no recorded rollouts", hint="name the directory of an earlier run")
 

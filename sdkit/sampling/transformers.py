@@ -55,7 +55,8 @@ class TransformersRollouts:
                     self.weights.sharding.run_forward(self._generate, model, [DUMMY_REQUEST], brief, no_progress)
                     continue
                 rows = [requests[i] for i in chosen]
-                batch = self.weights.sharding.run_forward(self._generate, model, rows, sampling, advance)
+                longest = evolve(sampling, max_new_tokens=max(_limit(request, sampling) for request in rows))
+                batch = self.weights.sharding.run_forward(self._generate, model, rows, longest, advance)
                 done.update(zip(chosen, batch, strict=True))
             model.train(was_training)
         return [done[i] for i in range(len(requests))]
@@ -84,7 +85,10 @@ class TransformersRollouts:
             )
         advance(len(requests) * (1 - len(sampler.logprobs) / sampling.max_new_tokens))  # they ended early
         rows, logprobs = out[:, width:].tolist(), torch.stack(sampler.logprobs, dim=1).tolist()
-        return [self._completion(*row, sampling.stop) for row in zip(rows, logprobs, strict=True)]
+        return [
+            self._completion(row[: _limit(request, sampling)], own, sampling.stop)
+            for request, row, own in zip(requests, rows, logprobs, strict=True)
+        ]
 
     def _settings(self, sampling: SamplingParams) -> dict[str, Any]:
         """Returns greedy settings: `SeededSampler` draws the tokens, `generate` only decides when to stop."""
@@ -111,6 +115,11 @@ class TransformersRollouts:
 
     def close(self) -> None:
         self.weights = None
+
+
+def _limit(request: SamplingRequest, sampling: SamplingParams) -> int:
+    """Tokens that a request may sample."""
+    return sampling.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
 
 
 @contextlib.contextmanager

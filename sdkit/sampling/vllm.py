@@ -66,14 +66,22 @@ class VllmRollouts:
     def sample(
         self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
     ) -> list[Completion]:
-        from vllm import SamplingParams, TokensPrompt
-
-        settings = sampling_settings(sampling, self.end_ids, self.vocabulary)
-        greedy, text = sampling.temperature == 0, bool(sampling.stop)
         shared, own = self._share(requests)
-        params = [SamplingParams(**settings, seed=None if greedy else r.seed, detokenize=text) for r in shared]
-        prompts = [TokensPrompt(prompt_token_ids=list(r.prompt_ids)) for r in shared]
-        return [_completion(output.outputs[0]) for output in self.generate(prompts, params, advance)[own]]
+        arguments = [self._arguments(request, sampling) for request in shared]
+        outputs = self.generate([prompt for prompt, _ in arguments], [params for _, params in arguments], advance)
+        return [_completion(output.outputs[0]) for output in outputs[own]]
+
+    def start(self, request: SamplingRequest, sampling: SamplingParams) -> str:
+        """Add a request to those that `step` runs; returns its id.  Only for an engine of one process."""
+        number = str(next(self.engine.request_counter))
+        self.engine.llm_engine.add_request(number, *self._arguments(request, sampling))
+        return number
+
+    def step(self) -> list[tuple[str, Completion]]:
+        """Sample a token for each request that was started; returns the completions that are complete, by id."""
+        with self._stance():
+            outputs = self.engine.llm_engine.step()
+        return [(output.request_id, _completion(output.outputs[0])) for output in outputs if output.finished]
 
     def sleep(self) -> bool:
         """Free the engine's GPU memory until the next `load`; returns False if the spec keeps it awake."""
@@ -81,6 +89,20 @@ class VllmRollouts:
             self.engine.sleep(level=2)  # frees weights and cache; new weights come with `load`
             self.is_asleep = True
         return self.is_asleep
+
+    def _arguments(self, request: SamplingRequest, sampling: SamplingParams) -> tuple[Any, Any]:
+        """vLLM's prompt and parameters of a request."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        settings = sampling_settings(sampling, self.end_ids, self.vocabulary)
+        if request.max_new_tokens is not None:
+            settings["max_tokens"] = request.max_new_tokens
+        seed = None if sampling.temperature == 0 else request.seed
+        params = SamplingParams(
+            **settings, seed=seed, detokenize=bool(sampling.stop), output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        return TokensPrompt(prompt_token_ids=list(request.prompt_ids)), params
 
     def _share(self, requests: Sequence[SamplingRequest]) -> tuple[Sequence[SamplingRequest], slice]:
         """The requests of the ranks that share the engine, which all of them must run, and the slice of this rank's."""
@@ -109,10 +131,16 @@ class VllmRollouts:
 
     def generate(self, prompts: list[Any], params: list[Any], advance: Advance = no_progress) -> list[Any]:
         """Returns the engine's outputs of these prompts, one set of vLLM's parameters for each."""
-        # vLLM compiles the function that ranks a sampled token, also in eager mode: seconds of a C++ compiler on a CPU.
-        stance = "force_eager" if is_eager(self.spec) and not torch.cuda.is_available() else "default"
-        with torch.compiler.set_stance(stance):
+        with self._stance():
             return self.engine.generate(prompts, params, use_tqdm=partial(_progress, advance))
+
+    def _stance(self) -> contextlib.AbstractContextManager[None]:
+        """Prevents that vLLM compiles the function that ranks a sampled token, also in eager mode.
+
+        On a CPU that takes seconds of a C++ compiler.
+        """
+        eager = is_eager(self.spec) and not torch.cuda.is_available()
+        return torch.compiler.set_stance("force_eager" if eager else "default")
 
     def close(self) -> None:
         """Shut down the engine.  This destroys the default process group, so close everything else first."""

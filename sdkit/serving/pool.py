@@ -81,6 +81,7 @@ class ServerPool:
         self._task: asyncio.Task[Any] | None = None
         self._aborted = False
         self._members = [_Member(url, self._connect(url, key)) for url in spec.urls]
+        self._sampled_by: dict[int, _Member] = {}  # of the current batch, by the seed of the (first) request
 
     def _connect(self, url: str, key: str | None) -> Server:
         return Server(
@@ -145,6 +146,7 @@ class ServerPool:
     ) -> list[Completion]:
         """Returns one completion per request, in order, sampled by these weights; requests of one prompt go to one server.
 
+        A later turn goes to the server of the turn before, which has cached its prefix, unless that server is lost.
         `advance` receives 1 for each completion.  Raises as `load` does.
         """
         return self._run(self._sample(file, requests, sampling, advance))
@@ -186,11 +188,13 @@ class ServerPool:
     ) -> list[Completion]:
         done: dict[int, Completion] = {}
         pending = _groups(requests)
+        if all(request.trajectory is None for request in requests):
+            self._sampled_by = {}  # a new batch
         for _ in range(MAX_ROUNDS):
             if not pending:
                 break
             members = await self._ready_members(file)
-            parts = [pending[i :: len(members)] for i in range(len(members))]
+            parts = self._deal(pending, requests, members)
             outcomes = await _outcomes(
                 self._sample_on(member, file, [requests[i] for i in _indices(part)], sampling, advance)
                 for member, part in zip(members, parts, strict=True)
@@ -208,6 +212,22 @@ class ServerPool:
                 hint="see the servers' own output for the reason, then continue with --resume",
             )
         return [done[i] for i in range(len(requests))]
+
+    def _deal(
+        self, groups: Sequence[Group], requests: Sequence[SamplingRequest], members: Sequence[_Member]
+    ) -> list[list[Group]]:
+        """Returns the groups for each of these servers, and notes which server gets which request."""
+        parts: list[list[Group]] = [[] for _ in members]
+        turn = itertools.cycle(range(len(members)))
+        for group in groups:
+            trajectory = requests[group[0]].trajectory
+            earlier = None if trajectory is None else self._sampled_by.get(trajectory)
+            number = members.index(earlier) if earlier in members else next(turn)
+            parts[number].append(group)
+            for request in (requests[i] for i in group):
+                first = request.seed if request.trajectory is None else request.trajectory
+                self._sampled_by[first] = members[number]
+        return parts
 
     async def _sample_on(
         self,

@@ -71,9 +71,11 @@ def _mismatch(state: Mapping[str, Any], expected: ExpectedServer) -> Iterator[st
 
 def completion_body(request: SamplingRequest, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the request for one completion; `settings` come from `sampling_settings`."""
+    limit = request.max_new_tokens
     return {
         "prompt": list(request.prompt_ids),
         **settings,
+        **({} if limit is None else {"max_tokens": limit}),
         **({"seed": request.seed} if settings["temperature"] else {}),
         "return_token_ids": True,
     }

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar, cast
 
@@ -40,6 +39,23 @@ class SampledBatch:
     completions: tuple[Completion, ...]  # for the requests of all ranks, in rank order
     transfer_metrics: Mapping[str, float]  # of the weight transfer
     seconds: float
+
+
+@frozen(eq=False)
+class LoadedServers:
+    """The servers with the weights of one file, which no other replaces during a batch."""
+
+    pool: ServerPool
+    file: WeightFile
+    advance: Advance
+
+    def sample(self, requests: Sequence[SamplingRequest], sampling: SamplingParams) -> list[Completion]:
+        """Return one completion per request, in order."""
+        return self.pool.sample(self.file, requests, sampling, self.advance)
+
+
+SampleBatch = Callable[[LoadedServers, Sequence[SamplingRequest], SamplingParams], Sequence[Completion]]
+"""Samples the completions of a batch from servers."""
 
 
 @frozen(eq=False)
@@ -102,11 +118,17 @@ class ServerRollouts:
         self._newest_weights = id(weights), version
 
     def submit(
-        self, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance = no_progress
+        self,
+        requests: Sequence[SamplingRequest],
+        sampling: SamplingParams,
+        advance: Advance = no_progress,
+        *,
+        sample: SampleBatch | None = None,
     ) -> Job:
         """Submit the requests of all ranks, to be sampled by the weights last passed to `retain_weights`.
 
-        `advance` receives this rank's share of each completion.
+        `advance` receives this rank's share of each completion.  `sample` runs in the worker thread, asks the servers more
+        than once, and returns the completions.
         """
         assert self._newest_weights is not None, "call retain_weights before submit"
         parts = collectives.all_gather_object(tuple(requests))
@@ -117,8 +139,11 @@ class ServerRollouts:
         if self.pool and self._thread:
             file = self._files[-1]
             share = len(requests) / max(len(all_requests), 1)
-            load_and_sample = functools.partial(_load_and_sample, self.pool, file, all_requests, sampling)
-            future = self._thread.submit(lambda: load_and_sample(lambda number: advance(number * share)))
+            servers = LoadedServers(self.pool, file, lambda number: advance(number * share))
+            ask = sample or LoadedServers.sample
+            future = self._thread.submit(
+                lambda: _load_and_sample(servers, lambda: ask(servers, all_requests, sampling))
+            )
         job = Job(all_requests, own, self._newest_weights[1], file, future)
         if future:
             self._jobs.append(job)
@@ -165,10 +190,8 @@ class ServerRollouts:
             self._files.remove(file)
 
 
-def _load_and_sample(
-    pool: ServerPool, file: WeightFile, requests: Sequence[SamplingRequest], sampling: SamplingParams, advance: Advance
-) -> SampledBatch:
+def _load_and_sample(servers: LoadedServers, sample: Callable[[], Sequence[Completion]]) -> SampledBatch:
     started = time.perf_counter()
-    metrics = pool.load(file)
-    completions = tuple(pool.sample(file, requests, sampling, advance))
+    metrics = servers.pool.load(servers.file)
+    completions = tuple(sample())
     return SampledBatch(completions=completions, transfer_metrics=metrics, seconds=time.perf_counter() - started)

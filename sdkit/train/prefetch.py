@@ -1,29 +1,34 @@
 """Prefetches rollout batches from the servers while earlier batches are trained on.
 
 Batch t is sampled with exactly the weights before step max(0, t - max_staleness), whatever else the servers do meanwhile,
-so a run with prefetching can be repeated and resumed.  A checkpoint includes the batches that are sampled but not yet
-trained on, with their completions (`ahead.jsonl`).
+so a run with prefetching can be repeated and resumed.  All turns of a trajectory are sampled with these weights; the first
+rank's thread asks the environment.  A checkpoint includes the batches that are sampled but not yet trained on, with their
+completions (`ahead.jsonl`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
-from sdkit.batches import Completion
+from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
 from sdkit.checkpoints.checkpoint import PREFETCHED
 from sdkit.distributed import collectives
+from sdkit.environments.trajectories import TrajectorySampler, TurnSampler
 from sdkit.language.errors import UnreadableInput
 from sdkit.runs.directory import read_lines
+from sdkit.sampling.replay import completion_from, completion_record
 from sdkit.serving.rollouts import Job
 from sdkit.train.models import Models
 from sdkit.train.rollout_backends import RolloutBackends
-from sdkit.train.sampling_requests import sampling_params, sampling_requests
+from sdkit.train.sampling_requests import rows_by_seed, sampling_params, sampling_requests
 from sdkit.train.setup import RunSetup
+from sdkit.train.trajectories import trajectory_sampler
 
 
 @frozen(eq=False, kw_only=True)
@@ -81,8 +86,11 @@ class RolloutPrefetcher:
     def _request(self, batch: int, version: int) -> None:
         servers, data = self.backends.servers(), self.setup.data
         servers.retain_weights(self.models.student, version)
-        requests = sampling_requests(data, data.batch_rows(batch), ("rollout", batch))
-        self._jobs[batch] = servers.submit(requests, sampling_params(data.spec.rollout, self.models.ids_below))
+        rows, stream = data.batch_rows(batch), ("rollout", batch)
+        sampling = sampling_params(data.spec.rollout, self.models.ids_below)
+        trajectories = trajectory_sampler(self.setup, self.models, sampling, None, all_ranks=True)
+        sample = trajectories and partial(_sample_trajectories, trajectories, rows_by_seed(data, rows, stream))
+        self._jobs[batch] = servers.submit(sampling_requests(data, rows, stream), sampling, sample=sample)
 
     def _wait_for(self, batch: int) -> None:
         if (job := self._jobs.get(batch)) is None:
@@ -98,6 +106,17 @@ class RolloutPrefetcher:
         )
 
 
+def _sample_trajectories(
+    sampler: TrajectorySampler,
+    rows: Mapping[int, Row],
+    servers: TurnSampler,
+    requests: Sequence[SamplingRequest],
+    sampling: SamplingParams,
+) -> list[Completion]:
+    """Return the trajectories of all ranks' requests; `rows` by the seed of the request."""
+    return sampler.sample(servers, requests, [rows[request.seed] for request in requests], sampling)
+
+
 def _record(number: int, batch: PrefetchedBatch) -> dict[str, Any]:
     return {
         "batch": number,
@@ -105,13 +124,7 @@ def _record(number: int, batch: PrefetchedBatch) -> dict[str, Any]:
         "figures": batch.figures,
         "seconds": batch.seconds,
         "completions": [
-            {
-                "seed": seed,
-                "sampled_from_ids": prompt,
-                "completion_ids": completion.ids,
-                "sampler_logprobs": completion.logprobs,
-                "finished": completion.finished,
-            }
+            {"seed": seed, "sampled_from_ids": prompt, **completion_record(completion)}
             for (prompt, seed), completion in batch.completions.items()
         ],
     }
@@ -119,12 +132,7 @@ def _record(number: int, batch: PrefetchedBatch) -> dict[str, Any]:
 
 def _from_record(line: Mapping[str, Any]) -> PrefetchedBatch:
     completions = {
-        (tuple(record["sampled_from_ids"]), record["seed"]): Completion(
-            ids=tuple(record["completion_ids"]),
-            logprobs=tuple(record["sampler_logprobs"]),
-            finished=record["finished"],
-        )
-        for record in line["completions"]
+        (tuple(record["sampled_from_ids"]), record["seed"]): completion_from(record) for record in line["completions"]
     }
     return PrefetchedBatch(
         version=line["policy_version"], completions=completions, figures=line["figures"], seconds=line["seconds"]

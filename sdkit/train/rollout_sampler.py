@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import assert_never
 
 from attrs import evolve, field, frozen
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
-from sdkit.environments.trajectories import TrajectorySampler
+from sdkit.environments.continuous import sample_continuously
 from sdkit.language.specs import (
     DatasetSamples,
     MixtureSamples,
@@ -21,6 +20,7 @@ from sdkit.language.specs import (
     TeacherSamples,
 )
 from sdkit.sampling.replay import ReplayRollouts
+from sdkit.sampling.vllm import VllmRollouts
 from sdkit.seeds import derive
 from sdkit.stdout import Advance, no_progress
 from sdkit.train.models import Models
@@ -29,6 +29,7 @@ from sdkit.train.rollout_backends import RolloutBackends
 from sdkit.train.sampling_requests import Stream, group_numbers, sampling_params, sampling_requests
 from sdkit.train.setup import RunSetup
 from sdkit.train.step_specs import StepSpecs
+from sdkit.train.trajectories import trajectory_sampler
 
 OneSampler = StudentSamples | TeacherSamples | DatasetSamples
 """What writes the completions of one rollout batch."""
@@ -127,18 +128,15 @@ class RolloutSampler:
 
         `rows` are the requests' rows; a recording holds whole trajectories.  `advance` as in `RolloutBackend`.
         """
-        data, spec = self.setup.data, self.setup.spec.environment
-        environment = data.environments.get(suite)  # the panel has none
-        if not spec or not environment or not data.observations or isinstance(backend, ReplayRollouts):
+        trajectories = trajectory_sampler(self.setup, self.models, sampling, suite)
+        spec = self.setup.spec.environment
+        if not spec or not trajectories or isinstance(backend, ReplayRollouts):
             return backend.sample(requests, sampling, advance)
-        trajectories = TrajectorySampler(
-            environment=environment,
-            observations=data.observations,
-            max_tokens=spec.longest(sampling.max_new_tokens),
-            error_limit=spec.error_limit,
-            end_ids=self.models.end_ids,
-            decode=partial(data.tokenizer.decode, skip_special_tokens=True),
-        )
+        if spec.scheduling == "continuous" and isinstance(backend, VllmRollouts):
+            threads = spec.calls_at_once
+            return sample_continuously(
+                trajectories, backend, requests, rows, sampling, threads=threads, advance=advance
+            )
         return trajectories.sample(backend, requests, rows, sampling, advance)
 
     def _dataset_completion(self, row: Row, column: str) -> Completion:

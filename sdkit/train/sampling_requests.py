@@ -36,12 +36,22 @@ def sampling_requests(data: RunData, rows: Sequence[Row], stream: Stream) -> tup
 
     Seeds depend on the number of the group, so any number of ranks samples the same.
     """
-    rollout, seed = data.spec.rollout, data.spec.training.seed
     return tuple(
-        SamplingRequest(prompt_ids=_sampling_prompt(data, rows[group]), seed=derive(seed, *stream, group, copy))
+        SamplingRequest(prompt_ids=_sampling_prompt(data, rows[group]), seed=seed)
         for group in collectives.shard_indices(len(rows))
-        for copy in range(rollout.completions_per_prompt)
+        for seed in _seeds(data, stream, group)
     )
+
+
+def rows_by_seed(data: RunData, rows: Sequence[Row], stream: Stream) -> dict[int, Row]:
+    """Return the row of each request of all ranks, by its seed."""
+    return {seed: row for group, row in enumerate(rows) for seed in _seeds(data, stream, group)}
+
+
+def _seeds(data: RunData, stream: Stream, group: int) -> list[int]:
+    """The seeds of a group's requests."""
+    copies = range(data.spec.rollout.completions_per_prompt)
+    return [derive(data.spec.training.seed, *stream, group, copy) for copy in copies]
 
 
 def _sampling_prompt(data: RunData, row: Row) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kill_scenario import FORMS, PHASES, TEACHERS
+from kill_scenario import FORMS, PHASES, PIDS, TEACHERS
+from os_processes import alive, wait_until
 from tinyruns import assert_equal, metrics, run_scenario, weights_of
 from vllm_build import require_vllm
 
@@ -36,6 +37,11 @@ EVERY_PLACE = (
 """Every boundary between steps, and every phase: before, between and after the checkpoints."""
 
 
+TRAJECTORIES = "frozen-played-0-1-turn@1,environment@1,rollout@2,update@2"
+"""Killed while the second turn is sampled, while the environment answers it, before the reward, and in the update."""
+TRAJECTORIES_EVERYWHERE = "turn@0,environment@0,turn@1,environment@2,rollout@2,update@2,environment@3,turn@4,update@5"
+
+
 def matrix(stage, ranks):
     """Cases of every teacher and form, killed at every place."""
     names = itertools.product(TEACHERS, FORMS)
@@ -58,7 +64,7 @@ def assert_same_run(folder, straight):
 
 @pytest.fixture(scope="module")
 def work(warm, tiny_folder, tmp_path_factory):
-    return run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("killed"), COVER)
+    return run_scenario(warm, SCENARIO, tiny_folder, tmp_path_factory.mktemp("killed"), (*COVER, TRAJECTORIES))
 
 
 def test_cases_cover_every_pair():
@@ -82,6 +88,29 @@ def test_cases_cover_every_pair():
 @pytest.mark.parametrize("name", COVER)
 def test_killed_run_resumes_to_the_same_result(work, name):
     assert_same_run(work / name, work / name.rsplit("-", 1)[0])
+
+
+def test_run_killed_within_trajectories_resumes_to_the_same_result(work):
+    assert_same_trajectories(work, TRAJECTORIES)
+
+
+def assert_same_trajectories(work, name):
+    straight = work / name.rsplit("-", 1)[0]
+    assert_same_run(work / name, straight)
+    turns = [line["trajectory/turns"] for line in metrics(straight) if "trajectory/turns" in line]
+    assert max(turns) > 1
+    pids = [int(pid) for pid in (work / PIDS).read_text().split()]
+    assert len(pids) > 20
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2), (3, 2)])
+def test_run_killed_anywhere_within_trajectories_resumes_to_the_same_result(warm, tiny_folder, tmp_path, stage, ranks):
+    name = f"ema-played-{stage}-{ranks}-{TRAJECTORIES_EVERYWHERE}"
+    run_scenario(warm, SCENARIO, tiny_folder, tmp_path, [name])
+    assert_same_trajectories(tmp_path, name)
 
 
 @pytest.mark.full

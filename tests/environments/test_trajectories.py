@@ -92,6 +92,30 @@ def test_endings_and_turn_rewards(collected):
         assert (each.ending == "max_turns") == (turns == 3 and each.finished)
 
 
+def test_turn_is_as_long_as_its_trajectory_allows(trainer, collected, tiny_folder, tmp_path, open_tiny, monkeypatch):
+    limit = max(r.spans[0].end for r in collected.batch) + 40
+    spec = spec_of(tiny_folder, environment=evolve(RETRY, max_trajectory_tokens=limit))
+    short = open_tiny(spec)
+    asked = []
+    backend = short.sampler.backends.open(short.setup.plan.backend)
+    sample = backend.sample
+    monkeypatch.setattr(
+        backend, "sample", lambda requests, sampling: asked.extend(requests) or sample(requests, sampling)
+    )
+    batch = collect(short).batch
+    assert "max_tokens" in {r.ending for r in batch}
+    for request in asked:
+        used = len(request.prompt_ids) - next(
+            len(r.prompt_ids) for r in batch if request.prompt_ids[: len(r.prompt_ids)] == r.prompt_ids
+        )
+        left = limit - used
+        assert request.max_new_tokens == (left if left < 24 else None)
+    for ours, longer in zip(batch, collected.batch, strict=True):
+        assert len(ours.completion_ids) <= limit
+        assert longer.completion_ids[: len(ours.completion_ids)] == ours.completion_ids
+        assert (ours.ending == "max_tokens") == (ours.completion_ids != longer.completion_ids)
+
+
 def test_only_sampled_tokens_are_trained(trainer, collected):
     prepared = prepare_rollouts(trainer, collected.batch)
     sampled = sum(len(r.sampled) for r in prepared)

@@ -89,6 +89,14 @@ def test_stop_texts_cut_as_without_vllm(results):
     assert 0 < results["stop texts"]["stopped"] < results["stop texts"]["of"]
 
 
+def test_trajectories_at_their_own_pace_are_those_of_lockstep(results):
+    assert results["same at their own pace"]
+    assert results["their logprobs"] < 1e-4
+    assert "length" in results["endings"]
+    assert results["turns"] > results["trajectories"]
+    assert results["shorter turns after longer ones"] > 0
+
+
 def test_sampling_leaves_the_trainers_generators_unchanged(results):
     assert results["generators untouched"]
 

@@ -17,10 +17,13 @@ from tinyruns import COLUMNS, LORA, make_spec, model, rollout, rows, teacher, tr
 
 from sdkit.checkpoints import atomic, checkpoint, manifest
 from sdkit.distributed import zero
+from sdkit.environments.file import UserEnvironment
+from sdkit.environments.host import Host
 from sdkit.language.specs import (
     CopyWeights,
     DataSpec,
     EmaWeights,
+    FileEnvironment,
     FileReward,
     FrozenWeights,
     InlineSource,
@@ -33,6 +36,7 @@ from sdkit.language.specs import (
     TransformersBackend,
     VllmBackend,
 )
+from sdkit.sampling.transformers import SeededSampler, TransformersRollouts
 from sdkit.train import collect_rollouts, loop, run
 from sdkit.train.report import Report
 from sdkit.train.teacher_scores import TeacherScorer
@@ -50,6 +54,8 @@ TEACHERS = {
 FORMS = {"full": None, "lora": LORA}
 VLLM = "vllm"
 """One more form: all weights are trained, and vLLM samples."""
+PLAYED = "played"
+"""One more form: all weights are trained, on trajectories of an environment whose processes write their ids to a file."""
 PHASES = {
     # Where the kill comes: before or after this function, while the run's step is the case's.
     "rollout": (collect_rollouts, "score", "before"),
@@ -62,8 +68,27 @@ PHASES = {
     "naming": (atomic, "replace_folder", "after"),
     "model": (checkpoint, "save_model", "after"),
 }
+IN_TRAJECTORIES = {
+    # The kill comes in the second function, once the first was called twice in the step: in the second turn.
+    "turn": (TransformersRollouts, "sample", SeededSampler, "__call__"),
+    "environment": (UserEnvironment, "reply", Host, "_read"),
+}
 BY_THE_FIRST_RANK = {"manifest", "naming"}
 REWARD = "import random\ndef drawn(completion, row): return random.random()\n"
+PIDS = "pids"
+GAME = """
+import os, random
+
+class Game:
+    def __init__(self, pids):
+        with open(pids, "a") as file:
+            file.write(f"{os.getpid()}\\n")
+
+    def reset(self, **columns): ...
+
+    def reply(self, text):
+        return f"{random.random()} is not {text}."
+"""
 
 
 def data_with_sides(count, start=0):
@@ -78,24 +103,49 @@ def spec_of(folder, work, weights, form, stage):
     # Draws from Python's global stream, of which a process has only one.
     drawn = FileReward(file=str(work / "reward.py"), function="drawn", at_once=1)
     backend = VllmBackend(kv_cache_gib=0.1) if form == VLLM else TransformersBackend()
+    turns = {"max_new_tokens": 24, "stop": ("e",)} if form == PLAYED else {"max_new_tokens": 2}
     spec = make_spec(
         folder,
         model=model(folder, lora=FORMS.get(form)),
         teacher=teacher(TEACHERS[weights]),
         data=data_with_sides(6),
         optimizer=OptimizerSpec(lr=3e-3, lr_scheduler_type="linear", warmup_steps=1),
-        rollout=rollout(max_new_tokens=2, backend=backend),
+        rollout=rollout(backend=backend, **turns),
         training=training(steps=STEPS, prompts_per_step=2, zero_stage=int(stage), updates_per_rollout=2),
         output=OutputSpec(checkpoint_every=2, trackers=()),
     )
     suite = Suite(data=data_with_sides(2, 100), score="drawn", loss_prompts=1)
     spec = with_evaluation(spec, every=3, teacher_lift=0, suites=Table({"held_out": suite}))
-    return evolve(spec, rewards=Table({"drawn": drawn}))
+    return evolve(spec, rewards=Table({"drawn": drawn}), environment=game(work) if form == PLAYED else None)
+
+
+def game(work):
+    (work / "game.py").write_text(GAME)
+    arguments = Table({"pids": str(work / PIDS)})
+    return FileEnvironment(
+        file=str(work / "game.py"), class_name="Game", arguments=arguments, max_turns=3, max_observation_tokens=16
+    )
 
 
 def arm(phase, at):
     """Kill this process in `phase` of step `at` (from 0), or right after that step for a phase between two steps."""
-    owner, name, place = PHASES[phase]
+    step = remember_step()
+    if phase in PHASES:
+        owner, name, place = PHASES[phase]
+        replace(owner, name, place, lambda: step() == at and kill())
+        return
+    owner, name, inner, inner_name = IN_TRAJECTORIES[phase]
+    calls = []
+    replace(owner, name, "before", lambda: step() == at and calls.append(None))
+    replace(inner, inner_name, "before", lambda: len(calls) == 2 and kill())
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def remember_step():
+    """Returns a function that returns the run's step; None before its first."""
     trainers = []
     evaluate_start = loop._evaluate_start
 
@@ -104,15 +154,22 @@ def arm(phase, at):
         return evaluate_start(trainer, *args)
 
     loop._evaluate_start = remember_trainer
+    return lambda: trainers[0].progress.step if trainers else None
+
+
+def replace(owner, name, place, action):
+    """Make a function call `action`, too, before or after what it does."""
     original = getattr(owner, name)
 
-    def kill_in_phase(*args, **options):
-        result = original(*args, **options) if place == "after" else None
-        if trainers and trainers[0].progress.step == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **options) if place == "before" else result
+    def with_action(*args, **options):
+        if place == "before":
+            action()
+        result = original(*args, **options)
+        if place == "after":
+            action()
+        return result
 
-    setattr(owner, name, kill_in_phase)
+    setattr(owner, name, with_action)
 
 
 def kill_and_resume(spec, folder, ranks, places):

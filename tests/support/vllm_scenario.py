@@ -3,6 +3,7 @@
 `python vllm_scenario.py MODEL_FOLDER WORK_FOLDER`; test_vllm.py checks them.
 """
 
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from tinyruns import LORA, advance, collect, make_spec, model, rollout, teacher
 from sdkit.batches import SamplingRequest
 from sdkit.distributed import zero
 from sdkit.language.errors import NumericsGuard
-from sdkit.language.specs import EmaWeights, OptimizerSpec, VllmBackend
+from sdkit.language.specs import EmaWeights, FileEnvironment, OptimizerSpec, VllmBackend
 from sdkit.models.loading import load_model
 from sdkit.models.teachers import open_teacher
 from sdkit.models.weights import Weights
@@ -36,6 +37,7 @@ def main(folder, work):
         teacher=teacher(EmaWeights(update_rate=0.3)),
         rollout=rollout(temperature=0.7, backend=VllmBackend(kv_cache_gib=0.1, enable_sleep_mode=True)),
         optimizer=OptimizerSpec(lr=1e-2),
+        environment=game(work),
     )
     trainer = open_run(spec, work)
     before = generators()
@@ -44,6 +46,7 @@ def main(folder, work):
     results["reload has vLLM's configuration"] = watch_reload(backend)
     results |= syncs(trainer)
     results |= sampling(trainer, backend)
+    results |= continuous(trainer, backend)
     results |= sleeping(trainer, backend)
     results |= stale(trainer, backend)
     results |= adapters(trainer, backend, folder)
@@ -159,6 +162,54 @@ def logits(trainer, request, completion):
 def gap(logprobs, completion):
     own = logprobs.gather(-1, torch.tensor(completion.ids)[:, None])[:, 0]
     return (own - torch.tensor(completion.logprobs)).abs().max().item()
+
+
+GAME = """
+import random, time
+
+class Game:
+    def reset(self, **columns): ...
+
+    def reply(self, text):
+        time.sleep(0.2 * (random.random() < 1 / 4))
+        return f"No, {random.random()}."
+"""
+
+
+def game(work):
+    (work / "game.py").write_text(GAME)
+    return FileEnvironment(file=str(work / "game.py"), class_name="Game", max_turns=4, max_observation_tokens=16)
+
+
+def continuous(trainer, backend):
+    """Whether trajectories are the same at their own pace as in lockstep, and how often a turn overtook another."""
+    sampler, spec = trainer.sampler, trainer.setup.spec
+    rows = list(trainer.setup.data.train) * 2
+    requests = [
+        SamplingRequest(prompt_ids=trainer.setup.data.student_ids(row), seed=derive(4, i))
+        for i, row in enumerate(rows)
+    ]
+    settings = evolve(sampling_params(spec.rollout, trainer.models.ids_below), stop=("e", "a"))
+    environment = evolve(spec.environment, scheduling="continuous")
+    own_pace = evolve(sampler, setup=evolve(trainer.setup, spec=evolve(spec, environment=environment)))
+    started, start = [], backend.start
+    backend.start = lambda request, sampling: started.append(request) or start(request, sampling)
+    played = own_pace.complete(backend, requests, rows, settings, None)
+    del backend.start
+    expected = sampler.complete(backend, requests, rows, settings, None)
+    turns = [len(request.prompt_ids) for request in started if request.trajectory is not None]
+    gaps = [
+        abs(a - b) for x, y in zip(played, expected, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True)
+    ]
+    return {
+        "same at their own pace": [(c.ids, c.spans, c.ending) for c in played]
+        == [(c.ids, c.spans, c.ending) for c in expected],
+        "their logprobs": max(gaps),
+        "endings": sorted({c.ending for c in played}),
+        "shorter turns after longer ones": sum(a > b for a, b in itertools.pairwise(turns)),
+        "turns": len(started),
+        "trajectories": len(requests),
+    }
 
 
 def stale(trainer, backend):

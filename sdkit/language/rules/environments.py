@@ -33,9 +33,7 @@ def environment_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator
 
 @run_rule("the student acts in an environment")
 def environment_sampler(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Completions of a data set or of a teacher would be judged, and answered, as if the student had written them.
-    Servers that sample ahead know nothing of the environment.
-    """
+    """Completions of a data set or of a teacher would be judged, and answered, as if the student had written them."""
     if spec.environment is None:
         return
     kind = spec.rollout.sampled_by.kind
@@ -45,9 +43,20 @@ def environment_sampler(spec: specs.ExperimentSpec, context: Context) -> Iterato
             f"sampled_by is {kind}, but there is an environment",
             "use sampled_by: student",
         )
-    if spec.rollout.max_staleness:
-        stated = context.stated(("rollout", "max_staleness"), spec.rollout.max_staleness)
-        yield ("rollout", "max_staleness"), f"{stated}, but there is an environment", "use max_staleness: 0"
+
+
+@run_rule("trajectories that are sampled at their own pace have an engine in this process")
+def environment_scheduling(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The engine takes a trajectory's next turn while it samples others: vLLM does, if no other process shares it."""
+    if spec.environment is None or spec.environment.scheduling == "lockstep":
+        return
+    backend, path = spec.rollout.backend, ("environment", "scheduling")
+    if not isinstance(backend, specs.VllmBackend):
+        stated = context.stated(("rollout", "backend"), backend.kind)
+        yield path, f"scheduling is continuous, but {stated}", "use rollout.backend: vllm, or scheduling: lockstep"
+    elif backend.tensor_parallel_size > 1:
+        stated = f"tensor_parallel_size is {backend.tensor_parallel_size}: its processes must sample the same requests"
+        yield path, f"scheduling is continuous, but {stated}", "use scheduling: lockstep"
 
 
 @run_rule("an environment's texts are templates of the feedback")

@@ -24,6 +24,8 @@ from sdkit.language.specs.fields import (
 SEVERAL = between(2, 1000)
 TEMPLATE_TOKENS = 32
 """Tokens reserved for what a chat template writes around an observation."""
+MOST_THREADS = 64
+"""Threads that may wait for an environment's processes at the same time."""
 
 
 @frozen(kw_only=True)
@@ -43,6 +45,11 @@ class BaseEnvironment(Component):
         range=AT_LEAST_ONE,
     )
 
+    scheduling: Literal["lockstep", "continuous"] = spec_field(
+        "when the next turn of a trajectory is sampled: with those of the others, or as soon as the environment replies",
+        default="lockstep",
+    )
+
     def longest(self, max_new_tokens: int) -> int:
         """Tokens of the longest trajectory whose turns have at most `max_new_tokens` each."""
         observation = self.max_observation_tokens + TEMPLATE_TOKENS
@@ -53,6 +60,16 @@ class BaseEnvironment(Component):
     def error_limit(self) -> float:
         """Share of a batch's trajectories that may end by an error of the environment."""
         return 1.0
+
+    @property
+    def max_seconds(self) -> float | None:
+        """Seconds of the environment's calls in a trajectory, after which no turn follows."""
+        return None
+
+    @property
+    def calls_at_once(self) -> int:
+        """How many threads may ask the environment at the same time."""
+        return 1
 
     def task_columns(self, mapped: Collection[str]) -> Collection[str]:
         """The columns, of those mapped, that tell tasks with the same prompt apart."""
@@ -99,6 +116,11 @@ class FileEnvironment(BaseEnvironment):
     )
     columns: tuple[str, ...] = spec_field("columns given to `reset` (default: all)", default=(), each=NAME)
     call_seconds: float = spec_field("time limit of one call", default=10.0, range=SECONDS)
+    trajectory_seconds: float | None = spec_field(
+        "seconds of all calls of a trajectory, after which no turn follows (default: no limit)",
+        default=None,
+        range=SECONDS,
+    )
     on_error: Literal["end", "stop_run"] = spec_field(
         "what a call that fails or is late ends: its trajectory, which is then not trained on, or the run",
         default="end",
@@ -110,6 +132,14 @@ class FileEnvironment(BaseEnvironment):
     @property
     def error_limit(self) -> float:
         return self.max_error_share
+
+    @property
+    def max_seconds(self) -> float | None:
+        return self.trajectory_seconds
+
+    @property
+    def calls_at_once(self) -> int:
+        return MOST_THREADS
 
     def task_columns(self, mapped: Collection[str]) -> Collection[str]:
         return self.columns or mapped

@@ -1,0 +1,33 @@
+"""What samples the trajectories of a run's rows: its environment, with the tokens and limits of the run."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from sdkit.batches import SamplingParams
+from sdkit.environments.trajectories import TrajectorySampler
+from sdkit.train.models import Models
+from sdkit.train.setup import RunSetup
+
+
+def trajectory_sampler(
+    setup: RunSetup, models: Models, sampling: SamplingParams, suite: str | None, *, all_ranks: bool = False
+) -> TrajectorySampler | None:
+    """Return the sampler of trajectories for the training rows (None) or a suite; None if they have no environment.
+
+    `all_ranks`: this rank samples the trajectories of all ranks.
+    """
+    data, spec = setup.data, setup.spec.environment
+    environment = data.environments.get(suite)  # the panel has none
+    if not spec or not environment or not data.observations:
+        return None
+    return TrajectorySampler(
+        environment=environment,
+        observations=data.observations,
+        max_tokens=spec.longest(sampling.max_new_tokens),
+        max_seconds=spec.max_seconds,
+        error_limit=spec.error_limit,
+        end_ids=models.end_ids,
+        decode=partial(data.tokenizer.decode, skip_special_tokens=True),
+        all_ranks=all_ranks,
+    )
