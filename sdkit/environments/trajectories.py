@@ -6,6 +6,7 @@ and all tokens so far, the environment's reply is appended as an observation, an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, Sampl
 from sdkit.data.observations import ObservationEncoder
 from sdkit.distributed import collectives
 from sdkit.environments.interface import Environment, Reply
+from sdkit.environments.routed import route_of
+from sdkit.language import specs
 from sdkit.language.errors import BadData
 from sdkit.seeds import derive
 from sdkit.spans import ASSISTANT, FINISHED, Ending, Span, Turn
@@ -27,9 +30,8 @@ class TrajectorySampler:
     """Lets a backend and an environment take turns."""
 
     environment: Environment
+    spec: specs.Environment
     observations: ObservationEncoder
-    max_tokens: int  # of a trajectory
-    error_limit: float  # share of trajectories that may end by an error
     end_ids: Collection[int]  # that end a turn
     decode: Callable[[Sequence[int]], str]  # without special tokens
 
@@ -48,14 +50,17 @@ class TrajectorySampler:
         """
         seeds = [derive(request.seed, "environment") for request in requests]
         opened = self.environment.open(list(zip(rows, seeds, strict=True)))
-        trajectories = [_Trajectory(request, each.handle) for request, each in zip(requests, opened, strict=True)]
-        for turn in range(1, self.environment.max_turns + 1):
+        trajectories = [
+            _Trajectory(request, each.handle, row.index, route_of(self.spec, row), sampling.max_new_tokens)
+            for request, each, row in zip(requests, opened, rows, strict=True)
+        ]
+        for turn in itertools.count(1):
             active = [t for t in trajectories if t.ending is None]
             if not collectives.all_reduce_max(len(active)):
                 break
             sampled = backend.sample([t.next_request(turn) for t in active], sampling)
             for trajectory, completion in zip(active, sampled, strict=True):
-                trajectory.add_turn(turn, completion, self.max_tokens)
+                trajectory.add_turn(turn, completion)
             replies = self.environment.reply([(t.handle, self._turn(t)) for t in active])
             for trajectory, reply in zip(active, replies, strict=True):
                 trajectory.add_reply(turn, reply, self)
@@ -68,16 +73,18 @@ class TrajectorySampler:
         return Turn(text=self.decode(trajectory.last_turn), finished=trajectory.ending is None)
 
     def _check_errors(self, trajectories: Sequence[_Trajectory]) -> None:
-        """Raise BadData if more than `error_limit` of the trajectories of all ranks ended by an error."""
-        errors = [t.error for t in trajectories if t.error]
-        failed, total = collectives.all_reduce_sum(torch.tensor([len(errors), len(trajectories)])).tolist()
-        if failed > self.error_limit * total:
-            first = f": {errors[0]}" if errors else ""
-            raise BadData(
-                f"{failed} of {total} trajectories ended by an error of the environment{first}",
-                path=("environment",),
-                hint=f"mend the environment, or raise max_error_share, which is {self.error_limit:g}",
-            )
+        """Raise BadData if an environment's errors ended more of its trajectories, on all ranks, than it may."""
+        for path, spec in specs.environments_of(self.spec, specs.BaseEnvironment):
+            own = [t for t in trajectories if t.spec is spec]
+            errors = [f"row {t.row}: {t.error}" for t in own if t.error]
+            failed, total = collectives.all_reduce_sum(torch.tensor([len(errors), len(own)])).tolist()
+            if failed > spec.error_limit * total:
+                first = f": {errors[0]}" if errors else ""
+                raise BadData(
+                    f"{failed} of {total} trajectories ended by an error of the environment{first}",
+                    path=path,
+                    hint=f"mend the environment, or raise max_error_share, which is {spec.error_limit:g}",
+                )
 
 
 @define(eq=False)
@@ -86,6 +93,9 @@ class _Trajectory:
 
     request: SamplingRequest
     handle: Any  # what stands for it in the environment
+    row: int
+    spec: specs.OneEnvironment
+    max_new_tokens: int  # of a turn
     ids: list[int] = field(factory=list)
     logprobs: list[float] | None = field(factory=list)  # 0 for observations; None: the backend gives none
     spans: list[Span] = field(factory=list)
@@ -105,8 +115,12 @@ class _Trajectory:
         prompt_ids = (*self.request.prompt_ids, *self.ids)
         return SamplingRequest(prompt_ids=prompt_ids, seed=derive(self.request.seed, "turn", turn))
 
-    def add_turn(self, turn: int, sampled: Completion, max_tokens: int) -> None:
-        ids = sampled.ids[: max_tokens - len(self.ids)]
+    @property
+    def max_tokens(self) -> int:
+        return self.spec.longest(self.max_new_tokens)
+
+    def add_turn(self, turn: int, sampled: Completion) -> None:
+        ids = sampled.ids[: self.max_tokens - len(self.ids)]
         self._append(ASSISTANT, turn, ids, sampled.logprobs, None)
         if len(ids) < len(sampled.ids):
             self.ending = "max_tokens"
@@ -123,12 +137,13 @@ class _Trajectory:
             return
         if not reply.messages:
             self.ending = reply.ending or "done"
-        elif turn == sampler.environment.max_turns:
+        elif turn == self.spec.max_turns:
             self.ending = "max_turns"
         else:
             closed = bool(self.ids) and self.ids[-1] in sampler.end_ids
-            parts = sampler.observations.encode(reply.messages, closed=closed)
-            if len(self.ids) + sum(len(part.ids) for part in parts) < sampler.max_tokens:
+            limit = self.spec.max_observation_tokens
+            parts = sampler.observations.encode(reply.messages, closed=closed, limit=limit)
+            if len(self.ids) + sum(len(part.ids) for part in parts) < self.max_tokens:
                 for part in parts:
                     self._append(part.role, turn, part.ids, (0.0,) * len(part.ids), part.body)
             else:

@@ -133,9 +133,8 @@ class RolloutSampler:
             return backend.sample(requests, sampling, advance)
         trajectories = TrajectorySampler(
             environment=environment,
+            spec=spec,
             observations=data.observations,
-            max_tokens=spec.longest(sampling.max_new_tokens),
-            error_limit=spec.error_limit,
             end_ids=self.models.end_ids,
             decode=partial(data.tokenizer.decode, skip_special_tokens=True),
         )

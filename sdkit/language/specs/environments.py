@@ -84,20 +84,9 @@ class RetryEnvironment(BaseEnvironment):
 
 
 @frozen(kw_only=True)
-class FileEnvironment(BaseEnvironment):
-    """A user-defined class, with an instance for each trajectory in a process of its own.
+class HostedEnvironment(BaseEnvironment):
+    """An environment with a process of its own for each trajectory."""
 
-    `reset(**columns)` begins a trajectory, `reply(text)` answers a turn with the next user turn, or with None to end, and may
-    add a reward of the turn: `(text, reward)`.  Both are required.  `get_reward()` gives the trajectory's reward (`kind: environment`), `close()` is called at the end.
-    """
-
-    kind: ClassVar[str] = "file"
-    file: str = spec_field("Python file, relative to the spec", path_to="file")
-    class_name: str = spec_field("name of the class", range=NAME)
-    arguments: Table[str | bool | int | float] = spec_field(
-        "arguments of the class, by name", default=Table(), each=OPTION, names=NAME
-    )
-    columns: tuple[str, ...] = spec_field("columns given to `reset` (default: all)", default=(), each=NAME)
     call_seconds: float = spec_field("time limit of one call", default=10.0, range=SECONDS)
     on_error: Literal["end", "stop_run"] = spec_field(
         "what a call that fails or is late ends: its trajectory, which is then not trained on, or the run",
@@ -111,11 +100,25 @@ class FileEnvironment(BaseEnvironment):
     def error_limit(self) -> float:
         return self.max_error_share
 
+
+@frozen(kw_only=True)
+class FileEnvironment(HostedEnvironment):
+    """A user-defined class, with an instance for each trajectory in a process of its own.
+
+    `reset(**columns)` begins a trajectory, `reply(text)` answers a turn with the next user turn, or with None to end, and may
+    add a reward of the turn: `(text, reward)`.  Both are required.  `get_reward()` gives the trajectory's reward (`kind: environment`), `close()` is called at the end.
+    """
+
+    kind: ClassVar[str] = "file"
+    file: str = spec_field("Python file, relative to the spec", path_to="file")
+    class_name: str = spec_field("name of the class", range=NAME)
+    arguments: Table[str | bool | int | float] = spec_field(
+        "arguments of the class, by name", default=Table(), each=OPTION, names=NAME
+    )
+    columns: tuple[str, ...] = spec_field("columns given to `reset` (default: all)", default=(), each=NAME)
+
     def task_columns(self, mapped: Collection[str]) -> Collection[str]:
         return self.columns or mapped
 
     def describe(self) -> str:
         return f"{self.class_name} in {self.file}, up to {self.max_turns} turns"
-
-
-Environment = RetryEnvironment | FileEnvironment
