@@ -32,7 +32,7 @@ def open_environments(
             return {name: Retry(spec, scorers[judge]) for name, scorers in rewards.items()}
         case specs.FileEnvironment():
             return dict.fromkeys(rewards, UserEnvironment(spec, base))
-        case specs.GymnasiumEnvironment() | specs.OpenEnvEnvironment():
+        case specs.GymnasiumEnvironment() | specs.OpenEnvEnvironment() | specs.VerifiersEnvironment():
             return dict.fromkeys(rewards, Episodes(spec, base))
         case _:
             assert_never(spec)

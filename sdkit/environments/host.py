@@ -61,6 +61,8 @@ class Host:
     arguments: Mapping[str, Any]
     seconds: float  # for one call
     ours: bool = False  # whether the file is sdkit's: messages give no line of it
+    start_seconds: float = START_SECONDS
+    python: str = sys.executable
     _server: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _channel: socket.socket | None = field(default=None, init=False)
 
@@ -70,13 +72,13 @@ class Host:
         folder = Path(__file__).parents[2] if self.ours else self.path.parent
         words = [str(self.path), self.name, json.dumps(dict(self.arguments)), json.dumps([str(folder)])]
         self._server = subprocess.Popen(
-            [sys.executable, "-P", worker.__file__, *words],
+            [self.python, "-P", worker.__file__, *words],
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
         theirs.close()
-        ours.settimeout(START_SECONDS)
+        ours.settimeout(self.start_seconds)
         self._channel = ours
         answer = self._answer_of_server()
         if "error" in answer:
@@ -173,7 +175,7 @@ class Host:
             except OSError:
                 part = b""
             if not part:
-                return {"error": f"no answer within {START_SECONDS:g} s, or its process has ended"}
+                return {"error": f"no answer within {self.start_seconds:g} s, or its process has ended"}
             received += part
         return json.loads(received)
 

@@ -1,4 +1,4 @@
-"""What an environment needs of the rows: the name of a route, and seeds."""
+"""What an environment needs of the rows: the name of a route, seeds, and numbers of tasks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from sdkit.batches import Row
 from sdkit.environments.routed import route_of
-from sdkit.environments.stepped import seed_in
+from sdkit.environments.stepped import number_in
 from sdkit.language.errors import BadData, first_of, listed, outside, shorten
-from sdkit.language.specs import Environment, RoutedEnvironment, SteppedEnvironment
+from sdkit.language.specs import Environment, RoutedEnvironment
 
 
 def check_rows(spec: Environment | None, rows: Iterable[Row]) -> None:
-    """Raise BadData naming the rows whose column names no route, and those whose seed is none."""
+    """Raise BadData naming the rows whose column names no route, and those whose seed or task is no number."""
     if spec is None:
         return
     routes = list(spec.routes) if isinstance(spec, RoutedEnvironment) else []
@@ -37,8 +37,9 @@ def _faults(spec: Environment, routes: Sequence[str], rows: Iterable[Row]) -> It
             yield f"row {row.index}: {spec.by} is {shorten(value)}, which {outside(routes)}"
             continue
         environment = route_of(spec, row)
-        if isinstance(environment, SteppedEnvironment) and environment.seed_column:
+        column = getattr(environment, "seed_column", None) or getattr(environment, "task_column", None)
+        if column:
             try:
-                seed_in(row, environment.seed_column)
+                number_in(row, column)
             except BadData as fault:
                 yield fault.message

@@ -74,7 +74,8 @@ def text_columns(spec: specs.ExperimentSpec, suite: specs.HeldOutPrompts | None)
         part for part in (weights, spec.environment) if isinstance(part, specs.RoutedWeights | specs.RoutedEnvironment)
     ]
     seeds = [part.seed_column for _, part in specs.environments_of(spec.environment, specs.SteppedEnvironment)]
-    deciding = [*(part.by for part in routed), *filter(None, seeds)]
+    tasks = [part.task_column for _, part in specs.environments_of(spec.environment, specs.VerifiersEnvironment)]
+    deciding = [*(part.by for part in routed), *filter(None, seeds), *tasks]
     shown = shown_columns(spec) if suite is None else slot_columns(spec)
     rewards = training_rewards(spec) if suite is None else suite_rewards(spec, suite)
     return {*shown, *deciding, *answer_columns(spec, rewards)}

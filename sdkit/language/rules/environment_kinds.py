@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from sdkit.language import specs
@@ -49,6 +50,16 @@ def environment_column(spec: specs.ExperimentSpec, context: Context) -> Iterator
             named.append(((*path, "seed_column"), environment.seed_column))
         for where, name in named:
             yield from _unmapped(spec, where, name)
+
+
+@run_rule("a verifiers environment has the numbers of its tasks, and an interpreter")
+def environment_task(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The column gives each row's task; `python` is a file that can be run."""
+    for path, environment in specs.environments_of(spec.environment, specs.VerifiersEnvironment):
+        yield from _unmapped(spec, (*path, "task_column"), environment.task_column)
+        if environment.python and not os.access(context.file(environment.python), os.X_OK):
+            where = (*path, "python")
+            yield where, f"{environment.python} cannot be run", context.start_of(where, environment.python)
 
 
 @run_rule("an environment's observations are templates of what it gives")

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, TypeVar
 from attrs import frozen
 
 from sdkit.language.specs.environments import BaseEnvironment, FileEnvironment, HostedEnvironment, RetryEnvironment
-from sdkit.language.specs.fields import NAME, NOT_EMPTY, OPTION, TEXT, Component, Table, spec_field
+from sdkit.language.specs.fields import AT_LEAST_ONE, NAME, NOT_EMPTY, OPTION, TEXT, Component, Table, spec_field
 from sdkit.language.specs.scores import Extract, WholeText
 
 T = TypeVar("T", bound=BaseEnvironment)
@@ -86,7 +86,35 @@ class OpenEnvEnvironment(SteppedEnvironment):
         return f"OpenEnv at {self.url}, up to {self.max_turns} turns"
 
 
-OneEnvironment = RetryEnvironment | FileEnvironment | GymnasiumEnvironment | OpenEnvEnvironment
+@frozen(kw_only=True)
+class VerifiersEnvironment(HostedEnvironment):
+    """An environment of the package verifiers (0.4), which plays a task of its taskset with the student.
+
+    The task's prompt is appended to the row's.  The environment must have one agent and no tools; methods that stop a trace
+    (`@stop`) are not asked.  The trace's reward is the reward of the trajectory; turns have none.
+    """
+
+    kind: ClassVar[str] = "verifiers"
+    id: str = spec_field("name of an installed taskset", range=NAME)
+    config: Table[str | bool | int | float] = spec_field(
+        "settings of the taskset, by name", default=Table(), each=OPTION, names=NAME
+    )
+    task_column: str = spec_field("column with the number of a row's task, from 0", default="task", range=NAME)
+    tasks: int = spec_field("tasks to load at most", default=1000, range=AT_LEAST_ONE)
+    python: str | None = spec_field(
+        "Python interpreter that has verifiers and the taskset, relative to the spec (default: sdkit's own)",
+        default=None,
+        path_to="file",
+    )
+
+    def task_columns(self, mapped: Collection[str]) -> Collection[str]:
+        return [self.task_column]
+
+    def describe(self) -> str:
+        return f"verifiers {self.id}, up to {self.max_turns} turns"
+
+
+OneEnvironment = RetryEnvironment | FileEnvironment | GymnasiumEnvironment | OpenEnvEnvironment | VerifiersEnvironment
 
 
 @frozen(kw_only=True)
