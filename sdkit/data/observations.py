@@ -40,9 +40,8 @@ class ObservationEncoder:
     chat with a user message this way.
     """
 
-    def __init__(self, prompter: Prompter, end: int | None, limit: int) -> None:
+    def __init__(self, prompter: Prompter, end: int | None) -> None:
         self.prompter = prompter
-        self.limit = limit  # tokens of a message's text
         if prompter.tokenizer.chat_template is None or end is None:
             raise BadData(
                 "several turns need a chat template, which the tokenizer does not have",
@@ -52,7 +51,7 @@ class ObservationEncoder:
         self._scaffolds: dict[tuple[tuple[str, str | None], ...], list[Ids]] = {}
         self._scaffold((USER,))
 
-    def encode(self, messages: Sequence[Message], *, closed: bool) -> list[ObservationPart]:
+    def encode(self, messages: Sequence[Message], *, closed: bool, limit: int) -> list[ObservationPart]:
         """Returns the parts after a turn; `closed`: whether an end token was sampled at its end.
 
         Texts are cut to `limit` tokens.  Characters that are no text are replaced.
@@ -61,17 +60,17 @@ class ObservationEncoder:
         before = before if closed else (self._end, *before)
         parts: list[ObservationPart] = []
         for number, message in enumerate(messages):
-            body = self._encode_text(message.content)
-            kept, following = body[: self.limit], after[number]
+            body = self._encode_text(message.content, limit)
+            kept, following = body[:limit], after[number]
             within = (len(before), len(before) + len(kept))
             ids = (*before, *kept, *following)
             parts.append(ObservationPart(role=message.role, ids=ids, body=within, cut_tokens=len(body) - len(kept)))
             before = ()
         return parts
 
-    def _encode_text(self, text: str) -> Ids:
+    def _encode_text(self, text: str, limit: int) -> Ids:
         control = self.prompter.control
-        text = text[: self.limit * LARGEST_TOKEN].encode("utf-8", "replace").decode()
+        text = text[: limit * LARGEST_TOKEN].encode("utf-8", "replace").decode()
         text = text.replace("\0", "\N{REPLACEMENT CHARACTER}")
         return control.encode(control.hide(text), add_special_tokens=False)
 

@@ -9,6 +9,8 @@ from typing import assert_never
 from sdkit.environments.file import UserEnvironment
 from sdkit.environments.interface import Environment
 from sdkit.environments.retry import Retry
+from sdkit.environments.routed import Routed
+from sdkit.environments.stepped import Episodes
 from sdkit.language import specs
 from sdkit.rewards.scorer import Scorer
 
@@ -22,10 +24,15 @@ def open_environments(
     user's file cannot be loaded.
     """
     match spec:
+        case specs.RoutedEnvironment():
+            opened = {name: open_environments(route, rewards, default, base) for name, route in spec.routes.items()}
+            return {part: Routed(spec, {name: of[part] for name, of in opened.items()}) for part in rewards}
         case specs.RetryEnvironment():
             judge = spec.reward or default or ""
             return {name: Retry(spec, scorers[judge]) for name, scorers in rewards.items()}
         case specs.FileEnvironment():
             return dict.fromkeys(rewards, UserEnvironment(spec, base))
+        case specs.GymnasiumEnvironment() | specs.OpenEnvEnvironment() | specs.VerifiersEnvironment():
+            return dict.fromkeys(rewards, Episodes(spec, base))
         case _:
             assert_never(spec)

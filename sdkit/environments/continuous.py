@@ -45,7 +45,7 @@ def sample_continuously(
 
     Up to `threads` threads ask the environment at the same time.  `advance` receives 1 for each trajectory that has ended.
     """
-    trajectories = sampler.open(requests, rows)
+    trajectories = sampler.open(requests, rows, sampling)
     pool = DaemonThreads(min(threads, len(trajectories)), "sdkit environment")
     turns = _Turns(sampler, backend, sampling, pool)
     try:

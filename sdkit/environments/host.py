@@ -57,11 +57,14 @@ class Process:
 class Host:
     """The user's file, loaded in a process that forks one for each trajectory."""
 
-    file: str  # as written in the spec
+    file: str  # as written in the spec; what messages call it
     path: Path
     name: str
     arguments: Mapping[str, Any]
     seconds: float  # for one call
+    ours: bool = False  # whether the file is sdkit's: messages give no line of it
+    start_seconds: float = START_SECONDS
+    python: str = sys.executable
     _server: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _channel: socket.socket | None = field(default=None, init=False)
     _lock: threading.Lock = field(factory=threading.Lock, init=False)  # the server answers one thread at a time
@@ -69,20 +72,21 @@ class Host:
     def start(self) -> None:
         """Start the server.  Raises BadData if the user's file cannot be loaded."""
         ours, theirs = socket.socketpair()
-        words = [str(self.path), self.name, json.dumps(dict(self.arguments)), json.dumps([str(self.path.parent)])]
+        folder = Path(__file__).parents[2] if self.ours else self.path.parent
+        words = [str(self.path), self.name, json.dumps(dict(self.arguments)), json.dumps([str(folder)])]
         self._server = subprocess.Popen(
-            [sys.executable, "-P", worker.__file__, *words],
+            [self.python, "-P", worker.__file__, *words],
             stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
         theirs.close()
-        ours.settimeout(START_SECONDS)
+        ours.settimeout(self.start_seconds)
         self._channel = ours
         answer = self._answer_of_server()
         if "error" in answer:
             self.close()
-            line = answer.get("line")
+            line = None if self.ours else answer.get("line")
             raise BadData(
                 f"{self.file} cannot be loaded: {answer['error']}", place=Place(self.file, line, 1) if line else None
             )
@@ -112,7 +116,7 @@ class Host:
             for number, (process, request) in enumerate(calls):
                 if process.fault is None:
                     with contextlib.suppress(OSError):  # a process that has ended answers with the end of its stream
-                        process.connection.sendall(json.dumps(request).encode() + b"\n")
+                        process.connection.sendall(json.dumps(request, default=str).encode() + b"\n")
                     selector.register(process.connection, selectors.EVENT_READ, number)
             while selector.get_map():
                 events = selector.select(max(0.0, deadline - time.monotonic()))
@@ -177,7 +181,7 @@ class Host:
             except OSError:
                 part = b""
             if not part:
-                return {"error": f"no answer within {START_SECONDS:g} s, or its process has ended"}
+                return {"error": f"no answer within {self.start_seconds:g} s, or its process has ended"}
             received += part
         return json.loads(received)
 

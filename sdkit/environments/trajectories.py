@@ -16,6 +16,8 @@ from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
 from sdkit.data.observations import ObservationEncoder
 from sdkit.distributed import collectives
 from sdkit.environments.interface import Environment, Reply
+from sdkit.environments.routed import route_of
+from sdkit.language import specs
 from sdkit.language.errors import BadData
 from sdkit.seeds import derive
 from sdkit.spans import ASSISTANT, FINISHED, Ending, Span, Turn
@@ -35,10 +37,8 @@ class TrajectorySampler:
     """Lets a backend and an environment take turns."""
 
     environment: Environment
+    spec: specs.Environment
     observations: ObservationEncoder
-    max_tokens: int  # of a trajectory
-    max_seconds: float | None  # of the environment's calls, after which no turn follows
-    error_limit: float  # share of trajectories that may end by an error
     end_ids: Collection[int]  # that end a turn
     decode: Callable[[Sequence[int]], str]  # without special tokens
     all_ranks: bool = False  # whether this rank samples the trajectories of all ranks
@@ -56,7 +56,7 @@ class TrajectorySampler:
         `advance` receives how many have ended, after each turn.  Every rank samples equally often, as sharded weights and
         servers need.  Raises BadData as the environment does.
         """
-        trajectories = self.open(requests, rows)
+        trajectories = self.open(requests, rows, sampling)
         for _ in range(self.environment.max_turns):
             active = [t for t in trajectories if t.ending is None]
             if not (len(active) if self.all_ranks else collectives.all_reduce_max(len(active))):
@@ -70,11 +70,16 @@ class TrajectorySampler:
             advance(sum(t.ending is not None for t in active))
         return self.end(trajectories)
 
-    def open(self, requests: Sequence[SamplingRequest], rows: Sequence[Row]) -> list[Trajectory]:
+    def open(
+        self, requests: Sequence[SamplingRequest], rows: Sequence[Row], sampling: SamplingParams
+    ) -> list[Trajectory]:
         """Return a new trajectory for each request."""
         seeds = [derive(request.seed, "environment") for request in requests]
         opened = self.environment.open(list(zip(rows, seeds, strict=True)))
-        return [Trajectory(request, each.handle) for request, each in zip(requests, opened, strict=True)]
+        return [
+            Trajectory(request, each.handle, row.index, route_of(self.spec, row), sampling.max_new_tokens)
+            for request, each, row in zip(requests, opened, rows, strict=True)
+        ]
 
     def end(self, trajectories: Sequence[Trajectory]) -> list[Completion]:
         """End the trajectories in the environment, and return them.  Raises BadData if too many ended by an error."""
@@ -84,7 +89,7 @@ class TrajectorySampler:
 
     def request(self, trajectory: Trajectory, sampling: SamplingParams) -> SamplingRequest:
         """Return the request of the next turn, for at most as many tokens as the trajectory has left."""
-        left = self.max_tokens - len(trajectory.ids)
+        left = trajectory.tokens_left
         return evolve(trajectory.next_request(), max_new_tokens=left if left < sampling.max_new_tokens else None)
 
     def turn(self, trajectory: Trajectory) -> Turn:
@@ -92,17 +97,19 @@ class TrajectorySampler:
         return Turn(text=self.decode(trajectory.last_turn), finished=trajectory.ending is None)
 
     def _check_errors(self, trajectories: Sequence[Trajectory]) -> None:
-        """Raise BadData if more than `error_limit` of the trajectories of all ranks ended by an error."""
-        errors = [t.error for t in trajectories if t.error]
-        own = torch.tensor([len(errors), len(trajectories)])
-        failed, total = (own if self.all_ranks else collectives.all_reduce_sum(own)).tolist()
-        if failed > self.error_limit * total:
-            first = f": {errors[0]}" if errors else ""
-            raise BadData(
-                f"{failed} of {total} trajectories ended by an error of the environment{first}",
-                path=("environment",),
-                hint=f"mend the environment, or raise max_error_share, which is {self.error_limit:g}",
-            )
+        """Raise BadData if an environment's errors ended more of its trajectories, on all ranks, than it may."""
+        for path, spec in specs.environments_of(self.spec, specs.BaseEnvironment):
+            own = [t for t in trajectories if t.spec is spec]
+            errors = [f"row {t.row}: {t.error}" for t in own if t.error]
+            counts = torch.tensor([len(errors), len(own)])
+            failed, total = (counts if self.all_ranks else collectives.all_reduce_sum(counts)).tolist()
+            if failed > spec.error_limit * total:
+                first = f": {errors[0]}" if errors else ""
+                raise BadData(
+                    f"{failed} of {total} trajectories ended by an error of the environment{first}",
+                    path=path,
+                    hint=f"mend the environment, or raise max_error_share, which is {spec.error_limit:g}",
+                )
 
 
 @define(eq=False)
@@ -111,6 +118,9 @@ class Trajectory:
 
     request: SamplingRequest
     handle: Any  # what stands for it in the environment
+    row: int
+    spec: specs.OneEnvironment
+    max_new_tokens: int  # of a turn
     ids: list[int] = field(factory=list)
     logprobs: list[float] | None = field(factory=list)  # 0 for observations; None: the backend gives none
     spans: list[Span] = field(factory=list)
@@ -138,6 +148,11 @@ class Trajectory:
             trajectory=self.request.seed,
         )
 
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens the trajectory may still get."""
+        return self.spec.longest(self.max_new_tokens) - len(self.ids)
+
     def add_turn(self, request: SamplingRequest, sampled: Completion) -> None:
         """Append a turn; one that was cut by a limit is the last."""
         self._append(ASSISTANT, self.turns + 1, sampled.ids, sampled.logprobs, None)
@@ -154,14 +169,15 @@ class Trajectory:
             return
         if not reply.messages:
             self.ending = reply.ending or "done"
-        elif self.turns == sampler.environment.max_turns:
+        elif self.turns == self.spec.max_turns:
             self.ending = "max_turns"
-        elif sampler.max_seconds is not None and reply.seconds > sampler.max_seconds:
+        elif self.spec.max_seconds is not None and reply.seconds > self.spec.max_seconds:
             self.ending = "timeout"
         else:
             closed = bool(self.ids) and self.ids[-1] in sampler.end_ids
-            parts = sampler.observations.encode(reply.messages, closed=closed)
-            if len(self.ids) + sum(len(part.ids) for part in parts) < sampler.max_tokens:
+            limit = self.spec.max_observation_tokens
+            parts = sampler.observations.encode(reply.messages, closed=closed, limit=limit)
+            if sum(len(part.ids) for part in parts) < self.tokens_left:
                 for part in parts:
                     self._append(part.role, self.turns, part.ids, (0.0,) * len(part.ids), part.body)
             else:

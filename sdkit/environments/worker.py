@@ -29,6 +29,8 @@ def main(path: str, name: str, arguments: dict[str, Any], folders: list[str]) ->
     os.dup2(2, 1)  # what the user's code prints
     try:
         found = getattr(_load(path, folders), name)
+        if prepare := getattr(found, "_prepare", None):  # of sdkit's own classes
+            prepare(**arguments)
     except BaseException as error:
         channel.sendall(_line(_failure(error, path)))
         return

@@ -42,8 +42,8 @@ def scores_training_rows(spec: specs.ExperimentSpec, name: str) -> bool:
 
 def suite_rewards(spec: specs.ExperimentSpec, suite: specs.HeldOutPrompts) -> list[str]:
     """The rewards that score a suite's completions."""
-    judge = spec.environment.reward if isinstance(spec.environment, specs.RetryEnvironment) else None
-    return list(dict.fromkeys((suite.score, *suite.also, *filter(None, [training_reward(spec), judge]))))
+    judges = [judge.reward for _, judge in specs.environments_of(spec.environment, specs.RetryEnvironment)]
+    return list(dict.fromkeys((suite.score, *suite.also, *filter(None, [training_reward(spec), *judges]))))
 
 
 def answer_columns(spec: specs.ExperimentSpec, rewards: Iterable[str]) -> set[str]:
@@ -70,7 +70,12 @@ def required_columns(spec: specs.ExperimentSpec) -> list[str]:
 def text_columns(spec: specs.ExperimentSpec, suite: specs.HeldOutPrompts | None) -> set[str]:
     """The columns that must have text, in a suite's rows or (None) in the training rows."""
     weights = spec.teacher and spec.teacher.weights
-    routed_by = [weights.by] if isinstance(weights, specs.RoutedWeights) else []
+    routed = [
+        part for part in (weights, spec.environment) if isinstance(part, specs.RoutedWeights | specs.RoutedEnvironment)
+    ]
+    seeds = [part.seed_column for _, part in specs.environments_of(spec.environment, specs.SteppedEnvironment)]
+    tasks = [part.task_column for _, part in specs.environments_of(spec.environment, specs.VerifiersEnvironment)]
+    deciding = [*(part.by for part in routed), *filter(None, seeds), *tasks]
     shown = shown_columns(spec) if suite is None else slot_columns(spec)
     rewards = training_rewards(spec) if suite is None else suite_rewards(spec, suite)
-    return {*shown, *routed_by, *answer_columns(spec, rewards)}
+    return {*shown, *deciding, *answer_columns(spec, rewards)}

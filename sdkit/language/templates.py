@@ -5,8 +5,10 @@ Unlike `str.format`, templates cannot access attributes or apply formats.  Inser
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from attrs import frozen
 
@@ -65,3 +67,17 @@ def fields(template: Template) -> Iterator[Field]:
 def fill(template: Template, lookup: Callable[[Field], str]) -> str:
     """Returns the text with each field replaced by what `lookup` returns for it."""
     return "".join(part if isinstance(part, str) else lookup(part) for part in template)
+
+
+def text_at(values: Mapping[str, Any], field: Field) -> str:
+    """Returns the value of a field as text: a text as it is, anything else as JSON.  Raises ValueError if there is none."""
+    value: Any = values
+    for key in (field.name, *field.path):
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            known = (
+                f"only {', '.join(map(str, value))}" if isinstance(value, Mapping) else "and what it is in has no keys"
+            )
+            raise ValueError(f"there is no {{{field}}}, {known}") from None
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

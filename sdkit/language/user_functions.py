@@ -41,6 +41,12 @@ def fault_of(path: str, shown: str, function: str, values: Sequence[str], given:
     return None
 
 
+def file_fault_of(path: str, shown: str) -> Fault | None:
+    """Returns why a file is not Python that can be read; None if it is.  Paths as in `fault_of`."""
+    tree = _parsed(path, shown)
+    return tree if isinstance(tree, tuple) else None
+
+
 def class_fault_of(path: str, shown: str, name: str, methods: Sequence[str]) -> Fault | None:
     """Returns why a file has no class with these methods; None if it has, or may inherit them.
 

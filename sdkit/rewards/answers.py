@@ -47,6 +47,9 @@ def extract(how: specs.Extract, completion: str) -> str | None:
             return textwrap.dedent(blocks[-1][1]) if blocks else None
         case specs.LastWord():
             return _last(WORD, completion)
+        case specs.LastMatch():
+            matches = list(re.finditer(how.pattern, completion))
+            return (matches[-1][1] if matches[-1].re.groups else matches[-1][0]) if matches else None
         case _:
             assert_never(how)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
 from sdkit.distributed import collectives
+from sdkit.environments.routed import route_of
 from sdkit.language.metric_names import WITHIN
-from sdkit.language.specs import Decoding, Environment, EvaluationSpec, HeldOutPrompts
+from sdkit.language.specs import Decoding, EvaluationSpec, HeldOutPrompts
 from sdkit.rewards.scoring import reward_values, score
 from sdkit.runs.evaluations import EvaluationResult, Key, read_back
 from sdkit.runs.sample_measures import completion_measures, prompt_measures
@@ -180,8 +181,10 @@ def _score_completions(
     ]
     scored = sorted((item for part in collectives.all_gather_object(own) for item in part), key=lambda item: item[0])
     entry = data.panel[name].entry if name in data.panel else None
-    records = [record | {"panel": entry} if entry else record for _, record in scored]
-    records = _with_success_by_turn(records, None if entry else data.spec.environment)
+    records: Sequence[dict[str, Any]] = [record | {"panel": entry} if entry else record for _, record in scored]
+    if data.spec.environment and not entry:
+        thresholds = {row.index: route_of(data.spec.environment, row).threshold for row in rows}
+        records = _with_success_by_turn(records, data.spec.environment.max_turns, thresholds)
     return read_back(records, tokens=int(sum(record["measures"]["completion_tokens"] for record in records)))
 
 
@@ -212,21 +215,21 @@ def _turns(completion: Completion) -> dict[str, Any]:
 
 
 def _with_success_by_turn(
-    records: Sequence[dict[str, Any]], environment: Environment | None
-) -> Sequence[Mapping[str, Any]]:
-    """The records with a score within_K for each K: 1 if one of the first K turns reached the environment's threshold.
+    records: Sequence[dict[str, Any]], max_turns: int, thresholds: Mapping[int, float]
+) -> Sequence[dict[str, Any]]:
+    """The records with a score within_K for each K: 1 if one of the first K turns reached the threshold of its row.
 
-    Unchanged if the environment rewards no turn, or if there is none.
+    Unchanged if the environment rewards no turn.
     """
-    if environment is None or not any(record["turn_rewards"] for record in records):
+    if not any(record["turn_rewards"] for record in records):
         return records
-    turns = range(1, environment.max_turns + 1)
 
-    def success(rewards: Sequence[float]) -> dict[str, float]:
-        first = next((k for k, reward in enumerate(rewards, 1) if reward >= environment.threshold), None)
-        return {f"{WITHIN}{k}": float(first is not None and first <= k) for k in turns}
+    def success(record: Mapping[str, Any]) -> dict[str, float]:
+        threshold = thresholds[record["row"]]
+        first = next((k for k, reward in enumerate(record["turn_rewards"], 1) if reward >= threshold), None)
+        return {f"{WITHIN}{k}": float(first is not None and first <= k) for k in range(1, max_turns + 1)}
 
-    return [record | {"scores": record["scores"] | success(record["turn_rewards"])} for record in records]
+    return [record | {"scores": record["scores"] | success(record)} for record in records]
 
 
 def merge(parts: Sequence[EvaluationResult]) -> EvaluationResult:

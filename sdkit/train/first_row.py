@@ -19,7 +19,7 @@ from sdkit.language import columns as reads
 from sdkit.language.errors import BadData, BadEnvironment, Path, Problem, listed, outside, shorten, spelled
 from sdkit.language.load import CheckedSpec
 from sdkit.language.row_text import describe_value
-from sdkit.language.specs import DataSpec, ExperimentSpec, RoutedWeights
+from sdkit.language.specs import DataSpec, ExperimentSpec, RoutedEnvironment, RoutedWeights
 from sdkit.rewards.answers import check_right_answer
 
 CODE = "first_row"
@@ -103,10 +103,11 @@ def _check_values(first_rows: FirstRows, checked: CheckedSpec, row: Row | None, 
                 check_right_answer(reward, row)
             except BadData as error:
                 report(("rewards", name), error.message)
-    weights = spec.teacher and spec.teacher.weights
-    if isinstance(weights, RoutedWeights) and (value := row.text(weights.by)) not in weights.routes:
-        message = f"row {row.index}: {weights.by} is {shorten(value)}, which {outside(weights.routes)}"
-        report(("teacher", "weights", "by"), message, "teacher.weights.routes must have every value")
+    parts = {("teacher", "weights"): spec.teacher and spec.teacher.weights, ("environment",): spec.environment}
+    for path, part in parts.items():
+        if isinstance(part, RoutedWeights | RoutedEnvironment) and (value := row.text(part.by)) not in part.routes:
+            message = f"row {row.index}: {part.by} is {shorten(value)}, which {outside(part.routes)}"
+            report((*path, "by"), message, f"{spelled(path)}.routes must have every value")
 
 
 def _absence(source: str, column: AbsentColumn) -> tuple[str, str | None]:

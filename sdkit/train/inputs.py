@@ -17,6 +17,7 @@ from sdkit.data.thinking import answer_text
 from sdkit.data.turn_ends import end_token
 from sdkit.environments import open_environments
 from sdkit.environments.interface import Environment
+from sdkit.environments.rows import check_routes, check_rows
 from sdkit.language import columns, specs
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
 from sdkit.language.panel import panel_suites
@@ -106,7 +107,7 @@ class RunData:
         if self.spec.environment is None:
             return None
         with blaming("environment"):
-            return ObservationEncoder(self.prompter, self.turn_end, self.spec.environment.max_observation_tokens)
+            return ObservationEncoder(self.prompter, self.turn_end)
 
     def _open_environments(self, base: Path) -> dict[str | None, Environment]:
         """The environment of the training rows (None) and of each suite of the task; none if the spec has none."""
@@ -244,6 +245,10 @@ class RunData:
             longest = self._render_prompts(rows)
             self.completions = self._dataset_completions(rows)
         self._check_routes(rows)
+        check_rows(self.spec.environment, rows)
+        check_routes(
+            self.spec.environment, [*self.train, *(row for name in self.spec.suites for row in self.suites[name])]
+        )
         check_rewards(self.spec.rewards, self.train_rewards, rows)
         longest_completion = self.spec.longest_completion()
         for name, suite in self.spec.suites.items():
@@ -251,6 +256,8 @@ class RunData:
                 longest = max(longest, self._render_prompts(self.suites[name]))
             check_rewards(self.spec.rewards, self.rewards[name], self.suites[name])
             self._check_routes(self.suites[name][: suite.loss_prompts])
+            with blaming("evaluation", "suites", name, "data"):
+                check_rows(self.spec.environment, self.suites[name])
             longest_completion = max(longest_completion, self.spec.longest_completion(suite.max_new_tokens))
         limits = (part.suite.max_new_tokens or 0 for part in self.panel.values())
         return max(longest, self._check_panel()) + max(longest_completion, *limits, 0)

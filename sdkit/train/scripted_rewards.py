@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sdkit.language.specs import ExperimentSpec, MethodSpec
+from sdkit.language.specs import BaseEnvironment, ExperimentSpec, MethodSpec, environments_of
 from sdkit.rewards.scorer import Pair, ScoredCompletion, Scorer
 
 PROMPTS = 2
@@ -19,7 +19,8 @@ def thresholds(spec: MethodSpec) -> list[float]:
 def _thresholds(spec: MethodSpec) -> Iterator[float]:
     weights = (term.token_weight for term in spec.losses.values())
     environment = spec.environment if isinstance(spec, ExperimentSpec) else None
-    for part in (spec.route, environment, *spec.rollout.keep, *spec.slots.values(), *weights):
+    environments = [part for _, part in environments_of(environment, BaseEnvironment)]
+    for part in (spec.route, *environments, *spec.rollout.keep, *spec.slots.values(), *weights):
         threshold = getattr(part, "threshold", None)
         if threshold is not None:
             yield threshold

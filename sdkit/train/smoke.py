@@ -158,6 +158,9 @@ OFTEN = "e"
 
 def _small_environment(environment: specs.Environment, reward: str) -> specs.Environment:
     """Two short turns; a scripted reward stands in for a user's class, which could not do with a stand-in for a row."""
+    if isinstance(environment, specs.RoutedEnvironment):
+        routes = {name: _small_environment(route, reward) for name, route in environment.routes.items()}
+        return evolve(environment, routes=specs.Table(routes))
     short = {"max_turns": 2, "max_observation_tokens": 16, "max_trajectory_tokens": None}
     if isinstance(environment, specs.RetryEnvironment):
         return evolve(environment, **short)
@@ -269,22 +272,32 @@ def _few_rows(spec: specs.MethodSpec) -> specs.DataSpec:
     if column := spec.rollout.sampled_by.completion_column:
         names.add(column)
     names |= {slot.name for slot in spec.slots.values() if isinstance(slot, specs.ColumnSlot)}
-    routed = spec.teacher and spec.teacher.weights
-    routed = routed if isinstance(routed, specs.RoutedWeights) else None
-    names |= {routed.by} if routed else set()
+    routes = _routes(spec)
+    names |= routes.keys()
 
     def value(name: str, i: int) -> str:
-        if routed and name == routed.by:
-            return list(routed.routes)[i % len(routed.routes)]
+        if name in routes:
+            return routes[name][i % len(routes[name])]
         return f"{name} {i}: {i} + {i} = {2 * i}"
 
     rows = tuple(
         specs.Table({name: value(name, i) for name in sorted(names)})
-        for i in range(max(ROWS, 2 * len(scripted_rewards.group_rewards(spec))))
+        for i in range(max(ROWS, 2 * len(scripted_rewards.group_rewards(spec)), *map(len, routes.values())))
     )
     return specs.DataSpec(
         source=specs.InlineSource(rows=rows), columns=specs.Table({name: name for name in sorted(names)})
     )
+
+
+def _routes(spec: specs.MethodSpec) -> dict[str, list[str]]:
+    """The columns by which the teacher and the environment are routed, each with the values that both know."""
+    parts = (spec.teacher and spec.teacher.weights, getattr(spec, "environment", None))
+    routes: dict[str, list[str]] = {}
+    for part in parts:
+        if isinstance(part, specs.RoutedWeights | specs.RoutedEnvironment):
+            known = routes.get(part.by, part.routes)
+            routes[part.by] = [name for name in part.routes if name in known] or list(part.routes)
+    return routes
 
 
 def _small_suite(suite: specs.Suite, data: specs.DataSpec) -> specs.Suite:

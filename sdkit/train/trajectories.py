@@ -23,10 +23,8 @@ def trajectory_sampler(
         return None
     return TrajectorySampler(
         environment=environment,
+        spec=spec,
         observations=data.observations,
-        max_tokens=spec.longest(sampling.max_new_tokens),
-        max_seconds=spec.max_seconds,
-        error_limit=spec.error_limit,
         end_ids=models.end_ids,
         decode=partial(data.tokenizer.decode, skip_special_tokens=True),
         all_ranks=all_ranks,

@@ -9,6 +9,7 @@ from sdkit.language.overlay import LoadedSpec
 from sdkit.language.rules import (
     data,
     engines,
+    environment_kinds,
     environments,
     kinds,
     learning,
@@ -40,6 +41,7 @@ _MODULES = (
     servers,
     engines,
     environments,
+    environment_kinds,
     prompts,
     data,
     scores,

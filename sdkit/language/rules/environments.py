@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sdkit.language import specs
 from sdkit.language.columns import scores_training_rows, training_reward
-from sdkit.language.errors import did_you_mean, listed, outside, shorten
+from sdkit.language.errors import did_you_mean, listed, outside, shorten, spelled
 from sdkit.language.rules.base import Context, Finding, at_user_file, reward_advantages, run_rule
 from sdkit.language.rules.prompts import template_faults
 from sdkit.language.templates import TemplateError, fields, parse
@@ -18,17 +18,20 @@ METHODS = ("reset", "reply")
 @run_rule("a retry environment has a reward that judges its turns")
 def environment_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """The environment asks the reward after every turn, in training and in every suite."""
-    if not isinstance(spec.environment, specs.RetryEnvironment):
-        return
-    path, name, known = ("environment", "reward"), spec.environment.reward or training_reward(spec), list(spec.rewards)
-    if name is None:
-        which = "there are several rewards" if known else "there are no rewards"
-        yield path[:1], f"nothing judges the turns: {which}", "name one of rewards as environment.reward"
-    elif name not in known:
-        if spec.environment.reward:  # an unknown `reward` is a finding of its own
-            yield path, f"reward {shorten(name)} {outside(known)}", did_you_mean(name, known)
-    elif not scores_training_rows(spec, name):
-        yield path, f"reward {shorten(name)} cannot score the training rows", "name a reward whose column they have"
+    for place, environment in specs.environments_of(spec.environment, specs.RetryEnvironment):
+        path, name, known = (*place, "reward"), environment.reward or training_reward(spec), list(spec.rewards)
+        if name is None:
+            which = "there are several rewards" if known else "there are no rewards"
+            yield place, f"nothing judges the turns: {which}", f"name one of rewards as {spelled(path)}"
+        elif name not in known:
+            if environment.reward:  # an unknown `reward` is a finding of its own
+                yield path, f"reward {shorten(name)} {outside(known)}", did_you_mean(name, known)
+        elif not scores_training_rows(spec, name):
+            yield (
+                path,
+                f"reward {shorten(name)} cannot score the training rows",
+                "name a reward whose column they have",
+            )
 
 
 @run_rule("the student acts in an environment")
@@ -62,10 +65,12 @@ def environment_scheduling(spec: specs.ExperimentSpec, context: Context) -> Iter
 @run_rule("an environment's texts are templates of the feedback")
 def environment_text(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """`{feedback}` is what the reward says about the turn; without it there is nothing to fill in."""
-    if not isinstance(spec.environment, specs.RetryEnvironment):
-        return
-    for key, allowed in (("says", ["feedback"]), ("without_feedback", [])):
-        path, text = ("environment", key), getattr(spec.environment, key)
+    texts = [
+        ((*place, key), getattr(environment, key), allowed)
+        for place, environment in specs.environments_of(spec.environment, specs.RetryEnvironment)
+        for key, allowed in (("says", ["feedback"]), ("without_feedback", []))
+    ]
+    for path, text, allowed in texts:
         yield from template_faults(path, text)
         try:
             used = list(fields(parse(text)))
@@ -80,12 +85,13 @@ def environment_text(spec: specs.ExperimentSpec, context: Context) -> Iterator[F
 @run_rule("a trajectory has room for a turn")
 def environment_budget(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Otherwise every trajectory ends within its first turn."""
-    if spec.environment and (limit := spec.environment.max_trajectory_tokens):
-        new = spec.rollout.max_new_tokens
-        if limit <= new:
+    new = spec.rollout.max_new_tokens
+    for path, environment in specs.environments_of(spec.environment, specs.BaseEnvironment):
+        limit = environment.max_trajectory_tokens
+        if limit and limit <= new:
             stated = context.stated(("rollout", "max_new_tokens"), new)
             yield (
-                ("environment", "max_trajectory_tokens"),
+                (*path, "max_trajectory_tokens"),
                 f"max_trajectory_tokens is {limit}, but {stated}: no second turn fits",
                 f"use more than {new} tokens",
             )
@@ -110,24 +116,23 @@ def environment_class(spec: specs.ExperimentSpec, context: Context) -> Iterator[
     """The file is parsed, not executed.  It must define the class at its top level, with the methods `reset` and `reply`
     unless it has a base class, and its columns must be mapped.
     """
-    environment = spec.environment
-    if not isinstance(environment, specs.FileEnvironment):
-        return
-    fault = class_fault_of(context.file(environment.file), environment.file, environment.class_name, METHODS)
-    yield from at_user_file(("environment",), context, environment.file, fault)
     known = list(spec.data.columns or {})
-    for place, name in enumerate(environment.columns):
-        if known and name not in known:
-            message = f"column {shorten(name)} is not mapped: data.columns has {listed(known)}"
-            yield ("environment", "columns", place), message, did_you_mean(name, known)
+    for path, environment in specs.environments_of(spec.environment, specs.FileEnvironment):
+        fault = class_fault_of(context.file(environment.file), environment.file, environment.class_name, METHODS)
+        yield from at_user_file(path, context, environment.file, fault)
+        for place, name in enumerate(environment.columns):
+            if known and name not in known:
+                message = f"column {shorten(name)} is not mapped: data.columns has {listed(known)}"
+                yield (*path, "columns", place), message, did_you_mean(name, known)
 
 
 @run_rule("a reward of kind environment has an environment that gives it")
 def environment_gives_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """It is what `get_reward()` of the environment's class returns; `retry` judges by another reward."""
-    if isinstance(spec.environment, specs.FileEnvironment):
+    """It is what `get_reward()` of the environment's class returns, or what a step gives; `retry` judges by another reward."""
+    judged = [path for path, _ in specs.environments_of(spec.environment, specs.RetryEnvironment)]
+    if spec.environment and not judged:
         return
     for name, reward in spec.rewards.items():
         if isinstance(reward, specs.EnvironmentReward):
-            stated = "there is no environment" if spec.environment is None else f"a {spec.environment.kind} gives none"
+            stated = f"{spelled(judged[0])} is a retry, which gives none" if judged else "there is no environment"
             yield ("rewards", name), f"{shorten(name)} is the environment's reward, but {stated}", None

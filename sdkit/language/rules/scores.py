@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sdkit.language import specs
 from sdkit.language.errors import Path as SpecPath
@@ -150,11 +151,19 @@ def reward_model_folder(spec: specs.ExperimentSpec, context: Context) -> Iterato
 @run_rule("patterns are valid regular expressions")
 def pattern(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A pattern uses the syntax of Python's `re` module."""
-    for name, reward in _rewards(spec, specs.RegexReward):
+    rewards: list[tuple[SpecPath, Any]] = [(("rewards", name), reward) for name, reward in spec.rewards.items()]
+    written: list[tuple[SpecPath, str]] = [
+        (("rewards", name, "pattern"), reward.pattern) for name, reward in _rewards(spec, specs.RegexReward)
+    ]
+    for place, part in [*rewards, *specs.environments_of(spec.environment, specs.SteppedEnvironment)]:
+        how = getattr(part, "extract", None)
+        if isinstance(how, specs.LastMatch):
+            written.append(((*place, "extract", "pattern"), how.pattern))
+    for path, text in written:
         try:
-            re.compile(reward.pattern)
+            re.compile(text)
         except (re.error, OverflowError, RecursionError) as error:
-            yield ("rewards", name, "pattern"), f"not a regular expression: {error}", None
+            yield path, f"not a regular expression: {error}", None
 
 
 @run_rule("user-defined reward functions exist")

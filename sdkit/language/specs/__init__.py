@@ -2,7 +2,7 @@
 
 `fields` has the means to declare a class.  `rollouts`, `backends`, `contexts`, `teachers`, `blends`, `losses`,
 `divergences`, `advantages`, `token_weights` and `loss_parts` make up a `method`; `data`, `scores`, `evaluation`,
-`environments`, `collapse` and `run` have what a run needs besides; `sequences` are runs one after the other.
+`environments`, `environment_kinds`, `collapse` and `run` have what a run needs besides; `sequences` are runs one after the other.
 """
 
 from sdkit.language.specs.advantages import *  # noqa: F403
@@ -12,6 +12,7 @@ from sdkit.language.specs.collapse import *  # noqa: F403
 from sdkit.language.specs.contexts import *  # noqa: F403
 from sdkit.language.specs.data import *  # noqa: F403
 from sdkit.language.specs.divergences import *  # noqa: F403
+from sdkit.language.specs.environment_kinds import *  # noqa: F403
 from sdkit.language.specs.environments import *  # noqa: F403
 from sdkit.language.specs.evaluation import *  # noqa: F403
 from sdkit.language.specs.fields import *  # noqa: F403

@@ -101,20 +101,9 @@ class RetryEnvironment(BaseEnvironment):
 
 
 @frozen(kw_only=True)
-class FileEnvironment(BaseEnvironment):
-    """A user-defined class, with an instance for each trajectory in a process of its own.
+class HostedEnvironment(BaseEnvironment):
+    """An environment with a process of its own for each trajectory."""
 
-    `reset(**columns)` begins a trajectory, `reply(text)` answers a turn with the next user turn, or with None to end, and may
-    add a reward of the turn: `(text, reward)`.  Both are required.  `get_reward()` gives the trajectory's reward (`kind: environment`), `close()` is called at the end.
-    """
-
-    kind: ClassVar[str] = "file"
-    file: str = spec_field("Python file, relative to the spec", path_to="file")
-    class_name: str = spec_field("name of the class", range=NAME)
-    arguments: Table[str | bool | int | float] = spec_field(
-        "arguments of the class, by name", default=Table(), each=OPTION, names=NAME
-    )
-    columns: tuple[str, ...] = spec_field("columns given to `reset` (default: all)", default=(), each=NAME)
     call_seconds: float = spec_field("time limit of one call", default=10.0, range=SECONDS)
     trajectory_seconds: float | None = spec_field(
         "seconds of all calls of a trajectory, after which no turn follows (default: no limit)",
@@ -141,11 +130,25 @@ class FileEnvironment(BaseEnvironment):
     def calls_at_once(self) -> int:
         return MOST_THREADS
 
+
+@frozen(kw_only=True)
+class FileEnvironment(HostedEnvironment):
+    """A user-defined class, with an instance for each trajectory in a process of its own.
+
+    `reset(**columns)` begins a trajectory, `reply(text)` answers a turn with the next user turn, or with None to end, and may
+    add a reward of the turn: `(text, reward)`.  Both are required.  `get_reward()` gives the trajectory's reward (`kind: environment`), `close()` is called at the end.
+    """
+
+    kind: ClassVar[str] = "file"
+    file: str = spec_field("Python file, relative to the spec", path_to="file")
+    class_name: str = spec_field("name of the class", range=NAME)
+    arguments: Table[str | bool | int | float] = spec_field(
+        "arguments of the class, by name", default=Table(), each=OPTION, names=NAME
+    )
+    columns: tuple[str, ...] = spec_field("columns given to `reset` (default: all)", default=(), each=NAME)
+
     def task_columns(self, mapped: Collection[str]) -> Collection[str]:
         return self.columns or mapped
 
     def describe(self) -> str:
         return f"{self.class_name} in {self.file}, up to {self.max_turns} turns"
-
-
-Environment = RetryEnvironment | FileEnvironment

@@ -11,7 +11,8 @@ from attrs import frozen
 from sdkit.language.specs.collapse import CollapseSpec
 from sdkit.language.specs.data import DataSpec
 from sdkit.language.specs.divergences import FileDivergence
-from sdkit.language.specs.environments import Environment, FileEnvironment
+from sdkit.language.specs.environment_kinds import Environment, GymnasiumEnvironment, environments_of
+from sdkit.language.specs.environments import FileEnvironment
 from sdkit.language.specs.evaluation import EvaluationSpec, LmEvalTasks, PanelEntry, PanelSuite
 from sdkit.language.specs.fields import (
     AT_LEAST_ONE,
@@ -359,8 +360,9 @@ class ExperimentSpec(MethodSpec):
         for name, reward in self.rewards.items():
             if isinstance(reward, FileReward):
                 yield ("rewards", name, "file"), reward.file
-        if isinstance(self.environment, FileEnvironment):
-            yield ("environment", "file"), self.environment.file
+        for path, environment in environments_of(self.environment, FileEnvironment, GymnasiumEnvironment):
+            if environment.file:
+                yield (*path, "file"), environment.file
 
     def model_paths(self) -> Iterator[str]:
         """The paths of every model that this process loads: the student's, teachers', reward models'."""

@@ -67,7 +67,15 @@ class LastWord:
     kind: ClassVar[str] = "last_word"
 
 
-Extract = WholeText | Tagged | LastNumber | LastChoice | LastCodeBlock | LastWord
+@frozen(kw_only=True)
+class LastMatch:
+    """The last match of a pattern in the completion: its first group, if it has groups, and otherwise the match."""
+
+    kind: ClassVar[str] = "pattern"
+    pattern: str = spec_field("Python regular expression", range=PATTERN)
+
+
+Extract = WholeText | Tagged | LastNumber | LastChoice | LastCodeBlock | LastWord | LastMatch
 
 
 @frozen(kw_only=True)

@@ -1,0 +1,123 @@
+"""Environments of other packages and servers: each trajectory is an episode, whose observations and actions are text."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, assert_never
+from urllib.parse import urlsplit
+
+from attrs import evolve
+
+from sdkit.batches import Row
+from sdkit.environments.file import UserEnvironment
+from sdkit.environments.host import Fault, Host, Process
+from sdkit.environments.interface import Opened, Reply, Turn
+from sdkit.language.errors import BadData, BadEnvironment
+from sdkit.language.rules.served import is_loopback
+from sdkit.language.specs import GymnasiumEnvironment, OpenEnvEnvironment, SteppedEnvironment, VerifiersEnvironment
+from sdkit.rewards.answers import extract
+
+Hosted = GymnasiumEnvironment | OpenEnvEnvironment | VerifiersEnvironment
+VERIFIERS_SECONDS = 300.0
+"""How long importing verifiers and loading a taskset may take."""
+
+
+class Episodes(UserEnvironment):
+    """Runs an episode for each trajectory in a process of its own.
+
+    Raises BadEnvironment without the package, BadData if the environment cannot be made or reached, and with
+    `on_error: stop_run` if a call fails or is late.
+    """
+
+    def __init__(self, spec: Hosted, base: Path) -> None:
+        self.max_turns = spec.max_turns
+        self._episodes = spec
+        self._name, arguments = _arguments(spec, base)
+        program = Path(__file__).with_name(f"{spec.kind}_episode.py")
+        self._host = Host(self._name, program, "Episode", arguments, spec.call_seconds, ours=True)
+        if isinstance(spec, VerifiersEnvironment):
+            self._host.start_seconds = VERIFIERS_SECONDS
+            self._host.python = str(base / spec.python) if spec.python else sys.executable
+        self._host.start()
+
+    def open(self, starts: Sequence[tuple[Row, int]]) -> list[Opened]:
+        processes = [self._host.fork() for _ in starts]
+        requests = [{"call": "open", "seed": seed, "arguments": self._reset(row, seed)} for row, seed in starts]
+        values = self._call("reset", processes, requests)
+        return [
+            Opened(handle=process, error=f"{self._name}: {value.message}")
+            if isinstance(value, Fault)
+            else Opened(handle=process, text=value)
+            for process, value in zip(processes, values, strict=True)
+        ]
+
+    def reply(self, turns: Sequence[tuple[Process, Turn]]) -> list[Reply]:
+        requests = [{"call": "reply", "arguments": {"text": self._action(turn.text)}} for _, turn in turns]
+        replies = map(self._reply, self._call("reply", [process for process, _ in turns], requests))
+        return [evolve(reply, error=f"{self._name}: {reply.error}") if reply.error else reply for reply in replies]
+
+    def _action(self, text: str) -> str | None:
+        return extract(self._episodes.extract, text) if isinstance(self._episodes, SteppedEnvironment) else text
+
+    def _reset(self, row: Row, seed: int) -> Mapping[str, Any]:
+        spec = self._episodes
+        if isinstance(spec, VerifiersEnvironment):
+            return {"task": number_in(row, spec.task_column)}
+        options = {name: row.columns.get(name) for name in spec.columns}
+        return {"seed": seed if spec.seed_column is None else number_in(row, spec.seed_column), "options": options}
+
+    def _fault(self, name: str, fault: Fault) -> Fault:
+        if self._episodes.on_error == "stop_run":
+            hint = "with on_error: end only the trajectory ends"
+            raise BadData(f"{self._name}: {name}: {fault.message}", hint=hint)
+        return fault
+
+
+def number_in(row: Row, column: str) -> int:
+    """Returns the seed, or the number of the task, in a row's column.  Raises BadData if it is none."""
+    text = row.text(column) or ""
+    if not (text.isdecimal() and int(text) < 2**63):
+        raise BadData(f"row {row.index}: {column} is {text!r}, not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _arguments(spec: Hosted, base: Path) -> tuple[str, dict[str, Any]]:
+    """Returns what messages call the environment, and its class's own arguments.  Raises BadEnvironment."""
+    match spec:
+        case VerifiersEnvironment():
+            if spec.python is None:
+                _need("verifiers", "verifiers")
+            return f"verifiers {spec.id}", {"id": spec.id, "config": dict(spec.config), "tasks": spec.tasks}
+        case GymnasiumEnvironment():
+            _need("gymnasium", "gymnasium")
+            own = _texts(spec) | {
+                "id": spec.id,
+                "file": spec.file and str((base / spec.file).resolve()),
+                "arguments": dict(spec.arguments),
+                "choices": list(spec.choices),
+            }
+            return f"gymnasium {spec.id}", own
+        case OpenEnvEnvironment():
+            _need("websockets", "openenv")
+            loopback = is_loopback(urlsplit(spec.url).hostname or "")
+            own = _texts(spec) | {"url": spec.url.rstrip("/"), "loopback": loopback, "action_field": spec.action_field}
+            return f"openenv {spec.url}", own
+        case _:
+            assert_never(spec)
+
+
+def _texts(spec: SteppedEnvironment) -> dict[str, Any]:
+    return {
+        "observation": spec.observation,
+        "unparsable": spec.unparsable,
+        "trajectory_reward": spec.trajectory_reward,
+    }
+
+
+def _need(module: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        message = f"environments of kind {extra} need a package that is missing: {module}"
+        raise BadEnvironment(message, hint=f"pip install 'sdkit[{extra}]'")
