@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,17 @@ from sdkit.language.errors import Path as SpecPath
 from sdkit.language.errors import did_you_mean, outside, shorten
 from sdkit.language.files import file_names
 from sdkit.language.python_imports import modules_beside
-from sdkit.language.rules.base import ADAPTER_CONFIG, IS_ADAPTER, Context, Finding, T, columns_of, run_rule, uncallable
+from sdkit.language.rules.base import (
+    ADAPTER_CONFIG,
+    IS_ADAPTER,
+    Context,
+    Finding,
+    T,
+    columns_of,
+    pattern_fault,
+    run_rule,
+    uncallable,
+)
 
 
 @run_rule("suites use declared rewards")
@@ -151,10 +160,8 @@ def reward_model_folder(spec: specs.ExperimentSpec, context: Context) -> Iterato
 def pattern(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """A pattern uses the syntax of Python's `re` module."""
     for name, reward in _rewards(spec, specs.RegexReward):
-        try:
-            re.compile(reward.pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            yield ("rewards", name, "pattern"), f"not a regular expression: {error}", None
+        if fault := pattern_fault(reward.pattern):
+            yield ("rewards", name, "pattern"), fault, None
 
 
 @run_rule("user-defined reward functions exist")
