@@ -66,7 +66,8 @@ def _incremental_offsets(ids: Sequence[int], decode: Decode) -> tuple[str, list[
         new = after[len(before) :]
         offsets += [(len(text), len(text) + len(new))] * (end - first)
         text += new
-        context, first = first, end
+        # Text before a token tells a tokenizer that it does not begin the text.
+        context, first = (first if new.strip() else context), end
     return text, offsets
 
 

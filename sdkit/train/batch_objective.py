@@ -252,8 +252,8 @@ class BatchObjective:
 def _logit_index(batch: RolloutBatch, collated: CollatedBatch) -> tuple[Tensor, Tensor]:
     """Return row and column of the logits of each counted token, both [M]."""
     [part] = collated.micro_batches
-    rows = {id(rollout): row for row, rollout in enumerate(batch)}
-    order = torch.tensor([rows[id(rollout)] for rollout in collated.order], device=part.tokens.row.device)
+    rows = {rollout.row.index: row for row, rollout in enumerate(batch)}
+    order = torch.tensor([rows[rollout.row.index] for rollout in collated.order], device=part.tokens.row.device)
     columns = [position for text in part.student.texts for position in text.positions]
     return order[part.tokens.row], torch.tensor(columns, dtype=torch.long, device=order.device)
 
