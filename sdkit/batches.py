@@ -251,7 +251,8 @@ class Tokens:
     fully_counted: frozenset[str] = frozenset()  # terms known, without asking the device, to count every token
     advantages: Tensor | None = None  # [M] float32; from the reward of the token's rollout
     has_teacher: Tensor | None = None  # [M] bool; whether the rollout has a teacher (None: all)
-    # [M] float32 each: means over complete sequences (losses/policy_terms.py).
+    turn: Tensor | None = None  # [M] long, below M, ascending; turn of any sequence (None: one turn per sequence)
+    # [M] float32 each: means and discounted sums over complete sequences (losses/policy_terms.py).
     sequence_means: Mapping[str, Tensor] = field(factory=dict)
 
     def __len__(self) -> int:

@@ -12,6 +12,8 @@ from attrs import asdict, frozen
 
 ASSISTANT = "assistant"
 """The role of a sampled span."""
+SAMPLED = (ASSISTANT,)
+"""The roles of spans that the student sampled."""
 Ending = Literal["done", "no_call", "max_turns", "length", "max_tokens", "timeout", "parse_error", "environment_error"]
 """Why a trajectory ended: the environment ended it; a turn called no tool; its last turn was the last allowed; a turn reached
 `rollout.max_new_tokens`; the trajectory reached its own limit of tokens, or of seconds; a tool call could not be read; the environment failed."""
@@ -62,11 +64,25 @@ class Span:
         return self.role == ASSISTANT
 
 
+def ranges_of(spans: Sequence[Span], length: int, roles: Sequence[str]) -> list[tuple[int, int]]:
+    """Start and end of each span of these roles in a completion of `length` tokens: of an observation, its own text.
+
+    Without spans, all of the completion was sampled.
+    """
+    if not spans:
+        return [(0, length)] if ASSISTANT in roles else []
+    return [span.body or (span.start, span.end) for span in spans if span.role in roles]
+
+
+def positions_of(spans: Sequence[Span], length: int, roles: Sequence[str]) -> Sequence[int]:
+    """The positions in `ranges_of`, ascending."""
+    ranges = ranges_of(spans, length, roles)
+    return range(*ranges[0]) if len(ranges) == 1 else [p for ends in ranges for p in range(*ends)]
+
+
 def sampled_positions(spans: Sequence[Span], length: int) -> Sequence[int]:
     """The positions that were sampled in a completion of `length` tokens, ascending; without spans, all of them."""
-    if not spans:
-        return range(length)
-    return [position for span in spans if span.sampled for position in range(span.start, span.end)]
+    return positions_of(spans, length, SAMPLED)
 
 
 def turns_at(spans: Sequence[Span], positions: Sequence[int]) -> list[int]:

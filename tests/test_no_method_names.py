@@ -34,7 +34,9 @@ FIXED = {
         "seqkd",
     ),
 }
-NAMES = FIXED | {path.stem for path in (ROOT / "sdkit/methods").glob("*.yaml")}
+WORDS = {"echo"}
+"""Names of pages that are words of a library too: Typer prints with `echo`."""
+NAMES = (FIXED | {path.stem for path in (ROOT / "sdkit/methods").glob("*.yaml")}) - WORDS
 
 
 def _words(identifier: str) -> set[str]:

@@ -50,7 +50,10 @@ CHAPTERS: list[tuple[str, list[Any]]] = [
     ("What is the loss?", [specs.Loss]),
     ("What is compared?", [specs.Divergence, specs.DivergenceClip, specs.Support]),
     ("What is reinforced?", [specs.Advantage, specs.OverlongPenalty, specs.ClipSpec]),
-    ("Which tokens count, and how much?", [specs.MaskSpec, specs.Weight, specs.RouteSpec]),
+    (
+        "Which tokens count, and how much?",
+        [specs.MaskSpec, specs.TurnRange, specs.TextSpans, specs.Weight, specs.RouteSpec],
+    ),
     (
         "How are tokens from other weights or another engine corrected?",
         [specs.ImportanceSpec, specs.PolicyImportance, specs.OldPolicyRatio, specs.SamplerRatio],

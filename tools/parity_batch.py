@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import cmath
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,28 @@ class Batch:
 
     def has_teacher(self, i: int) -> bool:
         return self.rollouts[i].get("teacher") is not None
+
+    def places(self, i: int, roles: Sequence[str] = ("assistant",)) -> list[int]:
+        """Positions of these roles; of what is shown between turns, only its own text."""
+        whole = [["assistant", 1, 0, len(self.rollouts[i]["completion"])]]
+        spans = self.rollouts[i].get("spans", whole)
+        return [p for role, _, *ends in spans if role in roles for p in range(*(ends[2] if ends[2:] else ends))]
+
+    def turn(self, i: int, p: int) -> int:
+        """The turn of a position, from 1."""
+        spans = self.rollouts[i].get("spans", ())
+        return next((turn for _, turn, start, end, *_ in spans if start <= p < end), 1)
+
+    def matches(self, i: int, spec: Any, roles: Sequence[str]) -> set[int]:
+        """Positions within a match of the pattern; every token is one letter."""
+        matched: set[int] = set()
+        for turn, role in ((t, r) for t in range(1, 9) for r in roles):
+            places = [p for p in self.places(i, [role]) if self.turn(i, p) == turn]
+            text = "".join(LETTERS[self.token(i, p)] for p in places)
+            for match in re.finditer(spec["pattern"], text):
+                for group in range(1, match.re.groups + 1) if match.re.groups else [0]:
+                    matched |= set(places[match.start(group) : match.end(group)])
+        return matched
 
     def token(self, i: int, p: int) -> int:
         return self.rollouts[i]["completion"][p]
@@ -59,6 +82,8 @@ class Batch:
         return math.log(held(held_side[self.token(i, p)]))
 
 
+LETTERS = "<ab>"
+"""The text of each id."""
 LONGEST = 4
 """Tokens of the longest completion that could be."""
 
@@ -102,6 +127,10 @@ def advantages(spec: Any, batch: Batch, rows: list[list[int]]) -> list[dict[int,
             {p: max(batch.log_ratio(i, p), floor) if batch.has_teacher(i) else 0.0 for p in places}
             for i, places in enumerate(rows)
         ]
+        if discount := keys(part).get("discount"):
+            found = [
+                {p: sum(discount ** sum(p <= r < q for r in x) * x[q] for q in x if q >= p) for p in x} for x in found
+            ]
         if keys(part).get("center") == "sequence":
             means = [statistics.mean(own.values()) if own else 0.0 for own in found]
             found = [{p: a - m for p, a in x.items()} for x, m in zip(found, means, strict=True)]
@@ -139,12 +168,13 @@ def surrogate(clip: Any, ratio: Number, advantage: float) -> Number:
 def ratio(term: Any, batch: Batch, i: int, places: list[int], p: int) -> Number:
     """The student now to before the batch, of a token or of its sequence."""
     moved = {q: batch.now(i, q) - batch.then(i, q) for q in places}
-    if term.get("ratio") == "sequence":
-        return cmath.exp(sum(moved.values()) / len(moved))
+    if term.get("ratio", "token") != "token":
+        same = [x for q, x in moved.items() if term["ratio"] == "sequence" or batch.turn(i, q) == batch.turn(i, p)]
+        return cmath.exp(sum(same) / len(same))
     return cmath.exp(moved[p])
 
 
-OF_TEACHER = ("teacher_entropy", "drift")
+OF_TEACHER = ("teacher_entropy", "drift", "step_agreement")
 
 
 def consults(term: Any) -> bool:
@@ -162,9 +192,15 @@ def counted(name: str, term: Any, batch: Batch, route: Any) -> list[list[int]]:
     mask, rows = keys(term.get("mask")), []
     floor = keys(keys(term.get("advantage")).get("log_ratio", term.get("advantage")))
     for i, r in enumerate(batch.rollouts):
-        places = list(range(len(r["completion"])))[mask.get("skip_first", 0) : mask.get("prefix")]
+        roles = mask.get("roles", ["assistant"])
+        places = batch.places(i, roles)[mask.get("skip_first", 0) : mask.get("prefix")]
         if (consults(term) and not batch.has_teacher(i)) or routed_away(name, r, route):
             places = []
+        if turns := mask.get("turns"):
+            places = [p for p in places if turns.get("from", 1) <= batch.turn(i, p) <= turns.get("to", math.inf)]
+        if spans := mask.get("spans"):
+            inside = spans.get("count", "inside") == "inside"
+            places = [p for p in places if (p in batch.matches(i, spans, roles)) == inside]
         if mask.get("special_tokens") == "leave_out":
             places = [p for p in places if r["completion"][p] != 3]
         if "teacher_entropy_above" in mask:
@@ -202,7 +238,8 @@ def token_weights(term: Any, batch: Batch, rows: list[list[int]]) -> list[dict[i
         group = [x.get("reward", 0) for x in batch.rollouts if x.get("group") == rollout.get("group")]
         match kind(term.get("weight")):
             case "position":
-                rise = ((p + 1) / length - spec["middle"]) / spec["width"]
+                places = batch.places(i)
+                rise = ((places.index(p) + 1) / len(places) - spec["middle"]) / spec["width"]
                 weight = spec["smallest"] + (1 - spec["smallest"]) / (1 + math.exp(-rise))
             case "teacher_entropy":
                 of = {ip: math.exp(-spec["rate"] * batch.measure("teacher_entropy", *ip)) for ip in every}
@@ -211,6 +248,13 @@ def token_weights(term: Any, batch: Batch, rows: list[list[int]]) -> list[dict[i
                 size = {q: abs(gap(batch, i, q)) for q in rows[i]}
                 before = sum(size[q] for q in rows[i] if q < p)
                 weight = 1 + spec["strength"] * (1 - before / sum(size.values()))
+            case "step_agreement":
+                by_turn = {t: [abs(gap(batch, i, q)) for q in rows[i] if batch.turn(i, q) == t] for t in range(1, 9)}
+                means = {t: statistics.mean(sizes) for t, sizes in by_turn.items() if sizes}
+                ratio_to_first = (means[min(means)] + 1e-6) / (means[batch.turn(i, p)] + 1e-6)
+                weight = min(ratio_to_first, spec["largest"])
+            case "by_turn":
+                weight = 1 / batch.turn(i, p)
             case "pass_rate":
                 passed = statistics.mean(x >= spec.get("threshold", 1.0) for x in group)
                 weight = (passed * (1 - passed)) ** spec.get("power", 0.5)
@@ -246,8 +290,21 @@ def perplexity(spec: Any, batch: Batch, i: int, rows: list[list[int]]) -> float:
     return own(i) / statistics.mean(own(j) for j in peers)
 
 
-def average(spec: Any, rows: list[list[int]], joint: int, whole: int) -> list[float]:
-    """The factor of each rollout's tokens; `whole` is the number of tokens of all completions."""
+def average(spec: Any, batch: Batch, rows: list[list[int]], joint: int) -> list[dict[int, float]]:
+    """The factor of each counted token, per rollout."""
+    if kind(spec) == "per_turn":
+        turns = [[batch.turn(i, p) for p in places] for i, places in enumerate(rows)]
+        every = sum(len(set(own)) for own in turns)
+        return [
+            {p: 1 / (own.count(t) * every) for p, t in zip(places, own, strict=True)}
+            for places, own in zip(rows, turns, strict=True)
+        ]
+    factors = factors_of_rows(spec, rows, joint, sum(len(batch.places(i)) for i in range(len(rows))))
+    return [dict.fromkeys(places, factor) for places, factor in zip(rows, factors, strict=True)]
+
+
+def factors_of_rows(spec: Any, rows: list[list[int]], joint: int, whole: int) -> list[float]:
+    """The factor of each rollout's tokens; `whole` is the number of sampled tokens of all completions."""
     sizes, own = [len(places) for places in rows], keys(spec)
     tokens, filled = sum(sizes), sum(n > 0 for n in sizes)
     if kind(spec) in ("", "per_token"):
@@ -256,8 +313,6 @@ def average(spec: Any, rows: list[list[int]], joint: int, whole: int) -> list[fl
     elif kind(spec) == "per_sequence":
         every = len(sizes) if own.get("empty_rows") == "count" else filled
         divisors = [n * every for n in sizes]
-    elif kind(spec) == "per_turn":  # the rollouts of the cases have one turn each
-        divisors = [n * filled for n in sizes]
     elif kind(spec) == "sequence_sum":
         divisors = [filled for _ in sizes]
     elif kind(spec) == "constant":

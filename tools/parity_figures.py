@@ -54,12 +54,12 @@ def objective(case: Mapping[str, Any], batch: Batch) -> Number:
         for places in rows[name]
     )
     for name, term in case["losses"].items():
-        whole = sum(len(r["completion"]) for r in batch.rollouts)
-        factors = average(term.get("average", ""), rows[name], joint, whole)
+        factors = average(term.get("average", ""), batch, rows[name], joint)
         weights = token_weights(term, batch, rows[name])
         losses = token_losses(term, batch, rows[name])
         total += term.get("coefficient", 1.0) * sum(
-            factors[i] * weights[i][p] * correction(term, batch, i, rows[name][i], p) * loss for i, p, loss in losses
+            factors[i][p] * weights[i][p] * correction(term, batch, i, rows[name][i], p) * loss
+            for i, p, loss in losses
         )
     return total
 

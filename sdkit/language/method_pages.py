@@ -92,6 +92,8 @@ def _needs(spec: MethodSpec) -> Iterator[str]:
         yield "a reward with feedback"
     elif next(reward_users(spec), None):
         yield "a reward"
+    if any(term.turn_setting for term in spec.losses.values()):
+        yield "an environment"
     models = len(list(spec.external_teachers()))
     if models:
         yield "a teacher model" if models == 1 else f"{models} teacher models"

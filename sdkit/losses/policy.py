@@ -41,6 +41,27 @@ def sequence_mean(values: Tensor, row: Tensor, rows: int, counts: Tensor | None 
     return (sums / sizes.clamp(min=1))[row]
 
 
+def discounted_sums(values: Tensor, row: Tensor, counts: Tensor, discount: float) -> Tensor:
+    """Σ_k discount^k · value of the k-th counted token from here on in the same sequence; 0 at tokens not counted.
+
+    [M], row [M] long ascending, [M] bool -> [M].  Tokens in between that are not counted are no steps: with two turns,
+    the last sampled token of the first precedes the first of the second by one step.
+    """
+    sums = values.masked_fill(~counts, 0.0)
+    # sum[t] = value[t] + factor[t] · sum[t + 1], by doubling the number of tokens that each sum and factor covers.
+    ends = torch.cat([row[1:] != row[:-1], row.new_ones(min(len(row), 1), dtype=torch.bool)])
+    factors = torch.full_like(values, discount).masked_fill(~counts, 1.0).masked_fill(ends, 0.0)
+    reach = 1
+    while reach < len(values):
+        later_sums, later_factors = torch.zeros_like(sums), torch.zeros_like(factors)
+        later_sums[:-reach], later_factors[:-reach] = sums[reach:], factors[reach:]
+        # A value of another sequence may be infinite, and 0 × inf is nan.
+        sums = sums + (factors * later_sums).masked_fill(factors == 0, 0.0)
+        factors = factors * later_factors
+        reach *= 2
+    return sums.masked_fill(~counts, 0.0)
+
+
 def sampled_token_surrogate(student: Tensor, teacher: Tensor, bounds: tuple[float, float] | None = None) -> Tensor:
     """sg(log S_y − log T_y) · log S_y for y ~ S.  Log-probabilities of y [...], [...] -> [...].
 

@@ -60,39 +60,50 @@ def reward_advantages(losses: Mapping[str, LossSpec], rewards: Tensor, group: Te
 
 def needs_sequence_means(losses: Mapping[str, LossSpec]) -> bool:
     """Whether `Tokens.sequence_means` must be filled before the first chunk."""
-    return any(term.ratio == "sequence" or _centered(term) for term in policy_gradients(losses).values())
+    return any(term.ratio != "token" or _spans_sequence(term) for term in policy_gradients(losses).values())
 
 
 def sequence_means(
     losses: Mapping[str, LossSpec], now: Tensor, teacher: Tensor | None, tokens: Tokens, rows: int
 ) -> dict[str, Tensor]:
-    """Returns the values of `Tokens.sequence_means`: means over the tokens of each sequence that a term counts.
+    """Returns the values of `Tokens.sequence_means`, from the tokens of each sequence that a term counts.
 
-    `TERM/log_ratio`: mean of log student now − before this batch (absent without `old_logprobs`: the ratio is then 1).
-    `TERM/advantage`: mean of the teacher's log-ratio, for `center: sequence`.  now [M], teacher [M]: log-probabilities of the
-    sampled tokens at the sampling temperature, detached -> [M] each, 0 at tokens that the term does not count.
+    `TERM/log_ratio`: mean of log student now − before this batch over the sequence or the turn (absent without
+    `old_logprobs`: the ratio is then 1).  `TERM/advantage`: the teacher's log-ratio, discounted or centered.
+    now [M], teacher [M]: log-probabilities of the sampled tokens at the sampling temperature, detached -> [M] each, 0 at
+    tokens that the term does not count.
     """
     then = now if tokens.old_logprobs is None else tokens.old_logprobs
     means: dict[str, Tensor] = {}
     for name, term in policy_gradients(losses).items():
         counts = tokens.weights[name] > 0
 
-        def mean(values: Tensor, counts: Tensor = counts) -> Tensor:
-            return policy.sequence_mean(values, tokens.row, rows, counts).masked_fill(~counts, 0.0)
-
-        if term.ratio == "sequence" and tokens.old_logprobs is not None:
-            means[f"{name}/log_ratio"] = mean(now - then)
-        if _centered(term):
+        if term.ratio != "token" and tokens.old_logprobs is not None:
+            unit = (tokens.row, rows)
+            if term.ratio == "turn" and tokens.turn is not None:
+                unit = (tokens.turn, len(tokens))
+            means[f"{name}/log_ratio"] = policy.sequence_mean(now - then, *unit, counts).masked_fill(~counts, 0.0)
+        part = term.advantage.log_ratio
+        if part and part.spans_sequence:
             if teacher is None:
-                raise ValueError(f"{name}: center: sequence needs the teacher's log-probabilities")
-            log_ratio = _teacher_log_ratio(term.advantage.log_ratio, teacher - then, tokens)
-            means[f"{name}/advantage"] = mean(log_ratio)
+                raise ValueError(f"{name}: this advantage needs the teacher's log-probabilities")
+            log_ratio = _teacher_log_ratio(part, teacher - then, tokens)
+            means[f"{name}/advantage"] = _over_sequence(part, log_ratio, tokens.row, rows, counts)
     return means
 
 
-def _centered(term: PolicyGradient) -> bool:
+def _over_sequence(spec: LogRatio, log_ratio: Tensor, row: Tensor, rows: int, counts: Tensor) -> Tensor:
+    """The log-ratio, discounted and centered.  [M], row [M] long, [M] bool -> [M], 0 at tokens that are not counted."""
+    if spec.discount:
+        log_ratio = policy.discounted_sums(log_ratio, row, counts, spec.discount)
+    if spec.center == "sequence":
+        log_ratio = log_ratio - policy.sequence_mean(log_ratio, row, rows, counts)
+    return log_ratio.masked_fill(~counts, 0.0)
+
+
+def _spans_sequence(term: PolicyGradient) -> bool:
     part = term.advantage.log_ratio
-    return part is not None and part.center == "sequence"
+    return part is not None and part.spans_sequence
 
 
 def _teacher_log_ratio(spec: LogRatio | None, log_ratio: Tensor, tokens: Tokens) -> Tensor:
@@ -115,7 +126,7 @@ def policy_gradient(
     now = _counted_logprobs(sides.student(temperature), tokens, name)
     then = now.detach() if tokens.old_logprobs is None else tokens.old_logprobs
     log_ratio = now - then
-    if term.ratio == "sequence" and tokens.old_logprobs is not None:
+    if term.ratio != "token" and tokens.old_logprobs is not None:
         log_ratio = policy.own_gradient(_sequence_mean(tokens, f"{name}/log_ratio"), now)
     advantages = _advantages(name, term, sides, tokens, then, temperature)
     ratio = policy.policy_ratio(log_ratio.detach())
@@ -147,11 +158,10 @@ def _advantages(
         return tokens.advantages.to(then.dtype)
 
     def teacher_advantage(spec: LogRatio) -> Tensor:
+        if spec.spans_sequence:
+            return _sequence_mean(tokens, f"{name}/advantage")
         teacher = sides.teacher_logprobs(tokens.token, temperature)
-        advantages = _teacher_log_ratio(spec, teacher - then, tokens)
-        if spec.center == "sequence":
-            advantages = advantages - _sequence_mean(tokens, f"{name}/advantage")
-        return advantages
+        return _teacher_log_ratio(spec, teacher - then, tokens)
 
     match spec := term.advantage:
         case GroupRelative():

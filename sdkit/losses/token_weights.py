@@ -16,6 +16,9 @@ from sdkit.losses.policy import sequence_mean
 ROUNDING = 1e-9
 """0.1 × 30 is slightly above 3 in floating point, and still means three tokens."""
 
+AGREEMENT = 1e-6
+"""Added to both sides of the ratio of `step_agreement`."""
+
 
 def top_share(values: Tensor, share: float) -> Tensor:
     """Marks the ⌈share · M⌉ largest values; earlier positions win ties.  [M] -> [M] bool.
@@ -54,6 +57,24 @@ def drift(gap: Tensor, row: Tensor, rows: int, strength: float) -> Tensor:
     earlier_rows = (totals.cumsum(0) - totals)[row]
     share = (before - earlier_rows) / totals[row].masked_fill(totals[row] == 0, 1.0)
     return 1 + strength * (1 - share.clamp(0, 1))
+
+
+def step_agreement(gap: Tensor, row: Tensor, turn: Tensor, rows: int, largest: float) -> Tensor:
+    """min((d₁ + ε) / (d_k + ε), largest), d_k the mean |gap| in turn k of a sequence, d₁ that of its first turn here.
+
+    [M], row [M] long ascending, turn [M] long ascending within each row -> [M].  arXiv 2605.07725, whose product of
+    ratios of neighbouring turns is this one ratio.
+    """
+    unit = turn_units(row, turn)
+    size = sequence_mean(gap.abs(), unit, len(gap))
+    first = torch.full((rows,), len(gap), dtype=torch.long).scatter_reduce(0, row, torch.arange(len(gap)), "amin")
+    return ((size[first[row]] + AGREEMENT) / (size + AGREEMENT)).clamp(max=largest)
+
+
+def turn_units(row: Tensor, turn: Tensor) -> Tensor:
+    """Numbers the turns of all sequences, in order.  row [M] long ascending, turn [M] long ascending in it -> [M] long."""
+    new = (row.diff() != 0) | (turn.diff() != 0)
+    return torch.cat([row.new_zeros(min(len(row), 1)), new.cumsum(0)])
 
 
 def pass_rate_variance(pass_rate: Tensor, power: float) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from attrs import evolve
 from torch import Tensor
 
 from sdkit.batches import Rollout, RolloutBatch, Row, TopKLogprobs
+from sdkit.data.text_spans import Decode
 from sdkit.language.schedules import at_step
 from sdkit.language.specs import LossSpec, MethodSpec, required_statistics
 from sdkit.losses.distributions import Distributions
 from sdkit.losses.objective import Objective, with_sequence_statistics
 from sdkit.losses.scores import weighted_sum, widen
 from sdkit.losses.support import sampled_token
+from sdkit.spans import Span
 from sdkit.train.advantages import with_advantages
 from sdkit.train.collate import CollatedBatch, collate
 from sdkit.train.loss_masks import build_loss_masks
@@ -43,6 +45,7 @@ def build_rollout_batch(
     sampler_logprobs: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     has_teacher: Tensor | None = None,
+    spans: Sequence[Sequence[Span]] = (),
 ) -> RolloutBatch:
     """Return the rollouts of one optimizer step.
 
@@ -52,6 +55,7 @@ def build_rollout_batch(
     sampler_logprobs and old_logprobs [N, T]: log-probabilities of the tokens when sampled, and under the trainer before
     the first of several updates on the batch, at the sampling temperature.
     has_teacher [N] bool: whether the teacher has a prompt for the completion (default: for all).
+    spans: the turns and observations of each completion, in order and without gaps (default: one turn each).
     Raises ValueError if the mask is not a right-padded one or a group is not contiguous.
     """
     mask = completion_mask.bool()
@@ -73,6 +77,7 @@ def build_rollout_batch(
             prompt_ids=PROMPT,
             teacher_prompt_ids=PROMPT if has_teacher is None or has_teacher[row] else None,
             completion_ids=tokens(completion_ids, row),
+            spans=tuple(spans[row]) if spans else (),
             sampler_logprobs=None if sampler_logprobs is None else tokens(sampler_logprobs, row),
             old_logprobs=None if old_logprobs is None else tokens(old_logprobs, row),
             policy_version=0,
@@ -88,24 +93,30 @@ def build_rollout_batch(
 
 
 def build_objective(
-    spec: MethodSpec, step: int = 0, *, folder: str | os.PathLike[str] = ".", special_ids: Collection[int] = ()
+    spec: MethodSpec,
+    step: int = 0,
+    *,
+    folder: str | os.PathLike[str] = ".",
+    special_ids: Collection[int] = (),
+    decode: Decode | None = None,
 ) -> BatchObjective:
     """Return the objective of a spec at an optimizer step; schedules have their value after `step` steps.
 
     `folder` is where paths of the spec to your own divergences and weights start.  `special_ids` are the tokenizer's
-    special tokens (`tokenizer.all_special_ids`), for `mask.special_tokens: leave_out`.  Raises BadData if your function
-    fails its test.
+    special tokens (`tokenizer.all_special_ids`), for `mask.special_tokens: leave_out`; `decode` gives the text of token
+    ids, for `mask.spans`.  Raises BadData if your function fails its test.
     """
-    return BatchObjective(at_step(spec, step), Path(folder), special_ids)
+    return BatchObjective(at_step(spec, step), Path(folder), special_ids, decode)
 
 
 class BatchObjective:
     """The objective at one optimizer step.  A call takes all rollouts of the step, since its averages are over them."""
 
-    def __init__(self, spec: MethodSpec, folder: Path, special_ids: Collection[int]) -> None:
+    def __init__(self, spec: MethodSpec, folder: Path, special_ids: Collection[int], decode: Decode | None) -> None:
         """`spec` has no schedules (`at_step`)."""
         self._spec = spec
         self._special_ids = special_ids
+        self._decode = decode
         divergences = open_user_divergences(spec.losses, folder)
         self._objective = Objective(spec.losses, spec.rollout.temperature, divergences)
         self._weight_functions = open_user_weights(spec.losses, folder)
@@ -214,6 +225,7 @@ class BatchObjective:
             route=self._spec.route,
             special=self._special_ids,
             functions=self._weight_functions,
+            decode=self._decode,
         )
 
     def _with_statistics(
@@ -240,8 +252,8 @@ class BatchObjective:
 def _logit_index(batch: RolloutBatch, collated: CollatedBatch) -> tuple[Tensor, Tensor]:
     """Return row and column of the logits of each counted token, both [M]."""
     [part] = collated.micro_batches
-    rows = {id(rollout): row for row, rollout in enumerate(batch)}
-    order = torch.tensor([rows[id(rollout)] for rollout in collated.order], device=part.tokens.row.device)
+    rows = {rollout.row.index: row for row, rollout in enumerate(batch)}
+    order = torch.tensor([rows[rollout.row.index] for rollout in collated.order], device=part.tokens.row.device)
     columns = [position for text in part.student.texts for position in text.positions]
     return order[part.tokens.row], torch.tensor(columns, dtype=torch.long, device=order.device)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sdkit.batches import Counts, LossMask, MicroBatch, PaddedSequences, Rollout, Tokens
 from sdkit.language.specs import LossSpec, PerToken, PerTurn, Table
 from sdkit.losses.objective import row_weights
+from sdkit.losses.token_weights import turn_units
 from sdkit.models.packing import pad_sequences, padded_tokens
 from sdkit.spans import turns_at
 
@@ -215,6 +216,7 @@ def _micro_batch(
         old_logprobs=_select_floats([r.old_logprobs for r in rollouts], positions),
         fully_counted=frozenset(name for name, own in weights.items() if bool((own > 0).all())),
         advantages=_select_floats(advantages, positions),
+        turn=_turns(rollouts, positions, rows),
         has_teacher=None if all(has_teacher) else torch.tensor([has_teacher[i] for i in rows], dtype=torch.bool),
     )
 
@@ -229,6 +231,14 @@ def _micro_batch(
         rows=len(rollouts),
         teacher_routes=tuple(r.teacher_route for r in rollouts),
     )
+
+
+def _turns(rollouts: Sequence[Rollout], positions: list[list[int]], rows: list[int]) -> Tensor | None:
+    """Number the turns of all rollouts, in order: the turn of each token, [M] long; None if each has one turn."""
+    if not any(r.spans for r in rollouts):
+        return None
+    turns = [turn for r, ps in zip(rollouts, positions, strict=True) for turn in turns_at(r.spans, ps)]
+    return turn_units(torch.tensor(rows, dtype=torch.long), torch.tensor(turns, dtype=torch.long))
 
 
 def _token_weights(name: str, rollouts: Sequence[Rollout], positions: list[list[int]], rows: Tensor) -> Tensor:

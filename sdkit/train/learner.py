@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from attrs import frozen
 from torch import Tensor
 
+from sdkit.data.text_spans import Decode
 from sdkit.distributed import zero, zero_shards
 from sdkit.distributed.master_shards import MasterSharding
 from sdkit.models.teachers import ShardTensors
@@ -29,6 +31,7 @@ class Learner:
     frozen_engines: tuple[Any, ...]  # DeepSpeed's engines around the other models, under ZeRO stage 3
     micro_batch_tokens: int
     user_weights: Mapping[str, UserFunction]  # by loss term
+    decode: Decode  # the text of a turn, for patterns in masks
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name (as in the model) and the float32 master weights of each trained parameter, as `Zero.masters`."""
@@ -74,6 +77,7 @@ def open_learner(setup: RunSetup, models: Models) -> Learner:
         frozen_engines=tuple(frozen_engines),
         micro_batch_tokens=spec.training.micro_batch_tokens,
         user_weights=data.user_weights,
+        decode=partial(data.tokenizer.decode, skip_special_tokens=True),
     )
 
 

@@ -7,6 +7,7 @@ neither on that split nor on micro-batches.  Scheduled numbers have their value 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, assert_never
 
@@ -15,6 +16,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from sdkit.batches import LossMask, Rollout, RolloutBatch
+from sdkit.data.text_spans import Decode, matched_tokens
 from sdkit.language.errors import blaming
 from sdkit.language.specs import (
     DriftWeight,
@@ -26,11 +28,14 @@ from sdkit.language.specs import (
     PositionWeight,
     RouteSpec,
     Statistic,
+    StepAgreementWeight,
     TeacherEntropyWeight,
     Weight,
 )
 from sdkit.losses import token_weights
 from sdkit.losses.objective import unmasked_span
+from sdkit.losses.token_weights import ROUNDING
+from sdkit.spans import positions_of, ranges_of, turns_at
 
 AllGather = Callable[[Tensor], tuple[Tensor, slice]]
 """Returns the concatenated values of all ranks, and the slice of this rank's (`collectives.all_gather`)."""
@@ -46,15 +51,17 @@ def build_loss_masks(
     route: RouteSpec | None = None,
     special: Collection[int] = (),
     functions: Mapping[str, UserFunction] | None = None,
+    decode: Decode | None = None,
 ) -> RolloutBatch:
     """Return the rollouts, each with the loss mask of every term and its branch of the route.
 
-    `special` are the special token ids; `functions` are user-written weight functions by term.  Raises ValueError if a
-    term needs a token statistic that was not computed, or a reward that is missing.
+    `special` are the special token ids; `functions` are user-written weight functions by term; `decode` gives the text
+    that patterns search.  Raises ValueError if a term needs a token statistic that was not computed, a reward that is
+    missing, or `decode`.
     """
     rollouts = [evolve(r, branch=route and branch_of(route, r)) for r in batch]
     masks = {
-        name: _term_masks(name, term, rollouts, all_gather, route, special, (functions or {}).get(name))
+        name: _term_masks(name, term, rollouts, all_gather, route, special, decode, (functions or {}).get(name))
         for name, term in losses.items()
     }
     return RolloutBatch(
@@ -87,51 +94,59 @@ def _term_masks(
     all_gather: AllGather,
     route: RouteSpec | None,
     special: Collection[int],
+    decode: Decode | None,
     function: UserFunction | None,
 ) -> list[LossMask]:
-    spans = [_span(name, term, r, route) for r in rollouts]
-    tokens = _apply_mask(term, _Tokens.of(rollouts, spans), all_gather, special)
+    places = [positions_of(r.spans, len(r.completion_ids), term.mask.roles) for r in rollouts]
+    numbers = [_span(name, term, r, len(p), route) for r, p in zip(rollouts, places, strict=True)]
+    tokens = _Tokens.of(rollouts, places, numbers)
+    with blaming("losses", name, "mask"):
+        tokens = _apply_mask(term, tokens, all_gather, special, decode)
     weight = term.token_weight
     with blaming("losses", name, "weight"):
         weights = None if weight is None else _weights(weight, tokens, all_gather, function)
     return tokens.split(weights)
 
 
-def _span(name: str, term: LossSpec, rollout: Rollout, route: RouteSpec | None) -> range:
-    """Return which sampled tokens are within the term's mask; none if the term does not apply to the rollout."""
+def _span(name: str, term: LossSpec, rollout: Rollout, length: int, route: RouteSpec | None) -> range:
+    """Return which of the `length` tokens of the term's roles are within its mask; none if it does not apply."""
     other_branch = {"then": "otherwise", "otherwise": "then"}
     routed_away = route and rollout.branch and name in getattr(route, other_branch[rollout.branch])
     if routed_away or (term.needs_teacher_prompt and rollout.teacher_prompt_ids is None):
         return range(0)
-    return unmasked_span(term.mask, len(rollout.sampled))
+    return unmasked_span(term.mask, length)
 
 
 @frozen(eq=False)
 class _Tokens:
     """The tokens of one loss term, in the order of the rollouts and of their positions.
 
-    Positions number the sampled tokens of a completion: with several turns, what the student was shown is left out.
+    Positions number the tokens of a completion that have the term's roles: those sampled, unless it counts observations.
     """
 
     rollouts: Sequence[Rollout]
+    places: Sequence[Sequence[int]]  # the positions in the completion of the tokens with the term's roles, by rollout
     row: Tensor  # [M] long; index into `rollouts`
-    position: Tensor  # [M] long; number of the sampled token
+    position: Tensor  # [M] long; index into the rollout's `places`
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout], spans: Sequence[range]) -> _Tokens:
-        sizes = torch.tensor([len(s) for s in spans], dtype=torch.long)
-        positions = [torch.arange(s.start, s.stop) for s in spans]
-        return cls(
-            rollouts, torch.arange(len(spans)).repeat_interleave(sizes), torch.cat(positions) if positions else sizes
-        )
+    def of(cls, rollouts: Sequence[Rollout], places: Sequence[Sequence[int]], numbers: Sequence[range]) -> _Tokens:
+        sizes = torch.tensor([len(n) for n in numbers], dtype=torch.long)
+        positions = [torch.arange(n.start, n.stop) for n in numbers]
+        row = torch.arange(len(numbers)).repeat_interleave(sizes)
+        return cls(rollouts, places, row, torch.cat(positions) if positions else sizes)
 
     def select(self, keep: Tensor) -> _Tokens:
-        return _Tokens(self.rollouts, self.row[keep], self.position[keep])
+        return evolve(self, row=self.row[keep], position=self.position[keep])
 
     @property
     def lengths(self) -> Tensor:
-        """Number of sampled tokens of each completion, [N] long."""
-        return torch.tensor([len(r.sampled) for r in self.rollouts], dtype=torch.long)
+        """Number of tokens of the term's roles in each completion, [N] long."""
+        return torch.tensor(list(map(len, self.places)), dtype=torch.long)
+
+    def turns(self) -> Tensor:
+        """Return the turn of each token, [M] long."""
+        return self._select_tokens([_turns(r) for r in self.rollouts], torch.long)
 
     def ids(self) -> Tensor:
         """Return the token ids, [M] long."""
@@ -154,9 +169,23 @@ class _Tokens:
     def _select_tokens(self, values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
         """Return the values of these tokens, [M]; `values` has one per completion token."""
         starts = self.lengths.cumsum(0) - self.lengths
-        sampled = [[row[p] for p in r.sampled] for r, row in zip(self.rollouts, values, strict=True)]
-        flat = torch.tensor([x for row in sampled for x in row], dtype=dtype)
+        flat = torch.tensor(
+            [row[p] for places, row in zip(self.places, values, strict=True) for p in places], dtype=dtype
+        )
         return flat[starts[self.row] + self.position]
+
+    def matched(self, pattern: str, roles: Sequence[str], decode: Decode | None) -> Tensor:
+        """Return which tokens touch a match of the pattern in a turn or observation, [M] bool."""
+        if decode is None:
+            raise ValueError("a pattern needs the text of the tokens: pass decode")
+        marks = []
+        for r in self.rollouts:
+            inside = [0] * len(r.completion_ids)
+            for start, end in ranges_of(r.spans, len(inside), roles):
+                for i in matched_tokens(pattern, r.completion_ids[start:end], decode):
+                    inside[start + i] = 1
+            marks.append(inside)
+        return self._select_tokens(marks, torch.bool)
 
     def split(self, weights: Tensor | None) -> list[LossMask]:
         """Return the loss mask of each rollout.  weights [M], None: 1 for every token."""
@@ -164,23 +193,29 @@ class _Tokens:
         positions = self.position.split(sizes)
         row_weights = [None] * len(sizes) if weights is None else weights.split(sizes)
         return [
-            LossMask(positions=_in_completion(r, p.tolist()), weights=None if w is None else tuple(w.tolist()))
-            for r, p, w in zip(self.rollouts, positions, row_weights, strict=True)
+            LossMask(positions=tuple(places[i] for i in p.tolist()), weights=None if w is None else tuple(w.tolist()))
+            for places, p, w in zip(self.places, positions, row_weights, strict=True)
         ]
 
 
-def _in_completion(rollout: Rollout, numbers: Sequence[int]) -> tuple[int, ...]:
-    """Return the positions in the completion of these sampled tokens."""
-    sampled = rollout.sampled
-    return tuple(sampled[number] for number in numbers)
+def _turns(rollout: Rollout) -> list[int]:
+    return turns_at(rollout.spans, range(len(rollout.completion_ids)))
 
 
-def _apply_mask(term: LossSpec, tokens: _Tokens, all_gather: AllGather, special: Collection[int]) -> _Tokens:
+def _apply_mask(
+    term: LossSpec, tokens: _Tokens, all_gather: AllGather, special: Collection[int], decode: Decode | None
+) -> _Tokens:
     """Return the tokens within the term's span that its mask keeps.
 
     The share of largest entropies comes last: it is a share of the tokens that the other settings keep.
     """
     mask = term.mask
+    if mask.turns is not None:
+        turn, last = tokens.turns(), math.inf if mask.turns.last is None else mask.turns.last + ROUNDING
+        tokens = tokens.select((turn >= mask.turns.first) & (turn <= last))
+    if mask.spans is not None:
+        matched = tokens.matched(mask.spans.pattern, mask.roles, decode)
+        tokens = tokens.select(matched if mask.spans.count == "inside" else ~matched)
     if mask.special_tokens == "leave_out":
         tokens = tokens.select(~torch.isin(tokens.ids(), torch.tensor(sorted(special), dtype=torch.long)))
     if mask.teacher_entropy_above is not None:
@@ -205,6 +240,9 @@ def _weights(weight: Weight, tokens: _Tokens, all_gather: AllGather, function: U
         case DriftWeight(strength=strength):
             rows = len(tokens.rollouts)
             return token_weights.drift(_log_ratio(tokens), tokens.row, rows, strength)
+        case StepAgreementWeight(largest=largest):
+            rows = len(tokens.rollouts)
+            return token_weights.step_agreement(_log_ratio(tokens), tokens.row, tokens.turns(), rows, largest)
         case PassRateWeight(power=power, threshold=threshold):
             rates = [_pass_rate(r, threshold) for r in tokens.rollouts]
             pass_rates = torch.tensor(rates, dtype=torch.float64)
@@ -263,6 +301,8 @@ def _feature(name: Given, tokens: _Tokens, shape: tuple[int, int]) -> Tensor:
             return torch.tensor(rewards, dtype=torch.float64)
         case "position":
             values = tokens.position.double()
+        case "turn":
+            values = tokens.turns().double()
         case _:
             values = tokens.statistic(name)
     return torch.zeros(shape, dtype=torch.float64).index_put((tokens.row, tokens.position), values)

@@ -123,7 +123,7 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
     spec = evolve(spec, rollout=_small_rollout(spec.rollout, for_accelerator))
     rows = _few_rows(spec)
     rewards = (full and list(full.rewards)) or ["reward"]
-    environment = full and full.environment and _small_environment(full.environment, rewards[0])
+    environment = _small_environment(spec, full and full.environment, rewards[0])
     return specs.ExperimentSpec(
         rollout=evolve(spec.rollout, stop=(OFTEN,)) if environment else spec.rollout,
         environment=environment,
@@ -156,10 +156,18 @@ OFTEN = "e"
 """A text that ends turns of the tiny model, which samples an end token too rarely for a second turn."""
 
 
-def _small_environment(environment: specs.Environment, reward: str) -> specs.Environment:
-    """Two short turns; a scripted reward stands in for a user's class, which could not do with a stand-in for a row."""
+def _small_environment(
+    spec: specs.MethodSpec, environment: specs.Environment | None, reward: str
+) -> specs.Environment | None:
+    """Two short turns; a scripted reward stands in for a user's class, which could not do with a stand-in for a row.
+
+    A method page has no environment, but terms of it may need one.
+    """
+    by_student = isinstance(spec.rollout.sampled_by, specs.StudentSamples)
+    if environment is None and not (by_student and any(term.turn_setting for term in spec.losses.values())):
+        return None
     if isinstance(environment, specs.RoutedEnvironment):
-        routes = {name: _small_environment(route, reward) for name, route in environment.routes.items()}
+        routes = {name: _small_environment(spec, route, reward) for name, route in environment.routes.items()}
         return evolve(environment, routes=specs.Table(routes))
     short = {"max_turns": 2, "max_observation_tokens": 16, "max_trajectory_tokens": None}
     if isinstance(environment, specs.RetryEnvironment):
@@ -230,6 +238,9 @@ def _small_loss(term: specs.Loss, home: Path) -> specs.Loss:
     mask = evolve(
         term.mask,
         skip_first=min(term.mask.skip_first, 8),
+        turns=term.mask.turns and specs.TurnRange(first=min(term.mask.turns.first, 2)),
+        # The tiny model writes no tags.
+        spans=term.mask.spans and evolve(term.mask.spans, pattern="[a-m]+"),
         # The tiny model's small vocabulary bounds its entropy.
         teacher_entropy_above=None if threshold is None else min(scalar_at(threshold, 0), 1.0),
     )

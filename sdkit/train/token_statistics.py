@@ -47,6 +47,7 @@ def prepare_rollouts(
         route=specs.route,
         special=learner.models.special_ids,
         functions=learner.user_weights,
+        decode=learner.decode,
     )
 
 

@@ -95,6 +95,7 @@ def _made_up_rollouts() -> tuple[Tensor, Features]:
 
     return counts, {
         "position": position.double() * counts,
+        "turn": (1 + position // 3).double() * counts,
         "length": length.double(),
         "reward": torch.tensor([1.0, 0.0, 0.0, 0.5, 1.0], dtype=torch.float64),
         "student_logprobs": -numbers(),

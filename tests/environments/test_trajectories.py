@@ -16,8 +16,10 @@ from tinyruns import (
     with_evaluation,
 )
 
-from sdkit.language.specs import RegexReward, ReplayBackend, RetryEnvironment, Table
+from sdkit.distributed import collectives
+from sdkit.language.specs import CrossEntropy, MaskSpec, RegexReward, ReplayBackend, RetryEnvironment, Table
 from sdkit.runs.history import by_text
+from sdkit.train.loss_masks import build_loss_masks
 from sdkit.train.run import open_run
 from sdkit.train.step import _collate
 
@@ -125,6 +127,19 @@ def test_only_sampled_tokens_are_trained(trainer, collected):
     assert sampled == 0
     for each in prepared:
         assert set(each.loss_masks["distil"].positions) == set(each.sampled)
+
+
+def test_a_term_may_count_the_text_of_observations(trainer, collected):
+    world = Table({"world": CrossEntropy(mask=MaskSpec(roles=("user", "tool")))})
+    decode = trainer.setup.data.tokenizer.decode
+    counted = 0
+    for each in build_loss_masks(collected.batch, world, all_gather=collectives.all_gather):
+        bodies = [each.completion_ids[slice(*span.body)] for span in each.spans if not span.sampled]
+        positions = each.loss_masks["world"].positions
+        assert decode([each.completion_ids[p] for p in positions]) == "".join(map(decode, bodies))
+        assert not set(positions) & set(each.sampled)
+        counted += len(positions)
+    assert counted
 
 
 def test_trajectory_of_one_turn_is_a_completion_without_environment(tiny_folder, process_group, tmp_path):

@@ -15,6 +15,11 @@ def of_all_statistics(
     return 1 + place + reward[:, None] + both
 
 
+def by_turn(counts, turn):
+    """1 / turn."""
+    return 1 / turn.clamp(min=1)
+
+
 def minus_group_mean(counts, reward):
     """1 + reward − the group's mean."""
     return (1 + reward - reward.mean())[:, None].expand(counts.shape)

@@ -24,6 +24,7 @@ from sdkit.language.load import load_spec
 from sdkit.language.specs import advantages, divergences, loss_parts, losses, token_weights
 from sdkit.losses.chunks import token_logprobs_and_entropy
 from sdkit.models.weights import Sharding
+from sdkit.spans import Span
 from sdkit.train.advantages import with_advantages
 from sdkit.train.collate import collate
 from sdkit.train.loss_masks import build_loss_masks
@@ -49,7 +50,7 @@ def _generator():
 
 
 GENERATOR = _generator()
-LONGEST = sys.modules["parity_batch"].LONGEST
+LONGEST, LETTERS = sys.modules["parity_batch"].LONGEST, sys.modules["parity_batch"].LETTERS
 CASES = GENERATOR.cases()
 FIGURES = json.loads((HERE / "figures.json").read_text(encoding="utf-8"))
 every_case = pytest.mark.parametrize("name", CASES)
@@ -123,6 +124,10 @@ def _rollout(place, case_rollout, rewards, tables, temperature):
         prompt_ids=(place,),
         teacher_prompt_ids=(place,) if has_teacher else None,
         completion_ids=tuple(case_rollout["completion"]),
+        spans=tuple(
+            Span(role=role, turn=turn, start=start, end=end, body=tuple(*body) if body else None)
+            for role, turn, start, end, *body in case_rollout.get("spans", ())
+        ),
         sampler_logprobs=tuple(case_rollout["sampler"]) if "sampler" in case_rollout else None,
         old_logprobs=statistics["student_logprobs"] if "before" in case_rollout else None,
         policy_version=0,
@@ -152,6 +157,7 @@ def answer(case, spec):
         route=spec.route,
         special={3},
         functions=open_user_weights(spec.losses, HERE),
+        decode=lambda ids: "".join(LETTERS[i] for i in ids),
     )
     functions = open_user_divergences(spec.losses, HERE)
     student = Student(tables["student"], temperature, 2, len(tables["student"].head), functions)
@@ -243,7 +249,7 @@ def _add_covered(spec, covered):
     covered.add(type(spec))
     for name, key in keys_of(type(spec)).items():
         value = getattr(spec, key.field)
-        values = value if isinstance(value, tuple) and name == "given" else (value,)
+        values = value if isinstance(value, tuple) and name in ("given", "roles") else (value,)
         for item in values:
             if is_spec(type(item)):
                 _add_covered(item, covered)

@@ -1,6 +1,7 @@
 """The objective on tensors matches a run: same loss, metrics and gradient for every method page."""
 
 import contextlib
+import functools
 from pathlib import Path
 
 import attrs
@@ -15,6 +16,7 @@ import sdkit
 from sdkit.language.specs import ExternalWeights, Table, TrustRegionBlend
 from sdkit.models.loading import special_ids
 from sdkit.runs.directory import read_lines
+from sdkit.spans import spans_of
 from sdkit.train import smoke
 
 PAGES = sorted(Path(smoke.__file__).parents[1].joinpath("methods").glob("*.yaml"))
@@ -51,6 +53,7 @@ def batch_of(records):
         rewards=None if None in rewards else torch.tensor(rewards),
         sampler_logprobs=padded(records, "sampler_logprobs"),
         has_teacher=torch.tensor([r["teacher_prompt_ids"] is not None for r in records]),
+        spans=[spans_of(r.get("spans", ())) for r in records],
     )
 
 
@@ -106,8 +109,9 @@ def test_loss_metrics_and_gradient_match_a_run(page, tmp_path, monkeypatch):
     (step_metrics,) = smoke.smoke(method, silent_console(), steps=1)
     records = read_lines(tmp_path / "run" / "rollouts" / "step_000000.jsonl")
     models = Models(tmp_path, spec)
-    special = special_ids(AutoTokenizer.from_pretrained(tmp_path / "model"), ())
-    objective = sdkit.build_objective(spec, step=0, special_ids=special)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    objective = sdkit.build_objective(spec, step=0, special_ids=special_ids(tokenizer, ()), decode=decode)
     student = logits_of(models.student, records, "prompt_ids")
     loss, metrics = objective(
         batch_of(records),
@@ -121,6 +125,8 @@ def test_loss_metrics_and_gradient_match_a_run(page, tmp_path, monkeypatch):
     assert norm.item() == pytest.approx(step_metrics["grad_norm"], rel=1e-4)
     assert metrics == pytest.approx({name: step_metrics[name] for name in metrics}, rel=1e-4, abs=1e-6)
     assert loss.item() == pytest.approx(metrics["loss"])
+    needs_turns = [name for name, term in spec.losses.items() if term.turn_setting or term.mask.spans]
+    assert all(metrics[f"{name}/tokens"] for name in needs_turns)  # the miniature has what these terms count
 
 
 def rollouts(**tensors):

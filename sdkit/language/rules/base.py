@@ -181,6 +181,15 @@ def at_user_file(where: Path, context: Context, file: str, fault: Fault | None) 
         yield (*where, key), message, hint if there else context.start_of((*where, key), file)
 
 
+def pattern_fault(pattern: str) -> str | None:
+    """Why a regular expression cannot be read; None if it can."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"not a regular expression: {error}"
+    return None
+
+
 def uncallable(
     where: Path,
     context: Context,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sdkit.language import specs
 from sdkit.language.columns import scores_training_rows, training_reward
 from sdkit.language.errors import did_you_mean, listed, outside, shorten, spelled
-from sdkit.language.rules.base import Context, Finding, at_user_file, reward_advantages, run_rule
+from sdkit.language.rules.base import Context, Finding, at_user_file, reward_advantages, run_rule, terms
 from sdkit.language.rules.prompts import template_faults
 from sdkit.language.templates import TemplateError, fields, parse
 from sdkit.language.user_functions import class_fault_of
@@ -95,6 +95,22 @@ def environment_budget(spec: specs.ExperimentSpec, context: Context) -> Iterator
                 f"max_trajectory_tokens is {limit}, but {stated}: no second turn fits",
                 f"use more than {new} tokens",
             )
+
+
+@run_rule("what compares turns, or counts observations, has completions of several turns")
+def several_turns(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A completion of one turn has neither a later turn nor an observation.  Several turns come from an environment, or
+    from logged chats.
+    """
+    if isinstance(spec.rollout.sampled_by, specs.DatasetSamples):
+        return
+    for path, term in terms(spec, specs.LossSpec):
+        if spec.environment is None and term.turn_setting:
+            message = "this needs completions of several turns, and there is no environment"
+            yield (*path, *term.turn_setting), message, "add an environment, or use sampled_by: dataset"
+        elif spec.environment and (turns := term.mask.turns) and turns.first > spec.environment.max_turns:
+            most = context.stated(("environment", "max_turns"), spec.environment.max_turns)
+            yield (*path, "mask", "turns"), f"turn {turns.first} counts first, but {most}: no turn is left", None
 
 
 @run_rule("the overlong penalty measures completions of one turn")

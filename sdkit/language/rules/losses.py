@@ -239,6 +239,8 @@ def own_samples(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
         if rollout.temperature != 1 or _truncation(spec, context):
             return
     kinds = {type(term) for term in spec.losses.values()}
+    if all("assistant" not in term.mask.roles for _, term in terms(spec, specs.CrossEntropy)):
+        return
     imitates = specs.CrossEntropy in kinds and kinds <= {specs.CrossEntropy, specs.ReferenceKl}
     if imitates and rollout.sampled_by.is_on_policy:
         path = ("rollout", "sampled_by")

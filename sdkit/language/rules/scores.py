@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,17 @@ from sdkit.language.errors import Path as SpecPath
 from sdkit.language.errors import did_you_mean, outside, shorten
 from sdkit.language.files import file_names
 from sdkit.language.python_imports import modules_beside
-from sdkit.language.rules.base import ADAPTER_CONFIG, IS_ADAPTER, Context, Finding, T, columns_of, run_rule, uncallable
+from sdkit.language.rules.base import (
+    ADAPTER_CONFIG,
+    IS_ADAPTER,
+    Context,
+    Finding,
+    T,
+    columns_of,
+    pattern_fault,
+    run_rule,
+    uncallable,
+)
 
 
 @run_rule("suites use declared rewards")
@@ -160,10 +169,8 @@ def pattern(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
         if isinstance(how, specs.LastMatch):
             written.append(((*place, "extract", "pattern"), how.pattern))
     for path, text in written:
-        try:
-            re.compile(text)
-        except (re.error, OverflowError, RecursionError) as error:
-            yield path, f"not a regular expression: {error}", None
+        if fault := pattern_fault(text):
+            yield path, fault, None
 
 
 @run_rule("user-defined reward functions exist")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language.errors import Path, did_you_mean, outside, shorten
-from sdkit.language.rules.base import Context, Finding, log_ratios, method_rule, terms, uncallable
-from sdkit.language.specs import FileWeight, LossSpec, MethodSpec, PerToken
+from sdkit.language.patterns import repeats_repeated
+from sdkit.language.rules.base import Context, Finding, log_ratios, method_rule, pattern_fault, terms, uncallable
+from sdkit.language.specs import CrossEntropy, FileWeight, LossSpec, MethodSpec, PerToken, Schedule
 
 
 @method_rule("below_floor leave_out has a floor")
@@ -15,6 +16,56 @@ def no_floor(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     for path, _, part in log_ratios(spec):
         if part.below_floor == "leave_out" and part.floor is None:
             yield (*path, "below_floor"), "below_floor: leave_out needs a floor", "add floor: a number below 0"
+
+
+@method_rule("a term that counts observations is a cross entropy")
+def observed_tokens(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """The student did not sample them: they have no ratio and no advantage, and no statistics that a weight or a share of
+    tokens could use.
+    """
+    for path, term in terms(spec, LossSpec):
+        if not term.mask.counts_observations:
+            continue
+        if not isinstance(term, CrossEntropy):
+            message = f"{term.kind} needs tokens that the student sampled, and observations are not"
+            yield (*path, "mask", "roles"), message, "use kind: cross_entropy, or roles: [assistant]"
+            continue
+        for statistic, key in term.statistics():
+            model, _, quantity = statistic.partition("_")
+            figure = f"the {model}'s {quantity.replace('logprobs', 'log-probability')}"
+            yield (*path, *key), f"this needs {figure}, which is known of sampled tokens only", None
+
+
+@method_rule("a range of turns has a turn")
+def turn_range(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """Otherwise the term counts no token."""
+    for path, term in terms(spec, LossSpec):
+        if (turns := term.mask.turns) is None or turns.last is None:
+            continue
+        last = max(turns.last.start, turns.last.to) if isinstance(turns.last, Schedule) else turns.last
+        if last < turns.first:
+            message = f"the turns end at {last:g}, before they start at {turns.first}"
+            yield (*path, "mask", "turns", "to"), message, None
+
+
+@method_rule("patterns of masks are valid regular expressions")
+def span_pattern(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A pattern uses the syntax of Python's `re` module."""
+    for path, term in terms(spec, LossSpec):
+        if term.mask.spans and (fault := pattern_fault(term.mask.spans.pattern)):
+            yield (*path, "mask", "spans", "pattern"), fault, None
+
+
+@method_rule("patterns of masks match a text in few ways", "warning")
+def slow_pattern(spec: MethodSpec, context: Context) -> Iterator[Finding]:
+    """A repeated part that can itself repeat, such as `(a+)*`, may try exponentially many ways to match a text that the
+    student writes.  A search that takes over 5 seconds ends the run.
+    """
+    for path, term in terms(spec, LossSpec):
+        if term.mask.spans and repeats_repeated(term.mask.spans.pattern):
+            message = "a part that repeats without limit is repeated without limit: a search may take very long"
+            hint = "use a possessive repeat such as `(?:a+)*+`, or a limit"
+            yield (*path, "mask", "spans", "pattern"), message, hint
 
 
 @method_rule("weights within a group need several completions")

@@ -73,11 +73,16 @@ class LogRatio(Component):
 
     kind: ClassVar[str] = "log_ratio"
     center: Literal["none", "sequence"] = spec_field(
-        "whether to subtract the mean over the sequence, after the floor", default="none"
+        "whether to subtract the mean over the sequence, after floor and discount", default="none"
     )
     floor: Scheduled | None = spec_field("lower bound", default=None, range=NEGATIVE)
     below_floor: Literal["clamp", "leave_out"] = spec_field(
         "raise lower values to the floor, or leave out their tokens", default="clamp"
+    )
+    discount: Scheduled = spec_field(
+        "factor γ of what follows: the advantage is the sum of γ^k times the log-ratio k counted tokens later",
+        default=0.0,
+        range=SHARE,
     )
 
     zero_when_equal: ClassVar[bool] = True
@@ -99,7 +104,13 @@ class LogRatio(Component):
             where = "where it is " if self.below_floor == "leave_out" else ""
             low = f" ({where}at least {self.floor:g})"
         mean = " − its mean over the sequence" if self.center == "sequence" else ""
-        return f"log teacher − log student{low}{mean}"
+        later = "" if always(self.discount, 0) else f" + {self.discount:g} × that of the next counted token …"
+        return f"log teacher − log student{low}{later}{mean}"
+
+    @property
+    def spans_sequence(self) -> bool:
+        """Whether a token's advantage depends on other tokens."""
+        return self.center == "sequence" or not always(self.discount, 0)
 
 
 @frozen(kw_only=True)

@@ -8,13 +8,16 @@ from attrs import frozen
 
 from sdkit.language.specs.fields import (
     AT_LEAST_ONE,
+    NOT_EMPTY,
     NOT_NEGATIVE,
     NOT_NEGATIVE_COUNT,
+    PATTERN,
     POSITIVE,
     TOP_P,
     Component,
     Schedule,
     Scheduled,
+    between,
     spec_field,
 )
 
@@ -78,10 +81,60 @@ class SampledTokenSupport(BaseSupport):
 Support = VocabularySupport | TopKSupport | SampledTokenSupport
 
 
+Role = Literal["assistant", "user", "tool"]
+
+
+@frozen(kw_only=True)
+class TurnRange:
+    """Turns of a trajectory, counted from 1; what follows a turn belongs to it."""
+
+    first: int = spec_field("the first turn that counts", default=1, key="from", range=AT_LEAST_ONE)
+    last: Scheduled | None = spec_field(
+        "the last turn that counts, rounded down if a schedule is between two (default: the trajectory's last)",
+        default=None,
+        key="to",
+        range=between(1.0, 1e6),
+    )
+
+    def describe(self) -> str:
+        """Returns the turns in words."""
+        if self.last is None:
+            return f"from turn {self.first} on"
+        if isinstance(self.last, Schedule):
+            return f"turns {self.first} to ({self.last:g})"
+        return f"turn {self.first}" if self.first == self.last else f"turns {self.first} to {self.last:g}"
+
+
+@frozen(kw_only=True)
+class TextSpans:
+    """The parts of each turn's text that a regular expression matches.
+
+    The pattern searches every turn, and every observation, by itself, in its text without special tokens.  A match counts
+    where its groups are, or all of it if the pattern has none; so does a token that touches it with one character.  An
+    unclosed part is one that the pattern lets end with the text: `<action>(.+?)(?:</action>|$)`.
+    """
+
+    pattern: str = spec_field("Python regular expression", range=PATTERN)
+    count: Literal["inside", "outside"] = spec_field(
+        "count the tokens that touch a match, or all others", default="inside"
+    )
+
+    def describe(self) -> str:
+        """Returns the pattern in words."""
+        return f"only tokens {self.count} of {self.pattern}"
+
+
 @frozen(kw_only=True)
 class MaskSpec:
     """Which completion tokens a term counts.  Masked tokens stay visible to attention."""
 
+    roles: tuple[Role, ...] = spec_field(
+        "whose text counts: what the student sampled (`assistant`), or the text that it was shown after a turn",
+        default=("assistant",),
+        range=NOT_EMPTY,
+    )
+    turns: TurnRange | None = spec_field("which turns count (default: all)", default=None)
+    spans: TextSpans | None = spec_field("count only parts of the text that match a pattern", default=None)
     skip_first: int = spec_field("number of tokens to leave out at the start", default=0, range=NOT_NEGATIVE_COUNT)
     prefix: int | None = spec_field("count only this many tokens at the start", default=None, range=AT_LEAST_ONE)
     special_tokens: Literal["count", "leave_out"] = spec_field(
@@ -96,9 +149,17 @@ class MaskSpec:
         range=TOP_P,
     )
 
+    @property
+    def counts_observations(self) -> bool:
+        """Whether tokens that the student did not sample count."""
+        return any(role != "assistant" for role in self.roles)
+
     def describe(self) -> str:
-        """Returns the settings in words, each after a comma; empty if every token counts."""
+        """Returns the settings in words, each after a comma; empty if every sampled token counts."""
         parts = [
+            f"only the text of {' and '.join(self.roles)}" * self.counts_observations,
+            f"only {self.turns.describe()}" if self.turns else "",
+            self.spans.describe() if self.spans else "",
             f"first {self.skip_first} tokens left out" * bool(self.skip_first),
             f"only the first {self.prefix} tokens" * bool(self.prefix),
             "special tokens left out" * (self.special_tokens == "leave_out"),

@@ -63,6 +63,15 @@ class LossSpec(ABC):
         """The weight of its tokens; None if all weigh the same."""
         return None
 
+    @property
+    def turn_setting(self) -> tuple[str, ...] | None:
+        """The path of the setting that needs completions of several turns, if there is one."""
+        if self.mask.counts_observations:
+            return ("mask", "roles")
+        if self.mask.turns:
+            return ("mask", "turns")
+        return ("weight",) if self.token_weight and self.token_weight.needs_turns else None
+
     def statistics(self) -> Iterator[tuple[Statistic, tuple[str, ...]]]:
         """Yields each token statistic that its mask, weight or advantage needs, with the setting that needs it."""
         if self.mask.teacher_entropy_above is not None:
@@ -142,7 +151,8 @@ class CrossEntropy(WeightedLossSpec):
     kind: ClassVar[str] = "cross_entropy"
 
     def describe(self, temperature: float) -> str:
-        text = f"cross entropy of the completion's tokens{self.mask.describe()}, {self.average.describe()}"
+        whose = "completion's" if "assistant" in self.mask.roles else "observations'"
+        text = f"cross entropy of the {whose} tokens{self.mask.describe()}, {self.average.describe()}"
         return f"{as_factor(self.coefficient)}{text}{self._describe_weight()}"
 
 
@@ -177,8 +187,8 @@ class PolicyGradient(WeightedLossSpec):
 
     kind: ClassVar[str] = "policy_gradient"
     advantage: Advantage = spec_field("advantage of each token")
-    ratio: Literal["token", "sequence"] = spec_field(
-        "one ratio per token, or their geometric mean over the sequence", default="token"
+    ratio: Literal["token", "turn", "sequence"] = spec_field(
+        "one ratio per token, or their geometric mean over the turn or the sequence", default="token"
     )
     clip: ClipSpec | None = spec_field("clipping of the ratio", default=None)
     importance: PolicyImportance = spec_field("importance corrections", default=PolicyImportance())

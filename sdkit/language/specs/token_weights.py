@@ -37,6 +37,8 @@ class BaseWeight(Component):
     __slots__ = ()
     needs_group: ClassVar[bool] = False
     """Whether it compares the rollouts of a group."""
+    needs_turns: ClassVar[bool] = False
+    """Whether it compares the turns of a trajectory."""
     value_alone: ClassVar[int] = 1
     """The weight in a group of one, if it compares the rollouts of a group."""
 
@@ -95,6 +97,26 @@ class DriftWeight(BaseWeight):
 
 
 @frozen(kw_only=True)
+class StepAgreementWeight(BaseWeight):
+    """How well student and teacher agree in a turn, compared with the first: min((d₁ + 1e-6) / (d_k + 1e-6), largest).
+
+    d_k is the mean |log teacher − log student| of the tokens that the term counts in turn k; the first turn, and so a
+    completion of one turn, weighs 1.
+    """
+
+    kind: ClassVar[str] = "step_agreement"
+    description: ClassVar[str] = (
+        "|log teacher − log student| in the first turn / in the token's turn, at most {0.largest:g}"
+    )
+    needs_turns: ClassVar[bool] = True
+    largest: Scheduled = spec_field("upper bound of the weight", range=between(1.0, 1e6))
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return ("student_logprobs", "teacher_logprobs")
+
+
+@frozen(kw_only=True)
 class PassRateWeight(BaseWeight):
     """(p · (1 − p))^power, p the share of successes in the group before filtering: prompts with p near ½ count most."""
 
@@ -127,7 +149,7 @@ class PerplexityWeight(BaseWeight):
         return ("student_logprobs",) if self.of == "student" else ("teacher_logprobs",)
 
 
-Given = Literal["position", "length", "reward", Statistic]
+Given = Literal["position", "length", "turn", "reward", Statistic]
 
 
 @frozen(kw_only=True)
@@ -135,8 +157,8 @@ class FileWeight(BaseWeight):
     """A user-defined function `function(counts, **given) -> weights`; weights are [N, T], at least 0.
 
     `counts` [N, T] bool marks the tokens that the term counts, T being the longest completion; other inputs are 0 at
-    unmarked tokens.  `position` [N, T] counts from 0, `length` [N] is the completion's length, `reward` [N] the training
-    reward.
+    unmarked tokens.  `position` [N, T] counts from 0, `turn` [N, T] from 1, `length` [N] is the completion's length,
+    `reward` [N] the training reward.
     """
 
     kind: ClassVar[str] = "file"
@@ -158,7 +180,15 @@ class FileWeight(BaseWeight):
         return ("weight", "given") if "reward" in self.given else None
 
 
-Weight = PositionWeight | TeacherEntropyWeight | DriftWeight | PassRateWeight | PerplexityWeight | FileWeight
+Weight = (
+    PositionWeight
+    | TeacherEntropyWeight
+    | DriftWeight
+    | StepAgreementWeight
+    | PassRateWeight
+    | PerplexityWeight
+    | FileWeight
+)
 
 
 @frozen(kw_only=True)
