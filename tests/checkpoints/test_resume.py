@@ -24,7 +24,7 @@ COVER = (
     "copy-lora-2-1-evaluation@3,update@4",
     "copy-full-3-2-save@2,manifest@2,rollout@4",
     "routed-full-2-1-boundary@2,update@4",
-    "ema-qlora-2-1-naming@2,update@4",
+    "ema-qlora-2-1-update@4",
 )
 """Every pair of teacher, form, stage, number of ranks and phase, and 4-bit weights; one attempt after the other.
 
