@@ -109,7 +109,7 @@ def stop(*, together: bool = True) -> None:
 
     `together`: wait for all ranks first.  A rank that failed must not wait.
     """
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():  # vLLM's engine leaves the group when it shuts down
         from deepspeed import comm
 
         if together:
@@ -118,7 +118,8 @@ def stop(*, together: bool = True) -> None:
         else:
             health.fail()
         comm.destroy_process_group()  # torch's own function leaves DeepSpeed with a dead group, which breaks a second run
-        health.stop()  # until here it ends a rank that hangs
+    # Until here it ends a rank that hangs.  A thread inside the store at the interpreter's end would abort the process.
+    health.stop()
 
 
 class Zero:

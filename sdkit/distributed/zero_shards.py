@@ -16,6 +16,12 @@ from torch import Tensor, nn
 from sdkit.distributed.collectives import all_reduce_max, all_reduce_sum, rank
 from sdkit.models.weights import Sharding
 
+SMALL = 100_000
+"""Norms, biases and low-rank factors of up to this many elements are gathered together, once for a forward or backward pass.
+DeepSpeed's own way is to keep them gathered (`stage3_param_persistence_threshold`, with the same default)."""
+SMALL_SHARE = 1 / 250
+"""The largest share of its model that such a parameter may have: of a tiny model, most stays sharded."""
+
 
 class Root(nn.Module):
     """The module that DeepSpeed wraps: a model, and a submodule in which its output projection is gathered.
@@ -91,6 +97,8 @@ class Zero3Sharding(ShardedParameters):
         self._release_all = release_all
         for parameter in head:
             deepspeed.zero.register_external_parameter(root.projection, parameter)
+        for parameter in _small_parameters(root):
+            deepspeed.zero.register_external_parameter(root, parameter)
         persistent = [n for n, p in root.named_parameters() if getattr(p, "ds_persist", False)]
         if persistent:  # writes to their shards would have no effect
             raise RuntimeError(f"stage 3 keeps {persistent[0]} gathered between forward passes")
@@ -103,6 +111,12 @@ class Zero3Sharding(ShardedParameters):
 
     def release(self) -> None:
         self._release_all()
+
+
+def _small_parameters(root: nn.Module) -> list[nn.Parameter]:
+    parameters: list[Any] = list(root.parameters())
+    largest = min(SMALL, SMALL_SHARE * sum(p.ds_numel for p in parameters))
+    return [parameter for parameter in parameters if parameter.ds_numel <= largest]
 
 
 def unpadded(parameter: Tensor, shard: Tensor) -> Tensor:
@@ -118,7 +132,7 @@ def settings(offload: Sequence[str]) -> dict[str, Any]:
     """Returns DeepSpeed's `zero_optimization` settings for stage 3."""
     config: dict[str, Any] = {
         "stage": 3,
-        # Small parameters would stay gathered, and writes to their shards (by a moving teacher) would be lost.
+        # Small parameters would stay gathered, and writes to their shards (by a moving teacher) would be lost.  See SMALL.
         "stage3_param_persistence_threshold": 0,
     }
     if "parameters" in offload:

@@ -17,7 +17,7 @@ from torch import nn
 from sdkit.language.bundled import BUNDLED, PREFIX, local_folder
 from sdkit.language.errors import BadData, BadEnvironment, first_line
 from sdkit.language.files import library_reads
-from sdkit.language.rules.base import IS_ADAPTER, MERGE_FIRST
+from sdkit.language.rules.base import IS_ADAPTER, IS_QUANTIZED, MERGE_FIRST, UNQUANTIZED
 from sdkit.language.specs import ExternalWeights, ModelSpec, VllmServerBackend
 from sdkit.language.vocabulary import first_difference
 from sdkit.models import activation_checkpointing, attention, lora, quantization
@@ -67,6 +67,12 @@ def fixed_date(tokenizer: Any, now: datetime) -> dict[str, Any]:
 def load_config(spec: ModelSpec, located: str) -> dict[str, Any]:
     """Returns the model's `config.json` with defaults filled in.  Raises BadData if it cannot be read."""
     return _config(spec, located).to_dict()
+
+
+def check_unquantized(spec: ModelSpec, located: str) -> None:
+    """Raise BadData if the model's weights are stored quantized: they cannot be trained."""
+    if getattr(_config(spec, located), "quantization_config", None):
+        raise BadData(f"{located} {IS_QUANTIZED}", hint=UNQUANTIZED)
 
 
 def embedding_rows(spec: ModelSpec | ExternalWeights, located: str) -> int | None:

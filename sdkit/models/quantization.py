@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sdkit.language.errors import BadEnvironment
+from sdkit.language.errors import BadData, BadEnvironment
 
 KEY = ("model", "lora", "quantize_base")
 
@@ -31,14 +31,21 @@ def check_installed() -> None:
 def quantize(model: Any) -> None:
     """Replace the linear layers by 4-bit ones, whose weights are quantized when the model moves to its device.
 
-    The output projection, layers that share their weights, and experts stacked in one tensor stay as they are.
+    The output projection, layers that share their weights, and experts stacked in one tensor stay as they are.  Raises BadData
+    if that leaves none.
     """
     head = model.get_output_embeddings()
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for name, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and layer is not head and uses[id(layer.weight)] == 1:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _quantized(layer))
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear and layer is not head and uses[id(layer.weight)] == 1
+    ]
+    if not layers:
+        raise BadData("the model has no linear layers to quantize", hint="leave out quantize_base", path=KEY)
+    for name, layer in layers:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _quantized(layer))
 
 
 def dequantized(parameter: Tensor) -> Tensor:

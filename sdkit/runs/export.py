@@ -93,6 +93,10 @@ def _message(spec: ExperimentSpec, to: Path, adapter: bool) -> str:
     if not adapter:
         return f"wrote {to}: the model, {spec.model.dtype}"
     line = f"wrote {to}: the adapter of {spec.model.path}"
+    if spec.model.quantized:
+        line += (
+            "\nfor the trained model, load the base in 4 bits (nf4, double quantization), or export with --merge-lora"
+        )
     if spec.model.path.startswith(PREFIX):
         line += "\nonly sdkit can load that base by its name: --merge-lora writes a self-contained model"
     return line

@@ -16,7 +16,7 @@ from sdkit.distributed import zero_loading
 from sdkit.language import specs
 from sdkit.language.errors import blaming
 from sdkit.models.device import rank_device
-from sdkit.models.loading import end_ids, load_model, read_weights, resolve_model, special_ids
+from sdkit.models.loading import check_unquantized, end_ids, load_model, read_weights, resolve_model, special_ids
 from sdkit.models.logit_transform import check_parts
 from sdkit.models.offloading import HostParameters
 from sdkit.models.teachers import Teacher, open_teacher
@@ -66,6 +66,7 @@ def open_models(setup: RunSetup, served: Mapping[specs.ServedWeights, ServedMode
     spec = setup.spec
     device = rank_device()
     with blaming("model", "path"):
+        check_unquantized(spec.model, setup.model_folder)
         student = _load(setup, spec.model, setup.model_folder, device)
     copy_model = zero_loading.empty_copy if setup.plan.zero_stage == SHARDED else copy.deepcopy
 

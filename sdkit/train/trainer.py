@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from attrs import field, frozen
 
 from sdkit.checkpoints.checkpoint import Progress, TrainState
-from sdkit.distributed import collectives
+from sdkit.distributed import collectives, health
 from sdkit.language.specs import ServedWeights, VllmServerBackend
 from sdkit.serving.pool import ServerPool
 from sdkit.serving.teacher_client import ServedModel
@@ -58,6 +58,7 @@ class Trainer:
         self.learner.close()
         if together:
             collectives.barrier()
+            health.stop()  # from here on the ranks end one by one
         self.sampler.backends.close()
         self.setup.data.close()
 

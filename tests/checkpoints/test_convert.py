@@ -39,11 +39,18 @@ from sdkit.language.errors import BadEnvironment, UnreadableInput
 from sdkit.language.specs import EmaWeights, OutputSpec
 
 SCENARIO = Path(__file__).parents[1] / "support" / "convert_scenario.py"
-COVER = ("routed-full-1-2", "routed-full-2-2", "routed-full-3-2", "ema-full-3-2")
-"""Average, copy and live teacher (`routed` has all three) under every stage, from two ranks to one and back."""
+COVER = ("routed-full-1-2", "routed-full-2-2", "routed-full-3-2", "ema-full-3-2", "ema-qlora-2-2")
+"""Average, copy and live teacher (`routed` has all three) under every stage and adapters over 4-bit weights, from two ranks to
+one and back."""
 MATRIX = [
     *(f"{weights}-full-{stage}-2" for weights, stage in itertools.product(TEACHERS, (0, 1, 2, 3))),
-    *(f"ema-{form}-{stage}-2" for form in FORMS if form != "full" for stage in (1, 2, 3)),
+    *(
+        f"ema-{form}-{stage}-2"
+        for form in FORMS
+        if form != "full"
+        for stage in (1, 2, 3)
+        if (form, stage) != ("qlora", 3)
+    ),
     *(f"ema-full-{stage}-3" for stage in (1, 2, 3)),
 ]
 

@@ -25,8 +25,9 @@ COVER = (
     "copy-lora-2-1-evaluation@3,update@4",
     "copy-full-3-2-save@2,manifest@2,rollout@4",
     "routed-full-2-1-boundary@2,update@4",
+    "ema-qlora-2-1-update@4",
 )
-"""Every pair of teacher, form, stage, number of ranks and phase; one attempt after the other.
+"""Every pair of teacher, form, stage, number of ranks and phase, and 4-bit weights; one attempt after the other.
 
 A run has six steps, checkpoints after 2 and 4, evaluations at 0, 3 and 6.
 """

@@ -207,6 +207,15 @@ def test_only_the_first_rank_reads_weights_and_no_rank_holds_a_model(two_ranks):
     assert 0 < second["peak"] < 0.3  # the embedding
 
 
+def test_small_parameters_are_gathered_together_and_change_nothing(two_ranks):
+    """Of the tiny model, the norms and the adapters' factors of the square projections are small."""
+    alone, together = two_ranks["gathers"].values()
+    assert all(ours < 0.5 * theirs for ours, theirs in zip(together["gathers"], alone["gathers"], strict=True))
+    for kind in ("masters", "shadow"):
+        for name, value in alone["weights"][kind].items():
+            assert torch.equal(together["weights"][kind][name], value)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradients_are_summed_in_float32(two_ranks, stage):
     assert two_ranks["reduced"][stage, "float32"] < 1e-5

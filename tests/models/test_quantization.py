@@ -1,28 +1,28 @@
 """Base weights in 4 bits: every use of a weight has the same rounded values, and adapters train on top of them."""
 
 import importlib.util
+import json
+import shutil
 
 import pytest
 import torch
 from attrs import evolve
 from test_lora import CPU, hidden_states, randomize_adapters
-from tinyruns import LORA, advance, make_spec, model, teacher, training, weights_of
+from tinyruns import QLORA, advance, make_spec, model, teacher, training, weights_of
 from tinyruns import hidden_states as probe_states
 
 from sdkit.checkpoints.checkpoint import save_model
-from sdkit.language.errors import BadEnvironment
+from sdkit.language.errors import BadData, BadEnvironment
 from sdkit.language.specs import EmaWeights, FrozenWeights
 from sdkit.models import lora as adapters
 from sdkit.models import operations, probes
 from sdkit.models.loading import load_model
-from sdkit.models.quantization import quant_state
+from sdkit.models.quantization import quant_state, quantize
 from sdkit.models.teachers import open_teacher
 from sdkit.models.weights import Weights
 
-NF4 = evolve(LORA, quantize_base="nf4")
 
-
-def load(folder, dtype="float32", lora=NF4):
+def load(folder, dtype="float32", lora=QLORA):
     return Weights(load_model(model(folder, dtype, lora), str(folder), 5).to(CPU), "default" if lora else None)
 
 
@@ -79,7 +79,7 @@ def test_state_dict_restores_the_scales(tiny_folder):
 def test_run_trains_adapters_and_saves_what_it_sampled_with(open_tiny, tiny_folder, tmp_path):
     spec = make_spec(
         tiny_folder,
-        model=evolve(model(tiny_folder, lora=NF4), activation_checkpointing=True),
+        model=evolve(model(tiny_folder, lora=QLORA), activation_checkpointing=True),
         teacher=teacher(EmaWeights(update_rate=0.1)),
         training=training(zero_stage=2),
     )
@@ -97,10 +97,30 @@ def test_run_trains_adapters_and_saves_what_it_sampled_with(open_tiny, tiny_fold
     assert {value.dtype for value in weights_of(tmp_path).values()} == {torch.float32}
 
 
+def test_model_without_linear_layers_is_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        other = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40))
+    with pytest.raises(BadData, match="no linear layers to quantize") as caught:
+        quantize(other)
+    assert caught.value.path == ("model", "lora", "quantize_base")
+
+
+def test_weights_that_are_stored_quantized_are_refused(open_tiny, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "quantized")
+    config = json.loads((folder / "config.json").read_text())
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    with pytest.raises(BadData, match="quantized weights, which cannot be trained") as caught:
+        open_tiny(make_spec(folder, model=model(folder, lora=QLORA)))
+    assert caught.value.path == ("model", "path")
+
+
 def test_missing_package_is_named_before_the_weights_are_read(tiny_folder, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(BadEnvironment, match="missing: bitsandbytes") as caught:
-        load_model(model(tiny_folder, lora=NF4), str(tiny_folder), 5, read=None)
+        load_model(model(tiny_folder, lora=QLORA), str(tiny_folder), 5, read=None)
     assert caught.value.path == ("model", "lora", "quantize_base")
     assert caught.value.hint == "pip install 'sdkit[bitsandbytes]'"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from attrs import evolve
-from tinyruns import LORA, assert_equal, make_spec, model, train, training, weights_of, with_evaluation
+from tinyruns import LORA, QLORA, assert_equal, make_spec, model, train, training, weights_of, with_evaluation
 from vllm_build import require_vllm
 
 from sdkit.checkpoints import checkpoint
@@ -19,7 +19,7 @@ from sdkit.language.specs import OptimizerSpec
 from sdkit.runs.export import export
 
 IDS = [5, 91, 17, 230, 44, 8, 120, 63]
-NAMES = ["full", "lora"]
+NAMES = ["full", "lora", "qlora"]
 
 
 def logprobs(causal):
@@ -31,7 +31,7 @@ def logprobs(causal):
 
 @pytest.fixture(scope="module")
 def runs(tiny_folder, tmp_path_factory):
-    """A full run and one with adapters: spec, folder, and log-probabilities of the trained weights at the end."""
+    """A full run, one with adapters and one over 4-bit weights: spec, folder, and the log-probabilities of the trained weights."""
     results = {}
     save_model = checkpoint.save_model
 
@@ -43,7 +43,7 @@ def runs(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save_model", save_and_record)
-        for name, lora in zip(NAMES, (None, LORA), strict=True):
+        for name, lora in zip(NAMES, (None, LORA, QLORA), strict=True):
             spec = make_spec(
                 tiny_folder,
                 model=model(tiny_folder, lora=lora),
@@ -57,15 +57,20 @@ def runs(tiny_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(runs, tmp_path_factory):
-    """Folder with the three kinds of export."""
+    """Folder with the kinds of export."""
     folder = tmp_path_factory.mktemp("exported")
-    for name, source, merge in (("full", "full", False), ("merged", "lora", True), ("adapter", "lora", False)):
+    for name, source, merge in (
+        ("full", "full", False),
+        ("merged", "lora", True),
+        ("adapter", "lora", False),
+        ("merged over 4 bits", "qlora", True),
+    ):
         spec, run, _ = runs[source]
         export(spec, run.parent, run, folder / name, merge=merge)
     return folder
 
 
-@pytest.mark.parametrize(("name", "source"), [("full", "full"), ("merged", "lora")])
+@pytest.mark.parametrize(("name", "source"), [("full", "full"), ("merged", "lora"), ("merged over 4 bits", "qlora")])
 def test_transformers_loads_the_trained_weights(runs, exported, tiny_folder, name, source):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -90,6 +95,21 @@ def test_peft_loads_the_adapter_and_its_base(runs, exported, tiny_folder):
     assert AutoTokenizer.from_pretrained(exported / "adapter").chat_template
     assert not (exported / "adapter" / "config.json").exists()
     assert not (exported / "adapter" / "model.safetensors").exists()
+
+
+def test_adapter_trained_over_4_bits_needs_them(runs, tiny_folder, tmp_path):
+    """Over weights that transformers quantizes with the same settings it is the trained model, over the original ones not."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    spec, run, trained = runs["qlora"]
+    message = export(spec, run.parent, run, tmp_path / "adapter", merge=False)
+    assert "load the base in 4 bits (nf4, double quantization)" in message
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    quantized = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=nf4, dtype=torch.float32)
+    torch.testing.assert_close(logprobs(PeftModel.from_pretrained(quantized, tmp_path / "adapter")), trained)
+    original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path / "adapter")
+    assert (logprobs(original) - trained).abs().max() > 1e-2
 
 
 def test_vllm_loads_merged_model_and_adapter(runs, exported, tiny_folder):

@@ -13,7 +13,7 @@ from pathlib import Path
 import forked
 from attrs import evolve
 from ranks_scenario import EMA, LIVE, ONE, small
-from tinyruns import LORA, train
+from tinyruns import LORA, QLORA, train
 
 from sdkit.checkpoints.convert import convert
 from sdkit.distributed import zero_shards
@@ -33,6 +33,7 @@ TEACHERS = {
 FORMS = {
     "full": {},
     "lora": {"lora": LORA},
+    "qlora": {"lora": QLORA},
     "bfloat16": {"dtype": "bfloat16"},
     "offloaded": {"offload": ("optimizer",)},
 }

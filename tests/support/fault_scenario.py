@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import forked
 import yaml
@@ -140,16 +141,27 @@ class Scenario:
 
         from sdkit.distributed import health
 
-        before = {each: getattr(torch.distributed, each) for each in COLLECTIVES}
-        limits = {each: getattr(health, each) for each in HEALTH}
-        for each, function in before.items():
-            setattr(torch.distributed, each, never_fails(function))
-        for each, seconds in HEALTH.items():
-            setattr(health, each, seconds)
-        self.train(name, 2, fault="kill", who=who, patience=60)
-        for module, values in ((torch.distributed, before), (health, limits)):
-            for each, value in values.items():
-                setattr(module, each, value)
+        stuck = {each: never_fails(getattr(torch.distributed, each)) for each in COLLECTIVES}
+        with mock.patch.multiple(torch.distributed, **stuck), mock.patch.multiple(health, **HEALTH):
+            self.train(name, 2, fault="kill", who=who, patience=60)
+
+    def train_with_engine(self, name):
+        """`sdkit train` whose backends destroy the process group, as vLLM's engine does; the second rank takes longer to close."""
+        import torch
+
+        from sdkit.distributed import collectives, health
+        from sdkit.train.rollout_backends import RolloutBackends
+
+        close = RolloutBackends.close
+
+        def close_as_vllm(backends):
+            seconds = 4 * HEALTH["GRACE_SECONDS"] * collectives.rank()
+            close(backends)
+            torch.distributed.destroy_process_group()
+            time.sleep(seconds)
+
+        with mock.patch.object(RolloutBackends, "close", close_as_vllm), mock.patch.multiple(health, **HEALTH):
+            self.train(name, 2)
 
     def train(self, name, ranks, *words, spec="run.yaml", **options):
         self.run(name, ranks, "train", self.work / spec, *words, **options)
@@ -171,6 +183,7 @@ def main(folder, work):
     scenario.train("kill the first", 2, fault="kill", who=0)
     scenario.train_stuck("stuck", who=1)
     scenario.train_stuck("stuck without the first", who=0)
+    scenario.train_with_engine("engine")
     scenario.train("freeze", 2, f"training.deadline_seconds={SILENCE}", fault="freeze", who=1, patience=1)
     for resumed in ("full_disk", "kill", "terminate"):
         scenario.resume(resumed, 2)

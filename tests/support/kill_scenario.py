@@ -13,7 +13,7 @@ from pathlib import Path
 
 import forked
 from attrs import evolve
-from tinyruns import COLUMNS, LORA, make_spec, model, rollout, rows, teacher, train, training, with_evaluation
+from tinyruns import COLUMNS, LORA, QLORA, make_spec, model, rollout, rows, teacher, train, training, with_evaluation
 
 from sdkit.checkpoints import atomic, checkpoint, manifest
 from sdkit.distributed import zero
@@ -52,8 +52,8 @@ TEACHERS = {
     "routed": RoutedWeights(by="side", routes=Table({"left": EMA, "right": CopyWeights(every=3)})),
 }
 FORMS = {"full": None, "lora": LORA}
-VLLM = "vllm"
-"""One more form: all weights are trained, and vLLM samples."""
+QUANTIZED, VLLM = "qlora", "vllm"
+"""Two more forms: adapters over 4-bit weights; all weights are trained, and vLLM samples."""
 PLAYED = "played"
 """One more form: all weights are trained, on trajectories of an environment whose processes write their ids to a file."""
 PHASES = {
@@ -106,7 +106,7 @@ def spec_of(folder, work, weights, form, stage):
     turns = {"max_new_tokens": 24, "stop": ("e",)} if form == PLAYED else {"max_new_tokens": 2}
     spec = make_spec(
         folder,
-        model=model(folder, lora=FORMS.get(form)),
+        model=model(folder, lora=QLORA if form == QUANTIZED else FORMS.get(form)),
         teacher=teacher(TEACHERS[weights]),
         data=data_with_sides(6),
         optimizer=OptimizerSpec(lr=3e-3, lr_scheduler_type="linear", warmup_steps=1),

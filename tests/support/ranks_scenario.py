@@ -338,6 +338,32 @@ def open_sharded(folder, work, other):
     return collectives.all_gather_object({"reads": len(reads), "models": len(opened), "peak": peak})
 
 
+def count_gathers(folder, work, share):
+    """All-gathers of the second and third update, and the weights after them; small parameters are at most this share."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    counts, gather = [], partition_parameters._dist_allgather_fn
+
+    def count(*args):
+        counts[-1] += 1
+        return gather(*args)
+
+    with (
+        mock.patch.object(zero_shards, "SMALL_SHARE", share),
+        mock.patch.object(partition_parameters, "_dist_allgather_fn", count),
+    ):
+        counts.append(0)
+        trainer = open_run(small(folder, stage=3, lora=LORA), work)
+        for step in range(STEPS):
+            batch = rollouts_of(trainer, step)
+            counts.append(0)
+            train_step(trainer, batch)
+        counts.append(0)
+        weights = weights_of(trainer)
+        trainer.close()
+    return {"gathers": counts[2 : 1 + STEPS], "weights": weights}
+
+
 def read_damaged_weights(folder, work):
     """The error of each rank where the first one cannot read the weights."""
     damaged = work / "damaged"
@@ -400,6 +426,7 @@ def run_rank(folder, work, other):
     results["reduced"] = {
         (stage, dtype): reduction_error(stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16")
     }
+    results["gathers"] = {share: count_gathers(folder, work, share) for share in (0.0, zero_shards.SMALL_SHARE)}
     results["damaged"] = read_damaged_weights(folder, work)
     if collectives.rank() == 0:
         torch.save(results, work / "results.pt")

@@ -34,6 +34,7 @@ from sdkit.language.specs import (
 )
 
 LORA = LoraSpec(r=4, lora_alpha=8.0)
+QLORA = LoraSpec(r=4, lora_alpha=8.0, quantize_base="nf4")
 COLUMNS = Table({"prompt": "prompt", "demonstration": "demonstration", "answer": "answer"})
 # The first step of Adam is −lr · g / (|g| + eps): with eps far above |g| and lr = eps it is −g.
 MINUS_GRADIENT = OptimizerSpec(lr=1e4, eps=1e4, max_grad_norm=1e9)

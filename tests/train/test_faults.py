@@ -267,6 +267,14 @@ def test_rank_that_hangs_without_the_lost_one_is_ended(results, name, lost):
     assert f"lost rank {lost}" in result["status"]["reason"]
 
 
+def test_finished_run_ends_with_code_0_however_long_engines_take_to_close(results):
+    """vLLM destroys the process group, whose store ends with the first rank."""
+    ended = results["engine"]
+    assert ended["codes"] == [0, 0]
+    assert ended["status"]["state"] == "done"
+    assert ended["seconds"][1] > ended["seconds"][0] + 3
+
+
 def test_run_resumes_after_a_rank_was_killed(results):
     assert_same_run(results, "kill, resumed", "straight 2")
 

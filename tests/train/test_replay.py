@@ -6,12 +6,14 @@ import shutil
 import pytest
 from attrs import evolve
 from tinyruns import (
+    QLORA,
     assert_equal,
     distil,
     inline,
     lines,
     make_spec,
     metrics,
+    model,
     rollout,
     silent_console,
     teacher,
@@ -71,6 +73,15 @@ def test_full_replay_equals_the_run(spec, run, tmp_path):
         assert path.read_text() == (replayed / "rollouts" / path.name).read_text()
     record = json.loads((replayed / "provenance.json").read_text())["replayed"]
     assert record == {"run": str(run), "start": 0, "end": 4}
+
+
+def test_replay_over_4_bit_weights_equals_the_run(spec, tiny_folder, tmp_path):
+    quantized = evolve(spec, model=model(tiny_folder, lora=QLORA), training=evolve(TRAINING, zero_stage=2))
+    run = train(quantized, tmp_path / "run")
+    replayed = replay(quantized, run, 0, tmp_path / "again")
+    assert metrics(replayed) == metrics(run)
+    for name, value in weights_of(run).items():
+        assert_equal(weights_of(replayed)[name], value)
 
 
 def test_replay_from_a_checkpoint_ends_like_the_run(spec, run, tmp_path):

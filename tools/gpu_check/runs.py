@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 import sys
@@ -117,6 +118,7 @@ FORM_CHANGES: Mapping[str, tuple[str, int, Mapping[str, Any]]] = {
     "stage 0": ("float32", 0, {}),
     "stage 1, bfloat16": ("bfloat16", 1, {}),
     "stage 2, LoRA": ("float32", 2, {"model": {"lora": LORA}}),
+    "stage 2, QLoRA": ("float32", 2, {"model": {"lora": {**LORA, "quantize_base": "nf4"}}}),
     "stage 3": ("float32", 3, {}),
     "stage 3, LoRA, bfloat16": ("bfloat16", 3, {"model": {"lora": LORA}}),
     "stage 1, optimizer offloaded": ("float32", 1, {"training": {"offload": ["optimizer"]}}),
@@ -138,6 +140,8 @@ def form(setup: Setup) -> dict[str, Any]:
     spec["model"]["dtype"], spec["training"]["zero_stage"] = dtype, stage
     for section, values in changes.items():
         spec[section] |= values
+    if "QLoRA" in name and importlib.util.find_spec("bitsandbytes") is None:
+        raise Skipped("bitsandbytes is not installed")
     if "external" in name:
         other = str(tiny_model(setup, "other", seed=1))
         spec["teacher"]["weights"] = {"kind": "external", "path": other, "dtype": dtype}

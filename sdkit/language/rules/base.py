@@ -29,6 +29,8 @@ IS_ADAPTER = "is a PEFT adapter, not a model"
 MERGE_FIRST = (
     "merge it (`sdkit export RUN --merge-lora`, or PEFT's merge_and_unload) and name the merged model's folder"
 )
+IS_QUANTIZED = "has quantized weights, which cannot be trained"
+UNQUANTIZED = "name the original model: model.lora.quantize_base: nf4 trains adapters over 4 bits of it"
 
 
 @frozen(eq=False)

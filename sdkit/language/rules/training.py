@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path as Folder
 from typing import Any
 
 from sdkit.language.best_metric import best_metrics
 from sdkit.language.errors import Path, did_you_mean, outside, shorten
+from sdkit.language.files import MAX_CONFIG_BYTES, read_json_object
 from sdkit.language.rules.base import (
+    IS_QUANTIZED,
+    UNQUANTIZED,
     Context,
     Finding,
     method_rule,
@@ -42,8 +46,14 @@ def bundled_name(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
 
 @run_rule("a local model folder contains a model")
 def model_folder(spec: ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """A local path is a Hugging Face model folder with a config.json; anything else is a hub id."""
-    yield from no_model(("model", "path"), spec.model.path, context)
+    """A local path is a Hugging Face model folder with a config.json; anything else is a hub id.  Weights that are stored
+    quantized cannot be trained: sdkit quantizes the original ones itself.
+    """
+    path = spec.model.path
+    yield from no_model(("model", "path"), path, context)
+    config = read_json_object(Folder(context.file(path), "config.json"), MAX_CONFIG_BYTES)
+    if config and config.get("quantization_config"):
+        yield ("model", "path"), f"folder {path} {IS_QUANTIZED}", UNQUANTIZED
 
 
 @run_rule("a run has a length")
