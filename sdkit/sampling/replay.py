@@ -31,6 +31,7 @@ class ReplayRollouts:
                     spans=spans_of(record.get("spans", ())),
                     ending=record.get("ending"),
                     turn_rewards=tuple(record.get("turn_rewards", ())),
+                    turn_feedback=tuple(record.get("turn_feedback", ())),
                     reward=record.get("environment_reward"),
                 )
         if not self.recorded:

@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sdkit.batches import GroupOutcome, Row
+from sdkit.batches import GroupOutcome, Row, TurnOutcome
 from sdkit.data.observations import ObservationEncoder
-from sdkit.data.prompts import Prompter, TeacherPrompt, check_prompts, check_repeatable
+from sdkit.data.prompts import FIRST_TURN, Prompter, TeacherPrompt, check_prompts, check_repeatable
 from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.data.thinking import answer_text
 from sdkit.data.turn_ends import end_token
@@ -24,6 +24,7 @@ from sdkit.models.embedding_ids import HINT, KnownIds
 from sdkit.models.loading import load_tokenizer
 from sdkit.plan.machine import machine_for
 from sdkit.plan.plan import make_plan
+from sdkit.plan.teacher_rows import sampled_context_tokens
 from sdkit.rewards.scoring import Scorer, open_rewards
 from sdkit.train.dataset_completions import DatasetCompletions, measure_completions
 from sdkit.train.reward_checks import check_rewards
@@ -60,6 +61,7 @@ class RunData:
         weights = spec.teacher and spec.teacher.weights
         self._slots = list(spec.slots.values())
         self.needs_rollouts_for_context = any(isinstance(slot, specs.OfRollouts) for slot in self._slots)
+        self.context_by_turn = spec.sees is not None and spec.sees.by_turn
         self.strips_thinking = any(getattr(slot, "strip_thinking", False) for slot in self._slots)
         self.routed = weights if isinstance(weights, specs.RoutedWeights) else None
         self.routes = list(self.routed.routes) if self.routed else []
@@ -192,10 +194,12 @@ class RunData:
             self._teacher[id(row)] = None if prompt is None else prompt.ids
         return self._teacher[id(row)]
 
-    def teacher_prompt(self, row: Row, evidence: GroupOutcome | None) -> TeacherPrompt | None:
-        """The teacher's prompt for one rollout, given its group's outcome."""
+    def teacher_prompt(
+        self, row: Row, evidence: GroupOutcome | None, turn: TurnOutcome = FIRST_TURN
+    ) -> TeacherPrompt | None:
+        """The teacher's prompt for one rollout, or one turn of it, given its group's outcome."""
         teacher = self.spec.teacher
-        prompt = teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
+        prompt = teacher and self.prompter.teacher_ids(row, teacher.sees, evidence, turn)
         if prompt and self.known_ids:
             self.known_ids.check(self.tokenizer, f"row {row.index}: the teacher's prompt", prompt.ids)
         return prompt
@@ -322,8 +326,7 @@ class RunData:
         longest = max(max(len(s), len(t.ids) if t else 0) for s, t in prompts)
         if sees is None or not self.needs_rollouts_for_context:
             return longest
-        slots = sum(isinstance(slot, specs.OfRollouts) for slot in self._slots)
-        upper_bound = longest + TEMPLATE_TOKENS + slots * spec.rollout.max_new_tokens
+        upper_bound = longest + TEMPLATE_TOKENS + sampled_context_tokens(spec)
         return max(longest, min(upper_bound, sees.max_prompt_tokens or upper_bound))
 
 

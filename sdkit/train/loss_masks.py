@@ -90,7 +90,10 @@ def _term_masks(
     function: UserFunction | None,
 ) -> list[LossMask]:
     spans = [_span(name, term, r, route) for r in rollouts]
-    tokens = _apply_mask(term, _Tokens.of(rollouts, spans), all_gather, special)
+    tokens = _Tokens.of(rollouts, spans)
+    if term.needs_teacher_prompt and any(r.views for r in rollouts):
+        tokens = tokens.select(tokens.in_views())
+    tokens = _apply_mask(term, tokens, all_gather, special)
     weight = term.token_weight
     with blaming("losses", name, "weight"):
         weights = None if weight is None else _weights(weight, tokens, all_gather, function)
@@ -136,6 +139,10 @@ class _Tokens:
     def ids(self) -> Tensor:
         """Return the token ids, [M] long."""
         return self._select_tokens([r.completion_ids for r in self.rollouts], torch.long)
+
+    def in_views(self) -> Tensor:
+        """Return whether the teacher scores each token, [M] bool."""
+        return self._select_tokens([r.in_views(range(len(r.completion_ids))) for r in self.rollouts], torch.bool)
 
     def statistic(self, name: Statistic) -> Tensor:
         """Return the statistic of each token, [M] float64.

@@ -67,9 +67,9 @@ class TeacherScorer:
                 prompt = batch.teacher if blend.partner_prompt == "teacher" else batch.student
                 passes.append((models.blend_partner, prompt.texts))
             if teacher_factor:
-                routed = list(zip(batch.teacher_routes, batch.teacher.texts, strict=True))
+                texts = batch.teacher.texts
                 passes += [
-                    (leaf, [text for route, text in routed if route == number])
+                    (leaf, [texts[i] for i in _on_route(batch, number)])
                     for number, leaf in enumerate(models.teacher.leaves)
                 ]
         return sum(pass_operations(one.weights, texts) for one, texts in passes if one and one.weights)
@@ -82,7 +82,7 @@ class TeacherScorer:
         return self.models.blend_partner.score(0, prompt, self.models.compared_ids)
 
     def _score_by_route(self, teacher: Teacher, batch: MicroBatch, sequences: PaddedSequences) -> TeacherScores:
-        """Score each sequence by the teacher of its route, with one forward pass per route."""
+        """Score each rollout by the teacher of its route, with one forward pass per route."""
         routes = range(len(teacher.leaves)) if self.all_routes else sorted(set(batch.teacher_routes)) or [0]
         row, token = batch.tokens.row, batch.tokens.token
         if len(routes) == 1:
@@ -92,7 +92,7 @@ class TeacherScorer:
         for number, route in enumerate(routes):
             members = [i for i, r in enumerate(batch.teacher_routes) if r == route]
             on_route = torch.isin(row, torch.tensor(members, device=row.device))
-            selected = self._select_sequences(sequences, members)
+            selected = self._select_sequences(sequences, _on_route(batch, route))
             scores.append(self._score_route(teacher, route, selected, token[on_route]))
             part[on_route] = number
             place[on_route] = torch.arange(int(on_route.sum()), device=row.device)
@@ -122,6 +122,11 @@ class TeacherScorer:
             self.models.longest_pack,
             self.models.device,
         )
+
+
+def _on_route(batch: MicroBatch, route: int) -> list[int]:
+    """Return the teacher's sequences of the rollouts on a route, by index."""
+    return [i for i, rollout in enumerate(batch.teacher_rows) if batch.teacher_routes[rollout] == route]
 
 
 def _merge_top_k(scores: list[TopKLogprobs], part: Tensor) -> TopKLogprobs:
