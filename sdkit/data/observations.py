@@ -71,9 +71,7 @@ class ObservationEncoder:
 
     def _encode_text(self, text: str) -> Ids:
         control = self.prompter.control
-        text = text[: self.limit * LARGEST_TOKEN].encode("utf-8", "replace").decode()
-        text = text.replace("\0", "\N{REPLACEMENT CHARACTER}")
-        return control.encode(control.hide(text), add_special_tokens=False)
+        return control.encode(control.hide_foreign(text[: self.limit * LARGEST_TOKEN]), add_special_tokens=False)
 
     def _scaffold(self, messages: Sequence[Message]) -> list[Ids]:
         """What the template writes around the texts of such messages: before the first, and after each of them."""

@@ -145,11 +145,7 @@ class Prompter:
         return "" if names_assistant else tag
 
     def teacher_ids(
-        self,
-        row: Row,
-        sees: Sees | None,
-        evidence: GroupOutcome | None = None,
-        turn: TurnOutcome = FIRST_TURN,
+        self, row: Row, sees: Sees | None, evidence: GroupOutcome | None = None, turn: TurnOutcome = FIRST_TURN
     ) -> TeacherPrompt | None:
         """Returns the teacher's prompt, truncated to `max_prompt_tokens`; None if a required slot is empty.
 
@@ -187,11 +183,14 @@ class Prompter:
     ) -> Ids:
         """Returns a history whose last user turn is the template; `text` is where its own text stands, for {prompt}."""
         start, end = text
-        lookup, template = slot_lookup(values), parsed(sees.template)
-        pieces: list[Ids] = []
-        for is_prompt, parts in itertools.groupby(template, PROMPT.__eq__):
-            pieces += [history[start:end] for _ in parts] if is_prompt else [self._encode(fill(tuple(parts), lookup))]
-        return (*history[:start], *itertools.chain.from_iterable(pieces), *history[end:])
+        template = parsed(sees.template)
+        places = [number for number, part in enumerate(template) if part == PROMPT]
+        pieces = [template[a + 1 : b] for a, b in itertools.pairwise([-1, *places, len(template)])]
+        texts = [self._encode(fill(piece, slot_lookup(values))) for piece in pieces]
+        ids = (*history[:start], *texts[0])
+        for following in texts[1:]:
+            ids += (*history[start:end], *following)
+        return ids + history[end:]
 
     def _truncate_slots(
         self, row: Row, sees: Sees, values: Mapping[str, str], turn: TurnOutcome, limit: int

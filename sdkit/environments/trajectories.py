@@ -90,6 +90,7 @@ class _Trajectory:
     logprobs: list[float] | None = field(factory=list)  # 0 for observations; None: the backend gives none
     spans: list[Span] = field(factory=list)
     turn_rewards: list[float] = field(factory=list)
+    turn_feedback: list[str | None] = field(factory=list)
     ending: Ending | None = None
     error: str | None = None
 
@@ -114,9 +115,10 @@ class _Trajectory:
             self.ending = "length"
 
     def add_reply(self, turn: int, reply: Reply, sampler: TrajectorySampler) -> None:
-        """Note the turn's reward, and append the observation if another turn follows."""
+        """Note the turn's reward and feedback, and append the observation if another turn follows."""
         if reply.reward is not None:
             self.turn_rewards.append(reply.reward)
+        self.turn_feedback.append(reply.feedback)
         if reply.error:
             self.ending, self.error = "environment_error", reply.error
         if self.ending:
@@ -151,5 +153,6 @@ class _Trajectory:
             spans=tuple(self.spans),
             ending=self.ending,
             turn_rewards=tuple(self.turn_rewards),
+            turn_feedback=tuple(self.turn_feedback) if any(self.turn_feedback) else (),
             reward=reward,
         )

@@ -337,10 +337,12 @@ def _describe_rows(spec: ExperimentSpec, views: TeacherRows) -> str:
     text = f"teacher's rows: one for each turn, up to {views.rows} a trajectory"
     if spec.sees is None or spec.sees.max_prompt_tokens is None:
         return text
-    once = views.prompt + views.completion
+    once, budget = views.prompt + views.completion, spec.training.micro_batch_tokens
+    passes = 1 if zero_stage(spec) == 3 else -(-views.rows // max(budget // views.longest, 1))
+    size = f"one pass of {views.padded} tokens" if passes == 1 else f"{passes} passes of at most {budget} tokens"
     return (
         f"{text}, the longest of {views.longest} tokens; together {views.tokens}, "
-        f"{views.tokens / once:.1f} times one row of all turns"
+        f"{views.tokens / once:.1f} times one row of all turns, in {size}"
     )
 
 

@@ -171,7 +171,10 @@ def _micro_batch_bounds(order: Sequence[Rollout], budget: int, longest_pack: int
 
     def cost(part: Sequence[Rollout]) -> int:
         sides = [_as_student(r) for r in part], [row for r in part for row in _as_teacher(r)]
-        return max(padded_tokens(*zip(*rows, strict=True), longest_pack) for rows in sides)
+        return max(
+            padded_tokens([prompt for prompt, _ in rows], [completion for _, completion in rows], longest_pack)
+            for rows in sides
+        )
 
     bounds, start = [], 0
     for end in range(1, len(order) + 1):

@@ -92,7 +92,7 @@ class RunData:
             self.rewards[name] = self._open_rewards(part.rewards, part.scores, part.suite.data, base)
         # Every reward that can score training rows: for metrics, whether or not the loss uses it.
         self.train_rewards = self._open_rewards(spec.rewards, columns.training_rewards(spec), spec.data, base)
-        self.environments = self._open_environments(base)
+        self.environments = self.open_environments(base)
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
         self.rows_used = 0  # number of training rows that the run uses
@@ -110,8 +110,11 @@ class RunData:
         with blaming("environment"):
             return ObservationEncoder(self.prompter, self.turn_end, self.spec.environment.max_observation_tokens)
 
-    def _open_environments(self, base: Path) -> dict[str | None, Environment]:
-        """The environment of the training rows (None) and of each suite of the task; none if the spec has none."""
+    def open_environments(self, base: Path) -> dict[str | None, Environment]:
+        """The environment of the training rows (None) and of each suite of the task, which asks its rewards as they are.
+
+        Empty if the spec has none.
+        """
         spec = self.spec.environment
         if spec is None:
             return {}

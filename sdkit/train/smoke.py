@@ -85,6 +85,7 @@ def _run(spec: specs.ExperimentSpec, base: Path, console: Console) -> list[dict[
     scorer = scripted_rewards.scorer(spec)
     data.rewards = {name: dict.fromkeys(r, scorer) for name, r in data.rewards.items()}
     data.train_rewards = dict.fromkeys(data.train_rewards, scorer)
+    data.environments = data.open_environments(base)
     passes = gradient_signal.record_gradient_norms(trainer.learner.student)
     run = directory.create(base / "run")
     try:
@@ -123,7 +124,7 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
     spec = evolve(spec, rollout=_small_rollout(spec.rollout, for_accelerator))
     rows = _few_rows(spec)
     rewards = (full and list(full.rewards)) or ["reward"]
-    environment = full and full.environment and _small_environment(full.environment, rewards[0])
+    environment = _small_environment(spec, rewards[0])
     return specs.ExperimentSpec(
         rollout=evolve(spec.rollout, stop=(OFTEN,)) if environment else spec.rollout,
         environment=environment,
@@ -156,8 +157,15 @@ OFTEN = "e"
 """A text that ends turns of the tiny model, which samples an end token too rarely for a second turn."""
 
 
-def _small_environment(environment: specs.Environment, reward: str) -> specs.Environment:
-    """Two short turns; a scripted reward stands in for a user's class, which could not do with a stand-in for a row."""
+def _small_environment(spec: specs.MethodSpec, reward: str) -> specs.Environment | None:
+    """Two short turns, also for a method page whose teacher differs by turn.
+
+    A scripted reward stands in for a user's class, which could not do with a stand-in for a row.
+    """
+    environment = spec.environment if isinstance(spec, specs.ExperimentSpec) else None
+    by_turn = spec.sees is not None and spec.sees.by_turn and spec.rollout.sampled_by.completion_column is None
+    if environment is None and not by_turn:
+        return None
     short = {"max_turns": 2, "max_observation_tokens": 16, "max_trajectory_tokens": None}
     if isinstance(environment, specs.RetryEnvironment):
         return evolve(environment, **short)
