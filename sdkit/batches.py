@@ -108,6 +108,7 @@ class Completion:
     ending: Ending | None = None  # of a trajectory
     turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns, as its environment judged them
     turn_feedback: tuple[str | None, ...] = ()  # on each of a trajectory's turns; none: its environment gives none
+    unanswered: tuple[tuple[str, str], ...] = ()  # role and text of what followed the last turn, which nothing answers
     reward: float | None = None  # of a trajectory, if its environment gives one
 
     @property
@@ -152,6 +153,7 @@ class Rollout:
     ending: Ending | None = None  # of a trajectory
     turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns
     turn_feedback: tuple[str | None, ...] = ()  # on each of a trajectory's turns
+    unanswered: tuple[tuple[str, str], ...] = ()  # role and text of what followed a trajectory's last turn
     views: tuple[View, ...] = ()  # of a teacher whose context differs by turn, ascending; none: see `teacher_views`
     environment_reward: float | None = None
     # One per completion token, as all values per token; arbitrary where it was not sampled.

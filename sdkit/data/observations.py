@@ -70,8 +70,7 @@ class ObservationEncoder:
         return parts
 
     def _encode_text(self, text: str) -> Ids:
-        control = self.prompter.control
-        return control.encode(control.hide_foreign(text[: self.limit * LARGEST_TOKEN]), add_special_tokens=False)
+        return self.prompter.foreign_ids(text[: self.limit * LARGEST_TOKEN])
 
     def _scaffold(self, messages: Sequence[Message]) -> list[Ids]:
         """What the template writes around the texts of such messages: before the first, and after each of them."""

@@ -75,6 +75,10 @@ class Prompter:
         """Returns the ids of a text outside the chat, such as a completion."""
         return self._encode(self._hide(text))
 
+    def foreign_ids(self, text: str) -> Ids:
+        """Returns the ids of a text of unknown origin, such as an observation: control tokens in it are plain text."""
+        return self._encode(self.control.hide_foreign(text))
+
     def completion_ids(self, text: str, end: int) -> Ids:
         """Returns a data set's completion as token ids, ended by `end` unless the text ends with an end token."""
         return append_end_token(self.text_ids(text), end, self.tokenizer.eos_token_id)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sdkit.batches import TurnOutcome
+from sdkit.batches import Completion, TurnOutcome
 from sdkit.spans import ASSISTANT, Span
 
 Decode = Callable[[Sequence[int]], str]
 
 
-def turn_outcomes(
-    ids: Sequence[int], spans: Sequence[Span], feedback: Sequence[str | None], decode: Decode
-) -> list[tuple[Span, TurnOutcome]]:
+def turn_outcomes(completion: Completion, decode: Decode) -> list[tuple[Span, TurnOutcome]]:
     """Returns the span and the outcome of each turn of a completion; without spans, it is one turn.
 
-    `feedback` is that of each turn, if there is any; `decode` returns the text of an observation's ids.
+    `decode` returns the text of an observation's ids.
     """
-    spans = spans or (Span(role=ASSISTANT, turn=1, start=0, end=len(ids)),)
+    ids, feedback = completion.ids, completion.turn_feedback
+    spans = completion.spans or (Span(role=ASSISTANT, turn=1, start=0, end=len(ids)),)
     shown = [(span, (span.role, decode(ids[slice(*span.body)]))) for span in spans if span.body]
     turns = [span for span in spans if span.sampled]
     followed = [[message for span, message in shown if span.turn == turn.turn] for turn in turns]
-    while followed and not followed[-1]:
-        followed.pop()
+    followed = [*followed[:-1], [*followed[-1], *completion.unanswered]]
     outcomes: list[tuple[Span, TurnOutcome]] = []
     for number, turn in enumerate(turns):
         users = [span.body for span, (role, _) in shown if role == "user" and span.end <= turn.start]

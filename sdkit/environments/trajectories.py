@@ -13,7 +13,7 @@ import torch
 from attrs import define, field, frozen
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
-from sdkit.data.observations import ObservationEncoder
+from sdkit.data.observations import ObservationEncoder, ObservationPart
 from sdkit.distributed import collectives
 from sdkit.environments.interface import Environment, Reply
 from sdkit.language.errors import BadData
@@ -91,6 +91,7 @@ class _Trajectory:
     spans: list[Span] = field(factory=list)
     turn_rewards: list[float] = field(factory=list)
     turn_feedback: list[str | None] = field(factory=list)
+    unanswered: tuple[tuple[str, str], ...] = ()  # role and text of messages that are no part of the trajectory
     ending: Ending | None = None
     error: str | None = None
 
@@ -121,20 +122,23 @@ class _Trajectory:
         self.turn_feedback.append(reply.feedback)
         if reply.error:
             self.ending, self.error = "environment_error", reply.error
-        if self.ending:
-            return
-        if not reply.messages:
-            self.ending = reply.ending or "done"
-        elif turn == sampler.environment.max_turns:
-            self.ending = "max_turns"
+        elif not reply.messages:
+            self.ending = self.ending or reply.ending or "done"
         else:
             closed = bool(self.ids) and self.ids[-1] in sampler.end_ids
-            parts = sampler.observations.encode(reply.messages, closed=closed)
-            if len(self.ids) + sum(len(part.ids) for part in parts) < sampler.max_tokens:
-                for part in parts:
-                    self._append(part.role, turn, part.ids, (0.0,) * len(part.ids), part.body)
-            else:
-                self.ending = "max_tokens"
+            self._add_observation(turn, sampler.observations.encode(reply.messages, closed=closed), sampler)
+
+    def _add_observation(self, turn: int, parts: Sequence[ObservationPart], sampler: TrajectorySampler) -> None:
+        """Append the messages after a turn if another turn follows."""
+        if not self.ending and turn == sampler.environment.max_turns:
+            self.ending = "max_turns"
+        elif not self.ending and len(self.ids) + sum(len(part.ids) for part in parts) >= sampler.max_tokens:
+            self.ending = "max_tokens"
+        if self.ending:
+            self.unanswered = tuple((part.role, sampler.decode(part.ids[slice(*part.body)])) for part in parts)
+        else:
+            for part in parts:
+                self._append(part.role, turn, part.ids, (0.0,) * len(part.ids), part.body)
 
     def _append(
         self, role: str, turn: int, ids: Sequence[int], logprobs: Sequence[float] | None, body: tuple[int, int] | None
@@ -154,5 +158,6 @@ class _Trajectory:
             ending=self.ending,
             turn_rewards=tuple(self.turn_rewards),
             turn_feedback=tuple(self.turn_feedback) if any(self.turn_feedback) else (),
+            unanswered=self.unanswered,
             reward=reward,
         )

@@ -32,6 +32,7 @@ class ReplayRollouts:
                     ending=record.get("ending"),
                     turn_rewards=tuple(record.get("turn_rewards", ())),
                     turn_feedback=tuple(record.get("turn_feedback", ())),
+                    unanswered=tuple((role, text) for role, text in record.get("unanswered", ())),
                     reward=record.get("environment_reward"),
                 )
         if not self.recorded:

@@ -113,6 +113,7 @@ def _make_rollout(
         ending=completion.ending,
         turn_rewards=completion.turn_rewards,
         turn_feedback=completion.turn_feedback,
+        unanswered=completion.unanswered,
         views=views,
         environment_reward=completion.reward,
         sampler_logprobs=completion.logprobs,
@@ -130,8 +131,7 @@ def _teacher_views(
     """Return a view of each turn for which the teacher has a prompt, and the slots that are not empty in one of them."""
     views: list[View] = []
     filled: dict[str, None] = {}
-    turns = turn_outcomes(completion.ids, completion.spans, completion.turn_feedback, data.tokenizer.decode)
-    for span, turn in turns:
+    for span, turn in turn_outcomes(completion, data.tokenizer.decode):
         prompt = data.teacher_prompt(row, outcome, turn) if span.end > span.start else None
         if prompt:
             views.append(View(prompt_ids=prompt.ids, start=span.start, end=span.end))
@@ -176,6 +176,7 @@ def trajectory_record(rollout: Rollout) -> dict[str, Any]:
         "ending": rollout.ending,
         "turn_rewards": rollout.turn_rewards,
         "turn_feedback": rollout.turn_feedback,
+        "unanswered": rollout.unanswered,
         "environment_reward": rollout.environment_reward,
     }
 

@@ -13,6 +13,7 @@ from tinyruns import (
     compute_token_statistics,
     distil,
     evaluate_objective,
+    lines,
     make_spec,
     masters,
     metrics,
@@ -25,7 +26,7 @@ from tinyruns import (
     weights_of,
 )
 
-from sdkit.batches import TurnOutcome
+from sdkit.batches import Completion, TurnOutcome
 from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import Prompter
 from sdkit.data.turn_ends import end_token
@@ -40,6 +41,7 @@ from sdkit.language.specs import (
     FrozenWeights,
     GeometricBlend,
     NextTurns,
+    PerTurn,
     ReplayBackend,
     RetryEnvironment,
     RoutedWeights,
@@ -178,6 +180,30 @@ def loss_and_gradient(trainer, batch):
     return loss, {name: before[name] - value for name, value in masters(trainer).items()}
 
 
+def test_step_is_that_of_a_loop_over_turns(open_trainer):
+    trainer = open_trainer(losses=distil(average=PerTurn()), training=training(micro_batch_tokens=600))
+    batch = prepare_rollouts(trainer, collect(trainer).batch)
+
+    def logprobs(weights, prompt, tokens):
+        return weights.causal(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+    means = []
+    for each in batch:
+        for span in turns_with_hint(trainer, each):
+            tokens = each.completion_ids[span.start : span.end]
+            s = logprobs(trainer.models.student, (*each.prompt_ids, *each.completion_ids[: span.start]), tokens)
+            with torch.no_grad():
+                t = logprobs(trainer.models.teacher.weights, prompt_of(trainer, "user_turn", each, span), tokens)
+            means.append((t.exp() * (t - s)).sum(-1).mean())
+    expected = torch.stack(means).mean()
+    named = dict(trainer.models.student.causal.named_parameters())
+    slopes = dict(zip(named, torch.autograd.grad(expected, named.values()), strict=True))
+    loss, gradient = loss_and_gradient(trainer, batch)
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    for name, value in gradient.items():
+        torch.testing.assert_close(value, slopes[name], atol=2e-5, rtol=1e-3)
+
+
 def test_split_into_micro_batches_changes_nothing(open_trainer):
     results = []
     for budget, share in ((10**6, True), (10**6, False), (600, True)):
@@ -224,12 +250,18 @@ def test_one_turn_is_distilled_as_a_completion_with_feedback(spec_of, process_gr
         assert torch.equal(value, weights_of(runs[1])[key])
 
 
-def test_recorded_feedback_gives_the_same_teacher(spec_of, process_group, tmp_path):
-    spec = spec_of(training=training(steps=2))
+def test_recorded_feedback_and_replies_give_the_same_teacher(spec_of, process_group, tmp_path):
+    slots = Table({**VERDICT, "next": NextTurns(how_many="all")})
+    sees = UserTurn(template="{prompt} {verdict} {next}", slots=slots, requires="any")
+    spec = spec_of(sees, training=training(steps=2))
     run = train(spec, tmp_path / "run")
     replay = evolve(spec.rollout, backend=ReplayBackend(run=str(run)))
     again = train(evolve(spec, rollout=replay), tmp_path / "again")
     assert metrics(again) == metrics(run)
+    assert metrics(run)[-1]["trajectory/turns_with_teacher"] == 1.0
+    for record in lines(run / "rollouts" / "step_000001.jsonl"):
+        said = record["turn_feedback"][-1] if record["turn_feedback"] else None
+        assert record["unanswered"] == [["user", f"{said}, no." if said else "No."]]
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +378,8 @@ def test_sampled_ids_stand_in_a_view_as_they_are(tiny_tokenizer, make_row, templ
     ids, spans = trajectory(prompter, tokenizer, ["No.", "Not this."], ["Nor that."])
     assert tuple(tokenizer(tokenizer.decode(ids), add_special_tokens=False)["input_ids"]) != ids
     student = prompter.student_ids(row)
-    for span, turn in turn_outcomes(ids, spans, ["one", "two", "three"], tokenizer.decode):
+    completion = Completion(ids=ids, logprobs=None, finished=True, spans=spans, turn_feedback=("one", "two", "three"))
+    for span, turn in turn_outcomes(completion, tokenizer.decode):
         view = prompter.teacher_ids(row, POSITIONS[kind], None, turn).ids
         history = ids[: span.start]
         if kind == "user_turn" and history:
@@ -365,10 +398,11 @@ def test_what_followed_a_turn(tiny_tokenizer, make_row):
     prompter = Prompter(tiny_tokenizer, {})
     ids, spans = trajectory(prompter, tiny_tokenizer, ["a", "b"], ["c"])
 
-    def seen(**changes):
+    def seen(unanswered=(), **changes):
         slots = Table({"next": NextTurns(**changes)})
         sees = UserTurn(template="{prompt} {next}", slots=slots)
-        outcomes = turn_outcomes(ids, spans, (), tiny_tokenizer.decode)
+        completion = Completion(ids=ids, logprobs=None, finished=True, spans=spans, unanswered=unanswered)
+        outcomes = turn_outcomes(completion, tiny_tokenizer.decode)
         prompts = [prompter.teacher_ids(make_row("Q"), sees, None, turn) for _, turn in outcomes]
         return [prompt and tiny_tokenizer.decode(prompt.ids) for prompt in prompts]
 
@@ -377,7 +411,10 @@ def test_what_followed_a_turn(tiny_tokenizer, make_row):
     assert "Q a\n\nb\n\nc<|im_end|>" in every[0]
     assert "b c<|im_end|>" in one[1]
     assert one[1] == every[1]
-    assert one[2] is every[2] is None  # nothing follows the last turn
+    assert one[2] is every[2] is None  # nothing followed the last turn
+    last = seen((("tool", "d"),))
+    assert last[:2] == one[:2]
+    assert "c d<|im_end|>" in last[2]
     assert seen(roles=("tool",)) == [None] * 3
 
 

@@ -5,12 +5,21 @@ from attrs import evolve
 from tinyruns import make_spec, rollout, teacher, training
 
 from sdkit.language.specs import Feedback, FrozenWeights, NextTurns, RetryEnvironment, ShapeSpec, Table, UserTurn
+from sdkit.plan import memory
 from sdkit.plan.machine import machine_for
 from sdkit.plan.operations import shared_prompt_operations
 from sdkit.plan.plan import make_plan
 from sdkit.plan.teacher_rows import sampled_context_tokens, teacher_rows
 from sdkit.plan.time import _scored_rows
 
+SHAPE = ShapeSpec(
+    parameters=10**6,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    vocab_size=500,
+    max_position_embeddings=1024,
+)
 BY_TURN = UserTurn(
     template="{prompt} {f} {n}",
     slots=Table({"f": Feedback(of="turn"), "n": NextTurns(how_many=2)}),
@@ -55,12 +64,19 @@ def test_plan_says_what_the_rows_cost(spec, budget, stage, text):
     )
 
 
+@pytest.mark.parametrize(("budget", "stage", "tokens"), [(8192, 0, 7200), (1000, 0, 1000), (1000, 3, 1800)])
+def test_memory_of_a_pass_over_the_rows(spec, budget, stage, tokens):
+    small = evolve(spec, training=training(micro_batch_tokens=budget, zero_stage=stage))  # 4 prompts in float32
+    run = memory._Run(spec=small, stage=stage, ranks=1, shape=SHAPE)
+    ((label, size),) = memory._teacher_items(run)
+    assert label == f"one layer of a pass over {tokens} tokens of the teacher's rows"
+    assert size == tokens * (12 * 64 + 12 * 128)
+    assert memory._teacher_items(evolve(run, spec=evolve(small, environment=None))) == ()
+
+
 def test_operations_of_rows(spec):
-    shape = ShapeSpec(
-        parameters=10**6, hidden_size=64, num_hidden_layers=2, vocab_size=500, max_position_embeddings=1024
-    )
-    by_turn = _scored_rows(spec, shape, 3, 50, 400)
-    alone = sum(shared_prompt_operations(shape, 3, 50 + 100 * k, 3, 100) for k in range(4))
+    by_turn = _scored_rows(spec, SHAPE, 3, 50, 400)
+    alone = sum(shared_prompt_operations(SHAPE, 3, 50 + 100 * k, 3, 100) for k in range(4))
     assert by_turn == pytest.approx(alone)
     once = evolve(spec, teacher=teacher(FrozenWeights()))
-    assert _scored_rows(once, shape, 3, 50, 400) == shared_prompt_operations(shape, 3, 50, 3, 400)
+    assert _scored_rows(once, SHAPE, 3, 50, 400) == shared_prompt_operations(SHAPE, 3, 50, 3, 400)

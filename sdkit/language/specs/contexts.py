@@ -93,11 +93,12 @@ class Verdict:
 
 @frozen(kw_only=True)
 class NextTurns:
-    """Hindsight: what the student was shown after the turn that the teacher scores; takes one teacher row a turn."""
+    """Hindsight: what the environment said after the turn that the teacher scores; takes one teacher row a turn."""
 
     kind: ClassVar[str] = "next_turns"
     how_many: int | str = spec_field(
-        "observations to show: 1 is the one that followed the turn; `all` are those of the trajectory's rest",
+        "observations to show: 1 is the one that followed the turn, 2 the next one too, `all` those of the trajectory's "
+        "rest; also the one after the last turn, which nothing answers",
         default=1,
         range=ONE_OR_ALL,
     )
@@ -108,7 +109,7 @@ class NextTurns:
 
     def shown(self, turns: int) -> int:
         """The number of observations shown of a trajectory of `turns` turns, at most."""
-        return turns - 1 if self.how_many == "all" else min(int(self.how_many), turns - 1)
+        return turns if self.how_many == "all" else min(int(self.how_many), turns)
 
 
 Slot = ColumnSlot | TextSlot | SuccessfulSibling | Feedback | OwnAttempt | Verdict | NextTurns
