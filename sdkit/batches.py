@@ -67,6 +67,16 @@ class GroupOutcome:
     seed: int  # for a random choice
 
 
+@frozen(eq=False, kw_only=True)
+class TurnOutcome:
+    """A turn of a trajectory: what stands before it, and what a teacher's context may say about it."""
+
+    history: tuple[int, ...] = ()  # ids of the turns and observations before it
+    last_user: tuple[int, int] | None = None  # where `history` has the text of its last user turn, if it has one
+    feedback: str | None = None  # on the turn
+    later: Sequence[Sequence[tuple[str, str]]] = ()  # of each turn from this one on: role and text of what followed it
+
+
 @frozen(kw_only=True)
 class SamplingParams:
     """Sampling parameters; temperature 0 is greedy."""
@@ -99,6 +109,8 @@ class Completion:
     spans: tuple[Span, ...] = ()  # none: one sampled turn
     ending: Ending | None = None  # of a trajectory
     turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns, as its environment judged them
+    turn_feedback: tuple[str | None, ...] = ()  # on each of a trajectory's turns; none: its environment gives none
+    unanswered: tuple[tuple[str, str], ...] = ()  # role and text of what followed the last turn, which nothing answers
     reward: float | None = None  # of a trajectory, if its environment gives one
 
     @property
@@ -120,6 +132,15 @@ class LossMask:
     weights: tuple[float, ...] | None = None  # one per position; None: all 1
 
 
+@frozen(kw_only=True)
+class View:
+    """What the teacher sees before tokens start..end of a completion, which it scores."""
+
+    prompt_ids: tuple[int, ...]
+    start: int
+    end: int
+
+
 @frozen(eq=False, kw_only=True)
 class Rollout:
     """One prompt with one completion, which may have several turns."""
@@ -127,11 +148,15 @@ class Rollout:
     row: Row
     group: int  # rollouts of a group share their prompt; ids are unique over all ranks
     prompt_ids: tuple[int, ...]  # the student's prompt in training
-    teacher_prompt_ids: tuple[int, ...] | None  # None: no teacher for this rollout
+    # None: no teacher for this rollout.  Of a teacher whose context differs by turn: the prompt of its first view.
+    teacher_prompt_ids: tuple[int, ...] | None
     completion_ids: tuple[int, ...]
     spans: tuple[Span, ...] = ()  # none: all of the completion was sampled
     ending: Ending | None = None  # of a trajectory
     turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns
+    turn_feedback: tuple[str | None, ...] = ()  # on each of a trajectory's turns
+    unanswered: tuple[tuple[str, str], ...] = ()  # role and text of what followed a trajectory's last turn
+    views: tuple[View, ...] = ()  # of a teacher whose context differs by turn, ascending; none: see `teacher_views`
     environment_reward: float | None = None
     # One per completion token, as all values per token; arbitrary where it was not sampled.
     sampler_logprobs: tuple[float, ...] | None
@@ -159,6 +184,29 @@ class Rollout:
         """The ids of all turns, without what was shown in between."""
         return [self.completion_ids[position] for position in self.sampled]
 
+    @property
+    def teacher_views(self) -> tuple[View, ...]:
+        """The views that the teacher scores: of single turns, or one of the whole completion; none without a teacher."""
+        if self.views or self.teacher_prompt_ids is None:
+            return self.views
+        return (View(prompt_ids=self.teacher_prompt_ids, start=0, end=len(self.completion_ids)),)
+
+    def in_views(self, positions: Sequence[int]) -> list[bool]:
+        """Returns whether the teacher scores each of these tokens of the completion."""
+        scored = [False] * len(self.completion_ids)
+        for view in self.teacher_views:
+            scored[view.start : view.end] = [True] * (view.end - view.start)
+        return [scored[position] for position in positions]
+
+
+def check_views(views: Sequence[View], length: int) -> None:
+    """Raises ValueError unless the views are ascending parts of a completion of `length` tokens."""
+    end = 0
+    for view in views:
+        if not end <= view.start < view.end <= length:
+            raise ValueError(f"a view of tokens {view.start} to {view.end} of {length}, after one that ends at {end}")
+        end = view.end
+
 
 @frozen(eq=False, kw_only=True)
 class RolloutBatch:
@@ -184,6 +232,7 @@ class RolloutBatch:
                 if len(values) != len(r.completion_ids):
                     raise ValueError(f"{len(values)} {name} for {len(r.completion_ids)} tokens")
             check_spans(r.spans, len(r.completion_ids))
+            check_views(r.views, len(r.completion_ids))
             if not r.prompt_ids:
                 raise ValueError(f"rollout of row {r.row.index} has no prompt")
             if r.group in seen[:-1]:
@@ -250,7 +299,7 @@ class Tokens:
     ratio: Tensor | None = None  # [M] float32; sampler correction, if it needs complete sequences
     fully_counted: frozenset[str] = frozenset()  # terms known, without asking the device, to count every token
     advantages: Tensor | None = None  # [M] float32; from the reward of the token's rollout
-    has_teacher: Tensor | None = None  # [M] bool; whether the rollout has a teacher (None: all)
+    has_teacher: Tensor | None = None  # [M] bool; whether a teacher's view has the token (None: all)
     turn: Tensor | None = None  # [M] long, below M, ascending; turn of any sequence (None: one turn per sequence)
     # [M] float32 each: means and discounted sums over complete sequences (losses/policy_terms.py).
     sequence_means: Mapping[str, Tensor] = field(factory=dict)
@@ -290,7 +339,8 @@ class MicroBatch:
     teacher: PaddedSequences | None
     tokens: Tokens
     rows: int  # N
-    teacher_routes: tuple[int, ...]  # [N]; index of the route that scores a sequence
+    teacher_routes: tuple[int, ...]  # [N]; index of the route that scores a rollout
+    teacher_rows: tuple[int, ...]  # of each sequence of `teacher`: its rollout, 0..N-1, ascending
 
 
 @frozen(kw_only=True)

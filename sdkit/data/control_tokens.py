@@ -18,6 +18,7 @@ from sdkit.language.errors import BadData
 
 HIDDEN, RENAMED, END = 0x100000, 0x108000, 0x10FFFE
 """First characters for hidden spellings and for new names, and the end of their Unicode plane."""
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _PRIVATE = re.compile(f"[{chr(HIDDEN)}-{chr(END)}]")
 
 
@@ -43,6 +44,11 @@ class ControlTokens:
         if _PRIVATE.search(text):
             raise BadData("text with a character of Unicode's last private plane")
         return self._pattern.sub(lambda match: chr(HIDDEN + self._number[match[0]]), text)
+
+    def hide_foreign(self, text: str) -> str:
+        """Returns a text of unknown origin with its control tokens hidden, and with what is no text replaced."""
+        text = text.encode("utf-8", "replace").decode().replace("\0", REPLACEMENT)
+        return self.hide(_PRIVATE.sub(REPLACEMENT, text))
 
     def has_hidden(self, text: str) -> bool:
         """Whether a text contains a hidden control token."""

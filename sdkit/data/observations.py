@@ -69,10 +69,7 @@ class ObservationEncoder:
         return parts
 
     def _encode_text(self, text: str, limit: int) -> Ids:
-        control = self.prompter.control
-        text = text[: limit * LARGEST_TOKEN].encode("utf-8", "replace").decode()
-        text = text.replace("\0", "\N{REPLACEMENT CHARACTER}")
-        return control.encode(control.hide(text), add_special_tokens=False)
+        return self.prompter.foreign_ids(text[: limit * LARGEST_TOKEN])
 
     def _scaffold(self, messages: Sequence[Message]) -> list[Ids]:
         """What the template writes around the texts of such messages: before the first, and after each of them."""

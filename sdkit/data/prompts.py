@@ -6,6 +6,7 @@ contents of slots are ever truncated, never the generation prompt, the prompt, o
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -13,24 +14,26 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from sdkit.batches import GroupOutcome, Message, Row
+from sdkit.batches import GroupOutcome, Message, Row, TurnOutcome
 from sdkit.data.control_tokens import ControlTokens
 from sdkit.data.teacher_context import parsed, slot_lookup, slot_values, teacher_messages
 from sdkit.data.thinking import TAGS, opening_tag
 from sdkit.data.turn_ends import append_end_token, encode_prompt
 from sdkit.language.errors import BadData, blaming, first_of, listed, one_line
-from sdkit.language.specs import AnswerStart, Sees, Wording
-from sdkit.language.templates import fill
+from sdkit.language.specs import AnswerStart, Sees, Slot, UserTurn, Wording, is_by_turn
+from sdkit.language.templates import Field, fill
 from sdkit.models.loading import fixed_date
 
 Ids = tuple[int, ...]
+FIRST_TURN = TurnOutcome()
+PROMPT = Field("prompt")
 
 
 @frozen(kw_only=True)
 class TeacherPrompt:
     """The teacher's prompt."""
 
-    ids: Ids
+    ids: Ids  # of a turn after the first: with the turns before it
     messages: tuple[Message, ...]
     cut_tokens: int  # how many tokens were cut from the slots to fit
     filled: tuple[str, ...] = ()  # names of the non-empty slots
@@ -72,6 +75,10 @@ class Prompter:
         """Returns the ids of a text outside the chat, such as a completion."""
         return self._encode(self._hide(text))
 
+    def foreign_ids(self, text: str) -> Ids:
+        """Returns the ids of a text of unknown origin, such as an observation: control tokens in it are plain text."""
+        return self._encode(self.control.hide_foreign(text))
+
     def completion_ids(self, text: str, end: int) -> Ids:
         """Returns a data set's completion as token ids, ended by `end` unless the text ends with an end token."""
         return append_end_token(self.text_ids(text), end, self.tokenizer.eos_token_id)
@@ -83,6 +90,10 @@ class Prompter:
 
     def _hide(self, text: str) -> str:
         return self.control.hide(text) if self.keep_text else text
+
+    def _hide_slot(self, slot: Slot, text: str) -> str:
+        """What an environment says forges no role, as in an observation."""
+        return self.control.hide_foreign(text) if is_by_turn(slot) else self._hide(text)
 
     def messages(self, row: Row) -> tuple[Message, ...]:
         """Returns the row's chat; with `keep_text`, its control tokens are hidden."""
@@ -137,48 +148,70 @@ class Prompter:
         names_assistant = _without_whitespace(prompt) + "ok" in _without_whitespace(self.tokenizer.decode(ids))
         return "" if names_assistant else tag
 
-    def teacher_ids(self, row: Row, sees: Sees | None, evidence: GroupOutcome | None = None) -> TeacherPrompt | None:
+    def teacher_ids(
+        self, row: Row, sees: Sees | None, evidence: GroupOutcome | None = None, turn: TurnOutcome = FIRST_TURN
+    ) -> TeacherPrompt | None:
         """Returns the teacher's prompt, truncated to `max_prompt_tokens`; None if a required slot is empty.
 
-        `evidence` fills the slots about rollouts.  Raises BadData naming the row if the prompt is too long even with
-        empty slots.
+        `evidence` fills the slots about rollouts, `turn` those about one turn, which the prompt then precedes.  The turns
+        before it are its own ids, and do not count for `max_prompt_tokens`.  Raises BadData naming the row if the prompt is
+        too long even with empty slots.
         """
         if sees is None:
             return TeacherPrompt(ids=self.student_ids(row), messages=row.messages, cut_tokens=0)
-        values = slot_values(row, sees, evidence, self._hide)
+        values = slot_values(row, sees, evidence, turn, self._hide_slot)
         row = evolve(row, messages=self.messages(row))
         if values is None:
             return None
-        full = self._render(row, sees, values)
-        if sees.max_prompt_tokens is None or len(full.ids) <= sees.max_prompt_tokens:
+        full = self._render(row, sees, values, turn)
+        limit = sees.max_prompt_tokens
+        if limit is None or len(full.ids) - len(turn.history) <= limit:
             return full
-        truncated = self._truncate_slots(row, sees, values)
+        truncated = self._truncate_slots(row, sees, values, turn, limit + len(turn.history))
         return evolve(truncated, cut_tokens=len(full.ids) - len(truncated.ids))
 
-    def _render(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
-        messages = tuple(teacher_messages(row, sees, values))
+    def _render(self, row: Row, sees: Sees, values: Mapping[str, str], turn: TurnOutcome) -> TeacherPrompt:
         filled = tuple(name for name, value in values.items() if value)
-        ids = self.ids(row, messages)
+        if isinstance(sees, UserTurn) and turn.last_user:
+            ids = self.ids(row, row.messages) + self._in_last_user_turn(sees, values, turn.history, turn.last_user)
+            return TeacherPrompt(ids=ids, messages=row.messages, cut_tokens=0, filled=filled)
+        messages = tuple(teacher_messages(row, sees, values))
+        ids = self.ids(row, messages) + turn.history
         if isinstance(sees, AnswerStart):
             text = fill(parsed(sees.template), slot_lookup({**values, "prompt": row.prompt_text}))
             ids += self._encode(text)
         return TeacherPrompt(ids=ids, messages=messages, cut_tokens=0, filled=filled)
 
-    def _truncate_slots(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
+    def _in_last_user_turn(
+        self, sees: UserTurn, values: Mapping[str, str], history: Ids, text: tuple[int, int]
+    ) -> Ids:
+        """Returns a history whose last user turn is the template; `text` is where its own text stands, for {prompt}."""
+        start, end = text
+        template = parsed(sees.template)
+        places = [number for number, part in enumerate(template) if part == PROMPT]
+        pieces = [template[a + 1 : b] for a, b in itertools.pairwise([-1, *places, len(template)])]
+        texts = [self._encode(fill(piece, slot_lookup(values))) for piece in pieces]
+        ids = (*history[:start], *texts[0])
+        for following in texts[1:]:
+            ids += (*history[start:end], *following)
+        return ids + history[end:]
+
+    def _truncate_slots(
+        self, row: Row, sees: Sees, values: Mapping[str, str], turn: TurnOutcome, limit: int
+    ) -> TeacherPrompt:
         """Truncates the slots to a common number of tokens, the largest that fits, so the longest lose most."""
-        limit = sees.max_prompt_tokens or 0
         names = (name for name, slot in sees.slots.items() if not isinstance(slot, Wording))
         starts = {name: self._token_starts(values[name]) for name in names}
 
         def with_slots_of(count: int) -> TeacherPrompt:
             cut = {n: _truncate(values[n], at, count, sees.cut) for n, at in starts.items()}
-            return self._render(row, sees, {**values, **cut})
+            return self._render(row, sees, {**values, **cut}, turn)
 
         best = with_slots_of(0)
         if len(best.ids) > limit:
             raise BadData(
-                f"row {row.index}: the teacher's prompt has {len(best.ids)} tokens with every slot empty, "
-                f"more than {limit}",
+                f"row {row.index}: the teacher's prompt has {len(best.ids) - len(turn.history)} tokens with every slot "
+                f"empty, more than {sees.max_prompt_tokens}",
                 hint="raise teacher.sees.max_prompt_tokens, or drop the row",
             )
         low, high = 0, max(map(len, starts.values()), default=0)

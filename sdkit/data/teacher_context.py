@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import assert_never
 
-from sdkit.batches import Attempt, GroupOutcome, Message, Row
+from sdkit.batches import Attempt, GroupOutcome, Message, Row, TurnOutcome
 from sdkit.data.thinking import without_thinking
 from sdkit.language import specs
 from sdkit.language.errors import BadData, nearest
@@ -17,17 +17,21 @@ parsed = lru_cache(maxsize=256)(parse)
 
 
 def slot_values(
-    row: Row, sees: specs.Sees, evidence: GroupOutcome | None = None, hide: Callable[[str], str] = lambda text: text
+    row: Row,
+    sees: specs.Sees,
+    evidence: GroupOutcome | None = None,
+    turn: TurnOutcome | None = None,
+    hide: Callable[[specs.Slot, str], str] = lambda slot, text: text,
 ) -> dict[str, str] | None:
     """Returns the text of every slot ("" if it is empty), or None if `requires` is not met.
 
     A slot whose text is in the spec is never empty, so `requires: any` asks for one of the others.  `hide` is applied to
-    the others, whose text comes from rows and rollouts.
+    the others, whose text comes from rows and rollouts.  `turn` fills the slots that differ by turn.
     """
-    texts = {name: _slot_value(slot, row, evidence) for name, slot in sees.slots.items()}
+    texts = {name: _slot_value(slot, row, evidence, turn) for name, slot in sees.slots.items()}
     for name, slot in sees.slots.items():
         if not isinstance(slot, specs.Wording):
-            texts[name] = hide(texts[name])
+            texts[name] = hide(slot, texts[name])
     solved = any(texts[name] for name, slot in sees.slots.items() if isinstance(slot, specs.SuccessfulSibling))
     for name, slot in sees.slots.items():
         if isinstance(slot, specs.Feedback) and slot.when == "no_solution" and solved:
@@ -39,7 +43,7 @@ def slot_values(
     return {name: _wrap(slot, texts[name]) for name, slot in sees.slots.items()}
 
 
-def _slot_value(slot: specs.Slot, row: Row, evidence: GroupOutcome | None) -> str:
+def _slot_value(slot: specs.Slot, row: Row, evidence: GroupOutcome | None, turn: TurnOutcome | None) -> str:
     match slot:
         case specs.ColumnSlot():
             return row.text(slot.name) or ""
@@ -47,6 +51,10 @@ def _slot_value(slot: specs.Slot, row: Row, evidence: GroupOutcome | None) -> st
             return slot.text
         case specs.SuccessfulSibling():
             return _sibling(slot, evidence) if evidence else ""
+        case specs.Feedback(of="turn"):
+            return ((turn and turn.feedback) or "").strip()
+        case specs.NextTurns():
+            return _next_turns(slot, turn) if turn else ""
         case specs.Feedback():
             return (evidence.group[evidence.own].feedback or "").strip() if evidence else ""
         case specs.OwnAttempt():
@@ -56,6 +64,13 @@ def _slot_value(slot: specs.Slot, row: Row, evidence: GroupOutcome | None) -> st
             return success if succeeded else failure
         case _:
             assert_never(slot)
+
+
+def _next_turns(slot: specs.NextTurns, turn: TurnOutcome) -> str:
+    """What followed a turn, its messages apart by blank lines."""
+    later = turn.later if slot.how_many == "all" else turn.later[: int(slot.how_many)]
+    texts = [text.strip() for messages in later for role, text in messages if role in slot.roles]
+    return "\n\n".join(filter(None, texts))
 
 
 def _sibling(slot: specs.SuccessfulSibling, evidence: GroupOutcome) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from attrs import evolve
 
@@ -94,10 +94,15 @@ class UserEnvironment:
     def _reply(self, value: Any) -> Reply:
         if isinstance(value, Fault):
             return Reply(error=value.message)
-        text, reward = value if isinstance(value, list) and len(value) == 2 else (value, None)
-        if (text is None or isinstance(text, str)) and (reward is None or finite(reward)):
+        parts = value if isinstance(value, list) and len(value) in (2, 3) else [value]
+        text, reward, feedback = [*parts, None, None][:3]
+        if _is_text(text) and _is_text(feedback) and (reward is None or finite(reward)):
             shown = () if text is None else (Message(role="user", content=text),)
-            return Reply(messages=shown, reward=None if reward is None else float(reward))
-        wanted = "text or None, or such a value and a finite number"
+            return Reply(messages=shown, reward=None if reward is None else float(reward), feedback=feedback)
+        wanted = "text or None, or such a value, a finite number, and text or None"
         fault = self._fault("reply", Fault(message=f"returned {shorten(value)}; it must return {wanted}"))
         return Reply(error=fault.message)
+
+
+def _is_text(value: Any) -> TypeGuard[str | None]:
+    return value is None or isinstance(value, str)

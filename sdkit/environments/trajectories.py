@@ -13,7 +13,7 @@ import torch
 from attrs import define, evolve, field, frozen
 
 from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
-from sdkit.data.observations import ObservationEncoder
+from sdkit.data.observations import ObservationEncoder, ObservationPart
 from sdkit.distributed import collectives
 from sdkit.environments.interface import Environment, Reply
 from sdkit.environments.routed import route_of
@@ -125,6 +125,8 @@ class Trajectory:
     logprobs: list[float] | None = field(factory=list)  # 0 for observations; None: the backend gives none
     spans: list[Span] = field(factory=list)
     turn_rewards: list[float] = field(factory=list)
+    turn_feedback: list[str | None] = field(factory=list)
+    unanswered: tuple[tuple[str, str], ...] = ()  # role and text of messages that are no part of the trajectory
     ending: Ending | None = None
     error: str | None = None
 
@@ -160,28 +162,35 @@ class Trajectory:
             self.ending = "length" if request.max_new_tokens is None else "max_tokens"
 
     def add_reply(self, reply: Reply, sampler: TrajectorySampler) -> None:
-        """Note the turn's reward, and append the observation if another turn follows."""
+        """Note the turn's reward and feedback, and append the observation if another turn follows."""
         if reply.reward is not None:
             self.turn_rewards.append(reply.reward)
+        self.turn_feedback.append(reply.feedback)
         if reply.error:
             self.ending, self.error = "environment_error", reply.error
-        if self.ending:
-            return
-        if not reply.messages:
-            self.ending = reply.ending or "done"
-        elif self.turns == self.spec.max_turns:
-            self.ending = "max_turns"
-        elif self.spec.max_seconds is not None and reply.seconds > self.spec.max_seconds:
-            self.ending = "timeout"
+        elif not reply.messages:
+            self.ending = self.ending or reply.ending or "done"
         else:
             closed = bool(self.ids) and self.ids[-1] in sampler.end_ids
             limit = self.spec.max_observation_tokens
             parts = sampler.observations.encode(reply.messages, closed=closed, limit=limit)
-            if sum(len(part.ids) for part in parts) < self.tokens_left:
-                for part in parts:
-                    self._append(part.role, self.turns, part.ids, (0.0,) * len(part.ids), part.body)
-            else:
-                self.ending = "max_tokens"
+            self._add_observation(parts, reply.seconds, sampler)
+
+    def _add_observation(self, parts: Sequence[ObservationPart], seconds: float, sampler: TrajectorySampler) -> None:
+        """Append the messages after a turn if another turn follows.  seconds: of the environment's calls so far."""
+        if self.ending:
+            pass
+        elif self.turns == self.spec.max_turns:
+            self.ending = "max_turns"
+        elif self.spec.max_seconds is not None and seconds > self.spec.max_seconds:
+            self.ending = "timeout"
+        elif sum(len(part.ids) for part in parts) >= self.tokens_left:
+            self.ending = "max_tokens"
+        if self.ending:
+            self.unanswered = tuple((part.role, sampler.decode(part.ids[slice(*part.body)])) for part in parts)
+        else:
+            for part in parts:
+                self._append(part.role, self.turns, part.ids, (0.0,) * len(part.ids), part.body)
 
     def _append(
         self, role: str, turn: int, ids: Sequence[int], logprobs: Sequence[float] | None, body: tuple[int, int] | None
@@ -200,5 +209,7 @@ class Trajectory:
             spans=tuple(self.spans),
             ending=self.ending,
             turn_rewards=tuple(self.turn_rewards),
+            turn_feedback=tuple(self.turn_feedback) if any(self.turn_feedback) else (),
+            unanswered=self.unanswered,
             reward=reward,
         )

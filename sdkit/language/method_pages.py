@@ -88,7 +88,12 @@ def columns_of_method(spec: MethodSpec) -> list[str]:
 
 def _needs(spec: MethodSpec) -> Iterator[str]:
     yield from (f"column {name}" for name in columns_of_method(spec))
-    if any(isinstance(slot, Feedback) for slot in spec.slots.values()):
+    feedback = {slot.of for slot in spec.slots.values() if isinstance(slot, Feedback)}
+    if "turn" in feedback:
+        yield "an environment with feedback"
+    elif spec.sees and spec.sees.by_turn:
+        yield "an environment"
+    if "trajectory" in feedback:
         yield "a reward with feedback"
     elif next(reward_users(spec), None):
         yield "a reward"

@@ -143,6 +143,12 @@ ROLLOUTS = (
     Metric("rollout/tokens", "sampled tokens", "count"),
     Metric("rollout/completion_tokens", "mean number of sampled tokens of a completion", "tokens", "steady"),
     Metric("trajectory/turns", "mean number of turns of a trajectory", "turns", "falls as more first turns are right"),
+    Metric(
+        "trajectory/turns_with_teacher",
+        "turns for which the teacher's context, which differs by turn, is filled / turns",
+        "share",
+        "above 0",
+    ),
     Metric("trajectory/ending_done", "trajectories that the environment ended / trajectories", "share", "rises"),
     Metric("trajectory/ending_no_call", "trajectories whose last turn called no tool / trajectories", "share"),
     Metric(

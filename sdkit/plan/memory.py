@@ -1,7 +1,8 @@
 """Estimates the memory of a rank from spec, machine and model shape.  Pure arithmetic.
 
 Weights, optimizer states and gradients are resident.  A micro-batch's forward and backward pass adds activations
-(activations.py), the optimizer step adds copies of gradients; of these two phases the larger one counts.  Not included:
+(activations.py), the optimizer step adds copies of gradients, a pass over a teacher's rows by turn what a layer computes; of
+these phases the largest counts.  Not included:
 the CUDA context, NCCL's buffers, fragmentation, and what sampling with transformers takes (less than an update).
 """
 
@@ -23,6 +24,7 @@ from sdkit.plan.activations import (
     recomputed_bytes,
     stored_bytes,
 )
+from sdkit.plan.teacher_rows import teacher_rows
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -122,6 +124,7 @@ def estimate_memory(
     phases = {
         "update": _update_items(run, on_cpu=machine.on_cpu),
         "optimizer step": _step_items(run, on_cpu=machine.on_cpu),
+        "teacher's pass": _teacher_items(run),
     }
     phase = max(phases, key=lambda name: sum(size for _, size in phases[name]))
     items = [*resident, *((label, size, False) for label, size in phases[phase])]
@@ -210,6 +213,22 @@ def _update_items(run: _Run, *, on_cpu: bool) -> Items:
         *_communication(run, on_cpu=on_cpu),
         *_gathered(run),
     )
+
+
+def _teacher_items(run: _Run) -> Items:
+    """What a pass over the rows of a teacher whose context differs by turn adds: the values of one layer, without gradient.
+
+    Those are the states in float32 and twice in the model's dtype, and three values of the feed-forward part.
+    """
+    views, training = teacher_rows(run.spec), run.spec.training
+    if views is None:
+        return ()
+    rollouts = training.prompts_per_step // run.ranks * run.spec.rollout.completions_per_prompt
+    tokens = max(min(training.micro_batch_tokens, rollouts * views.padded), views.longest)
+    if run.stage == WEIGHT_SHARDING_STAGE:  # a trajectory's rows are not split
+        tokens = max(tokens, views.padded)
+    value = (FLOAT32 + 2 * run.width) * run.shape.hidden_size + 3 * run.width * intermediate_size(run.shape)
+    return ((f"one layer of a pass over {tokens} tokens of the teacher's rows", tokens * value),)
 
 
 def _dequantized_bytes(run: _Run) -> float:

@@ -20,7 +20,7 @@ def forward_operations(shape: ShapeSpec, tokens: float, length: float, scored: f
     return tokens * (2 * (shape.parameters - head) + attention) + 2 * head * scored
 
 
-def shared_prompt_operations(shape: ShapeSpec, prompts: float, prompt: float, completions: int, new: int) -> float:
+def shared_prompt_operations(shape: ShapeSpec, prompts: float, prompt: float, completions: int, new: float) -> float:
     """Returns the operations of a pass that scores `completions` of `new` tokens, after `prompts` of `prompt` tokens."""
     tokens = completions * new
     after = forward_operations(shape, tokens, 2 * prompt + new, tokens)  # a completion attends to its whole prompt

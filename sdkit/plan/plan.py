@@ -40,6 +40,7 @@ from sdkit.plan.memory import (
 )
 from sdkit.plan.processes import describe_processes
 from sdkit.plan.savings import plan_memory
+from sdkit.plan.teacher_rows import TeacherRows, teacher_rows
 from sdkit.plan.time import StepTime, estimate_step_time
 
 ChosenBackend = TransformersBackend | VllmBackend | VllmServerBackend
@@ -326,7 +327,23 @@ def _roles(spec: ExperimentSpec) -> list[str]:
     if spec.environment:
         longest = spec.longest_completion()
         roles.append(f"environment: {spec.environment.describe()}; at most {longest} tokens after the prompt")
+    if views := teacher_rows(spec):
+        roles.append(_describe_rows(spec, views))
     return roles
+
+
+def _describe_rows(spec: ExperimentSpec, views: TeacherRows) -> str:
+    """The rows of a teacher whose context differs by turn, and what they cost in the longest trajectory."""
+    text = f"teacher's rows: one for each turn, up to {views.rows} a trajectory"
+    if spec.sees is None or spec.sees.max_prompt_tokens is None:
+        return text
+    once, budget = views.prompt + views.completion, spec.training.micro_batch_tokens
+    passes = 1 if zero_stage(spec) == 3 else -(-views.rows // max(budget // views.longest, 1))
+    size = f"one pass of {views.padded} tokens" if passes == 1 else f"{passes} passes of at most {budget} tokens"
+    return (
+        f"{text}, the longest of {views.longest} tokens; together {views.tokens}, "
+        f"{views.tokens / once:.1f} times one row of all turns, in {size}"
+    )
 
 
 def _describe_sync(spec: ExperimentSpec, backend: object, shape: ShapeSpec | None) -> str:

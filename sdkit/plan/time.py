@@ -29,6 +29,7 @@ from sdkit.language.specs import (
 from sdkit.plan.accelerators import Accelerator, Machine
 from sdkit.plan.memory import BYTES, GIB, engine_gib
 from sdkit.plan.operations import forward_operations, shared_prompt_operations, training_factor
+from sdkit.plan.teacher_rows import teacher_rows
 
 
 @frozen(kw_only=True)
@@ -153,17 +154,31 @@ def _scoring_operations(
     external = [other_shapes[weights.path] for _, weights in spec.external_teachers()]
     largest = max(external, key=lambda model: model.parameters, default=shape)
     statistics = any(name.startswith("teacher") for name in required_statistics(spec.losses))
-    scores = shared_prompt_operations(largest, rollouts, teacher_prompt, rollouts, new)
+    scores = _scored_rows(spec, largest, rollouts, teacher_prompt, new)
     blend, start = spec.blend, 0.0
     if blend:
         partner = other_shapes[blend.base.path] if isinstance(blend.base, ExternalWeights) else shape
-        seen = teacher_prompt if blend.partner_prompt == "teacher" else prompt
-        operations = shared_prompt_operations(partner, rollouts, seen, rollouts, new)
+        if blend.partner_prompt == "teacher":
+            operations = _scored_rows(spec, partner, rollouts, teacher_prompt, new)
+        else:
+            operations = shared_prompt_operations(partner, rollouts, prompt, rollouts, new)
         if isinstance(blend.base, FrozenWeights):
             start = operations  # in the update, this pass is counted as the reference's: see _training_passes
         else:
             scores += operations
     return scores + statistics * (scores + start)
+
+
+def _scored_rows(spec: ExperimentSpec, shape: ShapeSpec, rollouts: int, prompt: int, new: int) -> float:
+    """Operations of one pass over the teacher's rows: one a rollout, or one for each of its turns, which are equally long."""
+    views = teacher_rows(spec)
+    if views is None:
+        return shared_prompt_operations(shape, rollouts, prompt, rollouts, new)
+    turn = new / views.rows
+    return sum(
+        shared_prompt_operations(shape, rollouts, prompt + turn * number, rollouts, turn)
+        for number in range(views.rows)
+    )
 
 
 def _compute_seconds(device: Accelerator, operations: float) -> float:

@@ -26,6 +26,8 @@ def completion_record(completion: Completion) -> dict[str, Any]:
             "spans": span_records(completion.spans),
             "ending": completion.ending,
             "turn_rewards": completion.turn_rewards,
+            "turn_feedback": completion.turn_feedback,
+            "unanswered": completion.unanswered,
             "environment_reward": completion.reward,
         }
     return record
@@ -41,6 +43,8 @@ def completion_from(record: Mapping[str, Any]) -> Completion:
         spans=spans_of(record.get("spans", ())),
         ending=record.get("ending"),
         turn_rewards=tuple(record.get("turn_rewards", ())),
+        turn_feedback=tuple(record.get("turn_feedback", ())),
+        unanswered=tuple((role, text) for role, text in record.get("unanswered", ())),
         reward=record.get("environment_reward"),
     )
 

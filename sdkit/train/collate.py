@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -93,8 +94,7 @@ def empty_micro_batch(losses: Iterable[str], *, teacher: bool, device: torch.dev
 
 
 def _width(rollout: Rollout) -> int:
-    prompt = max(len(rollout.prompt_ids), len(rollout.teacher_prompt_ids or ()))
-    return prompt + len(rollout.completion_ids)
+    return max(len(prompt) + len(completion) for prompt, completion in (_as_student(rollout), *_as_teacher(rollout)))
 
 
 def _loss_mask(rollout: Rollout, name: str) -> LossMask:
@@ -171,10 +171,10 @@ def _micro_batch_bounds(order: Sequence[Rollout], budget: int, longest_pack: int
     """
 
     def cost(part: Sequence[Rollout]) -> int:
-        completions = [r.completion_ids for r in part]
+        sides = [_as_student(r) for r in part], [row for r in part for row in _as_teacher(r)]
         return max(
-            padded_tokens([prompt(r) for r in part], completions, longest_pack)
-            for prompt in (_student_prompt, _teacher_prompt)
+            padded_tokens([prompt for prompt, _ in rows], [completion for _, completion in rows], longest_pack)
+            for rows in sides
         )
 
     bounds, start = [], 0
@@ -185,13 +185,39 @@ def _micro_batch_bounds(order: Sequence[Rollout], budget: int, longest_pack: int
     return bounds
 
 
-def _student_prompt(rollout: Rollout) -> tuple[int, ...]:
-    return rollout.prompt_ids
+Ids = tuple[int, ...]
 
 
-def _teacher_prompt(rollout: Rollout) -> tuple[int, ...]:
-    """Return the teacher's prompt; the student's for a rollout without one, whose weights are zero, so that rows align."""
-    return rollout.teacher_prompt_ids or rollout.prompt_ids
+def _as_student(rollout: Rollout) -> tuple[Ids, Ids]:
+    """Return the rollout's prompt and completion."""
+    return rollout.prompt_ids, rollout.completion_ids
+
+
+def _as_teacher(rollout: Rollout) -> list[tuple[Ids, Ids]]:
+    """Return the prompt and the scored tokens of each of the teacher's rows.
+
+    Without a teacher it is the student's row, whose weights are zero, so that rows align.
+    """
+    rows = [(view.prompt_ids, rollout.completion_ids[view.start : view.end]) for view in rollout.teacher_views]
+    return rows or [_as_student(rollout)]
+
+
+def _teacher_positions(rollout: Rollout, positions: Sequence[int]) -> list[list[int]]:
+    """Return, for each of the teacher's rows, where its tokens are that stand for these of the completion, ascending.
+
+    The rows together have as many.  A token in no view has no teacher; the first or last one of the next row stands for it.
+    """
+    views = rollout.teacher_views
+    if not views:
+        return [list(positions)]
+    parts: list[list[int]] = [[] for _ in views]
+    number = 0
+    for position in positions:
+        while number < len(views) - 1 and position >= views[number].end:
+            number += 1
+        view = views[number]
+        parts[number].append(min(max(position, view.start), view.end - 1) - view.start)
+    return parts
 
 
 def _micro_batch(
@@ -207,7 +233,7 @@ def _micro_batch(
     advantages = [None if r.advantage is None else (r.advantage,) * len(r.completion_ids) for r in rollouts]
     rows = [i for i, ps in enumerate(positions) for _ in ps]
     weights = {name: _token_weights(name, rollouts, positions, own) for name, own in row_weights.items()}
-    has_teacher = [r.teacher_prompt_ids is not None for r in rollouts]
+    taught = [known for r, ps in zip(rollouts, positions, strict=True) for known in r.in_views(ps)]
     tokens = Tokens(
         token=torch.tensor([completions[i][p] for i, ps in enumerate(positions) for p in ps], dtype=torch.long),
         row=torch.tensor(rows, dtype=torch.long),
@@ -217,19 +243,19 @@ def _micro_batch(
         fully_counted=frozenset(name for name, own in weights.items() if bool((own > 0).all())),
         advantages=_select_floats(advantages, positions),
         turn=_turns(rollouts, positions, rows),
-        has_teacher=None if all(has_teacher) else torch.tensor([has_teacher[i] for i in rows], dtype=torch.bool),
+        has_teacher=None if all(taught) else torch.tensor(taught, dtype=torch.bool),
     )
 
-    def pad(prompt: Callable[[Rollout], tuple[int, ...]]) -> PaddedSequences:
-        prompts = [prompt(r) for r in rollouts]
-        return pad_sequences(prompts, completions, positions, longest_pack, device)
-
+    student = [_as_student(r) for r in rollouts]
+    teachers = [_as_teacher(r) for r in rollouts]
+    in_views = [part for r, ps in zip(rollouts, positions, strict=True) for part in _teacher_positions(r, ps)]
     return MicroBatch(
-        student=pad(_student_prompt),
-        teacher=pad(_teacher_prompt) if teacher else None,
+        student=_pad(student, positions, longest_pack, device),
+        teacher=_pad(list(itertools.chain(*teachers)), in_views, longest_pack, device) if teacher else None,
         tokens=tokens.to(device),
         rows=len(rollouts),
         teacher_routes=tuple(r.teacher_route for r in rollouts),
+        teacher_rows=tuple(i for i, views in enumerate(teachers) for _ in views),
     )
 
 
@@ -239,6 +265,13 @@ def _turns(rollouts: Sequence[Rollout], positions: list[list[int]], rows: list[i
         return None
     turns = [turn for r, ps in zip(rollouts, positions, strict=True) for turn in turns_at(r.spans, ps)]
     return turn_units(torch.tensor(rows, dtype=torch.long), torch.tensor(turns, dtype=torch.long))
+
+
+def _pad(
+    rows: Sequence[tuple[Ids, Ids]], positions: Sequence[Sequence[int]], longest_pack: int, device: torch.device
+) -> PaddedSequences:
+    prompts, completions = [prompt for prompt, _ in rows], [completion for _, completion in rows]
+    return pad_sequences(prompts, completions, positions, longest_pack, device)
 
 
 def _token_weights(name: str, rollouts: Sequence[Rollout], positions: list[list[int]], rows: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 
 from attrs import frozen
 
-from sdkit.batches import Completion, GroupOutcome, Rollout, RolloutBatch, Row, SamplingRequest
+from sdkit.batches import Completion, GroupOutcome, Rollout, RolloutBatch, Row, SamplingRequest, View
+from sdkit.data.turn_outcomes import turn_outcomes
 from sdkit.distributed import collectives
 from sdkit.rewards.scoring import ScoredCompletion, reward_values, score
 from sdkit.spans import last_turn, span_records
@@ -92,7 +93,11 @@ def _score_completions(
 def _make_rollout(
     data: RunData, row: Row, group: int, completion: Completion, version: int, outcome: GroupOutcome | None
 ) -> Rollout:
-    if data.needs_rollouts_for_context:
+    views: tuple[View, ...] = ()
+    if data.context_by_turn:
+        views, filled = _teacher_views(data, row, outcome, completion)
+        teacher_ids = views[0].prompt_ids if views else None
+    elif data.needs_rollouts_for_context:
         prompt = data.teacher_prompt(row, outcome)
         teacher_ids, filled = (prompt.ids, prompt.filled) if prompt else (None, ())
     else:
@@ -107,6 +112,9 @@ def _make_rollout(
         spans=completion.spans,
         ending=completion.ending,
         turn_rewards=completion.turn_rewards,
+        turn_feedback=completion.turn_feedback,
+        unanswered=completion.unanswered,
+        views=views,
         environment_reward=completion.reward,
         sampler_logprobs=completion.logprobs,
         policy_version=version,
@@ -115,6 +123,20 @@ def _make_rollout(
         filled_slots=filled,
         group_rewards=() if outcome is None else tuple(a.reward for a in outcome.group),
     )
+
+
+def _teacher_views(
+    data: RunData, row: Row, outcome: GroupOutcome | None, completion: Completion
+) -> tuple[tuple[View, ...], tuple[str, ...]]:
+    """Return a view of each turn for which the teacher has a prompt, and the slots that are not empty in one of them."""
+    views: list[View] = []
+    filled: dict[str, None] = {}
+    for span, turn in turn_outcomes(completion, data.tokenizer.decode):
+        prompt = data.teacher_prompt(row, outcome, turn) if span.end > span.start else None
+        if prompt:
+            views.append(View(prompt_ids=prompt.ids, start=span.start, end=span.end))
+            filled |= dict.fromkeys(prompt.filled)
+    return tuple(views), tuple(filled)
 
 
 def rollout_records(
@@ -153,6 +175,8 @@ def trajectory_record(rollout: Rollout) -> dict[str, Any]:
         "spans": span_records(rollout.spans),
         "ending": rollout.ending,
         "turn_rewards": rollout.turn_rewards,
+        "turn_feedback": rollout.turn_feedback,
+        "unanswered": rollout.unanswered,
         "environment_reward": rollout.environment_reward,
     }
 

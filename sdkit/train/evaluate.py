@@ -88,15 +88,16 @@ def _teacher_prompts(
 ) -> list[tuple[int, ...] | None]:
     """Each row's teacher prompt, None for a row that has none.
 
-    If the context depends on rollouts, the prompt is that of the row's first rollout.
+    If the context depends on rollouts, the prompt is that of the row's first rollout, if it differs by turn, its first turn's.
     """
     data = sampler.setup.data
     if not data.needs_rollouts_for_context:
         return [data.teacher_ids(row) for row in rows]
     by_row: dict[int, tuple[int, ...]] = {}
     for rollout in collect_rollouts(sampler, rows, ("lift", name), specs, suite=name).batch:
-        if rollout.teacher_prompt_ids is not None:
-            by_row.setdefault(rollout.group, rollout.teacher_prompt_ids)
+        first = next(iter(rollout.teacher_views), None)
+        if first and first.start == 0:
+            by_row.setdefault(rollout.group, first.prompt_ids)
     prompts = {i: ids for part in collectives.all_gather_object(by_row) for i, ids in part.items()}
     return [prompts.get(i) for i in range(len(rows))]
 

@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sdkit.batches import GroupOutcome, Row
+from sdkit.batches import GroupOutcome, Row, TurnOutcome
 from sdkit.data.observations import ObservationEncoder
-from sdkit.data.prompts import Prompter, TeacherPrompt, check_prompts, check_repeatable
+from sdkit.data.prompts import FIRST_TURN, Prompter, TeacherPrompt, check_prompts, check_repeatable
 from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.data.thinking import answer_text
 from sdkit.data.turn_ends import end_token
@@ -25,6 +25,7 @@ from sdkit.models.embedding_ids import HINT, KnownIds
 from sdkit.models.loading import load_tokenizer
 from sdkit.plan.machine import machine_for
 from sdkit.plan.plan import make_plan
+from sdkit.plan.teacher_rows import sampled_context_tokens
 from sdkit.rewards.scoring import Scorer, open_rewards
 from sdkit.train.dataset_completions import DatasetCompletions, measure_completions
 from sdkit.train.reward_checks import check_rewards
@@ -61,6 +62,7 @@ class RunData:
         weights = spec.teacher and spec.teacher.weights
         self._slots = list(spec.slots.values())
         self.needs_rollouts_for_context = any(isinstance(slot, specs.OfRollouts) for slot in self._slots)
+        self.context_by_turn = spec.sees is not None and spec.sees.by_turn
         self.strips_thinking = any(getattr(slot, "strip_thinking", False) for slot in self._slots)
         self.routed = weights if isinstance(weights, specs.RoutedWeights) else None
         self.routes = list(self.routed.routes) if self.routed else []
@@ -91,7 +93,7 @@ class RunData:
             self.rewards[name] = self._open_rewards(part.rewards, part.scores, part.suite.data, base)
         # Every reward that can score training rows: for metrics, whether or not the loss uses it.
         self.train_rewards = self._open_rewards(spec.rewards, columns.training_rewards(spec), spec.data, base)
-        self.environments = self._open_environments(base)
+        self.environments = self.open_environments(base)
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
         self.rows_used = 0  # number of training rows that the run uses
@@ -109,8 +111,11 @@ class RunData:
         with blaming("environment"):
             return ObservationEncoder(self.prompter, self.turn_end)
 
-    def _open_environments(self, base: Path) -> dict[str | None, Environment]:
-        """The environment of the training rows (None) and of each suite of the task; none if the spec has none."""
+    def open_environments(self, base: Path) -> dict[str | None, Environment]:
+        """The environment of the training rows (None) and of each suite of the task, which asks its rewards as they are.
+
+        Empty if the spec has none.
+        """
         spec = self.spec.environment
         if spec is None:
             return {}
@@ -193,10 +198,12 @@ class RunData:
             self._teacher[id(row)] = None if prompt is None else prompt.ids
         return self._teacher[id(row)]
 
-    def teacher_prompt(self, row: Row, evidence: GroupOutcome | None) -> TeacherPrompt | None:
-        """The teacher's prompt for one rollout, given its group's outcome."""
+    def teacher_prompt(
+        self, row: Row, evidence: GroupOutcome | None, turn: TurnOutcome = FIRST_TURN
+    ) -> TeacherPrompt | None:
+        """The teacher's prompt for one rollout, or one turn of it, given its group's outcome."""
         teacher = self.spec.teacher
-        prompt = teacher and self.prompter.teacher_ids(row, teacher.sees, evidence)
+        prompt = teacher and self.prompter.teacher_ids(row, teacher.sees, evidence, turn)
         if prompt and self.known_ids:
             self.known_ids.check(self.tokenizer, f"row {row.index}: the teacher's prompt", prompt.ids)
         return prompt
@@ -329,8 +336,7 @@ class RunData:
         longest = max(max(len(s), len(t.ids) if t else 0) for s, t in prompts)
         if sees is None or not self.needs_rollouts_for_context:
             return longest
-        slots = sum(isinstance(slot, specs.OfRollouts) for slot in self._slots)
-        upper_bound = longest + TEMPLATE_TOKENS + slots * spec.rollout.max_new_tokens
+        upper_bound = longest + TEMPLATE_TOKENS + sampled_context_tokens(spec)
         return max(longest, min(upper_bound, sees.max_prompt_tokens or upper_bound))
 
 

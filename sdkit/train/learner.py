@@ -55,6 +55,7 @@ def open_learner(setup: RunSetup, models: Models) -> Learner:
         has_reference_term=spec.has_reference_term,
         top_k=spec.served_top_k,
         chunk_tokens=chunk_tokens,
+        pass_tokens=spec.training.micro_batch_tokens,
         all_routes=setup.plan.zero_stage == 3,
     )
     stage, offload, bf16 = setup.plan.zero_stage, spec.training.offload, spec.model.dtype == "bfloat16"

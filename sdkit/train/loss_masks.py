@@ -100,6 +100,8 @@ def _term_masks(
     places = [positions_of(r.spans, len(r.completion_ids), term.mask.roles) for r in rollouts]
     numbers = [_span(name, term, r, len(p), route) for r, p in zip(rollouts, places, strict=True)]
     tokens = _Tokens.of(rollouts, places, numbers)
+    if term.needs_teacher_prompt and any(r.views for r in rollouts):
+        tokens = tokens.select(tokens.in_views())
     with blaming("losses", name, "mask"):
         tokens = _apply_mask(term, tokens, all_gather, special, decode)
     weight = term.token_weight
@@ -151,6 +153,10 @@ class _Tokens:
     def ids(self) -> Tensor:
         """Return the token ids, [M] long."""
         return self._select_tokens([r.completion_ids for r in self.rollouts], torch.long)
+
+    def in_views(self) -> Tensor:
+        """Return whether the teacher scores each token, [M] bool."""
+        return self._select_tokens([r.in_views(range(len(r.completion_ids))) for r in self.rollouts], torch.bool)
 
     def statistic(self, name: Statistic) -> Tensor:
         """Return the statistic of each token, [M] float64.

@@ -103,7 +103,10 @@ def _trajectory_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
     if data.spec.environment is None:
         return {}
     endings = {f"trajectory/ending_{name}": _mean(r.ending == name for r in rollouts) for name in get_args(Ending)}
+    turns = float(sum(span.sampled for r in rollouts for span in r.spans))
+    views = float(sum(len(r.views) for r in rollouts))
     return {
+        **({"trajectory/turns_with_teacher": (views, turns)} if data.context_by_turn else {}),
         "trajectory/turns": _mean(sum(span.sampled for span in r.spans) for r in rollouts),
         "trajectory/observation_tokens": _mean(len(r.completion_ids) - len(r.sampled) for r in rollouts),
         **endings,

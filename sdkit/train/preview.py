@@ -13,13 +13,15 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sdkit.batches import Row
+from sdkit.batches import Attempt, GroupOutcome, Row, TurnOutcome
+from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import Prompter
 from sdkit.data.rows import load_rows
 from sdkit.data.turn_ends import end_token
 from sdkit.language.errors import counted
 from sdkit.language.specs import ExperimentSpec, OfRollouts
 from sdkit.models.loading import load_tokenizer, resolve_model
+from sdkit.spans import Message
 
 SPLICE = "▶ completion goes here"
 
@@ -41,7 +43,9 @@ def show_prompts(spec: ExperimentSpec, prompter: Prompter, rows: Iterable[Row], 
         views = [_panel("student", tokenizer.decode(student), len(student))]
         if spec.teacher:
             teacher = prompter.teacher_ids(row, spec.teacher.sees)
-            if teacher is None:
+            if spec.environment and spec.teacher.sees and spec.teacher.sees.by_turn:
+                views.append(_scripted_view(spec, prompter, end, row))
+            elif teacher is None:
                 views.append(Panel(Text(_no_teacher(spec)), title="teacher"))
             else:
                 cut = f", {teacher.cut_tokens} context tokens cut" if teacher.cut_tokens else ""
@@ -54,6 +58,30 @@ def show_prompts(spec: ExperimentSpec, prompter: Prompter, rows: Iterable[Row], 
         table.add_row(*views)
         console.rule(f"row {row.index}")
         console.print(table)
+
+
+def _scripted_view(spec: ExperimentSpec, prompter: Prompter, end: int | None, row: Row) -> Panel:
+    """The teacher's prompt of the second turn of a scripted trajectory, for a context that differs by turn.
+
+    Raises BadData if the chat template cannot continue a chat.
+    """
+    assert spec.environment is not None
+    assert spec.sees is not None
+    encoder = ObservationEncoder(prompter, end)
+    answer = (*prompter.text_ids("‹first answer›"), *([] if end is None else [end]))
+    shown = Message(role="user", content="‹what the student was shown after it›")
+    (observed,) = encoder.encode([shown], closed=True, limit=spec.environment.max_observation_tokens)
+    turn = TurnOutcome(
+        history=answer + observed.ids,
+        last_user=(len(answer) + observed.body[0], len(answer) + observed.body[1]),
+        feedback="‹feedback on the second answer›",
+        later=[[("user", "‹what the student was shown after the second answer›")]],
+    )
+    scripted = GroupOutcome(group=[Attempt(text="‹an answer›", reward=0.0, feedback="‹feedback›")], own=0, seed=0)
+    prompt = prompter.teacher_ids(row, spec.sees, scripted, turn)
+    if prompt is None:
+        return Panel(Text(_no_teacher(spec)), title="teacher")
+    return _panel("teacher, turn 2 of a scripted trajectory", prompter.tokenizer.decode(prompt.ids), len(prompt.ids))
 
 
 def _no_teacher(spec: ExperimentSpec) -> str:

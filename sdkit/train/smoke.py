@@ -85,6 +85,7 @@ def _run(spec: specs.ExperimentSpec, base: Path, console: Console) -> list[dict[
     scorer = scripted_rewards.scorer(spec)
     data.rewards = {name: dict.fromkeys(r, scorer) for name, r in data.rewards.items()}
     data.train_rewards = dict.fromkeys(data.train_rewards, scorer)
+    data.environments = data.open_environments(base)
     passes = gradient_signal.record_gradient_norms(trainer.learner.student)
     run = directory.create(base / "run")
     try:
@@ -161,10 +162,12 @@ def _small_environment(
 ) -> specs.Environment | None:
     """Two short turns; a scripted reward stands in for a user's class, which could not do with a stand-in for a row.
 
-    A method page has no environment, but terms of it may need one.
+    A method page has no environment, but terms or the teacher's context of it may need one.
     """
     by_student = isinstance(spec.rollout.sampled_by, specs.StudentSamples)
-    if environment is None and not (by_student and any(term.turn_setting for term in spec.losses.values())):
+    by_turn = spec.sees is not None and spec.sees.by_turn and spec.rollout.sampled_by.completion_column is None
+    needed = by_turn or (by_student and any(term.turn_setting for term in spec.losses.values()))
+    if environment is None and not needed:
         return None
     if isinstance(environment, specs.RoutedEnvironment):
         routes = {name: _small_environment(spec, route, reward) for name, route in environment.routes.items()}

@@ -5,11 +5,21 @@ Scoring runs before the student's forward pass, without gradients.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
-from sdkit.batches import BlendedScores, MicroBatch, PaddedSequences, RoutedScores, TeacherScores, TopKLogprobs
+from sdkit.batches import (
+    BlendedScores,
+    HiddenStateScores,
+    MicroBatch,
+    PaddedSequences,
+    RoutedScores,
+    TeacherScores,
+    TopKLogprobs,
+)
 from sdkit.language.specs import Blend
 from sdkit.losses.chunks import top_k_logprobs
 from sdkit.models.operations import pass_operations
@@ -26,6 +36,7 @@ class TeacherScorer:
     has_reference_term: bool  # whether a loss term compares the student with the reference
     top_k: int | None  # every teacher returns so many likeliest tokens only, because one of them is served
     chunk_tokens: int
+    pass_tokens: int  # of a forward pass, padding included, if its rows can be split
     all_routes: bool  # ZeRO stage 3 gathers parameters on all ranks, so every rank runs every teacher
 
     @torch.no_grad()
@@ -67,9 +78,9 @@ class TeacherScorer:
                 prompt = batch.teacher if blend.partner_prompt == "teacher" else batch.student
                 passes.append((models.blend_partner, prompt.texts))
             if teacher_factor:
-                routed = list(zip(batch.teacher_routes, batch.teacher.texts, strict=True))
+                texts = batch.teacher.texts
                 passes += [
-                    (leaf, [text for route, text in routed if route == number])
+                    (leaf, [texts[i] for i in _on_route(batch, number)])
                     for number, leaf in enumerate(models.teacher.leaves)
                 ]
         return sum(pass_operations(one.weights, texts) for one, texts in passes if one and one.weights)
@@ -79,10 +90,10 @@ class TeacherScorer:
         assert self.models.blend_partner is not None
         if reference and self.models.blend_partner is self.models.reference:
             return reference
-        return self.models.blend_partner.score(0, prompt, self.models.compared_ids)
+        return self._score(self.models.blend_partner, 0, prompt)
 
     def _score_by_route(self, teacher: Teacher, batch: MicroBatch, sequences: PaddedSequences) -> TeacherScores:
-        """Score each sequence by the teacher of its route, with one forward pass per route."""
+        """Score each rollout by the teacher of its route, with one forward pass per route."""
         routes = range(len(teacher.leaves)) if self.all_routes else sorted(set(batch.teacher_routes)) or [0]
         row, token = batch.tokens.row, batch.tokens.token
         if len(routes) == 1:
@@ -92,7 +103,7 @@ class TeacherScorer:
         for number, route in enumerate(routes):
             members = [i for i, r in enumerate(batch.teacher_routes) if r == route]
             on_route = torch.isin(row, torch.tensor(members, device=row.device))
-            selected = self._select_sequences(sequences, members)
+            selected = self._select_sequences(sequences, _on_route(batch, route))
             scores.append(self._score_route(teacher, route, selected, token[on_route]))
             part[on_route] = number
             place[on_route] = torch.arange(int(on_route.sum()), device=row.device)
@@ -107,12 +118,26 @@ class TeacherScorer:
         If any teacher is served, every local teacher is reduced to top-k log-probabilities too, so that the numbers of
         a step do not depend on which routes share a micro-batch.
         """
-        scores = teacher.score(route, sequences, self.models.compared_ids)
+        scores = self._score(teacher, route, sequences)
         if self.top_k is None or isinstance(scores, TopKLogprobs):
             return scores
         return top_k_logprobs(scores, token, self.top_k, self.chunk_tokens)
 
-    def _select_sequences(self, sequences: PaddedSequences, members: list[int]) -> PaddedSequences:
+    def _score(self, teacher: Teacher, route: int, sequences: PaddedSequences) -> TeacherScores:
+        """Return the scores of one teacher: in one forward pass, or in several if a trajectory's rows exceed the budget.
+
+        Under ZeRO stage 3, where every rank needs equally many passes, it is one.
+        """
+        compared, texts = self.models.compared_ids, sequences.texts
+        widest = max((len(text.prompt) + len(text.completion) for text in texts), default=0)
+        rows = max(1, self.pass_tokens // max(widest, 1))
+        if self.all_routes or len(texts) <= rows or sequences.input_ids.numel() <= self.pass_tokens:
+            return teacher.score(route, sequences, compared)
+        starts = range(0, len(texts), rows)
+        parts = [self._select_sequences(sequences, range(start, len(texts))[:rows]) for start in starts]
+        return _joined([teacher.score(route, part, compared) for part in parts])
+
+    def _select_sequences(self, sequences: PaddedSequences, members: Sequence[int]) -> PaddedSequences:
         """Return a padded batch of some of the sequences."""
         texts = [sequences.texts[i] for i in members]
         return pad_sequences(
@@ -122,6 +147,24 @@ class TeacherScorer:
             self.models.longest_pack,
             self.models.device,
         )
+
+
+def _joined(parts: Sequence[TeacherScores]) -> TeacherScores:
+    """Return the scores of consecutive sequences as one."""
+    if all(isinstance(part, TopKLogprobs) for part in parts):
+        known = [part for part in parts if isinstance(part, TopKLogprobs)]
+        return TopKLogprobs(
+            ids=torch.cat([part.ids for part in known]),
+            logprobs=torch.cat([part.logprobs for part in known]),
+            sampled=torch.cat([part.sampled for part in known]),
+        )
+    states = [part for part in parts if isinstance(part, HiddenStateScores)]
+    return evolve(states[0], hidden=torch.cat([part.hidden for part in states]))
+
+
+def _on_route(batch: MicroBatch, route: int) -> list[int]:
+    """Return the teacher's sequences of the rollouts on a route, by index."""
+    return [i for i, rollout in enumerate(batch.teacher_rows) if batch.teacher_routes[rollout] == route]
 
 
 def _merge_top_k(scores: list[TopKLogprobs], part: Tensor) -> TopKLogprobs:

@@ -119,7 +119,7 @@ def test_each_trajectory_has_an_instance_and_random_numbers_of_its_own(environme
         ("sleeps", "no answer within 1 s"),
         ("exits", "SystemExit: 3"),
         ("dies", "its process has ended"),
-        ("number", "returned 3; it must return text or None, or such a value and a finite number"),
+        ("number", "returned 3; it must return text or None, or such a value, a finite number, and text or None"),
         ("megabytes", "an answer of more than 1048576 bytes"),
     ],
 )

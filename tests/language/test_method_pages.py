@@ -14,6 +14,7 @@ from sdkit.language.method_pages import find_pages, list_pages, method_page
         ("sdft", "2601.19897", ("column demonstration",)),
         ("sdpo", "2601.20802", ("a reward",)),
         ("sdpo_rich_feedback", "2601.20802", ("a reward with feedback",)),
+        ("sdpo_turns", "2601.20802", ("an environment with feedback",)),
         ("gkd", "2306.13649", ("column demonstration", "a teacher model")),
         ("multi_teacher", "2601.02780", ("column domain", "a reward", "2 teacher models")),
         ("on_policy_distillation", "Lu 2025", ("a teacher model",)),

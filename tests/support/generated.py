@@ -25,6 +25,7 @@ TEXTS = {
     "assistant": "2",
     "url": "http://127.0.0.1:1",
     "model": "teacher",
+    "how_many": "all",
     "path": "./another-model",
     "template": "{prompt}",
 }

@@ -18,6 +18,7 @@ from sdkit.language.specs import (
     ImportanceSpec,
     InstructionSuite,
     MixtureSamples,
+    NextTurns,
     NonEmpty,
     OldPolicyRatio,
     PolicyGradient,
@@ -43,7 +44,8 @@ OF_GPUS = {"memory/device_allocated_gib", "memory/device_reserved_gib", "time/mf
 @pytest.fixture(scope="module")
 def routed(tiny_folder):
     """A spec with a route, filters, slots, schedules, rewards, suites, an environment, a panel and a teacher lift."""
-    sees = UserTurn(template="{prompt} {sibling}", slots=Table({"sibling": SuccessfulSibling(threshold=0.0)}))
+    slots = Table({"sibling": SuccessfulSibling(threshold=0.0), "next": NextTurns()})
+    sees = UserTurn(template="{prompt} {sibling} {next}", slots=slots, requires="any")
     moving = Schedule(start=0.1, to=0.2, steps=2)
     spec = with_evaluation(
         make_spec(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sdkit.language import specs
 from sdkit.language.columns import scores_training_rows, training_reward
 from sdkit.language.errors import did_you_mean, listed, outside, shorten, spelled
-from sdkit.language.rules.base import Context, Finding, at_user_file, reward_advantages, run_rule, terms
+from sdkit.language.rules.base import Context, Finding, at_user_file, reward_advantages, run_rule, slots, terms
 from sdkit.language.rules.prompts import template_faults
 from sdkit.language.templates import TemplateError, fields, parse
 from sdkit.language.user_functions import class_fault_of
@@ -152,3 +152,40 @@ def environment_gives_reward(spec: specs.ExperimentSpec, context: Context) -> It
         if isinstance(reward, specs.EnvironmentReward):
             stated = f"{spelled(judged[0])} is a retry, which gives none" if judged else "there is no environment"
             yield ("rewards", name), f"{shorten(name)} is the environment's reward, but {stated}", None
+
+
+@run_rule("a context that differs by turn has turns")
+def turn_context(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """Feedback on each turn comes from the environment, and so does what followed a turn, unless the data set has chats
+    of several turns.  Without it every such slot would be empty.
+    """
+    if spec.environment is not None:
+        return
+    for path, slot in slots(spec, specs.Feedback):
+        if slot.of == "turn":
+            yield (
+                (*path, "of"),
+                "feedback on each turn comes from an environment, and there is none",
+                "use of: trajectory",
+            )
+    if spec.rollout.sampled_by.completion_column is None:
+        for path, _ in slots(spec, specs.NextTurns):
+            yield path, "nothing follows a turn: there is no environment", "add environment: …, or remove the slot"
+
+
+@run_rule("the longest turn's row fits one forward pass of the teacher")
+def turn_rows(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """A teacher whose context differs by turn reads all of the trajectory before a turn, and the turn, in one row."""
+    sees, budget = spec.sees, spec.training.micro_batch_tokens
+    if spec.environment is None or sees is None or not sees.by_turn or sees.max_prompt_tokens is None:
+        return
+    longest = spec.longest_completion()
+    need = sees.max_prompt_tokens + longest
+    if budget < need and longest + (spec.rollout.max_prompt_tokens or 1) <= budget:  # else micro_batch reports it
+        path = ("training", "micro_batch_tokens")
+        stated = context.stated(path, budget)
+        message = (
+            f"{stated}, less than the teacher's row of the last turn: max_prompt_tokens {sees.max_prompt_tokens} and the "
+            f"longest trajectory, {longest}"
+        )
+        yield path, message, f"use micro_batch_tokens: {need} or more"

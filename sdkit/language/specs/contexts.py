@@ -6,7 +6,17 @@ from typing import Any, ClassVar, Literal
 
 from attrs import frozen
 
-from sdkit.language.specs.fields import AT_LEAST_ONE, NAME, NOT_EMPTY, SIGNED, TEXT, Component, Table, spec_field
+from sdkit.language.specs.fields import (
+    AT_LEAST_ONE,
+    NAME,
+    NOT_EMPTY,
+    ONE_OR_ALL,
+    SIGNED,
+    TEXT,
+    Component,
+    Table,
+    spec_field,
+)
 
 WRAP_HELP = "text around the value, with {value} in its place; an empty slot stays empty"
 
@@ -46,9 +56,14 @@ class SuccessfulSibling:
 
 @frozen(kw_only=True)
 class Feedback:
-    """The reward's feedback text on this rollout's own completion."""
+    """The reward's feedback text on this rollout's own completion, or the environment's on each of its turns."""
 
     kind: ClassVar[str] = "feedback"
+    of: Literal["trajectory", "turn"] = spec_field(
+        "`trajectory`: the training reward's on the last turn; `turn`: the environment's on the very turn that the teacher "
+        "scores, which takes one teacher row a turn",
+        default="trajectory",
+    )
     when: Literal["always", "no_solution"] = spec_field(
         "always, or only if no successful sibling is shown", default="always"
     )
@@ -76,11 +91,37 @@ class Verdict:
     failure: str = spec_field("the text after a failure", range=TEXT)
 
 
-Slot = ColumnSlot | TextSlot | SuccessfulSibling | Feedback | OwnAttempt | Verdict
-OfRollouts = SuccessfulSibling | Feedback | OwnAttempt | Verdict
+@frozen(kw_only=True)
+class NextTurns:
+    """Hindsight: what the environment said after the turn that the teacher scores; takes one teacher row a turn."""
+
+    kind: ClassVar[str] = "next_turns"
+    how_many: int | str = spec_field(
+        "observations to show: 1 is the one that followed the turn, 2 the next one too, `all` those of the trajectory's "
+        "rest; also the one after the last turn, which nothing answers",
+        default=1,
+        range=ONE_OR_ALL,
+    )
+    roles: tuple[Literal["user", "tool"], ...] = spec_field(
+        "roles of the messages to show", default=("user", "tool"), range=NOT_EMPTY
+    )
+    wrap: str = spec_field(WRAP_HELP, default="{value}", range=TEXT)
+
+    def shown(self, turns: int) -> int:
+        """The number of observations shown of a trajectory of `turns` turns, at most."""
+        return turns if self.how_many == "all" else min(int(self.how_many), turns)
+
+
+Slot = ColumnSlot | TextSlot | SuccessfulSibling | Feedback | OwnAttempt | Verdict | NextTurns
+OfRollouts = SuccessfulSibling | Feedback | OwnAttempt | Verdict | NextTurns
 """Slots that are filled after the group has been sampled and scored."""
 Wording = TextSlot | Verdict
 """Slots whose text is in the spec: always filled, never cut."""
+
+
+def is_by_turn(slot: Slot) -> bool:
+    """Whether the slot has another text for each turn of a trajectory."""
+    return isinstance(slot, NextTurns) or (isinstance(slot, Feedback) and slot.of == "turn")
 
 
 @frozen(kw_only=True)
@@ -100,19 +141,27 @@ class Context(Component):
         "whether all slots or any one must be filled; otherwise the rollout has no teacher prompt", default="all"
     )
     max_prompt_tokens: int | None = spec_field(
-        "longest teacher prompt, tokens; longer context is cut", default=None, range=AT_LEAST_ONE
+        "longest teacher prompt, tokens, without the turns before the one it is for; longer context is cut",
+        default=None,
+        range=AT_LEAST_ONE,
     )
     cut: Literal["start", "end"] = spec_field(
         "which end of the context a cut removes; the prompt is never cut", default="end"
     )
 
+    @property
+    def by_turn(self) -> bool:
+        """Whether the teacher sees something else for each turn of a trajectory."""
+        return any(map(is_by_turn, self.slots.values()))
+
     def describe(self) -> str:
-        return f"{', '.join(self.slots) or 'fixed text'} {self.description.format(self)}"
+        by_turn = ", for each turn" if self.by_turn else ""
+        return f"{', '.join(self.slots) or 'fixed text'} {self.description.format(self)}{by_turn}"
 
 
 @frozen(kw_only=True)
 class UserTurn(Context):
-    """The template replaces the last user message."""
+    """The template replaces the last user message: of the prompt, or before the turn where a slot differs by turn."""
 
     kind: ClassVar[str] = "user_turn"
     description: ClassVar[str] = "in the user turn"

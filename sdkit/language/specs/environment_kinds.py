@@ -131,6 +131,11 @@ class RoutedEnvironment(Component):
         return max(route.max_turns for route in self.routes.values())
 
     @property
+    def max_observation_tokens(self) -> int:
+        """The most tokens of an observation that a route allows."""
+        return max(route.max_observation_tokens for route in self.routes.values())
+
+    @property
     def scheduling(self) -> str:
         """`continuous` if any route asks for it: turns of all routes are sampled by one engine."""
         return max((route.scheduling for route in self.routes.values()), key=["lockstep", "continuous"].index)

@@ -136,7 +136,7 @@ class FileEnvironment(HostedEnvironment):
     """A user-defined class, with an instance for each trajectory in a process of its own.
 
     `reset(**columns)` begins a trajectory, `reply(text)` answers a turn with the next user turn, or with None to end, and may
-    add a reward of the turn: `(text, reward)`.  Both are required.  `get_reward()` gives the trajectory's reward (`kind: environment`), `close()` is called at the end.
+    add a reward of the turn, and feedback on it for the teacher: `(text, reward)`, `(text, reward, feedback)`.  Both are required.  `get_reward()` gives the trajectory's reward (`kind: environment`), `close()` is called at the end.
     """
 
     kind: ClassVar[str] = "file"

@@ -117,6 +117,12 @@ GIBIBYTES = between(0.001, LARGEST)
 
 MOST = 10**9
 AT_LEAST_ONE = between(1, MOST)
+ONE_OR_ALL = Range(
+    "`all`, or a whole number from 1 to 1000",
+    lambda v: v == "all" if isinstance(v, str) else 1 <= v <= 1000,
+    {"anyOf": [{"enum": ["all"]}, {"type": "number", "minimum": 1, "maximum": 1000}]},
+    (1, 1000),
+)
 NOT_NEGATIVE_COUNT = between(0, MOST)
 AT_LEAST_64 = between(64, MOST)
 SEED = between(0, 2**32 - 1)
