@@ -18,14 +18,14 @@ def open_environments(
 ) -> dict[str | None, Environment]:
     """Returns the environment for each data set of which `rewards` has the scorers; `default` names the training reward.
 
-    A user's class does not depend on the data set: one server hosts it.  Paths start at `base`.  Raises BadData if a
+    A user's code does not depend on the data set: one server hosts it.  Paths start at `base`.  Raises BadData if a
     user's file cannot be loaded.
     """
     match spec:
         case specs.RetryEnvironment():
             judge = spec.reward or default or ""
             return {name: Retry(spec, scorers[judge]) for name, scorers in rewards.items()}
-        case specs.FileEnvironment():
+        case specs.FileEnvironment() | specs.ToolsEnvironment():
             return dict.fromkeys(rewards, UserEnvironment(spec, base))
         case _:
             assert_never(spec)

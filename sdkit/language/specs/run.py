@@ -11,7 +11,7 @@ from attrs import frozen
 from sdkit.language.specs.collapse import CollapseSpec
 from sdkit.language.specs.data import DataSpec
 from sdkit.language.specs.divergences import FileDivergence
-from sdkit.language.specs.environments import Environment, FileEnvironment
+from sdkit.language.specs.environments import CodeEnvironment, Environment
 from sdkit.language.specs.evaluation import EvaluationSpec, LmEvalTasks, PanelEntry, PanelSuite
 from sdkit.language.specs.fields import (
     AT_LEAST_ONE,
@@ -359,7 +359,7 @@ class ExperimentSpec(MethodSpec):
         for name, reward in self.rewards.items():
             if isinstance(reward, FileReward):
                 yield ("rewards", name, "file"), reward.file
-        if isinstance(self.environment, FileEnvironment):
+        if isinstance(self.environment, CodeEnvironment):
             yield ("environment", "file"), self.environment.file
 
     def model_paths(self) -> Iterator[str]:
