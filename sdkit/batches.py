@@ -40,6 +40,12 @@ class Row:
         """The last user message."""
         return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
 
+    def with_opening(self, text: str) -> Row:
+        """Returns the row with a text appended to its last user message."""
+        last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
+        message = {**self.messages[last], "content": self.messages[last]["content"] + text}
+        return evolve(self, messages=(*self.messages[:last], message, *self.messages[last + 1 :]))
+
     def text(self, column: str) -> str | None:
         """Returns the text of a column, or None if the row has none.  Raises BadData if the value is not text."""
         try:
@@ -97,6 +103,7 @@ class SamplingRequest:
     seed: int
     max_new_tokens: int | None = None  # if fewer than the sampling parameters allow
     trajectory: int | None = None  # of a later turn: the seed of the first one
+    environment_seed: int = 0  # of its trajectory's environment; equal for all completions of a prompt
 
 
 @frozen(eq=False, kw_only=True)
@@ -112,6 +119,7 @@ class Completion:
     turn_feedback: tuple[str | None, ...] = ()  # on each of a trajectory's turns; none: its environment gives none
     unanswered: tuple[tuple[str, str], ...] = ()  # role and text of what followed the last turn, which nothing answers
     reward: float | None = None  # of a trajectory, if its environment gives one
+    opening: str | None = None  # what a trajectory's environment appended to the last user message of its prompt
 
     @property
     def sampled(self) -> Sequence[int]:
@@ -158,6 +166,7 @@ class Rollout:
     unanswered: tuple[tuple[str, str], ...] = ()  # role and text of what followed a trajectory's last turn
     views: tuple[View, ...] = ()  # of a teacher whose context differs by turn, ascending; none: see `teacher_views`
     environment_reward: float | None = None
+    opening: str | None = None  # what its environment appended to the prompt; `row` has it, too
     # One per completion token, as all values per token; arbitrary where it was not sampled.
     sampler_logprobs: tuple[float, ...] | None
     # Computed by the trainer, before the first update on this batch.

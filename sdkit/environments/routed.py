@@ -9,14 +9,14 @@ from sdkit.batches import Row
 from sdkit.environments.interface import Environment, Opened, Reply, Turn
 from sdkit.language.errors import BadData
 from sdkit.language.specs import Environment as EnvironmentSpec
-from sdkit.language.specs import OneEnvironment, RoutedEnvironment
+from sdkit.language.specs import BaseEnvironment, RoutedEnvironment
 
 T = TypeVar("T")
 Handle = tuple[str, Any]
 """The name of a trajectory's route, and its handle there."""
 
 
-def route_of(spec: EnvironmentSpec, row: Row) -> OneEnvironment:
+def route_of(spec: EnvironmentSpec, row: Row) -> BaseEnvironment:
     """Returns the environment of a row.  Raises KeyError if its column names no route."""
     return spec.routes[row.text(spec.by) or ""] if isinstance(spec, RoutedEnvironment) else spec
 

@@ -37,7 +37,8 @@ class Episodes(UserEnvironment):
         self._episodes = spec
         self._name, arguments = _arguments(spec, base)
         program = Path(__file__).with_name(f"{spec.kind}_episode.py")
-        self._host = Host(self._name, program, "Episode", arguments, spec.call_seconds, ours=True)
+        code = {"class": "Episode", "arguments": arguments}
+        self._host = Host(self._name, program, code, spec.call_seconds, ours=True)
         if isinstance(spec, VerifiersEnvironment):
             self._host.start_seconds = VERIFIERS_SECONDS
             self._host.python = str(base / spec.python) if spec.python else sys.executable
@@ -46,7 +47,7 @@ class Episodes(UserEnvironment):
     def open(self, starts: Sequence[tuple[Row, int]]) -> list[Opened]:
         processes = [self._host.fork() for _ in starts]
         requests = [{"call": "open", "seed": seed, "arguments": self._reset(row, seed)} for row, seed in starts]
-        values = self._call("reset", processes, requests)
+        values = self._call_each(processes, requests)
         return [
             Opened(handle=process, error=f"{self._name}: {value.message}")
             if isinstance(value, Fault)
@@ -56,7 +57,7 @@ class Episodes(UserEnvironment):
 
     def reply(self, turns: Sequence[tuple[Process, Turn]]) -> list[Reply]:
         requests = [{"call": "reply", "arguments": {"text": self._action(turn.text)}} for _, turn in turns]
-        replies = map(self._reply, self._call("reply", [process for process, _ in turns], requests))
+        replies = map(self._reply, self._call_each([process for process, _ in turns], requests))
         return [evolve(reply, error=f"{self._name}: {reply.error}") if reply.error else reply for reply in replies]
 
     def _action(self, text: str) -> str | None:

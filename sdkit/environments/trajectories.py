@@ -15,7 +15,7 @@ from attrs import define, evolve, field, frozen
 from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
 from sdkit.data.observations import ObservationEncoder, ObservationPart
 from sdkit.distributed import collectives
-from sdkit.environments.interface import Environment, Reply
+from sdkit.environments.interface import Environment, Opened, Reply
 from sdkit.environments.routed import route_of
 from sdkit.language import specs
 from sdkit.language.errors import BadData
@@ -41,6 +41,8 @@ class TrajectorySampler:
     observations: ObservationEncoder
     end_ids: Collection[int]  # that end a turn
     decode: Callable[[Sequence[int]], str]  # without special tokens
+    # The prompt of a request and its row, with a text that the environment appends.
+    opened_prompt: Callable[[SamplingRequest, Row, str], tuple[int, ...]]
     all_ranks: bool = False  # whether this rank samples the trajectories of all ranks
 
     def sample(
@@ -74,11 +76,11 @@ class TrajectorySampler:
         self, requests: Sequence[SamplingRequest], rows: Sequence[Row], sampling: SamplingParams
     ) -> list[Trajectory]:
         """Return a new trajectory for each request."""
-        seeds = [derive(request.seed, "environment") for request in requests]
-        opened = self.environment.open(list(zip(rows, seeds, strict=True)))
+        opened = self.environment.open([(row, r.environment_seed) for row, r in zip(rows, requests, strict=True)])
+        _check_openings(rows, requests, opened)
         return [
-            Trajectory(request, each.handle, row.index, route_of(self.spec, row), sampling.max_new_tokens)
-            for request, each, row in zip(requests, opened, rows, strict=True)
+            self._begin(request, row, each, sampling)
+            for request, row, each in zip(requests, rows, opened, strict=True)
         ]
 
     def end(self, trajectories: Sequence[Trajectory]) -> list[Completion]:
@@ -92,9 +94,32 @@ class TrajectorySampler:
         left = trajectory.tokens_left
         return evolve(trajectory.next_request(), max_new_tokens=left if left < sampling.max_new_tokens else None)
 
+    def _begin(self, request: SamplingRequest, row: Row, opened: Opened, sampling: SamplingParams) -> Trajectory:
+        """Return a trajectory before its first turn; one that has an error ends after it."""
+        begun = Trajectory(
+            request=request,
+            handle=opened.handle,
+            row=row.index,
+            spec=route_of(self.spec, row),
+            max_new_tokens=sampling.max_new_tokens,
+            prompt_ids=request.prompt_ids,
+            error=opened.error,
+        )
+        if opened.text and not opened.error:
+            try:
+                begun.prompt_ids, begun.opening = self.opened_prompt(request, row, opened.text), opened.text
+            except BadData as error:
+                begun.error = error.message
+        return begun
+
     def turn(self, trajectory: Trajectory) -> Turn:
-        """Return the last turn as the environment reads it."""
-        return Turn(text=self.decode(trajectory.last_turn), finished=trajectory.ending is None)
+        """Return the last turn as the environment reads it; one that was cut calls no tool."""
+        ids, finished = trajectory.last_turn, trajectory.ending is None
+        calls, fault = (), None
+        if finished and (format := self.observations.prompter.calls):
+            before = (*trajectory.prompt_ids, *trajectory.ids[: -len(ids) or None])
+            calls, fault = format.read(self.observations.prompter.tokenizer, before, ids)
+        return Turn(text=self.decode(ids), calls=calls, fault=fault, finished=finished)
 
     def _check_errors(self, trajectories: Sequence[Trajectory]) -> None:
         """Raise BadData if an environment's errors ended more of its trajectories, on all ranks, than it may."""
@@ -119,8 +144,10 @@ class Trajectory:
     request: SamplingRequest
     handle: Any  # what stands for it in the environment
     row: int
-    spec: specs.OneEnvironment
+    spec: specs.BaseEnvironment
     max_new_tokens: int  # of a turn
+    prompt_ids: tuple[int, ...]  # with what the environment appended
+    opening: str | None = None
     ids: list[int] = field(factory=list)
     logprobs: list[float] | None = field(factory=list)  # 0 for observations; None: the backend gives none
     spans: list[Span] = field(factory=list)
@@ -143,9 +170,9 @@ class Trajectory:
     def next_request(self) -> SamplingRequest:
         """Return the request of the next turn; the first one is that of a completion of one turn."""
         if not self.spans:
-            return self.request
+            return evolve(self.request, prompt_ids=self.prompt_ids)
         return SamplingRequest(
-            prompt_ids=(*self.request.prompt_ids, *self.ids),
+            prompt_ids=(*self.prompt_ids, *self.ids),
             seed=derive(self.request.seed, "turn", self.turns + 1),
             trajectory=self.request.seed,
         )
@@ -166,8 +193,9 @@ class Trajectory:
         if reply.reward is not None:
             self.turn_rewards.append(reply.reward)
         self.turn_feedback.append(reply.feedback)
-        if reply.error:
-            self.ending, self.error = "environment_error", reply.error
+        self.error = self.error or reply.error
+        if self.error:
+            self.ending = "environment_error"
         elif not reply.messages:
             self.ending = self.ending or reply.ending or "done"
         else:
@@ -212,4 +240,17 @@ class Trajectory:
             turn_feedback=tuple(self.turn_feedback) if any(self.turn_feedback) else (),
             unanswered=self.unanswered,
             reward=reward,
+            opening=self.opening,
         )
+
+
+def _check_openings(rows: Sequence[Row], requests: Sequence[SamplingRequest], opened: Sequence[Opened]) -> None:
+    """Raise BadData unless all trajectories of a prompt begin with the same text."""
+    texts: dict[tuple[int, int], str | None] = {}
+    for row, request, each in zip(rows, requests, opened, strict=True):
+        if not each.error and texts.setdefault((row.index, request.environment_seed), each.text) != each.text:
+            raise BadData(
+                f"row {row.index}: reset returned different texts for completions of the same prompt",
+                hint="draw from Python's random alone, or from a generator with the seed that reset gets",
+                path=("environment",),
+            )

@@ -29,6 +29,7 @@ def completion_record(completion: Completion) -> dict[str, Any]:
             "turn_feedback": completion.turn_feedback,
             "unanswered": completion.unanswered,
             "environment_reward": completion.reward,
+            "opening": completion.opening,
         }
     return record
 
@@ -46,6 +47,7 @@ def completion_from(record: Mapping[str, Any]) -> Completion:
         turn_feedback=tuple(record.get("turn_feedback", ())),
         unanswered=tuple((role, text) for role, text in record.get("unanswered", ())),
         reward=record.get("environment_reward"),
+        opening=record.get("opening"),
     )
 
 

@@ -93,6 +93,8 @@ def _score_completions(
 def _make_rollout(
     data: RunData, row: Row, group: int, completion: Completion, version: int, outcome: GroupOutcome | None
 ) -> Rollout:
+    opening = completion.opening
+    row = row if opening is None else row.with_opening(opening)
     views: tuple[View, ...] = ()
     if data.context_by_turn:
         views, filled = _teacher_views(data, row, outcome, completion)
@@ -101,11 +103,11 @@ def _make_rollout(
         prompt = data.teacher_prompt(row, outcome)
         teacher_ids, filled = (prompt.ids, prompt.filled) if prompt else (None, ())
     else:
-        teacher_ids, filled = data.teacher_ids(row), ()
+        teacher_ids, filled = data.teacher_ids(row, is_opened=opening is not None), ()
     return Rollout(
         row=row,
         group=group,
-        prompt_ids=data.student_ids(row),
+        prompt_ids=data.student_ids(row, is_opened=opening is not None),
         teacher_prompt_ids=teacher_ids,
         teacher_route=data.teacher_route(row),
         completion_ids=completion.ids,
@@ -116,6 +118,7 @@ def _make_rollout(
         unanswered=completion.unanswered,
         views=views,
         environment_reward=completion.reward,
+        opening=opening,
         sampler_logprobs=completion.logprobs,
         policy_version=version,
         finished=completion.finished,
@@ -178,6 +181,7 @@ def trajectory_record(rollout: Rollout) -> dict[str, Any]:
         "turn_feedback": rollout.turn_feedback,
         "unanswered": rollout.unanswered,
         "environment_reward": rollout.environment_reward,
+        **({} if rollout.opening is None else {"opening": rollout.opening}),
     }
 
 

@@ -77,7 +77,7 @@ class RolloutSampler:
         `advance` as in `RolloutBackend`.
         """
         evaluation = suite is not None
-        requests = sampling_requests(self.setup.data, rows, stream)
+        requests = sampling_requests(self.setup.data, rows, stream, suite)
         sampler = resolve_sampler(specs.sampled_by, self.setup.spec.training.seed, stream, evaluation=evaluation)
         if self.prefetcher and not evaluation:
             sampled = _take_prefetched(self.prefetcher, requests, int(stream[-1]), specs.optimizer_steps)
@@ -123,12 +123,15 @@ class RolloutSampler:
         sampling: SamplingParams,
         suite: str | None,
         advance: Advance = no_progress,
+        *,
+        by_teacher: bool = False,
     ) -> list[Completion]:
         """Return one completion per request: a trajectory, if the spec has an environment.
 
-        `rows` are the requests' rows; a recording holds whole trajectories.  `advance` as in `RolloutBackend`.
+        `rows` are the requests' rows, `by_teacher` says whether the prompts are the teacher's; a recording holds whole
+        trajectories.  `advance` as in `RolloutBackend`.
         """
-        trajectories = trajectory_sampler(self.setup, self.models, sampling, suite)
+        trajectories = trajectory_sampler(self.setup, self.models, sampling, suite, by_teacher=by_teacher)
         spec = self.setup.spec.environment
         if not spec or not trajectories or isinstance(backend, ReplayRollouts):
             return backend.sample(requests, sampling, advance)

@@ -11,11 +11,17 @@ from sdkit.train.setup import RunSetup
 
 
 def trajectory_sampler(
-    setup: RunSetup, models: Models, sampling: SamplingParams, suite: str | None, *, all_ranks: bool = False
+    setup: RunSetup,
+    models: Models,
+    sampling: SamplingParams,
+    suite: str | None,
+    *,
+    all_ranks: bool = False,
+    by_teacher: bool = False,
 ) -> TrajectorySampler | None:
     """Return the sampler of trajectories for the training rows (None) or a suite; None if they have no environment.
 
-    `all_ranks`: this rank samples the trajectories of all ranks.
+    `all_ranks`: this rank samples the trajectories of all ranks.  `by_teacher`: the prompts are the teacher's.
     """
     data, spec = setup.data, setup.spec.environment
     environment = data.environments.get(suite)  # the panel has none
@@ -27,5 +33,6 @@ def trajectory_sampler(
         observations=data.observations,
         end_ids=models.end_ids,
         decode=partial(data.tokenizer.decode, skip_special_tokens=True),
+        opened_prompt=partial(data.opened_prompt, by_teacher=by_teacher),
         all_ranks=all_ranks,
     )

@@ -12,3 +12,31 @@ class Guess:
 class Silent:
     def reset(self, **columns):
         pass
+
+
+class Shop:
+    def reset(self, **columns):
+        return "It is open."
+
+    def buy(self, count):
+        """Buys apples."""
+        return str(count)
+
+    def sell(self, count: int):
+        return str(count)
+
+    def sell(self, count: int):  # noqa: F811
+        """Sells apples.
+
+        Args:
+            count: how many
+        """
+        return str(count)
+
+
+class Open:
+    def reset(self, **columns):
+        return "It is open."
+
+    def reply(self, text):
+        return None

@@ -7,7 +7,13 @@ from typing import ClassVar, Literal, TypeVar
 
 from attrs import frozen
 
-from sdkit.language.specs.environments import BaseEnvironment, FileEnvironment, HostedEnvironment, RetryEnvironment
+from sdkit.language.specs.environments import (
+    BaseEnvironment,
+    FileEnvironment,
+    HostedEnvironment,
+    RetryEnvironment,
+    ToolsEnvironment,
+)
 from sdkit.language.specs.fields import AT_LEAST_ONE, NAME, NOT_EMPTY, OPTION, TEXT, Component, Table, spec_field
 from sdkit.language.specs.scores import Extract, WholeText
 
@@ -15,7 +21,21 @@ T = TypeVar("T", bound=BaseEnvironment)
 
 
 @frozen(kw_only=True)
-class SteppedEnvironment(HostedEnvironment):
+class EpisodeEnvironment(HostedEnvironment):
+    """An environment of another package or a server; its first observation is appended to the prompt."""
+
+    on_error: Literal["end", "stop_run"] = spec_field(
+        "what a call that fails or is late ends: its trajectory, which is then not trained on, or the run",
+        default="end",
+    )
+
+    @property
+    def opens_prompts(self) -> bool:
+        return True
+
+
+@frozen(kw_only=True)
+class SteppedEnvironment(EpisodeEnvironment):
     """An environment that takes an action and gives an observation, both written as text."""
 
     columns: tuple[str, ...] = spec_field("columns given to its reset (default: none)", default=(), each=NAME)
@@ -87,7 +107,7 @@ class OpenEnvEnvironment(SteppedEnvironment):
 
 
 @frozen(kw_only=True)
-class VerifiersEnvironment(HostedEnvironment):
+class VerifiersEnvironment(EpisodeEnvironment):
     """An environment of the package verifiers (0.4), which plays a task of its taskset with the student.
 
     The task's prompt is appended to the row's.  The environment must have one agent and no tools; methods that stop a trace
@@ -158,7 +178,7 @@ class RoutedEnvironment(Component):
         return f"by column {self.by} ({routes})"
 
 
-Environment = OneEnvironment | RoutedEnvironment
+Environment = OneEnvironment | ToolsEnvironment | RoutedEnvironment
 
 
 def environments_of(spec: Environment | None, *kinds: type[T]) -> Iterator[tuple[tuple[str, ...], T]]:
