@@ -7,8 +7,9 @@ contents of slots are ever truncated, never the generation prompt, the prompt, o
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from attrs import evolve, frozen
@@ -24,6 +25,9 @@ from sdkit.language.templates import fill
 from sdkit.models.loading import fixed_date
 
 Ids = tuple[int, ...]
+SENTINEL = "sdkittool"
+"""A name that no chat template contains."""
+DUMMY_USER: Message = {"role": "user", "content": "a"}
 
 
 @frozen(kw_only=True)
@@ -52,6 +56,7 @@ class Prompter:
         self.now = now or datetime.now()
         self.control = ControlTokens(tokenizer)
         self.keep_text = keep_text
+        self._printed_calls: dict[int, bool] = {}
         template = tokenizer.chat_template
         for name in self.options:
             if template is None:
@@ -62,7 +67,9 @@ class Prompter:
     def ids(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> Ids:
         """Returns the messages as token ids.  Raises BadData naming the row if the chat template rejects them."""
         if self.tokenizer.chat_template is not None:
-            return self._encode(self.chat(row, messages, generation_prompt=generation_prompt))
+            return self.encode(self.chat(row, messages, generation_prompt=generation_prompt))
+        if row.tools or any(m.get("tool_calls") for m in messages):
+            raise BadData(f"row {row.index}: the tokenizer has no chat template to print tools with")
         text = "\n\n".join(m["content"] for m in messages)
         if self.control.has_hidden(text):
             return self.control.encode(text, add_special_tokens=True)
@@ -70,13 +77,14 @@ class Prompter:
 
     def text_ids(self, text: str) -> Ids:
         """Returns the ids of a text outside the chat, such as a completion."""
-        return self._encode(self._hide(text))
+        return self.encode(self._hide(text))
 
     def completion_ids(self, text: str, end: int) -> Ids:
         """Returns a data set's completion as token ids, ended by `end` unless the text ends with an end token."""
         return append_end_token(self.text_ids(text), end, self.tokenizer.eos_token_id)
 
-    def _encode(self, text: str) -> Ids:
+    def encode(self, text: str) -> Ids:
+        """Returns the ids of a rendered text: control tokens as such, hidden ones as plain text."""
         if self.control.has_hidden(text):
             return self.control.encode(text, add_special_tokens=False)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -84,21 +92,77 @@ class Prompter:
     def _hide(self, text: str) -> str:
         return self.control.hide(text) if self.keep_text else text
 
+    def hidden(self, message: Message) -> Message:
+        """Returns a message whose content and tool calls have their control tokens hidden."""
+        calls = {"tool_calls": _each_text(message["tool_calls"], self.control.hide)} if "tool_calls" in message else {}
+        return {**message, "content": self.control.hide(message["content"]), **calls}
+
     def messages(self, row: Row) -> tuple[Message, ...]:
         """Returns the row's chat; with `keep_text`, its control tokens are hidden."""
         if not self.keep_text:
             return row.messages
         try:
-            return tuple({**m, "content": self._hide(m["content"])} for m in row.messages)
+            return tuple(self.hidden(m) for m in row.messages)
         except BadData as error:
             raise BadData(f"row {row.index}: {error.message}") from None
 
     def chat(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
-        """Renders the messages with the chat template.  Raises BadData naming the row if the template rejects them."""
+        """Renders the messages, and the row's tools, with the chat template.
+
+        Raises BadData naming the row if the template rejects them, or prints no tools though there are some.
+        """
+        if row.tools and not self._prints_tools:
+            raise BadData(f"row {row.index}: the chat template prints no tools, but the row's column 'tools' has some")
+        most = max((len(m.get("tool_calls", ())) for m in messages), default=0)
+        if most and not self._prints_calls(1):
+            raise BadData(
+                f"row {row.index}: the chat template prints no tool calls, but a turn of the row makes one",
+                hint="use a model whose chat template knows tools, or write calls as text of the turn",
+            )
+        if most > 1 and not self._prints_calls(2):
+            raise BadData(
+                f"row {row.index}: the chat template prints one tool call of a turn, and a turn makes {most}"
+            )
+        return self._render(row, messages, row.tools, generation_prompt=generation_prompt)
+
+    @cached_property
+    def _prints_tools(self) -> bool:
+        """Whether the chat template prints the schemas of tools."""
+        function = {"name": SENTINEL, "description": "a", "parameters": {"type": "object", "properties": {}}}
+        return self._prints_sentinel([DUMMY_USER], ({"type": "function", "function": function},), 1)
+
+    def _prints_calls(self, count: int) -> bool:
+        """Whether the chat template prints the names and the arguments of so many tool calls in a turn."""
+        if count not in self._printed_calls:
+            function = {"name": SENTINEL, "arguments": {f"{SENTINEL}key": f"{SENTINEL}value"}}
+            calls = [{"id": f"abcdef12{i}", "type": "function", "function": function} for i in range(count)]
+            results = [{"role": "tool", "content": "a", "name": "a", "tool_call_id": call["id"]} for call in calls]
+            chat = [DUMMY_USER, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+            self._printed_calls[count] = self._prints_sentinel(chat, (), 3 * count)
+        return self._printed_calls[count]
+
+    def _prints_sentinel(self, chat: Sequence[Message], tools: Sequence[Mapping[str, Any]], times: int) -> bool:
+        """Whether the sentinel is printed at least so often; True for a chat that the template refuses, as it will the row's."""
+        dummy = Row(index=0, messages=(), columns={}, raw={})
+        try:
+            return self._render(dummy, chat, tools).count(SENTINEL) >= times
+        except BadData:
+            return True
+
+    def _render(
+        self,
+        row: Row,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        generation_prompt: bool = True,
+    ) -> str:
+        given = {"tools": [_each_text(tool, self._hide) for tool in tools]} if tools else {}
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages],
                 add_generation_prompt=generation_prompt,
+                **given,
                 tokenize=False,
                 **fixed_date(self.tokenizer, self.now),
                 **self.options,
@@ -149,19 +213,19 @@ class Prompter:
         row = evolve(row, messages=self.messages(row))
         if values is None:
             return None
-        full = self._render(row, sees, values)
+        full = self._with_slots(row, sees, values)
         if sees.max_prompt_tokens is None or len(full.ids) <= sees.max_prompt_tokens:
             return full
         truncated = self._truncate_slots(row, sees, values)
         return evolve(truncated, cut_tokens=len(full.ids) - len(truncated.ids))
 
-    def _render(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
+    def _with_slots(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
         messages = tuple(teacher_messages(row, sees, values))
         filled = tuple(name for name, value in values.items() if value)
         ids = self.ids(row, messages)
         if isinstance(sees, AnswerStart):
             text = fill(parsed(sees.template), slot_lookup({**values, "prompt": row.prompt_text}))
-            ids += self._encode(text)
+            ids += self.encode(text)
         return TeacherPrompt(ids=ids, messages=messages, cut_tokens=0, filled=filled)
 
     def _truncate_slots(self, row: Row, sees: Sees, values: Mapping[str, str]) -> TeacherPrompt:
@@ -172,7 +236,7 @@ class Prompter:
 
         def with_slots_of(count: int) -> TeacherPrompt:
             cut = {n: _truncate(values[n], at, count, sees.cut) for n, at in starts.items()}
-            return self._render(row, sees, {**values, **cut})
+            return self._with_slots(row, sees, {**values, **cut})
 
         best = with_slots_of(0)
         if len(best.ids) > limit:
@@ -197,6 +261,19 @@ class Prompter:
             return list(range(len(text)))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [start for start, _ in encoded["offset_mapping"]]
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed."""
+    match value:
+        case str():
+            return change(value)
+        case Mapping():
+            return {_each_text(key, change): _each_text(item, change) for key, item in value.items()}
+        case list() | tuple():
+            return [_each_text(item, change) for item in value]
+        case _:
+            return value
 
 
 def _without_whitespace(text: str) -> str:

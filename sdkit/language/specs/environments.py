@@ -50,6 +50,11 @@ class BaseEnvironment(Component):
         return longest if self.max_trajectory_tokens is None else min(longest, self.max_trajectory_tokens)
 
     @property
+    def observation(self) -> str:
+        """What the student is shown after a turn that does not end the trajectory, in words."""
+        return "what the environment replies"
+
+    @property
     def error_limit(self) -> float:
         """Share of a batch's trajectories that may end by an error of the environment."""
         return 1.0
@@ -77,6 +82,10 @@ class RetryEnvironment(BaseEnvironment):
         default="That is not right. Try again.",
         range=TEXT,
     )
+
+    @property
+    def observation(self) -> str:
+        return f"{self.says!r}, or without feedback {self.without_feedback!r}"
 
     def describe(self) -> str:
         judge = "the training reward" if self.reward is None else f"`{self.reward}`"
@@ -106,6 +115,10 @@ class FileEnvironment(BaseEnvironment):
     max_error_share: float = spec_field(
         "share of a batch's trajectories that may end by an error before the run ends", default=0.2, range=SHARE
     )
+
+    @property
+    def observation(self) -> str:
+        return f"what {self.class_name} replies"
 
     @property
     def error_limit(self) -> float:
