@@ -31,7 +31,7 @@ class Turns(tuple[Mapping[str, Any], ...]):
     __slots__ = ()
 
     @property
-    def count(self) -> int:
+    def answers(self) -> int:
         """The number of the assistant's turns."""
         return sum(message["role"] == "assistant" for message in self)
 
@@ -137,7 +137,7 @@ def describe_value(value: Any) -> str:
     if isinstance(value, numbers.Number):
         return str(value)
     if isinstance(value, Turns):
-        return f"a chat with {value.count} of the assistant's turns"
+        return f"a chat with {value.answers} of the assistant's turns"
     for kinds, words in _DESCRIPTIONS:
         if isinstance(value, kinds):
             return words

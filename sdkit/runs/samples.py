@@ -31,7 +31,7 @@ def turn_heading(part: Mapping[str, Any]) -> str:
 
 def ending_of(record: Mapping[str, Any]) -> list[str]:
     """Why a record's trajectory ended, in a list; empty for a completion of one turn."""
-    return [f"ended by {record['ending']}"] if record.get("ending") else []
+    return [f"ending {record['ending']}"] if record.get("ending") else []
 
 
 def _heading(record: Mapping[str, Any]) -> str:

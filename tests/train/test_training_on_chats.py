@@ -8,6 +8,7 @@ from attrs import evolve
 from rich.console import Console
 from tinyruns import lines, make_spec, metrics, rollout, train, training, weights_of
 
+from sdkit.data.rows import load_rows
 from sdkit.language.specs import (
     ChatTurns,
     CrossEntropy,
@@ -21,6 +22,7 @@ from sdkit.language.specs import (
 from sdkit.train.data_report import oddities
 from sdkit.train.inputs import checked_data
 from sdkit.train.preview import preview
+from sdkit.train.smoke import _few_rows
 
 ASKED, TOLD = {"role": "user", "content": "Guess."}, {"role": "user", "content": "Higher."}
 FIVE, SEVEN = ({"role": "assistant", "content": text} for text in ("five", "it is seven"))
@@ -94,6 +96,13 @@ def test_logged_chats_distil(tiny_folder, tmp_path, drawn_by):
         for span in record["spans"]:
             counted = {v is not None for v in record["token_divergence"][span["start"] : span["end"]]}
             assert counted == {span["role"] == "assistant"}
+
+
+def test_smoke_rows_of_logged_chats_can_be_read(tiny_folder):
+    spec = spec_of(tiny_folder, (ASKED, FIVE))
+    columns = Table({**spec.data.columns, "tools": "tools"})
+    rows = load_rows(_few_rows(evolve(spec, data=evolve(spec.data, columns=columns))), tiny_folder)
+    assert {row.tools for row in rows} == {()}
 
 
 def test_data_report_shows_spans_and_what_is_odd(tiny_folder, tmp_path):

@@ -49,7 +49,7 @@ def test_samples_are_read_turn_by_turn(run):
     page = (run / "samples/step_000001.md").read_text()
     assert f"turn 1, assistant, reward {sample['turns'][0]['reward']:g}:" in page
     assert f"turn 1, user:\n\n```text\n{sample['turns'][1]['text']}\n```" in page
-    assert "ended by" in page
+    assert "ending " in page
 
 
 def test_held_out_completions_have_their_turns(run):
@@ -62,7 +62,7 @@ def test_rollouts_are_printed_turn_by_turn(spec, run, record):
     console = Console(file=StringIO(), width=200, color_system="standard", force_terminal=True)
     show(spec, run, [record], console, prompts=False)
     text = console.file.getvalue()
-    assert f"ended by {record['ending']}" in text
+    assert f"ending {record['ending']}" in text
     for heading in ("turn 1, assistant, reward", "turn 1, user", "turn 2, assistant, reward"):
         assert heading in text
     assert "\x1b[36m<|im_start|>user" in text

@@ -121,7 +121,7 @@ function heldOut() {
         const bodies = same ? [textBlock("the same completion", "", "dim")]
           : sample.turns.length ? sample.turns.map((part) => partBlock(part, report.texts[part.text] || "(empty)"))
           : [textBlock(report.texts[sample.text] || "(empty)")];
-        const ending = sample.ending ? `ended by ${sample.ending}` : "";
+        const ending = sample.ending ? `ending ${sample.ending}` : "";
         const feedback = Object.entries(sample.feedback).map(([name, text]) => textBlock(text, `feedback of ${name}`, "dim"));
         cards.push(card([part.steps[i] ? `after step ${part.steps[i]}` : "before training", ending, ...scoreParts(sample.scores), which].filter(Boolean), ...bodies, ...feedback));
       });
@@ -214,7 +214,7 @@ function rollouts() {
       const known = (rollout.divergence || []).filter((value) => value !== null);
       const mean = known.length ? `${figure(known.reduce((a, b) => a + b) / known.length)} nats a token` : "";
       const length = `${rollout.tokens} tokens` + (rollout.finished ? "" : ", cut");
-      const ending = rollout.ending ? `ended by ${rollout.ending}` : "";
+      const ending = rollout.ending ? `ending ${rollout.ending}` : "";
       const heading = [`row ${rollout.row}`, `group ${rollout.group}`, length, ending, ...scoreParts(rollout.scores), mean].filter(Boolean);
       const sides = prompts.checked ? promptBlocks(rollout) : [];
       return card(heading, ...sides, ...tokens(rollout));
