@@ -22,8 +22,9 @@ if TYPE_CHECKING:  # rows are checked without torch
     import torch
     from torch import Tensor
 
-Message = Mapping[str, str]
-"""One chat message: {"role": "system" | "user" | "assistant", "content": text}."""
+Message = Mapping[str, Any]
+"""One chat message: {"role": "system" | "user" | "assistant" | "tool", "content": text}, with what `sdkit.data.chats` says of
+tool calls and their results."""
 
 
 @frozen(eq=False, kw_only=True)
@@ -34,6 +35,7 @@ class Row:
     messages: tuple[Message, ...]  # the student's prompt, as chat
     columns: Mapping[str, Any]  # every mapped column
     raw: Mapping[str, Any]  # the row as it was read
+    tools: tuple[Mapping[str, Any], ...] = ()  # schemas of the functions that the chat template shows
 
     @property
     def prompt_text(self) -> str:

@@ -12,6 +12,8 @@ from attrs import asdict, frozen
 
 ASSISTANT = "assistant"
 """The role of a sampled span."""
+OBSERVATION = "cyan"
+"""The colour, on a terminal, of what the student did not sample."""
 SAMPLED = (ASSISTANT,)
 """The roles of spans that the student sampled."""
 Ending = Literal["done", "no_call", "max_turns", "length", "max_tokens", "timeout", "parse_error", "environment_error"]
@@ -94,6 +96,11 @@ def turns_at(spans: Sequence[Span], positions: Sequence[int]) -> list[int]:
             current = next(span, None)
         turns.append(current.turn if current else 1)
     return turns
+
+
+def rewards_by_turn(turns: int, rewards: Sequence[float], ending: str | None) -> Mapping[int, float]:
+    """The rewards by turn of a trajectory of so many turns; empty if some turn has none, so that their turns are unknown."""
+    return dict(enumerate(rewards, 1)) if len(rewards) == turns or ending == "environment_error" else {}
 
 
 def last_turn(ids: Sequence[int], spans: Sequence[Span]) -> Sequence[int]:

@@ -63,7 +63,7 @@ CHAPTERS: list[tuple[str, list[Any]]] = [
     ("Which model is trained?", [specs.ModelSpec, specs.LoraSpec, specs.ShapeSpec]),
     (
         "Where does the data come from?",
-        [specs.DataSpec, specs.ColumnTemplate, specs.LastTurn, specs.JsonColumn, specs.Source],
+        [specs.DataSpec, specs.ColumnTemplate, specs.LastTurn, specs.ChatTurns, specs.JsonColumn, specs.Source],
     ),
     ("How are completions rewarded?", [specs.Reward, specs.Extract]),
     ("What follows a turn?", [specs.Environment, specs.ToolCalls]),

@@ -7,22 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdkit.batches import Message
+from sdkit.data.chats import messages_of
 from sdkit.data.sources import Raw, parse_json
-from sdkit.language.errors import BadData, shorten
-from sdkit.language.row_text import (
-    Fault,
-    check_value,
-    content_text,
-    describe_value,
-    is_empty,
-    is_missing,
-    lines_of,
-    text_of,
-)
-from sdkit.language.specs import Column, ColumnTemplate, JsonColumn, LastTurn
+from sdkit.language.errors import BadData
+from sdkit.language.row_text import Fault, Turns, check_value, describe_value, is_empty, is_missing, lines_of, text_of
+from sdkit.language.specs import ChatTurns, Column, ColumnTemplate, JsonColumn, LastTurn
 from sdkit.language.templates import Field, Template, TemplateError, fields, fill, parse
 
-ParsedColumn = str | Template | LastTurn | JsonColumn
+ParsedColumn = str | Template | LastTurn | ChatTurns | JsonColumn
 """A column as a spec names it, with its template parsed."""
 
 
@@ -43,6 +35,8 @@ def sources(column: ParsedColumn) -> list[str]:
             return [column]
         case LastTurn():
             return [column.last_turn]
+        case ChatTurns():
+            return [column.turns]
         case JsonColumn():
             return [column.json]
         case _:
@@ -55,14 +49,20 @@ def is_in(name: str, available: Sequence[str]) -> bool:
 
 
 def read_columns(columns: Mapping[str, ParsedColumn], raw: Raw) -> dict[str, Any]:
-    """Returns a row's values under sdkit's names.  Where a column takes the last turn of the prompt's chat, the prompt
-    ends before it.  Raises Fault.
+    """Returns a row's values under sdkit's names.  Where a column takes the last turns of the prompt's chat, the prompt ends
+    before them.  Raises Fault.
     """
     values = {name: _value(name, column, raw) for name, column in columns.items()}
-    taken = {column.last_turn for column in columns.values() if isinstance(column, LastTurn)}
     prompt = columns.get("prompt")
-    if isinstance(prompt, str | JsonColumn) and taken.intersection(sources(prompt)):
-        values["prompt"] = _chat_of("prompt", values["prompt"])[:-1]
+    if isinstance(prompt, str | JsonColumn):
+        same = [c for c in columns.values() if isinstance(c, LastTurn | ChatTurns) and sources(c) == sources(prompt)]
+        if any(isinstance(column, ChatTurns) for column in same):
+            chat = _chat_of("prompt", values["prompt"])
+            values["prompt"] = chat[: _first_answer("prompt", chat)]
+            if not values["prompt"]:
+                raise Fault("the chat begins with the assistant's turn, so there is no prompt")
+        elif same:
+            values["prompt"] = _chat_of("prompt", values["prompt"])[:-1]
     return values
 
 
@@ -75,7 +75,9 @@ def in_column(name: str, read: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _value(name: str, column: ParsedColumn, raw: Raw) -> Any:
-    """The value of a column in a row: the source's value unchanged, parsed JSON, a chat's last turn, or a template's text."""
+    """The value of a column in a row: the source's value unchanged, parsed JSON, a chat's last turn or turns, or a template's
+    text.
+    """
     match column:
         case str():
             return _checked(name, _named(raw, column))
@@ -83,6 +85,8 @@ def _value(name: str, column: ParsedColumn, raw: Raw) -> Any:
             return _checked(name, _parsed(name, _named(raw, column.json)))
         case LastTurn():
             return _last_turn(name, _named(raw, column.last_turn))
+        case ChatTurns():
+            return _turns(name, _named(raw, column.turns))
     values = {field: _look_up(raw, field) for field in fields(column)}
     texts = {field: in_column(str(field), lines_of, value) for field, value in values.items()}
     if None in texts.values():
@@ -128,20 +132,42 @@ def _parsed(name: str, value: Any) -> Any:
         raise Fault(f"'{name}' is nested too deeply") from None
 
 
-def _chat_of(name: str, value: Any) -> Sequence[Any]:
+def _chat_of(name: str, value: Any) -> tuple[Message, ...]:
     chat = _parsed(name, value)
     if not isinstance(chat, list | tuple) or not chat:
-        raise Fault(f"'{name}' takes the last turn of {describe_value(chat)}, not of a list of messages")
-    return chat
+        raise Fault(f"'{name}' takes turns of {describe_value(chat)}, not of a list of messages")
+    return messages_of(chat, f"'{name}'")
 
 
 def _last_turn(name: str, value: Any) -> str:
     """The text of the assistant's turn that ends a chat."""
     last = _chat_of(name, value)[-1]
-    text = in_column(name, text_of, last if isinstance(last, Mapping) else None)
+    if last.get("tool_calls"):
+        raise Fault(f"'{name}' is the last turn of a chat that ends with a tool call (a column {{turns: …}} takes it)")
+    text = in_column(name, text_of, last)
     if text is None or is_empty(text):
         raise Fault(f"'{name}' is the last turn of a chat that ends with an empty one")
     return text
+
+
+def _turns(name: str, value: Any) -> Turns:
+    """The messages of a chat from the first assistant's turn on."""
+    chat = _chat_of(name, value)
+    turns = Turns(chat[(first := _first_answer(name, chat)) :])
+    for i, message in enumerate(turns, first):
+        if message["role"] == "assistant" and i > first and chat[i - 1]["role"] == "assistant":
+            raise Fault(f"message {i} of '{name}' is an assistant's turn, and so is the one before it")
+        if message["role"] != "tool" and is_empty(message["content"]) and not message.get("tool_calls"):
+            raise Fault(f"message {i} of '{name}' is empty")
+    return turns
+
+
+def _first_answer(name: str, chat: Sequence[Message]) -> int:
+    """The place of the first assistant's turn."""
+    place = next((i for i, message in enumerate(chat) if message["role"] == "assistant"), None)
+    if place is None:
+        raise Fault(f"'{name}' takes the turns of a chat without an assistant's turn")
+    return place
 
 
 def chat_of(values: Raw) -> tuple[Message, ...]:
@@ -167,30 +193,15 @@ def chat_of(values: Raw) -> tuple[Message, ...]:
 
 
 def _messages(prompt: Sequence[Any]) -> tuple[Message, ...]:
-    messages = tuple(_message(i, message) for i, message in enumerate(prompt))
+    messages = messages_of(prompt, "the prompt")
     if messages[-1]["role"] == "assistant":
         raise Fault(
             "the prompt ends with a message of role 'assistant', not 'user' (a column {last_turn: …} takes that message)"
         )
-    if messages[-1]["role"] != "user":
+    if messages[-1]["role"] not in ("user", "tool"):
         raise Fault(f"the prompt ends with a message of role '{messages[-1]['role']}', not 'user'")
-    if is_empty(messages[-1]["content"]):
+    if not any(message["role"] == "user" for message in messages):
+        raise Fault("the prompt has no message of the role 'user'")
+    if messages[-1]["role"] == "user" and is_empty(messages[-1]["content"]):
         raise Fault("the last message of the prompt is empty")
     return messages
-
-
-def _message(i: int, message: Any) -> Message:
-    entries = message if isinstance(message, Mapping) else {}
-    if {key for key, value in entries.items() if value is not None} != {"role", "content"}:
-        raise Fault(f"message {i} of the prompt is not {{role: …, content: …}}")
-    role = entries["role"]
-    if role not in ("system", "user", "assistant"):
-        raise Fault(f"message {i} of the prompt has the role {shorten(role)}, not 'system', 'user' or 'assistant'")
-    if role == "system" and i:
-        raise Fault(f"message {i} of the prompt is a system message, but not the first")
-    try:
-        content = content_text(entries["content"])
-    except Fault as fault:
-        raise Fault(f"message {i} of the prompt holds {fault}") from None
-    in_column("prompt", text_of, content)
-    return {"role": role, "content": content}

@@ -105,11 +105,11 @@ class ObservationEncoder:
         if any(rendered.count(text) != 1 for text in (*answers, *written)):
             raise BadData("the chat template does not print earlier turns as they are")
         first, *rest = _pieces(rendered.partition(answers[-1])[2], written)
-        end, before = self._split_at_end(self.prompter.text_ids(first), is_answer=not _has_results(messages))
+        end, before = self._split_at_end(self.prompter.encode(first), is_answer=not _has_results(messages))
         return _Scaffold(
             end=end,
             before=before,
-            after=tuple(map(self.prompter.text_ids, rest)),
+            after=tuple(map(self.prompter.encode, rest)),
             escaped=tuple(text != w for text, w in zip(texts, written, strict=True)),
         )
 

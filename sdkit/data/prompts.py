@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from attrs import evolve, frozen
@@ -29,6 +30,9 @@ from sdkit.models.loading import fixed_date
 Ids = tuple[int, ...]
 FIRST_TURN = TurnOutcome()
 PROMPT = Field("prompt")
+SENTINEL = "sdkittool"
+"""A name that no chat template contains."""
+DUMMY_USER: Message = {"role": "user", "content": "a"}
 
 
 @frozen(kw_only=True)
@@ -58,6 +62,7 @@ class Prompter:
         self.control = ControlTokens(tokenizer)
         self.keep_text = keep_text
         self.calls: CallFormat | None = None  # how tools are shown; None: there are none
+        self._printed_calls: dict[int, bool] = {}
         template = tokenizer.chat_template
         for name in self.options:
             if template is None:
@@ -74,7 +79,9 @@ class Prompter:
     def ids(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> Ids:
         """Returns the messages as token ids.  Raises BadData naming the row if the chat template rejects them."""
         if self.tokenizer.chat_template is not None:
-            return self._encode(self.chat(row, messages, generation_prompt=generation_prompt))
+            return self.encode(self.chat(row, messages, generation_prompt=generation_prompt))
+        if row.tools or any(m.get("tool_calls") for m in messages):
+            raise BadData(f"row {row.index}: the tokenizer has no chat template to print tools with")
         text = "\n\n".join(m["content"] for m in messages)
         if self.control.has_hidden(text):
             return self.control.encode(text, add_special_tokens=True)
@@ -82,17 +89,18 @@ class Prompter:
 
     def text_ids(self, text: str) -> Ids:
         """Returns the ids of a text outside the chat, such as a completion."""
-        return self._encode(self._hide(text))
+        return self.encode(self._hide(text))
 
     def foreign_ids(self, text: str) -> Ids:
         """Returns the ids of a text of unknown origin, such as an observation: control tokens in it are plain text."""
-        return self._encode(self.control.hide_foreign(text))
+        return self.encode(self.control.hide_foreign(text))
 
     def completion_ids(self, text: str, end: int) -> Ids:
         """Returns a data set's completion as token ids, ended by `end` unless the text ends with an end token."""
         return append_end_token(self.text_ids(text), end, self.tokenizer.eos_token_id)
 
-    def _encode(self, text: str) -> Ids:
+    def encode(self, text: str) -> Ids:
+        """Returns the ids of a rendered text: control tokens as such, hidden ones as plain text."""
         if self.control.has_hidden(text):
             return self.control.encode(text, add_special_tokens=False)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -104,12 +112,17 @@ class Prompter:
         """What an environment says forges no role, as in an observation."""
         return self.control.hide_foreign(text) if is_by_turn(slot) else self._hide(text)
 
+    def hidden(self, message: Message) -> Message:
+        """Returns a message whose content and tool calls have their control tokens hidden."""
+        calls = {"tool_calls": _each_text(message["tool_calls"], self.control.hide)} if "tool_calls" in message else {}
+        return {**message, "content": self.control.hide(message["content"]), **calls}
+
     def messages(self, row: Row) -> tuple[Message, ...]:
         """Returns the row's chat; with `keep_text`, its control tokens are hidden."""
         if not self.keep_text:
             return row.messages
         try:
-            return tuple({**m, "content": self._hide(m["content"])} for m in row.messages)
+            return tuple(self.hidden(m) for m in row.messages)
         except BadData as error:
             raise BadData(f"row {row.index}: {error.message}") from None
 
@@ -121,12 +134,64 @@ class Prompter:
         generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """Renders the messages with the chat template, and the tools if there are some.
+        """Renders the messages with the chat template, and the tools if there are some: these, the environment's or the row's.
 
-        Raises BadData naming the row if the template rejects them.
+        Raises BadData naming the row if the template rejects them, or prints no tools though the row has some.
         """
         if self.calls:
             messages, tools = self.calls.shown(messages), self.calls.shown_tools
+        elif tools is None:
+            self._check_tools(row, messages)
+            tools = [_each_text(tool, self._hide) for tool in row.tools]
+        return self._apply_template(row, messages, tools or None, generation_prompt=generation_prompt)
+
+    def _check_tools(self, row: Row, messages: Sequence[Message]) -> None:
+        """Raise BadData unless the chat template prints the row's tools and the calls in its chat."""
+        if row.tools and not self._prints_tools:
+            raise BadData(f"row {row.index}: the chat template prints no tools, but the row's column 'tools' has some")
+        most = max((len(m.get("tool_calls", ())) for m in messages), default=0)
+        if most and not self._prints_calls(1):
+            raise BadData(
+                f"row {row.index}: the chat template prints no tool calls, but a turn of the row makes one",
+                hint="use a model whose chat template knows tools, or write calls as text of the turn",
+            )
+        if most > 1 and not self._prints_calls(2):
+            raise BadData(
+                f"row {row.index}: the chat template prints one tool call of a turn, and a turn makes {most}"
+            )
+
+    @cached_property
+    def _prints_tools(self) -> bool:
+        """Whether the chat template prints the schemas of tools."""
+        function = {"name": SENTINEL, "description": "a", "parameters": {"type": "object", "properties": {}}}
+        return self._prints_sentinel([DUMMY_USER], ({"type": "function", "function": function},), 1)
+
+    def _prints_calls(self, count: int) -> bool:
+        """Whether the chat template prints the names and the arguments of so many tool calls in a turn."""
+        if count not in self._printed_calls:
+            function = {"name": SENTINEL, "arguments": {f"{SENTINEL}key": f"{SENTINEL}value"}}
+            calls = [{"id": f"abcdef12{i}", "type": "function", "function": function} for i in range(count)]
+            results = [{"role": "tool", "content": "a", "name": "a", "tool_call_id": call["id"]} for call in calls]
+            chat = [DUMMY_USER, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+            self._printed_calls[count] = self._prints_sentinel(chat, (), 3 * count)
+        return self._printed_calls[count]
+
+    def _prints_sentinel(self, chat: Sequence[Message], tools: Sequence[Mapping[str, Any]], times: int) -> bool:
+        """Whether the sentinel is printed at least so often; True for a chat that the template refuses, as it will the row's."""
+        dummy = Row(index=0, messages=(), columns={}, raw={})
+        try:
+            return self._apply_template(dummy, chat, tools or None).count(SENTINEL) >= times
+        except BadData:
+            return True
+
+    def _apply_template(
+        self,
+        row: Row,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        generation_prompt: bool = True,
+    ) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages],
@@ -185,14 +250,14 @@ class Prompter:
         row = evolve(row, messages=self.messages(row))
         if values is None:
             return None
-        full = self._render(row, sees, values, turn)
+        full = self._with_slots(row, sees, values, turn)
         limit = sees.max_prompt_tokens
         if limit is None or len(full.ids) - len(turn.history) <= limit:
             return full
         truncated = self._truncate_slots(row, sees, values, turn, limit + len(turn.history))
         return evolve(truncated, cut_tokens=len(full.ids) - len(truncated.ids))
 
-    def _render(self, row: Row, sees: Sees, values: Mapping[str, str], turn: TurnOutcome) -> TeacherPrompt:
+    def _with_slots(self, row: Row, sees: Sees, values: Mapping[str, str], turn: TurnOutcome) -> TeacherPrompt:
         filled = tuple(name for name, value in values.items() if value)
         if isinstance(sees, UserTurn) and turn.last_user:
             ids = self.ids(row, row.messages) + self._in_last_user_turn(sees, values, turn.history, turn.last_user)
@@ -201,7 +266,7 @@ class Prompter:
         ids = self.ids(row, messages) + turn.history
         if isinstance(sees, AnswerStart):
             text = fill(parsed(sees.template), slot_lookup({**values, "prompt": row.prompt_text}))
-            ids += self._encode(text)
+            ids += self.encode(text)
         return TeacherPrompt(ids=ids, messages=messages, cut_tokens=0, filled=filled)
 
     def _in_last_user_turn(
@@ -212,7 +277,7 @@ class Prompter:
         template = parsed(sees.template)
         places = [number for number, part in enumerate(template) if part == PROMPT]
         pieces = [template[a + 1 : b] for a, b in itertools.pairwise([-1, *places, len(template)])]
-        texts = [self._encode(fill(piece, slot_lookup(values))) for piece in pieces]
+        texts = [self.encode(fill(piece, slot_lookup(values))) for piece in pieces]
         ids = (*history[:start], *texts[0])
         for following in texts[1:]:
             ids += (*history[start:end], *following)
@@ -227,7 +292,7 @@ class Prompter:
 
         def with_slots_of(count: int) -> TeacherPrompt:
             cut = {n: _truncate(values[n], at, count, sees.cut) for n, at in starts.items()}
-            return self._render(row, sees, {**values, **cut}, turn)
+            return self._with_slots(row, sees, {**values, **cut}, turn)
 
         best = with_slots_of(0)
         if len(best.ids) > limit:
@@ -252,6 +317,19 @@ class Prompter:
             return list(range(len(text)))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return [start for start, _ in encoded["offset_mapping"]]
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed."""
+    match value:
+        case str():
+            return change(value)
+        case Mapping():
+            return {_each_text(key, change): _each_text(item, change) for key, item in value.items()}
+        case list() | tuple():
+            return [_each_text(item, change) for item in value]
+        case _:
+            return value
 
 
 def _without_whitespace(text: str) -> str:

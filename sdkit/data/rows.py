@@ -18,6 +18,7 @@ from typing import Any
 from attrs import frozen
 
 from sdkit.batches import Row
+from sdkit.data.chats import tools_of
 from sdkit.data.columns import ParsedColumn, chat_of, in_column, is_in, parse_column, read_columns, sources
 from sdkit.data.sources import Raw, RawRows, read_source, source_name
 from sdkit.language.errors import BadData, first_of, listed, nearest
@@ -112,7 +113,8 @@ def _row(
     for name in texts:
         in_column(name, text_of, mapped.get(name))
     messages = chat_of(mapped) if "prompt" in mapped else ()
-    return Row(index=index, messages=messages, columns=mapped, raw=raw)
+    tools = tools_of(mapped.get("tools"))
+    return Row(index=index, messages=messages, columns=mapped, raw=raw, tools=tools)
 
 
 def fingerprint(rows: Iterable[Row]) -> str:

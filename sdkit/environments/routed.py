@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from sdkit.batches import Row
 from sdkit.environments.interface import Environment, Opened, Reply, Turn
 from sdkit.language.errors import BadData
-from sdkit.language.specs import Environment as EnvironmentSpec
 from sdkit.language.specs import BaseEnvironment, RoutedEnvironment
+from sdkit.language.specs import Environment as EnvironmentSpec
 
 T = TypeVar("T")
 Handle = tuple[str, Any]

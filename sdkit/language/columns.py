@@ -67,6 +67,12 @@ def required_columns(spec: specs.ExperimentSpec) -> list[str]:
     return list(filter(None, [spec.rollout.sampled_by.completion_column]))
 
 
+def logs_chats(spec: specs.ExperimentSpec) -> bool:
+    """Whether completions of the data set are logged chats of several turns."""
+    column = (spec.data.columns or {}).get(spec.rollout.sampled_by.completion_column or "")
+    return isinstance(column, specs.ChatTurns)
+
+
 def text_columns(spec: specs.ExperimentSpec, suite: specs.HeldOutPrompts | None) -> set[str]:
     """The columns that must have text, in a suite's rows or (None) in the training rows."""
     weights = spec.teacher and spec.teacher.weights

@@ -1,13 +1,14 @@
 """Converts values of data rows to the text of a prompt, a slot or a completion.
 
-Python can print any value, but a model should not read `[{'role': …}]`, `b'…'`, `True` or `nan`.  So only three
-kinds of values are converted: text, numbers, and a single assistant message, which becomes its content.  Anything
-else is refused.
+Python can print any value, but a model should not read `[{'role': …}]`, `b'…'`, `True` or `nan`.  So only four
+kinds of values are converted: text, numbers, a single assistant message, which becomes its content, and the turns of a
+logged chat, which become a transcript.  Anything else is refused.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,31 @@ class Fault(Exception):
     """A row cannot be used; the message says why."""
 
 
+class Turns(tuple[Mapping[str, Any], ...]):
+    """The messages of a logged chat from its first assistant's turn on: a completion of several turns."""
+
+    __slots__ = ()
+
+    @property
+    def answers(self) -> int:
+        """The number of the assistant's turns."""
+        return sum(message["role"] == "assistant" for message in self)
+
+    @property
+    def transcript(self) -> str:
+        """The messages as a person reads them, each after its role; of a single answer, its text."""
+        if len(self) == 1 and not self[0].get("tool_calls"):
+            return self[0]["content"]
+        return "\n".join(f"[{message['role']}] {message_text(message)}" for message in self)
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """A message's content and its tool calls, each `name({…})`."""
+    calls = (call["function"] for call in message.get("tool_calls", ()))
+    texts = (f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False, default=str)})" for call in calls)
+    return "\n".join(filter(None, [message["content"], *texts]))
+
+
 def text_of(value: Any) -> str | None:
     """Returns the text of a row's value, or None if the value is missing.  Raises Fault if it has no text form.
 
@@ -35,6 +61,8 @@ def text_of(value: Any) -> str | None:
         return None
     if isinstance(value, str):
         return _checked_text(str(value))
+    if isinstance(value, Turns):
+        return _checked_text(value.transcript)
     if _is_boolean(value):
         raise Fault(f"{describe_value(value)}, which has no one spelling: write it as text")
     if isinstance(value, numbers.Number):
@@ -108,6 +136,8 @@ def describe_value(value: Any) -> str:
         return shorten(value)
     if isinstance(value, numbers.Number):
         return str(value)
+    if isinstance(value, Turns):
+        return f"a chat with {value.answers} of the assistant's turns"
     for kinds, words in _DESCRIPTIONS:
         if isinstance(value, kinds):
             return words

@@ -33,6 +33,7 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
         "objective": plan.objective,
         "roles": plan.roles,
         STATISTICS: plan.statistics,
+        "a trajectory": list(_trajectory(spec)),
         "batches": [
             *_rows(spec, plan),
             f"rollout batches: {steps}{_early_end(spec)}",
@@ -56,6 +57,22 @@ def render_plan(spec: ExperimentSpec, plan: Plan) -> str:
         "derived": plan.derived,
     }
     return _format_sections(sections)
+
+
+def _trajectory(spec: ExperimentSpec) -> Iterator[str]:
+    """The messages of a trajectory that goes on after its first turn; nothing without an environment."""
+    environment = spec.environment
+    if environment is None:
+        return
+    sampled = f"up to {counted(spec.rollout.max_new_tokens, 'token')}, sampled"
+    shown = f"up to {counted(environment.max_observation_tokens, 'token')}, shown, not sampled"
+    yield "prompt: the chat of the column `prompt`"
+    yield f"turn 1, assistant: {sampled}"
+    yield f"turn 1, user: {environment.reply_text}; {shown}"
+    yield f"turn 2, assistant: {sampled}"
+    if environment.max_turns > 2:
+        yield f"… up to turn {environment.max_turns}"
+    yield "ending: done when there is no reply, max_turns, length or max_tokens at a limit, environment_error"
 
 
 def render_method(plan: MethodPlan) -> str:

@@ -17,7 +17,7 @@ from sdkit.language.errors import UnreadableInput, counted
 from sdkit.report.prompts import PromptKey, teacher_prompts
 from sdkit.report.records import RunRecord
 from sdkit.report.sampling import spread
-from sdkit.train.show_rollouts import token_pieces
+from sdkit.train.show_rollouts import parts_of, token_pieces
 
 HELD_OUT_BYTES, ROLLOUT_BYTES = 7_000_000, 10_000_000
 """Most bytes of all runs' held-out completions, and of their rollouts: a page stays below 30 MB."""
@@ -89,7 +89,9 @@ def _prompts(
     shown = [e for step in steps for entries in step.values() for e in entries[:SAMPLES_OF_PROMPT]]
     total = sum(min(len(text), MAX_CHARACTERS) for key in keys for text in (key[1], teachers.get(key, "")))
     total += sum(
-        min(len(text), MAX_CHARACTERS) + 150 for e in shown for text in (e["completion"], *_feedback(e).values())
+        min(len(text), MAX_CHARACTERS) + 150
+        for e in shown
+        for text in (e["completion"], *_feedback(e).values(), *(part["text"] for part in e.get("turns", ())))
     )
     fitting = max(1, min(len(keys), len(keys) * size // max(total, 1)))
     prompts = [
@@ -100,7 +102,13 @@ def _prompts(
             "means": [_mean(step.get((row, prompt), ()), main) for step in steps],
             "samples": [
                 [
-                    {"text": texts.add(e["completion"]), "scores": e["scores"], "feedback": _feedback(e)}
+                    {
+                        "text": texts.add(e["completion"]),
+                        "scores": e["scores"],
+                        "feedback": _feedback(e),
+                        "ending": e.get("ending"),
+                        "turns": [{**part, "text": texts.add(part["text"])} for part in e.get("turns", ())],
+                    }
                     for e in step.get((row, prompt), ())[:SAMPLES_OF_PROMPT]
                 ]
                 for step in steps
@@ -174,7 +182,9 @@ def _step(path: Path, count: int, decode: Decode) -> dict[str, Any]:
 def _rollout(entry: Mapping[str, Any], decode: Decode) -> dict[str, Any]:
     ids, values = entry["completion_ids"], entry.get("token_divergence")
     pairs = list(zip(ids, values or [None] * len(ids), strict=True))
-    pieces = list(_pieces(pairs, decode))
+    spans = parts_of(entry) if "spans" in entry else [{"start": 0, "end": len(pairs)}]
+    parts = [list(_pieces(pairs, decode, span["start"], span["end"])) for span in spans]
+    pieces = [piece for part in parts for piece in part]
     prompts = {name: entry.get(f"{name}_ids") for name in PROMPTS}
     return {
         "row": entry["row"],
@@ -185,19 +195,26 @@ def _rollout(entry: Mapping[str, Any], decode: Decode) -> dict[str, Any]:
         **{name: decode(tuple(ids_of_prompt)) if ids_of_prompt else None for name, ids_of_prompt in prompts.items()},
         "pieces": [text for text, _ in pieces],
         "divergence": [value for _, value in pieces] if values else None,
+        "ending": entry.get("ending"),
+        "turns": [
+            {"turn": span["turn"], "role": span["role"], "reward": span["reward"], "pieces": len(part)}
+            for span, part in zip(spans, parts, strict=True)
+            if "turn" in span
+        ],
     }
 
 
-def _pieces(pairs: Sequence[tuple[int, float | None]], decode: Decode) -> Iterator[tuple[str, float | None]]:
-    """The text and divergence of each token; of more than `MAX_TOKENS`, the middle is left out."""
+def _pieces(
+    pairs: Sequence[tuple[int, float | None]], decode: Decode, start: int, end: int
+) -> Iterator[tuple[str, float | None]]:
+    """The text and divergence of the tokens `start` to `end` of a rollout; of more than `MAX_TOKENS`, its middle is left out."""
 
     def read(ids: list[int]) -> str:
         return decode(tuple(ids))
 
-    if len(pairs) <= MAX_TOKENS:
-        yield from token_pieces(read, pairs)
-        return
     half = MAX_TOKENS // 2
-    yield from token_pieces(read, pairs[:half])
-    yield f" [… {counted(len(pairs) - 2 * half, 'token')} left out …] ", None
-    yield from token_pieces(read, pairs[-half:])
+    first, last = (half, len(pairs) - half) if len(pairs) > MAX_TOKENS else (len(pairs), len(pairs))
+    yield from token_pieces(read, pairs[start : min(end, first)])
+    if start <= first < min(end, last):
+        yield f" [… {counted(last - first, 'token')} left out …] ", None
+    yield from token_pieces(read, pairs[max(start, last) : end])

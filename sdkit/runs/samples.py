@@ -16,16 +16,30 @@ def as_markdown(title: str, records: Iterable[Mapping[str, Any]]) -> str:
     for record in records:
         parts.append(f"## {_heading(record)}")
         for field, name in TEXTS.items():
-            if (text := record.get(field)) is not None:
+            if field == "completion" and "turns" in record:
+                parts += [f"{turn_heading(part)}:\n\n{_fenced(part['text'])}" for part in record["turns"]]
+            elif (text := record.get(field)) is not None:
                 parts.append(f"{name}:\n\n{_fenced(text)}")
     return "\n\n".join(parts) + "\n"
 
 
+def turn_heading(part: Mapping[str, Any]) -> str:
+    """A part of a trajectory: its turn and role, and the turn's reward if it has one."""
+    reward = "" if part.get("reward") is None else f", reward {part['reward']:.3g}"
+    return f"turn {part['turn']}, {part['role']}{reward}"
+
+
+def ending_of(record: Mapping[str, Any]) -> list[str]:
+    """Why a record's trajectory ended, in a list; empty for a completion of one turn."""
+    return [f"ending {record['ending']}"] if record.get("ending") else []
+
+
 def _heading(record: Mapping[str, Any]) -> str:
-    """A record's suite and decoding, its row, whether it was cut, and its scores."""
+    """A record's suite and decoding, its row, whether it was cut, how its trajectory ended, and its scores."""
     parts = [str(record[field]) for field in ("suite", "decoding") if field in record]
     parts.append(f"row {record['row']}")
     parts += ["cut at the length limit"] if record.get("finished") is False else []
+    parts += ending_of(record)
     scores = record.get("rewards", record.get("scores", {}))
     return ", ".join([*parts, *(f"{name} {value:.3g}" for name, value in scores.items())])
 

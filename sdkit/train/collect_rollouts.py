@@ -12,7 +12,7 @@ from sdkit.batches import Completion, GroupOutcome, Rollout, RolloutBatch, Row, 
 from sdkit.data.turn_outcomes import turn_outcomes
 from sdkit.distributed import collectives
 from sdkit.rewards.scoring import ScoredCompletion, reward_values, score
-from sdkit.spans import last_turn, span_records
+from sdkit.spans import Span, last_turn, rewards_by_turn, span_records
 from sdkit.stdout import Advance, no_progress
 from sdkit.train.advantages import group_outcomes, with_advantages
 from sdkit.train.collate import RolloutKey, rollout_key
@@ -200,10 +200,31 @@ def completion_text(data: RunData, ids: Sequence[int]) -> str:
     return data.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def trajectory_text(data: RunData, completion: Completion) -> str:
-    """Return a trajectory as a person reads it, a line `[role] …` for each part; "" for a completion of one turn."""
-    parts = ((span.role, span.body or (span.start, span.end)) for span in completion.spans)
-    return "\n".join(f"[{role}] {completion_text(data, completion.ids[slice(*ends)])}" for role, ends in parts)
+def trajectory_parts(
+    data: RunData, ids: Sequence[int], spans: Sequence[Span], turn_rewards: Sequence[float], ending: str | None
+) -> dict[str, Any]:
+    """Return the `turns` of a trajectory as a person reads them, and its `ending`; nothing for a completion of one turn.
+
+    Each part has a turn, a role and a text; those of the assistant have a reward if the environment gave the turn one.
+    """
+    if not spans:
+        return {}
+    rewards = rewards_by_turn(sum(span.sampled for span in spans), turn_rewards, ending)
+    turns = [
+        {
+            "turn": span.turn,
+            "role": span.role,
+            "text": completion_text(data, ids[slice(*(span.body or (span.start, span.end)))]),
+            **({"reward": rewards[span.turn]} if span.sampled and span.turn in rewards else {}),
+        }
+        for span in spans
+    ]
+    return {"turns": turns, "ending": ending}
+
+
+def trajectory_text(parts: Iterable[Mapping[str, Any]]) -> str:
+    """Return the `turns` of a trajectory as one text, a line `[role] …` for each part."""
+    return "\n".join(f"[{part['role']}] {part['text']}" for part in parts)
 
 
 def sample_texts(
@@ -219,6 +240,7 @@ def sample_texts(
             "completion": decode(r.completion_ids),
             "finished": r.finished,
             "rewards": {name: values[i] for name, values in scores.items()},
+            **trajectory_parts(data, r.completion_ids, r.spans, r.turn_rewards, r.ending),
         }
         for i, r in enumerate(list(batch)[:count])
     ]

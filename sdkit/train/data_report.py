@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sdkit.batches import Row
+from sdkit.data.logged_chats import CompletionEncoder, unanswered
 from sdkit.data.rows import drop_duplicates
 from sdkit.language import columns
 from sdkit.language.errors import counted
@@ -70,9 +71,27 @@ def oddities(data: RunData) -> Iterator[str]:
         most = max(tokens for _, tokens in data.cut_contexts)
         rows = _named([row for row, _ in data.cut_contexts])
         yield f"the teacher's context is cut at teacher.sees.max_prompt_tokens, by up to {most} tokens, in {rows}"
+    yield from _odd_chats(data)
     for column in sorted({*columns.shown_columns(data.spec), *_answers(data.spec)}):
         if leaks := [row for row in data.train if _leaks(row, column)]:
             yield f"the student's prompt has the text of '{column}' in {_named(leaks)}"
+
+
+def _odd_chats(data: RunData) -> Iterator[str]:
+    """What is odd about logged chats that a run accepts: an unanswered end, a template that changes earlier turns."""
+    if not columns.logs_chats(data.spec):
+        return
+    column, encoder = (
+        data.spec.rollout.sampled_by.completion_column or "",
+        CompletionEncoder(data.prompter, data.turn_end),
+    )
+    if cut := [row for row in data.train if unanswered(row, column)]:
+        yield f"'{column}' goes on after the assistant's last turn, which is left out, in {_named(cut)}"
+    if changed := [row for row in data.train if encoder.changed_by_template(row, column)]:
+        yield (
+            f"the chat template prints '{column}' in another form than the run trains on, such as without the thinking of "
+            f"earlier turns or the white space around a text, in {_named(changed)}"
+        )
 
 
 def _answers(spec: ExperimentSpec) -> Iterable[str]:

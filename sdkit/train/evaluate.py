@@ -17,7 +17,7 @@ from sdkit.runs.teacher_lift import TeacherLift, lift_of, merged
 from sdkit.seeds import derive
 from sdkit.spans import last_turn
 from sdkit.stdout import Advance, no_progress
-from sdkit.train.collect_rollouts import collect_rollouts, completion_text, trajectory_text
+from sdkit.train.collect_rollouts import collect_rollouts, completion_text, trajectory_parts, trajectory_text
 from sdkit.train.inputs import RunData
 from sdkit.train.learner import Learner
 from sdkit.train.rollout_sampler import RolloutSampler
@@ -174,6 +174,7 @@ def _score_completions(
     texts = [completion_text(data, last_turn(c.ids, c.spans)) for c in completions]
     results = score(data.rewards[name], texts, [rows[i] for i in owners], [c.reward for c in completions])
     numbers = reward_values(results)
+    trajectories = [trajectory_parts(data, c.ids, c.spans, c.turn_rewards, c.ending) for c in completions]
     measures = _measures(owners, completions, greedy=suite.decoding[decoding].temperature == 0)
     own = [
         (
@@ -183,12 +184,13 @@ def _score_completions(
                 "decoding": decoding,
                 "row": rows[i].index,
                 "prompt": rows[i].prompt_text,
-                "completion": trajectory_text(data, completions[j]) or text,
+                "completion": trajectory_text(trajectories[j].get("turns", ())) or text,
                 "scores": {reward: values[j] for reward, values in numbers.items()},
                 "feedback": {reward: values[j].feedback for reward, values in results.items() if values[j].feedback},
                 **_passed(suite, numbers[suite.score][j]),
                 "measures": measures[j],
-                **_turns(completions[j]),
+                **({"turn_rewards": completions[j].turn_rewards} if trajectories[j] else {}),
+                **trajectories[j],
             },
         )
         for j, (text, i) in enumerate(zip(texts, owners, strict=True))
@@ -219,13 +221,6 @@ def _measures(owners: Sequence[int], completions: Sequence[Completion], *, greed
 def _completion_measures(completion: Completion, *, greedy: bool) -> dict[str, float]:
     logprobs = None if greedy or completion.logprobs is None else [completion.logprobs[p] for p in completion.sampled]
     return completion_measures(completion.sampled_ids, logprobs, finished=completion.finished)
-
-
-def _turns(completion: Completion) -> dict[str, Any]:
-    """How a trajectory went, turn by turn; empty for a completion of one turn."""
-    if not completion.spans:
-        return {}
-    return {"ending": completion.ending, "turn_rewards": completion.turn_rewards}
 
 
 def _with_success_by_turn(

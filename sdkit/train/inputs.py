@@ -11,6 +11,7 @@ from typing import Any
 
 from sdkit.batches import GroupOutcome, Row, SamplingRequest, TurnOutcome
 from sdkit.data.call_formats import choose_format
+from sdkit.data.logged_chats import CompletionEncoder, control_text, encode_all
 from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import FIRST_TURN, Prompter, TeacherPrompt, check_prompts, check_repeatable
 from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
@@ -332,7 +333,7 @@ class RunData:
         if self.prompter.keep_text:
             return
         for row in rows:
-            shown = (row.text(name) or "" for name in columns.shown_columns(self.spec))
+            shown = (control_text(row, name) for name in columns.shown_columns(self.spec))
             texts = (*(m["content"] for m in row.messages), *shown)
             if name := next(filter(None, map(self.prompter.control.find, texts)), None):
                 yield row, name
@@ -342,11 +343,10 @@ class RunData:
         column = self.spec.rollout.sampled_by.completion_column
         if column is None:
             return None
-        end = -1 if self.turn_end is None else self.turn_end
-        unique_rows = {id(row): row for row in rows}.values()
-        ids = [self.prompter.completion_ids(row.text(column) or "", end) for row in unique_rows]
-        self._check_ids((row, f"the {column}", completion) for row, completion in zip(unique_rows, ids, strict=True))
-        lengths = {row.index: len(c) for row, c in zip(unique_rows, ids, strict=True)}
+        encoder = CompletionEncoder(self.prompter, self.turn_end)
+        completions = encode_all(encoder, {id(row): row for row in rows}.values(), column)
+        self._check_ids((row, f"the {column}", ids) for row, ids in completions)
+        lengths = {row.index: len(ids) for row, ids in completions}
         return measure_completions(column, lengths, self.spec.rollout.max_new_tokens)
 
     def _check_ids(self, texts: Iterable[tuple[Row, str, Sequence[int]]]) -> None:

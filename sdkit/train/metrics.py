@@ -14,6 +14,7 @@ import torch
 
 from sdkit.batches import Rollout
 from sdkit.distributed import collectives
+from sdkit.language.columns import logs_chats
 from sdkit.language.specs import OfRollouts, Slot, SuccessfulSibling
 from sdkit.losses.policy_terms import group_relative
 from sdkit.models.device import rank_device
@@ -99,17 +100,17 @@ def _rollout_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
 
 
 def _trajectory_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
-    """Turns, endings and observations, if there is an environment."""
-    if data.spec.environment is None:
+    """Turns and observations of trajectories; with an environment also their endings."""
+    if data.spec.environment is None and not logs_chats(data.spec):
         return {}
     endings = {f"trajectory/ending_{name}": _mean(r.ending == name for r in rollouts) for name in get_args(Ending)}
     turns = float(sum(span.sampled for r in rollouts for span in r.spans))
     views = float(sum(len(r.views) for r in rollouts))
     return {
         **({"trajectory/turns_with_teacher": (views, turns)} if data.context_by_turn else {}),
-        "trajectory/turns": _mean(sum(span.sampled for span in r.spans) for r in rollouts),
+        "trajectory/turns": _mean(sum(span.sampled for span in r.spans) or 1 for r in rollouts),
         "trajectory/observation_tokens": _mean(len(r.completion_ids) - len(r.sampled) for r in rollouts),
-        **endings,
+        **(endings if data.spec.environment else {}),
     }
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdkit.batches import Attempt, GroupOutcome, Row, TurnOutcome
+from sdkit.data.logged_chats import CompletionEncoder
 from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import Prompter
 from sdkit.data.rows import load_rows
@@ -21,7 +22,7 @@ from sdkit.data.turn_ends import end_token
 from sdkit.language.errors import counted
 from sdkit.language.specs import ExperimentSpec, OfRollouts
 from sdkit.models.loading import load_tokenizer, resolve_model
-from sdkit.spans import Message
+from sdkit.spans import ASSISTANT, OBSERVATION, Message, Span
 
 SPLICE = "▶ completion goes here"
 
@@ -51,7 +52,7 @@ def show_prompts(spec: ExperimentSpec, prompter: Prompter, rows: Iterable[Row], 
                 cut = f", {teacher.cut_tokens} context tokens cut" if teacher.cut_tokens else ""
                 views.append(_panel("teacher", tokenizer.decode(teacher.ids), len(teacher.ids), cut))
         if column := spec.rollout.sampled_by.completion_column:
-            views.append(_completion(spec, prompter, end, row.text(column) or ""))
+            views.append(_completion(spec, prompter, end, row, column))
         table = Table.grid(expand=True)
         for _ in views:
             table.add_column(ratio=1)
@@ -91,17 +92,18 @@ def _no_teacher(spec: ExperimentSpec) -> str:
     return "no teacher: a slot that the context requires is empty"
 
 
-def _completion(spec: ExperimentSpec, prompter: Prompter, end: int | None, text: str) -> Panel:
-    """A completion from the data set with its end token, truncated as the run would truncate it."""
+def _completion(spec: ExperimentSpec, prompter: Prompter, end: int | None, row: Row, column: str) -> Panel:
+    """A completion from the data set with its end tokens, truncated as the run would truncate it."""
     if end is None:  # only the model's generation settings name it, and no model is loaded here
-        return Panel(Text(text), title="completion, from the data set")
-    ids = prompter.completion_ids(text, end)
-    limit = spec.rollout.max_new_tokens
-    note = f", cut to {limit}" if len(ids) > limit else ""
-    return Panel(
-        Text(prompter.tokenizer.decode(ids[:limit])),
-        title=f"completion, from the data set: {counted(len(ids), 'token')}{note}",
-    )
+        return Panel(Text(row.text(column) or ""), title="completion, from the data set")
+    logged, limit = CompletionEncoder(prompter, end).encode(row, column), spec.rollout.max_new_tokens
+    kept = logged.cut(limit)
+    note = f", cut to {len(kept.ids)}" if len(logged.ids) > limit else ""
+    turns = f", {counted(sum(s.sampled for s in kept.spans), 'turn')} trained" if kept.spans else ""
+    text = Text()
+    for span in kept.spans or (Span(role=ASSISTANT, turn=1, start=0, end=len(kept.ids)),):
+        text.append(prompter.tokenizer.decode(kept.ids[span.start : span.end]), "" if span.sampled else OBSERVATION)
+    return Panel(text, title=f"completion, from the data set: {counted(len(logged.ids), 'token')}{note}{turns}")
 
 
 def _panel(title: str, text: str, tokens: int, note: str = "") -> Panel:

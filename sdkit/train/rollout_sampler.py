@@ -10,6 +10,7 @@ from typing import assert_never
 from attrs import evolve, field, frozen
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
+from sdkit.data.logged_chats import CompletionEncoder
 from sdkit.environments.continuous import sample_continuously
 from sdkit.language.specs import (
     DatasetSamples,
@@ -143,10 +144,17 @@ class RolloutSampler:
         return trajectories.sample(backend, requests, rows, sampling, advance)
 
     def _dataset_completion(self, row: Row, column: str) -> Completion:
-        """Return the data set's completion with the end-of-turn token, cut at `rollout.max_new_tokens`."""
-        ids = self.setup.data.prompter.completion_ids(row.text(column) or "", self.models.end_ids[0])
+        """Return the data set's completion with its end-of-turn tokens, cut at `rollout.max_new_tokens`."""
+        logged = CompletionEncoder(self.setup.data.prompter, self.models.end_ids[0]).encode(row, column)
         limit = self.setup.spec.rollout.max_new_tokens
-        return Completion(ids=ids[:limit], logprobs=None, finished=len(ids) <= limit)
+        kept = logged.cut(limit)
+        return Completion(
+            ids=kept.ids,
+            logprobs=None,
+            finished=len(logged.ids) <= limit,
+            spans=kept.spans,
+            ending=logged.ending(limit),
+        )
 
 
 def resolve_sampler(sampled_by: SampledBy, seed: int, stream: Stream, *, evaluation: bool) -> OneSampler:

@@ -15,6 +15,8 @@ from sdkit.language.errors import BadEnvironment, UnreadableInput, counted, shor
 from sdkit.language.specs import ExperimentSpec
 from sdkit.models.loading import load_tokenizer, resolve_model
 from sdkit.runs.directory import MARK, read_lines, step_file
+from sdkit.runs.samples import ending_of, turn_heading
+from sdkit.spans import ASSISTANT, OBSERVATION, rewards_by_turn
 
 Record = Mapping[str, Any]
 SCALE = ((0.1, ""), (0.5, "black on #fee8a0"), (1.0, "black on #fdae61"), (2.0, "black on #f46d43"))
@@ -55,7 +57,7 @@ def show(spec: ExperimentSpec, base: Path, records: Sequence[Record], console: C
             for name in ("prompt_ids", "teacher_prompt_ids"):
                 if ids := record[name]:
                     console.print(Text(tokenizer.decode(ids), style="dim"))
-        console.print(_coloured(tokenizer, record), end="\n\n")
+        console.print(_turns(tokenizer, record) if "spans" in record else _coloured(tokenizer, record), end="\n\n")
     if any(record.get("token_divergence") for record in records):
         console.print(_legend())
 
@@ -73,21 +75,44 @@ def write_page(spec: ExperimentSpec, base: Path, records: Sequence[Record], page
 
 
 def _heading(record: Record) -> str:
-    """A rollout's row and group, its length, scores and mean divergence."""
+    """A rollout's row and group, its length, its ending, scores and mean divergence."""
     length = counted(len(record["completion_ids"]), "token")
     parts = [f"row {record['row']}, group {record['group']}", length if record["finished"] else f"{length}, cut"]
+    parts += ending_of(record)
     parts += [f"{name} {value:.3g}" for name, value in record.get("scores", {}).items()]
     known = [value for value in record.get("token_divergence") or () if value is not None]
     parts += [f"divergence {sum(known) / len(known):.3g} nats a token"] if known else []
     return ", ".join(parts)
 
 
-def _coloured(tokenizer: Any, record: Record) -> Text:
-    """The completion, each token in the style of its divergence."""
+def _turns(tokenizer: Any, record: Record) -> Text:
+    """A trajectory, part by part, each under its turn and role; observations in a colour of their own."""
+    text = Text()
+    for part in parts_of(record):
+        text.append(f"{turn_heading(part)}\n", "bold dim")
+        if part["role"] == ASSISTANT:
+            text.append(_coloured(tokenizer, record, part["start"], part["end"]))
+        else:
+            text.append(tokenizer.decode(record["completion_ids"][part["start"] : part["end"]]), OBSERVATION)
+        text.append("\n")
+    text.rstrip()
+    return text
+
+
+def parts_of(record: Record) -> list[dict[str, Any]]:
+    """The spans of a recorded trajectory, with the rewards of its turns."""
+    spans = record["spans"]
+    turns = sum(span["role"] == ASSISTANT for span in spans)
+    rewards = rewards_by_turn(turns, record.get("turn_rewards") or (), record.get("ending"))
+    return [{**span, "reward": rewards.get(span["turn"]) if span["role"] == ASSISTANT else None} for span in spans]
+
+
+def _coloured(tokenizer: Any, record: Record, start: int = 0, end: int | None = None) -> Text:
+    """Tokens `start` to `end` of the completion, each in the style of its divergence."""
     ids = record["completion_ids"]
     values = record.get("token_divergence") or [None] * len(ids)
     text = Text()
-    for piece, value in token_pieces(tokenizer.decode, zip(ids, values, strict=True)):
+    for piece, value in token_pieces(tokenizer.decode, zip(ids[start:end], values[start:end], strict=True)):
         text.append(piece, _style(value))
     return text
 

@@ -289,7 +289,9 @@ def _few_rows(spec: specs.MethodSpec) -> specs.DataSpec:
     routes = _routes(spec)
     names |= routes.keys()
 
-    def value(name: str, i: int) -> str:
+    def value(name: str, i: int) -> str | None:
+        if name == "tools":  # the tiny model's chat template prints none
+            return None
         if name in routes:
             return routes[name][i % len(routes[name])]
         return f"{name} {i}: {i} + {i} = {2 * i}"

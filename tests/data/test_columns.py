@@ -57,7 +57,7 @@ def test_prompt_of_another_column_is_kept():
     ("messages", "message"),
     [
         (CHAT[:2], "'demonstration' is a message of the role 'user', not 'assistant'"),
-        ([], "'demonstration' takes the last turn of a list, not of a list of messages"),
+        ([], "'demonstration' takes turns of a list, not of a list of messages"),
         ("2 + 2?", "'demonstration' is not JSON"),
         ([CHAT[1], {"role": "assistant", "content": " "}], "ends with an empty one"),
         (CHAT[-1:], "the prompt is empty"),

@@ -247,7 +247,11 @@ SYSTEM_TURN = {"role": "system", "content": "own"}
         (["hi"], "message 0 of the prompt is not {role: …, content: …}"),
         ([{"role": "user"}], "message 0 of the prompt is not"),
         ([user_message("a") | {"name": "x"}], "message 0 of the prompt is not"),
-        ([{"role": "tool", "content": "x"}], "has the role 'tool'"),
+        ([{"role": "bot", "content": "x"}], "has the role 'bot', not 'system', 'user', 'assistant' or 'tool'"),
+        (
+            [{"role": "tool", "content": "x"}],
+            "message 0 of the prompt is a tool's result, but no tool call precedes it",
+        ),
         ([user_message(["a"])], "message 0 of the prompt holds a list, not text"),
         ([user_message("a"), SYSTEM_TURN, user_message("b")], "message 1 of the prompt is a system message"),
         ([user_message("a"), {"role": "assistant", "content": "b"}], "role 'assistant', not 'user'"),

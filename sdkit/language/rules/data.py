@@ -89,6 +89,8 @@ def _wanted(column: specs.Column) -> list[str]:
             return [column]
         case specs.LastTurn():
             return [column.last_turn]
+        case specs.ChatTurns():
+            return [column.turns]
         case specs.JsonColumn():
             return [column.json]
     try:

@@ -125,13 +125,25 @@ class LastTurn:
 
 
 @frozen(kw_only=True)
+class ChatTurns:
+    """A chat from its first assistant's turn on, as a completion of several turns: `sampled_by: dataset` trains on every
+    turn of the assistant, and what stands in between is shown, not trained on.
+
+    Messages are OpenAI's (`role`, `content`, `tool_calls`) or ShareGPT's (`from`, `value`).  A prompt from the same column is
+    then the chat before these turns.  To train on the last turn alone, use `last_turn`.
+    """
+
+    turns: str = spec_field("the source's column: a list of messages, or JSON text of one", range=NAME)
+
+
+@frozen(kw_only=True)
 class JsonColumn:
     """The value of a column whose text is JSON, such as a chat in a CSV file."""
 
     json: str = spec_field("the source's column", range=NAME)
 
 
-Column = str | ColumnTemplate | LastTurn | JsonColumn
+Column = str | ColumnTemplate | LastTurn | ChatTurns | JsonColumn
 """A column of the source, or what is made of one; `column.key` leads into a map, or into JSON text of one."""
 
 
@@ -141,9 +153,10 @@ class DataSpec:
 
     source: Source = spec_field("the rows")
     columns: Table[Column] | None = spec_field(
-        "sdkit's name → the source's column (`column.key` leads into a map), a template, the last turn of a chat, or a column "
-        "of JSON text; `prompt` (text or chat messages) is required; `system`, `demonstration`, `answer` and any other names "
-        "are optional; evaluation data defaults to the training data's",
+        "sdkit's name → the source's column (`column.key` leads into a map), a template, the last turn or all turns of a chat, "
+        "or a column of JSON text; `prompt` (text or chat messages) is required; `system`, `tools` (schemas of functions, "
+        "for the chat template), `demonstration`, `answer` and any other names are optional; evaluation data defaults to the "
+        "training data's",
         default=None,
         each=NAME,
         names=NAME,

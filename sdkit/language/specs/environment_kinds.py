@@ -165,6 +165,11 @@ class RoutedEnvironment(Component):
         """How many threads may ask the routes at the same time."""
         return min(route.calls_at_once for route in self.routes.values())
 
+    @property
+    def reply_text(self) -> str:
+        """What the student is shown after a turn that does not end the trajectory, in words."""
+        return "what the environment of the row replies"
+
     def longest(self, max_new_tokens: int) -> int:
         """Tokens of the longest trajectory of any route."""
         return max(route.longest(max_new_tokens) for route in self.routes.values())

@@ -57,6 +57,11 @@ class BaseEnvironment(Component):
         return longest if self.max_trajectory_tokens is None else min(longest, self.max_trajectory_tokens)
 
     @property
+    def reply_text(self) -> str:
+        """What the student is shown after a turn that does not end the trajectory, in words."""
+        return "what the environment replies"
+
+    @property
     def error_limit(self) -> float:
         """Share of a batch's trajectories that may end by an error of the environment."""
         return 1.0
@@ -99,6 +104,10 @@ class RetryEnvironment(BaseEnvironment):
         default="That is not right. Try again.",
         range=TEXT,
     )
+
+    @property
+    def reply_text(self) -> str:
+        return f"{self.says!r}, or without feedback {self.without_feedback!r}"
 
     def describe(self) -> str:
         judge = "the training reward" if self.reward is None else f"`{self.reward}`"
@@ -176,6 +185,10 @@ class FileEnvironment(CodeEnvironment):
         "arguments of the class, by name", default=Table(), each=OPTION, names=NAME
     )
     columns: tuple[str, ...] = spec_field("columns given to `reset` (default: all)", default=(), each=NAME)
+
+    @property
+    def reply_text(self) -> str:
+        return f"what {self.class_name} replies"
 
     def task_columns(self, mapped: Collection[str]) -> Collection[str]:
         return self.columns or mapped

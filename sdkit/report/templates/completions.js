@@ -24,6 +24,12 @@ function textBlock(text, label, className = "") {
   return node;
 }
 
+// A part of a trajectory: what the student sampled in a turn, or what it was shown after one.
+function partBlock(part, text) {
+  const reward = part.reward === undefined || part.reward === null ? "" : ` · reward ${figure(part.reward)}`;
+  return textBlock(text, `turn ${part.turn} · ${part.role}${reward}`, part.role === "assistant" ? "" : "observation");
+}
+
 function figure(value) {
   return value === null ? "–" : String(Number(value.toPrecision(3)));
 }
@@ -112,9 +118,12 @@ function heldOut() {
       const same = before !== null && samples.length === 1 && samples[0].text === before;
       samples.forEach((sample, n) => {
         const which = part.all_samples > 1 ? `sample ${n + 1} of ${part.all_samples}` : "";
-        const body = same ? textBlock("the same completion", "", "dim") : textBlock(report.texts[sample.text] || "(empty)");
+        const bodies = same ? [textBlock("the same completion", "", "dim")]
+          : sample.turns.length ? sample.turns.map((part) => partBlock(part, report.texts[part.text] || "(empty)"))
+          : [textBlock(report.texts[sample.text] || "(empty)")];
+        const ending = sample.ending ? `ending ${sample.ending}` : "";
         const feedback = Object.entries(sample.feedback).map(([name, text]) => textBlock(text, `feedback of ${name}`, "dim"));
-        cards.push(card([part.steps[i] ? `after step ${part.steps[i]}` : "before training", ...scoreParts(sample.scores), which].filter(Boolean), body, ...feedback));
+        cards.push(card([part.steps[i] ? `after step ${part.steps[i]}` : "before training", ending, ...scoreParts(sample.scores), which].filter(Boolean), ...bodies, ...feedback));
       });
       before = samples.length === 1 ? samples[0].text : null;
     });
@@ -125,14 +134,24 @@ function heldOut() {
 
 // ---- rollouts
 
+// The blocks of a rollout: one, or one for each part of a trajectory.
 function tokens(rollout) {
-  const node = textBlock("", "");
-  if (!rollout.divergence) {
-    node.append(rollout.pieces.join(""));
+  if (!rollout.turns.length) return [fill(textBlock("", ""), rollout, 0, rollout.pieces.length)];
+  let start = 0;
+  return rollout.turns.map((part) => {
+    start += part.pieces;
+    return fill(partBlock(part, ""), rollout, start - part.pieces, start, part.role !== "assistant");
+  });
+}
+
+function fill(node, rollout, start, end, plain = false) {
+  const pieces = rollout.pieces.slice(start, end);
+  if (plain || !rollout.divergence) {
+    node.append(pieces.join(""));
     return node;
   }
-  rollout.pieces.forEach((piece, i) => {
-    const value = rollout.divergence[i];
+  pieces.forEach((piece, i) => {
+    const value = rollout.divergence[start + i];
     const token = element("span", { className: value === null ? "token dim" : "token", textContent: piece });
     if (value !== null) {
       const [, background, colour] = LEVELS.find(([bound]) => Math.abs(value) < bound);
@@ -195,9 +214,10 @@ function rollouts() {
       const known = (rollout.divergence || []).filter((value) => value !== null);
       const mean = known.length ? `${figure(known.reduce((a, b) => a + b) / known.length)} nats a token` : "";
       const length = `${rollout.tokens} tokens` + (rollout.finished ? "" : ", cut");
-      const heading = [`row ${rollout.row}`, `group ${rollout.group}`, length, ...scoreParts(rollout.scores), mean].filter(Boolean);
+      const ending = rollout.ending ? `ending ${rollout.ending}` : "";
+      const heading = [`row ${rollout.row}`, `group ${rollout.group}`, length, ending, ...scoreParts(rollout.scores), mean].filter(Boolean);
       const sides = prompts.checked ? promptBlocks(rollout) : [];
-      return card(heading, ...sides, tokens(rollout));
+      return card(heading, ...sides, ...tokens(rollout));
     }));
   }
   function promptBlocks(rollout) {
