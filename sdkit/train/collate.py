@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -220,6 +219,12 @@ def _teacher_positions(rollout: Rollout, positions: Sequence[int]) -> list[list[
     return parts
 
 
+def _scored_rows(rollout: Rollout, positions: Sequence[int]) -> list[tuple[tuple[Ids, Ids], list[int]]]:
+    """Return the teacher's rows that have counted tokens, at least one row, each with where these tokens are."""
+    rows = list(zip(_as_teacher(rollout), _teacher_positions(rollout, positions), strict=True))
+    return [(row, part) for row, part in rows if part] or rows[:1]
+
+
 def _micro_batch(
     rollouts: Sequence[Rollout],
     positions: list[list[int]],
@@ -247,15 +252,16 @@ def _micro_batch(
     )
 
     student = [_as_student(r) for r in rollouts]
-    teachers = [_as_teacher(r) for r in rollouts]
-    in_views = [part for r, ps in zip(rollouts, positions, strict=True) for part in _teacher_positions(r, ps)]
+    teachers = [_scored_rows(r, ps) for r, ps in zip(rollouts, positions, strict=True)]
+    rows_of_teacher = [row for scored in teachers for row, _ in scored]
+    in_rows = [part for scored in teachers for _, part in scored]
     return MicroBatch(
         student=_pad(student, positions, longest_pack, device),
-        teacher=_pad(list(itertools.chain(*teachers)), in_views, longest_pack, device) if teacher else None,
+        teacher=_pad(rows_of_teacher, in_rows, longest_pack, device) if teacher else None,
         tokens=tokens.to(device),
         rows=len(rollouts),
         teacher_routes=tuple(r.teacher_route for r in rollouts),
-        teacher_rows=tuple(i for i, views in enumerate(teachers) for _ in views),
+        teacher_rows=tuple(i for i, scored in enumerate(teachers) for _ in scored),
     )
 
 

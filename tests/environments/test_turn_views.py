@@ -40,6 +40,7 @@ from sdkit.language.specs import (
     FileReward,
     FrozenWeights,
     GeometricBlend,
+    MaskSpec,
     NextTurns,
     PerTurn,
     ReplayBackend,
@@ -137,7 +138,13 @@ def turns_with_hint(trainer, each):
     return [s for s in each.spans if s.sampled and s.end > s.start and hint_of(trainer, each, s)]
 
 
-@pytest.mark.parametrize("kind", POSITIONS)
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["user_turn", "answer_start", *(pytest.param(kind, marks=FULL) for kind in ("system_message", "earlier_turns"))],
+)
 def test_rows_of_turns_equal_prompts_built_one_by_one(open_trainer, kind):
     trainer = open_trainer(POSITIONS[kind], training=training(micro_batch_tokens=1500))
     batch = prepare_rollouts(trainer, collect(trainer).batch)
@@ -178,6 +185,17 @@ def loss_and_gradient(trainer, batch):
     before = masters(trainer)
     assert train_step(trainer, batch).applied
     return loss, {name: before[name] - value for name, value in masters(trainer).items()}
+
+
+def test_turns_that_no_loss_counts_have_no_row(open_trainer):
+    trainer = open_trainer(losses=distil(mask=MaskSpec(prefix=4)))
+    batch = prepare_rollouts(trainer, collect(trainer).batch)
+    rows = sum(len(m.teacher.texts) for m in _collate(trainer.learner, batch, trainer.specs.losses).micro_batches)
+    counted = [
+        sum(any(v.start <= p < v.end for p in r.loss_masks["distil"].positions) for v in r.views) for r in batch
+    ]
+    assert rows == sum(max(number, 1) for number in counted) < sum(max(len(r.views), 1) for r in batch)
+    assert 0 < evaluate_objective(trainer, batch)["loss"] < 10
 
 
 def test_step_is_that_of_a_loop_over_turns(open_trainer):
@@ -238,7 +256,7 @@ def test_shares_of_two_ranks_add_up(open_trainer):
 def test_one_turn_is_distilled_as_a_completion_with_feedback(spec_of, process_group, tmp_path):
     always = "def judge(completion, row):\n    return 0.0, f'{len(completion)} characters'\n"
     (tmp_path / "judge.py").write_text(always)
-    changes = {"rollout": rollout(max_new_tokens=8, completions_per_prompt=2), "training": training(steps=2)}
+    changes = {"rollout": rollout(max_new_tokens=8, completions_per_prompt=2), "training": training(steps=1)}
     alone = spec_of(evolve(POSITIONS["user_turn"], slots=Table({"verdict": Feedback()})), **changes)
     played = spec_of(**changes, environment=evolve(RETRY, threshold=0.0))
     (tmp_path / "judge.py").write_text(always)
@@ -253,13 +271,13 @@ def test_one_turn_is_distilled_as_a_completion_with_feedback(spec_of, process_gr
 def test_recorded_feedback_and_replies_give_the_same_teacher(spec_of, process_group, tmp_path):
     slots = Table({**VERDICT, "next": NextTurns(how_many="all")})
     sees = UserTurn(template="{prompt} {verdict} {next}", slots=slots, requires="any")
-    spec = spec_of(sees, training=training(steps=2))
+    spec = spec_of(sees, training=training(steps=1))
     run = train(spec, tmp_path / "run")
     replay = evolve(spec.rollout, backend=ReplayBackend(run=str(run)))
     again = train(evolve(spec, rollout=replay), tmp_path / "again")
     assert metrics(again) == metrics(run)
     assert metrics(run)[-1]["trajectory/turns_with_teacher"] == 1.0
-    for record in lines(run / "rollouts" / "step_000001.jsonl"):
+    for record in lines(run / "rollouts" / "step_000000.jsonl"):
         said = record["turn_feedback"][-1] if record["turn_feedback"] else None
         assert record["unanswered"] == [["user", f"{said}, no." if said else "No."]]
 
@@ -274,9 +292,7 @@ def server(other_folder):
 TOP = distil(support=TopKSupport(k=5, chosen_by="teacher", remainder="tail_bucket"))
 
 
-ALSO = [
-    pytest.param(case, marks=pytest.mark.full) for case in ("live", "average", "external", "served", "trust region")
-]
+ALSO = [pytest.param(case, marks=FULL) for case in ("live", "average", "external", "served", "trust region")]
 
 
 @pytest.mark.parametrize("case", ["routed", "routed and served", "geometric", *ALSO])
