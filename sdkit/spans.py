@@ -14,16 +14,45 @@ ASSISTANT = "assistant"
 """The role of a sampled span."""
 SAMPLED = (ASSISTANT,)
 """The roles of spans that the student sampled."""
-Ending = Literal["done", "max_turns", "length", "max_tokens", "environment_error"]
-"""Why a trajectory ended: the environment ended it; its last turn was the last allowed; a turn reached
-`rollout.max_new_tokens`; the trajectory reached its own limit; the environment failed."""
+Ending = Literal["done", "no_call", "max_turns", "length", "max_tokens", "parse_error", "environment_error"]
+"""Why a trajectory ended: the environment ended it; a turn called no tool; its last turn was the last allowed; a turn reached
+`rollout.max_new_tokens`; the trajectory reached its own limit; a tool call could not be read; the environment failed."""
+FINISHED: tuple[Ending, ...] = ("done", "no_call", "max_turns", "parse_error")
+"""Endings of trajectories whose last turn is complete."""
+
+
+@frozen(kw_only=True)
+class Message:
+    """A message that the student is shown after a turn."""
+
+    role: Literal["user", "tool"]
+    content: str
+    name: str | None = None  # of the tool whose result it is
+
+
+@frozen(kw_only=True)
+class Call:
+    """A tool call in a turn."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@frozen(kw_only=True)
+class Turn:
+    """What the student sampled in one turn, as an environment reads it."""
+
+    text: str  # without special tokens
+    calls: tuple[Call, ...] = ()
+    fault: str | None = None  # why its tool calls cannot be read; there are no `calls` then
+    finished: bool = True  # False: cut by a limit; its tool calls are not read
 
 
 @frozen(kw_only=True)
 class Span:
     """Tokens start..end of a completion, of one turn and one role."""
 
-    role: str  # "assistant": sampled by the student; else the role of an observation
+    role: str  # "assistant": sampled by the student; "user" or "tool": an observation
     turn: int  # from 1; an observation belongs to the turn that it follows
     start: int
     end: int

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdkit.batches import Row
 from sdkit.environments.host import Fault, Host, Process, finite
-from sdkit.environments.interface import Reply
+from sdkit.environments.interface import Message, Opened, Reply, Turn
 from sdkit.language.errors import BadData, Place, shorten
 from sdkit.language.specs import FileEnvironment
 
@@ -27,7 +27,11 @@ class UserEnvironment:
         self._host = Host(spec.file, path, spec.class_name, spec.arguments, spec.call_seconds)
         self._host.start()
 
-    def open(self, starts: Sequence[tuple[Row, int]]) -> list[Process]:
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        return ()
+
+    def open(self, starts: Sequence[tuple[Row, int]]) -> list[Opened]:
         processes = [self._host.fork() for _ in starts]
         requests = [{"call": "open", "seed": seed, "arguments": self._columns(row)} for row, seed in starts]
         for process, value in zip(processes, self._call("reset", processes, requests), strict=True):
@@ -35,10 +39,10 @@ class UserEnvironment:
                 process.fault = self._fault(
                     "reset", Fault(message=f"returned {type(value).__name__}; it must return None")
                 )
-        return processes
+        return [Opened(handle=process, error=process.fault and process.fault.message) for process in processes]
 
-    def reply(self, turns: Sequence[tuple[Process, str]]) -> list[Reply]:
-        requests = [{"call": "reply", "arguments": {"text": text}} for _, text in turns]
+    def reply(self, turns: Sequence[tuple[Process, Turn]]) -> list[Reply]:
+        requests = [{"call": "reply", "arguments": {"text": turn.text}} for _, turn in turns]
         values = self._call("reply", [process for process, _ in turns], requests)
         return [self._reply(value) for value in values]
 
@@ -85,10 +89,11 @@ class UserEnvironment:
 
     def _reply(self, value: Any) -> Reply:
         if isinstance(value, Fault):
-            return Reply(text=None, error=value.message)
+            return Reply(error=value.message)
         text, reward = value if isinstance(value, list) and len(value) == 2 else (value, None)
         if (text is None or isinstance(text, str)) and (reward is None or finite(reward)):
-            return Reply(text=text, reward=None if reward is None else float(reward))
+            shown = () if text is None else (Message(role="user", content=text),)
+            return Reply(messages=shown, reward=None if reward is None else float(reward))
         wanted = "text or None, or such a value and a finite number"
         fault = self._fault("reply", Fault(message=f"returned {shorten(value)}; it must return {wanted}"))
-        return Reply(text=None, error=fault.message)
+        return Reply(error=fault.message)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sdkit.batches import Row
-from sdkit.environments.interface import Reply
+from sdkit.environments.interface import Message, Opened, Reply, Turn
 from sdkit.language.specs import RetryEnvironment
 from sdkit.language.templates import fill, parse
 from sdkit.rewards.scorer import ScoredCompletion, Scorer
@@ -20,11 +21,15 @@ class Retry:
         self._scorer = scorer
         self._says, self._without = parse(spec.says), parse(spec.without_feedback)
 
-    def open(self, starts: Sequence[tuple[Row, int]]) -> list[Row]:
-        return [row for row, _ in starts]
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        return ()
 
-    def reply(self, turns: Sequence[tuple[Row, str]]) -> list[Reply]:
-        return [self._reply(scored) for scored in self._scorer.score_all([(text, row) for row, text in turns])]
+    def open(self, starts: Sequence[tuple[Row, int]]) -> list[Opened]:
+        return [Opened(handle=row) for row, _ in starts]
+
+    def reply(self, turns: Sequence[tuple[Row, Turn]]) -> list[Reply]:
+        return [self._reply(scored) for scored in self._scorer.score_all([(turn.text, row) for row, turn in turns])]
 
     def end(self, trajectories: Sequence[Row]) -> list[float | None]:
         return [None] * len(trajectories)
@@ -34,7 +39,8 @@ class Retry:
 
     def _reply(self, scored: ScoredCompletion) -> Reply:
         if scored.reward >= self._spec.threshold:
-            return Reply(text=None, reward=scored.reward)
+            return Reply(reward=scored.reward, feedback=scored.feedback)
         template = self._says if scored.feedback else self._without
         text = fill(template, lambda field: scored.feedback or "")
-        return Reply(text=text, reward=scored.reward)
+        shown = Message(role="user", content=text)
+        return Reply(messages=(shown,), reward=scored.reward, feedback=scored.feedback)

@@ -18,7 +18,7 @@ from sdkit.distributed import collectives
 from sdkit.environments.interface import Environment, Reply
 from sdkit.language.errors import BadData
 from sdkit.seeds import derive
-from sdkit.spans import ASSISTANT, Ending, Span
+from sdkit.spans import ASSISTANT, FINISHED, Ending, Span, Turn
 from sdkit.stdout import Advance, no_progress
 
 
@@ -48,7 +48,7 @@ class TrajectorySampler:
         """
         seeds = [derive(request.seed, "environment") for request in requests]
         opened = self.environment.open(list(zip(rows, seeds, strict=True)))
-        trajectories = [_Trajectory(*pair) for pair in zip(requests, opened, strict=True)]
+        trajectories = [_Trajectory(request, each.handle) for request, each in zip(requests, opened, strict=True)]
         for turn in range(1, self.environment.max_turns + 1):
             active = [t for t in trajectories if t.ending is None]
             if not collectives.all_reduce_max(len(active)):
@@ -56,13 +56,16 @@ class TrajectorySampler:
             sampled = backend.sample([t.next_request(turn) for t in active], sampling)
             for trajectory, completion in zip(active, sampled, strict=True):
                 trajectory.add_turn(turn, completion, self.max_tokens)
-            replies = self.environment.reply([(t.opened, self.decode(t.last_turn)) for t in active])
+            replies = self.environment.reply([(t.handle, self._turn(t)) for t in active])
             for trajectory, reply in zip(active, replies, strict=True):
                 trajectory.add_reply(turn, reply, self)
             advance(sum(t.ending is not None for t in active))
-        rewards = self.environment.end(opened)
+        rewards = self.environment.end([t.handle for t in trajectories])
         self._check_errors(trajectories)
         return [trajectory.completion(reward) for trajectory, reward in zip(trajectories, rewards, strict=True)]
+
+    def _turn(self, trajectory: _Trajectory) -> Turn:
+        return Turn(text=self.decode(trajectory.last_turn), finished=trajectory.ending is None)
 
     def _check_errors(self, trajectories: Sequence[_Trajectory]) -> None:
         """Raise BadData if more than `error_limit` of the trajectories of all ranks ended by an error."""
@@ -82,7 +85,7 @@ class _Trajectory:
     """A trajectory while it grows."""
 
     request: SamplingRequest
-    opened: Any  # what stands for it in the environment
+    handle: Any  # what stands for it in the environment
     ids: list[int] = field(factory=list)
     logprobs: list[float] | None = field(factory=list)  # 0 for observations; None: the backend gives none
     spans: list[Span] = field(factory=list)
@@ -118,15 +121,16 @@ class _Trajectory:
             self.ending, self.error = "environment_error", reply.error
         if self.ending:
             return
-        if reply.text is None:
-            self.ending = "done"
+        if not reply.messages:
+            self.ending = reply.ending or "done"
         elif turn == sampler.environment.max_turns:
             self.ending = "max_turns"
         else:
             closed = bool(self.ids) and self.ids[-1] in sampler.end_ids
-            observation = sampler.observations.encode(reply.text, closed=closed)
-            if len(self.ids) + len(observation.ids) < sampler.max_tokens:
-                self._append("user", turn, observation.ids, (0.0,) * len(observation.ids), observation.body)
+            parts = sampler.observations.encode(reply.messages, closed=closed)
+            if len(self.ids) + sum(len(part.ids) for part in parts) < sampler.max_tokens:
+                for part in parts:
+                    self._append(part.role, turn, part.ids, (0.0,) * len(part.ids), part.body)
             else:
                 self.ending = "max_tokens"
 
@@ -143,7 +147,7 @@ class _Trajectory:
         return Completion(
             ids=tuple(self.ids),
             logprobs=None if self.logprobs is None else tuple(self.logprobs),
-            finished=self.ending in ("done", "max_turns"),
+            finished=self.ending in FINISHED,
             spans=tuple(self.spans),
             ending=self.ending,
             turn_rewards=tuple(self.turn_rewards),

@@ -144,12 +144,19 @@ ROLLOUTS = (
     Metric("rollout/completion_tokens", "mean number of sampled tokens of a completion", "tokens", "steady"),
     Metric("trajectory/turns", "mean number of turns of a trajectory", "turns", "falls as more first turns are right"),
     Metric("trajectory/ending_done", "trajectories that the environment ended / trajectories", "share", "rises"),
+    Metric("trajectory/ending_no_call", "trajectories whose last turn called no tool / trajectories", "share"),
     Metric(
         "trajectory/ending_max_turns", "trajectories that had environment.max_turns / trajectories", "share", "falls"
     ),
     Metric("trajectory/ending_length", "trajectories whose last turn was cut / trajectories", "share", "near 0"),
     Metric(
         "trajectory/ending_max_tokens", "trajectories cut at their limit of tokens / trajectories", "share", "near 0"
+    ),
+    Metric(
+        "trajectory/ending_parse_error",
+        "trajectories that ended with a tool call that cannot be read / trajectories",
+        "share",
+        "near 0",
     ),
     Metric(
         "trajectory/ending_environment_error",

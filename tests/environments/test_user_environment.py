@@ -8,6 +8,7 @@ from tinyruns import lines, make_spec, metrics, rollout, train, training
 from sdkit.batches import Row
 from sdkit.environments import open_environments
 from sdkit.environments.file import UserEnvironment
+from sdkit.environments.interface import Turn
 from sdkit.language.errors import BadData
 from sdkit.language.specs import EnvironmentReward, FileEnvironment, Table
 
@@ -71,6 +72,18 @@ class Guess:
 """
 
 
+def handles(environment, *starts):
+    return [opened.handle for opened in environment.open(starts)]
+
+
+def replies(environment, *turns):
+    return environment.reply([(handle, Turn(text=text)) for handle, text in turns])
+
+
+def texts_of(reply):
+    return [message.content for message in reply.messages]
+
+
 def row(index=0):
     return Row(index=index, messages=(), columns={"answer": index, "other": 1}, raw={})
 
@@ -87,9 +100,11 @@ def test_each_trajectory_has_an_instance_and_random_numbers_of_its_own(environme
     starts = [(row(1), 7), (row(2), 7), (row(3), 8)]
     first, second = ([], [])
     for texts in (first, second):
-        opened = environment.open(starts)
+        opened = handles(environment, *starts)
         for _ in range(2):
-            texts += [reply.text for reply in environment.reply([(each, "x") for each in opened])]
+            texts += [
+                text for reply in replies(environment, *((each, "x") for each in opened)) for text in texts_of(reply)
+            ]
         assert environment.end(opened) == [1.0, 1.0, 1.0]
     assert first == second
     dice = [text.split()[0] for text in first]
@@ -109,27 +124,27 @@ def test_each_trajectory_has_an_instance_and_random_numbers_of_its_own(environme
     ],
 )
 def test_fault_ends_only_its_own_trajectory(environment, text, message):
-    faulty, other = environment.open([(row(1), 0), (row(2), 0)])
-    failed, fine = environment.reply([(faulty, text), (other, "say")])
-    assert (failed.text, failed.error) == (None, message)
-    assert fine.text.split()[1] == "2"
-    again, fine = environment.reply([(faulty, "say"), (other, "done")])
+    faulty, other = handles(environment, (row(1), 0), (row(2), 0))
+    failed, fine = replies(environment, (faulty, text), (other, "say"))
+    assert (failed.messages, failed.error) == ((), message)
+    assert texts_of(fine)[0].split()[1] == "2"
+    again, fine = replies(environment, (faulty, "say"), (other, "done"))
     assert again.error or text == "number"
-    assert (fine.text, fine.error) == (None, None)
+    assert (fine.messages, fine.error) == ((), None)
     assert environment.end([faulty, other])[1] == 1.0
     wait_until(lambda: not alive(faulty.pid))
 
 
 @pytest.mark.parametrize(("text", "reply"), [("prints", "printed"), ("reseeds", "moved"), ("surrogate", "\ud800\0")])
 def test_odd_behaviour_is_no_fault(environment, text, reply):
-    (opened,) = environment.open([(row(), 0)])
-    assert environment.reply([(opened, text)])[0].text == reply
+    (opened,) = handles(environment, (row(), 0))
+    assert texts_of(*replies(environment, (opened, text))) == [reply]
     environment.end([opened])
 
 
 def test_processes_end_with_the_trajectory_and_with_the_environment(environment):
-    ended, running = environment.open([(row(), 0), (row(), 0)])
-    environment.reply([(ended, "forks")])
+    ended, running = handles(environment, (row(), 0), (row(), 0))
+    replies(environment, (ended, "forks"))
     environment.end([ended])
     server = environment._host._server.pid
     environment.close()
@@ -151,9 +166,9 @@ def test_error_stops_the_run_if_it_should(tmp_path):
     (tmp_path / "guess.py").write_text(CODE)
     spec = FileEnvironment(file="guess.py", class_name="Guess", on_error="stop_run")
     environment = UserEnvironment(spec, tmp_path)
-    (opened,) = environment.open([(row(), 0)])
+    (opened,) = handles(environment, (row(), 0))
     with pytest.raises(BadData, match=r"Guess\.reply in guess\.py: KeyError: 'oh'") as caught:
-        environment.reply([(opened, "fails")])
+        replies(environment, (opened, "fails"))
     assert caught.value.place.line == CODE[: CODE.index("raise KeyError")].count("\n") + 1
     environment.close()
 
