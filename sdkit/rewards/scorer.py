@@ -29,6 +29,7 @@ class ScoredCompletion:
 
 
 _SCORING = threading.RLock()
+"""Of all scorers, because a user's functions may share state."""
 
 
 class Scorer:
