@@ -40,6 +40,12 @@ class Row:
         """The last user message."""
         return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
 
+    def with_opening(self, text: str) -> Row:
+        """Returns the row with a text appended to its last user message."""
+        last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
+        message = {**self.messages[last], "content": self.messages[last]["content"] + text}
+        return evolve(self, messages=(*self.messages[:last], message, *self.messages[last + 1 :]))
+
     def text(self, column: str) -> str | None:
         """Returns the text of a column, or None if the row has none.  Raises BadData if the value is not text."""
         try:
@@ -85,6 +91,7 @@ class SamplingRequest:
 
     prompt_ids: tuple[int, ...]
     seed: int
+    environment_seed: int = 0  # of its trajectory's environment; equal for all completions of a prompt
 
 
 @frozen(eq=False, kw_only=True)
@@ -98,6 +105,7 @@ class Completion:
     ending: Ending | None = None  # of a trajectory
     turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns, as its environment judged them
     reward: float | None = None  # of a trajectory, if its environment gives one
+    opening: str | None = None  # what a trajectory's environment appended to the last user message of its prompt
 
     @property
     def sampled(self) -> Sequence[int]:
@@ -131,6 +139,7 @@ class Rollout:
     ending: Ending | None = None  # of a trajectory
     turn_rewards: tuple[float, ...] = ()  # of a trajectory's turns
     environment_reward: float | None = None
+    opening: str | None = None  # what its environment appended to the prompt; `row` has it, too
     # One per completion token, as all values per token; arbitrary where it was not sampled.
     sampler_logprobs: tuple[float, ...] | None
     # Computed by the trainer, before the first update on this batch.

@@ -63,7 +63,7 @@ CHAPTERS: list[tuple[str, list[Any]]] = [
         [specs.DataSpec, specs.ColumnTemplate, specs.LastTurn, specs.JsonColumn, specs.Source],
     ),
     ("How are completions rewarded?", [specs.Reward, specs.Extract]),
-    ("What follows a turn?", [specs.Environment]),
+    ("What follows a turn?", [specs.Environment, specs.ToolCalls]),
     ("How is a run evaluated?", [specs.EvaluationSpec, specs.Suite, specs.Decoding]),
     ("What must training not lose?", [specs.PanelEntry]),
     ("How are the weights updated?", [specs.OptimizerSpec]),

@@ -7,20 +7,23 @@ with spelled-out control tokens as plain text, so it can forge no role.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from attrs import frozen
 
+from sdkit.batches import Message as ChatMessage
 from sdkit.batches import Row
+from sdkit.data.call_formats import call_messages
 from sdkit.data.prompts import Ids, Prompter
 from sdkit.language.errors import BadData
 from sdkit.spans import Message
 
 ANSWER, TEXT = "sdkitanswer", "sdkitobservation"
-"""Texts of the dummy chat that no chat template contains; messages are numbered."""
+"""Texts of the dummy chat that no chat template contains, with a number and a quotation mark."""
 LARGEST_TOKEN = 64
 """Characters per token to which a text is cut before it is encoded; few tokens are longer."""
-USER = Message(role="user", content="")
+USER, RESULT = Message(role="user", content=""), Message(role="tool", content="")
 
 
 @frozen(kw_only=True)
@@ -33,11 +36,21 @@ class ObservationPart:
     cut_tokens: int  # of its text, which the limit cut off
 
 
+@frozen(kw_only=True)
+class _Scaffold:
+    """What the chat template writes around the texts of some messages after a turn."""
+
+    end: int  # the token that ends the turn before them
+    before: Ids  # between that token and the first text
+    after: tuple[Ids, ...]  # after each text
+    escaped: tuple[bool, ...]  # whether a text is written as in a JSON string
+
+
 class ObservationEncoder:
     """Encodes what the student is shown after one of its turns.
 
     `end` is the token that the template writes after an answer.  Raises BadData if the chat template cannot continue a
-    chat with a user message this way.
+    chat with a user message this way, or with the results of tools.
     """
 
     def __init__(self, prompter: Prompter, end: int | None) -> None:
@@ -48,65 +61,103 @@ class ObservationEncoder:
                 hint="use an instruction-tuned model",
             )
         self._end = end
-        self._scaffolds: dict[tuple[tuple[str, str | None], ...], list[Ids]] = {}
+        self._scaffolds: dict[tuple[tuple[str, str | None], ...], _Scaffold] = {}
         self._scaffold((USER,))
+        if prompter.calls:
+            self._scaffold(prompter.calls.observation([RESULT]))
 
     def encode(self, messages: Sequence[Message], *, closed: bool, limit: int) -> list[ObservationPart]:
         """Returns the parts after a turn; `closed`: whether an end token was sampled at its end.
 
-        Texts are cut to `limit` tokens.  Characters that are no text are replaced.
+        Texts are cut to `limit` tokens together.  Characters that are no text are replaced.
         """
-        before, *after = self._scaffold(messages)
-        before = before if closed else (self._end, *before)
+        shown = self.prompter.calls.observation(messages) if self.prompter.calls else messages
+        roles = [message.role for message in messages]
+        scaffold = self._scaffold(shown)
+        before = scaffold.before if closed else (scaffold.end, *scaffold.before)
         parts: list[ObservationPart] = []
-        for number, message in enumerate(messages):
-            body = self._encode_text(message.content, limit)
-            kept, following = body[:limit], after[number]
+        left = limit
+        for role, message, following, escaped in zip(roles, shown, scaffold.after, scaffold.escaped, strict=False):
+            body = self._encode_text(message.content, limit, escaped=escaped)
+            kept = body[:left]
+            left -= len(kept)
             within = (len(before), len(before) + len(kept))
             ids = (*before, *kept, *following)
-            parts.append(ObservationPart(role=message.role, ids=ids, body=within, cut_tokens=len(body) - len(kept)))
+            parts.append(ObservationPart(role=role, ids=ids, body=within, cut_tokens=len(body) - len(kept)))
             before = ()
         return parts
 
-    def _encode_text(self, text: str, limit: int) -> Ids:
+    def _encode_text(self, text: str, limit: int, *, escaped: bool) -> Ids:
         control = self.prompter.control
         text = text[: limit * LARGEST_TOKEN].encode("utf-8", "replace").decode()
         text = text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+        text = json.dumps(text, ensure_ascii=False)[1:-1] if escaped else text
         return control.encode(control.hide(text), add_special_tokens=False)
 
-    def _scaffold(self, messages: Sequence[Message]) -> list[Ids]:
-        """What the template writes around the texts of such messages: before the first, and after each of them."""
+    def _scaffold(self, messages: Sequence[Message]) -> _Scaffold:
         key = tuple((message.role, message.name) for message in messages)
         if key not in self._scaffolds:
-            before, *after = map(self.prompter.text_ids, self._around_texts(messages))
-            self._check_end(before)
-            self._scaffolds[key] = [before[1:], *after]
+            self._scaffolds[key] = self._cut(messages)
         return self._scaffolds[key]
 
-    def _check_end(self, before: Ids) -> None:
-        if before[:1] != (self._end,):
+    def _cut(self, messages: Sequence[Message]) -> _Scaffold:
+        """Render a chat with such messages, and cut it at their texts."""
+        answers, texts, chat = self._dummy(messages)
+        rendered = self.prompter.chat(Row(index=0, messages=tuple(chat), columns={}, raw={}), chat)
+        written = [text if text in rendered else json.dumps(text)[1:-1] for text in texts]
+        if any(rendered.count(text) != 1 for text in (*answers, *written)):
+            raise BadData("the chat template does not print earlier turns as they are")
+        first, *rest = _pieces(rendered.partition(answers[-1])[2], written)
+        end, before = self._split_at_end(self.prompter.text_ids(first), is_answer=not _has_results(messages))
+        return _Scaffold(
+            end=end,
+            before=before,
+            after=tuple(map(self.prompter.text_ids, rest)),
+            escaped=tuple(text != w for text, w in zip(texts, written, strict=True)),
+        )
+
+    def _split_at_end(self, ids: Ids, *, is_answer: bool) -> tuple[int, Ids]:
+        """The token that ends a turn, and the ids behind it; only a tool call has text of its own before that token."""
+        special = {self._end, *self.prompter.control.ids.values()}
+        if is_answer and ids[:1] and ids[0] not in special:
             raise BadData("the chat template writes something between an answer and its end token")
-        if not self.prompter.tokenizer.decode(before[1:]).strip():
+        place = next((place for place, i in enumerate(ids) if i in special), None)
+        if place is None:
+            raise BadData("the chat template ends a turn without an end token")
+        if not self.prompter.tokenizer.decode(ids[place + 1 :]).strip():
             raise BadData(
                 "the chat template ends an answer with the token that opens the next turn",
                 hint="use a model whose answers have an end token of their own",
             )
+        return ids[place], ids[place + 1 :]
 
-    def _around_texts(self, messages: Sequence[Message]) -> list[str]:
-        """The texts between an answer and the next generation prompt, cut at the messages' texts."""
-        texts = [f"{TEXT}{number}x" for number in range(len(messages))]
-        chat = [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": ANSWER},
-            *({"role": m.role, "content": text} for m, text in zip(messages, texts, strict=True)),
-        ]
-        dummy = Row(index=0, messages=tuple(chat), columns={}, raw={})
-        rendered = self.prompter.chat(dummy, chat)
-        if any(rendered.count(text) != 1 for text in (ANSWER, *texts)):
-            raise BadData("the chat template does not print earlier turns as they are")
-        rest = rendered.partition(ANSWER)[2]
-        pieces: list[str] = []
-        for text in texts:
-            piece, _, rest = rest.partition(text)
-            pieces.append(piece)
-        return [*pieces, rest]
+    def _dummy(self, messages: Sequence[Message]) -> tuple[list[str], list[str], list[ChatMessage]]:
+        """A chat with such messages: the texts in the turn before them, their texts, and the chat."""
+        texts = [f'{TEXT}{number}"x' for number in range(len(messages))]
+        calls, names = self.prompter.calls, [message.name for message in messages if message.role == "tool"]
+        if calls and names:
+            answers = [f"{ANSWER}{number}x" for number in range(len(names))]
+            turn = call_messages(calls.tools, names, answers)
+        else:
+            answers = [ANSWER]
+            turn = {"role": "assistant", "content": ANSWER}
+        shown = [_chat_message(m, text) for m, text in zip(messages, texts, strict=True)]
+        return answers, texts, [{"role": "user", "content": "a"}, turn, *shown]
+
+
+def _chat_message(message: Message, text: str) -> ChatMessage:
+    named = {"name": message.name} if message.name else {}
+    return {"role": message.role, "content": text, **named}
+
+
+def _has_results(messages: Sequence[Message]) -> bool:
+    return any(message.role == "tool" for message in messages)
+
+
+def _pieces(text: str, cuts: Sequence[str]) -> list[str]:
+    """A text cut at each of these."""
+    pieces: list[str] = []
+    for cut in cuts:
+        piece, _, text = text.partition(cut)
+        pieces.append(piece)
+    return [*pieces, text]

@@ -6,6 +6,7 @@ contents of slots are ever truncated, never the generation prompt, the prompt, o
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -14,6 +15,7 @@ from typing import Any
 from attrs import evolve, frozen
 
 from sdkit.batches import GroupOutcome, Message, Row
+from sdkit.data.call_formats import CallFormat
 from sdkit.data.control_tokens import ControlTokens
 from sdkit.data.teacher_context import parsed, slot_lookup, slot_values, teacher_messages
 from sdkit.data.thinking import TAGS, opening_tag
@@ -52,12 +54,19 @@ class Prompter:
         self.now = now or datetime.now()
         self.control = ControlTokens(tokenizer)
         self.keep_text = keep_text
+        self.calls: CallFormat | None = None  # how tools are shown; None: there are none
         template = tokenizer.chat_template
         for name in self.options:
             if template is None:
                 raise BadData(f"the tokenizer has no chat template to take the option '{name}'")
             if name not in str(template):
                 raise BadData(f"the chat template never reads the option '{name}'")
+
+    def with_tools(self, calls: CallFormat) -> Prompter:
+        """Returns a prompter that shows tools in every chat."""
+        other = copy.copy(self)
+        other.calls = calls
+        return other
 
     def ids(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> Ids:
         """Returns the messages as token ids.  Raises BadData naming the row if the chat template rejects them."""
@@ -93,11 +102,24 @@ class Prompter:
         except BadData as error:
             raise BadData(f"row {row.index}: {error.message}") from None
 
-    def chat(self, row: Row, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
-        """Renders the messages with the chat template.  Raises BadData naming the row if the template rejects them."""
+    def chat(
+        self,
+        row: Row,
+        messages: Sequence[Message],
+        *,
+        generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Renders the messages with the chat template, and the tools if there are some.
+
+        Raises BadData naming the row if the template rejects them.
+        """
+        if self.calls:
+            messages, tools = self.calls.shown(messages), self.calls.shown_tools
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages],
+                tools=None if tools is None else list(tools),  # some templates describe an empty list
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
                 **fixed_date(self.tokenizer, self.now),

@@ -20,7 +20,7 @@ def open_environments(
 ) -> dict[str | None, Environment]:
     """Returns the environment for each data set of which `rewards` has the scorers; `default` names the training reward.
 
-    A user's class does not depend on the data set: one server hosts it.  Paths start at `base`.  Raises BadData if a
+    A user's code does not depend on the data set: one server hosts it.  Paths start at `base`.  Raises BadData if a
     user's file cannot be loaded.
     """
     match spec:
@@ -30,7 +30,7 @@ def open_environments(
         case specs.RetryEnvironment():
             judge = spec.reward or default or ""
             return {name: Retry(spec, scorers[judge]) for name, scorers in rewards.items()}
-        case specs.FileEnvironment():
+        case specs.FileEnvironment() | specs.ToolsEnvironment():
             return dict.fromkeys(rewards, UserEnvironment(spec, base))
         case specs.GymnasiumEnvironment() | specs.OpenEnvEnvironment() | specs.VerifiersEnvironment():
             return dict.fromkeys(rewards, Episodes(spec, base))

@@ -23,6 +23,8 @@ from sdkit.language.errors import BadData, Place
 
 LONGEST_ANSWER = 2**20
 """Bytes of an answer; a longer one is a fault."""
+Request = Mapping[str, Any]
+"""A call, as the worker takes it."""
 START_SECONDS = 60.0
 """How long importing the user's file may take."""
 
@@ -33,6 +35,7 @@ class Fault:
 
     message: str
     line: int | None = None  # of the user's file
+    raised: bool = False  # by the user's code, in a process that still answers
 
 
 @define(eq=False)
@@ -44,6 +47,11 @@ class Process:
     received: bytes = b""
     fault: Fault | None = None  # the first one; the process is gone then
 
+    def fail(self, fault: Fault) -> None:
+        """Kill the process for a fault."""
+        self.fault = fault
+        self.end()
+
     def end(self) -> None:
         """Kill the process, with everything in its group."""
         self.connection.close()
@@ -52,17 +60,34 @@ class Process:
 
 
 @define(eq=False)
+class _Job:
+    """Calls of one process that wait for their answers."""
+
+    process: Process
+    requests: list[Request]  # not sent yet
+    ends: float  # when the time of the turn is over
+    values: list[Any] = field(factory=list)
+    deadline: float = math.inf  # of the call that was sent
+
+    def lateness(self, host: Host) -> str:
+        turn = self.deadline == self.ends
+        return f"no answer within {host.turn_seconds if turn else host.seconds:g} s{' of the turn' if turn else ''}"
+
+
+@define(eq=False)
 class Host:
     """The user's file, loaded in a process that forks one for each trajectory."""
 
     file: str  # as written in the spec; what messages call it
     path: Path
-    name: str
-    arguments: Mapping[str, Any]
+    code: Mapping[str, Any]  # the class or the functions, as the worker takes them
     seconds: float  # for one call
+    turn_seconds: float | None = None  # for all calls of a turn
+    survives: bool = False  # a process goes on after a call that raised
     ours: bool = False  # whether the file is sdkit's: messages give no line of it
     start_seconds: float = START_SECONDS
     python: str = sys.executable
+    tools: Sequence[Mapping[str, Any]] = field(default=(), init=False)  # their schemas, once the file is loaded
     _server: subprocess.Popen[bytes] | None = field(default=None, init=False)
     _channel: socket.socket | None = field(default=None, init=False)
 
@@ -70,7 +95,7 @@ class Host:
         """Start the server.  Raises BadData if the user's file cannot be loaded."""
         ours, theirs = socket.socketpair()
         folder = Path(__file__).parents[2] if self.ours else self.path.parent
-        words = [str(self.path), self.name, json.dumps(dict(self.arguments)), json.dumps([str(folder)])]
+        words = [str(self.path), json.dumps(self.code), json.dumps([str(folder)])]
         self._server = subprocess.Popen(
             [self.python, "-P", worker.__file__, *words],
             stdin=theirs.fileno(),
@@ -87,6 +112,7 @@ class Host:
             raise BadData(
                 f"{self.file} cannot be loaded: {answer['error']}", place=Place(self.file, line, 1) if line else None
             )
+        self.tools = answer["value"]
 
     def fork(self) -> Process:
         """Return a new process.  Raises BadData if the server has ended."""
@@ -100,31 +126,30 @@ class Host:
         ours.settimeout(self.seconds)  # of a request that the process does not read
         return Process(answer["value"], ours)
 
-    def call(self, calls: Sequence[tuple[Process, Mapping[str, Any]]]) -> list[Any]:
-        """Return the value of each call, or a Fault; all run side by side, each within `seconds`.
+    def call(self, calls: Sequence[tuple[Process, Sequence[Request]]]) -> list[list[Any]]:
+        """Return the values of each process's calls, or Faults; processes run side by side, the calls of one in order.
 
-        A process with a fault is killed.
+        A process that is late, has ended or, unless it `survives`, raised, is killed: the rest of its calls are faults.
         """
-        deadline = time.monotonic() + self.seconds
-        values: dict[int, tuple[Any] | Fault] = {}
+        ends = math.inf if self.turn_seconds is None else time.monotonic() + self.turn_seconds
+        jobs = [_Job(process, list(requests), ends) for process, requests in calls]
         with selectors.DefaultSelector() as selector:
-            for number, (process, request) in enumerate(calls):
-                if process.fault is None:
-                    with contextlib.suppress(OSError):  # a process that has ended answers with the end of its stream
-                        process.connection.sendall(json.dumps(request, default=str).encode() + b"\n")
-                    selector.register(process.connection, selectors.EVENT_READ, number)
-            while selector.get_map():
-                events = selector.select(max(0.0, deadline - time.monotonic()))
-                for key, _ in events:
-                    value = self._read(calls[key.data][0])
-                    if value is not None:
+            for job in jobs:
+                if self._send(job):
+                    selector.register(job.process.connection, selectors.EVENT_READ, job)
+            while waiting := [key.data for key in selector.get_map().values()]:
+                first = min(job.deadline for job in waiting)
+                for key, _ in selector.select(max(0.0, first - time.monotonic())):
+                    answer = self._read(key.data.process)
+                    if answer is not None:
                         selector.unregister(key.fileobj)
-                        values[key.data] = value
-                if not events and time.monotonic() >= deadline:
-                    for key in selector.get_map().values():
-                        values[key.data] = Fault(message=f"no answer within {self.seconds:g} s")
-                    break
-        return [self._result(process, values.get(number, process.fault)) for number, (process, _) in enumerate(calls)]
+                        if self._take(key.data, answer):
+                            selector.register(key.fileobj, selectors.EVENT_READ, key.data)
+                for key in list(selector.get_map().values()):
+                    if time.monotonic() >= key.data.deadline:
+                        selector.unregister(key.fileobj)
+                        self._take(key.data, Fault(message=key.data.lateness(self)))
+        return [job.values for job in jobs]
 
     def close(self) -> None:
         """End the server and all of its processes."""
@@ -136,14 +161,24 @@ class Host:
             self._server.wait()
         self._channel = self._server = None
 
-    def _result(self, process: Process, value: tuple[Any] | Fault | None) -> Any:
-        """The value of a call or its fault, which ends the process if it is the first one."""
-        if not isinstance(value, Fault):
-            return value and value[0]
-        if process.fault is None:
-            process.fault = value
-            process.end()
-        return value
+    def _send(self, job: _Job) -> bool:
+        """Send a job's next request; False if it has none, or its process has a fault."""
+        if job.process.fault:
+            job.values += [job.process.fault] * len(job.requests)
+            job.requests.clear()
+        if not job.requests:
+            return False
+        with contextlib.suppress(OSError):  # a process that has ended answers with the end of its stream
+            job.process.connection.sendall(json.dumps(job.requests.pop(0), default=str).encode() + b"\n")
+        job.deadline = min(time.monotonic() + self.seconds, job.ends)
+        return True
+
+    def _take(self, job: _Job, answer: tuple[Any] | Fault) -> bool:
+        """Note an answer, and send the next request; False if there is none."""
+        if isinstance(answer, Fault) and not (answer.raised and self.survives):
+            job.process.fail(answer)
+        job.values.append(answer if isinstance(answer, Fault) else answer[0])
+        return self._send(job)
 
     def _read(self, process: Process) -> tuple[Any] | Fault | None:
         """The value of a process's answer, in a tuple, or its fault; None if the answer is not complete."""
@@ -162,7 +197,9 @@ class Host:
         process.received = rest
         try:
             answer = json.loads(line)
-            return Fault(message=answer["error"], line=answer["line"]) if "error" in answer else (answer["value"],)
+            if "error" in answer:
+                return Fault(message=answer["error"], line=answer["line"], raised=True)
+            return (answer["value"],)
         except (ValueError, KeyError, TypeError):
             return Fault(message="an answer that is no JSON")
 

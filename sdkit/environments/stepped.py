@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any, assert_never
 from urllib.parse import urlsplit
 
-from attrs import evolve
-
 from sdkit.batches import Row
 from sdkit.environments.file import UserEnvironment
-from sdkit.environments.host import Fault, Host, Process
-from sdkit.environments.interface import Opened, Reply, Turn
+from sdkit.environments.host import Fault, Host, Process, finite
+from sdkit.environments.interface import Message, Opened, Reply, Turn
 from sdkit.language.errors import BadData, BadEnvironment
 from sdkit.language.rules.served import is_loopback
 from sdkit.language.specs import GymnasiumEnvironment, OpenEnvEnvironment, SteppedEnvironment, VerifiersEnvironment
@@ -37,7 +35,9 @@ class Episodes(UserEnvironment):
         self._episodes = spec
         self._name, arguments = _arguments(spec, base)
         program = Path(__file__).with_name(f"{spec.kind}_episode.py")
-        self._host = Host(self._name, program, "Episode", arguments, spec.call_seconds, ours=True)
+        self._host = Host(
+            self._name, program, {"class": "Episode", "arguments": arguments}, spec.call_seconds, ours=True
+        )
         if isinstance(spec, VerifiersEnvironment):
             self._host.start_seconds = VERIFIERS_SECONDS
             self._host.python = str(base / spec.python) if spec.python else sys.executable
@@ -46,7 +46,7 @@ class Episodes(UserEnvironment):
     def open(self, starts: Sequence[tuple[Row, int]]) -> list[Opened]:
         processes = [self._host.fork() for _ in starts]
         requests = [{"call": "open", "seed": seed, "arguments": self._reset(row, seed)} for row, seed in starts]
-        values = self._call("reset", processes, requests)
+        values = self._call_each(processes, requests)
         return [
             Opened(handle=process, error=f"{self._name}: {value.message}")
             if isinstance(value, Fault)
@@ -56,8 +56,16 @@ class Episodes(UserEnvironment):
 
     def reply(self, turns: Sequence[tuple[Process, Turn]]) -> list[Reply]:
         requests = [{"call": "reply", "arguments": {"text": self._action(turn.text)}} for _, turn in turns]
-        replies = map(self._reply, self._call("reply", [process for process, _ in turns], requests))
-        return [evolve(reply, error=f"{self._name}: {reply.error}") if reply.error else reply for reply in replies]
+        return list(map(self._reply, self._call_each([process for process, _ in turns], requests)))
+
+    def _reply(self, value: Any) -> Reply:
+        text, reward = value if isinstance(value, list) else (value, None)
+        if not (reward is None or finite(reward)):
+            text = self._fault("reply", Fault(message=f"its reward is {reward}, not a finite number"))
+        if isinstance(text, Fault):
+            return Reply(error=f"{self._name}: {text.message}")
+        shown = () if text is None else (Message(role="user", content=text),)
+        return Reply(messages=shown, reward=reward)
 
     def _action(self, text: str) -> str | None:
         return extract(self._episodes.extract, text) if isinstance(self._episodes, SteppedEnvironment) else text

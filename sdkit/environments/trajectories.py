@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from sdkit.batches import Completion, RolloutBackend, Row, SamplingParams, SamplingRequest
 from sdkit.data.observations import ObservationEncoder
 from sdkit.distributed import collectives
-from sdkit.environments.interface import Environment, Reply
+from sdkit.environments.interface import Environment, Opened, Reply
 from sdkit.environments.routed import route_of
 from sdkit.language import specs
 from sdkit.language.errors import BadData
@@ -34,6 +34,8 @@ class TrajectorySampler:
     observations: ObservationEncoder
     end_ids: Collection[int]  # that end a turn
     decode: Callable[[Sequence[int]], str]  # without special tokens
+    # The prompt of a request and its row, with a text that the environment appends.
+    opened_prompt: Callable[[SamplingRequest, Row, str], tuple[int, ...]]
 
     def sample(
         self,
@@ -48,12 +50,10 @@ class TrajectorySampler:
         `advance` receives how many have ended, after each turn.  Every rank samples equally often, as sharded weights and
         servers need.  Raises BadData as the environment does.
         """
-        seeds = [derive(request.seed, "environment") for request in requests]
-        opened = self.environment.open(list(zip(rows, seeds, strict=True)))
-        trajectories = [
-            _Trajectory(request, each.handle, row.index, route_of(self.spec, row), sampling.max_new_tokens)
-            for request, each, row in zip(requests, opened, rows, strict=True)
-        ]
+        opened = self.environment.open([(row, r.environment_seed) for row, r in zip(rows, requests, strict=True)])
+        _check_openings(rows, requests, opened)
+        starts = zip(requests, rows, opened, strict=True)
+        trajectories = [self._begin(*parts, sampling.max_new_tokens) for parts in starts]
         for turn in itertools.count(1):
             active = [t for t in trajectories if t.ending is None]
             if not collectives.all_reduce_max(len(active)):
@@ -69,8 +69,32 @@ class TrajectorySampler:
         self._check_errors(trajectories)
         return [trajectory.completion(reward) for trajectory, reward in zip(trajectories, rewards, strict=True)]
 
+    def _begin(self, request: SamplingRequest, row: Row, opened: Opened, max_new_tokens: int) -> _Trajectory:
+        """A trajectory before its first turn; one that has an error ends after it."""
+        begun = _Trajectory(
+            request=request,
+            handle=opened.handle,
+            prompt_ids=request.prompt_ids,
+            row=row.index,
+            spec=route_of(self.spec, row),
+            max_new_tokens=max_new_tokens,
+            error=opened.error,
+        )
+        if opened.text and not opened.error:
+            try:
+                begun.prompt_ids, begun.opening = self.opened_prompt(request, row, opened.text), opened.text
+            except BadData as error:
+                begun.error = error.message
+        return begun
+
     def _turn(self, trajectory: _Trajectory) -> Turn:
-        return Turn(text=self.decode(trajectory.last_turn), finished=trajectory.ending is None)
+        """The last turn as the environment reads it; one that was cut calls no tool."""
+        ids, finished = trajectory.last_turn, trajectory.ending is None
+        calls, fault = (), None
+        if finished and (format := self.observations.prompter.calls):
+            before = (*trajectory.prompt_ids, *trajectory.ids[: -len(ids) or None])
+            calls, fault = format.read(self.observations.prompter.tokenizer, before, ids)
+        return Turn(text=self.decode(ids), calls=calls, fault=fault, finished=finished)
 
     def _check_errors(self, trajectories: Sequence[_Trajectory]) -> None:
         """Raise BadData if an environment's errors ended more of its trajectories, on all ranks, than it may."""
@@ -93,9 +117,11 @@ class _Trajectory:
 
     request: SamplingRequest
     handle: Any  # what stands for it in the environment
+    prompt_ids: tuple[int, ...]  # with what the environment appended
     row: int
     spec: specs.OneEnvironment
     max_new_tokens: int  # of a turn
+    opening: str | None = None
     ids: list[int] = field(factory=list)
     logprobs: list[float] | None = field(factory=list)  # 0 for observations; None: the backend gives none
     spans: list[Span] = field(factory=list)
@@ -111,8 +137,8 @@ class _Trajectory:
     def next_request(self, turn: int) -> SamplingRequest:
         """Return the request of a turn; the first one is that of a completion of one turn."""
         if turn == 1:
-            return self.request
-        prompt_ids = (*self.request.prompt_ids, *self.ids)
+            return evolve(self.request, prompt_ids=self.prompt_ids)
+        prompt_ids = (*self.prompt_ids, *self.ids)
         return SamplingRequest(prompt_ids=prompt_ids, seed=derive(self.request.seed, "turn", turn))
 
     @property
@@ -131,8 +157,9 @@ class _Trajectory:
         """Note the turn's reward, and append the observation if another turn follows."""
         if reply.reward is not None:
             self.turn_rewards.append(reply.reward)
-        if reply.error:
-            self.ending, self.error = "environment_error", reply.error
+        self.error = self.error or reply.error
+        if self.error:
+            self.ending = "environment_error"
         if self.ending:
             return
         if not reply.messages:
@@ -167,4 +194,17 @@ class _Trajectory:
             ending=self.ending,
             turn_rewards=tuple(self.turn_rewards),
             reward=reward,
+            opening=self.opening,
         )
+
+
+def _check_openings(rows: Sequence[Row], requests: Sequence[SamplingRequest], opened: Sequence[Opened]) -> None:
+    """Raise BadData unless all trajectories of a prompt begin with the same text."""
+    texts: dict[tuple[int, int], str | None] = {}
+    for row, request, each in zip(rows, requests, opened, strict=True):
+        if not each.error and texts.setdefault((row.index, request.environment_seed), each.text) != each.text:
+            raise BadData(
+                f"row {row.index}: reset returned different texts for completions of the same prompt",
+                hint="draw from Python's random alone, or from a generator with the seed that reset gets",
+                path=("environment",),
+            )

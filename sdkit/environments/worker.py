@@ -1,16 +1,20 @@
 """The program that hosts a user's environment: it imports the file once, and forks a process for each trajectory.
 
-    python worker.py FILE CLASS ARGUMENTS_AS_JSON FOLDERS_AS_JSON
+    python worker.py FILE CODE_AS_JSON FOLDERS_AS_JSON
 
-Standard input is a Unix socket.  Each message on it brings a socket of one trajectory's own, and is answered with the number
-of the process that serves it.  On that socket each line is a request {"call": name, "arguments": …}, answered by a line
-{"value": …} or {"error": …, "line": …}.  Every process ends when its socket closes.  Only the standard library is imported
-here: no trainer's state can be reached from a user's file.
+The code is {"class": name, "arguments": …}, or {"functions": names} for plain functions (no names: every public one).
+Standard input is a Unix socket.  The first line on it answers with the schemas of the tools.  Then each message brings a
+socket of one trajectory's own, and is answered with the number of the process that serves it.  On that socket each line is a
+request {"call": name, "arguments": …}, for a tool with "tool": true, answered by a line {"value": …} or {"error": …, "line":
+…}.  Every process ends when its socket closes.  Only the standard library is imported here, and transformers for the schemas
+of tools: no trainer's state can be reached from a user's file.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import inspect
 import json
 import os
 import random
@@ -18,24 +22,31 @@ import signal
 import socket
 import sys
 import traceback
+import types
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+OWN = ("reset", "reply", "get_reward", "close")
+"""Methods of an environment, which are no tools."""
 
-def main(path: str, name: str, arguments: dict[str, Any], folders: list[str]) -> None:
-    """Answer with {"value": null} once the file is loaded, or with its error; then fork for each message."""
+
+def main(path: str, code: dict[str, Any], folders: list[str]) -> None:
+    """Answer with the tools once the file is loaded, or with its error; then fork for each message."""
     end_with_parent()
     channel = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what the user's code prints
     try:
-        found = getattr(_load(path, folders), name)
-        if prepare := getattr(found, "_prepare", None):  # of sdkit's own classes
-            prepare(**arguments)
+        make, tools = _made_of(_load(path, folders), code)
+        if prepare := getattr(getattr(make, "func", None), "_prepare", None):  # of sdkit's own classes
+            prepare(**code["arguments"])
+        schemas = _schemas(tools)
     except BaseException as error:
         channel.sendall(_line(_failure(error, path)))
         return
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
-    channel.sendall(_line({"value": None}))
+    channel.sendall(_line({"value": schemas}))
     while True:
         message, descriptors, _, _ = socket.recv_fds(channel, 1, 1)
         if not message:
@@ -46,7 +57,7 @@ def main(path: str, name: str, arguments: dict[str, Any], folders: list[str]) ->
             end_with_parent()
             channel.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _serve(socket.socket(fileno=descriptors[0]), found, arguments, path)
+            _serve(socket.socket(fileno=descriptors[0]), make, path)
             os._exit(0)
         os.close(descriptors[0])
         channel.sendall(_line({"value": pid}))
@@ -71,23 +82,58 @@ def _load(path: str, folders: list[str]) -> Any:
     return module
 
 
-def _serve(connection: socket.socket, found: Any, arguments: dict[str, Any], path: str) -> None:
-    """Serve one trajectory: an instance of its own, made by the first request."""
+def _made_of(module: Any, code: dict[str, Any]) -> tuple[Callable[[], Any], list[Any]]:
+    """What makes the environment of a trajectory, and its tools: functions, or methods of the class."""
+    if "class" in code:
+        kind = getattr(module, code["class"])
+        methods = inspect.getmembers(kind, inspect.isfunction)
+        public = [method for name, method in methods if not (name.startswith("_") or name in OWN)]
+        return partial(kind, **code["arguments"]), [] if hasattr(kind, "reply") else public
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    names = code["functions"] or [n for n in own if not n.startswith("_") and inspect.isfunction(getattr(module, n))]
+    functions = {name: getattr(module, name) for name in names}
+    return partial(types.SimpleNamespace, **functions), list(functions.values())
+
+
+def _schemas(tools: list[Any]) -> list[dict[str, Any]]:
+    """The tools as chat templates take them.  Raises what transformers raises for one without docstring or types."""
+    if not tools:
+        return []
+    from transformers.utils import chat_template_utils
+
+    # torch would be imported for the name of one type
+    chat_template_utils.is_torch_available = lambda: False  # pyright: ignore[reportPrivateImportUsage]
+    return [chat_template_utils.get_json_schema(tool) for tool in tools]
+
+
+def _serve(connection: socket.socket, make: Callable[[], Any], path: str) -> None:
+    """Serve one trajectory: an environment of its own, made by the first request."""
     instance: Any = None
-    with connection, connection.makefile("r", encoding="utf-8") as requests:
+    with connection, connection.makefile("r", encoding="utf-8") as requests, asyncio.Runner() as runner:
         for line in requests:
             request = json.loads(line)
             try:
                 if request["call"] == "open":
                     _seed(request["seed"])
-                    instance = found(**arguments)
-                    value = instance.reset(**request["arguments"])
+                    instance = make()
+                    value = _reset(instance, request["arguments"], request["seed"])
                 else:
                     value = _call(instance, request["call"], request["arguments"])
-                answer = _line({"value": value})
+                if inspect.iscoroutine(value):
+                    value = runner.run(value)
+                answer = _line({"value": str(value) if request.get("tool") else value})
             except BaseException as error:
                 answer = _line(_failure(error, path))
             connection.sendall(answer)
+
+
+def _reset(instance: Any, arguments: dict[str, Any], seed: int) -> Any:
+    """Begin a trajectory; plain functions have nothing to begin.  A parameter `seed` gets the seed."""
+    if isinstance(instance, types.SimpleNamespace):
+        return None
+    if "seed" in inspect.signature(instance.reset).parameters:
+        arguments = {"seed": seed, **arguments}
+    return instance.reset(**arguments)
 
 
 def _call(instance: Any, name: str, arguments: dict[str, Any]) -> Any:
@@ -113,4 +159,4 @@ def _failure(error: BaseException, path: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4]))
+    main(sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]))

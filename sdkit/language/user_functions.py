@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sdkit.language.errors import BadData, Place, did_you_mean, printable, shorten
 from sdkit.language.files import MAX_SOURCE_CODE_BYTES, UnreadableFile, read_file
 
-Fault = tuple[Literal["file", "function", "class_name"], str, str | None]
+Fault = tuple[Literal["file", "function", "functions", "class_name"], str, str | None]
 """The key at fault, the message, and an optional hint."""
 
 
@@ -24,7 +24,7 @@ def fault_of(path: str, shown: str, function: str, values: Sequence[str], given:
     The file is parsed, never run.  `path` is the file to open, `shown` the path as written in the spec.  `values`
     are the documented names of the positional arguments, `given` the names of the keyword arguments.
     """
-    tree = _parsed(path, shown)
+    tree = parsed(path, shown)
     if isinstance(tree, tuple):
         return tree
     defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -43,35 +43,12 @@ def fault_of(path: str, shown: str, function: str, values: Sequence[str], given:
 
 def file_fault_of(path: str, shown: str) -> Fault | None:
     """Returns why a file is not Python that can be read; None if it is.  Paths as in `fault_of`."""
-    tree = _parsed(path, shown)
+    tree = parsed(path, shown)
     return tree if isinstance(tree, tuple) else None
 
 
-def class_fault_of(path: str, shown: str, name: str, methods: Sequence[str]) -> Fault | None:
-    """Returns why a file has no class with these methods; None if it has, or may inherit them.
-
-    The file is parsed, never run.  `path` is the file to open, `shown` the path as written in the spec.
-    """
-    tree = _parsed(path, shown)
-    if isinstance(tree, tuple):
-        return tree
-    defined = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    if name not in defined:
-        message = f"{shown} defines no class {shorten(name)} at its top level"
-        return "class_name", message, did_you_mean(name, defined)
-    found = {node.name for node in defined[name].body if isinstance(node, ast.FunctionDef)}
-    missing = [method for method in methods if method not in found]
-    if missing and not defined[name].bases:
-        return (
-            "class_name",
-            f"{shown}:{defined[name].lineno}: {name} has no method {' and no method '.join(missing)}",
-            None,
-        )
-    return None
-
-
-def _parsed(path: str, shown: str) -> ast.Module | Fault:
-    """The syntax tree of a file, or why there is none."""
+def parsed(path: str, shown: str) -> ast.Module | Fault:
+    """Returns the syntax tree of a file, or why there is none.  `shown` is the path as written in the spec."""
     try:
         return ast.parse(read_file(path, MAX_SOURCE_CODE_BYTES))
     except UnreadableFile as error:

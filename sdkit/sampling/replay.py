@@ -32,6 +32,7 @@ class ReplayRollouts:
                     ending=record.get("ending"),
                     turn_rewards=tuple(record.get("turn_rewards", ())),
                     reward=record.get("environment_reward"),
+                    opening=record.get("opening"),
                 )
         if not self.recorded:
             raise BadData(f"{run} holds no recorded rollouts", hint="name the directory of an earlier run")

@@ -92,15 +92,17 @@ def _score_completions(
 def _make_rollout(
     data: RunData, row: Row, group: int, completion: Completion, version: int, outcome: GroupOutcome | None
 ) -> Rollout:
+    opening = completion.opening
+    row = row if opening is None else row.with_opening(opening)
     if data.needs_rollouts_for_context:
         prompt = data.teacher_prompt(row, outcome)
         teacher_ids, filled = (prompt.ids, prompt.filled) if prompt else (None, ())
     else:
-        teacher_ids, filled = data.teacher_ids(row), ()
+        teacher_ids, filled = data.teacher_ids(row, is_opened=opening is not None), ()
     return Rollout(
         row=row,
         group=group,
-        prompt_ids=data.student_ids(row),
+        prompt_ids=data.student_ids(row, is_opened=opening is not None),
         teacher_prompt_ids=teacher_ids,
         teacher_route=data.teacher_route(row),
         completion_ids=completion.ids,
@@ -108,6 +110,7 @@ def _make_rollout(
         ending=completion.ending,
         turn_rewards=completion.turn_rewards,
         environment_reward=completion.reward,
+        opening=opening,
         sampler_logprobs=completion.logprobs,
         policy_version=version,
         finished=completion.finished,
@@ -154,6 +157,7 @@ def trajectory_record(rollout: Rollout) -> dict[str, Any]:
         "ending": rollout.ending,
         "turn_rewards": rollout.turn_rewards,
         "environment_reward": rollout.environment_reward,
+        **({} if rollout.opening is None else {"opening": rollout.opening}),
     }
 
 

@@ -21,6 +21,7 @@ from sdkit.train.collect_rollouts import collect_rollouts, completion_text, traj
 from sdkit.train.inputs import RunData
 from sdkit.train.learner import Learner
 from sdkit.train.rollout_sampler import RolloutSampler
+from sdkit.train.sampling_requests import held_out_environment
 from sdkit.train.step import evaluate_objective
 from sdkit.train.step_specs import StepSpecs
 from sdkit.train.token_statistics import prepare_rollouts
@@ -79,7 +80,8 @@ def teacher_lift(
             continue
         prompts = [(rows[i], ids) for i, ids in with_prompt.items()]
         backend, _ = sampler.backends.load(sampler.models.teacher_weights, specs.optimizer_steps, evaluation=True)
-        lifts.append(lift_of(before, list(with_prompt), evaluate_suite(sampler, name, suite, prompts, backend)))
+        measured = evaluate_suite(sampler, name, suite, prompts, backend, by_teacher=True)
+        lifts.append(lift_of(before, list(with_prompt), measured))
     return merged(lifts)
 
 
@@ -124,8 +126,10 @@ def evaluate_suite(
     prompts: Sequence[tuple[Row, tuple[int, ...]]],
     backend: RolloutBackend,
     advance: Advance = no_progress,
+    *,
+    by_teacher: bool = False,
 ) -> EvaluationResult:
-    """Sample and score the rows, each from its prompt."""
+    """Sample and score the rows, each from its prompt, which is the student's or the teacher's."""
     data, rows = sampler.setup.data, [row for row, _ in prompts]
     spec = data.spec
     limit = suite.max_new_tokens or spec.rollout.max_new_tokens
@@ -134,9 +138,18 @@ def evaluate_suite(
         jobs = [(i, copy) for i in collectives.shard_indices(len(rows)) for copy in range(decoding.samples)]
         seeds = [derive(spec.training.seed, "evaluation", name, decoding_name, i, copy) for i, copy in jobs]
         owners = [i for i, _ in jobs]
-        requests = [SamplingRequest(prompt_ids=prompts[i][1], seed=n) for i, n in zip(owners, seeds, strict=True)]
+        requests = [
+            SamplingRequest(
+                prompt_ids=prompts[i][1],
+                seed=seed,
+                environment_seed=held_out_environment(spec.training.seed, name, rows[i]),
+            )
+            for i, seed in zip(owners, seeds, strict=True)
+        ]
         sampling = _sampling_params(decoding, limit, spec.rollout.stop)
-        completions = sampler.complete(backend, requests, [rows[i] for i in owners], sampling, name, advance)
+        completions = sampler.complete(
+            backend, requests, [rows[i] for i in owners], sampling, name, advance, by_teacher=by_teacher
+        )
         results.append(_score_completions(data, (name, decoding_name), suite, rows, owners, completions))
     return merge(results)
 

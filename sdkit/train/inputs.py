@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sdkit.batches import GroupOutcome, Row
+from sdkit.batches import GroupOutcome, Row, SamplingRequest
+from sdkit.data.call_formats import choose_format
 from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import Prompter, TeacherPrompt, check_prompts, check_repeatable
 from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
@@ -21,6 +22,7 @@ from sdkit.environments.rows import check_routes, check_rows
 from sdkit.language import columns, specs
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
 from sdkit.language.panel import panel_suites
+from sdkit.language.user_tools import opens_prompts
 from sdkit.models.embedding_ids import HINT, KnownIds
 from sdkit.models.loading import load_tokenizer
 from sdkit.plan.machine import machine_for
@@ -50,6 +52,7 @@ class RunData:
         self.spec = spec
         self.tokenizer = tokenizer
         self.known_ids = known  # None: prompts may contain any id
+        self.longest_prompt = 0  # tokens for which `check` leaves room
         self.largest_id = 0  # in the prompts and completions that `check` rendered
         with blaming("model", "chat_template_kwargs"):
             self.prompter = Prompter(
@@ -65,8 +68,8 @@ class RunData:
         self.routed = weights if isinstance(weights, specs.RoutedWeights) else None
         self.routes = list(self.routed.routes) if self.routed else []
         self.reward = columns.training_reward(spec)
+        self.opens_prompts = opens_prompts(spec.environment, base)  # whether an environment may append to a prompt
         self.turn_end = end_token(tokenizer, self.prompter.options)
-        self.observations = self._observation_encoder()
         self.completions: DatasetCompletions | None = None
         # Columns that tell rows with the same prompt apart, in alphabetical order.
         self.task_columns = sorted(spec.environment.task_columns(spec.data.columns or ())) if spec.environment else []
@@ -92,22 +95,37 @@ class RunData:
         # Every reward that can score training rows: for metrics, whether or not the loss uses it.
         self.train_rewards = self._open_rewards(spec.rewards, columns.training_rewards(spec), spec.data, base)
         self.environments = self._open_environments(base)
+        self.plain_prompter = self.prompter  # of the panel, which has no environment and no tools
+        self.observations: ObservationEncoder | None = None
+        if spec.environment:
+            self._show_tools(spec.environment)
         self.user_weights = open_user_weights(spec.losses, base)  # by term
         self.user_divergences = open_user_divergences(spec.losses, base)  # by term
         self.rows_used = 0  # number of training rows that the run uses
         # Rows used that spell a control token, with the token.
         self.control_token_rows: list[tuple[Row, str]] = []
         self.cut_contexts: list[tuple[Row, int]] = []  # rows whose teacher's prompt is cut, with the tokens lost
+        self._panel_rows = {id(row) for name in self.panel for row in self.suites[name]}
         self._student: dict[int, tuple[int, ...]] = {}
         self._teacher: dict[int, tuple[int, ...] | None] = {}
         self._opening: dict[int, str] = {}  # the thinking tag that a row's prompt leaves open
 
-    def _observation_encoder(self) -> ObservationEncoder | None:
-        """What encodes the observations of the environment; None without one."""
-        if self.spec.environment is None:
-            return None
-        with blaming("environment"):
-            return ObservationEncoder(self.prompter, self.turn_end)
+    def _show_tools(self, environment: specs.Environment) -> None:
+        """Show the environment's tools in every prompt of the task, and prepare its observations."""
+        tools = next(iter(self.environments.values())).tools
+        try:
+            with blaming("environment"):
+                if tools:
+                    calls = getattr(environment, "calls", specs.ToolCalls())
+                    self.prompter = self.prompter.with_tools(choose_format(self.prompter, tools, calls))
+                self.observations = ObservationEncoder(self.prompter, self.turn_end)
+        except BaseException:
+            self.close()
+            raise
+
+    def set_date(self, now: datetime) -> None:
+        """Set the date that chat templates print."""
+        self.prompter.now = self.plain_prompter.now = now
 
     def _open_environments(self, base: Path) -> dict[str | None, Environment]:
         """The environment of the training rows (None) and of each suite of the task; none if the spec has none."""
@@ -178,20 +196,48 @@ class RunData:
         chosen = positions(step * size, size, len(self.train), training.seed, shuffle)
         return [self.train[i] for i in chosen]
 
-    def student_ids(self, row: Row) -> tuple[int, ...]:
-        """The student's prompt, including the generation prompt."""
+    def student_ids(self, row: Row, *, is_opened: bool = False) -> tuple[int, ...]:
+        """The student's prompt, including the generation prompt; `is_opened`: of a row as its environment opened it."""
+        if is_opened:
+            return self.prompter.student_ids(row)
         if id(row) not in self._student:
-            self._student[id(row)] = self.prompter.student_ids(row)
+            prompter = self.plain_prompter if id(row) in self._panel_rows else self.prompter
+            self._student[id(row)] = prompter.student_ids(row)
         return self._student[id(row)]
 
-    def teacher_ids(self, row: Row) -> tuple[int, ...] | None:
+    def teacher_ids(self, row: Row, *, is_opened: bool = False) -> tuple[int, ...] | None:
         """The teacher's prompt; None if there is no teacher or the row lacks something that the context requires."""
         if self.spec.teacher is None:
             return None
+        if is_opened:
+            prompt = self.prompter.teacher_ids(row, self.spec.teacher.sees)
+            return prompt and prompt.ids
         if id(row) not in self._teacher:
             prompt = self.prompter.teacher_ids(row, self.spec.teacher.sees)
             self._teacher[id(row)] = None if prompt is None else prompt.ids
         return self._teacher[id(row)]
+
+    def opened_prompt(
+        self, request: SamplingRequest, row: Row, text: str, *, by_teacher: bool = False
+    ) -> tuple[int, ...]:
+        """The prompt of a request with a text that its environment appends.  Raises BadData if it is too long."""
+        if by_teacher and self.needs_rollouts_for_context:
+            return request.prompt_ids  # made for a rollout in the same environment, whose text it has
+        opened = row.with_opening(text)
+        student = self.student_ids(opened, is_opened=True)
+        teacher = self.teacher_ids(opened, is_opened=True) or ()
+        if self.known_ids:
+            self.known_ids.check(
+                self.tokenizer, f"row {row.index}: the prompt with reset's text", (*student, *teacher)
+            )
+        limit = self.spec.rollout.max_prompt_tokens
+        if limit is None or len(student) > limit:
+            allowed = "and rollout.max_prompt_tokens is not set" if limit is None else f"more than {limit}"
+            raise BadData(f"row {row.index}: with reset's text the prompt has {len(student)} tokens, {allowed}")
+        if len(teacher) > self.longest_prompt:
+            message = f"row {row.index}: with reset's text the teacher's prompt has {len(teacher)} tokens"
+            raise BadData(f"{message}, more than {self.longest_prompt}")
+        return teacher if by_teacher and teacher else student
 
     def teacher_prompt(self, row: Row, evidence: GroupOutcome | None) -> TeacherPrompt | None:
         """The teacher's prompt for one rollout, given its group's outcome."""
@@ -259,6 +305,7 @@ class RunData:
             with blaming("evaluation", "suites", name, "data"):
                 check_rows(self.spec.environment, self.suites[name])
             longest_completion = max(longest_completion, self.spec.longest_completion(suite.max_new_tokens))
+        self.longest_prompt = longest
         limits = (part.suite.max_new_tokens or 0 for part in self.panel.values())
         return max(longest, self._check_panel()) + max(longest_completion, *limits, 0)
 
@@ -327,6 +374,9 @@ class RunData:
                 hint = "the teacher samples, so every row needs its context"
                 raise BadData(first_of(bad), hint=hint)
         longest = max(max(len(s), len(t.ids) if t else 0) for s, t in prompts)
+        limit = spec.rollout.max_prompt_tokens
+        if limit is not None and spec.environment and self.opens_prompts:
+            longest += limit - min(len(s) for s, _ in prompts)  # what the environment may append, to both prompts
         if sees is None or not self.needs_rollouts_for_context:
             return longest
         slots = sum(isinstance(slot, specs.OfRollouts) for slot in self._slots)

@@ -76,7 +76,7 @@ class RolloutSampler:
         `advance` as in `RolloutBackend`.
         """
         evaluation = suite is not None
-        requests = sampling_requests(self.setup.data, rows, stream)
+        requests = sampling_requests(self.setup.data, rows, stream, suite)
         sampler = resolve_sampler(specs.sampled_by, self.setup.spec.training.seed, stream, evaluation=evaluation)
         if self.prefetcher and not evaluation:
             sampled = _take_prefetched(self.prefetcher, requests, int(stream[-1]), specs.optimizer_steps)
@@ -122,10 +122,13 @@ class RolloutSampler:
         sampling: SamplingParams,
         suite: str | None,
         advance: Advance = no_progress,
+        *,
+        by_teacher: bool = False,
     ) -> list[Completion]:
         """Return one completion per request: a trajectory, if the spec has an environment.
 
-        `rows` are the requests' rows; a recording holds whole trajectories.  `advance` as in `RolloutBackend`.
+        `rows` are the requests' rows, `by_teacher` says whether the prompts are the teacher's; a recording holds whole
+        trajectories.  `advance` as in `RolloutBackend`.
         """
         data, spec = self.setup.data, self.setup.spec.environment
         environment = data.environments.get(suite)  # the panel has none
@@ -137,6 +140,7 @@ class RolloutSampler:
             observations=data.observations,
             end_ids=self.models.end_ids,
             decode=partial(data.tokenizer.decode, skip_special_tokens=True),
+            opened_prompt=partial(data.opened_prompt, by_teacher=by_teacher),
         )
         return trajectories.sample(backend, requests, rows, sampling, advance)
 

@@ -106,7 +106,7 @@ def _open_in_group(
     """Open the trainer once the process group exists."""
     spec = data.spec
     # Ranks start at different times.
-    data.prompter.now = collectives.broadcast_object(data.prompter.now)
+    data.set_date(collectives.broadcast_object(data.prompter.now))
     plan = make_plan(spec, machine_for(spec, collectives.world_size()), None, rows=len(data.train))
     steps = plan.steps
     assert steps is not None, "steps are known once the data are loaded"

@@ -31,17 +31,30 @@ def group_numbers(rows: int, group_size: int) -> list[int]:
     return [group for group in collectives.shard_indices(rows) for _ in range(group_size)]
 
 
-def sampling_requests(data: RunData, rows: Sequence[Row], stream: Stream) -> tuple[SamplingRequest, ...]:
-    """Return the sampling requests of this rank's rows, one group of requests per row.
+def sampling_requests(
+    data: RunData, rows: Sequence[Row], stream: Stream, suite: str | None = None
+) -> tuple[SamplingRequest, ...]:
+    """Return the sampling requests of this rank's rows, one group of requests per row; `suite`: of held-out rows.
 
     Seeds depend on the number of the group, so any number of ranks samples the same.
     """
     rollout, seed = data.spec.rollout, data.spec.training.seed
     return tuple(
-        SamplingRequest(prompt_ids=_sampling_prompt(data, rows[group]), seed=derive(seed, *stream, group, copy))
+        SamplingRequest(
+            prompt_ids=_sampling_prompt(data, rows[group]),
+            seed=derive(seed, *stream, group, copy),
+            environment_seed=derive(seed, *stream, group, "environment")
+            if suite is None
+            else held_out_environment(seed, suite, rows[group]),
+        )
         for group in collectives.shard_indices(len(rows))
         for copy in range(rollout.completions_per_prompt)
     )
+
+
+def held_out_environment(seed: int, suite: str, row: Row) -> int:
+    """Return the seed of the environment of a held-out row, the same in every evaluation."""
+    return derive(seed, "evaluation", suite, row.index, "environment")
 
 
 def _sampling_prompt(data: RunData, row: Row) -> tuple[int, ...]:

@@ -224,7 +224,9 @@ def test_trajectories_that_end_by_an_error_are_counted_and_not_trained_on(
     assert line["trajectory/ending_environment_error"] == pytest.approx(1 / 6)
     assert line["rollout/kept"] == pytest.approx(5 / 6)
     strict = evolve(spec, environment=evolve(spec.environment, max_error_share=0.1))
-    with pytest.raises(BadData, match="1 of 6 trajectories ended by an error of the environment: row 2: ValueError: broken"):
+    with pytest.raises(
+        BadData, match="1 of 6 trajectories ended by an error of the environment: row 2: ValueError: broken"
+    ):
         train(strict, tmp_path / "strict")
 
 

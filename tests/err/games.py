@@ -12,3 +12,44 @@ class Guess:
 class Silent:
     def reset(self, **columns):
         pass
+
+
+class Shop:
+    def reset(self, **columns):
+        return "It is open."
+
+    def buy(self, count):
+        """Buys apples."""
+        return str(count)
+
+    def sell(self, count: int):
+        return str(count)
+
+    def sell(self, count: int):  # noqa: F811
+        """Sells apples.
+
+        Args:
+            count: how many
+        """
+        return str(count)
+
+
+class Open:
+    def reset(self, **columns):
+        return "It is open."
+
+    def reply(self, text):
+        return None
+
+
+class Kiosk:
+    def reset(self, **columns):
+        pass
+
+    def ask(self, price: str):
+        """Asks for a price.
+
+        Args:
+            price: of what
+        """
+        return "3"

@@ -10,9 +10,7 @@ from sdkit.language.errors import did_you_mean, listed, outside, shorten, spelle
 from sdkit.language.rules.base import Context, Finding, at_user_file, reward_advantages, run_rule
 from sdkit.language.rules.prompts import template_faults
 from sdkit.language.templates import TemplateError, fields, parse
-from sdkit.language.user_functions import class_fault_of
-
-METHODS = ("reset", "reply")
+from sdkit.language.user_tools import class_faults, function_faults, opens_prompts
 
 
 @run_rule("a retry environment has a reward that judges its turns")
@@ -104,26 +102,54 @@ def environment_overlong(spec: specs.ExperimentSpec, context: Context) -> Iterat
 
 @run_rule("a user-defined environment exists")
 def environment_class(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """The file is parsed, not executed.  It must define the class at its top level, with the methods `reset` and `reply`
-    unless it has a base class, and its columns must be mapped.
+    """The file is parsed, not executed.  It must define the class at its top level, with the method `reset` and either `reply`
+    or tools, unless it has a base class.  A tool has a docstring that describes every argument, and a type for each.  The
+    columns must be mapped.
     """
     known = list(spec.data.columns or {})
     for path, environment in specs.environments_of(spec.environment, specs.FileEnvironment):
-        fault = class_fault_of(context.file(environment.file), environment.file, environment.class_name, METHODS)
-        yield from at_user_file(path, context, environment.file, fault)
+        for fault in class_faults(context.file(environment.file), environment):
+            yield from at_user_file(path, context, environment.file, fault)
         for place, name in enumerate(environment.columns):
             if known and name not in known:
                 message = f"column {shorten(name)} is not mapped: data.columns has {listed(known)}"
                 yield (*path, "columns", place), message, did_you_mean(name, known)
 
 
+@run_rule("functions can be tools")
+def environment_tools(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """The file is parsed, not executed.  A tool has a docstring that describes every argument, and a type for each: the model
+    is shown both.
+    """
+    if isinstance(spec.environment, specs.ToolsEnvironment):
+        for fault in function_faults(context.file(spec.environment.file), spec.environment):
+            yield from at_user_file(("environment",), context, spec.environment.file, fault)
+
+
+@run_rule("prompts to which an environment appends have a limit")
+def environment_opening(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
+    """What `reset` returns is part of the first prompt, whose length is then known only when the trajectory begins."""
+    if spec.rollout.max_prompt_tokens is None and opens_prompts(spec.environment, context.loaded.folder):
+        yield (
+            ("environment",),
+            "reset may return a text, which makes prompts longer",
+            "set rollout.max_prompt_tokens",
+        )
+
+
 @run_rule("a reward of kind environment has an environment that gives it")
 def environment_gives_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """It is what `get_reward()` of the environment's class returns, or what a step gives; `retry` judges by another reward."""
-    judged = [path for path, _ in specs.environments_of(spec.environment, specs.RetryEnvironment)]
+    """It is what `get_reward()` of the environment's class returns, or what the steps give; functions have none, and `retry`
+    judges by another reward.
+    """
+    kinds = (specs.RetryEnvironment, specs.ToolsEnvironment)
+    judged = list(specs.environments_of(spec.environment, *kinds))
     if spec.environment and not judged:
         return
     for name, reward in spec.rewards.items():
         if isinstance(reward, specs.EnvironmentReward):
-            stated = f"{spelled(judged[0])} is a retry, which gives none" if judged else "there is no environment"
+            stated = "there is no environment"
+            if judged:
+                path, environment = judged[0]
+                stated = f"{spelled(path)} is of kind {environment.kind}, which gives none"
             yield ("rewards", name), f"{shorten(name)} is the environment's reward, but {stated}", None

@@ -7,7 +7,13 @@ from typing import ClassVar, Literal, TypeVar
 
 from attrs import frozen
 
-from sdkit.language.specs.environments import BaseEnvironment, FileEnvironment, HostedEnvironment, RetryEnvironment
+from sdkit.language.specs.environments import (
+    BaseEnvironment,
+    FileEnvironment,
+    HostedEnvironment,
+    RetryEnvironment,
+    ToolsEnvironment,
+)
 from sdkit.language.specs.fields import AT_LEAST_ONE, NAME, NOT_EMPTY, OPTION, TEXT, Component, Table, spec_field
 from sdkit.language.specs.scores import Extract, WholeText
 
@@ -34,6 +40,10 @@ class SteppedEnvironment(HostedEnvironment):
     trajectory_reward: Literal["sum", "last"] = spec_field(
         "what a reward of kind `environment` is: the sum of the steps' rewards, or the last one", default="sum"
     )
+
+    @property
+    def opens_prompts(self) -> bool:
+        return True
 
     def task_columns(self, mapped: Collection[str]) -> Collection[str]:
         return [*self.columns, *filter(None, [self.seed_column])]
@@ -107,6 +117,10 @@ class VerifiersEnvironment(HostedEnvironment):
         path_to="file",
     )
 
+    @property
+    def opens_prompts(self) -> bool:
+        return True
+
     def task_columns(self, mapped: Collection[str]) -> Collection[str]:
         return [self.task_column]
 
@@ -114,7 +128,8 @@ class VerifiersEnvironment(HostedEnvironment):
         return f"verifiers {self.id}, up to {self.max_turns} turns"
 
 
-OneEnvironment = RetryEnvironment | FileEnvironment | GymnasiumEnvironment | OpenEnvEnvironment | VerifiersEnvironment
+Route = RetryEnvironment | FileEnvironment | GymnasiumEnvironment | OpenEnvEnvironment | VerifiersEnvironment
+OneEnvironment = Route | ToolsEnvironment
 
 
 @frozen(kw_only=True)
@@ -123,7 +138,12 @@ class RoutedEnvironment(Component):
 
     kind: ClassVar[str] = "routed"
     by: str = spec_field("sdkit's name of the column", range=NAME)
-    routes: Table[OneEnvironment] = spec_field("environment for each value of the column", range=NOT_EMPTY, names=NAME)
+    routes: Table[Route] = spec_field("environment for each value of the column", range=NOT_EMPTY, names=NAME)
+
+    @property
+    def opens_prompts(self) -> bool:
+        """Whether a route always appends a text to the first prompt."""
+        return any(route.opens_prompts for route in self.routes.values())
 
     @property
     def max_turns(self) -> int:

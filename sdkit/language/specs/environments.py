@@ -54,6 +54,11 @@ class BaseEnvironment(Component):
         """Share of a batch's trajectories that may end by an error of the environment."""
         return 1.0
 
+    @property
+    def opens_prompts(self) -> bool:
+        """Whether the environment always appends a text to the first prompt; a user's class does if `reset` returns one."""
+        return False
+
     def task_columns(self, mapped: Collection[str]) -> Collection[str]:
         """The columns, of those mapped, that tell tasks with the same prompt apart."""
         return ()
@@ -102,15 +107,44 @@ class HostedEnvironment(BaseEnvironment):
 
 
 @frozen(kw_only=True)
-class FileEnvironment(HostedEnvironment):
+class ToolCalls:
+    """How the student calls tools."""
+
+    format: Literal["auto", "hermes", "qwen_xml", "llama3_json", "harmony", "text"] = spec_field(
+        "how calls are written: as the chat template writes them, or as lines of text where it writes none (`auto`)",
+        default="auto",
+    )
+    max_per_turn: int = spec_field("calls of a turn; a turn with more cannot be read", default=8, range=between(1, 64))
+    unreadable: Literal["tell_model", "end"] = spec_field(
+        "what follows a call that cannot be read: the reason as the next user turn, or the end of the trajectory",
+        default="tell_model",
+    )
+
+
+@frozen(kw_only=True)
+class CodeEnvironment(HostedEnvironment):
+    """What environments of a user's file have in common."""
+
+    file: str = spec_field("Python file, relative to the spec", path_to="file")
+    calls: ToolCalls = spec_field("how the student calls tools, if there are any", default=ToolCalls())
+    turn_seconds: float | None = spec_field(
+        "time limit of all calls of a turn (default: none)", default=None, range=SECONDS
+    )
+    on_error: Literal["end", "tell_model", "stop_run"] = spec_field(
+        "what follows a call that raises: the end of its trajectory, which is then not trained on, the error as the next "
+        "observation, or the end of the run; a call that is late ends at least its trajectory",
+        default="end",
+    )
+
+
+@frozen(kw_only=True)
+class FileEnvironment(CodeEnvironment):
     """A user-defined class, with an instance for each trajectory in a process of its own.
 
-    `reset(**columns)` begins a trajectory, `reply(text)` answers a turn with the next user turn, or with None to end, and may
-    add a reward of the turn: `(text, reward)`.  Both are required.  `get_reward()` gives the trajectory's reward (`kind: environment`), `close()` is called at the end.
+    `reset(**columns)` begins a trajectory and may return a text that ends the first prompt.  `reply(text)` answers a turn with the next user turn, or with None to end, and may add a reward of the turn: `(text, reward)`.  A class without `reply` has its public methods as tools, and a turn without a call ends the trajectory.  `get_reward()` gives the trajectory's reward (`kind: environment`), `close()` is called at the end; both are optional.
     """
 
     kind: ClassVar[str] = "file"
-    file: str = spec_field("Python file, relative to the spec", path_to="file")
     class_name: str = spec_field("name of the class", range=NAME)
     arguments: Table[str | bool | int | float] = spec_field(
         "arguments of the class, by name", default=Table(), each=OPTION, names=NAME
@@ -122,3 +156,15 @@ class FileEnvironment(HostedEnvironment):
 
     def describe(self) -> str:
         return f"{self.class_name} in {self.file}, up to {self.max_turns} turns"
+
+
+@frozen(kw_only=True)
+class ToolsEnvironment(CodeEnvironment):
+    """Functions of a user's file as tools, in a process for each trajectory; a turn without a call ends it."""
+
+    kind: ClassVar[str] = "tools"
+    functions: tuple[str, ...] = spec_field("names of the functions (default: all public ones)", default=(), each=NAME)
+
+    def describe(self) -> str:
+        names = ", ".join(self.functions) or "the functions"
+        return f"{names} of {self.file} as tools, up to {self.max_turns} turns"
