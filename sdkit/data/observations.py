@@ -49,8 +49,8 @@ class _Scaffold:
 class ObservationEncoder:
     """Encodes what the student is shown after one of its turns.
 
-    `end` is the token that the template writes after an answer, `limit` the tokens of all texts after a turn.  Raises BadData
-    if the chat template cannot continue a chat with a user message this way, or with the results of tools.
+    `end` is the token that the template writes after an answer.  Raises BadData if the chat template cannot continue a
+    chat with a user message this way, or with the results of tools.
     """
 
     def __init__(self, prompter: Prompter, end: int | None) -> None:

@@ -1,5 +1,7 @@
 """One episode of a gymnasium environment as a class with `reset` and `reply`; runs in the process of a trajectory."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.util

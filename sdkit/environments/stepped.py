@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any, assert_never
 from urllib.parse import urlsplit
 
-from attrs import evolve
-
 from sdkit.batches import Row
 from sdkit.environments.file import UserEnvironment
-from sdkit.environments.host import Fault, Host, Process
-from sdkit.environments.interface import Opened, Reply, Turn
+from sdkit.environments.host import Fault, Host, Process, finite
+from sdkit.environments.interface import Message, Opened, Reply, Turn
 from sdkit.language.errors import BadData, BadEnvironment
 from sdkit.language.rules.served import is_loopback
 from sdkit.language.specs import GymnasiumEnvironment, OpenEnvEnvironment, SteppedEnvironment, VerifiersEnvironment
@@ -57,8 +55,16 @@ class Episodes(UserEnvironment):
 
     def reply(self, turns: Sequence[tuple[Process, Turn]]) -> list[Reply]:
         requests = [{"call": "reply", "arguments": {"text": self._action(turn.text)}} for _, turn in turns]
-        replies = map(self._reply, self._call_each([process for process, _ in turns], requests))
-        return [evolve(reply, error=f"{self._name}: {reply.error}") if reply.error else reply for reply in replies]
+        return list(map(self._reply, self._call_each([process for process, _ in turns], requests)))
+
+    def _reply(self, value: Any) -> Reply:
+        text, reward = value if isinstance(value, list) else (value, None)
+        if not (reward is None or finite(reward)):
+            text = self._fault("reply", Fault(message=f"its reward is {reward}, not a finite number"))
+        if isinstance(text, Fault):
+            return Reply(error=f"{self._name}: {text.message}")
+        shown = () if text is None else (Message(role="user", content=text),)
+        return Reply(messages=shown, reward=reward)
 
     def _action(self, text: str) -> str | None:
         return extract(self._episodes.extract, text) if isinstance(self._episodes, SteppedEnvironment) else text

@@ -4,6 +4,8 @@ The environment's own control flow plays the episode, with a harness that asks t
 text goes through.  Imports nothing of sdkit: verifiers may be installed for another interpreter.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 # pyright: reportMissingImports=false

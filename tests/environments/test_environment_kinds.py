@@ -297,7 +297,9 @@ def test_each_row_is_played_in_its_own_environment(tiny_folder, process_group, t
     pytest.importorskip("gymnasium")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "counter.py").write_text(COUNTER)
-    spec = with_evaluation(make_spec(tiny_folder, rollout=rollout(stop=("e",), max_new_tokens=24)), teacher_lift=0)
+    spec = with_evaluation(
+        make_spec(tiny_folder, rollout=rollout(stop=("e",), max_new_tokens=24, max_prompt_tokens=200)), teacher_lift=0
+    )
 
     def with_tasks(data):
         tasks = ("again", "count")

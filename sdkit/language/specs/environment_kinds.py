@@ -55,6 +55,10 @@ class SteppedEnvironment(EpisodeEnvironment):
         "what a reward of kind `environment` is: the sum of the steps' rewards, or the last one", default="sum"
     )
 
+    @property
+    def opens_prompts(self) -> bool:
+        return True
+
     def task_columns(self, mapped: Collection[str]) -> Collection[str]:
         return [*self.columns, *filter(None, [self.seed_column])]
 
@@ -127,6 +131,10 @@ class VerifiersEnvironment(EpisodeEnvironment):
         path_to="file",
     )
 
+    @property
+    def opens_prompts(self) -> bool:
+        return True
+
     def task_columns(self, mapped: Collection[str]) -> Collection[str]:
         return [self.task_column]
 
@@ -134,7 +142,8 @@ class VerifiersEnvironment(EpisodeEnvironment):
         return f"verifiers {self.id}, up to {self.max_turns} turns"
 
 
-OneEnvironment = RetryEnvironment | FileEnvironment | GymnasiumEnvironment | OpenEnvEnvironment | VerifiersEnvironment
+Route = RetryEnvironment | FileEnvironment | GymnasiumEnvironment | OpenEnvEnvironment | VerifiersEnvironment
+OneEnvironment = Route | ToolsEnvironment
 
 
 @frozen(kw_only=True)
@@ -143,7 +152,12 @@ class RoutedEnvironment(Component):
 
     kind: ClassVar[str] = "routed"
     by: str = spec_field("sdkit's name of the column", range=NAME)
-    routes: Table[OneEnvironment] = spec_field("environment for each value of the column", range=NOT_EMPTY, names=NAME)
+    routes: Table[Route] = spec_field("environment for each value of the column", range=NOT_EMPTY, names=NAME)
+
+    @property
+    def opens_prompts(self) -> bool:
+        """Whether a route always appends a text to the first prompt."""
+        return any(route.opens_prompts for route in self.routes.values())
 
     @property
     def max_turns(self) -> int:
