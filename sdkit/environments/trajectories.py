@@ -58,7 +58,6 @@ class TrajectorySampler:
         `advance` receives how many have ended, after each turn.  Every rank samples equally often, as sharded weights and
         servers need.  Raises BadData as the environment does.
         """
-<<<<<<< HEAD
         trajectories = self.open(requests, rows, sampling)
         for _ in range(self.environment.max_turns):
             active = [t for t in trajectories if t.ending is None]
@@ -86,28 +85,10 @@ class TrajectorySampler:
 
     def end(self, trajectories: Sequence[Trajectory]) -> list[Completion]:
         """End the trajectories in the environment, and return them.  Raises BadData if too many ended by an error."""
-=======
-        opened = self.environment.open([(row, r.environment_seed) for row, r in zip(rows, requests, strict=True)])
-        _check_openings(rows, requests, opened)
-        starts = zip(requests, rows, opened, strict=True)
-        trajectories = [self._begin(*parts, sampling.max_new_tokens) for parts in starts]
-        for turn in itertools.count(1):
-            active = [t for t in trajectories if t.ending is None]
-            if not collectives.all_reduce_max(len(active)):
-                break
-            sampled = backend.sample([t.next_request(turn) for t in active], sampling)
-            for trajectory, completion in zip(active, sampled, strict=True):
-                trajectory.add_turn(turn, completion)
-            replies = self.environment.reply([(t.handle, self._turn(t)) for t in active])
-            for trajectory, reply in zip(active, replies, strict=True):
-                trajectory.add_reply(turn, reply, self)
-            advance(sum(t.ending is not None for t in active))
->>>>>>> wt-kinds
         rewards = self.environment.end([t.handle for t in trajectories])
         self._check_errors(trajectories)
         return [trajectory.completion(reward) for trajectory, reward in zip(trajectories, rewards, strict=True)]
 
-<<<<<<< HEAD
     def request(self, trajectory: Trajectory, sampling: SamplingParams) -> SamplingRequest:
         """Return the request of the next turn, for at most as many tokens as the trajectory has left."""
         left = trajectory.tokens_left
@@ -122,17 +103,6 @@ class TrajectorySampler:
             spec=route_of(self.spec, row),
             max_new_tokens=sampling.max_new_tokens,
             prompt_ids=request.prompt_ids,
-=======
-    def _begin(self, request: SamplingRequest, row: Row, opened: Opened, max_new_tokens: int) -> _Trajectory:
-        """A trajectory before its first turn; one that has an error ends after it."""
-        begun = _Trajectory(
-            request=request,
-            handle=opened.handle,
-            prompt_ids=request.prompt_ids,
-            row=row.index,
-            spec=route_of(self.spec, row),
-            max_new_tokens=max_new_tokens,
->>>>>>> wt-kinds
             error=opened.error,
         )
         if opened.text and not opened.error:
@@ -173,17 +143,10 @@ class Trajectory:
 
     request: SamplingRequest
     handle: Any  # what stands for it in the environment
-<<<<<<< HEAD
-=======
-    prompt_ids: tuple[int, ...]  # with what the environment appended
->>>>>>> wt-kinds
     row: int
     spec: specs.BaseEnvironment
     max_new_tokens: int  # of a turn
-<<<<<<< HEAD
     prompt_ids: tuple[int, ...]  # with what the environment appended
-=======
->>>>>>> wt-kinds
     opening: str | None = None
     ids: list[int] = field(factory=list)
     logprobs: list[float] | None = field(factory=list)  # 0 for observations; None: the backend gives none

@@ -21,11 +21,8 @@ NOT_TOOLS = ("property", "classmethod", "cached_property")
 """Decorators of class members that are no plain methods."""
 
 
-def class_faults(path: str, environment: specs.FileEnvironment, *, needs_reply: bool) -> Iterator[Fault]:
-    """Yields why a class is no environment: no class, no `reset`, neither `reply` nor a tool, or faulty tools.
-
-    `needs_reply`: tools do not do instead.
-    """
+def class_faults(path: str, environment: specs.FileEnvironment) -> Iterator[Fault]:
+    """Yields why a class is no environment: no class, no `reset`, neither `reply` nor a tool, or faulty tools."""
     tree, shown = parsed(path, environment.file), environment.file
     if isinstance(tree, tuple):
         yield tree
@@ -40,13 +37,6 @@ def class_faults(path: str, environment: specs.FileEnvironment, *, needs_reply: 
     if "reset" not in names and not own.bases:
         yield "class_name", f"{shown}:{own.lineno}: {own.name} has no method reset", None
     if "reply" in names:
-        return
-    if needs_reply and not own.bases:
-        yield (
-            "class_name",
-            f"{shown}:{own.lineno}: {own.name} has no method reply; the routes of an environment have no tools",
-            None,
-        )
         return
     if not _tools(own) and not own.bases:
         message = f"{shown}:{own.lineno}: {own.name} has no method reply, and no public method that could be a tool"
@@ -86,7 +76,6 @@ def tool_names(path: str, environment: specs.FileEnvironment) -> list[str]:
 
 def opens_prompts(environment: specs.Environment | None, folder: Path | str) -> bool:
     """Returns whether an environment may append a text to the first prompt: by its kind, or by what `reset` returns."""
-<<<<<<< HEAD
     return any(
         _returns_text(own, folder) if isinstance(own, specs.FileEnvironment) else own.opens_prompts
         for _, own in specs.environments_of(environment, specs.BaseEnvironment)
@@ -95,12 +84,6 @@ def opens_prompts(environment: specs.Environment | None, folder: Path | str) -> 
 
 def _returns_text(environment: specs.FileEnvironment, folder: Path | str) -> bool:
     """Whether `reset` of the class may return a text."""
-=======
-    if isinstance(environment, specs.RoutedEnvironment):
-        return any(opens_prompts(route, folder) for route in environment.routes.values())
-    if environment is None or not isinstance(environment, specs.FileEnvironment):
-        return environment is not None and environment.opens_prompts
->>>>>>> wt-kinds
     tree = parsed(os.path.join(folder, environment.file), environment.file)
     if isinstance(tree, tuple):
         return False

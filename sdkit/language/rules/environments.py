@@ -128,16 +128,12 @@ def environment_overlong(spec: specs.ExperimentSpec, context: Context) -> Iterat
 @run_rule("a user-defined environment exists")
 def environment_class(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """The file is parsed, not executed.  It must define the class at its top level, with the method `reset` and either `reply`
-    or tools, unless it has a base class; as a route it needs `reply`.  A tool has a docstring that describes every argument, and a type for each.  The
+    or tools, unless it has a base class.  A tool has a docstring that describes every argument, and a type for each.  The
     columns must be mapped.
     """
     known = list(spec.data.columns or {})
     for path, environment in specs.environments_of(spec.environment, specs.FileEnvironment):
-<<<<<<< HEAD
-        for fault in class_faults(context.file(environment.file), environment, needs_reply=path != ("environment",)):
-=======
         for fault in class_faults(context.file(environment.file), environment):
->>>>>>> wt-kinds
             yield from at_user_file(path, context, environment.file, fault)
         for place, name in enumerate(environment.columns):
             if known and name not in known:
@@ -168,35 +164,19 @@ def environment_opening(spec: specs.ExperimentSpec, context: Context) -> Iterato
 
 @run_rule("a reward of kind environment has an environment that gives it")
 def environment_gives_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
-<<<<<<< HEAD
-    """It is what `get_reward()` of the environment's class returns, or what a step gives; functions have none, and `retry`
-    judges by another reward.
-    """
-    without = specs.RetryEnvironment, specs.ToolsEnvironment
-    judged = [(path, own.kind) for path, own in specs.environments_of(spec.environment, *without)]
-=======
     """It is what `get_reward()` of the environment's class returns, or what the steps give; functions have none, and `retry`
     judges by another reward.
     """
     kinds = (specs.RetryEnvironment, specs.ToolsEnvironment)
     judged = list(specs.environments_of(spec.environment, *kinds))
->>>>>>> wt-kinds
     if spec.environment and not judged:
         return
     for name, reward in spec.rewards.items():
         if isinstance(reward, specs.EnvironmentReward):
-<<<<<<< HEAD
-            stated = (
-                f"{spelled(judged[0][0])} is a {judged[0][1]}, which gives none"
-                if judged
-                else "there is no environment"
-            )
-=======
             stated = "there is no environment"
             if judged:
                 path, environment = judged[0]
                 stated = f"{spelled(path)} is of kind {environment.kind}, which gives none"
->>>>>>> wt-kinds
             yield ("rewards", name), f"{shorten(name)} is the environment's reward, but {stated}", None
 
 

@@ -119,16 +119,10 @@ class HostedEnvironment(BaseEnvironment):
     """An environment with a process of its own for each trajectory."""
 
     call_seconds: float = spec_field("time limit of one call", default=10.0, range=SECONDS)
-<<<<<<< HEAD
     trajectory_seconds: float | None = spec_field(
         "seconds of all calls of a trajectory, after which no turn follows (default: no limit)",
         default=None,
         range=SECONDS,
-=======
-    on_error: Literal["end", "stop_run"] = spec_field(
-        "what a call that fails or is late ends: its trajectory, which is then not trained on, or the run",
-        default="end",
->>>>>>> wt-kinds
     )
     max_error_share: float = spec_field(
         "share of a batch's trajectories that may end by an error before the run ends", default=0.2, range=SHARE
@@ -138,7 +132,6 @@ class HostedEnvironment(BaseEnvironment):
     def error_limit(self) -> float:
         return self.max_error_share
 
-<<<<<<< HEAD
     @property
     def max_seconds(self) -> float | None:
         return self.trajectory_seconds
@@ -147,8 +140,6 @@ class HostedEnvironment(BaseEnvironment):
     def calls_at_once(self) -> int:
         return MOST_THREADS
 
-=======
->>>>>>> wt-kinds
 
 @frozen(kw_only=True)
 class ToolCalls:
