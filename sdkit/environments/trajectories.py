@@ -37,7 +37,7 @@ class TrajectorySampler:
     environment: Environment
     observations: ObservationEncoder
     max_tokens: int  # of a trajectory
-    max_seconds: float | None  # of the environment's calls, after which no turn follows
+    max_seconds: float | None = None  # of the environment's calls, after which no turn follows
     error_limit: float  # share of trajectories that may end by an error
     end_ids: Collection[int]  # that end a turn
     decode: Callable[[Sequence[int]], str]  # without special tokens
