@@ -44,6 +44,14 @@ def resolve_model(path: str, base: Path) -> str:
     return str(local_folder(path, base) or path)
 
 
+def hub_commit(path: str, revision: str | None) -> str | None:
+    """Returns the commit of a model of the hub that this machine has loaded; None if its cache has none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(path, CONFIG, revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
+
+
 def load_tokenizer(spec: ModelSpec | ExternalWeights, located: str) -> Any:
     """Returns the tokenizer, without running the model's own code.  Raises BadData if there is none."""
     from transformers import AutoTokenizer

@@ -28,7 +28,7 @@ from sdkit.runs.provenance import provenance
 ENVIRONMENT = ("versions", "python", "platform", "commit")
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "code": ("code", "accepted_changes"),
-    "local models": ("models",),
+    "models": ("models",),
     "data": ("data", "data files"),
     "environment": ENVIRONMENT,
 }

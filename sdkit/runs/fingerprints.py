@@ -1,6 +1,6 @@
 """SHA-256 of what a run uses besides its spec and rows: the user's code, and the models in local folders.
 
-Models of the hub are identified by their commit, installed packages by their version (provenance.py).
+Models of the hub are identified by their commit (train/run_origin.py), installed packages by their version (provenance.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sdkit.language.user_functions import module_search_path
 from sdkit.runs.directory import write_atomically
 
 Hashes = Mapping[str, str]
-"""File → SHA-256.  Files are named relative to the spec's folder."""
+"""File → SHA-256, and model of the hub → commit.  Files are named relative to the spec's folder."""
 Kind = Literal["code", "models"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -214,7 +214,7 @@ def train(
     health.on_exit(lambda reason: directory.record_failure(folder, reason))
     try:
         check_shared(folder)
-        run_origin.check_same_code(files)
+        files = run_origin.with_hub_models(files, spec, base)
         if resume_from:
             _restore(trainer, run, resume_from, files)
             step = trainer.progress.step

@@ -1,4 +1,4 @@
-"""Records in provenance.json what a run is made from, and refuses code and local models that have changed since."""
+"""Records in provenance.json what a run is made from, and refuses code and models that have changed since."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from rich.console import Console
 
 from sdkit.checkpoints import manifest
 from sdkit.distributed import collectives
+from sdkit.language.bundled import PREFIX, local_folder
 from sdkit.language.errors import UnreadableInput, first_of
 from sdkit.language.files import read_json_object
 from sdkit.language.specs import ExperimentSpec, OutputSpec
-from sdkit.models.loading import cache_folder, resolve_model
+from sdkit.models.loading import cache_folder, hub_commit, resolve_model
 from sdkit.runs import directory, fingerprints, git
 from sdkit.runs.directory import RunDirectory
 from sdkit.runs.fingerprints import Hashes, Kind
@@ -41,6 +42,9 @@ class RunFiles:
 
     hashes: Mapping[Kind, Hashes]
     accepted: Mapping[Kind, Mapping[str, str | None]]  # each changed file's hash before; None: the file is new
+    before: Hashes | None = None  # hashes of the models where the run continues
+    since: str = ""  # what has recorded them
+    accepts_models: bool = False
 
 
 def check_files(
@@ -71,7 +75,9 @@ def check_files(
         copies = _all_copies(recording.run)
     else:
         return RunFiles(hashes=now, accepted={})
-    changes = {kind: fingerprints.differences(before[kind], now[kind]) for kind in now}
+    hub = {name for name, _, _ in _hub_models(spec, base)}
+    local = {kind: hashes and {k: v for k, v in hashes.items() if k not in hub} for kind, hashes in before.items()}
+    changes = {kind: fingerprints.differences(local[kind], now[kind]) for kind in now}
     refused: list[Kind] = [kind for kind in now if changes[kind] and kind not in accept]
     if refused:
         faults = [f"{name}: {what}" for kind in refused for name, what in changes[kind].items()]
@@ -80,11 +86,40 @@ def check_files(
     accepted: dict[Kind, dict[str, str | None]] = {
         kind: {name: (before[kind] or {}).get(name) for name in changes[kind]} for kind in now if changes[kind]
     }
-    return RunFiles(hashes=now, accepted=accepted)
+    models = recording.origin.get("models") if recording else before["models"]
+    return RunFiles(hashes=now, accepted=accepted, before=models, since=since, accepts_models="models" in accept)
 
 
-def check_same_code(files: RunFiles) -> None:
-    """Raise UnreadableInput on every rank if one has other code than the first: a machine may have an older copy."""
+def with_hub_models(files: RunFiles, spec: ExperimentSpec, base: Path) -> RunFiles:
+    """Returns the files with the commit of each model that was loaded from the hub, where the cache names it.
+
+    Raises UnreadableInput on every rank if a model has another commit than before and no option accepts it, or if a rank
+    has other code than the first: a machine may have an older copy.
+    """
+    _check_same_code(files)
+    known = {name: hub_commit(path, revision) for name, path, revision in _hub_models(spec, base)}
+    now = {name: commit for name, commit in known.items() if commit}
+    changed = {name: b for name, commit in now.items() if (b := (files.before or {}).get(name, commit)) != commit}
+    if changed and not files.accepts_models:
+        faults = [f"{name}: commit {before} then, {now[name]} now" for name, before in changed.items()]
+        message = f"models of the hub have changed since {files.since}:\n" + first_of(faults)
+        hint = "accept them with --changed-models; in a new run, `revision` says which commit to use"
+        raise UnreadableInput(message, hint=hint)
+    if "models" not in files.hashes:
+        return files
+    accepted = {"models": {**files.accepted.get("models", {}), **changed}} if changed else {}
+    hashes = {**files.hashes, "models": {**files.hashes["models"], **now}}
+    return evolve(files, hashes=hashes, accepted={**files.accepted, **accepted})
+
+
+def _hub_models(spec: ExperimentSpec, base: Path) -> list[tuple[str, str, str | None]]:
+    """Name, hub id and revision of each model of the hub."""
+    models = (spec.model, *(weights for _, weights in spec.other_models()))
+    ids = [m for m in models if not m.path.startswith(PREFIX) and not local_folder(m.path, base)]
+    return [(f"{m.path}@{m.revision}" if m.revision else m.path, m.path, m.revision) for m in ids]
+
+
+def _check_same_code(files: RunFiles) -> None:
     first = collectives.broadcast_object(files.hashes["code"])
     differences = collectives.all_gather_object(fingerprints.differences(first, files.hashes["code"]))
     faults = [f"rank {rank}, {name}: {what}" for rank, files in enumerate(differences) for name, what in files.items()]

@@ -109,7 +109,7 @@ def test_runs_are_compared_as_recorded(sdkit, run):
 def test_what_only_a_run_records_is_not_compared_with_a_spec(sdkit, run, spec):
     out = sdkit("diff", run("a"), spec("b"))[1]
     assert "not compared: data and models" in out
-    assert not rows_of(out).keys() & {"data", "local models", "settings"}
+    assert not rows_of(out).keys() & {"data", "models", "settings"}
 
 
 def test_beside_a_method_page_only_its_keys_are_compared(sdkit, spec):

@@ -12,9 +12,10 @@ from tinyruns import make_spec, metrics, train, training
 
 from sdkit.checkpoints import manifest
 from sdkit.language.errors import UnreadableInput
-from sdkit.language.specs import FileReward, OutputSpec, Table
+from sdkit.language.specs import ExternalWeights, FileReward, OutputSpec, Table
+from sdkit.models.loading import hub_commit
 from sdkit.train.replay import open_recording
-from sdkit.train.run_origin import check_files
+from sdkit.train.run_origin import RunFiles, check_files, with_hub_models
 
 SCORE = (
     "import part_of_changed_files as part\n\n\ndef score(completion, row):\n    return part.SIGN * len(completion)\n"
@@ -178,3 +179,48 @@ def test_run_of_an_older_version_is_resumed_and_then_recorded(copy):
     assert set(facts["code"]) == set(CODE)
     assert facts["accepted_changes"] == []
     assert set(copies(folder / "run")) == {f"step_000001/{name}" for name in CODE}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the hub with the model org/student; sets its newest commit."""
+    folder = tmp_path / "hub" / "models--org--student"
+
+    def set_commit(commit):
+        for file in (folder / "refs" / "main", folder / "snapshots" / commit / "config.json"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(commit)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder.parent))
+    return set_commit
+
+
+def test_models_of_the_hub_are_known_by_their_commit(hub, process_group, tmp_path):
+    """Without a `revision` the hub may give another model on resume, and the frozen teacher would be that one."""
+    files, spec = RunFiles(hashes={"code": {}, "models": {}}, accepted={}), make_spec("org/student")
+    assert hub_commit("org/student", None) is None
+    assert with_hub_models(files, spec, tmp_path).hashes == files.hashes
+    hub("first")
+    began = with_hub_models(files, spec, tmp_path)
+    assert began.hashes["models"] == {"org/student": "first"}
+    resumed = evolve(files, before=began.hashes["models"], since="step 1")
+    assert with_hub_models(resumed, spec, tmp_path).hashes == began.hashes
+    hub("second")
+    with pytest.raises(UnreadableInput, match="since step 1:\norg/student: commit first then, second now"):
+        with_hub_models(resumed, spec, tmp_path)
+    accepted = with_hub_models(evolve(resumed, accepts_models=True), spec, tmp_path)
+    assert (accepted.hashes["models"], accepted.accepted) == (
+        {"org/student": "second"},
+        {"models": {"org/student": "first"}},
+    )
+
+
+def test_hub_models_are_not_missed_before_they_are_loaded(copy):
+    """A checkpoint names the commits beside the files, which alone are known when the run begins to load."""
+    folder, spec = copy
+    path = folder / "run/checkpoints/step_000001"
+    written = manifest.read(path, hashes=False)
+    models = {**written.origin.models, "org/teacher": "first"}
+    manifest.write(path, evolve(written, origin=evolve(written.origin, models=models)))
+    spec = evolve(spec, teacher=evolve(spec.teacher, weights=ExternalWeights(path="org/teacher")))
+    assert check(folder, spec).before["org/teacher"] == "first"
