@@ -27,7 +27,7 @@ import numpy as np
 from attrs import evolve, frozen
 
 from sdkit.runs.intervals import Interval, combined, difference_of_changes, mean_interval, paired_difference
-from sdkit.runs.seed_intervals import error_of_columns, widened
+from sdkit.runs.seed_intervals import error_of_columns, seeds_mean, widened
 
 Scores = Mapping[str, float]
 """Prompt → score, of one suite after one stage."""
@@ -66,7 +66,10 @@ class Change:
 def matrix(runs: Sequence[Trajectory]) -> list[dict[str, Interval]]:
     """The score of every suite at the start and after every stage; `runs` are one sequence under several seeds."""
     rows = min(len(run.rows) for run in runs)
-    return [{suite: estimate(runs, [Change(suite, j)]) for suite in runs[0].suites} for j in range(rows)]
+    return [
+        {suite: seeds_mean({seed: run.rows[j][suite] for seed, run in enumerate(runs)}) for suite in runs[0].suites}
+        for j in range(rows)
+    ]
 
 
 def metrics(runs: Sequence[Trajectory]) -> dict[str, Interval]:
