@@ -16,7 +16,7 @@ from sdkit.language import specs
 from sdkit.language.bundled import PREFIX
 from sdkit.language.errors import BadData, UnreadableInput, counted, did_you_mean, listed, shorten
 from sdkit.language.introspection import keys_of
-from sdkit.language.method_pages import MethodPage, columns_of_method, method_page
+from sdkit.language.method_pages import MethodPage, columns_of_method, method_page, needs_turns
 from sdkit.language.model_shapes import shape_at
 from sdkit.language.row_text import Fault
 from sdkit.language.rules.rollouts import reward_users
@@ -31,6 +31,13 @@ PROMPTS_PER_STEP = 32
 OPTIMIZER = """\
 optimizer:
   lr: 1.0e-5 # for all weights of a 7B model (arXiv 2601.19897, 2601.20802); larger with LoRA"""
+RETRY = specs.RetryEnvironment(max_turns=3, max_observation_tokens=128)
+ENVIRONMENT = f"""\
+environment: # what follows a turn: the reward's feedback; docs/environments.md has games, tools and code of your own
+  kind: retry
+  reward: correct
+  max_turns: {RETRY.max_turns}
+  max_observation_tokens: {RETRY.max_observation_tokens}"""
 PROMPT_TOKENS = 2048  # room for a prompt whose length no key limits
 ENDINGS: Mapping[str, type] = {
     ".jsonl": specs.JsonLinesSource,
@@ -115,7 +122,7 @@ def write_run_file(target: Path, answers: Answers, ask: Ask | None) -> str:
     """
     page, folder = method_page(answers.method), target.resolve().parent
     data = _read_data(answers.data, folder)
-    needs_reward = next(reward_users(page.spec), None) is not None
+    needs_reward = needs_turns(page.spec) or next(reward_users(page.spec), None) is not None
     names = ["prompt", *columns_of_method(page.spec)]
     columns: dict[str, Any] = {}
     for name in dict.fromkeys(names):
@@ -133,6 +140,7 @@ def write_run_file(target: Path, answers: Answers, ask: Ask | None) -> str:
         _data(data, columns, answers),
         *_method_parts(page, answers, folder, ask),
         *_scores(reward, data),
+        *([ENVIRONMENT] if needs_turns(page.spec) else ()),
         OPTIMIZER,
         _training(page, answers, data, folder),
     ]
@@ -302,9 +310,20 @@ def _lengths(spec: specs.MethodSpec, answers: Answers, folder: Path) -> tuple[in
     shape = shape_at(_model_path(answers.model, folder), folder)
     if shape:
         context = shape.max_position_embeddings
-        new = min(new, answers.max_new_tokens or context * 3 // 4)
-        prompt = min(prompt, context - new) if prompt and new < context else prompt
+        new = min(new, answers.max_new_tokens or _turn_tokens(spec, context * 3 // 4))
+        longest = _longest(spec, new)
+        prompt = min(prompt, context - longest) if prompt and longest < context else prompt
     return new, prompt
+
+
+def _longest(spec: specs.MethodSpec, new: int) -> int:
+    """The tokens of a completion whose turns have `new` tokens each."""
+    return RETRY.longest(new) if needs_turns(spec) else new
+
+
+def _turn_tokens(spec: specs.MethodSpec, tokens: int) -> int:
+    """The most tokens of a turn such that a completion has at most so many."""
+    return max(1, (tokens - _longest(spec, 0)) // (_longest(spec, 1) - _longest(spec, 0)))
 
 
 def _scores(reward: Mapping[str, Any] | None, data: _Data) -> Iterator[str]:
@@ -330,6 +349,8 @@ def _training(page: MethodPage, answers: Answers, data: _Data, folder: Path) -> 
     size = min(PROMPTS_PER_STEP, max(1, len(data.rows) - data.held_out)) if data.complete else PROMPTS_PER_STEP
     length = f"  steps: {answers.steps}" if answers.steps else "  epochs: 1"
     lines = ["training:", length, f"  prompts_per_step: {size}"]
-    if (need := new + (prompt or PROMPT_TOKENS)) > keys_of(specs.TrainingSpec)["micro_batch_tokens"].default:
+    if (need := _longest(page.spec, new) + (prompt or PROMPT_TOKENS)) > keys_of(specs.TrainingSpec)[
+        "micro_batch_tokens"
+    ].default:
         lines.append(f"  micro_batch_tokens: {need} # the longest sequence: prompt and completion")
     return "\n".join(lines)

@@ -86,19 +86,20 @@ def columns_of_method(spec: MethodSpec) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def needs_turns(spec: MethodSpec) -> bool:
+    """Returns whether a term of the objective, or the teacher's context, needs completions of several turns."""
+    return bool(spec.sees and spec.sees.by_turn) or any(term.turn_setting for term in spec.losses.values())
+
+
 def _needs(spec: MethodSpec) -> Iterator[str]:
     yield from (f"column {name}" for name in columns_of_method(spec))
     feedback = {slot.of for slot in spec.slots.values() if isinstance(slot, Feedback)}
-    if "turn" in feedback:
-        yield "an environment with feedback"
-    elif spec.sees and spec.sees.by_turn:
-        yield "an environment"
+    if needs_turns(spec):
+        yield "an environment with feedback" if "turn" in feedback else "an environment"
     if "trajectory" in feedback:
         yield "a reward with feedback"
     elif next(reward_users(spec), None):
         yield "a reward"
-    if any(term.turn_setting for term in spec.losses.values()):
-        yield "an environment"
     models = len(list(spec.external_teachers()))
     if models:
         yield "a teacher model" if models == 1 else f"{models} teacher models"

@@ -49,7 +49,7 @@ def open_prompter(tiny_tokenizer):
 
 def encoded(prompter, *messages, closed=True, limit=64):
     tokenizer = prompter.tokenizer
-    parts = ObservationEncoder(prompter, end_token(tokenizer, {}), limit).encode(messages, closed=closed)
+    parts = ObservationEncoder(prompter, end_token(tokenizer, {})).encode(messages, closed=closed, limit=limit)
     return parts, tokenizer.decode([i for part in parts for i in part.ids])
 
 

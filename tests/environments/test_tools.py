@@ -283,9 +283,14 @@ def test_tokens_of_a_trajectory_are_exact(open_shop, tiny_tokenizer, make_row, p
     backend = RandomTurns(tokenizer, end)
     sampler = TrajectorySampler(
         environment=environment,
-        observations=ObservationEncoder(prompter, end, 64),
-        max_tokens=1000,
-        error_limit=0.0,
+        spec=FileEnvironment(
+            file="shop.py",
+            class_name="Shop",
+            max_turns=environment.max_turns,
+            max_observation_tokens=64,
+            max_error_share=0.0,
+        ),
+        observations=ObservationEncoder(prompter, end),
         end_ids=(end,),
         decode=tokenizer.decode,
         opened_prompt=lambda request, row, text: prompter.student_ids(row.with_opening(text)),

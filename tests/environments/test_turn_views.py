@@ -368,7 +368,7 @@ THINKS = (
 def trajectory(prompter, tokenizer, *observations, seed=0):
     """Three turns of random ids, which decoding and encoding would change, and the observations in between."""
     end = end_token(tokenizer, {})
-    encoder = ObservationEncoder(prompter, end, 64)
+    encoder = ObservationEncoder(prompter, end)
     draw = random.Random(seed)
     ids, spans = [], []
 
@@ -381,7 +381,7 @@ def trajectory(prompter, tokenizer, *observations, seed=0):
     for turn, texts in enumerate((*observations, None), 1):
         append("assistant", turn, [*(draw.randrange(100, 400) for _ in range(12)), end])
         if texts:
-            for part in encoder.encode([Message(role="user", content=text) for text in texts], closed=True):
+            for part in encoder.encode([Message(role="user", content=text) for text in texts], closed=True, limit=64):
                 append(part.role, turn, part.ids, part.body)
     return tuple(ids), tuple(spans)
 

@@ -22,8 +22,8 @@ PLAIN_NAMES = {"losses", "slots", "rewards", "suites", "decoding"}
 DATA = {"rows"}
 """Keys that hold the user's own data."""
 WHITE_SPACE_COUNTS = {"stop", "pattern"}
-FREE = {"options", "chat_template_kwargs", "engine_args", "arguments"}
-"""Keys whose strings a task, a template, an engine or a user's class interprets."""
+FREE = {"options", "chat_template_kwargs", "engine_args", "arguments", "config"}
+"""Keys whose strings a task, a template, an engine, a taskset or a user's class interprets."""
 
 
 def classes():

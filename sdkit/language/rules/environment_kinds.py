@@ -34,7 +34,9 @@ def environment_route_tools(spec: specs.ExperimentSpec, context: Context) -> Ite
     if isinstance(spec.environment, specs.RoutedEnvironment):
         for path, environment in specs.environments_of(spec.environment, specs.FileEnvironment):
             if names := tool_names(context.file(environment.file), environment):
-                message = f"{environment.class_name} has the tools {listed(names)}, which a route cannot have yet"
+                message = (
+                    f"class {environment.class_name} has the tools {listed(names)}, which a route cannot have yet"
+                )
                 yield (*path, "class_name"), message, "answer turns by `reply`"
 
 

@@ -175,6 +175,11 @@ class RoutedEnvironment(Component):
         return max((route.scheduling for route in self.routes.values()), key=["lockstep", "continuous"].index)
 
     @property
+    def error_limit(self) -> float:
+        """The largest share of a batch's trajectories that may end by an error in any route."""
+        return max(route.error_limit for route in self.routes.values())
+
+    @property
     def calls_at_once(self) -> int:
         """How many threads may ask the routes at the same time."""
         return min(route.calls_at_once for route in self.routes.values())

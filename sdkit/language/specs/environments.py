@@ -160,7 +160,6 @@ class ToolCalls:
 class CodeEnvironment(HostedEnvironment):
     """What environments of a user's file have in common."""
 
-    file: str = spec_field("Python file, relative to the spec", path_to="file")
     calls: ToolCalls = spec_field("how the student calls tools, if there are any", default=ToolCalls())
     turn_seconds: float | None = spec_field(
         "time limit of all calls of a turn (default: none)", default=None, range=SECONDS
@@ -180,6 +179,7 @@ class FileEnvironment(CodeEnvironment):
     """
 
     kind: ClassVar[str] = "file"
+    file: str = spec_field("Python file, relative to the spec", path_to="file")
     class_name: str = spec_field("name of the class", range=NAME)
     arguments: Table[str | bool | int | float] = spec_field(
         "arguments of the class, by name", default=Table(), each=OPTION, names=NAME
@@ -202,6 +202,7 @@ class ToolsEnvironment(CodeEnvironment):
     """Functions of a user's file as tools, in a process for each trajectory; a turn without a call ends it."""
 
     kind: ClassVar[str] = "tools"
+    file: str = spec_field("Python file, relative to the spec", path_to="file")
     functions: tuple[str, ...] = spec_field("names of the functions (default: all public ones)", default=(), each=NAME)
 
     def describe(self) -> str:

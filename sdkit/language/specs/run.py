@@ -12,7 +12,7 @@ from sdkit.language.specs.collapse import CollapseSpec
 from sdkit.language.specs.data import DataSpec
 from sdkit.language.specs.divergences import FileDivergence
 from sdkit.language.specs.environment_kinds import Environment, GymnasiumEnvironment, environments_of
-from sdkit.language.specs.environments import CodeEnvironment
+from sdkit.language.specs.environments import FileEnvironment, ToolsEnvironment
 from sdkit.language.specs.evaluation import EvaluationSpec, LmEvalTasks, PanelEntry, PanelSuite
 from sdkit.language.specs.fields import (
     AT_LEAST_ONE,
@@ -360,7 +360,8 @@ class ExperimentSpec(MethodSpec):
         for name, reward in self.rewards.items():
             if isinstance(reward, FileReward):
                 yield ("rewards", name, "file"), reward.file
-        for path, environment in environments_of(self.environment, CodeEnvironment, GymnasiumEnvironment):
+        with_files = FileEnvironment, ToolsEnvironment, GymnasiumEnvironment
+        for path, environment in environments_of(self.environment, *with_files):
             if environment.file:
                 yield (*path, "file"), environment.file
 
