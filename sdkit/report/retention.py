@@ -21,7 +21,7 @@ class RetentionTables:
     """New skill and retention of every run with a panel, and the differences of pairs of runs."""
 
     rows: Sequence[Row]  # the run, then the figure; cells: before, after, change, its interval, prompts, verdict
-    differences: Sequence[Row]  # two runs; cells: figure, difference, interval, verdict
+    differences: Sequence[Row]  # two runs, no stages; cells: figure, difference, interval, verdict
     note: str
     plot: Sequence[Mapping[str, Any]]  # of each run its name, and the changes of retention (x) and new skill (y)
 
@@ -41,7 +41,7 @@ def retention_tables(subjects: Sequence[Subject]) -> RetentionTables | None:
         ],
         differences=[
             Row(name=f"{d.first.name} − {d.second.name}", cells=[d.figure, *signed(d.interval), d.verdict])
-            for d in retention.differences(runs)
+            for d in retention.differences([s.run for s in subjects if s.run.points and not s.stage])
         ],
         note=interval_note(methods, seeds=any(len(run.members) > 1 for run in runs)),
         plot=[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from attrs import evolve, frozen
 
@@ -150,13 +151,18 @@ def _points(together: SeedRuns) -> list[Point]:
     return points
 
 
+def _within_set(value: Any, run: Run) -> Any:
+    """A setting; a path through the folder that holds the run is without its name, as a stage's path to the model before it."""
+    return value.replace(f"/{run.path.parent.name}/", "/…/") if isinstance(value, str) else value
+
+
 def _check_same_settings(folder: Path, runs: Sequence[Run]) -> None:
     """Raise UnreadableInput, naming keys, if the runs differ in more than seed and output."""
     first = runs[0].settings
     lines = []
     for run in runs[1:]:
         for path in dict.fromkeys([*first, *run.settings]):
-            before, now = first.get(path), run.settings.get(path)
+            before, now = _within_set(first.get(path), runs[0]), _within_set(run.settings.get(path), run)
             if before != now and path != SEED and path[0] != "output":
                 lines.append(
                     f"{spelled(path)}: {shorten(before)} in {runs[0].path.name}, {shorten(now)} in {run.path.name}"

@@ -63,10 +63,14 @@ def make_seeds(run, folder, begun, waiting=0):
 
 
 def make_sequence(run, folder):
-    """A sequence of two stages, both of them copies of a run; the suite `sums` is the first one's task."""
+    """A sequence of two stages, both of them copies of a run; the suite `sums` is the first one's task.
+
+    The second starts from the model of the first.
+    """
     make_set(folder, "sequence", {"first": [], "second": []}, suites={"sums": "first", "more": None})
     for stage in ("first", "second"):
         copy_run(run, folder / stage)
+    change_setting(folder / "second", "model", "path", str(folder / "first" / "model"))
     return folder
 
 
