@@ -2,7 +2,7 @@
 
 A web socket at /ws is a session.  Messages are JSON: {"type": "reset" | "step" | "close", "data": …}, answered by
 {"type": "observation", "data": {"observation": …, "reward": …, "done": …}} or {"type": "error", "data": {"message", "code"}}
-(github.com/meta-pytorch/OpenEnv, openenv 0.10: core/env_server/http_server.py).
+(github.com/meta-pytorch/OpenEnv, openenv 0.10: the HTTP server of its core).
 """
 
 from __future__ import annotations

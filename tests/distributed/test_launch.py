@@ -250,6 +250,7 @@ def test_torchrun_on_two_nodes_trains_like_one_process(spec_file, one_process_ru
     assert out.count("step 2/2") == 1
 
 
+@pytest.mark.full
 def test_deepspeed_launcher_trains_like_one_process(spec_file, one_process_run, tmp_path):
     launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
     run([*launcher, "--module", "sdkit", "train", spec_file, "training.zero_stage=2", "--to", tmp_path / "run"])

@@ -18,7 +18,7 @@ from sdkit.language.method_pages import find_pages, list_pages, method_page
         ("gkd", "2306.13649", ("column demonstration", "a teacher model")),
         ("multi_teacher", "2601.02780", ("column domain", "a reward", "2 teacher models")),
         ("on_policy_distillation", "Lu 2025", ("a teacher model",)),
-        ("sod", "2605.07725", ("a reward", "an environment", "a teacher model")),
+        ("sod", "2605.07725", ("an environment", "a reward", "a teacher model")),
         ("sft", "", ("column demonstration",)),
         ("ssd", "2604.01193", ()),
     ],

@@ -112,6 +112,7 @@ def test_adapter_trained_over_4_bits_needs_them(runs, tiny_folder, tmp_path):
     assert (logprobs(original) - trained).abs().max() > 1e-2
 
 
+@pytest.mark.full
 def test_vllm_loads_merged_model_and_adapter(runs, exported, tiny_folder):
     require_vllm()
     scenario = Path(__file__).parents[1] / "support" / "vllm_export.py"

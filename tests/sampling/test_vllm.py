@@ -106,6 +106,13 @@ def test_adapters_are_sent_as_a_merged_copy(results):
     assert results["adapters untouched"]
 
 
+def test_adapters_over_4_bits_are_sent_as_a_merged_copy(results):
+    """vLLM samples from the quantized student, its teacher and the quantized start model."""
+    assert all(mean < 1e-4 for mean in results["quantized"])
+    assert results["quantized logprobs"] < 1e-3
+
+
+@pytest.mark.full
 def test_two_runs_from_the_command_line_are_equal(tiny_folder, tmp_path):
     columns = {"prompt": "q", "demonstration": "d"}
     rows = [{"q": f"What is {i} + 1?", "d": str(i + 1)} for i in range(8)]

@@ -215,6 +215,7 @@ def test_file_outside_the_folder_is_not_loaded(served, tiny_folder):
         assert served.ask("POST", "/sdkit/weights", update)[0] == 400
 
 
+@pytest.mark.full
 def test_server_killed_during_a_run_changes_nothing(served, tiny_folder, tmp_path, monkeypatch, capsys):
     """One batch is prefetched; the server is killed while step 2 trains, and started again."""
     spec = spec_of(served, tiny_folder, training=training(steps=4))

@@ -77,4 +77,3 @@ def record_gathered(weights, every):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1)
-    os._exit(0)  # threads of two ranks' engines now and then abort the interpreter's own end

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 from attrs import evolve
-from tinyruns import LORA, advance, collect, make_spec, model, rollout, teacher
+from tinyruns import LORA, QLORA, advance, collect, make_spec, model, rollout, teacher
 
 from sdkit.batches import SamplingRequest
 from sdkit.distributed import zero
@@ -50,6 +50,7 @@ def main(folder, work):
     results |= sleeping(trainer, backend)
     results |= stale(trainer, backend)
     results |= adapters(trainer, backend, folder)
+    results |= quantized(trainer, backend, folder)
     trainer.close()
     zero.stop()
     return results
@@ -154,8 +155,12 @@ def stop_texts(trainer, backend, requests, settings, done):
 
 
 def logits(trainer, request, completion):
+    return logits_of(trainer.models.student, request, completion)
+
+
+def logits_of(weights, request, completion):
     ids = torch.tensor([[*request.prompt_ids, *completion.ids]])
-    with torch.no_grad(), trainer.models.student.active() as causal:
+    with torch.no_grad(), weights.active() as causal:
         return causal(ids).logits[0, len(request.prompt_ids) - 1 : -1]
 
 
@@ -230,12 +235,7 @@ def stale(trainer, backend):
 
 def adapters(trainer, backend, folder):
     """Transfers of merged copies: a model with its own adapters, and its teacher."""
-    tuned = Weights(load_model(model(folder, lora=LORA), str(folder), 5))
-    average = open_teacher(EmaWeights(update_rate=0.3), tuned, None, None)
-    with torch.no_grad():
-        for name, parameter in tuned.model.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=0.2 if ".default." in name else 0.1)
+    tuned, average = adapted(folder, LORA)
     before = {n: p.detach().clone() for n, p in tuned.model.named_parameters()}
     figures = [
         backend.load(weights, version)["canary_mean"]
@@ -243,6 +243,32 @@ def adapters(trainer, backend, folder):
     ]
     untouched = all(torch.equal(p, before[n]) for n, p in tuned.model.named_parameters())
     return {"merged": figures, "adapters untouched": untouched}
+
+
+def quantized(trainer, backend, folder):
+    """Transfers of merged copies of a model in 4 bits, and how far its tokens' log-probabilities are from that model's."""
+    tuned, average = adapted(folder, QLORA)
+    requests = [
+        SamplingRequest(prompt_ids=trainer.setup.data.student_ids(row), seed=3) for row in trainer.setup.data.train
+    ]
+    settings = evolve(sampling_params(trainer.setup.spec.rollout, trainer.models.ids_below), temperature=1.0)
+    figures, gaps = [], []
+    for version, weights in enumerate((Weights(tuned.model, None), average.weights, tuned)):
+        figures.append(backend.load(weights, version)["canary_mean"])
+        for request, drawn in zip(requests, backend.sample(requests, settings), strict=True):
+            gaps.append(gap(logits_of(weights, request, drawn).log_softmax(-1), drawn))
+    return {"quantized": figures, "quantized logprobs": max(gaps)}
+
+
+def adapted(folder, lora):
+    """A model with adapters and its teacher, all of other values than at the start."""
+    tuned = Weights(load_model(model(folder, lora=lora), str(folder), 5).to("cpu"))
+    average = open_teacher(EmaWeights(update_rate=0.3), tuned, None, None)
+    with torch.no_grad():
+        for name, parameter in tuned.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.2 if ".default." in name else 0.1)
+    return tuned, average
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Whole steps on a pretended accelerator (tests/support/pretended_accelerator.py).
 
 Every tensor of a run is on the right device, and the host waits for the device no more often than stored.
-`python tests/train/test_accelerator.py` rewrites the stored numbers; read the diff.
+`PYTHONPATH=tests/support python tests/train/test_accelerator.py` rewrites the stored numbers; read the diff.
 """
 
 import json
@@ -70,7 +70,9 @@ def check_page(result, name):
     assert "error" not in result, result["where"]
     assert len(result["norms"]) == 2
     stored = json.loads(WAITS.read_text())
-    assert name in stored or name in REST, "run `python tests/train/test_accelerator.py` to store its number of waits"
+    assert name in stored or name in REST, (
+        "run `PYTHONPATH=tests/support python tests/train/test_accelerator.py` to store its number of waits"
+    )
     found, most = waits_of(result), stored.get(name, math.inf)
     assert found <= most, f"the host waits {found} times in a step, {most} are stored: {result['waits']}"
 
