@@ -35,7 +35,9 @@ WITHIN = "within_"
 """Begins the name of the score of success within so many turns."""
 GIVEN_FAILURE = "given_failure_"
 """Begins the name of the metric of success in a turn after failures."""
-SCORE_PREFIXES = (PASS_AT, WITHIN, GIVEN_FAILURE)
+TURNS_TO_SUCCESS = "turns_to_success"
+"""The metric of the mean turn of the first success."""
+SCORE_PREFIXES = (PASS_AT, WITHIN, GIVEN_FAILURE, TURNS_TO_SUCCESS)
 
 
 def pass_at(k: int) -> str:
@@ -271,6 +273,12 @@ EVALUATIONS = (
         "trajectories that first succeed in turn K / those that had not before",
         "share",
         "rises: else a gain within K turns is that of the first turn",
+    ),
+    Metric(
+        "eval/SUITE/DECODING/turns_to_success",
+        "mean turn of the first success, of the trajectories that succeed",
+        "turns",
+        "falls while within_K does not",
     ),
     Metric(
         "eval/SUITE/DECODING/pass_at_K",

@@ -9,13 +9,22 @@ from typing import Any
 
 from attrs import asdict, frozen
 
-from sdkit.language.metric_names import INTERVAL_SUFFIXES, metric_named
+from sdkit.language.metric_names import GIVEN_FAILURE, INTERVAL_SUFFIXES, TURNS_TO_SUCCESS, metric_named
 from sdkit.report.records import Contents, Line, RunRecord, Subject
 from sdkit.report.sampling import spread
 from sdkit.runs.history import AXES, Run, spent
 
 LINES, STACKED = "lines", "stacked"
 """The kinds of charts; the metrics of a stacked one are parts of a sum."""
+ENDING = "trajectory/ending_"
+"""Begins the names of the shares of endings; those that never occur are not plotted."""
+CURVES, BY_TURN = "charts", "turn-charts"
+"""The elements of the page that hold charts: those of trajectories have a section of their own."""
+TURN_PATTERNS: Sequence[tuple[str, str, str, str]] = (
+    ("endings of trajectories, in training", "share", rf"{ENDING}.+", STACKED),
+    ("success in a turn given failure before", "held out", rf"eval/[^/]+/[^/]+/{GIVEN_FAILURE}\d+", LINES),
+    ("turns to success", "held out, mean", rf"eval/[^/]+/[^/]+/{TURNS_TO_SUCCESS}", LINES),
+)
 MAX_CELLS = 300_000
 """Most values of all runs' metrics in a page, about 20 bytes each."""
 
@@ -31,6 +40,7 @@ class Chart:
     metrics: Sequence[str]
     labels: Sequence[str]  # of the metrics, in a legend
     kind: str = LINES
+    place: str = CURVES
     notes: Sequence[str] = ()  # formulas of the metrics
 
 
@@ -54,18 +64,25 @@ PATTERNS: Sequence[tuple[str, str, str, str]] = (
 
 def charts(records: Sequence[RunRecord]) -> list[Chart]:
     """The charts of all metrics that the runs have: the suites' main scores, then training, then other held-out figures."""
-    names = list(dict.fromkeys(name for record in records for line in record.lines for name in line))
+    values = [item for record in records for line in record.lines for item in line.items()]
+    names = list(dict.fromkeys(name for name, value in values if value or not name.startswith(ENDING)))
     runs = [record.run for record in records if record.run.points]
     main = {run.main_score(suite) for run in runs for suite in run.suites}
     held_out = {pair: _score_chart(*pair, metrics) for pair, metrics in _score_metrics(runs).items()}
-    training: list[Chart] = []
-    for title, unit, pattern, kind in PATTERNS:
+    training, by_turn = _matching(PATTERNS, names, CURVES), _matching(TURN_PATTERNS, names, BY_TURN)
+    first = [chart for pair, chart in held_out.items() if pair in main]
+    return [*first, *training, *(chart for pair, chart in held_out.items() if pair not in main), *by_turn]
+
+
+def _matching(patterns: Sequence[tuple[str, str, str, str]], names: Sequence[str], place: str) -> list[Chart]:
+    """The charts of the patterns that match a metric."""
+    found: list[Chart] = []
+    for title, unit, pattern, kind in patterns:
         metrics = [name for name in names if re.fullmatch(pattern, name)]
         if metrics := sorted(metrics, key=lambda name: name.startswith("eval/")):
             parts = {"labels": _labels(metrics), "notes": _notes(metrics)}
-            training.append(Chart(title=title, unit=unit, metrics=metrics, kind=kind, **parts))
-    first = [chart for pair, chart in held_out.items() if pair in main]
-    return [*first, *training, *(chart for pair, chart in held_out.items() if pair not in main)]
+            found.append(Chart(title=title, unit=unit, metrics=metrics, kind=kind, place=place, **parts))
+    return found
 
 
 def _score_metrics(runs: Sequence[Run]) -> dict[tuple[str, str], list[str]]:

@@ -63,6 +63,7 @@ def render(contents: Contents, axis: Axis = "tokens") -> str:
     subjects, records = contents.subjects, contents.records
     several = len(records) > 1
     of_sequences = [sequences.sequence_table(sequence) for sequence in contents.sequences]
+    data = _data(contents)
     panel = retention.retention_tables(subjects)
     pairs, without_pair = scores.verdicts(subjects, axis) if several else ([], [])
     return environment.from_string((TEMPLATES / "page.html").read_text(encoding="utf-8")).render(
@@ -73,17 +74,15 @@ def render(contents: Contents, axis: Axis = "tokens") -> str:
         style=(TEMPLATES / "page.css").read_text(encoding="utf-8"),
         scripts=scripts,
         data=_embedded(
-            {
-                **_data(contents),
-                "sequences": [table.plot for table in of_sequences],
-                "retention": panel.plot if panel else [],
-            }
+            {**data, "sequences": [table.plot for table in of_sequences], "retention": panel.plot if panel else []}
         ),
         runs=[{"name": subject.name, "facts": facts.headings(subject)} for subject in subjects],
         sets=contents.sets,
         several=several,
         notices=facts.notices(contents),
         table=scores.score_table(subjects),
+        turns=scores.turn_table(records),
+        turn_charts=any(chart["place"] == charts.BY_TURN for chart in data["charts"]),
         retention=panel,
         sequences=of_sequences,
         sequence_differences=sequences.sequence_differences(contents.sequences),

@@ -8,11 +8,13 @@ from itertools import combinations
 from attrs import frozen
 
 from sdkit.language.errors import counted
-from sdkit.report.records import Subject
+from sdkit.report.facts import Row
+from sdkit.report.records import RunRecord, Subject
 from sdkit.runs.compare import CommonBudget, common_budget, differences, same_kind
 from sdkit.runs.evaluations import Key, few_prompts_warning, interval_note, signed, with_interval
 from sdkit.runs.history import AXES, Axis
 from sdkit.runs.intervals import Interval
+from sdkit.runs.score_tables import TURN_COLUMNS, TURNS_NOTE, turn_rows
 
 
 @frozen(kw_only=True)
@@ -108,6 +110,22 @@ def _rows(subject: Subject) -> list[ScoreRow]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+@frozen(kw_only=True)
+class TurnTable:
+    """Success by turn of every run whose turns are rewarded."""
+
+    rows: Sequence[Row]  # the run; cells: those of `columns`
+    columns: Sequence[str] = TURN_COLUMNS
+    note: str = f"95 % intervals over prompts. {TURNS_NOTE.capitalize()}"
+
+
+def turn_table(records: Sequence[RunRecord]) -> TurnTable:
+    """The table, before and after training; without rows if no run has scores by turn."""
+    runs = [record.run for record in records if record.run.points]
+    ends = {run.name: (run.ends[0], run.ends[1] if len(run.points) > 1 else None) for run in runs}
+    return TurnTable(rows=[Row(name=name, cells=cells) for name, pair in ends.items() for cells in turn_rows(*pair)])
 
 
 @frozen(kw_only=True)

@@ -29,6 +29,7 @@ from sdkit.runs.compare import (
 from sdkit.runs.evaluations import FEW_PROMPTS_ADVICE, Key, few_prompts_warning, interval_note, signed, with_interval
 from sdkit.runs.history import AXES, Axis, Run
 from sdkit.runs.plot import check_plot_path, plot_runs
+from sdkit.runs.score_tables import turn_rows, turns_table
 from sdkit.runs.seed_runs import read_runs
 from sdkit.stdout import print_warning
 
@@ -49,6 +50,9 @@ def compare(paths: Sequence[Path], console: Console, target: Path, axis: Axis, s
     if len(runs) > 1:
         _print_settings(runs, keys, console)
     console.print(_scores_table(runs, keys))
+    turns = {member.name: rows for run in runs for member in run.members if (rows := turn_rows(*member.ends))}
+    if turns:
+        console.print(turns_table(turns))
     retentions = {run.name: figures for run in runs if (figures := retention.of_run(run))}
     if retentions:
         several = any(len(run.members) > 1 for run in runs)

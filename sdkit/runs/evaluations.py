@@ -9,9 +9,10 @@ from typing import Any, Literal
 from attrs import field, frozen
 
 from sdkit.language.errors import counted
-from sdkit.language.metric_names import BOUNDED_MEASURES, GIVEN_FAILURE, PASS_AT, WITHIN, pass_at
+from sdkit.language.metric_names import BOUNDED_MEASURES, PASS_AT, pass_at
 from sdkit.runs.intervals import Interval, mean_interval, paired_difference
 from sdkit.runs.sample_measures import passed_at
+from sdkit.runs.turns import turn_metrics
 
 Key = tuple[str, str, str]
 """Suite, decoding, and a reward, pass_at_K or a measure."""
@@ -82,19 +83,8 @@ class EvaluationResult:
             names = ["eval/" + "/".join(key)] + (["eval/score"] if key == headline else [])
             for name in names:
                 metrics |= interval_metrics(name, interval)
-        metrics |= self._given_failure()
+        metrics |= turn_metrics(self.scores)
         return metrics | {"eval/" + "/".join(key): mean for key, mean in self.measure_means().items()}
-
-    def _given_failure(self) -> dict[str, float]:
-        """For each turn after the first: the share of trajectories that succeed in it, of those that had not before."""
-        within = {key: self.interval(key).mean for key in self.scores if key[2].startswith(WITHIN)}
-        shares: dict[str, float] = {}
-        for (suite, decoding, name), mean in within.items():
-            turn = int(name.removeprefix(WITHIN))
-            before = within.get((suite, decoding, f"{WITHIN}{turn - 1}"), 1.0)
-            if before < 1:
-                shares[f"eval/{suite}/{decoding}/{GIVEN_FAILURE}{turn}"] = (mean - before) / (1 - before)
-        return shares
 
 
 def interval_metrics(name: str, interval: Interval) -> dict[str, float]:

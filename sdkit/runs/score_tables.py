@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from sdkit.language.metric_names import WITHIN
 from sdkit.runs.evaluations import (
     FEW_PROMPTS_ADVICE,
     EvaluationResult,
@@ -19,6 +21,7 @@ from sdkit.runs.evaluations import (
     with_interval,
 )
 from sdkit.runs.intervals import Interval
+from sdkit.runs.turns import success_by_turn
 from sdkit.stdout import print_warning
 
 Change = Mapping[str, Interval]
@@ -31,6 +34,12 @@ SHOWN_MEASURES = {
     "self_repetition": ("repeated", "{:.1%}"),
 }
 """The measures that tables show: their column and format."""
+TO_SUCCESS = "turns to success"
+TURN_COLUMNS = ("suite", "decoding", "turn", "within, before", "after", "given failure, before", "after")
+TURNS_NOTE = (
+    "within: success in this turn or an earlier one; given failure: success in this turn, of the trajectories without one "
+    "before; turns to success: their mean, of the trajectories that succeed"
+)
 MEASURES_NOTE = "* the 95 % interval of the paired change excludes 0; docs/metrics.md defines the columns"
 
 
@@ -78,6 +87,41 @@ def scores_table(result: EvaluationResult) -> Table:
     table = Table(*columns, title="held-out prompts, from the model's own prompt", caption=note)
     for key, interval in intervals.items():
         table.add_row(*key, with_interval(interval), str(interval.n))
+    return table
+
+
+def turn_rows(before: EvaluationResult, after: EvaluationResult | None) -> list[list[str]]:
+    """Rows of `TURN_COLUMNS`: a row for each turn of each suite and decoding, and one for the mean turn of success.
+
+    Empty if no turn was rewarded; without `after`, its cells are empty.
+    """
+    first, last = success_by_turn(before.scores), success_by_turn(after.scores) if after else {}
+    rows: list[list[str]] = []
+    for part, figures in first.items():
+        sides = [(before, figures), (after, last.get(part))]
+        for turn in figures.turns:
+            key = (*part, f"{WITHIN}{turn}")
+            within = [with_interval(of.interval(key)) if of and key in of.scores else "–" for of, _ in sides]
+            given = [side.given_failure.get(turn) if side else None for _, side in sides]
+            rows.append([*part, str(turn), *within, *(with_interval(share) if share else "–" for share in given)])
+        means = [side.turns_to_success if side else None for _, side in sides]
+        rows.append([*part, TO_SUCCESS, *("–" if mean is None else f"{mean:.2f}" for mean in means), "", ""])
+    return rows
+
+
+def turns_table(runs: Mapping[str, Sequence[Sequence[str]]]) -> Table:
+    """A table of the `turn_rows` of one or several runs, each under its name; an empty name is left out."""
+    several = any(runs)
+    table = Table(
+        title="success by turn, before → after training", caption=f"95 % intervals over prompts; {TURNS_NOTE}"
+    )
+    for name in ["run"] * several + list(TURN_COLUMNS[:3]):
+        table.add_column(name, max_width=len("turns to") if name == "turn" else None)
+    for name in TURN_COLUMNS[3:]:
+        table.add_column(name, justify="right")
+    for run, rows in runs.items():
+        for row in rows:
+            table.add_row(*[escape(run)] * several, *row)
     return table
 
 

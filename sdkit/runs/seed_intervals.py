@@ -168,17 +168,22 @@ def _weighted_errors(parts: Sequence[tuple[BySeed, float]]) -> list[SeedError]:
     return [error_of_columns([(_table(scores), weight) for scores, weight in parts])]
 
 
-def clustered_wilson(shares: Sequence[float], level: float = 0.95) -> Interval:
+def clustered_wilson(shares: Sequence[float], weights: Sequence[float] = (), *, level: float = 0.95) -> Interval:
     """The mean of shares of successes, one for each prompt, with Wilson's interval for as many independent trials as would
     give the mean the same variance.
 
-    If the shares do not differ, the number of trials is that of the prompts.  Source: Dean and Pagano 2015, Journal of
+    weights: of the prompts, such as their numbers of trials; none: equal ones.  If the shares do not differ, the number of trials is that of the prompts.  Source: Dean and Pagano 2015, Journal of
     Survey Statistics and Methodology 3, 484-503.
     """
     from scipy.stats import norm
 
     values = np.asarray(shares, dtype=float)
-    mean, variance = float(values.mean()), float(values.var(ddof=1)) / values.size if values.size > 1 else 0.0
+    relative = (
+        np.asarray(weights, dtype=float) / sum(weights) if len(weights) else np.full(values.size, 1 / values.size)
+    )
+    mean = float(relative @ values)
+    squares = float(relative**2 @ (values - mean) ** 2)
+    variance = squares * values.size / (values.size - 1) if np.ptp(values) else 0.0
     trials = mean * (1 - mean) / variance if variance > 0 else float(values.size)
     square = float(norm.ppf((1 + level) / 2)) ** 2
     centre = (mean + square / (2 * trials)) / (1 + square / trials)

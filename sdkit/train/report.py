@@ -30,6 +30,8 @@ from sdkit.runs.score_tables import (
     measure_changes,
     measure_changes_table,
     score_changes,
+    turn_rows,
+    turns_table,
     warn_of_few_prompts,
 )
 from sdkit.runs.teacher_lift import ADVICE as LIFT_ADVICE
@@ -193,6 +195,8 @@ class Report:
             if table := measure_changes_table(measures):
                 self.console.print(table)
                 self.run.write_json("measures.json", comparison_records(measures, "measure"))
+            if turns := turn_rows(self.first, self.last):
+                self.console.print(turns_table({"": turns}))
             if figures := retention.changes(self.first, self.last):
                 self.console.print(retention.retention_table({"": figures}))
                 self.run.write_json("retention.json", retention.retention_records(figures))

@@ -1,8 +1,11 @@
 """Trajectories: exact tokens, what is trained, one turn as without an environment, recordings."""
 
+from io import StringIO
+
 import pytest
 import torch
 from attrs import evolve
+from rich.console import Console
 from tinyruns import (
     collect,
     lines,
@@ -168,7 +171,8 @@ def test_recorded_trajectories_are_replayed_without_the_environment(tiny_folder,
 def test_evaluation_plays_trajectories_and_counts_success_by_turn(tiny_folder, process_group, tmp_path):
     spec = with_evaluation(spec_of(tiny_folder, training=training(steps=1)), teacher_lift=0)
     environment = evolve(RETRY, reward="number", without_feedback="No.")
-    run = train(evolve(spec, reward="right", environment=environment), tmp_path / "run")
+    printed = Console(file=StringIO(), width=200)
+    run = train(evolve(spec, reward="right", environment=environment), tmp_path / "run", printed)
     records = lines(run / "evaluations" / "step_000000.jsonl")
     assert any(len(record["turn_rewards"]) > 1 for record in records)
     for record in records:
@@ -181,6 +185,9 @@ def test_evaluation_plays_trajectories_and_counts_success_by_turn(tiny_folder, p
     first, second = (sum(scores[f"within_{k}"] for scores in drawn) for k in (1, 2))
     assert start["eval/sums/drawn/within_2"] == pytest.approx(second / len(drawn))
     assert start["eval/sums/drawn/given_failure_2"] == pytest.approx((second - first) / (len(drawn) - first))
+    turns = [4 - sum(scores[f"within_{k}"] for k in (1, 2, 3)) for scores in drawn if scores["within_3"]]
+    assert start["eval/sums/drawn/turns_to_success"] == pytest.approx(sum(turns) / len(turns))
+    assert "success by turn, before → after training" in printed.file.getvalue()
 
 
 def test_games_with_the_same_prompt_are_compared_one_by_one():

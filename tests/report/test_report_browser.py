@@ -2,7 +2,7 @@
 
 import pytest
 from browser import Browser, find_browser
-from reportruns import make_hostile
+from reportruns import make_hostile, trajectory_run
 from tinyruns import lines
 
 from sdkit.report.page import write_report
@@ -112,4 +112,14 @@ def test_page_fits_its_window(browser, both, width, scheme):
     assert browser.evaluate("document.documentElement.dataset.theme") == scheme
     browser.evaluate("document.getElementById('theme').click()")
     assert browser.evaluate("document.documentElement.dataset.theme") != scheme
+    assert browser.errors == []
+
+
+def test_endings_of_trajectories_are_stacked_in_their_section(browser, tmp_path):
+    write_report([trajectory_run(tmp_path / "run")], tmp_path / "report.html", "tokens")
+    browser.open(tmp_path / "report.html")
+    drawn = browser.evaluate(
+        "[...document.querySelectorAll('#turns .js-plotly-plot')[0].data].map((t) => [t.stackgroup, ...t.x, ...t.y])"
+    )
+    assert drawn == [["run 0", 1, 2, 0.25, 0.25], ["run 0", 1, 2, 0.75, 0.75]]
     assert browser.errors == []

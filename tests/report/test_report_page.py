@@ -17,6 +17,7 @@ from reportruns import (
     make_seeds,
     make_sequence,
     make_set,
+    trajectory_run,
 )
 from run_directories import score_of, write_run
 from tinyruns import lines
@@ -67,6 +68,23 @@ def test_scores_are_those_of_the_metrics(text, report_run):
         for cell, line in ((row[3], evaluated[0]), (row[4], evaluated[-1])):
             assert cell == f"{line[name]:.3f} [{line[f'{name}_low']:.3f}, {line[f'{name}_high']:.3f}]"
         assert float(row[5]) == pytest.approx(evaluated[-1][name] - evaluated[0][name], abs=6e-4)
+
+
+def test_trajectories_have_a_section_by_turn(tmp_path):
+    run = trajectory_run(tmp_path / "run")
+    text = rendered(run)
+    rows = table_of(text, "turns")
+    assert [row[2] for row in rows] == ["1", "2", "turns to success"]
+    assert [cell[:5] for cell in rows[1][3:]] == ["0.200", "0.600", "0.200", "0.200"]
+    assert rows[2][3:5] == ["2.00", "1.17"]
+    charts = [chart for chart in data_of(text)["charts"] if chart["place"] == "turn-charts"]
+    assert [chart["kind"] for chart in charts] == ["stacked", "lines"]
+    assert charts[0]["metrics"] == ["trajectory/ending_done", "trajectory/ending_max_turns"]
+    assert 'href="#turns"' in text
+
+
+def test_run_of_single_turns_has_no_section_by_turn(text):
+    assert 'id="turns"' not in text
 
 
 def test_panel_is_shown_against_the_new_skill(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+from run_directories import GREEDY, score_of, write_run
 from tinyruns import lines, make_spec, train, training, with_evaluation
 
 from sdkit.runs.run_sets import Member, RunSet, write_set
@@ -25,6 +26,22 @@ def make_hostile(run, folder):
     (folder / "spec.yaml").write_text(f"# {HOSTILE}\n", encoding="utf-8")
     warning = {"step": 1, "wire": "x", "cause": HOSTILE, "look_at": HOSTILE}
     (folder / "warnings.jsonl").write_text(json.dumps(warning) + "\n")
+    return folder
+
+
+def trajectory_run(folder):
+    """A run made by hand, whose ten held-out trajectories have two turns, with its endings and success given failure."""
+    ends = {}
+    for step, shares in {0: (0.0, 0.2), 2: (0.5, 0.6)}.items():
+        ends[step] = {("sums", "greedy", f"within_{k}"): score_of(share, of=10) for k, share in enumerate(shares, 1)}
+        ends[step] = {GREEDY: score_of(shares[-1], of=10)} | ends[step]
+    write_run(folder, ends)
+    endings = {"trajectory/ending_done": 0.25, "trajectory/ending_max_turns": 0.75, "trajectory/ending_length": 0.0}
+    written = [
+        line | (endings if "loss" in line else {"eval/sums/greedy/given_failure_2": 0.2})
+        for line in lines(folder / "metrics.jsonl")
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
     return folder
 
 

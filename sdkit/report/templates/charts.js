@@ -199,7 +199,7 @@ function addChart(chart) {
     chart.notes.forEach((note) => formulas.append(element("div", { textContent: note })));
     card.append(formulas);
   }
-  document.getElementById("charts").append(card);
+  document.getElementById(chart.place).append(card);
   drawn.push([plot, chart]);
   draw(plot, chart);
   return card;
@@ -273,7 +273,7 @@ metricSelect.addEventListener("change", () => {
     drawn.pop();
   }
   const name = metricSelect.value;
-  chosen = name ? addChart({ title: name, unit: "", metrics: [name], labels: [name], kind: "lines", notes: [] }) : null;
+  chosen = name ? addChart({ title: name, unit: "", metrics: [name], labels: [name], kind: "lines", place: "charts", notes: [] }) : null;
   if (chosen) document.getElementById("charts").prepend(chosen);
 });
 
