@@ -23,6 +23,7 @@ LONGEST_FILES = (
     "test_docs.py",
     "test_accelerator.py",
     "test_guarantee.py",
+    "test_guaranteed_runs.py",
     "test_launch.py",
     "test_cli.py",
     "test_serve_vllm.py",

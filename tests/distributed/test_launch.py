@@ -17,7 +17,7 @@ from tinyruns import lines, metrics, train, weights_of
 
 from sdkit.distributed import launch as launching
 from sdkit.distributed.launch import launch
-from sdkit.language.errors import ProcessDied, UnreadableInput
+from sdkit.language.errors import Diverged, ProcessDied, UnreadableInput
 from sdkit.language.load import load_spec
 
 
@@ -61,7 +61,7 @@ def test_aborted_ranks_name_the_time_limit():
     assert "training.deadline_seconds" in caught.value.hint
 
 
-@pytest.mark.parametrize("code", [1, 3, 5, 8])
+@pytest.mark.parametrize("code", [1, 3, 5, 8, 9])
 def test_exit_code_is_that_of_the_rank_that_failed_first(capfd, code):
     """Rank 1 fails; rank 0 notices first and ends with the code of a rank that has lost another."""
     fail = f"time.sleep(0.2 * (rank == '1'))\nprint('of rank', rank, file=sys.stderr)\nsys.exit({code} if rank == '1' else 6)"
@@ -200,6 +200,7 @@ def run(*commands, code=0, env=None):
     return outputs[0]
 
 
+ON_RANKS = Path(__file__).parents[1] / "support" / "command_on_ranks.py"
 TRAIN = [sys.executable, "-m", "sdkit", "train"]
 
 
@@ -266,6 +267,16 @@ def test_killed_rank_ends_the_run(spec_file, tmp_path):
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["state"] == "failed"
     assert "lost rank 1" in status["reason"]
+
+
+def test_run_that_diverged_ends_both_ranks(spec_file, tmp_path, warm):
+    overrides = ["optimizer.lr=20", "optimizer.eps=1e-8", "training.steps=3"]
+    words = ["train", spec_file, *overrides, "--to", tmp_path / "run"]
+    done = warm.run(ON_RANKS, 2, tmp_path / "log", *words, timeout=300)
+    assert done.returncode == Diverged.exit_code, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "diverged"
+    assert (tmp_path / "run/model").is_dir()
 
 
 @pytest.mark.parametrize(

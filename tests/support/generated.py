@@ -45,16 +45,16 @@ SET_HERE = {TrainingSpec: {"steps", "epochs", "prompts_per_step"}, OptimizerSpec
 
 def method_pages():
     """Returns a strategy for method pages."""
-    return st.composite(lambda draw: _connect(_Drawn(draw).spec(MethodSpec)))()
+    return st.composite(lambda draw: connect(Drawn(_by_hypothesis(draw)).spec(MethodSpec)))()
 
 
 def run_files():
     """Returns a strategy for run files: a method with drawn `optimizer` and `training`, on rows with two columns."""
 
     def run_file(draw):
-        drawn = _Drawn(draw)
+        drawn = Drawn(_by_hypothesis(draw))
         rows = [{"question": f"What is {n} + 1?", "demonstration": str(n + 1), "source": "a"} for n in range(8)]
-        return _connect(drawn.spec(MethodSpec)) | {
+        return connect(drawn.spec(MethodSpec)) | {
             "model": {"path": "bundled:smollm2-135m-instruct", "dtype": "float32"},
             "data": {
                 "source": {"kind": "inline", "rows": rows},
@@ -68,14 +68,18 @@ def run_files():
     return st.composite(run_file)()
 
 
-class _Drawn:
-    """Draws values of types."""
+def _by_hypothesis(draw):
+    return lambda choices: draw(st.sampled_from(choices))
 
-    def __init__(self, draw):
-        self.draw = draw
+
+class Drawn:
+    """Draws values of types: `choose` returns one entry of a list; `texts` replaces values of keys that take text."""
+
+    def __init__(self, choose, texts=None):
+        self.choose, self.texts = choose, TEXTS | (texts or {})
 
     def one_of(self, choices):
-        return self.draw(st.sampled_from(list(choices)))
+        return self.choose(list(choices))
 
     def spec(self, cls):
         """Returns a map of the class' keys: all required ones and some of the others."""
@@ -105,6 +109,9 @@ class _Drawn:
                 count = self.one_of([1, 1, 2])
                 return [self.value(entries[0], _entry(key)) for _ in range(count)]
             return [self.value(entry, _entry(key)) for entry in entries]
+        if option is Schedule:
+            ends = {end: self.scalar(float, key) for end in ("from", "to")}
+            return ends | {"steps": self.one_of((1, 2, 8)), "shape": self.one_of(("linear", "cosine"))}
         if is_spec(option):
             classes = frozenset(o for o in members(tp) if is_spec(o))
             named = hasattr(option, "kind") and (len(classes) > 1 or default_kind(classes))
@@ -116,7 +123,7 @@ class _Drawn:
         if option is bool:
             return self.one_of([False, True])
         if option is str:
-            return TEXTS.get(key.name, "x")
+            return self.texts.get(key.name, "x")
         ends = key.range.ends if key.range and key.range.ends else ()
         candidates = [option(n) for n in (*(WHOLE if option is int else NUMBERS), *ends)]
         accepted = [n for n in candidates if key.range is None or key.range.accepts(n)]
@@ -130,7 +137,7 @@ def _entry(key: Key) -> Key:
     return evolve(key, range=key.each, each=None)
 
 
-def _connect(page):
+def connect(page):
     """Makes templates name all their slots, and a route name terms of the page."""
     losses = list(page["losses"])
     if page.get("route"):
@@ -139,5 +146,9 @@ def _connect(page):
             page["route"]["otherwise"] = losses[1:]
     sees = (page.get("teacher") or {}).get("sees")
     if sees and sees.get("slots"):
-        sees["template"] = "{prompt} " + " ".join(f"{{{name}}}" for name in sees["slots"])
+        names = " ".join(f"{{{name}}}" for name in sees["slots"])
+        if "turns" in sees:
+            sees["turns"][0]["user"] = names
+        else:
+            sees["template"] = "{prompt} " * (sees["kind"] == "user_turn") + names
     return page
