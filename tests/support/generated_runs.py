@@ -69,7 +69,8 @@ def run_file(seed, model, other, teacher_url, sampler_url=None):
     page = _with_teacher_if_used(drawn, generated.connect(drawn.spec(MethodSpec)))
     small = {"max_new_tokens": drawn.one_of((1, 4, 8)), "completions_per_prompt": drawn.one_of((1, 2, 4))}
     page["rollout"] = {**page.get("rollout", {}), **small}
-    page["rollout"].pop("max_staleness", None)
+    for key in ("max_staleness", "max_prompt_tokens"):  # the backend's choice; prompts are longer than what is drawn
+        page["rollout"].pop(key, None)
     page["rollout"] |= _backend(drawn, page, drawn.one_of(("own", "server")), sampler_url)
     suite = {"data": {"source": drawn.one_of(SOURCES), "limit": 2}, "score": "first", "loss_prompts": 1}
     return page | {
@@ -110,9 +111,6 @@ def _backend(drawn, page, kind, sampler_url):
     """The keys of `rollout` that name the engine; terms get the ratio that stale rollouts need."""
     if kind == "own":
         return {"backend": {"kind": "transformers"} | drawn.spec(TransformersBackend)}
-    if kind == "vllm":
-        settings = {"max_num_seqs": drawn.one_of((1, 8)), "enforce_eager": drawn.one_of((None, True))}
-        return {"backend": {"kind": "vllm", "kv_cache_gib": 0.1} | settings}
     staleness = drawn.one_of((0, 1, 2))
     for term in page["losses"].values() if staleness else ():
         if term["kind"] in TEACHER_TERMS:

@@ -29,7 +29,7 @@ class TinySampler:
         self.load = lambda: AutoModelForCausalLM.from_pretrained(model).eval()
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.max_tokens = 512
+        self.max_tokens = 1024
         self.config = {}  # overrides of the model's config in the server's state
         self.fault = None  # called with the number of a completion; may raise, kill or return a status
         self.loads, self.requests, self.log = [], [], []
