@@ -45,14 +45,14 @@ class UserEnvironment:
 
     def open(self, starts: Sequence[tuple[Row, int]]) -> list[Opened]:
         processes = [self._host.fork() for _ in starts]
-        requests = [{"call": "open", "seed": seed, "arguments": self._columns(row)} for row, seed in starts]
+        requests = [{"call": "open", "seed": seed, "arguments": self._of_reset(row, seed)} for row, seed in starts]
         values = self._call_each(processes, requests)
         return [self._opened(process, value) for process, value in zip(processes, values, strict=True)]
 
     def reply(self, turns: Sequence[tuple[Process, Turn]]) -> list[Reply]:
         if self.tools:
             return self._reply_to_calls(turns)
-        requests = [{"call": "reply", "arguments": {"text": turn.text}} for _, turn in turns]
+        requests = [{"call": "reply", "arguments": {"text": self._text(turn)}} for _, turn in turns]
         processes = [process for process, _ in turns]
         values = self._call_each(processes, requests)
         return [
@@ -78,11 +78,16 @@ class UserEnvironment:
         """End every process."""
         self._host.close()
 
-    def _columns(self, row: Row) -> dict[str, Any]:
+    def _of_reset(self, row: Row, seed: int) -> Mapping[str, Any]:
+        """The arguments of `reset`."""
         if not isinstance(self._spec, FileEnvironment):
             return {}
         names = self._spec.columns or row.columns
         return {name: row.columns.get(name) for name in names}
+
+    def _text(self, turn: Turn) -> str | None:
+        """The argument of `reply`."""
+        return turn.text
 
     def _opened(self, process: Process, value: Any) -> Opened:
         if not (value is None or isinstance(value, str | Fault)):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
 from urllib.parse import urlsplit
+
+from attrs import evolve
 
 from sdkit.batches import Row
 from sdkit.environments.file import UserEnvironment
@@ -42,20 +44,9 @@ class Episodes(UserEnvironment):
             self._host.python = str(base / spec.python) if spec.python else sys.executable
         self._host.start()
 
-    def open(self, starts: Sequence[tuple[Row, int]]) -> list[Opened]:
-        processes = [self._host.fork() for _ in starts]
-        requests = [{"call": "open", "seed": seed, "arguments": self._reset(row, seed)} for row, seed in starts]
-        values = self._call_each(processes, requests)
-        return [
-            Opened(handle=process, error=f"{self._name}: {value.message}")
-            if isinstance(value, Fault)
-            else Opened(handle=process, text=value)
-            for process, value in zip(processes, values, strict=True)
-        ]
-
-    def reply(self, turns: Sequence[tuple[Process, Turn]]) -> list[Reply]:
-        requests = [{"call": "reply", "arguments": {"text": self._action(turn.text)}} for _, turn in turns]
-        return list(map(self._reply, self._call_each([process for process, _ in turns], requests)))
+    def _opened(self, process: Process, value: Any) -> Opened:
+        opened = super()._opened(process, value)
+        return evolve(opened, error=f"{self._name}: {opened.error}") if opened.error else opened
 
     def _reply(self, value: Any) -> Reply:
         text, reward = value if isinstance(value, list) else (value, None)
@@ -66,10 +57,12 @@ class Episodes(UserEnvironment):
         shown = () if text is None else (Message(role="user", content=text),)
         return Reply(messages=shown, reward=reward)
 
-    def _action(self, text: str) -> str | None:
-        return extract(self._episodes.extract, text) if isinstance(self._episodes, SteppedEnvironment) else text
+    def _text(self, turn: Turn) -> str | None:
+        return (
+            extract(self._episodes.extract, turn.text) if isinstance(self._episodes, SteppedEnvironment) else turn.text
+        )
 
-    def _reset(self, row: Row, seed: int) -> Mapping[str, Any]:
+    def _of_reset(self, row: Row, seed: int) -> Mapping[str, Any]:
         spec = self._episodes
         if isinstance(spec, VerifiersEnvironment):
             return {"task": number_in(row, spec.task_column)}

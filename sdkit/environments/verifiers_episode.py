@@ -8,7 +8,6 @@ text goes through.  Imports nothing of sdkit: verifiers may be installed for ano
 
 from __future__ import annotations
 
-# pyright: reportMissingImports=false
 import asyncio
 import importlib.metadata
 import itertools

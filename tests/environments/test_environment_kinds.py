@@ -116,6 +116,13 @@ def test_gymnasium_episode_is_written_as_text(counter):
     assert rewards == [1.0, 0.5, None]
 
 
+def test_a_reply_states_the_seconds_of_its_trajectory(counter):
+    environment = counter()
+    (opened,) = environment.open([(row(), 7)])
+    first, second = (environment.reply([(opened.handle, Turn(text="go"))])[0].seconds for _ in range(2))
+    assert 0 < first < second
+
+
 @pytest.mark.parametrize(
     ("space", "choices", "text", "action"),
     [

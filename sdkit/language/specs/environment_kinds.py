@@ -55,10 +55,6 @@ class SteppedEnvironment(EpisodeEnvironment):
         "what a reward of kind `environment` is: the sum of the steps' rewards, or the last one", default="sum"
     )
 
-    @property
-    def opens_prompts(self) -> bool:
-        return True
-
     def task_columns(self, mapped: Collection[str]) -> Collection[str]:
         return [*self.columns, *filter(None, [self.seed_column])]
 
