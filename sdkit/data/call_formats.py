@@ -16,10 +16,11 @@ import yaml
 from attrs import frozen
 
 from sdkit.batches import Message as ChatMessage
-from sdkit.batches import Row
+from sdkit.data.dummy_chats import ROW
 from sdkit.data.thinking import opening_tag, without_thinking
 from sdkit.language.errors import BadData, one_line, shorten
 from sdkit.language.specs import ToolCalls
+from sdkit.models.prefix import common_length
 from sdkit.spans import Call, Message
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class CallFormat:
 
     def describe(self) -> str:
         """Returns which tools there are, and how they are called."""
-        names = ", ".join(tool["function"]["name"] for tool in self.tools)
+        names = ", ".join(names_of(self.tools))
         most = "one call" if self.most == 1 else f"up to {self.most} calls"
         return f"tools: {names}; {most} a turn, format {self.name}{f' ({self.note})' if self.note else ''}"
 
@@ -98,6 +99,11 @@ class CallFormat:
         return tuple(calls), None
 
 
+def names_of(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the names of tools, given their schemas."""
+    return [tool["function"]["name"] for tool in tools]
+
+
 def choose_format(prompter: Prompter, tools: Sequence[Mapping[str, Any]], spec: ToolCalls) -> CallFormat:
     """Returns the format of the chat template, or the text protocol.  Raises BadData if it cannot have the spec's format."""
     if spec.format == TEXT:
@@ -129,7 +135,7 @@ def call_messages(
     tools: Sequence[Mapping[str, Any]], names: Sequence[str | None], values: Sequence[str]
 ) -> ChatMessage:
     """Returns a dummy assistant turn that calls tools, each with one argument of these values; a name of None is any tool."""
-    known = [tool["function"]["name"] for tool in tools]
+    known = names_of(tools)
     calls = [
         {
             "type": "function",
@@ -160,7 +166,7 @@ def _described(tool: Mapping[str, Any]) -> str:
 def _text_protocol(prompter: Prompter, tools: Sequence[Mapping[str, Any]], note: str) -> CallFormat:
     chat = [{"role": "system", "content": KEY}, {"role": "user", "content": QUESTION}]
     try:
-        in_system = KEY in prompter.chat(_dummy(chat), chat)
+        in_system = KEY in prompter.chat(ROW, chat)
     except BadData:
         in_system = False
     return CallFormat(name=TEXT, template=None, tools=tools, most=1, note=note, in_system=in_system)
@@ -170,17 +176,17 @@ def _matching(
     prompter: Prompter, tools: Sequence[Mapping[str, Any]], templates: Mapping[str, Mapping[str, Any]]
 ) -> str:
     """The response template that reads the chat template's own rendering of a call."""
-    name = tools[0]["function"]["name"]
+    name = names_of(tools)[0]
     chat: list[ChatMessage] = [
         {"role": "user", "content": QUESTION},
         call_messages(tools, [name], [VALUE]),
         {"role": "tool", "name": name, "content": RESULT},
     ]
-    first = prompter.chat(_dummy(chat), chat[:1], tools=tools)
-    if any(tool["function"]["name"] not in first for tool in tools):
+    first = prompter.chat(ROW, chat[:1], tools=tools)
+    if any(each not in first for each in names_of(tools)):
         raise BadData("the chat template shows no tools")
-    rendered = prompter.chat(_dummy(chat), chat, tools=tools)
-    turn = _after_common(first, rendered)
+    rendered = prompter.chat(ROW, chat, tools=tools)
+    turn = rendered[common_length(first, rendered) :]
     missing = [what for what, text in zip(WHAT, (name, KEY, VALUE, RESULT), strict=True) if text not in turn]
     if missing:
         raise BadData(f"the chat template drops {' and '.join(missing)} of a tool call")
@@ -203,22 +209,10 @@ def _renders(prompter: Prompter, tools: Sequence[Mapping[str, Any]], count: int)
     chat = [{"role": "user", "content": QUESTION}, call_messages(tools, [None] * count, [VALUE] * count)]
     chat += [{"role": "tool", "content": RESULT}] * count
     try:
-        rendered = prompter.chat(_dummy(chat), chat, tools=tools)
+        rendered = prompter.chat(ROW, chat, tools=tools)
     except BadData:
         return False
     return rendered.count(VALUE) == rendered.count(RESULT) == count
-
-
-def _dummy(chat: Sequence[ChatMessage]) -> Row:
-    return Row(index=0, messages=tuple(chat), columns={}, raw={})
-
-
-def _after_common(first: str, second: str) -> str:
-    """The rest of `second` behind what both begin with."""
-    length = next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
-    return second[length:]
 
 
 def _read_template(

@@ -7,7 +7,6 @@ a rendering of the chat as a whole, where templates may print earlier turns in a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 from attrs import frozen
 
 from sdkit.batches import Message, Row
-from sdkit.data.prompts import DUMMY_USER, Ids, Prompter
+from sdkit.data.dummy_chats import USER, check_opens_turn, cut_at, end_of_turns, in_json, text_before_end
+from sdkit.data.prompts import Ids, Prompter
 from sdkit.data.turn_ends import append_end_token
 from sdkit.language.errors import BadData, first_of
 from sdkit.language.row_text import Turns
@@ -71,18 +71,14 @@ class CompletionEncoder:
     def encode(self, row: Row, column: str) -> LoggedCompletion:
         """Returns a row's completion, each turn with its end token.  Raises BadData naming the row."""
         value = row.columns.get(column)
-        end = -1 if self.end is None else self.end
         if not isinstance(value, Turns):
+            end = -1 if self.end is None else self.end
             return LoggedCompletion(ids=self.prompter.completion_ids(row.text(column) or "", end))
-        if self.prompter.tokenizer.chat_template is None or self.end is None:
-            raise BadData(
-                "several turns need a chat template, which the tokenizer does not have",
-                hint="use an instruction-tuned model",
-            )
+        end = end_of_turns(self.prompter.tokenizer, self.end)
         ids: list[int] = []
         spans: list[Span] = []
         for turn, (answer, messages, is_last) in enumerate(_turns(value), 1):
-            for role, part, body in self._parts(row, answer, () if is_last else messages, self.end):
+            for role, part, body in self._parts(row, answer, () if is_last else messages, end):
                 start = len(ids)
                 ids += part
                 within = body and (start + body[0], start + body[1])
@@ -119,7 +115,7 @@ class CompletionEncoder:
         before = before[1:]
         # Results that `_frame` made up for a last call belong to no message.
         for message, after, escaped in zip(messages, frame.after, frame.escaped, strict=bool(messages)):
-            text = json.dumps(message["content"], ensure_ascii=False)[1:-1] if escaped else message["content"]
+            text = in_json(message["content"]) if escaped else message["content"]
             body = encode(self.prompter.control.hide(text))
             yield message["role"], (*before, *body, *encode(after)), (len(before), len(before) + len(body))
             before = ()
@@ -127,12 +123,8 @@ class CompletionEncoder:
     def _check_end(self, row: Row, frame: _Frame, before: Ids, end: int) -> None:
         """Raise BadData unless the turn is closed by an end token of its own."""
         if before[:1] != (end,) and frame.call is None:
-            raise BadData(f"row {row.index}: the chat template writes something between an answer and its end token")
-        if not self.prompter.tokenizer.decode(before[1:]).strip():
-            raise BadData(
-                f"row {row.index}: the chat template ends an answer with the token that opens the next turn",
-                hint="use a model whose answers have an end token of their own",
-            )
+            raise text_before_end(f"row {row.index}: ")
+        check_opens_turn(self.prompter.tokenizer, before[1:], f"row {row.index}: ")
 
     def _frame(self, row: Row, answer: Message, messages: Sequence[Message]) -> _Frame:
         """Cut a dummy chat, rendered with the turn, at markers in place of the messages' texts."""
@@ -141,10 +133,13 @@ class CompletionEncoder:
         following = messages or [_result(call) for call in calls or ()]
         markers = [f'sdkit"{number}"message' for number in range(len(following))]
         dummies = [{**message, "content": marker} for message, marker in zip(following, markers, strict=True)]
-        rendered = self.prompter.chat(row, [DUMMY_USER, shown, *dummies])
-        pieces, escaped = _cut(row, rendered, markers)
+        rendered = self.prompter.chat(row, [USER, shown, *dummies])
+        cut = cut_at(rendered, markers)
+        if cut is None:
+            raise BadData(f"row {row.index}: the chat template does not print every message of the chat once")
+        pieces, escaped = cut
         if calls:
-            start = self.prompter.chat(row, [DUMMY_USER])
+            start = self.prompter.chat(row, [USER])
             if not pieces[0].startswith(start):
                 raise BadData(f"row {row.index}: the chat template opens a turn with tool calls in another way")
             call, end = self._until_end(row, pieces[0][len(start) :])
@@ -152,7 +147,7 @@ class CompletionEncoder:
             if rendered.count(ANSWER) != 1:
                 raise BadData(f"row {row.index}: the chat template does not print earlier turns as they are")
             call, end = None, pieces[0].partition(ANSWER)[2]
-        return _Frame(call=call, end=end, after=tuple(pieces[1:]), escaped=tuple(escaped))
+        return _Frame(call=call, end=end, after=tuple(pieces[1:]), escaped=escaped)
 
     def _until_end(self, row: Row, text: str) -> tuple[str, str]:
         """The text up to its first end token, and from there on."""
@@ -192,22 +187,6 @@ def _result(call: Any) -> Message:
     """A tool's result to follow a call."""
     identity = {"tool_call_id": call["id"]} if "id" in call else {}
     return {"role": "tool", "content": "", "name": call["function"]["name"], **identity}
-
-
-def _cut(row: Row, rendered: str, markers: Sequence[str]) -> tuple[list[str], list[bool]]:
-    """The pieces of a text around the markers, and whether each marker is printed as a JSON string."""
-    pieces: list[str] = []
-    escaped: list[bool] = []
-    rest = rendered
-    for marker in markers:
-        quoted = json.dumps(marker)[1:-1]
-        is_quoted = quoted in rest
-        piece, found, rest = rest.partition(quoted if is_quoted else marker)
-        if not found or marker in rest or quoted in rest:
-            raise BadData(f"row {row.index}: the chat template does not print every message of the chat once")
-        pieces.append(piece)
-        escaped.append(is_quoted)
-    return [*pieces, rest], escaped
 
 
 def control_text(row: Row, column: str) -> str:

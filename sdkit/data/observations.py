@@ -7,14 +7,14 @@ with spelled-out control tokens as plain text, so it can forge no role.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from attrs import frozen
 
 from sdkit.batches import Message as ChatMessage
-from sdkit.batches import Row
+from sdkit.data import dummy_chats
 from sdkit.data.call_formats import call_messages
+from sdkit.data.dummy_chats import ROW, check_opens_turn, cut_at, end_of_turns, in_json, text_before_end
 from sdkit.data.prompts import Ids, Prompter
 from sdkit.language.errors import BadData
 from sdkit.spans import Message
@@ -55,12 +55,7 @@ class ObservationEncoder:
 
     def __init__(self, prompter: Prompter, end: int | None) -> None:
         self.prompter = prompter
-        if prompter.tokenizer.chat_template is None or end is None:
-            raise BadData(
-                "several turns need a chat template, which the tokenizer does not have",
-                hint="use an instruction-tuned model",
-            )
-        self._end = end
+        self._end = end_of_turns(prompter.tokenizer, end)
         self._scaffolds: dict[tuple[tuple[str, str | None], ...], _Scaffold] = {}
         self._scaffold((USER,))
         if prompter.calls:
@@ -89,7 +84,7 @@ class ObservationEncoder:
 
     def _encode_text(self, text: str, limit: int, *, escaped: bool) -> Ids:
         text = text[: limit * LARGEST_TOKEN]
-        return self.prompter.foreign_ids(json.dumps(text, ensure_ascii=False)[1:-1] if escaped else text)
+        return self.prompter.foreign_ids(in_json(text) if escaped else text)
 
     def _scaffold(self, messages: Sequence[Message]) -> _Scaffold:
         key = tuple((message.role, message.name) for message in messages)
@@ -100,32 +95,23 @@ class ObservationEncoder:
     def _cut(self, messages: Sequence[Message]) -> _Scaffold:
         """Render a chat with such messages, and cut it at their texts."""
         answers, texts, chat = self._dummy(messages)
-        rendered = self.prompter.chat(Row(index=0, messages=tuple(chat), columns={}, raw={}), chat)
-        written = [text if text in rendered else json.dumps(text)[1:-1] for text in texts]
-        if any(rendered.count(text) != 1 for text in (*answers, *written)):
+        rendered = self.prompter.chat(ROW, chat)
+        cut = cut_at(rendered.partition(answers[-1])[2], texts)
+        if cut is None or any(rendered.count(text) != 1 for text in answers):
             raise BadData("the chat template does not print earlier turns as they are")
-        first, *rest = _pieces(rendered.partition(answers[-1])[2], written)
+        (first, *rest), escaped = cut
         end, before = self._split_at_end(self.prompter.encode(first), is_answer=not _has_results(messages))
-        return _Scaffold(
-            end=end,
-            before=before,
-            after=tuple(map(self.prompter.encode, rest)),
-            escaped=tuple(text != w for text, w in zip(texts, written, strict=True)),
-        )
+        return _Scaffold(end=end, before=before, after=tuple(map(self.prompter.encode, rest)), escaped=escaped)
 
     def _split_at_end(self, ids: Ids, *, is_answer: bool) -> tuple[int, Ids]:
         """The token that ends a turn, and the ids behind it; only a tool call has text of its own before that token."""
         special = {self._end, *self.prompter.control.ids.values()}
         if is_answer and ids[:1] and ids[0] not in special:
-            raise BadData("the chat template writes something between an answer and its end token")
+            raise text_before_end()
         place = next((place for place, i in enumerate(ids) if i in special), None)
         if place is None:
             raise BadData("the chat template ends a turn without an end token")
-        if not self.prompter.tokenizer.decode(ids[place + 1 :]).strip():
-            raise BadData(
-                "the chat template ends an answer with the token that opens the next turn",
-                hint="use a model whose answers have an end token of their own",
-            )
+        check_opens_turn(self.prompter.tokenizer, ids[place + 1 :])
         return ids[place], ids[place + 1 :]
 
     def _dummy(self, messages: Sequence[Message]) -> tuple[list[str], list[str], list[ChatMessage]]:
@@ -139,7 +125,7 @@ class ObservationEncoder:
             answers = [ANSWER]
             turn = {"role": "assistant", "content": ANSWER}
         shown = [_chat_message(m, text) for m, text in zip(messages, texts, strict=True)]
-        return answers, texts, [{"role": "user", "content": "a"}, turn, *shown]
+        return answers, texts, [dummy_chats.USER, turn, *shown]
 
 
 def _chat_message(message: Message, text: str) -> ChatMessage:
@@ -149,12 +135,3 @@ def _chat_message(message: Message, text: str) -> ChatMessage:
 
 def _has_results(messages: Sequence[Message]) -> bool:
     return any(message.role == "tool" for message in messages)
-
-
-def _pieces(text: str, cuts: Sequence[str]) -> list[str]:
-    """A text cut at each of these."""
-    pieces: list[str] = []
-    for cut in cuts:
-        piece, _, text = text.partition(cut)
-        pieces.append(piece)
-    return [*pieces, text]

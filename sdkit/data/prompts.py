@@ -11,14 +11,15 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
 from typing import Any
 
 from attrs import evolve, frozen
 
 from sdkit.batches import GroupOutcome, Message, Row, TurnOutcome
+from sdkit.data import dummy_chats
 from sdkit.data.call_formats import CallFormat
 from sdkit.data.control_tokens import ControlTokens
+from sdkit.data.printed_tools import PrintedTools
 from sdkit.data.teacher_context import parsed, slot_lookup, slot_values, teacher_messages
 from sdkit.data.thinking import TAGS, opening_tag
 from sdkit.data.turn_ends import append_end_token, encode_prompt
@@ -26,13 +27,11 @@ from sdkit.language.errors import BadData, blaming, first_of, listed, one_line
 from sdkit.language.specs import AnswerStart, Sees, Slot, UserTurn, Wording, is_by_turn
 from sdkit.language.templates import Field, fill
 from sdkit.models.loading import fixed_date
+from sdkit.models.prefix import common_length
 
 Ids = tuple[int, ...]
 FIRST_TURN = TurnOutcome()
 PROMPT = Field("prompt")
-SENTINEL = "sdkittool"
-"""A name that no chat template contains."""
-DUMMY_USER: Message = {"role": "user", "content": "a"}
 
 
 @frozen(kw_only=True)
@@ -62,7 +61,9 @@ class Prompter:
         self.control = ControlTokens(tokenizer)
         self.keep_text = keep_text
         self.calls: CallFormat | None = None  # how tools are shown; None: there are none
-        self._printed_calls: dict[int, bool] = {}
+        self._printed_tools = PrintedTools(
+            lambda chat, tools: self._apply_template(dummy_chats.ROW, chat, tools or None)
+        )
         template = tokenizer.chat_template
         for name in self.options:
             if template is None:
@@ -141,48 +142,9 @@ class Prompter:
         if self.calls:
             messages, tools = self.calls.shown(messages), self.calls.shown_tools
         elif tools is None:
-            self._check_tools(row, messages)
+            self._printed_tools.check(row, messages)
             tools = [_each_text(tool, self._hide) for tool in row.tools]
         return self._apply_template(row, messages, tools or None, generation_prompt=generation_prompt)
-
-    def _check_tools(self, row: Row, messages: Sequence[Message]) -> None:
-        """Raise BadData unless the chat template prints the row's tools and the calls in its chat."""
-        if row.tools and not self._prints_tools:
-            raise BadData(f"row {row.index}: the chat template prints no tools, but the row's column 'tools' has some")
-        most = max((len(m.get("tool_calls", ())) for m in messages), default=0)
-        if most and not self._prints_calls(1):
-            raise BadData(
-                f"row {row.index}: the chat template prints no tool calls, but a turn of the row makes one",
-                hint="use a model whose chat template knows tools, or write calls as text of the turn",
-            )
-        if most > 1 and not self._prints_calls(2):
-            raise BadData(
-                f"row {row.index}: the chat template prints one tool call of a turn, and a turn makes {most}"
-            )
-
-    @cached_property
-    def _prints_tools(self) -> bool:
-        """Whether the chat template prints the schemas of tools."""
-        function = {"name": SENTINEL, "description": "a", "parameters": {"type": "object", "properties": {}}}
-        return self._prints_sentinel([DUMMY_USER], ({"type": "function", "function": function},), 1)
-
-    def _prints_calls(self, count: int) -> bool:
-        """Whether the chat template prints the names and the arguments of so many tool calls in a turn."""
-        if count not in self._printed_calls:
-            function = {"name": SENTINEL, "arguments": {f"{SENTINEL}key": f"{SENTINEL}value"}}
-            calls = [{"id": f"abcdef12{i}", "type": "function", "function": function} for i in range(count)]
-            results = [{"role": "tool", "content": "a", "name": "a", "tool_call_id": call["id"]} for call in calls]
-            chat = [DUMMY_USER, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
-            self._printed_calls[count] = self._prints_sentinel(chat, (), 3 * count)
-        return self._printed_calls[count]
-
-    def _prints_sentinel(self, chat: Sequence[Message], tools: Sequence[Mapping[str, Any]], times: int) -> bool:
-        """Whether the sentinel is printed at least so often; True for a chat that the template refuses, as it will the row's."""
-        dummy = Row(index=0, messages=(), columns={}, raw={})
-        try:
-            return self._apply_template(dummy, chat, tools or None).count(SENTINEL) >= times
-        except BadData:
-            return True
 
     def _apply_template(
         self,
@@ -217,8 +179,7 @@ class Prompter:
             return ()
         full = self.ids(row, messages)
         bare = self.ids(row, messages, generation_prompt=False)
-        pairs = enumerate(zip(full, bare, strict=False))
-        return full[next((i for i, (a, b) in pairs if a != b), min(len(full), len(bare))) :]
+        return full[common_length(full, bare) :]
 
     def opening(self, row: Row) -> str:
         """Returns the thinking tag that the generation prompt of a row leaves open, or ""."""

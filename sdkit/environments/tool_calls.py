@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdkit.data.call_formats import names_of
 from sdkit.language.errors import listed, shorten
 from sdkit.spans import Call, Message
 
@@ -18,11 +19,6 @@ TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
     "null": (type(None),),
 }
-
-
-def names_of(tools: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of tools, given their schemas."""
-    return [tool["function"]["name"] for tool in tools]
 
 
 def call_fault(tools: Sequence[Mapping[str, Any]], call: Call) -> str | None:

@@ -58,7 +58,7 @@ def group_by_prefix(prompts: Sequence[Ids], widths: Sequence[int]) -> tuple[Pref
     prompts, widths: of each row, its first tokens and its number of tokens.  The last token of a prompt is in no prefix,
     since it predicts the first one after it.
     """
-    shared = [shared_tokens(*pair) for pair in pairwise(prompts)]
+    shared = [common_length(*pair) for pair in pairwise(prompts)]
 
     def split(start: int, end: int) -> tuple[PrefixGroup, ...]:
         one = _group(start, end, prompts, widths, shared)
@@ -86,8 +86,8 @@ def _padded_tokens(group: PrefixGroup) -> int:
     return group.prefix + (group.end - group.start) * (group.width - group.prefix)
 
 
-def shared_tokens(a: Ids, b: Ids) -> int:
-    """Returns the number of tokens that both start with."""
+def common_length(a: Sequence[object], b: Sequence[object]) -> int:
+    """Returns the number of tokens, or of characters of texts, that both start with."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

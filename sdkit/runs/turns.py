@@ -19,12 +19,10 @@ class SuccessByTurn:
     """How often and when the trajectories of one suite and decoding succeed."""
 
     turns: Sequence[int]  # the K for which there is a score within_K, in order
-    given_failure: Mapping[
-        int, Interval
-    ]  # turn after the first → success in it, of the trajectories without one before
-    turns_to_success: (
-        float | None
-    )  # mean turn of the first success, of the trajectories that have one; None if none has
+    # Turn after the first → success in it, of the trajectories without one before.
+    given_failure: Mapping[int, Interval]
+    # Mean turn of the first success, of the trajectories that have one; None if none has.
+    turns_to_success: float | None
 
 
 def success_by_turn(scores: Mapping[tuple[str, str, str], Sequence[float]]) -> dict[Part, SuccessByTurn]:

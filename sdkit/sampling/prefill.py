@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from sdkit.models.prefix import LEAST_SAVED, Ids, run_prefix, shared_tokens
+from sdkit.models.prefix import LEAST_SAVED, Ids, common_length, run_prefix
 
 
 class AllocatedLayer(DynamicLayer):
@@ -48,7 +48,7 @@ def allocate_cache(decoder: Any, prompts: Sequence[Ids], new: int) -> DynamicCac
         return None
     width = max(map(len, prompts))
     cache.layers = [AllocatedLayer(width + new) for _ in cache.layers]
-    columns = min([width - 1, *(shared_tokens(*pair) for pair in pairwise(prompts))])
+    columns = min([width - 1, *(common_length(*pair) for pair in pairwise(prompts))])
     if (len(prompts) - 1) * columns < LEAST_SAVED:
         return cache
     ids = torch.tensor([prompts[0][:columns]], device=next(decoder.parameters()).device)
