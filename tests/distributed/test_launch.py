@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from os_processes import alive, free_port, wait_until
-from tinyruns import lines, metrics, train, weights_of
+from tinyruns import ON_RANKS, lines, metrics, train, weights_of
 
 from sdkit.distributed import launch as launching
 from sdkit.distributed.launch import launch
@@ -200,7 +200,6 @@ def run(*commands, code=0, env=None):
     return outputs[0]
 
 
-ON_RANKS = Path(__file__).parents[1] / "support" / "command_on_ranks.py"
 TRAIN = [sys.executable, "-m", "sdkit", "train"]
 
 

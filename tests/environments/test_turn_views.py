@@ -6,6 +6,7 @@ from io import StringIO
 import pytest
 import torch
 from attrs import evolve
+from ranks_scenario import SMOOTH
 from rich.console import Console
 from tinyruns import (
     MINUS_GRADIENT,
@@ -19,6 +20,7 @@ from tinyruns import (
     metrics,
     prepare_rollouts,
     rollout,
+    run_two_ranks,
     teacher,
     train,
     train_step,
@@ -251,6 +253,18 @@ def test_shares_of_two_ranks_add_up(open_trainer):
     together = loss_of(batch, lambda x: counts.append(x.clone()) or x)
     halves = [loss_of(part, lambda x: counts[0].clone()) for part in (batch[:4], batch[4:])]
     assert sum(halves) == pytest.approx(together, abs=1e-6)
+
+
+@FULL
+def test_two_ranks_under_stage_3_train_like_one(warm, spec_of, tmp_path):
+    """Every turn has its row, and some rollouts more rows than others: ranks must agree on the number of forward passes."""
+    spec = spec_of(weights=EmaWeights(update_rate=0.3), optimizer=SMOOTH, training=training(steps=3, zero_stage=0))
+    alone = train(spec, tmp_path / "alone")
+    done = run_two_ranks(warm, spec, tmp_path / "both")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(metrics(tmp_path / "both"), metrics(alone), strict=True):
+        for name in ("loss", "grad_norm", "teacher_distance", "trajectory/turns_with_teacher"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
 
 
 def test_one_turn_is_distilled_as_a_completion_with_feedback(spec_of, process_group, tmp_path):

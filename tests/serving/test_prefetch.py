@@ -2,11 +2,9 @@
 
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from attrs import evolve
 from ranks_scenario import SMOOTH
 from tinyruns import (
@@ -15,6 +13,7 @@ from tinyruns import (
     lines,
     metrics,
     prepare_rollouts,
+    run_two_ranks,
     train,
     train_step,
     training,
@@ -27,12 +26,10 @@ from test_servers import served_by
 from tinyservers import TinySampler
 
 from sdkit.language.errors import ProcessDied
-from sdkit.language.resolved import resolved
 from sdkit.language.specs import ImportanceSpec, OutputSpec, SamplerRatio
 from sdkit.serving import client, pool
 from sdkit.train import loop
 
-ON_RANKS = Path(__file__).parents[1] / "support" / "command_on_ranks.py"
 STEPS = 5
 CORRECTED = distil(importance=ImportanceSpec(sampler=SamplerRatio(cap=2.0, level="token")))
 
@@ -220,13 +217,6 @@ def test_restarted_server_changes_nothing(server, tiny_folder, tmp_path, capsys)
     assert "is back, with weights" in capsys.readouterr().err
     warnings = lines(restarted / "warnings.jsonl")
     assert "rollout_server" in {line["wire"] for line in warnings}
-
-
-def run_two_ranks(warm, spec, folder):
-    """Runs the command line on two ranks under stage 3, where weights are gathered for the weight file."""
-    path = folder.parent / f"{folder.name}.yaml"
-    path.write_text(yaml.safe_dump(resolved(spec)))
-    return warm.run(ON_RANKS, 2, folder, "train", path, "--to", folder, "training.zero_stage=3")
 
 
 def test_two_ranks_sample_like_one_and_fail_together(warm, server, tiny_folder, tmp_path):

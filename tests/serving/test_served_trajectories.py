@@ -13,6 +13,7 @@ from tinyruns import (
     make_spec,
     metrics,
     rollout,
+    run_two_ranks,
     train,
     training,
     weights_of,
@@ -20,7 +21,7 @@ from tinyruns import (
 )
 
 pytest.importorskip("uvicorn", reason="the servers of these tests run on uvicorn")
-from test_prefetch import CORRECTED, run_two_ranks, versions
+from test_prefetch import CORRECTED, versions
 from test_servers import serve, served_by, short_delays
 
 from sdkit.language.specs import FileEnvironment, OutputSpec, RegexReward, RetryEnvironment, Table

@@ -2,11 +2,14 @@
 
 import json
 from io import StringIO
+from pathlib import Path
 
 import torch
+import yaml
 from attrs import evolve
 from rich.console import Console
 
+from sdkit.language.resolved import resolved
 from sdkit.language.specs import (
     ColumnSlot,
     DataSpec,
@@ -33,6 +36,7 @@ from sdkit.language.specs import (
     VocabularySupport,
 )
 
+ON_RANKS = Path(__file__).parent / "command_on_ranks.py"
 LORA = LoraSpec(r=4, lora_alpha=8.0)
 QLORA = LoraSpec(r=4, lora_alpha=8.0, quantize_base="nf4")
 COLUMNS = Table({"prompt": "prompt", "demonstration": "demonstration", "answer": "answer"})
@@ -203,6 +207,13 @@ def train(spec, folder, console=None, **options):
     return run(
         spec, folder.parent, folder, console or silent_console(), written="# as written\n", resolved=text, **options
     )
+
+
+def run_two_ranks(warm, spec, folder):
+    """Runs the command line on two ranks under stage 3, where no rank holds the weights and files are gathered."""
+    path = folder.parent / f"{folder.name}.yaml"
+    path.write_text(yaml.safe_dump(resolved(spec)))
+    return warm.run(ON_RANKS, 2, folder, "train", path, "--to", folder, "training.zero_stage=3")
 
 
 def run_scenario(warm, script, folder, work, cases=(), timeout=None):
