@@ -84,6 +84,7 @@ def run_request(command, cwd, environment, out, err, interrupt_after):
     os.environ.clear()
     os.environ.update(environment)
     if interrupt_after:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the suite runs in the background
         threading.Thread(target=interrupt, args=(Path(out), interrupt_after), daemon=True).start()
     if command[0] == "-m":
         sys.argv = command[1:]
