@@ -96,11 +96,13 @@ class ObservationEncoder:
         """Render a chat with such messages, and cut it at their texts."""
         answers, texts, chat = self._dummy(messages)
         rendered = self.prompter.chat(ROW, chat)
-        cut = cut_at(rendered.partition(answers[-1])[2], texts)
+        cut = cut_at(rendered, texts)
         if cut is None or any(rendered.count(text) != 1 for text in answers):
             raise BadData("the chat template does not print earlier turns as they are")
         (first, *rest), escaped = cut
-        end, before = self._split_at_end(self.prompter.encode(first), is_answer=not _has_results(messages))
+        end, before = self._split_at_end(
+            self.prompter.encode(first.partition(answers[-1])[2]), is_answer=not _has_results(messages)
+        )
         return _Scaffold(end=end, before=before, after=tuple(map(self.prompter.encode, rest)), escaped=escaped)
 
     def _split_at_end(self, ids: Ids, *, is_answer: bool) -> tuple[int, Ids]:
