@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdkit.batches import Completion, SamplingParams, SamplingRequest
+from sdkit.batches import Completion, Rollout, SamplingParams, SamplingRequest
 from sdkit.language.errors import BadData
 from sdkit.models.weights import Weights
 from sdkit.runs.directory import read_lines
@@ -16,22 +16,27 @@ from sdkit.stdout import Advance, no_progress
 
 def completion_record(completion: Completion) -> dict[str, Any]:
     """Return a completion as JSON values; `completion_from` reads them."""
-    record = {
+    return {
         "completion_ids": completion.ids,
         "sampler_logprobs": completion.logprobs,
         "finished": completion.finished,
+        **trajectory_record(completion, completion.reward),
     }
-    if completion.spans:
-        record |= {
-            "spans": span_records(completion.spans),
-            "ending": completion.ending,
-            "turn_rewards": completion.turn_rewards,
-            "turn_feedback": completion.turn_feedback,
-            "unanswered": completion.unanswered,
-            "environment_reward": completion.reward,
-            "opening": completion.opening,
-        }
-    return record
+
+
+def trajectory_record(trajectory: Completion | Rollout, reward: float | None) -> dict[str, Any]:
+    """Return what a trajectory has beyond its tokens, with the environment's reward; nothing for a completion of one turn."""
+    if not trajectory.spans:
+        return {}
+    return {
+        "spans": span_records(trajectory.spans),
+        "ending": trajectory.ending,
+        "turn_rewards": trajectory.turn_rewards,
+        "turn_feedback": trajectory.turn_feedback,
+        "unanswered": trajectory.unanswered,
+        "environment_reward": reward,
+        **({} if trajectory.opening is None else {"opening": trajectory.opening}),
+    }
 
 
 def completion_from(record: Mapping[str, Any]) -> Completion:

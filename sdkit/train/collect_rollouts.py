@@ -12,7 +12,8 @@ from sdkit.batches import Completion, GroupOutcome, Rollout, RolloutBatch, Row, 
 from sdkit.data.turn_outcomes import turn_outcomes
 from sdkit.distributed import collectives
 from sdkit.rewards.scoring import ScoredCompletion, reward_values, score
-from sdkit.spans import Span, last_turn, rewards_by_turn, span_records
+from sdkit.sampling.replay import trajectory_record
+from sdkit.spans import Span, last_turn, rewards_by_turn
 from sdkit.stdout import Advance, no_progress
 from sdkit.train.advantages import group_outcomes, with_advantages
 from sdkit.train.collate import RolloutKey, rollout_key
@@ -161,28 +162,13 @@ def rollout_records(
             "completion_ids": r.completion_ids,
             "sampler_logprobs": r.sampler_logprobs,
             "finished": r.finished,
-            **trajectory_record(r),
+            **trajectory_record(r, r.environment_reward),
             "reward": r.reward,
             "scores": {name: values[i] for name, values in collected.scores.items()},
             "token_divergence": _rounded((divergences or {}).get(rollout_key(r))),
         }
         for i, (r, request) in enumerate(zip(collected.batch, collected.requests, strict=True))
     ]
-
-
-def trajectory_record(rollout: Rollout) -> dict[str, Any]:
-    """Return the spans, the ending and the environment's rewards of a trajectory; nothing for a completion of one turn."""
-    if not rollout.spans:
-        return {}
-    return {
-        "spans": span_records(rollout.spans),
-        "ending": rollout.ending,
-        "turn_rewards": rollout.turn_rewards,
-        "turn_feedback": rollout.turn_feedback,
-        "unanswered": rollout.unanswered,
-        "environment_reward": rollout.environment_reward,
-        **({} if rollout.opening is None else {"opening": rollout.opening}),
-    }
 
 
 def _rounded(values: Sequence[float | None] | None) -> list[float | None] | None:
