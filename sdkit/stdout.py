@@ -155,9 +155,16 @@ class TimestampedStream:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Inside the block, discard what libraries print to stdout; with SDKIT_DEBUG set, redirect it to stderr."""
-    with contextlib.redirect_stdout(sys.stderr if os.environ.get("SDKIT_DEBUG") else _NullWriter()):
+def quiet(progress: bool = True) -> Iterator[None]:
+    """Inside the block, discard what libraries print to stdout; with SDKIT_DEBUG set, redirect it to stderr.
+
+    `progress`: keep what they print to stderr, where progress bars go.
+    """
+    debug = bool(os.environ.get("SDKIT_DEBUG"))
+    with contextlib.ExitStack() as redirected:
+        redirected.enter_context(contextlib.redirect_stdout(sys.stderr if debug else _NullWriter()))
+        if not (progress or debug):
+            redirected.enter_context(contextlib.redirect_stderr(_NullWriter()))
         yield
 
 

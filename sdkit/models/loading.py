@@ -195,7 +195,7 @@ def _bundled_folder(name: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:
-        with quiet():  # may be the first import of DeepSpeed, which prints to stdout
+        with quiet(progress=False):  # may be the first import of DeepSpeed, which prints to stdout
             _convert(Path(package.submodule_search_locations[0]), entry.file, partial)
         partial.chmod(0o755)
         partial.rename(target)

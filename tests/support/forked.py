@@ -100,13 +100,14 @@ def _fork(rank, count, port, run, output):
         if count > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        code = _code(run)
+        code = exit_code(run)
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
 
 
-def _code(run):
+def exit_code(run):
+    """Runs `run`; returns the code with which a script that did so would end, and prints its traceback if it fails."""
     try:
         run()
     except SystemExit as error:

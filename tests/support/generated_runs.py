@@ -59,11 +59,12 @@ def write_inputs(folder):
     (folder / "reward.py").write_text(REWARD)
 
 
-def run_file(seed, model, other, teacher_url, sampler_url=None):
+def run_file(seed, model, other, teacher_url, sampler_url=None, backends=("own", "server")):
     """Returns a complete run file of two to three steps, the same one for the same seed.
 
     `model`, `other`: folders of models; `teacher_url` serves the second as `teacher`; `sampler_url` samples for
-    `backend: vllm_server`.
+    `backend: vllm_server`; `backends` are the choices between transformers (`own`), that server and vLLM in the trainer's
+    process (`vllm`).
     """
     drawn = generated.Drawn(Random(seed).choice, {"path": str(other), "url": teacher_url})
     page = _with_teacher_if_used(drawn, generated.connect(drawn.spec(MethodSpec)))
@@ -71,7 +72,7 @@ def run_file(seed, model, other, teacher_url, sampler_url=None):
     page["rollout"] = {**page.get("rollout", {}), **small}
     for key in ("max_staleness", "max_prompt_tokens"):  # the backend's choice; prompts are longer than what is drawn
         page["rollout"].pop(key, None)
-    page["rollout"] |= _backend(drawn, page, drawn.one_of(("own", "server")), sampler_url)
+    page["rollout"] |= _backend(drawn, page, drawn.one_of(backends), sampler_url)
     suite = {"data": {"source": drawn.one_of(SOURCES), "limit": 2}, "score": "first", "loss_prompts": 1}
     return page | {
         "model": {"path": str(model), "dtype": "float32", "lora": drawn.one_of((None, {"r": 2, "lora_alpha": 4}))},
@@ -111,6 +112,8 @@ def _backend(drawn, page, kind, sampler_url):
     """The keys of `rollout` that name the engine; terms get the ratio that stale rollouts need."""
     if kind == "own":
         return {"backend": {"kind": "transformers"} | drawn.spec(TransformersBackend)}
+    if kind == "vllm":
+        return {"backend": {"kind": "vllm", "kv_cache_gib": 0.1}}
     staleness = drawn.one_of((0, 1, 2))
     for term in page["losses"].values() if staleness else ():
         if term["kind"] in TEACHER_TERMS:

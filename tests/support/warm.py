@@ -3,6 +3,7 @@
 A fork is a real process, with streams, a folder and an environment of its own; it only skips seconds of imports.
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -69,13 +70,21 @@ def serve():
     for line in sys.stdin:
         pid = os.fork()
         if not pid:
-            return run_request(*json.loads(line))
+            end(forked.exit_code(lambda line=line: run_request(*json.loads(line))))
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
-    return None
+
+
+def end(code):
+    """Ends this process as the interpreter does, without freeing each object: they are many, and shared with the server."""
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_request(command, cwd, environment, out, err, interrupt_after):
-    """Becomes the process of this command; it ends, and fails, as a script does."""
+    """Becomes the process of this command."""
     for path, stream in ((os.devnull, 0), (out, 1), (err, 2)):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, stream)

@@ -1,25 +1,29 @@
-"""What `validate` accepts trains, stops, resumes and replays: run files on rows in files and on rollout servers."""
+"""What `validate` accepts trains, stops, resumes and replays: run files on rows in files, rollout servers, ranks and vLLM."""
 
+import json
 import os
-import signal
 from functools import partial
+from pathlib import Path
 
+import drawn_runs
 import generated_runs
 import pytest
 import yaml
-from tinyruns import lines, train
+from vllm_build import require_vllm
 
 pytest.importorskip("uvicorn", reason="the rollout servers of these tests run on uvicorn")
 from tinyservers import TinySampler
 
-from sdkit.language.errors import Diverged, Stopped
+from sdkit.language.errors import Diverged
 from sdkit.language.load import load_spec
 from sdkit.serving.tiny_server import TinyServer
-from sdkit.train.replay import open_recording
-from sdkit.train.report import Report
 
+EXAMPLES = int(os.environ.get("SDKIT_EXAMPLES", "2000"))
 FEW = range(4)
-MANY = range(200, 200 + int(os.environ.get("SDKIT_EXAMPLES", "2000")))
+MANY = range(200, 200 + EXAMPLES)
+ON_RANKS = range(8, 10)
+MANY_ON_RANKS = range(200, 200 + EXAMPLES // 10)
+MANY_WITH_VLLM = range(200, 200 + EXAMPLES // 20)
 """Seeds of drawn run files; about a quarter is accepted."""
 
 
@@ -43,57 +47,60 @@ def inputs(tiny_folder, other_folder, tmp_path_factory):
     teacher.close()
 
 
-def accepted(inputs, seeds):
+def accepted(inputs, seeds, prefix="", **options):
     """Yields the path and the spec of each drawn run file that is accepted."""
     folder, draw = inputs
     for seed in seeds:
-        path = folder / f"{seed}.yaml"
-        path.write_text(yaml.safe_dump(draw(seed), sort_keys=False))
+        path = folder / f"{prefix}{seed}.yaml"
+        path.write_text(yaml.safe_dump(draw(seed, **options), sort_keys=False))
         checked = load_spec(path)
         if checked.ok:
             yield path, checked.spec
 
 
-def trained(run):
-    """Loss, gradient norm and reward of each step."""
-    names = ("step", "loss", "grad_norm", "reward/mean")
-    return [[line.get(name) for name in names] for line in lines(run / "metrics.jsonl") if "time/step" in line]
-
-
-def stop_resume_and_replay(path, spec, monkeypatch):
-    """Interrupts the run after its first step and resumes it; a replay, which is not interrupted, is the same."""
-    run = path.with_name(f"{path.stem} run")
-    with monkeypatch.context() as patch:
-        original = Report.step
-
-        def stop_after_step(*args, **options):
-            original(*args, **options)
-            os.kill(os.getpid(), signal.SIGINT)
-
-        patch.setattr(Report, "step", stop_after_step)
-        with pytest.raises(Stopped):
-            train(spec, run)
-    train(spec, run, resume=True)
-    replayed = train(spec, run.with_name(f"{run.name} again"), recording=open_recording(f"{run}@0"))
-    assert [line[0] for line in trained(run)] == list(range(1, spec.training.steps + 1))
-    assert trained(replayed) == trained(run)
+def faults_in_processes(warm, ranks, paths):
+    """What goes wrong where the run files train on several ranks, by name."""
+    script = Path(drawn_runs.__file__)
+    done = warm.run(script, ranks, paths[0].parent, *(path.stem for path in paths))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("seed", FEW)
-def test_accepted_run_file_trains(inputs, seed, monkeypatch):
+def test_accepted_run_file_trains(inputs, seed):
     for path, spec in accepted(inputs, [seed]):
-        stop_resume_and_replay(path, spec, monkeypatch)
+        drawn_runs.stop_resume_and_replay(path, spec)
+
+
+def test_accepted_run_file_trains_on_two_ranks(warm, inputs):
+    paths = [path for path, _ in accepted(inputs, ON_RANKS, "ranks ")]
+    assert paths
+    assert faults_in_processes(warm, 2, paths) == {}
 
 
 @pytest.mark.full
 @pytest.mark.timeout(0)
-def test_accepted_run_files_train_many(inputs, monkeypatch):
+def test_accepted_run_files_train_many(inputs):
     faults = {}
     for path, spec in accepted(inputs, MANY):
         try:
-            stop_resume_and_replay(path, spec, monkeypatch)
+            drawn_runs.stop_resume_and_replay(path, spec)
         except Diverged:
             continue  # as a run may
         except Exception as error:
             faults[path.name] = repr(error)
     assert not faults
+
+
+@pytest.mark.full
+@pytest.mark.timeout(0)
+def test_accepted_run_files_train_on_two_ranks_many(warm, inputs):
+    assert faults_in_processes(warm, 2, [path for path, _ in accepted(inputs, MANY_ON_RANKS, "ranks ")]) == {}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(0)
+def test_accepted_run_files_train_with_vllm_many(warm, inputs):
+    require_vllm()
+    paths = [path for path, _ in accepted(inputs, MANY_WITH_VLLM, "vllm ", backends=("vllm",))]
+    assert faults_in_processes(warm, 1, paths) == {}
