@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections import Counter
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from sdkit.language.errors import BadData, BadEnvironment
 
 KEY = ("model", "lora", "quantize_base")
+
+# PEFT imports bitsandbytes, which on some CPUs says that it found no kernels of the hub's; `_quantized` does without them.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def check_installed() -> None:

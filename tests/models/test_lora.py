@@ -1,5 +1,7 @@
 """Adapters: the loss reaches each, merged weights are equivalent, and unsuitable targets are refused."""
 
+import re
+
 import families
 import pytest
 import torch
@@ -23,8 +25,8 @@ def attention(family):
     return "eager" if family in families.EAGER else "sdpa"
 
 
-def open_weights(folder, family="llama", targets="all-linear", lora=True):
-    spec = model(folder, lora=evolve(LORA, target_modules=targets) if lora else None)
+def open_weights(folder, family="llama", targets="all-linear", lora=True, dtype="float32"):
+    spec = model(folder, dtype, lora=evolve(LORA, target_modules=targets) if lora else None)
     return Weights(load_model(evolve(spec, attn_implementation=attention(family)), str(folder), 5))
 
 
@@ -131,6 +133,18 @@ def test_adapter_whose_merge_differs_is_refused(tmp_path):
         layer.mlp.up_proj.get_delta_weight = lambda adapter: torch.zeros(128, 64)
     with pytest.raises(BadData, match=r"merged weights of .*up_proj do not act"):
         adapters.check(weights, CPU, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounding_of_large_outputs_is_no_wrong_merge(family, tmp_path):
+    """In bfloat16, an adapter's effect is within a few rounding errors of outputs of a hundred times its size."""
+    folder = families.build(tmp_path / family, family)
+    weights = open_weights(folder, family, dtype="bfloat16")
+    with torch.no_grad():
+        for name, parameter in weights.causal.named_parameters():
+            if re.search(r"(v_proj|c_attn|query_key_value)\.base_layer\.weight", name):
+                parameter.mul_(200)
+    adapters.check(weights, CPU, 0)
 
 
 def test_layer_that_returns_no_tensor_is_refused_and_not_suggested(tmp_path):
