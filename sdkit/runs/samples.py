@@ -17,7 +17,11 @@ def as_markdown(title: str, records: Iterable[Mapping[str, Any]]) -> str:
         parts.append(f"## {_heading(record)}")
         for field, name in TEXTS.items():
             if field == "completion" and "turns" in record:
-                parts += [f"{turn_heading(part)}:\n\n{_fenced(part['text'])}" for part in record["turns"]]
+                for part in record["turns"]:
+                    if "teacher_prompt" in part:
+                        heading = f"{turn_heading(part)}, {TEXTS['teacher_prompt']}"
+                        parts.append(f"{heading}:\n\n{_fenced(part['teacher_prompt'])}")
+                    parts.append(f"{turn_heading(part)}:\n\n{_fenced(part['text'])}")
             elif (text := record.get(field)) is not None:
                 parts.append(f"{name}:\n\n{_fenced(text)}")
     return "\n\n".join(parts) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -216,17 +216,33 @@ def trajectory_text(parts: Iterable[Mapping[str, Any]]) -> str:
 def sample_texts(
     data: RunData, batch: RolloutBatch, scores: Mapping[str, Sequence[float]], count: int
 ) -> list[dict[str, Any]]:
-    """Return the first `count` rollouts as text: prompt, teacher prompt, completion and rewards."""
+    """Return the first `count` rollouts as text: prompt, teacher prompt, completion and rewards.
+
+    A teacher prompt that differs by turn stands with the turns.
+    """
     decode = data.tokenizer.decode
     return [
         {
             "row": r.row.index,
             "prompt": decode(r.prompt_ids),
-            "teacher_prompt": None if r.teacher_prompt_ids is None else decode(r.teacher_prompt_ids),
+            "teacher_prompt": None if r.teacher_prompt_ids is None or r.views else decode(r.teacher_prompt_ids),
             "completion": decode(r.completion_ids),
             "finished": r.finished,
             "rewards": {name: values[i] for name, values in scores.items()},
-            **trajectory_parts(data, r.completion_ids, r.spans, r.turn_rewards, r.ending),
+            **_with_teacher_prompts(
+                r, trajectory_parts(data, r.completion_ids, r.spans, r.turn_rewards, r.ending), decode
+            ),
         }
         for i, r in enumerate(list(batch)[:count])
     ]
+
+
+def _with_teacher_prompts(
+    rollout: Rollout, parts: dict[str, Any], decode: Callable[[Sequence[int]], str]
+) -> dict[str, Any]:
+    """Add to each turn that the teacher scores with a prompt of its own that prompt."""
+    prompts = {view.start: view.prompt_ids for view in rollout.views}
+    for part, span in zip(parts.get("turns", ()), rollout.spans, strict=True):
+        if span.start in prompts:
+            part["teacher_prompt"] = decode(prompts[span.start])
+    return parts

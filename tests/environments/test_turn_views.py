@@ -60,6 +60,7 @@ from sdkit.language.specs import (
 from sdkit.serving.tiny_server import TinyServer
 from sdkit.spans import Message, Span
 from sdkit.train.collate import collate
+from sdkit.train.collect_rollouts import sample_texts
 from sdkit.train.preview import show_prompts
 from sdkit.train.step import _collate
 
@@ -141,6 +142,20 @@ def turns_with_hint(trainer, each):
 
 
 FULL = pytest.mark.full
+
+
+def test_samples_have_the_teacher_prompt_of_each_turn(open_trainer):
+    trainer = open_trainer()
+    batch = collect(trainer).batch
+    decode = trainer.setup.data.tokenizer.decode
+    samples = sample_texts(trainer.setup.data, batch, {}, 100)
+    with_view = 0
+    for each, sample in zip(batch, samples, strict=True):
+        assert sample["teacher_prompt"] is None
+        prompts = {view.start: decode(view.prompt_ids) for view in each.views}
+        with_view += len(prompts)
+        assert [part.get("teacher_prompt") for part in sample["turns"]] == [prompts.get(s.start) for s in each.spans]
+    assert with_view > len(samples)
 
 
 @pytest.mark.parametrize(
