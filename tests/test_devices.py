@@ -1,6 +1,7 @@
 """SDKIT_DEVICE=cpu hides the GPUs, before torch is imported, from a command and from the processes that it starts."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,29 @@ def test_gpu_machine_gets_the_cpu_build_of_vllm_on_request(tmp_path):
             [*command, f"SDKIT_DEVICE={device}"], capture_output=True, text=True, env=env, check=True
         )
         assert done.stdout.split() == [build]
+
+
+TOUCHED = """
+import resource, sys, torch
+from sdkit.devices import keep_freed_memory
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(2**24)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**26
+
+before = new_pages()
+keep_freed_memory()
+torch.zeros(2**24)
+print(before, new_pages())
+"""
+
+
+def test_freed_memory_is_used_again():
+    """Ten tensors one after the other, in units of one: each takes new pages, or all take the same ones."""
+    done = subprocess.run([sys.executable, "-c", TOUCHED], capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    if platform.libc_ver()[0] == "glibc":
+        assert before > 9
+        assert after < 1

@@ -11,10 +11,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from sdkit.checkpoints import checkpoint, manifest, rng
 from sdkit.checkpoints import resume as resuming
+from sdkit.devices import keep_freed_memory
 from sdkit.distributed import collectives, health, zero
 from sdkit.distributed.launch import launched
 from sdkit.language import specs
@@ -55,6 +57,8 @@ def open_run(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     determinism.prepare(spec.training.deterministic)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     zero.prepare()
     with blaming("model", "path"):
         located = resolve_model(spec.model.path, base)
