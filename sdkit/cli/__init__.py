@@ -7,8 +7,6 @@ import re
 import sys
 import warnings
 
-# Must be set before torch is imported: two libraries' threads that spin at barriers slow each other to a crawl.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not os.environ.get("SDKIT_DEBUG"):
     # Libraries' deprecation warnings about each other do not concern a user.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -18,7 +16,7 @@ import typer
 
 from sdkit.cli import doctor, runs, saved, sets, specs, syntax, writing  # each module adds its commands to `app`
 from sdkit.cli.app import app
-from sdkit.devices import hide_gpus_if_requested
+from sdkit.devices import hide_gpus_if_requested, set_thread_waits
 from sdkit.language.errors import INTERRUPTED, SdkitError, UnreadableInput
 from sdkit.stdout import is_first_rank
 
@@ -40,6 +38,7 @@ def main() -> None:
     """Run the command line; an expected failure, or a stop on request, prints one message and exits with its code."""
     try:
         _refuse_dashed_overrides(sys.argv[1:])
+        set_thread_waits()
         hide_gpus_if_requested()
         app()
     except SdkitError as error:

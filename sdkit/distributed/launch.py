@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from attrs import field, frozen
 
+from sdkit.devices import PASSIVE_THREADS
 from sdkit.language.errors import ProcessDied, UnreadableInput
 from sdkit.processes import kill_group, on_stop_signals
 
@@ -109,7 +110,7 @@ def _environment(number: int, processes: int, port: int) -> Mapping[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **PASSIVE_THREADS,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // processes))),
     }
 

@@ -24,6 +24,7 @@ from attrs import frozen
 from rich.console import Console
 from rich.markup import escape
 
+from sdkit.devices import PASSIVE_THREADS
 from sdkit.distributed.launch import end_with_parent
 from sdkit.language.errors import BadEnvironment, ProcessDied, UnreadableInput, blaming
 from sdkit.language.rules.served import is_loopback
@@ -150,7 +151,7 @@ def server_environment(
 ) -> dict[str, str]:
     """Returns the environment of the server process; `compiles`: whether the engine compiles its model."""
     inherited = {n: v for n, v in environment.items() if n not in (*REMOVED_VARIABLES, KEY)}
-    required = {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_NO_USAGE_STATS": "1", FOLDER: str(folder)}
+    required = {**PASSIVE_THREADS, "VLLM_NO_USAGE_STATS": "1", FOLDER: str(folder)}
     quiet_env = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     defaults = {} if environment.get("SDKIT_DEBUG") else quiet_env
     if not torch.cuda.is_available() and not compiles:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 
+from sdkit.devices import PASSIVE_THREADS
 from sdkit.language.errors import UnreadableInput, counted
 from sdkit.plan.machine import has_gpu
 
@@ -27,7 +28,7 @@ def make_slots(parallel: int, processes: int) -> list[Mapping[str, str]]:
     if not has_gpu():
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // (parallel * processes))))
-        return [{"OMP_NUM_THREADS": threads} for _ in range(parallel)]
+        return [{"OMP_NUM_THREADS": threads, **PASSIVE_THREADS} for _ in range(parallel)]
     devices = visible_devices()
     needed = parallel * processes
     if len(devices) < needed:

@@ -26,7 +26,7 @@ def script(text):
 
 
 def test_every_rank_gets_its_environment(tmp_path):
-    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_WAIT_POLICY"
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_WAIT_POLICY GOMP_SPINCOUNT"
     write_environment = (
         f"print({{n: os.environ[n] for n in '{names}'.split()}}, file=open(r'{tmp_path}/' + rank, 'w'))"
     )
@@ -36,7 +36,7 @@ def test_every_rank_gets_its_environment(tmp_path):
         assert each["RANK"] == each["LOCAL_RANK"] == str(rank)
         assert each["WORLD_SIZE"] == each["LOCAL_WORLD_SIZE"] == "3"
         assert each["MASTER_ADDR"] == "127.0.0.1"
-        assert each["OMP_WAIT_POLICY"] == "PASSIVE"
+        assert (each["OMP_WAIT_POLICY"], each["GOMP_SPINCOUNT"]) == ("PASSIVE", "0")
     assert len({each["MASTER_PORT"] for each in environments}) == 1
 
 

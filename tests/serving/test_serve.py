@@ -104,6 +104,7 @@ def test_environment_has_no_development_mode_and_only_this_servers_key(tmp_path)
     assert environment == {
         "HOME": "/home/me",
         "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "PYTHONWARNINGS": "ignore",
         "VLLM_NO_USAGE_STATS": "1",

@@ -227,7 +227,9 @@ def test_state_of_a_killed_process_is_stopped(tmp_path):
 def test_slots_divide_cores_or_devices(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
-    assert slots.make_slots(2, 2) == [{"OMP_NUM_THREADS": "2"}] * 2
+    assert (
+        slots.make_slots(2, 2) == [{"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}] * 2
+    )
     assert slots.make_slots(1, 2) == [{}]
     monkeypatch.setattr(slots, "has_gpu", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5,7")
