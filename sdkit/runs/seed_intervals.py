@@ -52,8 +52,8 @@ def error_of_columns(tables: Sequence[tuple[np.ndarray, float]]) -> SeedError:
 
     Each table, with its weight, is [P, S]; all have the same columns.
 
-    The part of the columns' mean square that chance explains is subtracted at its median, not its mean: with 2 columns the
-    difference of means would be 0 too often.
+    The part of the columns' mean square that chance explains is subtracted at its first quartile, not its mean: with 2 or 3
+    columns the difference would be 0 too often.
     """
     from scipy.stats import f
 
@@ -65,7 +65,7 @@ def error_of_columns(tables: Sequence[tuple[np.ndarray, float]]) -> SeedError:
         rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
         freedom = max(1, (prompts - 1) * (seeds - 1))
         mean_square = float((rest**2).sum()) / freedom
-        by_chance += float(f.ppf(0.5, seeds - 1, freedom)) * mean_square / prompts * weight**2
+        by_chance += float(f.ppf(0.25, seeds - 1, freedom)) * mean_square / prompts * weight**2
     return math.sqrt(max(0.0, between - by_chance) / seeds), seeds - 1
 
 

@@ -58,14 +58,10 @@ def test_intervals_of_unbounded_scores_cover_the_mean(seeds, ratio):
     assert 0.93 <= covered(unbounded, seeds, ratio, 0.0) <= 0.97
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(2, 0.03), (5, 0.03)])
-def test_intervals_of_scores_of_0_and_1_cover_the_mean(seeds, spread):
-    assert 0.93 <= covered(binary, seeds, spread, 0.5) <= 0.98
-
-
-def test_noisy_answers_of_few_seeds_that_differ_are_covered_less():
-    """The weak spot of the interval: 91.6 % (docs/decisions.md)."""
-    assert covered(binary, 3, 0.1, 0.5) == pytest.approx(0.916, abs=0.005)
+@pytest.mark.parametrize(("seeds", "spread", "most"), [(3, 0.1, 0.97), (5, 0.03, 0.97), (2, 0.03, 0.995)])
+def test_intervals_of_scores_of_0_and_1_cover_the_mean(seeds, spread, most):
+    """Two seeds that agree by chance look like two that always agree: their intervals are wide."""
+    assert 0.93 <= covered(binary, seeds, spread, 0.5) <= most
 
 
 def test_intervals_of_changes_cover_the_mean():
@@ -82,8 +78,8 @@ def test_intervals_of_changes_cover_the_mean():
 @pytest.mark.parametrize("rest", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("seeds", [2, 3, 4, 5])
 def test_intervals_cover_the_mean_on_a_grid(seeds, rest):
-    """Two seeds are the hardest case: with much noise of single answers, an interval of 95 % covers 90 to 98 %."""
-    low, high = (0.90, 0.985) if seeds == 2 else (0.93, 0.985)
+    """Two seeds are the hardest case: they may agree by chance, and an interval that allows for it is often too wide."""
+    low, high = (0.92, 0.995) if seeds == 2 else (0.93, 0.985)
     for ratio in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0):
         held = covered(lambda rng, s, r: unbounded(rng, s, r, rest), seeds, ratio, 0.0, 4000)
         assert low <= held <= high, (seeds, rest, ratio, held)

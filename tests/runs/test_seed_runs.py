@@ -180,13 +180,13 @@ def test_retention_over_seeds_is_compared(make_seeds, tmp_path):
         return {(suite, "greedy", "right"): score_of(share) for suite, share in parts.items()}
 
     keeps = make_seeds("keeps", {s: (scores(0.1, 0.8), scores(0.4 + s / 10, 0.8)) for s in (0, 1)})
-    loses = make_seeds("loses", {s: (scores(0.1, 0.8), scores(0.5 + s / 10, 0.1 + s / 10)) for s in (0, 1)})
+    loses = make_seeds("loses", {s: (scores(0.1, 0.8), scores(0.5 + s / 10, 0.1 + s / 50)) for s in (0, 1)})
     text = printed(keeps, loses, target=tmp_path / "plot.png")
     lines = [" ".join(line.replace("│", " ").replace("┃", " ").split()) for line in text.splitlines()]
     assert any(line.startswith("keeps new skill 0.100") for line in lines)
     assert any(line.startswith("retention 0.650") and line.endswith("200 lost") for line in lines)
     assert any(
-        line.startswith("keeps − loses retention +0.325") and line.endswith("higher in keeps") for line in lines
+        line.startswith("keeps − loses retention +0.345") and line.endswith("higher in keeps") for line in lines
     )
 
 
