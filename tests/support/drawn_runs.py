@@ -1,6 +1,6 @@
 """Trains drawn run files: each is interrupted after its first step, resumed, and replayed from its records.
 
-`python drawn_runs.py RANKS FOLDER NAMES…` does so for FOLDER/NAME.yaml on several ranks, replays each run on one, and prints
+`python drawn_runs.py RANKS FOLDER NAMES…` does so for the run files of these names on several ranks, replays each run on one, and prints
 the faults as a JSON object from names to messages.
 """
 

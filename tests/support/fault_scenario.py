@@ -18,7 +18,7 @@ SILENCE = 5
 """Seconds that a rank may be silent here."""
 DIVERGING = ("optimizer.lr=20", "teacher.weights=frozen", "losses.distil.importance.sampler=null", "training.steps=3")
 REWARD = """
-import os, resource, signal, threading, time
+import ctypes, os, resource, signal, threading, time
 
 calls = -1  # the first call only tries the function
 
@@ -33,6 +33,7 @@ def faulty(completion, row):
 
 
 def no_memory():
+    ctypes.CDLL(None).malloc_trim(0)  # the trainer keeps what it frees
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 48 * 2**20, -1))
 

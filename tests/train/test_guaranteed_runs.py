@@ -21,7 +21,7 @@ from sdkit.serving.tiny_server import TinyServer
 EXAMPLES = int(os.environ.get("SDKIT_EXAMPLES", "2000"))
 FEW = range(4)
 MANY = range(200, 200 + EXAMPLES)
-ON_RANKS = range(8, 10)
+ON_RANKS = (209,)
 MANY_ON_RANKS = range(200, 200 + EXAMPLES // 10)
 MANY_WITH_VLLM = range(200, 200 + EXAMPLES // 20)
 """Seeds of drawn run files; about a quarter is accepted."""
