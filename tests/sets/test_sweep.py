@@ -231,6 +231,8 @@ def test_seeds_and_sweeps_train_evaluate_and_resume(warm, run_file, tmp_path):
     assert "2 of 2 runs are finished already" in run("train", run_file, "--seeds", "0,1", "--to", "seeds", "--resume")
     facts = json.loads(run("eval", "seeds", "--format", "json", "--to", "measured"))
     assert facts["seeds"] == [0, 1]
-    assert len(facts["scores"]) == 5
+    measured = {(each["suite"], each["decoding"], each["score"]) for each in facts["scores"]}
+    assert {("sums", "greedy", "right"), ("sums", "drawn", "pass_at_2")} < measured
+    assert len(measured) == len(facts["scores"])
     out = run("sweep", run_file, "--over", "optimizer.lr=1e-3,1e-4", "--to", "sweep", "--parallel", "2")
     assert "best by sums/greedy/right" in out
