@@ -50,10 +50,12 @@ def newest_checkpoint(run: Path, expected: Origin, notify: Notify, *, hashes: bo
             f"continue with --processes {facts.origin.ranks}, or make it fit first: {convert}",
         )
         return folder
-    if directory.read_status(run).get("state") in ("done", "diverged"):
+    status = directory.read_status(run)
+    if status.get("state") in ("done", "diverged"):
         raise UnreadableInput(
-            f"{run} has no checkpoint to resume from",
-            hint="set output.checkpoint_every, or start again with --overwrite",
+            f"{run} ended at step {status.get('step')} of {status.get('steps')} and has no checkpoint to resume from",
+            hint="start again with --overwrite, or take its model/ as the start of another run; "
+            "output.checkpoint_every below the number of steps leaves a checkpoint",
         )
     notify("the run has no checkpoint yet: it starts from the beginning")
     return None

@@ -75,7 +75,7 @@ def differences(one, other, tolerance):
     return "; ".join(f"{a} and {b}" for a, b in far)
 
 
-def faults_on_ranks(path, count, tolerance=1e-2):
+def faults_on_ranks(path, count, tolerance=1e-3):
     """What goes wrong where the run trains on `count` ranks and is replayed on one; empty if nothing does."""
     spec = load_spec(path).spec
     for part in (stop, resume):
