@@ -87,10 +87,11 @@ def test_freed_memory_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("chosen", "spins"), [({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")]
+    ("given", "spins"),
+    [({}, "10000"), ({"WORLD_SIZE": "2"}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")],
 )
-def test_threads_spin_briefly_unless_the_user_has_chosen(chosen, spins):
-    env = {name: value for name, value in os.environ.items() if name not in PASSIVE_THREADS} | chosen
+def test_threads_spin_briefly_unless_ranks_share_cores_or_the_user_has_chosen(given, spins):
+    env = {name: value for name, value in os.environ.items() if name not in PASSIVE_THREADS} | given
     command = COMMAND.replace(
         "'torch' in sys.modules, repr(os.environ.get('CUDA_VISIBLE_DEVICES'))", "os.environ.get('GOMP_SPINCOUNT')"
     )
