@@ -15,15 +15,20 @@ from sdkit.plan import machine
 COMMAND = (
     "import os, sys; sys.argv = ['sdkit', '--version']; from sdkit.cli import main\n"
     "try: main()\n"
-    "except SystemExit: print('torch' in sys.modules, repr(os.environ.get('CUDA_VISIBLE_DEVICES')))\n"
+    "except SystemExit: print('torch' in sys.modules, repr(os.environ.get({variable!r})))\n"
 )
+
+
+def variable_after_command(name, env):
+    """Runs a command; returns whether torch was imported, and the environment variable, as text."""
+    command = [sys.executable, "-c", COMMAND.format(variable=name)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("device", "visible"), [("cpu", "''"), ("", "'0,1'")])
 def test_command_on_the_cpu_hides_gpus_before_torch_is_imported(device, visible):
     env = os.environ | {"SDKIT_DEVICE": device, "CUDA_VISIBLE_DEVICES": "0,1"}
-    done = subprocess.run([sys.executable, "-c", COMMAND], capture_output=True, text=True, env=env, check=True)
-    assert done.stdout.splitlines()[-1] == f"False {visible}"
+    assert variable_after_command("CUDA_VISIBLE_DEVICES", env) == f"False {visible}"
 
 
 def test_other_devices_are_refused(sdkit, monkeypatch):
@@ -92,8 +97,4 @@ def test_freed_memory_is_kept():
 )
 def test_threads_spin_briefly_unless_ranks_share_cores_or_the_user_has_chosen(given, spins):
     env = {name: value for name, value in os.environ.items() if name not in PASSIVE_THREADS} | given
-    command = COMMAND.replace(
-        "'torch' in sys.modules, repr(os.environ.get('CUDA_VISIBLE_DEVICES'))", "os.environ.get('GOMP_SPINCOUNT')"
-    )
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=env, check=True)
-    assert done.stdout.splitlines()[-1] == str(spins)
+    assert variable_after_command("GOMP_SPINCOUNT", env) == f"False {spins!r}"

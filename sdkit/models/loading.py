@@ -209,9 +209,7 @@ def _bundled_folder(name: str) -> Path:
 
 def _convert(package: Path, file: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(package, gguf_file=file)
     model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
     # The weights are dequantized here, so the saved model must not be marked as quantized.

@@ -17,14 +17,21 @@ def as_markdown(title: str, records: Iterable[Mapping[str, Any]]) -> str:
         parts.append(f"## {_heading(record)}")
         for field, name in TEXTS.items():
             if field == "completion" and "turns" in record:
-                for part in record["turns"]:
-                    if "teacher_prompt" in part:
-                        heading = f"{turn_heading(part)}, {TEXTS['teacher_prompt']}"
-                        parts.append(f"{heading}:\n\n{_fenced(part['teacher_prompt'])}")
-                    parts.append(f"{turn_heading(part)}:\n\n{_fenced(part['text'])}")
+                parts += [block for part in record["turns"] for block in _turn(part)]
             elif (text := record.get(field)) is not None:
-                parts.append(f"{name}:\n\n{_fenced(text)}")
+                parts.append(_block(name, text))
     return "\n\n".join(parts) + "\n"
+
+
+def _turn(part: Mapping[str, Any]) -> list[str]:
+    """The blocks of a part of a trajectory: the teacher's prompt if the turn has one of its own, and the text."""
+    heading, field = turn_heading(part), "teacher_prompt"
+    own = [_block(f"{heading}, {TEXTS[field]}", part[field])] if field in part else []
+    return [*own, _block(heading, part["text"])]
+
+
+def _block(heading: str, text: str) -> str:
+    return f"{heading}:\n\n{_fenced(text)}"
 
 
 def turn_heading(part: Mapping[str, Any]) -> str:

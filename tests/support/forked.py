@@ -107,10 +107,12 @@ def _fork(rank, count, port, run, output):
 
 
 def exit_code(run):
-    """Runs `run`; returns the code with which a script that did so would end, and prints its traceback if it fails."""
+    """Runs `run`; returns the code with which a script that did so would end, and prints why it fails."""
     try:
         run()
     except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         traceback.print_exc()
