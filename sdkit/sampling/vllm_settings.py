@@ -11,6 +11,7 @@ import torch
 from sdkit.batches import SamplingParams
 from sdkit.language.errors import BadData, BadEnvironment, did_you_mean, shorten
 from sdkit.language.specs import VllmEngine
+from sdkit.sampling import vllm_cpu
 
 EXTENSION = "sdkit.sampling.vllm_worker.SyncExtension"
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0, "min_tokens": 0}
@@ -97,6 +98,8 @@ def engine_settings(spec: VllmEngine, dtype: str, max_tokens: int) -> dict[str, 
     else:
         # Prompts share only whole cache blocks; the CPU default of 128 tokens is longer than most prompts.
         settings |= {"kv_cache_memory_bytes": int(spec.kv_cache_gib * 2**30), "block_size": 32}
+        if is_eager(spec):
+            settings["ir_op_priority"] = vllm_cpu.PRIORITY
     return settings | dict(spec.engine_args)
 
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from sdkit.sampling import vllm_cpu
+
+if not torch.cuda.is_available():
+    vllm_cpu.register()  # vLLM imports this module in every worker, before it chooses kernels
 
 
 class SyncExtension:

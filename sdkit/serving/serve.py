@@ -6,6 +6,7 @@ Knows processes and vLLM's command line; gateway.py decides which requests are a
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -143,6 +144,8 @@ def _command_line_flag(name: str, value: Any) -> list[str]:
     words = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{'' if value else 'no-'}{words}"]
+    if isinstance(value, Mapping):
+        value = json.dumps(value)
     return [f"--{words}={value}"]
 
 

@@ -33,7 +33,7 @@ from sdkit.language.specs import (
 from sdkit.losses import chunks
 from sdkit.losses.objective import Objective
 from sdkit.models import packing
-from sdkit.models.attention import grouped_sdpa
+from sdkit.models.attention import cpu_sdpa
 from sdkit.plan import activations, memory
 from sdkit.plan.accelerators import Machine
 from sdkit.plan.plan import make_plan
@@ -114,7 +114,7 @@ def saved_bytes(folder, dtype, attention, mask):
 def test_saved_bytes_of_a_layer(write_model, family, dtype, attention, packed, sizes):
     """The difference between models of three layers and of one, with the same number of rows."""
     on_cpu, attention = attention != "repeated", attention.replace("repeated", "sdpa")
-    AttentionInterface.register("sdpa", grouped_sdpa if on_cpu else sdpa_attention_forward)
+    AttentionInterface.register("sdpa", cpu_sdpa if on_cpu else sdpa_attention_forward)
     mask = torch.ones(2, 1, 64, 64, dtype=torch.bool).tril() if packed else None
     folders = [write_model(family, num_hidden_layers=layers, **sizes) for layers in (1, 3)]
     one, three = (saved_bytes(folder, getattr(torch, dtype), attention, mask) for folder in folders)

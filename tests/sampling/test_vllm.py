@@ -15,6 +15,8 @@ import yaml
 from tinyruns import metrics, weights_of
 from vllm_build import require_vllm
 
+from sdkit.sampling import vllm_cpu
+
 require_vllm()
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -50,6 +52,12 @@ def test_logprobs_agree_after_every_update(results):
 def test_weights_take_the_reload_of_vllms_worker(results):
     assert len(results["reload has vLLM's configuration"]) > 5
     assert all(results["reload has vLLM's configuration"])
+
+
+def test_norms_on_a_cpu_use_the_kernels_of_vllm(results):
+    assert results["kernels"] == vllm_cpu.PRIORITY
+    assert len(results["kernels' errors"]) == 4
+    assert max(results["kernels' errors"].values()) < 4
 
 
 def test_unchanged_weights_are_not_sent(results):

@@ -40,13 +40,16 @@ def test_graphs_are_captured_on_a_gpu_unless_the_spec_says_eager(gpu):
     settings = engine_settings(VllmBackend(), "bfloat16", 100)
     assert settings["enforce_eager"] is False
     assert settings["gpu_memory_utilization"] == 0.4
-    assert not {"kv_cache_memory_bytes", "block_size"} & settings.keys()
+    assert not {"kv_cache_memory_bytes", "block_size", "ir_op_priority"} & settings.keys()
     assert engine_settings(VllmBackend(enforce_eager=True), "bfloat16", 100)["enforce_eager"] is True
 
 
 def test_nothing_is_compiled_on_a_cpu_unless_the_spec_says_so(cpu):
     assert engine_settings(VllmBackend(), "float32", 100)["enforce_eager"] is True
-    assert not is_eager(VllmBackend(enforce_eager=False))
+    assert engine_settings(VllmBackend(), "float32", 100)["ir_op_priority"]["rms_norm"][-1] == "native"
+    compiled = VllmBackend(enforce_eager=False)
+    assert not is_eager(compiled)
+    assert "ir_op_priority" not in engine_settings(compiled, "float32", 100)  # its compiler fuses torch's operations
 
 
 def test_whole_prompts_fit_one_step_of_the_engine(cpu):

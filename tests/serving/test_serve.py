@@ -1,5 +1,6 @@
 """`sdkit serve` before vLLM starts: address, command, environment and refusals.  test_serve_vllm.py starts it."""
 
+import json
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from sdkit.language.errors import BadEnvironment, UnreadableInput
 from sdkit.language.specs import ModelSpec, Table, VllmBackend, VllmServerBackend
+from sdkit.sampling import vllm_cpu
 from sdkit.serving import serve
 from sdkit.train import inputs
 
@@ -83,6 +85,7 @@ def test_command_starts_vllm_with_the_gateway_and_the_in_process_settings(tiny_f
     assert values["--max-model-len"] == "300"
     assert values["--revision"] == "abc"
     assert values["--generation-config"] == "vllm"
+    assert json.loads(values["--ir-op-priority"]) == vllm_cpu.PRIORITY
     assert values["--kv-cache-memory-bytes"] == str(1 << 29)
     assert values["--attention-backend"] == "--host"  # no flag of its own
     assert {"--enforce-eager", "--no-enable-chunked-prefill", "--enable-dbo"} <= set(flags)
@@ -177,6 +180,7 @@ time.sleep(300)
 SERVING = """
 import os, sys
 os.environ.pop("SDKIT_DEBUG", None)
+from sdkit.sampling import vllm_cpu
 from sdkit.serving import serve
 from sdkit.language.errors import ProcessDied
 serve.POLL_SECONDS = 0.05

@@ -44,6 +44,7 @@ def main(folder, work):
     backend, first = trainer.sampler.backends.load(trainer.models.student, trainer.progress.optimizer_steps)
     results = {"generators untouched": generators() == before, "first load": first}
     results["reload has vLLM's configuration"] = watch_reload(backend)
+    results |= kernels()
     results |= syncs(trainer)
     results |= sampling(trainer, backend)
     results |= continuous(trainer, backend)
@@ -78,6 +79,28 @@ def watch_reload(backend):
 
     backend.engine.collective_rpc(watch)
     return has_config
+
+
+def kernels():
+    """What the engine computes norms with, and the largest error of that, in roundings of its type."""
+    from vllm import ir
+
+    norms = {"rms_norm": ir.ops.rms_norm, "fused_add_rms_norm": ir.ops.fused_add_rms_norm}
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, residual, weight = (torch.randn(*shape, dtype=dtype) for shape in ((40, 96), (40, 96), (96,)))
+        total = x.double() + residual.double()
+        for name, norm in norms.items():
+            own = norm.impls[norm.get_priority()[0]]
+            states, inputs = (x.double(), (x,)) if name == "rms_norm" else (total, (x, residual))
+            exact = states * (states.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double()
+            done = own.func_impl_fn(*inputs, weight, 1e-5)
+            results = [(done, exact)] if name == "rms_norm" else zip(done, (exact, total), strict=True)
+            errors[f"{name} {dtype}"] = max(
+                ((result.double() - right).abs().max() / right.abs().max() / torch.finfo(dtype).eps).item()
+                for result, right in results
+            )
+    return {"kernels": {name: norm.get_priority() for name, norm in norms.items()}, "kernels' errors": errors}
 
 
 def syncs(trainer):
