@@ -26,7 +26,7 @@ from sdkit.cli.options import (
     check_options,
 )
 from sdkit.cli.sets import check_run_file, evaluate_set, parsed_seeds, train_seeds
-from sdkit.cli.specs import print_plan, smoke_spec
+from sdkit.cli.specs import print_plan, rehearse
 from sdkit.language.errors import ProcessDied, UnreadableInput
 from sdkit.stdout import is_first_rank
 
@@ -50,7 +50,8 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Plan, check all rows, call every reward on the rows' own answers, and smoke-run; train nothing.",
+            help="Plan, check all rows, call every reward on the rows' own answers, play the environment with scripted turns, "
+            "and smoke-run; train nothing.",
         ),
     ] = False,
     processes: Processes = None,
@@ -103,13 +104,7 @@ def train(
 def _rehearse(checked: Any, seeds: str | None) -> None:
     """Do everything that a run does before it loads its model, and a smoke run."""
     print_plan(checked, seeds)
-    from sdkit.train.data_report import report_data
-    from sdkit.train.reward_trial import try_rewards
-
-    console = make_console()
-    with placing(checked):
-        try_rewards(report_data(checked.spec, checked.base, console, 0), console)
-    smoke_spec(checked, 2)
+    rehearse(checked, make_console())
 
 
 @app.command(

@@ -85,17 +85,13 @@ def _totals(stages: Sequence[Any], plans: Sequence[Any]) -> list[str]:
 
 def rehearse_stages(path: Path, overrides: Sequence[str] | None) -> None:
     """Plan the sequence, then check rows and rewards of every stage and smoke-run it."""
-    from sdkit.cli.specs import smoke_spec
-    from sdkit.train.data_report import report_data
-    from sdkit.train.reward_trial import try_rewards
+    from sdkit.cli.specs import rehearse
 
     sequence = plan_sequence(path, overrides)
     console = make_console()
     for stage in sequence.stages:
         console.print(f"stage {stage.name}:", markup=False, highlight=False)
-        with placing(stage.checked):
-            try_rewards(report_data(stage.spec, stage.checked.base, console, 0), console)
-        smoke_spec(stage.checked, 2)
+        rehearse(stage.checked, console)
 
 
 def train_stages(

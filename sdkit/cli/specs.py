@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -162,14 +163,46 @@ def smoke(
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 2,
 ) -> None:
-    """Take two real optimizer steps on a tiny random model: the same code as training, in seconds."""
+    """Take two real optimizer steps on a tiny random model: the same code as training, in seconds.
+
+    Before, play the environment of a user's file with scripted turns.
+    """
     checked = check_spec(spec, overrides)
+    if checked.kind != "run":
+        return smoke_spec(checked, steps)
+    with placing(checked):
+        played = _play_user_code(checked)
     smoke_spec(checked, steps)
-    if checked.kind == "run":
-        typer.echo(
-            f"  rows and rewards were stand-ins: `sdkit validate {spec} --data 2` reads your rows, "
-            f"`sdkit train {spec} --dry-run` also calls your rewards"
+    for line in _stand_ins(spec, checked.spec, played):
+        typer.echo(f"  {line}")
+    return None
+
+
+def _stand_ins(path: Path, spec: Any, played: list[str]) -> Iterator[str]:
+    """What a smoke run has tried, and what it has not."""
+    from sdkit.language.specs import HostedEnvironment, environments_of
+
+    rest = f"`sdkit validate {path} --data 2` reads your rows, `sdkit train {path} --dry-run` also calls your rewards"
+    if played:
+        yield f"played with scripted turns: {'; '.join(played)}"
+    if any(environments_of(spec.environment, HostedEnvironment)):
+        yield (
+            f"rows, rewards and the environment's replies were stand-ins in the steps: {rest}, and plays your environment "
+            "with your model's chat template"
         )
+    else:
+        yield f"rows and rewards were stand-ins: {rest}"
+
+
+def _play_user_code(checked: Any) -> list[str]:
+    """Play the environments of a user's file; returns what was played."""
+    from sdkit.language.specs import CodeEnvironment, environments_of
+
+    if not any(environments_of(checked.spec.environment, CodeEnvironment)):
+        return []
+    from sdkit.train.environment_trial import trial_of_spec
+
+    return trial_of_spec(checked.spec, checked.base).play(make_console(), CodeEnvironment)
 
 
 def smoke_spec(checked: Any, steps: int) -> None:
@@ -180,3 +213,21 @@ def smoke_spec(checked: Any, steps: int) -> None:
         lines = run_smoke(checked.spec, make_console(), steps, checked.base)
     norms = ", ".join(f"{line['grad_norm']:.3g}" for line in lines if "grad_norm" in line)
     typer.echo(f"{checked.loaded.name}: smoke run passed, gradient norms {norms}")
+
+
+def rehearse(checked: Any, console: Any) -> None:
+    """Check all rows of a run file, call its rewards, play its environments, and smoke-run it."""
+    from sdkit.language.specs import HostedEnvironment
+    from sdkit.train.data_report import report_data
+    from sdkit.train.environment_trial import trial_of_run
+    from sdkit.train.reward_trial import try_rewards
+
+    with placing(checked):
+        data = report_data(checked.spec, checked.base, console, 0)
+        try:
+            try_rewards(data, console)
+            if data.environments:
+                trial_of_run(data, checked.base).play(console, HostedEnvironment)
+        finally:
+            data.close()
+    smoke_spec(checked, 2)

@@ -79,8 +79,20 @@ class CallFormat:
         """Returns messages as the chat template takes them: results of tools are lines of one user turn in the text protocol."""
         if self.template or not any(message.role == "tool" for message in messages):
             return messages
-        lines = [f"RESULT {m.name}: {m.content}" if m.role == "tool" else m.content for m in messages]
+        lines = [f"RESULT {m.name or ''}: {m.content}" if m.role == "tool" else m.content for m in messages]
         return [Message(role="user", content="\n".join(lines))]
+
+    def written(self, prompter: Prompter, call: Call) -> str:
+        """Returns a turn that makes a call, as the chat template writes it with its end, or the text protocol without one.
+
+        `prompter` shows these tools.
+        """
+        if self.template is None:
+            return f"CALL {call.name} {json.dumps(call.arguments, ensure_ascii=False)}"
+        question: ChatMessage = {"role": "user", "content": QUESTION}
+        before = prompter.chat(ROW, [question])
+        rendered = prompter.chat(ROW, [question, _turn_with([call])], generation_prompt=False)
+        return rendered[common_length(before, rendered) :]
 
     def read(self, tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> tuple[tuple[Call, ...], str | None]:
         """Returns the calls in a sampled turn, or why they cannot be read."""
@@ -136,15 +148,25 @@ def call_messages(
 ) -> ChatMessage:
     """Returns a dummy assistant turn that calls tools, each with one argument of these values; a name of None is any tool."""
     known = names_of(tools)
-    calls = [
+    return _turn_with(
+        [
+            Call(name=name if name in known else known[0], arguments={KEY: value})
+            for name, value in zip(names, values, strict=True)
+        ]
+    )
+
+
+def _turn_with(calls: Sequence[Call]) -> ChatMessage:
+    """An assistant turn that makes these calls, as chat templates take it."""
+    written = [
         {
             "type": "function",
             "id": f"call{number:05}",
-            "function": {"name": name if name in known else known[0], "arguments": {KEY: value}},
+            "function": {"name": call.name, "arguments": dict(call.arguments)},
         }
-        for number, (name, value) in enumerate(zip(names, values, strict=True))
+        for number, call in enumerate(calls)
     ]
-    message: Any = {"role": "assistant", "content": "", "tool_calls": calls}
+    message: Any = {"role": "assistant", "content": "", "tool_calls": written}
     return message
 
 

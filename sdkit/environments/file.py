@@ -9,21 +9,22 @@ from typing import Any, TypeGuard
 from attrs import evolve
 
 from sdkit.batches import Row
-from sdkit.environments.host import Fault, Host, Process, Request, finite
+from sdkit.environments.host import EnvironmentFault, Fault, Host, Process, Request, finite
 from sdkit.environments.interface import Message, Opened, Reply, Turn
 from sdkit.environments.tool_calls import call_fault, error_text, result_message
-from sdkit.language.errors import BadData, Place, shorten
+from sdkit.language.errors import Place, shorten
 from sdkit.language.specs import FileEnvironment, ToolsEnvironment
 
 NAMES = {"open": "reset"}
 """Calls that have another name in the class."""
+STOP_HINT = "with on_error: end only the trajectory ends"
 
 
 class UserEnvironment:
     """Hosts the code in a process for each trajectory.
 
-    Raises BadData if the file cannot be loaded, and with `on_error: stop_run` if a call fails, is late or returns anything
-    else than it should.
+    Raises BadData if the file cannot be loaded, and with `on_error: stop_run` EnvironmentFault if a call fails, is late or
+    returns anything else than it should.
     """
 
     def __init__(self, spec: FileEnvironment | ToolsEnvironment, base: Path) -> None:
@@ -65,9 +66,8 @@ class UserEnvironment:
         asked = [{"call": "get_reward", "arguments": {}} for _ in trajectories]
         for value in self._call_each(trajectories, asked):
             if not (value is None or isinstance(value, Fault) or finite(value)):
-                self._fault(
-                    "get_reward", Fault(message=f"returned {type(value).__name__}; it must return a finite number")
-                )
+                message = f"returned {type(value).__name__}; it must return a finite number"
+                self._fault("get_reward", Fault(message=message, returned=True))
             rewards.append(float(value) if finite(value) else None)
         self._call_each(trajectories, [{"call": "close", "arguments": {}} for _ in trajectories])
         for process in trajectories:
@@ -91,7 +91,8 @@ class UserEnvironment:
 
     def _opened(self, process: Process, value: Any) -> Opened:
         if not (value is None or isinstance(value, str | Fault)):
-            value = self._fault("reset", Fault(message=f"returned {shorten(value)}; it must return text or None"))
+            message = f"returned {shorten(value)}; it must return text or None"
+            value = self._fault("reset", Fault(message=message, returned=True))
         if isinstance(value, Fault):
             if process.fault is None:
                 process.fail(value)
@@ -146,14 +147,15 @@ class UserEnvironment:
         return values
 
     def _fault(self, name: str, fault: Fault) -> Fault:
-        """Raise BadData if an error ends the run."""
+        """Raise EnvironmentFault if an error ends the run."""
         if self._spec.on_error == "stop_run":
-            place = Place(self._spec.file, fault.line, 1) if fault.line else None
             what = f"{self._spec.class_name}.{name}" if isinstance(self._spec, FileEnvironment) else name
-            raise BadData(
+            raise EnvironmentFault(
                 f"{what} in {self._spec.file}: {fault.message}",
-                place=place,
-                hint="with on_error: end only the trajectory ends",
+                call=name,
+                fault=fault,
+                place=Place(self._spec.file, fault.line, 1) if fault.line else None,
+                hint=STOP_HINT,
             )
         return fault
 
@@ -168,7 +170,8 @@ class UserEnvironment:
             shown = () if text is None else (Message(role="user", content=text),)
             return Reply(messages=shown, reward=None if reward is None else float(reward), feedback=feedback)
         wanted = "text or None, or such a value, a finite number, and text or None"
-        fault = self._fault("reply", Fault(message=f"returned {shorten(value)}; it must return {wanted}"))
+        message = f"returned {shorten(value)}; it must return {wanted}"
+        fault = self._fault("reply", Fault(message=message, returned=True))
         return Reply(error=fault.message)
 
 

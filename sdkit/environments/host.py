@@ -37,6 +37,18 @@ class Fault:
     message: str
     line: int | None = None  # of the user's file
     raised: bool = False  # by the user's code, in a process that still answers
+    returned: bool = False  # by a call that must not return such a value
+
+
+class EnvironmentFault(BadData):
+    """A call of an environment failed, and `on_error: stop_run` ends the run."""
+
+    def __init__(
+        self, message: str, *, call: str, fault: Fault, hint: str | None = None, place: Place | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, place=place)
+        self.call = call  # the name of the method or the tool
+        self.fault = fault
 
 
 @define(eq=False)

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 from attrs import evolve
 
 from sdkit.batches import Row
-from sdkit.environments.file import UserEnvironment
-from sdkit.environments.host import Fault, Host, Process, finite
+from sdkit.environments.file import STOP_HINT, UserEnvironment
+from sdkit.environments.host import EnvironmentFault, Fault, Host, Process, finite
 from sdkit.environments.interface import Message, Opened, Reply, Turn
 from sdkit.language.errors import BadData, BadEnvironment
 from sdkit.language.rules.served import is_loopback
@@ -29,7 +29,7 @@ class Episodes(UserEnvironment):
     """Runs an episode for each trajectory in a process of its own.
 
     Raises BadEnvironment without the package, BadData if the environment cannot be made or reached, and with
-    `on_error: stop_run` if a call fails or is late.
+    `on_error: stop_run` EnvironmentFault if a call fails or is late.
     """
 
     def __init__(self, spec: Hosted, base: Path) -> None:
@@ -51,7 +51,7 @@ class Episodes(UserEnvironment):
     def _reply(self, value: Any) -> Reply:
         text, reward = value if isinstance(value, list) else (value, None)
         if not (reward is None or finite(reward)):
-            text = self._fault("reply", Fault(message=f"its reward is {reward}, not a finite number"))
+            text = self._fault("reply", Fault(message=f"its reward is {reward}, not a finite number", returned=True))
         if isinstance(text, Fault):
             return Reply(error=f"{self._name}: {text.message}")
         shown = () if text is None else (Message(role="user", content=text),)
@@ -71,8 +71,7 @@ class Episodes(UserEnvironment):
 
     def _fault(self, name: str, fault: Fault) -> Fault:
         if self._episodes.on_error == "stop_run":
-            hint = "with on_error: end only the trajectory ends"
-            raise BadData(f"{self._name}: {name}: {fault.message}", hint=hint)
+            raise EnvironmentFault(f"{self._name}: {name}: {fault.message}", call=name, fault=fault, hint=STOP_HINT)
         return fault
 
 

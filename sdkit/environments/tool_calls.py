@@ -19,6 +19,8 @@ TYPES: Mapping[str, tuple[type, ...]] = {
     "object": (dict,),
     "null": (type(None),),
 }
+MADE_UP: Mapping[str, Any] = {"integer": 1, "number": 1.0, "boolean": True, "object": {}, "null": None}
+"""A value of each type but text and lists."""
 
 
 def call_fault(tools: Sequence[Mapping[str, Any]], call: Call) -> str | None:
@@ -37,6 +39,24 @@ def call_fault(tools: Sequence[Mapping[str, Any]], call: Call) -> str | None:
         if not _fits(value, known[name]):
             return f"{name} of {call.name} is {shorten(value)}, which is not {_wanted(known[name])}"
     return None
+
+
+def made_up_arguments(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a value of its schema for each required argument of a tool."""
+    parameters = tool["function"]["parameters"]
+    return {name: _made_up(parameters["properties"][name]) for name in parameters.get("required", ())}
+
+
+def _made_up(schema: Mapping[str, Any]) -> Any:
+    if "anyOf" in schema:
+        return _made_up(schema["anyOf"][0])
+    if "enum" in schema:
+        return schema["enum"][0]
+    kinds = schema.get("type", "string")
+    kind = kinds if isinstance(kinds, str) else kinds[0]
+    if kind == "array":
+        return [_made_up(schema["items"])] if "items" in schema else []
+    return MADE_UP.get(kind, "text")
 
 
 def result_message(call: Call, result: str, tools: Sequence[Mapping[str, Any]]) -> Message:

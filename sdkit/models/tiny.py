@@ -23,7 +23,7 @@ def build(folder: Path, seed: int = 0, vocabulary: int = 512) -> Path:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = _tokenizer(vocabulary)
+    tokenizer = make_tokenizer(vocabulary)
     random_state = torch.get_rng_state()
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -46,7 +46,8 @@ def build(folder: Path, seed: int = 0, vocabulary: int = 512) -> Path:
     return folder
 
 
-def _tokenizer(vocabulary: int) -> Any:
+def make_tokenizer(vocabulary: int) -> Any:
+    """Return the tokenizer, whose chat template writes messages of any role and no tools."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

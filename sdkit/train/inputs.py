@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from sdkit.batches import GroupOutcome, Row, SamplingRequest, TurnOutcome
-from sdkit.data.call_formats import choose_format
 from sdkit.data.logged_chats import CompletionEncoder, control_text, encode_all
 from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import FIRST_TURN, Prompter, TeacherPrompt, check_prompts, check_repeatable
@@ -20,6 +19,7 @@ from sdkit.data.turn_ends import end_token
 from sdkit.environments import open_environments
 from sdkit.environments.interface import Environment
 from sdkit.environments.rows import check_routes, check_rows
+from sdkit.environments.tool_prompts import show_tools
 from sdkit.language import columns, specs
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
 from sdkit.language.panel import panel_suites
@@ -115,12 +115,10 @@ class RunData:
 
     def _show_tools(self, environment: specs.Environment) -> None:
         """Show the environment's tools in every prompt of the task, and prepare its observations."""
-        tools = next(iter(self.environments.values())).tools
+        opened = next(iter(self.environments.values()))
         try:
             with blaming("environment"):
-                if tools:
-                    calls = getattr(environment, "calls", specs.ToolCalls())
-                    self.prompter = self.prompter.with_tools(choose_format(self.prompter, tools, calls))
+                self.prompter = show_tools(self.prompter, opened, environment)
                 self.observations = ObservationEncoder(self.prompter, self.turn_end)
         except BaseException:
             self.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -122,7 +122,7 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
     # A spec for an accelerator may sample with vLLM, which may be missing here: use transformers.
     for_accelerator = bool(full and full.machine and full.machine.accelerator)
     spec = evolve(spec, rollout=_small_rollout(spec.rollout, for_accelerator))
-    rows = _few_rows(spec)
+    rows = stand_in_rows(spec, ["prompt", "answer", "demonstration", *_columns(spec)])
     rewards = (full and list(full.rewards)) or ["reward"]
     environment = _small_environment(spec, full and full.environment, rewards[0])
     return specs.ExperimentSpec(
@@ -160,7 +160,7 @@ OFTEN = "e"
 def _small_environment(
     spec: specs.MethodSpec, environment: specs.Environment | None, reward: str
 ) -> specs.Environment | None:
-    """Two short turns; a scripted reward stands in for a user's class, which could not do with a stand-in for a row.
+    """Two short turns; a scripted reward stands in for a user's class, which may never reward the tiny model.
 
     A method page has no environment, but terms or the teacher's context of it may need one.
     """
@@ -279,15 +279,19 @@ def _small_training(training: specs.TrainingSpec | None, steps: int, prompts: in
     )
 
 
-def _few_rows(spec: specs.MethodSpec) -> specs.DataSpec:
-    names = {"prompt", "answer", "demonstration"}
+def _columns(spec: specs.MethodSpec) -> Iterator[str]:
+    """The columns that a spec names."""
     if isinstance(spec, specs.ExperimentSpec):
-        names |= set(spec.data.columns or ())
+        yield from spec.data.columns or ()
     if column := spec.rollout.sampled_by.completion_column:
-        names.add(column)
-    names |= {slot.name for slot in spec.slots.values() if isinstance(slot, specs.ColumnSlot)}
+        yield column
+    yield from (slot.name for slot in spec.slots.values() if isinstance(slot, specs.ColumnSlot))
+
+
+def stand_in_rows(spec: specs.MethodSpec, columns: Iterable[str]) -> specs.DataSpec:
+    """Return a few rows with these columns, and with those that name a route."""
     routes = _routes(spec)
-    names |= routes.keys()
+    names = {*columns, *routes}
 
     def value(name: str, i: int) -> str | None:
         if name == "tools":  # the tiny model's chat template prints none

@@ -515,6 +515,34 @@ def test_smoke_says_what_it_did_not_try(sdkit, run_file):
     assert "rows and rewards were stand-ins" in sdkit("smoke", run_file)[1]
 
 
+GAME = """
+class Game:
+    def reset(self, **columns):
+        pass
+
+    def reply(self, text):
+        return "Again.", 0.0
+"""
+
+
+def test_smoke_plays_the_environment_of_a_users_file(sdkit, run_file):
+    written = "environment: {kind: file, file: game.py, class_name: Game}\n"
+    run_file.write_text(run_file.read_text() + written)
+    (run_file.parent / "game.py").write_text(GAME)
+    code, out, _ = sdkit("smoke", run_file, "--steps", "1")
+    assert code == 0
+    assert "environment Game in game.py, up to 3 turns, on rows 0" in out
+    assert "played with scripted turns: Game in game.py, up to 3 turns" in out
+    assert "rows, rewards and the environment's replies were stand-ins in the steps" in out
+
+    (run_file.parent / "game.py").write_text(GAME.replace("pass", "self.start = columns['begin']"))
+    for words in (("smoke", run_file), ("train", run_file, "--dry-run")):
+        code, out, err = sdkit(*words)
+        assert code == 3
+        assert "error: game.py:4:1: row 0: Game.reset in game.py: KeyError: 'begin'" in err
+        assert "step 1" not in out
+
+
 def test_bad_data_exits_with_3(sdkit, run_file, tmp_path):
     code, _, err = sdkit("train", run_file, "rollout.max_prompt_tokens=2", "--to", tmp_path / "x")
     assert code == 3
