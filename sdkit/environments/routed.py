@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from sdkit.batches import Row
 from sdkit.environments.interface import Environment, Opened, Reply, Turn
-from sdkit.language.errors import BadData
 from sdkit.language.specs import BaseEnvironment, RoutedEnvironment
 from sdkit.language.specs import Environment as EnvironmentSpec
 
@@ -27,12 +26,11 @@ class Routed:
     def __init__(self, spec: RoutedEnvironment, routes: Mapping[str, Environment]) -> None:
         self.max_turns = spec.max_turns
         self._by = spec.by
-        self._routes = routes
-        if any(route.tools for route in routes.values()):
-            raise BadData("the routes of an environment have no tools yet", hint="answer turns by `reply`")
+        self.routes = routes
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
+        """None that all rows have: each route has its own."""
         return ()
 
     def open(self, starts: Sequence[tuple[Row, int]]) -> list[Opened]:
@@ -52,7 +50,7 @@ class Routed:
         return self._spread(names, inner, lambda _, environment, part: environment.end(part))
 
     def close(self) -> None:
-        for route in self._routes.values():
+        for route in self.routes.values():
             route.close()
 
     def _spread(
@@ -60,7 +58,7 @@ class Routed:
     ) -> list[T]:
         """Returns what the call of each route returns for its items, in the order of the items."""
         values: dict[int, T] = {}
-        for name, environment in self._routes.items():
+        for name, environment in self.routes.items():
             places = [place for place, each in enumerate(names) if each == name]
             if places:
                 values |= zip(places, call(name, environment, [items[place] for place in places]), strict=True)

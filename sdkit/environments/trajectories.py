@@ -38,7 +38,7 @@ class TrajectorySampler:
 
     environment: Environment
     spec: specs.Environment
-    observations: ObservationEncoder
+    observations: Callable[[Row], ObservationEncoder]  # of a row
     end_ids: Collection[int]  # that end a turn
     decode: Callable[[Sequence[int]], str]  # without special tokens
     # The prompt of a request and its row, with a text that the environment appends.
@@ -101,6 +101,7 @@ class TrajectorySampler:
             handle=opened.handle,
             row=row.index,
             spec=route_of(self.spec, row),
+            observations=self.observations(row),
             max_new_tokens=sampling.max_new_tokens,
             prompt_ids=request.prompt_ids,
             error=opened.error,
@@ -116,9 +117,10 @@ class TrajectorySampler:
         """Return the last turn as the environment reads it; one that was cut calls no tool."""
         ids, finished = trajectory.last_turn, trajectory.ending is None
         calls, fault = (), None
-        if finished and (format := self.observations.prompter.calls):
+        prompter = trajectory.observations.prompter
+        if finished and (format := prompter.calls):
             before = (*trajectory.prompt_ids, *trajectory.ids[: -len(ids) or None])
-            calls, fault = format.read(self.observations.prompter.tokenizer, before, ids)
+            calls, fault = format.read(prompter.tokenizer, before, ids)
         return Turn(text=self.decode(ids), calls=calls, fault=fault, finished=finished)
 
     def _check_errors(self, trajectories: Sequence[Trajectory]) -> None:
@@ -145,6 +147,7 @@ class Trajectory:
     handle: Any  # what stands for it in the environment
     row: int
     spec: specs.BaseEnvironment
+    observations: ObservationEncoder
     max_new_tokens: int  # of a turn
     prompt_ids: tuple[int, ...]  # with what the environment appended
     opening: str | None = None
@@ -201,7 +204,7 @@ class Trajectory:
         else:
             closed = bool(self.ids) and self.ids[-1] in sampler.end_ids
             limit = self.spec.max_observation_tokens
-            parts = sampler.observations.encode(reply.messages, closed=closed, limit=limit)
+            parts = self.observations.encode(reply.messages, closed=closed, limit=limit)
             self._add_observation(parts, reply.seconds, sampler)
 
     def _add_observation(self, parts: Sequence[ObservationPart], seconds: float, sampler: TrajectorySampler) -> None:

@@ -64,16 +64,6 @@ def function_faults(path: str, environment: specs.ToolsEnvironment) -> Iterator[
         yield "functions" if environment.functions else "file", f"{shown}:{line}: {message}", hint
 
 
-def tool_names(path: str, environment: specs.FileEnvironment) -> list[str]:
-    """Returns the names of a class's tools as its file defines them; inherited ones are not known."""
-    tree = parsed(path, environment.file)
-    classes = [] if isinstance(tree, tuple) else [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    own = next((node for node in classes if node.name == environment.class_name), None)
-    if own is None or "reply" in [node.name for node in _functions(own.body)]:
-        return []
-    return [node.name for node in _tools(own)]
-
-
 def opens_prompts(environment: specs.Environment | None, folder: Path | str) -> bool:
     """Returns whether an environment may append a text to the first prompt: by its kind, or by what `reset` returns."""
     return any(

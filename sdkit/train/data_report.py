@@ -45,8 +45,8 @@ def report_data(spec: ExperimentSpec, base: Path, console: Console, shown: int) 
         highlight=False,
         soft_wrap=True,
     )
-    if data.prompter.calls:
-        console.print(data.prompter.calls.describe(), markup=False, highlight=False, soft_wrap=True)
+    for line in data.observations.describe() if data.observations else ():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     warn_of_control_tokens(console, data)
     if data.completions and (text := data.completions.warning(spec.rollout.max_new_tokens)):
         print_warning(console, text, f"set rollout.max_new_tokens: {data.completions.longest}, or drop these rows")

@@ -106,10 +106,11 @@ class Trial:
         environment = open_environments(spec, {None: {}}, None, self.base)[None]
         try:
             prompter = show_tools(self.prompter, environment, spec)
+            encoder = ObservationEncoder(prompter, self.end)
             sampler = TrajectorySampler(
                 environment=environment,
                 spec=spec,
-                observations=ObservationEncoder(prompter, self.end),
+                observations=lambda row: encoder,
                 end_ids=(self.end,),
                 decode=lambda ids: prompter.tokenizer.decode(ids, skip_special_tokens=True),
                 opened_prompt=self.opened_prompt or _without_limit(prompter),
@@ -123,7 +124,7 @@ class Trial:
 
     def _play_script(self, console: Console, sampler: TrajectorySampler, name: str, row: Row, turns: Script) -> bool:
         """Play one trajectory, and print what it has; False if it could not begin."""
-        prompter = sampler.observations.prompter
+        prompter = sampler.observations(row).prompter
         request = SamplingRequest(prompt_ids=prompter.student_ids(row), seed=row.index)
         try:
             backend = _ScriptedTurns(chain(turns, repeat(turns[-1])))
@@ -146,7 +147,7 @@ class Trial:
 
     def _scripts(self, sampler: TrajectorySampler, rows: Sequence[Row]) -> Iterator[tuple[str, Row, Script]]:
         """Yields trajectories to play, each with its name and row."""
-        prompter = sampler.observations.prompter
+        prompter = sampler.observations(rows[0]).prompter
         answer = (*prompter.text_ids(ANSWER), self.end)
         for tool in sampler.environment.tools:
             call = Call(name=tool["function"]["name"], arguments=made_up_arguments(tool))

@@ -11,7 +11,6 @@ from typing import Any
 
 from sdkit.batches import GroupOutcome, Row, SamplingRequest, TurnOutcome
 from sdkit.data.logged_chats import CompletionEncoder, control_text, encode_all
-from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import FIRST_TURN, Prompter, TeacherPrompt, check_prompts, check_repeatable
 from sdkit.data.rows import drop_duplicates, drop_overlap, fingerprint, load_rows, positions
 from sdkit.data.thinking import answer_text
@@ -19,7 +18,7 @@ from sdkit.data.turn_ends import end_token
 from sdkit.environments import open_environments
 from sdkit.environments.interface import Environment
 from sdkit.environments.rows import check_routes, check_rows
-from sdkit.environments.tool_prompts import show_tools
+from sdkit.environments.tool_prompts import ObservationEncoders, open_encoders
 from sdkit.language import columns, specs
 from sdkit.language.errors import BadData, blaming, first_of, outside, shorten
 from sdkit.language.panel import panel_suites
@@ -99,7 +98,7 @@ class RunData:
         self.train_rewards = self._open_rewards(spec.rewards, columns.training_rewards(spec), spec.data, base)
         self.environments = self.open_environments(base)
         self.plain_prompter = self.prompter  # of the panel, which has no environment and no tools
-        self.observations: ObservationEncoder | None = None
+        self.observations: ObservationEncoders | None = None
         if spec.environment:
             self._show_tools(spec.environment)
         self.user_weights = open_user_weights(spec.losses, base)  # by term
@@ -114,19 +113,23 @@ class RunData:
         self._opening: dict[int, str] = {}  # the thinking tag that a row's prompt leaves open
 
     def _show_tools(self, environment: specs.Environment) -> None:
-        """Show the environment's tools in every prompt of the task, and prepare its observations."""
+        """Show the environment's tools in the prompts of the task, and prepare its observations."""
         opened = next(iter(self.environments.values()))
         try:
-            with blaming("environment"):
-                self.prompter = show_tools(self.prompter, opened, environment)
-                self.observations = ObservationEncoder(self.prompter, self.turn_end)
+            self.observations = open_encoders(self.prompter, self.turn_end, environment, opened)
+            self.prompter = self.observations.show_tools(self.prompter)
         except BaseException:
             self.close()
             raise
 
     def set_date(self, now: datetime) -> None:
         """Set the date that chat templates print."""
-        self.prompter.now = self.plain_prompter.now = now
+        for prompter in (
+            self.prompter,
+            self.plain_prompter,
+            *(self.observations.prompters if self.observations else ()),
+        ):
+            prompter.now = now
 
     def open_environments(self, base: Path) -> dict[str | None, Environment]:
         """The environment of the training rows (None) and of each suite of the task, which asks its rewards as they are.

@@ -233,8 +233,8 @@ def print_objective_card(
     lines = [f"[bold]{escape(line)}[/]" for line in plan.objective]
     lines += [escape(line) for line in plan.roles]
     lines += [f"[dim]derived: {escape(line)}[/]" for line in plan.derived]
-    if data.prompter.calls:
-        lines.append(f"[dim]derived: {escape(data.prompter.calls.describe())}[/]")
+    if data.observations:
+        lines += [f"[dim]derived: {escape(line)}[/]" for line in data.observations.describe()]
     if data.dropped:
         lines.append(f"[dim]derived: {data.dropped} training rows dropped, their prompts are held out[/]")
     for name, repeats in data.dropped_repeats.items():

@@ -30,7 +30,7 @@ def trajectory_sampler(
     return TrajectorySampler(
         environment=environment,
         spec=spec,
-        observations=data.observations,
+        observations=data.observations.of,
         end_ids=models.end_ids,
         decode=partial(data.tokenizer.decode, skip_special_tokens=True),
         opened_prompt=partial(data.opened_prompt, by_teacher=by_teacher),

@@ -11,7 +11,7 @@ from toolchats import HARMONY, LLAMA, QWEN, tokenizer_with
 from transformers import AutoTokenizer
 
 from sdkit.batches import Completion, Row, SamplingParams, SamplingRequest
-from sdkit.data.call_formats import choose_format
+from sdkit.data.call_formats import CallFormat, choose_format, names_of
 from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import Prompter
 from sdkit.data.turn_ends import end_token
@@ -19,7 +19,18 @@ from sdkit.environments.file import UserEnvironment
 from sdkit.environments.interface import Turn
 from sdkit.environments.trajectories import TrajectorySampler
 from sdkit.language.errors import BadData
-from sdkit.language.specs import EnvironmentReward, FileEnvironment, ReplayBackend, Table, ToolCalls, ToolsEnvironment
+from sdkit.language.specs import (
+    EnvironmentReward,
+    ExactReward,
+    FileEnvironment,
+    InlineSource,
+    ReplayBackend,
+    RetryEnvironment,
+    RoutedEnvironment,
+    Table,
+    ToolCalls,
+    ToolsEnvironment,
+)
 from sdkit.spans import Call, check_spans
 
 SHOP = '''
@@ -280,7 +291,7 @@ def test_tokens_of_a_trajectory_are_exact(open_shop, tiny_tokenizer, make_row, p
     wanted = tuple(Call(name="stock", arguments={}) for _ in range(min(2, prompter.calls.most)))
     calling(monkeypatch, lambda _: wanted)
     end = end_token(tokenizer, {})
-    backend = RandomTurns(tokenizer, end)
+    backend, encoder = RandomTurns(tokenizer, end), ObservationEncoder(prompter, end)
     sampler = TrajectorySampler(
         environment=environment,
         spec=FileEnvironment(
@@ -290,7 +301,7 @@ def test_tokens_of_a_trajectory_are_exact(open_shop, tiny_tokenizer, make_row, p
             max_observation_tokens=64,
             max_error_share=0.0,
         ),
-        observations=ObservationEncoder(prompter, end),
+        observations=lambda row: encoder,
         end_ids=(end,),
         decode=tokenizer.decode,
         opened_prompt=lambda request, row, text: prompter.student_ids(row.with_opening(text)),
@@ -329,8 +340,6 @@ def spec_of(folder, home, **changes):
 
 def calling(monkeypatch, turns):
     """Puts calls in the place of what is read from each turn; a turn in which nothing is scripted calls nothing."""
-    from sdkit.data.call_formats import CallFormat
-
     read = CallFormat.read
 
     def scripted(self, tokenizer, prompt, ids):
@@ -367,6 +376,54 @@ def test_run_with_tools_shows_them_to_student_and_teacher(tiny_folder, process_g
     spec = spec_of(tiny_folder, tmp_path)
     replayed = evolve(spec, rollout=evolve(spec.rollout, backend=ReplayBackend(run=str(run))))
     assert metrics(train(replayed, tmp_path / "again")) == metrics(run)
+
+
+def test_each_route_shows_and_calls_its_own_tools(tiny_folder, process_group, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sums.py").write_text(FUNCTIONS)
+    calls = {"buy": Call(name="buy", arguments={"count": 1}), "add": Call(name="add", arguments={"a": 2, "b": 3})}
+    read = CallFormat.read
+
+    def scripted(self, tokenizer, prompt, ids):
+        read(self, tokenizer, prompt, ids)
+        return tuple(call for name, call in calls.items() if name in names_of(self.tools)), None
+
+    monkeypatch.setattr(CallFormat, "read", scripted)
+    spec = spec_of(tiny_folder, tmp_path)
+    short = {"max_observation_tokens": 64, "max_turns": 2}
+    names = ("shop", "sums", "again")
+    rows = tuple(Table({**row, "task": names[i % 3]}) for i, row in enumerate(spec.data.source.rows))
+    routes = {
+        "shop": spec.environment,
+        "sums": ToolsEnvironment(file="sums.py", functions=("add",), **short),
+        "again": RetryEnvironment(threshold=2.0, **short),
+    }
+    spec = evolve(
+        spec,
+        data=evolve(spec.data, source=InlineSource(rows=rows), columns=Table({**spec.data.columns, "task": "task"})),
+        rewards=Table({"right": ExactReward(answer="answer")}),
+        environment=RoutedEnvironment(by="task", routes=Table(routes)),
+        training=training(steps=1, prompts_per_step=6),
+    )
+    run = train(spec, tmp_path / "run")
+    (recorded,) = (run / "rollouts").iterdir()
+    decode = AutoTokenizer.from_pretrained(tiny_folder).decode
+    records = lines(recorded)
+    for record in records:
+        route = names[record["row"] % 3]
+        for ids in (record["prompt_ids"], record["teacher_prompt_ids"]):
+            shown = {name for name in (*calls, "shout") if f"- {name}: " in decode(ids)}
+            assert shown == {"shop": {"buy"}, "sums": {"add"}, "again": set()}[route]
+        shown = [
+            (s["role"], decode(record["completion_ids"][slice(*s["body"])])) for s in record["spans"] if s["body"]
+        ]
+        begins = {
+            "shop": ("tool", "RESULT buy: 1 red"),
+            "sums": ("tool", "RESULT add: 5"),
+            "again": ("user", "That is"),
+        }
+        assert all((role, text[: len(begins[route][1])]) == begins[route] for role, text in shown)
+    assert {names[r["row"] % 3] for r in records if len(r["spans"]) > 1} == set(names)
 
 
 def test_turn_that_was_cut_calls_no_tool(tiny_folder, process_group, tmp_path, monkeypatch):

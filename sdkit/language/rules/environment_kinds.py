@@ -6,13 +6,12 @@ import os
 from collections.abc import Iterator
 
 from sdkit.language import specs
-from sdkit.language.errors import Path, did_you_mean, listed, outside, shorten, spelled
+from sdkit.language.errors import Path, did_you_mean, outside, shorten, spelled
 from sdkit.language.rules.base import Context, Finding, at_user_file, columns_of, run_rule
 from sdkit.language.rules.prompts import template_faults
 from sdkit.language.rules.served import address_faults
 from sdkit.language.templates import TemplateError, fields, parse
 from sdkit.language.user_functions import file_fault_of
-from sdkit.language.user_tools import tool_names
 
 OBSERVATION_FIELDS = {"gymnasium": ["observation", "render"], "openenv": ["observation"]}
 UNPARSABLE_FIELDS = {"gymnasium": ["actions"], "openenv": ["actions", "error"]}
@@ -26,18 +25,6 @@ def environment_route(spec: specs.ExperimentSpec, context: Context) -> Iterator[
     if not isinstance(spec.environment, specs.RoutedEnvironment):
         return
     yield from _unmapped(spec, ("environment", "by"), spec.environment.by)
-
-
-@run_rule("the environment of a route has no tools")
-def environment_route_tools(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Tools are shown in every prompt of a run, also in those of the other routes."""
-    if isinstance(spec.environment, specs.RoutedEnvironment):
-        for path, environment in specs.environments_of(spec.environment, specs.FileEnvironment):
-            if names := tool_names(context.file(environment.file), environment):
-                message = (
-                    f"class {environment.class_name} has the tools {listed(names)}, which a route cannot have yet"
-                )
-                yield (*path, "class_name"), message, "answer turns by `reply`"
 
 
 def _unmapped(spec: specs.ExperimentSpec, where: Path, name: str) -> Iterator[Finding]:

@@ -146,9 +146,9 @@ def environment_tools(spec: specs.ExperimentSpec, context: Context) -> Iterator[
     """The file is parsed, not executed.  A tool has a docstring that describes every argument, and a type for each: the model
     is shown both.
     """
-    if isinstance(spec.environment, specs.ToolsEnvironment):
-        for fault in function_faults(context.file(spec.environment.file), spec.environment):
-            yield from at_user_file(("environment",), context, spec.environment.file, fault)
+    for path, environment in specs.environments_of(spec.environment, specs.ToolsEnvironment):
+        for fault in function_faults(context.file(environment.file), environment):
+            yield from at_user_file(path, context, environment.file, fault)
 
 
 @run_rule("prompts to which an environment appends have a limit")

@@ -138,17 +138,23 @@ class VerifiersEnvironment(EpisodeEnvironment):
         return f"verifiers {self.id}, up to {self.max_turns} turns"
 
 
-Route = RetryEnvironment | FileEnvironment | GymnasiumEnvironment | OpenEnvEnvironment | VerifiersEnvironment
-OneEnvironment = Route | ToolsEnvironment
+OneEnvironment = (
+    RetryEnvironment
+    | FileEnvironment
+    | ToolsEnvironment
+    | GymnasiumEnvironment
+    | OpenEnvEnvironment
+    | VerifiersEnvironment
+)
 
 
 @frozen(kw_only=True)
 class RoutedEnvironment(Component):
-    """A different environment for each value of a data column, with limits of its own."""
+    """A different environment for each value of a data column, with limits and tools of its own."""
 
     kind: ClassVar[str] = "routed"
     by: str = spec_field("sdkit's name of the column", range=NAME)
-    routes: Table[Route] = spec_field("environment for each value of the column", range=NOT_EMPTY, names=NAME)
+    routes: Table[OneEnvironment] = spec_field("environment for each value of the column", range=NOT_EMPTY, names=NAME)
 
     @property
     def opens_prompts(self) -> bool:
@@ -198,7 +204,7 @@ class RoutedEnvironment(Component):
         return f"by column {self.by} ({routes})"
 
 
-Environment = OneEnvironment | ToolsEnvironment | RoutedEnvironment
+Environment = OneEnvironment | RoutedEnvironment
 
 
 def environments_of(spec: Environment | None, *kinds: type[T]) -> Iterator[tuple[tuple[str, ...], T]]:
