@@ -79,7 +79,9 @@ class CallFormat:
         """Returns messages as the chat template takes them: results of tools are lines of one user turn in the text protocol."""
         if self.template or not any(message.role == "tool" for message in messages):
             return messages
-        lines = [f"RESULT {m.name or ''}: {m.content}" if m.role == "tool" else m.content for m in messages]
+        lines = [
+            f"RESULT{f' {m.name}' if m.name else ''}: {m.content}" if m.role == "tool" else m.content for m in messages
+        ]
         return [Message(role="user", content="\n".join(lines))]
 
     def written(self, prompter: Prompter, call: Call) -> str:
