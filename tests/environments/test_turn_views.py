@@ -35,6 +35,7 @@ from sdkit.data.turn_ends import end_token
 from sdkit.data.turn_outcomes import turn_outcomes
 from sdkit.language.specs import (
     AnswerStart,
+    ColumnSlot,
     EarlierTurns,
     EmaWeights,
     ExternalWeights,
@@ -187,6 +188,44 @@ def test_rows_of_turns_equal_prompts_built_one_by_one(open_trainer, kind):
     assert several
     sampled = sum(len(r.sampled) for r in batch)
     assert compared < sampled  # turns without feedback have no teacher
+
+
+EVERY_TURN = UserTurn(
+    every_turn=True, template="{prompt} Hint: {answer}!", slots=Table({"answer": ColumnSlot(name="answer")})
+)
+
+
+def test_a_column_may_stand_in_the_last_user_turn_of_every_turn(open_trainer):
+    trainer = open_trainer(EVERY_TURN)
+    tokenizer = trainer.setup.data.tokenizer
+    batch = collect(trainer).batch
+    several = 0
+    for each in batch:
+        sampled = [span for span in each.spans if span.sampled and span.end > span.start]
+        assert [(view.start, view.end) for view in each.views] == [(span.start, span.end) for span in sampled]
+        added = tuple(tokenizer(f" Hint: {each.row.columns['answer']}!")["input_ids"])
+        first, *later = each.views
+        assert first.prompt_ids == trainer.setup.data.teacher_ids(each.row) == each.teacher_prompt_ids
+        for view in later:
+            end = [s.body for s in each.spans if s.body and s.end <= view.start][-1][1]
+            history = each.completion_ids[:end], each.completion_ids[end : view.start]
+            assert view.prompt_ids == (*each.prompt_ids, *history[0], *added, *history[1])
+        several += bool(later)
+    assert several
+    loss, gradient = loss_and_gradient(trainer, prepare_rollouts(trainer, batch))
+    assert loss > 0
+    assert any(value.any() for value in gradient.values())
+
+
+def test_the_template_may_begin_every_answer(tiny_tokenizer, make_row):
+    prompter, row = Prompter(tiny_tokenizer, {}), make_row("Q", answer="7")
+    ids, spans = trajectory(prompter, tiny_tokenizer, ["No."], ["Nor that."])
+    sees = AnswerStart(every_turn=True, template="({answer}) ", slots=EVERY_TURN.slots)
+    completion = Completion(ids=ids, logprobs=None, finished=True, spans=spans)
+    start = tuple(tiny_tokenizer("(7) ")["input_ids"])
+    for span, turn in turn_outcomes(completion, tiny_tokenizer.decode):
+        view = prompter.teacher_ids(row, sees, None, turn).ids
+        assert view == (*prompter.student_ids(row), *ids[: span.start], *start)
 
 
 def test_only_turns_with_a_teacher_are_distilled(open_trainer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdkit.language import specs
-from sdkit.language.columns import scores_training_rows, training_reward
+from sdkit.language.columns import logs_chats, scores_training_rows, training_reward
 from sdkit.language.errors import did_you_mean, listed, outside, shorten, spelled
 from sdkit.language.rules.base import Context, Finding, at_user_file, reward_advantages, run_rule, slots, terms
 from sdkit.language.rules.prompts import template_faults
@@ -183,10 +183,13 @@ def environment_gives_reward(spec: specs.ExperimentSpec, context: Context) -> It
 @run_rule("a context that differs by turn has turns")
 def turn_context(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
     """Feedback on each turn comes from the environment, and so does what followed a turn, unless the data set has chats
-    of several turns.  Without it every such slot would be empty.
+    of several turns.  Without it every such slot would be empty, and `every_turn` would name the only one.
     """
     if spec.environment is not None:
         return
+    if isinstance(spec.sees, specs.MovingContext) and spec.sees.every_turn and not logs_chats(spec):
+        message = "completions have one turn: there is no environment, and no logged chat"
+        yield ("teacher", "sees", "every_turn"), message, "add environment: …, or remove every_turn"
     for path, slot in slots(spec, specs.Feedback):
         if slot.of == "turn":
             yield (

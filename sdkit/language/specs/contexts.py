@@ -151,7 +151,7 @@ class Context(Component):
 
     @property
     def by_turn(self) -> bool:
-        """Whether the teacher sees something else for each turn of a trajectory."""
+        """Whether the teacher has a prompt of its own for each turn of a trajectory."""
         return any(map(is_by_turn, self.slots.values()))
 
     def describe(self) -> str:
@@ -160,8 +160,23 @@ class Context(Component):
 
 
 @frozen(kw_only=True)
-class UserTurn(Context):
-    """The template replaces the last user message: of the prompt, or before the turn where a slot differs by turn."""
+class MovingContext(Context):
+    """A context that can stand at each turn of a trajectory."""
+
+    every_turn: bool = spec_field(
+        "whether the template stands at every turn of a trajectory, not only at the first; this takes one teacher row a turn, "
+        "and slots that differ by turn ask for it by themselves",
+        default=False,
+    )
+
+    @property
+    def by_turn(self) -> bool:
+        return self.every_turn or super().by_turn
+
+
+@frozen(kw_only=True)
+class UserTurn(MovingContext):
+    """The template replaces the last user message: of the prompt, or with `every_turn` the last one before the turn."""
 
     kind: ClassVar[str] = "user_turn"
     description: ClassVar[str] = "in the user turn"
@@ -192,8 +207,8 @@ class EarlierTurns(Context):
 
 
 @frozen(kw_only=True)
-class AnswerStart(Context):
-    """The template begins the assistant's answer; the completion follows it."""
+class AnswerStart(MovingContext):
+    """The template begins the assistant's answer, with `every_turn` that of each turn; what was sampled follows it."""
 
     kind: ClassVar[str] = "answer_start"
     description: ClassVar[str] = "at the start of the answer"
