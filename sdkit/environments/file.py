@@ -67,7 +67,7 @@ class UserEnvironment:
         for value in self._call_each(trajectories, asked):
             if not (value is None or isinstance(value, Fault) or finite(value)):
                 message = f"returned {type(value).__name__}; it must return a finite number"
-                self._fault("get_reward", Fault(message=message, returned=True))
+                self._fault("get_reward", Fault(message=message, misfit=True))
             rewards.append(float(value) if finite(value) else None)
         self._call_each(trajectories, [{"call": "close", "arguments": {}} for _ in trajectories])
         for process in trajectories:
@@ -92,7 +92,7 @@ class UserEnvironment:
     def _opened(self, process: Process, value: Any) -> Opened:
         if not (value is None or isinstance(value, str | Fault)):
             message = f"returned {shorten(value)}; it must return text or None"
-            value = self._fault("reset", Fault(message=message, returned=True))
+            value = self._fault("reset", Fault(message=message, misfit=True))
         if isinstance(value, Fault):
             if process.fault is None:
                 process.fail(value)
@@ -171,7 +171,7 @@ class UserEnvironment:
             return Reply(messages=shown, reward=None if reward is None else float(reward), feedback=feedback)
         wanted = "text or None, or such a value, a finite number, and text or None"
         message = f"returned {shorten(value)}; it must return {wanted}"
-        fault = self._fault("reply", Fault(message=message, returned=True))
+        fault = self._fault("reply", Fault(message=message, misfit=True))
         return Reply(error=fault.message)
 
 

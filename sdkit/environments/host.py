@@ -37,7 +37,7 @@ class Fault:
     message: str
     line: int | None = None  # of the user's file
     raised: bool = False  # by the user's code, in a process that still answers
-    returned: bool = False  # by a call that must not return such a value
+    misfit: bool = False  # the code does not take these arguments, or must not return such a value
 
 
 class EnvironmentFault(BadData):
@@ -217,7 +217,7 @@ class Host:
         try:
             answer = json.loads(line)
             if "error" in answer:
-                return Fault(message=answer["error"], line=answer["line"], raised=True)
+                return Fault(message=answer["error"], line=answer["line"], raised=True, misfit=answer["misfit"])
             return (answer["value"],)
         except (ValueError, KeyError, TypeError):
             return Fault(message="an answer that is no JSON")

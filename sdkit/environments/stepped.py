@@ -51,7 +51,7 @@ class Episodes(UserEnvironment):
     def _reply(self, value: Any) -> Reply:
         text, reward = value if isinstance(value, list) else (value, None)
         if not (reward is None or finite(reward)):
-            text = self._fault("reply", Fault(message=f"its reward is {reward}, not a finite number", returned=True))
+            text = self._fault("reply", Fault(message=f"its reward is {reward}, not a finite number", misfit=True))
         if isinstance(text, Fault):
             return Reply(error=f"{self._name}: {text.message}")
         shown = () if text is None else (Message(role="user", content=text),)

@@ -6,7 +6,7 @@ The code is {"class": name, "arguments": …}, or {"functions": names} for plain
 Standard input is a Unix socket.  The first line on it answers with the schemas of the tools.  Then each message brings a
 socket of one trajectory's own, and is answered with the number of the process that serves it.  On that socket each line is a
 request {"call": name, "arguments": …}, for a tool with "tool": true, answered by a line {"value": …} or {"error": …, "line":
-…}.  Every process ends when its socket closes.  Only the standard library is imported here, and transformers for the schemas
+…, "misfit": …}.  Every process ends when its socket closes.  Only the standard library is imported here, and transformers for the schemas
 of tools: no trainer's state can be reached from a user's file.
 """
 
@@ -29,6 +29,8 @@ from typing import Any
 
 OWN = ("reset", "reply", "get_reward", "close")
 """Methods of an environment, which are no tools."""
+OURS = (__file__, json.__file__, json.encoder.__file__)
+"""Files in which an error is raised if a call does not fit the user's code: other arguments, or a value that is no JSON."""
 
 
 def main(path: str, code: dict[str, Any], folders: list[str]) -> None:
@@ -157,7 +159,8 @@ def _line(answer: dict[str, Any]) -> bytes:
 def _failure(error: BaseException, path: str) -> dict[str, Any]:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
-    return {"error": f"{type(error).__name__}: {error}", "line": lines[-1] if lines else None}
+    misfit = all(frame.filename in OURS for frame in frames)
+    return {"error": f"{type(error).__name__}: {error}", "line": lines[-1] if lines else None, "misfit": misfit}
 
 
 if __name__ == "__main__":

@@ -84,9 +84,7 @@ class Trial:
             rows = self._rows_of(whole, path)
             limits = {"max_turns": min(spec.max_turns, TURNS), "max_trajectory_tokens": None}
             if not rows:
-                console.print(
-                    f"environment {spec.describe()}: not played, no row names it", markup=False, highlight=False
-                )
+                console.print(f"environment {spec.describe()}: it has no row to play", markup=False, highlight=False)
                 continue
             which = f"{'row' if self.rows_are_real else 'stand-in row'}{'s' if len(rows) > 1 else ''}"
             numbers = ", ".join(str(row.index) for row in rows)
@@ -140,10 +138,8 @@ class Trial:
 
     def _is_excused(self, error: EnvironmentFault) -> bool:
         """Whether what failed may work on what a model writes, or on other rows."""
-        fault = error.fault
-        if fault.returned or (fault.raised and fault.line is None):  # the user's code was not even called
-            return False
-        return error.call not in BY_CLASS or (error.call == "reset" and not self.rows_are_real)
+        made_up = error.call not in BY_CLASS or (error.call == "reset" and not self.rows_are_real)
+        return made_up and not error.fault.misfit
 
     def _scripts(self, sampler: TrajectorySampler, rows: Sequence[Row]) -> Iterator[tuple[str, Row, Script]]:
         """Yields trajectories to play, each with its name and row."""
@@ -227,4 +223,6 @@ def trial_of_spec(spec: specs.ExperimentSpec, base: Folder) -> Trial:
     file = base / source.path if isinstance(source, specs.FileSource) else None
     are_real = isinstance(source, specs.InlineSource) or bool(file and file.is_file() and file.stat().st_size <= START)
     rows = load_rows(spec.data if are_real else stand_in_rows(spec, list(spec.data.columns or ())), base)
+    # The tokenizer's chat template prints no tools and no calls of the data.
+    rows = [evolve(row, tools=()) for row in rows if not any(m.get("tool_calls") for m in row.messages)]
     return Trial(spec=spec, base=base, rows=rows, rows_are_real=are_real, prompter=Prompter(tokenizer, {}), end=end)

@@ -12,7 +12,8 @@ from sdkit.data.turn_ends import end_token
 from sdkit.environments.tool_calls import call_fault, made_up_arguments
 from sdkit.language.errors import BadData
 from sdkit.language.load import load_spec
-from sdkit.language.specs import CodeEnvironment, HubSource
+from sdkit.language.specs import CodeEnvironment, HubSource, InlineSource, Table
+from sdkit.spans import Call
 from sdkit.train.environment_trial import trial_of_spec
 
 SHOP = '''
@@ -144,6 +145,14 @@ def test_failure_on_what_was_made_up_is_a_warning(play):
     assert any("Guess.reply in code.py: ValueError" in line for line in lines)
 
 
+def test_failure_of_an_inherited_tool_is_a_warning(play, tmp_path):
+    (tmp_path / "base.py").write_text(SHOP.replace("self.left -= count", RAISES).replace("Shop", "Base"))
+    lines, _ = play("from base import Base\n\n\nclass Shop(Base):\n    pass\n", "Shop")
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning: buy(count=1, kind='red', notes=['text']): Shop.buy in code.py: ValueError: sold out"
+    ]
+
+
 def test_reset_may_fail_on_a_row_that_is_a_stand_in(play):
     def from_hub(spec):
         return evolve(spec, data=evolve(spec.data, source=HubSource(path="some/where", split="train")))
@@ -158,6 +167,27 @@ def test_reset_may_fail_on_a_row_that_is_a_stand_in(play):
     assert "warning" not in "".join(lines)
 
 
+def test_tools_and_calls_of_the_data_are_left_out(play):
+    """The tokenizer of a smoke run prints none."""
+    schema = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {}}}
+    calling = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "Nothing."},
+    ]
+    rows = ({"question": calling, "secret": "3"}, {"question": "Buy.", "secret": "4"})
+
+    def with_tools(spec):
+        tools = [{"type": "function", "function": schema}]
+        source = InlineSource(rows=tuple(Table({**row, "tools": tools}) for row in rows))
+        columns = Table({**spec.data.columns, "tools": "tools"})
+        return evolve(spec, data=evolve(spec.data, source=source, columns=columns))
+
+    lines, _ = play(GUESS, "Guess", changed=with_tools)
+    assert lines[0].endswith("on row 1:")
+
+
 def test_made_up_arguments_fit_their_schemas():
     properties = {
         "a": {"type": "integer"},
@@ -170,8 +200,6 @@ def test_made_up_arguments_fit_their_schemas():
     }
     parameters = {"properties": properties, "required": list("abcdef")}
     tool = {"function": {"name": "tool", "parameters": parameters}}
-    from sdkit.spans import Call
-
     made = made_up_arguments(tool)
     assert list(made) == list("abcdef")
     assert call_fault([tool], Call(name="tool", arguments=made)) is None
