@@ -15,7 +15,7 @@ from attrs import evolve, field, fields, frozen
 
 from sdkit.language.errors import BadData
 from sdkit.language.row_text import Fault, text_of
-from sdkit.spans import Ending, Span, check_spans, sampled_positions
+from sdkit.spans import ASSISTANT, Ending, Span, check_spans, sampled_positions
 from sdkit.stdout import Advance, no_progress
 
 if TYPE_CHECKING:  # rows are checked without torch
@@ -83,6 +83,8 @@ class TurnOutcome:
     last_user: tuple[int, int] | None = None  # where `history` has the text of its last user turn, if it has one
     feedback: str | None = None  # on the turn
     later: Sequence[Sequence[tuple[str, str]]] = ()  # of each turn from this one on: role and text of what followed it
+    number: int = 1
+    written: str = ""  # the writer's answer about the rollout; empty: it failed, or there is none
 
 
 @frozen(kw_only=True)
@@ -122,6 +124,12 @@ class Completion:
     unanswered: tuple[tuple[str, str], ...] = ()  # role and text of what followed the last turn, which nothing answers
     reward: float | None = None  # of a trajectory, if its environment gives one
     opening: str | None = None  # what a trajectory's environment appended to the last user message of its prompt
+    written: str | None = None  # a writer's answer about it; empty: it failed; None: not asked
+
+    @property
+    def parts(self) -> Sequence[Span]:
+        """The spans; without any, one of all tokens."""
+        return self.spans or (Span(role=ASSISTANT, turn=1, start=0, end=len(self.ids)),)
 
     @property
     def sampled(self) -> Sequence[int]:
@@ -169,6 +177,7 @@ class Rollout:
     views: tuple[View, ...] = ()  # of a teacher whose context differs by turn, ascending; none: see `teacher_views`
     environment_reward: float | None = None
     opening: str | None = None  # what its environment appended to the prompt; `row` has it, too
+    written: str | None = None  # a writer's answer about it; empty: it failed; None: not asked
     # One per completion token, as all values per token; arbitrary where it was not sampled.
     sampler_logprobs: tuple[float, ...] | None
     # Computed by the trainer, before the first update on this batch.

@@ -45,7 +45,7 @@ CHAPTERS: list[tuple[str, list[Any]]] = [
     ("Which engine samples?", [specs.Backend]),
     ("Which rollouts are trained on?", [specs.Keep]),
     ("Which weights does the teacher have?", [specs.TeacherSpec, specs.TeacherWeights]),
-    ("What does the teacher see?", [specs.Sees, specs.Turn, specs.Slot]),
+    ("What does the teacher see?", [specs.Sees, specs.Turn, specs.Slot, specs.Writer]),
     ("What is the teacher blended with?", [specs.Blend]),
     ("What is the loss?", [specs.Loss]),
     ("What is compared?", [specs.Divergence, specs.DivergenceClip, specs.Support]),

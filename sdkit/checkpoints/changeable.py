@@ -17,15 +17,31 @@ _OUTPUT_AND_LIMITS: Sequence[SpecPath] = (
 )
 """What a run writes, how long ranks wait, and how much memory a pass takes: these may change on resume and on replay."""
 
+WRITER_CONNECTION: Sequence[SpecPath] = tuple(
+    ("teacher", "sees", "writer", key)
+    for key in (
+        "url",
+        "key_from",
+        "allow_remote",
+        "requests_at_once",
+        "request_seconds",
+        "retries",
+        "deadline_seconds",
+        "max_failed_share",
+    )
+)
+"""How the writer of a teacher's context is reached, and when it has failed; not what it is asked."""
+
 CHANGEABLE_ON_RESUME: Sequence[SpecPath] = (
     *_OUTPUT_AND_LIMITS,
     *(("rollout", "backend", key) for key in ("urls", "key_from", "allow_remote", "folder", "deadline_seconds")),
+    *WRITER_CONNECTION,
     ("training", "steps"),
     ("training", "epochs"),
     ("model", "activation_checkpointing"),
 )
 """Keys that may change on resume, with all keys below them: the run's length and output, its time limit and memory settings,
-and the addresses of its rollout servers."""
+and how its servers for rollouts and written contexts are reached."""
 
 CHANGEABLE_ON_REPLAY: Sequence[SpecPath] = (
     *_OUTPUT_AND_LIMITS,

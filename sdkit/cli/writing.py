@@ -51,6 +51,9 @@ def new(
     teacher: Annotated[
         list[str] | None, typer.Option(help="The teacher, if it is another model.", show_default=False)
     ] = None,
+    writer: Annotated[
+        str | None, typer.Option(help="The model that writes about rollouts, if one does.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -77,6 +80,7 @@ def new(
         columns=_pairs(column or ()),
         reward=reward,
         teachers=teacher or (),
+        writer=writer,
         max_new_tokens=max_new_tokens,
         steps=steps,
     )

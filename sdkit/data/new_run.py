@@ -81,6 +81,7 @@ class Answers:
     columns: Mapping[str, str] = field(factory=dict)  # sdkit's name → the data's
     reward: str | None = None  # a kind of REWARDS, or FILE.py:FUNCTION
     teachers: Sequence[str] = ()  # models, in the order of the page's routes
+    writer: str | None = None  # the model that writes slots of the context, by its server's name for it
     max_new_tokens: int | None = None
     steps: int | None = None
 
@@ -295,12 +296,29 @@ def _method_parts(page: MethodPage, answers: Answers, folder: Path, ask: Ask | N
         for key in path[1:]:
             inner = inner.setdefault(key, {})
         inner["path"] = _model_path(model, folder)
+    sees: dict[str, Any] = {}
+    comments: dict[str, str] = {}
     if page.spec.sees and prompt != page.spec.sees.max_prompt_tokens:
-        teacher["sees"] = {"max_prompt_tokens": prompt}
-    if teacher:
-        comments = {"sees": " # with the completion, the model's whole context"}
-        lines = [f"  {key}: {compact(value, flow=True)}{comments.get(key, '')}" for key, value in teacher.items()]
-        yield "\n".join(["teacher:", *lines])
+        sees["max_prompt_tokens"] = prompt
+        comments["max_prompt_tokens"] = " # with the completion, the model's whole context"
+    if writer := _writer(page, answers, ask):
+        sees["writer"] = writer
+        comments["writer"] = " # of the server at http://127.0.0.1:8000, if no url names another"
+    if teacher or sees:
+        lines = [f"  {key}: {compact(value, flow=True)}" for key, value in teacher.items()]
+        inner = [f"    {key}: {compact(value, flow=True)}{comments[key]}" for key, value in sees.items()]
+        yield "\n".join(["teacher:", *lines, *(["  sees:", *inner] if inner else [])])
+
+
+def _writer(page: MethodPage, answers: Answers, ask: Ask | None) -> dict[str, str] | None:
+    """What the run file says of the context's writer; None if there is none."""
+    model = answers.writer
+    if page.spec.writer and model is None and ask:
+        model = ask("which model writes about rollouts, by its server's name for it?", ())
+    if (model is None) == bool(page.spec.writer):
+        needs, hint = ("a", "give --writer MODEL") if page.spec.writer else ("no", "leave out --writer")
+        raise UnreadableInput(f"method {page.name} needs {needs} writer", hint=hint)
+    return None if model is None else {"model": model}
 
 
 def _lengths(spec: specs.MethodSpec, answers: Answers, folder: Path) -> tuple[int, int | None]:

@@ -24,7 +24,7 @@ from sdkit.data.teacher_context import parsed, slot_lookup, slot_values, teacher
 from sdkit.data.thinking import TAGS, opening_tag
 from sdkit.data.turn_ends import append_end_token, encode_prompt
 from sdkit.language.errors import BadData, blaming, first_of, listed, one_line
-from sdkit.language.specs import AnswerStart, Sees, Slot, UserTurn, Wording, is_by_turn
+from sdkit.language.specs import AnswerStart, Sees, Slot, UserTurn, Wording, Written, is_by_turn
 from sdkit.language.templates import Field, fill
 from sdkit.models.loading import fixed_date
 from sdkit.models.prefix import common_length
@@ -117,8 +117,9 @@ class Prompter:
         return self.control.hide(text) if self.keep_text else text
 
     def _hide_slot(self, slot: Slot, text: str) -> str:
-        """What an environment says forges no role, as in an observation."""
-        return self.control.hide_foreign(text) if is_by_turn(slot) else self._hide(text)
+        """What an environment or a writer says forges no role, as in an observation."""
+        foreign = is_by_turn(slot) or isinstance(slot, Written)
+        return self.control.hide_foreign(text) if foreign else self._hide(text)
 
     def hidden(self, message: Message) -> Message:
         """Returns a message whose content and tool calls have their control tokens hidden."""
@@ -208,9 +209,9 @@ class Prompter:
     ) -> TeacherPrompt | None:
         """Returns the teacher's prompt, truncated to `max_prompt_tokens`; None if a required slot is empty.
 
-        `evidence` fills the slots about rollouts, `turn` those about one turn, which the prompt then precedes.  The turns
-        before it are its own ids, and do not count for `max_prompt_tokens`.  Raises BadData naming the row if the prompt is
-        too long even with empty slots.
+        `evidence` fills the slots about rollouts, `turn` those about one turn, which the prompt then precedes, and those
+        that were written.  The turns before it are its own ids, and do not count for `max_prompt_tokens`.  Raises BadData
+        naming the row if the prompt is too long even with empty slots.
         """
         if sees is None:
             return TeacherPrompt(ids=self.student_ids(row), messages=row.messages, cut_tokens=0)

@@ -9,6 +9,7 @@ from typing import assert_never
 
 from sdkit.batches import Attempt, GroupOutcome, Message, Row, TurnOutcome
 from sdkit.data.thinking import without_thinking
+from sdkit.data.written import written_text
 from sdkit.language import specs
 from sdkit.language.errors import BadData, nearest
 from sdkit.language.templates import Field, fill, parse
@@ -26,21 +27,44 @@ def slot_values(
     """Returns the text of every slot ("" if it is empty), or None if `requires` is not met.
 
     A slot whose text is in the spec is never empty, so `requires: any` asks for one of the others.  `hide` is applied to
-    the others, whose text comes from rows and rollouts.  `turn` fills the slots that differ by turn.
+    the others, whose text comes from rows and rollouts.  `turn` fills the slots that differ by turn, and what was written.
     """
-    texts = {name: _slot_value(slot, row, evidence, turn) for name, slot in sees.slots.items()}
+    texts = _slot_texts(row, sees.slots, evidence, turn)
     for name, slot in sees.slots.items():
         if not isinstance(slot, specs.Wording):
             texts[name] = hide(slot, texts[name])
-    solved = any(texts[name] for name, slot in sees.slots.items() if isinstance(slot, specs.SuccessfulSibling))
-    for name, slot in sees.slots.items():
-        if isinstance(slot, specs.Feedback) and slot.when == "no_solution" and solved:
-            texts[name] = ""
     filled = [texts[n] != "" for n, slot in sees.slots.items() if not isinstance(slot, specs.Wording)]
     met = all(filled) if sees.requires == "all" else any(filled) or not filled
     if not met:
         return None
     return {name: _wrap(slot, texts[name]) for name, slot in sees.slots.items()}
+
+
+def writer_question(row: Row, writer: specs.Writer, evidence: GroupOutcome | None, trajectory: str) -> str:
+    """Returns the question to a context's writer about a rollout, whose turns `trajectory` has as text."""
+    texts = _slot_texts(row, writer.slots, evidence, None)
+    values = {name: _wrap(slot, texts[name]) for name, slot in writer.slots.items()}
+    values |= {"prompt": row.prompt_text, "trajectory": trajectory}
+    return fill(parsed(writer.prompt), slot_lookup(values))
+
+
+def _slot_texts(
+    row: Row, slots: Mapping[str, specs.Slot], evidence: GroupOutcome | None, turn: TurnOutcome | None
+) -> dict[str, str]:
+    """The text of each slot before it is wrapped, "" of one that gives way to another."""
+    texts = {name: _slot_value(slot, row, evidence, turn) for name, slot in slots.items()}
+    solved = any(texts[name] for name, slot in slots.items() if isinstance(slot, specs.SuccessfulSibling))
+
+    def gives_way(slot: specs.Slot) -> bool:
+        match slot:
+            case specs.Feedback(when="no_solution"):
+                return solved
+            case specs.Written(unless=str(other)):
+                return texts[other] != ""
+            case _:
+                return False
+
+    return {name: "" if gives_way(slots[name]) else text for name, text in texts.items()}
 
 
 def _slot_value(slot: specs.Slot, row: Row, evidence: GroupOutcome | None, turn: TurnOutcome | None) -> str:
@@ -55,6 +79,8 @@ def _slot_value(slot: specs.Slot, row: Row, evidence: GroupOutcome | None, turn:
             return ((turn and turn.feedback) or "").strip()
         case specs.NextTurns():
             return _next_turns(slot, turn) if turn else ""
+        case specs.Written():
+            return written_text(slot, turn.written, turn.number) if turn else ""
         case specs.Feedback():
             return (evidence.group[evidence.own].feedback or "").strip() if evidence else ""
         case specs.OwnAttempt():

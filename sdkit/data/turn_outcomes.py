@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from sdkit.batches import Completion, TurnOutcome
-from sdkit.spans import ASSISTANT, Span
+from sdkit.spans import Span
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -16,9 +16,8 @@ def turn_outcomes(completion: Completion, decode: Decode) -> list[tuple[Span, Tu
     `decode` returns the text of an observation's ids.
     """
     ids, feedback = completion.ids, completion.turn_feedback
-    spans = completion.spans or (Span(role=ASSISTANT, turn=1, start=0, end=len(ids)),)
-    shown = [(span, (span.role, decode(ids[slice(*span.body)]))) for span in spans if span.body]
-    turns = [span for span in spans if span.sampled]
+    shown = [(span, (span.role, decode(ids[slice(*span.body)]))) for span in completion.parts if span.body]
+    turns = [span for span in completion.parts if span.sampled]
     followed = [[message for span, message in shown if span.turn == turn.turn] for turn in turns]
     followed = [*followed[:-1], [*followed[-1], *completion.unanswered]]
     outcomes: list[tuple[Span, TurnOutcome]] = []
@@ -29,6 +28,8 @@ def turn_outcomes(completion: Completion, decode: Decode) -> list[tuple[Span, Tu
             last_user=users[-1] if users else None,
             feedback=feedback[number] if number < len(feedback) else None,
             later=followed[number:],
+            number=turn.turn,
+            written=completion.written or "",
         )
         outcomes.append((turn, outcome))
     return outcomes

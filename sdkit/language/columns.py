@@ -53,8 +53,8 @@ def answer_columns(spec: specs.ExperimentSpec, rewards: Iterable[str]) -> set[st
 
 
 def slot_columns(spec: specs.ExperimentSpec) -> list[str]:
-    """The columns that the teacher's context shows."""
-    return [slot.name for slot in spec.slots.values() if isinstance(slot, specs.ColumnSlot)]
+    """The columns that the teacher's context shows, or the question to its writer."""
+    return [slot.name for _, slot in spec.placed_slots() if isinstance(slot, specs.ColumnSlot)]
 
 
 def shown_columns(spec: specs.ExperimentSpec) -> list[str]:

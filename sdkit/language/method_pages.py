@@ -78,7 +78,7 @@ def list_pages(pages: Sequence[MethodPage], width: int | None = None) -> str:
 
 def columns_of_method(spec: MethodSpec) -> list[str]:
     """Returns sdkit's names of the columns that a method reads besides the prompt."""
-    names = [slot.name for slot in spec.slots.values() if isinstance(slot, ColumnSlot)]
+    names = [slot.name for _, slot in spec.placed_slots() if isinstance(slot, ColumnSlot)]
     if completions := spec.rollout.sampled_by.completion_column:
         names.append(completions)
     if spec.teacher and isinstance(spec.teacher.weights, RoutedWeights):
@@ -93,7 +93,7 @@ def needs_turns(spec: MethodSpec) -> bool:
 
 def _needs(spec: MethodSpec) -> Iterator[str]:
     yield from (f"column {name}" for name in columns_of_method(spec))
-    feedback = {slot.of for slot in spec.slots.values() if isinstance(slot, Feedback)}
+    feedback = {slot.of for _, slot in spec.placed_slots() if isinstance(slot, Feedback)}
     if needs_turns(spec):
         yield "an environment with feedback" if "turn" in feedback else "an environment"
     if "trajectory" in feedback:
@@ -107,6 +107,8 @@ def _needs(spec: MethodSpec) -> Iterator[str]:
         yield "the teacher's base model"
     if any(spec.served_teachers()):
         yield "a teacher server"
+    if spec.writer:
+        yield "a writer's server"
 
 
 def first_comment(text: str) -> str:

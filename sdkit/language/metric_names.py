@@ -218,6 +218,12 @@ ROLLOUTS = (
     ),
     Metric("rollout/canary_max", "largest |Δ log-probability| of trainer and sampler on the canary", "nats"),
     Metric("teacher/SLOT_used", "rollouts whose teacher prompt fills this slot / rollouts", "share", "above 0"),
+    Metric(
+        "teacher/writer_failed",
+        "rollouts about which the context's writer failed / rollouts that it was asked about",
+        "share",
+        "near 0",
+    ),
     Metric("teacher/success_groups", "groups with a successful rollout / groups", "share", "above 0"),
     Metric("teacher/KEY", "value of the schedule under this key of the teacher", "as the key", "as scheduled"),
 )
@@ -317,6 +323,7 @@ TIMES = (
     Metric("time/sampler", "time that the servers took, with prefetching", "s", "below time/step"),
     Metric("time/sync", "transfer of the weights to the sampler", "s", "small beside time/rollout"),
     Metric("time/judge", "scoring the completions", "s", "small beside time/rollout"),
+    Metric("time/writer", "the context's writer", "s", "below time/step"),
     Metric("time/measure", "filters, token statistics and loss masks", "s"),
     Metric("time/teacher", "the teacher's and the reference's forward passes", "s"),
     Metric("time/update", "the student's passes and the optimizer", "s"),

@@ -40,6 +40,11 @@ def _lines(spec: ExperimentSpec, backend: Backend, machine: Machine) -> Iterator
         yield f"rollouts: each rank samples {counted(rollouts, 'completion')} a step with {how}"
     for _, teacher in spec.served_teachers():
         yield f"teacher: the server at {teacher.url}, {teacher.requests_at_once} requests at once from each rank"
+    if writer := spec.writer:
+        yield (
+            f"writer: the server at {writer.url}, asked once about each completion, {writer.requests_at_once} requests at "
+            "once from each rank"
+        )
     for name, reward in spec.rewards.items():
         match reward:
             case MathVerifyReward() | PythonTests():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from sdkit.language.specs import ExperimentSpec, NextTurns, OfRollouts, Slot
+from sdkit.language.specs import ExperimentSpec, NextTurns, OfRollouts, Slot, Written
 
 
 @frozen(kw_only=True)
@@ -44,8 +44,10 @@ def teacher_rows(spec: ExperimentSpec) -> TeacherRows | None:
 
 
 def sampled_context_tokens(spec: ExperimentSpec) -> int:
-    """Returns an estimate of the tokens of all slots that are filled after sampling."""
-    return sum(_value_tokens(spec, slot) for slot in spec.slots.values() if isinstance(slot, OfRollouts))
+    """Returns an estimate of the tokens of all slots that are filled after sampling; what is written is one answer."""
+    written = spec.writer.max_new_tokens if spec.writer else 0
+    slots = (slot for slot in spec.slots.values() if isinstance(slot, OfRollouts) and not isinstance(slot, Written))
+    return written + sum(_value_tokens(spec, slot) for slot in slots)
 
 
 def _value_tokens(spec: ExperimentSpec, slot: Slot) -> int:

@@ -104,6 +104,8 @@ def _missing_figure(
         return "another model's shape is not at hand"
     if any(spec.served_teachers()):
         return "how fast the teacher's server answers is not known"
+    if spec.writer:
+        return "how fast the writer's server answers is not known"
     if spec.model.dtype != device.dtype:
         return f"the figures are {device.dtype}'s, and model.dtype is {spec.model.dtype}"
     if sampled and isinstance(backend, VllmServerBackend):

@@ -21,7 +21,13 @@ def completion_record(completion: Completion) -> dict[str, Any]:
         "sampler_logprobs": completion.logprobs,
         "finished": completion.finished,
         **trajectory_record(completion, completion.reward),
+        **written_record(completion),
     }
+
+
+def written_record(source: Completion | Rollout) -> dict[str, Any]:
+    """Return the answer of a writer; nothing if none was asked."""
+    return {} if source.written is None else {"written": source.written}
 
 
 def trajectory_record(trajectory: Completion | Rollout, reward: float | None) -> dict[str, Any]:
@@ -53,6 +59,7 @@ def completion_from(record: Mapping[str, Any]) -> Completion:
         unanswered=tuple((role, text) for role, text in record.get("unanswered", ())),
         reward=record.get("environment_reward"),
         opening=record.get("opening"),
+        written=record.get("written"),
     )
 
 

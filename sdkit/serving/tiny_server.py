@@ -1,4 +1,4 @@
-"""A stand-in for a vLLM server: serves the routes that a served teacher needs, on loopback, with a tiny model.
+"""Stand-ins for servers, on loopback: a tiny model behind the routes that a served teacher needs, and a scripted writer.
 
 For smoke runs and tests.  The client and its requests are the real ones.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,18 +33,14 @@ class LoopbackServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class TinyServer:
-    """Serves the model in `folder` under `name` from a thread, at `url`, until it is closed."""
+class JsonServer:
+    """Answers requests with JSON from a thread, at `url`, until it is closed.
 
-    def __init__(self, folder: Path, name: str, max_logprobs: int = MAX_LOGPROBS) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    `reply` returns status and body of the response to a path and a body, {} for a GET; it may be replaced.
+    """
 
-        self.name = name
-        self.max_logprobs = max_logprobs
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.reply: Callable[[str, Any], tuple[int, Any]] = self.answer  # tests replace it to simulate failures
-        self._one_at_a_time = threading.Lock()
+    def __init__(self, reply: Callable[[str, Any], tuple[int, Any]]) -> None:
+        self.reply = reply
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -76,6 +72,20 @@ class TinyServer:
         self._http.server_close()
         self._thread.join()
 
+
+class TinyServer(JsonServer):
+    """Serves the model in `folder` under `name`."""
+
+    def __init__(self, folder: Path, name: str, max_logprobs: int = MAX_LOGPROBS) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.name = name
+        self.max_logprobs = max_logprobs
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self._one_at_a_time = threading.Lock()
+        super().__init__(self.answer)
+
     def answer(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
         """Returns status and body of a response, as vLLM would."""
         match path:
@@ -104,3 +114,20 @@ class TinyServer:
             chosen = [token, *row.topk(k).indices.tolist()]
             entries.append({str(i): {"logprob": max(row[i].item(), -9999.0)} for i in chosen})
         return entries
+
+
+class ScriptedWriter(JsonServer):
+    """Answers each chat under `name` with what `script` returns for its messages; keeps them."""
+
+    def __init__(self, name: str, script: Callable[[Sequence[Mapping[str, str]]], str]) -> None:
+        self.name = name
+        self.script = script
+        self.chats: list[Sequence[Mapping[str, str]]] = []
+        super().__init__(self.answer)
+
+    def answer(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """Returns status and body of a response."""
+        if path == "/v1/models":
+            return 200, {"data": [{"id": self.name}]}
+        self.chats.append(body["messages"])
+        return 200, {"choices": [{"message": {"role": "assistant", "content": self.script(body["messages"])}}]}

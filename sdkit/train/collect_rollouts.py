@@ -8,11 +8,11 @@ from typing import Any
 
 from attrs import frozen
 
-from sdkit.batches import Completion, GroupOutcome, Rollout, RolloutBatch, Row, SamplingRequest, View
+from sdkit.batches import Completion, GroupOutcome, Rollout, RolloutBatch, Row, SamplingRequest, TurnOutcome, View
 from sdkit.data.turn_outcomes import turn_outcomes
 from sdkit.distributed import collectives
 from sdkit.rewards.scoring import ScoredCompletion, reward_values, score
-from sdkit.sampling.replay import trajectory_record
+from sdkit.sampling.replay import trajectory_record, written_record
 from sdkit.spans import Span, last_turn, rewards_by_turn
 from sdkit.stdout import Advance, no_progress
 from sdkit.train.advantages import group_outcomes, with_advantages
@@ -21,6 +21,7 @@ from sdkit.train.inputs import RunData
 from sdkit.train.rollout_sampler import RolloutSampler, SampledCompletions
 from sdkit.train.sampling_requests import Stream, group_numbers
 from sdkit.train.step_specs import StepSpecs
+from sdkit.train.written_answers import with_answers
 
 
 @frozen(eq=False, kw_only=True)
@@ -52,7 +53,7 @@ def collect_rollouts(
     metrics = dict(sampled.figures)
     sync_seconds = metrics.pop("sync_seconds", 0.0)
     sampled_at = time.perf_counter()
-    batch, scores = _score_completions(sampler.setup.data, rows, sampled, specs, suite)
+    batch, scores, writing = _score_completions(sampler, rows, sampled, specs, suite)
     return CollectedRollouts(
         batch=batch,
         requests=sampled.requests,
@@ -60,7 +61,8 @@ def collect_rollouts(
         seconds={
             "rollout": sampled_at - started - sync_seconds,
             "sync": sync_seconds,
-            "judge": time.perf_counter() - sampled_at,
+            "judge": time.perf_counter() - sampled_at - sum(writing.values()),
+            **writing,
             **sampled.seconds,
         },
         figures=metrics,
@@ -68,10 +70,11 @@ def collect_rollouts(
 
 
 def _score_completions(
-    data: RunData, rows: Sequence[Row], sampled: SampledCompletions, specs: StepSpecs, suite: str | None
-) -> tuple[RolloutBatch, dict[str, list[ScoredCompletion]]]:
-    """Return the rollouts with rewards, advantages and teacher prompts, and the scores by reward."""
-    spec, completions = data.spec.rollout, sampled.completions
+    sampler: RolloutSampler, rows: Sequence[Row], sampled: SampledCompletions, specs: StepSpecs, suite: str | None
+) -> tuple[RolloutBatch, dict[str, list[ScoredCompletion]], dict[str, float]]:
+    """Return the rollouts with rewards, advantages and teacher prompts, the scores by reward, and how long a writer took."""
+    data, completions, writing = sampler.setup.data, sampled.completions, {}
+    spec = data.spec.rollout
     groups = group_numbers(len(rows), spec.completions_per_prompt)
     own_rows = [rows[group] for group in groups]
     texts = [completion_text(data, last_turn(c.ids, c.spans)) for c in completions]
@@ -81,6 +84,12 @@ def _score_completions(
     answers = [data.answer(row, last_turn(c.ids, c.spans)) for row, c in zip(own_rows, completions, strict=True)]
     seeds = [request.seed for request in sampled.requests]
     outcomes = group_outcomes(scores.get(data.reward or ""), texts, answers, spec.completions_per_prompt, seeds)
+    if sampler.writer:
+        started = time.perf_counter()
+        completions = with_answers(
+            sampler.writer, data, own_rows, completions, outcomes, seeds, training=suite is None
+        )
+        writing = {"writer": time.perf_counter() - started}
     rollouts = [
         _make_rollout(data, row, group, completion, sampled.version, outcome)
         for group, row, completion, outcome in zip(groups, own_rows, completions, outcomes, strict=True)
@@ -88,7 +97,7 @@ def _score_completions(
     batch = RolloutBatch(rollouts=tuple(rollouts))
     batch = with_advantages(specs.losses, batch, collectives.all_gather, spec.max_new_tokens)
     batch.check()
-    return batch, scores
+    return batch, scores, writing
 
 
 def _make_rollout(
@@ -101,7 +110,7 @@ def _make_rollout(
         views, filled = _teacher_views(data, row, outcome, completion)
         teacher_ids = views[0].prompt_ids if views else None
     elif data.needs_rollouts_for_context:
-        prompt = data.teacher_prompt(row, outcome)
+        prompt = data.teacher_prompt(row, outcome, TurnOutcome(written=completion.written or ""))
         teacher_ids, filled = (prompt.ids, prompt.filled) if prompt else (None, ())
     else:
         teacher_ids, filled = data.teacher_ids(row, is_opened=opening is not None), ()
@@ -120,6 +129,7 @@ def _make_rollout(
         views=views,
         environment_reward=completion.reward,
         opening=opening,
+        written=completion.written,
         sampler_logprobs=completion.logprobs,
         policy_version=version,
         finished=completion.finished,
@@ -163,6 +173,7 @@ def rollout_records(
             "sampler_logprobs": r.sampler_logprobs,
             "finished": r.finished,
             **trajectory_record(r, r.environment_reward),
+            **written_record(r),
             "reward": r.reward,
             "scores": {name: values[i] for name, values in collected.scores.items()},
             "token_divergence": _rounded((divergences or {}).get(rollout_key(r))),

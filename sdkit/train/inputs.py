@@ -63,10 +63,9 @@ class RunData:
                 keep_text=spec.model.control_tokens == "text",
             )
         weights = spec.teacher and spec.teacher.weights
-        self._slots = list(spec.slots.values())
-        self.needs_rollouts_for_context = any(isinstance(slot, specs.OfRollouts) for slot in self._slots)
+        self.needs_rollouts_for_context = any(isinstance(slot, specs.OfRollouts) for slot in spec.slots.values())
         self.context_by_turn = spec.sees is not None and spec.sees.by_turn
-        self.strips_thinking = any(getattr(slot, "strip_thinking", False) for slot in self._slots)
+        self.strips_thinking = any(getattr(slot, "strip_thinking", False) for _, slot in spec.placed_slots())
         self.routed = weights if isinstance(weights, specs.RoutedWeights) else None
         self.routes = list(self.routed.routes) if self.routed else []
         self.reward = columns.training_reward(spec)

@@ -55,6 +55,7 @@ def step_metrics(
         | _entropy_sum(data, collected)
         | _group_sums(data, rollouts)
         | _context_sums(data.spec.slots, rollouts)
+        | _writer_sums(data, rollouts)
     )
     metrics |= {
         "skipped_steps": float(sum(not result.applied for result in results)),
@@ -143,6 +144,13 @@ def _context_sums(slots: Mapping[str, Slot], rollouts: Sequence[Rollout]) -> Sum
                 has_success[r.group] = has_success.get(r.group, False) or success
             sums["teacher/success_groups"] = _mean(has_success.values())
     return sums
+
+
+def _writer_sums(data: RunData, rollouts: Sequence[Rollout]) -> Sums:
+    """The share of rollouts about which the context's writer failed, of those that it was asked about."""
+    if data.spec.writer is None:
+        return {}
+    return {"teacher/writer_failed": _mean(r.written == "" for r in rollouts if r.written is not None)}
 
 
 def _hedging(data: RunData, rollouts: Sequence[Rollout]) -> tuple[float, float]:

@@ -18,13 +18,17 @@ from sdkit.data.logged_chats import CompletionEncoder
 from sdkit.data.observations import ObservationEncoder
 from sdkit.data.prompts import Prompter
 from sdkit.data.rows import load_rows
+from sdkit.data.teacher_context import writer_question
 from sdkit.data.turn_ends import end_token
+from sdkit.data.written import scripted_answer
 from sdkit.language.errors import counted
 from sdkit.language.specs import ExperimentSpec, OfRollouts
 from sdkit.models.loading import load_tokenizer, resolve_model
 from sdkit.spans import ASSISTANT, OBSERVATION, Message, Span
 
 SPLICE = "▶ completion goes here"
+SCRIPTED = GroupOutcome(group=[Attempt(text="‹an answer›", reward=0.0, feedback="‹feedback›")], own=0, seed=0)
+"""What a context may say about a completion, in place of what is known after sampling."""
 
 
 def preview(spec: ExperimentSpec, base: Path, count: int, console: Console) -> None:
@@ -59,6 +63,9 @@ def show_prompts(spec: ExperimentSpec, prompter: Prompter, rows: Iterable[Row], 
         table.add_row(*views)
         console.rule(f"row {row.index}")
         console.print(table)
+        if spec.writer:
+            question = writer_question(row, spec.writer, SCRIPTED, "‹the turns, and what the student was shown›")
+            console.print(Panel(Text(question), title="question to the writer, about a completion with reward 0"))
 
 
 def _scripted_view(spec: ExperimentSpec, prompter: Prompter, end: int | None, row: Row) -> Panel:
@@ -77,9 +84,10 @@ def _scripted_view(spec: ExperimentSpec, prompter: Prompter, end: int | None, ro
         last_user=(len(answer) + observed.body[0], len(answer) + observed.body[1]),
         feedback="‹feedback on the second answer›",
         later=[[("user", "‹what the student was shown after the second answer›")]],
+        number=2,
+        written=scripted_answer(spec.slots.values(), "‹what the writer wrote›", 2),
     )
-    scripted = GroupOutcome(group=[Attempt(text="‹an answer›", reward=0.0, feedback="‹feedback›")], own=0, seed=0)
-    prompt = prompter.teacher_ids(row, spec.sees, scripted, turn)
+    prompt = prompter.teacher_ids(row, spec.sees, SCRIPTED, turn)
     if prompt is None:
         return Panel(Text(_no_teacher(spec)), title="teacher")
     return _panel("teacher, turn 2 of a scripted trajectory", prompter.tokenizer.decode(prompt.ids), len(prompt.ids))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import evolve, frozen
 
-from sdkit.checkpoints.changeable import OPTIMIZER_STATE_KEYS, reason_fixed_on_replay, starts_with
+from sdkit.checkpoints.changeable import OPTIMIZER_STATE_KEYS, WRITER_CONNECTION, reason_fixed_on_replay, starts_with
 from sdkit.language import specs
 from sdkit.language.errors import BadData, UnreadableInput, counted, first_of, shorten, spelled
 from sdkit.language.errors import Path as SpecPath
@@ -36,6 +36,11 @@ class Recording:
 
     def __str__(self) -> str:
         return f"rollout batches {self.start} to {self.end - 1} of {self.run}"
+
+    @property
+    def has_writer(self) -> bool:
+        """Whether it has the answers of the writer of a teacher's context."""
+        return ("teacher", "sees", "writer", "model") in self.settings
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -72,6 +77,9 @@ class Recording:
         if path[:2] == ("teacher", "sees") and isinstance(sampled_by, specs.TeacherSamples):
             if sampled_by.prompt == "teacher":
                 return "the recording was sampled from the teacher's prompt"
+        if path[:3] == ("teacher", "sees", "writer") and path not in WRITER_CONNECTION:
+            if self.has_writer and spec.writer:
+                return "the recording has the writer's answers"
         if self.start and any(starts_with(path, key) for key in OPTIMIZER_STATE_KEYS):
             return f"the checkpoint of step {self.start} holds it; replay from @0"
         if self.start and path[:2] == ("teacher", "weights") and _needs_teacher_state(path, spec):

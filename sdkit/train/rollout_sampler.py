@@ -23,6 +23,7 @@ from sdkit.language.specs import (
 from sdkit.sampling.replay import ReplayRollouts
 from sdkit.sampling.vllm import VllmRollouts
 from sdkit.seeds import derive
+from sdkit.serving.writer import WriterClient
 from sdkit.stdout import Advance, no_progress
 from sdkit.train.models import Models
 from sdkit.train.prefetch import RolloutPrefetcher
@@ -49,12 +50,13 @@ class SampledCompletions:
 
 @frozen(eq=False, kw_only=True)
 class RolloutSampler:
-    """The sampling side of a run: its data, the models that may sample, and the backends."""
+    """The sampling side of a run: its data, the models that may sample, the backends, and the writer of a context."""
 
     setup: RunSetup
     models: Models
     backends: RolloutBackends
     prefetcher: RolloutPrefetcher | None
+    writer: WriterClient | None
 
     def start_engines(self) -> None:
         """Open the backends that sample from the student, so that no step waits for an engine to start."""

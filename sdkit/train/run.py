@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
@@ -22,18 +21,15 @@ from sdkit.distributed.launch import launched
 from sdkit.language import specs
 from sdkit.language.errors import INTERRUPTED, BadEnvironment, Diverged, SdkitError, Stopped, blaming
 from sdkit.models.embedding_ids import known_ids
-from sdkit.models.loading import check_vocabulary, load_config, load_tokenizer, resolve_model, weights_folder
+from sdkit.models.loading import check_vocabulary, load_tokenizer, resolve_model
 from sdkit.plan.machine import machine_for
 from sdkit.plan.plan import make_plan
 from sdkit.runs import directory, fingerprints
 from sdkit.runs.plot import plot
-from sdkit.serving.pool import ServerPool
-from sdkit.serving.protocol import ExpectedServer
-from sdkit.serving.teacher_client import ServedModel
-from sdkit.serving.weight_files import WeightFolder
 from sdkit.stdout import Phases, is_first_rank, print_warning
 from sdkit.train import determinism, failures, loop, prompt_record, report, run_origin, stop_requests
 from sdkit.train.carried import Carried
+from sdkit.train.clients import Clients, connect_servers, connect_teachers, connect_writer
 from sdkit.train.divergence import LOOK_AT
 from sdkit.train.engine_memory import check_engine_fits
 from sdkit.train.inputs import RunData
@@ -67,46 +63,34 @@ def open_run(
         with blaming(*path, "path"):
             other = load_tokenizer(weights, resolve_model(weights.path, base))
             check_vocabulary(tokenizer, other, weights.path)
-    served = _connect_teachers(spec, base, tokenizer)
+    served = connect_teachers(spec, base, tokenizer)
+    writer = connect_writer(spec, recording)
     with contextlib.ExitStack() as cleanup:
-        servers = _connect_servers(spec, base, located)
+        servers = connect_servers(spec, base, located)
         if servers:
             cleanup.callback(servers.close)
         now = now or prompt_record.recorded_date(spec, base, recording)
         known = known_ids(spec, base, located)
         data = RunData(spec, base, tokenizer, now=now, known=known)
-        trainer = _open_with_data(base, data, located, served, servers, recording)
+        clients = Clients(served=served, servers=servers, writer=writer)
+        trainer = _open_with_data(base, data, located, clients, recording)
         cleanup.pop_all()
     return trainer
 
 
-def _open_with_data(
-    base: Path,
-    data: RunData,
-    located: str,
-    served: Mapping[specs.ServedWeights, ServedModel],
-    servers: ServerPool | None,
-    recording: Recording | None,
-) -> Trainer:
+def _open_with_data(base: Path, data: RunData, located: str, clients: Clients, recording: Recording | None) -> Trainer:
     if recording:
         recording.check_rows(data)
     zero.start(data.spec.training.deadline_seconds)
     try:
         with failures.explained():
-            return _open_in_group(base, data, located, served, servers, recording)
+            return _open_in_group(base, data, located, clients, recording)
     except BaseException:
         zero.stop(together=False)
         raise
 
 
-def _open_in_group(
-    base: Path,
-    data: RunData,
-    located: str,
-    served: Mapping[specs.ServedWeights, ServedModel],
-    servers: ServerPool | None,
-    recording: Recording | None,
-) -> Trainer:
+def _open_in_group(base: Path, data: RunData, located: str, clients: Clients, recording: Recording | None) -> Trainer:
     """Open the trainer once the process group exists."""
     spec = data.spec
     # Ranks start at different times.
@@ -117,10 +101,10 @@ def _open_in_group(
     longest = data.check(steps)
     if recording:
         prompt_record.check_same_prompts(data, recording.origin, f"{recording.run} was recorded with", "train")
-    for model in served.values():
+    for model in clients.served.values():
         model.check_length(longest)
-    if servers:
-        servers.check_length(longest)
+    if clients.servers:
+        clients.servers.check_length(longest)
     if recording:
         plan = recording.with_replay_backend(plan)
     setup = RunSetup(
@@ -132,48 +116,7 @@ def _open_in_group(
         longest_sequence=longest,
         end=recording.end if recording else steps,
     )
-    return open_trainer(setup, served, servers)
-
-
-def _connect_teachers(
-    spec: specs.ExperimentSpec, base: Path, tokenizer: Any
-) -> dict[specs.ServedWeights, ServedModel]:
-    """A client for each served teacher, checked before anything heavy is loaded."""
-    models: dict[specs.ServedWeights, ServedModel] = {}
-    for _, weights in spec.served_teachers():
-        if weights in models:
-            continue
-        if weights.tokenizer:
-            source = specs.ExternalWeights(path=weights.tokenizer)
-            other = load_tokenizer(source, resolve_model(weights.tokenizer, base))
-            check_vocabulary(tokenizer, other, weights.tokenizer)
-        models[weights] = ServedModel(weights, spec.served_top_k or 0, os.environ)
-        models[weights].check(tokenizer)
-    return models
-
-
-def _connect_servers(spec: specs.ExperimentSpec, base: Path, located: str) -> ServerPool | None:
-    """The rollout servers, checked; None on every rank but the first, which alone talks to them."""
-    backend = spec.rollout.backend
-    if not isinstance(backend, specs.VllmServerBackend) or not is_first_rank():
-        return None
-
-    def warn(text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-
-    with blaming("rollout", "backend"):
-        expected = ExpectedServer(
-            config=load_config(spec.model, located),
-            dtype=backend.dtype or spec.model.dtype,
-            folder=WeightFolder(weights_folder(backend, base)),
-        )
-        try:
-            pool = ServerPool(backend, expected, os.environ, warn)
-            pool.check()
-        except SdkitError:
-            expected.folder.close()
-            raise
-        return pool
+    return open_trainer(setup, clients)
 
 
 def train(

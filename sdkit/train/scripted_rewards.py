@@ -19,8 +19,9 @@ def thresholds(spec: MethodSpec) -> list[float]:
 def _thresholds(spec: MethodSpec) -> Iterator[float]:
     weights = (term.token_weight for term in spec.losses.values())
     environment = spec.environment if isinstance(spec, ExperimentSpec) else None
+    slots = (slot for _, slot in spec.placed_slots())
     environments = [part for _, part in environments_of(environment, BaseEnvironment)]
-    for part in (spec.route, *environments, *spec.rollout.keep, *spec.slots.values(), *weights):
+    for part in (spec.route, *environments, *spec.rollout.keep, *slots, *weights):
         threshold = getattr(part, "threshold", None)
         if threshold is not None:
             yield threshold

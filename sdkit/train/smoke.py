@@ -16,13 +16,14 @@ from attrs import evolve
 from rich.console import Console
 
 from sdkit.checkpoints import checkpoint
+from sdkit.data.written import scripted_answer
 from sdkit.distributed import zero
 from sdkit.language import specs
 from sdkit.language.errors import NumericsGuard
 from sdkit.language.schedules import scalar_at, with_schedules
 from sdkit.models import tiny
 from sdkit.runs import directory
-from sdkit.serving.tiny_server import TinyServer
+from sdkit.serving.tiny_server import ScriptedWriter, TinyServer
 from sdkit.stdout import quiet
 from sdkit.train import gradient_signal, loop, report, scripted_rewards
 from sdkit.train.run import open_run
@@ -58,8 +59,8 @@ def smoke(
                 tiny.build(base / "teacher", seed=1, vocabulary=VOCABULARY)
             if spec.blend and isinstance(spec.blend.base, specs.ExternalWeights):
                 tiny.build(base / "base", seed=2, vocabulary=VOCABULARY)
-        with _teacher_server(spec, base / "teacher") as url:
-            small = miniature(spec, steps, (home or Path()).resolve(), url)
+        with _teacher_server(spec, base / "teacher") as url, _writer_server(spec) as writer_url:
+            small = miniature(spec, steps, (home or Path()).resolve(), url, writer_url)
             if dtype:
                 small = evolve(small, model=evolve(small.model, dtype=dtype))
             return _run(small, base, console)
@@ -72,6 +73,19 @@ def _teacher_server(spec: specs.MethodSpec, folder: Path) -> Iterator[str]:
         yield ""
         return
     server = TinyServer(folder, "teacher")
+    try:
+        yield server.url
+    finally:
+        server.close()
+
+
+@contextlib.contextmanager
+def _writer_server(spec: specs.MethodSpec) -> Iterator[str]:
+    """The address of a scripted writer of the teacher's context; empty if there is none."""
+    if spec.writer is None:
+        yield ""
+        return
+    server = ScriptedWriter("writer", lambda _: scripted_answer(spec.slots.values(), "Think first.", 1))
     try:
         yield server.url
     finally:
@@ -112,10 +126,12 @@ def _check_gradients(
     return lines
 
 
-def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> specs.ExperimentSpec:
+def miniature(
+    spec: specs.MethodSpec, steps: int, home: Path, url: str = "", writer_url: str = ""
+) -> specs.ExperimentSpec:
     """The spec with a tiny model, a few rows and short completions; the method itself is unchanged.
 
-    `url` is the address of the tiny server that replaces every served teacher.
+    `url` is the address of the tiny server that replaces every served teacher, `writer_url` that of a scripted writer.
     """
     spec = with_schedules(spec, _middle_part)
     full = spec if isinstance(spec, specs.ExperimentSpec) else None
@@ -128,7 +144,7 @@ def miniature(spec: specs.MethodSpec, steps: int, home: Path, url: str = "") -> 
     return specs.ExperimentSpec(
         rollout=evolve(spec.rollout, stop=(OFTEN,)) if environment else spec.rollout,
         environment=environment,
-        teacher=spec.teacher and _tiny_teacher(spec.teacher, url),
+        teacher=spec.teacher and _tiny_teacher(spec.teacher, url, writer_url),
         losses=specs.Table({name: _small_loss(term, home) for name, term in spec.losses.items()}),
         route=spec.route,
         model=_small_model(full.model if full else specs.ModelSpec(path="model")),
@@ -198,11 +214,17 @@ def _small_rollout(rollout: specs.RolloutSpec, for_accelerator: bool) -> specs.R
     )
 
 
-def _tiny_teacher(teacher: specs.TeacherSpec, url: str) -> specs.TeacherSpec:
+def _tiny_teacher(teacher: specs.TeacherSpec, url: str, writer_url: str) -> specs.TeacherSpec:
+    sees = teacher.sees
+    writer = (
+        sees
+        and sees.writer
+        and evolve(sees.writer, url=writer_url, model="writer", key_from=None, max_new_tokens=MAX_NEW_TOKENS)
+    )
     return evolve(
         teacher,
         weights=_tiny_weights(teacher.weights, url),
-        sees=teacher.sees and evolve(teacher.sees, max_prompt_tokens=None),
+        sees=sees and evolve(sees, max_prompt_tokens=None, writer=writer),
         blend=_tiny_blend(teacher.blend),
     )
 
@@ -285,7 +307,7 @@ def _columns(spec: specs.MethodSpec) -> Iterator[str]:
         yield from spec.data.columns or ()
     if column := spec.rollout.sampled_by.completion_column:
         yield column
-    yield from (slot.name for slot in spec.slots.values() if isinstance(slot, specs.ColumnSlot))
+    yield from (slot.name for _, slot in spec.placed_slots() if isinstance(slot, specs.ColumnSlot))
 
 
 def stand_in_rows(spec: specs.MethodSpec, columns: Iterable[str]) -> specs.DataSpec:

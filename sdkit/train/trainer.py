@@ -9,8 +9,8 @@ from attrs import field, frozen
 from sdkit.checkpoints.checkpoint import Progress, TrainState
 from sdkit.distributed import collectives, health
 from sdkit.language.specs import ServedWeights, VllmServerBackend
-from sdkit.serving.pool import ServerPool
 from sdkit.serving.teacher_client import ServedModel
+from sdkit.train.clients import Clients
 from sdkit.train.learner import Learner, open_learner
 from sdkit.train.models import Models, open_models
 from sdkit.train.prefetch import RolloutPrefetcher
@@ -55,6 +55,8 @@ class Trainer:
         """
         for model in self.served.values():
             model.close()
+        if self.sampler.writer:
+            self.sampler.writer.close()
         self.learner.close()
         if together:
             collectives.barrier()
@@ -63,13 +65,15 @@ class Trainer:
         self.setup.data.close()
 
 
-def open_trainer(setup: RunSetup, served: Mapping[ServedWeights, ServedModel], pool: ServerPool | None) -> Trainer:
-    """Load the models and DeepSpeed; backends open later.  `pool`: of rollout servers, on the first rank only."""
-    models = open_models(setup, served)
+def open_trainer(setup: RunSetup, clients: Clients) -> Trainer:
+    """Load the models and DeepSpeed; backends open later."""
+    models = open_models(setup, clients.served)
     learner = open_learner(setup, models)
-    backends = RolloutBackends(setup, models, pool)
+    backends = RolloutBackends(setup, models, clients.servers)
     prefetcher = None
     if setup.spec.rollout.max_staleness and isinstance(setup.plan.backend, VllmServerBackend):
         prefetcher = RolloutPrefetcher(setup, models, backends)
-    sampler = RolloutSampler(setup=setup, models=models, backends=backends, prefetcher=prefetcher)
-    return Trainer(setup=setup, models=models, learner=learner, sampler=sampler, served=served)
+    sampler = RolloutSampler(
+        setup=setup, models=models, backends=backends, prefetcher=prefetcher, writer=clients.writer
+    )
+    return Trainer(setup=setup, models=models, learner=learner, sampler=sampler, served=clients.served)

@@ -34,7 +34,7 @@ def new(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", packaged_methods())
 def test_every_method_gets_a_run_file_that_validates(new, name):
     teachers = [MODEL] * len(list(method_page(name).spec.external_teachers()))
-    checked = new(method=name, teachers=teachers)
+    checked = new(method=name, teachers=teachers, writer="w" if method_page(name).spec.writer else None)
     assert [p.message for p in checked.problems if p.severity == "error"] == []
     assert isinstance(checked.spec, ExperimentSpec)
     assert checked.spec.model.path == MODEL
@@ -113,6 +113,8 @@ def test_data_of_the_hub_needs_its_columns(new):
         ({"method": "sdpoo"}, "there is no packaged method 'sdpoo'"),
         ({"method": "gkd"}, "method gkd needs 1 teacher model, and 0 are given"),
         ({"method": "sft", "teachers": ["x"]}, "method sft needs 0 teacher models, and 1 are given"),
+        ({"method": "opid"}, "method opid needs a writer"),
+        ({"method": "sft", "writer": "x"}, "method sft needs no writer"),
         ({"method": "sft", "columns": {"prompt": "promt"}}, "the data has no column 'promt'"),
         ({"method": "sft", "data": "rows.txt"}, "rows.txt: data is a file that ends in"),
         ({"method": "sft", "reward": "exactly"}, "'exactly' is not one of"),

@@ -26,6 +26,7 @@ from sdkit.language.rules import (
     teachers,
     tokens,
     training,
+    writers,
 )
 from sdkit.language.rules.base import Context, Rule
 from sdkit.language.specs import ExperimentSpec, MethodSpec
@@ -43,6 +44,7 @@ _MODULES = (
     environments,
     environment_kinds,
     prompts,
+    writers,
     data,
     scores,
     panel,

@@ -126,10 +126,10 @@ def consultations(spec: specs.MethodSpec) -> Iterator[tuple[Path, str]]:
 
 
 def slots(spec: specs.MethodSpec, *kinds: type[T]) -> Iterator[tuple[Path, T]]:
-    """The slots of these classes in the teacher's context, each with its path."""
-    for name, slot in spec.slots.items():
+    """The slots of these classes in the teacher's context and in the question to its writer, each with its path."""
+    for path, slot in spec.placed_slots():
         if isinstance(slot, kinds):
-            yield ("teacher", "sees", "slots", name), slot
+            yield path, slot
 
 
 def adds_no_view(sees: specs.Sees | None) -> bool:

@@ -182,8 +182,9 @@ def environment_gives_reward(spec: specs.ExperimentSpec, context: Context) -> It
 
 @run_rule("a context that differs by turn has turns")
 def turn_context(spec: specs.ExperimentSpec, context: Context) -> Iterator[Finding]:
-    """Feedback on each turn comes from the environment, and so does what followed a turn, unless the data set has chats
-    of several turns.  Without it every such slot would be empty, and `every_turn` would name the only one.
+    """Feedback on each turn comes from the environment, and so do what followed a turn and the turns to write about, unless
+    the data set has chats of several turns.  Without it every such slot would be empty, and `every_turn` would name the
+    only one.
     """
     if spec.environment is not None:
         return
@@ -200,6 +201,10 @@ def turn_context(spec: specs.ExperimentSpec, context: Context) -> Iterator[Findi
     if spec.rollout.sampled_by.completion_column is None:
         for path, _ in slots(spec, specs.NextTurns):
             yield path, "nothing follows a turn: there is no environment", "add environment: …, or remove the slot"
+        for path, slot in slots(spec, specs.Written):
+            if slot.of == "turn":
+                message = "there are no turns to write about: there is no environment"
+                yield (*path, "of"), message, "use of: trajectory"
 
 
 @run_rule("the longest turn's row fits one forward pass of the teacher")

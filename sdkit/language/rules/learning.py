@@ -76,20 +76,24 @@ def failures_not_kept(spec: specs.MethodSpec, context: Context) -> Iterator[Find
 
 @method_rule("the teacher's context can be filled")
 def never_filled(spec: specs.MethodSpec, context: Context) -> Iterator[Finding]:
-    """Feedback with `when: no_solution` is filled only where no successful sibling is shown.  `requires: all`
-    asks for both at once, so no rollout would have a teacher prompt.
+    """Feedback with `when: no_solution` is filled only where no successful sibling is shown, and a written slot only where
+    the slot that `unless` names is empty.  `requires: all` asks for both at once, so no rollout would have a teacher prompt.
     """
     sees = spec.sees
     if not sees or sees.requires != "all":
         return
     siblings = [n for n, slot in sees.slots.items() if isinstance(slot, specs.SuccessfulSibling)]
     for name, slot in sees.slots.items():
-        if siblings and isinstance(slot, specs.Feedback) and slot.when == "no_solution":
-            message = (
-                f"never filled together with slot {shorten(siblings[0])}, and "
-                f"{context.stated(('teacher', 'sees', 'requires'), sees.requires)}"
-            )
-            yield ("teacher", "sees", "slots", name, "when"), message, "use requires: any"
+        match slot:
+            case specs.Feedback(when="no_solution") if siblings:
+                key, other = "when", siblings[0]
+            case specs.Written(unless=str(other)):
+                key = "unless"
+            case _:
+                continue
+        stated = context.stated(("teacher", "sees", "requires"), sees.requires)
+        message = f"never filled together with slot {shorten(other)}, and {stated}"
+        yield ("teacher", "sees", "slots", name, key), message, "use requires: any"
 
 
 @method_rule("a blended teacher has a nonzero share")

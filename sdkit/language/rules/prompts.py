@@ -51,9 +51,9 @@ def template_syntax(spec: MethodSpec, context: Context) -> Iterator[Finding]:
         return
     for path, text in _templates(spec.sees):
         yield from template_faults(path, text)
-    for name, slot in spec.slots.items():
+    for path, slot in spec.placed_slots():
         if not isinstance(slot, Wording):
-            where = ("teacher", "sees", "slots", name, "wrap")
+            where = (*path, "wrap")
             yield from template_faults(where, slot.wrap)
             yield from _value_only(where, slot.wrap)
 

@@ -148,7 +148,8 @@ def training_reward(spec: specs.ExperimentSpec, context: Context) -> Iterator[Fi
 
 def reward_users(spec: specs.MethodSpec) -> Iterator[Path]:
     """The paths of the settings that need the reward of training."""
-    yield from (path for path, slot in _slots(spec) if not specs.is_by_turn(slot))
+    free = specs.NextTurns | specs.Written
+    yield from (p for p, slot in _slots(spec) if not isinstance(slot, free) and not specs.is_by_turn(slot))
     for path, term in terms(spec, specs.PolicyGradient):
         if term.advantage.group_relative:
             yield (*path, "advantage")

@@ -29,6 +29,8 @@ from sdkit.language.specs import CopyWeights, DatasetSamples, ExperimentSpec, Me
 def plain_name(spec: MethodSpec, context: Context) -> Iterator[Finding]:
     """Names of terms, slots, rewards, suites and decodings appear in metric names, file names and overrides."""
     tables: dict[Path, Mapping[str, Any]] = {("losses",): spec.losses, ("teacher", "sees", "slots"): spec.slots}
+    if spec.writer:
+        tables["teacher", "sees", "writer", "slots"] = spec.writer.slots
     if isinstance(spec, ExperimentSpec):
         tables["rewards",] = spec.rewards
         tables["evaluation", "suites"] = spec.suites

@@ -8,10 +8,15 @@ from attrs import frozen
 
 from sdkit.language.specs.fields import (
     AT_LEAST_ONE,
+    GREEDY_OR_TEMPERATURE,
     NAME,
     NOT_EMPTY,
+    NOT_NEGATIVE_COUNT,
     ONE_OR_ALL,
+    SECONDS,
+    SHARE,
     SIGNED,
+    SOME_TEXT,
     TEXT,
     Component,
     Table,
@@ -112,8 +117,68 @@ class NextTurns:
         return turns if self.how_many == "all" else min(int(self.how_many), turns)
 
 
-Slot = ColumnSlot | TextSlot | SuccessfulSibling | Feedback | OwnAttempt | Verdict | NextTurns
-OfRollouts = SuccessfulSibling | Feedback | OwnAttempt | Verdict | NextTurns
+@frozen(kw_only=True)
+class Written:
+    """What the context's `writer` wrote about this rollout; empty if it failed."""
+
+    kind: ClassVar[str] = "written"
+    key: str | None = spec_field(
+        "key of the text in the JSON object that the writer answers with (default: all of the answer is the text)",
+        default=None,
+        range=SOME_TEXT,
+    )
+    of: Literal["trajectory", "turn"] = spec_field(
+        "`turn`: at the key is an object with the texts of single turns, by number from 1, and another turn's slot is "
+        "empty; takes one teacher row a turn",
+        default="trajectory",
+    )
+    unless: str | None = spec_field("another slot: shown only where that one is empty", default=None, range=NAME)
+    wrap: str = spec_field(WRAP_HELP, default="{value}", range=TEXT)
+
+
+WriterSlot = ColumnSlot | TextSlot | SuccessfulSibling | Feedback | OwnAttempt | Verdict
+"""Slots of the question to a writer."""
+
+
+@frozen(kw_only=True)
+class Writer:
+    """A model behind an OpenAI-compatible chat API, asked about each rollout once it has been scored."""
+
+    url: str = spec_field(
+        "address of the server; sdkit adds /v1/chat/completions", default="http://127.0.0.1:8000", range=NAME
+    )
+    model: str = spec_field("name under which the server serves the model", range=NAME)
+    prompt: str = spec_field(
+        "the question: text with {prompt}, {trajectory} (all turns and what the environment said) and the writer's slots",
+        range=TEXT,
+    )
+    slots: Table[WriterSlot] = spec_field("values for the question's other fields", default=Table())
+    temperature: float = spec_field("sampling temperature; 0 is greedy", default=1.0, range=GREEDY_OR_TEMPERATURE)
+    max_new_tokens: int = spec_field("longest answer, in the writer's tokens", default=1024, range=AT_LEAST_ONE)
+    attempts: int = spec_field(
+        "how often it is asked until its answer has what the slots take; it is told what was missing",
+        default=2,
+        range=AT_LEAST_ONE,
+    )
+    max_failed_share: float = spec_field(
+        "share of a batch's rollouts about which the writer may fail before the run ends", default=0.5, range=SHARE
+    )
+    key_from: str | None = spec_field(
+        "environment variable with the server's API key; the key itself is never in a spec", default=None, range=NAME
+    )
+    allow_remote: bool = spec_field(
+        "allow a server on another machine, which receives prompts and completions", default=False
+    )
+    requests_at_once: int = spec_field("concurrent requests of each rank", default=8, range=AT_LEAST_ONE)
+    request_seconds: float = spec_field("time limit of one request", default=120.0, range=SECONDS)
+    retries: int = spec_field("retries if the server is unreachable or busy", default=4, range=NOT_NEGATIVE_COUNT)
+    deadline_seconds: float = spec_field(
+        "time limit of all answers about a rank's batch; what is late has failed", default=300.0, range=SECONDS
+    )
+
+
+Slot = ColumnSlot | TextSlot | SuccessfulSibling | Feedback | OwnAttempt | Verdict | NextTurns | Written
+OfRollouts = SuccessfulSibling | Feedback | OwnAttempt | Verdict | NextTurns | Written
 """Slots that are filled after the group has been sampled and scored."""
 Wording = TextSlot | Verdict
 """Slots whose text is in the spec: always filled, never cut."""
@@ -121,7 +186,7 @@ Wording = TextSlot | Verdict
 
 def is_by_turn(slot: Slot) -> bool:
     """Whether the slot has another text for each turn of a trajectory."""
-    return isinstance(slot, NextTurns) or (isinstance(slot, Feedback) and slot.of == "turn")
+    return isinstance(slot, NextTurns) or (isinstance(slot, Feedback | Written) and slot.of == "turn")
 
 
 @frozen(kw_only=True)
@@ -137,6 +202,7 @@ class Context(Component):
     """The keys shared by all kinds of teacher context."""
 
     slots: Table[Slot] = spec_field("values for the template's fields", default=Table())
+    writer: Writer | None = spec_field("what writes the slots of kind `written`", default=None)
     requires: Literal["all", "any"] = spec_field(
         "whether all slots or any one must be filled; otherwise the rollout has no teacher prompt", default="all"
     )
@@ -156,7 +222,8 @@ class Context(Component):
 
     def describe(self) -> str:
         by_turn = ", for each turn" if self.by_turn else ""
-        return f"{', '.join(self.slots) or 'fixed text'} {self.description.format(self)}{by_turn}"
+        by_writer = f", as {self.writer.model} writes it" if self.writer else ""
+        return f"{', '.join(self.slots) or 'fixed text'} {self.description.format(self)}{by_turn}{by_writer}"
 
 
 @frozen(kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from attrs import frozen
 
 from sdkit.language.specs.blends import Blend
-from sdkit.language.specs.contexts import Sees, Slot
+from sdkit.language.specs.contexts import Sees, Slot, Writer
 from sdkit.language.specs.fields import NOT_EMPTY, Table, spec_field
 from sdkit.language.specs.losses import Distillation, Loss, ReferenceKl
 from sdkit.language.specs.rollouts import RolloutSpec
@@ -23,6 +23,8 @@ from sdkit.language.specs.token_weights import RouteSpec
 
 WeightsPath = tuple[str, ...]
 """The path of a model's weights in a spec."""
+SlotPath = tuple[str, ...]
+"""The path of a slot in a spec."""
 
 
 @frozen(kw_only=True)
@@ -63,6 +65,18 @@ class MethodSpec:
     def slots(self) -> Table[Slot]:
         """The slots of the teacher's context, by name; empty if there is no context."""
         return self.sees.slots if self.sees else Table()
+
+    @property
+    def writer(self) -> Writer | None:
+        """What writes slots of the teacher's context, if something does."""
+        return self.sees.writer if self.sees else None
+
+    def placed_slots(self) -> Iterator[tuple[SlotPath, Slot]]:
+        """The slots of the teacher's context, then those of the question to its writer, each with its path."""
+        for name, slot in self.slots.items():
+            yield ("teacher", "sees", "slots", name), slot
+        for name, slot in self.writer.slots.items() if self.writer else ():
+            yield ("teacher", "sees", "writer", "slots", name), slot
 
     @property
     def blend(self) -> Blend | None:
