@@ -22,7 +22,7 @@ from sdkit.language.specs import (
 from sdkit.train.data_report import oddities
 from sdkit.train.inputs import checked_data
 from sdkit.train.preview import preview
-from sdkit.train.smoke import _few_rows
+from sdkit.train.smoke import stand_in_rows
 
 ASKED, TOLD = {"role": "user", "content": "Guess."}, {"role": "user", "content": "Higher."}
 FIVE, SEVEN = ({"role": "assistant", "content": text} for text in ("five", "it is seven"))
@@ -101,7 +101,7 @@ def test_logged_chats_distil(tiny_folder, tmp_path, drawn_by):
 def test_smoke_rows_of_logged_chats_can_be_read(tiny_folder):
     spec = spec_of(tiny_folder, (ASKED, FIVE))
     columns = Table({**spec.data.columns, "tools": "tools"})
-    rows = load_rows(_few_rows(evolve(spec, data=evolve(spec.data, columns=columns))), tiny_folder)
+    rows = load_rows(stand_in_rows(spec, columns), tiny_folder)
     assert {row.tools for row in rows} == {()}
 
 
