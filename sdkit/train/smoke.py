@@ -20,6 +20,7 @@ from sdkit.data.written import scripted_answer
 from sdkit.distributed import zero
 from sdkit.language import specs
 from sdkit.language.errors import NumericsGuard
+from sdkit.language.method_pages import needs_turns
 from sdkit.language.schedules import scalar_at, with_schedules
 from sdkit.models import tiny
 from sdkit.runs import directory
@@ -181,9 +182,7 @@ def _small_environment(
     A method page has no environment, but terms or the teacher's context of it may need one.
     """
     by_student = isinstance(spec.rollout.sampled_by, specs.StudentSamples)
-    by_turn = spec.sees is not None and spec.sees.by_turn and spec.rollout.sampled_by.completion_column is None
-    needed = by_turn or (by_student and any(term.turn_setting for term in spec.losses.values()))
-    if environment is None and not needed:
+    if environment is None and not (by_student and needs_turns(spec)):
         return None
     if isinstance(environment, specs.RoutedEnvironment):
         routes = {name: _small_environment(spec, route, reward) for name, route in environment.routes.items()}
